@@ -1,0 +1,3 @@
+from ria_vllm.cli import main
+
+main()

@@ -1,0 +1,227 @@
+"""Reading a compressed checkpoint, one tensor at a time. Nothing in it is trusted."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ria_vllm import permutation, sparse24
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import PERMUTATIONS_FILE, QUANT_METHOD, REPORT_FILE, Producer, RiaSchema
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class SparseLinear:
+    """One pruned linear: compressed [out, in/2], bitmask [out, in/8], input_permutation int32 [in] or None."""
+
+    name: str
+    compressed: torch.Tensor
+    bitmask: torch.Tensor
+    input_permutation: torch.Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.bitmask.shape[0], self.bitmask.shape[1] * 8
+
+    def stored(self) -> torch.Tensor:
+        """Dense [out, in], columns in the stored order."""
+        return sparse24.decompress(self.compressed, self.bitmask)
+
+    def dense(self) -> torch.Tensor:
+        """Dense [out, in], columns in the model's own order."""
+        stored = self.stored()
+        return stored if self.input_permutation is None else stored[:, permutation.invert(self.input_permutation).long()]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        RiaError: the file is missing, or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RiaError(f"{path}: no such file. Is this the right folder?") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RiaError(f"{path}: not readable as JSON ({error}). Get the file again.") from None
+    if not isinstance(content, dict):
+        raise RiaError(f"{path}: expected a JSON object. Get the file again.")
+    return content
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether `folder` holds a checkpoint that ria-vllm wrote."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return False
+    quantization = read_json(path).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index or the single weight file of a Hugging Face folder.
+
+    Raises:
+        RiaError: no weights, a shard that is missing, truncated or leaves its folder, a tensor that is not in its shard.
+    """
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        if not (folder / SINGLE_FILE).is_file():
+            raise RiaError(f"{folder}: no weights here (neither {SINGLE_FILE} nor {INDEX_FILE}).")
+        return {name: folder / SINGLE_FILE for name in tensor_names(folder / SINGLE_FILE)}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise RiaError(f"{index}: no usable weight_map. Get the file again.")
+    present: dict[str, set[str]] = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise RiaError(f"{index}: shard {file!r} lies outside the folder. Do not use this checkpoint.")
+        if not (folder / file).is_file():
+            lost = next(name for name, shard in weight_map.items() if shard == file)
+            raise RiaError(f"{folder / file}: shard missing (it holds {lost}). Get the file again.")
+        present[file] = set(tensor_names(folder / file))
+    for name, file in weight_map.items():
+        if name not in present[file]:
+            raise RiaError(f"{folder / file}: tensor {name} missing, though the index names it. Get the file again.")
+    return {name: folder / file for name, file in weight_map.items()}
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a safetensors file; a truncated or broken file is a RiaError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise RiaError(f"{path}: broken or truncated safetensors file ({error}). Get the file again.") from None
+
+
+def load_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor, on the CPU."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise RiaError(f"{path}: cannot read {name} ({error}). Get the file again.") from None
+
+
+class Reader:
+    """A compressed checkpoint folder. Opening it reads only headers and the permutations' names.
+
+    Raises:
+        RiaError: from the constructor and from every method, naming file and layer.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config = read_json(self.folder / "config.json")
+        quantization = self.config.get("quantization_config")
+        if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+            raise RiaError(f"{self.folder}: not a folder that `ria-vllm compress` wrote.")
+        self.schema = RiaSchema.parse(quantization, str(self.folder / "config.json"))
+        self.files = weight_files(self.folder)
+        self.sparse_names = [n.removesuffix(".compressed") for n in self.files if n.endswith(".compressed")]
+        if not self.sparse_names:
+            raise RiaError(f"{self.folder}: no pruned linear in it.")
+        path = self.folder / PERMUTATIONS_FILE
+        self.permutation_file = path if path.is_file() else None
+        stored = tensor_names(path) if self.permutation_file else []
+        self.permuted_names = [n.removesuffix(".input_permutation") for n in stored]
+        recipe = self.schema.recipe
+        if self.permutation_file is None and recipe.get("permute", "none") != "none":
+            raise RiaError(f"{path}: missing, though the model was compressed with permutations. Get the file again.")
+        for name in set(self.permuted_names) - set(self.sparse_names):
+            raise RiaError(f"{path}: a permutation for {name}, which is no pruned linear of this model.")
+
+    @property
+    def dense_names(self) -> list[str]:
+        """Tensors stored as they are (embeddings, norms, biases, linears left dense)."""
+        own = {f"{name}.{part}" for name in self.sparse_names for part in ("compressed", "bitmask", "shape")}
+        return [name for name in self.files if name not in own]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return load_tensor(self.files[name], name)
+
+    def permutation(self, name: str) -> torch.Tensor | None:
+        """int32 [in] in memory, unchecked against the linear's size; None where the order is the model's own."""
+        if name not in self.permuted_names or self.permutation_file is None:
+            return None
+        return load_tensor(self.permutation_file, f"{name}.input_permutation")
+
+    def linear(self, name: str) -> SparseLinear:
+        """Load and check one pruned linear."""
+        parts = {}
+        for part in ("compressed", "bitmask", "shape"):
+            if f"{name}.{part}" not in self.files:
+                raise RiaError(f"{self.folder}: {name}.{part} is missing. Get the weight files again.")
+            parts[part] = self.tensor(f"{name}.{part}")
+        path = self.files[f"{name}.compressed"]
+        shape = parts["shape"]
+        if shape.dtype != torch.int64 or shape.numel() != 2:
+            raise RiaError(f"{path}: {name}.shape is not two int64 numbers. Get the file again.")
+        wrong = sparse24.check(parts["compressed"], parts["bitmask"], tuple(shape.flatten().tolist()))
+        if wrong:
+            raise RiaError(f"{path}: {name}: {wrong}. The file is damaged; get it again.")
+        p = self.permutation(name)
+        if p is not None:
+            wrong = permutation.check(p, parts["bitmask"].shape[1] * 8)
+            if wrong:
+                raise RiaError(f"{self.permutation_file}: {name}: not a permutation: {wrong}. Get the file again.")
+        return SparseLinear(name, parts["compressed"], parts["bitmask"], p)
+
+    def report(self) -> dict[str, Any]:
+        """What `compress` measured; empty where the report was not kept."""
+        path = self.folder / REPORT_FILE
+        return read_json(path) if path.is_file() else {}
+
+    def problems(self) -> Iterator[str]:
+        """Every broken invariant, one sentence each, the layer named. Reads the whole checkpoint, one linear at a time."""
+        sparse = set(self.sparse_names)
+        rows: dict[str, int] = {}
+        permutations: dict[str, torch.Tensor] = {}
+        for name in self.sparse_names:
+            if f"{name}.weight" in self.files:
+                yield f"{name}: stored both dense and compressed"
+            if self.schema.ignored(name):
+                yield f"{name}: listed as ignored in config.json, but stored compressed"
+            try:
+                linear = self.linear(name)
+            except RiaError as error:
+                yield str(error)
+                continue
+            rows[name] = linear.shape[0]
+            if linear.input_permutation is not None:
+                permutations[name] = linear.input_permutation
+            if not bool(linear.compressed.isfinite().all()):
+                yield f"{self.files[f'{name}.compressed']}: {name}: a value is NaN or infinite"
+        for name, fold, producers in self.schema.active_folds(permutations, sparse):
+            if fold.coupling == "heads":
+                order = permutation.head_rows(permutations[name], fold.num_heads or 0, fold.num_kv_heads or 0)
+                if isinstance(order, str):
+                    yield f"{name}: its permutation cannot be folded into attention heads: {order}"
+                    continue
+                size = len(order)
+            else:
+                size = len(permutations[name])
+            for producer in producers:
+                if producer.name in rows:
+                    yield from self._row_problems(name, producer, rows[producer.name], size)
+        for name in self.dense_names:
+            tensor = self.tensor(name)
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                yield f"{self.files[name]}: {name}: a value is NaN or infinite"
+
+    @staticmethod
+    def _row_problems(consumer: str, producer: Producer, rows: int, size: int) -> Iterator[str]:
+        start, end = producer.rows or (0, rows)
+        if not 0 <= start < end <= rows:
+            yield f"{consumer}: its fold names rows {start} to {end} of {producer.name}, which has {rows}"
+        elif end - start != size:
+            yield f"{consumer}: its fold reorders {size} rows, but {producer.name} gives it {end - start}"

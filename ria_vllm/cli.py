@@ -1,0 +1,52 @@
+"""The `ria-vllm` command. Each subcommand is imported from its own stage only when it is called."""
+
+import importlib
+import sys
+
+import click
+
+from ria_vllm import __version__
+from ria_vllm.errors import RiaError
+
+# Strings, not imports: the ground floor must not depend on the stages, and `--help` must not load torch.
+COMMANDS = {
+    "compress": ("ria_vllm.offline.commands", "compress", "Prune a model to 2:4 and write a compressed checkpoint."),
+    "inspect": ("ria_vllm.folder_commands", "inspect", "Show what a compressed checkpoint holds."),
+    "verify": ("ria_vllm.folder_commands", "verify", "Check every invariant of a compressed checkpoint."),
+    "export": ("ria_vllm.folder_commands", "export", "Write a plain dense Hugging Face folder."),
+    "eval": ("ria_vllm.offline.evaluate", "evaluate", "Measure perplexity on a text."),
+    "report": ("ria_vllm.offline.report", "report", "Write a compression's report as one HTML page."),
+    "doctor": ("ria_vllm.serve.doctor", "doctor", "Show which kernels this machine runs, and why."),
+    "bench": ("ria_vllm.serve.bench", "bench", "Serve dense and sparse in turn and compare their throughput."),
+    "build-kernels": ("ria_vllm.serve.kernels.cuda_build", "build_kernels", "Compile the CUDA kernels."),
+}
+
+
+class LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[name]
+        return getattr(importlib.import_module(module), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, _, summary) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup)
+@click.version_option(__version__)
+def group() -> None:
+    """Prune language models to 2:4 with RIA and channel permutation, and serve them with vLLM."""
+
+
+def main() -> None:
+    """Run the command line; a RiaError becomes one line on stderr and exit status 2."""
+    try:
+        group()
+    except RiaError as error:
+        click.echo(f"ria-vllm: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,59 @@
+"""Permutations of input channels, as integer tensors.
+
+p [in] belongs to a stored matrix whose column j holds channel p[j]; so the linear is `x[..., p] @ stored.T`, and the
+matrix in the model's own order is `stored[:, invert(p)]`.
+"""
+
+import torch
+
+
+def check(p: torch.Tensor, size: int) -> str | None:
+    """What keeps `p` from being a permutation of 0..size-1, or None."""
+    if p.dtype not in (torch.int32, torch.int64):
+        return f"dtype {p.dtype}, expected int32"
+    if tuple(p.shape) != (size,):
+        return f"shape {tuple(p.shape)}, expected {(size,)}"
+    if size and (int(p.min()) < 0 or int(p.max()) >= size):
+        return f"an index outside 0..{size - 1}"
+    seen = torch.bincount(p.long(), minlength=size)
+    if bool((seen != 1).any()):
+        return f"channel {int((seen > 1).nonzero()[0])} appears more than once"
+    return None
+
+
+def invert(p: torch.Tensor) -> torch.Tensor:
+    """q with q[p[j]] = j, dtype and device of `p`."""
+    q = torch.empty_like(p)
+    q[p.long()] = torch.arange(len(p), dtype=p.dtype, device=p.device)
+    return q
+
+
+def is_identity(p: torch.Tensor) -> bool:
+    return bool((p == torch.arange(len(p), dtype=p.dtype, device=p.device)).all())
+
+
+def head_rows(p: torch.Tensor, num_heads: int, num_kv_heads: int) -> torch.Tensor | str:
+    """The order of the value projection's rows that gives an output projection its input in order `p`.
+
+    Attention mixes tokens, never the channels of a head, so a permutation inside each head that is the same for all
+    query heads reading one key-value head can be moved from the output projection's columns to the rows of v.
+
+    Args:
+        p: [num_heads * head_dim] permutation of the output projection's input.
+        num_heads, num_kv_heads: the second divides the first; MHA and MQA are its two extremes.
+
+    Returns:
+        int64 [num_kv_heads * head_dim]: row j of the reordered v is row result[j]; or, where `p` has not that
+        structure, a sentence that says why.
+    """
+    if num_kv_heads <= 0 or num_heads % num_kv_heads or len(p) % num_heads:
+        return f"{num_heads} heads, {num_kv_heads} key-value heads and {len(p)} channels do not fit together"
+    head_dim, group = len(p) // num_heads, num_heads // num_kv_heads
+    heads = torch.arange(num_heads, device=p.device).view(-1, 1) * head_dim
+    inner = p.long().view(num_heads, head_dim) - heads
+    if bool(((inner < 0) | (inner >= head_dim)).any()):
+        return "it moves a channel into another head"
+    inner = inner.view(num_kv_heads, group, head_dim)
+    if bool((inner != inner[:, :1]).any()):
+        return "query heads that share a key-value head have different orders"
+    return (inner[:, 0] + torch.arange(num_kv_heads, device=p.device).view(-1, 1) * head_dim).reshape(-1)

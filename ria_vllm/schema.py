@@ -1,0 +1,111 @@
+"""What `config.json` -> `quantization_config` says of a compressed checkpoint.
+
+The folder is an ordinary Hugging Face folder in the manner of compressed-tensors' `sparse-24-bitmask`. For each pruned
+linear NAME the weight files hold NAME.compressed, NAME.bitmask and NAME.shape (see `ria_vllm.sparse24`); rows are in the
+model's own order, columns in the permuted one. `permutations.safetensors` holds NAME.input_permutation where the order
+is not the model's own.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ria_vllm.errors import RiaError
+
+FORMAT = "sparse-24-bitmask"
+FORMAT_VERSION = 1
+QUANT_METHOD = "ria"
+PERMUTATIONS_FILE = "permutations.safetensors"
+REPORT_FILE = "ria_report.json"
+
+
+class Producer(BaseModel):
+    """A linear whose output feeds a consumer: all of its rows, or rows [start, end) of a fused one."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    rows: tuple[int, int] | None = None
+
+
+class Fold(BaseModel):
+    """A consumer's input permutation that its producers' row orders can absorb, for all layers `{i}`.
+
+    `elementwise`: each input channel of the consumer is an elementwise function of the same row of every producer.
+    `heads`: attention lies between; the permutation keeps to heads (`ria_vllm.permutation.head_rows`).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    consumer: str
+    producers: list[Producer] = Field(min_length=1)
+    coupling: Literal["elementwise", "heads"]
+    num_heads: int | None = Field(default=None, gt=0)
+    num_kv_heads: int | None = Field(default=None, gt=0)
+
+    def layer(self, name: str) -> str | None:
+        """The text that stands for `{i}` in `name` ("" where the pattern has none), None if it is another linear."""
+        pattern = re.escape(self.consumer).replace(re.escape("{i}"), r"(\d+)")
+        found = re.fullmatch(pattern, name)
+        return None if found is None else (found.group(1) if found.groups() else "")
+
+    def producers_of(self, name: str) -> list[Producer]:
+        """The producers of the consumer `name`, with its layer number filled in."""
+        layer = self.layer(name)
+        return [Producer(name=p.name.replace("{i}", layer or ""), rows=p.rows) for p in self.producers]
+
+
+class SparsityConfig(BaseModel):
+    format: Literal["sparse-24-bitmask"] = FORMAT
+    sparsity_structure: Literal["2:4"] = "2:4"
+    targets: list[str] = ["Linear"]
+    ignore: list[str] = []
+    global_sparsity: float = 0.5
+
+
+class RiaSchema(BaseModel):
+    """The whole `quantization_config`. Unknown keys are kept, so that newer minor versions stay readable."""
+
+    model_config = ConfigDict(extra="allow")
+    quant_method: Literal["ria"] = QUANT_METHOD
+    format: Literal["sparse-24-bitmask"] = FORMAT
+    format_version: Literal[1] = FORMAT_VERSION
+    sparsity_config: SparsityConfig
+    folds: list[Fold] = []
+    recipe: dict[str, Any] = {}
+
+    @classmethod
+    def parse(cls, config: dict[str, Any], where: str) -> "RiaSchema":
+        """Validate; `where` names the file in the error."""
+        try:
+            return cls.model_validate(config)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise RiaError(
+                f"{where}: quantization_config.{field}: {first['msg']}. Compress the model again, or install the "
+                "ria-vllm version that wrote it."
+            ) from None
+
+    def ignored(self, name: str) -> bool:
+        """Whether the linear `name` is dense: an exact name of `ignore`, or a match of an entry `re:REGEX`."""
+        return any(
+            re.match(entry[3:], name) is not None if entry.startswith("re:") else entry == name
+            for entry in self.sparsity_config.ignore
+        )
+
+    def active_folds(
+        self, permuted: Iterable[str], sparse: "set[str] | frozenset[str]"
+    ) -> Iterator[tuple[str, Fold, list[Producer]]]:
+        """Folds that hold: the consumer is permuted and every producer is itself pruned.
+
+        Where a producer was left dense the consumer gathers its own input instead; both stages follow this rule.
+        """
+        for name in permuted:
+            for fold in self.folds:
+                if fold.layer(name) is None:
+                    continue
+                producers = fold.producers_of(name)
+                if all(producer.name in sparse for producer in producers):
+                    yield name, fold, producers
+                break

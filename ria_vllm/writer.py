@@ -1,0 +1,205 @@
+"""Writing a checkpoint so that it appears whole or not at all, and an interrupted run loses nothing that was finished.
+
+Work is kept in OUT.partial/: one safetensors file a finished unit (the embeddings, each decoder layer, the head), put
+in place by a rename. When all are there their bytes are copied into shards, and the folder is renamed to OUT.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import PERMUTATIONS_FILE
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB", "1GiB" or a plain number."""
+    found = re.fullmatch(r"(\d+)\s*([KMG]I?)?B?", text.strip().upper())
+    if not found or int(found.group(1)) == 0:
+        raise RiaError(f"size {text!r}: give a number with KB, MB or GB, such as 5GB.")
+    return int(found.group(1)) * UNITS[found.group(2) or ""]
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into a message that says where and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RiaError(
+                f"{where}: no space left on the disk. Free some; `--resume` goes on from what is finished."
+            ) from error
+        raise RiaError(f"{where}: cannot write ({error.strerror or error}).") from error
+
+
+class CheckpointWriter:
+    """The work folder of one output folder.
+
+    Args:
+        out: the folder to be. It must not exist unless `overwrite`; it is touched only by the last rename.
+        resume: keep the finished units of an interrupted run.
+    """
+
+    def __init__(self, out: Path, overwrite: bool = False, resume: bool = False):
+        self.out = Path(out)
+        self.overwrite = overwrite
+        self.work = self.out.with_name(self.out.name + ".partial")
+        if (self.out.exists() or self.out.is_symlink()) and not overwrite:
+            raise RiaError(f"{self.out}: exists already. Choose another folder, or give --overwrite.")
+        with disk_errors(self.work):
+            if self.work.exists() and not resume:
+                shutil.rmtree(self.work)
+            (self.work / "units").mkdir(parents=True, exist_ok=True)
+
+    def path(self, key: str) -> Path:
+        return self.work / "units" / f"{key}.safetensors"
+
+    def has(self, key: str) -> bool:
+        return self.path(key).is_file()
+
+    def write(self, key: str, tensors: dict[str, torch.Tensor], record: dict[str, Any] | None = None) -> None:
+        """Finish a unit. `NAME.input_permutation` tensors go to the permutations' file in the end; `record` is kept."""
+        temporary = self.path(key).with_suffix(".tmp")
+        with disk_errors(temporary):
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()},
+                temporary,
+                metadata={"record": json.dumps(record or {}, sort_keys=True)},
+            )
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path(key))
+
+    def read(self, key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The tensors and the record of a finished unit."""
+        with safe_open(self.path(key), framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get("record", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, record
+
+    def record(self, key: str) -> dict[str, Any]:
+        with safe_open(self.path(key), framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("record", "{}"))
+
+    def finish(
+        self, keys: Sequence[str], json_files: dict[str, Any], copies: Sequence[Path], max_shard_size: int
+    ) -> None:
+        """Join the units `keys` into shards in that order, add the other files, and put the folder in its place.
+
+        Args:
+            json_files: file name -> content (config.json, the report).
+            copies: files to copy by their names (tokenizer, generation config).
+            max_shard_size: bytes; a single larger tensor gets a shard of its own.
+        """
+        final = self.work / "final"
+        with disk_errors(self.work):
+            shutil.rmtree(final, ignore_errors=True)
+            final.mkdir()
+            for source in copies:
+                shutil.copyfile(source, final / source.name)
+            for name, content in json_files.items():
+                (final / name).write_text(json.dumps(content, indent=2) + "\n")
+            entries = [entry for key in keys for entry in _entries(self.path(key))]
+            permutations = [e for e in entries if e[0].endswith(".input_permutation")]
+            weights = [e for e in entries if not e[0].endswith(".input_permutation")]
+            if permutations:
+                _copy_tensors(permutations, final / PERMUTATIONS_FILE)
+            _write_shards(weights, final, max_shard_size)
+            _sync(final)
+            self._replace(final)
+
+    def _replace(self, final: Path) -> None:
+        old = self.out.with_name(self.out.name + ".old")
+        if self.out.exists() or self.out.is_symlink():
+            if not self.overwrite:
+                raise RiaError(f"{self.out}: appeared while the run was going on; the result is in {final}.")
+            os.replace(self.out, old)
+        os.replace(final, self.out)
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        elif old.exists() or old.is_symlink():
+            old.unlink()
+        shutil.rmtree(self.work)
+
+
+Entry = tuple[str, dict[str, Any], Path, int]  # name, header entry, file, where its bytes begin
+
+
+def _entries(path: Path) -> list[Entry]:
+    """The tensors of a safetensors file by their header (8 bytes of length, JSON, then raw data), in file order."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    found = [(name, entry, path, 8 + length + entry["data_offsets"][0]) for name, entry in header.items()]
+    return sorted(found, key=lambda e: e[3])
+
+
+def _size(entry: dict[str, Any]) -> int:
+    return entry["data_offsets"][1] - entry["data_offsets"][0]
+
+
+def _copy_tensors(entries: Sequence[Entry], path: Path) -> None:
+    """One safetensors file from raw bytes of others: no tensor is ever in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, entry, _, _ in entries:
+        size = _size(entry)
+        header[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        for _, entry, source, start in entries:
+            with open(source, "rb") as file:
+                file.seek(start)
+                left = _size(entry)
+                while left:
+                    block = file.read(min(left, 1 << 22))
+                    if not block:
+                        raise RiaError(f"{source}: ends too early. Run the same command again without --resume.")
+                    target.write(block)
+                    left -= len(block)
+
+
+def _write_shards(entries: Sequence[Entry], folder: Path, max_shard_size: int) -> None:
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        size = _size(entry[1])
+        if shards[-1] and filled + size > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += size
+    if len(shards) == 1:
+        _copy_tensors(shards[0], folder / SINGLE_FILE)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _copy_tensors(shard, folder / file)
+        weight_map |= {name: file for name, _, _, _ in shard}
+    total = sum(_size(entry[1]) for entry in entries)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())

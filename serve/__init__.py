@@ -1,0 +1,1 @@
+"""Stage 2: the vLLM plugin that serves compressed 2:4 checkpoints."""
