@@ -1,0 +1,87 @@
+"""Which weights stay: N:M and unstructured patterns."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from ria_vllm.errors import RiaError
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """N of every M consecutive input channels of a row stay; or, unstructured, a `fraction` of every row.
+
+    Exactly one of the two kinds is set: (n, m) or fraction.
+    """
+
+    n: int | None = None
+    m: int | None = None
+    fraction: float | None = None
+
+    def __post_init__(self):
+        if self.fraction is not None and (self.n, self.m) == (None, None):
+            if not 0 < self.fraction < 1:
+                raise RiaError(f"pattern {self}: the fraction of weights that stay lies between 0 and 1")
+        elif self.fraction is not None or self.n is None or self.m is None:
+            raise RiaError("a pattern is either N:M or a fraction")
+        elif not 0 < self.n < self.m <= 64:
+            raise RiaError(f"pattern {self}: N:M keeps N of every M weights, 0 < N < M <= 64")
+
+    @classmethod
+    def parse(cls, text: str) -> "Pattern":
+        """From "2:4" (keep two of four), "unstructured" (keep half) or "unstructured:0.3" (keep 30%).
+
+        Raises:
+            RiaError: the text is none of these, or keeps nothing or everything.
+        """
+        text = text.strip().lower()
+        if groups := re.fullmatch(r"(\d+):(\d+)", text):
+            return cls(n=int(groups[1]), m=int(groups[2]))
+        if groups := re.fullmatch(r"unstructured(?::(\d*\.?\d+))?", text):
+            return cls(fraction=float(groups[1] or 0.5))
+        raise RiaError(f"unknown pattern {text!r}; write N:M (as 2:4), unstructured or unstructured:FRACTION")
+
+    @property
+    def structured(self) -> bool:
+        return self.m is not None
+
+    @property
+    def density(self) -> float:
+        """The share of weights that stay."""
+        return self.n / self.m if self.structured else self.fraction
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.structured else f"unstructured:{self.fraction:g}"
+
+
+def mask(S: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Keep the largest scores that the pattern allows; of equal scores the lower column stays.
+
+    Unstructured: the comparison is among the weights of one row, as in Wanda.
+
+    Args:
+        S: [out, in] scores, any floating dtype.
+
+    Returns:
+        bool [out, in], True = kept.
+
+    Raises:
+        RiaError: `in` is no multiple of M.
+    """
+    rows, columns = S.shape
+    if not pattern.structured:
+        keep = max(1, round(columns * pattern.fraction))
+        order = S.argsort(dim=1, descending=True, stable=True)[:, :keep]
+        return torch.zeros(rows, columns, dtype=torch.bool, device=S.device).scatter_(1, order, True)
+    if columns % pattern.m:
+        raise RiaError(f"{columns} input channels do not divide into groups of {pattern.m}")
+    # Rank by counting who beats whom: for groups this small it is many times faster than a sort.
+    groups = S.reshape(rows, columns // pattern.m, pattern.m).unbind(-1)
+    rank = [torch.zeros(rows, columns // pattern.m, dtype=torch.int8, device=S.device) for _ in groups]
+    for low in range(pattern.m):
+        for high in range(low + 1, pattern.m):
+            low_wins = groups[low] >= groups[high]
+            rank[high] += low_wins
+            rank[low] += ~low_wins
+    return torch.stack([r < pattern.n for r in rank], dim=-1).reshape(rows, columns)

@@ -1,0 +1,50 @@
+"""How much each weight matters: the scores that decide what is pruned.
+
+W is [out, in]; ||X_j|| is the l2 norm of input channel j over all calibration tokens.
+"""
+
+import torch
+
+from ria_vllm.errors import RiaError
+
+METHODS = ("ria", "ri", "wanda", "magnitude")
+
+
+def score(method: str, weight: torch.Tensor, input_norm: torch.Tensor, exponent: float = 0.5) -> torch.Tensor:
+    """Importance S of every weight.
+
+    ria        S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||^exponent   (Zhang et al., ICLR 2024)
+    ri         the same with exponent 0: relative importance alone
+    wanda      S_ij = |W_ij| * ||X_j||                                                     (Sun et al., ICLR 2024)
+    magnitude  S_ij = |W_ij|
+
+    Args:
+        method: one of METHODS.
+        weight: [out, in], any floating dtype; computed in float32.
+        input_norm: [in], ||X_j||; not used by ri and magnitude.
+        exponent: a, used by ria alone.
+
+    Returns:
+        S [out, in] float32, never NaN for finite input: a row or column of zeros scores 0.
+
+    Raises:
+        RiaError: unknown method, or shapes that do not fit.
+    """
+    if method not in METHODS:
+        raise RiaError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    if weight.dim() != 2 or input_norm.shape != weight.shape[1:]:
+        raise RiaError(f"a weight {tuple(weight.shape)} needs one input norm a column, got {tuple(input_norm.shape)}")
+    magnitude = weight.abs().float()
+    if method == "magnitude":
+        return magnitude
+    norm = input_norm.float()
+    if method == "wanda":
+        return magnitude * norm
+    relative = _share(magnitude, dim=0) + _share(magnitude, dim=1)
+    return relative if method == "ri" else relative * norm**exponent
+
+
+def _share(magnitude: torch.Tensor, dim: int) -> torch.Tensor:
+    total = magnitude.sum(dim, keepdim=True)
+    # A sum of zero has only zeros to divide.
+    return magnitude / torch.where(total > 0, total, 1.0)
