@@ -1,0 +1,93 @@
+"""The update of the weights that stay, from the layer's own Gram matrix.
+
+X is [tokens, in] and the Gram matrix X^T X [in, in]: all that ||X W^T - X W'^T||_F depends on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class AdmmSolver:
+    """Everything that linears with the same input share; make it with `admm_solver`.
+
+    Columns are normalised: W is multiplied, and the Gram matrix divided, by `scale`, so that every input channel has
+    norm 1 and one rho suits them all.
+    """
+
+    scale: torch.Tensor  # [in]
+    gram: torch.Tensor  # [in, in] normalised, with the damping on its diagonal
+    ridge: torch.Tensor  # [in] the part of that diagonal which is damping
+    inverse: torch.Tensor  # [in, in] (gram + rho)^-1
+    rho: float
+
+    def solve(self, weight: torch.Tensor, mask: torch.Tensor, iterations: int = 20) -> torch.Tensor:
+        """As `admm`."""
+        W = weight.float() * self.scale
+        target = W @ self.gram
+        Z = W * mask
+        U = torch.zeros_like(W)
+        for _ in range(iterations):
+            free = (target + self.rho * (Z - U)) @ self.inverse
+            U += free
+            Z = U * mask
+            U -= Z
+        plain = W * mask
+        better = self._row_errors(W - Z) < self._row_errors(W - plain)
+        return torch.where(better[:, None], Z / self.scale, plain / self.scale)
+
+    def _row_errors(self, D: torch.Tensor) -> torch.Tensor:
+        """[out] squared output errors of the rows, without the damping's part."""
+        return ((D @ self.gram) * D).sum(1) - (D * D) @ self.ridge
+
+
+def admm_solver(gram: torch.Tensor, damping: float = 0.01, rho: float = 1.0) -> AdmmSolver:
+    """Prepare the reconstruction of all linears that read one input.
+
+    Args:
+        gram: [in, in] X^T X; channels that are always zero are allowed.
+        damping: added to the diagonal, in units of its mean.
+        rho: ADMM's penalty, in units of a normalised channel.
+    """
+    gram = gram.float()
+    mean = gram.diagonal().mean()
+    if not mean > 0:  # no input at all: any weights do, and these come out as they are
+        gram, mean = torch.eye(gram.shape[0], device=gram.device), 1.0
+    added = damping * mean
+    scale = (gram.diagonal() + added).sqrt()
+    # With no damping a dead channel has no scale; it has no say in the output either.
+    scale = torch.where(scale > 0, scale, 1.0)
+    normal = gram / scale[:, None] / scale[None, :]
+    ridge = added / scale**2
+    normal.diagonal().add_(ridge)
+    penalised = normal.clone()
+    penalised.diagonal().add_(rho)
+    return AdmmSolver(scale, normal, ridge, torch.cholesky_inverse(torch.linalg.cholesky(penalised)), rho)
+
+
+def admm(
+    weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, iterations: int = 20, damping: float = 0.01,
+    rho: float = 1.0,
+) -> torch.Tensor:
+    """The weights on the mask that keep the layer's output closest: min ||X W^T - X W'^T||_F (Boza, 2024).
+
+    Args:
+        weight: [out, in], any floating dtype.
+        gram: [in, in] X^T X.
+        mask: bool [out, in], True = kept.
+        damping, rho: see `admm_solver`.
+
+    Returns:
+        W' [out, in] float32, zero outside the mask; no row of it serves worse than the masked weight.
+    """
+    return admm_solver(gram, damping, rho).solve(weight, mask, iterations)
+
+
+def output_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.Tensor) -> float:
+    """||X (W - W')^T||_F / ||X W^T||_F; 0 where the output is zero anyway."""
+    W, gram = weight.float(), gram.float()
+    D = W - approximation.float()
+    whole = ((W @ gram) * W).sum(dtype=torch.float64)
+    lost = ((D @ gram) * D).sum(dtype=torch.float64).clamp(min=0)
+    return float((lost / whole).sqrt()) if whole > 0 else 0.0
