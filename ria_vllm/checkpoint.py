@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise RiaError(f"{path}: no such file. Is this the right folder?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise RiaError(f"{path}: not readable as JSON ({error}). Get the file again.") from None
     if not isinstance(content, dict):
         raise RiaError(f"{path}: expected a JSON object. Get the file again.")
@@ -128,6 +128,10 @@ class Reader:
         self.schema = RiaSchema.parse(quantization, str(self.folder / "config.json"))
         self.files = weight_files(self.folder)
         self.sparse_names = [n.removesuffix(".compressed") for n in self.files if n.endswith(".compressed")]
+        for name in self.files:
+            layer, _, part = name.rpartition(".")
+            if part == "bitmask" and f"{layer}.compressed" not in self.files:
+                raise RiaError(f"{self.folder}: {layer}.compressed is missing. Get the weight files again.")
         if not self.sparse_names:
             raise RiaError(f"{self.folder}: no pruned linear in it.")
         path = self.folder / PERMUTATIONS_FILE
@@ -186,6 +190,7 @@ class Reader:
         sparse = set(self.sparse_names)
         rows: dict[str, int] = {}
         permutations: dict[str, torch.Tensor] = {}
+        claimed: dict[str, list[tuple[int, int]]] = {}  # producer -> row ranges that folds reorder
         for name in self.sparse_names:
             if f"{name}.weight" in self.files:
                 yield f"{name}: stored both dense and compressed"
@@ -211,8 +216,14 @@ class Reader:
             else:
                 size = len(permutations[name])
             for producer in producers:
-                if producer.name in rows:
-                    yield from self._row_problems(name, producer, rows[producer.name], size)
+                if producer.name not in rows:
+                    continue
+                start, end = producer.rows or (0, rows[producer.name])
+                yield from self._row_problems(name, producer, rows[producer.name], size)
+                taken = claimed.setdefault(producer.name, [])
+                if any(start < other_end and other_start < end for other_start, other_end in taken):
+                    yield f"{name}: its fold reorders rows of {producer.name} that another fold reorders too"
+                taken.append((start, end))
         for name in self.dense_names:
             tensor = self.tensor(name)
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):

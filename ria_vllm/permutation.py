@@ -46,7 +46,7 @@ def head_rows(p: torch.Tensor, num_heads: int, num_kv_heads: int) -> torch.Tenso
         int64 [num_kv_heads * head_dim]: row j of the reordered v is row result[j]; or, where `p` has not that
         structure, a sentence that says why.
     """
-    if num_kv_heads <= 0 or num_heads % num_kv_heads or len(p) % num_heads:
+    if num_heads <= 0 or num_kv_heads <= 0 or num_heads % num_kv_heads or len(p) % num_heads:
         return f"{num_heads} heads, {num_kv_heads} key-value heads and {len(p)} channels do not fit together"
     head_dim, group = len(p) // num_heads, num_heads // num_kv_heads
     heads = torch.arange(num_heads, device=p.device).view(-1, 1) * head_dim

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ria_vllm.errors import RiaError
 
@@ -61,6 +61,17 @@ class SparsityConfig(BaseModel):
     targets: list[str] = ["Linear"]
     ignore: list[str] = []
     global_sparsity: float = 0.5
+
+    @field_validator("ignore")
+    @classmethod
+    def _compiles(cls, ignore: list[str]) -> list[str]:
+        for entry in ignore:
+            if entry.startswith("re:"):
+                try:
+                    re.compile(entry[3:])
+                except re.error as error:
+                    raise ValueError(f"{entry!r} is no regular expression ({error})") from None
+        return ignore
 
 
 class RiaSchema(BaseModel):

@@ -32,12 +32,12 @@ def compress(dense: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[tor
         raise ValueError(f"a 2:4 matrix needs two dimensions and columns in multiples of 8, not {tuple(dense.shape)}")
     rows, columns = dense.shape
     if mask is None:
-        kept = dense.abs().view(rows, columns // 4, 4).sort(-1, descending=True, stable=True).indices[..., :2]
+        kept = dense.abs().reshape(rows, columns // 4, 4).sort(dim=-1, descending=True, stable=True).indices[..., :2]
         mask = torch.zeros(rows, columns // 4, 4, dtype=torch.bool, device=dense.device)
         mask = mask.scatter_(-1, kept, True).view(rows, columns)
     if mask.shape != dense.shape or not bool((mask.reshape(rows, -1, 4).sum(-1) == 2).all()):
         raise ValueError("a 2:4 mask has the matrix's shape and exactly two kept values in each group of four")
-    bits = mask.view(rows, columns // 8, 8).to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = mask.reshape(rows, columns // 8, 8).to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)
     return dense[mask].view(rows, columns // 2), bits.sum(-1, dtype=torch.uint8)
 
 
@@ -72,6 +72,8 @@ def check(compressed: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, int
         return f"the bitmask describes a {rows} x {columns} matrix, expected {shape[0]} x {shape[1]}"
     if tuple(compressed.shape) != (rows, columns // 2):
         return f"values have shape {tuple(compressed.shape)}, expected {(rows, columns // 2)}"
+    if rows == 0:
+        return "the matrix has no rows"
     if columns == 0 or columns % IN_FEATURES_MULTIPLE:
         return f"in-features are {columns}, expected a multiple of {IN_FEATURES_MULTIPLE}"
     # Every byte holds two groups; 36 of its 256 values have two bits in both.

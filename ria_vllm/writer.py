@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE
@@ -38,10 +38,18 @@ def disk_errors(where: Path) -> Iterator[None]:
     """Turn a full or read-only disk into a message that says where and how to go on."""
     try:
         yield
+    except SafetensorError as error:
+        # safetensors writes in Rust; of the system's error only the text "(os error N)" is left.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        with disk_errors(where):
+            raise OSError(int(number.group(1)), os.strerror(int(number.group(1)))) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RiaError(
-                f"{where}: no space left on the disk. Free some; `--resume` goes on from what is finished."
+                f"{where}: no space left on the disk. Free some and run the same command again (`compress --resume` "
+                "goes on from what is finished)."
             ) from error
         raise RiaError(f"{where}: cannot write ({error.strerror or error}).") from error
 
@@ -61,6 +69,8 @@ class CheckpointWriter:
         if (self.out.exists() or self.out.is_symlink()) and not overwrite:
             raise RiaError(f"{self.out}: exists already. Choose another folder, or give --overwrite.")
         with disk_errors(self.work):
+            if self.work.exists() and not (self.work / "units").is_dir():
+                raise RiaError(f"{self.work}: needed as a work folder, but it holds something else. Move it away.")
             if self.work.exists() and not resume:
                 shutil.rmtree(self.work)
             (self.work / "units").mkdir(parents=True, exist_ok=True)
@@ -122,17 +132,16 @@ class CheckpointWriter:
             self._replace(final)
 
     def _replace(self, final: Path) -> None:
-        old = self.out.with_name(self.out.name + ".old")
         if self.out.exists() or self.out.is_symlink():
             if not self.overwrite:
                 raise RiaError(f"{self.out}: appeared while the run was going on; the result is in {final}.")
-            os.replace(self.out, old)
+            os.replace(self.out, self.work / "replaced")
         os.replace(final, self.out)
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old)
-        elif old.exists() or old.is_symlink():
-            old.unlink()
         shutil.rmtree(self.work)
+
+    def discard(self) -> None:
+        """Throw the work folder away, for callers whose runs are too short to be resumed."""
+        shutil.rmtree(self.work, ignore_errors=True)
 
 
 Entry = tuple[str, dict[str, Any], Path, int]  # name, header entry, file, where its bytes begin

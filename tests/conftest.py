@@ -1,0 +1,180 @@
+"""A tiny Llama, pruned and stored by hand: the writer's pieces and plain torch, nothing of the offline stage."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ria_vllm import sparse24
+from ria_vllm.permutation import invert
+from ria_vllm.writer import CheckpointWriter
+
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, LAYERS = 128, 192, 4, 2, 2
+HEAD_DIM = HIDDEN // HEADS
+
+
+@dataclass(frozen=True)
+class PrunedLlama:
+    """folder: compressed. source: the dense model it came from. dense: what every tensor must be after export."""
+
+    folder: Path
+    source: Path
+    dense: dict[str, torch.Tensor]
+    permutations: dict[str, torch.Tensor]
+
+
+def save_tiny_llama(folder: Path, seed: int = 0) -> None:
+    """A random bf16 Llama with grouped-query attention and a byte-level tokenizer, as a Hugging Face folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    wrapped.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    wrapped.save_pretrained(folder)
+
+
+def head_permutation(generator: torch.Generator) -> torch.Tensor:
+    """A permutation of o_proj's input that v_proj's rows can absorb: one order inside each kv head's query heads."""
+    parts = []
+    for head in range(HEADS):
+        if head % (HEADS // KV_HEADS) == 0:
+            inner = torch.randperm(HEAD_DIM, generator=generator)
+        parts.append(head * HEAD_DIM + inner)
+    return torch.cat(parts)
+
+
+def prune_llama(source: Path, out: Path) -> PrunedLlama:
+    """Magnitude 2:4 in random channel orders: q, k, v share one (gathered), gate and up keep their own, o and down fold."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = load_file(source / "model.safetensors")
+    writer = CheckpointWriter(out)
+    dense, permutations = dict(tensors), {}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        shared = torch.randperm(HIDDEN, generator=generator)
+        orders = {f"self_attn.{x}_proj": shared for x in "qkv"}
+        orders["self_attn.o_proj"] = head_permutation(generator)
+        orders["mlp.down_proj"] = torch.randperm(INTERMEDIATE, generator=generator)
+        unit = {}
+        for name in [*orders, "mlp.gate_proj", "mlp.up_proj"]:
+            weight = tensors.pop(f"{prefix}{name}.weight")
+            order = orders.get(name, torch.arange(weight.shape[1]))
+            compressed, bitmask = sparse24.compress(weight[:, order])
+            unit[f"{prefix}{name}.compressed"], unit[f"{prefix}{name}.bitmask"] = compressed, bitmask
+            unit[f"{prefix}{name}.shape"] = torch.tensor(weight.shape, dtype=torch.int64).view(2, 1)
+            if name in orders:
+                unit[f"{prefix}{name}.input_permutation"] = order.to(torch.int32)
+                permutations[prefix + name] = order
+            # The oracle, element by element of its definition: the two largest of four in the permuted order survive.
+            groups = weight[:, order].reshape(-1, 4)
+            rank = groups.abs().float().argsort(dim=1, descending=True, stable=True).argsort(1)
+            kept = torch.where(rank < 2, groups, 0).reshape(weight.shape)
+            dense[f"{prefix}{name}.weight"] = kept[:, invert(order)]
+        unit |= {name: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+        writer.write(f"layer{layer}", unit)
+    writer.write("rest", tensors)
+    config = json.loads((source / "config.json").read_text())
+    attention, mlp = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
+    config["quantization_config"] = {
+        "quant_method": "ria",
+        "format": "sparse-24-bitmask",
+        "format_version": 1,
+        "sparsity_config": {
+            "format": "sparse-24-bitmask",
+            "sparsity_structure": "2:4",
+            "targets": ["Linear"],
+            "ignore": ["lm_head"],
+            "global_sparsity": 0.5,
+        },
+        "folds": [
+            {
+                "consumer": attention + "o_proj",
+                "producers": [{"name": attention + "v_proj"}],
+                "coupling": "heads",
+                "num_heads": HEADS,
+                "num_kv_heads": KV_HEADS,
+            },
+            {
+                "consumer": mlp + "down_proj",
+                "producers": [{"name": mlp + "gate_proj"}, {"name": mlp + "up_proj"}],
+                "coupling": "elementwise",
+            },
+        ],
+        "recipe": {"method": "magnitude", "permute": "lsa", "seed": 1},
+    }
+    copies = [p for p in source.iterdir() if p.suffix == ".json" and p.name != "config.json" or p.suffix == ".jinja"]
+    keys = ["rest", *(f"layer{i}" for i in range(LAYERS))]
+    writer.finish(keys, {"config.json": config}, copies, max_shard_size=200_000)
+    return PrunedLlama(out, source, dense, permutations)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense random Llama folder. Do not write into it."""
+    folder = tmp_path_factory.mktemp("dense") / "llama"
+    save_tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pruned_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> PrunedLlama:
+    """The same, pruned, in several shards. Do not write into it."""
+    return prune_llama(tiny_llama, tmp_path_factory.mktemp("pruned") / "llama-2of4")
+
+
+class Damage:
+    """A private copy of a compressed folder whose tensors and config can be replaced."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def file_of(self, tensor: str) -> Path:
+        if tensor.endswith(".input_permutation"):
+            return self.folder / "permutations.safetensors"
+        return self.folder / json.loads((self.folder / "model.safetensors.index.json").read_text())["weight_map"][tensor]
+
+    def replace(self, tensor: str, change) -> None:
+        """`change` maps the tensor to its new content, or to None to leave it out."""
+        path = self.file_of(tensor)
+        tensors = load_file(path)
+        changed = change(tensors.pop(tensor).clone())
+        if changed is not None:
+            tensors[tensor] = changed.contiguous()
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    def edit_json(self, file: str, change) -> None:
+        """`change` edits the parsed content in place."""
+        path = self.folder / file
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def damage(pruned_llama: PrunedLlama, tmp_path: Path) -> Damage:
+    folder = tmp_path / "damaged"
+    shutil.copytree(pruned_llama.folder, folder)
+    return Damage(folder)

@@ -1,0 +1,237 @@
+"""The reader: what it returns equals what was stored, and every way of damaging a folder is found by layer or file."""
+
+import json
+
+import pytest
+import torch
+
+from ria_vllm.checkpoint import Reader, is_compressed, weight_files
+from ria_vllm.errors import RiaError
+
+Q, O = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"
+DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
+INDEX = "model.safetensors.index.json"
+
+
+def problems(folder) -> list[str]:
+    try:
+        return list(Reader(folder).problems())
+    except RiaError as error:
+        return [str(error)]
+
+
+def test_every_linear_comes_back_in_the_models_own_order(pruned_llama):
+    reader = Reader(pruned_llama.folder)
+    assert len(reader.sparse_names) == 14 and set(reader.permuted_names) == set(pruned_llama.permutations)
+    for name in reader.sparse_names:
+        assert torch.equal(reader.linear(name).dense(), pruned_llama.dense[f"{name}.weight"])
+    for name in reader.dense_names:
+        assert torch.equal(reader.tensor(name), pruned_llama.dense[name])
+    own = {f"{name}.weight" for name in reader.sparse_names} | set(reader.dense_names)
+    assert own == set(pruned_llama.dense)
+
+
+def test_a_sound_folder_has_no_problems(pruned_llama):
+    assert problems(pruned_llama.folder) == []
+    assert is_compressed(pruned_llama.folder) and not is_compressed(pruned_llama.source)
+
+
+def flip_one_bit(bitmask):
+    bitmask[3, 2] ^= 16
+    return bitmask
+
+
+def move_one_bit(bitmask):
+    """Still eight bits of a byte, four of them set, but three in one group of four and one in the other."""
+    bitmask[3, 2] = 0b00010111
+    return bitmask
+
+
+def not_a_number(values):
+    values[1, 1] = float("nan")
+    return values
+
+
+def repeat_an_index(p):
+    p[5] = p[6]
+    return p
+
+
+def swap_across_heads(p):
+    p[[0, 100]] = p[[100, 0]]
+    return p
+
+
+def differ_within_a_group(p):
+    """Swapped in the first query head only, while the second reads the same key-value head."""
+    p[[0, 1]] = p[[1, 0]]
+    return p
+
+
+@pytest.mark.parametrize(
+    "tensor, change, layer, words",
+    [
+        (f"{Q}.bitmask", flip_one_bit, Q, "exactly two"),
+        (f"{Q}.bitmask", move_one_bit, Q, "exactly two"),
+        (f"{Q}.bitmask", lambda t: t[:-1], Q, "expected 128 x 128"),
+        (f"{Q}.bitmask", lambda t: t[:, :-1], Q, "expected 128 x 128"),
+        (f"{Q}.bitmask", lambda t: t.to(torch.int8), Q, "int8"),
+        (f"{Q}.bitmask", lambda t: t.flatten(), Q, "two matrices"),
+        (f"{Q}.bitmask", lambda t: None, Q, "missing"),
+        (f"{Q}.compressed", lambda t: t[:, :-1], Q, "values have shape"),
+        (f"{Q}.compressed", lambda t: t.double(), Q, "float64"),
+        (f"{Q}.compressed", not_a_number, Q, "NaN"),
+        (f"{Q}.compressed", lambda t: None, Q, "missing"),
+        (f"{Q}.shape", lambda t: t + 64, Q, "expected 192 x 192"),
+        (f"{Q}.shape", lambda t: t.float(), Q, "int64"),
+        (f"{Q}.shape", lambda t: t[:1], Q, "two int64"),
+        (f"{Q}.shape", lambda t: None, Q, "missing"),
+        (f"{Q}.input_permutation", repeat_an_index, Q, "not a permutation"),
+        (f"{Q}.input_permutation", lambda t: t + 1, Q, "outside 0..127"),
+        (f"{Q}.input_permutation", lambda t: t - 2**30, Q, "outside 0..127"),
+        (f"{Q}.input_permutation", lambda t: t[:-1], Q, "shape"),
+        (f"{Q}.input_permutation", lambda t: t.half(), Q, "dtype"),
+        (f"{O}.input_permutation", swap_across_heads, O, "another head"),
+        (f"{O}.input_permutation", differ_within_a_group, O, "different orders"),
+        ("model.norm.weight", lambda t: t * float("inf"), "model.norm.weight", "infinite"),
+    ],
+)
+def test_damaged_tensors_are_found_by_layer(damage, tensor, change, layer, words):
+    damage.replace(tensor, change)
+    found = problems(damage.folder)
+    assert len(found) == 1 and layer in found[0] and words in found[0], found
+
+
+def test_any_bit_of_any_bitmask(damage):
+    """Four random flips over all linears: each one found, each one's layer named."""
+    reader = Reader(damage.folder)
+    generator = torch.Generator().manual_seed(11)
+    chosen = [reader.sparse_names[i] for i in torch.randperm(len(reader.sparse_names), generator=generator)[:4]]
+    for name in chosen:
+
+        def flip(bitmask):
+            at = int(torch.randint(bitmask.numel(), (), generator=generator))
+            bitmask.view(-1)[at] ^= 1 << int(torch.randint(8, (), generator=generator))
+            return bitmask
+
+        damage.replace(f"{name}.bitmask", flip)
+    found = problems(damage.folder)
+    assert len(found) == 4 and all(any(f": {name}: " in problem for problem in found) for name in chosen)
+
+
+def test_a_permutation_for_an_unknown_linear(damage):
+    def rename(content):
+        content["weight_map"] = {k: v for k, v in content["weight_map"].items() if not k.startswith(Q + ".")}
+
+    damage.edit_json(INDEX, rename)
+    found = problems(damage.folder)
+    assert len(found) == 1 and Q in found[0] and "no pruned linear" in found[0]
+
+
+def test_permutations_lost(damage):
+    (damage.folder / "permutations.safetensors").unlink()
+    assert "permutations.safetensors: missing" in problems(damage.folder)[0]
+
+
+@pytest.mark.parametrize("file", ["permutations.safetensors", "shard"])
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_truncated_files(damage, file, size):
+    path = damage.file_of(f"{Q}.compressed") if file == "shard" else damage.folder / file
+    content = path.read_bytes()
+    path.write_bytes(content[:size])
+    found = problems(damage.folder)
+    assert len(found) == 1 and str(path) in found[0] and "truncated" in found[0]
+
+
+def test_missing_shard(damage):
+    path = damage.file_of(f"{Q}.compressed")
+    path.unlink()
+    found = problems(damage.folder)
+    assert str(path) in found[0] and "missing" in found[0] and "model.layers." in found[0]
+
+
+@pytest.mark.parametrize("shard", ["../model-00001-of-00009.safetensors", "/etc/passwd", "..", "sub/x.safetensors", ""])
+def test_a_shard_outside_the_folder(damage, shard):
+    damage.edit_json(INDEX, lambda content: content["weight_map"].update({f"{Q}.compressed": shard}))
+    found = problems(damage.folder)
+    assert len(found) == 1 and (repr(shard) in found[0] or "missing" in found[0])
+
+
+def test_a_tensor_that_is_not_in_its_shard(damage):
+    other = damage.file_of(f"{DOWN}.compressed").name
+    damage.edit_json(INDEX, lambda content: content["weight_map"].update({f"{Q}.compressed": other}))
+    assert f"{Q}.compressed" in problems(damage.folder)[0]
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {}, {"a": 1}, "x"])
+def test_an_index_without_a_map(damage, weight_map):
+    damage.edit_json(INDEX, lambda content: content.update(weight_map=weight_map))
+    assert INDEX in problems(damage.folder)[0]
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_files_that_are_no_json_object(damage, file, content):
+    (damage.folder / file).write_bytes(content)
+    found = problems(damage.folder)
+    assert len(found) == 1 and str(damage.folder / file) in found[0]
+
+
+def test_a_folder_that_is_not_there_or_not_ours(tmp_path, pruned_llama):
+    assert "no such file" in problems(tmp_path / "nowhere")[0]
+    assert "not a folder that" in problems(pruned_llama.source)[0]
+
+
+def test_no_weights(damage):
+    for path in damage.folder.glob("model*"):
+        path.unlink()
+    assert "no weights here" in problems(damage.folder)[0]
+
+
+def test_a_pruned_linear_that_the_config_calls_dense(damage):
+    damage.edit_json("config.json", lambda c: c["quantization_config"]["sparsity_config"]["ignore"].append(Q))
+    assert any(Q in p and "ignored" in p for p in problems(damage.folder))
+
+
+def edit_fold(number, **changes):
+    def change(config):
+        config["quantization_config"]["folds"][number].update(changes)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (edit_fold(0, num_heads=None), "do not fit"),
+        (edit_fold(0, num_kv_heads=3), "do not fit"),
+        (edit_fold(0, num_kv_heads=4), "reorders 128 rows, but model.layers.0.self_attn.v_proj gives it 64"),
+        (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj", "rows": [0, 500]}]), "rows 0 to 500"),
+        (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj", "rows": [64, 0]}]), "rows 64 to 0"),
+        (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj", "rows": [0, 64]}]), "gives it 64"),
+        (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj"}] * 2), "another fold reorders too"),
+    ],
+)
+def test_folds_that_cannot_hold(damage, change, words):
+    damage.edit_json("config.json", change)
+    found = problems(damage.folder)
+    assert found and any(words in problem for problem in found), found
+    assert all("model.layers." in problem for problem in found)
+
+
+def test_linear_refuses_what_problems_reports(damage):
+    damage.replace(f"{UP}.bitmask", flip_one_bit)
+    with pytest.raises(RiaError, match=f"{UP}.*exactly two"):
+        Reader(damage.folder).linear(UP)
+
+
+def test_single_file_folders(pruned_llama):
+    files = weight_files(pruned_llama.source)
+    assert set(files) == set(pruned_llama.dense)
+    assert {f.name for f in files.values()} == {"model.safetensors"}
+
+
+def test_report_is_optional(damage):
+    assert Reader(damage.folder).report() == {}
+    (damage.folder / "ria_report.json").write_text(json.dumps({"linears": {}}))
+    assert Reader(damage.folder).report() == {"linears": {}}

@@ -1,0 +1,85 @@
+"""quantization_config: what is read, what is refused, and which folds hold."""
+
+import copy
+
+import pytest
+
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import Fold, Producer, RiaSchema
+
+CONFIG = {
+    "quant_method": "ria",
+    "format": "sparse-24-bitmask",
+    "format_version": 1,
+    "sparsity_config": {"sparsity_structure": "2:4", "ignore": ["lm_head", r"re:.*\.layers\.0\..*"]},
+    "folds": [
+        {
+            "consumer": "model.layers.{i}.mlp.down_proj",
+            "producers": [{"name": "model.layers.{i}.mlp.gate_up_proj", "rows": [0, 64]}],
+            "coupling": "elementwise",
+        }
+    ],
+    "recipe": {"method": "ria"},
+}
+
+
+def test_written_and_read_again():
+    schema = RiaSchema.parse(CONFIG, "config.json")
+    assert RiaSchema.parse(schema.model_dump(), "config.json") == schema
+
+
+def test_keys_of_a_newer_minor_version_are_kept():
+    assert RiaSchema.parse(CONFIG | {"future": 1}, "config.json").model_dump()["future"] == 1
+
+
+@pytest.mark.parametrize(
+    "path, value, field",
+    [
+        (("format_version",), 2, "format_version"),
+        (("format",), "dense", "format"),
+        (("quant_method",), "awq", "quant_method"),
+        (("sparsity_config",), None, "sparsity_config"),
+        (("sparsity_config", "sparsity_structure"), "4:8", "sparsity_config.sparsity_structure"),
+        (("sparsity_config", "ignore"), ["re:(("], "sparsity_config.ignore"),
+        (("sparsity_config", "ignore"), "lm_head", "sparsity_config.ignore"),
+        (("folds", 0, "coupling"), "magic", "folds.0.coupling"),
+        (("folds", 0, "producers"), [], "folds.0.producers"),
+        (("folds", 0, "num_heads"), 0, "folds.0.num_heads"),
+        (("folds", 0, "producers", 0, "rows"), [0], "folds.0.producers.0.rows"),
+        (("folds",), {}, "folds"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_name(path, value, field):
+    config = copy.deepcopy(CONFIG)
+    target = config
+    for part in path[:-1]:
+        target = target[part]
+    target[path[-1]] = value
+    with pytest.raises(RiaError, match=f"somewhere.json: quantization_config.{field}"):
+        RiaSchema.parse(config, "somewhere.json")
+
+
+def test_ignored_by_exact_name_or_regex():
+    schema = RiaSchema.parse(CONFIG, "config.json")
+    assert schema.ignored("lm_head") and schema.ignored("model.layers.0.mlp.up_proj")
+    assert not schema.ignored("model.layers.10.mlp.up_proj") and not schema.ignored("x.lm_head")
+
+
+def test_fold_patterns_match_one_layer_number():
+    fold = Fold(
+        consumer="h.{i}.fc2", producers=[Producer(name="h.{i}.fc1", rows=(2, 4))], coupling="elementwise"
+    )
+    assert fold.layer("h.12.fc2") == "12"
+    assert fold.layer("h.x.fc2") is None and fold.layer("hx12.fc2") is None and fold.layer("a.h.1.fc2") is None
+    assert fold.producers_of("h.12.fc2") == [Producer(name="h.12.fc1", rows=(2, 4))]
+    single = Fold(consumer="head.out", producers=[Producer(name="head.in")], coupling="elementwise")
+    assert single.layer("head.out") == "" and single.producers_of("head.out") == [Producer(name="head.in")]
+
+
+def test_a_fold_holds_only_where_its_producers_are_pruned():
+    schema = RiaSchema.parse(CONFIG, "config.json")
+    names = {f"model.layers.{i}.mlp.{part}" for i in (1, 2) for part in ("down_proj", "gate_up_proj")}
+    sparse = names - {"model.layers.2.mlp.gate_up_proj"}
+    permuted = ["model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"]
+    assert [name for name, _, _ in schema.active_folds(permuted, sparse)] == ["model.layers.1.mlp.down_proj"]
+    assert not list(schema.active_folds([], names))

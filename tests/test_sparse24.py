@@ -1,0 +1,108 @@
+"""The 2:4 tensor against definitions written out bit by bit."""
+
+import pytest
+import torch
+
+from ria_vllm import sparse24
+
+
+def random_mask(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1)
+    return (order < 2).view(rows, columns)
+
+
+@pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64), (7, 128), (33, 192)])
+def test_round_trip_is_exact(dtype, shape):
+    mask = random_mask(*shape)
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    compressed, bitmask = sparse24.compress(dense, mask)
+    assert compressed.shape == (shape[0], shape[1] // 2) and compressed.dtype == dtype
+    assert bitmask.shape == (shape[0], shape[1] // 8) and bitmask.dtype == torch.uint8
+    assert sparse24.check(compressed, bitmask, shape) is None
+    assert torch.equal(sparse24.decompress(compressed, bitmask), dense * mask)
+    assert torch.equal(sparse24.mask_from_bitmask(bitmask), mask)
+
+
+def test_bits_and_values_lie_where_the_format_says():
+    dense = torch.arange(1.0, 65.0).view(1, 64)
+    mask = random_mask(1, 64)
+    compressed, bitmask = sparse24.compress(dense, mask)
+    for byte in range(8):
+        for bit in range(8):
+            assert bool(int(bitmask[0, byte]) >> bit & 1) == bool(mask[0, 8 * byte + bit])
+    assert compressed[0].tolist() == [float(c + 1) for c in range(64) if mask[0, c]]
+
+
+def test_a_group_of_zeros_still_stores_two_values():
+    compressed, bitmask = sparse24.compress(torch.zeros(2, 64))
+    assert compressed.shape == (2, 32) and sparse24.check(compressed, bitmask) is None
+
+
+def test_without_a_mask_the_two_largest_magnitudes_stay():
+    dense = torch.randn(16, 64, generator=torch.Generator().manual_seed(5))
+    found = sparse24.decompress(*sparse24.compress(dense))
+    for row in range(16):
+        for group in range(0, 64, 4):
+            values = dense[row, group : group + 4].tolist()
+            kept = sorted(values, key=abs)[2:]
+            assert found[row, group : group + 4].tolist() == [v if v in kept else 0.0 for v in values]
+
+
+def test_of_equals_the_left_ones_stay():
+    found = sparse24.decompress(*sparse24.compress(torch.ones(1, 64)))
+    assert found.view(-1, 4).tolist() == [[1.0, 1.0, 0.0, 0.0]] * 16
+
+
+def test_non_contiguous_input():
+    dense = torch.randn(64, 24, generator=torch.Generator().manual_seed(7)).t()
+    mask = random_mask(24, 64).t().contiguous().t()
+    assert not dense.is_contiguous() and not mask.is_contiguous()
+    for given in (None, mask):
+        expected = sparse24.compress(dense.contiguous(), None if given is None else given.contiguous())
+        assert all(map(torch.equal, sparse24.compress(dense, given), expected))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(2, 64, dtype=torch.bool), torch.zeros(2, 64, dtype=torch.bool), random_mask(2, 32), random_mask(3, 64)],
+)
+def test_a_mask_that_is_not_2_of_4_is_refused(mask):
+    with pytest.raises(ValueError, match="2:4"):
+        sparse24.compress(torch.randn(2, 64), mask)
+
+
+def test_columns_in_multiples_of_eight():
+    with pytest.raises(ValueError, match="multiples of 8"):
+        sparse24.compress(torch.randn(2, 60))
+
+
+def test_every_single_bit_flip_of_the_bitmask_is_caught():
+    compressed, bitmask = sparse24.compress(torch.randn(3, 64, generator=torch.Generator().manual_seed(9)))
+    for row in range(3):
+        for byte in range(8):
+            for bit in range(8):
+                flipped = bitmask.clone()
+                flipped[row, byte] ^= 1 << bit
+                wrong = sparse24.check(compressed, flipped)
+                assert wrong is not None and f"row {row}, columns {8 * byte} to" in wrong
+
+
+@pytest.mark.parametrize(
+    "compressed, bitmask, shape, words",
+    [
+        (torch.zeros(4, 32), torch.full((4, 8), 0x33, dtype=torch.uint8), (4, 128), "expected 4 x 128"),
+        (torch.zeros(4, 32), torch.full((4, 8), 0x33, dtype=torch.uint8), (5, 64), "expected 5 x 64"),
+        (torch.zeros(4, 31), torch.full((4, 8), 0x33, dtype=torch.uint8), None, "values have shape"),
+        (torch.zeros(3, 32), torch.full((4, 8), 0x33, dtype=torch.uint8), None, "values have shape"),
+        (torch.zeros(4, 32).double(), torch.full((4, 8), 0x33, dtype=torch.uint8), None, "float64"),
+        (torch.zeros(4, 32), torch.full((4, 8), 0x33, dtype=torch.int8), None, "int8"),
+        (torch.zeros(128), torch.full((4, 8), 0x33, dtype=torch.uint8), None, "two matrices"),
+        (torch.zeros(4, 16), torch.full((4, 4), 0x33, dtype=torch.uint8), None, "multiple of 64"),
+        (torch.zeros(4, 0), torch.zeros(4, 0, dtype=torch.uint8), None, "multiple of 64"),
+        (torch.zeros(0, 32), torch.zeros(0, 8, dtype=torch.uint8), None, "no rows"),
+    ],
+)
+def test_check_says_what_is_wrong(compressed, bitmask, shape, words):
+    assert words in (sparse24.check(compressed, bitmask, shape) or "")

@@ -1,0 +1,200 @@
+"""The writer: a folder appears whole or not at all, and nothing finished is lost."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, safe_open
+
+from ria_vllm import writer as writer_module
+from ria_vllm.errors import RiaError
+from ria_vllm.writer import CheckpointWriter, disk_errors, parse_size
+
+TENSORS = {f"t{i}": torch.full((100,), float(i)) for i in range(5)}
+
+
+def written(out, max_shard_size=10**9, **options) -> CheckpointWriter:
+    writer = CheckpointWriter(out, **options)
+    for name, tensor in TENSORS.items():
+        writer.write(name, {name: tensor}, record={"loss": 1.5})
+    writer.finish(list(TENSORS), {"config.json": {"a": 1}}, [], max_shard_size)
+    return writer
+
+
+def test_one_file(tmp_path):
+    written(tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(found) == set(TENSORS) and all(torch.equal(found[n], t) for n, t in TENSORS.items())
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_shards_hold_at_most_their_size_and_the_index_names_all(tmp_path):
+    written(tmp_path / "out", max_shard_size=900)  # 400 bytes a tensor
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2000 and set(index["weight_map"]) == set(TENSORS)
+    assert sorted(set(index["weight_map"].values())) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / "out" / file)[name], TENSORS[name])
+
+
+def test_shards_carry_the_metadata_transformers_asks_for(tmp_path):
+    written(tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_same_input_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        written(tmp_path / name, max_shard_size=900)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8, torch.int64])
+def test_views_and_dtypes(tmp_path, dtype):
+    tensor = torch.arange(24).to(dtype).view(4, 6).t()
+    writer = CheckpointWriter(tmp_path / "out")
+    writer.write("u", {"x": tensor})
+    writer.finish(["u"], {}, [], 10**9)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["x"], tensor)
+
+
+def test_permutations_get_their_own_file(tmp_path):
+    writer = CheckpointWriter(tmp_path / "out")
+    writer.write("u", {"a.compressed": torch.ones(2), "a.input_permutation": torch.arange(4, dtype=torch.int32)})
+    writer.finish(["u"], {}, [], 10**9)
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == {"a.compressed"}
+    assert set(load_file(tmp_path / "out" / "permutations.safetensors")) == {"a.input_permutation"}
+
+
+def test_an_existing_folder_is_refused_before_any_work(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RiaError, match="exists already.*--overwrite"):
+        CheckpointWriter(tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_overwrite_replaces_only_at_the_end(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    writer = CheckpointWriter(out, overwrite=True)
+    writer.write("u", TENSORS)
+    assert (out / "old.txt").exists()
+    writer.finish(["u"], {}, [], 10**9)
+    assert [p.name for p in out.iterdir()] == ["model.safetensors"] and list(tmp_path.iterdir()) == [out]
+
+
+def test_overwrite_of_a_link_leaves_its_target(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "keep.txt").write_text("keep")
+    (tmp_path / "out").symlink_to(target)
+    written(tmp_path / "out", overwrite=True)
+    assert (target / "keep.txt").exists() and not (tmp_path / "out").is_symlink()
+
+
+def test_resume_keeps_finished_units_and_their_records(tmp_path):
+    CheckpointWriter(tmp_path / "out").write("t0", {"t0": TENSORS["t0"]}, record={"loss": 1.5})
+    again = CheckpointWriter(tmp_path / "out", resume=True)
+    assert again.has("t0") and not again.has("t1") and again.record("t0") == {"loss": 1.5}
+    tensors, record = again.read("t0")
+    assert torch.equal(tensors["t0"], TENSORS["t0"]) and record == {"loss": 1.5}
+    assert not CheckpointWriter(tmp_path / "out").has("t0")
+
+
+def test_a_folder_of_someone_elses_in_the_way_is_left_alone(tmp_path):
+    foreign = tmp_path / "out.partial"
+    foreign.mkdir()
+    (foreign / "mine.txt").write_text("mine")
+    with pytest.raises(RiaError, match="holds something else"):
+        CheckpointWriter(tmp_path / "out")
+    assert (foreign / "mine.txt").exists()
+
+
+def test_out_that_appears_meanwhile_is_not_destroyed(tmp_path):
+    writer = CheckpointWriter(tmp_path / "out")
+    writer.write("u", TENSORS)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(RiaError, match="appeared"):
+        writer.finish(["u"], {}, [], 10**9)
+    assert (tmp_path / "out" / "mine.txt").exists()
+
+
+def test_killed_at_the_end_leaves_nothing_half_written(tmp_path):
+    """The process dies while shards are copied: OUT does not exist, and the units serve the next run."""
+    script = f"""
+import os, torch
+from pathlib import Path
+from ria_vllm import writer
+w = writer.CheckpointWriter(Path({str(tmp_path / "out")!r}))
+for i in range(5):
+    w.write(f"t{{i}}", {{f"t{{i}}": torch.full((100,), float(i))}})
+copy = writer._copy_tensors
+def die(entries, path):
+    copy(entries, path)
+    os.kill(os.getpid(), {int(signal.SIGKILL)})
+writer._copy_tensors = die
+w.finish([f"t{{i}}" for i in range(5)], {{}}, [], 900)
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    writer = CheckpointWriter(tmp_path / "out", resume=True)
+    assert all(writer.has(name) for name in TENSORS)
+    writer.finish(list(TENSORS), {}, [], 10**9)
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(TENSORS)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_full_disk_while_copying(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = CheckpointWriter(tmp_path / "out")
+    writer.write("u", TENSORS)
+    monkeypatch.setattr(writer_module, "_copy_tensors", full)
+    with pytest.raises(RiaError, match="no space left"):
+        writer.finish(["u"], {}, [], 10**9)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_on_file_size_while_saving(tmp_path):
+    """safetensors reports the system's error as text: it must become a message too."""
+    writer = CheckpointWriter(tmp_path / "out")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    try:
+        with pytest.raises(RiaError, match="cannot write .*too large"):
+            writer.write("u", {"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not writer.has("u")
+
+
+def test_a_read_only_place():
+    with pytest.raises(RiaError, match="/proc/x.partial: cannot write"):
+        with disk_errors("/proc/x.partial"):
+            os.mkdir("/proc/x.partial")
+
+
+@pytest.mark.parametrize(
+    "text, size", [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("1GiB", 2**30), ("7", 7), ("3K", 3000), ("9B", 9)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "0GB", "-1", "1.5GB", "5XB", "GB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(RiaError, match="5GB"):
+        parse_size(text)
