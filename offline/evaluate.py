@@ -1,0 +1,182 @@
+"""`ria-vllm eval`: perplexity of a dense or a compressed folder, and tasks through lm-evaluation-harness."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from ria_vllm.checkpoint import Reader, is_compressed
+from ria_vllm.errors import RiaError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood; `tokens` counts the predicted ones, all but the first of each window."""
+
+    perplexity: float
+    tokens: int
+    windows: int
+    seq_len: int
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RiaError("--device cuda: torch sees no CUDA device. Use --device cpu.")
+    return torch.device(name)
+
+
+def load_model(folder: str, device: torch.device) -> Any:
+    """A transformers causal LM in evaluation mode; a compressed folder is decompressed in memory.
+
+    Args:
+        folder: a folder, or a hub id of a dense model.
+
+    Raises:
+        RiaError: not a model, or a damaged compressed one.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        if not is_compressed(Path(folder)):
+            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        else:
+            state = dense_state(Reader(folder))
+            config = AutoConfig.from_pretrained(folder)
+            del config.quantization_config
+            with torch.device("meta"):
+                architecture = type(AutoModelForCausalLM.from_config(config))
+            model, info = architecture.from_pretrained(
+                None, config=config, state_dict=state, dtype=config.dtype or "auto", output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise RiaError(f"{folder}: transformers cannot load it as a causal language model: {error}") from error
+    if info["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        raise RiaError(f"{folder}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. Get the files again.")
+    return model.to(device).eval()
+
+
+def dense_state(reader: Reader) -> dict[str, torch.Tensor]:
+    """Every tensor of the dense model, in the model's own channel order."""
+    state = {f"{name}.weight": reader.linear(name).dense() for name in reader.sparse_names}
+    return state | {name: reader.tensor(name) for name in reader.dense_names}
+
+
+def read_tokens(folder: str, text: Path, max_tokens: int | None) -> torch.Tensor:
+    """int64 [tokens] of a text file, with the special tokens that the model's tokenizer puts at the start."""
+    from transformers import AutoTokenizer
+
+    try:
+        content = text.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RiaError(f"{text}: not readable as text ({error}).") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise RiaError(f"{folder}: no tokenizer that transformers can load: {error}") from error
+    # The warning about texts longer than the context does not apply: the windows are cut below.
+    tokens = torch.tensor(tokenizer(content, verbose=False)["input_ids"], dtype=torch.int64)
+    return tokens if max_tokens is None else tokens[:max_tokens]
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Any, tokens: torch.Tensor, seq_len: int, on_window: Callable[[int, int], None] = lambda done, total: None
+) -> Perplexity:
+    """Over consecutive windows of `seq_len` tokens, each on its own; what is left at the end is dropped.
+
+    A text shorter than one window is one window. Log-likelihoods are summed in float64 from float32 logits.
+
+    Raises:
+        RiaError: fewer than two tokens, or logits that are not finite.
+    """
+    if len(tokens) < 2:
+        raise RiaError(f"the text has {len(tokens)} tokens; at least two are needed to predict one.")
+    seq_len = min(seq_len, len(tokens))
+    windows = tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len)
+    total = torch.zeros((), dtype=torch.float64)
+    for number, window in enumerate(windows):
+        window = window.to(model.device)
+        logits = model(window[None], use_cache=False).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").double().cpu()
+        if not math.isfinite(total):
+            raise RiaError(f"window {number + 1}: the model's logits are not finite. Check the folder with `verify`.")
+        on_window(number + 1, len(windows))
+    count = len(windows) * (seq_len - 1)
+    mean = float(total) / count
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, count, len(windows), seq_len)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--text", type=click.Path(path_type=Path), help="A text file: measure perplexity on it.")
+@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens a window; 1024, or a shorter context of the model.")
+@click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first so many tokens of the text.")
+@click.option("--tasks", help="Comma-separated tasks for lm-evaluation-harness (needs ria-vllm[tasks]).")
+@click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="What runs --tasks.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only the first so many examples of each task.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(
+    model: str,
+    text: Path | None,
+    seq_len: int | None,
+    max_tokens: int | None,
+    tasks: str | None,
+    engine: str,
+    limit: int | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure MODEL: a Hugging Face folder or hub id, or a folder that `ria-vllm compress` wrote."""
+    if (text is None) == (tasks is None):
+        raise RiaError("eval: give --text FILE for perplexity, or --tasks NAMES for lm-evaluation-harness.")
+    if tasks is not None:
+        from ria_vllm.offline.tasks import run_tasks
+
+        results = run_tasks(model, tasks.split(","), engine, limit, choose_device(device))
+        click.echo(json.dumps(results, indent=2) if as_json else task_lines(results))
+        return
+    assert text is not None
+    tokens = read_tokens(model, text, max_tokens)
+    loaded = load_model(model, choose_device(device))
+    seq_len = window_length(loaded, seq_len)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("windows")
+        found = perplexity(
+            loaded, tokens, seq_len, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    if as_json:
+        click.echo(json.dumps({"model": model, "text": str(text), **asdict(found)}, indent=2))
+    else:
+        click.echo(
+            f"perplexity {found.perplexity:.4f} ({found.tokens} tokens, {found.windows} windows of {found.seq_len})"
+        )
+
+
+def window_length(model: Any, asked: int | None) -> int:
+    """Positions past the model's context would fail deep inside it, or give numbers that mean nothing."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        return min(1024, longest or 1024)
+    if longest is not None and asked > longest:
+        raise RiaError(f"--seq-len {asked}: the model's context is {longest} tokens. Choose a smaller window.")
+    return asked
+
+
+def task_lines(results: dict[str, Any]) -> str:
+    return "\n".join(
+        f"{task}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+        for task, metrics in results["tasks"].items()
+    )

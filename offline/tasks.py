@@ -1,0 +1,55 @@
+"""Benchmark tasks through lm-evaluation-harness, an optional extra."""
+
+from typing import Any
+
+import torch
+
+from ria_vllm.errors import RiaError
+
+
+def run_tasks(model: str, tasks: list[str], engine: str, limit: int | None, device: torch.device) -> dict[str, Any]:
+    """Run lm-evaluation-harness.
+
+    Args:
+        model: folder or hub id; compressed folders are decompressed for the engine `hf`, served as they are by `vllm`.
+        limit: examples a task, None for all.
+
+    Returns:
+        {"model", "engine", "tasks": {task: {metric: number}}}.
+
+    Raises:
+        RiaError: the harness is not installed, or knows no such task.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise RiaError(f"--tasks needs lm-evaluation-harness ({error}). Install it: pip install 'ria-vllm[tasks]'") from None
+    manager = TaskManager()
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise RiaError(f"lm-evaluation-harness knows no task {', '.join(unknown)}. `lm_eval ls tasks` lists them.")
+    if engine == "vllm":
+        harness_model: Any = "vllm"
+        arguments = {"pretrained": model}
+    else:
+        from transformers import AutoTokenizer
+
+        from ria_vllm.offline.evaluate import load_model
+
+        harness_model = HFLM(pretrained=load_model(model, device), tokenizer=AutoTokenizer.from_pretrained(model))
+        arguments = {}
+    output = lm_eval.simple_evaluate(
+        model=harness_model, model_args=arguments, tasks=tasks, limit=limit, task_manager=manager
+    )
+    return {"model": model, "engine": engine, "tasks": {t: numbers(m) for t, m in output["results"].items()}}
+
+
+def numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """The harness's metrics without its text fields; "acc,none" becomes "acc"."""
+    return {
+        key.removesuffix(",none"): float(value)
+        for key, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }

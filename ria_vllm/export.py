@@ -1,0 +1,61 @@
+"""A compressed folder turned back into a plain dense Hugging Face folder, one tensor in memory at a time."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ria_vllm.checkpoint import INDEX_FILE, Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import PERMUTATIONS_FILE, REPORT_FILE
+from ria_vllm.writer import CheckpointWriter
+
+OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE}
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """The files beside the weights that a dense folder needs too: tokenizer, templates, generation config."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name not in OWN_FILES and path.suffix not in WEIGHT_SUFFIXES
+    ]
+
+
+def export_dense(
+    reader: Reader,
+    out: Path,
+    max_shard_size: int,
+    overwrite: bool = False,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write `out`: the model's own channel order, zeros where pruned, no quantization_config.
+
+    The folder appears whole or not at all.
+
+    Args:
+        max_shard_size: bytes.
+        on_tensor: called with (finished, total) after each tensor.
+
+    Raises:
+        RiaError: `out` exists (unless `overwrite`) or is the folder being read, a damaged tensor, a full disk.
+    """
+    if out.resolve() == reader.folder.resolve():
+        raise RiaError(f"{out}: this is the folder being exported. Choose another one.")
+    writer = CheckpointWriter(out, overwrite=overwrite)
+    names = [(name, True) for name in reader.sparse_names] + [(name, False) for name in reader.dense_names]
+    names.sort(key=lambda entry: (reader.files[entry[0] + (".compressed" if entry[1] else "")], entry[0]))
+    keys = []
+    try:
+        for number, (name, sparse) in enumerate(names):
+            key = f"{number:06d}"
+            if sparse:
+                writer.write(key, {f"{name}.weight": reader.linear(name).dense()})
+            else:
+                writer.write(key, {name: reader.tensor(name)})
+            keys.append(key)
+            on_tensor(number + 1, len(names))
+        config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
+        writer.finish(keys, {"config.json": config}, companion_files(reader.folder), max_shard_size)
+    except BaseException:
+        writer.discard()
+        raise

@@ -1,0 +1,112 @@
+"""What a compressed folder holds, as plain numbers: the content of `ria-vllm inspect`."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ria_vllm.checkpoint import Reader
+
+
+@dataclass(frozen=True)
+class LinearEntry:
+    """One pruned linear. `bytes` counts values, bitmask, shape and permutation; `sparsity` counts real zeros."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    bytes: int
+    dense_bytes: int
+    sparsity: float
+    permutation: str  # none, folded (into the rows of its producers) or gathered (by its own kernel)
+    retained_before: float | None
+    retained_after: float | None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Bytes of the weights: `dense_bytes` is what the same tensors take when nothing is pruned."""
+
+    linears: int
+    linear_bytes: int
+    linear_dense_bytes: int
+    other_bytes: int
+    bytes: int
+    dense_bytes: int
+    ratio: float
+    linear_ratio: float
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class Inventory:
+    folder: str
+    linears: list[LinearEntry]
+    dense_linears: list[str]
+    totals: Totals
+    recipe: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def report_number(entry: Any, key: str) -> float | None:
+    """A number of one linear's report entry; None where the report has none (it is informative and untrusted)."""
+    value = entry.get(key) if isinstance(entry, dict) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def report_linears(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Linear name -> its entry in a `ria_report.json`, whether it lists them by name or in a list."""
+    linears = report.get("linears", {})
+    if isinstance(linears, list):
+        linears = {e["name"]: e for e in linears if isinstance(e, dict) and isinstance(e.get("name"), str)}
+    return {n: e for n, e in linears.items() if isinstance(e, dict)} if isinstance(linears, dict) else {}
+
+
+def take_inventory(reader: Reader) -> Inventory:
+    """Read every pruned linear once, one at a time.
+
+    Raises:
+        RiaError: a linear is damaged.
+    """
+    reported = report_linears(reader.report())
+    sparse = set(reader.sparse_names)
+    folded = {name for name, _, _ in reader.schema.active_folds(reader.permuted_names, sparse)}
+    entries, zeros = [], 0
+    for name in reader.sparse_names:
+        linear = reader.linear(name)
+        rows, columns = linear.shape
+        stored = [linear.compressed, linear.bitmask]
+        if linear.input_permutation is not None:
+            stored.append(linear.input_permutation)
+        own_zeros = rows * columns - int(linear.compressed.count_nonzero())
+        zeros += own_zeros
+        kind = "none" if name not in reader.permuted_names else "folded" if name in folded else "gathered"
+        entries.append(
+            LinearEntry(
+                name=name,
+                shape=(rows, columns),
+                dtype=str(linear.compressed.dtype).removeprefix("torch."),
+                bytes=sum(t.nbytes for t in stored) + 2 * 8,  # and the shape, two int64
+                dense_bytes=rows * columns * linear.compressed.element_size(),
+                sparsity=own_zeros / (rows * columns),
+                permutation=kind,
+                retained_before=report_number(reported.get(name), "retained_before"),
+                retained_after=report_number(reported.get(name), "retained_after"),
+            )
+        )
+    other = sum(reader.tensor(name).nbytes for name in reader.dense_names)
+    linear_bytes = sum(e.bytes for e in entries)
+    linear_dense = sum(e.dense_bytes for e in entries)
+    totals = Totals(
+        linears=len(entries),
+        linear_bytes=linear_bytes,
+        linear_dense_bytes=linear_dense,
+        other_bytes=other,
+        bytes=linear_bytes + other,
+        dense_bytes=linear_dense + other,
+        ratio=(linear_bytes + other) / (linear_dense + other),
+        linear_ratio=linear_bytes / linear_dense,
+        sparsity=zeros / sum(e.shape[0] * e.shape[1] for e in entries),
+    )
+    dense_linears = sorted(reader.schema.sparsity_config.ignore)
+    return Inventory(str(reader.folder), entries, dense_linears, totals, reader.schema.recipe)

@@ -1,0 +1,105 @@
+"""Perplexity against the definition, and the compressed model against the dense one it stands for."""
+
+import json
+import math
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.evaluate import evaluate, load_model, perplexity, read_tokens
+
+CPU = torch.device("cpu")
+TEXT = "The two largest of every four stay, and the others are gone. " * 8
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(evaluate, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def test_perplexity_is_the_exponential_of_the_mean_negative_log_likelihood(tiny_llama):
+    model = load_model(str(tiny_llama), CPU)
+    tokens = torch.randint(2, 250, (100,), generator=torch.Generator().manual_seed(0))
+    nll = []
+    for window in (tokens[:30], tokens[30:60], tokens[60:90]):  # the last ten are dropped
+        with torch.no_grad():
+            log_p = model(window[None]).logits[0].double().log_softmax(-1)
+        nll += [-float(log_p[i, window[i + 1]]) for i in range(29)]
+    found = perplexity(model, tokens, 30)
+    assert (found.tokens, found.windows, found.seq_len) == (87, 3, 30)
+    assert found.perplexity == pytest.approx(math.exp(sum(nll) / 87), rel=1e-5)
+
+
+def test_a_short_text_is_one_window(tiny_llama):
+    found = perplexity(load_model(str(tiny_llama), CPU), torch.arange(2, 22), 1024)
+    assert (found.tokens, found.windows, found.seq_len) == (19, 1, 20)
+
+
+def test_a_compressed_folder_is_the_model_it_stands_for(pruned_llama):
+    model = load_model(str(pruned_llama.folder), CPU)
+    state = model.state_dict()
+    assert model.dtype == torch.bfloat16
+    assert all(torch.equal(state[name], tensor) for name, tensor in pruned_llama.dense.items())
+
+
+def test_command_on_both_kinds_of_folder(pruned_llama, text):
+    found = {}
+    for folder in (pruned_llama.source, pruned_llama.folder):
+        found[folder] = json.loads(run(folder, "--text", text, "--seq-len", 64, "--max-tokens", 200, "--json").stdout)
+        assert found[folder]["tokens"] == 3 * 63
+        model = load_model(str(folder), CPU)
+        tokens = read_tokens(str(folder), text, 200)
+        assert found[folder]["perplexity"] == pytest.approx(perplexity(model, tokens, 64).perplexity)
+    assert found[pruned_llama.source]["perplexity"] != found[pruned_llama.folder]["perplexity"]
+
+
+def test_command_for_readers(pruned_llama, text):
+    assert "1 windows of 256" in run(pruned_llama.folder, "--text", text).output  # the model's context is 256
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "give --text FILE"),
+        (["--text", "/nowhere.txt"], "/nowhere.txt: not readable"),
+        (["--seq-len", "300"], "context is 256"),
+        (["--tasks", "arc_easy", "--text", "x"], "give --text FILE"),
+    ],
+)
+def test_bad_input(pruned_llama, text, arguments, words):
+    if "--seq-len" in arguments:
+        arguments = [*arguments, "--text", text]
+    with pytest.raises(RiaError, match=words):
+        run(pruned_llama.folder, *arguments)
+
+
+def test_an_empty_text(pruned_llama, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(RiaError, match="at least two"):
+        run(pruned_llama.folder, "--text", tmp_path / "empty.txt")
+
+
+def test_missing_weights_are_not_made_up(damage, text):
+    damage.replace("model.norm.weight", lambda t: None)
+    damage.edit_json("model.safetensors.index.json", lambda c: c["weight_map"].pop("model.norm.weight"))
+    with pytest.raises(RiaError, match="model.norm.weight"):
+        run(damage.folder, "--text", text)
+
+
+def test_a_model_that_only_gives_nan(damage, text):
+    damage.replace("model.norm.weight", lambda t: t * float("nan"))
+    with pytest.raises(RiaError, match="not finite"):
+        run(damage.folder, "--text", text)
+
+
+def test_a_folder_that_is_no_model(tmp_path, text):
+    with pytest.raises(RiaError, match=str(tmp_path)):
+        run(tmp_path, "--text", text)

@@ -1,0 +1,148 @@
+"""`inspect`, `verify` and `export`, as a user calls them."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from ria_vllm.errors import RiaError
+from ria_vllm.folder_commands import export, human_size, inspect, verify
+
+Q, DOWN, GATE = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj"
+
+
+def run(command, *arguments):
+    return CliRunner().invoke(command, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def test_inspect_counts_the_bytes_that_are_there(pruned_llama):
+    found = json.loads(run(inspect, pruned_llama.folder, "--json").output)
+    tensors = {}
+    for path in pruned_llama.folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    for entry in found["linears"]:
+        own = [t for n, t in tensors.items() if n.rpartition(".")[0] == entry["name"]]
+        assert len(own) in (3, 4) and entry["bytes"] == sum(t.numel() * t.element_size() for t in own)
+        dense = pruned_llama.dense[entry["name"] + ".weight"]
+        assert entry["shape"] == list(dense.shape) and entry["dtype"] == "bfloat16"
+        assert entry["dense_bytes"] == dense.numel() * 2
+        assert entry["sparsity"] == pytest.approx(float((dense == 0).double().mean()))
+    totals = found["totals"]
+    assert totals["bytes"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert totals["dense_bytes"] == sum(t.numel() * 2 for t in pruned_llama.dense.values())
+    assert totals["ratio"] == pytest.approx(totals["bytes"] / totals["dense_bytes"])
+    assert totals["linears"] == 14 and totals["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_inspect_says_who_pays_for_each_permutation(pruned_llama):
+    kinds = {e["name"]: e["permutation"] for e in json.loads(run(inspect, pruned_llama.folder, "--json").output)["linears"]}
+    assert kinds[Q] == "gathered" and kinds[DOWN] == "folded" and kinds[GATE] == "none"
+    assert kinds["model.layers.0.self_attn.o_proj"] == "folded"
+
+
+def test_a_fold_whose_producer_is_not_there_is_a_gather(damage):
+    fold = {"producers": [{"name": "model.layers.{i}.mlp.fc1"}]}
+    damage.edit_json("config.json", lambda c: c["quantization_config"]["folds"][1].update(fold))
+    kinds = {e["name"]: e["permutation"] for e in json.loads(run(inspect, damage.folder, "--json").output)["linears"]}
+    assert kinds[DOWN] == "gathered"
+
+
+def test_inspect_shows_the_report(damage):
+    entry = {"retained_before": 0.75, "retained_after": 0.875}
+    (damage.folder / "ria_report.json").write_text(json.dumps({"linears": {Q: entry, GATE: "nonsense"}}))
+    found = {e["name"]: e for e in json.loads(run(inspect, damage.folder, "--json").output)["linears"]}
+    assert found[Q]["retained_before"] == 0.75 and found[Q]["retained_after"] == 0.875
+    assert found[GATE]["retained_after"] is None
+    assert "0.7500 -> 0.8750" in run(inspect, damage.folder).output
+
+
+def test_inspect_for_readers(pruned_llama):
+    found = run(inspect, pruned_llama.folder).output
+    assert all(name in found for name in (Q, DOWN, GATE, "4 folded, 6 gathered, 4 none", "lm_head", "magnitude"))
+
+
+def test_verify_a_sound_folder(pruned_llama):
+    found = run(verify, pruned_llama.folder)
+    assert found.exit_code == 0 and "14 pruned linears, 10 of them permuted" in found.output
+
+
+def test_verify_names_every_damaged_layer(damage):
+    def break_group(bitmask):
+        bitmask[0, 0] = 255
+        return bitmask
+
+    damage.replace(f"{Q}.bitmask", break_group)
+    damage.replace(f"{DOWN}.input_permutation", lambda p: torch.zeros_like(p))
+    found = run(verify, damage.folder)
+    assert found.exit_code == 1 and Q in found.output and DOWN in found.output and "2 problems" in found.output
+
+
+@pytest.mark.parametrize("harm", ["shard", "truncated", "config", "index"])
+def test_verify_broken_folders(damage, harm):
+    shard = damage.file_of(f"{Q}.compressed")
+    if harm == "shard":
+        shard.unlink()
+    elif harm == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif harm == "config":
+        (damage.folder / "config.json").write_text("not json")
+    else:
+        damage.edit_json("model.safetensors.index.json", lambda c: c["weight_map"].update({f"{Q}.shape": "../x"}))
+    found = run(verify, damage.folder)
+    named = {"shard": shard.name, "truncated": shard.name, "config": "config.json", "index": "'../x'"}[harm]
+    assert found.exit_code == 1 and named in found.output
+
+
+def test_export_is_the_dense_model_in_its_own_order(pruned_llama, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "dense"
+    assert run(export, pruned_llama.folder, "-o", out).exit_code == 0
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert not (out / "permutations.safetensors").exists() and list(tmp_path.iterdir()) == [out]
+    found = load_file(out / "model.safetensors")
+    assert set(found) == set(pruned_llama.dense)
+    assert all(torch.equal(found[name], tensor) for name, tensor in pruned_llama.dense.items())
+
+    exported = AutoModelForCausalLM.from_pretrained(out)
+    source = AutoModelForCausalLM.from_pretrained(pruned_llama.source)
+    source.load_state_dict(pruned_llama.dense, strict=True)
+    tokens = torch.arange(2, 50)[None]
+    assert torch.equal(exported(tokens).logits, source(tokens).logits)
+    assert AutoTokenizer.from_pretrained(out).encode("pruned") == AutoTokenizer.from_pretrained(
+        pruned_llama.source
+    ).encode("pruned")
+
+
+def test_export_in_shards(pruned_llama, tmp_path):
+    run(export, pruned_llama.folder, "-o", tmp_path / "dense", "--max-shard-size", "200KB")
+    shards = list((tmp_path / "dense").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    found = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in pruned_llama.dense.items())
+
+
+def test_export_of_a_damaged_folder_leaves_nothing(damage, tmp_path):
+    damage.replace(f"{Q}.bitmask", lambda t: t * 0)
+    with pytest.raises(RiaError, match=Q):
+        run(export, damage.folder, "-o", tmp_path / "dense")
+    assert not list(tmp_path.glob("dense*"))
+
+
+def test_export_never_touches_what_exists(damage, tmp_path):
+    (tmp_path / "dense").mkdir()
+    with pytest.raises(RiaError, match="exists already"):
+        run(export, damage.folder, "-o", tmp_path / "dense")
+    for same in (damage.folder, damage.folder / ".." / damage.folder.name):
+        with pytest.raises(RiaError, match="the folder being exported"):
+            run(export, damage.folder, "-o", same, "--overwrite")
+    assert (damage.folder / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "size, text", [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_900, "1 MB"), (1_234_567, "1.23 MB"), (5e12, "5 TB")]
+)
+def test_human_size(size, text):
+    assert human_size(int(size)) == text
