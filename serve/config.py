@@ -1,0 +1,115 @@
+"""RiaConfig: what vLLM knows of a checkpoint with quant_method "ria"."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import QUANT_METHOD, RiaSchema
+from ria_vllm.serve.files import permutations_of, pruned_names
+from ria_vllm.serve.folding import Folding, RowOrder, fold
+from ria_vllm.serve.linear import Sparse24LinearMethod
+from ria_vllm.serve.load_report import LoadReport
+
+
+class RiaConfig(QuantizationConfig):
+    """Which linears are pruned, in what order their inputs are stored, and which of these orders are folded away.
+
+    Names are the checkpoint's until vLLM calls `apply_vllm_mapper`, and vLLM's afterwards. vLLM copies and pickles the
+    object on its way to the workers, so it holds plain data only.
+    """
+
+    def __init__(self, schema: RiaSchema):
+        super().__init__()
+        self.schema = schema
+        self.pruned: set[str] | None = None
+        self.permutations: dict[str, np.ndarray] = {}
+        self.folding = Folding()
+        self.report = LoadReport()
+        self.folds_allowed = True
+
+    def __repr__(self) -> str:
+        return f"RiaConfig({self.schema.format}, {len(self.permutations)} permutations)"
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "RiaConfig":
+        return cls(RiaSchema.parse(config, "config.json"))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Read the permutations: producers must know their row order before the first weight arrives."""
+        model = str(model_name)
+        self.pruned = pruned_names(model, revision)
+        expected = self.schema.recipe.get("permute", "none") != "none" and self.pruned is not None
+        permutations = permutations_of(model, revision, expected)
+        for name in permutations:
+            if not self._is_pruned(name):
+                raise RiaError(f"{model}: a permutation for {name}, which is no pruned linear of this model.")
+        self.folding = fold(self.schema, permutations, self._is_pruned, model)
+        self.permutations = permutations
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        sparsity = self.schema.sparsity_config
+        exact = hf_to_vllm_mapper.apply_list([entry for entry in sparsity.ignore if not entry.startswith("re:")])
+        sparsity.ignore = exact + [entry for entry in sparsity.ignore if entry.startswith("re:")]
+        if self.pruned is not None:
+            self.pruned = set(hf_to_vllm_mapper.apply_list(sorted(self.pruned)))
+        self.permutations = hf_to_vllm_mapper.apply_dict(self.permutations)
+        self.folding = Folding(
+            set(hf_to_vllm_mapper.apply_list(sorted(self.folding.folded))),
+            hf_to_vllm_mapper.apply_dict(self.folding.row_orders),
+        )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            return None
+        parts = self.parts_of(prefix)
+        pruned = [self._is_pruned(part) for part in parts]
+        if not any(pruned):
+            return UnquantizedLinearMethod()
+        if not all(pruned):
+            dense = next(part for part, sparse in zip(parts, pruned) if not sparse)
+            raise RiaError(
+                f"{prefix}: vLLM fuses {', '.join(parts)}, but {dense} is dense and others are pruned. Compress the "
+                "model again with all of them pruned, or all of them in --ignore."
+            )
+        # LoRA adapters are trained against channels in the model's own order, so with them every linear keeps to it.
+        current = get_current_vllm_config_or_none()
+        self.folds_allowed = current is None or current.lora_config is None
+        return Sparse24LinearMethod(self, prefix, parts)
+
+    def parts_of(self, prefix: str) -> tuple[str, ...]:
+        """The checkpoint's linears that vLLM's layer `prefix` is made of, in output order."""
+        if self.pruned is not None and prefix in self.pruned:
+            return (prefix,)  # fused on disk already, as in Phi-3
+        parent, _, leaf = prefix.rpartition(".")
+        leaves = self.packed_modules_mapping.get(leaf) or [leaf]
+        return tuple(f"{parent}.{part}" if parent else part for part in leaves)
+
+    def _is_pruned(self, name: str) -> bool:
+        return name in self.pruned if self.pruned is not None else not self.schema.ignored(name)
+
+    def row_orders(self, name: str) -> list[RowOrder]:
+        """How the rows of the linear `name` are to be taken; empty: as they come."""
+        return self.folding.row_orders.get(name, []) if self.folds_allowed else []
+
+    def gathers(self, name: str) -> np.ndarray | None:
+        """The permutation that the linear `name` must apply to its input itself; None where there is none to apply."""
+        return None if self.folds_allowed and name in self.folding.folded else self.permutations.get(name)

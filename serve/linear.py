@@ -1,0 +1,198 @@
+"""Sparse24LinearMethod: one of vLLM's linear layers with 2:4 weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import Parameter
+from torch.nn.functional import pad
+from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+
+from ria_vllm import permutation, sparse24
+from ria_vllm.errors import RiaError
+from ria_vllm.serve import kernels
+from ria_vllm.serve.loading import BITMASK_OF_ONES_AND_TWOS, Arrivals, create_parameters, drop_parameters
+
+if TYPE_CHECKING:
+    from ria_vllm.serve.config import RiaConfig
+
+
+@dataclass(frozen=True)
+class Product:
+    """One call of a kernel: rows [start, start + out_features) of the layer. Tensors are named, not held, because vLLM
+    swaps a layer's parameters when it reloads weights."""
+
+    kernel: Callable[..., torch.Tensor]
+    packed: tuple[str, ...]
+    input_permutation: str | None
+    start: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a layer is computed. `channels`: the input is all-gathered over the ranks, then taken at these indices.
+    `padding`: zero channels appended to the input."""
+
+    products: tuple[Product, ...]
+    channels: str | None
+    padding: int
+
+
+@register_weight_loader_v2_supported_method
+class Sparse24LinearMethod(LinearMethodBase):
+    """Loads `compressed` and `bitmask` of the checkpoint's linears `parts`, serves them through ria::sparse24_linear."""
+
+    def __init__(self, config: "RiaConfig", prefix: str, parts: tuple[str, ...]):
+        self.config = config
+        self.prefix = prefix
+        self.parts = parts
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        if input_size_per_partition % 8:
+            raise RiaError(
+                f"{self.prefix}: {input_size} input channels over {input_size // input_size_per_partition} ranks leave "
+                f"{input_size_per_partition} each, no multiple of 8. Use a smaller --tensor-parallel-size."
+            )
+        for part in self.parts:
+            p = self.config.permutations.get(part)
+            if p is not None and len(p) != input_size:
+                raise RiaError(f"{part}: its permutation has {len(p)} channels, its input {input_size}. Get it again.")
+        layer.ria_arrivals = Arrivals(layer, self.parts, tuple(self.config.row_orders(part) for part in self.parts))
+        layer.ria_output_sizes = tuple(output_partition_sizes)
+        create_parameters(
+            layer,
+            layer.ria_arrivals,
+            sum(output_partition_sizes),
+            input_size_per_partition,
+            params_dtype,
+            extra_weight_attrs["weight_loader"],
+        )
+        self.config.report.expected += 1
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Check what came, repack it for the kernel, and free it."""
+        if not hasattr(layer, "compressed"):
+            return
+        compressed, bitmask = self._loaded(layer)
+        rows, columns = compressed.shape[0], compressed.shape[1] * 2
+        drop_parameters(layer)
+        padding = -columns % sparse24.IN_FEATURES_MULTIPLE
+        if padding:
+            compressed = pad(compressed, (0, padding // 2))
+            bitmask = pad(bitmask, (0, padding // 8), value=BITMASK_OF_ONES_AND_TWOS)
+        wrong = sparse24.check(compressed, bitmask)
+        if wrong:
+            raise RiaError(f"{' + '.join(self.parts)}: {wrong}. The weight file is damaged; get it again.")
+
+        products, channels, packed_bytes, backends = [], None, 0, []
+        for start, size, order in self._groups(layer):
+            order, crosses = local_order(order, layer, columns)
+            if crosses:
+                channels = "input_channels"
+                set_tensor(layer, channels, torch.from_numpy(order).to(compressed.device))
+                order = None
+            backend = kernels.choose(compressed.device, compressed.dtype, size, columns + padding)
+            packed = backend.pack(compressed[start : start + size], bitmask[start : start + size])
+            names = [f"weight_packed_{start}_{i}" if start or i else "weight_packed" for i in range(len(packed))]
+            for name, tensor in zip(names, packed):
+                set_tensor(layer, name, tensor)
+            permutation_name = None
+            if order is not None:
+                permutation_name = f"input_permutation_{start}"
+                order = np.concatenate([order, np.arange(columns, columns + padding, dtype=np.int32)])
+                set_tensor(layer, permutation_name, torch.from_numpy(order).to(compressed.device))
+            products.append(Product(backend.apply, tuple(names), permutation_name, start, size))
+            packed_bytes += sum(tensor.nbytes for tensor in packed)
+            backends.append(backend.NAME)
+        layer.ria_plan = Plan(tuple(products), channels, padding)
+        self._report(layer, rows * columns * compressed.element_size(), packed_bytes, backends)
+
+    def _loaded(self, layer: LinearBase) -> tuple[torch.Tensor, torch.Tensor]:
+        compressed, bitmask = layer.compressed.data, layer.bitmask.data
+        missing = layer.ria_arrivals.missing()
+        if missing:
+            current = get_current_vllm_config_or_none()
+            if layer.ria_arrivals.came or current is None or current.load_config.load_format != "dummy":
+                raise RiaError(f"{missing} is in none of the weight files. Get them again.")
+            bitmask.fill_(BITMASK_OF_ONES_AND_TWOS)
+        return compressed, bitmask
+
+    def _groups(self, layer: LinearBase) -> list[tuple[int, int, np.ndarray | None]]:
+        """(first row, rows, permutation to gather by) of each product: one for all parts, where they agree."""
+        orders = [self.config.gathers(part) for part in self.parts]
+        sizes = layer.ria_output_sizes
+        if all(np.array_equal(order, orders[0]) for order in orders[1:]):
+            return [(0, sum(sizes), orders[0])]
+        if len(orders) != len(sizes):
+            raise RiaError(
+                f"{self.prefix}: vLLM splits its {len(sizes)} outputs otherwise than the checkpoint, whose parts "
+                f"({', '.join(self.parts)}) have different permutations. Compress with --permute-scope shared."
+            )
+        starts = np.cumsum([0, *sizes]).tolist()
+        return list(zip(starts, sizes, orders))
+
+    def _report(self, layer: LinearBase, dense_bytes: int, packed_bytes: int, backends: list[str]) -> None:
+        gathered = sum(self.config.gathers(part) is not None for part in self.parts)
+        permuted = sum(part in self.config.permutations for part in self.parts)
+        shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in layer.named_parameters(recurse=False)]
+        self.config.report.add(
+            backends, permuted - gathered, gathered, dense_bytes, packed_bytes, f"{self.prefix} {backends} {shapes}"
+        )
+
+    def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., in] -> [..., out], both of this rank."""
+        plan = layer.ria_plan
+        if plan.channels is not None:
+            x = tensor_model_parallel_all_gather(x).index_select(-1, getattr(layer, plan.channels))
+        if plan.padding:
+            x = pad(x, (0, plan.padding))
+        outputs = [
+            product.kernel(
+                x,
+                [getattr(layer, name) for name in product.packed],
+                product.out_features,
+                None if product.input_permutation is None else getattr(layer, product.input_permutation),
+                None if bias is None else bias[product.start : product.start + product.out_features],
+            )
+            for product in plan.products
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def local_order(order: np.ndarray | None, layer: LinearBase, columns: int) -> tuple[np.ndarray | None, bool]:
+    """The part of a permutation of the whole input that concerns the `columns` stored columns of this rank.
+
+    Returns:
+        int32 [columns] and whether it counts channels of the whole input: it does where some rank (all must agree, for
+        they gather together) has columns whose channels live on another rank; else it counts this rank's own.
+    """
+    if order is None or columns == len(order):
+        return order, False
+    shards = order.reshape(-1, columns)
+    first = np.arange(len(shards), dtype=order.dtype)[:, None] * columns
+    crosses = bool(((shards < first) | (shards >= first + columns)).any())
+    mine = shards[layer.tp_rank]
+    return (mine if crosses else mine - first[layer.tp_rank]), crosses
+
+
+def set_tensor(layer: LinearBase, name: str, tensor: torch.Tensor) -> None:
+    """A parameter, so that vLLM counts it, moves it and refills it on a reload."""
+    layer.register_parameter(name, Parameter(tensor.contiguous(), requires_grad=False))

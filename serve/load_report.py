@@ -1,0 +1,54 @@
+"""What loading has done, for one line in the log and for vLLM's compile cache."""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+
+# vLLM configures the handlers of its own loggers only.
+logger = init_logger("vllm.ria")
+
+
+@dataclass
+class LoadReport:
+    """Sums over the pruned layers of one model in one process."""
+
+    expected: int = 0
+    loaded: int = 0
+    backends: Counter[str] = field(default_factory=Counter)
+    folded: int = 0
+    gathered: int = 0
+    dense_bytes: int = 0
+    packed_bytes: int = 0
+    graph: str = ""
+
+    def add(self, backends: list[str], folded: int, gathered: int, dense_bytes: int, packed_bytes: int, graph: str) -> None:
+        """Count a layer whose weights are in their final form. `graph` is all of it that shapes the traced graph."""
+        if self.loaded == self.expected:
+            return  # weights that are reloaded later go to the same places
+        self.loaded += 1
+        self.backends.update(backends)
+        self.folded += folded
+        self.gathered += gathered
+        self.dense_bytes += dense_bytes
+        self.packed_bytes += packed_bytes
+        self.graph = hashlib.sha256((self.graph + graph).encode()).hexdigest()
+        if self.loaded == self.expected:
+            self._key_compile_cache()
+            self.log()
+
+    def _key_compile_cache(self) -> None:
+        """vLLM keys its compile cache by its own configuration, where the backend and its layout do not appear."""
+        current = get_current_vllm_config_or_none()
+        if current is not None and isinstance(current.additional_config, dict):
+            current.additional_config["ria_vllm"] = self.graph
+
+    def log(self) -> None:
+        backends = ", ".join(f"{name} ({count})" for name, count in self.backends.most_common())
+        logger.info(
+            "%d pruned layers, kernels: %s; permutations: %d folded, %d gathered; %.1f MB of weights, %.1f MB saved",
+            self.loaded, backends, self.folded, self.gathered,
+            self.packed_bytes / 1e6, (self.dense_bytes - self.packed_bytes) / 1e6,
+        )  # fmt: skip

@@ -1,0 +1,153 @@
+"""Parameters that take a pruned linear from the checkpoint, through vLLM's own weight loaders."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from ria_vllm import sparse24
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.folding import RowOrder
+
+ShardId = str | int | tuple[int, ...] | None
+
+BITMASK_OF_ONES_AND_TWOS = 0b00110011
+"""A legal byte of a bitmask, for weights that are made up (`--load-format dummy`)."""
+
+
+class Arrivals:
+    """Checks the tensors of one layer as they arrive, reorders their rows, and remembers what came.
+
+    Args:
+        layer: vLLM's layer.
+        parts: the checkpoint's linears that it is made of, in output order.
+        row_orders: for each part, how its rows are to be taken.
+    """
+
+    def __init__(self, layer: LinearBase, parts: tuple[str, ...], row_orders: tuple[list[RowOrder], ...]):
+        shards = shard_ids(layer, len(parts))
+        self.parts = dict(zip(shards, parts))
+        self.row_orders = dict(zip(shards, row_orders))
+        self.rows = expected_rows(layer, shards)
+        self.input_size = layer.input_size
+        self.came: set[tuple[str, str]] = set()
+
+    def reorders(self) -> bool:
+        return any(self.row_orders.values())
+
+    def part(self, shard: ShardId) -> str:
+        return self.parts.get(shard) or "+".join(self.parts.values())
+
+    def accept(self, kind: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor:
+        """`tensor` as the layer wants it, before any sharding.
+
+        Raises:
+            RiaError: dtype or shape are not those of this linear.
+        """
+        name = self.part(shard)
+        if kind in ("compressed", "bitmask"):
+            self._check(kind, name, tensor, shard)
+            covered = [self.parts[s] for s in shard] if isinstance(shard, tuple) else [name]
+            self.came.update((kind, part) for part in covered if part in self.parts.values())
+        for order in self.row_orders.get(shard, []):
+            try:
+                tensor = order.take(tensor)
+            except ValueError as error:
+                raise RiaError(f"{name}.{kind}: its fold does not fit: {error}. The checkpoint is damaged.") from None
+        return tensor
+
+    def _check(self, kind: str, name: str, tensor: torch.Tensor, shard: ShardId) -> None:
+        right_dtype = tensor.dtype == torch.uint8 if kind == "bitmask" else tensor.dtype in sparse24.VALUE_DTYPES
+        columns = self.input_size // (8 if kind == "bitmask" else 2)
+        rows = self.rows.get(shard, tensor.shape[0] if tensor.dim() else 0)
+        if not right_dtype or tuple(tensor.shape) != (rows, columns):
+            raise RiaError(
+                f"{name}.{kind} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs {(rows, columns)}. "
+                "The file is damaged, or config.json belongs to another model; get both again."
+            )
+
+    def missing(self) -> str | None:
+        """The first tensor that did not come, or None."""
+        wanted = ((kind, part) for part in self.parts.values() for kind in ("compressed", "bitmask"))
+        return next((f"{part}.{kind}" for kind, part in wanted if (kind, part) not in self.came), None)
+
+    def wrap(self, kind: str, loader: Callable[..., Any]) -> Callable[..., Any]:
+        """`loader` behind `accept`. A plain function under the loader's name: vLLM inspects both when it reloads."""
+
+        @functools.wraps(loader)
+        def load(param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id: ShardId = None) -> None:
+            loaded_weight = self.accept(kind, loaded_weight, loaded_shard_id)
+            if loaded_shard_id is None:
+                loader(param, loaded_weight)
+            else:
+                loader(param, loaded_weight, loaded_shard_id)
+
+        return load
+
+
+def shard_ids(layer: LinearBase, count: int) -> tuple[ShardId, ...]:
+    """The ids by which vLLM's loaders tell the `count` parts of `layer` apart."""
+    if count == 1:
+        return (None,)
+    return ("q", "k", "v") if isinstance(layer, QKVParallelLinear) and count == 3 else tuple(range(count))
+
+
+def expected_rows(layer: LinearBase, shards: tuple[ShardId, ...]) -> dict[ShardId, int]:
+    """Rows of each part before sharding, where the layer is of a kind that says so."""
+    if type(layer) is QKVParallelLinear:
+        q = layer.total_num_heads * layer.head_size
+        k = layer.total_num_kv_heads * layer.head_size
+        v = layer.total_num_kv_heads * layer.v_head_size
+        return {"q": q, "k": k, "v": v, None: q + k + v}
+    if type(layer) is MergedColumnParallelLinear:
+        return {None: sum(layer.output_sizes), **dict(enumerate(layer.output_sizes))}
+    if type(layer) in (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear):
+        return {None: layer.output_size}
+    return {}
+
+
+def create_parameters(
+    layer: LinearBase, arrivals: Arrivals, rows: int, columns: int, dtype: torch.dtype, loader: Callable[..., Any]
+) -> None:
+    """Give `layer` the parameters `compressed` [rows, columns/2], `bitmask` [rows, columns/8] and two that only soak up.
+
+    Producers get their bias reordered too: it is created later, with whatever `layer.weight_loader` then is.
+    """
+    shapes = {"compressed": (columns // 2, dtype), "bitmask": (columns // 8, torch.uint8)}
+    for kind, (width, kind_dtype) in shapes.items():
+        parameter = ModelWeightParameter(
+            data=torch.zeros(rows, width, dtype=kind_dtype),
+            input_dim=1,
+            output_dim=0,
+            weight_loader=arrivals.wrap(kind, loader),
+        )
+        layer.register_parameter(kind, parameter)
+    # `shape` repeats what the bitmask says. `input_permutation` is read beforehand, but vLLM streams every safetensors
+    # file of a folder without an index.
+    for kind, (size, kind_dtype) in {"shape": (2, torch.int64), "input_permutation": (1, torch.int32)}.items():
+        parameter = Parameter(torch.zeros(size, dtype=kind_dtype), requires_grad=False)
+        parameter.weight_loader = ignore_tensor
+        parameter.weight_loader_numel = 0  # nothing that a reload has to wait for
+        layer.register_parameter(kind, parameter)
+    if arrivals.reorders():
+        layer.weight_loader = arrivals.wrap("bias", layer.weight_loader)
+
+
+def ignore_tensor(param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id: ShardId = None) -> None:
+    """A weight loader for tensors that serving does not need."""
+
+
+def drop_parameters(layer: LinearBase) -> None:
+    for kind in ("compressed", "bitmask", "shape", "input_permutation"):
+        delattr(layer, kind)

@@ -1,0 +1,118 @@
+"""Fold algebra in float64, on Hugging Face's own modules: permuted columns and reordered rows against the plain export."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from ria_vllm import permutation
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import Fold, Producer, RiaSchema, SparsityConfig
+from ria_vllm.serve.folding import RowOrder, fold
+
+FOLDED = [name for name in tiny.FAMILIES if name != "gpt-neox"]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    torch.manual_seed(5)
+    with torch.no_grad():
+        return model.double()(torch.randint(3, tiny.VOCAB, (2, 9))).logits
+
+
+def folded(folder, model: torch.nn.Module) -> torch.nn.Module:
+    """The checkpoint as serving computes it: folded consumers keep their stored columns, producers give up row order."""
+    reader = Reader(folder)
+    permutations = {name: reader.permutation(name).numpy() for name in reader.permuted_names}
+    folding = fold(reader.schema, permutations, set(reader.sparse_names).__contains__, str(folder))
+    assert folding.folded
+    modules = dict(model.named_modules())
+    for name in reader.sparse_names:
+        linear = reader.linear(name)
+        weight = linear.stored() if name in folding.folded else linear.dense()
+        for order in folding.row_orders.get(name, []):
+            weight = order.take(weight)
+            if modules[name].bias is not None:
+                modules[name].bias.data = order.take(modules[name].bias.data)
+        modules[name].weight.data = weight.to(modules[name].weight.dtype)
+    return model
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_folded_model_gives_the_logits_of_the_export(name, tmp_path):
+    family = tiny.FAMILIES[name]
+    pruned = tiny.write(family, tmp_path / "out")
+    want = logits(tiny.export(tmp_path / "out", tiny.model_of(family)).double())
+    assert torch.equal(want, logits(pruned))
+    got = logits(folded(tmp_path / "out", tiny.model_of(family).double()))
+    assert want.std() > 0.5  # else nothing would show
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+def test_wrong_row_order_shows(tmp_path, monkeypatch):
+    family = tiny.FAMILIES["llama-gqa"]
+    tiny.write(family, tmp_path / "out")
+    want = logits(tiny.export(tmp_path / "out", tiny.model_of(family)))
+    take = RowOrder.take
+    monkeypatch.setattr(RowOrder, "take", lambda self, t: take(RowOrder(np.argsort(self.order), self.start, self.for_all), t))
+    got = logits(folded(tmp_path / "out", tiny.model_of(family)))
+    assert (got - want).abs().max() > 0.1
+
+
+def schema(folds, ignore=()):
+    return RiaSchema(sparsity_config=SparsityConfig(ignore=list(ignore)), folds=folds)
+
+
+def elementwise(consumer="l.{i}.down", producers=("l.{i}.gate", "l.{i}.up"), rows=None):
+    return Fold(consumer=consumer, producers=[Producer(name=p, rows=rows) for p in producers], coupling="elementwise")
+
+
+def order(size, seed=0):
+    return np.random.default_rng(seed).permutation(size).astype(np.int32)
+
+
+def test_dense_producer_leaves_the_gather_to_its_consumer():
+    p = {"l.0.down": order(64), "l.1.down": order(64, 1)}
+    folding = fold(schema([elementwise()]), p, lambda name: name != "l.1.up", "here")
+    assert folding.folded == {"l.0.down"}
+    assert set(folding.row_orders) == {"l.0.gate", "l.0.up"}
+
+
+def test_rows_of_a_fused_producer():
+    p = order(8)
+    folding = fold(schema([elementwise(producers=("l.{i}.fused",), rows=(4, 12))]), {"l.7.down": p}, lambda _: True, "here")
+    tensor = torch.arange(16)[:, None] * torch.ones(1, 3)
+    taken = folding.row_orders["l.7.fused"][0].take(tensor)
+    assert taken[:, 0].tolist() == [0, 1, 2, 3, *(4 + p).tolist(), 12, 13, 14, 15]
+
+
+def test_rows_that_a_producer_has_not():
+    with pytest.raises(ValueError, match="rows 0 to 8"):
+        RowOrder(np.arange(8)).take(torch.zeros(12, 2))
+    with pytest.raises(ValueError, match="rows 8 to 16"):
+        RowOrder(np.arange(8), 8, False).take(torch.zeros(12, 2))
+
+
+def test_two_orders_for_the_same_rows():
+    rules = [elementwise("l.{i}.down"), elementwise("l.{i}.side", ("l.{i}.up",))]
+    with pytest.raises(RiaError, match="same rows of l.0.up"):
+        fold(schema(rules), {"l.0.down": order(64), "l.0.side": order(64, 1)}, lambda _: True, "here")
+
+
+def test_permutation_across_heads_is_named():
+    rule = Fold(consumer="l.{i}.o", producers=[Producer(name="l.{i}.v")], coupling="heads", num_heads=4, num_kv_heads=2)
+    with pytest.raises(RiaError, match=r"here: l\.3\.o: .*another head"):
+        fold(schema([rule]), {"l.3.o": order(128)}, lambda _: True, "here")
+
+
+def test_rows_of_the_wrong_number():
+    with pytest.raises(RiaError, match=r"reorders 64 rows, but takes 8 of l\.0\.gate"):
+        fold(schema([elementwise(rows=(0, 8))]), {"l.0.down": order(64)}, lambda _: True, "here")
+
+
+def test_row_order_gives_the_consumer_its_order():
+    """The definition: producing in order p, then multiplying by the stored columns, is x[..., p] @ stored.T."""
+    p = torch.from_numpy(order(64))
+    x, w, stored = torch.randn(5, 16), torch.randn(64, 16), torch.randn(8, 64)
+    got = torch.relu(x @ RowOrder(p.long().numpy()).take(w).T) @ stored.T
+    torch.testing.assert_close(got, torch.relu(x @ w.T) @ stored[:, permutation.invert(p).long()].T)

@@ -1,0 +1,181 @@
+"""Small random models of each family, pruned by magnitude under random permutations that obey the family's folds.
+
+They know nothing of the offline stage: what each linear computes is in the checkpoint itself, and the oracle is Hugging
+Face's own model with the pruned weights put back in the model's own order.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ria_vllm import permutation, sparse24
+from ria_vllm.checkpoint import Reader
+from ria_vllm.schema import Fold, Producer, RiaSchema, SparsityConfig
+from ria_vllm.writer import CheckpointWriter
+
+HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB = 4, 32, 128, 256, 288
+Rows = tuple[str, tuple[int, int] | None]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type with the names that its folds need. `kv` key-value heads; `settings` go to the config."""
+
+    model_type: str
+    kv: int = HEADS
+    block: str = "model.layers.{i}."
+    shared: tuple[tuple[str, ...], ...] = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+    )
+    value: Rows = ("self_attn.v_proj", None)
+    output: str = "self_attn.o_proj"
+    inner: tuple[Rows, ...] = (("mlp.gate_proj", None), ("mlp.up_proj", None))
+    down: str = "mlp.down_proj"
+    settings: tuple[tuple[str, object], ...] = ()
+
+    def folds(self) -> list[Fold]:
+        def absolute(name: str, rows: tuple[int, int] | None) -> Producer:
+            return Producer(name=self.block + name, rows=rows)
+
+        return [
+            Fold(consumer=self.block + self.output, producers=[absolute(*self.value)], coupling="heads",
+                 num_heads=HEADS, num_kv_heads=self.kv),
+            Fold(consumer=self.block + self.down, producers=[absolute(*p) for p in self.inner], coupling="elementwise"),
+        ]  # fmt: skip
+
+
+PHI3 = Family(
+    "phi3", kv=2, shared=(("self_attn.qkv_proj",), ("mlp.gate_up_proj",)),
+    value=("self_attn.qkv_proj", (6 * HEAD_DIM, 8 * HEAD_DIM)),
+    inner=(("mlp.gate_up_proj", (0, INNER)), ("mlp.gate_up_proj", (INNER, 2 * INNER))),
+    settings=(("pad_token_id", 0), ("original_max_position_embeddings", 256)),
+)  # fmt: skip
+OPT = Family(
+    "opt", block="model.decoder.layers.{i}.",
+    shared=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("fc1",)),
+    output="self_attn.out_proj", inner=(("fc1", None),), down="fc2",
+    settings=(("ffn_dim", INNER), ("word_embed_proj_dim", HIDDEN), ("dropout", 0.0), ("activation_function", "relu")),
+)  # fmt: skip
+GEMMA = (("query_pre_attn_scalar", HEAD_DIM), ("sliding_window", 64))
+FAMILIES = {
+    "llama-mha": Family("llama"),
+    "llama-gqa": Family("llama", kv=2),
+    "llama-mqa": Family("llama", kv=1),
+    "llama-bias": Family("llama", kv=2, settings=(("attention_bias", True), ("mlp_bias", True))),
+    "mistral": Family("mistral", kv=2),
+    "qwen2": Family("qwen2", kv=2),
+    "qwen3": Family("qwen3", kv=2),
+    "gemma2": Family("gemma2", kv=2, settings=(*GEMMA, ("tie_word_embeddings", True))),
+    "gemma3": Family("gemma3_text", kv=1, settings=GEMMA),
+    "opt": OPT,
+    "phi3": PHI3,
+    "gpt-neox": Family(
+        "gpt_neox", block="gpt_neox.layers.{i}.", shared=(("attention.query_key_value",), ("mlp.dense_h_to_4h",)),
+        output="attention.dense", down="mlp.dense_4h_to_h", settings=(("rotary_pct", 1.0),),
+    ),
+}  # fmt: skip
+
+
+def model_of(family: Family, layers: int = 2, seed: int = 0, **settings: object) -> PreTrainedModel:
+    """A float32 model whose logits depend on every weight: nothing is left at a tiny or neutral initial value."""
+    config = AutoConfig.for_model(
+        family.model_type,
+        **{
+            "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": layers,
+            "num_attention_heads": HEADS, "num_key_value_heads": family.kv, "head_dim": HEAD_DIM,
+            "max_position_embeddings": 256, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+            "attn_implementation": "eager",
+        } | dict(family.settings) | settings,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5 * 1.5)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def random_order(size: int, heads: int = 0, kv: int = 0) -> torch.Tensor:
+    """Any permutation of `size`; with heads, one that keeps to them, the same for all that share a key-value head."""
+    if not heads:
+        return torch.randperm(size, dtype=torch.int32)
+    width = size // heads
+    inner = torch.stack([torch.randperm(width, dtype=torch.int32) for _ in range(kv)]).repeat_interleave(heads // kv, 0)
+    return (inner + torch.arange(heads, dtype=torch.int32)[:, None] * width).flatten()
+
+
+def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
+    """All of the decoder layers."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n}
+
+
+def write(
+    family: Family, out: Path, dtype: torch.dtype = torch.float32, scope: str = "shared", folds: bool = True,
+    dense: tuple[str, ...] = (), **settings: object,
+) -> PreTrainedModel:  # fmt: skip
+    """Write a compressed checkpoint at `out`; returns the pruned model, in float32 and in its own order.
+
+    Args:
+        scope: "shared" or "linear" as `--permute-scope`, or "none" for no permutations.
+        folds: False leaves folds out, and lets every linear have any permutation.
+        dense: endings of names that are not pruned.
+    """
+    model = model_of(family, **settings)
+    pruned = {n: m for n, m in linears(model).items() if not n.endswith(dense or ("\0",))}
+    orders: dict[str, torch.Tensor] = {}
+    for name, module in pruned.items():
+        heads = family.output if folds else "\0"
+        if name.endswith(heads):
+            orders[name] = random_order(module.in_features, HEADS, family.kv)
+            continue
+        group = next((g for g in family.shared for part in g if name.endswith(part)), ()) if scope == "shared" else ()
+        ending = next((part for part in group if name.endswith(part)), "")
+        first = name.removesuffix(ending) + group[0] if group else name
+        orders[name] = orders[first] if first in orders else random_order(module.in_features)
+    units: dict[str, torch.Tensor] = {}
+    for name, module in pruned.items():
+        p = orders[name].long() if scope != "none" else torch.arange(module.in_features)
+        stored = module.weight.detach().to(dtype)[:, p]
+        compressed, bitmask = sparse24.compress(stored)
+        units |= {f"{name}.compressed": compressed, f"{name}.bitmask": bitmask}
+        units[f"{name}.shape"] = torch.tensor([[module.out_features], [module.in_features]])
+        if scope != "none":
+            units[f"{name}.input_permutation"] = orders[name].clone()
+        module.weight.data = sparse24.decompress(compressed, bitmask)[:, permutation.invert(p)].float()
+    for name, tensor in model.state_dict().items():
+        if name.removesuffix(".weight") not in pruned and not (name == "lm_head.weight" and tied(model)):
+            units[name] = tensor.to(dtype)
+            tensor.copy_(tensor.to(dtype))
+    ignore = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in pruned]
+    schema = RiaSchema(
+        sparsity_config=SparsityConfig(ignore=ignore),
+        folds=family.folds() if folds else [],
+        recipe={"method": "magnitude", "permute": "none" if scope == "none" else "lsa", "permute_scope": scope},
+    )
+    config = model.config.to_dict() | {
+        "architectures": [type(model).__name__], "dtype": str(dtype).removeprefix("torch."),
+        "quantization_config": schema.model_dump(),
+    }  # fmt: skip
+    writer = CheckpointWriter(out, overwrite=True)
+    writer.write("all", units)
+    writer.finish(["all"], {"config.json": config}, [], 1 << 40)
+    return model
+
+
+def tied(model: PreTrainedModel) -> bool:
+    return bool(model.config.tie_word_embeddings)
+
+
+def export(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
+    """Put what the checkpoint stores, in the model's own order, into `model`."""
+    reader = Reader(folder)
+    modules = dict(model.named_modules())
+    for name in reader.sparse_names:
+        modules[name].weight.data = reader.linear(name).dense().to(modules[name].weight.dtype)
+    return model
