@@ -1,0 +1,51 @@
+"""One operator, `ria::sparse24_linear`, with one overload per backend; each backend is a module of this package.
+
+A backend module has `NAME`, `unavailable(device, dtype, out_features, in_features) -> str | None`,
+`pack(compressed, bitmask) -> tuple[Tensor, ...]` and `apply(x, packed, out_features, input_permutation, bias)`.
+"""
+
+import os
+from types import ModuleType
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.kernels import cpu, reference
+
+# In order of preference.
+BACKENDS: tuple[ModuleType, ...] = (
+    cpu,
+    reference,
+)
+
+
+def explain(
+    device: torch.device, dtype: torch.dtype, out_features: int, in_features: int
+) -> list[tuple[str, str | None]]:
+    """Each backend's name, in order of preference, with the reason why it cannot serve the layer, or None."""
+    return [(backend.NAME, backend.unavailable(device, dtype, out_features, in_features)) for backend in BACKENDS]
+
+
+def choose(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> ModuleType:
+    """The backend for a layer: the first that can serve it, or the one RIA_VLLM_BACKEND names.
+
+    Raises:
+        RiaError: RIA_VLLM_BACKEND names no backend, or one that cannot serve the layer; or none can.
+    """
+    layer = f"a {out_features} x {in_features} layer of dtype {dtype} on {device}"
+    forced = os.environ.get("RIA_VLLM_BACKEND")
+    if forced:
+        named = {backend.NAME: backend for backend in BACKENDS}
+        if forced not in named:
+            raise RiaError(f"RIA_VLLM_BACKEND={forced} is not a backend; choose from {', '.join(named)}")
+        reason = named[forced].unavailable(device, dtype, out_features, in_features)
+        if reason:
+            raise RiaError(f"RIA_VLLM_BACKEND={forced} cannot serve {layer}: {reason}")
+        return named[forced]
+    reasons = []
+    for backend in BACKENDS:
+        reason = backend.unavailable(device, dtype, out_features, in_features)
+        if reason is None:
+            return backend
+        reasons.append(f"{backend.NAME}: {reason}")
+    raise RiaError(f"no backend can serve {layer}: {'; '.join(reasons)}")

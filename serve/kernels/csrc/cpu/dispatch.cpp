@@ -1,0 +1,65 @@
+// Which instruction set to use, decided once per process.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace ria {
+namespace {
+
+#if defined(__x86_64__)
+// __builtin_cpu_supports also asks whether the operating system saves the registers (xgetbv).
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
+const InstructionSet kAvx512WithBf16 = {"avx512_bf16", {kAvx512Bf16, kAvx512.kernels[1], kAvx512.kernels[2]}};
+#endif
+
+struct Candidate {
+  const InstructionSet* set;
+  bool supported;
+};
+
+const InstructionSet& choose() {
+  const Candidate candidates[] = {
+#if defined(__x86_64__)
+      {&kAvx512WithBf16, has_avx512_bf16()},
+      {&kAvx512, has_avx512()},
+      {&kAvx2, has_avx2()},
+#endif
+      {&kPortable, true},
+  };
+  const char* forced = std::getenv("RIA_VLLM_CPU_ISA");
+  std::string known;
+  for (const Candidate& candidate : candidates) {
+    if (forced == nullptr || *forced == '\0') {
+      if (candidate.supported) return *candidate.set;
+      continue;
+    }
+    if (std::strcmp(forced, candidate.set->name) == 0) {
+      if (candidate.supported) return *candidate.set;
+      throw std::runtime_error(std::string("RIA_VLLM_CPU_ISA=") + forced +
+                               ": this machine lacks these instructions; unset the variable or name a lower set");
+    }
+    known += std::string(known.empty() ? "" : ", ") + candidate.set->name;
+  }
+  throw std::runtime_error(std::string("RIA_VLLM_CPU_ISA=") + forced + " is not known here; choose from " + known);
+}
+
+}  // namespace
+
+const InstructionSet& instruction_set() {
+  static const InstructionSet& chosen = choose();
+  return chosen;
+}
+
+}  // namespace ria

@@ -1,0 +1,62 @@
+// What each instruction set provides, and the job it is given.
+#pragma once
+#include "layout.h"
+
+namespace ria {
+
+// Tokens that share one packed copy of their activations, and whose results one tile keeps in cache.
+constexpr int64_t kMaxPassTokens = 192;
+
+// y[tokens, rows] = x[tokens, columns][:, permutation] @ W^T + bias for the tokens of one pass.
+struct Product {
+  Layout layout;
+  const uint8_t* packed;       // starting with the header
+  const void* x;               // first token of the pass, last dimension contiguous
+  int64_t x_stride;            // elements from token to token
+  const int32_t* permutation;  // [columns], checked; null: the order in which x comes
+  const void* bias;            // [rows] or null
+  void* y;                     // first token of the pass, [tokens, rows] contiguous
+  int64_t tokens;              // at most kMaxPassTokens
+  uint8_t* panel;              // tokens * columns activations as the kernel reads them; fp32 at most
+};
+
+// One dtype on one instruction set. A panel holds one token block after the other, each [group][token][4 channels].
+struct Kernel {
+  int64_t block_tokens;                                                  // most tokens of a token block
+  void (*pack_tokens)(const Product&, int64_t begin, int64_t end);       // of token blocks
+  void (*multiply_tiles)(const Product&, int64_t begin, int64_t end);    // of tiles
+};
+
+struct InstructionSet {
+  const char* name;
+  Kernel kernels[kDtypes];
+};
+
+extern const InstructionSet kPortable;
+#if defined(__x86_64__)
+extern const InstructionSet kAvx2;
+extern const InstructionSet kAvx512;
+extern const Kernel kAvx512Bf16;  // bfloat16 only; the other dtypes use kAvx512
+#endif
+
+// Token blocks of a pass are as equal as can be: `remainder` blocks of `small + 1` tokens, then blocks of `small`.
+struct TokenBlocks {
+  int64_t count, small, remainder;
+  TokenBlocks(int64_t tokens, int64_t most)
+      : count((tokens + most - 1) / most), small(tokens / count), remainder(tokens % count) {}
+  int64_t first(int64_t block) const { return block * small + (block < remainder ? block : remainder); }
+  int64_t size(int64_t block) const { return small + (block < remainder); }
+};
+
+// The best set this machine has, or the one RIA_VLLM_CPU_ISA names. Throws std::runtime_error for one it lacks.
+const InstructionSet& instruction_set();
+
+// Throws std::runtime_error naming row and columns if a group has not exactly two kept values.
+void pack(const Layout&, const void* values, const uint8_t* bitmask, uint8_t* packed);
+
+void linear(Product pass, int64_t tokens, const InstructionSet&);
+
+// Runs body(context, begin, end) over pieces of [0, count) on torch's threads.
+void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+
+}  // namespace ria

@@ -1,0 +1,83 @@
+// AVX-512 F, BW, VL, DQ: fp32 arithmetic, 16 rows in one vector.
+#include <immintrin.h>
+
+#include "product.h"
+#include "scalar.h"
+
+namespace {
+
+inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+template <class V, Dtype kType>
+struct Avx512Lanes {
+  using Value = V;
+  using Sums = __m512;
+  struct Weights { __m512 first, second; };
+  using Positions = __m512i;   // per row in 32 bits: first position in the low two, second in the next
+  using Activations = __m512;  // the four channels, four times
+  static constexpr int64_t kBlockTokens = 10;
+  static constexpr int64_t kActivationBytes = 16;
+  static constexpr Dtype kDtype = kType;
+
+  static Weights weights(const uint8_t* p) {
+    if constexpr (kType == Dtype::bfloat16) {
+      const __m512i pairs = _mm512_loadu_si512(p);
+      return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
+              _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+    } else if constexpr (kType == Dtype::float16) {
+      const __m256i* halves = reinterpret_cast<const __m256i*>(p);
+      return {_mm512_cvtph_ps(_mm256_loadu_si256(halves)), _mm512_cvtph_ps(_mm256_loadu_si256(halves + 1))};
+    } else {
+      return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 64)};
+    }
+  }
+  static Positions positions(uint64_t bits) {
+    const __m512i both = _mm512_inserti64x4(_mm512_set1_epi32(static_cast<int>(bits)),
+                                            _mm256_set1_epi32(static_cast<int>(bits >> 32)), 1);
+    return _mm512_srlv_epi32(both, _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28));
+  }
+  static Positions load_positions(const uint8_t* p) { return _mm512_load_si512(p); }
+  static void store_positions(uint8_t* p, Positions positions) { _mm512_store_si512(p, positions); }
+  static Activations broadcast(const uint8_t* p) {
+    return _mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(p)));
+  }
+  static Sums load(const float* p) { return _mm512_load_ps(p); }
+  static void store(float* p, Sums sums) { _mm512_store_ps(p, sums); }
+  static Sums multiply_add(Sums sums, const Weights& w, Positions p, Activations x) {
+    sums = _mm512_fmadd_ps(w.first, _mm512_permutevar_ps(x, p), sums);
+    return _mm512_fmadd_ps(w.second, _mm512_permutevar_ps(x, _mm512_srli_epi32(p, 2)), sums);
+  }
+  static void put(uint8_t* panel, Value a, Value b, Value c, Value d) {
+    const float four[4] = {a.to_float(), b.to_float(), c.to_float(), d.to_float()};
+    std::memcpy(panel, four, sizeof four);
+  }
+  static void read(const Value* from, float* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i].to_float();
+  }
+  static void write(Value* to, const float* from, int64_t count) {
+    if constexpr (kType == Dtype::float32) {
+      std::memcpy(to, from, count * sizeof(float));
+    } else {
+      for (int64_t i = 0; i < count; i += kStripRows) {
+        const __m512 sums = _mm512_load_ps(from + i);
+        const __mmask16 lanes = first_lanes(count - i < kStripRows ? count - i : kStripRows);
+        if constexpr (kType == Dtype::float16) {
+          _mm256_mask_storeu_epi16(to + i, lanes, _mm512_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
+        } else {
+          const __m512i bits = _mm512_castps_si512(sums), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+          const __m512i rounded = _mm512_srli_epi32(
+              _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+          const __mmask16 nan = _mm512_cmp_ps_mask(sums, sums, _CMP_UNORD_Q);
+          _mm256_mask_storeu_epi16(to + i, lanes, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0))));
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+
+const ria::InstructionSet ria::kAvx512 = {
+    "avx512",
+    {kernel_of<Avx512Lanes<Bfloat16, Dtype::bfloat16>>(), kernel_of<Avx512Lanes<Float16, Dtype::float16>>(),
+     kernel_of<Avx512Lanes<Float32, Dtype::float32>>()}};

@@ -1,0 +1,56 @@
+// AVX-512 with BF16 and VBMI: a row's pair of weights times its pair of activations in one dot-product instruction.
+#include <immintrin.h>
+
+#include "product.h"
+#include "scalar.h"
+
+namespace {
+
+struct Avx512Bf16Lanes {
+  using Value = Bfloat16;
+  using Sums = __m512;
+  using Weights = __m512i;      // 16 pairs
+  using Positions = __m512i;    // word index of each weight's activation; only the low two bits are defined
+  using Activations = __m512i;  // the four channels, eight times, so that the other bits of an index do not matter
+  static constexpr int64_t kBlockTokens = 12;
+  static constexpr int64_t kActivationBytes = 8;
+  static constexpr Dtype kDtype = Dtype::bfloat16;
+
+  static Weights weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static Positions positions(uint64_t bits) {
+    // Each byte of the result is eight bits of `bits` from the offset named here: the words of row r start at bits
+    // 4r and 4r + 2. The upper bytes are never looked at.
+    const __m512i offsets =
+        _mm512_setr_epi64(0x0006000400020000, 0x000e000c000a0008, 0x0016001400120010, 0x001e001c001a0018,
+                          0x0026002400220020, 0x002e002c002a0028, 0x0036003400320030, 0x003e003c003a0038);
+    return _mm512_multishift_epi64_epi8(offsets, _mm512_set1_epi64(static_cast<int64_t>(bits)));
+  }
+  static Positions load_positions(const uint8_t* p) { return _mm512_load_si512(p); }
+  static void store_positions(uint8_t* p, Positions positions) { _mm512_store_si512(p, positions); }
+  static Activations broadcast(const uint8_t* p) { return _mm512_set1_epi64(static_cast<int64_t>(load_u64(p))); }
+  static Sums load(const float* p) { return _mm512_load_ps(p); }
+  static void store(float* p, Sums sums) { _mm512_store_ps(p, sums); }
+  static Sums multiply_add(Sums sums, Weights w, Positions p, Activations x) {
+    const __m512i picked = _mm512_permutexvar_epi16(p, x);
+    return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(picked));
+  }
+  static void put(uint8_t* panel, Value a, Value b, Value c, Value d) {
+    const uint64_t four = a.bits | static_cast<uint64_t>(b.bits) << 16 | static_cast<uint64_t>(c.bits) << 32 |
+                          static_cast<uint64_t>(d.bits) << 48;
+    std::memcpy(panel, &four, sizeof four);
+  }
+  static void read(const Value* from, float* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i].to_float();
+  }
+  static void write(Value* to, const float* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += kStripRows) {
+      const int64_t lanes = count - i < kStripRows ? count - i : kStripRows;
+      _mm256_mask_storeu_epi16(to + i, static_cast<__mmask16>((1u << lanes) - 1),
+                               reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_load_ps(from + i))));
+    }
+  }
+};
+
+}  // namespace
+
+const ria::Kernel ria::kAvx512Bf16 = kernel_of<Avx512Bf16Lanes>();

@@ -1,0 +1,101 @@
+// From the checkpoint's form to the packed one.
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace ria {
+namespace {
+
+constexpr uint8_t kIllegal = 0xff;
+
+// positions a | b << 2 of the two bits set in a nibble
+constexpr uint8_t positions_of(int nibble) {
+  switch (nibble) {
+    case 0b0011: return 0 | 1 << 2;
+    case 0b0101: return 0 | 2 << 2;
+    case 0b1001: return 0 | 3 << 2;
+    case 0b0110: return 1 | 2 << 2;
+    case 0b1010: return 1 | 3 << 2;
+    case 0b1100: return 2 | 3 << 2;
+    default: return kIllegal;
+  }
+}
+
+struct Packing {
+  Layout layout;
+  const uint8_t* values;
+  const uint8_t* bitmask;
+  uint8_t* packed;
+  std::atomic<int64_t> first_illegal_group{INT64_MAX};  // row * groups + group
+};
+
+void pack_tile(Packing& packing, int64_t tile) {
+  const Layout& layout = packing.layout;
+  const int64_t strips = layout.strips_in(tile), groups = layout.groups(), item = item_size(layout.dtype);
+  const bool pairs = layout.dtype == Dtype::bfloat16;
+  uint8_t* stream = packing.packed + layout.tile_offset(tile);
+  const int64_t stream_bytes = strips * layout.blocks() * layout.strip_block_bytes();
+  std::memset(stream, 0, stream_bytes);  // rows beyond the last one: weights 0, positions 0
+
+  for (int64_t r = 0; r < strips * kStripRows && tile * kTileRows + r < layout.rows; ++r) {
+    const int64_t row = tile * kTileRows + r, strip = r / kStripRows, lane = r % kStripRows;
+    const uint8_t* values = packing.values + row * groups * 2 * item;
+    const uint8_t* bitmask = packing.bitmask + row * groups / 2;
+    for (int64_t group = 0; group < groups; ++group) {
+      const uint8_t positions = positions_of(bitmask[group / 2] >> (group % 2 * 4) & 15);
+      if (positions == kIllegal) {
+        int64_t seen = packing.first_illegal_group.load();
+        while (row * groups + group < seen &&
+               !packing.first_illegal_group.compare_exchange_weak(seen, row * groups + group)) {
+        }
+        return;
+      }
+      uint8_t* block = stream + group / kBlockGroups * strips * layout.strip_block_bytes();
+      const int64_t slot = group % kBlockGroups * strips + strip;
+      uint8_t* to = block + slot * layout.value_bytes();
+      std::memcpy(to + (pairs ? 2 * lane : lane) * item, values + 2 * group * item, item);
+      std::memcpy(to + (pairs ? 2 * lane + 1 : lane + kStripRows) * item, values + (2 * group + 1) * item, item);
+      uint8_t* all_positions = block + kBlockGroups * strips * layout.value_bytes();
+      all_positions[slot * kPositionBytes + lane / 2] |= positions << (lane % 2 * 4);
+    }
+  }
+}
+
+// The stream is read from end to end for every token: fewer, larger pages where the system grants them.
+void ask_for_huge_pages(uint8_t* begin, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t huge = 2 << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + huge - 1) / huge * huge;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) / huge * huge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+void pack(const Layout& layout, const void* values, const uint8_t* bitmask, uint8_t* packed) {
+  ask_for_huge_pages(packed, layout.bytes());
+  const Header header = {Header::kMagic, layout.rows, layout.columns, layout.dtype, {}};
+  std::memcpy(packed, &header, sizeof header);
+  Packing packing{layout, static_cast<const uint8_t*>(values), bitmask, packed};
+  parallel_for(
+      layout.tiles(), 1,
+      [](int64_t begin, int64_t end, void* context) {
+        for (int64_t tile = begin; tile < end; ++tile) pack_tile(*static_cast<Packing*>(context), tile);
+      },
+      &packing);
+  const int64_t illegal = packing.first_illegal_group.load();
+  if (illegal != INT64_MAX) {
+    const int64_t row = illegal / layout.groups(), column = illegal % layout.groups() * 4;
+    throw std::runtime_error("the bitmask is not 2:4: row " + std::to_string(row) + ", columns " +
+                             std::to_string(column) + " to " + std::to_string(column + 3) +
+                             " must keep exactly two values");
+  }
+}
+
+}  // namespace ria

@@ -1,0 +1,78 @@
+"""Builds the CPU kernels into one library, `ria_vllm/serve/kernels/_cpu.so`. Needs g++ and nothing else.
+
+The library takes torch's stable C functions from whichever torch the process has loaded, so it is built without torch
+and one wheel serves every Python and torch from 2.10 on. Everything else about the package is in pyproject.toml.
+"""
+
+import os
+import platform
+import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("serve/kernels/csrc/cpu")
+COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-ignored-attributes"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+INSTRUCTION_SETS = {
+    "lanes_portable.cpp": [],
+    "lanes_avx2.cpp": AVX2,
+    "lanes_avx512.cpp": AVX512,
+    "lanes_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
+}
+
+
+def sources_and_flags() -> dict[Path, list[str]]:
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return {
+        path: INSTRUCTION_SETS.get(path.name, [])
+        for path in sorted(SOURCES.glob("*.cpp"))
+        if x86 or not INSTRUCTION_SETS.get(path.name)
+    }
+
+
+class BuildCpuLibrary(build_ext):
+    """Compiles each instruction set's file with its own flags; no -march=native, the choice is made at run time."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = shlex.split(os.environ.get("CXX", "g++"))
+        objects = Path(self.build_temp)
+        objects.mkdir(parents=True, exist_ok=True)
+
+        def compile_one(source: Path, flags: list[str]) -> str:
+            target = str(objects / f"{source.stem}.o")
+            subprocess.run([*compiler, *COMMON, *flags, "-c", str(source), "-o", target], check=True)
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            object_files = list(pool.map(lambda item: compile_one(*item), sources_and_flags().items()))
+
+        # An empty library of torch's name: the dynamic loader then binds us to the torch that is already loaded.
+        stub = objects / "libtorch_cpu.so"
+        name = f"-Wl,-soname,{stub.name}"
+        subprocess.run([*compiler, "-shared", "-nostdlib", name, "-x", "c", os.devnull, "-o", str(stub)], check=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        link = ["-shared", *object_files, "-Wl,--no-as-needed", str(stub), "-Wl,-z,relro,-z,now", "-o", str(target)]
+        subprocess.run([*compiler, *link], check=True)
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The library has no Python in it: one wheel per platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("ria_vllm.serve.kernels._cpu", [str(path) for path in sources_and_flags()])],
+    cmdclass={"build_ext": BuildCpuLibrary, "bdist_wheel": AnyPythonWheel},
+)
