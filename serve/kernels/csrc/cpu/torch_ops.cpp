@@ -1,5 +1,7 @@
 // The operators `ria::sparse24_pack.cpu` and `ria::sparse24_linear.cpu`: checks, then the plain C++ beneath.
+#include <initializer_list>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -97,21 +99,19 @@ int32_t torch_dtype(Dtype dtype) {
   }
 }
 
-// The stride from token to token if all leading dimensions of x can be walked with one and the last is contiguous,
-// else 0.
-int64_t token_stride(const Tensor& x) {
+// The stride from token to token, if all leading dimensions of x can be walked with one and the last is contiguous.
+std::optional<int64_t> token_stride(const Tensor& x) {
   const int64_t dim = x.dim(), *sizes = x.sizes(), *strides = x.strides();
-  if (strides[dim - 1] != 1) return 0;
-  int64_t stride = 0, next = 0;  // `next`: the stride that the next outer dimension must have
+  if (strides[dim - 1] != 1) return std::nullopt;
+  std::optional<int64_t> stride;
+  int64_t next = 0;  // the stride that the next outer dimension must have
   for (int64_t d = dim - 2; d >= 0; --d) {
     if (sizes[d] == 1) continue;
-    if (stride == 0)
-      stride = strides[d];
-    else if (strides[d] != next)
-      return 0;
+    if (stride && strides[d] != next) return std::nullopt;
+    if (!stride) stride = strides[d];
     next = strides[d] * sizes[d];
   }
-  return stride ? stride : sizes[dim - 1];
+  return stride.value_or(sizes[dim - 1]);
 }
 
 void linear_op(StableIValue* stack, uint64_t, uint64_t) {
@@ -147,8 +147,8 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
     require(largest < columns, "input_permutation names a channel that x does not have");
   }
 
-  int64_t stride = token_stride(x);
-  if (stride == 0 && tokens > 0) {
+  std::optional<int64_t> stride = token_stride(x);
+  if (!stride) {
     Tensor contiguous = empty(shape, x.dtype());
     check(aoti_torch_copy_(contiguous.get(), x.get(), 0));
     x = std::move(contiguous);
@@ -161,7 +161,7 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
     product.layout = layout;
     product.packed = packed.data<const uint8_t>();
     product.x = x.data<const void>();
-    product.x_stride = stride;
+    product.x_stride = *stride;
     product.permutation = permutation.get() ? permutation.data<const int32_t>() : nullptr;
     product.bias = bias.get() ? bias.data<const void>() : nullptr;
     product.y = y.data<void>();

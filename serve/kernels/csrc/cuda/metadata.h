@@ -1,0 +1,106 @@
+// From the checkpoint's bitmask to the metadata operand of the sparse tensor cores.
+//
+// A group of four columns keeps two; the hardware wants their two indices, two bits each, the smaller one low: four
+// bits a group, so a byte of bitmask (eight columns, two groups) becomes a byte of metadata. What differs between
+// architectures is only where that byte lies. MetadataLayout answers that, from the kernels' own definitions.
+#pragma once
+
+#include <cstdint>
+
+#include "cutlass/cutlass.h"
+
+#if RIA_FAMILY == 90
+#include "cute/atom/mma_traits_sm90_gmma_sparse.hpp"
+#include "cutlass/gemm/collective/builders/sm90_sparse_config.inl"
+#elif RIA_FAMILY == 100
+#include "cute/tensor.hpp"
+#include "cutlass/gemm/collective/builders/sm1xx_sparse_config.inl"
+#else
+#include "cutlass/layout/matrix.h"
+#endif
+
+namespace ria {
+
+// A group with anything but two bits set cannot come from a valid checkpoint; it reads as "the first two", so that no
+// input makes the hardware's behaviour undefined.
+constexpr uint64_t kGroupMetadata = [] {
+  uint64_t table = 0;
+  for (int mask = 0; mask < 16; ++mask) {
+    int kept[4] = {}, count = 0;
+    for (int i = 0; i < 4; ++i)
+      if (mask >> i & 1) kept[count++] = i;
+    uint64_t const indices = count == 2 ? kept[0] | kept[1] << 2 : 0b0100;
+    table |= indices << 4 * mask;
+  }
+  return table;
+}();
+
+CUTLASS_HOST_DEVICE constexpr uint8_t metadata_byte(uint8_t mask) {
+  return static_cast<uint8_t>((kGroupMetadata >> 4 * (mask & 15) & 15) | (kGroupMetadata >> 4 * (mask >> 4) & 15) << 4);
+}
+
+#if RIA_FAMILY == 90 || RIA_FAMILY == 100
+
+constexpr int kTileK = 128;
+
+// bf16 and fp16 share one layout. On Hopper it depends on the tile's K, up to 128: every tile must keep K = 128.
+#if RIA_FAMILY == 90
+using SparseConfig = cutlass::Sm90GemmSparseConfig<cute::sparse_elem<2, cutlass::bfloat16_t>, cute::GMMA::Major::K,
+                                                   cute::sparse_elem<8, uint8_t>, cute::Int<kTileK>>;
+#else
+using SparseConfig = cutlass::Sm1xxGemmSparseConfig<cute::sparse_elem<2, cutlass::bfloat16_t>,
+                                                    cutlass::layout::RowMajor, cute::sparse_elem<8, uint8_t>>;
+#endif
+
+struct MetadataLayout {
+  static constexpr int kRowMultiple = int(SparseConfig::TensorEAtomM{});
+  static constexpr int kColumnMultiple = int(SparseConfig::TensorEAtomK{});
+  decltype(SparseConfig::fill_layoutE(cute::make_tuple(0, 1, 0, 1))) layout;
+
+  CUTLASS_HOST_DEVICE MetadataLayout(int rows, int columns)
+      : layout(SparseConfig::fill_layoutE(cute::make_tuple(rows, 1, columns, 1))) {}
+
+  // Byte position of the metadata of `row`, columns 8 * byte_column to 8 * byte_column + 7.
+  CUTLASS_HOST_DEVICE int64_t offset(int row, int byte_column) const { return layout(row, 8 * byte_column, 0) / 8; }
+};
+
+#else
+
+// mma.sp reads its metadata with ldmatrix: 16 bits (four groups) an element, columns of elements interleaved by two,
+// the rows of each 32 dealt out so that a thread's four 8-row blocks lie together, and 2 x 2 blocks transposed.
+struct MetadataLayout {
+  static constexpr int kRowMultiple = 32;
+  static constexpr int kColumnMultiple = 64;
+  cutlass::layout::ColumnMajorInterleaved<2> layout;
+
+  CUTLASS_HOST_DEVICE MetadataLayout(int rows, int columns)
+      : layout(cutlass::layout::ColumnMajorInterleaved<2>::packed(
+            {(rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple, columns / 16})) {}
+
+  CUTLASS_HOST_DEVICE int64_t offset(int row, int byte_column) const {
+    int place = row / 32 * 32 + row % 8 * 4 + row % 32 / 8;
+    int element = byte_column / 2;
+    int const corner = place % 2 - element % 2;  // 1 below the diagonal of its 2 x 2 block, -1 above
+    return 2 * layout({place - corner, element + corner}) + byte_column % 2;
+  }
+};
+
+#endif
+
+CUTLASS_HOST_DEVICE constexpr int padded(int size, int multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+CUTLASS_HOST_DEVICE constexpr int64_t metadata_bytes(int rows, int columns) {
+  return int64_t(padded(rows, MetadataLayout::kRowMultiple)) * padded(columns, MetadataLayout::kColumnMultiple) / 8;
+}
+
+// Writes one byte; `index` runs over the padded matrix, row by row. Padding reads as "the first two".
+CUTLASS_HOST_DEVICE void pack_metadata_byte(uint8_t const* bitmask, uint8_t* metadata, int rows, int columns,
+                                            MetadataLayout const& layout, int64_t index) {
+  int const padded_bytes = padded(columns, MetadataLayout::kColumnMultiple) / 8;
+  int const row = int(index / padded_bytes), byte_column = int(index % padded_bytes);
+  bool const inside = row < rows && byte_column < columns / 8;
+  metadata[layout.offset(row, byte_column)] =
+      metadata_byte(inside ? bitmask[int64_t(row) * (columns / 8) + byte_column] : 0x33);
+}
+
+}  // namespace ria

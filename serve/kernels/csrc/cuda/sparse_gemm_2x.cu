@@ -1,0 +1,213 @@
+// One tile of the mma.sp kernel, for bf16 and fp16: Ampere, Ada, and the Blackwell parts whose tensor cores are driven
+// by mma.sync alone. CUTLASS 2.x brings the main loop; the rest is ours, because its sparse kernels write y^T row-major
+// only and we want it column-major, which is y [tokens, out] with no pass to transpose it.
+//
+// The build compiles this file once per tile with RIA_TILE_NAME, RIA_TILE_M (out-features), RIA_TILE_N (tokens),
+// RIA_WARP_M, RIA_WARP_N and RIA_STAGES.
+#include <cuda_runtime.h>
+
+#include "cutlass/cutlass.h"
+#include "cutlass/gemm/threadblock/default_sparse_mma.h"
+#include "cutlass/numeric_conversion.h"
+
+#include "interface.h"
+#include "metadata.h"
+
+namespace ria {
+namespace {
+
+constexpr int kTileM = RIA_TILE_M, kTileN = RIA_TILE_N, kTileK = 64;
+constexpr int kWarpM = RIA_WARP_M, kWarpN = RIA_WARP_N;
+constexpr int kInstructionM = 16, kInstructionN = 8;
+constexpr int kThreads = 32 * (kTileM / kWarpM) * (kTileN / kWarpN);
+constexpr int kAlignment = 8;
+
+template <class Element>
+using MainLoop = typename cutlass::gemm::threadblock::DefaultSparseMma<
+    Element, cutlass::layout::RowMajor, kAlignment, Element, cutlass::layout::ColumnMajor, kAlignment, float,
+    cutlass::layout::RowMajor, cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80,
+    cutlass::gemm::GemmShape<kTileM, kTileN, kTileK>, cutlass::gemm::GemmShape<kWarpM, kWarpN, kTileK>,
+    cutlass::gemm::GemmShape<kInstructionM, kInstructionN, 32>, RIA_STAGES,
+    cutlass::arch::OpMultiplyAdd>::ThreadblockMma;
+
+template <class Element>
+struct Params {
+  typename MainLoop<Element>::IteratorA::Params values_params;
+  typename MainLoop<Element>::IteratorB::Params x_params;
+  typename MainLoop<Element>::IteratorE::Params metadata_params;
+  Element* values;
+  Element* x;
+  uint16_t* metadata;
+  Element const* bias;
+  Element* y;
+  float* partial_sums;
+  int* arrivals;
+  int out_features, in_features, tokens;
+  int steps_per_part;
+};
+
+// Where an accumulator lies in the tile. mma.m16n8 gives a thread rows lane/4 and lane/4 + 8, columns 2 * (lane % 4)
+// and the next; CUTLASS keeps a warp's instructions down the rows first.
+struct Place {
+  int row, column;
+};
+
+CUTLASS_HOST_DEVICE constexpr Place place_of(int warp, int lane, int accumulator) {
+  int const instruction = accumulator / 4, rows = kWarpM / kInstructionM;
+  int const half = accumulator / 2 % 2, side = accumulator % 2;
+  return {warp % (kTileM / kWarpM) * kWarpM + instruction % rows * kInstructionM + half * 8 + lane / 4,
+          warp / (kTileM / kWarpM) * kWarpN + instruction / rows * kInstructionN + lane % 4 * 2 + side};
+}
+
+// Two lanes four apart hold two neighbouring rows of the same two columns. They trade, so that each ends with both rows
+// of one column: one 32-bit store instead of two of 16 bits.
+template <class Element, int kCount>
+CUTLASS_DEVICE void store(Params<Element> const& p, cutlass::Array<float, kCount> const& sums, int warp, int lane,
+                          int first_row, int first_column) {
+  cutlass::NumericConverter<Element, float> to_element;
+  bool const upper = lane / 4 % 2;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < kCount; i += 2) {
+    float const received = __shfl_xor_sync(0xffffffffu, upper ? sums[i] : sums[i + 1], 4);
+    float low = upper ? received : sums[i];
+    float high = upper ? sums[i + 1] : received;
+    Place const place = place_of(warp, lane, i);
+    int const row = first_row + place.row - upper, column = first_column + place.column + upper;
+    if (row >= p.out_features || column >= p.tokens) continue;
+    if (p.bias) {
+      low += static_cast<float>(p.bias[row]);
+      high += static_cast<float>(p.bias[row + 1]);
+    }
+    cutlass::Array<Element, 2> pair;
+    pair[0] = to_element(low);
+    pair[1] = to_element(high);
+    *reinterpret_cast<cutlass::AlignedArray<Element, 2>*>(p.y + int64_t(column) * p.out_features + row) =
+        *reinterpret_cast<cutlass::AlignedArray<Element, 2> const*>(&pair);
+  }
+}
+
+// The parts of a divided K meet here: each leaves its sums in the workspace, and whichever comes last adds them all, in
+// the order of K whoever was last, so the result does not depend on timing. True for the block that goes on to store.
+template <class Element, int kCount>
+CUTLASS_DEVICE bool add_parts(Params<Element> const& p, cutlass::Array<float, kCount>& sums) {
+  __shared__ bool is_last;
+  int const tile = blockIdx.x + blockIdx.y * gridDim.x;
+  int64_t const part_stride = int64_t(gridDim.x) * gridDim.y * kCount * kThreads;
+  float* const mine = p.partial_sums + int64_t(tile) * kCount * kThreads + threadIdx.x;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < kCount; ++i) mine[blockIdx.z * part_stride + i * kThreads] = sums[i];
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    is_last = atomicAdd(p.arrivals + tile, 1) == int(gridDim.z) - 1;
+    if (is_last) p.arrivals[tile] = 0;
+  }
+  __syncthreads();
+  if (!is_last) return false;
+  __threadfence();
+  sums.clear();
+  for (int part = 0; part < int(gridDim.z); ++part) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kCount; ++i) sums[i] += __ldcg(mine + part * part_stride + i * kThreads);
+  }
+  return true;
+}
+
+template <class Element>
+__global__ void __launch_bounds__(kThreads) sparse_linear(__grid_constant__ Params<Element> const p) {
+  using Loop = MainLoop<Element>;
+  static_assert(Loop::kSparse == 2 && Loop::kElementsPerElementE == 8 && sizeof(typename Loop::ElementE) == 2);
+  static_assert(cutlass::platform::is_same<typename Loop::LayoutE, cutlass::layout::ColumnMajorInterleaved<2>>::value);
+  static_assert(Loop::WarpCount::kCount * 32 == kThreads && Loop::WarpCount::kM == kTileM / kWarpM);
+  extern __shared__ __align__(128) uint8_t shared[];
+
+  int const first_row = blockIdx.x * kTileM, first_column = blockIdx.y * kTileN;
+  int const first_k = blockIdx.z * p.steps_per_part * kTileK;
+  int const end_k = min(p.in_features, first_k + p.steps_per_part * kTileK);
+  int const warp = cutlass::canonical_warp_idx_sync(), lane = threadIdx.x % 32;
+  int const padded_rows = padded(p.out_features, MetadataLayout::kRowMultiple);
+
+  typename Loop::IteratorA values(p.values_params, p.values, {p.out_features, end_k / 2}, threadIdx.x,
+                                  {first_row, first_k / 2});
+  typename Loop::IteratorB x(p.x_params, p.x, {end_k, p.tokens}, threadIdx.x, {first_k, first_column});
+  typename Loop::IteratorE metadata(p.metadata_params, p.metadata, {padded_rows, end_k / 16}, threadIdx.x,
+                                    {first_row, first_k / 16});
+
+  Loop loop(*reinterpret_cast<typename Loop::SharedStorage*>(shared), threadIdx.x, warp, lane);
+  typename Loop::FragmentC sums;
+  sums.clear();
+  loop((end_k - first_k) / kTileK, sums, values, x, metadata, sums);
+
+  if (gridDim.z > 1 && !add_parts(p, sums)) return;
+  store(p, sums, warp, lane, first_row, first_column);
+}
+
+struct Grid {
+  int rows, columns, parts, steps_per_part;
+};
+
+// Without a request, K is divided until the thread blocks fill the multiprocessors, with at least 8 steps for each.
+Grid grid_of(Problem const& p) {
+  int const rows = (p.out_features + kTileM - 1) / kTileM, columns = (p.tokens + kTileN - 1) / kTileN;
+  int const steps = p.in_features / kTileK, tiles = rows * columns;
+  int parts = p.split;
+  if (p.split == kSplitHeuristic || p.split == kSplitForced) {
+    int const wanted = p.multiprocessors / tiles, possible = steps / 8;
+    parts = wanted < possible ? wanted : possible;
+  }
+  if (parts > steps) parts = steps;
+  if (parts < 1 || size_t(tiles) * sizeof(int) > kCounterBytes) parts = 1;
+  int const steps_per_part = (steps + parts - 1) / parts;
+  return {rows, columns, (steps + steps_per_part - 1) / steps_per_part, steps_per_part};
+}
+
+bool accepts(Problem const& p) {
+  return p.out_features % kAlignment == 0 && p.in_features % kTileK == 0 && grid_of(p).columns <= 65535;
+}
+
+size_t workspace_bytes(Problem const& p) {
+  Grid const grid = grid_of(p);
+  return grid.parts > 1 ? size_t(grid.parts) * grid.rows * grid.columns * kTileM * kTileN * sizeof(float) : 0;
+}
+
+template <class Element>
+Result run(Problem const& problem) {
+  using Loop = MainLoop<Element>;
+  if (!accepts(problem)) return kCannotRun;
+  if (workspace_bytes(problem) > problem.workspace_bytes - kCounterBytes) return kWorkspaceTooSmall;
+  Grid const grid = grid_of(problem);
+  int const padded_rows = padded(problem.out_features, MetadataLayout::kRowMultiple);
+  Params<Element> const params{
+      typename Loop::IteratorA::Params(cutlass::layout::RowMajor(problem.in_features / 2)),
+      typename Loop::IteratorB::Params(cutlass::layout::ColumnMajor(problem.in_features)),
+      typename Loop::IteratorE::Params(
+          cutlass::layout::ColumnMajorInterleaved<2>::packed({padded_rows, problem.in_features / 16})),
+      static_cast<Element*>(const_cast<void*>(problem.values)),
+      static_cast<Element*>(const_cast<void*>(problem.x)),
+      static_cast<uint16_t*>(const_cast<void*>(problem.metadata)),
+      static_cast<Element const*>(problem.bias),
+      static_cast<Element*>(problem.y),
+      reinterpret_cast<float*>(static_cast<uint8_t*>(problem.workspace) + kCounterBytes),
+      static_cast<int*>(problem.workspace),
+      problem.out_features,
+      problem.in_features,
+      problem.tokens,
+      grid.steps_per_part};
+  constexpr int shared_bytes = int(sizeof(typename Loop::SharedStorage));
+  static_assert(shared_bytes <= 98 * 1024, "more shared memory than sm_86, sm_89 and sm_120 have");
+  if (cudaFuncSetAttribute(sparse_linear<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) !=
+      cudaSuccess)
+    return kCudaError;
+  sparse_linear<Element><<<dim3(grid.rows, grid.columns, grid.parts), kThreads, shared_bytes,
+                           static_cast<cudaStream_t>(problem.stream)>>>(params);
+  return cudaGetLastError() == cudaSuccess ? kOk : kCudaError;
+}
+
+Result run_either(Problem const& p) {
+  return p.data_type == kBFloat16 ? run<cutlass::bfloat16_t>(p) : run<cutlass::half_t>(p);
+}
+
+[[maybe_unused]] bool const added = add_tile({RIA_TILE_NAME, accepts, workspace_bytes, run_either});
+
+}  // namespace
+}  // namespace ria

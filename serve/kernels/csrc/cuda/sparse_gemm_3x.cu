@@ -1,0 +1,136 @@
+// One tile of the CUTLASS 3.x kernel, for bf16 and fp16: y^T = W x^T with W, the first operand, sparse.
+//
+// y^T [out, tokens] is written column-major, which is y [tokens, out] row-major, so nothing is ever transposed; a bias
+// an output feature is then a bias a row of the product. The build compiles this file once per tile with
+//   RIA_FAMILY 90 or 100, RIA_TILE_NAME, RIA_TILE_M (out-features), RIA_TILE_N (tokens), RIA_CLUSTER_M,
+//   RIA_PINGPONG 0 or 1 (Hopper only: two consumer groups on two tiles in turn, else both on one),
+//   RIA_STREAM_K 0 or 1 (K may be divided among thread blocks).
+// Both dtypes together take hardly longer to compile than one.
+#include "cutlass/cutlass.h"
+#include "cutlass/epilogue/collective/collective_builder.hpp"
+#include "cutlass/epilogue/fusion/operations.hpp"
+#include "cutlass/gemm/collective/collective_builder.hpp"
+#include "cutlass/gemm/device/gemm_universal_adapter.h"
+#include "cutlass/gemm/kernel/gemm_universal.hpp"
+#include "cutlass/gemm/kernel/tile_scheduler.hpp"
+
+#include "interface.h"
+#include "metadata.h"
+
+namespace ria {
+namespace {
+
+using TileShape = cute::Shape<cute::Int<RIA_TILE_M>, cute::Int<RIA_TILE_N>, cute::Int<kTileK>>;
+using ClusterShape = cute::Shape<cute::Int<RIA_CLUSTER_M>, cute::_1, cute::_1>;
+
+#if RIA_FAMILY == 90
+using Arch = cutlass::arch::Sm90;
+using EpilogueClass = cutlass::arch::OpClassTensorOp;
+#if RIA_PINGPONG
+using MainloopSchedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
+#else
+using MainloopSchedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
+#endif
+using DefaultScheduler = cutlass::gemm::PersistentScheduler;
+#else
+using Arch = cutlass::arch::Sm100;
+using EpilogueClass = cutlass::arch::OpClassSparseTensorOp;
+using MainloopSchedule = cutlass::gemm::KernelSparseTmaWarpSpecialized1SmSm100;
+using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized1Sm;
+using DefaultScheduler = void;
+#endif
+
+using Scheduler = cute::conditional_t<RIA_STREAM_K != 0, cutlass::gemm::StreamKScheduler, DefaultScheduler>;
+
+constexpr int kAlignment = 8;  // elements of 16 bits in the 16 bytes that TMA wants
+
+template <class Element>
+struct SparseLinear {
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      Arch, EpilogueClass, TileShape, ClusterShape, cutlass::epilogue::collective::EpilogueTileAuto, float, float,
+      void, cutlass::layout::ColumnMajor, kAlignment, Element, cutlass::layout::ColumnMajor, kAlignment,
+      EpilogueSchedule,
+      cutlass::epilogue::fusion::LinCombPerRowBias<Element, float, Element, void, float>>::CollectiveOp;
+
+  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      Arch, cutlass::arch::OpClassSparseTensorOp, Element, cutlass::layout::RowMajor, 2 * kAlignment, Element,
+      cutlass::layout::ColumnMajor, kAlignment, float, TileShape, ClusterShape,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+      MainloopSchedule>::CollectiveOp;
+
+  using Kernel =
+      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, Scheduler>;
+  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+  using Config = typename Mainloop::SparseConfig;
+
+  static_assert(cute::is_same_v<typename Config::TensorEAtom, typename SparseConfig::TensorEAtom>,
+                "the kernel reads its metadata in another layout than metadata.h writes");
+  static_assert(sizeof(typename Mainloop::ElementE) == 1);
+
+  static typename Kernel::Arguments arguments(Problem const& p) {
+    auto const sizes = cute::make_shape(p.out_features, p.tokens, p.in_features, 1);
+    typename Kernel::Arguments args{};
+    args.mode = cutlass::gemm::GemmUniversalMode::kGemm;
+    args.problem_shape = sizes;
+    args.mainloop.ptr_A = static_cast<Element const*>(p.values);
+    args.mainloop.layout_a = Config::fill_layoutA(sizes);
+    args.mainloop.ptr_B = static_cast<Element const*>(p.x);
+    cute::get<0>(args.mainloop.dB) = p.in_features;
+    args.mainloop.ptr_E = static_cast<typename Mainloop::ElementE const*>(p.metadata);
+    args.mainloop.layout_e = Config::fill_layoutE(sizes);
+    args.epilogue.thread.alpha = 1.0f;
+    args.epilogue.thread.beta = 0.0f;
+    args.epilogue.thread.bias_ptr = static_cast<Element const*>(p.bias);
+    args.epilogue.ptr_D = static_cast<Element*>(p.y);
+    cute::get<1>(args.epilogue.dD) = p.out_features;
+    args.hw_info.device_id = p.device;
+    args.hw_info.sm_count = p.multiprocessors;
+#if RIA_STREAM_K
+    using Mode = cute::remove_cvref_t<decltype(args.scheduler.decomposition_mode)>;
+    int const steps = (p.in_features + kTileK - 1) / kTileK;
+    args.scheduler.splits = p.split > steps ? steps : p.split > 1 ? p.split : 1;
+    args.scheduler.decomposition_mode = p.split == kSplitForced ? Mode::StreamK
+                                        : p.split == kSplitNone ? Mode::DataParallel
+                                        : p.split > 1           ? Mode::SplitK
+                                                                : Mode::Heuristic;
+#endif
+    return args;
+  }
+
+  static bool accepts(Problem const& p) {
+    if (p.out_features % kAlignment || p.in_features % (2 * kAlignment)) return false;
+    return Gemm::can_implement(arguments(p)) == cutlass::Status::kSuccess;
+  }
+
+  static size_t workspace_bytes(Problem const& p) { return Gemm::get_workspace_size(arguments(p)); }
+
+  static Result run(Problem const& p) {
+    if (!accepts(p)) return kCannotRun;
+    auto const args = arguments(p);
+    if (Gemm::get_workspace_size(args) > p.workspace_bytes - kCounterBytes) return kWorkspaceTooSmall;
+    auto const stream = static_cast<cudaStream_t>(p.stream);
+    Gemm gemm;
+    if (gemm.initialize(args, static_cast<uint8_t*>(p.workspace) + kCounterBytes, stream) != cutlass::Status::kSuccess)
+      return kCudaError;
+    return gemm.run(stream) == cutlass::Status::kSuccess ? kOk : kCudaError;
+  }
+};
+
+bool accepts(Problem const& p) {
+  return p.data_type == kBFloat16 ? SparseLinear<cutlass::bfloat16_t>::accepts(p)
+                                  : SparseLinear<cutlass::half_t>::accepts(p);
+}
+
+// The dtypes differ in nothing that the workspace depends on.
+size_t workspace_bytes(Problem const& p) { return SparseLinear<cutlass::bfloat16_t>::workspace_bytes(p); }
+
+Result run(Problem const& p) {
+  return p.data_type == kBFloat16 ? SparseLinear<cutlass::bfloat16_t>::run(p) : SparseLinear<cutlass::half_t>::run(p);
+}
+
+[[maybe_unused]] bool const added = add_tile({RIA_TILE_NAME, accepts, workspace_bytes, run});
+
+}  // namespace
+}  // namespace ria
