@@ -1,0 +1,78 @@
+"""`ria-vllm compress`."""
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+from ria_vllm.errors import RiaError
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option("--method", default="ria", show_default=True, help="Score: ria, ri, wanda, magnitude; or sparsegpt.")
+@click.option("--exponent", default=0.5, show_default=True, help="Of the input norms in RIA.")
+@click.option("--permute", default=None, help="Channel permutation: lsa, heuristic or none. [default: lsa; none where the pattern is not served]")
+@click.option(
+    "--permute-scope", default="shared", show_default=True,
+    help="shared: one order for q, k, v and one for gate, up. linear: each its own; better, and slower to serve.",
+)
+@click.option("--pattern", default="2:4", show_default=True, help="2:4 is served; N:M and unstructured[:KEPT] are written as plain dense weights.")
+@click.option(
+    "--calibration", default="self", show_default=True,
+    help="A .txt, .jsonl or .parquet file (field text), c4, wikitext2 or pile from the hub, or self: text that the dense "
+    "model writes itself, for which the whole model must fit into memory once.",
+)
+@click.option("--samples", default=128, show_default=True, help="Calibration sequences.")
+@click.option("--seq-len", default=2048, show_default=True, help="Tokens in each.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--reconstruct", default="admm", show_default=True, help="Update of the weights that stay: none, admm or block (best, slow).")
+@click.option("--skip-sensitive", default=0.0, show_default=True, help="Fraction of the weights to keep dense, where it helps most.")
+@click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears whose name it matches dense. Repeatable.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--activation-cache", type=click.Choice(["cpu", "disk"]), default="cpu", show_default=True, help="Where calibration activations are kept.")
+@click.option("--max-shard-size", default="5GB", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists, once the new one is complete.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same command.")
+@click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to this JSON file.")
+def compress(
+    model, out, method, exponent, permute, permute_scope, pattern, calibration, samples, seq_len, seed, reconstruct,
+    skip_sensitive, ignore, device, activation_cache, max_shard_size, overwrite, resume, timings,
+):  # fmt: skip
+    """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
+
+    Decoder layers are in memory one at a time. With torchrun --nproc-per-node N -m ria_vllm compress ..., the
+    calibration samples and the permutation problems are divided over N processes.
+    """
+    from ria_vllm.offline.compress import Settings
+    from ria_vllm.offline.compress import compress as run
+    from ria_vllm.offline.evaluate import choose_device
+    from ria_vllm.offline.progress import Monitor
+    from ria_vllm.offline.prune import Pattern
+    from ria_vllm.offline.recipe import Recipe
+    from ria_vllm.writer import parse_size
+
+    parsed = Pattern.parse(pattern)
+    served = (parsed.n, parsed.m) == (2, 4)
+    recipe = Recipe(
+        method=method, exponent=exponent, permute=permute or ("lsa" if served else "none"), permute_scope=permute_scope,
+        pattern=parsed, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, ignore=tuple(ignore),
+        reconstruct=reconstruct, skip_sensitive=skip_sensitive,
+    )  # fmt: skip
+    place = choose_device(device)
+    settings = Settings(place, activation_cache, parse_size(max_shard_size), overwrite, resume)
+    monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
+    if not served:
+        monitor.say(f"pattern {parsed}: no kernel serves it, so {out} becomes a plain dense folder with zeros.")
+    try:
+        report = run(model, out, recipe, settings, monitor)
+    except KeyboardInterrupt:
+        raise RiaError(f"interrupted. Finished layers are kept in {out}.partial; add --resume to go on.") from None
+    seconds = {name: round(value, 3) for name, value in monitor.seconds.items()}
+    monitor.say("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+    kept = [record["retained_after"] for record in report["linears"].values()]
+    monitor.say(f"{out}: {len(kept)} linears pruned, mean retained score {sum(kept) / len(kept):.4f}")
+    if timings and monitor.shown:
+        timings.write_text(json.dumps(seconds, indent=2) + "\n")

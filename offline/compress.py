@@ -1,0 +1,212 @@
+"""The pipeline: a dense model in, a compressed checkpoint out, one decoder layer in memory at a time."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ria_vllm.checkpoint import is_compressed, read_json
+from ria_vllm.errors import RiaError
+from ria_vllm.offline import calibration
+from ria_vllm.offline.layers import LayerPass
+from ria_vllm.offline.plan import Plan, make_plan
+from ria_vllm.offline.progress import Monitor
+from ria_vllm.offline.ranks import Ranks, joined
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.source import Source, opened
+from ria_vllm.offline.streaming import StreamedModel
+from ria_vllm.offline.topology import Topology
+from ria_vllm.offline.units import layer_key, layer_tensors, pruned_weights
+from ria_vllm.schema import REPORT_FILE, RiaSchema, SparsityConfig
+from ria_vllm.writer import CheckpointWriter
+
+CALIBRATION_KEY = "calibration"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a compression runs; nothing here changes what comes out (but for a device's own rounding)."""
+
+    device: torch.device = torch.device("cpu")
+    activation_cache: str = "cpu"
+    max_shard_size: int = 5 * 10**9
+    overwrite: bool = False
+    resume: bool = False
+
+
+def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor: Monitor) -> dict[str, Any]:
+    """Compress `model` into the folder `out`.
+
+    Returns:
+        The report, as written to `out`.
+
+    Raises:
+        RiaError: bad input; nothing is left at `out`, nor beside it unless `--resume` can go on from it.
+    """
+    with joined(settings.device) as team, torch.no_grad(), monitor.live():
+        if (out.exists() or out.is_symlink()) and not settings.overwrite:
+            raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
+        with opened(model, out.parent, team) as source:
+            streamed = StreamedModel(source.folder, source.config, settings.device)
+            recipe = _clipped(recipe, source, monitor)
+            with _work_folder(out, recipe.dump(source.name), settings, team) as writer:
+                return _run(source, streamed, recipe, settings, writer, team, monitor)
+
+
+def _run(
+    source: Source,
+    model: StreamedModel,
+    recipe: Recipe,
+    settings: Settings,
+    writer: CheckpointWriter,
+    team: Ranks,
+    monitor: Monitor,
+) -> dict[str, Any]:
+    tokens = _tokens(source, model, recipe, writer, team, monitor)
+    cache = writer.work / "activations" if settings.activation_cache == "disk" else None
+    layers = LayerPass(model, tokens, cache, recipe, team, monitor)
+    plan = make_plan(model, layers.topology, recipe)
+    for warning in plan.warnings:
+        monitor.warn(warning)
+    total = len(model.layers)
+    finished = team.from_first(next((i for i in range(total) if not writer.has(layer_key(i))), total))
+    if finished:
+        monitor.say(f"resuming: {finished} of {total} layers are finished")
+    if finished < total:
+        for index in range(finished):
+            stored, _ = writer.read(layer_key(index))
+            names = [f"{model.layer_prefix(index)}{name}" for name in sorted(plan.pruned[index])]
+            layers.replay(index, pruned_weights(stored, names))
+    for index in monitor.layers(range(finished, total), total):
+        pruned = layers.prune(index, plan, last=index == total - 1)
+        if team.first:
+            with monitor.phase("writing"):
+                record = {name: linear.record for name, linear in pruned.items()}
+                writer.write(layer_key(index), layer_tensors(model, index, pruned, recipe), record)
+        _say_layer(model.layer_prefix(index), {name: linear.record for name, linear in pruned.items()}, monitor)
+    team.wait()
+    report = _report(source, recipe, model, plan, writer)
+    if team.first:
+        with monitor.phase("writing"):
+            _finish(source, model, recipe, layers.topology, plan, settings, writer, report)
+    team.wait()
+    return report
+
+
+def _clipped(recipe: Recipe, source: Source, monitor: Monitor) -> Recipe:
+    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if longest and recipe.seq_len > longest:
+        monitor.warn(f"--seq-len {recipe.seq_len}: this model reads at most {longest} tokens; samples get that length.")
+        recipe = recipe.with_seq_len(longest)
+    return recipe
+
+
+@contextmanager
+def _work_folder(out: Path, recipe: dict[str, Any], settings: Settings, team: Ranks) -> Iterator[CheckpointWriter]:
+    """The work folder, new or, with --resume, that of an interrupted run with the same recipe."""
+    work = out.with_name(out.name + ".partial")
+    fingerprint = work / "recipe.json"
+    # JSON has no tuples; what is compared has to have gone through it.
+    recipe = json.loads(json.dumps(recipe))
+    if team.first:
+        if settings.resume and fingerprint.is_file():
+            differing = _difference(read_json(fingerprint), recipe)
+            if differing:
+                raise RiaError(f"--resume: {work} is from a run with another {differing}. Give the same, or leave out --resume.")
+        writer = CheckpointWriter(out, settings.overwrite, settings.resume and fingerprint.is_file())
+        fingerprint.write_text(json.dumps(recipe))
+    team.wait()
+    if not team.first:
+        writer = CheckpointWriter(out, overwrite=True, resume=True)
+    try:
+        yield writer
+    except RiaError as error:
+        # A full disk can be mended, and the run go on; other bad input stays bad.
+        if team.first and not isinstance(error.__cause__, OSError):
+            writer.discard()
+        raise
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    keys = [key for key in other if one.get(key) != other[key]]
+    return None if not keys else f"{keys[0].replace('_', '-')} ({one.get(keys[0])})"
+
+
+def _tokens(
+    source: Source, model: StreamedModel, recipe: Recipe, writer: CheckpointWriter, team: Ranks, monitor: Monitor
+) -> torch.Tensor:
+    tokens = None
+    if team.first and writer.has(CALIBRATION_KEY):
+        tokens = writer.read(CALIBRATION_KEY)[0]["tokens"]
+    elif team.first:
+        with monitor.phase("calibration text"):
+            tokens = _make_tokens(source, model, recipe, monitor)
+        writer.write(CALIBRATION_KEY, {"tokens": tokens})
+    return team.from_first(tokens)
+
+
+def _make_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if recipe.calibration == "self":
+        whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype=model.dtype).to(model.device).eval()
+        return calibration.from_model(whole, source.config.bos_token_id, recipe.samples, recipe.seq_len, recipe.seed, monitor)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    except Exception as error:
+        raise RiaError(f"{source.name}: no tokenizer that transformers can load ({error}). Use --calibration self.") from None
+    tokens = calibration.from_text(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
+    vocabulary = model.model.get_input_embeddings().num_embeddings
+    if int(tokens.max()) >= vocabulary:
+        raise RiaError(f"{source.name}: its tokenizer makes token {int(tokens.max())}, the model knows {vocabulary}.")
+    return tokens
+
+
+def _say_layer(prefix: str, records: dict[str, dict[str, Any]], monitor: Monitor) -> None:
+    for name, record in records.items():
+        text = f"{name}: retained score {record['retained_before']:.4f} -> {record['retained_after']:.4f}"
+        if "error_after" in record:
+            text += f", output error {record['error_before']:.4f} -> {record['error_after']:.4f}"
+        monitor.say(text)
+
+
+def _report(
+    source: Source, recipe: Recipe, model: StreamedModel, plan: Plan, writer: CheckpointWriter
+) -> dict[str, Any]:
+    linears: dict[str, Any] = {}
+    for index in range(len(model.layers)):
+        linears |= dict(sorted(writer.record(layer_key(index)).items()))
+    return {"recipe": recipe.dump(source.name), "linears": linears, "dense": dict(plan.dense)}
+
+
+def _finish(
+    source: Source,
+    model: StreamedModel,
+    recipe: Recipe,
+    topology: Topology,
+    plan: Plan,
+    settings: Settings,
+    writer: CheckpointWriter,
+    report: dict[str, Any],
+) -> None:
+    keys = []
+    for number, name in enumerate(model.names_outside_layers()):
+        keys.append(f"outside-{number:05d}")
+        writer.write(keys[-1], {name: model.read(name)})
+    keys += [layer_key(index) for index in range(len(model.layers))]
+    config = dict(source.raw_config)
+    if recipe.served:
+        pruned = sum(record["shape"][0] * record["shape"][1] for record in report["linears"].values())
+        total = sum(m.weight.numel() for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear))
+        sparsity = SparsityConfig(ignore=list(plan.dense), global_sparsity=round(0.5 * pruned / total, 6))
+        folds = topology.absolute_folds(model.layers_path)
+        schema = RiaSchema(sparsity_config=sparsity, folds=folds, recipe=recipe.dump(source.name))
+        config["quantization_config"] = schema.model_dump(mode="json")
+    json_files = {"config.json": config, REPORT_FILE: report}
+    writer.finish(keys, json_files, source.small_files(), settings.max_shard_size)

@@ -1,0 +1,69 @@
+"""The processes of a torchrun, or the single one without it."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """This process among `size`. With size 1 every method is trivial and no process group exists."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank = rank
+        self.size = size
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def add_(self, tensor: torch.Tensor) -> None:
+        """Sum over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def from_first(self, value: Any) -> Any:
+        """Any picklable object of rank 0, on every rank."""
+        return self.from_owner(value, 0)
+
+    def from_owner(self, value: Any, owner: int) -> Any:
+        if self.size == 1:
+            return value
+        holder = [value if self.rank == owner else None]
+        dist.broadcast_object_list(holder, src=owner)
+        return holder[0]
+
+    def divide(self, costs: Sequence[float]) -> list[int]:
+        """The owner of each job: the dearest jobs first, each to the rank with the least to do."""
+        load = [0.0] * self.size
+        owner = [0] * len(costs)
+        for job in sorted(range(len(costs)), key=lambda j: (-costs[j], j)):
+            owner[job] = min(range(self.size), key=lambda r: (load[r], r))
+            load[owner[job]] += costs[job]
+        return owner
+
+    def share(self, jobs: int) -> range:
+        """This rank's consecutive part of `jobs` equal jobs."""
+        return range(self.rank * jobs // self.size, (self.rank + 1) * jobs // self.size)
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Join the process group that torchrun describes in the environment, if there is one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

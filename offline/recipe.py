@@ -1,0 +1,80 @@
+"""What a compression is asked to do: every option that shapes the result, checked and written into the checkpoint."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+from ria_vllm import __version__
+from ria_vllm.errors import RiaError
+from ria_vllm.offline import permute, scores
+from ria_vllm.offline.prune import Pattern
+
+METHODS = (*scores.METHODS, "sparsegpt")
+SCOPES = ("shared", "linear")
+RECONSTRUCTIONS = ("none", "admm", "block")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """See `ria-vllm compress --help` for each of them.
+
+    Raises:
+        RiaError: a value that no run could use.
+    """
+
+    method: str = "ria"
+    exponent: float = 0.5
+    permute: str = "lsa"
+    permute_scope: str = "shared"
+    pattern: Pattern = Pattern(n=2, m=4)
+    calibration: str = "self"
+    samples: int = 128
+    seq_len: int = 2048
+    seed: int = 0
+    ignore: tuple[str, ...] = ()
+    reconstruct: str = "admm"
+    skip_sensitive: float = 0.0
+
+    def __post_init__(self):
+        choices = (("method", METHODS), ("permute", permute.METHODS), ("permute_scope", SCOPES))
+        for name, allowed in (*choices, ("reconstruct", RECONSTRUCTIONS)):
+            if getattr(self, name) not in allowed:
+                option = "--" + name.replace("_", "-")
+                raise RiaError(f"{option} {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
+        if self.samples < 1 or self.seq_len < 2:
+            raise RiaError("--samples takes at least 1, --seq-len at least 2.")
+        if not 0 <= self.skip_sensitive < 1:
+            raise RiaError(f"--skip-sensitive {self.skip_sensitive}: a fraction from 0 up to, not including, 1.")
+        if not 0 <= self.exponent <= 4:
+            raise RiaError(f"--exponent {self.exponent}: choose a number from 0 to 4; the paper's is 0.5.")
+        for expression in self.ignore:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise RiaError(f"--ignore {expression!r}: not a regular expression ({error}).") from None
+
+    @property
+    def served(self) -> bool:
+        """Whether a kernel serves the pattern; anything else is written as plain dense weights."""
+        return (self.pattern.n, self.pattern.m) == (2, 4)
+
+    @property
+    def needs_gram(self) -> bool:
+        return self.reconstruct != "none" or self.method == "sparsegpt"
+
+    def shared_orders(self, linears: Sequence[str]) -> list[Sequence[str]]:
+        """Which of the linears with one input get one order together."""
+        return [linears] if self.permute_scope == "shared" else [(name,) for name in linears]
+
+    def with_seq_len(self, seq_len: int) -> "Recipe":
+        return replace(self, seq_len=seq_len)
+
+    def ignores(self, name: str) -> bool:
+        return any(re.search(expression, name) for expression in self.ignore)
+
+    def dump(self, source: str) -> dict[str, Any]:
+        """For config.json: enough to do it again."""
+        versions = {"ria-vllm": __version__} | {name: version(name) for name in ("torch", "transformers", "scipy")}
+        return asdict(self) | {"pattern": str(self.pattern), "ignore": list(self.ignore), "source": source, "versions": versions}

@@ -1,0 +1,147 @@
+"""The model to compress: a Hugging Face folder, a hub id, or a GGUF file."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+
+from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, is_compressed, read_json, weight_files
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.ranks import Ranks
+from ria_vllm.writer import disk_errors
+
+# What a folder needs besides weights; everything here is small and none of it is code.
+COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+NOT_COPIED = ("config.json", INDEX_FILE, "pytorch_model.bin.index.json", "ria_report.json")
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked folder. `name` is what the user called it; `raw_config` is config.json as it stands."""
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    raw_config: dict[str, Any]
+
+    def small_files(self) -> list[Path]:
+        """Tokenizer, generation config, chat template."""
+        files = sorted(path for path in self.folder.iterdir() if path.is_file())
+        return [path for path in files if path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED]
+
+
+@contextmanager
+def opened(model: str, work: Path, team: Ranks) -> Iterator[Source]:
+    """Find, fetch or convert the model, and check that it can be compressed. Only the first rank fetches or converts.
+
+    Args:
+        work: where a GGUF file may be converted; nothing is left there.
+
+    Raises:
+        RiaError: says what is wrong with the model and how to go on.
+    """
+    path = Path(model)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        with disk_errors(work):
+            work.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=work, prefix=".gguf-") if team.first else nullcontext() as folder:
+            if team.first:
+                convert_gguf(path, Path(folder))
+            yield _checked(model, Path(team.from_first(folder)))
+            team.wait()
+    elif path.is_dir():
+        yield _checked(model, path)
+    elif path.exists():
+        raise RiaError(f"{model}: neither a folder nor a .gguf file. Give a Hugging Face folder, a hub id or a GGUF file.")
+    else:
+        folder = _from_hub(model) if team.first else None
+        yield _checked(model, team.from_first(folder))
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write a Hugging Face folder with the dequantized weights, in bfloat16, and the tokenizer of a GGUF file."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        options: dict[str, Any] = {}
+    else:
+        options = {"quantization_config": GgufConfig(dequantize=True)}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=torch.bfloat16, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    except ImportError as error:
+        raise RiaError(f"{path}: {error} Install them with: pip install 'ria-vllm[gguf]'") from None
+    except Exception as error:
+        raise RiaError(f"{path}: transformers cannot read this GGUF file ({error}).") from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model = model.to(torch.bfloat16)
+    with disk_errors(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RiaError(
+            f"{model}: no such folder or file here, and the hub did not give it either ({reason}). Check the name; "
+            "gated models need `hf auth login`."
+        ) from None
+
+
+def _checked(name: str, folder: Path) -> Source:
+    raw = read_json(folder / "config.json")
+    if is_compressed(folder):
+        raise RiaError(f"{name}: already compressed by ria-vllm. Give the original model.")
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "something") if isinstance(quantization, dict) else "something"
+        raise RiaError(f"{name}: its weights are quantized ({method}). Give the original, unquantized model.")
+    if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX_FILE).is_file():
+        found = [path.name for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.gguf"))]
+        if found and found[0].endswith(".gguf"):
+            raise RiaError(f"{name}: no safetensors here. To compress {found[0]}, give the file itself.")
+        if found:
+            raise RiaError(
+                f"{name}: only {found[0]} here. Pickled weights are not opened, since they can run code; save the model as "
+                "safetensors first (model.save_pretrained)."
+            )
+    weight_files(folder)
+    if raw.get("auto_map") and raw.get("model_type") not in _known_types():
+        raise RiaError(f"{name}: needs its own Python code (auto_map in config.json), which is not run here.")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise RiaError(f"{folder / 'config.json'}: transformers does not know this model ({error}).") from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RiaError(f"{name}: a {config.model_type} model is not a causal language model, so it cannot be compressed here.")
+    architectures = config.architectures or []
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    expected = [cls.__name__ for cls in (expected if isinstance(expected, tuple) else (expected,))]
+    if architectures and not set(architectures) & set(expected):
+        raise RiaError(
+            f"{name}: config.json says {architectures[0]}, which is not the causal language model {expected[0]}. Only "
+            "causal language models can be compressed."
+        )
+    return Source(name, folder, config, raw)
+
+
+def _known_types() -> set[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return set(CONFIG_MAPPING_NAMES)
