@@ -7,6 +7,7 @@ and one wheel serves every Python and torch from 2.10 on. Everything else about 
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,8 +62,13 @@ class BuildCpuLibrary(build_ext):
         subprocess.run([*compiler, "-shared", "-nostdlib", name, "-x", "c", os.devnull, "-o", str(stub)], check=True)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        link = ["-shared", *object_files, "-Wl,--no-as-needed", str(stub), "-Wl,-z,relro,-z,now", "-o", str(target)]
+        linked = objects / target.name
+        link = ["-shared", *object_files, "-Wl,--no-as-needed", str(stub), "-Wl,-z,relro,-z,now", "-o", str(linked)]
         subprocess.run([*compiler, *link], check=True)
+        # Replaced as a whole: a running process keeps the library it has mapped.
+        unfinished = target.with_suffix(".unfinished")
+        shutil.copyfile(linked, unfinished)
+        unfinished.replace(target)
 
 
 class AnyPythonWheel(bdist_wheel):
