@@ -1,6 +1,6 @@
 """Decoder layers, run one at a time over the calibration activations, and the statistics of what their linears read."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,14 +185,14 @@ def gather(
     layer: nn.Module,
     component: Component,
     stage: Sequence[Group],
-    calls: Sequence[LayerCall],
+    calls: Mapping[torch.Size, LayerCall],
     streams: Activations,
     with_gram: bool,
     ranks: Ranks,
     monitor: Monitor,
     where: str,
 ) -> list[Statistics]:
-    """The statistics of a stage's groups. Every pass ends as soon as the last of them has been reached.
+    """The statistics of a stage's groups; `calls` by the shape of the stream. Every pass ends as soon as the last of them has been reached.
 
     Chunk products are float32; their sums are float64, so that the order of the chunks, and with it the number of
     ranks, does not show in the rounded result.
@@ -222,7 +222,8 @@ def gather(
         for chunk in monitor.steps(range(len(streams)), "calibration passes", len(streams)):
             pending.update(range(len(stage)))
             try:
-                run_component(layer, component, calls[chunk], streams[chunk].to(device))
+                stream = streams[chunk].to(device)
+                run_component(layer, component, calls[stream.shape], stream)
             except _Reached:
                 pass
     finally:
@@ -232,12 +233,13 @@ def gather(
 
 
 def advance(
-    layer: nn.Module, component: Component, calls: Sequence[LayerCall], streams: Activations, monitor: Monitor
+    layer: nn.Module, component: Component, calls: Mapping[torch.Size, LayerCall], streams: Activations, monitor: Monitor
 ) -> None:
     """Replace the stream before a component by the stream after it."""
     device = _device(layer)
     for chunk in monitor.steps(range(len(streams)), "calibration passes", len(streams)):
-        streams[chunk] = run_component(layer, component, calls[chunk], streams[chunk].to(device))
+        stream = streams[chunk].to(device)
+        streams[chunk] = run_component(layer, component, calls[stream.shape], stream)
 
 
 def _finish(total: torch.Tensor, group: Group, ranks: Ranks, where: str) -> Statistics:

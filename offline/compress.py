@@ -13,7 +13,7 @@ from ria_vllm.checkpoint import is_compressed, read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import calibration
 from ria_vllm.offline.layers import LayerPass
-from ria_vllm.offline.plan import Plan, make_plan
+from ria_vllm.offline.plan import Plan, make_plan, most_sensitive
 from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.ranks import Ranks, joined
 from ria_vllm.offline.recipe import Recipe
@@ -25,6 +25,7 @@ from ria_vllm.schema import REPORT_FILE, RiaSchema, SparsityConfig
 from ria_vllm.writer import CheckpointWriter
 
 CALIBRATION_KEY = "calibration"
+SENSITIVITY_KEY = "sensitivity"
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ def _run(
 ) -> dict[str, Any]:
     tokens = _tokens(source, model, recipe, writer, team, monitor)
     cache = writer.work / "activations" if settings.activation_cache == "disk" else None
+    sensitive = _sensitive(model, tokens, cache, recipe, writer, team, monitor)
     layers = LayerPass(model, tokens, cache, recipe, team, monitor)
-    plan = make_plan(model, layers.topology, recipe)
+    plan = make_plan(model, layers.topology, recipe, sensitive)
     for warning in plan.warnings:
         monitor.warn(warning)
     total = len(model.layers)
@@ -166,6 +168,31 @@ def _make_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: 
     if int(tokens.max()) >= vocabulary:
         raise RiaError(f"{source.name}: its tokenizer makes token {int(tokens.max())}, the model knows {vocabulary}.")
     return tokens
+
+
+def _sensitive(
+    model: StreamedModel,
+    tokens: torch.Tensor,
+    cache: Path | None,
+    recipe: Recipe,
+    writer: CheckpointWriter,
+    team: Ranks,
+    monitor: Monitor,
+) -> list[str]:
+    """Linears to keep dense, chosen in a pass over the dense model before anything is pruned."""
+    if not recipe.skip_sensitive:
+        return []
+    if not team.from_first(writer.has(SENSITIVITY_KEY)):
+        layers = LayerPass(model, tokens, cache, recipe.without_training(), team, monitor)
+        plan = make_plan(model, layers.topology, recipe)
+        monitor.say("measuring what pruning does to each linear")
+        records = {}
+        for index in monitor.layers(range(len(model.layers)), len(model.layers)):
+            records |= layers.measure(index, plan)
+        if team.first:
+            writer.write(SENSITIVITY_KEY, {}, {"chosen": most_sensitive(records, recipe.skip_sensitive)})
+        team.wait()
+    return writer.record(SENSITIVITY_KEY)["chosen"]
 
 
 def _say_layer(prefix: str, records: dict[str, dict[str, Any]], monitor: Monitor) -> None:

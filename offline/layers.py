@@ -1,22 +1,25 @@
 """One pass over the decoder layers: calibration activations go in at the bottom, pruned layers come out one by one."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.capture import Activations, Embedder, LayerCall, advance, gather
+from ria_vllm.offline.block import train_block
+from ria_vllm.offline.capture import Activations, Embedder, LayerCall, advance, gather, run_component
 from ria_vllm.offline.plan import Plan
 from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.ranks import Ranks
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.solve import Pruned, find_orders, solve
 from ria_vllm.offline.streaming import StreamedModel
-from ria_vllm.offline.topology import Component, Topology, describe
+from ria_vllm.offline.topology import Component, Group, describe
 
+T = TypeVar("T")
 # Tokens in one forward pass of a layer. Chunks do not depend on the number of ranks, so neither do results.
 CHUNK_TOKENS = 2048
 
@@ -42,58 +45,115 @@ class LayerPass:
                 f"{len(tokens)} samples of {tokens.shape[1]} tokens make {len(chunks)} pieces of work, too few for "
                 f"{team.size} processes. Use fewer processes, or more samples."
             )
-        folder = None if cache is None else cache / f"rank-{team.rank}"
-        self.streams = Activations(folder)
-        self.calls: list[list[LayerCall]] = []
-        embedder = Embedder(model)
-        self.topology = self._describe(embedder, chunks[0])
-        by_shape: dict[torch.Size, list[LayerCall]] = {}
-        for index in monitor.steps(team.share(len(chunks)), "embedding", len(team.share(len(chunks)))):
-            stream, calls = embedder(chunks[index])
-            known = by_shape.setdefault(stream.shape, calls)
-            if not all(one.same_as(other) for one, other in zip(known, calls, strict=True)):
-                raise RiaError(
-                    f"{type(model.model).__name__} gives its layers more than the residual stream for each text: not supported."
-                )
-            self.streams.append(stream)
-            self.calls.append(known)
-        embedder.close()
+        self.chunks = len(chunks)
+        self.pruned = Activations(None if cache is None else cache / f"pruned-{team.rank}")
+        # Block reconstruction aims at the stream of the dense model on its own path.
+        self.dense = Activations(None if cache is None else cache / f"dense-{team.rank}") if recipe.trains else None
+        self.calls: dict[torch.Size, list[LayerCall]] = {}
+        self._embed(chunks)
 
-    def _describe(self, embedder: Embedder, tokens: torch.Tensor) -> Topology:
-        inputs = embedder.inputs_of_first_layer(tokens[:1])
-        return describe(self.model.config.get_text_config(), self.model.layers[0], inputs)
+    def _embed(self, chunks: Sequence[torch.Tensor]) -> None:
+        embedder = Embedder(self.model)
+        inputs = embedder.inputs_of_first_layer(chunks[0][:1])
+        self.topology = describe(self.model.config.get_text_config(), self.model.layers[0], inputs)
+        # The last chunk may be shorter; every rank has to know how layers are called for it.
+        for tokens in (chunks[0], chunks[-1]):
+            stream, calls = embedder(tokens)
+            self.calls[stream.shape] = calls
+        share = self.team.share(len(chunks))
+        for index in self.monitor.steps(share, "embedding", len(share)):
+            stream, calls = embedder(chunks[index])
+            if not all(one.same_as(other) for one, other in zip(self.calls[stream.shape], calls, strict=True)):
+                raise RiaError(
+                    f"{type(self.model.model).__name__} gives its layers more than the residual stream for each text: "
+                    "not supported."
+                )
+            self.pruned.append(stream)
+            if self.dense is not None:
+                self.dense.append(stream)
+        embedder.close()
 
     def prune(self, index: int, plan: Plan, last: bool) -> dict[str, Pruned]:
         """Prune layer `index` and take the activations through it (unless it is the last). Keys are full names."""
         layer = self.model.load_layer(index)
         pruned: dict[str, Pruned] = {}
         for component in self.topology.components:
+            if self.dense is not None:
+                advance(layer, component, self._calls(index), self.dense, self.monitor)
+            part: dict[str, Pruned] = {}
             for stage in component.stages:
-                pruned |= self._prune_stage(index, layer, component, plan.groups(index, stage))
+                found = self._solve_stage(index, layer, component, plan.groups(index, stage))
+                for name, linear in found.items():
+                    _set_weight(layer, name, linear.weight)
+                part |= found
+            if self.dense is not None and part:
+                part = self._train(index, layer, component, part)
             if not last or component is not self.topology.components[-1]:
-                advance(layer, component, self._calls(index), self.streams, self.monitor)
+                advance(layer, component, self._calls(index), self.pruned, self.monitor)
+            pruned |= part
         self.model.free_layer(index)
-        prefix = self.model.layer_prefix(index)
-        return {prefix + name: linear for name, linear in pruned.items()}
+        return self._named(index, pruned)
+
+    def measure(self, index: int, plan: Plan) -> dict[str, dict[str, Any]]:
+        """What pruning would do to each linear of layer `index`, which is left as it is. Full names -> records."""
+        layer = self.model.load_layer(index)
+        records: dict[str, dict[str, Any]] = {}
+        for component in self.topology.components:
+            for stage in component.stages:
+                found = self._solve_stage(index, layer, component, plan.groups(index, stage))
+                records |= {name: linear.record for name, linear in found.items()}
+            advance(layer, component, self._calls(index), self.pruned, self.monitor)
+        self.model.free_layer(index)
+        return self._named(index, records)
 
     def replay(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
         """Take the activations through a layer that was pruned before; `weights` by full names."""
         layer = self.model.load_layer(index)
-        prefix = self.model.layer_prefix(index)
+        if self.dense is not None:
+            for component in self.topology.components:
+                advance(layer, component, self._calls(index), self.dense, self.monitor)
         for name, weight in weights.items():
-            _set_weight(layer, name.removeprefix(prefix), weight)
+            _set_weight(layer, name.removeprefix(self.model.layer_prefix(index)), weight)
         for component in self.topology.components:
-            advance(layer, component, self._calls(index), self.streams, self.monitor)
+            advance(layer, component, self._calls(index), self.pruned, self.monitor)
         self.model.free_layer(index)
 
-    def _prune_stage(
-        self, index: int, layer: nn.Module, component: Component, groups: Sequence[Any]
+    def _train(
+        self, index: int, layer: nn.Module, component: Component, pruned: Mapping[str, Pruned]
+    ) -> dict[str, Pruned]:
+        """Block reconstruction of one component; all ranks train alike, on the chunks of all."""
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.float()
+        calls = self._calls(index)
+        masks = {name: linear.mask.to(self.model.device) for name, linear in pruned.items()}
+        with self.monitor.phase("block training"), torch.enable_grad():
+            losses = train_block(
+                lambda stream: run_component(layer, component, calls[stream.shape], stream),
+                {name: layer.get_submodule(name).weight for name in pruned},
+                masks,
+                _Everywhere(self.pruned, self.chunks, self.team, self.model.device),
+                _Everywhere(self.dense, self.chunks, self.team, self.model.device),
+                seed=self.recipe.seed,
+            )
+        trained = {}
+        for name, linear in pruned.items():
+            weight = (layer.get_submodule(name).weight.data * masks[name]).to(linear.weight)
+            record = linear.record | {"block_loss": [losses[0], losses[-1]]}
+            trained[name] = replace(linear, weight=weight, record=record)
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.to(self.model.dtype)
+        for name, linear in trained.items():
+            _set_weight(layer, name, linear.weight)
+        return trained
+
+    def _solve_stage(
+        self, index: int, layer: nn.Module, component: Component, groups: Sequence[Group]
     ) -> dict[str, Pruned]:
         if not groups:
             return {}
         prefix = self.model.layer_prefix(index)
         found = gather(
-            layer, component, groups, self._calls(index), self.streams, self.recipe.needs_gram, self.team, self.monitor, prefix
+            layer, component, groups, self._calls(index), self.pruned, self.recipe.needs_gram, self.team, self.monitor, prefix
         )
         names = [name for group in groups for name in group.linears]
         statistics = {name: stats for group, stats in zip(groups, found, strict=True) for name in group.linears}
@@ -101,15 +161,28 @@ class LayerPass:
         with self.monitor.phase("permutations"):
             orders = find_orders(groups, weights, statistics, self.recipe, self.team)
         with self.monitor.phase("masks and weights"):
-            pruned = solve(
-                names, weights, statistics, orders, self.model.stored_dtype, self.recipe, self.team, prefix
-            )
-        for name, linear in pruned.items():
-            _set_weight(layer, name, linear.weight)
-        return pruned
+            return solve(names, weights, statistics, orders, self.model.stored_dtype, self.recipe, self.team, prefix)
 
-    def _calls(self, index: int) -> list[LayerCall]:
-        return [calls[index] for calls in self.calls]
+    def _calls(self, index: int) -> dict[torch.Size, LayerCall]:
+        return {shape: calls[index] for shape, calls in self.calls.items()}
+
+    def _named(self, index: int, found: Mapping[str, T]) -> dict[str, T]:
+        return {self.model.layer_prefix(index) + name: value for name, value in found.items()}
+
+
+class _Everywhere(Sequence[torch.Tensor]):
+    """The chunks of all ranks, float32 on the device; one that lies elsewhere is fetched, on all ranks at once."""
+
+    def __init__(self, mine: Activations, total: int, team: Ranks, device: torch.device):
+        self.mine, self.total, self.team, self.device = mine, total, team, device
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        owner = next(rank for rank in range(self.team.size) if index in self.team.share(self.total, rank))
+        chunk = self.mine[index - self.team.share(self.total).start] if owner == self.team.rank else None
+        return self.team.from_owner(chunk, owner).to(self.device, torch.float32)
 
 
 def _set_weight(layer: nn.Module, name: str, weight: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -80,3 +81,25 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
 def _experts(model: StreamedModel) -> list[str]:
     has_experts = any(name.rpartition(".")[2] == "experts" for name, _ in model.layers[-1].named_modules())
     return ["the experts of this mixture-of-experts model stay dense; only its other linears are pruned."] * has_experts
+
+
+def most_sensitive(records: Mapping[str, Mapping[str, Any]], fraction: float) -> list[str]:
+    """The linears whose pruning loses most for each byte it saves, up to `fraction` of all weights.
+
+    What a linear loses is the squared relative error of its output. Linears that are served as one go together; a set
+    that would pass the fraction is left out and smaller ones still have their chance.
+
+    Args:
+        records: full name -> record with `shape` and `error_after`.
+    """
+    sizes = {name: record["shape"][0] * record["shape"][1] for name, record in records.items()}
+    sets = {frozenset(fused_with(name, records)) for name in records}
+    lost = {names: sum(records[n]["error_after"] ** 2 for n in names) / sum(sizes[n] for n in names) for names in sets}
+    budget = fraction * sum(sizes.values())
+    chosen: list[str] = []
+    for names in sorted(sets, key=lambda names: (-lost[names], min(names))):
+        size = sum(sizes[n] for n in names)
+        if size <= budget:
+            budget -= size
+            chosen += sorted(names)
+    return chosen

@@ -45,9 +45,10 @@ class Ranks:
             load[owner[job]] += costs[job]
         return owner
 
-    def share(self, jobs: int) -> range:
-        """This rank's consecutive part of `jobs` equal jobs."""
-        return range(self.rank * jobs // self.size, (self.rank + 1) * jobs // self.size)
+    def share(self, jobs: int, rank: int | None = None) -> range:
+        """The consecutive part of `jobs` equal jobs that a rank (this one if none is named) has."""
+        rank = self.rank if rank is None else rank
+        return range(rank * jobs // self.size, (rank + 1) * jobs // self.size)
 
     def wait(self) -> None:
         if self.size > 1:

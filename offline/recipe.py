@@ -62,7 +62,11 @@ class Recipe:
 
     @property
     def needs_gram(self) -> bool:
-        return self.reconstruct != "none" or self.method == "sparsegpt"
+        return self.reconstruct != "none" or self.method == "sparsegpt" or self.skip_sensitive > 0
+
+    @property
+    def trains(self) -> bool:
+        return self.reconstruct == "block"
 
     def shared_orders(self, linears: Sequence[str]) -> list[Sequence[str]]:
         """Which of the linears with one input get one order together."""
@@ -70,6 +74,9 @@ class Recipe:
 
     def with_seq_len(self, seq_len: int) -> "Recipe":
         return replace(self, seq_len=seq_len)
+
+    def without_training(self) -> "Recipe":
+        return replace(self, reconstruct="admm") if self.trains else self
 
     def ignores(self, name: str) -> bool:
         return any(re.search(expression, name) for expression in self.ignore)
