@@ -52,7 +52,7 @@ def compress(
     from ria_vllm.offline.progress import Monitor
     from ria_vllm.offline.prune import Pattern
     from ria_vllm.offline.recipe import Recipe
-    from ria_vllm.writer import parse_size
+    from ria_vllm.sizes import parse_size
 
     parsed = Pattern.parse(pattern)
     served = (parsed.n, parsed.m) == (2, 4)

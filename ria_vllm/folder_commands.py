@@ -13,19 +13,9 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.inventory import Inventory, take_inventory
-from ria_vllm.writer import parse_size
+from ria_vllm.sizes import human_size, parse_size
 
 FOLDER = click.Path(path_type=Path)
-
-
-def human_size(size: int) -> str:
-    """Bytes as text with three significant digits; MB is 10^6."""
-    value, unit = float(size), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{size} B" if unit == "B" else f"{value:.3g} {unit}"
 
 
 @click.command()

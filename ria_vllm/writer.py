@@ -22,16 +22,6 @@ from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500MB", "1GiB" or a plain number."""
-    found = re.fullmatch(r"(\d+)\s*([KMG]I?)?B?", text.strip().upper())
-    if not found or int(found.group(1)) == 0:
-        raise RiaError(f"size {text!r}: give a number with KB, MB or GB, such as 5GB.")
-    return int(found.group(1)) * UNITS[found.group(2) or ""]
-
 
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from ria_vllm.errors import RiaError
-from ria_vllm.folder_commands import export, human_size, inspect, verify
+from ria_vllm.folder_commands import export, inspect, verify
 
 Q, DOWN, GATE = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj"
 
@@ -139,10 +139,3 @@ def test_export_never_touches_what_exists(damage, tmp_path):
         with pytest.raises(RiaError, match="the folder being exported"):
             run(export, damage.folder, "-o", same, "--overwrite")
     assert (damage.folder / "config.json").exists()
-
-
-@pytest.mark.parametrize(
-    "size, text", [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_900, "1 MB"), (1_234_567, "1.23 MB"), (5e12, "5 TB")]
-)
-def test_human_size(size, text):
-    assert human_size(int(size)) == text

