@@ -6,11 +6,14 @@
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.assignment import gain_matrix, kept, reassign
+from ria_vllm.offline.assignment import coded_gain_matrix, gain_matrix, kept, levels, reassign
 
 METHODS = ("lsa", "heuristic", "none")
-# Rounds in a row without a gain before the search gives up; each has drawn other channels to move.
-PATIENCE = 3
+# A round that adds less than this to the retained score is one too many.
+WORTHWHILE = 2e-4
+# Up to so many groups the exact gain matrix is the faster one.
+EXACT_GROUPS = 64
+LADDER_STEPS = 4
 
 
 def search(
@@ -21,11 +24,11 @@ def search(
     heuristic: the channels, sorted by their summed score, are dealt out to the groups in m passes, every second pass
     reversed. lsa: from there, linear sum assignments, one position of the groups at a time, in rounds while they
     gain; which of a group's channels stands at which position is drawn anew for every round, so that another round
-    can move what the one before could not.
+    can move what the one before could not. Every round is judged by what it retains in truth, and dropped if less.
 
     Args:
         S: [rows, channels] scores; for linears that share their input, stacked.
-        rounds: at most so many.
+        rounds: at most so many with a gain.
         seed: for the draws; the same seed gives the same order.
 
     Returns:
@@ -44,9 +47,9 @@ def search(
     if method == "none" or channels == m:
         return index.flatten()
     columns = S.T.float().contiguous()
-    best = kept(columns[index], n).sum()
+    best = kept(columns, index, n)
     dealt = deal(columns, m)
-    if (score := kept(columns[dealt], n).sum()) >= best:
+    if (score := kept(columns, dealt, n)) >= best:
         index, best = dealt, score
     if method == "lsa":
         index = _improve(columns, index, best, n, rounds, seed)
@@ -90,10 +93,10 @@ def retained(S: torch.Tensor, p: torch.Tensor | None = None, n: int = 2, m: int 
         S: [rows, channels].
         p: int [channels].
     """
-    columns = S.T.float()
-    grouped = (columns if p is None else columns[p.long()]).reshape(-1, m, S.shape[0])
+    columns = S.T.float().contiguous()
+    order = torch.arange(len(columns), device=S.device) if p is None else p.long().to(S.device)
     total = columns.sum(dtype=torch.float64)
-    return float(kept(grouped, n).sum() / total) if total > 0 else 1.0
+    return float(kept(columns, order.view(-1, m), n) / total) if total > 0 else 1.0
 
 
 def deal(columns: torch.Tensor, m: int) -> torch.Tensor:
@@ -106,16 +109,23 @@ def _improve(
     columns: torch.Tensor, index: torch.Tensor, best: torch.Tensor, n: int, rounds: int, seed: int
 ) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
-    idle = 0
-    for turn in range(rounds):
-        trial = index if turn == 0 else _shuffle_within_groups(index, draw)
-        for position in range(index.shape[1]):
-            trial = reassign(trial, gain_matrix(columns[trial], position, n), position)
-        score = kept(columns[trial], n).sum()
+    groups, m = index.shape
+    ladder = levels(columns, LADDER_STEPS) if groups > EXACT_GROUPS else None
+    # Where few groups make a round cheap and leave it little choice, luck gets more tries.
+    patience = 1 + 32 // groups
+    trial, idle = index, 0
+    while rounds > 0 and idle < patience:
+        for position in range(m):
+            if ladder is None:
+                gain = gain_matrix(columns, trial, position, n)
+            else:
+                gain = coded_gain_matrix(columns, trial, position, n, ladder)
+            trial = reassign(trial, gain, position)
+        score = kept(columns, trial, n)
+        idle = idle + 1 if score <= best * (1 + WORTHWHILE) else 0
         if score > best:
-            index, best, idle = trial, score, 0
-        elif (idle := idle + 1) == PATIENCE:
-            break
+            index, best, rounds = trial, score, rounds - 1
+        trial = _shuffle_within_groups(index, draw)
     return index
 
 

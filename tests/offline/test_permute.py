@@ -67,6 +67,16 @@ def test_eight_channels_against_every_grouping():
     assert near >= 57
 
 
+def test_nothing_to_choose_ends():
+    assert permutation.check(search(torch.zeros(3, 16)), 16) is None
+
+
+def test_many_groups_take_the_coded_gain_and_still_win():
+    S = scores(200, 512, 7)
+    once = search(S, rounds=1)
+    assert retained(S, search(S)) > retained(S, once) > retained(S, search(S, method="heuristic")) + 0.002
+
+
 def test_same_seed_same_order():
     S = scores(64, 128, 5)
     assert torch.equal(search(S, seed=3), search(S, seed=3))
