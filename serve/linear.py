@@ -106,6 +106,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         for start, size, order in self._groups(layer):
             order, crosses = local_order(order, layer, columns)
             if crosses:
+                self.config.report.warn_of_all_gather()
                 channels = "input_channels"
                 set_tensor(layer, channels, torch.from_numpy(order).to(compressed.device))
                 order = None

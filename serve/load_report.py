@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 # vLLM configures the handlers of its own loggers only.
@@ -17,19 +18,19 @@ class LoadReport:
 
     expected: int = 0
     loaded: int = 0
-    backends: Counter[str] = field(default_factory=Counter)
+    kernels: Counter[str] = field(default_factory=Counter)
     folded: int = 0
     gathered: int = 0
     dense_bytes: int = 0
     packed_bytes: int = 0
     graph: str = ""
 
-    def add(self, backends: list[str], folded: int, gathered: int, dense_bytes: int, packed_bytes: int, graph: str) -> None:
+    def add(self, kernels: list[str], folded: int, gathered: int, dense_bytes: int, packed_bytes: int, graph: str) -> None:
         """Count a layer whose weights are in their final form. `graph` is all of it that shapes the traced graph."""
         if self.loaded == self.expected:
             return  # weights that are reloaded later go to the same places
         self.loaded += 1
-        self.backends.update(backends)
+        self.kernels.update(kernels)
         self.folded += folded
         self.gathered += gathered
         self.dense_bytes += dense_bytes
@@ -37,7 +38,8 @@ class LoadReport:
         self.graph = hashlib.sha256((self.graph + graph).encode()).hexdigest()
         if self.loaded == self.expected:
             self._key_compile_cache()
-            self.log()
+            if get_tensor_model_parallel_rank() == 0:
+                self.log()
 
     def _key_compile_cache(self) -> None:
         """vLLM keys its compile cache by its own configuration, where the backend and its layout do not appear."""
@@ -45,10 +47,17 @@ class LoadReport:
         if current is not None and isinstance(current.additional_config, dict):
             current.additional_config["ria_vllm"] = self.graph
 
+    def warn_of_all_gather(self) -> None:
+        if get_tensor_model_parallel_rank() == 0:
+            logger.warning_once(
+                "A permutation that no fold absorbs crosses tensor-parallel ranks: such layers all-gather their input, "
+                "which is right but slow. A smaller --tensor-parallel-size, or compressing with folds, avoids it."
+            )
+
     def log(self) -> None:
-        backends = ", ".join(f"{name} ({count})" for name, count in self.backends.most_common())
+        kernels = ", ".join(f"{name} ({count})" for name, count in self.kernels.most_common())
         logger.info(
             "%d pruned layers, kernels: %s; permutations: %d folded, %d gathered; %.1f MB of weights, %.1f MB saved",
-            self.loaded, backends, self.folded, self.gathered,
+            self.loaded, kernels, self.folded, self.gathered,
             self.packed_bytes / 1e6, (self.dense_bytes - self.packed_bytes) / 1e6,
         )  # fmt: skip

@@ -1,0 +1,294 @@
+"""The linear method in vLLM's own layers, rank by rank, against a float64 product of the model's plain weights.
+
+Ranks are played one after the other in this process: vLLM's layers ask for rank and world size by two functions.
+"""
+
+import numpy as np
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor import parameter
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+
+from ria_vllm import permutation, sparse24
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import Fold, Producer, RiaSchema, SparsityConfig
+from ria_vllm.serve import linear, load_report
+from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.folding import fold
+
+HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 256
+
+
+@pytest.fixture(autouse=True)
+def engine():
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Call with (rank, size) to become that rank."""
+
+    def become(rank, size):
+        for module in (vllm_linear, parameter, load_report):
+            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank, raising=False)
+            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size, raising=False)
+
+    become(0, 1)
+    return become
+
+
+class Stored:
+    """Random pruned linears: what the checkpoint holds, and the plain matrix it stands for."""
+
+    def __init__(self, seed=0):
+        self.rng = torch.Generator().manual_seed(seed)
+        self.tensors, self.plain, self.bias, self.orders = {}, {}, {}, {}
+
+    def add(self, name, rows, columns, order=None):
+        compressed, bitmask = sparse24.compress(torch.randn(rows, columns, generator=self.rng) / columns**0.5)
+        stored = sparse24.decompress(compressed, bitmask)
+        self.tensors[name] = {"compressed": compressed, "bitmask": bitmask, "shape": torch.tensor([[rows], [columns]])}
+        self.plain[name] = stored if order is None else stored[:, permutation.invert(order).long()]
+        self.bias[name] = torch.randn(rows, generator=self.rng)
+        if order is not None:
+            self.orders[name] = order.numpy()
+
+    def order(self, size):
+        return torch.randperm(size, generator=self.rng).int()
+
+    def apply(self, x, name):
+        return x.double() @ self.plain[name].double().T + self.bias[name].double()
+
+    def config(self, folds=(), ignore=()):
+        config = RiaConfig(RiaSchema(sparsity_config=SparsityConfig(ignore=list(ignore)), folds=list(folds)))
+        config.pruned = set(self.tensors)
+        config.permutations = dict(self.orders)
+        config.folding = fold(config.schema, self.orders, config.pruned.__contains__, "here")
+        config.packed_modules_mapping = {"qkv": ["q", "k", "v"], "gate_up": ["gate", "up"]}
+        return config
+
+    def load(self, layer, parts):
+        """`parts`: name of the stored linear -> shard id."""
+        for name, shard in parts.items():
+            arguments = () if shard is None else (shard,)
+            for kind, tensor in self.tensors[name].items():
+                getattr(layer, kind).weight_loader(getattr(layer, kind), tensor, *arguments)
+            layer.bias.weight_loader(layer.bias, self.bias[name], *arguments)
+        layer.quant_method.process_weights_after_loading(layer)
+        return layer
+
+
+def close(got, want):
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)  # float32 sums of up to 256 products, results of about 1
+
+
+QKV = {"q": "q", "k": "k", "v": "v"}
+
+
+def attention(stored, config):
+    return stored.load(
+        QKVParallelLinear(HIDDEN, HEAD, HEADS, KV, quant_config=config, prefix="qkv", return_bias=False), QKV
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("orders", ["none", "shared", "each"])
+def test_qkv(ranks, size, orders):
+    stored = Stored()
+    shared = stored.order(HIDDEN)
+    for name, heads in (("q", HEADS), ("k", KV), ("v", KV)):
+        order = {"none": None, "shared": shared, "each": stored.order(HIDDEN)}[orders]
+        stored.add(name, heads * HEAD, HIDDEN, order)
+    x = torch.randn(7, HIDDEN)
+    want = {name: stored.apply(x, name).unflatten(-1, (-1, HEAD)) for name in QKV}
+    for rank in range(size):
+        ranks(rank, size)
+        layer = attention(stored, stored.config())
+        kv_here, first = max(1, KV // size), rank * KV // size
+        expected = [want["q"].chunk(size, 1)[rank]] + [want[n][:, first : first + kv_here] for n in ("k", "v")]
+        close(layer(x), torch.cat(expected, 1).flatten(1))
+        assert len(layer.ria_plan.products) == (3 if orders == "each" else 1)
+        assert {name for name, _ in layer.named_parameters()}.isdisjoint({"compressed", "bitmask", "shape"})
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("inner", [INNER, 192])
+def test_feed_forward_folds_on_every_number_of_ranks(ranks, size, inner):
+    """With inner 192 on 2 or 4 ranks each holds 96 or 48 columns, which no kernel takes without padding."""
+    stored = Stored()
+    shared = stored.order(HIDDEN)
+    stored.add("gate", inner, HIDDEN, shared)
+    stored.add("up", inner, HIDDEN, shared)
+    stored.add("down", HIDDEN, inner, stored.order(inner))
+    rule = Fold(consumer="down", producers=[Producer(name="gate"), Producer(name="up")], coupling="elementwise")
+    config = stored.config([rule])
+    assert config.folding.folded == {"down"}
+    x = torch.randn(5, HIDDEN)
+    total = 0
+    for rank in range(size):
+        ranks(rank, size)
+        first = MergedColumnParallelLinear(HIDDEN, [inner, inner], quant_config=config, prefix="gate_up", return_bias=False)
+        second = RowParallelLinear(inner, HIDDEN, quant_config=config, prefix="down", return_bias=False, reduce_results=False, skip_bias_add=True)
+        gate, up = stored.load(first, {"gate": 0, "up": 1})(x).chunk(2, -1)
+        total = total + stored.load(second, {"down": None})(torch.tanh(gate) * up)
+        assert second.ria_plan.products[0].input_permutation is None
+    want = (torch.tanh(stored.apply(x, "gate")) * stored.apply(x, "up")).float()
+    close(total + stored.bias["down"], stored.apply(want, "down"))
+
+
+def test_fused_on_disk_with_row_ranges(ranks):
+    stored = Stored()
+    stored.add("gate_up", 2 * INNER, HIDDEN, stored.order(HIDDEN))
+    stored.add("down", HIDDEN, INNER, stored.order(INNER))
+    halves = [Producer(name="gate_up", rows=(0, INNER)), Producer(name="gate_up", rows=(INNER, 2 * INNER))]
+    config = stored.config([Fold(consumer="down", producers=halves, coupling="elementwise")])
+    x = torch.randn(5, HIDDEN)
+    want = stored.apply(x, "gate_up").chunk(2, -1)
+    order = torch.from_numpy(stored.orders["down"]).long()
+    for rank in range(2):
+        ranks(rank, 2)
+        layer = MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up", return_bias=False)
+        got = stored.load(layer, {"gate_up": None})(x)
+        close(got, torch.cat([half[:, order].chunk(2, -1)[rank] for half in want], -1))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("within", [True, False])
+def test_permutation_that_no_fold_absorbs(ranks, monkeypatch, size, within):
+    """An order that stays within each rank's channels needs no all-gather; any other does, on every rank."""
+    stored = Stored()
+    quarter = INNER // 4
+    order = torch.cat([stored.order(quarter) + quarter * i for i in range(4)]) if within else stored.order(INNER)
+    stored.add("down", HIDDEN, INNER, order.int())
+    x = torch.randn(5, INNER)
+    gathered = []
+    monkeypatch.setattr(linear, "tensor_model_parallel_all_gather", lambda part: gathered.append(part) or x)
+    total = 0
+    for rank in range(size):
+        ranks(rank, size)
+        layer = RowParallelLinear(
+            INNER, HIDDEN, quant_config=stored.config(), prefix="down", reduce_results=False, skip_bias_add=True,
+            return_bias=False,
+        )  # fmt: skip
+        total = total + stored.load(layer, {"down": None})(x.chunk(size, -1)[rank])
+    close(total + stored.bias["down"], stored.apply(x, "down"))
+    assert len(gathered) == (size if size > 1 and not within else 0)
+
+
+@pytest.mark.parametrize("kind", [ColumnParallelLinear, ReplicatedLinear])
+def test_plain_layers(ranks, kind):
+    stored = Stored()
+    stored.add("fc", 96, HIDDEN, stored.order(HIDDEN))
+    layer = kind(HIDDEN, 96, quant_config=stored.config(), prefix="fc", return_bias=False)
+    x = torch.randn(2, 3, HIDDEN)
+    close(stored.load(layer, {"fc": None})(x), stored.apply(x, "fc"))
+
+
+def test_values_are_cast_to_the_dtype_that_is_served(ranks):
+    stored = Stored()
+    stored.add("fc", 64, HIDDEN)
+    layer = ReplicatedLinear(HIDDEN, 64, quant_config=stored.config(), prefix="fc", params_dtype=torch.bfloat16, return_bias=False)
+    x = torch.randn(4, HIDDEN).bfloat16()
+    got = stored.load(layer, {"fc": None})(x)
+    assert got.dtype == torch.bfloat16
+    stored.plain["fc"] = stored.plain["fc"].bfloat16()
+    # the bias is rounded to bf16 and so is the result: half a unit in the last place each, for values below 8
+    torch.testing.assert_close(got.double(), stored.apply(x, "fc"), rtol=0, atol=2 * 2**-6)
+
+
+def test_dense_linears_are_vllms_own(ranks):
+    stored = Stored()
+    stored.add("other", 64, HIDDEN)
+    layer = ReplicatedLinear(HIDDEN, 64, quant_config=stored.config(ignore=["fc"]), prefix="fc")
+    assert isinstance(layer.quant_method, UnquantizedLinearMethod)
+
+
+def test_no_folds_with_lora(ranks):
+    """Adapters count channels in the model's own order."""
+    stored = Stored()
+    for name in ("gate", "up"):
+        stored.add(name, INNER, HIDDEN)
+    stored.add("down", HIDDEN, INNER, stored.order(INNER))
+    rule = Fold(consumer="down", producers=[Producer(name="gate"), Producer(name="up")], coupling="elementwise")
+    config = stored.config([rule])
+    with set_current_vllm_config(VllmConfig()) as _:
+        from vllm.config import LoRAConfig, get_current_vllm_config
+
+        get_current_vllm_config().lora_config = LoRAConfig(max_lora_rank=8)
+        up = MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up", return_bias=False)
+    x, y = torch.randn(3, HIDDEN), torch.randn(3, INNER)
+    close(stored.load(up, {"gate": 0, "up": 1})(x), torch.cat([stored.apply(x, "gate"), stored.apply(x, "up")], -1))
+    assert np.array_equal(config.gathers("down"), stored.orders["down"])
+    down = RowParallelLinear(INNER, HIDDEN, quant_config=stored.config(), prefix="down", return_bias=False)
+    close(stored.load(down, {"down": None})(y), stored.apply(y, "down"))
+
+
+def damaged(change):
+    stored = Stored()
+    stored.add("fc", 64, HIDDEN)
+    change(stored.tensors["fc"])
+    stored.load(ReplicatedLinear(HIDDEN, 64, quant_config=stored.config(), prefix="fc"), {"fc": None})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["bitmask"].__setitem__((3, 1), 0b01110011), r"fc: row 3, columns 8 to 15: .*damaged"),
+        (lambda t: t.pop("bitmask"), r"fc\.bitmask is in none of the weight files"),
+        (lambda t: t.pop("compressed"), r"fc\.compressed is in none of the weight files"),
+        (lambda t: t.update(compressed=t["compressed"].int()), r"fc\.compressed is torch.int32"),
+        (lambda t: t.update(bitmask=t["bitmask"][:, :-1]), r"fc\.bitmask is torch.uint8 \(64, 15\), .*needs \(64, 16\)"),
+        (lambda t: t.update(compressed=torch.cat([t["compressed"]] * 2)), r"fc\.compressed is .*\(128, 64\)"),
+    ],
+)
+def test_damage_names_the_layer(ranks, change, message):
+    with pytest.raises(RiaError, match=message):
+        damaged(change)
+
+
+def test_fused_layer_that_is_half_dense(ranks):
+    stored = Stored()
+    stored.add("gate", INNER, HIDDEN)
+    with pytest.raises(RiaError, match=r"gate_up: vLLM fuses gate, up, but up is dense"):
+        MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=stored.config(), prefix="gate_up")
+
+
+def test_permutation_of_another_size(ranks):
+    stored = Stored()
+    stored.add("fc", 64, HIDDEN)
+    stored.orders["fc"] = np.arange(64, dtype=np.int32)
+    with pytest.raises(RiaError, match="fc: its permutation has 64 channels, its input 128"):
+        ReplicatedLinear(HIDDEN, 64, quant_config=stored.config(), prefix="fc")
+
+
+def test_too_many_ranks(ranks):
+    stored = Stored()
+    stored.add("down", HIDDEN, 64 * 3)
+    ranks(0, 48)
+    with pytest.raises(RiaError, match="leave 4 each"):
+        RowParallelLinear(64 * 3, HIDDEN, quant_config=stored.config(), prefix="down")
+
+
+def test_compile_cache_is_keyed_by_the_kernels(ranks, monkeypatch):
+    """A graph traced with one backend must not be found again when another one serves the same folder."""
+    keys = []
+    for backend in ("cpu", "reference", "cpu"):
+        monkeypatch.setenv("RIA_VLLM_BACKEND", backend)
+        with set_current_vllm_config(VllmConfig()):
+            from vllm.config import get_current_vllm_config
+
+            stored = Stored()
+            stored.add("fc", 64, HIDDEN)
+            stored.load(ReplicatedLinear(HIDDEN, 64, quant_config=stored.config(), prefix="fc"), {"fc": None})
+            keys.append(get_current_vllm_config().compute_hash())
+    assert keys[0] == keys[2] != keys[1]
