@@ -20,7 +20,7 @@ struct Product {
   uint8_t* panel;              // tokens * columns activations as the kernel reads them; fp32 at most
 };
 
-// One dtype on one instruction set. A panel holds one token block after the other, each [group][token][4 channels].
+// One dtype on one instruction set.
 struct Kernel {
   int64_t block_tokens;                                                  // most tokens of a token block
   void (*pack_tokens)(const Product&, int64_t begin, int64_t end);       // of token blocks

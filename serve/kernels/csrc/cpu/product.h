@@ -32,11 +32,13 @@ namespace {
 using namespace ria;
 
 constexpr int64_t kCacheLine = 64;
-constexpr int64_t kControlBytes = 64;  // decoded positions of one strip and group
-// Blocks of columns whose decoded positions and activations stay in L1 while all tokens of a pass go by.
-constexpr int64_t kChunkBlocks = 8;
-// How far ahead of its use the weight stream is asked for.
-constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kDecodedBytes = 64;  // positions of one strip and group, as the shuffle wants them
+// Blocks of columns whose decoded positions, weights and activations stay in L1 while all tokens of a pass go by.
+constexpr int64_t kChunkBlocks = 4;
+
+// How many blocks ahead of its use the weight stream is brought into L2. One token consumes the stream as fast as it
+// arrives; the more tokens, the longer each block takes and the further ahead memory can work.
+constexpr int64_t prefetch_blocks(int tokens) { return tokens == 1 ? 2 : 8; }
 
 inline uint64_t load_u64(const uint8_t* p) {
   uint64_t v;
@@ -44,39 +46,65 @@ inline uint64_t load_u64(const uint8_t* p) {
   return v;
 }
 
-// sums[token][strip] += the blocks' product. With kDecoded the positions come from `controls`, decoded before.
-template <class Lanes, int S, int T, bool kDecoded>
-void accumulate(const uint8_t* weights, const uint8_t* controls, const uint8_t* panel, int64_t blocks, float* sums) {
-  constexpr int64_t value_bytes = 2 * kStripRows * item_size(Lanes::kDtype);
-  constexpr int64_t block_bytes = S * kBlockGroups * (value_bytes + kPositionBytes);
+// Where a token block's activations for a chunk of columns start. Within a chunk one token block follows another, each
+// [group][token][4 channels], so that a tile reads the panel from one end to the other.
+template <class Lanes>
+int64_t panel_offset(const Product& product, int64_t chunk, int64_t chunk_blocks, int64_t first_token) {
+  return (chunk * product.tokens + first_token * chunk_blocks) * kBlockGroups * Lanes::kActivationBytes;
+}
+
+template <class Lanes, int S>
+struct Stream {  // a tile of S strips, block by block
+  static constexpr int64_t value_bytes = 2 * kStripRows * item_size(Lanes::kDtype);
+  static constexpr int64_t positions_offset = S * kBlockGroups * value_bytes;
+  static constexpr int64_t block_bytes = positions_offset + S * kBlockGroups * kPositionBytes;
+  static constexpr int64_t decoded_bytes = S * kBlockGroups * kDecodedBytes;
+
+  static void decode(const uint8_t* block, uint8_t* decoded) {
+    for (int64_t i = 0; i < S * kBlockGroups; ++i)
+      Lanes::store_positions(decoded + i * kDecodedBytes,
+                             Lanes::positions(load_u64(block + positions_offset + i * kPositionBytes)));
+  }
+};
+
+// sums[token][strip] += the product over `blocks` blocks, for T tokens. A tile that is used once, for one block of
+// tokens, comes from memory and its positions are decoded here (kFromMemory); else `decoded` has them.
+template <class Lanes, int S, int T, bool kFromMemory>
+void accumulate(const uint8_t* weights, const uint8_t* decoded, const uint8_t* panel, int64_t blocks, float* sums) {
+  using Tile = Stream<Lanes, S>;
   typename Lanes::Sums acc[T][S];
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
     for (int s = 0; s < S; ++s) acc[t][s] = Lanes::load(sums + (t * kTileStrips + s) * kStripRows);
 
-  for (int64_t block = 0; block < blocks; ++block, weights += block_bytes) {
-    const uint8_t* positions = weights + S * kBlockGroups * value_bytes;
-    if constexpr (!kDecoded)
-      for (int64_t byte = 0; byte < block_bytes; byte += kCacheLine)
-        __builtin_prefetch(weights + kPrefetchBytes + byte);
+  alignas(kCacheLine) uint8_t decoded_block[kFromMemory ? Tile::decoded_bytes : 1];
+  for (int64_t block = 0; block < blocks; ++block, weights += Tile::block_bytes) {
+    const uint8_t* ahead = weights + prefetch_blocks(T) * Tile::block_bytes;
+    if constexpr (kFromMemory) {
+      Tile::decode(weights, decoded_block);
+      decoded = decoded_block;
+    }
     for (int64_t g = 0; g < kBlockGroups; ++g) {
+      if constexpr (kFromMemory) {
+        constexpr int64_t group_bytes = Tile::block_bytes / kBlockGroups;
+#pragma GCC unroll 5
+        for (int64_t byte = 0; byte < group_bytes; byte += kCacheLine)
+          __builtin_prefetch(ahead + g * group_bytes + byte, 0, 2);
+      }
       typename Lanes::Weights w[S];
       typename Lanes::Positions p[S];
 #pragma GCC unroll 2
-      for (int s = 0; s < S; ++s) {
-        w[s] = Lanes::weights(weights + (g * S + s) * value_bytes);
-        p[s] = kDecoded ? Lanes::load_positions(controls + s * kControlBytes)
-                        : Lanes::positions(load_u64(positions + (g * S + s) * kPositionBytes));
+      for (int s = 0; s < S; ++s, decoded += kDecodedBytes) {
+        w[s] = Lanes::weights(weights + (g * S + s) * Tile::value_bytes);
+        p[s] = Lanes::load_positions(decoded);
       }
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) {
-        const typename Lanes::Activations x = Lanes::broadcast(panel + t * Lanes::kActivationBytes);
+      for (int t = 0; t < T; ++t, panel += Lanes::kActivationBytes) {
+        const typename Lanes::Activations x = Lanes::broadcast(panel);
 #pragma GCC unroll 2
         for (int s = 0; s < S; ++s) acc[t][s] = Lanes::multiply_add(acc[t][s], w[s], p[s], x);
       }
-      panel += T * Lanes::kActivationBytes;
-      if constexpr (kDecoded) controls += S * kControlBytes;
     }
   }
 #pragma GCC unroll 16
@@ -87,29 +115,37 @@ void accumulate(const uint8_t* weights, const uint8_t* controls, const uint8_t* 
 
 using Accumulate = void (*)(const uint8_t*, const uint8_t*, const uint8_t*, int64_t, float*);
 
-template <class Lanes, int S, bool kDecoded, size_t... T>
+template <class Lanes, int S, bool kFromMemory, size_t... T>
 Accumulate accumulate_for(int64_t tokens, std::index_sequence<T...>) {
-  static constexpr Accumulate table[] = {accumulate<Lanes, S, static_cast<int>(T) + 1, kDecoded>...};
+  static constexpr Accumulate table[] = {accumulate<Lanes, S, static_cast<int>(T) + 1, kFromMemory>...};
   return table[tokens - 1];
 }
 
+// A pass of more tokens than fit the registers: chunk after chunk of columns, all tokens through each.
 template <class Lanes, int S>
-void decode_positions(const uint8_t* weights, int64_t blocks, uint8_t* controls) {
-  constexpr int64_t value_bytes = 2 * kStripRows * item_size(Lanes::kDtype);
-  constexpr int64_t block_bytes = S * kBlockGroups * (value_bytes + kPositionBytes);
-  for (int64_t block = 0; block < blocks; ++block, weights += block_bytes) {
-    const uint8_t* next_chunk = weights + kChunkBlocks * block_bytes;
-    for (int64_t byte = 0; byte < block_bytes; byte += kCacheLine) __builtin_prefetch(next_chunk + byte, 0, 2);
-    const uint8_t* positions = weights + S * kBlockGroups * value_bytes;
-    for (int64_t i = 0; i < S * kBlockGroups; ++i, controls += kControlBytes)
-      Lanes::store_positions(controls, Lanes::positions(load_u64(positions + i * kPositionBytes)));
+void accumulate_chunks(const Product& product, const TokenBlocks& tokens, const uint8_t* weights, float* sums) {
+  using Tile = Stream<Lanes, S>;
+  constexpr auto sizes = std::make_index_sequence<Lanes::kBlockTokens>();
+  alignas(kCacheLine) uint8_t decoded[kChunkBlocks * Tile::decoded_bytes];
+  const int64_t all_blocks = product.layout.blocks();
+  for (int64_t chunk = 0; chunk < all_blocks; chunk += kChunkBlocks, weights += kChunkBlocks * Tile::block_bytes) {
+    const int64_t blocks = all_blocks - chunk < kChunkBlocks ? all_blocks - chunk : kChunkBlocks;
+    const uint8_t* next = weights + kChunkBlocks * Tile::block_bytes;
+    for (int64_t byte = 0; byte < kChunkBlocks * Tile::block_bytes; byte += kCacheLine)
+      __builtin_prefetch(next + byte, 0, 2);
+    for (int64_t block = 0; block < blocks; ++block)
+      Tile::decode(weights + block * Tile::block_bytes, decoded + block * Tile::decoded_bytes);
+    for (int64_t b = 0; b < tokens.count; ++b) {
+      const uint8_t* panel = product.panel + panel_offset<Lanes>(product, chunk, blocks, tokens.first(b));
+      accumulate_for<Lanes, S, false>(tokens.size(b), sizes)(weights, decoded, panel, blocks,
+                                                             sums + tokens.first(b) * kTileRows);
+    }
   }
 }
 
 template <class Lanes, int S>
 void multiply_tile(const Product& product, int64_t tile) {
   using Value = typename Lanes::Value;
-  constexpr auto sizes = std::make_index_sequence<Lanes::kBlockTokens>();
   alignas(kCacheLine) float sums[kMaxPassTokens * kTileRows];
   alignas(kCacheLine) float bias[kTileRows] = {};
 
@@ -121,23 +157,12 @@ void multiply_tile(const Product& product, int64_t tile) {
 
   const uint8_t* weights = product.packed + layout.tile_offset(tile);
   const TokenBlocks tokens(product.tokens, Lanes::kBlockTokens);
-  if (tokens.count == 1) {
-    accumulate_for<Lanes, S, false>(product.tokens, sizes)(weights, nullptr, product.panel, layout.blocks(), sums);
-  } else {
-    alignas(kCacheLine) uint8_t controls[kChunkBlocks * kBlockGroups * S * kControlBytes];
-    for (int64_t chunk = 0; chunk < layout.blocks(); chunk += kChunkBlocks) {
-      const int64_t left = layout.blocks() - chunk, blocks = left < kChunkBlocks ? left : kChunkBlocks;
-      const uint8_t* chunk_weights = weights + chunk * S * layout.strip_block_bytes();
-      decode_positions<Lanes, S>(chunk_weights, blocks, controls);
-      for (int64_t b = 0; b < tokens.count; ++b) {
-        const int64_t first = tokens.first(b), size = tokens.size(b);
-        const int64_t groups_before = first * layout.groups() + chunk * kBlockGroups * size;
-        accumulate_for<Lanes, S, true>(size, sizes)(chunk_weights, controls,
-                                                    product.panel + groups_before * Lanes::kActivationBytes, blocks,
-                                                    sums + first * kTileRows);
-      }
-    }
-  }
+  if (tokens.count == 1)
+    accumulate_for<Lanes, S, true>(product.tokens, std::make_index_sequence<Lanes::kBlockTokens>())(
+        weights, nullptr, product.panel, layout.blocks(), sums);
+  else
+    accumulate_chunks<Lanes, S>(product, tokens, weights, sums);
+
   Value* y = static_cast<Value*>(product.y) + first_row;
   for (int64_t t = 0; t < product.tokens; ++t) Lanes::write(y + t * layout.rows, sums + t * kTileRows, rows);
 }
@@ -156,20 +181,21 @@ void multiply_tiles(const Product& product, int64_t begin, int64_t end) {
 template <class Lanes>
 void pack_tokens(const Product& product, int64_t begin, int64_t end) {
   using Value = typename Lanes::Value;
-  const TokenBlocks blocks(product.tokens, Lanes::kBlockTokens);
-  const int64_t groups = product.layout.groups(), stride = product.x_stride;
+  const TokenBlocks tokens(product.tokens, Lanes::kBlockTokens);
+  const int64_t all_blocks = product.layout.blocks(), stride = product.x_stride;
   for (int64_t b = begin; b < end; ++b) {
-    const int64_t first = blocks.first(b), size = blocks.size(b);
-    const Value* x = static_cast<const Value*>(product.x) + first * stride;
-    uint8_t* panel = product.panel + first * groups * Lanes::kActivationBytes;
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t c = 4 * g;
-      const int32_t* p = product.permutation + c;
-      const int64_t c0 = product.permutation ? p[0] : c, c1 = product.permutation ? p[1] : c + 1;
-      const int64_t c2 = product.permutation ? p[2] : c + 2, c3 = product.permutation ? p[3] : c + 3;
-      for (int64_t t = 0; t < size; ++t, panel += Lanes::kActivationBytes) {
-        const Value* row = x + t * stride;
-        Lanes::put(panel, row[c0], row[c1], row[c2], row[c3]);
+    const Value* x = static_cast<const Value*>(product.x) + tokens.first(b) * stride;
+    for (int64_t chunk = 0; chunk < all_blocks; chunk += kChunkBlocks) {
+      const int64_t blocks = all_blocks - chunk < kChunkBlocks ? all_blocks - chunk : kChunkBlocks;
+      uint8_t* panel = product.panel + panel_offset<Lanes>(product, chunk, blocks, tokens.first(b));
+      for (int64_t g = chunk * kBlockGroups; g < (chunk + blocks) * kBlockGroups; ++g) {
+        int64_t c[4] = {4 * g, 4 * g + 1, 4 * g + 2, 4 * g + 3};
+        if (product.permutation)
+          for (int64_t& channel : c) channel = product.permutation[channel];
+        for (int64_t t = 0; t < tokens.size(b); ++t, panel += Lanes::kActivationBytes) {
+          const Value* row = x + t * stride;
+          Lanes::put(panel, row[c[0]], row[c[1]], row[c[2]], row[c[3]]);
+        }
       }
     }
   }
