@@ -9,8 +9,11 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -69,6 +72,16 @@ class BuildCpuLibrary(build_ext):
         unfinished = target.with_suffix(".unfinished")
         shutil.copyfile(linked, unfinished)
         unfinished.replace(target)
+        load_cuda_compile().at_install(target.parent)
+
+
+def load_cuda_compile() -> ModuleType:
+    """serve/kernels/cuda_compile.py by its path: the package's own imports need torch, the build does not."""
+    spec = spec_from_file_location("cuda_compile", Path("serve/kernels/cuda_compile.py").resolve())
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 class AnyPythonWheel(bdist_wheel):

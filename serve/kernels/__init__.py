@@ -10,10 +10,13 @@ from types import ModuleType
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels import cpu, reference
+from ria_vllm.serve.kernels import cpu, cusparselt, cutlass, reference, torch_cutlass
 
 # In order of preference.
 BACKENDS: tuple[ModuleType, ...] = (
+    cutlass,
+    cusparselt,
+    torch_cutlass,
     cpu,
     reference,
 )

@@ -57,8 +57,6 @@ RIA_API int ria_tiles() { return int(tiles().size()); }
 
 RIA_API char const* ria_tile_name(int tile) { return tile >= 0 && tile < ria_tiles() ? tiles()[tile].name : nullptr; }
 
-RIA_API char const* ria_last_cuda_error() { return cudaGetErrorString(cudaGetLastError()); }
-
 RIA_API int64_t ria_metadata_bytes(int out_features, int in_features) {
   return has_sizes(out_features, in_features) ? metadata_bytes(out_features, in_features) : -1;
 }

@@ -1,0 +1,35 @@
+"""`ria-vllm build-kernels`: compiles the CUDA kernels after installation."""
+
+import time
+from pathlib import Path
+
+import click
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.kernels import cuda_compile
+from ria_vllm.serve.kernels.cuda_library import LIBRARY_FOLDER_VARIABLE, library_folder
+
+
+@click.command()
+@click.option("--arch", "names", multiple=True, help="80 (also 86, 89), 90a, 100a, 120; default: the visible GPUs'.")
+@click.option("--tiles", type=click.Choice(["all", "small"]), default="all", help="small: one tile, a quick check.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Compilers at once; default: what cores and memory allow.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help=f"Folder for the libraries; name it in {LIBRARY_FOLDER_VARIABLE} then. Default: beside the package.",
+)
+def build_kernels(names: tuple[str, ...], tiles: str, jobs: int | None, output: Path | None) -> None:
+    """Compile the CUDA kernels. Needs nvcc and `pip install nvidia-cutlass==4.2.0`, no GPU."""
+    folder = output or library_folder()
+    try:
+        targets = [cuda_compile.architecture(name) for name in names] or cuda_compile.visible_architectures()
+        if not targets:
+            raise RiaError("no GPU is visible here; say which architecture with --arch (80, 90a, 100a or 120)")
+        for target in targets:
+            start = time.monotonic()
+            chosen = target.tiles[:1] if tiles == "small" else None
+            path = cuda_compile.compile_library(target, folder, chosen, click.echo, jobs)
+            click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.0f} s")
+    except (cuda_compile.CudaBuildError, OSError) as error:
+        raise RiaError(str(error)) from error

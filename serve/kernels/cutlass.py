@@ -1,0 +1,112 @@
+"""The product on NVIDIA GPUs: our own kernels (csrc/cuda) on the sparse tensor cores, CUTLASS inside.
+
+`values` is the checkpoint's `compressed` as it is; `metadata` is its bitmask in the order the tensor cores read. The
+activation gather stays outside the operator, so that torch.compile can fuse it into the norm before it.
+
+All streams of a device share one workspace: two products must not run at the same time on two streams of one device.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.kernels.cuda_library import DATA_TYPES, library_of, multiprocessors
+from ria_vllm.serve.kernels.cutlass_tiles import WORKSPACE_BYTES, choose_tile
+
+NAME = "cutlass"
+
+_ALIGNMENT = 16  # bytes, of every pointer
+
+_library = torch.library.Library("ria", "FRAGMENT")
+_library.define("sparse24_linear.cutlass(Tensor x, Tensor values, Tensor metadata, Tensor? bias) -> Tensor")
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+def _linear(
+    x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    out_features, in_features = values.shape[0], 2 * values.shape[1]
+    tokens = x.numel() // in_features
+    library = library_of(x.device.index)
+    if x.shape[-1] != in_features or x.dtype != values.dtype:
+        raise RiaError(f"x is {tuple(x.shape)} {x.dtype}, the weight {out_features} x {in_features} {values.dtype}")
+    if metadata.numel() != library.metadata_bytes(out_features, in_features):
+        raise RiaError(f"{metadata.numel()} bytes of metadata do not fit a {out_features} x {in_features} weight")
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (out_features,)):
+        raise RiaError(f"bias is {tuple(bias.shape)} {bias.dtype}, expected ({out_features},) {x.dtype}")
+    y = x.new_empty(*x.shape[:-1], out_features)
+    if tokens:
+        tile, split = choose_tile(
+            library, x.dtype, out_features, in_features, tokens, multiprocessors(x.device.index)
+        )
+        library.linear(
+            tile,
+            split,
+            _aligned(x).view(tokens, in_features),
+            values,
+            metadata,
+            None if bias is None else _aligned(bias),
+            y.view(tokens, out_features),
+            workspace(x.device.index),
+        )
+    return y
+
+
+_library.impl("sparse24_linear.cutlass", _linear, "CUDA")
+
+
+@torch.library.register_fake("ria::sparse24_linear.cutlass")
+def _fake_linear(x, values, metadata, bias):
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+@lru_cache
+def workspace(device_index: int) -> torch.Tensor:
+    """The device's one workspace, uint8; zero, as the kernels' counters must be."""
+    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=torch.device("cuda", device_index))
+
+
+def unavailable(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> str | None:
+    """Why this backend cannot serve a layer, or None."""
+    if device.type != "cuda":
+        return f"the layer is on {device.type}"
+    if dtype not in DATA_TYPES:
+        return f"dtype {dtype}; bfloat16 and float16 only"
+    if out_features % 8:
+        return f"out-features {out_features} are not a multiple of 8 (rows of 16 bytes)"
+    if in_features % 64:
+        return f"in-features {in_features} are not a multiple of 64"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        choose_tile(library_of(index), dtype, out_features, in_features, 1, multiprocessors(index))
+    except RiaError as error:
+        return str(error)
+    return None
+
+
+def pack(compressed: torch.Tensor, bitmask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(values [out, in/2], metadata uint8), on the GPU that the inputs are on; one pass over the bitmask."""
+    workspace(compressed.device.index)  # before any CUDA graph is captured
+    return compressed.clone(memory_format=torch.contiguous_format), library_of(
+        compressed.device.index
+    ).pack_metadata(bitmask)
+
+
+def apply(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    out_features: int,
+    input_permutation: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """y[..., out] = x[..., p] @ stored^T + bias, accumulated in fp32, in x's dtype."""
+    if input_permutation is not None:
+        x = x.index_select(-1, input_permutation)
+    values, metadata = packed
+    return torch.ops.ria.sparse24_linear.cutlass(x, values, metadata, bias)

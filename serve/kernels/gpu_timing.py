@@ -1,0 +1,174 @@
+"""Times of the CUDA backends beside the dense product, the bytes' limit and the arithmetic's. Part of gpu_check."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ria_vllm import sparse24
+from ria_vllm.serve.kernels import cutlass
+from ria_vllm.serve.kernels.cuda_library import CudaLibrary, library_of, multiprocessors
+from ria_vllm.serve.kernels.cutlass_tiles import SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE, WORKSPACE_BYTES
+
+SHAPES = ((11008, 4096), (4096, 11008), (28672, 8192), (8192, 28672))
+TOKENS = (1, 16, 64, 256, 2048)
+TUNED_SHAPES = ((4096, 4096), (6144, 4096), (22016, 4096), (4096, 11008), (57344, 8192), (8192, 28672))
+TUNED_TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SPLITS = (SPLIT_NONE, SPLIT_HEURISTIC, SPLIT_FORCED, 2, 4)
+
+# Copies of each weight are used in turn, together larger than any L2, so that every product reads its weight from
+# memory, as it does between the other layers of a model.
+_BYTES_IN_TURN = 256 * 2**20
+_REPLAYS = 15
+
+HEADER = (
+    f"{'out':>6} {'in':>6} {'tokens':>6} {'backend':>14} {'us':>9} {'dense us':>9} {'speedup':>8}"
+    f" {'bytes limit us':>14} {'FLOP limit us':>13}"
+)
+
+
+def capture(calls: Sequence[Callable[[], torch.Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    """A CUDA graph of the calls in order, warmed up on the side stream as torch asks."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call() for call in calls]
+    return graph, outputs
+
+
+def microseconds(calls: Sequence[Callable[[], torch.Tensor]], least: int = 8) -> float:
+    """Median time of one call, from replays of a graph that goes through the calls at least `least` calls long."""
+    graph, _ = capture(list(calls) * math.ceil(least / len(calls)))
+    count = math.ceil(least / len(calls)) * len(calls)
+    times = []
+    for _ in range(_REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / count)
+    return statistics.median(times[3:])
+
+
+def measure_limits(device: torch.device) -> dict[str, float]:
+    """What this GPU reaches: bytes a second in a large copy, dense bf16 FLOP a second in a large product."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = microseconds([lambda: target.copy_(source)])
+    del source, target
+    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
+    product = microseconds([lambda: square @ square], least=3)
+    return {"bytes_per_second": 2 * 2**30 / copy * 1e6, "dense_flop_per_second": 2 * 8192**3 / product * 1e6}
+
+
+def _weights(out_features: int, in_features: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator(device).manual_seed(0)
+    dense = torch.randn(out_features, in_features, dtype=torch.bfloat16, device=device, generator=generator)
+    pair = sparse24.compress(dense)
+    copies = max(2, math.ceil(_BYTES_IN_TURN / (out_features * in_features * 9 / 8)))
+    return [(pair[0].clone(), pair[1].clone()) for _ in range(copies)]
+
+
+def time_backends(
+    backends: Sequence[ModuleType], limits: dict[str, float], deadline: float
+) -> Iterator[dict[str, Any]]:
+    """Rows of shape, tokens, backend, microseconds, dense microseconds and the two limits in microseconds."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    for out_features, in_features in SHAPES:
+        pairs = _weights(out_features, in_features, device)
+        dense_weights = [sparse24.decompress(*pairs[0]) for _ in pairs]
+        usable = [b for b in backends if b.unavailable(device, torch.bfloat16, out_features, in_features) is None]
+        packed = {backend.NAME: [backend.pack(*pair) for pair in pairs] for backend in usable}
+        for tokens in TOKENS:
+            if time.monotonic() > deadline:
+                return
+            x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=device)
+            dense = microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in dense_weights])
+            traffic = out_features * in_features * 9 / 8 + 2 * tokens * (out_features + in_features)
+            common = {
+                "out_features": out_features,
+                "in_features": in_features,
+                "tokens": tokens,
+                "dense_us": dense,
+                "bytes_limit_us": traffic / limits["bytes_per_second"] * 1e6,
+                "flop_limit_us": tokens * out_features * in_features / limits["dense_flop_per_second"] * 1e6,
+            }
+            for backend in usable:
+                calls = [
+                    lambda p=p, backend=backend: backend.apply(x, p, out_features, None, None)
+                    for p in packed[backend.NAME]
+                ]
+                yield {**common, "backend": backend.NAME, "us": microseconds(calls)}
+        del pairs, dense_weights, packed
+
+
+def line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['out_features']:6} {row['in_features']:6} {row['tokens']:6} {row['backend']:>14} {row['us']:9.1f}"
+        f" {row['dense_us']:9.1f} {row['dense_us'] / row['us']:7.2f}x {row['bytes_limit_us']:14.1f}"
+        f" {row['flop_limit_us']:13.1f}"
+    )
+
+
+def time_tiles(deadline: float) -> Iterator[dict[str, Any]]:
+    """Every tile and division of K of our library on the shapes that models have (q,k,v and gate,up fused)."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    library, sms = library_of(device.index), multiprocessors(device.index)
+    for sizes in TUNED_SHAPES:
+        packed = [cutlass.pack(*pair) for pair in _weights(*sizes, device)]
+        for tokens in TUNED_TOKENS:
+            x = torch.randn(tokens, sizes[1], dtype=torch.bfloat16, device=device)
+            y = torch.empty(tokens, sizes[0], dtype=torch.bfloat16, device=device)
+            for tile, name in enumerate(library.tile_names):
+                for split in SPLITS:
+                    if time.monotonic() > deadline:
+                        return
+                    if split != SPLIT_NONE and (tokens > 1024 or library.family == 90 and "streamk" not in name):
+                        continue
+                    if not library.accepts(tile, torch.bfloat16, sizes, tokens, split, sms):
+                        continue
+                    if library.workspace_bytes(tile, torch.bfloat16, sizes, tokens, split, sms) > WORKSPACE_BYTES:
+                        continue
+                    calls = [_tile_call(library, tile, split, x, pair, y) for pair in packed]
+                    row = {"family": library.family, "out_features": sizes[0], "in_features": sizes[1]}
+                    yield {**row, "tokens": tokens, "tile": name, "split": split, "us": microseconds(calls)}
+
+
+def _tile_call(
+    library: CudaLibrary,
+    tile: int,
+    split: int,
+    x: torch.Tensor,
+    packed: tuple[torch.Tensor, ...],
+    y: torch.Tensor,
+) -> Callable[[], torch.Tensor]:
+    def call() -> torch.Tensor:
+        library.linear(tile, split, x, *packed, None, y, cutlass.workspace(x.device.index))
+        return y
+
+    return call
+
+
+def table_rows(tiles: Sequence[dict[str, Any]]) -> str:
+    """The fastest tile of each shape and number of tokens, as lines for cutlass_tiles.MEASURED."""
+    best: dict[tuple[int, int, int], dict[int, dict[str, Any]]] = {}
+    for row in tiles:
+        shape = best.setdefault((row["family"], row["out_features"], row["in_features"]), {})
+        if row["tokens"] not in shape or row["us"] < shape[row["tokens"]]["us"]:
+            shape[row["tokens"]] = row
+    lines = []
+    for shape, by_tokens in best.items():
+        entries = ", ".join(f'({tokens}, "{row["tile"]}", {row["split"]})' for tokens, row in sorted(by_tokens.items()))
+        lines.append(f"    {shape}: ({entries},),")
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""The CUDA build: what it picks, what it says when it cannot, and the libraries it makes."""
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+from click.testing import CliRunner
+from compiled_cuda import compiled
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.kernels import cuda_compile
+from ria_vllm.serve.kernels.cuda_build import build_kernels
+from ria_vllm.serve.kernels.cutlass_tiles import SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE, WORKSPACE_BYTES, choose_tile
+
+
+@pytest.mark.parametrize(
+    "written, name", [("90a", "90a"), ("sm_90a", "90a"), ("9.0", "90a"), ("8.6", "80"), ("89", "80"), ("120a", "120")]
+)
+def test_architectures_by_any_name(written, name):
+    assert cuda_compile.architecture(written).name == name
+
+
+def test_an_unknown_architecture_is_named():
+    with pytest.raises(cuda_compile.CudaBuildError, match="'70'"):
+        cuda_compile.architecture("70")
+
+
+@pytest.mark.parametrize(
+    "capability, name",
+    [((8, 0), "80"), ((8, 9), "80"), ((9, 0), "90a"), ((10, 0), "100a"), ((12, 0), "120"), ((7, 5), None), ((10, 3), None)],
+)
+def test_each_gpu_finds_its_library(capability, name):
+    found = cuda_compile.for_capability(*capability)
+    assert (found and found.name) == name
+
+
+def test_tile_names_are_unique():
+    for target in cuda_compile.ARCHITECTURES.values():
+        assert len({tile.name for tile in target.tiles}) == len(target.tiles)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    for name in ("RIA_VLLM_CUDA", "RIA_VLLM_CUDA_ARCHS", "RIA_VLLM_CUTLASS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cuda_compile, "visible_architectures", lambda: [])
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    "variables, reason",
+    [
+        ({"RIA_VLLM_CUDA": "0"}, "RIA_VLLM_CUDA=0"),
+        ({}, "no GPU visible"),
+        ({"RIA_VLLM_CUDA_ARCHS": "75"}, "no kernels for CUDA architecture '75'"),
+        ({"RIA_VLLM_CUDA_ARCHS": "90a", "RIA_VLLM_CUTLASS": "/nowhere"}, "/nowhere holds no CUTLASS headers"),
+    ],
+)
+def test_an_install_that_builds_nothing_says_why_in_one_line(no_gpu, tmp_path, variables, reason):
+    no_gpu.setattr(cuda_compile, "find_nvcc", lambda: "nvcc")
+    for name, value in variables.items():
+        no_gpu.setenv(name, value)
+    said = []
+    assert cuda_compile.at_install(tmp_path, said.append) == []
+    assert len(said) == 1 and reason in said[0] and "\n" not in said[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_build_without_gpu_or_architecture_asks_for_one(no_gpu):
+    result = CliRunner().invoke(build_kernels, [])
+    assert isinstance(result.exception, RiaError) and "--arch" in str(result.exception)
+
+
+def test_a_failing_compiler_is_quoted_and_leaves_nothing(no_gpu, tmp_path):
+    compiler = tmp_path / "nvcc"
+    compiler.write_text("#!/bin/sh\necho 'metadata.h: unlucky' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    no_gpu.setattr(cuda_compile, "find_nvcc", lambda: str(compiler))
+    no_gpu.setattr(cuda_compile, "find_headers", lambda: tmp_path)
+    with pytest.raises(cuda_compile.CudaBuildError, match="unlucky"):
+        cuda_compile.compile_library(cuda_compile.architecture("80"), tmp_path / "out")
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_a_library_exports_its_interface_alone_and_needs_no_torch(arch):
+    library = compiled(arch)
+    assert library.tile_names == [cuda_compile.ARCHITECTURES[arch].tiles[0].name]
+    if shutil.which("nm") is None or shutil.which("readelf") is None:
+        pytest.skip("no binutils")
+    symbols = subprocess.run(["nm", "-D", "--defined-only", library.path], capture_output=True, text=True, check=True)
+    exported = {line.split()[-1] for line in symbols.stdout.splitlines() if line.split()[-2] == "T"}
+    ours = {name for name in exported if name.startswith("ria_")}
+    assert {"ria_linear", "ria_pack_metadata", "ria_accepts", "ria_tiles"} <= ours
+    needed = subprocess.run(["readelf", "-d", library.path], capture_output=True, text=True, check=True).stdout
+    assert "torch" not in needed and "libcudart" not in needed and "libcuda.so" not in needed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, sms", [("80", 108), ("90a", 132)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernels_accept_every_size_the_backend_promises(arch, sms, dtype):
+    """CUTLASS's own host-side checks: alignment, strides, layouts of all four operands."""
+    library = compiled(arch)
+    for sizes in [(8, 64), (24, 192), (4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192), (1000, 576)]:
+        for tokens in (1, 7, 16, 64, 333, 2048, 8191):
+            for split in (SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE, 3):
+                assert library.accepts(0, dtype, sizes, tokens, split, sms), (sizes, tokens, split)
+    for sizes, tokens in [((12, 64), 1), ((8, 96), 1), ((8, 64), 0)]:
+        assert not library.accepts(0, dtype, sizes, tokens, SPLIT_NONE, sms), (sizes, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, sms", [("80", 108), ("90a", 132)])
+def test_the_workspace_holds_whatever_is_chosen(arch, sms):
+    library = compiled(arch)
+    for out_features in (64, 576, 4096, 11008, 28672, 128256):
+        for in_features in (64, 576, 4096, 8192, 28672):
+            for tokens in (1, 16, 64, 256, 2048):
+                tile, split = choose_tile(library, torch.bfloat16, out_features, in_features, tokens, sms)
+                sizes = (out_features, in_features)
+                assert 0 < library.workspace_bytes(tile, torch.bfloat16, sizes, tokens, split, sms) <= WORKSPACE_BYTES
+
+
+@pytest.mark.slow
+def test_building_from_the_command_line(tmp_path):
+    compiled("80")
+    result = CliRunner().invoke(build_kernels, ["--arch", "86", "--tiles", "small", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["_cuda_sm80.so"]
+    assert "compiled sm_80 128x32" in result.output

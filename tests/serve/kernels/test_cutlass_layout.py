@@ -1,0 +1,97 @@
+"""The metadata's layout, as the kernels' own definitions give it, against readings written down independently."""
+
+import pytest
+import torch
+from compiled_cuda import compiled
+from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+from ria_vllm import sparse24
+
+SHAPES = [(8, 64), (64, 128), (200, 192), (136, 320), (1000, 448)]
+LEGAL_GROUPS = {0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110}
+
+pytestmark = pytest.mark.slow
+
+
+def random_pair(out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(out_features * in_features)
+    dense = torch.randn(out_features, in_features, generator=generator).to(torch.bfloat16)
+    return sparse24.compress(dense)
+
+
+def warpgroup_place(out_features: int, row: int, group: int, atom_rows: int) -> tuple[int, int]:
+    """(byte, high half?) of one group's four bits, for wgmma and tcgen05.
+
+    PTX: a warp's instruction covers 16 rows and 32 columns; a 32-bit register holds the eight groups of 16 columns in
+    row r (low half) and row r + 8 (high half); of neighbouring lanes one holds columns 0 to 15, the other 16 to 31. The
+    four instructions of 128 columns keep their registers side by side. Beyond that: lanes by row, then by half of the
+    columns, then by 16 rows; blocks of `atom_rows` x 128 down the rows first.
+    """
+    column = 4 * group
+    atoms_down = -(-out_features // atom_rows)
+    atom = column // 128 * atoms_down + row // atom_rows
+    row %= atom_rows
+    instruction, half, within = column % 128 // 32, column % 32 // 16, column % 16 // 4
+    register = ((row // 16 * 2 + half) * 8 + row % 8) * 4 + instruction
+    nibble = register * 8 + row % 16 // 8 * 4 + within
+    return atom * atom_rows * 16 + nibble // 2, nibble % 2
+
+
+@pytest.mark.parametrize("arch, atom_rows", [("90a", 64), ("100a", 128)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reading_the_registers_of_a_warpgroup_gives_the_matrix_back(arch, atom_rows, shape):
+    compressed, bitmask = random_pair(*shape)
+    metadata = compiled(arch).pack_metadata(bitmask)
+    dense = torch.zeros(shape, dtype=compressed.dtype)
+    for row in range(shape[0]):
+        for group in range(shape[1] // 4):
+            byte, high = warpgroup_place(shape[0], row, group, atom_rows)
+            indices = int(metadata[byte]) >> 4 * high & 15
+            for kept in (0, 1):
+                dense[row, 4 * group + (indices >> 2 * kept & 3)] = compressed[row, 2 * group + kept]
+    assert torch.equal(dense, sparse24.decompress(compressed, bitmask))
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (64, 128), (224, 192), (992, 448)])
+def test_mma_sync_metadata_is_what_torch_gives_its_own_cutlass_kernel(shape):
+    compressed, bitmask = random_pair(*shape)
+    values, expected = sparse_semi_structured_from_dense_cutlass(sparse24.decompress(compressed, bitmask))
+    assert torch.equal(values, compressed)
+    assert torch.equal(compiled("80").pack_metadata(bitmask).view(torch.int16), expected.reshape(-1))
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (200, 192)])
+def test_mma_sync_rows_are_padded_to_32(shape):
+    _, bitmask = random_pair(*shape)
+    padded = torch.full((-(-shape[0] // 32) * 32, bitmask.shape[1]), 0x33, dtype=torch.uint8)
+    padded[: shape[0]] = bitmask
+    library = compiled("80")
+    assert torch.equal(library.pack_metadata(bitmask), library.pack_metadata(padded))
+
+
+@pytest.mark.parametrize("arch", ["80", "90a", "100a"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_offsets_are_distinct_and_inside(arch, shape):
+    library = compiled(arch)
+    out_features, in_features = shape
+    offsets = [
+        library.metadata_offset(out_features, in_features, row, byte)
+        for row in range(out_features)
+        for byte in range(in_features // 8)
+    ]
+    assert len(set(offsets)) == len(offsets)
+    assert min(offsets) >= 0 and max(offsets) < library.metadata_bytes(out_features, in_features)
+
+
+@pytest.mark.parametrize("arch", ["80", "90a", "100a"])
+def test_no_bitmask_makes_metadata_that_the_hardware_forbids(arch):
+    bitmask = torch.arange(256, dtype=torch.uint8).repeat(9, 1)
+    metadata = compiled(arch).pack_metadata(bitmask)
+    assert {int(byte) & 15 for byte in metadata} | {int(byte) >> 4 for byte in metadata} == LEGAL_GROUPS
+
+
+@pytest.mark.parametrize("arch", ["80", "90a", "100a"])
+def test_positions_outside_the_matrix_are_refused(arch):
+    library = compiled(arch)
+    for out_features, in_features, row, byte in [(8, 64, 8, 0), (8, 64, 0, 8), (8, 64, -1, 0), (8, 63, 0, 0), (0, 64, 0, 0)]:
+        assert library.metadata_offset(out_features, in_features, row, byte) == -1

@@ -1,0 +1,140 @@
+"""The CUDA backends as far as a machine without a GPU can see them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+from ria_vllm import sparse24
+from ria_vllm.errors import RiaError
+from ria_vllm.serve import kernels
+from ria_vllm.serve.kernels import cuda_compile, cusparselt, cutlass, cutlass_tiles, torch_cutlass
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(32, 64), (64, 128), (224, 192), (992, 448)])
+def test_torch_cutlass_packs_as_torch_converts(dtype, shape):
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    compressed, bitmask = sparse24.compress(dense)
+    values, metadata = sparse_semi_structured_from_dense_cutlass(sparse24.decompress(compressed, bitmask))
+    packed = torch_cutlass.pack(compressed, bitmask)
+    assert torch.equal(packed[0], values) and torch.equal(packed[1], metadata)
+    assert packed[0].data_ptr() != compressed.data_ptr()
+
+
+def test_torch_cutlass_packs_no_metadata_that_the_hardware_forbids():
+    bitmask = torch.arange(256, dtype=torch.uint8).repeat(32, 1)
+    _, metadata = torch_cutlass.pack(torch.zeros(32, 1024, dtype=torch.bfloat16), bitmask)
+    groups = metadata.view(torch.uint8)
+    legal = {0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110}
+    assert {int(byte) & 15 for byte in groups.flatten()} | {int(byte) >> 4 for byte in groups.flatten()} == legal
+
+
+@pytest.mark.parametrize("backend", [cutlass, cusparselt, torch_cutlass])
+def test_on_a_cpu_each_says_that_the_layer_is_not_on_a_gpu(backend):
+    assert backend.unavailable(CPU, torch.bfloat16, 64, 64) == "the layer is on cpu"
+    assert backend in kernels.BACKENDS
+
+
+@pytest.mark.parametrize(
+    "backend, sizes, reason",
+    [
+        (cutlass, (12, 64), "out-features 12"),
+        (cutlass, (64, 96), "in-features 96"),
+        (torch_cutlass, (40, 64), "out-features 40"),
+        (cusparselt, (24, 64), "out-features 24"),
+    ],
+)
+def test_a_size_that_does_not_fit_is_named(monkeypatch, backend, sizes, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    assert reason in backend.unavailable(torch.device("cuda", 0), torch.bfloat16, *sizes)
+
+
+def test_a_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(cutlass, "multiprocessors", lambda index: 132)
+    monkeypatch.setattr(cutlass, "library_of", cutlass.library_of.__wrapped__)
+    monkeypatch.setenv("RIA_VLLM_CUDA_FOLDER", str(tmp_path))
+    reason = cutlass.unavailable(torch.device("cuda", 0), torch.bfloat16, 64, 64)
+    assert "_cuda_sm90a.so was not built" in reason and "ria-vllm build-kernels --arch 90a" in reason
+
+
+def test_a_file_that_is_no_library_is_an_error_that_names_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setenv("RIA_VLLM_CUDA_FOLDER", str(tmp_path))
+    (tmp_path / "_cuda_sm90a.so").write_text("not a library")
+    with pytest.raises(RiaError, match=r"_cuda_sm90a\.so does not load"):
+        cutlass.library_of.__wrapped__(0)
+
+
+@pytest.mark.parametrize("leading", [(3,), (2, 5), ()])
+def test_shapes_for_the_compiler(leading):
+    x = torch.empty(*leading, 128, dtype=torch.bfloat16, device="meta")
+    values = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
+    metadata = torch.empty(64 * 16, dtype=torch.uint8, device="meta")
+    order = torch.empty(128, dtype=torch.int32, device="meta")
+    for backend, packed in [(cutlass, (values, metadata)), (torch_cutlass, (values, metadata)), (cusparselt, (values,))]:
+        y = backend.apply(x, packed, 64, order, None)
+        assert y.shape == (*leading, 64) and y.dtype == x.dtype
+
+
+class PretendLibrary(SimpleNamespace):
+    """Tiles by name; `refused` accept nothing, `hungry` want more than the workspace."""
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def accepts(self, tile, *_):
+        return self.tile_names[tile] not in self.refused
+
+    def workspace_bytes(self, tile, *_):
+        return cutlass_tiles.WORKSPACE_BYTES + (self.tile_names[tile] in self.hungry)
+
+
+def pretend(names, refused=(), hungry=()):
+    from pathlib import Path
+
+    return PretendLibrary(tile_names=list(names), refused=refused, hungry=hungry, family=90, path=Path("pretend.so"))
+
+
+ALL_HOPPER = [tile.name for tile in cuda_compile.ARCHITECTURES["90a"].tiles]
+
+
+def chosen(library, tokens):
+    tile, split = cutlass_tiles.choose_tile(library, torch.bfloat16, 4096, 4096, tokens, 132)
+    return library.tile_names[tile], split
+
+
+def test_more_tokens_take_wider_tiles():
+    widths = [int(chosen(pretend(ALL_HOPPER), tokens)[0].split("_")[0].split("x")[1]) for tokens in (1, 16, 64, 256, 4096)]
+    assert widths == sorted(widths) and widths[0] == 16 and widths[-1] == 256
+
+
+def test_the_next_best_tile_serves_when_the_first_cannot():
+    assert chosen(pretend(ALL_HOPPER, refused=("128x256_cluster",)), 4096)[0] == "256x128_cluster"
+    assert chosen(pretend(ALL_HOPPER, hungry=("128x256_cluster",)), 4096)[0] == "256x128_cluster"
+    assert chosen(pretend(ALL_HOPPER[:1]), 4096) == (ALL_HOPPER[0], cutlass_tiles.SPLIT_NONE)
+
+
+def test_no_tile_at_all_is_an_error():
+    with pytest.raises(RiaError, match="no tile for a 4096 x 4096 layer"):
+        chosen(pretend(ALL_HOPPER, refused=ALL_HOPPER), 1)
+
+
+def test_a_measured_shape_overrules_the_rule(monkeypatch):
+    row = ((16, "128x64_streamk", 2), (64, "128x128_cluster_pingpong", 1))
+    monkeypatch.setitem(cutlass_tiles.MEASURED, (90, 4096, 4096), row)
+    assert chosen(pretend(ALL_HOPPER), 7) == ("128x64_streamk", 2)
+    assert chosen(pretend(ALL_HOPPER), 17) == ("128x128_cluster_pingpong", 1)
+    assert chosen(pretend(ALL_HOPPER), 65)[0] == "128x128_cluster_streamk"
+
+
+def test_every_rule_names_tiles_that_are_compiled():
+    for target in cuda_compile.ARCHITECTURES.values():
+        names = {tile.name for tile in target.tiles}
+        for tokens in (1, 16, 17, 64, 65, 512, 513, 100_000):
+            assert {name for name, _ in cutlass_tiles.preferences(target.family, 4096, 4096, tokens)} <= names
