@@ -48,6 +48,11 @@ class Inventory:
         return asdict(self)
 
 
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 9 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+
+
 def report_number(entry: Any, key: str) -> float | None:
     """A number of one linear's report entry; None where the report has none (it is informative and untrusted)."""
     value = entry.get(key) if isinstance(entry, dict) else None
@@ -72,7 +77,7 @@ def take_inventory(reader: Reader) -> Inventory:
     sparse = set(reader.sparse_names)
     folded = {name for name, _, _ in reader.schema.active_folds(reader.permuted_names, sparse)}
     entries, zeros = [], 0
-    for name in reader.sparse_names:
+    for name in sorted(reader.sparse_names, key=natural_order):
         linear = reader.linear(name)
         rows, columns = linear.shape
         stored = [linear.compressed, linear.bitmask]
