@@ -9,11 +9,13 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import QUANT_METHOD, RiaSchema
+from ria_vllm.schema import QUANT_METHOD, RiaSchema, SparsityConfig
 from ria_vllm.serve.files import permutations_of, pruned_names
 from ria_vllm.serve.folding import Folding, RowOrder, fold
+from ria_vllm.serve.foreign import Foreign, claims
 from ria_vllm.serve.linear import Sparse24LinearMethod
 from ria_vllm.serve.load_report import LoadReport
+from ria_vllm.serve.storage import Storage
 
 
 class RiaConfig(QuantizationConfig):
@@ -23,9 +25,10 @@ class RiaConfig(QuantizationConfig):
     object on its way to the workers, so it holds plain data only.
     """
 
-    def __init__(self, schema: RiaSchema):
+    def __init__(self, schema: RiaSchema, foreign: Foreign | None = None):
         super().__init__()
         self.schema = schema
+        self.foreign = foreign
         self.pruned: set[str] | None = None
         self.permutations: dict[str, np.ndarray] = {}
         self.folding = Folding()
@@ -51,12 +54,23 @@ class RiaConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RiaConfig":
+        if claims(config):
+            return cls(RiaSchema(sparsity_config=SparsityConfig()), Foreign.parse(config))
         return cls(RiaSchema.parse(config, "config.json"))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Take over compressed-tensors' 2:4 checkpoints, which vLLM would refuse."""
+        return QUANT_METHOD if claims(hf_quant_cfg) and user_quant in (None, QUANT_METHOD) else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the permutations: producers must know their row order before the first weight arrives."""
         model = str(model_name)
         self.pruned = pruned_names(model, revision)
+        if self.foreign is not None:
+            return
         expected = self.schema.recipe.get("permute", "none") != "none" and self.pruned is not None
         permutations = permutations_of(model, revision, expected)
         for name in permutations:
@@ -69,6 +83,8 @@ class RiaConfig(QuantizationConfig):
         sparsity = self.schema.sparsity_config
         exact = hf_to_vllm_mapper.apply_list([entry for entry in sparsity.ignore if not entry.startswith("re:")])
         sparsity.ignore = exact + [entry for entry in sparsity.ignore if entry.startswith("re:")]
+        if self.foreign is not None:
+            self.foreign = self.foreign.renamed(hf_to_vllm_mapper)
         if self.pruned is not None:
             self.pruned = set(hf_to_vllm_mapper.apply_list(sorted(self.pruned)))
         self.permutations = hf_to_vllm_mapper.apply_dict(self.permutations)
@@ -104,7 +120,12 @@ class RiaConfig(QuantizationConfig):
         return tuple(f"{parent}.{part}" if parent else part for part in leaves)
 
     def _is_pruned(self, name: str) -> bool:
-        return name in self.pruned if self.pruned is not None else not self.schema.ignored(name)
+        if self.pruned is not None:
+            return name in self.pruned
+        return name in self.foreign.pruned if self.foreign is not None else not self.schema.ignored(name)
+
+    def storage(self, name: str) -> Storage:
+        return Storage() if self.foreign is None else self.foreign.storage(name)
 
     def row_orders(self, name: str) -> list[RowOrder]:
         """How the rows of the linear `name` are to be taken; empty: as they come."""

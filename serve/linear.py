@@ -13,13 +13,15 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
+    UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
 
 from ria_vllm import permutation, sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.serve import kernels
-from ria_vllm.serve.loading import BITMASK_OF_ONES_AND_TWOS, Arrivals, create_parameters, drop_parameters
+from ria_vllm.serve.loading import BITMASK_OF_ONES_AND_TWOS, Arrivals, create_parameters, take_parameters
+from ria_vllm.serve.storage import dequantized, is_two_of_four
 
 if TYPE_CHECKING:
     from ria_vllm.serve.config import RiaConfig
@@ -75,25 +77,25 @@ class Sparse24LinearMethod(LinearMethodBase):
             p = self.config.permutations.get(part)
             if p is not None and len(p) != input_size:
                 raise RiaError(f"{part}: its permutation has {len(p)} channels, its input {input_size}. Get it again.")
-        layer.ria_arrivals = Arrivals(layer, self.parts, tuple(self.config.row_orders(part) for part in self.parts))
+        storage = self.config.storage(self.parts[0])
+        if any(self.config.storage(part) != storage for part in self.parts):
+            raise RiaError(f"{self.prefix}: vLLM fuses {', '.join(self.parts)}, but they are not quantized alike.")
+        row_orders = tuple(self.config.row_orders(part) for part in self.parts)
+        layer.ria_arrivals = Arrivals(layer, self.parts, row_orders, storage, params_dtype)
         layer.ria_output_sizes = tuple(output_partition_sizes)
-        create_parameters(
-            layer,
-            layer.ria_arrivals,
-            sum(output_partition_sizes),
-            input_size_per_partition,
-            params_dtype,
-            extra_weight_attrs["weight_loader"],
-        )
+        loader = extra_weight_attrs["weight_loader"]
+        create_parameters(layer, layer.ria_arrivals, output_partition_sizes, input_size_per_partition, loader)
         self.config.report.expected += 1
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check what came, repack it for the kernel, and free it."""
-        if not hasattr(layer, "compressed"):
+        if not hasattr(layer, "shape"):
             return
         compressed, bitmask = self._loaded(layer)
+        if bitmask is None:
+            self._serve_dense(layer, compressed)
+            return
         rows, columns = compressed.shape[0], compressed.shape[1] * 2
-        drop_parameters(layer)
         padding = -columns % sparse24.IN_FEATURES_MULTIPLE
         if padding:
             compressed = pad(compressed, (0, padding // 2))
@@ -126,15 +128,32 @@ class Sparse24LinearMethod(LinearMethodBase):
         layer.ria_plan = Plan(tuple(products), channels, padding)
         self._report(layer, rows * columns * compressed.element_size(), packed_bytes, backends)
 
-    def _loaded(self, layer: LinearBase) -> tuple[torch.Tensor, torch.Tensor]:
-        compressed, bitmask = layer.compressed.data, layer.bitmask.data
-        missing = layer.ria_arrivals.missing()
+    def _loaded(self, layer: LinearBase) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Values in the served dtype [out, in/2] and bitmask [out, in/8], taken from the layer's parameters; or the
+        plain weight and None, where it was stored plain and is not 2:4 after all."""
+        arrivals: Arrivals = layer.ria_arrivals
+        loaded = take_parameters(layer)
+        missing = arrivals.missing()
         if missing:
             current = get_current_vllm_config_or_none()
-            if layer.ria_arrivals.came or current is None or current.load_config.load_format != "dummy":
+            if arrivals.came or current is None or current.load_config.load_format != "dummy":
                 raise RiaError(f"{missing} is in none of the weight files. Get them again.")
-            bitmask.fill_(BITMASK_OF_ONES_AND_TWOS)
-        return compressed, bitmask
+            if "bitmask" in loaded:
+                loaded["bitmask"].fill_(BITMASK_OF_ONES_AND_TWOS)
+        values = loaded["weight"] if arrivals.storage.dense else loaded["compressed"]
+        if arrivals.storage.quantized:
+            values = dequantized(values, loaded["weight_scale"], layer.ria_output_sizes, arrivals.served)
+        if not arrivals.storage.dense:
+            return values, loaded["bitmask"]
+        if not missing and not is_two_of_four(values):
+            return values, None
+        return sparse24.compress(values)
+
+    def _serve_dense(self, layer: LinearBase, weight: torch.Tensor) -> None:
+        self.config.report.leave_out(self.prefix)
+        set_tensor(layer, "weight", weight)
+        layer.quant_method = UnquantizedLinearMethod()
+        layer.quant_method.process_weights_after_loading(layer)
 
     def _groups(self, layer: LinearBase) -> list[tuple[int, int, np.ndarray | None]]:
         """(first row, rows, permutation to gather by) of each product: one for all parts, where they agree."""

@@ -14,11 +14,15 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    ModelWeightParameter,
+    PerTensorScaleParameter,
+)
 
-from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.folding import RowOrder
+from ria_vllm.serve.storage import Storage
 
 ShardId = str | int | tuple[int, ...] | None
 
@@ -33,14 +37,26 @@ class Arrivals:
         layer: vLLM's layer.
         parts: the checkpoint's linears that it is made of, in output order.
         row_orders: for each part, how its rows are to be taken.
+        storage: how the parts are stored.
+        served: the dtype of the values in the end.
     """
 
-    def __init__(self, layer: LinearBase, parts: tuple[str, ...], row_orders: tuple[list[RowOrder], ...]):
+    def __init__(
+        self,
+        layer: LinearBase,
+        parts: tuple[str, ...],
+        row_orders: tuple[list[RowOrder], ...],
+        storage: Storage,
+        served: torch.dtype,
+    ):
         shards = shard_ids(layer, len(parts))
         self.parts = dict(zip(shards, parts))
         self.row_orders = dict(zip(shards, row_orders))
         self.rows = expected_rows(layer, shards)
         self.input_size = layer.input_size
+        self.storage = storage
+        self.served = served
+        self.tensors = storage.tensors(served)
         self.came: set[tuple[str, str]] = set()
 
     def reorders(self) -> bool:
@@ -56,8 +72,9 @@ class Arrivals:
             RiaError: dtype or shape are not those of this linear.
         """
         name = self.part(shard)
-        if kind in ("compressed", "bitmask"):
-            self._check(kind, name, tensor, shard)
+        if kind in self.tensors or kind == "weight_scale":
+            if kind in self.tensors:
+                self._check(kind, name, tensor, shard)
             covered = [self.parts[s] for s in shard] if isinstance(shard, tuple) else [name]
             self.came.update((kind, part) for part in covered if part in self.parts.values())
         for order in self.row_orders.get(shard, []):
@@ -68,10 +85,10 @@ class Arrivals:
         return tensor
 
     def _check(self, kind: str, name: str, tensor: torch.Tensor, shard: ShardId) -> None:
-        right_dtype = tensor.dtype == torch.uint8 if kind == "bitmask" else tensor.dtype in sparse24.VALUE_DTYPES
-        columns = self.input_size // (8 if kind == "bitmask" else 2)
+        channels, _, dtypes = self.tensors[kind]
+        columns = self.input_size // channels
         rows = self.rows.get(shard, tensor.shape[0] if tensor.dim() else 0)
-        if not right_dtype or tuple(tensor.shape) != (rows, columns):
+        if tensor.dtype not in dtypes or tuple(tensor.shape) != (rows, columns):
             raise RiaError(
                 f"{name}.{kind} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs {(rows, columns)}. "
                 "The file is damaged, or config.json belongs to another model; get both again."
@@ -79,7 +96,8 @@ class Arrivals:
 
     def missing(self) -> str | None:
         """The first tensor that did not come, or None."""
-        wanted = ((kind, part) for part in self.parts.values() for kind in ("compressed", "bitmask"))
+        kinds = [*self.tensors, *(["weight_scale"] if self.storage.quantized else [])]
+        wanted = ((kind, part) for part in self.parts.values() for kind in kinds)
         return next((f"{part}.{kind}" for kind, part in wanted if (kind, part) not in self.came), None)
 
     def wrap(self, kind: str, loader: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,26 +135,41 @@ def expected_rows(layer: LinearBase, shards: tuple[ShardId, ...]) -> dict[ShardI
     return {}
 
 
+# `shape` repeats what the bitmask says. `input_permutation` is read beforehand, but vLLM streams every safetensors file of
+# a folder without an index. Activations keep their precision, so their scale is not needed; zero points are zero.
+SOAKED = {
+    "shape": (2, torch.int64),
+    "input_permutation": (1, torch.int32),
+    "input_scale": (1, torch.float32),
+    "weight_zero_point": (1, torch.int8),
+    "input_zero_point": (1, torch.int8),
+}
+
+
 def create_parameters(
-    layer: LinearBase, arrivals: Arrivals, rows: int, columns: int, dtype: torch.dtype, loader: Callable[..., Any]
+    layer: LinearBase, arrivals: Arrivals, sizes: list[int], columns: int, loader: Callable[..., Any]
 ) -> None:
-    """Give `layer` the parameters `compressed` [rows, columns/2], `bitmask` [rows, columns/8] and two that only soak up.
+    """Give `layer` the parameters of its storage, sum(sizes) rows for `columns` channels, and some that only soak up.
 
     Producers get their bias reordered too: it is created later, with whatever `layer.weight_loader` then is.
     """
-    shapes = {"compressed": (columns // 2, dtype), "bitmask": (columns // 8, torch.uint8)}
-    for kind, (width, kind_dtype) in shapes.items():
+    for kind, (channels, dtype, _) in arrivals.tensors.items():
         parameter = ModelWeightParameter(
-            data=torch.zeros(rows, width, dtype=kind_dtype),
+            data=torch.zeros(sum(sizes), columns // channels, dtype=dtype),
             input_dim=1,
             output_dim=0,
             weight_loader=arrivals.wrap(kind, loader),
         )
         layer.register_parameter(kind, parameter)
-    # `shape` repeats what the bitmask says. `input_permutation` is read beforehand, but vLLM streams every safetensors
-    # file of a folder without an index.
-    for kind, (size, kind_dtype) in {"shape": (2, torch.int64), "input_permutation": (1, torch.int32)}.items():
-        parameter = Parameter(torch.zeros(size, dtype=kind_dtype), requires_grad=False)
+    if arrivals.storage.quantized:
+        wrapped = arrivals.wrap("weight_scale", loader)
+        if arrivals.storage.scales == "channel":
+            scale = ChannelQuantScaleParameter(data=torch.zeros(sum(sizes), 1), output_dim=0, weight_loader=wrapped)
+        else:
+            scale = PerTensorScaleParameter(data=torch.zeros(len(sizes)), weight_loader=wrapped)
+        layer.register_parameter("weight_scale", scale)
+    for kind, (size, dtype) in SOAKED.items():
+        parameter = Parameter(torch.zeros(size, dtype=dtype), requires_grad=False)
         parameter.weight_loader = ignore_tensor
         parameter.weight_loader_numel = 0  # nothing that a reload has to wait for
         layer.register_parameter(kind, parameter)
@@ -148,6 +181,11 @@ def ignore_tensor(param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id
     """A weight loader for tensors that serving does not need."""
 
 
-def drop_parameters(layer: LinearBase) -> None:
-    for kind in ("compressed", "bitmask", "shape", "input_permutation"):
-        delattr(layer, kind)
+def take_parameters(layer: LinearBase) -> dict[str, torch.Tensor]:
+    """What was loaded, removed from the layer."""
+    taken = {}
+    for kind in ("compressed", "bitmask", "weight", "weight_scale", *SOAKED):
+        if hasattr(layer, kind):
+            taken[kind] = getattr(layer, kind).data
+            delattr(layer, kind)
+    return taken

@@ -1,0 +1,88 @@
+"""2:4 checkpoints of compressed-tensors, which vLLM itself no longer serves."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.storage import QUANTIZED_DTYPES, Storage
+
+SPARSE_FORMATS = ("sparse-24-bitmask", "dense")
+WEIGHT_FORMATS = (None, "dense", "sparse-24-bitmask", "int-quantized", "float-quantized", "naive-quantized")
+
+
+def claims(config: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` is a compressed-tensors one with 2:4 weights in a form known here."""
+    sparsity = config.get("sparsity_config")
+    return (
+        config.get("quant_method") == "compressed-tensors"
+        and isinstance(sparsity, Mapping)
+        and bool(sparsity.get("targets"))
+        and sparsity.get("sparsity_structure") == "2:4"
+        and sparsity.get("format") in SPARSE_FORMATS
+        and config.get("format") in WEIGHT_FORMATS
+    )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Linears chosen by `targets` ("Linear", a name, or re:REGEX), less those of `ignore`."""
+
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...]
+
+    def __contains__(self, name: str) -> bool:
+        return any(_matches(t, name) for t in self.targets) and not any(_matches(t, name) for t in self.ignore)
+
+    def renamed(self, mapper: Any) -> "Selection":
+        return Selection(*(tuple(_renamed(entry, mapper) for entry in part) for part in (self.targets, self.ignore)))
+
+
+def _matches(entry: str, name: str) -> bool:
+    if entry.startswith("re:"):
+        return re.match(entry[3:], name) is not None
+    return entry in ("Linear", name)
+
+
+def _renamed(entry: str, mapper: Any) -> str:
+    return entry if entry.startswith("re:") or "." not in entry else mapper.apply_list([entry])[0]
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Which linears of such a checkpoint are pruned, and how their values are stored."""
+
+    pruned: Selection
+    dense: bool
+    groups: tuple[tuple[Selection, Storage], ...] = field(default=())
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> "Foreign":
+        """Raises RiaError for a quantization that is not served here."""
+        sparsity = config["sparsity_config"]
+        dense = sparsity["format"] == "dense"
+        ignore = tuple(config.get("ignore") or ())
+        groups = [
+            (Selection(tuple(group.get("targets") or ()), ignore), _storage(name, group.get("weights") or {}, dense))
+            for name, group in (config.get("config_groups") or {}).items()
+        ]
+        return cls(Selection(tuple(sparsity["targets"]), tuple(sparsity.get("ignore") or ())), dense, tuple(groups))
+
+    def storage(self, name: str) -> Storage:
+        return next((storage for selection, storage in self.groups if name in selection), Storage(self.dense))
+
+    def renamed(self, mapper: Any) -> "Foreign":
+        groups = tuple((selection.renamed(mapper), storage) for selection, storage in self.groups)
+        return Foreign(self.pruned.renamed(mapper), self.dense, groups)
+
+
+def _storage(group: str, weights: Mapping[str, Any], dense: bool) -> Storage:
+    dtype = QUANTIZED_DTYPES.get((weights.get("type"), weights.get("num_bits")))
+    strategy = weights.get("strategy")
+    if dtype is None or strategy not in ("tensor", "channel") or not weights.get("symmetric", True):
+        raise RiaError(
+            f"quantization_config.config_groups.{group}: 2:4 weights of {weights.get('num_bits')}-bit "
+            f"{weights.get('type')} by {strategy} are not served; symmetric int8 and fp8, by tensor or by channel, are."
+        )
+    return Storage(dense, dtype, strategy)

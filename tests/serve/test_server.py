@@ -1,0 +1,111 @@
+"""A real `vllm serve` on a compressed checkpoint, asked by the `openai` client."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+import tiny
+import torch
+
+pytestmark = pytest.mark.slow
+
+CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def add_tokenizer(folder: Path) -> None:
+    """One token a byte, so that any text has ids below the small models' vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = CHAT
+    fast.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, log: Path, *arguments: str):
+    """The base URL of a server that is up; its log is in the error when it does not come up."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["vllm", "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "128"]
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [*command, *arguments], stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 400
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-5000:]
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Compiled, as `vllm serve` is without any flag."""
+    folder = tmp_path_factory.mktemp("server")
+    model = tiny.write(tiny.FAMILIES["llama-gqa"], folder / "out")
+    add_tokenizer(folder / "out")
+    with serving(folder / "out", folder / "log", "--dtype", "float32", "--served-model-name", "small") as url:
+        yield url, model, folder / "log"
+
+
+def test_completion_has_the_logprobs_of_the_pruned_model(server):
+    url, model, _ = server
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    prompt = torch.randint(3, 259, (21,), generator=torch.Generator().manual_seed(3)).tolist()
+    answer = client.completions.create(
+        model="small", prompt=prompt, max_tokens=8, temperature=0, logprobs=1, extra_body={"return_token_ids": True, "ignore_eos": True}
+    )
+    choice = answer.choices[0]
+    tokens = choice.model_extra["token_ids"]
+    assert len(tokens) == 8
+    with torch.no_grad():
+        logprobs = model(torch.tensor([prompt + tokens])).logits.log_softmax(-1)[0]
+    want = logprobs[len(prompt) - 1 : -1]
+    assert (want.argmax(-1) == torch.tensor(tokens)).all()
+    got = torch.tensor(choice.logprobs.token_logprobs)
+    assert (got - want.max(-1).values).abs().max() < 1e-4  # as in test_vllm.py, for float32
+
+
+def test_chat_streams(server):
+    url, _, _ = server
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    parts = client.chat.completions.create(
+        model="small", messages=[{"role": "user", "content": "hello"}], max_tokens=5, stream=True,
+        stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    assert list(parts)[-1].usage.completion_tokens == 5
+
+
+def test_metrics_and_one_line_in_the_log(server):
+    url, _, log = server
+    metrics = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    assert "vllm:generation_tokens_total" in metrics
+    lines = [line for line in log.read_text().splitlines() if "pruned layers, kernels" in line]
+    assert len(lines) == 1
+    assert "4 folded, 10 gathered" in lines[0]
