@@ -16,6 +16,9 @@ from ria_vllm.offline.ranks import Ranks
 from ria_vllm.offline.streaming import StreamedModel
 from ria_vllm.offline.topology import Component, Group
 
+# Rows of a Gram matrix that are computed at a time.
+GRAM_BLOCK = 256
+
 
 class Activations:
     """The residual stream between two layers: one tensor [samples, tokens, hidden] a chunk, in memory or in files."""
@@ -209,8 +212,7 @@ def gather(
     def listen(index: int) -> Callable:
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             with monitor.phase("statistics"):
-                X = args[0].reshape(-1, args[0].shape[-1]).float()
-                sums[index].add_(X.T @ X if with_gram else X.square().sum(0))
+                _add(sums[index], args[0].reshape(-1, args[0].shape[-1]).float())
             pending.discard(index)
             if not pending:
                 raise _Reached
@@ -229,7 +231,7 @@ def gather(
     finally:
         for hook in hooks:
             hook.remove()
-    return [_finish(total, group, ranks, where) for total, group in zip(sums, stage, strict=True)]
+    return [_finish(sums.pop(0), group, ranks, where) for group in stage]
 
 
 def advance(
@@ -242,15 +244,33 @@ def advance(
         streams[chunk] = run_component(layer, component, calls[stream.shape], stream)
 
 
+def _add(total: torch.Tensor, X: torch.Tensor) -> None:
+    """Add X^T X, or its diagonal, to a float64 sum. Of the symmetric matrix only blocks on and above the diagonal."""
+    if total.dim() == 1:
+        total.add_(X.square().sum(0))
+        return
+    for start in range(0, len(total), GRAM_BLOCK):
+        total[start : start + GRAM_BLOCK, start:].add_(X[:, start : start + GRAM_BLOCK].T @ X[:, start:])
+
+
+def _mirrored(total: torch.Tensor) -> torch.Tensor:
+    """float32, with the blocks below the diagonal filled in."""
+    gram = total.float()
+    for start in range(0, len(gram), GRAM_BLOCK):
+        stop = start + GRAM_BLOCK
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    return gram
+
+
 def _finish(total: torch.Tensor, group: Group, ranks: Ranks, where: str) -> Statistics:
     ranks.add_(total)
-    if not bool(total.isfinite().all()):
+    squares = total.diagonal() if total.dim() == 2 else total
+    if not bool(squares.isfinite().all()):  # where one entry of X is not finite, its channel's square is not
         raise RiaError(
             f"{where}{group.linears[0]}: NaN or infinite values in its input activations. The model overflows on this "
             "text in its own dtype; check that it works without pruning."
         )
-    squares = total.diagonal() if total.dim() == 2 else total
-    return Statistics(squares.sqrt().float(), total.float() if total.dim() == 2 else None)
+    return Statistics(squares.sqrt().float(), _mirrored(total) if total.dim() == 2 else None)
 
 
 def _input_of(module: nn.Module, run: Callable[[], Any]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.block import train_block
 from ria_vllm.offline.capture import Activations, Embedder, LayerCall, advance, gather, run_component
+from ria_vllm.offline.memory import trim
 from ria_vllm.offline.plan import Plan
 from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.ranks import Ranks
@@ -155,13 +156,18 @@ class LayerPass:
         found = gather(
             layer, component, groups, self._calls(index), self.pruned, self.recipe.needs_gram, self.team, self.monitor, prefix
         )
+        trim()
         names = [name for group in groups for name in group.linears]
         statistics = {name: stats for group, stats in zip(groups, found, strict=True) for name in group.linears}
         weights = {name: layer.get_submodule(name).weight.data for name in names}
         with self.monitor.phase("permutations"):
             orders = find_orders(groups, weights, statistics, self.recipe, self.team)
         with self.monitor.phase("masks and weights"):
-            return solve(names, weights, statistics, orders, self.model.stored_dtype, self.recipe, self.team, prefix)
+            trim()
+            solved = solve(names, weights, statistics, orders, self.model.stored_dtype, self.recipe, self.team, prefix)
+        del found, statistics
+        trim()
+        return solved
 
     def _calls(self, index: int) -> dict[torch.Size, LayerCall]:
         return {shape: calls[index] for shape, calls in self.calls.items()}

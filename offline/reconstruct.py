@@ -3,9 +3,14 @@
 X is [tokens, in] and the Gram matrix X^T X [in, in]: all that ||X W^T - X W'^T||_F depends on.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
+
+
+# Rows of W at a time; what the iterations need besides the Gram matrix stays small.
+ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -17,15 +22,19 @@ class AdmmSolver:
     """
 
     scale: torch.Tensor  # [in]
-    gram: torch.Tensor  # [in, in] normalised, with the damping on its diagonal
-    ridge: torch.Tensor  # [in] the part of that diagonal which is damping
-    inverse: torch.Tensor  # [in, in] (gram + rho)^-1
+    gram: torch.Tensor  # [in, in] as given
+    ridge: torch.Tensor  # [in] the damping, on the diagonal of the normalised matrix
+    inverse: torch.Tensor  # [in, in] (normalised gram + ridge + rho)^-1
     rho: float
 
     def solve(self, weight: torch.Tensor, mask: torch.Tensor, iterations: int = 20) -> torch.Tensor:
         """As `admm`."""
-        W = weight.float() * self.scale
-        target = W @ self.gram
+        slabs = zip(weight.split(ROWS_AT_ONCE), mask.split(ROWS_AT_ONCE), strict=True)
+        return torch.cat([self._solve_rows(rows.float(), keep, iterations) for rows, keep in slabs])
+
+    def _solve_rows(self, weight: torch.Tensor, mask: torch.Tensor, iterations: int) -> torch.Tensor:
+        W = weight * self.scale
+        target = weight @ self.gram / self.scale + W * self.ridge
         Z = W * mask
         U = torch.zeros_like(W)
         for _ in range(iterations):
@@ -33,13 +42,13 @@ class AdmmSolver:
             U += free
             Z = U * mask
             U -= Z
-        plain = W * mask
-        better = self._row_errors(W - Z) < self._row_errors(W - plain)
-        return torch.where(better[:, None], Z / self.scale, plain / self.scale)
+        plain, updated = weight * mask, Z / self.scale
+        better = self._row_errors(weight - updated) < self._row_errors(weight - plain)
+        return torch.where(better[:, None], updated, plain)
 
     def _row_errors(self, D: torch.Tensor) -> torch.Tensor:
-        """[out] squared output errors of the rows, without the damping's part."""
-        return ((D @ self.gram) * D).sum(1) - (D * D) @ self.ridge
+        """[out] squared output errors of the rows."""
+        return ((D @ self.gram) * D).sum(1)
 
 
 def admm_solver(gram: torch.Tensor, damping: float = 0.01, rho: float = 1.0) -> AdmmSolver:
@@ -58,12 +67,14 @@ def admm_solver(gram: torch.Tensor, damping: float = 0.01, rho: float = 1.0) -> 
     scale = (gram.diagonal() + added).sqrt()
     # With no damping a dead channel has no scale; it has no say in the output either.
     scale = torch.where(scale > 0, scale, 1.0)
-    normal = gram / scale[:, None] / scale[None, :]
     ridge = added / scale**2
-    normal.diagonal().add_(ridge)
-    penalised = normal.clone()
-    penalised.diagonal().add_(rho)
-    return AdmmSolver(scale, normal, ridge, torch.cholesky_inverse(torch.linalg.cholesky(penalised)), rho)
+    system = gram / scale[:, None]
+    system /= scale
+    system.diagonal().add_(ridge + rho)
+    # LAPACK works on columns; on the transpose of a symmetric matrix it does so in place.
+    system = system.T
+    torch.linalg.cholesky(system, out=system)
+    return AdmmSolver(scale, gram, ridge, torch.cholesky_inverse(system, out=system), rho)
 
 
 def admm(
@@ -86,8 +97,10 @@ def admm(
 
 def output_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.Tensor) -> float:
     """||X (W - W')^T||_F / ||X W^T||_F; 0 where the output is zero anyway."""
-    W, gram = weight.float(), gram.float()
-    D = W - approximation.float()
-    whole = ((W @ gram) * W).sum(dtype=torch.float64)
-    lost = ((D @ gram) * D).sum(dtype=torch.float64).clamp(min=0)
-    return float((lost / whole).sqrt()) if whole > 0 else 0.0
+    gram = gram.float()
+    lost, whole = 0.0, 0.0
+    for rows, other in zip(weight.split(ROWS_AT_ONCE), approximation.split(ROWS_AT_ONCE), strict=True):
+        W, D = rows.float(), rows.float() - other.float()
+        whole += float(((W @ gram) * W).sum(dtype=torch.float64))
+        lost += float(((D @ gram) * D).sum(dtype=torch.float64))
+    return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0

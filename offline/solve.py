@@ -12,7 +12,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline import permute, prune, scores
 from ria_vllm.offline.capture import Statistics
 from ria_vllm.offline.ranks import Ranks
-from ria_vllm.offline.reconstruct import admm_solver, output_error
+from ria_vllm.offline.reconstruct import AdmmSolver, admm_solver, output_error
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.sparsegpt import sparsegpt
 from ria_vllm.offline.topology import Group
@@ -88,17 +88,16 @@ def solve(
     """
     owners = ranks.divide([weights[n].shape[1] * weights[n].numel() for n in names])
     solved: dict[str, Pruned] = {}
-    prepared: tuple[torch.Tensor | None, Any] = (None, None)
+    prepared: tuple[torch.Tensor | None, AdmmSolver | None] = (None, None)
     for name, owner in zip(names, owners, strict=True):
         if owner != ranks.rank:
             continue
-        S = score(weights[name], statistics[name], recipe)
         gram = statistics[name].gram
         if recipe.reconstruct != "none" and prepared[0] is not gram:
             prepared = (None, None)  # let the old one go first: they are large
             with one_thread():
                 prepared = (gram, admm_solver(gram))
-        solved[name] = _prune(weights[name], gram, S, orders[name], dtype, recipe, prepared[1])
+        solved[name] = _prune(weights[name], statistics[name], orders[name], dtype, recipe, prepared[1])
         if not bool(solved[name].weight.isfinite().all()):
             raise RiaError(f"{where}{name}: NaN or infinite values after pruning; try --reconstruct none.")
     return {name: ranks.from_owner(solved.get(name), owner) for name, owner in zip(names, owners, strict=True)}
@@ -133,35 +132,57 @@ def _find_order(
 
 def _prune(
     weight: torch.Tensor,
-    gram: torch.Tensor | None,
-    S: torch.Tensor,
+    statistics: Statistics,
     p: torch.Tensor | None,
     dtype: torch.dtype,
     recipe: Recipe,
-    solver: Any,
+    solver: AdmmSolver | None,
 ) -> Pruned:
-    pattern = recipe.pattern
-    order = torch.arange(S.shape[1], device=S.device) if p is None else p.to(S.device)
-    back = permutation.invert(order)
+    W = None
     if recipe.method == "sparsegpt":
-        with one_thread():
-            W, mask = sparsegpt(weight[:, order], gram[order][:, order], pattern)
-        W, mask = W[:, back], mask[:, back]
+        W, mask = _sparsegpt(weight, statistics.gram, p, recipe)
+        record = _retained(weight, statistics, mask, recipe)
     else:
-        mask = prune.mask(S[:, order], pattern)[:, back]
-        W = weight.float() * mask
-    masked = weight.float() * mask
-    if recipe.reconstruct != "none":
+        S = score(weight, statistics, recipe)
+        mask = _mask(S, p, recipe)
+        record = _retained(weight, statistics, mask, recipe, S)
+        del S  # one of several matrices of the weight's size; memory is counted in them
+    if solver is not None:
         W = solver.solve(weight, mask)
+    W = weight * mask if W is None else W
     W = W.to(dtype)
-    whole = S.sum(dtype=torch.float64).clamp(min=1e-300)
-    record = {
-        "shape": list(weight.shape),
-        "permuted": p is not None,
-        "retained_before": float(S[prune.mask(S, pattern)].sum(dtype=torch.float64) / whole),
-        "retained_after": float(S[mask].sum(dtype=torch.float64) / whole),
-    }
-    if gram is not None:
-        record["error_before"] = output_error(weight, masked, gram)
-        record["error_after"] = output_error(weight, W, gram)
-    return Pruned(W.cpu(), mask.cpu(), None if p is None else p.cpu(), record)
+    record |= {"shape": list(weight.shape), "permuted": p is not None}
+    if statistics.gram is not None:
+        record["error_before"] = output_error(weight, weight * mask, statistics.gram)
+        record["error_after"] = output_error(weight, W, statistics.gram)
+    return Pruned(W.cpu(), mask.cpu(), p, record)
+
+
+def _mask(S: torch.Tensor, p: torch.Tensor | None, recipe: Recipe) -> torch.Tensor:
+    """bool [out, in] in the model's own order: the pattern in order p."""
+    if p is None:
+        return prune.mask(S, recipe.pattern)
+    p = p.to(S.device)
+    return prune.mask(S[:, p], recipe.pattern)[:, permutation.invert(p)]
+
+
+def _sparsegpt(
+    weight: torch.Tensor, gram: torch.Tensor, p: torch.Tensor | None, recipe: Recipe
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with one_thread():
+        if p is None:
+            return sparsegpt(weight, gram, recipe.pattern)
+        p = p.to(weight.device)
+        W, mask = sparsegpt(weight[:, p], gram[p][:, p], recipe.pattern)
+    back = permutation.invert(p)
+    return W[:, back], mask[:, back]
+
+
+def _retained(
+    weight: torch.Tensor, statistics: Statistics, mask: torch.Tensor, recipe: Recipe, S: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """The share of the score that stays: with the pattern in the model's own order, and with this mask."""
+    S = score(weight, statistics, recipe) if S is None else S
+    whole = float(S.sum(dtype=torch.float64)) or 1.0
+    kept = {"retained_before": prune.mask(S, recipe.pattern), "retained_after": mask}
+    return {name: float((S * keep).sum(dtype=torch.float64)) / whole for name, keep in kept.items()}

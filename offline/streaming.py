@@ -108,7 +108,8 @@ class StreamedModel:
                     f"{self.files[self.sources[name]]}: {name}: NaN or infinite values in the weights. Get the model "
                     "again, or repair it."
                 )
-            self._set(name, tensor.to(self.device, wanted.dtype))
+            # A copy: the file's mapping would stay in memory for as long as any tensor of it.
+            self._set(name, tensor.to(self.device, wanted.dtype, copy=True))
         if self.converted:
             self._load_converted(prefix, without)
         tied = set(self.model.all_tied_weights_keys)
