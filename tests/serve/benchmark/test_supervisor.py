@@ -84,9 +84,11 @@ def test_processes_deaf_to_sigterm_are_killed(stubborn, tmp_path, monkeypatch):
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_the_tree_ends_with_the_process_that_asked(stubborn, tmp_path, end):
     asking = textwrap.dedent(f"""
-        import sys, time
+        import signal, sys, time
         from pathlib import Path
         from ria_vllm.serve.benchmark.process import SupervisedProcess
+        # A shell's background job, which the tests may be, hands down an ignored SIGINT.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with SupervisedProcess({command(stubborn, tmp_path)!r}, Path({str(tmp_path / "log")!r})):
             time.sleep(600)
     """)
