@@ -17,6 +17,9 @@ from ria_vllm.serve.linear import Sparse24LinearMethod
 from ria_vllm.serve.load_report import LoadReport
 from ria_vllm.serve.storage import Storage
 
+# vLLM puts this before the names of a draft model in speculative decoding; its checkpoint knows nothing of it.
+DRAFT_PREFIX = "draft_model."
+
 
 class RiaConfig(QuantizationConfig):
     """Which linears are pruned, in what order their inputs are stored, and which of these orders are folded away.
@@ -96,6 +99,7 @@ class RiaConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not isinstance(layer, LinearBase):
             return None
+        prefix = prefix.removeprefix(DRAFT_PREFIX)
         parts = self.parts_of(prefix)
         pruned = [self._is_pruned(part) for part in parts]
         if not any(pruned):

@@ -89,9 +89,10 @@ class Sparse24LinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check what came, repack it for the kernel, and free it."""
-        if not hasattr(layer, "shape"):
+        loaded = take_parameters(layer)
+        if not loaded:
             return
-        compressed, bitmask = self._loaded(layer)
+        compressed, bitmask = self._final(layer, loaded)
         if bitmask is None:
             self._serve_dense(layer, compressed)
             return
@@ -128,11 +129,12 @@ class Sparse24LinearMethod(LinearMethodBase):
         layer.ria_plan = Plan(tuple(products), channels, padding)
         self._report(layer, rows * columns * compressed.element_size(), packed_bytes, backends)
 
-    def _loaded(self, layer: LinearBase) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Values in the served dtype [out, in/2] and bitmask [out, in/8], taken from the layer's parameters; or the
-        plain weight and None, where it was stored plain and is not 2:4 after all."""
+    def _final(
+        self, layer: LinearBase, loaded: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Values in the served dtype [out, in/2] and bitmask [out, in/8]; or the plain weight and None, where it was
+        stored plain and is not 2:4 after all."""
         arrivals: Arrivals = layer.ria_arrivals
-        loaded = take_parameters(layer)
         missing = arrivals.missing()
         if missing:
             current = get_current_vllm_config_or_none()

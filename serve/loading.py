@@ -137,6 +137,7 @@ def expected_rows(layer: LinearBase, shards: tuple[ShardId, ...]) -> dict[ShardI
 
 # `shape` repeats what the bitmask says. `input_permutation` is read beforehand, but vLLM streams every safetensors file of
 # a folder without an index. Activations keep their precision, so their scale is not needed; zero points are zero.
+# They stay on the layer: a reload streams them again, some after the layer is complete.
 SOAKED = {
     "shape": (2, torch.int64),
     "input_permutation": (1, torch.int32),
@@ -182,9 +183,9 @@ def ignore_tensor(param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id
 
 
 def take_parameters(layer: LinearBase) -> dict[str, torch.Tensor]:
-    """What was loaded, removed from the layer."""
+    """What was loaded, removed from the layer; empty if it was taken before."""
     taken = {}
-    for kind in ("compressed", "bitmask", "weight", "weight_scale", *SOAKED):
+    for kind in (*layer.ria_arrivals.tensors, "weight_scale"):
         if hasattr(layer, kind):
             taken[kind] = getattr(layer, kind).data
             delattr(layer, kind)

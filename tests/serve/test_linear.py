@@ -118,7 +118,7 @@ def test_qkv(ranks, size, orders):
         expected = [want["q"].chunk(size, 1)[rank]] + [want[n][:, first : first + kv_here] for n in ("k", "v")]
         close(layer(x), torch.cat(expected, 1).flatten(1))
         assert len(layer.ria_plan.products) == (3 if orders == "each" else 1)
-        assert {name for name, _ in layer.named_parameters()}.isdisjoint({"compressed", "bitmask", "shape"})
+        assert {name for name, _ in layer.named_parameters()}.isdisjoint({"compressed", "bitmask", "weight"})
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
