@@ -14,6 +14,8 @@
 
 using namespace ria;
 
+int64_t ria::threads() { return 2; }
+
 void ria::parallel_for(int64_t count, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
   for (int64_t i = 0; i < count; ++i) body(i, i + 1, context);
 }

@@ -56,6 +56,9 @@ void pack(const Layout&, const void* values, const uint8_t* bitmask, uint8_t* pa
 
 void linear(Product pass, int64_t tokens, const InstructionSet&);
 
+// How many threads parallel_for may use.
+int64_t threads();
+
 // Runs body(context, begin, end) over pieces of [0, count) on torch's threads.
 void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 

@@ -203,6 +203,12 @@ struct Registration {
 
 }  // namespace
 
+int64_t ria::threads() {
+  uint32_t count;
+  check(torch_get_num_threads(&count));
+  return count;
+}
+
 void ria::parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   check(torch_parallel_for(0, count, grain, body, context));
 }

@@ -34,6 +34,7 @@ int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_int32();
 int32_t aoti_torch_dtype_uint8();
 
+AOTITorchError torch_get_num_threads(uint32_t*);
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
                                   void (*)(int64_t begin, int64_t end, void* context), void* context);
 }
