@@ -9,20 +9,21 @@ from typing import Any
 
 import torch
 
-from ria_vllm.checkpoint import is_compressed, read_json
+from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import calibration
 from ria_vllm.offline.layers import LayerPass
+from ria_vllm.offline.memory import map_large_blocks
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive
 from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.ranks import Ranks, joined
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.source import Source, opened
+from ria_vllm.offline.source import Source, opened, stamp_of
 from ria_vllm.offline.streaming import StreamedModel
 from ria_vllm.offline.topology import Topology
 from ria_vllm.offline.units import layer_key, layer_tensors, pruned_weights
 from ria_vllm.schema import REPORT_FILE, RiaSchema, SparsityConfig
-from ria_vllm.writer import CheckpointWriter
+from ria_vllm.writer import CheckpointWriter, disk_errors
 
 CALIBRATION_KEY = "calibration"
 SENSITIVITY_KEY = "sensitivity"
@@ -48,13 +49,14 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
     Raises:
         RiaError: bad input; nothing is left at `out`, nor beside it unless `--resume` can go on from it.
     """
+    map_large_blocks()
     with joined(settings.device) as team, torch.no_grad(), monitor.live():
         if (out.exists() or out.is_symlink()) and not settings.overwrite:
             raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
         with opened(model, out.parent, team) as source:
             streamed = StreamedModel(source.folder, source.config, settings.device)
             recipe = _clipped(recipe, source, monitor)
-            with _work_folder(out, recipe.dump(source.name), settings, team) as writer:
+            with _work_folder(out, _fingerprint(recipe, source), settings, team) as writer:
                 return _run(source, streamed, recipe, settings, writer, team, monitor)
 
 
@@ -107,20 +109,27 @@ def _clipped(recipe: Recipe, source: Source, monitor: Monitor) -> Recipe:
     return recipe
 
 
+def _fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
+    """All that the bytes of the result depend on, as JSON gives it back."""
+    text = Path(recipe.calibration)
+    stamps = {"model": source.stamp, "calibration text": stamp_of(text) if text.is_file() else None}
+    return json.loads(json.dumps(recipe.dump(source.name) | stamps))
+
+
 @contextmanager
-def _work_folder(out: Path, recipe: dict[str, Any], settings: Settings, team: Ranks) -> Iterator[CheckpointWriter]:
-    """The work folder, new or, with --resume, that of an interrupted run with the same recipe."""
+def _work_folder(out: Path, run: dict[str, Any], settings: Settings, team: Ranks) -> Iterator[CheckpointWriter]:
+    """The work folder, new or, with --resume, that of an interrupted run with the same fingerprint."""
     work = out.with_name(out.name + ".partial")
-    fingerprint = work / "recipe.json"
-    # JSON has no tuples; what is compared has to have gone through it.
-    recipe = json.loads(json.dumps(recipe))
+    fingerprint = work / "run.json"
     if team.first:
-        if settings.resume and fingerprint.is_file():
-            differing = _difference(read_json(fingerprint), recipe)
-            if differing:
-                raise RiaError(f"--resume: {work} is from a run with another {differing}. Give the same, or leave out --resume.")
-        writer = CheckpointWriter(out, settings.overwrite, settings.resume and fingerprint.is_file())
-        fingerprint.write_text(json.dumps(recipe))
+        known = read_json(fingerprint) if settings.resume and fingerprint.is_file() else None
+        differing = [key for key in run if known is not None and known.get(key) != run[key]]
+        if differing:
+            what = differing[0].replace("_", "-")
+            raise RiaError(f"--resume: {work} is from a run with another {what}. Give the same, or leave out --resume.")
+        writer = CheckpointWriter(out, settings.overwrite, resume=known is not None)
+        with disk_errors(work):
+            fingerprint.write_text(json.dumps(run))
     team.wait()
     if not team.first:
         writer = CheckpointWriter(out, overwrite=True, resume=True)
@@ -131,11 +140,6 @@ def _work_folder(out: Path, recipe: dict[str, Any], settings: Settings, team: Ra
         if team.first and not isinstance(error.__cause__, OSError):
             writer.discard()
         raise
-
-
-def _difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    keys = [key for key in other if one.get(key) != other[key]]
-    return None if not keys else f"{keys[0].replace('_', '-')} ({one.get(keys[0])})"
 
 
 def _tokens(

@@ -1,14 +1,25 @@
-"""Giving freed memory back to the system."""
+"""Giving freed memory back to the system.
+
+The C library keeps freed blocks for itself, up to 32 MB each. Between the large, short-lived matrices that pruning a
+layer takes, these would add up to several layers' weights.
+"""
 
 import ctypes
 
+# Blocks from here on are mapped by themselves, and go back to the system when they are freed.
+MAPPED_BLOCK = 4 << 20
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+def map_large_blocks() -> None:
+    """For the rest of the process; without effect where the C library is not glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, MAPPED_BLOCK)
+
 
 def trim() -> None:
-    """Return what has been freed.
-
-    The C library keeps freed blocks below a growing threshold for itself. Between the large, short-lived matrices of
-    two stages of a layer they would add up to several layers' weights.
-    """
-    trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-    if trim_heap is not None:
-        trim_heap(0)
+    """Return what has been freed."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -185,4 +185,4 @@ def _retained(
     S = score(weight, statistics, recipe) if S is None else S
     whole = float(S.sum(dtype=torch.float64)) or 1.0
     kept = {"retained_before": prune.mask(S, recipe.pattern), "retained_after": mask}
-    return {name: float((S * keep).sum(dtype=torch.float64)) / whole for name, keep in kept.items()}
+    return {name: float(S.where(keep, 0.0).sum(dtype=torch.float64)) / whole for name, keep in kept.items()}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,12 +22,16 @@ HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tik
 
 @dataclass(frozen=True)
 class Source:
-    """A checked folder. `name` is what the user called it; `raw_config` is config.json as it stands."""
+    """A checked folder. `name` is what the user called it; `raw_config` is config.json as it stands.
+
+    stamp: what tells these weights from others without reading them.
+    """
 
     name: str
     folder: Path
     config: PretrainedConfig
     raw_config: dict[str, Any]
+    stamp: list[list[Any]]
 
     def small_files(self) -> list[Path]:
         """Tokenizer, generation config, chat template."""
@@ -52,7 +56,7 @@ def opened(model: str, work: Path, team: Ranks) -> Iterator[Source]:
         with TemporaryDirectory(dir=work, prefix=".gguf-") if team.first else nullcontext() as folder:
             if team.first:
                 convert_gguf(path, Path(folder))
-            yield _checked(model, Path(team.from_first(folder)))
+            yield replace(_checked(model, Path(team.from_first(folder))), stamp=[stamp_of(path)])
             team.wait()
     elif path.is_dir():
         yield _checked(model, path)
@@ -121,7 +125,7 @@ def _checked(name: str, folder: Path) -> Source:
                 f"{name}: only {found[0]} here. Pickled weights are not opened, since they can run code; save the model as "
                 "safetensors first (model.save_pretrained)."
             )
-    weight_files(folder)
+    files = sorted(set(weight_files(folder).values()))
     if raw.get("auto_map") and raw.get("model_type") not in _known_types():
         raise RiaError(f"{name}: needs its own Python code (auto_map in config.json), which is not run here.")
     try:
@@ -138,7 +142,13 @@ def _checked(name: str, folder: Path) -> Source:
             f"{name}: config.json says {architectures[0]}, which is not the causal language model {expected[0]}. Only "
             "causal language models can be compressed."
         )
-    return Source(name, folder, config, raw)
+    return Source(name, folder, config, raw, [stamp_of(path) for path in files])
+
+
+def stamp_of(path: Path) -> list[Any]:
+    """Name, size and time of the last change."""
+    found = path.stat()
+    return [path.name, found.st_size, found.st_mtime_ns]
 
 
 def _known_types() -> set[str]:

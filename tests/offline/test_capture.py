@@ -1,0 +1,85 @@
+"""Statistics and activations against plain forward hooks on the whole model in float64."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.offline import layers
+from ria_vllm.offline.calibration import from_text
+from ria_vllm.offline.capture import Activations
+from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.progress import Monitor
+from ria_vllm.offline.recipe import Recipe
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "opt-postnorm")
+
+
+def pruned_in_full(source: Path, compressed: Path, folder: Path):
+    """The pruned model as transformers loads it, in float64."""
+    reader = Reader(compressed)
+    tensors = load_file(source / "model.safetensors")
+    tensors |= {f"{name}.weight": reader.linear(name).dense().contiguous() for name in reader.sparse_names}
+    folder.mkdir()
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    attention = "eager" if "gemma2" in source.parent.name else None
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).double().eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_stage_sees_what_the_pruned_layers_before_it_produce(family, tiny, text, tmp_path, monkeypatch):
+    found = {}
+
+    def keeping(layer, component, stage, *rest):
+        statistics = gather(layer, component, stage, *rest)
+        found.update({rest[-1] + group.linears[0]: one for group, one in zip(stage, statistics, strict=True)})
+        return statistics
+
+    gather = layers.gather
+    monkeypatch.setattr(layers, "gather", keeping)
+    # 5 samples of 60 tokens make two chunks of unequal size.
+    monkeypatch.setattr(layers, "CHUNK_TOKENS", 180)
+    recipe = Recipe(calibration=str(text), samples=5, seq_len=60)
+    compress(str(tiny(family)), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
+
+    model = pruned_in_full(tiny(family), tmp_path / "out", tmp_path / "full")
+    tokens = from_text(str(text), AutoTokenizer.from_pretrained(tiny(family)), 5, 60, 0)
+    expected = {}
+    for name in found:
+        hook = lambda _, args, name=name: expected.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]))  # noqa: E731
+        model.get_submodule(name).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        model(input_ids=tokens)
+    assert len(found) == 8
+    for name, X in expected.items():
+        gram = X.T @ X
+        scale = gram.diagonal().sqrt()
+        assert ((found[name].gram - gram).abs() <= 1e-4 * scale[:, None] * scale + 1e-6).all(), name
+        torch.testing.assert_close(found[name].norm.double(), scale, rtol=1e-4, atol=1e-5)
+
+
+def test_streams_on_disk_come_back(tmp_path):
+    stored = Activations(tmp_path / "streams")
+    chunks = [torch.randn(2, 3, 4, dtype=torch.bfloat16), torch.randn(1, 3, 4, dtype=torch.bfloat16)]
+    for chunk in chunks:
+        stored.append(chunk)
+    before = stored[0]
+    stored[0] = chunks[0] * 2
+    assert torch.equal(before, chunks[0])  # what was handed out does not change under its user
+    assert torch.equal(stored[0], chunks[0] * 2) and torch.equal(stored[1], chunks[1])
+
+
+@pytest.mark.parametrize("gram_block", [7, 64, 1000])
+def test_blocks_of_a_gram_matrix_make_the_whole(gram_block, monkeypatch):
+    from ria_vllm.offline import capture
+
+    monkeypatch.setattr(capture, "GRAM_BLOCK", gram_block)
+    X = torch.randn(50, 130)
+    total = torch.zeros(130, 130, dtype=torch.float64)
+    capture._add(total, X)
+    capture._add(total, X)
+    torch.testing.assert_close(capture._mirrored(total).double(), 2 * X.double().T @ X.double(), rtol=1e-5, atol=1e-4)

@@ -1,0 +1,112 @@
+"""Killed and resumed, or divided over processes: the same bytes as one run in one go."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline import compress as pipeline
+from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.progress import Monitor
+from ria_vllm.offline.recipe import Recipe
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def command(model: Path, out: Path, text: Path, *options: str) -> list[str]:
+    fixed = ["--calibration", str(text), "--samples", "48", "--seq-len", "128"]
+    return ["-m", "ria_vllm", "compress", str(model), "-o", str(out), *fixed, *options]
+
+
+def run(model: Path, out: Path, text: Path, settings: Settings = Settings(), **options) -> None:
+    recipe = Recipe(**{"calibration": str(text), "samples": 8, "seq_len": 64} | options)
+    compress(str(model), out, recipe, settings, Monitor(shown=False))
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(make_model, text, tmp_path):
+    model = make_model(tmp_path / "in", "llama", num_hidden_layers=6)
+    subprocess.run([sys.executable, *command(model, tmp_path / "whole", text)], check=True, capture_output=True)
+    out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
+    for seen in (1, 3, 5):
+        process = subprocess.Popen(
+            [sys.executable, *command(model, out, text, "--resume")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and len(list(units.glob("layer-*.safetensors"))) < seen:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not out.exists()
+    done = subprocess.run(
+        [sys.executable, *command(model, out, text, "--resume")], check=True, capture_output=True, text=True
+    )
+    assert "resuming: " in done.stderr
+    assert digests(tmp_path / "whole") == digests(out)
+    assert not units.parent.exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"reconstruct": "block"}, {"skip_sensitive": 0.2}], ids=str)
+@pytest.mark.parametrize("family", ["gemma3", "phi3", "gpt-neox"])
+def test_stopped_after_a_layer_it_goes_on_to_the_same_bytes(family, options, tiny, text, tmp_path, monkeypatch):
+    run(tiny(family), tmp_path / "whole", text, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_say_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny(family), tmp_path / "out", text, **options)
+    assert not (tmp_path / "out").exists()
+    run(tiny(family), tmp_path / "out", text, Settings(resume=True, activation_cache="disk"), **options)
+    assert digests(tmp_path / "whole") == digests(tmp_path / "out")
+
+
+def test_resume_refuses_other_options(tiny, text, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_say_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny("llama"), tmp_path / "out", text)
+    with pytest.raises(RiaError, match="another method"):
+        run(tiny("llama"), tmp_path / "out", text, Settings(resume=True), method="wanda")
+    run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
+
+
+def test_resume_refuses_other_weights_and_other_text(tiny, make_model, text, tmp_path, monkeypatch):
+    model, words = make_model(tmp_path / "model", "llama"), tmp_path / "words.txt"
+    words.write_bytes(text.read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_say_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "out", words)
+    weights = model / "model.safetensors"
+    content, status = weights.read_bytes(), weights.stat()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(RiaError, match="another model"):
+        run(model, tmp_path / "out", words, Settings(resume=True))
+    weights.write_bytes(content)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    words.write_text("other " * 3000)
+    with pytest.raises(RiaError, match="another calibration text"):
+        run(model, tmp_path / "out", words, Settings(resume=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--permute-scope", "linear"), ("--reconstruct", "block")], ids=" ".join)
+def test_two_processes_write_what_one_writes(options, make_model, text, tmp_path):
+    model = make_model(tmp_path / "in", "llama")
+    one = {**os.environ, "OMP_NUM_THREADS": "2"}
+    subprocess.run(
+        [sys.executable, *command(model, tmp_path / "one", text, *options)], check=True, capture_output=True, env=one
+    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    each = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, *torchrun, *command(model, tmp_path / "two", text, *options)], check=True, capture_output=True,
+        env=each,
+    )  # fmt: skip
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
