@@ -1,7 +1,9 @@
 """Run vLLM on several folders in one process: `python generate.py JOBS.json RESULTS.json`.
 
-A job: {"model", "prompts": lists of token ids, "tokens": how many to generate, "engine": arguments of `LLM`}. A result:
-for each prompt the prompt's logprobs (from the second token on), the generated tokens and their logprobs; or "error".
+A job: {"model", "prompts": lists of token ids, "tokens": how many to generate, "engine": arguments of `LLM`, "first":
+"generate" or "reload" before the generation that counts, "lora": folder of an adapter, "prompt_logprobs": false to leave
+them out, "embed": true for embeddings instead}. A result: for each prompt the prompt's logprobs (from the second token
+on), the generated tokens, their logprobs and how many prompt tokens came from the cache; or "error".
 """
 
 import gc
@@ -11,20 +13,35 @@ from pathlib import Path
 from typing import Any
 
 
-def run(job: dict[str, Any]) -> list[dict[str, Any]]:
+def run(job: dict[str, Any]) -> list[Any]:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     settings = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8}
     llm = LLM(job["model"], **(settings | job.get("engine", {})))
+    prompts = [{"prompt_token_ids": p} for p in job["prompts"]]
+    if job.get("embed"):
+        return [output.outputs.embedding for output in llm.embed(prompts, use_tqdm=False)]
     sampling = SamplingParams(
-        max_tokens=job.get("tokens", 8), temperature=0, logprobs=1, prompt_logprobs=1, detokenize=False, ignore_eos=True
-    )
+        max_tokens=job.get("tokens", 8), temperature=0, logprobs=1, detokenize=False, ignore_eos=True,
+        prompt_logprobs=1 if job.get("prompt_logprobs", True) else None,
+    )  # fmt: skip
+    adapter = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
+    if "first" in job:
+        llm.generate(prompts, sampling, use_tqdm=False)
+    if job.get("first") == "reload":
+        llm.collective_rpc("reload_weights")
+        llm.reset_prefix_cache()
     results = []
-    for output in llm.generate([{"prompt_token_ids": p} for p in job["prompts"]], sampling, use_tqdm=False):
-        prompt = [entry[token].logprob for token, entry in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:])]
+    for output in llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter):
+        entries = zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:])
         made = output.outputs[0]
-        logprobs = [entry[token].logprob for token, entry in zip(made.token_ids, made.logprobs)]
-        results.append({"prompt": prompt, "tokens": list(made.token_ids), "logprobs": logprobs})
+        results.append({
+            "prompt": [entry[token].logprob for token, entry in entries],
+            "tokens": list(made.token_ids),
+            "logprobs": [entry[token].logprob for token, entry in zip(made.token_ids, made.logprobs)],
+            "cached": output.num_cached_tokens,
+        })  # fmt: skip
     return results
 
 

@@ -16,24 +16,6 @@ import torch
 
 pytestmark = pytest.mark.slow
 
-CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-
-
-def add_tokenizer(folder: Path) -> None:
-    """One token a byte, so that any text has ids below the small models' vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    fast.chat_template = CHAT
-    fast.save_pretrained(folder)
-
-
 @contextlib.contextmanager
 def serving(folder: Path, log: Path, *arguments: str):
     """The base URL of a server that is up; its log is in the error when it does not come up."""
@@ -69,7 +51,7 @@ def server(tmp_path_factory):
     """Compiled, as `vllm serve` is without any flag."""
     folder = tmp_path_factory.mktemp("server")
     model = tiny.write(tiny.FAMILIES["llama-gqa"], folder / "out")
-    add_tokenizer(folder / "out")
+    tiny.add_tokenizer(folder / "out")
     with serving(folder / "out", folder / "log", "--dtype", "float32", "--served-model-name", "small") as url:
         yield url, model, folder / "log"
 

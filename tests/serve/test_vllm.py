@@ -32,6 +32,13 @@ COMPILED = {
 SPREAD = {
     "two ranks": ("llama-gqa", {}, TWO_RANKS),
     "two ranks, fewer key-value heads, no folds": ("llama-mqa", {"folds": False}, TWO_RANKS),
+    "four ranks, fewer key-value heads": ("llama-gqa", {}, TWO_RANKS | {"tensor_parallel_size": 4}),
+    # compiled, because vLLM's CPU worker has no buffers for the second stage when eager
+    "two stages": (
+        "llama-gqa",
+        {},
+        {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False},
+    ),
     "two ranks with padding": ("qwen2", {"intermediate_size": 192}, TWO_RANKS),
 }
 
@@ -74,11 +81,11 @@ def test_compiled(runs, name):
 
 
 @pytest.mark.parametrize("name", SPREAD)
-def test_tensor_parallel(runs, name):
-    check(*runs.get(SPREAD, name, VLLM_CPU_OMP_THREADS_BIND="0|1"))
+def test_several_processes(runs, name):
+    check(*runs.get(SPREAD, name, VLLM_CPU_OMP_THREADS_BIND="0|1|0|1"))
 
 
 def test_tensor_parallel_gives_the_tokens_of_one_rank(runs):
     _, one = runs.get(EAGER, "llama-gqa", VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    _, two = runs.get(SPREAD, "two ranks", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    _, two = runs.get(SPREAD, "two ranks", VLLM_CPU_OMP_THREADS_BIND="0|1|0|1")
     assert [r["tokens"] for r in one] == [r["tokens"] for r in two]

@@ -1,0 +1,96 @@
+"""vLLM's features on a pruned model: each works, with the logprobs of the pruned model, or says that it does not."""
+
+import copy
+import json
+
+import pytest
+import tiny
+import torch
+from compare import check, generate
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.slow
+
+
+def prompts() -> list[list[int]]:
+    """The longest fills two blocks of the cache."""
+    rng = torch.Generator().manual_seed(2)
+    return [torch.randint(3, tiny.VOCAB, (n,), generator=rng).tolist() for n in (5, 17, 70)]
+
+
+def write_adapter(model, folder) -> torch.nn.Module:
+    """A LoRA adapter on every linear; returns the model with it merged."""
+    merged = copy.deepcopy(model)
+    tensors = {}
+    torch.manual_seed(7)
+    for name, linear in tiny.linears(merged).items():
+        down, up = torch.randn(8, linear.in_features) * 0.1, torch.randn(linear.out_features, 8) * 0.1
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up
+        linear.weight.data += up @ down
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = sorted({name.rpartition(".")[2] for name in tiny.linears(merged)})
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": targets, "bias": "none", "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return merged
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features")
+    model = tiny.write(tiny.FAMILIES["llama-gqa"], folder / "out")
+    tiny.write(tiny.FAMILIES["llama-gqa"], folder / "draft", layers=1)
+    tiny.add_tokenizer(folder / "out")
+    merged = write_adapter(model, folder / "adapter")
+    draft = {"method": "draft_model", "model": str(folder / "draft"), "num_speculative_tokens": 2}
+    lora = {"enable_lora": True, "max_lora_rank": 8}
+    jobs = {
+        "prefix caching": {"engine": {"block_size": 32}, "first": "generate", "prompt_logprobs": False},
+        "chunked prefill": {"engine": {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}},
+        "weight reload": {"first": "reload"},
+        "speculative decoding with a pruned draft": {"engine": {"speculative_config": draft}, "prompt_logprobs": False},
+        # vLLM's LoRA on CPUs cannot give logprobs of prompts, whatever the base
+        "lora, base": {"engine": lora, "prompt_logprobs": False},
+        "lora, adapter": {"engine": lora, "lora": str(folder / "adapter"), "prompt_logprobs": False},
+        "load format dummy": {"engine": {"load_format": "dummy"}},
+        "embeddings": {"engine": {"runner": "pooling", "convert": "embed", "skip_tokenizer_init": False}, "embed": True},
+        "sleep mode": {"engine": {"enable_sleep_mode": True}},  # last: vLLM's refusal leaves its process in disorder
+    }
+    common = {"model": str(folder / "out"), "prompts": prompts(), "tokens": 6}
+    todo = [common | job | {"engine": {"dtype": "float32"} | job.get("engine", {})} for job in jobs.values()]
+    results = generate(folder / "run", todo, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    return model, merged, dict(zip(jobs, results, strict=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["chunked prefill", "weight reload", "speculative decoding with a pruned draft", "lora, base", "prefix caching"]
+)
+def test_same_logprobs(runs, name):
+    model, _, results = runs
+    check(model, results[name], given=prompts())
+
+
+def test_prefix_cache_was_used(runs):
+    assert runs[2]["prefix caching"][2]["cached"] == 64
+
+
+def test_adapter_counts_channels_in_the_models_own_order(runs):
+    _, merged, results = runs
+    check(merged, results["lora, adapter"], given=prompts())
+
+
+def test_dummy_weights_load(runs):
+    assert [len(result["tokens"]) for result in runs[2]["load format dummy"]] == [6, 6, 6]
+
+
+def test_embeddings(runs):
+    model, _, results = runs
+    for prompt, embedding in zip(prompts(), results["embeddings"], strict=True):
+        with torch.no_grad():
+            last = model.model(torch.tensor([prompt])).last_hidden_state[0, -1]
+        torch.testing.assert_close(torch.tensor(embedding), last / last.norm(), rtol=0, atol=1e-5)
+
+
+def test_sleep_mode_is_refused_on_cpus_by_vllm_itself(runs):
+    assert "Sleep mode is not supported" in runs[2]["sleep mode"]["error"]

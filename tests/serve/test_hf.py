@@ -1,0 +1,69 @@
+"""`from_pretrained` on a compressed folder (ria_vllm/hf.py, ria_vllm/hf_quantizer.py); here, for the small checkpoints."""
+
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import PERMUTATIONS_FILE
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(3, 20)[None]).logits.float()
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "gemma2", "opt", "phi3"])
+def test_loads_as_the_plain_model_and_saves_as_one(name, tmp_path):
+    pruned = tiny.write(tiny.FAMILIES[name], tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    torch.testing.assert_close(logits(loaded), logits(pruned), rtol=0, atol=1e-5)
+    loaded.save_pretrained(tmp_path / "plain")
+    assert not hasattr(loaded.config, "quantization_config")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", attn_implementation="eager")
+    assert torch.equal(logits(again), logits(loaded))
+
+
+@pytest.mark.parametrize(("asked", "given"), [(torch.float32, torch.float32), (None, torch.bfloat16)])
+def test_dtype(tmp_path, asked, given):
+    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out", dtype=torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **({} if asked is None else {"dtype": asked}))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {given}
+
+
+def test_damage_names_the_layer(tmp_path, caplog):
+    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.bitmask"][3, 1] = 7
+    save_file(tensors, path, metadata={"format": "pt"})
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    with pytest.raises(RuntimeError, match="CONVERSION"):  # HF gathers the reasons in its report
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert "model.layers.1.mlp.up_proj: row 3, columns 8 to 15" in caplog.text
+
+
+def test_missing_permutations(tmp_path):
+    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out")
+    (tmp_path / "out" / PERMUTATIONS_FILE).unlink()
+    with pytest.raises(RiaError, match="permutations.safetensors is missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("first", ["ria_vllm", "transformers.quantizers.auto"])
+def test_import_is_light_and_in_any_order(first):
+    code = (
+        f"import sys, {first}\n"
+        "assert sys.modules.get('ria_vllm') is None or 'torch' not in sys.modules\n"
+        "import ria_vllm, transformers.quantizers.auto as auto\n"
+        "assert 'ria' in auto.AUTO_QUANTIZER_MAPPING\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
