@@ -87,11 +87,12 @@ def _run(
             layers.replay(index, pruned_weights(stored, names))
     for index in monitor.layers(range(finished, total), total):
         pruned = layers.prune(index, plan, last=index == total - 1)
+        records = {name: linear.record for name, linear in pruned.items()}
         if team.first:
             with monitor.phase("writing"):
-                record = {name: linear.record for name, linear in pruned.items()}
-                writer.write(layer_key(index), layer_tensors(model, index, pruned, recipe), record)
-        _say_layer(model.layer_prefix(index), {name: linear.record for name, linear in pruned.items()}, monitor)
+                writer.write(layer_key(index), layer_tensors(model, index, pruned, recipe), records)
+        del pruned  # before the next layer is loaded
+        _say_layer(records, monitor)
     team.wait()
     report = _report(source, recipe, model, plan, writer)
     if team.first:
@@ -199,7 +200,7 @@ def _sensitive(
     return writer.record(SENSITIVITY_KEY)["chosen"]
 
 
-def _say_layer(prefix: str, records: dict[str, dict[str, Any]], monitor: Monitor) -> None:
+def _say_layer(records: dict[str, dict[str, Any]], monitor: Monitor) -> None:
     for name, record in records.items():
         text = f"{name}: retained score {record['retained_before']:.4f} -> {record['retained_after']:.4f}"
         if "error_after" in record:

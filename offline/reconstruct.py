@@ -29,8 +29,10 @@ class AdmmSolver:
 
     def solve(self, weight: torch.Tensor, mask: torch.Tensor, iterations: int = 20) -> torch.Tensor:
         """As `admm`."""
-        slabs = zip(weight.split(ROWS_AT_ONCE), mask.split(ROWS_AT_ONCE), strict=True)
-        return torch.cat([self._solve_rows(rows.float(), keep, iterations) for rows, keep in slabs])
+        solved = torch.empty(weight.shape, device=weight.device)
+        for out, rows, keep in zip(*(matrix.split(ROWS_AT_ONCE) for matrix in (solved, weight, mask)), strict=True):
+            out.copy_(self._solve_rows(rows.float(), keep, iterations))
+        return solved
 
     def _solve_rows(self, weight: torch.Tensor, mask: torch.Tensor, iterations: int) -> torch.Tensor:
         W = weight * self.scale

@@ -88,19 +88,28 @@ def solve(
     """
     owners = ranks.divide([weights[n].shape[1] * weights[n].numel() for n in names])
     solved: dict[str, Pruned] = {}
-    prepared: tuple[torch.Tensor | None, AdmmSolver | None] = (None, None)
+    solvers = _Solvers()
     for name, owner in zip(names, owners, strict=True):
         if owner != ranks.rank:
             continue
-        gram = statistics[name].gram
-        if recipe.reconstruct != "none" and prepared[0] is not gram:
-            prepared = (None, None)  # let the old one go first: they are large
-            with one_thread():
-                prepared = (gram, admm_solver(gram))
-        solved[name] = _prune(weights[name], statistics[name], orders[name], dtype, recipe, prepared[1])
+        solved[name] = _prune(weights[name], statistics[name], orders[name], dtype, recipe, solvers)
         if not bool(solved[name].weight.isfinite().all()):
             raise RiaError(f"{where}{name}: NaN or infinite values after pruning; try --reconstruct none.")
     return {name: ranks.from_owner(solved.get(name), owner) for name, owner in zip(names, owners, strict=True)}
+
+
+class _Solvers:
+    """The solver of the Gram matrix at hand; another one's is let go first, for they are large."""
+
+    def __init__(self) -> None:
+        self.last: AdmmSolver | None = None
+
+    def of(self, gram: torch.Tensor) -> AdmmSolver:
+        if self.last is None or self.last.gram is not gram:
+            self.last = None
+            with one_thread():
+                self.last = admm_solver(gram)
+        return self.last
 
 
 def score(weight: torch.Tensor, statistics: Statistics, recipe: Recipe) -> torch.Tensor:
@@ -136,7 +145,7 @@ def _prune(
     p: torch.Tensor | None,
     dtype: torch.dtype,
     recipe: Recipe,
-    solver: AdmmSolver | None,
+    solvers: "_Solvers",
 ) -> Pruned:
     W = None
     if recipe.method == "sparsegpt":
@@ -147,8 +156,8 @@ def _prune(
         mask = _mask(S, p, recipe)
         record = _retained(weight, statistics, mask, recipe, S)
         del S  # one of several matrices of the weight's size; memory is counted in them
-    if solver is not None:
-        W = solver.solve(weight, mask)
+    if recipe.reconstruct != "none":
+        W = solvers.of(statistics.gram).solve(weight, mask)
     W = weight * mask if W is None else W
     W = W.to(dtype)
     record |= {"shape": list(weight.shape), "permuted": p is not None}

@@ -1,0 +1,139 @@
+"""Calibration tokens from files, data sets and the model itself."""
+
+import hashlib
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline import calibration
+from ria_vllm.offline.calibration import from_model, from_text
+from ria_vllm.offline.progress import Monitor
+
+# No window of these occurs twice.
+DOCUMENTS = [hashlib.sha256(bytes([i])).hexdigest()[: 40 + i % 20] for i in range(40)]
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    return AutoTokenizer.from_pretrained(tiny("llama"))
+
+
+def write(path: Path, documents: list[str]) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": documents}), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in documents) + "\n\n")
+    else:
+        path.write_text("\n\n".join(documents) + "\n\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_samples_are_windows_of_the_text_without_overlap(kind, tokenizer, tmp_path):
+    path = write(tmp_path / f"text.{kind}", DOCUMENTS)
+    tokens = from_text(str(path), tokenizer, samples=20, seq_len=50, seed=3)
+    whole = "".join(f"{text}\n\n" for text in DOCUMENTS)
+    starts = [whole.index(tokenizer.decode(row)) for row in tokens]
+    assert tokens.shape == (20, 50) and tokens.dtype == torch.int64
+    assert len(set(starts)) == 20 and all(start % 50 == 0 for start in starts)
+    assert torch.equal(tokens, from_text(str(path), tokenizer, 20, 50, 3))
+    assert not torch.equal(tokens, from_text(str(path), tokenizer, 20, 50, 4))
+
+
+def test_a_sample_starts_as_every_prompt_does(tokenizer, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokens = from_text(str(write(tmp_path / "text.txt", DOCUMENTS)), tokenizer, 5, 30, 0)
+    assert tokens.shape == (5, 30)
+    assert bool((tokens[:, 0] == 0).all()) and not bool((tokens[:, 1:] == 0).any())
+
+
+def test_pieces_of_a_long_text_join_without_a_seam(tokenizer, tmp_path, monkeypatch):
+    path = write(tmp_path / "text.txt", DOCUMENTS)
+    whole = from_text(str(path), tokenizer, 20, 50, 0)
+    monkeypatch.setattr(calibration, "PIECE", 64)
+    assert torch.equal(whole, from_text(str(path), tokenizer, 20, 50, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.txt", None, "no such file"),
+        ("text.csv", "a", "unknown kind"),
+        ("text.txt", "a few words", "too little text: 11 tokens make 0 samples of 50, 20 were asked for"),
+        ("text.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("text.jsonl", '{"text": "x"}\n{"body": "y"}', "line 2: no JSON object with a field 'text'"),
+        ("text.jsonl", "not json", "line 1"),
+        ("text.parquet", "not parquet", "broken parquet"),
+    ],
+)
+def test_unusable_texts(name, content, message, tokenizer, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RiaError, match=message):
+        from_text(str(tmp_path / name), tokenizer, 20, 50, 0)
+
+
+@pytest.mark.parametrize("name", ["c4", "wikitext2", "pile"])
+def test_data_sets_of_the_hub(name, tokenizer, monkeypatch):
+    asked = []
+
+    def load_dataset(repository, configuration, split, streaming):
+        asked.append((repository, configuration, split))
+        return [{"text": text} for text in DOCUMENTS]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert from_text(name, tokenizer, 20, 50, 0).shape == (20, 50)
+    assert asked == [(*calibration.DATASETS[name][:2], "train")]
+
+
+def test_a_data_set_out_of_reach(tokenizer, monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(RiaError, match="c4: allenai/c4 cannot be had from the hub .no route"):
+        from_text("c4", tokenizer, 20, 50, 0)
+
+
+@pytest.fixture
+def model(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+
+
+def test_the_model_writes_its_own_samples(model, monkeypatch):
+    monkeypatch.setattr(calibration, "DOCUMENT", 8)
+    monkeypatch.setattr(calibration, "DOCUMENTS_AT_ONCE", 4)
+    tokens = from_model(model, 0, samples=3, seq_len=20, seed=0, monitor=Monitor(shown=False))
+    assert tokens.shape == (3, 20)
+    assert bool((tokens[:, ::8] == 0).all())  # every document begins with the start token
+    again = from_model(model, 0, 3, 20, 0, Monitor(shown=False))
+    assert torch.equal(tokens, again)
+    assert not torch.equal(tokens, from_model(model, 0, 3, 20, 1, Monitor(shown=False)))
+
+
+def test_samples_follow_the_models_own_distribution(model):
+    """With one continuation far ahead of all others, that is what is written."""
+    with torch.no_grad():
+        model.model.norm.weight.fill_(0.0)
+        model.lm_head.bias = torch.nn.Parameter(torch.full((258,), -50.0).index_fill_(0, torch.tensor(77), 50.0))
+    tokens = from_model(model, None, samples=2, seq_len=12, seed=0, monitor=Monitor(shown=False))
+    assert bool((tokens[:, 1:] == 77).all())
+    assert len(set(tokens[:, 0].tolist())) == 2  # first tokens are drawn from the whole vocabulary
+
+
+def test_nan_predictions_are_no_text(model):
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(RiaError, match="NaN"):
+        from_model(model, 0, 1, 8, 0, Monitor(shown=False))

@@ -1,0 +1,94 @@
+"""The command itself: defaults, messages, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.offline import compress as pipeline
+from ria_vllm.offline.commands import compress
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(compress, [str(a) for a in arguments])
+
+
+def test_with_nothing_but_a_model_it_writes_its_own_text(tiny, tmp_path):
+    result = invoke(tiny("llama"), "-o", tmp_path / "out", "--samples", 2, "--timings", tmp_path / "t.json")
+    assert result.exit_code == 0, result.output
+    recipe = Reader(tmp_path / "out").schema.recipe
+    assert recipe["calibration"] == "self" and recipe["reconstruct"] == "admm" and recipe["permute"] == "lsa"
+    assert recipe["seq_len"] == 128  # as long as this model reads, not the 2048 of the default
+    assert "at most 128 tokens" in result.stderr
+    assert "model.layers.1.mlp.down_proj: retained score" in result.stderr
+    seconds = json.loads((tmp_path / "t.json").read_text())
+    assert {"calibration passes", "permutations", "masks and weights", "writing"} <= set(seconds)
+
+
+def test_a_pattern_without_a_kernel_says_so_and_stays_in_the_models_order(tiny, text, tmp_path):
+    result = invoke(
+        tiny("llama"), "-o", tmp_path / "out", "--pattern", "4:8", "--calibration", text, "--samples", 4, "--seq-len", 32
+    )
+    assert result.exit_code == 0, result.output
+    assert "no kernel serves it" in result.stderr
+    assert not (tmp_path / "out" / "permutations.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "best"], "--method 'best': choose one of ria, ri, wanda, magnitude, sparsegpt"),
+        (["--pattern", "4:2"], "N:M keeps N of every M"),
+        (["--pattern", "dense"], "unknown pattern 'dense'"),
+        (["--permute", "sort"], "--permute 'sort'"),
+        (["--permute-scope", "all"], "--permute-scope 'all'"),
+        (["--reconstruct", "well"], "--reconstruct 'well'"),
+        (["--ignore", "["], "not a regular expression"),
+        (["--ignore", "proj"], "nothing is left to prune"),
+        (["--samples", "0"], "--samples takes at least 1"),
+        (["--skip-sensitive", "1"], "a fraction"),
+        (["--exponent", "nan"], "--exponent"),
+        (["--max-shard-size", "big"], "size 'big'"),
+        (["--calibration", "absent.txt"], "no such file"),
+    ],
+)
+def test_options_that_make_no_sense(options, message, tiny, text, tmp_path):
+    common = ["--calibration", text, "--samples", 4, "--seq-len", 32]
+    result = invoke(tiny("llama"), "-o", tmp_path / "out", *common, *options)
+    assert isinstance(result.exception, RiaError) and message in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_it_says_how_to_go_on(tiny, text, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    options = [tiny("llama"), "-o", tmp_path / "out", "--calibration", text, "--samples", 4, "--seq-len", 32]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_say_layer", interrupt)
+        result = invoke(*options)
+    assert isinstance(result.exception, RiaError) and "--resume" in str(result.exception)
+    result = invoke(*options, "--resume")
+    assert result.exit_code == 0 and "resuming: 1 of 2 layers" in result.stderr
+
+
+def test_overwrite_replaces(tiny, text, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    options = ["--calibration", text, "--samples", 4, "--seq-len", 32, "--overwrite"]
+    assert invoke(tiny("llama"), "-o", out, *options).exit_code == 0
+    assert not (out / "old").exists() and list(Reader(out).problems()) == []
+
+
+def test_one_line_and_status_2_for_bad_input(tmp_path):
+    arguments = ["-m", "ria_vllm", "compress", str(tmp_path), "-o", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert lines[-1].startswith("ria-vllm: ") and "Traceback" not in done.stderr

@@ -1,0 +1,169 @@
+"""Opening a model: what is accepted, and what is said of the rest."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.offline import source
+from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.progress import Monitor
+from ria_vllm.offline.recipe import Recipe
+
+
+def run(model: Path | str, out: Path, text: Path, **options) -> None:
+    recipe = Recipe(**{"calibration": str(text), "samples": 4, "seq_len": 32, "reconstruct": "none"} | options)
+    compress(str(model), out, recipe, Settings(), Monitor(shown=False))
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def model(tiny, tmp_path) -> Path:
+    """A private copy of a tiny Llama."""
+    return Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+
+
+def put(tensors: dict, name: str, value: float) -> None:
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[5] = value
+
+
+DAMAGE = {
+    "no weights here": lambda m: (m / "model.safetensors").unlink(),
+    "model.save_pretrained": lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
+    "give the file itself": lambda m: (m / "model.safetensors").rename(m / "model.gguf"),
+    "config.json: no such file": lambda m: (m / "config.json").unlink(),
+    "LlamaForSequenceClassification, which is not": lambda m: edit_config(m, architectures=["LlamaForSequenceClassification"]),
+    "a t5 model is not a causal": lambda m: edit_config(m, model_type="t5"),
+    "does not know this model": lambda m: edit_config(m, model_type="nothing"),
+    "quantized .gptq.": lambda m: edit_config(m, quantization_config={"quant_method": "gptq"}),
+    "already compressed": lambda m: edit_config(m, quantization_config={"quant_method": "ria"}),
+    "its own Python code": lambda m: edit_config(m, model_type="new", auto_map={"AutoConfig": "x.Y"}),
+    "broken or truncated": lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:-9]),
+    "asks for": lambda m: edit_config(m, intermediate_size=256),
+    "no weights for model.layers.1.mlp.up_proj.weight": lambda m: edit_weights(
+        m, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")
+    ),
+    "model.layers.1.self_attn.q_proj.weight: NaN": lambda m: edit_weights(
+        m, lambda t: put(t, "model.layers.1.self_attn.q_proj.weight", float("nan"))
+    ),
+    "model.layers.1.mlp.down_proj: NaN or infinite values in its input": lambda m: edit_weights(
+        m, lambda t: put(t, "model.layers.1.mlp.up_proj.weight", 3e38)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_bad_models_are_named_and_leave_nothing_behind(message, model, text, tmp_path):
+    DAMAGE[message](model)
+    with pytest.raises(RiaError, match=message):
+        run(model, tmp_path / "out", text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_gpt2_has_nothing_to_prune(make_model, text, tmp_path):
+    make_model(tmp_path / "gpt2", "gpt2")
+    with pytest.raises(RiaError, match="Conv1D"):
+        run(tmp_path / "gpt2", tmp_path / "out", text)
+
+
+def test_too_little_text_leaves_nothing_behind(model, text, tmp_path):
+    with pytest.raises(RiaError, match="too little text"):
+        run(model, tmp_path / "out", text, samples=10**6)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_existing_output_stays_untouched(model, text, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(RiaError, match="exists already"):
+        run(model, tmp_path / "out", text)
+    assert (tmp_path / "out" / "mine").read_text() == "mine"
+
+
+def test_neither_here_nor_on_the_hub(monkeypatch, text, tmp_path):
+    def unreachable(*_, **__):
+        raise OSError("no network\nand much more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(RiaError, match=r"nobody/nothing: no such folder .*\(no network\)"):
+        run("nobody/nothing", tmp_path / "out", text)
+
+
+def test_a_hub_id_is_fetched_without_pickles_and_code(monkeypatch, tiny, text, tmp_path):
+    asked = {}
+
+    def snapshot_download(name, allow_patterns):
+        asked[name] = allow_patterns
+        return str(tiny("llama"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    run("some/model", tmp_path / "out", text)
+    assert list(asked) == ["some/model"] and not any(p.endswith((".bin", ".py")) for p in asked["some/model"])
+    assert Reader(tmp_path / "out").schema.recipe["source"] == "some/model"
+
+
+def test_small_files_come_along_but_no_code_and_no_other_weights(model, text, tmp_path):
+    for name in ("chat_template.jinja", "generation_config.json", "modeling_x.py", "pytorch_model.bin", "x.gguf"):
+        (model / name).write_text("{}")
+    run(model, tmp_path / "out", text)
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= found
+    assert not found & {"modeling_x.py", "pytorch_model.bin", "x.gguf"}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    original = json.loads((model / "config.json").read_text())
+    assert {key: config[key] for key in original} == original
+    assert config["quantization_config"]["recipe"]["samples"] == 4
+
+
+def test_shards_and_names_without_the_base_models_prefix(make_model, text, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    whole = make_model(tmp_path / "whole", "opt")
+    run(whole, tmp_path / "one", text)
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    model.model.save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(whole / file, tmp_path / "base" / file)
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+    run(tmp_path / "base", tmp_path / "two", text)
+    one, two = Reader(tmp_path / "one"), Reader(tmp_path / "two")
+    assert set(one.sparse_names) == set(two.sparse_names)
+    assert all(torch.equal(one.linear(name).dense(), two.linear(name).dense()) for name in one.sparse_names)
+
+
+def test_a_gguf_file_becomes_a_folder_first(make_model, monkeypatch, text, tmp_path):
+    """The conversion itself is transformers' work, and is tried on a real file elsewhere."""
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    made = []
+
+    def convert(path, folder):
+        made.append(folder)
+        make_model(folder, "llama", torch.bfloat16)
+
+    monkeypatch.setattr(source, "convert_gguf", convert)
+    run(tmp_path / "m.gguf", tmp_path / "out", text)
+    assert list(Reader(tmp_path / "out").problems()) == []
+    assert not made[0].exists()
+
+
+def test_a_broken_gguf_file(text, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF and then nothing")
+    with pytest.raises(RiaError, match="cannot read this GGUF file"):
+        run(tmp_path / "m.gguf", tmp_path / "out", text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf"]
