@@ -83,6 +83,23 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(no_gpu, tmp_path):
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.parametrize("tiles, names", [("small", ["128x32"]), ("all", None)])
+def test_the_command_line_compiles_what_it_is_asked_to(monkeypatch, tmp_path, tiles, names):
+    asked = []
+
+    def compile_library(target, folder, chosen, say, jobs):
+        asked.append((target.name, folder, chosen and [tile.name for tile in chosen], jobs))
+        path = tmp_path / target.library
+        path.touch()
+        return path
+
+    monkeypatch.setattr(cuda_compile, "compile_library", compile_library)
+    arguments = ["--arch", "86", "--tiles", tiles, "--jobs", "3", "--output", str(tmp_path)]
+    result = CliRunner().invoke(build_kernels, arguments, catch_exceptions=False)
+    assert result.exit_code == 0 and "_cuda_sm80.so" in result.output
+    assert asked == [("80", tmp_path, names, 3)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_a_library_exports_its_interface_alone_and_needs_no_torch(arch):
@@ -122,12 +139,3 @@ def test_the_workspace_holds_whatever_is_chosen(arch, sms):
                 tile, split = choose_tile(library, torch.bfloat16, out_features, in_features, tokens, sms)
                 sizes = (out_features, in_features)
                 assert 0 < library.workspace_bytes(tile, torch.bfloat16, sizes, tokens, split, sms) <= WORKSPACE_BYTES
-
-
-@pytest.mark.slow
-def test_building_from_the_command_line(tmp_path):
-    compiled("80")
-    result = CliRunner().invoke(build_kernels, ["--arch", "86", "--tiles", "small", "--output", str(tmp_path)])
-    assert result.exit_code == 0, result.output
-    assert [path.name for path in tmp_path.iterdir()] == ["_cuda_sm80.so"]
-    assert "compiled sm_80 128x32" in result.output
