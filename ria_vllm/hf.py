@@ -1,7 +1,7 @@
 """Teach Hugging Face's `from_pretrained` our folders, at no cost to those who never import transformers.
 
-`import ria_vllm` calls `install`. The quantizer itself (`ria_vllm.hf_quantizer`) is registered when transformers loads its
-own quantizers, which may be now, later or never.
+`import ria_vllm` calls `install`. The quantizer itself (`ria_vllm.hf_quantizer`) is registered when transformers loads
+its own quantizers, which may be now, later or never.
 """
 
 import importlib.abc

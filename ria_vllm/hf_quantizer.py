@@ -1,4 +1,4 @@
-"""The Hugging Face quantizer for quant_method "ria": it decompresses each linear as it loads, into the model's own order.
+"""The Hugging Face quantizer for quant_method "ria": it decompresses linears as they load, into the model's own order.
 
 What comes out is a plain dense model, at a dense model's size: for HF's tools. Serving does not go through here.
 """
@@ -49,10 +49,14 @@ class RiaQuantizer(HfQuantizer):
         path = None if folder is None else folder / PERMUTATIONS_FILE
         if path is not None and not path.is_file():
             # The hub's cache holds only what was asked for.
-            found = cached_file(model.config._name_or_path, PERMUTATIONS_FILE, _raise_exceptions_for_missing_entries=False)
+            found = cached_file(
+                model.config._name_or_path, PERMUTATIONS_FILE, _raise_exceptions_for_missing_entries=False
+            )
             path = None if found is None else Path(found)
         if path is None and self.quantization_config.schema.recipe.get("permute", "none") != "none":
-            raise RiaError(f"{folder}: {PERMUTATIONS_FILE} is missing, though the model was compressed with permutations.")
+            raise RiaError(
+                f"{folder}: {PERMUTATIONS_FILE} is missing, though the model was compressed with permutations."
+            )
         self.decompress.permutations = path
 
     def _process_model_after_weight_loading(self, model: torch.nn.Module, **_: Any) -> None:

@@ -12,7 +12,17 @@ from ria_vllm import __version__
 from ria_vllm.errors import RiaError
 from ria_vllm.serve import kernels
 
-VECTOR_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_vbmi2", "avx512_bf16", "avx512_fp16", "amx_bf16")
+VECTOR_FLAGS = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512_vbmi2",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -66,7 +76,9 @@ def device_lines(device: torch.device) -> list[tuple[str, str]]:
         return cpu_lines()
     major, minor = torch.cuda.get_device_capability(device)
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return [("GPU", f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}, {memory:.0f} GiB, CUDA {torch.version.cuda}")]
+    return [
+        ("GPU", f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}, {memory:.0f} GiB, CUDA {torch.version.cuda}")
+    ]
 
 
 def kernel_lines(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> list[str]:
@@ -97,7 +109,9 @@ def doctor(device: str, dtype: str, shape: str) -> None:
     if not (out_features.isdigit() and in_features.isdigit() and int(out_features) and int(in_features)):
         raise RiaError(f"--shape {shape!r}: give OUTxIN, such as 4096x4096.")
     if device == "cuda" and not torch.cuda.is_available():
-        raise RiaError("--device cuda: torch sees no CUDA device here (nvidia-smi and torch.cuda.is_available() say more).")
+        raise RiaError(
+            "--device cuda: torch sees no CUDA device here (nvidia-smi and torch.cuda.is_available() say more)."
+        )
     kind = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     place = torch.device(kind, 0) if kind == "cuda" else torch.device("cpu")
     rows = [

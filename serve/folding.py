@@ -1,8 +1,8 @@
 """How a consumer's input permutation becomes its producers' row order.
 
 A consumer whose columns are stored in order p needs x[..., p]. Where x comes from linears through something that works
-on each channel alone (an activation, a product) or only mixes tokens (attention), the producers may just as well compute
-their rows in that order: then the permutation costs nothing. `permutation.head_rows` says what attention allows.
+on each channel alone (an activation, a product) or only mixes tokens (attention), the producers may just as well
+compute their rows in that order: then the permutation costs nothing. `permutation.head_rows` says what attention allows.
 """
 
 from collections.abc import Callable, Mapping
@@ -78,7 +78,8 @@ def fold(
             start, end = producer.rows or (0, len(order))
             if start < 0 or end - start != len(order):
                 raise RiaError(
-                    f"{where}: {consumer}: its fold reorders {len(order)} rows, but takes {end - start} of {producer.name}."
+                    f"{where}: {consumer}: its fold reorders {len(order)} rows, but takes {end - start} of "
+                    f"{producer.name}."
                 )
             others = result.row_orders.setdefault(producer.name, [])
             if any(start < o.start + len(o.order) and o.start < end for o in others):

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from ria_vllm import permutation, sparse24
+from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.serve import kernels
 from ria_vllm.serve.loading import BITMASK_OF_ONES_AND_TWOS, Arrivals, create_parameters, take_parameters
@@ -51,7 +51,7 @@ class Plan:
 
 @register_weight_loader_v2_supported_method
 class Sparse24LinearMethod(LinearMethodBase):
-    """Loads `compressed` and `bitmask` of the checkpoint's linears `parts`, serves them through ria::sparse24_linear."""
+    """Loads the checkpoint's linears `parts` in stored form, serves them through ria::sparse24_linear."""
 
     def __init__(self, config: "RiaConfig", prefix: str, parts: tuple[str, ...]):
         self.config = config
@@ -129,9 +129,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         layer.ria_plan = Plan(tuple(products), channels, padding)
         self._report(layer, rows * columns * compressed.element_size(), packed_bytes, backends)
 
-    def _final(
-        self, layer: LinearBase, loaded: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _final(self, layer: LinearBase, loaded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Values in the served dtype [out, in/2] and bitmask [out, in/8]; or the plain weight and None, where it was
         stored plain and is not 2:4 after all."""
         arrivals: Arrivals = layer.ria_arrivals

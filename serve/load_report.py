@@ -25,7 +25,9 @@ class LoadReport:
     packed_bytes: int = 0
     graph: str = ""
 
-    def add(self, kernels: list[str], folded: int, gathered: int, dense_bytes: int, packed_bytes: int, graph: str) -> None:
+    def add(
+        self, kernels: list[str], folded: int, gathered: int, dense_bytes: int, packed_bytes: int, graph: str
+    ) -> None:
         """Count a layer whose weights are in their final form. `graph` is all of it that shapes the traced graph."""
         if self.loaded == self.expected:
             return  # weights that are reloaded later go to the same places
@@ -40,7 +42,9 @@ class LoadReport:
 
     def leave_out(self, prefix: str) -> None:
         """A layer turned out not to be 2:4, though config.json says so."""
-        logger.warning("%s: config.json says 2:4, but some groups of four have more than two non-zeros: served dense", prefix)
+        logger.warning(
+            "%s: config.json says 2:4, but some groups of four have more than two non-zeros: served dense", prefix
+        )
         self.expected -= 1
         self.graph = hashlib.sha256(f"{self.graph} {prefix} dense".encode()).hexdigest()
         self._finish()

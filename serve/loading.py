@@ -135,8 +135,8 @@ def expected_rows(layer: LinearBase, shards: tuple[ShardId, ...]) -> dict[ShardI
     return {}
 
 
-# `shape` repeats what the bitmask says. `input_permutation` is read beforehand, but vLLM streams every safetensors file of
-# a folder without an index. Activations keep their precision, so their scale is not needed; zero points are zero.
+# `shape` repeats what the bitmask says. `input_permutation` is read beforehand, but vLLM streams every safetensors file
+# of a folder without an index. Activations keep their precision, so their scale is not needed; zero points are zero.
 # They stay on the layer: a reload streams them again, some after the layer is complete.
 SOAKED = {
     "shape": (2, torch.int64),

@@ -1,4 +1,4 @@
-"""Small checkpoints as compressed-tensors 0.12 wrote them: 2:4 weights, packed or plain, floating point or quantized."""
+"""Small checkpoints as compressed-tensors 0.12 wrote them: 2:4, packed or plain, floating point or quantized."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,9 @@ def write(
             continue
         if kind is not None:
             dtype, largest = DTYPES[kind]
-            scale = (values.abs().amax(1, keepdim=True) if strategy == "channel" else values.abs().amax()[None]) / largest
+            scale = (
+                values.abs().amax(1, keepdim=True) if strategy == "channel" else values.abs().amax()[None]
+            ) / largest
             values = values / scale
             values = (values.round() if kind == "int" else values).to(dtype)
             tensors[f"{name}.weight_scale"] = scale

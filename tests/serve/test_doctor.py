@@ -26,7 +26,9 @@ def test_says_why_a_kernel_is_left_out():
 
 
 def test_forced_backend():
-    assert re.search(r"reference\s+chosen: RIA_VLLM_BACKEND", say("--device", "cpu", env={"RIA_VLLM_BACKEND": "reference"}))
+    assert re.search(
+        r"reference\s+chosen: RIA_VLLM_BACKEND", say("--device", "cpu", env={"RIA_VLLM_BACKEND": "reference"})
+    )
     assert "none: RIA_VLLM_BACKEND=nonsense" in say("--device", "cpu", env={"RIA_VLLM_BACKEND": "nonsense"})
 
 

@@ -31,7 +31,14 @@ def write_adapter(model, folder) -> torch.nn.Module:
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     targets = sorted({name.rpartition(".")[2] for name in tiny.linears(merged)})
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": targets, "bias": "none", "task_type": "CAUSAL_LM"}
+    config = {
+        "peft_type": "LORA",
+        "r": 8,
+        "lora_alpha": 8,
+        "target_modules": targets,
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return merged
 
@@ -54,7 +61,10 @@ def runs(tmp_path_factory):
         "lora, base": {"engine": lora, "prompt_logprobs": False},
         "lora, adapter": {"engine": lora, "lora": str(folder / "adapter"), "prompt_logprobs": False},
         "load format dummy": {"engine": {"load_format": "dummy"}},
-        "embeddings": {"engine": {"runner": "pooling", "convert": "embed", "skip_tokenizer_init": False}, "embed": True},
+        "embeddings": {
+            "engine": {"runner": "pooling", "convert": "embed", "skip_tokenizer_init": False},
+            "embed": True,
+        },
         "sleep mode": {"engine": {"enable_sleep_mode": True}},  # last: vLLM's refusal leaves its process in disorder
     }
     common = {"model": str(folder / "out"), "prompts": prompts(), "tokens": 6}
@@ -64,7 +74,8 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["chunked prefill", "weight reload", "speculative decoding with a pruned draft", "lora, base", "prefix caching"]
+    "name",
+    ["chunked prefill", "weight reload", "speculative decoding with a pruned draft", "lora, base", "prefix caching"],
 )
 def test_same_logprobs(runs, name):
     model, _, results = runs

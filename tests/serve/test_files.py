@@ -38,7 +38,9 @@ def test_local_folder(checkpoint):
     config = config_of(checkpoint)
     assert len(config.pruned) == 14
     assert len(config.permutations) == 14
-    assert config.folding.folded == {f"model.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.o_proj", "mlp.down_proj")}
+    assert config.folding.folded == {
+        f"model.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.o_proj", "mlp.down_proj")
+    }
 
 
 def test_names_follow_vllms_mapper(checkpoint):

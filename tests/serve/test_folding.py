@@ -1,4 +1,4 @@
-"""Fold algebra in float64, on Hugging Face's own modules: permuted columns and reordered rows against the plain export."""
+"""Fold algebra in float64, on Hugging Face's modules: permuted columns and reordered rows against the plain export."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def folded(folder, model: torch.nn.Module) -> torch.nn.Module:
-    """The checkpoint as serving computes it: folded consumers keep their stored columns, producers give up row order."""
+    """The checkpoint as serving computes it: consumers keep their stored columns, producers give up row order."""
     reader = Reader(folder)
     permutations = {name: reader.permutation(name).numpy() for name in reader.permuted_names}
     folding = fold(reader.schema, permutations, set(reader.sparse_names).__contains__, str(folder))
@@ -54,7 +54,9 @@ def test_wrong_row_order_shows(tmp_path, monkeypatch):
     tiny.write(family, tmp_path / "out")
     want = logits(tiny.export(tmp_path / "out", tiny.model_of(family)))
     take = RowOrder.take
-    monkeypatch.setattr(RowOrder, "take", lambda self, t: take(RowOrder(np.argsort(self.order), self.start, self.for_all), t))
+    monkeypatch.setattr(
+        RowOrder, "take", lambda self, t: take(RowOrder(np.argsort(self.order), self.start, self.for_all), t)
+    )
     got = logits(folded(tmp_path / "out", tiny.model_of(family)))
     assert (got - want).abs().max() > 0.1
 
@@ -80,7 +82,9 @@ def test_dense_producer_leaves_the_gather_to_its_consumer():
 
 def test_rows_of_a_fused_producer():
     p = order(8)
-    folding = fold(schema([elementwise(producers=("l.{i}.fused",), rows=(4, 12))]), {"l.7.down": p}, lambda _: True, "here")
+    folding = fold(
+        schema([elementwise(producers=("l.{i}.fused",), rows=(4, 12))]), {"l.7.down": p}, lambda _: True, "here"
+    )
     tensor = torch.arange(16)[:, None] * torch.ones(1, 3)
     taken = folding.row_orders["l.7.fused"][0].take(tensor)
     assert taken[:, 0].tolist() == [0, 1, 2, 3, *(4 + p).tolist(), 12, 13, 14, 15]

@@ -55,7 +55,9 @@ def test_reads_what_compressed_tensors_wrote(name):
     if values.dtype in (torch.int8, torch.float8_e4m3fn):
         values = dequantized(values, torch.ones(16, 1), (16,), torch.float32)
     assert sparse24.check(values, stored[f"{name}.bitmask"]) is None
-    assert torch.equal(sparse24.decompress(values, stored[f"{name}.bitmask"]).float(), stored[f"{name}.decompressed"].float())
+    assert torch.equal(
+        sparse24.decompress(values, stored[f"{name}.bitmask"]).float(), stored[f"{name}.decompressed"].float()
+    )
 
 
 def config(**changes):
@@ -100,7 +102,9 @@ def test_unknown_quantization_is_named(weights):
 
 
 def test_targets_and_ignore():
-    chosen = RiaConfig.from_config(config(sparsity={"targets": ["re:model.layers.*proj"], "ignore": ["model.layers.0.o_proj"]}))
+    chosen = RiaConfig.from_config(
+        config(sparsity={"targets": ["re:model.layers.*proj"], "ignore": ["model.layers.0.o_proj"]})
+    )
     assert chosen._is_pruned("model.layers.0.q_proj")
     assert not chosen._is_pruned("model.layers.0.o_proj")
     assert not chosen._is_pruned("lm_head")

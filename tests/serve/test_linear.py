@@ -89,7 +89,9 @@ class Stored:
 
 
 def close(got, want):
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)  # float32 sums of up to 256 products, results of about 1
+    torch.testing.assert_close(
+        got.double(), want, rtol=0, atol=2e-5
+    )  # float32 sums of up to 256 products, results of about 1
 
 
 QKV = {"q": "q", "k": "k", "v": "v"}
@@ -137,8 +139,18 @@ def test_feed_forward_folds_on_every_number_of_ranks(ranks, size, inner):
     total = 0
     for rank in range(size):
         ranks(rank, size)
-        first = MergedColumnParallelLinear(HIDDEN, [inner, inner], quant_config=config, prefix="gate_up", return_bias=False)
-        second = RowParallelLinear(inner, HIDDEN, quant_config=config, prefix="down", return_bias=False, reduce_results=False, skip_bias_add=True)
+        first = MergedColumnParallelLinear(
+            HIDDEN, [inner, inner], quant_config=config, prefix="gate_up", return_bias=False
+        )
+        second = RowParallelLinear(
+            inner,
+            HIDDEN,
+            quant_config=config,
+            prefix="down",
+            return_bias=False,
+            reduce_results=False,
+            skip_bias_add=True,
+        )
         gate, up = stored.load(first, {"gate": 0, "up": 1})(x).chunk(2, -1)
         total = total + stored.load(second, {"down": None})(torch.tanh(gate) * up)
         assert second.ria_plan.products[0].input_permutation is None
@@ -157,7 +169,9 @@ def test_fused_on_disk_with_row_ranges(ranks):
     order = torch.from_numpy(stored.orders["down"]).long()
     for rank in range(2):
         ranks(rank, 2)
-        layer = MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up", return_bias=False)
+        layer = MergedColumnParallelLinear(
+            HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up", return_bias=False
+        )
         got = stored.load(layer, {"gate_up": None})(x)
         close(got, torch.cat([half[:, order].chunk(2, -1)[rank] for half in want], -1))
 
@@ -197,7 +211,9 @@ def test_plain_layers(ranks, kind):
 def test_values_are_cast_to_the_dtype_that_is_served(ranks):
     stored = Stored()
     stored.add("fc", 64, HIDDEN)
-    layer = ReplicatedLinear(HIDDEN, 64, quant_config=stored.config(), prefix="fc", params_dtype=torch.bfloat16, return_bias=False)
+    layer = ReplicatedLinear(
+        HIDDEN, 64, quant_config=stored.config(), prefix="fc", params_dtype=torch.bfloat16, return_bias=False
+    )
     x = torch.randn(4, HIDDEN).bfloat16()
     got = stored.load(layer, {"fc": None})(x)
     assert got.dtype == torch.bfloat16
@@ -225,7 +241,9 @@ def test_no_folds_with_lora(ranks):
         from vllm.config import LoRAConfig, get_current_vllm_config
 
         get_current_vllm_config().lora_config = LoRAConfig(max_lora_rank=8)
-        up = MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up", return_bias=False)
+        up = MergedColumnParallelLinear(
+            HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up", return_bias=False
+        )
     x, y = torch.randn(3, HIDDEN), torch.randn(3, INNER)
     close(stored.load(up, {"gate": 0, "up": 1})(x), torch.cat([stored.apply(x, "gate"), stored.apply(x, "up")], -1))
     assert np.array_equal(config.gathers("down"), stored.orders["down"])
@@ -247,7 +265,10 @@ def damaged(change):
         (lambda t: t.pop("bitmask"), r"fc\.bitmask is in none of the weight files"),
         (lambda t: t.pop("compressed"), r"fc\.compressed is in none of the weight files"),
         (lambda t: t.update(compressed=t["compressed"].int()), r"fc\.compressed is torch.int32"),
-        (lambda t: t.update(bitmask=t["bitmask"][:, :-1]), r"fc\.bitmask is torch.uint8 \(64, 15\), .*needs \(64, 16\)"),
+        (
+            lambda t: t.update(bitmask=t["bitmask"][:, :-1]),
+            r"fc\.bitmask is torch.uint8 \(64, 15\), .*needs \(64, 16\)",
+        ),
         (lambda t: t.update(compressed=torch.cat([t["compressed"]] * 2)), r"fc\.compressed is .*\(128, 64\)"),
     ],
 )

@@ -16,6 +16,7 @@ import torch
 
 pytestmark = pytest.mark.slow
 
+
 @contextlib.contextmanager
 def serving(folder: Path, log: Path, *arguments: str):
     """The base URL of a server that is up; its log is in the error when it does not come up."""
@@ -61,7 +62,12 @@ def test_completion_has_the_logprobs_of_the_pruned_model(server):
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     prompt = torch.randint(3, 259, (21,), generator=torch.Generator().manual_seed(3)).tolist()
     answer = client.completions.create(
-        model="small", prompt=prompt, max_tokens=8, temperature=0, logprobs=1, extra_body={"return_token_ids": True, "ignore_eos": True}
+        model="small",
+        prompt=prompt,
+        max_tokens=8,
+        temperature=0,
+        logprobs=1,
+        extra_body={"return_token_ids": True, "ignore_eos": True},
     )
     choice = answer.choices[0]
     tokens = choice.model_extra["token_ids"]

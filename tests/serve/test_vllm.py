@@ -18,7 +18,10 @@ EAGER = {name: (name, {"folds": name != "gpt-neox"}, {}) for name in tiny.FAMILI
     "no folds": ("qwen2", {"folds": False}, {}),
     "some linears dense": (
         "llama-gqa",
-        {"dense": tuple(f"0.self_attn.{n}_proj" for n in "qkv") + ("1.mlp.down_proj", "0.mlp.gate_proj", "0.mlp.up_proj")},
+        {
+            "dense": tuple(f"0.self_attn.{n}_proj" for n in "qkv")
+            + ("1.mlp.down_proj", "0.mlp.gate_proj", "0.mlp.up_proj")
+        },
         {},
     ),
     "bfloat16": ("llama-gqa", {"dtype": torch.bfloat16}, {"dtype": "bfloat16"}),

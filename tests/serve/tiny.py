@@ -93,7 +93,7 @@ def model_of(family: Family, layers: int = 2, seed: int = 0, **settings: object)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(std=parameter.shape[1] ** -0.5 * 1.5)
             else:
