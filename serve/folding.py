@@ -2,7 +2,8 @@
 
 A consumer whose columns are stored in order p needs x[..., p]. Where x comes from linears through something that works
 on each channel alone (an activation, a product) or only mixes tokens (attention), the producers may just as well
-compute their rows in that order: then the permutation costs nothing. `permutation.head_rows` says what attention allows.
+compute their rows in that order: then the permutation costs nothing. `permutation.head_rows` says what attention
+allows.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,9 +1,10 @@
 """Run vLLM on several folders in one process: `python generate.py JOBS.json RESULTS.json`.
 
 A job: {"model", "prompts": lists of token ids, "tokens": how many to generate, "engine": arguments of `LLM`,
-"first": "generate" or "reload" before the generation that counts, "lora": folder of an adapter, "prompt_logprobs": false to leave
-them out, "embed": true for embeddings instead}. A result: for each prompt the prompt's logprobs (from the second token
-on), the generated tokens, their logprobs and how many prompt tokens came from the cache; or "error".
+"first": "generate" or "reload" before the generation that counts, "lora": folder of an adapter,
+"prompt_logprobs": false to leave them out, "embed": true for embeddings instead}. A result: for each prompt the
+prompt's logprobs (from the second token on), the generated tokens, their logprobs and how many prompt tokens came from
+the cache; or "error".
 """
 
 import gc
