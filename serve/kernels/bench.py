@@ -2,12 +2,17 @@
 
 Both sides run in turn in one process and the medians are compared. Each side walks through copies of its weight that
 together are larger than any cache, as the layers of a model do. The sparse side pays for an activation permutation.
+Each number of threads has a process of its own: vLLM's oneDNN counts them when it starts and not again.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,19 +87,13 @@ def medians(
     return [statistics.median(taken[1:]) for taken in samples]
 
 
-def measure(names: list[str], tokens: list[int], threads: list[int], budget: float) -> dict:
+def measure(names: list[str], tokens: list[int], budget: float) -> dict:
+    """Every shape and number of tokens, with the threads this process has."""
     zentorch = hasattr(torch.ops.zentorch, "zentorch_linear_unary")
-    result = {
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "instruction_set": cpu.instruction_set(),
-        "read_bandwidth": {},
-        "rows": [],
-    }
-    for count in threads:
-        torch.set_num_threads(count)
-        result["read_bandwidth"][count] = read_bandwidth()
-        print(f"{count} thread(s): streaming read {result['read_bandwidth'][count] / 1e9:.1f} GB/s", flush=True)
+    threads = torch.get_num_threads()
+    bandwidth = read_bandwidth()
+    print(f"{threads} thread(s): streaming read {bandwidth / 1e9:.1f} GB/s", flush=True)
+    rows = []
     for name in names:
         out_features, in_features = SHAPES[name]
         weight = torch.randn(out_features, in_features, dtype=torch.bfloat16)
@@ -102,31 +101,54 @@ def measure(names: list[str], tokens: list[int], threads: list[int], budget: flo
         copies = max(2, -(-ROTATED_BYTES // packed_bytes))
         makers = [dense_onednn, sparse] + [dense_zentorch] * zentorch
         sides = [[make(weight) for _ in range(copies)] for make in makers]
-        for count in threads:
-            torch.set_num_threads(count)
-            for m in tokens:
-                x = torch.randn(m, in_features, dtype=torch.bfloat16)
-                dense_seconds, sparse_seconds, *others = medians(sides, x, budget, least=5)
-                row = {
-                    "name": name,
-                    "out_features": out_features,
-                    "in_features": in_features,
-                    "threads": count,
-                    "tokens": m,
-                    "dense_seconds": dense_seconds,
-                    "sparse_seconds": sparse_seconds,
-                    "ratio": dense_seconds / sparse_seconds,
-                    "gflops": 2e-9 * m * out_features * in_features / sparse_seconds,
-                    "dense_gflops": 2e-9 * m * out_features * in_features / dense_seconds,
-                    "read_fraction": packed_bytes / sparse_seconds / result["read_bandwidth"][count],
-                }
-                if others:
-                    row["zentorch_seconds"] = others[0]
-                    row["zentorch_ratio"] = others[0] / sparse_seconds
-                result["rows"].append(row)
-                print(describe(row), flush=True)
+        for m in tokens:
+            x = torch.randn(m, in_features, dtype=torch.bfloat16)
+            dense_seconds, sparse_seconds, *others = medians(sides, x, budget, least=5)
+            flop = 2 * m * out_features * in_features
+            row = {
+                "name": name,
+                "out_features": out_features,
+                "in_features": in_features,
+                "threads": threads,
+                "tokens": m,
+                "dense_seconds": dense_seconds,
+                "sparse_seconds": sparse_seconds,
+                "ratio": dense_seconds / sparse_seconds,
+                "gflops": flop / sparse_seconds / 1e9,
+                "dense_gflops": flop / dense_seconds / 1e9,
+                "read_fraction": packed_bytes / sparse_seconds / bandwidth,
+            }
+            if others:
+                row["zentorch_seconds"] = others[0]
+                row["zentorch_ratio"] = others[0] / sparse_seconds
+            rows.append(row)
+            print(describe(row), flush=True)
         del sides
-    return result
+    return {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "instruction_set": cpu.instruction_set(),
+        "read_bandwidth": {str(threads): bandwidth},
+        "rows": rows,
+    }
+
+
+def measure_each(threads: list[int], arguments: list[str]) -> dict:
+    """The measurements of one process per number of threads, pinned to cores as vLLM pins its own, put together."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for count in threads:
+            path = Path(folder) / f"{count}.json"
+            pinned = {"OMP_NUM_THREADS": str(count), "OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
+            command = [sys.executable, "-m", __spec__.name, *arguments, "--one-process", "--json", str(path)]
+            subprocess.run(command, env={**os.environ, **pinned}, check=True)
+            results.append(json.loads(path.read_text()))
+    merged = results[0]
+    for result in results[1:]:
+        merged["read_bandwidth"] |= result["read_bandwidth"]
+        merged["rows"] += result["rows"]
+    merged["rows"].sort(key=lambda row: list(SHAPES).index(row["name"]))
+    return merged
 
 
 def describe(row: dict) -> str:
@@ -192,14 +214,19 @@ def main() -> None:
     parser.add_argument("--budget", type=float, help="seconds per measurement")
     parser.add_argument("--json", type=Path, help="write the measurements here")
     parser.add_argument("--plot", type=Path, help="write a plot here (needs matplotlib)")
+    parser.add_argument("--one-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = options.shapes or (QUICK_SHAPES if options.quick else list(SHAPES))
     tokens = options.tokens or ([1, 4, 8, 16, 32, 128, 512] if options.quick else TOKENS)
     budget = options.budget or (0.15 if options.quick else 0.4)
-    torch.manual_seed(0)
-    result = measure(names, tokens, options.threads, budget)
-    print("\nDense time / our time\n")
-    print(table(result))
+    if options.one_process:
+        torch.manual_seed(0)
+        result = measure(names, tokens, budget)
+    else:
+        arguments = ["--shapes", *names, "--tokens", *map(str, tokens), "--budget", str(budget)]
+        result = measure_each(options.threads, arguments)
+        print("\nDense time / our time\n")
+        print(table(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
     if options.plot:

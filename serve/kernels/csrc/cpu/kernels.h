@@ -4,7 +4,7 @@
 
 namespace ria {
 
-// Tokens that share one packed copy of their activations, and whose results one tile keeps in cache.
+// Tokens whose results one tile keeps in cache.
 constexpr int64_t kMaxPassTokens = 192;
 
 // y[tokens, rows] = x[tokens, columns][:, permutation] @ W^T + bias for the tokens of one pass.
@@ -17,14 +17,15 @@ struct Product {
   const void* bias;            // [rows] or null
   void* y;                     // first token of the pass, [tokens, rows] contiguous
   int64_t tokens;              // at most kMaxPassTokens
-  uint8_t* panel;              // tokens * columns activations as the kernel reads them; fp32 at most
+  uint8_t* panel;              // the tokens' activations as the kernel reads them
 };
 
 // One dtype on one instruction set.
 struct Kernel {
-  int64_t block_tokens;                                                  // most tokens of a token block
-  void (*pack_tokens)(const Product&, int64_t begin, int64_t end);       // of token blocks
-  void (*multiply_tiles)(const Product&, int64_t begin, int64_t end);    // of tiles
+  int64_t block_tokens;      // most tokens of a token block: what the registers hold
+  int64_t activation_bytes;  // of one token and group in the panel
+  void (*pack_tokens)(const Product&, int64_t begin, int64_t end);     // of token blocks
+  void (*multiply_tiles)(const Product&, int64_t begin, int64_t end);  // of tiles
 };
 
 struct InstructionSet {
@@ -54,7 +55,8 @@ const InstructionSet& instruction_set();
 // Throws std::runtime_error naming row and columns if a group has not exactly two kept values.
 void pack(const Layout&, const void* values, const uint8_t* bitmask, uint8_t* packed);
 
-void linear(Product pass, int64_t tokens, const InstructionSet&);
+// The product for any number of tokens; `product` describes the first of them, its `tokens` and `panel` are set here.
+void linear(Product product, int64_t tokens, const InstructionSet&);
 
 // How many threads parallel_for may use.
 int64_t threads();

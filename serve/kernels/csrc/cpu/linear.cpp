@@ -1,4 +1,5 @@
 // Passes over the tokens, and threads.
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -9,50 +10,57 @@
 namespace ria {
 namespace {
 
-// Activations of one pass that all tiles read over and over: what an L2 cache holds beside the weights' stream.
-constexpr int64_t kPanelBytes = 640 << 10;
+// Activations of one pass, which all tiles read over and over: what an L2 cache holds beside the weights' stream.
+constexpr int64_t kPassBytes = 640 << 10;
 // Tokens below which a pass is not made smaller still, because every pass reads all weights.
 constexpr int64_t kMinPassTokens = 96;
+// Activations of all passes that are packed together. More tokens than that go in several rounds.
+constexpr int64_t kPanelBytes = 16 << 20;
 // Activations that one thread copies sooner than a second one wakes up.
 constexpr int64_t kPackGrain = 16384;
-// How often a thread comes back for more tiles.
+// How often a thread comes back for more tiles of a pass.
 constexpr int64_t kTurnsPerThread = 8;
 
-struct Work {
-  const Product* product;
-  const Kernel* kernel;
-  int64_t turn = 1;  // tiles that a thread takes at a time
-  std::atomic<int64_t> next_tile{0};
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The passes of one round, all packed first and then multiplied, with no other point where threads wait for each
+// other. Threads take tiles by turns: one that the system holds up, because the machine has other things to do, holds
+// up the product by a few tiles and not by half of it.
+struct Round {
+  Product all;  // the tokens of all passes
+  const Kernel& kernel;
+  int64_t pass_tokens;
+  int64_t turn_tiles;
+  std::atomic<int64_t> next_turn{0};
+
+  int64_t passes() const { return divide_up(all.tokens, pass_tokens); }
+  int64_t turns() const { return divide_up(all.layout.tiles(), turn_tiles); }  // of a pass
+  int64_t blocks() const { return divide_up(pass_tokens, kernel.block_tokens); }  // of tokens in a full pass
+
+  Product pass(int64_t i) const {
+    const int64_t first = i * pass_tokens, left = all.tokens - first, item = item_size(all.layout.dtype);
+    Product product = all;
+    product.tokens = left < pass_tokens ? left : pass_tokens;
+    product.x = static_cast<const uint8_t*>(all.x) + first * all.x_stride * item;
+    product.y = static_cast<uint8_t*>(all.y) + first * all.layout.rows * item;
+    product.panel += first * all.layout.groups() * kernel.activation_bytes;
+    return product;
+  }
+  void pack(int64_t begin, int64_t end) const {  // token blocks, counted over all passes
+    for (int64_t i = begin; i < end; ++i) {
+      const Product product = pass(i / blocks());
+      const int64_t block = i % blocks();
+      if (block < TokenBlocks(product.tokens, kernel.block_tokens).count) kernel.pack_tokens(product, block, block + 1);
+    }
+  }
+  void multiply() {
+    const int64_t tiles = all.layout.tiles(), all_turns = passes() * turns();
+    for (int64_t i; (i = next_turn.fetch_add(1, std::memory_order_relaxed)) < all_turns;) {
+      const int64_t tile = i % turns() * turn_tiles, end = tile + turn_tiles;
+      kernel.multiply_tiles(pass(i / turns()), tile, end < tiles ? end : tiles);
+    }
+  }
 };
-
-void pack_pass(const Work& work) {
-  const Product& product = *work.product;
-  const int64_t blocks = TokenBlocks(product.tokens, work.kernel->block_tokens).count;
-  const int64_t block_activations = product.tokens / blocks * product.layout.columns;
-  parallel_for(
-      blocks, (kPackGrain + block_activations - 1) / block_activations,
-      [](int64_t begin, int64_t end, void* context) {
-        const Work& work = *static_cast<const Work*>(context);
-        work.kernel->pack_tokens(*work.product, begin, end);
-      },
-      const_cast<Work*>(&work));
-}
-
-// Each thread takes the next tiles when it has finished its last ones: a thread that the system holds up, because the
-// machine has other things to do, holds up the product by a few tiles and not by half of it.
-void multiply_pass(Work& work) {
-  const int64_t workers = threads(), least = work.product->layout.tiles() / (workers * kTurnsPerThread);
-  work.turn = least > 1 ? least : 1;
-  parallel_for(
-      workers, 1,
-      [](int64_t, int64_t, void* context) {
-        Work& work = *static_cast<Work*>(context);
-        const int64_t tiles = work.product->layout.tiles(), turn = work.turn;
-        for (int64_t tile; (tile = work.next_tile.fetch_add(turn, std::memory_order_relaxed)) < tiles;)
-          work.kernel->multiply_tiles(*work.product, tile, tile + turn < tiles ? tile + turn : tiles);
-      },
-      &work);
-}
 
 // Activations of the calling thread's current pass. Grows to the largest pass seen and stays.
 uint8_t* panel(int64_t bytes) {
@@ -68,32 +76,36 @@ uint8_t* panel(int64_t bytes) {
   return buffer.get();
 }
 
-int64_t pass_tokens(int64_t columns, int64_t activation_bytes, int64_t block_tokens) {
-  int64_t tokens = kPanelBytes / (columns * activation_bytes);
-  tokens = tokens < kMinPassTokens ? kMinPassTokens : tokens > kMaxPassTokens ? kMaxPassTokens : tokens;
+// Tokens of the largest pass.
+int64_t most_pass_tokens(int64_t token_bytes, int64_t block_tokens) {
+  const int64_t tokens = std::clamp(kPassBytes / token_bytes, kMinPassTokens, kMaxPassTokens);
   return tokens / block_tokens * block_tokens;
 }
 
 }  // namespace
 
-void linear(Product pass, int64_t tokens, const InstructionSet& set) {
-  const Layout& layout = pass.layout;
+void linear(Product product, int64_t tokens, const InstructionSet& set) {
+  const Layout& layout = product.layout;
   const Kernel& kernel = set.kernels[static_cast<int>(layout.dtype)];
-  const int64_t item = item_size(layout.dtype);
-  const int64_t most = pass_tokens(layout.columns, item, kernel.block_tokens);
-  int64_t passes = (tokens + most - 1) / most;
-  pass.panel = panel((tokens < most ? tokens : most) * layout.columns * static_cast<int64_t>(sizeof(float)));
-  for (; tokens > 0; --passes) {
+  const int64_t item = item_size(layout.dtype), token_bytes = layout.groups() * kernel.activation_bytes;
+  const int64_t most = most_pass_tokens(token_bytes, kernel.block_tokens);
+  const int64_t round_passes = std::max<int64_t>(kPanelBytes / (token_bytes * most), 1);
+  const int64_t turn_tiles = std::max<int64_t>(layout.tiles() / (threads() * kTurnsPerThread), 1);
+  product.panel = panel(std::min(tokens, round_passes * most) * token_bytes);
+
+  while (tokens > 0) {
+    product.tokens = std::min(tokens, round_passes * most);
     // Passes as equal as can be, in whole token blocks.
-    const int64_t equal = (tokens + passes - 1) / passes;
-    const int64_t whole = (equal + kernel.block_tokens - 1) / kernel.block_tokens * kernel.block_tokens;
-    pass.tokens = whole < tokens ? whole : tokens;
-    Work work{&pass, &kernel};
-    pack_pass(work);
-    multiply_pass(work);
-    pass.x = static_cast<const uint8_t*>(pass.x) + pass.tokens * pass.x_stride * item;
-    pass.y = static_cast<uint8_t*>(pass.y) + pass.tokens * layout.rows * item;
-    tokens -= pass.tokens;
+    const int64_t equal = divide_up(product.tokens, divide_up(product.tokens, most));
+    Round round{product, kernel, divide_up(equal, kernel.block_tokens) * kernel.block_tokens, turn_tiles};
+    parallel_for(
+        round.passes() * round.blocks(), divide_up(kPackGrain, kernel.block_tokens * layout.columns),
+        [](int64_t begin, int64_t end, void* round) { static_cast<Round*>(round)->pack(begin, end); }, &round);
+    parallel_for(
+        threads(), 1, [](int64_t, int64_t, void* round) { static_cast<Round*>(round)->multiply(); }, &round);
+    product.x = static_cast<const uint8_t*>(product.x) + product.tokens * product.x_stride * item;
+    product.y = static_cast<uint8_t*>(product.y) + product.tokens * layout.rows * item;
+    tokens -= product.tokens;
   }
 }
 

@@ -203,7 +203,7 @@ void pack_tokens(const Product& product, int64_t begin, int64_t end) {
 
 template <class Lanes>
 constexpr Kernel kernel_of() {
-  return {Lanes::kBlockTokens, pack_tokens<Lanes>, multiply_tiles<Lanes>};
+  return {Lanes::kBlockTokens, Lanes::kActivationBytes, pack_tokens<Lanes>, multiply_tiles<Lanes>};
 }
 
 }  // namespace
