@@ -71,7 +71,8 @@ def documents(source: str) -> Iterator[str]:
     path = Path(source)
     if not path.is_file():
         names = ", ".join(DATASETS)
-        raise RiaError(f"--calibration {source}: no such file. Give self, a {'/'.join(FILE_SUFFIXES)} file, or one of {names}.")
+        kinds = "/".join(FILE_SUFFIXES)
+        raise RiaError(f"--calibration {source}: no such file. Give self, a {kinds} file, or one of {names}.")
     readers = {".txt": _plain, ".jsonl": _json_lines, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         raise RiaError(f"--calibration {source}: unknown kind of file. Give {', '.join(FILE_SUFFIXES)}.")

@@ -9,34 +9,62 @@ import click
 from ria_vllm.errors import RiaError
 
 
+SERVED_DEFAULT = "lsa; none if the pattern is not served"
+
+
 @click.command()
 @click.argument("model")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
 @click.option("--method", default="ria", show_default=True, help="Score: ria, ri, wanda, magnitude; or sparsegpt.")
 @click.option("--exponent", default=0.5, show_default=True, help="Of the input norms in RIA.")
-@click.option("--permute", default=None, help="Channel permutation: lsa, heuristic or none. [default: lsa; none where the pattern is not served]")
+@click.option("--permute", show_default=SERVED_DEFAULT, help="Channel permutation: lsa, heuristic or none.")
 @click.option(
-    "--permute-scope", default="shared", show_default=True,
+    "--permute-scope",
+    default="shared",
+    show_default=True,
     help="shared: one order for q, k, v and one for gate, up. linear: each its own; better, and slower to serve.",
 )
-@click.option("--pattern", default="2:4", show_default=True, help="2:4 is served; N:M and unstructured[:KEPT] are written as plain dense weights.")
 @click.option(
-    "--calibration", default="self", show_default=True,
+    "--pattern",
+    default="2:4",
+    show_default=True,
+    help="2:4 is served; N:M and unstructured[:KEPT] are written as plain dense weights.",
+)
+@click.option(
+    "--calibration",
+    default="self",
+    show_default=True,
     help="A .txt, .jsonl or .parquet file (field text), c4, wikitext2 or pile from the hub, or self: text that the dense "
     "model writes itself, for which the whole model must fit into memory once.",
 )
 @click.option("--samples", default=128, show_default=True, help="Calibration sequences.")
-@click.option("--seq-len", default=2048, show_default=True, help="Tokens in each.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--reconstruct", default="admm", show_default=True, help="Update of the weights that stay: none, admm or block (best, slow).")
-@click.option("--skip-sensitive", default=0.0, show_default=True, help="Fraction of the weights to keep dense, where it helps most.")
+@click.option("--seq-len", default=2048, show_default=True, help="Tokens in each; at most what the model reads.")
+@click.option("--seed", default=0, show_default=True, help="Of every random choice.")
+@click.option(
+    "--reconstruct",
+    default="admm",
+    show_default=True,
+    help="Update of the weights that stay: none, admm, or block (best, and slow).",
+)
+@click.option(
+    "--skip-sensitive",
+    default=0.0,
+    show_default=True,
+    help="Fraction of the weights to keep dense, where it helps most. Takes a second pass over the model.",
+)
 @click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears whose name it matches dense. Repeatable.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--activation-cache", type=click.Choice(["cpu", "disk"]), default="cpu", show_default=True, help="Where calibration activations are kept.")
+@click.option(
+    "--activation-cache",
+    type=click.Choice(["cpu", "disk"]),
+    default="cpu",
+    show_default=True,
+    help="Where calibration activations are kept.",
+)
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists, once the new one is complete.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same command.")
-@click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to this JSON file.")
+@click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(
     model, out, method, exponent, permute, permute_scope, pattern, calibration, samples, seq_len, seed, reconstruct,
     skip_sensitive, ignore, device, activation_cache, max_shard_size, overwrite, resume, timings,

@@ -163,11 +163,14 @@ def _make_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: 
     logging.disable_progress_bar()
     if recipe.calibration == "self":
         whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype=model.dtype).to(model.device).eval()
-        return calibration.from_model(whole, source.config.bos_token_id, recipe.samples, recipe.seq_len, recipe.seed, monitor)
+        bos = source.config.get_text_config().bos_token_id
+        return calibration.from_model(whole, bos, recipe.samples, recipe.seq_len, recipe.seed, monitor)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder)
     except Exception as error:
-        raise RiaError(f"{source.name}: no tokenizer that transformers can load ({error}). Use --calibration self.") from None
+        raise RiaError(
+            f"{source.name}: no tokenizer that transformers can load ({error}). Use --calibration self."
+        ) from None
     tokens = calibration.from_text(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
     vocabulary = model.model.get_input_embeddings().num_embeddings
     if int(tokens.max()) >= vocabulary:

@@ -10,7 +10,8 @@ from torch import nn
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.block import train_block
-from ria_vllm.offline.capture import Activations, Embedder, LayerCall, advance, gather, run_component
+from ria_vllm.offline.capture import Activations, advance, gather, run_component
+from ria_vllm.offline.embedding import Embedder, LayerCall
 from ria_vllm.offline.memory import trim
 from ria_vllm.offline.plan import Plan
 from ria_vllm.offline.progress import Monitor
@@ -37,7 +38,13 @@ class LayerPass:
     """
 
     def __init__(
-        self, model: StreamedModel, tokens: torch.Tensor, cache: Path | None, recipe: Recipe, team: Ranks, monitor: Monitor
+        self,
+        model: StreamedModel,
+        tokens: torch.Tensor,
+        cache: Path | None,
+        recipe: Recipe,
+        team: Ranks,
+        monitor: Monitor,
     ):
         self.model, self.recipe, self.team, self.monitor = model, recipe, team, monitor
         chunks = tokens.split(max(1, CHUNK_TOKENS // tokens.shape[1]))
@@ -153,9 +160,8 @@ class LayerPass:
         if not groups:
             return {}
         prefix = self.model.layer_prefix(index)
-        found = gather(
-            layer, component, groups, self._calls(index), self.pruned, self.recipe.needs_gram, self.team, self.monitor, prefix
-        )
+        calls, with_gram = self._calls(index), self.recipe.needs_gram
+        found = gather(layer, component, groups, calls, self.pruned, with_gram, self.team, self.monitor, prefix)
         trim()
         names = [name for group in groups for name in group.linears]
         statistics = {name: stats for group, stats in zip(groups, found, strict=True) for name in group.linears}

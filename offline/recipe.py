@@ -84,4 +84,5 @@ class Recipe:
     def dump(self, source: str) -> dict[str, Any]:
         """For config.json: enough to do it again."""
         versions = {"ria-vllm": __version__} | {name: version(name) for name in ("torch", "transformers", "scipy")}
-        return asdict(self) | {"pattern": str(self.pattern), "ignore": list(self.ignore), "source": source, "versions": versions}
+        plain = {"pattern": str(self.pattern), "ignore": list(self.ignore)}
+        return asdict(self) | plain | {"source": source, "versions": versions}

@@ -60,7 +60,8 @@ def find_orders(
         linear -> int64 [in] on the CPU, None where it is the model's own order.
     """
     problems = [(group, names) for group in groups for names in recipe.shared_orders(group.linears)]
-    owners = ranks.divide([weights[names[0]].shape[1] ** 2 * sum(len(weights[n]) for n in names) for _, names in problems])
+    costs = [weights[names[0]].shape[1] ** 2 * sum(len(weights[n]) for n in names) for _, names in problems]
+    owners = ranks.divide(costs)
     orders = {}
     for (group, names), owner in zip(problems, owners, strict=True):
         p = None

@@ -61,7 +61,9 @@ def opened(model: str, work: Path, team: Ranks) -> Iterator[Source]:
     elif path.is_dir():
         yield _checked(model, path)
     elif path.exists():
-        raise RiaError(f"{model}: neither a folder nor a .gguf file. Give a Hugging Face folder, a hub id or a GGUF file.")
+        raise RiaError(
+            f"{model}: neither a folder nor a .gguf file. Give a Hugging Face folder, a hub id or a GGUF file."
+        )
     else:
         folder = _from_hub(model) if team.first else None
         yield _checked(model, team.from_first(folder))
@@ -122,8 +124,8 @@ def _checked(name: str, folder: Path) -> Source:
             raise RiaError(f"{name}: no safetensors here. To compress {found[0]}, give the file itself.")
         if found:
             raise RiaError(
-                f"{name}: only {found[0]} here. Pickled weights are not opened, since they can run code; save the model as "
-                "safetensors first (model.save_pretrained)."
+                f"{name}: only {found[0]} here. Pickled weights are not opened, since they can run code; save the model "
+                "as safetensors first (model.save_pretrained)."
             )
     files = sorted(set(weight_files(folder).values()))
     if raw.get("auto_map") and raw.get("model_type") not in _known_types():
@@ -133,7 +135,7 @@ def _checked(name: str, folder: Path) -> Source:
     except Exception as error:
         raise RiaError(f"{folder / 'config.json'}: transformers does not know this model ({error}).") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise RiaError(f"{name}: a {config.model_type} model is not a causal language model, so it cannot be compressed here.")
+        raise RiaError(f"{name}: a {config.model_type} model is not a causal language model; only those are compressed.")
     architectures = config.architectures or []
     expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     expected = [cls.__name__ for cls in (expected if isinstance(expected, tuple) else (expected,))]

@@ -59,7 +59,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Topology:
-    """Components of every decoder layer, folds with layer-relative names, and linears that must stay dense (and why)."""
+    """Components of every decoder layer, folds with layer-relative names, linears that must stay dense (and why)."""
 
     components: tuple[Component, ...]
     folds: tuple[Fold, ...] = ()
@@ -189,7 +189,8 @@ def _phi3(config: Any) -> Topology:
 
 
 def _opt(config: Any) -> Topology:
-    heads = Heads(config.num_attention_heads, config.num_attention_heads, config.hidden_size // config.num_attention_heads)
+    num_heads = config.num_attention_heads
+    heads = Heads(num_heads, num_heads, config.hidden_size // num_heads)
     attention = (
         Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         Group(("self_attn.out_proj",), heads),

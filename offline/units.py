@@ -14,7 +14,9 @@ def layer_key(index: int) -> str:
     return f"layer-{index:05d}"
 
 
-def layer_tensors(model: StreamedModel, index: int, pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, torch.Tensor]:
+def layer_tensors(
+    model: StreamedModel, index: int, pruned: Mapping[str, Pruned], recipe: Recipe
+) -> dict[str, torch.Tensor]:
     """Everything the checkpoint has of a layer; `pruned` by full names. Dense tensors are as the source has them."""
     replaced = {f"{name}.weight" for name in pruned}
     tensors = {name: model.read(name) for name in model.names_in_layer(index) if name not in replaced}
