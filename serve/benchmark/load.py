@@ -117,12 +117,12 @@ def offline(
     result = log.with_suffix(".json")
     result.unlink(missing_ok=True)
     command = [*VLLM, "bench", "throughput", "--model", model, "--num-prompts", str(requests), "--seed", str(seed)]
-    command += ["--dataset-name", "random" if workload.data is None else "sharegpt"]
     if workload.data is None:
-        command += ["--input-len", str(workload.input_len)]
-    else:
-        command += ["--dataset-path", str(workload.data)]
-    command += ["--output-len", str(workload.output_len), "--output-json", str(result), *arguments]
+        command += workload.dataset_arguments()
+    else:  # this command's name of the option differs from that of `bench serve`
+        command += ["--dataset-name", "sharegpt", "--dataset-path", str(workload.data)]
+        command += ["--output-len", str(workload.output_len)]
+    command += ["--output-json", str(result), *arguments]
     with SupervisedProcess(command, log) as process:
         with PeakMemory(process) as sampled:
             status = process.wait(timeout)

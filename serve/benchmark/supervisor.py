@@ -69,6 +69,8 @@ def end_tree(child: subprocess.Popen) -> None:
         child.poll()
         reap()
         time.sleep(0.05)
+    child.poll()
+    reap()
 
 
 def main(command: list[str]) -> int:

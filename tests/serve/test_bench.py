@@ -29,6 +29,14 @@ def run(*arguments):
     return CliRunner().invoke(bench, [str(a) for a in arguments], catch_exceptions=False)
 
 
+def alive(pid: int) -> bool:
+    """A zombie is dead: whoever adopted it has yet to collect it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def processes_with(text: str) -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -105,9 +113,30 @@ def test_a_server_that_cannot_start(pruned_llama, tmp_path):
 
 
 @pytest.mark.slow
+def test_offline(pruned_llama, tmp_path):
+    arguments = ["--offline", "--input-len", "16", "--output-len", "8", "--requests", "4", "--repetitions", "1"]
+    found = run(
+        pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path, *arguments, "--serve-args", SERVE
+    )
+    assert found.exit_code == 0, found.output
+    (point,) = json.loads((tmp_path / "bench.json").read_text())["points"]
+    for side in ("dense", "sparse"):
+        figures = point["figures"][side]
+        assert point["concurrency"] is None and figures["output_tokens_per_s"] == 8 * figures["requests_per_s"]
+        # Prompts of 16 tokens and answers of 8: a request is 24 tokens, or the lengths did not arrive.
+        assert figures["total_tokens_per_s"] == pytest.approx(24 * figures["requests_per_s"], rel=0.1)
+    assert (tmp_path / "bench.png").exists()
+
+
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_server(pruned_llama, tmp_path):
     command = [sys.executable, "-m", "ria_vllm", "bench", str(pruned_llama.folder), "--baseline", str(pruned_llama.source)]
-    process = subprocess.Popen([*command, "-o", str(tmp_path / "b"), "--serve-args", SERVE], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "-o", str(tmp_path / "b"), "--serve-args", SERVE],
+        stdout=subprocess.DEVNULL,
+        # A shell's background job, which the tests may be, hands down an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     log = tmp_path / "b" / "logs" / "dense-1-server.log"
     deadline = time.monotonic() + 120
     # Interrupt while vLLM's own children exist: the hardest moment.
@@ -117,7 +146,7 @@ def test_ctrl_c_leaves_no_server(pruned_llama, tmp_path):
     assert len(tree) >= 3  # the supervisor, vllm serve, and its engine
     process.send_signal(signal.SIGINT)
     assert process.wait(60) != 0
-    assert not [pid for pid in tree if Path(f"/proc/{pid}").exists()]
+    assert not [pid for pid in tree if alive(pid)]
     assert not processes_with(str(pruned_llama.source))
 
 
