@@ -25,7 +25,8 @@ PIECE = 1 << 20
 SPREAD = 8
 # A model is sampled for so many tokens at a time: attention to longer texts would cost more than all the rest.
 DOCUMENT = 256
-DOCUMENTS_AT_ONCE = 64
+# Documents are written side by side, so many that their attention cache stays at this size.
+CACHE_BYTES = 1 << 30
 
 
 def from_text(source: str, tokenizer: Any, samples: int, seq_len: int, seed: int) -> torch.Tensor:
@@ -87,8 +88,8 @@ def from_model(
 ) -> torch.Tensor:
     """Samples that the dense model writes itself, at temperature 1 from a random first token.
 
-    A sample is made of documents of up to DOCUMENT tokens; past an end-of-text token the model goes on as it was trained
-    to, with another text.
+    A sample is made of documents of up to DOCUMENT tokens; past an end-of-text token the model goes on as it was
+    trained to, with another text.
 
     Args:
         model: a whole causal LM of transformers.
@@ -104,11 +105,20 @@ def from_model(
     pieces = -(-seq_len // DOCUMENT)
     length = min(seq_len, DOCUMENT)
     count = samples * pieces
-    batches = [min(DOCUMENTS_AT_ONCE, count - first) for first in range(0, count, DOCUMENTS_AT_ONCE)]
+    at_once = _documents_at_once(model, length)
+    batches = [min(at_once, count - first) for first in range(0, count, at_once)]
     steps = iter(monitor.steps(range(len(batches) * length), "sampling the model", len(batches) * length))
     done = [_write(model, bos, batch, length, draw, steps) for batch in batches]
     next(steps, None)
     return torch.cat(done).view(samples, pieces * length)[:, :seq_len].contiguous()
+
+
+def _documents_at_once(model: Any, length: int) -> int:
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return max(8, min(256, CACHE_BYTES // (token * length)))
 
 
 def _write(
@@ -129,7 +139,11 @@ def _write(
             chances = out.logits[:, -1].float().softmax(-1).cpu()
             if not bool(chances.isfinite().all()):
                 raise RiaError("NaN in the dense model's own predictions; check that it works without pruning.")
-            text = torch.cat([text, torch.multinomial(chances, 1, generator=draw)], dim=1)
+            # By the inverse of the distribution function: torch.multinomial draws a number for every entry.
+            passed = chances.cumsum(-1)
+            point = torch.rand(batch, 1, generator=draw) * passed[:, -1:]
+            following = torch.searchsorted(passed, point, right=True).clamp(max=chances.shape[1] - 1)
+            text = torch.cat([text, following], dim=1)
             next(steps)
     return text
 

@@ -113,13 +113,13 @@ def model(tiny):
 
 def test_the_model_writes_its_own_samples(model, monkeypatch):
     monkeypatch.setattr(calibration, "DOCUMENT", 8)
-    monkeypatch.setattr(calibration, "DOCUMENTS_AT_ONCE", 4)
-    tokens = from_model(model, 0, samples=3, seq_len=20, seed=0, monitor=Monitor(shown=False))
-    assert tokens.shape == (3, 20)
+    monkeypatch.setattr(calibration, "CACHE_BYTES", 0)  # several batches
+    tokens = from_model(model, 0, samples=5, seq_len=20, seed=0, monitor=Monitor(shown=False))
+    assert tokens.shape == (5, 20)
     assert bool((tokens[:, ::8] == 0).all())  # every document begins with the start token
-    again = from_model(model, 0, 3, 20, 0, Monitor(shown=False))
+    again = from_model(model, 0, 5, 20, 0, Monitor(shown=False))
     assert torch.equal(tokens, again)
-    assert not torch.equal(tokens, from_model(model, 0, 3, 20, 1, Monitor(shown=False)))
+    assert not torch.equal(tokens, from_model(model, 0, 5, 20, 1, Monitor(shown=False)))
 
 
 def test_samples_follow_the_models_own_distribution(model):
@@ -130,6 +130,19 @@ def test_samples_follow_the_models_own_distribution(model):
     tokens = from_model(model, None, samples=2, seq_len=12, seed=0, monitor=Monitor(shown=False))
     assert bool((tokens[:, 1:] == 77).all())
     assert len(set(tokens[:, 0].tolist())) == 2  # first tokens are drawn from the whole vocabulary
+
+
+def test_continuations_come_as_often_as_they_are_likely(model):
+    """Three continuations at 1/2, 1/3 and 1/6, over 2000 draws."""
+    likely = {10: 1 / 2, 20: 1 / 3, 30: 1 / 6}
+    with torch.no_grad():
+        model.model.norm.weight.fill_(0.0)
+        model.lm_head.bias = torch.nn.Parameter(torch.full((258,), -100.0))
+        for token, chance in likely.items():
+            model.lm_head.bias[token] = torch.tensor(chance).log()
+    tokens = from_model(model, None, samples=20, seq_len=101, seed=0, monitor=Monitor(shown=False))[:, 1:]
+    for token, chance in likely.items():
+        assert abs(float((tokens == token).float().mean()) - chance) < 0.04
 
 
 def test_nan_predictions_are_no_text(model):
