@@ -52,10 +52,10 @@ def dense_zentorch(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tenso
     return lambda x: torch.ops.zentorch.zentorch_linear_unary(x, packed, None, is_weight_prepacked=True)
 
 
-def sparse(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    out_features, in_features = weight.shape
-    packed = cpu.pack(*sparse24.compress(weight))
-    permutation = torch.randperm(in_features, dtype=torch.int32)
+def sparse(compressed: torch.Tensor, bitmask: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    out_features = compressed.shape[0]
+    packed = cpu.pack(compressed, bitmask)
+    permutation = torch.randperm(compressed.shape[1] * 2, dtype=torch.int32)
     return lambda x: cpu.apply(x, packed, out_features, permutation, None)
 
 
@@ -99,8 +99,10 @@ def measure(names: list[str], tokens: list[int], budget: float) -> dict:
         weight = torch.randn(out_features, in_features, dtype=torch.bfloat16)
         packed_bytes = cpu.packed_bytes(out_features, in_features, torch.bfloat16)
         copies = max(2, -(-ROTATED_BYTES // packed_bytes))
-        makers = [dense_onednn, sparse] + [dense_zentorch] * zentorch
-        sides = [[make(weight) for _ in range(copies)] for make in makers]
+        pair = sparse24.compress(weight)
+        sides = [[dense_onednn(weight) for _ in range(copies)], [sparse(*pair) for _ in range(copies)]]
+        if zentorch:
+            sides.append([dense_zentorch(weight) for _ in range(copies)])
         for m in tokens:
             x = torch.randn(m, in_features, dtype=torch.bfloat16)
             dense_seconds, sparse_seconds, *others = medians(sides, x, budget, least=5)
