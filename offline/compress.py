@@ -162,7 +162,9 @@ def _make_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: 
 
     logging.disable_progress_bar()
     if recipe.calibration == "self":
-        whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype=model.dtype).to(model.device).eval()
+        # Plain attention: for one token at a time the fused kernels of a CPU take much longer.
+        whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype=model.dtype, attn_implementation="eager")
+        whole = whole.to(model.device).eval()
         bos = source.config.get_text_config().bos_token_id
         return calibration.from_model(whole, bos, recipe.samples, recipe.seq_len, recipe.seed, monitor)
     try:
