@@ -16,8 +16,8 @@ constexpr int64_t kPassBytes = 640 << 10;
 constexpr int64_t kMinPassTokens = 96;
 // Activations of all passes that are packed together. More tokens than that go in several rounds.
 constexpr int64_t kPanelBytes = 16 << 20;
-// Activations that one thread copies alone (some 20 microseconds), to spare all threads a meeting point.
-constexpr int64_t kPackGrain = 128 << 10;
+// Activations that one thread copies alone (some 10 microseconds), to spare all threads a meeting point.
+constexpr int64_t kPackGrain = 32 << 10;
 // How often a thread comes back for more tiles of a pass.
 constexpr int64_t kTurnsPerThread = 8;
 

@@ -177,25 +177,33 @@ void multiply_tiles(const Product& product, int64_t begin, int64_t end) {
   }
 }
 
+// Four channels of `tokens` tokens into the panel. Plain locals: the panel's bytes may alias anything else.
+template <class Lanes, class Value = typename Lanes::Value>
+void put_group(const Value* x, int64_t stride, const int64_t (&c)[4], int64_t tokens, uint8_t* panel) {
+  const Value *x0 = x + c[0], *x1 = x + c[1], *x2 = x + c[2], *x3 = x + c[3];
+  for (int64_t t = 0, i = 0; t < tokens; ++t, i += stride, panel += Lanes::kActivationBytes)
+    Lanes::put(panel, x0[i], x1[i], x2[i], x3[i]);
+}
+
 // Copies the tokens of some token blocks into the panel, their channels in the stored order.
 template <class Lanes>
 void pack_tokens(const Product& product, int64_t begin, int64_t end) {
-  using Value = typename Lanes::Value;
   const TokenBlocks tokens(product.tokens, Lanes::kBlockTokens);
   const int64_t all_blocks = product.layout.blocks(), stride = product.x_stride;
+  const int32_t* permutation = product.permutation;
   for (int64_t b = begin; b < end; ++b) {
-    const Value* x = static_cast<const Value*>(product.x) + tokens.first(b) * stride;
+    const auto* x = static_cast<const typename Lanes::Value*>(product.x) + tokens.first(b) * stride;
+    const int64_t size = tokens.size(b);
     for (int64_t chunk = 0; chunk < all_blocks; chunk += kChunkBlocks) {
       const int64_t blocks = all_blocks - chunk < kChunkBlocks ? all_blocks - chunk : kChunkBlocks;
+      const int64_t first = chunk * 4 * kBlockGroups, last = first + blocks * 4 * kBlockGroups;
       uint8_t* panel = product.panel + panel_offset<Lanes>(product, chunk, blocks, tokens.first(b));
-      for (int64_t g = chunk * kBlockGroups; g < (chunk + blocks) * kBlockGroups; ++g) {
-        int64_t c[4] = {4 * g, 4 * g + 1, 4 * g + 2, 4 * g + 3};
-        if (product.permutation)
-          for (int64_t& channel : c) channel = product.permutation[channel];
-        for (int64_t t = 0; t < tokens.size(b); ++t, panel += Lanes::kActivationBytes) {
-          const Value* row = x + t * stride;
-          Lanes::put(panel, row[c[0]], row[c[1]], row[c[2]], row[c[3]]);
-        }
+      for (int64_t c = first; c < last; c += 4, panel += size * Lanes::kActivationBytes) {
+        if (permutation)
+          put_group<Lanes>(x, stride, {permutation[c], permutation[c + 1], permutation[c + 2], permutation[c + 3]},
+                           size, panel);
+        else
+          put_group<Lanes>(x, stride, {c, c + 1, c + 2, c + 3}, size, panel);
       }
     }
   }
