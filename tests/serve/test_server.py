@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -23,7 +24,8 @@ def serving(folder: Path, log: Path, *arguments: str):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ["vllm", "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "128"]
+    vllm = Path(sys.executable).with_name("vllm")  # the environment need not be on the path
+    command = [vllm, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "128"]
     with open(log, "w") as file:
         process = subprocess.Popen(
             [*command, *arguments], stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
