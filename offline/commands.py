@@ -52,6 +52,12 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     show_default=True,
     help="Fraction of the weights to keep dense, where it helps most. Takes a second pass over the model.",
 )
+@click.option(
+    "--weights",
+    default="float",
+    show_default=True,
+    help="float: in the model's own dtype. int8: whole numbers and a scale a row, 5 bits a weight instead of 9.",
+)
 @click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears whose name it matches dense. Repeatable.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
@@ -67,7 +73,7 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 @click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(
     model, out, method, exponent, permute, permute_scope, pattern, calibration, samples, seq_len, seed, reconstruct,
-    skip_sensitive, ignore, device, activation_cache, max_shard_size, overwrite, resume, timings,
+    skip_sensitive, weights, ignore, device, activation_cache, max_shard_size, overwrite, resume, timings,
 ):  # fmt: skip
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
 
@@ -87,7 +93,7 @@ def compress(
     recipe = Recipe(
         method=method, exponent=exponent, permute=permute or ("lsa" if served else "none"), permute_scope=permute_scope,
         pattern=parsed, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, ignore=tuple(ignore),
-        reconstruct=reconstruct, skip_sensitive=skip_sensitive,
+        reconstruct=reconstruct, skip_sensitive=skip_sensitive, weights=weights,
     )  # fmt: skip
     place = choose_device(device)
     settings = Settings(place, activation_cache, parse_size(max_shard_size), overwrite, resume)

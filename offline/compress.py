@@ -22,7 +22,7 @@ from ria_vllm.offline.source import Source, opened, stamp_of
 from ria_vllm.offline.streaming import StreamedModel
 from ria_vllm.offline.topology import Topology
 from ria_vllm.offline.units import layer_key, layer_tensors, pruned_weights
-from ria_vllm.schema import REPORT_FILE, RiaSchema, SparsityConfig
+from ria_vllm.schema import REPORT_FILE, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.writer import CheckpointWriter, disk_errors
 
 CALIBRATION_KEY = "calibration"
@@ -84,7 +84,7 @@ def _run(
         for index in range(finished):
             stored, _ = writer.read(layer_key(index))
             names = [f"{model.layer_prefix(index)}{name}" for name in sorted(plan.pruned[index])]
-            layers.replay(index, pruned_weights(stored, names))
+            layers.replay(index, pruned_weights(stored, names, model.stored_dtype))
     for index in monitor.layers(range(finished, total), total):
         pruned = layers.prune(index, plan, last=index == total - 1)
         records = {name: linear.record for name, linear in pruned.items()}
@@ -193,7 +193,7 @@ def _sensitive(
     if not recipe.skip_sensitive:
         return []
     if not team.from_first(writer.has(SENSITIVITY_KEY)):
-        layers = LayerPass(model, tokens, cache, recipe.without_training(), team, monitor)
+        layers = LayerPass(model, tokens, cache, recipe, team, monitor, follow=False)
         plan = make_plan(model, layers.topology, recipe)
         monitor.say("measuring what pruning does to each linear")
         records = {}
@@ -243,7 +243,9 @@ def _finish(
         total = sum(m.weight.numel() for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear))
         sparsity = SparsityConfig(ignore=list(plan.dense), global_sparsity=round(0.5 * pruned / total, 6))
         folds = topology.absolute_folds(model.layers_path)
-        schema = RiaSchema(sparsity_config=sparsity, folds=folds, recipe=recipe.dump(source.name))
-        config["quantization_config"] = schema.model_dump(mode="json")
+        dtype = str(model.stored_dtype).removeprefix("torch.")
+        weights = WeightQuantization(dtype=dtype) if recipe.weights == "int8" else None
+        schema = RiaSchema(sparsity_config=sparsity, weights=weights, folds=folds, recipe=recipe.dump(source.name))
+        config["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
     json_files = {"config.json": config, REPORT_FILE: report}
     writer.finish(keys, json_files, source.small_files(), settings.max_shard_size)

@@ -17,13 +17,15 @@ from ria_vllm.offline.plan import Plan
 from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.ranks import Ranks
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.solve import Pruned, find_orders, solve
+from ria_vllm.offline.solve import Pruned, find_orders, solve, stored_weight
 from ria_vllm.offline.streaming import StreamedModel
 from ria_vllm.offline.topology import Component, Group, describe
 
 T = TypeVar("T")
 # Tokens in one forward pass of a layer. Chunks do not depend on the number of ranks, so neither do results.
 CHUNK_TOKENS = 2048
+# Steps of block training, one a chunk: in 8 passes over little data, in fewer over more, but never in less than 2.
+TRAINING_STEPS = 128
 
 
 class LayerPass:
@@ -32,6 +34,7 @@ class LayerPass:
     Args:
         tokens: int64 [samples, seq_len], all of them; this rank takes its share.
         cache: a folder for activations, or None to keep them in memory.
+        follow: whether to take the dense model's stream along on its own path, if the recipe asks for it.
 
     Raises:
         RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
@@ -45,6 +48,7 @@ class LayerPass:
         recipe: Recipe,
         team: Ranks,
         monitor: Monitor,
+        follow: bool = True,
     ):
         self.model, self.recipe, self.team, self.monitor = model, recipe, team, monitor
         chunks = tokens.split(max(1, CHUNK_TOKENS // tokens.shape[1]))
@@ -55,8 +59,10 @@ class LayerPass:
             )
         self.chunks = len(chunks)
         self.pruned = Activations(None if cache is None else cache / f"pruned-{team.rank}")
-        # Block reconstruction aims at the stream of the dense model on its own path.
-        self.dense = Activations(None if cache is None else cache / f"dense-{team.rank}") if recipe.trains else None
+        # Reconstruction aims at the stream of the dense model on its own path.
+        self.dense: Activations | None = None
+        if follow and recipe.follows_dense:
+            self.dense = Activations(None if cache is None else cache / f"dense-{team.rank}")
         self.calls: dict[torch.Size, list[LayerCall]] = {}
         self._embed(chunks)
 
@@ -86,15 +92,15 @@ class LayerPass:
         layer = self.model.load_layer(index)
         pruned: dict[str, Pruned] = {}
         for component in self.topology.components:
-            if self.dense is not None:
-                advance(layer, component, self._calls(index), self.dense, self.monitor)
             part: dict[str, Pruned] = {}
-            for stage in component.stages:
-                found = self._solve_stage(index, layer, component, plan.groups(index, stage))
+            for number, stage in enumerate(component.stages):
+                found = self._solve_stage(index, layer, component, plan.groups(index, stage), number)
+                if number == 0 and self.dense is not None:  # while nothing of the component is pruned
+                    advance(layer, component, self._calls(index), self.dense, self.monitor)
                 for name, linear in found.items():
                     _set_weight(layer, name, linear.weight)
                 part |= found
-            if self.dense is not None and part:
+            if self.recipe.trains and part:
                 part = self._train(index, layer, component, part)
             if not last or component is not self.topology.components[-1]:
                 advance(layer, component, self._calls(index), self.pruned, self.monitor)
@@ -107,8 +113,8 @@ class LayerPass:
         layer = self.model.load_layer(index)
         records: dict[str, dict[str, Any]] = {}
         for component in self.topology.components:
-            for stage in component.stages:
-                found = self._solve_stage(index, layer, component, plan.groups(index, stage))
+            for number, stage in enumerate(component.stages):
+                found = self._solve_stage(index, layer, component, plan.groups(index, stage), number)
                 records |= {name: linear.record for name, linear in found.items()}
             advance(layer, component, self._calls(index), self.pruned, self.monitor)
         self.model.free_layer(index)
@@ -141,13 +147,15 @@ class LayerPass:
                 masks,
                 _Everywhere(self.pruned, self.chunks, self.team, self.model.device),
                 _Everywhere(self.dense, self.chunks, self.team, self.model.device),
+                passes=min(8, max(2, TRAINING_STEPS // self.chunks)),
                 seed=self.recipe.seed,
             )
         trained = {}
         for name, linear in pruned.items():
-            weight = (layer.get_submodule(name).weight.data * masks[name]).to(linear.weight)
+            trained_weight = layer.get_submodule(name).weight.data * masks[name]
+            weight, scale = stored_weight(trained_weight, linear.weight.dtype, self.recipe)
             record = linear.record | {"block_loss": [losses[0], losses[-1]]}
-            trained[name] = replace(linear, weight=weight, record=record)
+            trained[name] = replace(linear, weight=weight, scale=scale, record=record)
         for parameter in layer.parameters():
             parameter.data = parameter.data.to(self.model.dtype)
         for name, linear in trained.items():
@@ -155,13 +163,17 @@ class LayerPass:
         return trained
 
     def _solve_stage(
-        self, index: int, layer: nn.Module, component: Component, groups: Sequence[Group]
+        self, index: int, layer: nn.Module, component: Component, groups: Sequence[Group], number: int
     ) -> dict[str, Pruned]:
         if not groups:
             return {}
         prefix = self.model.layer_prefix(index)
         calls, with_gram = self._calls(index), self.recipe.needs_gram
-        found = gather(layer, component, groups, calls, self.pruned, with_gram, self.team, self.monitor, prefix)
+        before = self.dense if number == 0 else None
+        after = self.dense if component.additive and number == len(component.stages) - 1 else None
+        found = gather(
+            layer, component, groups, calls, self.pruned, with_gram, self.team, self.monitor, prefix, before, after
+        )
         trim()
         names = [name for group in groups for name in group.linears]
         statistics = {name: stats for group, stats in zip(groups, found, strict=True) for name in group.linears}

@@ -14,6 +14,7 @@ from ria_vllm.offline.prune import Pattern
 METHODS = (*scores.METHODS, "sparsegpt")
 SCOPES = ("shared", "linear")
 RECONSTRUCTIONS = ("none", "admm", "block")
+WEIGHTS = ("float", "int8")
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,16 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     reconstruct: str = "admm"
     skip_sensitive: float = 0.0
+    weights: str = "float"
 
     def __post_init__(self):
         choices = (("method", METHODS), ("permute", permute.METHODS), ("permute_scope", SCOPES))
-        for name, allowed in (*choices, ("reconstruct", RECONSTRUCTIONS)):
+        for name, allowed in (*choices, ("reconstruct", RECONSTRUCTIONS), ("weights", WEIGHTS)):
             if getattr(self, name) not in allowed:
                 option = "--" + name.replace("_", "-")
                 raise RiaError(f"{option} {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
+        if self.weights == "int8" and not self.served:
+            raise RiaError(f"--weights int8 is for the pattern 2:4; {self.pattern} is written as plain dense weights.")
         if self.samples < 1 or self.seq_len < 2:
             raise RiaError("--samples takes at least 1, --seq-len at least 2.")
         if not 0 <= self.skip_sensitive < 1:
@@ -65,6 +69,11 @@ class Recipe:
         return self.reconstruct != "none" or self.method == "sparsegpt" or self.skip_sensitive > 0
 
     @property
+    def follows_dense(self) -> bool:
+        """Whether weights are updated towards what the dense model, on its own path, has there."""
+        return self.reconstruct != "none"
+
+    @property
     def trains(self) -> bool:
         return self.reconstruct == "block"
 
@@ -74,9 +83,6 @@ class Recipe:
 
     def with_seq_len(self, seq_len: int) -> "Recipe":
         return replace(self, seq_len=seq_len)
-
-    def without_training(self) -> "Recipe":
-        return replace(self, reconstruct="admm") if self.trains else self
 
     def ignores(self, name: str) -> bool:
         return any(re.search(expression, name) for expression in self.ignore)

@@ -10,7 +10,13 @@ from ria_vllm.errors import RiaError
 METHODS = ("ria", "ri", "wanda", "magnitude")
 
 
-def score(method: str, weight: torch.Tensor, input_norm: torch.Tensor, exponent: float = 0.5) -> torch.Tensor:
+def score(
+    method: str,
+    weight: torch.Tensor,
+    input_norm: torch.Tensor,
+    exponent: float = 0.5,
+    column_sums: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Importance S of every weight.
 
     ria        S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||^exponent   (Zhang et al., ICLR 2024)
@@ -23,6 +29,7 @@ def score(method: str, weight: torch.Tensor, input_norm: torch.Tensor, exponent:
         weight: [out, in], any floating dtype; computed in float32.
         input_norm: [in], ||X_j||; not used by ri and magnitude.
         exponent: a, used by ria alone.
+        column_sums: [in], sum_i |W_ij|, where `weight` has only some of the rows; None: over the rows given.
 
     Returns:
         S [out, in] float32, never NaN for finite input: a row or column of zeros scores 0.
@@ -40,11 +47,11 @@ def score(method: str, weight: torch.Tensor, input_norm: torch.Tensor, exponent:
     norm = input_norm.float()
     if method == "wanda":
         return magnitude * norm
-    relative = _share(magnitude, dim=0) + _share(magnitude, dim=1)
+    column_sums = magnitude.sum(0) if column_sums is None else column_sums
+    relative = _share(magnitude, column_sums) + _share(magnitude, magnitude.sum(1, keepdim=True))
     return relative if method == "ri" else relative * norm**exponent
 
 
-def _share(magnitude: torch.Tensor, dim: int) -> torch.Tensor:
-    total = magnitude.sum(dim, keepdim=True)
+def _share(magnitude: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     # A sum of zero has only zeros to divide.
     return magnitude / torch.where(total > 0, total, 1.0)

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ria_vllm import permutation
+from ria_vllm import permutation, sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import permute, prune, scores
 from ria_vllm.offline.capture import Statistics
 from ria_vllm.offline.ranks import Ranks
-from ria_vllm.offline.reconstruct import AdmmSolver, admm_solver, output_error
+from ria_vllm.offline.reconstruct import AdmmSolver, Choice, admm_solver, output_error
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.sparsegpt import sparsegpt
 from ria_vllm.offline.topology import Group
@@ -23,13 +23,23 @@ class Pruned:
     """One pruned linear, in the model's own order of channels.
 
     weight: [out, in] in the checkpoint's dtype, zero outside `mask`; mask: bool [out, in], the pattern in order p;
-    p: int64 [in] or None for the model's own order; record: what the report says of it.
+    p: int64 [in] or None for the model's own order; record: what the report says of it; scale: float32 [out, 1] where
+    the weight is int8 times that, rounded to the dtype.
     """
 
     weight: torch.Tensor
     mask: torch.Tensor
     p: torch.Tensor | None
     record: dict[str, Any]
+    scale: torch.Tensor | None = None
+
+
+def stored_weight(weight: torch.Tensor, dtype: torch.dtype, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`weight` as it will be read back, and its scale [out, 1] if it is stored as int8; both on the CPU."""
+    if recipe.weights == "float":
+        return weight.to(dtype).cpu(), None
+    values, scale = sparse24.quantize_rows(weight)
+    return (values.float() * scale).to(dtype).cpu(), scale.cpu()
 
 
 @contextmanager
@@ -151,21 +161,32 @@ def _prune(
     W = None
     if recipe.method == "sparsegpt":
         W, mask = _sparsegpt(weight, statistics.gram, p, recipe)
-        record = _retained(weight, statistics, mask, recipe)
     else:
-        S = score(weight, statistics, recipe)
-        mask = _mask(S, p, recipe)
-        record = _retained(weight, statistics, mask, recipe, S)
-        del S  # one of several matrices of the weight's size; memory is counted in them
+        mask = _mask(score(weight, statistics, recipe), p, recipe)
+    start = mask
     if recipe.reconstruct != "none":
-        W = solvers.of(statistics.gram).solve(weight, mask)
+        pull = statistics.drift and statistics.drift.pull(weight)
+        choose = None if recipe.method == "sparsegpt" else _choice(weight, statistics, p, recipe)
+        W, mask = solvers.of(statistics.gram).solve(weight, mask, pull=pull, choose=choose)
+        del pull  # one of several matrices of the weight's size; memory is counted in them
+    record = _retained(weight, statistics, start, recipe)
     W = weight * mask if W is None else W
-    W = W.to(dtype)
+    W, scale = stored_weight(W, dtype, recipe)
     record |= {"shape": list(weight.shape), "permuted": p is not None}
     if statistics.gram is not None:
-        record["error_before"] = output_error(weight, weight * mask, statistics.gram)
-        record["error_after"] = output_error(weight, W, statistics.gram)
-    return Pruned(W.cpu(), mask.cpu(), p, record)
+        record["error_before"] = output_error(weight, weight * start, statistics.gram, statistics.drift)
+        record["error_after"] = output_error(weight, W.to(weight.device), statistics.gram, statistics.drift)
+    return Pruned(W, mask.cpu(), p, record, scale)
+
+
+def _choice(weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None, recipe: Recipe) -> Choice:
+    """The mask of some rows by the method's own score, each of its sums over columns as in the dense weight."""
+    column_sums = weight.abs().float().sum(0)
+
+    def choose(rows: torch.Tensor) -> torch.Tensor:
+        return _mask(scores.score(recipe.method, rows, statistics.norm, recipe.exponent, column_sums), p, recipe)
+
+    return choose
 
 
 def _mask(S: torch.Tensor, p: torch.Tensor | None, recipe: Recipe) -> torch.Tensor:
@@ -189,10 +210,10 @@ def _sparsegpt(
 
 
 def _retained(
-    weight: torch.Tensor, statistics: Statistics, mask: torch.Tensor, recipe: Recipe, S: torch.Tensor | None = None
+    weight: torch.Tensor, statistics: Statistics, mask: torch.Tensor, recipe: Recipe
 ) -> dict[str, Any]:
     """The share of the score that stays: with the pattern in the model's own order, and with this mask."""
-    S = score(weight, statistics, recipe) if S is None else S
+    S = score(weight, statistics, recipe)
     whole = float(S.sum(dtype=torch.float64)) or 1.0
     kept = {"retained_before": prune.mask(S, recipe.pattern), "retained_after": mask}
     return {name: float(S.where(keep, 0.0).sum(dtype=torch.float64)) / whole for name, keep in kept.items()}

@@ -45,12 +45,14 @@ class Component:
     stages: groups whose statistics are gathered together; a later stage sees what an earlier one pruned.
     ends_before: the submodule whose input is the stream that this component leaves (None: the end of the layer).
     silenced: the submodule that ran before this component and has to add nothing to the stream it starts from.
+    additive: the stream after the component is the one before it plus the output of the last stage's one linear.
     """
 
     name: str
     stages: tuple[tuple[Group, ...], ...]
     ends_before: str | None = None
     silenced: str | None = None
+    additive: bool = False
 
     @property
     def linears(self) -> list[str]:
@@ -144,14 +146,16 @@ def _attention_fold(consumer: str, producer: Producer, heads: Heads) -> Fold:
     )
 
 
-def _two_components(attention: Iterable[Group], mlp: Iterable[Group], between: str) -> tuple[Component, ...]:
+def _two_components(
+    attention: Iterable[Group], mlp: Iterable[Group], between: str, additive: bool = True
+) -> tuple[Component, ...]:
     return (
-        Component("attention", tuple((group,) for group in attention), ends_before=between),
-        Component("mlp", tuple((group,) for group in mlp), silenced="self_attn"),
+        Component("attention", tuple((group,) for group in attention), ends_before=between, additive=additive),
+        Component("mlp", tuple((group,) for group in mlp), silenced="self_attn", additive=additive),
     )
 
 
-def _llama(config: Any, between: str = "post_attention_layernorm") -> Topology:
+def _llama(config: Any, between: str = "post_attention_layernorm", additive: bool = True) -> Topology:
     heads = _heads(config)
     attention = (
         Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -166,11 +170,12 @@ def _llama(config: Any, between: str = "post_attention_layernorm") -> Topology:
             coupling="elementwise",
         ),
     )
-    return Topology(_two_components(attention, mlp, between), folds)
+    return Topology(_two_components(attention, mlp, between, additive), folds)
 
 
 def _gemma(config: Any) -> Topology:
-    return _llama(config, between="pre_feedforward_layernorm")
+    # Norms stand between the last linears and the stream.
+    return _llama(config, between="pre_feedforward_layernorm", additive=False)
 
 
 def _phi3(config: Any) -> Topology:

@@ -28,19 +28,27 @@ def layer_tensors(
             continue
         order = slice(None) if linear.p is None else linear.p
         compressed, bitmask = sparse24.compress(linear.weight[:, order], linear.mask[:, order])
+        if linear.scale is not None:
+            # Exact: the dtype's rounding has moved no weight by as much as half a step.
+            compressed = (compressed.float() / linear.scale).round().to(torch.int8)
+            tensors[f"{name}.weight_scale"] = linear.scale
         tensors[f"{name}.compressed"], tensors[f"{name}.bitmask"] = compressed, bitmask
         tensors[f"{name}.shape"] = torch.tensor(linear.weight.shape, dtype=torch.int64).view(2, 1)
     return tensors
 
 
-def pruned_weights(tensors: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
-    """linear -> [out, in] in the model's own order, from a finished layer's tensors."""
+def pruned_weights(
+    tensors: Mapping[str, torch.Tensor], names: list[str], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """linear -> [out, in] in the model's own order and dtype, from a finished layer's tensors."""
     weights = {}
     for name in names:
         if f"{name}.weight" in tensors:
             weights[name] = tensors[f"{name}.weight"]
             continue
         stored = sparse24.decompress(tensors[f"{name}.compressed"], tensors[f"{name}.bitmask"])
+        if f"{name}.weight_scale" in tensors:
+            stored = (stored.float() * tensors[f"{name}.weight_scale"]).to(dtype)
         p = tensors.get(f"{name}.input_permutation")
         weights[name] = stored if p is None else stored[:, permutation.invert(p).long()]
     return weights

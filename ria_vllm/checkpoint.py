@@ -19,12 +19,17 @@ SINGLE_FILE = "model.safetensors"
 
 @dataclass(frozen=True)
 class SparseLinear:
-    """One pruned linear: compressed [out, in/2], bitmask [out, in/8], input_permutation int32 [in] or None."""
+    """One pruned linear: compressed [out, in/2], bitmask [out, in/8], input_permutation int32 [in] or None.
+
+    scale: float32 [out, 1] where `compressed` is int8, else None; dtype: of the dense weight.
+    """
 
     name: str
     compressed: torch.Tensor
     bitmask: torch.Tensor
     input_permutation: torch.Tensor | None
+    scale: torch.Tensor | None
+    dtype: torch.dtype
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -32,7 +37,8 @@ class SparseLinear:
 
     def stored(self) -> torch.Tensor:
         """Dense [out, in], columns in the stored order."""
-        return sparse24.decompress(self.compressed, self.bitmask)
+        values = sparse24.decompress(self.compressed, self.bitmask)
+        return values if self.scale is None else (values.float() * self.scale).to(self.dtype)
 
     def dense(self) -> torch.Tensor:
         """Dense [out, in], columns in the model's own order."""
@@ -103,6 +109,17 @@ def tensor_names(path: Path) -> list[str]:
         raise RiaError(f"{path}: broken or truncated safetensors file ({error}). Get the file again.") from None
 
 
+def wrong_scale(compressed: torch.Tensor, scale: torch.Tensor | None) -> str | None:
+    """What is wrong with the scales of a pruned linear's rows, or None; int8 values have them, others do not."""
+    if (compressed.dtype == torch.int8) != (scale is not None):
+        return f"values of dtype {compressed.dtype} {'with' if scale is not None else 'without'} weight_scale"
+    if scale is None:
+        return None
+    if scale.dtype != torch.float32 or tuple(scale.shape) != (len(compressed), 1):
+        return f"weight_scale is {scale.dtype} {tuple(scale.shape)}, expected float32 {(len(compressed), 1)}"
+    return None if bool((scale.isfinite() & (scale > 0)).all()) else "a weight_scale is no positive number"
+
+
 def load_tensor(path: Path, name: str) -> torch.Tensor:
     """One tensor, on the CPU."""
     try:
@@ -147,8 +164,13 @@ class Reader:
     @property
     def dense_names(self) -> list[str]:
         """Tensors stored as they are (embeddings, norms, biases, linears left dense)."""
-        own = {f"{name}.{part}" for name in self.sparse_names for part in ("compressed", "bitmask", "shape")}
+        own = {f"{name}.{part}" for name in self.sparse_names for part in self.parts}
         return [name for name in self.files if name not in own]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The tensors of a pruned linear."""
+        return ("compressed", "bitmask", "shape") + (("weight_scale",) if self.schema.weights else ())
 
     def tensor(self, name: str) -> torch.Tensor:
         return load_tensor(self.files[name], name)
@@ -162,7 +184,7 @@ class Reader:
     def linear(self, name: str) -> SparseLinear:
         """Load and check one pruned linear."""
         parts = {}
-        for part in ("compressed", "bitmask", "shape"):
+        for part in self.parts:
             if f"{name}.{part}" not in self.files:
                 raise RiaError(f"{self.folder}: {name}.{part} is missing. Get the weight files again.")
             parts[part] = self.tensor(f"{name}.{part}")
@@ -173,12 +195,17 @@ class Reader:
         wrong = sparse24.check(parts["compressed"], parts["bitmask"], tuple(shape.flatten().tolist()))
         if wrong:
             raise RiaError(f"{path}: {name}: {wrong}. The file is damaged; get it again.")
+        compressed, scale = parts["compressed"], parts.get("weight_scale")
+        wrong = wrong_scale(compressed, scale)
+        if wrong:
+            raise RiaError(f"{path}: {name}: {wrong}. The file is damaged, or config.json is another model's.")
         p = self.permutation(name)
         if p is not None:
             wrong = permutation.check(p, parts["bitmask"].shape[1] * 8)
             if wrong:
                 raise RiaError(f"{self.permutation_file}: {name}: not a permutation: {wrong}. Get the file again.")
-        return SparseLinear(name, parts["compressed"], parts["bitmask"], p)
+        dtype = getattr(torch, self.schema.weights.dtype) if self.schema.weights else compressed.dtype
+        return SparseLinear(name, compressed, parts["bitmask"], p, scale, dtype)
 
     def report(self) -> dict[str, Any]:
         """What `compress` measured; empty where the report was not kept."""

@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ria_vllm import permutation, sparse24
-from ria_vllm.checkpoint import load_tensor, tensor_names
+from ria_vllm.checkpoint import load_tensor, tensor_names, wrong_scale
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE, QUANT_METHOD, RiaSchema
 
@@ -70,6 +70,8 @@ class RiaQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         parts = [r"\.compressed$", r"\.bitmask$", r"\.shape$"]
+        if self.quantization_config.schema.weights is not None:
+            parts.append(r"\.weight_scale$")
         return [WeightConverter(source_patterns=parts, target_patterns=".weight", operations=[self.decompress])]
 
     def is_serializable(self) -> bool:
@@ -92,7 +94,13 @@ class Decompress(ConversionOps):
         wrong = sparse24.check(compressed, bitmask, tuple(shape.flatten().tolist()))
         if wrong:
             raise RiaError(f"{name}: {wrong}. The file is damaged; get it again.")
+        scale = _single(input_dict, "weight_scale")
+        wrong = wrong_scale(compressed, scale)
+        if wrong:
+            raise RiaError(f"{name}: {wrong}. The file is damaged; get it again.")
         dense = sparse24.decompress(compressed, bitmask)
+        if scale is not None:
+            dense = dense.float() * scale
         stored = f"{name}.input_permutation"
         if self.permutations is not None and stored in tensor_names(self.permutations):
             p = load_tensor(self.permutations, stored)
@@ -107,8 +115,8 @@ def _operations(conversion: Any) -> list[ConversionOps]:
     return getattr(conversion, "operations", [])
 
 
-def _single(input_dict: dict[str, Any], part: str) -> torch.Tensor:
-    found = next(value for key, value in input_dict.items() if part in key)
+def _single(input_dict: dict[str, Any], part: str) -> torch.Tensor | None:
+    found = next((value for key, value in input_dict.items() if part in key), None)
     return found[0] if isinstance(found, list) else found
 
 

@@ -8,7 +8,7 @@ from ria_vllm.checkpoint import Reader
 
 @dataclass(frozen=True)
 class LinearEntry:
-    """One pruned linear. `bytes` counts values, bitmask, shape and permutation; `sparsity` counts real zeros."""
+    """One pruned linear. `bytes` counts values, scales, bitmask, shape and permutation; `sparsity` counts real zeros."""
 
     name: str
     shape: tuple[int, int]
@@ -80,9 +80,7 @@ def take_inventory(reader: Reader) -> Inventory:
     for name in sorted(reader.sparse_names, key=natural_order):
         linear = reader.linear(name)
         rows, columns = linear.shape
-        stored = [linear.compressed, linear.bitmask]
-        if linear.input_permutation is not None:
-            stored.append(linear.input_permutation)
+        stored = (linear.compressed, linear.bitmask, linear.input_permutation, linear.scale)
         own_zeros = rows * columns - int(linear.compressed.count_nonzero())
         zeros += own_zeros
         kind = "none" if name not in reader.permuted_names else "folded" if name in folded else "gathered"
@@ -91,8 +89,8 @@ def take_inventory(reader: Reader) -> Inventory:
                 name=name,
                 shape=(rows, columns),
                 dtype=str(linear.compressed.dtype).removeprefix("torch."),
-                bytes=sum(t.nbytes for t in stored) + 2 * 8,  # and the shape, two int64
-                dense_bytes=rows * columns * linear.compressed.element_size(),
+                bytes=sum(t.nbytes for t in stored if t is not None) + 2 * 8,  # and the shape, two int64
+                dense_bytes=rows * columns * linear.dtype.itemsize,
                 sparsity=own_zeros / (rows * columns),
                 permutation=kind,
                 retained_before=report_number(reported.get(name), "retained_before"),

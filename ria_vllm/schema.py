@@ -74,6 +74,19 @@ class SparsityConfig(BaseModel):
         return ignore
 
 
+class WeightQuantization(BaseModel):
+    """`compressed` holds int8, and NAME.weight_scale float32 [out, 1] what to multiply each row by.
+
+    dtype: of the dense model, and so of what is exported.
+    """
+
+    num_bits: Literal[8] = 8
+    type: Literal["int"] = "int"
+    strategy: Literal["channel"] = "channel"
+    symmetric: Literal[True] = True
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+
 class RiaSchema(BaseModel):
     """The whole `quantization_config`. Unknown keys are kept, so that newer minor versions stay readable."""
 
@@ -82,6 +95,7 @@ class RiaSchema(BaseModel):
     format: Literal["sparse-24-bitmask"] = FORMAT
     format_version: Literal[1] = FORMAT_VERSION
     sparsity_config: SparsityConfig
+    weights: WeightQuantization | None = None
     folds: list[Fold] = []
     recipe: dict[str, Any] = {}
 

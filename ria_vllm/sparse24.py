@@ -11,6 +11,8 @@ A group with fewer than two non-zeros still stores two values, so both shapes ar
 import torch
 
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Stored as whole numbers, with one scale a row elsewhere.
+QUANTIZED_DTYPES = (torch.int8,)
 IN_FEATURES_MULTIPLE = 64
 
 
@@ -32,13 +34,29 @@ def compress(dense: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[tor
         raise ValueError(f"a 2:4 matrix needs two dimensions and columns in multiples of 8, not {tuple(dense.shape)}")
     rows, columns = dense.shape
     if mask is None:
-        kept = dense.abs().reshape(rows, columns // 4, 4).sort(dim=-1, descending=True, stable=True).indices[..., :2]
+        magnitude = dense.abs() if dense.is_floating_point() else dense.short().abs()  # -128 has no int8 magnitude
+        kept = magnitude.reshape(rows, columns // 4, 4).sort(dim=-1, descending=True, stable=True).indices[..., :2]
         mask = torch.zeros(rows, columns // 4, 4, dtype=torch.bool, device=dense.device)
         mask = mask.scatter_(-1, kept, True).view(rows, columns)
     if mask.shape != dense.shape or not bool((mask.reshape(rows, -1, 4).sum(-1) == 2).all()):
         raise ValueError("a 2:4 mask has the matrix's shape and exactly two kept values in each group of four")
     bits = mask.reshape(rows, columns // 8, 8).to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)
     return dense[mask].view(rows, columns // 2), bits.sum(-1, dtype=torch.uint8)
+
+
+def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 with one scale a row: weight ~ values * scale, off by at most half a scale.
+
+    Args:
+        weight: [out, ...], any floating dtype.
+
+    Returns:
+        values int8, shaped as `weight`, in -127..127, and scale float32 [out, 1], positive.
+    """
+    weight = weight.float()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (weight / scale).round().to(torch.int8), scale
 
 
 def mask_from_bitmask(bitmask: torch.Tensor) -> torch.Tensor:
@@ -63,8 +81,8 @@ def check(compressed: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, int
     """
     if compressed.dim() != 2 or bitmask.dim() != 2:
         return f"expected two matrices, got shapes {tuple(compressed.shape)} and {tuple(bitmask.shape)}"
-    if compressed.dtype not in VALUE_DTYPES:
-        return f"values have dtype {compressed.dtype}, expected bfloat16, float16 or float32"
+    if compressed.dtype not in VALUE_DTYPES + QUANTIZED_DTYPES:
+        return f"values have dtype {compressed.dtype}, expected bfloat16, float16, float32 or int8"
     if bitmask.dtype != torch.uint8:
         return f"the bitmask has dtype {bitmask.dtype}, expected uint8"
     rows, columns = bitmask.shape[0], bitmask.shape[1] * 8

@@ -55,6 +55,22 @@ def test_of_equals_the_left_ones_stay():
     assert found.view(-1, 4).tolist() == [[1.0, 1.0, 0.0, 0.0]] * 16
 
 
+def test_the_largest_magnitude_of_int8_is_kept():
+    values, bitmask = sparse24.compress(torch.tensor([[-128, 127, 1, 0, 0, 3, 2, -4]], dtype=torch.int8))
+    assert values.tolist() == [[-128, 127, 3, -4]] and bitmask.item() == 0b10100011
+
+
+@pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES)
+def test_rows_are_quantized_to_the_nearest_step(dtype):
+    weight = (torch.randn(9, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 9)[:, None]).to(dtype)
+    weight[4] = 0
+    values, scale = sparse24.quantize_rows(weight)
+    assert values.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (9, 1)
+    assert (values.abs().amax(1) == 127).tolist() == [True] * 4 + [False] + [True] * 4 and (values[4] == 0).all()
+    off = (values.double() * scale.double() - weight.double()).abs() / scale.double()
+    assert off.max() <= 0.5 + 1e-4
+
+
 def test_non_contiguous_input():
     dense = torch.randn(64, 24, generator=torch.Generator().manual_seed(7)).t()
     mask = random_mask(24, 64).t().contiguous().t()

@@ -30,13 +30,35 @@ def pruned_in_full(source: Path, compressed: Path, folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).double().eval()
 
 
+def seen_by(model, tokens, names):
+    """What the linears `names` read, and the residual stream before, between and after each layer's components."""
+    inputs, streams = {}, {}
+    for name in names:
+        hook = lambda _, args, name=name: inputs.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]))  # noqa: E731
+        model.get_submodule(name).register_forward_pre_hook(hook)
+    layers = model.model.decoder.layers if hasattr(model.model, "decoder") else model.model.layers
+    for index, layer in enumerate(layers):
+        between = getattr(layer, "final_layer_norm", None) or layer.post_attention_layernorm
+        for key, module in (("before", layer), ("between", between)):
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, at=(index, key): streams.__setitem__(at, args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+        layer.register_forward_hook(
+            lambda _, args, out, at=(index, "after"): streams.__setitem__(at, out[0] if isinstance(out, tuple) else out)
+        )
+    with torch.no_grad():
+        model(input_ids=tokens)
+    return inputs, {at: stream.reshape(-1, stream.shape[-1]) for at, stream in streams.items()}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_stage_sees_what_the_pruned_layers_before_it_produce(family, tiny, text, tmp_path, monkeypatch):
     found = {}
 
     def keeping(layer, component, stage, *rest):
         statistics = gather(layer, component, stage, *rest)
-        found.update({rest[-1] + group.linears[0]: one for group, one in zip(stage, statistics, strict=True)})
+        found.update({rest[-3] + group.linears[0]: one for group, one in zip(stage, statistics, strict=True)})
         return statistics
 
     gather = layers.gather
@@ -46,20 +68,32 @@ def test_every_stage_sees_what_the_pruned_layers_before_it_produce(family, tiny,
     recipe = Recipe(calibration=str(text), samples=5, seq_len=60)
     compress(str(tiny(family)), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
 
+    attention = "eager" if family == "gemma2" else None
+    dense = AutoModelForCausalLM.from_pretrained(tiny(family), attn_implementation=attention).double().eval()
     model = pruned_in_full(tiny(family), tmp_path / "out", tmp_path / "full")
     tokens = from_text(str(text), AutoTokenizer.from_pretrained(tiny(family)), 5, 60, 0)
-    expected = {}
-    for name in found:
-        hook = lambda _, args, name=name: expected.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]))  # noqa: E731
-        model.get_submodule(name).register_forward_pre_hook(hook)
-    with torch.no_grad():
-        model(input_ids=tokens)
+    (expected, streams), (undrifted, goal) = (seen_by(one, tokens, found) for one in (model, dense))
     assert len(found) == 8
     for name, X in expected.items():
         gram = X.T @ X
         scale = gram.diagonal().sqrt()
         assert ((found[name].gram - gram).abs() <= 1e-4 * scale[:, None] * scale + 1e-6).all(), name
         torch.testing.assert_close(found[name].norm.double(), scale, rtol=1e-4, atol=1e-5)
+        linear = dense.get_submodule(name).requires_grad_(False)
+        index = int(next(part for part in name.split(".") if part.isdigit()))
+        drift = found[name].drift
+        if name.endswith(("q_proj", "qkv_proj")) or name.endswith(("gate_proj", "gate_up_proj", "fc1")) and "post" not in family:
+            missing = (undrifted[name] - X) @ linear.weight.T
+        elif "gemma" in family or "post" in family:
+            assert drift is None
+            continue
+        else:
+            first, last = ("before", "between") if "self_attn" in name else ("between", "after")
+            missing = goal[index, last] - streams[index, first] - linear(X)
+        size = linear(X).norm()
+        assert (drift.pull(linear.weight) - missing.T @ X).norm() <= 1e-4 * size * X.norm(), name
+        assert abs(drift.gap(linear.weight) - missing.square().sum()) <= 1e-4 * size**2, name
+        assert index == 0 and name.endswith(("q_proj", "qkv_proj")) or missing.norm() > 0.01 * size, name
 
 
 def test_streams_on_disk_come_back(tmp_path):

@@ -53,7 +53,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(make_model, text, tmp
     assert not units.parent.exists()
 
 
-@pytest.mark.parametrize("options", [{}, {"reconstruct": "block"}, {"skip_sensitive": 0.2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reconstruct": "block"}, {"skip_sensitive": 0.2, "weights": "int8"}], ids=str)
 @pytest.mark.parametrize("family", ["gemma3", "phi3", "gpt-neox"])
 def test_stopped_after_a_layer_it_goes_on_to_the_same_bytes(family, options, tiny, text, tmp_path, monkeypatch):
     run(tiny(family), tmp_path / "whole", text, **options)

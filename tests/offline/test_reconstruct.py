@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ria_vllm.offline.drift import InputDrift, OutputDrift
 from ria_vllm.offline.prune import Pattern, mask
 from ria_vllm.offline.reconstruct import admm, admm_solver, output_error
 
@@ -18,13 +19,14 @@ def objective(W, V, X):
     return (X.double() @ (W.double() - V.double()).T).norm().item()
 
 
-def least_squares(W, X, keep):
-    """Row by row in float64, over the kept columns alone."""
+def least_squares(W, X, keep, Y=None):
+    """Row by row in float64, over the kept columns alone, towards Y or X W^T."""
     X, W = X.double(), W.double()
+    Y = X @ W.T if Y is None else Y.double()
     best = torch.zeros_like(W)
     for i in range(W.shape[0]):
         columns = keep[i].nonzero().flatten()
-        best[i, columns] = torch.linalg.lstsq(X[:, columns], X @ W[i]).solution
+        best[i, columns] = torch.linalg.lstsq(X[:, columns], Y[:, i]).solution
     return best
 
 
@@ -34,6 +36,45 @@ def test_admm_against_least_squares():
     found = objective(W, admm(W, X.T @ X, keep, damping=1e-6), X)
     assert best < 0.8 * objective(W, W * keep, X)
     assert best <= found < 1.01 * best
+
+
+def drifted(W, X, seed=1):
+    """An output that is not X W^T, and the two kinds of drift that lead to it."""
+    dense = X + 0.05 * X @ torch.randn(X.shape[1], X.shape[1], generator=torch.Generator().manual_seed(seed))
+    Y, D = dense @ W.T, dense - X
+    R = Y - X @ W.T
+    return Y, [InputDrift(D.T @ X, D.T @ D), OutputDrift(R.T @ X, R.square().sum().item())]
+
+
+def test_admm_against_least_squares_where_the_input_has_drifted():
+    W, X, keep = layer(24, 32, 400)
+    Y, drifts = drifted(W, X)
+    best = least_squares(W, X, keep, Y)
+    lost = lambda V: (Y.double() - X.double() @ V.double().T).norm().item()  # noqa: E731
+    for drift in drifts:
+        V = admm(W, X.T @ X, keep, damping=1e-6, pull=drift.pull(W))
+        assert lost(best) <= lost(V) < 1.01 * lost(best)
+        assert lost(V) < 0.97 * lost(admm(W, X.T @ X, keep, damping=1e-6))
+        expected = lost(V) / Y.norm().item()
+        assert output_error(W, V, X.T @ X, drift) == pytest.approx(expected, rel=1e-3)
+
+
+def test_no_row_serves_worse_than_masked_where_the_input_has_drifted():
+    W, X, keep = layer(40, 32, 20, seed=3)
+    Y, drifts = drifted(W, X)
+    for drift in drifts:
+        V = admm(W, X.T @ X, keep, damping=1.0, pull=drift.pull(W))
+        before, after = ((Y - X @ B.T).norm(dim=0) for B in (W * keep, V))
+        assert (after <= before * (1 + 1e-4)).all() and (after < 0.99 * before).any()
+
+
+def test_a_chosen_mask_keeps_the_pattern_and_serves_better():
+    W, X, keep = layer(300, 32, 400)
+    pattern = Pattern(n=2, m=4)
+    V, chosen = admm_solver(X.T @ X).solve(W, keep, choose=lambda rows: mask(rows.abs() * X.norm(dim=0), pattern))
+    assert (chosen.view(300, -1, 4).sum(-1) == 2).all() and (chosen != keep).any()
+    assert (V[~chosen] == 0).all()
+    assert objective(W, V, X) < 0.97 * objective(W, admm(W, X.T @ X, keep), X)
 
 
 def test_admm_is_float32_and_zero_outside_the_mask():
@@ -72,7 +113,7 @@ def test_one_solver_serves_linears_of_one_input():
     W, X, keep = layer(12, 16, 80)
     solver = admm_solver(X.T @ X)
     for rows in (slice(0, 5), slice(5, 12)):
-        torch.testing.assert_close(solver.solve(W[rows], keep[rows]), admm(W[rows], X.T @ X, keep[rows]))
+        torch.testing.assert_close(solver.solve(W[rows], keep[rows])[0], admm(W[rows], X.T @ X, keep[rows]))
 
 
 def test_output_error_is_the_relative_error_of_the_output():
