@@ -129,7 +129,9 @@ class RiaConfig(QuantizationConfig):
         return name in self.foreign.pruned if self.foreign is not None else not self.schema.ignored(name)
 
     def storage(self, name: str) -> Storage:
-        return Storage() if self.foreign is None else self.foreign.storage(name)
+        if self.foreign is not None:
+            return self.foreign.storage(name)
+        return Storage(quantized=torch.int8, scales="channel") if self.schema.weights else Storage()
 
     def row_orders(self, name: str) -> list[RowOrder]:
         """How the rows of the linear `name` are to be taken; empty: as they come."""

@@ -21,7 +21,7 @@ from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.serve import kernels
 from ria_vllm.serve.loading import BITMASK_OF_ONES_AND_TWOS, Arrivals, create_parameters, take_parameters
-from ria_vllm.serve.storage import dequantized, is_two_of_four
+from ria_vllm.serve.storage import is_two_of_four, row_scales
 
 if TYPE_CHECKING:
     from ria_vllm.serve.config import RiaConfig
@@ -92,10 +92,11 @@ class Sparse24LinearMethod(LinearMethodBase):
         loaded = take_parameters(layer)
         if not loaded:
             return
-        compressed, bitmask = self._final(layer, loaded)
+        compressed, bitmask, scales = self._final(layer, loaded)
         if bitmask is None:
             self._serve_dense(layer, compressed)
             return
+        served: torch.dtype = layer.ria_arrivals.served
         rows, columns = compressed.shape[0], compressed.shape[1] * 2
         padding = -columns % sparse24.IN_FEATURES_MULTIPLE
         if padding:
@@ -113,8 +114,14 @@ class Sparse24LinearMethod(LinearMethodBase):
                 channels = "input_channels"
                 set_tensor(layer, channels, torch.from_numpy(order).to(compressed.device))
                 order = None
-            backend = kernels.choose(compressed.device, compressed.dtype, size, columns + padding)
-            packed = backend.pack(compressed[start : start + size], bitmask[start : start + size])
+            layer_facts = (compressed.device, served, size, columns + padding)
+            backend = kernels.choose(*layer_facts)
+            parts = [tensor[start : start + size] for tensor in (compressed, bitmask)]
+            if scales is not None and kernels.keeps_int8(backend, *layer_facts):
+                parts.append(scales[start : start + size])
+            elif scales is not None:
+                parts[0] = (parts[0].float() * scales[start : start + size, None]).to(served)
+            packed = backend.pack(*parts)
             names = [f"weight_packed_{start}_{i}" if start or i else "weight_packed" for i in range(len(packed))]
             for name, tensor in zip(names, packed):
                 set_tensor(layer, name, tensor)
@@ -127,11 +134,13 @@ class Sparse24LinearMethod(LinearMethodBase):
             packed_bytes += sum(tensor.nbytes for tensor in packed)
             backends.append(backend.NAME)
         layer.ria_plan = Plan(tuple(products), channels, padding)
-        self._report(layer, rows * columns * compressed.element_size(), packed_bytes, backends)
+        self._report(layer, rows * columns * served.itemsize, packed_bytes, backends)
 
-    def _final(self, layer: LinearBase, loaded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Values in the served dtype [out, in/2] and bitmask [out, in/8]; or the plain weight and None, where it was
-        stored plain and is not 2:4 after all."""
+    def _final(
+        self, layer: LinearBase, loaded: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Values [out, in/2] in the served dtype, bitmask [out, in/8], None; or int8 values, bitmask and scales [out];
+        or the plain weight and twice None, where it was stored plain and is not 2:4 after all."""
         arrivals: Arrivals = layer.ria_arrivals
         missing = arrivals.missing()
         if missing:
@@ -141,13 +150,16 @@ class Sparse24LinearMethod(LinearMethodBase):
             if "bitmask" in loaded:
                 loaded["bitmask"].fill_(BITMASK_OF_ONES_AND_TWOS)
         values = loaded["weight"] if arrivals.storage.dense else loaded["compressed"]
-        if arrivals.storage.quantized:
-            values = dequantized(values, loaded["weight_scale"], layer.ria_output_sizes, arrivals.served)
-        if not arrivals.storage.dense:
-            return values, loaded["bitmask"]
-        if not missing and not is_two_of_four(values):
-            return values, None
-        return sparse24.compress(values)
+        scales = row_scales(loaded["weight_scale"], layer.ria_output_sizes) if arrivals.storage.quantized else None
+        plain = arrivals.storage.dense and not missing and not is_two_of_four(values)
+        if scales is not None and (plain or values.dtype not in sparse24.QUANTIZED_DTYPES):
+            values, scales = (values.float() * scales[:, None]).to(arrivals.served), None
+        if plain:
+            return values, None, None
+        bitmask = loaded.get("bitmask")
+        if arrivals.storage.dense:
+            values, bitmask = sparse24.compress(values)
+        return values, bitmask, scales
 
     def _serve_dense(self, layer: LinearBase, weight: torch.Tensor) -> None:
         self.config.report.leave_out(self.prefix)

@@ -38,12 +38,8 @@ def is_two_of_four(dense: torch.Tensor) -> bool:
     return dense.shape[1] % 4 == 0 and bool(((dense != 0).view(dense.shape[0], -1, 4).sum(-1) <= 2).all())
 
 
-def dequantized(values: torch.Tensor, scale: torch.Tensor, sizes: tuple[int, ...], served: torch.dtype) -> torch.Tensor:
-    """values [out, ...] times their scales, in the dtype that is served.
-
-    Args:
-        scale: float [out, 1], or one number for each of the parts of `sizes` rows.
-    """
+def row_scales(scale: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    """float32 [out], from float [out, 1] or from one number for each of the parts of `sizes` rows."""
     if scale.dim() == 1:
-        scale = torch.repeat_interleave(scale, torch.tensor(sizes, device=scale.device))[:, None]
-    return (values.float() * scale).to(served)
+        return torch.repeat_interleave(scale, torch.tensor(sizes, device=scale.device)).float()
+    return scale[:, 0].float()

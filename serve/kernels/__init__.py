@@ -1,7 +1,8 @@
 """One operator, `ria::sparse24_linear`, with one overload per backend; each backend is a module of this package.
 
 A backend module has `NAME`, `unavailable(device, dtype, out_features, in_features) -> str | None`,
-`pack(compressed, bitmask) -> tuple[Tensor, ...]` and `apply(x, packed, out_features, input_permutation, bias)`.
+`pack(compressed, bitmask) -> tuple[Tensor, ...]` and `apply(x, packed, out_features, input_permutation, bias)`. One that
+serves int8 weights under bfloat16 activations has a `pack(compressed, bitmask, scales)`, scales float32 [out].
 """
 
 import os
@@ -27,6 +28,11 @@ def explain(
 ) -> list[tuple[str, str | None]]:
     """Each backend's name, in order of preference, with the reason why it cannot serve the layer, or None."""
     return [(backend.NAME, backend.unavailable(device, dtype, out_features, in_features)) for backend in BACKENDS]
+
+
+def keeps_int8(backend: ModuleType, device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> bool:
+    """Whether `backend`, chosen for activations of `dtype`, serves int8 weights as they are."""
+    return dtype == torch.bfloat16 and backend.unavailable(device, torch.int8, out_features, in_features) is None
 
 
 def choose(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> ModuleType:

@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -39,6 +41,11 @@ TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
 TARGETS = {1: 1.7, 2: 1.7, 4: 1.6, 8: 1.35, 16: 1.3, 32: 1.15}
 LARGER_TARGET = 1.2
 ROTATED_BYTES = 96 << 20
+TABLES = {
+    "Dense time / our time": "ratio",
+    "Dense time / our time with int8 weights": "int8_ratio",
+    "zentorch's dense time / our time": "zentorch_ratio",
+}
 
 
 def dense_onednn(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -53,9 +60,9 @@ def dense_zentorch(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tenso
     return lambda x: torch.ops.zentorch.zentorch_linear_unary(x, packed, None, is_weight_prepacked=True)
 
 
-def sparse(compressed: torch.Tensor, bitmask: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def sparse(compressed: torch.Tensor, bitmask: torch.Tensor, *scales: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     out_features = compressed.shape[0]
-    packed = cpu.pack(compressed, bitmask)
+    packed = cpu.pack(compressed, bitmask, *scales)
     permutation = torch.randperm(compressed.shape[1] * 2, dtype=torch.int32)
     return lambda x: cpu.apply(x, packed, out_features, permutation, None)
 
@@ -93,7 +100,9 @@ def medians(
 
 def measure(names: list[str], tokens: list[int], budget: float) -> dict:
     """Every shape and number of tokens, with the threads this process has."""
-    zentorch = hasattr(torch.ops.zentorch, "zentorch_linear_unary")
+    zentorch = find_spec("zentorch") is not None
+    if zentorch:
+        import_module("zentorch")  # registers its operators
     threads = torch.get_num_threads()
     bandwidth = read_bandwidth()
     print(f"{threads} thread(s): streaming read {bandwidth / 1e9:.1f} GB/s", flush=True)
@@ -104,12 +113,15 @@ def measure(names: list[str], tokens: list[int], budget: float) -> dict:
         packed_bytes = cpu.packed_bytes(out_features, in_features, torch.bfloat16)
         copies = max(2, -(-ROTATED_BYTES // packed_bytes))
         pair = sparse24.compress(weight)
+        values, scale = sparse24.quantize_rows(pair[0])
+        int8 = (values, pair[1], scale[:, 0])
         sides = [[dense_onednn(weight) for _ in range(copies)], [sparse(*pair) for _ in range(copies)]]
+        sides.append([sparse(*int8) for _ in range(2 * copies)])
         if zentorch:
             sides.append([dense_zentorch(weight) for _ in range(copies)])
         for m in tokens:
             x = torch.randn(m, in_features, dtype=torch.bfloat16)
-            dense_seconds, sparse_seconds, *others = medians(sides, x, budget, least=5)
+            dense_seconds, sparse_seconds, int8_seconds, *others = medians(sides, x, budget, least=5)
             flop = 2 * m * out_features * in_features
             row = {
                 "name": name,
@@ -120,6 +132,8 @@ def measure(names: list[str], tokens: list[int], budget: float) -> dict:
                 "dense_seconds": dense_seconds,
                 "sparse_seconds": sparse_seconds,
                 "ratio": dense_seconds / sparse_seconds,
+                "int8_seconds": int8_seconds,
+                "int8_ratio": dense_seconds / int8_seconds,
                 "gflops": flop / sparse_seconds / 1e9,
                 "dense_gflops": flop / dense_seconds / 1e9,
                 "read_fraction": packed_bytes / sparse_seconds / bandwidth,
@@ -168,12 +182,13 @@ def describe(row: dict) -> str:
     return (
         f"{row['name']:22s} {row['out_features']:5d}x{row['in_features']:<5d} {row['threads']} thr  M={row['tokens']:<5d}"
         f" dense {row['dense_seconds'] * 1e3:9.3f} ms  ours {row['sparse_seconds'] * 1e3:9.3f} ms"
-        f"  ratio {row['ratio']:5.2f} {'  ' if row['ratio'] >= target else '<' + str(target)}{zentorch}{note}"
+        f"  ratio {row['ratio']:5.2f} {'  ' if row['ratio'] >= target else '<' + str(target)}"
+        f"  int8 {row['int8_ratio']:5.2f}{zentorch}{note}"
     )
 
 
-def table(result: dict) -> str:
-    """Dense time / our time, one line per shape and thread count (Markdown)."""
+def table(result: dict, ratio: str = "ratio") -> str:
+    """Dense time / our time, one line per shape and thread count (Markdown); `ratio` names the column of a row."""
     tokens = sorted({row["tokens"] for row in result["rows"]})
     lines = [
         "| linear (out x in) | threads | " + " | ".join(f"M={m}" for m in tokens) + " |",
@@ -182,7 +197,7 @@ def table(result: dict) -> str:
     ratios: dict[tuple, dict[int, float]] = {}
     for row in result["rows"]:
         key = (f"{row['name']} ({row['out_features']} x {row['in_features']})", row["threads"])
-        ratios.setdefault(key, {})[row["tokens"]] = row["ratio"]
+        ratios.setdefault(key, {})[row["tokens"]] = row[ratio]
     for (name, threads), by_tokens in ratios.items():
         lines.append(f"| {name} | {threads} | " + " | ".join(f"{by_tokens[m]:.2f}" for m in tokens) + " |")
     return "\n".join(lines)
@@ -231,8 +246,9 @@ def main() -> None:
     else:
         arguments = ["--shapes", *names, "--tokens", *map(str, tokens), "--budget", str(budget)]
         result = measure_each(options.threads, arguments)
-        print("\nDense time / our time\n")
-        print(table(result))
+        for title, ratio in TABLES.items():
+            if all(ratio in row for row in result["rows"]):
+                print(f"\n{title}\n\n{table(result, ratio)}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
     if options.plot:

@@ -38,14 +38,15 @@ if _library is not None:
         return x.new_empty(*x.shape[:-1], out_features)
 
     @torch.library.register_fake("ria::sparse24_pack.cpu")
-    def _fake_pack(compressed, bitmask):
+    def _fake_pack(compressed, bitmask, scales):
         return bitmask.new_empty(packed_bytes(compressed.shape[0], compressed.shape[1] * 2, compressed.dtype))
 
 
 def packed_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
-    """Size of the packed form: 9/16 of the dense matrix at 16 bits, rows rounded up to 16, plus a cache line."""
-    strips = -(-out_features // 16)
-    return 64 + strips * 16 * in_features * (4 * dtype.itemsize + 1) // 8
+    """Size of the packed form: 9 bits a weight at 16 bits and 5 at 8, rows rounded up to 16, plus a cache line."""
+    rows = -(-out_features // 16) * 16
+    scales = 4 * rows if dtype == torch.int8 else 0
+    return 64 + rows * in_features * (4 * dtype.itemsize + 1) // 8 + scales
 
 
 def instruction_set() -> str:
@@ -67,7 +68,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, out_features: int, in_
     """Why this backend cannot serve a layer, or None."""
     if device.type != "cpu":
         return f"the layer is on {device.type}"
-    if dtype not in sparse24.VALUE_DTYPES:
+    if dtype not in sparse24.VALUE_DTYPES + sparse24.QUANTIZED_DTYPES:
         return f"no 2:4 weights of dtype {dtype}"
     if in_features % sparse24.IN_FEATURES_MULTIPLE:
         return f"in-features {in_features} are not a multiple of {sparse24.IN_FEATURES_MULTIPLE}"
@@ -78,13 +79,19 @@ def unavailable(device: torch.device, dtype: torch.dtype, out_features: int, in_
     return None
 
 
-def pack(compressed: torch.Tensor, bitmask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def pack(
+    compressed: torch.Tensor, bitmask: torch.Tensor, scales: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     """Repack from the checkpoint's form (compressed [out, in/2], bitmask [out, in/8]) to one uint8 stream.
+
+    Args:
+        scales: float32 [out], for int8 values and only for them.
 
     Raises:
         RuntimeError: shapes or dtypes do not fit, or a group keeps other than two values (row and columns named).
     """
-    return (torch.ops.ria.sparse24_pack.cpu(compressed.contiguous(), bitmask.contiguous()),)
+    scales = None if scales is None else scales.contiguous()
+    return (torch.ops.ria.sparse24_pack.cpu(compressed.contiguous(), bitmask.contiguous(), scales),)
 
 
 def apply(
@@ -94,5 +101,5 @@ def apply(
     input_permutation: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """y[..., out] = x[..., p] @ stored^T + bias, accumulated in fp32, in x's dtype."""
+    """y[..., out] = x[..., p] @ stored^T + bias, accumulated in fp32, in x's dtype: the weights', bfloat16 for int8."""
     return torch.ops.ria.sparse24_linear.cpu(x, packed[0], out_features, input_permutation, bias)

@@ -13,19 +13,21 @@ _BLOCK_ROWS = 1024
 
 _library = torch.library.Library("ria", "FRAGMENT")
 _library.define(
-    "sparse24_linear.reference(Tensor x, Tensor compressed, Tensor bitmask, Tensor? input_permutation, Tensor? bias)"
-    " -> Tensor"
+    "sparse24_linear.reference(Tensor x, Tensor compressed, Tensor bitmask, Tensor? scales, Tensor? input_permutation,"
+    " Tensor? bias) -> Tensor"
 )
 
 
-def _linear(x, compressed, bitmask, input_permutation, bias):
+def _linear(x, compressed, bitmask, scales, input_permutation, bias):
+    y = x.new_empty(*x.shape[:-1], compressed.shape[0])
     if input_permutation is not None:
         x = x.index_select(-1, input_permutation)
     x = x.float()
-    y = torch.empty(*x.shape[:-1], compressed.shape[0], dtype=compressed.dtype, device=x.device)
     for first in range(0, compressed.shape[0], _BLOCK_ROWS):
         rows = slice(first, first + _BLOCK_ROWS)
         block = sparse24.decompress(compressed[rows], bitmask[rows]).float()
+        if scales is not None:
+            block *= scales[rows, None]
         y[..., rows] = torch.nn.functional.linear(x, block, None if bias is None else bias[rows].float())
     return y
 
@@ -34,20 +36,22 @@ _library.impl("sparse24_linear.reference", _linear, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("ria::sparse24_linear.reference")
-def _fake_linear(x, compressed, bitmask, input_permutation, bias):
+def _fake_linear(x, compressed, bitmask, scales, input_permutation, bias):
     return x.new_empty(*x.shape[:-1], compressed.shape[0])
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> str | None:
     """Why this backend cannot serve a layer, or None."""
-    if dtype not in sparse24.VALUE_DTYPES:
+    if dtype not in sparse24.VALUE_DTYPES + sparse24.QUANTIZED_DTYPES:
         return f"no 2:4 weights of dtype {dtype}"
     return None
 
 
-def pack(compressed: torch.Tensor, bitmask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def pack(
+    compressed: torch.Tensor, bitmask: torch.Tensor, scales: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     """The checkpoint's form is the packed form; copies, so that the originals can be freed."""
-    return compressed.clone(), bitmask.clone()
+    return tuple(tensor.clone() for tensor in (compressed, bitmask, scales) if tensor is not None)
 
 
 def apply(
@@ -58,5 +62,6 @@ def apply(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """y[..., out] = x[..., p] @ stored^T + bias, accumulated in fp32, in x's dtype."""
-    compressed, bitmask = packed
-    return torch.ops.ria.sparse24_linear.reference(x, compressed, bitmask, input_permutation, bias)
+    compressed, bitmask, *scales = packed
+    scale = scales[0] if scales else None
+    return torch.ops.ria.sparse24_linear.reference(x, compressed, bitmask, scale, input_permutation, bias)

@@ -31,18 +31,22 @@ struct Aligned {
   std::unique_ptr<uint8_t, void (*)(void*)> data;
 };
 
-template <class Value>
+template <class Weight, class Value = Weight>
 static void check(Dtype dtype, int64_t tokens, int64_t rows, int64_t columns) {
   const Layout layout{rows, columns, dtype};
-  std::vector<Value> values(rows * columns / 2), x(tokens * columns), bias(rows), y(tokens * rows);
+  std::vector<Weight> values(rows * columns / 2);
+  std::vector<Value> x(tokens * columns), bias(rows), y(tokens * rows);
+  std::vector<float> scales(rows);
   std::vector<uint8_t> bitmask(rows * columns / 8);
   std::vector<int32_t> permutation(columns);
-  for (auto* list : {&values, &x, &bias})
+  for (Weight& value : values) value = Weight::from_float(scaled(dtype) ? 8 * random_value() : random_value());
+  for (auto* list : {&x, &bias})
     for (Value& value : *list) value = Value::from_float(random_value());
+  for (float& scale : scales) scale = scaled(dtype) ? (1 + random_bits() % 4) / 64.0f : 1.0f;
   for (uint8_t& byte : bitmask) byte = kLegal[random_bits() % 6] | kLegal[random_bits() % 6] << 4;
   for (int64_t c = 0; c < columns; ++c) permutation[c] = static_cast<int32_t>(columns - 1 - c);
   Aligned packed(layout.bytes());
-  pack(layout, values.data(), bitmask.data(), packed.data.get());
+  pack(layout, values.data(), bitmask.data(), scales.data(), packed.data.get());
 
   Product product{};
   product.layout = layout;
@@ -59,7 +63,7 @@ static void check(Dtype dtype, int64_t tokens, int64_t rows, int64_t columns) {
       double sum = bias[r].to_float();
       for (int64_t c = 0, kept = r * columns / 2; c < columns; ++c)
         if (bitmask[(r * columns + c) / 8] >> (c % 8) & 1)
-          sum += static_cast<double>(values[kept++].to_float()) * x[t * columns + permutation[c]].to_float();
+          sum += static_cast<double>(values[kept++].to_float()) * scales[r] * x[t * columns + permutation[c]].to_float();
       const double error = std::fabs(y[t * rows + r].to_float() - sum);
       if (!(error <= std::fabs(sum) / 250 + 1e-3)) {
         std::printf("dtype %d tokens %ld %ld x %ld: row %ld is off by %g\n", static_cast<int>(dtype), (long)tokens,
@@ -77,7 +81,7 @@ static void check_refusal() {
     bool legal = __builtin_popcount(byte & 15) == 2 && __builtin_popcount(byte >> 4) == 2, refused = false;
     Aligned packed(layout.bytes());
     try {
-      pack(layout, values.data(), bitmask.data(), packed.data.get());
+      pack(layout, values.data(), bitmask.data(), nullptr, packed.data.get());
     } catch (const std::runtime_error&) {
       refused = true;
     }
@@ -96,6 +100,7 @@ int main() {
       check<Bfloat16>(Dtype::bfloat16, tokens, rows, columns);
       check<Float16>(Dtype::float16, tokens, rows, columns);
       check<Float32>(Dtype::float32, tokens, rows, columns);
+      check<Int8, Bfloat16>(Dtype::int8, tokens, rows, columns);
     }
   std::printf("ok %s\n", instruction_set().name);
 }

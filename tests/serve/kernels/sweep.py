@@ -13,9 +13,11 @@ def random_pair(out_features: int, in_features: int, dtype: torch.dtype) -> tupl
     return sparse24.compress(torch.randn(out_features, in_features).to(dtype))
 
 
-def assert_close_to_float64(y, x, compressed, bitmask, permutation, bias):
+def assert_close_to_float64(y, x, compressed, bitmask, permutation, bias, scales=None):
     """y must be x[..., p] @ W^T + bias up to the errors that fp32 accumulation and the output's rounding allow."""
     weight = sparse24.decompress(compressed, bitmask).double()
+    if scales is not None:
+        weight *= scales.double()[:, None]
     x64 = x.double() if permutation is None else x.double()[..., permutation.long()]
     exact, magnitude = x64 @ weight.T, x64.abs() @ weight.abs().T
     if bias is not None:
@@ -28,22 +30,26 @@ def assert_close_to_float64(y, x, compressed, bitmask, permutation, bias):
 
 
 def check_case(backend, tokens, out_features, in_features, dtype, permuted, biased):
-    compressed, bitmask = random_pair(out_features, in_features, dtype)
+    compressed, bitmask = random_pair(out_features, in_features, torch.float32 if dtype == torch.int8 else dtype)
+    scales = []
+    if dtype == torch.int8:
+        compressed, dtype = torch.randint(-128, 128, compressed.shape, dtype=torch.int8), torch.bfloat16
+        scales = [torch.rand(out_features) + 0.1]
     permutation = torch.randperm(in_features, dtype=torch.int32) if permuted else None
     bias = torch.randn(out_features).to(dtype) if biased else None
     x = torch.randn(tokens, in_features).to(dtype)
-    y = backend.apply(x, backend.pack(compressed, bitmask), out_features, permutation, bias)
+    y = backend.apply(x, backend.pack(compressed, bitmask, *scales), out_features, permutation, bias)
     try:
-        assert_close_to_float64(y, x, compressed, bitmask, permutation, bias)
+        assert_close_to_float64(y, x, compressed, bitmask, permutation, bias, *scales)
     except AssertionError as error:
-        case = f"tokens {tokens}, {out_features} x {in_features}, {dtype}, permuted {permuted}, biased {biased}"
+        case = f"tokens {tokens}, {out_features} x {in_features}, {compressed.dtype}, permuted {permuted}, biased {biased}"
         raise AssertionError(f"{backend.NAME}: {case}: {error}") from None
 
 
 def sweep(backend, token_counts) -> None:
     for i, tokens in enumerate(token_counts):
         check_case(backend, tokens, 49, 128, torch.bfloat16, permuted=i % 2 == 0, biased=i % 3 == 0)
-    for dtype in sparse24.VALUE_DTYPES:
+    for dtype in sparse24.VALUE_DTYPES + sparse24.QUANTIZED_DTYPES:
         for out_features in (1, 16, 17, 32, 33, 63):
             for tokens in (1, 5, 13):
                 check_case(backend, tokens, out_features, 64, dtype, permuted=True, biased=True)

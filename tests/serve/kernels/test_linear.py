@@ -70,24 +70,28 @@ def test_any_leading_dimensions_and_strides(backend, dtype):
             raise AssertionError(f"{name}: {error}") from None
 
 
-@pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES)
-def test_same_bits_for_any_threads_and_any_batch(dtype):
+@pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES + sparse24.QUANTIZED_DTYPES)
+@pytest.mark.parametrize("rows", (208, 2080), ids=("threads share tokens", "threads share rows"))
+def test_same_bits_for_any_threads_and_any_batch(dtype, rows):
     torch.manual_seed(2)
-    compressed, bitmask = random_pair(208, 1088, dtype)
-    packed, permutation = cpu.pack(compressed, bitmask), torch.randperm(1088, dtype=torch.int32)
-    x = torch.randn(203, 1088).to(dtype)
+    weight, scales = torch.randn(rows, 1088), ()
+    if dtype == torch.int8:
+        weight, scales = weight * 30, (torch.rand(rows),)
+    compressed, bitmask = sparse24.compress(weight.to(dtype))
+    packed, permutation = cpu.pack(compressed, bitmask, *scales), torch.randperm(1088, dtype=torch.int32)
+    x = torch.randn(203, 1088).to(torch.bfloat16 if scales else dtype)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        whole = cpu.apply(x, packed, 208, permutation, None)
+        whole = cpu.apply(x, packed, rows, permutation, None)
         for count in (2, 3, 5):
             torch.set_num_threads(count)
-            assert torch.equal(whole, cpu.apply(x, packed, 208, permutation, None))
-            assert torch.equal(cpu.pack(compressed, bitmask)[0], packed[0])
+            assert torch.equal(whole, cpu.apply(x, packed, rows, permutation, None))
+            assert torch.equal(cpu.pack(compressed, bitmask, *scales)[0], packed[0])
     finally:
         torch.set_num_threads(threads)
     for first, last in ((0, 1), (7, 9), (5, 17), (11, 60), (100, 203)):
-        assert torch.equal(whole[first:last], cpu.apply(x[first:last], packed, 208, permutation, None))
+        assert torch.equal(whole[first:last], cpu.apply(x[first:last], packed, rows, permutation, None))
 
 
 def test_infinities_and_nans_stay_in_their_token_and_row():
@@ -137,9 +141,29 @@ def test_wrong_arguments_are_refused():
     for arguments in wrong:
         with pytest.raises(RuntimeError, match="ria::sparse24"):
             call(*arguments)
-    for pair in ((compressed[:, :32], bitmask), (compressed, bitmask[:16]), (compressed.double(), bitmask)):
+    scales, int8 = torch.ones(32), compressed.to(torch.int8)
+    for weight in (
+        (compressed[:, :32], bitmask, None),
+        (compressed, bitmask[:16], None),
+        (compressed.double(), bitmask, None),
+        (compressed, bitmask, scales),
+        (int8, bitmask, None),
+        (int8, bitmask, scales[:31]),
+        (int8, bitmask, scales.double()),
+        (int8, bitmask, scales[:, None]),
+    ):
         with pytest.raises(RuntimeError, match="ria::sparse24"):
-            torch.ops.ria.sparse24_pack.cpu(*pair)
+            torch.ops.ria.sparse24_pack.cpu(*weight)
+    (packed,) = cpu.pack(int8, bitmask, scales)
+    call(torch.zeros(1, 128, dtype=torch.bfloat16), packed, 32, None, None)
+    with pytest.raises(RuntimeError, match="bfloat16 for int8"):
+        call(torch.zeros(1, 128), packed, 32, None, None)
+
+
+def test_int8_packed_is_five_bits_a_weight():
+    compressed, bitmask = random_pair(576, 1536, torch.bfloat16)
+    (packed,) = cpu.pack(compressed.to(torch.int8), bitmask, torch.ones(576))
+    assert packed.numel() == cpu.packed_bytes(576, 1536, torch.int8) == 576 * 1536 * 5 // 8 + 576 * 4 + 64
 
 
 def test_packed_size_is_nine_bits_a_weight():
@@ -152,14 +176,14 @@ def test_packed_size_is_nine_bits_a_weight():
 def test_operator_passes_opcheck(backend):
     compressed, bitmask = random_pair(24, 64, torch.bfloat16)
     packed = backend.pack(compressed, bitmask)
-    extra = (24,) if backend is cpu else ()
+    packed, extra = (packed, (24,)) if backend is cpu else ((*packed, None), ())
     operator = getattr(torch.ops.ria.sparse24_linear, backend.NAME)
     permutation = torch.randperm(64, dtype=torch.int32)
     for x in (torch.randn(3, 64, dtype=torch.bfloat16), torch.randn(2, 3, 128, dtype=torch.bfloat16)[..., ::2]):
         torch.library.opcheck(operator, (x, *packed, *extra, permutation, torch.randn(24, dtype=torch.bfloat16)))
         torch.library.opcheck(operator, (x, *packed, *extra, None, None))
     if backend is cpu:
-        torch.library.opcheck(torch.ops.ria.sparse24_pack.cpu, (compressed, bitmask))
+        torch.library.opcheck(torch.ops.ria.sparse24_pack.cpu, (compressed, bitmask, None))
 
 
 @pytest.mark.parametrize("backend", (cpu, reference), ids=lambda backend: backend.NAME)

@@ -37,7 +37,7 @@ extern const InstructionSet kPortable;
 #if defined(__x86_64__)
 extern const InstructionSet kAvx2;
 extern const InstructionSet kAvx512;
-extern const Kernel kAvx512Bf16;  // bfloat16 only; the other dtypes use kAvx512
+extern const Kernel kAvx512Bf16, kAvx512Int8;  // the other dtypes use kAvx512
 #endif
 
 // Token blocks of a pass are as equal as can be: `remainder` blocks of `small + 1` tokens, then blocks of `small`.
@@ -53,7 +53,8 @@ struct TokenBlocks {
 const InstructionSet& instruction_set();
 
 // Throws std::runtime_error naming row and columns if a group has not exactly two kept values.
-void pack(const Layout&, const void* values, const uint8_t* bitmask, uint8_t* packed);
+// `scales`: [rows] where the dtype is scaled, else null.
+void pack(const Layout&, const void* values, const uint8_t* bitmask, const float* scales, uint8_t* packed);
 
 // The product for any number of tokens; `product` describes the first of them, its `tokens` and `panel` are set here.
 void linear(Product product, int64_t tokens, const InstructionSet&);

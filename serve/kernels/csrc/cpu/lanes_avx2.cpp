@@ -11,6 +11,14 @@ inline __m256 halves(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
+// Eight pairs of int8, each pair in the low half of 32 bits; and one int8 of each, which `shift` moves to the top.
+inline __m256i pairs_of_bytes(const uint8_t* p) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline __m256 byte_of(__m256i pairs, int shift) {
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, shift), 24));
+}
+
 template <class V, Dtype kType>
 struct Avx2Lanes {
   using Value = V;
@@ -21,12 +29,16 @@ struct Avx2Lanes {
   static constexpr int64_t kBlockTokens = 3;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
+  static constexpr bool kExpands = false;
 
   static Weights weights(const uint8_t* p) {
     if constexpr (kType == Dtype::bfloat16) {
       const __m256i low = load_bits(p), high = load_bits(p + 32), second = _mm256_set1_epi32(static_cast<int>(0xffff0000));
       return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16)),
               _mm256_castsi256_ps(_mm256_and_si256(low, second)), _mm256_castsi256_ps(_mm256_and_si256(high, second))};
+    } else if constexpr (kType == Dtype::int8) {
+      const __m256i low = pairs_of_bytes(p), high = pairs_of_bytes(p + 16);
+      return {byte_of(low, 24), byte_of(high, 24), byte_of(low, 16), byte_of(high, 16)};
     } else if constexpr (kType == Dtype::float16) {
       return {halves(p), halves(p + 16), halves(p + 32), halves(p + 48)};
     } else {
@@ -74,4 +86,4 @@ struct Avx2Lanes {
 const ria::InstructionSet ria::kAvx2 = {
     "avx2",
     {kernel_of<Avx2Lanes<Bfloat16, Dtype::bfloat16>>(), kernel_of<Avx2Lanes<Float16, Dtype::float16>>(),
-     kernel_of<Avx2Lanes<Float32, Dtype::float32>>()}};
+     kernel_of<Avx2Lanes<Float32, Dtype::float32>>(), kernel_of<Avx2Lanes<Bfloat16, Dtype::int8>>()}};

@@ -18,12 +18,17 @@ struct Avx512Lanes {
   static constexpr int64_t kBlockTokens = 10;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
+  static constexpr bool kExpands = false;
 
   static Weights weights(const uint8_t* p) {
     if constexpr (kType == Dtype::bfloat16) {
       const __m512i pairs = _mm512_loadu_si512(p);
       return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
               _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+    } else if constexpr (kType == Dtype::int8) {
+      const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24)),
+              _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 24))};
     } else if constexpr (kType == Dtype::float16) {
       const __m256i* halves = reinterpret_cast<const __m256i*>(p);
       return {_mm512_cvtph_ps(_mm256_loadu_si256(halves)), _mm512_cvtph_ps(_mm256_loadu_si256(halves + 1))};
@@ -80,4 +85,4 @@ struct Avx512Lanes {
 const ria::InstructionSet ria::kAvx512 = {
     "avx512",
     {kernel_of<Avx512Lanes<Bfloat16, Dtype::bfloat16>>(), kernel_of<Avx512Lanes<Float16, Dtype::float16>>(),
-     kernel_of<Avx512Lanes<Float32, Dtype::float32>>()}};
+     kernel_of<Avx512Lanes<Float32, Dtype::float32>>(), kernel_of<Avx512Lanes<Bfloat16, Dtype::int8>>()}};

@@ -6,6 +6,8 @@
 
 namespace {
 
+// Of bfloat16 weights, or of int8 weights that become bfloat16, which holds every int8 exactly.
+template <Dtype kType>
 struct Avx512Bf16Lanes {
   using Value = Bfloat16;
   using Sums = __m512;
@@ -14,9 +16,18 @@ struct Avx512Bf16Lanes {
   using Activations = __m512i;  // the four channels, eight times, so that the other bits of an index do not matter
   static constexpr int64_t kBlockTokens = 12;
   static constexpr int64_t kActivationBytes = 8;
-  static constexpr Dtype kDtype = Dtype::bfloat16;
+  static constexpr Dtype kDtype = kType;
+  static constexpr bool kExpands = kType == Dtype::int8;
 
-  static Weights weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static Weights weights(const uint8_t* p) {
+    if constexpr (kType == Dtype::bfloat16) return _mm512_loadu_si512(p);
+    const __m128i* bytes = reinterpret_cast<const __m128i*>(p);
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+  }
+  static void expand(uint8_t* p, Weights w) { _mm512_store_si512(p, w); }
+  static Weights load_expanded(const uint8_t* p) { return _mm512_load_si512(p); }
   static Positions positions(uint64_t bits) {
     // Each byte of the result is eight bits of `bits` from the offset named here: the words of row r start at bits
     // 4r and 4r + 2. The upper bytes are never looked at.
@@ -53,4 +64,5 @@ struct Avx512Bf16Lanes {
 
 }  // namespace
 
-const ria::Kernel ria::kAvx512Bf16 = kernel_of<Avx512Bf16Lanes>();
+const ria::Kernel ria::kAvx512Bf16 = kernel_of<Avx512Bf16Lanes<Dtype::bfloat16>>();
+const ria::Kernel ria::kAvx512Int8 = kernel_of<Avx512Bf16Lanes<Dtype::int8>>();

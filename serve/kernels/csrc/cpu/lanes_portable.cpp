@@ -1,4 +1,6 @@
 // Any machine: plain loops over 16 lanes, which the compiler may vectorise as it can.
+#include <type_traits>
+
 #include "product.h"
 #include "scalar.h"
 
@@ -14,14 +16,15 @@ struct PortableLanes {
   static constexpr int64_t kBlockTokens = 4;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
+  static constexpr bool kExpands = false;
 
   static Weights weights(const uint8_t* p) {
-    Value values[2 * kStripRows];
+    std::conditional_t<kType == Dtype::int8, Int8, Value> values[2 * kStripRows];
     std::memcpy(values, p, sizeof values);
     Weights w;
     for (int r = 0; r < kStripRows; ++r) {
-      w.first[r] = values[kType == Dtype::bfloat16 ? 2 * r : r].to_float();
-      w.second[r] = values[kType == Dtype::bfloat16 ? 2 * r + 1 : r + kStripRows].to_float();
+      w.first[r] = values[in_pairs(kType) ? 2 * r : r].to_float();
+      w.second[r] = values[in_pairs(kType) ? 2 * r + 1 : r + kStripRows].to_float();
     }
     return w;
   }
@@ -67,4 +70,4 @@ struct PortableLanes {
 const ria::InstructionSet ria::kPortable = {
     "portable",
     {kernel_of<PortableLanes<Bfloat16, Dtype::bfloat16>>(), kernel_of<PortableLanes<Float16, Dtype::float16>>(),
-     kernel_of<PortableLanes<Float32, Dtype::float32>>()}};
+     kernel_of<PortableLanes<Float32, Dtype::float32>>(), kernel_of<PortableLanes<Bfloat16, Dtype::int8>>()}};

@@ -7,8 +7,9 @@
 //   for each of the 8 groups, for each strip:  their positions, 4 bits a row   (8 bytes)
 //
 // A row's 4 bits are a | b << 2 where a < b are the kept columns of the group. bfloat16 values lie in pairs, a row's
-// two beside each other, as the pairwise dot product wants them; float16 and float32 as 16 first, then 16 second ones.
-// At 16 bits a value that is 9 bits per weight of the dense matrix, and every block starts on a cache line.
+// two beside each other, as the pairwise dot product wants them, and so do int8; float16 and float32 as 16 first, then
+// 16 second ones. At 16 bits a value that is 9 bits per weight of the dense matrix, at 8 bits 5, and every block starts
+// on a cache line. int8 weights have one float32 scale a row; the scales follow the last tile.
 #pragma once
 #include <cstdint>
 
@@ -20,14 +21,18 @@ constexpr int64_t kTileRows = kStripRows * kTileStrips;
 constexpr int64_t kBlockGroups = 8;
 constexpr int64_t kPositionBytes = 8;  // of one strip and group
 
-enum class Dtype : uint32_t { bfloat16 = 0, float16 = 1, float32 = 2 };
-constexpr int kDtypes = 3;
+// Of the weights. Activations have the same, but for int8, whose activations are bfloat16.
+enum class Dtype : uint32_t { bfloat16 = 0, float16 = 1, float32 = 2, int8 = 3 };
+constexpr int kDtypes = 4;
 
-constexpr int64_t item_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+constexpr int64_t item_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dtype == Dtype::int8 ? 1 : 2; }
+constexpr int64_t activation_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+constexpr bool in_pairs(Dtype dtype) { return dtype == Dtype::bfloat16 || dtype == Dtype::int8; }
+constexpr bool scaled(Dtype dtype) { return dtype == Dtype::int8; }
 
 // First cache line of a packed tensor: what it holds, so that a wrong tensor is refused instead of read.
 struct Header {
-  static constexpr uint64_t kMagic = 0x0001343261697200;  // "\0ria24" and the layout's version
+  static constexpr uint64_t kMagic = 0x0002343261697200;  // "\0ria24" and the layout's version
   uint64_t magic;
   int64_t rows;
   int64_t columns;
@@ -52,8 +57,11 @@ struct Layout {
   constexpr int64_t tile_offset(int64_t tile) const {
     return static_cast<int64_t>(sizeof(Header)) + tile * kTileStrips * blocks() * strip_block_bytes();
   }
-  constexpr int64_t bytes() const {
+  constexpr int64_t scales_offset() const {
     return static_cast<int64_t>(sizeof(Header)) + strips() * blocks() * strip_block_bytes();
+  }
+  constexpr int64_t bytes() const {
+    return scales_offset() + (scaled(dtype) ? strips() * kStripRows * static_cast<int64_t>(sizeof(float)) : 0);
   }
 };
 

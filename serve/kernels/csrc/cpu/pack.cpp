@@ -37,7 +37,7 @@ struct Packing {
 void pack_tile(Packing& packing, int64_t tile) {
   const Layout& layout = packing.layout;
   const int64_t strips = layout.strips_in(tile), groups = layout.groups(), item = item_size(layout.dtype);
-  const bool pairs = layout.dtype == Dtype::bfloat16;
+  const bool pairs = in_pairs(layout.dtype);
   uint8_t* stream = packing.packed + layout.tile_offset(tile);
   const int64_t stream_bytes = strips * layout.blocks() * layout.strip_block_bytes();
   std::memset(stream, 0, stream_bytes);  // rows beyond the last one: weights 0, positions 0
@@ -78,10 +78,14 @@ void ask_for_huge_pages(uint8_t* begin, int64_t bytes) {
 
 }  // namespace
 
-void pack(const Layout& layout, const void* values, const uint8_t* bitmask, uint8_t* packed) {
+void pack(const Layout& layout, const void* values, const uint8_t* bitmask, const float* scales, uint8_t* packed) {
   ask_for_huge_pages(packed, layout.bytes());
   const Header header = {Header::kMagic, layout.rows, layout.columns, layout.dtype, {}};
   std::memcpy(packed, &header, sizeof header);
+  if (scaled(layout.dtype)) {
+    std::memset(packed + layout.scales_offset(), 0, layout.bytes() - layout.scales_offset());
+    std::memcpy(packed + layout.scales_offset(), scales, layout.rows * sizeof(float));
+  }
   Packing packing{layout, static_cast<const uint8_t*>(values), bitmask, packed};
   parallel_for(
       layout.tiles(), 1,

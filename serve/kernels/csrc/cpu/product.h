@@ -12,7 +12,10 @@
 //     static constexpr int64_t kBlockTokens;                           // accumulators that fit: tokens x 2 strips
 //     static constexpr int64_t kActivationBytes;                       // four channels of one token in the panel
 //     static constexpr Dtype kDtype;
+//     static constexpr bool kExpands;                                  // weights() does more than load: see `expand`
 //     static Weights weights(const uint8_t*);                          // one strip and group of the packed form
+//     static void expand(uint8_t*, Weights);                           // for load_expanded; both only if kExpands
+//     static Weights load_expanded(const uint8_t*);
 //     static Positions positions(uint64_t);
 //     static Positions load_positions(const uint8_t*);  static void store_positions(uint8_t*, Positions);
 //     static Activations broadcast(const uint8_t*);
@@ -33,12 +36,14 @@ using namespace ria;
 
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kDecodedBytes = 64;  // positions of one strip and group, as the shuffle wants them
+constexpr int64_t kExpandedBytes = 64;  // weights of one strip and group, where they are expanded beforehand
 // Blocks of columns whose decoded positions, weights and activations stay in L1 while all tokens of a pass go by.
 constexpr int64_t kChunkBlocks = 4;
 
 // How many blocks ahead of its use the weight stream is brought into L2. One token consumes the stream as fast as it
 // arrives; the more tokens, the longer each block takes and the further ahead memory can work.
-constexpr int64_t prefetch_blocks(int tokens) { return tokens == 1 ? 2 : 8; }
+// int8 blocks are nearly half as long, and take longer for their length.
+constexpr int64_t prefetch_blocks(int tokens, bool expands) { return tokens == 1 && !expands ? 2 : 8; }
 
 inline uint64_t load_u64(const uint8_t* p) {
   uint64_t v;
@@ -59,18 +64,26 @@ struct Stream {  // a tile of S strips, block by block
   static constexpr int64_t positions_offset = S * kBlockGroups * value_bytes;
   static constexpr int64_t block_bytes = positions_offset + S * kBlockGroups * kPositionBytes;
   static constexpr int64_t decoded_bytes = S * kBlockGroups * kDecodedBytes;
+  // What is made of a block that is used more than once: decoded positions, then expanded weights.
+  static constexpr int64_t prepared_bytes = decoded_bytes + (Lanes::kExpands ? S * kBlockGroups * kExpandedBytes : 0);
 
   static void decode(const uint8_t* block, uint8_t* decoded) {
     for (int64_t i = 0; i < S * kBlockGroups; ++i)
       Lanes::store_positions(decoded + i * kDecodedBytes,
                              Lanes::positions(load_u64(block + positions_offset + i * kPositionBytes)));
   }
+  static void prepare(const uint8_t* block, uint8_t* prepared) {
+    decode(block, prepared);
+    if constexpr (Lanes::kExpands)
+      for (int64_t i = 0; i < S * kBlockGroups; ++i)
+        Lanes::expand(prepared + decoded_bytes + i * kExpandedBytes, Lanes::weights(block + i * value_bytes));
+  }
 };
 
 // sums[token][strip] += the product over `blocks` blocks, for T tokens. A tile that is used once, for one block of
-// tokens, comes from memory and its positions are decoded here (kFromMemory); else `decoded` has them.
+// tokens, comes from memory and its positions are decoded here (kFromMemory); else `prepared` has them.
 template <class Lanes, int S, int T, bool kFromMemory>
-void accumulate(const uint8_t* weights, const uint8_t* decoded, const uint8_t* panel, int64_t blocks, float* sums) {
+void accumulate(const uint8_t* weights, const uint8_t* prepared, const uint8_t* panel, int64_t blocks, float* sums) {
   using Tile = Stream<Lanes, S>;
   typename Lanes::Sums acc[T][S];
 #pragma GCC unroll 16
@@ -80,7 +93,8 @@ void accumulate(const uint8_t* weights, const uint8_t* decoded, const uint8_t* p
 
   alignas(kCacheLine) uint8_t decoded_block[kFromMemory ? Tile::decoded_bytes : 1];
   for (int64_t block = 0; block < blocks; ++block, weights += Tile::block_bytes) {
-    const uint8_t* ahead = weights + prefetch_blocks(T) * Tile::block_bytes;
+    const uint8_t* decoded = prepared;
+    const uint8_t* ahead = weights + prefetch_blocks(T, Lanes::kExpands) * Tile::block_bytes;
     if constexpr (kFromMemory) {
       Tile::decode(weights, decoded_block);
       decoded = decoded_block;
@@ -96,7 +110,10 @@ void accumulate(const uint8_t* weights, const uint8_t* decoded, const uint8_t* p
       typename Lanes::Positions p[S];
 #pragma GCC unroll 2
       for (int s = 0; s < S; ++s, decoded += kDecodedBytes) {
-        w[s] = Lanes::weights(weights + (g * S + s) * Tile::value_bytes);
+        if constexpr (Lanes::kExpands && !kFromMemory)
+          w[s] = Lanes::load_expanded(prepared + Tile::decoded_bytes + (g * S + s) * kExpandedBytes);
+        else
+          w[s] = Lanes::weights(weights + (g * S + s) * Tile::value_bytes);
         p[s] = Lanes::load_positions(decoded);
       }
 #pragma GCC unroll 16
@@ -106,6 +123,7 @@ void accumulate(const uint8_t* weights, const uint8_t* decoded, const uint8_t* p
         for (int s = 0; s < S; ++s) acc[t][s] = Lanes::multiply_add(acc[t][s], w[s], p[s], x);
       }
     }
+    if constexpr (!kFromMemory) prepared += Tile::prepared_bytes;
   }
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t)
@@ -126,7 +144,7 @@ template <class Lanes, int S>
 void accumulate_chunks(const Product& product, const TokenBlocks& tokens, const uint8_t* weights, float* sums) {
   using Tile = Stream<Lanes, S>;
   constexpr auto sizes = std::make_index_sequence<Lanes::kBlockTokens>();
-  alignas(kCacheLine) uint8_t decoded[kChunkBlocks * Tile::decoded_bytes];
+  alignas(kCacheLine) uint8_t prepared[kChunkBlocks * Tile::prepared_bytes];
   const int64_t all_blocks = product.layout.blocks();
   for (int64_t chunk = 0; chunk < all_blocks; chunk += kChunkBlocks, weights += kChunkBlocks * Tile::block_bytes) {
     const int64_t blocks = all_blocks - chunk < kChunkBlocks ? all_blocks - chunk : kChunkBlocks;
@@ -134,10 +152,10 @@ void accumulate_chunks(const Product& product, const TokenBlocks& tokens, const 
     for (int64_t byte = 0; byte < kChunkBlocks * Tile::block_bytes; byte += kCacheLine)
       __builtin_prefetch(next + byte, 0, 2);
     for (int64_t block = 0; block < blocks; ++block)
-      Tile::decode(weights + block * Tile::block_bytes, decoded + block * Tile::decoded_bytes);
+      Tile::prepare(weights + block * Tile::block_bytes, prepared + block * Tile::prepared_bytes);
     for (int64_t b = 0; b < tokens.count; ++b) {
       const uint8_t* panel = product.panel + panel_offset<Lanes>(product, chunk, blocks, tokens.first(b));
-      accumulate_for<Lanes, S, false>(tokens.size(b), sizes)(weights, decoded, panel, blocks,
+      accumulate_for<Lanes, S, false>(tokens.size(b), sizes)(weights, prepared, panel, blocks,
                                                              sums + tokens.first(b) * kTileRows);
     }
   }
@@ -153,7 +171,11 @@ void multiply_tile(const Product& product, int64_t tile) {
   const int64_t first_row = tile * kTileRows;
   const int64_t rows = layout.rows - first_row < S * kStripRows ? layout.rows - first_row : S * kStripRows;
   if (product.bias) Lanes::read(static_cast<const Value*>(product.bias) + first_row, bias, rows);
-  for (int64_t t = 0; t < product.tokens; ++t) std::memcpy(sums + t * kTileRows, bias, sizeof bias);
+  constexpr bool kScaled = scaled(Lanes::kDtype);
+  if constexpr (kScaled)
+    std::memset(sums, 0, product.tokens * sizeof bias);
+  else
+    for (int64_t t = 0; t < product.tokens; ++t) std::memcpy(sums + t * kTileRows, bias, sizeof bias);
 
   const uint8_t* weights = product.packed + layout.tile_offset(tile);
   const TokenBlocks tokens(product.tokens, Lanes::kBlockTokens);
@@ -163,6 +185,13 @@ void multiply_tile(const Product& product, int64_t tile) {
   else
     accumulate_chunks<Lanes, S>(product, tokens, weights, sums);
 
+  if constexpr (kScaled) {
+    float scales[kTileRows] = {};
+    std::memcpy(scales, product.packed + layout.scales_offset() + first_row * sizeof(float), rows * sizeof(float));
+    for (int64_t t = 0; t < product.tokens; ++t)
+      for (int64_t r = 0; r < S * kStripRows; ++r)
+        sums[t * kTileRows + r] = sums[t * kTileRows + r] * scales[r] + bias[r];
+  }
   Value* y = static_cast<Value*>(product.y) + first_row;
   for (int64_t t = 0; t < product.tokens; ++t) Lanes::write(y + t * layout.rows, sums + t * kTileRows, rows);
 }

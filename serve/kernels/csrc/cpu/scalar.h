@@ -44,6 +44,12 @@ struct Float16 {
   }
 };
 
+struct Int8 {
+  int8_t value;
+  float to_float() const { return value; }
+  static Int8 from_float(float f) { return {static_cast<int8_t>(f)}; }  // a whole number in range
+};
+
 struct Float32 {
   float value;
   float to_float() const { return value; }

@@ -95,6 +95,7 @@ int32_t torch_dtype(Dtype dtype) {
   switch (dtype) {
     case Dtype::bfloat16: return aoti_torch_dtype_bfloat16();
     case Dtype::float16: return aoti_torch_dtype_float16();
+    case Dtype::int8: return aoti_torch_dtype_int8();
     default: return aoti_torch_dtype_float32();
   }
 }
@@ -136,7 +137,8 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
           "the packed weight does not belong to out_features, or x has other channels than it");
   const Layout layout{rows, columns, header.dtype};
   require(packed.sizes()[0] == layout.bytes(), "the packed weight has been cut off");
-  require(x.dtype() == torch_dtype(layout.dtype), "x must have the weight's dtype");
+  require(x.dtype() == torch_dtype(scaled(layout.dtype) ? Dtype::bfloat16 : layout.dtype),
+          "x must have the weight's dtype, and bfloat16 for int8 weights");
   require(!bias.get() || bias.is(x.dtype(), {rows}), "bias must be contiguous, [out_features], of x's dtype");
   if (permutation.get()) {
     require(permutation.is(aoti_torch_dtype_int32(), {columns}),
@@ -171,19 +173,23 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void pack_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor compressed(stack[0]), bitmask(stack[1]);
+  const Tensor compressed(stack[0]), bitmask(stack[1]), scales = take_optional(stack[2]);
   require(compressed.dim() == 2, "compressed must be a matrix");
   const int64_t rows = compressed.sizes()[0], columns = compressed.sizes()[1] * 2;
   int kind = 0;
   while (kind < kDtypes && compressed.dtype() != torch_dtype(static_cast<Dtype>(kind))) ++kind;
-  require(kind < kDtypes, "compressed must be bfloat16, float16 or float32");
+  require(kind < kDtypes, "compressed must be bfloat16, float16, float32 or int8");
   require(columns % 64 == 0 && columns > 0 && rows > 0, "in-features must be a multiple of 64, out-features positive");
   require(compressed.contiguous(), "compressed must be contiguous");
   require(bitmask.is(aoti_torch_dtype_uint8(), {rows, columns / 8}),
           "bitmask must be contiguous uint8 [out, in / 8] for compressed [out, in / 2]");
   const Layout layout{rows, columns, static_cast<Dtype>(kind)};
+  require(scaled(layout.dtype) == (scales.get() != nullptr) &&
+              (!scales.get() || scales.is(aoti_torch_dtype_float32(), {rows})),
+          "int8 weights, and only they, come with scales: contiguous float32 [out]");
   Tensor packed = empty({layout.bytes()}, aoti_torch_dtype_uint8());
-  pack(layout, compressed.data<const void>(), bitmask.data<const uint8_t>(), packed.data<uint8_t>());
+  pack(layout, compressed.data<const void>(), bitmask.data<const uint8_t>(),
+       scales.get() ? scales.data<const float>() : nullptr, packed.data<uint8_t>());
   stack[0] = packed.release();
 }
 
@@ -191,7 +197,7 @@ struct Registration {
   Registration() {
     TorchLibraryHandle schemas, cpu;
     check(aoti_torch_library_init_fragment("ria", __FILE__, __LINE__, &schemas));
-    check(aoti_torch_library_def(schemas, "sparse24_pack.cpu(Tensor compressed, Tensor bitmask) -> Tensor"));
+    check(aoti_torch_library_def(schemas, "sparse24_pack.cpu(Tensor compressed, Tensor bitmask, Tensor? scales) -> Tensor"));
     check(aoti_torch_library_def(schemas,
                                  "sparse24_linear.cpu(Tensor x, Tensor packed, int out_features, "
                                  "Tensor? input_permutation, Tensor? bias) -> Tensor"));

@@ -32,6 +32,7 @@ int32_t aoti_torch_dtype_bfloat16();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_int32();
+int32_t aoti_torch_dtype_int8();
 int32_t aoti_torch_dtype_uint8();
 
 AOTITorchError torch_get_num_threads(uint32_t*);
