@@ -66,50 +66,88 @@ class Statistics:
     drift: Drift | None = None
 
 
+class _GramSum:
+    """The running X^T X [width, width]: of the symmetric matrix only blocks of rows from their diagonal on."""
+
+    def __init__(self, width: int, device: torch.device):
+        self.width = width
+        self.blocks = [
+            torch.zeros(min(GRAM_BLOCK, width - start), width - start, dtype=torch.float64, device=device)
+            for start in range(0, width, GRAM_BLOCK)
+        ]
+
+    def add(self, X: torch.Tensor) -> None:
+        for start, block in zip(range(0, self.width, GRAM_BLOCK), self.blocks, strict=True):
+            block.add_(X[:, start : start + GRAM_BLOCK].T @ X[:, start:])
+
+    def diagonal(self) -> torch.Tensor:
+        return torch.cat([block.diagonal() for block in self.blocks])
+
+    def finish(self) -> torch.Tensor:
+        """The whole matrix, float32; the sums are let go on the way."""
+        gram = torch.empty(self.width, self.width, device=self.blocks[0].device)
+        for start in range(0, self.width, GRAM_BLOCK):
+            block, stop = self.blocks.pop(0), start + GRAM_BLOCK
+            gram[start:stop, start:] = block
+            gram[stop:, start:stop] = gram[start:stop, stop:].T
+        return gram
+
+
 class _Sums:
     """The running sums of one group. Chunk products are float32, their sums float64: see `gather`."""
 
     def __init__(self, width: int, with_gram: bool, device: torch.device):
-        self.new = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)
-        self.own = self.new(width, width) if with_gram else self.new(width)
-        self.cross: torch.Tensor | None = None  # of the drift, made when it is first met
-        self.square: torch.Tensor | None = None
+        self.width, self.device = width, device
+        self.gram = _GramSum(width, device) if with_gram else None
+        self.squares = None if with_gram else torch.zeros(width, dtype=torch.float64, device=device)
+        # Of the drift: what comes of it depends on its kind.
+        self.cross: torch.Tensor | None = None
+        self.drift_gram: _GramSum | None = None
+        self.drift_square = torch.zeros(1, dtype=torch.float64, device=device)
 
     def add(self, X: torch.Tensor) -> None:
-        _add(self.own, X)
+        if self.gram is not None:
+            self.gram.add(X)
+        else:
+            self.squares.add_(X.square().sum(0))
 
     def add_drift_of_input(self, X: torch.Tensor, dense: torch.Tensor) -> None:
-        if self.cross is None:
-            self.cross, self.square = self.new(*self.own.shape), self.new(*self.own.shape)
         drift = dense - X
-        self.cross.add_(drift.T @ X)
-        _add(self.square, drift)
+        if self.drift_gram is None:
+            self.drift_gram = _GramSum(self.width, self.device)
+        self.drift_gram.add(drift)
+        self._add_cross(drift, X)
 
     def add_drift_of_output(self, X: torch.Tensor, missing: torch.Tensor) -> None:
+        self.drift_square.add_(torch.linalg.vector_norm(missing).double() ** 2)
+        self._add_cross(missing, X)
+
+    def _add_cross(self, A: torch.Tensor, X: torch.Tensor) -> None:
         if self.cross is None:
-            self.cross, self.square = self.new(missing.shape[1], X.shape[1]), self.new(1)
-        self.cross.add_(missing.T @ X)
-        self.square.add_(missing.square().sum())
+            self.cross = torch.zeros(A.shape[1], self.width, dtype=torch.float64, device=self.device)
+        for start in range(0, len(self.cross), GRAM_BLOCK):  # the product is widened while it is added
+            self.cross[start : start + GRAM_BLOCK].add_(A[:, start : start + GRAM_BLOCK].T @ X)
 
     def finish(self, group: Group, ranks: Ranks, where: str) -> Statistics:
-        for total in (self.own, self.cross, self.square):
+        grams = [gram for gram in (self.gram, self.drift_gram) if gram is not None]
+        for total in (self.squares, self.cross, self.drift_square, *(block for gram in grams for block in gram.blocks)):
             if total is not None:
                 ranks.add_(total)
-        squares = self.own.diagonal() if self.own.dim() == 2 else self.own
+        squares = self.squares if self.gram is None else self.gram.diagonal()
         if not bool(squares.isfinite().all()):  # where one entry of X is not finite, its channel's square is not
             raise RiaError(
                 f"{where}{group.linears[0]}: NaN or infinite values in its input activations. The model overflows on "
                 "this text in its own dtype; check that it works without pruning."
             )
-        norm, gram = squares.sqrt().float(), _mirrored(self.own) if self.own.dim() == 2 else None
-        self.own = None  # before more is made; these are large
+        # These are large: each float64 sum goes before the next float32 one is made.
         drift: Drift | None = None
         if self.cross is not None:
             cross, self.cross = self.cross.float(), None
-            of_input = self.square.dim() == 2
-            drift = InputDrift(cross, _mirrored(self.square)) if of_input else OutputDrift(cross, float(self.square))
-            self.square = None
-        return Statistics(norm, gram, drift)
+            if self.drift_gram is not None:
+                drift = InputDrift(cross, self.drift_gram.finish())
+            else:
+                drift = OutputDrift(cross, float(self.drift_square))
+        return Statistics(squares.sqrt().float(), None if self.gram is None else self.gram.finish(), drift)
 
 
 def run_component(layer: nn.Module, component: Component, call: LayerCall, stream: torch.Tensor) -> torch.Tensor:
@@ -148,20 +186,25 @@ def gather(
     device = _device(layer)
     names = [group.linears[0] for group in stage]
     sums = [_Sums(layer.get_submodule(name).in_features, with_gram, device) for name in names]
-    for chunk in monitor.steps(range(len(streams)), "calibration passes", len(streams)):
+
+    def add(chunk: int) -> None:  # a function, so that nothing of a chunk outlives it
         stream = streams[chunk].to(device)
         call = calls[stream.shape]
         after, inputs = _watched(layer, component, call, stream, names, to_the_end=dense_after is not None)
+        dense: dict[str, torch.Tensor] = {}
         if dense_before is not None:
             _, dense = _watched(layer, component, call, dense_before[chunk].to(device), names)
         with monitor.phase("statistics"):
             for name, total in zip(names, sums, strict=True):
-                X = _tokens(inputs[name])
+                X = _tokens(inputs.pop(name))
                 total.add(X)
-                if dense_before is not None:
-                    total.add_drift_of_input(X, _tokens(dense[name]))
+                if name in dense:
+                    total.add_drift_of_input(X, _tokens(dense.pop(name)))
                 if after is not None:
                     total.add_drift_of_output(X, _tokens(dense_after[chunk].to(device)) - _tokens(after))
+
+    for chunk in monitor.steps(range(len(streams)), "calibration passes", len(streams)):
+        add(chunk)
     return [total.finish(group, ranks, where) for total, group in zip(sums, stage, strict=True)]
 
 
@@ -173,24 +216,6 @@ def advance(
     for chunk in monitor.steps(range(len(streams)), "calibration passes", len(streams)):
         stream = streams[chunk].to(device)
         streams[chunk] = run_component(layer, component, calls[stream.shape], stream)
-
-
-def _add(total: torch.Tensor, X: torch.Tensor) -> None:
-    """Add X^T X, or its diagonal, to a float64 sum. Of the symmetric matrix only blocks on and above the diagonal."""
-    if total.dim() == 1:
-        total.add_(X.square().sum(0))
-        return
-    for start in range(0, len(total), GRAM_BLOCK):
-        total[start : start + GRAM_BLOCK, start:].add_(X[:, start : start + GRAM_BLOCK].T @ X[:, start:])
-
-
-def _mirrored(total: torch.Tensor) -> torch.Tensor:
-    """float32, with the blocks below the diagonal filled in."""
-    gram = total.float()
-    for start in range(0, len(gram), GRAM_BLOCK):
-        stop = start + GRAM_BLOCK
-        gram[stop:, start:stop] = gram[start:stop, stop:].T
-    return gram
 
 
 def _watched(

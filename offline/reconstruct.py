@@ -14,7 +14,7 @@ from ria_vllm.offline.drift import Drift
 
 
 # Rows of W at a time; what the iterations need besides the Gram matrix stays small.
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 128
 # Of the iterations, those in which the mask may still change.
 CHOOSING = 12
 # Measured on SmolLM2: with less, errors that few tokens make pull too hard; with more, the update does too little.

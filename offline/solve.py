@@ -163,13 +163,12 @@ def _prune(
         W, mask = _sparsegpt(weight, statistics.gram, p, recipe)
     else:
         mask = _mask(score(weight, statistics, recipe), p, recipe)
-    start = mask
+    record, start = _retained(weight, statistics, mask, recipe), mask
     if recipe.reconstruct != "none":
         pull = statistics.drift and statistics.drift.pull(weight)
         choose = None if recipe.method == "sparsegpt" else _choice(weight, statistics, p, recipe)
         W, mask = solvers.of(statistics.gram).solve(weight, mask, pull=pull, choose=choose)
         del pull  # one of several matrices of the weight's size; memory is counted in them
-    record = _retained(weight, statistics, start, recipe)
     W = weight * mask if W is None else W
     W, scale = stored_weight(W, dtype, recipe)
     record |= {"shape": list(weight.shape), "permuted": p is not None}
