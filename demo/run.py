@@ -52,7 +52,7 @@ def compress() -> None:
         print(f"{SPARSE.relative_to(ROOT)} is there already")
         return
     # The defaults, but for fewer and shorter calibration texts: minutes instead of the better part of an hour.
-    command = [*ria_vllm, "compress", str(DENSE), "-o", str(SPARSE), "--samples", "8", "--seq-len", "512", "--resume"]
+    command = [*ria_vllm, "compress", str(DENSE), "-o", str(SPARSE), "--samples", "16", "--seq-len", "512", "--resume"]
     print("$ ria-vllm " + " ".join(command[3:]), flush=True)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
