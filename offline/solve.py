@@ -161,14 +161,18 @@ def _prune(
     W = None
     if recipe.method == "sparsegpt":
         W, mask = _sparsegpt(weight, statistics.gram, p, recipe)
+        record = _retained(score(weight, statistics, recipe), mask, recipe)
     else:
-        mask = _mask(score(weight, statistics, recipe), p, recipe)
-    record, start = _retained(weight, statistics, mask, recipe), mask
+        S = score(weight, statistics, recipe)
+        mask = _mask(S, p, recipe)
+        record = _retained(S, mask, recipe)
+        del S  # one of several matrices of the weight's size; memory is counted in them
+    start = mask
     if recipe.reconstruct != "none":
         pull = statistics.drift and statistics.drift.pull(weight)
         choose = None if recipe.method == "sparsegpt" else _choice(weight, statistics, p, recipe)
         W, mask = solvers.of(statistics.gram).solve(weight, mask, pull=pull, choose=choose)
-        del pull  # one of several matrices of the weight's size; memory is counted in them
+        del pull
     W = weight * mask if W is None else W
     W, scale = stored_weight(W, dtype, recipe)
     record |= {"shape": list(weight.shape), "permuted": p is not None}
@@ -208,11 +212,8 @@ def _sparsegpt(
     return W[:, back], mask[:, back]
 
 
-def _retained(
-    weight: torch.Tensor, statistics: Statistics, mask: torch.Tensor, recipe: Recipe
-) -> dict[str, Any]:
+def _retained(S: torch.Tensor, mask: torch.Tensor, recipe: Recipe) -> dict[str, Any]:
     """The share of the score that stays: with the pattern in the model's own order, and with this mask."""
-    S = score(weight, statistics, recipe)
     whole = float(S.sum(dtype=torch.float64)) or 1.0
     kept = {"retained_before": prune.mask(S, recipe.pattern), "retained_after": mask}
     return {name: float(S.where(keep, 0.0).sum(dtype=torch.float64)) / whole for name, keep in kept.items()}
