@@ -124,6 +124,7 @@ def perplexity(
 @click.option("--seq-len", type=click.IntRange(min=2), help="Tokens a window; 1024, or a shorter context of the model.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first so many tokens of the text.")
 @click.option("--tasks", help="Comma-separated tasks for lm-evaluation-harness (needs ria-vllm[tasks]).")
+@click.option("--include-path", type=click.Path(path_type=Path), help="A folder of further tasks for --tasks, as YAML.")
 @click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="What runs --tasks.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first so many examples of each task.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -134,6 +135,7 @@ def evaluate(
     seq_len: int | None,
     max_tokens: int | None,
     tasks: str | None,
+    include_path: Path | None,
     engine: str,
     limit: int | None,
     device: str,
@@ -145,7 +147,7 @@ def evaluate(
     if tasks is not None:
         from ria_vllm.offline.tasks import run_tasks
 
-        results = run_tasks(model, tasks.split(","), engine, limit, choose_device(device))
+        results = run_tasks(model, tasks.split(","), engine, limit, choose_device(device), include_path)
         click.echo(json.dumps(results, indent=2) if as_json else task_lines(results))
         return
     assert text is not None

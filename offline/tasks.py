@@ -1,5 +1,7 @@
 """Benchmark tasks through lm-evaluation-harness, an optional extra."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,12 +9,15 @@ import torch
 from ria_vllm.errors import RiaError
 
 
-def run_tasks(model: str, tasks: list[str], engine: str, limit: int | None, device: torch.device) -> dict[str, Any]:
+def run_tasks(
+    model: str, tasks: list[str], engine: str, limit: int | None, device: torch.device, folder: Path | None = None
+) -> dict[str, Any]:
     """Run lm-evaluation-harness.
 
     Args:
         model: folder or hub id; compressed folders are decompressed for the engine `hf`, served as they are by `vllm`.
         limit: examples a task, None for all.
+        folder: of tasks of the user's own, beside those that the harness brings.
 
     Returns:
         {"model", "engine", "tasks": {task: {metric: number}}}.
@@ -26,11 +31,12 @@ def run_tasks(model: str, tasks: list[str], engine: str, limit: int | None, devi
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise RiaError(f"--tasks needs lm-evaluation-harness ({error}). Install it: pip install 'ria-vllm[tasks]'") from None
-    manager = TaskManager()
+    manager = TaskManager(include_path=None if folder is None else str(folder))
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise RiaError(f"lm-evaluation-harness knows no task {', '.join(unknown)}. `lm_eval ls tasks` lists them.")
     if engine == "vllm":
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for the results
         harness_model: Any = "vllm"
         arguments = {"pretrained": model}
     else:

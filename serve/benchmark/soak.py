@@ -20,6 +20,7 @@ from pathlib import Path
 
 import click
 
+from ria_vllm.serve.benchmark.process import wait_until
 from ria_vllm.serve.benchmark.server import Server, running_server
 
 WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they".split()
@@ -121,9 +122,7 @@ def soak(server: Server, users: int, seconds: float, longest: int, patience: flo
     tally, memory, began = Tally(), [], time.monotonic()
     measure = lambda: memory.append((time.monotonic() - began, server.process.memory()))  # noqa: E731
     traffic(server, users, seconds, longest, tally, measure)
-    deadline = time.monotonic() + patience
-    while running_requests(server) and time.monotonic() < deadline:
-        time.sleep(0.5)
+    wait_until(lambda: not running_requests(server), server.process, patience)
     left, last = running_requests(server), answers(server)
     warm = max(size for at, size in memory if at <= max(WARM_UP * seconds, memory[0][0]))
     end = server.process.memory()

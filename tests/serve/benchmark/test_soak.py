@@ -17,6 +17,8 @@ openai = pytest.importorskip("openai")
 class Process:
     """Stands in for the server's process; grows by `step` bytes each time it is looked at."""
 
+    running = True
+
     def __init__(self, step: int = 0):
         self.size, self.step = 10**9, step
 
