@@ -101,6 +101,14 @@ def test_shapes_for_the_compiler():
     assert y.shape == (2, 5, 64) and y.dtype == torch.float16
 
 
+def test_the_compiler_traces_rounding_and_product_as_one_graph(hopper):
+    packed = cutlass.pack(*random_weight(72, 192)[0])
+    traced = torch.compile(lambda x: cutlass.apply(x, packed, 72, None, None), backend="aot_eager", fullgraph=True)
+    for tokens in (3, 5):
+        x = torch.randn(tokens, 192).bfloat16()
+        assert torch.equal(traced(x), cutlass.apply(x, packed, 72, None, None))
+
+
 def test_a_hopper_keeps_fp8(hopper):
     for dtype in (torch.bfloat16, torch.float16):
         assert kernels.keeps_quantized(cutlass, CUDA, dtype, 64, 64, fp8.DTYPE)
