@@ -3,8 +3,6 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 from ria_vllm import sparse24
 from ria_vllm.serve.kernels import cuda_compile, fp8
 
