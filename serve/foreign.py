@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.storage import QUANTIZED_DTYPES, Storage
 
@@ -64,7 +66,7 @@ class Foreign:
         dense = sparsity["format"] == "dense"
         ignore = tuple(config.get("ignore") or ())
         groups = [
-            (Selection(tuple(group.get("targets") or ()), ignore), _storage(name, group.get("weights") or {}, dense))
+            (Selection(tuple(group.get("targets") or ()), ignore), _storage(name, group, dense))
             for name, group in (config.get("config_groups") or {}).items()
         ]
         return cls(Selection(tuple(sparsity["targets"]), tuple(sparsity.get("ignore") or ())), dense, tuple(groups))
@@ -77,12 +79,17 @@ class Foreign:
         return Foreign(self.pruned.renamed(mapper), self.dense, groups)
 
 
-def _storage(group: str, weights: Mapping[str, Any], dense: bool) -> Storage:
-    dtype = QUANTIZED_DTYPES.get((weights.get("type"), weights.get("num_bits")))
+def _storage(name: str, group: Mapping[str, Any], dense: bool) -> Storage:
+    weights, inputs = (group.get(key) or {} for key in ("weights", "input_activations"))
+    dtype = _dtype(weights)
     strategy = weights.get("strategy")
     if dtype is None or strategy not in ("tensor", "channel") or not weights.get("symmetric", True):
         raise RiaError(
-            f"quantization_config.config_groups.{group}: 2:4 weights of {weights.get('num_bits')}-bit "
+            f"quantization_config.config_groups.{name}: 2:4 weights of {weights.get('num_bits')}-bit "
             f"{weights.get('type')} by {strategy} are not served; symmetric int8 and fp8, by tensor or by channel, are."
         )
-    return Storage(dense, dtype, strategy)
+    return Storage(dense, dtype, strategy, _dtype(inputs))
+
+
+def _dtype(quantization: Mapping[str, Any]) -> torch.dtype | None:
+    return QUANTIZED_DTYPES.get((quantization.get("type"), quantization.get("num_bits")))

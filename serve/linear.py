@@ -102,7 +102,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         if padding:
             compressed = pad(compressed, (0, padding // 2))
             bitmask = pad(bitmask, (0, padding // 8), value=BITMASK_OF_ONES_AND_TWOS)
-        wrong = sparse24.check(compressed, bitmask)
+        # Quantized values may be any eight bits.
+        wrong = sparse24.check(compressed if scales is None else compressed.view(torch.int8), bitmask)
         if wrong:
             raise RiaError(f"{' + '.join(self.parts)}: {wrong}. The weight file is damaged; get it again.")
 
@@ -117,7 +118,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             layer_facts = (compressed.device, served, size, columns + padding)
             backend = kernels.choose(*layer_facts)
             parts = [tensor[start : start + size] for tensor in (compressed, bitmask)]
-            if scales is not None and kernels.keeps_int8(backend, *layer_facts):
+            if scales is not None and kernels.keeps_quantized(backend, *layer_facts, compressed.dtype):
                 parts.append(scales[start : start + size])
             elif scales is not None:
                 parts[0] = (parts[0].float() * scales[start : start + size, None]).to(served)
@@ -139,8 +140,8 @@ class Sparse24LinearMethod(LinearMethodBase):
     def _final(
         self, layer: LinearBase, loaded: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Values [out, in/2] in the served dtype, bitmask [out, in/8], None; or int8 values, bitmask and scales [out];
-        or the plain weight and twice None, where it was stored plain and is not 2:4 after all."""
+        """Values [out, in/2] in the served dtype, bitmask [out, in/8], None; or int8 or fp8 values, bitmask and scales
+        [out]; or the plain weight and twice None, where it was stored plain and is not 2:4 after all."""
         arrivals: Arrivals = layer.ria_arrivals
         missing = arrivals.missing()
         if missing:
@@ -152,13 +153,15 @@ class Sparse24LinearMethod(LinearMethodBase):
         values = loaded["weight"] if arrivals.storage.dense else loaded["compressed"]
         scales = row_scales(loaded["weight_scale"], layer.ria_output_sizes) if arrivals.storage.quantized else None
         plain = arrivals.storage.dense and not missing and not is_two_of_four(values)
-        if scales is not None and (plain or values.dtype not in sparse24.QUANTIZED_DTYPES):
+        if scales is not None and (plain or not arrivals.storage.kept):
             values, scales = (values.float() * scales[:, None]).to(arrivals.served), None
         if plain:
             return values, None, None
         bitmask = loaded.get("bitmask")
         if arrivals.storage.dense:
-            values, bitmask = sparse24.compress(values)
+            # Sorting knows no fp8, and bfloat16 holds all its numbers.
+            values, bitmask = sparse24.compress(values.bfloat16() if values.dtype == torch.float8_e4m3fn else values)
+            values = values if scales is None else values.to(arrivals.storage.quantized)
         return values, bitmask, scales
 
     def _serve_dense(self, layer: LinearBase, weight: torch.Tensor) -> None:

@@ -136,7 +136,8 @@ def expected_rows(layer: LinearBase, shards: tuple[ShardId, ...]) -> dict[ShardI
 
 
 # `shape` repeats what the bitmask says. `input_permutation` is read beforehand, but vLLM streams every safetensors file
-# of a folder without an index. Activations keep their precision, so their scale is not needed; zero points are zero.
+# of a folder without an index. Activations keep their precision or get a scale a token as they come, so a scale from
+# the checkpoint is not needed; zero points are zero.
 # They stay on the layer: a reload streams them again, some after the layer is complete.
 SOAKED = {
     "shape": (2, torch.int64),

@@ -18,11 +18,19 @@ class Storage:
         dense: as a plain `weight` [out, in] with zeros, instead of `compressed` and `bitmask`.
         quantized: dtype of the values, None where they are plain floating point.
         scales: `weight_scale` is one number or a column of them, where quantized.
+        activations: dtype that the checkpoint wants its inputs rounded to before the product, None for none.
     """
 
     dense: bool = False
     quantized: torch.dtype | None = None
     scales: Literal["tensor", "channel"] = "tensor"
+    activations: torch.dtype | None = None
+
+    @property
+    def kept(self) -> bool:
+        """Whether a kernel may take the values as they are: int8 meets unrounded inputs, fp8 meets fp8 ones, so fp8
+        weights of a checkpoint that wants its inputs unrounded are served as floating point."""
+        return self.quantized == torch.int8 or self.quantized == self.activations == torch.float8_e4m3fn
 
     def tensors(self, served: torch.dtype) -> dict[str, tuple[int, torch.dtype, tuple[torch.dtype, ...]]]:
         """Kind -> (input channels a column stands for, the parameter's dtype, dtypes that may arrive)."""

@@ -2,7 +2,8 @@
 
 A backend module has `NAME`, `unavailable(device, dtype, out_features, in_features) -> str | None`,
 `pack(compressed, bitmask) -> tuple[Tensor, ...]` and `apply(x, packed, out_features, input_permutation, bias)`. One that
-serves int8 weights under bfloat16 activations has a `pack(compressed, bitmask, scales)`, scales float32 [out].
+serves quantized weights under 16-bit activations has a `pack(compressed, bitmask, scales)`, scales float32 [out], and
+is not `unavailable` for the weights' dtype.
 """
 
 import os
@@ -22,6 +23,9 @@ BACKENDS: tuple[ModuleType, ...] = (
     reference,
 )
 
+# The activations that each kind of quantized weights is multiplied with, where a backend has a kernel for them.
+_ACTIVATIONS = {torch.int8: (torch.bfloat16,), torch.float8_e4m3fn: (torch.bfloat16, torch.float16)}
+
 
 def explain(
     device: torch.device, dtype: torch.dtype, out_features: int, in_features: int
@@ -30,9 +34,17 @@ def explain(
     return [(backend.NAME, backend.unavailable(device, dtype, out_features, in_features)) for backend in BACKENDS]
 
 
-def keeps_int8(backend: ModuleType, device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> bool:
-    """Whether `backend`, chosen for activations of `dtype`, serves int8 weights as they are."""
-    return dtype == torch.bfloat16 and backend.unavailable(device, torch.int8, out_features, in_features) is None
+def keeps_quantized(
+    backend: ModuleType,
+    device: torch.device,
+    dtype: torch.dtype,
+    out_features: int,
+    in_features: int,
+    weights: torch.dtype,
+) -> bool:
+    """Whether `backend`, chosen for activations of `dtype`, serves quantized weights of dtype `weights` as they are."""
+    served = dtype in _ACTIVATIONS.get(weights, ())
+    return served and backend.unavailable(device, weights, out_features, in_features) is None
 
 
 def choose(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> ModuleType:

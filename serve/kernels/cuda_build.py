@@ -12,7 +12,7 @@ from ria_vllm.serve.kernels.cuda_library import LIBRARY_FOLDER_VARIABLE, library
 
 @click.command()
 @click.option("--arch", "names", multiple=True, help="80 (also 86, 89), 90a, 100a, 120; default: the visible GPUs'.")
-@click.option("--tiles", type=click.Choice(["all", "small"]), default="all", help="small: one tile, a quick check.")
+@click.option("--tiles", type=click.Choice(["all", "small"]), default="all", help="small: one tile a dtype, a quick check.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Compilers at once; default: what cores and memory allow.")
 @click.option(
     "--output",
@@ -28,7 +28,7 @@ def build_kernels(names: tuple[str, ...], tiles: str, jobs: int | None, output: 
             raise RiaError("no GPU is visible here; say which architecture with --arch (80, 90a, 100a or 120)")
         for target in targets:
             start = time.monotonic()
-            chosen = target.tiles[:1] if tiles == "small" else None
+            chosen = target.small_tiles if tiles == "small" else None
             path = cuda_compile.compile_library(target, folder, chosen, click.echo, jobs)
             click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.0f} s")
     except (cuda_compile.CudaBuildError, OSError) as error:

@@ -25,11 +25,13 @@ class CudaBuildError(Exception):
 
 @dataclass(frozen=True)
 class Tile:
-    """One instantiation of a kernel: its name at run time and the macros that its source file asks for."""
+    """One instantiation of a kernel: its name at run time, the macros that its source file asks for, and the bits of
+    the values that it multiplies."""
 
     name: str
     source: str
     macros: dict[str, int]
+    value_bits: int = 16
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,20 @@ class Architecture:
     def library(self) -> str:
         return f"_cuda_sm{self.name}.so"
 
+    @property
+    def small_tiles(self) -> tuple[Tile, ...]:
+        """The first tile for each width of values: enough to compute every product."""
+        first = {tile.value_bits: tile for tile in reversed(self.tiles)}
+        return tuple(tile for tile in self.tiles if first[tile.value_bits] is tile)
 
-def _tile_3x(m: int, n: int, cluster: int = 1, pingpong: bool = False, stream_k: bool = False) -> Tile:
-    name = f"{m}x{n}" + ("_cluster" if cluster > 1 else "") + ("_pingpong" if pingpong else "")
-    macros = {"TILE_M": m, "TILE_N": n, "CLUSTER_M": cluster, "PINGPONG": pingpong, "STREAM_K": stream_k}
-    return Tile(name + ("_streamk" if stream_k else ""), "sparse_gemm_3x.cu", {k: int(v) for k, v in macros.items()})
+
+def _tile_3x(
+    m: int, n: int, cluster: int = 1, pingpong: bool = False, stream_k: bool = False, fp8: bool = False
+) -> Tile:
+    name = ("fp8_" if fp8 else "") + f"{m}x{n}" + ("_cluster" if cluster > 1 else "")
+    name += ("_pingpong" if pingpong else "") + ("_streamk" if stream_k else "")
+    macros = {"TILE_M": m, "TILE_N": n, "CLUSTER_M": cluster, "PINGPONG": pingpong, "STREAM_K": stream_k, "FP8": fp8}
+    return Tile(name, "sparse_gemm_3x.cu", {key: int(value) for key, value in macros.items()}, 8 if fp8 else 16)
 
 
 def _tile_2x(m: int, n: int, warp_m: int, warp_n: int, stages: int) -> Tile:
@@ -58,7 +69,7 @@ def _tile_2x(m: int, n: int, warp_m: int, warp_n: int, stages: int) -> Tile:
     return Tile(f"{m}x{n}", "sparse_gemm_2x.cu", macros)
 
 
-# m counts out-features, n tokens. The first of each list is the small set, which CI compiles.
+# m counts out-features, n tokens. The first of each list is in the small set, which CI compiles.
 _HOPPER = (
     _tile_3x(128, 16, stream_k=True),
     _tile_3x(64, 16, pingpong=True),
@@ -67,6 +78,12 @@ _HOPPER = (
     _tile_3x(128, 128, cluster=2, pingpong=True),
     _tile_3x(128, 256, cluster=2),
     _tile_3x(256, 128, cluster=2),
+)
+# Widths of 128 tokens at most: fp8 sums are kept twice (sparse_gemm_3x.cu), and wider ones leave no registers.
+_HOPPER_FP8 = (
+    _tile_3x(128, 16, stream_k=True, fp8=True),
+    _tile_3x(128, 64, stream_k=True, fp8=True),
+    _tile_3x(128, 128, cluster=2, stream_k=True, fp8=True),
 )
 _BLACKWELL = (
     _tile_3x(128, 64, stream_k=True),
@@ -83,7 +100,7 @@ ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
         Architecture("80", 80, "-gencode=arch=compute_80,code=sm_80", 1 * GIBIBYTE, _MMA_SYNC),
-        Architecture("90a", 90, "-gencode=arch=compute_90a,code=sm_90a", 6 * GIBIBYTE, _HOPPER),
+        Architecture("90a", 90, "-gencode=arch=compute_90a,code=sm_90a", 6 * GIBIBYTE, _HOPPER + _HOPPER_FP8),
         Architecture("100a", 100, "-gencode=arch=compute_100a,code=sm_100a", 6 * GIBIBYTE, _BLACKWELL),
         Architecture("120", 80, "-gencode=arch=compute_120,code=sm_120", 1 * GIBIBYTE, _MMA_SYNC),
     )

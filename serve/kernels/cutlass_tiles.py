@@ -13,28 +13,33 @@ SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE = -1, 0, 1
 # Allocated once per device. The largest need of any tile is one fp32 tile for each multiprocessor.
 WORKSPACE_BYTES = 32 * 2**20
 
-# (family, out_features, in_features): (up to this many tokens, tile, split), ascending. `gpu_check --tune` prints rows
-# for it. Empty because no GPU has measured it yet: the rules below are reasoned, not tuned.
-MEASURED: dict[tuple[int, int, int], tuple[tuple[int, str, int], ...]] = {}
+# (family, bits a value, out_features, in_features): (up to this many tokens, tile, split), ascending. `gpu_check`
+# prints rows for it. Empty because no GPU has measured it yet: the rules below are reasoned, not tuned.
+MEASURED: dict[tuple[int, int, int, int], tuple[tuple[int, str, int], ...]] = {}
 
-# (up to this many tokens, tiles in order of preference).
+# (family, bits a value): (up to this many tokens, tiles in order of preference).
 #
 # Few tokens: the weight's bytes decide, so every multiprocessor must be pulling on them, and K is divided where the
 # rows alone make too few tiles. Many tokens: wide token tiles, because on Hopper the sparse wgmma reads its B operand
 # from shared memory twice as fast as a dense one does, and a cluster shares it.
-_RULES: dict[int, tuple[tuple[float, tuple[tuple[str, int], ...]], ...]] = {
-    90: (
+_RULES: dict[tuple[int, int], tuple[tuple[float, tuple[tuple[str, int], ...]], ...]] = {
+    (90, 16): (
         (16, (("128x16_streamk", SPLIT_HEURISTIC),)),
         (64, (("128x64_streamk", SPLIT_HEURISTIC),)),
         (512, (("128x128_cluster_streamk", SPLIT_HEURISTIC),)),
         (float("inf"), (("128x256_cluster", SPLIT_NONE), ("256x128_cluster", SPLIT_NONE))),
     ),
-    100: (
+    (90, 8): (
+        (16, (("fp8_128x16_streamk", SPLIT_HEURISTIC),)),
+        (64, (("fp8_128x64_streamk", SPLIT_HEURISTIC),)),
+        (float("inf"), (("fp8_128x128_cluster_streamk", SPLIT_HEURISTIC),)),
+    ),
+    (100, 16): (
         (64, (("128x64_streamk", SPLIT_HEURISTIC),)),
         (512, (("128x128_streamk", SPLIT_HEURISTIC),)),
         (float("inf"), (("128x256", SPLIT_NONE),)),
     ),
-    80: (
+    (80, 16): (
         (32, (("128x32", SPLIT_HEURISTIC),)),
         (64, (("128x64", SPLIT_HEURISTIC),)),
         (float("inf"), (("128x128", SPLIT_HEURISTIC),)),
@@ -42,12 +47,14 @@ _RULES: dict[int, tuple[tuple[float, tuple[tuple[str, int], ...]], ...]] = {
 }
 
 
-def preferences(family: int, out_features: int, in_features: int, tokens: int) -> tuple[tuple[str, int], ...]:
-    """Tiles by name, each with its split, best first."""
-    for most, name, split in MEASURED.get((family, out_features, in_features), ()):
+def preferences(
+    family: int, value_bits: int, out_features: int, in_features: int, tokens: int
+) -> tuple[tuple[str, int], ...]:
+    """Tiles by name, each with its split, best first; empty where the family has none for values of so many bits."""
+    for most, name, split in MEASURED.get((family, value_bits, out_features, in_features), ()):
         if tokens <= most:
             return ((name, split),)
-    return next(tiles for most, tiles in _RULES[family] if tokens <= most)
+    return next((tiles for most, tiles in _RULES.get((family, value_bits), ()) if tokens <= most), ())
 
 
 @lru_cache(maxsize=None)
@@ -63,7 +70,7 @@ def choose_tile(
     indices = {name: index for index, name in enumerate(library.tile_names)}
     wanted = [
         (indices[name], split)
-        for name, split in preferences(library.family, *sizes, tokens)
+        for name, split in preferences(library.family, dtype.itemsize * 8, *sizes, tokens)
         if name in indices
     ]
     for tile, split in [*wanted, *((tile, SPLIT_NONE) for tile in indices.values())]:
@@ -71,4 +78,6 @@ def choose_tile(
             continue
         if library.workspace_bytes(tile, dtype, sizes, tokens, split, sms) <= WORKSPACE_BYTES:
             return tile, split
-    raise RiaError(f"{library.path.name}: no tile for a {out_features} x {in_features} layer and {tokens} tokens")
+    raise RiaError(
+        f"{library.path.name}: no tile for a {out_features} x {in_features} layer of {dtype} and {tokens} tokens"
+    )

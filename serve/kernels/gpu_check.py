@@ -8,6 +8,7 @@ hardware's limits, then times of every tile, from which cutlass_tiles.MEASURED i
 import json
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain, product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from ria_vllm import sparse24
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels import cusparselt, cutlass, gpu_timing, reference, torch_cutlass
+from ria_vllm.serve.kernels import cusparselt, cutlass, fp8, gpu_timing, reference, torch_cutlass
 from ria_vllm.serve.kernels.cuda_library import library_of, multiprocessors
 from ria_vllm.serve.kernels.cutlass_tiles import SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE, WORKSPACE_BYTES
 
@@ -32,14 +33,25 @@ DEVICE = torch.device("cuda", 0)
 
 
 class Layer:
-    """A 2:4 layer on the GPU and its product in float64."""
+    """A 2:4 layer on the GPU and its product in float64. With scales [out] its values are fp8, activations `dtype`."""
 
-    def __init__(self, name: str, compressed: torch.Tensor, bitmask: torch.Tensor, seed: int = 0):
-        generator = torch.Generator(DEVICE).manual_seed(seed)
-        self.name, self.compressed, self.bitmask = name, compressed.to(DEVICE), bitmask.to(DEVICE)
-        self.stored = sparse24.decompress(self.compressed, self.bitmask)
+    def __init__(
+        self,
+        name: str,
+        compressed: torch.Tensor,
+        bitmask: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        self.name = name
+        self.parts = tuple(tensor.to(DEVICE) for tensor in (compressed, bitmask, scales) if tensor is not None)
+        self.weights, self.dtype = compressed.dtype, dtype or compressed.dtype
+        self.fp8 = scales is not None
+        self.stored = sparse24.decompress(self.parts[0].double(), self.parts[1])
+        if self.fp8:
+            self.stored *= self.parts[2].double()[:, None]
         self.out_features, self.in_features = self.stored.shape
-        self.dtype = self.stored.dtype
         self.bias = torch.randn(self.out_features, device=DEVICE, generator=generator).to(self.dtype)
         self.order = torch.randperm(self.in_features, device=DEVICE, generator=generator).int()
 
@@ -48,19 +60,34 @@ class Layer:
         return torch.randn(tokens, self.in_features, device=DEVICE, generator=generator).to(self.dtype)
 
     def excess(self, y: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> float:
-        """Largest error in units of what rounding explains: an ulp of y and fp32 accumulation. Right is below 1."""
-        exact = x.double() @ self.stored.double().t()
+        """Largest error in units of what rounding explains: an ulp of y and the accumulation. Right is below 1.
+
+        fp8's accumulation: the tensor cores are reported to keep about 14 bits of each sum of 128 products.
+        """
+        x = dequantized(x) if self.fp8 else x.double()
+        exact = x @ self.stored.t()
         if bias is not None:
             exact += bias.double()
-        room = exact.abs() * torch.finfo(self.dtype).eps + (x.double().abs() @ self.stored.double().abs().t()) * 2**-16
-        error = (y.double() - exact).abs() / (room + 1e-30)
+        accumulation = (x.abs() @ self.stored.abs().t()) * 2.0 ** (-11 if self.fp8 else -16)
+        error = (y.double() - exact).abs() / (exact.abs() * torch.finfo(self.dtype).eps + accumulation + 1e-30)
         return float(error.max()) if bool(torch.isfinite(y).all()) else float("inf")
 
 
-def random_layer(out_features: int, in_features: int, dtype: torch.dtype) -> Layer:
+def dequantized(x: torch.Tensor) -> torch.Tensor:
+    """What is left of x [tokens, in] after its rounding to fp8, in float64."""
+    values, scales = fp8.quantize(x)
+    return values.double() * scales.double()[:, None]
+
+
+def random_layer(out_features: int, in_features: int, dtype: torch.dtype, weights: torch.dtype | None = None) -> Layer:
+    """`weights`: float8_e4m3fn for weights in fp8 under activations of `dtype`; else they are of `dtype` too."""
     generator = torch.Generator(DEVICE).manual_seed(out_features + in_features)
     dense = torch.randn(out_features, in_features, device=DEVICE, generator=generator).to(dtype) * in_features**-0.5
-    return Layer(f"random {out_features}x{in_features}", *sparse24.compress(dense))
+    compressed, bitmask = sparse24.compress(dense)
+    if weights != fp8.DTYPE:
+        return Layer(f"random {out_features}x{in_features}", compressed, bitmask)
+    values, scales = fp8.quantize(compressed)
+    return Layer(f"random {out_features}x{in_features} fp8", values, bitmask, scales, dtype)
 
 
 def real_layers(folder: Path) -> Iterator[Layer]:
@@ -69,7 +96,7 @@ def real_layers(folder: Path) -> Iterator[Layer]:
     shapes = set()
     for name in reader.sparse_names:
         linear = reader.linear(name)
-        if linear.shape not in shapes and linear.compressed.dtype != torch.float32:
+        if linear.shape not in shapes and linear.compressed.dtype in (torch.bfloat16, torch.float16):
             shapes.add(linear.shape)
             yield Layer(name, linear.compressed, linear.bitmask)
         if len(shapes) == MOST_REAL_LAYERS:
@@ -80,11 +107,11 @@ def check_backends(layer: Layer) -> Iterator[dict[str, Any]]:
     """Every backend that takes the layer, with and without bias and input permutation."""
     for backend in BACKENDS:
         row = {"check": "float64", "backend": backend.NAME, "layer": layer.name, "dtype": str(layer.dtype)}
-        reason = backend.unavailable(DEVICE, layer.dtype, layer.out_features, layer.in_features)
+        reason = backend.unavailable(DEVICE, layer.weights, layer.out_features, layer.in_features)
         if reason:
             yield {**row, "skipped": reason}
             continue
-        packed = backend.pack(layer.compressed, layer.bitmask)
+        packed = backend.pack(*layer.parts)
         for tokens in TOKENS:
             x = layer.activations(tokens)
             plain = backend.apply(x, packed, layer.out_features, None, None)
@@ -99,20 +126,23 @@ def check_backends(layer: Layer) -> Iterator[dict[str, Any]]:
 def check_tiles(layer: Layer) -> Iterator[dict[str, Any]]:
     """Every tile and division of K of our library, with guards around the output."""
     library, sms = library_of(DEVICE.index), multiprocessors(DEVICE.index)
-    values, metadata = cutlass.pack(layer.compressed, layer.bitmask)
+    values, metadata, *scales = cutlass.pack(*layer.parts)
     sizes = (layer.out_features, layer.in_features)
-    host = library.pack_metadata(layer.bitmask.cpu())
+    host = library.pack_metadata(layer.parts[1].cpu(), values.itemsize * 8)
     yield {"check": "metadata on GPU and CPU agree", "layer": layer.name, "ok": torch.equal(metadata.cpu(), host)}
     for tile, name in enumerate(library.tile_names):
         for split in (SPLIT_NONE, SPLIT_HEURISTIC, SPLIT_FORCED, 3):
             for tokens in TOKENS:
-                need = library.workspace_bytes(tile, layer.dtype, sizes, tokens, split, sms)
-                if not library.accepts(tile, layer.dtype, sizes, tokens, split, sms) or need > WORKSPACE_BYTES:
+                need = library.workspace_bytes(tile, layer.weights, sizes, tokens, split, sms)
+                if not library.accepts(tile, layer.weights, sizes, tokens, split, sms) or need > WORKSPACE_BYTES:
                     continue
                 x, count = layer.activations(tokens), tokens * layer.out_features
                 buffer = torch.full((count + 2 * GUARD,), 7.0, dtype=layer.dtype, device=DEVICE)
                 y = buffer[GUARD : GUARD + count].view(tokens, layer.out_features)
-                library.linear(tile, split, x, values, metadata, layer.bias, y, cutlass.workspace(DEVICE.index))
+                operand, *x_scales = fp8.quantize(x) if layer.fp8 else (x,)
+                both = (*scales, *x_scales) or None
+                workspace = cutlass.workspace(DEVICE.index)
+                library.linear(tile, split, operand, values, metadata, layer.bias, y, workspace, both)
                 excess = layer.excess(y, x, layer.bias)
                 guarded = bool((buffer[:GUARD] == 7).all() and (buffer[-GUARD:] == 7).all())
                 row = {"check": f"tile {name} split {split}", "backend": "cutlass", "layer": layer.name}
@@ -122,9 +152,9 @@ def check_tiles(layer: Layer) -> Iterator[dict[str, Any]]:
 def check_graphs(layer: Layer) -> Iterator[dict[str, Any]]:
     """Capture once, replay with other activations: the same bits as without a graph."""
     for backend in BACKENDS[:3]:
-        if backend.unavailable(DEVICE, layer.dtype, layer.out_features, layer.in_features):
+        if backend.unavailable(DEVICE, layer.weights, layer.out_features, layer.in_features):
             continue
-        packed = backend.pack(layer.compressed, layer.bitmask)
+        packed = backend.pack(*layer.parts)
         for tokens in (1, 64, 333):
             x = layer.activations(tokens)
             graph, (y,) = gpu_timing.capture([lambda: backend.apply(x, packed, layer.out_features, None, layer.bias)])
@@ -168,19 +198,20 @@ def main(checkpoint: Path | None, json_path: Path, seconds: int, quick: bool) ->
     }
     click.echo(f"{report['gpu']}, compute capability {report['capability']}, torch {report['torch']}")
 
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype, weights in product((torch.bfloat16, torch.float16), (None, fp8.DTYPE)):
         for shape in SMALL_SHAPES if quick else (*SMALL_SHAPES, *SHAPES_7B):
             if time.monotonic() < deadline:
-                layer = random_layer(*shape, dtype)
+                layer = random_layer(*shape, dtype, weights)
                 guarded(lambda layer=layer: check_backends(layer), f"{layer.name} {dtype}", checks)
         for shape in ((136, 192), (1000, 1024)):
-            layer = random_layer(*shape, dtype)
-            if cutlass.unavailable(DEVICE, dtype, *shape) is None and time.monotonic() < deadline:
+            if cutlass.unavailable(DEVICE, weights or dtype, *shape) is None and time.monotonic() < deadline:
+                layer = random_layer(*shape, dtype, weights)
                 guarded(lambda layer=layer: check_tiles(layer), f"tiles {layer.name} {dtype}", checks)
     if checkpoint:
         for layer in real_layers(checkpoint):
             guarded(lambda layer=layer: check_backends(layer), layer.name, checks)
-    guarded(lambda: check_graphs(random_layer(1000, 1024, torch.bfloat16)), "CUDA graph", checks)
+    for weights in (None, fp8.DTYPE):
+        guarded(lambda w=weights: check_graphs(random_layer(1000, 1024, torch.bfloat16, w)), "CUDA graph", checks)
     failed = sum(row.get("ok") is False for row in checks)
     click.echo(f"{sum('ok' in row for row in checks)} checks, {failed} failed")
     for reason in sorted({f"{row['backend']}: {row['skipped']}" for row in checks if "skipped" in row}):
@@ -194,7 +225,10 @@ def main(checkpoint: Path | None, json_path: Path, seconds: int, quick: bool) ->
         report["limits"] = limits = gpu_timing.measure_limits(DEVICE)
         report["times"] = times = []
         click.echo(gpu_timing.HEADER)
-        for row in gpu_timing.time_backends(BACKENDS[:3], limits, deadline):
+        rows = gpu_timing.time_backends(BACKENDS[:3], limits, deadline)
+        if cutlass.unavailable(DEVICE, fp8.DTYPE, 4096, 4096) is None:
+            rows = chain(rows, gpu_timing.time_fp8(limits, deadline))
+        for row in rows:
             times.append(row)
             click.echo(gpu_timing.line(row))
             save()

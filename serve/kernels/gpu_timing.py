@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ria_vllm import sparse24
-from ria_vllm.serve.kernels import cutlass
+from ria_vllm.serve.kernels import cutlass, fp8
 from ria_vllm.serve.kernels.cuda_library import CudaLibrary, library_of, multiprocessors
 from ria_vllm.serve.kernels.cutlass_tiles import SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE, WORKSPACE_BYTES
 
@@ -72,12 +72,19 @@ def measure_limits(device: torch.device) -> dict[str, float]:
     return {"bytes_per_second": 2 * 2**30 / copy * 1e6, "dense_flop_per_second": 2 * 8192**3 / product * 1e6}
 
 
-def _weights(out_features: int, in_features: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _weights(
+    out_features: int, in_features: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> list[tuple[torch.Tensor, ...]]:
+    """Copies of one random weight as `pack` takes it: bfloat16, or float8_e4m3fn with scales."""
     generator = torch.Generator(device).manual_seed(0)
     dense = torch.randn(out_features, in_features, dtype=torch.bfloat16, device=device, generator=generator)
-    pair = sparse24.compress(dense)
-    copies = max(2, math.ceil(_BYTES_IN_TURN / (out_features * in_features * 9 / 8)))
-    return [(pair[0].clone(), pair[1].clone()) for _ in range(copies)]
+    compressed, *others = sparse24.compress(dense)
+    if dtype == fp8.DTYPE:
+        compressed, scales = fp8.quantize(compressed)
+        others.append(scales)
+    bits = 4 * dtype.itemsize + 1
+    copies = max(2, math.ceil(_BYTES_IN_TURN / (out_features * in_features * bits / 8)))
+    return [tuple(tensor.clone() for tensor in (compressed, *others)) for _ in range(copies)]
 
 
 def time_backends(
@@ -113,6 +120,52 @@ def time_backends(
         del pairs, dense_weights, packed
 
 
+def time_fp8(limits: dict[str, float], deadline: float) -> Iterator[dict[str, Any]]:
+    """The same rows for products of fp8 operands alone, without the rounding of x: ours, and torch's dense one where it
+    has one. The dense time beside them is bfloat16's."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    for out_features, in_features in SHAPES:
+        parts = _weights(out_features, in_features, device, fp8.DTYPE)
+        packed = [cutlass.pack(*part) for part in parts]
+        plain = sparse24.decompress(parts[0][0].bfloat16(), parts[0][1])
+        bfloat16 = [plain.clone() for _ in range(max(2, math.ceil(_BYTES_IN_TURN / plain.nbytes)))]
+        float8 = [weight.to(fp8.DTYPE) for weight in bfloat16 + bfloat16]  # half the bytes, twice the copies
+        scales = parts[0][2]
+        for tokens in TOKENS:
+            if time.monotonic() > deadline:
+                return
+            x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=device)
+            q, x_scales = fp8.quantize(x)
+            traffic = out_features * in_features * 5 / 8 + tokens * (in_features + 2 * out_features)
+            common = {
+                "out_features": out_features,
+                "in_features": in_features,
+                "tokens": tokens,
+                "dense_us": microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in bfloat16]),
+                "bytes_limit_us": traffic / limits["bytes_per_second"] * 1e6,
+                "flop_limit_us": tokens * out_features * in_features / 2 / limits["dense_flop_per_second"] * 1e6,
+            }
+            ours = [
+                lambda p=p: torch.ops.ria.sparse24_fp8_linear.cutlass(q, x_scales, *p, None, torch.bfloat16)
+                for p in packed
+            ]
+            yield {**common, "backend": "cutlass fp8", "us": microseconds(ours)}
+            dense = [lambda w=w: _dense_fp8(q, x_scales, w, scales) for w in float8]
+            try:
+                dense[0]()
+            except RuntimeError:
+                continue  # this torch, or the GPU, knows no scales by row
+            yield {**common, "backend": "dense fp8", "us": microseconds(dense)}
+        del parts, packed, plain, bfloat16, float8
+
+
+def _dense_fp8(
+    x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    by_row = x_scales[:, None], scales[None]
+    return torch._scaled_mm(x, weight.t(), *by_row, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
 def line(row: dict[str, Any]) -> str:
     return (
         f"{row['out_features']:6} {row['in_features']:6} {row['tokens']:6} {row['backend']:>14} {row['us']:9.1f}"
@@ -124,25 +177,36 @@ def line(row: dict[str, Any]) -> str:
 def time_tiles(deadline: float) -> Iterator[dict[str, Any]]:
     """Every tile and division of K of our library on the shapes that models have (q,k,v and gate,up fused)."""
     device = torch.device("cuda", torch.cuda.current_device())
-    library, sms = library_of(device.index), multiprocessors(device.index)
+    dtypes = [d for d in (torch.bfloat16, fp8.DTYPE) if cutlass.unavailable(device, d, 4096, 4096) is None]
     for sizes in TUNED_SHAPES:
-        packed = [cutlass.pack(*pair) for pair in _weights(*sizes, device)]
-        for tokens in TUNED_TOKENS:
-            x = torch.randn(tokens, sizes[1], dtype=torch.bfloat16, device=device)
-            y = torch.empty(tokens, sizes[0], dtype=torch.bfloat16, device=device)
-            for tile, name in enumerate(library.tile_names):
-                for split in SPLITS:
-                    if time.monotonic() > deadline:
-                        return
-                    if split != SPLIT_NONE and (tokens > 1024 or library.family == 90 and "streamk" not in name):
-                        continue
-                    if not library.accepts(tile, torch.bfloat16, sizes, tokens, split, sms):
-                        continue
-                    if library.workspace_bytes(tile, torch.bfloat16, sizes, tokens, split, sms) > WORKSPACE_BYTES:
-                        continue
-                    calls = [_tile_call(library, tile, split, x, pair, y) for pair in packed]
-                    row = {"family": library.family, "out_features": sizes[0], "in_features": sizes[1]}
-                    yield {**row, "tokens": tokens, "tile": name, "split": split, "us": microseconds(calls)}
+        for dtype in dtypes:
+            packed = [cutlass.pack(*parts) for parts in _weights(*sizes, device, dtype)]
+            for tokens in TUNED_TOKENS:
+                yield from _time_tiles(dtype, sizes, packed, tokens, deadline)
+
+
+def _time_tiles(
+    dtype: torch.dtype, sizes: tuple[int, int], packed: Sequence[tuple[torch.Tensor, ...]], tokens: int, deadline: float
+) -> Iterator[dict[str, Any]]:
+    device = packed[0][0].device
+    library, sms = library_of(device.index), multiprocessors(device.index)
+    x = torch.randn(tokens, sizes[1], dtype=torch.bfloat16, device=device)
+    operand, *x_scales = fp8.quantize(x) if dtype == fp8.DTYPE else (x,)
+    y = torch.empty(tokens, sizes[0], dtype=torch.bfloat16, device=device)
+    for tile, name in enumerate(library.tile_names):
+        for split in SPLITS:
+            if time.monotonic() > deadline:
+                return
+            if split != SPLIT_NONE and (tokens > 1024 or library.family == 90 and "streamk" not in name):
+                continue
+            if not library.accepts(tile, dtype, sizes, tokens, split, sms):
+                continue
+            if library.workspace_bytes(tile, dtype, sizes, tokens, split, sms) > WORKSPACE_BYTES:
+                continue
+            calls = [_tile_call(library, tile, split, operand, x_scales, parts, y) for parts in packed]
+            row = {"family": library.family, "value_bits": dtype.itemsize * 8}
+            row |= {"out_features": sizes[0], "in_features": sizes[1], "tokens": tokens}
+            yield {**row, "tile": name, "split": split, "us": microseconds(calls)}
 
 
 def _tile_call(
@@ -150,21 +214,28 @@ def _tile_call(
     tile: int,
     split: int,
     x: torch.Tensor,
+    x_scales: Sequence[torch.Tensor],
     packed: tuple[torch.Tensor, ...],
     y: torch.Tensor,
 ) -> Callable[[], torch.Tensor]:
+    values, metadata, *scales = packed
+
     def call() -> torch.Tensor:
-        library.linear(tile, split, x, *packed, None, y, cutlass.workspace(x.device.index))
+        both = (*scales, *x_scales) or None
+        library.linear(tile, split, x, values, metadata, None, y, cutlass.workspace(x.device.index), both)
         return y
 
     return call
 
 
+_SHAPE = ("family", "value_bits", "out_features", "in_features")
+
+
 def table_rows(tiles: Sequence[dict[str, Any]]) -> str:
     """The fastest tile of each shape and number of tokens, as lines for cutlass_tiles.MEASURED."""
-    best: dict[tuple[int, int, int], dict[int, dict[str, Any]]] = {}
+    best: dict[tuple[int, int, int, int], dict[int, dict[str, Any]]] = {}
     for row in tiles:
-        shape = best.setdefault((row["family"], row["out_features"], row["in_features"]), {})
+        shape = best.setdefault(tuple(row[key] for key in _SHAPE), {})
         if row["tokens"] not in shape or row["us"] < shape[row["tokens"]]["us"]:
             shape[row["tokens"]] = row
     lines = []

@@ -1,5 +1,36 @@
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 # The makers of small checkpoints are shared with the processes that the tests start.
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A stand-in for the compiled library of a Hopper, which also takes tensors on the CPU while the test runs."""
+    from pretend_hopper import PretendLibrary
+
+    from ria_vllm.serve.kernels import cutlass
+
+    library = PretendLibrary()
+    monkeypatch.setattr(cutlass, "library_of", lambda index: library)
+    monkeypatch.setattr(cutlass, "multiprocessors", lambda index: 132)
+    monkeypatch.setattr(cutlass, "workspace", lambda index: torch.zeros(1, dtype=torch.uint8))
+    registered = torch.library.Library("ria", "IMPL")
+    registered.impl("sparse24_linear.cutlass", cutlass._linear, "CPU")
+    registered.impl("sparse24_fp8_linear.cutlass", cutlass._fp8_linear, "CPU")
+    yield library
+    registered._destroy()
+
+
+@pytest.fixture
+def hopper_layers(hopper, monkeypatch):
+    """The same, and layers on the CPU count as layers on the GPU."""
+    from ria_vllm.serve.kernels import cutlass
+
+    unavailable, gpu = cutlass.unavailable, torch.device("cuda", 0)
+    monkeypatch.setattr(cutlass, "unavailable", lambda device, *facts: unavailable(gpu, *facts))
+    return hopper

@@ -1,5 +1,7 @@
 """The metadata's layout, as the kernels' own definitions give it, against readings written down independently."""
 
+from itertools import product
+
 import pytest
 import torch
 from compiled_cuda import compiled
@@ -52,6 +54,37 @@ def test_reading_the_registers_of_a_warpgroup_gives_the_matrix_back(arch, atom_r
     assert torch.equal(dense, sparse24.decompress(compressed, bitmask))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reading_the_registers_of_a_warpgroup_gives_the_matrix_back_in_fp8(shape):
+    """The layout of values of 8 bits.
+
+    PTX, wgmma.mma_async.sp of m64nNk64: a warp's instruction covers 16 rows and 64 columns, and a lane's 32-bit
+    register the eight groups of 32 columns of one row. Of the four lanes of row r of the first eight, the first holds
+    row r, columns 0 to 31, the second row r + 8 of the same, the third and fourth columns 32 to 63 of the two. In
+    memory the registers of a row's 128 columns lie side by side, then those of the next row; blocks of 64 x 128 down
+    the rows first.
+    """
+    compressed, bitmask = random_pair(*shape)
+    registers = compiled("90a").pack_metadata(bitmask, value_bits=8).view(torch.int32)
+    dense = torch.zeros(shape, dtype=compressed.dtype)
+    blocks_down, read = -(-shape[0] // 64), set()
+    for block_row, block_column in product(range(blocks_down), range(-(-shape[1] // 128))):
+        for instruction, warp, lane in product(range(2), range(4), range(32)):
+            row_in_block = 16 * warp + lane // 4 + 8 * (lane % 2)
+            half = lane % 4 // 2
+            place = ((block_column * blocks_down + block_row) * 64 + row_in_block) * 4 + 2 * instruction + half
+            read.add(place)
+            row, first = 64 * block_row + row_in_block, 128 * block_column + 64 * instruction + 32 * half
+            for within in range(8):
+                indices, column = int(registers[place]) >> 4 * within & 15, first + 4 * within
+                assert indices in LEGAL_GROUPS  # in the padding as well
+                if row < shape[0] and column < shape[1]:
+                    for kept in (0, 1):
+                        dense[row, column + (indices >> 2 * kept & 3)] = compressed[row, column // 2 + kept]
+    assert len(read) == len(registers)
+    assert torch.equal(dense, sparse24.decompress(compressed, bitmask))
+
+
 @pytest.mark.parametrize("shape", [(32, 64), (64, 128), (224, 192), (992, 448)])
 def test_mma_sync_metadata_is_what_torch_gives_its_own_cutlass_kernel(shape):
     compressed, bitmask = random_pair(*shape)
@@ -69,29 +102,32 @@ def test_mma_sync_rows_are_padded_to_32(shape):
     assert torch.equal(library.pack_metadata(bitmask), library.pack_metadata(padded))
 
 
-@pytest.mark.parametrize("arch", ["80", "90a", "100a"])
+LAYOUTS = [("80", 16), ("90a", 16), ("90a", 8), ("100a", 16)]
+
+
+@pytest.mark.parametrize("arch, value_bits", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_offsets_are_distinct_and_inside(arch, shape):
+def test_offsets_are_distinct_and_inside(arch, value_bits, shape):
     library = compiled(arch)
     out_features, in_features = shape
     offsets = [
-        library.metadata_offset(out_features, in_features, row, byte)
+        library.metadata_offset(out_features, in_features, row, byte, value_bits)
         for row in range(out_features)
         for byte in range(in_features // 8)
     ]
     assert len(set(offsets)) == len(offsets)
-    assert min(offsets) >= 0 and max(offsets) < library.metadata_bytes(out_features, in_features)
+    assert min(offsets) >= 0 and max(offsets) < library.metadata_bytes(out_features, in_features, value_bits)
 
 
-@pytest.mark.parametrize("arch", ["80", "90a", "100a"])
-def test_no_bitmask_makes_metadata_that_the_hardware_forbids(arch):
+@pytest.mark.parametrize("arch, value_bits", LAYOUTS)
+def test_no_bitmask_makes_metadata_that_the_hardware_forbids(arch, value_bits):
     bitmask = torch.arange(256, dtype=torch.uint8).repeat(9, 1)
-    metadata = compiled(arch).pack_metadata(bitmask)
+    metadata = compiled(arch).pack_metadata(bitmask, value_bits)
     assert {int(byte) & 15 for byte in metadata} | {int(byte) >> 4 for byte in metadata} == LEGAL_GROUPS
 
 
-@pytest.mark.parametrize("arch", ["80", "90a", "100a"])
-def test_positions_outside_the_matrix_are_refused(arch):
+@pytest.mark.parametrize("arch, value_bits", LAYOUTS)
+def test_positions_outside_the_matrix_are_refused(arch, value_bits):
     library = compiled(arch)
     for out_features, in_features, row, byte in [(8, 64, 8, 0), (8, 64, 0, 8), (8, 64, -1, 0), (8, 63, 0, 0), (0, 64, 0, 0)]:
-        assert library.metadata_offset(out_features, in_features, row, byte) == -1
+        assert library.metadata_offset(out_features, in_features, row, byte, value_bits) == -1

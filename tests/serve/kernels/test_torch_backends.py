@@ -127,7 +127,7 @@ def test_no_tile_at_all_is_an_error():
 
 def test_a_measured_shape_overrules_the_rule(monkeypatch):
     row = ((16, "128x64_streamk", 2), (64, "128x128_cluster_pingpong", 1))
-    monkeypatch.setitem(cutlass_tiles.MEASURED, (90, 4096, 4096), row)
+    monkeypatch.setitem(cutlass_tiles.MEASURED, (90, 16, 4096, 4096), row)
     assert chosen(pretend(ALL_HOPPER), 7) == ("128x64_streamk", 2)
     assert chosen(pretend(ALL_HOPPER), 17) == ("128x128_cluster_pingpong", 1)
     assert chosen(pretend(ALL_HOPPER), 65)[0] == "128x128_cluster_streamk"
@@ -136,5 +136,7 @@ def test_a_measured_shape_overrules_the_rule(monkeypatch):
 def test_every_rule_names_tiles_that_are_compiled():
     for target in cuda_compile.ARCHITECTURES.values():
         names = {tile.name for tile in target.tiles}
-        for tokens in (1, 16, 17, 64, 65, 512, 513, 100_000):
-            assert {name for name, _ in cutlass_tiles.preferences(target.family, 4096, 4096, tokens)} <= names
+        for value_bits in {tile.value_bits for tile in target.tiles}:
+            for tokens in (1, 16, 17, 64, 65, 512, 513, 100_000):
+                wanted = cutlass_tiles.preferences(target.family, value_bits, 4096, 4096, tokens)
+                assert wanted and {name for name, _ in wanted} <= names

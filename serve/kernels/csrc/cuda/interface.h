@@ -10,14 +10,18 @@
 
 namespace ria {
 
-enum DataType : int { kBFloat16 = 0, kFloat16 = 1 };
+// Of x, W and y; e4m3 x and W make a bf16 or fp16 y. The bias has y's.
+enum DataType : int { kBFloat16 = 0, kFloat16 = 1, kFloat8ToBFloat16 = 2, kFloat8ToFloat16 = 3 };
+
+constexpr bool is_float8(int data_type) { return data_type == kFloat8ToBFloat16 || data_type == kFloat8ToFloat16; }
 
 enum Result : int { kOk = 0, kBadArgument = 1, kCannotRun = 2, kWorkspaceTooSmall = 3, kCudaError = 4 };
 
 // How a tile may divide K among thread blocks.
 enum Split : int { kSplitForced = -1, kSplitHeuristic = 0, kSplitNone = 1 };  // 2 and more: that many parts
 
-// y[tokens, out] = x[tokens, in] @ W[out, in]^T + bias[out], all rows contiguous.
+// y[tokens, out] = x[tokens, in] @ W[out, in]^T + bias[out], all rows contiguous. With e4m3 operands the sums are
+// multiplied by token_scales[token] * weight_scales[out] before the bias is added.
 struct Problem {
   int data_type;
   int out_features;
@@ -27,9 +31,11 @@ struct Problem {
   int multiprocessors;
   int device;
   void const* x;
-  void const* values;    // [out, in/2], the two kept values of each group of four in column order
-  void const* metadata;  // in the layout of metadata.h
-  void const* bias;      // [out] or null
+  void const* values;         // [out, in/2], the two kept values of each group of four in column order
+  void const* metadata;       // in the layout of metadata.h for the width of the values
+  void const* weight_scales;  // float [out], with e4m3 operands only
+  void const* token_scales;   // float [tokens], likewise
+  void const* bias;           // [out] or null
   void* y;
   void* workspace;
   size_t workspace_bytes;

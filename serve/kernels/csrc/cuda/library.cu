@@ -14,13 +14,25 @@ std::vector<Tile>& tiles() {
   return all;
 }
 
+template <class Layout>
 __global__ void pack_metadata(uint8_t const* bitmask, uint8_t* metadata, int rows, int columns, int64_t bytes) {
-  MetadataLayout const layout(rows, columns);
+  Layout const layout(rows, columns);
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < bytes; i += int64_t(gridDim.x) * blockDim.x)
     pack_metadata_byte(bitmask, metadata, rows, columns, layout, i);
 }
 
 bool has_sizes(int out_features, int in_features) { return out_features > 0 && in_features > 0 && in_features % 64 == 0; }
+
+// What `use` makes of the layout for values of so many bits; `otherwise` where this library has no such values.
+template <class Result, class Use>
+Result with_layout(int value_bits, int out_features, int in_features, Result otherwise, Use use) {
+  if (!has_sizes(out_features, in_features)) return otherwise;
+  if (value_bits == 16) return use(MetadataLayout<16>(out_features, in_features));
+#if RIA_FAMILY == 90
+  if (value_bits == 8) return use(MetadataLayout<8>(out_features, in_features));
+#endif
+  return otherwise;
+}
 
 // Launches go to the context that is current; the caller's is left as it was.
 class DeviceGuard {
@@ -51,44 +63,55 @@ bool add_tile(Tile const& tile) {
 
 using namespace ria;
 
+// Changes with the functions below: a library that was left from older sources must not be called as one of these.
+RIA_API int ria_interface() { return 2; }
+
 RIA_API int ria_family() { return RIA_FAMILY; }
 
 RIA_API int ria_tiles() { return int(tiles().size()); }
 
 RIA_API char const* ria_tile_name(int tile) { return tile >= 0 && tile < ria_tiles() ? tiles()[tile].name : nullptr; }
 
-RIA_API int64_t ria_metadata_bytes(int out_features, int in_features) {
-  return has_sizes(out_features, in_features) ? metadata_bytes(out_features, in_features) : -1;
+// In all of these `value_bits` says which layout: that of 16-bit values or that of 8-bit ones.
+RIA_API int64_t ria_metadata_bytes(int value_bits, int out_features, int in_features) {
+  return with_layout(value_bits, out_features, in_features, int64_t(-1),
+                     [&](auto layout) { return metadata_bytes<decltype(layout)>(out_features, in_features); });
 }
 
-RIA_API int64_t ria_metadata_offset(int out_features, int in_features, int row, int byte_column) {
-  if (!has_sizes(out_features, in_features)) return -1;
+RIA_API int64_t ria_metadata_offset(int value_bits, int out_features, int in_features, int row, int byte_column) {
   if (row < 0 || row >= out_features || byte_column < 0 || byte_column >= in_features / 8) return -1;
-  return MetadataLayout(out_features, in_features).offset(row, byte_column);
+  return with_layout(value_bits, out_features, in_features, int64_t(-1),
+                     [&](auto layout) { return layout.offset(row, byte_column); });
 }
 
 // bitmask [out, in/8] to metadata [ria_metadata_bytes], both on the host.
-RIA_API int ria_pack_metadata_host(void const* bitmask, void* metadata, int out_features, int in_features) {
-  if (!has_sizes(out_features, in_features) || !bitmask || !metadata) return kBadArgument;
-  MetadataLayout const layout(out_features, in_features);
-  for (int64_t i = 0, bytes = metadata_bytes(out_features, in_features); i < bytes; ++i)
-    pack_metadata_byte(static_cast<uint8_t const*>(bitmask), static_cast<uint8_t*>(metadata), out_features, in_features,
-                       layout, i);
-  return kOk;
+RIA_API int ria_pack_metadata_host(int value_bits, void const* bitmask, void* metadata, int out_features,
+                                   int in_features) {
+  if (!bitmask || !metadata) return kBadArgument;
+  return with_layout(value_bits, out_features, in_features, int(kBadArgument), [&](auto layout) {
+    int64_t const bytes = metadata_bytes<decltype(layout)>(out_features, in_features);
+    for (int64_t i = 0; i < bytes; ++i)
+      pack_metadata_byte(static_cast<uint8_t const*>(bitmask), static_cast<uint8_t*>(metadata), out_features,
+                         in_features, layout, i);
+    return int(kOk);
+  });
 }
 
 // The same on the device.
-RIA_API int ria_pack_metadata(void const* bitmask, void* metadata, int out_features, int in_features, int device,
-                              void* stream) {
-  if (!has_sizes(out_features, in_features) || !bitmask || !metadata) return kBadArgument;
+RIA_API int ria_pack_metadata(int value_bits, void const* bitmask, void* metadata, int out_features, int in_features,
+                              int device, void* stream) {
+  if (!bitmask || !metadata) return kBadArgument;
   DeviceGuard const guard(device);
   if (!guard.ok()) return kCudaError;
-  int64_t const bytes = metadata_bytes(out_features, in_features);
-  int const threads = 256;
-  int const blocks = int(bytes / threads < 4096 ? (bytes + threads - 1) / threads : 4096);
-  pack_metadata<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<uint8_t const*>(bitmask), static_cast<uint8_t*>(metadata), out_features, in_features, bytes);
-  return cudaGetLastError() == cudaSuccess ? kOk : kCudaError;
+  return with_layout(value_bits, out_features, in_features, int(kBadArgument), [&](auto layout) {
+    using Layout = decltype(layout);
+    int64_t const bytes = metadata_bytes<Layout>(out_features, in_features);
+    int const threads = 256;
+    int const blocks = int(bytes / threads < 4096 ? (bytes + threads - 1) / threads : 4096);
+    pack_metadata<Layout><<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(
+        static_cast<uint8_t const*>(bitmask), static_cast<uint8_t*>(metadata), out_features, in_features, bytes);
+    return int(cudaGetLastError() == cudaSuccess ? kOk : kCudaError);
+  });
 }
 
 static Problem sizes_only(int data_type, int out_features, int in_features, int tokens, int split, int multiprocessors) {
@@ -105,7 +128,7 @@ static Problem sizes_only(int data_type, int out_features, int in_features, int 
 static bool has_tile(int tile, Problem const& problem) {
   return tile >= 0 && tile < ria_tiles() && has_sizes(problem.out_features, problem.in_features) &&
          problem.tokens > 0 && problem.multiprocessors > 0 && problem.split >= kSplitForced &&
-         (problem.data_type == kBFloat16 || problem.data_type == kFloat16);
+         problem.data_type >= kBFloat16 && problem.data_type <= kFloat8ToFloat16;
 }
 
 // 1 when the tile can compute a product of these sizes; no device is touched.
@@ -125,16 +148,21 @@ RIA_API int64_t ria_workspace_bytes(int tile, int data_type, int out_features, i
 // Enqueues the product on `stream`; waits for nothing, so it can be captured in a CUDA graph.
 RIA_API int ria_linear(int tile, int data_type, int out_features, int in_features, int tokens, int split,
                        int multiprocessors, int device, void const* x, void const* values, void const* metadata,
-                       void const* bias, void* y, void* workspace, int64_t workspace_bytes, void* stream) {
+                       void const* weight_scales, void const* token_scales, void const* bias, void* y, void* workspace,
+                       int64_t workspace_bytes, void* stream) {
   Problem problem = sizes_only(data_type, out_features, in_features, tokens, split, multiprocessors);
   if (!has_tile(tile, problem)) return kBadArgument;
   if (!x || !values || !metadata || !y || !workspace || workspace_bytes < int64_t(kCounterBytes)) return kBadArgument;
-  for (void const* pointer : {x, values, metadata, bias, static_cast<void const*>(y), static_cast<void const*>(workspace)})
+  if (is_float8(data_type) ? !weight_scales || !token_scales : weight_scales || token_scales) return kBadArgument;
+  for (void const* pointer : {x, values, metadata, weight_scales, token_scales, bias, static_cast<void const*>(y),
+                              static_cast<void const*>(workspace)})
     if (reinterpret_cast<uintptr_t>(pointer) % 16) return kBadArgument;
   problem.device = device;
   problem.x = x;
   problem.values = values;
   problem.metadata = metadata;
+  problem.weight_scales = weight_scales;
+  problem.token_scales = token_scales;
   problem.bias = bias;
   problem.y = y;
   problem.workspace = workspace;

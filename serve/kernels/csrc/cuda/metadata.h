@@ -39,26 +39,35 @@ CUTLASS_HOST_DEVICE constexpr uint8_t metadata_byte(uint8_t mask) {
   return static_cast<uint8_t>((kGroupMetadata >> 4 * (mask & 15) & 15) | (kGroupMetadata >> 4 * (mask >> 4) & 15) << 4);
 }
 
+// Where the metadata lies for values of kValueBits bits: 16 (bf16 and fp16 share one layout), on Hopper also 8 (fp8).
+template <int kValueBits>
+struct MetadataLayout;
+
 #if RIA_FAMILY == 90 || RIA_FAMILY == 100
 
-constexpr int kTileK = 128;
-
-// bf16 and fp16 share one layout. On Hopper it depends on the tile's K, up to 128: every tile must keep K = 128.
 #if RIA_FAMILY == 90
-using SparseConfig = cutlass::Sm90GemmSparseConfig<cute::sparse_elem<2, cutlass::bfloat16_t>, cute::GMMA::Major::K,
-                                                   cute::sparse_elem<8, uint8_t>, cute::Int<kTileK>>;
+// The layout depends on the tile's K up to this: every tile must have at least as much.
+constexpr int kMetadataTileK = 128;
+
+template <int kValueBits>
+using SparseConfig = cutlass::Sm90GemmSparseConfig<
+    cute::sparse_elem<2, cute::conditional_t<kValueBits == 8, cutlass::float_e4m3_t, cutlass::bfloat16_t>>,
+    cute::GMMA::Major::K, cute::sparse_elem<8, uint8_t>, cute::Int<kMetadataTileK>>;
 #else
+template <int kValueBits>
 using SparseConfig = cutlass::Sm1xxGemmSparseConfig<cute::sparse_elem<2, cutlass::bfloat16_t>,
                                                     cutlass::layout::RowMajor, cute::sparse_elem<8, uint8_t>>;
 #endif
 
+template <int kValueBits>
 struct MetadataLayout {
-  static constexpr int kRowMultiple = int(SparseConfig::TensorEAtomM{});
-  static constexpr int kColumnMultiple = int(SparseConfig::TensorEAtomK{});
-  decltype(SparseConfig::fill_layoutE(cute::make_tuple(0, 1, 0, 1))) layout;
+  using Config = SparseConfig<kValueBits>;
+  static constexpr int kRowMultiple = int(typename Config::TensorEAtomM{});
+  static constexpr int kColumnMultiple = int(typename Config::TensorEAtomK{});
+  decltype(Config::fill_layoutE(cute::make_tuple(0, 1, 0, 1))) layout;
 
   CUTLASS_HOST_DEVICE MetadataLayout(int rows, int columns)
-      : layout(SparseConfig::fill_layoutE(cute::make_tuple(rows, 1, columns, 1))) {}
+      : layout(Config::fill_layoutE(cute::make_tuple(rows, 1, columns, 1))) {}
 
   // Byte position of the metadata of `row`, columns 8 * byte_column to 8 * byte_column + 7.
   CUTLASS_HOST_DEVICE int64_t offset(int row, int byte_column) const { return layout(row, 8 * byte_column, 0) / 8; }
@@ -68,7 +77,8 @@ struct MetadataLayout {
 
 // mma.sp reads its metadata with ldmatrix: 16 bits (four groups) an element, columns of elements interleaved by two,
 // the rows of each 32 dealt out so that a thread's four 8-row blocks lie together, and 2 x 2 blocks transposed.
-struct MetadataLayout {
+template <>
+struct MetadataLayout<16> {
   static constexpr int kRowMultiple = 32;
   static constexpr int kColumnMultiple = 64;
   cutlass::layout::ColumnMajorInterleaved<2> layout;
@@ -89,14 +99,16 @@ struct MetadataLayout {
 
 CUTLASS_HOST_DEVICE constexpr int padded(int size, int multiple) { return (size + multiple - 1) / multiple * multiple; }
 
+template <class Layout>
 CUTLASS_HOST_DEVICE constexpr int64_t metadata_bytes(int rows, int columns) {
-  return int64_t(padded(rows, MetadataLayout::kRowMultiple)) * padded(columns, MetadataLayout::kColumnMultiple) / 8;
+  return int64_t(padded(rows, Layout::kRowMultiple)) * padded(columns, Layout::kColumnMultiple) / 8;
 }
 
 // Writes one byte; `index` runs over the padded matrix, row by row. Padding reads as "the first two".
+template <class Layout>
 CUTLASS_HOST_DEVICE void pack_metadata_byte(uint8_t const* bitmask, uint8_t* metadata, int rows, int columns,
-                                            MetadataLayout const& layout, int64_t index) {
-  int const padded_bytes = padded(columns, MetadataLayout::kColumnMultiple) / 8;
+                                            Layout const& layout, int64_t index) {
+  int const padded_bytes = padded(columns, Layout::kColumnMultiple) / 8;
   int const row = int(index / padded_bytes), byte_column = int(index % padded_bytes);
   bool const inside = row < rows && byte_column < columns / 8;
   metadata[layout.offset(row, byte_column)] =

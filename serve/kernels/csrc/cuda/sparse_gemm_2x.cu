@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) sparse_linear(__grid_constant__ Para
   int const first_k = blockIdx.z * p.steps_per_part * kTileK;
   int const end_k = min(p.in_features, first_k + p.steps_per_part * kTileK);
   int const warp = cutlass::canonical_warp_idx_sync(), lane = threadIdx.x % 32;
-  int const padded_rows = padded(p.out_features, MetadataLayout::kRowMultiple);
+  int const padded_rows = padded(p.out_features, MetadataLayout<16>::kRowMultiple);
 
   typename Loop::IteratorA values(p.values_params, p.values, {p.out_features, end_k / 2}, threadIdx.x,
                                   {first_row, first_k / 2});
@@ -162,7 +162,8 @@ Grid grid_of(Problem const& p) {
 }
 
 bool accepts(Problem const& p) {
-  return p.out_features % kAlignment == 0 && p.in_features % kTileK == 0 && grid_of(p).columns <= 65535;
+  return !is_float8(p.data_type) && p.out_features % kAlignment == 0 && p.in_features % kTileK == 0 &&
+         grid_of(p).columns <= 65535;
 }
 
 size_t workspace_bytes(Problem const& p) {
@@ -176,7 +177,7 @@ Result run(Problem const& problem) {
   if (!accepts(problem)) return kCannotRun;
   if (workspace_bytes(problem) > problem.workspace_bytes - kCounterBytes) return kWorkspaceTooSmall;
   Grid const grid = grid_of(problem);
-  int const padded_rows = padded(problem.out_features, MetadataLayout::kRowMultiple);
+  int const padded_rows = padded(problem.out_features, MetadataLayout<16>::kRowMultiple);
   Params<Element> const params{
       typename Loop::IteratorA::Params(cutlass::layout::RowMajor(problem.in_features / 2)),
       typename Loop::IteratorB::Params(cutlass::layout::ColumnMajor(problem.in_features)),

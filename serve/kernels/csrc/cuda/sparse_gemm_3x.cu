@@ -1,11 +1,13 @@
-// One tile of the CUTLASS 3.x kernel, for bf16 and fp16: y^T = W x^T with W, the first operand, sparse.
+// One tile of the CUTLASS 3.x kernel, for bf16 and fp16 or, on Hopper, for fp8 (e4m3) with either as output:
+// y^T = W x^T with W, the first operand, sparse.
 //
 // y^T [out, tokens] is written column-major, which is y [tokens, out] row-major, so nothing is ever transposed; a bias
 // an output feature is then a bias a row of the product. The build compiles this file once per tile with
 //   RIA_FAMILY 90 or 100, RIA_TILE_NAME, RIA_TILE_M (out-features), RIA_TILE_N (tokens), RIA_CLUSTER_M,
 //   RIA_PINGPONG 0 or 1 (Hopper only: two consumer groups on two tiles in turn, else both on one),
-//   RIA_STREAM_K 0 or 1 (K may be divided among thread blocks).
-// Both dtypes together take hardly longer to compile than one.
+//   RIA_STREAM_K 0 or 1 (K may be divided among thread blocks),
+//   RIA_FP8 0 or 1 (Hopper only: W and x are e4m3, with a scale each out-feature and each token).
+// Both outputs together take hardly longer to compile than one.
 #include "cutlass/cutlass.h"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
 #include "cutlass/epilogue/fusion/operations.hpp"
@@ -16,9 +18,15 @@
 
 #include "interface.h"
 #include "metadata.h"
+#if RIA_FP8
+#include "scaled_epilogue.h"
+#endif
 
 namespace ria {
 namespace {
+
+constexpr int kValueBits = RIA_FP8 ? 8 : 16;
+constexpr int kTileK = RIA_FP8 ? 256 : 128;  // 256 bytes of x either way
 
 using TileShape = cute::Shape<cute::Int<RIA_TILE_M>, cute::Int<RIA_TILE_N>, cute::Int<kTileK>>;
 using ClusterShape = cute::Shape<cute::Int<RIA_CLUSTER_M>, cute::_1, cute::_1>;
@@ -44,19 +52,30 @@ using DefaultScheduler = void;
 
 using Scheduler = cute::conditional_t<RIA_STREAM_K != 0, cutlass::gemm::StreamKScheduler, DefaultScheduler>;
 
-constexpr int kAlignment = 8;  // elements of 16 bits in the 16 bytes that TMA wants
+// Elements in the 16 bytes that TMA wants.
+constexpr int kInputAlignment = 128 / kValueBits, kOutputAlignment = 8;
 
-template <class Element>
+// fp8's main loop adds the tensor core's sums to others in fp32 registers after every tile of K: Hopper's fp8
+// instructions are reported to keep only about 14 bits of a sum, which thousands of channels would wear down. CUTLASS's
+// "FP8FastAccum" schedules leave these additions out.
+template <class Output>
 struct SparseLinear {
+#if RIA_FP8
+  using Element = cutlass::float_e4m3_t;
+  using Fusion = typename ScaledEpilogue<TileShape, Output>::Operation;
+#else
+  using Element = Output;
+  using Fusion = cutlass::epilogue::fusion::LinCombPerRowBias<Output, float, Output, void, float>;
+#endif
+
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       Arch, EpilogueClass, TileShape, ClusterShape, cutlass::epilogue::collective::EpilogueTileAuto, float, float,
-      void, cutlass::layout::ColumnMajor, kAlignment, Element, cutlass::layout::ColumnMajor, kAlignment,
-      EpilogueSchedule,
-      cutlass::epilogue::fusion::LinCombPerRowBias<Element, float, Element, void, float>>::CollectiveOp;
+      void, cutlass::layout::ColumnMajor, kOutputAlignment, Output, cutlass::layout::ColumnMajor, kOutputAlignment,
+      EpilogueSchedule, Fusion>::CollectiveOp;
 
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      Arch, cutlass::arch::OpClassSparseTensorOp, Element, cutlass::layout::RowMajor, 2 * kAlignment, Element,
-      cutlass::layout::ColumnMajor, kAlignment, float, TileShape, ClusterShape,
+      Arch, cutlass::arch::OpClassSparseTensorOp, Element, cutlass::layout::RowMajor, 2 * kInputAlignment, Element,
+      cutlass::layout::ColumnMajor, kInputAlignment, float, TileShape, ClusterShape,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
       MainloopSchedule>::CollectiveOp;
 
@@ -65,7 +84,7 @@ struct SparseLinear {
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   using Config = typename Mainloop::SparseConfig;
 
-  static_assert(cute::is_same_v<typename Config::TensorEAtom, typename SparseConfig::TensorEAtom>,
+  static_assert(cute::is_same_v<typename Config::TensorEAtom, typename SparseConfig<kValueBits>::TensorEAtom>,
                 "the kernel reads its metadata in another layout than metadata.h writes");
   static_assert(sizeof(typename Mainloop::ElementE) == 1);
 
@@ -80,10 +99,17 @@ struct SparseLinear {
     cute::get<0>(args.mainloop.dB) = p.in_features;
     args.mainloop.ptr_E = static_cast<typename Mainloop::ElementE const*>(p.metadata);
     args.mainloop.layout_e = Config::fill_layoutE(sizes);
+#if RIA_FP8
+    args.mainloop.mma_promotion_interval = kTileK / 64;  // counts instructions, each of 64 channels
+#endif
+#if RIA_FP8
+    ScaledEpilogue<TileShape, Output>::fill(args.epilogue.thread, p);
+#else
     args.epilogue.thread.alpha = 1.0f;
     args.epilogue.thread.beta = 0.0f;
-    args.epilogue.thread.bias_ptr = static_cast<Element const*>(p.bias);
-    args.epilogue.ptr_D = static_cast<Element*>(p.y);
+    args.epilogue.thread.bias_ptr = static_cast<Output const*>(p.bias);
+#endif
+    args.epilogue.ptr_D = static_cast<Output*>(p.y);
     cute::get<1>(args.epilogue.dD) = p.out_features;
     args.hw_info.device_id = p.device;
     args.hw_info.sm_count = p.multiprocessors;
@@ -100,7 +126,7 @@ struct SparseLinear {
   }
 
   static bool accepts(Problem const& p) {
-    if (p.out_features % kAlignment || p.in_features % (2 * kAlignment)) return false;
+    if (p.out_features % kOutputAlignment || p.in_features % (2 * kInputAlignment)) return false;
     return Gemm::can_implement(arguments(p)) == cutlass::Status::kSuccess;
   }
 
@@ -118,16 +144,19 @@ struct SparseLinear {
   }
 };
 
+bool is_bfloat16(Problem const& p) { return p.data_type == kBFloat16 || p.data_type == kFloat8ToBFloat16; }
+
 bool accepts(Problem const& p) {
-  return p.data_type == kBFloat16 ? SparseLinear<cutlass::bfloat16_t>::accepts(p)
-                                  : SparseLinear<cutlass::half_t>::accepts(p);
+  if (is_float8(p.data_type) != bool(RIA_FP8)) return false;
+  return is_bfloat16(p) ? SparseLinear<cutlass::bfloat16_t>::accepts(p) : SparseLinear<cutlass::half_t>::accepts(p);
 }
 
-// The dtypes differ in nothing that the workspace depends on.
+// The outputs differ in nothing that the workspace depends on.
 size_t workspace_bytes(Problem const& p) { return SparseLinear<cutlass::bfloat16_t>::workspace_bytes(p); }
 
 Result run(Problem const& p) {
-  return p.data_type == kBFloat16 ? SparseLinear<cutlass::bfloat16_t>::run(p) : SparseLinear<cutlass::half_t>::run(p);
+  if (is_float8(p.data_type) != bool(RIA_FP8)) return kCannotRun;
+  return is_bfloat16(p) ? SparseLinear<cutlass::bfloat16_t>::run(p) : SparseLinear<cutlass::half_t>::run(p);
 }
 
 [[maybe_unused]] bool const added = add_tile({RIA_TILE_NAME, accepts, workspace_bytes, run});

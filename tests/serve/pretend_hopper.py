@@ -1,0 +1,39 @@
+"""A Hopper that is none: `cutlass` with a library that computes fp8 products on the CPU, in float64."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from ria_vllm import sparse24
+from ria_vllm.serve.kernels import cuda_compile, fp8
+
+TILES = [tile.name for tile in cuda_compile.ARCHITECTURES["90a"].tiles]
+
+
+class PretendLibrary(SimpleNamespace):
+    """Takes the bitmask for metadata; otherwise it asks and gives what CudaLibrary does."""
+
+    path, family, tile_names = Path("pretend.so"), 90, TILES
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def accepts(self, tile, dtype, *_):
+        return self.tile_names[tile].startswith("fp8_") == (dtype == fp8.DTYPE)
+
+    def workspace_bytes(self, *_):
+        return 0
+
+    def metadata_bytes(self, out_features, in_features, value_bits=16):
+        return out_features * in_features // 8
+
+    def pack_metadata(self, bitmask, value_bits=16):
+        self.packed_bits = value_bits
+        return bitmask.clone()
+
+    def linear(self, tile, split, x, values, metadata, bias, y, workspace, scales=None):
+        self.used = self.tile_names[tile]
+        stored = sparse24.decompress(values.double(), metadata.view(values.shape[0], -1))
+        product = x.double() @ stored.T
+        if scales is not None:
+            product *= scales[0].double() * scales[1].double()[:, None]
+        y.copy_(product if bias is None else product + bias.double())

@@ -1,0 +1,174 @@
+"""When the linear method leaves fp8 weights as they are, when it makes them floating point, and what it computes."""
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor import parameter
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
+
+from ria_vllm import sparse24
+from ria_vllm.errors import RiaError
+from ria_vllm.serve import load_report
+from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.kernels import fp8
+
+FLOAT = {"num_bits": 8, "type": "float", "symmetric": True}
+INT = {"num_bits": 8, "type": "int", "symmetric": True}
+BY_TOKEN = FLOAT | {"strategy": "token", "dynamic": True}
+BY_TENSOR = FLOAT | {"strategy": "tensor", "dynamic": False}
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    for module in (vllm_linear, parameter, load_report):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0, raising=False)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 1, raising=False)
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+class Checkpoint:
+    """One group of quantized linears of compressed-tensors; `plain` is what each stands for, in float64."""
+
+    def __init__(self, weights=FLOAT, inputs=BY_TOKEN, strategy="channel", dense=False):
+        self.weights, self.strategy, self.dense = weights, strategy, dense
+        weights = weights | {"strategy": strategy}
+        self.group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+        self.plain = {}
+
+    def config(self, **groups):
+        config = RiaConfig.from_config(
+            {
+                "quant_method": "compressed-tensors",
+                "sparsity_config": {
+                    "format": "dense" if self.dense else "sparse-24-bitmask",
+                    "sparsity_structure": "2:4",
+                    "targets": ["Linear"],
+                },
+                "config_groups": groups or {"group_0": self.group},
+            }
+        )
+        config.packed_modules_mapping = {"gate_up": ["gate", "up"]}
+        return config
+
+    def tensors(self, name, rows, columns):
+        generator = torch.Generator().manual_seed(len(name) + rows)
+        compressed, bitmask = sparse24.compress(torch.randn(rows, columns, generator=generator))
+        largest = compressed.abs().amax(1, keepdim=True) if self.strategy == "channel" else compressed.abs().amax()[None]
+        whole = self.weights["type"] == "int"
+        scale = largest / (127 if whole else fp8.LARGEST)
+        values = compressed / scale
+        values = values.round().to(torch.int8) if whole else values.to(fp8.DTYPE)
+        self.plain[name] = sparse24.decompress(values.double() * scale.double(), bitmask)
+        stored = {"compressed": values, "bitmask": bitmask}
+        if self.dense:
+            stored = {"weight": sparse24.decompress(values.float(), bitmask).to(values.dtype)}
+        return stored | {"weight_scale": scale, "input_scale": torch.tensor([0.5])}
+
+    def load(self, layer, parts):
+        """`parts`: name -> shard id, rows."""
+        for name, (shard, rows) in parts.items():
+            for kind, tensor in self.tensors(name, rows, layer.input_size).items():
+                parameter = getattr(layer, kind)
+                parameter.weight_loader(parameter, tensor, *(() if shard is None else (shard,)))
+        layer.quant_method.process_weights_after_loading(layer)
+        return layer
+
+    def single(self, columns=128, dtype=torch.bfloat16):
+        layer = ReplicatedLinear(
+            columns, 64, bias=False, quant_config=self.config(), prefix="fc", params_dtype=dtype, return_bias=False
+        )
+        return self.load(layer, {"fc": (None, 64)})
+
+
+def packed(layer):
+    return [getattr(layer, name) for product in layer.ria_plan.products for name in product.packed]
+
+
+def check_kept(layer, plain):
+    """Its values are in fp8, and its product is that of the inputs rounded to fp8, up to an ulp of the result."""
+    values, _, scales = packed(layer)
+    assert values.dtype == fp8.DTYPE and scales.dtype == torch.float32 and scales.shape == (plain.shape[0],)
+    x = torch.randn(5, plain.shape[1], generator=torch.Generator().manual_seed(7)).bfloat16()
+    rounded, x_scales = fp8.quantize(x)
+    exact = (rounded.double() * x_scales.double()[:, None]) @ plain.T
+    y = layer(x)
+    assert y.dtype == x.dtype
+    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-6)
+    assert not torch.allclose(y.double(), x.double() @ plain.T, rtol=2**-8, atol=1e-6)  # inputs were rounded indeed
+
+
+@pytest.mark.parametrize("columns", [128, 96])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("inputs, strategy", [(BY_TOKEN, "channel"), (BY_TENSOR, "tensor")])
+def test_a_hopper_keeps_fp8(hopper_layers, columns, dense, inputs, strategy):
+    """Static scales of activations are not needed: every token gets its own."""
+    checkpoint = Checkpoint(inputs=inputs, strategy=strategy, dense=dense)
+    check_kept(checkpoint.single(columns), checkpoint.plain["fc"])
+
+
+def test_fused_parts_keep_their_own_scales(hopper_layers):
+    checkpoint = Checkpoint(strategy="tensor")
+    layer = MergedColumnParallelLinear(
+        128, [64, 32], bias=False, quant_config=checkpoint.config(), prefix="gate_up", params_dtype=torch.bfloat16,
+        return_bias=False,
+    )  # fmt: skip
+    checkpoint.load(layer, {"gate": (0, 64), "up": (1, 32)})
+    check_kept(layer, torch.cat([checkpoint.plain["gate"], checkpoint.plain["up"]]))
+    scales = packed(layer)[2]
+    assert len(set(scales[:64].tolist())) == len(set(scales[64:].tolist())) == 1 and scales[0] != scales[-1]
+
+
+def check_dequantized(layer, plain, dtype):
+    assert [tensor.dtype for tensor in packed(layer) if tensor.dtype == fp8.DTYPE] == []
+    x = torch.randn(5, plain.shape[1], generator=torch.Generator().manual_seed(7)).to(dtype)
+    exact = x.double() @ plain.to(dtype).double().T
+    torch.testing.assert_close(layer(x).double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("inputs", [None, INT, FLOAT | {"num_bits": 4}])
+def test_inputs_that_the_checkpoint_wants_unrounded_stay_so(hopper_layers, dense, inputs):
+    checkpoint = Checkpoint(inputs=inputs, dense=dense)
+    check_dequantized(checkpoint.single(), checkpoint.plain["fc"], torch.bfloat16)
+
+
+def test_int8_weights_become_floating_point_on_a_gpu(hopper_layers):
+    checkpoint = Checkpoint(weights=INT, inputs=INT)
+    layer = checkpoint.single()
+    assert packed(layer)[0].dtype == torch.bfloat16
+    check_dequantized(layer, checkpoint.plain["fc"], torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dense", [False, True])
+def test_elsewhere_fp8_becomes_floating_point(dense, dtype):
+    checkpoint = Checkpoint(dense=dense)
+    check_dequantized(checkpoint.single(dtype=dtype), checkpoint.plain["fc"], dtype)
+
+
+def test_a_backend_that_is_asked_for_and_knows_no_fp8(hopper_layers, monkeypatch):
+    monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
+    checkpoint = Checkpoint()
+    check_dequantized(checkpoint.single(), checkpoint.plain["fc"], torch.bfloat16)
+
+
+def test_fused_parts_that_differ_in_their_inputs_are_refused():
+    checkpoint = Checkpoint()
+    config = checkpoint.config(
+        a=checkpoint.group | {"targets": ["gate"]}, b=checkpoint.group | {"targets": ["up"], "input_activations": None}
+    )
+    with pytest.raises(RiaError, match="gate_up: vLLM fuses gate, up, but they are not quantized alike"):
+        MergedColumnParallelLinear(128, [64, 32], quant_config=config, prefix="gate_up")
+
+
+def test_damaged_fp8_is_named(hopper_layers):
+    checkpoint = Checkpoint()
+    layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc")
+    tensors = checkpoint.tensors("fc", 64, 128)
+    tensors["bitmask"][3, 1] = 0b01110011
+    for kind, tensor in tensors.items():
+        getattr(layer, kind).weight_loader(getattr(layer, kind), tensor)
+    with pytest.raises(RiaError, match="fc: row 3, columns 8 to 15: .*damaged"):
+        layer.quant_method.process_weights_after_loading(layer)
