@@ -82,7 +82,6 @@ _HOPPER = (
 # Widths of 128 tokens at most: fp8 sums are kept twice (sparse_gemm_3x.cu), and wider ones leave no registers.
 _HOPPER_FP8 = (
     _tile_3x(128, 16, stream_k=True, fp8=True),
-    _tile_3x(128, 64, stream_k=True, fp8=True),
     _tile_3x(128, 128, cluster=2, stream_k=True, fp8=True),
 )
 _BLACKWELL = (

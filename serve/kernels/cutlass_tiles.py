@@ -31,7 +31,6 @@ _RULES: dict[tuple[int, int], tuple[tuple[float, tuple[tuple[str, int], ...]], .
     ),
     (90, 8): (
         (16, (("fp8_128x16_streamk", SPLIT_HEURISTIC),)),
-        (64, (("fp8_128x64_streamk", SPLIT_HEURISTIC),)),
         (float("inf"), (("fp8_128x128_cluster_streamk", SPLIT_HEURISTIC),)),
     ),
     (100, 16): (
