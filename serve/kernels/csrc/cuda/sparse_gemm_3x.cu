@@ -101,8 +101,6 @@ struct SparseLinear {
     args.mainloop.layout_e = Config::fill_layoutE(sizes);
 #if RIA_FP8
     args.mainloop.mma_promotion_interval = kTileK / 64;  // counts instructions, each of 64 channels
-#endif
-#if RIA_FP8
     ScaledEpilogue<TileShape, Output>::fill(args.epilogue.thread, p);
 #else
     args.epilogue.thread.alpha = 1.0f;
