@@ -1,5 +1,6 @@
 """RiaConfig: what vLLM knows of a checkpoint with quant_method "ria"."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ from ria_vllm.serve.foreign import Foreign, claims
 from ria_vllm.serve.linear import Sparse24LinearMethod
 from ria_vllm.serve.load_report import LoadReport
 from ria_vllm.serve.storage import Storage
+
+# Only vLLM before 0.32 has it: its own GPT-NeoX, which rearranges the heads of every tensor of a fused linear before any
+# weight loader sees it, and cannot do that with a compressed one's. Later ones run transformers' model.
+OLD_GPT_NEOX = "vllm.model_executor.models.gpt_neox"
 
 # vLLM puts this before the names of a draft model in speculative decoding; its checkpoint knows nothing of it.
 DRAFT_PREFIX = "draft_model."
@@ -72,6 +77,8 @@ class RiaConfig(QuantizationConfig):
         """Read the permutations: producers must know their row order before the first weight arrives."""
         model = str(model_name)
         self.pruned = pruned_names(model, revision)
+        if getattr(hf_config, "model_type", None) == "gpt_neox" and find_spec(OLD_GPT_NEOX):
+            raise RiaError(f"{model}: a compressed GPT-NeoX needs vLLM 0.32 or later.")
         if self.foreign is not None:
             return
         expected = self.schema.recipe.get("permute", "none") != "none" and self.pruned is not None

@@ -6,6 +6,7 @@ import json
 import pytest
 import tiny
 import torch
+import vllm
 from compare import check, generate
 from safetensors.torch import save_file
 
@@ -79,6 +80,8 @@ def runs(tmp_path_factory):
 )
 def test_same_logprobs(runs, name):
     model, _, results = runs
+    if name.startswith("speculative") and vllm.__version__.startswith("0.30."):
+        pytest.skip("vLLM 0.30 cannot run a draft model on CPUs, dense ones included")
     check(model, results[name], given=prompts())
 
 
