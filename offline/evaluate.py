@@ -124,7 +124,11 @@ def perplexity(
 @click.option("--seq-len", type=click.IntRange(min=2), help="Tokens a window; 1024, or a shorter context of the model.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first so many tokens of the text.")
 @click.option("--tasks", help="Comma-separated tasks for lm-evaluation-harness (needs ria-vllm[tasks]).")
-@click.option("--include-path", type=click.Path(path_type=Path), help="A folder of further tasks for --tasks, as YAML.")
+@click.option(
+    "--include-path",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder of further tasks for --tasks, as YAML.",
+)
 @click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="What runs --tasks.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first so many examples of each task.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
+from torch.utils._pytree import tree_map_only
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -28,6 +29,48 @@ ShardId = str | int | tuple[int, ...] | None
 
 BITMASK_OF_ONES_AND_TWOS = 0b00110011
 """A legal byte of a bitmask, for weights that are made up (`--load-format dummy`)."""
+
+
+class ReorderedRows(torch.Tensor):
+    """`tensor[rows]` that is copied no sooner, and no more of it, than vLLM's loaders ask for: of a tensor that is mapped
+    from its file, the rows of other ranks are never read. What `narrow` gives is a plain tensor."""
+
+    rows: torch.Tensor
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, rows: torch.Tensor) -> "ReorderedRows":
+        """tensor: [n, ...]; rows: int64 [n], a permutation, since shape and strides stay the tensor's."""
+        late = tensor.as_subclass(cls)
+        late.rows = rows
+        return late
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in FACTS:
+                return function(*args, **kwargs)
+            if function is torch.Tensor.narrow and args[1:2] == (0,) and len(args) == 4:
+                late, _, start, length = args
+                return late.as_subclass(torch.Tensor).index_select(0, late.rows.narrow(0, start, length))
+            args, kwargs = tree_map_only(cls, cls.copied, (args, kwargs))
+            return function(*args, **kwargs)
+
+    def copied(self) -> torch.Tensor:
+        """All of it."""
+        return self.as_subclass(torch.Tensor).index_select(0, self.rows)
+
+
+FACTS = {
+    torch.Tensor.shape.__get__,
+    torch.Tensor.dtype.__get__,
+    torch.Tensor.device.__get__,
+    torch.Tensor.ndim.__get__,
+    torch.Tensor.dim,
+    torch.Tensor.size,
+    torch.Tensor.numel,
+}
+"""What `ReorderedRows` answers without copying."""
 
 
 class Arrivals:
@@ -66,7 +109,7 @@ class Arrivals:
         return self.parts.get(shard) or "+".join(self.parts.values())
 
     def accept(self, kind: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor:
-        """`tensor` as the layer wants it, before any sharding.
+        """`tensor` as the layer wants it, before any sharding; reordered rows as a `ReorderedRows`.
 
         Raises:
             RiaError: dtype or shape are not those of this linear.
@@ -77,12 +120,16 @@ class Arrivals:
                 self._check(kind, name, tensor, shard)
             covered = [self.parts[s] for s in shard] if isinstance(shard, tuple) else [name]
             self.came.update((kind, part) for part in covered if part in self.parts.values())
-        for order in self.row_orders.get(shard, []):
+        orders = self.row_orders.get(shard, [])
+        if not orders:
+            return tensor
+        rows = torch.arange(tensor.shape[0], device=tensor.device)
+        for order in orders:
             try:
-                tensor = order.take(tensor)
+                rows = order.take(rows)
             except ValueError as error:
                 raise RiaError(f"{name}.{kind}: its fold does not fit: {error}. The checkpoint is damaged.") from None
-        return tensor
+        return ReorderedRows.of(tensor, rows)
 
     def _check(self, kind: str, name: str, tensor: torch.Tensor, shard: ShardId) -> None:
         channels, _, dtypes = self.tensors[kind]

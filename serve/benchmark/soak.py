@@ -3,7 +3,7 @@
 Serves MODEL with `vllm serve` and sends it mixed requests from several clients at once: chats and completions, short and
 long prompts, streamed and not, and streams that the client leaves in the middle. At the end the server must have
 answered without one error, hold no more memory than after its warm-up, run no request that nobody waits for, and give
-the answers that it gave at the start.
+the answers that it gave at the start. The findings have the memory as it went, to see a slow leak by.
 """
 
 import json
@@ -28,6 +28,7 @@ QUESTIONS = ("What is the capital of France?", "Name three animals.", "Write a s
 # The share of the time after which the server counts as warm: caches full, every batch size seen.
 WARM_UP = 0.3
 GROWTH = 0.02
+SERIES_POINTS = 60
 
 
 @dataclass
@@ -115,6 +116,13 @@ def running_requests(server: Server) -> float:
     return sum(map(float, counts))
 
 
+def series(memory: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """(minutes, bytes): at most SERIES_POINTS stretches of equal length, each with its last time and its peak."""
+    size = -(-len(memory) // SERIES_POINTS)
+    stretches = [memory[i : i + size] for i in range(0, len(memory), size)]
+    return [(round(s[-1][0] / 60, 2), max(size for _, size in s)) for s in stretches]
+
+
 def soak(server: Server, users: int, seconds: float, longest: int, patience: float = 30) -> dict:
     """The findings; `problems` is empty if all is well. `patience`: seconds that the last requests may take to end."""
     answers(server)  # fills the prefix cache, so that the next ones are computed as those at the end
@@ -137,6 +145,7 @@ def soak(server: Server, users: int, seconds: float, longest: int, patience: flo
         "requests": dict(tally.done),
         "tokens_received": tally.tokens,
         "memory_bytes": {"first": memory[0][1], "warm": warm, "peak": max(size for _, size in memory), "end": end},
+        "memory_series": series(memory),
         "problems": problems,
     }
 
@@ -150,7 +159,7 @@ def soak(server: Server, users: int, seconds: float, longest: int, patience: flo
 def main(model: str, minutes: float, users: int, max_model_len: int, log: Path) -> None:
     with running_server(model, log, ["--max-model-len", str(max_model_len)], say=click.echo) as server:
         found = soak(server, users, minutes * 60, max_model_len)
-    click.echo(json.dumps(found, indent=2))
+    click.echo(re.sub(r"\[\s+([\d.]+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(found, indent=2)))
     sys.exit(bool(found["problems"]))
 
 

@@ -1,10 +1,12 @@
 """`ria-vllm bench` on real servers of a tiny model, and on servers that fail."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,28 @@ def test_a_url_without_a_server(pruned_llama, tmp_path):
     url = f"http://127.0.0.1:{server.free_port()}"
     with pytest.raises(RiaError, match=f"{url}: no OpenAI-compatible server"):
         run(pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path / "b", "--url", url, "--baseline-url", url)
+
+
+@pytest.mark.slow
+def test_a_server_that_runs_already(pruned_llama, tmp_path):
+    """It is measured, has no memory of ours to report, and is left alone; the other side is started and ended."""
+    arguments = ["--concurrency", "2", "--input-len", "16", "--output-len", "8", "--requests", "2", "--repetitions", "2"]
+    with server.running_server(str(pruned_llama.folder), tmp_path / "server.log", SERVE.split()) as theirs:
+        found = run(
+            pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path / "b", *arguments,
+            "--serve-args", SERVE, "--url", f"{theirs.url}/v1/",
+        )  # fmt: skip
+        assert found.exit_code == 0, found.output
+        assert theirs.process.running and server.healthy(theirs.url)
+        assert not processes_with(str(pruned_llama.source))
+        with urllib.request.urlopen(f"{theirs.url}/metrics", timeout=30) as answer:
+            counted = re.search(r"^vllm:generation_tokens_total\{[^}]*\} (\S+)$", answer.read().decode(), re.MULTILINE)
+    (point,) = json.loads((tmp_path / "b" / "bench.json").read_text())["points"]
+    assert point["memory"]["sparse"] is None and point["memory"]["dense"] > 1e8
+    assert point["figures"]["sparse"]["output_tokens_per_s"] > 0
+    # Two runs of four requests of 8 tokens, and what warms up.
+    assert float(counted[1]) >= 2 * 4 * 8
+    assert "| 2 | ratio |" in (tmp_path / "b" / "bench.md").read_text()
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ Ranks are played one after the other in this process: vLLM's layers ask for rank
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear as vllm_linear
@@ -17,6 +19,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
+from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 
 from ria_vllm import permutation, sparse24
 from ria_vllm.errors import RiaError
@@ -24,6 +27,7 @@ from ria_vllm.schema import Fold, Producer, RiaSchema, SparsityConfig
 from ria_vllm.serve import linear, load_report
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.folding import fold
+from ria_vllm.serve.loading import ReorderedRows
 
 HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 256
 
@@ -156,6 +160,87 @@ def test_feed_forward_folds_on_every_number_of_ranks(ranks, size, inner):
         assert second.ria_plan.products[0].input_permutation is None
     want = (torch.tanh(stored.apply(x, "gate")) * stored.apply(x, "up")).float()
     close(total + stored.bias["down"], stored.apply(want, "down"))
+
+
+class LargestCopy(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes which is not a view of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not (function.is_view or function.overloadpacket.__name__.endswith("_")):
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("reordered", [False, True])
+def test_a_rank_copies_no_more_than_its_rows(ranks, size, reordered):
+    stored = Stored()
+    for name in ("gate", "up"):
+        stored.add(name, INNER, HIDDEN)
+    stored.add("down", HIDDEN, INNER, stored.order(INNER))
+    rule = Fold(consumer="down", producers=[Producer(name="gate"), Producer(name="up")], coupling="elementwise")
+    config = stored.config([rule] if reordered else [])
+    for rank in range(size):
+        ranks(rank, size)
+        layer = MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up")
+        for shard, name in enumerate(("gate", "up")):
+            for kind in ("compressed", "bitmask"):
+                tensor, parameter = stored.tensors[name][kind], getattr(layer, kind)
+                with LargestCopy() as copies:
+                    parameter.weight_loader(parameter, tensor, shard)
+                rows = stored.orders["down"] if reordered else np.arange(INNER)
+                mine = torch.from_numpy(rows).long().chunk(size)[rank]
+                assert torch.equal(parameter.data.chunk(2)[shard], tensor[mine])
+                assert copies.elements <= max(tensor.numel() // size, INNER)  # at most the order itself
+                assert reordered == bool(copies.elements)
+
+
+def own_memory() -> int:
+    """Bytes of main memory that this process holds, without the pages of files that it has mapped."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon:"))
+
+
+def test_rows_of_other_ranks_stay_in_the_file(ranks, tmp_path):
+    """Through vLLM's own reader of safetensors; each of four ranks has a quarter of the rows."""
+    rows, columns, size = 1 << 14, 1 << 13, 4
+    one = torch.zeros(rows, columns // 2, dtype=torch.bfloat16)
+    save_file({"up.compressed": one}, tmp_path / "model.safetensors")
+    whole = one.nbytes
+    del one
+    stored = Stored()
+    stored.add("down", 8, rows, stored.order(rows))
+    stored.tensors["up"] = {}
+    rule = Fold(consumer="down", producers=[Producer(name="up")], coupling="elementwise")
+    config = stored.config([rule])
+    ranks(1, size)
+    layer = ColumnParallelLinear(columns, rows, quant_config=config, prefix="up", params_dtype=torch.bfloat16)
+    layer.compressed.data.fill_(1)  # its own pages are there before the measurement
+    before = own_memory()
+    ((_, tensor),) = safetensors_weights_iterator([str(tmp_path / "model.safetensors")], use_tqdm_on_load=False)
+    layer.compressed.weight_loader(layer.compressed, tensor)
+    assert own_memory() - before < 0.3 * whole
+    assert not layer.compressed.any()
+
+
+def test_reordered_rows_are_what_indexing_gives():
+    tensor, rows = torch.randn(8, 4), torch.randperm(8)
+    late, want = ReorderedRows.of(tensor, rows), tensor[rows]
+    assert late.shape == want.shape and late.dim() == 2 and late.dtype == want.dtype
+    for got, expected in (
+        (late.narrow(0, 2, 3), want[2:5]),
+        (late.narrow(1, 1, 2), want[:, 1:3]),
+        (torch.empty(8, 4).copy_(late), want),
+        (late[3], want[3]),
+        (late + 1, want + 1),
+        (torch.cat([late, late]), torch.cat([want, want])),
+    ):
+        assert type(got) is torch.Tensor and torch.equal(got, expected)
 
 
 def test_fused_on_disk_with_row_ranges(ranks):
