@@ -117,8 +117,13 @@ class RiaConfig(QuantizationConfig):
                 f"{prefix}: vLLM fuses {', '.join(parts)}, but {dense} is dense and others are pruned. Compress the "
                 "model again with all of them pruned, or all of them in --ignore."
             )
-        # LoRA adapters are trained against channels in the model's own order, so with them every linear keeps to it.
         current = get_current_vllm_config_or_none()
+        if current is not None and "sharded" in str(current.load_config.load_format):
+            raise RiaError(
+                f"--load-format {current.load_config.load_format} brings weights in a kernel's own form, which fits one "
+                "kernel on one machine. Serve the folder that `ria-vllm compress` wrote without this option."
+            )
+        # LoRA adapters are trained against channels in the model's own order, so with them every linear keeps to it.
         self.folds_allowed = current is None or current.lora_config is None
         return Sparse24LinearMethod(self, prefix, parts)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.linear import (
@@ -383,6 +383,15 @@ def test_too_many_ranks(ranks):
     ranks(0, 48)
     with pytest.raises(RiaError, match="leave 4 each"):
         RowParallelLinear(64 * 3, HIDDEN, quant_config=stored.config(), prefix="down")
+
+
+@pytest.mark.parametrize("load_format", ["sharded_state", "runai_streamer_sharded"])
+def test_weights_that_another_kernel_packed_are_refused(ranks, load_format):
+    stored = Stored()
+    stored.add("down", HIDDEN, INNER)
+    with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format=load_format))):
+        with pytest.raises(RiaError, match=f"--load-format {load_format} .*without this option"):
+            RowParallelLinear(INNER, HIDDEN, quant_config=stored.config(), prefix="down")
 
 
 def test_compile_cache_is_keyed_by_the_kernels(ranks, monkeypatch):
