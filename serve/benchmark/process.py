@@ -62,18 +62,30 @@ class SupervisedProcess:
         """Bytes of main memory the tree holds: proportional set sizes, in which shared pages count once in all."""
         return sum(proportional_set_size(process) for process in supervisor.descendants(self._supervisor.pid))
 
+    def own_memory(self) -> int:
+        """Bytes of that which no file on disk stands behind: what a leak would be in. Unlike `memory` it does not depend
+        on which other processes have the same libraries loaded."""
+        processes = supervisor.descendants(self._supervisor.pid)
+        return sum(proportional_set_size(process, files=False) for process in processes)
+
     def log_tail(self, lines: int = 15) -> str:
         text = self.log.read_bytes()[-20_000:].decode(errors="replace")
         return "\n".join(text.splitlines()[-lines:])
 
 
-def proportional_set_size(process: int) -> int:
-    """Bytes, 0 for a process that has ended. Where the kernel does not tell it, the resident set size."""
-    for file, field in (("smaps_rollup", "Pss:"), ("status", "VmRSS:")):
+def proportional_set_size(process: int, files: bool = True) -> int:
+    """Bytes, 0 for a process that has ended. Where the kernel does not tell it, the resident set size.
+
+    files: also count pages of mapped files, such as libraries.
+    """
+    proportional = ("Pss:",) if files else ("Pss_Anon:", "Pss_Shmem:")
+    resident = ("VmRSS:",) if files else ("RssAnon:", "RssShmem:")
+    for file, fields in (("smaps_rollup", proportional), ("status", resident)):
         with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{process}/{file}").read_text().splitlines():
-                if line.startswith(field):
-                    return int(line.split()[1]) * 1024
+            lines = map(str.split, Path(f"/proc/{process}/{file}").read_text().splitlines())
+            sizes = [int(line[1]) * 1024 for line in lines if line[0] in fields]
+            if len(sizes) == len(fields):
+                return sum(sizes)
     return 0
 
 

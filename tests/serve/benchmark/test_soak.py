@@ -22,7 +22,7 @@ class Process:
     def __init__(self, step: int = 0):
         self.size, self.step = 10**9, step
 
-    def memory(self) -> int:
+    def own_memory(self) -> int:
         self.size += self.step
         return self.size
 

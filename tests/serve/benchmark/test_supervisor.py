@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ria_vllm.serve.benchmark import supervisor
-from ria_vllm.serve.benchmark.process import PeakMemory, SupervisedProcess
+from ria_vllm.serve.benchmark.process import PeakMemory, SupervisedProcess, wait_until
 
 # A server of the hard kind: a child in a session of its own, and both deaf to SIGTERM when told so.
 STUBBORN = """
@@ -130,3 +130,14 @@ def test_memory_counts_the_tree_and_its_peak(tmp_path):
             time.sleep(3)
         assert 200e6 < sampled.peak < 300e6 and 0 < process.memory() < 100e6
     assert process.memory() == 0
+
+
+def test_own_memory_leaves_out_what_lies_in_files(tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * 200_000_000)
+    script = "import mmap, sys, time; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)\n"
+    script += "sum(m[::4096]); x = bytearray(100_000_000); print('ready', flush=True); time.sleep(600)"
+    with SupervisedProcess([sys.executable, "-c", script, str(tmp_path / "file")], tmp_path / "log") as process:
+        assert wait_until(lambda: process.log_tail(1) == "ready", process, 30)
+        assert 300e6 < process.memory() < 400e6
+        assert 100e6 < process.own_memory() < 200e6
+    assert process.own_memory() == 0
