@@ -48,10 +48,12 @@ class RiaQuantizer(HfQuantizer):
         folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         path = None if folder is None else folder / PERMUTATIONS_FILE
         if path is not None and not path.is_file():
-            # The hub's cache holds only what was asked for.
-            found = cached_file(
-                model.config._name_or_path, PERMUTATIONS_FILE, _raise_exceptions_for_missing_entries=False
-            )
+            # The hub's cache holds only what was asked for: CACHE/models--USER--NAME/snapshots/COMMIT.
+            same = {}
+            if folder.parent.name == "snapshots":
+                same = {"revision": folder.name, "cache_dir": str(folder.parents[2])}
+            name = model.config._name_or_path
+            found = cached_file(name, PERMUTATIONS_FILE, _raise_exceptions_for_missing_entries=False, **same)
             path = None if found is None else Path(found)
         if path is None and self.quantization_config.schema.recipe.get("permute", "none") != "none":
             raise RiaError(
@@ -63,6 +65,11 @@ class RiaQuantizer(HfQuantizer):
         # HF keeps the conversions to undo them when it saves; a plain dense model is to be saved as it is.
         kept = [c for c in getattr(model, "_weight_conversions", None) or [] if self.decompress not in _operations(c)]
         model._weight_conversions = kept or None
+        # HF leaves tensors that it renamed or converted in the stored dtype, where a quantizer is at work.
+        in_float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and not any(part in name for part in in_float32):
+                parameter.data = parameter.data.to(self.decompress.dtype or parameter.dtype)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.decompress.dtype = dtype

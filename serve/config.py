@@ -1,5 +1,8 @@
 """RiaConfig: what vLLM knows of a checkpoint with quant_method "ria"."""
 
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,19 +14,28 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import QUANT_METHOD, RiaSchema, SparsityConfig
-from ria_vllm.serve.files import permutations_of, pruned_names
+from ria_vllm.serve.files import permutations_of, stored_modules
 from ria_vllm.serve.folding import Folding, RowOrder, fold
 from ria_vllm.serve.foreign import Foreign, claims
 from ria_vllm.serve.linear import Sparse24LinearMethod
 from ria_vllm.serve.load_report import LoadReport
 from ria_vllm.serve.storage import Storage
 
-# Only vLLM before 0.32 has it: its own GPT-NeoX, which rearranges the heads of every tensor of a fused linear before any
-# weight loader sees it, and cannot do that with a compressed one's. Later ones run transformers' model.
+# vLLM's own model of these rearranges the heads in dense weights, by their names, before any weight loader sees them.
+# Compressed ones would break it, or pass by it as they are: answers without a sense.
+REARRANGED = ("bloom", "llama4", "llama4_text")
+# Only vLLM before 0.32 has it, and it does the same. Later ones run transformers' model.
 OLD_GPT_NEOX = "vllm.model_executor.models.gpt_neox"
 
 # vLLM puts this before the names of a draft model in speculative decoding; its checkpoint knows nothing of it.
 DRAFT_PREFIX = "draft_model."
+
+
+def digest(permutations: Mapping[str, np.ndarray]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(permutations):
+        found.update(name.encode() + b"\0" + permutations[name].tobytes())
+    return found.hexdigest()
 
 
 class RiaConfig(QuantizationConfig):
@@ -38,6 +50,9 @@ class RiaConfig(QuantizationConfig):
         self.schema = schema
         self.foreign = foreign
         self.pruned: set[str] | None = None
+        self.stored: set[str] | None = None
+        self.orders_digest = ""
+        self.same_orders: set[tuple[str, str | None]] = set()
         self.permutations: dict[str, np.ndarray] = {}
         self.folding = Folding()
         self.report = LoadReport()
@@ -76,18 +91,46 @@ class RiaConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the permutations: producers must know their row order before the first weight arrives."""
         model = str(model_name)
-        self.pruned = pruned_names(model, revision)
-        if getattr(hf_config, "model_type", None) == "gpt_neox" and find_spec(OLD_GPT_NEOX):
+        stored = stored_modules(model, revision)
+        if stored is not None:
+            self.stored = set(stored)
+            self.pruned = {name for name, pruned in stored.items() if pruned} or None
+        family = getattr(hf_config, "model_type", None)
+        if family == "gpt_neox" and find_spec(OLD_GPT_NEOX):
             raise RiaError(f"{model}: a compressed GPT-NeoX needs vLLM 0.32 or later.")
+        if family in REARRANGED:
+            raise RiaError(
+                f"{model}: vLLM rearranges the attention heads of {family} in a way that only dense weights bear, so it "
+                "cannot be served compressed. `ria-vllm export` makes a dense folder of it."
+            )
         if self.foreign is not None:
             return
-        expected = self.schema.recipe.get("permute", "none") != "none" and self.pruned is not None
-        permutations = permutations_of(model, revision, expected)
+        permutations = self._permutations_in(model, revision)
+        self.orders_digest = digest(permutations)
         for name in permutations:
             if not self._is_pruned(name):
                 raise RiaError(f"{model}: a permutation for {name}, which is no pruned linear of this model.")
         self.folding = fold(self.schema, permutations, self._is_pruned, model)
         self.permutations = permutations
+
+    def _permutations_in(self, model: str, revision: str | None) -> dict[str, np.ndarray]:
+        expected = self.schema.recipe.get("permute", "none") != "none" and self.pruned is not None
+        return permutations_of(model, revision, expected)
+
+    def check_orders(self, model: str, revision: str | None) -> None:
+        """Weights of another folder may be loaded into a running server only if they are stored in the same orders.
+
+        Raises:
+            RiaError: they are not.
+        """
+        if self.foreign is not None or (model, revision) in self.same_orders:
+            return
+        if digest(self._permutations_in(model, revision)) != self.orders_digest:
+            raise RiaError(
+                f"{model}: its weights are stored in other channel orders than those which this server has folded. Start "
+                "a server of that folder instead of reloading."
+            )
+        self.same_orders.add((model, revision))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         sparsity = self.schema.sparsity_config
@@ -97,6 +140,8 @@ class RiaConfig(QuantizationConfig):
             self.foreign = self.foreign.renamed(hf_to_vllm_mapper)
         if self.pruned is not None:
             self.pruned = set(hf_to_vllm_mapper.apply_list(sorted(self.pruned)))
+        if self.stored is not None:
+            self.stored = set(hf_to_vllm_mapper.apply_list(sorted(self.stored)))
         self.permutations = hf_to_vllm_mapper.apply_dict(self.permutations)
         self.folding = Folding(
             set(hf_to_vllm_mapper.apply_list(sorted(self.folding.folded))),
@@ -108,7 +153,7 @@ class RiaConfig(QuantizationConfig):
             return None
         prefix = prefix.removeprefix(DRAFT_PREFIX)
         parts = self.parts_of(prefix)
-        pruned = [self._is_pruned(part) for part in parts]
+        pruned = [self._is_pruned(part) or self._quantized(part) for part in parts]
         if not any(pruned):
             return UnquantizedLinearMethod()
         if not all(pruned):
@@ -129,20 +174,28 @@ class RiaConfig(QuantizationConfig):
 
     def parts_of(self, prefix: str) -> tuple[str, ...]:
         """The checkpoint's linears that vLLM's layer `prefix` is made of, in output order."""
-        if self.pruned is not None and prefix in self.pruned:
+        if self.stored is not None and prefix in self.stored:
             return (prefix,)  # fused on disk already, as in Phi-3
         parent, _, leaf = prefix.rpartition(".")
         leaves = self.packed_modules_mapping.get(leaf) or [leaf]
-        return tuple(f"{parent}.{part}" if parent else part for part in leaves)
+        parts = [f"{parent}.{part}" if parent else part for part in leaves]
+        if self.stored is not None and len(parts) == 3 and set(parts) - self.stored == {parts[2]}:
+            parts[2] = parts[1]  # no v_proj: the values are the keys, as in Gemma 4, and vLLM loads k_proj twice
+        return tuple(parts)
 
     def _is_pruned(self, name: str) -> bool:
         if self.pruned is not None:
             return name in self.pruned
         return name in self.foreign.pruned if self.foreign is not None else not self.schema.ignored(name)
 
+    def _quantized(self, name: str) -> bool:
+        """Whether a checkpoint of others has int8 or fp8 values for this linear, which then may be dense."""
+        return self.foreign is not None and self.foreign.storage(name).quantized is not None
+
     def storage(self, name: str) -> Storage:
         if self.foreign is not None:
-            return self.foreign.storage(name)
+            storage = self.foreign.storage(name)
+            return storage if self._is_pruned(name) else replace(storage, dense=True)
         return Storage(quantized=torch.int8, scales="channel") if self.schema.weights else Storage()
 
     def row_orders(self, name: str) -> list[RowOrder]:

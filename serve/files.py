@@ -37,8 +37,8 @@ def locate(model: str, name: str, revision: str | None) -> Path | None:
         raise RiaError(f"{model}: cannot get {name} from the hub ({error}).") from error
 
 
-def pruned_names(model: str, revision: str | None) -> set[str] | None:
-    """Names of the linears that are stored compressed; None where only the weight files themselves could tell.
+def stored_modules(model: str, revision: str | None) -> dict[str, bool] | None:
+    """Module with a weight -> whether it is stored compressed; None where only the weight files themselves could tell.
 
     That is so for a hub repository of a single weight file, which is not fetched for this, and for a folder without
     weights (`--load-format dummy`).
@@ -56,8 +56,8 @@ def pruned_names(model: str, revision: str | None) -> set[str] | None:
         if index is None:
             return None
         names = list(read_json(index).get("weight_map") or ())
-    found = {name.removesuffix(".compressed") for name in names if name.endswith(".compressed")}
-    return found or None
+    found = {name.removesuffix(".weight"): False for name in names if name.endswith(".weight")}
+    return found | {name.removesuffix(".compressed"): True for name in names if name.endswith(".compressed")}
 
 
 def read_permutations(path: Path) -> dict[str, np.ndarray]:
@@ -79,7 +79,12 @@ def read_permutations(path: Path) -> dict[str, np.ndarray]:
 
 def permutations_of(model: str, revision: str | None, expected: bool) -> dict[str, np.ndarray]:
     """The permutations of a checkpoint; `expected`: its config says that it was compressed with some."""
-    path = locate(model, PERMUTATIONS_FILE, revision)
+    try:
+        path = locate(model, PERMUTATIONS_FILE, revision)
+    except RiaError:
+        if expected:
+            raise
+        return {}  # offline, and the cache has what there is
     if path is not None:
         return read_permutations(path)
     if expected:

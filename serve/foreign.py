@@ -37,6 +37,9 @@ class Selection:
     def __contains__(self, name: str) -> bool:
         return any(_matches(t, name) for t in self.targets) and not any(_matches(t, name) for t in self.ignore)
 
+    def by_name(self, name: str) -> bool:
+        return any(_matches(t, name) for t in self.targets if t != "Linear")
+
     def renamed(self, mapper: Any) -> "Selection":
         return Selection(*(tuple(_renamed(entry, mapper) for entry in part) for part in (self.targets, self.ignore)))
 
@@ -68,11 +71,14 @@ class Foreign:
         groups = [
             (Selection(tuple(group.get("targets") or ()), ignore), _storage(name, group, dense))
             for name, group in (config.get("config_groups") or {}).items()
+            if group.get("weights")
         ]
         return cls(Selection(tuple(sparsity["targets"]), tuple(sparsity.get("ignore") or ())), dense, tuple(groups))
 
     def storage(self, name: str) -> Storage:
-        return next((storage for selection, storage in self.groups if name in selection), Storage(self.dense))
+        """A group that names the linear goes before one that takes all of them."""
+        found = [(storage, selection.by_name(name)) for selection, storage in self.groups if name in selection]
+        return next((s for s, by_name in found if by_name), found[0][0] if found else Storage(self.dense))
 
     def renamed(self, mapper: Any) -> "Foreign":
         groups = tuple((selection.renamed(mapper), storage) for selection, storage in self.groups)

@@ -81,7 +81,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         if any(self.config.storage(part) != storage for part in self.parts):
             raise RiaError(f"{self.prefix}: vLLM fuses {', '.join(self.parts)}, but they are not quantized alike.")
         row_orders = tuple(self.config.row_orders(part) for part in self.parts)
-        layer.ria_arrivals = Arrivals(layer, self.parts, row_orders, storage, params_dtype)
+        layer.ria_arrivals = Arrivals(
+            layer, self.parts, row_orders, len(output_partition_sizes), storage, params_dtype
+        )
         layer.ria_output_sizes = tuple(output_partition_sizes)
         loader = extra_weight_attrs["weight_loader"]
         create_parameters(layer, layer.ria_arrivals, output_partition_sizes, input_size_per_partition, loader)
@@ -92,7 +94,10 @@ class Sparse24LinearMethod(LinearMethodBase):
         loaded = take_parameters(layer)
         if not loaded:
             return
+        if (source := layer.ria_arrivals.other_source()) is not None:
+            self.config.check_orders(*source)
         compressed, bitmask, scales = self._final(layer, loaded)
+        layer.ria_arrivals.came.clear()  # a reload begins anew
         if bitmask is None:
             self._serve_dense(layer, compressed)
             return

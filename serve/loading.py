@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -80,6 +81,7 @@ class Arrivals:
         layer: vLLM's layer.
         parts: the checkpoint's linears that it is made of, in output order.
         row_orders: for each part, how its rows are to be taken.
+        outputs: into how many vLLM divides the layer's rows.
         storage: how the parts are stored.
         served: the dtype of the values in the end.
     """
@@ -89,24 +91,41 @@ class Arrivals:
         layer: LinearBase,
         parts: tuple[str, ...],
         row_orders: tuple[list[RowOrder], ...],
+        outputs: int,
         storage: Storage,
         served: torch.dtype,
     ):
         shards = shard_ids(layer, len(parts))
+        self.names = parts
         self.parts = dict(zip(shards, parts))
-        self.row_orders = dict(zip(shards, row_orders))
+        self.row_orders = dict(zip(parts, row_orders))
         self.rows = expected_rows(layer, shards)
+        # Two parts for more outputs than that, as where q, k and v are one tensor and a gate is another.
+        self.uneven = outputs > len(parts) > 1 and not isinstance(layer, QKVParallelLinear)
+        if self.uneven and len(parts) > 2:
+            raise RiaError(f"{', '.join(parts)}: which of vLLM's {outputs} outputs are whose is not known here.")
         self.input_size = layer.input_size
         self.storage = storage
         self.served = served
         self.tensors = storage.tensors(served)
+        current = get_current_vllm_config_or_none()
+        self.model = None if current is None else current.model_config
+        self.source = self.model and (self.model.model, self.model.revision)
         self.came: set[tuple[str, str]] = set()
 
     def reorders(self) -> bool:
         return any(self.row_orders.values())
 
-    def part(self, shard: ShardId) -> str:
-        return self.parts.get(shard) or "+".join(self.parts.values())
+    def covered(self, shard: ShardId) -> list[str]:
+        """The parts that a tensor brings which vLLM loads as `shard`."""
+        if shard is None or len(self.names) == 1:
+            return list(self.names)
+        ids = shard if isinstance(shard, tuple) else (shard,)
+        if self.uneven:
+            return [self.names[0 if ids[0] == 0 else -1]]
+        if unknown := [i for i in ids if i not in self.parts]:
+            raise RiaError(f"{', '.join(self.names)}: vLLM loads an output {unknown[0]!r} of it, which is not known here.")
+        return [self.parts[i] for i in ids]
 
     def accept(self, kind: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor:
         """`tensor` as the layer wants it, before any sharding; reordered rows as a `ReorderedRows`.
@@ -114,13 +133,15 @@ class Arrivals:
         Raises:
             RiaError: dtype or shape are not those of this linear.
         """
-        name = self.part(shard)
+        parts = self.covered(shard)
+        name = "+".join(parts)
         if kind in self.tensors or kind == "weight_scale":
             if kind in self.tensors:
                 self._check(kind, name, tensor, shard)
-            covered = [self.parts[s] for s in shard] if isinstance(shard, tuple) else [name]
-            self.came.update((kind, part) for part in covered if part in self.parts.values())
-        orders = self.row_orders.get(shard, [])
+            self.came.update((kind, part) for part in parts)
+        # vLLM cuts a bias that comes whole into outputs, which come through here once more.
+        whole = len(parts) == 1 and (shard is None or len(self.names) > 1)
+        orders = self.row_orders[parts[0]] if whole else []
         if not orders:
             return tensor
         rows = torch.arange(tensor.shape[0], device=tensor.device)
@@ -141,10 +162,15 @@ class Arrivals:
                 "The file is damaged, or config.json belongs to another model; get both again."
             )
 
+    def other_source(self) -> tuple[str, str | None] | None:
+        """Folder or repository and revision that a reload brings weights from, where it is another than the first."""
+        now = self.model and (self.model.model, self.model.revision)
+        return None if now == self.source else now
+
     def missing(self) -> str | None:
         """The first tensor that did not come, or None."""
         kinds = [*self.tensors, *(["weight_scale"] if self.storage.quantized else [])]
-        wanted = ((kind, part) for part in self.parts.values() for kind in kinds)
+        wanted = ((kind, part) for part in self.names for kind in kinds)
         return next((f"{part}.{kind}" for kind, part in wanted if (kind, part) not in self.came), None)
 
     def wrap(self, kind: str, loader: Callable[..., Any]) -> Callable[..., Any]:

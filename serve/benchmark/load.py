@@ -1,6 +1,7 @@
 """One measurement: what is asked of `vllm bench serve` or `vllm bench throughput`, and when its answer may be believed."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def online(
     command += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99", "--disable-tqdm"]
     command += ["--save-result", "--save-detailed", "--result-dir", str(result.parent), "--result-filename", result.name]
     memory = None
-    with SupervisedProcess(command, log) as client:
+    with SupervisedProcess(command, log, no_proxy_on_this_machine()) as client:
         if server.process is None:
             status = client.wait(timeout)
         else:
@@ -82,6 +83,13 @@ def online(
         if wrong:
             return failed(wrong, client)
     return Outcome(figures, None, memory)
+
+
+def no_proxy_on_this_machine() -> dict[str, str]:
+    """Variables by which a client asks a server on this machine directly, whatever proxy the environment names."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = ",".join([*filter(None, [given]), "127.0.0.1", "localhost"])
+    return {"no_proxy": hosts, "NO_PROXY": hosts}
 
 
 def read_online(result: Path, requests: int, output_tokens: int) -> tuple[str | None, dict[str, float] | None]:

@@ -4,7 +4,7 @@ import json
 import socket
 import sys
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +27,17 @@ class Server:
     startup: float | None
 
 
+# Whatever proxy the environment names: our own server is not behind it.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def get(url: str, timeout: float) -> bytes:
+    """The body of a GET; a server on this machine is asked directly."""
+    local = urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+    with (_DIRECT.open if local else urllib.request.urlopen)(url, timeout=timeout) as answer:
+        return answer.read()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -35,17 +46,16 @@ def free_port() -> int:
 
 def healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
-    except (OSError, urllib.error.URLError):
+        get(f"{url}/health", timeout=5)
+        return True
+    except OSError:
         return False
 
 
 def served_name(url: str) -> str:
     """The first model that a server offers."""
     try:
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as answer:
-            return json.loads(answer.read())["data"][0]["id"]
+        return json.loads(get(f"{url}/v1/models", timeout=10))["data"][0]["id"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RiaError(f"{url}: no OpenAI-compatible server answers there ({error}).") from None
 

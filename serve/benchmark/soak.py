@@ -12,7 +12,6 @@ import re
 import sys
 import threading
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from pathlib import Path
 import click
 
 from ria_vllm.serve.benchmark.process import wait_until
-from ria_vllm.serve.benchmark.server import Server, running_server
+from ria_vllm.serve.benchmark.server import Server, get, running_server
 
 WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they".split()
 QUESTIONS = ("What is the capital of France?", "Name three animals.", "Write a sentence about the sea.", "2 + 2 is")
@@ -53,9 +52,10 @@ class Tally:
 
 
 def client_of(server: Server):
-    from openai import OpenAI
+    from openai import DefaultHttpxClient, OpenAI
 
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600)
+    direct = DefaultHttpxClient(trust_env=False)  # the server is on this machine, whatever proxy the environment names
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600, http_client=direct)
 
 
 def request(client, model: str, rng: random.Random, longest: int) -> tuple[str, int]:
@@ -110,8 +110,7 @@ def answers(server: Server) -> list[str]:
 
 def running_requests(server: Server) -> float:
     """Requests that the server works on or has queued, as its metrics say."""
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
-        text = answer.read().decode()
+    text = get(f"{server.url}/metrics", timeout=30).decode()
     counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)$", text, re.MULTILINE)
     return sum(map(float, counts))
 

@@ -13,6 +13,13 @@ from ria_vllm import sparse24
 DTYPES = {"int": (torch.int8, 127), "float": (torch.float8_e4m3fn, 448)}
 
 
+def quantize(values: torch.Tensor, kind: str, strategy: str) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype, largest = DTYPES[kind]
+    scale = (values.abs().amax(1, keepdim=True) if strategy == "channel" else values.abs().amax()[None]) / largest
+    values = values / scale
+    return (values.round() if kind == "int" else values).to(dtype), scale
+
+
 def write(
     out: Path, sparse_format: str, kind: str | None = None, strategy: str = "channel", static: bool = False,
     spoiled: str = "",
@@ -23,7 +30,7 @@ def write(
         sparse_format: "sparse-24-bitmask" or "dense".
         kind: "int" or "float" for 8-bit weights, None for plain ones.
         static: the config has static activation scales; dynamic per token else.
-        spoiled: ending of a linear that is said to be 2:4 and is not.
+        spoiled: ending of a linear that is not 2:4: a dense format says that it is, a packed one leaves it out.
     """
     model = tiny.write(tiny.FAMILIES["llama-gqa"], out, scope="none")
     path = out / "model.safetensors"
@@ -34,15 +41,15 @@ def write(
         values = packed["compressed"]
         if spoiled and name.endswith(spoiled):
             modules[name].weight.data += 0.01
-            tensors[f"{name}.weight"] = modules[name].weight.data.clone()
+            values = modules[name].weight.data.clone()
+            if kind is not None:
+                values, scale = quantize(values, kind, strategy)
+                tensors[f"{name}.weight_scale"] = scale
+                modules[name].weight.data = values.float() * scale
+            tensors[f"{name}.weight"] = values
             continue
         if kind is not None:
-            dtype, largest = DTYPES[kind]
-            scale = (
-                values.abs().amax(1, keepdim=True) if strategy == "channel" else values.abs().amax()[None]
-            ) / largest
-            values = values / scale
-            values = (values.round() if kind == "int" else values).to(dtype)
+            values, scale = quantize(values, kind, strategy)
             tensors[f"{name}.weight_scale"] = scale
             if static:
                 tensors[f"{name}.input_scale"] = torch.tensor([0.1])
@@ -60,7 +67,7 @@ def write(
         "ignore": ["lm_head"],
         "sparsity_config": {
             "format": sparse_format, "sparsity_structure": "2:4", "global_sparsity": 0.5, "targets": ["Linear"],
-            "ignore": ["lm_head"],
+            "ignore": ["lm_head", *([f"re:.*{spoiled}"] if spoiled and sparse_format != "dense" else [])],
         },
         "config_groups": {} if kind is None else {
             "group_0": {

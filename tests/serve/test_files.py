@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -12,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE
-from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.files import permutations_of, pruned_names
+from ria_vllm.serve.config import REARRANGED, RiaConfig
+from ria_vllm.serve.files import permutations_of, stored_modules
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_hub(checkpoint, monkeypatch, tmp_path):
         raise EntryNotFoundError("404")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert pruned_names("who/what", "v2") == {"a.b"}
+    assert stored_modules("who/what", "v2") == {"a.b": True, "norm": False}
     assert len(permutations_of("who/what", "v2", True)) == 14
     assert {revision for _, _, revision in calls} == {"v2"}
 
@@ -136,4 +137,34 @@ def test_hub_that_cannot_be_reached(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(RiaError, match="Download the whole repository"):
-        permutations_of("who/what", None, False)
+        permutations_of("who/what", None, True)
+    assert permutations_of("who/what", None, False) == {}
+
+
+@pytest.mark.parametrize("family", REARRANGED)
+def test_families_whose_heads_vllm_rearranges_are_refused(checkpoint, family):
+    """Named by vLLM's own sources: their models change tensors by the names that dense weights have."""
+    config = RiaConfig.from_config(json.loads((checkpoint / "config.json").read_text())["quantization_config"])
+    with pytest.raises(RiaError, match=f"heads of {family} .*`ria-vllm export`"):
+        config.maybe_update_config(str(checkpoint), SimpleNamespace(model_type=family))
+
+
+def test_other_orders_in_the_folder_of_a_reload(checkpoint, copy):
+    config = config_of(checkpoint)
+    config.check_orders(str(copy), None)
+    stored = load_file(copy / PERMUTATIONS_FILE)
+    name = "model.layers.1.mlp.down_proj.input_permutation"
+    stored[name] = stored[name].flip(0).contiguous()
+    save_file(stored, copy / PERMUTATIONS_FILE)
+    config.check_orders(str(copy), None)  # looked at once
+    with pytest.raises(RiaError, match=f"{copy}/?: .*other channel orders.*Start a server"):
+        config_of(checkpoint).check_orders(str(copy), None)
+
+
+def test_a_missing_value_projection_is_the_keys(checkpoint):
+    config = config_of(checkpoint)
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    attention = "model.layers.1.self_attn."
+    assert config.parts_of(f"{attention}qkv_proj") == tuple(f"{attention}{x}_proj" for x in "qkv")
+    config.stored -= {f"{attention}v_proj"}
+    assert config.parts_of(f"{attention}qkv_proj") == tuple(f"{attention}{x}_proj" for x in "qkk")

@@ -24,6 +24,9 @@ RUNS = {
         "sparse_format": "sparse-24-bitmask", "kind": "float", "strategy": "tensor", "static": True,
     },
     "plain, int8 by tensor, static": {"sparse_format": "dense", "kind": "int", "strategy": "tensor", "static": True},
+    "packed, int8 by channel, one linear not 2:4": {
+        "sparse_format": "sparse-24-bitmask", "kind": "int", "spoiled": "1.mlp.down_proj",
+    },
     "plain, fp8 by channel": {"sparse_format": "dense", "kind": "float"},
 }  # fmt: skip
 
@@ -99,6 +102,26 @@ def test_explicit_choice_of_another_method_stands():
 def test_unknown_quantization_is_named(weights):
     with pytest.raises(RiaError, match=r"config_groups\.group_0: .*are not served"):
         RiaConfig.from_config(config(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}))
+
+
+def test_a_group_without_weights_is_passed_over():
+    groups = {
+        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}},
+        "group_1": {"targets": ["LlamaAttention"], "weights": None, "input_activations": {"num_bits": 8, "type": "float"}},
+    }
+    chosen = RiaConfig.from_config(config(config_groups=groups))
+    assert chosen.storage("model.layers.0.mlp.up_proj").quantized == torch.int8
+
+
+def test_a_group_that_names_a_linear_goes_first():
+    int8 = {"num_bits": 8, "type": "int"}
+    groups = {
+        "group_0": {"targets": ["Linear"], "weights": int8 | {"strategy": "channel"}},
+        "group_1": {"targets": ["re:.*down_proj"], "weights": int8 | {"strategy": "tensor"}},
+    }
+    chosen = RiaConfig.from_config(config(config_groups=groups))
+    assert chosen.storage("model.layers.0.mlp.down_proj").scales == "tensor"
+    assert chosen.storage("model.layers.0.mlp.up_proj").scales == "channel"
 
 
 def test_targets_and_ignore():

@@ -36,6 +36,14 @@ def test_dtype(tmp_path, asked, given):
     assert {parameter.dtype for parameter in loaded.parameters()} == {given}
 
 
+def test_dtype_of_what_was_renamed(tmp_path):
+    """GPT-NeoX's head has another name on disk."""
+    pruned = tiny.write(tiny.FAMILIES["gpt-neox"], tmp_path / "out", dtype=torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    torch.testing.assert_close(logits(loaded), logits(pruned.float()), rtol=0, atol=1e-4)
+
+
 def test_damage_names_the_layer(tmp_path, caplog):
     tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out")
     path = tmp_path / "out" / "model.safetensors"

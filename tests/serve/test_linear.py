@@ -3,6 +3,8 @@
 Ranks are played one after the other in this process: vLLM's layers ask for rank and world size by two functions.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,11 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
     UnquantizedLinearMethod,
+)
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
 )
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 
@@ -76,6 +83,7 @@ class Stored:
     def config(self, folds=(), ignore=()):
         config = RiaConfig(RiaSchema(sparsity_config=SparsityConfig(ignore=list(ignore)), folds=list(folds)))
         config.pruned = set(self.tensors)
+        config.stored = set(self.tensors)
         config.permutations = dict(self.orders)
         config.folding = fold(config.schema, self.orders, config.pruned.__contains__, "here")
         config.packed_modules_mapping = {"qkv": ["q", "k", "v"], "gate_up": ["gate", "up"]}
@@ -241,6 +249,98 @@ def test_reordered_rows_are_what_indexing_gives():
         (torch.cat([late, late]), torch.cat([want, want])),
     ):
         assert type(got) is torch.Tensor and torch.equal(got, expected)
+
+
+def test_a_reload_that_lacks_a_tensor_is_refused(ranks):
+    stored = Stored()
+    stored.add("fc", INNER, HIDDEN)
+    layer = ReplicatedLinear(HIDDEN, INNER, quant_config=stored.config(), prefix="fc", return_bias=False)
+    model = torch.nn.Sequential(layer)
+    record_metadata_for_reloading(model)
+    x = torch.randn(3, HIDDEN)
+    close(stored.load(layer, {"fc": None})(x), stored.apply(x, "fc"))
+    other = Stored(seed=1)
+    other.add("fc", INNER, HIDDEN)
+    initialize_layerwise_reload(model)
+    for kind in ("compressed", "bitmask", "shape"):
+        getattr(layer, kind).weight_loader(getattr(layer, kind), other.tensors["fc"][kind])
+    layer.bias.weight_loader(layer.bias, other.bias["fc"])
+    finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
+    close(layer(x), other.apply(x, "fc"))
+    initialize_layerwise_reload(model)
+    layer.bitmask.weight_loader(layer.bitmask, stored.tensors["fc"]["bitmask"])
+    with pytest.raises(RiaError, match=r"fc\.compressed is in none of the weight files"):
+        finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
+
+
+def test_a_reload_from_elsewhere_has_its_orders_checked(ranks):
+    stored = Stored()
+    stored.add("fc", INNER, HIDDEN)
+    config, looked_at = stored.config(), []
+    config.check_orders = lambda *source: looked_at.append(source)
+    layer = ReplicatedLinear(HIDDEN, INNER, quant_config=config, prefix="fc", return_bias=False)
+    model = torch.nn.Sequential(layer)
+    record_metadata_for_reloading(model)
+    arrivals, first = layer.ria_arrivals, SimpleNamespace(model="here", revision="v1")
+    arrivals.model, arrivals.source = first, ("here", "v1")
+    stored.load(layer, {"fc": None})
+    assert not looked_at
+    first.model, first.revision = "elsewhere", None  # as vLLM's reload_weights(weights_path="elsewhere") does
+    initialize_layerwise_reload(model)
+    for kind in ("compressed", "bitmask"):
+        getattr(layer, kind).weight_loader(getattr(layer, kind), stored.tensors["fc"][kind])
+    layer.bias.weight_loader(layer.bias, stored.bias["fc"])
+    finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
+    assert looked_at == [("elsewhere", None)]
+
+
+def test_two_parts_for_four_outputs(ranks):
+    """Qwen3.5's linear attention: q, k and v in one tensor, the gate in another, vLLM's layer counts four outputs."""
+    stored = Stored()
+    shared = stored.order(HIDDEN)
+    stored.add("qkv", 2 * 64 + INNER, HIDDEN, shared)
+    stored.add("z", INNER, HIDDEN, shared)
+    config = stored.config()
+    config.packed_modules_mapping = {"qkvz": ["qkv", "z"]}
+    x = torch.randn(5, HIDDEN)
+    for size in (1, 2):
+        for rank in range(size):
+            ranks(rank, size)
+            layer = MergedColumnParallelLinear(
+                HIDDEN, [64, 64, INNER, INNER], quant_config=config, prefix="qkvz", return_bias=False
+            )
+            got = stored.load(layer, {"z": 3, "qkv": (0, 1, 2)})(x)
+            whole = [*stored.apply(x, "qkv").split([64, 64, INNER], -1), stored.apply(x, "z")]
+            close(got, torch.cat([part.chunk(size, -1)[rank] for part in whole], -1))
+
+
+def test_fused_on_disk_though_vllm_names_parts(ranks):
+    """GLM-4's gate_up_proj, in a folder whose tensors' names are not known beforehand."""
+    stored = Stored()
+    stored.add("gate_up", 2 * INNER, HIDDEN, stored.order(HIDDEN))
+    config = stored.config()
+    config.permutations = {name: stored.orders["gate_up"] for name in ("gate", "up")}
+    config.pruned, config.stored = {"gate", "up"}, None
+    layer = MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up", return_bias=False)
+    x = torch.randn(5, HIDDEN)
+    close(stored.load(layer, {"gate_up": None})(x), stored.apply(x, "gate_up"))
+
+
+def test_keys_that_are_the_values_too(ranks):
+    stored = Stored()
+    shared = stored.order(HIDDEN)
+    stored.add("q", HEADS * HEAD, HIDDEN, shared)
+    stored.add("k", KV * HEAD, HIDDEN, shared)
+    config = stored.config()
+    config.stored = {"q", "k"}
+    layer = QKVParallelLinear(HIDDEN, HEAD, HEADS, KV, quant_config=config, prefix="qkv", return_bias=False)
+    for name, shard in (("q", "q"), ("k", "k"), ("k", "v")):
+        for kind, tensor in stored.tensors[name].items():
+            getattr(layer, kind).weight_loader(getattr(layer, kind), tensor, shard)
+        layer.bias.weight_loader(layer.bias, stored.bias[name], shard)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(5, HIDDEN)
+    close(layer(x), torch.cat([stored.apply(x, name) for name in ("q", "k", "k")], -1))
 
 
 def test_fused_on_disk_with_row_ranges(ranks):
