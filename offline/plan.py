@@ -10,6 +10,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.streaming import StreamedModel
 from ria_vllm.offline.topology import Group, Topology, fused_with, linears_of
+from ria_vllm.schema import REARRANGED_BY_VLLM
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
 
 
@@ -71,6 +72,9 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
         pruned[index] = frozenset(linears) - frozenset(reasons)
     warnings = [f"{what}; left dense in {count} layers." for what, count in misfits.items()] + warnings
     warnings += _experts(model)
+    family = model.model.config.model_type
+    if family in REARRANGED_BY_VLLM:
+        warnings.append(f"vLLM cannot serve a compressed {family}; `ria-vllm export` will make a dense folder of it.")
     if not any(pruned.values()):
         first = next(iter(dense.items()))
         raise RiaError(f"nothing is left to prune: {first[0]}: {first[1]}, and likewise the others.")

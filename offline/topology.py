@@ -17,6 +17,9 @@ from ria_vllm.schema import Fold, Producer
 # Linears that vLLM serves as one: all of a set are pruned, or none.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
+# vLLM's mixer gives its linears no quantization method. (That of Mamba 2 does.)
+MAMBA_1 = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -218,6 +221,10 @@ def _unknown(layer: nn.Module, inputs: Iterable[tuple[str, int]]) -> Topology:
         for name in linears_of(layer)
         if any(name.startswith(f"{block}.") for block in experts)
     }
+    for mixer, module in layer.named_modules():
+        if type(module).__name__ in MAMBA_1:
+            names = [name for name in linears_of(layer) if name.startswith(f"{mixer}.")]
+            dense |= dict.fromkeys(names, "vLLM serves the linears of a Mamba-1 mixer dense only")
     readers: dict[int, list[str]] = {}
     for name, tensor in inputs:
         if name not in dense:

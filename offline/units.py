@@ -21,11 +21,11 @@ def layer_tensors(
     replaced = {f"{name}.weight" for name in pruned}
     tensors = {name: model.read(name) for name in model.names_in_layer(index) if name not in replaced}
     for name, linear in pruned.items():
-        if linear.p is not None:
-            tensors[f"{name}.input_permutation"] = linear.p.to(torch.int32)
         if not recipe.served:
             tensors[f"{name}.weight"] = linear.weight
             continue
+        if linear.p is not None:
+            tensors[f"{name}.input_permutation"] = linear.p.to(torch.int32)
         order = slice(None) if linear.p is None else linear.p
         compressed, bitmask = sparse24.compress(linear.weight[:, order], linear.mask[:, order])
         if linear.scale is not None:

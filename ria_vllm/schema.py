@@ -20,6 +20,10 @@ QUANT_METHOD = "ria"
 PERMUTATIONS_FILE = "permutations.safetensors"
 REPORT_FILE = "ria_report.json"
 
+# vLLM's own model of these families rearranges the attention heads in dense weights, by their names, before any weight
+# loader sees them. Compressed ones would break it, or pass by it as they are: answers without a sense.
+REARRANGED_BY_VLLM = ("bloom", "llama4", "llama4_text")
+
 
 class Producer(BaseModel):
     """A linear whose output feeds a consumer: all of its rows, or rows [start, end) of a fused one."""

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import QUANT_METHOD, RiaSchema, SparsityConfig
+from ria_vllm.schema import QUANT_METHOD, REARRANGED_BY_VLLM, RiaSchema, SparsityConfig
 from ria_vllm.serve.files import permutations_of, stored_modules
 from ria_vllm.serve.folding import Folding, RowOrder, fold
 from ria_vllm.serve.foreign import Foreign, claims
@@ -21,10 +21,8 @@ from ria_vllm.serve.linear import Sparse24LinearMethod
 from ria_vllm.serve.load_report import LoadReport
 from ria_vllm.serve.storage import Storage
 
-# vLLM's own model of these rearranges the heads in dense weights, by their names, before any weight loader sees them.
-# Compressed ones would break it, or pass by it as they are: answers without a sense.
-REARRANGED = ("bloom", "llama4", "llama4_text")
-# Only vLLM before 0.32 has it, and it does the same. Later ones run transformers' model.
+# Only vLLM before 0.32 has it: its own GPT-NeoX, which does what `schema.REARRANGED_BY_VLLM` says of others. Later ones
+# run transformers' model.
 OLD_GPT_NEOX = "vllm.model_executor.models.gpt_neox"
 
 # vLLM puts this before the names of a draft model in speculative decoding; its checkpoint knows nothing of it.
@@ -98,7 +96,7 @@ class RiaConfig(QuantizationConfig):
         family = getattr(hf_config, "model_type", None)
         if family == "gpt_neox" and find_spec(OLD_GPT_NEOX):
             raise RiaError(f"{model}: a compressed GPT-NeoX needs vLLM 0.32 or later.")
-        if family in REARRANGED:
+        if family in REARRANGED_BY_VLLM:
             raise RiaError(
                 f"{model}: vLLM rearranges the attention heads of {family} in a way that only dense weights bear, so it "
                 "cannot be served compressed. `ria-vllm export` makes a dense folder of it."

@@ -43,6 +43,8 @@ def config_of(family: str, **changes: Any) -> Any:
         "opt-postnorm": (t.OPTConfig, opt | {"do_layer_norm_before": False, "word_embed_proj_dim": 64}),
         "gpt-neox": (t.GPTNeoXConfig, {}),
         "qwen3-moe": (t.Qwen3MoeConfig, moe),
+        "mamba": (t.MambaConfig, {"state_size": 8}),
+        "bloom": (t.BloomConfig, {"n_layer": 2, "n_head": 4}),
         "gpt2": (t.GPT2Config, {"n_embd": 128, "n_layer": 2, "n_head": 4}),
     }
     kind, own = families[family]

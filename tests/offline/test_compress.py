@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint import Reader, tensor_names
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.progress import Monitor
@@ -96,15 +96,20 @@ def test_same_bytes_again(cache, tiny, text, tmp_path):
     assert digests(tmp_path / "one") != digests(tmp_path / "other")
 
 
-@pytest.mark.parametrize("pattern", ["4:8", "1:4", "unstructured:0.25"])
-def test_other_patterns_become_plain_dense_folders(pattern, tiny, text, tmp_path):
+@pytest.mark.parametrize(("pattern", "permute"), [("4:8", "lsa"), ("1:4", "none"), ("unstructured:0.25", "none")])
+def test_other_patterns_become_plain_dense_folders(pattern, permute, tiny, text, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    run(tiny("llama"), tmp_path / "out", text, pattern=Pattern.parse(pattern), permute="none")
+    run(tiny("llama"), tmp_path / "out", text, pattern=Pattern.parse(pattern), permute=permute)
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    assert not [name for name in tensor_names(tmp_path / "out" / "model.safetensors") if "permutation" in name]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     parsed = Pattern.parse(pattern)
     weight = model.model.layers[1].mlp.down_proj.weight
     groups = (weight != 0).view(len(weight), -1, parsed.m or weight.shape[1])
+    if permute != "none":  # the groups lie in an order of its own
+        assert (weight != 0).float().mean() == parsed.density
+        return
     assert bool((groups.sum(-1) == round(groups.shape[-1] * parsed.density)).all())
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 

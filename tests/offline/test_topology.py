@@ -77,6 +77,14 @@ def test_an_unknown_family_groups_by_the_tensor_that_is_read(tiny):
     assert topology.folds == ()
 
 
+def test_linears_that_vllm_serves_dense_only(tiny):
+    """vLLM's Mamba-1 mixer passes no quantization method on."""
+    model, layer, inputs, _ = layer_and_inputs(tiny("mamba"))
+    topology = describe(model.config, layer, inputs)
+    assert not topology.linears and set(topology.dense) == set(linears_of(layer))
+    assert all("Mamba-1" in reason for reason in topology.dense.values())
+
+
 def test_experts_stay_dense(tiny):
     model, layer, inputs, _ = layer_and_inputs(tiny("qwen3-moe"))
     assert all(name.startswith("self_attn.") for name in describe(model.config, layer, inputs).linears)

@@ -12,8 +12,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import PERMUTATIONS_FILE
-from ria_vllm.serve.config import REARRANGED, RiaConfig
+from ria_vllm.schema import PERMUTATIONS_FILE, REARRANGED_BY_VLLM
+from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.files import permutations_of, stored_modules
 
 
@@ -141,7 +141,7 @@ def test_hub_that_cannot_be_reached(monkeypatch):
     assert permutations_of("who/what", None, False) == {}
 
 
-@pytest.mark.parametrize("family", REARRANGED)
+@pytest.mark.parametrize("family", REARRANGED_BY_VLLM)
 def test_families_whose_heads_vllm_rearranges_are_refused(checkpoint, family):
     """Named by vLLM's own sources: their models change tensors by the names that dense weights have."""
     config = RiaConfig.from_config(json.loads((checkpoint / "config.json").read_text())["quantization_config"])
