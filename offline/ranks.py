@@ -3,12 +3,17 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ria_vllm.errors import RiaError
+
+# While the first rank fetches, converts, samples or writes alone, the others wait. For torch's own 10 or 30 minutes
+# that would be a failure; one that dies is seen by torchrun, which ends them all.
+TIMEOUT = timedelta(days=7)
 
 
 class Ranks:
@@ -71,7 +76,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         _take_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:

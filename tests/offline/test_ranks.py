@@ -1,5 +1,10 @@
 """Joining the processes of a torchrun. What they then do together is tried in test_interruptions."""
 
+import os
+import subprocess
+import sys
+from datetime import timedelta
+
 import pytest
 import torch
 
@@ -35,3 +40,26 @@ def test_more_processes_than_gpus(started, monkeypatch):
         with ranks.joined(torch.device("cuda")):
             pass
     assert not started
+
+
+def test_ranks_wait_for_as_long_as_the_first_one_works_alone(started):
+    with ranks.joined(torch.device("cpu")):
+        pass
+    assert started["backend"] == "gloo" and started["timeout"] >= timedelta(days=1)
+
+
+@pytest.mark.slow
+def test_the_timeout_is_one_that_torch_keeps(tmp_path):
+    """Where it is short, a rank that waits fails: so it is this one that decides."""
+    script = tmp_path / "wait.py"
+    script.write_text(
+        "import sys, time, torch\nfrom datetime import timedelta\nfrom ria_vllm.offline import ranks\n"
+        "ranks.TIMEOUT = timedelta(seconds=float(sys.argv[1]))\n"
+        "with ranks.joined(torch.device('cpu')) as team:\n"
+        "    time.sleep(6 if team.first else 0)\n"
+        "    assert team.from_first('tokens' if team.first else None) == 'tokens'\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    short, long = (subprocess.run([*torchrun, seconds], capture_output=True, env=env) for seconds in ("2", "600"))
+    assert short.returncode != 0 and long.returncode == 0
