@@ -137,7 +137,8 @@ def _work_folder(out: Path, run: dict[str, Any], settings: Settings, team: Ranks
     try:
         yield writer
     except RiaError as error:
-        # A full disk can be mended, and the run go on; other bad input stays bad.
+        # A full disk, a file out of reach or a place that is taken can be mended, and the run go on; other bad input
+        # stays bad.
         if team.first and not isinstance(error.__cause__, OSError):
             writer.discard()
         raise

@@ -138,8 +138,12 @@ class StreamedModel:
                 with safe_open(path, framework="pt") as file:
                     for name in wanted:
                         yield name, file.get_tensor(self.sources[name])
-            except (SafetensorError, OSError) as error:
+            except SafetensorError as error:
                 raise RiaError(f"{path}: cannot be read ({error}). Get the file again.") from None
+            except OSError as error:  # kept as the cause: finished layers outlive it
+                raise RiaError(
+                    f"{path}: cannot be read ({error}). Once it can, `compress --resume` goes on from what is finished."
+                ) from error
 
     def _sources(self) -> dict[str, str]:
         """Name in the checkpoint to be written -> name in the file.

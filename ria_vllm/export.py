@@ -56,6 +56,7 @@ def export_dense(
             on_tensor(number + 1, len(names))
         config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
         writer.finish(keys, {"config.json": config}, companion_files(reader.folder), max_shard_size)
-    except BaseException:
-        writer.discard()
+    except BaseException as error:
+        if not isinstance(error.__cause__, FileExistsError):  # then the result is whole, only its place is taken
+            writer.discard()
         raise

@@ -99,6 +99,9 @@ class CheckpointWriter:
     ) -> None:
         """Join the units `keys` into shards in that order, add the other files, and put the folder in its place.
 
+        Where `out` has come into being meanwhile and may not be replaced, the RiaError's cause is a FileExistsError, and
+        the result waits in the work folder.
+
         Args:
             json_files: file name -> content (config.json, the report).
             copies: files to copy by their names (tokenizer, generation config).
@@ -124,7 +127,9 @@ class CheckpointWriter:
     def _replace(self, final: Path) -> None:
         if self.out.exists() or self.out.is_symlink():
             if not self.overwrite:
-                raise RiaError(f"{self.out}: appeared while the run was going on; the result is in {final}.")
+                raise RiaError(
+                    f"{self.out}: appeared while the run was going on; the result is in {final}. Move it where you want it."
+                ) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.out))
             os.replace(self.out, self.work / "replaced")
         os.replace(final, self.out)
         shutil.rmtree(self.work)
