@@ -12,6 +12,7 @@ import torch
 from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import calibration
+from ria_vllm.offline.evaluate import load_tokenizer
 from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.memory import map_large_blocks
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive
@@ -158,22 +159,22 @@ def _tokens(
 
 
 def _make_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     if recipe.calibration == "self":
         # Plain attention: for one token at a time the fused kernels of a CPU take much longer.
-        whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype=model.dtype, attn_implementation="eager")
+        whole = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=model.dtype, attn_implementation="eager", trust_remote_code=False
+        )
         whole = whole.to(model.device).eval()
         bos = source.config.get_text_config().bos_token_id
         return calibration.from_model(whole, bos, recipe.samples, recipe.seq_len, recipe.seed, monitor)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    except Exception as error:
-        raise RiaError(
-            f"{source.name}: no tokenizer that transformers can load ({error}). Use --calibration self."
-        ) from None
+        tokenizer = load_tokenizer(str(source.folder))
+    except RiaError as error:
+        raise RiaError(f"{error} Use --calibration self.") from None
     tokens = calibration.from_text(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
     vocabulary = model.model.get_input_embeddings().num_embeddings
     if int(tokens.max()) >= vocabulary:

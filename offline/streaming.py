@@ -43,7 +43,7 @@ class StreamedModel:
         capped = getattr(text, "attn_logit_softcapping", None) is not None
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, attn_implementation="eager" if capped else None
+                config, dtype=self.dtype, attn_implementation="eager" if capped else None, trust_remote_code=False
             )
         self.model.eval().requires_grad_(False)
         self.layers_path = topology.decoder_layers(self.model, text.num_hidden_layers)

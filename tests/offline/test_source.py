@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,26 @@ def test_bad_models_are_named_and_leave_nothing_behind(message, model, text, tmp
     with pytest.raises(RiaError, match=message):
         run(model, tmp_path / "out", text)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+COMMANDS = {"compress": ["-o", "out", "--calibration", "text.txt"], "eval": ["--text", "text.txt"]}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_code_of_a_tokenizer_does_not_run_even_if_someone_says_yes(command, model, text, tmp_path):
+    """transformers would ask on standard input."""
+    path, mark = model / "tokenizer_config.json", tmp_path / "ran"
+    own = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    (model / "own.py").write_text(
+        f"open({str(mark)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n"
+    )
+    shutil.copy(text, tmp_path / "text.txt")
+    arguments = [sys.executable, "-m", "ria_vllm", command, str(model), *COMMANDS[command]]
+    done = subprocess.run(arguments, input="y\n" * 9, capture_output=True, text=True, cwd=tmp_path)
+    assert not mark.exists() and not (tmp_path / "out").exists()
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "it needs its own Python code, which is not run here" in done.stderr.splitlines()[-1]
 
 
 def test_gpt2_has_nothing_to_prune(make_model, text, tmp_path):
