@@ -62,7 +62,8 @@ def load_model(folder: str, device: torch.device) -> Any:
                 None, config=config, state_dict=state, dtype=config.dtype or "auto", output_loading_info=True
             )
     except (OSError, ValueError, KeyError) as error:
-        raise RiaError(f"{folder}: transformers cannot load it as a causal language model: {reason_of(error)}") from error
+        reason = reason_of(error)
+        raise RiaError(f"{folder}: transformers cannot load it as a causal language model: {reason}") from error
     if info["missing_keys"]:
         # transformers would go on with random numbers in their place.
         raise RiaError(f"{folder}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. Get the files again.")

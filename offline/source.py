@@ -136,7 +136,8 @@ def _checked(name: str, folder: Path) -> Source:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise RiaError(f"{folder / 'config.json'}: transformers does not know this model ({reason_of(error)}).") from None
+        path = folder / "config.json"
+        raise RiaError(f"{path}: transformers does not know this model ({reason_of(error)}).") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RiaError(f"{name}: a {config.model_type} model is not a causal language model; only those are compressed.")
     architectures = config.architectures or []

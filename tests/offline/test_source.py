@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
+from ria_vllm.offline import compress as pipeline
 from ria_vllm.offline import source
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.progress import Monitor
@@ -108,6 +109,24 @@ def test_too_little_text_leaves_nothing_behind(model, text, tmp_path):
     with pytest.raises(RiaError, match="too little text"):
         run(model, tmp_path / "out", text, samples=10**6)
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("lm_head.weight"), "no weights for lm_head.weight in any file"),
+        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:-1]}), "lm_head.weight has shape .257, 128., config"),
+        (lambda t: put(t, "lm_head.weight", float("inf")), "lm_head.weight: NaN or infinite"),
+        (lambda t: t.pop("model.norm.weight"), "no weights for model.norm.weight"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(64)}), "model.norm.weight has shape .64,., config"),
+    ],
+)
+def test_what_lies_outside_the_layers_is_checked_before_any_work(change, message, model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_run", lambda *_: pytest.fail("work had begun"))
+    edit_weights(model, change)
+    with pytest.raises(RiaError, match=message):
+        run(model, tmp_path / "out", text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 def test_existing_output_stays_untouched(model, text, tmp_path):
