@@ -250,4 +250,5 @@ def _finish(
         schema = RiaSchema(sparsity_config=sparsity, weights=weights, folds=folds, recipe=recipe.dump(source.name))
         config["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
     json_files = {"config.json": config, REPORT_FILE: report}
-    writer.finish(keys, json_files, source.small_files(), settings.max_shard_size)
+    permuted = recipe.served and recipe.permute != "none"
+    writer.finish(keys, json_files, source.small_files(), settings.max_shard_size, permuted)

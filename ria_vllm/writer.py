@@ -95,7 +95,12 @@ class CheckpointWriter:
             return json.loads((file.metadata() or {}).get("record", "{}"))
 
     def finish(
-        self, keys: Sequence[str], json_files: dict[str, Any], copies: Sequence[Path], max_shard_size: int
+        self,
+        keys: Sequence[str],
+        json_files: dict[str, Any],
+        copies: Sequence[Path],
+        max_shard_size: int,
+        permuted: bool = False,
     ) -> None:
         """Join the units `keys` into shards in that order, add the other files, and put the folder in its place.
 
@@ -106,6 +111,7 @@ class CheckpointWriter:
             json_files: file name -> content (config.json, the report).
             copies: files to copy by their names (tokenizer, generation config).
             max_shard_size: bytes; a single larger tensor gets a shard of its own.
+            permuted: write the permutations' file even if it holds none, for the recipe says that there is one.
         """
         final = self.work / "final"
         with disk_errors(self.work):
@@ -118,7 +124,7 @@ class CheckpointWriter:
             entries = [entry for key in keys for entry in _entries(self.path(key))]
             permutations = [e for e in entries if e[0].endswith(".input_permutation")]
             weights = [e for e in entries if not e[0].endswith(".input_permutation")]
-            if permutations:
+            if permutations or permuted:
                 _copy_tensors(permutations, final / PERMUTATIONS_FILE)
             _write_shards(weights, final, max_shard_size)
             _sync(final)
