@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -116,6 +117,19 @@ def test_a_model_out_of_reach_for_a_moment_costs_no_finished_layer(make_model, t
     assert (tmp_path / "out.partial" / "units" / "layer-00000.safetensors").is_file()
     run(model, tmp_path / "out", text, Settings(resume=True))
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
+
+
+def test_a_disk_too_full_for_activations_says_so_and_keeps_what_is_finished(tiny, text, tmp_path):
+    model, old = tiny("llama"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))  # a chunk of activations has 262144 bytes
+    try:
+        with pytest.raises(RiaError, match="activations/pruned-0/0.safetensors: cannot write .*too large"):
+            run(model, tmp_path / "out", text, Settings(activation_cache="disk"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "out.partial" / "units" / "calibration.safetensors").is_file()
 
 
 def test_a_result_whose_place_is_taken_meanwhile_is_kept(tiny, text, tmp_path, monkeypatch):
