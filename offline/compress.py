@@ -24,7 +24,7 @@ from ria_vllm.offline.streaming import StreamedModel
 from ria_vllm.offline.topology import Topology
 from ria_vllm.offline.units import layer_key, layer_tensors, pruned_weights
 from ria_vllm.schema import REPORT_FILE, RiaSchema, SparsityConfig, WeightQuantization
-from ria_vllm.writer import CheckpointWriter, disk_errors
+from ria_vllm.writer import CheckpointWriter, check_place, disk_errors
 
 CALIBRATION_KEY = "calibration"
 SENSITIVITY_KEY = "sensitivity"
@@ -50,6 +50,7 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
     Raises:
         RiaError: bad input; nothing is left at `out`, nor beside it unless `--resume` can go on from it.
     """
+    check_place(out, Path(model))
     map_large_blocks()
     with joined(settings.device) as team, torch.no_grad(), monitor.live():
         if (out.exists() or out.is_symlink()) and not settings.overwrite:

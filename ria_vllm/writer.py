@@ -44,6 +44,23 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise RiaError(f"{where}: cannot write ({error.strerror or error}).") from error
 
 
+def check_place(out: Path, source: Path) -> None:
+    """Refuse to write where `source` is read from, or around it: with overwrite the source would go with the old folder.
+
+    Raises:
+        RiaError: that, or an `out` that names no folder of its own, such as "." or "/".
+    """
+    if out.name in ("", ".."):
+        raise RiaError(f"{str(out)!r} cannot be replaced by a new folder. Choose another one, with a name of its own.")
+    if not source.exists():
+        return  # a hub id
+    place, read = out.resolve(), source.resolve()
+    if place == read:
+        raise RiaError(f"{out}: this is the folder being read. Choose another one.")
+    if place in read.parents:
+        raise RiaError(f"{out}: holds what is being read, {source}. Choose another folder.")
+
+
 class CheckpointWriter:
     """The work folder of one output folder.
 

@@ -146,6 +146,8 @@ def test_export_never_touches_what_exists(damage, tmp_path):
     with pytest.raises(RiaError, match="exists already"):
         run(export, damage.folder, "-o", tmp_path / "dense")
     for same in (damage.folder, damage.folder / ".." / damage.folder.name):
-        with pytest.raises(RiaError, match="the folder being exported"):
+        with pytest.raises(RiaError, match="the folder being read"):
             run(export, damage.folder, "-o", same, "--overwrite")
+    with pytest.raises(RiaError, match="holds what is being read"):
+        run(export, damage.folder, "-o", tmp_path, "--overwrite")
     assert (damage.folder / "config.json").exists()

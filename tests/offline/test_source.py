@@ -19,9 +19,9 @@ from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.recipe import Recipe
 
 
-def run(model: Path | str, out: Path, text: Path, **options) -> None:
+def run(model: Path | str, out: Path, text: Path, settings: Settings = Settings(), **options) -> None:
     recipe = Recipe(**{"calibration": str(text), "samples": 4, "seq_len": 32, "reconstruct": "none"} | options)
-    compress(str(model), out, recipe, Settings(), Monitor(shown=False))
+    compress(str(model), out, recipe, settings, Monitor(shown=False))
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -137,6 +137,28 @@ def test_existing_output_stays_untouched(model, text, tmp_path):
     assert (tmp_path / "out" / "mine").read_text() == "mine"
 
 
+@pytest.mark.parametrize("kind", ["model", "model/../model", ".", "around", "link"])
+def test_the_model_itself_is_never_overwritten(kind, model, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in sorted(model.iterdir())}
+    out = Path(kind)
+    if kind == "around":
+        out = tmp_path
+    elif kind == "link":
+        out.symlink_to(model)
+    with pytest.raises(RiaError, match="being read|with a name of its own"):
+        run(model, out, text, Settings(overwrite=True))
+    assert {path: path.read_bytes() for path in sorted(model.iterdir())} == before
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", ""])
+def test_places_that_are_no_new_folder(out, tiny, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RiaError, match="cannot be replaced by a new folder"):
+        run(tiny("llama"), Path(out), text, Settings(overwrite=True))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_neither_here_nor_on_the_hub(monkeypatch, text, tmp_path):
     def unreachable(*_, **__):
         raise OSError("no network\nand much more")
@@ -154,9 +176,10 @@ def test_a_hub_id_is_fetched_without_pickles_and_code(monkeypatch, tiny, text, t
         return str(tiny("llama"))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    run("some/model", tmp_path / "out", text)
+    monkeypatch.chdir(tmp_path)
+    run("some/model", Path("some/model"), text)  # a folder of the same name is no conflict
     assert list(asked) == ["some/model"] and not any(p.endswith((".bin", ".py")) for p in asked["some/model"])
-    assert Reader(tmp_path / "out").schema.recipe["source"] == "some/model"
+    assert Reader(tmp_path / "some" / "model").schema.recipe["source"] == "some/model"
 
 
 def test_small_files_come_along_but_no_code_and_no_other_weights(model, text, tmp_path):
