@@ -140,6 +140,11 @@ def _checked(name: str, folder: Path) -> Source:
         raise RiaError(f"{path}: transformers does not know this model ({reason_of(error)}).") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RiaError(f"{name}: a {config.model_type} model is not a causal language model; only those are compressed.")
+    if config.get_text_config() is not config:
+        raise RiaError(
+            f"{name}: a {config.model_type} model reads more than text, and only text models are compressed. Give its "
+            "language model alone, saved as a folder of its own."
+        )
     architectures = config.architectures or []
     expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     expected = [cls.__name__ for cls in (expected if isinstance(expected, tuple) else (expected,))]

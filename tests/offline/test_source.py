@@ -99,6 +99,16 @@ def test_code_of_a_tokenizer_does_not_run_even_if_someone_says_yes(command, mode
     assert "it needs its own Python code, which is not run here" in done.stderr.splitlines()[-1]
 
 
+def test_a_model_that_reads_more_than_text(tiny, text, tmp_path):
+    from transformers import Gemma3Config
+
+    model = Path(shutil.copytree(tiny("gemma3"), tmp_path / "model"))
+    words = json.loads((model / "config.json").read_text())
+    Gemma3Config(text_config=words, architectures=["Gemma3ForConditionalGeneration"]).save_pretrained(model)
+    with pytest.raises(RiaError, match="a gemma3 model reads more than text, and only text models are compressed"):
+        run(model, tmp_path / "out", text)
+
+
 def test_gpt2_has_nothing_to_prune(make_model, text, tmp_path):
     make_model(tmp_path / "gpt2", "gpt2")
     with pytest.raises(RiaError, match="Conv1D"):
