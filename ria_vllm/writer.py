@@ -61,6 +61,14 @@ def check_place(out: Path, source: Path) -> None:
         raise RiaError(f"{out}: holds what is being read, {source}. Choose another folder.")
 
 
+def check_file_place(path: Path) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to take."""
+    if path.is_dir():
+        raise RiaError(f"{path}: a folder. Give the name of a file.")
+    if not path.parent.is_dir():
+        raise RiaError(f"{path}: there is no folder {path.parent} to write it into. Make the folder, or choose another.")
+
+
 class CheckpointWriter:
     """The work folder of one output folder.
 
