@@ -11,8 +11,9 @@ import click
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from safetensors import SafetensorError
 
-from ria_vllm.checkpoint import Reader, is_compressed
+from ria_vllm.checkpoint import Reader, is_compressed, weight_files
 from ria_vllm.errors import RiaError
 
 
@@ -47,11 +48,11 @@ def load_model(folder: str, device: torch.device) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # Weights that do not fit are refused below, by name; transformers' own message only says which flag ignores them.
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         if not is_compressed(Path(folder)):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", output_loading_info=True, trust_remote_code=False
-            )
+            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False, **options)
         else:
             state = dense_state(Reader(folder))
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -59,11 +60,18 @@ def load_model(folder: str, device: torch.device) -> Any:
             with torch.device("meta"):
                 architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
             model, info = architecture.from_pretrained(
-                None, config=config, state_dict=state, dtype=config.dtype or "auto", output_loading_info=True
+                None, config=config, state_dict=state, dtype=config.dtype or "auto", **options
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and Path(folder).is_dir():
+            weight_files(Path(folder))  # names the broken file
         reason = reason_of(error)
         raise RiaError(f"{folder}: transformers cannot load it as a causal language model: {reason}") from error
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise RiaError(
+            f"{folder}: {name} has shape {tuple(found)}, config.json asks for {tuple(wanted)}. Get the files again."
+        )
     if info["missing_keys"]:
         # transformers would go on with random numbers in their place.
         raise RiaError(f"{folder}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. Get the files again.")
