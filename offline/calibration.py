@@ -171,7 +171,17 @@ def _json_lines(path: Path) -> Iterator[str]:
                 text = json.loads(line)[TEXT_COLUMN]
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise RiaError(f"{path}, line {number}: no JSON object with a field {TEXT_COLUMN!r}.") from None
-            yield f"{text}\n\n"
+            yield from _document(text, f"{path}, line {number}")
+
+
+def _document(text: Any, where: str) -> Iterator[str]:
+    """The text and what ends it; nothing for a null."""
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise RiaError(f"{where}: {TEXT_COLUMN!r} holds no text but {type(text).__name__}.")
+    # JSON can spell half a surrogate pair, which is no character and which no tokenizer takes.
+    yield text.encode(errors="replace").decode() + "\n\n"
 
 
 def _parquet(path: Path) -> Iterator[str]:
@@ -184,7 +194,7 @@ def _parquet(path: Path) -> Iterator[str]:
             raise RiaError(f"{path}: no column {TEXT_COLUMN!r} (it has {', '.join(file.schema_arrow.names)}).")
         for batch in file.iter_batches(batch_size=256, columns=[TEXT_COLUMN]):
             for text in batch.column(0).to_pylist():
-                yield f"{text}\n\n"
+                yield from _document(text, str(path))
     except pyarrow.ArrowException as error:
         raise RiaError(f"{path}: broken parquet file ({error}).") from None
 
@@ -202,4 +212,4 @@ def _hub_dataset(name: str) -> Iterable[str]:
             f"--calibration {name}: {repository} cannot be had from the hub ({reason}). Give a text file, or self."
         ) from None
     for row in itertools.chain([first], rows):
-        yield f"{row[TEXT_COLUMN]}\n\n"
+        yield from _document(row[TEXT_COLUMN], f"--calibration {name}")

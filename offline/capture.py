@@ -16,6 +16,7 @@ from ria_vllm.offline.embedding import LayerCall, Reached
 from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.ranks import Ranks
 from ria_vllm.offline.topology import Component, Group
+from ria_vllm.writer import disk_errors
 
 # Rows of a Gram matrix that are computed at a time.
 GRAM_BLOCK = 256
@@ -28,7 +29,8 @@ class Activations:
         self.folder = folder
         self.chunks: list[torch.Tensor | Path] = []
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -48,8 +50,9 @@ class Activations:
         if self.folder is None:
             return stream
         path = self.folder / f"{index}.safetensors"
-        path.unlink(missing_ok=True)  # a mapping of the old content may be alive
-        save_file({"stream": stream}, path)
+        with disk_errors(path):
+            path.unlink(missing_ok=True)  # a mapping of the old content may be alive
+            save_file({"stream": stream}, path)
         return path
 
 

@@ -39,7 +39,7 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 )
 @click.option("--samples", default=128, show_default=True, help="Calibration sequences.")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens in each; at most what the model reads.")
-@click.option("--seed", default=0, show_default=True, help="Of every random choice.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of every random choice.")
 @click.option(
     "--reconstruct",
     default="admm",
@@ -87,6 +87,7 @@ def compress(
     from ria_vllm.offline.prune import Pattern
     from ria_vllm.offline.recipe import Recipe
     from ria_vllm.sizes import parse_size
+    from ria_vllm.writer import check_file_place, disk_errors
 
     parsed = Pattern.parse(pattern)
     served = (parsed.n, parsed.m) == (2, 4)
@@ -95,6 +96,8 @@ def compress(
         pattern=parsed, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, ignore=tuple(ignore),
         reconstruct=reconstruct, skip_sensitive=skip_sensitive, weights=weights,
     )  # fmt: skip
+    if timings and timings.parent.resolve() != out.resolve():  # which will be there in the end
+        check_file_place(timings)
     place = choose_device(device)
     settings = Settings(place, activation_cache, parse_size(max_shard_size), overwrite, resume)
     monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
@@ -109,4 +112,5 @@ def compress(
     kept = [record["retained_after"] for record in report["linears"].values()]
     monitor.say(f"{out}: {len(kept)} linears pruned, mean retained score {sum(kept) / len(kept):.4f}")
     if timings and monitor.shown:
-        timings.write_text(json.dumps(seconds, indent=2) + "\n")
+        with disk_errors(timings):
+            timings.write_text(json.dumps(seconds, indent=2) + "\n")

@@ -12,6 +12,7 @@ import torch
 from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import calibration
+from ria_vllm.offline.evaluate import load_tokenizer
 from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.memory import map_large_blocks
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive
@@ -23,7 +24,7 @@ from ria_vllm.offline.streaming import StreamedModel
 from ria_vllm.offline.topology import Topology
 from ria_vllm.offline.units import layer_key, layer_tensors, pruned_weights
 from ria_vllm.schema import REPORT_FILE, RiaSchema, SparsityConfig, WeightQuantization
-from ria_vllm.writer import CheckpointWriter, disk_errors
+from ria_vllm.writer import CheckpointWriter, check_place, disk_errors
 
 CALIBRATION_KEY = "calibration"
 SENSITIVITY_KEY = "sensitivity"
@@ -49,6 +50,7 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
     Raises:
         RiaError: bad input; nothing is left at `out`, nor beside it unless `--resume` can go on from it.
     """
+    check_place(out, Path(model))
     map_large_blocks()
     with joined(settings.device) as team, torch.no_grad(), monitor.live():
         if (out.exists() or out.is_symlink()) and not settings.overwrite:
@@ -137,7 +139,8 @@ def _work_folder(out: Path, run: dict[str, Any], settings: Settings, team: Ranks
     try:
         yield writer
     except RiaError as error:
-        # A full disk can be mended, and the run go on; other bad input stays bad.
+        # A full disk, a file out of reach or a place that is taken can be mended, and the run go on; other bad input
+        # stays bad.
         if team.first and not isinstance(error.__cause__, OSError):
             writer.discard()
         raise
@@ -157,22 +160,22 @@ def _tokens(
 
 
 def _make_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     if recipe.calibration == "self":
         # Plain attention: for one token at a time the fused kernels of a CPU take much longer.
-        whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype=model.dtype, attn_implementation="eager")
+        whole = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=model.dtype, attn_implementation="eager", trust_remote_code=False
+        )
         whole = whole.to(model.device).eval()
         bos = source.config.get_text_config().bos_token_id
         return calibration.from_model(whole, bos, recipe.samples, recipe.seq_len, recipe.seed, monitor)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    except Exception as error:
-        raise RiaError(
-            f"{source.name}: no tokenizer that transformers can load ({error}). Use --calibration self."
-        ) from None
+        tokenizer = load_tokenizer(str(source.folder))
+    except RiaError as error:
+        raise RiaError(f"{error} Use --calibration self.") from None
     tokens = calibration.from_text(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
     vocabulary = model.model.get_input_embeddings().num_embeddings
     if int(tokens.max()) >= vocabulary:
@@ -248,4 +251,5 @@ def _finish(
         schema = RiaSchema(sparsity_config=sparsity, weights=weights, folds=folds, recipe=recipe.dump(source.name))
         config["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
     json_files = {"config.json": config, REPORT_FILE: report}
-    writer.finish(keys, json_files, source.small_files(), settings.max_shard_size)
+    permuted = recipe.served and recipe.permute != "none"
+    writer.finish(keys, json_files, source.small_files(), settings.max_shard_size, permuted)

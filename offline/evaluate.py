@@ -11,8 +11,9 @@ import click
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from safetensors import SafetensorError
 
-from ria_vllm.checkpoint import Reader, is_compressed
+from ria_vllm.checkpoint import Reader, is_compressed, weight_files
 from ria_vllm.errors import RiaError
 
 
@@ -47,20 +48,30 @@ def load_model(folder: str, device: torch.device) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # Weights that do not fit are refused below, by name; transformers' own message only says which flag ignores them.
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         if not is_compressed(Path(folder)):
-            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False, **options)
         else:
             state = dense_state(Reader(folder))
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             del config.quantization_config
             with torch.device("meta"):
-                architecture = type(AutoModelForCausalLM.from_config(config))
+                architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
             model, info = architecture.from_pretrained(
-                None, config=config, state_dict=state, dtype=config.dtype or "auto", output_loading_info=True
+                None, config=config, state_dict=state, dtype=config.dtype or "auto", **options
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise RiaError(f"{folder}: transformers cannot load it as a causal language model: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and Path(folder).is_dir():
+            weight_files(Path(folder))  # names the broken file
+        reason = reason_of(error)
+        raise RiaError(f"{folder}: transformers cannot load it as a causal language model: {reason}") from error
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise RiaError(
+            f"{folder}: {name} has shape {tuple(found)}, config.json asks for {tuple(wanted)}. Get the files again."
+        )
     if info["missing_keys"]:
         # transformers would go on with random numbers in their place.
         raise RiaError(f"{folder}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. Get the files again.")
@@ -73,18 +84,32 @@ def dense_state(reader: Reader) -> dict[str, torch.Tensor]:
     return state | {name: reader.tensor(name) for name in reader.dense_names}
 
 
-def read_tokens(folder: str, text: Path, max_tokens: int | None) -> torch.Tensor:
-    """int64 [tokens] of a text file, with the special tokens that the model's tokenizer puts at the start."""
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        RiaError: none, or one that needs Python code of its own, which is not run.
+    """
     from transformers import AutoTokenizer
 
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise RiaError(f"{folder}: no tokenizer that transformers can load ({reason_of(error)}).") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What transformers says, but not its advice to let a model's own code run, which nothing here does."""
+    return "it needs its own Python code, which is not run here" if "trust_remote_code" in str(error) else str(error)
+
+
+def read_tokens(folder: str, text: Path, max_tokens: int | None) -> torch.Tensor:
+    """int64 [tokens] of a text file, with the special tokens that the model's tokenizer puts at the start."""
     try:
         content = text.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise RiaError(f"{text}: not readable as text ({error}).") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise RiaError(f"{folder}: no tokenizer that transformers can load: {error}") from error
+    tokenizer = load_tokenizer(folder)
     # The warning about texts longer than the context does not apply: the windows are cut below.
     tokens = torch.tensor(tokenizer(content, verbose=False)["input_ids"], dtype=torch.int64)
     return tokens if max_tokens is None else tokens[:max_tokens]

@@ -3,10 +3,17 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from ria_vllm.errors import RiaError
+
+# While the first rank fetches, converts, samples or writes alone, the others wait. For torch's own 10 or 30 minutes
+# that would be a failure; one that dies is seen by torchrun, which ends them all.
+TIMEOUT = timedelta(days=7)
 
 
 class Ranks:
@@ -57,14 +64,31 @@ class Ranks:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """Join the process group that torchrun describes in the environment, if there is one."""
+    """Join the process group that torchrun describes in the environment, if there is one.
+
+    A CUDA device without a number becomes this process's own: the one that its number on this machine names.
+
+    Raises:
+        RiaError: more processes than CUDA devices on this machine.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        _take_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def _take_device(device: torch.device) -> None:
+    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise RiaError(
+            f"--device cuda: process {index} of this machine has no CUDA device of its own; torch sees {count}. Use "
+            "--nproc-per-node with at most as many."
+        )
+    torch.cuda.set_device(index)

@@ -15,6 +15,7 @@ from ria_vllm.inventory import Inventory, natural_order, report_linears, report_
 from ria_vllm.offline.charts import Series, bar_chart, line_chart
 from ria_vllm.schema import REPORT_FILE
 from ria_vllm.sizes import human_size
+from ria_vllm.writer import check_file_place, disk_errors
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #667; --grid: #e3e5ea; --back: #fff; --panel: #f6f7f9;
@@ -181,6 +182,9 @@ def page(title: str, content: dict[str, Any], inventory: Inventory | None, measu
 @click.option("--perplexity", multiple=True, type=click.Path(path_type=Path), help="A file of `eval --json`. Repeatable.")
 def report(out: Path, output: Path | None, perplexity: tuple[Path, ...]) -> None:
     """Write what the compression of OUT did as one HTML page that opens offline."""
+    target = output or out / "ria_report.html"
+    if output:
+        check_file_place(output)
     if not (out / REPORT_FILE).is_file():
         raise RiaError(f"{out / REPORT_FILE}: missing. `ria-vllm compress` writes it; copy it beside the weights.")
     content = read_json(out / REPORT_FILE)
@@ -191,6 +195,7 @@ def report(out: Path, output: Path | None, perplexity: tuple[Path, ...]) -> None
     for path in perplexity:
         entry = read_json(path)
         measured.append({**entry, "compressed": is_compressed(Path(str(entry.get("model", ""))))})
-    target = output or out / "ria_report.html"
-    target.write_text(page(out.resolve().name, content, inventory, measured))
+    text = page(out.resolve().name, content, inventory, measured)
+    with disk_errors(target):
+        target.write_text(text)
     click.echo(f"{target}: {human_size(target.stat().st_size)}")

@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConf
 
 from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, is_compressed, read_json, weight_files
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.evaluate import reason_of
 from ria_vllm.offline.ranks import Ranks
 from ria_vllm.writer import disk_errors
 
@@ -82,9 +83,11 @@ def convert_gguf(path: Path, folder: Path) -> None:
         options = {"quantization_config": GgufConfig(dequantize=True)}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=torch.bfloat16, **options
+            str(path.parent), gguf_file=path.name, dtype=torch.bfloat16, trust_remote_code=False, **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path.parent), gguf_file=path.name, trust_remote_code=False
+        )
     except ImportError as error:
         raise RiaError(f"{path}: {error} Install them with: pip install 'ria-vllm[gguf]'") from None
     except Exception as error:
@@ -131,11 +134,17 @@ def _checked(name: str, folder: Path) -> Source:
     if raw.get("auto_map") and raw.get("model_type") not in _known_types():
         raise RiaError(f"{name}: needs its own Python code (auto_map in config.json), which is not run here.")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise RiaError(f"{folder / 'config.json'}: transformers does not know this model ({error}).") from None
+        path = folder / "config.json"
+        raise RiaError(f"{path}: transformers does not know this model ({reason_of(error)}).") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RiaError(f"{name}: a {config.model_type} model is not a causal language model; only those are compressed.")
+    if config.get_text_config() is not config:
+        raise RiaError(
+            f"{name}: a {config.model_type} model reads more than text, and only text models are compressed. Give its "
+            "language model alone, saved as a folder of its own."
+        )
     architectures = config.architectures or []
     expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     expected = [cls.__name__ for cls in (expected if isinstance(expected, tuple) else (expected,))]

@@ -1,7 +1,8 @@
 """A causal LM whose weights stay in their files; single parts of it are loaded, used and let go."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,13 @@ class StreamedModel:
         capped = getattr(text, "attn_logit_softcapping", None) is not None
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, attn_implementation="eager" if capped else None
+                config, dtype=self.dtype, attn_implementation="eager" if capped else None, trust_remote_code=False
             )
         self.model.eval().requires_grad_(False)
         self.layers_path = topology.decoder_layers(self.model, text.num_hidden_layers)
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
         self.sources = self._sources()
+        self._check_outside_layers()
         self._materialize_buffers()
 
     def layer_prefix(self, index: int) -> str:
@@ -80,10 +82,13 @@ class StreamedModel:
 
     def load_base(self) -> nn.Module:
         """The model without its head, decoder layers still empty."""
-        base = getattr(self.model, self.model.base_model_prefix, self.model)
+        base = self._base()
         prefix = f"{self.model.base_model_prefix}." if base is not self.model else ""
         self._load(base, prefix, without=f"{self.layers_path}.")
         return base
+
+    def _base(self) -> nn.Module:
+        return getattr(self.model, self.model.base_model_prefix, self.model)
 
     def free_base(self) -> None:
         layers = f"{self.layers_path}."
@@ -98,16 +103,8 @@ class StreamedModel:
         for name, tensor in self._read(sorted(direct)):
             owner = self.model.get_submodule(name.rpartition(".")[0])
             wanted = getattr(owner, name.rpartition(".")[2])
-            if wanted.shape != tensor.shape:
-                raise RiaError(
-                    f"{self.files[self.sources[name]]}: {name} has shape {tuple(tensor.shape)}, config.json asks for "
-                    f"{tuple(wanted.shape)}. Get the model again."
-                )
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise RiaError(
-                    f"{self.files[self.sources[name]]}: {name}: NaN or infinite values in the weights. Get the model "
-                    "again, or repair it."
-                )
+            self._check_shape(name, tensor.shape, wanted.shape)
+            self._check_finite(name, tensor)
             # A copy: the file's mapping would stay in memory for as long as any tensor of it.
             self._set(name, tensor.to(self.device, wanted.dtype, copy=True))
         if self.converted:
@@ -119,7 +116,46 @@ class StreamedModel:
             if name in expected and tensor.is_meta and name not in tied
         )
         if missing:
-            raise RiaError(f"{self.folder}: no weights for {missing[0]} in any file. Get the model again.")
+            raise self._missing(missing[0])
+
+    def _check_outside_layers(self) -> None:
+        """Refuse now what would only show after the last layer, or in the finished checkpoint: the head above all.
+
+        Presence and shapes, from the files' headers; the values of what `load_base` does not read.
+        """
+        layers, tied = f"{self.layers_path}.", set(self.model.all_tied_weights_keys)
+        base = "" if self._base() is self.model else f"{self.model.base_model_prefix}."
+        # Files that are converted while they load keep their names; those are not in `known`.
+        stored = {rename_source_key(n, self.renamings, self.converters)[0] for n in self.sources if self.converted}
+        for name, wanted in self.model.state_dict().items():
+            if name.startswith(layers) or name in tied:
+                continue
+            if name not in self.sources:
+                if name not in stored:
+                    raise self._missing(name)
+                continue
+            with _opened(self.files[self.sources[name]]) as file:
+                shape = file.get_slice(self.sources[name]).get_shape()
+            self._check_shape(name, shape, wanted.shape)
+            if not name.startswith(base):
+                self._check_finite(name, self.read(name))
+
+    def _missing(self, name: str) -> RiaError:
+        return RiaError(f"{self.folder}: no weights for {name} in any file. Get the model again.")
+
+    def _check_shape(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+        if tuple(found) != tuple(wanted):
+            raise RiaError(
+                f"{self.files[self.sources[name]]}: {name} has shape {tuple(found)}, config.json asks for "
+                f"{tuple(wanted)}. Get the model again."
+            )
+
+    def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise RiaError(
+                f"{self.files[self.sources[name]]}: {name}: NaN or infinite values in the weights. Get the model "
+                "again, or repair it."
+            )
 
     def _set(self, name: str, tensor: torch.Tensor) -> None:
         owner_path, _, leaf = name.rpartition(".")
@@ -134,12 +170,9 @@ class StreamedModel:
         for name in names:
             by_file.setdefault(self.files[self.sources[name]], []).append(name)
         for path, wanted in by_file.items():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in wanted:
-                        yield name, file.get_tensor(self.sources[name])
-            except (SafetensorError, OSError) as error:
-                raise RiaError(f"{path}: cannot be read ({error}). Get the file again.") from None
+            with _opened(path) as file:
+                for name in wanted:
+                    yield name, file.get_tensor(self.sources[name])
 
     def _sources(self) -> dict[str, str]:
         """Name in the checkpoint to be written -> name in the file.
@@ -203,3 +236,17 @@ class StreamedModel:
         if dtype not in VALUE_DTYPES:
             raise RiaError(f"{self.folder}: dtype {dtype}; compress needs bfloat16, float16 or float32 weights.")
         return dtype
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; the RiaError of one that cannot be read has the system's error as its cause."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise RiaError(f"{path}: cannot be read ({error}). Get the file again.") from None
+    except OSError as error:
+        raise RiaError(
+            f"{path}: cannot be read ({error}). Once it can, `compress --resume` goes on from what is finished."
+        ) from error

@@ -40,11 +40,9 @@ def run_tasks(
         harness_model: Any = "vllm"
         arguments = {"pretrained": model}
     else:
-        from transformers import AutoTokenizer
+        from ria_vllm.offline.evaluate import load_model, load_tokenizer
 
-        from ria_vllm.offline.evaluate import load_model
-
-        harness_model = HFLM(pretrained=load_model(model, device), tokenizer=AutoTokenizer.from_pretrained(model))
+        harness_model = HFLM(pretrained=load_model(model, device), tokenizer=load_tokenizer(model))
         arguments = {}
     output = lm_eval.simple_evaluate(
         model=harness_model, model_args=arguments, tasks=tasks, limit=limit, task_manager=manager

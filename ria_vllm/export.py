@@ -4,9 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ria_vllm.checkpoint import INDEX_FILE, Reader
-from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE, REPORT_FILE
-from ria_vllm.writer import CheckpointWriter
+from ria_vllm.writer import CheckpointWriter, check_place
 
 OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE}
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
@@ -37,10 +36,9 @@ def export_dense(
         on_tensor: called with (finished, total) after each tensor.
 
     Raises:
-        RiaError: `out` exists (unless `overwrite`) or is the folder being read, a damaged tensor, a full disk.
+        RiaError: `out` exists (unless `overwrite`), is or holds the folder being read, a damaged tensor, a full disk.
     """
-    if out.resolve() == reader.folder.resolve():
-        raise RiaError(f"{out}: this is the folder being exported. Choose another one.")
+    check_place(out, reader.folder)
     writer = CheckpointWriter(out, overwrite=overwrite)
     names = [(name, True) for name in reader.sparse_names] + [(name, False) for name in reader.dense_names]
     names.sort(key=lambda entry: (reader.files[entry[0] + (".compressed" if entry[1] else "")], entry[0]))
@@ -56,6 +54,7 @@ def export_dense(
             on_tensor(number + 1, len(names))
         config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
         writer.finish(keys, {"config.json": config}, companion_files(reader.folder), max_shard_size)
-    except BaseException:
-        writer.discard()
+    except BaseException as error:
+        if not isinstance(error.__cause__, FileExistsError):  # then the result is whole, only its place is taken
+            writer.discard()
         raise

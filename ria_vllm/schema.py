@@ -3,7 +3,7 @@
 The folder is an ordinary Hugging Face folder in the manner of compressed-tensors' `sparse-24-bitmask`. For each pruned
 linear NAME the weight files hold NAME.compressed, NAME.bitmask and NAME.shape (see `ria_vllm.sparse24`); rows are in the
 model's own order, columns in the permuted one. `permutations.safetensors` holds NAME.input_permutation where the order
-is not the model's own.
+is not the model's own; where the recipe permutes it is there even if it holds none.
 """
 
 import re

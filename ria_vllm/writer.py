@@ -44,6 +44,31 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise RiaError(f"{where}: cannot write ({error.strerror or error}).") from error
 
 
+def check_place(out: Path, source: Path) -> None:
+    """Refuse to write where `source` is read from, or around it: with overwrite the source would go with the old folder.
+
+    Raises:
+        RiaError: that, or an `out` that names no folder of its own, such as "." or "/".
+    """
+    if out.name in ("", ".."):
+        raise RiaError(f"{str(out)!r} cannot be replaced by a new folder. Choose another one, with a name of its own.")
+    if not source.exists():
+        return  # a hub id
+    place, read = out.resolve(), source.resolve()
+    if place == read:
+        raise RiaError(f"{out}: this is the folder being read. Choose another one.")
+    if place in read.parents:
+        raise RiaError(f"{out}: holds what is being read, {source}. Choose another folder.")
+
+
+def check_file_place(path: Path) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to take."""
+    if path.is_dir():
+        raise RiaError(f"{path}: a folder. Give the name of a file.")
+    if not path.parent.is_dir():
+        raise RiaError(f"{path}: there is no folder {path.parent} to write it into. Make the folder, or choose another.")
+
+
 class CheckpointWriter:
     """The work folder of one output folder.
 
@@ -95,14 +120,23 @@ class CheckpointWriter:
             return json.loads((file.metadata() or {}).get("record", "{}"))
 
     def finish(
-        self, keys: Sequence[str], json_files: dict[str, Any], copies: Sequence[Path], max_shard_size: int
+        self,
+        keys: Sequence[str],
+        json_files: dict[str, Any],
+        copies: Sequence[Path],
+        max_shard_size: int,
+        permuted: bool = False,
     ) -> None:
         """Join the units `keys` into shards in that order, add the other files, and put the folder in its place.
+
+        Where `out` has come into being meanwhile and may not be replaced, the RiaError's cause is a FileExistsError, and
+        the result waits in the work folder.
 
         Args:
             json_files: file name -> content (config.json, the report).
             copies: files to copy by their names (tokenizer, generation config).
             max_shard_size: bytes; a single larger tensor gets a shard of its own.
+            permuted: write the permutations' file even if it holds none, for the recipe says that there is one.
         """
         final = self.work / "final"
         with disk_errors(self.work):
@@ -115,7 +149,7 @@ class CheckpointWriter:
             entries = [entry for key in keys for entry in _entries(self.path(key))]
             permutations = [e for e in entries if e[0].endswith(".input_permutation")]
             weights = [e for e in entries if not e[0].endswith(".input_permutation")]
-            if permutations:
+            if permutations or permuted:
                 _copy_tensors(permutations, final / PERMUTATIONS_FILE)
             _write_shards(weights, final, max_shard_size)
             _sync(final)
@@ -124,7 +158,9 @@ class CheckpointWriter:
     def _replace(self, final: Path) -> None:
         if self.out.exists() or self.out.is_symlink():
             if not self.overwrite:
-                raise RiaError(f"{self.out}: appeared while the run was going on; the result is in {final}.")
+                raise RiaError(
+                    f"{self.out}: appeared while the run was going on; the result is in {final}. Move it where you want it."
+                ) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.out))
             os.replace(self.out, self.work / "replaced")
         os.replace(final, self.out)
         shutil.rmtree(self.work)

@@ -7,7 +7,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
+from ria_vllm.export import export_dense
 from ria_vllm.folder_commands import export, inspect, verify
 
 Q, DOWN, GATE = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj"
@@ -131,11 +133,21 @@ def test_export_of_a_damaged_folder_leaves_nothing(damage, tmp_path):
     assert not list(tmp_path.glob("dense*"))
 
 
+def test_export_keeps_a_result_whose_place_is_taken_meanwhile(pruned_llama, tmp_path):
+    out = tmp_path / "dense"
+    with pytest.raises(RiaError, match="dense.partial/final"):
+        export_dense(Reader(pruned_llama.folder), out, 10**9, on_tensor=lambda *_: out.mkdir(exist_ok=True))
+    assert not list(out.iterdir())
+    assert set(load_file(tmp_path / "dense.partial" / "final" / "model.safetensors")) == set(pruned_llama.dense)
+
+
 def test_export_never_touches_what_exists(damage, tmp_path):
     (tmp_path / "dense").mkdir()
     with pytest.raises(RiaError, match="exists already"):
         run(export, damage.folder, "-o", tmp_path / "dense")
     for same in (damage.folder, damage.folder / ".." / damage.folder.name):
-        with pytest.raises(RiaError, match="the folder being exported"):
+        with pytest.raises(RiaError, match="the folder being read"):
             run(export, damage.folder, "-o", same, "--overwrite")
+    with pytest.raises(RiaError, match="holds what is being read"):
+        run(export, damage.folder, "-o", tmp_path, "--overwrite")
     assert (damage.folder / "config.json").exists()

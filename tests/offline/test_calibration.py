@@ -74,6 +74,7 @@ def test_pieces_of_a_long_text_join_without_a_seam(tokenizer, tmp_path, monkeypa
         ("text.txt", b"\xff\xfe\x00", "cannot be read"),
         ("text.jsonl", '{"text": "x"}\n{"body": "y"}', "line 2: no JSON object with a field 'text'"),
         ("text.jsonl", "not json", "line 1"),
+        ("text.jsonl", '{"text": "x"}\n{"text": ["y"]}', "text.jsonl, line 2: 'text' holds no text but list"),
         ("text.parquet", "not parquet", "broken parquet"),
     ],
 )
@@ -82,6 +83,21 @@ def test_unusable_texts(name, content, message, tokenizer, tmp_path):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(RiaError, match=message):
         from_text(str(tmp_path / name), tokenizer, 20, 50, 0)
+
+
+def test_nulls_are_skipped_and_half_a_surrogate_pair_is_replaced(tokenizer, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": null}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
+    assert list(calibration.documents(str(path))) == ["a?b\n\n", "\N{GRINNING FACE}\n\n"]
+    assert from_text(str(path), tokenizer, 1, 5, 0).shape == (1, 5)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "text.parquet")
+    assert list(calibration.documents(str(tmp_path / "text.parquet"))) == ["a\n\n", "b\n\n"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    with pytest.raises(RiaError, match="numbers.parquet: 'text' holds no text but int"):
+        list(calibration.documents(str(tmp_path / "numbers.parquet")))
 
 
 @pytest.mark.parametrize("name", ["c4", "wikitext2", "pile"])

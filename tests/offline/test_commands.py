@@ -19,14 +19,14 @@ def invoke(*arguments: object):
 
 
 def test_with_nothing_but_a_model_it_writes_its_own_text(tiny, tmp_path):
-    result = invoke(tiny("llama"), "-o", tmp_path / "out", "--samples", 2, "--timings", tmp_path / "t.json")
+    result = invoke(tiny("llama"), "-o", tmp_path / "out", "--samples", 2, "--timings", tmp_path / "out" / "t.json")
     assert result.exit_code == 0, result.output
     recipe = Reader(tmp_path / "out").schema.recipe
     assert recipe["calibration"] == "self" and recipe["reconstruct"] == "admm" and recipe["permute"] == "lsa"
     assert recipe["seq_len"] == 128  # as long as this model reads, not the 2048 of the default
     assert "at most 128 tokens" in result.stderr
     assert "model.layers.1.mlp.down_proj: retained score" in result.stderr
-    seconds = json.loads((tmp_path / "t.json").read_text())
+    seconds = json.loads((tmp_path / "out" / "t.json").read_text())
     assert {"calibration passes", "permutations", "masks and weights", "writing"} <= set(seconds)
 
 
@@ -62,6 +62,7 @@ def test_a_pattern_without_a_kernel_says_so_and_stays_in_the_models_order(tiny, 
         (["--exponent", "nan"], "--exponent"),
         (["--max-shard-size", "big"], "size 'big'"),
         (["--calibration", "absent.txt"], "no such file"),
+        (["--timings", "absent/t.json"], "absent/t.json: there is no folder absent to write it into"),
     ],
 )
 def test_options_that_make_no_sense(options, message, tiny, text, tmp_path):
@@ -69,6 +70,12 @@ def test_options_that_make_no_sense(options, message, tiny, text, tmp_path):
     result = invoke(tiny("llama"), "-o", tmp_path / "out", *common, *options)
     assert isinstance(result.exception, RiaError) and message in str(result.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_no_generator_takes(seed, tiny, tmp_path):
+    result = invoke(tiny("llama"), "-o", tmp_path / "out", "--seed", seed)
+    assert result.exit_code == 2 and "--seed" in result.stderr and list(tmp_path.iterdir()) == []
 
 
 def test_interrupted_it_says_how_to_go_on(tiny, text, tmp_path, monkeypatch):

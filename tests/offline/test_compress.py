@@ -74,6 +74,25 @@ def test_scope_linear_gives_each_its_own(tiny, text, tmp_path):
     assert list(reader.problems()) == []
 
 
+def test_where_every_order_is_the_models_own_all_readers_know_it(make_model, text, tmp_path):
+    """Of heads of 6 channels no groups of four can be made, so the order of o_proj, all that is pruned here, stays."""
+    from transformers import AutoModelForCausalLM
+
+    from ria_vllm.serve.files import permutations_of
+
+    model = make_model(tmp_path / "in", "llama", hidden_size=192, num_attention_heads=32, num_key_value_heads=32, head_dim=6)
+    out = tmp_path / "out"
+    run(model, out, text, reconstruct="none", ignore=("[qkv]_proj", "mlp"))
+    reader = Reader(out)
+    assert reader.schema.recipe["permute"] == "lsa" and reader.permuted_names == [] and not list(reader.problems())
+    assert permutations_of(str(out), None, expected=True) == {}
+    loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(loaded[f"{name}.weight"], reader.linear(name).dense()) for name in reader.sparse_names)
+    (out / "permutations.safetensors").unlink()
+    with pytest.raises(RiaError, match="permutations.safetensors: missing"):
+        Reader(out)
+
+
 @pytest.mark.parametrize("method", ["ria", "ri", "wanda", "magnitude", "sparsegpt"])
 @pytest.mark.parametrize("reconstruct", ["none", "admm"])
 def test_methods_and_reconstructions_combine(method, reconstruct, tiny, text, tmp_path):

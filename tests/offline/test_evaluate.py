@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -98,6 +99,27 @@ def test_a_model_that_only_gives_nan(damage, text):
     damage.replace("model.norm.weight", lambda t: t * float("nan"))
     with pytest.raises(RiaError, match="not finite"):
         run(damage.folder, "--text", text)
+
+
+@pytest.fixture
+def dense(tiny_llama, tmp_path):
+    return shutil.copytree(tiny_llama, tmp_path / "dense")
+
+
+def test_a_truncated_dense_folder(dense, text):
+    weights = dense / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(RiaError, match="model.safetensors: broken or truncated"):
+        run(dense, "--text", text)
+
+
+def test_weights_that_do_not_fit_the_configuration(dense, damage, text):
+    path = dense / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 256}))
+    damage.edit_json("config.json", lambda c: c.update(intermediate_size=256))
+    for folder in (dense, damage.folder):
+        with pytest.raises(RiaError, match=r"mlp.down_proj.weight has shape \(128, 192\), config.json asks for \(128, 256\)"):
+            run(folder, "--text", text)
 
 
 def test_a_folder_that_is_no_model(tmp_path, text):

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import compress as pipeline
+from ria_vllm.offline import streaming
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.recipe import Recipe
@@ -93,6 +95,57 @@ def test_resume_refuses_other_weights_and_other_text(tiny, make_model, text, tmp
     words.write_text("other " * 3000)
     with pytest.raises(RiaError, match="another calibration text"):
         run(model, tmp_path / "out", words, Settings(resume=True))
+
+
+def test_a_model_out_of_reach_for_a_moment_costs_no_finished_layer(make_model, text, tmp_path, monkeypatch):
+    model = make_model(tmp_path / "model", "llama")
+    run(model, tmp_path / "whole", text)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_say_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "out", text)
+
+    def out_of_reach(self, index):
+        self.files = dict.fromkeys(self.files, tmp_path / "gone" / "model.safetensors")
+        return load_layer(self, index)
+
+    load_layer = streaming.StreamedModel.load_layer
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming.StreamedModel, "load_layer", out_of_reach)
+        with pytest.raises(RiaError, match="gone/model.safetensors: cannot be read .*--resume"):
+            run(model, tmp_path / "out", text, Settings(resume=True))
+    assert (tmp_path / "out.partial" / "units" / "layer-00000.safetensors").is_file()
+    run(model, tmp_path / "out", text, Settings(resume=True))
+    assert digests(tmp_path / "whole") == digests(tmp_path / "out")
+
+
+def test_a_disk_too_full_for_activations_says_so_and_keeps_what_is_finished(tiny, text, tmp_path):
+    model, old = tiny("llama"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))  # a chunk of activations has 262144 bytes
+    try:
+        with pytest.raises(RiaError, match="activations/pruned-0/0.safetensors: cannot write .*too large"):
+            run(model, tmp_path / "out", text, Settings(activation_cache="disk"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "out.partial" / "units" / "calibration.safetensors").is_file()
+
+
+def test_a_result_whose_place_is_taken_meanwhile_is_kept(tiny, text, tmp_path, monkeypatch):
+    run(tiny("llama"), tmp_path / "whole", text)
+    report = pipeline._report
+
+    def taken(*arguments):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").write_text("mine")
+        return report(*arguments)
+
+    monkeypatch.setattr(pipeline, "_report", taken)
+    with pytest.raises(RiaError, match="out.partial/final"):
+        run(tiny("llama"), tmp_path / "out", text)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    assert digests(tmp_path / "whole") == digests(tmp_path / "out.partial" / "final")
 
 
 @pytest.mark.slow

@@ -118,6 +118,10 @@ def test_bad_input(damage):
     (damage.folder / "ria_report.json").write_text("{}")
     with pytest.raises(RiaError, match="lists no linear"):
         run(damage.folder)
+    (damage.folder / "ria_report.json").write_text(json.dumps({"linears": linears(1)}))
+    for output, words in (("absent/page.html", "there is no folder absent"), (damage.folder, "a folder")):
+        with pytest.raises(RiaError, match=words):
+            run(damage.folder, "-o", output)
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.71, 0.83), (3, 3), (0, 1e-9), (-5, 1200)])

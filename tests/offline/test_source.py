@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,15 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
+from ria_vllm.offline import compress as pipeline
 from ria_vllm.offline import source
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.recipe import Recipe
 
 
-def run(model: Path | str, out: Path, text: Path, **options) -> None:
+def run(model: Path | str, out: Path, text: Path, settings: Settings = Settings(), **options) -> None:
     recipe = Recipe(**{"calibration": str(text), "samples": 4, "seq_len": 32, "reconstruct": "none"} | options)
-    compress(str(model), out, recipe, Settings(), Monitor(shown=False))
+    compress(str(model), out, recipe, settings, Monitor(shown=False))
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -76,6 +79,36 @@ def test_bad_models_are_named_and_leave_nothing_behind(message, model, text, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+COMMANDS = {"compress": ["-o", "out", "--calibration", "text.txt"], "eval": ["--text", "text.txt"]}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_code_of_a_tokenizer_does_not_run_even_if_someone_says_yes(command, model, text, tmp_path):
+    """transformers would ask on standard input."""
+    path, mark = model / "tokenizer_config.json", tmp_path / "ran"
+    own = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    (model / "own.py").write_text(
+        f"open({str(mark)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n"
+    )
+    shutil.copy(text, tmp_path / "text.txt")
+    arguments = [sys.executable, "-m", "ria_vllm", command, str(model), *COMMANDS[command]]
+    done = subprocess.run(arguments, input="y\n" * 9, capture_output=True, text=True, cwd=tmp_path)
+    assert not mark.exists() and not (tmp_path / "out").exists()
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "it needs its own Python code, which is not run here" in done.stderr.splitlines()[-1]
+
+
+def test_a_model_that_reads_more_than_text(tiny, text, tmp_path):
+    from transformers import Gemma3Config
+
+    model = Path(shutil.copytree(tiny("gemma3"), tmp_path / "model"))
+    words = json.loads((model / "config.json").read_text())
+    Gemma3Config(text_config=words, architectures=["Gemma3ForConditionalGeneration"]).save_pretrained(model)
+    with pytest.raises(RiaError, match="a gemma3 model reads more than text, and only text models are compressed"):
+        run(model, tmp_path / "out", text)
+
+
 def test_gpt2_has_nothing_to_prune(make_model, text, tmp_path):
     make_model(tmp_path / "gpt2", "gpt2")
     with pytest.raises(RiaError, match="Conv1D"):
@@ -88,12 +121,52 @@ def test_too_little_text_leaves_nothing_behind(model, text, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("lm_head.weight"), "no weights for lm_head.weight in any file"),
+        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:-1]}), "lm_head.weight has shape .257, 128., config"),
+        (lambda t: put(t, "lm_head.weight", float("inf")), "lm_head.weight: NaN or infinite"),
+        (lambda t: t.pop("model.norm.weight"), "no weights for model.norm.weight"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(64)}), "model.norm.weight has shape .64,., config"),
+    ],
+)
+def test_what_lies_outside_the_layers_is_checked_before_any_work(change, message, model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_run", lambda *_: pytest.fail("work had begun"))
+    edit_weights(model, change)
+    with pytest.raises(RiaError, match=message):
+        run(model, tmp_path / "out", text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 def test_existing_output_stays_untouched(model, text, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     with pytest.raises(RiaError, match="exists already"):
         run(model, tmp_path / "out", text)
     assert (tmp_path / "out" / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["model", "model/../model", ".", "around", "link"])
+def test_the_model_itself_is_never_overwritten(kind, model, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in sorted(model.iterdir())}
+    out = Path(kind)
+    if kind == "around":
+        out = tmp_path
+    elif kind == "link":
+        out.symlink_to(model)
+    with pytest.raises(RiaError, match="being read|with a name of its own"):
+        run(model, out, text, Settings(overwrite=True))
+    assert {path: path.read_bytes() for path in sorted(model.iterdir())} == before
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", ""])
+def test_places_that_are_no_new_folder(out, tiny, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RiaError, match="cannot be replaced by a new folder"):
+        run(tiny("llama"), Path(out), text, Settings(overwrite=True))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_neither_here_nor_on_the_hub(monkeypatch, text, tmp_path):
@@ -113,9 +186,10 @@ def test_a_hub_id_is_fetched_without_pickles_and_code(monkeypatch, tiny, text, t
         return str(tiny("llama"))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    run("some/model", tmp_path / "out", text)
+    monkeypatch.chdir(tmp_path)
+    run("some/model", Path("some/model"), text)  # a folder of the same name is no conflict
     assert list(asked) == ["some/model"] and not any(p.endswith((".bin", ".py")) for p in asked["some/model"])
-    assert Reader(tmp_path / "out").schema.recipe["source"] == "some/model"
+    assert Reader(tmp_path / "some" / "model").schema.recipe["source"] == "some/model"
 
 
 def test_small_files_come_along_but_no_code_and_no_other_weights(model, text, tmp_path):
