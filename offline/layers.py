@@ -1,6 +1,6 @@
 """One pass over the decoder layers: calibration activations go in at the bottom, pruned layers come out one by one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,10 +136,12 @@ class LayerPass:
         self, index: int, layer: nn.Module, component: Component, pruned: Mapping[str, Pruned]
     ) -> dict[str, Pruned]:
         """Block reconstruction of one component; all ranks train alike, on the chunks of all."""
-        for parameter in layer.parameters():
+        # Autocast takes linears in any dtype; what else there is computes in float32.
+        others = [module for module in layer.modules() if not isinstance(module, nn.Linear)]
+        for parameter in (p for module in others for p in module.parameters(recurse=False)):
             parameter.data = parameter.data.float()
         calls = self._calls(index)
-        masks = {name: linear.mask.to(self.model.device) for name, linear in pruned.items()}
+        masks = _Masks(pruned, self.model.device)
         with self.monitor.phase("block training"), torch.enable_grad():
             losses = train_block(
                 lambda stream: run_component(layer, component, calls[stream.shape], stream),
@@ -152,14 +154,13 @@ class LayerPass:
             )
         trained = {}
         for name, linear in pruned.items():
-            trained_weight = layer.get_submodule(name).weight.data * masks[name]
-            weight, scale = stored_weight(trained_weight, linear.weight.dtype, self.recipe)
+            module = layer.get_submodule(name)
+            weight, scale = stored_weight(module.weight.data, linear.weight.dtype, self.recipe)
+            module.weight.data = weight.to(self.model.device, self.model.dtype)
             record = linear.record | {"block_loss": [losses[0], losses[-1]]}
             trained[name] = replace(linear, weight=weight, scale=scale, record=record)
         for parameter in layer.parameters():
             parameter.data = parameter.data.to(self.model.dtype)
-        for name, linear in trained.items():
-            _set_weight(layer, name, linear.weight)
         return trained
 
     def _solve_stage(
@@ -192,6 +193,22 @@ class LayerPass:
 
     def _named(self, index: int, found: Mapping[str, T]) -> dict[str, T]:
         return {self.model.layer_prefix(index) + name: value for name, value in found.items()}
+
+
+class _Masks(Mapping[str, torch.Tensor]):
+    """The linears' masks on the device, each only while it is looked at."""
+
+    def __init__(self, pruned: Mapping[str, Pruned], device: torch.device):
+        self.pruned, self.device = pruned, device
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.pruned[name].mask.to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.pruned)
+
+    def __len__(self) -> int:
+        return len(self.pruned)
 
 
 class _Everywhere(Sequence[torch.Tensor]):

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ria_vllm import permutation, sparse24
@@ -22,16 +23,27 @@ from ria_vllm.offline.topology import Group
 class Pruned:
     """One pruned linear, in the model's own order of channels.
 
-    weight: [out, in] in the checkpoint's dtype, zero outside `mask`; mask: bool [out, in], the pattern in order p;
-    p: int64 [in] or None for the model's own order; record: what the report says of it; scale: float32 [out, 1] where
-    the weight is int8 times that, rounded to the dtype.
+    weight: [out, in] in the checkpoint's dtype, zero outside the mask; kept: the mask, a bit for each of its entries
+    row by row, uint8 (all of a layer's masks are in memory until the layer is written); p: int64 [in] or None for the
+    model's own order; record: what the report says of it; scale: float32 [out, 1] where the weight is int8 times that,
+    rounded to the dtype.
     """
 
     weight: torch.Tensor
-    mask: torch.Tensor
+    kept: torch.Tensor
     p: torch.Tensor | None
     record: dict[str, Any]
     scale: torch.Tensor | None = None
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """bool [out, in], the pattern in order p."""
+        bits = np.unpackbits(self.kept.numpy(), count=self.weight.numel(), bitorder="little")
+        return torch.from_numpy(bits.view(np.bool_)).view(self.weight.shape)
+
+
+def _packed(mask: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=None, bitorder="little"))
 
 
 def stored_weight(weight: torch.Tensor, dtype: torch.dtype, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -179,7 +191,7 @@ def _prune(
     if statistics.gram is not None:
         record["error_before"] = output_error(weight, weight * start, statistics.gram, statistics.drift)
         record["error_after"] = output_error(weight, W.to(weight.device), statistics.gram, statistics.drift)
-    return Pruned(W, mask.cpu(), p, record, scale)
+    return Pruned(W, _packed(mask), p, record, scale)
 
 
 def _choice(weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None, recipe: Recipe) -> Choice:

@@ -3,14 +3,44 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-HIDDEN, INTERMEDIATE, LAYERS = 1536, 4096, 24
-LAYER_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)
+LAYERS, VOCABULARY = 24, 258
+SAMPLES, SEQ_LEN = 6, 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        kv = self.hidden // self.heads * self.kv_heads
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (kv, self.hidden),
+            "self_attn.v_proj": (kv, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.intermediate, self.hidden),
+            "mlp.up_proj": (self.intermediate, self.hidden),
+            "mlp.down_proj": (self.hidden, self.intermediate),
+        }
+
+    @property
+    def layer_bytes(self) -> int:
+        return 2 * sum(rows * columns for rows, columns in self.linears.values())
+
+
+# In the proportions of Llama-2-7B and of Qwen2.5-7B.
+LLAMA, QWEN = Shape(1536, 4096, 16, 16), Shape(1344, 7168, 12, 2)
 
 # The peak is taken over what the process held after a small model: libraries, their tables and thread buffers.
 PROBE = """
@@ -20,8 +50,9 @@ from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.recipe import Recipe
 
-small, large, out, text = sys.argv[1:]
-recipe = Recipe(calibration=text, samples=16, seq_len=128, ignore=(r"layers[.](?!1[.]|20[.])",))
+small, large, out, text, reconstruct, samples, seq_len = sys.argv[1:]
+ignore = (r"layers[.](?!1[.]|20[.])",)
+recipe = Recipe(calibration=text, samples=int(samples), seq_len=int(seq_len), ignore=ignore, reconstruct=reconstruct)
 held = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 compress(small, Path(out + "-small"), recipe, Settings(), Monitor(shown=False))
 base, peak = held(), [0]
@@ -38,27 +69,29 @@ import os; os._exit(0)
 """
 
 
-def save_large(folder: Path, small: Path) -> None:
+def save_large(folder: Path, small: Path, shape: Shape) -> None:
     """Random weights, one shard a layer, never whole in this process either."""
     folder.mkdir()
     for file in small.iterdir():
         if file.suffix == ".json" and file.name != "config.json":
             (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((small / "config.json").read_text())
-    config |= {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS, "dtype": "bfloat16"}
-    config |= {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": HIDDEN // 16}
+    config |= {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "num_hidden_layers": LAYERS}
+    config |= {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
+    config |= {"head_dim": shape.hidden // shape.heads, "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config))
-    shapes = {f"self_attn.{x}_proj": (HIDDEN, HIDDEN) for x in "qkvo"}
-    shapes |= {f"mlp.{x}_proj": (INTERMEDIATE, HIDDEN) for x in ("gate", "up")} | {"mlp.down_proj": (HIDDEN, INTERMEDIATE)}
     weight_map = {}
     for index in range(LAYERS):
         prefix = f"model.layers.{index}."
-        tensors = {f"{prefix}{name}.weight": torch.randn(shape).mul_(0.02).bfloat16() for name, shape in shapes.items()}
+        tensors = {
+            f"{prefix}{name}.weight": torch.randn(size).mul_(0.02).bfloat16() for name, size in shape.linears.items()
+        }
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{norm}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+            tensors[f"{prefix}{norm}.weight"] = torch.ones(shape.hidden, dtype=torch.bfloat16)
         if index == 0:
-            tensors |= {name: torch.randn(258, HIDDEN).bfloat16() for name in ("model.embed_tokens.weight", "lm_head.weight")}
-            tensors["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+            for name in ("model.embed_tokens.weight", "lm_head.weight"):
+                tensors[name] = torch.randn(VOCABULARY, shape.hidden).bfloat16()
+            tensors["model.norm.weight"] = torch.ones(shape.hidden, dtype=torch.bfloat16)
         save_file(tensors, folder / f"{index}.safetensors")
         weight_map |= dict.fromkeys(tensors, f"{index}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -66,13 +99,17 @@ def save_large(folder: Path, small: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
-def test_peak_memory_is_bounded_by_one_layer(make_model, text, tmp_path):
+@pytest.mark.parametrize(
+    ("shape", "reconstruct"), [(LLAMA, "admm"), (LLAMA, "block"), (QWEN, "admm")], ids=["admm", "block", "wide MLP"]
+)
+def test_peak_memory_is_bounded_by_one_layer(make_model, text, tmp_path, shape, reconstruct):
     small = make_model(tmp_path / "small", "llama", dtype=torch.bfloat16, num_hidden_layers=2)
-    save_large(tmp_path / "large", small)
-    arguments = [str(small), str(tmp_path / "large"), str(tmp_path / "out"), str(text)]
+    save_large(tmp_path / "large", small, shape)
+    paths = [str(path) for path in (small, tmp_path / "large", tmp_path / "out", text)]
+    arguments = [*paths, reconstruct, str(SAMPLES), str(SEQ_LEN)]
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], check=True, capture_output=True, text=True)
-    activations, embeddings = 2 * 2 * 16 * 128 * HIDDEN, 2 * 258 * HIDDEN  # of the pruned and of the dense model
-    limit = 6 * LAYER_BYTES + activations + embeddings
-    assert LAYERS * LAYER_BYTES > 3 * limit  # the whole model would not fit three times over
-    print(f"peak {int(done.stdout) / LAYER_BYTES:.2f} layers")
+    activations = 2 * 2 * SAMPLES * SEQ_LEN * shape.hidden  # of the pruned and of the dense model
+    limit = 6 * shape.layer_bytes + activations + 2 * VOCABULARY * shape.hidden
+    assert LAYERS * shape.layer_bytes > 3 * limit  # the whole model would not fit three times over
+    print(f"peak {int(done.stdout) / shape.layer_bytes:.2f} layers of {limit / shape.layer_bytes:.2f}")
     assert int(done.stdout) < limit
