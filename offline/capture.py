@@ -15,11 +15,9 @@ from ria_vllm.offline.drift import Drift, InputDrift, OutputDrift
 from ria_vllm.offline.embedding import LayerCall, Reached
 from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.ranks import Ranks
+from ria_vllm.offline.symmetric import BLOCK, SymmetricMatrix
 from ria_vllm.offline.topology import Component, Group
 from ria_vllm.writer import disk_errors
-
-# Rows of a Gram matrix that are computed at a time.
-GRAM_BLOCK = 256
 
 
 class Activations:
@@ -65,7 +63,7 @@ class Statistics:
     """
 
     norm: torch.Tensor
-    gram: torch.Tensor | None
+    gram: SymmetricMatrix | None
     drift: Drift | None = None
 
 
@@ -75,25 +73,23 @@ class _GramSum:
     def __init__(self, width: int, device: torch.device):
         self.width = width
         self.blocks = [
-            torch.zeros(min(GRAM_BLOCK, width - start), width - start, dtype=torch.float64, device=device)
-            for start in range(0, width, GRAM_BLOCK)
+            torch.zeros(min(BLOCK, width - start), width - start, dtype=torch.float64, device=device)
+            for start in range(0, width, BLOCK)
         ]
 
     def add(self, X: torch.Tensor) -> None:
-        for start, block in zip(range(0, self.width, GRAM_BLOCK), self.blocks, strict=True):
-            block.add_(X[:, start : start + GRAM_BLOCK].T @ X[:, start:])
+        for start, block in zip(range(0, self.width, BLOCK), self.blocks, strict=True):
+            block.add_(X[:, start : start + BLOCK].T @ X[:, start:])
 
     def diagonal(self) -> torch.Tensor:
         return torch.cat([block.diagonal() for block in self.blocks])
 
-    def finish(self) -> torch.Tensor:
-        """The whole matrix, float32; the sums are let go on the way."""
-        gram = torch.empty(self.width, self.width, device=self.blocks[0].device)
-        for start in range(0, self.width, GRAM_BLOCK):
-            block, stop = self.blocks.pop(0), start + GRAM_BLOCK
-            gram[start:stop, start:] = block
-            gram[stop:, start:stop] = gram[start:stop, stop:].T
-        return gram
+    def finish(self) -> SymmetricMatrix:
+        """The matrix in float32; the sums are let go on the way."""
+        blocks = []
+        while self.blocks:
+            blocks.append(self.blocks.pop(0).float())
+        return SymmetricMatrix(blocks)
 
 
 class _Sums:
@@ -128,8 +124,8 @@ class _Sums:
     def _add_cross(self, A: torch.Tensor, X: torch.Tensor) -> None:
         if self.cross is None:
             self.cross = torch.zeros(A.shape[1], self.width, dtype=torch.float64, device=self.device)
-        for start in range(0, len(self.cross), GRAM_BLOCK):  # the product is widened while it is added
-            self.cross[start : start + GRAM_BLOCK].add_(A[:, start : start + GRAM_BLOCK].T @ X)
+        for start in range(0, len(self.cross), BLOCK):  # the product is widened while it is added
+            self.cross[start : start + BLOCK].add_(A[:, start : start + BLOCK].T @ X)
 
     def finish(self, group: Group, ranks: Ranks, where: str) -> Statistics:
         grams = [gram for gram in (self.gram, self.drift_gram) if gram is not None]

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from ria_vllm.offline.symmetric import SymmetricMatrix
+
 
 class Drift(Protocol):
     """Both are over all calibration tokens."""
@@ -31,7 +33,7 @@ class InputDrift:
     """
 
     cross: torch.Tensor
-    gram: torch.Tensor
+    gram: torch.Tensor | SymmetricMatrix
 
     def pull(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.float() @ self.cross

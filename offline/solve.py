@@ -16,6 +16,7 @@ from ria_vllm.offline.ranks import Ranks
 from ria_vllm.offline.reconstruct import AdmmSolver, Choice, admm_solver, output_error
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.sparsegpt import sparsegpt
+from ria_vllm.offline.symmetric import SymmetricMatrix
 from ria_vllm.offline.topology import Group
 
 
@@ -125,11 +126,12 @@ class _Solvers:
     """The solver of the Gram matrix at hand; another one's is let go first, for they are large."""
 
     def __init__(self) -> None:
+        self.gram: SymmetricMatrix | None = None
         self.last: AdmmSolver | None = None
 
-    def of(self, gram: torch.Tensor) -> AdmmSolver:
-        if self.last is None or self.last.gram is not gram:
-            self.last = None
+    def of(self, gram: SymmetricMatrix) -> AdmmSolver:
+        if self.last is None or self.gram is not gram:
+            self.gram, self.last = gram, None
             with one_thread():
                 self.last = admm_solver(gram)
         return self.last
@@ -213,13 +215,13 @@ def _mask(S: torch.Tensor, p: torch.Tensor | None, recipe: Recipe) -> torch.Tens
 
 
 def _sparsegpt(
-    weight: torch.Tensor, gram: torch.Tensor, p: torch.Tensor | None, recipe: Recipe
+    weight: torch.Tensor, gram: SymmetricMatrix, p: torch.Tensor | None, recipe: Recipe
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with one_thread():
         if p is None:
             return sparsegpt(weight, gram, recipe.pattern)
         p = p.to(weight.device)
-        W, mask = sparsegpt(weight[:, p], gram[p][:, p], recipe.pattern)
+        W, mask = sparsegpt(weight[:, p], gram, recipe.pattern, order=p)
     back = permutation.invert(p)
     return W[:, back], mask[:, back]
 

@@ -3,10 +3,16 @@
 import torch
 
 from ria_vllm.offline.prune import Pattern, mask
+from ria_vllm.offline.symmetric import SymmetricMatrix
 
 
 def sparsegpt(
-    weight: torch.Tensor, gram: torch.Tensor, pattern: Pattern, block: int = 128, damping: float = 0.01
+    weight: torch.Tensor,
+    gram: torch.Tensor | SymmetricMatrix,
+    pattern: Pattern,
+    block: int = 128,
+    damping: float = 0.01,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prune and update one linear.
 
@@ -19,6 +25,7 @@ def sparsegpt(
         gram: [in, in] X^T X.
         block: columns whose mutual updates are applied one by one; later columns get theirs a block at a time.
         damping: added to the diagonal of the Gram matrix, in units of its mean.
+        order: int64 [in], the channel of `gram` that each column of the weight reads; None: they come as in `gram`.
 
     Returns:
         (W' [out, in] float32, mask bool [out, in], True = kept); W' is zero outside the mask.
@@ -30,9 +37,10 @@ def sparsegpt(
     rows, columns = W.shape
     group = pattern.m if pattern.structured else 1
     block = max(group, block // group * group)
-    R = _inverse_factor(gram, damping)
+    dead = gram.diagonal() == 0
     # A channel that is always zero goes first.
-    W[:, gram.diagonal() == 0] = 0
+    W[:, dead if order is None else dead[order]] = 0
+    R = _inverse_factor(gram, damping, order)
     kept = torch.ones(rows, columns, dtype=torch.bool, device=W.device)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
@@ -51,13 +59,17 @@ def sparsegpt(
     return W * kept, kept
 
 
-def _inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    H = gram.float().clone()
+def _inverse_factor(gram: torch.Tensor | SymmetricMatrix, damping: float, order: torch.Tensor | None) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse [in, in] float32, in the room of one such matrix."""
+    H = (gram if isinstance(gram, SymmetricMatrix) else SymmetricMatrix.of(gram.float())).dense(order)
     diagonal = H.diagonal()
     mean = diagonal.mean()
     diagonal += damping * (mean if mean > 0 else 1.0)
     diagonal[diagonal == 0] = 1.0
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    H = H.T  # LAPACK works on columns; on the transpose of a symmetric matrix it does so in place
+    torch.linalg.cholesky(H, out=H)
+    torch.cholesky_inverse(H, out=H)
+    return torch.linalg.cholesky(H, upper=True, out=H)
 
 
 def _block_mask(importance: torch.Tensor, fraction: float) -> torch.Tensor:

@@ -1,0 +1,128 @@
+"""Symmetric matrices of which half is stored, and their inverses in the same room.
+
+For a wide input a Gram matrix outweighs the layer it is of, several times. It is kept as blocks of rows, each from its
+diagonal on; nothing here ever makes the other half, but for `dense`.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+# Rows of a block. With less, products are too thin to be fast; with more, more of the other half is stored as well.
+BLOCK = 256
+
+
+class SymmetricMatrix:
+    """S [width, width]. `rows @ S`, for rows [any, width] of its dtype, is the product.
+
+    Args:
+        blocks: the rows of S in turn, [rows, columns from the block's first row on]; taken over, not copied. In the
+            square at the diagonal both halves are there, and count.
+    """
+
+    def __init__(self, blocks: Sequence[torch.Tensor]):
+        self.blocks = list(blocks)
+
+    @staticmethod
+    def of(dense: torch.Tensor) -> "SymmetricMatrix":
+        """The upper half of `dense` [width, width]: views, not copies."""
+        return SymmetricMatrix([dense[start : start + BLOCK, start:] for start in range(0, len(dense), BLOCK)])
+
+    @property
+    def width(self) -> int:
+        return self.blocks[0].shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks[0].device
+
+    def diagonal(self) -> torch.Tensor:
+        """[width], a copy."""
+        return torch.cat([block.diagonal() for block in self.blocks])
+
+    def __rmatmul__(self, rows: torch.Tensor) -> torch.Tensor:
+        product = torch.zeros_like(rows)
+        for start, stop, block in _spans(self.blocks):
+            product[:, start:].addmm_(rows[:, start:stop], block)
+            product[:, start:stop].addmm_(rows[:, stop:], block[:, stop - start :].T)
+        return product
+
+    def dense(self, order: torch.Tensor | None = None) -> torch.Tensor:
+        """S [width, width], or S[order][:, order] for a permutation of the channels (int64 [width])."""
+        whole = torch.empty(self.width, self.width, dtype=self.blocks[0].dtype, device=self.device)
+        places = None if order is None else torch.argsort(order)
+        spans = list(_spans(self.blocks))
+        for number, (start, stop, block) in enumerate(spans):
+            # What is left of the block stands in those above it.
+            left = [above[:, start - first : stop - first].T for first, _, above in spans[:number]]
+            rows = torch.cat([*left, block], dim=1)
+            if order is None or places is None:
+                whole[start:stop] = rows
+            else:
+                whole.index_copy_(0, places[start:stop], rows[:, order])
+        return whole
+
+    def normalised(self, scale: torch.Tensor) -> "SymmetricMatrix":
+        """S_ij / (scale_i scale_j), a copy; scale is [width]."""
+        return SymmetricMatrix(
+            [(block / scale[start:stop, None]).div_(scale[start:]) for start, stop, block in _spans(self.blocks)]
+        )
+
+    def add_to_diagonal(self, added: torch.Tensor) -> None:
+        """Add [width], in place."""
+        for start, stop, block in _spans(self.blocks):
+            block.diagonal().add_(added[start:stop])
+
+    def into_inverse(self) -> "BlockInverse":
+        """S^-1, for a positive definite S, which is gone afterwards: its blocks become the factors.
+
+        Raises:
+            torch.linalg.LinAlgError: S is not positive definite.
+        """
+        blocks, self.blocks = self.blocks, []
+        for number, block in enumerate(blocks):
+            _eliminate(block, blocks[number + 1 :])
+        return BlockInverse(blocks)
+
+
+class BlockInverse:
+    """S^-1 [width, width] by the factors U^T D U of S; `rows @ inverse`, for rows [any, width], solves for each row.
+
+    By blocks, U is upper triangular with ones on its diagonal, and D is diagonal (the block form of a Cholesky
+    factorisation; Golub and Van Loan, Matrix Computations, 4.1).
+
+    Args:
+        blocks: as of a `SymmetricMatrix`: [the block of D^-1, the block's rows of U to the right of it].
+    """
+
+    def __init__(self, blocks: Sequence[torch.Tensor]):
+        self.blocks = list(blocks)
+
+    def __rmatmul__(self, rows: torch.Tensor) -> torch.Tensor:
+        solved = rows.clone()
+        spans = list(_spans(self.blocks))
+        for start, stop, block in spans:
+            solved[:, stop:].addmm_(solved[:, start:stop], block[:, stop - start :], alpha=-1)
+        for start, stop, block in reversed(spans):
+            pivot, right = block[:, : stop - start], block[:, stop - start :]
+            part = solved[:, start:stop] @ pivot
+            solved[:, start:stop] = part.addmm_(solved[:, stop:], right.T, alpha=-1)
+        return solved
+
+
+def _eliminate(block: torch.Tensor, below: Sequence[torch.Tensor]) -> None:
+    """One step of the factorisation: of [D, D U] make [D^-1, U], and of the blocks below it what is left to factor."""
+    pivot, right = block[:, : len(block)], block[:, len(block) :]
+    pivot.copy_(torch.cholesky_inverse(torch.linalg.cholesky(pivot)))
+    unscaled = right.clone()
+    torch.mm(pivot, unscaled, out=right)
+    for start, stop, later in _spans(below):
+        later.addmm_(right[:, start:stop].T, unscaled[:, start:], alpha=-1)
+
+
+def _spans(blocks: Sequence[torch.Tensor]) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """(first row, row after the last, block) of each block."""
+    start = 0
+    for block in blocks:
+        yield start, start + len(block), block
+        start += len(block)
