@@ -11,6 +11,9 @@ import torch
 
 from ria_vllm.errors import RiaError
 
+# Weights of a linear that take their step at a time.
+PIECE = 1 << 20
+
 
 def train_block(
     forward: Callable[[torch.Tensor], torch.Tensor],
@@ -73,15 +76,17 @@ class _Trained:
     """A weight in training: in bf16 where the component reads it, and what the mask keeps in float32 for Adam.
 
     Autocast would multiply with these same bf16 values. The step is taken as soon as the gradient is there, so that no
-    two linears' gradients are alive at once.
+    two linears' gradients are alive at once, and piece by piece, so that what it makes on the way is small.
     """
 
     def __init__(self, parameter: torch.nn.Parameter, mask: torch.Tensor, lr: float, betas: tuple[float, float]):
         self.parameter, self.required_grad = parameter, parameter.requires_grad
         # By index, as selecting by a mask of random bits is ten times as slow.
-        self.index = mask.flatten().nonzero().flatten().to(torch.int32 if mask.numel() < 2**31 else torch.int64)
-        self.kept = torch.nn.Parameter(self._chosen(parameter.data).float())
-        self.optimizer = torch.optim.Adam([self.kept], lr=lr, betas=betas)
+        index = mask.flatten().nonzero().flatten().to(torch.int32 if mask.numel() < 2**31 else torch.int64)
+        self.index = index.split(PIECE)
+        flat = parameter.data.reshape(-1)
+        self.kept = [torch.nn.Parameter(flat.index_select(0, part).float()) for part in self.index]
+        self.optimizer = torch.optim.Adam(self.kept, lr=lr, betas=betas)
         parameter.data = parameter.data.mul_(mask).to(torch.bfloat16).contiguous()
         parameter.requires_grad_(True)
         self.hook = parameter.register_post_accumulate_grad_hook(self._step)
@@ -96,20 +101,22 @@ class _Trained:
         self.parameter.grad = None
         self.optimizer.state.clear()
         self.parameter.data = torch.zeros_like(self.parameter.data, dtype=torch.float32)
-        self._write(self.kept.data)
+        self._write()
 
     def _step(self, parameter: torch.Tensor) -> None:
-        self.kept.grad = self._chosen(parameter.grad).float()
+        gradient = parameter.grad.reshape(-1)
+        for kept, part in zip(self.kept, self.index, strict=True):
+            kept.grad = gradient.index_select(0, part).float()
+        del gradient
         parameter.grad = None
         self.optimizer.step()
-        self.kept.grad = None
-        self._write(self.kept.data.bfloat16())
+        self.optimizer.zero_grad()
+        self._write()
 
-    def _chosen(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.reshape(-1).index_select(0, self.index)
-
-    def _write(self, values: torch.Tensor) -> None:
-        self.parameter.data.view(-1).scatter_(0, self.index.long(), values)
+    def _write(self) -> None:
+        flat = self.parameter.data.view(-1)
+        for kept, part in zip(self.kept, self.index, strict=True):
+            flat.scatter_(0, part.long(), kept.data.to(flat.dtype))
 
 
 def _relative_error(forward: Callable, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -142,6 +142,7 @@ class LayerPass:
             parameter.data = parameter.data.float()
         calls = self._calls(index)
         masks = _Masks(pruned, self.model.device)
+        trim()
         with self.monitor.phase("block training"), torch.enable_grad():
             losses = train_block(
                 lambda stream: run_component(layer, component, calls[stream.shape], stream),

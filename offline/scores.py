@@ -48,8 +48,9 @@ def score(
     if method == "wanda":
         return magnitude * norm
     column_sums = magnitude.sum(0) if column_sums is None else column_sums
-    relative = _share(magnitude, column_sums) + _share(magnitude, magnitude.sum(1, keepdim=True))
-    return relative if method == "ri" else relative * norm**exponent
+    relative = _share(magnitude, column_sums)
+    relative += _share(magnitude, magnitude.sum(1, keepdim=True))
+    return relative if method == "ri" else relative.mul_(norm**exponent)
 
 
 def _share(magnitude: torch.Tensor, total: torch.Tensor) -> torch.Tensor:

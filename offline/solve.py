@@ -150,7 +150,7 @@ def _find_order(
     statistics: Mapping[str, Statistics],
     recipe: Recipe,
 ) -> torch.Tensor | None:
-    S = torch.cat([score(weights[name], statistics[name], recipe) for name in names])
+    S = _stacked_scores(names, weights, statistics, recipe)
     n, m = recipe.pattern.n, recipe.pattern.m
     if group.heads is None:
         p = permute.search(S, n, m, recipe.permute, seed=recipe.seed)
@@ -162,6 +162,18 @@ def _find_order(
     else:
         return None  # groups would straddle heads, whose channels must not mix
     return None if permutation.is_identity(p) else p.cpu()
+
+
+def _stacked_scores(
+    names: Sequence[str], weights: Mapping[str, torch.Tensor], statistics: Mapping[str, Statistics], recipe: Recipe
+) -> torch.Tensor:
+    """[all the linears' rows, in] float32, laid out by columns: the search works on those, and needs no copy then."""
+    counts = [len(weights[name]) for name in names]
+    first = weights[names[0]]
+    columns = torch.empty(first.shape[1], sum(counts), device=first.device)
+    for name, part in zip(names, columns.split(counts, dim=1), strict=True):
+        part.copy_(score(weights[name], statistics[name], recipe).T)
+    return columns.T
 
 
 def _prune(

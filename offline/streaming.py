@@ -18,6 +18,9 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline import topology
 from ria_vllm.sparse24 import VALUE_DTYPES
 
+# Weights whose being finite is checked at a time.
+FINITE_AT_ONCE = 1 << 22
+
 
 class StreamedModel:
     """The model's own modules on the meta device, and where each of their tensors lies.
@@ -151,7 +154,9 @@ class StreamedModel:
             )
 
     def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        # In pieces: of a whole embedding the check would take as much again, and half of that.
+        pieces = tensor.flatten().split(FINITE_AT_ONCE) if tensor.is_floating_point() else ()
+        if not all(bool(piece.isfinite().all()) for piece in pieces):
             raise RiaError(
                 f"{self.files[self.sources[name]]}: {name}: NaN or infinite values in the weights. Get the model "
                 "again, or repair it."
