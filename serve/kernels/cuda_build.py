@@ -12,7 +12,13 @@ from ria_vllm.serve.kernels.cuda_library import LIBRARY_FOLDER_VARIABLE, library
 
 @click.command()
 @click.option("--arch", "names", multiple=True, help="80 (also 86, 89), 90a, 100a, 120; default: the visible GPUs'.")
-@click.option("--tiles", type=click.Choice(["all", "small"]), default="all", help="small: one tile a dtype, a quick check.")
+@click.option(
+    "--tiles",
+    type=click.Choice(["default", "all", "small"]),
+    default="default",
+    show_default=True,
+    help="all: candidates too, for gpu_check to measure; small: one tile for each width of values, a quick check.",
+)
 @click.option("--jobs", type=click.IntRange(min=1), help="Compilers at once; default: what cores and memory allow.")
 @click.option(
     "--output",
@@ -28,7 +34,7 @@ def build_kernels(names: tuple[str, ...], tiles: str, jobs: int | None, output: 
             raise RiaError("no GPU is visible here; say which architecture with --arch (80, 90a, 100a or 120)")
         for target in targets:
             start = time.monotonic()
-            chosen = target.small_tiles if tiles == "small" else None
+            chosen = {"default": target.default_tiles, "all": target.tiles, "small": target.small_tiles}[tiles]
             path = cuda_compile.compile_library(target, folder, chosen, click.echo, jobs)
             click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.0f} s")
     except (cuda_compile.CudaBuildError, OSError) as error:

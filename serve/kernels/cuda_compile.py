@@ -26,12 +26,13 @@ class CudaBuildError(Exception):
 @dataclass(frozen=True)
 class Tile:
     """One instantiation of a kernel: its name at run time, the macros that its source file asks for, and the bits of
-    the values that it multiplies."""
+    the values that it multiplies. A candidate is taken by no rule, only where a measurement says so."""
 
     name: str
     source: str
     macros: dict[str, int]
     value_bits: int = 16
+    candidate: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Architecture:
         return f"_cuda_sm{self.name}.so"
 
     @property
+    def default_tiles(self) -> tuple[Tile, ...]:
+        return tuple(tile for tile in self.tiles if not tile.candidate)
+
+    @property
     def small_tiles(self) -> tuple[Tile, ...]:
         """The first tile for each width of values: enough to compute every product."""
         first = {tile.value_bits: tile for tile in reversed(self.tiles)}
@@ -56,12 +61,14 @@ class Architecture:
 
 
 def _tile_3x(
-    m: int, n: int, cluster: int = 1, pingpong: bool = False, stream_k: bool = False, fp8: bool = False
+    m: int, n: int, cluster: int = 1, pingpong: bool = False, stream_k: bool = False, fp8: bool = False,
+    candidate: bool = False,
 ) -> Tile:
     name = ("fp8_" if fp8 else "") + f"{m}x{n}" + ("_cluster" if cluster > 1 else "")
     name += ("_pingpong" if pingpong else "") + ("_streamk" if stream_k else "")
     macros = {"TILE_M": m, "TILE_N": n, "CLUSTER_M": cluster, "PINGPONG": pingpong, "STREAM_K": stream_k, "FP8": fp8}
-    return Tile(name, "sparse_gemm_3x.cu", {key: int(value) for key, value in macros.items()}, 8 if fp8 else 16)
+    plain = {key: int(value) for key, value in macros.items()}
+    return Tile(name, "sparse_gemm_3x.cu", plain, 8 if fp8 else 16, candidate)
 
 
 def _tile_2x(m: int, n: int, warp_m: int, warp_n: int, stages: int) -> Tile:
@@ -72,12 +79,12 @@ def _tile_2x(m: int, n: int, warp_m: int, warp_n: int, stages: int) -> Tile:
 # m counts out-features, n tokens. The first of each list is in the small set, which CI compiles.
 _HOPPER = (
     _tile_3x(128, 16, stream_k=True),
-    _tile_3x(64, 16, pingpong=True),
+    _tile_3x(64, 16, pingpong=True, candidate=True),
     _tile_3x(128, 64, stream_k=True),
     _tile_3x(128, 128, cluster=2, stream_k=True),
-    _tile_3x(128, 128, cluster=2, pingpong=True),
+    _tile_3x(128, 128, cluster=2, pingpong=True, candidate=True),
     _tile_3x(128, 256, cluster=2),
-    _tile_3x(256, 128, cluster=2),
+    _tile_3x(256, 128, cluster=2, candidate=True),
 )
 # Widths of 128 tokens at most: fp8 sums are kept twice (sparse_gemm_3x.cu), and wider ones leave no registers.
 _HOPPER_FP8 = (
@@ -187,14 +194,14 @@ def compile_library(
     """Compiles one architecture's library into `folder` and returns its path; the file appears only when complete.
 
     Args:
-        tiles: None for all that the architecture has; the library serves with any of them, at less speed.
+        tiles: None for all that the rules choose from; the library serves with any of them, at less speed.
         jobs: compilers at once; None decides by cores and memory.
 
     Raises:
         CudaBuildError: see the message.
     """
     nvcc, headers = find_nvcc(), find_headers()
-    tiles = target.tiles if tiles is None else tiles
+    tiles = target.default_tiles if tiles is None else tiles
     common = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--cudart=static", target.code]
     common += ["-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{headers}", f"-I{SOURCES}", f"-DRIA_FAMILY={target.family}"]
     with tempfile.TemporaryDirectory(prefix="ria-cuda-") as scratch:

@@ -27,7 +27,7 @@ _RULES: dict[tuple[int, int], tuple[tuple[float, tuple[tuple[str, int], ...]], .
         (16, (("128x16_streamk", SPLIT_HEURISTIC),)),
         (64, (("128x64_streamk", SPLIT_HEURISTIC),)),
         (512, (("128x128_cluster_streamk", SPLIT_HEURISTIC),)),
-        (float("inf"), (("128x256_cluster", SPLIT_NONE), ("256x128_cluster", SPLIT_NONE))),
+        (float("inf"), (("128x256_cluster", SPLIT_NONE), ("128x128_cluster_streamk", SPLIT_HEURISTIC))),
     ),
     (90, 8): (
         (16, (("fp8_128x16_streamk", SPLIT_HEURISTIC),)),

@@ -83,21 +83,33 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(no_gpu, tmp_path):
     assert not list(tmp_path.glob("out/*"))
 
 
-@pytest.mark.parametrize("tiles, names", [("small", ["128x32"]), ("all", None)])
+HOPPER = ["128x16_streamk", "128x64_streamk", "128x128_cluster_streamk", "128x256_cluster"]
+HOPPER_FP8 = ["fp8_128x16_streamk", "fp8_128x128_cluster_streamk"]
+HOPPER_CANDIDATES = ["64x16_pingpong", "128x128_cluster_pingpong", "256x128_cluster"]
+
+
+@pytest.mark.parametrize(
+    "tiles, names",
+    [
+        ("small", [HOPPER[0], HOPPER_FP8[0]]),
+        ("default", HOPPER + HOPPER_FP8),
+        ("all", HOPPER + HOPPER_CANDIDATES + HOPPER_FP8),
+    ],
+)
 def test_the_command_line_compiles_what_it_is_asked_to(monkeypatch, tmp_path, tiles, names):
     asked = []
 
     def compile_library(target, folder, chosen, say, jobs):
-        asked.append((target.name, folder, chosen and [tile.name for tile in chosen], jobs))
+        asked.append((target.name, folder, sorted(tile.name for tile in chosen), jobs))
         path = tmp_path / target.library
         path.touch()
         return path
 
     monkeypatch.setattr(cuda_compile, "compile_library", compile_library)
-    arguments = ["--arch", "86", "--tiles", tiles, "--jobs", "3", "--output", str(tmp_path)]
+    arguments = ["--arch", "9.0", "--tiles", tiles, "--jobs", "3", "--output", str(tmp_path)]
     result = CliRunner().invoke(build_kernels, arguments, catch_exceptions=False)
-    assert result.exit_code == 0 and "_cuda_sm80.so" in result.output
-    assert asked == [("80", tmp_path, names, 3)]
+    assert result.exit_code == 0 and "_cuda_sm90a.so" in result.output
+    assert asked == [("90a", tmp_path, sorted(names), 3)]
 
 
 @pytest.mark.slow

@@ -115,9 +115,22 @@ def test_more_tokens_take_wider_tiles():
 
 
 def test_the_next_best_tile_serves_when_the_first_cannot():
-    assert chosen(pretend(ALL_HOPPER, refused=("128x256_cluster",)), 4096)[0] == "256x128_cluster"
-    assert chosen(pretend(ALL_HOPPER, hungry=("128x256_cluster",)), 4096)[0] == "256x128_cluster"
+    assert chosen(pretend(ALL_HOPPER, refused=("128x256_cluster",)), 4096)[0] == "128x128_cluster_streamk"
+    assert chosen(pretend(ALL_HOPPER, hungry=("128x256_cluster",)), 4096)[0] == "128x128_cluster_streamk"
     assert chosen(pretend(ALL_HOPPER[:1]), 4096) == (ALL_HOPPER[0], cutlass_tiles.SPLIT_NONE)
+
+
+@pytest.mark.parametrize("architecture", cuda_compile.ARCHITECTURES.values(), ids=lambda found: found.name)
+def test_the_rules_take_what_is_compiled_by_default_and_nothing_else(architecture):
+    taken = set()
+    for bits in {tile.value_bits for tile in architecture.tiles}:
+        for tokens in range(1, 5000):
+            preferred = cutlass_tiles.preferences(architecture.family, bits, 4096, 4096, tokens)
+            taken |= {name for name, _ in preferred}
+    default = {tile.name for tile in architecture.default_tiles}
+    assert taken == default
+    measured = {key: rows for key, rows in cutlass_tiles.MEASURED.items() if key[0] == architecture.family}
+    assert {name for rows in measured.values() for _, name, _ in rows} <= default
 
 
 def test_no_tile_at_all_is_an_error():
