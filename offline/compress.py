@@ -14,7 +14,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline import calibration
 from ria_vllm.offline.evaluate import load_tokenizer
 from ria_vllm.offline.layers import LayerPass
-from ria_vllm.offline.memory import map_large_blocks
+from ria_vllm.offline.memory import available, map_large_blocks
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive
 from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.ranks import Ranks, joined
@@ -165,6 +165,7 @@ def _make_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: 
 
     logging.disable_progress_bar()
     if recipe.calibration == "self":
+        _check_whole_fits(source, model)
         # Plain attention: for one token at a time the fused kernels of a CPU take much longer.
         whole = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=model.dtype, attn_implementation="eager", trust_remote_code=False
@@ -181,6 +182,19 @@ def _make_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: 
     if int(tokens.max()) >= vocabulary:
         raise RiaError(f"{source.name}: its tokenizer makes token {int(tokens.max())}, the model knows {vocabulary}.")
     return tokens
+
+
+def _check_whole_fits(source: Source, model: StreamedModel) -> None:
+    """Only sampling needs the dense model as a whole; a process that takes more than there is is killed unasked."""
+    stored = sum(file.stat().st_size for file in set(model.files.values()))
+    needed = stored * model.dtype.itemsize // model.stored_dtype.itemsize
+    free = available(model.device)
+    if free is not None and needed > free:
+        raise RiaError(
+            f"{source.name}: --calibration self runs the whole dense model, {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB of memory are free. Give a text file to --calibration: with that, decoder layers are "
+            "in memory one at a time."
+        )
 
 
 def _sensitive(

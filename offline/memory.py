@@ -1,10 +1,14 @@
-"""Giving freed memory back to the system.
+"""What memory there is, and giving freed memory back to the system.
 
 The C library keeps freed blocks for itself, up to 32 MB each. Between the large, short-lived matrices that pruning a
 layer takes, these would add up to several layers' weights.
 """
 
 import ctypes
+import re
+from pathlib import Path
+
+import torch
 
 # Blocks from here on are mapped by themselves, and go back to the system when they are freed.
 MAPPED_BLOCK = 4 << 20
@@ -23,3 +27,14 @@ def trim() -> None:
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that can be had on a device without driving anything else out; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
