@@ -86,7 +86,7 @@ class _Trained:
         self.index = index.split(PIECE)
         flat = parameter.data.reshape(-1)
         self.kept = [torch.nn.Parameter(flat.index_select(0, part).float()) for part in self.index]
-        self.optimizer = torch.optim.Adam(self.kept, lr=lr, betas=betas)
+        self.optimizer = torch.optim.Adam(self.kept, lr=lr, betas=betas, foreach=False)
         parameter.data = parameter.data.mul_(mask).to(torch.bfloat16).contiguous()
         parameter.requires_grad_(True)
         self.hook = parameter.register_post_accumulate_grad_hook(self._step)

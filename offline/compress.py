@@ -186,15 +186,15 @@ def _make_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: 
 
 def _check_whole_fits(source: Source, model: StreamedModel) -> None:
     """Only sampling needs the dense model as a whole; a process that takes more than there is is killed unasked."""
-    stored = sum(file.stat().st_size for file in set(model.files.values()))
-    needed = stored * model.dtype.itemsize // model.stored_dtype.itemsize
-    free = available(model.device)
-    if free is not None and needed > free:
-        raise RiaError(
-            f"{source.name}: --calibration self runs the whole dense model, {needed / 1e9:.1f} GB, and "
-            f"{free / 1e9:.1f} GB of memory are free. Give a text file to --calibration: with that, decoder layers are "
-            "in memory one at a time."
-        )
+    needed = sum(parameter.numel() for parameter in model.model.parameters()) * model.dtype.itemsize
+    for device in {model.device, torch.device("cpu")}:  # it is read into the host's memory first
+        free = available(device)
+        if free is not None and needed > free:
+            raise RiaError(
+                f"{source.name}: --calibration self runs the whole dense model, {needed / 1e9:.1f} GB, and "
+                f"{free / 1e9:.1f} GB of memory are free ({device}). Give a text file to --calibration: with that, "
+                "decoder layers are in memory one at a time."
+            )
 
 
 def _sensitive(

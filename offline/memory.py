@@ -33,8 +33,19 @@ def available(device: torch.device) -> int | None:
     """Bytes that can be had on a device without driving anything else out; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    found = re.search(r"MemAvailable:\s*(\d+) kB", _content(Path("/proc/meminfo")))
+    limits = [int(found[1]) * 1024] if found else []
+    # In a container the system's figures are the host's.
+    group = Path("/sys/fs/cgroup") / _content(Path("/proc/self/cgroup")).strip().rpartition(":")[2].lstrip("/")
+    for folder in (group, *group.parents):
+        limit, used = (_content(folder / name).strip() for name in ("memory.max", "memory.current"))
+        if limit.isdigit() and used.isdigit():
+            limits.append(max(0, int(limit) - int(used)))
+    return min(limits, default=None)
+
+
+def _content(path: Path) -> str:
     try:
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        return path.read_text()
     except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
+        return ""

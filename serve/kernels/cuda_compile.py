@@ -76,7 +76,7 @@ def _tile_2x(m: int, n: int, warp_m: int, warp_n: int, stages: int) -> Tile:
     return Tile(f"{m}x{n}", "sparse_gemm_2x.cu", macros)
 
 
-# m counts out-features, n tokens. The first of each list is in the small set, which CI compiles.
+# m counts out-features, n tokens. The first of each list is in the small set, which the tests compile.
 _HOPPER = (
     _tile_3x(128, 16, stream_k=True),
     _tile_3x(64, 16, pingpong=True, candidate=True),
@@ -132,6 +132,12 @@ def for_capability(major: int, minor: int) -> Architecture | None:
     exact = {(9, 0): "90a", (10, 0): "100a"}
     name = exact.get((major, minor)) or {8: "80", 12: "120"}.get(major)
     return ARCHITECTURES[name] if name else None
+
+
+def absent_tiles(library: str, present: Sequence[str]) -> list[str]:
+    """Tiles that a library of this file name could have and has not."""
+    tiles = [tile.name for found in ARCHITECTURES.values() if found.library == library for tile in found.tiles]
+    return [name for name in tiles if name not in present]
 
 
 def find_nvcc() -> str:

@@ -19,7 +19,7 @@ import torch
 from ria_vllm import sparse24
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels import cusparselt, cutlass, fp8, gpu_timing, reference, torch_cutlass
+from ria_vllm.serve.kernels import cuda_compile, cusparselt, cutlass, fp8, gpu_timing, reference, torch_cutlass
 from ria_vllm.serve.kernels.cuda_library import library_of, multiprocessors
 from ria_vllm.serve.kernels.cutlass_tiles import SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE, WORKSPACE_BYTES
 
@@ -130,6 +130,9 @@ def check_tiles(layer: Layer) -> Iterator[dict[str, Any]]:
     sizes = (layer.out_features, layer.in_features)
     host = library.pack_metadata(layer.parts[1].cpu(), values.itemsize * 8)
     yield {"check": "metadata on GPU and CPU agree", "layer": layer.name, "ok": torch.equal(metadata.cpu(), host)}
+    if absent := cuda_compile.absent_tiles(Path(library.path).name, library.tile_names):
+        reason = f"{', '.join(absent)}; `ria-vllm build-kernels --tiles all` compiles them"
+        yield {"check": "all tiles are there", "layer": layer.name, "backend": "cutlass", "skipped": reason}
     for tile, name in enumerate(library.tile_names):
         for split in (SPLIT_NONE, SPLIT_HEURISTIC, SPLIT_FORCED, 3):
             for tokens in TOKENS:

@@ -112,6 +112,12 @@ def test_the_command_line_compiles_what_it_is_asked_to(monkeypatch, tmp_path, ti
     assert asked == [("90a", tmp_path, sorted(names), 3)]
 
 
+def test_tiles_that_were_not_compiled_are_named():
+    assert sorted(cuda_compile.absent_tiles("_cuda_sm90a.so", HOPPER + HOPPER_FP8)) == sorted(HOPPER_CANDIDATES)
+    assert cuda_compile.absent_tiles("_cuda_sm80.so", ["128x32", "128x64", "128x128"]) == []
+    assert cuda_compile.absent_tiles("someone_elses.so", []) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_a_library_exports_its_interface_alone_and_needs_no_torch(arch):
