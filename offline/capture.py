@@ -184,6 +184,8 @@ def gather(
     """
     device = _device(layer)
     names = [group.linears[0] for group in stage]
+    # Where one linear alone reads a wide input, the drift of its output is the smaller to keep.
+    narrowing = [g.linears[0] for g in stage if len(g.linears) == 1 and _narrows(layer.get_submodule(g.linears[0]))]
     sums = [_Sums(layer.get_submodule(name).in_features, with_gram, device) for name in names]
 
     def add(chunk: int) -> None:  # a function, so that nothing of a chunk outlives it
@@ -197,7 +199,10 @@ def gather(
             for name, total in zip(names, sums, strict=True):
                 X = _tokens(inputs.pop(name))
                 total.add(X)
-                if name in dense:
+                if name in dense and name in narrowing:
+                    weight = layer.get_submodule(name).weight.float()
+                    total.add_drift_of_output(X, (_tokens(dense.pop(name)) - X) @ weight.T)
+                elif name in dense:
                     total.add_drift_of_input(X, _tokens(dense.pop(name)))
                 if after is not None:
                     total.add_drift_of_output(X, _tokens(dense_after[chunk].to(device)) - _tokens(after))
@@ -205,6 +210,10 @@ def gather(
     for chunk in monitor.steps(range(len(streams)), "calibration passes", len(streams)):
         add(chunk)
     return [total.finish(group, ranks, where) for total, group in zip(sums, stage, strict=True)]
+
+
+def _narrows(linear: nn.Linear) -> bool:
+    return linear.out_features < linear.in_features
 
 
 def advance(

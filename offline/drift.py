@@ -45,7 +45,7 @@ class InputDrift:
 
 @dataclass(frozen=True)
 class OutputDrift:
-    """The linear's output joins the residual stream, and what the stream then lacks, R = Y - X W^T, is known.
+    """What the output of one linear lacks is known, R = Y - X W^T: of the residual stream that it joins, or by Y = D W^T.
 
     cross: R^T X [out, in]; square: ||R||_F^2.
     """

@@ -12,6 +12,7 @@ from ria_vllm.offline import layers
 from ria_vllm.offline.calibration import from_text
 from ria_vllm.offline.capture import Activations
 from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.drift import InputDrift, OutputDrift
 from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.recipe import Recipe
 
@@ -119,3 +120,54 @@ def test_blocks_of_a_gram_matrix_make_the_whole(gram_block, monkeypatch):
     expected = 2 * X.double().T @ X.double()
     torch.testing.assert_close(total.diagonal(), expected.diagonal(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(total.finish().dense().double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_families_that_are_not_listed_aim_at_the_dense_models_outputs(tiny, text, tmp_path, monkeypatch):
+    """All of a layer's linears are gathered at once there; of one that narrows no [in, in] matrix of drift is kept."""
+    found = {}
+
+    def keeping(layer, component, stage, *rest):
+        statistics = gather(layer, component, stage, *rest)
+        found.update({rest[-3] + group.linears[0]: one for group, one in zip(stage, statistics, strict=True)})
+        return statistics
+
+    gather = layers.gather
+    monkeypatch.setattr(layers, "gather", keeping)
+    monkeypatch.setattr(layers, "CHUNK_TOKENS", 180)
+    source, recipe = tiny("gpt-neox"), Recipe(calibration=str(text), samples=5, seq_len=60)
+    compress(str(source), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
+    dense = AutoModelForCausalLM.from_pretrained(source).double().eval()
+    pruned = pruned_in_full(source, tmp_path / "out", tmp_path / "full")
+    tokens = from_text(str(text), AutoTokenizer.from_pretrained(source), 5, 60, 0)
+
+    def read_in_layer(index, one):
+        """The inputs of layer `index`; everything before it as `one` computes it, the layer itself dense."""
+        own = one.gpt_neox.layers[index]
+        one.gpt_neox.layers[index] = dense.gpt_neox.layers[index]
+        inputs = {}
+        hooks = [
+            dense.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: inputs.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]))
+            )
+            for name in found
+            if f"layers.{index}." in name
+        ]
+        with torch.no_grad():
+            one(input_ids=tokens)
+        for hook in hooks:
+            hook.remove()
+        one.gpt_neox.layers[index] = own
+        return inputs
+
+    assert len(found) == 8
+    for index in range(2):
+        dense_reads, pruned_reads = (read_in_layer(index, one) for one in (dense, pruned))
+        for name, X in pruned_reads.items():
+            linear, drift = dense.get_submodule(name).requires_grad_(False), found[name].drift
+            missing = (dense_reads[name] - X) @ linear.weight.T
+            narrows = linear.out_features < linear.in_features
+            assert isinstance(drift, OutputDrift if narrows else InputDrift), name
+            size = (X @ linear.weight.T).norm()
+            assert (drift.pull(linear.weight) - missing.T @ X).norm() <= 1e-4 * size * X.norm(), name
+            assert abs(drift.gap(linear.weight) - missing.square().sum()) <= 1e-4 * size**2, name
+    assert sum(isinstance(one.drift, OutputDrift) for one in found.values()) == 2
