@@ -67,22 +67,17 @@ class Statistics:
     drift: Drift | None = None
 
 
-class _GramSum:
-    """The running X^T X [width, width]: of the symmetric matrix only blocks of rows from their diagonal on."""
+class _GramSum(SymmetricMatrix):
+    """The running X^T X [width, width], float64."""
 
     def __init__(self, width: int, device: torch.device):
-        self.width = width
-        self.blocks = [
-            torch.zeros(min(BLOCK, width - start), width - start, dtype=torch.float64, device=device)
-            for start in range(0, width, BLOCK)
-        ]
+        starts = range(0, width, BLOCK)
+        sizes = [(min(BLOCK, width - start), width - start) for start in starts]
+        super().__init__([torch.zeros(size, dtype=torch.float64, device=device) for size in sizes])
 
     def add(self, X: torch.Tensor) -> None:
-        for start, block in zip(range(0, self.width, BLOCK), self.blocks, strict=True):
-            block.add_(X[:, start : start + BLOCK].T @ X[:, start:])
-
-    def diagonal(self) -> torch.Tensor:
-        return torch.cat([block.diagonal() for block in self.blocks])
+        for start, stop, block in self.spans():
+            block.add_(X[:, start:stop].T @ X[:, start:])
 
     def finish(self) -> SymmetricMatrix:
         """The matrix in float32; the sums are let go on the way."""

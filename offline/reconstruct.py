@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ria_vllm.offline.drift import Drift
-from ria_vllm.offline.symmetric import BlockInverse, SymmetricMatrix
+from ria_vllm.offline.symmetric import BlockInverse, SymmetricMatrix, inverted_in_place
 
 # Inputs up to this width have their Gram matrix and its inverse dense: products are a little faster (5% at 1536), and
 # 16 MB each are little beside what a layer takes anyway. For wider ones half of each is kept.
@@ -133,10 +133,7 @@ def _inverse(
     system = gram / scale[:, None]
     system /= scale
     system.diagonal().add_(added)
-    # LAPACK works on columns; on the transpose of a symmetric matrix it does so in place.
-    system = system.T
-    torch.linalg.cholesky(system, out=system)
-    return torch.cholesky_inverse(system, out=system)
+    return inverted_in_place(system)
 
 
 def admm(

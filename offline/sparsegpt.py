@@ -3,7 +3,7 @@
 import torch
 
 from ria_vllm.offline.prune import Pattern, mask
-from ria_vllm.offline.symmetric import SymmetricMatrix
+from ria_vllm.offline.symmetric import SymmetricMatrix, inverted_in_place
 
 
 def sparsegpt(
@@ -66,9 +66,7 @@ def _inverse_factor(gram: torch.Tensor | SymmetricMatrix, damping: float, order:
     mean = diagonal.mean()
     diagonal += damping * (mean if mean > 0 else 1.0)
     diagonal[diagonal == 0] = 1.0
-    H = H.T  # LAPACK works on columns; on the transpose of a symmetric matrix it does so in place
-    torch.linalg.cholesky(H, out=H)
-    torch.cholesky_inverse(H, out=H)
+    H = inverted_in_place(H)
     return torch.linalg.cholesky(H, upper=True, out=H)
 
 

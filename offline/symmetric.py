@@ -36,13 +36,17 @@ class SymmetricMatrix:
     def device(self) -> torch.device:
         return self.blocks[0].device
 
+    def spans(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(first row, row after the last, block) of each block."""
+        return _spans(self.blocks)
+
     def diagonal(self) -> torch.Tensor:
         """[width], a copy."""
         return torch.cat([block.diagonal() for block in self.blocks])
 
     def __rmatmul__(self, rows: torch.Tensor) -> torch.Tensor:
         product = torch.zeros_like(rows)
-        for start, stop, block in _spans(self.blocks):
+        for start, stop, block in self.spans():
             product[:, start:].addmm_(rows[:, start:stop], block)
             product[:, start:stop].addmm_(rows[:, stop:], block[:, stop - start :].T)
         return product
@@ -51,12 +55,12 @@ class SymmetricMatrix:
         """S [width, width], or S[order][:, order] for a permutation of the channels (int64 [width])."""
         whole = torch.empty(self.width, self.width, dtype=self.blocks[0].dtype, device=self.device)
         places = None if order is None else torch.argsort(order)
-        spans = list(_spans(self.blocks))
+        spans = list(self.spans())
         for number, (start, stop, block) in enumerate(spans):
             # What is left of the block stands in those above it.
             left = [above[:, start - first : stop - first].T for first, _, above in spans[:number]]
             rows = torch.cat([*left, block], dim=1)
-            if order is None or places is None:
+            if places is None:
                 whole[start:stop] = rows
             else:
                 whole.index_copy_(0, places[start:stop], rows[:, order])
@@ -65,12 +69,12 @@ class SymmetricMatrix:
     def normalised(self, scale: torch.Tensor) -> "SymmetricMatrix":
         """S_ij / (scale_i scale_j), a copy; scale is [width]."""
         return SymmetricMatrix(
-            [(block / scale[start:stop, None]).div_(scale[start:]) for start, stop, block in _spans(self.blocks)]
+            [(block / scale[start:stop, None]).div_(scale[start:]) for start, stop, block in self.spans()]
         )
 
     def add_to_diagonal(self, added: torch.Tensor) -> None:
         """Add [width], in place."""
-        for start, stop, block in _spans(self.blocks):
+        for start, stop, block in self.spans():
             block.diagonal().add_(added[start:stop])
 
     def into_inverse(self) -> "BlockInverse":
@@ -108,6 +112,18 @@ class BlockInverse:
             part = solved[:, start:stop] @ pivot
             solved[:, start:stop] = part.addmm_(solved[:, stop:], right.T, alpha=-1)
         return solved
+
+
+def inverted_in_place(dense: torch.Tensor) -> torch.Tensor:
+    """The inverse [n, n] of a whole positive definite matrix, in the room of that matrix.
+
+    Raises:
+        torch.linalg.LinAlgError: it is not positive definite.
+    """
+    # LAPACK works on columns; on the transpose of a symmetric matrix it does so in place.
+    dense = dense.T
+    torch.linalg.cholesky(dense, out=dense)
+    return torch.cholesky_inverse(dense, out=dense)
 
 
 def _eliminate(block: torch.Tensor, below: Sequence[torch.Tensor]) -> None:

@@ -130,7 +130,7 @@ def check_tiles(layer: Layer) -> Iterator[dict[str, Any]]:
     sizes = (layer.out_features, layer.in_features)
     host = library.pack_metadata(layer.parts[1].cpu(), values.itemsize * 8)
     yield {"check": "metadata on GPU and CPU agree", "layer": layer.name, "ok": torch.equal(metadata.cpu(), host)}
-    if absent := cuda_compile.absent_tiles(Path(library.path).name, library.tile_names):
+    if absent := cuda_compile.absent_tiles(library.path.name, library.tile_names):
         reason = f"{', '.join(absent)}; `ria-vllm build-kernels --tiles all` compiles them"
         yield {"check": "all tiles are there", "layer": layer.name, "backend": "cutlass", "skipped": reason}
     for tile, name in enumerate(library.tile_names):

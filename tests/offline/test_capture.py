@@ -53,8 +53,8 @@ def seen_by(model, tokens, names):
     return inputs, {at: stream.reshape(-1, stream.shape[-1]) for at, stream in streams.items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_stage_sees_what_the_pruned_layers_before_it_produce(family, tiny, text, tmp_path, monkeypatch):
+def statistics_of(source, text, out, monkeypatch):
+    """Compresses `source`; what was gathered for each group, by its first linear, and the calibration tokens."""
     found = {}
 
     def keeping(layer, component, stage, *rest):
@@ -67,12 +67,22 @@ def test_every_stage_sees_what_the_pruned_layers_before_it_produce(family, tiny,
     # 5 samples of 60 tokens make two chunks of unequal size.
     monkeypatch.setattr(layers, "CHUNK_TOKENS", 180)
     recipe = Recipe(calibration=str(text), samples=5, seq_len=60)
-    compress(str(tiny(family)), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
+    compress(str(source), out, recipe, Settings(), Monitor(shown=False))
+    return found, from_text(str(text), AutoTokenizer.from_pretrained(source), 5, 60, 0)
 
+
+def assert_drift(drift, weight, X, missing, size, name):
+    """The drift of a linear that reads X and whose output, of norm `size`, lacks `missing`."""
+    assert (drift.pull(weight) - missing.T @ X).norm() <= 1e-4 * size * X.norm(), name
+    assert abs(drift.gap(weight) - missing.square().sum()) <= 1e-4 * size**2, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_stage_sees_what_the_pruned_layers_before_it_produce(family, tiny, text, tmp_path, monkeypatch):
+    found, tokens = statistics_of(tiny(family), text, tmp_path / "out", monkeypatch)
     attention = "eager" if family == "gemma2" else None
     dense = AutoModelForCausalLM.from_pretrained(tiny(family), attn_implementation=attention).double().eval()
     model = pruned_in_full(tiny(family), tmp_path / "out", tmp_path / "full")
-    tokens = from_text(str(text), AutoTokenizer.from_pretrained(tiny(family)), 5, 60, 0)
     (expected, streams), (undrifted, goal) = (seen_by(one, tokens, found) for one in (model, dense))
     assert len(found) == 8
     for name, X in expected.items():
@@ -92,8 +102,7 @@ def test_every_stage_sees_what_the_pruned_layers_before_it_produce(family, tiny,
             first, last = ("before", "between") if "self_attn" in name else ("between", "after")
             missing = goal[index, last] - streams[index, first] - linear(X)
         size = linear(X).norm()
-        assert (drift.pull(linear.weight) - missing.T @ X).norm() <= 1e-4 * size * X.norm(), name
-        assert abs(drift.gap(linear.weight) - missing.square().sum()) <= 1e-4 * size**2, name
+        assert_drift(drift, linear.weight, X, missing, size, name)
         assert index == 0 and name.endswith(("q_proj", "qkv_proj")) or missing.norm() > 0.01 * size, name
 
 
@@ -124,21 +133,10 @@ def test_blocks_of_a_gram_matrix_make_the_whole(gram_block, monkeypatch):
 
 def test_families_that_are_not_listed_aim_at_the_dense_models_outputs(tiny, text, tmp_path, monkeypatch):
     """All of a layer's linears are gathered at once there; of one that narrows no [in, in] matrix of drift is kept."""
-    found = {}
-
-    def keeping(layer, component, stage, *rest):
-        statistics = gather(layer, component, stage, *rest)
-        found.update({rest[-3] + group.linears[0]: one for group, one in zip(stage, statistics, strict=True)})
-        return statistics
-
-    gather = layers.gather
-    monkeypatch.setattr(layers, "gather", keeping)
-    monkeypatch.setattr(layers, "CHUNK_TOKENS", 180)
-    source, recipe = tiny("gpt-neox"), Recipe(calibration=str(text), samples=5, seq_len=60)
-    compress(str(source), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
+    source = tiny("gpt-neox")
+    found, tokens = statistics_of(source, text, tmp_path / "out", monkeypatch)
     dense = AutoModelForCausalLM.from_pretrained(source).double().eval()
     pruned = pruned_in_full(source, tmp_path / "out", tmp_path / "full")
-    tokens = from_text(str(text), AutoTokenizer.from_pretrained(source), 5, 60, 0)
 
     def read_in_layer(index, one):
         """The inputs of layer `index`; everything before it as `one` computes it, the layer itself dense."""
@@ -167,7 +165,5 @@ def test_families_that_are_not_listed_aim_at_the_dense_models_outputs(tiny, text
             missing = (dense_reads[name] - X) @ linear.weight.T
             narrows = linear.out_features < linear.in_features
             assert isinstance(drift, OutputDrift if narrows else InputDrift), name
-            size = (X @ linear.weight.T).norm()
-            assert (drift.pull(linear.weight) - missing.T @ X).norm() <= 1e-4 * size * X.norm(), name
-            assert abs(drift.gap(linear.weight) - missing.square().sum()) <= 1e-4 * size**2, name
+            assert_drift(drift, linear.weight, X, missing, (X @ linear.weight.T).norm(), name)
     assert sum(isinstance(one.drift, OutputDrift) for one in found.values()) == 2
