@@ -206,34 +206,59 @@ def compile_library(
     Raises:
         CudaBuildError: see the message.
     """
-    nvcc, headers = find_nvcc(), find_headers()
     tiles = target.default_tiles if tiles is None else tiles
+    with tempfile.TemporaryDirectory(prefix="ria-cuda-") as scratch:
+        objects = compile_objects(target, Path(scratch), tiles, say, jobs)
+        return link(target, objects, folder)
+
+
+def compile_objects(
+    target: Architecture,
+    folder: Path,
+    tiles: Sequence[Tile],
+    say: Callable[[str], None] = print,
+    jobs: int | None = None,
+) -> list[Path]:
+    """Compiles what a library consists of into `folder`, one object file a tile and one for the interface.
+
+    Raises:
+        CudaBuildError: see the message.
+    """
+    nvcc, headers = find_nvcc(), find_headers()
     common = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--cudart=static", target.code]
     common += ["-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{headers}", f"-I{SOURCES}", f"-DRIA_FAMILY={target.family}"]
-    with tempfile.TemporaryDirectory(prefix="ria-cuda-") as scratch:
-        units = [("library", [str(SOURCES / "library.cu")])]
-        for tile in tiles:
-            macros = [f"-DRIA_{name}={value}" for name, value in tile.macros.items()]
-            units.append((tile.name, [*macros, f'-DRIA_TILE_NAME="{tile.name}"', str(SOURCES / tile.source)]))
+    units = [("library", [str(SOURCES / "library.cu")])]
+    for tile in tiles:
+        macros = [f"-DRIA_{name}={value}" for name, value in tile.macros.items()]
+        units.append((tile.name, [*macros, f'-DRIA_TILE_NAME="{tile.name}"', str(SOURCES / tile.source)]))
 
-        def compile_unit(unit: tuple[str, list[str]]) -> str:
-            name, arguments = unit
-            output = str(Path(scratch) / f"{name}.o")
-            _run([*common, *arguments, "-c", "-o", output], f"sm_{target.name} {name}")
-            say(f"compiled sm_{target.name} {name}")
-            return output
+    def compile_unit(unit: tuple[str, list[str]]) -> Path:
+        name, arguments = unit
+        output = folder / f"{name}.o"
+        _run([*common, *arguments, "-c", "-o", str(output)], f"sm_{target.name} {name}")
+        say(f"compiled sm_{target.name} {name}")
+        return output
 
-        # The longest first.
-        with ThreadPoolExecutor(jobs or jobs_for(target.memory)) as pool:
-            objects = list(pool.map(compile_unit, reversed(units)))
-        folder.mkdir(parents=True, exist_ok=True)
-        finished = folder / target.library
-        linked = finished.with_suffix(f".{os.getpid()}.part")
-        try:
-            _run([nvcc, "-shared", "--cudart=static", target.code, *objects, "-o", str(linked)], "linking")
-            linked.replace(finished)
-        finally:
-            linked.unlink(missing_ok=True)
+    # The longest first.
+    with ThreadPoolExecutor(jobs or jobs_for(target.memory)) as pool:
+        return list(pool.map(compile_unit, reversed(units)))
+
+
+def link(target: Architecture, objects: Sequence[Path], folder: Path) -> Path:
+    """The library of these objects in `folder`, which appears only when complete.
+
+    Raises:
+        CudaBuildError: see the message.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    finished = folder / target.library
+    part = finished.with_suffix(f".{os.getpid()}.part")
+    try:
+        command = [find_nvcc(), "-shared", "--cudart=static", target.code, *map(str, objects), "-o", str(part)]
+        _run(command, "linking")
+        part.replace(finished)
+    finally:
+        part.unlink(missing_ok=True)
     return finished
 
 

@@ -130,6 +130,7 @@ class CudaLibrary:
             RiaError: the library refused, or the launch failed.
         """
         tokens, in_features = x.shape
+        multiprocessors, device, stream = self._place(x)
         code = self._c.ria_linear(
             tile,
             DATA_TYPES[x.dtype, y.dtype],
@@ -137,8 +138,8 @@ class CudaLibrary:
             in_features,
             tokens,
             split,
-            multiprocessors(x.device.index),
-            x.device.index,
+            multiprocessors,
+            device,
             x.data_ptr(),
             values.data_ptr(),
             metadata.data_ptr(),
@@ -147,11 +148,15 @@ class CudaLibrary:
             y.data_ptr(),
             workspace.data_ptr(),
             workspace.numel(),
-            torch.cuda.current_stream(x.device).cuda_stream,
+            stream,
         )
         if code:
             name = self.tile_names[tile]
             self._check(code, f"tile {name}, {y.shape[1]} x {in_features}, {tokens} tokens: ")
+
+    def _place(self, x: torch.Tensor) -> tuple[int, int, int | None]:
+        """Multiprocessors, index and current stream of the device that x is on."""
+        return multiprocessors(x.device.index), x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
     def _check(self, code: int, where: str = "") -> None:
         if code:
