@@ -62,13 +62,13 @@ def test_reading_the_registers_of_a_warpgroup_gives_the_matrix_back_in_fp8(shape
     register the eight groups of 32 columns of one row. Of the four lanes of row r of the first eight, the first holds
     row r, columns 0 to 31, the second row r + 8 of the same, the third and fourth columns 32 to 63 of the two. In
     memory the registers of a row's 128 columns lie side by side, then those of the next row; blocks of 64 x 128 down
-    the rows first.
+    the rows first, and the columns padded to the 256 that a tile reads at once.
     """
     compressed, bitmask = random_pair(*shape)
     registers = compiled("90a").pack_metadata(bitmask, value_bits=8).view(torch.int32)
     dense = torch.zeros(shape, dtype=compressed.dtype)
     blocks_down, read = -(-shape[0] // 64), set()
-    for block_row, block_column in product(range(blocks_down), range(-(-shape[1] // 128))):
+    for block_row, block_column in product(range(blocks_down), range(-(-shape[1] // 256) * 2)):
         for instruction, warp, lane in product(range(2), range(4), range(32)):
             row_in_block = 16 * warp + lane // 4 + 8 * (lane % 2)
             half = lane % 4 // 2

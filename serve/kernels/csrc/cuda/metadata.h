@@ -39,6 +39,8 @@ CUTLASS_HOST_DEVICE constexpr uint8_t metadata_byte(uint8_t mask) {
   return static_cast<uint8_t>((kGroupMetadata >> 4 * (mask & 15) & 15) | (kGroupMetadata >> 4 * (mask >> 4) & 15) << 4);
 }
 
+CUTLASS_HOST_DEVICE constexpr int padded(int size, int multiple) { return (size + multiple - 1) / multiple * multiple; }
+
 // Where the metadata lies for values of kValueBits bits: 16 (bf16 and fp16 share one layout), on Hopper also 8 (fp8).
 template <int kValueBits>
 struct MetadataLayout;
@@ -48,6 +50,9 @@ struct MetadataLayout;
 #if RIA_FAMILY == 90
 // The layout depends on the tile's K up to this: every tile must have at least as much.
 constexpr int kMetadataTileK = 128;
+// What a tile reads of K at once. Metadata is padded to it: what TMA makes up outside would be zeros, which are none.
+template <int kValueBits>
+constexpr int kTileK = kValueBits == 8 ? 256 : 128;
 
 template <int kValueBits>
 using SparseConfig = cutlass::Sm90GemmSparseConfig<
@@ -57,17 +62,20 @@ using SparseConfig = cutlass::Sm90GemmSparseConfig<
 template <int kValueBits>
 using SparseConfig = cutlass::Sm1xxGemmSparseConfig<cute::sparse_elem<2, cutlass::bfloat16_t>,
                                                     cutlass::layout::RowMajor, cute::sparse_elem<8, uint8_t>>;
+template <int kValueBits>
+constexpr int kTileK = 128;
 #endif
 
 template <int kValueBits>
 struct MetadataLayout {
   using Config = SparseConfig<kValueBits>;
   static constexpr int kRowMultiple = int(typename Config::TensorEAtomM{});
-  static constexpr int kColumnMultiple = int(typename Config::TensorEAtomK{});
+  static constexpr int kColumnMultiple = kTileK<kValueBits>;
+  static_assert(kColumnMultiple % int(typename Config::TensorEAtomK{}) == 0);
   decltype(Config::fill_layoutE(cute::make_tuple(0, 1, 0, 1))) layout;
 
   CUTLASS_HOST_DEVICE MetadataLayout(int rows, int columns)
-      : layout(Config::fill_layoutE(cute::make_tuple(rows, 1, columns, 1))) {}
+      : layout(Config::fill_layoutE(cute::make_tuple(rows, 1, padded(columns, kColumnMultiple), 1))) {}
 
   // Byte position of the metadata of `row`, columns 8 * byte_column to 8 * byte_column + 7.
   CUTLASS_HOST_DEVICE int64_t offset(int row, int byte_column) const { return layout(row, 8 * byte_column, 0) / 8; }
@@ -96,8 +104,6 @@ struct MetadataLayout<16> {
 };
 
 #endif
-
-CUTLASS_HOST_DEVICE constexpr int padded(int size, int multiple) { return (size + multiple - 1) / multiple * multiple; }
 
 template <class Layout>
 CUTLASS_HOST_DEVICE constexpr int64_t metadata_bytes(int rows, int columns) {

@@ -26,9 +26,9 @@ namespace ria {
 namespace {
 
 constexpr int kValueBits = RIA_FP8 ? 8 : 16;
-constexpr int kTileK = RIA_FP8 ? 256 : 128;  // 256 bytes of x either way
+constexpr int kStepK = kTileK<kValueBits>;  // 256 bytes of x either way
 
-using TileShape = cute::Shape<cute::Int<RIA_TILE_M>, cute::Int<RIA_TILE_N>, cute::Int<kTileK>>;
+using TileShape = cute::Shape<cute::Int<RIA_TILE_M>, cute::Int<RIA_TILE_N>, cute::Int<kStepK>>;
 using ClusterShape = cute::Shape<cute::Int<RIA_CLUSTER_M>, cute::_1, cute::_1>;
 
 #if RIA_FAMILY == 90
@@ -100,7 +100,7 @@ struct SparseLinear {
     args.mainloop.ptr_E = static_cast<typename Mainloop::ElementE const*>(p.metadata);
     args.mainloop.layout_e = Config::fill_layoutE(sizes);
 #if RIA_FP8
-    args.mainloop.mma_promotion_interval = kTileK / 64;  // counts instructions, each of 64 channels
+    args.mainloop.mma_promotion_interval = kStepK / 64;  // counts instructions, each of 64 channels
     ScaledEpilogue<TileShape, Output>::fill(args.epilogue.thread, p);
 #else
     args.epilogue.thread.alpha = 1.0f;
@@ -113,7 +113,7 @@ struct SparseLinear {
     args.hw_info.sm_count = p.multiprocessors;
 #if RIA_STREAM_K
     using Mode = cute::remove_cvref_t<decltype(args.scheduler.decomposition_mode)>;
-    int const steps = (p.in_features + kTileK - 1) / kTileK;
+    int const steps = (p.in_features + kStepK - 1) / kStepK;
     args.scheduler.splits = p.split > steps ? steps : p.split > 1 ? p.split : 1;
     args.scheduler.decomposition_mode = p.split == kSplitForced ? Mode::StreamK
                                         : p.split == kSplitNone ? Mode::DataParallel
@@ -132,7 +132,9 @@ struct SparseLinear {
 
   static Result run(Problem const& p) {
     if (!accepts(p)) return kCannotRun;
-    auto const args = arguments(p);
+    auto args = arguments(p);
+    // The same layout, but padded to what a tile reads at once, which can_implement() does not know of.
+    args.mainloop.layout_e = MetadataLayout<kValueBits>(p.out_features, p.in_features).layout;
     if (Gemm::get_workspace_size(args) > p.workspace_bytes - kCounterBytes) return kWorkspaceTooSmall;
     auto const stream = static_cast<cudaStream_t>(p.stream);
     Gemm gemm;
