@@ -1,22 +1,54 @@
-"""CUDA libraries for the tests, compiled once a run: no GPU needed, but nvcc and CUTLASS's headers."""
+"""CUDA libraries for the tests, compiled once a run: no GPU needed, but nvcc and CUTLASS's headers.
 
+Each comes in two forms from the same object files: the one that a GPU would load, and one whose host code drives an
+emulator of the GPU instead (emulator/), which runs the PTX that nvcc made of the kernels.
+"""
+
+import ctypes
+import os
+import subprocess
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import torch
 
+from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels import cuda_compile
 from ria_vllm.serve.kernels.cuda_library import CudaLibrary, load
 
-# Compiled without tiles: Blackwell's takes another minute and tests nothing that Hopper's do not.
-BARE = ("100a",)
+ALL_TILES = os.environ.get("RIA_VLLM_TEST_TILES") == "all"
+EMULATOR = Path(__file__).with_name("emulator")
 
 _folder = tempfile.TemporaryDirectory(prefix="ria-cuda-tests-")
 
 
+def chosen_tiles(arch: str) -> tuple[cuda_compile.Tile, ...]:
+    """RIA_VLLM_TEST_TILES=all: every tile. Else those of 8.x, which compile in seconds, and on Hopper one for each
+    width of values; 12.x has the sources of 8.x, and Blackwell's would take another minute each."""
+    target = cuda_compile.architecture(arch)
+    if ALL_TILES or arch == "80":
+        return target.tiles
+    return target.small_tiles if arch == "90a" else ()
+
+
 def compiled(arch: str) -> CudaLibrary:
-    """The architecture's library with its small set of tiles; skips the test where it cannot be compiled."""
+    """The architecture's library with the tested tiles; skips the test where it cannot be compiled."""
+    objects = _objects(arch)
+    return load(cuda_compile.link(cuda_compile.architecture(arch), objects, Path(_folder.name)))
+
+
+def emulated(arch: str) -> "EmulatedLibrary":
+    """The same for tensors on the CPU."""
+    return _emulated(arch, _objects(arch))
+
+
+def _objects(arch: str) -> tuple[Path, ...]:
     try:
         cuda_compile.find_nvcc()
         cuda_compile.find_headers()
@@ -26,6 +58,130 @@ def compiled(arch: str) -> CudaLibrary:
 
 
 @lru_cache
-def _compile(arch: str) -> CudaLibrary:
+def _compile(arch: str) -> tuple[Path, ...]:
     target = cuda_compile.architecture(arch)
-    return load(cuda_compile.compile_library(target, Path(_folder.name), () if arch in BARE else target.small_tiles))
+    folder = Path(_folder.name) / f"objects-{target.name}"
+    folder.mkdir()
+    virtual = f"compute_{target.name}"
+    both = replace(target, code=f"-gencode=arch={virtual},code=[sm_{target.name},{virtual}]")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("NVCC_APPEND_FLAGS", "-Xfatbin=-compress=false")
+        return tuple(cuda_compile.compile_objects(both, folder, chosen_tiles(arch)))
+
+
+@lru_cache
+def emulator_objects() -> tuple[Path, ...]:
+    """The emulator's object files, compiled by nvcc's host compiler, which knows where CUDA's headers are."""
+    nvcc = cuda_compile.find_nvcc()
+    flags = ["-std=c++20", "-O2", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"]
+
+    def compile_one(source: Path) -> Path:
+        target = Path(_folder.name) / f"{source.stem}.o"
+        _run([nvcc, *flags, "-c", str(source), "-o", str(target)])
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return tuple(pool.map(compile_one, sorted(EMULATOR.glob("*.cpp"))))
+
+
+@lru_cache
+def _emulated(arch: str, objects: tuple[Path, ...]) -> "EmulatedLibrary":
+    return EmulatedLibrary(link_emulator(f"emulated-{arch}", objects))
+
+
+def link_emulator(name: str, objects: Sequence[Path]) -> Path:
+    """--no-undefined: the objects may ask CUDA's runtime for nothing but what emulator/runtime.cpp has. Nothing that
+    waits for the device and nothing that allocates is among it."""
+    library = Path(_folder.name) / f"{name}.so"
+    linked = [*map(str, objects), *map(str, emulator_objects())]
+    _run([cuda_compile.find_nvcc(), "-shared", "--cudart=none", "-Xlinker=--no-undefined", *linked, "-o", str(library)])
+    return library
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Emulator:
+    """What emulator/runtime.cpp offers to tests beside CUDA's functions."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self._c = library
+        library.emulator_allow.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        library.emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_uint32]
+        library.emulator_error.restype = ctypes.c_char_p
+
+    @contextmanager
+    def memory(self, read: Sequence[torch.Tensor | None], written: Sequence[torch.Tensor]):
+        """What kernels may touch meanwhile."""
+        for tensors, writable in ((read, 0), (written, 1)):
+            for tensor in tensors:
+                if tensor is not None:
+                    self._c.emulator_allow(tensor.data_ptr(), tensor.nbytes, writable)
+        try:
+            yield
+        finally:
+            self._c.emulator_forget()
+
+    def configure(self, seed: int, multiprocessors: int) -> None:
+        """seed: 0 for threads in order and asynchronous work as late as it can be; else both at random."""
+        self._c.emulator_configure(seed, multiprocessors)
+
+    def error(self) -> str:
+        return self._c.emulator_error().decode()
+
+    def coverage(self) -> tuple[int, int]:
+        """Instructions that ever ran, of all in kernels that were launched."""
+        reached, total = ctypes.c_uint64(), ctypes.c_uint64()
+        self._c.emulator_coverage(ctypes.byref(reached), ctypes.byref(total))
+        return reached.value, total.value
+
+    def load(self) -> tuple[int, int, int]:
+        """Of the last launch: blocks that used the tensor cores, the most instructions of one, all instructions."""
+        numbers = [ctypes.c_uint64() for _ in range(3)]
+        self._c.emulator_load(*map(ctypes.byref, numbers))
+        return tuple(number.value for number in numbers)
+
+    def run(self, ptx: str, kernel: str, blocks: int, threads: int, arguments: Sequence[torch.Tensor]) -> None:
+        """A kernel whose parameters are all pointers, to the tensors.
+
+        Raises:
+            RiaError: with what the emulator said.
+        """
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in arguments]
+        array = (ctypes.c_void_p * len(pointers))(*(ctypes.addressof(pointer) for pointer in pointers))
+        if self._c.emulator_run(ptx.encode(), kernel.encode(), blocks, threads, array):
+            raise RiaError(self.error())
+
+
+class EmulatedLibrary(CudaLibrary):
+    """A library for tensors on the CPU, which are its GPU's memory."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.emulator = Emulator(self._c)
+        self.multiprocessors, self.seed = 8, 0
+
+    def linear(self, tile, split, x, values, metadata, bias, y, workspace, scales=None):
+        self.emulator.configure(self.seed, self.multiprocessors)
+        with self.emulator.memory([x, values, metadata, bias, *(scales or ())], [y, workspace]):
+            super().linear(tile, split, x, values, metadata, bias, y, workspace, scales)
+
+    def pack_metadata_on_device(self, bitmask: torch.Tensor, value_bits: int) -> torch.Tensor:
+        out_features, in_features = bitmask.shape[0], bitmask.shape[1] * 8
+        metadata = torch.full((self.metadata_bytes(out_features, in_features, value_bits),), 0xFF, dtype=torch.uint8)
+        arguments = value_bits, bitmask.data_ptr(), metadata.data_ptr(), out_features, in_features, 0, None
+        self.emulator.configure(self.seed, self.multiprocessors)
+        with self.emulator.memory([bitmask], [metadata]):
+            self._check(self._c.ria_pack_metadata(*arguments))
+        return metadata
+
+    def _place(self, x: torch.Tensor) -> tuple[int, int, int | None]:
+        return self.multiprocessors, 0, None
+
+    def _check(self, code: int, where: str = "") -> None:
+        try:
+            super()._check(code, where)
+        except RiaError as error:
+            raise RiaError(f"{error}; {self.emulator.error()}") from error

@@ -1,0 +1,458 @@
+#include <cctype>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <unordered_map>
+
+#include "ptx.h"
+
+namespace emulator {
+namespace {
+
+std::string without_comments(std::string_view text) {
+  std::string plain(text);
+  for (size_t i = 0; i + 1 < plain.size(); ++i) {
+    size_t end = i;
+    if (plain[i] == '/' && plain[i + 1] == '/') end = std::min(plain.find('\n', i), plain.size());
+    if (plain[i] == '/' && plain[i + 1] == '*') end = std::min(plain.find("*/", i + 2) + 2, plain.size());
+    for (; i < end; ++i)
+      if (plain[i] != '\n') plain[i] = ' ';
+  }
+  return plain;
+}
+
+bool is_name(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.'; }
+
+uint32_t align_up(uint32_t value, uint32_t alignment) { return (value + alignment - 1) / alignment * alignment; }
+
+// A function, because libraries register their PTX before other files' variables have values.
+std::map<std::string_view, int> const& special_names() {
+  static std::map<std::string_view, int> const names = {
+    {"%tid.x", kTidX}, {"%tid.y", kTidY}, {"%tid.z", kTidZ},
+    {"%ntid.x", kNtidX}, {"%ntid.y", kNtidY}, {"%ntid.z", kNtidZ},
+    {"%ctaid.x", kCtaidX}, {"%ctaid.y", kCtaidY}, {"%ctaid.z", kCtaidZ},
+    {"%nctaid.x", kNctaidX}, {"%nctaid.y", kNctaidY}, {"%nctaid.z", kNctaidZ},
+    {"%laneid", kLaneid}, {"%warpid", kWarpid}, {"%smid", kSmid},
+    {"%cluster_ctarank", kClusterCtarank}, {"%cluster_nctarank", kClusterNctarank},
+    {"%clusterid.x", kClusteridX}, {"%clusterid.y", kClusteridY}, {"%clusterid.z", kClusteridZ},
+    {"%nclusterid.x", kNclusteridX}, {"%nclusterid.y", kNclusteridY}, {"%nclusterid.z", kNclusteridZ},
+    {"%cluster_ctaid.x", kClusterCtaidX}, {"%cluster_ctaid.y", kClusterCtaidY}, {"%cluster_ctaid.z", kClusterCtaidZ},
+    {"%cluster_nctaid.x", kClusterNctaidX}, {"%cluster_nctaid.y", kClusterNctaidY},
+    {"%cluster_nctaid.z", kClusterNctaidZ}, {"%dynamic_smem_size", kDynamicSmemSize},
+  };
+  return names;
+}
+
+class Parser {
+ public:
+  explicit Parser(std::string_view text) : text_(without_comments(text)) {}
+
+  std::unique_ptr<Module> module() {
+    while (skip_space(), at_ < text_.size()) top_level();
+    return std::move(module_);
+  }
+
+ private:
+  // A brace's own registers and labels; inline assembly opens such scopes.
+  struct Scope {
+    std::unordered_map<std::string, Operand> names;
+    std::unordered_map<std::string, int> labels;
+    int parent;
+  };
+  struct Jump {
+    int instruction;
+    std::string label;
+    int scope;
+  };
+
+  [[noreturn]] void fail(std::string const& why) const {
+    throw Error("PTX line " + std::to_string(line()) + ": " + why);
+  }
+
+  int line() const {
+    while (counted_ < at_ && counted_ < text_.size()) lines_ += text_[counted_++] == '\n';
+    return lines_ + 1;
+  }
+
+  void skip_space() {
+    while (at_ < text_.size() && std::isspace(static_cast<unsigned char>(text_[at_]))) ++at_;
+  }
+
+  bool take(char c) {
+    skip_space();
+    if (at_ >= text_.size() || text_[at_] != c) return false;
+    ++at_;
+    return true;
+  }
+
+  void expect(char c) {
+    if (!take(c)) fail(std::string("expected '") + c + "' before '" + text_.substr(at_, 20) + "'");
+  }
+
+  std::string word() {
+    skip_space();
+    size_t const start = at_;
+    // "::" is part of an instruction's modifiers, a single colon ends a label.
+    while (at_ < text_.size() &&
+           (is_name(text_[at_]) || (text_[at_] == ':' && text_[at_ + 1] == ':' && is_name(text_[at_ + 2])) ||
+            (text_[at_] == ':' && at_ > start && text_[at_ - 1] == ':')))
+      ++at_;
+    return text_.substr(start, at_ - start);
+  }
+
+  std::string until_semicolon() {
+    size_t const start = at_;
+    at_ = std::min(text_.find(';', at_), text_.size());
+    return text_.substr(start, at_++ - start);
+  }
+
+  uint64_t number(std::string const& written) const {
+    if (written.starts_with("0f") || written.starts_with("0F") || written.starts_with("0d") || written.starts_with("0D"))
+      return std::strtoull(written.c_str() + 2, nullptr, 16);
+    std::string digits = written;
+    if (!digits.empty() && (digits.back() == 'U' || digits.back() == 'u')) digits.pop_back();
+    char* end = nullptr;
+    uint64_t const value = std::strtoull(digits.c_str(), &end, 0);
+    if (*end) fail("not a number: " + written);
+    return value;
+  }
+
+  void top_level() {
+    std::string const first = word();
+    if (first == ".version" || first == ".target" || first == ".address_size" || first == ".file" || first == ".section") {
+      at_ = std::min(text_.find('\n', at_), text_.size());
+    } else if (first == ".entry" || first == ".visible" || first == ".weak" || first == ".extern") {
+      if (first == ".entry" ) return entry();
+      skip_space();
+      // ".visible .entry", ".extern .shared", ".weak .func"
+      if (text_.compare(at_, 6, ".entry") == 0) {
+        word();
+        entry();
+      } else {
+        variable_or_function();
+      }
+    } else {
+      at_ -= first.size();
+      variable_or_function();
+    }
+  }
+
+  void skip_braces() {
+    int depth = 0;
+    for (; at_ < text_.size(); ++at_) {
+      depth += text_[at_] == '{' ? 1 : text_[at_] == '}' ? -1 : 0;
+      if (text_[at_] == '}' && depth == 0) break;
+    }
+    ++at_;
+  }
+
+  void variable_or_function() {
+    size_t const stop = text_.find_first_of(";{", at_);
+    if (text_.substr(at_, stop - at_).find(".func") != std::string::npos) {  // called functions are not followed
+      if (stop != std::string::npos && text_[stop] == '{') skip_braces();
+      else at_ = stop + 1;
+      return;
+    }
+    declare(globals_, nullptr);
+  }
+
+  static uint32_t size_of(std::string const& type) {
+    static std::map<std::string, uint32_t> const sizes = {{".b8", 1}, {".u8", 1}, {".s8", 1}, {".b16", 2}, {".u16", 2},
+                                                          {".s16", 2}, {".f16", 2}, {".b32", 4}, {".u32", 4},
+                                                          {".s32", 4}, {".f32", 4}, {".b64", 8}, {".u64", 8},
+                                                          {".s64", 8}, {".f64", 8}};
+    auto const found = sizes.find(type);
+    return found == sizes.end() ? 0 : found->second;
+  }
+
+  // ".shared .align 16 .b8 name[40];" and its like; `kernel` is null outside of any.
+  void declare(std::unordered_map<std::string, Operand>& names, Kernel* kernel) {
+    std::string space, name;
+    uint32_t alignment = 1, element = 0;
+    for (skip_space(); text_[at_] == '.'; skip_space()) {
+      std::string const part = word();
+      if (part == ".align") alignment = uint32_t(number(word()));
+      else if (size_of(part)) element = size_of(part);
+      else if (part == ".shared" || part == ".global" || part == ".local" || part == ".const") space = part;
+    }
+    name = word();
+    uint32_t count = 1;
+    bool sized = true;
+    if (take('[')) {
+      sized = !take(']');
+      if (sized) {
+        count = uint32_t(number(word()));
+        expect(']');
+      }
+    }
+    alignment = std::max(alignment, element);
+    std::string const initial = until_semicolon();
+    Operand symbol;
+    if (space == ".global" || space == ".const") {
+      if (initial.find('=') != std::string::npos) fail("a variable with a value: " + name);
+      size_t const bytes = size_t(count) * element;
+      module_->globals.emplace_back(new uint8_t[bytes + 128](), bytes);
+      auto const address = reinterpret_cast<uint64_t>(module_->globals.back().first.get());
+      symbol.value = (address + alignment - 1) / alignment * alignment;
+    } else if (space == ".shared" && sized && kernel) {
+      kernel->static_shared = align_up(kernel->static_shared, alignment);
+      symbol.value = kSharedBase + kernel->static_shared;
+      kernel->static_shared += count * element;
+    } else if (space == ".shared" && !sized) {
+      symbol.value = kDynamicMark;
+    } else if (space == ".local" && kernel) {
+      if (kernel->local) fail("two variables in local memory");
+      kernel->local = count * element;
+      symbol.kind = Operand::kRegister;
+      symbol.slot = kLocalBase;
+    } else {
+      fail("variable " + name + " in " + space);
+    }
+    names[name] = symbol;
+  }
+
+  void entry() {
+    auto kernel = std::make_unique<Kernel>();
+    kernel->name = word();
+    scopes_.assign(1, Scope{globals_, {}, -1});
+    scope_ = 0;
+    jumps_.clear();
+    parameters(*kernel);
+    while (!take('{')) {  // .maxntid and the like
+      word();
+      while (at_ < text_.size() && text_[at_] != '.' && text_[at_] != '{') ++at_;
+    }
+    body(*kernel);
+    for (Jump const& jump : jumps_) kernel->code[jump.instruction].target = label(jump);
+    // Dynamic shared memory follows the static; its size is known at the launch.
+    uint32_t const dynamic = kSharedBase + align_up(kernel->static_shared, 128);
+    for (Instruction& instruction : kernel->code)
+      for (Operand& operand : instruction.operands) settle(operand, dynamic);
+    if (kernel->static_shared) kernel->static_shared = dynamic - kSharedBase;
+    module_->kernels.push_back(std::move(kernel));
+  }
+
+  static void settle(Operand& operand, uint32_t dynamic) {
+    if (operand.slot < 0 && operand.value >= kDynamicMark && operand.value < kDynamicMark + (1u << 20))
+      operand.value = operand.value - kDynamicMark + dynamic;
+    for (Operand& part : operand.parts) settle(part, dynamic);
+  }
+
+  void parameters(Kernel& kernel) {
+    struct Parameter {
+      std::string name;
+      uint32_t offset;
+    };
+    std::vector<Parameter> found;
+    if (take('(') && !take(')')) {
+      do {
+        std::string part, last;
+        uint32_t alignment = 1, element = 0, count = 1;
+        for (skip_space(); text_[at_] == '.'; skip_space()) {
+          part = word();
+          if (part == ".align") alignment = uint32_t(number(word()));
+          else if (size_of(part)) element = size_of(part);
+        }
+        std::string const name = word();
+        if (take('[')) {
+          count = uint32_t(number(word()));
+          expect(']');
+        }
+        uint32_t const offset = align_up(kernel.parameter_bytes, std::max(alignment, element));
+        kernel.parameters.emplace_back(offset, count * element);
+        kernel.parameter_bytes = offset + count * element;
+        found.push_back({name, offset});
+      } while (take(','));
+      expect(')');
+    }
+    kernel.parameter_memory.reset(new uint8_t[kernel.parameter_bytes + 128]);
+    auto const address = reinterpret_cast<uint64_t>(kernel.parameter_memory.get());
+    kernel.parameter_base = reinterpret_cast<uint8_t*>((address + 127) / 128 * 128);
+    for (Parameter const& parameter : found) {
+      Operand symbol;
+      symbol.value = reinterpret_cast<uint64_t>(kernel.parameter_base) + parameter.offset;
+      scopes_[0].names[parameter.name] = symbol;
+    }
+  }
+
+  void body(Kernel& kernel) {
+    for (int depth = 1; depth;) {
+      skip_space();
+      if (at_ >= text_.size()) fail("a kernel without an end");
+      if (take('{')) {
+        scopes_.push_back({{}, {}, scope_});
+        scope_ = int(scopes_.size()) - 1;
+        ++depth;
+      } else if (take('}')) {
+        scope_ = scopes_[scope_].parent;
+        --depth;
+      } else if (!take(';')) {
+        statement(kernel);
+      }
+    }
+    Instruction end;
+    end.name = {"ret"};
+    end.text = "ret";
+    kernel.code.push_back(end);
+  }
+
+  void statement(Kernel& kernel) {
+    size_t const start = at_;
+    int const at_line = line();
+    if (text_[at_] == '.') {
+      std::string const directive = word();
+      if (directive == ".reg") return registers(kernel);
+      if (directive == ".shared" || directive == ".local") {
+        at_ = start;
+        return declare(scopes_[scope_].names, &kernel);
+      }
+      if (directive == ".loc") {
+        at_ = std::min(text_.find('\n', at_), text_.size());
+        return;
+      }
+      if (directive == ".pragma") return void(until_semicolon());
+      fail("directive " + directive);
+    }
+    Instruction instruction;
+    instruction.line = at_line;
+    if (take('@')) {
+      instruction.predicate_negated = take('!');
+      instruction.predicate = operand_named(word()).slot;
+    }
+    std::string const name = word();
+    if (name.empty()) fail("not understood: " + text_.substr(at_, 40));
+    if (take(':')) {
+      scopes_[scope_].labels[name] = int(kernel.code.size());
+      return;
+    }
+    for (size_t from = 0, dot; from <= name.size(); from = dot + 1) {
+      dot = std::min(name.find('.', from), name.size());
+      instruction.name.push_back(name.substr(from, dot - from));
+    }
+    if (instruction.name[0] == "bra") {
+      jumps_.push_back({int(kernel.code.size()), word(), scope_});
+    } else if (instruction.name[0] == "call") {  // its operands are not followed: it fails when reached
+      at_ = text_.find(';', at_);
+    } else {
+      skip_space();
+      if (text_[at_] != ';') do instruction.operands.push_back(operand());
+        while (take(','));
+    }
+    instruction.text = text_.substr(start, at_ - start);
+    expect(';');
+    kernel.code.push_back(std::move(instruction));
+  }
+
+  void registers(Kernel& kernel) {
+    // Instructions carry their types; only 128 bits need more room.
+    int const slots = word() == ".b128" ? 2 : 1;
+    do {
+      std::string const name = word();
+      if (take('<')) {
+        int const count = int(number(word()));
+        expect('>');
+        for (int i = 0; i < count; ++i) add_register(kernel, name + std::to_string(i), slots);
+      } else {
+        add_register(kernel, name, slots);
+      }
+    } while (take(','));
+    expect(';');
+  }
+
+  void add_register(Kernel& kernel, std::string const& name, int slots) {
+    Operand operand;
+    operand.kind = Operand::kRegister;
+    operand.slot = kernel.registers;
+    kernel.registers += slots;
+    scopes_[scope_].names[name] = operand;
+  }
+
+  Operand operand_named(std::string const& name) const {
+    for (int scope = scope_; scope >= 0; scope = scopes_[scope].parent) {
+      auto const found = scopes_[scope].names.find(name);
+      if (found != scopes_[scope].names.end()) return found->second;
+    }
+    auto const special = special_names().find(name);
+    if (special == special_names().end()) fail("unknown name " + name);
+    Operand operand;
+    operand.kind = Operand::kRegister;
+    operand.slot = special->second;
+    return operand;
+  }
+
+  int label(Jump const& jump) const {
+    for (int scope = jump.scope; scope >= 0; scope = scopes_[scope].parent) {
+      auto const found = scopes_[scope].labels.find(jump.label);
+      if (found != scopes_[scope].labels.end()) return found->second;
+    }
+    fail("no label " + jump.label);
+  }
+
+  // A register, a number or a symbol, with what is added to it.
+  Operand atom() {
+    Operand operand;
+    bool const minus = take('-');
+    skip_space();
+    if (std::isdigit(static_cast<unsigned char>(text_[at_]))) {
+      operand.value = number(word());
+      if (minus) operand.value = -operand.value;
+    } else {
+      std::string const name = word();
+      if (name == "_") operand.kind = Operand::kSink;
+      else operand = operand_named(name);
+    }
+    if (take('+')) {
+      bool const back = take('-');
+      uint64_t const offset = number(word());
+      operand.value += back ? -offset : offset;
+    }
+    return operand;
+  }
+
+  Operand operand() {
+    Operand result;
+    if (take('[')) {
+      result = atom();
+      result.slot = result.kind == Operand::kRegister ? result.slot : -1;
+      result.kind = Operand::kAddress;
+      while (take(',')) result.parts.push_back(operand());
+      expect(']');
+      return result;
+    }
+    if (take('{')) {
+      result.kind = Operand::kVector;
+      do result.parts.push_back(operand());
+      while (take(','));
+      expect('}');
+      return result;
+    }
+    bool const negated = take('!');
+    result = atom();
+    result.negated = negated;
+    if (take('|')) {
+      Operand pair;
+      pair.kind = Operand::kPair;
+      pair.parts = {result, atom()};
+      return pair;
+    }
+    return result;
+  }
+
+  static constexpr uint64_t kDynamicMark = 0xE000'0000;  // stands for dynamic shared memory until its place is known
+
+  std::string text_;
+  size_t at_ = 0;
+  mutable size_t counted_ = 0;
+  mutable int lines_ = 0;
+  std::unique_ptr<Module> module_ = std::make_unique<Module>();
+  std::unordered_map<std::string, Operand> globals_;
+  std::vector<Scope> scopes_;
+  int scope_ = 0;
+  std::vector<Jump> jumps_;
+};
+
+}  // namespace
+
+std::unique_ptr<Module> parse(std::string_view text) { return Parser(text).module(); }
+
+}  // namespace emulator

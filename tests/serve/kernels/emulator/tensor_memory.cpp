@@ -1,0 +1,191 @@
+// tcgen05: tensor memory and the products that end there; and cluster launch control, which came with it.
+#include "machine.h"
+#include "matrices.h"
+
+namespace emulator {
+namespace {
+
+constexpr uint32_t kLanes = 128, kColumns = 512;
+
+uint32_t& cell(Block& block, uint32_t lane, uint32_t column) {
+  if (lane >= kLanes || column >= block.tensor_columns) throw Error("outside of the tensor memory that was allocated");
+  return block.tensor_memory[lane * kColumns + column];
+}
+
+uint32_t lane_of(uint32_t address) { return address >> 16; }
+uint32_t column_of(uint32_t address) { return address & 0xFFFF; }
+
+// One allocation at a time, from column 0.
+void allocate(Warp& warp, uint32_t lanes, Instruction const& i) {
+  need_all(lanes);
+  Block& block = *warp.block;
+  uint32_t const columns = get<uint32_t>(warp.threads[0], i.operands[1]);
+  if (columns < 32 || columns > kColumns || columns & (columns - 1)) throw Error("columns are a power of two, 32 to 512");
+  if (block.tensor_columns) throw Error("a second allocation of tensor memory");
+  block.tensor_columns = columns;
+  block.tensor_memory.assign(kLanes * kColumns, 0xFFFFFFFF);
+  uint32_t const base = 0;
+  std::memcpy(block.shared_at(uint32_t(address_of(warp.threads[0], i.operands[0])), 4), &base, 4);
+}
+
+void free_columns(Warp& warp, uint32_t lanes, Instruction const& i) {
+  need_all(lanes);
+  Thread& first = warp.threads[0];
+  if (get<uint32_t>(first, i.operands[0]) || get<uint32_t>(first, i.operands[1]) != warp.block->tensor_columns)
+    throw Error("frees other tensor memory than was allocated");
+  warp.block->tensor_columns = 0;
+}
+
+void nothing(Warp&, uint32_t, Instruction const&) {}
+
+// 128 rows of 16 bytes from shared memory to the 128 lanes, four columns.
+void copy(Thread& t, Instruction const& i) {
+  Block& block = t.block();
+  uint32_t const to = uint32_t(address_of(t, i.operands[0]));
+  SharedMatrix const from = SharedMatrix::of_tcgen05(get<uint64_t>(t, i.operands[1]));
+  if (lane_of(to)) throw Error("copies start at lane 0");
+  block.tensor_work.push_back([=, &block] {
+    for (uint32_t lane = 0; lane < kLanes; ++lane)
+      for (uint32_t word = 0; word < 4; ++word)
+        std::memcpy(&cell(block, lane, column_of(to) + word), block.shared_at(from.place(lane, 4 * word), 4), 4);
+  });
+}
+
+// tcgen05.mma.sp.kind::f16 with 128 rows: row r's sums in lane r, a column each. Metadata: a 32-bit column for each 32
+// columns of A, of a pair the one that the selector names; of 16 rows and lanes, lane l of the first eight has columns 0
+// to 15 of rows l (low half) and l + 8, lane l + 8 columns 16 to 31 of the same.
+void product(Thread& t, Instruction const& i) {
+  Block& block = t.block();
+  ++block.products;
+  uint32_t const description = get<uint32_t>(t, i.operands[4]);
+  uint32_t const selector = description & 3, m = (description >> 24 & 31) << 4, n = (description >> 17 & 63) << 3;
+  uint32_t const a_type = description >> 7 & 7, b_type = description >> 10 & 7;
+  bool const sparse = description >> 2 & 1, fp32 = (description >> 4 & 3) == 1;
+  if (!sparse || !fp32 || selector > 1 || a_type > 1 || a_type != b_type || description >> 13 & 15 || m != kLanes)
+    throw Error("a product of another kind");
+  for (Operand const& mask : i.operands[5].parts)
+    if (get<uint32_t>(t, mask)) throw Error("lanes that are left out");
+  uint32_t const to = uint32_t(address_of(t, i.operands[0])), meta = uint32_t(address_of(t, i.operands[3]));
+  if (lane_of(to) || lane_of(meta) || column_of(meta) % 2) throw Error("a misplaced operand in tensor memory");
+  SharedMatrix const a = SharedMatrix::of_tcgen05(get<uint64_t>(t, i.operands[1]));
+  SharedMatrix const b = SharedMatrix::of_tcgen05(get<uint64_t>(t, i.operands[2]));
+  bool const adds = get<bool>(t, i.operands[6]);
+  block.tensor_work.push_back([=, &block] {
+    std::vector<float> const values = read_matrix(block, a, 0, m, 16, 2, a_type == 1);
+    std::vector<float> const x = read_matrix(block, b, 0, n, 32, 2, a_type == 1);
+    for (uint32_t row = 0; row < m; ++row) {
+      std::array<Kept, 8> at;
+      for (uint32_t group = 0; group < 8; ++group) {
+        uint32_t const word = cell(block, row / 16 * 16 + group / 4 * 8 + row % 8, column_of(meta) + selector);
+        at[group] = kept(word >> row % 16 / 8 * 16, int(group % 4));
+      }
+      for (uint32_t column = 0; column < n; ++column) {
+        double sum = 0;
+        for (uint32_t group = 0; group < 8; ++group) {
+          float const* const inputs = &x[column * 32 + 4 * group];
+          sum += at[group].start + double(values[row * 16 + 2 * group]) * inputs[at[group].first];
+          sum += double(values[row * 16 + 2 * group + 1]) * inputs[at[group].second];
+        }
+        uint32_t& place = cell(block, row, column_of(to) + column);
+        float const result = float(adds ? sum + from_bits<float>(place) : sum);
+        std::memcpy(&place, &result, 4);
+      }
+    }
+  });
+}
+
+// Arrives when all that was asked for before is done.
+void commit_work(Thread& t, Instruction const& i) {
+  Block& block = t.block();
+  uint8_t* const barrier = block.shared_at(uint32_t(address_of(t, i.operands[0])), 8);
+  uint64_t const until = block.tensor_work_done + block.tensor_work.size();
+  Grid& grid = *block.cluster->grid;
+  grid.pending.push_back([=, &block, &grid] {
+    for (; block.tensor_work_done < until; ++block.tensor_work_done) {
+      block.tensor_work.front()();
+      block.tensor_work.pop_front();
+    }
+    mbarrier_arrive(grid, barrier, 1);
+  });
+}
+
+// Shape 16x256b: 16 lanes, 8 columns at a time. A thread has columns 2 * (lane % 4) and the next of lane / 4, then of
+// lane / 4 + 8. A warp reaches its own 32 of the 128 lanes. numbers: how many times 8 columns.
+template <bool kLoad>
+void registers(Warp& warp, uint32_t lanes, Instruction const& i) {
+  need_all(lanes);
+  Operand const &own = i.operands[kLoad ? 0 : 1], &address = i.operands[kLoad ? 1 : 0];
+  for (Thread& t : warp.threads) {
+    uint32_t const base = uint32_t(address_of(t, address));
+    if (lane_of(base) / 32 != warp.index % 4 || lane_of(base) % 16) throw Error("lanes of tensor memory that are another warp's");
+    for (int k = 0; k < i.numbers[0] * 4; ++k) {
+      uint32_t& place = cell(*warp.block, lane_of(base) + t.lane / 4 + k % 4 / 2 * 8,
+                             column_of(base) + k / 4 * 8 + t.lane % 4 * 2 + k % 2);
+      if constexpr (kLoad) put<uint32_t>(t, own.parts.at(k), place);
+      else place = get<uint32_t>(t, own.parts.at(k));
+    }
+  }
+  if (!kLoad) ++warp.block->cluster->grid->progress;
+}
+
+// What a cluster gets of another that has not begun: its first block, or nothing.
+struct Answer {
+  uint32_t x, y, z, given;
+};
+
+void try_cancel(Thread& t, Instruction const& i) {
+  uint32_t const to = uint32_t(address_of(t, i.operands[0])), barrier = uint32_t(address_of(t, i.operands[1]));
+  Cluster& cluster = *t.block().cluster;
+  bool const all = i.has("multicast::cluster::all");
+  Block* const own = &t.block();
+  cluster.grid->pending.push_back([=, &cluster] {
+    Dim first;
+    bool const given = cluster.grid->steal(first);
+    Answer const answer{first.x, first.y, first.z, given};
+    for (Block& block : cluster.blocks) {
+      if (!all && &block != own) continue;
+      std::memcpy(block.shared_at(to, 16), &answer, 16);
+      mbarrier_complete(*cluster.grid, block.shared_at(barrier, 8), 16);
+    }
+  });
+}
+
+Answer answer_of(Thread& t, Operand const& operand) {
+  Answer answer;
+  std::memcpy(&answer, &t.registers[operand.slot], 16);
+  if (answer.given > 1) throw Error("an answer that was not waited for");
+  return answer;
+}
+
+void is_cancelled(Thread& t, Instruction const& i) { put<bool>(t, i.operands[0], answer_of(t, i.operands[1]).given); }
+
+void first_block(Thread& t, Instruction const& i) {
+  Answer const answer = answer_of(t, i.operands[1]);
+  uint32_t const at[] = {answer.x, answer.y, answer.z};
+  for (size_t d = 0; d < 3; ++d) put<uint32_t>(t, i.operands[0].parts.at(d), at[d]);
+}
+
+}  // namespace
+
+bool decode_tensor_memory(Instruction& i) {
+  if (i.name[0] == "clusterlaunchcontrol") {
+    i.scalar = i.has("try_cancel") ? &try_cancel : i.has("is_canceled") ? &is_cancelled : i.has("get_first_ctaid") ? &first_block : nullptr;
+  } else if (i.name[0] == "tcgen05") {
+    if (i.has("cta_group::2")) return false;
+    std::string const& what = i.name[1];
+    for (int count = 1; count <= 32; count *= 2)
+      if (i.has("x" + std::to_string(count))) i.numbers[0] = count;
+    if (what == "alloc") i.collective = &allocate;
+    else if (what == "dealloc") i.collective = &free_columns;
+    else if (what == "cp" && i.has("128x128b")) i.scalar = &copy;
+    else if (what == "mma" && i.has("sp") && i.has("kind::f16")) i.scalar = &product;
+    else if (what == "commit" && !i.has("multicast::cluster")) i.scalar = &commit_work;
+    else if (what == "ld" && i.has("16x256b") && i.name.back() == "b32") i.collective = &registers<true>;
+    else if (what == "st" && i.has("16x256b") && i.name.back() == "b32") i.collective = &registers<false>;
+    else if (what == "relinquish_alloc_permit" || what == "wait::ld" || what == "wait::st") i.collective = &nothing;
+    else if (what.starts_with("fence::")) i.scalar = [](Thread&, Instruction const&) {};
+  }
+  return i.scalar || i.collective;
+}
+
+}  // namespace emulator
