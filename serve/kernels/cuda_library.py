@@ -26,15 +26,16 @@ _RESULTS = {
     1: "bad argument (a null or misaligned pointer, or a size that is not positive)",
     2: "this tile cannot compute a product of these sizes",
     3: "the workspace is too small",
-    4: "CUDA refused the launch (a library for another GPU, or an earlier error on this device)",
 }
+_CUDA_ERROR = 4  # ria_error() says which
 
 # Of csrc/cuda/library.cu; a library of another was built from other sources.
-_INTERFACE = 2
+_INTERFACE = 3
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES = {
     "ria_interface": (_INT, []),
+    "ria_error": (ctypes.c_char_p, []),
     "ria_family": (_INT, []),
     "ria_tiles": (_INT, []),
     "ria_tile_name": (ctypes.c_char_p, [_INT]),
@@ -159,6 +160,8 @@ class CudaLibrary:
         return multiprocessors(x.device.index), x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
     def _check(self, code: int, where: str = "") -> None:
+        if code == _CUDA_ERROR:
+            raise RiaError(f"{self.path.name}: {where}CUDA refused: {self._c.ria_error().decode()}")
         if code:
             raise RiaError(f"{self.path.name}: {where}{_RESULTS.get(code, f'error {code}')}")
 

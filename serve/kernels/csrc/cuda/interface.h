@@ -53,6 +53,9 @@ struct Tile {
 // Each tile's object file adds itself when the library is loaded.
 bool add_tile(Tile const&);
 
+// kCudaError, and what ria_error() says of it: a string that lasts.
+Result cuda_error(char const* what);
+
 // The first bytes of every workspace belong to the 2.x tiles' counters, which must be zero before the first launch and
 // are zero again after each.
 constexpr size_t kCounterBytes = 64 * 1024;

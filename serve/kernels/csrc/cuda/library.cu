@@ -38,17 +38,19 @@ Result with_layout(int value_bits, int out_features, int in_features, Result oth
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    ok_ = cudaGetDevice(&before_) == cudaSuccess && (before_ == device || cudaSetDevice(device) == cudaSuccess);
-    moved_ = ok_ && before_ != device;
+    error_ = cudaGetDevice(&before_);
+    if (error_ != cudaSuccess || before_ == device) return;
+    error_ = cudaSetDevice(device);
+    moved_ = error_ == cudaSuccess;
   }
   ~DeviceGuard() {
     if (moved_) cudaSetDevice(before_);
   }
-  bool ok() const { return ok_; }
+  cudaError_t error() const { return error_; }
 
  private:
   int before_ = 0;
-  bool ok_ = false;
+  cudaError_t error_;
   bool moved_ = false;
 };
 
@@ -59,12 +61,24 @@ bool add_tile(Tile const& tile) {
   return true;
 }
 
+static thread_local char const* last_error = "";
+
+Result cuda_error(char const* what) {
+  last_error = what;
+  return kCudaError;
+}
+
+static Result result_of(cudaError_t error) { return error == cudaSuccess ? kOk : cuda_error(cudaGetErrorString(error)); }
+
 }  // namespace ria
 
 using namespace ria;
 
 // Changes with the functions below: a library that was left from older sources must not be called as one of these.
-RIA_API int ria_interface() { return 2; }
+RIA_API int ria_interface() { return 3; }
+
+// What CUDA said when the calling thread last got kCudaError.
+RIA_API char const* ria_error() { return last_error; }
 
 RIA_API int ria_family() { return RIA_FAMILY; }
 
@@ -102,7 +116,7 @@ RIA_API int ria_pack_metadata(int value_bits, void const* bitmask, void* metadat
                               int device, void* stream) {
   if (!bitmask || !metadata) return kBadArgument;
   DeviceGuard const guard(device);
-  if (!guard.ok()) return kCudaError;
+  if (guard.error() != cudaSuccess) return result_of(guard.error());
   return with_layout(value_bits, out_features, in_features, int(kBadArgument), [&](auto layout) {
     using Layout = decltype(layout);
     int64_t const bytes = metadata_bytes<Layout>(out_features, in_features);
@@ -110,7 +124,7 @@ RIA_API int ria_pack_metadata(int value_bits, void const* bitmask, void* metadat
     int const blocks = int(bytes / threads < 4096 ? (bytes + threads - 1) / threads : 4096);
     pack_metadata<Layout><<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(
         static_cast<uint8_t const*>(bitmask), static_cast<uint8_t*>(metadata), out_features, in_features, bytes);
-    return int(cudaGetLastError() == cudaSuccess ? kOk : kCudaError);
+    return int(result_of(cudaGetLastError()));
   });
 }
 
@@ -169,6 +183,6 @@ RIA_API int ria_linear(int tile, int data_type, int out_features, int in_feature
   problem.workspace_bytes = size_t(workspace_bytes);
   problem.stream = stream;
   DeviceGuard const guard(device);
-  if (!guard.ok()) return kCudaError;
+  if (guard.error() != cudaSuccess) return result_of(guard.error());
   return tiles()[tile].run(problem);
 }

@@ -196,12 +196,13 @@ Result run(Problem const& problem) {
       grid.steps_per_part};
   constexpr int shared_bytes = int(sizeof(typename Loop::SharedStorage));
   static_assert(shared_bytes <= 98 * 1024, "more shared memory than sm_86, sm_89 and sm_120 have");
-  if (cudaFuncSetAttribute(sparse_linear<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) !=
-      cudaSuccess)
-    return kCudaError;
+  if (cudaError_t const error = cudaFuncSetAttribute(
+          sparse_linear<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
+    return cuda_error(cudaGetErrorString(error));
   sparse_linear<Element><<<dim3(grid.rows, grid.columns, grid.parts), kThreads, shared_bytes,
                            static_cast<cudaStream_t>(problem.stream)>>>(params);
-  return cudaGetLastError() == cudaSuccess ? kOk : kCudaError;
+  cudaError_t const error = cudaGetLastError();
+  return error == cudaSuccess ? kOk : cuda_error(cudaGetErrorString(error));
 }
 
 Result run_either(Problem const& p) {

@@ -138,9 +138,12 @@ struct SparseLinear {
     if (Gemm::get_workspace_size(args) > p.workspace_bytes - kCounterBytes) return kWorkspaceTooSmall;
     auto const stream = static_cast<cudaStream_t>(p.stream);
     Gemm gemm;
-    if (gemm.initialize(args, static_cast<uint8_t*>(p.workspace) + kCounterBytes, stream) != cutlass::Status::kSuccess)
-      return kCudaError;
-    return gemm.run(stream) == cutlass::Status::kSuccess ? kOk : kCudaError;
+    auto status = gemm.initialize(args, static_cast<uint8_t*>(p.workspace) + kCounterBytes, stream);
+    if (status == cutlass::Status::kSuccess) status = gemm.run(stream);
+    if (status == cutlass::Status::kSuccess) return kOk;
+    // CUTLASS tells of no launch's error and clears most of them, but those that stay with the device.
+    cudaError_t const error = cudaPeekAtLastError();
+    return cuda_error(error == cudaSuccess ? cutlassGetStatusString(status) : cudaGetErrorString(error));
   }
 };
 
