@@ -303,5 +303,5 @@ def at_install(folder: Path, say: Callable[[str], None] = print) -> list[Path]:
             return []
         return [compile_library(target, folder, say=say) for target in targets]
     except (CudaBuildError, OSError, ValueError) as error:
-        say(f"ria-vllm: CUDA kernels skipped: {error}; {LATER}")
+        say(f"ria-vllm: CUDA kernels skipped: {' '.join(str(error).split())[:300]}; {LATER}")
         return []

@@ -15,7 +15,7 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels import fp8
 from ria_vllm.serve.kernels.cuda_library import library_of, multiprocessors
-from ria_vllm.serve.kernels.cutlass_tiles import WORKSPACE_BYTES, choose_tile
+from ria_vllm.serve.kernels.cutlass_tiles import COUNTER_BYTES, WORKSPACE_BYTES, choose_tile
 
 NAME = "cutlass"
 
@@ -139,7 +139,8 @@ def pack(
         scales: float32 [out], for float8_e4m3fn values and only for them; the third tensor of the result.
     """
     library = library_of(compressed.device.index)
-    workspace(compressed.device.index)  # before any CUDA graph is captured
+    # Here, that no CUDA graph's capture has to allocate it; and cleared again, for vLLM's sleep mode may have lost it.
+    workspace(compressed.device.index)[:COUNTER_BYTES].zero_()
     values = compressed.clone(memory_format=torch.contiguous_format)
     metadata = library.pack_metadata(bitmask, compressed.itemsize * 8)
     return (values, metadata) if scales is None else (values, metadata, scales.clone())

@@ -12,10 +12,12 @@ SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE = -1, 0, 1
 
 # Allocated once per device. The largest need of any tile is one fp32 tile for each multiprocessor.
 WORKSPACE_BYTES = 32 * 2**20
+COUNTER_BYTES = 64 * 2**10  # at its start, as in csrc/cuda/interface.h
 
-# (family, bits a value, out_features, in_features): (up to this many tokens, tile, split), ascending. `gpu_check`
-# prints rows for it. Empty because no GPU has measured it yet: the rules below are reasoned, not tuned.
-MEASURED: dict[tuple[int, int, int, int], tuple[tuple[int, str, int], ...]] = {}
+# (family, multiprocessors, bits a value, out_features, in_features): (up to this many tokens, tile, split), ascending.
+# The multiprocessors tell GPUs of a family apart. `gpu_check` prints rows for it. Empty because no GPU has measured it
+# yet: the rules below are reasoned, not tuned.
+MEASURED: dict[tuple[int, int, int, int, int], tuple[tuple[int, str, int], ...]] = {}
 
 # (family, bits a value): (up to this many tokens, tiles in order of preference).
 #
@@ -47,10 +49,10 @@ _RULES: dict[tuple[int, int], tuple[tuple[float, tuple[tuple[str, int], ...]], .
 
 
 def preferences(
-    family: int, value_bits: int, out_features: int, in_features: int, tokens: int
+    family: int, sms: int, value_bits: int, out_features: int, in_features: int, tokens: int
 ) -> tuple[tuple[str, int], ...]:
     """Tiles by name, each with its split, best first; empty where the family has none for values of so many bits."""
-    for most, name, split in MEASURED.get((family, value_bits, out_features, in_features), ()):
+    for most, name, split in MEASURED.get((family, sms, value_bits, out_features, in_features), ()):
         if tokens <= most:
             return ((name, split),)
     return next((tiles for most, tiles in _RULES.get((family, value_bits), ()) if tokens <= most), ())
@@ -69,7 +71,7 @@ def choose_tile(
     indices = {name: index for index, name in enumerate(library.tile_names)}
     wanted = [
         (indices[name], split)
-        for name, split in preferences(library.family, dtype.itemsize * 8, *sizes, tokens)
+        for name, split in preferences(library.family, sms, dtype.itemsize * 8, *sizes, tokens)
         if name in indices
     ]
     for tile, split in [*wanted, *((tile, SPLIT_NONE) for tile in indices.values())]:

@@ -80,6 +80,10 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(no_gpu, tmp_path):
     no_gpu.setattr(cuda_compile, "find_headers", lambda: tmp_path)
     with pytest.raises(cuda_compile.CudaBuildError, match="unlucky"):
         cuda_compile.compile_library(cuda_compile.architecture("80"), tmp_path / "out")
+    no_gpu.setenv("RIA_VLLM_CUDA_ARCHS", "80")
+    said = []
+    assert cuda_compile.at_install(tmp_path / "out", said.append) == []
+    assert len(said) == 1 and "unlucky" in said[0] and "\n" not in said[0]
     assert not list(tmp_path.glob("out/*"))
 
 

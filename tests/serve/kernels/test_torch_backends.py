@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor import metrics
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.serve import kernels
-from ria_vllm.serve.kernels import cuda_compile, cusparselt, cutlass, cutlass_tiles, torch_cutlass
+from ria_vllm.serve.kernels import cpu, cuda_compile, cusparselt, cutlass, cutlass_tiles, reference, torch_cutlass
 
 CPU = torch.device("cpu")
 
@@ -137,7 +138,7 @@ def test_no_tile_at_all_is_an_error():
 
 def test_a_measured_shape_overrules_the_rule(monkeypatch):
     row = ((16, "128x64_streamk", 2), (64, "128x128_cluster_pingpong", 1))
-    monkeypatch.setitem(cutlass_tiles.MEASURED, (90, 16, 4096, 4096), row)
+    monkeypatch.setitem(cutlass_tiles.MEASURED, (90, 132, 16, 4096, 4096), row)
     assert chosen(pretend(ALL_HOPPER), 7) == ("128x64_streamk", 2)
     assert chosen(pretend(ALL_HOPPER), 17) == ("128x128_cluster_pingpong", 1)
     assert chosen(pretend(ALL_HOPPER), 65)[0] == "128x128_cluster_streamk"
@@ -148,5 +149,57 @@ def test_every_rule_names_tiles_that_are_compiled():
         names = {tile.name for tile in target.tiles}
         for value_bits in {tile.value_bits for tile in target.tiles}:
             for tokens in (1, 16, 17, 64, 65, 512, 513, 100_000):
-                wanted = cutlass_tiles.preferences(target.family, value_bits, 4096, 4096, tokens)
+                wanted = cutlass_tiles.preferences(target.family, 132, value_bits, 4096, 4096, tokens)
                 assert wanted and {name for name, _ in wanted} <= names
+
+
+class Backend(SimpleNamespace):
+    """The reference, with changes."""
+
+    def __init__(self, **changes):
+        super().__init__(**{name: getattr(reference, name) for name in ("unavailable", "pack", "apply")} | changes)
+
+    def __hash__(self):
+        return id(self)
+
+
+def test_a_backend_is_tried_out_before_it_is_chosen():
+    def broken(*_):
+        raise RuntimeError("no kernel image is available\nfor execution")
+
+    assert kernels.fault(cpu, CPU) is None and kernels.fault(reference, CPU) is None
+    assert kernels.fault(Backend(pack=broken), CPU).endswith("fails on this GPU: no kernel image is available")
+    assert kernels.fault(Backend(apply=lambda x, *_: x), CPU) == "a small product comes out wrong on this GPU"
+
+
+def test_the_next_backend_takes_what_a_broken_one_cannot(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    for backend in kernels.BACKENDS:
+        monkeypatch.setattr(backend, "unavailable", lambda *facts: None)
+    monkeypatch.setattr(kernels, "fault", lambda backend, device: "too old" if backend is cutlass else None)
+    assert kernels.choose(gpu, torch.bfloat16, 64, 64) is cusparselt
+    assert kernels.explain(gpu, torch.bfloat16, 64, 64)[:2] == [("cutlass", "too old"), ("cusparselt", None)]
+    monkeypatch.setenv("RIA_VLLM_BACKEND", "cutlass")
+    with pytest.raises(RiaError, match="cutlass cannot serve .* too old"):
+        kernels.choose(gpu, torch.bfloat16, 64, 64)
+
+
+def test_the_compiler_puts_the_gather_into_the_norm(hopper):
+    """The operators leave it outside, so that it costs no pass of its own: no kernel more than without."""
+    compressed, bitmask = sparse24.compress(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16())
+    packed = cutlass.pack(compressed, bitmask)
+    x, weight = torch.randn(3, 256).bfloat16(), torch.rand(256).bfloat16()
+    order = torch.randperm(256).int()
+
+    def layer(x, order):
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
+        return cutlass.apply(normed.bfloat16() * weight, packed, 64, order, None)
+
+    counts = []
+    for permutation in (None, order):
+        torch.compiler.reset()
+        metrics.reset()
+        y = torch.compile(layer)(x, permutation)
+        torch.testing.assert_close(y, layer(x, permutation), rtol=0.02, atol=0.1)
+        counts.append(metrics.generated_kernel_count)
+    assert counts[0] == counts[1] > 0
