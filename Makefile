@@ -1,7 +1,8 @@
 # make demo   a pruned model from nothing to `vllm serve`, in a few minutes
 # make test   the whole test suite
 # make test-versions  the serving tests with each older vLLM that is supported, and a look into the newest CUDA wheel
-# make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel
+# make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel.
+#                GPU_PYTHON names the Python that has the torch; GPU_ARGS="--checkpoint FOLDER" takes real weights, too
 #
 # The first two set up .venv on their first run and use it again afterwards. Needed: python3.11 with venv, make, g++.
 # PIP_ARGS reaches every `pip install`, for example to name PyTorch's index of CPU wheels with --extra-index-url:
@@ -10,6 +11,8 @@
 PYTHON ?= python3.11
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
 VLLM_VERSION := 0.32.0
 
 BIN := .venv/bin
@@ -46,7 +49,7 @@ test-versions: .venv/ready $(OLDER_VERSIONS:%=.venv-%/ready)
 
 # No set-up of its own: the machine's torch is the one to check.
 test-gpu:
-	$(PYTHON) -m ria_vllm.serve.kernels.gpu_check
+	$(GPU_PYTHON) packaging/test_gpu.py $(GPU_ARGS)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) cannot make an environment: on Debian, apt install python3.11-venv"; exit 1; }
