@@ -1,5 +1,6 @@
 """Which tile computes a product, and how K is divided: a measured table first, a rule for every other shape."""
 
+import re
 from functools import lru_cache
 
 import torch
@@ -9,6 +10,9 @@ from ria_vllm.serve.kernels.cuda_library import CudaLibrary
 
 # How K is divided among thread blocks, as csrc/cuda/interface.h has it; 2 and more ask for that many parts.
 SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE = -1, 0, 1
+_SPLIT_BALANCED = -2  # of a rule here alone: as many parts as `balanced_parts` says
+
+MOST_PARTS = 16
 
 # Allocated once per device. The largest need of any tile is one fp32 tile for each multiprocessor.
 WORKSPACE_BYTES = 32 * 2**20
@@ -21,22 +25,22 @@ MEASURED: dict[tuple[int, int, int, int, int], tuple[tuple[int, str, int], ...]]
 
 # (family, bits a value): (up to this many tokens, tiles in order of preference).
 #
-# Few tokens: the weight's bytes decide, so every multiprocessor must be pulling on them, and K is divided where the
-# rows alone make too few tiles. Many tokens: wide token tiles, because on Hopper the sparse wgmma reads its B operand
-# from shared memory twice as fast as a dense one does, and a cluster shares it.
+# Few tokens: the weight's bytes decide, so every multiprocessor must be pulling on its share of them, and K is divided
+# until they do. Many tokens: wide token tiles, because on Hopper the sparse wgmma reads its B operand from shared
+# memory twice as fast as a dense one does, and a cluster shares it.
 _RULES: dict[tuple[int, int], tuple[tuple[float, tuple[tuple[str, int], ...]], ...]] = {
     (90, 16): (
-        (16, (("128x16_streamk", SPLIT_HEURISTIC),)),
-        (64, (("128x64_streamk", SPLIT_HEURISTIC),)),
+        (16, (("128x16_streamk", _SPLIT_BALANCED),)),
+        (64, (("128x64_streamk", _SPLIT_BALANCED),)),
         (512, (("128x128_cluster_streamk", SPLIT_HEURISTIC),)),
         (float("inf"), (("128x256_cluster", SPLIT_NONE), ("128x128_cluster_streamk", SPLIT_HEURISTIC))),
     ),
     (90, 8): (
-        (16, (("fp8_128x16_streamk", SPLIT_HEURISTIC),)),
+        (16, (("fp8_128x16_streamk", _SPLIT_BALANCED),)),
         (float("inf"), (("fp8_128x128_cluster_streamk", SPLIT_HEURISTIC),)),
     ),
     (100, 16): (
-        (64, (("128x64_streamk", SPLIT_HEURISTIC),)),
+        (64, (("128x64_streamk", _SPLIT_BALANCED),)),
         (512, (("128x128_streamk", SPLIT_HEURISTIC),)),
         (float("inf"), (("128x256", SPLIT_NONE),)),
     ),
@@ -55,7 +59,29 @@ def preferences(
     for most, name, split in MEASURED.get((family, sms, value_bits, out_features, in_features), ()):
         if tokens <= most:
             return ((name, split),)
-    return next((tiles for most, tiles in _RULES.get((family, value_bits), ()) if tokens <= most), ())
+    tiles = next((tiles for most, tiles in _RULES.get((family, value_bits), ()) if tokens <= most), ())
+    return tuple(
+        (name, balanced_parts(name, out_features, in_features, tokens, sms) if split == _SPLIT_BALANCED else split)
+        for name, split in tiles
+    )
+
+
+def balanced_parts(tile: str, out_features: int, in_features: int, tokens: int, sms: int) -> int:
+    """Into how many parts to divide K, so that the busiest multiprocessor is done soonest.
+
+    CUTLASS's own heuristic leaves K whole once the tiles fill half of the last wave: 86 of 132 multiprocessors for 11008
+    rows. Stream-K, forced, sets all of them to work, but one with a whole tile is still the last. Counted in steps of K
+    a tile: each wave of blocks takes its steps and about one to start; the parts of a tile add their sums one after the
+    other, about half a step each. The two are estimates, to be replaced by measurements.
+    """
+    fp8, rows, columns = re.match(r"(fp8_)?(\d+)x(\d+)", tile).groups()
+    tiles = -(-out_features // int(rows)) * -(-tokens // int(columns))
+    steps = -(-in_features // (256 if fp8 else 128))
+
+    def duration(parts: int) -> float:
+        return -(-tiles * parts // sms) * (-(-steps // parts) + 1) + (parts - 1) / 2
+
+    return min(range(1, min(steps, MOST_PARTS) + 1), key=duration)
 
 
 @lru_cache(maxsize=None)

@@ -24,7 +24,7 @@ LAYERS = {
 }
 TUNED_SHAPES = ((4096, 4096), (6144, 4096), (22016, 4096), (4096, 11008), (57344, 8192), (8192, 28672))
 TUNED_TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-SPLITS = (SPLIT_NONE, SPLIT_HEURISTIC, SPLIT_FORCED, 2, 4)
+SPLITS = (SPLIT_NONE, SPLIT_HEURISTIC, SPLIT_FORCED, 2, 3, 4)
 
 # Copies of each weight are used in turn, together larger than any L2, so that every product reads its weight from
 # memory, as it does between the other layers of a model.

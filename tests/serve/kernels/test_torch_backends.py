@@ -131,6 +131,29 @@ def test_rules_and_measurements_take_what_is_compiled_by_default_and_nothing_els
     assert taken == {tile.name for tile in architecture.default_tiles}
 
 
+@pytest.mark.parametrize("sms", [114, 132, 148])
+@pytest.mark.parametrize(
+    "shape",
+    [(4096, 4096), (6144, 4096), (11008, 4096), (4096, 11008), (28672, 8192), (8192, 28672), (57344, 8192), (576, 1536)],
+)
+def test_parts_of_k_keep_the_multiprocessors_alike_busy(shape, sms):
+    """Blocks are dealt out one by one to whoever has least; what the busiest gets is near an equal share."""
+    parts = cutlass_tiles.balanced_parts("128x16_streamk", *shape, 1, sms)
+    tiles, steps = -(-shape[0] // 128), -(-shape[1] // 128)
+    loads = [0] * sms
+    for part in range(parts):
+        for _ in range(tiles):
+            loads[loads.index(min(loads))] += (steps + part) // parts
+    share = tiles * steps / sms
+    assert max(loads) <= max(1.45 * share, steps / cutlass_tiles.MOST_PARTS + 3)
+
+
+def test_k_stays_whole_where_a_tile_has_but_one_step():
+    assert cutlass_tiles.balanced_parts("128x16_streamk", 8, 64, 1, 132) == 1
+    assert cutlass_tiles.balanced_parts("fp8_128x16_streamk", 8, 256, 1, 132) == 1
+    assert cutlass_tiles.balanced_parts("fp8_128x16_streamk", 8, 512, 1, 132) == 2
+
+
 def test_no_tile_at_all_is_an_error():
     with pytest.raises(RiaError, match="no tile for a 4096 x 4096 layer"):
         chosen(pretend(ALL_HOPPER, refused=ALL_HOPPER), 1)
