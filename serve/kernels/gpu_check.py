@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, product
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -136,38 +137,49 @@ def supervise(
         factory: what returns the parts, the same ones in every process; picklable.
         silence: seconds that a part may take for one row.
     """
-    context = multiprocessing.get_context("spawn")
-    parts, current = factory(), -1
-    while current + 1 < len(parts):
-        first, at = current + 1, "the worker's start"
+    parts, first = factory(), 0
+    while first < len(parts):
         if time.monotonic() > deadline:
             yield from run_parts(parts, deadline, first)
             return
+        index, at = first, "the worker's start"
+        context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
-        worker = context.Process(target=_work, args=(sender, factory, deadline, first), daemon=True)
+        worker = context.Process(target=_work, args=(sender, factory, deadline, first))
         worker.start()
         sender.close()
         try:
-            while True:
-                # The start of a worker, the import of torch included, may take as long again.
-                if not receiver.poll(silence if current >= first else 2 * silence):
-                    error = f"no answer for {silence} s"
-                    break
-                current, row = receiver.recv()
-                if "error" in row:
-                    error = row["error"]
-                    break
+            for index, row in _received(worker, receiver, silence):
                 at = row.get("at", at)
-                yield current, row
+                yield index, row
+            return
+        except _PartError as error:
+            yield index, {"part": parts[index].name, "at": at, "ok": False, "error": str(error)}
+        finally:
+            worker.kill()
+            worker.join(10)
+        first = index + 1
+
+
+class _PartError(Exception):
+    """What ended a worker."""
+
+
+def _received(worker: BaseProcess, receiver: Connection, silence: float) -> Iterator[tuple[int, Row]]:
+    patience = 2 * silence  # its start, the import of torch included, may take as long again
+    while receiver.poll(patience):
+        try:
+            index, row = receiver.recv()
         except EOFError:
             worker.join()
-            error = f"the process ended with code {worker.exitcode}" if worker.exitcode else None
-        worker.kill()
-        worker.join()
-        if error is None:
+            if worker.exitcode:
+                raise _PartError(f"the process ended with code {worker.exitcode}") from None
             return
-        current = max(current, first)
-        yield current, {"part": parts[current].name, "at": at, "ok": False, "error": error}
+        if "error" in row:
+            raise _PartError(row["error"])
+        yield index, row
+        patience = silence
+    raise _PartError(f"no answer for {patience} s")
 
 
 def _work(sender: Connection, factory: Callable[[], Sequence[Part]], deadline: float, first: int) -> None:
