@@ -8,7 +8,7 @@ import ctypes
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -44,16 +44,28 @@ def compiled(arch: str) -> CudaLibrary:
 
 
 def emulated(arch: str) -> "EmulatedLibrary":
-    """The same for tensors on the CPU."""
-    return _emulated(arch, _objects(arch))
+    """The same for tensors on the CPU, with the emulator's settings as they are at first."""
+    library = _emulated(arch, _objects(arch))
+    library.reset()
+    return library
+
+
+def emulator_alone() -> "Emulator":
+    """The emulator without a library, for PTX from elsewhere; skips the test where it cannot be compiled."""
+    _find_or_skip(cuda_compile.find_nvcc)
+    return Emulator(ctypes.CDLL(str(link_emulator("emulator", ()))))
+
+
+def _find_or_skip(find: Callable[[], object]) -> None:
+    try:
+        find()
+    except cuda_compile.CudaBuildError as error:
+        pytest.skip(str(error))
 
 
 def _objects(arch: str) -> tuple[Path, ...]:
-    try:
-        cuda_compile.find_nvcc()
-        cuda_compile.find_headers()
-    except cuda_compile.CudaBuildError as error:
-        pytest.skip(str(error))
+    _find_or_skip(cuda_compile.find_nvcc)
+    _find_or_skip(cuda_compile.find_headers)
     return _compile(arch)
 
 
@@ -65,7 +77,7 @@ def _compile(arch: str) -> tuple[Path, ...]:
     virtual = f"compute_{target.name}"
     both = replace(target, code=f"-gencode=arch={virtual},code=[sm_{target.name},{virtual}]")
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("NVCC_APPEND_FLAGS", "-Xfatbin=-compress=false")
+        environment.setenv("NVCC_APPEND_FLAGS", "-Xfatbin=-compress=false", prepend=" ")
         return tuple(cuda_compile.compile_objects(both, folder, chosen_tiles(arch)))
 
 
@@ -110,6 +122,9 @@ class Emulator:
         self._c = library
         library.emulator_allow.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         library.emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_uint32]
+        library.emulator_run.argtypes = (
+            [ctypes.c_char_p] * 2 + [ctypes.c_uint32] * 3 + [ctypes.c_size_t, ctypes.c_void_p]
+        )
         library.emulator_error.restype = ctypes.c_char_p
 
     @contextmanager
@@ -125,17 +140,13 @@ class Emulator:
             self._c.emulator_forget()
 
     def configure(self, seed: int, multiprocessors: int) -> None:
-        """seed: 0 for threads in order and asynchronous work as late as it can be; else both at random."""
+        """seed: 0 for threads in order and asynchronous work as late as it can be; else both at random. Earlier errors
+        are forgotten."""
         self._c.emulator_configure(seed, multiprocessors)
 
     def error(self) -> str:
+        """Why something failed since the emulator was configured; empty if nothing did."""
         return self._c.emulator_error().decode()
-
-    def coverage(self) -> tuple[int, int]:
-        """Instructions that ever ran, of all in kernels that were launched."""
-        reached, total = ctypes.c_uint64(), ctypes.c_uint64()
-        self._c.emulator_coverage(ctypes.byref(reached), ctypes.byref(total))
-        return reached.value, total.value
 
     def load(self) -> tuple[int, int, int]:
         """Of the last launch: blocks that used the tensor cores, the most instructions of one, all instructions."""
@@ -143,15 +154,28 @@ class Emulator:
         self._c.emulator_load(*map(ctypes.byref, numbers))
         return tuple(number.value for number in numbers)
 
-    def run(self, ptx: str, kernel: str, blocks: int, threads: int, arguments: Sequence[torch.Tensor]) -> None:
+    def run(
+        self,
+        ptx: str,
+        kernel: str,
+        blocks: int,
+        threads: int,
+        arguments: Sequence[torch.Tensor],
+        cluster: int = 1,
+        shared: int = 0,
+    ) -> None:
         """A kernel whose parameters are all pointers, to the tensors.
+
+        Args:
+            cluster: blocks of each.
+            shared: bytes of dynamic shared memory.
 
         Raises:
             RiaError: with what the emulator said.
         """
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in arguments]
         array = (ctypes.c_void_p * len(pointers))(*(ctypes.addressof(pointer) for pointer in pointers))
-        if self._c.emulator_run(ptx.encode(), kernel.encode(), blocks, threads, array):
+        if self._c.emulator_run(ptx.encode(), kernel.encode(), blocks, threads, cluster, shared, array):
             raise RiaError(self.error())
 
 
@@ -161,19 +185,28 @@ class EmulatedLibrary(CudaLibrary):
     def __init__(self, path: Path):
         super().__init__(path)
         self.emulator = Emulator(self._c)
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the settings that a new library has."""
         self.multiprocessors, self.seed = 8, 0
 
     def linear(self, tile, split, x, values, metadata, bias, y, workspace, scales=None):
-        self.emulator.configure(self.seed, self.multiprocessors)
-        with self.emulator.memory([x, values, metadata, bias, *(scales or ())], [y, workspace]):
+        """As on a GPU whose memory holds the operands and nothing else."""
+        with self.memory([x, values, metadata, bias, *(scales or ())], [y, workspace]):
             super().linear(tile, split, x, values, metadata, bias, y, workspace, scales)
 
+    def memory(self, read: Sequence[torch.Tensor | None], written: Sequence[torch.Tensor]):
+        """What kernels may touch meanwhile, in an emulator with this library's settings."""
+        self.emulator.configure(self.seed, self.multiprocessors)
+        return self.emulator.memory(read, written)
+
     def pack_metadata_on_device(self, bitmask: torch.Tensor, value_bits: int) -> torch.Tensor:
+        """What pack_metadata would return for a bitmask on the GPU."""
         out_features, in_features = bitmask.shape[0], bitmask.shape[1] * 8
         metadata = torch.full((self.metadata_bytes(out_features, in_features, value_bits),), 0xFF, dtype=torch.uint8)
         arguments = value_bits, bitmask.data_ptr(), metadata.data_ptr(), out_features, in_features, 0, None
-        self.emulator.configure(self.seed, self.multiprocessors)
-        with self.emulator.memory([bitmask], [metadata]):
+        with self.memory([bitmask], [metadata]):
             self._check(self._c.ria_pack_metadata(*arguments))
         return metadata
 
@@ -184,4 +217,7 @@ class EmulatedLibrary(CudaLibrary):
         try:
             super()._check(code, where)
         except RiaError as error:
-            raise RiaError(f"{error}; {self.emulator.error()}") from error
+            reason = self.emulator.error()
+            if not reason:
+                raise
+            raise RiaError(f"{error}; {reason}") from error

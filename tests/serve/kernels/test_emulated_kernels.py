@@ -12,6 +12,7 @@ from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels import cutlass, fp8
 from ria_vllm.serve.kernels.cutlass_tiles import (
+    COUNTER_BYTES,
     SPLIT_FORCED,
     SPLIT_HEURISTIC,
     SPLIT_NONE,
@@ -64,18 +65,23 @@ def dtypes_of(tile):
 
 
 @pytest.fixture
+def library(arch):
+    """The architecture's library, whose settings a test may change."""
+    return emulated(arch)
+
+
+@pytest.fixture
 def workspace():
     """Counters zero, as they must be, and what other products left behind in the rest."""
     memory = torch.full((WORKSPACE_BYTES,), 0xFF, dtype=torch.uint8)
-    memory[: 64 * 1024] = 0
+    memory[:COUNTER_BYTES] = 0
     return memory
 
 
 @pytest.mark.parametrize("arch, tile", TILES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_products_are_those_of_float64(arch, tile, seed, workspace):
+def test_products_are_those_of_float64(library, tile, seed, workspace):
     """With each division of K, on a GPU of so few multiprocessors that blocks take several tiles, in whatever order."""
-    library = emulated(arch)
     library.seed = seed
     index = library.tile_names.index(tile)
     for number, (out_features, in_features, tokens) in enumerate(SHAPES):
@@ -92,13 +98,12 @@ def test_products_are_those_of_float64(arch, tile, seed, workspace):
             operands = (product.x, product.values, metadata, bias, y, workspace[:need], product.scales)
             library.linear(index, split, *operands)
             product.check(y, bias)
-            assert not workspace[: 64 * 1024].any()
+            assert not workspace[:COUNTER_BYTES].any()
 
 
 @pytest.mark.parametrize("arch, tile", TILES)
-def test_a_product_repeats_bit_for_bit(arch, tile, workspace):
+def test_a_product_repeats_bit_for_bit(library, tile, workspace):
     """Whichever block and whichever copy comes first."""
-    library = emulated(arch)
     library.multiprocessors = 6
     dtype, output = dtypes_of(tile)[0]
     product = Product(264, 1152, 70, dtype, output)
@@ -115,8 +120,7 @@ def test_a_product_repeats_bit_for_bit(arch, tile, workspace):
 
 @pytest.mark.parametrize("arch", ["80", "90a", "100a", "120"])
 @pytest.mark.parametrize("value_bits", [16, 8])
-def test_the_gpu_packs_as_the_host_does(arch, value_bits):
-    library = emulated(arch)
+def test_the_gpu_packs_as_the_host_does(library, arch, value_bits):
     generator = torch.Generator().manual_seed(1)
     for out_features, in_features in [(8, 64), (200, 192), (1000, 448)]:
         bitmask = torch.randint(256, (out_features, in_features // 8), generator=generator, dtype=torch.uint8)
@@ -128,25 +132,30 @@ def test_the_gpu_packs_as_the_host_does(arch, value_bits):
 
 
 @pytest.mark.parametrize("arch, tile", TILES)
-def test_nothing_outside_of_the_operands_is_touched(arch, tile, workspace):
-    """A row less than the kernel was told of: the emulator must see the access, so that its silence means something."""
-    library = emulated(arch)
+def test_nothing_outside_of_the_operands_is_touched(library, tile, workspace):
+    """A row less than the kernel was told of, or a byte less of workspace: the emulator must see the access, so that
+    its silence means something."""
     dtype, output = dtypes_of(tile)[0]
     product = Product(136, 192, 9, dtype, output)
     metadata = library.pack_metadata(product.bitmask, product.values.itemsize * 8)
-    index = library.tile_names.index(tile)
+    index, split = library.tile_names.index(tile), 3
+    need = library.workspace_bytes(index, dtype, (136, 192), 9, split, library.multiprocessors)
 
-    def linear(x, y):
-        operands = (product.x, product.values, metadata, None, product.y, workspace, product.scales)
-        with library.emulator.memory([x, product.values, metadata, *(product.scales or ())], [y, workspace]):
-            super(type(library), library).linear(index, SPLIT_NONE, *operands)
+    def linear(x, y, memory):
+        workspace[:COUNTER_BYTES] = 0
+        operands = (product.x, product.values, metadata, None, product.y, workspace[:need], product.scales)
+        with library.memory([x, product.values, metadata, *(product.scales or ())], [y, memory]):
+            super(type(library), library).linear(index, split, *operands)
 
-    linear(product.x, product.y)
+    linear(product.x, product.y, workspace[:need])
     product.check(product.y, None)
     with pytest.raises(RiaError, match="reads outside of global memory"):
-        linear(product.x[:-1], product.y)
+        linear(product.x[:-1], product.y, workspace[:need])
     with pytest.raises(RiaError, match="writes outside of global memory"):
-        linear(product.x, product.y[:-1])
+        linear(product.x, product.y[:-1], workspace[:need])
+    if need > COUNTER_BYTES:  # the tile divides K
+        with pytest.raises(RiaError, match="writes outside of global memory"):
+            linear(product.x, product.y, workspace[: need - 1])
 
 
 @pytest.fixture
@@ -166,35 +175,43 @@ def on_emulated_hopper(monkeypatch, workspace):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, fp8.DTYPE])
 @pytest.mark.parametrize("leading", [(1,), (2, 3), (65,), (0,)])
-def test_the_backend_from_the_checkpoint_to_the_output(on_emulated_hopper, dtype, leading):
-    """Tiles chosen by the rules, the input's order gathered, rows that start anywhere in memory."""
+@pytest.mark.parametrize("gathered", [False, True])
+def test_the_backend_from_the_checkpoint_to_the_output(on_emulated_hopper, dtype, leading, gathered):
+    """Tiles chosen by the rules, rows that start anywhere in memory, the input in its own order or gathered."""
     output = torch.bfloat16 if dtype == fp8.DTYPE else dtype
     product = Product(200, 576, 1, dtype, output)
     packed = cutlass.pack(product.values, product.bitmask, *([product.scales[0]] if product.scales else []))
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(*leading, 577, generator=generator).to(output)[..., 1:]
-    order = torch.randperm(576, generator=generator).int()
+    assert x.data_ptr() % 16 or not x.numel()
+    order = torch.randperm(576, generator=generator).int() if gathered else None
     y = cutlass.apply(x, packed, 200, order, product.bias)
     assert y.shape == (*leading, 200) and y.dtype == output
-    product.inputs = x.index_select(-1, order).double().reshape(-1, 576)
+    rows = (x.index_select(-1, order) if gathered else x).reshape(-1, 576)
+    product.inputs = rows.double()
     if product.scales:
-        values, scales = fp8.quantize(x.index_select(-1, order).reshape(-1, 576))
+        values, scales = fp8.quantize(rows)
         product.inputs = values.double() * scales.double()[:, None]
     product.check(y.reshape(-1, 200), product.bias)
 
 
-@pytest.mark.parametrize("arch", [arch for arch in ("80", "90a", "100a", "120") if chosen_tiles(arch)])
-@pytest.mark.parametrize("shape", [(512, 8192, 1), (640, 4096, 16)])
-def test_few_rows_keep_all_multiprocessors_busy(arch, shape, workspace):
-    """Fewer tiles than multiprocessors, 4 and 5 for 12: with the division of K that the rules ask for, hardly one
-    idles, and the slowest has little more to do than the others."""
-    library = emulated(arch)
-    library.seed, library.multiprocessors = 0, 12
-    out_features, in_features, tokens = shape
+BUSY = [
+    *((arch, (512, 8192, 1), 0.9) for arch in ("80", "90a", "100a", "120")),
+    *((arch, (640, 4096, 16), 0.6) for arch in ("80", "90a", "100a", "120")),
+    # As 11008 rows are to a Hopper, where CUTLASS would leave K whole and a third of the multiprocessors idle.
+    *((arch, (1024, 4096, 1), 0.9) for arch in ("90a", "100a")),
+]
+
+
+@pytest.mark.parametrize("arch, shape, least", [case for case in BUSY if chosen_tiles(case[0])])
+def test_few_rows_keep_the_multiprocessors_busy(library, shape, least, workspace):
+    """Fewer tiles than multiprocessors: 4, 5 and 8 for 12. K is divided so that hardly one idles, and that all do at
+    least so large a part of what the slowest does."""
+    library.multiprocessors = 12
     product = Product(*shape, torch.bfloat16, torch.bfloat16)
     tile, split = choose_tile(library, torch.bfloat16, *shape, library.multiprocessors)
     metadata = library.pack_metadata(product.bitmask)
     library.linear(tile, split, product.x, product.values, metadata, product.bias, product.y, workspace)
     product.check(product.y, product.bias)
     blocks, most, total = library.emulator.load()
-    assert blocks >= 10 and total / (12 * most) > 0.6, (blocks, most, total)
+    assert blocks >= 10 and total / (12 * most) > least, (blocks, most, total)

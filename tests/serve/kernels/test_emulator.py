@@ -1,40 +1,39 @@
 """The emulator itself: that it computes what PTX says, and that it sees what a GPU would not forgive."""
 
+import math
+import operator
 import random
 import struct
+from fractions import Fraction
 
 import pytest
 import torch
-from compiled_cuda import Emulator, link_emulator
+from compiled_cuda import emulator_alone
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels import cuda_compile
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def emulator():
-    import ctypes
-
-    try:
-        cuda_compile.find_nvcc()
-    except cuda_compile.CudaBuildError as error:
-        pytest.skip(str(error))
-    return Emulator(ctypes.CDLL(str(link_emulator("emulator", ()))))
+    """The emulator alone, for the kernels of this file."""
+    return emulator_alone()
 
 
-def kernel(body: str, shared: int = 1024) -> str:
-    """Two pointers, %in and %out; each thread's own eight bytes of both at %a and %b."""
+def kernel(body: str, target: str = "sm_90a", directive: str = "", outside: str = "") -> str:
+    """Two pointers, %in and %out; each thread's own eight bytes of both at %a and %b; a KiB of shared memory at %s."""
     return f"""
 .version 9.0
-.target sm_90a
+.target {target}
 .address_size 64
+{outside}
 .visible .entry k(.param .u64 k_param_0, .param .u64 k_param_1)
+{directive}
 {{
     .reg .pred %p<8>; .reg .b16 %h<8>; .reg .b32 %r<32>; .reg .b64 %d<16>; .reg .f32 %f<8>;
     .reg .b64 %in, %out, %a, %b; .reg .b32 %t, %s;
-    .shared .align 128 .b8 area[{shared}];
+    .shared .align 128 .b8 area[1024];
     ld.param.u64 %in, [k_param_0];
     ld.param.u64 %out, [k_param_1];
     mov.u32 %t, %tid.x;
@@ -48,13 +47,14 @@ def kernel(body: str, shared: int = 1024) -> str:
 """
 
 
-def run(emulator, body, values=(0,), threads=None, seed=0, written=True, shared=1024):
-    """The eight bytes that each thread leaves, as unsigned numbers."""
-    source = torch.tensor([struct.unpack("<q", struct.pack("<Q", v))[0] for v in values])
-    result = torch.full((threads or len(values),), -1, dtype=torch.int64)
+def run(emulator, body, values=(0,), threads=None, seed=0, blocks=1, cluster=1, dynamic=0, results=None, **text):
+    """The eight bytes that each thread leaves, as unsigned numbers; `results` of them where it leaves more."""
+    threads = threads or len(values)
+    source = torch.tensor([signed(value, 64) for value in values])
+    result = torch.full((results or threads,), -1, dtype=torch.int64)
     emulator.configure(seed, 4)
-    with emulator.memory([source] if written else [source, result], [result] if written else []):
-        emulator.run(kernel(body, shared), "k", 1, threads or len(values), [source, result])
+    with emulator.memory([source], [result]):
+        emulator.run(kernel(body, **text), "k", blocks, threads, [source, result], cluster, dynamic)
     return [value & 2**64 - 1 for value in result.tolist()]
 
 
@@ -62,11 +62,13 @@ M32, M64 = 2**32 - 1, 2**64 - 1
 
 
 def signed(value, bits):
+    """What the lowest bits say in two's complement."""
     value &= 2**bits - 1
     return value - 2**bits if value >> bits - 1 else value
 
 
 def prmt(a, b, selector):
+    """The bytes that the selector's digits pick."""
     data = struct.pack("<II", a, b)
     picked = [(data[s & 7], s >> 3) for s in (selector >> 4 * i & 15 for i in range(4))]
     return int.from_bytes(bytes((0xFF if byte & 0x80 else 0) if sign else byte for byte, sign in picked), "little")
@@ -85,11 +87,24 @@ OPERATIONS = {
     "shr.s32 %r2, %r0, 5": lambda a, b: signed(a, 32) >> 5 & M32,
     "shr.u32 %r2, %r0, 5": lambda a, b: a >> 5,
     "shl.b32 %r2, %r0, %r1": lambda a, b: a << b & M32 if b < 32 else 0,
+    "shl.b32 %r2, %r0, 32": lambda a, b: 0,
+    "shr.u32 %r2, %r0, 32": lambda a, b: 0,
+    "shr.s32 %r2, %r0, 40": lambda a, b: M32 if a >> 31 else 0,
+    "div.s32 %r2, %r0, -1": lambda a, b: -a & M32,
+    "div.s32 %r2, %r0, 7": lambda a, b: int(Fraction(signed(a, 32), 7)) & M32,
+    "rem.s32 %r2, %r0, -1": lambda a, b: 0,
+    "abs.s32 %r2, %r0": lambda a, b: abs(signed(a, 32)) & M32,
     "lop3.b32 %r2, %r0, %r1, 12345, 0x6a": lambda a, b: ((a & b) ^ 12345) & M32,
     "prmt.b32 %r2, %r0, %r1, 0x9c15": lambda a, b: prmt(a, b, 0x9C15),
     "bfe.u32 %r2, %r0, 7, 9": lambda a, b: a >> 7 & 511,
     "bfe.s32 %r2, %r0, 7, 9": lambda a, b: signed(a >> 7, 9) & M32,
+    "bfe.u32 %r2, %r0, 28, 9": lambda a, b: a >> 28,
+    "bfe.s32 %r2, %r0, 28, 9": lambda a, b: signed(a, 32) >> 28 & M32,
+    "bfe.s32 %r2, %r0, 40, 3": lambda a, b: M32 if a >> 31 else 0,
+    "bfe.s32 %r2, %r0, 7, 0": lambda a, b: 0,
     "bfi.b32 %r2, %r0, %r1, 4, 12": lambda a, b: b & ~(0xFFF << 4) | (a & 0xFFF) << 4,
+    "bfi.b32 %r2, %r0, %r1, 28, 12": lambda a, b: b & ~(0xF << 28) | (a & 0xF) << 28,
+    "bfi.b32 %r2, %r0, %r1, 40, 4": lambda a, b: b,
     "shf.l.wrap.b32 %r2, %r0, %r1, 8": lambda a, b: (b << 32 | a) << 8 >> 32 & M32,
     "shf.r.clamp.b32 %r2, %r0, %r1, 40": lambda a, b: b,
     "popc.b32 %r2, %r0": lambda a, b: a.bit_count(),
@@ -101,6 +116,7 @@ OPERATIONS = {
         1 if signed(a, 32) <= 0 or a < b else 2
     ),
     "cvt.u16.u32 %h0, %r0; cvt.s32.s16 %r2, %h0": lambda a, b: signed(a, 16) & M32,
+    "cvt.s8.s32 %h0, %r0; cvt.s32.s16 %r2, %h0": lambda a, b: signed(a, 8) & M32,
     "mov.b32 {%h0, %h1}, %r0; mov.b32 %r2, {%h1, %h0}": lambda a, b: a >> 16 | (a & 0xFFFF) << 16,
 }
 OPERATIONS_64 = {
@@ -108,6 +124,10 @@ OPERATIONS_64 = {
     "mad.wide.u32 %d2, %r0, %r1, %d0": lambda v, a, b: a * b + v & M64,
     "mul.hi.u64 %d2, %d0, %d0": lambda v, a, b: v * v >> 64,
     "shr.s64 %d2, %d0, 9": lambda v, a, b: signed(v, 64) >> 9 & M64,
+    "shr.s64 %d2, %d0, 64": lambda v, a, b: M64 if v >> 63 else 0,
+    "shl.b64 %d2, %d0, 64": lambda v, a, b: 0,
+    "div.s64 %d2, %d0, -1": lambda v, a, b: -v & M64,
+    "bfi.b64 %d2, %d0, %d0, 60, 40": lambda v, a, b: v & ~(0xF << 60) | (v & 0xF) << 60,
     "rem.u64 %d2, %d0, 1000003": lambda v, a, b: v % 1000003,
     "cvt.s64.s32 %d2, %r0": lambda v, a, b: signed(a, 32) & M64,
     "mov.b64 %d2, {%r1, %r0}": lambda v, a, b: a << 32 | b,
@@ -115,6 +135,7 @@ OPERATIONS_64 = {
 
 
 def numbers():
+    """64 bits at the edges of their range, and at random."""
     generator = random.Random(0)
     edges = [0, 1, M32, M64, 1 << 31, 1 << 63, (5 << 32) + 3, (3 << 32) + 5]
     return edges + [generator.getrandbits(64) for _ in range(56)]
@@ -136,14 +157,171 @@ def test_wide_integer_instructions(emulator, operation):
     assert results == [OPERATIONS_64[operation](value, value & M32, value >> 32) for value in values]
 
 
+def bits_of(value: float) -> int:
+    """Of a float32."""
+    return struct.unpack("<I", struct.pack("<f", value))[0]
+
+
+def float_of(bits: int) -> float:
+    """The float32 of the lowest 32 bits."""
+    return struct.unpack("<f", struct.pack("<I", bits & M32))[0]
+
+
+def nearest(exact: Fraction) -> float:
+    """The float32 next to a number; of two as near the one whose last bit is 0."""
+    if not exact:
+        return 0.0
+    guess = bits_of(float(exact))
+    return float_of(
+        min((guess - 1, guess, guess + 1), key=lambda bits: (abs(Fraction(float_of(bits)) - exact), bits & 1))
+    )
+
+
+def pairs(values) -> list[int]:
+    """Each float32 in the lower half of 64 bits, with each in the upper half."""
+    return [bits_of(b) << 32 | bits_of(a) for a in values for b in values]
+
+
+def floats() -> list[float]:
+    """Of many sizes, neither so large nor so small that their products leave the range."""
+    generator = random.Random(1)
+    return [generator.choice((-1, 1)) * float_of(generator.randrange(100 << 23, 150 << 23)) for _ in range(20)]
+
+
+LOAD_FLOATS = "ld.global.v2.f32 {%f0, %f1}, [%a];"
+STORE_FLOAT = "mov.b32 %r2, %f2; cvt.u64.u32 %d1, %r2; st.global.u64 [%b], %d1;"
+FLOAT_OPERATIONS = {
+    "add.f32 %f2, %f0, %f1": lambda a, b: a + b,
+    "sub.rn.f32 %f2, %f0, %f1": lambda a, b: a - b,
+    "mul.f32 %f2, %f0, %f1": lambda a, b: a * b,
+    "div.rn.f32 %f2, %f0, %f1": lambda a, b: a / b,
+    "fma.rn.f32 %f2, %f0, %f1, %f0": lambda a, b: a * b + a,
+    "min.f32 %f2, %f0, %f1": min,
+    "max.f32 %f2, %f0, %f1": max,
+    "neg.f32 %f2, %f0": lambda a, b: -a,
+    "abs.f32 %f2, %f0": lambda a, b: abs(a),
+}
+
+
+@pytest.mark.parametrize("operation", FLOAT_OPERATIONS)
+def test_float_instructions_round_once(emulator, operation):
+    values = pairs(floats())
+    results = run(emulator, f"{LOAD_FLOATS} {operation}; {STORE_FLOAT}", values)
+    for value, result in zip(values, results, strict=True):
+        operands = Fraction(float_of(value)), Fraction(float_of(value >> 32))
+        assert result == bits_of(nearest(FLOAT_OPERATIONS[operation](*operands)))
+
+
+SPECIAL_FLOATS = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.5, -2.5]
+SPECIAL_RESULTS = {
+    "add.f32 %f2, %f0, %f1": lambda a, b: a + b,
+    "mul.f32 %f2, %f0, %f1": lambda a, b: a * b,
+    "min.f32 %f2, %f0, %f1": lambda a, b: min(numbers_of(a, b), key=lambda x: (x, math.copysign(1, x))),
+    "max.f32 %f2, %f0, %f1": lambda a, b: max(numbers_of(a, b), key=lambda x: (x, math.copysign(1, x))),
+    "neg.f32 %f2, %f0": lambda a, b: -a,
+    "abs.f32 %f2, %f0": lambda a, b: abs(a),
+}
+
+
+def numbers_of(*values):
+    """Those that are not NaN; NaN if all are."""
+    return [value for value in values if not math.isnan(value)] or [math.nan]
+
+
+@pytest.mark.parametrize("operation", SPECIAL_RESULTS)
+def test_float_instructions_on_nan_infinity_and_zeros(emulator, operation):
+    values = pairs(SPECIAL_FLOATS)
+    results = run(emulator, f"{LOAD_FLOATS} {operation}; {STORE_FLOAT}", values)
+    for value, result in zip(values, results, strict=True):
+        expected = SPECIAL_RESULTS[operation](float_of(value), float_of(value >> 32))
+        assert math.isnan(float_of(result)) if math.isnan(expected) else result == bits_of(expected)
+
+
+@pytest.mark.parametrize("name", ["eq", "ne", "lt", "le", "gt", "ge"])
+@pytest.mark.parametrize("unordered", ["", "u"])
+def test_comparisons_with_nan(emulator, name, unordered):
+    values = pairs(SPECIAL_FLOATS)
+    compare = f"setp.{name}{unordered}.f32 %p0, %f0, %f1; selp.b64 %d1, 1, 0, %p0; st.global.u64 [%b], %d1;"
+    for value, result in zip(values, run(emulator, LOAD_FLOATS + compare, values), strict=True):
+        a, b = float_of(value), float_of(value >> 32)
+        nan = math.isnan(a) or math.isnan(b)
+        assert result == (bool(unordered) if nan else getattr(operator, name)(a, b))
+
+
+@pytest.mark.parametrize(
+    "name, to_whole", [("rni", round), ("rzi", math.trunc), ("rmi", math.floor), ("rpi", math.ceil)]
+)
+@pytest.mark.parametrize("kind, bits", [("s", 32), ("u", 32), ("s", 64), ("u", 64)])
+def test_floats_become_integers(emulator, name, to_whole, kind, bits):
+    """Rounded, and at the ends of the range where they are beyond it."""
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind == "s" else (0, 2**bits - 1)
+    halves = [sign * half / 2 for sign in (-1, 1) for half in range(12)]
+    x = halves + floats() + SPECIAL_FLOATS + [3e9, -3e9, 5e9, 1e19, -1e19, 3e38]
+    register = "%d1" if bits == 64 else "%r2"
+    widen = "" if bits == 64 else "cvt.u64.u32 %d1, %r2;"
+    convert = f"ld.global.f32 %f0, [%a]; cvt.{name}.{kind}{bits}.f32 {register}, %f0; {widen} st.global.u64 [%b], %d1;"
+    for value, result in zip(x, run(emulator, convert, [bits_of(value) for value in x]), strict=True):
+        if math.isnan(value):
+            expected = 1 << 63 if bits == 64 else 0
+        elif math.isinf(value):
+            expected = high if value > 0 else low
+        else:
+            expected = min(max(to_whole(float_of(bits_of(value))), low), high)
+        assert result == expected & 2**bits - 1, value
+
+
+@pytest.mark.parametrize("kind", ["s32", "u32", "s64", "u64"])
+def test_integers_become_floats(emulator, kind):
+    values = numbers()
+    narrow = "cvt.u32.u64 %r0, %d0;" if kind.endswith("32") else ""
+    register = "%r0" if kind.endswith("32") else "%d0"
+    results = run(
+        emulator, f"ld.global.u64 %d0, [%a]; {narrow} cvt.rn.f32.{kind} %f2, {register}; {STORE_FLOAT}", values
+    )
+    for value, result in zip(values, results, strict=True):
+        whole = value & 2 ** int(kind[1:]) - 1
+        assert result == bits_of(nearest(Fraction(signed(whole, int(kind[1:])) if kind[0] == "s" else whole)))
+
+
 @pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("f16", torch.float16)])
 def test_floats_are_rounded_as_torch_does(emulator, name, dtype):
+    """Halves of the last bit, to the even side, among them."""
     x = torch.randn(64, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-8, 8).repeat(4)
+    ties = 1 + torch.arange(-8, 9) * (torch.finfo(dtype).eps / 4)
+    largest = torch.tensor([torch.finfo(dtype).max, torch.finfo(torch.float32).max, 65519.996, 65520.0])
+    x = torch.cat([x, ties, -ties, ties * torch.finfo(dtype).tiny / 8, largest, torch.tensor(SPECIAL_FLOATS)])
     values = [int(bits) & M32 for bits in x.view(torch.int32)]
     convert = f"ld.global.f32 %f0, [%a]; cvt.rn.{name}x2.f32 %r0, %f0, 0f3F800000;"
     results = run(emulator, f"{convert} cvt.u64.u32 %d0, %r0; st.global.u64 [%b], %d0;", values)
-    assert [r & 0xFFFF for r in results] == [int(torch.ones(1, dtype=dtype).view(torch.int16))] * 64
-    assert [r >> 16 for r in results] == [int(bits) & 0xFFFF for bits in x.to(dtype).view(torch.int16)]
+    assert [r & 0xFFFF for r in results] == [int(torch.ones(1, dtype=dtype).view(torch.int16))] * len(x)
+    upper = torch.tensor([signed(r >> 16, 16) for r in results], dtype=torch.int16).view(dtype)
+    number = ~x.isnan()
+    assert torch.equal(~upper.isnan(), number)
+    assert torch.equal(upper[number].view(torch.int16), x.to(dtype)[number].view(torch.int16))
+
+
+def test_variables_outside_of_the_kernel(emulator):
+    """Dynamic shared memory's place is filled in, a number that looks like an address is not."""
+    outside = ".global .align 8 .u64 counter; .extern .shared .align 16 .b8 dynamic[];"
+    body = """
+    mov.u32 %r0, dynamic;
+    mov.u32 %r1, 0xE0000010;
+    st.shared.u32 [%r0+8], %r1;
+    ld.shared.u32 %r2, [dynamic+8];
+    st.global.u32 [counter], %r2;
+    ld.global.u64 %d0, [counter];
+    st.global.u64 [%b], %d0;
+    """
+    assert run(emulator, body, dynamic=16, outside=outside) == [0xE0000010]
+
+
+def test_registers_that_nobody_wrote_are_nan(emulator):
+    (result,) = run(
+        emulator, "mov.b32 %r0, {%h0, %h1}; mov.b32 %r1, %f0; mov.b64 %d0, {%r0, %r1}; st.global.u64 [%b], %d0;"
+    )
+    halves = torch.tensor([signed(result, 16), signed(result >> 16, 16)], dtype=torch.int16)
+    assert halves.view(torch.bfloat16).isnan().all() and halves.view(torch.float16).isnan().all()
+    assert math.isnan(float_of(result >> 32))
 
 
 def test_shuffles_votes_and_elections(emulator):
@@ -167,6 +345,83 @@ def test_shuffles_votes_and_elections(emulator):
         assert result >> 8 & 255 == (lane - 2 if lane >= 2 else lane)
         assert result >> 16 & 255 == lane // 8 * 8 + 5
         assert result >> 24 & 255 == (lane == 0)
+
+
+@pytest.mark.parametrize("width", [8, 32])
+@pytest.mark.parametrize("mode, step", [("down", 3), ("up", -3)])
+def test_shuffles_stay_within_their_part_of_the_warp(emulator, mode, step, width):
+    clamp = (32 - width) << 8 | (31 if mode == "down" else 0)
+    body = f"shfl.sync.{mode}.b32 %r0|%p0, %t, 3, {clamp}, -1; selp.b32 %r1, 1, 0, %p0;"
+    results = run(emulator, f"{body} mov.b64 %d0, {{%r0, %r1}}; st.global.u64 [%b], %d0;", threads=32)
+    for lane, result in enumerate(results):
+        inside = 0 <= lane % width + step < width
+        assert (result & M32, result >> 32) == (lane + step if inside else lane, inside)
+
+
+@pytest.mark.parametrize("kind, verdict", [("all", all), ("any", any), ("uni", lambda votes: len(set(votes)) == 1)])
+@pytest.mark.parametrize("yes", [0, 7, 20])
+def test_a_vote_of_some_lanes(emulator, kind, verdict, yes):
+    """Lanes 0 to 19 vote; the rest, which would vote no, do something else."""
+    body = f"""
+    setp.ge.u32 %p0, %t, 20;
+    @%p0 bra OUT;
+    setp.lt.u32 %p1, %t, {yes};
+    vote.sync.{kind}.pred %p2, %p1, 0xfffff;
+    selp.b64 %d0, 1, 0, %p2;
+    st.global.u64 [%b], %d0;
+    OUT:
+    """
+    assert run(emulator, body, threads=32) == [verdict([lane < yes for lane in range(20)])] * 20 + [M64] * 12
+
+
+def sparse_fragments(values, kept, b, c):
+    """16 registers of each lane for mma.sp.m16n8k32 of bf16, as the PTX manual describes its fragments: four of the
+    kept values, four of B, four of C, one of metadata, three of nothing."""
+
+    def bf16s(low, high):
+        return bits_of(low) >> 16 | bits_of(high) >> 16 << 16
+
+    def metadata(row, half):
+        groups = kept[row][4 * half : 4 * half + 4]
+        return sum((first | second << 2) << 4 * k for k, (first, second) in enumerate(groups))
+
+    registers = []
+    for lane in range(32):
+        group, thread = lane // 4, lane % 4
+        for row, column in ((group, 0), (group + 8, 0), (group, 8), (group + 8, 8)):
+            registers.append(bf16s(*values[row][column + 2 * thread : column + 2 * thread + 2]))
+        registers += [bf16s(b[row][group], b[row + 1][group]) for row in range(2 * thread, 32, 8)]
+        registers += [bits_of(c[row][2 * thread + k]) for row in (group, group + 8) for k in (0, 1)]
+        # The first two threads of each four: of 16 columns each.
+        both = metadata(group, thread) | metadata(group + 8, thread) << 16 if thread < 2 else M32
+        registers += [both, 0, 0, 0]
+    return registers
+
+
+def test_a_sparse_product_is_that_of_its_matrices(emulator):
+    generator = random.Random(3)
+    kept = [[sorted(generator.sample(range(4), 2)) for group in range(8)] for row in range(16)]
+    values, b, c = (
+        [[generator.randrange(-8, 9) for column in range(columns)] for row in range(rows)]
+        for rows, columns in ((16, 16), (32, 8), (16, 8))
+    )
+    registers = sparse_fragments(values, kept, b, c)
+    memory = [low | high << 32 for low, high in zip(registers[::2], registers[1::2], strict=True)]
+    fours = ["{" + ", ".join(f"%r{4 * k + i}" for i in range(4)) + "}" for k in range(4)]
+    load = " ".join(f"ld.global.v4.b32 {four}, [%d0+{16 * k}];" for k, four in enumerate(fours))
+    product = "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32"
+    body = f"""
+    mul.wide.u32 %d1, %t, 64; add.s64 %d0, %in, %d1; {load}
+    {product} {fours[2]}, {fours[0]}, {fours[1]}, {fours[2]}, %r12, 0x0;
+    mul.wide.u32 %d1, %t, 16; add.s64 %d0, %out, %d1; st.global.v4.b32 [%d0], {fours[2]};
+    """
+    results = run(emulator, body, memory, threads=32, results=64)
+    for lane in range(32):
+        for k in range(4):
+            row, column = lane // 4 + k // 2 * 8, lane % 4 * 2 + k % 2
+            places = [4 * group + place for group in range(8) for place in kept[row][group]]
+            exact = c[row][column] + sum(values[row][i] * b[place][column] for i, place in enumerate(places))
+            assert float_of(results[2 * lane + k // 2] >> k % 2 * 32) == exact
 
 
 @pytest.mark.parametrize("transposed", ["", ".trans"])
@@ -199,6 +454,12 @@ def test_a_copy_is_there_after_its_wait_and_not_before(emulator):
     assert run(emulator, f"{COPY} cp.async.wait_group 1; {READ}", values) == [M64] * 32
 
 
+def test_groups_without_copies_need_no_wait(emulator):
+    values = list(range(100, 132))
+    body = f"{COPY} cp.async.commit_group; cp.async.wait_group 1; {READ.replace('cp.async.wait_all;', '')}"
+    assert run(emulator, f"{body} cp.async.commit_group;", values) == values
+
+
 def test_a_barrier_that_is_missing_shows_in_some_order(emulator):
     """Each thread reads what the next warp's wrote."""
     write = "shl.b32 %r0, %t, 3; add.s32 %r1, %s, %r0; cvt.u64.u32 %d0, %t; st.shared.u64 [%r1], %d0;"
@@ -229,19 +490,107 @@ def test_an_mbarrier_lets_go_when_all_have_arrived(emulator):
         run(emulator, body.replace("[%s], 64;", "[%s], 65;"), threads=64)
 
 
+SPIN = "mov.u32 %r9, 0; SPIN: nanosleep.u32 20; add.s32 %r9, %r9, 1; setp.lt.s32 %p7, %r9, 99; @%p7 bra SPIN;"
+
+
+def test_barriers_do_not_wait_for_threads_that_have_exited(emulator):
+    """The last thread leaves when all others wait already."""
+    body = f"setp.eq.s32 %p0, %t, 63; @!%p0 bra STAY; {SPIN} ret; STAY: bar.sync 0;"
+    assert run(emulator, f"{body} mov.u64 %d0, 7; st.global.u64 [%b], %d0;", threads=64) == [7] * 63 + [M64]
+
+
+def test_a_thread_that_arrives_at_the_cluster_and_exits_stands_in_for_nobody(emulator):
+    """Thread 0 arrives and exits; the last arrives late, with what the others read."""
+    body = f"""
+    setp.eq.s32 %p0, %t, 0;
+    setp.eq.s32 %p1, %t, 63;
+    @!%p0 bra NEXT;
+    barrier.cluster.arrive.aligned;
+    ret;
+    NEXT: @!%p1 bra MEET;
+    {SPIN}
+    mov.u32 %r0, 7;
+    st.shared.u32 [%s], %r0;
+    MEET: barrier.cluster.arrive.aligned;
+    barrier.cluster.wait.aligned;
+    ld.shared.u32 %r1, [%s];
+    cvt.u64.u32 %d0, %r1;
+    st.global.u64 [%b], %d0;
+    """
+    assert run(emulator, body, threads=64) == [M64] + [7] * 63
+
+
+def test_a_launch_that_cuda_would_refuse(emulator):
+    body = "mov.u64 %d0, 7; st.global.u64 [%b], %d0;"
+    assert run(emulator, body, threads=1024, dynamic=47 * 1024) == [7] * 1024
+    assert run(emulator, body, blocks=16, cluster=8) == [7]
+    for arguments, reason in [
+        ({"threads": 1056}, "a block that is too large"),
+        ({"threads": 64, "directive": ".maxntid 16, 2, 1"}, "more threads than .maxntid allows"),
+        ({"dynamic": 48 * 1024}, "more than 48 KiB of shared memory, which was not asked for"),
+        ({"blocks": 16, "cluster": 16}, "a cluster of more blocks than are allowed"),
+        ({"blocks": 3, "cluster": 2}, "a grid that clusters do not fill"),
+        ({"blocks": 2, "cluster": 2, "target": "sm_80"}, "a cluster on an architecture that has none"),
+    ]:
+        with pytest.raises(RiaError, match=reason):
+            run(emulator, body, **arguments)
+        assert reason in emulator.error()
+    emulator.configure(0, 4)
+    assert emulator.error() == ""
+
+
+ASK = "clusterlaunchcontrol.try_cancel.async.shared::cta.mbarrier::complete_tx::bytes.b128 [%s], [%s+16];"
+MAPPED = "mapa.shared::cluster.u32 %r0, %s, 1;"
+OF_FIRST = "mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 0;"
+
+
+@pytest.mark.parametrize(
+    "body, reason",
+    [
+        (f"mbarrier.init.shared::cta.b64 [%s+16], 1; {ASK} ret;", "exits while asynchronous work is still under way"),
+        (f"{ASK} {SPIN}", r"PTX line \d+, `clusterlaunch.*an mbarrier that was not initialised"),
+        (f"{OF_FIRST} @!%p1 ret; {SPIN} {MAPPED} st.shared::cluster.u32 [%r0], %r0;", "a block that has exited"),
+        ("mapa.shared::cluster.u32 %r0, %s, 2;", "a rank that the cluster does not have"),
+        ("barrier.cluster.wait.aligned;", "waits without having arrived"),
+        ("barrier.cluster.arrive.aligned; barrier.cluster.arrive.aligned;", "arrives a second time"),
+    ],
+)
+def test_what_a_cluster_would_not_forgive(emulator, body, reason):
+    with pytest.raises(RiaError, match=reason):
+        run(emulator, body, blocks=2, cluster=2)
+
+
+def test_an_error_names_its_instruction_and_line(emulator):
+    body = "st.global.u64 [%b+8], %d15;"
+    line = next(number for number, text in enumerate(kernel(body).split("\n"), 1) if body in text)
+    with pytest.raises(RiaError) as raised:
+        run(emulator, body)
+    assert str(raised.value) == f"k: PTX line {line}, `{body[:-1]}`: writes outside of global memory"
+
+
+def test_a_hang_names_the_barrier(emulator):
+    with pytest.raises(RiaError, match="(?s)no thread can go on:.*lane 0 at line .* `bar.sync 0, 64`"):
+        run(emulator, "bar.sync 0, 64; mov.u32 %r0, 1;")
+
+
 @pytest.mark.parametrize(
     "body, reason",
     [
         ("st.global.u64 [%b+8], %d15;", "writes outside of global memory"),
         ("ld.global.u64 %d0, [%a+-8];", "reads outside of global memory"),
+        ("mov.u64 %d1, -8; ld.global.u64 %d0, [%d1];", "reads outside of global memory"),
         ("st.global.u64 [%a], %d15;", "writes to memory that may only be read"),
         ("ld.global.v2.u32 {%r0, %r1}, [%a+4];", "a misaligned address"),
         ("st.shared.u32 [%s+1024], %r0;", "outside of shared memory"),
+        ("ld.shared.u32 %r0, [%s+-4];", "outside of shared memory"),
+        ("ld.shared.u32 %r0, [%s+2];", "a misaligned address"),
         ("mbarrier.arrive.shared::cta.b64 _, [%s];", "an mbarrier that was not initialised"),
         ("bar.sync 0, 64;", "no thread can go on"),
         ("@%p0 bra OUT; bar.sync 17; OUT: ", "there are 16 barriers"),
-        ("sin.approx.f32 %f0, %f1;", "the emulator does not know this instruction"),
         ("cp.async.ca.shared.global [%s], [%a], 8;", "ends with copies that it does not wait for"),
+        (COPY, "ends with copies that it does not wait for"),
+        (f"{COPY} cp.async.commit_group; cp.async.wait_group 2;", "ends with copies that it does not wait for"),
+        ("bar.warp.sync -1; shfl.sync.down.b32 %r0, %t, 1, 31, -1;", "a shuffle from a lane that takes no part"),
         ("trap;", "the kernel stopped itself"),
     ],
 )
@@ -249,3 +598,31 @@ def test_what_a_gpu_would_not_forgive_is_named_with_its_place(emulator, body, re
     with pytest.raises(RiaError, match=reason) as raised:
         run(emulator, f"setp.eq.s32 %p0, %t, -1; {body}")
     assert "PTX line" in str(raised.value) or "at line" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "sin.approx.f32 %f0, %f1",
+        "add.sat.f32 %f0, %f1, %f2",
+        "add.rz.f32 %f0, %f1, %f2",
+        "add.ftz.f32 %f0, %f1, %f2",
+        "add.cc.u32 %r0, %r1, %r2",
+        "min.NaN.f32 %f0, %f1, %f2",
+        "mul.f32 %f0, %f1",
+        "setp.lt.and.s32 %p0, %r0, %r1",
+        "cvt.rni.f32.f32 %f0, %f1",
+        "cvt.rz.f32.s32 %f0, %r0",
+        "cvt.rn.satfinite.f16.f32 %h0, %f0",
+        "cvt.rn.bf16x2.f32 %r0, %f0",
+        "ld.global.v2.u32 {%r0, %r1, %r2, %r3}, [%a]",
+        "cp.async.ca.shared.global [%s], [%a], 12",
+        "cp.reduce.async.bulk.tensor.1d.global.shared::cta.add.tile.bulk_group [%a, {%r0}], [%s]",
+        "cp.async.bulk.tensor.2d.global.shared::cta.tile::scatter4.bulk_group [%a, {%r0, %r0, %r0, %r0, %r0}], [%s]",
+        "wgmma.mma_async.sp.sync.aligned.m64n8k64.f32.e4m3.e5m2 {%f0, %f1, %f2, %f3}, %d0, %d1, %r0, 0, %p0, 1, 1",
+    ],
+)
+def test_what_is_not_imitated_is_refused(emulator, instruction):
+    """A modifier that was passed over, or an operand too few, would be a wrong result."""
+    with pytest.raises(RiaError, match="the emulator does not know this instruction"):
+        run(emulator, f"{instruction};")

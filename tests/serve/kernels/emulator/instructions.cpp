@@ -1,6 +1,9 @@
 // What one thread does alone: arithmetic, memory, branches, and its part in barriers.
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
+#include <map>
 
 #include "machine.h"
 
@@ -14,25 +17,39 @@ struct TypeOf {
   using type = T;
 };
 
-// Calls `use` with the C++ type of a PTX type; bits count as unsigned.
-template <class Use>
-Scalar with_type(string const& name, Use use) {
-  if (name == "pred") return use(TypeOf<bool>{});
-  if (name == "u8" || name == "b8") return use(TypeOf<uint8_t>{});
-  if (name == "u16" || name == "b16") return use(TypeOf<uint16_t>{});
-  if (name == "u32" || name == "b32") return use(TypeOf<uint32_t>{});
-  if (name == "u64" || name == "b64") return use(TypeOf<uint64_t>{});
-  if (name == "s8") return use(TypeOf<int8_t>{});
-  if (name == "s16") return use(TypeOf<int16_t>{});
-  if (name == "s32") return use(TypeOf<int32_t>{});
-  if (name == "s64") return use(TypeOf<int64_t>{});
-  if (name == "f32") return use(TypeOf<float>{});
-  if (name == "f64") return use(TypeOf<double>{});
-  return nullptr;
-}
-
 template <class T>
 constexpr bool kInteger = std::is_integral_v<T> && !std::is_same_v<T, bool>;
+
+// Which types a function is for: integers of 16 bits and more; floats too; integers and predicates; all of memory.
+enum Types { kIntegers, kNumbers, kBits, kStored };
+
+template <Types kTypes, class T>
+constexpr bool includes() {
+  if (kTypes == kIntegers) return kInteger<T> && sizeof(T) > 1;
+  if (kTypes == kNumbers) return !std::is_same_v<T, bool> && sizeof(T) > 1;
+  return kTypes == kBits ? std::is_integral_v<T> : !std::is_same_v<T, bool>;
+}
+
+// Calls `use` with the C++ type of a PTX type, if it is one of `kTypes`; bits count as unsigned.
+template <Types kTypes, class Use>
+Scalar with_type(string const& name, Use use) {
+  auto const allowed = [&]<class T>(TypeOf<T> type) -> Scalar {
+    if constexpr (includes<kTypes, T>()) return use(type);
+    else return nullptr;
+  };
+  if (name == "pred") return allowed(TypeOf<bool>{});
+  if (name == "u8" || name == "b8") return allowed(TypeOf<uint8_t>{});
+  if (name == "u16" || name == "b16") return allowed(TypeOf<uint16_t>{});
+  if (name == "u32" || name == "b32") return allowed(TypeOf<uint32_t>{});
+  if (name == "u64" || name == "b64") return allowed(TypeOf<uint64_t>{});
+  if (name == "s8") return allowed(TypeOf<int8_t>{});
+  if (name == "s16") return allowed(TypeOf<int16_t>{});
+  if (name == "s32") return allowed(TypeOf<int32_t>{});
+  if (name == "s64") return allowed(TypeOf<int64_t>{});
+  if (name == "f32") return allowed(TypeOf<float>{});
+  if (name == "f64") return allowed(TypeOf<double>{});
+  return nullptr;
+}
 
 // Twice as wide.
 template <class T>
@@ -66,26 +83,29 @@ struct MulHigh {
 };
 struct Div {
   template <class T> static T of(T a, T b) {
-    if constexpr (kInteger<T>)
+    if constexpr (kInteger<T>) {
       if (b == 0) throw Error("a division by zero");
+      if (std::is_signed_v<T> && b == T(-1)) return Sub::of(T(0), a);
+    }
     return T(a / b);
   }
 };
 struct Rem {
   template <class T> static T of(T a, T b) {
     if (b == 0) throw Error("a division by zero");
-    return T(a % b);
+    return std::is_signed_v<T> && b == T(-1) ? T(0) : T(a % b);
   }
 };
+// Of two zeros the negative one is the smaller; of a NaN and a number the number counts.
 struct Min {
   template <class T> static T of(T a, T b) {
-    if constexpr (std::is_floating_point_v<T>) return std::fmin(a, b);
+    if constexpr (std::is_floating_point_v<T>) return a == b ? (std::signbit(a) ? a : b) : std::fmin(a, b);
     else return a < b ? a : b;
   }
 };
 struct Max {
   template <class T> static T of(T a, T b) {
-    if constexpr (std::is_floating_point_v<T>) return std::fmax(a, b);
+    if constexpr (std::is_floating_point_v<T>) return a == b ? (std::signbit(a) ? b : a) : std::fmax(a, b);
     else return a > b ? a : b;
   }
 };
@@ -93,42 +113,48 @@ struct And { template <class T> static T of(T a, T b) { return T(a & b); } };
 struct Or { template <class T> static T of(T a, T b) { return T(a | b); } };
 struct Xor { template <class T> static T of(T a, T b) { return T(a ^ b); } };
 
+struct Negate {
+  template <class T> static T of(T a) {
+    if constexpr (kInteger<T>) return Sub::of(T(0), a);
+    else return -a;
+  }
+};
+struct Absolute {
+  template <class T> static T of(T a) {
+    if constexpr (kInteger<T>) return a < T(0) ? Sub::of(T(0), a) : a;
+    else return std::fabs(a);
+  }
+};
+struct Invert {
+  template <class T> static T of(T a) {
+    if constexpr (std::is_same_v<T, bool>) return !a;
+    else return T(~a);
+  }
+};
+
 template <class T, class F>
-void binary(Thread& t, Instruction const& i) {
+void apply(Thread& t, Instruction const& i) { put<T>(t, i.operands[0], F::of(get<T>(t, i.operands[1]))); }
+
+template <class T, class F>
+void apply_to_two(Thread& t, Instruction const& i) {
   put<T>(t, i.operands[0], F::of(get<T>(t, i.operands[1]), get<T>(t, i.operands[2])));
 }
 
-template <class F>
-Scalar integer_binary(string const& type) {
-  return with_type(type, [](auto tag) -> Scalar {
-    using T = typename decltype(tag)::type;
-    if constexpr (kInteger<T> && sizeof(T) > 1) return &binary<T, F>;
-    else return nullptr;
-  });
+template <class F, Types kTypes>
+void unary(Instruction& i) {
+  i.scalar = with_type<kTypes>(i.name.back(), []<class T>(TypeOf<T>) -> Scalar { return &apply<T, F>; });
 }
 
-template <class F>
-Scalar number_binary(string const& type) {
-  return with_type(type, [](auto tag) -> Scalar {
-    using T = typename decltype(tag)::type;
-    if constexpr (!std::is_same_v<T, bool> && sizeof(T) > 1) return &binary<T, F>;
-    else return nullptr;
-  });
-}
-
-template <class F>
-Scalar bit_binary(string const& type) {
-  return with_type(type, [](auto tag) -> Scalar {
-    using T = typename decltype(tag)::type;
-    if constexpr (std::is_integral_v<T>) return &binary<T, F>;
-    else return nullptr;
-  });
+template <class F, Types kTypes>
+void binary(Instruction& i) {
+  i.scalar = with_type<kTypes>(i.name.back(), []<class T>(TypeOf<T>) -> Scalar { return &apply_to_two<T, F>; });
 }
 
 // d = a * b + c of the same width, and of twice the width; without c for mul.
 template <class T, class F>
 void multiply_add(Thread& t, Instruction const& i) {
-  put<T>(t, i.operands[0], Add::of(F::of(get<T>(t, i.operands[1]), get<T>(t, i.operands[2])), get<T>(t, i.operands[3])));
+  T const product = F::of(get<T>(t, i.operands[1]), get<T>(t, i.operands[2]));
+  put<T>(t, i.operands[0], Add::of(product, get<T>(t, i.operands[3])));
 }
 
 template <class T>
@@ -144,21 +170,19 @@ void fused_multiply_add(Thread& t, Instruction const& i) {
   put<T>(t, i.operands[0], std::fma(get<T>(t, i.operands[1]), get<T>(t, i.operands[2]), get<T>(t, i.operands[3])));
 }
 
-Scalar multiplication(Instruction const& i, string const& type) {
-  bool const add = i.name[0] == "mad";
-  return with_type(type, [&](auto tag) -> Scalar {
-    using T = typename decltype(tag)::type;
+template <bool kAdd>
+void multiplication(Instruction& i) {
+  i.scalar = with_type<kNumbers>(i.name.back(), [&]<class T>(TypeOf<T>) -> Scalar {
+    bool const half = i.has("lo") || i.has("hi");
     if constexpr (std::is_floating_point_v<T>) {
-      return add ? &fused_multiply_add<T> : &binary<T, Mul>;
-    } else if constexpr (kInteger<T> && sizeof(T) > 1) {
-      if (i.has("wide")) {
-        if constexpr (sizeof(T) < 8) return &wide<T>;
-        else return nullptr;
-      }
-      if (i.has("hi")) return add ? &multiply_add<T, MulHigh> : &binary<T, MulHigh>;
-      return add ? &multiply_add<T, Mul> : &binary<T, Mul>;
+      if (half || i.has("wide")) return nullptr;
+      return kAdd ? &fused_multiply_add<T> : &apply_to_two<T, Mul>;
     } else {
-      return nullptr;
+      if constexpr (sizeof(T) < 8)
+        if (i.has("wide")) return &wide<T>;
+      if (!half) return nullptr;
+      if (i.has("hi")) return kAdd ? &multiply_add<T, MulHigh> : &apply_to_two<T, MulHigh>;
+      return kAdd ? &multiply_add<T, Mul> : &apply_to_two<T, Mul>;
     }
   });
 }
@@ -174,32 +198,8 @@ void shift(Thread& t, Instruction const& i) {
 }
 
 template <bool kLeft>
-Scalar shifting(string const& type) {
-  return with_type(type, [](auto tag) -> Scalar {
-    using T = typename decltype(tag)::type;
-    if constexpr (kInteger<T> && sizeof(T) > 1) return &shift<T, kLeft>;
-    else return nullptr;
-  });
-}
-
-template <class T>
-void negate(Thread& t, Instruction const& i) {
-  T const value = get<T>(t, i.operands[1]);
-  if constexpr (kInteger<T>) put<T>(t, i.operands[0], Sub::of(T(0), value));
-  else put<T>(t, i.operands[0], T(-value));
-}
-
-template <class T>
-void invert(Thread& t, Instruction const& i) {
-  T const value = get<T>(t, i.operands[1]);
-  if constexpr (std::is_same_v<T, bool>) put<bool>(t, i.operands[0], !value);
-  else put<T>(t, i.operands[0], T(~value));
-}
-
-template <class T>
-void absolute(Thread& t, Instruction const& i) {
-  T const value = get<T>(t, i.operands[1]);
-  put<T>(t, i.operands[0], value < T(0) ? T(-value) : value);
+void shifting(Instruction& i) {
+  i.scalar = with_type<kIntegers>(i.name.back(), []<class T>(TypeOf<T>) -> Scalar { return &shift<T, kLeft>; });
 }
 
 template <class T>
@@ -207,15 +207,18 @@ void select(Thread& t, Instruction const& i) {
   put<T>(t, i.operands[0], get<T>(t, i.operands[get<bool>(t, i.operands[3]) ? 1 : 2]));
 }
 
+void selection(Instruction& i) {
+  i.scalar = with_type<kNumbers>(i.name.back(), []<class T>(TypeOf<T>) -> Scalar { return &select<T>; });
+}
+
 enum Comparison { kEq, kNe, kLt, kLe, kGt, kGe };
 enum Combination { kAlone, kAnd, kOr, kXor };
 
-// numbers: the comparison, whether NaN counts as true, the combination.
 template <class T>
 void compare(Thread& t, Instruction const& i) {
   T const a = get<T>(t, i.operands[1]), b = get<T>(t, i.operands[2]);
   bool result = false;
-  switch (i.numbers[0]) {
+  switch (i.mode) {
     case kEq: result = a == b; break;
     case kNe: result = a != b; break;
     case kLt: result = a < b; break;
@@ -224,11 +227,11 @@ void compare(Thread& t, Instruction const& i) {
     case kGe: result = a >= b; break;
   }
   if constexpr (std::is_floating_point_v<T>)
-    if (std::isnan(a) || std::isnan(b)) result = i.numbers[1];
+    if (std::isnan(a) || std::isnan(b)) result = i.nan_is_true;
   auto const combined = [&](bool value) {
-    if (i.numbers[2] == kAlone) return value;
+    if (i.combination == kAlone) return value;
     bool const other = get<bool>(t, i.operands[3]);
-    return i.numbers[2] == kAnd ? value && other : i.numbers[2] == kOr ? value || other : value != other;
+    return i.combination == kAnd ? value && other : i.combination == kOr ? value || other : value != other;
   };
   Operand const& to = i.operands[0];
   if (to.kind == Operand::kPair) {
@@ -239,46 +242,52 @@ void compare(Thread& t, Instruction const& i) {
   }
 }
 
-Scalar comparison(Instruction& i, string const& type) {
+void comparison(Instruction& i) {
   string name = i.name[1];
-  bool const is_float = type[0] == 'f';
-  if (is_float && name.size() == 3 && name.back() == 'u') {
-    i.numbers[1] = 1;
+  string const& type = i.name.back();
+  i.combination = i.has("and") ? kAnd : i.has("or") ? kOr : i.has("xor") ? kXor : kAlone;
+  if (i.operands.size() != (i.combination == kAlone ? 3 : 4)) return;
+  if (type[0] == 'f' && name.size() == 3 && name.back() == 'u') {
+    i.nan_is_true = true;
     name.pop_back();
   }
-  static char const* const names[] = {"eq", "ne", "lt", "le", "gt", "ge"};
-  static char const* const unsigned_names[] = {"", "", "lo", "ls", "hi", "hs"};
-  i.numbers[0] = -1;
-  for (int k = 0; k < 6; ++k)
-    if (name == names[k] || name == unsigned_names[k]) i.numbers[0] = k;
-  if (i.numbers[0] < 0) return nullptr;
-  i.numbers[2] = i.has("and") ? kAnd : i.has("or") ? kOr : i.has("xor") ? kXor : kAlone;
-  return with_type(type, [](auto tag) -> Scalar {
-    using T = typename decltype(tag)::type;
-    if constexpr (!std::is_same_v<T, bool>) return &compare<T>;
-    else return nullptr;
-  });
+  static char const* const kNames[] = {"eq", "ne", "lt", "le", "gt", "ge"};
+  static char const* const kUnsignedNames[] = {"", "", "lo", "ls", "hi", "hs"};
+  for (i.mode = 0; i.mode < 6; ++i.mode)
+    if (name == kNames[i.mode] || name == kUnsignedNames[i.mode]) break;
+  if (i.mode < 6) i.scalar = with_type<kNumbers>(type, []<class T>(TypeOf<T>) -> Scalar { return &compare<T>; });
 }
 
-// numbers: how a float becomes an integer (0 towards zero, 1 to the nearest, 2 down, 3 up), whether to saturate.
+// How a float becomes an integer.
+enum Rounding { kNone, kNearest, kZero, kDown, kUp };
+
+// A NaN becomes 0, but the topmost bit where 64 bits are involved.
+template <class To, class From>
+To to_integer(From value, int rounding) {
+  constexpr To kTopmost = To(std::make_unsigned_t<To>(1) << (8 * sizeof(To) - 1));
+  if (std::isnan(value)) return sizeof(To) == 8 || sizeof(From) == 8 ? kTopmost : To(0);
+  double const exact = double(value);
+  double const whole = rounding == kNearest ? std::nearbyint(exact) : rounding == kDown ? std::floor(exact)
+                       : rounding == kUp ? std::ceil(exact) : std::trunc(exact);
+  if (whole <= double(std::numeric_limits<To>::min())) return std::numeric_limits<To>::min();
+  if (whole >= double(std::numeric_limits<To>::max())) return std::numeric_limits<To>::max();
+  return To(whole);
+}
+
 template <class To, class From>
 void convert(Thread& t, Instruction const& i) {
   From const value = get<From>(t, i.operands[1]);
-  if constexpr (std::is_floating_point_v<From> && kInteger<To>) {
-    double const whole = i.numbers[0] == 1 ? std::nearbyint(double(value)) : i.numbers[0] == 2 ? std::floor(double(value))
-                         : i.numbers[0] == 3 ? std::ceil(double(value)) : std::trunc(double(value));
-    double const low = double(std::numeric_limits<To>::min()), high = double(std::numeric_limits<To>::max());
-    put<To>(t, i.operands[0], std::isnan(whole) ? To(0) : whole <= low ? std::numeric_limits<To>::min()
-                              : whole >= high ? std::numeric_limits<To>::max() : To(whole));
-  } else {
-    put<To>(t, i.operands[0], To(value));
-  }
+  To result;
+  if constexpr (std::is_floating_point_v<From> && kInteger<To>) result = to_integer<To>(value, i.mode);
+  else result = To(value);
+  put<To>(t, i.operands[0], result);
 }
 
-void widen_bfloat16(Thread& t, Instruction const& i) { put<float>(t, i.operands[0], from_bfloat16(get<uint16_t>(t, i.operands[1]))); }
-void widen_float16(Thread& t, Instruction const& i) { put<float>(t, i.operands[0], from_float16(get<uint16_t>(t, i.operands[1]))); }
-void round_bfloat16(Thread& t, Instruction const& i) { put<uint16_t>(t, i.operands[0], to_bfloat16(get<float>(t, i.operands[1]))); }
-void round_float16(Thread& t, Instruction const& i) { put<uint16_t>(t, i.operands[0], to_float16(get<float>(t, i.operands[1]))); }
+template <float (*kWiden)(uint16_t)>
+void widen(Thread& t, Instruction const& i) { put<float>(t, i.operands[0], kWiden(get<uint16_t>(t, i.operands[1]))); }
+
+template <uint16_t (*kRound)(float)>
+void round(Thread& t, Instruction const& i) { put<uint16_t>(t, i.operands[0], kRound(get<float>(t, i.operands[1]))); }
 
 // The first operand goes to the upper half.
 template <uint16_t (*kRound)(float)>
@@ -287,39 +296,41 @@ void round_pair(Thread& t, Instruction const& i) {
   put<uint32_t>(t, i.operands[0], high << 16 | low);
 }
 
-Scalar conversion(Instruction& i) {
-  string const to = i.name[i.name.size() - 2], from = i.name.back();
-  bool const nearest = i.has("rn") && !i.has("sat") && !i.has("relu");
-  if (to == "bf16x2" && from == "f32" && nearest) return &round_pair<to_bfloat16>;
-  if (to == "f16x2" && from == "f32" && nearest) return &round_pair<to_float16>;
-  if (to == "bf16" && from == "f32" && nearest) return &round_bfloat16;
-  if (to == "f16" && from == "f32" && nearest) return &round_float16;
-  if (to == "f32" && from == "bf16") return &widen_bfloat16;
-  if (to == "f32" && from == "f16") return &widen_float16;
-  if (i.has("sat") || i.has("rm") || i.has("rp") || (i.has("rz") && to[0] == 'f')) return nullptr;
-  i.numbers[0] = i.has("rni") ? 1 : i.has("rmi") ? 2 : i.has("rpi") ? 3 : 0;
-  return with_type(to, [&](auto to_tag) -> Scalar {
-    using To = typename decltype(to_tag)::type;
-    return with_type(from, [&](auto from_tag) -> Scalar {
-      using From = typename decltype(from_tag)::type;
-      if constexpr (std::is_same_v<To, bool> || std::is_same_v<From, bool>) return nullptr;
-      else return &convert<To, From>;
+// From and to 16-bit floats.
+Scalar conversion_of_halves(Instruction const& i) {
+  static std::map<string, Scalar> const kKnown = {
+      {"rn.bf16.f32", &round<to_bfloat16>},        {"rn.f16.f32", &round<to_float16>},
+      {"rn.bf16x2.f32", &round_pair<to_bfloat16>}, {"rn.f16x2.f32", &round_pair<to_float16>},
+      {"f32.bf16", &widen<from_bfloat16>},         {"f32.f16", &widen<from_float16>}};
+  string written = i.name[1];
+  for (size_t part = 2; part < i.name.size(); ++part) written += "." + i.name[part];
+  auto const found = kKnown.find(written);
+  bool const is_pair = written.find("x2") != written.npos;
+  return found == kKnown.end() || is_pair != (i.operands.size() == 3) ? nullptr : found->second;
+}
+
+void conversion(Instruction& i) {
+  i.scalar = conversion_of_halves(i);
+  if (i.scalar || i.operands.size() != 2 || i.name.size() < 3) return;
+  i.mode = i.has("rni") ? kNearest : i.has("rzi") ? kZero : i.has("rmi") ? kDown : i.has("rpi") ? kUp : kNone;
+  i.scalar = with_type<kStored>(i.name[i.name.size() - 2], [&]<class To>(TypeOf<To>) -> Scalar {
+    return with_type<kStored>(i.name.back(), [&]<class From>(TypeOf<From>) -> Scalar {
+      constexpr bool kToInteger = std::is_floating_point_v<From> && kInteger<To>;
+      return kToInteger == (i.mode != kNone) ? &convert<To, From> : nullptr;
     });
   });
 }
 
-uint32_t bits_of(string const& type) { return type == "pred" ? 1 : uint32_t(std::stoi(type.substr(type.find_first_of("0123456789")))); }
-
-// Also what packs registers into a wider one and takes them apart; numbers[0]: bits of the whole.
+// Also what packs registers into a wider one and takes them apart.
 void move(Thread& t, Instruction const& i) {
   Operand const &to = i.operands[0], &from = i.operands[1];
   if (to.kind == Operand::kVector) {
-    uint32_t const each = uint32_t(i.numbers[0] / to.parts.size());
+    uint32_t const each = uint32_t(i.bits / to.parts.size());
     uint64_t const value = get<uint64_t>(t, from);
     for (size_t k = 0; k < to.parts.size(); ++k)
-      put<uint64_t>(t, to.parts[k], value >> k * each & (each == 64 ? ~uint64_t(0) : (uint64_t(1) << each) - 1));
+      put<uint64_t>(t, to.parts[k], value >> k * each & ((uint64_t(1) << each) - 1));
   } else if (from.kind == Operand::kVector) {
-    uint32_t const each = uint32_t(i.numbers[0] / from.parts.size());
+    uint32_t const each = uint32_t(i.bits / from.parts.size());
     uint64_t value = 0;
     for (size_t k = 0; k < from.parts.size(); ++k)
       value |= (get<uint64_t>(t, from.parts[k]) & ((uint64_t(1) << each) - 1)) << k * each;
@@ -330,6 +341,16 @@ void move(Thread& t, Instruction const& i) {
 }
 
 void move_predicate(Thread& t, Instruction const& i) { put<bool>(t, i.operands[0], get<bool>(t, i.operands[1])); }
+
+void moving(Instruction& i) {
+  string const& type = i.name.back();
+  size_t const digits = type.find_first_of("0123456789");
+  i.bits = digits == type.npos ? 0 : std::stoi(type.substr(digits));
+  for (Operand const& operand : i.operands)
+    if (operand.kind == Operand::kVector && operand.parts.size() != 2 && operand.parts.size() != 4) return;
+  if (type == "pred") i.scalar = &move_predicate;
+  else if (i.bits <= 64) i.scalar = &move;
+}
 
 template <class T>
 void extract_bits(Thread& t, Instruction const& i) {
@@ -344,6 +365,10 @@ void extract_bits(Thread& t, Instruction const& i) {
     result |= std::make_unsigned_t<T>(bit) << k;
   }
   put<T>(t, i.operands[0], T(result));
+}
+
+void extraction(Instruction& i) {
+  i.scalar = with_type<kIntegers>(i.name.back(), []<class T>(TypeOf<T>) -> Scalar { return &extract_bits<T>; });
 }
 
 template <class T>
@@ -370,156 +395,169 @@ void permute_bytes(Thread& t, Instruction const& i) {
 }
 
 void logic3(Thread& t, Instruction const& i) {
-  uint32_t const a = get<uint32_t>(t, i.operands[1]), b = get<uint32_t>(t, i.operands[2]), c = get<uint32_t>(t, i.operands[3]);
-  uint32_t const table = get<uint32_t>(t, i.operands[4]);
+  uint32_t const a = get<uint32_t>(t, i.operands[1]), b = get<uint32_t>(t, i.operands[2]);
+  uint32_t const c = get<uint32_t>(t, i.operands[3]), table = get<uint32_t>(t, i.operands[4]);
   uint32_t result = 0;
   for (int k = 0; k < 32; ++k)
     result |= (table >> ((a >> k & 1) << 2 | (b >> k & 1) << 1 | (c >> k & 1)) & 1) << k;
   put<uint32_t>(t, i.operands[0], result);
 }
 
-// numbers: left?, clamped?
+template <bool kLeft, bool kClamps>
 void funnel_shift(Thread& t, Instruction const& i) {
   uint64_t const both = uint64_t(get<uint32_t>(t, i.operands[2])) << 32 | get<uint32_t>(t, i.operands[1]);
   uint32_t by = get<uint32_t>(t, i.operands[3]);
-  by = i.numbers[1] ? std::min(by, 32u) : by & 31;
-  put<uint32_t>(t, i.operands[0], uint32_t(i.numbers[0] ? both << by >> 32 : both >> by));
+  by = kClamps ? std::min(by, 32u) : by & 31;
+  put<uint32_t>(t, i.operands[0], uint32_t(kLeft ? both << by >> 32 : both >> by));
 }
 
 template <class T>
-void count_ones(Thread& t, Instruction const& i) { put<uint32_t>(t, i.operands[0], uint32_t(__builtin_popcountll(get<T>(t, i.operands[1])))); }
+void count_ones(Thread& t, Instruction const& i) {
+  put<uint32_t>(t, i.operands[0], uint32_t(std::popcount(get<T>(t, i.operands[1]))));
+}
+
 template <class T>
 void leading_zeros(Thread& t, Instruction const& i) {
-  uint32_t count = 0;
-  for (T const value = get<T>(t, i.operands[1]); count < 8 * sizeof(T) && !(value >> (8 * sizeof(T) - 1 - count) & 1);) ++count;
-  put<uint32_t>(t, i.operands[0], count);
+  put<uint32_t>(t, i.operands[0], uint32_t(std::countl_zero(get<T>(t, i.operands[1]))));
 }
+
+Grid& grid_of(Thread& t) { return *t.block().cluster->grid; }
 
 Space space_of(Instruction const& i) {
   if (i.has("shared") || i.has("shared::cta") || i.has("shared::cluster")) return Space::kShared;
   return i.has("global") || i.has("param") || i.has("local") || i.has("const") ? Space::kGlobal : Space::kGeneric;
 }
 
-// numbers: the space, how many in a vector, whether others may be waited for.
 template <class T>
 void load(Thread& t, Instruction const& i) {
-  int const count = i.numbers[1];
-  uint8_t const* const from =
-      memory(t, Space(i.numbers[0]), address_of(t, i.operands[1]), count * sizeof(T), count * sizeof(T), false);
-  for (int k = 0; k < count; ++k) {
+  size_t const bytes = i.count * sizeof(T);
+  uint8_t const* const from = memory(t, i.space, address_of(t, i.operands[1]), bytes, bytes, false);
+  for (int k = 0; k < i.count; ++k) {
     T value;
     std::memcpy(&value, from + k * sizeof(T), sizeof(T));
-    Operand const& to = count > 1 ? i.operands[0].parts[k] : i.operands[0];
-    if constexpr (std::is_signed_v<T> && std::is_integral_v<T>) put<int64_t>(t, to, value);
-    else put<T>(t, to, value);
+    put<T>(t, i.count > 1 ? i.operands[0].parts[k] : i.operands[0], value);
   }
-  t.yields = i.numbers[2];
+  t.yields = i.waits;
 }
 
 template <class T>
 void store(Thread& t, Instruction const& i) {
-  int const count = i.numbers[1];
-  uint8_t* const to = memory(t, Space(i.numbers[0]), address_of(t, i.operands[0]), count * sizeof(T), count * sizeof(T), true);
-  for (int k = 0; k < count; ++k) {
-    T const value = get<T>(t, count > 1 ? i.operands[1].parts[k] : i.operands[1]);
+  size_t const bytes = i.count * sizeof(T);
+  uint8_t* const to = memory(t, i.space, address_of(t, i.operands[0]), bytes, bytes, true);
+  for (int k = 0; k < i.count; ++k) {
+    T const value = get<T>(t, i.count > 1 ? i.operands[1].parts[k] : i.operands[1]);
     std::memcpy(to + k * sizeof(T), &value, sizeof(T));
   }
-  ++t.block().cluster->grid->progress;
+  ++grid_of(t).progress;
 }
 
 // 128 bits, into two neighbouring slots.
 void load_wide(Thread& t, Instruction const& i) {
-  uint8_t const* const from = memory(t, space_of(i), address_of(t, i.operands[1]), 16, 16, false);
+  uint8_t const* const from = memory(t, i.space, address_of(t, i.operands[1]), 16, 16, false);
   std::memcpy(&t.registers[i.operands[0].slot], from, 16);
 }
 
-Scalar memory_access(Instruction& i, string const& type, bool is_load) {
-  i.numbers = {int(space_of(i)), i.has("v2") ? 2 : i.has("v4") ? 4 : i.has("v8") ? 8 : 1,
-               i.has("acquire") || i.has("volatile") || i.has("relaxed")};
-  return with_type(type, [&](auto tag) -> Scalar {
-    using T = typename decltype(tag)::type;
-    if constexpr (std::is_same_v<T, bool>) return nullptr;
-    else return is_load ? Scalar(&load<T>) : Scalar(&store<T>);
-  });
+template <bool kLoad>
+void memory_access(Instruction& i) {
+  Operand const& values = i.operands[kLoad ? 0 : 1];
+  i.space = space_of(i);
+  i.count = i.has("v2") ? 2 : i.has("v4") ? 4 : i.has("v8") ? 8 : 1;
+  i.waits = i.has("acquire") || i.has("volatile") || i.has("relaxed");
+  if (i.count == 1 ? values.kind == Operand::kVector : !values.is_vector(i.count)) return;
+  if (kLoad && i.count == 1 && i.name.back() == "b128") {
+    i.scalar = &load_wide;
+    return;
+  }
+  i.scalar = with_type<kStored>(i.name.back(), []<class T>(TypeOf<T>) { return kLoad ? &load<T> : &store<T>; });
 }
 
-enum Atomic { kAtomAdd, kAtomMin, kAtomMax, kAtomExch, kAtomCas, kAtomAnd, kAtomOr, kAtomXor, kAtomInc };
+enum Atomic { kAtomAdd, kAtomMin, kAtomMax, kAtomExch, kAtomCas, kAtomInc, kAtomAnd, kAtomOr, kAtomXor };
 
-// numbers: the space, the operation, whether the old value is wanted.
-template <class T>
+// kReturns: the old value, to the first operand.
+template <class T, bool kReturns>
 void atomic(Thread& t, Instruction const& i) {
-  int const first = i.numbers[2];
-  uint8_t* const place = memory(t, Space(i.numbers[0]), address_of(t, i.operands[first]), sizeof(T), sizeof(T), true);
+  uint8_t* const place = memory(t, i.space, address_of(t, i.operands[kReturns]), sizeof(T), sizeof(T), true);
   T old, next;
   std::memcpy(&old, place, sizeof(T));
-  T const b = get<T>(t, i.operands[first + 1]);
-  switch (i.numbers[1]) {
+  T const b = get<T>(t, i.operands[kReturns + 1]);
+  switch (i.mode) {
     case kAtomAdd: next = Add::of(old, b); break;
     case kAtomMin: next = Min::of(old, b); break;
     case kAtomMax: next = Max::of(old, b); break;
-    case kAtomCas: next = old == b ? get<T>(t, i.operands[first + 2]) : old; break;
+    case kAtomCas: next = old == b ? get<T>(t, i.operands[kReturns + 2]) : old; break;
     case kAtomExch: next = b; break;
     case kAtomInc: next = old >= b ? T(0) : Add::of(old, T(1)); break;
     default:
-      if constexpr (kInteger<T>) next = i.numbers[1] == kAtomAnd ? T(old & b) : i.numbers[1] == kAtomOr ? T(old | b) : T(old ^ b);
+      if constexpr (kInteger<T>) next = i.mode == kAtomAnd ? T(old & b) : i.mode == kAtomOr ? T(old | b) : T(old ^ b);
       else throw Error("bits of a float");
   }
   std::memcpy(place, &next, sizeof(T));
-  if (first) put<T>(t, i.operands[0], old);
+  if (kReturns) put<T>(t, i.operands[0], old);
   // A comparison that fails is how a lock is waited for.
-  if (i.numbers[1] == kAtomCas && std::memcmp(&old, &next, sizeof(T)) == 0) t.yields = true;
-  else ++t.block().cluster->grid->progress;
+  if (i.mode == kAtomCas && std::memcmp(&old, &next, sizeof(T)) == 0) t.yields = true;
+  else ++grid_of(t).progress;
 }
 
-Scalar atomic_access(Instruction& i, string const& type) {
-  static char const* const names[] = {"add", "min", "max", "exch", "cas", "and", "or", "xor", "inc"};
-  i.numbers[1] = -1;
-  for (int k = 0; k < 9; ++k)
-    if (i.has(names[k])) i.numbers[1] = k;
-  if (i.numbers[1] < 0 || i.has("v2") || i.has("v4") || i.has("noftz")) return nullptr;
-  i.numbers[0] = int(space_of(i));
-  i.numbers[2] = i.name[0] == "atom";
-  return with_type(type, [&](auto tag) -> Scalar {
-    using T = typename decltype(tag)::type;
-    if constexpr (!std::is_same_v<T, bool> && sizeof(T) >= 4) return &atomic<T>;
-    else return nullptr;
+template <bool kReturns>
+void atomic_access(Instruction& i) {
+  static char const* const kNames[] = {"add", "min", "max", "exch", "cas", "inc", "and", "or", "xor"};
+  for (i.mode = 0; i.mode < 9; ++i.mode)
+    if (i.has(kNames[i.mode])) break;
+  i.space = space_of(i);
+  if (i.mode == 9 || i.operands.size() != size_t(kReturns + 2 + (i.mode == kAtomCas))) return;
+  i.scalar = with_type<kNumbers>(i.name.back(), []<class T>(TypeOf<T>) -> Scalar {
+    return sizeof(T) >= 4 ? &atomic<T, kReturns> : nullptr;
   });
 }
 
 void branch(Thread& t, Instruction const& i) { t.pc = i.target; }
 
 void leave(Thread& t, Instruction const&) {
-  if (t.copies.back().size()) throw Error("ends with copies that it does not wait for");
-  commit(t.stores);
-  finish(t.stores, 0);
+  if (!t.copies.empty()) throw Error("ends with copies that it does not wait for");
+  // CUTLASS's kernels for Hopper wait for their last stores, those for Blackwell exit with them under way.
+  if (grid_of(t).launch.kernel->module->target >= 100) t.stores.finish(0);
+  if (!t.stores.empty()) throw Error("ends with bulk stores that it does not wait for");
   t.state = Thread::kExited;
 }
 
 void trap(Thread&, Instruction const&) { throw Error("the kernel stopped itself"); }
-void nothing(Thread&, Instruction const&) {}
 void pause(Thread& t, Instruction const&) { t.yields = true; }
 
 void to_shared(Thread& t, Instruction const& i) {
   uint64_t const address = get<uint64_t>(t, i.operands[1]);
   put<uint64_t>(t, i.operands[0], address >= kSharedWindow ? address - kSharedWindow : address);
 }
-void from_shared(Thread& t, Instruction const& i) { put<uint64_t>(t, i.operands[0], get<uint32_t>(t, i.operands[1]) + kSharedWindow); }
+void from_shared(Thread& t, Instruction const& i) {
+  put<uint64_t>(t, i.operands[0], get<uint32_t>(t, i.operands[1]) + kSharedWindow);
+}
 void same_address(Thread& t, Instruction const& i) { put<uint64_t>(t, i.operands[0], get<uint64_t>(t, i.operands[1])); }
 
+void change_of_space(Instruction& i) {
+  Space const space = space_of(i);
+  if (space == Space::kShared) i.scalar = i.has("to") ? &to_shared : &from_shared;
+  else if (space == Space::kGlobal) i.scalar = &same_address;
+}
+
+template <bool kWaits>
 void block_barrier(Thread& t, Instruction const& i) {
-  uint32_t const expected = i.operands.size() > 1 ? get<uint32_t>(t, i.operands[1]) : t.block().running;
-  arrive(t.block(), get<uint32_t>(t, i.operands[0]), expected, i.numbers[0] ? &t : nullptr);
+  std::optional<uint32_t> expected;
+  if (i.operands.size() > 1) expected = get<uint32_t>(t, i.operands[1]);
+  arrive(t.block(), get<uint32_t>(t, i.operands[0]), expected, kWaits ? &t : nullptr);
 }
 
 void cluster_arrive(Thread& t, Instruction const&) {
   Cluster& cluster = *t.block().cluster;
+  if (t.arrived) throw Error("arrives a second time without having waited");
+  t.arrived = true;
   t.cluster_phase = cluster.phase;
   ++cluster.arrived;
   check_cluster(cluster);
 }
 
 void cluster_wait(Thread& t, Instruction const&) {
+  if (!t.arrived) throw Error("waits without having arrived");
   if (t.block().cluster->phase == t.cluster_phase) t.state = Thread::kClusterBarrier;
+  else t.arrived = false;
 }
 
 // The address of the same place in another block of the cluster.
@@ -530,24 +568,31 @@ void map_address(Thread& t, Instruction const& i) {
   put<uint32_t>(t, i.operands[0], address | (rank + 1) << 24);
 }
 
-uint8_t* barrier_at(Thread& t, Operand const& operand) { return t.block().shared_at(uint32_t(address_of(t, operand)), 8); }
-Grid& grid_of(Thread& t) { return *t.block().cluster->grid; }
-
-void barrier_init(Thread& t, Instruction const& i) { mbarrier_init(barrier_at(t, i.operands[0]), get<uint32_t>(t, i.operands[1])); }
+uint8_t* barrier_at(Thread& t, Operand const& operand) {
+  return t.block().shared_at(uint32_t(address_of(t, operand)), 8);
+}
+void barrier_init(Thread& t, Instruction const& i) {
+  mbarrier_init(barrier_at(t, i.operands[0]), get<uint32_t>(t, i.operands[1]));
+}
 
 void barrier_invalidate(Thread& t, Instruction const& i) { std::memset(barrier_at(t, i.operands[0]), 0xFF, 8); }
 
-// numbers: 1 where bytes are announced.
+// kExpects: announces bytes and arrives once; else arrives as often as the number says.
+template <bool kExpects>
 void barrier_arrive(Thread& t, Instruction const& i) {
   if (i.operands[0].kind != Operand::kSink) throw Error("the state of an mbarrier is not kept");
   uint8_t* const place = barrier_at(t, i.operands[1]);
   uint32_t const number = i.operands.size() > 2 ? get<uint32_t>(t, i.operands[2]) : 1;
-  if (i.numbers[0]) mbarrier_expect(grid_of(t), place, number);
-  mbarrier_arrive(grid_of(t), place, i.numbers[0] ? 1 : number);
+  if (kExpects) mbarrier_expect(grid_of(t), place, number);
+  mbarrier_arrive(grid_of(t), place, kExpects ? 1 : number);
 }
 
-void barrier_expect(Thread& t, Instruction const& i) { mbarrier_expect(grid_of(t), barrier_at(t, i.operands[0]), get<uint32_t>(t, i.operands[1])); }
-void barrier_complete(Thread& t, Instruction const& i) { mbarrier_complete(grid_of(t), barrier_at(t, i.operands[0]), get<uint32_t>(t, i.operands[1])); }
+void barrier_expect(Thread& t, Instruction const& i) {
+  mbarrier_expect(grid_of(t), barrier_at(t, i.operands[0]), get<uint32_t>(t, i.operands[1]));
+}
+void barrier_complete(Thread& t, Instruction const& i) {
+  mbarrier_complete(grid_of(t), barrier_at(t, i.operands[0]), get<uint32_t>(t, i.operands[1]));
+}
 
 void barrier_test(Thread& t, Instruction const& i) {
   bool const done = mbarrier_done(barrier_at(t, i.operands[1]), get<uint32_t>(t, i.operands[2]));
@@ -557,132 +602,120 @@ void barrier_test(Thread& t, Instruction const& i) {
 
 // cp.async dst, src, size{, bytes of it that are read; the rest becomes zeros}.
 void copy_async(Thread& t, Instruction const& i) {
-  size_t const size = get<uint32_t>(t, i.operands[2]);
+  size_t const size = i.operands[2].value;
   size_t const read = i.operands.size() > 3 ? get<uint32_t>(t, i.operands[3]) : size;
   if (read > size) throw Error("reads more than it writes");
   uint64_t const to = address_of(t, i.operands[0]), from = address_of(t, i.operands[1]);
   memory(t, Space::kShared, to, size, size, true);
   if (read) memory(t, Space::kGlobal, from, read, size, false);
-  t.copies.back().push_back([&t, to, from, size, read] {
+  t.copies.add(i, [&t, to, from, size, read] {
     uint8_t* const place = memory(t, Space::kShared, to, size, size, true);
     std::memset(place, 0, size);
     if (read) std::memcpy(place, memory(t, Space::kGlobal, from, read, 1, false), read);
   });
 }
 
-void copies_commit(Thread& t, Instruction const&) { commit(t.copies); }
-void copies_wait(Thread& t, Instruction const& i) { finish(t.copies, get<uint32_t>(t, i.operands[0])); }
+void copying(Instruction& i) {
+  Operand const& size = i.operands[2];
+  bool const right = size.value == 16 || (i.has("ca") && (size.value == 4 || size.value == 8));
+  if (size.kind == Operand::kImmediate && right) i.scalar = &copy_async;
+}
+
+void copies_commit(Thread& t, Instruction const&) { t.copies.commit(); }
+void copies_wait(Thread& t, Instruction const& i) { t.copies.finish(get<uint32_t>(t, i.operands[0])); }
 void copies_wait_all(Thread& t, Instruction const&) {
-  commit(t.copies);
-  finish(t.copies, 0);
+  t.copies.commit();
+  t.copies.finish(0);
 }
-void stores_commit(Thread& t, Instruction const&) { commit(t.stores); }
-void stores_wait(Thread& t, Instruction const& i) { finish(t.stores, get<uint32_t>(t, i.operands[0])); }
+void stores_commit(Thread& t, Instruction const&) { t.stores.commit(); }
+void stores_wait(Thread& t, Instruction const& i) { t.stores.finish(get<uint32_t>(t, i.operands[0])); }
 
-Scalar find(Instruction& i) {
-  string const &op = i.name[0], &type = i.name.back();
-  if (op == "add") return number_binary<Add>(type);
-  if (op == "sub") return number_binary<Sub>(type);
-  if (op == "mul" || op == "mad") return multiplication(i, type);
-  if (op == "fma") return type == "f32" ? &fused_multiply_add<float> : type == "f64" ? &fused_multiply_add<double> : nullptr;
-  if (op == "div") return number_binary<Div>(type);
-  if (op == "rem") return integer_binary<Rem>(type);
-  if (op == "min") return number_binary<Min>(type);
-  if (op == "max") return number_binary<Max>(type);
-  if (op == "and") return bit_binary<And>(type);
-  if (op == "or") return bit_binary<Or>(type);
-  if (op == "xor") return bit_binary<Xor>(type);
-  if (op == "shl") return shifting<true>(type);
-  if (op == "shr") return shifting<false>(type);
-  if (op == "setp") return comparison(i, type);
-  if (op == "cvt") return conversion(i);
-  if (op == "neg" || op == "not" || op == "abs" || op == "selp")
-    return with_type(type, [&](auto tag) -> Scalar {
-      using T = typename decltype(tag)::type;
-      if constexpr (std::is_same_v<T, bool>) {
-        return op == "not" ? &invert<bool> : nullptr;
-      } else {
-        if constexpr (kInteger<T>)
-          if (op == "not") return &invert<T>;
-        if (op == "not") return nullptr;
-        return op == "neg" ? &negate<T> : op == "selp" ? &select<T> : &absolute<T>;
-      }
-    });
-  if (op == "mov") {
-    if (type == "pred") return &move_predicate;
-    i.numbers[0] = int(bits_of(type));
-    return i.numbers[0] <= 64 ? &move : nullptr;
-  }
-  if (op == "bfe") return type == "u32" ? &extract_bits<uint32_t> : type == "s32" ? &extract_bits<int32_t>
-                        : type == "u64" ? &extract_bits<uint64_t> : type == "s64" ? &extract_bits<int64_t> : nullptr;
-  if (op == "bfi") return type == "b32" ? &insert_bits<uint32_t> : type == "b64" ? &insert_bits<uint64_t> : nullptr;
-  if (op == "prmt") return i.name.size() == 2 ? &permute_bytes : nullptr;
-  if (op == "lop3") return i.name.size() == 2 ? &logic3 : nullptr;
-  if (op == "shf") {
-    i.numbers = {i.has("l"), i.has("clamp")};
-    return &funnel_shift;
-  }
-  if (op == "popc") return type == "b32" ? &count_ones<uint32_t> : &count_ones<uint64_t>;
-  if (op == "clz") return type == "b32" ? &leading_zeros<uint32_t> : &leading_zeros<uint64_t>;
-  if (op == "ld" && type == "b128") return &load_wide;
-  if (op == "ld" || op == "ldu") return memory_access(i, type, true);
-  if (op == "st") return i.has("async") ? nullptr : memory_access(i, type, false);
-  if (op == "atom" || op == "red") return i.has("async") ? nullptr : atomic_access(i, type);
-  if (op == "bra") return &branch;
-  if (op == "ret" || op == "exit") return &leave;
-  if (op == "trap") return &trap;
-  if (op == "nanosleep") return &pause;
-  if (op == "cvta") {
-    if (i.has("shared")) return i.has("to") ? &to_shared : &from_shared;
-    return i.has("global") || i.has("param") || i.has("local") || i.has("const") ? &same_address : nullptr;
-  }
-  if (op == "bar" || (op == "barrier" && !i.has("cluster"))) {
-    i.numbers[0] = i.has("sync");
-    return (i.has("sync") && !i.has("warp")) || i.has("arrive") ? &block_barrier : nullptr;
-  }
-  if (op == "barrier") return i.has("arrive") ? &cluster_arrive : &cluster_wait;
-  if (op == "mapa") return type == "u32" ? &map_address : nullptr;
-  if (op == "mbarrier") {
-    i.numbers[0] = i.has("expect_tx");
-    if (i.has("init")) return &barrier_init;
-    if (i.has("inval")) return &barrier_invalidate;
-    if (i.has("arrive") && !i.has("noComplete")) return &barrier_arrive;
-    if (i.has("expect_tx")) return &barrier_expect;
-    if (i.has("complete_tx")) return &barrier_complete;
-    if ((i.has("try_wait") || i.has("test_wait")) && i.has("parity")) return &barrier_test;
-    return nullptr;
-  }
-  if (op == "cp" && i.has("async") && !i.has("bulk") && !i.has("mbarrier")) {
-    if (i.has("commit_group")) return &copies_commit;
-    if (i.has("wait_group")) return &copies_wait;
-    if (i.has("wait_all")) return &copies_wait_all;
-    return i.has("shared") || i.has("shared::cta") ? &copy_async : nullptr;
-  }
-  if (op == "cp" && i.has("bulk") && i.has("commit_group")) return &stores_commit;
-  if (op == "cp" && i.has("bulk") && i.has("wait_group")) return &stores_wait;
-  // Orderings: this machine runs everything in order but what it puts off on purpose.
-  if (op == "fence" || op == "membar" || op == "prefetch" || op == "prefetchu" || op == "griddepcontrol" ||
-      op == "setmaxnreg" || op == "createpolicy" || op == "discard" || op == "applypriority")
-    return &nothing;
-  return nullptr;
-}
+#define SHARED "shared shared::cta"
+#define SPACES SHARED " shared::cluster global "
+#define SCOPES "relaxed cta cluster gpu sys "
+
+constexpr Form kForms[] = {
+    {"add", "rn", 3, 3, binary<Add, kNumbers>},
+    {"sub", "rn", 3, 3, binary<Sub, kNumbers>},
+    {"mul", "rn lo hi wide", 3, 3, multiplication<false>},
+    {"mad", "rn lo hi wide", 4, 4, multiplication<true>},
+    {"fma", "rn", 4, 4, multiplication<true>},
+    {"div", "rn", 3, 3, binary<Div, kNumbers>},
+    {"rem", "", 3, 3, binary<Rem, kIntegers>},
+    {"min", "", 3, 3, binary<Min, kNumbers>},
+    {"max", "", 3, 3, binary<Max, kNumbers>},
+    {"and", "", 3, 3, binary<And, kBits>},
+    {"or", "", 3, 3, binary<Or, kBits>},
+    {"xor", "", 3, 3, binary<Xor, kBits>},
+    {"neg", "", 2, 2, unary<Negate, kNumbers>},
+    {"abs", "", 2, 2, unary<Absolute, kNumbers>},
+    {"not", "", 2, 2, unary<Invert, kBits>},
+    {"shl", "", 3, 3, shifting<true>},
+    {"shr", "", 3, 3, shifting<false>},
+    {"selp", "", 4, 4, selection},
+    {"setp", "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu and or xor", 3, 4, comparison},
+    {"cvt", "rn rni rzi rmi rpi", 2, 3, conversion},
+    {"mov", "", 2, 2, moving},
+    {"bfe", "", 4, 4, extraction},
+    {"bfi.b32", "", 5, 5, always<insert_bits<uint32_t>>},
+    {"bfi.b64", "", 5, 5, always<insert_bits<uint64_t>>},
+    {"prmt.b32", "", 4, 4, always<permute_bytes>},
+    {"lop3.b32", "", 5, 5, always<logic3>},
+    {"shf.l.wrap", "", 4, 4, always<funnel_shift<true, false>>},
+    {"shf.l.clamp", "", 4, 4, always<funnel_shift<true, true>>},
+    {"shf.r.wrap", "", 4, 4, always<funnel_shift<false, false>>},
+    {"shf.r.clamp", "", 4, 4, always<funnel_shift<false, true>>},
+    {"popc.b32", "", 2, 2, always<count_ones<uint32_t>>},
+    {"popc.b64", "", 2, 2, always<count_ones<uint64_t>>},
+    {"clz.b32", "", 2, 2, always<leading_zeros<uint32_t>>},
+    {"clz.b64", "", 2, 2, always<leading_zeros<uint64_t>>},
+
+    {"ld", SPACES SCOPES "param local const v2 v4 v8 weak acquire volatile nc ca cg cs cv", 2, 2, memory_access<true>},
+    {"st", SPACES SCOPES "local v2 v4 v8 weak release volatile wb cg cs wt", 2, 2, memory_access<false>},
+    {"atom", SPACES SCOPES "acquire release acq_rel add min max exch cas inc and or xor", 3, 4, atomic_access<true>},
+    {"red", SPACES SCOPES "release add min max inc and or xor", 2, 2, atomic_access<false>},
+    {"cvta", SHARED " to global param local const", 2, 2, change_of_space},
+    {"mapa", "shared::cluster", 3, 3, always<map_address>},
+
+    {"bra", "uni", 0, 0, always<branch>},
+    {"ret", "uni", 0, 0, always<leave>},
+    {"exit", "", 0, 0, always<leave>},
+    {"trap", "", 0, 0, always<trap>},
+    {"nanosleep", "", 1, 1, always<pause>},
+    {"bar.sync", "", 1, 2, always<block_barrier<true>>},
+    {"bar.arrive", "", 2, 2, always<block_barrier<false>>},
+    {"barrier.sync", "aligned", 1, 2, always<block_barrier<true>>},
+    {"barrier.arrive", "aligned", 2, 2, always<block_barrier<false>>},
+    {"barrier.cluster.arrive", "release relaxed aligned", 0, 0, always<cluster_arrive>},
+    {"barrier.cluster.wait", "acquire aligned", 0, 0, always<cluster_wait>},
+
+    {"mbarrier.init", SHARED, 2, 2, always<barrier_init>},
+    {"mbarrier.inval", SHARED, 1, 1, always<barrier_invalidate>},
+    {"mbarrier.arrive", SPACES SCOPES "release", 2, 3, always<barrier_arrive<false>>},
+    {"mbarrier.arrive.expect_tx", SPACES SCOPES "release", 3, 3, always<barrier_arrive<true>>},
+    {"mbarrier.expect_tx", SPACES SCOPES, 2, 2, always<barrier_expect>},
+    {"mbarrier.complete_tx", SPACES SCOPES, 2, 2, always<barrier_complete>},
+    {"mbarrier.test_wait.parity", SHARED " " SCOPES "acquire", 3, 3, always<barrier_test>},
+    {"mbarrier.try_wait.parity", SHARED " " SCOPES "acquire", 3, 4, always<barrier_test>},
+
+    {"cp.async.ca", SHARED " global L2::64B L2::128B L2::256B", 3, 4, copying},
+    {"cp.async.cg", SHARED " global L2::64B L2::128B L2::256B", 3, 4, copying},
+    {"cp.async.commit_group", "", 0, 0, always<copies_commit>},
+    {"cp.async.wait_group", "", 1, 1, always<copies_wait>},
+    {"cp.async.wait_all", "", 0, 0, always<copies_wait_all>},
+    {"cp.async.bulk.commit_group", "", 0, 0, always<stores_commit>},
+    {"cp.async.bulk.wait_group", "read", 1, 1, always<stores_wait>},
+
+    // Orderings and hints: this machine runs everything in order but what it puts off on purpose.
+    {"fence", "acq_rel sc acquire release proxy async mbarrier_init " SPACES SCOPES, 0, 0, always<nothing>},
+    {"membar", "cta gl sys", 0, 0, always<nothing>},
+    {"prefetch", "tensormap global local param const L1 L2", 1, 1, always<nothing>},
+    {"griddepcontrol", "wait launch_dependents", 0, 0, always<nothing>},
+    {"setmaxnreg", "inc dec sync aligned", 1, 1, always<nothing>},
+};
 
 }  // namespace
 
-bool decode_scalar(Instruction& instruction) {
-  instruction.scalar = find(instruction);
-  return instruction.scalar;
-}
-
-namespace {
-void unknown(Thread&, Instruction const&) { throw Error("the emulator does not know this instruction"); }
-}  // namespace
-
-void decode(Kernel& kernel) {
-  if (kernel.decoded) return;
-  for (Instruction& instruction : kernel.code)
-    if (!decode_tensor(instruction) && !decode_tensor_memory(instruction) && !decode_scalar(instruction)) instruction.scalar = &unknown;
-  kernel.decoded = true;
-}
+std::span<Form const> scalar_forms() { return kForms; }
 
 }  // namespace emulator

@@ -14,6 +14,7 @@ uint8_t* Block::shared_at(uint64_t address, size_t bytes) {
   uint32_t const offset = uint32_t(address) & 0xFFFFFF, other = uint32_t(address) >> 24;
   if (other > cluster->blocks.size()) throw Error("shared memory of a block that the cluster does not have");
   Block& owner = other ? cluster->blocks[other - 1] : *this;
+  if (!owner.running) throw Error("shared memory of a block that has exited");
   if (address >> 32 || offset < kSharedBase || offset + bytes > kSharedBase + owner.shared.size())
     throw Error("outside of shared memory");
   return owner.shared.data() + (offset - kSharedBase);
@@ -34,15 +35,17 @@ uint8_t* memory(Thread& thread, Space space, uint64_t address, size_t bytes, siz
   return space == Space::kShared ? thread.block().shared_at(address, bytes) : global_memory().at(address, bytes, write);
 }
 
-void finish(std::vector<std::vector<std::function<void()>>>& groups, size_t left) {
-  while (groups.size() > left + 1) {
-    auto const oldest = std::move(groups.front());
-    groups.erase(groups.begin());
-    for (auto const& work : oldest) work();
+void Groups::finish(size_t left) {
+  while (groups_.size() > left + 1) {
+    auto const oldest = std::move(groups_.front());
+    groups_.erase(groups_.begin());
+    for (Work const& work : oldest) work();
   }
 }
 
-void commit(std::vector<std::vector<std::function<void()>>>& groups) { groups.emplace_back(); }
+bool Groups::empty() const {
+  return std::all_of(groups_.begin(), groups_.end(), [](auto const& group) { return group.empty(); });
+}
 
 float from_e4m3(uint8_t bits) {
   int const exponent = bits >> 3 & 15, mantissa = bits & 7;
@@ -52,25 +55,41 @@ float from_e4m3(uint8_t bits) {
 }
 
 uint16_t to_bfloat16(float value) {
+  if (std::isnan(value)) return 0x7FFF;
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  if (std::isnan(value)) return 0x7FFF;
   return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-void arrive(Block& block, uint32_t barrier, uint32_t expected, Thread* waiting) {
+uint16_t to_float16(float value) {
+  if (std::isnan(value)) return 0x7FFF;
+  _Float16 const half = _Float16(value);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+
+void arrive(Block& block, uint32_t barrier, std::optional<uint32_t> expected, Thread* waiting) {
   if (barrier >= block.barriers.size()) throw Error("there are 16 barriers");
   Block::Barrier& own = block.barriers[barrier];
+  if (own.arrived && own.expected != expected) throw Error("a barrier with two numbers of threads");
   ++own.arrived;
+  own.expected = expected;
   if (waiting) {
     waiting->state = Thread::kBarrier;
     own.waiting.push_back(waiting);
   }
-  if (own.arrived > expected) throw Error("more threads at a barrier than it expects");
-  if (own.arrived < expected) return;
-  for (Thread* thread : own.waiting) thread->state = Thread::kReady;
-  own = {};
-  ++block.cluster->grid->progress;
+  if (own.arrived > expected.value_or(block.running)) throw Error("more threads at a barrier than it expects");
+  check_barriers(block);
+}
+
+void check_barriers(Block& block) {
+  for (Block::Barrier& own : block.barriers) {
+    if (!own.arrived || own.arrived < own.expected.value_or(block.running)) continue;
+    for (Thread* thread : own.waiting) thread->state = Thread::kReady;
+    own = {};
+    ++block.cluster->grid->progress;
+  }
 }
 
 void check_cluster(Cluster& cluster) {
@@ -81,7 +100,10 @@ void check_cluster(Cluster& cluster) {
   for (Block& block : cluster.blocks)
     for (Warp& warp : block.warps)
       for (Thread& thread : warp.threads)
-        if (thread.state == Thread::kClusterBarrier) thread.state = Thread::kReady;
+        if (thread.state == Thread::kClusterBarrier) {
+          thread.state = Thread::kReady;
+          thread.arrived = false;
+        }
 }
 
 namespace {
@@ -153,47 +175,85 @@ bool Grid::steal(Dim& first_block) {
 }
 
 void Grid::start(uint64_t index) {
-  Kernel const& kernel = *launch.kernel;
-  Dim const at = place(index), size = launch.cluster, all = launch.grid, threads = launch.block;
-  Dim const clusters_in_grid{all.x / size.x, all.y / size.y, all.z / size.z};
   Cluster& cluster = clusters.emplace_back();
   cluster.grid = this;
-  cluster.blocks.resize(size.count());
-  for (uint32_t rank = 0; rank < size.count(); ++rank) {
-    Block& block = cluster.blocks[rank];
-    Dim const within{rank % size.x, rank / size.x % size.y, rank / size.x / size.y};
+  cluster.blocks.resize(launch.cluster.count());
+  for (Block& block : cluster.blocks) {
     block.cluster = &cluster;
-    block.rank = rank;
-    block.shared.assign(kernel.static_shared + launch.dynamic_shared, 0xFF);
-    uint32_t const count = uint32_t(threads.count());
-    block.running = count;
-    block.registers.assign(size_t(count) * kernel.registers, 0xBAD0BAD0BAD0BAD0);
-    block.local.assign(size_t(count) * (kernel.local + 16), 0xFF);
-    if (kernel.local) global_memory().allow(block.local.data(), block.local.size(), true);
-    block.warps.resize((count + 31) / 32);
-    for (uint32_t id = 0; id < count; ++id) {
-      Warp& warp = block.warps[id / 32];
-      warp.block = &block;
-      warp.index = id / 32;
-      Thread& thread = warp.threads.emplace_back();
-      thread.warp = &warp;
-      thread.lane = id % 32;
-      thread.registers = block.registers.data() + size_t(id) * kernel.registers;
-      uint64_t* const r = thread.registers;
-      r[kTidX] = id % threads.x, r[kTidY] = id / threads.x % threads.y, r[kTidZ] = id / threads.x / threads.y;
-      r[kNtidX] = threads.x, r[kNtidY] = threads.y, r[kNtidZ] = threads.z;
-      r[kCtaidX] = at.x * size.x + within.x, r[kCtaidY] = at.y * size.y + within.y, r[kCtaidZ] = at.z * size.z + within.z;
-      r[kNctaidX] = all.x, r[kNctaidY] = all.y, r[kNctaidZ] = all.z;
-      r[kLaneid] = id % 32, r[kWarpid] = id / 32, r[kSmid] = index * size.count() + rank;
-      r[kClusterCtarank] = rank, r[kClusterNctarank] = size.count();
-      r[kClusteridX] = at.x, r[kClusteridY] = at.y, r[kClusteridZ] = at.z;
-      r[kNclusteridX] = clusters_in_grid.x, r[kNclusteridY] = clusters_in_grid.y, r[kNclusteridZ] = clusters_in_grid.z;
-      r[kClusterCtaidX] = within.x, r[kClusterCtaidY] = within.y, r[kClusterCtaidZ] = within.z;
-      r[kClusterNctaidX] = size.x, r[kClusterNctaidY] = size.y, r[kClusterNctaidZ] = size.z;
-      r[kDynamicSmemSize] = launch.dynamic_shared;
-      r[kLocalBase] = (reinterpret_cast<uint64_t>(block.local.data() + size_t(id) * (kernel.local + 16)) + 15) / 16 * 16;
-    }
+    block.rank = uint32_t(&block - cluster.blocks.data());
+    start_block(block, place(index));
   }
+}
+
+void Grid::start_block(Block& block, Dim cluster) {
+  Kernel const& kernel = *launch.kernel;
+  uint32_t const count = uint32_t(launch.block.count());
+  size_t const local = kernel.local + 16;  // of a thread, aligned to 16 within
+  // A NaN as fp64, its halves NaNs as fp32, its quarters as bf16 and fp16; false as a predicate.
+  constexpr uint64_t kUnwritten = 0x7FFF'FFFF'FFFF'FFFE;
+  block.running = count;
+  block.shared.assign(kernel.static_shared + launch.dynamic_shared, 0xFF);
+  block.registers.assign(size_t(count) * kernel.registers, kUnwritten);
+  block.local.assign(count * local, 0xFF);
+  if (kernel.local) global_memory().allow(block.local.data(), block.local.size(), true);
+  block.warps.resize((count + 31) / 32);
+  for (uint32_t id = 0; id < count; ++id) {
+    Warp& warp = block.warps[id / 32];
+    warp.block = &block;
+    warp.index = id / 32;
+    Thread& thread = warp.threads.emplace_back();
+    thread.warp = &warp;
+    thread.lane = id % 32;
+    thread.registers = block.registers.data() + size_t(id) * kernel.registers;
+    set_specials(block, cluster, id, thread.registers);
+    auto const own = reinterpret_cast<uint64_t>(block.local.data() + id * local);
+    thread.registers[kLocalBase] = (own + 15) / 16 * 16;
+  }
+}
+
+void Grid::set_specials(Block const& block, Dim cluster, uint32_t id, uint64_t* r) const {
+  Dim const size = launch.cluster, all = launch.grid, threads = launch.block;
+  uint32_t const rank = block.rank;
+  Dim const within{rank % size.x, rank / size.x % size.y, rank / size.x / size.y};
+  Dim const first{cluster.x * size.x, cluster.y * size.y, cluster.z * size.z};
+  r[kTidX] = id % threads.x, r[kTidY] = id / threads.x % threads.y, r[kTidZ] = id / threads.x / threads.y;
+  r[kNtidX] = threads.x, r[kNtidY] = threads.y, r[kNtidZ] = threads.z;
+  r[kCtaidX] = first.x + within.x, r[kCtaidY] = first.y + within.y, r[kCtaidZ] = first.z + within.z;
+  r[kNctaidX] = all.x, r[kNctaidY] = all.y, r[kNctaidZ] = all.z;
+  r[kLaneid] = id % 32, r[kWarpid] = id / 32;
+  r[kSmid] = (r[kCtaidZ] * all.y + r[kCtaidY]) * all.x + r[kCtaidX];  // none is used twice
+  r[kClusterCtarank] = rank, r[kClusterNctarank] = size.count();
+  r[kClusteridX] = cluster.x, r[kClusteridY] = cluster.y, r[kClusteridZ] = cluster.z;
+  r[kNclusteridX] = all.x / size.x, r[kNclusteridY] = all.y / size.y, r[kNclusteridZ] = all.z / size.z;
+  r[kClusterCtaidX] = within.x, r[kClusterCtaidY] = within.y, r[kClusterCtaidZ] = within.z;
+  r[kClusterNctaidX] = size.x, r[kClusterNctaidY] = size.y, r[kClusterNctaidZ] = size.z;
+  r[kDynamicSmemSize] = launch.dynamic_shared;
+}
+
+// What remains of a cluster whose threads have all exited.
+void Grid::retire(Cluster& cluster) {
+  auto const of_it = [&](Pending const& each) { return each.cluster == &cluster; };
+  bool busy = std::any_of(pending.begin(), pending.end(), of_it);
+  for (Block& block : cluster.blocks) {
+    busy |= !block.tensor_work.empty();
+    for (Warp const& warp : block.warps) busy |= !warp.products.empty();
+    load.blocks += block.products > 0;
+    load.most = std::max(load.most, block.products);
+    load.all += block.products;
+    if (launch.kernel->local) global_memory().forbid(block.local.data());
+  }
+  if (busy) throw Error("the last thread exits while asynchronous work is still under way");
+}
+
+void Grid::leave(Thread& thread) {
+  Block& block = thread.block();
+  Cluster& cluster = *block.cluster;
+  ++progress;
+  --block.running;
+  if (thread.arrived && thread.cluster_phase == cluster.phase) --cluster.arrived;
+  check_barriers(block);
+  check_cluster(cluster);
+  if (!cluster.threads()) retire(cluster);
 }
 
 void Grid::run_thread(Thread& thread) {
@@ -201,7 +261,8 @@ void Grid::run_thread(Thread& thread) {
   thread.yields = false;
   for (int budget = 4000; budget && !thread.yields; --budget) {
     Instruction const& instruction = code[thread.pc];
-    if (instruction.predicate >= 0 && bool(thread.registers[instruction.predicate] & 1) == instruction.predicate_negated) {
+    bool const guarded = instruction.predicate >= 0;
+    if (guarded && bool(thread.registers[instruction.predicate] & 1) == instruction.predicate_negated) {
       ++thread.pc;
       continue;
     }
@@ -210,17 +271,10 @@ void Grid::run_thread(Thread& thread) {
       return;
     }
     ++thread.pc;
-    instruction.ran = true;
-    try {
+    at_instruction(instruction, [&] {
       instruction.scalar(thread, instruction);
-    } catch (Error const& error) {
-      throw Error("PTX line " + std::to_string(instruction.line) + ", `" + instruction.text + "`: " + error.what());
-    }
-    if (thread.state == Thread::kExited) {
-      ++progress;
-      --thread.block().running;
-      check_cluster(*thread.block().cluster);
-    }
+      if (thread.state == Thread::kExited) leave(thread);
+    });
     if (thread.state != Thread::kReady) return;
   }
 }
@@ -245,12 +299,7 @@ bool Grid::run_collective(Warp& warp) {
         thread.state = Thread::kReady;
         ++thread.pc;
       }
-    instruction.ran = true;
-    try {
-      instruction.collective(warp, wanted, instruction);
-    } catch (Error const& error) {
-      throw Error("PTX line " + std::to_string(instruction.line) + ", `" + instruction.text + "`: " + error.what());
-    }
+    at_instruction(instruction, [&] { instruction.collective(warp, wanted, instruction); });
     return true;
   }
   return false;
@@ -270,21 +319,46 @@ void Grid::run_warp(Warp& warp) {
   }
 }
 
+void Grid::run_warps() {
+  std::vector<Warp*> warps;
+  for (Cluster& cluster : clusters)
+    for (Block& block : cluster.blocks)
+      if (block.running)
+        for (Warp& warp : block.warps) warps.push_back(&warp);
+  if (launch.seed) std::shuffle(warps.begin(), warps.end(), random);
+  for (Warp* warp : warps) run_warp(*warp);
+}
+
+void Grid::run_pending(size_t which) {
+  Work const work = std::move(pending[which].work);
+  pending.erase(pending.begin() + which);
+  work();
+}
+
+// Where the warp's threads stand; neighbours in the same place are named once.
+std::string Grid::places(Warp const& warp) const {
+  std::string lines;
+  int last = -1;
+  for (Thread const& thread : warp.threads) {
+    if (thread.state == Thread::kExited) continue;
+    // At a barrier it stands behind the instruction that it waits in.
+    int const at = thread.pc - (thread.state == Thread::kBarrier || thread.state == Thread::kClusterBarrier);
+    if (at == last) continue;
+    last = at;
+    Instruction const& instruction = launch.kernel->code[at];
+    lines += " lane " + std::to_string(thread.lane) + " at line " + std::to_string(instruction.line) + " `" +
+             instruction.text + "`";
+    if (lines.size() > 300) break;
+  }
+  return lines;
+}
+
 void Grid::hang() {
   std::string where;
   for (Cluster& cluster : clusters)
     for (Block& block : cluster.blocks)
       for (Warp& warp : block.warps) {
-        std::string lines;
-        int last = -1;
-        for (Thread& thread : warp.threads)
-          if (thread.state != Thread::kExited && thread.pc != last) {
-            last = thread.pc;
-            Instruction const& instruction = launch.kernel->code[thread.pc];
-            lines += " lane " + std::to_string(thread.lane) + " at line " + std::to_string(instruction.line) + " `" +
-                     instruction.text + "`";
-            if (lines.size() > 300) break;
-          }
+        std::string const lines = places(warp);
         if (!lines.empty() && where.size() < 4000)
           where += "\n  block " + std::to_string(warp.threads[0].registers[kCtaidX]) + " warp " +
                    std::to_string(warp.index) + ":" + lines;
@@ -297,45 +371,25 @@ void Grid::run() {
   uint64_t const at_once = std::max<uint64_t>(1, launch.resident / launch.cluster.count());
   int idle = 0;
   while (true) {
-    while (!clusters.empty() && clusters.front().threads() == 0) {
-      for (Block const& block : clusters.front().blocks) {
-        load.blocks += block.products > 0;
-        load.most = std::max(load.most, block.products);
-        load.all += block.products;
-      }
-      clusters.pop_front();
-    }
+    while (!clusters.empty() && !clusters.front().threads()) clusters.pop_front();
     uint64_t live = 0;
     for (Cluster const& cluster : clusters) live += cluster.threads() > 0;
     for (; live < at_once && clusters_started < count; ++live) start(clusters_started++);
-    if (clusters.empty()) break;
+    if (clusters.empty()) return;
 
-    std::vector<Warp*> warps;
-    for (Cluster& cluster : clusters)
-      for (Block& block : cluster.blocks)
-        if (block.running)
-          for (Warp& warp : block.warps) warps.push_back(&warp);
-    if (launch.seed) std::shuffle(warps.begin(), warps.end(), random);
     uint64_t const before = progress;
-    for (Warp* warp : warps) run_warp(*warp);
-
-    auto const finish_one = [&](size_t which) {
-      auto const work = std::move(pending[which]);
-      pending.erase(pending.begin() + which);
-      work();
-    };
+    run_warps();
     if (launch.seed)
       for (size_t i = pending.size(); i-- > 0;)
-        if (random() % 4 == 0) finish_one(i);
+        if (random() % 4 == 0) run_pending(i);
     if (progress != before) {
       idle = 0;
     } else if (!pending.empty()) {
-      finish_one(launch.seed ? random() % pending.size() : 0);
+      run_pending(launch.seed ? random() % pending.size() : 0);
     } else if (++idle > 1000) {
       hang();
     }
   }
-  if (!pending.empty()) throw Error("the kernel ended before its asynchronous copies");
 }
 
 }  // namespace emulator

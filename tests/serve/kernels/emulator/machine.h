@@ -1,12 +1,14 @@
 // The machine that PTX runs on: threads that each keep their own place in the code, warps, blocks, clusters, a grid.
 //
 // Asynchronous work (TMA, wgmma, cp.async) is put off as far as the program allows, or a random time where a seed asks
-// for it, so that a wait that is missing shows as a wrong result. Memory that nobody wrote reads as NaN.
+// for it, so that a wait that is missing shows as a wrong result. Memory and registers that nobody wrote read as NaN.
 #pragma once
 
+#include <array>
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <optional>
 #include <random>
 
 #include "ptx.h"
@@ -23,14 +25,19 @@ class GlobalMemory {
   void allow(void const* start, size_t bytes, bool writable) {
     ranges_.push_back({reinterpret_cast<uint64_t>(start), bytes, writable});
   }
+  void forbid(void const* start) {
+    std::erase_if(ranges_, [=](Range const& range) { return range.start == reinterpret_cast<uint64_t>(start); });
+  }
   size_t size() const { return ranges_.size(); }
   void shrink(size_t size) { ranges_.resize(size); }
   uint8_t* at(uint64_t address, size_t bytes, bool write) {
-    for (auto const& range : ranges_)
-      if (address >= range.start && address + bytes <= range.start + range.bytes) {
-        if (write && !range.writable) throw Error("writes to memory that may only be read");
-        return reinterpret_cast<uint8_t*>(address);
-      }
+    bool seen = false;
+    for (auto const& range : ranges_) {
+      if (address < range.start || bytes > range.bytes || address - range.start > range.bytes - bytes) continue;
+      if (!write || range.writable) return reinterpret_cast<uint8_t*>(address);
+      seen = true;
+    }
+    if (seen) throw Error("writes to memory that may only be read");
     throw Error(std::string(write ? "writes" : "reads") + " outside of global memory");
   }
 
@@ -44,18 +51,50 @@ class GlobalMemory {
 
 GlobalMemory& global_memory();
 
+// Calls `use`; an error of it then names the instruction.
+template <class Use>
+void at_instruction(Instruction const& instruction, Use const& use) {
+  try {
+    use();
+  } catch (Error const& error) {
+    throw Error("PTX line " + std::to_string(instruction.line) + ", `" + instruction.text + "`: " + error.what());
+  }
+}
+
+// What an instruction asked for and what is done later.
+struct Work {
+  Instruction const* instruction;
+  std::function<void()> run;
+
+  void operator()() const { at_instruction(*instruction, run); }
+};
+
+// Work that is waited for by groups.
+class Groups {
+ public:
+  void add(Instruction const& instruction, std::function<void()> run) {
+    groups_.back().push_back({&instruction, std::move(run)});
+  }
+  void commit() { groups_.emplace_back(); }
+  // Does all but the newest `left` groups; the open one stays as it is.
+  void finish(size_t left);
+  bool empty() const;
+
+ private:
+  std::vector<std::vector<Work>> groups_{1};  // one at first; the oldest comes first, the last is open
+};
+
 struct Thread {
   enum State { kReady, kWarp, kBarrier, kClusterBarrier, kExited };
   State state = kReady;
   bool yields = false;
   int pc = 0;
   uint64_t* registers = nullptr;
-  uint8_t* local = nullptr;
   Warp* warp = nullptr;
   uint32_t lane = 0;
-  uint64_t cluster_phase = 0;
-  // Committed groups, oldest first; the last one is open.
-  std::vector<std::vector<std::function<void()>>> copies{1}, stores{1};
+  bool arrived = false;        // at the cluster's barrier, and has not waited for the others yet
+  uint64_t cluster_phase = 0;  // in which it arrived
+  Groups copies, stores;       // cp.async, cp.async.bulk
 
   Block& block() const;
 };
@@ -64,8 +103,7 @@ struct Warp {
   Block* block = nullptr;
   uint32_t index = 0;
   std::vector<Thread> threads;
-  // wgmma, by groups as above: this warp's rows of the warpgroup's products; how many groups were committed.
-  std::vector<std::vector<std::function<void()>>> products{1};
+  Groups products;  // wgmma: this warp's rows of the warpgroup's
   uint64_t products_committed = 0;
 
   uint32_t alive() const {
@@ -85,6 +123,7 @@ struct Block {
   std::vector<Warp> warps;
   struct Barrier {
     uint32_t arrived = 0;
+    std::optional<uint32_t> expected;  // none: all that have not exited
     std::vector<Thread*> waiting;
   };
   std::array<Barrier, 16> barriers;
@@ -93,17 +132,17 @@ struct Block {
   // 128 lanes x 512 columns (tensor_memory.cpp); columns in use; work in order, and how much of it is done.
   std::vector<uint32_t> tensor_memory;
   uint32_t tensor_columns = 0;
-  std::deque<std::function<void()>> tensor_work;
+  std::deque<Work> tensor_work;
   uint64_t tensor_work_done = 0;
 
-  // An address of the shared window: of this block, or of another of its cluster (mapa).
+  // An address of the shared window: of this block, or of another of its cluster (mapa) that has not exited.
   uint8_t* shared_at(uint64_t address, size_t bytes);
 };
 
 struct Cluster {
   Grid* grid = nullptr;
   std::vector<Block> blocks;
-  uint32_t arrived = 0;
+  uint32_t arrived = 0;  // threads at the barrier that have not exited
   uint64_t phase = 0;
   uint32_t threads() const;
 };
@@ -116,7 +155,7 @@ struct Dim {
 struct Launch {
   Kernel* kernel;
   Dim grid, block, cluster;
-  uint32_t dynamic_shared = 0;
+  size_t dynamic_shared = 0;
   uint32_t resident = 16;  // blocks at once
   uint64_t seed = 0;       // 0: in order, asynchronous work as late as it can be
 };
@@ -130,30 +169,51 @@ struct Grid {
   explicit Grid(Launch const& launch) : launch(launch), random(launch.seed) {}
   void run();
 
-  Launch launch;
-  std::mt19937_64 random;
-  std::vector<std::function<void()>> pending;  // TMA loads and the like, in any order
-  uint64_t progress = 0;
-  uint64_t clusters_started = 0;
-  Load load;
-  std::deque<Cluster> clusters;
+  // TMA loads and the like, done in any order.
+  void put_off(Cluster& cluster, Instruction const& instruction, std::function<void()> run) {
+    pending.push_back({&cluster, {&instruction, std::move(run)}});
+  }
 
   // The next cluster of the grid that nobody has begun, for cluster launch control; false when there is none.
   bool steal(Dim& first_block);
 
+  Launch launch;
+  uint64_t progress = 0;
+  Load load;
+
  private:
+  struct Pending {
+    Cluster* cluster;
+    Work work;
+  };
+
   Dim place(uint64_t cluster) const;
   void start(uint64_t cluster);
+  void start_block(Block&, Dim cluster);
+  void set_specials(Block const&, Dim cluster, uint32_t thread, uint64_t* registers) const;
+  void retire(Cluster&);
+  void leave(Thread&);
   void run_warp(Warp&);
+  void run_warps();
   void run_thread(Thread&);
   bool run_collective(Warp&);
+  void run_pending(size_t which);
+  std::string places(Warp const&) const;
   [[noreturn]] void hang();
+
+  std::mt19937_64 random;
+  std::vector<Pending> pending;
+  uint64_t clusters_started = 0;
+  std::deque<Cluster> clusters;
 };
 
 inline Block& Thread::block() const { return *warp->block; }
 
-// A blocked barrier's threads go on.
-void arrive(Block&, uint32_t barrier, uint32_t expected, Thread* waiting);
+// One more thread at a barrier of its block; `waiting` is null where it does not wait. Without `expected` the barrier
+// is for all threads that have not exited.
+void arrive(Block&, uint32_t barrier, std::optional<uint32_t> expected, Thread* waiting);
+// Lets the threads go that wait for nobody any more.
+void check_barriers(Block&);
 void check_cluster(Cluster&);
 
 // mbarrier objects, in 64 bits of shared memory.
@@ -172,20 +232,21 @@ T from_bits(uint64_t raw) {
 
 template <class T>
 T get(Thread const& thread, Operand const& operand) {
-  uint64_t const raw = operand.kind == Operand::kRegister ? thread.registers[operand.slot] + operand.value : operand.value;
+  bool const is_register = operand.kind == Operand::kRegister;
+  uint64_t const raw = is_register ? thread.registers[operand.slot] + operand.value : operand.value;
   if constexpr (std::is_same_v<T, bool>) return bool(raw & 1) != operand.negated;
   else return from_bits<T>(raw);
 }
 
+// Signed values fill the register, which may be wider.
 template <class T>
 void put(Thread& thread, Operand const& operand, T value) {
   if (operand.kind == Operand::kSink) return;
   uint64_t raw = 0;
-  std::memcpy(&raw, &value, sizeof value);
+  if constexpr (std::is_integral_v<T>) raw = uint64_t(value);
+  else std::memcpy(&raw, &value, sizeof value);
   thread.registers[operand.slot] = raw;
 }
-
-enum class Space { kGeneric, kGlobal, kShared };
 
 inline uint64_t address_of(Thread const& thread, Operand const& operand) {
   return (operand.slot >= 0 ? thread.registers[operand.slot] : 0) + operand.value;
@@ -197,19 +258,10 @@ constexpr uint64_t kSharedWindow = uint64_t(1) << 60;
 // Throws where the address is not aligned to `alignment` or lies outside.
 uint8_t* memory(Thread&, Space, uint64_t address, size_t bytes, size_t alignment, bool write);
 
-// Runs all groups but the newest `left`; the open one stays as it is.
-void finish(std::vector<std::vector<std::function<void()>>>& groups, size_t left);
-void commit(std::vector<std::vector<std::function<void()>>>& groups);
-
 inline float from_bfloat16(uint16_t bits) { return from_bits<float>(uint64_t(bits) << 16); }
 inline float from_float16(uint16_t bits) { return float(from_bits<_Float16>(bits)); }
 float from_e4m3(uint8_t bits);
 uint16_t to_bfloat16(float value);
-inline uint16_t to_float16(float value) {
-  _Float16 const half = _Float16(value);
-  uint16_t bits;
-  std::memcpy(&bits, &half, 2);
-  return bits;
-}
+uint16_t to_float16(float value);
 
 }  // namespace emulator

@@ -11,8 +11,8 @@ inline void need_all(uint32_t lanes) {
   if (lanes != 0xFFFFFFFFu) throw Error("not all lanes of the warp take part");
 }
 
-// The two columns of a group of four that its metadata keeps. What the manual calls undefined makes a NaN: rows past the
-// last out-feature may be so, for nobody reads their sums.
+// The two columns of a group of four that its metadata keeps. What the manual calls undefined makes a NaN: rows past
+// the last out-feature may be so, for nobody reads their sums.
 struct Kept {
   int first, second;
   double start;  // of the group's sum
@@ -22,6 +22,18 @@ inline Kept kept(uint32_t metadata, int group) {
   uint32_t const bits = metadata >> 4 * group & 15;
   int const first = int(bits & 3), second = int(bits >> 2);
   return {first, second, first < second ? 0 : NAN};
+}
+
+// A row's kept values, two for each group of four columns, times a column of inputs.
+inline double sparse_dot(float const* values, std::span<Kept const> groups, float const* inputs) {
+  double sum = 0;
+  for (Kept const& kept : groups) {
+    sum += kept.start + double(values[0]) * inputs[kept.first];
+    sum += double(values[1]) * inputs[kept.second];
+    values += 2;
+    inputs += 4;
+  }
+  return sum;
 }
 
 using ToFloat = float (*)(uint16_t);
@@ -49,7 +61,8 @@ struct SharedMatrix {
   static SharedMatrix of_tcgen05(uint64_t bits) {
     static constexpr uint32_t kSwizzles[] = {0, 0, 128, 0, 64, 0, 32, 0};
     uint32_t const mode = uint32_t(bits >> 61);
-    if (bits >> 49 & 15 || (bits >> 46 & 7) != 1 || (mode && !kSwizzles[mode])) throw Error("a descriptor of another kind");
+    bool const known = !(bits >> 49 & 15) && (bits >> 46 & 7) == 1 && (!mode || kSwizzles[mode]);
+    if (!known) throw Error("a descriptor of another kind");
     return {uint32_t(bits & 0x3FFF) << 4, uint32_t(bits >> 16 & 0x3FFF) << 4, uint32_t(bits >> 32 & 0x3FFF) << 4,
             kSwizzles[mode]};
   }
@@ -69,9 +82,7 @@ inline std::vector<float> read_matrix(Block& block, SharedMatrix const& matrix, 
   for (uint32_t row = 0; row < rows; ++row)
     for (uint32_t column = 0; column < columns; ++column) {
       uint8_t const* const from = block.shared_at(matrix.place(first_row + row, column * size), size);
-      uint16_t bits;
-      std::memcpy(&bits, from, 2 - (size == 1));
-      values[row * columns + column] = size == 1 ? from_e4m3(*from) : value(bits);
+      values[row * columns + column] = size == 1 ? from_e4m3(*from) : value(uint16_t(from[0] | from[1] << 8));
     }
   return values;
 }

@@ -21,7 +21,9 @@ std::string without_comments(std::string_view text) {
   return plain;
 }
 
-bool is_name(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.'; }
+bool is_name(char c) {
+  return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.';
+}
 
 uint32_t align_up(uint32_t value, uint32_t alignment) { return (value + alignment - 1) / alignment * alignment; }
 
@@ -107,8 +109,8 @@ class Parser {
   }
 
   uint64_t number(std::string const& written) const {
-    if (written.starts_with("0f") || written.starts_with("0F") || written.starts_with("0d") || written.starts_with("0D"))
-      return std::strtoull(written.c_str() + 2, nullptr, 16);
+    bool const is_float = written.size() > 1 && written[0] == '0' && std::strchr("fFdD", written[1]);
+    if (is_float) return std::strtoull(written.c_str() + 2, nullptr, 16);
     std::string digits = written;
     if (!digits.empty() && (digits.back() == 'U' || digits.back() == 'u')) digits.pop_back();
     char* end = nullptr;
@@ -119,23 +121,28 @@ class Parser {
 
   void top_level() {
     std::string const first = word();
-    if (first == ".version" || first == ".target" || first == ".address_size" || first == ".file" || first == ".section") {
-      at_ = std::min(text_.find('\n', at_), text_.size());
-    } else if (first == ".entry" || first == ".visible" || first == ".weak" || first == ".extern") {
-      if (first == ".entry" ) return entry();
+    if (first == ".target") {
+      std::string const name = word();
+      if (!name.starts_with("sm_")) fail("target " + name);
+      module_->target = std::atoi(name.c_str() + 3);
+      skip_line();
+    } else if (first == ".version" || first == ".address_size" || first == ".file" || first == ".section") {
+      skip_line();
+    } else if (first == ".entry") {
+      entry();
+    } else if (first == ".visible" || first == ".weak" || first == ".extern") {
       skip_space();
       // ".visible .entry", ".extern .shared", ".weak .func"
-      if (text_.compare(at_, 6, ".entry") == 0) {
-        word();
-        entry();
-      } else {
-        variable_or_function();
-      }
+      if (text_.compare(at_, 6, ".entry")) return variable_or_function();
+      word();
+      entry();
     } else {
       at_ -= first.size();
       variable_or_function();
     }
   }
+
+  void skip_line() { at_ = std::min(text_.find('\n', at_), text_.size()); }
 
   void skip_braces() {
     int depth = 0;
@@ -165,63 +172,79 @@ class Parser {
     return found == sizes.end() ? 0 : found->second;
   }
 
-  // ".shared .align 16 .b8 name[40];" and its like; `kernel` is null outside of any.
-  void declare(std::unordered_map<std::string, Operand>& names, Kernel* kernel) {
+  struct Variable {
     std::string space, name;
-    uint32_t alignment = 1, element = 0;
+    uint32_t alignment = 1, bytes = 0;
+    bool sized = true;
+  };
+
+  // ".shared .align 16 .b8 name[40]", or a parameter's like.
+  Variable variable() {
+    Variable found;
+    uint32_t element = 0, count = 1;
     for (skip_space(); text_[at_] == '.'; skip_space()) {
       std::string const part = word();
-      if (part == ".align") alignment = uint32_t(number(word()));
+      if (part == ".align") found.alignment = uint32_t(number(word()));
       else if (size_of(part)) element = size_of(part);
-      else if (part == ".shared" || part == ".global" || part == ".local" || part == ".const") space = part;
+      else if (part == ".shared" || part == ".global" || part == ".local" || part == ".const") found.space = part;
     }
-    name = word();
-    uint32_t count = 1;
-    bool sized = true;
+    found.name = word();
     if (take('[')) {
-      sized = !take(']');
-      if (sized) {
+      found.sized = !take(']');
+      if (found.sized) {
         count = uint32_t(number(word()));
         expect(']');
       }
     }
-    alignment = std::max(alignment, element);
+    found.alignment = std::max(found.alignment, element);
+    found.bytes = count * element;
+    return found;
+  }
+
+  // `kernel` is null outside of any.
+  void declare(std::unordered_map<std::string, Operand>& names, Kernel* kernel) {
+    Variable const declared = variable();
     std::string const initial = until_semicolon();
     Operand symbol;
-    if (space == ".global" || space == ".const") {
-      if (initial.find('=') != std::string::npos) fail("a variable with a value: " + name);
-      size_t const bytes = size_t(count) * element;
-      module_->globals.emplace_back(new uint8_t[bytes + 128](), bytes);
-      auto const address = reinterpret_cast<uint64_t>(module_->globals.back().first.get());
-      symbol.value = (address + alignment - 1) / alignment * alignment;
-    } else if (space == ".shared" && sized && kernel) {
-      kernel->static_shared = align_up(kernel->static_shared, alignment);
+    if (declared.space == ".global" || declared.space == ".const") {
+      if (initial.find('=') != std::string::npos) fail("a variable with a value: " + declared.name);
+      symbol.value = add_global(declared);
+    } else if (declared.space == ".shared" && declared.sized && kernel) {
+      kernel->static_shared = align_up(kernel->static_shared, declared.alignment);
       symbol.value = kSharedBase + kernel->static_shared;
-      kernel->static_shared += count * element;
-    } else if (space == ".shared" && !sized) {
-      symbol.value = kDynamicMark;
-    } else if (space == ".local" && kernel) {
+      kernel->static_shared += declared.bytes;
+    } else if (declared.space == ".shared" && !declared.sized) {
+      symbol.dynamic = true;
+    } else if (declared.space == ".local" && kernel) {
       if (kernel->local) fail("two variables in local memory");
-      kernel->local = count * element;
+      kernel->local = declared.bytes;
       symbol.kind = Operand::kRegister;
       symbol.slot = kLocalBase;
     } else {
-      fail("variable " + name + " in " + space);
+      fail("variable " + declared.name + " in " + declared.space);
     }
-    names[name] = symbol;
+    names[declared.name] = symbol;
+  }
+
+  uint64_t add_global(Variable const& declared) {
+    Global global{std::make_unique<uint8_t[]>(declared.bytes + declared.alignment), nullptr, declared.bytes,
+                  declared.space == ".global"};
+    auto const address = reinterpret_cast<uint64_t>(global.memory.get());
+    uint64_t const aligned = (address + declared.alignment - 1) / declared.alignment * declared.alignment;
+    global.start = reinterpret_cast<uint8_t*>(aligned);
+    module_->globals.push_back(std::move(global));
+    return aligned;
   }
 
   void entry() {
     auto kernel = std::make_unique<Kernel>();
     kernel->name = word();
+    kernel->module = module_.get();
     scopes_.assign(1, Scope{globals_, {}, -1});
     scope_ = 0;
     jumps_.clear();
     parameters(*kernel);
-    while (!take('{')) {  // .maxntid and the like
-      word();
-      while (at_ < text_.size() && text_[at_] != '.' && text_[at_] != '{') ++at_;
-    }
+    while (!take('{')) performance_directive(*kernel);
     body(*kernel);
     for (Jump const& jump : jumps_) kernel->code[jump.instruction].target = label(jump);
     // Dynamic shared memory follows the static; its size is known at the launch.
@@ -232,9 +255,18 @@ class Parser {
     module_->kernels.push_back(std::move(kernel));
   }
 
+  // ".maxntid 256, 1, 1" and its like.
+  void performance_directive(Kernel& kernel) {
+    std::string const name = word();
+    if (name != ".maxntid" && name != ".minnctapersm" && name != ".maxnreg") fail("directive " + name);
+    uint64_t product = 1;
+    do product *= number(word());
+    while (take(','));
+    if (name == ".maxntid") kernel.most_threads = product;
+  }
+
   static void settle(Operand& operand, uint32_t dynamic) {
-    if (operand.slot < 0 && operand.value >= kDynamicMark && operand.value < kDynamicMark + (1u << 20))
-      operand.value = operand.value - kDynamicMark + dynamic;
+    if (operand.dynamic) operand.value += dynamic;
     for (Operand& part : operand.parts) settle(part, dynamic);
   }
 
@@ -246,22 +278,11 @@ class Parser {
     std::vector<Parameter> found;
     if (take('(') && !take(')')) {
       do {
-        std::string part, last;
-        uint32_t alignment = 1, element = 0, count = 1;
-        for (skip_space(); text_[at_] == '.'; skip_space()) {
-          part = word();
-          if (part == ".align") alignment = uint32_t(number(word()));
-          else if (size_of(part)) element = size_of(part);
-        }
-        std::string const name = word();
-        if (take('[')) {
-          count = uint32_t(number(word()));
-          expect(']');
-        }
-        uint32_t const offset = align_up(kernel.parameter_bytes, std::max(alignment, element));
-        kernel.parameters.emplace_back(offset, count * element);
-        kernel.parameter_bytes = offset + count * element;
-        found.push_back({name, offset});
+        Variable const declared = variable();
+        uint32_t const offset = align_up(kernel.parameter_bytes, declared.alignment);
+        kernel.parameters.emplace_back(offset, declared.bytes);
+        kernel.parameter_bytes = offset + declared.bytes;
+        found.push_back({declared.name, offset});
       } while (take(','));
       expect(')');
     }
@@ -296,23 +317,27 @@ class Parser {
     kernel.code.push_back(end);
   }
 
+  void directive(Kernel& kernel) {
+    size_t const start = at_;
+    std::string const name = word();
+    if (name == ".reg") {
+      registers(kernel);
+    } else if (name == ".shared" || name == ".local") {
+      at_ = start;
+      declare(scopes_[scope_].names, &kernel);
+    } else if (name == ".loc") {
+      skip_line();
+    } else if (name == ".pragma") {
+      until_semicolon();
+    } else {
+      fail("directive " + name);
+    }
+  }
+
   void statement(Kernel& kernel) {
+    if (text_[at_] == '.') return directive(kernel);
     size_t const start = at_;
     int const at_line = line();
-    if (text_[at_] == '.') {
-      std::string const directive = word();
-      if (directive == ".reg") return registers(kernel);
-      if (directive == ".shared" || directive == ".local") {
-        at_ = start;
-        return declare(scopes_[scope_].names, &kernel);
-      }
-      if (directive == ".loc") {
-        at_ = std::min(text_.find('\n', at_), text_.size());
-        return;
-      }
-      if (directive == ".pragma") return void(until_semicolon());
-      fail("directive " + directive);
-    }
     Instruction instruction;
     instruction.line = at_line;
     if (take('@')) {
@@ -437,8 +462,6 @@ class Parser {
     }
     return result;
   }
-
-  static constexpr uint64_t kDynamicMark = 0xE000'0000;  // stands for dynamic shared memory until its place is known
 
   std::string text_;
   size_t at_ = 0;

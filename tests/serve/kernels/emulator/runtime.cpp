@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "machine.h"
 #include "tensor_map.h"
@@ -14,13 +15,20 @@ namespace {
 
 using namespace emulator;
 
+// A kernel as the host knows it, and what the host has asked for it.
+struct Registered {
+  Kernel* kernel;
+  size_t dynamic_shared = 0;
+  bool large_clusters = false;
+};
+
 struct State {
   std::mutex lock;
   std::vector<std::unique_ptr<Module>> modules;
-  std::map<void const*, Kernel*> kernels;  // by the host's stub
-  std::string error;                       // of the last launch that failed
-  bool has_failed = false;                 // until somebody asks
-  Load load;                               // of the last one that did not
+  std::map<void const*, Registered> kernels;  // by the host's stub
+  std::string error;                          // the reason of the last failure
+  cudaError_t last = cudaSuccess;             // until somebody asks
+  Load load;                                  // of the last launch that did not fail
   uint64_t seed = 0;
   uint32_t multiprocessors = 8;
 };
@@ -52,36 +60,62 @@ std::vector<std::string_view> texts(void const* container) {
   return found;
 }
 
-cudaError_t failed(std::string const& why) {
+cudaError_t failed(std::string const& why, cudaError_t code = cudaErrorLaunchFailure) {
   state().error = why;
-  state().has_failed = true;
-  return cudaErrorLaunchFailure;
+  state().last = code;
+  return code;
 }
 
-cudaError_t launch(Kernel& kernel, dim3 grid, dim3 block, void** arguments, size_t shared, dim3 cluster) {
+// Shared memory that a block may ask for, from the programming guide's table of compute capabilities.
+size_t shared_limit(int target) {
+  static std::map<int, size_t> const kibibytes = {{80, 163}, {86, 99}, {89, 99}, {90, 227}, {100, 227}, {120, 99}};
+  auto const found = kibibytes.find(target);
+  return found == kibibytes.end() ? 0 : found->second * 1024;
+}
+
+// What CUDA would refuse to launch.
+void check(Launch const& launch, Registered const& registered) {
+  Kernel const& kernel = *launch.kernel;
+  int const target = kernel.module->target;
+  Dim const &grid = launch.grid, &cluster = launch.cluster;
+  uint64_t const threads = launch.block.count(), blocks = cluster.count();
+  if (!grid.count() || !threads || !blocks) throw Error("an empty grid");
+  if (grid.x > 0x7FFF'FFFF || grid.y > 65535 || grid.z > 65535) throw Error("a grid that is too large");
+  if (threads > 1024 || launch.block.z > 64) throw Error("a block that is too large");
+  if (threads > kernel.most_threads) throw Error("more threads than .maxntid allows");
+  if (blocks > 1 && target < 90) throw Error("a cluster on an architecture that has none");
+  if (blocks > (registered.large_clusters ? 16 : 8)) throw Error("a cluster of more blocks than are allowed");
+  if (grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z) throw Error("a grid that clusters do not fill");
+  size_t const shared = kernel.static_shared + launch.dynamic_shared;
+  if (shared > 48 * 1024 && launch.dynamic_shared > registered.dynamic_shared)
+    throw Error("more than 48 KiB of shared memory, which was not asked for");
+  if (shared > shared_limit(target)) throw Error("more shared memory than the architecture has");
+}
+
+void run(Launch const& launch, void** arguments) {
+  Kernel& kernel = *launch.kernel;
+  decode(kernel);
+  for (size_t i = 0; i < kernel.parameters.size(); ++i)
+    std::memcpy(kernel.parameter_base + kernel.parameters[i].first, arguments[i], kernel.parameters[i].second);
+  global_memory().allow(kernel.parameter_base, kernel.parameter_bytes, false);
+  for (Global const& each : kernel.module->globals) global_memory().allow(each.start, each.bytes, each.writable);
+  Grid grid(launch);
+  grid.run();
+  state().load = grid.load;
+}
+
+cudaError_t launch(Registered const& registered, dim3 grid, dim3 block, void** arguments, size_t shared, dim3 cluster) {
   std::lock_guard const guard(state().lock);
+  if (state().last == cudaSuccess) state().error.clear();
+  Launch const launch{registered.kernel, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
+                      {cluster.x, cluster.y, cluster.z}, shared, state().multiprocessors, state().seed};
   size_t const ranges = global_memory().size();
   std::string error;
   try {
-    decode(kernel);
-    for (size_t i = 0; i < kernel.parameters.size(); ++i)
-      std::memcpy(kernel.parameter_base + kernel.parameters[i].first, arguments[i], kernel.parameters[i].second);
-    global_memory().allow(kernel.parameter_base, kernel.parameter_bytes, false);
-    Launch launched;
-    launched.kernel = &kernel;
-    launched.grid = {grid.x, grid.y, grid.z};
-    launched.block = {block.x, block.y, block.z};
-    launched.cluster = {cluster.x, cluster.y, cluster.z};
-    if (launched.grid.count() == 0 || launched.block.count() == 0) throw Error("an empty grid");
-    if (grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z) throw Error("a grid that clusters do not fill");
-    launched.dynamic_shared = uint32_t(shared);
-    launched.resident = state().multiprocessors;
-    launched.seed = state().seed;
-    Grid running(launched);
-    running.run();
-    state().load = running.load;
+    check(launch, registered);
+    run(launch, arguments);
   } catch (std::exception const& caught) {
-    error = kernel.name.substr(0, 60) + ": " + caught.what();
+    error = registered.kernel->name.substr(0, 60) + ": " + caught.what();
   }
   global_memory().shrink(ranges);
   return error.empty() ? cudaSuccess : failed(error);
@@ -89,8 +123,18 @@ cudaError_t launch(Kernel& kernel, dim3 grid, dim3 block, void** arguments, size
 
 cudaError_t launch_stub(void const* stub, dim3 grid, dim3 block, void** arguments, size_t shared, dim3 cluster) {
   auto const found = state().kernels.find(stub);
-  return found == state().kernels.end() ? failed("an unknown kernel")
-                                        : launch(*found->second, grid, block, arguments, shared, cluster);
+  return found == state().kernels.end() ? failed("an unknown kernel", cudaErrorInvalidDeviceFunction)
+                                        : launch(found->second, grid, block, arguments, shared, cluster);
+}
+
+dim3 cluster_of(cudaLaunchConfig_t const& config) {
+  dim3 cluster(1, 1, 1);
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) {
+      auto const& size = config.attrs[i].val.clusterDim;
+      cluster = dim3(size.x, size.y, size.z);
+    }
+  return cluster;
 }
 
 CUresult encode_tensor_map(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t rank, void* address,
@@ -98,8 +142,8 @@ CUresult encode_tensor_map(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t
                            cuuint32_t const* element_strides, CUtensorMapInterleave interleave,
                            CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
   static std::map<CUtensorMapDataType, uint32_t> const bytes = {
-      {CU_TENSOR_MAP_DATA_TYPE_UINT8, 1},   {CU_TENSOR_MAP_DATA_TYPE_UINT16, 2},   {CU_TENSOR_MAP_DATA_TYPE_UINT32, 4},
-      {CU_TENSOR_MAP_DATA_TYPE_INT32, 4},   {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2},  {CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4},
+      {CU_TENSOR_MAP_DATA_TYPE_UINT8, 1},    {CU_TENSOR_MAP_DATA_TYPE_UINT16, 2},  {CU_TENSOR_MAP_DATA_TYPE_UINT32, 4},
+      {CU_TENSOR_MAP_DATA_TYPE_INT32, 4},    {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2}, {CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4},
       {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2}, {CU_TENSOR_MAP_DATA_TYPE_UINT64, 8},  {CU_TENSOR_MAP_DATA_TYPE_INT64, 8}};
   static std::map<CUtensorMapSwizzle, uint32_t> const swizzles = {{CU_TENSOR_MAP_SWIZZLE_NONE, 0},
                                                                   {CU_TENSOR_MAP_SWIZZLE_32B, 32},
@@ -119,7 +163,8 @@ CUresult encode_tensor_map(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t
   map.swizzle_bytes = mode->second;
   map.address = reinterpret_cast<uint64_t>(address);
   for (uint32_t d = 0; d < rank; ++d) {
-    if (sizes[d] < 1 || sizes[d] >> 32 || box[d] < 1 || box[d] > 256 || element_strides[d] != 1) return CUDA_ERROR_INVALID_VALUE;
+    bool const right = sizes[d] >= 1 && sizes[d] >> 32 == 0 && box[d] >= 1 && box[d] <= 256 && element_strides[d] == 1;
+    if (!right) return CUDA_ERROR_INVALID_VALUE;
     map.sizes[d] = uint32_t(sizes[d]);
     map.box[d] = uint16_t(box[d]);
     if (d + 1 == rank) break;
@@ -142,38 +187,32 @@ CUresult driver_version(int* version) {
 #define SHOWN extern "C" __attribute__((visibility("default")))
 
 // Of this process's memory, what kernels may touch.
-SHOWN void emulator_allow(void const* start, size_t bytes, int writable) { global_memory().allow(start, bytes, writable); }
+SHOWN void emulator_allow(void const* start, size_t bytes, int writable) {
+  global_memory().allow(start, bytes, writable);
+}
 SHOWN void emulator_forget() { global_memory().shrink(0); }
 
-// seed 0: threads in order, asynchronous work as late as can be; any other: both at random.
+// seed 0: threads in order, asynchronous work as late as can be; any other: both at random. Forgets earlier errors.
 SHOWN void emulator_configure(uint64_t seed, uint32_t multiprocessors) {
   state().seed = seed;
   state().multiprocessors = multiprocessors;
+  state().error.clear();
+  state().last = cudaSuccess;
 }
 
-// Runs a kernel of this PTX with one block a multiprocessor at most; 0, or 1 with the reason in emulator_error().
-SHOWN int emulator_run(char const* text, char const* name, uint32_t blocks, uint32_t threads, void** arguments) {
+// Runs a kernel of this PTX, clusters along x; 0, or 1 with the reason in emulator_error().
+SHOWN int emulator_run(char const* text, char const* name, uint32_t blocks, uint32_t threads, uint32_t cluster,
+                       size_t shared, void** arguments) {
   try {
     auto const module = parse(text);
     for (auto& kernel : module->kernels)
       if (kernel->name == name)
-        return launch(*kernel, dim3(blocks, 1, 1), dim3(threads, 1, 1), arguments, 0, dim3(1, 1, 1)) != cudaSuccess;
+        return launch({kernel.get()}, dim3(blocks), dim3(threads), arguments, shared, dim3(cluster)) != cudaSuccess;
     failed("no kernel of this name");
   } catch (std::exception const& error) {
     failed(error.what());
   }
   return 1;
-}
-
-// Instructions of all kernels that were launched, and how many of them ever ran.
-SHOWN void emulator_coverage(uint64_t* reached, uint64_t* all) {
-  *reached = *all = 0;
-  for (auto const& module : state().modules)
-    for (auto const& kernel : module->kernels)
-      for (Instruction const& instruction : kernel->code) {
-        *all += kernel->decoded;
-        *reached += instruction.ran;
-      }
 }
 
 // Of the last launch: blocks that used the tensor cores, the most instructions of one of them, of all together.
@@ -183,6 +222,7 @@ SHOWN void emulator_load(uint64_t* blocks, uint64_t* most, uint64_t* all) {
   *all = state().load.all;
 }
 
+// Why the last call failed; empty where none did.
 SHOWN char const* emulator_error() { return state().error.c_str(); }
 
 extern "C" {
@@ -209,11 +249,12 @@ void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterVar(void**, char*, char*, char const*, int, size_t, int, int) {}
 
-void __cudaRegisterFunction(void** handle, char const* stub, char*, char const* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void** handle, char const* stub, char*, char const* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
   std::lock_guard const guard(state().lock);
   for (Module* module : *reinterpret_cast<std::vector<Module*>*>(handle))
     for (auto& kernel : module->kernels)
-      if (kernel->name == name) state().kernels[stub] = kernel.get();
+      if (kernel->name == name) state().kernels[stub] = {kernel.get()};
 }
 
 cudaError_t __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
@@ -231,40 +272,45 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, void const* stub) {
   *kernel = static_cast<cudaKernel_t>(const_cast<void*>(stub));
   return cudaSuccess;
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t) {
   return launch_stub(kernel, grid, block, arguments, shared, dim3(1, 1, 1));
 }
 cudaError_t cudaLaunchKernel(void const* stub, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
   return launch_stub(stub, grid, block, arguments, shared, dim3(1, 1, 1));
 }
 cudaError_t cudaLaunchKernelExC(cudaLaunchConfig_t const* config, void const* stub, void** arguments) {
-  dim3 cluster(1, 1, 1);
-  for (unsigned i = 0; i < config->numAttrs; ++i)
-    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
-      auto const& size = config->attrs[i].val.clusterDim;
-      cluster = dim3(size.x, size.y, size.z);
-    }
-  return launch_stub(stub, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, cluster);
+  return launch_stub(stub, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, cluster_of(*config));
 }
 
 cudaError_t cudaMemsetAsync(void* start, int value, size_t bytes, cudaStream_t) {
-  std::memset(start, value, bytes);
-  return cudaSuccess;
+  if (!bytes) return cudaSuccess;
+  try {
+    std::memset(global_memory().at(reinterpret_cast<uint64_t>(start), bytes, true), value, bytes);
+    return cudaSuccess;
+  } catch (Error const& error) {
+    return failed(std::string("cudaMemsetAsync: ") + error.what());
+  }
 }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidDevice : cudaSuccess; }
-cudaError_t cudaPeekAtLastError() { return state().has_failed ? cudaErrorLaunchFailure : cudaSuccess; }
-cudaError_t cudaGetLastError() {
-  cudaError_t const error = cudaPeekAtLastError();
-  state().has_failed = false;
-  return error;
-}
+cudaError_t cudaPeekAtLastError() { return state().last; }
+cudaError_t cudaGetLastError() { return std::exchange(state().last, cudaSuccess); }
 char const* cudaGetErrorString(cudaError_t) { return "an error of the emulator"; }
-cudaError_t cudaFuncSetAttribute(void const*, cudaFuncAttribute attribute, int value) {
-  return attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value > 227 * 1024 ? cudaErrorInvalidValue : cudaSuccess;
+cudaError_t cudaFuncSetAttribute(void const* stub, cudaFuncAttribute attribute, int value) {
+  auto const found = state().kernels.find(stub);
+  if (found == state().kernels.end()) return failed("an unknown kernel", cudaErrorInvalidDeviceFunction);
+  Registered& registered = found->second;
+  Kernel const& kernel = *registered.kernel;
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) registered.large_clusters = value;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (value < 0 || kernel.static_shared + size_t(value) > shared_limit(kernel.module->target))
+    return failed("more shared memory than the architecture has", cudaErrorInvalidValue);
+  registered.dynamic_shared = size_t(value);
+  return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? int(state().multiprocessors) : 0;
@@ -275,11 +321,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void const*, cudaLaunchConfig_t const* config) {
-  unsigned size = 1;
-  for (unsigned i = 0; i < config->numAttrs; ++i)
-    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension)
-      size = config->attrs[i].val.clusterDim.x * config->attrs[i].val.clusterDim.y * config->attrs[i].val.clusterDim.z;
-  *clusters = int(state().multiprocessors / size);
+  dim3 const cluster = cluster_of(*config);
+  *clusters = int(state().multiprocessors / (cluster.x * cluster.y * cluster.z));
   return cudaSuccess;
 }
 cudaError_t cudaGetDriverEntryPointByVersion(char const* name, void** function, unsigned, unsigned long long,

@@ -15,25 +15,34 @@ bool in(uint32_t lanes, uint32_t lane) { return lanes >> lane & 1; }
 
 enum Shuffle { kUp, kDown, kButterfly, kIndex };
 
+// The lane that `lane` reads from, and whether that is one that it may reach.
+template <Shuffle kShuffle>
+std::pair<int, bool> source_of(int lane, uint32_t b, uint32_t c) {
+  int const segment = c >> 8 & 31, clamp = c & 31, by = int(b & 31);
+  int const last = (lane & segment) | (clamp & ~segment);
+  int from = 0;
+  switch (kShuffle) {
+    case kUp: from = lane - by; return {from, from >= last};
+    case kDown: from = lane + by; break;
+    case kButterfly: from = lane ^ by; break;
+    case kIndex: from = (lane & segment) | (by & ~segment); break;
+  }
+  return {from, from <= last};
+}
+
+template <Shuffle kShuffle>
 void shuffle(Warp& warp, uint32_t lanes, Instruction const& i) {
   std::array<uint32_t, 32> values{}, results{};
   std::array<bool, 32> inside{};
   for (Thread& t : warp.threads) values[t.lane] = get<uint32_t>(t, i.operands[1]);
   for (Thread& t : warp.threads) {
     if (!in(lanes, t.lane)) continue;
-    uint32_t const b = get<uint32_t>(t, i.operands[2]) & 31, c = get<uint32_t>(t, i.operands[3]);
-    int const segment = c >> 8 & 31, clamp = c & 31, lane = int(t.lane);
-    int const last = (lane & segment) | (clamp & ~segment);
-    int from = lane;
-    switch (i.numbers[0]) {
-      case kUp: from = lane - int(b); inside[lane] = from >= last; break;
-      case kDown: from = lane + int(b); inside[lane] = from <= last; break;
-      case kButterfly: from = lane ^ int(b); inside[lane] = from <= last; break;
-      case kIndex: from = (lane & segment) | (int(b) & ~segment); inside[lane] = from <= last; break;
-    }
-    if (!inside[lane]) from = lane;
-    if (!in(lanes, uint32_t(from))) throw Error("a shuffle from a lane that takes no part");
-    results[lane] = values[from];
+    auto const [from, reached] =
+        source_of<kShuffle>(int(t.lane), get<uint32_t>(t, i.operands[2]), get<uint32_t>(t, i.operands[3]));
+    uint32_t const source = reached ? uint32_t(from) : t.lane;
+    if (!in(lanes, source)) throw Error("a shuffle from a lane that takes no part");
+    results[t.lane] = values[source];
+    inside[t.lane] = reached;
   }
   for (Thread& t : warp.threads) {
     if (!in(lanes, t.lane)) continue;
@@ -44,44 +53,49 @@ void shuffle(Warp& warp, uint32_t lanes, Instruction const& i) {
 }
 
 void elect(Warp& warp, uint32_t lanes, Instruction const& i) {
+  Operand const& to = i.operands[0];
+  if (to.kind != Operand::kPair) throw Error("an election without two results");
   uint32_t const leader = uint32_t(__builtin_ctz(lanes));
   for (Thread& t : warp.threads) {
     if (!in(lanes, t.lane)) continue;
-    put<uint32_t>(t, i.operands[0].parts[0], leader);
-    put<bool>(t, i.operands[0].parts[1], t.lane == leader);
+    put<uint32_t>(t, to.parts[0], leader);
+    put<bool>(t, to.parts[1], t.lane == leader);
   }
 }
 
+enum Vote { kBallot, kAll, kAny, kUniform };
+
+template <Vote kVote>
 void vote(Warp& warp, uint32_t lanes, Instruction const& i) {
   uint32_t yes = 0;
   for (Thread& t : warp.threads)
     if (in(lanes, t.lane) && get<bool>(t, i.operands[1])) yes |= 1u << t.lane;
+  bool const all = yes == lanes, any = yes != 0;
   for (Thread& t : warp.threads) {
     if (!in(lanes, t.lane)) continue;
-    if (i.has("ballot")) put<uint32_t>(t, i.operands[0], yes);
-    else put<bool>(t, i.operands[0], i.has("all") ? yes == lanes : i.has("any") ? yes != 0 : yes == 0 || yes == lanes);
+    if (kVote == kBallot) put<uint32_t>(t, i.operands[0], yes);
+    else put<bool>(t, i.operands[0], kVote == kAll ? all : kVote == kAny ? any : all || !any);
   }
 }
 
-void nothing(Warp&, uint32_t, Instruction const&) {}
-
-// numbers: how many 8 x 8 matrices of 16 bits, whether each is transposed. Lanes 8k to 8k + 7 hold the addresses of
-// matrix k's rows; a lane's register holds elements 2 * (lane % 4) and the next of row lane / 4.
+// 8 x 8 matrices of 16 bits. Lanes 8k to 8k + 7 hold the addresses of matrix k's rows; a lane's register holds elements
+// 2 * (lane % 4) and the next of row lane / 4, or of the column where the matrix is transposed.
 template <bool kLoad>
 void matrices(Warp& warp, uint32_t lanes, Instruction const& i) {
   need_all(lanes);
   Operand const &registers = i.operands[kLoad ? 0 : 1], &address = i.operands[kLoad ? 1 : 0];
-  for (int matrix = 0; matrix < i.numbers[0]; ++matrix) {
+  for (int matrix = 0; matrix < i.count; ++matrix) {
     std::array<uint16_t*, 8> rows;
     for (int row = 0; row < 8; ++row) {
       Thread& t = warp.threads[matrix * 8 + row];
-      rows[row] = reinterpret_cast<uint16_t*>(memory(t, Space::kShared, uint32_t(address_of(t, address)), 16, 16, !kLoad));
+      uint8_t* const place = memory(t, Space::kShared, uint32_t(address_of(t, address)), 16, 16, !kLoad);
+      rows[row] = reinterpret_cast<uint16_t*>(place);
     }
     for (Thread& t : warp.threads) {
       Operand const& own = registers.kind == Operand::kVector ? registers.parts[matrix] : registers;
       int const first = t.lane / 4, second = t.lane % 4 * 2;
-      uint16_t* const low = i.numbers[1] ? rows[second] + first : rows[first] + second;
-      uint16_t* const high = i.numbers[1] ? rows[second + 1] + first : rows[first] + second + 1;
+      uint16_t* const low = i.transposed ? rows[second] + first : rows[first] + second;
+      uint16_t* const high = i.transposed ? rows[second + 1] + first : rows[first] + second + 1;
       if constexpr (kLoad) {
         put<uint32_t>(t, own, uint32_t(*high) << 16 | *low);
       } else {
@@ -94,6 +108,15 @@ void matrices(Warp& warp, uint32_t lanes, Instruction const& i) {
   ++warp.block->cluster->grid->progress;
 }
 
+template <bool kLoad>
+void matrix_access(Instruction& i) {
+  i.count = i.has("x1") ? 1 : i.has("x2") ? 2 : i.has("x4") ? 4 : 0;
+  i.transposed = i.has("trans");
+  Operand const& registers = i.operands[kLoad ? 0 : 1];
+  bool const fits = registers.is_vector(i.count) || (i.count == 1 && registers.kind == Operand::kRegister);
+  if (i.count && fits && i.has("m8n8") && i.name.back() == "b16") i.collective = &matrices<kLoad>;
+}
+
 // mma.sp.m16n8k32 of 16-bit values with fp32 sums. With g = lane / 4 and t = lane % 4, two values a register:
 // A (the kept values, 16 x 16): rows g and g + 8 in turn, columns 2t, then 8 + 2t. B (32 x 8): rows 2t, 8 + 2t, and so
 // on, column g. C: row g, then g + 8, columns 2t. Metadata: lane 4g + 2 * selector holds columns 0 to 15 of row g (low
@@ -101,8 +124,8 @@ void matrices(Warp& warp, uint32_t lanes, Instruction const& i) {
 void mma_sparse(Warp& warp, uint32_t lanes, Instruction const& i) {
   need_all(lanes);
   ++warp.block->products;
-  ToFloat const value = float_of(i.numbers[0]);
-  float a[16][16], b[32][8];
+  ToFloat const value = float_of(i.bfloat16);
+  float a[16][16], b[8][32];  // rows of A, columns of B
   uint32_t metadata[16][2];
   auto const half = [](uint32_t both, int which) { return uint16_t(both >> 16 * which); };
   uint32_t const selector = get<uint32_t>(warp.threads[0], i.operands[5]);
@@ -110,10 +133,11 @@ void mma_sparse(Warp& warp, uint32_t lanes, Instruction const& i) {
   for (Thread& thread : warp.threads) {
     int const g = thread.lane / 4, t = thread.lane % 4;
     for (int k = 0; k < 4; ++k) {
-      uint32_t const of_a = get<uint32_t>(thread, i.operands[1].parts[k]), of_b = get<uint32_t>(thread, i.operands[2].parts[k]);
+      uint32_t const of_a = get<uint32_t>(thread, i.operands[1].parts[k]);
+      uint32_t const of_b = get<uint32_t>(thread, i.operands[2].parts[k]);
       for (int side = 0; side < 2; ++side) {
         a[g + k % 2 * 8][k / 2 * 8 + 2 * t + side] = value(half(of_a, side));
-        b[8 * k + 2 * t + side][g] = value(half(of_b, side));
+        b[g][8 * k + 2 * t + side] = value(half(of_b, side));
       }
     }
     if (uint32_t(t) / 2 != selector) continue;
@@ -124,18 +148,23 @@ void mma_sparse(Warp& warp, uint32_t lanes, Instruction const& i) {
   for (Thread& thread : warp.threads)
     for (int k = 0; k < 4; ++k) {
       int const row = thread.lane / 4 + k / 2 * 8, column = thread.lane % 4 * 2 + k % 2;
-      double sum = 0;
-      for (int group = 0; group < 8; ++group) {
-        Kept const at = kept(metadata[row][group / 4], group % 4);
-        sum += at.start + double(a[row][2 * group]) * b[4 * group + at.first][column];
-        sum += double(a[row][2 * group + 1]) * b[4 * group + at.second][column];
-      }
+      std::array<Kept, 8> groups;
+      for (int group = 0; group < 8; ++group) groups[group] = kept(metadata[row][group / 4], group % 4);
+      double const sum = sparse_dot(a[row], groups, b[column]);
       put<float>(thread, i.operands[0].parts[k], float(sum + get<float>(thread, i.operands[3].parts[k])));
     }
 }
 
-// numbers: columns N, whether bf16, bytes of a value.
-//
+// The last four parts of the name are the types of D, A, B and C.
+void sparse_mma(Instruction& i) {
+  size_t const size = i.name.size();
+  std::string const &d = i.name[size - 4], &a = i.name[size - 3], &b = i.name[size - 2], &c = i.name[size - 1];
+  i.bfloat16 = a == "bf16";
+  bool fits = d == "f32" && c == "f32" && a == b && (i.bfloat16 || a == "f16");
+  for (int operand = 0; operand < 4; ++operand) fits &= i.operands[operand].is_vector(4);
+  if (fits) i.collective = &mma_sparse;
+}
+
 // wgmma.mma_async.sp of m64nNk32 (16-bit values) or m64nNk64 (e4m3): 16 rows of it for each warp of the four. A lane's
 // sums: row lane / 4, then that + 8, columns 2 * (lane % 4) and the next of each eight. Metadata of 16 bits as in
 // mma.sp; of 8 bits every lane has eight groups: rows r and r + 8 of columns 0 to 31, then the same of 32 to 63.
@@ -143,36 +172,32 @@ void warpgroup_product(Warp& warp, uint32_t lanes, Instruction const& i) {
   need_all(lanes);
   ++warp.block->products;
   Thread& first = warp.threads[0];
-  bool const bytes = i.numbers[2] == 1;
-  uint32_t const n = uint32_t(i.numbers[0]), k = bytes ? 64 : 32;
+  bool const bytes = i.bits == 8;
+  uint32_t const n = uint32_t(i.count), k = bytes ? 64 : 32, size = uint32_t(i.bits / 8);
   SharedMatrix const a = SharedMatrix::of_wgmma(get<uint64_t>(first, i.operands[1]));
   SharedMatrix const b = SharedMatrix::of_wgmma(get<uint64_t>(first, i.operands[2]));
   uint32_t const selector = get<uint32_t>(first, i.operands[4]);
   if (selector > (bytes ? 0 : 1)) throw Error("no such selector");
-  if (get<int32_t>(first, i.operands[6]) != 1 || get<int32_t>(first, i.operands[7]) != 1) throw Error("a negated operand");
+  if (get<int32_t>(first, i.operands[6]) != 1 || get<int32_t>(first, i.operands[7]) != 1)
+    throw Error("a negated operand");
   for (size_t transposed = 8; transposed < i.operands.size(); ++transposed)
     if (get<int32_t>(first, i.operands[transposed])) throw Error("a transposed operand");
   bool const adds = get<bool>(first, i.operands[5]);
   std::array<uint32_t, 32> metadata;
   for (Thread& t : warp.threads) metadata[t.lane] = get<uint32_t>(t, i.operands[3]);
 
-  warp.products.back().push_back([=, &warp, &i] {
-    std::vector<float> const values = read_matrix(*warp.block, a, warp.index % 4 * 16, 16, k / 2, i.numbers[2], i.numbers[1]);
-    std::vector<float> const x = read_matrix(*warp.block, b, 0, n, k, i.numbers[2], i.numbers[1]);
+  warp.products.add(i, [=, &warp, &i] {
+    auto const values = read_matrix(*warp.block, a, warp.index % 4 * 16, 16, k / 2, size, i.bfloat16);
+    auto const x = read_matrix(*warp.block, b, 0, n, k, size, i.bfloat16);
     for (uint32_t row = 0; row < 16; ++row) {
-      std::vector<Kept> at;
+      std::vector<Kept> groups;
       for (uint32_t group = 0; group < k / 4; ++group) {
         uint32_t const lane = row % 8 * 4;
-        at.push_back(bytes ? kept(metadata[lane + row / 8 + group / 8 * 2], group % 8)
-                           : kept(metadata[lane + selector * 2 + group / 4] >> row / 8 * 16, group % 4));
+        groups.push_back(bytes ? kept(metadata[lane + row / 8 + group / 8 * 2], group % 8)
+                               : kept(metadata[lane + selector * 2 + group / 4] >> row / 8 * 16, group % 4));
       }
       for (uint32_t column = 0; column < n; ++column) {
-        double sum = 0;
-        for (uint32_t group = 0; group < k / 4; ++group) {
-          float const* const inputs = &x[column * k + 4 * group];
-          sum += at[group].start + double(values[row * (k / 2) + 2 * group]) * inputs[at[group].first];
-          sum += double(values[row * (k / 2) + 2 * group + 1]) * inputs[at[group].second];
-        }
+        double const sum = sparse_dot(&values[row * (k / 2)], groups, &x[column * k]);
         Thread& owner = warp.threads[row % 8 * 4 + column % 8 / 2];
         Operand const& to = i.operands[0].parts[column / 8 * 4 + row / 8 * 2 + column % 2];
         put<float>(owner, to, float(adds ? sum + get<float>(owner, to) : sum));
@@ -181,8 +206,20 @@ void warpgroup_product(Warp& warp, uint32_t lanes, Instruction const& i) {
   });
 }
 
+// "wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.bf16.bf16"
+void sparse_wgmma(Instruction& i) {
+  if (i.name.size() != 9) return;
+  std::string const &shape = i.name[5], &d = i.name[6], &a = i.name[7], &b = i.name[8];
+  i.bfloat16 = a == "bf16";
+  i.bits = a == "e4m3" ? 8 : 16;
+  if (d != "f32" || a != b || !(i.bfloat16 || a == "f16" || a == "e4m3")) return;
+  i.count = std::atoi(shape.c_str() + 4);
+  if (shape != "m64n" + std::to_string(i.count) + (i.bits == 8 ? "k64" : "k32")) return;
+  if (i.operands[0].is_vector(i.count / 2)) i.collective = &warpgroup_product;
+}
+
 void products_commit(Warp& warp, uint32_t, Instruction const&) {
-  commit(warp.products);
+  warp.products.commit();
   ++warp.products_committed;
 }
 
@@ -204,7 +241,7 @@ void products_wait(Warp& warp, uint32_t, Instruction const& i) {
     }
   for (uint32_t k = first; k < first + 4; ++k) {
     Warp& each = warp.block->warps[k];
-    finish(each.products, each.products_committed - until);
+    each.products.finish(each.products_committed - until);
   }
 }
 
@@ -227,7 +264,7 @@ struct Box {
     return count;
   }
 
-  // Calls use(offset in shared memory, address, inside?) for each 16 bytes' worth of elements or less.
+  // Calls use(offset in shared memory, address, inside?) for each element.
   template <class Use>
   void each_element(Use use) const {
     uint32_t const count = bytes() / map.element_bytes;
@@ -251,6 +288,7 @@ void tensor_load(Thread& t, Instruction const& i) {
   Box const box(t, i.operands[1]);
   uint32_t const to = uint32_t(address_of(t, i.operands[0])), barrier = uint32_t(address_of(t, i.operands[2]));
   if (to % 128) throw Error("TMA writes to multiples of 128 bytes");
+  Cluster& cluster = *t.block().cluster;
   std::vector<Block*> blocks{&t.block()};
   if (i.has("multicast::cluster")) {
     uint32_t const mask = get<uint16_t>(t, i.operands[3]);
@@ -258,13 +296,13 @@ void tensor_load(Thread& t, Instruction const& i) {
     blocks.clear();
     for (uint32_t rank = 0; rank < 16; ++rank)
       if (mask >> rank & 1) {
-        if (rank >= t.block().cluster->blocks.size()) throw Error("a multicast to a block that the cluster does not have");
-        blocks.push_back(&t.block().cluster->blocks[rank]);
+        if (rank >= cluster.blocks.size()) throw Error("a multicast to a block that the cluster does not have");
+        blocks.push_back(&cluster.blocks[rank]);
       }
   }
-  Grid& grid = *t.block().cluster->grid;
+  Grid& grid = *cluster.grid;
   for (Block* block : blocks)
-    grid.pending.push_back([=, &grid] {
+    grid.put_off(cluster, i, [=, &grid] {
       box.each_element([&](uint32_t offset, uint64_t address, bool inside) {
         uint32_t const size = box.map.element_bytes;
         uint8_t* const place = block->shared_at(swizzled(to + offset, box.map.swizzle_bytes), size);
@@ -280,7 +318,7 @@ void tensor_store(Thread& t, Instruction const& i) {
   uint32_t const from = uint32_t(address_of(t, i.operands[1]));
   if (from % 128) throw Error("TMA reads from multiples of 128 bytes");
   Block& block = t.block();
-  t.stores.back().push_back([=, &block] {
+  t.stores.add(i, [=, &block] {
     box.each_element([&](uint32_t offset, uint64_t address, bool inside) {
       uint32_t const size = box.map.element_bytes;
       uint8_t const* const place = block.shared_at(swizzled(from + offset, box.map.swizzle_bytes), size);
@@ -289,55 +327,38 @@ void tensor_store(Thread& t, Instruction const& i) {
   });
 }
 
-int number_after(std::string const& text, char letter) {
-  size_t const at = text.find(letter);
-  return at == std::string::npos ? 0 : std::atoi(text.c_str() + at + 1);
+void tensor_copy(Instruction& i) {
+  bool const is_store = i.has("bulk_group"), multicast = i.has("multicast::cluster"), hint = i.has("L2::cache_hint");
+  size_t const operands = (is_store ? 2 : 3) + multicast + hint;
+  if (is_store == i.has("mbarrier::complete_tx::bytes") || i.operands.size() != operands) return;
+  i.scalar = is_store ? &tensor_store : &tensor_load;
 }
+
+constexpr Form kForms[] = {
+    {"shfl.sync.up", "", 5, 5, together<shuffle<kUp>, 4>},
+    {"shfl.sync.down", "", 5, 5, together<shuffle<kDown>, 4>},
+    {"shfl.sync.bfly", "", 5, 5, together<shuffle<kButterfly>, 4>},
+    {"shfl.sync.idx", "", 5, 5, together<shuffle<kIndex>, 4>},
+    {"elect.sync", "", 2, 2, together<elect, 1>},
+    {"vote.sync.ballot", "", 3, 3, together<vote<kBallot>, 2>},
+    {"vote.sync.all", "", 3, 3, together<vote<kAll>, 2>},
+    {"vote.sync.any", "", 3, 3, together<vote<kAny>, 2>},
+    {"vote.sync.uni", "", 3, 3, together<vote<kUniform>, 2>},
+    {"bar.warp.sync", "", 1, 1, together<nothing_together, 0>},
+    {"ldmatrix.sync.aligned", "m8n8 x1 x2 x4 trans shared shared::cta", 2, 2, matrix_access<true>},
+    {"stmatrix.sync.aligned", "m8n8 x1 x2 x4 trans shared shared::cta", 2, 2, matrix_access<false>},
+    {"mma.sp.sync.aligned.m16n8k32.row.col", "", 6, 6, sparse_mma},
+    {"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col", "", 6, 6, sparse_mma},
+    {"wgmma.mma_async.sp.sync.aligned", "m64n* e4m3", 8, 10, sparse_wgmma},
+    {"wgmma.fence.sync.aligned", "", 0, 0, together<nothing_together>},
+    {"wgmma.commit_group.sync.aligned", "", 0, 0, together<products_commit>},
+    {"wgmma.wait_group.sync.aligned", "", 1, 1, together<products_wait>},
+    {"cp.async.bulk.tensor", "1d 2d 3d 4d 5d tile global shared::cta shared::cluster mbarrier::complete_tx::bytes "
+     "multicast::cluster bulk_group L2::cache_hint", 2, 5, tensor_copy},
+};
 
 }  // namespace
 
-bool decode_tensor(Instruction& i) {
-  std::string const& op = i.name[0];
-  if (op == "shfl") {
-    i.numbers[0] = i.has("up") ? kUp : i.has("down") ? kDown : i.has("bfly") ? kButterfly : kIndex;
-    i.collective = &shuffle;
-    i.mask_operand = 4;
-  } else if (op == "elect") {
-    i.collective = &elect;
-    i.mask_operand = 1;
-  } else if (op == "vote") {
-    i.collective = &vote;
-    i.mask_operand = 2;
-  } else if (op == "bar" && i.has("warp")) {
-    i.collective = &nothing;
-    i.mask_operand = 0;
-  } else if ((op == "ldmatrix" || op == "stmatrix") && i.has("m8n8") && i.has("b16")) {
-    i.numbers = {i.has("x1") ? 1 : i.has("x2") ? 2 : 4, i.has("trans")};
-    i.collective = op == "ldmatrix" ? &matrices<true> : &matrices<false>;
-  } else if (op == "mma" && i.has("m16n8k32") && (i.has("sp") || i.has("sp::ordered_metadata")) &&
-             (i.has("bf16") || i.has("f16")) && i.name.back() == "f32") {
-    i.numbers[0] = i.has("bf16");
-    i.collective = &mma_sparse;
-  } else if (op == "wgmma" && i.has("mma_async") && i.has("sp") && i.has("f32") &&
-             (i.has("bf16") || i.has("f16") || i.has("e4m3"))) {
-    bool const bytes = i.has("e4m3");
-    for (std::string const& part : i.name)
-      if (part.starts_with("m64n")) {
-        i.numbers = {number_after(part, 'n'), i.has("bf16"), bytes ? 1 : 2};
-        if (number_after(part, 'k') != (bytes ? 64 : 32)) return false;
-      }
-    i.collective = &warpgroup_product;
-  } else if (op == "wgmma" && i.has("fence")) {
-    i.collective = &nothing;
-  } else if (op == "wgmma" && i.has("commit_group")) {
-    i.collective = &products_commit;
-  } else if (op == "wgmma" && i.has("wait_group")) {
-    i.collective = &products_wait;
-  } else if (op == "cp" && i.has("bulk") && i.has("tensor") && !i.has("im2col") && !i.has("gather4")) {
-    if (i.has("shared::cta") && i.has("bulk_group")) i.scalar = &tensor_store;
-    else if (i.has("mbarrier::complete_tx::bytes")) i.scalar = &tensor_load;
-  }
-  return i.scalar || i.collective;
-}
+std::span<Form const> tensor_forms() { return kForms; }
 
 }  // namespace emulator

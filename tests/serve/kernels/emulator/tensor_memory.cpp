@@ -20,7 +20,8 @@ void allocate(Warp& warp, uint32_t lanes, Instruction const& i) {
   need_all(lanes);
   Block& block = *warp.block;
   uint32_t const columns = get<uint32_t>(warp.threads[0], i.operands[1]);
-  if (columns < 32 || columns > kColumns || columns & (columns - 1)) throw Error("columns are a power of two, 32 to 512");
+  if (columns < 32 || columns > kColumns || columns & (columns - 1))
+    throw Error("columns are a power of two, 32 to 512");
   if (block.tensor_columns) throw Error("a second allocation of tensor memory");
   block.tensor_columns = columns;
   block.tensor_memory.assign(kLanes * kColumns, 0xFFFFFFFF);
@@ -36,24 +37,22 @@ void free_columns(Warp& warp, uint32_t lanes, Instruction const& i) {
   warp.block->tensor_columns = 0;
 }
 
-void nothing(Warp&, uint32_t, Instruction const&) {}
-
 // 128 rows of 16 bytes from shared memory to the 128 lanes, four columns.
 void copy(Thread& t, Instruction const& i) {
   Block& block = t.block();
   uint32_t const to = uint32_t(address_of(t, i.operands[0]));
   SharedMatrix const from = SharedMatrix::of_tcgen05(get<uint64_t>(t, i.operands[1]));
   if (lane_of(to)) throw Error("copies start at lane 0");
-  block.tensor_work.push_back([=, &block] {
+  block.tensor_work.push_back({&i, [=, &block] {
     for (uint32_t lane = 0; lane < kLanes; ++lane)
       for (uint32_t word = 0; word < 4; ++word)
         std::memcpy(&cell(block, lane, column_of(to) + word), block.shared_at(from.place(lane, 4 * word), 4), 4);
-  });
+  }});
 }
 
 // tcgen05.mma.sp.kind::f16 with 128 rows: row r's sums in lane r, a column each. Metadata: a 32-bit column for each 32
-// columns of A, of a pair the one that the selector names; of 16 rows and lanes, lane l of the first eight has columns 0
-// to 15 of rows l (low half) and l + 8, lane l + 8 columns 16 to 31 of the same.
+// columns of A, of a pair the one that the selector names; of 16 rows and lanes, lane l of the first eight has columns
+// 0 to 15 of rows l (low half) and l + 8, lane l + 8 columns 16 to 31 of the same.
 void product(Thread& t, Instruction const& i) {
   Block& block = t.block();
   ++block.products;
@@ -70,59 +69,58 @@ void product(Thread& t, Instruction const& i) {
   SharedMatrix const a = SharedMatrix::of_tcgen05(get<uint64_t>(t, i.operands[1]));
   SharedMatrix const b = SharedMatrix::of_tcgen05(get<uint64_t>(t, i.operands[2]));
   bool const adds = get<bool>(t, i.operands[6]);
-  block.tensor_work.push_back([=, &block] {
+  block.tensor_work.push_back({&i, [=, &block] {
     std::vector<float> const values = read_matrix(block, a, 0, m, 16, 2, a_type == 1);
     std::vector<float> const x = read_matrix(block, b, 0, n, 32, 2, a_type == 1);
     for (uint32_t row = 0; row < m; ++row) {
-      std::array<Kept, 8> at;
+      std::array<Kept, 8> groups;
       for (uint32_t group = 0; group < 8; ++group) {
         uint32_t const word = cell(block, row / 16 * 16 + group / 4 * 8 + row % 8, column_of(meta) + selector);
-        at[group] = kept(word >> row % 16 / 8 * 16, int(group % 4));
+        groups[group] = kept(word >> row % 16 / 8 * 16, int(group % 4));
       }
       for (uint32_t column = 0; column < n; ++column) {
-        double sum = 0;
-        for (uint32_t group = 0; group < 8; ++group) {
-          float const* const inputs = &x[column * 32 + 4 * group];
-          sum += at[group].start + double(values[row * 16 + 2 * group]) * inputs[at[group].first];
-          sum += double(values[row * 16 + 2 * group + 1]) * inputs[at[group].second];
-        }
+        double const sum = sparse_dot(&values[row * 16], groups, &x[column * 32]);
         uint32_t& place = cell(block, row, column_of(to) + column);
         float const result = float(adds ? sum + from_bits<float>(place) : sum);
         std::memcpy(&place, &result, 4);
       }
     }
-  });
+  }});
 }
 
 // Arrives when all that was asked for before is done.
 void commit_work(Thread& t, Instruction const& i) {
   Block& block = t.block();
-  uint8_t* const barrier = block.shared_at(uint32_t(address_of(t, i.operands[0])), 8);
+  uint32_t const barrier = uint32_t(address_of(t, i.operands[0]));
   uint64_t const until = block.tensor_work_done + block.tensor_work.size();
   Grid& grid = *block.cluster->grid;
-  grid.pending.push_back([=, &block, &grid] {
+  grid.put_off(*block.cluster, i, [=, &block, &grid] {
     for (; block.tensor_work_done < until; ++block.tensor_work_done) {
       block.tensor_work.front()();
       block.tensor_work.pop_front();
     }
-    mbarrier_arrive(grid, barrier, 1);
+    mbarrier_arrive(grid, block.shared_at(barrier, 8), 1);
   });
 }
 
 // Shape 16x256b: 16 lanes, 8 columns at a time. A thread has columns 2 * (lane % 4) and the next of lane / 4, then of
-// lane / 4 + 8. A warp reaches its own 32 of the 128 lanes. numbers: how many times 8 columns.
+// lane / 4 + 8. A warp reaches its own 32 of the 128 lanes.
+//
+// A load is done at once, not at its tcgen05.wait::ld: CUTLASS waits before it gives the columns back, and leaves it to
+// the assembler to wait before the registers are read.
 template <bool kLoad>
 void registers(Warp& warp, uint32_t lanes, Instruction const& i) {
   need_all(lanes);
   Operand const &own = i.operands[kLoad ? 0 : 1], &address = i.operands[kLoad ? 1 : 0];
   for (Thread& t : warp.threads) {
     uint32_t const base = uint32_t(address_of(t, address));
-    if (lane_of(base) / 32 != warp.index % 4 || lane_of(base) % 16) throw Error("lanes of tensor memory that are another warp's");
-    for (int k = 0; k < i.numbers[0] * 4; ++k) {
+    if (lane_of(base) / 32 != warp.index % 4 || lane_of(base) % 16)
+      throw Error("lanes of tensor memory that are another warp's");
+    for (int k = 0; k < i.count * 4; ++k) {
       uint32_t& place = cell(*warp.block, lane_of(base) + t.lane / 4 + k % 4 / 2 * 8,
                              column_of(base) + k / 4 * 8 + t.lane % 4 * 2 + k % 2);
-      if constexpr (kLoad) put<uint32_t>(t, own.parts.at(k), place);
-      else place = get<uint32_t>(t, own.parts.at(k));
+      if constexpr (kLoad) put<uint32_t>(t, own.parts[k], place);
+      else place = get<uint32_t>(t, own.parts[k]);
     }
   }
   if (!kLoad) ++warp.block->cluster->grid->progress;
@@ -138,7 +136,7 @@ void try_cancel(Thread& t, Instruction const& i) {
   Cluster& cluster = *t.block().cluster;
   bool const all = i.has("multicast::cluster::all");
   Block* const own = &t.block();
-  cluster.grid->pending.push_back([=, &cluster] {
+  cluster.grid->put_off(cluster, i, [=, &cluster] {
     Dim first;
     bool const given = cluster.grid->steal(first);
     Answer const answer{first.x, first.y, first.z, given};
@@ -165,27 +163,37 @@ void first_block(Thread& t, Instruction const& i) {
   for (size_t d = 0; d < 3; ++d) put<uint32_t>(t, i.operands[0].parts.at(d), at[d]);
 }
 
+// How many times 8 columns, and so 4 registers of each lane.
+template <bool kLoad>
+void register_access(Instruction& i) {
+  i.count = 0;
+  for (int count = 1; count <= 32; count *= 2)
+    if (i.has("x" + std::to_string(count))) i.count = count;
+  bool const fits = i.operands[kLoad ? 0 : 1].is_vector(i.count * 4);
+  if (i.count && fits && i.has("16x256b") && i.name.back() == "b32") i.collective = &registers<kLoad>;
+}
+
+constexpr Form kForms[] = {
+    {"tcgen05.alloc", "cta_group::1 sync aligned shared::cta", 2, 2, together<allocate>},
+    {"tcgen05.dealloc", "cta_group::1 sync aligned", 2, 2, together<free_columns>},
+    {"tcgen05.relinquish_alloc_permit", "cta_group::1 sync aligned", 0, 0, together<nothing_together>},
+    {"tcgen05.cp.cta_group::1.128x128b", "", 2, 2, always<copy>},
+    {"tcgen05.mma.sp.cta_group::1.kind::f16", "", 7, 7, always<product>},
+    {"tcgen05.commit.cta_group::1.mbarrier::arrive::one", "shared::cluster", 1, 1, always<commit_work>},
+    {"tcgen05.ld.sync.aligned", "16x256b x1 x2 x4 x8 x16 x32", 2, 2, register_access<true>},
+    {"tcgen05.st.sync.aligned", "16x256b x1 x2 x4 x8 x16 x32", 2, 2, register_access<false>},
+    {"tcgen05.wait::ld.sync.aligned", "", 0, 0, together<nothing_together>},
+    {"tcgen05.wait::st.sync.aligned", "", 0, 0, together<nothing_together>},
+    {"tcgen05.fence::before_thread_sync", "", 0, 0, always<nothing>},
+    {"tcgen05.fence::after_thread_sync", "", 0, 0, always<nothing>},
+    {"clusterlaunchcontrol.try_cancel.async", "shared::cta mbarrier::complete_tx::bytes multicast::cluster::all", 2, 2,
+     always<try_cancel>},
+    {"clusterlaunchcontrol.query_cancel.is_canceled", "", 2, 2, always<is_cancelled>},
+    {"clusterlaunchcontrol.query_cancel.get_first_ctaid", "v4", 2, 2, always<first_block>},
+};
+
 }  // namespace
 
-bool decode_tensor_memory(Instruction& i) {
-  if (i.name[0] == "clusterlaunchcontrol") {
-    i.scalar = i.has("try_cancel") ? &try_cancel : i.has("is_canceled") ? &is_cancelled : i.has("get_first_ctaid") ? &first_block : nullptr;
-  } else if (i.name[0] == "tcgen05") {
-    if (i.has("cta_group::2")) return false;
-    std::string const& what = i.name[1];
-    for (int count = 1; count <= 32; count *= 2)
-      if (i.has("x" + std::to_string(count))) i.numbers[0] = count;
-    if (what == "alloc") i.collective = &allocate;
-    else if (what == "dealloc") i.collective = &free_columns;
-    else if (what == "cp" && i.has("128x128b")) i.scalar = &copy;
-    else if (what == "mma" && i.has("sp") && i.has("kind::f16")) i.scalar = &product;
-    else if (what == "commit" && !i.has("multicast::cluster")) i.scalar = &commit_work;
-    else if (what == "ld" && i.has("16x256b") && i.name.back() == "b32") i.collective = &registers<true>;
-    else if (what == "st" && i.has("16x256b") && i.name.back() == "b32") i.collective = &registers<false>;
-    else if (what == "relinquish_alloc_permit" || what == "wait::ld" || what == "wait::st") i.collective = &nothing;
-    else if (what.starts_with("fence::")) i.scalar = [](Thread&, Instruction const&) {};
-  }
-  return i.scalar || i.collective;
-}
+std::span<Form const> tensor_memory_forms() { return kForms; }
 
 }  // namespace emulator
