@@ -30,32 +30,39 @@ def provide_headers() -> None:
         cuda_compile.find_headers()
     except cuda_compile.CudaBuildError:
         folder = ROOT / ".work" / "cutlass"
-        if not folder.exists():
+        source = folder / "cutlass_library" / "source"
+        if not (source / "include" / "cutlass" / "version.h").exists():
             command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), CUTLASS]
             subprocess.run(command, check=True)
-        os.environ["RIA_VLLM_CUTLASS"] = str(folder / "cutlass_library" / "source")
+        os.environ["RIA_VLLM_CUTLASS"] = str(source)
 
 
 def provide_library() -> None:
-    """All tiles for the first GPU, unless a library of these sources is there."""
+    """All tiles for the first GPU, unless a library of these sources is there; the default ones if not all compile."""
     target = cuda_compile.for_capability(*torch.cuda.get_device_capability(0))
-    if target is None:
+    if target is None or torch.version.hip:
         return
     try:
         library_of(0)
         return
     except RiaError as error:
         print(error, flush=True)
-    try:
-        cuda_compile.find_nvcc()
-        provide_headers()
-        print(f"compiling the kernels for sm_{target.name}, some minutes", flush=True)
-        cuda_compile.compile_library(target, library_folder(), target.tiles)
-    except (cuda_compile.CudaBuildError, subprocess.CalledProcessError) as error:
-        print(f"not compiled: {error}", flush=True)
+    for tiles in (target.tiles, target.default_tiles):
+        try:
+            cuda_compile.find_nvcc()
+            provide_headers()
+            print(f"compiling {len(tiles)} kernels for sm_{target.name}, some minutes", flush=True)
+            cuda_compile.compile_library(target, library_folder(), tiles)
+            return
+        except (cuda_compile.CudaBuildError, subprocess.CalledProcessError, OSError, ValueError) as error:
+            print(f"not compiled: {error}", flush=True)
 
 
 if __name__ == "__main__":
-    if torch.cuda.is_available():
+    if sys.argv[1:] == ["--provide-library"]:
         provide_library()
-    gpu_check.main()
+    else:
+        arguments = gpu_check.parse_arguments()
+        # In a process of its own, for a library that turns out to be stale stays loaded in the one that tried it.
+        subprocess.run([sys.executable, __file__, "--provide-library"])
+        gpu_check.run(arguments)

@@ -116,6 +116,8 @@ def unavailable(device: torch.device, dtype: torch.dtype, out_features: int, in_
     """Why this backend cannot serve a layer with weights of `dtype`, or None."""
     if device.type != "cuda":
         return f"the layer is on {device.type}"
+    if torch.version.hip:
+        return "ROCm has no such kernel"
     if dtype not in (torch.bfloat16, torch.float16, fp8.DTYPE):
         return f"dtype {dtype}; bfloat16, float16 and float8_e4m3fn only"
     if out_features % 8:

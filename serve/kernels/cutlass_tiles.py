@@ -69,10 +69,10 @@ def preferences(
 def balanced_parts(tile: str, out_features: int, in_features: int, tokens: int, sms: int) -> int:
     """Into how many parts to divide K, so that the busiest multiprocessor is done soonest.
 
-    CUTLASS's own heuristic leaves K whole once the tiles fill half of the last wave: 86 of 132 multiprocessors for 11008
-    rows. Stream-K, forced, sets all of them to work, but one with a whole tile is still the last. Counted in steps of K
-    a tile: each wave of blocks takes its steps and about one to start; the parts of a tile add their sums one after the
-    other, about half a step each. The two are estimates, to be replaced by measurements.
+    CUTLASS's own heuristic leaves K whole once the tiles fill half of the last wave: 86 of 132 multiprocessors for
+    11008 rows. Stream-K, forced, sets all of them to work, but one with a whole tile is still the last. Counted in
+    steps of K a tile: each wave of blocks takes its steps and about one to start; the parts of a tile add their sums
+    one after the other, about half a step each. The two are estimates, to be replaced by measurements.
     """
     fp8, rows, columns = re.match(r"(fp8_)?(\d+)x(\d+)", tile).groups()
     tiles = -(-out_features // int(rows)) * -(-tokens // int(columns))

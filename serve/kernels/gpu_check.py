@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 
-from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels import cuda_compile, cusparselt, cutlass, fp8, gpu_products, gpu_timing, torch_cutlass
 from ria_vllm.serve.kernels import reference as reference_backend
 from ria_vllm.serve.kernels.cuda_library import library_of
@@ -36,70 +35,82 @@ SMALL_SHAPES = ((64, 64), (136, 192), (1000, 576))
 SHAPES_7B = ((4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096))
 TILE_SHAPES = ((136, 192), (1000, 1024))
 GRAPH_SHAPE = (1024, 1024)
-SILENCE = 60  # seconds without a word after which a part is taken to hang
+START = 90  # seconds that a worker may take to begin, the import of torch included
+GRACE = 30  # seconds after the deadline that a part may go on for
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Part:
-    """`rows` yields what goes under `section` in the JSON, and before each step a row of `at` alone, saying which."""
+    """`rows` yields what goes under `section` in the JSON, and before each step a row of `at` alone, saying which.
+
+    After so many seconds of `silence` it is taken to hang.
+    """
 
     name: str
     section: str
     rows: Callable[[], Iterator[Row]]
+    silence: float = 20
 
 
 @dataclass(frozen=True)
 class Options:
-    """checkpoint: real weights, too. quick: small shapes and no timing. deadline: of time.monotonic()."""
+    """checkpoint: real weights, too. quick: small shapes and no timing."""
 
-    checkpoint: Path | None
-    quick: bool
-    deadline: float
+    checkpoint: Path | None = None
+    quick: bool = False
 
 
 def parts_of(options: Options) -> list[Part]:
     """Everything to do on this GPU, the most important first."""
     shapes = SMALL_SHAPES if options.quick else (*SMALL_SHAPES, *SHAPES_7B)
-    parts = []
-    for dtype, weights in product((torch.bfloat16, torch.float16), (None, fp8.DTYPE)):
-        kind = f"{dtype} under fp8 weights" if weights else str(dtype)
-        for backend in BACKENDS:
-            checks = partial(_on_layers, partial(gpu_products.check_backend, backend), shapes, dtype, weights)
-            parts.append(Part(f"{backend.NAME} {kind}", "checks", checks))
-        if cutlass.unavailable(DEVICE, weights or dtype, *TILE_SHAPES[0]) is None:
-            checks = partial(_on_layers, gpu_products.check_packing, TILE_SHAPES, dtype, weights)
-            parts.append(Part(f"packing {kind}", "checks", checks))
-            for name in library_of(DEVICE.index).tile_names:
-                checks = partial(_on_layers, partial(gpu_products.check_tile, name), TILE_SHAPES, dtype, weights)
-                parts.append(Part(f"tile {name} {kind}", "checks", checks))
-        for backend in FAST:
-            checks = partial(_on_layers, partial(gpu_products.check_graphs, backend), (GRAPH_SHAPE,), dtype, weights)
-            parts.append(Part(f"CUDA graph {backend.NAME} {kind}", "checks", checks))
+    checks = [part for dtype in (torch.bfloat16, torch.float16) for part in _checks(shapes, dtype, None)]
     if options.checkpoint:
         for backend in BACKENDS:
-            parts.append(Part(f"real weights {backend.NAME}", "checks", partial(_on_checkpoint, backend, options)))
-    return parts if options.quick else parts + _timings(options.deadline)
+            rows = partial(_on_checkpoint, backend, options.checkpoint)
+            checks.append(Part(f"real weights {backend.NAME}", "checks", rows))
+    fp8_checks = [part for dtype in (torch.bfloat16, torch.float16) for part in _checks(shapes, dtype, fp8.DTYPE)]
+    if options.quick:
+        return checks + fp8_checks
+    return checks + _timings() + fp8_checks + _our_timings()
 
 
-def _timings(deadline: float) -> list[Part]:
+def _checks(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, weights: torch.dtype | None) -> list[Part]:
+    kind = f"{dtype} under fp8 weights" if weights else str(dtype)
+
+    def part(name: str, check: Callable[[gpu_products.Layer], Iterator[Row]], sizes: Sequence[tuple[int, int]]) -> Part:
+        return Part(f"{name} {kind}", "checks", partial(_on_layers, check, sizes, dtype, weights))
+
+    parts = [part(backend.NAME, partial(gpu_products.check_backend, backend), shapes) for backend in BACKENDS]
+    if cutlass.unavailable(DEVICE, weights or dtype, *TILE_SHAPES[0]) is None:
+        parts.append(part("packing", gpu_products.check_packing, TILE_SHAPES))
+        for name in library_of(DEVICE.index).tile_names:
+            parts.append(part(f"tile {name}", partial(gpu_products.check_tile, name), TILE_SHAPES))
+    for backend in FAST:
+        parts.append(part(f"CUDA graph {backend.NAME}", partial(gpu_products.check_graphs, backend), (GRAPH_SHAPE,)))
+    return parts
+
+
+def _timings() -> list[Part]:
     parts = [Part("limits", "limits", gpu_timing.measure_limits)]
-    for shape in gpu_timing.SHAPES:
-        parts.append(Part(f"times {shape}", "times", partial(gpu_timing.time_backends, FAST, shape, deadline)))
-    ours = cutlass.unavailable(DEVICE, torch.bfloat16, 4096, 4096) is None
-    float8 = cutlass.unavailable(DEVICE, fp8.DTYPE, 4096, 4096) is None
-    if ours:
-        parts.append(Part("packing times", "packing", gpu_timing.time_packing))
-        parts.append(Part("gather times", "gather", gpu_timing.time_gather))
-    if float8:
+    for backend, shape in product(FAST, gpu_timing.SHAPES):
+        rows = partial(gpu_timing.time_backend, backend, shape)
+        parts.append(Part(f"times {backend.NAME} {shape}", "times", rows))
+    return parts
+
+
+def _our_timings() -> list[Part]:
+    served = [d for d in (torch.bfloat16, fp8.DTYPE) if cutlass.unavailable(DEVICE, d, 4096, 4096) is None]
+    parts = []
+    if fp8.DTYPE in served:
         for shape in gpu_timing.SHAPES:
-            parts.append(Part(f"fp8 times {shape}", "times", partial(gpu_timing.time_fp8, shape, deadline)))
-    if ours:
-        dtypes = (torch.bfloat16, fp8.DTYPE) if float8 else (torch.bfloat16,)
-        for shape, dtype in product(gpu_timing.TUNED_SHAPES, dtypes):
-            rows = partial(gpu_timing.time_tiles, shape, dtype, deadline)
-            parts.append(Part(f"tiles {shape} {dtype}", "tiles", rows))
+            parts.append(Part(f"times fp8 {shape}", "times", partial(gpu_timing.time_fp8, shape)))
+    if torch.bfloat16 in served:
+        parts.append(Part("packing times", "packing", gpu_timing.time_packing))
+        parts.append(Part("gather times", "gather", gpu_timing.time_gather, silence=90))
+    for shape, dtype in product(gpu_timing.TUNED_SHAPES, served):
+        parts.append(Part(f"tiles {shape} {dtype}", "tiles", partial(gpu_timing.time_tiles, shape, dtype)))
     return parts
 
 
@@ -112,30 +123,26 @@ def _on_layers(
     return chain.from_iterable(check(gpu_products.random_layer(*shape, dtype, weights)) for shape in shapes)
 
 
-def _on_checkpoint(backend: ModuleType, options: Options) -> Iterator[Row]:
-    for layer in gpu_products.real_layers(options.checkpoint):
+def _on_checkpoint(backend: ModuleType, folder: Path) -> Iterator[Row]:
+    for layer in gpu_products.real_layers(folder):
         yield from gpu_products.check_backend(backend, layer)
 
 
 def run_parts(parts: Sequence[Part], deadline: float, first: int = 0) -> Iterator[tuple[int, Row]]:
     """Index and row of one part after the other, from `first` on, in this process. An error ends all."""
     for index, part in enumerate(parts[first:], first):
-        if time.monotonic() > deadline:
-            yield index, {"part": part.name, "skipped": "out of time"}
-            continue
-        yield index, {"at": "its start"}
-        for row in part.rows():
+        for row in chain([{"at": "its start"}], part.rows()):
+            if "at" in row and time.monotonic() > deadline:
+                yield index, {"part": part.name, "skipped": "out of time"}
+                break
             yield index, row
 
 
-def supervise(
-    factory: Callable[[], Sequence[Part]], deadline: float, silence: float = SILENCE
-) -> Iterator[tuple[int, Row]]:
+def supervise(factory: Callable[[], Sequence[Part]], deadline: float) -> Iterator[tuple[int, Row]]:
     """The same in workers, so that a part that fails, crashes or hangs costs itself alone: its row is not `ok`.
 
     Args:
         factory: what returns the parts, the same ones in every process; picklable.
-        silence: seconds that a part may take for one row.
     """
     parts, first = factory(), 0
     while first < len(parts):
@@ -149,7 +156,7 @@ def supervise(
         worker.start()
         sender.close()
         try:
-            for index, row in _received(worker, receiver, silence):
+            for index, row in _received(worker, receiver, parts, deadline + GRACE):
                 at = row.get("at", at)
                 yield index, row
             return
@@ -165,9 +172,11 @@ class _PartError(Exception):
     """What ended a worker."""
 
 
-def _received(worker: BaseProcess, receiver: Connection, silence: float) -> Iterator[tuple[int, Row]]:
-    patience = 2 * silence  # its start, the import of torch included, may take as long again
-    while receiver.poll(patience):
+def _received(
+    worker: BaseProcess, receiver: Connection, parts: Sequence[Part], end: float
+) -> Iterator[tuple[int, Row]]:
+    patience = START
+    while receiver.poll(min(patience, max(0.0, end - time.monotonic()))):
         try:
             index, row = receiver.recv()
         except EOFError:
@@ -178,8 +187,8 @@ def _received(worker: BaseProcess, receiver: Connection, silence: float) -> Iter
         if "error" in row:
             raise _PartError(row["error"])
         yield index, row
-        patience = silence
-    raise _PartError(f"no answer for {patience} s")
+        patience = parts[index].silence
+    raise _PartError(f"no answer for {patience} s, or past the end of the run")
 
 
 def _work(sender: Connection, factory: Callable[[], Sequence[Part]], deadline: float, first: int) -> None:
@@ -187,22 +196,22 @@ def _work(sender: Connection, factory: Callable[[], Sequence[Part]], deadline: f
     try:
         for index, row in run_parts(factory(), deadline, first):
             sender.send((index, row))
-    except (RiaError, RuntimeError, ImportError, OSError) as error:
+    except Exception as error:  # whatever it is, the JSON must have it
         sender.send((index, {"error": f"{type(error).__name__}: {error}".splitlines()[0]}))
+        raise
 
 
-def missing_library() -> str | None:
-    """Why our own kernels will not run on a GPU that they were written for; None if they will, or were not."""
-    if cuda_compile.for_capability(*torch.cuda.get_device_capability(DEVICE)) is None:
-        return None
-    return cutlass.unavailable(DEVICE, torch.bfloat16, 4096, 4096)
-
-
-def untested_tiles() -> str | None:
-    """The tiles that this build leaves out."""
+def check_library() -> Iterator[Row]:
+    """A failed row if our own kernels will not run on a GPU that they were written for; else which tiles are absent."""
+    if torch.version.hip or cuda_compile.for_capability(*torch.cuda.get_device_capability(DEVICE)) is None:
+        return
+    if reason := cutlass.unavailable(DEVICE, torch.bfloat16, 4096, 4096):
+        yield {"part": "our own kernels", "ok": False, "error": reason}
+        return
     library = library_of(DEVICE.index)
-    absent = cuda_compile.absent_tiles(library.path.name, library.tile_names)
-    return f"{', '.join(absent)}: `ria-vllm build-kernels --tiles all` compiles them" if absent else None
+    if absent := cuda_compile.absent_tiles(library.path.name, library.tile_names):
+        reason = f"{', '.join(absent)}: `ria-vllm build-kernels --tiles all` compiles them"
+        yield {"part": "tiles", "skipped": reason}
 
 
 class Report:
@@ -265,10 +274,10 @@ class Report:
         print(f"wrote {self.path}")
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Check and time every CUDA backend on the first GPU.")
     parser.add_argument("--checkpoint", type=Path, help="folder of a checkpoint: real weights as well")
-    parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), help="where results go (%(default)s)")
+    parser.add_argument("--json", type=Path, help="where results go (gpu_check.json; --quick: gpu_check_quick.json)")
     parser.add_argument("--seconds", type=float, default=400, help="start nothing new after this long (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="small shapes in one process, for compute-sanitizer")
     arguments = parser.parse_args()
@@ -276,14 +285,16 @@ def main() -> None:
         parser.error(f"{arguments.checkpoint} is no folder")
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA GPU")
+    return arguments
 
+
+def run(arguments: argparse.Namespace) -> None:
+    """Checks and times; exits with status 1 if anything failed."""
     deadline = float("inf") if arguments.quick else time.monotonic() + arguments.seconds
-    factory = partial(parts_of, Options(arguments.checkpoint, arguments.quick, deadline))
-    report = Report(arguments.json)
-    if reason := missing_library():
-        report.add("checks", {"part": "our own kernels", "ok": False, "error": reason})
-    elif absent := untested_tiles():
-        report.add("checks", {"part": "tiles", "skipped": absent})
+    factory = partial(parts_of, Options(arguments.checkpoint, arguments.quick))
+    report = Report(arguments.json or Path("gpu_check_quick.json" if arguments.quick else "gpu_check.json"))
+    for row in check_library():
+        report.add("checks", row)
     parts = factory()
     for index, row in run_parts(parts, deadline) if arguments.quick else supervise(factory, deadline):
         report.add(parts[index].section, row)
@@ -293,4 +304,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(parse_arguments())

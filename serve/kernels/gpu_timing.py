@@ -12,7 +12,13 @@ import torch
 from ria_vllm import sparse24
 from ria_vllm.serve.kernels import cutlass, fp8
 from ria_vllm.serve.kernels.cuda_library import CudaLibrary, library_of, multiprocessors
-from ria_vllm.serve.kernels.cutlass_tiles import SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE, WORKSPACE_BYTES
+from ria_vllm.serve.kernels.cutlass_tiles import (
+    SPLIT_FORCED,
+    SPLIT_HEURISTIC,
+    SPLIT_NONE,
+    WORKSPACE_BYTES,
+    preferences,
+)
 
 DEVICE = torch.device("cuda", 0)
 SHAPES = ((11008, 4096), (4096, 11008), (28672, 8192), (8192, 28672))
@@ -101,34 +107,32 @@ def _weights(
     return [tuple(tensor.clone() for tensor in (compressed, *others)) for _ in range(copies)]
 
 
-def time_backends(backends: Sequence[ModuleType], shape: tuple[int, int], deadline: float) -> Iterator[Row]:
+def time_backend(backend: ModuleType, shape: tuple[int, int]) -> Iterator[Row]:
     """Rows of shape, tokens, backend, microseconds, dense microseconds, bytes and FLOP."""
     out_features, in_features = shape
+    if reason := backend.unavailable(DEVICE, torch.bfloat16, *shape):
+        yield {"backend": backend.NAME, "skipped": reason}
+        return
     pairs = _weights(*shape)
     dense_weights = [sparse24.decompress(*pairs[0]) for _ in pairs]
-    usable = [backend for backend in backends if backend.unavailable(DEVICE, torch.bfloat16, *shape) is None]
-    packed = {backend.NAME: [backend.pack(*pair) for pair in pairs] for backend in usable}
+    packed = [backend.pack(*pair) for pair in pairs]
     for tokens in TOKENS:
-        if time.monotonic() > deadline:
-            return
-        yield {"at": f"dense, {tokens} tokens"}
+        yield {"at": f"{tokens} tokens"}
         x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=DEVICE)
-        dense = microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in dense_weights])
+        row = _sizes(shape, tokens) | {
+            "backend": backend.NAME,
+            "us": microseconds([lambda p=p: backend.apply(x, p, out_features, None, None) for p in packed]),
+            "dense_us": microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in dense_weights]),
+        }
         traffic = out_features * in_features * 9 / 8 + 2 * tokens * (out_features + in_features)
-        for backend in usable:
-            yield {"at": f"{backend.NAME}, {tokens} tokens"}
-            calls = [
-                lambda p=p, backend=backend: backend.apply(x, p, out_features, None, None) for p in packed[backend.NAME]
-            ]
-            row = _sizes(shape, tokens) | {"backend": backend.NAME, "us": microseconds(calls), "dense_us": dense}
-            yield row | {"bytes": traffic, "flop": tokens * out_features * in_features}
+        yield row | {"bytes": traffic, "flop": tokens * out_features * in_features}
 
 
 def _sizes(shape: tuple[int, int], tokens: int) -> Row:
     return {"out_features": shape[0], "in_features": shape[1], "tokens": tokens}
 
 
-def time_fp8(shape: tuple[int, int], deadline: float) -> Iterator[Row]:
+def time_fp8(shape: tuple[int, int]) -> Iterator[Row]:
     """The same rows for products of fp8 operands alone, without the rounding of x: ours, and torch's dense one where it
     has one. The dense time beside them is bfloat16's."""
     out_features, in_features = shape
@@ -139,8 +143,6 @@ def time_fp8(shape: tuple[int, int], deadline: float) -> Iterator[Row]:
     float8 = [weight.to(fp8.DTYPE) for weight in bfloat16 + bfloat16]  # half the bytes, twice the copies
     scales = parts[0][2]
     for tokens in TOKENS:
-        if time.monotonic() > deadline:
-            return
         yield {"at": f"{tokens} tokens"}
         x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=DEVICE)
         q, x_scales = fp8.quantize(x)
@@ -221,6 +223,11 @@ def time_gather() -> Iterator[Row]:
         for tokens in TOKENS:
             yield {"at": f"hidden size {hidden}, {tokens} tokens"}
             x, residual = torch.randn(2, tokens, hidden, dtype=torch.bfloat16, device=DEVICE)
+            try:
+                plain(x, residual, weight), gathered(x, residual, weight, order)
+            except (RuntimeError, ImportError, OSError) as error:  # no Triton, or no C compiler for it
+                yield {"part": "gather times", "skipped": f"torch.compile: {error}".splitlines()[0]}
+                return
             products = 0.0
             for shape, copies in zip(shapes, packed, strict=True):
                 y = torch.randn(tokens, shape[1], dtype=torch.bfloat16, device=DEVICE)
@@ -239,25 +246,30 @@ def gather_line(row: Row) -> str:
     )
 
 
-def time_tiles(sizes: tuple[int, int], dtype: torch.dtype, deadline: float) -> Iterator[Row]:
-    """Every tile and division of K of our library on a shape that models have (q,k,v and gate,up fused)."""
+def time_tiles(sizes: tuple[int, int], dtype: torch.dtype) -> Iterator[Row]:
+    """Every tile and division of K of our library on a shape that models have (q,k,v and gate,up fused). What belongs
+    to a number of tokens comes when all of it was timed, for only then is the fastest of it known."""
     packed = [cutlass.pack(*parts) for parts in _weights(*sizes, dtype)]
     for tokens in TUNED_TOKENS:
-        yield from _time_tiles(dtype, sizes, packed, tokens, deadline)
+        timed = []
+        for row in _time_tiles(dtype, sizes, packed, tokens):
+            if "at" in row:
+                yield row
+            else:
+                timed.append(row)
+        yield from timed
 
 
 def _time_tiles(
-    dtype: torch.dtype, sizes: tuple[int, int], packed: Sequence[tuple[torch.Tensor, ...]], tokens: int, deadline: float
+    dtype: torch.dtype, sizes: tuple[int, int], packed: Sequence[tuple[torch.Tensor, ...]], tokens: int
 ) -> Iterator[Row]:
-    device = packed[0][0].device
-    library, sms = library_of(device.index), multiprocessors(device.index)
+    library, sms = library_of(DEVICE.index), multiprocessors(DEVICE.index)
+    rule = dict(preferences(library.family, sms, dtype.itemsize * 8, *sizes, tokens))
     x = torch.randn(tokens, sizes[1], dtype=torch.bfloat16, device=DEVICE)
     operand, *x_scales = fp8.quantize(x) if dtype == fp8.DTYPE else (x,)
     y = torch.empty(tokens, sizes[0], dtype=torch.bfloat16, device=DEVICE)
     for tile, name in enumerate(library.tile_names):
-        for split in SPLITS:
-            if time.monotonic() > deadline:
-                return
+        for split in sorted({*SPLITS, rule.get(name, SPLIT_NONE)}):
             if split != SPLIT_NONE and (tokens > 1024 or library.family == 90 and "streamk" not in name):
                 continue
             if not library.accepts(tile, dtype, sizes, tokens, split, sms):

@@ -1,4 +1,4 @@
-"""What gpu_check would say of a kernel, played on a CPU: right ones pass, wrong ones do not, broken ones cost one row."""
+"""What gpu_check would say of a kernel, played on a CPU: right ones pass, wrong ones fail, broken ones cost a row."""
 
 import json
 import os
@@ -122,15 +122,15 @@ def small(played, monkeypatch, tmp_path):
     return played
 
 
-def report():
+def report(name="gpu_check.json"):
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
 
-    return json.loads(Path("gpu_check.json").read_text(), parse_constant=refuse)
+    return json.loads(Path(name).read_text(), parse_constant=refuse)
 
 
 def test_a_whole_run(small, capsys):
-    gpu_check.main()
+    gpu_check.run(gpu_check.parse_arguments())
     written, said = report(), capsys.readouterr().out
     assert all(row["ok"] for row in written["checks"] if "ok" in row)
     assert {row["backend"] for row in written["times"]} >= {"cutlass", "cutlass fp8"}
@@ -143,13 +143,13 @@ def test_a_whole_run(small, capsys):
 
 def test_a_run_under_the_sanitizer_times_nothing(small, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--quick"])
-    gpu_check.main()
-    assert report().keys() == {"gpu", "capability", "torch", "cuda", "checks"}
+    gpu_check.run(gpu_check.parse_arguments())
+    assert report("gpu_check_quick.json").keys() == {"gpu", "capability", "torch", "cuda", "checks"}
 
 
 def test_what_there_was_no_time_for_is_told(small, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--seconds", "0"])
-    gpu_check.main()
+    gpu_check.run(gpu_check.parse_arguments())
     checks = report()["checks"]
     assert {row["skipped"] for row in checks} == {"out of time"} and {"limits", "gather times"} < {
         r["part"] for r in checks
@@ -160,8 +160,27 @@ def test_a_gpu_of_ours_without_our_library_is_a_failure(small, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--quick"])
     monkeypatch.setattr(cutlass, "unavailable", lambda *facts: "was not built")
     with pytest.raises(SystemExit):
-        gpu_check.main()
-    assert [row["error"] for row in report()["checks"] if row.get("ok") is False] == ["was not built"]
+        gpu_check.run(gpu_check.parse_arguments())
+    assert [row["error"] for row in report("gpu_check_quick.json")["checks"] if row.get("ok") is False] == [
+        "was not built"
+    ]
+
+
+def test_a_gpu_that_we_have_no_kernels_for_has_its_other_backends_checked(small, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(cutlass, "unavailable", lambda *facts: "no kernels for compute capability 7.5")
+    gpu_check.run(gpu_check.parse_arguments())
+    assert {row["backend"] for row in report()["checks"] if "ok" in row} == {"reference"}
+    assert "tiles" not in report()
+
+
+def test_tiles_that_were_not_all_timed_make_no_line_of_the_table(small, monkeypatch):
+    """The second tile's time comes after the deadline."""
+    part = gpu_check.Part("tiles", "tiles", lambda: gpu_timing.time_tiles((192, 64), torch.bfloat16))
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    rows = [row for _, row in gpu_check.run_parts([part], deadline=2)]
+    assert not any("us" in row for row in rows) and rows[-1]["skipped"] == "out of time"
 
 
 def broken_parts():
@@ -182,18 +201,18 @@ def broken_parts():
         time.sleep(3600)
 
     steps = (good, failing, crashing, hanging, good)
-    return [gpu_check.Part(step.__name__, "checks", step) for step in steps]
+    return [gpu_check.Part(step.__name__, "checks", step, silence=3) for step in steps]
 
 
 def test_a_broken_part_costs_itself_alone():
-    rows = list(gpu_check.supervise(broken_parts, time.monotonic() + 3600, silence=15))
+    rows = list(gpu_check.supervise(broken_parts, time.monotonic() + 3600))
     told = [(index, row) for index, row in rows if "ok" in row]
     assert [(index, row["ok"]) for index, row in told] == [
         *((0, True), (1, True), (1, False), (2, False), (3, True), (3, False), (4, True))
     ]
     failed = [row for _, row in told if not row["ok"]]
     assert [row["at"] for row in failed] == ["the second step", "the first step", "its start"]
-    for row, error in zip(failed, ("RiaError: CUDA refused: no reason", "ended with code -6", "no answer for 15 s")):
+    for row, error in zip(failed, ("RiaError: CUDA refused: no reason", "ended with code -6", "no answer for 3 s")):
         assert error in row["error"]
 
 

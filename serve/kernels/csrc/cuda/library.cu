@@ -65,10 +65,13 @@ static thread_local char const* last_error = "";
 
 Result cuda_error(char const* what) {
   last_error = what;
+  cudaGetLastError();  // takes it away, so that the next launch is not blamed for it
   return kCudaError;
 }
 
-static Result result_of(cudaError_t error) { return error == cudaSuccess ? kOk : cuda_error(cudaGetErrorString(error)); }
+static Result result_of(cudaError_t error) {
+  return error == cudaSuccess ? kOk : cuda_error(cudaGetErrorString(error));
+}
 
 }  // namespace ria
 
