@@ -229,6 +229,7 @@ class Report:
         print("{gpu}, compute capability {capability}, torch {torch}".format_map(self.content), flush=True)
 
     def add(self, section: str, row: Row) -> None:
+        """Keeps a row of a part, unless it says no more than where the part is."""
         if "at" in row and "error" not in row:
             return
         if row.get("ok") is False:
@@ -260,6 +261,7 @@ class Report:
         self._written = time.monotonic()
 
     def conclude(self) -> None:
+        """Prints what the whole run is needed for, and writes all."""
         for section, line_of in (("packing", gpu_timing.packing_line), ("gather", gpu_timing.gather_line)):
             for row in self.rows(section):
                 print(line_of(row))

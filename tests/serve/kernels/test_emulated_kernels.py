@@ -23,7 +23,7 @@ from ria_vllm.serve.kernels.cutlass_tiles import (
 pytestmark = pytest.mark.slow
 
 TILES = [(arch, tile.name) for arch in ("80", "90a", "100a", "120") for tile in chosen_tiles(arch)]
-SPLITS = (SPLIT_NONE, SPLIT_HEURISTIC, SPLIT_FORCED, 2, 3, 5)
+SPLITS = (SPLIT_NONE, SPLIT_HEURISTIC, SPLIT_FORCED, 2, 3, 5, 9)
 # out-features, in-features, tokens: less than any tile; rows and columns that fill no tile; more steps than any
 # pipeline has stages; more tiles than multiprocessors.
 SHAPES = [(8, 64, 1), (136, 192, 7), (200, 1152, 33), (264, 2624, 16), (392, 1088, 300)]
