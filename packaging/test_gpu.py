@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-CUTLASS = "nvidia-cutlass==4.2.0"
 
 # As pyproject.toml maps it: `serve/` is ria_vllm.serve.
 sys.path.insert(0, str(ROOT))
@@ -25,16 +24,23 @@ from ria_vllm.serve.kernels import cuda_compile, gpu_check
 from ria_vllm.serve.kernels.cuda_library import library_folder, library_of
 
 
-def provide_headers() -> None:
+def has_headers() -> bool:
     try:
         cuda_compile.find_headers()
     except cuda_compile.CudaBuildError:
-        folder = ROOT / ".work" / "cutlass"
-        source = folder / "cutlass_library" / "source"
-        if not (source / "include" / "cutlass" / "version.h").exists():
-            command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), CUTLASS]
-            subprocess.run(command, check=True)
-        os.environ["RIA_VLLM_CUTLASS"] = str(source)
+        return False
+    return True
+
+
+def provide_headers() -> None:
+    if has_headers():
+        return
+    folder = ROOT / ".work" / "cutlass"
+    os.environ["RIA_VLLM_CUTLASS"] = str(folder / "cutlass_library" / "source")
+    if not has_headers():
+        package = cuda_compile.CUTLASS_PACKAGE
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), package]
+        subprocess.run(command, check=True)
 
 
 def provide_library() -> None:
@@ -47,14 +53,18 @@ def provide_library() -> None:
         return
     except RiaError as error:
         print(error, flush=True)
+    try:
+        cuda_compile.find_nvcc()
+        provide_headers()
+    except (cuda_compile.CudaBuildError, subprocess.CalledProcessError) as error:
+        print(f"not compiled: {error}", flush=True)
+        return
     for tiles in (target.tiles, target.default_tiles):
         try:
-            cuda_compile.find_nvcc()
-            provide_headers()
             print(f"compiling {len(tiles)} kernels for sm_{target.name}, some minutes", flush=True)
             cuda_compile.compile_library(target, library_folder(), tiles)
             return
-        except (cuda_compile.CudaBuildError, subprocess.CalledProcessError, OSError, ValueError) as error:
+        except (cuda_compile.CudaBuildError, OSError, ValueError) as error:
             print(f"not compiled: {error}", flush=True)
 
 

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SOURCES = Path(__file__).with_name("csrc") / "cuda"
+CUTLASS_PACKAGE = "nvidia-cutlass==4.2.0"
 LATER = "later: `ria-vllm build-kernels --arch ARCH` (80, 90a, 100a or 120)"
 GIBIBYTE = 2**30
 
@@ -176,7 +177,7 @@ def find_headers() -> Path:
             return root
     if named:
         raise CudaBuildError(f"RIA_VLLM_CUTLASS={named} holds no CUTLASS headers (cutlass/version.h, cute/tensor.hpp)")
-    raise CudaBuildError("no CUTLASS headers: pip install nvidia-cutlass==4.2.0, or name a copy with RIA_VLLM_CUTLASS")
+    raise CudaBuildError(f"no CUTLASS headers: pip install {CUTLASS_PACKAGE}, or name a copy with RIA_VLLM_CUTLASS")
 
 
 def jobs_for(memory: int) -> int:
