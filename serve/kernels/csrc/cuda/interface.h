@@ -3,6 +3,8 @@
 // Every function takes plain pointers and numbers: no torch, no Python, so one binary serves all their versions.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -55,6 +57,9 @@ bool add_tile(Tile const&);
 
 // kCudaError, and what ria_error() says of it: a string that lasts.
 Result cuda_error(char const* what);
+
+// kOk, or the same with CUDA's own words.
+Result result_of(cudaError_t error);
 
 // The first bytes of every workspace belong to the 2.x tiles' counters, which must be zero before the first launch and
 // are zero again after each.

@@ -69,7 +69,7 @@ Result cuda_error(char const* what) {
   return kCudaError;
 }
 
-static Result result_of(cudaError_t error) {
+Result result_of(cudaError_t error) {
   return error == cudaSuccess ? kOk : cuda_error(cudaGetErrorString(error));
 }
 

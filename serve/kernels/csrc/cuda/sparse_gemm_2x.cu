@@ -198,11 +198,10 @@ Result run(Problem const& problem) {
   static_assert(shared_bytes <= 98 * 1024, "more shared memory than sm_86, sm_89 and sm_120 have");
   if (cudaError_t const error = cudaFuncSetAttribute(
           sparse_linear<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
-    return cuda_error(cudaGetErrorString(error));
+    return result_of(error);
   sparse_linear<Element><<<dim3(grid.rows, grid.columns, grid.parts), kThreads, shared_bytes,
                            static_cast<cudaStream_t>(problem.stream)>>>(params);
-  cudaError_t const error = cudaGetLastError();
-  return error == cudaSuccess ? kOk : cuda_error(cudaGetErrorString(error));
+  return result_of(cudaGetLastError());
 }
 
 Result run_either(Problem const& p) {
