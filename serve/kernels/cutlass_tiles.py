@@ -84,6 +84,14 @@ def balanced_parts(tile: str, out_features: int, in_features: int, tokens: int, 
     return min(range(1, min(steps, MOST_PARTS) + 1), key=duration)
 
 
+def can_run(
+    library: CudaLibrary, tile: int, dtype: torch.dtype, sizes: tuple[int, int], tokens: int, split: int, sms: int
+) -> bool:
+    """Whether the tile computes such a product within the workspace."""
+    product = (tile, dtype, sizes, tokens, split, sms)
+    return library.accepts(*product) and library.workspace_bytes(*product) <= WORKSPACE_BYTES
+
+
 @lru_cache(maxsize=None)
 def choose_tile(
     library: CudaLibrary, dtype: torch.dtype, out_features: int, in_features: int, tokens: int, sms: int
@@ -101,9 +109,7 @@ def choose_tile(
         if name in indices
     ]
     for tile, split in [*wanted, *((tile, SPLIT_NONE) for tile in indices.values())]:
-        if not library.accepts(tile, dtype, sizes, tokens, split, sms):
-            continue
-        if library.workspace_bytes(tile, dtype, sizes, tokens, split, sms) <= WORKSPACE_BYTES:
+        if can_run(library, tile, dtype, sizes, tokens, split, sms):
             return tile, split
     raise RiaError(
         f"{library.path.name}: no tile for a {out_features} x {in_features} layer of {dtype} and {tokens} tokens"

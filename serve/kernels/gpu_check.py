@@ -27,7 +27,7 @@ import torch
 from ria_vllm.serve.kernels import cuda_compile, cusparselt, cutlass, fp8, gpu_products, gpu_timing, torch_cutlass
 from ria_vllm.serve.kernels import reference as reference_backend
 from ria_vllm.serve.kernels.cuda_library import library_of
-from ria_vllm.serve.kernels.gpu_timing import DEVICE
+from ria_vllm.serve.kernels.gpu_timing import DEVICE, Row
 
 FAST: tuple[ModuleType, ...] = (cutlass, cusparselt, torch_cutlass)
 BACKENDS = (*FAST, reference_backend)
@@ -37,8 +37,6 @@ TILE_SHAPES = ((136, 192), (1000, 1024))
 GRAPH_SHAPE = (1024, 1024)
 START = 90  # seconds that a worker may take to begin, the import of torch included
 GRACE = 30  # seconds after the deadline that a part may go on for
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

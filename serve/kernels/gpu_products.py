@@ -1,18 +1,17 @@
 """Checks of every CUDA backend and tile against float64, and of CUDA graphs. Part of gpu_check."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 
 from ria_vllm import sparse24
 from ria_vllm.serve.kernels import cutlass, fp8, gpu_timing
 from ria_vllm.serve.kernels.cuda_library import library_of, multiprocessors
-from ria_vllm.serve.kernels.cutlass_tiles import SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE, WORKSPACE_BYTES
-from ria_vllm.serve.kernels.gpu_timing import DEVICE
+from ria_vllm.serve.kernels.cutlass_tiles import SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE, can_run
+from ria_vllm.serve.kernels.gpu_timing import DEVICE, Row
 
 TOKENS = (1, 7, 16, 64, 333, 2048)
 GRAPH_TOKENS = (1, 64, 333, 2048)
@@ -92,15 +91,32 @@ def real_layers(folder: Path) -> Iterator[Layer]:
             yield Layer(name, linear.compressed, linear.bitmask)
 
 
-def check_backend(backend: ModuleType, layer: Layer) -> Iterator[dict[str, Any]]:
-    """With and without bias and input permutation. A row with `at` says what is about to run."""
-    row = {"check": "float64", "backend": backend.NAME, "layer": layer.name, "dtype": str(layer.dtype)}
-    reason = backend.unavailable(DEVICE, layer.weights, layer.out_features, layer.in_features)
-    if reason:
+Check = Callable[[ModuleType, Layer, Sequence[torch.Tensor]], Iterator[Row]]
+
+
+def _on_backend(name: str, check: Check, backend: ModuleType, layer: Layer) -> Iterator[Row]:
+    """The check's rows for the layer as the backend packs it, or why the backend does not take it. A row with `at`
+    says what is about to run."""
+    row = {"check": name, "backend": backend.NAME, "layer": layer.name, "dtype": str(layer.dtype)}
+    if reason := backend.unavailable(DEVICE, layer.weights, layer.out_features, layer.in_features):
         yield {**row, "skipped": reason}
         return
     yield {"at": f"packing {layer.name}"}
-    packed = backend.pack(*layer.parts)
+    for found in check(backend, layer, backend.pack(*layer.parts)):
+        yield found if "at" in found else row | found
+
+
+def check_backend(backend: ModuleType, layer: Layer) -> Iterator[Row]:
+    """Against float64, with and without bias and input permutation."""
+    return _on_backend("float64", _products, backend, layer)
+
+
+def check_graphs(backend: ModuleType, layer: Layer) -> Iterator[Row]:
+    """Capture once, replay with other activations: the same bits as without a graph."""
+    return _on_backend("CUDA graph", _graphs, backend, layer)
+
+
+def _products(backend: ModuleType, layer: Layer, packed: Sequence[torch.Tensor]) -> Iterator[Row]:
     for tokens in TOKENS:
         yield {"at": f"{layer.name}, {tokens} tokens"}
         x = layer.activations(tokens)
@@ -111,17 +127,29 @@ def check_backend(backend: ModuleType, layer: Layer) -> Iterator[dict[str, Any]]
         repeats = torch.equal(plain, again)
         contiguous = plain.is_contiguous() and plain.shape == (tokens, layer.out_features)
         ok = excess < 1 and contiguous and (repeats or backend is not cutlass)
-        yield {**row, "tokens": tokens, "excess": excess, "repeats": repeats, "ok": ok}
+        yield {"tokens": tokens, "excess": excess, "repeats": repeats, "ok": ok}
 
 
-def check_packing(layer: Layer) -> Iterator[dict[str, Any]]:
+def _graphs(backend: ModuleType, layer: Layer, packed: Sequence[torch.Tensor]) -> Iterator[Row]:
+    for tokens in GRAPH_TOKENS:
+        yield {"at": f"capturing {layer.name}, {tokens} tokens"}
+        x = layer.activations(tokens)
+        graph, (y,) = gpu_timing.capture([lambda: backend.apply(x, packed, layer.out_features, None, layer.bias)])
+        x.copy_(layer.activations(tokens + 1)[:tokens])
+        for _ in range(3):
+            graph.replay()
+        expected = backend.apply(x, packed, layer.out_features, None, layer.bias)
+        yield {"tokens": tokens, "ok": torch.equal(y, expected)}
+
+
+def check_packing(layer: Layer) -> Iterator[Row]:
     """Metadata laid out on the GPU against the same on the host."""
     values, metadata, *_ = cutlass.pack(*layer.parts)
     host = library_of(DEVICE.index).pack_metadata(layer.parts[1].cpu(), values.itemsize * 8)
     yield {"check": "metadata on GPU and CPU agree", "layer": layer.name, "ok": torch.equal(metadata.cpu(), host)}
 
 
-def check_tile(name: str, layer: Layer) -> Iterator[dict[str, Any]]:
+def check_tile(name: str, layer: Layer) -> Iterator[Row]:
     """A tile of our library with every division of K, and guards around the output."""
     library, sms = library_of(DEVICE.index), multiprocessors(DEVICE.index)
     tile = library.tile_names.index(name)
@@ -129,9 +157,7 @@ def check_tile(name: str, layer: Layer) -> Iterator[dict[str, Any]]:
     sizes = (layer.out_features, layer.in_features)
     for split in (SPLIT_NONE, SPLIT_HEURISTIC, SPLIT_FORCED, 3):
         for tokens in TOKENS:
-            if not library.accepts(tile, layer.weights, sizes, tokens, split, sms):
-                continue
-            if library.workspace_bytes(tile, layer.weights, sizes, tokens, split, sms) > WORKSPACE_BYTES:
+            if not can_run(library, tile, layer.weights, sizes, tokens, split, sms):
                 continue
             yield {"at": f"split {split}, {layer.name}, {tokens} tokens"}
             x, count = layer.activations(tokens), tokens * layer.out_features
@@ -145,22 +171,3 @@ def check_tile(name: str, layer: Layer) -> Iterator[dict[str, Any]]:
             guarded = bool((buffer[:GUARD] == 7).all() and (buffer[-GUARD:] == 7).all())
             row = {"check": f"tile {name} split {split}", "backend": "cutlass", "layer": layer.name}
             yield {**row, "tokens": tokens, "excess": excess, "guarded": guarded, "ok": excess < 1 and guarded}
-
-
-def check_graphs(backend: ModuleType, layer: Layer) -> Iterator[dict[str, Any]]:
-    """Capture once, replay with other activations: the same bits as without a graph."""
-    row = {"check": "CUDA graph", "backend": backend.NAME, "layer": layer.name, "dtype": str(layer.dtype)}
-    reason = backend.unavailable(DEVICE, layer.weights, layer.out_features, layer.in_features)
-    if reason:
-        yield {**row, "skipped": reason}
-        return
-    packed = backend.pack(*layer.parts)
-    for tokens in GRAPH_TOKENS:
-        yield {"at": f"capturing {layer.name}, {tokens} tokens"}
-        x = layer.activations(tokens)
-        graph, (y,) = gpu_timing.capture([lambda: backend.apply(x, packed, layer.out_features, None, layer.bias)])
-        x.copy_(layer.activations(tokens + 1)[:tokens])
-        for _ in range(3):
-            graph.replay()
-        expected = backend.apply(x, packed, layer.out_features, None, layer.bias)
-        yield {**row, "tokens": tokens, "ok": torch.equal(y, expected)}

@@ -12,13 +12,7 @@ import torch
 from ria_vllm import sparse24
 from ria_vllm.serve.kernels import cutlass, fp8
 from ria_vllm.serve.kernels.cuda_library import CudaLibrary, library_of, multiprocessors
-from ria_vllm.serve.kernels.cutlass_tiles import (
-    SPLIT_FORCED,
-    SPLIT_HEURISTIC,
-    SPLIT_NONE,
-    WORKSPACE_BYTES,
-    preferences,
-)
+from ria_vllm.serve.kernels.cutlass_tiles import SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE, can_run, preferences
 
 DEVICE = torch.device("cuda", 0)
 SHAPES = ((11008, 4096), (4096, 11008), (28672, 8192), (8192, 28672))
@@ -272,9 +266,7 @@ def _time_tiles(
         for split in sorted({*SPLITS, rule.get(name, SPLIT_NONE)}):
             if split != SPLIT_NONE and (tokens > 1024 or library.family == 90 and "streamk" not in name):
                 continue
-            if not library.accepts(tile, dtype, sizes, tokens, split, sms):
-                continue
-            if library.workspace_bytes(tile, dtype, sizes, tokens, split, sms) > WORKSPACE_BYTES:
+            if not can_run(library, tile, dtype, sizes, tokens, split, sms):
                 continue
             yield {"at": f"{name} split {split}, {tokens} tokens"}
             calls = [_tile_call(library, tile, split, operand, x_scales, parts, y) for parts in packed]
