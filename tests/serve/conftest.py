@@ -9,21 +9,30 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture
-def hopper(monkeypatch):
-    """A stand-in for the compiled library of a Hopper, which also takes tensors on the CPU while the test runs."""
-    from pretend_hopper import PretendLibrary
-
+def cutlass_on_cpu(monkeypatch):
+    """Puts a library behind the backend `cutlass`, whose operators take tensors on the CPU while the test runs."""
     from ria_vllm.serve.kernels import cutlass
 
-    library = PretendLibrary()
-    monkeypatch.setattr(cutlass, "library_of", lambda index: library)
-    monkeypatch.setattr(cutlass, "multiprocessors", lambda index: 132)
-    monkeypatch.setattr(cutlass, "workspace", lambda index: torch.zeros(1, dtype=torch.uint8))
+    def put(library, multiprocessors, workspace):
+        monkeypatch.setattr(cutlass, "library_of", lambda index: library)
+        monkeypatch.setattr(cutlass, "multiprocessors", lambda index: multiprocessors)
+        monkeypatch.setattr(cutlass, "workspace", lambda index: workspace)
+
     registered = torch.library.Library("ria", "IMPL")
     registered.impl("sparse24_linear.cutlass", cutlass._linear, "CPU")
     registered.impl("sparse24_fp8_linear.cutlass", cutlass._fp8_linear, "CPU")
-    yield library
+    yield put
     registered._destroy()
+
+
+@pytest.fixture
+def hopper(cutlass_on_cpu):
+    """A stand-in for the compiled library of a Hopper, which also takes tensors on the CPU while the test runs."""
+    from pretend_hopper import PretendLibrary
+
+    library = PretendLibrary()
+    cutlass_on_cpu(library, 132, torch.zeros(1, dtype=torch.uint8))
+    return library
 
 
 @pytest.fixture

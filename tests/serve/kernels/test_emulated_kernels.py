@@ -159,18 +159,12 @@ def test_nothing_outside_of_the_operands_is_touched(library, tile, workspace):
 
 
 @pytest.fixture
-def on_emulated_hopper(monkeypatch, workspace):
+def on_emulated_hopper(cutlass_on_cpu, workspace):
     """The backend's operators, for tensors on the CPU, with the emulated library behind them."""
     library = emulated("90a")
     library.seed = 7
-    monkeypatch.setattr(cutlass, "library_of", lambda index: library)
-    monkeypatch.setattr(cutlass, "multiprocessors", lambda index: library.multiprocessors)
-    monkeypatch.setattr(cutlass, "workspace", lambda index: workspace)
-    registered = torch.library.Library("ria", "IMPL")
-    registered.impl("sparse24_linear.cutlass", cutlass._linear, "CPU")
-    registered.impl("sparse24_fp8_linear.cutlass", cutlass._fp8_linear, "CPU")
-    yield library
-    registered._destroy()
+    cutlass_on_cpu(library, library.multiprocessors, workspace)
+    return library
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, fp8.DTYPE])
