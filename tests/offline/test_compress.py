@@ -62,14 +62,14 @@ def test_shared_orders_are_shared(family, tiny, text, tmp_path):
     orders: dict[str, set[tuple[int, ...]]] = {}
     for name in set(reader.sparse_names) - folded:
         parent = name.rpartition(".")[0] if "proj" in name else name
-        orders.setdefault(parent, set()).add(tuple(reader.permutation(name).tolist()))
+        orders.setdefault(parent, set()).add(tuple(reader.permutations[name].tolist()))
     assert all(len(found) == 1 for found in orders.values())
 
 
 def test_scope_linear_gives_each_its_own(tiny, text, tmp_path):
     run(tiny("llama"), tmp_path / "out", text, reconstruct="none", permute_scope="linear")
     reader = Reader(tmp_path / "out")
-    q, k = (reader.permutation(f"model.layers.0.self_attn.{x}_proj") for x in "qk")
+    q, k = (reader.permutations[f"model.layers.0.self_attn.{x}_proj"] for x in "qk")
     assert not torch.equal(q, k)
     assert list(reader.problems()) == []
 
