@@ -1,7 +1,7 @@
 """Reading a compressed checkpoint, one tensor at a time. Nothing in it is trusted."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,8 +169,20 @@ def check_digests(
     if expected is not None and permutation.digest(permutations) != expected:
         raise RiaError(f"{where}: {PERMUTATIONS_FILE} is not of the run that wrote config.json. {again}")
     for path in sorted(set(files)):
-        if file_metadata(path).get(DIGEST_KEY) != expected:
-            raise RiaError(f"{path}: its weights are not stored under the permutations that config.json names. {again}")
+        check_file_digest(schema, file_metadata(path), path)
+
+
+def check_file_digest(schema: RiaSchema, metadata: Mapping[str, str], where: str | Path) -> None:
+    """Check that a weight file is of the run that wrote config.json, by the `__metadata__` of its header.
+
+    Raises:
+        RiaError: it is not; `where` names the file.
+    """
+    if metadata.get(DIGEST_KEY) != schema.permutations_digest:
+        raise RiaError(
+            f"{where}: its weights are not stored under the permutations that config.json names. Get all files of one "
+            "run, or compress the model again."
+        )
 
 
 def wrong_scale(compressed: torch.Tensor, scale: torch.Tensor | None) -> str | None:
