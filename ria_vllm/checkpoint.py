@@ -1,7 +1,7 @@
 """Reading a compressed checkpoint, one tensor at a time. Nothing in it is trusted."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,38 @@ def load_tensor(path: Path, name: str) -> torch.Tensor:
         raise RiaError(f"{path}: cannot read {name} ({error}). Get the file again.") from None
 
 
+def checked_linear(
+    name: str, parts: Mapping[str, torch.Tensor], p: torch.Tensor | None, schema: RiaSchema, where: str | Path
+) -> SparseLinear:
+    """A pruned linear from its tensors.
+
+    Args:
+        parts: by the last part of their names, which `schema.parts` lists.
+        p: the order of its columns, None where it is the model's own.
+        where: the file or folder, for messages.
+
+    Raises:
+        RiaError: a tensor is missing, or breaks a rule of the format.
+    """
+    for part in schema.parts:
+        if part not in parts:
+            raise RiaError(f"{where}: {name}.{part} is missing. Get the weight files again.")
+    compressed, bitmask, shape, scale = (parts.get(part) for part in ("compressed", "bitmask", "shape", "weight_scale"))
+    if shape.dtype != torch.int64 or shape.numel() != 2:
+        raise RiaError(f"{where}: {name}.shape is not two int64 numbers. Get the file again.")
+    wrong = sparse24.check(compressed, bitmask, tuple(shape.flatten().tolist()))
+    if wrong:
+        raise RiaError(f"{where}: {name}: {wrong}. The file is damaged; get it again.")
+    wrong = wrong_scale(compressed, scale)
+    if wrong:
+        raise RiaError(f"{where}: {name}: {wrong}. The file is damaged, or config.json is another model's.")
+    wrong = None if p is None else permutation.check(p, bitmask.shape[1] * 8)
+    if wrong:
+        raise RiaError(f"{where}: {name}: not a permutation: {wrong}. Get {PERMUTATIONS_FILE} again.")
+    dtype = getattr(torch, schema.weights.dtype) if schema.weights else compressed.dtype
+    return SparseLinear(name, compressed, bitmask, p, scale, dtype)
+
+
 class Reader:
     """A compressed checkpoint folder. Opening it reads only headers and the permutations.
 
@@ -230,41 +262,18 @@ class Reader:
     @property
     def dense_names(self) -> list[str]:
         """Tensors stored as they are (embeddings, norms, biases, linears left dense)."""
-        own = {f"{name}.{part}" for name in self.sparse_names for part in self.parts}
+        own = {f"{name}.{part}" for name in self.sparse_names for part in self.schema.parts}
         return [name for name in self.files if name not in own]
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The tensors of a pruned linear."""
-        return ("compressed", "bitmask", "shape") + (("weight_scale",) if self.schema.weights else ())
 
     def tensor(self, name: str) -> torch.Tensor:
         return load_tensor(self.files[name], name)
 
     def linear(self, name: str) -> SparseLinear:
         """Load and check one pruned linear."""
-        parts = {}
-        for part in self.parts:
-            if f"{name}.{part}" not in self.files:
-                raise RiaError(f"{self.folder}: {name}.{part} is missing. Get the weight files again.")
-            parts[part] = self.tensor(f"{name}.{part}")
-        path = self.files[f"{name}.compressed"]
-        shape = parts["shape"]
-        if shape.dtype != torch.int64 or shape.numel() != 2:
-            raise RiaError(f"{path}: {name}.shape is not two int64 numbers. Get the file again.")
-        wrong = sparse24.check(parts["compressed"], parts["bitmask"], tuple(shape.flatten().tolist()))
-        if wrong:
-            raise RiaError(f"{path}: {name}: {wrong}. The file is damaged; get it again.")
-        compressed, scale = parts["compressed"], parts.get("weight_scale")
-        wrong = wrong_scale(compressed, scale)
-        if wrong:
-            raise RiaError(f"{path}: {name}: {wrong}. The file is damaged, or config.json is another model's.")
-        p = self.permutations.get(name)
-        wrong = None if p is None else permutation.check(p, parts["bitmask"].shape[1] * 8)
-        if wrong:
-            raise RiaError(f"{self.folder / PERMUTATIONS_FILE}: {name}: not a permutation: {wrong}. Get the file again.")
-        dtype = getattr(torch, self.schema.weights.dtype) if self.schema.weights else compressed.dtype
-        return SparseLinear(name, compressed, parts["bitmask"], p, scale, dtype)
+        stored = {part: f"{name}.{part}" for part in self.schema.parts}
+        parts = {part: self.tensor(key) for part, key in stored.items() if key in self.files}
+        where = self.files.get(stored["compressed"], self.folder)
+        return checked_linear(name, parts, self.permutations.get(name), self.schema, where)
 
     def report(self) -> dict[str, Any]:
         """What `compress` measured; empty where the report was not kept."""

@@ -112,6 +112,11 @@ class RiaSchema(BaseModel):
         """Whether the model was compressed with permutations, even if none of them was worth storing."""
         return self.recipe.get("permute", "none") != "none"
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The tensors of a pruned linear, by the last part of their names."""
+        return ("compressed", "bitmask", "shape") + (("weight_scale",) if self.weights else ())
+
     @classmethod
     def parse(cls, config: dict[str, Any], where: str) -> "RiaSchema":
         """Validate; `where` names the file in the error."""
