@@ -23,6 +23,8 @@ from ria_vllm.schema import (
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+LONGEST_NAME = 1000
+DEEPEST_JSON = 50  # what walks through it may recurse
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,16 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise RiaError(f"{path}: no such file. Is this the right folder?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # a ValueError: no JSON, no UTF-8, or a number of 5,000 digits
         raise RiaError(f"{path}: not readable as JSON ({error}). Get the file again.") from None
     if not isinstance(content, dict):
         raise RiaError(f"{path}: expected a JSON object. Get the file again.")
-    return content
+    level: list[Any] = [content]
+    for _ in range(DEEPEST_JSON):
+        level = [c for node in level for c in (node.values() if isinstance(node, dict) else node) if isinstance(c, dict | list)]
+        if not level:
+            return content
+    raise RiaError(f"{path}: more than {DEEPEST_JSON} levels of JSON. Do not use this checkpoint.")
 
 
 def is_compressed(folder: Path) -> bool:
@@ -96,7 +103,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
         raise RiaError(f"{index}: no usable weight_map. Get the file again.")
     present: dict[str, set[str]] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
+        if Path(file).name != file or not file.isprintable() or len(file.encode()) > 255:
             raise RiaError(f"{index}: shard {file!r} lies outside the folder. Do not use this checkpoint.")
         if not (folder / file).is_file():
             lost = next(name for name, shard in weight_map.items() if shard == file)
@@ -109,12 +116,20 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors in a safetensors file; a truncated or broken file is a RiaError."""
+    """Names of the tensors in a safetensors file.
+
+    Raises:
+        RiaError: the file is truncated or broken, or a name is none that can be shown to people.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+            names = list(file.keys())
     except (SafetensorError, OSError) as error:
         raise RiaError(f"{path}: broken or truncated safetensors file ({error}). Get the file again.") from None
+    for name in names:
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise RiaError(f"{path}: {name[:80]!r} is no name of a tensor. Do not use this checkpoint.")
+    return names
 
 
 def file_metadata(path: Path) -> dict[str, str]:
@@ -184,6 +199,17 @@ def wrong_scale(compressed: torch.Tensor, scale: torch.Tensor | None) -> str | N
     return None if bool((scale.isfinite() & (scale > 0)).all()) else "a weight_scale is no positive number"
 
 
+def not_finite(tensor: torch.Tensor) -> str | None:
+    """What keeps the values from being numbers, or None."""
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return None
+    try:
+        finite = (tensor.float() if tensor.itemsize == 1 else tensor).isfinite()
+    except RuntimeError:  # torch only stores it
+        return f"its dtype {tensor.dtype} cannot be checked"
+    return None if bool(finite.all()) else "a value is NaN or infinite"
+
+
 def load_tensor(path: Path, name: str) -> torch.Tensor:
     """One tensor, on the CPU."""
     try:
@@ -245,6 +271,14 @@ class Reader:
             layer, _, part = name.rpartition(".")
             if part == "bitmask" and f"{layer}.compressed" not in self.files:
                 raise RiaError(f"{self.folder}: {layer}.compressed is missing. Get the weight files again.")
+            if part == "compressed" and f"{layer}.weight" in self.files:
+                raise RiaError(f"{self.folder}: {layer} is stored both dense and compressed. Get the weight files again.")
+            if name.endswith(PERMUTATION_SUFFIX):
+                raise RiaError(f"{self.files[name]}: {name} does not belong here, but in {PERMUTATIONS_FILE}.")
+        for path in set(self.files.values()):
+            for name in tensor_names(path):
+                if self.files.get(name) != path:
+                    raise RiaError(f"{path}: the index does not say that {name} is here. Get the files of one run.")
         if not self.sparse_names:
             raise RiaError(f"{self.folder}: no pruned linear in it.")
         path = self.folder / PERMUTATIONS_FILE
@@ -287,8 +321,6 @@ class Reader:
         permutations: dict[str, torch.Tensor] = {}
         claimed: dict[str, list[tuple[int, int]]] = {}  # producer -> row ranges that folds reorder
         for name in self.sparse_names:
-            if f"{name}.weight" in self.files:
-                yield f"{name}: stored both dense and compressed"
             if self.schema.ignored(name):
                 yield f"{name}: listed as ignored in config.json, but stored compressed"
             try:
@@ -299,8 +331,9 @@ class Reader:
             rows[name] = linear.shape[0]
             if linear.input_permutation is not None:
                 permutations[name] = linear.input_permutation
-            if not bool(linear.compressed.isfinite().all()):
-                yield f"{self.files[f'{name}.compressed']}: {name}: a value is NaN or infinite"
+            wrong = not_finite(linear.compressed)
+            if wrong:
+                yield f"{self.files[f'{name}.compressed']}: {name}: {wrong}"
         for name, fold, producers in self.schema.active_folds(permutations, sparse):
             if fold.coupling == "heads":
                 order = permutation.head_rows(permutations[name], fold.num_heads or 0, fold.num_kv_heads or 0)
@@ -320,9 +353,9 @@ class Reader:
                     yield f"{name}: its fold reorders rows of {producer.name} that another fold reorders too"
                 taken.append((start, end))
         for name in self.dense_names:
-            tensor = self.tensor(name)
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                yield f"{self.files[name]}: {name}: a value is NaN or infinite"
+            wrong = not_finite(self.tensor(name))
+            if wrong:
+                yield f"{self.files[name]}: {name}: {wrong}"
 
     @staticmethod
     def _row_problems(consumer: str, producer: Producer, rows: int, size: int) -> Iterator[str]:

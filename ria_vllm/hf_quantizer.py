@@ -3,6 +3,7 @@
 What comes out is a plain dense model, at a dense model's size: for HF's tools. Serving does not go through here.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ PART = r"\.{}$"
 class RiaQuantizationConfig(QuantizationConfigMixin):
     """The `quantization_config` of a folder that ria-vllm wrote."""
 
-    def __init__(self, **content: Any):
+    def __init__(self, /, **content: Any):  # whatever config.json has, a key "self" too
         self.schema = RiaSchema.parse(content, "config.json")
         self.quant_method = QUANT_METHOD
         self.dequantize = True  # HF then forgets the config after loading: the model is a plain one
@@ -71,6 +72,9 @@ class Loading:
             )
         self.permutations = {} if path is None else load_permutations(path)
         stored = [name for file in files for name in tensor_names(file)]
+        twice = next((name for name, count in Counter(stored).items() if count > 1), None)
+        if twice is not None:
+            raise RiaError(f"{self.where}: {twice} is in two weight files. Get all files of one run.")
         self.pruned = {name.removesuffix(".compressed") for name in stored if name.endswith(".compressed")}
         for name in sorted(set(self.permutations) - self.pruned):
             raise RiaError(f"{path}: a permutation for {name}, which is no pruned linear of this model.")

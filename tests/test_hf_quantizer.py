@@ -205,3 +205,16 @@ def test_files_of_two_runs(damage):
     save_file({name: tensor for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
     with pytest.raises(RiaError, match=f"{shard.name}.*Get all files of one run"):
         AutoModelForCausalLM.from_pretrained(damage.folder)
+
+
+def test_a_tensor_in_two_files(damage):
+    """transformers would take the last one."""
+    other = next(path for path in damage.folder.glob("model-*") if path != damage.file_of("model.norm.weight"))
+    rewrite(other, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(128)}))
+    with pytest.raises(RiaError, match="model.norm.weight is in two weight files"):
+        AutoModelForCausalLM.from_pretrained(damage.folder)
+
+
+def test_a_key_of_the_config_that_is_a_word_of_pythons(damage):
+    damage.edit_json("config.json", lambda config: config["quantization_config"].update(self=1))
+    AutoModelForCausalLM.from_pretrained(damage.folder)
