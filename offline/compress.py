@@ -17,6 +17,7 @@ from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.memory import available, map_large_blocks
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive
 from ria_vllm.offline.progress import Monitor
+from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.ranks import Ranks, joined
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.source import Source, opened, stamp_of
@@ -28,6 +29,7 @@ from ria_vllm.writer import CheckpointWriter, check_place, disk_errors
 
 CALIBRATION_KEY = "calibration"
 SENSITIVITY_KEY = "sensitivity"
+TOKENIZER_FILE = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def _fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
     """All that the bytes of the result depend on, as JSON gives it back."""
     text = Path(recipe.calibration)
     stamps = {"model": source.stamp, "calibration text": stamp_of(text) if text.is_file() else None}
-    return json.loads(json.dumps(recipe.dump(source.name) | stamps))
+    names = {"source": source.name, "calibration": recipe.calibration}  # in full: this stays in the work folder
+    return json.loads(json.dumps(recipe.dump(source.name) | names | stamps))
 
 
 @contextmanager
@@ -254,7 +257,7 @@ def _finish(
         keys.append(f"outside-{number:05d}")
         writer.write(keys[-1], {name: model.read(name)})
     keys += [layer_key(index) for index in range(len(model.layers))]
-    config = dict(source.raw_config)
+    config = without_paths(source.raw_config)
     if recipe.served:
         pruned = sum(record["shape"][0] * record["shape"][1] for record in report["linears"].values())
         total = sum(m.weight.numel() for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear))
@@ -265,5 +268,9 @@ def _finish(
         schema = RiaSchema(sparsity_config=sparsity, weights=weights, folds=folds, recipe=recipe.dump(source.name))
         config["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
     json_files = {"config.json": config, REPORT_FILE: report}
+    copies = source.small_files()
+    for path in [path for path in copies if path.name == TOKENIZER_FILE]:
+        json_files[path.name] = without_paths(read_json(path))
+        copies.remove(path)
     permuted = recipe.served and recipe.permute != "none"
-    writer.finish(keys, json_files, source.small_files(), settings.max_shard_size, permuted)
+    writer.finish(keys, json_files, copies, settings.max_shard_size, permuted)

@@ -4,12 +4,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import permute, scores
 from ria_vllm.offline.prune import Pattern
+from ria_vllm.offline.publish import published
 
 METHODS = (*scores.METHODS, "sparsegpt")
 SCOPES = ("shared", "linear")
@@ -88,7 +90,7 @@ class Recipe:
         return any(re.search(expression, name) for expression in self.ignore)
 
     def dump(self, source: str) -> dict[str, Any]:
-        """For config.json: enough to do it again."""
+        """For config.json: enough to do it again, and nothing of where files lay here."""
         versions = {"ria-vllm": __version__} | {name: version(name) for name in ("torch", "transformers", "scipy")}
-        plain = {"pattern": str(self.pattern), "ignore": list(self.ignore)}
-        return asdict(self) | plain | {"source": source, "versions": versions}
+        plain = {"pattern": str(self.pattern), "ignore": list(self.ignore), "calibration": Path(self.calibration).name}
+        return asdict(self) | plain | {"source": published(source), "versions": versions}

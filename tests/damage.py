@@ -54,6 +54,18 @@ class Damage:
 
         rewrite(self.file_of(tensor), apply)
 
+    def rename(self, module: str, name: str) -> None:
+        """Give a module's tensors another name, in the weights, the index and the permutations."""
+
+        def apply(tensors):
+            for key in [key for key in tensors if key.startswith(f"{module}.")]:
+                tensors[name + key.removeprefix(module)] = tensors.pop(key)
+
+        for path in self.folder.glob("*.safetensors"):
+            rewrite(path, apply)
+        self.edit_json("model.safetensors.index.json", lambda content: apply(content["weight_map"]))
+        bind(self.folder)
+
     def edit_json(self, file: str, change) -> None:
         """`change` edits the parsed content in place."""
         path = self.folder / file

@@ -125,10 +125,9 @@ def test_any_bit_of_any_bitmask(damage):
 
 
 def test_a_permutation_for_an_unknown_linear(damage):
-    def rename(content):
-        content["weight_map"] = {k: v for k, v in content["weight_map"].items() if not k.startswith(Q + ".")}
-
-    damage.edit_json(INDEX, rename)
+    for part in ("compressed", "bitmask", "shape"):
+        damage.replace(f"{Q}.{part}", lambda tensor: None)
+        damage.edit_json(INDEX, lambda content: content["weight_map"].pop(f"{Q}.{part}"))
     found = problems(damage.folder)
     assert len(found) == 1 and Q in found[0] and "no pruned linear" in found[0]
 
@@ -220,6 +219,51 @@ def test_a_tensor_that_is_not_in_its_shard(damage):
     assert f"{Q}.compressed" in problems(damage.folder)[0]
 
 
+@pytest.mark.parametrize("shard", ["\x1b[2J.safetensors", "a" * 5000, "\ud800", "\0"])
+def test_an_odd_name_of_a_shard(damage, shard):
+    damage.edit_json(INDEX, lambda content: content["weight_map"].update({f"{Q}.compressed": shard}))
+    found = problems(damage.folder)
+    assert len(found) == 1 and found[0].isprintable() and "outside the folder" in found[0]
+
+
+@pytest.mark.parametrize("name", ["\x1b]0;hello\x07", "a\nb", "a" * 1001, "\u202edetsurt"])
+@pytest.mark.parametrize("file", ["permutations.safetensors", "shard", "index"])
+def test_names_that_would_fool_a_reader(damage, name, file):
+    """Escape sequences, new lines, right-to-left marks: nothing of the kind reaches a terminal."""
+    if file == "index":
+        damage.edit_json(INDEX, lambda content: content["weight_map"].update({name: "model-00001-of-00002.safetensors"}))
+    else:
+        path = damage.file_of(f"{Q}.{'compressed' if file == 'shard' else 'input_permutation'}")
+        rewrite(path, lambda tensors: tensors.update({name: torch.zeros(2)}))
+    found = problems(damage.folder)
+    assert len(found) == 1 and found[0].replace("\n", "").isprintable()
+
+
+def test_a_tensor_that_the_index_does_not_name(damage):
+    """Readers that go by files, as transformers and vLLM do, would take it; those that go by the index would not."""
+    path = damage.file_of(f"{Q}.compressed")
+    rewrite(path, lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(258, 128)}))
+    found = problems(damage.folder)
+    assert len(found) == 1 and str(path) in found[0] and "model.embed_tokens.weight" in found[0]
+
+
+@pytest.mark.parametrize("name", [f"{Q}.weight", f"{UP}.input_permutation"])
+def test_names_that_contradict_each_other(damage, name):
+    path = damage.file_of(f"{Q}.compressed")
+    rewrite(path, lambda tensors: tensors.update({name: torch.zeros(128, 128)}))
+    damage.edit_json(INDEX, lambda content: content["weight_map"].update({name: path.name}))
+    found = problems(damage.folder)
+    assert len(found) == 1 and name.rpartition(".")[0] in found[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_tensors_are_checked_too(damage, dtype):
+    damage.replace("model.norm.weight", lambda t: t.to(dtype))
+    assert problems(damage.folder) == []
+    damage.replace("model.norm.weight", lambda t: (t.float() * float("nan")).to(dtype))
+    assert "model.norm.weight: a value is NaN" in problems(damage.folder)[0]
+
+
 @pytest.mark.parametrize("weight_map", [None, [], {}, {"a": 1}, "x"])
 def test_an_index_without_a_map(damage, weight_map):
     damage.edit_json(INDEX, lambda content: content.update(weight_map=weight_map))
@@ -227,7 +271,10 @@ def test_an_index_without_a_map(damage, weight_map):
 
 
 @pytest.mark.parametrize("file", ["config.json", INDEX])
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b'{"a": ' * 60 + b"1" + b"}" * 60],
+)
 def test_files_that_are_no_json_object(damage, file, content):
     (damage.folder / file).write_bytes(content)
     found = problems(damage.folder)

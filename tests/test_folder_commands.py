@@ -60,6 +60,43 @@ def test_inspect_shows_the_report(damage):
     assert "0.7500 -> 0.8750" in run(inspect, damage.folder).output
 
 
+@pytest.mark.parametrize("name", ["l.².[bold]x[/bold].:smile:", "l.[/]", "9" * 900, "l.[link=file:///etc]q", "١.x"])
+def test_inspect_takes_odd_names_as_they_are(damage, name):
+    damage.rename(Q, name)
+    table = run(inspect, damage.folder).output
+    assert name in "".join(line.split("  ")[0].strip() for line in table.splitlines())
+    assert name in [entry["name"] for entry in json.loads(run(inspect, damage.folder, "--json").output)["linears"]]
+    assert run(verify, damage.folder).exit_code == 0
+
+
+def test_inspect_orders_layers_by_number(damage):
+    damage.rename(Q, "model.layers.10.self_attn.q_proj")
+    names = [entry["name"] for entry in json.loads(run(inspect, damage.folder, "--json").output)["linears"]]
+    assert names[-1] == "model.layers.10.self_attn.q_proj" and names[0].startswith("model.layers.0.")
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "1" + "0" * 400, "true", "[]", '"1"'])
+def test_numbers_of_the_report_that_are_none(damage, number):
+    (damage.folder / "ria_report.json").write_text('{"linears": {"%s": {"retained_after": %s}}}' % (Q, number))
+    damage.edit_json("config.json", lambda c: c["quantization_config"]["recipe"].update(exponent=[float("inf")]))
+    found = json.loads(run(inspect, damage.folder, "--json").output, parse_constant=pytest.fail)
+    assert {e["name"]: e for e in found["linears"]}[Q]["retained_after"] is None and found["recipe"]["exponent"] == [None]
+    assert run(inspect, damage.folder).exit_code == 0
+
+
+def test_no_escape_sequence_of_a_config_reaches_the_terminal(damage):
+    def change(config):
+        config["quantization_config"]["recipe"]["source"] = "\x1b]0;x\x07\ud800"
+        config["quantization_config"]["sparsity_config"]["ignore"].append("\x1b[2J")
+
+    damage.edit_json("config.json", change)
+    found = run(inspect, damage.folder)
+    assert found.exit_code == 0 and "\x1b" not in found.output and r"\x1b]0;x\x07\ud800" in found.output
+    damage.edit_json("config.json", lambda c: c["quantization_config"]["folds"][0].update({"\x1b[2J": 1}))
+    found = run(verify, damage.folder)
+    assert found.exit_code == 1 and r"\x1b[2J" in found.output and "\x1b" not in found.output
+
+
 def test_inspect_for_readers(pruned_llama):
     found = run(inspect, pruned_llama.folder).output
     assert all(name in found for name in (Q, DOWN, GATE, "4 folded, 6 gathered, 4 none", "lm_head", "magnitude"))

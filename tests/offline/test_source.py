@@ -205,6 +205,30 @@ def test_small_files_come_along_but_no_code_and_no_other_weights(model, text, tm
     assert config["quantization_config"]["recipe"]["samples"] == 4
 
 
+def test_nothing_of_where_files_lay_is_published(model, text, tmp_path, monkeypatch):
+    """Wherever the names come from: the command line, or what transformers wrote into the source."""
+    secret = tmp_path / "secret" / "place"
+    shutil.copytree(model, secret / "my-model")
+    shutil.copy(text, secret / "words.txt")
+    edit_config(secret / "my-model", _name_or_path=str(secret / "older"), nested={"_name_or_path": "meta/llama"})
+    tokenizer = secret / "my-model" / "tokenizer_config.json"
+    content = json.loads(tokenizer.read_text()) | {"name_or_path": "~/secret/older", "tokenizer_file": str(secret / "t.json")}
+    tokenizer.write_text(json.dumps(content))
+    monkeypatch.chdir(secret / "my-model")
+    for number, name in enumerate((str(secret / "my-model"), ".", "../my-model/")):
+        out = tmp_path / f"out{number}"
+        run(name, out, secret / "words.txt")
+        recipe = Reader(out).schema.recipe
+        assert recipe["source"] == "my-model" and recipe["calibration"] == "words.txt"
+        assert json.loads((out / "ria_report.json").read_text())["recipe"] == recipe
+        config = json.loads((out / "config.json").read_text())
+        assert config["_name_or_path"] == "older" and config["nested"] == {"_name_or_path": "meta/llama"}
+        assert json.loads((out / "tokenizer_config.json").read_text()) == content | {
+            "name_or_path": "older", "tokenizer_file": "t.json"
+        }  # fmt: skip
+        assert not [path for path in out.iterdir() if b"secret" in path.read_bytes()]
+
+
 def test_shards_and_names_without_the_base_models_prefix(make_model, text, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -233,6 +257,7 @@ def test_a_gguf_file_becomes_a_folder_first(make_model, monkeypatch, text, tmp_p
     monkeypatch.setattr(source, "convert_gguf", convert)
     run(tmp_path / "m.gguf", tmp_path / "out", text)
     assert list(Reader(tmp_path / "out").problems()) == []
+    assert Reader(tmp_path / "out").schema.recipe["source"] == "m.gguf"
     assert not made[0].exists()
 
 
