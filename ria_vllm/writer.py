@@ -126,6 +126,7 @@ class CheckpointWriter:
         copies: Sequence[Path],
         max_shard_size: int,
         permuted: bool = False,
+        text_files: dict[str, str] | None = None,
     ) -> None:
         """Join the units `keys` into shards in that order, add the other files, and put the folder in its place.
 
@@ -137,6 +138,7 @@ class CheckpointWriter:
             copies: files to copy by their names (tokenizer, generation config).
             max_shard_size: bytes; a single larger tensor gets a shard of its own.
             permuted: write the permutations' file even if it holds none, for the recipe says that there is one.
+            text_files: file name -> content (the model card); they take the place of copies of the same name.
         """
         final = self.work / "final"
         with disk_errors(self.work):
@@ -144,6 +146,8 @@ class CheckpointWriter:
             final.mkdir()
             for source in copies:
                 shutil.copyfile(source, final / source.name)
+            for name, text in (text_files or {}).items():
+                (final / name).write_text(text, encoding="utf-8")
             for name, content in json_files.items():
                 (final / name).write_text(json.dumps(content, indent=2) + "\n")
             entries = [entry for key in keys for entry in _entries(self.path(key))]
