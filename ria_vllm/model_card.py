@@ -25,7 +25,8 @@ SERVE_HERE = "vllm serve ."  # `push` puts the repository's name there
 Warn = Callable[[str], None]
 FrontMatter = dict[str, str | list[str]]
 
-_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name", "tags", "base_model")
+_LISTS = ("license", "language", "tags", "base_model")  # or one text
+_TEXTS = ("license_name", "license_link", "pipeline_tag", "library_name")
 _CARD_BYTES, _FRONT_MATTER_LENGTH = 1 << 20, 1 << 17
 _ENTRIES, _LENGTH = 100, 300  # of a list, of a string
 # Tags that say in which form the base model's weights are stored, or what runs that form.
@@ -111,7 +112,7 @@ def base_repository(source: str, folder: Path) -> str | None:
 
 
 def read_front_matter(folder: Path, warn: Warn) -> FrontMatter:
-    """What the card in `folder` says of license, language, tags and the like; empty where there is none. Never fails."""
+    """What the card in `folder` says under _LISTS and _TEXTS; empty where there is none. Never fails."""
     path = folder / CARD_FILE
     if not path.is_file():
         return {}
@@ -126,25 +127,28 @@ def read_front_matter(folder: Path, warn: Warn) -> FrontMatter:
         if len(block[1]) > _FRONT_MATTER_LENGTH:
             raise ValueError(f"it has more than {_FRONT_MATTER_LENGTH} characters")
         # BaseLoader makes strings, lists and dictionaries only: no objects, and the language "no" stays what it is.
-        content = yaml.load(block[1], Loader=yaml.BaseLoader)
+        content = yaml.load(block[1], Loader=yaml.BaseLoader) or {}
         if not isinstance(content, dict):
             raise ValueError("it is no mapping")
     except Exception as error:  # whatever a file of unknown origin makes a parser do: the weights are finished
         reason = " ".join((str(error) or type(error).__name__).split())
         warn(f"{path}: its front matter cannot be read ({reason[:_LENGTH]}); the new card has no license and no tags.")
         return {}
-    found = {key: _strings(content.get(key)) for key in _KEPT}
-    found["base_model"] = [name for name in found["base_model"] if _REPOSITORY.fullmatch(name)]
-    found["tags"] = [tag for tag in found["tags"] if tag.lower() not in _OF_OTHER_FILES and not tag.startswith("base_model:")]
-    lists = {key for key in _KEPT if isinstance(content.get(key), list)} - {"base_model"} | {"tags"}
-    return {
-        key: values if key in lists or len(values) > 1 else values[0] for key, values in found.items() if values
-    }
+    found: FrontMatter = {key: texts[0] for key in _TEXTS if (texts := _strings([content.get(key)]))}
+    for key in _LISTS:
+        value = content.get(key)
+        texts = _strings(value if isinstance(value, list) else [value])
+        if key == "tags":
+            texts = [tag for tag in texts if tag.lower() not in _OF_OTHER_FILES and not tag.startswith("base_model:")]
+        elif key == "base_model":
+            texts = [name for name in texts if _REPOSITORY.fullmatch(name)]
+        if texts:
+            found[key] = texts[0] if len(texts) == 1 and key != "tags" else texts
+    return found
 
 
-def _strings(value: Any) -> list[str]:
-    values = value[:_ENTRIES] if isinstance(value, list) else [value]
-    texts = [value.strip() for value in values if isinstance(value, str)]
+def _strings(values: list[Any]) -> list[str]:
+    texts = [value.strip() for value in values[:_ENTRIES] if isinstance(value, str)]
     return [text for text in texts if text not in ("", "~", "null") and len(text) <= _LENGTH and text.isprintable()]
 
 
