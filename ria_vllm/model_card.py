@@ -166,10 +166,10 @@ def _origin(recipe: dict[str, Any], identity: str | None) -> str:
 
 
 def _what_was_pruned(report: dict[str, Any], zeros: float) -> list[str]:
-    linears = report_linears(report)
+    linears, pattern = report_linears(report), _plain(report["recipe"]["pattern"])
     rows = [
         ("pruned linears", f"{len(linears)}"),
-        ("sparsity", f"{_plain(report['recipe']['pattern'])}; {zeros:.1%} of the weights of the decoder layers' linears are zero"),
+        ("sparsity", f"{pattern}; {zeros:.1%} of the weights of the decoder layers' linears are zero"),
     ]
     scores = {name: report_number(entry, "retained_after") for name, entry in linears.items()}
     finite = {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}
@@ -183,8 +183,8 @@ def _what_was_pruned(report: dict[str, Any], zeros: float) -> list[str]:
     if dense:
         more = f" and {len(dense) - 8} more" if len(dense) > 8 else ""
         rows.append(("left dense", ", ".join(dense[:8]) + more))
-    table = _table(("", ""), rows)
-    return ["## What was pruned", table, "The retained score is the share of a linear's importance that the kept weights hold."]
+    meaning = "The retained score is the share of a linear's importance that the kept weights hold."
+    return ["## What was pruned", _table(("", ""), rows), meaning]
 
 
 def _options(recipe: dict[str, Any]) -> list[str]:
@@ -213,13 +213,17 @@ def _name(source: Any) -> str:
 
 def _plain(text: Any) -> str:
     """Text that Markdown and HTML take as it is, on one line."""
-    return re.sub(r"[`|<>\[\]\\]", " ", " ".join(str(text).split()))[:_LENGTH]
+    return re.sub(r"[`|<>\[\]\\]", " ", _line(text))
 
 
 def _code(text: Any) -> str:
     """Text as code in a table's cell."""
-    content = " ".join(str(text).split()).replace("`", "'")[:_LENGTH]
-    return "`" + content.replace("|", "\\|") + "`"
+    return "`" + _line(text).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _line(text: Any) -> str:
+    """Not too long, and without what UTF-8 cannot hold, which JSON can."""
+    return " ".join(str(text).encode("utf-8", "replace").decode().split())[:_LENGTH]
 
 
 @dataclass(frozen=True)
@@ -267,7 +271,8 @@ def note_perplexity(folder: Path, measured: Measured) -> None:
         before, section, after = card.rstrip("\n") + "\n\n## Perplexity\n\n", "", "\n"
     row = measured.row()
     same = f"| {' | '.join(row[:3])} |"
-    rows = [line for line in section.splitlines() if re.match(r"\| .* \| \d+ \| \d+ \|", line) and not line.startswith(same)]
+    rows = [line for line in section.splitlines() if re.match(r"\| .* \| \d+ \| \d+ \|", line)]
+    rows = [line for line in rows if not line.startswith(same)]
     rows.append(f"| {' | '.join(row)} |")
     temporary = path.with_name(CARD_FILE + ".tmp")
     with disk_errors(path):

@@ -1,4 +1,4 @@
-"""`ria-vllm push`: a compressed folder to the Hugging Face Hub, in one commit, so that it appears there whole or not at all."""
+"""`ria-vllm push`: a compressed folder to the Hugging Face Hub, in one commit: it appears there whole or not at all."""
 
 import re
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def checked(out: Path) -> Reader:
 
 
 def files_to_push(reader: Reader) -> list[Path]:
-    """The files of the checkpoint: what the index and config.json name, and what `compress` copies beside them.
+    """The files of the checkpoint: weights, card, and what of such files `compress` copies; nothing from deeper folders.
 
     Raises:
         RiaError: one of them is a link to something outside of the folder.
@@ -75,7 +75,7 @@ def files_to_push(reader: Reader) -> list[Path]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and (path.name in own or is_companion(path))]
     for path in files:
         if path.resolve().parent != folder.resolve():
-            raise RiaError(f"{path}: a link that leads out of the folder. Put the file itself there, or take the link away.")
+            raise RiaError(f"{path}: a link that leads out of the folder. Put the file itself there, or remove it.")
     return files
 
 
@@ -107,7 +107,7 @@ def upload(files: list[Path], repository: str, target: Target) -> str:
         url = api.create_repo(repository, private=target.private or None, exist_ok=True)
         repository = url.repo_id  # with the user's name, where that was left out
         if target.private and not api.repo_info(repository).private:
-            raise RiaError(f"{repository}: exists already and is public. Make it private on the Hub, or choose another name.")
+            raise RiaError(f"{repository}: exists already and is public. Change that on the Hub, or choose another name.")
         if target.revision is not None and not target.revision.startswith("refs/pr/"):
             api.create_branch(repository, branch=target.revision, exist_ok=True)
         stale = [name for name in api.list_repo_files(repository, revision=revision) if _is_weights(name)]
@@ -157,7 +157,7 @@ def _reason(error: Exception) -> str:
     if status == 401:
         return "the Hub does not accept your token. Run `hf auth login` again."
     if status == 403:
-        return f"your token may not write there ({said}). Log in with one that may (`hf auth login`), or choose another name."
+        return f"your token may not write there ({said}). Run `hf auth login` with one that may, or choose another name."
     if status == 404:
         return f"the Hub does not find it ({said}). Check the name and the revision."
     if status == 409:

@@ -1,4 +1,4 @@
-"""`ria-vllm doctor`: what this machine has, which kernel it would run, why not the others, and what it lacks for more."""
+"""`ria-vllm doctor`: what this machine has, which kernel it would run, why not the others, and what it lacks."""
 
 import os
 import platform
@@ -144,7 +144,8 @@ def advice(facts: Facts) -> str:
     if facts.nvcc is False and any("build-kernels" in reason for reason in passed_by.values()):
         more.append("nvcc, which build-kernels needs")
     if facts.instruction_set in BETTER_CPU and not facts.forced:
-        more.append(BETTER_CPU[facts.instruction_set] if facts.machine in X86 else "an x86-64 CPU (elsewhere no vectors are used)")
+        elsewhere = "an x86-64 CPU (elsewhere no vectors are used)"
+        more.append(BETTER_CPU[facts.instruction_set] if facts.machine in X86 else elsewhere)
     if "not installed" in facts.vllm:
         more.append("vLLM, which is not installed")
     elif "NOT found" in facts.vllm:
@@ -233,4 +234,5 @@ def doctor(device: str, dtype: str, shape: str) -> None:
     click.echo(f"\nkernels for a {out_features} x {in_features} linear of {dtype} on {kind}, in order of preference:")
     for line in kernel_lines(place, DTYPES[dtype], int(out_features), int(in_features)):
         click.echo(f"  {line}")
-    click.echo(f"\nexpected to be fastest here: {advice(take_facts(place, DTYPES[dtype], int(out_features), int(in_features)))}")
+    facts = take_facts(place, DTYPES[dtype], int(out_features), int(in_features))
+    click.echo(f"\nexpected to be fastest here: {advice(facts)}")

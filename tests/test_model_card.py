@@ -115,7 +115,8 @@ def test_the_base_model_is_named_where_the_hub_has_it(tmp_path):
 
 
 def test_of_a_local_model_the_card_names_the_ancestor_that_its_own_card_names(tmp_path):
-    (tmp_path / "README.md").write_text("---\nbase_model: [org/Ancestor, /home/me/x, ../y]\nbase_model_relation: merge\n---\n")
+    named = "base_model: [org/Ancestor, /home/me/x, ../y]\nbase_model_relation: merge"
+    (tmp_path / "README.md").write_text(f"---\n{named}\n---\n")
     front = front_of(card(tmp_path))
     assert front["base_model"] == "org/Ancestor" and "base_model_relation" not in front
 
@@ -157,8 +158,8 @@ library_name: null
 """ % ("l" * 1000)
     front, said = warnings_of(tmp_path, text)
     assert front == {"language": ["en", "12"], "tags": ["x"]} and said == []
-    bomb = "---\na: &a [x,x]\n" + "".join(f"{b}: &{b} [*{a},*{a}]\n" for a, b in zip("abcdefghij", "bcdefghijk")) + "tags: *k\n---\n"
-    assert warnings_of(tmp_path, bomb) == ({}, [])
+    doubled = "".join(f"{b}: &{b} [*{a},*{a}]\n" for a, b in zip("abcdefghij", "bcdefghijk"))
+    assert warnings_of(tmp_path, f"---\na: &a [x,x]\n{doubled}tags: *k\n---\n") == ({}, [])
 
 
 def test_line_endings_and_a_byte_order_mark(tmp_path):
@@ -167,7 +168,8 @@ def test_line_endings_and_a_byte_order_mark(tmp_path):
 
 def test_names_cannot_break_out_of_the_table(tmp_path):
     evil = "x` | <script>alert(1)</script>\n\n# Heading [a](http://b)"
-    report = {"recipe": RECIPE | {"source": evil, "method": evil}, "linears": {evil: {"retained_after": 0.5}}, "dense": {evil: ""}}
+    linears = {evil: {"retained_after": 0.5}}
+    report = {"recipe": RECIPE | {"source": evil, "method": evil}, "linears": linears, "dense": {evil: ""}}
     text = card(tmp_path, report=report)
     outside = text.split("## What was pruned")[0]
     assert "<script" not in outside and "\n# Heading" not in text and "](http://b)" not in outside
@@ -177,9 +179,10 @@ def test_names_cannot_break_out_of_the_table(tmp_path):
 
 def test_an_exported_folder_has_a_card_of_its_own(damage, tmp_path):
     config = json.loads((damage.folder / "config.json").read_text())
-    recipe = config["quantization_config"]["recipe"] | {"source": "org/Base-1B"}
+    recipe = config["quantization_config"]["recipe"] | {"source": "org/Base-1B", "note": "\ud800"}  # JSON can hold it
     damage.edit_json("config.json", lambda c: c["quantization_config"].update(recipe=recipe))
-    (damage.folder / "README.md").write_text("---\nlicense: mit\nbase_model: org/Base-1B\nbase_model_relation: quantized\n---\n# Mine\n")
+    front = "license: mit\nbase_model: org/Base-1B\nbase_model_relation: quantized"
+    (damage.folder / "README.md").write_text(f"---\n{front}\n---\n# Mine\n")
     (damage.folder / "LICENSE").write_text("MIT")
     done = CliRunner().invoke(export, [str(damage.folder), "-o", str(tmp_path / "dense")], catch_exceptions=False)
     text = (tmp_path / "dense" / "README.md").read_text()

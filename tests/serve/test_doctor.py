@@ -43,7 +43,8 @@ def test_bad_shape(shape):
 
 
 CUDA_KERNELS = [("cutlass", None), ("cusparselt", None), ("torch_cutlass", None)]
-ON_CPU = {"device": "cpu", "kernels": [("cpu", None), ("reference", None)], "chosen": "cpu", "vllm": "vllm 0.32.0; plugin found"}
+FOUND = "vllm 0.32.0; plugin found"
+ON_CPU = {"device": "cpu", "kernels": [("cpu", None), ("reference", None)], "chosen": "cpu", "vllm": FOUND}
 ON_GPU = ON_CPU | {"device": "cuda", "chosen": "cutlass", "kernels": [*CUDA_KERNELS, ("reference", None)]}
 UNBUILT = ("cutlass", "_cuda_sm90a.so was not built; run `ria-vllm build-kernels --arch 90a`")
 
@@ -96,7 +97,9 @@ UNBUILT = ("cutlass", "_cuda_sm90a.so was not built; run `ria-vllm build-kernels
             f"cusparselt, the first in our order that works; for more: {': '.join(UNBUILT)}",
         ),
         (
-            ON_GPU | {"kernels": [UNBUILT, ("cusparselt", "torch comes without"), CUDA_KERNELS[2]], "chosen": "torch_cutlass", "nvcc": False},
+            ON_GPU
+            | {"kernels": [UNBUILT, ("cusparselt", "torch comes without"), CUDA_KERNELS[2]]}
+            | {"chosen": "torch_cutlass", "nvcc": False},
             f"torch_cutlass, the first in our order that works; for more: {': '.join(UNBUILT)}; cusparselt: torch comes "
             "without; nvcc, which build-kernels needs",
         ),
