@@ -1,7 +1,7 @@
 """Reading a compressed checkpoint, one tensor at a time. Nothing in it is trusted."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,15 @@ from safetensors import SafetensorError, safe_open
 
 from ria_vllm import permutation, sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import PERMUTATIONS_FILE, QUANT_METHOD, REPORT_FILE, Producer, RiaSchema
+from ria_vllm.schema import (
+    DIGEST_KEY,
+    PERMUTATION_SUFFIX,
+    PERMUTATIONS_FILE,
+    QUANT_METHOD,
+    REPORT_FILE,
+    Producer,
+    RiaSchema,
+)
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -109,6 +117,74 @@ def tensor_names(path: Path) -> list[str]:
         raise RiaError(f"{path}: broken or truncated safetensors file ({error}). Get the file again.") from None
 
 
+def file_metadata(path: Path) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file's header; empty where it has none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise RiaError(f"{path}: broken or truncated safetensors file ({error}). Get the file again.") from None
+
+
+def load_permutations(path: Path) -> dict[str, torch.Tensor]:
+    """Linear's name -> its order, integers [in], each a permutation of 0..in-1.
+
+    Raises:
+        RiaError: file and layer named.
+    """
+    found = {}
+    for stored in tensor_names(path):
+        name = stored.removesuffix(PERMUTATION_SUFFIX)
+        if name == stored:
+            raise RiaError(f"{path}: {stored}: an unknown name. Get the file again.")
+        found[name] = load_tensor(path, stored)
+        wrong = permutation.check(found[name], found[name].numel())
+        if wrong:
+            raise RiaError(f"{path}: {name}: not a permutation: {wrong}. Get the file again.")
+    return found
+
+
+def check_digests(
+    schema: RiaSchema, permutations: permutation.Orders, files: Iterable[Path], where: str | Path
+) -> None:
+    """Check that config.json, permutations and weight files are of one run; else weights would be read in wrong orders.
+
+    Args:
+        permutations: linear's name -> order, all that the checkpoint has; each has passed `permutation.check`.
+        files: the weight files that are there.
+        where: the folder or repository, for messages.
+
+    Raises:
+        RiaError: names the file that does not fit.
+    """
+    expected = schema.permutations_digest
+    again = "Get all files of one run, or compress the model again."
+    if schema.permutes and expected is None:
+        raise RiaError(
+            f"{where}: config.json has no permutations_digest, as older versions wrote it, so nothing tells whether its "
+            "permutations are those of its weights. Compress the model again."
+        )
+    if not schema.permutes and (expected is not None or permutations):
+        raise RiaError(f"{where}: it has permutations, though the recipe in config.json knows of none. {again}")
+    if expected is not None and permutation.digest(permutations) != expected:
+        raise RiaError(f"{where}: {PERMUTATIONS_FILE} is not of the run that wrote config.json. {again}")
+    for path in sorted(set(files)):
+        check_file_digest(schema, file_metadata(path), path)
+
+
+def check_file_digest(schema: RiaSchema, metadata: Mapping[str, str], where: str | Path) -> None:
+    """Check that a weight file is of the run that wrote config.json, by the `__metadata__` of its header.
+
+    Raises:
+        RiaError: it is not; `where` names the file.
+    """
+    if metadata.get(DIGEST_KEY) != schema.permutations_digest:
+        raise RiaError(
+            f"{where}: its weights are not stored under the permutations that config.json names. Get all files of one "
+            "run, or compress the model again."
+        )
+
+
 def wrong_scale(compressed: torch.Tensor, scale: torch.Tensor | None) -> str | None:
     """What is wrong with the scales of a pruned linear's rows, or None; int8 values have them, others do not."""
     if (compressed.dtype == torch.int8) != (scale is not None):
@@ -130,7 +206,7 @@ def load_tensor(path: Path, name: str) -> torch.Tensor:
 
 
 class Reader:
-    """A compressed checkpoint folder. Opening it reads only headers and the permutations' names.
+    """A compressed checkpoint folder. Opening it reads only headers and the permutations.
 
     Raises:
         RiaError: from the constructor and from every method, naming file and layer.
@@ -152,14 +228,16 @@ class Reader:
         if not self.sparse_names:
             raise RiaError(f"{self.folder}: no pruned linear in it.")
         path = self.folder / PERMUTATIONS_FILE
-        self.permutation_file = path if path.is_file() else None
-        stored = tensor_names(path) if self.permutation_file else []
-        self.permuted_names = [n.removesuffix(".input_permutation") for n in stored]
-        recipe = self.schema.recipe
-        if self.permutation_file is None and recipe.get("permute", "none") != "none":
+        if self.schema.permutes and not path.is_file():
             raise RiaError(f"{path}: missing, though the model was compressed with permutations. Get the file again.")
-        for name in set(self.permuted_names) - set(self.sparse_names):
+        self.permutations = load_permutations(path) if path.is_file() else {}
+        for name in sorted(set(self.permutations) - set(self.sparse_names)):
             raise RiaError(f"{path}: a permutation for {name}, which is no pruned linear of this model.")
+        check_digests(self.schema, self.permutations, self.files.values(), self.folder)
+
+    @property
+    def permuted_names(self) -> list[str]:
+        return list(self.permutations)
 
     @property
     def dense_names(self) -> list[str]:
@@ -174,12 +252,6 @@ class Reader:
 
     def tensor(self, name: str) -> torch.Tensor:
         return load_tensor(self.files[name], name)
-
-    def permutation(self, name: str) -> torch.Tensor | None:
-        """int32 [in] in memory, unchecked against the linear's size; None where the order is the model's own."""
-        if name not in self.permuted_names or self.permutation_file is None:
-            return None
-        return load_tensor(self.permutation_file, f"{name}.input_permutation")
 
     def linear(self, name: str) -> SparseLinear:
         """Load and check one pruned linear."""
@@ -199,11 +271,10 @@ class Reader:
         wrong = wrong_scale(compressed, scale)
         if wrong:
             raise RiaError(f"{path}: {name}: {wrong}. The file is damaged, or config.json is another model's.")
-        p = self.permutation(name)
-        if p is not None:
-            wrong = permutation.check(p, parts["bitmask"].shape[1] * 8)
-            if wrong:
-                raise RiaError(f"{self.permutation_file}: {name}: not a permutation: {wrong}. Get the file again.")
+        p = self.permutations.get(name)
+        wrong = None if p is None else permutation.check(p, parts["bitmask"].shape[1] * 8)
+        if wrong:
+            raise RiaError(f"{self.folder / PERMUTATIONS_FILE}: {name}: not a permutation: {wrong}. Get the file again.")
         dtype = getattr(torch, self.schema.weights.dtype) if self.schema.weights else compressed.dtype
         return SparseLinear(name, compressed, parts["bitmask"], p, scale, dtype)
 

@@ -3,6 +3,7 @@
 What comes out is a plain dense model, at a dense model's size: for HF's tools. Serving does not go through here.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ria_vllm import permutation, sparse24
-from ria_vllm.checkpoint import load_tensor, tensor_names, wrong_scale
+from ria_vllm.checkpoint import check_digests, load_permutations, wrong_scale
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE, QUANT_METHOD, RiaSchema
 
@@ -55,11 +56,14 @@ class RiaQuantizer(HfQuantizer):
             name = model.config._name_or_path
             found = cached_file(name, PERMUTATIONS_FILE, _raise_exceptions_for_missing_entries=False, **same)
             path = None if found is None else Path(found)
-        if path is None and self.quantization_config.schema.recipe.get("permute", "none") != "none":
+        schema = self.quantization_config.schema
+        if path is None and schema.permutes:
             raise RiaError(
                 f"{folder}: {PERMUTATIONS_FILE} is missing, though the model was compressed with permutations."
             )
-        self.decompress.permutations = path
+        permutations = {} if path is None else load_permutations(path)
+        check_digests(schema, permutations, map(Path, checkpoint_files or ()), folder or "config.json")
+        self.decompress.permutations = permutations
 
     def _process_model_after_weight_loading(self, model: torch.nn.Module, **_: Any) -> None:
         # HF keeps the conversions to undo them when it saves; a plain dense model is to be saved as it is.
@@ -92,7 +96,7 @@ class RiaQuantizer(HfQuantizer):
 class Decompress(ConversionOps):
     """compressed, bitmask and permutation of one linear -> its dense weight in the model's own order."""
 
-    permutations: Path | None = None
+    permutations: Mapping[str, torch.Tensor] = {}
     dtype: torch.dtype | None = None
 
     def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **_: Any) -> dict[str, torch.Tensor]:
@@ -108,12 +112,11 @@ class Decompress(ConversionOps):
         dense = sparse24.decompress(compressed, bitmask)
         if scale is not None:
             dense = dense.float() * scale
-        stored = f"{name}.input_permutation"
-        if self.permutations is not None and stored in tensor_names(self.permutations):
-            p = load_tensor(self.permutations, stored)
+        p = self.permutations.get(name)
+        if p is not None:
             wrong = permutation.check(p, dense.shape[1])
             if wrong:
-                raise RiaError(f"{self.permutations}: {name}: not a permutation: {wrong}. Get the file again.")
+                raise RiaError(f"{PERMUTATIONS_FILE}: {name}: not a permutation: {wrong}. Get the file again.")
             dense = dense[:, permutation.invert(p).long().to(dense.device)]
         return {".weight": dense.to(self.dtype or dense.dtype)}
 

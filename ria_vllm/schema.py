@@ -3,7 +3,8 @@
 The folder is an ordinary Hugging Face folder in the manner of compressed-tensors' `sparse-24-bitmask`. For each pruned
 linear NAME the weight files hold NAME.compressed, NAME.bitmask and NAME.shape (see `ria_vllm.sparse24`); rows are in the
 model's own order, columns in the permuted one. `permutations.safetensors` holds NAME.input_permutation where the order
-is not the model's own; where the recipe permutes it is there even if it holds none.
+is not the model's own; where the recipe permutes it is there even if it holds none, and `permutations_digest` here and in
+each weight file's header (`DIGEST_KEY`) says which permutations these weights were stored under.
 """
 
 import re
@@ -19,6 +20,8 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "ria"
 PERMUTATIONS_FILE = "permutations.safetensors"
 REPORT_FILE = "ria_report.json"
+PERMUTATION_SUFFIX = ".input_permutation"
+DIGEST_KEY = "ria_permutations_digest"
 
 # vLLM's own model of these families rearranges the attention heads in dense weights, by their names, before any weight
 # loader sees them. Compressed ones would break it, or pass by it as they are: answers without a sense.
@@ -101,7 +104,13 @@ class RiaSchema(BaseModel):
     sparsity_config: SparsityConfig
     weights: WeightQuantization | None = None
     folds: list[Fold] = []
+    permutations_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     recipe: dict[str, Any] = {}
+
+    @property
+    def permutes(self) -> bool:
+        """Whether the model was compressed with permutations, even if none of them was worth storing."""
+        return self.recipe.get("permute", "none") != "none"
 
     @classmethod
     def parse(cls, config: dict[str, Any], where: str) -> "RiaSchema":

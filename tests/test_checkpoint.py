@@ -1,9 +1,12 @@
 """The reader: what it returns equals what was stored, and every way of damaging a folder is found by layer or file."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from damage import bind, rewrite
+from safetensors.torch import load_file, save_file
 
 from ria_vllm.checkpoint import Reader, is_compressed, weight_files
 from ria_vllm.errors import RiaError
@@ -89,7 +92,8 @@ def differ_within_a_group(p):
         (f"{Q}.input_permutation", repeat_an_index, Q, "not a permutation"),
         (f"{Q}.input_permutation", lambda t: t + 1, Q, "outside 0..127"),
         (f"{Q}.input_permutation", lambda t: t - 2**30, Q, "outside 0..127"),
-        (f"{Q}.input_permutation", lambda t: t[:-1], Q, "shape"),
+        (f"{Q}.input_permutation", lambda t: t.sort().values[:64], Q, "expected (128,)"),
+        (f"{Q}.input_permutation", lambda t: t.view(2, 64), Q, "shape"),
         (f"{Q}.input_permutation", lambda t: t.half(), Q, "dtype"),
         (f"{O}.input_permutation", swap_across_heads, O, "another head"),
         (f"{O}.input_permutation", differ_within_a_group, O, "different orders"),
@@ -98,6 +102,7 @@ def differ_within_a_group(p):
 )
 def test_damaged_tensors_are_found_by_layer(damage, tensor, change, layer, words):
     damage.replace(tensor, change)
+    bind(damage.folder)
     found = problems(damage.folder)
     assert len(found) == 1 and layer in found[0] and words in found[0], found
 
@@ -131,6 +136,58 @@ def test_a_permutation_for_an_unknown_linear(damage):
 def test_permutations_lost(damage):
     (damage.folder / "permutations.safetensors").unlink()
     assert "permutations.safetensors: missing" in problems(damage.folder)[0]
+
+
+def other_run(damage):
+    """Files of the same model compressed under other orders: each valid by itself."""
+    other = damage.folder.with_name("other")
+    shutil.copytree(damage.folder, other)
+    rewrite(other / "permutations.safetensors", lambda tensors: tensors.update({f"{DOWN}.input_permutation":
+        tensors[f"{DOWN}.input_permutation"].flip(0).contiguous()}))  # fmt: skip
+    bind(other)
+    assert problems(other) == []
+    return other
+
+
+@pytest.mark.parametrize("file", ["permutations.safetensors", "config.json", "model-00003-of-*.safetensors"])
+def test_files_of_two_runs(damage, file):
+    other = other_run(damage)
+    (path,) = other.glob(file)
+    shutil.copyfile(path, damage.folder / path.name)
+    found = problems(damage.folder)
+    assert len(found) == 1 and str(damage.folder) in found[0] and "files of one run" in found[0]
+    assert ("permutations.safetensors" if file == "config.json" else path.name) in found[0]
+
+
+def test_a_folder_without_digests_is_refused(damage):
+    damage.edit_json("config.json", lambda c: c["quantization_config"].pop("permutations_digest"))
+    found = problems(damage.folder)
+    assert len(found) == 1 and "permutations_digest" in found[0] and "Compress the model again" in found[0]
+
+
+def test_a_shard_without_a_digest_is_refused(damage):
+    path = damage.file_of(f"{Q}.compressed")
+    save_file(load_file(path), path, metadata={"format": "pt"})
+    found = problems(damage.folder)
+    assert len(found) == 1 and str(path) in found[0] and "files of one run" in found[0]
+
+
+@pytest.mark.parametrize("digest", [0, "", "0" * 63, "A" * 64, "0" * 64 + "\n", ["0" * 64]])
+def test_what_is_no_digest_is_refused(damage, digest):
+    damage.edit_json("config.json", lambda c: c["quantization_config"].update(permutations_digest=digest))
+    assert "config.json: quantization_config.permutations_digest" in problems(damage.folder)[0]
+
+
+@pytest.mark.parametrize("left", ["permutations", "digest"])
+def test_a_recipe_that_does_not_permute_has_no_permutations(damage, left):
+    """As in a repository into which a run without permutations was uploaded over one with them."""
+    damage.edit_json("config.json", lambda c: c["quantization_config"]["recipe"].update(permute="none"))
+    if left == "permutations":
+        damage.edit_json("config.json", lambda c: c["quantization_config"].pop("permutations_digest"))
+    else:
+        (damage.folder / "permutations.safetensors").unlink()
+    found = problems(damage.folder)
+    assert len(found) == 1 and "though the recipe" in found[0] and "files of one run" in found[0]
 
 
 @pytest.mark.parametrize("file", ["permutations.safetensors", "shard"])

@@ -1,12 +1,13 @@
 """`from_pretrained` on a compressed folder (ria_vllm/hf.py, hf_quantizer.py); here, for the small checkpoints."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from damage import rewrite
 from transformers import AutoModelForCausalLM
 
 from ria_vllm.errors import RiaError
@@ -46,10 +47,11 @@ def test_dtype_of_what_was_renamed(tmp_path):
 
 def test_damage_names_the_layer(tmp_path, caplog):
     tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out")
-    path = tmp_path / "out" / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.1.mlp.up_proj.bitmask"][3, 1] = 7
-    save_file(tensors, path, metadata={"format": "pt"})
+
+    def change(tensors):
+        tensors["model.layers.1.mlp.up_proj.bitmask"][3, 1] = 7
+
+    rewrite(tmp_path / "out" / "model.safetensors", change)
     from transformers.utils import logging
 
     logging.enable_propagation()
@@ -62,6 +64,15 @@ def test_missing_permutations(tmp_path):
     tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out")
     (tmp_path / "out" / PERMUTATIONS_FILE).unlink()
     with pytest.raises(RiaError, match="permutations.safetensors is missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_permutations_of_another_run(tmp_path):
+    for name, seed in (("out", 0), ("other", 1)):
+        torch.manual_seed(seed)
+        tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / name, seed=seed)
+    shutil.copyfile(tmp_path / "other" / PERMUTATIONS_FILE, tmp_path / "out" / PERMUTATIONS_FILE)
+    with pytest.raises(RiaError, match="permutations.safetensors is not of the run"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
