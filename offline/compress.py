@@ -11,6 +11,7 @@ import torch
 
 from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
+from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import calibration
 from ria_vllm.offline.evaluate import load_tokenizer
 from ria_vllm.offline.layers import LayerPass
@@ -101,7 +102,7 @@ def _run(
     report = _report(source, recipe, model, plan, writer)
     if team.first:
         with monitor.phase("writing"):
-            _finish(source, model, recipe, layers.topology, plan, settings, writer, report)
+            _finish(source, model, recipe, layers.topology, plan, settings, writer, report, monitor)
     team.wait()
     return report
 
@@ -251,6 +252,7 @@ def _finish(
     settings: Settings,
     writer: CheckpointWriter,
     report: dict[str, Any],
+    monitor: Monitor,
 ) -> None:
     keys = []
     for number, name in enumerate(model.names_outside_layers()):
@@ -258,10 +260,11 @@ def _finish(
         writer.write(keys[-1], {name: model.read(name)})
     keys += [layer_key(index) for index in range(len(model.layers))]
     config = without_paths(source.raw_config)
+    pruned = sum(record["shape"][0] * record["shape"][1] for record in report["linears"].values())
+    total = sum(m.weight.numel() for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear))
+    zeros = round((1 - recipe.pattern.density) * pruned / total, 6)
     if recipe.served:
-        pruned = sum(record["shape"][0] * record["shape"][1] for record in report["linears"].values())
-        total = sum(m.weight.numel() for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear))
-        sparsity = SparsityConfig(ignore=list(plan.dense), global_sparsity=round(0.5 * pruned / total, 6))
+        sparsity = SparsityConfig(ignore=list(plan.dense), global_sparsity=zeros)
         folds = topology.absolute_folds(model.layers_path)
         dtype = str(model.stored_dtype).removeprefix("torch.")
         weights = WeightQuantization(dtype=dtype) if recipe.weights == "int8" else None
@@ -273,4 +276,5 @@ def _finish(
         json_files[path.name] = without_paths(read_json(path))
         copies.remove(path)
     permuted = recipe.served and recipe.permute != "none"
-    writer.finish(keys, json_files, copies, settings.max_shard_size, permuted)
+    cards = {CARD_FILE: pruned_card(source.folder, report, zeros, recipe.served, monitor.warn)}
+    writer.finish(keys, json_files, copies, settings.max_shard_size, permuted, cards)

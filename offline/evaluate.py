@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from ria_vllm.checkpoint import Reader, is_compressed, weight_files
 from ria_vllm.errors import RiaError
+from ria_vllm.model_card import Measured, check_card, note_perplexity
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ def perplexity(
 @click.option("--text", type=click.Path(path_type=Path), help="A text file: measure perplexity on it.")
 @click.option("--seq-len", type=click.IntRange(min=2), help="Tokens a window; 1024, or a shorter context of the model.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first so many tokens of the text.")
+@click.option("--baseline", help="Also measure this model, the dense one that MODEL was pruned from, on the same text.")
+@click.option("--update-card", is_flag=True, help="Note the perplexity in MODEL's README.md; MODEL is a folder then.")
 @click.option("--tasks", help="Comma-separated tasks for lm-evaluation-harness (needs ria-vllm[tasks]).")
 @click.option(
     "--include-path",
@@ -163,6 +166,8 @@ def evaluate(
     text: Path | None,
     seq_len: int | None,
     max_tokens: int | None,
+    baseline: str | None,
+    update_card: bool,
     tasks: str | None,
     include_path: Path | None,
     engine: str,
@@ -174,26 +179,49 @@ def evaluate(
     if (text is None) == (tasks is None):
         raise RiaError("eval: give --text FILE for perplexity, or --tasks NAMES for lm-evaluation-harness.")
     if tasks is not None:
+        if baseline is not None or update_card:
+            raise RiaError("eval: --baseline and --update-card are for perplexity. Give --text FILE instead of --tasks.")
         from ria_vllm.offline.tasks import run_tasks
 
         results = run_tasks(model, tasks.split(","), engine, limit, choose_device(device), include_path)
         click.echo(json.dumps(results, indent=2) if as_json else task_lines(results))
         return
     assert text is not None
+    if update_card:
+        check_card(Path(model))
     tokens = read_tokens(model, text, max_tokens)
+    if baseline is not None and not torch.equal(read_tokens(baseline, text, max_tokens), tokens):
+        raise RiaError(f"{baseline}: reads the text as other tokens than {model}, so their perplexities do not compare.")
     loaded = load_model(model, choose_device(device))
     seq_len = window_length(loaded, seq_len)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("windows")
-        found = perplexity(
-            loaded, tokens, seq_len, lambda done, total: progress.update(task, completed=done, total=total)
-        )
+    found = shown_perplexity(loaded, tokens, seq_len)
+    del loaded  # before the other model is read
+    dense = None if baseline is None else baseline_perplexity(baseline, tokens, seq_len, choose_device(device))
     if as_json:
-        click.echo(json.dumps({"model": model, "text": str(text), **asdict(found)}, indent=2))
+        content = {"model": model, "text": str(text), **asdict(found)}
+        click.echo(json.dumps(content | ({"baseline": {"model": baseline, **asdict(dense)}} if dense else {}), indent=2))
     else:
         click.echo(
             f"perplexity {found.perplexity:.4f} ({found.tokens} tokens, {found.windows} windows of {found.seq_len})"
         )
+        if dense is not None:
+            click.echo(f"{baseline}: perplexity {dense.perplexity:.4f}")
+    if update_card:
+        other = None if dense is None else dense.perplexity
+        note_perplexity(Path(model), Measured(text.name, found.tokens, found.seq_len, found.perplexity, other))
+
+
+def shown_perplexity(model: Any, tokens: torch.Tensor, seq_len: int) -> Perplexity:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("windows")
+        return perplexity(
+            model, tokens, seq_len, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+
+
+def baseline_perplexity(baseline: str, tokens: torch.Tensor, seq_len: int, device: torch.device) -> Perplexity:
+    loaded = load_model(baseline, device)
+    return shown_perplexity(loaded, tokens, window_length(loaded, seq_len))
 
 
 def window_length(model: Any, asked: int | None) -> int:

@@ -10,15 +10,15 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
 from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, is_compressed, read_json, weight_files
+from ria_vllm.companions import LEGAL_PATTERNS, SUFFIXES, is_companion
 from ria_vllm.errors import RiaError
+from ria_vllm.model_card import CARD_FILE
 from ria_vllm.offline.evaluate import reason_of
 from ria_vllm.offline.ranks import Ranks
 from ria_vllm.writer import disk_errors
 
-# What a folder needs besides weights; everything here is small and none of it is code.
-COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 NOT_COPIED = ("config.json", INDEX_FILE, "pytorch_model.bin.index.json", "ria_report.json")
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FILE, *LEGAL_PATTERNS]
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class Source:
     stamp: list[list[Any]]
 
     def small_files(self) -> list[Path]:
-        """Tokenizer, generation config, chat template."""
-        files = sorted(path for path in self.folder.iterdir() if path.is_file())
-        return [path for path in files if path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED]
+        """Tokenizer, generation config, chat template, license."""
+        return [path for path in sorted(self.folder.iterdir()) if is_companion(path) and path.name not in NOT_COPIED]
 
 
 @contextmanager

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ria_vllm.checkpoint import INDEX_FILE, Reader
+from ria_vllm.model_card import CARD_FILE, exported_card
 from ria_vllm.schema import PERMUTATIONS_FILE, REPORT_FILE
 from ria_vllm.writer import CheckpointWriter, check_place
 
-OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE}
+OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE, CARD_FILE}
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 
@@ -26,6 +27,7 @@ def export_dense(
     max_shard_size: int,
     overwrite: bool = False,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Write `out`: the model's own channel order, zeros where pruned, no quantization_config.
 
@@ -34,6 +36,7 @@ def export_dense(
     Args:
         max_shard_size: bytes.
         on_tensor: called with (finished, total) after each tensor.
+        warn: told what of the folder's model card cannot be read.
 
     Raises:
         RiaError: `out` exists (unless `overwrite`), is or holds the folder being read, a damaged tensor, a full disk.
@@ -53,7 +56,9 @@ def export_dense(
             keys.append(key)
             on_tensor(number + 1, len(names))
         config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
-        writer.finish(keys, {"config.json": config}, companion_files(reader.folder), max_shard_size)
+        cards = {CARD_FILE: exported_card(reader, warn)}
+        copies = companion_files(reader.folder)
+        writer.finish(keys, {"config.json": config}, copies, max_shard_size, text_files=cards)
     except BaseException as error:
         if not isinstance(error.__cause__, FileExistsError):  # then the result is whole, only its place is taken
             writer.discard()

@@ -97,6 +97,11 @@ def export(out: Path, dense: Path, max_shard_size: str, overwrite: bool) -> None
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("exporting")
         export_dense(
-            reader, dense, size, overwrite, lambda done, total: progress.update(task, completed=done, total=total)
+            reader,
+            dense,
+            size,
+            overwrite,
+            lambda done, total: progress.update(task, completed=done, total=total),
+            lambda text: click.echo(f"warning: {text}", err=True),
         )
     click.echo(f"{dense}: dense, {len(reader.sparse_names)} linears with zeros where they were pruned.")

@@ -127,6 +127,7 @@ class CheckpointWriter:
         copies: Sequence[Path],
         max_shard_size: int,
         permuted: bool = False,
+        text_files: dict[str, str] | None = None,
     ) -> None:
         """Join the units `keys` into shards in that order, add the other files, and put the folder in its place.
 
@@ -138,6 +139,7 @@ class CheckpointWriter:
             copies: files to copy by their names (tokenizer, generation config).
             max_shard_size: bytes; a single larger tensor gets a shard of its own.
             permuted: write the permutations' file and their digest even if there are none, for the recipe permutes.
+            text_files: file name -> content (the model card); they take the place of copies of the same name.
         """
         final = self.work / "final"
         with disk_errors(self.work):
@@ -145,6 +147,8 @@ class CheckpointWriter:
             final.mkdir()
             for source in copies:
                 shutil.copyfile(source, final / source.name)
+            for name, text in (text_files or {}).items():
+                (final / name).write_text(text, encoding="utf-8")
             entries = [entry for key in keys for entry in _entries(self.path(key))]
             permutations = [e for e in entries if e[0].endswith(PERMUTATION_SUFFIX)]
             weights = [e for e in entries if not e[0].endswith(PERMUTATION_SUFFIX)]
