@@ -47,6 +47,8 @@ class RiaConfig(QuantizationConfig):
         super().__init__()
         self.schema = schema
         self.foreign = foreign
+        # vLLM reads it off any configuration, and then makes the cache fp8 unless the user chose a dtype.
+        self.kv_cache_scheme = foreign and foreign.kv_cache_scheme
         self.pruned: set[str] | None = None
         self.stored: set[str] | None = None
         self.orders_digest = ""
@@ -148,7 +150,11 @@ class RiaConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not isinstance(layer, LinearBase):
-            return None
+            if self.kv_cache_scheme is None:
+                return None
+            from ria_vllm.serve.kv_cache import method_for  # brings all of vLLM's compressed-tensors along
+
+            return method_for(layer, self)
         prefix = prefix.removeprefix(DRAFT_PREFIX)
         parts = self.parts_of(prefix)
         pruned = [self._is_pruned(part) or self._quantized(part) for part in parts]
