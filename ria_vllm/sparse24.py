@@ -15,6 +15,9 @@ VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUANTIZED_DTYPES = (torch.int8,)
 IN_FEATURES_MULTIPLE = 64
 
+# Elements that `decompress` makes at a time: its indices have eight bytes each.
+_BLOCK = 1 << 20
+
 
 def compress(dense: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Store a 2:4 matrix.
@@ -66,10 +69,20 @@ def mask_from_bitmask(bitmask: torch.Tensor) -> torch.Tensor:
 
 
 def decompress(compressed: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
-    """The dense [out, in] matrix, columns in the stored order. The pair must have passed `check`."""
-    mask = mask_from_bitmask(bitmask)
-    dense = torch.zeros(mask.shape, dtype=compressed.dtype, device=compressed.device)
-    dense[mask] = compressed.reshape(-1)
+    """The dense [out, in] matrix, columns in the stored order. The pair must have passed `check`.
+
+    No shape depends on a value and nothing moves between devices, so a CUDA graph may capture it.
+    """
+    rows, columns = bitmask.shape[0], bitmask.shape[1] * 8
+    bits = torch.arange(256, device=bitmask.device)[:, None] >> torch.arange(8, device=bitmask.device) & 1
+    # For each byte: which of its four values, or the zero behind them, each of its eight columns gets.
+    source = torch.where(bits == 1, bits.cumsum(-1) - 1, 4)
+    dense = compressed.new_empty(rows, columns)
+    step = max(1, _BLOCK // max(1, columns))
+    for first in range(0, rows, step):
+        block = slice(first, first + step)
+        values = torch.nn.functional.pad(compressed[block].unflatten(1, (-1, 4)), (0, 1))
+        dense[block] = values.gather(-1, source[bitmask[block].int()]).flatten(1)
     return dense
 
 

@@ -47,6 +47,8 @@ class RiaConfig(QuantizationConfig):
         super().__init__()
         self.schema = schema
         self.foreign = foreign
+        # vLLM reads it off any configuration, and then makes the cache fp8 unless the user chose a dtype.
+        self.kv_cache_scheme = foreign and foreign.kv_cache_scheme
         self.where = "this model"
         self.pruned: set[str] | None = None
         self.stored: set[str] | None = None
@@ -161,7 +163,11 @@ class RiaConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not isinstance(layer, LinearBase):
-            return None
+            if self.kv_cache_scheme is None:
+                return None
+            from ria_vllm.serve.kv_cache import method_for  # brings all of vLLM's compressed-tensors along
+
+            return method_for(layer, self)
         current = get_current_vllm_config_or_none()
         if self.unread is not None and (current is None or current.load_config.load_format != "dummy"):
             raise RiaError(self.unread)

@@ -86,6 +86,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.config = config
         self.prefix = prefix
         self.parts = parts
+        self.dense: UnquantizedLinearMethod | None = None
 
     def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
         self.created = Created.by(self._create_weights, layer, *args, **kwargs)
@@ -135,7 +136,15 @@ class Sparse24LinearMethod(LinearMethodBase):
                 )
         compressed, bitmask, scales = self._final(layer, loaded)
         layer.ria_arrivals.came.clear()  # a reload begins anew
+        first = not hasattr(layer, "ria_plan")
+        if not first and (layer.ria_plan is None) != (bitmask is None):
+            raise RiaError(
+                f"{self.prefix}: its new weights are {'not 2:4' if bitmask is None else '2:4'}, unlike those which this "
+                "server started with. Start the server again instead of reloading."
+            )
         if bitmask is None:
+            if first:
+                self.config.report.leave_out(self.prefix, self.parts[0] in self.config.foreign.pruned)
             self._serve_dense(layer, compressed)
             return
         served: torch.dtype = layer.ria_arrivals.served
@@ -177,7 +186,8 @@ class Sparse24LinearMethod(LinearMethodBase):
             packed_bytes += sum(tensor.nbytes for tensor in packed)
             backends.append(backend.NAME)
         layer.ria_plan = Plan(tuple(products), channels, padding)
-        self._report(layer, rows * columns * served.itemsize, packed_bytes, backends)
+        if first:
+            self._report(layer, rows * columns * served.itemsize, packed_bytes, backends)
 
     def _final(
         self, layer: LinearBase, loaded: dict[str, torch.Tensor]
@@ -207,10 +217,11 @@ class Sparse24LinearMethod(LinearMethodBase):
         return values, bitmask, scales
 
     def _serve_dense(self, layer: LinearBase, weight: torch.Tensor) -> None:
-        self.config.report.leave_out(self.prefix)
+        """By vLLM's own method, but behind this one: a reload brings weights in stored form, which come through here."""
         set_tensor(layer, "weight", weight)
-        layer.quant_method = UnquantizedLinearMethod()
-        layer.quant_method.process_weights_after_loading(layer)
+        layer.ria_plan = None
+        self.dense = UnquantizedLinearMethod()
+        self.dense.process_weights_after_loading(layer)
 
     def _groups(self, layer: LinearBase) -> list[tuple[int, int, np.ndarray | None]]:
         """(first row, rows, permutation to gather by) of each product: one for all parts, where they agree."""
@@ -237,6 +248,8 @@ class Sparse24LinearMethod(LinearMethodBase):
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out], both of this rank."""
         plan = layer.ria_plan
+        if plan is None:
+            return self.dense.apply(layer, x, bias)
         if plan.channels is not None:
             x = tensor_model_parallel_all_gather(x).index_select(-1, getattr(layer, plan.channels))
         if plan.padding:

@@ -24,13 +24,13 @@ class LoadReport:
     dense_bytes: int = 0
     packed_bytes: int = 0
     graph: str = ""
+    keyed: str = ""
 
     def add(
         self, kernels: list[str], folded: int, gathered: int, dense_bytes: int, packed_bytes: int, graph: str
     ) -> None:
-        """Count a layer whose weights are in their final form. `graph` is all of it that shapes the traced graph."""
-        if self.loaded == self.expected:
-            return  # weights that are reloaded later go to the same places
+        """Count a layer whose weights are in their final form, once: what is reloaded later goes to the same places.
+        `graph` is all of it that shapes the traced graph."""
         self.loaded += 1
         self.kernels.update(kernels)
         self.folded += folded
@@ -40,11 +40,12 @@ class LoadReport:
         self.graph = hashlib.sha256((self.graph + graph).encode()).hexdigest()
         self._finish()
 
-    def leave_out(self, prefix: str) -> None:
-        """A layer turned out not to be 2:4, though config.json says so."""
-        logger.warning(
-            "%s: config.json says 2:4, but some groups of four have more than two non-zeros: served dense", prefix
-        )
+    def leave_out(self, prefix: str, promised: bool) -> None:
+        """A layer turned out not to be 2:4. `promised`: config.json says that it is; else it is quantized only."""
+        if promised:
+            logger.warning(
+                "%s: config.json says 2:4, but some groups of four have more than two non-zeros: served dense", prefix
+            )
         self.expected -= 1
         self.graph = hashlib.sha256(f"{self.graph} {prefix} dense".encode()).hexdigest()
         self._finish()
@@ -56,10 +57,15 @@ class LoadReport:
                 self.log()
 
     def _key_compile_cache(self) -> None:
-        """vLLM keys its compile cache by its own configuration, where the backend and its layout do not appear."""
+        """vLLM keys its compile cache by its own configuration, where the backend and its layout do not appear. A draft
+        model may share that configuration, so each model adds a key of its own, wherever in the order it is loaded."""
         current = get_current_vllm_config_or_none()
         if current is not None and isinstance(current.additional_config, dict):
-            current.additional_config["ria_vllm"] = self.graph
+            others = list(current.additional_config.get("ria_vllm", []))
+            if self.keyed in others:
+                others.remove(self.keyed)
+            self.keyed = self.graph
+            current.additional_config["ria_vllm"] = sorted([*others, self.graph])
 
     def warn_of_all_gather(self) -> None:
         if get_tensor_model_parallel_rank() == 0:

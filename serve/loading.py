@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.parameter import (
+    BasevLLMParameter,
     ChannelQuantScaleParameter,
     ModelWeightParameter,
     PerTensorScaleParameter,
@@ -277,10 +278,10 @@ def ignore_tensor(param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id
 
 
 def take_parameters(layer: LinearBase) -> dict[str, torch.Tensor]:
-    """What was loaded, removed from the layer; empty if it was taken before."""
+    """What was loaded, removed from the layer; empty if it was taken before, whatever is served under the same name."""
     taken = {}
     for kind in (*layer.ria_arrivals.tensors, "weight_scale"):
-        if hasattr(layer, kind):
+        if isinstance(getattr(layer, kind, None), BasevLLMParameter):
             taken[kind] = getattr(layer, kind).data
             delattr(layer, kind)
     return taken

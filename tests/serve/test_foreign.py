@@ -28,6 +28,9 @@ RUNS = {
         "sparse_format": "sparse-24-bitmask", "kind": "int", "spoiled": "1.mlp.down_proj",
     },
     "plain, fp8 by channel": {"sparse_format": "dense", "kind": "float"},
+    "plain, int8 by channel, one linear not 2:4, reloaded": {
+        "sparse_format": "dense", "kind": "int", "spoiled": "1.mlp.down_proj",
+    },
 }  # fmt: skip
 
 
@@ -36,9 +39,12 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("foreign")
     models = [foreign_checkpoints.write(folder / str(i), **written) for i, written in enumerate(RUNS.values())]
     jobs = [
-        {"model": str(folder / str(i)), "prompts": prompts(), "tokens": 6, "engine": {"dtype": "float32"}}
-        for i in range(len(RUNS))
-    ]
+        {
+            "model": str(folder / str(i)), "prompts": prompts(), "tokens": 6, "engine": {"dtype": "float32"},
+            **({"first": "reload"} if name.endswith("reloaded") else {}),
+        }
+        for i, name in enumerate(RUNS)
+    ]  # fmt: skip
     results = generate(folder / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     return dict(zip(RUNS, zip(models, results, strict=True), strict=True))
 

@@ -1,0 +1,76 @@
+"""Linears of compressed-tensors' checkpoints, quantized, for vLLM's own layers."""
+
+import torch
+from vllm.model_executor.layers.linear import ReplicatedLinear
+
+from ria_vllm import sparse24
+from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.kernels import fp8
+
+FLOAT = {"num_bits": 8, "type": "float", "symmetric": True}
+INT = {"num_bits": 8, "type": "int", "symmetric": True}
+BY_TOKEN = FLOAT | {"strategy": "token", "dynamic": True}
+BY_TENSOR = FLOAT | {"strategy": "tensor", "dynamic": False}
+
+
+class Checkpoint:
+    """One group of quantized linears of compressed-tensors; `plain` is what each stands for, in float64."""
+
+    def __init__(self, weights=FLOAT, inputs=BY_TOKEN, strategy="channel", dense=False):
+        self.weights, self.strategy, self.dense = weights, strategy, dense
+        weights = weights | {"strategy": strategy}
+        self.group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+        self.plain = {}
+
+    def config(self, **groups):
+        config = RiaConfig.from_config(
+            {
+                "quant_method": "compressed-tensors",
+                "sparsity_config": {
+                    "format": "dense" if self.dense else "sparse-24-bitmask",
+                    "sparsity_structure": "2:4",
+                    "targets": ["Linear"],
+                },
+                "config_groups": groups or {"group_0": self.group},
+            }
+        )
+        config.packed_modules_mapping = {"gate_up": ["gate", "up"]}
+        return config
+
+    def tensors(self, name, rows, columns, seed=0, two_of_four=True):
+        """What the checkpoint holds of a linear; without `two_of_four` it is dense, which a plain one may be by mistake."""
+        generator = torch.Generator().manual_seed(len(name) + rows + 1000 * seed)
+        whole_matrix = torch.randn(rows, columns, generator=generator)
+        compressed, bitmask = sparse24.compress(whole_matrix) if two_of_four else (whole_matrix, None)
+        largest = compressed.abs().amax(1, keepdim=True) if self.strategy == "channel" else compressed.abs().amax()[None]
+        whole = self.weights["type"] == "int"
+        scale = largest / (127 if whole else fp8.LARGEST)
+        values = compressed / scale
+        values = values.round().to(torch.int8) if whole else values.to(fp8.DTYPE)
+        self.plain[name] = _spread(values.double() * scale.double(), bitmask)
+        stored = {"compressed": values, "bitmask": bitmask}
+        if self.dense:
+            stored = {"weight": _spread(values.float(), bitmask).to(values.dtype)}
+        return stored | {"weight_scale": scale, "input_scale": torch.tensor([0.5])}
+
+    def stream(self, layer, parts, **which):
+        """`parts`: name -> shard id, rows. `which`: arguments of `tensors`."""
+        for name, (shard, rows) in parts.items():
+            for kind, tensor in self.tensors(name, rows, layer.input_size, **which).items():
+                parameter = getattr(layer, kind)
+                parameter.weight_loader(parameter, tensor, *(() if shard is None else (shard,)))
+
+    def load(self, layer, parts, **which):
+        self.stream(layer, parts, **which)
+        layer.quant_method.process_weights_after_loading(layer)
+        return layer
+
+    def single(self, columns=128, dtype=torch.bfloat16):
+        layer = ReplicatedLinear(
+            columns, 64, bias=False, quant_config=self.config(), prefix="fc", params_dtype=dtype, return_bias=False
+        )
+        return self.load(layer, {"fc": (None, 64)})
+
+
+def _spread(values, bitmask):
+    return values if bitmask is None else sparse24.decompress(values, bitmask)

@@ -1,0 +1,114 @@
+"""Reloads of a running server, layer by layer as vLLM does them: a layer computes what the new weights say, or it fails."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from foreign_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor import parameter
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve import load_report
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    for module in (vllm_linear, parameter, load_report):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0, raising=False)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 1, raising=False)
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+def reload(model, stream):
+    initialize_layerwise_reload(model)
+    stream()
+    finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
+
+
+def fused(checkpoint, dtype=torch.float32):
+    layer = MergedColumnParallelLinear(
+        128, [64, 32], bias=False, quant_config=checkpoint.config(), prefix="gate_up", params_dtype=dtype,
+        return_bias=False,
+    )  # fmt: skip
+    return layer, {"gate": (0, 64), "up": (1, 32)}
+
+
+def check(layer, checkpoint, dtype=torch.float32):
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(7)).to(dtype)
+    plain = torch.cat([checkpoint.plain["gate"], checkpoint.plain["up"]])
+    torch.testing.assert_close(layer(x).double(), x.double() @ plain.T, rtol=2e-6, atol=2e-5)
+
+
+QUANTIZED = pytest.mark.parametrize(
+    "quantized",
+    [
+        {"weights": FLOAT, "inputs": BY_TOKEN},
+        {"weights": FLOAT, "inputs": BY_TENSOR, "strategy": "tensor"},
+        {"weights": INT, "inputs": INT},
+        {"weights": INT, "inputs": INT, "strategy": "tensor"},
+    ],
+)
+
+
+@QUANTIZED
+@pytest.mark.parametrize(("dense", "two_of_four"), [(True, True), (True, False), (False, True)])
+def test_quantized_weights_are_scaled_again(quantized, dense, two_of_four):
+    checkpoint = Checkpoint(dense=dense, **quantized)
+    layer, parts = fused(checkpoint)
+    model = torch.nn.Sequential(layer)
+    record_metadata_for_reloading(model)
+    check(checkpoint.load(layer, parts, two_of_four=two_of_four), checkpoint)
+    for seed in (1, 2):
+        reload(model, lambda: checkpoint.stream(layer, parts, seed=seed, two_of_four=two_of_four))
+        check(layer, checkpoint)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_that_are_no_longer_two_of_four_are_refused(first):
+    """And the other way round: a server that multiplies densely stays one."""
+    checkpoint = Checkpoint(dense=True)
+    layer, parts = fused(checkpoint)
+    model = torch.nn.Sequential(layer)
+    record_metadata_for_reloading(model)
+    checkpoint.load(layer, parts, two_of_four=first)
+    with pytest.raises(RiaError, match="gate_up: .*Start the server again"):
+        reload(model, lambda: checkpoint.stream(layer, parts, seed=1, two_of_four=not first))
+
+
+def test_the_report_counts_a_layer_once():
+    checkpoint = Checkpoint(dense=True)
+    config = checkpoint.config()
+    layers = [
+        ReplicatedLinear(128, 64, bias=False, quant_config=config, prefix=name, params_dtype=torch.float32)
+        for name in ("fc", "gc")
+    ]
+    model = torch.nn.Sequential(*layers)
+    record_metadata_for_reloading(model)
+    checkpoint.load(layers[0], {"fc": (None, 64)}, two_of_four=False)
+    checkpoint.load(layers[1], {"gc": (None, 64)})
+    first = (config.report.expected, config.report.loaded, config.report.graph)
+    assert first[:2] == (1, 1)
+
+    def stream():
+        checkpoint.stream(layers[1], {"gc": (None, 64)}, seed=1)
+        checkpoint.stream(layers[0], {"fc": (None, 64)}, seed=1, two_of_four=False)
+
+    reload(model, stream)
+    assert (config.report.expected, config.report.loaded, config.report.graph) == first
+
+
+def test_processing_twice_changes_nothing():
+    checkpoint = Checkpoint(dense=True)
+    layer, parts = fused(checkpoint)
+    checkpoint.load(layer, parts, two_of_four=False)
+    layer.quant_method.process_weights_after_loading(layer)
+    check(layer, checkpoint)
