@@ -13,6 +13,7 @@ from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, is_compressed, read_jso
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.evaluate import reason_of
 from ria_vllm.offline.ranks import Ranks
+from ria_vllm.progress import Monitor
 from ria_vllm.writer import disk_errors
 
 # What a folder needs besides weights; everything here is small and none of it is code.
@@ -41,7 +42,7 @@ class Source:
 
 
 @contextmanager
-def opened(model: str, work: Path, team: Ranks) -> Iterator[Source]:
+def opened(model: str, work: Path, team: Ranks, monitor: Monitor) -> Iterator[Source]:
     """Find, fetch or convert the model, and check that it can be compressed. Only the first rank fetches or converts.
 
     Args:
@@ -56,7 +57,8 @@ def opened(model: str, work: Path, team: Ranks) -> Iterator[Source]:
             work.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=work, prefix=".gguf-") if team.first else nullcontext() as folder:
             if team.first:
-                convert_gguf(path, Path(folder))
+                with monitor.phase("converting the GGUF file"):
+                    convert_gguf(path, Path(folder))
             yield replace(_checked(model, Path(team.from_first(folder))), stamp=[stamp_of(path)])
             team.wait()
     elif path.is_dir():
@@ -66,7 +68,8 @@ def opened(model: str, work: Path, team: Ranks) -> Iterator[Source]:
             f"{model}: neither a folder nor a .gguf file. Give a Hugging Face folder, a hub id or a GGUF file."
         )
     else:
-        folder = _from_hub(model) if team.first else None
+        with monitor.phase("fetching the model from the hub"):
+            folder = _from_hub(model) if team.first else None
         yield _checked(model, team.from_first(folder))
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ria_vllm.checkpoint import Reader, tensor_names
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.progress import Monitor
+from ria_vllm.progress import Monitor
 from ria_vllm.offline.prune import Pattern
 from ria_vllm.offline.recipe import Recipe
 

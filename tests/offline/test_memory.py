@@ -51,7 +51,7 @@ PROBE = """
 import sys, threading, time
 from pathlib import Path
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.progress import Monitor
+from ria_vllm.progress import Monitor
 from ria_vllm.offline.recipe import Recipe
 
 small, large, out, text, reconstruct, pruned, samples, seq_len = sys.argv[1:]
