@@ -15,6 +15,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.model_card import CARD_FILE
 from ria_vllm.offline.evaluate import reason_of
 from ria_vllm.offline.ranks import Ranks
+from ria_vllm.progress import Monitor
 from ria_vllm.writer import disk_errors
 
 NOT_COPIED = ("config.json", INDEX_FILE, "pytorch_model.bin.index.json", "ria_report.json")
@@ -40,7 +41,7 @@ class Source:
 
 
 @contextmanager
-def opened(model: str, work: Path, team: Ranks) -> Iterator[Source]:
+def opened(model: str, work: Path, team: Ranks, monitor: Monitor) -> Iterator[Source]:
     """Find, fetch or convert the model, and check that it can be compressed. Only the first rank fetches or converts.
 
     Args:
@@ -55,7 +56,8 @@ def opened(model: str, work: Path, team: Ranks) -> Iterator[Source]:
             work.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=work, prefix=".gguf-") if team.first else nullcontext() as folder:
             if team.first:
-                convert_gguf(path, Path(folder))
+                with monitor.phase("converting the GGUF file"):
+                    convert_gguf(path, Path(folder))
             yield replace(_checked(model, Path(team.from_first(folder))), stamp=[stamp_of(path)])
             team.wait()
     elif path.is_dir():
@@ -65,7 +67,8 @@ def opened(model: str, work: Path, team: Ranks) -> Iterator[Source]:
             f"{model}: neither a folder nor a .gguf file. Give a Hugging Face folder, a hub id or a GGUF file."
         )
     else:
-        folder = _from_hub(model) if team.first else None
+        with monitor.phase("fetching the model from the hub"):
+            folder = _from_hub(model) if team.first else None
         yield _checked(model, team.from_first(folder))
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +13,7 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.export import export_dense
 from ria_vllm.inventory import Inventory, take_inventory
+from ria_vllm.progress import Monitor
 from ria_vllm.sizes import human_size, parse_size
 
 FOLDER = click.Path(path_type=Path)
@@ -94,14 +94,7 @@ def export(out: Path, dense: Path, max_shard_size: str, overwrite: bool) -> None
     """Write the compressed checkpoint OUT as a plain dense folder that transformers loads without ria-vllm."""
     reader = Reader(out)
     size = parse_size(max_shard_size)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("exporting")
-        export_dense(
-            reader,
-            dense,
-            size,
-            overwrite,
-            lambda done, total: progress.update(task, completed=done, total=total),
-            lambda text: click.echo(f"warning: {text}", err=True),
-        )
+    monitor = Monitor()
+    with monitor.live():
+        export_dense(reader, dense, size, overwrite, monitor)
     click.echo(f"{dense}: dense, {len(reader.sparse_names)} linears with zeros where they were pruned.")

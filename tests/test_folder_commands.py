@@ -1,6 +1,7 @@
 """`inspect`, `verify` and `export`, as a user calls them."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.folder_commands import export, inspect, verify
+from ria_vllm.progress import Monitor
 
 Q, DOWN, GATE = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj"
 
@@ -171,9 +173,10 @@ def test_export_of_a_damaged_folder_leaves_nothing(damage, tmp_path):
 
 
 def test_export_keeps_a_result_whose_place_is_taken_meanwhile(pruned_llama, tmp_path):
-    out = tmp_path / "dense"
+    out, monitor = tmp_path / "dense", Monitor(shown=False)
+    monitor.phase = lambda *_: nullcontext(lambda: out.mkdir(exist_ok=True))  # taken once a tensor is done
     with pytest.raises(RiaError, match="dense.partial/final"):
-        export_dense(Reader(pruned_llama.folder), out, 10**9, on_tensor=lambda *_: out.mkdir(exist_ok=True))
+        export_dense(Reader(pruned_llama.folder), out, 10**9, monitor=monitor)
     assert not list(out.iterdir())
     assert set(load_file(tmp_path / "dense.partial" / "final" / "model.safetensors")) == set(pruned_llama.dense)
 

@@ -2,21 +2,16 @@
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ria_vllm.checkpoint import Reader, tensor_names
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.progress import Monitor
+from ria_vllm.progress import Monitor
 from ria_vllm.offline.prune import Pattern
 from ria_vllm.offline.recipe import Recipe
 

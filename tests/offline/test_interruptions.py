@@ -15,7 +15,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline import compress as pipeline
 from ria_vllm.offline import streaming
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.progress import Monitor
+from ria_vllm.progress import Monitor
 from ria_vllm.offline.recipe import Recipe
 
 

@@ -16,9 +16,9 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline import compress as pipeline
 from ria_vllm.offline import source
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.prune import Pattern
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.progress import Monitor
 
 
 def run(model: Path | str, out: Path, text: Path, settings: Settings = Settings(), **options) -> None:
