@@ -1,10 +1,8 @@
 """A tiny Llama, pruned and stored by hand: the writer's pieces and plain torch, nothing of the offline stage."""
 
 import json
-import os
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,47 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-# `once.py` is shared by the folders below.
+# `processes.py` has the hooks of runs in several processes, and is shared by the folders below.
 sys.path.insert(0, str(Path(__file__).parent))
-import once
+from processes import pytest_collection_modifyitems, pytest_configure, pytest_xdist_auto_num_workers  # noqa: F401
 
 from ria_vllm import sparse24
 from ria_vllm.permutation import invert
 from ria_vllm.writer import CheckpointWriter
-
-# With several processes these begin first, so that none is left over at the end: the files that take longest.
-LONGEST = (
-)
-GIBIBYTES_EACH = 6  # of memory for each process: a server of four tiny ranks has room in it
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """`-n auto`: a process a core, if memory allows; none beside this one where single tests are named."""
-    if any("::" in argument for argument in config.args):
-        return 0
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    processes = min(len(os.sched_getaffinity(0)), memory // (GIBIBYTES_EACH * 2**30))
-    return processes if processes > 1 else 0
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):  # one of several processes, which has all this from the first
-        return
-    shared = tempfile.mkdtemp(prefix="ria-vllm-tests-")
-    config.add_cleanup(lambda: shutil.rmtree(shared))
-    os.environ[once.VARIABLE] = shared
-    processes = config.getoption("numprocesses", None)
-    if processes:  # each has its share of the cores, and vLLM leaves the choice of cores to the system
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        places = {file: place for place, file in enumerate(LONGEST)}
-        items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
-
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, LAYERS = 128, 192, 4, 2, 2
 HEAD_DIM = HIDDEN // HEADS

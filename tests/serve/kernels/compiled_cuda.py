@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from once import once
+from processes import once
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels import cuda_compile
