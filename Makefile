@@ -27,8 +27,12 @@ KERNEL_SOURCES := $(wildcard setup.py serve/kernels/csrc/*/*)
 demo: .venv/ready
 	$(BIN)/python demo/run.py
 
+# Several processes, as many as cores and memory allow, share the files of tests among them. PYTEST_ARGS="-n 0" runs one,
+# and so do names of single tests and --pdb.
+PYTEST := pytest -n auto --dist loadfile --no-loadscope-reorder
+
 test: .venv/ready
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m $(PYTEST) $(PYTEST_ARGS)
 
 # An environment each, .venv-VERSION. The kernels are left out: they know nothing of vLLM. The CUDA wheel is not
 # installed: its sources are searched for every name we import.
@@ -36,7 +40,7 @@ OLDER_VERSIONS := 0.30.0 0.31.0
 CUDA_VERSION := 0.33.0
 
 test-versions: .venv/ready $(OLDER_VERSIONS:%=.venv-%/ready)
-	for version in $(OLDER_VERSIONS); do .venv-$$version/bin/python -m pytest tests/serve --ignore=tests/serve/kernels $(PYTEST_ARGS) || exit 1; done
+	for version in $(OLDER_VERSIONS); do .venv-$$version/bin/python -m $(PYTEST) tests/serve --ignore=tests/serve/kernels $(PYTEST_ARGS) || exit 1; done
 	mkdir -p .work/wheels
 	$(BIN)/python -m pip download -q --no-deps --dest .work/wheels $(PIP_ARGS) "vllm==$(CUDA_VERSION)"
 	$(BIN)/python packaging/check_vllm.py .work/wheels/vllm-$(CUDA_VERSION)-*.whl

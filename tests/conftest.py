@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 from damage import Damage
 from safetensors.torch import load_file
+
+# `processes.py` has the hooks of runs in several processes, and is shared by the folders below.
+sys.path.insert(0, str(Path(__file__).parent))
+from processes import pytest_collection_modifyitems, pytest_configure, pytest_xdist_auto_num_workers  # noqa: F401
 
 from ria_vllm import sparse24
 from ria_vllm.permutation import invert
