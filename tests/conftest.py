@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import torch
 from damage import Damage
 from safetensors.torch import load_file
 
-# `processes.py` has the hooks of runs in several processes, and is shared by the folders below.
-sys.path.insert(0, str(Path(__file__).parent))
+# The hooks of runs in several processes.
 from processes import pytest_collection_modifyitems, pytest_configure, pytest_xdist_auto_num_workers  # noqa: F401
 
 from ria_vllm import sparse24
