@@ -38,7 +38,7 @@ class Producer(BaseModel):
 class Fold(BaseModel):
     """A consumer's input permutation that its producers' row orders can absorb, for all layers `{i}`.
 
-    The consumer's name has `{i}` once, or not at all; then producers have it neither.
+    `{i}` stands once in the consumer's name and once in each producer's, or in none of them.
 
     `elementwise`: each input channel of the consumer is an elementwise function of the same row of every producer.
     `heads`: attention lies between; the permutation keeps to heads (`ria_vllm.permutation.head_rows`).
