@@ -158,7 +158,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Values [out, in/2] in the served dtype, bitmask [out, in/8], None; or int8 or fp8 values, bitmask and scales
         [out]; or the plain weight and twice None, where it was stored plain and is not 2:4 after all."""
         arrivals: Arrivals = layer.ria_arrivals
-        missing = arrivals.missing()
+        missing = arrivals.missing(loaded)
         if missing:
             current = get_current_vllm_config_or_none()
             if arrivals.came or current is None or current.load_config.load_format != "dummy":
