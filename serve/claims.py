@@ -183,7 +183,9 @@ def replace_method(layer: LinearBase, method: LinearMethodBase) -> None:
     if isinstance(layer.quant_method, Sparse24LinearMethod):
         layer.quant_method.config.report.expected -= 1
     layer.quant_method = method
-    method.create_weights(layer, *created.args, **created.kwargs | {"weight_loader": loader})
+    method.create_weights(layer, *created.args, **created.kwargs)
     if isinstance(method, Sparse24LinearMethod):
-        method.reorder_bias(layer)
+        method.adopt(layer, loader)
+    elif loader is not None:
+        layer.weight.weight_loader = loader
     layer.update_param_tp_status()

@@ -41,16 +41,21 @@ class Created:
         create(layer, *args, **kwargs)
         return cls(args, kwargs, tuple(name for name in layer._parameters if name not in before))
 
-    def remove(self, layer: LinearBase) -> Callable[..., Any]:
+    def remove(self, layer: LinearBase) -> Callable[..., Any] | None:
         """Take the parameters away again.
 
         Returns:
-            vLLM's own loader of the first of them: some models give a layer's weight another one once it is created.
+            The loader that the layer's model gave its weight in place of vLLM's ordinary one, if it did.
         """
-        loader = unwrapped(getattr(layer, self.parameters[0]).weight_loader)
+        if "weight" in self.parameters:
+            loader = layer.weight.weight_loader
+            loader = None if loader == self.kwargs["weight_loader"] else loader
+        else:
+            loader = layer.ria_arrivals.loader_of_model()
         for name in self.parameters:
             delattr(layer, name)
-        layer.__dict__.pop("weight_loader", None)
+        for name in ("weight", "weight_loader"):
+            layer.__dict__.pop(name, None)
         if layer.bias is not None:
             layer.bias.weight_loader = unwrapped(layer.bias.weight_loader)
         return loader
@@ -118,10 +123,13 @@ class Sparse24LinearMethod(LinearMethodBase):
         loader = extra_weight_attrs["weight_loader"]
         create_parameters(layer, layer.ria_arrivals, output_partition_sizes, input_size_per_partition, loader)
 
-    def reorder_bias(self, layer: LinearBase) -> None:
-        """For a layer that had its bias before it had this method."""
-        if layer.bias is not None and layer.ria_arrivals.reorders():
-            layer.bias.weight_loader = layer.ria_arrivals.wrap("bias", layer.bias.weight_loader)
+    def adopt(self, layer: LinearBase, loader: Callable[..., Any] | None) -> None:
+        """Take over a layer that had its bias, and the loader that its model gave it, before it had this method."""
+        arrivals: Arrivals = layer.ria_arrivals
+        if loader is not None:
+            arrivals.of_model.weight_loader = loader
+        if layer.bias is not None and arrivals.reorders():
+            layer.bias.weight_loader = arrivals.wrap("bias", layer.bias.weight_loader)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check what came, repack it for the kernel, and free it."""
@@ -195,7 +203,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Values [out, in/2] in the served dtype, bitmask [out, in/8], None; or int8 or fp8 values, bitmask and scales
         [out]; or the plain weight and twice None, where it was stored plain and is not 2:4 after all."""
         arrivals: Arrivals = layer.ria_arrivals
-        missing = arrivals.missing()
+        missing = arrivals.missing(loaded)
         if missing:
             current = get_current_vllm_config_or_none()
             if arrivals.came or current is None or current.load_config.load_format != "dummy":

@@ -2,6 +2,8 @@
 
 import functools
 from collections.abc import Callable
+from inspect import getclosurevars
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from vllm.model_executor.parameter import (
     PerTensorScaleParameter,
 )
 
+from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.folding import RowOrder
 from ria_vllm.serve.storage import Storage
@@ -114,9 +117,18 @@ class Arrivals:
         self.stream = stream
         self.came: set[tuple[str, str]] = set()
         self.entered = False
+        # Mamba-2 with one group shares rows between ranks, and gives the `weight` of its projection a loader that does
+        # so. It shall find something to put it on; what then arrives in any form goes through that loader.
+        self.of_model = SimpleNamespace()
+        if type(layer) is ColumnParallelLinear and layer.tp_size > 1 and not storage.dense:
+            layer.weight = self.of_model
 
     def reorders(self) -> bool:
         return any(self.row_orders.values())
+
+    def loader_of_model(self) -> Callable[..., Any] | None:
+        """The weight loader that the layer's model brought, if it did."""
+        return getattr(self.of_model, "weight_loader", None)
 
     def covered(self, shard: ShardId) -> list[str]:
         """The parts that a tensor brings which vLLM loads as `shard`."""
@@ -140,14 +152,15 @@ class Arrivals:
         if not self.entered:
             self._check_name(kind, parts, tensor)
         if kind in self.tensors or kind == "weight_scale":
-            if kind in self.tensors:
-                self._check(kind, name, tensor, shard)
+            self._check(kind, name, tensor, shard)
             self.came.update((kind, part) for part in parts)
         # vLLM cuts a bias that comes whole into outputs, which come through here once more.
         whole = len(parts) == 1 and (shard is None or len(self.names) > 1)
         orders = self.row_orders[parts[0]] if whole else []
         if not orders:
             return tensor
+        if not tensor.dim():
+            raise RiaError(f"{name}.{kind}: one number, expected one a row. The checkpoint is damaged; get it again.")
         rows = torch.arange(tensor.shape[0], device=tensor.device)
         for order in orders:
             try:
@@ -169,18 +182,27 @@ class Arrivals:
             )
 
     def _check(self, kind: str, name: str, tensor: torch.Tensor, shard: ShardId) -> None:
-        channels, _, dtypes = self.tensors[kind]
-        columns = self.input_size // channels
         rows = self.rows.get(shard, tensor.shape[0] if tensor.dim() else 0)
-        if tensor.dtype not in dtypes or tuple(tensor.shape) != (rows, columns):
+        if (loader := self.loader_of_model()) is not None:
+            spec = getclosurevars(loader).nonlocals.get("shard_spec")
+            rows = tensor.shape[:1].numel() if spec is None else sum(size - repeated for size, repeated, _ in spec)
+        if kind == "weight_scale":
+            dtypes = sparse24.VALUE_DTYPES
+            shape = (rows, 1) if self.storage.scales == "channel" else (1,) if tensor.dim() else ()
+        else:
+            channels, _, dtypes = self.tensors[kind]
+            shape = (rows, self.input_size // channels)
+        if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
             raise RiaError(
-                f"{name}.{kind} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs {(rows, columns)}. "
+                f"{name}.{kind} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs {shape}. "
                 "The file is damaged, or config.json belongs to another model; get both again."
             )
 
-    def missing(self) -> str | None:
-        """The first tensor that did not come, or None."""
+    def missing(self, loaded: dict[str, torch.Tensor]) -> str | None:
+        """The first tensor that did not come, or None. `loaded`: the layer's parameters by kind."""
         kinds = [*self.tensors, *(["weight_scale"] if self.storage.quantized else [])]
+        if self.loader_of_model() is not None and "weight_scale" in loaded and bool(loaded["weight_scale"].all()):
+            kinds.remove("weight_scale")  # it came by that loader alone
         wanted = ((kind, part) for part in self.names for kind in kinds)
         return next((f"{part}.{kind}" for kind, part in wanted if (kind, part) not in self.came), None)
 
@@ -193,7 +215,7 @@ class Arrivals:
             outermost, self.entered = not self.entered, True  # vLLM's loaders call each other with pieces
             try:
                 if loaded_shard_id is None:
-                    loader(param, loaded_weight)
+                    (self.loader_of_model() or loader)(param, loaded_weight)
                 else:
                     loader(param, loaded_weight, loaded_shard_id)
             finally:
@@ -280,6 +302,8 @@ def ignore_tensor(param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id
 def take_parameters(layer: LinearBase) -> dict[str, torch.Tensor]:
     """What was loaded, removed from the layer; empty if it was taken before, whatever is served under the same name."""
     taken = {}
+    if getattr(layer, "weight", None) is layer.ria_arrivals.of_model:
+        del layer.weight
     for kind in (*layer.ria_arrivals.tensors, "weight_scale"):
         if isinstance(getattr(layer, kind, None), BasevLLMParameter):
             taken[kind] = getattr(layer, kind).data

@@ -170,6 +170,7 @@ def test_layers_are_found_by_their_path(ranks, stored, prefixes):
     config = stored.config([FOLD])
     assert config.folding.folded
     model = built(stored, config, prefixes=prefixes)
+    assert model.layers[0].down.ria_arrivals.loader_of_model() is None
     model.load_weights(tensors(stored))
     finished(model)
     x = torch.randn(5, HIDDEN)

@@ -60,6 +60,26 @@ def test_fused_parts_keep_their_own_scales(hopper_layers):
     assert len(set(scales[:64].tolist())) == len(set(scales[64:].tolist())) == 1 and scales[0] != scales[-1]
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_fused_on_disk_with_one_scale_for_all(dense):
+    checkpoint = Checkpoint(strategy="tensor", dense=dense)
+    config = checkpoint.config()
+    config.stored = {"gate_up"}
+    layer = MergedColumnParallelLinear(
+        128, [64, 32], bias=False, quant_config=config, prefix="gate_up", params_dtype=torch.float32, return_bias=False
+    )
+    checkpoint.load(layer, {"gate_up": (None, 96)})
+    check_dequantized(layer, checkpoint.plain["gate_up"], torch.float32)
+
+
+@pytest.mark.parametrize("strategy, shape", [("channel", ()), ("channel", (64,)), ("channel", (1, 1)), ("tensor", (64, 1)), ("tensor", (1, 1))])
+def test_scales_of_another_shape_are_named(strategy, shape):
+    checkpoint = Checkpoint(strategy=strategy)
+    layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc")
+    with pytest.raises(RiaError, match=r"fc\.weight_scale is torch.float32 .*damaged"):
+        layer.weight_scale.weight_loader(layer.weight_scale, torch.ones(shape))
+
+
 def check_dequantized(layer, plain, dtype):
     assert [tensor.dtype for tensor in packed(layer) if tensor.dtype == fp8.DTYPE] == []
     x = torch.randn(5, plain.shape[1], generator=torch.Generator().manual_seed(7)).to(dtype)

@@ -1,0 +1,97 @@
+"""vLLM's own Mamba-2 mixer with a pruned input projection, rank by rank.
+
+With one group for all heads, each rank holds its share of the gate, of x and of dt, and all of B and C.
+"""
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor import parameter
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers.mamba import mamba_mixer2
+
+from ria_vllm import permutation, sparse24
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.serve import load_report
+from ria_vllm.serve.config import RiaConfig
+
+HIDDEN, INNER, STATE, HEADS = 128, 256, 16, 8
+PARTS = {"gate": INNER, "x": INNER, "B": STATE, "C": STATE, "dt": HEADS}
+ROWS = sum(PARTS.values())
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    def become(rank, size):
+        for module in (vllm_linear, parameter, load_report, mamba_mixer2):
+            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank, raising=False)
+            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size, raising=False)
+
+    return become
+
+
+def stored(int8=False):
+    """The tensors of the projection, its plain matrix, its order."""
+    generator = torch.Generator().manual_seed(3)
+    compressed, bitmask = sparse24.compress(torch.randn(ROWS, HIDDEN, generator=generator))
+    tensors = {"compressed": compressed, "bitmask": bitmask}
+    if int8:
+        tensors["compressed"], tensors["weight_scale"] = sparse24.quantize_rows(compressed)
+        compressed = tensors["compressed"] * tensors["weight_scale"]
+    order = torch.randperm(HIDDEN, generator=generator).int()
+    plain = sparse24.decompress(compressed, bitmask)[:, permutation.invert(order).long()]
+    return tensors, plain.double(), order.numpy()
+
+
+def in_proj(order, int8=False):
+    schema = RiaSchema(sparsity_config=SparsityConfig(), weights=WeightQuantization() if int8 else None)
+    config = RiaConfig(schema)
+    config.pruned = config.stored = {"mixer.in_proj"}
+    config.permutations = {"mixer.in_proj": order}
+    with set_current_vllm_config(VllmConfig()):
+        return mamba_mixer2.MambaMixer2(
+            hidden_size=HIDDEN, ssm_state_size=STATE, conv_kernel_size=4, intermediate_size=INNER,
+            use_conv_bias=True, use_bias=False, n_groups=1, num_heads=HEADS, head_dim=INNER // HEADS,
+            quant_config=config, prefix="mixer",
+        ).in_proj  # fmt: skip
+
+
+def load(layer, tensors):
+    for kind, tensor in tensors.items():
+        getattr(layer, kind).weight_loader(getattr(layer, kind), tensor)
+    layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("int8", [False, True])
+def test_one_group_on_several_ranks(ranks, size, int8):
+    tensors, plain, order = stored(int8)
+    x = torch.randn(3, HIDDEN)
+    want = dict(zip(PARTS, (x.double() @ plain.T).split(list(PARTS.values()), -1)))
+    for rank in range(size):
+        ranks(rank, size)
+        layer = in_proj(order, int8)
+        load(layer, tensors)
+        mine = [want[part] if part in "BC" else want[part].chunk(size, -1)[rank] for part in PARTS]
+        torch.testing.assert_close(layer(x)[0].double(), torch.cat(mine, -1), rtol=0, atol=1e-4)
+        assert not hasattr(layer, "weight")
+
+
+@pytest.mark.parametrize("kind", ["compressed", "bitmask", "weight_scale"])
+def test_what_is_missing_is_named(ranks, kind):
+    ranks(0, 2)
+    tensors, _, order = stored(int8=True)
+    del tensors[kind]
+    with pytest.raises(RiaError, match=rf"mixer\.in_proj\.{kind} is in none of the weight files"):
+        load(in_proj(order, int8=True), tensors)
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: torch.cat([t, t[:8]]), lambda t: t[:, :-1]])
+@pytest.mark.parametrize("kind", ["compressed", "bitmask"])
+def test_another_shape_is_named(ranks, kind, change):
+    ranks(0, 2)
+    tensors, _, order = stored()
+    tensors[kind] = change(tensors[kind])
+    with pytest.raises(RiaError, match=rf"mixer\.in_proj\.{kind} is .*damaged"):
+        load(in_proj(order), tensors)
