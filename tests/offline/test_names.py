@@ -17,7 +17,7 @@ from ria_vllm.export import export_dense
 from ria_vllm.offline import compress as pipeline
 from ria_vllm.offline import names
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.progress import Monitor
+from ria_vllm.progress import Monitor
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.streaming import StreamedModel
 
@@ -83,7 +83,8 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 def check_export(source: Path, reader: Reader, folder: Path, inside) -> None:
-    """transformers computes with the exported folder what it does with the original, its linears pruned in memory.
+    """transformers computes with the compressed folder and the exported one what it does with the original, its linears
+    pruned in memory.
 
     Args:
         inside: a linear's name in the files -> in transformers' model.
@@ -95,7 +96,7 @@ def check_export(source: Path, reader: Reader, folder: Path, inside) -> None:
             model.get_submodule(inside(name)).weight.copy_(reader.linear(name).dense())
         expected = model(TOKENS).logits
     export_dense(reader, folder, 1 << 40)
-    assert torch.equal(logits(folder), expected)
+    assert torch.equal(logits(folder), expected) and torch.equal(logits(reader.folder), expected)
     assert not torch.allclose(expected, dense, atol=1e-2)
 
 
@@ -372,15 +373,13 @@ def change_tensors(**extra):
     return change
 
 
-NUMBER = "9" * 5000
 ODD = {
     "no weights for model.layers.2.": change_config(num_hidden_layers=3),
     "config.json: transformers cannot build this model": change_config(hidden_act="junk"),
     "no list of 0 decoder layers": change_config(num_hidden_layers=0),
     "mtp.x.compressed is in the files, a name as in a compressed": change_tensors(**{"mtp.x.compressed": torch.ones(4, 4)}),
     "model.layers.0.mlp.up_proj.bitmask is in": change_tensors(**{"model.layers.0.mlp.up_proj.bitmask": torch.ones(4)}),
-    "transformers cannot read such a name": change_tensors(**{f"model.layers.{NUMBER}.x": torch.ones(2)}),
-    "transformers cannot read such a name .invalid": change_tensors(**{"model.layers.²": torch.ones(2)}),
+    "transformers cannot read such a name": change_tensors(**{"model.layers.²": torch.ones(2)}),
     "mtp.x.weight: NaN": change_tensors(**{"mtp.x.weight": torch.full((4,), float("nan"))}),
 }
 
