@@ -183,7 +183,7 @@ def gather(
     ranks, does not show in the rounded result.
 
     Raises:
-        RiaError: NaN or infinite activations, naming the linear (`where` is the layer's name).
+        RiaError: NaN or infinite activations, or a linear that is not called, naming it (`where` is the layer's name).
     """
     device = _device(layer)
     names = [group.linears[0] for group in stage]
@@ -195,6 +195,9 @@ def gather(
         stream = streams[chunk].to(device)
         call = calls[stream.shape]
         after, inputs = _watched(layer, component, call, stream, names, to_the_end=dense_after is not None)
+        idle = next((name for name in names if name not in inputs), None)
+        if idle is not None:
+            raise RiaError(f"{where}{idle}: not used in this layer, as it is in the first. Leave it dense: --ignore {idle}")
         dense: dict[str, torch.Tensor] = {}
         if dense_before is not None:
             _, dense = _watched(layer, component, call, dense_before[chunk].to(device), names)

@@ -1,6 +1,7 @@
 """The pipeline: a dense model in, a compressed checkpoint out, one decoder layer in memory at a time."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import calibration
 from ria_vllm.offline.dtypes import CHOICES, choose_dtype, name_of
-from ria_vllm.offline.evaluate import load_tokenizer
+from ria_vllm.offline.evaluate import explained, load_tokenizer
 from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.memory import available, map_large_blocks
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive
@@ -92,8 +93,9 @@ def _run(
     if finished < total:
         for index in monitor.steps(range(finished), "resuming", finished):
             stored, _ = writer.read(layer_key(index))
-            names = [f"{model.layer_prefix(index)}{name}" for name in sorted(plan.pruned[index])]
-            layers.replay(index, pruned_weights(stored, names, model.stored_dtype))
+            names = {model.written_linear(index, name): name for name in sorted(plan.pruned[index])}
+            weights = pruned_weights(stored, list(names), model.stored_dtype)
+            layers.replay(index, {names[written]: weight for written, weight in weights.items()})
     for index in monitor.layers(range(finished, total), total):
         pruned = layers.prune(index, plan, last=index == total - 1)
         records = {name: linear.record for name, linear in pruned.items()}
@@ -174,8 +176,9 @@ def _work_folder(out: Path, run: dict[str, Any], settings: Settings, team: Ranks
         yield writer
     except RiaError as error:
         # A full disk, a file out of reach or a place that is taken can be mended, and the run go on; other bad input
-        # stays bad.
-        if team.first and not isinstance(error.__cause__, OSError):
+        # stays bad. What went wrong in others' code after the first layer may have been chance.
+        chance = error.__cause__ is not None and writer.has(layer_key(0))
+        if team.first and not chance and not isinstance(error.__cause__, OSError):
             writer.discard()
         raise
 
@@ -200,7 +203,10 @@ def _make_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: 
     logging.disable_progress_bar()
     if recipe.calibration == "self":
         _check_whole_fits(source, model)
-        with monitor.phase("loading the whole model"):
+        with (
+            monitor.phase("loading the whole model"),
+            explained(f"{source.name}: transformers cannot load the model"),
+        ):
             # Plain attention: for one token at a time the fused kernels of a CPU take much longer.
             whole = AutoModelForCausalLM.from_pretrained(
                 source.folder, dtype=model.dtype, attn_implementation="eager", trust_remote_code=False
@@ -255,7 +261,8 @@ def _sensitive(
         for index in monitor.layers(range(len(model.layers)), len(model.layers)):
             records |= layers.measure(index, plan)
         if team.first:
-            writer.write(SENSITIVITY_KEY, {}, {"chosen": most_sensitive(records, recipe.skip_sensitive)})
+            chosen = most_sensitive(records, recipe.skip_sensitive, plan.together)
+            writer.write(SENSITIVITY_KEY, {}, {"chosen": chosen})
         team.wait()
     return writer.record(SENSITIVITY_KEY)["chosen"]
 
@@ -293,13 +300,14 @@ def _finish(
         keys.append(f"outside-{number:05d}")
         writer.write(keys[-1], {name: model.read(name)})
     keys += [layer_key(index) for index in range(len(model.layers))]
+    _check_nothing_lost(model, set(report["linears"]), [name for key in keys for name in writer.names(key)])
     config = without_paths(source.raw_config)
     pruned = sum(record["shape"][0] * record["shape"][1] for record in report["linears"].values())
     total = sum(m.weight.numel() for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear))
     zeros = round((1 - recipe.pattern.density) * pruned / total, 6)
     if recipe.served:
         sparsity = SparsityConfig(ignore=list(plan.dense), global_sparsity=zeros)
-        folds = topology.absolute_folds(model.layers_path)
+        folds = topology.absolute_folds(model.written_linear, len(model.layers))
         weights = WeightQuantization(dtype=name_of(model.stored_dtype)) if recipe.weights == "int8" else None
         schema = RiaSchema(sparsity_config=sparsity, weights=weights, folds=folds, recipe=recipe.dump(source.name))
         config["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
@@ -311,3 +319,22 @@ def _finish(
     permuted = recipe.served and recipe.permute != "none"
     cards = {CARD_FILE: pruned_card(source.folder, report, zeros, recipe.served, monitor.warn)}
     writer.finish(keys, json_files, copies, settings.max_shard_size, permuted, cards)
+
+
+def _check_nothing_lost(model: StreamedModel, pruned: set[str], written: list[str]) -> None:
+    """Every tensor of the source is written once, by its own name, as it was or compressed.
+
+    Only what is left out on purpose (`names.LEFT_OUT`) is not.
+    """
+    counts = Counter(written)
+    for name in model.files:
+        mine = model.names.written(name)
+        if mine is None:
+            continue
+        linear = mine.removesuffix(".weight")
+        there = counts[mine] + (counts[f"{linear}.compressed"] if linear in pruned else 0)
+        if there != 1:
+            raise RiaError(
+                f"{model.files[name]}: {name} would be {f'{there} times' if there else 'missing'} in the output. Report "
+                "this as a defect of ria-vllm."
+            )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.evaluate import explained
 from ria_vllm.offline.streaming import StreamedModel
 
 
@@ -20,18 +21,19 @@ class LayerCall:
     by_name: bool
 
     def __call__(self, layer: nn.Module, stream: torch.Tensor) -> torch.Tensor:
-        if self.by_name:
-            out = layer(*self.args, hidden_states=stream, **self.kwargs)
-        else:
-            out = layer(stream, *self.args, **self.kwargs)
+        with explained(f"{type(layer).__name__}: transformers cannot run this layer by itself"):
+            if self.by_name:
+                out = layer(*self.args, hidden_states=stream, **self.kwargs)
+            else:
+                out = layer(stream, *self.args, **self.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def same_as(self, other: "LayerCall") -> bool:
         return _equal((self.args, self.kwargs), (other.args, other.kwargs))
 
 
-class Reached(Exception):
-    """Stops a forward pass once it has shown what it was run for."""
+class Reached(BaseException):
+    """Stops a forward pass once it has shown what it was run for. No error, and not to be taken for one on the way."""
 
 
 class _Shell(nn.Module):
@@ -69,6 +71,8 @@ class Embedder:
     def __init__(self, model: StreamedModel):
         self.model = model
         self.base = model.load_base()
+        kind = type(model.model).__name__
+        self.runs = f"{model.folder}: transformers cannot run {kind} as config.json describes it"
         self.tupled: int | None = None  # entries of the tuple that a layer returns, 0 for a bare tensor
 
     def __call__(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
@@ -79,7 +83,8 @@ class Embedder:
         for index, shell in enumerate(shells):
             model.layers[index] = shell
         try:
-            self.base(input_ids=tokens.to(model.device), use_cache=False)
+            with explained(self.runs):
+                self.base(input_ids=tokens.to(model.device), use_cache=False)
         except Reached:
             pass
         finally:
@@ -101,7 +106,8 @@ class Embedder:
         streams: list[torch.Tensor] = []
         self.model.layers[0] = _Shell(layer, first, streams, True, self._form)
         try:
-            self.base(input_ids=tokens.to(self.model.device), use_cache=False)
+            with explained(self.runs):
+                self.base(input_ids=tokens.to(self.model.device), use_cache=False)
         except Reached:
             pass
         finally:
@@ -113,7 +119,8 @@ class Embedder:
         ]
         call = first[0]
         kwargs = {**call.kwargs, "hidden_states": streams[0]} if call.by_name else call.kwargs
-        out = layer(*(call.args if call.by_name else (streams[0], *call.args)), **kwargs)
+        with explained(self.runs):
+            out = layer(*(call.args if call.by_name else (streams[0], *call.args)), **kwargs)
         for hook in hooks:
             hook.remove()
         self.tupled = len(out) if isinstance(out, tuple) else 0

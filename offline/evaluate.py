@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,20 @@ def load_tokenizer(folder: str) -> Any:
 def reason_of(error: Exception) -> str:
     """What transformers says, but not its advice to let a model's own code run, which nothing here does."""
     return "it needs its own Python code, which is not run here" if "trust_remote_code" in str(error) else str(error)
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Whatever goes wrong in transformers' code becomes a RiaError that begins with `what`; its cause is that error."""
+    try:
+        yield
+    except RiaError:
+        raise
+    except Exception as error:
+        if "memory" in str(error) or "CUDA" in str(error):  # is no fault of the model's
+            raise
+        reason = (reason_of(error).strip() or type(error).__name__).splitlines()[0]
+        raise RiaError(f"{what} ({reason}).") from error
 
 
 def read_tokens(folder: str, text: Path, max_tokens: int | None) -> torch.Tensor:

@@ -91,7 +91,7 @@ class LayerPass:
         embedder.close()
 
     def prune(self, index: int, plan: Plan, last: bool) -> dict[str, Pruned]:
-        """Prune layer `index` and take the activations through it (unless it is the last). Keys are full names."""
+        """Prune layer `index` and take the activations through it (unless it is the last). Keys are written names."""
         layer = self.model.load_layer(index)
         pruned: dict[str, Pruned] = {}
         for component in self.topology.components:
@@ -112,7 +112,7 @@ class LayerPass:
         return self._named(index, pruned)
 
     def measure(self, index: int, plan: Plan) -> dict[str, dict[str, Any]]:
-        """What pruning would do to each linear of layer `index`, which is left as it is. Full names -> records."""
+        """What pruning would do to each linear of layer `index`, which is left as it is. Written names -> records."""
         layer = self.model.load_layer(index)
         records: dict[str, dict[str, Any]] = {}
         for component in self.topology.components:
@@ -124,13 +124,13 @@ class LayerPass:
         return self._named(index, records)
 
     def replay(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Take the activations through a layer that was pruned before; `weights` by full names."""
+        """Take the activations through a layer that was pruned before; `weights` by names relative to it."""
         layer = self.model.load_layer(index)
         if self.dense is not None:
             for component in self.topology.components:
                 advance(layer, component, self._calls(index), self.dense, self.monitor)
         for name, weight in weights.items():
-            _set_weight(layer, name.removeprefix(self.model.layer_prefix(index)), weight)
+            _set_weight(layer, name, weight)
         for component in self.topology.components:
             advance(layer, component, self._calls(index), self.pruned, self.monitor)
         self.model.free_layer(index)
@@ -197,7 +197,7 @@ class LayerPass:
         return {shape: calls[index] for shape, calls in self.calls.items()}
 
     def _named(self, index: int, found: Mapping[str, T]) -> dict[str, T]:
-        return {self.model.layer_prefix(index) + name: value for name, value in found.items()}
+        return {self.model.written_linear(index, name): value for name, value in found.items()}
 
 
 class _Masks(Mapping[str, torch.Tensor]):

@@ -9,18 +9,22 @@ from torch import nn
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.streaming import StreamedModel
-from ria_vllm.offline.topology import Group, Topology, fused_with, linears_of
+from ria_vllm.offline.topology import FUSED, Group, Topology, linears_of, served_dense
 from ria_vllm.schema import REARRANGED_BY_VLLM
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
 
 
 @dataclass(frozen=True)
 class Plan:
-    """pruned: full names of linears, per layer index, relative to it; dense: full name -> why; warnings for the user."""
+    """pruned: names of linears, per layer index, relative to it; dense: written name -> why; warnings for the user.
+
+    together: the written names of all that is pruned, in sets that can only be left dense as a whole.
+    """
 
     pruned: Mapping[int, frozenset[str]]
     dense: Mapping[str, str]
     warnings: tuple[str, ...]
+    together: tuple[frozenset[str], ...]
 
     def groups(self, index: int, stage: Iterable[Group]) -> list[Group]:
         """The groups of a stage without the linears that stay dense."""
@@ -32,7 +36,7 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
     """Decide for every linear of the model.
 
     Args:
-        sensitive: full names of linears that are to stay dense for quality.
+        sensitive: written names of linears that are to stay dense for quality.
 
     Raises:
         RiaError: nothing is left to prune.
@@ -42,19 +46,27 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
     dense: dict[str, str] = {}
     warnings: list[str] = []
     misfits: dict[str, int] = {}
+    together: list[frozenset[str]] = []
+    shared = {name for pair in model.model.all_tied_weights_keys.items() for name in pair}
     for index, layer in enumerate(model.layers):
-        prefix = model.layer_prefix(index)
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        reasons: dict[str, str] = {}
+        written = {name: model.written_linear(index, name) for name in linears}
+        reasons = served_dense(layer)
         for name, module in linears.items():
-            width = module.in_features
+            width, full = module.in_features, model.layer_prefix(index) + name
+            if name in reasons:
+                continue
             if name in topology.dense:
                 reasons[name] = topology.dense[name]
             elif name not in topology.linears:
                 reasons[name] = "not in the other layers"
-            elif recipe.ignores(prefix + name):
+            elif f"{full}.weight" in shared:
+                reasons[name] = "its weights are another layer's, too"
+            elif not model.names.is_own(full):
+                reasons[name] = "its weights are stored as a part of others"
+            elif recipe.ignores(written[name]):
                 reasons[name] = "--ignore"
-            elif prefix + name in sensitive:
+            elif written[name] in sensitive:
                 reasons[name] = "--skip-sensitive"
             elif recipe.served and width % IN_FEATURES_MULTIPLE:
                 reasons[name] = f"its {width} in-features are not a multiple of {IN_FEATURES_MULTIPLE}"
@@ -63,15 +75,19 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
             if "in-features" in reasons.get(name, ""):
                 misfits[f"{name}: {reasons[name]}"] = misfits.get(f"{name}: {reasons[name]}", 0) + 1
         for name in [name for name in linears if name not in reasons]:
-            partner = next((other for other in fused_with(name, linears) if other in reasons), None)
+            partner = next((other for other in topology.fused_with(name, linears) if other in reasons), None)
             if partner:
-                reasons[name] = f"served as one with {partner}"
-                if prefix + partner not in sensitive:
-                    warnings.append(f"{prefix}{name} stays dense too: vLLM serves it as one with {prefix}{partner}.")
-        dense |= {prefix + name: reason for name, reason in reasons.items()}
+                sure = _fused_for_sure(name, partner)
+                reasons[name] = f"{'served' if sure else 'may be served'} as one with {partner}"
+                if written[partner] not in sensitive:
+                    serves = "serves it" if sure else "may serve it"
+                    warnings.append(f"{written[name]} stays dense too: vLLM {serves} as one with {written[partner]}.")
+        dense |= {written[name]: reason for name, reason in reasons.items()}
         pruned[index] = frozenset(linears) - frozenset(reasons)
+        sets = {frozenset(topology.fused_with(name, pruned[index])) for name in pruned[index]}
+        together += [frozenset(written[name] for name in names) for names in sets]
     warnings = [f"{what}; left dense in {count} layers." for what, count in misfits.items()] + warnings
-    warnings += _experts(model)
+    warnings += _experts(model) + _unknown_tensors(model)
     family = model.model.config.model_type
     if family in REARRANGED_BY_VLLM:
         warnings.append(f"vLLM cannot serve a compressed {family}; `ria-vllm export` will make a dense folder of it.")
@@ -79,7 +95,26 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
         first = next(iter(dense.items()))
         raise RiaError(f"nothing is left to prune: {first[0]}: {first[1]}, and likewise the others.")
     outside = [n for n in linears_of(model.model) if not n.startswith(f"{model.layers_path}.")]
-    return Plan(pruned, {name: "outside the decoder layers" for name in outside} | dense, tuple(warnings))
+    outside = [model.names.linear(name) for name in outside]
+    copied = dict.fromkeys(model.unknown_linears(), "in the files, but no part of the model that transformers builds")
+    dense = copied | dict.fromkeys(outside, "outside the decoder layers") | dense
+    return Plan(pruned, dense, tuple(warnings), tuple(together))
+
+
+def _fused_for_sure(name: str, partner: str) -> bool:
+    """Whether two linears that stay together are known to be served as one, and do not just read the same tensor."""
+    (parent, _, leaf), (other_parent, _, other) = name.rpartition("."), partner.rpartition(".")
+    return parent == other_parent and any(leaf in fused and other in fused for fused in FUSED)
+
+
+def _unknown_tensors(model: StreamedModel) -> list[str]:
+    """What is said of layers for multi-token prediction and the like."""
+    unknown = model.names.unknown
+    if not unknown:
+        return []
+    which = unknown[0] if len(unknown) == 1 else f"{unknown[0]} and {len(unknown) - 1} more tensors"
+    kind = type(model.model).__name__
+    return [f"copied as they are: {which}, no part of {kind} as transformers builds it."]
 
 
 def _experts(model: StreamedModel) -> list[str]:
@@ -87,21 +122,25 @@ def _experts(model: StreamedModel) -> list[str]:
     return ["the experts of this mixture-of-experts model stay dense; only its other linears are pruned."] * has_experts
 
 
-def most_sensitive(records: Mapping[str, Mapping[str, Any]], fraction: float) -> list[str]:
+def most_sensitive(
+    records: Mapping[str, Mapping[str, Any]], fraction: float, together: Iterable[frozenset[str]]
+) -> list[str]:
     """The linears whose pruning loses most for each byte it saves, up to `fraction` of all weights.
 
-    What a linear loses is the squared relative error of its output. Linears that are served as one go together; a set
-    that would pass the fraction is left out and smaller ones still have their chance.
+    What a linear loses is the squared relative error of its output. A set that would pass the fraction is left out and
+    smaller ones still have their chance.
 
     Args:
-        records: full name -> record with `shape` and `error_after`.
+        records: written name -> record with `shape` and `error_after`.
+        together: the same names, in sets that stay dense as a whole.
     """
     sizes = {name: record["shape"][0] * record["shape"][1] for name, record in records.items()}
-    sets = {frozenset(fused_with(name, records)) for name in records}
-    lost = {names: sum(records[n]["error_after"] ** 2 for n in names) / sum(sizes[n] for n in names) for names in sets}
+    lost = {
+        names: sum(records[n]["error_after"] ** 2 for n in names) / sum(sizes[n] for n in names) for names in together
+    }
     budget = fraction * sum(sizes.values())
     chosen: list[str] = []
-    for names in sorted(sets, key=lambda names: (-lost[names], min(names))):
+    for names in sorted(lost, key=lambda names: (-lost[names], min(names))):
         size = sum(sizes[n] for n in names)
         if size <= budget:
             budget -= size

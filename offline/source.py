@@ -148,6 +148,7 @@ def _checked(name: str, folder: Path) -> Source:
             "language model alone, saved as a folder of its own."
         )
     architectures = config.architectures or []
+    architectures = [architectures] if isinstance(architectures, str) else architectures
     expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     expected = [cls.__name__ for cls in (expected if isinstance(expected, tuple) else (expected,))]
     if architectures and not set(architectures) & set(expected):

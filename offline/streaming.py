@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ria_vllm.checkpoint import weight_files
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import topology
 from ria_vllm.offline.dtypes import choose_dtype
+from ria_vllm.offline.evaluate import explained
+from ria_vllm.offline.names import Names, find_tensors
 from ria_vllm.sparse24 import VALUE_DTYPES
+
+# What a float parameter may be stored in.
+FLOATS = (*VALUE_DTYPES, torch.float64)
 
 # Weights whose being finite is checked at a time.
 FINITE_AT_ONCE = 1 << 22
@@ -26,6 +28,7 @@ FINITE_AT_ONCE = 1 << 22
 class StreamedModel:
     """The model's own modules on the meta device, and where each of their tensors lies.
 
+    Modules go by their names in the model, tensors to be read by the names that they are written under (see `Names`).
     stored_dtype is the checkpoint's; dtype is what layers are computed in.
 
     Args:
@@ -43,37 +46,54 @@ class StreamedModel:
         self.folder = folder
         self.device = device
         self.config = config
-        self.files = weight_files(folder)
+        self.files = find_tensors(folder)
         self.stored_dtype = stored_dtype(folder, config)
         self.dtype = choose_dtype(self.stored_dtype, device) if dtype is None else dtype
         text = config.get_text_config()
         # The fused attention kernels of torch leave out Gemma 2's soft cap.
         capped = getattr(text, "attn_logit_softcapping", None) is not None
-        with torch.device("meta"):
+        unusable = f"{folder / 'config.json'}: transformers cannot build this model"
+        with explained(unusable), torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
                 config, dtype=self.dtype, attn_implementation="eager" if capped else None, trust_remote_code=False
             )
         self.model.eval().requires_grad_(False)
-        self.layers_path = topology.decoder_layers(self.model, text.num_hidden_layers)
+        self.layers_path = topology.decoder_layers(self.model, getattr(text, "num_hidden_layers", 0))
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
-        self.sources = self._sources()
-        self._check_outside_layers()
+        self.names = Names(self.model, self.files)
+        self._check_all()
+        self._check_tied()
         self._materialize_buffers()
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.layers_path}.{index}."
 
     def names_in_layer(self, index: int) -> list[str]:
-        """File tensors of a layer, by the names that the checkpoint to be written gives them."""
+        """Written names of a layer's tensors."""
         prefix = self.layer_prefix(index)
-        return [name for name in self.sources if name.startswith(prefix)]
+        return [written for written, name in self.names.inside.items() if name.startswith(prefix)]
 
     def names_outside_layers(self) -> list[str]:
-        prefix = f"{self.layers_path}."
-        return [name for name in self.sources if not name.startswith(prefix)]
+        """All other written names, those of layers that the model does not have among them."""
+        layers = {name for index in range(len(self.layers)) for name in self.names_in_layer(index)}
+        return [written for written in self.names.files if written not in layers]
+
+    def written_linear(self, index: int, name: str) -> str:
+        """The written name of a linear of layer `index`; `name` is relative to the layer."""
+        return self.names.linear(self.layer_prefix(index) + name)
+
+    def unknown_linears(self) -> list[str]:
+        """Written names of what may be linears among the tensors that the model does not have, single experts apart."""
+        found = []
+        for written in self.names.unknown:
+            if written.endswith(".weight") and ".experts." not in written:
+                with _opened(self._file_of(written)) as file:
+                    if len(file.get_slice(self.names.files[written]).get_shape()) == 2:
+                        found.append(written.removesuffix(".weight"))
+        return found
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor as the file has it, on the CPU."""
+        """The tensor with this written name as the file has it, on the CPU."""
         return next(self._read([name]))[1]
 
     def load_layer(self, index: int) -> nn.Module:
@@ -106,17 +126,23 @@ class StreamedModel:
     def _load(self, module: nn.Module, prefix: str, without: str | None = None) -> None:
         expected = {prefix + name for name in module.state_dict()}
         expected = {name for name in expected if without is None or not name.startswith(without)}
-        direct = [name for name in expected if name in self.sources and not self.converted]
-        for name, tensor in self._read(sorted(direct)):
-            owner = self.model.get_submodule(name.rpartition(".")[0])
-            wanted = getattr(owner, name.rpartition(".")[2])
-            self._check_shape(name, tensor.shape, wanted.shape)
-            self._check_finite(name, tensor)
-            # A copy: the file's mapping would stay in memory for as long as any tensor of it.
-            self._set(name, tensor.to(self.device, wanted.dtype, copy=True))
-        if self.converted:
+        tied = self.model.all_tied_weights_keys
+        takers: dict[str, list[str]] = {}
+        for name in sorted(expected):
+            # A block that several layers share is stored once.
+            stored = tied.get(name, name) if name not in self.names.direct and without is None else name
+            if stored in self.names.direct:
+                takers.setdefault(self.names.direct[stored], []).append(name)
+        for written, tensor in self._read(sorted(takers)):
+            for name in takers[written]:
+                owner = self.model.get_submodule(name.rpartition(".")[0])
+                wanted = getattr(owner, name.rpartition(".")[2])
+                self._check_shape(written, tensor.shape, wanted.shape)
+                self._check_values(written, tensor, wanted.is_floating_point())
+                # A copy: the file's mapping would stay in memory for as long as any tensor of it.
+                self._set(name, tensor.to(self.device, wanted.dtype, copy=True))
+        if self.names.converted:
             self._load_converted(prefix, without)
-        tied = set(self.model.all_tied_weights_keys)
         missing = sorted(
             name
             for name, tensor in module.state_dict(prefix=prefix).items()
@@ -125,27 +151,39 @@ class StreamedModel:
         if missing:
             raise self._missing(missing[0])
 
-    def _check_outside_layers(self) -> None:
-        """Refuse now what would only show after the last layer, or in the finished checkpoint: the head above all.
+    def _check_all(self) -> None:
+        """Refuse now what would only show after hours, or in the finished checkpoint.
 
-        Presence and shapes, from the files' headers; the values of what `load_base` does not read.
+        Presence and shapes, from the files' headers; the values of what nothing loads before it is copied.
         """
-        layers, tied = f"{self.layers_path}.", set(self.model.all_tied_weights_keys)
+        wanted: dict[str, torch.Tensor] = {}
+        for name, tensor in self.model.state_dict().items():
+            if name in self.names.direct:
+                wanted[self.names.direct[name]] = tensor
+            elif name not in self.names.made and name not in self.model.all_tied_weights_keys:
+                raise self._missing(name)
+        for path in sorted(set(map(self._file_of, wanted))):
+            with _opened(path) as file:
+                for written in [written for written in wanted if self._file_of(written) == path]:
+                    shape = file.get_slice(self.names.files[written]).get_shape()
+                    self._check_shape(written, shape, wanted[written].shape)
         base = "" if self._base() is self.model else f"{self.model.base_model_prefix}."
-        # Files that are converted while they load keep their names; those are not in `known`.
-        stored = {rename_source_key(n, self.renamings, self.converters)[0] for n in self.sources if self.converted}
-        for name, wanted in self.model.state_dict().items():
-            if name.startswith(layers) or name in tied:
-                continue
-            if name not in self.sources:
-                if name not in stored:
-                    raise self._missing(name)
-                continue
-            with _opened(self.files[self.sources[name]]) as file:
-                shape = file.get_slice(self.sources[name]).get_shape()
-            self._check_shape(name, shape, wanted.shape)
-            if not name.startswith(base):
-                self._check_finite(name, self.read(name))
+        for name, written in self.names.direct.items():
+            if not name.startswith(base) and name not in self.model.all_tied_weights_keys:
+                self._check_values(written, self.read(written), wanted[written].is_floating_point())
+        for written in self.names.unknown:
+            self._check_values(written, self.read(written), floating=False)
+
+    def _check_tied(self) -> None:
+        """What config.json ties is one tensor for vLLM, and two for transformers where the files hold two."""
+        for name, other in self.model.all_tied_weights_keys.items():
+            both = [self.names.direct.get(name), self.names.direct.get(other)]
+            if None not in both and not torch.equal(*map(self.read, both)):
+                raise RiaError(
+                    f"{self.folder}: config.json says that {both[0]} and {both[1]} are one tensor, but they differ in the "
+                    'files. If both are meant to be there, put "tie_word_embeddings": false into config.json; else get '
+                    "the model again."
+                )
 
     def _missing(self, name: str) -> RiaError:
         return RiaError(f"{self.folder}: no weights for {name} in any file. Get the model again.")
@@ -153,16 +191,21 @@ class StreamedModel:
     def _check_shape(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
         if tuple(found) != tuple(wanted):
             raise RiaError(
-                f"{self.files[self.sources[name]]}: {name} has shape {tuple(found)}, config.json asks for "
+                f"{self._file_of(name)}: {name} has shape {tuple(found)}, config.json asks for "
                 f"{tuple(wanted)}. Get the model again."
             )
 
-    def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
+    def _check_values(self, name: str, tensor: torch.Tensor, floating: bool) -> None:
+        if floating and tensor.dtype not in FLOATS:
+            raise RiaError(
+                f"{self._file_of(name)}: {name} has dtype {str(tensor.dtype).removeprefix('torch.')}, as in a quantized "
+                "model. Give the original, unquantized one."
+            )
         # In pieces: of a whole embedding the check would take as much again, and half of that.
-        pieces = tensor.flatten().split(FINITE_AT_ONCE) if tensor.is_floating_point() else ()
+        pieces = tensor.flatten().split(FINITE_AT_ONCE) if tensor.dtype in FLOATS else ()
         if not all(bool(piece.isfinite().all()) for piece in pieces):
             raise RiaError(
-                f"{self.files[self.sources[name]]}: {name}: NaN or infinite values in the weights. Get the model "
+                f"{self._file_of(name)}: {name}: NaN or infinite values in the weights. Get the model "
                 "again, or repair it."
             )
 
@@ -174,51 +217,29 @@ class StreamedModel:
         else:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
+    def _file_of(self, written: str) -> Path:
+        return self.files[self.names.files[written]]
+
     def _read(self, names: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
         by_file: dict[Path, list[str]] = {}
         for name in names:
-            by_file.setdefault(self.files[self.sources[name]], []).append(name)
+            by_file.setdefault(self._file_of(name), []).append(name)
         for path, wanted in by_file.items():
             with _opened(path) as file:
                 for name in wanted:
-                    yield name, file.get_tensor(self.sources[name])
-
-    def _sources(self) -> dict[str, str]:
-        """Name in the checkpoint to be written -> name in the file.
-
-        The two differ where a file was saved without the base model's prefix. Mixture-of-experts models are stored
-        with one tensor an expert and run with all experts in one; such files keep their names.
-        """
-        known = self.model.state_dict()
-        prefix = f"{self.model.base_model_prefix}."
-        mapping = get_model_conversion_mapping(self.model)
-        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self.converted = False
-        sources = {}
-        for name in self.files:
-            if name in known:
-                sources[name] = name
-            elif prefix + name in known:
-                sources[prefix + name] = name
-            elif name.endswith("rotary_emb.inv_freq"):
-                continue  # old Llama checkpoints carry it; it follows from the configuration
-            else:
-                renamed, _ = rename_source_key(name, self.renamings, self.converters)
-                self.converted |= renamed in known
-                sources[name] = name
-        return dict(sorted(sources.items()))
+                    yield name, file.get_tensor(self.names.files[name])
 
     def _load_converted(self, prefix: str, without: str | None) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        names = [name for name in self.sources if name.startswith(prefix)]
-        names = [name for name in names if without is None or not name.startswith(without)]
-        load = LoadStateDictConfig(
-            weight_mapping=self.renamings + self.converters, dtype=self.dtype, device_map={"": self.device}
-        )
-        convert_and_load_state_dict_in_model(self.model, dict(self._read(names)), load)
+        names = [name for name in sorted(self.names.converted) if self.names.inside[name].startswith(prefix)]
+        names = [name for name in names if without is None or not self.names.inside[name].startswith(without)]
+        found = dict(self._read(names))
+        for name, tensor in found.items():
+            self._check_values(name, tensor, floating=True)
+        load = LoadStateDictConfig(weight_mapping=self.names.mapping, dtype=self.dtype, device_map={"": self.device})
+        convert_and_load_state_dict_in_model(self.model, {self.names.files[name]: t for name, t in found.items()}, load)
         self.model.requires_grad_(False)
 
     def _materialize_buffers(self) -> None:
@@ -228,7 +249,11 @@ class StreamedModel:
             self._set(name, torch.empty_like(buffer, device=self.device))
             owners.append(name.rpartition(".")[0])
         for owner in dict.fromkeys(owners):
-            self.model._init_weights(self.model.get_submodule(owner))
+            # The innermost model that it is a part of knows how.
+            path, module = owner, self.model.get_submodule(owner)
+            while not isinstance(self.model.get_submodule(path), PreTrainedModel):
+                path = path.rpartition(".")[0]
+            self.model.get_submodule(path)._init_weights(module)
 
 
 def stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
@@ -239,7 +264,7 @@ def stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
     """
     dtype = config.dtype or config.get_text_config().dtype
     if dtype is None:
-        files, sizes = weight_files(folder), {}
+        files, sizes = find_tensors(folder), {}
         for name, path in files.items():
             with safe_open(path, framework="pt") as file:
                 sizes[name] = math.prod(file.get_slice(name).get_shape())

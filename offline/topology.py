@@ -5,7 +5,7 @@ layer. Every other causal LM with nn.Linear layers is pruned too: linears that r
 nothing is folded, and the whole layer is one component.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +14,22 @@ from torch import nn
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import Fold, Producer
 
-# Linears that vLLM serves as one: all of a set are pruned, or none.
+# Linears that vLLM serves as one: all of a set are pruned, or none. In families that are not known, so are all linears
+# of a module that read the same tensor: w1 and w3, in_proj_qkv and in_proj_z, q_a_proj and kv_a_proj_with_mqa.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 # vLLM's mixer gives its linears no quantization method. (That of Mamba 2 does.)
 MAMBA_1 = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
+
+# What chooses experts. vLLM gives it no quantization method.
+ROUTERS = ("router", "gate", "shared_expert_gate")
+
+# Other linears that vLLM gives no quantization method, or whose weights it reads past that: of latent attention, of the
+# sparse attention and the compressors of DeepSeek, of Qwen's hyper-connections.
+DENSE_ONLY = {
+    "kv_b_proj", "weights_proj", "compressor", "o_a_proj",
+    "input_mix_weight_down", "input_mix_weight_up", "block_inject_weight",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,28 +75,61 @@ class Component:
 
 @dataclass(frozen=True)
 class Topology:
-    """Components of every decoder layer, folds with layer-relative names, linears that must stay dense (and why)."""
+    """Components of every decoder layer, folds with layer-relative names, linears that must stay dense (and why).
+
+    together: sets of linears, besides those of `FUSED`, that are all pruned or all dense.
+    """
 
     components: tuple[Component, ...]
     folds: tuple[Fold, ...] = ()
     dense: Mapping[str, str] = field(default_factory=dict)
+    together: tuple[frozenset[str], ...] = ()
 
     @property
     def linears(self) -> list[str]:
         return [name for component in self.components for name in component.linears]
 
-    def absolute_folds(self, layers: str) -> list[Fold]:
-        """The folds with full names; `layers` is the path of the list of decoder layers."""
-        prefix = f"{layers}.{{i}}."
+    def fused_with(self, name: str, linears: Iterable[str]) -> list[str]:
+        """Those of a layer's `linears` that are all pruned or all dense with `name`, itself included, in their order."""
+        linears = list(linears)
+        parents = {linear.rpartition(".")[0] for linear in linears}
+        named = ({f"{parent}.{leaf}" if parent else leaf for leaf in fused} for parent in parents for fused in FUSED)
+        sets = [*self.together, *named]
+        found, grown = {name}, True
+        while grown:
+            wider = found.union(*(names for names in sets if found & names))
+            found, grown = wider, wider != found
+        return [linear for linear in linears if linear in found]
+
+    def absolute_folds(self, written: Callable[[int, str], str], layers: int) -> list[Fold]:
+        """The folds with the names that the checkpoint has.
+
+        Args:
+            written: layer number and layer-relative name -> name in the checkpoint.
+            layers: their number.
+        """
+        names = {part.name for fold in self.folds for part in fold.producers} | {fold.consumer for fold in self.folds}
+        patterns = {name: _pattern([written(index, name) for index in range(layers)]) for name in names}
         return [
             fold.model_copy(
                 update={
-                    "consumer": prefix + fold.consumer,
-                    "producers": [p.model_copy(update={"name": prefix + p.name}) for p in fold.producers],
+                    "consumer": patterns[fold.consumer],
+                    "producers": [p.model_copy(update={"name": patterns[p.name]}) for p in fold.producers],
                 }
             )
             for fold in self.folds
+            if None not in (patterns[fold.consumer], *(patterns[p.name] for p in fold.producers))
         ]
+
+
+def _pattern(names: Sequence[str]) -> str | None:
+    """One name a layer, as one with `{i}` for the layer's number; None where they are not alike."""
+    parts = names[0].split(".")
+    for place in [place for place, part in enumerate(parts) if part == "0"]:
+        pattern = ".".join([*parts[:place], "{i}", *parts[place + 1 :]])
+        if all(pattern.replace("{i}", str(index)) == name for index, name in enumerate(names)):
+            return pattern
+    return None
 
 
 def decoder_layers(model: nn.Module, num_hidden_layers: int) -> str:
@@ -95,7 +139,10 @@ def decoder_layers(model: nn.Module, num_hidden_layers: int) -> str:
         RiaError: there is no such list with linears in it.
     """
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_hidden_layers and linears_of(module):
+        inside_another = any(part.isdigit() for part in path.split("."))
+        if not isinstance(module, nn.ModuleList) or len(module) != num_hidden_layers or inside_another:
+            continue
+        if linears_of(module):
             return path
     raise RiaError(
         f"{type(model).__name__}: no list of {num_hidden_layers} decoder layers with nn.Linear in it, so there is nothing "
@@ -122,14 +169,25 @@ def describe(config: Any, layer: nn.Module, inputs: Iterable[tuple[str, int]]) -
     return topology
 
 
-def fused_with(name: str, linears: Iterable[str]) -> list[str]:
-    """The linears of the same layer that vLLM fuses with `name`, itself included."""
-    parent, _, leaf = name.rpartition(".")
-    for fused in FUSED:
-        if leaf in fused:
-            siblings = {f"{parent}.{other}" if parent else other for other in fused}
-            return [other for other in linears if other in siblings]
-    return [name]
+def served_dense(layer: nn.Module) -> dict[str, str]:
+    """Linears of a layer, by names relative to it, that vLLM serves dense only -> why."""
+    linears = linears_of(layer)
+    experts = [name.rpartition(".")[0] for name, _ in layer.named_modules() if name.rpartition(".")[2] == "experts"]
+    dense: dict[str, str] = {}
+    for mixer, module in layer.named_modules():
+        if type(module).__name__ in MAMBA_1:
+            names = [name for name in linears if name.startswith(f"{mixer}.")]
+            dense |= dict.fromkeys(names, "vLLM serves the linears of a Mamba-1 mixer dense only")
+    for name in linears:
+        parts = name.split(".")
+        if DENSE_ONLY & set(parts) or name.endswith("indexer.wk"):
+            dense[name] = "vLLM serves it dense only"
+        # Where experts lie at the layer's root, attention and a dense MLP are beside them.
+        elif any(name.startswith(f"{block}." if block else "experts.") for block in experts):
+            dense[name] = "belongs to a mixture of experts"
+        elif "router" in parts or (experts and set(parts) & set(ROUTERS)):
+            dense[name] = "chooses experts"
+    return dense
 
 
 def _heads(config: Any) -> Heads:
@@ -215,24 +273,21 @@ def _opt(config: Any) -> Topology:
 
 
 def _unknown(layer: nn.Module, inputs: Iterable[tuple[str, int]]) -> Topology:
-    experts = [name.rpartition(".")[0] for name, _ in layer.named_modules() if name.rpartition(".")[2] == "experts"]
-    dense = {
-        name: "belongs to a mixture of experts"
-        for name in linears_of(layer)
-        if any(name.startswith(f"{block}.") for block in experts)
-    }
-    for mixer, module in layer.named_modules():
-        if type(module).__name__ in MAMBA_1:
-            names = [name for name in linears_of(layer) if name.startswith(f"{mixer}.")]
-            dense |= dict.fromkeys(names, "vLLM serves the linears of a Mamba-1 mixer dense only")
+    dense = served_dense(layer)
     readers: dict[int, list[str]] = {}
+    called: set[str] = set()
     for name, tensor in inputs:
-        if name not in dense:
+        if name not in dense and name not in called:  # one that is called again belongs to its first input
             readers.setdefault(tensor, []).append(name)
-    called = {name for names in readers.values() for name in names}
+            called.add(name)
     dense |= {name: "takes no part in a forward pass" for name in linears_of(layer) if name not in called | set(dense)}
-    stage = tuple(Group(tuple(dict.fromkeys(names))) for names in readers.values())
-    return Topology((Component("layer", (stage,)),), dense=dense)
+    groups = [tuple(names) for names in readers.values()]
+    siblings: dict[tuple[int, str], set[str]] = {}
+    for number, names in enumerate(groups):
+        for name in names:
+            siblings.setdefault((number, name.rpartition(".")[0]), set()).add(name)
+    stage = tuple(map(Group, groups))
+    return Topology((Component("layer", (stage,)),), dense=dense, together=tuple(map(frozenset, siblings.values())))
 
 
 # Mistral, Qwen2 (qkv biases) and Qwen3 (norms on q and k heads) share Llama's blocks; Gemma norms after them too.

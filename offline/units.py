@@ -17,7 +17,7 @@ def layer_key(index: int) -> str:
 def layer_tensors(
     model: StreamedModel, index: int, pruned: Mapping[str, Pruned], recipe: Recipe
 ) -> dict[str, torch.Tensor]:
-    """Everything the checkpoint has of a layer; `pruned` by full names. Dense tensors are as the source has them."""
+    """Everything the checkpoint has of a layer; `pruned` by written names. Dense tensors are as the source has them."""
     replaced = {f"{name}.weight" for name in pruned}
     tensors = {name: model.read(name) for name in model.names_in_layer(index) if name not in replaced}
     for name, linear in pruned.items():

@@ -120,6 +120,10 @@ class CheckpointWriter:
         with safe_open(self.path(key), framework="pt") as file:
             return json.loads((file.metadata() or {}).get("record", "{}"))
 
+    def names(self, key: str) -> list[str]:
+        """The tensors of a finished unit."""
+        return [name for name, *_ in _entries(self.path(key))]
+
     def finish(
         self,
         keys: Sequence[str],

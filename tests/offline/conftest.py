@@ -29,6 +29,22 @@ def config_of(family: str, **changes: Any) -> Any:
     opt = {"ffn_dim": 192, "word_embed_proj_dim": 128}
     moe = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
     window = {"head_dim": 32, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    experts = moe | {"num_experts": 6, "num_local_experts": 6, "n_routed_experts": 6, "head_dim": 16}
+    latent = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
+    deepseek = experts | latent | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    linear_attention = {
+        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32, "linear_value_head_dim": 32, "head_dim": 32,
+    }  # fmt: skip
+    gemma4 = window | {
+        "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 64, "global_head_dim": 32,
+        "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+    }  # fmt: skip
+    hybrid = {
+        "layers_block_type": ["mamba", "attention", "mlp", "moe"], "mamba_num_heads": 8, "mamba_head_dim": 32,
+        "ssm_state_size": 16, "n_groups": 2, "n_routed_experts": 4, "moe_intermediate_size": 64, "head_dim": 32,
+        "moe_shared_expert_intermediate_size": 64, "num_hidden_layers": 4,
+    }  # fmt: skip
     families = {
         "llama": (t.LlamaConfig, {}),
         "llama-mha": (t.LlamaConfig, {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}),
@@ -43,6 +59,11 @@ def config_of(family: str, **changes: Any) -> Any:
         "opt-postnorm": (t.OPTConfig, opt | {"do_layer_norm_before": False, "word_embed_proj_dim": 64}),
         "gpt-neox": (t.GPTNeoXConfig, {}),
         "qwen3-moe": (t.Qwen3MoeConfig, moe),
+        "deepseek-v3": (t.DeepseekV3Config, deepseek),
+        "gemma4-moe": (t.Gemma4TextConfig, gemma4),
+        "lfm2": (t.Lfm2Config, {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+        "qwen3.5": (t.Qwen3_5TextConfig, linear_attention),
+        "nemotron-h": (t.NemotronHConfig, hybrid),
         "mamba": (t.MambaConfig, {"state_size": 8}),
         "bloom": (t.BloomConfig, {"n_layer": 2, "n_head": 4}),
         "gpt2": (t.GPT2Config, {"n_embd": 128, "n_layer": 2, "n_head": 4}),
