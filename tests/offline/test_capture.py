@@ -117,6 +117,16 @@ def test_streams_on_disk_come_back(tmp_path):
     assert torch.equal(stored[0], chunks[0] * 2) and torch.equal(stored[1], chunks[1])
 
 
+@pytest.mark.parametrize("folder", [None, "streams"])
+def test_streams_are_kept_in_one_dtype_and_given_back_in_another(folder, tmp_path):
+    stored = Activations(folder and tmp_path / folder, torch.float32, torch.bfloat16)
+    stream = torch.randn(2, 3, 4)
+    stored.append(stream)
+    assert stored[0].dtype == torch.float32 and torch.equal(stored[0], stream.bfloat16().float())
+    if folder is None:
+        assert stored.chunks[0].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("gram_block", [7, 64, 1000])
 def test_blocks_of_a_gram_matrix_make_the_whole(gram_block, monkeypatch):
     from ria_vllm.offline import capture
