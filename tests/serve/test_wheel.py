@@ -51,7 +51,10 @@ def run(python: Path, path: str, *arguments: str) -> str:
     # Without the compiled library a server would go on with the reference kernel; forced, it is an error.
     environment |= {"PATH": path, "RIA_VLLM_BACKEND": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    found = subprocess.run([str(python), *arguments], env=environment, capture_output=True, text=True, timeout=900)
+    found = subprocess.run(
+        [str(python), *arguments], env=environment, capture_output=True, text=True, timeout=900,
+        cwd=python.parents[1],  # away from the checkout, whose folders Python would import
+    )  # fmt: skip
     assert found.returncode == 0, (found.stdout + found.stderr)[-5000:]
     return found.stdout
 

@@ -1,0 +1,94 @@
+"""`make demo` with a tiny model in the place of SmolLM2."""
+
+import subprocess
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.serve.benchmark.load import Outcome, Workload
+from ria_vllm.serve.benchmark.results import Run, Side
+
+PROGRAM = Path(__file__).parents[1] / "demo" / "run.py"
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """The program as a module that works in a folder of its own."""
+    spec = spec_from_file_location("demo_run", PROGRAM)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.BEGAN = 0.0
+    module.WORK, module.DENSE, module.SPARSE = tmp_path, tmp_path / "tiny", tmp_path / "tiny-2of4"
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return module
+
+
+def figures(speed: float) -> dict[str, float]:
+    return {"output_tokens_per_s": speed, "ttft_p50_ms": 1000 / speed, "tpot_p50_ms": 500 / speed}
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """First column -> the other ones."""
+    return {line[:36].strip(): [line[36:48].strip(), line[48:60].strip(), line[60:].strip()] for line in text.splitlines()}
+
+
+SIDES = [Side("dense", "D", 200_000_000), Side("sparse", "S", 150_000_000)]
+PERPLEXITY = {"dense": 20.0, "sparse": 30.0}
+
+
+def test_the_table_has_both_sides_and_their_ratio(demo):
+    runs = [Run("sparse", 0, 1, Outcome(figures(50), None, 3 << 30)), Run("sparse", 0, 8, Outcome(figures(200), None, 4 << 30))]
+    runs += [Run("dense", 0, 1, Outcome(figures(25), None, 4 << 30)), Run("dense", 0, 8, Outcome(figures(160), None, 8 << 30))]
+    found = rows(demo.summary(runs, SIDES, PERPLEXITY))
+    assert found[""] == ["dense", "sparse", "sparse / dense"]
+    assert found["perplexity, lower is better"] == ["20.0", "30.0", "1.500"]
+    assert found["tokens/s, 1 user"] == ["25.0", "50.0", "2.000"]
+    assert found["tokens/s, 8 users"] == ["160.0", "200.0", "1.250"]
+    assert found["time to the first token, 1 user"] == ["40 ms", "20 ms", "0.500"]
+    assert found["time for each further one, 8 users"] == ["3.1 ms", "2.5 ms", "0.800"]
+    assert found["weight files"][2] == "0.750" and found["memory of the server"][2] == "0.500"
+    assert max(map(len, demo.summary(runs, SIDES, PERPLEXITY).splitlines())) <= 80
+
+
+def test_a_failed_measurement_is_no_number(demo):
+    runs = [Run("sparse", 0, 1, Outcome(figures(50), None)), Run("dense", 0, 1, Outcome(None, "no answer"))]
+    found = rows(demo.summary(runs, SIDES, PERPLEXITY))
+    assert found["tokens/s, 1 user"] == ["failed", "50.0", "-"]
+
+
+@pytest.mark.slow
+def test_from_a_model_to_the_table_with_two_servers(demo, tiny_llama, tmp_path, monkeypatch, capfd):
+    """The second run compresses and evaluates nothing again."""
+    demo.DENSE.symlink_to(tiny_llama)
+    demo.COMPRESS_ARGUMENTS = ["--samples", "2", "--seq-len", "64"]
+    demo.EVAL_ARGUMENTS = ["--seq-len", "128", "--max-tokens", "512", "--json"]
+    demo.SERVE_ARGUMENTS = ["--max-model-len", "256", "--enforce-eager"]
+    demo.WORKLOAD, demo.USERS = Workload(16, 8, 1), (1, 2)
+    served, start = [], demo.running_server
+    monkeypatch.setattr(demo, "running_server", lambda model, *rest, **more: served.append(model) or start(model, *rest, **more))
+    demo.main()
+    first = capfd.readouterr().out
+    assert served == [str(demo.SPARSE), str(demo.DENSE)]
+    assert Reader(demo.SPARSE).sparse_names
+    table, _, last = first[first.rindex("\n===") :].partition("\nplot: ")
+    found = rows("\n".join(table.splitlines()[2:]))
+    assert len(found) == 10 and not [cell for cells in found.values() for cell in cells if cell in ("failed", "-")]
+    assert float(found["perplexity, lower is better"][0]) > 1
+    assert Path(last.split(";")[0]).is_file() and last.endswith("all figures and logs beside it\n")
+    assert "assistant:" in first and first.count("healthy after") == 2
+
+    # As a second run would: whatever it starts now fails.
+    def refuse(*arguments, **_):
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    demo.fetch_model()
+    demo.compress()
+    again = {demo.perplexity(model) for model in (demo.DENSE, demo.SPARSE)}
+    said = capfd.readouterr().out
+    assert said.count("is there already") == 2 and said.count("measured before") == 2
+    assert {f"{value:.1f}" for value in again} == set(found["perplexity, lower is better"][:2])
