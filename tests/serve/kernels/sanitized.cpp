@@ -94,8 +94,8 @@ static void check_refusal() {
 
 int main() {
   check_refusal();
-  for (int64_t rows : {1, 16, 17, 33, 65})
-    for (int64_t tokens : {1, 2, 3, 4, 5, 7, 11, 12, 13, 25, 97, 200}) {
+  for (int64_t rows : {1, 16, 17, 33, 65, 161})
+    for (int64_t tokens : {1, 2, 3, 4, 5, 7, 11, 12, 13, 21, 25, 41, 64, 65, 97, 200, 257}) {
       const int64_t columns = tokens % 2 ? 64 : 192;
       check<Bfloat16>(Dtype::bfloat16, tokens, rows, columns);
       check<Float16>(Dtype::float16, tokens, rows, columns);

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sweep import assert_close_to_float64, random_pair, sweep
+from sweep import assert_close_to_float64, nans_stay_in_their_token_and_row, random_pair, same_bits, sweep
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
@@ -74,38 +74,13 @@ def test_any_leading_dimensions_and_strides(backend, dtype):
 @pytest.mark.parametrize("rows", (208, 2080), ids=("threads share tokens", "threads share rows"))
 def test_same_bits_for_any_threads_and_any_batch(dtype, rows):
     torch.manual_seed(2)
-    weight, scales = torch.randn(rows, 1088), ()
-    if dtype == torch.int8:
-        weight, scales = weight * 30, (torch.rand(rows),)
-    compressed, bitmask = sparse24.compress(weight.to(dtype))
-    packed, permutation = cpu.pack(compressed, bitmask, *scales), torch.randperm(1088, dtype=torch.int32)
-    x = torch.randn(203, 1088).to(torch.bfloat16 if scales else dtype)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        whole = cpu.apply(x, packed, rows, permutation, None)
-        for count in (2, 3, 5):
-            torch.set_num_threads(count)
-            assert torch.equal(whole, cpu.apply(x, packed, rows, permutation, None))
-            assert torch.equal(cpu.pack(compressed, bitmask, *scales)[0], packed[0])
-    finally:
-        torch.set_num_threads(threads)
-    for first, last in ((0, 1), (7, 9), (5, 17), (11, 60), (100, 203)):
-        assert torch.equal(whole[first:last], cpu.apply(x[first:last], packed, rows, permutation, None))
+    same_bits(dtype, rows)
 
 
-def test_infinities_and_nans_stay_in_their_token_and_row():
+@pytest.mark.parametrize("tokens", (15, 60))
+def test_infinities_and_nans_stay_in_their_token_and_row(tokens):
     torch.manual_seed(3)
-    compressed, bitmask = random_pair(33, 64, torch.bfloat16)
-    x = torch.randn(20, 64, dtype=torch.bfloat16)
-    packed = cpu.pack(compressed, bitmask)
-    clean = cpu.apply(x, packed, 33, None, None)
-    x[3, 5] = float("nan")
-    y = cpu.apply(x, packed, 33, None, None)
-    reads_channel = sparse24.mask_from_bitmask(bitmask)[:, 5]
-    assert torch.equal(y[3].isnan(), reads_channel)
-    y[3], clean[3] = 0, 0
-    assert torch.equal(y, clean)
+    nans_stay_in_their_token_and_row(torch.bfloat16, tokens)
 
 
 @pytest.mark.parametrize("bits", (0b0000, 0b0001, 0b0111, 0b1111))

@@ -1,8 +1,8 @@
-// The product for many tokens on fp32 lanes. A vector holds one row of 8 or 16 tokens; a chunk of channels lies in L1
-// with the tokens of a channel side by side, so the two channels that a row keeps of a group are two loads, whose
-// addresses come from the positions. A group costs two multiply-adds with a memory operand where dense needs four, and
-// no shuffle. It reads the same packed form as the product over rows and adds in the same order: a token's sum has the
-// same bits from both.
+// The product for many tokens on fp32 lanes. A vector holds one row of 8 or 16 tokens. A chunk of channels (a block of
+// the packed form) lies in L1 with the tokens of a channel side by side, so the two channels that a row keeps of a group
+// are two loads, whose addresses come from the positions: a group costs two multiply-adds with a memory operand where
+// dense needs four, and no shuffle. It reads the same packed form as the product over rows and adds in the same order,
+// so a token's sum has the same bits from both.
 //
 //   struct Lanes {  // besides what product.h needs
 //     // 16 rows' weights as fp32; their activations' offsets, of which `offsets` has one for each position
@@ -20,15 +20,16 @@
 //     static void transpose(const float* from, int64_t stride, float* to, int64_t to_stride);  // kTokens x kTokens
 //   };
 #pragma once
-#include <algorithm>
-
 #include "product.h"
 
 namespace {
 
+// Not std::min, which the linker could take from another instruction set's file.
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Most vectors of a token block. A block of columns of so many tokens fits L1, beside the weights of a tile.
 constexpr int kBlockVectors = 12;
-// Tiles that go through the columns together.
+// Tiles that go through the columns together, so that a chunk of the panel comes to L1 once for all of them.
 constexpr int64_t kTilesTogether = 4;
 
 // A group of a tile's rows, as the loop over tokens wants it.
@@ -116,7 +117,7 @@ void spread_chunk(const uint8_t* weights, int64_t strips, const uint32_t (&offse
   }
 }
 
-// Some tiles, chunk after chunk of columns, so that a chunk of the panel comes to L1 once for all of them.
+// Some tiles, chunk after chunk of columns, all tokens of the pass through each.
 template <class Lanes>
 void multiply_tiles_together(const Product& product, int64_t first_tile, int64_t tiles) {
   constexpr int64_t width = Lanes::TokenLanes::kTokens;
@@ -137,7 +138,7 @@ void multiply_tiles_together(const Product& product, int64_t first_tile, int64_t
     const TileEnds<Lanes> ends(product, tile);
     for (int64_t b = 0; b < tokens.count; ++b)
       for (int64_t r = 0; r < ends.padded_rows; ++r)
-        std::fill_n(sums_of(tile, b) + r * tokens.padded(b), tokens.padded(b), ends.start[r]);
+        for (int64_t t = 0; t < tokens.padded(b); ++t) sums_of(tile, b)[r * tokens.padded(b) + t] = ends.start[r];
   }
   for (int64_t chunk = 0; chunk < layout.blocks(); ++chunk)
     for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile) {
@@ -157,7 +158,7 @@ void multiply_tiles_together(const Product& product, int64_t first_tile, int64_t
         for (int64_t r = 0; r < ends.padded_rows; r += width)
           Lanes::TokenLanes::transpose(sums_of(tile, b) + r * tokens.padded(b) + t, tokens.padded(b), by_token + r,
                                        kTileRows);
-        ends.finish(by_token, tokens.first(b) + t, std::min(tokens.size(b) - t, width));
+        ends.finish(by_token, tokens.first(b) + t, least(tokens.size(b) - t, width));
       }
   }
 }
@@ -165,11 +166,12 @@ void multiply_tiles_together(const Product& product, int64_t first_tile, int64_t
 template <class Lanes>
 void multiply_tiles_by_tokens(const Product& product, int64_t begin, int64_t end) {
   for (int64_t tile = begin; tile < end; tile += kTilesTogether)
-    multiply_tiles_together<Lanes>(product, tile, std::min(end - tile, kTilesTogether));
+    multiply_tiles_together<Lanes>(product, tile, least(end - tile, kTilesTogether));
 }
 
 // Copies the tokens of some token blocks into the panel, their channels in the stored order. A vector that the tokens
-// do not fill ends with zeros. Few tokens at a time: those a cache line or a page apart share a set of the cache.
+// do not fill ends with zeros. One vector of tokens at a time: with a power of two of channels a channel's values of all
+// tokens fall into the same set of the cache, which holds eight lines.
 template <class Lanes>
 void pack_vectors(const Product& product, int64_t begin, int64_t end) {
   using Value = typename Lanes::Value;
@@ -180,7 +182,7 @@ void pack_vectors(const Product& product, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b)
     for (int64_t first = 0; first < panel.tokens.size(b); first += width) {
       const auto* x = static_cast<const Value*>(product.x) + (panel.tokens.first(b) + first) * stride;
-      const int64_t tokens = std::min(panel.tokens.size(b) - first, width);
+      const int64_t tokens = least(panel.tokens.size(b) - first, width);
       for (int64_t chunk = 0, c = 0; chunk < product.layout.blocks(); ++chunk) {
         float* to = reinterpret_cast<float*>(product.panel + panel.offset(chunk, b)) + first;
         for (const int64_t last = c + 4 * kBlockGroups; c < last; ++c, to += room) {
@@ -197,6 +199,7 @@ void pack_vectors(const Product& product, int64_t begin, int64_t end) {
 template <class Lanes>
 constexpr Kernel token_kernel_of() {
   constexpr int64_t width = Lanes::TokenLanes::kTokens;
+  static_assert(kMaxPassTokens % (kBlockVectors * width) == 0, "a pass's sums have room for whole token blocks");
   return {kBlockVectors * width, width, width, 4 * sizeof(float), pack_vectors<Lanes>, multiply_tiles_by_tokens<Lanes>};
 }
 

@@ -1,0 +1,60 @@
+"""The dense linears that vLLM runs on a CPU, made by vLLM's own code, as rivals for `serve.kernels.bench`."""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+
+# What limits this process's dense libraries, and our kernels, to the instructions of a lesser machine.
+LIMITS = {
+    "avx2": {
+        "RIA_VLLM_CPU_ISA": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+    },
+    "avx512": {
+        "RIA_VLLM_CPU_ISA": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "ATEN_CPU_CAPABILITY": "avx512",
+    },
+}
+
+
+def limit() -> str | None:
+    """The key of LIMITS under which this process runs."""
+    return next((name for name, variables in LIMITS.items() if variables.items() <= os.environ.items()), None)
+
+
+def unquantized(weight: torch.Tensor) -> Linear:
+    """The linear of a bfloat16 or float32 model with this weight [out, in]: oneDNN's, or zentorch's where it is used."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    return lambda x: layer.cpu_linear(x, layer.weight, None)
+
+
+def w8a8(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Linear:
+    """int8 weights [out, in] with scales float32 [out, 1]; each token of x, in `dtype`, is quantized in the call."""
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
+    from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import Int8ScaledMMLinearLayerConfig
+
+    config = Int8ScaledMMLinearLayerConfig(is_static_input_scheme=False, is_channelwise=True, input_symmetric=True)
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(values, requires_grad=False)
+    layer.weight_scale = torch.nn.Parameter(scales, requires_grad=False)
+    layer.input_scale = layer.input_zero_point = layer.azp_adj = layer.bias = None
+    layer.logical_widths = [values.shape[0]]
+    kernel = CPUInt8ScaledMMLinearKernel(config, ["weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj"])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # which vLLM sets to the model's, and its kernel takes for the output
+    try:
+        kernel.process_weights_after_loading(layer)
+    finally:
+        torch.set_default_dtype(before)
+    return lambda x: kernel.apply_weights(layer, x)
