@@ -13,14 +13,16 @@ import pytest
 LONGEST = (
     "tests/serve/kernels/test_emulated_kernels.py",
     "tests/serve/test_vllm.py",
+    "tests/offline/test_memory.py",
     "tests/serve/test_bench.py",
     "tests/serve/test_pipeline.py",
-    "tests/offline/test_memory.py",
     "tests/serve/test_server.py",
+    "tests/serve/test_wheel.py",
     "tests/offline/test_interruptions.py",
     "tests/serve/test_features.py",
-    "tests/offline/test_tasks.py",
+    "tests/serve/test_claims.py",
     "tests/serve/test_foreign.py",
+    "tests/offline/test_tasks.py",
     "tests/serve/kernels/test_sanitized.py",
 )
 GIBIBYTES_EACH = 6  # of memory for each process: a model on four tiny ranks has room in it

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ import os; os._exit(0)
 
 
 def save_large(folder: Path, small: Path, shape: Shape) -> None:
-    """Random weights, one shard a layer, never whole in this process either."""
+    """Random weights, the same in every layer; one shard a layer, never whole in this process either."""
     folder.mkdir()
     for file in small.iterdir():
         if file.suffix == ".json" and file.name != "config.json":
@@ -90,12 +91,11 @@ def save_large(folder: Path, small: Path, shape: Shape) -> None:
     config |= {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
     config |= {"head_dim": shape.hidden // shape.heads, "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config))
+    layer = {name: torch.randn(size).mul_(0.02).bfloat16() for name, size in shape.linears.items()}
     weight_map = {}
     for index in range(LAYERS):
         prefix = f"model.layers.{index}."
-        tensors = {
-            f"{prefix}{name}.weight": torch.randn(size).mul_(0.02).bfloat16() for name, size in shape.linears.items()
-        }
+        tensors = {f"{prefix}{name}.weight": weight for name, weight in layer.items()}
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}{norm}.weight"] = torch.ones(shape.hidden, dtype=torch.bfloat16)
         if index == 0:
@@ -105,6 +105,25 @@ def save_large(folder: Path, small: Path, shape: Shape) -> None:
         save_file(tensors, folder / f"{index}.safetensors")
         weight_map |= dict.fromkeys(tensors, f"{index}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.fixture(scope="module")
+def small(make_model, tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("small") / "model", "llama", dtype=torch.bfloat16, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def large(small, tmp_path_factory) -> Callable[[Shape], Path]:
+    """Shape -> folder. Do not write into it."""
+    made: dict[Shape, Path] = {}
+
+    def get(shape: Shape) -> Path:
+        if shape not in made:
+            made[shape] = tmp_path_factory.mktemp("large") / "model"
+            save_large(made[shape], small, shape)
+        return made[shape]
+
+    return get
 
 
 @pytest.mark.slow
@@ -121,10 +140,8 @@ def save_large(folder: Path, small: Path, shape: Shape) -> None:
     ],
     ids=["admm", "block", "wide MLP", "admm, float32", "block, float32", "wide MLP, float32"],
 )
-def test_peak_memory_is_bounded_by_one_layer(make_model, text, tmp_path, shape, reconstruct, pruned, compute_dtype):
-    small = make_model(tmp_path / "small", "llama", dtype=torch.bfloat16, num_hidden_layers=2)
-    save_large(tmp_path / "large", small, shape)
-    paths = [str(path) for path in (small, tmp_path / "large", tmp_path / "out", text)]
+def test_peak_memory_is_bounded_by_one_layer(small, large, text, tmp_path, shape, reconstruct, pruned, compute_dtype):
+    paths = [str(path) for path in (small, large(shape), tmp_path / "out", text)]
     arguments = [*paths, reconstruct, pruned, compute_dtype, str(SAMPLES), str(SEQ_LEN)]
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], check=True, capture_output=True, text=True)
     activations = 2 * 2 * SAMPLES * SEQ_LEN * shape.hidden  # of the pruned and of the dense model
