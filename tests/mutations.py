@@ -129,6 +129,7 @@ mutation = st.one_of(
     _of("tensor", FILES[3:], st.sampled_from(sorted(TENSOR_CHANGES))),
     _of("bytes", FILES, st.sampled_from(["flip", "cut", "more"])),
     _of("file", FILES, st.sampled_from(["of the other run", "gone", "of another file"])),
+    _of("file", ("config.json", "permutations.safetensors", "shard"), st.just("of the other run")),
 )
 
 
