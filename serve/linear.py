@@ -167,6 +167,8 @@ class Sparse24LinearMethod(LinearMethodBase):
                 loaded["bitmask"].fill_(BITMASK_OF_ONES_AND_TWOS)
         values = loaded["weight"] if arrivals.storage.dense else loaded["compressed"]
         scales = row_scales(loaded["weight_scale"], layer.ria_output_sizes) if arrivals.storage.quantized else None
+        if scales is not None and not bool(scales.isfinite().all()):
+            raise RiaError(f"{' + '.join(self.parts)}: a weight_scale is no number. The weight file is damaged; get it again.")
         plain = arrivals.storage.dense and not missing and not is_two_of_four(values)
         if scales is not None and (plain or not arrivals.storage.kept):
             values, scales = (values.float() * scales[:, None]).to(arrivals.served), None

@@ -80,6 +80,15 @@ def test_scales_of_another_shape_are_named(strategy, shape):
         layer.weight_scale.weight_loader(layer.weight_scale, torch.ones(shape))
 
 
+def test_a_scale_that_is_no_number_is_named():
+    checkpoint = Checkpoint()
+    layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc")
+    checkpoint.stream(layer, {"fc": (None, 64)})
+    layer.weight_scale.data[5] = torch.inf
+    with pytest.raises(RiaError, match=r"fc: a weight_scale is no number\. .*damaged"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
 def check_dequantized(layer, plain, dtype):
     assert [tensor.dtype for tensor in packed(layer) if tensor.dtype == fp8.DTYPE] == []
     x = torch.randn(5, plain.shape[1], generator=torch.Generator().manual_seed(7)).to(dtype)
