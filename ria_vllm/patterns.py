@@ -27,8 +27,8 @@ def compile_pattern(text: str, where: str) -> re.Pattern[str]:
     """The regular expression `text`, for `match` on module names; `where` names its file and key in the error.
 
     Raises:
-        RiaError: it is none, is longer than `LONGEST`, refers back to a group, or may try too many ways before it fails,
-            as `(a+)+b` does.
+        RiaError: it is none, is longer than `LONGEST`, refers back to a group, or may try too many ways before it
+            fails, as `(a+)+b` does.
     """
     shown = repr(text if len(text) <= 60 else text[:57] + "...")
     if len(text) > LONGEST:
@@ -47,8 +47,8 @@ def compile_pattern(text: str, where: str) -> re.Pattern[str]:
         raise RiaError(f"{where}: the pattern {shown} has a part ({error.args[0]}) that is not allowed here.") from None
     if ways > MOST_WAYS:
         raise RiaError(
-            f"{where}: the pattern {shown} may take for ever to match a name. Use fewer repeats (`.*`), and none inside "
-            "another."
+            f"{where}: the pattern {shown} may take for ever to match a name. Use fewer repeats (`.*`), and none "
+            "inside another."
         )
     return pattern
 

@@ -72,7 +72,10 @@ def test_fused_on_disk_with_one_scale_for_all(dense):
     check_dequantized(layer, checkpoint.plain["gate_up"], torch.float32)
 
 
-@pytest.mark.parametrize("strategy, shape", [("channel", ()), ("channel", (64,)), ("channel", (1, 1)), ("tensor", (64, 1)), ("tensor", (1, 1))])
+@pytest.mark.parametrize(
+    "strategy, shape",
+    [("channel", ()), ("channel", (64,)), ("channel", (1, 1)), ("tensor", (64, 1)), ("tensor", (1, 1))],
+)
 def test_scales_of_another_shape_are_named(strategy, shape):
     checkpoint = Checkpoint(strategy=strategy)
     layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc")
