@@ -131,8 +131,8 @@ def _kv_cache_scheme(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         given = scheme.get(key, False if key == "dynamic" else None)
         if given != value:
             raise RiaError(
-                f"{WHERE}.kv_cache_scheme.{key}: {reprlib.repr(given)} is not served, only {value!r} is (an fp8 cache with a "
-                "scale a layer). Take the key kv_cache_scheme out of config.json: the cache then has the model's dtype."
+                f"{WHERE}.kv_cache_scheme.{key}: {reprlib.repr(given)} is not served, only {value!r} is (an fp8 cache "
+                "with a scale a layer). Take the key kv_cache_scheme out of config.json: the cache then has the model's dtype."
             )
     return dict(wanted)
 
