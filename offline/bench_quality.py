@@ -17,8 +17,8 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.evaluate import choose_device, load_model, perplexity, read_tokens
-from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.progress import Monitor
 
 WAYS = tuple(
     f"method={method} permute={permute} reconstruct={reconstruct}"
@@ -48,7 +48,7 @@ def measure(model: str, recipe: Recipe, tokens: torch.Tensor, window: int, devic
         start, start_on_cpu = time.perf_counter(), time.process_time()
         report = compress(model, out, recipe, Settings(device), monitor)
         seconds, on_cpu = time.perf_counter() - start, time.process_time() - start_on_cpu
-        found = perplexity(load_model(str(out), device), tokens, window)
+        found = perplexity(load_model(str(out), device, "auto"), tokens, window)
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     kept = [record["retained_after"] for record in report["linears"].values()]
     return {

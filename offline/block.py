@@ -25,21 +25,24 @@ def train_block(
     lr: float = 1e-3,
     seed: int = 0,
     betas: tuple[float, float] = (0.9, 0.999),
+    dtype: torch.dtype = torch.bfloat16,
 ) -> list[float]:
-    """Masked Adam under a cosine schedule, one step a micro-batch, in bf16 autocast.
+    """Masked Adam under a cosine schedule, one step a micro-batch, in bf16 autocast or in float32.
 
     A token's loss is its squared error over its own squared norm: in a plain mean square a few tokens with a thousand
     times the others' norm would be all that is learned.
 
-    With half of the weights masked this takes 10 bytes a weight, and the gradient of one linear at a time.
+    With half of the weights masked this takes 10 bytes a weight (12 in float32), and the gradient of one linear at a
+    time.
 
     Args:
         forward: [..., hidden] -> [..., hidden], the residual stream after the component; multiplies with `params`
-            under autocast.
+            (under autocast, if `dtype` is bfloat16). What else it computes with is float32.
         params: the linears' weights, of any floating dtype; float32 and zero outside their masks when this returns.
         masks: bool, one for every parameter and shaped as it, True = may change.
         inputs, targets: micro-batches of one device and count; sequences that load an item when asked serve as well.
         seed: of the order in which micro-batches come.
+        dtype: of the products, bfloat16 or float32.
 
     Returns:
         The mean loss of every pass.
@@ -51,7 +54,7 @@ def train_block(
         raise RiaError(f"{len(inputs)} inputs and {len(targets)} targets: block training needs as many of both, and some")
     order = torch.Generator().manual_seed(seed)
     step, steps = 0, passes * len(inputs)
-    trained = [_Trained(p, masks[name], lr, betas) for name, p in params.items()]
+    trained = [_Trained(p, masks[name], lr, betas, dtype) for name, p in params.items()]
     losses = []
     try:
         for _ in range(passes):
@@ -59,7 +62,7 @@ def train_block(
             for i in torch.randperm(len(inputs), generator=order).tolist():
                 for weight in trained:
                     weight.set_lr(lr * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
-                loss = _relative_error(forward, inputs[i], targets[i])
+                loss = _relative_error(forward, inputs[i], targets[i], dtype)
                 loss.backward()
                 step += 1
                 total += loss.item()
@@ -73,13 +76,20 @@ def train_block(
 
 
 class _Trained:
-    """A weight in training: in bf16 where the component reads it, and what the mask keeps in float32 for Adam.
+    """A weight in training: in `dtype` where the component reads it, and what the mask keeps in float32 for Adam.
 
-    Autocast would multiply with these same bf16 values. The step is taken as soon as the gradient is there, so that no
+    Autocast would multiply with the same values, rounded to bf16. The step is taken as soon as the gradient is there, so that no
     two linears' gradients are alive at once, and piece by piece, so that what it makes on the way is small.
     """
 
-    def __init__(self, parameter: torch.nn.Parameter, mask: torch.Tensor, lr: float, betas: tuple[float, float]):
+    def __init__(
+        self,
+        parameter: torch.nn.Parameter,
+        mask: torch.Tensor,
+        lr: float,
+        betas: tuple[float, float],
+        dtype: torch.dtype,
+    ):
         self.parameter, self.required_grad = parameter, parameter.requires_grad
         # By index, as selecting by a mask of random bits is ten times as slow.
         index = mask.flatten().nonzero().flatten().to(torch.int32 if mask.numel() < 2**31 else torch.int64)
@@ -87,7 +97,7 @@ class _Trained:
         flat = parameter.data.reshape(-1)
         self.kept = [torch.nn.Parameter(flat.index_select(0, part).float()) for part in self.index]
         self.optimizer = torch.optim.Adam(self.kept, lr=lr, betas=betas, foreach=False)
-        parameter.data = parameter.data.mul_(mask).to(torch.bfloat16).contiguous()
+        parameter.data = parameter.data.mul_(mask).to(dtype).contiguous()
         parameter.requires_grad_(True)
         self.hook = parameter.register_post_accumulate_grad_hook(self._step)
 
@@ -119,8 +129,10 @@ class _Trained:
             flat.scatter_(0, part.long(), kept.data.to(flat.dtype))
 
 
-def _relative_error(forward: Callable, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    with torch.autocast(inputs.device.type, torch.bfloat16):
+def _relative_error(
+    forward: Callable, inputs: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         outputs = forward(inputs.float())
     targets = targets.float()
     return ((outputs.float() - targets).square().sum(-1) / targets.square().sum(-1).clamp(min=1e-12)).mean()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.progress import Monitor
+from ria_vllm.progress import Monitor
 
 # Hub id, configuration, and whether it is too large to be fetched whole.
 DATASETS = {

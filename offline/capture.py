@@ -13,18 +13,25 @@ from torch import nn
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.drift import Drift, InputDrift, OutputDrift
 from ria_vllm.offline.embedding import LayerCall, Reached
-from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.ranks import Ranks
 from ria_vllm.offline.symmetric import BLOCK, SymmetricMatrix
 from ria_vllm.offline.topology import Component, Group
+from ria_vllm.progress import Monitor
 from ria_vllm.writer import disk_errors
 
 
 class Activations:
-    """The residual stream between two layers: one tensor [samples, tokens, hidden] a chunk, in memory or in files."""
+    """The residual stream between two layers: one tensor [samples, tokens, hidden] a chunk, in memory or in files.
 
-    def __init__(self, folder: Path | None = None):
-        self.folder = folder
+    Args:
+        dtype: of the tensors that it gives back; None: as they came.
+        kept: what it keeps them in; None: as they came.
+    """
+
+    def __init__(
+        self, folder: Path | None = None, dtype: torch.dtype | None = None, kept: torch.dtype | None = None
+    ):
+        self.folder, self.dtype, self.kept = folder, dtype, kept
         self.chunks: list[torch.Tensor | Path] = []
         if folder is not None:
             with disk_errors(folder):
@@ -35,7 +42,8 @@ class Activations:
 
     def __getitem__(self, index: int) -> torch.Tensor:
         chunk = self.chunks[index]
-        return chunk if isinstance(chunk, torch.Tensor) else load_file(chunk)["stream"]
+        stream = chunk if isinstance(chunk, torch.Tensor) else load_file(chunk)["stream"]
+        return stream.to(self.dtype or stream.dtype)
 
     def __setitem__(self, index: int, stream: torch.Tensor) -> None:
         self.chunks[index] = self._keep(index, stream)
@@ -44,7 +52,7 @@ class Activations:
         self.chunks.append(self._keep(len(self.chunks), stream))
 
     def _keep(self, index: int, stream: torch.Tensor) -> torch.Tensor | Path:
-        stream = stream.cpu().contiguous()
+        stream = stream.to("cpu", self.kept or stream.dtype).contiguous()
         if self.folder is None:
             return stream
         path = self.folder / f"{index}.safetensors"

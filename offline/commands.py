@@ -61,6 +61,13 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 @click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears whose name it matches dense. Repeatable.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
+    "--compute-dtype",
+    default="auto",
+    show_default=True,
+    help="What layers are computed in: auto, bfloat16, float32 or float16. auto: the model's own, or float32 where the "
+    "device is slow in that. What is written stays in the model's own.",
+)
+@click.option(
     "--activation-cache",
     type=click.Choice(["cpu", "disk"]),
     default="cpu",
@@ -73,7 +80,7 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 @click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(
     model, out, method, exponent, permute, permute_scope, pattern, calibration, samples, seq_len, seed, reconstruct,
-    skip_sensitive, weights, ignore, device, activation_cache, max_shard_size, overwrite, resume, timings,
+    skip_sensitive, weights, ignore, device, compute_dtype, activation_cache, max_shard_size, overwrite, resume, timings,
 ):  # fmt: skip
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
 
@@ -83,9 +90,9 @@ def compress(
     from ria_vllm.offline.compress import Settings
     from ria_vllm.offline.compress import compress as run
     from ria_vllm.offline.evaluate import choose_device
-    from ria_vllm.offline.progress import Monitor
     from ria_vllm.offline.prune import Pattern
     from ria_vllm.offline.recipe import Recipe
+    from ria_vllm.progress import Monitor
     from ria_vllm.sizes import parse_size
     from ria_vllm.writer import check_file_place, disk_errors
 
@@ -94,7 +101,7 @@ def compress(
     recipe = Recipe(
         method=method, exponent=exponent, permute=permute or ("lsa" if served else "none"), permute_scope=permute_scope,
         pattern=parsed, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, ignore=tuple(ignore),
-        reconstruct=reconstruct, skip_sensitive=skip_sensitive, weights=weights,
+        reconstruct=reconstruct, skip_sensitive=skip_sensitive, weights=weights, compute_dtype=compute_dtype,
     )  # fmt: skip
     if timings and timings.parent.resolve() != out.resolve():  # which will be there in the end
         check_file_place(timings)

@@ -11,23 +11,28 @@ import torch
 
 from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
+from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import calibration
+from ria_vllm.offline.dtypes import CHOICES, choose_dtype, name_of
 from ria_vllm.offline.evaluate import load_tokenizer
 from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.memory import available, map_large_blocks
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive
-from ria_vllm.offline.progress import Monitor
+from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.ranks import Ranks, joined
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.source import Source, opened, stamp_of
-from ria_vllm.offline.streaming import StreamedModel
+from ria_vllm.offline.streaming import StreamedModel, stored_dtype
 from ria_vllm.offline.topology import Topology
 from ria_vllm.offline.units import layer_key, layer_tensors, pruned_weights
+from ria_vllm.progress import Monitor
 from ria_vllm.schema import REPORT_FILE, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.writer import CheckpointWriter, check_place, disk_errors
 
 CALIBRATION_KEY = "calibration"
 SENSITIVITY_KEY = "sensitivity"
+FINGERPRINT_FILE = "run.json"
+TOKENIZER_FILE = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,11 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
     with joined(settings.device) as team, torch.no_grad(), monitor.live():
         if (out.exists() or out.is_symlink()) and not settings.overwrite:
             raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
-        with opened(model, out.parent, team) as source:
-            streamed = StreamedModel(source.folder, source.config, settings.device)
-            recipe = _clipped(recipe, source, monitor)
+        with opened(model, out.parent, team, monitor) as source:
+            dtype = _compute_dtype(out, source, recipe, settings, team, monitor)
+            with monitor.phase("reading the headers"):
+                streamed = StreamedModel(source.folder, source.config, settings.device, dtype)
+            recipe = _clipped(recipe, source, monitor).with_compute_dtype(name_of(dtype))
             with _work_folder(out, _fingerprint(recipe, source), settings, team) as writer:
                 return _run(source, streamed, recipe, settings, writer, team, monitor)
 
@@ -83,7 +90,7 @@ def _run(
     if finished:
         monitor.say(f"resuming: {finished} of {total} layers are finished")
     if finished < total:
-        for index in range(finished):
+        for index in monitor.steps(range(finished), "resuming", finished):
             stored, _ = writer.read(layer_key(index))
             names = [f"{model.layer_prefix(index)}{name}" for name in sorted(plan.pruned[index])]
             layers.replay(index, pruned_weights(stored, names, model.stored_dtype))
@@ -99,7 +106,7 @@ def _run(
     report = _report(source, recipe, model, plan, writer)
     if team.first:
         with monitor.phase("writing"):
-            _finish(source, model, recipe, layers.topology, plan, settings, writer, report)
+            _finish(source, model, recipe, layers.topology, plan, settings, writer, report, monitor)
     team.wait()
     return report
 
@@ -112,27 +119,54 @@ def _clipped(recipe: Recipe, source: Source, monitor: Monitor) -> Recipe:
     return recipe
 
 
+def _compute_dtype(
+    out: Path, source: Source, recipe: Recipe, settings: Settings, team: Ranks, monitor: Monitor
+) -> torch.dtype:
+    """What this run computes in. Where nothing else is asked, a resumed run goes on as it began, on any machine."""
+    stored, asked = stored_dtype(source.folder, source.config), recipe.compute_dtype
+    if team.first and settings.resume and asked == "auto":
+        begun = _begun(_work(out)).get("compute_dtype")
+        asked = begun if begun in CHOICES else asked
+    dtype = team.from_first(choose_dtype(stored, settings.device, asked))  # the others' machines may be unlike
+    if dtype != stored:
+        monitor.say(f"computing in {name_of(dtype)}, writing {name_of(stored)}")
+    return dtype
+
+
+def _work(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _begun(work: Path) -> dict[str, Any]:
+    """The fingerprint of the run that a work folder is from; empty where there is none."""
+    fingerprint = work / FINGERPRINT_FILE
+    return read_json(fingerprint) if fingerprint.is_file() else {}
+
+
 def _fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
     """All that the bytes of the result depend on, as JSON gives it back."""
     text = Path(recipe.calibration)
     stamps = {"model": source.stamp, "calibration text": stamp_of(text) if text.is_file() else None}
-    return json.loads(json.dumps(recipe.dump(source.name) | stamps))
+    names = {"source": source.name, "calibration": recipe.calibration}  # in full: this stays in the work folder
+    return json.loads(json.dumps(recipe.dump(source.name) | names | stamps))
 
 
 @contextmanager
 def _work_folder(out: Path, run: dict[str, Any], settings: Settings, team: Ranks) -> Iterator[CheckpointWriter]:
     """The work folder, new or, with --resume, that of an interrupted run with the same fingerprint."""
-    work = out.with_name(out.name + ".partial")
-    fingerprint = work / "run.json"
+    work = _work(out)
     if team.first:
-        known = read_json(fingerprint) if settings.resume and fingerprint.is_file() else None
-        differing = [key for key in run if known is not None and known.get(key) != run[key]]
+        known = _begun(work) if settings.resume else {}
+        differing = [key for key in run if known and known.get(key) != run[key]]
         if differing:
-            what = differing[0].replace("_", "-")
-            raise RiaError(f"--resume: {work} is from a run with another {what}. Give the same, or leave out --resume.")
-        writer = CheckpointWriter(out, settings.overwrite, resume=known is not None)
+            what, before = differing[0].replace("_", "-"), known.get(differing[0])
+            shown = f" ({before})" if isinstance(before, str | int | float) else ""
+            raise RiaError(
+                f"--resume: {work} is from a run with another {what}{shown}. Give the same, or leave out --resume."
+            )
+        writer = CheckpointWriter(out, settings.overwrite, resume=bool(known))
         with disk_errors(work):
-            fingerprint.write_text(json.dumps(run))
+            (work / FINGERPRINT_FILE).write_text(json.dumps(run))
     team.wait()
     if not team.first:
         writer = CheckpointWriter(out, overwrite=True, resume=True)
@@ -166,11 +200,12 @@ def _make_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: 
     logging.disable_progress_bar()
     if recipe.calibration == "self":
         _check_whole_fits(source, model)
-        # Plain attention: for one token at a time the fused kernels of a CPU take much longer.
-        whole = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=model.dtype, attn_implementation="eager", trust_remote_code=False
-        )
-        whole = whole.to(model.device).eval()
+        with monitor.phase("loading the whole model"):
+            # Plain attention: for one token at a time the fused kernels of a CPU take much longer.
+            whole = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=model.dtype, attn_implementation="eager", trust_remote_code=False
+            )
+            whole = whole.to(model.device).eval()
         bos = source.config.get_text_config().bos_token_id
         return calibration.from_model(whole, bos, recipe.samples, recipe.seq_len, recipe.seed, monitor)
     try:
@@ -190,10 +225,13 @@ def _check_whole_fits(source: Source, model: StreamedModel) -> None:
     for device in {model.device, torch.device("cpu")}:  # it is read into the host's memory first
         free = available(device)
         if free is not None and needed > free:
+            smaller = ""
+            if model.dtype.itemsize > model.stored_dtype.itemsize:
+                smaller = f" Or give --compute-dtype {name_of(model.stored_dtype)}, which takes half as much and more time."
             raise RiaError(
-                f"{source.name}: --calibration self runs the whole dense model, {needed / 1e9:.1f} GB, and "
-                f"{free / 1e9:.1f} GB of memory are free ({device}). Give a text file to --calibration: with that, "
-                "decoder layers are in memory one at a time."
+                f"{source.name}: --calibration self runs the whole dense model in {name_of(model.dtype)}, "
+                f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free ({device}). Give a text file to "
+                f"--calibration: with that, decoder layers are in memory one at a time.{smaller}"
             )
 
 
@@ -248,22 +286,28 @@ def _finish(
     settings: Settings,
     writer: CheckpointWriter,
     report: dict[str, Any],
+    monitor: Monitor,
 ) -> None:
     keys = []
     for number, name in enumerate(model.names_outside_layers()):
         keys.append(f"outside-{number:05d}")
         writer.write(keys[-1], {name: model.read(name)})
     keys += [layer_key(index) for index in range(len(model.layers))]
-    config = dict(source.raw_config)
+    config = without_paths(source.raw_config)
+    pruned = sum(record["shape"][0] * record["shape"][1] for record in report["linears"].values())
+    total = sum(m.weight.numel() for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear))
+    zeros = round((1 - recipe.pattern.density) * pruned / total, 6)
     if recipe.served:
-        pruned = sum(record["shape"][0] * record["shape"][1] for record in report["linears"].values())
-        total = sum(m.weight.numel() for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear))
-        sparsity = SparsityConfig(ignore=list(plan.dense), global_sparsity=round(0.5 * pruned / total, 6))
+        sparsity = SparsityConfig(ignore=list(plan.dense), global_sparsity=zeros)
         folds = topology.absolute_folds(model.layers_path)
-        dtype = str(model.stored_dtype).removeprefix("torch.")
-        weights = WeightQuantization(dtype=dtype) if recipe.weights == "int8" else None
+        weights = WeightQuantization(dtype=name_of(model.stored_dtype)) if recipe.weights == "int8" else None
         schema = RiaSchema(sparsity_config=sparsity, weights=weights, folds=folds, recipe=recipe.dump(source.name))
         config["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
     json_files = {"config.json": config, REPORT_FILE: report}
+    copies = source.small_files()
+    for path in [path for path in copies if path.name == TOKENIZER_FILE]:
+        json_files[path.name] = without_paths(read_json(path))
+        copies.remove(path)
     permuted = recipe.served and recipe.permute != "none"
-    writer.finish(keys, json_files, source.small_files(), settings.max_shard_size, permuted)
+    cards = {CARD_FILE: pruned_card(source.folder, report, zeros, recipe.served, monitor.warn)}
+    writer.finish(keys, json_files, copies, settings.max_shard_size, permuted, cards)

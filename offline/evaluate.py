@@ -2,19 +2,19 @@
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from safetensors import SafetensorError
 
 from ria_vllm.checkpoint import Reader, is_compressed, weight_files
 from ria_vllm.errors import RiaError
+from ria_vllm.model_card import Measured, check_card, note_perplexity
+from ria_vllm.offline.dtypes import CHOICES, choose_dtype, name_of
+from ria_vllm.progress import Monitor
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,12 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_model(folder: str, device: torch.device) -> Any:
+def load_model(folder: str, device: torch.device, compute_dtype: str | None = None) -> Any:
     """A transformers causal LM in evaluation mode; a compressed folder is decompressed in memory.
 
     Args:
         folder: a folder, or a hub id of a dense model.
+        compute_dtype: what it is to compute in, one of `ria_vllm.offline.dtypes.CHOICES`; None: as it is stored.
 
     Raises:
         RiaError: not a model, or a damaged compressed one.
@@ -75,7 +76,9 @@ def load_model(folder: str, device: torch.device) -> Any:
     if info["missing_keys"]:
         # transformers would go on with random numbers in their place.
         raise RiaError(f"{folder}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. Get the files again.")
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    dtype = model.dtype if compute_dtype is None else choose_dtype(model.dtype, device, compute_dtype)
+    return model if dtype == model.dtype else model.to(dtype)
 
 
 def dense_state(reader: Reader) -> dict[str, torch.Tensor]:
@@ -116,9 +119,7 @@ def read_tokens(folder: str, text: Path, max_tokens: int | None) -> torch.Tensor
 
 
 @torch.inference_mode()
-def perplexity(
-    model: Any, tokens: torch.Tensor, seq_len: int, on_window: Callable[[int, int], None] = lambda done, total: None
-) -> Perplexity:
+def perplexity(model: Any, tokens: torch.Tensor, seq_len: int, monitor: Monitor | None = None) -> Perplexity:
     """Over consecutive windows of `seq_len` tokens, each on its own; what is left at the end is dropped.
 
     A text shorter than one window is one window. Log-likelihoods are summed in float64 from float32 logits.
@@ -131,13 +132,13 @@ def perplexity(
     seq_len = min(seq_len, len(tokens))
     windows = tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len)
     total = torch.zeros((), dtype=torch.float64)
-    for number, window in enumerate(windows):
+    monitor = monitor or Monitor(shown=False)
+    for number, window in enumerate(monitor.steps(windows, "windows", len(windows))):
         window = window.to(model.device)
         logits = model(window[None], use_cache=False).logits[0, :-1].float()
         total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").double().cpu()
         if not math.isfinite(total):
             raise RiaError(f"window {number + 1}: the model's logits are not finite. Check the folder with `verify`.")
-        on_window(number + 1, len(windows))
     count = len(windows) * (seq_len - 1)
     mean = float(total) / count
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, count, len(windows), seq_len)
@@ -148,6 +149,8 @@ def perplexity(
 @click.option("--text", type=click.Path(path_type=Path), help="A text file: measure perplexity on it.")
 @click.option("--seq-len", type=click.IntRange(min=2), help="Tokens a window; 1024, or a shorter context of the model.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first so many tokens of the text.")
+@click.option("--baseline", help="Also measure this model, the dense one that MODEL was pruned from, on the same text.")
+@click.option("--update-card", is_flag=True, help="Note the perplexity in MODEL's README.md; MODEL is a folder then.")
 @click.option("--tasks", help="Comma-separated tasks for lm-evaluation-harness (needs ria-vllm[tasks]).")
 @click.option(
     "--include-path",
@@ -157,43 +160,72 @@ def perplexity(
 @click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="What runs --tasks.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first so many examples of each task.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--compute-dtype",
+    type=click.Choice(CHOICES),
+    default="auto",
+    show_default=True,
+    help="auto: the model's own, or float32 where the device is slow in that.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     model: str,
     text: Path | None,
     seq_len: int | None,
     max_tokens: int | None,
+    baseline: str | None,
+    update_card: bool,
     tasks: str | None,
     include_path: Path | None,
     engine: str,
     limit: int | None,
     device: str,
+    compute_dtype: str,
     as_json: bool,
 ) -> None:
     """Measure MODEL: a Hugging Face folder or hub id, or a folder that `ria-vllm compress` wrote."""
     if (text is None) == (tasks is None):
         raise RiaError("eval: give --text FILE for perplexity, or --tasks NAMES for lm-evaluation-harness.")
     if tasks is not None:
+        if baseline is not None or update_card:
+            raise RiaError("eval: --baseline and --update-card are for perplexity. Give --text FILE instead of --tasks.")
         from ria_vllm.offline.tasks import run_tasks
 
-        results = run_tasks(model, tasks.split(","), engine, limit, choose_device(device), include_path)
+        place = choose_device(device)
+        results = run_tasks(model, tasks.split(","), engine, limit, place, include_path, compute_dtype)
         click.echo(json.dumps(results, indent=2) if as_json else task_lines(results))
         return
     assert text is not None
-    tokens = read_tokens(model, text, max_tokens)
-    loaded = load_model(model, choose_device(device))
-    seq_len = window_length(loaded, seq_len)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("windows")
-        found = perplexity(
-            loaded, tokens, seq_len, lambda done, total: progress.update(task, completed=done, total=total)
-        )
+    if update_card:
+        check_card(Path(model))
+    monitor = Monitor()
+    with monitor.live():
+        with monitor.phase("reading the text"):
+            tokens = read_tokens(model, text, max_tokens)
+            if baseline is not None and not torch.equal(read_tokens(baseline, text, max_tokens), tokens):
+                raise RiaError(
+                    f"{baseline}: reads the text as other tokens than {model}, so their perplexities do not compare."
+                )
+        with monitor.phase("loading the model"):
+            loaded = load_model(model, choose_device(device), compute_dtype)
+        seq_len, dtype = window_length(loaded, seq_len), name_of(loaded.dtype)
+        found, dense = perplexity(loaded, tokens, seq_len, monitor), None
+        del loaded  # before the other model is read
+        if baseline is not None:
+            with monitor.phase("loading the baseline"):
+                loaded = load_model(baseline, choose_device(device), compute_dtype)
+            dense = perplexity(loaded, tokens, window_length(loaded, seq_len), monitor)
     if as_json:
-        click.echo(json.dumps({"model": model, "text": str(text), **asdict(found)}, indent=2))
+        about = {"model": model, "text": str(text), "compute_dtype": dtype, **asdict(found)}
+        click.echo(json.dumps(about | ({"baseline": {"model": baseline, **asdict(dense)}} if dense else {}), indent=2))
     else:
-        click.echo(
-            f"perplexity {found.perplexity:.4f} ({found.tokens} tokens, {found.windows} windows of {found.seq_len})"
-        )
+        windows = f"{found.windows} windows of {found.seq_len}"
+        click.echo(f"perplexity {found.perplexity:.4f} ({found.tokens} tokens, {windows}, computed in {dtype})")
+        if dense is not None:
+            click.echo(f"{baseline}: perplexity {dense.perplexity:.4f}")
+    if update_card:
+        other = None if dense is None else dense.perplexity
+        note_perplexity(Path(model), Measured(text.name, found.tokens, found.seq_len, found.perplexity, other))
 
 
 def window_length(model: Any, asked: int | None) -> int:

@@ -14,12 +14,12 @@ from ria_vllm.offline.capture import Activations, advance, gather, run_component
 from ria_vllm.offline.embedding import Embedder, LayerCall
 from ria_vllm.offline.memory import trim
 from ria_vllm.offline.plan import Plan
-from ria_vllm.offline.progress import Monitor
 from ria_vllm.offline.ranks import Ranks
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.solve import Pruned, find_orders, solve, stored_weight
 from ria_vllm.offline.streaming import StreamedModel
 from ria_vllm.offline.topology import Component, Group, describe
+from ria_vllm.progress import Monitor
 
 T = TypeVar("T")
 # Tokens in one forward pass of a layer. Chunks do not depend on the number of ranks, so neither do results.
@@ -58,13 +58,16 @@ class LayerPass:
                 f"{team.size} processes. Use fewer processes, or more samples."
             )
         self.chunks = len(chunks)
-        self.pruned = Activations(None if cache is None else cache / f"pruned-{team.rank}")
+        # A bf16 model's stream has no more than bf16 to say, and takes half the room in it.
+        kept = torch.bfloat16 if model.stored_dtype == torch.bfloat16 else model.dtype
+        self.pruned = Activations(None if cache is None else cache / f"pruned-{team.rank}", model.dtype, kept)
         # Reconstruction aims at the stream of the dense model on its own path.
         self.dense: Activations | None = None
         if follow and recipe.follows_dense:
-            self.dense = Activations(None if cache is None else cache / f"dense-{team.rank}")
+            self.dense = Activations(None if cache is None else cache / f"dense-{team.rank}", model.dtype, kept)
         self.calls: dict[torch.Size, list[LayerCall]] = {}
-        self._embed(chunks)
+        with monitor.phase("embedding"):
+            self._embed(chunks)
 
     def _embed(self, chunks: Sequence[torch.Tensor]) -> None:
         embedder = Embedder(self.model)
@@ -136,7 +139,7 @@ class LayerPass:
         self, index: int, layer: nn.Module, component: Component, pruned: Mapping[str, Pruned]
     ) -> dict[str, Pruned]:
         """Block reconstruction of one component; all ranks train alike, on the chunks of all."""
-        # Autocast takes linears in any dtype; what else there is computes in float32.
+        # Linears are multiplied in the dtype that they are trained in; what else there is computes in float32.
         others = [module for module in layer.modules() if not isinstance(module, nn.Linear)]
         for parameter in (p for module in others for p in module.parameters(recurse=False)):
             parameter.data = parameter.data.float()
@@ -152,6 +155,7 @@ class LayerPass:
                 _Everywhere(self.dense, self.chunks, self.team, self.model.device),
                 passes=min(8, max(2, TRAINING_STEPS // self.chunks)),
                 seed=self.recipe.seed,
+                dtype=self.recipe.product_dtype,
             )
         trained = {}
         for name, linear in pruned.items():

@@ -17,7 +17,8 @@ LADDER_STEPS = 4
 
 
 def search(
-    S: torch.Tensor, n: int = 2, m: int = 4, method: str = "lsa", rounds: int = 8, seed: int = 0
+    S: torch.Tensor, n: int = 2, m: int = 4, method: str = "lsa", rounds: int = 8, seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The order of input channels that keeps the most score.
 
@@ -30,6 +31,7 @@ def search(
         S: [rows, channels] scores; for linears that share their input, stacked.
         rounds: at most so many with a gain.
         seed: for the draws; the same seed gives the same order.
+        dtype: of the products that compare exchanges; see `coded_gain_matrix`.
 
     Returns:
         int64 [channels] on the device of S: stored column j holds channel p[j]. What it retains is never less than
@@ -52,13 +54,13 @@ def search(
     if (score := kept(columns, dealt, n)) >= best:
         index, best = dealt, score
     if method == "lsa":
-        index = _improve(columns, index, best, n, rounds, seed)
+        index = _improve(columns, index, best, n, rounds, seed, dtype)
     return index.flatten()
 
 
 def search_heads(
     S: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int, n: int = 2, m: int = 4, method: str = "lsa",
-    rounds: int = 8, seed: int = 0,
+    rounds: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The same for an output projection, whose order the value projection's rows must be able to follow.
 
@@ -81,7 +83,7 @@ def search_heads(
     order = []
     for kv in range(num_kv_heads):
         stacked = heads[:, kv].reshape(-1, head_dim)
-        inner = search(stacked, n, m, method, rounds, seed)
+        inner = search(stacked, n, m, method, rounds, seed, dtype)
         order += [inner + (kv * share + query) * head_dim for query in range(share)]
     return torch.cat(order)
 
@@ -106,7 +108,7 @@ def deal(columns: torch.Tensor, m: int) -> torch.Tensor:
 
 
 def _improve(
-    columns: torch.Tensor, index: torch.Tensor, best: torch.Tensor, n: int, rounds: int, seed: int
+    columns: torch.Tensor, index: torch.Tensor, best: torch.Tensor, n: int, rounds: int, seed: int, dtype: torch.dtype
 ) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
     groups, m = index.shape
@@ -119,7 +121,7 @@ def _improve(
             if ladder is None:
                 gain = gain_matrix(columns, trial, position, n)
             else:
-                gain = coded_gain_matrix(columns, trial, position, n, ladder)
+                gain = coded_gain_matrix(columns, trial, position, n, ladder, dtype)
             trial = reassign(trial, gain, position)
         score = kept(columns, trial, n)
         idle = idle + 1 if score <= best * (1 + WORTHWHILE) else 0

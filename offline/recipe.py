@@ -4,12 +4,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
-from ria_vllm.offline import permute, scores
+from ria_vllm.offline import dtypes, permute, scores
 from ria_vllm.offline.prune import Pattern
+from ria_vllm.offline.publish import published
 
 METHODS = (*scores.METHODS, "sparsegpt")
 SCOPES = ("shared", "linear")
@@ -38,10 +42,12 @@ class Recipe:
     reconstruct: str = "admm"
     skip_sensitive: float = 0.0
     weights: str = "float"
+    compute_dtype: str = "auto"
 
     def __post_init__(self):
         choices = (("method", METHODS), ("permute", permute.METHODS), ("permute_scope", SCOPES))
-        for name, allowed in (*choices, ("reconstruct", RECONSTRUCTIONS), ("weights", WEIGHTS)):
+        more = (("reconstruct", RECONSTRUCTIONS), ("weights", WEIGHTS), ("compute_dtype", dtypes.CHOICES))
+        for name, allowed in (*choices, *more):
             if getattr(self, name) not in allowed:
                 option = "--" + name.replace("_", "-")
                 raise RiaError(f"{option} {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
@@ -77,6 +83,11 @@ class Recipe:
     def trains(self) -> bool:
         return self.reconstruct == "block"
 
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Of the products that bfloat16 does for: of training, and of comparing orders of channels."""
+        return torch.float32 if self.compute_dtype == "float32" else torch.bfloat16
+
     def shared_orders(self, linears: Sequence[str]) -> list[Sequence[str]]:
         """Which of the linears with one input get one order together."""
         return [linears] if self.permute_scope == "shared" else [(name,) for name in linears]
@@ -84,11 +95,17 @@ class Recipe:
     def with_seq_len(self, seq_len: int) -> "Recipe":
         return replace(self, seq_len=seq_len)
 
+    def with_compute_dtype(self, dtype: str) -> "Recipe":
+        return replace(self, compute_dtype=dtype)
+
     def ignores(self, name: str) -> bool:
         return any(re.search(expression, name) for expression in self.ignore)
 
     def dump(self, source: str) -> dict[str, Any]:
-        """For config.json: enough to do it again."""
+        """For config.json: enough to do it again, and nothing of where files lay here."""
         versions = {"ria-vllm": __version__} | {name: version(name) for name in ("torch", "transformers", "scipy")}
-        plain = {"pattern": str(self.pattern), "ignore": list(self.ignore)}
-        return asdict(self) | plain | {"source": source, "versions": versions}
+        plain = {"pattern": str(self.pattern), "ignore": list(self.ignore), "calibration": Path(self.calibration).name}
+        options = asdict(self) | plain
+        if self.compute_dtype == "auto":
+            del options["compute_dtype"]  # not known yet
+        return options | {"source": published(source), "versions": versions}

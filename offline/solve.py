@@ -153,12 +153,13 @@ def _find_order(
     S = _stacked_scores(names, weights, statistics, recipe)
     n, m = recipe.pattern.n, recipe.pattern.m
     if group.heads is None:
-        p = permute.search(S, n, m, recipe.permute, seed=recipe.seed)
+        p = permute.search(S, n, m, recipe.permute, seed=recipe.seed, dtype=recipe.product_dtype)
     elif group.heads.head_dim % m == 0:
         heads = group.heads
         p = permute.search_heads(
-            S, heads.num_heads, heads.num_kv_heads, heads.head_dim, n, m, recipe.permute, seed=recipe.seed
-        )
+            S, heads.num_heads, heads.num_kv_heads, heads.head_dim, n, m, recipe.permute, seed=recipe.seed,
+            dtype=recipe.product_dtype,
+        )  # fmt: skip
     else:
         return None  # groups would straddle heads, whose channels must not mix
     return None if permutation.is_identity(p) else p.cpu()

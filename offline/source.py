@@ -10,15 +10,16 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
 from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, is_compressed, read_json, weight_files
+from ria_vllm.companions import LEGAL_PATTERNS, SUFFIXES, is_companion
 from ria_vllm.errors import RiaError
+from ria_vllm.model_card import CARD_FILE
 from ria_vllm.offline.evaluate import reason_of
 from ria_vllm.offline.ranks import Ranks
+from ria_vllm.progress import Monitor
 from ria_vllm.writer import disk_errors
 
-# What a folder needs besides weights; everything here is small and none of it is code.
-COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 NOT_COPIED = ("config.json", INDEX_FILE, "pytorch_model.bin.index.json", "ria_report.json")
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FILE, *LEGAL_PATTERNS]
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,12 @@ class Source:
     stamp: list[list[Any]]
 
     def small_files(self) -> list[Path]:
-        """Tokenizer, generation config, chat template."""
-        files = sorted(path for path in self.folder.iterdir() if path.is_file())
-        return [path for path in files if path.suffix in COPIED_SUFFIXES and path.name not in NOT_COPIED]
+        """Tokenizer, generation config, chat template, license."""
+        return [path for path in sorted(self.folder.iterdir()) if is_companion(path) and path.name not in NOT_COPIED]
 
 
 @contextmanager
-def opened(model: str, work: Path, team: Ranks) -> Iterator[Source]:
+def opened(model: str, work: Path, team: Ranks, monitor: Monitor) -> Iterator[Source]:
     """Find, fetch or convert the model, and check that it can be compressed. Only the first rank fetches or converts.
 
     Args:
@@ -56,7 +56,8 @@ def opened(model: str, work: Path, team: Ranks) -> Iterator[Source]:
             work.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=work, prefix=".gguf-") if team.first else nullcontext() as folder:
             if team.first:
-                convert_gguf(path, Path(folder))
+                with monitor.phase("converting the GGUF file"):
+                    convert_gguf(path, Path(folder))
             yield replace(_checked(model, Path(team.from_first(folder))), stamp=[stamp_of(path)])
             team.wait()
     elif path.is_dir():
@@ -66,7 +67,8 @@ def opened(model: str, work: Path, team: Ranks) -> Iterator[Source]:
             f"{model}: neither a folder nor a .gguf file. Give a Hugging Face folder, a hub id or a GGUF file."
         )
     else:
-        folder = _from_hub(model) if team.first else None
+        with monitor.phase("fetching the model from the hub"):
+            folder = _from_hub(model) if team.first else None
         yield _checked(model, team.from_first(folder))
 
 

@@ -16,6 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ria_vllm.checkpoint import weight_files
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import topology
+from ria_vllm.offline.dtypes import choose_dtype
 from ria_vllm.sparse24 import VALUE_DTYPES
 
 # Weights whose being finite is checked at a time.
@@ -25,23 +26,26 @@ FINITE_AT_ONCE = 1 << 22
 class StreamedModel:
     """The model's own modules on the meta device, and where each of their tensors lies.
 
-    stored_dtype is the checkpoint's; dtype is what layers are computed in, float32 in place of float16 on a CPU.
+    stored_dtype is the checkpoint's; dtype is what layers are computed in.
 
     Args:
         folder: a Hugging Face folder with safetensors.
         config: its configuration.
+        dtype: to compute in; None: what `choose_dtype` chooses.
 
     Raises:
         RiaError: no decoder layers with linears, or weights that do not fit the configuration.
     """
 
-    def __init__(self, folder: Path, config: PretrainedConfig, device: torch.device):
+    def __init__(
+        self, folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype | None = None
+    ):
         self.folder = folder
         self.device = device
         self.config = config
         self.files = weight_files(folder)
-        self.stored_dtype = self._stored_dtype()
-        self.dtype = torch.float32 if self.stored_dtype == torch.float16 and device.type == "cpu" else self.stored_dtype
+        self.stored_dtype = stored_dtype(folder, config)
+        self.dtype = choose_dtype(self.stored_dtype, device) if dtype is None else dtype
         text = config.get_text_config()
         # The fused attention kernels of torch leave out Gemma 2's soft cap.
         capped = getattr(text, "attn_logit_softcapping", None) is not None
@@ -226,21 +230,26 @@ class StreamedModel:
         for owner in dict.fromkeys(owners):
             self.model._init_weights(self.model.get_submodule(owner))
 
-    def _stored_dtype(self) -> torch.dtype:
-        """What config.json says; where it does not, the dtype of the largest tensor."""
-        dtype = self.config.dtype or self.config.get_text_config().dtype
-        if dtype is None:
-            sizes = {}
-            for name, path in self.files.items():
-                with safe_open(path, framework="pt") as file:
-                    sizes[name] = math.prod(file.get_slice(name).get_shape())
-            largest = max(sizes, key=sizes.__getitem__)
-            with safe_open(self.files[largest], framework="pt") as file:
-                dtype = file.get_tensor(largest).dtype
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        if dtype not in VALUE_DTYPES:
-            raise RiaError(f"{self.folder}: dtype {dtype}; compress needs bfloat16, float16 or float32 weights.")
-        return dtype
+
+def stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
+    """What config.json says; where it does not, the dtype of the largest tensor.
+
+    Raises:
+        RiaError: a dtype that no checkpoint is written in.
+    """
+    dtype = config.dtype or config.get_text_config().dtype
+    if dtype is None:
+        files, sizes = weight_files(folder), {}
+        for name, path in files.items():
+            with safe_open(path, framework="pt") as file:
+                sizes[name] = math.prod(file.get_slice(name).get_shape())
+        largest = max(sizes, key=sizes.__getitem__)
+        with safe_open(files[largest], framework="pt") as file:
+            dtype = file.get_tensor(largest).dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in VALUE_DTYPES:
+        raise RiaError(f"{folder}: dtype {dtype}; compress needs bfloat16, float16 or float32 weights.")
+    return dtype
 
 
 @contextmanager

@@ -10,7 +10,13 @@ from ria_vllm.errors import RiaError
 
 
 def run_tasks(
-    model: str, tasks: list[str], engine: str, limit: int | None, device: torch.device, folder: Path | None = None
+    model: str,
+    tasks: list[str],
+    engine: str,
+    limit: int | None,
+    device: torch.device,
+    folder: Path | None = None,
+    compute_dtype: str = "auto",
 ) -> dict[str, Any]:
     """Run lm-evaluation-harness.
 
@@ -18,6 +24,7 @@ def run_tasks(
         model: folder or hub id; compressed folders are decompressed for the engine `hf`, served as they are by `vllm`.
         limit: examples a task, None for all.
         folder: of tasks of the user's own, beside those that the harness brings.
+        compute_dtype: of the engine `hf`; see `load_model`.
 
     Returns:
         {"model", "engine", "tasks": {task: {metric: number}}}.
@@ -42,7 +49,7 @@ def run_tasks(
     else:
         from ria_vllm.offline.evaluate import load_model, load_tokenizer
 
-        harness_model = HFLM(pretrained=load_model(model, device), tokenizer=load_tokenizer(model))
+        harness_model = HFLM(pretrained=load_model(model, device, compute_dtype), tokenizer=load_tokenizer(model))
         arguments = {}
     output = lm_eval.simple_evaluate(
         model=harness_model, model_args=arguments, tasks=tasks, limit=limit, task_manager=manager

@@ -1,7 +1,7 @@
 """Reading a compressed checkpoint, one tensor at a time. Nothing in it is trusted."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,20 @@ from safetensors import SafetensorError, safe_open
 
 from ria_vllm import permutation, sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import PERMUTATIONS_FILE, QUANT_METHOD, REPORT_FILE, Producer, RiaSchema
+from ria_vllm.schema import (
+    DIGEST_KEY,
+    PERMUTATION_SUFFIX,
+    PERMUTATIONS_FILE,
+    QUANT_METHOD,
+    REPORT_FILE,
+    Producer,
+    RiaSchema,
+)
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+LONGEST_NAME = 1000
+DEEPEST_JSON = 50  # what walks through it may recurse
 
 
 @dataclass(frozen=True)
@@ -56,11 +66,16 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise RiaError(f"{path}: no such file. Is this the right folder?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # a ValueError: no JSON, no UTF-8, or a number of 5,000 digits
         raise RiaError(f"{path}: not readable as JSON ({error}). Get the file again.") from None
     if not isinstance(content, dict):
         raise RiaError(f"{path}: expected a JSON object. Get the file again.")
-    return content
+    level: list[Any] = [content]
+    for _ in range(DEEPEST_JSON):
+        level = [c for node in level for c in (node.values() if isinstance(node, dict) else node) if isinstance(c, dict | list)]
+        if not level:
+            return content
+    raise RiaError(f"{path}: more than {DEEPEST_JSON} levels of JSON. Do not use this checkpoint.")
 
 
 def is_compressed(folder: Path) -> bool:
@@ -88,7 +103,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
         raise RiaError(f"{index}: no usable weight_map. Get the file again.")
     present: dict[str, set[str]] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
+        if Path(file).name != file or not file.isprintable() or len(file.encode()) > 255:
             raise RiaError(f"{index}: shard {file!r} lies outside the folder. Do not use this checkpoint.")
         if not (folder / file).is_file():
             lost = next(name for name, shard in weight_map.items() if shard == file)
@@ -101,12 +116,88 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors in a safetensors file; a truncated or broken file is a RiaError."""
+    """Names of the tensors in a safetensors file.
+
+    Raises:
+        RiaError: the file is truncated or broken, or a name is none that can be shown to people.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+            names = list(file.keys())
     except (SafetensorError, OSError) as error:
         raise RiaError(f"{path}: broken or truncated safetensors file ({error}). Get the file again.") from None
+    for name in names:
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise RiaError(f"{path}: {name[:80]!r} is no name of a tensor. Do not use this checkpoint.")
+    return names
+
+
+def file_metadata(path: Path) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file's header; empty where it has none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise RiaError(f"{path}: broken or truncated safetensors file ({error}). Get the file again.") from None
+
+
+def load_permutations(path: Path) -> dict[str, torch.Tensor]:
+    """Linear's name -> its order, integers [in], each a permutation of 0..in-1.
+
+    Raises:
+        RiaError: file and layer named.
+    """
+    found = {}
+    for stored in tensor_names(path):
+        name = stored.removesuffix(PERMUTATION_SUFFIX)
+        if name == stored:
+            raise RiaError(f"{path}: {stored}: an unknown name. Get the file again.")
+        found[name] = load_tensor(path, stored)
+        wrong = permutation.check(found[name], found[name].numel())
+        if wrong:
+            raise RiaError(f"{path}: {name}: not a permutation: {wrong}. Get the file again.")
+    return found
+
+
+def check_digests(
+    schema: RiaSchema, permutations: permutation.Orders, files: Iterable[Path], where: str | Path
+) -> None:
+    """Check that config.json, permutations and weight files are of one run; else weights would be read in wrong orders.
+
+    Args:
+        permutations: linear's name -> order, all that the checkpoint has; each has passed `permutation.check`.
+        files: the weight files that are there.
+        where: the folder or repository, for messages.
+
+    Raises:
+        RiaError: names the file that does not fit.
+    """
+    expected = schema.permutations_digest
+    again = "Get all files of one run, or compress the model again."
+    if schema.permutes and expected is None:
+        raise RiaError(
+            f"{where}: config.json has no permutations_digest, as older versions wrote it, so nothing tells whether its "
+            "permutations are those of its weights. Compress the model again."
+        )
+    if not schema.permutes and (expected is not None or permutations):
+        raise RiaError(f"{where}: it has permutations, though the recipe in config.json knows of none. {again}")
+    if expected is not None and permutation.digest(permutations) != expected:
+        raise RiaError(f"{where}: {PERMUTATIONS_FILE} is not of the run that wrote config.json. {again}")
+    for path in sorted(set(files)):
+        check_file_digest(schema, file_metadata(path), path)
+
+
+def check_file_digest(schema: RiaSchema, metadata: Mapping[str, str], where: str | Path) -> None:
+    """Check that a weight file is of the run that wrote config.json, by the `__metadata__` of its header.
+
+    Raises:
+        RiaError: it is not; `where` names the file.
+    """
+    if metadata.get(DIGEST_KEY) != schema.permutations_digest:
+        raise RiaError(
+            f"{where}: its weights are not stored under the permutations that config.json names. Get all files of one "
+            "run, or compress the model again."
+        )
 
 
 def wrong_scale(compressed: torch.Tensor, scale: torch.Tensor | None) -> str | None:
@@ -120,6 +211,17 @@ def wrong_scale(compressed: torch.Tensor, scale: torch.Tensor | None) -> str | N
     return None if bool((scale.isfinite() & (scale > 0)).all()) else "a weight_scale is no positive number"
 
 
+def not_finite(tensor: torch.Tensor) -> str | None:
+    """What keeps the values from being numbers, or None."""
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return None
+    try:
+        finite = (tensor.float() if tensor.itemsize == 1 else tensor).isfinite()
+    except RuntimeError:  # torch only stores it
+        return f"its dtype {tensor.dtype} cannot be checked"
+    return None if bool(finite.all()) else "a value is NaN or infinite"
+
+
 def load_tensor(path: Path, name: str) -> torch.Tensor:
     """One tensor, on the CPU."""
     try:
@@ -129,8 +231,40 @@ def load_tensor(path: Path, name: str) -> torch.Tensor:
         raise RiaError(f"{path}: cannot read {name} ({error}). Get the file again.") from None
 
 
+def checked_linear(
+    name: str, parts: Mapping[str, torch.Tensor], p: torch.Tensor | None, schema: RiaSchema, where: str | Path
+) -> SparseLinear:
+    """A pruned linear from its tensors.
+
+    Args:
+        parts: by the last part of their names, which `schema.parts` lists.
+        p: the order of its columns, None where it is the model's own.
+        where: the file or folder, for messages.
+
+    Raises:
+        RiaError: a tensor is missing, or breaks a rule of the format.
+    """
+    for part in schema.parts:
+        if part not in parts:
+            raise RiaError(f"{where}: {name}.{part} is missing. Get the weight files again.")
+    compressed, bitmask, shape, scale = (parts.get(part) for part in ("compressed", "bitmask", "shape", "weight_scale"))
+    if shape.dtype != torch.int64 or shape.numel() != 2:
+        raise RiaError(f"{where}: {name}.shape is not two int64 numbers. Get the file again.")
+    wrong = sparse24.check(compressed, bitmask, tuple(shape.flatten().tolist()))
+    if wrong:
+        raise RiaError(f"{where}: {name}: {wrong}. The file is damaged; get it again.")
+    wrong = wrong_scale(compressed, scale)
+    if wrong:
+        raise RiaError(f"{where}: {name}: {wrong}. The file is damaged, or config.json is another model's.")
+    wrong = None if p is None else permutation.check(p, bitmask.shape[1] * 8)
+    if wrong:
+        raise RiaError(f"{where}: {name}: not a permutation: {wrong}. Get {PERMUTATIONS_FILE} again.")
+    dtype = getattr(torch, schema.weights.dtype) if schema.weights else compressed.dtype
+    return SparseLinear(name, compressed, bitmask, p, scale, dtype)
+
+
 class Reader:
-    """A compressed checkpoint folder. Opening it reads only headers and the permutations' names.
+    """A compressed checkpoint folder. Opening it reads only headers and the permutations.
 
     Raises:
         RiaError: from the constructor and from every method, naming file and layer.
@@ -149,63 +283,43 @@ class Reader:
             layer, _, part = name.rpartition(".")
             if part == "bitmask" and f"{layer}.compressed" not in self.files:
                 raise RiaError(f"{self.folder}: {layer}.compressed is missing. Get the weight files again.")
+            if part == "compressed" and f"{layer}.weight" in self.files:
+                raise RiaError(f"{self.folder}: {layer} is stored both dense and compressed. Get the weight files again.")
+            if name.endswith(PERMUTATION_SUFFIX):
+                raise RiaError(f"{self.files[name]}: {name} does not belong here, but in {PERMUTATIONS_FILE}.")
+        for path in set(self.files.values()):
+            for name in tensor_names(path):
+                if self.files.get(name) != path:
+                    raise RiaError(f"{path}: the index does not say that {name} is here. Get the files of one run.")
         if not self.sparse_names:
             raise RiaError(f"{self.folder}: no pruned linear in it.")
         path = self.folder / PERMUTATIONS_FILE
-        self.permutation_file = path if path.is_file() else None
-        stored = tensor_names(path) if self.permutation_file else []
-        self.permuted_names = [n.removesuffix(".input_permutation") for n in stored]
-        recipe = self.schema.recipe
-        if self.permutation_file is None and recipe.get("permute", "none") != "none":
+        if self.schema.permutes and not path.is_file():
             raise RiaError(f"{path}: missing, though the model was compressed with permutations. Get the file again.")
-        for name in set(self.permuted_names) - set(self.sparse_names):
+        self.permutations = load_permutations(path) if path.is_file() else {}
+        for name in sorted(set(self.permutations) - set(self.sparse_names)):
             raise RiaError(f"{path}: a permutation for {name}, which is no pruned linear of this model.")
+        check_digests(self.schema, self.permutations, self.files.values(), self.folder)
+
+    @property
+    def permuted_names(self) -> list[str]:
+        return list(self.permutations)
 
     @property
     def dense_names(self) -> list[str]:
         """Tensors stored as they are (embeddings, norms, biases, linears left dense)."""
-        own = {f"{name}.{part}" for name in self.sparse_names for part in self.parts}
+        own = {f"{name}.{part}" for name in self.sparse_names for part in self.schema.parts}
         return [name for name in self.files if name not in own]
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The tensors of a pruned linear."""
-        return ("compressed", "bitmask", "shape") + (("weight_scale",) if self.schema.weights else ())
 
     def tensor(self, name: str) -> torch.Tensor:
         return load_tensor(self.files[name], name)
 
-    def permutation(self, name: str) -> torch.Tensor | None:
-        """int32 [in] in memory, unchecked against the linear's size; None where the order is the model's own."""
-        if name not in self.permuted_names or self.permutation_file is None:
-            return None
-        return load_tensor(self.permutation_file, f"{name}.input_permutation")
-
     def linear(self, name: str) -> SparseLinear:
         """Load and check one pruned linear."""
-        parts = {}
-        for part in self.parts:
-            if f"{name}.{part}" not in self.files:
-                raise RiaError(f"{self.folder}: {name}.{part} is missing. Get the weight files again.")
-            parts[part] = self.tensor(f"{name}.{part}")
-        path = self.files[f"{name}.compressed"]
-        shape = parts["shape"]
-        if shape.dtype != torch.int64 or shape.numel() != 2:
-            raise RiaError(f"{path}: {name}.shape is not two int64 numbers. Get the file again.")
-        wrong = sparse24.check(parts["compressed"], parts["bitmask"], tuple(shape.flatten().tolist()))
-        if wrong:
-            raise RiaError(f"{path}: {name}: {wrong}. The file is damaged; get it again.")
-        compressed, scale = parts["compressed"], parts.get("weight_scale")
-        wrong = wrong_scale(compressed, scale)
-        if wrong:
-            raise RiaError(f"{path}: {name}: {wrong}. The file is damaged, or config.json is another model's.")
-        p = self.permutation(name)
-        if p is not None:
-            wrong = permutation.check(p, parts["bitmask"].shape[1] * 8)
-            if wrong:
-                raise RiaError(f"{self.permutation_file}: {name}: not a permutation: {wrong}. Get the file again.")
-        dtype = getattr(torch, self.schema.weights.dtype) if self.schema.weights else compressed.dtype
-        return SparseLinear(name, compressed, parts["bitmask"], p, scale, dtype)
+        stored = {part: f"{name}.{part}" for part in self.schema.parts}
+        parts = {part: self.tensor(key) for part, key in stored.items() if key in self.files}
+        where = self.files.get(stored["compressed"], self.folder)
+        return checked_linear(name, parts, self.permutations.get(name), self.schema, where)
 
     def report(self) -> dict[str, Any]:
         """What `compress` measured; empty where the report was not kept."""
@@ -219,8 +333,6 @@ class Reader:
         permutations: dict[str, torch.Tensor] = {}
         claimed: dict[str, list[tuple[int, int]]] = {}  # producer -> row ranges that folds reorder
         for name in self.sparse_names:
-            if f"{name}.weight" in self.files:
-                yield f"{name}: stored both dense and compressed"
             if self.schema.ignored(name):
                 yield f"{name}: listed as ignored in config.json, but stored compressed"
             try:
@@ -231,8 +343,9 @@ class Reader:
             rows[name] = linear.shape[0]
             if linear.input_permutation is not None:
                 permutations[name] = linear.input_permutation
-            if not bool(linear.compressed.isfinite().all()):
-                yield f"{self.files[f'{name}.compressed']}: {name}: a value is NaN or infinite"
+            wrong = not_finite(linear.compressed)
+            if wrong:
+                yield f"{self.files[f'{name}.compressed']}: {name}: {wrong}"
         for name, fold, producers in self.schema.active_folds(permutations, sparse):
             if fold.coupling == "heads":
                 order = permutation.head_rows(permutations[name], fold.num_heads or 0, fold.num_kv_heads or 0)
@@ -252,9 +365,9 @@ class Reader:
                     yield f"{name}: its fold reorders rows of {producer.name} that another fold reorders too"
                 taken.append((start, end))
         for name in self.dense_names:
-            tensor = self.tensor(name)
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                yield f"{self.files[name]}: {name}: a value is NaN or infinite"
+            wrong = not_finite(self.tensor(name))
+            if wrong:
+                yield f"{self.files[name]}: {name}: {wrong}"
 
     @staticmethod
     def _row_problems(consumer: str, producer: Producer, rows: int, size: int) -> Iterator[str]:

@@ -1,13 +1,14 @@
 """A compressed folder turned back into a plain dense Hugging Face folder, one tensor in memory at a time."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from ria_vllm.checkpoint import INDEX_FILE, Reader
+from ria_vllm.model_card import CARD_FILE, exported_card
+from ria_vllm.progress import Monitor
 from ria_vllm.schema import PERMUTATIONS_FILE, REPORT_FILE
 from ria_vllm.writer import CheckpointWriter, check_place
 
-OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE}
+OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE, CARD_FILE}
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 
@@ -25,7 +26,7 @@ def export_dense(
     out: Path,
     max_shard_size: int,
     overwrite: bool = False,
-    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    monitor: Monitor | None = None,
 ) -> None:
     """Write `out`: the model's own channel order, zeros where pruned, no quantization_config.
 
@@ -33,27 +34,30 @@ def export_dense(
 
     Args:
         max_shard_size: bytes.
-        on_tensor: called with (finished, total) after each tensor.
+        monitor: is shown the tensors as they are finished, and what of the folder's model card cannot be read.
 
     Raises:
         RiaError: `out` exists (unless `overwrite`), is or holds the folder being read, a damaged tensor, a full disk.
     """
+    monitor = monitor or Monitor(shown=False)
     check_place(out, reader.folder)
     writer = CheckpointWriter(out, overwrite=overwrite)
     names = [(name, True) for name in reader.sparse_names] + [(name, False) for name in reader.dense_names]
     names.sort(key=lambda entry: (reader.files[entry[0] + (".compressed" if entry[1] else "")], entry[0]))
     keys = []
     try:
-        for number, (name, sparse) in enumerate(names):
+        for number, (name, sparse) in enumerate(monitor.steps(names, "exporting", len(names))):
             key = f"{number:06d}"
             if sparse:
                 writer.write(key, {f"{name}.weight": reader.linear(name).dense()})
             else:
                 writer.write(key, {name: reader.tensor(name)})
             keys.append(key)
-            on_tensor(number + 1, len(names))
         config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
-        writer.finish(keys, {"config.json": config}, companion_files(reader.folder), max_shard_size)
+        cards = {CARD_FILE: exported_card(reader, monitor.warn)}
+        copies = companion_files(reader.folder)
+        with monitor.phase("writing"):
+            writer.finish(keys, {"config.json": config}, copies, max_shard_size, text_files=cards)
     except BaseException as error:
         if not isinstance(error.__cause__, FileExistsError):  # then the result is whole, only its place is taken
             writer.discard()

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from ria_vllm.checkpoint import Reader
-from ria_vllm.errors import RiaError
+from ria_vllm.errors import RiaError, printable
 from ria_vllm.export import export_dense
 from ria_vllm.inventory import Inventory, take_inventory
+from ria_vllm.progress import Monitor
 from ria_vllm.sizes import human_size, parse_size
 
 FOLDER = click.Path(path_type=Path)
@@ -33,7 +34,7 @@ def inspect(out: Path, as_json: bool) -> None:
 def print_inventory(inventory: Inventory) -> None:
     # Piped into a file or a pager there is no terminal to fit: wide enough then that no name is cut.
     console = Console(width=None if sys.stdout.isatty() else 140)
-    table = Table(title=inventory.folder, title_justify="left", box=None, header_style="bold")
+    table = Table(title=Text(printable(inventory.folder)), title_justify="left", box=None, header_style="bold")
     table.add_column("linear", overflow="fold")
     for title in ("out x in", "size", "sparsity", "permutation", "retained score"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -42,7 +43,7 @@ def print_inventory(inventory: Inventory) -> None:
         if e.retained_before is not None and e.retained_after is not None:
             retained = f"{e.retained_before:.4f} -> {retained}"
         shape = f"{e.shape[0]} x {e.shape[1]}"
-        table.add_row(e.name, shape, human_size(e.bytes), f"{e.sparsity:.1%}", e.permutation, retained)
+        table.add_row(Text(e.name), shape, human_size(e.bytes), f"{e.sparsity:.1%}", e.permutation, retained)
     console.print(table, highlight=False)
     t = inventory.totals
     kinds = {kind: sum(e.permutation == kind for e in inventory.linears) for kind in ("folded", "gathered", "none")}
@@ -54,10 +55,10 @@ def print_inventory(inventory: Inventory) -> None:
     click.echo(f"other tensors:  {human_size(t.other_bytes)}")
     click.echo(f"all weights:    {human_size(t.bytes)} of {human_size(t.dense_bytes)} dense ({t.ratio:.3f})")
     if inventory.dense_linears:
-        click.echo(f"left dense:     {', '.join(inventory.dense_linears)}")
+        click.echo(f"left dense:     {printable(', '.join(inventory.dense_linears))}")
     recipe = inventory.recipe
     shown = ("source", "model", "method", "exponent", "permute", "reconstruct", "calibration", "samples", "seq_len", "seed")
-    words = [f"{key} {recipe[key]}" for key in shown if key in recipe]
+    words = [printable(f"{key} {recipe[key]}") for key in shown if key in recipe]
     if words:
         click.echo(f"recipe:         {', '.join(words)}")
 
@@ -93,9 +94,7 @@ def export(out: Path, dense: Path, max_shard_size: str, overwrite: bool) -> None
     """Write the compressed checkpoint OUT as a plain dense folder that transformers loads without ria-vllm."""
     reader = Reader(out)
     size = parse_size(max_shard_size)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("exporting")
-        export_dense(
-            reader, dense, size, overwrite, lambda done, total: progress.update(task, completed=done, total=total)
-        )
+    monitor = Monitor()
+    with monitor.live():
+        export_dense(reader, dense, size, overwrite, monitor)
     click.echo(f"{dense}: dense, {len(reader.sparse_names)} linears with zeros where they were pruned.")

@@ -3,6 +3,9 @@
 What comes out is a plain dense model, at a dense model's size: for HF's tools. Serving does not go through here.
 """
 
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,18 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ria_vllm import permutation, sparse24
-from ria_vllm.checkpoint import load_tensor, tensor_names, wrong_scale
+from ria_vllm.checkpoint import check_digests, checked_linear, load_permutations, tensor_names
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE, QUANT_METHOD, RiaSchema
+
+
+PART = r"\.{}$"
 
 
 class RiaQuantizationConfig(QuantizationConfigMixin):
     """The `quantization_config` of a folder that ria-vllm wrote."""
 
-    def __init__(self, **content: Any):
+    def __init__(self, /, **content: Any):  # whatever config.json has, a key "self" too
         self.schema = RiaSchema.parse(content, "config.json")
         self.quant_method = QUANT_METHOD
         self.dequantize = True  # HF then forgets the config after loading: the model is a plain one
@@ -35,51 +40,118 @@ class RiaQuantizationConfig(QuantizationConfigMixin):
         return self.schema.model_dump()
 
 
+class Loading:
+    """What a checkpoint brings to one `from_pretrained`, and what has become of it; all conversions share it."""
+
+    def __init__(self, schema: RiaSchema):
+        self.schema = schema
+        self.where: str | Path = ""
+        self.permutations: dict[str, torch.Tensor] = {}
+        self.pruned: set[str] = set()
+        self.claimed: set[str] = set()
+        self.shapes: dict[str, torch.Size] = {}
+        self.missing: Collection[str] = ()
+        self.errors: list[RiaError] = []
+        self.dtype: torch.dtype | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Loading":
+        return self
+
+    def open(self, model: torch.nn.Module, files: list[Path]) -> None:
+        """Read what must be known before the first tensor.
+
+        Raises:
+            RiaError: files that are missing, or do not belong together.
+        """
+        name = model.config._name_or_path
+        self.where = files[0].parent if files else name
+        path = _permutations_file(files[0].parent, name) if files else None
+        if path is None and self.schema.permutes:
+            raise RiaError(
+                f"{self.where}: {PERMUTATIONS_FILE} is missing, though the model was compressed with permutations."
+            )
+        self.permutations = {} if path is None else load_permutations(path)
+        stored = [name for file in files for name in tensor_names(file)]
+        twice = next((name for name, count in Counter(stored).items() if count > 1), None)
+        if twice is not None:
+            raise RiaError(f"{self.where}: {twice} is in two weight files. Get all files of one run.")
+        self.pruned = {name.removesuffix(".compressed") for name in stored if name.endswith(".compressed")}
+        for name in sorted(set(self.permutations) - self.pruned):
+            raise RiaError(f"{path}: a permutation for {name}, which is no pruned linear of this model.")
+        check_digests(self.schema, self.permutations, files, self.where)
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+    def close(self, model: torch.nn.Module) -> None:
+        """Check what has become of it.
+
+        Raises:
+            RiaError: a damaged linear, one that was not used where the model wanted it, a tensor of a wrong shape.
+        """
+        if self.errors:
+            raise self.errors[0]
+        left = sorted(self.pruned - self.claimed)
+        wanted = [] if not left else self._without_weights(model)
+        if wanted or (left and not self.claimed):
+            what = f"its {wanted[0]} got no weights" if wanted else "nor for any other"
+            raise RiaError(
+                f"{self.where}: {left[0]} is stored compressed, and transformers found no place for it in a "
+                f"{type(model).__name__}: {what}. `ria-vllm export` writes a dense folder, which it may be able to read."
+            )
+        for name, tensor in model.state_dict().items():
+            if name in self.shapes and tensor.shape != self.shapes[name]:
+                raise RiaError(
+                    f"{self.where}: {name} has shape {tuple(tensor.shape)}, by config.json {tuple(self.shapes[name])}. "
+                    "Get all files of one model."
+                )
+
+    def _without_weights(self, model: torch.nn.Module) -> list[str]:
+        """What the checkpoint did not fill of the model without its head (a head for another task is new anyway)."""
+        base = getattr(model, model.base_model_prefix, model)
+        inside = {id(parameter) for parameter in base.parameters() if parameter.dim() > 1}
+        return sorted(name for name, p in model.named_parameters() if name in self.missing and id(p) in inside)
+
+    def linear(self, sources: Collection[str], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One dense weight in the model's own order, from the tensors that the checkpoint calls `sources`."""
+        names = sorted({source.rpartition(".")[0] for source in sources})
+        unknown = [source for source in sources if source.rpartition(".")[2] not in self.schema.parts]
+        if len(names) > 1 or unknown:
+            raise RiaError(f"{self.where}: {', '.join(sorted(sources))}: all for one weight, and not of one pruned linear.")
+        name = names[0]
+        linear = checked_linear(name, tensors, self.permutations.get(name), self.schema, self.where)
+        self.claimed.add(name)
+        return replace(linear, dtype=self.dtype or linear.dtype).dense()
+
+
 class RiaQuantizer(HfQuantizer):
     requires_calibration = True
 
     def __init__(self, quantization_config: RiaQuantizationConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        self.decompress = Decompress()
+        self.loading = Loading(quantization_config.schema)
 
     def _process_model_before_weight_loading(
         self, model: torch.nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
-        path = None if folder is None else folder / PERMUTATIONS_FILE
-        if path is not None and not path.is_file():
-            # The hub's cache holds only what was asked for: CACHE/models--USER--NAME/snapshots/COMMIT.
-            same = {}
-            if folder.parent.name == "snapshots":
-                same = {"revision": folder.name, "cache_dir": str(folder.parents[2])}
-            name = model.config._name_or_path
-            found = cached_file(name, PERMUTATIONS_FILE, _raise_exceptions_for_missing_entries=False, **same)
-            path = None if found is None else Path(found)
-        if path is None and self.quantization_config.schema.recipe.get("permute", "none") != "none":
-            raise RiaError(
-                f"{folder}: {PERMUTATIONS_FILE} is missing, though the model was compressed with permutations."
-            )
-        self.decompress.permutations = path
+        self.loading.open(model, [Path(file) for file in checkpoint_files or ()])
 
     def _process_model_after_weight_loading(self, model: torch.nn.Module, **_: Any) -> None:
+        self.loading.close(model)
         # HF keeps the conversions to undo them when it saves; a plain dense model is to be saved as it is.
-        kept = [c for c in getattr(model, "_weight_conversions", None) or [] if self.decompress not in _operations(c)]
+        kept = [c for c in getattr(model, "_weight_conversions", None) or [] if not isinstance(c, LinearConverter)]
         model._weight_conversions = kept or None
         # HF leaves tensors that it renamed or converted in the stored dtype, where a quantizer is at work.
         in_float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and not any(part in name for part in in_float32):
-                parameter.data = parameter.data.to(self.decompress.dtype or parameter.dtype)
+                parameter.data = parameter.data.to(self.loading.dtype or parameter.dtype)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        self.decompress.dtype = dtype
+        self.loading.dtype = dtype
         return dtype
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        parts = [r"\.compressed$", r"\.bitmask$", r"\.shape$"]
-        if self.quantization_config.schema.weights is not None:
-            parts.append(r"\.weight_scale$")
-        return [WeightConverter(source_patterns=parts, target_patterns=".weight", operations=[self.decompress])]
+        parts = [PART.format(part) for part in self.loading.schema.parts]
+        return [LinearConverter(parts, ".weight", operations=[Decompress(self.loading)])]
 
     def is_serializable(self) -> bool:
         return True
@@ -90,40 +162,55 @@ class RiaQuantizer(HfQuantizer):
 
 
 class Decompress(ConversionOps):
-    """compressed, bitmask and permutation of one linear -> its dense weight in the model's own order."""
+    """The tensors of one pruned linear -> its dense weight in the model's own order.
 
-    permutations: Path | None = None
-    dtype: torch.dtype | None = None
+    sources: their names in the checkpoint. Only these tell which permutation is theirs: `convert` is told the name that the
+    model gives to the weight, which is another one where transformers renames modules, or adds or strips a prefix.
+    """
 
-    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **_: Any) -> dict[str, torch.Tensor]:
-        compressed, bitmask, shape = (_single(input_dict, part) for part in ("compressed", "bitmask", "shape"))
-        name = full_layer_name.removesuffix(".weight")
-        wrong = sparse24.check(compressed, bitmask, tuple(shape.flatten().tolist()))
-        if wrong:
-            raise RiaError(f"{name}: {wrong}. The file is damaged; get it again.")
-        scale = _single(input_dict, "weight_scale")
-        wrong = wrong_scale(compressed, scale)
-        if wrong:
-            raise RiaError(f"{name}: {wrong}. The file is damaged; get it again.")
-        dense = sparse24.decompress(compressed, bitmask)
-        if scale is not None:
-            dense = dense.float() * scale
-        stored = f"{name}.input_permutation"
-        if self.permutations is not None and stored in tensor_names(self.permutations):
-            p = load_tensor(self.permutations, stored)
-            wrong = permutation.check(p, dense.shape[1])
-            if wrong:
-                raise RiaError(f"{self.permutations}: {name}: not a permutation: {wrong}. Get the file again.")
-            dense = dense[:, permutation.invert(p).long().to(dense.device)]
-        return {".weight": dense.to(self.dtype or dense.dtype)}
+    def __init__(self, loading: Loading):
+        self.loading = loading
+        self.sources: list[str] = []
 
-
-def _operations(conversion: Any) -> list[ConversionOps]:
-    return getattr(conversion, "operations", [])
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str = "",
+        missing_keys: Collection[str] | None = None,
+        **_: Any,
+    ) -> dict[str, torch.Tensor]:
+        self.loading.missing = missing_keys or ()
+        tensors = {part: _single(input_dict, part) for part in self.loading.schema.parts if PART.format(part) in input_dict}
+        try:
+            dense = self.loading.linear(self.sources, tensors)
+        except RiaError as error:  # transformers would bury it in a table; it is raised when all is read
+            self.loading.errors.append(error)
+            dense = torch.empty(0)
+        return {full_layer_name: dense}
 
 
-def _single(input_dict: dict[str, Any], part: str) -> torch.Tensor | None:
-    found = next((value for key, value in input_dict.items() if part in key), None)
+class LinearConverter(WeightConverter):
+    """transformers makes a copy for each parameter, and gives the copy the tensors that the parameter is made of."""
+
+    def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
+        super().add_tensor(target_key, source_key, source_pattern, future)
+        self.operations[0].sources.append(source_key)
+
+
+def _permutations_file(folder: Path, name: str) -> Path | None:
+    """Where the permutations beside the weights in `folder` are: there, or in the hub repository `name`."""
+    if (folder / PERMUTATIONS_FILE).is_file():
+        return folder / PERMUTATIONS_FILE
+    # The hub's cache holds only what was asked for: CACHE/models--USER--NAME/snapshots/COMMIT.
+    same = {}
+    if folder.parent.name == "snapshots":
+        same = {"revision": folder.name, "cache_dir": str(folder.parents[2])}
+    found = cached_file(name, PERMUTATIONS_FILE, _raise_exceptions_for_missing_entries=False, **same)
+    return None if found is None else Path(found)
+
+
+def _single(input_dict: dict[str, Any], part: str) -> torch.Tensor:
+    found = input_dict[PART.format(part)]
     return found[0] if isinstance(found, list) else found
 
 

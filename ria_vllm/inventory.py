@@ -1,5 +1,6 @@
 """What a compressed folder holds, as plain numbers: the content of `ria-vllm inspect`."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,18 +46,33 @@ class Inventory:
     recipe: dict[str, Any]
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without NaN and infinity, which JSON does not know, though Python's reader takes them: null instead."""
+        return asdict(self) | {"recipe": _finite(self.recipe)}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Sorts layer 9 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+    parts = name.split(".")
+    return [(int(p), "") if p.isascii() and p.isdigit() and len(p) < 20 else (0, p) for p in parts]
 
 
 def report_number(entry: Any, key: str) -> float | None:
     """A number of one linear's report entry; None where the report has none (it is informative and untrusted)."""
     value = entry.get(key) if isinstance(entry, dict) else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def report_linears(report: dict[str, Any]) -> dict[str, dict[str, Any]]:

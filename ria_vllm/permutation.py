@@ -4,7 +4,13 @@ p [in] belongs to a stored matrix whose column j holds channel p[j]; so the line
 matrix in the model's own order is `stored[:, invert(p)]`.
 """
 
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
 import torch
+
+Orders = Mapping[str, torch.Tensor | np.ndarray]
 
 
 def check(p: torch.Tensor, size: int) -> str | None:
@@ -30,6 +36,23 @@ def invert(p: torch.Tensor) -> torch.Tensor:
 
 def is_identity(p: torch.Tensor) -> bool:
     return bool((p == torch.arange(len(p), dtype=p.dtype, device=p.device)).all())
+
+
+def digest(permutations: Orders) -> str:
+    """What tells one run's permutations from another's: hex SHA-256 over names and content.
+
+    Args:
+        permutations: linear's name -> [in], each of which has passed `check`.
+
+    Returns:
+        64 lowercase digits: of name, a zero byte, and the order as little-endian int32, for the names in sorted order.
+    """
+    found = hashlib.sha256()
+    for name in sorted(permutations):
+        p = permutations[name]
+        values = p.cpu().numpy() if isinstance(p, torch.Tensor) else p
+        found.update(name.encode() + b"\0" + values.astype("<i4").tobytes())
+    return found.hexdigest()
 
 
 def head_rows(p: torch.Tensor, num_heads: int, num_kv_heads: int) -> torch.Tensor | str:

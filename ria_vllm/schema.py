@@ -3,14 +3,14 @@
 The folder is an ordinary Hugging Face folder in the manner of compressed-tensors' `sparse-24-bitmask`. For each pruned
 linear NAME the weight files hold NAME.compressed, NAME.bitmask and NAME.shape (see `ria_vllm.sparse24`); rows are in the
 model's own order, columns in the permuted one. `permutations.safetensors` holds NAME.input_permutation where the order
-is not the model's own; where the recipe permutes it is there even if it holds none.
+is not the model's own; where the recipe permutes it is there even if it holds none, and `permutations_digest` here and in
+each weight file's header (`DIGEST_KEY`) says which permutations these weights were stored under.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ria_vllm.errors import RiaError
 
@@ -19,6 +19,8 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "ria"
 PERMUTATIONS_FILE = "permutations.safetensors"
 REPORT_FILE = "ria_report.json"
+PERMUTATION_SUFFIX = ".input_permutation"
+DIGEST_KEY = "ria_permutations_digest"
 
 # vLLM's own model of these families rearranges the attention heads in dense weights, by their names, before any weight
 # loader sees them. Compressed ones would break it, or pass by it as they are: answers without a sense.
@@ -36,6 +38,8 @@ class Producer(BaseModel):
 class Fold(BaseModel):
     """A consumer's input permutation that its producers' row orders can absorb, for all layers `{i}`.
 
+    The consumer's name has `{i}` once, or not at all; then producers have it neither.
+
     `elementwise`: each input channel of the consumer is an elementwise function of the same row of every producer.
     `heads`: attention lies between; the permutation keeps to heads (`ria_vllm.permutation.head_rows`).
     """
@@ -47,11 +51,22 @@ class Fold(BaseModel):
     num_heads: int | None = Field(default=None, gt=0)
     num_kv_heads: int | None = Field(default=None, gt=0)
 
+    @model_validator(mode="after")
+    def _one_layer_number(self) -> "Fold":
+        allowed = self.consumer.count("{i}")
+        if allowed > 1 or any(producer.name.count("{i}") != allowed for producer in self.producers):
+            raise ValueError("{i} stands once in the consumer's name and in each producer's, or in none of them")
+        return self
+
     def layer(self, name: str) -> str | None:
         """The text that stands for `{i}` in `name` ("" where the pattern has none), None if it is another linear."""
-        pattern = re.escape(self.consumer).replace(re.escape("{i}"), r"(\d+)")
-        found = re.fullmatch(pattern, name)
-        return None if found is None else (found.group(1) if found.groups() else "")
+        before, number, after = self.consumer.partition("{i}")
+        if not number:
+            return "" if name == before else None
+        if len(name) <= len(before) + len(after) or not name.startswith(before) or not name.endswith(after):
+            return None
+        layer = name[len(before) : len(name) - len(after)]
+        return layer if layer.isascii() and layer.isdigit() else None
 
     def producers_of(self, name: str) -> list[Producer]:
         """The producers of the consumer `name`, with its layer number filled in."""
@@ -68,13 +83,11 @@ class SparsityConfig(BaseModel):
 
     @field_validator("ignore")
     @classmethod
-    def _compiles(cls, ignore: list[str]) -> list[str]:
+    def _exact(cls, ignore: list[str]) -> list[str]:
+        """A regular expression of a stranger's may run for ever, and compressing never writes one."""
         for entry in ignore:
             if entry.startswith("re:"):
-                try:
-                    re.compile(entry[3:])
-                except re.error as error:
-                    raise ValueError(f"{entry!r} is no regular expression ({error})") from None
+                raise ValueError(f"{entry[:80]!r}: only exact names, no regular expressions")
         return ignore
 
 
@@ -100,8 +113,19 @@ class RiaSchema(BaseModel):
     format_version: Literal[1] = FORMAT_VERSION
     sparsity_config: SparsityConfig
     weights: WeightQuantization | None = None
-    folds: list[Fold] = []
+    folds: list[Fold] = Field(default=[], max_length=1000)
+    permutations_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     recipe: dict[str, Any] = {}
+
+    @property
+    def permutes(self) -> bool:
+        """Whether the model was compressed with permutations, even if none of them was worth storing."""
+        return self.recipe.get("permute", "none") != "none"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The tensors of a pruned linear, by the last part of their names."""
+        return ("compressed", "bitmask", "shape") + (("weight_scale",) if self.weights else ())
 
     @classmethod
     def parse(cls, config: dict[str, Any], where: str) -> "RiaSchema":
@@ -110,18 +134,15 @@ class RiaSchema(BaseModel):
             return cls.model_validate(config)
         except ValidationError as error:
             first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
+            field = ".".join(str(part)[:80] for part in first["loc"])
             raise RiaError(
                 f"{where}: quantization_config.{field}: {first['msg']}. Compress the model again, or install the "
                 "ria-vllm version that wrote it."
             ) from None
 
     def ignored(self, name: str) -> bool:
-        """Whether the linear `name` is dense: an exact name of `ignore`, or a match of an entry `re:REGEX`."""
-        return any(
-            re.match(entry[3:], name) is not None if entry.startswith("re:") else entry == name
-            for entry in self.sparsity_config.ignore
-        )
+        """Whether the linear `name` is dense."""
+        return name in self.sparsity_config.ignore
 
     def active_folds(
         self, permuted: Iterable[str], sparse: "set[str] | frozenset[str]"

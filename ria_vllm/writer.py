@@ -18,9 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE
+from ria_vllm import permutation
+from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, load_permutations
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import PERMUTATIONS_FILE
+from ria_vllm.schema import DIGEST_KEY, PERMUTATION_SUFFIX, PERMUTATIONS_FILE
 
 
 @contextmanager
@@ -126,6 +127,7 @@ class CheckpointWriter:
         copies: Sequence[Path],
         max_shard_size: int,
         permuted: bool = False,
+        text_files: dict[str, str] | None = None,
     ) -> None:
         """Join the units `keys` into shards in that order, add the other files, and put the folder in its place.
 
@@ -136,7 +138,8 @@ class CheckpointWriter:
             json_files: file name -> content (config.json, the report).
             copies: files to copy by their names (tokenizer, generation config).
             max_shard_size: bytes; a single larger tensor gets a shard of its own.
-            permuted: write the permutations' file even if it holds none, for the recipe says that there is one.
+            permuted: write the permutations' file and their digest even if there are none, for the recipe permutes.
+            text_files: file name -> content (the model card); they take the place of copies of the same name.
         """
         final = self.work / "final"
         with disk_errors(self.work):
@@ -144,14 +147,20 @@ class CheckpointWriter:
             final.mkdir()
             for source in copies:
                 shutil.copyfile(source, final / source.name)
-            for name, content in json_files.items():
-                (final / name).write_text(json.dumps(content, indent=2) + "\n")
+            for name, text in (text_files or {}).items():
+                (final / name).write_text(text, encoding="utf-8")
             entries = [entry for key in keys for entry in _entries(self.path(key))]
-            permutations = [e for e in entries if e[0].endswith(".input_permutation")]
-            weights = [e for e in entries if not e[0].endswith(".input_permutation")]
+            permutations = [e for e in entries if e[0].endswith(PERMUTATION_SUFFIX)]
+            weights = [e for e in entries if not e[0].endswith(PERMUTATION_SUFFIX)]
+            metadata = {}
             if permutations or permuted:
                 _copy_tensors(permutations, final / PERMUTATIONS_FILE)
-            _write_shards(weights, final, max_shard_size)
+                digest = permutation.digest(load_permutations(final / PERMUTATIONS_FILE))
+                metadata = {DIGEST_KEY: digest}
+                json_files = _with_digest(json_files, digest)
+            for name, content in json_files.items():
+                (final / name).write_text(json.dumps(content, indent=2) + "\n")
+            _write_shards(weights, final, max_shard_size, metadata)
             _sync(final)
             self._replace(final)
 
@@ -187,9 +196,18 @@ def _size(entry: dict[str, Any]) -> int:
     return entry["data_offsets"][1] - entry["data_offsets"][0]
 
 
-def _copy_tensors(entries: Sequence[Entry], path: Path) -> None:
+def _with_digest(json_files: dict[str, Any], digest: str) -> dict[str, Any]:
+    """`json_files` with the permutations' digest in config.json, where that says that the weights are compressed."""
+    config = json_files.get("config.json", {})
+    if "quantization_config" not in config:
+        return json_files
+    quantization = config["quantization_config"] | {"permutations_digest": digest}
+    return json_files | {"config.json": config | {"quantization_config": quantization}}
+
+
+def _copy_tensors(entries: Sequence[Entry], path: Path, metadata: dict[str, str] | None = None) -> None:
     """One safetensors file from raw bytes of others: no tensor is ever in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     offset = 0
     for name, entry, _, _ in entries:
         size = _size(entry)
@@ -211,7 +229,7 @@ def _copy_tensors(entries: Sequence[Entry], path: Path) -> None:
                     left -= len(block)
 
 
-def _write_shards(entries: Sequence[Entry], folder: Path, max_shard_size: int) -> None:
+def _write_shards(entries: Sequence[Entry], folder: Path, max_shard_size: int, metadata: dict[str, str]) -> None:
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
@@ -222,12 +240,12 @@ def _write_shards(entries: Sequence[Entry], folder: Path, max_shard_size: int) -
         shards[-1].append(entry)
         filled += size
     if len(shards) == 1:
-        _copy_tensors(shards[0], folder / SINGLE_FILE)
+        _copy_tensors(shards[0], folder / SINGLE_FILE, metadata)
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _copy_tensors(shard, folder / file)
+        _copy_tensors(shard, folder / file, metadata)
         weight_map |= {name: file for name, _, _, _ in shard}
     total = sum(_size(entry[1]) for entry in entries)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -1,7 +1,5 @@
 """RiaConfig: what vLLM knows of a checkpoint with quant_method "ria"."""
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -9,17 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import get_current_vllm_config_or_none
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from ria_vllm.checkpoint import is_compressed, read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import QUANT_METHOD, REARRANGED_BY_VLLM, RiaSchema, SparsityConfig
-from ria_vllm.serve.files import permutations_of, stored_modules
+from ria_vllm.serve.claims import ProvisionalDenseMethod
+from ria_vllm.serve.files import WeightHeaders, check_weight_files, locate, permutations_of, stored_modules
 from ria_vllm.serve.folding import Folding, RowOrder, fold
 from ria_vllm.serve.foreign import Foreign, claims
 from ria_vllm.serve.linear import Sparse24LinearMethod
 from ria_vllm.serve.load_report import LoadReport
 from ria_vllm.serve.storage import Storage
+from ria_vllm.serve.stream import WeightStream
 
 # Only vLLM before 0.32 has it: its own GPT-NeoX, which does what `schema.REARRANGED_BY_VLLM` says of others. Later ones
 # run transformers' model.
@@ -29,18 +30,17 @@ OLD_GPT_NEOX = "vllm.model_executor.models.gpt_neox"
 DRAFT_PREFIX = "draft_model."
 
 
-def digest(permutations: Mapping[str, np.ndarray]) -> str:
-    found = hashlib.sha256()
-    for name in sorted(permutations):
-        found.update(name.encode() + b"\0" + permutations[name].tobytes())
-    return found.hexdigest()
-
-
 class RiaConfig(QuantizationConfig):
     """Which linears are pruned, in what order their inputs are stored, and which of these orders are folded away.
 
-    Names are the checkpoint's until vLLM calls `apply_vllm_mapper`, and vLLM's afterwards. vLLM copies and pickles the
-    object on its way to the workers, so it holds plain data only.
+    Linears have the checkpoint's names here; `names` leads from vLLM's to those. vLLM copies and pickles the object on its
+    way to the workers, so it holds plain data only until a model is built.
+
+    Attributes:
+        where: folder or repository.
+        stored: linears and other modules with a weight, pruned or not; None where no weight file could say.
+        pruned: those that are stored compressed; None where none is, or no weight file could say.
+        settled: a model was built with this config, see `ria_vllm.serve.claims`.
     """
 
     def __init__(self, schema: RiaSchema, foreign: Foreign | None = None):
@@ -49,14 +49,18 @@ class RiaConfig(QuantizationConfig):
         self.foreign = foreign
         # vLLM reads it off any configuration, and then makes the cache fp8 unless the user chose a dtype.
         self.kv_cache_scheme = foreign and foreign.kv_cache_scheme
+        self.where = "this model"
         self.pruned: set[str] | None = None
         self.stored: set[str] | None = None
-        self.orders_digest = ""
-        self.same_orders: set[tuple[str, str | None]] = set()
+        self.names: dict[str, str] = {}
+        self.unread: str | None = None
         self.permutations: dict[str, np.ndarray] = {}
         self.folding = Folding()
         self.report = LoadReport()
+        self.stream = WeightStream()
+        self.source: Any = None
         self.folds_allowed = True
+        self.settled = False
 
     def __repr__(self) -> str:
         return f"RiaConfig({self.schema.format}, {len(self.permutations)} permutations)"
@@ -90,63 +94,72 @@ class RiaConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the permutations: producers must know their row order before the first weight arrives."""
-        model = str(model_name)
-        stored = stored_modules(model, revision)
-        if stored is not None:
-            self.stored = set(stored)
-            self.pruned = {name for name, pruned in stored.items() if pruned} or None
+        model = self.where = str(model_name)
         family = getattr(hf_config, "model_type", None)
         if family == "gpt_neox" and find_spec(OLD_GPT_NEOX):
             raise RiaError(f"{model}: a compressed GPT-NeoX needs vLLM 0.32 or later.")
         if family in REARRANGED_BY_VLLM:
             raise RiaError(
-                f"{model}: vLLM rearranges the attention heads of {family} in a way that only dense weights bear, so it "
+                f"{model}: vLLM rearranges the attention heads of {family} in a way that only dense weights allow, so it "
                 "cannot be served compressed. `ria-vllm export` makes a dense folder of it."
             )
-        if self.foreign is not None:
-            return
-        permutations = self._permutations_in(model, revision)
-        self.orders_digest = digest(permutations)
-        for name in permutations:
-            if not self._is_pruned(name):
-                raise RiaError(f"{model}: a permutation for {name}, which is no pruned linear of this model.")
-        self.folding = fold(self.schema, permutations, self._is_pruned, model)
-        self.permutations = permutations
+        headers = WeightHeaders(model, revision)
+        if headers.names is not None:
+            stored = stored_modules(headers.names)
+            self.stored = set(stored)
+            self.pruned = {name for name, pruned in stored.items() if pruned} or None
+        if self.foreign is None:
+            try:
+                permutations = permutations_of(model, revision, self.schema)
+            except RiaError as error:
+                if self.stored is not None:
+                    raise
+                # Made-up weights need no order; which load format it will be is not known here.
+                self.unread, permutations = str(error), {}
+            check_weight_files(headers, self.schema)
+            for name in permutations:
+                if not self._is_pruned(name):
+                    raise RiaError(f"{model}: a permutation for {name}, which is no pruned linear of this model.")
+            self.folding = fold(self.schema, permutations, self._is_pruned, model)
+            self.permutations = permutations
+        self.names = {name: name for name in (self.stored or self.permutations)}
 
-    def _permutations_in(self, model: str, revision: str | None) -> dict[str, np.ndarray]:
-        expected = self.schema.recipe.get("permute", "none") != "none" and self.pruned is not None
-        return permutations_of(model, revision, expected)
-
-    def check_orders(self, model: str, revision: str | None) -> None:
-        """Weights of another folder may be loaded into a running server only if they are stored in the same orders.
+    def check_reload(self) -> None:
+        """A reload may bring the weights of another run only if that stored the same linears in the same orders.
 
         Raises:
-            RiaError: they are not.
+            RiaError: it did not, or its own files do not fit together.
         """
-        if self.foreign is not None or (model, revision) in self.same_orders:
+        if self.foreign is not None or self.source is None:
             return
-        if digest(self._permutations_in(model, revision)) != self.orders_digest:
+        model, revision = str(self.source.model), self.source.revision
+        path = locate(model, "config.json", revision)
+        if path is None or not is_compressed(path.parent):
+            return  # the weights come from elsewhere, by their names
+        schema = RiaSchema.parse(read_json(path)["quantization_config"], str(path))
+        permutations_of(model, revision, schema)
+        headers = WeightHeaders(model, revision)
+        check_weight_files(headers, schema)
+        pruned = {name for name, sparse in stored_modules(headers.names or []).items() if sparse}
+        if self.pruned is not None and pruned != self.pruned:
+            differing = min(pruned ^ self.pruned)
+            raise RiaError(
+                f"{model}: {differing} is pruned there or on this server, but not on both. Start a server of that folder "
+                "instead of reloading."
+            )
+        if (schema.permutations_digest, schema.folds) != (self.schema.permutations_digest, self.schema.folds):
             raise RiaError(
                 f"{model}: its weights are stored in other channel orders than those which this server has folded. Start "
                 "a server of that folder instead of reloading."
             )
-        self.same_orders.add((model, revision))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         sparsity = self.schema.sparsity_config
         exact = hf_to_vllm_mapper.apply_list([entry for entry in sparsity.ignore if not entry.startswith("re:")])
         sparsity.ignore = exact + [entry for entry in sparsity.ignore if entry.startswith("re:")]
-        if self.foreign is not None:
-            self.foreign = self.foreign.renamed(hf_to_vllm_mapper)
-        if self.pruned is not None:
-            self.pruned = set(hf_to_vllm_mapper.apply_list(sorted(self.pruned)))
-        if self.stored is not None:
-            self.stored = set(hf_to_vllm_mapper.apply_list(sorted(self.stored)))
-        self.permutations = hf_to_vllm_mapper.apply_dict(self.permutations)
-        self.folding = Folding(
-            set(hf_to_vllm_mapper.apply_list(sorted(self.folding.folded))),
-            hf_to_vllm_mapper.apply_dict(self.folding.row_orders),
-        )
+        self.names = {
+            new: name for known, name in self.names.items() for new in hf_to_vllm_mapper.apply_list([known])
+        }
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not isinstance(layer, LinearBase):
@@ -155,37 +168,52 @@ class RiaConfig(QuantizationConfig):
             from ria_vllm.serve.kv_cache import method_for  # brings all of vLLM's compressed-tensors along
 
             return method_for(layer, self)
+        current = get_current_vllm_config_or_none()
+        if self.unread is not None and (current is None or current.load_config.load_format != "dummy"):
+            raise RiaError(self.unread)
+        if current is not None:
+            self.source = current.model_config
+            # LoRA adapters are trained against channels in the model's own order, so with them every linear keeps to it.
+            self.folds_allowed = current.lora_config is None
         prefix = prefix.removeprefix(DRAFT_PREFIX)
         parts = self.parts_of(prefix)
-        pruned = [self._is_pruned(part) or self._quantized(part) for part in parts]
-        if not any(pruned):
-            return UnquantizedLinearMethod()
-        if not all(pruned):
-            dense = next(part for part, sparse in zip(parts, pruned) if not sparse)
-            raise RiaError(
-                f"{prefix}: vLLM fuses {', '.join(parts)}, but {dense} is dense and others are pruned. Compress the "
-                "model again with all of them pruned, or all of them in --ignore."
-            )
-        current = get_current_vllm_config_or_none()
+        if not self.serves_sparse(prefix, parts):
+            return ProvisionalDenseMethod()
         if current is not None and "sharded" in str(current.load_config.load_format):
             raise RiaError(
                 f"--load-format {current.load_config.load_format} brings weights in a kernel's own form, which fits one "
                 "kernel on one machine. Serve the folder that `ria-vllm compress` wrote without this option."
             )
-        # LoRA adapters are trained against channels in the model's own order, so with them every linear keeps to it.
-        self.folds_allowed = current is None or current.lora_config is None
         return Sparse24LinearMethod(self, prefix, parts)
 
-    def parts_of(self, prefix: str) -> tuple[str, ...]:
-        """The checkpoint's linears that vLLM's layer `prefix` is made of, in output order."""
-        if self.stored is not None and prefix in self.stored:
-            return (prefix,)  # fused on disk already, as in Phi-3
-        parent, _, leaf = prefix.rpartition(".")
+    def serves_sparse(self, layer: str, parts: tuple[str, ...]) -> bool:
+        """Whether the linears that vLLM's layer is made of are pruned.
+
+        Raises:
+            RiaError: some are and some are not.
+        """
+        pruned = [self._is_pruned(part) or self._quantized(part) for part in parts]
+        if any(pruned) and not all(pruned):
+            dense = next(part for part, sparse in zip(parts, pruned) if not sparse)
+            raise RiaError(
+                f"{layer}: vLLM fuses {', '.join(parts)}, but {dense} is dense and others are pruned. Compress the "
+                "model again with all of them pruned, or all of them in --ignore."
+            )
+        return all(pruned)
+
+    def parts_of(self, path: str) -> tuple[str, ...]:
+        """The checkpoint's linears that vLLM's layer `path` is made of, in output order, by `packed_modules_mapping`.
+
+        Where the checkpoint does not know the names they are vLLM's.
+        """
+        if path in self.names:
+            return (self.names[path],)  # fused on disk already, as in Phi-3
+        parent, _, leaf = path.rpartition(".")
         leaves = self.packed_modules_mapping.get(leaf) or [leaf]
         parts = [f"{parent}.{part}" if parent else part for part in leaves]
-        if self.stored is not None and len(parts) == 3 and set(parts) - self.stored == {parts[2]}:
+        if self.stored is not None and len(parts) == 3 and set(parts) - set(self.names) == {parts[2]}:
             parts[2] = parts[1]  # no v_proj: the values are the keys, as in Gemma 4, and vLLM loads k_proj twice
-        return tuple(parts)
+        return tuple(self.names.get(part, part) for part in parts)
 
     def _is_pruned(self, name: str) -> bool:
         if self.pruned is not None:

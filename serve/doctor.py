@@ -1,8 +1,11 @@
-"""`ria-vllm doctor`: what this machine has, which kernel it would run, and why not the others."""
+"""`ria-vllm doctor`: what this machine has, which kernel it would run, why not the others, and what it lacks."""
 
 import os
 import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -11,6 +14,7 @@ import torch
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
 from ria_vllm.serve import kernels
+from ria_vllm.serve.kernels.cuda_compile import CudaBuildError, find_nvcc
 
 VECTOR_FLAGS = (
     "avx2",
@@ -99,6 +103,110 @@ def kernel_lines(device: torch.device, dtype: torch.dtype, out_features: int, in
     return lines
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What `advice` rests on.
+
+    kernels: name and reason why it cannot serve the layer, or None, in order of preference; of this device's kind only.
+    chosen: one of them, None where there is none. instruction_set: of our CPU kernel, where that is chosen.
+    forced: variables that override a choice, as NAME=VALUE.
+    vllm: `vllm_line`. not_preloaded: libraries that vLLM's CPU worker looks for in LD_PRELOAD.
+    cpus: how many this process may use, and how many there are; alike where the layer is not on them.
+    nvcc: whether the CUDA kernels could be compiled here; None where that does not matter.
+    """
+
+    device: str
+    kernels: Sequence[tuple[str, str | None]]
+    chosen: str | None
+    instruction_set: str | None = None
+    machine: str = "x86_64"
+    forced: Sequence[str] = ()
+    vllm: str = ""
+    not_preloaded: Sequence[str] = ()
+    cpus: tuple[int, int] = (1, 1)
+    nvcc: bool | None = None
+
+
+X86 = ("x86_64", "AMD64")
+BETTER_CPU = {
+    "avx512": "a CPU with AVX-512 BF16 (this kernel computes in float32)",
+    "avx2": "a CPU with AVX-512, best with its BF16 (this kernel computes in float32, in vectors half as wide)",
+    "portable": "a CPU with AVX2 or AVX-512 (this kernel uses no vectors)",
+}
+
+
+def advice(facts: Facts) -> str:
+    """One line: which of our kernels is expected to be fastest on this machine, and what is missing for more."""
+    position = [name for name, _ in facts.kernels].index(facts.chosen) if facts.chosen else None
+    passed_by = {name: reason for name, reason in facts.kernels[:position] if reason is not None}
+    more = [f"unset {name}" for name in facts.forced]
+    more += [f"{name}: {reason}" for name, reason in passed_by.items()]
+    if facts.nvcc is False and any("build-kernels" in reason for reason in passed_by.values()):
+        more.append("nvcc, which build-kernels needs")
+    if facts.instruction_set in BETTER_CPU and not facts.forced:
+        elsewhere = "an x86-64 CPU (elsewhere no vectors are used)"
+        more.append(BETTER_CPU[facts.instruction_set] if facts.machine in X86 else elsewhere)
+    if "not installed" in facts.vllm:
+        more.append("vLLM, which is not installed")
+    elif "NOT found" in facts.vllm:
+        more.append(f"the plugin in vLLM{facts.vllm.partition('NOT found')[2]}")
+    if facts.not_preloaded:
+        more.append(f"{' and '.join(facts.not_preloaded)} in LD_PRELOAD, as vLLM recommends")
+    usable, present = facts.cpus
+    if usable < present:
+        more.append(f"more of the {present} CPUs, of which {usable} may be used here")
+    if facts.chosen is None:
+        fastest = "nothing, for no kernel serves this layer"
+    elif facts.device == "cuda":
+        fastest = f"{facts.chosen}, the first in our order that works"
+    else:
+        fastest = facts.chosen + (f" with {facts.instruction_set}" if facts.instruction_set else "")
+    return f"{fastest}; {'for more: ' + '; '.join(more) if more else 'nothing is missing'}"
+
+
+def take_facts(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> Facts:
+    """Of this machine, for a layer."""
+    try:
+        chosen = kernels.choose(device, dtype, out_features, in_features).NAME
+    except RiaError:
+        chosen = None
+    reasons = kernels.explain(device, dtype, out_features, in_features)
+    present = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else present
+    variables = ("RIA_VLLM_BACKEND", "RIA_VLLM_CPU_ISA")
+    return Facts(
+        device=device.type,
+        kernels=[(name, reason) for name, reason in reasons if reason != f"the layer is on {device.type}"],
+        chosen=chosen,
+        instruction_set=kernels.cpu.instruction_set() if chosen == kernels.cpu.NAME else None,
+        machine=platform.machine(),
+        forced=[f"{name}={os.environ[name]}" for name in variables if os.environ.get(name)],
+        vllm=vllm_line(),
+        not_preloaded=not_preloaded() if device.type == "cpu" else (),
+        cpus=(usable, present) if device.type == "cpu" else (present, present),
+        nvcc=has_nvcc() if device.type == "cuda" else None,
+    )
+
+
+def not_preloaded() -> list[str]:
+    """Of the libraries that vLLM's CPU worker asks for, those that nothing preloads; vLLM may bring tcmalloc itself."""
+    spec = find_spec("vllm")
+    if platform.system() != "Linux" or spec is None:
+        return []
+    bundled = any(any(Path(place, "libs").glob("libtcmalloc*")) for place in spec.submodule_search_locations or ())
+    loaded = os.environ.get("LD_PRELOAD", "") + (" libtcmalloc" if bundled else "")
+    asked = ("libtcmalloc", "libiomp") if platform.machine() in X86 else ("libtcmalloc",)
+    return [name for name in asked if name not in loaded]
+
+
+def has_nvcc() -> bool:
+    try:
+        find_nvcc()
+    except CudaBuildError:
+        return False
+    return True
+
+
 @click.command()
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)
@@ -126,3 +234,5 @@ def doctor(device: str, dtype: str, shape: str) -> None:
     click.echo(f"\nkernels for a {out_features} x {in_features} linear of {dtype} on {kind}, in order of preference:")
     for line in kernel_lines(place, DTYPES[dtype], int(out_features), int(in_features)):
         click.echo(f"  {line}")
+    facts = take_facts(place, DTYPES[dtype], int(out_features), int(in_features))
+    click.echo(f"\nexpected to be fastest here: {advice(facts)}")

@@ -1,25 +1,43 @@
-"""The few facts about a checkpoint that must be known before its weights stream in, local or on the hub."""
+"""The few facts about a checkpoint that must be known before its weights stream in, local, on the hub or on ModelScope."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import vllm.envs as envs
 
-from ria_vllm import permutation
-from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, load_tensor, read_json, tensor_names, weight_files
+from ria_vllm.checkpoint import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    check_digests,
+    check_file_digest,
+    file_metadata,
+    load_permutations,
+    read_json,
+    tensor_names,
+    weight_files,
+)
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import PERMUTATIONS_FILE
-
-SUFFIX = ".input_permutation"
+from ria_vllm.schema import PERMUTATIONS_FILE, RiaSchema
 
 
 def locate(model: str, name: str, revision: str | None) -> Path | None:
-    """The file `name` of a local folder or of a hub repository (downloaded into the hub's cache); None if it has none.
+    """The file `name` of a local folder, or of a repository of the hub or of ModelScope, downloaded into its cache.
+
+    Returns:
+        None if the folder or the repository has no such file.
 
     Raises:
         RiaError: the hub cannot be reached and the file is not in the cache.
     """
     if Path(model).is_dir():
         path = Path(model) / name
+        return path if path.is_file() else None
+    if envs.VLLM_USE_MODELSCOPE:
+        from vllm.model_executor.model_loader.weight_utils import maybe_download_from_modelscope
+
+        folder = maybe_download_from_modelscope(model, revision, allow_patterns=[name])
+        path = Path(folder or model) / name
         return path if path.is_file() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -33,63 +51,108 @@ def locate(model: str, name: str, revision: str | None) -> Path | None:
         ) from None
     except EntryNotFoundError:
         return None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:
         raise RiaError(f"{model}: cannot get {name} from the hub ({error}).") from error
 
 
-def stored_modules(model: str, revision: str | None) -> dict[str, bool] | None:
-    """Module with a weight -> whether it is stored compressed; None where only the weight files themselves could tell.
+class WeightHeaders:
+    """What the headers of a model's weight files say. Of files on the hub that are not in its cache, the header alone is
+    fetched: vLLM downloads the rest, perhaps into a cache of its own (`--download-dir`).
 
-    That is so for a hub repository of a single weight file, which is not fetched for this, and for a folder without
-    weights (`--load-format dummy`).
+    Attributes:
+        names: of all tensors; None for a local folder without weights, as `--load-format dummy` takes.
     """
-    folder = Path(model)
-    if folder.is_dir():
-        if not (folder / INDEX_FILE).is_file() and not (folder / SINGLE_FILE).is_file():
-            return None
-        names = list(weight_files(folder))
-    else:
-        try:
-            index = locate(model, INDEX_FILE, revision)
-        except RiaError:
-            return None  # offline, and the cache has no index: a single file
+
+    def __init__(self, model: str, revision: str | None):
+        """Raises RiaError for files that are missing, damaged or out of reach."""
+        self.model = model
+        self.revision = revision
+        folder = Path(model)
+        if folder.is_dir():
+            if not (folder / INDEX_FILE).is_file() and not (folder / SINGLE_FILE).is_file():
+                self.names: list[str] | None = None
+                self.files: list[str] = []
+                return
+            stored = weight_files(folder)
+            self.names, self.files = list(stored), sorted({path.name for path in stored.values()})
+            return
+        index = self._index()
         if index is None:
-            return None
-        names = list(read_json(index).get("weight_map") or ())
+            self.names, self.files = self._header(SINGLE_FILE)[0], [SINGLE_FILE]
+            return
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise RiaError(f"{model}: no usable weight_map in {INDEX_FILE}. Get the file again.")
+        self.names, self.files = list(weight_map), sorted(set(weight_map.values()))
+
+    def metadata(self) -> Iterator[tuple[str, Mapping[str, str]]]:
+        """(file, the `__metadata__` of its header) of each weight file."""
+        for file in self.files:
+            yield f"{self.model}: {file}", self._header(file)[1]
+
+    def _index(self) -> Path | None:
+        try:
+            return locate(self.model, INDEX_FILE, self.revision)
+        except RiaError:
+            if self._cached(SINGLE_FILE) is not None:
+                return None  # out of reach, and the cache has the one file of a repository without an index
+            raise
+
+    def _cached(self, file: str) -> Path | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = None if envs.VLLM_USE_MODELSCOPE else try_to_load_from_cache(self.model, file, revision=self.revision)
+        return Path(found) if isinstance(found, str) else None
+
+    def _header(self, file: str) -> tuple[list[str], Mapping[str, str]]:
+        """Names of the tensors of a weight file, and its metadata."""
+        path = Path(self.model) / file if Path(self.model).is_dir() else self._cached(file)
+        if path is None and envs.VLLM_USE_MODELSCOPE:
+            path = locate(self.model, file, self.revision)
+            if path is None:
+                raise RiaError(f"{self.model}: no {file} on ModelScope.")
+        if path is not None:
+            return tensor_names(path), file_metadata(path)
+        from huggingface_hub import parse_safetensors_file_metadata
+
+        try:
+            header = parse_safetensors_file_metadata(self.model, file, revision=self.revision)
+        except Exception as error:  # the hub's library and HTTP have a dozen ways of saying that it is out of reach
+            raise RiaError(
+                f"{self.model}: the header of {file} cannot be read from the hub ({str(error).splitlines()[0]}). Download "
+                "the whole repository first, or give a local folder."
+            ) from error
+        return list(header.tensors), header.metadata or {}
+
+
+def stored_modules(names: list[str]) -> dict[str, bool]:
+    """Module with a weight -> whether it is stored compressed."""
     found = {name.removesuffix(".weight"): False for name in names if name.endswith(".weight")}
     return found | {name.removesuffix(".compressed"): True for name in names if name.endswith(".compressed")}
 
 
-def read_permutations(path: Path) -> dict[str, np.ndarray]:
-    """Linear's name -> int32 [in], each a permutation of 0..in-1.
+def permutations_of(model: str, revision: str | None, schema: RiaSchema) -> dict[str, np.ndarray]:
+    """The permutations of a checkpoint: linear's name -> int32 [in]. The digest in `schema` has been checked against them.
 
     Raises:
-        RiaError: file and layer named.
+        RiaError: missing, damaged, or of another run than config.json.
     """
-    found = {}
-    for stored in tensor_names(path):
-        name = stored.removesuffix(SUFFIX)
-        p = load_tensor(path, stored)
-        wrong = "an unknown name" if name == stored else permutation.check(p, p.numel())
-        if wrong:
-            raise RiaError(f"{path}: {stored}: not a permutation: {wrong}. Get the file again.")
-        found[name] = p.int().numpy()
-    return found
-
-
-def permutations_of(model: str, revision: str | None, expected: bool) -> dict[str, np.ndarray]:
-    """The permutations of a checkpoint; `expected`: its config says that it was compressed with some."""
-    try:
-        path = locate(model, PERMUTATIONS_FILE, revision)
-    except RiaError:
-        if expected:
-            raise
-        return {}  # offline, and the cache has what there is
-    if path is not None:
-        return read_permutations(path)
-    if expected:
+    if not schema.permutes:
+        # A stray file would do no harm here, for nobody asks for it; `verify` names it.
+        check_digests(schema, {}, (), model)
+        return {}
+    path = locate(model, PERMUTATIONS_FILE, revision)
+    if path is None:
         raise RiaError(
-            f"{model}: {PERMUTATIONS_FILE} is missing, though the model was compressed with permutations. "
-            "Get the file again."
+            f"{model}: {PERMUTATIONS_FILE} is missing, though the model was compressed with permutations. Get the file "
+            "again; a model whose weights are on an object store has to be served from a local copy."
         )
-    return {}
+    permutations = load_permutations(path)
+    check_digests(schema, permutations, (), model)
+    return {name: p.int().numpy() for name, p in permutations.items()}
+
+
+def check_weight_files(headers: WeightHeaders, schema: RiaSchema) -> None:
+    """Check that every weight file is stored under the permutations that `schema` names."""
+    for where, metadata in headers.metadata():
+        check_file_digest(schema, metadata, where)

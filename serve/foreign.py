@@ -3,7 +3,7 @@
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,9 +45,6 @@ class Selection:
     def by_name(self, name: str) -> bool:
         return any(_matches(t, name) for t in self.targets if t != "Linear")
 
-    def renamed(self, mapper: Any) -> "Selection":
-        return Selection(*(tuple(_renamed(entry, mapper) for entry in part) for part in (self.targets, self.ignore)))
-
 
 def _matches(entry: str, name: str) -> bool:
     if entry.startswith("re:"):
@@ -55,10 +52,6 @@ def _matches(entry: str, name: str) -> bool:
             raise RiaError(f"{name[:60]}...: a module's name of {len(name)} characters. The checkpoint is damaged.")
         return re.match(entry[3:], name) is not None
     return entry in ("Linear", name)
-
-
-def _renamed(entry: str, mapper: Any) -> str:
-    return entry if entry.startswith("re:") or "." not in entry else mapper.apply_list([entry])[0]
 
 
 @dataclass(frozen=True)
@@ -102,10 +95,6 @@ class Foreign:
         """A group that names the linear goes before one that takes all of them."""
         found = [(storage, selection.by_name(name)) for selection, storage in self.groups if name in selection]
         return next((s for s, by_name in found if by_name), found[0][0] if found else Storage(self.dense))
-
-    def renamed(self, mapper: Any) -> "Foreign":
-        groups = tuple((selection.renamed(mapper), storage) for selection, storage in self.groups)
-        return replace(self, pruned=self.pruned.renamed(mapper), groups=groups)
 
 
 def _storage(where: str, group: Mapping[str, Any], dense: bool) -> Storage:

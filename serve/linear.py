@@ -20,11 +20,40 @@ from vllm.model_executor.layers.linear import (
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.serve import kernels
-from ria_vllm.serve.loading import BITMASK_OF_ONES_AND_TWOS, Arrivals, create_parameters, take_parameters
+from ria_vllm.serve.loading import BITMASK_OF_ONES_AND_TWOS, Arrivals, create_parameters, take_parameters, unwrapped
 from ria_vllm.serve.storage import is_two_of_four, row_scales
 
 if TYPE_CHECKING:
     from ria_vllm.serve.config import RiaConfig
+
+
+@dataclass(frozen=True)
+class Created:
+    """How a layer's parameters were created, so that others can take their place before anything is loaded."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parameters: tuple[str, ...]
+
+    @classmethod
+    def by(cls, create: Callable[..., None], layer: LinearBase, *args: Any, **kwargs: Any) -> "Created":
+        before = set(layer._parameters)
+        create(layer, *args, **kwargs)
+        return cls(args, kwargs, tuple(name for name in layer._parameters if name not in before))
+
+    def remove(self, layer: LinearBase) -> Callable[..., Any]:
+        """Take the parameters away again.
+
+        Returns:
+            vLLM's own loader of the first of them: some models give a layer's weight another one once it is created.
+        """
+        loader = unwrapped(getattr(layer, self.parameters[0]).weight_loader)
+        for name in self.parameters:
+            delattr(layer, name)
+        layer.__dict__.pop("weight_loader", None)
+        if layer.bias is not None:
+            layer.bias.weight_loader = unwrapped(layer.bias.weight_loader)
+        return loader
 
 
 @dataclass(frozen=True)
@@ -59,7 +88,11 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.parts = parts
         self.dense: UnquantizedLinearMethod | None = None
 
-    def create_weights(
+    def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
+        self.created = Created.by(self._create_weights, layer, *args, **kwargs)
+        self.config.report.expected += 1
+
+    def _create_weights(
         self,
         layer: LinearBase,
         input_size_per_partition: int,
@@ -74,29 +107,33 @@ class Sparse24LinearMethod(LinearMethodBase):
                 f"{self.prefix}: {input_size} input channels over {input_size // input_size_per_partition} ranks leave "
                 f"{input_size_per_partition} each, no multiple of 8. Use a smaller --tensor-parallel-size."
             )
-        for part in self.parts:
-            p = self.config.permutations.get(part)
-            if p is not None and len(p) != input_size:
-                raise RiaError(f"{part}: its permutation has {len(p)} channels, its input {input_size}. Get it again.")
         storage = self.config.storage(self.parts[0])
         if any(self.config.storage(part) != storage for part in self.parts):
             raise RiaError(f"{self.prefix}: vLLM fuses {', '.join(self.parts)}, but they are not quantized alike.")
         row_orders = tuple(self.config.row_orders(part) for part in self.parts)
         layer.ria_arrivals = Arrivals(
-            layer, self.parts, row_orders, len(output_partition_sizes), storage, params_dtype
+            layer, self.parts, row_orders, len(output_partition_sizes), storage, params_dtype, self.config.stream
         )
         layer.ria_output_sizes = tuple(output_partition_sizes)
         loader = extra_weight_attrs["weight_loader"]
         create_parameters(layer, layer.ria_arrivals, output_partition_sizes, input_size_per_partition, loader)
-        self.config.report.expected += 1
+
+    def reorder_bias(self, layer: LinearBase) -> None:
+        """For a layer that had its bias before it had this method."""
+        if layer.bias is not None and layer.ria_arrivals.reorders():
+            layer.bias.weight_loader = layer.ria_arrivals.wrap("bias", layer.bias.weight_loader)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check what came, repack it for the kernel, and free it."""
         loaded = take_parameters(layer)
         if not loaded:
             return
-        if (source := layer.ria_arrivals.other_source()) is not None:
-            self.config.check_orders(*source)
+        for part in self.parts:
+            p = self.config.permutations.get(part)
+            if p is not None and len(p) != layer.input_size:
+                raise RiaError(
+                    f"{part}: its permutation has {len(p)} channels, its input {layer.input_size}. Get the files again."
+                )
         compressed, bitmask, scales = self._final(layer, loaded)
         layer.ria_arrivals.came.clear()  # a reload begins anew
         first = not hasattr(layer, "ria_plan")

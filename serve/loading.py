@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
-from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -29,6 +28,7 @@ from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.folding import RowOrder
 from ria_vllm.serve.storage import Storage
+from ria_vllm.serve.stream import WeightStream
 
 ShardId = str | int | tuple[int, ...] | None
 
@@ -88,6 +88,7 @@ class Arrivals:
         outputs: into how many vLLM divides the layer's rows.
         storage: how the parts are stored.
         served: the dtype of the values in the end.
+        stream: knows the names that arriving tensors have in the checkpoint.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Arrivals:
         outputs: int,
         storage: Storage,
         served: torch.dtype,
+        stream: WeightStream,
     ):
         shards = shard_ids(layer, len(parts))
         self.names = parts
@@ -112,10 +114,9 @@ class Arrivals:
         self.storage = storage
         self.served = served
         self.tensors = storage.tensors(served)
-        current = get_current_vllm_config_or_none()
-        self.model = None if current is None else current.model_config
-        self.source = self.model and (self.model.model, self.model.revision)
+        self.stream = stream
         self.came: set[tuple[str, str]] = set()
+        self.entered = False
         # Mamba-2 with one group shares rows between ranks, and gives the `weight` of its projection a loader that does
         # so. It shall find something to put it on; what then arrives in any form goes through that loader.
         self.of_model = SimpleNamespace()
@@ -144,10 +145,12 @@ class Arrivals:
         """`tensor` as the layer wants it, before any sharding; reordered rows as a `ReorderedRows`.
 
         Raises:
-            RiaError: dtype or shape are not those of this linear.
+            RiaError: dtype or shape are not those of this linear; it is another linear's, or not as the file has it.
         """
         parts = self.covered(shard)
         name = "+".join(parts)
+        if not self.entered:
+            self._check_name(kind, parts, tensor)
         if kind in self.tensors or kind == "weight_scale":
             self._check(kind, name, tensor, shard)
             self.came.update((kind, part) for part in parts)
@@ -166,6 +169,18 @@ class Arrivals:
                 raise RiaError(f"{name}.{kind}: its fold does not fit: {error}. The checkpoint is damaged.") from None
         return ReorderedRows.of(tensor, rows)
 
+    def _check_name(self, kind: str, parts: list[str], tensor: torch.Tensor) -> None:
+        found = self.stream.name_of(tensor)
+        if found is None and self.stream.active:
+            raise RiaError(
+                f"{'+'.join(parts)}.{kind}: vLLM changes it before its layer loads it, in a way that only dense weights "
+                "allow. `ria-vllm export` makes a dense folder."
+            )
+        if found is not None and found not in [f"{part}.{kind}" for part in parts]:
+            raise RiaError(
+                f"vLLM loads {found} where {'+'.join(parts)} belongs. `ria-vllm export` makes a dense folder."
+            )
+
     def _check(self, kind: str, name: str, tensor: torch.Tensor, shard: ShardId) -> None:
         rows = self.rows.get(shard, tensor.shape[0] if tensor.dim() else 0)
         if (loader := self.loader_of_model()) is not None:
@@ -183,11 +198,6 @@ class Arrivals:
                 "The file is damaged, or config.json belongs to another model; get both again."
             )
 
-    def other_source(self) -> tuple[str, str | None] | None:
-        """Folder or repository and revision that a reload brings weights from, where it is another than the first."""
-        now = self.model and (self.model.model, self.model.revision)
-        return None if now == self.source else now
-
     def missing(self, loaded: dict[str, torch.Tensor]) -> str | None:
         """The first tensor that did not come, or None. `loaded`: the layer's parameters by kind."""
         kinds = [*self.tensors, *(["weight_scale"] if self.storage.quantized else [])]
@@ -202,12 +212,22 @@ class Arrivals:
         @functools.wraps(loader)
         def load(param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id: ShardId = None) -> None:
             loaded_weight = self.accept(kind, loaded_weight, loaded_shard_id)
-            if loaded_shard_id is None:
-                (self.loader_of_model() or loader)(param, loaded_weight)
-            else:
-                loader(param, loaded_weight, loaded_shard_id)
+            outermost, self.entered = not self.entered, True  # vLLM's loaders call each other with pieces
+            try:
+                if loaded_shard_id is None:
+                    (self.loader_of_model() or loader)(param, loaded_weight)
+                else:
+                    loader(param, loaded_weight, loaded_shard_id)
+            finally:
+                self.entered = not outermost
 
+        load.ria_wrapped = loader
         return load
+
+
+def unwrapped(loader: Callable[..., Any]) -> Callable[..., Any]:
+    """What `Arrivals.wrap` was given, or `loader` if it did not come from there."""
+    return getattr(loader, "ria_wrapped", loader)
 
 
 def shard_ids(layer: LinearBase, count: int) -> tuple[ShardId, ...]:

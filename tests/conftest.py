@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from damage import Damage
+from safetensors.torch import load_file
+
+# The hooks of runs in several processes.
+from processes import pytest_collection_modifyitems, pytest_configure, pytest_xdist_auto_num_workers  # noqa: F401
 
 from ria_vllm import sparse24
 from ria_vllm.permutation import invert
@@ -143,34 +147,6 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pruned_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> PrunedLlama:
     """The same, pruned, in several shards. Do not write into it."""
     return prune_llama(tiny_llama, tmp_path_factory.mktemp("pruned") / "llama-2of4")
-
-
-class Damage:
-    """A private copy of a compressed folder whose tensors and config can be replaced."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def file_of(self, tensor: str) -> Path:
-        if tensor.endswith(".input_permutation"):
-            return self.folder / "permutations.safetensors"
-        return self.folder / json.loads((self.folder / "model.safetensors.index.json").read_text())["weight_map"][tensor]
-
-    def replace(self, tensor: str, change) -> None:
-        """`change` maps the tensor to its new content, or to None to leave it out."""
-        path = self.file_of(tensor)
-        tensors = load_file(path)
-        changed = change(tensors.pop(tensor).clone())
-        if changed is not None:
-            tensors[tensor] = changed.contiguous()
-        save_file(tensors, path, metadata={"format": "pt"})
-
-    def edit_json(self, file: str, change) -> None:
-        """`change` edits the parsed content in place."""
-        path = self.folder / file
-        content = json.loads(path.read_text())
-        change(content)
-        path.write_text(json.dumps(content))
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """The reader: what it returns equals what was stored, and every way of damaging a folder is found by layer or file."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from damage import bind, rewrite
+from safetensors.torch import load_file, save_file
 
 from ria_vllm.checkpoint import Reader, is_compressed, weight_files
 from ria_vllm.errors import RiaError
@@ -89,7 +92,8 @@ def differ_within_a_group(p):
         (f"{Q}.input_permutation", repeat_an_index, Q, "not a permutation"),
         (f"{Q}.input_permutation", lambda t: t + 1, Q, "outside 0..127"),
         (f"{Q}.input_permutation", lambda t: t - 2**30, Q, "outside 0..127"),
-        (f"{Q}.input_permutation", lambda t: t[:-1], Q, "shape"),
+        (f"{Q}.input_permutation", lambda t: t.sort().values[:64], Q, "expected (128,)"),
+        (f"{Q}.input_permutation", lambda t: t.view(2, 64), Q, "shape"),
         (f"{Q}.input_permutation", lambda t: t.half(), Q, "dtype"),
         (f"{O}.input_permutation", swap_across_heads, O, "another head"),
         (f"{O}.input_permutation", differ_within_a_group, O, "different orders"),
@@ -98,6 +102,7 @@ def differ_within_a_group(p):
 )
 def test_damaged_tensors_are_found_by_layer(damage, tensor, change, layer, words):
     damage.replace(tensor, change)
+    bind(damage.folder)
     found = problems(damage.folder)
     assert len(found) == 1 and layer in found[0] and words in found[0], found
 
@@ -120,10 +125,9 @@ def test_any_bit_of_any_bitmask(damage):
 
 
 def test_a_permutation_for_an_unknown_linear(damage):
-    def rename(content):
-        content["weight_map"] = {k: v for k, v in content["weight_map"].items() if not k.startswith(Q + ".")}
-
-    damage.edit_json(INDEX, rename)
+    for part in ("compressed", "bitmask", "shape"):
+        damage.replace(f"{Q}.{part}", lambda tensor: None)
+        damage.edit_json(INDEX, lambda content: content["weight_map"].pop(f"{Q}.{part}"))
     found = problems(damage.folder)
     assert len(found) == 1 and Q in found[0] and "no pruned linear" in found[0]
 
@@ -131,6 +135,58 @@ def test_a_permutation_for_an_unknown_linear(damage):
 def test_permutations_lost(damage):
     (damage.folder / "permutations.safetensors").unlink()
     assert "permutations.safetensors: missing" in problems(damage.folder)[0]
+
+
+def other_run(damage):
+    """Files of the same model compressed under other orders: each valid by itself."""
+    other = damage.folder.with_name("other")
+    shutil.copytree(damage.folder, other)
+    rewrite(other / "permutations.safetensors", lambda tensors: tensors.update({f"{DOWN}.input_permutation":
+        tensors[f"{DOWN}.input_permutation"].flip(0).contiguous()}))  # fmt: skip
+    bind(other)
+    assert problems(other) == []
+    return other
+
+
+@pytest.mark.parametrize("file", ["permutations.safetensors", "config.json", "model-00003-of-*.safetensors"])
+def test_files_of_two_runs(damage, file):
+    other = other_run(damage)
+    (path,) = other.glob(file)
+    shutil.copyfile(path, damage.folder / path.name)
+    found = problems(damage.folder)
+    assert len(found) == 1 and str(damage.folder) in found[0] and "files of one run" in found[0]
+    assert ("permutations.safetensors" if file == "config.json" else path.name) in found[0]
+
+
+def test_a_folder_without_digests_is_refused(damage):
+    damage.edit_json("config.json", lambda c: c["quantization_config"].pop("permutations_digest"))
+    found = problems(damage.folder)
+    assert len(found) == 1 and "permutations_digest" in found[0] and "Compress the model again" in found[0]
+
+
+def test_a_shard_without_a_digest_is_refused(damage):
+    path = damage.file_of(f"{Q}.compressed")
+    save_file(load_file(path), path, metadata={"format": "pt"})
+    found = problems(damage.folder)
+    assert len(found) == 1 and str(path) in found[0] and "files of one run" in found[0]
+
+
+@pytest.mark.parametrize("digest", [0, "", "0" * 63, "A" * 64, "0" * 64 + "\n", ["0" * 64]])
+def test_what_is_no_digest_is_refused(damage, digest):
+    damage.edit_json("config.json", lambda c: c["quantization_config"].update(permutations_digest=digest))
+    assert "config.json: quantization_config.permutations_digest" in problems(damage.folder)[0]
+
+
+@pytest.mark.parametrize("left", ["permutations", "digest"])
+def test_a_recipe_that_does_not_permute_has_no_permutations(damage, left):
+    """As in a repository into which a run without permutations was uploaded over one with them."""
+    damage.edit_json("config.json", lambda c: c["quantization_config"]["recipe"].update(permute="none"))
+    if left == "permutations":
+        damage.edit_json("config.json", lambda c: c["quantization_config"].pop("permutations_digest"))
+    else:
+        (damage.folder / "permutations.safetensors").unlink()
+    found = problems(damage.folder)
+    assert len(found) == 1 and "though the recipe" in found[0] and "files of one run" in found[0]
 
 
 @pytest.mark.parametrize("file", ["permutations.safetensors", "shard"])
@@ -163,6 +219,51 @@ def test_a_tensor_that_is_not_in_its_shard(damage):
     assert f"{Q}.compressed" in problems(damage.folder)[0]
 
 
+@pytest.mark.parametrize("shard", ["\x1b[2J.safetensors", "a" * 5000, "\ud800", "\0"])
+def test_an_odd_name_of_a_shard(damage, shard):
+    damage.edit_json(INDEX, lambda content: content["weight_map"].update({f"{Q}.compressed": shard}))
+    found = problems(damage.folder)
+    assert len(found) == 1 and found[0].isprintable() and "outside the folder" in found[0]
+
+
+@pytest.mark.parametrize("name", ["\x1b]0;hello\x07", "a\nb", "a" * 1001, "\u202edetsurt"])
+@pytest.mark.parametrize("file", ["permutations.safetensors", "shard", "index"])
+def test_names_that_would_fool_a_reader(damage, name, file):
+    """Escape sequences, new lines, right-to-left marks: nothing of the kind reaches a terminal."""
+    if file == "index":
+        damage.edit_json(INDEX, lambda content: content["weight_map"].update({name: "model-00001-of-00002.safetensors"}))
+    else:
+        path = damage.file_of(f"{Q}.{'compressed' if file == 'shard' else 'input_permutation'}")
+        rewrite(path, lambda tensors: tensors.update({name: torch.zeros(2)}))
+    found = problems(damage.folder)
+    assert len(found) == 1 and found[0].replace("\n", "").isprintable()
+
+
+def test_a_tensor_that_the_index_does_not_name(damage):
+    """Readers that go by files, as transformers and vLLM do, would take it; those that go by the index would not."""
+    path = damage.file_of(f"{Q}.compressed")
+    rewrite(path, lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(258, 128)}))
+    found = problems(damage.folder)
+    assert len(found) == 1 and str(path) in found[0] and "model.embed_tokens.weight" in found[0]
+
+
+@pytest.mark.parametrize("name", [f"{Q}.weight", f"{UP}.input_permutation"])
+def test_names_that_contradict_each_other(damage, name):
+    path = damage.file_of(f"{Q}.compressed")
+    rewrite(path, lambda tensors: tensors.update({name: torch.zeros(128, 128)}))
+    damage.edit_json(INDEX, lambda content: content["weight_map"].update({name: path.name}))
+    found = problems(damage.folder)
+    assert len(found) == 1 and name.rpartition(".")[0] in found[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_tensors_are_checked_too(damage, dtype):
+    damage.replace("model.norm.weight", lambda t: t.to(dtype))
+    assert problems(damage.folder) == []
+    damage.replace("model.norm.weight", lambda t: (t.float() * float("nan")).to(dtype))
+    assert "model.norm.weight: a value is NaN" in problems(damage.folder)[0]
+
+
 @pytest.mark.parametrize("weight_map", [None, [], {}, {"a": 1}, "x"])
 def test_an_index_without_a_map(damage, weight_map):
     damage.edit_json(INDEX, lambda content: content.update(weight_map=weight_map))
@@ -170,7 +271,10 @@ def test_an_index_without_a_map(damage, weight_map):
 
 
 @pytest.mark.parametrize("file", ["config.json", INDEX])
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b'{"a": ' * 60 + b"1" + b"}" * 60],
+)
 def test_files_that_are_no_json_object(damage, file, content):
     (damage.folder / file).write_bytes(content)
     found = problems(damage.folder)

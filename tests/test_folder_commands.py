@@ -1,6 +1,7 @@
 """`inspect`, `verify` and `export`, as a user calls them."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.folder_commands import export, inspect, verify
+from ria_vllm.progress import Monitor
 
 Q, DOWN, GATE = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj"
 
@@ -60,6 +62,43 @@ def test_inspect_shows_the_report(damage):
     assert "0.7500 -> 0.8750" in run(inspect, damage.folder).output
 
 
+@pytest.mark.parametrize("name", ["l.².[bold]x[/bold].:smile:", "l.[/]", "9" * 900, "l.[link=file:///etc]q", "١.x"])
+def test_inspect_takes_odd_names_as_they_are(damage, name):
+    damage.rename(Q, name)
+    table = run(inspect, damage.folder).output
+    assert name in "".join(line.split("  ")[0].strip() for line in table.splitlines())
+    assert name in [entry["name"] for entry in json.loads(run(inspect, damage.folder, "--json").output)["linears"]]
+    assert run(verify, damage.folder).exit_code == 0
+
+
+def test_inspect_orders_layers_by_number(damage):
+    damage.rename(Q, "model.layers.10.self_attn.q_proj")
+    names = [entry["name"] for entry in json.loads(run(inspect, damage.folder, "--json").output)["linears"]]
+    assert names[-1] == "model.layers.10.self_attn.q_proj" and names[0].startswith("model.layers.0.")
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "1" + "0" * 400, "true", "[]", '"1"'])
+def test_numbers_of_the_report_that_are_none(damage, number):
+    (damage.folder / "ria_report.json").write_text('{"linears": {"%s": {"retained_after": %s}}}' % (Q, number))
+    damage.edit_json("config.json", lambda c: c["quantization_config"]["recipe"].update(exponent=[float("inf")]))
+    found = json.loads(run(inspect, damage.folder, "--json").output, parse_constant=pytest.fail)
+    assert {e["name"]: e for e in found["linears"]}[Q]["retained_after"] is None and found["recipe"]["exponent"] == [None]
+    assert run(inspect, damage.folder).exit_code == 0
+
+
+def test_no_escape_sequence_of_a_config_reaches_the_terminal(damage):
+    def change(config):
+        config["quantization_config"]["recipe"]["source"] = "\x1b]0;x\x07\ud800"
+        config["quantization_config"]["sparsity_config"]["ignore"].append("\x1b[2J")
+
+    damage.edit_json("config.json", change)
+    found = run(inspect, damage.folder)
+    assert found.exit_code == 0 and "\x1b" not in found.output and r"\x1b]0;x\x07\ud800" in found.output
+    damage.edit_json("config.json", lambda c: c["quantization_config"]["folds"][0].update({"\x1b[2J": 1}))
+    found = run(verify, damage.folder)
+    assert found.exit_code == 1 and r"\x1b[2J" in found.output and "\x1b" not in found.output
+
+
 def test_inspect_for_readers(pruned_llama):
     found = run(inspect, pruned_llama.folder).output
     assert all(name in found for name in (Q, DOWN, GATE, "4 folded, 6 gathered, 4 none", "lm_head", "magnitude"))
@@ -76,7 +115,7 @@ def test_verify_names_every_damaged_layer(damage):
         return bitmask
 
     damage.replace(f"{Q}.bitmask", break_group)
-    damage.replace(f"{DOWN}.input_permutation", lambda p: torch.zeros_like(p))
+    damage.replace(f"{DOWN}.compressed", lambda values: values * float("inf"))
     found = run(verify, damage.folder)
     assert found.exit_code == 1 and Q in found.output and DOWN in found.output and "2 problems" in found.output
 
@@ -134,9 +173,10 @@ def test_export_of_a_damaged_folder_leaves_nothing(damage, tmp_path):
 
 
 def test_export_keeps_a_result_whose_place_is_taken_meanwhile(pruned_llama, tmp_path):
-    out = tmp_path / "dense"
+    out, monitor = tmp_path / "dense", Monitor(shown=False)
+    monitor.phase = lambda *_: nullcontext(lambda: out.mkdir(exist_ok=True))  # taken once a tensor is done
     with pytest.raises(RiaError, match="dense.partial/final"):
-        export_dense(Reader(pruned_llama.folder), out, 10**9, on_tensor=lambda *_: out.mkdir(exist_ok=True))
+        export_dense(Reader(pruned_llama.folder), out, 10**9, monitor=monitor)
     assert not list(out.iterdir())
     assert set(load_file(tmp_path / "dense.partial" / "final" / "model.safetensors")) == set(pruned_llama.dense)
 

@@ -1,5 +1,6 @@
 """Permutations against their definition: the stored column j holds channel p[j]."""
 
+import hashlib
 import itertools
 
 import pytest
@@ -87,3 +88,12 @@ def test_head_rows_give_the_consumer_its_input_in_its_order(heads, kv_heads):
 def test_head_rows_say_why_not(p, heads, kv_heads, words):
     found = permutation.head_rows(p, heads, kv_heads)
     assert isinstance(found, str) and words in found
+
+
+def test_digest_is_that_of_its_definition():
+    """Names in sorted order, each with a zero byte and its order as little-endian int32; of tensors as of arrays."""
+    orders = {"b": torch.tensor([1, 0, 2], dtype=torch.int32), "a.é": torch.tensor([0, 1])}
+    content = "a.é".encode() + bytes([0, 0, 0, 0, 0, 1, 0, 0, 0]) + b"b" + bytes([0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0])
+    assert permutation.digest(orders) == hashlib.sha256(content).hexdigest()
+    assert permutation.digest({name: p.numpy() for name, p in orders.items()}) == permutation.digest(orders)
+    assert permutation.digest({}) == hashlib.sha256().hexdigest()

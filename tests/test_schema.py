@@ -11,7 +11,7 @@ CONFIG = {
     "quant_method": "ria",
     "format": "sparse-24-bitmask",
     "format_version": 1,
-    "sparsity_config": {"sparsity_structure": "2:4", "ignore": ["lm_head", r"re:.*\.layers\.0\..*"]},
+    "sparsity_config": {"sparsity_structure": "2:4", "ignore": ["lm_head", "model.layers.0.mlp.up_proj"]},
     "folds": [
         {
             "consumer": "model.layers.{i}.mlp.down_proj",
@@ -40,13 +40,18 @@ def test_keys_of_a_newer_minor_version_are_kept():
         (("quant_method",), "awq", "quant_method"),
         (("sparsity_config",), None, "sparsity_config"),
         (("sparsity_config", "sparsity_structure"), "4:8", "sparsity_config.sparsity_structure"),
-        (("sparsity_config", "ignore"), ["re:(("], "sparsity_config.ignore"),
+        (("sparsity_config", "ignore"), ["lm_head", "re:.*"], "sparsity_config.ignore"),
         (("sparsity_config", "ignore"), "lm_head", "sparsity_config.ignore"),
         (("folds", 0, "coupling"), "magic", "folds.0.coupling"),
         (("folds", 0, "producers"), [], "folds.0.producers"),
         (("folds", 0, "num_heads"), 0, "folds.0.num_heads"),
         (("folds", 0, "producers", 0, "rows"), [0], "folds.0.producers.0.rows"),
         (("folds",), {}, "folds"),
+        (("folds",), CONFIG["folds"] * 1001, "folds"),
+        (("folds", 0, "consumer"), "{i}.{i}.mlp.down_proj", "folds.0"),
+        (("folds", 0, "consumer"), "model.down_proj", "folds.0"),
+        (("folds", 0, "producers", 0, "name"), "model.up_proj", "folds.0"),
+        (("folds", 0, "producers", 0, "name"), "{i}.{i}", "folds.0"),
     ],
 )
 def test_a_wrong_field_is_refused_by_name(path, value, field):
@@ -59,7 +64,7 @@ def test_a_wrong_field_is_refused_by_name(path, value, field):
         RiaSchema.parse(config, "somewhere.json")
 
 
-def test_ignored_by_exact_name_or_regex():
+def test_ignored_by_exact_name():
     schema = RiaSchema.parse(CONFIG, "config.json")
     assert schema.ignored("lm_head") and schema.ignored("model.layers.0.mlp.up_proj")
     assert not schema.ignored("model.layers.10.mlp.up_proj") and not schema.ignored("x.lm_head")
@@ -70,6 +75,7 @@ def test_fold_patterns_match_one_layer_number():
         consumer="h.{i}.fc2", producers=[Producer(name="h.{i}.fc1", rows=(2, 4))], coupling="elementwise"
     )
     assert fold.layer("h.12.fc2") == "12"
+    assert fold.layer("h..fc2") is None and fold.layer("h.².fc2") is None and fold.layer("h.1.fc1.h.1.fc2") is None
     assert fold.layer("h.x.fc2") is None and fold.layer("hx12.fc2") is None and fold.layer("a.h.1.fc2") is None
     assert fold.producers_of("h.12.fc2") == [Producer(name="h.12.fc1", rows=(2, 4))]
     single = Fold(consumer="head.out", producers=[Producer(name="head.in")], coupling="elementwise")

@@ -1,10 +1,12 @@
 """The writer: a folder appears whole or not at all, and nothing finished is lost."""
 
 import errno
+import hashlib
 import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 
@@ -74,6 +76,25 @@ def test_permutations_get_their_own_file(tmp_path):
     assert set(load_file(tmp_path / "out" / "permutations.safetensors")) == {"a.input_permutation"}
 
 
+@pytest.mark.parametrize("orders", [{"a": [1, 0, 2], "b": [0, 2, 1]}, {}])
+def test_one_digest_binds_config_shards_and_permutations(tmp_path, orders):
+    """Also where the recipe permutes and no order turned out to be worth storing."""
+    units = {f"{name}.input_permutation": torch.tensor(p, dtype=torch.int32) for name, p in orders.items()}
+    writer = CheckpointWriter(tmp_path / "out")
+    writer.write("u", TENSORS | units)
+    config = {"quantization_config": {"quant_method": "ria"}}
+    writer.finish(["u"], {"config.json": config}, [], max_shard_size=900, permuted=True)
+    content = b"".join(name.encode() + b"\0" + struct.pack("<3i", *p) for name, p in sorted(orders.items()))
+    digest = hashlib.sha256(content).hexdigest()
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["quantization_config"] == {"quant_method": "ria", "permutations_digest": digest}
+    shards = list((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) == 3
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            assert file.metadata() == {"format": "pt", "ria_permutations_digest": digest}
+
+
 def test_an_existing_folder_is_refused_before_any_work(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(RiaError, match="exists already.*--overwrite"):
@@ -139,8 +160,8 @@ w = writer.CheckpointWriter(Path({str(tmp_path / "out")!r}))
 for i in range(5):
     w.write(f"t{{i}}", {{f"t{{i}}": torch.full((100,), float(i))}})
 copy = writer._copy_tensors
-def die(entries, path):
-    copy(entries, path)
+def die(*arguments):
+    copy(*arguments)
     os.kill(os.getpid(), {int(signal.SIGKILL)})
 writer._copy_tensors = die
 w.finish([f"t{{i}}" for i in range(5)], {{}}, [], 900)

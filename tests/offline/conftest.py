@@ -79,7 +79,7 @@ def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, **
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model() -> Callable[..., Path]:
     """save_model, for tests that change the configuration."""
     return save_model

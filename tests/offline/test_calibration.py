@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import calibration
 from ria_vllm.offline.calibration import from_model, from_text
-from ria_vllm.offline.progress import Monitor
+from ria_vllm.progress import Monitor
 
 # No window of these occurs twice.
 DOCUMENTS = [hashlib.sha256(bytes([i])).hexdigest()[: 40 + i % 20] for i in range(40)]

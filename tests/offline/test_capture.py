@@ -13,7 +13,7 @@ from ria_vllm.offline.calibration import from_text
 from ria_vllm.offline.capture import Activations
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.drift import InputDrift, OutputDrift
-from ria_vllm.offline.progress import Monitor
+from ria_vllm.progress import Monitor
 from ria_vllm.offline.recipe import Recipe
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "opt-postnorm")

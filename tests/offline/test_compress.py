@@ -2,21 +2,16 @@
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ria_vllm.checkpoint import Reader, tensor_names
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.progress import Monitor
+from ria_vllm.progress import Monitor
 from ria_vllm.offline.prune import Pattern
 from ria_vllm.offline.recipe import Recipe
 
@@ -62,14 +57,14 @@ def test_shared_orders_are_shared(family, tiny, text, tmp_path):
     orders: dict[str, set[tuple[int, ...]]] = {}
     for name in set(reader.sparse_names) - folded:
         parent = name.rpartition(".")[0] if "proj" in name else name
-        orders.setdefault(parent, set()).add(tuple(reader.permutation(name).tolist()))
+        orders.setdefault(parent, set()).add(tuple(reader.permutations[name].tolist()))
     assert all(len(found) == 1 for found in orders.values())
 
 
 def test_scope_linear_gives_each_its_own(tiny, text, tmp_path):
     run(tiny("llama"), tmp_path / "out", text, reconstruct="none", permute_scope="linear")
     reader = Reader(tmp_path / "out")
-    q, k = (reader.permutation(f"model.layers.0.self_attn.{x}_proj") for x in "qk")
+    q, k = (reader.permutations[f"model.layers.0.self_attn.{x}_proj"] for x in "qk")
     assert not torch.equal(q, k)
     assert list(reader.problems()) == []
 
@@ -85,7 +80,7 @@ def test_where_every_order_is_the_models_own_all_readers_know_it(make_model, tex
     run(model, out, text, reconstruct="none", ignore=("[qkv]_proj", "mlp"))
     reader = Reader(out)
     assert reader.schema.recipe["permute"] == "lsa" and reader.permuted_names == [] and not list(reader.problems())
-    assert permutations_of(str(out), None, expected=True) == {}
+    assert permutations_of(str(out), None, reader.schema) == {}
     loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(torch.equal(loaded[f"{name}.weight"], reader.linear(name).dense()) for name in reader.sparse_names)
     (out / "permutations.safetensors").unlink()

@@ -125,3 +125,36 @@ def test_weights_that_do_not_fit_the_configuration(dense, damage, text):
 def test_a_folder_that_is_no_model(tmp_path, text):
     with pytest.raises(RiaError, match=str(tmp_path)):
         run(tmp_path, "--text", text)
+
+
+def test_the_card_takes_the_perplexity_and_the_base_models(pruned_llama, text, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(pruned_llama.folder, out)
+    (out / "README.md").write_text("# Mine\n")
+    arguments = ("--text", text, "--seq-len", 64, "--baseline", pruned_llama.source, "--update-card", "--json")
+    found = json.loads(run(out, *arguments).stdout)
+    alone = json.loads(run(pruned_llama.source, "--text", text, "--seq-len", 64, "--json").stdout)
+    assert found["baseline"]["model"] == str(pruned_llama.source)
+    assert {key: found["baseline"][key] for key in ("perplexity", "tokens", "seq_len")} == {
+        key: alone[key] for key in ("perplexity", "tokens", "seq_len")
+    }
+    row = f"| text.txt | {found['tokens']} | 64 | {found['perplexity']:.2f} | {alone['perplexity']:.2f} |"
+    card = (out / "README.md").read_text()
+    assert row in card.splitlines() and card.startswith("# Mine\n") and str(tmp_path) not in card
+    assert f"perplexity {alone['perplexity']:.4f}" in run(out, *arguments[:-2]).stdout
+
+
+def test_what_cannot_be_noted_or_compared_is_not_measured(pruned_llama, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("ria_vllm.offline.evaluate.load_model", lambda *_: pytest.fail("measured"))
+    with pytest.raises(RiaError, match="no model card"):
+        run(pruned_llama.folder, "--text", text, "--update-card")
+    with pytest.raises(RiaError, match="--baseline and --update-card are for perplexity"):
+        run(pruned_llama.folder, "--tasks", "x", "--update-card")
+    other = tmp_path / "other"
+    shutil.copytree(pruned_llama.source, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(RiaError, match="reads the text as other tokens"):
+        run(pruned_llama.folder, "--text", text, "--baseline", other)

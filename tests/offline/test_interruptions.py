@@ -15,7 +15,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline import compress as pipeline
 from ria_vllm.offline import streaming
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.progress import Monitor
+from ria_vllm.progress import Monitor
 from ria_vllm.offline.recipe import Recipe
 
 
@@ -95,6 +95,20 @@ def test_resume_refuses_other_weights_and_other_text(tiny, make_model, text, tmp
     words.write_text("other " * 3000)
     with pytest.raises(RiaError, match="another calibration text"):
         run(model, tmp_path / "out", words, Settings(resume=True))
+
+
+def test_resume_tells_sources_of_one_name_apart(make_model, text, tmp_path, monkeypatch):
+    """Files of the same names, sizes and times, whose folders have the same name."""
+    for place in ("here", "there"):
+        make_model(tmp_path / place / "model", "llama")
+        os.utime(tmp_path / place / "model" / "model.safetensors", ns=(1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_say_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "here" / "model", tmp_path / "out", text)
+    with pytest.raises(RiaError, match="another source"):
+        run(tmp_path / "there" / "model", tmp_path / "out", text, Settings(resume=True))
+    run(tmp_path / "here" / "model", tmp_path / "out", text, Settings(resume=True))
 
 
 def test_a_model_out_of_reach_for_a_moment_costs_no_finished_layer(make_model, text, tmp_path, monkeypatch):

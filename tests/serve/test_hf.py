@@ -1,12 +1,13 @@
 """`from_pretrained` on a compressed folder (ria_vllm/hf.py, hf_quantizer.py); here, for the small checkpoints."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from damage import rewrite
 from transformers import AutoModelForCausalLM
 
 from ria_vllm.errors import RiaError
@@ -44,24 +45,30 @@ def test_dtype_of_what_was_renamed(tmp_path):
     torch.testing.assert_close(logits(loaded), logits(pruned.float()), rtol=0, atol=1e-4)
 
 
-def test_damage_names_the_layer(tmp_path, caplog):
+def test_damage_names_the_layer(tmp_path):
     tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out")
-    path = tmp_path / "out" / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.1.mlp.up_proj.bitmask"][3, 1] = 7
-    save_file(tensors, path, metadata={"format": "pt"})
-    from transformers.utils import logging
 
-    logging.enable_propagation()
-    with pytest.raises(RuntimeError, match="CONVERSION"):  # HF gathers the reasons in its report
+    def change(tensors):
+        tensors["model.layers.1.mlp.up_proj.bitmask"][3, 1] = 7
+
+    rewrite(tmp_path / "out" / "model.safetensors", change)
+    with pytest.raises(RiaError, match="model.layers.1.mlp.up_proj: row 3, columns 8 to 15"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert "model.layers.1.mlp.up_proj: row 3, columns 8 to 15" in caplog.text
 
 
 def test_missing_permutations(tmp_path):
     tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out")
     (tmp_path / "out" / PERMUTATIONS_FILE).unlink()
     with pytest.raises(RiaError, match="permutations.safetensors is missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_permutations_of_another_run(tmp_path):
+    for name, seed in (("out", 0), ("other", 1)):
+        torch.manual_seed(seed)
+        tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / name, seed=seed)
+    shutil.copyfile(tmp_path / "other" / PERMUTATIONS_FILE, tmp_path / "out" / PERMUTATIONS_FILE)
+    with pytest.raises(RiaError, match="permutations.safetensors is not of the run"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 

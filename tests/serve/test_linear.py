@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from stored import Stored
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor import parameter
@@ -28,12 +29,9 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 
-from ria_vllm import permutation, sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import Fold, Producer, RiaSchema, SparsityConfig
+from ria_vllm.schema import Fold, Producer
 from ria_vllm.serve import linear, load_report
-from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.folding import fold
 from ria_vllm.serve.loading import ReorderedRows
 
 HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 256
@@ -56,48 +54,6 @@ def ranks(monkeypatch):
 
     become(0, 1)
     return become
-
-
-class Stored:
-    """Random pruned linears: what the checkpoint holds, and the plain matrix it stands for."""
-
-    def __init__(self, seed=0):
-        self.rng = torch.Generator().manual_seed(seed)
-        self.tensors, self.plain, self.bias, self.orders = {}, {}, {}, {}
-
-    def add(self, name, rows, columns, order=None):
-        compressed, bitmask = sparse24.compress(torch.randn(rows, columns, generator=self.rng) / columns**0.5)
-        stored = sparse24.decompress(compressed, bitmask)
-        self.tensors[name] = {"compressed": compressed, "bitmask": bitmask, "shape": torch.tensor([[rows], [columns]])}
-        self.plain[name] = stored if order is None else stored[:, permutation.invert(order).long()]
-        self.bias[name] = torch.randn(rows, generator=self.rng)
-        if order is not None:
-            self.orders[name] = order.numpy()
-
-    def order(self, size):
-        return torch.randperm(size, generator=self.rng).int()
-
-    def apply(self, x, name):
-        return x.double() @ self.plain[name].double().T + self.bias[name].double()
-
-    def config(self, folds=(), ignore=()):
-        config = RiaConfig(RiaSchema(sparsity_config=SparsityConfig(ignore=list(ignore)), folds=list(folds)))
-        config.pruned = set(self.tensors)
-        config.stored = set(self.tensors)
-        config.permutations = dict(self.orders)
-        config.folding = fold(config.schema, self.orders, config.pruned.__contains__, "here")
-        config.packed_modules_mapping = {"qkv": ["q", "k", "v"], "gate_up": ["gate", "up"]}
-        return config
-
-    def load(self, layer, parts):
-        """`parts`: name of the stored linear -> shard id."""
-        for name, shard in parts.items():
-            arguments = () if shard is None else (shard,)
-            for kind, tensor in self.tensors[name].items():
-                getattr(layer, kind).weight_loader(getattr(layer, kind), tensor, *arguments)
-            layer.bias.weight_loader(layer.bias, self.bias[name], *arguments)
-        layer.quant_method.process_weights_after_loading(layer)
-        return layer
 
 
 def close(got, want):
@@ -273,27 +229,6 @@ def test_a_reload_that_lacks_a_tensor_is_refused(ranks):
         finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
 
 
-def test_a_reload_from_elsewhere_has_its_orders_checked(ranks):
-    stored = Stored()
-    stored.add("fc", INNER, HIDDEN)
-    config, looked_at = stored.config(), []
-    config.check_orders = lambda *source: looked_at.append(source)
-    layer = ReplicatedLinear(HIDDEN, INNER, quant_config=config, prefix="fc", return_bias=False)
-    model = torch.nn.Sequential(layer)
-    record_metadata_for_reloading(model)
-    arrivals, first = layer.ria_arrivals, SimpleNamespace(model="here", revision="v1")
-    arrivals.model, arrivals.source = first, ("here", "v1")
-    stored.load(layer, {"fc": None})
-    assert not looked_at
-    first.model, first.revision = "elsewhere", None  # as vLLM's reload_weights(weights_path="elsewhere") does
-    initialize_layerwise_reload(model)
-    for kind in ("compressed", "bitmask"):
-        getattr(layer, kind).weight_loader(getattr(layer, kind), stored.tensors["fc"][kind])
-    layer.bias.weight_loader(layer.bias, stored.bias["fc"])
-    finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
-    assert looked_at == [("elsewhere", None)]
-
-
 def test_two_parts_for_four_outputs(ranks):
     """Qwen3.5's linear attention: q, k and v in one tensor, the gate in another, vLLM's layer counts four outputs."""
     stored = Stored()
@@ -320,7 +255,7 @@ def test_fused_on_disk_though_vllm_names_parts(ranks):
     stored.add("gate_up", 2 * INNER, HIDDEN, stored.order(HIDDEN))
     config = stored.config()
     config.permutations = {name: stored.orders["gate_up"] for name in ("gate", "up")}
-    config.pruned, config.stored = {"gate", "up"}, None
+    config.pruned, config.stored, config.names = {"gate", "up"}, None, {}
     layer = MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up", return_bias=False)
     x = torch.randn(5, HIDDEN)
     close(stored.load(layer, {"gate_up": None})(x), stored.apply(x, "gate_up"))
@@ -332,7 +267,6 @@ def test_keys_that_are_the_values_too(ranks):
     stored.add("q", HEADS * HEAD, HIDDEN, shared)
     stored.add("k", KV * HEAD, HIDDEN, shared)
     config = stored.config()
-    config.stored = {"q", "k"}
     layer = QKVParallelLinear(HIDDEN, HEAD, HEADS, KV, quant_config=config, prefix="qkv", return_bias=False)
     for name, shard in (("q", "q"), ("k", "k"), ("k", "v")):
         for kind, tensor in stored.tensors[name].items():
@@ -473,8 +407,9 @@ def test_permutation_of_another_size(ranks):
     stored = Stored()
     stored.add("fc", 64, HIDDEN)
     stored.orders["fc"] = np.arange(64, dtype=np.int32)
+    layer = ReplicatedLinear(HIDDEN, 64, quant_config=stored.config(), prefix="fc")
     with pytest.raises(RiaError, match="fc: its permutation has 64 channels, its input 128"):
-        ReplicatedLinear(HIDDEN, 64, quant_config=stored.config(), prefix="fc")
+        stored.load(layer, {"fc": None})
 
 
 def test_too_many_ranks(ranks):

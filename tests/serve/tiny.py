@@ -112,7 +112,11 @@ def random_order(size: int, heads: int = 0, kv: int = 0) -> torch.Tensor:
 
 def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     """All of the decoder layers."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and (".layers." in name or ".h." in name)
+    }
 
 
 def write(

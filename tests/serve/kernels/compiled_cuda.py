@@ -7,7 +7,6 @@ emulator of the GPU instead (emulator/), which runs the PTX that nvcc made of th
 import ctypes
 import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import once
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels import cuda_compile
@@ -24,8 +24,6 @@ from ria_vllm.serve.kernels.cuda_library import CudaLibrary, load
 
 ALL_TILES = os.environ.get("RIA_VLLM_TEST_TILES") == "all"
 EMULATOR = Path(__file__).with_name("emulator")
-
-_folder = tempfile.TemporaryDirectory(prefix="ria-cuda-tests-")
 
 
 def chosen_tiles(arch: str) -> tuple[cuda_compile.Tile, ...]:
@@ -39,8 +37,9 @@ def chosen_tiles(arch: str) -> tuple[cuda_compile.Tile, ...]:
 
 def compiled(arch: str) -> CudaLibrary:
     """The architecture's library with the tested tiles; skips the test where it cannot be compiled."""
-    objects = _objects(arch)
-    return load(cuda_compile.link(cuda_compile.architecture(arch), objects, Path(_folder.name)))
+    target, objects = cuda_compile.architecture(arch), _objects(arch)
+    folder = once(f"cuda-{arch}", lambda folder: cuda_compile.link(target, objects, folder))
+    return load(folder / target.library)
 
 
 def emulated(arch: str) -> "EmulatedLibrary":
@@ -69,31 +68,32 @@ def _objects(arch: str) -> tuple[Path, ...]:
     return _compile(arch)
 
 
-@lru_cache
 def _compile(arch: str) -> tuple[Path, ...]:
     target = cuda_compile.architecture(arch)
-    folder = Path(_folder.name) / f"objects-{target.name}"
-    folder.mkdir()
     virtual = f"compute_{target.name}"
     both = replace(target, code=f"-gencode=arch={virtual},code=[sm_{target.name},{virtual}]")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("NVCC_APPEND_FLAGS", "-Xfatbin=-compress=false", prepend=" ")
-        return tuple(cuda_compile.compile_objects(both, folder, chosen_tiles(arch)))
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("NVCC_APPEND_FLAGS", "-Xfatbin=-compress=false", prepend=" ")
+            cuda_compile.compile_objects(both, folder, chosen_tiles(arch))
+
+    return tuple(sorted(once(f"objects-{target.name}", make).iterdir()))
 
 
-@lru_cache
 def emulator_objects() -> tuple[Path, ...]:
     """The emulator's object files, compiled by nvcc's host compiler, which knows where CUDA's headers are."""
     nvcc = cuda_compile.find_nvcc()
     flags = ["-std=c++20", "-O2", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"]
 
-    def compile_one(source: Path) -> Path:
-        target = Path(_folder.name) / f"{source.stem}.o"
-        _run([nvcc, *flags, "-c", str(source), "-o", str(target)])
-        return target
+    def make(folder: Path) -> None:
+        def compile_one(source: Path) -> None:
+            _run([nvcc, *flags, "-c", str(source), "-o", str(folder / f"{source.stem}.o")])
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return tuple(pool.map(compile_one, sorted(EMULATOR.glob("*.cpp"))))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, EMULATOR.glob("*.cpp")))
+
+    return tuple(sorted(once("emulator-objects", make).iterdir()))
 
 
 @lru_cache
@@ -104,10 +104,9 @@ def _emulated(arch: str, objects: tuple[Path, ...]) -> "EmulatedLibrary":
 def link_emulator(name: str, objects: Sequence[Path]) -> Path:
     """--no-undefined: the objects may ask CUDA's runtime for nothing but what emulator/runtime.cpp has. Nothing that
     waits for the device and nothing that allocates is among it."""
-    library = Path(_folder.name) / f"{name}.so"
     linked = [*map(str, objects), *map(str, emulator_objects())]
-    _run([cuda_compile.find_nvcc(), "-shared", "--cudart=none", "-Xlinker=--no-undefined", *linked, "-o", str(library)])
-    return library
+    command = [cuda_compile.find_nvcc(), "-shared", "--cudart=none", "-Xlinker=--no-undefined", *linked, "-o"]
+    return once(name, lambda folder: _run([*command, str(folder / "library.so")])) / "library.so"
 
 
 def _run(command: Sequence[str]) -> None:

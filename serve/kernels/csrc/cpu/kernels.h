@@ -20,33 +20,55 @@ struct Product {
   uint8_t* panel;              // the tokens' activations as the kernel reads them
 };
 
-// One dtype on one instruction set.
+// One way to multiply weights of one dtype on one instruction set.
 struct Kernel {
   int64_t block_tokens;      // most tokens of a token block: what the registers hold
+  int64_t step;              // token blocks begin at multiples of so many tokens,
+  int64_t pass_step;         // and passes, where there are several, at multiples of so many
   int64_t activation_bytes;  // of one token and group in the panel
   void (*pack_tokens)(const Product&, int64_t begin, int64_t end);     // of token blocks
   void (*multiply_tiles)(const Product&, int64_t begin, int64_t end);  // of tiles
 };
 
+// Both give the same bits.
+struct Kernels {
+  Kernel few;
+  int64_t many_tokens = INT64_MAX;  // from so many on, `many` is the faster one
+  Kernel many = {};
+
+  const Kernel& fastest(int64_t tokens) const { return tokens < many_tokens ? few : many; }
+};
+
 struct InstructionSet {
   const char* name;
-  Kernel kernels[kDtypes];
+  Kernels kernels[kDtypes];
 };
 
 extern const InstructionSet kPortable;
 #if defined(__x86_64__)
 extern const InstructionSet kAvx2;
 extern const InstructionSet kAvx512;
-extern const Kernel kAvx512Bf16, kAvx512Int8;  // the other dtypes use kAvx512
+extern const Kernels kAvx512Bf16, kAvx512Int8;  // the other dtypes use kAvx512
 #endif
 
-// Token blocks of a pass are as equal as can be: `remainder` blocks of `small + 1` tokens, then blocks of `small`.
+// Token blocks of a pass are as equal as can be, in whole steps: `remainder` blocks of `small + 1` steps, then blocks
+// of `small`. Only the last step may be one that tokens do not fill.
 struct TokenBlocks {
-  int64_t count, small, remainder;
-  TokenBlocks(int64_t tokens, int64_t most)
-      : count((tokens + most - 1) / most), small(tokens / count), remainder(tokens % count) {}
-  int64_t first(int64_t block) const { return block * small + (block < remainder ? block : remainder); }
-  int64_t size(int64_t block) const { return small + (block < remainder); }
+  int64_t tokens, step, count, small, remainder;
+  TokenBlocks(int64_t tokens, int64_t most, int64_t step = 1) : tokens(tokens), step(step) {
+    const int64_t steps = (tokens + step - 1) / step;
+    count = (steps * step + most - 1) / most;
+    small = steps / count;
+    remainder = steps % count;
+  }
+  int64_t first(int64_t block) const { return (block * small + (block < remainder ? block : remainder)) * step; }
+  int64_t padded(int64_t block) const { return (small + (block < remainder)) * step; }
+  int64_t size(int64_t block) const {
+    const int64_t left = tokens - first(block), full = padded(block);
+    return left < full ? left : full;
+  }
+  int64_t most() const { return padded(0); }
+  int64_t room() const { return count * most(); }  // tokens for which a panel has space; grows with the tokens
 };
 
 // The best set this machine has, or the one RIA_VLLM_CPU_ISA names. Throws std::runtime_error for one it lacks.

@@ -1,8 +1,8 @@
 // AVX2 + FMA + F16C: fp32 arithmetic, 16 rows in two vectors.
 #include <immintrin.h>
 
-#include "product.h"
 #include "scalar.h"
+#include "token_product.h"
 
 namespace {
 
@@ -19,6 +19,39 @@ inline __m256 byte_of(__m256i pairs, int shift) {
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, shift), 24));
 }
 
+inline void store_bits(uint32_t* p, __m256 bits) { _mm256_storeu_ps(reinterpret_cast<float*>(p), bits); }
+
+struct Avx2Tokens {
+  using Vector = __m256;
+  static constexpr int64_t kTokens = 8;
+  static constexpr int kSums = 12;
+
+  static Vector load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
+  static Vector broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static Vector multiply_add(Vector weight, Vector x, Vector sum) { return _mm256_fmadd_ps(weight, x, sum); }
+  static void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    __m256 rows[8], pairs[8];
+    for (int i = 0; i < 4; ++i) {  // rows i and i + 4 of the left half, then of the right half
+      rows[i] = both_halves(from + i * stride, from + (i + 4) * stride);
+      rows[i + 4] = both_halves(from + i * stride + 4, from + (i + 4) * stride + 4);
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        pairs[i + 2 * j] = _mm256_unpacklo_ps(rows[i + 2 * j], rows[i + 2 * j + 1]);
+        pairs[i + 2 * j + 1] = _mm256_unpackhi_ps(rows[i + 2 * j], rows[i + 2 * j + 1]);
+      }
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        _mm256_storeu_ps(to + (i + 2 * j) * to_stride, _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44));
+        _mm256_storeu_ps(to + (i + 2 * j + 1) * to_stride, _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee));
+      }
+  }
+  static __m256 both_halves(const float* low, const float* high) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+  }
+};
+
 template <class V, Dtype kType>
 struct Avx2Lanes {
   using Value = V;
@@ -30,6 +63,7 @@ struct Avx2Lanes {
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kExpands = false;
+  using TokenLanes = Avx2Tokens;
 
   static Weights weights(const uint8_t* p) {
     if constexpr (kType == Dtype::bfloat16) {
@@ -79,11 +113,33 @@ struct Avx2Lanes {
   static void write(Value* to, const float* from, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = Value::from_float(from[i]);
   }
+
+  static void spread_weights(const Weights& w, float* first, float* second) {
+    _mm256_storeu_ps(first, w.first_low);
+    _mm256_storeu_ps(first + 8, w.first_high);
+    _mm256_storeu_ps(second, w.second_low);
+    _mm256_storeu_ps(second + 8, w.second_high);
+  }
+  static void spread_positions(const Positions& p, const uint32_t (&offsets)[4], uint32_t* first, uint32_t* second) {
+    const __m256 four = broadcast(reinterpret_cast<const uint8_t*>(offsets));
+    store_bits(first, pick(four, p.low));
+    store_bits(first + 8, pick(four, p.high));
+    store_bits(second, pick(four, _mm256_srli_epi32(p.low, 2)));
+    store_bits(second + 8, pick(four, _mm256_srli_epi32(p.high, 2)));
+  }
 };
+
+// Tokens from which vectors of tokens are faster than vectors of rows.
+constexpr int64_t kManyTokens = 21;
+
+template <class Lanes>
+constexpr Kernels kernels_of() {
+  return {kernel_of<Lanes>(), kManyTokens, token_kernel_of<Lanes>()};
+}
 
 }  // namespace
 
 const ria::InstructionSet ria::kAvx2 = {
     "avx2",
-    {kernel_of<Avx2Lanes<Bfloat16, Dtype::bfloat16>>(), kernel_of<Avx2Lanes<Float16, Dtype::float16>>(),
-     kernel_of<Avx2Lanes<Float32, Dtype::float32>>(), kernel_of<Avx2Lanes<Bfloat16, Dtype::int8>>()}};
+    {kernels_of<Avx2Lanes<Bfloat16, Dtype::bfloat16>>(), kernels_of<Avx2Lanes<Float16, Dtype::float16>>(),
+     kernels_of<Avx2Lanes<Float32, Dtype::float32>>(), kernels_of<Avx2Lanes<Bfloat16, Dtype::int8>>()}};

@@ -1,12 +1,28 @@
 // AVX-512 F, BW, VL, DQ: fp32 arithmetic, 16 rows in one vector.
 #include <immintrin.h>
 
-#include "product.h"
 #include "scalar.h"
+#include "token_product.h"
 
 namespace {
 
 inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+struct Avx512Tokens {
+  using Vector = __m512;
+  static constexpr int64_t kTokens = 16;
+  static constexpr int kSums = 24;
+
+  static Vector load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
+  static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static Vector multiply_add(Vector weight, Vector x, Vector sum) { return _mm512_fmadd_ps(weight, x, sum); }
+  static void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    const __m512i rows = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                            _mm512_set1_epi32(static_cast<int>(stride)));
+    for (int t = 0; t < kTokens; ++t) store(to + t * to_stride, _mm512_i32gather_ps(rows, from + t, sizeof(float)));
+  }
+};
 
 template <class V, Dtype kType>
 struct Avx512Lanes {
@@ -19,6 +35,7 @@ struct Avx512Lanes {
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kExpands = false;
+  using TokenLanes = Avx512Tokens;
 
   static Weights weights(const uint8_t* p) {
     if constexpr (kType == Dtype::bfloat16) {
@@ -78,11 +95,29 @@ struct Avx512Lanes {
       }
     }
   }
+
+  static void spread_weights(const Weights& w, float* first, float* second) {
+    _mm512_storeu_ps(first, w.first);
+    _mm512_storeu_ps(second, w.second);
+  }
+  static void spread_positions(Positions p, const uint32_t (&offsets)[4], uint32_t* first, uint32_t* second) {
+    const __m512 four = broadcast(reinterpret_cast<const uint8_t*>(offsets));
+    _mm512_storeu_ps(first, _mm512_permutevar_ps(four, p));
+    _mm512_storeu_ps(second, _mm512_permutevar_ps(four, _mm512_srli_epi32(p, 2)));
+  }
 };
+
+// Tokens from which vectors of tokens are faster than vectors of rows.
+constexpr int64_t kManyTokens = 41;
+
+template <class Lanes>
+constexpr Kernels kernels_of() {
+  return {kernel_of<Lanes>(), kManyTokens, token_kernel_of<Lanes>()};
+}
 
 }  // namespace
 
 const ria::InstructionSet ria::kAvx512 = {
     "avx512",
-    {kernel_of<Avx512Lanes<Bfloat16, Dtype::bfloat16>>(), kernel_of<Avx512Lanes<Float16, Dtype::float16>>(),
-     kernel_of<Avx512Lanes<Float32, Dtype::float32>>(), kernel_of<Avx512Lanes<Bfloat16, Dtype::int8>>()}};
+    {kernels_of<Avx512Lanes<Bfloat16, Dtype::bfloat16>>(), kernels_of<Avx512Lanes<Float16, Dtype::float16>>(),
+     kernels_of<Avx512Lanes<Float32, Dtype::float32>>(), kernels_of<Avx512Lanes<Bfloat16, Dtype::int8>>()}};

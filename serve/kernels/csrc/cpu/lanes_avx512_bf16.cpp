@@ -64,5 +64,5 @@ struct Avx512Bf16Lanes {
 
 }  // namespace
 
-const ria::Kernel ria::kAvx512Bf16 = kernel_of<Avx512Bf16Lanes<Dtype::bfloat16>>();
-const ria::Kernel ria::kAvx512Int8 = kernel_of<Avx512Bf16Lanes<Dtype::int8>>();
+const ria::Kernels ria::kAvx512Bf16 = {kernel_of<Avx512Bf16Lanes<Dtype::bfloat16>>()};
+const ria::Kernels ria::kAvx512Int8 = {kernel_of<Avx512Bf16Lanes<Dtype::int8>>()};

@@ -69,5 +69,5 @@ struct PortableLanes {
 
 const ria::InstructionSet ria::kPortable = {
     "portable",
-    {kernel_of<PortableLanes<Bfloat16, Dtype::bfloat16>>(), kernel_of<PortableLanes<Float16, Dtype::float16>>(),
-     kernel_of<PortableLanes<Float32, Dtype::float32>>(), kernel_of<PortableLanes<Bfloat16, Dtype::int8>>()}};
+    {{kernel_of<PortableLanes<Bfloat16, Dtype::bfloat16>>()}, {kernel_of<PortableLanes<Float16, Dtype::float16>>()},
+     {kernel_of<PortableLanes<Float32, Dtype::float32>>()}, {kernel_of<PortableLanes<Bfloat16, Dtype::int8>>()}}};

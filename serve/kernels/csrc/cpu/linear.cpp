@@ -55,7 +55,9 @@ struct Round {
   int64_t token_bytes() const { return all.layout.groups() * kernel.activation_bytes; }
   int64_t passes() const { return divide_up(all.tokens, pass_tokens); }
   int64_t turns() const { return divide_up(all.layout.tiles(), turn_tiles); }  // of a pass
-  int64_t blocks() const { return divide_up(pass_tokens, kernel.block_tokens); }  // of tokens in a full pass
+  TokenBlocks blocks_of(int64_t tokens) const { return {tokens, kernel.block_tokens, kernel.step}; }
+  int64_t blocks() const { return blocks_of(pass_tokens).count; }  // of a full pass
+  int64_t pass_bytes() const { return blocks_of(pass_tokens).room() * token_bytes(); }  // in the panel
 
   Product pass(int64_t i) const {
     const int64_t first = i * pass_tokens, left = all.tokens - first, item = activation_size(all.layout.dtype);
@@ -63,26 +65,25 @@ struct Round {
     product.tokens = left < pass_tokens ? left : pass_tokens;
     product.x = static_cast<const uint8_t*>(all.x) + first * all.x_stride * item;
     product.y = static_cast<uint8_t*>(all.y) + first * all.layout.rows * item;
-    if (all.panel) product.panel += first * token_bytes();
+    if (all.panel) product.panel += i * pass_bytes();
     return product;
   }
   void pack(int64_t begin, int64_t end) const {  // token blocks, counted over all passes
     for (int64_t i = begin; i < end; ++i) {
       const Product product = pass(i / blocks());
       const int64_t block = i % blocks();
-      if (block < TokenBlocks(product.tokens, kernel.block_tokens).count) kernel.pack_tokens(product, block, block + 1);
+      if (block < blocks_of(product.tokens).count) kernel.pack_tokens(product, block, block + 1);
     }
   }
   void multiply() {
     const int64_t tiles = all.layout.tiles(), all_turns = passes() * turns();
-    uint8_t* own = all.panel ? nullptr : panel(pass_tokens * token_bytes());
+    uint8_t* own = all.panel ? nullptr : panel(pass_bytes());
     int64_t packed = -1;
     for (int64_t i; (i = next_turn.fetch_add(1, std::memory_order_relaxed)) < all_turns;) {
       Product product = pass(i / turns());
       if (own) {
         product.panel = own;
-        if (packed != i / turns())
-          kernel.pack_tokens(product, 0, TokenBlocks(product.tokens, kernel.block_tokens).count);
+        if (packed != i / turns()) kernel.pack_tokens(product, 0, blocks_of(product.tokens).count);
         packed = i / turns();
       }
       const int64_t tile = i % turns() * turn_tiles, end = tile + turn_tiles;
@@ -94,35 +95,38 @@ struct Round {
 // Tokens of the largest pass.
 int64_t most_pass_tokens(int64_t token_bytes, int64_t block_tokens) {
   const int64_t tokens = std::clamp(kPassBytes / token_bytes, kMinPassTokens, kMaxPassTokens);
-  return tokens / block_tokens * block_tokens;
+  return std::max(tokens / block_tokens, int64_t{1}) * block_tokens;
 }
 
 }  // namespace
 
 void linear(Product product, int64_t tokens, const InstructionSet& set) {
   const Layout& layout = product.layout;
-  const Kernel& kernel = set.kernels[static_cast<int>(layout.dtype)];
+  const bool small = threads() > 1 && layout.bytes() <= kSmallBytes, copied = tokens * layout.columns <= kPackGrain;
+  const Kernel& kernel =
+      set.kernels[static_cast<int>(layout.dtype)].fastest(small && !copied ? divide_up(tokens, threads()) : tokens);
   const int64_t item = activation_size(layout.dtype), token_bytes = layout.groups() * kernel.activation_bytes;
   const int64_t most = most_pass_tokens(token_bytes, kernel.block_tokens);
   const int64_t turn_tiles = std::max<int64_t>(layout.tiles() / (threads() * kTurnsPerThread), 1);
   const auto multiply = [](int64_t, int64_t, void* round) { static_cast<Round*>(round)->multiply(); };
 
-  const bool few = tokens <= most && tokens * layout.columns <= kPackGrain;
-  if (few || (threads() > 1 && layout.bytes() <= kSmallBytes)) {
+  const bool few = copied && tokens <= most;
+  if (few || small) {
     product.tokens = tokens;
     product.panel = nullptr;
     const int64_t passes = few ? 1 : divide_up(tokens, threads() * most) * threads();
-    Round round{product, kernel, divide_up(tokens, passes), few ? turn_tiles : layout.tiles()};
+    const int64_t pass_tokens = divide_up(divide_up(tokens, passes), kernel.step) * kernel.step;
+    Round round{product, kernel, pass_tokens, few ? turn_tiles : layout.tiles()};
     parallel_for(threads(), 1, multiply, &round);
     return;
   }
   const int64_t round_passes = std::max<int64_t>(kPanelBytes / (token_bytes * most), 1);
-  product.panel = panel(std::min(tokens, round_passes * most) * token_bytes);
   while (tokens > 0) {
     product.tokens = std::min(tokens, round_passes * most);
-    // Passes as equal as can be, in whole token blocks.
+    // Passes as equal as can be, in whole steps.
     const int64_t equal = divide_up(product.tokens, divide_up(product.tokens, most));
-    Round round{product, kernel, divide_up(equal, kernel.block_tokens) * kernel.block_tokens, turn_tiles};
+    Round round{product, kernel, divide_up(equal, kernel.pass_step) * kernel.pass_step, turn_tiles};
+    round.all.panel = panel(round.passes() * round.pass_bytes());
     parallel_for(
         round.passes() * round.blocks(), divide_up(kPackGrain, kernel.block_tokens * layout.columns),
         [](int64_t begin, int64_t end, void* round) { static_cast<Round*>(round)->pack(begin, end); }, &round);

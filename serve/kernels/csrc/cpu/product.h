@@ -161,39 +161,52 @@ void accumulate_chunks(const Product& product, const TokenBlocks& tokens, const 
   }
 }
 
+// Where the sums of a tile's rows start and what becomes of them.
+template <class Lanes>
+struct TileEnds {
+  using Value = typename Lanes::Value;
+  static constexpr bool kScaled = scaled(Lanes::kDtype);
+  alignas(kCacheLine) float bias[kTileRows] = {}, scales[kTileRows] = {}, start[kTileRows] = {};
+  Value* y;  // first token, the tile's first row
+  int64_t y_stride, rows, padded_rows;
+
+  TileEnds(const Product& product, int64_t tile) {
+    const Layout& layout = product.layout;
+    const int64_t first_row = tile * kTileRows;
+    y = static_cast<Value*>(product.y) + first_row;
+    y_stride = layout.rows;
+    padded_rows = layout.strips_in(tile) * kStripRows;
+    rows = layout.rows - first_row < padded_rows ? layout.rows - first_row : padded_rows;
+    if (product.bias) Lanes::read(static_cast<const Value*>(product.bias) + first_row, bias, rows);
+    if constexpr (kScaled)
+      std::memcpy(scales, product.packed + layout.scales_offset() + first_row * sizeof(float), rows * sizeof(float));
+    else
+      std::memcpy(start, bias, sizeof start);
+  }
+  // Writes the results of `tokens` tokens; sums: [tokens][kTileRows], which it uses up.
+  void finish(float* sums, int64_t first_token, int64_t tokens) const {
+    if constexpr (kScaled)
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t r = 0; r < padded_rows; ++r)
+          sums[t * kTileRows + r] = sums[t * kTileRows + r] * scales[r] + bias[r];
+    for (int64_t t = 0; t < tokens; ++t) Lanes::write(y + (first_token + t) * y_stride, sums + t * kTileRows, rows);
+  }
+};
+
 template <class Lanes, int S>
 void multiply_tile(const Product& product, int64_t tile) {
-  using Value = typename Lanes::Value;
   alignas(kCacheLine) float sums[kMaxPassTokens * kTileRows];
-  alignas(kCacheLine) float bias[kTileRows] = {};
+  const TileEnds<Lanes> ends(product, tile);
+  for (int64_t t = 0; t < product.tokens; ++t) std::memcpy(sums + t * kTileRows, ends.start, sizeof ends.start);
 
-  const Layout& layout = product.layout;
-  const int64_t first_row = tile * kTileRows;
-  const int64_t rows = layout.rows - first_row < S * kStripRows ? layout.rows - first_row : S * kStripRows;
-  if (product.bias) Lanes::read(static_cast<const Value*>(product.bias) + first_row, bias, rows);
-  constexpr bool kScaled = scaled(Lanes::kDtype);
-  if constexpr (kScaled)
-    std::memset(sums, 0, product.tokens * sizeof bias);
-  else
-    for (int64_t t = 0; t < product.tokens; ++t) std::memcpy(sums + t * kTileRows, bias, sizeof bias);
-
-  const uint8_t* weights = product.packed + layout.tile_offset(tile);
+  const uint8_t* weights = product.packed + product.layout.tile_offset(tile);
   const TokenBlocks tokens(product.tokens, Lanes::kBlockTokens);
   if (tokens.count == 1)
     accumulate_for<Lanes, S, true>(product.tokens, std::make_index_sequence<Lanes::kBlockTokens>())(
-        weights, nullptr, product.panel, layout.blocks(), sums);
+        weights, nullptr, product.panel, product.layout.blocks(), sums);
   else
     accumulate_chunks<Lanes, S>(product, tokens, weights, sums);
-
-  if constexpr (kScaled) {
-    float scales[kTileRows] = {};
-    std::memcpy(scales, product.packed + layout.scales_offset() + first_row * sizeof(float), rows * sizeof(float));
-    for (int64_t t = 0; t < product.tokens; ++t)
-      for (int64_t r = 0; r < S * kStripRows; ++r)
-        sums[t * kTileRows + r] = sums[t * kTileRows + r] * scales[r] + bias[r];
-  }
-  Value* y = static_cast<Value*>(product.y) + first_row;
-  for (int64_t t = 0; t < product.tokens; ++t) Lanes::write(y + t * layout.rows, sums + t * kTileRows, rows);
+  ends.finish(sums, 0, product.tokens);
 }
 
 template <class Lanes>
@@ -240,7 +253,7 @@ void pack_tokens(const Product& product, int64_t begin, int64_t end) {
 
 template <class Lanes>
 constexpr Kernel kernel_of() {
-  return {Lanes::kBlockTokens, Lanes::kActivationBytes, pack_tokens<Lanes>, multiply_tiles<Lanes>};
+  return {Lanes::kBlockTokens, 1, Lanes::kBlockTokens, Lanes::kActivationBytes, pack_tokens<Lanes>, multiply_tiles<Lanes>};
 }
 
 }  // namespace

@@ -1,0 +1,49 @@
+"""The dtype in which layers are computed, which need not be the one in which they are stored.
+
+Without instructions of its own for bfloat16 a CPU multiplies it four to six times slower than float32.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+CHOICES = ("auto", "bfloat16", "float32", "float16")
+# Of x86-64 and of Arm, as Linux names them.
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+# Values of ONEDNN_MAX_CPU_ISA that keep torch's matrix products from using those instructions.
+ISA_WITHOUT_BF16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"})
+
+
+def choose_dtype(stored: torch.dtype, device: torch.device, asked: str = "auto") -> torch.dtype:
+    """What layers of a checkpoint in `stored` are computed in on a device.
+
+    Args:
+        asked: one of CHOICES. auto: as stored, but float32 where the device is slow in that.
+    """
+    if asked != "auto":
+        return getattr(torch, asked)
+    slow = stored == torch.bfloat16 and not fast_bf16(device) or stored == torch.float16 and device.type == "cpu"
+    return torch.float32 if slow else stored
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether torch multiplies bfloat16 matrices on this device by instructions made for them."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    return limit not in ISA_WITHOUT_BF16 and not BF16_FLAGS.isdisjoint(_cpu_flags())
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        content = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", content, re.MULTILINE)
+    return frozenset(found[1].split()) if found else frozenset()

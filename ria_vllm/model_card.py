@@ -1,0 +1,280 @@
+"""The model card: the `README.md` of an output folder.
+
+License, language and tags come from the base model's own card, which is untrusted: of its front matter only short
+strings under known keys are taken, and whatever is wrong with it is a warning. Nothing is fetched.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.inventory import report_linears, report_number
+from ria_vllm.writer import disk_errors
+
+CARD_FILE = "README.md"
+SERVE_HERE = "vllm serve ."  # `push` puts the repository's name there
+
+Warn = Callable[[str], None]
+FrontMatter = dict[str, str | list[str]]
+
+_LISTS = ("license", "language", "tags", "base_model")  # or one text
+_TEXTS = ("license_name", "license_link", "pipeline_tag", "library_name")
+_CARD_BYTES, _FRONT_MATTER_LENGTH = 1 << 20, 1 << 17
+_ENTRIES, _LENGTH = 100, 300  # of a list, of a string
+# Tags that say in which form the base model's weights are stored, or what runs that form.
+_OF_OTHER_FILES = {
+    "awq", "coreml", "exl2", "flax", "ggml", "gguf", "gptq", "jax", "keras", "llama-cpp", "mlx", "onnx", "openvino",
+    "pytorch", "rust", "tensorflow", "tf", "tflite", "transformers.js",
+}  # fmt: skip
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_PAPER = "https://openreview.net/forum?id=Tr0lPx9woF"
+_METHODS = {
+    "ria": f"RIA ([Zhang et al., ICLR 2024]({_PAPER}))",
+    "ri": f"relative importance, RIA without activations ([Zhang et al., ICLR 2024]({_PAPER}))",
+    "wanda": "Wanda",
+    "magnitude": "magnitude pruning",
+    "sparsegpt": "SparseGPT",
+}
+_PERPLEXITY, _END = "<!-- ria-vllm: perplexity -->", "<!-- ria-vllm: end of perplexity -->"
+_PERPLEXITY_HEAD = "| text | tokens | window | perplexity | base model |\n| --- | --- | --- | --- | --- |"
+
+
+def pruned_card(folder: Path, report: dict[str, Any], zeros: float, served: bool, warn: Warn) -> str:
+    """The card of what `compress` writes.
+
+    Args:
+        folder: of the base model.
+        report: as in ria_report.json.
+        zeros: share of the weights of the decoder layers' linears.
+        served: whether the folder is compressed, and not plain dense weights with zeros.
+    """
+    recipe = report["recipe"]
+    base = read_front_matter(folder, warn)
+    identity = base_repository(recipe["source"], folder)
+    if identity is not None:
+        base["base_model"] = identity
+        # Of the Hub's relations (adapter, merge, quantized, finetune) the one that is nearest to compressed weights.
+        if served:
+            base["base_model_relation"] = "quantized"
+    pattern = _plain(recipe["pattern"])
+    if served:
+        use = [
+            "## Serve",
+            f"```sh\npip install 'ria-vllm[cuda]'  # on a CPU: 'ria-vllm[cpu]'\n{SERVE_HERE}\n```",
+            "transformers loads it as well, after `import ria_vllm`.",
+        ]
+    else:
+        use = [
+            "## Use",
+            f"No kernel serves the pattern {pattern}, so this is a plain dense model with zeros in it: it loads wherever "
+            "the base model does, takes as much memory, and is no faster.",
+        ]
+    title = f"{_name(recipe['source'])}, pruned to {pattern}"
+    tags = ["ria-vllm", "pruned", "sparse", *(["vllm"] if served else [])]
+    body = [_origin(recipe, identity), *use, *_what_was_pruned(report, zeros), *_perplexity_section(), *_options(recipe)]
+    return _front(base, tags) + f"\n# {title}\n\n" + "\n\n".join(body) + "\n"
+
+
+def exported_card(reader: Reader, warn: Warn) -> str:
+    """The card of the plain dense form of a compressed folder."""
+    base = read_front_matter(reader.folder, warn)
+    recipe = reader.schema.recipe
+    source = str(recipe.get("source", reader.config.get("model_type", "a model")))
+    known = base.get("base_model")
+    identity = known if isinstance(known, str) and _name(known) == _name(source) else None
+    body = [
+        _origin(recipe | {"source": source}, identity),
+        "This is the plain dense form: the model's own channel order, with zeros where weights were pruned. transformers "
+        "loads it without ria-vllm; it takes as much memory as the base model, and is no faster.",
+        *_options(recipe),
+    ]
+    return _front(base, ["pruned"]) + f"\n# {_name(source)}, pruned to 2:4, dense form\n\n" + "\n\n".join(body) + "\n"
+
+
+def base_repository(source: str, folder: Path) -> str | None:
+    """The hub id of the model that was read from `folder`, None where it is a folder of the user's own.
+
+    Args:
+        source: what the model was called: a hub id, or a folder's or file's name.
+    """
+    place = folder.resolve()
+    if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):  # the Hub's own cache
+        return place.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return source if _REPOSITORY.fullmatch(source) and not Path(source).exists() else None
+
+
+def read_front_matter(folder: Path, warn: Warn) -> FrontMatter:
+    """What the card in `folder` says under _LISTS and _TEXTS; empty where there is none. Never fails."""
+    path = folder / CARD_FILE
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(_CARD_BYTES)
+        block = re.match(r"\s*---[ \t]*\n(.*?\n)?---[ \t]*(\n|\Z)", text, re.DOTALL)
+        if block is None and text.lstrip().startswith("---"):
+            raise ValueError("it does not end")
+        if block is None or not block[1]:
+            return {}
+        if len(block[1]) > _FRONT_MATTER_LENGTH:
+            raise ValueError(f"it has more than {_FRONT_MATTER_LENGTH} characters")
+        # BaseLoader makes strings, lists and dictionaries only: no objects, and the language "no" stays what it is.
+        content = yaml.load(block[1], Loader=yaml.BaseLoader) or {}
+        if not isinstance(content, dict):
+            raise ValueError("it is no mapping")
+    except Exception as error:  # whatever a file of unknown origin makes a parser do: the weights are finished
+        reason = " ".join((str(error) or type(error).__name__).split())
+        warn(f"{path}: its front matter cannot be read ({reason[:_LENGTH]}); the new card has no license and no tags.")
+        return {}
+    found: FrontMatter = {key: texts[0] for key in _TEXTS if (texts := _strings([content.get(key)]))}
+    for key in _LISTS:
+        value = content.get(key)
+        texts = _strings(value if isinstance(value, list) else [value])
+        if key == "tags":
+            texts = [tag for tag in texts if tag.lower() not in _OF_OTHER_FILES and not tag.startswith("base_model:")]
+        elif key == "base_model":
+            texts = [name for name in texts if _REPOSITORY.fullmatch(name)]
+        if texts:
+            found[key] = texts[0] if len(texts) == 1 and key != "tags" else texts
+    return found
+
+
+def _strings(values: list[Any]) -> list[str]:
+    texts = [value.strip() for value in values[:_ENTRIES] if isinstance(value, str)]
+    return [text for text in texts if text not in ("", "~", "null") and len(text) <= _LENGTH and text.isprintable()]
+
+
+def _front(base: FrontMatter, tags: Iterable[str]) -> str:
+    data = base | {"tags": list(dict.fromkeys([*base.get("tags", []), *tags]))}
+    data.setdefault("pipeline_tag", "text-generation")
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=math.inf)}---\n"
+
+
+def _origin(recipe: dict[str, Any], identity: str | None) -> str:
+    source = _name(recipe["source"])
+    origin = _code(source) if identity is None else f"[{identity}](https://huggingface.co/{identity})"
+    method = str(recipe.get("method"))
+    return f"{origin}, pruned by ria-vllm with {_METHODS.get(method, _plain(method))}."
+
+
+def _what_was_pruned(report: dict[str, Any], zeros: float) -> list[str]:
+    linears, pattern = report_linears(report), _plain(report["recipe"]["pattern"])
+    rows = [
+        ("pruned linears", f"{len(linears)}"),
+        ("sparsity", f"{pattern}; {zeros:.1%} of the weights of the decoder layers' linears are zero"),
+    ]
+    scores = {name: report_number(entry, "retained_after") for name, entry in linears.items()}
+    finite = {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}
+    if finite:
+        worst = min(finite, key=lambda name: finite[name])
+        rows += [
+            ("retained score, mean", f"{sum(finite.values()) / len(finite):.4f}"),
+            ("retained score, worst", f"{finite[worst]:.4f}, {_code(worst)}"),
+        ]
+    dense = [_code(name) for name in report.get("dense", {})]
+    if dense:
+        more = f" and {len(dense) - 8} more" if len(dense) > 8 else ""
+        rows.append(("left dense", ", ".join(dense[:8]) + more))
+    meaning = "The retained score is the share of a linear's importance that the kept weights hold."
+    return ["## What was pruned", _table(("", ""), rows), meaning]
+
+
+def _options(recipe: dict[str, Any]) -> list[str]:
+    rows = []
+    for key, value in recipe.items():
+        if key == "source" or value in (None, "", [], {}):
+            continue
+        if key == "calibration":
+            value = Path(str(value)).name
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {item}" for name, item in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        rows.append((_plain(key), _code(value)))
+    return ["## Options", _table(("option", "value"), rows)] if rows else []
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+
+
+def _name(source: Any) -> str:
+    """The last part of a hub id or a path: where a folder lies on somebody's disk is nobody else's business."""
+    return _plain(Path(str(source)).name)
+
+
+def _plain(text: Any) -> str:
+    """Text that Markdown and HTML take as it is, on one line."""
+    return re.sub(r"[`|<>\[\]\\]", " ", _line(text))
+
+
+def _code(text: Any) -> str:
+    """Text as code in a table's cell."""
+    return "`" + _line(text).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _line(text: Any) -> str:
+    """Not too long, and without what UTF-8 cannot hold, which JSON can."""
+    return " ".join(str(text).encode("utf-8", "replace").decode().split())[:_LENGTH]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A perplexity: on which text (a file's name), how many predicted tokens, in windows of how many."""
+
+    text: str
+    tokens: int
+    window: int
+    perplexity: float
+    dense: float | None  # the base model's
+
+    def row(self) -> tuple[str, ...]:
+        dense = "" if self.dense is None else f"{self.dense:.2f}"
+        return _plain(self.text), str(self.tokens), str(self.window), f"{self.perplexity:.2f}", dense
+
+
+def _perplexity_section(rows: str = "") -> list[str]:
+    hint = "Not measured. `ria-vllm eval . --text FILE --update-card` measures it and notes it here."
+    content = f"{_PERPLEXITY_HEAD}\n{rows}" if rows else hint
+    return ["## Perplexity", f"{_PERPLEXITY}\n{content}\n{_END}"]
+
+
+def check_card(folder: Path) -> None:
+    """Refuse, before anything is measured, a folder in whose card nothing can be noted."""
+    if not (folder / CARD_FILE).is_file():
+        raise RiaError(f"{folder / CARD_FILE}: no model card to note it in. `ria-vllm compress` writes one.")
+
+
+def note_perplexity(folder: Path, measured: Measured) -> None:
+    """Put a row into the card's table of perplexities, in the place of one on the same text; the rest stays as it is.
+
+    Raises:
+        RiaError: no card, or one that cannot be read or replaced.
+    """
+    check_card(folder)
+    path = folder / CARD_FILE
+    try:
+        card = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RiaError(f"{path}: not readable as text ({error}).") from None
+    before, marked, rest = card.partition(_PERPLEXITY)
+    section, ended, after = rest.partition(_END)
+    if not marked or not ended:
+        before, section, after = card.rstrip("\n") + "\n\n## Perplexity\n\n", "", "\n"
+    row = measured.row()
+    same = f"| {' | '.join(row[:3])} |"
+    rows = [line for line in section.splitlines() if re.match(r"\| .* \| \d+ \| \d+ \|", line)]
+    rows = [line for line in rows if not line.startswith(same)]
+    rows.append(f"| {' | '.join(row)} |")
+    temporary = path.with_name(CARD_FILE + ".tmp")
+    with disk_errors(path):
+        temporary.write_text(before + _perplexity_section("\n".join(rows))[1] + after, encoding="utf-8")
+        os.replace(temporary, path)

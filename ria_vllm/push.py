@@ -1,0 +1,167 @@
+"""`ria-vllm push`: a compressed folder to the Hugging Face Hub, in one commit: it appears there whole or not at all."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import click
+
+from ria_vllm.checkpoint import INDEX_FILE, Reader, is_compressed
+from ria_vllm.companions import is_companion
+from ria_vllm.errors import RiaError
+from ria_vllm.model_card import CARD_FILE, SERVE_HERE
+from ria_vllm.schema import PERMUTATIONS_FILE
+from ria_vllm.sizes import human_size
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="REPO")
+@click.option("--private", is_flag=True, help="Make the repository a private one.")
+@click.option("--revision", help="The branch to write to; made if it does not exist.  [default: main]")
+@click.option("--commit-message", help="[default: Upload a model pruned to 2:4 by ria-vllm]")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of writing to the branch.")
+def push(
+    out: Path, repository: str, private: bool, revision: str | None, commit_message: str | None, create_pr: bool
+) -> None:
+    """Upload the compressed checkpoint OUT to the Hugging Face Hub, as REPO (USER/NAME).
+
+    Checks OUT as `verify` does. REPO is made if it does not exist; of an older model there, weight files that OUT does
+    not have are deleted in the same commit. Needs `hf auth login`.
+    """
+    if create_pr and revision:
+        raise RiaError("push: give --revision or --create-pr. A pull request is against the main branch.")
+    reader = checked(out)
+    files = files_to_push(reader)
+    for path in files:
+        click.echo(f"  {path.name:40} {human_size(path.stat().st_size)}")
+    left_out = sorted(path.name for path in out.iterdir() if path not in files)
+    if left_out:
+        click.echo(f"not part of the checkpoint, stays here: {', '.join(left_out)}")
+    message = commit_message or "Upload a model pruned to 2:4 by ria-vllm"
+    click.echo(upload(files, repository, Target(private, revision, message, create_pr)))
+
+
+def checked(out: Path) -> Reader:
+    """The folder, without a flaw.
+
+    Raises:
+        RiaError: not a finished compressed folder, or one that `verify` objects to.
+    """
+    if out.resolve().name.endswith(".partial"):
+        raise RiaError(f"{out}: the work folder of an unfinished run. Finish it with `compress --resume`.")
+    if (out / "config.json").is_file() and not is_compressed(out):
+        raise RiaError(f"{out}: not a compressed folder. `hf upload REPO {out}` uploads a plain dense one.")
+    reader = Reader(out)
+    problems = list(reader.problems())
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise RiaError(
+            f"{out}: {count}, nothing was uploaded. The first: {problems[0]}. `ria-vllm verify` lists all; compress the "
+            "model again, or get the damaged files again."
+        )
+    return reader
+
+
+def files_to_push(reader: Reader) -> list[Path]:
+    """The files of the checkpoint: weights, card, and what of such files `compress` copies; nothing from deeper folders.
+
+    Raises:
+        RiaError: one of them is a link to something outside of the folder.
+    """
+    folder = reader.folder
+    own = {path.name for path in reader.files.values()} | {CARD_FILE, INDEX_FILE, PERMUTATIONS_FILE}
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and (path.name in own or is_companion(path))]
+    for path in files:
+        if path.resolve().parent != folder.resolve():
+            raise RiaError(f"{path}: a link that leads out of the folder. Put the file itself there, or remove it.")
+    return files
+
+
+@dataclass(frozen=True)
+class Target:
+    private: bool = False
+    revision: str | None = None
+    message: str = "Upload"
+    create_pr: bool = False
+
+
+def upload(files: list[Path], repository: str, target: Target) -> str:
+    """Create the repository if there is none, and commit the files.
+
+    Returns:
+        The address of what was written.
+
+    Raises:
+        RiaError: whatever the Hub refuses, or a connection that fails.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+    if get_token() is None:
+        raise RiaError("push: not logged in to the Hugging Face Hub. Run `hf auth login`, or set HF_TOKEN.")
+    api = HfApi()
+    revision = target.revision or "main"
+    names = {path.name for path in files}
+    try:
+        url = api.create_repo(repository, private=target.private or None, exist_ok=True)
+        repository = url.repo_id  # with the user's name, where that was left out
+        if target.private and not api.repo_info(repository).private:
+            raise RiaError(f"{repository}: exists already and is public. Change that on the Hub, or choose another name.")
+        if target.revision is not None and not target.revision.startswith("refs/pr/"):
+            api.create_branch(repository, branch=target.revision, exist_ok=True)
+        stale = [name for name in api.list_repo_files(repository, revision=revision) if _is_weights(name)]
+        stale = sorted(set(stale) - names)
+        if stale:
+            click.echo(f"of an older model, deleted there: {', '.join(stale)}")
+        operations: list[Any] = [CommitOperationDelete(name) for name in stale]
+        operations += [CommitOperationAdd(path.name, _content(path, repository)) for path in files]
+        found = api.create_commit(
+            repository, operations, commit_message=target.message, revision=target.revision, create_pr=target.create_pr
+        )
+        # A .gitignore in the repository makes the Hub pass files by without a word.
+        there = set(api.list_repo_files(repository, revision=found.pr_revision or revision))
+    except RiaError:
+        raise
+    except Exception as error:  # of httpx, of hf_xet, of the Hub's own kinds
+        raise RiaError(f"{repository}: {_reason(error)}") from error
+    if names - there:
+        raise RiaError(
+            f"{repository}: the Hub did not take {', '.join(sorted(names - there))}. Does a .gitignore there name them?"
+        )
+    if found.pr_url:
+        return found.pr_url
+    return str(url) if revision == "main" else f"{url}/tree/{revision}"
+
+
+def _is_weights(name: str) -> bool:
+    """Whether a file of the repository would be read as weights beside ours."""
+    return PurePosixPath(name).name == name and (name.endswith(".safetensors") or name == INDEX_FILE)
+
+
+def _content(path: Path, repository: str) -> Path | bytes:
+    """What goes up for a file: itself, but for the line of the card that serves it, which names the repository there."""
+    if path.name != CARD_FILE:
+        return path
+    lines = path.read_bytes().split(b"\n")
+    return b"\n".join(f"vllm serve {repository}".encode() if line == SERVE_HERE.encode() else line for line in lines)
+
+
+def _reason(error: Exception) -> str:
+    """One line for whatever huggingface_hub raises, with the way out."""
+    cause: BaseException | None = error
+    while cause is not None and getattr(cause, "response", None) is None:
+        cause = cause.__cause__
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    said = re.sub(r" For more information check: \S+", "", " ".join(str(error).split()))[:300] or type(error).__name__
+    if status == 401:
+        return "the Hub does not accept your token. Run `hf auth login` again."
+    if status == 403:
+        return f"your token may not write there ({said}). Run `hf auth login` with one that may, or choose another name."
+    if status == 404:
+        return f"the Hub does not find it ({said}). Check the name and the revision."
+    if status == 409:
+        return f"the Hub says that something else is changing it ({said}). Run the same command again."
+    if status is not None and status >= 500:
+        return f"the Hub failed with {status} ({said}). Run the same command again later; what arrived is not sent twice."
+    return f"the upload failed ({said}). Check the name and the network, and run the same command again."

@@ -1,0 +1,73 @@
+"""A run of the tests in several processes of pytest-xdist, each of which takes whole files."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# These begin first, so that none of them is left over at the end: the files that take longest.
+LONGEST = (
+    "tests/serve/kernels/test_emulated_kernels.py",
+    "tests/serve/test_vllm.py",
+    "tests/serve/test_bench.py",
+    "tests/serve/test_pipeline.py",
+    "tests/offline/test_memory.py",
+    "tests/serve/test_server.py",
+    "tests/offline/test_interruptions.py",
+    "tests/serve/test_features.py",
+    "tests/offline/test_tasks.py",
+    "tests/serve/test_foreign.py",
+    "tests/serve/kernels/test_sanitized.py",
+)
+GIBIBYTES_EACH = 6  # of memory for each process: a model on four tiny ranks has room in it
+# Names the folder that the processes share. The first one makes it and hands it down.
+SHARED = "RIA_VLLM_TESTS_SHARED"
+
+
+def once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder of this run that `make` has filled. The first test that asks makes it; others wait until it is whole.
+
+    Where `make` fails, the next test that asks tries again.
+    """
+    folder = Path(os.environ[SHARED]) / name
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            unfinished = Path(f"{folder}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`-n auto`: a process a core, if memory allows; none beside this one where single tests are named."""
+    if any("::" in argument for argument in config.args):
+        return 0
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    processes = min(len(os.sched_getaffinity(0)), memory // (GIBIBYTES_EACH * 2**30))
+    return processes if processes > 1 else 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # started by another process, which has seen to all this
+        return
+    shared = tempfile.mkdtemp(prefix="ria-vllm-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(shared, ignore_errors=True))
+    os.environ[SHARED] = shared
+    processes = config.getoption("numprocesses", None)
+    if processes:  # each has its share of the cores, and the system chooses which: vLLM would take the same for all
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        places = {file: place for place, file in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))

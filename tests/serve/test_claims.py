@@ -1,0 +1,357 @@
+"""Each pruned linear of a checkpoint is served by exactly one layer, whatever prefix vLLM's authors gave that layer."""
+
+import pytest
+import tiny
+import torch
+from compare import check, generate, prompts
+from stored import Stored
+from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
+from vllm.model_executor import parameter
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, WeightsMapper
+
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import Fold, Producer
+from ria_vllm.serve import claims, load_report, plugin
+from ria_vllm.serve.claims import settle
+from ria_vllm.serve.stream import WeightStream
+
+HIDDEN = tiny.HIDDEN
+MAMBA = (("mamba_d_conv", 4), ("mamba_d_head", 32), ("mamba_d_state", 16), ("mamba_n_groups", 1), ("mamba_n_heads", 8))
+# Families whose layers vLLM names by a prefix that is not their path, or whose fused layers only its loaders know.
+FAMILIES = {
+    "stablelm": tiny.Family("stablelm", settings=(("hidden_dropout", 0.0), ("attention_dropout", 0.0))),
+    "gptj": tiny.Family(
+        "gptj",
+        settings=(("n_embd", HIDDEN), ("n_layer", 2), ("n_head", tiny.HEADS), ("n_inner", tiny.INNER), ("rotary_dim", 16)),
+    ),
+    "gemma4_text": tiny.Family(
+        "gemma4_text", kv=2,
+        settings=(
+            ("attention_k_eq_v", True), ("layer_types", ["sliding_attention", "full_attention"]), ("sliding_window", 64),
+            ("global_head_dim", tiny.HEAD_DIM), ("num_global_key_value_heads", 2), ("hidden_size_per_layer_input", 0),
+            ("num_kv_shared_layers", 0),
+        ),
+    ),
+    "falcon_h1": tiny.Family("falcon_h1", kv=2, settings=(*MAMBA, ("mamba_d_ssm", 256), ("mamba_expand", 2))),
+    "granitemoehybrid": tiny.Family(
+        "granitemoehybrid", kv=2,
+        settings=(
+            *MAMBA, ("mamba_expand", 2), ("layer_types", ["mamba", "attention"]), ("num_local_experts", 0),
+            ("num_experts_per_tok", 0), ("shared_intermediate_size", tiny.INNER), ("position_embedding_type", "rope"),
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("claims")
+    models, jobs = {}, []
+    for name, family in FAMILIES.items():
+        models[name] = tiny.write(family, folder / name, scope="linear", folds=False)
+        jobs.append({
+            "model": str(folder / name), "prompts": prompts(), "tokens": 6, "engine": {"dtype": "float32"},
+        })  # fmt: skip
+    results = generate(folder / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    return {name: (models[name], result) for name, result in zip(FAMILIES, results)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_served_as_hugging_face_has_it(served, name):
+    check(*served[name])
+
+
+class Block(torch.nn.Module):
+    """A layer of a small model whose authors gave its linears the prefixes `prefixes`."""
+
+    def __init__(self, config, prefixes, quantized=True):
+        super().__init__()
+        quant_config = config if quantized else None
+        self.gate_up = MergedColumnParallelLinear(
+            HIDDEN, [INNER, INNER], quant_config=quant_config, prefix=prefixes[0], return_bias=False
+        )
+        self.down = RowParallelLinear(INNER, HIDDEN, quant_config=quant_config, prefix=prefixes[1], return_bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(gate * up)
+
+
+class Model(torch.nn.Module):
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={"model.": ""}, orig_to_new_stacked={".gate": (".gate_up", 0), ".up": (".gate_up", 1)}
+    )
+
+    def __init__(self, config, prefixes=("wrong.gate_up", "wrong.down"), quantized=True):
+        super().__init__()
+        config.apply_vllm_mapper(self.hf_to_vllm_mapper.get_rename_mapper())
+        self.layers = torch.nn.ModuleList([Block(config, prefixes, quantized)])
+
+    def load_weights(self, weights):
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+
+@pytest.fixture
+def engine():
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+@pytest.fixture
+def ranks(engine, monkeypatch):
+    for module in (vllm_linear, parameter, load_report):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0, raising=False)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 1, raising=False)
+
+
+@pytest.fixture
+def stored():
+    stored = Stored()
+    shared = stored.order(HIDDEN)
+    for name in ("gate", "up"):
+        stored.add(f"{PREFIX}.{name}", INNER, HIDDEN, shared)
+    stored.add(f"{PREFIX}.down", HIDDEN, INNER, stored.order(INNER))
+    return stored
+
+
+PREFIX, INNER = "model.layers.0", 256
+FOLD = Fold(
+    consumer="model.layers.{i}.down",
+    producers=[Producer(name="model.layers.{i}.gate"), Producer(name="model.layers.{i}.up")],
+    coupling="elementwise",
+)
+
+
+def tensors(stored):
+    for name, kinds in stored.tensors.items():
+        yield from ((f"{name}.{kind}", tensor.clone()) for kind, tensor in kinds.items())
+        yield f"{name}.bias", stored.bias[name].clone()
+
+
+def built(stored, config, **options):
+    model = Model(config, **options)
+    settle(config, model)
+    config.stream.attach(model, config.check_reload)
+    return model
+
+
+def finished(model):
+    for module in model.modules():
+        if isinstance(module, LinearBase):
+            module.quant_method.process_weights_after_loading(module)
+    return model
+
+
+def expected(stored, x):
+    gate, up = stored.apply(x, f"{PREFIX}.gate"), stored.apply(x, f"{PREFIX}.up")
+    return stored.apply(gate * up, f"{PREFIX}.down")
+
+
+@pytest.mark.parametrize(
+    "prefixes",
+    [
+        ("layers.0.gate_up", "layers.0.down"),
+        ("wrong.gate_up", "wrong.down"),
+        ("", "layers.0.gate"),
+        ("layers.0.down", "layers.0.down"),
+    ],
+)
+def test_layers_are_found_by_their_path(ranks, stored, prefixes):
+    """Folds and gathers hold, and so do biases, whatever the prefix said: nothing, another linear, or the truth."""
+    config = stored.config([FOLD])
+    assert config.folding.folded
+    model = built(stored, config, prefixes=prefixes)
+    model.load_weights(tensors(stored))
+    finished(model)
+    x = torch.randn(5, HIDDEN)
+    want = expected(stored, x)
+    assert want.std() > 0.3
+    torch.testing.assert_close(model.layers[0](x).double(), want, rtol=0, atol=1e-4)
+    assert config.report.expected == config.report.loaded == 2
+
+
+def test_a_pruned_linear_that_no_layer_serves(ranks, stored):
+    stored.add("model.layers.1.down", HIDDEN, INNER)
+    with pytest.raises(RiaError, match=r"would not be served: model\.layers\.1\.down\..*no layer of vLLM's Model takes it"):
+        built(stored, stored.config())
+
+
+def test_a_pruned_linear_of_another_stage_is_served_there(ranks, stored):
+    stored.add("model.layers.1.down", HIDDEN, INNER)
+    config = stored.config()
+    model = Model(config)
+    model.layers.append(PPMissingLayer())
+    settle(config, model)
+
+
+def test_a_pruned_linear_that_vllm_drops(ranks, stored):
+    """As the keys of layers that take another layer's, which some checkpoints ship all the same."""
+
+    class Dropping(Model):
+        hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr={"layers.1.": None}) | Model.hf_to_vllm_mapper
+
+    stored.add("model.layers.1.down", HIDDEN, INNER)
+    config = stored.config()
+    settle(config, Dropping(config))
+
+
+def test_a_layer_that_takes_dense_weights_only(ranks, stored):
+    with pytest.raises(RiaError, match=r"layers\.0\.(down|gate).*vLLM's layer layers\.0\.\w+ takes dense weights only"):
+        built(stored, stored.config(), quantized=False)
+
+
+def test_a_linear_that_two_layers_take(ranks, stored):
+    config = stored.config()
+    model = Model(config)
+    model.layers[0].other = Block(config, ("layers.0.down", "layers.0.down")).down
+    model.layers[0]._modules["twin"] = model.layers[0].other
+    model.hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={"model.": ""},
+        orig_to_new_stacked=dict(Model.hf_to_vllm_mapper.orig_to_new_stacked) | {".down": (".down", [None, None])},
+    )
+    del model.layers[0].down
+    settle(config, model)  # by the prefix, once, under whichever name
+    second = Block(config, ("layers.0.down", "layers.0.down"))
+    model.layers[0].second = second.down
+    with pytest.raises(RiaError, match=r"model\.layers\.0\.down: vLLM's Model has more than one layer for it"):
+        settle(config, model)
+
+
+def test_a_dense_layer_that_a_prefix_took_for_a_pruned_one(ranks, stored):
+    """Its path says otherwise, so it becomes dense again, with vLLM's own method."""
+    config = stored.config()
+    config.stored.add("model.extra")
+    config.names["model.extra"] = "model.extra"
+    model = Model(config)
+    model.extra = ReplicatedLinear(HIDDEN, INNER, quant_config=config, prefix="layers.0.down", return_bias=False)
+    settle(config, model)
+    assert type(model.extra.quant_method) is UnquantizedLinearMethod
+    assert model.extra.weight.shape == (INNER, HIDDEN) and not hasattr(model.extra, "compressed")
+    weight = torch.randn(INNER, HIDDEN)
+    model.extra.weight.weight_loader(model.extra.weight, weight)
+    assert torch.equal(model.extra.weight, weight)
+
+
+def test_a_second_model_of_the_same_checkpoint_need_not_use_it_all(ranks, stored):
+    """The draft of a multi-token prediction is built with the target's config."""
+    config = stored.config()
+    built(stored, config)
+    draft = torch.nn.Module()
+    draft.head = ReplicatedLinear(HIDDEN, HIDDEN, quant_config=config, prefix="mtp.head")
+    settle(config, draft)
+    assert type(draft.head.quant_method) is UnquantizedLinearMethod
+
+
+def test_a_loader_that_the_model_gave_its_weight_stays(ranks, stored):
+    """As Mamba 2 does, to share groups between ranks."""
+    config = stored.config()
+    model = Model(config)
+    called = []
+
+    def loader(param, loaded_weight):
+        called.append(tuple(loaded_weight.shape))
+        param.data.copy_(loaded_weight)
+
+    model.layers[0].down.weight.weight_loader = loader
+    settle(config, model)
+    config.stream.attach(model, config.check_reload)
+    model.load_weights(tensors(stored))
+    assert called == [(HIDDEN, INNER // 2), (HIDDEN, INNER // 8)]
+
+
+def test_tensors_that_a_model_changes_are_refused(ranks, stored):
+    config = stored.config()
+    model = built(stored, config)
+    changed = ((name, tensor * 1 if name.endswith("down.compressed") else tensor) for name, tensor in tensors(stored))
+
+    class Rearranging(Model):
+        def load_weights(self, weights):
+            return super().load_weights(
+                (n, t.flip(0) if n.endswith("down.compressed") else t) for n, t in weights
+            )
+
+    model.load_weights(changed)  # before the stream begins, whoever sends it may have made it
+    model = Rearranging(config)
+    settle(config, model)
+    config.stream.attach(model, config.check_reload)
+    with pytest.raises(RiaError, match=r"model\.layers\.0\.down\.compressed: vLLM changes it before its layer loads it"):
+        model.load_weights(tensors(stored))
+
+
+def test_tensors_that_a_model_confuses_are_refused(ranks, stored):
+    class Confusing(Model):
+        def load_weights(self, weights):
+            swapped = {"gate": "up", "up": "gate"}
+            names = ((name.split("."), tensor) for name, tensor in weights)
+            return super().load_weights((".".join(swapped.get(p, p) for p in parts), t) for parts, t in names)
+
+    config = stored.config()
+    model = Confusing(config)
+    settle(config, model)
+    config.stream.attach(model, config.check_reload)
+    with pytest.raises(RiaError, match=r"vLLM loads model\.layers\.0\.gate\.compressed where model\.layers\.0\.up belongs"):
+        model.load_weights(tensors(stored))
+
+
+def test_an_alias_of_a_tensor_has_its_name(ranks):
+    stream, kept = WeightStream(), {"a": torch.randn(4, 4), "b": torch.randn(4, 4)}
+    for name, tensor in stream.named(kept.items()):
+        assert stream.name_of(tensor) == stream.name_of(tensor.detach()) == name
+        for other in (tensor[1:], tensor.T, tensor.clone(), tensor.view(torch.int32)):
+            assert stream.name_of(other) is None
+
+
+def test_a_reload_is_checked_before_anything_of_it_is_loaded(ranks, stored):
+    config = stored.config()
+    model = Model(config)
+    settle(config, model)
+    checked = []
+
+    def check():
+        checked.append(True)
+        raise RiaError("other orders")
+
+    config.stream.attach(model, check)
+    model.load_weights(tensors(stored))
+    assert not checked
+    with pytest.raises(RiaError, match="other orders"):
+        model.load_weights(tensors(stored))
+
+
+def test_models_inside_a_model_wait_for_the_outermost(ranks, stored, monkeypatch):
+    """vLLM builds them by the same function; only the outermost has the paths that the checkpoint knows."""
+    from vllm.model_executor.model_loader import utils
+
+    for name in ("configure_quant_config", "record_metadata_for_reloading"):
+        monkeypatch.setattr(utils, name, lambda *_: None)
+    settled = []
+    monkeypatch.setattr(claims, "settle", lambda config, model: settled.append(type(model)))
+    plugin.watch_models()
+    config = stored.config()
+
+    class Outer(Model):
+        pass
+
+    class Failing(Model):
+        pass
+
+    monkeypatch.setattr(get_current_vllm_config(), "quant_config", config)
+    utils.configure_quant_config(config, Failing)
+    settled.clear()
+    utils.configure_quant_config(config, Outer)
+    utils.configure_quant_config(config, Model)
+    utils.record_metadata_for_reloading(Model(config))
+    assert settled == []
+    begun_failing = Failing(config)
+    utils.record_metadata_for_reloading(Outer(config))
+    utils.record_metadata_for_reloading(begun_failing)
+    assert settled == [Failing]

@@ -1,0 +1,45 @@
+"""Whatever is changed in a folder: vLLM's way to its configuration ends in the right permutations, or in one sentence."""
+
+import json
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from mutations import Damaged, damaged, examples, other_run
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.config import RiaConfig
+
+
+@pytest.fixture(scope="module")
+def other(pruned_llama, tmp_path_factory) -> Path:
+    return other_run(pruned_llama.folder, tmp_path_factory.mktemp("other") / "run")
+
+
+@given(case=damaged)
+@examples(150)
+def test_the_configuration_is_right_or_refused(pruned_llama, other, case: Damaged):
+    with tempfile.TemporaryDirectory() as place:
+        folder = case.make(pruned_llama.folder, other, Path(place) / "x")
+        try:
+            quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+            ours = quantization["quant_method"] == "ria"
+        except (OSError, ValueError, LookupError, TypeError):
+            return  # vLLM itself cannot read it
+        if not ours:
+            return
+        try:
+            config = RiaConfig.from_config(quantization)
+            config.maybe_update_config(str(folder), SimpleNamespace(model_type="llama"))
+        except RiaError:
+            return
+        try:
+            expected = Reader(folder).permutations
+        except RiaError:
+            return  # a damage that the weights' own loader will meet
+        assert set(config.permutations) == set(expected)
+        assert all(torch.equal(torch.from_numpy(config.permutations[name]), p.int()) for name, p in expected.items())

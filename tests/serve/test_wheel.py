@@ -1,0 +1,76 @@
+"""The wheel of `make wheel` in a fresh environment, where no compiler is: it serves what the checkout serves."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import tiny
+from compare import GENERATE, prompts
+
+pytestmark = pytest.mark.slow
+
+BUILD = Path(__file__).parents[2] / "packaging" / "build_wheel.py"
+IMPORT = "import ria_vllm, ria_vllm.serve.kernels.cpu as cpu; print(ria_vllm.__file__, cpu.__file__, sep='\\n')"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, str(BUILD), str(folder)], check=True)
+    (built,) = folder.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory) -> Path:
+    """That of an environment with the wheel; torch, vLLM and the rest are borrowed from this one, ria_vllm is not."""
+    folder = tmp_path_factory.mktemp("fresh")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(packages)]
+    subprocess.run([*command, str(wheel)], check=True)
+    # Folders that are added this way do not get their own .pth files read, which is how the checkout is found here.
+    borrowed = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "borrowed.pth").write_text("\n".join(borrowed))
+    programs = folder / "bin"
+    lscpu = shutil.which("lscpu")  # vLLM asks it which cores there are
+    if lscpu:
+        (programs / "lscpu").symlink_to(lscpu)
+    assert not any(shutil.which(name, path=str(programs)) for name in ("g++", "gcc", "cc", "c++", "clang", "nvcc"))
+    return programs / "python"
+
+
+def run(python: Path, path: str, *arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "CC")}
+    # Without the compiled library a server would go on with the reference kernel; forced, it is an error.
+    environment |= {"PATH": path, "RIA_VLLM_BACKEND": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    found = subprocess.run([str(python), *arguments], env=environment, capture_output=True, text=True, timeout=900)
+    assert found.returncode == 0, (found.stdout + found.stderr)[-5000:]
+    return found.stdout
+
+
+def test_one_wheel_for_every_python_and_many_linuxes(wheel):
+    assert re.fullmatch(r"ria_vllm-[\d.]+-py3-none-manylinux_2_\d+_x86_64\.whl", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if ".so" in name] == ["ria_vllm/serve/kernels/_cpu.so"]
+    assert "ria_vllm/serve/kernels/csrc/cuda/library.cu" in names  # which build-kernels compiles
+
+
+def test_serves_without_a_compiler(python, tmp_path):
+    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out")
+    job = {"model": str(tmp_path / "out"), "prompts": prompts(), "tokens": 6, "engine": {"dtype": "float32"}}
+    (tmp_path / "jobs.json").write_text(json.dumps([job]))
+    for file in run(python, str(python.parent), "-c", IMPORT).splitlines():
+        assert Path(file).is_relative_to(python.parents[1])
+    run(python, str(python.parent), str(GENERATE), str(tmp_path / "jobs.json"), str(tmp_path / "wheel.json"))
+    run(Path(sys.executable), os.environ["PATH"], str(GENERATE), str(tmp_path / "jobs.json"), str(tmp_path / "here.json"))
+    (ours,), (here,) = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("wheel", "here"))
+    assert "error" not in ours, ours
+    assert ours == here and all(len(result["tokens"]) == 6 for result in ours)

@@ -1,0 +1,220 @@
+"""`from_pretrained` of a compressed folder, under every name that transformers may give to what it holds."""
+
+import json
+
+import pytest
+import torch
+from damage import bind, rewrite
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    LlamaModel,
+)
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+
+TOKENS = torch.arange(3, 60)[None]
+
+
+def hidden(model) -> torch.Tensor:
+    """The last hidden state, of whatever class the model is."""
+    with torch.no_grad():
+        return getattr(model, model.base_model_prefix, model)(TOKENS).last_hidden_state
+
+
+@pytest.fixture(scope="module")
+def expected(pruned_llama) -> torch.Tensor:
+    """Of the dense model with the pruned weights put in, in its own order."""
+    dense = LlamaModel.from_pretrained(pruned_llama.source)
+    state = {name.removeprefix("model."): tensor for name, tensor in pruned_llama.dense.items() if name != "lm_head.weight"}
+    dense.load_state_dict(state, strict=True)
+    return hidden(dense)
+
+
+@pytest.mark.parametrize(
+    "auto", [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification]
+)
+def test_the_same_hidden_state_in_every_class(pruned_llama, expected, auto):
+    assert torch.equal(hidden(auto.from_pretrained(pruned_llama.folder)), expected)
+
+
+def store(model, out, pruned, renames=()) -> None:
+    """Prune `model`'s linears `pruned` under random orders, in place, and store it with the names changed by `renames`."""
+    from ria_vllm import sparse24
+    from ria_vllm.permutation import invert
+    from ria_vllm.schema import RiaSchema, SparsityConfig
+    from ria_vllm.writer import CheckpointWriter
+
+    def on_disk(name: str) -> str:
+        for old, new in renames:
+            name = name.replace(old, new)
+        return name
+
+    unit = {}
+    for name in pruned:
+        weight = model.get_submodule(name).weight
+        p = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(len(unit)))
+        compressed, bitmask = sparse24.compress(weight.data[:, p])
+        parts = {"compressed": compressed, "bitmask": bitmask, "shape": torch.tensor(weight.shape).view(2, 1)}
+        parts["input_permutation"] = p.int()
+        unit |= {f"{on_disk(name)}.{part}": tensor for part, tensor in parts.items()}
+        weight.data = sparse24.decompress(compressed, bitmask)[:, invert(p)]
+    left = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in pruned}
+    unit |= {on_disk(name): tensor.contiguous() for name, tensor in left.items()}
+    schema = RiaSchema(sparsity_config=SparsityConfig(ignore=["lm_head"]), recipe={"permute": "lsa"})
+    config = model.config.to_dict() | {"architectures": [type(model).__name__], "quantization_config": schema.model_dump()}
+    writer = CheckpointWriter(out)
+    writer.write("all", unit)
+    writer.finish(["all"], {"config.json": config}, [], 10**9)
+
+
+def tiny_model(model_type: str, **settings):
+    shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(model_type, **shape | heads | settings)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def linears_of(model) -> list[str]:
+    modules = model.named_modules()
+    return [name for name, module in modules if isinstance(module, torch.nn.Linear) and ".layers." in name]
+
+
+def test_modules_that_transformers_renames(tmp_path):
+    """Nemotron-H is `backbone` on disk and `model` in transformers."""
+    model = tiny_model("nemotron_h", layers_block_type=["attention", "mlp"])
+    store(model, tmp_path / "out", linears_of(model), [("model.", "backbone.")])
+    assert "backbone.layers.1.mixer.up_proj" in Reader(tmp_path / "out").permutations
+    for auto in (AutoModelForCausalLM, AutoModel):
+        assert torch.equal(hidden(auto.from_pretrained(tmp_path / "out")), hidden(model))
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
+def test_names_that_the_caller_maps(tmp_path, auto):
+    """Sub-modules too, and two whose names are swapped."""
+    model = tiny_model("llama")
+    swapped = [("gate_proj", "?"), ("up_proj", "gate_proj"), ("?", "up_proj")]
+    store(model, tmp_path / "out", linears_of(model), [("model.layers", "h"), ("self_attn.q_proj", "a.query"), *swapped])
+    mapping = {
+        r"^h\.": "model.layers.", r"a\.query": "self_attn.q_proj",
+        "gate_proj": "kept", "up_proj": "gate_proj", "kept": "up_proj",
+    }  # fmt: skip
+    loaded = auto.from_pretrained(tmp_path / "out", key_mapping=mapping)
+    assert torch.equal(hidden(loaded), hidden(model))
+
+
+def test_the_body_alone_is_stored(tmp_path):
+    """transformers adds the prefix, then, that it strips elsewhere."""
+    model = tiny_model("llama")
+    body = model.model
+    store(body, tmp_path / "out", [name.removeprefix("model.") for name in linears_of(model)])
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(hidden(loaded), hidden(body))
+
+
+def test_fewer_layers_than_are_stored(pruned_llama):
+    """What the model lacks is no loss: transformers lists it as unexpected, and fills all that there is."""
+    loaded = AutoModel.from_pretrained(pruned_llama.folder, num_hidden_layers=1)
+    assert torch.equal(loaded.layers[0].mlp.down_proj.weight, pruned_llama.dense["model.layers.0.mlp.down_proj.weight"])
+
+
+def test_linears_that_transformers_merges(tmp_path):
+    """Its Mixtral has all experts in one tensor; experts stored one by one would be left out, and random ones used."""
+    model = tiny_model("mixtral", num_local_experts=2, num_hidden_layers=1)
+    pruned = ["model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.q_proj"]
+    state = model.state_dict()
+    state = {n: t for n, t in state.items() if ".experts." not in n and n.removesuffix(".weight") not in pruned}
+    linear = "model.layers.0.block_sparse_moe.experts.0.w1"
+    model = tiny_model("llama", num_hidden_layers=1)
+    store(model, tmp_path / "out", pruned, [("model.layers.0.mlp.gate_proj", linear)])
+    rewrite(tmp_path / "out" / "model.safetensors", lambda tensors: tensors.update(state))
+    changes = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 2}
+    config = json.loads((tmp_path / "out" / "config.json").read_text()) | changes
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RiaError, match=f"{linear} is stored compressed.*experts.* got no weights.*ria-vllm export"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_names_that_nothing_maps(tmp_path):
+    model = tiny_model("llama")
+    store(model, tmp_path / "out", linears_of(model), [("model.layers", "h")])
+    with pytest.raises(RiaError, match="h.0.mlp.down_proj is stored compressed.*nor for any other"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("part", ["compressed", "bitmask", "shape"])
+def test_a_missing_part_is_named(damage, part):
+    damage.replace(f"{Q}.{part}", lambda tensor: None)
+    damage.edit_json("model.safetensors.index.json", lambda c: c["weight_map"].pop(f"{Q}.{part}"))
+    with pytest.raises(RiaError, match=f"{Q}"):
+        AutoModelForCausalLM.from_pretrained(damage.folder)
+
+
+@pytest.mark.parametrize(
+    "shape", [torch.tensor([128]), torch.tensor([]).long(), torch.tensor(128), torch.tensor([1, 2, 3]), torch.ones(2)]
+)
+def test_an_odd_shape_is_named(damage, shape):
+    damage.replace(f"{Q}.shape", lambda tensor: shape)
+    with pytest.raises(RiaError, match=f"{Q}.shape is not two int64 numbers"):
+        AutoModelForCausalLM.from_pretrained(damage.folder)
+
+
+def test_dense_and_compressed_at_once(damage):
+    rewrite(damage.file_of(f"{Q}.bitmask"), lambda tensors: tensors.update({f"{Q}.weight": torch.zeros(128, 128)}))
+    with pytest.raises(RiaError, match=f"{Q}.weight.*not of one pruned linear"):
+        AutoModelForCausalLM.from_pretrained(damage.folder)
+
+
+def test_two_linears_for_one_weight(damage):
+    def double(tensors):
+        twice = {n.removeprefix("model."): t.clone() for n, t in tensors.items() if n.startswith(f"{Q}.")}
+        tensors.update(twice)
+
+    rewrite(damage.file_of(f"{Q}.bitmask"), double)
+    with pytest.raises(RiaError, match=f"{Q}.bitmask.*not of one pruned linear"):
+        AutoModel.from_pretrained(damage.folder)
+
+
+def test_a_permutation_of_nothing(damage):
+    extra = {"lm_head.input_permutation": torch.arange(128, dtype=torch.int32)}
+    rewrite(damage.folder / "permutations.safetensors", lambda tensors: tensors.update(extra))
+    bind(damage.folder)
+    with pytest.raises(RiaError, match="a permutation for lm_head, which is no pruned linear"):
+        AutoModelForCausalLM.from_pretrained(damage.folder)
+
+
+@pytest.mark.parametrize("tensor", ["model.layers.0.mlp.up_proj.compressed", "model.norm.weight", "lm_head.weight"])
+def test_shapes_that_config_json_contradicts(damage, tensor):
+    change = {"mlp": {"intermediate_size": 256}, "norm": {"hidden_size": 64}, "head": {"vocab_size": 999}}
+    damage.edit_json("config.json", lambda c: c.update(next(v for k, v in change.items() if k in tensor)))
+    with pytest.raises(RiaError, match="has shape .* by config.json"):
+        AutoModelForCausalLM.from_pretrained(damage.folder)
+
+
+def test_files_of_two_runs(damage):
+    shard = damage.file_of(f"{Q}.bitmask")
+    save_file({name: tensor for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    with pytest.raises(RiaError, match=f"{shard.name}.*Get all files of one run"):
+        AutoModelForCausalLM.from_pretrained(damage.folder)
+
+
+def test_a_tensor_in_two_files(damage):
+    """transformers would take the last one."""
+    other = next(path for path in damage.folder.glob("model-*") if path != damage.file_of("model.norm.weight"))
+    rewrite(other, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(128)}))
+    with pytest.raises(RiaError, match="model.norm.weight is in two weight files"):
+        AutoModelForCausalLM.from_pretrained(damage.folder)
+
+
+def test_a_key_of_the_config_that_is_a_word_of_pythons(damage):
+    damage.edit_json("config.json", lambda config: config["quantization_config"].update(self=1))
+    AutoModelForCausalLM.from_pretrained(damage.folder)

@@ -1,0 +1,230 @@
+"""The model card: what it says, and that nothing in the base model's own card can break it or get into it."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from ria_vllm.errors import RiaError
+from ria_vllm.folder_commands import export
+from ria_vllm.model_card import (
+    Measured,
+    base_repository,
+    check_card,
+    note_perplexity,
+    pruned_card,
+    read_front_matter,
+)
+
+RECIPE = {
+    "method": "ria", "permute": "lsa", "pattern": "2:4", "calibration": "/home/me/private/text.txt", "samples": 128,
+    "ignore": ["a|b"], "source": "/home/me/models/Base-1B", "versions": {"ria-vllm": "0.1.0", "torch": "2.13"},
+}  # fmt: skip
+REPORT = {
+    "recipe": RECIPE,
+    "linears": {
+        "layers.0.q_proj": {"retained_after": 0.9},
+        "layers.0.o_proj": {"retained_after": 0.6},
+        "layers.1.q_proj": {"retained_after": 0.75},
+        "layers.1.o_proj": {"retained_after": float("nan")},
+    },
+    "dense": {"lm_head": "not in a decoder layer"},
+}
+BASE = """---
+license: other
+license_name: base-license
+license_link: LICENSE
+language:
+- en
+- no
+tags: [chat, onnx, GGUF, "base_model:x/y", "arxiv:2402.1"]
+pipeline_tag: text-generation
+library_name: transformers
+datasets: [their/data]
+widget: [{text: hello}]
+---
+# Base
+"""
+
+
+def warnings_of(folder, text: str | bytes):
+    """The front matter that is read from a card, and what is said of it."""
+    (folder / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
+    said = []
+    return read_front_matter(folder, said.append), said
+
+
+def front_of(card: str):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def card(folder, served=True, report=REPORT):
+    return pruned_card(folder, report, 0.4375, served, pytest.fail)
+
+
+def test_license_language_and_tags_are_the_base_models(tmp_path):
+    (tmp_path / "README.md").write_text(BASE)
+    front = front_of(card(tmp_path))
+    tags = front.pop("tags")
+    assert front == {
+        "license": "other", "license_name": "base-license", "license_link": "LICENSE", "language": ["en", "no"],
+        "pipeline_tag": "text-generation", "library_name": "transformers",
+    }  # fmt: skip
+    assert tags == ["chat", "arxiv:2402.1", "ria-vllm", "pruned", "sparse", "vllm"]
+
+
+def test_the_hub_reads_the_card(tmp_path):
+    from huggingface_hub import ModelCard
+
+    (tmp_path / "README.md").write_text(BASE)
+    data = ModelCard(card(tmp_path)).data
+    assert data.license == "other" and data.language == ["en", "no"] and "ria-vllm" in data.tags
+
+
+def test_what_it_says(tmp_path):
+    text = card(tmp_path)
+    assert "# Base-1B, pruned to 2:4\n" in text and "`Base-1B`, pruned by ria-vllm with RIA ([Zhang" in text
+    assert "| pruned linears | 4 |" in text and "43.8% of the weights" in text
+    assert "| retained score, mean | 0.7500 |" in text  # of the three that are numbers
+    assert "| retained score, worst | 0.6000, `layers.0.o_proj` |" in text and "| left dense | `lm_head` |" in text
+    assert "| samples | `128` |" in text and "| calibration | `text.txt` |" in text and r"`a\|b`" in text
+    assert "\npip install 'ria-vllm[cuda]'" in text and "\nvllm serve .\n" in text
+    assert "/home" not in text and "private" not in text and "Not measured" in text
+
+
+def test_a_pattern_that_is_not_served_claims_nothing_of_serving(tmp_path):
+    text = card(tmp_path, served=False, report=REPORT | {"recipe": RECIPE | {"pattern": "4:8"}})
+    assert "# Base-1B, pruned to 4:8\n" in text and "No kernel serves the pattern 4:8" in text
+    assert "vllm serve" not in text and "pip install" not in text and "vllm" not in front_of(text)["tags"]
+
+
+def test_the_base_model_is_named_where_the_hub_has_it(tmp_path):
+    cached = tmp_path / "models--org--Base-1B" / "snapshots" / "0123abcd"
+    cached.mkdir(parents=True)
+    assert base_repository("org/Base-1B", tmp_path) == "org/Base-1B"
+    assert base_repository(str(cached), cached) == "org/Base-1B"  # the Hub's cache, given as a folder
+    for local in ("Base-1B", "/home/me/org/Base-1B", "./org/Base-1B", "m.gguf", str(tmp_path)):
+        assert base_repository(local, tmp_path) is None
+    front = front_of(card(cached))
+    assert front["base_model"] == "org/Base-1B" and front["base_model_relation"] == "quantized"
+    assert "[org/Base-1B](https://huggingface.co/org/Base-1B), pruned" in card(cached)
+    dense = front_of(card(cached, served=False))
+    assert dense["base_model"] == "org/Base-1B" and "base_model_relation" not in dense
+
+
+def test_of_a_local_model_the_card_names_the_ancestor_that_its_own_card_names(tmp_path):
+    named = "base_model: [org/Ancestor, /home/me/x, ../y]\nbase_model_relation: merge"
+    (tmp_path / "README.md").write_text(f"---\n{named}\n---\n")
+    front = front_of(card(tmp_path))
+    assert front["base_model"] == "org/Ancestor" and "base_model_relation" not in front
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("---\nlicense: mit\n", "does not end"),
+        ("---\nlicense: [mit\n---\n", "flow sequence"),
+        ("---\n- mit\n---\n", "no mapping"),
+        ("---\n" + "[" * 5000 + "\n---\n", "recursion"),
+        ("---\ntags: &t [x, *t]\n---\n", "recursive"),
+        ("---\na: *nowhere\n---\n", "undefined alias"),
+        ("---\n" + "k: vvvvvvvv\n" * 20000 + "---\n", "characters"),
+        (b"---\nlicense: \xff\n---\n", "decode"),
+    ],
+)
+def test_broken_front_matter_is_a_warning(text, says, tmp_path):
+    front, said = warnings_of(tmp_path, text)
+    assert front == {} and len(said) == 1 and says in said[0] and str(tmp_path / "README.md") in said[0]
+    assert len(said[0].splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["", "# A card without any\n", "---\n---\n", "---\n# only a comment\n---\n"])
+def test_no_front_matter_is_none(text, tmp_path):
+    assert warnings_of(tmp_path, text) == ({}, [])
+
+
+def test_only_short_strings_get_through(tmp_path):
+    text = """---
+license: {a: b}
+license_name: !!python/object/apply:os.system [touch hacked]
+license_link: [x]
+pipeline_tag: !!python/name:os.system
+language: [en, [de], {fr: it}, 12, null, ~, "two\\nlines", "%s"]
+tags: x
+library_name: null
+---
+""" % ("l" * 1000)
+    front, said = warnings_of(tmp_path, text)
+    assert front == {"language": ["en", "12"], "tags": ["x"]} and said == []
+    doubled = "".join(f"{b}: &{b} [*{a},*{a}]\n" for a, b in zip("abcdefghij", "bcdefghijk"))
+    assert warnings_of(tmp_path, f"---\na: &a [x,x]\n{doubled}tags: *k\n---\n") == ({}, [])
+
+
+def test_line_endings_and_a_byte_order_mark(tmp_path):
+    assert warnings_of(tmp_path, b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\ntext\r\n") == ({"license": "mit"}, [])
+
+
+def test_names_cannot_break_out_of_the_table(tmp_path):
+    evil = "x` | <script>alert(1)</script>\n\n# Heading [a](http://b)"
+    linears = {evil: {"retained_after": 0.5}}
+    report = {"recipe": RECIPE | {"source": evil, "method": evil}, "linears": linears, "dense": {evil: ""}}
+    text = card(tmp_path, report=report)
+    outside = text.split("## What was pruned")[0]
+    assert "<script" not in outside and "\n# Heading" not in text and "](http://b)" not in outside
+    worst = next(line for line in text.splitlines() if "retained score, worst" in line)
+    assert worst.count("`") == 2 and worst.replace(r"\|", "").count("|") == 3
+
+
+def test_an_exported_folder_has_a_card_of_its_own(damage, tmp_path):
+    config = json.loads((damage.folder / "config.json").read_text())
+    recipe = config["quantization_config"]["recipe"] | {"source": "org/Base-1B", "note": "\ud800"}  # JSON can hold it
+    damage.edit_json("config.json", lambda c: c["quantization_config"].update(recipe=recipe))
+    front = "license: mit\nbase_model: org/Base-1B\nbase_model_relation: quantized"
+    (damage.folder / "README.md").write_text(f"---\n{front}\n---\n# Mine\n")
+    (damage.folder / "LICENSE").write_text("MIT")
+    done = CliRunner().invoke(export, [str(damage.folder), "-o", str(tmp_path / "dense")], catch_exceptions=False)
+    text = (tmp_path / "dense" / "README.md").read_text()
+    assert done.exit_code == 0 and (tmp_path / "dense" / "LICENSE").read_text() == "MIT"
+    front = front_of(text)
+    assert front["license"] == "mit" and front["base_model"] == "org/Base-1B" and "base_model_relation" not in front
+    assert "# Base-1B, pruned to 2:4, dense form" in text and "[org/Base-1B](https://huggingface.co/org/Base-1B)" in text
+    assert "vllm serve" not in text and "loads it without ria-vllm" in text
+
+
+def test_exporting_a_folder_with_a_broken_card_warns(pruned_llama, tmp_path):
+    shutil.copytree(pruned_llama.folder, tmp_path / "in")
+    (tmp_path / "in" / "README.md").write_text("---\nlicense: [mit\n---\n")
+    done = CliRunner().invoke(export, [str(tmp_path / "in"), "-o", str(tmp_path / "dense")], catch_exceptions=False)
+    assert "warning: " in done.stderr and "README.md" in done.stderr and (tmp_path / "dense" / "config.json").is_file()
+
+
+def test_perplexities_are_noted_one_row_a_text(tmp_path):
+    (tmp_path / "README.md").write_text(card(tmp_path) + "\n## Of my own\n\nKept.\n")
+    before = (tmp_path / "README.md").read_text()
+    note_perplexity(tmp_path, Measured("brown.txt", 1000, 64, 70.0, 40.0))
+    note_perplexity(tmp_path, Measured("wiki.txt", 500, 64, 30.5, None))
+    note_perplexity(tmp_path, Measured("brown.txt", 1000, 64, 69.5, 40.0))
+    after = (tmp_path / "README.md").read_text()
+    rows = [line for line in after.splitlines() if ".txt | " in line and "`" not in line]
+    assert rows == ["| wiki.txt | 500 | 64 | 30.50 |  |", "| brown.txt | 1000 | 64 | 69.50 | 40.00 |"]
+    assert "Not measured" not in after and after.count("## Perplexity") == 1
+    head, tail = "## Perplexity", "## Options"
+    assert after.split(head)[0] == before.split(head)[0] and after.split(tail)[1] == before.split(tail)[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_a_card_without_the_section_gets_one(tmp_path):
+    (tmp_path / "README.md").write_text("# Mine\n")
+    for value in (3.0, float("inf")):
+        note_perplexity(tmp_path, Measured("a.txt", 10, 5, value, None))
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("# Mine\n\n## Perplexity\n") and text.count("## Perplexity") == 1
+    assert "| a.txt | 10 | 5 | inf |  |" in text and "3.00" not in text
+
+
+def test_where_there_is_no_card_nothing_can_be_noted(tmp_path):
+    for note in (check_card, lambda folder: note_perplexity(folder, Measured("a", 1, 1, 1.0, None))):
+        with pytest.raises(RiaError, match="README.md: no model card"):
+            note(tmp_path)

@@ -1,0 +1,156 @@
+"""What a user sees of a long command: lines through a pipe, bars on a terminal. No test waits for the time to pass."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from ria_vllm import progress
+from ria_vllm.progress import EVERY, POLL, Monitor
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+    def run(self, seconds, monitor):
+        """Let time pass, as the thread that prints sees it: second by second."""
+        for _ in range(seconds):
+            self.now += 1
+            monitor.tick()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def lines(capsys):
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_phase_of_a_single_step_is_named_at_least_every_15_seconds(clock, capsys):
+    monitor = Monitor(clock=clock)
+    with monitor.phase("permutations"):
+        shown = []
+        for _ in range(4):
+            clock.run(15, monitor)
+            shown += [lines(capsys)]
+    assert EVERY + POLL <= 15
+    assert all(shown) and all("permutations" in line for each in shown for line in each)
+    assert "... permutations (0:10)" in shown[0]
+    clock.run(100, monitor)
+    assert lines(capsys) == []  # nothing goes on
+
+
+def test_steps_and_layers_say_how_many_how_long_and_how_long_still(clock, capsys):
+    monitor = Monitor(clock=clock)
+    for index in monitor.layers(range(2, 30), 30):  # the first two were done by an earlier run
+        for step in monitor.steps(range(4), "calibration passes", 4):
+            clock.run(2, monitor)
+        if index == 4:
+            break
+    shown = lines(capsys)
+    assert shown[0] == "... decoder layers 3/30 (0:10, ETA 4:30), calibration passes 0/4 (0:02)"
+    assert shown[1] == "... decoder layers 4/30 (0:20, ETA 4:20), calibration passes 1/4 (0:04, ETA 0:12)"
+
+
+def test_what_is_said_meanwhile_and_time_within_a_phase_stay(clock, capsys):
+    monitor = Monitor(clock=clock)
+    with monitor.phase("calibration text"):
+        clock.run(3, monitor)
+        for _ in monitor.steps(range(2), "sampling the model", 2):
+            clock.run(20, monitor)
+            monitor.say("[bold]a line[/bold]")
+        clock.run(2, monitor)
+    assert monitor.seconds == {"calibration text": 5.0, "sampling the model": 40.0}
+    shown = lines(capsys)
+    assert shown.count("[bold]a line[/bold]") == 2
+    assert "... calibration text (0:40), sampling the model 1/2 (0:37, ETA 0:37)" in shown
+
+
+def test_ranks_beside_the_first_are_silent(clock, capsys):
+    monitor = Monitor(shown=False, clock=clock)
+    with monitor.live(), monitor.phase("permutations"):
+        assert not [t for t in threading.enumerate() if t.name == "progress"]
+        clock.run(100, monitor)
+        monitor.warn("anything")
+    assert lines(capsys) == []
+
+
+def test_the_thread_prints_and_ends_with_its_command(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setattr(progress, "POLL", 0.01)
+    monitor = Monitor()
+    with pytest.raises(ZeroDivisionError), monitor.live(), monitor.phase("permutations"):
+        seen = ""
+        while "permutations" not in seen:
+            seen += capsys.readouterr().err
+            time.sleep(0.01)
+        1 / 0
+    assert not [t for t in threading.enumerate() if t.name == "progress"]
+
+
+SCRIPT = """
+import sys, time
+from ria_vllm import progress
+progress.EVERY, progress.POLL = 0.05, 0.01
+monitor = progress.Monitor()
+with monitor.live():
+    with monitor.phase("loading the model"):
+        time.sleep(0.4)
+    for index in monitor.layers(range(3), 3):
+        for _ in monitor.steps(range(4), "calibration passes", 4):
+            time.sleep(0.05)
+        monitor.say(f"layer {index} " + "x" * 150)
+    if sys.argv[1:]:
+        sys.exit(int(sys.argv[1]))  # from the middle of it all
+print("done")
+"""
+
+
+def test_through_a_pipe_there_are_whole_lines_and_no_bars():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "done\n" and "\x1b" not in done.stderr and "\r" not in done.stderr
+    known = (
+        r"layer \d x{150}",
+        r"\.\.\. loading the model \(0:0\d\)",
+        r"\.\.\. decoder layers \d/3 \([^()]*\)(, calibration passes \d/4 \([^()]*\))?",
+    )
+    for line in done.stderr.splitlines():
+        assert any(re.fullmatch(form, line) for form in known), line
+    for word in ("loading the model", "decoder layers", "calibration passes"):
+        assert word in done.stderr
+
+
+def test_the_thread_keeps_no_process_alive():
+    done = subprocess.run([sys.executable, "-c", SCRIPT, "3"], capture_output=True, timeout=60)
+    assert done.returncode == 3
+
+
+def test_on_a_terminal_there_are_bars_for_long_single_steps_too():
+    main, side = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdout=subprocess.DEVNULL, stderr=side, env=os.environ | {"TERM": "xterm"}
+    )
+    os.close(side)
+    shown = b""
+    try:
+        while piece := os.read(main, 4096):
+            shown += piece
+    except OSError:  # how the end of a pseudo-terminal shows
+        pass
+    os.close(main)
+    assert process.wait(60) == 0
+    text = shown.decode()
+    assert "━" in text and "\x1b[" in text and "..." not in text
+    for word in ("loading the model", "decoder layers", "calibration passes", "layer 2 x"):
+        assert word in text

@@ -1,0 +1,184 @@
+"""`push`, to a stand-in for the Hub on 127.0.0.1."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import hub as stand_in
+import pytest
+from click.testing import CliRunner
+
+from ria_vllm.checkpoint import weight_files
+from ria_vllm.errors import RiaError
+from ria_vllm.push import push
+
+CARD = "---\nlicense: mit\n---\n\n# A model\n\n```sh\npip install ria-vllm\nvllm serve .\n```\n"
+EXPECTED = {"config.json", "permutations.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "LICENSE"}
+
+
+@pytest.fixture
+def folder(pruned_llama, tmp_path) -> Path:
+    """A sound folder of several shards, with things in and around it that are none of the Hub's business."""
+    out = tmp_path / "out"
+    shutil.copytree(pruned_llama.folder, out)
+    (out / "README.md").write_text(CARD)
+    (out / "LICENSE").write_text("MIT")
+    (tmp_path / "secret.txt").write_text("secret")
+    for name in (".env", ".token.json", "ria_report.html", "notes.py", "optimizer.pt"):
+        (out / name).write_text("private")
+    (out / "deeper.partial").mkdir()
+    (out / "deeper.partial" / "unit.safetensors").write_text("private")
+    return out
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with stand_in.running(stand_in.Hub()) as hub:
+        monkeypatch.setenv("HF_TOKEN", stand_in.TOKEN)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # its servers are another matter
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        yield hub
+
+
+def run(*arguments):
+    return CliRunner().invoke(push, [str(a) for a in arguments], catch_exceptions=False).stdout
+
+
+def test_what_arrives_is_the_checkpoint_and_nothing_else(folder, hub):
+    output = run(folder, "user/model")
+    arrived = {name: content for name, content in hub.branches["main"].items() if name != ".gitattributes"}
+    shards = {path.name for path in weight_files(folder).values()}
+    assert len(shards) > 2 and EXPECTED | shards <= set(arrived)
+    assert not {name for name in arrived if "private" in (folder / name).read_text(errors="replace")}
+    card = arrived.pop("README.md").decode()
+    assert card == CARD.replace("vllm serve .", "vllm serve user/model") and (folder / "README.md").read_text() == CARD
+    assert all(content == (folder / name).read_bytes() for name, content in arrived.items())
+    assert output.splitlines()[-1] == f"{hub.address}/user/model"
+    listed, _, left = output.partition("stays here: ")
+    assert all(f"  {name} " in listed for name in [*arrived, "README.md"])
+    assert left.splitlines()[0] == ".env, .token.json, deeper.partial, notes.py, optimizer.pt, ria_report.html"
+    assert sum("/commit/" in request for request in hub.requests) == 1 and not hub.private
+
+
+def test_as_a_command_of_its_own(folder, hub):
+    env = os.environ | {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "ria_vllm", "push", str(folder), "user/model"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"{hub.address}/user/model", done.stderr
+    assert hub.branches["main"]["config.json"] == (folder / "config.json").read_bytes()
+
+
+def test_private_branch_and_message(folder, hub):
+    output = run(folder, "user/model", "--private", "--revision", "a/b", "--commit-message", "Smaller")
+    assert hub.private and hub.messages == ["Smaller"] and set(hub.branches["main"]) == {".gitattributes"}
+    assert "config.json" in hub.branches["a/b"] and output.splitlines()[-1] == f"{hub.address}/user/model/tree/a/b"
+
+
+def test_a_pull_request(folder, hub):
+    assert run(folder, "user/model", "--create-pr").splitlines()[-1] == f"{hub.address}/user/model/discussions/1"
+    assert set(hub.branches["main"]) == {".gitattributes"} and "config.json" in hub.branches["refs/pr/1"]
+    with pytest.raises(RiaError, match="--revision or --create-pr"):
+        run(folder, "user/model", "--create-pr", "--revision", "other")
+
+
+def test_weights_of_an_older_model_do_not_stay_beside_the_new_ones(folder, hub):
+    old = {"model.safetensors": b"old", "notes.md": b"kept", "onnx/model.safetensors": b"kept"}
+    hub.branches["main"] = dict(old)
+    assert "deleted there: model.safetensors" in run(folder, "user/model")
+    there = set(hub.branches["main"])
+    assert "model.safetensors" not in there and {"notes.md", "onnx/model.safetensors"} <= there
+
+
+def test_private_is_not_a_wish(folder, hub):
+    hub.branches["main"] = {}
+    with pytest.raises(RiaError, match="user/model: exists already and is public"):
+        run(folder, "user/model", "--private")
+    assert hub.branches["main"] == {}
+
+
+def test_a_file_that_the_hub_passes_by_is_missed(folder, hub):
+    hub.ignored = {"tokenizer.json"}
+    with pytest.raises(RiaError, match="did not take tokenizer.json"):
+        run(folder, "user/model")
+
+
+@pytest.mark.parametrize(
+    ("where", "status", "says"),
+    [
+        ("/repos/create", 401, "does not accept your token. Run `hf auth login`"),
+        ("/repos/create", 403, "your token may not write there"),
+        ("/preupload/", 403, "your token may not write there"),
+        ("/preupload/", 404, "the Hub does not find it"),
+        ("/commit/", 409, "Run the same command again"),
+        ("/repos/create", 500, "the Hub failed"),
+        ("/objects/batch", 503, "the Hub failed"),
+        ("^/store/", 500, "the Hub failed"),
+        ("/commit/", 500, "the Hub failed"),
+    ],
+)
+def test_refusals_are_one_line_and_commit_nothing(folder, hub, where, status, says):
+    hub.fails = {where: status}
+    with pytest.raises(RiaError) as caught:
+        run(folder, "user/model")
+    message = str(caught.value)
+    assert message.startswith("user/model: ") and says in message and len(message.splitlines()) == 1
+    assert stand_in.TOKEN not in message
+    assert set(hub.branches.get("main", {})) <= {".gitattributes"}
+
+
+def test_nobody_answers(folder, hub, monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        with pytest.raises(RiaError, match="the upload failed .*Connection refused.* run the same command") as caught:
+            run(folder, "user/model")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_not_logged_in(folder, hub, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(RiaError, match="hf auth login"):
+        run(folder, "user/model")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["user/model/more", "user/mo--del", "../model"])
+def test_a_name_that_no_repository_can_have(folder, hub, name):
+    with pytest.raises(RiaError, match="the upload failed"):
+        run(folder, name)
+    assert hub.requests == []
+
+
+def test_a_folder_with_problems_stays(damage, hub):
+    damage.replace("model.layers.0.mlp.gate_proj.compressed", lambda t: t.fill_(float("nan")))
+    with pytest.raises(RiaError, match="1 problem, nothing was uploaded.*gate_proj.*`ria-vllm verify`"):
+        run(damage.folder, "user/model")
+    damage.file_of("model.layers.0.mlp.gate_proj.compressed").unlink()
+    with pytest.raises(RiaError, match="shard missing"):
+        run(damage.folder, "user/model")
+    assert hub.requests == []
+
+
+def test_only_finished_compressed_folders(folder, tiny_llama, hub, tmp_path):
+    with pytest.raises(RiaError, match="not a compressed folder. `hf upload REPO"):
+        run(tiny_llama, "user/model")
+    folder.rename(tmp_path / "out.partial")
+    with pytest.raises(RiaError, match="`compress --resume`"):
+        run(tmp_path / "out.partial", "user/model")
+    assert hub.requests == []
+
+
+def test_a_link_out_of_the_folder_is_not_followed(folder, hub, tmp_path):
+    (folder / "vocab.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(RiaError, match="vocab.txt: a link that leads out of the folder"):
+        run(folder, "user/model")
+    assert hub.requests == []
+    (folder / "vocab.txt").unlink()
+    (folder / "notes.txt").symlink_to("LICENSE")  # inside, it is as good as a file
+    run(folder, "user/model")
+    assert hub.branches["main"]["notes.txt"] == b"MIT"
