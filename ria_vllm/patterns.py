@@ -27,8 +27,8 @@ def compile_pattern(text: str, where: str) -> re.Pattern[str]:
     """The regular expression `text`, for `match` on module names; `where` names its file and key in the error.
 
     Raises:
-        RiaError: it is none, is longer than `LONGEST`, refers back to a group, or may try too many ways before it fails,
-            as `(a+)+b` does.
+        RiaError: it is none, is longer than `LONGEST`, refers back to a group, or may try too many ways before it
+            fails, as `(a+)+b` does.
     """
     shown = repr(text if len(text) <= 60 else text[:57] + "...")
     if len(text) > LONGEST:
@@ -47,12 +47,13 @@ def compile_pattern(text: str, where: str) -> re.Pattern[str]:
         raise RiaError(f"{where}: the pattern {shown} has a part ({error.args[0]}) that is not allowed here.") from None
     if ways > MOST_WAYS:
         raise RiaError(
-            f"{where}: the pattern {shown} may take for ever to match a name. Use fewer repeats (`.*`), and none inside "
-            "another."
+            f"{where}: the pattern {shown} may take for ever to match a name. Use fewer repeats (`.*`), and none "
+            "inside another."
         )
     return pattern
 
 
+ASCII = 127
 REPEATS = {ops.MAX_REPEAT, ops.MIN_REPEAT, getattr(ops, "POSSESSIVE_REPEAT", None)}
 
 
@@ -104,23 +105,22 @@ def _width_one(repeated: Sequence) -> bool:
 
 def _may_match(item: tuple[Any, Any], literal: int) -> bool:
     """Whether the one-character `item` matches the character `literal`, in either case; True where in doubt."""
-    character = chr(literal)
-    return any(_one_matches(item, same) for same in {character, *character.lower(), *character.upper()})
-
-
-def _one_matches(item: tuple[Any, Any], character: str) -> bool:
     operation, argument = item
+    same = {ord(case) for case in (chr(literal), chr(literal).lower(), chr(literal).upper()) if len(case) == 1}
+    if literal > ASCII:
+        return True
     if operation is ops.LITERAL:
-        return argument == ord(character)
-    if operation is ops.NOT_LITERAL:
-        return argument != ord(character)
-    if operation is ops.IN:
-        negated = argument[0][0] is ops.NEGATE
-        return any(_one_matches(choice, character) for choice in argument[negated:]) != negated
+        return argument in same or argument > ASCII
     if operation is ops.RANGE:
-        return argument[0] <= ord(character) <= argument[1]
+        return any(argument[0] <= code <= argument[1] for code in same) or argument[1] > ASCII
     if operation is ops.CATEGORY and argument is ops.CATEGORY_DIGIT:
-        return character.isdecimal()
+        return chr(literal).isdigit()
     if operation is ops.CATEGORY and argument is ops.CATEGORY_WORD:
-        return character.isalnum() or character == "_"
+        return chr(literal).isalnum() or chr(literal) == "_"
+    if operation is ops.IN and argument[0][0] is not ops.NEGATE:
+        return any(_may_match(choice, literal) for choice in argument)
+    if operation is ops.NOT_LITERAL:
+        return same != {argument}
+    if operation is ops.IN and len(argument) == 2 and argument[1][0] is ops.LITERAL:
+        return same != {argument[1][1]}
     return True

@@ -75,7 +75,7 @@ class Foreign:
             RiaError: a quantization that is not served here, or a value of the wrong kind; the key is named.
         """
         if config.get("transform_config"):
-            raise RiaError(f"{WHERE}.transform_config: rotated weights are not served. Get a version without transforms.")
+            raise RiaError(f"{WHERE}.transform_config: rotated weights are not served. Get a version without.")
         sparsity = config["sparsity_config"]
         dense = sparsity["format"] == "dense"
         ignore = _entries(config, "ignore", WHERE)
@@ -104,10 +104,9 @@ def _storage(where: str, group: Mapping[str, Any], dense: bool) -> Storage:
     dtype = _dtype(weights)
     strategy, symmetric = weights.get("strategy"), weights.get("symmetric")
     if dtype is None or strategy not in ("tensor", "channel") or symmetric not in (True, None):
+        shown = reprlib.repr({key: weights.get(key) for key in ("type", "num_bits", "strategy", "symmetric")})
         raise RiaError(
-            f"{where}: 2:4 weights of {reprlib.repr(weights.get('num_bits'))} bits, type {reprlib.repr(weights.get('type'))}, by "
-            f"{reprlib.repr(strategy)}, symmetric {reprlib.repr(symmetric)} are not served; symmetric int8 and fp8, by tensor or by "
-            "channel, are."
+            f"{where}: 2:4 weights of {shown} are not served; symmetric int8 and fp8, by tensor or by channel, are."
         )
     return Storage(dense, dtype, strategy, _dtype(inputs))
 
@@ -121,8 +120,8 @@ def _kv_cache_scheme(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         given = scheme.get(key, False if key == "dynamic" else None)
         if given != value:
             raise RiaError(
-                f"{WHERE}.kv_cache_scheme.{key}: {reprlib.repr(given)} is not served, only {reprlib.repr(value)} is (an fp8 cache with a "
-                "scale a layer). Take the key kv_cache_scheme out of config.json to serve with a cache in the model's dtype."
+                f"{WHERE}.kv_cache_scheme.{key}: {reprlib.repr(given)} is not served, only {value!r} is (an fp8 cache "
+                "with a scale a layer). Take the key kv_cache_scheme out of config.json: the cache then has the model's dtype."
             )
     return dict(wanted)
 

@@ -147,8 +147,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         first = not hasattr(layer, "ria_plan")
         if not first and (layer.ria_plan is None) != (bitmask is None):
             raise RiaError(
-                f"{self.prefix}: its new weights are {'not 2:4' if bitmask is None else '2:4'}, unlike those which this "
-                "server started with. Start the server again instead of reloading."
+                f"{self.prefix}: its new weights are {'not 2:4' if bitmask is None else '2:4'}, unlike those which "
+                "this server started with. Start the server again instead of reloading."
             )
         if bitmask is None:
             if first:
@@ -212,6 +212,8 @@ class Sparse24LinearMethod(LinearMethodBase):
                 loaded["bitmask"].fill_(BITMASK_OF_ONES_AND_TWOS)
         values = loaded["weight"] if arrivals.storage.dense else loaded["compressed"]
         scales = row_scales(loaded["weight_scale"], layer.ria_output_sizes) if arrivals.storage.quantized else None
+        if scales is not None and not bool(scales.isfinite().all()):
+            raise RiaError(f"{' + '.join(self.parts)}: a weight_scale is no number. The file is damaged; get it again.")
         plain = arrivals.storage.dense and not missing and not is_two_of_four(values)
         if scales is not None and (plain or not arrivals.storage.kept):
             values, scales = (values.float() * scales[:, None]).to(arrivals.served), None
@@ -225,7 +227,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         return values, bitmask, scales
 
     def _serve_dense(self, layer: LinearBase, weight: torch.Tensor) -> None:
-        """By vLLM's own method, but behind this one: a reload brings weights in stored form, which come through here."""
+        """By vLLM's own method, but behind this one, which the weights of a reload, in stored form, have to pass."""
         set_tensor(layer, "weight", weight)
         layer.ria_plan = None
         self.dense = UnquantizedLinearMethod()

@@ -86,7 +86,7 @@ def write(
 
 
 def add_kv_scales(out: Path, **scales: float) -> None:
-    """Give the checkpoint at `out` scales of an fp8 cache: `k_scale`, `v_scale`, or one of them, the same in all layers."""
+    """Give the checkpoint at `out` scales of an fp8 cache, `k_scale` and `v_scale` or one of them, alike in all layers."""
     tensors = load_file(out / "model.safetensors")
     layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
     for layer, (kind, scale) in itertools.product(layers, scales.items()):

@@ -119,7 +119,8 @@ def paths(value, path=()):
         yield from paths(child, (*path, key))
 
 
-PATTERNS = st.lists(st.sampled_from(["re:", "(a+)+", ".*", "(", "[", "\\d+", "b|", ")*", "?", "{9}", "$", "x"]), max_size=9)
+PIECES = st.sampled_from(["re:", "(a+)+", ".*", "(", "[", "\\d+", "b|", ")*", "?", "{9}", "$", "x"])
+PATTERNS = st.lists(PIECES, max_size=9)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | PATTERNS.map("".join),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

@@ -72,12 +72,24 @@ def test_fused_on_disk_with_one_scale_for_all(dense):
     check_dequantized(layer, checkpoint.plain["gate_up"], torch.float32)
 
 
-@pytest.mark.parametrize("strategy, shape", [("channel", ()), ("channel", (64,)), ("channel", (1, 1)), ("tensor", (64, 1)), ("tensor", (1, 1))])
+@pytest.mark.parametrize(
+    "strategy, shape",
+    [("channel", ()), ("channel", (64,)), ("channel", (1, 1)), ("tensor", (64, 1)), ("tensor", (1, 1))],
+)
 def test_scales_of_another_shape_are_named(strategy, shape):
     checkpoint = Checkpoint(strategy=strategy)
     layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc")
     with pytest.raises(RiaError, match=r"fc\.weight_scale is torch.float32 .*damaged"):
         layer.weight_scale.weight_loader(layer.weight_scale, torch.ones(shape))
+
+
+def test_a_scale_that_is_no_number_is_named():
+    checkpoint = Checkpoint()
+    layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc")
+    checkpoint.stream(layer, {"fc": (None, 64)})
+    layer.weight_scale.data[5] = torch.inf
+    with pytest.raises(RiaError, match=r"fc: a weight_scale is no number\. .*damaged"):
+        layer.quant_method.process_weights_after_loading(layer)
 
 
 def check_dequantized(layer, plain, dtype):

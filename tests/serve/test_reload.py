@@ -1,4 +1,4 @@
-"""Reloads of a running server, layer by layer as vLLM does them: a layer computes what the new weights say, or it fails."""
+"""Reloads, layer by layer as vLLM does them: afterwards a layer computes what the new weights say, or it has failed."""
 
 from types import SimpleNamespace
 
