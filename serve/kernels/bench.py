@@ -83,6 +83,11 @@ def sides(weight: torch.Tensor) -> dict[tuple[str, str], tuple[torch.dtype, list
     return ways
 
 
+def clock() -> float:
+    """Seconds passed; of one thread, the seconds it computed, which other processes on the machine prolong less."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def read_bandwidth() -> float:
     """Bytes per second of reading a large buffer in huge pages once, the fastest of two ways and several tries."""
     buffer = mmap.mmap(-1, 512 << 20)
@@ -91,20 +96,16 @@ def read_bandwidth() -> float:
     seconds = []
     for _ in range(6):
         for read in (data.sum, lambda: torch.dot(data, data)):
-            start = time.perf_counter()
+            start = clock()
             read()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
     return data.nbytes / min(seconds)
 
 
 def medians(
     ways: dict[tuple[str, str], tuple[torch.dtype, list[Linear]]], x: torch.Tensor, budget: float, least: int
 ) -> dict[tuple[str, str], float]:
-    """Median seconds of each way's call on `x` float32, the ways in turn, each walking through its copies.
-
-    Of one thread they are the seconds it computed, which other processes prolong less than those that passed.
-    """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    """Median seconds of each way's call on `x` float32, the ways in turn, each walking through its copies."""
     inputs = {dtype: x.to(dtype) for dtype, _ in ways.values()}
     samples: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
     start = time.perf_counter()
