@@ -155,8 +155,7 @@ class RiaConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         sparsity = self.schema.sparsity_config
-        exact = hf_to_vllm_mapper.apply_list([entry for entry in sparsity.ignore if not entry.startswith("re:")])
-        sparsity.ignore = exact + [entry for entry in sparsity.ignore if entry.startswith("re:")]
+        sparsity.ignore = hf_to_vllm_mapper.apply_list(sparsity.ignore)
         self.names = {
             new: name for known, name in self.names.items() for new in hf_to_vllm_mapper.apply_list([known])
         }
