@@ -30,7 +30,7 @@ def limit() -> str | None:
 
 
 def unquantized(weight: torch.Tensor) -> Linear:
-    """The linear of a bfloat16 or float32 model with this weight [out, in]: oneDNN's, or zentorch's where it is used."""
+    """The linear of a model with this weight [out, in], in its dtype: oneDNN's, or zentorch's where vLLM uses it."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     layer = torch.nn.Module()
@@ -50,7 +50,8 @@ def w8a8(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Line
     layer.weight_scale = torch.nn.Parameter(scales, requires_grad=False)
     layer.input_scale = layer.input_zero_point = layer.azp_adj = layer.bias = None
     layer.logical_widths = [values.shape[0]]
-    kernel = CPUInt8ScaledMMLinearKernel(config, ["weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj"])
+    names = ["weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj"]
+    kernel = CPUInt8ScaledMMLinearKernel(config, names)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # which vLLM sets to the model's, and its kernel takes for the output
     try:

@@ -65,7 +65,7 @@ def sweep(backend, token_counts) -> None:
 
 
 def same_bits(dtype: torch.dtype, rows: int) -> None:
-    """A token's result has the same bits alone, in every batch and with any number of threads; so has the packed form."""
+    """A token's result has the same bits alone, in every batch, with any number of threads; so has the packed form."""
     weight, scales = torch.randn(rows, 1088), ()
     if dtype == torch.int8:
         weight, scales = weight * 30, (torch.rand(rows),)
@@ -83,7 +83,8 @@ def same_bits(dtype: torch.dtype, rows: int) -> None:
             assert torch.equal(cpu.pack(compressed, bitmask, *scales)[0], packed[0])
     finally:
         torch.set_num_threads(threads)
-    batches = [(0, 1), (7, 9), (5, 17), (11, 60), (100, 203), *((202 - tokens, 202) for tokens in EDGES if tokens < 200)]
+    ends = [(202 - tokens, 202) for tokens in EDGES if tokens < 200]
+    batches = [(0, 1), (7, 9), (5, 17), (11, 60), (100, 203), *ends]
     for first, last in batches:
         batch = cpu.apply(x[first:last], packed, rows, permutation, bias)
         assert torch.equal(whole[first:last], batch), f"{dtype}, tokens {first} to {last}"

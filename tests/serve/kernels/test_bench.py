@@ -1,4 +1,4 @@
-"""`python -m ria_vllm.serve.kernels.bench`: its rivals multiply right, and the fastest of them is what it compares with."""
+"""`python -m ria_vllm.serve.kernels.bench`: its rivals multiply right, and it compares with the fastest of them."""
 
 import os
 import subprocess

@@ -5,7 +5,8 @@
 // A vector holds 16 rows of one token. For a group of four channels the token's four activations are broadcast, each
 // row picks its two with one shuffle, and one multiply-add takes them: half the multiplications of a dense product.
 // Nothing is expanded and no zero is multiplied. Rows never mix lanes and a token's groups are always added in order,
-// so a token's result depends neither on its batch nor on the number of threads.
+// so a token's result depends neither on its batch nor on the number of threads. Many tokens on fp32 lanes go
+// another way, with the same additions: token_product.h.
 //
 //   struct Lanes {
 //     using Value;  using Weights, Positions, Activations, Sums;       // registers
@@ -253,7 +254,8 @@ void pack_tokens(const Product& product, int64_t begin, int64_t end) {
 
 template <class Lanes>
 constexpr Kernel kernel_of() {
-  return {Lanes::kBlockTokens, 1, Lanes::kBlockTokens, Lanes::kActivationBytes, pack_tokens<Lanes>, multiply_tiles<Lanes>};
+  return {Lanes::kBlockTokens, 1, Lanes::kBlockTokens, Lanes::kActivationBytes, pack_tokens<Lanes>,
+          multiply_tiles<Lanes>};
 }
 
 }  // namespace

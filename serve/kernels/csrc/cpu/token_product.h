@@ -1,6 +1,6 @@
 // The product for many tokens on fp32 lanes. A vector holds one row of 8 or 16 tokens. A chunk of channels (a block of
-// the packed form) lies in L1 with the tokens of a channel side by side, so the two channels that a row keeps of a group
-// are two loads, whose addresses come from the positions: a group costs two multiply-adds with a memory operand where
+// the packed form) lies in L1 with the tokens of a channel side by side, so the two channels that a row keeps of a
+// group are two loads, whose addresses come from the positions: a group costs two multiply-adds with a memory operand where
 // dense needs four, and no shuffle. It reads the same packed form as the product over rows and adds in the same order,
 // so a token's sum has the same bits from both.
 //
@@ -93,7 +93,8 @@ AddChunk add_chunk_for(int64_t vectors, std::index_sequence<V...>) {
 template <class Lanes>
 struct TokenPanel {
   TokenBlocks tokens;
-  explicit TokenPanel(int64_t count) : tokens(count, kBlockVectors * Lanes::TokenLanes::kTokens, Lanes::TokenLanes::kTokens) {}
+  static constexpr int64_t width = Lanes::TokenLanes::kTokens;
+  explicit TokenPanel(int64_t count) : tokens(count, kBlockVectors * width, width) {}
   int64_t channel_bytes() const { return tokens.most() * sizeof(float); }
   int64_t offset(int64_t chunk, int64_t block) const {
     return (chunk * tokens.count + block) * kBlockGroups * 4 * channel_bytes();
@@ -170,8 +171,8 @@ void multiply_tiles_by_tokens(const Product& product, int64_t begin, int64_t end
 }
 
 // Copies the tokens of some token blocks into the panel, their channels in the stored order. A vector that the tokens
-// do not fill ends with zeros. One vector of tokens at a time: with a power of two of channels a channel's values of all
-// tokens fall into the same set of the cache, which holds eight lines.
+// do not fill ends with zeros. One vector of tokens at a time: with a power of two of channels a channel's values of
+// all tokens fall into the same set of the cache, which holds eight lines.
 template <class Lanes>
 void pack_vectors(const Product& product, int64_t begin, int64_t end) {
   using Value = typename Lanes::Value;
