@@ -3,7 +3,7 @@
 # make test-versions  the serving tests with each older vLLM that is supported, and a look into the newest CUDA wheel
 # make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel.
 #                GPU_PYTHON names the Python that has the torch; GPU_ARGS="--checkpoint FOLDER" takes real weights, too
-# make wheel  dist/*.whl, for any Python on any Linux that is not older; no compiler is needed where it is installed
+# make wheel  dist/*.whl, for any Python on any Linux that is not older; no compiler is needed to install it
 #
 # All but test-gpu set up .venv on their first run and use it again afterwards. Needed: a Python from 3.11 to 3.14 with
 # venv and its headers, make, g++. PYTHON names one; otherwise packaging/choose_python.sh chooses.

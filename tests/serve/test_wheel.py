@@ -50,7 +50,8 @@ def run(python: Path, path: str, *arguments: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "CC")}
     # Without the compiled library a server would go on with the reference kernel; forced, it is an error.
     environment |= {"PATH": path, "RIA_VLLM_BACKEND": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    # vLLM compiles the ranking of logprobs even when it is eager, unless torch is told not to.
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
     found = subprocess.run(
         [str(python), *arguments], env=environment, capture_output=True, text=True, timeout=900,
         cwd=python.parents[1],  # away from the checkout, whose folders Python would import
