@@ -53,6 +53,12 @@ def test_the_table_has_both_sides_and_their_ratio(demo):
     assert max(map(len, demo.summary(runs, SIDES, PERPLEXITY).splitlines())) <= 80
 
 
+def test_the_dense_side_has_the_dtype_that_is_fast(demo, monkeypatch):
+    for fast, ends in ((True, demo.SERVE_ARGUMENTS), (False, [*demo.SERVE_ARGUMENTS, "--dtype", "float32"])):
+        monkeypatch.setattr(demo, "fast_bf16", lambda device: fast)  # noqa: B023
+        assert demo.serve_arguments("dense") == ends and demo.serve_arguments("sparse") == demo.SERVE_ARGUMENTS
+
+
 def test_a_failed_measurement_is_no_number(demo):
     runs = [Run("sparse", 0, 1, Outcome(figures(50), None)), Run("dense", 0, 1, Outcome(None, "no answer"))]
     found = rows(demo.summary(runs, SIDES, PERPLEXITY))
