@@ -48,8 +48,10 @@ def settle(config: "RiaConfig", model: torch.nn.Module) -> None:
         RiaError: a pruned linear that no layer serves, or more than one; a layer that is half dense.
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, LinearBase)}
-    found = parts_by_path(config, model, layers) if config.stored is not None else {}
-    placed = {name for parts in found.values() for name in parts}
+    # A draft may call its layers as the target does; what the target serves is not the draft's.
+    taken = {name for name, kind in config.served_by.items() if kind is not type(model)}
+    found = parts_by_path(config, model, layers, taken) if config.stored is not None else {}
+    placed = {name for parts in found.values() for name in parts} | taken
     served: Counter[str] = Counter()
     unquantized: dict[str, tuple[str, ...]] = {}
     for path, layer in layers.items():
@@ -72,9 +74,9 @@ def settle(config: "RiaConfig", model: torch.nn.Module) -> None:
             replace_method(layer, UnquantizedLinearMethod())
         elif not sparse:
             layer.quant_method = UnquantizedLinearMethod()
-    if config.pruned is not None:
+    if config.stored is not None:
         _check(config, model, served, unquantized)
-    config.settled = True
+    config.served_by |= dict.fromkeys(served, type(model))
 
 
 def _check(
@@ -83,13 +85,9 @@ def _check(
     twice = [name for name, count in served.items() if count > 1]
     if twice:
         raise RiaError(f"{config.where}: {_some(twice)}: vLLM's {type(model).__name__} has more than one layer for it.")
-    if config.settled:
-        return
-    lost = [
-        name
-        for name in sorted(config.pruned - set(served))
-        if not _is_elsewhere(model, name) and destinations(model, name) is not None
-    ]
+    if config.served_by:
+        return  # a second model need not use all
+    lost = [name for name in sorted(config.required - set(served)) if destinations(model, name) is not None]
     if lost:
         dense = {part: path for path, parts in unquantized.items() for part in parts}
         if lost[0] in dense:
@@ -108,11 +106,15 @@ def _some(names: list[str]) -> str:
 
 
 def parts_by_path(
-    config: "RiaConfig", model: torch.nn.Module, layers: dict[str, LinearBase]
+    config: "RiaConfig", model: torch.nn.Module, layers: dict[str, LinearBase], taken: set[str]
 ) -> dict[str, tuple[str, ...]]:
-    """Path of a layer -> the checkpoint's linears that it is made of, in output order; layers without any are left out."""
+    """Path of a layer -> the checkpoint's linears that it is made of, in output order; layers without any are left out.
+
+    Args:
+        taken: linears that another model has.
+    """
     shards: dict[str, dict[int, str]] = {}
-    for name in sorted(config.stored or ()):
+    for name in sorted(config.stored - taken):
         for path, shard in destinations(model, name) or ():
             if path in layers:
                 shards.setdefault(path, {})[_position(shard)] = name
@@ -120,7 +122,7 @@ def parts_by_path(
     for path in layers:
         # Families whose loaders keep their rules to themselves list what they fuse in `packed_modules_mapping`.
         parts = config.parts_of(path)
-        if path not in found and all(part in config.stored for part in parts):
+        if path not in found and all(part in config.stored - taken for part in parts):
             found[path] = parts
     return found
 
@@ -131,7 +133,8 @@ def destinations(model: torch.nn.Module, name: str) -> list[tuple[str, ShardId]]
     A module with a loader of its own applies its own mapper to what is left of the name, as vLLM's loaders do.
 
     Returns:
-        Empty if the path leads nowhere; None if a mapper says that vLLM does not use this tensor.
+        Empty if the path leads nowhere; None if this process does not use the tensor: a mapper says so, or it belongs to
+        a part of the model that is elsewhere.
     """
     module, path, rest = model, [], f"{name}.weight"
     shard: Any = None
@@ -150,6 +153,8 @@ def destinations(model: torch.nn.Module, name: str) -> list[tuple[str, ShardId]]
             child = module._modules.get(head)
             if child is None:
                 return []
+            if type(child).__name__ in ELSEWHERE:
+                return None
             module = child
             if hasattr(module, "hf_to_vllm_mapper") and hasattr(module, "load_weights"):
                 break
@@ -159,21 +164,9 @@ def destinations(model: torch.nn.Module, name: str) -> list[tuple[str, ShardId]]
 
 
 def _position(shard: ShardId) -> int:
-    if isinstance(shard, tuple):
-        return _position(shard[0])
-    return {"q": 0, "k": 1, "v": 2, None: 0}[shard] if shard is None or isinstance(shard, str) else shard
-
-
-def _is_elsewhere(model: torch.nn.Module, name: str) -> bool:
-    """Whether the linear lies in a part of the model that this process does not have."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    rest = name if mapper is None else (mapper.get_rename_mapper()._map_name(name) or name)
-    module: torch.nn.Module | None = model
-    for part in rest.split("."):
-        module = module._modules.get(part) if module is not None else None
-        if type(module).__name__ in ELSEWHERE:
-            return True
-    return False
+    """Where among a layer's outputs a shard begins."""
+    first = shard[0] if isinstance(shard, tuple) else shard
+    return first if isinstance(first, int) else {"q": 0, "k": 1, "v": 2}.get(first, 0)
 
 
 def replace_method(layer: LinearBase, method: LinearMethodBase) -> None:

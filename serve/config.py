@@ -14,7 +14,7 @@ from ria_vllm.checkpoint import is_compressed, read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import QUANT_METHOD, REARRANGED_BY_VLLM, RiaSchema, SparsityConfig
 from ria_vllm.serve.claims import ProvisionalDenseMethod
-from ria_vllm.serve.files import WeightHeaders, check_weight_files, locate, permutations_of, stored_modules
+from ria_vllm.serve.files import OutOfReach, WeightHeaders, check_weight_files, locate, permutations_of, stored_modules
 from ria_vllm.serve.folding import Folding, RowOrder, fold
 from ria_vllm.serve.foreign import Foreign, claims
 from ria_vllm.serve.linear import Sparse24LinearMethod
@@ -25,6 +25,12 @@ from ria_vllm.serve.stream import WeightStream
 # Only vLLM before 0.32 has it: its own GPT-NeoX, which does what `schema.REARRANGED_BY_VLLM` says of others. Later ones
 # run transformers' model.
 OLD_GPT_NEOX = "vllm.model_executor.models.gpt_neox"
+
+# vLLM's own model of these families puts the rows of attention in another order as it loads them, of whatever has rows.
+# That is right for compressed rows too, for no fold reorders any there; only the tensors are no longer the file's.
+ROWS_REARRANGED_BY_VLLM = ("falcon",)
+
+KERNEL_FORMATS = ("sharded_state", "runai_streamer_sharded", "tensorizer")
 
 # vLLM puts this before the names of a draft model in speculative decoding; its checkpoint knows nothing of it.
 DRAFT_PREFIX = "draft_model."
@@ -40,7 +46,13 @@ class RiaConfig(QuantizationConfig):
         where: folder or repository.
         stored: linears and other modules with a weight, pruned or not; None where no weight file could say.
         pruned: those that are stored compressed; None where none is, or no weight file could say.
-        settled: a model was built with this config, see `ria_vllm.serve.claims`.
+        required: linears that vLLM's own layers would load as raw numbers; some layer of ours must serve each.
+        names: vLLM's name of a module, as far as its mappers tell -> the checkpoint's.
+        unread: why the files could not be read, which made-up weights do not mind.
+        stream: knows the checkpoint's names of the tensors that arrive.
+        source: vLLM's ModelConfig of the model that was built.
+        folds_allowed: False with LoRA.
+        served_by: linear -> the class of the model that serves it, see `ria_vllm.serve.claims`.
     """
 
     def __init__(self, schema: RiaSchema, foreign: Foreign | None = None):
@@ -60,7 +72,8 @@ class RiaConfig(QuantizationConfig):
         self.stream = WeightStream()
         self.source: Any = None
         self.folds_allowed = True
-        self.settled = False
+        self.required: set[str] = set()
+        self.served_by: dict[str, type] = {}
 
     def __repr__(self) -> str:
         return f"RiaConfig({self.schema.format}, {len(self.permutations)} permutations)"
@@ -103,19 +116,26 @@ class RiaConfig(QuantizationConfig):
                 f"{model}: vLLM rearranges the attention heads of {family} in a way that only dense weights allow, so it "
                 "cannot be served compressed. `ria-vllm export` makes a dense folder of it."
             )
-        headers = WeightHeaders(model, revision)
+        self.stream.strict = family not in ROWS_REARRANGED_BY_VLLM
+        try:
+            headers = WeightHeaders(model, revision)
+        except OutOfReach as error:
+            # Made-up weights need nothing of it; which load format it will be is not known here.
+            self.unread = str(error)
+            return
         if headers.names is not None:
             stored = stored_modules(headers.names)
             self.stored = set(stored)
             self.pruned = {name for name, pruned in stored.items() if pruned} or None
+            scaled = {name.removesuffix(".weight_scale") for name in headers.names if name.endswith(".weight_scale")}
+            self.required = (self.pruned or set()) | {name for name in scaled if self._quantized(name)}
         if self.foreign is None:
             try:
                 permutations = permutations_of(model, revision, self.schema)
             except RiaError as error:
-                if self.stored is not None:
+                if self.stored is not None and not isinstance(error, OutOfReach):
                     raise
-                # Made-up weights need no order; which load format it will be is not known here.
-                self.unread, permutations = str(error), {}
+                self.unread, permutations = str(error), {}  # or a folder without weights
             check_weight_files(headers, self.schema)
             for name in permutations:
                 if not self._is_pruned(name):
@@ -130,12 +150,26 @@ class RiaConfig(QuantizationConfig):
         Raises:
             RiaError: it did not, or its own files do not fit together.
         """
-        if self.foreign is not None or self.source is None:
+        current = get_current_vllm_config_or_none()
+        source = self.source if current is None else current.model_config
+        if source is None:
             return
-        model, revision = str(self.source.model), self.source.revision
+        model, revision = str(source.model), source.revision
+        if self.stored is None:
+            raise RiaError(
+                f"{model}: this server was started with made-up weights, before the names and orders of real ones could be "
+                "read. Start it again instead of reloading."
+            )
         path = locate(model, "config.json", revision)
-        if path is None or not is_compressed(path.parent):
+        if path is None:
             return  # the weights come from elsewhere, by their names
+        if is_compressed(path.parent) != (self.foreign is None):
+            raise RiaError(
+                f"{model}: its weights are stored in another form than those which this server was started with. Start a "
+                "server of that folder instead of reloading."
+            )
+        if self.foreign is not None:
+            return
         schema = RiaSchema.parse(read_json(path)["quantization_config"], str(path))
         permutations_of(model, revision, schema)
         headers = WeightHeaders(model, revision)
@@ -168,8 +202,14 @@ class RiaConfig(QuantizationConfig):
 
             return method_for(layer, self)
         current = get_current_vllm_config_or_none()
-        if self.unread is not None and (current is None or current.load_config.load_format != "dummy"):
+        load_format = None if current is None else str(current.load_config.load_format)
+        if self.unread is not None and load_format != "dummy":
             raise RiaError(self.unread)
+        if load_format in KERNEL_FORMATS:
+            raise RiaError(
+                f"--load-format {load_format} brings weights in a kernel's own form, which fits one kernel on one machine. "
+                "Serve the folder that `ria-vllm compress` wrote without this option."
+            )
         if current is not None:
             self.source = current.model_config
             # LoRA adapters are trained against channels in the model's own order, so with them every linear keeps to it.
@@ -178,18 +218,13 @@ class RiaConfig(QuantizationConfig):
         parts = self.parts_of(prefix)
         if not self.serves_sparse(prefix, parts):
             return ProvisionalDenseMethod()
-        if current is not None and "sharded" in str(current.load_config.load_format):
-            raise RiaError(
-                f"--load-format {current.load_config.load_format} brings weights in a kernel's own form, which fits one "
-                "kernel on one machine. Serve the folder that `ria-vllm compress` wrote without this option."
-            )
         return Sparse24LinearMethod(self, prefix, parts)
 
     def serves_sparse(self, layer: str, parts: tuple[str, ...]) -> bool:
-        """Whether the linears that vLLM's layer is made of are pruned.
+        """Whether a layer of ours serves the linears that vLLM's layer is made of: pruned ones, and quantized ones of others.
 
         Raises:
-            RiaError: some are and some are not.
+            RiaError: it would be some of them and not all.
         """
         pruned = [self._is_pruned(part) or self._quantized(part) for part in parts]
         if any(pruned) and not all(pruned):

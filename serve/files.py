@@ -21,6 +21,10 @@ from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE, RiaSchema
 
 
+class OutOfReach(RiaError):
+    """The hub does not answer, and its cache has not what is asked for."""
+
+
 def locate(model: str, name: str, revision: str | None) -> Path | None:
     """The file `name` of a local folder, or of a repository of the hub or of ModelScope, downloaded into its cache.
 
@@ -28,7 +32,7 @@ def locate(model: str, name: str, revision: str | None) -> Path | None:
         None if the folder or the repository has no such file.
 
     Raises:
-        RiaError: the hub cannot be reached and the file is not in the cache.
+        OutOfReach: the hub cannot be reached and the file is not in the cache.
     """
     if Path(model).is_dir():
         path = Path(model) / name
@@ -45,14 +49,14 @@ def locate(model: str, name: str, revision: str | None) -> Path | None:
     try:
         return Path(hf_hub_download(model, name, revision=revision))
     except LocalEntryNotFoundError:
-        raise RiaError(
+        raise OutOfReach(
             f"{model}: {name} is not in the local cache and the hub cannot be reached. Download the whole repository "
             "first, or give a local folder."
         ) from None
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise RiaError(f"{model}: cannot get {name} from the hub ({error}).") from error
+        raise OutOfReach(f"{model}: cannot get {name} from the hub ({error}).") from error
 
 
 class WeightHeaders:
@@ -64,7 +68,7 @@ class WeightHeaders:
     """
 
     def __init__(self, model: str, revision: str | None):
-        """Raises RiaError for files that are missing, damaged or out of reach."""
+        """Raises RiaError for files that are missing or damaged, OutOfReach for others."""
         self.model = model
         self.revision = revision
         folder = Path(model)
@@ -93,7 +97,7 @@ class WeightHeaders:
     def _index(self) -> Path | None:
         try:
             return locate(self.model, INDEX_FILE, self.revision)
-        except RiaError:
+        except OutOfReach:
             if self._cached(SINGLE_FILE) is not None:
                 return None  # out of reach, and the cache has the one file of a repository without an index
             raise
@@ -118,9 +122,10 @@ class WeightHeaders:
         try:
             header = parse_safetensors_file_metadata(self.model, file, revision=self.revision)
         except Exception as error:  # the hub's library and HTTP have a dozen ways of saying that it is out of reach
-            raise RiaError(
-                f"{self.model}: the header of {file} cannot be read from the hub ({str(error).splitlines()[0]}). Download "
-                "the whole repository first, or give a local folder."
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise OutOfReach(
+                f"{self.model}: the header of {file} cannot be read from the hub ({reason}). Download the "
+                "whole repository first, and give its local folder if it is not in the hub's own cache (--download-dir)."
             ) from error
         return list(header.tensors), header.metadata or {}
 

@@ -15,12 +15,20 @@ def method_for(layer: torch.nn.Module, config: QuantizationConfig) -> QuantizeMe
 
 
 class KVCacheScales(CompressedTensorsKVCacheMethod):
-    """vLLM's own, except that scales which do not come are an error, not 1."""
+    """vLLM's own, except that scales which do not come are an error, not 1.
+
+    Layers that read another one's cache have no scales in the checkpoint, and neither has the draft of a multi-token
+    prediction, which is built after the model itself.
+    """
 
     def create_weights(self, layer: torch.nn.Module) -> None:
         super().create_weights(layer)
-        for kind in ("k_scale", "v_scale"):
-            getattr(layer, kind).data.fill_(torch.nan)
+        layer.ria_needs_scales = (
+            getattr(layer, "kv_sharing_target_layer_name", None) is None and not self.quant_config.served_by
+        )
+        if layer.ria_needs_scales:
+            for kind in ("k_scale", "v_scale"):
+                getattr(layer, kind).data.fill_(torch.nan)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         current = get_current_vllm_config_or_none()
@@ -29,7 +37,7 @@ class KVCacheScales(CompressedTensorsKVCacheMethod):
             scale = getattr(layer, kind)
             if made_up:
                 scale.data.fill_(1)
-            elif not bool(((scale > 0) & scale.isfinite()).all()):
+            elif layer.ria_needs_scales and not bool(((scale > 0) & scale.isfinite()).all()):
                 said = "is in none of the weight files" if scale.isnan().all() else f"is {scale.tolist()}"
                 raise RiaError(
                     f"{layer.layer_name}.{kind} {said}, but config.json has a kv_cache_scheme. Get the model again, or "

@@ -48,7 +48,7 @@ class Created:
             The loader that the layer's model gave its weight in place of vLLM's ordinary one, if it did.
         """
         if "weight" in self.parameters:
-            loader = layer.weight.weight_loader
+            loader = unwrapped(layer.weight.weight_loader)
             loader = None if loader == self.kwargs["weight_loader"] else loader
         else:
             loader = layer.ria_arrivals.loader_of_model()

@@ -115,7 +115,10 @@ class Arrivals:
         self.served = served
         self.tensors = storage.tensors(served)
         self.stream = stream
-        self.came: set[tuple[str, str]] = set()
+        self.outputs: tuple[ShardId, ...] = ("q", "k", "v") if isinstance(layer, QKVParallelLinear) else (None,)
+        if outputs > 1 and not isinstance(layer, QKVParallelLinear):
+            self.outputs = tuple(range(outputs))
+        self.came: set[tuple[str, ShardId]] = set()
         self.entered = False
         # Mamba-2 with one group shares rows between ranks, and gives the `weight` of its projection a loader that does
         # so. It shall find something to put it on; what then arrives in any form goes through that loader.
@@ -141,6 +144,12 @@ class Arrivals:
             raise RiaError(f"{', '.join(self.names)}: vLLM loads an output {unknown[0]!r} of it, which is not known here.")
         return [self.parts[i] for i in ids]
 
+    def outputs_of(self, shard: ShardId) -> tuple[ShardId, ...]:
+        """The layer's outputs that a tensor brings which vLLM loads as `shard`."""
+        if shard is None or len(self.outputs) == 1:
+            return self.outputs
+        return shard if isinstance(shard, tuple) else (shard,)
+
     def accept(self, kind: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor:
         """`tensor` as the layer wants it, before any sharding; reordered rows as a `ReorderedRows`.
 
@@ -153,7 +162,7 @@ class Arrivals:
             self._check_name(kind, parts, tensor)
         if kind in self.tensors or kind == "weight_scale":
             self._check(kind, name, tensor, shard)
-            self.came.update((kind, part) for part in parts)
+            self.came.update((kind, output) for output in self.outputs_of(shard))
         # vLLM cuts a bias that comes whole into outputs, which come through here once more.
         whole = len(parts) == 1 and (shard is None or len(self.names) > 1)
         orders = self.row_orders[parts[0]] if whole else []
@@ -171,7 +180,7 @@ class Arrivals:
 
     def _check_name(self, kind: str, parts: list[str], tensor: torch.Tensor) -> None:
         found = self.stream.name_of(tensor)
-        if found is None and self.stream.active:
+        if found is None and self.stream.active and self.stream.strict:
             raise RiaError(
                 f"{'+'.join(parts)}.{kind}: vLLM changes it before its layer loads it, in a way that only dense weights "
                 "allow. `ria-vllm export` makes a dense folder."
@@ -203,8 +212,8 @@ class Arrivals:
         kinds = [*self.tensors, *(["weight_scale"] if self.storage.quantized else [])]
         if self.loader_of_model() is not None and "weight_scale" in loaded and bool(loaded["weight_scale"].all()):
             kinds.remove("weight_scale")  # it came by that loader alone
-        wanted = ((kind, part) for part in self.names for kind in kinds)
-        return next((f"{part}.{kind}" for kind, part in wanted if (kind, part) not in self.came), None)
+        wanted = ((kind, output) for output in self.outputs for kind in kinds if (kind, output) not in self.came)
+        return next(("+".join(self.covered(output)) + f".{kind}" for kind, output in wanted), None)
 
     def wrap(self, kind: str, loader: Callable[..., Any]) -> Callable[..., Any]:
         """`loader` behind `accept`. A plain function under the loader's name: vLLM inspects both when it reloads."""

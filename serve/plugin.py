@@ -1,6 +1,8 @@
 """The entry point that vLLM calls in each of its processes (group `vllm.general_plugins`)."""
 
 import functools
+import inspect
+from types import CodeType
 
 import torch
 
@@ -20,8 +22,8 @@ def register() -> None:
 def watch_models() -> None:
     """Let `ria_vllm.serve.claims` see every model that is built with our config, whole and before it is loaded.
 
-    vLLM has no hook for it. Its one function that builds models calls these two, at the beginning and at the end; models
-    inside a model are built by it too, and belong to the outermost.
+    vLLM has no hook for it. The last thing that `initialize_model` does with a model it has built is to record its
+    parameters. Models inside a model are built by the same function; their paths are those of the outermost.
     """
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader import utils
@@ -29,25 +31,24 @@ def watch_models() -> None:
     from ria_vllm.serve.claims import settle
     from ria_vllm.serve.config import RiaConfig
 
-    configure, record = utils.configure_quant_config, utils.record_metadata_for_reloading
-    begun: list[type] = []
-
-    @functools.wraps(configure)
-    def configure_quant_config(quant_config: object, model_class: type) -> None:
-        if isinstance(quant_config, RiaConfig):
-            begun.append(model_class)
-        configure(quant_config, model_class)
+    record, building = utils.record_metadata_for_reloading, inspect.unwrap(utils.initialize_model).__code__
 
     @functools.wraps(record)
     def record_metadata_for_reloading(model: torch.nn.Module) -> None:
-        if type(model) in begun:
-            # What was begun after it and never came here failed on the way.
-            del begun[len(begun) - 1 - begun[::-1].index(type(model)) :]
-            if not begun:
-                config = get_current_vllm_config().quant_config
-                settle(config, model)
-                config.stream.attach(model, config.check_reload)
+        current = get_current_vllm_config()
+        if isinstance(current.quant_config, RiaConfig) and _running(building) == 1:
+            settle(current.quant_config, model)
+            made_up = current.load_config.load_format == "dummy"
+            current.quant_config.stream.attach(model, current.quant_config.check_reload, made_up)
         record(model)
 
-    utils.configure_quant_config = configure_quant_config
     utils.record_metadata_for_reloading = record_metadata_for_reloading
+
+
+def _running(code: CodeType) -> int:
+    """How many calls of a function the caller is in."""
+    count, frame = 0, inspect.currentframe()
+    while frame is not None:
+        count += frame.f_code is code
+        frame = frame.f_back
+    return count

@@ -1,19 +1,24 @@
 """The checkpoint's tensors on their way into vLLM's model, each with its name in the checkpoint.
 
 vLLM's models rename, fuse and sometimes rearrange what they load, by rules of their own, before a layer's weight loader
-sees a tensor. A tensor that still is what the file holds carries its name; one that does not has been changed on the way,
-and a compressed tensor bears no change.
+sees a tensor. A tensor that still is what the file holds, or a copy of that, has a name here. One without was changed on
+the way, and compressed tensors allow no change.
 """
 
 import functools
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-# Tensors of a stream that are remembered for those who took an alias of one. vLLM takes it at once.
-REMEMBERED = 16
+from ria_vllm.errors import RiaError
+
+# Tensors of a stream that are kept for those who take a copy of one. vLLM takes it at once.
+REMEMBERED = 8
+# What a linear is stored as; nobody asks for the names of other tensors, which may be large.
+KINDS = (".compressed", ".bitmask", ".weight", ".weight_scale", ".bias")
 
 _NAME = "ria_checkpoint_name"
 
@@ -23,21 +28,29 @@ class WeightStream:
 
     Attributes:
         active: a model is loading. What it loads then and nobody has named was changed on the way.
+        strict: whether that is an error; see `ria_vllm.serve.config.ROWS_REARRANGED_BY_VLLM`.
     """
 
     def __init__(self) -> None:
         self.active = False
-        self.recent: deque[tuple[weakref.ref, str]] = deque(maxlen=REMEMBERED)
+        self.strict = True
+        self.recent: deque[tuple[torch.Tensor, str]] = deque(maxlen=REMEMBERED)
 
-    def attach(self, model: torch.nn.Module, before_reload: Callable[[], None]) -> None:
-        """Stand between vLLM's loaders and `model`, now and on every reload."""
-        load, loaded = model.load_weights, False
+    def attach(self, model: torch.nn.Module, before_reload: Callable[[], None], loaded: bool = False) -> None:
+        """Stand between vLLM's loaders and `model`, now and on every reload.
+
+        Args:
+            before_reload: raises a RiaError for files that must not be loaded into this model.
+            loaded: the model has weights already, for they are made up.
+        """
+        load = model.load_weights
 
         @functools.wraps(load)
         def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: object, **kwargs: object) -> object:
             nonlocal loaded
-            if loaded:
-                before_reload()
+            # vLLM's loaders read files as they go. A list comes from a trainer, piece by piece, and from no file.
+            if loaded and not isinstance(weights, list | tuple):
+                self._check(model, before_reload)
             loaded = self.active = True
             try:
                 return load(self.named(weights), *args, **kwargs)
@@ -47,21 +60,35 @@ class WeightStream:
 
         model.load_weights = load_weights
 
+    @staticmethod
+    def _check(model: torch.nn.Module, before_reload: Callable[[], None]) -> None:
+        try:
+            before_reload()
+        except RiaError:
+            current = get_current_vllm_config_or_none()
+            if current is not None:  # vLLM has emptied the model already: the old weights go back to their places
+                finalize_layerwise_reload(model, current.model_config)
+            raise
+
     def named(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
             setattr(tensor, _NAME, name)
-            self.recent.append((weakref.ref(tensor), name))
+            if name.endswith(KINDS):
+                self.recent.append((tensor, name))
             yield name, tensor
 
     def name_of(self, tensor: torch.Tensor) -> str | None:
-        """The checkpoint's name of a tensor, or of all that an alias shows of one; None if it is neither."""
-        name = getattr(tensor, _NAME, None)
-        return name if name is not None else next((n for one, n in self.recent if _is_alias(tensor, one())), None)
+        """The checkpoint's name of a tensor, or of what it is a copy of; None if it is neither."""
+        if not hasattr(tensor, _NAME):
+            name = next((name for other, name in self.recent if _is_copy(tensor, other)), None)
+            if name is None:
+                return None
+            setattr(tensor, _NAME, name)  # a reload asks again, when the others are gone
+        return getattr(tensor, _NAME)
 
 
-def _is_alias(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
-    return (
-        other is not None
-        and tensor.data_ptr() == other.data_ptr() != 0
-        and (tensor.shape, tensor.stride(), tensor.dtype) == (other.shape, other.stride(), other.dtype)
-    )
+def _is_copy(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    if (tensor.shape, tensor.dtype, tensor.device) != (other.shape, other.dtype, other.device):
+        return False
+    bits = torch.uint8 if tensor.dim() else None  # torch.equal knows no fp8, and no NaN that equals itself
+    return torch.equal(tensor.contiguous().view(bits), other.contiguous().view(bits)) if bits else bool(tensor == other)

@@ -32,7 +32,7 @@ class Stored:
 
     def config(self, folds=(), ignore=()):
         config = RiaConfig(RiaSchema(sparsity_config=SparsityConfig(ignore=list(ignore)), folds=list(folds)))
-        config.pruned = set(self.tensors)
+        config.pruned, config.required = set(self.tensors), set(self.tensors)
         config.stored = set(self.tensors)
         config.names = {name: name for name in self.tensors}
         config.permutations = dict(self.orders)

@@ -1,5 +1,7 @@
 """Each pruned linear of a checkpoint is served by exactly one layer, whatever prefix vLLM's authors gave that layer."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -15,12 +17,14 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
+from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
 from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, WeightsMapper
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import Fold, Producer
 from ria_vllm.serve import claims, load_report, plugin
 from ria_vllm.serve.claims import settle
+from ria_vllm.serve.linear import Sparse24LinearMethod
 from ria_vllm.serve.stream import WeightStream
 
 HIDDEN = tiny.HIDDEN
@@ -38,6 +42,13 @@ FAMILIES = {
             ("attention_k_eq_v", True), ("layer_types", ["sliding_attention", "full_attention"]), ("sliding_window", 64),
             ("global_head_dim", tiny.HEAD_DIM), ("num_global_key_value_heads", 2), ("hidden_size_per_layer_input", 0),
             ("num_kv_shared_layers", 0),
+        ),
+    ),
+    "falcon": tiny.Family(
+        "falcon",
+        settings=(
+            ("new_decoder_architecture", True), ("num_kv_heads", 2), ("bias", False), ("alibi", False),
+            ("ffn_hidden_size", tiny.INNER), ("hidden_dropout", 0.0), ("attention_dropout", 0.0),
         ),
     ),
     "falcon_h1": tiny.Family("falcon_h1", kv=2, settings=(*MAMBA, ("mamba_d_ssm", 256), ("mamba_expand", 2))),
@@ -223,6 +234,7 @@ def test_a_linear_that_two_layers_take(ranks, stored):
     settle(config, model)  # by the prefix, once, under whichever name
     second = Block(config, ("layers.0.down", "layers.0.down"))
     model.layers[0].second = second.down
+    config.served_by.clear()
     with pytest.raises(RiaError, match=r"model\.layers\.0\.down: vLLM's Model has more than one layer for it"):
         settle(config, model)
 
@@ -242,14 +254,20 @@ def test_a_dense_layer_that_a_prefix_took_for_a_pruned_one(ranks, stored):
     assert torch.equal(model.extra.weight, weight)
 
 
-def test_a_second_model_of_the_same_checkpoint_need_not_use_it_all(ranks, stored):
-    """The draft of a multi-token prediction is built with the target's config."""
+def test_a_second_model_of_the_same_checkpoint(ranks, stored):
+    """The draft of a multi-token prediction is built with the target's config; it need not use all, and what the target
+    serves is not the draft's, though its layers may have the same path."""
+
+    class Draft(Model):
+        pass
+
     config = stored.config()
-    built(stored, config)
-    draft = torch.nn.Module()
-    draft.head = ReplicatedLinear(HIDDEN, HIDDEN, quant_config=config, prefix="mtp.head")
+    target = built(stored, config)
+    draft = Draft(config, prefixes=("mtp.layers.0.gate_up", "mtp.layers.0.down"))
     settle(config, draft)
-    assert type(draft.head.quant_method) is UnquantizedLinearMethod
+    assert {type(m.quant_method) for m in draft.modules() if isinstance(m, LinearBase)} == {UnquantizedLinearMethod}
+    assert isinstance(target.layers[0].down.quant_method, Sparse24LinearMethod)
+    settle(config, Model(config))  # built anew
 
 
 def test_a_loader_that_the_model_gave_its_weight_stays(ranks, stored):
@@ -281,6 +299,7 @@ def test_tensors_that_a_model_changes_are_refused(ranks, stored):
             )
 
     model.load_weights(changed)  # before the stream begins, whoever sends it may have made it
+    config.served_by.clear()
     model = Rearranging(config)
     settle(config, model)
     config.stream.attach(model, config.check_reload)
@@ -303,12 +322,20 @@ def test_tensors_that_a_model_confuses_are_refused(ranks, stored):
         model.load_weights(tensors(stored))
 
 
-def test_an_alias_of_a_tensor_has_its_name(ranks):
-    stream, kept = WeightStream(), {"a": torch.randn(4, 4), "b": torch.randn(4, 4)}
+def test_a_copy_of_a_tensor_has_its_name():
+    """Pooling models of vLLM copy the first tensors, Gemma 4 the keys that are values too."""
+    kept = {"a.bitmask": torch.randint(99, (4, 4), dtype=torch.uint8), "a.weight": torch.randn(4, 4).to(torch.float8_e4m3fn)}
+    kept |= {"a.compressed": torch.full((4, 4), torch.nan), "a.weight_scale": torch.tensor(0.5)}
+    stream = WeightStream()
     for name, tensor in stream.named(kept.items()):
-        assert stream.name_of(tensor) == stream.name_of(tensor.detach()) == name
-        for other in (tensor[1:], tensor.T, tensor.clone(), tensor.view(torch.int32)):
-            assert stream.name_of(other) is None
+        copies = tensor.detach(), tensor.clone()
+        assert [stream.name_of(other) for other in (tensor, *copies)] == [name] * 3
+        stream.recent.clear()
+        assert [stream.name_of(other) for other in copies] == [name] * 2  # a reload asks again
+        stream.recent.append((tensor, name))
+        if tensor.dim() and name != "a.compressed":
+            for other in (tensor[1:], tensor.view(torch.uint8).flip(0).view(tensor.dtype), tensor.view(torch.int8)):
+                assert stream.name_of(other) is None
 
 
 def test_a_reload_is_checked_before_anything_of_it_is_loaded(ranks, stored):
@@ -324,35 +351,68 @@ def test_a_reload_is_checked_before_anything_of_it_is_loaded(ranks, stored):
     config.stream.attach(model, check)
     model.load_weights(tensors(stored))
     assert not checked
+    finished(model)
+    x = torch.randn(3, HIDDEN)
+    before = model.layers[0](x)
+    record_metadata_for_reloading(model)
+    initialize_layerwise_reload(model)
     with pytest.raises(RiaError, match="other orders"):
         model.load_weights(tensors(stored))
+    assert torch.equal(model.layers[0](x), before)  # and the server goes on with what it has
+    checked.clear()
+    model.load_weights([])  # of a trainer, from no file
+    assert not checked
+
+
+def test_a_load_after_made_up_weights_is_checked(ranks, stored):
+    config = stored.config()
+    model = Model(config)
+    settle(config, model)
+    config.stream.attach(model, config.check_reload, loaded=True)
+    config.source, config.stored = SimpleNamespace(model="here", revision=None), None
+    with set_current_vllm_config(VllmConfig()):
+        get_current_vllm_config().model_config = config.source
+        with pytest.raises(RiaError, match="here: this server was started with made-up weights"):
+            model.load_weights(tensors(stored))
+
+
+def test_an_output_that_does_not_come_is_missed(ranks, stored):
+    """Also where the files lack it, so that nobody expects it."""
+    del stored.tensors[f"{PREFIX}.up"]
+    config = stored.config()
+    model = built(stored, config)
+    model.load_weights(tensors(stored))
+    with pytest.raises(RiaError, match=r"model\.layers\.0\.gate\.compressed is in none of the weight files"):
+        finished(model)
 
 
 def test_models_inside_a_model_wait_for_the_outermost(ranks, stored, monkeypatch):
     """vLLM builds them by the same function; only the outermost has the paths that the checkpoint knows."""
     from vllm.model_executor.model_loader import utils
 
-    for name in ("configure_quant_config", "record_metadata_for_reloading"):
-        monkeypatch.setattr(utils, name, lambda *_: None)
     settled = []
     monkeypatch.setattr(claims, "settle", lambda config, model: settled.append(type(model)))
+    monkeypatch.setattr(utils, "record_metadata_for_reloading", lambda model: None)
     plugin.watch_models()
-    config = stored.config()
+    config = get_current_vllm_config()
+    monkeypatch.setattr(config, "quant_config", stored.config())
 
-    class Outer(Model):
-        pass
+    class Inner(Model):
+        def __init__(self, *, vllm_config, prefix=""):
+            super().__init__(vllm_config.quant_config)
 
-    class Failing(Model):
-        pass
+    class Outer(Inner):
+        def __init__(self, *, vllm_config, prefix=""):
+            super().__init__(vllm_config=vllm_config)
+            self.inner = utils.initialize_model(vllm_config, model_class=Inner, model_config=vllm_config.model_config)
+            assert settled == []
 
-    monkeypatch.setattr(get_current_vllm_config(), "quant_config", config)
-    utils.configure_quant_config(config, Failing)
-    settled.clear()
-    utils.configure_quant_config(config, Outer)
-    utils.configure_quant_config(config, Model)
-    utils.record_metadata_for_reloading(Model(config))
-    assert settled == []
-    begun_failing = Failing(config)
-    utils.record_metadata_for_reloading(Outer(config))
-    utils.record_metadata_for_reloading(begun_failing)
-    assert settled == [Failing]
+    class Failing(Inner):
+        def __init__(self, *, vllm_config, prefix=""):
+            utils.initialize_model(vllm_config, model_class=Inner, model_config=vllm_config.model_config)
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        utils.initialize_model(config, model_class=Failing, model_config=config.model_config)
+    utils.initialize_model(config, model_class=Outer, model_config=config.model_config)
+    assert settled == [Outer]

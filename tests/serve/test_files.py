@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 
 from ria_vllm import permutation
 from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE
@@ -212,8 +213,11 @@ def test_hub_without_permutations(hub):
 @pytest.mark.parametrize("cached", [(), (SINGLE_FILE,), (PERMUTATIONS_FILE,)])
 def test_hub_that_cannot_be_reached(hub, cached):
     hub.reachable, hub.cached = False, set(cached)
+    config = hub.config()
     with pytest.raises(RiaError, match="who/what: .*Download the whole repository"):
-        hub.config()
+        config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
+    with made_up_weights():  # which need nothing of the hub
+        assert isinstance(config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj"), Sparse24LinearMethod)
 
 
 def test_hub_that_cannot_be_reached_but_is_in_the_cache(hub):
@@ -265,14 +269,16 @@ def test_an_object_store(copy):
 
 
 def test_made_up_weights_need_no_permutations(copy):
-    from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
-
     (copy / PERMUTATIONS_FILE).unlink()
     (copy / SINGLE_FILE).unlink()
     config = config_of(copy)
-    with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy"))):
+    with made_up_weights():
         method = config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
     assert isinstance(method, Sparse24LinearMethod)
+
+
+def made_up_weights():
+    return set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy")))
 
 
 def a_linear():
@@ -334,6 +340,36 @@ def test_a_reload_that_prunes_other_linears(checkpoint, copy):
     tiny.write(tiny.FAMILIES["llama-gqa"], copy, dense=("1.mlp.down_proj",))
     with pytest.raises(RiaError, match=r"model\.layers\.1\.mlp\.down_proj is pruned there or on this server"):
         reload_from(config, copy)
+
+
+def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):
+    """Linears of compressed-tensors have the names of ours, and none of their columns is permuted."""
+    ours, theirs = config_of(checkpoint), {
+        "quant_method": "compressed-tensors", "format": "dense",
+        "sparsity_config": {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"]},
+    }  # fmt: skip
+    foreign = RiaConfig.from_config(theirs)
+    foreign.maybe_update_config(str(copy))
+    with pytest.raises(RiaError, match="stored in another form"):
+        reload_from(foreign, checkpoint)
+    content = json.loads((copy / "config.json").read_text())
+    for quantization in (theirs, None):
+        (copy / "config.json").write_text(json.dumps(content | {"quantization_config": quantization}))
+        with pytest.raises(RiaError, match="stored in another form"):
+            reload_from(ours, copy)
+
+
+def test_a_reload_asks_for_what_is_loaded_now(checkpoint, copy):
+    """vLLM may have a new configuration of the model by then."""
+    config = config_of(checkpoint)
+    config.source = SimpleNamespace(model=str(checkpoint), revision=None)
+    torch.manual_seed(9)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, seed=1)
+    current = VllmConfig()
+    with set_current_vllm_config(current):
+        current.model_config = SimpleNamespace(model=str(copy), revision=None)
+        with pytest.raises(RiaError, match="other channel orders"):
+            config.check_reload()
 
 
 def test_a_reload_of_weights_that_come_from_no_folder(checkpoint, tmp_path):
