@@ -47,8 +47,8 @@ FAMILIES = {
     "falcon": tiny.Family(
         "falcon",
         settings=(
-            ("new_decoder_architecture", True), ("num_kv_heads", 2), ("bias", False), ("alibi", False),
-            ("ffn_hidden_size", tiny.INNER), ("hidden_dropout", 0.0), ("attention_dropout", 0.0),
+            ("head_dim", None), ("new_decoder_architecture", True), ("num_kv_heads", 2), ("bias", False), ("alibi", False),
+            ("ffn_hidden_size", 4 * HIDDEN), ("hidden_dropout", 0.0), ("attention_dropout", 0.0),
         ),
     ),
     "falcon_h1": tiny.Family("falcon_h1", kv=2, settings=(*MAMBA, ("mamba_d_ssm", 256), ("mamba_expand", 2))),

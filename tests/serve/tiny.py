@@ -21,7 +21,7 @@ Rows = tuple[str, tuple[int, int] | None]
 
 @dataclass(frozen=True)
 class Family:
-    """A model type with the names that its folds need. `kv` key-value heads; `settings` go to the config."""
+    """A model type with the names that its folds need. `kv` key-value heads; `settings` go to the config (None: not)."""
 
     model_type: str
     kv: int = HEADS
@@ -81,15 +81,13 @@ FAMILIES = {
 
 def model_of(family: Family, layers: int = 2, seed: int = 0, **settings: object) -> PreTrainedModel:
     """A float32 model whose logits depend on every weight: nothing is left at a tiny or neutral initial value."""
-    config = AutoConfig.for_model(
-        family.model_type,
-        **{
-            "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": layers,
-            "num_attention_heads": HEADS, "num_key_value_heads": family.kv, "head_dim": HEAD_DIM,
-            "max_position_embeddings": 256, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-            "attn_implementation": "eager",
-        } | dict(family.settings) | settings,
-    )  # fmt: skip
+    values = {
+        "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": layers,
+        "num_attention_heads": HEADS, "num_key_value_heads": family.kv, "head_dim": HEAD_DIM,
+        "max_position_embeddings": 256, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+        "attn_implementation": "eager",
+    } | dict(family.settings) | settings  # fmt: skip
+    config = AutoConfig.for_model(family.model_type, **{key: value for key, value in values.items() if value is not None})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
