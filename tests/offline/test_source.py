@@ -17,6 +17,7 @@ from ria_vllm.offline import compress as pipeline
 from ria_vllm.offline import source
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.prune import Pattern
+from ria_vllm.offline.publish import published
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
 
@@ -307,3 +308,13 @@ def test_a_broken_gguf_file(text, tmp_path):
     with pytest.raises(RiaError, match="cannot read this GGUF file"):
         run(tmp_path / "m.gguf", tmp_path / "out", text)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf"]
+
+
+def test_a_name_that_can_be_no_path_is_no_error(tmp_path, monkeypatch):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    for name in ("x" * 300, "a\0b", "org/" + "y" * 5000):
+        assert published(name) == name
+    assert published(str(closed / "model")) == "model"
+    monkeypatch.chdir(tmp_path)
+    assert published("closed/model") == "closed/model"
