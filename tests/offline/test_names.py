@@ -17,6 +17,7 @@ from ria_vllm.export import export_dense
 from ria_vllm.offline import compress as pipeline
 from ria_vllm.offline import names
 from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.layers import LayerPass
 from ria_vllm.progress import Monitor
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.streaming import StreamedModel
@@ -232,15 +233,38 @@ def test_a_tensor_that_would_be_lost_is_an_error(forgotten, tiny, text, tmp_path
         real_outside = StreamedModel.names_outside_layers
         kept = lambda self: [name for name in real_outside(self) if "layers" not in name]  # noqa: E731
         monkeypatch.setattr(StreamedModel, "names_outside_layers", kept)
+    monkeypatch.setattr(LayerPass, "prune", lambda *_, **__: pytest.fail("pruned"))
     with pytest.raises(RiaError, match=f"{forgotten} would be missing in the output"):
         run(tiny("llama"), tmp_path / "out", text)
     assert not list(tmp_path.glob("out*"))
 
 
+def test_an_error_at_the_end_costs_no_finished_layer(tiny, text, tmp_path, monkeypatch):
+    lost = "model.layers.1.input_layernorm.weight"
+    with monkeypatch.context() as patch:
+        whole = pipeline.layer_tensors
+        patch.setattr(pipeline, "layer_tensors", lambda *a: {n: x for n, x in whole(*a).items() if n != lost})
+        with pytest.raises(RiaError, match=f"{lost} would be missing in the output"):
+            run(tiny("llama"), tmp_path / "out", text)
+    work = tmp_path / "out.partial"
+    assert len(list((work / "units").glob("layer-*.safetensors"))) == 2
+    (work / "units" / "layer-00001.safetensors").unlink()  # the one that is not whole
+    run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
+    check_whole(tiny("llama"), tmp_path / "out")
+
+
+def test_a_broken_tokenizer_configuration_shows_before_any_layer(tiny, text, tmp_path, monkeypatch):
+    source = shutil.copytree(tiny("llama"), tmp_path / "in")
+    monkeypatch.setattr(pipeline, "_tokens", lambda *_: pytest.fail("worked"))
+    (source / "tokenizer_config.json").write_text("{")
+    with pytest.raises(RiaError, match="tokenizer_config.json: not readable as JSON"):
+        run(source, tmp_path / "out", text)
+
+
 def test_a_tensor_that_would_be_there_twice_is_an_error(tiny, text, tmp_path, monkeypatch):
     real = StreamedModel.names_outside_layers
     monkeypatch.setattr(StreamedModel, "names_outside_layers", lambda self: [*real(self), "model.layers.0.input_layernorm.weight"])
-    with pytest.raises(RiaError, match="model.layers.0.input_layernorm.weight would be 2 times in the output"):
+    with pytest.raises(RiaError, match="model.layers.0.input_layernorm.weight would be in the output twice"):
         run(tiny("llama"), tmp_path / "out", text)
 
 
