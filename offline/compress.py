@@ -200,7 +200,10 @@ def _work_folder(out: Path, run: dict[str, Any], settings: Settings, team: Ranks
     except RiaError as error:
         # A full disk, a file out of reach or a place that is taken can be mended, and the run go on. What else goes
         # wrong after the first layer may have been chance, or need another version: finished layers are never lost.
-        if team.first and not writer.has(layer_key(0)) and not isinstance(error.__cause__, OSError):
+        if team.first and not isinstance(error.__cause__, OSError):
+            if writer.has(layer_key(0)):
+                kept = f"{error} Finished layers are kept in {work}: --resume goes on from them."
+                raise RiaError(kept) from error.__cause__
             writer.discard()
         raise
 

@@ -101,13 +101,22 @@ def check_export(source: Path, reader: Reader, folder: Path, inside) -> None:
     assert not torch.allclose(expected, dense, atol=1e-2)
 
 
+def linear_weights(source: Path) -> int:
+    """Of all linears in the decoder layers."""
+    layers = AutoModelForCausalLM.from_pretrained(source).model.layers
+    return sum(m.weight.numel() for m in layers.modules() if isinstance(m, torch.nn.Linear))
+
+
 def test_nemotron_h(tiny, text, tmp_path):
     """Layers of four kinds; in the files `backbone.` where transformers has `model.`, and experts one by one."""
     source = tiny("nemotron-h")
     stored = load_file(source / "model.safetensors")
     assert "backbone.embeddings.weight" in stored and "backbone.layers.3.mixer.experts.0.up_proj.weight" in stored
-    report, _ = run(source, tmp_path / "out", text)
+    report, warnings = run(source, tmp_path / "out", text)
     reader = check_whole(source, tmp_path / "out")
+    beyond = [name for name, why in report["dense"].items() if why.startswith("not in the first layer")]
+    share = sum(stored[f"{name}.weight"].numel() for name in beyond) / linear_weights(source)
+    assert any(f"{len(beyond)} linears are not in the first layer" in w and f" {share:.0%} of" in w for w in warnings)
     assert set(reader.sparse_names) == {f"backbone.layers.0.mixer.{x}_proj" for x in ("in", "out")} == set(report["linears"])
     assert "backbone.layers.1.mixer.q_proj" in report["dense"] and reader.schema.ignored("backbone.layers.1.mixer.q_proj")
     check_export(source, reader, tmp_path / "dense", lambda name: name.replace("backbone", "model"))
@@ -416,6 +425,30 @@ def test_odd_folders_are_refused_before_any_work(message, tiny, text, tmp_path, 
     with pytest.raises(RiaError, match=message):
         run(source, tmp_path / "out", text)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("wrong", ["one", "all"])
+def test_experts_that_do_not_go_together(wrong, tiny, text, tmp_path):
+    def change(tensors):
+        for name in tensors:
+            if name.startswith("model.layers.1.mlp.experts.1." if wrong == "one" else "model.layers.1.mlp.experts."):
+                tensors[name] = tensors[name][:32].clone()
+
+    message = {"one": "transformers cannot make model.layers.1.mlp.experts.* from the tensors", "all": "asks for"}[wrong]
+    with pytest.raises(RiaError, match=f"in: .*model.layers.1.mlp.experts.*{message}" if wrong == "all" else message):
+        run(edited(tiny("qwen3-moe"), tmp_path / "in", change), tmp_path / "out", text)
+
+
+@pytest.mark.parametrize("place", ["files", "renamed"])
+def test_errors_name_the_linear_as_its_file_does(place, tiny, text, tmp_path):
+    def change(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"].mul_(1e38)
+        return {put_away(name): tensor for name, tensor in tensors.items()} if place == "renamed" else None
+
+    source = edited(tiny("qwen3.5"), tmp_path / "in", change)
+    name = "model.language_model.layers.1.mlp.down_proj" if place == "renamed" else "model.layers.1.mlp.down_proj"
+    with pytest.raises(RiaError, match=f"in: {name}: NaN or infinite values in its input.* in float32. Check"):
+        run(source, tmp_path / "out", text)
 
 
 def test_sampling_from_a_model_that_transformers_cannot_load(tiny, tmp_path, text, monkeypatch):
