@@ -71,9 +71,8 @@ def train_block(
                 total += loss.item()
             losses.append(total / len(inputs))
             if not math.isfinite(losses[-1]):
-                raise RiaError(
-                    f"{where}block training diverged (loss {losses[-1]} in pass {len(losses)}). Give --reconstruct admm."
-                )
+                found = f"loss {losses[-1]} in pass {len(losses)}"
+                raise RiaError(f"{where}block training diverged ({found}). Give --reconstruct admm.")
     finally:
         while trained:
             trained.pop().finish()

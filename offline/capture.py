@@ -142,8 +142,8 @@ class _Sums:
             if dtype != torch.float32:
                 wider = f"Give --compute-dtype float32. If that does not help: {wider[0].lower()}{wider[1:]}"
             raise RiaError(
-                f"{named(group.linears[0])}: NaN or infinite values in its input activations. The model overflows on this "
-                f"text in {name_of(dtype)}. {wider}"
+                f"{named(group.linears[0])}: NaN or infinite values in its input activations. The model overflows on "
+                f"this text in {name_of(dtype)}. {wider}"
             )
         # These are large: each float64 sum goes before the next float32 one is made.
         drift: Drift | None = None
@@ -187,7 +187,8 @@ def gather(
     ranks, does not show in the rounded result.
 
     Raises:
-        RiaError: NaN or infinite activations, or a linear that is not called, with what `named` makes of its name in the layer.
+        RiaError: NaN or infinite activations, or a linear that is not called; `named` makes the name for the error of
+            the one in the layer.
     """
     device, dtype = _device(layer), next(layer.parameters()).dtype
     names = [group.linears[0] for group in stage]

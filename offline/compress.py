@@ -153,7 +153,8 @@ def _begun(work: Path) -> dict[str, Any]:
         return read_json(fingerprint) if fingerprint.is_file() else {}
     except RiaError:
         raise RiaError(
-            f"--resume: {fingerprint} is damaged, so nothing says what run this is from. Leave out --resume to begin anew."
+            f"--resume: {fingerprint} is damaged, so nothing says what run this is from. Leave out --resume to begin "
+            "anew."
         ) from None
 
 
@@ -257,7 +258,8 @@ def _check_whole_fits(source: Source, model: StreamedModel) -> None:
         if needed > free:
             smaller, least = "", needed * model.stored_dtype.itemsize // model.dtype.itemsize
             if least < needed and least <= min(room.values()):
-                smaller = f" Or give --compute-dtype {name_of(model.stored_dtype)}, which takes half as much and more time."
+                narrow = name_of(model.stored_dtype)
+                smaller = f" Or give --compute-dtype {narrow}, which takes half as much and more time."
             raise RiaError(
                 f"{source.name}: --calibration self runs the whole dense model in {name_of(model.dtype)}, "
                 f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free ({device}). Give a text file to "

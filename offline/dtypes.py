@@ -32,8 +32,8 @@ def choose_dtype(stored: torch.dtype, device: torch.device, asked: str = "auto")
         if torch.promote_types(stored, dtype) != dtype:
             wider = " or ".join(dict.fromkeys((name_of(stored), "float32")))
             raise RiaError(
-                f"--compute-dtype {asked}: the weights are {name_of(stored)}, which {asked} would round. Give {wider}, or "
-                "leave it out."
+                f"--compute-dtype {asked}: the weights are {name_of(stored)}, which {asked} would round. Give {wider}, "
+                "or leave it out."
             )
         return dtype
     slow = stored == torch.bfloat16 and not fast_bf16(device) or stored == torch.float16 and device.type == "cpu"

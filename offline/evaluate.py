@@ -234,7 +234,7 @@ def evaluate(
         if baseline is not None or update_card:
             raise RiaError("eval: --baseline and --update-card are for perplexity. Give --text FILE instead of --tasks.")
         if engine == "vllm" and compute_dtype != "auto":
-            raise RiaError("eval: --compute-dtype is for --engine hf; vLLM takes the model's own. Leave one of them out.")
+            raise RiaError("eval: --compute-dtype is for --engine hf; vLLM takes the model's own. Leave one out.")
         from ria_vllm.offline.tasks import run_tasks
 
         place = choose_device(device)
@@ -280,7 +280,8 @@ def evaluate(
 
 def window_length(configs: Mapping[str, Any], asked: int | None) -> int:
     """One for all models: positions past a context would fail deep inside the model, or give meaningless numbers."""
-    contexts = {m: getattr(c.get_text_config(), "max_position_embeddings", None) or math.inf for m, c in configs.items()}
+    texts = {model: config.get_text_config() for model, config in configs.items()}
+    contexts = {model: getattr(text, "max_position_embeddings", None) or math.inf for model, text in texts.items()}
     model, longest = min(contexts.items(), key=lambda entry: entry[1])
     if asked is None:
         return min(1024, longest)

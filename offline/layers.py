@@ -82,8 +82,8 @@ class LayerPass:
             stream, calls = embedder(chunks[index])
             if not all(one.same_as(other) for one, other in zip(self.calls[stream.shape], calls, strict=True)):
                 raise RiaError(
-                    f"{self.model.folder}: {type(self.model.model).__name__} gives its layers more than the residual stream for each text: "
-                    "not supported."
+                    f"{self.model.folder}: {type(self.model.model).__name__} gives its layers more than the residual "
+                    "stream for each text, so they cannot be pruned one by one."
                 )
             self.pruned.append(stream)
             if self.dense is not None:

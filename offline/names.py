@@ -99,8 +99,8 @@ class Names:
 
 def _two_of(name: str, other: str, folder: Path) -> RiaError:
     return RiaError(
-        f"{folder}: {name} and {other} are both in the files, and mean the same tensor. Get the model again, or save it "
-        "with one of them."
+        f"{folder}: {name} and {other} are both in the files, and mean the same tensor. Get the model again, or save "
+        "it with one of them."
     )
 
 
@@ -113,8 +113,8 @@ def _natural_order(name: str, folder: Path) -> list:
         return dot_natural_key(name)
     except ValueError as error:
         raise RiaError(
-            f"{folder}: {name[:60]!r} is in the files, and transformers cannot read such a name ({error}). Get the model "
-            "again, or save it without this tensor."
+            f"{folder}: {name[:60]!r} is in the files, and transformers cannot read such a name ({error}). Get the "
+            "model again, or save it without this tensor."
         ) from None
 
 

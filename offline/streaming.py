@@ -244,13 +244,13 @@ class StreamedModel:
         for name, why in sorted(info.conversion_errors.items()):
             reason = ". ".join(why.strip().splitlines()[-2:])  # the end of a traceback
             raise RiaError(
-                f"{self.folder}: transformers cannot make {name} from the tensors in the files ({reason}). Get the model "
-                "again."
+                f"{self.folder}: transformers cannot make {name} from the tensors in the files ({reason}). Get the "
+                "model again."
             )
         for name, made, wanted in sorted(info.mismatched_keys):
             raise RiaError(
-                f"{self.folder}: {name}, made from several tensors of the files, has shape {tuple(made)}, config.json asks "
-                f"for {tuple(wanted)}. Get the model again."
+                f"{self.folder}: {name}, made from several tensors of the files, has shape {tuple(made)}, config.json "
+                f"asks for {tuple(wanted)}. Get the model again."
             )
         self.model.requires_grad_(False)
 

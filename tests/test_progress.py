@@ -173,9 +173,9 @@ def test_a_dumb_terminal_gets_lines():
 
 
 def test_forced_colours_through_a_pipe_bring_no_bars():
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, env=os.environ | {"FORCE_COLOR": "1"}
-    )
+    environment = os.environ | {"FORCE_COLOR": "1"}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.stdout == "done\n" and "... loading the model" in done.stderr and "━" not in done.stderr
 
 

@@ -114,9 +114,12 @@ def test_what_is_chosen(slow, monkeypatch):
     assert choose_dtype(BF16, CUDA) == FP32  # before 8.0
 
 
-@pytest.mark.parametrize(("stored", "asked"), [(FP32, "bfloat16"), (FP32, "float16"), (BF16, "float16"), (FP16, "bfloat16")])
+@pytest.mark.parametrize(
+    ("stored", "asked"), [(FP32, "bfloat16"), (FP32, "float16"), (BF16, "float16"), (FP16, "bfloat16")]
+)
 def test_a_dtype_that_would_round_the_weights_is_refused(stored, asked):
-    with pytest.raises(RiaError, match=f"--compute-dtype {asked}: the weights are {dtypes.name_of(stored)}.* Give .*float32"):
+    name = dtypes.name_of(stored)
+    with pytest.raises(RiaError, match=f"--compute-dtype {asked}: the weights are {name}.* Give .*float32"):
         choose_dtype(stored, CPU, asked)
 
 

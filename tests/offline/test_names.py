@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.core_model_loading import WeightRenaming
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -382,6 +382,19 @@ def test_configurations_that_do_not_run(tiny, text, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_layer_that_does_not_run_by_itself_is_named(tiny, text, tmp_path, monkeypatch):
+    def forward(self, *args, **kwargs):
+        if self.self_attn.layer_idx == 1 and not self.input_layernorm.weight.is_meta:
+            raise TypeError("needs more")
+        return real(self, *args, **kwargs)
+
+    real = LlamaDecoderLayer.forward
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    message = "llama.*/dense: model.layers.1: transformers cannot run LlamaDecoderLayer by itself.*needs more"
+    with pytest.raises(RiaError, match=message):
+        run(tiny("llama"), tmp_path / "out", text)
+
+
 def test_dtypes_of_quantized_models_are_refused(tiny, text, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     for dtype in (torch.float8_e4m3fn, torch.int8):
@@ -434,7 +447,8 @@ def test_experts_that_do_not_go_together(wrong, tiny, text, tmp_path):
             if name.startswith("model.layers.1.mlp.experts.1." if wrong == "one" else "model.layers.1.mlp.experts."):
                 tensors[name] = tensors[name][:32].clone()
 
-    message = {"one": "transformers cannot make model.layers.1.mlp.experts.* from the tensors", "all": "asks for"}[wrong]
+    cannot = "transformers cannot make model.layers.1.mlp.experts.* from the tensors"
+    message = {"one": cannot, "all": "asks for"}[wrong]
     with pytest.raises(RiaError, match=f"in: .*model.layers.1.mlp.experts.*{message}" if wrong == "all" else message):
         run(edited(tiny("qwen3-moe"), tmp_path / "in", change), tmp_path / "out", text)
 
