@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -175,7 +176,7 @@ class LayerPass:
         if not groups:
             return {}
         calls, with_gram = self._calls(index), self.recipe.needs_gram
-        named = lambda name: self._place(index, name)  # noqa: E731
+        named = partial(self._place, index)
         before = self.dense if number == 0 else None
         after = self.dense if component.additive and number == len(component.stages) - 1 else None
         found = gather(

@@ -19,6 +19,7 @@ from ria_vllm.offline import compress as pipeline
 from ria_vllm.offline import streaming
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.progress import Monitor
+from ria_vllm.offline.ranks import Ranks
 from ria_vllm.offline.recipe import Recipe
 
 
@@ -113,6 +114,15 @@ def test_the_record_of_a_run_is_there_whole_or_not_at_all(tiny, text, tmp_path, 
             run(tiny("llama"), tmp_path / "out", text)
     assert not (tmp_path / "out.partial" / "run.json").exists()
     run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
+
+
+def test_nothing_is_removed_while_other_ranks_still_read(tiny, text, tmp_path, monkeypatch):
+    order = []
+    for owner, name in ((pipeline, "_report"), (pipeline, "_finish"), (Ranks, "wait")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, name=name, real=real: (order.append(name), real(*a))[1])
+    run(tiny("llama"), tmp_path / "out", text)
+    assert order[order.index("_report") :] == ["_report", "wait", "_finish", "wait"]
 
 
 def test_resume_refuses_other_weights_and_other_text(tiny, make_model, text, tmp_path, monkeypatch):
