@@ -26,6 +26,7 @@ def train_block(
     seed: int = 0,
     betas: tuple[float, float] = (0.9, 0.999),
     dtype: torch.dtype = torch.bfloat16,
+    where: str = "",
 ) -> list[float]:
     """Masked Adam under a cosine schedule, one step a micro-batch, in bf16 autocast or in float32.
 
@@ -43,6 +44,7 @@ def train_block(
         inputs, targets: micro-batches of one device and count; sequences that load an item when asked serve as well.
         seed: of the order in which micro-batches come.
         dtype: of the products, bfloat16 or float32.
+        where: what an error begins with.
 
     Returns:
         The mean loss of every pass.
@@ -51,7 +53,8 @@ def train_block(
         RiaError: micro-batches that do not pair up, or a loss that is not finite.
     """
     if len(inputs) != len(targets) or not len(inputs):
-        raise RiaError(f"{len(inputs)} inputs and {len(targets)} targets: block training needs as many of both, and some")
+        found = f"{len(inputs)} inputs and {len(targets)} targets"
+        raise RiaError(f"{where}{found}: block training needs as many of both, and some.")
     order = torch.Generator().manual_seed(seed)
     step, steps = 0, passes * len(inputs)
     trained = [_Trained(p, masks[name], lr, betas, dtype) for name, p in params.items()]
@@ -68,7 +71,8 @@ def train_block(
                 total += loss.item()
             losses.append(total / len(inputs))
             if not math.isfinite(losses[-1]):
-                raise RiaError(f"block training diverged (loss {losses[-1]} in pass {len(losses)}); try a smaller lr")
+                found = f"loss {losses[-1]} in pass {len(losses)}"
+                raise RiaError(f"{where}block training diverged ({found}). Give --reconstruct admm.")
     finally:
         while trained:
             trained.pop().finish()
@@ -78,8 +82,8 @@ def train_block(
 class _Trained:
     """A weight in training: in `dtype` where the component reads it, and what the mask keeps in float32 for Adam.
 
-    Autocast would multiply with the same values, rounded to bf16. The step is taken as soon as the gradient is there, so that no
-    two linears' gradients are alive at once, and piece by piece, so that what it makes on the way is small.
+    Autocast would multiply with the same values, rounded to bf16. The step is taken as soon as the gradient is there,
+    so that no two linears' gradients are alive at once, and piece by piece, so that what it makes on the way is small.
     """
 
     def __init__(

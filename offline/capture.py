@@ -12,6 +12,7 @@ from torch import nn
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.drift import Drift, InputDrift, OutputDrift
+from ria_vllm.offline.dtypes import name_of
 from ria_vllm.offline.embedding import LayerCall, Reached
 from ria_vllm.offline.ranks import Ranks
 from ria_vllm.offline.symmetric import BLOCK, SymmetricMatrix
@@ -130,16 +131,19 @@ class _Sums:
         for start in range(0, len(self.cross), BLOCK):  # the product is widened while it is added
             self.cross[start : start + BLOCK].add_(A[:, start : start + BLOCK].T @ X)
 
-    def finish(self, group: Group, ranks: Ranks, where: str) -> Statistics:
+    def finish(self, group: Group, ranks: Ranks, named: Callable[[str], str], dtype: torch.dtype) -> Statistics:
         grams = [gram for gram in (self.gram, self.drift_gram) if gram is not None]
         for total in (self.squares, self.cross, self.drift_square, *(block for gram in grams for block in gram.blocks)):
             if total is not None:
                 ranks.add_(total)
         squares = self.squares if self.gram is None else self.gram.diagonal()
         if not bool(squares.isfinite().all()):  # where one entry of X is not finite, its channel's square is not
+            wider = "Check that it works without pruning."
+            if dtype != torch.float32:
+                wider = f"Give --compute-dtype float32. If that does not help: {wider[0].lower()}{wider[1:]}"
             raise RiaError(
-                f"{where}{group.linears[0]}: NaN or infinite values in its input activations. The model overflows on "
-                "this text in its own dtype; check that it works without pruning."
+                f"{named(group.linears[0])}: NaN or infinite values in its input activations. The model overflows on "
+                f"this text in {name_of(dtype)}. {wider}"
             )
         # These are large: each float64 sum goes before the next float32 one is made.
         drift: Drift | None = None
@@ -169,7 +173,7 @@ def gather(
     with_gram: bool,
     ranks: Ranks,
     monitor: Monitor,
-    where: str,
+    named: Callable[[str], str],
     dense_before: Activations | None = None,
     dense_after: Activations | None = None,
 ) -> list[Statistics]:
@@ -183,9 +187,10 @@ def gather(
     ranks, does not show in the rounded result.
 
     Raises:
-        RiaError: NaN or infinite activations, or a linear that is not called, naming it (`where` is the layer's name).
+        RiaError: NaN or infinite activations, or a linear that is not called; `named` makes the name for the error of
+            the one in the layer.
     """
-    device = _device(layer)
+    device, dtype = _device(layer), next(layer.parameters()).dtype
     names = [group.linears[0] for group in stage]
     # Where one linear alone reads a wide input, the drift of its output is the smaller to keep.
     narrowing = [g.linears[0] for g in stage if len(g.linears) == 1 and _narrows(layer.get_submodule(g.linears[0]))]
@@ -197,7 +202,10 @@ def gather(
         after, inputs = _watched(layer, component, call, stream, names, to_the_end=dense_after is not None)
         idle = next((name for name in names if name not in inputs), None)
         if idle is not None:
-            raise RiaError(f"{where}{idle}: not used in this layer, as it is in the first. Leave it dense: --ignore {idle}")
+            what = ".".join(named(idle).split(".")[-len(idle.split(".")) :])
+            raise RiaError(
+                f"{named(idle)}: not used in this layer, as it is in the first. Leave it dense: --ignore {what}"
+            )
         dense: dict[str, torch.Tensor] = {}
         if dense_before is not None:
             _, dense = _watched(layer, component, call, dense_before[chunk].to(device), names)
@@ -215,7 +223,7 @@ def gather(
 
     for chunk in monitor.steps(range(len(streams)), "calibration passes", len(streams)):
         add(chunk)
-    return [total.finish(group, ranks, where) for total, group in zip(sums, stage, strict=True)]
+    return [total.finish(group, ranks, named, dtype) for total, group in zip(sums, stage, strict=True)]
 
 
 def _narrows(linear: nn.Linear) -> bool:

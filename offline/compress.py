@@ -1,6 +1,7 @@
 """The pipeline: a dense model in, a compressed checkpoint out, one decoder layer in memory at a time."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,9 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
     Raises:
         RiaError: bad input; nothing is left at `out`, nor beside it unless `--resume` can go on from it.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     check_place(out, Path(model))
     map_large_blocks()
     with joined(settings.device) as team, torch.no_grad(), monitor.live():
@@ -79,6 +83,8 @@ def _run(
     team: Ranks,
     monitor: Monitor,
 ) -> dict[str, Any]:
+    others = _other_files(source)  # now: what is wrong with them should not show after hours
+    _check_nothing_lost(model, set(), _planned(model))
     tokens = _tokens(source, model, recipe, writer, team, monitor)
     cache = writer.work / "activations" if settings.activation_cache == "disk" else None
     sensitive = _sensitive(model, tokens, cache, recipe, writer, team, monitor)
@@ -106,9 +112,10 @@ def _run(
         _say_layer(records, monitor)
     team.wait()
     report = _report(source, recipe, model, plan, writer)
+    team.wait()  # until all have read what the first one removes in the end
     if team.first:
         with monitor.phase("writing"):
-            _finish(source, model, recipe, layers.topology, plan, settings, writer, report, monitor)
+            _finish(source, model, recipe, layers.topology, plan, settings, writer, report, others, monitor)
     team.wait()
     return report
 
@@ -142,7 +149,13 @@ def _work(out: Path) -> Path:
 def _begun(work: Path) -> dict[str, Any]:
     """The fingerprint of the run that a work folder is from; empty where there is none."""
     fingerprint = work / FINGERPRINT_FILE
-    return read_json(fingerprint) if fingerprint.is_file() else {}
+    try:
+        return read_json(fingerprint) if fingerprint.is_file() else {}
+    except RiaError:
+        raise RiaError(
+            f"--resume: {fingerprint} is damaged, so nothing says what run this is from. Leave out --resume to begin "
+            "anew."
+        ) from None
 
 
 def _fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
@@ -153,6 +166,13 @@ def _fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
     return json.loads(json.dumps(recipe.dump(source.name) | names | stamps))
 
 
+def _other_versions(before: Any, now: dict[str, str]) -> str:
+    before = before if isinstance(before, dict) else {}
+    differing = [name for name in now if before.get(name) != now[name]]
+    then, here = (", ".join(f"{name} {found.get(name)}" for name in differing) for found in (before, now))
+    return f"{then}; here is {here}. Install what it began with, or leave out --resume."
+
+
 @contextmanager
 def _work_folder(out: Path, run: dict[str, Any], settings: Settings, team: Ranks) -> Iterator[CheckpointWriter]:
     """The work folder, new or, with --resume, that of an interrupted run with the same fingerprint."""
@@ -160,6 +180,8 @@ def _work_folder(out: Path, run: dict[str, Any], settings: Settings, team: Ranks
     if team.first:
         known = _begun(work) if settings.resume else {}
         differing = [key for key in run if known and known.get(key) != run[key]]
+        if differing[:1] == ["versions"]:
+            raise RiaError(f"--resume: {work} is from a run with {_other_versions(known['versions'], run['versions'])}")
         if differing:
             what, before = differing[0].replace("_", "-"), known.get(differing[0])
             shown = f" ({before})" if isinstance(before, str | int | float) else ""
@@ -168,17 +190,21 @@ def _work_folder(out: Path, run: dict[str, Any], settings: Settings, team: Ranks
             )
         writer = CheckpointWriter(out, settings.overwrite, resume=bool(known))
         with disk_errors(work):
-            (work / FINGERPRINT_FILE).write_text(json.dumps(run))
+            temporary = work / f"{FINGERPRINT_FILE}.tmp"
+            temporary.write_text(json.dumps(run))
+            os.replace(temporary, work / FINGERPRINT_FILE)
     team.wait()
     if not team.first:
         writer = CheckpointWriter(out, overwrite=True, resume=True)
     try:
         yield writer
     except RiaError as error:
-        # A full disk, a file out of reach or a place that is taken can be mended, and the run go on; other bad input
-        # stays bad. What went wrong in others' code after the first layer may have been chance.
-        chance = error.__cause__ is not None and writer.has(layer_key(0))
-        if team.first and not chance and not isinstance(error.__cause__, OSError):
+        # A full disk, a file out of reach or a place that is taken can be mended, and the run go on. What else goes
+        # wrong after the first layer may have been chance, or need another version: finished layers are never lost.
+        if team.first and not isinstance(error.__cause__, OSError):
+            if writer.has(layer_key(0)):
+                kept = f"Finished layers are kept in {work}: --resume with the same options goes on from them."
+                raise RiaError(f"{error} {kept}") from error.__cause__
             writer.discard()
         raise
 
@@ -198,9 +224,7 @@ def _tokens(
 
 def _make_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     if recipe.calibration == "self":
         _check_whole_fits(source, model)
         with (
@@ -228,12 +252,14 @@ def _make_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: 
 def _check_whole_fits(source: Source, model: StreamedModel) -> None:
     """Only sampling needs the dense model as a whole; a process that takes more than there is is killed unasked."""
     needed = sum(parameter.numel() for parameter in model.model.parameters()) * model.dtype.itemsize
-    for device in {model.device, torch.device("cpu")}:  # it is read into the host's memory first
-        free = available(device)
-        if free is not None and needed > free:
-            smaller = ""
-            if model.dtype.itemsize > model.stored_dtype.itemsize:
-                smaller = f" Or give --compute-dtype {name_of(model.stored_dtype)}, which takes half as much and more time."
+    devices = {model.device, torch.device("cpu")}  # it is read into the host's memory first
+    room = {device: free for device in devices if (free := available(device)) is not None}
+    for device, free in room.items():
+        if needed > free:
+            smaller, least = "", needed * model.stored_dtype.itemsize // model.dtype.itemsize
+            if least < needed and least <= min(room.values()):
+                narrow = name_of(model.stored_dtype)
+                smaller = f" Or give --compute-dtype {narrow}, which takes half as much and more time."
             raise RiaError(
                 f"{source.name}: --calibration self runs the whole dense model in {name_of(model.dtype)}, "
                 f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free ({device}). Give a text file to "
@@ -293,6 +319,7 @@ def _finish(
     settings: Settings,
     writer: CheckpointWriter,
     report: dict[str, Any],
+    others: tuple[dict[str, Any], list[Path]],
     monitor: Monitor,
 ) -> None:
     keys = []
@@ -301,7 +328,8 @@ def _finish(
         writer.write(keys[-1], {name: model.read(name)})
     keys += [layer_key(index) for index in range(len(model.layers))]
     _check_nothing_lost(model, set(report["linears"]), [name for key in keys for name in writer.names(key)])
-    config = without_paths(source.raw_config)
+    json_files, copies = others
+    config = json_files["config.json"]
     pruned = sum(record["shape"][0] * record["shape"][1] for record in report["linears"].values())
     total = sum(m.weight.numel() for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear))
     zeros = round((1 - recipe.pattern.density) * pruned / total, 6)
@@ -311,14 +339,25 @@ def _finish(
         weights = WeightQuantization(dtype=name_of(model.stored_dtype)) if recipe.weights == "int8" else None
         schema = RiaSchema(sparsity_config=sparsity, weights=weights, folds=folds, recipe=recipe.dump(source.name))
         config["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
-    json_files = {"config.json": config, REPORT_FILE: report}
-    copies = source.small_files()
-    for path in [path for path in copies if path.name == TOKENIZER_FILE]:
-        json_files[path.name] = without_paths(read_json(path))
-        copies.remove(path)
+    json_files = json_files | {REPORT_FILE: report}
     permuted = recipe.served and recipe.permute != "none"
     cards = {CARD_FILE: pruned_card(source.folder, report, zeros, recipe.served, monitor.warn)}
     writer.finish(keys, json_files, copies, settings.max_shard_size, permuted, cards)
+
+
+def _other_files(source: Source) -> tuple[dict[str, Any], list[Path]]:
+    """What goes with the weights: JSON files by their names, without paths of this machine, and files to copy."""
+    json_files, copies = {"config.json": without_paths(source.raw_config)}, source.small_files()
+    for path in [path for path in copies if path.name == TOKENIZER_FILE]:
+        json_files[path.name] = without_paths(read_json(path))
+        copies.remove(path)
+    return json_files, copies
+
+
+def _planned(model: StreamedModel) -> list[str]:
+    """The written names of all tensors that will be read, to be copied or pruned."""
+    layers = (model.names_in_layer(index) for index in range(len(model.layers)))
+    return [*model.names_outside_layers(), *(name for names in layers for name in names)]
 
 
 def _check_nothing_lost(model: StreamedModel, pruned: set[str], written: list[str]) -> None:
@@ -334,7 +373,5 @@ def _check_nothing_lost(model: StreamedModel, pruned: set[str], written: list[st
         linear = mine.removesuffix(".weight")
         there = counts[mine] + (counts[f"{linear}.compressed"] if linear in pruned else 0)
         if there != 1:
-            raise RiaError(
-                f"{model.files[name]}: {name} would be {f'{there} times' if there else 'missing'} in the output. Report "
-                "this as a defect of ria-vllm."
-            )
+            wrong = {0: "missing in the output", 2: "in the output twice"}.get(there, f"in the output {there} times")
+            raise RiaError(f"{model.files[name]}: {name} would be {wrong}. Report this as a defect of ria-vllm.")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ria_vllm.errors import RiaError
+
 CHOICES = ("auto", "bfloat16", "float32", "float16")
 # Of x86-64 and of Arm, as Linux names them.
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
@@ -21,9 +23,19 @@ def choose_dtype(stored: torch.dtype, device: torch.device, asked: str = "auto")
 
     Args:
         asked: one of CHOICES. auto: as stored, but float32 where the device is slow in that.
+
+    Raises:
+        RiaError: `asked` does not hold every value of `stored`, so that weights and frequencies would be rounded.
     """
     if asked != "auto":
-        return getattr(torch, asked)
+        dtype = getattr(torch, asked)
+        if torch.promote_types(stored, dtype) != dtype:
+            wider = " or ".join(dict.fromkeys((name_of(stored), "float32")))
+            raise RiaError(
+                f"--compute-dtype {asked}: the weights are {name_of(stored)}, which {asked} would round. Give {wider}, "
+                "or leave it out."
+            )
+        return dtype
     slow = stored == torch.bfloat16 and not fast_bf16(device) or stored == torch.float16 and device.type == "cpu"
     return torch.float32 if slow else stored
 

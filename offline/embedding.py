@@ -14,14 +14,19 @@ from ria_vllm.offline.streaming import StreamedModel
 
 @dataclass(frozen=True)
 class LayerCall:
-    """How the model calls a decoder layer for one batch shape: everything but the residual stream."""
+    """How the model calls a decoder layer for one batch shape: everything but the residual stream.
+
+    place: the model's folder and the layer, for errors.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     by_name: bool
+    place: str = ""
 
     def __call__(self, layer: nn.Module, stream: torch.Tensor) -> torch.Tensor:
-        with explained(f"{type(layer).__name__}: transformers cannot run this layer by itself"):
+        kind = type(layer).__name__
+        with explained(f"{self.place}: transformers cannot run {kind} by itself; another version of it may"):
             if self.by_name:
                 out = layer(*self.args, hidden_states=stream, **self.kwargs)
             else:
@@ -40,7 +45,13 @@ class _Shell(nn.Module):
     """Stands in for a decoder layer: notes how the model calls it and passes the stream on."""
 
     def __init__(
-        self, layer: nn.Module, calls: list[LayerCall], streams: list[torch.Tensor], finish: bool, form: Callable
+        self,
+        layer: nn.Module,
+        calls: list[LayerCall],
+        streams: list[torch.Tensor],
+        finish: bool,
+        form: Callable,
+        place: str,
     ):
         super().__init__()
         self.__dict__["layer"] = layer
@@ -48,6 +59,7 @@ class _Shell(nn.Module):
         self.streams = streams
         self.finish = finish
         self.form = form
+        self.place = place
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -59,7 +71,7 @@ class _Shell(nn.Module):
         by_name = "hidden_states" in kwargs
         stream = kwargs.pop("hidden_states") if by_name else args[0]
         self.streams.append(stream)
-        self.calls.append(LayerCall(args if by_name else args[1:], kwargs, by_name))
+        self.calls.append(LayerCall(args if by_name else args[1:], kwargs, by_name, self.place))
         if self.finish:
             raise Reached
         return self.form(stream)
@@ -79,7 +91,10 @@ class Embedder:
         """Token ids [samples, tokens] -> the stream into layer 0 [samples, tokens, hidden], the call of every layer."""
         model, calls, streams = self.model, [], []
         layers = list(model.layers)
-        shells = [_Shell(layer, calls, streams, layer is layers[-1], self._form) for layer in layers]
+        shells = [
+            _Shell(layer, calls, streams, layer is layers[-1], self._form, self._place(index))
+            for index, layer in enumerate(layers)
+        ]
         for index, shell in enumerate(shells):
             model.layers[index] = shell
         try:
@@ -92,7 +107,10 @@ class Embedder:
                 model.layers[index] = layer
         if len(calls) != len(layers):
             kind = type(model.model).__name__
-            raise RiaError(f"{kind} does not call its decoder layers one after another: not supported.")
+            raise RiaError(
+                f"{model.folder}: {kind} does not call its decoder layers one after another, so they cannot be pruned "
+                "one by one."
+            )
         return streams[0], calls
 
     def inputs_of_first_layer(self, tokens: torch.Tensor) -> list[tuple[str, int]]:
@@ -104,7 +122,7 @@ class Embedder:
         seen: list[tuple[str, torch.Tensor]] = []
         first: list[LayerCall] = []
         streams: list[torch.Tensor] = []
-        self.model.layers[0] = _Shell(layer, first, streams, True, self._form)
+        self.model.layers[0] = _Shell(layer, first, streams, True, self._form, self._place(0))
         try:
             with explained(self.runs):
                 self.base(input_ids=tokens.to(self.model.device), use_cache=False)
@@ -126,6 +144,9 @@ class Embedder:
         self.tupled = len(out) if isinstance(out, tuple) else 0
         self.model.free_layer(0)
         return [(name, id(tensor)) for name, tensor in seen]  # `seen` keeps the tensors alive, so identities are unique
+
+    def _place(self, index: int) -> str:
+        return f"{self.model.folder}: {self.model.layer_prefix(index).removesuffix('.')}"
 
     def _form(self, stream: torch.Tensor) -> Any:
         return (stream, *[None] * (self.tupled - 1)) if self.tupled else stream

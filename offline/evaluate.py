@@ -1,8 +1,9 @@
 """`ria-vllm eval`: perplexity of a dense or a compressed folder, and tasks through lm-evaluation-harness."""
 
+import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,31 +46,60 @@ def load_model(folder: str, device: torch.device, compute_dtype: str | None = No
         compute_dtype: what it is to compute in, one of `ria_vllm.offline.dtypes.CHOICES`; None: as it is stored.
 
     Raises:
-        RiaError: not a model, or a damaged compressed one.
+        RiaError: not a model, a damaged compressed one, or a `compute_dtype` that would round its weights.
     """
+    stored = None if compute_dtype is None else _dtype_in(read_config(folder))
+    if stored is not None:
+        return _loaded(folder, device, choose_dtype(stored, device, compute_dtype))
+    model = _loaded(folder, device, "auto")
+    dtype = model.dtype if compute_dtype is None else choose_dtype(model.dtype, device, compute_dtype)
+    # Once more, not cast: what the model computes for itself while it is loaded was rounded to the first dtype.
+    return model if dtype == model.dtype else _loaded(folder, device, dtype)
+
+
+def read_config(folder: str) -> Any:
+    """The configuration of a folder or hub id, as transformers has it."""
+    from transformers import AutoConfig
+
+    with _understood(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _dtype_in(config: Any) -> torch.dtype | None:
+    """What the weights are stored in, if the configuration says so."""
+    dtype = config.dtype or config.get_text_config().dtype
+    return getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+
+
+@contextmanager
+def _understood(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and Path(folder).is_dir():
+            weight_files(Path(folder))  # names the broken file
+        reason = reason_of(error)
+        raise RiaError(f"{folder}: transformers cannot load it as a causal language model: {reason}") from error
+
+
+def _loaded(folder: str, device: torch.device, dtype: torch.dtype | str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     # Weights that do not fit are refused below, by name; transformers' own message only says which flag ignores them.
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
+    with _understood(folder):
         if not is_compressed(Path(folder)):
-            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False, **options)
+            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
         else:
             state = dense_state(Reader(folder))
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             del config.quantization_config
             with torch.device("meta"):
                 architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-            model, info = architecture.from_pretrained(
-                None, config=config, state_dict=state, dtype=config.dtype or "auto", **options
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, SafetensorError) and Path(folder).is_dir():
-            weight_files(Path(folder))  # names the broken file
-        reason = reason_of(error)
-        raise RiaError(f"{folder}: transformers cannot load it as a causal language model: {reason}") from error
+            kind = config.dtype or "auto" if dtype == "auto" else dtype
+            model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
     if info["mismatched_keys"]:
         name, found, wanted = min(info["mismatched_keys"])
         raise RiaError(
@@ -78,9 +108,7 @@ def load_model(folder: str, device: torch.device, compute_dtype: str | None = No
     if info["missing_keys"]:
         # transformers would go on with random numbers in their place.
         raise RiaError(f"{folder}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. Get the files again.")
-    model = model.to(device).eval()
-    dtype = model.dtype if compute_dtype is None else choose_dtype(model.dtype, device, compute_dtype)
-    return model if dtype == model.dtype else model.to(dtype)
+    return model.to(device).eval()
 
 
 def dense_state(reader: Reader) -> dict[str, torch.Tensor]:
@@ -205,6 +233,8 @@ def evaluate(
     if tasks is not None:
         if baseline is not None or update_card:
             raise RiaError("eval: --baseline and --update-card are for perplexity. Give --text FILE instead of --tasks.")
+        if engine == "vllm" and compute_dtype != "auto":
+            raise RiaError("eval: --compute-dtype is for --engine hf; vLLM takes the model's own. Leave one out.")
         from ria_vllm.offline.tasks import run_tasks
 
         place = choose_device(device)
@@ -214,7 +244,11 @@ def evaluate(
     assert text is not None
     if update_card:
         check_card(Path(model))
-    monitor = Monitor()
+    monitor, place = Monitor(), choose_device(device)
+    models = [model] if baseline is None else [model, baseline]
+    configs = {name: read_config(name) for name in models}
+    seq_len = window_length(configs, seq_len)
+    compute_dtype = common_dtype(list(configs.values()), place, compute_dtype)
     with monitor.live():
         with monitor.phase("reading the text"):
             tokens = read_tokens(model, text, max_tokens)
@@ -223,14 +257,14 @@ def evaluate(
                     f"{baseline}: reads the text as other tokens than {model}, so their perplexities do not compare."
                 )
         with monitor.phase("loading the model"):
-            loaded = load_model(model, choose_device(device), compute_dtype)
-        seq_len, dtype = window_length(loaded, seq_len), name_of(loaded.dtype)
+            loaded = load_model(model, place, compute_dtype)
+        dtype = name_of(loaded.dtype)
         found, dense = perplexity(loaded, tokens, seq_len, monitor), None
         del loaded  # before the other model is read
         if baseline is not None:
             with monitor.phase("loading the baseline"):
-                loaded = load_model(baseline, choose_device(device), compute_dtype)
-            dense = perplexity(loaded, tokens, window_length(loaded, seq_len), monitor)
+                loaded = load_model(baseline, place, dtype)
+            dense = perplexity(loaded, tokens, seq_len, monitor)
     if as_json:
         about = {"model": model, "text": str(text), "compute_dtype": dtype, **asdict(found)}
         click.echo(json.dumps(about | ({"baseline": {"model": baseline, **asdict(dense)}} if dense else {}), indent=2))
@@ -244,14 +278,24 @@ def evaluate(
         note_perplexity(Path(model), Measured(text.name, found.tokens, found.seq_len, found.perplexity, other))
 
 
-def window_length(model: Any, asked: int | None) -> int:
-    """Positions past the model's context would fail deep inside it, or give numbers that mean nothing."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def window_length(configs: Mapping[str, Any], asked: int | None) -> int:
+    """One for all models: positions past a context would fail deep inside the model, or give meaningless numbers."""
+    texts = {model: config.get_text_config() for model, config in configs.items()}
+    contexts = {model: getattr(text, "max_position_embeddings", None) or math.inf for model, text in texts.items()}
+    model, longest = min(contexts.items(), key=lambda entry: entry[1])
     if asked is None:
-        return min(1024, longest or 1024)
-    if longest is not None and asked > longest:
-        raise RiaError(f"--seq-len {asked}: the model's context is {longest} tokens. Choose a smaller window.")
+        return min(1024, longest)
+    if asked > longest:
+        raise RiaError(f"--seq-len {asked}: the context is {longest} tokens ({model}). Choose a smaller window.")
     return asked
+
+
+def common_dtype(configs: Sequence[Any], device: torch.device, asked: str) -> str:
+    """What all models are computed in, the widest that one of them needs; `asked` if a configuration is silent."""
+    stored = [_dtype_in(config) for config in configs]
+    if None in stored:
+        return asked
+    return name_of(functools.reduce(torch.promote_types, [choose_dtype(dtype, device, asked) for dtype in stored]))
 
 
 def task_lines(results: dict[str, Any]) -> str:

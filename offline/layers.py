@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,8 +83,8 @@ class LayerPass:
             stream, calls = embedder(chunks[index])
             if not all(one.same_as(other) for one, other in zip(self.calls[stream.shape], calls, strict=True)):
                 raise RiaError(
-                    f"{type(self.model.model).__name__} gives its layers more than the residual stream for each text: "
-                    "not supported."
+                    f"{self.model.folder}: {type(self.model.model).__name__} gives its layers more than the residual "
+                    "stream for each text, so they cannot be pruned one by one."
                 )
             self.pruned.append(stream)
             if self.dense is not None:
@@ -156,6 +157,7 @@ class LayerPass:
                 passes=min(8, max(2, TRAINING_STEPS // self.chunks)),
                 seed=self.recipe.seed,
                 dtype=self.recipe.product_dtype,
+                where=f"{self._place(index, next(iter(pruned)))} and what is trained with it: ",
             )
         trained = {}
         for name, linear in pruned.items():
@@ -173,12 +175,12 @@ class LayerPass:
     ) -> dict[str, Pruned]:
         if not groups:
             return {}
-        prefix = self.model.layer_prefix(index)
         calls, with_gram = self._calls(index), self.recipe.needs_gram
+        named = partial(self._place, index)
         before = self.dense if number == 0 else None
         after = self.dense if component.additive and number == len(component.stages) - 1 else None
         found = gather(
-            layer, component, groups, calls, self.pruned, with_gram, self.team, self.monitor, prefix, before, after
+            layer, component, groups, calls, self.pruned, with_gram, self.team, self.monitor, named, before, after
         )
         trim()
         names = [name for group in groups for name in group.linears]
@@ -188,10 +190,14 @@ class LayerPass:
             orders = find_orders(groups, weights, statistics, self.recipe, self.team)
         with self.monitor.phase("masks and weights"):
             trim()
-            solved = solve(names, weights, statistics, orders, self.model.stored_dtype, self.recipe, self.team, prefix)
+            solved = solve(names, weights, statistics, orders, self.model.stored_dtype, self.recipe, self.team, named)
         del found, statistics
         trim()
         return solved
+
+    def _place(self, index: int, name: str) -> str:
+        """What an error says of a linear: the model's folder, and the name that it has there."""
+        return f"{self.model.folder}: {self.model.written_linear(index, name)}"
 
     def _calls(self, index: int) -> dict[torch.Size, LayerCall]:
         return {shape: calls[index] for shape, calls in self.calls.items()}

@@ -31,6 +31,7 @@ class Names:
     Args:
         model: its modules may be on the meta device.
         in_files: the files' names of all tensors.
+        folder: where they are, for errors.
 
     Attributes:
         files: written name -> name in the file, sorted; all that the new checkpoint has to hold.
@@ -44,9 +45,9 @@ class Names:
         RiaError: two tensors of the files go by one name, or one has a name that a checkpoint cannot have.
     """
 
-    def __init__(self, model: PreTrainedModel, in_files: Iterable[str]):
+    def __init__(self, model: PreTrainedModel, in_files: Iterable[str], folder: Path):
         # In the order in which transformers asks: some renamings depend on what they have seen before.
-        in_files = sorted(in_files, key=_natural_order)
+        in_files = sorted(in_files, key=lambda name: _natural_order(name, folder))
         known = model.state_dict()
         prefix = model.base_model_prefix
         self.mapping = get_model_conversion_mapping(model)
@@ -67,7 +68,7 @@ class Names:
                 continue
             written = f"{prefix}.{name}" if inside == f"{prefix}.{renamed}" else name
             if written in self.files:
-                raise RiaError(f"{name} and {self.files[written]} are both in the files, and mean the same tensor.")
+                raise _two_of(name, self.files[written], folder)
             self.files[written], self.inside[written] = name, inside
             if inside not in known:
                 self.unknown.append(written)
@@ -76,8 +77,7 @@ class Names:
                 targets = next(c.target_patterns for c in converters if pattern in c.source_patterns)
                 self.made |= {inside.replace(targets[0], target) for target in targets}
             elif inside in self.direct:
-                other = self.files[self.direct[inside]]
-                raise RiaError(f"{name} and {other} are both in the files, and mean the same tensor.")
+                raise _two_of(name, self.files[self.direct[inside]], folder)
             else:
                 self.direct[inside] = written
         self.files = dict(sorted(self.files.items()))
@@ -97,13 +97,25 @@ class Names:
         return self.direct.get(f"{name}.weight", "").endswith(".weight")
 
 
-def _natural_order(name: str) -> list:
+def _two_of(name: str, other: str, folder: Path) -> RiaError:
+    return RiaError(
+        f"{folder}: {name} and {other} are both in the files, and mean the same tensor. Get the model again, or save "
+        "it with one of them."
+    )
+
+
+def _natural_order(name: str, folder: Path) -> list:
     if name.rpartition(".")[2] in COMPRESSED:
-        raise RiaError(f"{name} is in the files, a name as in a compressed model. Give the original, uncompressed one.")
+        raise RiaError(
+            f"{folder}: {name} is in the files, a name as in a compressed model. Give the original, uncompressed one."
+        )
     try:
         return dot_natural_key(name)
     except ValueError as error:
-        raise RiaError(f"{name[:60]!r} is in the files, and transformers cannot read such a name ({error}).") from None
+        raise RiaError(
+            f"{folder}: {name[:60]!r} is in the files, and transformers cannot read such a name ({error}). Get the "
+            "model again, or save it without this tensor."
+        ) from None
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:

@@ -13,6 +13,8 @@ from ria_vllm.offline.topology import FUSED, Group, Topology, linears_of, served
 from ria_vllm.schema import REARRANGED_BY_VLLM
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
 
+NOT_IN_FIRST = "not in the first layer, by which the others are pruned"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,6 +48,7 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
     dense: dict[str, str] = {}
     warnings: list[str] = []
     misfits: dict[str, int] = {}
+    beyond: list[int] = []  # weights of the linears that the first layer lacks
     together: list[frozenset[str]] = []
     shared = {name for pair in model.model.all_tied_weights_keys.items() for name in pair}
     for index, layer in enumerate(model.layers):
@@ -59,7 +62,8 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
             if name in topology.dense:
                 reasons[name] = topology.dense[name]
             elif name not in topology.linears:
-                reasons[name] = "not in the other layers"
+                reasons[name] = NOT_IN_FIRST
+                beyond.append(module.weight.numel())
             elif f"{full}.weight" in shared:
                 reasons[name] = "its weights are another layer's, too"
             elif not model.names.is_own(full):
@@ -87,6 +91,10 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
         sets = {frozenset(topology.fused_with(name, pruned[index])) for name in pruned[index]}
         together += [frozenset(written[name] for name in names) for names in sets]
     warnings = [f"{what}; left dense in {count} layers." for what, count in misfits.items()] + warnings
+    if beyond:
+        total = sum(m.weight.numel() for layer in model.layers for m in layer.modules() if isinstance(m, nn.Linear))
+        share = f"{sum(beyond) / total:.0%} of the weights of the decoder layers' linears"
+        warnings.append(f"{len(beyond)} linears are {NOT_IN_FIRST}; they stay dense, {share}.")
     warnings += _experts(model) + _unknown_tensors(model)
     family = model.model.config.model_type
     if family in REARRANGED_BY_VLLM:

@@ -11,7 +11,8 @@ PATH_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_
 def published(name: str) -> str:
     """A hub id stays as it is; of a path the last name is left."""
     path = Path(name)
-    local = path.exists() or path.is_absolute() or name.startswith((".", "~"))
+    # A name that is no path may be too long for one, or lead into a folder out of reach: Path.exists() would raise.
+    local = os.path.exists(name) or path.is_absolute() or name.startswith((".", "~"))
     return Path(os.path.abspath(path)).name if local else name
 
 

@@ -1,6 +1,6 @@
 """Prune the linears of one stage: orders of the input channels, masks, and the weights that stay."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -103,12 +103,12 @@ def solve(
     dtype: torch.dtype,
     recipe: Recipe,
     ranks: Ranks,
-    where: str,
+    named: Callable[[str], str],
 ) -> dict[str, Pruned]:
     """Prune and reconstruct the linears `names`, divided over the ranks. Results are on the CPU, weights in `dtype`.
 
     Raises:
-        RiaError: a result is not finite in `dtype`; `where` names the layer.
+        RiaError: a result is not finite in `dtype`; `named` gives the linear's name in the files.
     """
     owners = ranks.divide([weights[n].shape[1] * weights[n].numel() for n in names])
     solved: dict[str, Pruned] = {}
@@ -118,7 +118,7 @@ def solve(
             continue
         solved[name] = _prune(weights[name], statistics[name], orders[name], dtype, recipe, solvers)
         if not bool(solved[name].weight.isfinite().all()):
-            raise RiaError(f"{where}{name}: NaN or infinite values after pruning; try --reconstruct none.")
+            raise RiaError(f"{named(name)}: NaN or infinite values after pruning; give --reconstruct none.")
     return {name: ranks.from_owner(solved.get(name), owner) for name, owner in zip(names, owners, strict=True)}
 
 

@@ -60,7 +60,7 @@ class StreamedModel:
         self.model.eval().requires_grad_(False)
         self.layers_path = topology.decoder_layers(self.model, getattr(text, "num_hidden_layers", 0))
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
-        self.names = Names(self.model, self.files)
+        self.names = Names(self.model, self.files, folder)
         self._check_all()
         self._check_tied()
         self._materialize_buffers()
@@ -154,7 +154,7 @@ class StreamedModel:
     def _check_all(self) -> None:
         """Refuse now what would only show after hours, or in the finished checkpoint.
 
-        Presence and shapes, from the files' headers; the values of what nothing loads before it is copied.
+        Presence and shapes, from the files' headers; the values of tensors that are copied without ever being loaded.
         """
         wanted: dict[str, torch.Tensor] = {}
         for name, tensor in self.model.state_dict().items():
@@ -239,7 +239,19 @@ class StreamedModel:
         for name, tensor in found.items():
             self._check_values(name, tensor, floating=True)
         load = LoadStateDictConfig(weight_mapping=self.names.mapping, dtype=self.dtype, device_map={"": self.device})
-        convert_and_load_state_dict_in_model(self.model, {self.names.files[name]: t for name, t in found.items()}, load)
+        tensors = {self.names.files[name]: tensor for name, tensor in found.items()}
+        info, _ = convert_and_load_state_dict_in_model(self.model, tensors, load)
+        for name, why in sorted(info.conversion_errors.items()):
+            reason = ". ".join(why.strip().splitlines()[-2:])  # the end of a traceback
+            raise RiaError(
+                f"{self.folder}: transformers cannot make {name} from the tensors in the files ({reason}). Get the "
+                "model again."
+            )
+        for name, made, wanted in sorted(info.mismatched_keys):
+            raise RiaError(
+                f"{self.folder}: {name}, made from several tensors of the files, has shape {tuple(made)}, config.json "
+                f"asks for {tuple(wanted)}. Get the model again."
+            )
         self.model.requires_grad_(False)
 
     def _materialize_buffers(self) -> None:

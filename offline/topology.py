@@ -1,8 +1,8 @@
 """What a model family's decoder layer looks like: the only place that knows architectures.
 
-Families listed here get folds (`ria_vllm.schema.Fold`), shared permutations and two components a
-layer. Every other causal LM with nn.Linear layers is pruned too: linears that read the same tensor share a permutation,
-nothing is folded, and the whole layer is one component.
+Families listed here get folds (`ria_vllm.schema.Fold`), shared permutations and two components a layer. Every other
+causal LM with nn.Linear layers is pruned too: linears that read the same tensor share a permutation, nothing is folded,
+and the whole layer is one component.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -35,6 +35,18 @@ class _Stage:
         return f"{self.name} {self.done}/{self.total} ({_clock(taken)}{eta})"
 
 
+class _Console(Console):
+    """Standard error, which may be closed, or lose its reader, without harm to the work and to standard output."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+    @property
+    def has_bars(self) -> bool:
+        """Whether lines can be drawn anew: on a terminal, whatever FORCE_COLOR says, that is not a dumb one."""
+        return sys.stderr is not None and sys.stderr.isatty() and not self.is_dumb_terminal
+
+
 class Monitor:
     """Two bars on a terminal, with an ETA each: all layers, and the phase at hand; elsewhere a line every EVERY seconds.
 
@@ -49,11 +61,11 @@ class Monitor:
     def __init__(self, shown: bool = True, clock: Callable[[], float] = time.monotonic):
         self.shown, self.clock = shown, clock
         self.seconds: dict[str, float] = {}
-        self.console = Console(file=sys.stderr, quiet=not shown)
+        self.console = _Console(stderr=True, quiet=not shown)
         columns = (TextColumn("{task.description:<34}", markup=False), BarColumn(24), MofNCompleteColumn())
         self.bars = Progress(
             *columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=self.console,
-            disable=not shown or not self.console.is_terminal, transient=True,
+            disable=not shown or not self.console.has_bars, transient=True,
         )  # fmt: skip
         self._stack: list[_Stage] = []
         self._since = clock()
@@ -93,7 +105,7 @@ class Monitor:
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        """Time what is done meanwhile under `name`; what it gives is called after each of `total` steps."""
+        """Time what is done meanwhile under `name`; call what it yields after each of `total` steps."""
         self._book()
         stage = _Stage(name, self.clock(), total)
         self._stack.append(stage)

@@ -154,3 +154,40 @@ def test_on_a_terminal_there_are_bars_for_long_single_steps_too():
     assert "━" in text and "\x1b[" in text and "..." not in text
     for word in ("loading the model", "decoder layers", "calibration passes", "layer 2 x"):
         assert word in text
+
+
+def test_a_dumb_terminal_gets_lines():
+    main, side = pty.openpty()
+    environment = os.environ | {"TERM": "dumb"}
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.DEVNULL, stderr=side, env=environment)
+    os.close(side)
+    shown = b""
+    try:
+        while piece := os.read(main, 4096):
+            shown += piece
+    except OSError:
+        pass
+    os.close(main)
+    assert process.wait(60) == 0
+    assert b"... loading the model" in shown and "━" not in shown.decode()
+
+
+def test_forced_colours_through_a_pipe_bring_no_bars():
+    environment = os.environ | {"FORCE_COLOR": "1"}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stdout == "done\n" and "... loading the model" in done.stderr and "━" not in done.stderr
+
+
+def test_a_reader_that_goes_away_costs_no_result():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=write, text=True, timeout=60)
+    os.close(write)
+    assert (done.stdout, done.returncode) == ("done\n", 0)
+
+
+def test_a_closed_standard_error_leaves_standard_output_alone():
+    command = [f'exec "{sys.executable}" -c "$0" 2>&-', SCRIPT]
+    done = subprocess.run(["sh", "-c", *command], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("done\n", 0)

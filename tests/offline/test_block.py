@@ -146,5 +146,5 @@ def test_bad_input_is_named(problem):
     model, params, masks, inputs, targets = problem
     with pytest.raises(RiaError, match="6 inputs and 5 targets"):
         train_block(model, params, masks, inputs, targets[:5])
-    with pytest.raises(RiaError, match="diverged.*smaller lr"):
+    with pytest.raises(RiaError, match="diverged.*Give --reconstruct admm"):
         train_block(model, params, masks, [h * float("nan") for h in inputs], targets)

@@ -59,7 +59,8 @@ def statistics_of(source, text, out, monkeypatch):
 
     def keeping(layer, component, stage, *rest):
         statistics = gather(layer, component, stage, *rest)
-        found.update({rest[-3] + group.linears[0]: one for group, one in zip(stage, statistics, strict=True)})
+        names = [rest[-3](group.linears[0]).rpartition(" ")[2] for group in stage]
+        found.update(zip(names, statistics, strict=True))
         return statistics
 
     gather = layers.gather

@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -113,6 +114,26 @@ def test_what_is_chosen(slow, monkeypatch):
     assert choose_dtype(BF16, CUDA) == FP32  # before 8.0
 
 
+@pytest.mark.parametrize(
+    ("stored", "asked"), [(FP32, "bfloat16"), (FP32, "float16"), (BF16, "float16"), (FP16, "bfloat16")]
+)
+def test_a_dtype_that_would_round_the_weights_is_refused(stored, asked):
+    name = dtypes.name_of(stored)
+    with pytest.raises(RiaError, match=f"--compute-dtype {asked}: the weights are {name}.* Give .*float32"):
+        choose_dtype(stored, CPU, asked)
+
+
+def test_both_commands_refuse_to_round_before_any_work(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(StreamedModel, "__init__", lambda *_: pytest.fail("worked"))
+    with pytest.raises(RiaError, match="--compute-dtype bfloat16: the weights are float32"):
+        run(tiny("llama"), tmp_path / "out", text, compute_dtype="bfloat16")
+    assert not list(tmp_path.glob("out*"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    arguments = [str(tiny("llama")), "--text", str(text), "--compute-dtype", "bfloat16"]
+    refused = CliRunner().invoke(evaluate, arguments).exception
+    assert isinstance(refused, RiaError) and "the weights are float32" in str(refused)
+
+
 @pytest.mark.parametrize("options", [{}, {"reconstruct": "block"}], ids=str)
 def test_computed_in_float32_it_is_written_in_bf16(options, slow, stored_bf16, text, tmp_path, monkeypatch, capsys):
     seen = set()
@@ -182,6 +203,9 @@ def test_text_of_its_own_is_written_in_the_fast_dtype(slow, stored_bf16, tmp_pat
     run(stored_bf16, tmp_path / "out", Path("self"))
     assert seen == [FP32]
     with pytest.raises(RiaError, match="in float32, .* Or give --compute-dtype bfloat16"):
+        monkeypatch.setattr(pipeline, "available", lambda device: (stored_bf16 / "model.safetensors").stat().st_size)
+        run(stored_bf16, tmp_path / "again", Path("self"))
+    with pytest.raises(RiaError, match="one at a time.$"):  # in bfloat16 it would not fit either
         monkeypatch.setattr(pipeline, "available", lambda device: 10)
         run(stored_bf16, tmp_path / "again", Path("self"))
 

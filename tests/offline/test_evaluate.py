@@ -158,3 +158,48 @@ def test_what_cannot_be_noted_or_compared_is_not_measured(pruned_llama, text, tm
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(RiaError, match="reads the text as other tokens"):
         run(pruned_llama.folder, "--text", text, "--baseline", other)
+
+
+def edited(source, folder, **config):
+    shutil.copytree(source, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+def test_both_models_are_measured_alike(tiny_llama, text, tmp_path, monkeypatch):
+    """A baseline with a shorter context, in a wider dtype."""
+    from transformers import AutoModelForCausalLM
+
+    wide = tmp_path / "wide"
+    shutil.copytree(tiny_llama, wide)
+    AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).save_pretrained(wide)
+    edited(wide, tmp_path / "short", max_position_embeddings=100)
+    monkeypatch.setattr("ria_vllm.offline.dtypes.fast_bf16", lambda device: True)
+    found = json.loads(run(tiny_llama, "--text", text, "--baseline", tmp_path / "short", "--json").stdout)
+    assert found["compute_dtype"] == "float32" and found["seq_len"] == found["baseline"]["seq_len"] == 100
+    assert found["perplexity"] == found["baseline"]["perplexity"]  # the same values, computed alike
+    with pytest.raises(RiaError, match="--seq-len 200: the context is 100 tokens .*short"):
+        run(tiny_llama, "--text", text, "--baseline", tmp_path / "short", "--seq-len", 200)
+
+
+def test_widened_it_computes_what_a_wide_model_would(make_model, tmp_path):
+    """Gemma multiplies its embeddings by a factor that bfloat16 cannot hold; frequencies stay in float32 throughout."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_model(tmp_path / "model", "gemma3", dtype=torch.bfloat16)
+    wide = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.arange(2, 60)[None]
+    silent = edited(folder, tmp_path / "silent", dtype=None)
+    for source in (folder, silent):
+        model = load_model(str(source), CPU, "float32")
+        assert all(buffer.dtype == torch.float32 for buffer in model.buffers())
+        with torch.no_grad():
+            assert torch.equal(model(tokens).logits, wide(tokens).logits)
+    frequencies = [b for name, b in load_model(str(folder), CPU, "bfloat16").named_buffers() if "inv_freq" in name]
+    assert frequencies and all(buffer.dtype == torch.float32 for buffer in frequencies)
+
+
+def test_what_vllm_would_not_heed_is_refused(tiny_llama):
+    with pytest.raises(RiaError, match="--compute-dtype is for --engine hf"):
+        run(tiny_llama, "--tasks", "x", "--engine", "vllm", "--compute-dtype", "float32")

@@ -1,6 +1,8 @@
 """Killed and resumed, or divided over processes: the same bytes as one run in one go."""
 
+import errno
 import hashlib
+import json
 import os
 import resource
 import signal
@@ -10,12 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import compress as pipeline
 from ria_vllm.offline import streaming
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.progress import Monitor
+from ria_vllm.offline.ranks import Ranks
 from ria_vllm.offline.recipe import Recipe
 
 
@@ -76,6 +80,49 @@ def test_resume_refuses_other_options(tiny, text, tmp_path, monkeypatch):
     with pytest.raises(RiaError, match="another method"):
         run(tiny("llama"), tmp_path / "out", text, Settings(resume=True), method="wanda")
     run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
+
+
+def test_resume_says_what_was_upgraded_and_what_is_damaged(tiny, text, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_say_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny("llama"), tmp_path / "out", text)
+    path = tmp_path / "out.partial" / "run.json"
+    begun = path.read_text()
+    content = json.loads(begun)
+    now = content["versions"]["scipy"]
+    path.write_text(json.dumps(content | {"versions": content["versions"] | {"scipy": "1.0"}}))
+    with pytest.raises(RiaError, match=f"from a run with scipy 1.0; here is scipy {now}. .*leave out --resume"):
+        run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
+    path.write_text(begun[:40])
+    with pytest.raises(RiaError, match="run.json is damaged.* Leave out --resume"):
+        run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
+    path.write_text(begun)
+    logging.enable_progress_bar()
+    run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
+    assert not logging.is_progress_bar_enabled()
+
+
+def test_the_record_of_a_run_is_there_whole_or_not_at_all(tiny, text, tmp_path, monkeypatch):
+    def write(path, content):
+        path.write_bytes(content.encode()[:20])
+        raise OSError(errno.EIO, "broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write)
+        with pytest.raises(RiaError, match="cannot write"):
+            run(tiny("llama"), tmp_path / "out", text)
+    assert not (tmp_path / "out.partial" / "run.json").exists()
+    run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
+
+
+def test_nothing_is_removed_while_other_ranks_still_read(tiny, text, tmp_path, monkeypatch):
+    order = []
+    for owner, name in ((pipeline, "_report"), (pipeline, "_finish"), (Ranks, "wait")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, name=name, real=real: (order.append(name), real(*a))[1])
+    run(tiny("llama"), tmp_path / "out", text)
+    assert order[order.index("_report") :] == ["_report", "wait", "_finish", "wait"]
 
 
 def test_resume_refuses_other_weights_and_other_text(tiny, make_model, text, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.core_model_loading import WeightRenaming
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -17,6 +17,7 @@ from ria_vllm.export import export_dense
 from ria_vllm.offline import compress as pipeline
 from ria_vllm.offline import names
 from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.layers import LayerPass
 from ria_vllm.progress import Monitor
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.streaming import StreamedModel
@@ -100,13 +101,22 @@ def check_export(source: Path, reader: Reader, folder: Path, inside) -> None:
     assert not torch.allclose(expected, dense, atol=1e-2)
 
 
+def linear_weights(source: Path) -> int:
+    """Of all linears in the decoder layers."""
+    layers = AutoModelForCausalLM.from_pretrained(source).model.layers
+    return sum(m.weight.numel() for m in layers.modules() if isinstance(m, torch.nn.Linear))
+
+
 def test_nemotron_h(tiny, text, tmp_path):
     """Layers of four kinds; in the files `backbone.` where transformers has `model.`, and experts one by one."""
     source = tiny("nemotron-h")
     stored = load_file(source / "model.safetensors")
     assert "backbone.embeddings.weight" in stored and "backbone.layers.3.mixer.experts.0.up_proj.weight" in stored
-    report, _ = run(source, tmp_path / "out", text)
+    report, warnings = run(source, tmp_path / "out", text)
     reader = check_whole(source, tmp_path / "out")
+    beyond = [name for name, why in report["dense"].items() if why.startswith("not in the first layer")]
+    share = sum(stored[f"{name}.weight"].numel() for name in beyond) / linear_weights(source)
+    assert any(f"{len(beyond)} linears are not in the first layer" in w and f" {share:.0%} of" in w for w in warnings)
     assert set(reader.sparse_names) == {f"backbone.layers.0.mixer.{x}_proj" for x in ("in", "out")} == set(report["linears"])
     assert "backbone.layers.1.mixer.q_proj" in report["dense"] and reader.schema.ignored("backbone.layers.1.mixer.q_proj")
     check_export(source, reader, tmp_path / "dense", lambda name: name.replace("backbone", "model"))
@@ -232,15 +242,39 @@ def test_a_tensor_that_would_be_lost_is_an_error(forgotten, tiny, text, tmp_path
         real_outside = StreamedModel.names_outside_layers
         kept = lambda self: [name for name in real_outside(self) if "layers" not in name]  # noqa: E731
         monkeypatch.setattr(StreamedModel, "names_outside_layers", kept)
+    monkeypatch.setattr(LayerPass, "prune", lambda *_, **__: pytest.fail("pruned"))
     with pytest.raises(RiaError, match=f"{forgotten} would be missing in the output"):
         run(tiny("llama"), tmp_path / "out", text)
     assert not list(tmp_path.glob("out*"))
 
 
+def test_an_error_at_the_end_costs_no_finished_layer(tiny, text, tmp_path, monkeypatch):
+    lost = "model.layers.1.input_layernorm.weight"
+    with monkeypatch.context() as patch:
+        whole = pipeline.layer_tensors
+        patch.setattr(pipeline, "layer_tensors", lambda *a: {n: x for n, x in whole(*a).items() if n != lost})
+        message = f"{lost} would be missing in the output.*Finished layers are kept in .*out.partial"
+        with pytest.raises(RiaError, match=message):
+            run(tiny("llama"), tmp_path / "out", text)
+    work = tmp_path / "out.partial"
+    assert len(list((work / "units").glob("layer-*.safetensors"))) == 2
+    (work / "units" / "layer-00001.safetensors").unlink()  # the one that is not whole
+    run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
+    check_whole(tiny("llama"), tmp_path / "out")
+
+
+def test_a_broken_tokenizer_configuration_shows_before_any_layer(tiny, text, tmp_path, monkeypatch):
+    source = shutil.copytree(tiny("llama"), tmp_path / "in")
+    monkeypatch.setattr(pipeline, "_tokens", lambda *_: pytest.fail("worked"))
+    (source / "tokenizer_config.json").write_text("{")
+    with pytest.raises(RiaError, match="tokenizer_config.json: not readable as JSON"):
+        run(source, tmp_path / "out", text)
+
+
 def test_a_tensor_that_would_be_there_twice_is_an_error(tiny, text, tmp_path, monkeypatch):
     real = StreamedModel.names_outside_layers
     monkeypatch.setattr(StreamedModel, "names_outside_layers", lambda self: [*real(self), "model.layers.0.input_layernorm.weight"])
-    with pytest.raises(RiaError, match="model.layers.0.input_layernorm.weight would be 2 times in the output"):
+    with pytest.raises(RiaError, match="model.layers.0.input_layernorm.weight would be in the output twice"):
         run(tiny("llama"), tmp_path / "out", text)
 
 
@@ -349,6 +383,19 @@ def test_configurations_that_do_not_run(tiny, text, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_layer_that_does_not_run_by_itself_is_named(tiny, text, tmp_path, monkeypatch):
+    def forward(self, *args, **kwargs):
+        if self.self_attn.layer_idx == 1 and not self.input_layernorm.weight.is_meta:
+            raise TypeError("needs more")
+        return real(self, *args, **kwargs)
+
+    real = LlamaDecoderLayer.forward
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    message = "llama.*/dense: model.layers.1: transformers cannot run LlamaDecoderLayer by itself.*needs more"
+    with pytest.raises(RiaError, match=message):
+        run(tiny("llama"), tmp_path / "out", text)
+
+
 def test_dtypes_of_quantized_models_are_refused(tiny, text, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     for dtype in (torch.float8_e4m3fn, torch.int8):
@@ -392,6 +439,31 @@ def test_odd_folders_are_refused_before_any_work(message, tiny, text, tmp_path, 
     with pytest.raises(RiaError, match=message):
         run(source, tmp_path / "out", text)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("wrong", ["one", "all"])
+def test_experts_that_do_not_go_together(wrong, tiny, text, tmp_path):
+    def change(tensors):
+        for name in tensors:
+            if name.startswith("model.layers.1.mlp.experts.1." if wrong == "one" else "model.layers.1.mlp.experts."):
+                tensors[name] = tensors[name][:32].clone()
+
+    cannot = "transformers cannot make model.layers.1.mlp.experts.* from the tensors"
+    message = {"one": cannot, "all": "asks for"}[wrong]
+    with pytest.raises(RiaError, match=f"in: .*model.layers.1.mlp.experts.*{message}" if wrong == "all" else message):
+        run(edited(tiny("qwen3-moe"), tmp_path / "in", change), tmp_path / "out", text)
+
+
+@pytest.mark.parametrize("place", ["files", "renamed"])
+def test_errors_name_the_linear_as_its_file_does(place, tiny, text, tmp_path):
+    def change(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"].mul_(1e38)
+        return {put_away(name): tensor for name, tensor in tensors.items()} if place == "renamed" else None
+
+    source = edited(tiny("qwen3.5"), tmp_path / "in", change)
+    name = "model.language_model.layers.1.mlp.down_proj" if place == "renamed" else "model.layers.1.mlp.down_proj"
+    with pytest.raises(RiaError, match=f"in: {name}: NaN or infinite values in its input.* in float32. Check"):
+        run(source, tmp_path / "out", text)
 
 
 def test_sampling_from_a_model_that_transformers_cannot_load(tiny, tmp_path, text, monkeypatch):

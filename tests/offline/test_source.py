@@ -17,6 +17,7 @@ from ria_vllm.offline import compress as pipeline
 from ria_vllm.offline import source
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.prune import Pattern
+from ria_vllm.offline.publish import published
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
 
@@ -67,18 +68,19 @@ DAMAGE = {
     "model.layers.1.self_attn.q_proj.weight: NaN": lambda m: edit_weights(
         m, lambda t: put(t, "model.layers.1.self_attn.q_proj.weight", float("nan"))
     ),
-    "model.layers.1.mlp.down_proj: NaN or infinite values in its input": lambda m: edit_weights(
+    "model: model.layers.1.mlp.down_proj: NaN or infinite values in its input.*in float32": lambda m: edit_weights(
         m, lambda t: put(t, "model.layers.1.mlp.up_proj.weight", 3e38)
     ),
 }
 
 
 @pytest.mark.parametrize("message", DAMAGE)
-def test_bad_models_are_named_and_leave_nothing_behind(message, model, text, tmp_path):
+def test_bad_models_are_named_and_leave_nothing_unfinished_behind(message, model, text, tmp_path):
     DAMAGE[message](model)
     with pytest.raises(RiaError, match=message):
         run(model, tmp_path / "out", text)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    finished = list(tmp_path.glob("out.partial/units/layer-*"))  # kept, whatever comes later
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"] + ["out.partial"] * bool(finished)
 
 
 COMMANDS = {"compress": ["-o", "out", "--calibration", "text.txt"], "eval": ["--text", "text.txt"]}
@@ -307,3 +309,13 @@ def test_a_broken_gguf_file(text, tmp_path):
     with pytest.raises(RiaError, match="cannot read this GGUF file"):
         run(tmp_path / "m.gguf", tmp_path / "out", text)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf"]
+
+
+def test_a_name_that_can_be_no_path_is_no_error(tmp_path, monkeypatch):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    for name in ("x" * 300, "a\0b", "org/" + "y" * 5000):
+        assert published(name) == name
+    assert published(str(closed / "model")) == "model"
+    monkeypatch.chdir(tmp_path)
+    assert published("closed/model") == "closed/model"
