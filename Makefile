@@ -1,4 +1,4 @@
-# make demo   a pruned model from nothing to `vllm serve`, in a few minutes
+# make demo   a pruned model from nothing to `vllm serve`, in some minutes
 # make test   the whole test suite
 # make test-versions  the serving tests with each older vLLM that is supported, and a look into the newest CUDA wheel
 # make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel.
@@ -14,6 +14,8 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
+# For the download of the model in demo/run.py.
+export PIP_ARGS
 VLLM_VERSION := 0.32.0
 
 BIN := .venv/bin
