@@ -91,7 +91,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
             str(path.parent), gguf_file=path.name, trust_remote_code=False
         )
     except ImportError as error:
-        raise RiaError(f"{path}: {error} Install them with: pip install 'ria-vllm[gguf]'") from None
+        raise RiaError(f"{path}: {error} Install them with: pip install gguf accelerate") from None
     except Exception as error:
         raise RiaError(f"{path}: transformers cannot read this GGUF file ({error}).") from error
     if hasattr(model.config, "quantization_config"):

@@ -27,11 +27,12 @@ UV_VARIABLES = {
     "constraint": ["UV_CONSTRAINT"],
     "cert": ["SSL_CERT_FILE"],
     "proxy": ["HTTPS_PROXY", "HTTP_PROXY"],
-    "no-index": ["UV_NO_INDEX"],
 }
 # Options of pip's alone: with a value, and without.
-PIPS_WITH_VALUE = ("--timeout", "--default-timeout", "--retries", "--proxy", "--root-user-action", "--progress-bar")
-PIPS_FLAGS = ("--prefer-binary", "--use-pep517")
+PIPS_WITH_VALUE = (
+    "--timeout", "--default-timeout", "--retries", "--proxy", "--root-user-action", "--progress-bar", "--upgrade-strategy",
+)  # fmt: skip
+PIPS_FLAGS = ("--prefer-binary", "--use-pep517", "--no-input", "--no-warn-script-location")
 
 
 def pip_install(arguments: list[str]) -> tuple[int, str, str]:
@@ -56,10 +57,11 @@ def pass_on(source: TextIO, target: TextIO, lines: list[str]) -> None:
         lines.append(line)
 
 
-def configuration_of_pip() -> dict[str, str]:
-    """Variables that tell uv what pip's files and variables say of places and constraints; variables win."""
+def configuration_of_pip() -> tuple[list[str], dict[str, str]]:
+    """Options and variables that tell uv what pip's files and variables say of places and constraints; variables win."""
     listed = subprocess.run([*PIP, "config", "list"], capture_output=True, text=True).stdout
-    found = {}
+    found: dict[str, str] = {}
+    options: list[str] = []
     settings = re.findall(r"^(global|install|:env:)\.([\w-]+)=('.*'|\".*\")$", listed, re.MULTILINE)
     # As pip reads them: the command's own section after the global one, variables last.
     for _, key, value in sorted(settings, key=lambda setting: ("global", "install", ":env:").index(setting[0])):
@@ -68,7 +70,9 @@ def configuration_of_pip() -> dict[str, str]:
             parts = ast.literal_eval(value).split()
             told = ("," if key == "find-links" else " ").join(parts)
             found |= {variable: told for variable in UV_VARIABLES[key]}
-    return found
+        elif key == "no-index":  # for which uv has no variable
+            options = ["--no-index"] if ast.literal_eval(value).lower() in ("1", "y", "yes", "t", "true", "on") else []
+    return options, found
 
 
 def for_uv(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -91,8 +95,9 @@ def uv_install(arguments: list[str]) -> int:
     if status:
         return status
     command = [sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable, "--torch-backend", "cpu"]
+    options, configured = configuration_of_pip()
     kept, told = for_uv(arguments)
-    return subprocess.run([*command, *kept], env={**configuration_of_pip(), **os.environ, **told}).returncode
+    return subprocess.run([*command, *options, *kept], env={**configured, **os.environ, **told}).returncode
 
 
 def main(arguments: list[str]) -> int:

@@ -68,7 +68,8 @@ def pruned_card(folder: Path, report: dict[str, Any], zeros: float, served: bool
     if served:
         use = [
             "## Serve",
-            f"```sh\npip install 'ria-vllm[cuda]'  # on a CPU: 'ria-vllm[cpu]'\n{SERVE_HERE}\n```",
+            'With ria-vllm, which `pip install ".[cuda]"` (on a CPU `".[cpu]"`) installs from a clone of its repository:',
+            f"```sh\n{SERVE_HERE}\n```",
             "transformers loads it as well, after `import ria_vllm`.",
         ]
     else:

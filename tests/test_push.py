@@ -15,7 +15,7 @@ from ria_vllm.checkpoint import weight_files
 from ria_vllm.errors import RiaError
 from ria_vllm.push import push
 
-CARD = "---\nlicense: mit\n---\n\n# A model\n\n```sh\npip install ria-vllm\nvllm serve .\n```\n"
+CARD = "---\nlicense: mit\n---\n\n# A model\n\n```sh\npip install ".[cuda]"\nvllm serve .\n```\n"
 EXPECTED = {"config.json", "permutations.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "LICENSE"}
 
 
