@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ria_vllm.checkpoint import Reader
-from ria_vllm.errors import RiaError
+from ria_vllm.errors import RiaError, printable
 from ria_vllm.inventory import report_linears, report_number
 from ria_vllm.writer import disk_errors
 
@@ -223,8 +223,8 @@ def _code(text: Any) -> str:
 
 
 def _line(text: Any) -> str:
-    """Not too long, and without what UTF-8 cannot hold, which JSON can."""
-    return " ".join(str(text).encode("utf-8", "replace").decode().split())[:_LENGTH]
+    """Not too long, and without what UTF-8 cannot hold, which JSON can, or a terminal would obey."""
+    return printable(" ".join(str(text).encode("utf-8", "replace").decode().split()))[:_LENGTH]
 
 
 @dataclass(frozen=True)

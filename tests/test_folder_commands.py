@@ -71,6 +71,14 @@ def test_inspect_takes_odd_names_as_they_are(damage, name):
     assert run(verify, damage.folder).exit_code == 0
 
 
+def test_inspect_prints_values_of_the_config_on_one_line(damage):
+    bad = "\x1b[31mred\nall weights:    1 B"
+    damage.edit_json("config.json", lambda c: c["quantization_config"]["recipe"].update(source=bad))
+    output = run(inspect, damage.folder).output
+    assert r"source \x1b[31mred\nall weights:    1 B" in output and "\x1b" not in output
+    assert [line for line in output.splitlines() if line.startswith("all weights:")][1:] == []
+
+
 def test_inspect_orders_layers_by_number(damage):
     damage.rename(Q, "model.layers.10.self_attn.q_proj")
     names = [entry["name"] for entry in json.loads(run(inspect, damage.folder, "--json").output)["linears"]]

@@ -229,3 +229,9 @@ def test_where_there_is_no_card_nothing_can_be_noted(tmp_path):
     for note in (check_card, lambda folder: note_perplexity(folder, Measured("a", 1, 1, 1.0, None))):
         with pytest.raises(RiaError, match="README.md: no model card"):
             note(tmp_path)
+
+
+def test_values_do_not_reach_a_terminal_as_they_are(tmp_path):
+    """As of a recipe that somebody crafted."""
+    text = card(tmp_path, report=REPORT | {"recipe": RECIPE | {"source": "a\x1b[2Jb", "seed": "\x1b]0;title\x07"}})
+    assert "\x1b" not in text and "\x07" not in text and r"\x1b]0;title\x07" in text
