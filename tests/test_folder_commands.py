@@ -165,6 +165,17 @@ def test_export_is_the_dense_model_in_its_own_order(pruned_llama, tmp_path):
     ).encode("pruned")
 
 
+def test_export_does_not_follow_a_link_out_of_the_folder(damage, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (damage.folder / "notes.txt").symlink_to(tmp_path / "secret")
+    (damage.folder / "vocab.txt").symlink_to("tokenizer.json")
+    said, monitor = [], Monitor(shown=False)
+    monitor.warn = said.append
+    export_dense(Reader(damage.folder), tmp_path / "dense", 10**9, monitor=monitor)
+    assert not (tmp_path / "dense" / "notes.txt").exists() and (tmp_path / "dense" / "vocab.txt").is_file()
+    assert len(said) == 1 and "notes.txt: a link that leads out of the folder" in said[0]
+
+
 def test_export_in_shards(pruned_llama, tmp_path):
     run(export, pruned_llama.folder, "-o", tmp_path / "dense", "--max-shard-size", "200KB")
     shards = list((tmp_path / "dense").glob("model-*.safetensors"))
