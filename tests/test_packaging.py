@@ -109,6 +109,46 @@ def test_no_python_at_all(machine):
     assert "3.11 to 3.14" in found.stderr and "apt install python3 python3-venv python3-dev" in found.stderr
 
 
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What make reads of this one, in a place of its own."""
+    place = tmp_path / "checkout"
+    place.mkdir()
+    shutil.copy(ROOT / "Makefile", place)
+    shutil.copytree(ROOT / "packaging", place / "packaging")
+    return place
+
+
+def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    known = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "CXX", "MAKEFLAGS", "MAKELEVEL")}
+    command = ["make", "-C", str(checkout), *arguments]
+    return subprocess.run(command, env=known | environment, capture_output=True, text=True)
+
+
+def test_an_environment_whose_python_is_gone_is_no_ready_one(checkout):
+    """The link to it leads nowhere, or to a newer version that looks for its packages elsewhere."""
+    for venv in (".venv", ".venv-0.30.0"):
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(checkout / venv)], check=True)
+        (checkout / venv / "ready").touch()
+    found = make(checkout, "print-python")
+    assert found.returncode == 0 and not found.stderr, found.stderr
+    assert (checkout / ".venv" / "ready").exists() and (checkout / ".venv-0.30.0" / "ready").exists()
+    shutil.rmtree(next((checkout / ".venv" / "lib").glob("python3.*")))
+    (checkout / ".venv-0.30.0" / "bin" / "python").unlink()
+    (checkout / ".venv-0.30.0" / "bin" / "python").symlink_to("/nowhere/python3")
+    found = make(checkout, "print-python")
+    assert found.returncode == 0 and found.stderr.count("its Python is gone") == 2
+    assert not (checkout / ".venv").exists() and not (checkout / ".venv-0.30.0").exists()
+
+
+@pytest.mark.parametrize("target", [".venv/bin/python", "wheel", "demo"])
+def test_the_compiler_is_missed_before_anything_is_set_up(checkout, target):
+    (checkout / "pyproject.toml").touch()
+    found = make(checkout, target, CXX="no-such-compiler -O2")
+    assert found.returncode and "No C++ compiler: no-such-compiler is not on the path. On Debian: apt install g++" in found.stderr
+    assert not (checkout / ".venv").exists()
+
+
 # Stands in for pip and for uv: notes its arguments and what uv is told, and answers as the next of the given answers.
 STAND_IN = """
 import json, os, pathlib, sys
