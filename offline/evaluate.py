@@ -195,7 +195,7 @@ def perplexity(model: Any, tokens: torch.Tensor, seq_len: int, monitor: Monitor 
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first so many tokens of the text.")
 @click.option("--baseline", help="Also measure this model, the dense one that MODEL was pruned from, on the same text.")
 @click.option("--update-card", is_flag=True, help="Note the perplexity in MODEL's README.md; MODEL is a folder then.")
-@click.option("--tasks", help="Comma-separated tasks for lm-evaluation-harness (needs ria-vllm[tasks]).")
+@click.option("--tasks", help="Comma-separated tasks for lm-evaluation-harness (needs lm_eval).")
 @click.option(
     "--include-path",
     type=click.Path(path_type=Path, exists=True, file_okay=False),

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
 from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, is_compressed, read_json, weight_files
-from ria_vllm.companions import LEGAL_PATTERNS, SUFFIXES, is_companion
+from ria_vllm.companions import LEGAL_PATTERNS, SUFFIXES, is_companion, leads_out, left_where_it_is
 from ria_vllm.errors import RiaError
 from ria_vllm.model_card import CARD_FILE
 from ria_vllm.offline.evaluate import reason_of
@@ -36,7 +36,14 @@ class Source:
     stamp: list[list[Any]]
 
     def small_files(self) -> list[Path]:
-        """Tokenizer, generation config, chat template, license."""
+        """Tokenizer, generation config, chat template, license; no link that leads elsewhere."""
+        return [path for path in self._companions() if not leads_out(path)]
+
+    def stray_files(self) -> list[Path]:
+        """What would be one of `small_files`, and is a link that leads elsewhere."""
+        return [path for path in self._companions() if leads_out(path)]
+
+    def _companions(self) -> list[Path]:
         return [path for path in sorted(self.folder.iterdir()) if is_companion(path) and path.name not in NOT_COPIED]
 
 
@@ -61,7 +68,10 @@ def opened(model: str, work: Path, team: Ranks, monitor: Monitor) -> Iterator[So
             yield replace(_checked(model, Path(team.from_first(folder))), stamp=[stamp_of(path)])
             team.wait()
     elif path.is_dir():
-        yield _checked(model, path)
+        source = _checked(model, path)
+        for stray in source.stray_files():
+            monitor.warn(left_where_it_is(stray))
+        yield source
     elif path.exists():
         raise RiaError(
             f"{model}: neither a folder nor a .gguf file. Give a Hugging Face folder, a hub id or a GGUF file."
@@ -91,7 +101,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
             str(path.parent), gguf_file=path.name, trust_remote_code=False
         )
     except ImportError as error:
-        raise RiaError(f"{path}: {error} Install them with: pip install 'ria-vllm[gguf]'") from None
+        raise RiaError(f"{path}: {error} Install them with: pip install gguf accelerate") from None
     except Exception as error:
         raise RiaError(f"{path}: transformers cannot read this GGUF file ({error}).") from error
     if hasattr(model.config, "quantization_config"):

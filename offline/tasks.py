@@ -37,7 +37,7 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise RiaError(f"--tasks needs lm-evaluation-harness ({error}). Install it: pip install 'ria-vllm[tasks]'") from None
+        raise RiaError(f"--tasks needs lm-evaluation-harness ({error}). Install it: pip install lm_eval") from None
     manager = TaskManager(include_path=None if folder is None else str(folder))
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:

@@ -132,6 +132,27 @@ def tensor_names(path: Path) -> list[str]:
     return names
 
 
+def check_prefix(stored: Iterable[str], schema: RiaSchema, prefix: str, where: str | Path) -> None:
+    """Check that no weight is stored with and without a prefix that loaders add and strip; which one counts is chance.
+
+    Args:
+        stored: all tensors' names; those of a pruned linear stand for its weight.
+        prefix: with its dot, as "model.".
+
+    Raises:
+        RiaError: two names become one without the prefix.
+    """
+    stored = list(stored)
+    pruned = {name.removesuffix(".compressed") for name in stored if name.endswith(".compressed")}
+    found: dict[str, str] = {}
+    for name in stored:
+        layer, _, part = name.rpartition(".")
+        weight = f"{layer}.weight" if layer in pruned and part in schema.parts else name
+        other = found.setdefault(weight.removeprefix(prefix), weight)
+        if other != weight:
+            raise RiaError(f"{where}: {other} and {weight} are both there, for one weight. Get the weight files again.")
+
+
 def file_metadata(path: Path) -> dict[str, str]:
     """The `__metadata__` of a safetensors file's header; empty where it has none."""
     try:
@@ -293,6 +314,7 @@ class Reader:
                     raise RiaError(f"{path}: the index does not say that {name} is here. Get the files of one run.")
         if not self.sparse_names:
             raise RiaError(f"{self.folder}: no pruned linear in it.")
+        check_prefix(self.files, self.schema, "model.", self.folder)
         path = self.folder / PERMUTATIONS_FILE
         if self.schema.permutes and not path.is_file():
             raise RiaError(f"{path}: missing, though the model was compressed with permutations. Get the file again.")

@@ -1,8 +1,10 @@
 """A compressed folder turned back into a plain dense Hugging Face folder, one tensor in memory at a time."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ria_vllm.checkpoint import INDEX_FILE, Reader
+from ria_vllm.companions import leads_out, left_where_it_is
 from ria_vllm.model_card import CARD_FILE, exported_card
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import PERMUTATIONS_FILE, REPORT_FILE
@@ -12,13 +14,16 @@ OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE, CARD_FIL
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 
-def companion_files(folder: Path) -> list[Path]:
+def companion_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
     """The files beside the weights that a dense folder needs too: tokenizer, templates, generation config."""
-    return [
+    found = [
         path
         for path in sorted(folder.iterdir())
         if path.is_file() and path.name not in OWN_FILES and path.suffix not in WEIGHT_SUFFIXES
     ]
+    for path in filter(leads_out, found):
+        warn(left_where_it_is(path))
+    return [path for path in found if not leads_out(path)]
 
 
 def export_dense(
@@ -34,7 +39,8 @@ def export_dense(
 
     Args:
         max_shard_size: bytes.
-        monitor: is shown the tensors as they are finished, and what of the folder's model card cannot be read.
+        monitor: is shown the tensors as they are finished, and what of the folder is left out: a model card that cannot
+            be read, links that lead elsewhere.
 
     Raises:
         RiaError: `out` exists (unless `overwrite`), is or holds the folder being read, a damaged tensor, a full disk.
@@ -55,7 +61,7 @@ def export_dense(
             keys.append(key)
         config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
         cards = {CARD_FILE: exported_card(reader, monitor.warn)}
-        copies = companion_files(reader.folder)
+        copies = companion_files(reader.folder, monitor.warn)
         with monitor.phase("writing"):
             writer.finish(keys, {"config.json": config}, copies, max_shard_size, text_files=cards)
     except BaseException as error:

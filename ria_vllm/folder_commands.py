@@ -72,7 +72,7 @@ def verify(out: Path) -> None:
         problems = 0
         for problem in reader.problems():
             problems += 1
-            click.echo(problem)
+            click.echo(printable(problem, lines=True))
     except RiaError as error:
         click.echo(str(error))
         sys.exit(1)

@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ria_vllm.checkpoint import check_digests, checked_linear, load_permutations, tensor_names
+from ria_vllm.checkpoint import check_digests, check_prefix, checked_linear, load_permutations, tensor_names
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE, QUANT_METHOD, RiaSchema
 
@@ -65,7 +65,7 @@ class Loading:
         """
         name = model.config._name_or_path
         self.where = files[0].parent if files else name
-        path = _permutations_file(files[0].parent, name) if files else None
+        path = _permutations_file(files[0].parent, self.schema.permutes) if files else None
         if path is None and self.schema.permutes:
             raise RiaError(
                 f"{self.where}: {PERMUTATIONS_FILE} is missing, though the model was compressed with permutations."
@@ -75,6 +75,7 @@ class Loading:
         twice = next((name for name, count in Counter(stored).items() if count > 1), None)
         if twice is not None:
             raise RiaError(f"{self.where}: {twice} is in two weight files. Get all files of one run.")
+        check_prefix(stored, self.schema, f"{model.base_model_prefix}.", self.where)
         self.pruned = {name.removesuffix(".compressed") for name in stored if name.endswith(".compressed")}
         for name in sorted(set(self.permutations) - self.pruned):
             raise RiaError(f"{path}: a permutation for {name}, which is no pruned linear of this model.")
@@ -92,10 +93,10 @@ class Loading:
         left = sorted(self.pruned - self.claimed)
         wanted = [] if not left else self._without_weights(model)
         if wanted or (left and not self.claimed):
-            what = f"its {wanted[0]} got no weights" if wanted else "nor for any other"
+            what = f": its {wanted[0]} got no weights" if wanted else ", nor for any other pruned linear"
             raise RiaError(
                 f"{self.where}: {left[0]} is stored compressed, and transformers found no place for it in a "
-                f"{type(model).__name__}: {what}. `ria-vllm export` writes a dense folder, which it may be able to read."
+                f"{type(model).__name__}{what}. `ria-vllm export` writes a dense folder, which it may be able to read."
             )
         for name, tensor in model.state_dict().items():
             if name in self.shapes and tensor.shape != self.shapes[name]:
@@ -197,15 +198,31 @@ class LinearConverter(WeightConverter):
         self.operations[0].sources.append(source_key)
 
 
-def _permutations_file(folder: Path, name: str) -> Path | None:
-    """Where the permutations beside the weights in `folder` are: there, or in the hub repository `name`."""
+def _permutations_file(folder: Path, ask: bool) -> Path | None:
+    """Where the permutations beside the weights in `folder` are: there, or, if `ask`, in the hub repository it is of.
+
+    Raises:
+        RiaError: the hub does not give them.
+    """
     if (folder / PERMUTATIONS_FILE).is_file():
         return folder / PERMUTATIONS_FILE
-    # The hub's cache holds only what was asked for: CACHE/models--USER--NAME/snapshots/COMMIT.
-    same = {}
-    if folder.parent.name == "snapshots":
-        same = {"revision": folder.name, "cache_dir": str(folder.parents[2])}
-    found = cached_file(name, PERMUTATIONS_FILE, _raise_exceptions_for_missing_entries=False, **same)
+    # The hub's cache holds only what was asked for: CACHE/models--USER--NAME/snapshots/COMMIT, subfolders in it.
+    cached = [p for p in folder.parents if p.name == "snapshots" and p.parent.name.startswith("models--")]
+    if not cached or not ask:
+        return None
+    commit, *subfolders = folder.relative_to(cached[0]).parts
+    repository = cached[0].parent.name.removeprefix("models--").replace("--", "/")
+    try:
+        found = cached_file(
+            repository, PERMUTATIONS_FILE, revision=commit, cache_dir=str(cached[0].parents[1]),
+            subfolder="/".join(subfolders), _raise_exceptions_for_missing_entries=False,
+        )  # fmt: skip
+    except OSError as error:  # a `token=` of the caller's is not known here
+        reason = " ".join(str(error).split())
+        raise RiaError(
+            f"{repository}: {PERMUTATIONS_FILE} is not in {folder}, and the hub did not give it ({reason}). Run "
+            f"`hf auth login`, or download the whole repository first (`hf download {repository}`), and load that folder."
+        ) from None
     return None if found is None else Path(found)
 
 

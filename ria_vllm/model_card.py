@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ria_vllm.checkpoint import Reader
-from ria_vllm.errors import RiaError
+from ria_vllm.errors import RiaError, printable
 from ria_vllm.inventory import report_linears, report_number
 from ria_vllm.writer import disk_errors
 
@@ -68,7 +68,8 @@ def pruned_card(folder: Path, report: dict[str, Any], zeros: float, served: bool
     if served:
         use = [
             "## Serve",
-            f"```sh\npip install 'ria-vllm[cuda]'  # on a CPU: 'ria-vllm[cpu]'\n{SERVE_HERE}\n```",
+            'With ria-vllm, which `pip install ".[cuda]"` (on a CPU `".[cpu]"`) installs from a clone of its repository:',
+            f"```sh\n{SERVE_HERE}\n```",
             "transformers loads it as well, after `import ria_vllm`.",
         ]
     else:
@@ -222,8 +223,8 @@ def _code(text: Any) -> str:
 
 
 def _line(text: Any) -> str:
-    """Not too long, and without what UTF-8 cannot hold, which JSON can."""
-    return " ".join(str(text).encode("utf-8", "replace").decode().split())[:_LENGTH]
+    """Not too long, and without what UTF-8 cannot hold, which JSON can, or a terminal would obey."""
+    return printable(" ".join(str(text).encode("utf-8", "replace").decode().split()))[:_LENGTH]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import click
 
 from ria_vllm.checkpoint import INDEX_FILE, Reader, is_compressed
 from ria_vllm.companions import is_companion
-from ria_vllm.errors import RiaError
+from ria_vllm.errors import RiaError, printable
 from ria_vllm.model_card import CARD_FILE, SERVE_HERE
 from ria_vllm.schema import PERMUTATIONS_FILE
 from ria_vllm.sizes import human_size
@@ -35,12 +35,12 @@ def push(
     reader = checked(out)
     files = files_to_push(reader)
     for path in files:
-        click.echo(f"  {path.name:40} {human_size(path.stat().st_size)}")
+        click.echo(f"  {printable(path.name):40} {human_size(path.stat().st_size)}")
     left_out = sorted(path.name for path in out.iterdir() if path not in files)
     if left_out:
-        click.echo(f"not part of the checkpoint, stays here: {', '.join(left_out)}")
+        click.echo(f"not part of the checkpoint, stays here: {printable(', '.join(left_out))}")
     message = commit_message or "Upload a model pruned to 2:4 by ria-vllm"
-    click.echo(upload(files, repository, Target(private, revision, message, create_pr)))
+    click.echo(printable(upload(files, repository, Target(private, revision, message, create_pr))))
 
 
 def checked(out: Path) -> Reader:
@@ -113,7 +113,7 @@ def upload(files: list[Path], repository: str, target: Target) -> str:
         stale = [name for name in api.list_repo_files(repository, revision=revision) if _is_weights(name)]
         stale = sorted(set(stale) - names)
         if stale:
-            click.echo(f"of an older model, deleted there: {', '.join(stale)}")
+            click.echo(f"of an older model, deleted there: {printable(', '.join(stale))}")
         operations: list[Any] = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(path.name, _content(path, repository)) for path in files]
         found = api.create_commit(

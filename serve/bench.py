@@ -179,9 +179,12 @@ def print_table(runs: Sequence[Run], sides: Sequence[Side]) -> None:
 
 def check_environment(data: Path | None) -> None:
     if importlib.util.find_spec("vllm") is None:
-        raise RiaError("bench needs vLLM. Install it: pip install 'ria-vllm[cuda]', or 'ria-vllm[cpu]' without a GPU.")
+        raise RiaError(
+            'bench needs vLLM. Install it: pip install ".[cuda]", or ".[cpu]" without a GPU, in a clone of ria-vllm\'s '
+            "repository."
+        )
     if importlib.util.find_spec("matplotlib") is None:
-        raise RiaError("bench needs matplotlib for its plot. Install it: pip install 'ria-vllm[bench]'")
+        raise RiaError("bench needs matplotlib for its plot. Install it: pip install matplotlib")
     if data is not None and not data.is_file():
         raise RiaError(f"--data {data}: no such file.")
 

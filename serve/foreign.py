@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.patterns import compile_pattern
+from ria_vllm.serve.patterns import compile_pattern
 from ria_vllm.serve.storage import QUANTIZED_DTYPES, Storage
 
 WHERE = "config.json: quantization_config"

@@ -339,3 +339,14 @@ def test_report_is_optional(damage):
     assert Reader(damage.folder).report() == {}
     (damage.folder / "ria_report.json").write_text(json.dumps({"linears": {}}))
     assert Reader(damage.folder).report() == {"linears": {}}
+
+
+@pytest.mark.parametrize("name", [f"{Q}.weight", "model.norm.weight"])
+def test_one_weight_under_a_short_name_too(damage, name):
+    """Loaders add and strip "model."; which of the two they would take is chance."""
+    short = name.removeprefix("model.")
+    path = damage.file_of("model.norm.weight")
+    rewrite(path, lambda tensors: tensors.update({short: torch.zeros(128)}))
+    damage.edit_json(INDEX, lambda content: content["weight_map"].update({short: path.name}))
+    (found,) = problems(damage.folder)
+    assert f"{name} " in found and f" {short} " in found and "both there, for one weight" in found

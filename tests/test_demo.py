@@ -1,9 +1,15 @@
 """`make demo` with a tiny model in the place of SmolLM2."""
 
+import json
+import shutil
 import subprocess
+import sys
+from contextlib import contextmanager
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 
+import openai
 import pytest
 
 from ria_vllm.checkpoint import Reader
@@ -44,12 +50,12 @@ def test_the_table_has_both_sides_and_their_ratio(demo):
     runs += [Run("dense", 0, 1, Outcome(figures(25), None, 4 << 30)), Run("dense", 0, 8, Outcome(figures(160), None, 8 << 30))]
     found = rows(demo.summary(runs, SIDES, PERPLEXITY))
     assert found[""] == ["dense", "sparse", "sparse / dense"]
-    assert found["perplexity, lower is better"] == ["20.0", "30.0", "1.500"]
-    assert found["tokens/s, 1 user"] == ["25.0", "50.0", "2.000"]
-    assert found["tokens/s, 8 users"] == ["160.0", "200.0", "1.250"]
-    assert found["time to the first token, 1 user"] == ["40 ms", "20 ms", "0.500"]
-    assert found["time for each further one, 8 users"] == ["3.1 ms", "2.5 ms", "0.800"]
-    assert found["weight files"][2] == "0.750" and found["memory of the server"][2] == "0.500"
+    assert found["perplexity, lower is better"] == ["20.0", "30.0", "1.50"]
+    assert found["tokens/s, 1 user"] == ["25.0", "50.0", "2.00"]
+    assert found["tokens/s, 8 users"] == ["160.0", "200.0", "1.25"]
+    assert found["time to the first token, 1 user"] == ["40 ms", "20 ms", "0.50"]
+    assert found["time per further token, 8 users"] == ["3.1 ms", "2.5 ms", "0.80"]
+    assert found["weight files"][2] == "0.75" and found["memory of the server"][2] == "0.50"
     assert max(map(len, demo.summary(runs, SIDES, PERPLEXITY).splitlines())) <= 80
 
 
@@ -63,6 +69,77 @@ def test_a_failed_measurement_is_no_number(demo):
     runs = [Run("sparse", 0, 1, Outcome(figures(50), None)), Run("dense", 0, 1, Outcome(None, "no answer"))]
     found = rows(demo.summary(runs, SIDES, PERPLEXITY))
     assert found["tokens/s, 1 user"] == ["failed", "50.0", "-"]
+    assert found["memory of the server"] == ["-", "-", "-"]  # unknown, and nothing has failed
+
+
+def test_a_folder_that_can_no_longer_be_read_is_made_again(demo, pruned_llama, monkeypatch, capfd):
+    """As one is that an older version wrote: its config.json has no digest of the permutations."""
+    shutil.copytree(pruned_llama.folder, demo.SPARSE)
+    config = json.loads((demo.SPARSE / "config.json").read_text())
+    del config["quantization_config"]["permutations_digest"]
+    (demo.SPARSE / "config.json").write_text(json.dumps(config))
+    demo.ria_vllm = [sys.executable, "-c", "import sys; print(sys.argv[1:])"]
+    demo.compress()
+    said = capfd.readouterr().out
+    assert "is there already" not in said and "'--overwrite'" in said and "permutations_digest" in said
+
+
+def test_what_inspect_says_of_a_failure_is_seen(demo, capfd):
+    demo.ria_vllm = [sys.executable, "-c", "import sys; sys.exit('its reason')"]
+    with pytest.raises(SystemExit):
+        demo.inspect()
+    assert "its reason" in capfd.readouterr().err
+
+
+def test_a_perplexity_is_kept_for_the_same_text_arguments_and_model(demo, capfd):
+    """`eval` answers with the number of its calls; what is no answer is not kept."""
+    demo.DENSE.mkdir()
+    config, count, demo.TEXT = demo.DENSE / "config.json", demo.WORK / "count", demo.WORK / "text.txt"
+    count.touch()
+    config.write_text("{}")
+    demo.TEXT.write_text("a text")
+    program = f"f = open({str(count)!r}, 'a'); f.write('x'); print('{{\"perplexity\": %d}}' % f.tell())"
+    demo.ria_vllm = [sys.executable, "-c", "print('no JSON')"]
+    with pytest.raises(ValueError):
+        demo.perplexity(demo.DENSE)
+    demo.ria_vllm = [sys.executable, "-c", program]
+    assert [demo.perplexity(demo.DENSE) for _ in range(2)] == [1, 1]
+    demo.TEXT.write_text("another text")
+    assert [demo.perplexity(demo.DENSE) for _ in range(2)] == [2, 2]
+    demo.EVAL_ARGUMENTS = ["--json"]
+    assert [demo.perplexity(demo.DENSE) for _ in range(2)] == [3, 3]
+    config.write_text('{"quantization_config": {}}')
+    assert [demo.perplexity(demo.DENSE) for _ in range(2)] == [4, 4]
+
+
+def test_a_server_that_does_not_answer_is_a_message_with_its_log(demo, monkeypatch):
+    @contextmanager
+    def server(*_, **__):
+        yield SimpleNamespace(startup=1.0, url="http://127.0.0.1:1", model_name="m")
+
+    def talk(server):
+        raise openai.APIConnectionError(message="Connection error.", request=None)
+
+    monkeypatch.setattr(demo, "running_server", server)
+    monkeypatch.setattr(demo, "talk", talk)
+    monkeypatch.setattr(demo, "everything", lambda: demo.serve("sparse", demo.SPARSE, demo.WORK))
+    with pytest.raises(SystemExit, match=r"Connection error.*logs/sparse-server\.log"):
+        demo.main()
+
+
+def test_the_models_download_has_pips_arguments(demo, monkeypatch):
+    """Which fails here, and is a message too."""
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("PIP_ARGS", "--find-links '/a folder' -q")
+    with pytest.raises(SystemExit, match="pip"):
+        demo.main()
+    assert commands[0][-4:] == ["--find-links", "/a folder", "-q", demo.PACKAGE]
 
 
 @pytest.mark.slow
@@ -80,6 +157,8 @@ def test_from_a_model_to_the_table_with_two_servers(demo, tiny_llama, tmp_path, 
     assert served == [str(demo.SPARSE), str(demo.DENSE)]
     assert Reader(demo.SPARSE).sparse_names
     table, _, last = first[first.rindex("\n===") :].partition("\nplot: ")
+    table, _, note = table.partition("\n(")
+    assert "vLLM with --enforce-eager; one run each, 1 request a user)" in note
     found = rows("\n".join(table.splitlines()[2:]))
     assert len(found) == 10 and not [cell for cells in found.values() for cell in cells if cell in ("failed", "-")]
     assert float(found["perplexity, lower is better"][0]) > 1

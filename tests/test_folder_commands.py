@@ -71,6 +71,14 @@ def test_inspect_takes_odd_names_as_they_are(damage, name):
     assert run(verify, damage.folder).exit_code == 0
 
 
+def test_inspect_prints_values_of_the_config_on_one_line(damage):
+    bad = "\x1b[31mred\nall weights:    1 B"
+    damage.edit_json("config.json", lambda c: c["quantization_config"]["recipe"].update(source=bad))
+    output = run(inspect, damage.folder).output
+    assert r"source \x1b[31mred\nall weights:    1 B" in output and "\x1b" not in output
+    assert [line for line in output.splitlines() if line.startswith("all weights:")][1:] == []
+
+
 def test_inspect_orders_layers_by_number(damage):
     damage.rename(Q, "model.layers.10.self_attn.q_proj")
     names = [entry["name"] for entry in json.loads(run(inspect, damage.folder, "--json").output)["linears"]]
@@ -155,6 +163,17 @@ def test_export_is_the_dense_model_in_its_own_order(pruned_llama, tmp_path):
     assert AutoTokenizer.from_pretrained(out).encode("pruned") == AutoTokenizer.from_pretrained(
         pruned_llama.source
     ).encode("pruned")
+
+
+def test_export_does_not_follow_a_link_out_of_the_folder(damage, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (damage.folder / "notes.txt").symlink_to(tmp_path / "secret")
+    (damage.folder / "vocab.txt").symlink_to("tokenizer.json")
+    said, monitor = [], Monitor(shown=False)
+    monitor.warn = said.append
+    export_dense(Reader(damage.folder), tmp_path / "dense", 10**9, monitor=monitor)
+    assert not (tmp_path / "dense" / "notes.txt").exists() and (tmp_path / "dense" / "vocab.txt").is_file()
+    assert len(said) == 1 and "notes.txt: a link that leads out of the folder" in said[0]
 
 
 def test_export_in_shards(pruned_llama, tmp_path):

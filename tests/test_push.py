@@ -15,7 +15,7 @@ from ria_vllm.checkpoint import weight_files
 from ria_vllm.errors import RiaError
 from ria_vllm.push import push
 
-CARD = "---\nlicense: mit\n---\n\n# A model\n\n```sh\npip install ria-vllm\nvllm serve .\n```\n"
+CARD = "---\nlicense: mit\n---\n\n# A model\n\n```sh\npip install .[cuda]\nvllm serve .\n```\n"
 EXPECTED = {"config.json", "permutations.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "LICENSE"}
 
 
@@ -62,6 +62,17 @@ def test_what_arrives_is_the_checkpoint_and_nothing_else(folder, hub):
     assert all(f"  {name} " in listed for name in [*arrived, "README.md"])
     assert left.splitlines()[0] == ".env, .token.json, deeper.partial, notes.py, optimizer.pt, ria_report.html"
     assert sum("/commit/" in request for request in hub.requests) == 1 and not hub.private
+
+
+def test_names_do_not_reach_the_terminal_as_they_are(folder, hub):
+    """Neither of files here, which go up or stay, nor of files there."""
+    (folder / "a\x1b[31m\nb.txt").write_text("a companion, by its suffix")
+    (folder / "c\x1b]0;title\x07\nd").write_text("no companion")
+    hub.branches["main"] = {"e\x1b[2J\nf.safetensors": b"old"}
+    output = run(folder, "user/model")
+    assert all(line.isprintable() for line in output.splitlines()) and "\x1b" not in output
+    for shown in (r"  a\x1b[31m\nb.txt ", r"c\x1b]0;title\x07\nd", r"deleted there: e\x1b[2J\nf.safetensors"):
+        assert shown in output
 
 
 def test_as_a_command_of_its_own(folder, hub):

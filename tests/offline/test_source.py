@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from ria_vllm.offline import source
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.prune import Pattern
 from ria_vllm.offline.publish import published
+from ria_vllm.offline.ranks import Ranks
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
 
@@ -210,6 +212,28 @@ def test_small_files_come_along_but_no_code_and_no_other_weights(model, text, tm
     original = json.loads((model / "config.json").read_text())
     assert {key: config[key] for key in original} == original
     assert config["quantization_config"]["recipe"]["samples"] == 4
+
+
+def test_links_out_of_the_folder_are_not_followed(model, tmp_path):
+    """A cloned repository may have any; a snapshot in the hub's cache consists of links, to its blobs."""
+    (tmp_path / "secret").write_text("secret")
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    shutil.copytree(model, snapshot)
+    (blobs / "4567").write_text("{}")
+    (tmp_path / "here").symlink_to(snapshot)
+    for name, target in (
+        ("notes.txt", "../../../secret"), ("vocab.json", "../../blobs/4567"), ("merges.txt", "tokenizer.json"),
+        ("LICENSE", str(tmp_path / "secret")), ("other.json", "../../blobs/../../secret"),
+    ):  # fmt: skip
+        (snapshot / name).symlink_to(target)
+    for folder in (snapshot, tmp_path / "here"):
+        said = []
+        with source.opened(str(folder), tmp_path / "work", Ranks(), SimpleNamespace(warn=said.append)) as opened:
+            found = {path.name for path in opened.small_files()}
+        assert {"vocab.json", "merges.txt", "tokenizer.json"} <= found
+        assert not found & {"notes.txt", "LICENSE", "other.json"}
+        assert sorted(text.split(": ")[0].rpartition("/")[2] for text in said) == ["LICENSE", "notes.txt", "other.json"]
 
 
 def test_nothing_of_where_files_lay_is_published(model, text, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from ria_vllm.offline.tasks import numbers, run_tasks
 
 def test_without_the_harness_the_message_says_how_to_get_it(monkeypatch, pruned_llama):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(RiaError, match=r"pip install 'ria-vllm\[tasks\]'"):
+    with pytest.raises(RiaError, match="pip install lm_eval"):
         run_tasks(str(pruned_llama.folder), ["arc_easy"], "hf", None, torch.device("cpu"))
 
 

@@ -5,7 +5,7 @@ import torch
 from click.testing import CliRunner
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.doctor import Facts, advice, doctor, take_facts
+from ria_vllm.serve.doctor import Facts, advice, doctor, no_compiling, take_facts
 
 
 def say(*arguments, env=None):
@@ -36,7 +36,7 @@ def test_plugin_switched_off():
     assert "VLLM_PLUGINS leaves it out" in say("--device", "cpu", env={"VLLM_PLUGINS": "other"})
 
 
-@pytest.mark.parametrize("shape", ["12", "0x64", "axb"])
+@pytest.mark.parametrize("shape", ["12", "0x64", "axb", "²x²", "64x²", "١x١", f"64x{'9' * 5000}"])
 def test_bad_shape(shape):
     with pytest.raises(RiaError, match="give OUTxIN"):
         say("--shape", shape)
@@ -91,6 +91,11 @@ UNBUILT = ("cutlass", "_cuda_sm90a.so was not built; run `ria-vllm build-kernels
             ON_CPU | {"instruction_set": "avx512_bf16", "vllm": "vllm 0.32.0; plugin NOT found (reinstall it)"},
             "cpu with avx512_bf16; for more: the plugin in vLLM (reinstall it)",
         ),
+        (
+            ON_CPU | {"instruction_set": "avx512_bf16", "no_compiling": ["a C++ compiler", "Python.h"]},
+            "cpu with avx512_bf16; for more: a C++ compiler and Python.h for vLLM to compile the model with (without, serve "
+            "with --enforce-eager and TORCHDYNAMO_DISABLE=1)",
+        ),
         (ON_GPU, "cutlass, the first in our order that works; nothing is missing"),
         (
             ON_GPU | {"kernels": [UNBUILT, *CUDA_KERNELS[1:]], "chosen": "cusparselt", "nvcc": True},
@@ -125,3 +130,13 @@ def test_the_advice_rests_on_this_machine(monkeypatch):
     last = output.splitlines()[-1]
     assert last.startswith("expected to be fastest here: reference; for more: unset RIA_VLLM_BACKEND=reference; lib")
     assert "libiomp in LD_PRELOAD" in last
+
+
+def test_what_vllm_compiles_a_model_with(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    compiler, header = no_compiling()
+    assert "no no-such-compiler;" in compiler and header.startswith("Python.h (Debian: apt install python3.")
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CXX", "sh")
+    assert no_compiling() == []

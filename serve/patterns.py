@@ -73,7 +73,7 @@ def _ways(items: Sequence[tuple[Any, Any]]) -> int:
             ways *= _ways(list(argument[1]))
         elif operation is ops.BRANCH:
             branches = [list(branch) for branch in argument[1]]
-            starts = {branch[0] if branch and branch[0][0] is ops.LITERAL else None for branch in branches}
+            starts = {_start(branch) for branch in branches}
             disjoint = None not in starts and len(starts) == len(branches)
             ways *= (max if disjoint else sum)(_ways(branch) for branch in branches)
         elif operation in REPEATS:
@@ -85,6 +85,12 @@ def _ways(items: Sequence[tuple[Any, Any]]) -> int:
         if ways > MOST_WAYS:
             break
     return ways
+
+
+def _start(branch: Sequence[tuple[Any, Any]]) -> str | None:
+    """The character that a branch begins with, whatever its case; None where in doubt."""
+    operation, argument = branch[0] if branch else (None, None)
+    return chr(argument).lower() if operation is ops.LITERAL and argument <= ASCII else None
 
 
 def _ways_of_repeat(low: int, high: int, repeated: Sequence, following: tuple[Any, Any] | None) -> int:

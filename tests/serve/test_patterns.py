@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ria_vllm.errors import RiaError
-from ria_vllm.patterns import LONGEST, compile_pattern
+from ria_vllm.serve.patterns import LONGEST, compile_pattern
 
 # As compressed-tensors' and llm-compressor's recipes write them.
 ORDINARY = [
@@ -57,6 +57,10 @@ def test_ordinary_patterns_work(text):
         "(?i)([b-zſ]+s)+!",
         "(?:(?:){65535}){65535}",
         "(?:a|b|ab)*c",
+        "(?i)(?:ab|Ab)*c",
+        "(?i:(?:ab|Ab))*c",
+        "(?i)(?:sx|ſx)*c",
+        "(?i)(?:éx|Éx)*c",
         "(?=(a+)+b)a",
         r"(a+)\1b",
     ],
@@ -80,7 +84,7 @@ def test_long_patterns_are_refused():
 
 HARD = [
     r".*a.*a.*a.*", r".*a.*a.*b", r"(ab|a.)?.*[^b].*b$", r"a{100}", r"\w+a\w+b$", r"(a*b)*c", r"(?!.*b).*a.*b",
-    r"(?:\w+\.)*x",
+    r"(?:\w+\.)*x", r"(?i)(?:a|A|b|B|d|D|\.|0|1)*!",
 ]  # fmt: skip
 
 
