@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from damage import rewrite
+from safetensors.torch import load_file
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -95,9 +96,7 @@ def test_damage_is_found_by_layer(change, words, pruned, tmp_path):
     import shutil
 
     shutil.copytree(pruned[1], tmp_path / "out")
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
-    change(tensors)
-    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    rewrite(tmp_path / "out" / "model.safetensors", change)
     with pytest.raises(RiaError, match=words) as found:
         Reader(tmp_path / "out").linear(NAME)
     assert NAME in str(found.value)
