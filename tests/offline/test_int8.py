@@ -3,7 +3,6 @@
 import pytest
 import torch
 from damage import rewrite
-from safetensors.torch import load_file
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
