@@ -203,7 +203,10 @@ def _work_folder(out: Path, run: dict[str, Any], settings: Settings, team: Ranks
         # wrong after the first layer may have been chance, or need another version: finished layers are never lost.
         if team.first and not isinstance(error.__cause__, OSError):
             if writer.has(layer_key(0)):
-                kept = f"Finished layers are kept in {work}: --resume with the same options goes on from them."
+                kept = (
+                    f"Finished layers are kept in {work}: with the same options, --resume goes on from them; with others, "
+                    "leave it out."
+                )
                 raise RiaError(f"{error} {kept}") from error.__cause__
             writer.discard()
         raise

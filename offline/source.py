@@ -19,6 +19,8 @@ from ria_vllm.progress import Monitor
 from ria_vllm.writer import disk_errors
 
 NOT_COPIED = ("config.json", INDEX_FILE, "pytorch_model.bin.index.json", "ria_report.json")
+# Files without which a model is not served as it was meant to be.
+NEEDED = ("tokenizer", "vocab", "merges", "special_tokens", "chat_template", "generation_config")
 HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FILE, *LEGAL_PATTERNS]
 
 
@@ -70,6 +72,8 @@ def opened(model: str, work: Path, team: Ranks, monitor: Monitor) -> Iterator[So
     elif path.is_dir():
         source = _checked(model, path)
         for stray in source.stray_files():
+            if stray.name.startswith(NEEDED):  # a warning is soon forgotten, and then nothing serves the result
+                raise RiaError(left_where_it_is(stray))
             monitor.warn(left_where_it_is(stray))
         yield source
     elif path.exists():

@@ -21,8 +21,10 @@ def leads_out(path: Path) -> bool:
     """
     place, home = path.resolve(), path.parent.resolve()
     # Snapshots consist of links: CACHE/models--USER--NAME/snapshots/COMMIT to CACHE/models--USER--NAME/blobs.
-    blobs = [folder.parent / "blobs" for folder in home.parents if folder.name == "snapshots"]
-    return not any(place.is_relative_to(allowed) for allowed in [home, *blobs])
+    blobs = [(folder.parent / "blobs").resolve() for folder in home.parents if folder.name == "snapshots"]
+    # Older versions of the hub's command line link large files of a local folder to there, too.
+    in_cache = any(f.name == "blobs" and f.parent.name.startswith("models--") for f in place.parents)
+    return not in_cache and not any(place.is_relative_to(allowed) for allowed in [home, *blobs])
 
 
 def left_where_it_is(path: Path) -> str:

@@ -76,7 +76,9 @@ def settle(config: "RiaConfig", model: torch.nn.Module) -> None:
             layer.quant_method = UnquantizedLinearMethod()
     if config.stored is not None:
         _check(config, model, served, unquantized)
-    config.served_by |= dict.fromkeys(served, type(model))
+    elsewhere = {name for name in config.required - set(config.served_by) if destinations(model, name) is None}
+    config.served_by |= dict.fromkeys(elsewhere | set(served), type(model))
+    config.settled = True
 
 
 def _check(
@@ -85,7 +87,7 @@ def _check(
     twice = [name for name, count in served.items() if count > 1]
     if twice:
         raise RiaError(f"{config.where}: {_some(twice)}: vLLM's {type(model).__name__} has more than one layer for it.")
-    if config.served_by:
+    if config.settled:
         return  # a second model need not use all
     lost = [name for name in sorted(config.required - set(served)) if destinations(model, name) is not None]
     if lost:

@@ -53,6 +53,7 @@ class RiaConfig(QuantizationConfig):
         source: vLLM's ModelConfig of the model that was built.
         folds_allowed: False with LoRA.
         served_by: linear -> the class of the model that serves it, see `ria_vllm.serve.claims`.
+        settled: a model was built with this config.
     """
 
     def __init__(self, schema: RiaSchema, foreign: Foreign | None = None):
@@ -74,6 +75,7 @@ class RiaConfig(QuantizationConfig):
         self.folds_allowed = True
         self.required: set[str] = set()
         self.served_by: dict[str, type] = {}
+        self.settled = False
 
     def __repr__(self) -> str:
         return f"RiaConfig({self.schema.format}, {len(self.permutations)} permutations)"
@@ -136,7 +138,10 @@ class RiaConfig(QuantizationConfig):
                 if self.stored is not None and not isinstance(error, OutOfReach):
                     raise
                 self.unread, permutations = str(error), {}  # or a folder without weights
-            check_weight_files(headers, self.schema)
+            try:
+                check_weight_files(headers, self.schema)
+            except OutOfReach as error:
+                self.unread = str(error)
             for name in permutations:
                 if not self._is_pruned(name):
                     raise RiaError(f"{model}: a permutation for {name}, which is no pruned linear of this model.")
@@ -144,22 +149,25 @@ class RiaConfig(QuantizationConfig):
             self.permutations = permutations
         self.names = {name: name for name in (self.stored or self.permutations)}
 
-    def check_reload(self) -> None:
+    def check_reload(self, from_files: bool) -> None:
         """A reload may bring the weights of another run only if that stored the same linears in the same orders.
+
+        Args:
+            from_files: vLLM reads the weights from the model's files; else somebody sends them, by their names.
 
         Raises:
             RiaError: it did not, or its own files do not fit together.
         """
+        if self.unread is not None:
+            raise RiaError(
+                f"{self.unread} This server was started with made-up weights without that. Start it again instead of "
+                "loading others."
+            )
         current = get_current_vllm_config_or_none()
         source = self.source if current is None else current.model_config
-        if source is None:
+        if source is None or not from_files:
             return
         model, revision = str(source.model), source.revision
-        if self.stored is None:
-            raise RiaError(
-                f"{model}: this server was started with made-up weights, before the names and orders of real ones could be "
-                "read. Start it again instead of reloading."
-            )
         path = locate(model, "config.json", revision)
         if path is None:
             return  # the weights come from elsewhere, by their names

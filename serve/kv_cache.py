@@ -24,7 +24,7 @@ class KVCacheScales(CompressedTensorsKVCacheMethod):
     def create_weights(self, layer: torch.nn.Module) -> None:
         super().create_weights(layer)
         layer.ria_needs_scales = (
-            getattr(layer, "kv_sharing_target_layer_name", None) is None and not self.quant_config.served_by
+            getattr(layer, "kv_sharing_target_layer_name", None) is None and not self.quant_config.settled
         )
         if layer.ria_needs_scales:
             for kind in ("k_scale", "v_scale"):

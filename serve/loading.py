@@ -179,13 +179,14 @@ class Arrivals:
         return ReorderedRows.of(tensor, rows)
 
     def _check_name(self, kind: str, parts: list[str], tensor: torch.Tensor) -> None:
-        found = self.stream.name_of(tensor)
+        wanted = [f"{part}.{kind}" for part in parts]
+        found = self.stream.name_of(tensor, wanted)
         if found is None and self.stream.active and self.stream.strict:
             raise RiaError(
                 f"{'+'.join(parts)}.{kind}: vLLM changes it before its layer loads it, in a way that only dense weights "
                 "allow. `ria-vllm export` makes a dense folder."
             )
-        if found is not None and found not in [f"{part}.{kind}" for part in parts]:
+        if found is not None and found not in wanted:
             raise RiaError(
                 f"vLLM loads {found} where {'+'.join(parts)} belongs. `ria-vllm export` makes a dense folder."
             )

@@ -7,13 +7,11 @@ the way, and compressed tensors allow no change.
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-from ria_vllm.errors import RiaError
 
 # Tensors of a stream that are kept for those who take a copy of one. vLLM takes it at once.
 REMEMBERED = 8
@@ -36,11 +34,12 @@ class WeightStream:
         self.strict = True
         self.recent: deque[tuple[torch.Tensor, str]] = deque(maxlen=REMEMBERED)
 
-    def attach(self, model: torch.nn.Module, before_reload: Callable[[], None], loaded: bool = False) -> None:
+    def attach(self, model: torch.nn.Module, before_reload: Callable[[bool], None], loaded: bool = False) -> None:
         """Stand between vLLM's loaders and `model`, now and on every reload.
 
         Args:
-            before_reload: raises a RiaError for files that must not be loaded into this model.
+            before_reload: raises a RiaError for what must not be loaded into this model; its argument is whether vLLM
+                reads it from the model's files.
             loaded: the model has weights already, for they are made up.
         """
         load = model.load_weights
@@ -48,9 +47,9 @@ class WeightStream:
         @functools.wraps(load)
         def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: object, **kwargs: object) -> object:
             nonlocal loaded
-            # vLLM's loaders read files as they go. A list comes from a trainer, piece by piece, and from no file.
-            if loaded and not isinstance(weights, list | tuple):
-                self._check(model, before_reload)
+            if loaded:
+                # vLLM's loaders read files as they go. A list comes from a trainer, piece by piece, and from no file.
+                self._check(model, functools.partial(before_reload, not isinstance(weights, list | tuple)))
             loaded = self.active = True
             try:
                 return load(self.named(weights), *args, **kwargs)
@@ -64,7 +63,7 @@ class WeightStream:
     def _check(model: torch.nn.Module, before_reload: Callable[[], None]) -> None:
         try:
             before_reload()
-        except RiaError:
+        except Exception:
             current = get_current_vllm_config_or_none()
             if current is not None:  # vLLM has emptied the model already: the old weights go back to their places
                 finalize_layerwise_reload(model, current.model_config)
@@ -77,13 +76,18 @@ class WeightStream:
                 self.recent.append((tensor, name))
             yield name, tensor
 
-    def name_of(self, tensor: torch.Tensor) -> str | None:
-        """The checkpoint's name of a tensor, or of what it is a copy of; None if it is neither."""
+    def name_of(self, tensor: torch.Tensor, wanted: Collection[str] = ()) -> str | None:
+        """The checkpoint's name of a tensor, or of what it is a copy of; None if it is neither.
+
+        Args:
+            wanted: names to prefer where several tensors are equal.
+        """
         if not hasattr(tensor, _NAME):
-            name = next((name for other, name in self.recent if _is_copy(tensor, other)), None)
-            if name is None:
+            names = [name for other, name in reversed(self.recent) if _is_copy(tensor, other)]
+            if not names:
                 return None
-            setattr(tensor, _NAME, name)  # a reload asks again, when the others are gone
+            # A reload asks again, when the others are gone.
+            setattr(tensor, _NAME, next((name for name in names if name in wanted), names[0]))
         return getattr(tensor, _NAME)
 
 

@@ -234,6 +234,15 @@ def test_links_out_of_the_folder_are_not_followed(model, tmp_path):
         assert {"vocab.json", "merges.txt", "tokenizer.json"} <= found
         assert not found & {"notes.txt", "LICENSE", "other.json"}
         assert sorted(text.split(": ")[0].rpartition("/")[2] for text in said) == ["LICENSE", "notes.txt", "other.json"]
+    # Older versions of the hub's command line: a local folder of links to its cache.
+    local = shutil.copytree(model, tmp_path / "local")
+    (local / "vocab.json").symlink_to(blobs / "4567")
+    with source.opened(str(local), tmp_path / "work", Ranks(), SimpleNamespace(warn=pytest.fail)) as opened:
+        assert "vocab.json" in {path.name for path in opened.small_files()}
+    (local / "tokenizer.model").symlink_to(tmp_path / "secret")
+    with pytest.raises(RiaError, match="tokenizer.model: a link that leads out of the folder"):
+        with source.opened(str(local), tmp_path / "work", Ranks(), SimpleNamespace(warn=pytest.fail)):
+            pass
 
 
 def test_nothing_of_where_files_lay_is_published(model, text, tmp_path, monkeypatch):

@@ -235,6 +235,7 @@ def test_a_linear_that_two_layers_take(ranks, stored):
     second = Block(config, ("layers.0.down", "layers.0.down"))
     model.layers[0].second = second.down
     config.served_by.clear()
+    config.settled = False
     with pytest.raises(RiaError, match=r"model\.layers\.0\.down: vLLM's Model has more than one layer for it"):
         settle(config, model)
 
@@ -268,6 +269,27 @@ def test_a_second_model_of_the_same_checkpoint(ranks, stored):
     assert {type(m.quant_method) for m in draft.modules() if isinstance(m, LinearBase)} == {UnquantizedLinearMethod}
     assert isinstance(target.layers[0].down.quant_method, Sparse24LinearMethod)
     settle(config, Model(config))  # built anew
+
+
+def test_a_draft_leaves_what_another_stage_serves_alone(ranks, stored):
+    class Draft(Model):
+        pass
+
+    config = stored.config()
+    target = Model(config)
+    target.layers[0] = PPMissingLayer()
+    settle(config, target)
+    draft = Draft(config, prefixes=("mtp.layers.0.gate_up", "mtp.layers.0.down"))
+    settle(config, draft)
+    assert {type(m.quant_method) for m in draft.modules() if isinstance(m, LinearBase)} == {UnquantizedLinearMethod}
+
+
+def test_of_equal_tensors_the_one_that_is_meant_gives_its_name():
+    stream, zero = WeightStream(), torch.zeros(4)
+    names = ["k.bias", "v.bias"]
+    for name, _ in stream.named((name, torch.zeros(4)) for name in names):
+        pass
+    assert [stream.name_of(zero.clone(), [name]) for name in names] == names
 
 
 def test_a_loader_that_the_model_gave_its_weight_stays(ranks, stored):
@@ -344,9 +366,10 @@ def test_a_reload_is_checked_before_anything_of_it_is_loaded(ranks, stored):
     settle(config, model)
     checked = []
 
-    def check():
-        checked.append(True)
-        raise RiaError("other orders")
+    def check(from_files):
+        checked.append(from_files)
+        if from_files:
+            raise RiaError("other orders")
 
     config.stream.attach(model, check)
     model.load_weights(tensors(stored))
@@ -361,7 +384,7 @@ def test_a_reload_is_checked_before_anything_of_it_is_loaded(ranks, stored):
     assert torch.equal(model.layers[0](x), before)  # and the server goes on with what it has
     checked.clear()
     model.load_weights([])  # of a trainer, from no file
-    assert not checked
+    assert checked == [False]
 
 
 def test_a_load_after_made_up_weights_is_checked(ranks, stored):
@@ -369,11 +392,10 @@ def test_a_load_after_made_up_weights_is_checked(ranks, stored):
     model = Model(config)
     settle(config, model)
     config.stream.attach(model, config.check_reload, loaded=True)
-    config.source, config.stored = SimpleNamespace(model="here", revision=None), None
-    with set_current_vllm_config(VllmConfig()):
-        get_current_vllm_config().model_config = config.source
-        with pytest.raises(RiaError, match="here: this server was started with made-up weights"):
-            model.load_weights(tensors(stored))
+    config.unread = "here: permutations.safetensors is missing."
+    for weights in (tensors(stored), list(tensors(stored))):  # of files, of a trainer
+        with pytest.raises(RiaError, match="is missing. This server was started with made-up weights without that"):
+            model.load_weights(weights)
 
 
 def test_an_output_that_does_not_come_is_missed(ranks, stored):

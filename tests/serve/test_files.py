@@ -307,7 +307,7 @@ def test_families_whose_heads_vllm_rearranges_are_refused(checkpoint, family):
 
 def reload_from(config, folder):
     config.source = SimpleNamespace(model=str(folder), revision=None)
-    config.check_reload()
+    config.check_reload(from_files=True)
 
 
 def test_a_reload_from_another_folder(checkpoint, copy):
@@ -369,7 +369,7 @@ def test_a_reload_asks_for_what_is_loaded_now(checkpoint, copy):
     with set_current_vllm_config(current):
         current.model_config = SimpleNamespace(model=str(copy), revision=None)
         with pytest.raises(RiaError, match="other channel orders"):
-            config.check_reload()
+            config.check_reload(from_files=True)
 
 
 def test_a_reload_of_weights_that_come_from_no_folder(checkpoint, tmp_path):
