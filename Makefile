@@ -27,7 +27,7 @@ KERNEL_SOURCES := $(wildcard setup.py serve/kernels/csrc/*/*)
 # Where the distribution has replaced the Python that an environment was made with, nothing in that can be used any more,
 # though its stamps say that it is ready: it goes. (Killed for want of memory is another status.)
 USABLE := import os, sys, sysconfig; sys.exit(0 if os.path.isdir(sysconfig.get_path("purelib")) else 3)
-ifneq ($(filter-out test-gpu print-python clean,$(or $(MAKECMDGOALS),demo)),)
+ifneq ($(filter-out test-gpu clean,$(or $(MAKECMDGOALS),demo)),)
 $(shell for venv in .venv .venv-*; do [ -d $$venv ] || continue; $$venv/bin/python -c '$(USABLE)' 2>/dev/null; \
 	case $$? in (3|126|127) echo "$$venv: its Python is gone; it is made again" >&2; rm -rf $$venv;; esac; done)
 endif
