@@ -74,22 +74,27 @@ def settle(config: "RiaConfig", model: torch.nn.Module) -> None:
             replace_method(layer, UnquantizedLinearMethod())
         elif not sparse:
             layer.quant_method = UnquantizedLinearMethod()
+    unserved = config.required - set(served) - set(config.served_by)
+    elsewhere = {name for name in unserved if destinations(model, name) is None}
     if config.stored is not None:
-        _check(config, model, served, unquantized)
-    elsewhere = {name for name in config.required - set(config.served_by) if destinations(model, name) is None}
+        _check(config, model, served, unserved - elsewhere, unquantized)
     config.served_by |= dict.fromkeys(elsewhere | set(served), type(model))
     config.settled = True
 
 
 def _check(
-    config: "RiaConfig", model: torch.nn.Module, served: Counter[str], unquantized: dict[str, tuple[str, ...]]
+    config: "RiaConfig",
+    model: torch.nn.Module,
+    served: Counter[str],
+    unserved: set[str],
+    unquantized: dict[str, tuple[str, ...]],
 ) -> None:
     twice = [name for name, count in served.items() if count > 1]
     if twice:
         raise RiaError(f"{config.where}: {_some(twice)}: vLLM's {type(model).__name__} has more than one layer for it.")
     if config.settled:
         return  # a second model need not use all
-    lost = [name for name in sorted(config.required - set(served)) if destinations(model, name) is not None]
+    lost = sorted(unserved)
     if lost:
         dense = {part: path for path, parts in unquantized.items() for part in parts}
         if lost[0] in dense:
@@ -116,7 +121,8 @@ def parts_by_path(
         taken: linears that another model has.
     """
     shards: dict[str, dict[int, str]] = {}
-    for name in sorted(config.stored - taken):
+    free = config.stored - taken
+    for name in sorted(free):
         for path, shard in destinations(model, name) or ():
             if path in layers:
                 shards.setdefault(path, {})[_position(shard)] = name
@@ -124,7 +130,7 @@ def parts_by_path(
     for path in layers:
         # Families whose loaders keep their rules to themselves list what they fuse in `packed_modules_mapping`.
         parts = config.parts_of(path)
-        if path not in found and all(part in config.stored - taken for part in parts):
+        if path not in found and free.issuperset(parts):
             found[path] = parts
     return found
 
