@@ -9,6 +9,33 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture
+def engine():
+    """vLLM's layers look for the current configuration."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+@pytest.fixture
+def ranks(engine, monkeypatch):
+    """Call with (rank, size) to become that rank; the one of one to begin with. vLLM's layers ask by two functions."""
+    from vllm.model_executor import parameter
+    from vllm.model_executor.layers import linear
+    from vllm.model_executor.layers.mamba import mamba_mixer2
+
+    from ria_vllm.serve import load_report
+
+    def become(rank, size):
+        for module in (linear, parameter, load_report, mamba_mixer2):
+            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank, raising=False)
+            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size, raising=False)
+
+    become(0, 1)
+    return become
+
+
+@pytest.fixture
 def cutlass_on_cpu(monkeypatch):
     """Puts a library behind the backend `cutlass`, whose operators take tensors on the CPU while the test runs."""
     from ria_vllm.serve.kernels import cutlass

@@ -7,9 +7,7 @@ import tiny
 import torch
 from compare import check, generate, prompts
 from stored import Stored
-from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
-from vllm.model_executor import parameter
-from vllm.model_executor.layers import linear as vllm_linear
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearBase,
     MergedColumnParallelLinear,
@@ -22,7 +20,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, 
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import Fold, Producer
-from ria_vllm.serve import claims, load_report, plugin
+from ria_vllm.serve import claims, plugin
 from ria_vllm.serve.claims import settle
 from ria_vllm.serve.linear import Sparse24LinearMethod
 from ria_vllm.serve.stream import WeightStream
@@ -109,19 +107,6 @@ class Model(torch.nn.Module):
 
     def load_weights(self, weights):
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
-
-
-@pytest.fixture
-def engine():
-    with set_current_vllm_config(VllmConfig()):
-        yield
-
-
-@pytest.fixture
-def ranks(engine, monkeypatch):
-    for module in (vllm_linear, parameter, load_report):
-        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0, raising=False)
-        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 1, raising=False)
 
 
 @pytest.fixture

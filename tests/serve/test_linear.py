@@ -12,8 +12,6 @@ from safetensors.torch import save_file
 from stored import Stored
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
-from vllm.model_executor import parameter
-from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -31,29 +29,13 @@ from vllm.model_executor.model_loader.weight_utils import safetensors_weights_it
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import Fold, Producer
-from ria_vllm.serve import linear, load_report
+from ria_vllm.serve import linear
 from ria_vllm.serve.loading import ReorderedRows
 
 HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 256
 
 
-@pytest.fixture(autouse=True)
-def engine():
-    with set_current_vllm_config(VllmConfig()):
-        yield
-
-
-@pytest.fixture
-def ranks(monkeypatch):
-    """Call with (rank, size) to become that rank."""
-
-    def become(rank, size):
-        for module in (vllm_linear, parameter, load_report):
-            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank, raising=False)
-            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size, raising=False)
-
-    become(0, 1)
-    return become
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 def close(got, want):

@@ -6,29 +6,16 @@ With one group for all heads, each rank holds its share of the gate, of x and of
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor import parameter
-from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.mamba import mamba_mixer2
 
 from ria_vllm import permutation, sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import RiaSchema, SparsityConfig, WeightQuantization
-from ria_vllm.serve import load_report
 from ria_vllm.serve.config import RiaConfig
 
 HIDDEN, INNER, STATE, HEADS = 128, 256, 16, 8
 PARTS = {"gate": INNER, "x": INNER, "B": STATE, "C": STATE, "dt": HEADS}
 ROWS = sum(PARTS.values())
-
-
-@pytest.fixture
-def ranks(monkeypatch):
-    def become(rank, size):
-        for module in (vllm_linear, parameter, load_report, mamba_mixer2):
-            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank, raising=False)
-            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size, raising=False)
-
-    return become
 
 
 def stored(int8=False):

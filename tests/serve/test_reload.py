@@ -5,9 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from foreign_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor import parameter
-from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -16,16 +13,9 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve import load_report
 
 
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch):
-    for module in (vllm_linear, parameter, load_report):
-        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0, raising=False)
-        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 1, raising=False)
-    with set_current_vllm_config(VllmConfig()):
-        yield
+pytestmark = pytest.mark.usefixtures("ranks")
 
 
 def reload(model, stream):
