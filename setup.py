@@ -1,4 +1,4 @@
-"""Builds the CPU kernels into one library, `ria_vllm/serve/kernels/_cpu.so`. Needs g++ and nothing else.
+"""Builds the CPU kernels into one library, `ria_vllm/serve/kernels/cpu/_cpu.so`. Needs g++ and nothing else.
 
 The library takes torch's stable C functions from whichever torch the process has loaded, so it is built without torch
 and one wheel serves every Python and torch from 2.10 on. Everything else about the package is in pyproject.toml.
@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = Path("serve/kernels/csrc/cpu")
+SOURCES = Path("serve/kernels/cpu/csrc")
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-ignored-attributes"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
@@ -72,12 +72,12 @@ class BuildCpuLibrary(build_ext):
         unfinished = target.with_suffix(".unfinished")
         shutil.copyfile(linked, unfinished)
         unfinished.replace(target)
-        load_cuda_compile().at_install(target.parent)
+        load_cuda_build().at_install(target.parents[1] / "cuda")
 
 
-def load_cuda_compile() -> ModuleType:
-    """serve/kernels/cuda_compile.py by its path: the package's own imports need torch, the build does not."""
-    spec = spec_from_file_location("cuda_compile", Path("serve/kernels/cuda_compile.py").resolve())
+def load_cuda_build() -> ModuleType:
+    """serve/kernels/cuda/build.py by its path: the package's own imports need torch, the build does not."""
+    spec = spec_from_file_location("ria_vllm_cuda_build", Path("serve/kernels/cuda/build.py").resolve())
     module = module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look their module up
     spec.loader.exec_module(module)
@@ -92,6 +92,6 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("ria_vllm.serve.kernels._cpu", [str(path) for path in sources_and_flags()])],
+    ext_modules=[Extension("ria_vllm.serve.kernels.cpu._cpu", [str(path) for path in sources_and_flags()])],
     cmdclass={"build_ext": BuildCpuLibrary, "bdist_wheel": AnyPythonWheel},
 )

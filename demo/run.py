@@ -19,10 +19,10 @@ from openai import APIError, OpenAI
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.dtypes import fast_bf16
-from ria_vllm.offline.source import convert_gguf
-from ria_vllm.serve.bench import machine, weight_bytes
+from ria_vllm.offline.model.dtypes import fast_bf16
+from ria_vllm.offline.model.source import convert_gguf
 from ria_vllm.serve.benchmark import load, results
+from ria_vllm.serve.benchmark.command import machine, weight_bytes
 from ria_vllm.serve.benchmark.plot import plot
 from ria_vllm.serve.benchmark.results import Run, Side
 from ria_vllm.serve.benchmark.server import Server, running_server

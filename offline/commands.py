@@ -8,7 +8,6 @@ import click
 
 from ria_vllm.errors import RiaError
 
-
 SERVED_DEFAULT = "lsa; none if the pattern is not served"
 
 
@@ -89,8 +88,8 @@ def compress(
     """
     from ria_vllm.offline.compress import Settings
     from ria_vllm.offline.compress import compress as run
-    from ria_vllm.offline.evaluate import choose_device
-    from ria_vllm.offline.prune import Pattern
+    from ria_vllm.offline.evaluation.evaluate import choose_device
+    from ria_vllm.offline.pruning.masks import Pattern
     from ria_vllm.offline.recipe import Recipe
     from ria_vllm.progress import Monitor
     from ria_vllm.sizes import parse_size

@@ -14,18 +14,18 @@ import torch
 from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.model_card import CARD_FILE, pruned_card
-from ria_vllm.offline import calibration
-from ria_vllm.offline.dtypes import CHOICES, choose_dtype, name_of
-from ria_vllm.offline.evaluate import explained, load_tokenizer
+from ria_vllm.offline.calibration import data as calibration
+from ria_vllm.offline.evaluation.evaluate import explained, load_tokenizer
 from ria_vllm.offline.layers import LayerPass
-from ria_vllm.offline.memory import available, map_large_blocks
+from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype, name_of
+from ria_vllm.offline.model.source import Source, opened, stamp_of
+from ria_vllm.offline.model.streaming import StreamedModel, stored_dtype
+from ria_vllm.offline.model.topology import Topology
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive
 from ria_vllm.offline.publish import without_paths
-from ria_vllm.offline.ranks import Ranks, joined
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.source import Source, opened, stamp_of
-from ria_vllm.offline.streaming import StreamedModel, stored_dtype
-from ria_vllm.offline.topology import Topology
+from ria_vllm.offline.runtime.memory import available, map_large_blocks
+from ria_vllm.offline.runtime.ranks import Ranks, joined
 from ria_vllm.offline.units import layer_key, layer_tensors, pruned_weights
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import REPORT_FILE, RiaSchema, SparsityConfig, WeightQuantization

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.block import train_block
-from ria_vllm.offline.capture import Activations, advance, gather, run_component
-from ria_vllm.offline.embedding import Embedder, LayerCall
-from ria_vllm.offline.memory import trim
+from ria_vllm.offline.calibration.capture import Activations, advance, gather, run_component
+from ria_vllm.offline.model.embedding import Embedder, LayerCall
+from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.model.topology import Component, Group, describe
 from ria_vllm.offline.plan import Plan
-from ria_vllm.offline.ranks import Ranks
+from ria_vllm.offline.pruning.block import train_block
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.runtime.memory import trim
+from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.solve import Pruned, find_orders, solve, stored_weight
-from ria_vllm.offline.streaming import StreamedModel
-from ria_vllm.offline.topology import Component, Group, describe
 from ria_vllm.progress import Monitor
 
 T = TypeVar("T")

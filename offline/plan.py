@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.model.topology import FUSED, Group, Topology, linears_of, served_dense
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.streaming import StreamedModel
-from ria_vllm.offline.topology import FUSED, Group, Topology, linears_of, served_dense
 from ria_vllm.schema import REARRANGED_BY_VLLM
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
 

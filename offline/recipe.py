@@ -11,8 +11,9 @@ import torch
 
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
-from ria_vllm.offline import dtypes, permute, scores
-from ria_vllm.offline.prune import Pattern
+from ria_vllm.offline.model import dtypes
+from ria_vllm.offline.pruning import permute, scores
+from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.offline.publish import published
 
 METHODS = (*scores.METHODS, "sparsegpt")

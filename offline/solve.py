@@ -10,14 +10,15 @@ import torch
 
 from ria_vllm import permutation, sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.offline import permute, prune, scores
-from ria_vllm.offline.capture import Statistics
-from ria_vllm.offline.ranks import Ranks
-from ria_vllm.offline.reconstruct import AdmmSolver, Choice, admm_solver, output_error
+from ria_vllm.offline.calibration.capture import Statistics
+from ria_vllm.offline.model.topology import Group
+from ria_vllm.offline.pruning import masks as prune
+from ria_vllm.offline.pruning import permute, scores
+from ria_vllm.offline.pruning.admm import AdmmSolver, Choice, admm_solver, output_error
+from ria_vllm.offline.pruning.sparsegpt import sparsegpt
+from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.sparsegpt import sparsegpt
-from ria_vllm.offline.symmetric import SymmetricMatrix
-from ria_vllm.offline.topology import Group
+from ria_vllm.offline.runtime.ranks import Ranks
 
 
 @dataclass(frozen=True)

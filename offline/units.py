@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 
 from ria_vllm import permutation, sparse24
+from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.solve import Pruned
-from ria_vllm.offline.streaming import StreamedModel
 
 
 def layer_key(index: int) -> str:

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-OURS = [Path(__file__).parent.parent / folder for folder in ("ria_vllm", "offline", "serve")]
+OURS = [Path(__file__).parent.parent / folder for folder in ("ria_vllm", "offline", "serve", "benchmarks")]
 
 # Path inside vLLM's folder of packages, as "vllm/config/__init__.py" -> its text, None where there is none.
 Read = Callable[[str], "str | None"]

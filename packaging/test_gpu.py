@@ -19,9 +19,10 @@ ria_vllm.__path__.append(str(ROOT))
 
 import torch
 
+from benchmarks import gpu_check
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels import cuda_compile, gpu_check
-from ria_vllm.serve.kernels.cuda_library import library_folder, library_of
+from ria_vllm.serve.kernels.cuda import build as cuda_compile
+from ria_vllm.serve.kernels.cuda.bindings import library_folder, library_of
 
 
 def has_headers() -> bool:

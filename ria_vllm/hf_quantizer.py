@@ -24,7 +24,6 @@ from ria_vllm.checkpoint import check_digests, check_prefix, checked_linear, loa
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE, QUANT_METHOD, RiaSchema
 
-
 PART = r"\.{}$"
 
 

@@ -13,14 +13,21 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from ria_vllm.checkpoint import is_compressed, read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import QUANT_METHOD, REARRANGED_BY_VLLM, RiaSchema, SparsityConfig
+from ria_vllm.serve.checkpoint_files import (
+    OutOfReach,
+    WeightHeaders,
+    check_weight_files,
+    locate,
+    permutations_of,
+    stored_modules,
+)
 from ria_vllm.serve.claims import ProvisionalDenseMethod
-from ria_vllm.serve.files import OutOfReach, WeightHeaders, check_weight_files, locate, permutations_of, stored_modules
+from ria_vllm.serve.compressed_tensors import Foreign, claims
 from ria_vllm.serve.folding import Folding, RowOrder, fold
-from ria_vllm.serve.foreign import Foreign, claims
 from ria_vllm.serve.linear import Sparse24LinearMethod
 from ria_vllm.serve.load_report import LoadReport
-from ria_vllm.serve.storage import Storage
 from ria_vllm.serve.stream import WeightStream
+from ria_vllm.serve.weight_scheme import Storage
 
 # Only vLLM before 0.32 has it: its own GPT-NeoX, which does what `schema.REARRANGED_BY_VLLM` says of others. Later ones
 # run transformers' model.

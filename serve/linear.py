@@ -19,9 +19,9 @@ from vllm.model_executor.layers.linear import (
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.serve import kernels
+from ria_vllm.serve.kernels import registry as kernels
 from ria_vllm.serve.loading import BITMASK_OF_ONES_AND_TWOS, Arrivals, create_parameters, take_parameters, unwrapped
-from ria_vllm.serve.storage import is_two_of_four, row_scales
+from ria_vllm.serve.weight_scheme import is_two_of_four, row_scales
 
 if TYPE_CHECKING:
     from ria_vllm.serve.config import RiaConfig

@@ -27,8 +27,8 @@ from vllm.model_executor.parameter import (
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.folding import RowOrder
-from ria_vllm.serve.storage import Storage
 from ria_vllm.serve.stream import WeightStream
+from ria_vllm.serve.weight_scheme import Storage
 
 ShardId = str | int | tuple[int, ...] | None
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from damage import Damage
-from safetensors.torch import load_file
 
 # The hooks of runs in several processes.
 from processes import pytest_collection_modifyitems, pytest_configure, pytest_xdist_auto_num_workers  # noqa: F401
+from safetensors.torch import load_file
 
 from ria_vllm import sparse24
 from ria_vllm.permutation import invert

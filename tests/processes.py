@@ -11,19 +11,19 @@ import pytest
 
 # These begin first, so that none of them is left over at the end: the files that take longest.
 LONGEST = (
-    "tests/serve/kernels/test_emulated_kernels.py",
+    "tests/serve/kernels/cuda/test_emulated_kernels.py",
     "tests/serve/test_vllm.py",
-    "tests/offline/test_memory.py",
-    "tests/serve/test_bench.py",
+    "tests/offline/runtime/test_memory.py",
+    "tests/serve/benchmark/test_command.py",
     "tests/serve/test_pipeline.py",
     "tests/serve/test_server.py",
     "tests/serve/test_wheel.py",
     "tests/offline/test_interruptions.py",
     "tests/serve/test_features.py",
     "tests/serve/test_claims.py",
-    "tests/serve/test_foreign.py",
-    "tests/offline/test_tasks.py",
-    "tests/serve/kernels/test_sanitized.py",
+    "tests/serve/test_compressed_tensors.py",
+    "tests/offline/evaluation/test_tasks.py",
+    "tests/serve/kernels/cpu/test_sanitized.py",
 )
 GIBIBYTES_EACH = 6  # of memory for each process: a model on four tiny ranks has room in it
 # Names the folder that the processes share. The first one makes it and hands it down.

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from ria_vllm.checkpoint import Reader, tensor_names
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.progress import Monitor
-from ria_vllm.offline.prune import Pattern
+from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.progress import Monitor
 
 FAMILIES = (
     "llama", "llama-mha", "llama-mqa", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "opt-postnorm",
@@ -73,7 +73,7 @@ def test_where_every_order_is_the_models_own_all_readers_know_it(make_model, tex
     """Of heads of 6 channels no groups of four can be made, so the order of o_proj, all that is pruned here, stays."""
     from transformers import AutoModelForCausalLM
 
-    from ria_vllm.serve.files import permutations_of
+    from ria_vllm.serve.checkpoint_files import permutations_of
 
     model = make_model(tmp_path / "in", "llama", hidden_size=192, num_attention_heads=32, num_key_value_heads=32, head_dim=6)
     out = tmp_path / "out"

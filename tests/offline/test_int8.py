@@ -9,9 +9,9 @@ from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.inventory import take_inventory
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.progress import Monitor
-from ria_vllm.offline.prune import Pattern
+from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.progress import Monitor
 
 NAME = "model.layers.1.mlp.gate_proj"
 

@@ -16,11 +16,11 @@ from transformers.utils import logging
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import compress as pipeline
-from ria_vllm.offline import streaming
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.progress import Monitor
-from ria_vllm.offline.ranks import Ranks
+from ria_vllm.offline.model import streaming
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.progress import Monitor
 
 
 def digests(folder: Path) -> dict[str, str]:

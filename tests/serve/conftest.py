@@ -2,10 +2,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 # The makers of small checkpoints are shared with the processes that the tests start.
 sys.path.insert(0, str(Path(__file__).parent))
+
+from pretend_hopper import cutlass_on_cpu, hopper, hopper_layers  # noqa: E402, F401
 
 
 @pytest.fixture
@@ -33,40 +34,3 @@ def ranks(engine, monkeypatch):
 
     become(0, 1)
     return become
-
-
-@pytest.fixture
-def cutlass_on_cpu(monkeypatch):
-    """Puts a library behind the backend `cutlass`, whose operators take tensors on the CPU while the test runs."""
-    from ria_vllm.serve.kernels import cutlass
-
-    def put(library, multiprocessors, workspace):
-        monkeypatch.setattr(cutlass, "library_of", lambda index: library)
-        monkeypatch.setattr(cutlass, "multiprocessors", lambda index: multiprocessors)
-        monkeypatch.setattr(cutlass, "workspace", lambda index: workspace)
-
-    registered = torch.library.Library("ria", "IMPL")
-    registered.impl("sparse24_linear.cutlass", cutlass._linear, "CPU")
-    registered.impl("sparse24_fp8_linear.cutlass", cutlass._fp8_linear, "CPU")
-    yield put
-    registered._destroy()
-
-
-@pytest.fixture
-def hopper(cutlass_on_cpu):
-    """A stand-in for the compiled library of a Hopper, which also takes tensors on the CPU while the test runs."""
-    from pretend_hopper import PretendLibrary
-
-    library = PretendLibrary()
-    cutlass_on_cpu(library, 132, torch.zeros(1, dtype=torch.uint8))
-    return library
-
-
-@pytest.fixture
-def hopper_layers(hopper, monkeypatch):
-    """The same, and layers on the CPU count as layers on the GPU."""
-    from ria_vllm.serve.kernels import cutlass
-
-    unavailable, gpu = cutlass.unavailable, torch.device("cuda", 0)
-    monkeypatch.setattr(cutlass, "unavailable", lambda device, *facts: unavailable(gpu, *facts))
-    return hopper

@@ -3,8 +3,13 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+import torch
+
 from ria_vllm import sparse24
-from ria_vllm.serve.kernels import cuda_compile, fp8
+from ria_vllm.serve.kernels.cuda import backend as cutlass
+from ria_vllm.serve.kernels.cuda import build as cuda_compile
+from ria_vllm.serve.kernels.cuda import fp8
 
 TILES = [tile.name for tile in cuda_compile.ARCHITECTURES["90a"].tiles]
 
@@ -37,3 +42,34 @@ class PretendLibrary(SimpleNamespace):
         if scales is not None:
             product *= scales[0].double() * scales[1].double()[:, None]
         y.copy_(product if bias is None else product + bias.double())
+
+
+@pytest.fixture
+def cutlass_on_cpu(monkeypatch):
+    """Puts a library behind the backend `cutlass`, whose operators take tensors on the CPU while the test runs."""
+    def put(library, multiprocessors, workspace):
+        monkeypatch.setattr(cutlass, "library_of", lambda index: library)
+        monkeypatch.setattr(cutlass, "multiprocessors", lambda index: multiprocessors)
+        monkeypatch.setattr(cutlass, "workspace", lambda index: workspace)
+
+    registered = torch.library.Library("ria", "IMPL")
+    registered.impl("sparse24_linear.cutlass", cutlass._linear, "CPU")
+    registered.impl("sparse24_fp8_linear.cutlass", cutlass._fp8_linear, "CPU")
+    yield put
+    registered._destroy()
+
+
+@pytest.fixture
+def hopper(cutlass_on_cpu):
+    """A stand-in for the compiled library of a Hopper, which also takes tensors on the CPU while the test runs."""
+    library = PretendLibrary()
+    cutlass_on_cpu(library, 132, torch.zeros(1, dtype=torch.uint8))
+    return library
+
+
+@pytest.fixture
+def hopper_layers(hopper, monkeypatch):
+    """The same, and layers on the CPU count as layers on the GPU."""
+    unavailable, gpu = cutlass.unavailable, torch.device("cuda", 0)
+    monkeypatch.setattr(cutlass, "unavailable", lambda device, *facts: unavailable(gpu, *facts))
+    return hopper

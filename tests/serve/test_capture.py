@@ -10,7 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 from ria_vllm import sparse24
 from ria_vllm.serve import linear
-from ria_vllm.serve.kernels import cusparselt, cutlass, fp8, reference, torch_cutlass
+from ria_vllm.serve.kernels import reference
+from ria_vllm.serve.kernels.cuda import backend as cutlass
+from ria_vllm.serve.kernels.cuda import fp8
+from ria_vllm.serve.kernels.torch import cusparselt, torch_cutlass
 from ria_vllm.serve.linear import Plan, Product, Sparse24LinearMethod
 
 GPU = "meta"

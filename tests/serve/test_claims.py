@@ -1,6 +1,5 @@
 """Each pruned linear of a checkpoint is served by exactly one layer, whatever prefix vLLM's authors gave that layer."""
 
-from types import SimpleNamespace
 
 import pytest
 import tiny

@@ -119,7 +119,7 @@ def test_what_is_fastest_and_what_is_missing(facts, expected):
 
 
 def test_the_advice_rests_on_this_machine(monkeypatch):
-    from ria_vllm.serve.kernels import cpu
+    from ria_vllm.serve.kernels.cpu import backend as cpu
 
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4:/x/libiomp5.so")
     monkeypatch.delenv("RIA_VLLM_CPU_ISA", raising=False)

@@ -6,8 +6,7 @@ from foreign_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels import fp8
-
+from ria_vllm.serve.kernels.cuda import fp8
 
 pytestmark = pytest.mark.usefixtures("ranks")
 

@@ -14,7 +14,6 @@ from vllm.model_executor.model_loader.reload import (
 
 from ria_vllm.errors import RiaError
 
-
 pytestmark = pytest.mark.usefixtures("ranks")
 
 

@@ -16,7 +16,7 @@ from compare import GENERATE, prompts
 pytestmark = pytest.mark.slow
 
 BUILD = Path(__file__).parents[2] / "packaging" / "build_wheel.py"
-IMPORT = "import ria_vllm, ria_vllm.serve.kernels.cpu as cpu; print(ria_vllm.__file__, cpu.__file__, sep='\\n')"
+IMPORT = "import ria_vllm, ria_vllm.serve.kernels.cpu.backend as cpu; print(ria_vllm.__file__, cpu.__file__, sep='\\n')"
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def run(python: Path, path: str, *arguments: str) -> str:
 def test_one_wheel_for_every_python_and_many_linuxes(wheel):
     assert re.fullmatch(r"ria_vllm-[\d.]+-py3-none-manylinux_2_\d+_x86_64\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
-    assert [name for name in names if ".so" in name] == ["ria_vllm/serve/kernels/_cpu.so"]
-    assert "ria_vllm/serve/kernels/csrc/cuda/library.cu" in names  # which build-kernels compiles
+    assert [name for name in names if ".so" in name] == ["ria_vllm/serve/kernels/cpu/_cpu.so"]
+    assert "ria_vllm/serve/kernels/cuda/csrc/library.cu" in names  # which build-kernels compiles
 
 
 def test_serves_without_a_compiler(python, tmp_path):

@@ -1,0 +1,290 @@
+"""The CPU kernel against the dense linears that vLLM has on the same machine: `python -m benchmarks.cpu_kernels`.
+
+Dense in bfloat16, in float32 and as W8A8 (int8 weights, activations quantized in the call), each made by vLLM's own
+code; ours in bfloat16, float32 and with int8 weights. Every ratio names the dense way that was the fastest for that
+shape and number of tokens. All sides run in turn in one process and the medians are compared. Each side walks through
+copies of its weight that together are larger than any cache, as the layers of a model do. The sparse side pays for an
+activation permutation. Each number of threads has a process of its own: vLLM's oneDNN counts them when it starts and
+not again.
+"""
+
+import argparse
+import json
+import math
+import mmap
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import cpu_dense
+from benchmarks.cpu_dense import Linear
+from ria_vllm import sparse24
+from ria_vllm.serve.kernels.cpu import backend as cpu
+
+SHAPES = {  # out x in
+    "SmolLM2 o": (576, 576),
+    "SmolLM2 gate_up": (3072, 576),
+    "SmolLM2 down": (576, 1536),
+    "Llama-3.2-1B o": (2048, 2048),
+    "Llama-3.2-1B gate_up": (16384, 2048),
+    "Llama-3.2-1B down": (2048, 8192),
+    "Llama-2-7B o": (4096, 4096),
+    "Llama-2-7B gate": (11008, 4096),
+    "Llama-2-7B down": (4096, 11008),
+}
+QUICK_SHAPES = ["SmolLM2 gate_up", "Llama-3.2-1B down", "Llama-2-7B o"]
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+ROTATED_BYTES = 96 << 20
+# How many times slower than the fastest dense way one may be and still be measured more than twice.
+HOPELESS = 4
+DENSE = ("bfloat16", "float32", "W8A8")
+SPARSE = ("bfloat16", "float32", "int8")
+# The dense way whose weights are as precise as ours.
+SAME = {"bfloat16": "bfloat16", "float32": "float32", "int8": "W8A8"}
+
+
+def sparse(compressed: torch.Tensor, bitmask: torch.Tensor, *scales: torch.Tensor) -> Linear:
+    out_features = compressed.shape[0]
+    packed = cpu.pack(compressed, bitmask, *scales)
+    permutation = torch.randperm(compressed.shape[1] * 2, dtype=torch.int32)
+    return lambda x: cpu.apply(x, packed, out_features, permutation, None)
+
+
+def fast_dtype() -> torch.dtype:
+    """What a model is served in on this machine: bfloat16 where the CPU multiplies it."""
+    return torch.bfloat16 if cpu.instruction_set() == "avx512_bf16" else torch.float32
+
+
+def sides(weight: torch.Tensor) -> dict[tuple[str, str], tuple[torch.dtype, list[Linear]]]:
+    """Ways to multiply by `weight`, float32 [out, in], named ("dense" or "sparse", how): activations' dtype, copies."""
+
+    def copies(make: Callable[[], Linear], bits: float) -> list[Linear]:
+        return [make() for _ in range(max(2, math.ceil(8 * ROTATED_BYTES / (weight.numel() * bits))))]
+
+    ways = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        name, bits, same = str(dtype).removeprefix("torch."), 8 * dtype.itemsize, weight.to(dtype)
+        pair = sparse24.compress(same)
+        ways["dense", name] = dtype, copies(lambda same=same: cpu_dense.unquantized(same.clone()), bits)
+        ways["sparse", name] = dtype, copies(lambda pair=pair: sparse(*pair), bits / 2 + 1)
+    compressed, bitmask = sparse24.compress(weight)
+    values, scales = sparse24.quantize_rows(compressed)
+    ways["sparse", "int8"] = torch.bfloat16, copies(lambda: sparse(values, bitmask, scales[:, 0]), 5)
+    values8, scales8 = sparse24.quantize_rows(weight)
+    dtype = fast_dtype()
+    ways["dense", "W8A8"] = dtype, copies(lambda: cpu_dense.w8a8(values8.clone(), scales8.clone(), dtype), 8)
+    return ways
+
+
+def clock() -> float:
+    """Seconds passed; of one thread, the seconds it computed, which other processes on the machine prolong less."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of reading a large buffer in huge pages once, the fastest of two ways and several tries."""
+    buffer = mmap.mmap(-1, 512 << 20)
+    buffer.madvise(mmap.MADV_HUGEPAGE)
+    data = torch.frombuffer(buffer, dtype=torch.float32).fill_(1.0)
+    seconds = []
+    for _ in range(6):
+        for read in (data.sum, lambda: torch.dot(data, data)):
+            start = clock()
+            read()
+            seconds.append(clock() - start)
+    return data.nbytes / min(seconds)
+
+
+def medians(
+    ways: dict[tuple[str, str], tuple[torch.dtype, list[Linear]]], x: torch.Tensor, budget: float, least: int
+) -> dict[tuple[str, str], float]:
+    """Median seconds of each way's call on `x` float32, the ways in turn, each walking through its copies."""
+    inputs = {dtype: x.to(dtype) for dtype, _ in ways.values()}
+    samples: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    start = time.perf_counter()
+    turn = 0
+    while turn < least + 1 or time.perf_counter() - start < budget:
+        dense = [min(taken) for (kind, _), taken in samples.items() if kind == "dense" and taken]
+        for way, (dtype, calls) in ways.items():
+            if turn > 1 and way[0] == "dense" and min(samples[way]) > HOPELESS * min(dense):
+                continue
+            begin = clock()
+            calls[turn % len(calls)](inputs[dtype])
+            samples[way].append(clock() - begin)
+        turn += 1
+    return {way: statistics.median(taken[1:]) for way, taken in samples.items()}
+
+
+def measure(names: list[str], tokens: list[int], budget: float) -> dict:
+    """Every shape and number of tokens, with the threads this process has."""
+    threads = torch.get_num_threads()
+    bandwidth = read_bandwidth()
+    limit = cpu_dense.limit()
+    limited = f", limited to {limit}" if limit else ""
+    print(f"{threads} thread(s){limited}: streaming read {bandwidth / 1e9:.1f} GB/s", flush=True)
+    rows = []
+    for name in names:
+        out_features, in_features = SHAPES[name]
+        ways = sides(torch.randn(out_features, in_features))
+        for m in tokens:
+            seconds = medians(ways, torch.randn(m, in_features), budget, least=5)
+            row = {
+                "name": name,
+                "out_features": out_features,
+                "in_features": in_features,
+                "threads": threads,
+                "tokens": m,
+                "dense_seconds": {how: seconds["dense", how] for how in DENSE},
+                "sparse_seconds": {how: seconds["sparse", how] for how in SPARSE},
+            }
+            rows.append(row)
+            print(describe(row, bandwidth), flush=True)
+        del ways
+    return {
+        "machine": platform.processor() or platform.machine(),
+        "limit": limit,
+        "torch": torch.__version__,
+        "instruction_set": cpu.instruction_set(),
+        "read_bandwidth": {str(threads): bandwidth},
+        "rows": rows,
+    }
+
+
+def best_dense(row: dict) -> str:
+    """The fastest dense way for a row's shape and number of tokens."""
+    return min(row["dense_seconds"], key=row["dense_seconds"].get)
+
+
+def ratio(row: dict, ours: str, dense: str) -> float:
+    return row["dense_seconds"][dense] / row["sparse_seconds"][ours]
+
+
+def measure_each(threads: list[int], limits: dict[str, str], arguments: list[str]) -> dict:
+    """The measurements of one process per number of threads, pinned to cores as vLLM pins its own, put together."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for count in threads:
+            path = Path(folder) / f"{count}.json"
+            pinned = {"OMP_NUM_THREADS": str(count), "OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
+            command = [sys.executable, "-m", __spec__.name, *arguments, "--one-process", "--json", str(path)]
+            subprocess.run(command, env={**os.environ, **limits, **pinned}, check=True)
+            results.append(json.loads(path.read_text()))
+    merged = results[0]
+    for result in results[1:]:
+        merged["read_bandwidth"] |= result["read_bandwidth"]
+        merged["rows"] += result["rows"]
+    merged["rows"].sort(key=lambda row: list(SHAPES).index(row["name"]))
+    return merged
+
+
+def describe(row: dict, bandwidth: float) -> str:
+    best, m = best_dense(row), row["tokens"]
+    dense = "  ".join(f"{how} {seconds * 1e3:.3f}" for how, seconds in row["dense_seconds"].items())
+    ours = "  ".join(
+        f"{how} {seconds * 1e3:.3f} ({ratio(row, how, best):.2f}x best, {ratio(row, how, SAME[how]):.2f}x {SAME[how]})"
+        for how, seconds in row["sparse_seconds"].items()
+    )
+    note = ""
+    if m == 1:
+        read = cpu.packed_bytes(row["out_features"], row["in_features"], torch.bfloat16)
+        note = f"  bfloat16 at {read / row['sparse_seconds']['bfloat16'] / bandwidth:.0%} of read bandwidth"
+    return (
+        f"{row['name']:22s} {row['out_features']:5d}x{row['in_features']:<5d} {row['threads']} thr  M={m:<5d}"
+        f" dense ms: {dense}, best {best}; ours ms: {ours}{note}"
+    )
+
+
+def table(result: dict, ours: str, dense: str | None = None) -> str:
+    """Dense time / our time, one line per shape and thread count (Markdown).
+
+    Against one way to multiply a dense weight, or, without `dense`, against the fastest, named beside the ratio.
+    """
+    tokens = sorted({row["tokens"] for row in result["rows"]})
+    lines = [
+        "| linear (out x in) | threads | " + " | ".join(f"M={m}" for m in tokens) + " |",
+        "| --- | --- | " + " | ".join("---" for _ in tokens) + " |",
+    ]
+    cells: dict[tuple, dict[int, str]] = {}
+    for row in result["rows"]:
+        key = (f"{row['name']} ({row['out_features']} x {row['in_features']})", row["threads"])
+        best = best_dense(row)
+        cell = f"{ratio(row, ours, dense):.2f}" if dense else f"{ratio(row, ours, best):.2f} ({best})"
+        cells.setdefault(key, {})[row["tokens"]] = cell
+    for (name, threads), by_tokens in cells.items():
+        lines.append(f"| {name} | {threads} | " + " | ".join(by_tokens[m] for m in tokens) + " |")
+    return "\n".join(lines)
+
+
+def tables(result: dict) -> str:
+    """All tables of a result, each under its title (Markdown)."""
+    parts = []
+    for ours in SPARSE:
+        parts.append(f"Ours in {ours} against the fastest dense way:\n\n{table(result, ours)}")
+        parts.append(f"Ours in {ours} against dense {SAME[ours]}:\n\n{table(result, ours, SAME[ours])}")
+    return "\n\n".join(parts)
+
+
+def plot(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ours = "bfloat16" if result["instruction_set"] == "avx512_bf16" else "float32"
+    threads = sorted({row["threads"] for row in result["rows"]})
+    figure, axes = plt.subplots(1, len(threads), figsize=(6 * len(threads), 4.2), sharey=True, squeeze=False)
+    for axis, count in zip(axes[0], threads, strict=True):
+        for name in dict.fromkeys(row["name"] for row in result["rows"]):
+            rows = [row for row in result["rows"] if row["name"] == name and row["threads"] == count]
+            ratios = [ratio(row, ours, best_dense(row)) for row in rows]
+            axis.plot([row["tokens"] for row in rows], ratios, marker="o", label=name)
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("tokens")
+        axis.set_title(f"{count} thread" + "s" * (count > 1))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(f"fastest dense time / 2:4 time in {ours}")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three shapes, few token counts")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, metavar="NAME", help=f"of: {', '.join(SHAPES)}")
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--budget", type=float, help="seconds per measurement")
+    parser.add_argument("--limit", choices=cpu_dense.LIMITS, help="all sides use no instructions beyond these")
+    parser.add_argument("--json", type=Path, help="write the measurements here")
+    parser.add_argument("--plot", type=Path, help="write a plot here (needs matplotlib)")
+    parser.add_argument("--one-process", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    names = options.shapes or (QUICK_SHAPES if options.quick else list(SHAPES))
+    tokens = options.tokens or ([1, 4, 8, 16, 32, 128, 512] if options.quick else TOKENS)
+    budget = options.budget or (0.15 if options.quick else 0.4)
+    if options.one_process:
+        torch.manual_seed(0)
+        result = measure(names, tokens, budget)
+    else:
+        arguments = ["--shapes", *names, "--tokens", *map(str, tokens), "--budget", str(budget)]
+        limits = cpu_dense.LIMITS[options.limit] if options.limit else {}
+        result = measure_each(options.threads, limits, arguments)
+        print(f"\n{tables(result)}")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1))
+    if options.plot:
+        plot(result, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""`make test-gpu`, or `python -m benchmarks.gpu_check`: checks and times every CUDA backend on a GPU.
+
+Needs torch and this package, not vLLM. Prints one table and writes one JSON. In order, so that a run that is cut short
+has done the most important first: correctness against float64, CUDA graphs, times beside the dense product and the
+hardware's limits, then times of every tile, from which cutlass_tiles.MEASURED is filled.
+
+All of that is divided into parts that a worker process goes through. A part that fails, crashes or hangs ends its
+worker, for after an illegal access nothing in that process could be believed; a new one goes on with the next part.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, product
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks import gpu_products, gpu_timing
+from benchmarks.gpu_timing import DEVICE, Row
+from ria_vllm.serve.kernels import reference as reference_backend
+from ria_vllm.serve.kernels.cuda import backend as cutlass
+from ria_vllm.serve.kernels.cuda import build as cuda_compile
+from ria_vllm.serve.kernels.cuda import fp8
+from ria_vllm.serve.kernels.cuda.bindings import library_of
+from ria_vllm.serve.kernels.torch import cusparselt, torch_cutlass
+
+FAST: tuple[ModuleType, ...] = (cutlass, cusparselt, torch_cutlass)
+BACKENDS = (*FAST, reference_backend)
+SMALL_SHAPES = ((64, 64), (136, 192), (1000, 576))
+SHAPES_7B = ((4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096))
+TILE_SHAPES = ((136, 192), (1000, 1024))
+GRAPH_SHAPE = (1024, 1024)
+START = 90  # seconds that a worker may take to begin, the import of torch included
+GRACE = 30  # seconds after the deadline that a part may go on for
+
+
+@dataclass(frozen=True)
+class Part:
+    """`rows` yields what goes under `section` in the JSON, and before each step a row of `at` alone, saying which.
+
+    After so many seconds of `silence` it is taken to hang.
+    """
+
+    name: str
+    section: str
+    rows: Callable[[], Iterator[Row]]
+    silence: float = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """checkpoint: real weights, too. quick: small shapes and no timing."""
+
+    checkpoint: Path | None = None
+    quick: bool = False
+
+
+def parts_of(options: Options) -> list[Part]:
+    """Everything to do on this GPU, the most important first."""
+    shapes = SMALL_SHAPES if options.quick else (*SMALL_SHAPES, *SHAPES_7B)
+    checks = [part for dtype in (torch.bfloat16, torch.float16) for part in _checks(shapes, dtype, None)]
+    if options.checkpoint:
+        for backend in BACKENDS:
+            rows = partial(_on_checkpoint, backend, options.checkpoint)
+            checks.append(Part(f"real weights {backend.NAME}", "checks", rows))
+    fp8_checks = [part for dtype in (torch.bfloat16, torch.float16) for part in _checks(shapes, dtype, fp8.DTYPE)]
+    if options.quick:
+        return checks + fp8_checks
+    return checks + _timings() + fp8_checks + _our_timings()
+
+
+def _checks(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, weights: torch.dtype | None) -> list[Part]:
+    kind = f"{dtype} under fp8 weights" if weights else str(dtype)
+
+    def part(name: str, check: Callable[[gpu_products.Layer], Iterator[Row]], sizes: Sequence[tuple[int, int]]) -> Part:
+        return Part(f"{name} {kind}", "checks", partial(_on_layers, check, sizes, dtype, weights))
+
+    parts = [part(backend.NAME, partial(gpu_products.check_backend, backend), shapes) for backend in BACKENDS]
+    if cutlass.unavailable(DEVICE, weights or dtype, *TILE_SHAPES[0]) is None:
+        parts.append(part("packing", gpu_products.check_packing, TILE_SHAPES))
+        for name in library_of(DEVICE.index).tile_names:
+            parts.append(part(f"tile {name}", partial(gpu_products.check_tile, name), TILE_SHAPES))
+    for backend in FAST:
+        parts.append(part(f"CUDA graph {backend.NAME}", partial(gpu_products.check_graphs, backend), (GRAPH_SHAPE,)))
+    return parts
+
+
+def _timings() -> list[Part]:
+    parts = [Part("limits", "limits", gpu_timing.measure_limits)]
+    for backend, shape in product(FAST, gpu_timing.SHAPES):
+        rows = partial(gpu_timing.time_backend, backend, shape)
+        parts.append(Part(f"times {backend.NAME} {shape}", "times", rows))
+    return parts
+
+
+def _our_timings() -> list[Part]:
+    served = [d for d in (torch.bfloat16, fp8.DTYPE) if cutlass.unavailable(DEVICE, d, 4096, 4096) is None]
+    parts = []
+    if fp8.DTYPE in served:
+        for shape in gpu_timing.SHAPES:
+            parts.append(Part(f"times fp8 {shape}", "times", partial(gpu_timing.time_fp8, shape)))
+    if torch.bfloat16 in served:
+        parts.append(Part("packing times", "packing", gpu_timing.time_packing))
+        parts.append(Part("gather times", "gather", gpu_timing.time_gather, silence=90))
+    for shape, dtype in product(gpu_timing.TUNED_SHAPES, served):
+        parts.append(Part(f"tiles {shape} {dtype}", "tiles", partial(gpu_timing.time_tiles, shape, dtype)))
+    return parts
+
+
+def _on_layers(
+    check: Callable[[gpu_products.Layer], Iterator[Row]],
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    weights: torch.dtype | None,
+) -> Iterator[Row]:
+    return chain.from_iterable(check(gpu_products.random_layer(*shape, dtype, weights)) for shape in shapes)
+
+
+def _on_checkpoint(backend: ModuleType, folder: Path) -> Iterator[Row]:
+    for layer in gpu_products.real_layers(folder):
+        yield from gpu_products.check_backend(backend, layer)
+
+
+def run_parts(parts: Sequence[Part], deadline: float, first: int = 0) -> Iterator[tuple[int, Row]]:
+    """Index and row of one part after the other, from `first` on, in this process. An error ends all."""
+    for index, part in enumerate(parts[first:], first):
+        for row in chain([{"at": "its start"}], part.rows()):
+            if "at" in row and time.monotonic() > deadline:
+                yield index, {"part": part.name, "skipped": "out of time"}
+                break
+            yield index, row
+
+
+def supervise(factory: Callable[[], Sequence[Part]], deadline: float) -> Iterator[tuple[int, Row]]:
+    """The same in workers, so that a part that fails, crashes or hangs costs itself alone: its row is not `ok`.
+
+    Args:
+        factory: what returns the parts, the same ones in every process; picklable.
+    """
+    parts, first = factory(), 0
+    while first < len(parts):
+        if time.monotonic() > deadline:
+            yield from run_parts(parts, deadline, first)
+            return
+        index, at = first, "the worker's start"
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        worker = context.Process(target=_work, args=(sender, factory, deadline, first))
+        worker.start()
+        sender.close()
+        try:
+            for index, row in _received(worker, receiver, parts, deadline + GRACE):
+                at = row.get("at", at)
+                yield index, row
+            return
+        except _PartError as error:
+            yield index, {"part": parts[index].name, "at": at, "ok": False, "error": str(error)}
+        finally:
+            worker.kill()
+            worker.join(10)
+        first = index + 1
+
+
+class _PartError(Exception):
+    """What ended a worker."""
+
+
+def _received(
+    worker: BaseProcess, receiver: Connection, parts: Sequence[Part], end: float
+) -> Iterator[tuple[int, Row]]:
+    patience = START
+    while receiver.poll(min(patience, max(0.0, end - time.monotonic()))):
+        try:
+            index, row = receiver.recv()
+        except EOFError:
+            worker.join()
+            if worker.exitcode:
+                raise _PartError(f"the process ended with code {worker.exitcode}") from None
+            return
+        if "error" in row:
+            raise _PartError(row["error"])
+        yield index, row
+        patience = parts[index].silence
+    raise _PartError(f"no answer for {patience} s, or past the end of the run")
+
+
+def _work(sender: Connection, factory: Callable[[], Sequence[Part]], deadline: float, first: int) -> None:
+    index = first
+    try:
+        for index, row in run_parts(factory(), deadline, first):
+            sender.send((index, row))
+    except Exception as error:  # whatever it is, the JSON must have it
+        sender.send((index, {"error": f"{type(error).__name__}: {error}".splitlines()[0]}))
+        raise
+
+
+def check_library() -> Iterator[Row]:
+    """A failed row if our own kernels will not run on a GPU that they were written for; else which tiles are absent."""
+    if torch.version.hip or cuda_compile.for_capability(*torch.cuda.get_device_capability(DEVICE)) is None:
+        return
+    if reason := cutlass.unavailable(DEVICE, torch.bfloat16, 4096, 4096):
+        yield {"part": "our own kernels", "ok": False, "error": reason}
+        return
+    library = library_of(DEVICE.index)
+    if absent := cuda_compile.absent_tiles(library.path.name, library.tile_names):
+        reason = f"{', '.join(absent)}: `ria-vllm build-kernels --tiles all` compiles them"
+        yield {"part": "tiles", "skipped": reason}
+
+
+class Report:
+    """The JSON, written anew every few seconds, and what is printed."""
+
+    def __init__(self, path: Path):
+        self.path, self._written = path, 0.0
+        self.content: dict[str, Any] = {
+            "gpu": torch.cuda.get_device_name(DEVICE),
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(DEVICE))),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "checks": [],
+        }
+        print("{gpu}, compute capability {capability}, torch {torch}".format_map(self.content), flush=True)
+
+    def add(self, section: str, row: Row) -> None:
+        """Keeps a row of a part, unless it says no more than where the part is."""
+        if "at" in row and "error" not in row:
+            return
+        if row.get("ok") is False:
+            print(f"FAILED {row}", flush=True)
+        if section == "times" and "us" in row:
+            if not any("us" in before for before in self.rows("times")):
+                print(gpu_timing.HEADER)
+            gpu_timing.add_limits(row, self.limits)
+            print(gpu_timing.line(row), flush=True)
+        self.content.setdefault("checks" if "ok" in row or "skipped" in row else section, []).append(row)
+        if time.monotonic() > self._written + 2:
+            self.save()
+
+    def rows(self, section: str) -> list[Row]:
+        return self.content.get(section, [])
+
+    @property
+    def limits(self) -> Row:
+        return next(iter(self.rows("limits")), {})
+
+    @property
+    def failed(self) -> int:
+        return sum(row.get("ok") is False for row in self.rows("checks"))
+
+    def save(self) -> None:
+        part = self.path.with_name(f"{self.path.name}.part")
+        part.write_text(json.dumps(self.content, indent=1, allow_nan=False))
+        part.replace(self.path)
+        self._written = time.monotonic()
+
+    def conclude(self) -> None:
+        """Prints what the whole run is needed for, and writes all."""
+        for section, line_of in (("packing", gpu_timing.packing_line), ("gather", gpu_timing.gather_line)):
+            for row in self.rows(section):
+                print(line_of(row))
+        if tiles := self.rows("tiles"):
+            print(gpu_timing.table_rows(tiles))
+        checks = self.rows("checks")
+        skipped = {f"{row.get('backend') or row['part']}: {row['skipped']}" for row in checks if "skipped" in row}
+        for reason in sorted(skipped):
+            print(f"not run: {reason}")
+        print(f"{sum('ok' in row for row in checks)} checks, {self.failed} failed")
+        self.save()
+        print(f"wrote {self.path}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Check and time every CUDA backend on the first GPU.")
+    parser.add_argument("--checkpoint", type=Path, help="folder of a checkpoint: real weights as well")
+    parser.add_argument("--json", type=Path, help="where results go (gpu_check.json; --quick: gpu_check_quick.json)")
+    parser.add_argument("--seconds", type=float, default=400, help="start nothing new after this long (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="small shapes in one process, for compute-sanitizer")
+    arguments = parser.parse_args()
+    if arguments.checkpoint and not arguments.checkpoint.is_dir():
+        parser.error(f"{arguments.checkpoint} is no folder")
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA GPU")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Checks and times; exits with status 1 if anything failed."""
+    deadline = float("inf") if arguments.quick else time.monotonic() + arguments.seconds
+    factory = partial(parts_of, Options(arguments.checkpoint, arguments.quick))
+    report = Report(arguments.json or Path("gpu_check_quick.json" if arguments.quick else "gpu_check.json"))
+    for row in check_library():
+        report.add("checks", row)
+    parts = factory()
+    for index, row in run_parts(parts, deadline) if arguments.quick else supervise(factory, deadline):
+        report.add(parts[index].section, row)
+    report.conclude()
+    if report.failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run(parse_arguments())

@@ -1,0 +1,175 @@
+"""Checks of every CUDA backend and tile against float64, and of CUDA graphs. Part of gpu_check."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from benchmarks import gpu_timing
+from benchmarks.gpu_timing import DEVICE, Row
+from ria_vllm import sparse24
+from ria_vllm.serve.kernels.cuda import backend as cutlass
+from ria_vllm.serve.kernels.cuda import fp8
+from ria_vllm.serve.kernels.cuda.bindings import library_of, multiprocessors
+from ria_vllm.serve.kernels.cuda.tiles import SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE, can_run
+
+TOKENS = (1, 7, 16, 64, 333, 2048)
+GRAPH_TOKENS = (1, 64, 333, 2048)
+MOST_REAL_LINEARS = 32
+GUARD = 4096  # elements before and after y that no kernel may touch
+
+
+class Layer:
+    """A 2:4 layer on the GPU and its product in float64. With scales [out] its values are fp8, activations `dtype`."""
+
+    def __init__(
+        self,
+        name: str,
+        compressed: torch.Tensor,
+        bitmask: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        self.name = name
+        self.parts = tuple(tensor.to(DEVICE) for tensor in (compressed, bitmask, scales) if tensor is not None)
+        self.weights, self.dtype = compressed.dtype, dtype or compressed.dtype
+        self.fp8 = scales is not None
+        self.stored = sparse24.decompress(self.parts[0].double(), self.parts[1])
+        if self.fp8:
+            self.stored *= self.parts[2].double()[:, None]
+        self.out_features, self.in_features = self.stored.shape
+        self.bias = torch.randn(self.out_features, device=DEVICE, generator=generator).to(self.dtype)
+        self.order = torch.randperm(self.in_features, device=DEVICE, generator=generator).int()
+
+    def activations(self, tokens: int) -> torch.Tensor:
+        generator = torch.Generator(DEVICE).manual_seed(tokens)
+        return torch.randn(tokens, self.in_features, device=DEVICE, generator=generator).to(self.dtype)
+
+    def excess(self, y: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> float:
+        """Largest error in units of what rounding explains: an ulp of y and the accumulation. Right is below 1. Where
+        y is not finite, the largest float: JSON knows no infinity.
+
+        fp8's accumulation: the tensor cores are reported to keep about 14 bits of each sum of 128 products.
+        """
+        x = dequantized(x) if self.fp8 else x.double()
+        exact = x @ self.stored.t()
+        if bias is not None:
+            exact += bias.double()
+        accumulation = (x.abs() @ self.stored.abs().t()) * 2.0 ** (-11 if self.fp8 else -16)
+        error = (y.double() - exact).abs() / (exact.abs() * torch.finfo(self.dtype).eps + accumulation + 1e-30)
+        return float(error.max()) if bool(torch.isfinite(y).all()) else sys.float_info.max
+
+
+def dequantized(x: torch.Tensor) -> torch.Tensor:
+    """What is left of x [tokens, in] after its rounding to fp8, in float64."""
+    values, scales = fp8.quantize(x)
+    return values.double() * scales.double()[:, None]
+
+
+def random_layer(out_features: int, in_features: int, dtype: torch.dtype, weights: torch.dtype | None = None) -> Layer:
+    """`weights`: float8_e4m3fn for weights in fp8 under activations of `dtype`; else they are of `dtype` too."""
+    generator = torch.Generator(DEVICE).manual_seed(out_features + in_features)
+    dense = torch.randn(out_features, in_features, device=DEVICE, generator=generator).to(dtype) * in_features**-0.5
+    compressed, bitmask = sparse24.compress(dense)
+    if weights != fp8.DTYPE:
+        return Layer(f"random {out_features}x{in_features}", compressed, bitmask)
+    values, scales = fp8.quantize(compressed)
+    return Layer(f"random {out_features}x{in_features} fp8", values, bitmask, scales, dtype)
+
+
+def real_layers(folder: Path) -> Iterator[Layer]:
+    """One of each shape among the first linears of a checkpoint."""
+    from ria_vllm.checkpoint import Reader  # which needs more than torch
+
+    reader = Reader(folder)
+    shapes = set()
+    for name in reader.sparse_names[:MOST_REAL_LINEARS]:
+        linear = reader.linear(name)
+        if linear.shape not in shapes and linear.compressed.dtype in (torch.bfloat16, torch.float16):
+            shapes.add(linear.shape)
+            yield Layer(name, linear.compressed, linear.bitmask)
+
+
+Check = Callable[[ModuleType, Layer, Sequence[torch.Tensor]], Iterator[Row]]
+
+
+def _on_backend(name: str, check: Check, backend: ModuleType, layer: Layer) -> Iterator[Row]:
+    """The check's rows for the layer as the backend packs it, or why the backend does not take it. A row with `at`
+    says what is about to run."""
+    row = {"check": name, "backend": backend.NAME, "layer": layer.name, "dtype": str(layer.dtype)}
+    if reason := backend.unavailable(DEVICE, layer.weights, layer.out_features, layer.in_features):
+        yield {**row, "skipped": reason}
+        return
+    yield {"at": f"packing {layer.name}"}
+    for found in check(backend, layer, backend.pack(*layer.parts)):
+        yield found if "at" in found else row | found
+
+
+def check_backend(backend: ModuleType, layer: Layer) -> Iterator[Row]:
+    """Against float64, with and without bias and input permutation."""
+    return _on_backend("float64", _products, backend, layer)
+
+
+def check_graphs(backend: ModuleType, layer: Layer) -> Iterator[Row]:
+    """Capture once, replay with other activations: the same bits as without a graph."""
+    return _on_backend("CUDA graph", _graphs, backend, layer)
+
+
+def _products(backend: ModuleType, layer: Layer, packed: Sequence[torch.Tensor]) -> Iterator[Row]:
+    for tokens in TOKENS:
+        yield {"at": f"{layer.name}, {tokens} tokens"}
+        x = layer.activations(tokens)
+        plain = backend.apply(x, packed, layer.out_features, None, None)
+        full = backend.apply(x, packed, layer.out_features, layer.order, layer.bias)
+        again = backend.apply(x, packed, layer.out_features, None, None)
+        excess = max(layer.excess(plain, x, None), layer.excess(full, x[:, layer.order.long()], layer.bias))
+        repeats = torch.equal(plain, again)
+        contiguous = plain.is_contiguous() and plain.shape == (tokens, layer.out_features)
+        ok = excess < 1 and contiguous and (repeats or backend is not cutlass)
+        yield {"tokens": tokens, "excess": excess, "repeats": repeats, "ok": ok}
+
+
+def _graphs(backend: ModuleType, layer: Layer, packed: Sequence[torch.Tensor]) -> Iterator[Row]:
+    for tokens in GRAPH_TOKENS:
+        yield {"at": f"capturing {layer.name}, {tokens} tokens"}
+        x = layer.activations(tokens)
+        graph, (y,) = gpu_timing.capture([lambda: backend.apply(x, packed, layer.out_features, None, layer.bias)])
+        x.copy_(layer.activations(tokens + 1)[:tokens])
+        for _ in range(3):
+            graph.replay()
+        expected = backend.apply(x, packed, layer.out_features, None, layer.bias)
+        yield {"tokens": tokens, "ok": torch.equal(y, expected)}
+
+
+def check_packing(layer: Layer) -> Iterator[Row]:
+    """Metadata laid out on the GPU against the same on the host."""
+    values, metadata, *_ = cutlass.pack(*layer.parts)
+    host = library_of(DEVICE.index).pack_metadata(layer.parts[1].cpu(), values.itemsize * 8)
+    yield {"check": "metadata on GPU and CPU agree", "layer": layer.name, "ok": torch.equal(metadata.cpu(), host)}
+
+
+def check_tile(name: str, layer: Layer) -> Iterator[Row]:
+    """A tile of our library with every division of K, and guards around the output."""
+    library, sms = library_of(DEVICE.index), multiprocessors(DEVICE.index)
+    tile = library.tile_names.index(name)
+    values, metadata, *scales = cutlass.pack(*layer.parts)
+    sizes = (layer.out_features, layer.in_features)
+    for split in (SPLIT_NONE, SPLIT_HEURISTIC, SPLIT_FORCED, 3):
+        for tokens in TOKENS:
+            if not can_run(library, tile, layer.weights, sizes, tokens, split, sms):
+                continue
+            yield {"at": f"split {split}, {layer.name}, {tokens} tokens"}
+            x, count = layer.activations(tokens), tokens * layer.out_features
+            buffer = torch.full((count + 2 * GUARD,), 7.0, dtype=layer.dtype, device=DEVICE)
+            y = buffer[GUARD : GUARD + count].view(tokens, layer.out_features)
+            operand, *x_scales = fp8.quantize(x) if layer.fp8 else (x,)
+            both = (*scales, *x_scales) or None
+            workspace = cutlass.workspace(DEVICE.index)
+            library.linear(tile, split, operand, values, metadata, layer.bias, y, workspace, both)
+            excess = layer.excess(y, x, layer.bias)
+            guarded = bool((buffer[:GUARD] == 7).all() and (buffer[-GUARD:] == 7).all())
+            row = {"check": f"tile {name} split {split}", "backend": "cutlass", "layer": layer.name}
+            yield {**row, "tokens": tokens, "excess": excess, "guarded": guarded, "ok": excess < 1 and guarded}

@@ -1,0 +1,312 @@
+"""Times of the CUDA backends beside the dense product, the bytes' limit and the arithmetic's. Part of gpu_check."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ria_vllm import sparse24
+from ria_vllm.serve.kernels.cuda import backend as cutlass
+from ria_vllm.serve.kernels.cuda import fp8
+from ria_vllm.serve.kernels.cuda.bindings import CudaLibrary, library_of, multiprocessors
+from ria_vllm.serve.kernels.cuda.tiles import SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE, can_run, preferences
+
+DEVICE = torch.device("cuda", 0)
+SHAPES = ((11008, 4096), (4096, 11008), (28672, 8192), (8192, 28672))
+TOKENS = (1, 16, 64, 256, 2048)
+# Hidden size: the linears of a Llama decoder layer of 8B, of 70B.
+LAYERS = {
+    4096: ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
+    8192: ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)),
+}
+TUNED_SHAPES = ((4096, 4096), (6144, 4096), (22016, 4096), (4096, 11008), (57344, 8192), (8192, 28672))
+TUNED_TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SPLITS = (SPLIT_NONE, SPLIT_HEURISTIC, SPLIT_FORCED, 2, 3, 4)
+
+# Copies of each weight are used in turn, together larger than any L2, so that every product reads its weight from
+# memory, as it does between the other layers of a model.
+_BYTES_IN_TURN = 256 * 2**20
+_REPLAYS = 15
+
+HEADER = (
+    f"{'out':>6} {'in':>6} {'tokens':>6} {'backend':>14} {'us':>9} {'dense us':>9} {'speedup':>8}"
+    f" {'bytes limit us':>14} {'FLOP limit us':>13}"
+)
+
+Row = dict[str, Any]
+
+
+def capture(calls: Sequence[Callable[[], torch.Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    """A CUDA graph of the calls in order, warmed up on the side stream as torch asks."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call() for call in calls]
+    return graph, outputs
+
+
+def microseconds(calls: Sequence[Callable[[], torch.Tensor]], least: int = 8) -> float:
+    """Median time of one call, from replays of a graph that goes through the calls at least `least` calls long."""
+    graph, _ = capture(list(calls) * math.ceil(least / len(calls)))
+    count = math.ceil(least / len(calls)) * len(calls)
+    times = []
+    for _ in range(_REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / count)
+    return statistics.median(times[3:])
+
+
+def measure_limits() -> Iterator[Row]:
+    """One row of what this GPU reaches: bytes a second in a large copy, dense bf16 FLOP a second in a large product."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    copy = microseconds([lambda: target.copy_(source)])
+    del source, target
+    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE)
+    product = microseconds([lambda: square @ square], least=3)
+    yield {"bytes_per_second": 2 * 2**30 / copy * 1e6, "dense_flop_per_second": 2 * 8192**3 / product * 1e6}
+
+
+def add_limits(row: Row, limits: Row) -> None:
+    """A row's bytes and FLOP become the microseconds that they would take at least; None where no limit is known."""
+    for what, rate in (("bytes", "bytes_per_second"), ("flop", "dense_flop_per_second")):
+        row[f"{what}_limit_us"] = row.pop(what) / limits[rate] * 1e6 if rate in limits else None
+
+
+def _weights(
+    out_features: int, in_features: int, dtype: torch.dtype = torch.bfloat16
+) -> list[tuple[torch.Tensor, ...]]:
+    """Copies of one random weight as `pack` takes it: bfloat16, or float8_e4m3fn with scales."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    dense = torch.randn(out_features, in_features, dtype=torch.bfloat16, device=DEVICE, generator=generator)
+    compressed, *others = sparse24.compress(dense)
+    if dtype == fp8.DTYPE:
+        compressed, scales = fp8.quantize(compressed)
+        others.append(scales)
+    bits = 4 * dtype.itemsize + 1
+    copies = max(2, math.ceil(_BYTES_IN_TURN / (out_features * in_features * bits / 8)))
+    return [tuple(tensor.clone() for tensor in (compressed, *others)) for _ in range(copies)]
+
+
+def time_backend(backend: ModuleType, shape: tuple[int, int]) -> Iterator[Row]:
+    """Rows of shape, tokens, backend, microseconds, dense microseconds, bytes and FLOP."""
+    out_features, in_features = shape
+    if reason := backend.unavailable(DEVICE, torch.bfloat16, *shape):
+        yield {"backend": backend.NAME, "skipped": reason}
+        return
+    pairs = _weights(*shape)
+    dense_weights = [sparse24.decompress(*pairs[0]) for _ in pairs]
+    packed = [backend.pack(*pair) for pair in pairs]
+    for tokens in TOKENS:
+        yield {"at": f"{tokens} tokens"}
+        x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=DEVICE)
+        row = _sizes(shape, tokens) | {
+            "backend": backend.NAME,
+            "us": microseconds([lambda p=p: backend.apply(x, p, out_features, None, None) for p in packed]),
+            "dense_us": microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in dense_weights]),
+        }
+        traffic = out_features * in_features * 9 / 8 + 2 * tokens * (out_features + in_features)
+        yield row | {"bytes": traffic, "flop": tokens * out_features * in_features}
+
+
+def _sizes(shape: tuple[int, int], tokens: int) -> Row:
+    return {"out_features": shape[0], "in_features": shape[1], "tokens": tokens}
+
+
+def time_fp8(shape: tuple[int, int]) -> Iterator[Row]:
+    """The same rows for products of fp8 operands alone, without the rounding of x: ours, and torch's dense one where it
+    has one. The dense time beside them is bfloat16's."""
+    out_features, in_features = shape
+    parts = _weights(*shape, fp8.DTYPE)
+    packed = [cutlass.pack(*part) for part in parts]
+    plain = sparse24.decompress(parts[0][0].bfloat16(), parts[0][1])
+    bfloat16 = [plain.clone() for _ in range(max(2, math.ceil(_BYTES_IN_TURN / plain.nbytes)))]
+    float8 = [weight.to(fp8.DTYPE) for weight in bfloat16 + bfloat16]  # half the bytes, twice the copies
+    scales = parts[0][2]
+    for tokens in TOKENS:
+        yield {"at": f"{tokens} tokens"}
+        x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=DEVICE)
+        q, x_scales = fp8.quantize(x)
+        common = _sizes(shape, tokens) | {
+            "dense_us": microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in bfloat16]),
+            "bytes": out_features * in_features * 5 / 8 + tokens * (in_features + 2 * out_features),
+            "flop": tokens * out_features * in_features / 2,
+        }
+        ours = [
+            lambda p=p: torch.ops.ria.sparse24_fp8_linear.cutlass(q, x_scales, *p, None, torch.bfloat16) for p in packed
+        ]
+        yield {**common, "backend": "cutlass fp8", "us": microseconds(ours)}
+        dense = [lambda w=w: _dense_fp8(q, x_scales, w, scales) for w in float8]
+        try:
+            dense[0]()
+        except RuntimeError:
+            continue  # this torch, or the GPU, knows no scales by row
+        yield {**common, "backend": "dense fp8", "us": microseconds(dense)}
+
+
+def _dense_fp8(x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    by_row = x_scales[:, None], scales[None]
+    return torch._scaled_mm(x, weight.t(), *by_row, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def line(row: Row) -> str:
+    """A row as HEADER has it."""
+    limits = [row["bytes_limit_us"], row["flop_limit_us"]]
+    bytes_limit, flop_limit = ("-" if limit is None else f"{limit:.1f}" for limit in limits)
+    return (
+        f"{row['out_features']:6} {row['in_features']:6} {row['tokens']:6} {row['backend']:>14} {row['us']:9.1f}"
+        f" {row['dense_us']:9.1f} {row['dense_us'] / row['us']:7.2f}x {bytes_limit:>14} {flop_limit:>13}"
+    )
+
+
+def time_packing() -> Iterator[Row]:
+    """Milliseconds from the checkpoint's tensors on the GPU to the kernel's, by shape."""
+    for shape in SHAPES:
+        yield {"at": str(shape)}
+        pair = _weights(*shape)[0]
+        times = []
+        for _ in range(7):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            cutlass.pack(*pair)
+            torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) * 1e3)
+        yield {"out_features": shape[0], "in_features": shape[1], "ms": statistics.median(times)}
+
+
+def packing_line(row: Row) -> str:
+    return f"packing {row['out_features']} x {row['in_features']}: {row['ms']:.2f} ms"
+
+
+def _add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Residual addition and RMSNorm, as they stand before q,k,v and before gate,up."""
+    residual = x + residual
+    wide = residual.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+    return normed.to(x.dtype) * weight, residual
+
+
+def _add_norm_gather(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    normed, residual = _add_norm(x, residual, weight)
+    return normed.index_select(-1, order), residual
+
+
+def time_gather() -> Iterator[Row]:
+    """What the gathers of a decoder layer, after the norms and compiled with them, cost beside its sparse products."""
+    for hidden, shapes in LAYERS.items():
+        torch.compiler.reset()  # or the second hidden size would be taken for a size that varies
+        plain, gathered = torch.compile(_add_norm), torch.compile(_add_norm_gather)
+        packed = [[cutlass.pack(*parts) for parts in _weights(*shape)] for shape in shapes]
+        order = torch.randperm(hidden, device=DEVICE).int()
+        weight = torch.rand(hidden, dtype=torch.bfloat16, device=DEVICE)
+        for tokens in TOKENS:
+            yield {"at": f"hidden size {hidden}, {tokens} tokens"}
+            x, residual = torch.randn(2, tokens, hidden, dtype=torch.bfloat16, device=DEVICE)
+            try:
+                plain(x, residual, weight), gathered(x, residual, weight, order)
+            except (RuntimeError, ImportError, OSError) as error:  # no Triton, or no C compiler for it
+                yield {"part": "gather times", "skipped": f"torch.compile: {error}".splitlines()[0]}
+                return
+            products = 0.0
+            for shape, copies in zip(shapes, packed, strict=True):
+                y = torch.randn(tokens, shape[1], dtype=torch.bfloat16, device=DEVICE)
+                products += microseconds([lambda p=p: cutlass.apply(y, p, shape[0], None, None) for p in copies])
+            without = microseconds([lambda: plain(x, residual, weight)[0]])
+            with_it = microseconds([lambda: gathered(x, residual, weight, order)[0]])
+            share = 2 * (with_it - without) / (products + 2 * without)
+            row = {"hidden": hidden, "tokens": tokens, "norm_us": without, "norm_and_gather_us": with_it}
+            yield row | {"products_us": products, "share": share}
+
+
+def gather_line(row: Row) -> str:
+    return (
+        f"hidden size {row['hidden']}, {row['tokens']} tokens: norm {row['norm_us']:.1f} us, with a gather"
+        f" {row['norm_and_gather_us']:.1f} us; both gathers {row['share']:.1%} of the layer's norms and products"
+    )
+
+
+def time_tiles(sizes: tuple[int, int], dtype: torch.dtype) -> Iterator[Row]:
+    """Every tile and division of K of our library on a shape that models have (q,k,v and gate,up fused). What belongs
+    to a number of tokens comes when all of it was timed, for only then is the fastest of it known."""
+    packed = [cutlass.pack(*parts) for parts in _weights(*sizes, dtype)]
+    for tokens in TUNED_TOKENS:
+        timed = []
+        for row in _time_tiles(dtype, sizes, packed, tokens):
+            if "at" in row:
+                yield row
+            else:
+                timed.append(row)
+        yield from timed
+
+
+def _time_tiles(
+    dtype: torch.dtype, sizes: tuple[int, int], packed: Sequence[tuple[torch.Tensor, ...]], tokens: int
+) -> Iterator[Row]:
+    library, sms = library_of(DEVICE.index), multiprocessors(DEVICE.index)
+    rule = dict(preferences(library.family, sms, dtype.itemsize * 8, *sizes, tokens))
+    x = torch.randn(tokens, sizes[1], dtype=torch.bfloat16, device=DEVICE)
+    operand, *x_scales = fp8.quantize(x) if dtype == fp8.DTYPE else (x,)
+    y = torch.empty(tokens, sizes[0], dtype=torch.bfloat16, device=DEVICE)
+    for tile, name in enumerate(library.tile_names):
+        for split in sorted({*SPLITS, rule.get(name, SPLIT_NONE)}):
+            if split != SPLIT_NONE and (tokens > 1024 or library.family == 90 and "streamk" not in name):
+                continue
+            if not can_run(library, tile, dtype, sizes, tokens, split, sms):
+                continue
+            yield {"at": f"{name} split {split}, {tokens} tokens"}
+            calls = [_tile_call(library, tile, split, operand, x_scales, parts, y) for parts in packed]
+            row = {"family": library.family, "multiprocessors": sms, "value_bits": dtype.itemsize * 8}
+            row |= _sizes(sizes, tokens)
+            yield {**row, "tile": name, "split": split, "us": microseconds(calls)}
+
+
+def _tile_call(
+    library: CudaLibrary,
+    tile: int,
+    split: int,
+    x: torch.Tensor,
+    x_scales: Sequence[torch.Tensor],
+    packed: tuple[torch.Tensor, ...],
+    y: torch.Tensor,
+) -> Callable[[], torch.Tensor]:
+    values, metadata, *scales = packed
+
+    def call() -> torch.Tensor:
+        both = (*scales, *x_scales) or None
+        library.linear(tile, split, x, values, metadata, None, y, cutlass.workspace(x.device.index), both)
+        return y
+
+    return call
+
+
+_SHAPE = ("family", "multiprocessors", "value_bits", "out_features", "in_features")
+
+
+def table_rows(tiles: Sequence[Row]) -> str:
+    """The fastest tile of each shape and number of tokens, as lines for cutlass_tiles.MEASURED."""
+    best: dict[tuple[int, ...], dict[int, Row]] = {}
+    for row in tiles:
+        shape = best.setdefault(tuple(row[key] for key in _SHAPE), {})
+        if row["tokens"] not in shape or row["us"] < shape[row["tokens"]]["us"]:
+            shape[row["tokens"]] = row
+    lines = []
+    for shape, by_tokens in best.items():
+        entries = ", ".join(f'({tokens}, "{row["tile"]}", {row["split"]})' for tokens, row in sorted(by_tokens.items()))
+        lines.append(f"    {shape}: ({entries},),")
+    return "\n".join(lines)

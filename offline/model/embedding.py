@@ -1,0 +1,165 @@
+"""The model up to its first decoder layer, and how it calls each of its layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.evaluation.evaluate import explained
+from ria_vllm.offline.model.streaming import StreamedModel
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """How the model calls a decoder layer for one batch shape: everything but the residual stream.
+
+    place: the model's folder and the layer, for errors.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+    place: str = ""
+
+    def __call__(self, layer: nn.Module, stream: torch.Tensor) -> torch.Tensor:
+        kind = type(layer).__name__
+        with explained(f"{self.place}: transformers cannot run {kind} by itself; another version of it may"):
+            if self.by_name:
+                out = layer(*self.args, hidden_states=stream, **self.kwargs)
+            else:
+                out = layer(stream, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def same_as(self, other: "LayerCall") -> bool:
+        return _equal((self.args, self.kwargs), (other.args, other.kwargs))
+
+
+class Reached(BaseException):
+    """Stops a forward pass once it has shown what it was run for. No error, and not to be taken for one on the way."""
+
+
+class _Shell(nn.Module):
+    """Stands in for a decoder layer: notes how the model calls it and passes the stream on."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        calls: list[LayerCall],
+        streams: list[torch.Tensor],
+        finish: bool,
+        form: Callable,
+        place: str,
+    ):
+        super().__init__()
+        self.__dict__["layer"] = layer
+        self.calls = calls
+        self.streams = streams
+        self.finish = finish
+        self.form = form
+        self.place = place
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        by_name = "hidden_states" in kwargs
+        stream = kwargs.pop("hidden_states") if by_name else args[0]
+        self.streams.append(stream)
+        self.calls.append(LayerCall(args if by_name else args[1:], kwargs, by_name, self.place))
+        if self.finish:
+            raise Reached
+        return self.form(stream)
+
+
+class Embedder:
+    """The model up to its first decoder layer. It learns how each layer is to be called from the model's own forward."""
+
+    def __init__(self, model: StreamedModel):
+        self.model = model
+        self.base = model.load_base()
+        kind = type(model.model).__name__
+        self.runs = f"{model.folder}: transformers cannot run {kind} as config.json describes it"
+        self.tupled: int | None = None  # entries of the tuple that a layer returns, 0 for a bare tensor
+
+    def __call__(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
+        """Token ids [samples, tokens] -> the stream into layer 0 [samples, tokens, hidden], the call of every layer."""
+        model, calls, streams = self.model, [], []
+        layers = list(model.layers)
+        shells = [
+            _Shell(layer, calls, streams, layer is layers[-1], self._form, self._place(index))
+            for index, layer in enumerate(layers)
+        ]
+        for index, shell in enumerate(shells):
+            model.layers[index] = shell
+        try:
+            with explained(self.runs):
+                self.base(input_ids=tokens.to(model.device), use_cache=False)
+        except Reached:
+            pass
+        finally:
+            for index, layer in enumerate(layers):
+                model.layers[index] = layer
+        if len(calls) != len(layers):
+            kind = type(model.model).__name__
+            raise RiaError(
+                f"{model.folder}: {kind} does not call its decoder layers one after another, so they cannot be pruned "
+                "one by one."
+            )
+        return streams[0], calls
+
+    def inputs_of_first_layer(self, tokens: torch.Tensor) -> list[tuple[str, int]]:
+        """(linear, identity of the tensor it read) for a forward pass of layer 0, in the order of the calls.
+
+        Also finds out whether layers return a tensor or a tuple, without which no later layer can be reached.
+        """
+        layer = self.model.load_layer(0)
+        seen: list[tuple[str, torch.Tensor]] = []
+        first: list[LayerCall] = []
+        streams: list[torch.Tensor] = []
+        self.model.layers[0] = _Shell(layer, first, streams, True, self._form, self._place(0))
+        try:
+            with explained(self.runs):
+                self.base(input_ids=tokens.to(self.model.device), use_cache=False)
+        except Reached:
+            pass
+        finally:
+            self.model.layers[0] = layer
+        hooks = [
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        call = first[0]
+        kwargs = {**call.kwargs, "hidden_states": streams[0]} if call.by_name else call.kwargs
+        with explained(self.runs):
+            out = layer(*(call.args if call.by_name else (streams[0], *call.args)), **kwargs)
+        for hook in hooks:
+            hook.remove()
+        self.tupled = len(out) if isinstance(out, tuple) else 0
+        self.model.free_layer(0)
+        return [(name, id(tensor)) for name, tensor in seen]  # `seen` keeps the tensors alive, so identities are unique
+
+    def _place(self, index: int) -> str:
+        return f"{self.model.folder}: {self.model.layer_prefix(index).removesuffix('.')}"
+
+    def _form(self, stream: torch.Tensor) -> Any:
+        return (stream, *[None] * (self.tupled - 1)) if self.tupled else stream
+
+    def close(self) -> None:
+        self.model.free_base()
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return True

@@ -1,0 +1,185 @@
+"""The model to compress: a Hugging Face folder, a hub id, or a GGUF file."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+
+from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, is_compressed, read_json, weight_files
+from ria_vllm.companions import LEGAL_PATTERNS, SUFFIXES, is_companion, leads_out, left_where_it_is
+from ria_vllm.errors import RiaError
+from ria_vllm.model_card import CARD_FILE
+from ria_vllm.offline.evaluation.evaluate import reason_of
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.progress import Monitor
+from ria_vllm.writer import disk_errors
+
+NOT_COPIED = ("config.json", INDEX_FILE, "pytorch_model.bin.index.json", "ria_report.json")
+# Files without which a model is not served as it was meant to be.
+NEEDED = ("tokenizer", "vocab", "merges", "special_tokens", "chat_template", "generation_config")
+HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FILE, *LEGAL_PATTERNS]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked folder. `name` is what the user called it; `raw_config` is config.json as it stands.
+
+    stamp: what tells these weights from others without reading them.
+    """
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    raw_config: dict[str, Any]
+    stamp: list[list[Any]]
+
+    def small_files(self) -> list[Path]:
+        """Tokenizer, generation config, chat template, license; no link that leads elsewhere."""
+        return [path for path in self._companions() if not leads_out(path)]
+
+    def stray_files(self) -> list[Path]:
+        """What would be one of `small_files`, and is a link that leads elsewhere."""
+        return [path for path in self._companions() if leads_out(path)]
+
+    def _companions(self) -> list[Path]:
+        return [path for path in sorted(self.folder.iterdir()) if is_companion(path) and path.name not in NOT_COPIED]
+
+
+@contextmanager
+def opened(model: str, work: Path, team: Ranks, monitor: Monitor) -> Iterator[Source]:
+    """Find, fetch or convert the model, and check that it can be compressed. Only the first rank fetches or converts.
+
+    Args:
+        work: where a GGUF file may be converted; nothing is left there.
+
+    Raises:
+        RiaError: says what is wrong with the model and how to go on.
+    """
+    path = Path(model)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        with disk_errors(work):
+            work.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=work, prefix=".gguf-") if team.first else nullcontext() as folder:
+            if team.first:
+                with monitor.phase("converting the GGUF file"):
+                    convert_gguf(path, Path(folder))
+            yield replace(_checked(model, Path(team.from_first(folder))), stamp=[stamp_of(path)])
+            team.wait()
+    elif path.is_dir():
+        source = _checked(model, path)
+        for stray in source.stray_files():
+            if stray.name.startswith(NEEDED):  # a warning is soon forgotten, and then nothing serves the result
+                raise RiaError(left_where_it_is(stray))
+            monitor.warn(left_where_it_is(stray))
+        yield source
+    elif path.exists():
+        raise RiaError(
+            f"{model}: neither a folder nor a .gguf file. Give a Hugging Face folder, a hub id or a GGUF file."
+        )
+    else:
+        with monitor.phase("fetching the model from the hub"):
+            folder = _from_hub(model) if team.first else None
+        yield _checked(model, team.from_first(folder))
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write a Hugging Face folder with the dequantized weights, in bfloat16, and the tokenizer of a GGUF file."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        options: dict[str, Any] = {}
+    else:
+        options = {"quantization_config": GgufConfig(dequantize=True)}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=torch.bfloat16, trust_remote_code=False, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path.parent), gguf_file=path.name, trust_remote_code=False
+        )
+    except ImportError as error:
+        raise RiaError(f"{path}: {error} Install them with: pip install gguf accelerate") from None
+    except Exception as error:
+        raise RiaError(f"{path}: transformers cannot read this GGUF file ({error}).") from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model = model.to(torch.bfloat16)
+    with disk_errors(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RiaError(
+            f"{model}: no such folder or file here, and the hub did not give it either ({reason}). Check the name; "
+            "gated models need `hf auth login`."
+        ) from None
+
+
+def _checked(name: str, folder: Path) -> Source:
+    raw = read_json(folder / "config.json")
+    if is_compressed(folder):
+        raise RiaError(f"{name}: already compressed by ria-vllm. Give the original model.")
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "something") if isinstance(quantization, dict) else "something"
+        raise RiaError(f"{name}: its weights are quantized ({method}). Give the original, unquantized model.")
+    if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX_FILE).is_file():
+        found = [path.name for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.gguf"))]
+        if found and found[0].endswith(".gguf"):
+            raise RiaError(f"{name}: no safetensors here. To compress {found[0]}, give the file itself.")
+        if found:
+            raise RiaError(
+                f"{name}: only {found[0]} here. Pickled weights are not opened, since they can run code; save the model "
+                "as safetensors first (model.save_pretrained)."
+            )
+    files = sorted(set(weight_files(folder).values()))
+    if raw.get("auto_map") and raw.get("model_type") not in _known_types():
+        raise RiaError(f"{name}: needs its own Python code (auto_map in config.json), which is not run here.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        path = folder / "config.json"
+        raise RiaError(f"{path}: transformers does not know this model ({reason_of(error)}).") from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RiaError(f"{name}: a {config.model_type} model is not a causal language model; only those are compressed.")
+    if config.get_text_config() is not config:
+        raise RiaError(
+            f"{name}: a {config.model_type} model reads more than text, and only text models are compressed. Give its "
+            "language model alone, saved as a folder of its own."
+        )
+    architectures = config.architectures or []
+    architectures = [architectures] if isinstance(architectures, str) else architectures
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    expected = [cls.__name__ for cls in (expected if isinstance(expected, tuple) else (expected,))]
+    if architectures and not set(architectures) & set(expected):
+        raise RiaError(
+            f"{name}: config.json says {architectures[0]}, which is not the causal language model {expected[0]}. Only "
+            "causal language models can be compressed."
+        )
+    return Source(name, folder, config, raw, [stamp_of(path) for path in files])
+
+
+def stamp_of(path: Path) -> list[Any]:
+    """Name, size and time of the last change."""
+    found = path.stat()
+    return [path.name, found.st_size, found.st_mtime_ns]
+
+
+def _known_types() -> set[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return set(CONFIG_MAPPING_NAMES)

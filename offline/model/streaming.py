@@ -1,0 +1,303 @@
+"""A causal LM whose weights stay in their files; single parts of it are loaded, used and let go."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.evaluation.evaluate import explained
+from ria_vllm.offline.model import topology
+from ria_vllm.offline.model.dtypes import choose_dtype
+from ria_vllm.offline.model.names import Names, find_tensors
+from ria_vllm.sparse24 import VALUE_DTYPES
+
+# What a float parameter may be stored in.
+FLOATS = (*VALUE_DTYPES, torch.float64)
+
+# Weights whose being finite is checked at a time.
+FINITE_AT_ONCE = 1 << 22
+
+
+class StreamedModel:
+    """The model's own modules on the meta device, and where each of their tensors lies.
+
+    Modules go by their names in the model, tensors to be read by the names that they are written under (see `Names`).
+    stored_dtype is the checkpoint's; dtype is what layers are computed in.
+
+    Args:
+        folder: a Hugging Face folder with safetensors.
+        config: its configuration.
+        dtype: to compute in; None: what `choose_dtype` chooses.
+
+    Raises:
+        RiaError: no decoder layers with linears, or weights that do not fit the configuration.
+    """
+
+    def __init__(
+        self, folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype | None = None
+    ):
+        self.folder = folder
+        self.device = device
+        self.config = config
+        self.files = find_tensors(folder)
+        self.stored_dtype = stored_dtype(folder, config)
+        self.dtype = choose_dtype(self.stored_dtype, device) if dtype is None else dtype
+        text = config.get_text_config()
+        # The fused attention kernels of torch leave out Gemma 2's soft cap.
+        capped = getattr(text, "attn_logit_softcapping", None) is not None
+        unusable = f"{folder / 'config.json'}: transformers cannot build this model"
+        with explained(unusable), torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, attn_implementation="eager" if capped else None, trust_remote_code=False
+            )
+        self.model.eval().requires_grad_(False)
+        self.layers_path = topology.decoder_layers(self.model, getattr(text, "num_hidden_layers", 0))
+        self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
+        self.names = Names(self.model, self.files, folder)
+        self._check_all()
+        self._check_tied()
+        self._materialize_buffers()
+
+    def layer_prefix(self, index: int) -> str:
+        return f"{self.layers_path}.{index}."
+
+    def names_in_layer(self, index: int) -> list[str]:
+        """Written names of a layer's tensors."""
+        prefix = self.layer_prefix(index)
+        return [written for written, name in self.names.inside.items() if name.startswith(prefix)]
+
+    def names_outside_layers(self) -> list[str]:
+        """All other written names, those of layers that the model does not have among them."""
+        layers = {name for index in range(len(self.layers)) for name in self.names_in_layer(index)}
+        return [written for written in self.names.files if written not in layers]
+
+    def written_linear(self, index: int, name: str) -> str:
+        """The written name of a linear of layer `index`; `name` is relative to the layer."""
+        return self.names.linear(self.layer_prefix(index) + name)
+
+    def unknown_linears(self) -> list[str]:
+        """Written names of what may be linears among the tensors that the model does not have, single experts apart."""
+        found = []
+        for written in self.names.unknown:
+            if written.endswith(".weight") and ".experts." not in written:
+                with _opened(self._file_of(written)) as file:
+                    if len(file.get_slice(self.names.files[written]).get_shape()) == 2:
+                        found.append(written.removesuffix(".weight"))
+        return found
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor with this written name as the file has it, on the CPU."""
+        return next(self._read([name]))[1]
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Decoder layer `index` with its weights, on the device."""
+        self._load(self.layers[index], self.layer_prefix(index))
+        return self.layers[index]
+
+    def free_layer(self, index: int) -> None:
+        for module in self.layers[index].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def load_base(self) -> nn.Module:
+        """The model without its head, decoder layers still empty."""
+        base = self._base()
+        prefix = f"{self.model.base_model_prefix}." if base is not self.model else ""
+        self._load(base, prefix, without=f"{self.layers_path}.")
+        return base
+
+    def _base(self) -> nn.Module:
+        return getattr(self.model, self.model.base_model_prefix, self.model)
+
+    def free_base(self) -> None:
+        layers = f"{self.layers_path}."
+        for name, parameter in list(self.model.named_parameters()):
+            if not name.startswith(layers):
+                self._set(name, parameter.to("meta"))
+
+    def _load(self, module: nn.Module, prefix: str, without: str | None = None) -> None:
+        expected = {prefix + name for name in module.state_dict()}
+        expected = {name for name in expected if without is None or not name.startswith(without)}
+        tied = self.model.all_tied_weights_keys
+        takers: dict[str, list[str]] = {}
+        for name in sorted(expected):
+            # A block that several layers share is stored once.
+            stored = tied.get(name, name) if name not in self.names.direct and without is None else name
+            if stored in self.names.direct:
+                takers.setdefault(self.names.direct[stored], []).append(name)
+        for written, tensor in self._read(sorted(takers)):
+            for name in takers[written]:
+                owner = self.model.get_submodule(name.rpartition(".")[0])
+                wanted = getattr(owner, name.rpartition(".")[2])
+                self._check_shape(written, tensor.shape, wanted.shape)
+                self._check_values(written, tensor, wanted.is_floating_point())
+                # A copy: the file's mapping would stay in memory for as long as any tensor of it.
+                self._set(name, tensor.to(self.device, wanted.dtype, copy=True))
+        if self.names.converted:
+            self._load_converted(prefix, without)
+        missing = sorted(
+            name
+            for name, tensor in module.state_dict(prefix=prefix).items()
+            if name in expected and tensor.is_meta and name not in tied
+        )
+        if missing:
+            raise self._missing(missing[0])
+
+    def _check_all(self) -> None:
+        """Refuse now what would only show after hours, or in the finished checkpoint.
+
+        Presence and shapes, from the files' headers; the values of tensors that are copied without ever being loaded.
+        """
+        wanted: dict[str, torch.Tensor] = {}
+        for name, tensor in self.model.state_dict().items():
+            if name in self.names.direct:
+                wanted[self.names.direct[name]] = tensor
+            elif name not in self.names.made and name not in self.model.all_tied_weights_keys:
+                raise self._missing(name)
+        for path in sorted(set(map(self._file_of, wanted))):
+            with _opened(path) as file:
+                for written in [written for written in wanted if self._file_of(written) == path]:
+                    shape = file.get_slice(self.names.files[written]).get_shape()
+                    self._check_shape(written, shape, wanted[written].shape)
+        base = "" if self._base() is self.model else f"{self.model.base_model_prefix}."
+        for name, written in self.names.direct.items():
+            if not name.startswith(base) and name not in self.model.all_tied_weights_keys:
+                self._check_values(written, self.read(written), wanted[written].is_floating_point())
+        for written in self.names.unknown:
+            self._check_values(written, self.read(written), floating=False)
+
+    def _check_tied(self) -> None:
+        """What config.json ties is one tensor for vLLM, and two for transformers where the files hold two."""
+        for name, other in self.model.all_tied_weights_keys.items():
+            both = [self.names.direct.get(name), self.names.direct.get(other)]
+            if None not in both and not torch.equal(*map(self.read, both)):
+                raise RiaError(
+                    f"{self.folder}: config.json says that {both[0]} and {both[1]} are one tensor, but they differ in the "
+                    'files. If both are meant to be there, put "tie_word_embeddings": false into config.json; else get '
+                    "the model again."
+                )
+
+    def _missing(self, name: str) -> RiaError:
+        return RiaError(f"{self.folder}: no weights for {name} in any file. Get the model again.")
+
+    def _check_shape(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+        if tuple(found) != tuple(wanted):
+            raise RiaError(
+                f"{self._file_of(name)}: {name} has shape {tuple(found)}, config.json asks for "
+                f"{tuple(wanted)}. Get the model again."
+            )
+
+    def _check_values(self, name: str, tensor: torch.Tensor, floating: bool) -> None:
+        if floating and tensor.dtype not in FLOATS:
+            raise RiaError(
+                f"{self._file_of(name)}: {name} has dtype {str(tensor.dtype).removeprefix('torch.')}, as in a quantized "
+                "model. Give the original, unquantized one."
+            )
+        # In pieces: of a whole embedding the check would take as much again, and half of that.
+        pieces = tensor.flatten().split(FINITE_AT_ONCE) if tensor.dtype in FLOATS else ()
+        if not all(bool(piece.isfinite().all()) for piece in pieces):
+            raise RiaError(
+                f"{self._file_of(name)}: {name}: NaN or infinite values in the weights. Get the model "
+                "again, or repair it."
+            )
+
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        owner_path, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(owner_path)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+        else:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def _file_of(self, written: str) -> Path:
+        return self.files[self.names.files[written]]
+
+    def _read(self, names: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._file_of(name), []).append(name)
+        for path, wanted in by_file.items():
+            with _opened(path) as file:
+                for name in wanted:
+                    yield name, file.get_tensor(self.names.files[name])
+
+    def _load_converted(self, prefix: str, without: str | None) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        names = [name for name in sorted(self.names.converted) if self.names.inside[name].startswith(prefix)]
+        names = [name for name in names if without is None or not self.names.inside[name].startswith(without)]
+        found = dict(self._read(names))
+        for name, tensor in found.items():
+            self._check_values(name, tensor, floating=True)
+        load = LoadStateDictConfig(weight_mapping=self.names.mapping, dtype=self.dtype, device_map={"": self.device})
+        tensors = {self.names.files[name]: tensor for name, tensor in found.items()}
+        info, _ = convert_and_load_state_dict_in_model(self.model, tensors, load)
+        for name, why in sorted(info.conversion_errors.items()):
+            reason = ". ".join(why.strip().splitlines()[-2:])  # the end of a traceback
+            raise RiaError(
+                f"{self.folder}: transformers cannot make {name} from the tensors in the files ({reason}). Get the "
+                "model again."
+            )
+        for name, made, wanted in sorted(info.mismatched_keys):
+            raise RiaError(
+                f"{self.folder}: {name}, made from several tensors of the files, has shape {tuple(made)}, config.json "
+                f"asks for {tuple(wanted)}. Get the model again."
+            )
+        self.model.requires_grad_(False)
+
+    def _materialize_buffers(self) -> None:
+        """Buffers that no file holds (rotary frequencies, embedding scales), as the model computes them."""
+        owners = []
+        for name, buffer in self.model.named_non_persistent_buffers():
+            self._set(name, torch.empty_like(buffer, device=self.device))
+            owners.append(name.rpartition(".")[0])
+        for owner in dict.fromkeys(owners):
+            # The innermost model that it is a part of knows how.
+            path, module = owner, self.model.get_submodule(owner)
+            while not isinstance(self.model.get_submodule(path), PreTrainedModel):
+                path = path.rpartition(".")[0]
+            self.model.get_submodule(path)._init_weights(module)
+
+
+def stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
+    """What config.json says; where it does not, the dtype of the largest tensor.
+
+    Raises:
+        RiaError: a dtype that no checkpoint is written in.
+    """
+    dtype = config.dtype or config.get_text_config().dtype
+    if dtype is None:
+        files, sizes = find_tensors(folder), {}
+        for name, path in files.items():
+            with safe_open(path, framework="pt") as file:
+                sizes[name] = math.prod(file.get_slice(name).get_shape())
+        largest = max(sizes, key=sizes.__getitem__)
+        with safe_open(files[largest], framework="pt") as file:
+            dtype = file.get_tensor(largest).dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in VALUE_DTYPES:
+        raise RiaError(f"{folder}: dtype {dtype}; compress needs bfloat16, float16 or float32 weights.")
+    return dtype
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; the RiaError of one that cannot be read has the system's error as its cause."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise RiaError(f"{path}: cannot be read ({error}). Get the file again.") from None
+    except OSError as error:
+        raise RiaError(
+            f"{path}: cannot be read ({error}). Once it can, `compress --resume` goes on from what is finished."
+        ) from error

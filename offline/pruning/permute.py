@@ -1,0 +1,136 @@
+"""Channel permutation: an order of the input channels whose N:M mask keeps more of the score.
+
+(Zhang et al., ICLR 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models".)
+"""
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.pruning.assignment import coded_gain_matrix, gain_matrix, kept, levels, reassign
+
+METHODS = ("lsa", "heuristic", "none")
+# A round that adds less than this to the retained score is one too many.
+WORTHWHILE = 2e-4
+# Up to so many groups the exact gain matrix is the faster one.
+EXACT_GROUPS = 64
+LADDER_STEPS = 4
+
+
+def search(
+    S: torch.Tensor, n: int = 2, m: int = 4, method: str = "lsa", rounds: int = 8, seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The order of input channels that keeps the most score.
+
+    heuristic: the channels, sorted by their summed score, are dealt out to the groups in m passes, every second pass
+    reversed. lsa: from there, linear sum assignments, one position of the groups at a time, in rounds while they
+    gain; which of a group's channels stands at which position is drawn anew for every round, so that another round
+    can move what the one before could not. Every round is judged by what it retains in truth, and dropped if less.
+
+    Args:
+        S: [rows, channels] scores; for linears that share their input, stacked.
+        rounds: at most so many with a gain.
+        seed: for the draws; the same seed gives the same order.
+        dtype: of the products that compare exchanges; see `coded_gain_matrix`.
+
+    Returns:
+        int64 [channels] on the device of S: stored column j holds channel p[j]. What it retains is never less than
+        what the model's own order and the heuristic's do.
+
+    Raises:
+        RiaError: unknown method, or channels that do not divide into groups of m.
+    """
+    channels = S.shape[1]
+    if method not in METHODS:
+        raise RiaError(f"unknown permutation method {method!r}; choose one of {', '.join(METHODS)}")
+    if channels % m:
+        raise RiaError(f"{channels} input channels do not divide into groups of {m}")
+    index = torch.arange(channels, device=S.device).view(-1, m)
+    if method == "none" or channels == m:
+        return index.flatten()
+    columns = S.T.float().contiguous()
+    best = kept(columns, index, n)
+    dealt = deal(columns, m)
+    if (score := kept(columns, dealt, n)) >= best:
+        index, best = dealt, score
+    if method == "lsa":
+        index = _improve(columns, index, best, n, rounds, seed, dtype)
+    return index.flatten()
+
+
+def search_heads(
+    S: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int, n: int = 2, m: int = 4, method: str = "lsa",
+    rounds: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The same for an output projection, whose order the value projection's rows must be able to follow.
+
+    Attention mixes tokens and keeps the channels of a head apart, so channels move within their head only, and all
+    query heads that read one key-value head move alike.
+
+    Args:
+        S: [rows, num_heads * head_dim].
+
+    Returns:
+        int64 [num_heads * head_dim].
+    """
+    if S.shape[1] != num_heads * head_dim or num_heads % num_kv_heads:
+        raise RiaError(
+            f"{S.shape[1]} input channels are not {num_heads} heads of {head_dim} channels over {num_kv_heads} "
+            "key-value heads"
+        )
+    share = num_heads // num_kv_heads
+    heads = S.view(-1, num_kv_heads, share, head_dim)
+    order = []
+    for kv in range(num_kv_heads):
+        stacked = heads[:, kv].reshape(-1, head_dim)
+        inner = search(stacked, n, m, method, rounds, seed, dtype)
+        order += [inner + (kv * share + query) * head_dim for query in range(share)]
+    return torch.cat(order)
+
+
+def retained(S: torch.Tensor, p: torch.Tensor | None = None, n: int = 2, m: int = 4) -> float:
+    """The share of the total score that an n:m mask keeps with the channels in order p (None: their own).
+
+    Args:
+        S: [rows, channels].
+        p: int [channels].
+    """
+    columns = S.T.float().contiguous()
+    order = torch.arange(len(columns), device=S.device) if p is None else p.long().to(S.device)
+    total = columns.sum(dtype=torch.float64)
+    return float(kept(columns, order.view(-1, m), n) / total) if total > 0 else 1.0
+
+
+def deal(columns: torch.Tensor, m: int) -> torch.Tensor:
+    """The heuristic: int64 [G, m], every group with one channel of each m-th of the channels by summed score."""
+    passes = columns.sum(1, dtype=torch.float64).argsort(stable=True).view(m, -1)
+    return torch.stack([row.flip(0) if turn % 2 else row for turn, row in enumerate(passes)], dim=1)
+
+
+def _improve(
+    columns: torch.Tensor, index: torch.Tensor, best: torch.Tensor, n: int, rounds: int, seed: int, dtype: torch.dtype
+) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    groups, m = index.shape
+    ladder = levels(columns, LADDER_STEPS) if groups > EXACT_GROUPS else None
+    # Where few groups make a round cheap and leave it little choice, luck gets more tries.
+    patience = 1 + 32 // groups
+    trial, idle = index, 0
+    while rounds > 0 and idle < patience:
+        for position in range(m):
+            if ladder is None:
+                gain = gain_matrix(columns, trial, position, n)
+            else:
+                gain = coded_gain_matrix(columns, trial, position, n, ladder, dtype)
+            trial = reassign(trial, gain, position)
+        score = kept(columns, trial, n)
+        idle = idle + 1 if score <= best * (1 + WORTHWHILE) else 0
+        if score > best:
+            index, best, rounds = trial, score, rounds - 1
+        trial = _shuffle_within_groups(index, draw)
+    return index
+
+
+def _shuffle_within_groups(index: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    order = torch.rand(index.shape, generator=draw).argsort(dim=1).to(index.device)
+    return index.gather(1, order)

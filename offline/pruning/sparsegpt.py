@@ -1,0 +1,76 @@
+"""SparseGPT (Frantar and Alistarh, ICML 2023): prune column by column, the columns to come make up for the error."""
+
+import torch
+
+from ria_vllm.offline.pruning.masks import Pattern, mask
+from ria_vllm.offline.pruning.symmetric import SymmetricMatrix, inverted_in_place
+
+
+def sparsegpt(
+    weight: torch.Tensor,
+    gram: torch.Tensor | SymmetricMatrix,
+    pattern: Pattern,
+    block: int = 128,
+    damping: float = 0.01,
+    order: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prune and update one linear.
+
+    With H the damped Gram matrix and R the upper Cholesky factor of its inverse, w_j costs w_j^2 / R_jj^2 to remove,
+    and its removal is made up for by w_k -= (w_j / R_jj) R_jk on the columns k > j. N:M groups are chosen when their
+    first column is reached, an unstructured mask block by block over all rows at once.
+
+    Args:
+        weight: [out, in], any floating dtype.
+        gram: [in, in] X^T X.
+        block: columns whose mutual updates are applied one by one; later columns get theirs a block at a time.
+        damping: added to the diagonal of the Gram matrix, in units of its mean.
+        order: int64 [in], the channel of `gram` that each column of the weight reads; None: they come as in `gram`.
+
+    Returns:
+        (W' [out, in] float32, mask bool [out, in], True = kept); W' is zero outside the mask.
+
+    Raises:
+        RiaError: `in` is no multiple of the pattern's M.
+    """
+    W = weight.float().clone()
+    rows, columns = W.shape
+    group = pattern.m if pattern.structured else 1
+    block = max(group, block // group * group)
+    dead = gram.diagonal() == 0
+    # A channel that is always zero goes first.
+    W[:, dead if order is None else dead[order]] = 0
+    R = _inverse_factor(gram, damping, order)
+    kept = torch.ones(rows, columns, dtype=torch.bool, device=W.device)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        part, factor, keep = W[:, start:stop], R[start:stop, start:stop], kept[:, start:stop]
+        if not pattern.structured:
+            keep[:] = _block_mask(part / factor.diagonal(), pattern.fraction)
+        errors = torch.zeros_like(part)
+        for j in range(stop - start):
+            if pattern.structured and j % group == 0:
+                upcoming = slice(j, j + group)
+                keep[:, upcoming] = mask((part[:, upcoming] / factor.diagonal()[upcoming]).abs(), pattern)
+            error = torch.where(keep[:, j], 0.0, part[:, j]) / factor[j, j]
+            part[:, j:] -= error[:, None] * factor[j, j:]
+            errors[:, j] = error
+        W[:, stop:] -= errors @ R[start:stop, stop:]
+    return W * kept, kept
+
+
+def _inverse_factor(gram: torch.Tensor | SymmetricMatrix, damping: float, order: torch.Tensor | None) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse [in, in] float32, in the room of one such matrix."""
+    H = (gram if isinstance(gram, SymmetricMatrix) else SymmetricMatrix.of(gram.float())).dense(order)
+    diagonal = H.diagonal()
+    mean = diagonal.mean()
+    diagonal += damping * (mean if mean > 0 else 1.0)
+    diagonal[diagonal == 0] = 1.0
+    H = inverted_in_place(H)
+    return torch.linalg.cholesky(H, upper=True, out=H)
+
+
+def _block_mask(importance: torch.Tensor, fraction: float) -> torch.Tensor:
+    keep = max(1, round(importance.numel() * fraction))
+    order = importance.abs().flatten().argsort(descending=True, stable=True)[:keep]
+    return torch.zeros_like(importance, dtype=torch.bool).flatten().index_fill_(0, order, True).view_as(importance)

@@ -1,0 +1,1 @@
+"""What a run stands on: its ranks and its memory."""

@@ -1,0 +1,1 @@
+"""The product on NVIDIA GPUs, by our own kernels."""

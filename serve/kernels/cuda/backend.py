@@ -1,0 +1,168 @@
+"""The product on NVIDIA GPUs: our own kernels (csrc) on the sparse tensor cores, CUTLASS inside.
+
+`values` is the checkpoint's `compressed` as it is; `metadata` is its bitmask in the order the tensor cores read. The
+activation gather stays outside the operators, so that torch.compile can fuse it into the norm before it; so does the
+quantization of activations that fp8 weights ask for.
+
+All streams of a device share one workspace: two products must not run at the same time on two streams of one device.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.kernels.cuda import fp8
+from ria_vllm.serve.kernels.cuda.bindings import library_of, multiprocessors
+from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, WORKSPACE_BYTES, choose_tile
+
+NAME = "cutlass"
+
+_ALIGNMENT = 16  # bytes, of every pointer
+
+_library = torch.library.Library("ria", "FRAGMENT")
+_library.define("sparse24_linear.cutlass(Tensor x, Tensor values, Tensor metadata, Tensor? bias) -> Tensor")
+_library.define(
+    "sparse24_fp8_linear.cutlass(Tensor x, Tensor x_scales, Tensor values, Tensor metadata, Tensor scales,"
+    " Tensor? bias, ScalarType dtype) -> Tensor"
+)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+def _linear(
+    x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return _product(x, values, metadata, bias, x.dtype, None)
+
+
+def _fp8_linear(
+    x: torch.Tensor,
+    x_scales: torch.Tensor,
+    values: torch.Tensor,
+    metadata: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    for name, tensor, shape in (("x's", x_scales, x.shape[:-1]), ("the weight's", scales, values.shape[:1])):
+        if tensor.dtype != torch.float32 or tensor.shape != shape:
+            raise RiaError(f"{name} scales are {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(shape)} float32")
+    return _product(x, values, metadata, bias, dtype, (_aligned(scales), _aligned(x_scales).flatten()))
+
+
+def _product(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    metadata: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    scales: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """y [..., out] in `dtype`; scales of the weight's rows and of the tokens, for fp8."""
+    out_features, in_features = values.shape[0], 2 * values.shape[1]
+    tokens = x.numel() // in_features
+    library = library_of(x.device.index)
+    if x.shape[-1] != in_features or x.dtype != values.dtype:
+        raise RiaError(f"x is {tuple(x.shape)} {x.dtype}, the weight {out_features} x {in_features} {values.dtype}")
+    if metadata.numel() != library.metadata_bytes(out_features, in_features, values.itemsize * 8):
+        raise RiaError(f"{metadata.numel()} bytes of metadata do not fit a {out_features} x {in_features} weight")
+    if bias is not None and (bias.dtype != dtype or bias.shape != (out_features,)):
+        raise RiaError(f"bias is {tuple(bias.shape)} {bias.dtype}, expected ({out_features},) {dtype}")
+    y = x.new_empty(*x.shape[:-1], out_features, dtype=dtype)
+    if tokens:
+        tile, split = choose_tile(
+            library, x.dtype, out_features, in_features, tokens, multiprocessors(x.device.index)
+        )
+        library.linear(
+            tile,
+            split,
+            _aligned(x).view(tokens, in_features),
+            values,
+            metadata,
+            None if bias is None else _aligned(bias),
+            y.view(tokens, out_features),
+            workspace(x.device.index),
+            scales,
+        )
+    return y
+
+
+_library.impl("sparse24_linear.cutlass", _linear, "CUDA")
+_library.impl("sparse24_fp8_linear.cutlass", _fp8_linear, "CUDA")
+
+
+@torch.library.register_fake("ria::sparse24_linear.cutlass")
+def _fake_linear(x, values, metadata, bias):
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+@torch.library.register_fake("ria::sparse24_fp8_linear.cutlass")
+def _fake_fp8_linear(x, x_scales, values, metadata, scales, bias, dtype):
+    return x.new_empty(*x.shape[:-1], values.shape[0], dtype=dtype)
+
+
+@lru_cache
+def workspace(device_index: int) -> torch.Tensor:
+    """The device's one workspace, uint8; zero, as the kernels' counters must be."""
+    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=torch.device("cuda", device_index))
+
+
+def unavailable(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> str | None:
+    """Why this backend cannot serve a layer with weights of `dtype`, or None."""
+    if device.type != "cuda":
+        return f"the layer is on {device.type}"
+    if torch.version.hip:
+        return "ROCm has no such kernel"
+    if dtype not in (torch.bfloat16, torch.float16, fp8.DTYPE):
+        return f"dtype {dtype}; bfloat16, float16 and float8_e4m3fn only"
+    if out_features % 8:
+        return f"out-features {out_features} are not a multiple of 8 (rows of 16 bytes)"
+    if in_features % 64:
+        return f"in-features {in_features} are not a multiple of 64"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        choose_tile(library_of(index), dtype, out_features, in_features, 1, multiprocessors(index))
+    except RiaError as error:
+        return str(error)
+    return None
+
+
+def pack(
+    compressed: torch.Tensor, bitmask: torch.Tensor, scales: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """(values [out, in/2], metadata uint8), on the GPU that the inputs are on; one pass over the bitmask.
+
+    Args:
+        scales: float32 [out], for float8_e4m3fn values and only for them; the third tensor of the result.
+    """
+    library = library_of(compressed.device.index)
+    # Here, that no CUDA graph's capture has to allocate it; and cleared again, for vLLM's sleep mode may have lost it.
+    workspace(compressed.device.index)[:COUNTER_BYTES].zero_()
+    values = compressed.clone(memory_format=torch.contiguous_format)
+    metadata = library.pack_metadata(bitmask, compressed.itemsize * 8)
+    return (values, metadata) if scales is None else (values, metadata, scales.clone())
+
+
+def apply(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    out_features: int,
+    input_permutation: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """y[..., out] = x[..., p] @ stored^T + bias, accumulated in fp32, in x's dtype: bfloat16 or float16.
+
+    For fp8 weights each token of x is rounded to fp8 as well, under its own scale.
+    """
+    if input_permutation is not None:
+        x = x.index_select(-1, input_permutation)
+    values, metadata, *scales = packed
+    if not scales:
+        return torch.ops.ria.sparse24_linear.cutlass(x, values, metadata, bias)
+    quantized, x_scales = fp8.quantize(x)
+    return torch.ops.ria.sparse24_fp8_linear.cutlass(quantized, x_scales, values, metadata, *scales, bias, x.dtype)

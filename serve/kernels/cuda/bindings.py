@@ -1,0 +1,206 @@
+"""The compiled CUDA libraries as Python functions: ctypes over the C interface of csrc/library.cu."""
+
+import ctypes
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.kernels.cuda import build as cuda_compile
+
+LIBRARY_FOLDER_VARIABLE = "RIA_VLLM_CUDA_FOLDER"
+
+# (x and W, y) as csrc/interface.h numbers them.
+DATA_TYPES = {
+    (torch.bfloat16, torch.bfloat16): 0,
+    (torch.float16, torch.float16): 1,
+    (torch.float8_e4m3fn, torch.bfloat16): 2,
+    (torch.float8_e4m3fn, torch.float16): 3,
+}
+# For questions of size, which no output's dtype changes.
+_BY_OPERANDS = {operands: code for (operands, _), code in reversed(DATA_TYPES.items())}
+
+_RESULTS = {
+    1: "bad argument (a null or misaligned pointer, or a size that is not positive)",
+    2: "this tile cannot compute a product of these sizes",
+    3: "the workspace is too small",
+}
+_CUDA_ERROR = 4  # ria_error() says which
+
+# Of csrc/library.cu; a library of another was built from other sources.
+_INTERFACE = 3
+
+_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_SIGNATURES = {
+    "ria_interface": (_INT, []),
+    "ria_error": (ctypes.c_char_p, []),
+    "ria_family": (_INT, []),
+    "ria_tiles": (_INT, []),
+    "ria_tile_name": (ctypes.c_char_p, [_INT]),
+    "ria_metadata_bytes": (_LONG, [_INT] * 3),
+    "ria_metadata_offset": (_LONG, [_INT] * 5),
+    "ria_pack_metadata_host": (_INT, [_INT] + [_POINTER] * 2 + [_INT] * 2),
+    "ria_pack_metadata": (_INT, [_INT] + [_POINTER] * 2 + [_INT] * 3 + [_POINTER]),
+    "ria_accepts": (_INT, [_INT] * 7),
+    "ria_workspace_bytes": (_LONG, [_INT] * 7),
+    "ria_linear": (_INT, [_INT] * 8 + [_POINTER] * 8 + [_LONG, _POINTER]),
+}
+
+
+class CudaLibrary:
+    """One loaded library. Sizes are (out_features, in_features) of the layer; a tile is an index into `tile_names`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._c = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self._c, name)
+            function.restype, function.argtypes = result, arguments
+        if self._c.ria_interface() != _INTERFACE:
+            raise OSError("built from another version of these sources; run `ria-vllm build-kernels` again")
+        self.family: int = self._c.ria_family()
+        self.tile_names: list[str] = [self._c.ria_tile_name(i).decode() for i in range(self._c.ria_tiles())]
+
+    def metadata_bytes(self, out_features: int, in_features: int, value_bits: int = 16) -> int:
+        """Size of the metadata for values of so many bits, 16 or (Hopper) 8; -1 where there is no such layout."""
+        return self._c.ria_metadata_bytes(value_bits, out_features, in_features)
+
+    def metadata_offset(
+        self, out_features: int, in_features: int, row: int, byte_column: int, value_bits: int = 16
+    ) -> int:
+        """Where the metadata of `row`, columns 8 * byte_column and on, lies: a byte offset, -1 outside the matrix."""
+        return self._c.ria_metadata_offset(value_bits, out_features, in_features, row, byte_column)
+
+    def pack_metadata(self, bitmask: torch.Tensor, value_bits: int = 16) -> torch.Tensor:
+        """uint8 metadata from bitmask [out, in/8], on the bitmask's device (a CPU will do).
+
+        Args:
+            value_bits: of the values that the metadata goes with: 16 for bf16 and fp16, 8 for fp8 (Hopper).
+
+        Raises:
+            RiaError: no layout for such a matrix or such values.
+        """
+        bitmask = bitmask.contiguous()
+        out_features, in_features = bitmask.shape[0], bitmask.shape[1] * 8
+        size = self.metadata_bytes(out_features, in_features, value_bits)
+        if size < 0:
+            raise RiaError(
+                f"{self.path.name}: cannot lay out the metadata of a {out_features} x {in_features} matrix of "
+                f"{value_bits}-bit values"
+            )
+        metadata = torch.empty(size, dtype=torch.uint8, device=bitmask.device)
+        arguments = value_bits, bitmask.data_ptr(), metadata.data_ptr(), out_features, in_features
+        if bitmask.is_cuda:
+            stream = torch.cuda.current_stream(bitmask.device).cuda_stream
+            self._check(self._c.ria_pack_metadata(*arguments, bitmask.device.index, stream))
+        else:
+            self._check(self._c.ria_pack_metadata_host(*arguments))
+        return metadata
+
+    def accepts(self, tile: int, dtype: torch.dtype, sizes: tuple[int, int], tokens: int, split: int, sms: int) -> bool:
+        """Whether the tile computes products of x and W in `dtype`, of these sizes."""
+        return bool(self._c.ria_accepts(tile, _BY_OPERANDS[dtype], *sizes, tokens, split, sms))
+
+    def workspace_bytes(
+        self, tile: int, dtype: torch.dtype, sizes: tuple[int, int], tokens: int, split: int, sms: int
+    ) -> int:
+        return self._c.ria_workspace_bytes(tile, _BY_OPERANDS[dtype], *sizes, tokens, split, sms)
+
+    def linear(
+        self,
+        tile: int,
+        split: int,
+        x: torch.Tensor,
+        values: torch.Tensor,
+        metadata: torch.Tensor,
+        bias: torch.Tensor | None,
+        y: torch.Tensor,
+        workspace: torch.Tensor,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """y [tokens, out] = x [tokens, in] @ W^T + bias on x's current stream. All contiguous, 16-byte aligned.
+
+        Args:
+            bias: [out], y's dtype.
+            y: x's dtype; bfloat16 or float16 for float8_e4m3fn x and values.
+            scales: float32 of W's rows [out] and of the tokens [tokens], for float8_e4m3fn and only for it.
+
+        Raises:
+            RiaError: the library refused, or the launch failed.
+        """
+        tokens, in_features = x.shape
+        multiprocessors, device, stream = self._place(x)
+        code = self._c.ria_linear(
+            tile,
+            DATA_TYPES[x.dtype, y.dtype],
+            y.shape[1],
+            in_features,
+            tokens,
+            split,
+            multiprocessors,
+            device,
+            x.data_ptr(),
+            values.data_ptr(),
+            metadata.data_ptr(),
+            *((None, None) if scales is None else (tensor.data_ptr() for tensor in scales)),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            workspace.data_ptr(),
+            workspace.numel(),
+            stream,
+        )
+        if code:
+            name = self.tile_names[tile]
+            self._check(code, f"tile {name}, {y.shape[1]} x {in_features}, {tokens} tokens: ")
+
+    def _place(self, x: torch.Tensor) -> tuple[int, int, int | None]:
+        """Multiprocessors, index and current stream of the device that x is on."""
+        return multiprocessors(x.device.index), x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+
+    def _check(self, code: int, where: str = "") -> None:
+        if code == _CUDA_ERROR:
+            raise RiaError(f"{self.path.name}: {where}CUDA refused: {self._c.ria_error().decode()}")
+        if code:
+            raise RiaError(f"{self.path.name}: {where}{_RESULTS.get(code, f'error {code}')}")
+
+
+def library_folder() -> Path:
+    """Where the libraries lie: RIA_VLLM_CUDA_FOLDER, or beside this file."""
+    return Path(os.environ.get(LIBRARY_FOLDER_VARIABLE) or Path(__file__).parent)
+
+
+@lru_cache
+def load(path: Path) -> CudaLibrary:
+    """The library at `path`, loaded once.
+
+    Raises:
+        RiaError: it is missing, or does not load.
+    """
+    if not path.exists():
+        arch = path.stem.removeprefix("_cuda_sm")
+        raise RiaError(f"{path.name} was not built; run `ria-vllm build-kernels --arch {arch}`")
+    try:
+        return CudaLibrary(path)
+    except (OSError, AttributeError) as error:  # AttributeError: no such function, as in a library of older sources
+        raise RiaError(f"{path} does not load: {error}") from error
+
+
+@lru_cache
+def library_of(device_index: int) -> CudaLibrary:
+    """The library for a GPU.
+
+    Raises:
+        RiaError: no kernels for its architecture, or they were not built.
+    """
+    major, minor = torch.cuda.get_device_capability(device_index)
+    target = cuda_compile.for_capability(major, minor)
+    if target is None:
+        raise RiaError(f"no kernels for compute capability {major}.{minor}")
+    return load(library_folder() / target.library)
+
+
+@lru_cache
+def multiprocessors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count

@@ -1,0 +1,1 @@
+"""The product by what torch brings along."""

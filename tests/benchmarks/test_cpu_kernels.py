@@ -1,0 +1,87 @@
+"""`python -m benchmarks.cpu_kernels`: its rivals multiply right, and it compares with the fastest of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cpu_dense
+from benchmarks import cpu_kernels as bench
+from ria_vllm import sparse24
+
+ROOT = Path(__file__).parents[2]
+RESULT = {
+    "rows": [
+        {
+            "name": "some",
+            "out_features": 8,
+            "in_features": 64,
+            "threads": 1,
+            "tokens": tokens,
+            "dense_seconds": {"bfloat16": 8.0, "float32": 4.0, "W8A8": w8a8},
+            "sparse_seconds": {"bfloat16": 2.0, "float32": 1.0, "int8": 4.0},
+        }
+        for tokens, w8a8 in ((1, 6.0), (64, 3.0))
+    ]
+}
+
+
+def test_tables_name_the_fastest_dense_way():
+    cells = bench.table(RESULT, "bfloat16").splitlines()[-1]
+    assert cells == "| some (8 x 64) | 1 | 2.00 (float32) | 1.50 (W8A8) |"
+    assert bench.table(RESULT, "int8", "W8A8").splitlines()[-1] == "| some (8 x 64) | 1 | 1.50 | 0.75 |"
+    line = bench.describe(RESULT["rows"][1], 1e9)
+    assert "best W8A8" in line and "float32 1000.000 (3.00x best, 4.00x float32)" in line
+
+
+def test_every_dense_way_multiplies():
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 128), torch.randn(5, 128)
+    exact = x.double() @ weight.double().T
+    size = x.double().abs() @ weight.double().abs().T
+    for dtype in (torch.bfloat16, torch.float32):
+        y = cpu_dense.unquantized(weight.to(dtype))(x.to(dtype))
+        assert y.dtype == dtype and ((y.double() - exact).abs() <= 4 * torch.finfo(dtype).eps * size).all()
+        values, scales = sparse24.quantize_rows(weight)
+        y = cpu_dense.w8a8(values, scales, dtype)(x.to(dtype))
+        # Half a step of each of two roundings to 127 steps of the largest value, which is below four times the mean.
+        assert y.dtype == dtype and ((y.double() - exact).abs() <= 4 / 127 * size).all()
+
+
+def test_measures_every_way_and_permits_a_hopeless_one_two_turns(monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", {"small": (48, 128)})
+    monkeypatch.setattr(bench, "ROTATED_BYTES", 1)
+    monkeypatch.setattr(bench, "read_bandwidth", lambda: 1e9)
+    calls = []
+
+    def slow(x):
+        calls.append(x)
+        torch.randn(2000, 2000).sort()
+        return x
+
+    monkeypatch.setattr(bench.cpu_dense, "w8a8", lambda *arguments: slow)
+    (row,) = bench.measure(["small"], [3], 0.0)["rows"]
+    assert set(row["dense_seconds"]) == set(bench.DENSE) and set(row["sparse_seconds"]) == set(bench.SPARSE)
+    assert all(seconds > 0 for kind in ("dense_seconds", "sparse_seconds") for seconds in row[kind].values())
+    assert len(calls) == 2 and bench.best_dense(row) != "W8A8"
+
+
+@pytest.mark.slow
+def test_limit_reaches_every_library():
+    code = """
+import torch
+from benchmarks import cpu_dense
+from ria_vllm.serve.kernels.cpu import backend as cpu
+cpu_dense.unquantized(torch.ones(64, 64))(torch.ones(2, 64))
+print(cpu.instruction_set(), cpu_dense.limit(), torch.backends.cpu.get_cpu_capability())
+"""
+    environment = {**os.environ, **cpu_dense.LIMITS["avx2"], "ONEDNN_VERBOSE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if "this machine lacks these instructions" in done.stderr:
+        pytest.skip("this machine has no AVX2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "avx2 avx2 AVX2"
+    assert "isa:Intel AVX2\n" in done.stdout and "brg_matmul:avx2," in done.stdout

@@ -1,0 +1,231 @@
+"""What gpu_check would say of a kernel, played on a CPU: right ones pass, wrong ones fail, broken ones cost a row."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pretend_hopper import TILES, PretendLibrary
+
+from benchmarks import gpu_check, gpu_products, gpu_timing
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.kernels import reference
+from ria_vllm.serve.kernels.cuda import backend as cutlass
+from ria_vllm.serve.kernels.cuda import fp8
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def played(hopper_layers, monkeypatch):
+    for module in (gpu_check, gpu_products, gpu_timing):
+        monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
+        monkeypatch.setattr(module, "library_of", lambda index: hopper_layers)
+    for module in (gpu_products, gpu_timing):
+        monkeypatch.setattr(module, "multiprocessors", lambda index: 132)
+    return hopper_layers
+
+
+def rows(weights, dtype=torch.bfloat16):
+    layer = gpu_products.random_layer(136, 192, dtype, weights)
+    found = [*gpu_products.check_backend(cutlass, layer), *gpu_products.check_packing(layer)]
+    found += [row for name in TILES for row in gpu_products.check_tile(name, layer)]
+    return [row for row in found if "at" not in row]
+
+
+@pytest.mark.parametrize("weights", [None, fp8.DTYPE])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_right_products_pass_at_every_number_of_tokens(played, weights, dtype):
+    found = rows(weights, dtype)
+    assert all(row["ok"] for row in found)
+    assert {row["tokens"] for row in found if "tokens" in row} == set(gpu_products.TOKENS)
+    tiles = {row["check"].split()[1] for row in found if row["check"].startswith("tile ")}
+    assert tiles == {name for name in TILES if name.startswith("fp8_") == (weights is not None)}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x, values, metadata, bias, scales: (x, values, metadata, bias, (scales[0].roll(1), scales[1])),
+        lambda x, values, metadata, bias, scales: (x, values, metadata, bias, (scales[0], scales[1] * 1.1)),
+        lambda x, values, metadata, bias, scales: (x, values, metadata.roll(1), bias, scales),
+        lambda x, values, metadata, bias, scales: (x, values.roll(1), metadata, bias, scales),
+        lambda x, values, metadata, bias, scales: (x.roll(1), values, metadata, bias, scales),
+    ],
+    ids=["rows of scales", "token scales", "metadata", "values", "activations"],
+)
+def test_wrong_products_fail(played, monkeypatch, spoil):
+    right = PretendLibrary.linear
+
+    def wrong(self, tile, split, x, values, metadata, bias, y, workspace, scales=None):
+        x, values, metadata, bias, scales = spoil(x, values, metadata, bias, scales)
+        right(self, tile, split, x, values, metadata, bias, y, workspace, scales)
+
+    monkeypatch.setattr(PretendLibrary, "linear", wrong)
+    assert not any(row["ok"] for row in rows(fp8.DTYPE) if "excess" in row)
+
+
+def test_the_fastest_tiles_are_printed_by_width_of_values():
+    measured = {"family": 90, "multiprocessors": 132, "out_features": 64, "in_features": 128, "tokens": 16, "split": 1}
+    table = gpu_timing.table_rows(
+        [
+            measured | {"value_bits": 16, "tile": "slow", "us": 2.0},
+            measured | {"value_bits": 16, "tile": "fast", "us": 1.0},
+            measured | {"value_bits": 8, "tile": "fp8_fast", "us": 0.5},
+        ]
+    )
+    assert eval("{" + table + "}") == {
+        (90, 132, 16, 64, 128): ((16, "fast", 1),),
+        (90, 132, 8, 64, 128): ((16, "fp8_fast", 1),),
+    }
+
+
+class PlayedGraph:
+    """Runs the calls again where a CUDA graph would be replayed."""
+
+    def __init__(self, calls):
+        self.calls, self.outputs = calls, [call() for call in calls]
+
+    def replay(self):
+        for call, output in zip(self.calls, self.outputs, strict=True):
+            output.copy_(call())
+
+
+@pytest.fixture
+def small(played, monkeypatch, tmp_path):
+    """All of gpu_check in this process, on shapes for a CPU, with times that a dice could have thrown."""
+    for module, name, value in [
+        (gpu_check, "FAST", (cutlass,)),
+        (gpu_check, "BACKENDS", (cutlass, reference)),
+        (gpu_check, "SHAPES_7B", ((256, 128),)),
+        (gpu_check, "GRAPH_SHAPE", (128, 128)),
+        (gpu_check, "supervise", lambda factory, deadline: gpu_check.run_parts(factory(), deadline)),
+        (gpu_products, "TOKENS", (1, 33)),
+        (gpu_timing, "SHAPES", ((128, 64), (64, 128))),
+        (gpu_timing, "TUNED_SHAPES", ((192, 64),)),
+        (gpu_timing, "LAYERS", {64: ((192, 64), (64, 128))}),
+        (gpu_timing, "_BYTES_IN_TURN", 2**10),
+        (gpu_timing, "capture", lambda calls: ((graph := PlayedGraph(calls)), graph.outputs)),
+        (gpu_timing, "microseconds", lambda calls, least=8: float(sum(call().shape[0] for call in calls))),
+        (gpu_timing, "measure_limits", lambda: iter([{"bytes_per_second": 3e12, "dense_flop_per_second": 8e14}])),
+        (torch, "compile", lambda function: function),
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "synchronize", lambda: None),
+        (torch.cuda, "get_device_name", lambda device: "pretended"),
+        (torch.cuda, "get_device_capability", lambda device: (9, 0)),
+    ]:
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu_check"])
+    return played
+
+
+def report(name="gpu_check.json"):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(Path(name).read_text(), parse_constant=refuse)
+
+
+def test_a_whole_run(small, capsys):
+    gpu_check.run(gpu_check.parse_arguments())
+    written, said = report(), capsys.readouterr().out
+    assert all(row["ok"] for row in written["checks"] if "ok" in row)
+    assert {row["backend"] for row in written["times"]} >= {"cutlass", "cutlass fp8"}
+    assert {row["tile"] for row in written["tiles"]} == set(TILES)
+    assert [row["bytes_limit_us"] > 0 for row in written["times"]] == [True] * len(written["times"])
+    assert written["packing"] and {row["hidden"] for row in written["gather"]} == {64}
+    for heading in ("speedup", "not run: reference", "hidden size 64", "packing 128 x 64", " 0 failed", "(90, 132, 8,"):
+        assert heading in said
+
+
+def test_a_run_under_the_sanitizer_times_nothing(small, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--quick"])
+    gpu_check.run(gpu_check.parse_arguments())
+    assert report("gpu_check_quick.json").keys() == {"gpu", "capability", "torch", "cuda", "checks"}
+
+
+def test_what_there_was_no_time_for_is_told(small, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--seconds", "0"])
+    gpu_check.run(gpu_check.parse_arguments())
+    checks = report()["checks"]
+    assert {row["skipped"] for row in checks} == {"out of time"} and {"limits", "gather times"} < {
+        r["part"] for r in checks
+    }
+
+
+def test_a_gpu_of_ours_without_our_library_is_a_failure(small, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--quick"])
+    monkeypatch.setattr(cutlass, "unavailable", lambda *facts: "was not built")
+    with pytest.raises(SystemExit):
+        gpu_check.run(gpu_check.parse_arguments())
+    assert [row["error"] for row in report("gpu_check_quick.json")["checks"] if row.get("ok") is False] == [
+        "was not built"
+    ]
+
+
+def test_a_gpu_that_we_have_no_kernels_for_has_its_other_backends_checked(small, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(cutlass, "unavailable", lambda *facts: "no kernels for compute capability 7.5")
+    gpu_check.run(gpu_check.parse_arguments())
+    assert {row["backend"] for row in report()["checks"] if "ok" in row} == {"reference"}
+    assert "tiles" not in report()
+
+
+def test_tiles_that_were_not_all_timed_make_no_line_of_the_table(small, monkeypatch):
+    """The second tile's time comes after the deadline."""
+    part = gpu_check.Part("tiles", "tiles", lambda: gpu_timing.time_tiles((192, 64), torch.bfloat16))
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    rows = [row for _, row in gpu_check.run_parts([part], deadline=2)]
+    assert not any("us" in row for row in rows) and rows[-1]["skipped"] == "out of time"
+
+
+def broken_parts():
+    def good():
+        yield {"ok": True}
+
+    def failing():
+        yield {"ok": True}
+        yield {"at": "the second step"}
+        raise RiaError("CUDA refused: no reason")
+
+    def crashing():
+        yield {"at": "the first step"}
+        os.abort()
+
+    def hanging():
+        yield {"ok": True}
+        time.sleep(3600)
+
+    steps = (good, failing, crashing, hanging, good)
+    return [gpu_check.Part(step.__name__, "checks", step, silence=3) for step in steps]
+
+
+def test_a_broken_part_costs_itself_alone():
+    rows = list(gpu_check.supervise(broken_parts, time.monotonic() + 3600))
+    told = [(index, row) for index, row in rows if "ok" in row]
+    assert [(index, row["ok"]) for index, row in told] == [
+        *((0, True), (1, True), (1, False), (2, False), (3, True), (3, False), (4, True))
+    ]
+    failed = [row for _, row in told if not row["ok"]]
+    assert [row["at"] for row in failed] == ["the second step", "the first step", "its start"]
+    for row, error in zip(failed, ("RiaError: CUDA refused: no reason", "ended with code -6", "no answer for 3 s")):
+        assert error in row["error"]
+
+
+def test_the_checkout_alone_and_torch_are_enough(tmp_path):
+    """As on a GPU machine: nothing installed, nothing compiled, none of our requirements but torch."""
+    for folder in ("ria_vllm", "serve", "packaging", "benchmarks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    absent = ("pydantic", "vllm", "transformers", "safetensors", "click", "scipy", "datasets", "rich")
+    code = f"import sys, runpy; sys.modules.update(dict.fromkeys({absent})); sys.argv = ['test_gpu.py']"
+    script = str(tmp_path / "packaging" / "test_gpu.py")
+    code += f"; runpy.run_path({script!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "torch sees no CUDA GPU" in done.stderr, done.stderr

@@ -1,0 +1,36 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import quality as bench_quality
+from benchmarks.quality import main, options_of
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.evaluation.evaluate import load_model, perplexity, read_tokens
+
+
+def run(tiny, text, tmp_path, *ways):
+    arguments = [str(tiny("llama")), *ways, "--calibration", str(text), "--text", str(text), "--samples", "4"]
+    arguments += ["--seq-len", "32", "--windows", "1", "--results", str(tmp_path / "found.json")]
+    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_row_for_every_way_and_finished_ones_are_kept(tiny, text, tmp_path, monkeypatch):
+    ways = ("method=magnitude permute=none reconstruct=none", "reconstruct=admm")
+    first = run(tiny, text, tmp_path, *ways)
+    assert [line for line in first.splitlines() if "`" in line][0].startswith(f"| `{ways[0]}` | ")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 2
+    dense = perplexity(load_model(str(tiny("llama")), "cpu"), read_tokens(str(tiny("llama")), text, 1024), 1024)
+    magnitude, default = (row["perplexity"] for row in found.values())
+    assert dense.perplexity < default < magnitude
+    monkeypatch.setattr(bench_quality, "measure", lambda *_: pytest.fail("measured again"))
+    assert run(tiny, text, tmp_path, *ways) == first
+
+
+@pytest.mark.parametrize("way", ["method", "pattern=2:4", "speed=9"])
+def test_a_way_that_compress_does_not_know(way):
+    with pytest.raises(RiaError, match="NAME=VALUE"):
+        options_of(way)

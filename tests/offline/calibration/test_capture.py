@@ -1,0 +1,180 @@
+"""Statistics and activations against plain forward hooks on the whole model in float64."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.offline import layers
+from ria_vllm.offline.calibration.capture import Activations
+from ria_vllm.offline.calibration.data import from_text
+from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.pruning.drift import InputDrift, OutputDrift
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.progress import Monitor
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "opt-postnorm")
+
+
+def pruned_in_full(source: Path, compressed: Path, folder: Path):
+    """The pruned model as transformers loads it, in float64."""
+    reader = Reader(compressed)
+    tensors = load_file(source / "model.safetensors")
+    tensors |= {f"{name}.weight": reader.linear(name).dense().contiguous() for name in reader.sparse_names}
+    folder.mkdir()
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    attention = "eager" if "gemma2" in source.parent.name else None
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).double().eval()
+
+
+def seen_by(model, tokens, names):
+    """What the linears `names` read, and the residual stream before, between and after each layer's components."""
+    inputs, streams = {}, {}
+    for name in names:
+        hook = lambda _, args, name=name: inputs.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]))  # noqa: E731
+        model.get_submodule(name).register_forward_pre_hook(hook)
+    layers = model.model.decoder.layers if hasattr(model.model, "decoder") else model.model.layers
+    for index, layer in enumerate(layers):
+        between = getattr(layer, "final_layer_norm", None) or layer.post_attention_layernorm
+        for key, module in (("before", layer), ("between", between)):
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, at=(index, key): streams.__setitem__(at, args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+        layer.register_forward_hook(
+            lambda _, args, out, at=(index, "after"): streams.__setitem__(at, out[0] if isinstance(out, tuple) else out)
+        )
+    with torch.no_grad():
+        model(input_ids=tokens)
+    return inputs, {at: stream.reshape(-1, stream.shape[-1]) for at, stream in streams.items()}
+
+
+def statistics_of(source, text, out, monkeypatch):
+    """Compresses `source`; what was gathered for each group, by its first linear, and the calibration tokens."""
+    found = {}
+
+    def keeping(layer, component, stage, *rest):
+        statistics = gather(layer, component, stage, *rest)
+        names = [rest[-3](group.linears[0]).rpartition(" ")[2] for group in stage]
+        found.update(zip(names, statistics, strict=True))
+        return statistics
+
+    gather = layers.gather
+    monkeypatch.setattr(layers, "gather", keeping)
+    # 5 samples of 60 tokens make two chunks of unequal size.
+    monkeypatch.setattr(layers, "CHUNK_TOKENS", 180)
+    recipe = Recipe(calibration=str(text), samples=5, seq_len=60)
+    compress(str(source), out, recipe, Settings(), Monitor(shown=False))
+    return found, from_text(str(text), AutoTokenizer.from_pretrained(source), 5, 60, 0)
+
+
+def assert_drift(drift, weight, X, missing, size, name):
+    """The drift of a linear that reads X and whose output, of norm `size`, lacks `missing`."""
+    assert (drift.pull(weight) - missing.T @ X).norm() <= 1e-4 * size * X.norm(), name
+    assert abs(drift.gap(weight) - missing.square().sum()) <= 1e-4 * size**2, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_stage_sees_what_the_pruned_layers_before_it_produce(family, tiny, text, tmp_path, monkeypatch):
+    found, tokens = statistics_of(tiny(family), text, tmp_path / "out", monkeypatch)
+    attention = "eager" if family == "gemma2" else None
+    dense = AutoModelForCausalLM.from_pretrained(tiny(family), attn_implementation=attention).double().eval()
+    model = pruned_in_full(tiny(family), tmp_path / "out", tmp_path / "full")
+    (expected, streams), (undrifted, goal) = (seen_by(one, tokens, found) for one in (model, dense))
+    assert len(found) == 8
+    for name, X in expected.items():
+        gram = X.T @ X
+        scale = gram.diagonal().sqrt()
+        assert ((found[name].gram.dense() - gram).abs() <= 1e-4 * scale[:, None] * scale + 1e-6).all(), name
+        torch.testing.assert_close(found[name].norm.double(), scale, rtol=1e-4, atol=1e-5)
+        linear = dense.get_submodule(name).requires_grad_(False)
+        index = int(next(part for part in name.split(".") if part.isdigit()))
+        drift = found[name].drift
+        if name.endswith(("q_proj", "qkv_proj")) or name.endswith(("gate_proj", "gate_up_proj", "fc1")) and "post" not in family:
+            missing = (undrifted[name] - X) @ linear.weight.T
+        elif "gemma" in family or "post" in family:
+            assert drift is None
+            continue
+        else:
+            first, last = ("before", "between") if "self_attn" in name else ("between", "after")
+            missing = goal[index, last] - streams[index, first] - linear(X)
+        size = linear(X).norm()
+        assert_drift(drift, linear.weight, X, missing, size, name)
+        assert index == 0 and name.endswith(("q_proj", "qkv_proj")) or missing.norm() > 0.01 * size, name
+
+
+def test_streams_on_disk_come_back(tmp_path):
+    stored = Activations(tmp_path / "streams")
+    chunks = [torch.randn(2, 3, 4, dtype=torch.bfloat16), torch.randn(1, 3, 4, dtype=torch.bfloat16)]
+    for chunk in chunks:
+        stored.append(chunk)
+    before = stored[0]
+    stored[0] = chunks[0] * 2
+    assert torch.equal(before, chunks[0])  # what was handed out does not change under its user
+    assert torch.equal(stored[0], chunks[0] * 2) and torch.equal(stored[1], chunks[1])
+
+
+@pytest.mark.parametrize("folder", [None, "streams"])
+def test_streams_are_kept_in_one_dtype_and_given_back_in_another(folder, tmp_path):
+    stored = Activations(folder and tmp_path / folder, torch.float32, torch.bfloat16)
+    stream = torch.randn(2, 3, 4)
+    stored.append(stream)
+    assert stored[0].dtype == torch.float32 and torch.equal(stored[0], stream.bfloat16().float())
+    if folder is None:
+        assert stored.chunks[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("gram_block", [7, 64, 1000])
+def test_blocks_of_a_gram_matrix_make_the_whole(gram_block, monkeypatch):
+    from ria_vllm.offline.calibration import capture
+
+    monkeypatch.setattr(capture, "BLOCK", gram_block)
+    X = torch.randn(50, 130)
+    total = capture._GramSum(130, torch.device("cpu"))
+    total.add(X)
+    total.add(X)
+    expected = 2 * X.double().T @ X.double()
+    torch.testing.assert_close(total.diagonal(), expected.diagonal(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(total.finish().dense().double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_families_that_are_not_listed_aim_at_the_dense_models_outputs(tiny, text, tmp_path, monkeypatch):
+    """All of a layer's linears are gathered at once there; of one that narrows no [in, in] matrix of drift is kept."""
+    source = tiny("gpt-neox")
+    found, tokens = statistics_of(source, text, tmp_path / "out", monkeypatch)
+    dense = AutoModelForCausalLM.from_pretrained(source).double().eval()
+    pruned = pruned_in_full(source, tmp_path / "out", tmp_path / "full")
+
+    def read_in_layer(index, one):
+        """The inputs of layer `index`; everything before it as `one` computes it, the layer itself dense."""
+        own = one.gpt_neox.layers[index]
+        one.gpt_neox.layers[index] = dense.gpt_neox.layers[index]
+        inputs = {}
+        hooks = [
+            dense.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: inputs.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]))
+            )
+            for name in found
+            if f"layers.{index}." in name
+        ]
+        with torch.no_grad():
+            one(input_ids=tokens)
+        for hook in hooks:
+            hook.remove()
+        one.gpt_neox.layers[index] = own
+        return inputs
+
+    assert len(found) == 8
+    for index in range(2):
+        dense_reads, pruned_reads = (read_in_layer(index, one) for one in (dense, pruned))
+        for name, X in pruned_reads.items():
+            linear, drift = dense.get_submodule(name).requires_grad_(False), found[name].drift
+            missing = (dense_reads[name] - X) @ linear.weight.T
+            narrows = linear.out_features < linear.in_features
+            assert isinstance(drift, OutputDrift if narrows else InputDrift), name
+            assert_drift(drift, linear.weight, X, missing, (X @ linear.weight.T).norm(), name)
+    assert sum(isinstance(one.drift, OutputDrift) for one in found.values()) == 2

@@ -1,0 +1,168 @@
+"""Calibration tokens from files, data sets and the model itself."""
+
+import hashlib
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration import data as calibration
+from ria_vllm.offline.calibration.data import from_model, from_text
+from ria_vllm.progress import Monitor
+
+# No window of these occurs twice.
+DOCUMENTS = [hashlib.sha256(bytes([i])).hexdigest()[: 40 + i % 20] for i in range(40)]
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    return AutoTokenizer.from_pretrained(tiny("llama"))
+
+
+def write(path: Path, documents: list[str]) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": documents}), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in documents) + "\n\n")
+    else:
+        path.write_text("\n\n".join(documents) + "\n\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_samples_are_windows_of_the_text_without_overlap(kind, tokenizer, tmp_path):
+    path = write(tmp_path / f"text.{kind}", DOCUMENTS)
+    tokens = from_text(str(path), tokenizer, samples=20, seq_len=50, seed=3)
+    whole = "".join(f"{text}\n\n" for text in DOCUMENTS)
+    starts = [whole.index(tokenizer.decode(row)) for row in tokens]
+    assert tokens.shape == (20, 50) and tokens.dtype == torch.int64
+    assert len(set(starts)) == 20 and all(start % 50 == 0 for start in starts)
+    assert torch.equal(tokens, from_text(str(path), tokenizer, 20, 50, 3))
+    assert not torch.equal(tokens, from_text(str(path), tokenizer, 20, 50, 4))
+
+
+def test_a_sample_starts_as_every_prompt_does(tokenizer, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokens = from_text(str(write(tmp_path / "text.txt", DOCUMENTS)), tokenizer, 5, 30, 0)
+    assert tokens.shape == (5, 30)
+    assert bool((tokens[:, 0] == 0).all()) and not bool((tokens[:, 1:] == 0).any())
+
+
+def test_pieces_of_a_long_text_join_without_a_seam(tokenizer, tmp_path, monkeypatch):
+    path = write(tmp_path / "text.txt", DOCUMENTS)
+    whole = from_text(str(path), tokenizer, 20, 50, 0)
+    monkeypatch.setattr(calibration, "PIECE", 64)
+    assert torch.equal(whole, from_text(str(path), tokenizer, 20, 50, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.txt", None, "no such file"),
+        ("text.csv", "a", "unknown kind"),
+        ("text.txt", "a few words", "too little text: 11 tokens make 0 samples of 50, 20 were asked for"),
+        ("text.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("text.jsonl", '{"text": "x"}\n{"body": "y"}', "line 2: no JSON object with a field 'text'"),
+        ("text.jsonl", "not json", "line 1"),
+        ("text.jsonl", '{"text": "x"}\n{"text": ["y"]}', "text.jsonl, line 2: 'text' holds no text but list"),
+        ("text.parquet", "not parquet", "broken parquet"),
+    ],
+)
+def test_unusable_texts(name, content, message, tokenizer, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RiaError, match=message):
+        from_text(str(tmp_path / name), tokenizer, 20, 50, 0)
+
+
+def test_nulls_are_skipped_and_half_a_surrogate_pair_is_replaced(tokenizer, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": null}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
+    assert list(calibration.documents(str(path))) == ["a?b\n\n", "\N{GRINNING FACE}\n\n"]
+    assert from_text(str(path), tokenizer, 1, 5, 0).shape == (1, 5)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "text.parquet")
+    assert list(calibration.documents(str(tmp_path / "text.parquet"))) == ["a\n\n", "b\n\n"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    with pytest.raises(RiaError, match="numbers.parquet: 'text' holds no text but int"):
+        list(calibration.documents(str(tmp_path / "numbers.parquet")))
+
+
+@pytest.mark.parametrize("name", ["c4", "wikitext2", "pile"])
+def test_data_sets_of_the_hub(name, tokenizer, monkeypatch):
+    asked = []
+
+    def load_dataset(repository, configuration, split, streaming):
+        asked.append((repository, configuration, split))
+        return [{"text": text} for text in DOCUMENTS]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert from_text(name, tokenizer, 20, 50, 0).shape == (20, 50)
+    assert asked == [(*calibration.DATASETS[name][:2], "train")]
+
+
+def test_a_data_set_out_of_reach(tokenizer, monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(RiaError, match="c4: allenai/c4 cannot be had from the hub .no route"):
+        from_text("c4", tokenizer, 20, 50, 0)
+
+
+@pytest.fixture
+def model(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+
+
+def test_the_model_writes_its_own_samples(model, monkeypatch):
+    monkeypatch.setattr(calibration, "DOCUMENT", 8)
+    monkeypatch.setattr(calibration, "CACHE_BYTES", 0)  # several batches
+    tokens = from_model(model, 0, samples=5, seq_len=20, seed=0, monitor=Monitor(shown=False))
+    assert tokens.shape == (5, 20)
+    assert bool((tokens[:, ::8] == 0).all())  # every document begins with the start token
+    again = from_model(model, 0, 5, 20, 0, Monitor(shown=False))
+    assert torch.equal(tokens, again)
+    assert not torch.equal(tokens, from_model(model, 0, 5, 20, 1, Monitor(shown=False)))
+
+
+def test_samples_follow_the_models_own_distribution(model):
+    """With one continuation far ahead of all others, that is what is written."""
+    with torch.no_grad():
+        model.model.norm.weight.fill_(0.0)
+        model.lm_head.bias = torch.nn.Parameter(torch.full((258,), -50.0).index_fill_(0, torch.tensor(77), 50.0))
+    tokens = from_model(model, None, samples=2, seq_len=12, seed=0, monitor=Monitor(shown=False))
+    assert bool((tokens[:, 1:] == 77).all())
+    assert len(set(tokens[:, 0].tolist())) == 2  # first tokens are drawn from the whole vocabulary
+
+
+def test_continuations_come_as_often_as_they_are_likely(model):
+    """Three continuations at 1/2, 1/3 and 1/6, over 2000 draws."""
+    likely = {10: 1 / 2, 20: 1 / 3, 30: 1 / 6}
+    with torch.no_grad():
+        model.model.norm.weight.fill_(0.0)
+        model.lm_head.bias = torch.nn.Parameter(torch.full((258,), -100.0))
+        for token, chance in likely.items():
+            model.lm_head.bias[token] = torch.tensor(chance).log()
+    tokens = from_model(model, None, samples=20, seq_len=101, seed=0, monitor=Monitor(shown=False))[:, 1:]
+    for token, chance in likely.items():
+        assert abs(float((tokens == token).float().mean()) - chance) < 0.04
+
+
+def test_nan_predictions_are_no_text(model):
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(RiaError, match="NaN"):
+        from_model(model, 0, 1, 8, 0, Monitor(shown=False))

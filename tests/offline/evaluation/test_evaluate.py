@@ -1,0 +1,205 @@
+"""Perplexity against the definition, and the compressed model against the dense one it stands for."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.evaluation.evaluate import evaluate, load_model, perplexity, read_tokens
+
+CPU = torch.device("cpu")
+TEXT = "The two largest of every four stay, and the others are gone. " * 8
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(evaluate, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def test_perplexity_is_the_exponential_of_the_mean_negative_log_likelihood(tiny_llama):
+    model = load_model(str(tiny_llama), CPU)
+    tokens = torch.randint(2, 250, (100,), generator=torch.Generator().manual_seed(0))
+    nll = []
+    for window in (tokens[:30], tokens[30:60], tokens[60:90]):  # the last ten are dropped
+        with torch.no_grad():
+            log_p = model(window[None]).logits[0].double().log_softmax(-1)
+        nll += [-float(log_p[i, window[i + 1]]) for i in range(29)]
+    found = perplexity(model, tokens, 30)
+    assert (found.tokens, found.windows, found.seq_len) == (87, 3, 30)
+    assert found.perplexity == pytest.approx(math.exp(sum(nll) / 87), rel=1e-5)
+
+
+def test_a_short_text_is_one_window(tiny_llama):
+    found = perplexity(load_model(str(tiny_llama), CPU), torch.arange(2, 22), 1024)
+    assert (found.tokens, found.windows, found.seq_len) == (19, 1, 20)
+
+
+def test_a_compressed_folder_is_the_model_it_stands_for(pruned_llama):
+    model = load_model(str(pruned_llama.folder), CPU)
+    state = model.state_dict()
+    assert model.dtype == torch.bfloat16
+    assert all(torch.equal(state[name], tensor) for name, tensor in pruned_llama.dense.items())
+
+
+def test_command_on_both_kinds_of_folder(pruned_llama, text):
+    found = {}
+    for folder in (pruned_llama.source, pruned_llama.folder):
+        found[folder] = json.loads(run(folder, "--text", text, "--seq-len", 64, "--max-tokens", 200, "--json").stdout)
+        assert found[folder]["tokens"] == 3 * 63
+        model = load_model(str(folder), CPU)
+        tokens = read_tokens(str(folder), text, 200)
+        assert found[folder]["perplexity"] == pytest.approx(perplexity(model, tokens, 64).perplexity)
+    assert found[pruned_llama.source]["perplexity"] != found[pruned_llama.folder]["perplexity"]
+
+
+def test_command_for_readers(pruned_llama, text):
+    assert "1 windows of 256" in run(pruned_llama.folder, "--text", text).output  # the model's context is 256
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "give --text FILE"),
+        (["--text", "/nowhere.txt"], "/nowhere.txt: not readable"),
+        (["--seq-len", "300"], "context is 256"),
+        (["--tasks", "arc_easy", "--text", "x"], "give --text FILE"),
+    ],
+)
+def test_bad_input(pruned_llama, text, arguments, words):
+    if "--seq-len" in arguments:
+        arguments = [*arguments, "--text", text]
+    with pytest.raises(RiaError, match=words):
+        run(pruned_llama.folder, *arguments)
+
+
+def test_an_empty_text(pruned_llama, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(RiaError, match="at least two"):
+        run(pruned_llama.folder, "--text", tmp_path / "empty.txt")
+
+
+def test_missing_weights_are_not_made_up(damage, text):
+    damage.replace("model.norm.weight", lambda t: None)
+    damage.edit_json("model.safetensors.index.json", lambda c: c["weight_map"].pop("model.norm.weight"))
+    with pytest.raises(RiaError, match="model.norm.weight"):
+        run(damage.folder, "--text", text)
+
+
+def test_a_model_that_only_gives_nan(damage, text):
+    damage.replace("model.norm.weight", lambda t: t * float("nan"))
+    with pytest.raises(RiaError, match="not finite"):
+        run(damage.folder, "--text", text)
+
+
+@pytest.fixture
+def dense(tiny_llama, tmp_path):
+    return shutil.copytree(tiny_llama, tmp_path / "dense")
+
+
+def test_a_truncated_dense_folder(dense, text):
+    weights = dense / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(RiaError, match="model.safetensors: broken or truncated"):
+        run(dense, "--text", text)
+
+
+def test_weights_that_do_not_fit_the_configuration(dense, damage, text):
+    path = dense / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 256}))
+    damage.edit_json("config.json", lambda c: c.update(intermediate_size=256))
+    for folder in (dense, damage.folder):
+        with pytest.raises(RiaError, match=r"mlp.down_proj.weight has shape \(128, 192\), config.json asks for \(128, 256\)"):
+            run(folder, "--text", text)
+
+
+def test_a_folder_that_is_no_model(tmp_path, text):
+    with pytest.raises(RiaError, match=str(tmp_path)):
+        run(tmp_path, "--text", text)
+
+
+def test_the_card_takes_the_perplexity_and_the_base_models(pruned_llama, text, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(pruned_llama.folder, out)
+    (out / "README.md").write_text("# Mine\n")
+    arguments = ("--text", text, "--seq-len", 64, "--baseline", pruned_llama.source, "--update-card", "--json")
+    found = json.loads(run(out, *arguments).stdout)
+    alone = json.loads(run(pruned_llama.source, "--text", text, "--seq-len", 64, "--json").stdout)
+    assert found["baseline"]["model"] == str(pruned_llama.source)
+    assert {key: found["baseline"][key] for key in ("perplexity", "tokens", "seq_len")} == {
+        key: alone[key] for key in ("perplexity", "tokens", "seq_len")
+    }
+    row = f"| text.txt | {found['tokens']} | 64 | {found['perplexity']:.2f} | {alone['perplexity']:.2f} |"
+    card = (out / "README.md").read_text()
+    assert row in card.splitlines() and card.startswith("# Mine\n") and str(tmp_path) not in card
+    assert f"perplexity {alone['perplexity']:.4f}" in run(out, *arguments[:-2]).stdout
+
+
+def test_what_cannot_be_noted_or_compared_is_not_measured(pruned_llama, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("ria_vllm.offline.evaluation.evaluate.load_model", lambda *_: pytest.fail("measured"))
+    with pytest.raises(RiaError, match="no model card"):
+        run(pruned_llama.folder, "--text", text, "--update-card")
+    with pytest.raises(RiaError, match="--baseline and --update-card are for perplexity"):
+        run(pruned_llama.folder, "--tasks", "x", "--update-card")
+    other = tmp_path / "other"
+    shutil.copytree(pruned_llama.source, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(RiaError, match="reads the text as other tokens"):
+        run(pruned_llama.folder, "--text", text, "--baseline", other)
+
+
+def edited(source, folder, **config):
+    shutil.copytree(source, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+def test_both_models_are_measured_alike(tiny_llama, text, tmp_path, monkeypatch):
+    """A baseline with a shorter context, in a wider dtype."""
+    from transformers import AutoModelForCausalLM
+
+    wide = tmp_path / "wide"
+    shutil.copytree(tiny_llama, wide)
+    AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).save_pretrained(wide)
+    edited(wide, tmp_path / "short", max_position_embeddings=100)
+    monkeypatch.setattr("ria_vllm.offline.model.dtypes.fast_bf16", lambda device: True)
+    found = json.loads(run(tiny_llama, "--text", text, "--baseline", tmp_path / "short", "--json").stdout)
+    assert found["compute_dtype"] == "float32" and found["seq_len"] == found["baseline"]["seq_len"] == 100
+    assert found["perplexity"] == found["baseline"]["perplexity"]  # the same values, computed alike
+    with pytest.raises(RiaError, match="--seq-len 200: the context is 100 tokens .*short"):
+        run(tiny_llama, "--text", text, "--baseline", tmp_path / "short", "--seq-len", 200)
+
+
+def test_widened_it_computes_what_a_wide_model_would(make_model, tmp_path):
+    """Gemma multiplies its embeddings by a factor that bfloat16 cannot hold; frequencies stay in float32 throughout."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_model(tmp_path / "model", "gemma3", dtype=torch.bfloat16)
+    wide = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.arange(2, 60)[None]
+    silent = edited(folder, tmp_path / "silent", dtype=None)
+    for source in (folder, silent):
+        model = load_model(str(source), CPU, "float32")
+        assert all(buffer.dtype == torch.float32 for buffer in model.buffers())
+        with torch.no_grad():
+            assert torch.equal(model(tokens).logits, wide(tokens).logits)
+    frequencies = [b for name, b in load_model(str(folder), CPU, "bfloat16").named_buffers() if "inv_freq" in name]
+    assert frequencies and all(buffer.dtype == torch.float32 for buffer in frequencies)
+
+
+def test_what_vllm_would_not_heed_is_refused(tiny_llama):
+    with pytest.raises(RiaError, match="--compute-dtype is for --engine hf"):
+        run(tiny_llama, "--tasks", "x", "--engine", "vllm", "--compute-dtype", "float32")

@@ -1,0 +1,136 @@
+"""The report page: whole without network, right where the report is thin, safe where it is hostile."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+from click.testing import CliRunner
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.evaluation.charts import Series, bar_chart, line_chart, ticks
+from ria_vllm.offline.evaluation.report import page, report
+
+VOID = {"meta"}
+
+
+class Page(HTMLParser):
+    """Collects tags and text, and insists that every element is closed where it should be."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def linears(layers: int = 3) -> dict:
+    return {
+        f"model.layers.{i}.{name}": {
+            "shape": [64, 128], "retained_before": 0.7 + i / 100, "retained_after": 0.8 + i / 100,
+            "error_before": 0.3, "error_after": 0.2,
+        }
+        for i in range(layers) for name in ("self_attn.q_proj", "mlp.down_proj")
+    }  # fmt: skip
+
+
+def run(*arguments):
+    return CliRunner().invoke(report, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def test_every_linear_is_a_point_of_its_chart_and_a_row():
+    found = Page(page("model", {"linears": linears(3), "recipe": {"source": "hub/model"}}, None, []))
+    assert found.tags.count("svg") == 4 and found.tags.count("circle") == 2 * 2 * 6  # score and error, before and after
+    assert found.tags.count("tr") == 1 + 6 + 1
+    assert "0.7100 → 0.8100" in found.text and "0.3000 → 0.2000" in found.text
+    assert "pruned from hub/model" in found.text
+
+
+def test_it_needs_nothing_but_itself(damage):
+    (damage.folder / "ria_report.json").write_text(json.dumps({"linears": linears(2)}))
+    assert run(damage.folder).exit_code == 0
+    text = (damage.folder / "ria_report.html").read_text()
+    found = Page(text)
+    assert not {"script", "link", "img", "iframe"} & set(found.tags)
+    assert not [name for name, _ in found.attributes if name in ("src", "href")] and "url(" not in text
+    assert "0.665" in found.text and "4 + 6" in found.text  # sizes and permutations of the folder itself
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"linears": {"a": {}}},
+        {"linears": {"a": {"retained_before": None, "retained_after": "x"}}, "recipe": [], "dense": 3},
+        {"linears": {"a.0.b": {"retained_before": float("nan"), "retained_after": 1.0, "shape": None}}},
+        {"linears": [{"name": "a.0.b", "retained_before": 0.5, "retained_after": 0.5}]},
+    ],
+)
+def test_thin_reports(content):
+    assert "Linears" in Page(page("model", content, None, [])).text
+
+
+def test_hostile_names_are_text():
+    bad = '<script>alert("x")</script>'
+    content = {
+        "linears": {f"{bad}.0.{bad}": {"retained_before": 0.5, "retained_after": 0.6, "shape": [bad]}},
+        "recipe": {"source": bad, bad: [bad]},
+        "dense": {bad: bad},
+    }
+    text = page(bad, content, None, [{"perplexity": 4.5, "model": bad, "text": bad}])
+    assert "script" not in Page(text).tags and "<script" not in text
+
+
+def test_perplexities(damage, tmp_path):
+    (damage.folder / "ria_report.json").write_text(json.dumps({"linears": linears(1)}))
+    files = []
+    for model, value in (("hub/dense", 42.125), (str(damage.folder), 66.5)):
+        files.append(tmp_path / f"{value}.json")
+        files[-1].write_text(json.dumps({"model": model, "text": "a.txt", "perplexity": value, "seq_len": 1024}))
+    run(damage.folder, "-o", tmp_path / "page.html", "--perplexity", files[0], "--perplexity", files[1])
+    found = Page((tmp_path / "page.html").read_text())
+    assert "42.12" in found.text and "66.50" in found.text and "dense" in found.text
+    files[0].write_text("{}")
+    with pytest.raises(RiaError, match="eval --json"):
+        run(damage.folder, "-o", tmp_path / "page.html", "--perplexity", files[0])
+
+
+def test_bad_input(damage):
+    with pytest.raises(RiaError, match="ria_report.json: missing"):
+        run(damage.folder)
+    (damage.folder / "ria_report.json").write_text("{}")
+    with pytest.raises(RiaError, match="lists no linear"):
+        run(damage.folder)
+    (damage.folder / "ria_report.json").write_text(json.dumps({"linears": linears(1)}))
+    for output, words in (("absent/page.html", "there is no folder absent"), (damage.folder, "a folder")):
+        with pytest.raises(RiaError, match=words):
+            run(damage.folder, "-o", output)
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0.71, 0.83), (3, 3), (0, 1e-9), (-5, 1200)])
+def test_ticks_are_round_and_inside(low, high):
+    found = ticks(low, high)
+    assert 1 <= len(found) <= 7 and all(low - 1e-9 <= t <= high * (1 + 1e-6) + 1e-9 for t in found)
+
+
+def test_charts_with_one_point_or_none_at_all():
+    Page(line_chart("t", [Series("a", "after", [(0, 0.0)])], "layer"))
+    Page(bar_chart("t", [("a", 0.0, "0", "after")]))
+    Page(bar_chart("t", []))

@@ -1,0 +1,235 @@
+"""The dtype that layers are computed in: how it is chosen, and that what is written stays in the model's own."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.offline import compress as pipeline
+from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.evaluation.evaluate import evaluate, load_model
+from ria_vllm.offline.model import dtypes
+from ria_vllm.offline.model.dtypes import choose_dtype, fast_bf16
+from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.progress import Monitor
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FAST, SLOW = frozenset({"avx2", "avx512f", "avx512_bf16"}), frozenset({"avx2", "avx512f"})
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """A CPU without instructions for bfloat16."""
+    monkeypatch.setattr(dtypes, "_cpu_flags", lambda: SLOW)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(dtypes, "_cpu_flags", lambda: FAST)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def stored_bf16(make_model, tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("bf16") / "model", "llama", dtype=BF16)
+
+
+def run(model: Path, out: Path, text: Path, settings: Settings = Settings(), **options) -> None:
+    recipe = Recipe(**{"calibration": str(text), "samples": 40, "seq_len": 64} | options)
+    compress(str(model), out, recipe, settings, Monitor())
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def recipe_of(folder: Path) -> dict:
+    return Reader(folder).schema.recipe
+
+
+def interrupted(monkeypatch, *arguments, **options) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_say_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "expected"),
+    [
+        (FAST, {}, True),
+        (SLOW, {}, False),
+        (frozenset({"asimd", "bf16"}), {}, True),  # Arm
+        (frozenset(), {}, False),
+        (FAST, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, False),
+        (FAST, {"ONEDNN_MAX_CPU_ISA": "avx512_core"}, False),
+        (FAST, {"DNNL_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, False),
+        (FAST, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "DNNL_MAX_CPU_ISA": "AVX2"}, True),
+        (FAST, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, True),
+    ],
+)
+def test_instructions_for_bf16_and_what_forbids_them(flags, variables, expected, fast, monkeypatch):
+    monkeypatch.setattr(dtypes, "_cpu_flags", lambda: flags)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert fast_bf16(CPU) is expected
+
+
+def test_agrees_with_what_torch_says_of_this_machine():
+    """oneDNN's own word; without AVX-512 it has bf16 neither here nor there."""
+    code = "import torch; from ria_vllm.offline.model.dtypes import fast_bf16; "
+    code += "print(fast_bf16(torch.device('cpu')), torch.ops.mkldnn._is_mkldnn_bf16_supported())"
+    for variables in ({}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}):
+        environment = os.environ | variables
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        ours, theirs = done.stdout.split()
+        assert theirs == "True" or ours == "False"
+        if variables:
+            assert ours == "False"
+
+
+def test_what_is_chosen(slow, monkeypatch):
+    assert choose_dtype(BF16, CPU) == FP32
+    assert choose_dtype(BF16, CPU, "bfloat16") == BF16
+    monkeypatch.setattr(dtypes, "_cpu_flags", lambda: FAST)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert choose_dtype(BF16, CPU) == BF16 and choose_dtype(BF16, CPU, "float32") == FP32
+    assert choose_dtype(FP16, CPU) == FP32 and choose_dtype(FP32, CPU) == FP32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+    assert choose_dtype(BF16, CUDA) == BF16 and choose_dtype(FP16, CUDA) == FP16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert choose_dtype(BF16, CUDA) == FP32  # before 8.0
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"), [(FP32, "bfloat16"), (FP32, "float16"), (BF16, "float16"), (FP16, "bfloat16")]
+)
+def test_a_dtype_that_would_round_the_weights_is_refused(stored, asked):
+    name = dtypes.name_of(stored)
+    with pytest.raises(RiaError, match=f"--compute-dtype {asked}: the weights are {name}.* Give .*float32"):
+        choose_dtype(stored, CPU, asked)
+
+
+def test_both_commands_refuse_to_round_before_any_work(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(StreamedModel, "__init__", lambda *_: pytest.fail("worked"))
+    with pytest.raises(RiaError, match="--compute-dtype bfloat16: the weights are float32"):
+        run(tiny("llama"), tmp_path / "out", text, compute_dtype="bfloat16")
+    assert not list(tmp_path.glob("out*"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    arguments = [str(tiny("llama")), "--text", str(text), "--compute-dtype", "bfloat16"]
+    refused = CliRunner().invoke(evaluate, arguments).exception
+    assert isinstance(refused, RiaError) and "the weights are float32" in str(refused)
+
+
+@pytest.mark.parametrize("options", [{}, {"reconstruct": "block"}], ids=str)
+def test_computed_in_float32_it_is_written_in_bf16(options, slow, stored_bf16, text, tmp_path, monkeypatch, capsys):
+    seen = set()
+    load_layer = StreamedModel.load_layer
+
+    def watch(self, index):
+        layer = load_layer(self, index)
+        seen.update(parameter.dtype for parameter in layer.parameters())
+        return layer
+
+    monkeypatch.setattr(StreamedModel, "load_layer", watch)
+    run(stored_bf16, tmp_path / "auto", text, **options)
+    assert seen == {FP32}
+    assert "computing in float32, writing bfloat16" in capsys.readouterr().err
+    reader, source = Reader(tmp_path / "auto"), load_file(stored_bf16 / "model.safetensors")
+    assert recipe_of(tmp_path / "auto")["compute_dtype"] == "float32"
+    assert json.loads((tmp_path / "auto" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert list(reader.problems()) == []
+    assert all(reader.linear(name).dense().dtype == BF16 for name in reader.sparse_names)
+    for name in reader.dense_names:  # byte for byte
+        assert reader.tensor(name).dtype == BF16 and torch.equal(reader.tensor(name), source[name])
+    # The same bytes for the same compute dtype, whoever chose it.
+    run(stored_bf16, tmp_path / "given", text, **options, compute_dtype="float32")
+    assert digests(tmp_path / "auto") == digests(tmp_path / "given")
+    run(stored_bf16, tmp_path / "other", text, **options, compute_dtype="bfloat16")
+    assert recipe_of(tmp_path / "other")["compute_dtype"] == "bfloat16"
+    assert digests(tmp_path / "auto")["model.safetensors"] != digests(tmp_path / "other")["model.safetensors"]
+
+
+def test_the_dtype_decides_little(stored_bf16, text, tmp_path):
+    reports = {}
+    for dtype in ("float32", "bfloat16"):
+        run(stored_bf16, tmp_path / dtype, text, compute_dtype=dtype)
+        reports[dtype] = json.loads((tmp_path / dtype / "ria_report.json").read_text())["linears"]
+    for name, exact in reports["float32"].items():
+        assert reports["bfloat16"][name]["error_after"] == pytest.approx(exact["error_after"], rel=0.05), name
+
+
+@pytest.mark.parametrize("options", [{}, {"reconstruct": "block"}], ids=str)
+def test_resumed_on_another_kind_of_machine_it_goes_on_as_it_began(
+    options, fast, stored_bf16, text, tmp_path, monkeypatch, capsys
+):
+    run(stored_bf16, tmp_path / "whole", text, **options, compute_dtype="float32")
+    with monkeypatch.context() as patch:
+        patch.setattr(dtypes, "_cpu_flags", lambda: SLOW)
+        interrupted(monkeypatch, stored_bf16, tmp_path / "out", text, **options)
+    with pytest.raises(RiaError, match=r"another compute-dtype \(float32\)"):
+        run(stored_bf16, tmp_path / "out", text, Settings(resume=True), **options, compute_dtype="bfloat16")
+    capsys.readouterr()
+    run(stored_bf16, tmp_path / "out", text, Settings(resume=True), **options)
+    assert "computing in float32" in capsys.readouterr().err
+    assert digests(tmp_path / "whole") == digests(tmp_path / "out")
+
+
+def test_from_the_start_again_it_chooses_anew(fast, stored_bf16, text, tmp_path, monkeypatch):
+    interrupted(monkeypatch, stored_bf16, tmp_path / "out", text, compute_dtype="float32")
+    run(stored_bf16, tmp_path / "out", text)
+    assert recipe_of(tmp_path / "out")["compute_dtype"] == "bfloat16"
+
+
+def test_text_of_its_own_is_written_in_the_fast_dtype(slow, stored_bf16, tmp_path, monkeypatch):
+    seen = []
+    from_model = pipeline.calibration.from_model
+    monkeypatch.setattr(
+        pipeline.calibration, "from_model", lambda model, *rest: (seen.append(model.dtype), from_model(model, *rest))[1]
+    )
+    run(stored_bf16, tmp_path / "out", Path("self"))
+    assert seen == [FP32]
+    with pytest.raises(RiaError, match="in float32, .* Or give --compute-dtype bfloat16"):
+        monkeypatch.setattr(pipeline, "available", lambda device: (stored_bf16 / "model.safetensors").stat().st_size)
+        run(stored_bf16, tmp_path / "again", Path("self"))
+    with pytest.raises(RiaError, match="one at a time.$"):  # in bfloat16 it would not fit either
+        monkeypatch.setattr(pipeline, "available", lambda device: 10)
+        run(stored_bf16, tmp_path / "again", Path("self"))
+
+
+def test_eval_computes_in_the_fast_dtype_and_says_so(slow, stored_bf16, text):
+    found = {}
+    for asked in ("auto", "bfloat16"):
+        arguments = [str(stored_bf16), "--text", str(text), "--max-tokens", "512", "--compute-dtype", asked]
+        plain, machine = (CliRunner().invoke(evaluate, [*arguments, *more]) for more in ([], ["--json"]))
+        found[asked] = json.loads(machine.stdout)
+        assert f"computed in {found[asked]['compute_dtype']}" in plain.stdout
+    assert [entry["compute_dtype"] for entry in found.values()] == ["float32", "bfloat16"]
+    assert found["auto"]["perplexity"] != found["bfloat16"]["perplexity"]
+    assert found["auto"]["perplexity"] == pytest.approx(found["bfloat16"]["perplexity"], rel=0.05)
+    assert load_model(str(stored_bf16), CPU).dtype == BF16
+
+
+@pytest.mark.slow
+def test_the_whole_of_it_where_onednn_may_not_use_more_than_avx2(stored_bf16, text, tmp_path):
+    """In processes of their own, for oneDNN reads its limit once."""
+    command = [sys.executable, "-m", "ria_vllm", "compress", str(stored_bf16), "--samples", "8", "--seq-len", "64"]
+    command += ["--calibration", str(text)]
+    limited = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    for out in ("one", "two"):
+        subprocess.run([*command, "-o", str(tmp_path / out)], env=limited, check=True, capture_output=True)
+    assert recipe_of(tmp_path / "one")["compute_dtype"] == "float32"
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")

@@ -1,0 +1,118 @@
+from itertools import permutations
+
+import pytest
+import torch
+
+from ria_vllm.offline.pruning.assignment import coded_gain_matrix, gain_matrix, kept, largest, levels, reassign
+
+
+def brute_kept(columns, index, n):
+    """[G] float64: gather every group, sort its scores row by row, sum."""
+    return columns[index].double().sort(dim=1, descending=True).values[:, :n].sum(dim=(1, 2))
+
+
+def brute_gain(columns, index, position, n):
+    """Put the channel of every group into every group and score the changed group from nothing."""
+    others = [j for j in range(index.shape[1]) if j != position]
+    nothing = torch.cat([columns, torch.zeros_like(columns[:1])])  # scores are never negative: a zero adds none
+    without = index.clone()
+    without[:, position] = len(columns)
+    base = brute_kept(nothing, without, n)
+    gain = torch.empty(len(index), len(index), dtype=torch.float64)
+    for g in range(len(index)):
+        for c in range(len(index)):
+            changed = torch.cat([index[g, others], index[c, [position]]])
+            gain[g, c] = brute_kept(columns, changed[None], n)[0] - base[g]
+    return gain
+
+
+def total(gain, order):
+    return gain[range(len(order)), list(order)].sum().item()
+
+
+@pytest.mark.parametrize("n,m", [(2, 4), (1, 4), (3, 4), (4, 8)])
+def test_largest_is_the_head_of_a_sort(n, m):
+    torch.manual_seed(0)
+    scores = torch.randint(0, 9, (m, 5, 7)).float()
+    expected = scores.sort(dim=0, descending=True).values[:n]
+    assert torch.equal(torch.stack(largest(scores.unbind(0), n)), expected)
+
+
+@pytest.mark.parametrize("rows", [3, 5000])
+def test_kept(rows):
+    torch.manual_seed(1)
+    columns, index = torch.rand(20, rows), torch.randperm(20).view(5, 4)
+    torch.testing.assert_close(kept(columns, index, 2), brute_kept(columns, index, 2).sum(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("n,m", [(2, 4), (1, 4), (3, 4), (4, 8)])
+@pytest.mark.parametrize("rows", [1, 6, 700])
+def test_gain_matrix_against_every_placement(n, m, rows):
+    torch.manual_seed(n + m + rows)
+    columns, index = torch.rand(6 * m, rows), torch.randperm(6 * m).view(6, m)
+    for position in range(m):
+        expected = brute_gain(columns, index, position, n)
+        torch.testing.assert_close(gain_matrix(columns, index, position, n).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n,m", [(2, 4), (1, 4), (4, 8)])
+def test_coded_gain_is_exact_where_no_two_scores_share_a_step(n, m, dtype):
+    """Scores that are whole numbers, levels at all of them: the differences between assignments are the true ones."""
+    torch.manual_seed(n + m)
+    columns, index = torch.randint(0, 5, (6 * m, 700)).float(), torch.randperm(6 * m).view(6, m)
+    ladder = torch.arange(5.0)[:, None].expand(5, 700)
+    for position in range(m):
+        exact = brute_gain(columns, index, position, n)
+        coded = coded_gain_matrix(columns, index, position, n, ladder, dtype).double()
+        orders = [torch.randperm(6).tolist() for _ in range(50)]
+        offsets = torch.tensor([total(exact, order) - total(coded, order) for order in orders])
+        spread = torch.tensor([total(exact, order) for order in orders]).std()
+        assert offsets.std() < {torch.float32: 1e-4, torch.bfloat16: 0.02}[dtype] * spread
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_coded_gain_ranks_assignments_nearly_as_the_exact_one(steps, dtype):
+    torch.manual_seed(steps)
+    columns = torch.randn(400, 1500).abs() * torch.randn(400, 1).exp() * torch.rand(1500)
+    index = torch.randperm(400).view(100, 4)
+    before = kept(columns, index, 2)
+    exact = kept(columns, reassign(index, gain_matrix(columns, index, 1, 2), 1), 2) - before
+    coded = coded_gain_matrix(columns, index, 1, 2, levels(columns, steps), dtype)
+    found = kept(columns, reassign(index, coded, 1), 2) - before
+    assert exact > 0 and exact * {1: 0.7, 4: 0.97}[steps] <= found <= exact * 1.0001
+
+
+def test_levels_cut_every_row_into_even_shares():
+    torch.manual_seed(3)
+    columns = torch.rand(100, 7) * torch.arange(1, 8)
+    ladder = levels(columns, 4)
+    assert ladder.shape == (5, 7)
+    assert (ladder[0] == 0).all() and torch.equal(ladder[-1], columns.amax(0))
+    for step in range(4):
+        share = ((columns >= ladder[step]) & (columns <= ladder[step + 1])).float().mean(0)
+        assert ((share > 0.2) & (share < 0.3)).all()
+
+
+def test_codes_bear_rows_of_zeros():
+    columns = torch.rand(16, 9)
+    columns[:, 4] = 0
+    gain = coded_gain_matrix(columns, torch.arange(16).view(4, 4), 0, 2, levels(columns, 4))
+    assert torch.isfinite(gain).all()
+
+
+def test_reassign_is_the_best_of_all_assignments():
+    torch.manual_seed(2)
+    columns, index = torch.rand(20, 11), torch.randperm(20).view(5, 4)
+    for position in range(4):
+        new = reassign(index, gain_matrix(columns, index, position, 2), position)
+        assert torch.equal(new.flatten().sort().values, torch.arange(20))
+        others = [j for j in range(4) if j != position]
+        assert torch.equal(new[:, others], index[:, others])
+        best = 0.0
+        for order in permutations(range(5)):
+            trial = index.clone()
+            trial[:, position] = index[list(order), position]
+            best = max(best, brute_kept(columns, trial, 2).sum().item())
+        assert brute_kept(columns, new, 2).sum().item() == pytest.approx(best, rel=1e-6)

@@ -1,0 +1,150 @@
+import math
+
+import pytest
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.pruning.block import train_block
+from ria_vllm.offline.pruning.masks import Pattern, mask
+
+
+class Component(torch.nn.Module):
+    """A gated MLP behind a norm, on a residual stream."""
+
+    def __init__(self, hidden=16, inner=32, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.norm = torch.nn.RMSNorm(hidden)
+        self.gate = torch.nn.Linear(hidden, inner, bias=False)
+        self.up = torch.nn.Linear(hidden, inner, bias=False)
+        self.down = torch.nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, h):
+        x = self.norm(h)
+        return h + self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.fixture
+def problem():
+    """A pruned component, its masks, and what the dense one makes of the inputs."""
+    model = Component()
+    draw = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(2, 24, 16, generator=draw) for _ in range(6)]
+    with torch.no_grad():
+        targets = [model(h) for h in inputs]
+        masks = {}
+        for name in ("gate", "up", "down"):
+            linear = model.get_submodule(name)
+            masks[f"{name}.weight"] = mask(linear.weight.abs(), Pattern(n=2, m=4))
+            linear.weight.mul_(masks[f"{name}.weight"])
+    model.requires_grad_(False)
+    params = {name: p for name, p in model.named_parameters() if name in masks}
+    return model, params, masks, inputs, targets
+
+
+def loss(model, inputs, targets):
+    with torch.no_grad():
+        errors = [((model(h) - t).square().sum(-1) / t.square().sum(-1)).mean() for h, t in zip(inputs, targets)]
+    return sum(errors).item() / len(errors)
+
+
+def test_lowers_the_loss_and_keeps_the_zeros(problem):
+    model, params, masks, inputs, targets = problem
+    before, norm = loss(model, inputs, targets), model.norm.weight.clone()
+    losses = train_block(model, params, masks, inputs, targets, passes=20, lr=3e-3)
+    assert len(losses) == 20
+    assert losses[0] == pytest.approx(before, rel=0.3) and losses[-1] < 0.65 * before
+    assert loss(model, inputs, targets) < 0.65 * before
+    for name, p in params.items():
+        assert (p[~masks[name]] == 0).all() and (p[masks[name]] != 0).all()
+        assert not p.requires_grad and p.grad is None
+    assert torch.equal(model.norm.weight, norm)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_is_adam_on_what_the_masks_keep(problem, dtype):
+    """Torch's Adam over whole float32 weights, gradients masked: the same weights to the last bit."""
+    model, params, masks, inputs, targets = problem
+    start = {name: p.clone() for name, p in params.items()}
+    train_block(model, params, masks, inputs, targets, passes=3, seed=5, dtype=dtype)
+    trained = {name: p.clone() for name, p in params.items()}
+
+    for name, p in params.items():
+        p.data = start[name]
+        p.requires_grad_(True)
+    adam = torch.optim.Adam(params.values(), lr=1e-3)
+    order, step = torch.Generator().manual_seed(5), 0
+    for _ in range(3):
+        for i in torch.randperm(len(inputs), generator=order).tolist():
+            adam.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / 18)) / 2
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                missing = model(inputs[i]).float() - targets[i]
+            adam.zero_grad()
+            (missing.square().sum(-1) / targets[i].square().sum(-1)).mean().backward()
+            for name, p in params.items():
+                p.grad *= masks[name]
+            adam.step()
+            step += 1
+    for name, p in params.items():
+        assert torch.equal(trained[name], p), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_any_dtype(problem, dtype):
+    """Only the first rounding differs: what is trained is float32."""
+    model, params, masks, inputs, targets = problem
+    ends = []
+    rounded = {name: p.to(dtype) for name, p in params.items()}
+    for start in (rounded, {name: p.float() for name, p in rounded.items()}):
+        for name, p in params.items():
+            p.data = start[name].clone()
+        train_block(model, params, masks, inputs, targets, passes=2)
+        assert all(p.dtype == torch.float32 for p in params.values())
+        ends.append(torch.cat([p.detach().flatten() for p in params.values()]))
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], ends[0].bfloat16().float())
+
+
+def test_what_lies_outside_a_mask_becomes_zero(problem):
+    model, params, masks, inputs, targets = problem
+    model.gate.weight.data[~masks["gate.weight"]] = 1.0
+    train_block(model, params, masks, inputs, targets, passes=1)
+    assert (model.gate.weight[~masks["gate.weight"]] == 0).all()
+
+
+def test_a_huge_token_does_not_rule(problem):
+    """One token of a thousand times the others' norm that no weight can serve: the others are still learned."""
+    model, params, masks, inputs, targets = problem
+    for h, t in zip(inputs, targets):
+        h[0, 0], t[0, 0] = 1000 * torch.ones(16), -1000 * torch.ones(16)
+    others = [h[:, 1:] for h in inputs], [t[:, 1:] for t in targets]
+    before = loss(model, *others)
+    train_block(model, params, masks, inputs, targets, passes=20, lr=3e-3)
+    assert loss(model, *others) < 0.6 * before
+
+
+def test_same_seed_same_weights(problem):
+    model, params, masks, inputs, targets = problem
+    start = {name: p.clone() for name, p in params.items()}
+    ends = []
+    for seed in (0, 0, 1):
+        for name, p in params.items():
+            p.data.copy_(start[name])
+        train_block(model, params, masks, inputs, targets, passes=2, seed=seed)
+        ends.append(torch.cat([p.detach().flatten() for p in params.values()]))
+    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
+
+
+def test_takes_what_is_stored_in_bf16(problem):
+    model, params, masks, inputs, targets = problem
+    before = loss(model, inputs, targets)
+    train_block(model, params, masks, [h.bfloat16() for h in inputs], [t.bfloat16() for t in targets], passes=10)
+    assert loss(model, inputs, targets) < before
+
+
+def test_bad_input_is_named(problem):
+    model, params, masks, inputs, targets = problem
+    with pytest.raises(RiaError, match="6 inputs and 5 targets"):
+        train_block(model, params, masks, inputs, targets[:5])
+    with pytest.raises(RiaError, match="diverged.*Give --reconstruct admm"):
+        train_block(model, params, masks, [h * float("nan") for h in inputs], targets)

@@ -1,0 +1,208 @@
+"""Half-stored matrices against whole ones in float64."""
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ria_vllm.offline.calibration.capture import _GramSum
+from ria_vllm.offline.pruning import admm as reconstruct
+from ria_vllm.offline.pruning.admm import admm_solver, output_error
+from ria_vllm.offline.pruning.masks import Pattern, mask
+from ria_vllm.offline.pruning.sparsegpt import sparsegpt
+from ria_vllm.offline.pruning.symmetric import BLOCK, SymmetricMatrix
+
+WIDTHS = (1, 7, 256, 300, 777)
+
+
+def gram_of(width, seed=0):
+    """A Gram matrix of correlated channels, and the same in halves."""
+    draw = torch.Generator().manual_seed(seed)
+    X = torch.randn(width + 50, width, generator=draw)
+    X += X.roll(1, dims=1)  # neighbours have much in common, across blocks too
+    total = _GramSum(width, X.device)
+    total.add(X)
+    return X.double().T @ X.double(), total.finish()
+
+
+def close(found, expected, rtol=1e-5):
+    assert found.dtype == torch.float32 and found.shape == expected.shape
+    assert (found - expected).norm() <= rtol * expected.norm()
+
+
+def permutation(width):
+    return torch.randperm(width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_halves_make_the_whole(width):
+    S, half = gram_of(width)
+    p = permutation(width)
+    close(half.dense(), S)
+    assert torch.equal(half.dense(p), half.dense()[p][:, p])
+    assert torch.equal(half.diagonal(), half.dense().diagonal())
+    assert half.width == width
+    assert sum(block.numel() for block in half.blocks) <= width * (width + BLOCK) / 2
+    again = SymmetricMatrix.of(half.dense())
+    assert all(torch.equal(one, other) for one, other in zip(again.blocks, half.blocks, strict=True))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_product(width):
+    S, half = gram_of(width)
+    rows = torch.randn(5, width)
+    before = rows.clone()
+    close(rows @ half, rows.double() @ S)
+    assert torch.equal(rows, before)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_normalised_is_a_copy(width):
+    S, half = gram_of(width)
+    scale = torch.rand(width) + 0.5
+    before = half.dense()
+    normalised = half.normalised(scale)
+    normalised.add_to_diagonal(scale)
+    close(normalised.dense(), S / scale[:, None] / scale + torch.diag(scale))
+    assert torch.equal(half.dense(), before)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_inverse(width, dead):
+    S, half = gram_of(width)
+    scale = S.diagonal().sqrt()
+    if dead:
+        j = width // 2
+        S[j], S[:, j] = 0, 0
+        half = SymmetricMatrix.of(S.float())
+    system = half.normalised(scale.float())
+    system.add_to_diagonal(torch.full((width,), 0.1))
+    expected = torch.linalg.inv(S / scale[:, None] / scale + 0.1 * torch.eye(width))
+    rows = torch.randn(5, width)
+    before = rows.clone()
+    inverse = system.into_inverse()
+    close(rows @ inverse, rows.double() @ expected, rtol=1e-4)
+    assert torch.equal(rows, before)
+
+
+@pytest.mark.parametrize("place", [3, 290])
+def test_what_is_not_positive_definite_has_no_inverse(place):
+    half = SymmetricMatrix.of(torch.eye(300))
+    half.add_to_diagonal(-2 * (torch.arange(300) == place).float())
+    with pytest.raises(torch.linalg.LinAlgError):
+        half.into_inverse()
+
+
+@pytest.fixture
+def problem(request):
+    """A weight, the Gram matrix of its input and RIA's idea of a mask. One channel is dead."""
+    width = request.param
+    draw = torch.Generator().manual_seed(3)
+    X = torch.randn(2 * width, width, generator=draw)
+    X = (X + X.roll(1, dims=1)) * torch.randn(width, generator=draw).mul(0.5).exp()
+    X[:, width // 3] = 0
+    W = torch.randn(150, width, generator=draw)
+    norm = X.norm(dim=0)
+    return W, X.T @ X, lambda rows: mask(rows.abs() * norm, Pattern(n=2, m=4))
+
+
+@pytest.mark.parametrize("problem", [4, 256, 516, 776], indirect=True)
+@pytest.mark.parametrize("halved", [False, True])
+def test_wide_reconstruction_is_as_the_narrow_one(problem, halved, monkeypatch):
+    W, gram, choose = problem
+    narrow, expected = admm_solver(gram).solve(W, choose(W), choose=choose)
+    monkeypatch.setattr(reconstruct, "DENSE_WIDTH", 0)
+    given = SymmetricMatrix.of(gram) if halved else gram
+    wide, kept = admm_solver(given).solve(W, choose(W), choose=choose)
+    # Where two weights of a group score alike to rounding, either may stay.
+    same = (kept == expected).all(dim=1)
+    assert same.float().mean() > 0.95
+    torch.testing.assert_close(wide[same], narrow[same], rtol=1e-3, atol=1e-4)
+    assert output_error(W, wide, given) == pytest.approx(output_error(W, narrow, gram), rel=1e-4)
+
+
+@pytest.mark.parametrize("problem", [516], indirect=True)
+def test_masks_of_well_separated_weights_are_the_same(problem, monkeypatch):
+    W, gram, choose = problem
+    far_apart = W.sign() * torch.tensor([1.0, 20.0, 2.0, 40.0]).repeat(129) / gram.diagonal().sqrt().clamp(min=1)
+    start = mask(far_apart.abs(), Pattern(n=2, m=4)).roll(1, dims=1)
+    _, narrow = admm_solver(gram).solve(far_apart, start, choose=choose)
+    monkeypatch.setattr(reconstruct, "DENSE_WIDTH", 0)
+    _, wide = admm_solver(gram).solve(far_apart, start, choose=choose)
+    assert torch.equal(wide, narrow) and (wide != start).any()
+
+
+def test_no_input_at_all_leaves_the_masked_weight_of_a_wide_input(monkeypatch):
+    monkeypatch.setattr(reconstruct, "DENSE_WIDTH", 0)
+    W, gram = torch.randn(6, 300), SymmetricMatrix.of(torch.zeros(300, 300))
+    choose = lambda rows: mask(rows.abs(), Pattern(n=2, m=4))  # noqa: E731
+    for damping in (0.0, 0.2):
+        V, kept = admm_solver(gram, damping).solve(W, choose(W), choose=choose)
+        assert torch.equal(V, W * choose(W)) and torch.equal(kept, choose(W))
+    assert output_error(W, V, gram) == 0.0
+
+
+@pytest.mark.parametrize("problem", [516], indirect=True)
+def test_a_half_stored_matrix_is_taken_for_what_it_is_by_the_narrow_path_and_by_sparsegpt(problem):
+    W, gram, choose = problem
+    half, pattern, p = SymmetricMatrix.of(gram), Pattern(n=2, m=4), permutation(516)
+    assert torch.equal(admm_solver(half).solve(W, choose(W))[0], admm_solver(half.dense()).solve(W, choose(W))[0])
+    for order in (None, p):
+        permuted = half.dense(order)
+        expected, kept = sparsegpt(W, permuted, pattern)
+        for given in (half, half.dense()):
+            found, keep = sparsegpt(W, given, pattern, order=order)
+            assert torch.equal(found, expected) and torch.equal(keep, kept)
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation makes, and of all that are alive at once; not those of `given`."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.given = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self.alive = {}
+        self.largest = self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.given:
+                storage = tensor.untyped_storage()
+                self.alive[storage.data_ptr()] = (StorageWeakRef(storage), len(storage))
+                self.largest = max(self.largest, len(storage))
+        self.alive = {at: one for at, one in self.alive.items() if not one[0].expired()}
+        self.total = max(self.total, sum(size for _, size in self.alive.values()))
+        return made
+
+
+def test_wide_matrices_are_never_whole():
+    width, rows = reconstruct.DENSE_WIDTH + 500, 8
+    half, block, weight = 4 * width * (width + BLOCK) / 2, 4 * BLOCK * width, 4 * rows * width
+    X, W = torch.randn(64, width), torch.randn(rows, width)
+    keep = mask(W.abs(), Pattern(n=2, m=4))
+    with Peak(X) as gathering:
+        total = _GramSum(width, X.device)
+        total.add(X)
+        gram = total.finish()
+    # Float64 sums, and of one block what is added to it or comes of it.
+    assert gathering.largest <= 2 * block and gathering.total <= 2 * half + 2 * block
+    with Peak(*gram.blocks) as preparing:
+        solver = admm_solver(gram)
+    assert preparing.largest <= block and preparing.total <= half + block + 10 * weight
+    with Peak(*gram.blocks, *solver.inverse.blocks, W, keep) as solving:
+        V, _ = solver.solve(W, keep)
+        output_error(W, V, gram)
+    assert solving.total <= 12 * weight
+
+
+def test_sparsegpt_makes_one_whole_matrix():
+    width, rows = 1024, 8
+    X, W = torch.randn(2 * width, width), torch.randn(rows, width)
+    gram = SymmetricMatrix.of(X.T @ X)
+    for order in (None, permutation(width)):
+        with Peak(*gram.blocks, W) as peak:
+            sparsegpt(W, gram, Pattern(n=2, m=4), order=order)
+        whole = 4 * width**2
+        assert peak.largest == whole and peak.total <= whole + 3 * 4 * BLOCK * width

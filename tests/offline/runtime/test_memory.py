@@ -1,0 +1,168 @@
+"""A model several times larger than what may be used at once."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ria_vllm.offline.runtime import memory
+
+LAYERS = 26
+# One chunk of 768 tokens is to these widths what one of 2048 tokens is to those of a 7B model.
+SAMPLES, SEQ_LEN = 6, 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        kv = self.hidden // self.heads * self.kv_heads
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (kv, self.hidden),
+            "self_attn.v_proj": (kv, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.intermediate, self.hidden),
+            "mlp.up_proj": (self.intermediate, self.hidden),
+            "mlp.down_proj": (self.hidden, self.intermediate),
+        }
+
+    @property
+    def layer_bytes(self) -> int:
+        return 2 * sum(rows * columns for rows, columns in self.linears.values())
+
+
+# Of a model in bf16: the weights of a layer that all but the embedding and the activations may come to.
+LAYERS_IN_MEMORY = {"bfloat16": 6, "float32": 8}
+# In the proportions of Llama-2-7B, less its vocabulary, and of Qwen2.5-7B.
+LLAMA, QWEN = Shape(1536, 4096, 16, 16, 258), Shape(1344, 7168, 12, 2, 57024)
+
+# The peak is taken over what the process held after a small model: libraries, their tables and thread buffers.
+PROBE = """
+import sys, threading, time
+from pathlib import Path
+from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.progress import Monitor
+from ria_vllm.offline.recipe import Recipe
+
+small, large, out, text, reconstruct, pruned, compute_dtype, samples, seq_len = sys.argv[1:]
+ignore = (rf"layers[.](?!({pruned})[.])",)
+recipe = Recipe(
+    calibration=text, samples=int(samples), seq_len=int(seq_len), ignore=ignore, reconstruct=reconstruct,
+    compute_dtype=compute_dtype,
+)
+held = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+compress(small, Path(out + "-small"), recipe, Settings(), Monitor(shown=False))
+base, peak = held(), [0]
+
+def watch():
+    while True:
+        peak[0] = max(peak[0], held())
+        time.sleep(0.002)
+
+threading.Thread(target=watch, daemon=True).start()
+compress(large, Path(out), recipe, Settings(), Monitor(shown=False))
+print(peak[0] - base, flush=True)
+import os; os._exit(0)
+"""
+
+
+def save_large(folder: Path, small: Path, shape: Shape) -> None:
+    """Random weights, the same in every layer; one shard a layer, never whole in this process either."""
+    folder.mkdir()
+    for file in small.iterdir():
+        if file.suffix == ".json" and file.name != "config.json":
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((small / "config.json").read_text())
+    config |= {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "num_hidden_layers": LAYERS}
+    config |= {"vocab_size": shape.vocabulary}
+    config |= {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
+    config |= {"head_dim": shape.hidden // shape.heads, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    layer = {name: torch.randn(size).mul_(0.02).bfloat16() for name, size in shape.linears.items()}
+    weight_map = {}
+    for index in range(LAYERS):
+        prefix = f"model.layers.{index}."
+        tensors = {f"{prefix}{name}.weight": weight for name, weight in layer.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{norm}.weight"] = torch.ones(shape.hidden, dtype=torch.bfloat16)
+        if index == 0:
+            for name in ("model.embed_tokens.weight", "lm_head.weight"):
+                tensors[name] = torch.randn(shape.vocabulary, shape.hidden).bfloat16()
+            tensors["model.norm.weight"] = torch.ones(shape.hidden, dtype=torch.bfloat16)
+        save_file(tensors, folder / f"{index}.safetensors")
+        weight_map |= dict.fromkeys(tensors, f"{index}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.fixture(scope="module")
+def small(make_model, tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("small") / "model", "llama", dtype=torch.bfloat16, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def large(small, tmp_path_factory) -> Callable[[Shape], Path]:
+    """Shape -> folder. Do not write into it."""
+    made: dict[Shape, Path] = {}
+
+    def get(shape: Shape) -> Path:
+        if shape not in made:
+            made[shape] = tmp_path_factory.mktemp("large") / "model"
+            save_large(made[shape], small, shape)
+        return made[shape]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+@pytest.mark.parametrize(
+    ("shape", "reconstruct", "pruned", "compute_dtype"),
+    [
+        (LLAMA, "admm", "1|20", "bfloat16"),
+        (LLAMA, "block", "1", "bfloat16"),
+        (QWEN, "admm", "1", "bfloat16"),
+        (LLAMA, "admm", "1", "float32"),
+        (LLAMA, "block", "1", "float32"),
+        (QWEN, "admm", "1", "float32"),
+    ],
+    ids=["admm", "block", "wide MLP", "admm, float32", "block, float32", "wide MLP, float32"],
+)
+def test_peak_memory_is_bounded_by_one_layer(small, large, text, tmp_path, shape, reconstruct, pruned, compute_dtype):
+    paths = [str(path) for path in (small, large(shape), tmp_path / "out", text)]
+    arguments = [*paths, reconstruct, pruned, compute_dtype, str(SAMPLES), str(SEQ_LEN)]
+    done = subprocess.run([sys.executable, "-c", PROBE, *arguments], check=True, capture_output=True, text=True)
+    activations = 2 * 2 * SAMPLES * SEQ_LEN * shape.hidden  # of the pruned and of the dense model
+    layers, embedding = LAYERS_IN_MEMORY[compute_dtype], 2 * shape.vocabulary * shape.hidden
+    limit = layers * shape.layer_bytes + activations + embedding * (2 if compute_dtype == "float32" else 1)
+    print(f"peak {int(done.stdout) / shape.layer_bytes:.2f} layers of {limit / shape.layer_bytes:.2f}")
+    whole = LAYERS * shape.layer_bytes * (2 if compute_dtype == "float32" else 1)
+    assert whole > 3 * limit  # the whole model, in what it is computed in, would not fit three times over
+    assert int(done.stdout) < limit
+
+
+def test_what_is_free_in_a_container_is_what_its_limits_leave(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable: 500 kB\n"}
+    monkeypatch.setattr(memory, "_content", lambda path: files.get(str(path), ""))
+    assert memory.available(torch.device("cpu")) == 500 * 1024
+    files["/proc/self/cgroup"] = "0::/user.slice/job\n"
+    for folder, limit, used in (("user.slice/job", "max", 7), ("user.slice", "3000", 1000), ("", "9000", 0)):
+        group = Path("/sys/fs/cgroup") / folder
+        files |= {str(group / "memory.max"): f"{limit}\n", str(group / "memory.current"): f"{used}\n"}
+    assert memory.available(torch.device("cpu")) == 2000
+    files["/sys/fs/cgroup/user.slice/memory.current"] = "4000\n"
+    assert memory.available(torch.device("cpu")) == 0
+    files.clear()
+    assert memory.available(torch.device("cpu")) is None

@@ -1,0 +1,196 @@
+"""`ria-vllm bench` on real servers of a tiny model, and on servers that fail."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.benchmark import load, server, supervisor
+from ria_vllm.serve.benchmark.command import Comparison, bench, parse_concurrency, weight_bytes
+from ria_vllm.serve.benchmark.load import Outcome, Workload
+from ria_vllm.serve.benchmark.results import Side
+
+SERVE = "--max-model-len 256 --enforce-eager"
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def run(*arguments):
+    return CliRunner().invoke(bench, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def alive(pid: int) -> bool:
+    """A zombie is dead: whoever adopted it has yet to collect it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def processes_with(text: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_text()
+        except OSError:
+            continue
+        if text in line:
+            found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("text, users", [("1", [1]), ("1,4,16", [1, 4, 16])])
+def test_concurrency(text, users):
+    assert parse_concurrency(text) == users
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,1", "-2", "a", "1,,2"])
+def test_bad_concurrency(text):
+    with pytest.raises(RiaError, match="1,4,16"):
+        parse_concurrency(text)
+
+
+def test_weight_bytes(pruned_llama, tmp_path):
+    assert weight_bytes(str(pruned_llama.folder)) == sum(
+        p.stat().st_size for p in pruned_llama.folder.iterdir() if p.suffix == ".safetensors"
+    )
+    assert weight_bytes(str(tmp_path)) is None and weight_bytes("nobody/nothing") is None
+
+
+def test_sides_alternate_and_every_run_is_on_disk_at_once(tmp_path, monkeypatch):
+    """With vLLM replaced: the order of the runs, and what an interruption in the middle leaves."""
+    calls = []
+
+    def measured(model, *_, **__):
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        calls.append(model)
+        return Outcome({"output_tokens_per_s": 10.0, "requests_per_s": 1.0}, None, 10)
+
+    monkeypatch.setattr(load, "offline", measured)
+    sides = (Side("dense", "D", 2), Side("sparse", "S", 1))
+    comparison = Comparison(sides, Workload(8, 8, 4), [], repetitions=3, seed=0, folder=tmp_path, say=lambda line: None)
+    with pytest.raises(KeyboardInterrupt):
+        comparison.measure()
+    assert calls == ["D", "S", "S", "D", "D"]
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert not content["complete"] and len(content["runs"]) == 5
+
+
+def test_bad_input(pruned_llama, tmp_path):
+    both = [pruned_llama.folder, "--baseline", pruned_llama.source]
+    with pytest.raises(RiaError, match="no such file"):
+        run(*both, "--data", tmp_path / "nowhere.json")
+    with pytest.raises(RiaError, match="--offline starts no server"):
+        run(*both, "--offline", "--url", "http://localhost:1")
+    (tmp_path / "bench.json").write_text("{}")
+    with pytest.raises(RiaError, match="holds results already"):
+        run(*both, "-o", tmp_path)
+
+
+def test_a_url_without_a_server(pruned_llama, tmp_path):
+    url = f"http://127.0.0.1:{server.free_port()}"
+    with pytest.raises(RiaError, match=f"{url}: no OpenAI-compatible server"):
+        run(pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path / "b", "--url", url, "--baseline-url", url)
+
+
+@pytest.mark.slow
+def test_a_server_that_runs_already(pruned_llama, tmp_path):
+    """It is measured, has no memory of ours to report, and is left alone; the other side is started and ended."""
+    arguments = ["--concurrency", "2", "--input-len", "16", "--output-len", "8", "--requests", "2", "--repetitions", "2"]
+    with server.running_server(str(pruned_llama.folder), tmp_path / "server.log", SERVE.split()) as theirs:
+        found = run(
+            pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path / "b", *arguments,
+            "--serve-args", SERVE, "--url", f"{theirs.url}/v1/",
+        )  # fmt: skip
+        assert found.exit_code == 0, found.output
+        assert theirs.process.running and server.healthy(theirs.url)
+        assert not processes_with(str(pruned_llama.source))
+        with urllib.request.urlopen(f"{theirs.url}/metrics", timeout=30) as answer:
+            counted = re.search(r"^vllm:generation_tokens_total\{[^}]*\} (\S+)$", answer.read().decode(), re.MULTILINE)
+    (point,) = json.loads((tmp_path / "b" / "bench.json").read_text())["points"]
+    assert point["memory"]["sparse"] is None and point["memory"]["dense"] > 1e8
+    assert point["figures"]["sparse"]["output_tokens_per_s"] > 0
+    # Two runs of four requests of 8 tokens, and what warms up.
+    assert float(counted[1]) >= 2 * 4 * 8
+    assert "| 2 | ratio |" in (tmp_path / "b" / "bench.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_start(pruned_llama, tmp_path):
+    with pytest.raises(RiaError, match="ended while starting.*server.log") as error:
+        run(pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path, "--serve-args", "--no-such-flag")
+    assert "no-such-flag" in str(error.value)
+    assert not processes_with(str(pruned_llama.source))
+
+
+@pytest.mark.slow
+def test_offline(pruned_llama, tmp_path):
+    arguments = ["--offline", "--input-len", "16", "--output-len", "8", "--requests", "4", "--repetitions", "1"]
+    found = run(
+        pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path, *arguments, "--serve-args", SERVE
+    )
+    assert found.exit_code == 0, found.output
+    (point,) = json.loads((tmp_path / "bench.json").read_text())["points"]
+    for side in ("dense", "sparse"):
+        figures = point["figures"][side]
+        assert point["concurrency"] is None and figures["output_tokens_per_s"] == 8 * figures["requests_per_s"]
+        # Prompts of 16 tokens and answers of 8: a request is 24 tokens, or the lengths did not arrive.
+        assert figures["total_tokens_per_s"] == pytest.approx(24 * figures["requests_per_s"], rel=0.1)
+    assert (tmp_path / "bench.png").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_server(pruned_llama, tmp_path):
+    command = [sys.executable, "-m", "ria_vllm", "bench", str(pruned_llama.folder), "--baseline", str(pruned_llama.source)]
+    process = subprocess.Popen(
+        [*command, "-o", str(tmp_path / "b"), "--serve-args", SERVE],
+        stdout=subprocess.DEVNULL,
+        # A shell's background job, which the tests may be, hands down an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    log = tmp_path / "b" / "logs" / "dense-1-server.log"
+    deadline = time.monotonic() + 120
+    # Interrupt while vLLM's own children exist: the hardest moment.
+    while time.monotonic() < deadline and not (log.exists() and "EngineCore" in log.read_text()):
+        time.sleep(0.2)
+    tree = supervisor.descendants(process.pid)
+    assert len(tree) >= 3  # the supervisor, vllm serve, and its engine
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    assert not [pid for pid in tree if alive(pid)]
+    assert not processes_with(str(pruned_llama.source))
+
+
+@pytest.mark.slow
+def test_dense_against_sparse(pruned_llama, tmp_path):
+    arguments = ["--concurrency", "2", "--input-len", "16", "--output-len", "8", "--requests", "2", "--repetitions", "1"]
+    found = run(
+        pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path, *arguments, "--serve-args", SERVE
+    )
+    assert found.exit_code == 0, found.output
+    content = json.loads((tmp_path / "bench.json").read_text())
+    (point,) = content["points"]
+    for side in ("dense", "sparse"):
+        figures = point["figures"][side]
+        assert figures["output_tokens_per_s"] == pytest.approx(8 * figures["requests_per_s"], rel=1e-3)
+        assert 0 < figures["tpot_p50_ms"] <= figures["tpot_p99_ms"] and point["memory"][side] > 1e8
+    ratio = point["ratios"]["output_tokens_per_s"]["median"]
+    assert ratio == pytest.approx(
+        point["figures"]["sparse"]["output_tokens_per_s"] / point["figures"]["dense"]["output_tokens_per_s"]
+    )
+    assert content["sides"]["sparse"]["bytes"] < content["sides"]["dense"]["bytes"]
+    assert (tmp_path / "bench.png").exists() and "| 2 | ratio |" in (tmp_path / "bench.md").read_text()
+    assert not processes_with(str(pruned_llama.source))

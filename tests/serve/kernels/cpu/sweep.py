@@ -1,0 +1,115 @@
+"""Compares a backend with a float64 product over many shapes; run as a program for one instruction set.
+
+`python sweep.py` sweeps the cpu backend under the RIA_VLLM_CPU_ISA of its environment, checks what it promises about
+batches, threads and NaNs, and exits 1 at the first miss.
+"""
+
+import torch
+
+from ria_vllm import sparse24
+from ria_vllm.serve.kernels.cpu import backend as cpu
+
+# Numbers of tokens around the widths of vectors and blocks, and around where one algorithm gives way to the other.
+EDGES = (1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 15, 16, 17, 20, 21, 22, 24, 25, 31, 32, 33, 40, 41, 42, 48, 49, 63, 64, 65)
+EDGES += (95, 96, 97, 112, 191, 192, 193, 200, 255, 256, 257, 300)
+
+
+def random_pair(out_features: int, in_features: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return sparse24.compress(torch.randn(out_features, in_features).to(dtype))
+
+
+def assert_close_to_float64(y, x, compressed, bitmask, permutation, bias, scales=None):
+    """y must be x[..., p] @ W^T + bias up to the errors that fp32 accumulation and the output's rounding allow."""
+    weight = sparse24.decompress(compressed, bitmask).double()
+    if scales is not None:
+        weight *= scales.double()[:, None]
+    x64 = x.double() if permutation is None else x.double()[..., permutation.long()]
+    exact, magnitude = x64 @ weight.T, x64.abs() @ weight.abs().T
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    terms = weight.shape[1] // 2 + 1
+    bound = terms * 2.0**-24 * magnitude + torch.finfo(y.dtype).eps / 2 * 1.01 * exact.abs() + 1e-30
+    assert y.shape == exact.shape and y.dtype == x.dtype and y.is_contiguous()
+    excess = ((y.double() - exact).abs() / bound).max().item() if y.numel() else 0.0
+    assert excess <= 1, f"error is {excess:.2f} times its bound"
+
+
+def check_case(backend, tokens, out_features, in_features, dtype, permuted, biased):
+    compressed, bitmask = random_pair(out_features, in_features, torch.float32 if dtype == torch.int8 else dtype)
+    scales = []
+    if dtype == torch.int8:
+        compressed, dtype = torch.randint(-128, 128, compressed.shape, dtype=torch.int8), torch.bfloat16
+        scales = [torch.rand(out_features) + 0.1]
+    permutation = torch.randperm(in_features, dtype=torch.int32) if permuted else None
+    bias = torch.randn(out_features).to(dtype) if biased else None
+    x = torch.randn(tokens, in_features).to(dtype)
+    y = backend.apply(x, backend.pack(compressed, bitmask, *scales), out_features, permutation, bias)
+    try:
+        assert_close_to_float64(y, x, compressed, bitmask, permutation, bias, *scales)
+    except AssertionError as error:
+        case = f"tokens {tokens}, {out_features} x {in_features}, {compressed.dtype}, permuted {permuted}, biased {biased}"
+        raise AssertionError(f"{backend.NAME}: {case}: {error}") from None
+
+
+def sweep(backend, token_counts) -> None:
+    for i, tokens in enumerate(token_counts):
+        check_case(backend, tokens, 49, 128, torch.bfloat16, permuted=i % 2 == 0, biased=i % 3 == 0)
+    for dtype in sparse24.VALUE_DTYPES + sparse24.QUANTIZED_DTYPES:
+        for out_features in (1, 16, 17, 32, 33, 63):
+            for tokens in (1, 5, 13, 50):
+                check_case(backend, tokens, out_features, 64, dtype, permuted=True, biased=True)
+        for tokens in EDGES:
+            check_case(backend, tokens, 65, 576, dtype, permuted=tokens % 2 == 0, biased=tokens % 3 == 0)
+        check_case(backend, 14, 40, 4160, dtype, permuted=True, biased=False)
+        check_case(backend, 50, 177, 1088, dtype, permuted=True, biased=False)
+
+
+def same_bits(dtype: torch.dtype, rows: int) -> None:
+    """A token's result has the same bits alone, in every batch, with any number of threads; so has the packed form."""
+    weight, scales = torch.randn(rows, 1088), ()
+    if dtype == torch.int8:
+        weight, scales = weight * 30, (torch.rand(rows),)
+    compressed, bitmask = sparse24.compress(weight.to(dtype))
+    packed, permutation = cpu.pack(compressed, bitmask, *scales), torch.randperm(1088, dtype=torch.int32)
+    x = torch.randn(203, 1088).to(torch.bfloat16 if scales else dtype)
+    bias = torch.randn(rows).to(x.dtype)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = cpu.apply(x, packed, rows, permutation, bias)
+        for count in (2, 3, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(whole, cpu.apply(x, packed, rows, permutation, bias)), f"{dtype}, {count} threads"
+            assert torch.equal(cpu.pack(compressed, bitmask, *scales)[0], packed[0])
+    finally:
+        torch.set_num_threads(threads)
+    ends = [(202 - tokens, 202) for tokens in EDGES if tokens < 200]
+    batches = [(0, 1), (7, 9), (5, 17), (11, 60), (100, 203), *ends]
+    for first, last in batches:
+        batch = cpu.apply(x[first:last], packed, rows, permutation, bias)
+        assert torch.equal(whole[first:last], batch), f"{dtype}, tokens {first} to {last}"
+
+
+def nans_stay_in_their_token_and_row(dtype: torch.dtype, tokens: int) -> None:
+    compressed, bitmask = random_pair(33, 64, dtype)
+    x = torch.randn(tokens, 64).to(dtype)
+    packed = cpu.pack(compressed, bitmask)
+    clean = cpu.apply(x, packed, 33, None, None)
+    x[3, 5], x[4, 9] = float("nan"), float("inf")
+    y = cpu.apply(x, packed, 33, None, None)
+    mask = sparse24.mask_from_bitmask(bitmask)
+    assert torch.equal(y[3].isnan(), mask[:, 5]) and torch.equal(y[4].isinf(), mask[:, 9]), f"{dtype}, {tokens} tokens"
+    y[3:5], clean[3:5] = 0, 0
+    assert torch.equal(y, clean), f"{dtype}, {tokens} tokens"
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    sweep(cpu, range(1, 301))
+    for dtype in sparse24.VALUE_DTYPES + sparse24.QUANTIZED_DTYPES:
+        same_bits(dtype, 208)
+    same_bits(torch.float32, 1040)
+    for dtype in sparse24.VALUE_DTYPES:
+        nans_stay_in_their_token_and_row(dtype, 15)
+        nans_stay_in_their_token_and_row(dtype, 60)
+    print(cpu.instruction_set())

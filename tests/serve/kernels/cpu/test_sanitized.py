@@ -1,0 +1,51 @@
+"""The C++ kernels under address and undefined-behaviour sanitizers, without Python in the process."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[4]
+SOURCES = ROOT / "serve" / "kernels" / "cpu" / "csrc"
+DRIVER = Path(__file__).with_name("sanitized.cpp")
+SANITIZE = ["-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}"]
+AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+FLAGS = {
+    "lanes_avx2.cpp": AVX512[:3],
+    "lanes_avx512.cpp": AVX512,
+    "lanes_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
+}
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    if not shutil.which("g++") or os.uname().machine != "x86_64":
+        pytest.skip("needs g++ on x86-64")
+    folder = tmp_path_factory.mktemp("sanitized")
+    sources = [path for path in SOURCES.glob("*.cpp") if path.name != "torch_ops.cpp"]
+
+    def compile_one(source: Path) -> str:
+        target = str(folder / f"{source.stem}.o")
+        subprocess.run(["g++", *SANITIZE, *FLAGS.get(source.name, []), "-c", str(source), "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, [*sources, DRIVER]))
+    subprocess.run(["g++", *SANITIZE, *objects, "-o", str(folder / "driver")], check=True)
+    return folder / "driver"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", ("avx512_bf16", "avx512", "avx2", "portable"))
+def test_no_bad_access_and_right_products(program, instruction_set):
+    environment = {**os.environ, "RIA_VLLM_CPU_ISA": instruction_set, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([program], env=environment, capture_output=True, text=True)
+    if "this machine lacks these instructions" in done.stderr:
+        pytest.skip(f"this machine has no {instruction_set}")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert done.stdout.split() == ["ok", instruction_set]
+
+

@@ -1,0 +1,222 @@
+"""CUDA libraries for the tests, compiled once a run: no GPU needed, but nvcc and CUTLASS's headers.
+
+Each comes in two forms from the same object files: the one that a GPU would load, and one whose host code drives an
+emulator of the GPU instead (emulator/), which runs the PTX that nvcc made of the kernels.
+"""
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from processes import once
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.kernels.cuda import build as cuda_compile
+from ria_vllm.serve.kernels.cuda.bindings import CudaLibrary, load
+
+ALL_TILES = os.environ.get("RIA_VLLM_TEST_TILES") == "all"
+EMULATOR = Path(__file__).with_name("emulator")
+
+
+def chosen_tiles(arch: str) -> tuple[cuda_compile.Tile, ...]:
+    """RIA_VLLM_TEST_TILES=all: every tile. Else those of 8.x, which compile in seconds, and on Hopper one for each
+    width of values; 12.x has the sources of 8.x, and Blackwell's would take another minute each."""
+    target = cuda_compile.architecture(arch)
+    if ALL_TILES or arch == "80":
+        return target.tiles
+    return target.small_tiles if arch == "90a" else ()
+
+
+def compiled(arch: str) -> CudaLibrary:
+    """The architecture's library with the tested tiles; skips the test where it cannot be compiled."""
+    target, objects = cuda_compile.architecture(arch), _objects(arch)
+    folder = once(f"cuda-{arch}", lambda folder: cuda_compile.link(target, objects, folder))
+    return load(folder / target.library)
+
+
+def emulated(arch: str) -> "EmulatedLibrary":
+    """The same for tensors on the CPU, with the emulator's settings as they are at first."""
+    library = _emulated(arch, _objects(arch))
+    library.reset()
+    return library
+
+
+def emulator_alone() -> "Emulator":
+    """The emulator without a library, for PTX from elsewhere; skips the test where it cannot be compiled."""
+    _find_or_skip(cuda_compile.find_nvcc)
+    return Emulator(ctypes.CDLL(str(link_emulator("emulator", ()))))
+
+
+def _find_or_skip(find: Callable[[], object]) -> None:
+    try:
+        find()
+    except cuda_compile.CudaBuildError as error:
+        pytest.skip(str(error))
+
+
+def _objects(arch: str) -> tuple[Path, ...]:
+    _find_or_skip(cuda_compile.find_nvcc)
+    _find_or_skip(cuda_compile.find_headers)
+    return _compile(arch)
+
+
+def _compile(arch: str) -> tuple[Path, ...]:
+    target = cuda_compile.architecture(arch)
+    virtual = f"compute_{target.name}"
+    both = replace(target, code=f"-gencode=arch={virtual},code=[sm_{target.name},{virtual}]")
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("NVCC_APPEND_FLAGS", "-Xfatbin=-compress=false", prepend=" ")
+            cuda_compile.compile_objects(both, folder, chosen_tiles(arch))
+
+    return tuple(sorted(once(f"objects-{target.name}", make).iterdir()))
+
+
+def emulator_objects() -> tuple[Path, ...]:
+    """The emulator's object files, compiled by nvcc's host compiler, which knows where CUDA's headers are."""
+    nvcc = cuda_compile.find_nvcc()
+    flags = ["-std=c++20", "-O2", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"]
+
+    def make(folder: Path) -> None:
+        def compile_one(source: Path) -> None:
+            _run([nvcc, *flags, "-c", str(source), "-o", str(folder / f"{source.stem}.o")])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, EMULATOR.glob("*.cpp")))
+
+    return tuple(sorted(once("emulator-objects", make).iterdir()))
+
+
+@lru_cache
+def _emulated(arch: str, objects: tuple[Path, ...]) -> "EmulatedLibrary":
+    return EmulatedLibrary(link_emulator(f"emulated-{arch}", objects))
+
+
+def link_emulator(name: str, objects: Sequence[Path]) -> Path:
+    """--no-undefined: the objects may ask CUDA's runtime for nothing but what emulator/runtime.cpp has. Nothing that
+    waits for the device and nothing that allocates is among it."""
+    linked = [*map(str, objects), *map(str, emulator_objects())]
+    command = [cuda_compile.find_nvcc(), "-shared", "--cudart=none", "-Xlinker=--no-undefined", *linked, "-o"]
+    return once(name, lambda folder: _run([*command, str(folder / "library.so")])) / "library.so"
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Emulator:
+    """What emulator/runtime.cpp offers to tests beside CUDA's functions."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self._c = library
+        library.emulator_allow.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        library.emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_uint32]
+        library.emulator_run.argtypes = (
+            [ctypes.c_char_p] * 2 + [ctypes.c_uint32] * 3 + [ctypes.c_size_t, ctypes.c_void_p]
+        )
+        library.emulator_error.restype = ctypes.c_char_p
+
+    @contextmanager
+    def memory(self, read: Sequence[torch.Tensor | None], written: Sequence[torch.Tensor]):
+        """What kernels may touch meanwhile."""
+        for tensors, writable in ((read, 0), (written, 1)):
+            for tensor in tensors:
+                if tensor is not None:
+                    self._c.emulator_allow(tensor.data_ptr(), tensor.nbytes, writable)
+        try:
+            yield
+        finally:
+            self._c.emulator_forget()
+
+    def configure(self, seed: int, multiprocessors: int) -> None:
+        """seed: 0 for threads in order and asynchronous work as late as it can be; else both at random. Earlier errors
+        are forgotten."""
+        self._c.emulator_configure(seed, multiprocessors)
+
+    def error(self) -> str:
+        """Why something failed since the emulator was configured; empty if nothing did."""
+        return self._c.emulator_error().decode()
+
+    def load(self) -> tuple[int, int, int]:
+        """Of the last launch: blocks that used the tensor cores, the most instructions of one, all instructions."""
+        numbers = [ctypes.c_uint64() for _ in range(3)]
+        self._c.emulator_load(*map(ctypes.byref, numbers))
+        return tuple(number.value for number in numbers)
+
+    def run(
+        self,
+        ptx: str,
+        kernel: str,
+        blocks: int,
+        threads: int,
+        arguments: Sequence[torch.Tensor],
+        cluster: int = 1,
+        shared: int = 0,
+    ) -> None:
+        """A kernel whose parameters are all pointers, to the tensors.
+
+        Args:
+            cluster: blocks of each.
+            shared: bytes of dynamic shared memory.
+
+        Raises:
+            RiaError: with what the emulator said.
+        """
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in arguments]
+        array = (ctypes.c_void_p * len(pointers))(*(ctypes.addressof(pointer) for pointer in pointers))
+        if self._c.emulator_run(ptx.encode(), kernel.encode(), blocks, threads, cluster, shared, array):
+            raise RiaError(self.error())
+
+
+class EmulatedLibrary(CudaLibrary):
+    """A library for tensors on the CPU, which are its GPU's memory."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.emulator = Emulator(self._c)
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the settings that a new library has."""
+        self.multiprocessors, self.seed = 8, 0
+
+    def linear(self, tile, split, x, values, metadata, bias, y, workspace, scales=None):
+        """As on a GPU whose memory holds the operands and nothing else."""
+        with self.memory([x, values, metadata, bias, *(scales or ())], [y, workspace]):
+            super().linear(tile, split, x, values, metadata, bias, y, workspace, scales)
+
+    def memory(self, read: Sequence[torch.Tensor | None], written: Sequence[torch.Tensor]):
+        """What kernels may touch meanwhile, in an emulator with this library's settings."""
+        self.emulator.configure(self.seed, self.multiprocessors)
+        return self.emulator.memory(read, written)
+
+    def pack_metadata_on_device(self, bitmask: torch.Tensor, value_bits: int) -> torch.Tensor:
+        """What pack_metadata would return for a bitmask on the GPU."""
+        out_features, in_features = bitmask.shape[0], bitmask.shape[1] * 8
+        metadata = torch.full((self.metadata_bytes(out_features, in_features, value_bits),), 0xFF, dtype=torch.uint8)
+        arguments = value_bits, bitmask.data_ptr(), metadata.data_ptr(), out_features, in_features, 0, None
+        with self.memory([bitmask], [metadata]):
+            self._check(self._c.ria_pack_metadata(*arguments))
+        return metadata
+
+    def _place(self, x: torch.Tensor) -> tuple[int, int, int | None]:
+        return self.multiprocessors, 0, None
+
+    def _check(self, code: int, where: str = "") -> None:
+        try:
+            super()._check(code, where)
+        except RiaError as error:
+            reason = self.emulator.error()
+            if not reason:
+                raise
+            raise RiaError(f"{error}; {reason}") from error

@@ -1,0 +1,151 @@
+"""fp8 around the kernel: how activations are rounded, what reaches the library, and what comes back."""
+
+import pytest
+import torch
+
+from ria_vllm import sparse24
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.kernels import registry as kernels
+from ria_vllm.serve.kernels.cuda import backend as cutlass
+from ria_vllm.serve.kernels.cuda import build as cuda_compile
+from ria_vllm.serve.kernels.cuda import fp8
+from ria_vllm.serve.kernels.cuda import tiles as cutlass_tiles
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("magnitude", [1e-6, 1.0, 6e4])
+def test_quantized_activations_are_as_near_as_e4m3_allows(dtype, magnitude):
+    """Three bits behind the point: half of an eighth of the value, and below 2^-6 half of 2^-9, times the scale."""
+    x = (torch.randn(9, 4, 192, generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * magnitude).to(dtype)
+    values, scales = fp8.quantize(x)
+    assert values.dtype == torch.float8_e4m3fn and values.shape == x.shape and values.is_contiguous()
+    assert scales.dtype == torch.float32 and scales.shape == (9, 4)
+    largest = x.double().abs().amax(-1)
+    assert torch.allclose(scales.double() * 448, largest, rtol=1e-6, atol=0)
+    assert bool((values.float().abs().amax(-1) == 448).all())
+    room = torch.maximum(x.double().abs() / 16, scales.double()[..., None] * 2**-10) * (1 + 1e-6)
+    assert bool(((values.double() * scales.double()[..., None] - x.double()).abs() <= room).all())
+
+
+def test_rows_are_rounded_one_by_one():
+    x = torch.zeros(4, 64)
+    x[1, 3], x[2, 0], x[3] = 5.0, float("inf"), torch.finfo(torch.float32).tiny / 4
+    values, scales = fp8.quantize(x)
+    dequantized = values.float() * scales[:, None]
+    assert bool((dequantized[0] == 0).all()) and bool((scales > 0).all())
+    assert dequantized[1, 3] == pytest.approx(5.0) and dequantized[1].sum() == dequantized[1, 3]
+    assert bool(dequantized[2].isnan().any()) and bool(dequantized[[0, 1, 3]].isfinite().all())
+
+
+def random_weight(out_features, in_features):
+    dense = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
+    compressed, bitmask = sparse24.compress(dense)
+    values, scales = fp8.quantize(compressed)
+    stored = sparse24.decompress(values.double(), bitmask) * scales.double()[:, None]
+    return (values, bitmask, scales), stored
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("leading", [(), (1,), (7,), (2, 3), (0,)])
+@pytest.mark.parametrize("extras", [False, True])
+def test_apply_against_float64(hopper, dtype, leading, extras):
+    """What is left of x after its rounding, times the weight: the rest of the way must lose an ulp of y at most."""
+    parts, stored = random_weight(72, 192)
+    packed = cutlass.pack(*parts)
+    assert [t.dtype for t in packed] == [torch.float8_e4m3fn, torch.uint8, torch.float32] and hopper.packed_bits == 8
+    assert all(tensor.data_ptr() != part.data_ptr() for tensor, part in zip(packed, parts))
+    x = torch.randn(*leading, 192, generator=torch.Generator().manual_seed(2)).to(dtype)
+    order = torch.randperm(192, generator=torch.Generator().manual_seed(3)).int() if extras else None
+    bias = torch.randn(72, generator=torch.Generator().manual_seed(4)).to(dtype) if extras else None
+    y = cutlass.apply(x, packed, 72, order, bias)
+    assert y.dtype == dtype and y.shape == (*leading, 72) and y.is_contiguous()
+    taken = x if order is None else x[..., order.long()]
+    values, scales = fp8.quantize(taken)
+    exact = (values.double() * scales.double()[..., None]) @ stored.T + (0 if bias is None else bias.double())
+    assert bool(((y.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 * 1.01).all())
+    if leading != (0,):
+        assert hopper.used.startswith("fp8_")
+        # and the rounding itself: each term is off by a 16th of itself at most, or by half of x's smallest step
+        unrounded = taken.double() @ stored.T + (0 if bias is None else bias.double())
+        room = (taken.double().abs() / 16 + scales.double()[..., None] * 2**-10) @ stored.abs().T
+        assert bool(((exact - unrounded).abs() <= room).all())
+        assert not torch.equal(exact, unrounded)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x_scales": torch.ones(2)}, r"x's scales are \(2,\) torch.float32, expected \(3,\) float32"),
+        ({"x_scales": torch.ones(3).double()}, r"x's scales are \(3,\) torch.float64"),
+        ({"scales": torch.ones(72, 1)}, r"the weight's scales are \(72, 1\) torch.float32, expected \(72,\) float32"),
+        ({"x": torch.ones(3, 192).half()}, r"x is \(3, 192\) torch.float16, the weight 72 x 192 torch.float8_e4m3fn"),
+        ({"bias": torch.ones(72)}, r"bias is \(72,\) torch.float32, expected \(72,\) torch.bfloat16"),
+        ({"metadata": torch.ones(8, dtype=torch.uint8)}, "8 bytes of metadata do not fit a 72 x 192 weight"),
+    ],
+)
+def test_operands_that_do_not_fit_are_named(hopper, change, message):
+    values, metadata, scales = cutlass.pack(*random_weight(72, 192)[0])
+    given = {"x": torch.ones(3, 192).to(fp8.DTYPE), "x_scales": torch.ones(3), "values": values, "metadata": metadata}
+    given |= {"scales": scales, "bias": None, "dtype": torch.bfloat16}
+    with pytest.raises(RiaError, match=message):
+        torch.ops.ria.sparse24_fp8_linear.cutlass(**given | change)
+
+
+def test_shapes_for_the_compiler():
+    x = torch.empty(2, 5, 128, dtype=torch.float16, device="meta")
+    packed = (
+        torch.empty(64, 64, dtype=fp8.DTYPE, device="meta"),
+        torch.empty(64 * 16, dtype=torch.uint8, device="meta"),
+        torch.empty(64, device="meta"),
+    )
+    y = cutlass.apply(x, packed, 64, torch.empty(128, dtype=torch.int32, device="meta"), None)
+    assert y.shape == (2, 5, 64) and y.dtype == torch.float16
+
+
+def test_the_compiler_traces_rounding_and_product_as_one_graph(hopper):
+    packed = cutlass.pack(*random_weight(72, 192)[0])
+    traced = torch.compile(lambda x: cutlass.apply(x, packed, 72, None, None), backend="aot_eager", fullgraph=True)
+    for tokens in (3, 5):
+        x = torch.randn(tokens, 192).bfloat16()
+        assert torch.equal(traced(x), cutlass.apply(x, packed, 72, None, None))
+
+
+def test_a_hopper_keeps_fp8(hopper):
+    for dtype in (torch.bfloat16, torch.float16):
+        assert kernels.keeps_quantized(cutlass, CUDA, dtype, 64, 64, fp8.DTYPE)
+    assert not kernels.keeps_quantized(cutlass, CUDA, torch.float32, 64, 64, fp8.DTYPE)
+    assert not kernels.keeps_quantized(cutlass, CUDA, torch.bfloat16, 12, 64, fp8.DTYPE)
+    assert not kernels.keeps_quantized(cutlass, CUDA, torch.bfloat16, 64, 64, torch.int8)
+
+
+@pytest.mark.parametrize("family", [80, 100])
+def test_no_other_gpu_keeps_fp8(hopper, family):
+    hopper.family, hopper.tile_names = family, ["128x32"]
+    reason = cutlass.unavailable(CUDA, fp8.DTYPE, 4096, 4096)
+    assert reason == "pretend.so: no tile for a 4096 x 4096 layer of torch.float8_e4m3fn and 1 tokens"
+    assert not kernels.keeps_quantized(cutlass, CUDA, torch.bfloat16, 4096, 4096, fp8.DTYPE)
+
+
+@pytest.mark.parametrize("backend", [kernels.cpu, kernels.reference], ids=lambda backend: backend.NAME)
+def test_no_cpu_keeps_fp8_and_one_keeps_int8(backend):
+    place = torch.device("cpu")
+    assert not kernels.keeps_quantized(backend, place, torch.bfloat16, 64, 64, fp8.DTYPE)
+    assert kernels.keeps_quantized(backend, place, torch.bfloat16, 64, 64, torch.int8)
+    assert not kernels.keeps_quantized(backend, place, torch.float16, 64, 64, torch.int8)
+
+
+def test_more_tokens_take_wider_tiles(hopper):
+    chosen = []
+    for tokens in (1, 16, 17, 100_000):
+        tile, _ = cutlass_tiles.choose_tile(hopper, fp8.DTYPE, 4096, 4096, tokens, 132)
+        chosen.append(hopper.tile_names[tile])
+    widths = [int(name.split("_")[1].split("x")[1]) for name in chosen]
+    assert widths == [16, 16, 128, 128]
+
+
+def test_the_small_set_serves_both_widths_of_values():
+    names = [tile.name for tile in cuda_compile.ARCHITECTURES["90a"].small_tiles]
+    assert names == ["128x16_streamk", "fp8_128x16_streamk"]
+    assert [tile.name for tile in cuda_compile.ARCHITECTURES["80"].small_tiles] == ["128x32"]

@@ -1,0 +1,388 @@
+"""What is read before the weights: from a folder, and from a stand-in for the hub."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import tiny
+import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
+
+from ria_vllm import permutation
+from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import DIGEST_KEY, PERMUTATIONS_FILE, REARRANGED_BY_VLLM
+from ria_vllm.serve.checkpoint_files import locate
+from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.linear import Sparse24LinearMethod
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files") / "out"
+    tiny.write(tiny.FAMILIES["llama-gqa"], folder)
+    return folder
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def config_of(folder) -> RiaConfig:
+    config = RiaConfig.from_config(json.loads((folder / "config.json").read_text())["quantization_config"])
+    config.maybe_update_config(str(folder))
+    return config
+
+
+def test_local_folder(checkpoint):
+    config = config_of(checkpoint)
+    assert len(config.pruned) == 14
+    assert len(config.permutations) == 14
+    assert config.folding.folded == {
+        f"model.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.o_proj", "mlp.down_proj")
+    }
+
+
+def test_names_follow_vllms_mapper(checkpoint):
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    config = config_of(checkpoint)
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    layer = "language_model.model.layers.1.mlp"
+    assert config.parts_of(f"{layer}.down_proj") == ("model.layers.1.mlp.down_proj",)
+    assert config.parts_of(f"{layer}.gate_up_proj") == ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
+    assert config.parts_of("model.layers.1.mlp.down_proj") == ("model.layers.1.mlp.down_proj",)
+    assert config.schema.ignored("lm_head")
+
+
+def test_config_survives_the_way_to_a_worker(checkpoint):
+    import copy as copying
+    import pickle
+
+    config = config_of(checkpoint)
+    for other in (pickle.loads(pickle.dumps(config)), copying.deepcopy(config)):
+        assert other.pruned == config.pruned
+        assert all((other.permutations[n] == p).all() for n, p in config.permutations.items())
+
+
+def test_missing_permutations(copy):
+    (copy / PERMUTATIONS_FILE).unlink()
+    with pytest.raises(RiaError, match="permutations.safetensors is missing"):
+        config_of(copy)
+
+
+def test_weights_of_another_run(checkpoint, copy, tmp_path):
+    torch.manual_seed(3)
+    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "other", seed=1)
+    shutil.copy(tmp_path / "other" / SINGLE_FILE, copy / SINGLE_FILE)
+    with pytest.raises(RiaError, match="its weights are not stored under the permutations that config.json names"):
+        config_of(copy)
+
+
+def test_damaged_permutation_is_named(copy):
+    stored = load_file(copy / PERMUTATIONS_FILE)
+    stored["model.layers.1.mlp.down_proj.input_permutation"][5] = 0
+    save_file(stored, copy / PERMUTATIONS_FILE)
+    with pytest.raises(RiaError, match=r"layers\.1\.mlp\.down_proj.*more than once|layers\.1\.mlp\.down_proj.*channel"):
+        config_of(copy)
+
+
+def test_permutation_of_a_dense_linear(copy):
+    stored = load_file(copy / PERMUTATIONS_FILE) | {"lm_head.input_permutation": torch.arange(128, dtype=torch.int32)}
+    save_file(stored, copy / PERMUTATIONS_FILE)
+    rebind(copy)
+    with pytest.raises(RiaError, match="a permutation for lm_head"):
+        config_of(copy)
+
+
+def test_truncated_permutations(copy):
+    path = copy / PERMUTATIONS_FILE
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RiaError, match="broken or truncated"):
+        config_of(copy)
+
+
+def test_folder_without_weights_goes_by_the_ignore_list(copy):
+    for path in copy.glob("*.safetensors"):
+        path.unlink()
+    config = config_of(copy)
+    assert config.pruned is None
+    assert not config._is_pruned("lm_head") and config._is_pruned("model.layers.0.mlp.up_proj")
+
+
+class Hub:
+    """A stand-in for the hub: the repository who/what is a folder, and some of its files are in the cache."""
+
+    def __init__(self, monkeypatch, folder):
+        self.folder, self.cached, self.reachable, self.revisions = folder, set(), True, set()
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", self.from_cache)
+        monkeypatch.setattr(huggingface_hub, "parse_safetensors_file_metadata", self.header)
+
+    def path(self, name):
+        return self.folder / name
+
+    def download(self, repo, name, revision=None):
+        self.revisions.add(revision)
+        assert name != SINGLE_FILE  # vLLM downloads the weights, to where its options say
+        if name not in self.cached and not self.reachable:
+            raise LocalEntryNotFoundError("offline")
+        if not self.path(name).is_file():
+            raise EntryNotFoundError("404")
+        return str(self.path(name))
+
+    def from_cache(self, repo, name, revision=None):
+        self.revisions.add(revision)
+        return str(self.path(name)) if name in self.cached else None
+
+    def header(self, repo, name, revision=None):
+        self.revisions.add(revision)
+        if not self.reachable:
+            raise ConnectionError("no route to host")
+        with safe_open(self.path(name), framework="pt") as file:
+            return SimpleNamespace(tensors=dict.fromkeys(file.keys()), metadata=file.metadata())
+
+    def config(self):
+        stored = json.loads(self.path("config.json").read_text())["quantization_config"]
+        config = RiaConfig.from_config(stored)
+        config.maybe_update_config("who/what", revision="v2")
+        return config
+
+
+@pytest.fixture
+def hub(monkeypatch, copy):
+    return Hub(monkeypatch, copy)
+
+
+def test_hub_repository_of_a_single_file(hub):
+    """The usual case for small models: the names are in the weight file's own header."""
+    config = hub.config()
+    assert len(config.pruned) == 14 and len(config.permutations) == 14
+    assert hub.revisions == {"v2"}
+
+
+def test_a_multi_token_prediction_head_is_not_pruned(hub):
+    """Whatever is not stored compressed is dense, even where config.json does not list it."""
+    stored = load_file(hub.path(SINGLE_FILE)) | {"mtp.fc.weight": torch.zeros(8, 8)}
+    with safe_open(hub.path(SINGLE_FILE), framework="pt") as file:
+        metadata = file.metadata()
+    save_file(stored, hub.path(SINGLE_FILE), metadata)
+    config = hub.config()
+    assert not config.serves_sparse("mtp.fc", config.parts_of("mtp.fc"))
+
+
+def test_keys_that_are_the_values_on_the_hub(hub):
+    """Gemma 4 without v_proj: its single file's header says so, and v gets the gather of k."""
+    path = hub.path(SINGLE_FILE)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({n: t for n, t in load_file(path).items() if "v_proj" not in n}, path, metadata)
+    orders = {n: t for n, t in load_file(hub.path(PERMUTATIONS_FILE)).items() if "v_proj" not in n}
+    save_file(orders, hub.path(PERMUTATIONS_FILE))
+    rebind(hub.folder)
+    config = hub.config()
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    parts = config.parts_of("model.layers.0.self_attn.qkv_proj")
+    assert [part[-6:] for part in parts] == ["q_proj", "k_proj", "k_proj"]
+    assert all(config.gathers(part) is not None for part in parts)
+
+
+def test_hub_repository_with_an_index(hub):
+    names = list(load_file(hub.path(SINGLE_FILE)))
+    hub.path(SINGLE_FILE).rename(hub.path("model-00001-of-00001.safetensors"))
+    hub.path(INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}))
+    assert len(hub.config().pruned) == 14
+    hub.path(INDEX_FILE).write_text('{"weight_map": [1]}')
+    with pytest.raises(RiaError, match="who/what: no usable weight_map"):
+        hub.config()
+
+
+def test_hub_without_permutations(hub):
+    hub.path(PERMUTATIONS_FILE).unlink()
+    with pytest.raises(RiaError, match="who/what: permutations.safetensors is missing"):
+        hub.config()
+
+
+@pytest.mark.parametrize("cached", [(), (SINGLE_FILE,), (PERMUTATIONS_FILE,)])
+def test_hub_that_cannot_be_reached(hub, cached):
+    hub.reachable, hub.cached = False, set(cached)
+    config = hub.config()
+    with pytest.raises(RiaError, match="who/what: .*Download the whole repository"):
+        config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
+    with made_up_weights():  # which need nothing of the hub
+        assert isinstance(config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj"), Sparse24LinearMethod)
+
+
+def test_hub_that_cannot_be_reached_but_is_in_the_cache(hub):
+    hub.reachable, hub.cached = False, {SINGLE_FILE, PERMUTATIONS_FILE}
+    assert len(hub.config().permutations) == 14
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_weights_of_another_run_on_the_hub(hub, reachable, tmp_path):
+    hub.reachable, hub.cached = reachable, {SINGLE_FILE, PERMUTATIONS_FILE} if not reachable else set()
+    torch.manual_seed(3)
+    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "other", seed=1)
+    shutil.copy(tmp_path / "other" / SINGLE_FILE, hub.path(SINGLE_FILE))
+    with pytest.raises(RiaError, match="model.safetensors: its weights are not stored under the permutations"):
+        hub.config()
+
+
+def test_modelscope(copy, monkeypatch):
+    """vLLM fetches from ModelScope by itself; what is asked for here comes the same way."""
+    from vllm import envs
+    from vllm.model_executor.model_loader import weight_utils
+
+    asked = []
+
+    def download(model, revision=None, allow_patterns=None):
+        asked.append((model, revision, allow_patterns))
+        return str(copy)
+
+    monkeypatch.setattr(envs, "VLLM_USE_MODELSCOPE", True, raising=False)
+    monkeypatch.setattr(weight_utils, "maybe_download_from_modelscope", download)
+    config = RiaConfig.from_config(json.loads((copy / "config.json").read_text())["quantization_config"])
+    config.maybe_update_config("who/what", revision="v2")
+    assert len(config.permutations) == 14 and len(config.pruned) == 14
+    assert ("who/what", "v2", [PERMUTATIONS_FILE]) in asked
+    (copy / PERMUTATIONS_FILE).unlink()
+    with pytest.raises(RiaError, match="permutations.safetensors is missing"):
+        config.maybe_update_config("who/what", revision="v2")
+
+
+def test_an_object_store(copy):
+    """vLLM brings the small files of s3:// to a folder, and not the permutations: that must not pass for none."""
+    (copy / PERMUTATIONS_FILE).unlink()
+    (copy / SINGLE_FILE).unlink()
+    config = config_of(copy)
+    with pytest.raises(RiaError, match="object store has to be served from a local copy"):
+        config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
+    with pytest.raises(RiaError, match="s3://bucket/model: cannot get"):
+        locate("s3://bucket/model", PERMUTATIONS_FILE, None)
+
+
+def test_made_up_weights_need_no_permutations(copy):
+    (copy / PERMUTATIONS_FILE).unlink()
+    (copy / SINGLE_FILE).unlink()
+    config = config_of(copy)
+    with made_up_weights():
+        method = config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
+    assert isinstance(method, Sparse24LinearMethod)
+
+
+def made_up_weights():
+    return set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy")))
+
+
+def a_linear():
+    from vllm.model_executor.layers.linear import LinearBase
+
+    return object.__new__(LinearBase)
+
+
+def rebind(folder):
+    """Give a folder whose permutations were changed the digest of what it has now."""
+    stored = load_file(folder / PERMUTATIONS_FILE)
+    digest = permutation.digest({name.removesuffix(".input_permutation"): p for name, p in stored.items()})
+    save_file(load_file(folder / SINGLE_FILE), folder / SINGLE_FILE, {"format": "pt", DIGEST_KEY: digest})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["permutations_digest"] = digest
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("family", REARRANGED_BY_VLLM)
+def test_families_whose_heads_vllm_rearranges_are_refused(checkpoint, family):
+    """Named by vLLM's own sources: their models change tensors by the names that dense weights have."""
+    config = RiaConfig.from_config(json.loads((checkpoint / "config.json").read_text())["quantization_config"])
+    with pytest.raises(RiaError, match=f"heads of {family} .*`ria-vllm export`"):
+        config.maybe_update_config(str(checkpoint), SimpleNamespace(model_type=family))
+
+
+def reload_from(config, folder):
+    config.source = SimpleNamespace(model=str(folder), revision=None)
+    config.check_reload(from_files=True)
+
+
+def test_a_reload_from_another_folder(checkpoint, copy):
+    config = config_of(checkpoint)
+    reload_from(config, checkpoint)
+    reload_from(config, copy)
+    stored = load_file(copy / PERMUTATIONS_FILE)
+    name = "model.layers.1.mlp.down_proj.input_permutation"
+    stored[name] = stored[name].flip(0).contiguous()
+    save_file(stored, copy / PERMUTATIONS_FILE)
+    with pytest.raises(RiaError, match=f"{copy}/?: permutations.safetensors is not of the run"):
+        reload_from(config, copy)
+    rebind(copy)
+    with pytest.raises(RiaError, match=f"{copy}/?: .*other channel orders.*Start a server"):
+        reload_from(config, copy)
+
+
+def test_a_reload_from_the_same_folder_after_it_was_replaced(copy):
+    """What `compress --overwrite` leaves is consistent in itself, but not with a server that runs."""
+    config = config_of(copy)
+    reload_from(config, copy)
+    torch.manual_seed(9)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, seed=1)
+    with pytest.raises(RiaError, match="other channel orders.*Start a server"):
+        reload_from(config, copy)
+
+
+def test_a_reload_that_prunes_other_linears(checkpoint, copy):
+    config = config_of(checkpoint)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, dense=("1.mlp.down_proj",))
+    with pytest.raises(RiaError, match=r"model\.layers\.1\.mlp\.down_proj is pruned there or on this server"):
+        reload_from(config, copy)
+
+
+def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):
+    """Linears of compressed-tensors have the names of ours, and none of their columns is permuted."""
+    ours, theirs = config_of(checkpoint), {
+        "quant_method": "compressed-tensors", "format": "dense",
+        "sparsity_config": {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"]},
+    }  # fmt: skip
+    foreign = RiaConfig.from_config(theirs)
+    foreign.maybe_update_config(str(copy))
+    with pytest.raises(RiaError, match="stored in another form"):
+        reload_from(foreign, checkpoint)
+    content = json.loads((copy / "config.json").read_text())
+    for quantization in (theirs, None):
+        (copy / "config.json").write_text(json.dumps(content | {"quantization_config": quantization}))
+        with pytest.raises(RiaError, match="stored in another form"):
+            reload_from(ours, copy)
+
+
+def test_a_reload_asks_for_what_is_loaded_now(checkpoint, copy):
+    """vLLM may have a new configuration of the model by then."""
+    config = config_of(checkpoint)
+    config.source = SimpleNamespace(model=str(checkpoint), revision=None)
+    torch.manual_seed(9)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, seed=1)
+    current = VllmConfig()
+    with set_current_vllm_config(current):
+        current.model_config = SimpleNamespace(model=str(copy), revision=None)
+        with pytest.raises(RiaError, match="other channel orders"):
+            config.check_reload(from_files=True)
+
+
+def test_a_reload_of_weights_that_come_from_no_folder(checkpoint, tmp_path):
+    """A trainer sends tensors by their names; the folder that the server was started with may be gone."""
+    config = config_of(checkpoint)
+    (tmp_path / "gone").mkdir()
+    reload_from(config, tmp_path / "gone")
+
+
+def test_a_missing_value_projection_is_the_keys(checkpoint):
+    config = config_of(checkpoint)
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    attention = "model.layers.1.self_attn."
+    assert config.parts_of(f"{attention}qkv_proj") == tuple(f"{attention}{x}_proj" for x in "qkv")
+    del config.names[f"{attention}v_proj"]
+    assert config.parts_of(f"{attention}qkv_proj") == tuple(f"{attention}{x}_proj" for x in "qkk")

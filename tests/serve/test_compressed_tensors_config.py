@@ -1,0 +1,160 @@
+"""Odd and hostile configs of compressed-tensors: parsed, or refused by the key's name, and in bounded time."""
+
+import copy
+import json
+import time
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.compressed_tensors import LONGEST_NAME, Foreign, claims
+from ria_vllm.serve.config import RiaConfig
+
+VALID = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "quantization_status": "compressed",
+    "global_compression_ratio": None,
+    "ignore": ["lm_head", "re:.*self_attn.*"],
+    "kv_cache_scheme": {
+        "num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False, "group_size": None,
+    },
+    "sparsity_config": {
+        "format": "sparse-24-bitmask", "sparsity_structure": "2:4", "global_sparsity": 0.5,
+        "targets": ["Linear", "re:model\\.layers\\.\\d+\\.mlp\\..*"], "ignore": ["lm_head", "re:.*lm_head"],
+    },
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False},
+            "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+            "output_activations": None,
+        },
+        "group_1": {
+            "targets": ["re:.*down_proj", "model.layers.0.mlp.up_proj"],
+            "weights": {"num_bits": 8, "type": "int", "strategy": "tensor"},
+            "input_activations": None,
+        },
+    },
+}  # fmt: skip
+NAMES = ["lm_head", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj", "a" * LONGEST_NAME]
+
+
+def changed(path, value):
+    config = copy.deepcopy(VALID)
+    *parents, last = path
+    found = config
+    for key in parents:
+        found = found[key]
+    found[last] = value
+    return config
+
+
+def test_the_valid_one():
+    config = RiaConfig.from_config(VALID)
+    assert config.storage("model.layers.0.mlp.down_proj").scales == "tensor"
+    assert config.storage("model.layers.0.mlp.gate_proj").scales == "channel"
+    assert config.kv_cache_scheme["type"] == "float"
+
+
+GROUP = ("config_groups", "group_0")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("ignore",), "lm_head", r"quantization_config\.ignore is 'lm_head', expected a list"),
+        (("ignore",), [1], r"quantization_config\.ignore is \[1\]"),
+        (("ignore",), ["re:("], r"quantization_config\.ignore: '\(' is no regular expression"),
+        (("ignore",), ["re:(a+)+b"], r"quantization_config\.ignore: .*for ever"),
+        (("sparsity_config", "targets"), "Linear", r"sparsity_config\.targets is 'Linear'"),
+        (("sparsity_config", "targets"), {"Linear": 1}, r"sparsity_config\.targets is"),
+        (("sparsity_config", "ignore"), ["re:" + "a" * 600], r"sparsity_config\.ignore: .*characters"),
+        (("config_groups",), ["group_0"], r"quantization_config\.config_groups is"),
+        (("config_groups", "group_0"), ["Linear"], r"config_groups\.group_0 is"),
+        (("config_groups", "group_0"), None, r"config_groups\.group_0 is None"),
+        ((*GROUP, "targets"), 3, r"config_groups\.group_0\.targets is 3"),
+        ((*GROUP, "targets"), ["re:*"], r"config_groups\.group_0\.targets: '\*' is no regular"),
+        ((*GROUP, "weights"), [8], r"config_groups\.group_0\.weights is \[8\]"),
+        ((*GROUP, "weights", "num_bits"), [8], r"group_0: .*are not served"),
+        ((*GROUP, "weights", "num_bits"), 10**400, r"group_0: .*are not served"),
+        ((*GROUP, "weights", "type"), None, r"group_0: .*are not served"),
+        ((*GROUP, "weights", "strategy"), {}, r"group_0: .*are not served"),
+        ((*GROUP, "weights", "symmetric"), "yes", r"group_0: .*are not served"),
+        ((*GROUP, "input_activations"), "fp8", r"group_0\.input_activations is 'fp8'"),
+        ((*GROUP, "format"), "pack-quantized", r"group_0\.format: 'pack-quantized' is not served"),
+        (("kv_cache_scheme",), "fp8", r"kv_cache_scheme is 'fp8'"),
+        (("kv_cache_scheme", "num_bits"), 4, r"kv_cache_scheme\.num_bits: 4 is not served.*Take the key"),
+        (("kv_cache_scheme", "type"), "int", r"kv_cache_scheme\.type: 'int' is not served"),
+        (("kv_cache_scheme", "strategy"), "attn_head", r"kv_cache_scheme\.strategy: 'attn_head' is not served"),
+        (("kv_cache_scheme", "symmetric"), None, r"kv_cache_scheme\.symmetric: None is not served"),
+        (("kv_cache_scheme", "dynamic"), True, r"kv_cache_scheme\.dynamic: True is not served"),
+        (("transform_config",), {"config_groups": {"R1": {}}}, r"transform_config: rotated weights are not served"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(path, value, message):
+    config = changed(path, value)
+    assert claims(config)
+    with pytest.raises(RiaError, match=message):
+        RiaConfig.from_config(config)
+
+
+@pytest.mark.parametrize("path", [("ignore",), ("config_groups",), ("kv_cache_scheme",), ("sparsity_config", "ignore")])
+def test_null_is_nothing(path):
+    Foreign.parse(changed(path, None))
+
+
+def test_a_name_that_no_module_has():
+    selected = Foreign.parse(VALID).pruned
+    with pytest.raises(RiaError, match="name of 301 characters"):
+        assert "a" * (LONGEST_NAME + 1) in selected
+
+
+def paths(value, path=()):
+    yield path
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from paths(child, (*path, key))
+
+
+PIECES = st.sampled_from(["re:", "(a+)+", ".*", "(", "[", "\\d+", "b|", ")*", "?", "{9}", "$", "x"])
+PATTERNS = st.lists(PIECES, max_size=9)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | PATTERNS.map("".join),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+PATHS = [path for path in paths(VALID) if path]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(PATHS), VALUES | st.just(...)), min_size=1, max_size=4))
+@example([(("quant_method",), ["compressed-tensors"])])
+@example([(("sparsity_config", "sparsity_structure"), {})])
+@example([(("config_groups", "group_0", "weights", "symmetric"), float("nan"))])
+def test_any_change_is_refused_by_name_or_understood(changes):
+    config = copy.deepcopy(VALID)
+    for (*parents, last), value in changes:
+        found = config
+        try:
+            for key in parents:
+                found = found[key]
+            if value is ...:
+                del found[last]
+            else:
+                found[last] = value
+        except (KeyError, IndexError, TypeError):  # an earlier change took its place away
+            continue
+    started = time.process_time()
+    if claims(config):
+        try:
+            foreign = Foreign.parse(config)
+        except RiaError as error:
+            assert "quantization_config." in str(error)
+        else:
+            for name in NAMES:
+                assert isinstance(name in foreign.pruned, bool)
+                foreign.storage(name)
+    assert time.process_time() - started < 5, json.dumps(config)
