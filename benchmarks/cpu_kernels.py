@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import cpu_dense
 from benchmarks.cpu_dense import Linear
-from ria_vllm import sparse24
+from ria_vllm import formats, sparse24
 from ria_vllm.serve.kernels.cpu import backend as cpu
 
 SHAPES = {  # out x in
@@ -76,9 +76,9 @@ def sides(weight: torch.Tensor) -> dict[tuple[str, str], tuple[torch.dtype, list
         ways["dense", name] = dtype, copies(lambda same=same: cpu_dense.unquantized(same.clone()), bits)
         ways["sparse", name] = dtype, copies(lambda pair=pair: sparse(*pair), bits / 2 + 1)
     compressed, bitmask = sparse24.compress(weight)
-    values, scales = sparse24.quantize_rows(compressed)
+    values, scales = formats.quantize_rows(compressed)
     ways["sparse", "int8"] = torch.bfloat16, copies(lambda: sparse(values, bitmask, scales[:, 0]), 5)
-    values8, scales8 = sparse24.quantize_rows(weight)
+    values8, scales8 = formats.quantize_rows(weight)
     dtype = fast_dtype()
     ways["dense", "W8A8"] = dtype, copies(lambda: cpu_dense.w8a8(values8.clone(), scales8.clone(), dtype), 8)
     return ways

@@ -100,7 +100,7 @@ def _run(
         for index in monitor.steps(range(finished), "resuming", finished):
             stored, _ = writer.read(layer_key(index))
             names = {model.written_linear(index, name): name for name in sorted(plan.pruned[index])}
-            weights = pruned_weights(stored, list(names), model.stored_dtype)
+            weights = pruned_weights(stored, list(names), model.stored_dtype, recipe)
             layers.replay(index, {names[written]: weight for written, weight in weights.items()})
     for index in monitor.layers(range(finished, total), total):
         pruned = layers.prune(index, plan, last=index == total - 1)
@@ -339,7 +339,8 @@ def _finish(
     if recipe.served:
         sparsity = SparsityConfig(ignore=list(plan.dense), global_sparsity=zeros)
         folds = topology.absolute_folds(model.written_linear, len(model.layers))
-        weights = WeightQuantization(dtype=name_of(model.stored_dtype)) if recipe.weights == "int8" else None
+        words = recipe.weight_format.quantization
+        weights = None if words is None else WeightQuantization(**words, dtype=name_of(model.stored_dtype))
         schema = RiaSchema(sparsity_config=sparsity, weights=weights, folds=folds, recipe=recipe.dump(source.name))
         config["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
     json_files = json_files | {REPORT_FILE: report}

@@ -162,7 +162,7 @@ class LayerPass:
         trained = {}
         for name, linear in pruned.items():
             module = layer.get_submodule(name)
-            weight, scale = stored_weight(module.weight.data, linear.weight.dtype, self.recipe)
+            weight, scale = stored_weight(module.weight.data, linear.p, linear.weight.dtype, self.recipe)
             module.weight.data = weight.to(self.model.device, self.model.dtype)
             record = linear.record | {"block_loss": [losses[0], losses[-1]]}
             trained[name] = replace(linear, weight=weight, scale=scale, record=record)

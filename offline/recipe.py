@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ria_vllm import __version__
+from ria_vllm import __version__, formats
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.pruning import permute, scores
@@ -19,7 +19,6 @@ from ria_vllm.offline.publish import published
 METHODS = (*scores.METHODS, "sparsegpt")
 SCOPES = ("shared", "linear")
 RECONSTRUCTIONS = ("none", "admm", "block")
-WEIGHTS = ("float", "int8")
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,13 @@ class Recipe:
 
     def __post_init__(self):
         choices = (("method", METHODS), ("permute", permute.METHODS), ("permute_scope", SCOPES))
-        more = (("reconstruct", RECONSTRUCTIONS), ("weights", WEIGHTS), ("compute_dtype", dtypes.CHOICES))
+        more = (("reconstruct", RECONSTRUCTIONS), ("weights", formats.WRITTEN), ("compute_dtype", dtypes.CHOICES))
         for name, allowed in (*choices, *more):
             if getattr(self, name) not in allowed:
                 option = "--" + name.replace("_", "-")
                 raise RiaError(f"{option} {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
-        if self.weights == "int8" and not self.served:
-            raise RiaError(f"--weights int8 is for the pattern 2:4; {self.pattern} is written as plain dense weights.")
+        if self.weights != "float" and not self.served:
+            raise RiaError(f"--weights {self.weights} is for the pattern 2:4; {self.pattern} is written as plain dense weights.")
         if self.samples < 1 or self.seq_len < 2:
             raise RiaError("--samples takes at least 1, --seq-len at least 2.")
         if not 0 <= self.skip_sensitive < 1:
@@ -74,6 +73,10 @@ class Recipe:
     @property
     def needs_gram(self) -> bool:
         return self.reconstruct != "none" or self.method == "sparsegpt" or self.skip_sensitive > 0
+
+    @property
+    def weight_format(self) -> formats.WeightFormat:
+        return formats.WRITTEN[self.weights]
 
     @property
     def follows_dense(self) -> bool:

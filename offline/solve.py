@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ria_vllm import permutation, sparse24
+from ria_vllm import permutation
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.capture import Statistics
 from ria_vllm.offline.model.topology import Group
@@ -48,12 +48,17 @@ def _packed(mask: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=None, bitorder="little"))
 
 
-def stored_weight(weight: torch.Tensor, dtype: torch.dtype, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`weight` as it will be read back, and its scale [out, 1] if it is stored as int8; both on the CPU."""
-    if recipe.weights == "float":
-        return weight.to(dtype).cpu(), None
-    values, scale = sparse24.quantize_rows(weight)
-    return (values.float() * scale).to(dtype).cpu(), scale.cpu()
+def stored_weight(
+    weight: torch.Tensor, p: torch.Tensor | None, dtype: torch.dtype, recipe: Recipe
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`weight`, columns in the model's own order, as it will be read back, and its scales if it has any; on the CPU."""
+    if p is None or not recipe.weight_format.scales_by_group:
+        weight, scale = recipe.weight_format.quantize(weight, dtype)
+    else:
+        p = p.to(weight.device)
+        weight, scale = recipe.weight_format.quantize(weight[:, p], dtype)
+        weight = weight[:, permutation.invert(p)]
+    return weight.cpu(), None if scale is None else scale.cpu()
 
 
 @contextmanager
@@ -202,7 +207,7 @@ def _prune(
         W, mask = solvers.of(statistics.gram).solve(weight, mask, pull=pull, choose=choose)
         del pull
     W = weight * mask if W is None else W
-    W, scale = stored_weight(W, dtype, recipe)
+    W, scale = stored_weight(W, p, dtype, recipe)
     record |= {"shape": list(weight.shape), "permuted": p is not None}
     if statistics.gram is not None:
         record["error_before"] = output_error(weight, weight * start, statistics.gram, statistics.drift)

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ria_vllm import permutation, sparse24
+from ria_vllm import permutation
+from ria_vllm.formats import SHAPE
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.solve import Pruned
@@ -27,18 +28,14 @@ def layer_tensors(
         if linear.p is not None:
             tensors[f"{name}.input_permutation"] = linear.p.to(torch.int32)
         order = slice(None) if linear.p is None else linear.p
-        compressed, bitmask = sparse24.compress(linear.weight[:, order], linear.mask[:, order])
-        if linear.scale is not None:
-            # Exact: the dtype's rounding has moved no weight by as much as half a step.
-            compressed = (compressed.float() / linear.scale).round().to(torch.int8)
-            tensors[f"{name}.weight_scale"] = linear.scale
-        tensors[f"{name}.compressed"], tensors[f"{name}.bitmask"] = compressed, bitmask
-        tensors[f"{name}.shape"] = torch.tensor(linear.weight.shape, dtype=torch.int64).view(2, 1)
+        parts = recipe.weight_format.encode(linear.weight[:, order], linear.mask[:, order], linear.scale)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        tensors[f"{name}.{SHAPE}"] = torch.tensor(linear.weight.shape, dtype=torch.int64).view(2, 1)
     return tensors
 
 
 def pruned_weights(
-    tensors: Mapping[str, torch.Tensor], names: list[str], dtype: torch.dtype
+    tensors: Mapping[str, torch.Tensor], names: list[str], dtype: torch.dtype, recipe: Recipe
 ) -> dict[str, torch.Tensor]:
     """linear -> [out, in] in the model's own order and dtype, from a finished layer's tensors."""
     weights = {}
@@ -46,9 +43,8 @@ def pruned_weights(
         if f"{name}.weight" in tensors:
             weights[name] = tensors[f"{name}.weight"]
             continue
-        stored = sparse24.decompress(tensors[f"{name}.compressed"], tensors[f"{name}.bitmask"])
-        if f"{name}.weight_scale" in tensors:
-            stored = (stored.float() * tensors[f"{name}.weight_scale"]).to(dtype)
+        parts = {part.name: tensors[f"{name}.{part.name}"] for part in recipe.weight_format.parts}
+        stored = recipe.weight_format.decode(parts, dtype)
         p = tensors.get(f"{name}.input_permutation")
         weights[name] = stored if p is None else stored[:, permutation.invert(p).long()]
     return weights

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ria_vllm import permutation, sparse24
+from ria_vllm import permutation
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import SHAPE, WeightFormat
 from ria_vllm.schema import (
     DIGEST_KEY,
     PERMUTATION_SUFFIX,
@@ -29,26 +30,29 @@ DEEPEST_JSON = 50  # what walks through it may recurse
 
 @dataclass(frozen=True)
 class SparseLinear:
-    """One pruned linear: compressed [out, in/2], bitmask [out, in/8], input_permutation int32 [in] or None.
+    """One pruned linear, checked.
 
-    scale: float32 [out, 1] where `compressed` is int8, else None; dtype: of the dense weight.
+    Attributes:
+        format: what its parts mean.
+        parts: its stored tensors by the last part of their names, `shape` left out.
+        input_permutation: integers [in], the order of its columns; None: the model's own.
+        dtype: of the dense weight.
     """
 
     name: str
-    compressed: torch.Tensor
-    bitmask: torch.Tensor
+    format: WeightFormat
+    parts: Mapping[str, torch.Tensor]
     input_permutation: torch.Tensor | None
-    scale: torch.Tensor | None
     dtype: torch.dtype
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.bitmask.shape[0], self.bitmask.shape[1] * 8
+        bitmask = self.parts["bitmask"]
+        return bitmask.shape[0], bitmask.shape[1] * 8
 
     def stored(self) -> torch.Tensor:
         """Dense [out, in], columns in the stored order."""
-        values = sparse24.decompress(self.compressed, self.bitmask)
-        return values if self.scale is None else (values.float() * self.scale).to(self.dtype)
+        return self.format.decode(self.parts, self.dtype)
 
     def dense(self) -> torch.Tensor:
         """Dense [out, in], columns in the model's own order."""
@@ -221,17 +225,6 @@ def check_file_digest(schema: RiaSchema, metadata: Mapping[str, str], where: str
         )
 
 
-def wrong_scale(compressed: torch.Tensor, scale: torch.Tensor | None) -> str | None:
-    """What is wrong with the scales of a pruned linear's rows, or None; int8 values have them, others do not."""
-    if (compressed.dtype == torch.int8) != (scale is not None):
-        return f"values of dtype {compressed.dtype} {'with' if scale is not None else 'without'} weight_scale"
-    if scale is None:
-        return None
-    if scale.dtype != torch.float32 or tuple(scale.shape) != (len(compressed), 1):
-        return f"weight_scale is {scale.dtype} {tuple(scale.shape)}, expected float32 {(len(compressed), 1)}"
-    return None if bool((scale.isfinite() & (scale > 0)).all()) else "a weight_scale is no positive number"
-
-
 def not_finite(tensor: torch.Tensor) -> str | None:
     """What keeps the values from being numbers, or None."""
     if not tensor.is_floating_point() and not tensor.is_complex():
@@ -268,20 +261,19 @@ def checked_linear(
     for part in schema.parts:
         if part not in parts:
             raise RiaError(f"{where}: {name}.{part} is missing. Get the weight files again.")
-    compressed, bitmask, shape, scale = (parts.get(part) for part in ("compressed", "bitmask", "shape", "weight_scale"))
+    shape = parts[SHAPE]
     if shape.dtype != torch.int64 or shape.numel() != 2:
         raise RiaError(f"{where}: {name}.shape is not two int64 numbers. Get the file again.")
-    wrong = sparse24.check(compressed, bitmask, tuple(shape.flatten().tolist()))
+    weight_format = schema.weight_format
+    wrong = weight_format.check(parts, tuple(shape.flatten().tolist()))
     if wrong:
-        raise RiaError(f"{where}: {name}: {wrong}. The file is damaged; get it again.")
-    wrong = wrong_scale(compressed, scale)
-    if wrong:
-        raise RiaError(f"{where}: {name}: {wrong}. The file is damaged, or config.json is another model's.")
-    wrong = None if p is None else permutation.check(p, bitmask.shape[1] * 8)
+        raise RiaError(f"{where}: {name}: {wrong}. The file is damaged, or config.json is another model's; get both again.")
+    wrong = None if p is None else permutation.check(p, parts["bitmask"].shape[1] * 8)
     if wrong:
         raise RiaError(f"{where}: {name}: not a permutation: {wrong}. Get {PERMUTATIONS_FILE} again.")
-    dtype = getattr(torch, schema.weights.dtype) if schema.weights else compressed.dtype
-    return SparseLinear(name, compressed, bitmask, p, scale, dtype)
+    stored = {part.name: parts[part.name] for part in weight_format.parts}
+    dtype = getattr(torch, schema.weights.dtype) if schema.weights else stored["compressed"].dtype
+    return SparseLinear(name, weight_format, stored, p, dtype)
 
 
 class Reader:
@@ -365,9 +357,10 @@ class Reader:
             rows[name] = linear.shape[0]
             if linear.input_permutation is not None:
                 permutations[name] = linear.input_permutation
-            wrong = not_finite(linear.compressed)
-            if wrong:
-                yield f"{self.files[f'{name}.compressed']}: {name}: {wrong}"
+            for part, tensor in linear.parts.items():
+                wrong = not_finite(tensor)
+                if wrong:
+                    yield f"{self.files[f'{name}.{part}']}: {name}: {wrong}"
         for name, fold, producers in self.schema.active_folds(permutations, sparse):
             if fold.coupling == "heads":
                 order = permutation.head_rows(permutations[name], fold.num_heads or 0, fold.num_kv_heads or 0)

@@ -4,7 +4,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from ria_vllm.checkpoint import Reader
+from ria_vllm.formats import FLOAT, name_of
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,15 @@ def take_inventory(reader: Reader) -> Inventory:
     for name in sorted(reader.sparse_names, key=natural_order):
         linear = reader.linear(name)
         rows, columns = linear.shape
-        stored = (linear.compressed, linear.bitmask, linear.input_permutation, linear.scale)
-        own_zeros = rows * columns - int(linear.compressed.count_nonzero())
+        stored = (*linear.parts.values(), linear.input_permutation)
+        own_zeros = rows * columns - int(linear.format.values(linear.parts, torch.float32).count_nonzero())
         zeros += own_zeros
         kind = "none" if name not in reader.permuted_names else "folded" if name in folded else "gathered"
         entries.append(
             LinearEntry(
                 name=name,
                 shape=(rows, columns),
-                dtype=str(linear.compressed.dtype).removeprefix("torch."),
+                dtype=name_of(linear.dtype) if linear.format == FLOAT else linear.format.name,
                 bytes=sum(t.nbytes for t in stored if t is not None) + 2 * 8,  # and the shape, two int64
                 dense_bytes=rows * columns * linear.dtype.itemsize,
                 sparsity=own_zeros / (rows * columns),

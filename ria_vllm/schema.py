@@ -1,10 +1,10 @@
 """What `config.json` -> `quantization_config` says of a compressed checkpoint.
 
 The folder is an ordinary Hugging Face folder in the manner of compressed-tensors' `sparse-24-bitmask`. For each pruned
-linear NAME the weight files hold NAME.compressed, NAME.bitmask and NAME.shape (see `ria_vllm.sparse24`); rows are in the
-model's own order, columns in the permuted one. `permutations.safetensors` holds NAME.input_permutation where the order
-is not the model's own; where the recipe permutes it is there even if it holds none, and `permutations_digest` here and in
-each weight file's header (`DIGEST_KEY`) says which permutations these weights were stored under.
+linear NAME the weight files hold NAME.compressed, NAME.bitmask, NAME.shape and whatever else its format has (see
+`ria_vllm.formats`); rows are in the model's own order, columns in the permuted one. `permutations.safetensors` holds
+NAME.input_permutation where the order is not the model's own. Where the recipe permutes, that file is there even if it is
+empty. `permutations_digest` here, and the same in each weight file's header (`DIGEST_KEY`), bind weights and permutations.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import WeightFormat, of_quantization
 
 FORMAT = "sparse-24-bitmask"
 FORMAT_VERSION = 1
@@ -23,7 +24,7 @@ PERMUTATION_SUFFIX = ".input_permutation"
 DIGEST_KEY = "ria_permutations_digest"
 
 # vLLM's own model of these families rearranges the attention heads in dense weights, by their names, before any weight
-# loader sees them. Compressed ones would break it, or pass by it as they are: answers without a sense.
+# loader sees them. Compressed ones would make it fail, or would pass through it unchanged and give wrong answers.
 REARRANGED_BY_VLLM = ("bloom", "llama4", "llama4_text")
 
 
@@ -92,16 +93,22 @@ class SparsityConfig(BaseModel):
 
 
 class WeightQuantization(BaseModel):
-    """`compressed` holds int8, and NAME.weight_scale float32 [out, 1] what to multiply each row by.
+    """How the values are quantized, in compressed-tensors' words; one of `ria_vllm.formats` has these.
 
     dtype: of the dense model, and so of what is exported.
     """
 
-    num_bits: Literal[8] = 8
-    type: Literal["int"] = "int"
-    strategy: Literal["channel"] = "channel"
-    symmetric: Literal[True] = True
+    num_bits: int = 8
+    type: str = "int"
+    strategy: str = "channel"
+    symmetric: bool = True
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+    @model_validator(mode="after")
+    def _known(self) -> "WeightQuantization":
+        if of_quantization(self.model_dump()) is None:
+            raise ValueError(f"no weight format of this version has {self.model_dump(exclude={'dtype'})}")
+        return self
 
 
 class RiaSchema(BaseModel):
@@ -125,7 +132,14 @@ class RiaSchema(BaseModel):
     @property
     def parts(self) -> tuple[str, ...]:
         """The tensors of a pruned linear, by the last part of their names."""
-        return ("compressed", "bitmask", "shape") + (("weight_scale",) if self.weights else ())
+        return self.weight_format.tensor_names
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """What the tensors of a pruned linear mean."""
+        found = of_quantization(self.weights and self.weights.model_dump())
+        assert found is not None  # `WeightQuantization` was checked
+        return found
 
     @classmethod
     def parse(cls, config: dict[str, Any], where: str) -> "RiaSchema":

@@ -11,8 +11,6 @@ A group with fewer than two non-zeros still stores two values, so both shapes ar
 import torch
 
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Stored as whole numbers, with one scale a row elsewhere.
-QUANTIZED_DTYPES = (torch.int8,)
 IN_FEATURES_MULTIPLE = 64
 
 # Elements that `decompress` makes at a time: its indices have eight bytes each.
@@ -47,21 +45,6 @@ def compress(dense: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[tor
     return dense[mask].view(rows, columns // 2), bits.sum(-1, dtype=torch.uint8)
 
 
-def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 with one scale a row: weight ~ values * scale, off by at most half a scale.
-
-    Args:
-        weight: [out, ...], any floating dtype.
-
-    Returns:
-        values int8, shaped as `weight`, in -127..127, and scale float32 [out, 1], positive.
-    """
-    weight = weight.float()
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (weight / scale).round().to(torch.int8), scale
-
-
 def mask_from_bitmask(bitmask: torch.Tensor) -> torch.Tensor:
     """bool [out, in] from `bitmask` uint8 [out, in/8]."""
     bits = (bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bitmask.device)) & 1
@@ -69,7 +52,7 @@ def mask_from_bitmask(bitmask: torch.Tensor) -> torch.Tensor:
 
 
 def decompress(compressed: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
-    """The dense [out, in] matrix, columns in the stored order. The pair must have passed `check`.
+    """The dense [out, in] matrix, columns in the stored order. The bitmask must have passed `check_bitmask`.
 
     No shape depends on a value and nothing moves between devices, so a CUDA graph may capture it.
     """
@@ -86,23 +69,18 @@ def decompress(compressed: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
     return dense
 
 
-def check(compressed: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int, int] | None = None) -> str | None:
-    """What is wrong with a stored pair, or None. Nothing may read a pair from a file before it has passed.
+def check_bitmask(bitmask: torch.Tensor, shape: tuple[int, int] | None = None) -> str | None:
+    """What is wrong with a stored bitmask, or None. Nothing may read one from a file before it has passed.
 
-    Checks dtypes, both shapes against each other and against `shape` (out, in), and that each group of four has
-    exactly two bits set. The values themselves may be any number.
+    Checks its dtype, its shape against `shape` (out, in), and that each group of four has exactly two bits set.
     """
-    if compressed.dim() != 2 or bitmask.dim() != 2:
-        return f"expected two matrices, got shapes {tuple(compressed.shape)} and {tuple(bitmask.shape)}"
-    if compressed.dtype not in VALUE_DTYPES + QUANTIZED_DTYPES:
-        return f"values have dtype {compressed.dtype}, expected bfloat16, float16, float32 or int8"
     if bitmask.dtype != torch.uint8:
         return f"the bitmask has dtype {bitmask.dtype}, expected uint8"
+    if bitmask.dim() != 2:
+        return f"the bitmask has shape {tuple(bitmask.shape)}, expected a matrix"
     rows, columns = bitmask.shape[0], bitmask.shape[1] * 8
     if shape is not None and (rows, columns) != tuple(shape):
         return f"the bitmask describes a {rows} x {columns} matrix, expected {shape[0]} x {shape[1]}"
-    if tuple(compressed.shape) != (rows, columns // 2):
-        return f"values have shape {tuple(compressed.shape)}, expected {(rows, columns // 2)}"
     if rows == 0:
         return "the matrix has no rows"
     if columns == 0 or columns % IN_FEATURES_MULTIPLE:

@@ -161,8 +161,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         if padding:
             compressed = pad(compressed, (0, padding // 2))
             bitmask = pad(bitmask, (0, padding // 8), value=BITMASK_OF_ONES_AND_TWOS)
-        # Quantized values may be any eight bits.
-        wrong = sparse24.check(compressed if scales is None else compressed.view(torch.int8), bitmask)
+        wrong = sparse24.check_bitmask(bitmask)
         if wrong:
             raise RiaError(f"{' + '.join(self.parts)}: {wrong}. The weight file is damaged; get it again.")
 

@@ -15,12 +15,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from ria_vllm.checkpoint import tensor_names, weight_files
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import WRITTEN
 
 # Old Llama checkpoints carry it; it follows from the configuration.
 LEFT_OUT = "rotary_emb.inv_freq"
 
 # What the tensors of a pruned linear are called.
-COMPRESSED = ("compressed", "bitmask", "shape", "weight_scale", "input_permutation")
+COMPRESSED = {"input_permutation"}.union(*(one.tensor_names for one in WRITTEN.values()))
 
 
 class Names:

@@ -42,7 +42,7 @@ def _fake_linear(x, compressed, bitmask, scales, input_permutation, bias):
 
 def unavailable(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> str | None:
     """Why this backend cannot serve a layer, or None."""
-    if dtype not in sparse24.VALUE_DTYPES + sparse24.QUANTIZED_DTYPES:
+    if dtype not in (*sparse24.VALUE_DTYPES, torch.int8):
         return f"no 2:4 weights of dtype {dtype}"
     return None
 

@@ -35,11 +35,11 @@ def test_each_row_is_rounded_to_255_steps(pruned):
     assert rounded.dense_names == exact.dense_names
     for name in exact.sparse_names:
         want, linear = exact.linear(name), rounded.linear(name)
-        assert torch.equal(want.bitmask, linear.bitmask), name
-        assert linear.compressed.dtype == torch.int8 and linear.dtype == torch.float32
+        assert torch.equal(want.parts["bitmask"], linear.parts["bitmask"]), name
+        assert linear.parts["compressed"].dtype == torch.int8 and linear.dtype == torch.float32
         weight = want.dense().double()
         step = weight.abs().amax(1, keepdim=True) / 127
-        torch.testing.assert_close(linear.scale.double(), step, rtol=1e-6, atol=0)
+        torch.testing.assert_close(linear.parts["weight_scale"].double(), step, rtol=1e-6, atol=0)
         off = (linear.dense().double() - weight).abs() / step
         assert off.max() <= 0.5 + 1e-4 and off.max() > 0.4, name
         assert (linear.dense()[weight == 0] == 0).all()
@@ -75,7 +75,7 @@ def test_what_the_layers_saw_is_what_is_stored(dtype, make_model, text, tmp_path
     for name in reader.sparse_names:
         linear = reader.linear(name)
         assert linear.dtype == dtype
-        again = (linear.dense().float() / linear.scale).round()
+        again = (linear.dense().float() / linear.parts["weight_scale"]).round()
         assert again.abs().amax(1).eq(127).all(), name
 
 
@@ -83,12 +83,12 @@ def test_what_the_layers_saw_is_what_is_stored(dtype, make_model, text, tmp_path
     "change, words",
     [
         (lambda t: t.pop(f"{NAME}.weight_scale"), "weight_scale is missing"),
-        (lambda t: t.update({f"{NAME}.weight_scale": t[f"{NAME}.weight_scale"][:-1].clone()}), "weight_scale is"),
-        (lambda t: t.update({f"{NAME}.weight_scale": t[f"{NAME}.weight_scale"].double()}), "weight_scale is"),
-        (lambda t: t[f"{NAME}.weight_scale"].fill_(float("nan")), "no positive number"),
-        (lambda t: t[f"{NAME}.weight_scale"].neg_(), "no positive number"),
-        (lambda t: t.update({f"{NAME}.compressed": t[f"{NAME}.compressed"].float()}), "float32 with weight_scale"),
-        (lambda t: t.update({f"{NAME}.compressed": t[f"{NAME}.compressed"].short()}), "values have dtype"),
+        (lambda t: t.update({f"{NAME}.weight_scale": t[f"{NAME}.weight_scale"][:-1].clone()}), "weight_scale has"),
+        (lambda t: t.update({f"{NAME}.weight_scale": t[f"{NAME}.weight_scale"].double()}), "weight_scale has"),
+        (lambda t: t[f"{NAME}.weight_scale"].fill_(float("nan")), "not positive and finite"),
+        (lambda t: t[f"{NAME}.weight_scale"].neg_(), "not positive and finite"),
+        (lambda t: t.update({f"{NAME}.compressed": t[f"{NAME}.compressed"].float()}), "dtype float32, expected int8"),
+        (lambda t: t.update({f"{NAME}.compressed": t[f"{NAME}.compressed"].short()}), "dtype int16"),
     ],
 )
 def test_damage_is_found_by_layer(change, words, pruned, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.mamba import mamba_mixer2
 
-from ria_vllm import permutation, sparse24
+from ria_vllm import formats, permutation, sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.serve.config import RiaConfig
@@ -24,7 +24,7 @@ def stored(int8=False):
     compressed, bitmask = sparse24.compress(torch.randn(ROWS, HIDDEN, generator=generator))
     tensors = {"compressed": compressed, "bitmask": bitmask}
     if int8:
-        tensors["compressed"], tensors["weight_scale"] = sparse24.quantize_rows(compressed)
+        tensors["compressed"], tensors["weight_scale"] = formats.quantize_rows(compressed)
         compressed = tensors["compressed"] * tensors["weight_scale"]
     order = torch.randperm(HIDDEN, generator=generator).int()
     plain = sparse24.decompress(compressed, bitmask)[:, permutation.invert(order).long()]

@@ -68,7 +68,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, out_features: int, in_
     """Why this backend cannot serve a layer, or None."""
     if device.type != "cpu":
         return f"the layer is on {device.type}"
-    if dtype not in sparse24.VALUE_DTYPES + sparse24.QUANTIZED_DTYPES:
+    if dtype not in (*sparse24.VALUE_DTYPES, torch.int8):
         return f"no 2:4 weights of dtype {dtype}"
     if in_features % sparse24.IN_FEATURES_MULTIPLE:
         return f"in-features {in_features} are not a multiple of {sparse24.IN_FEATURES_MULTIPLE}"

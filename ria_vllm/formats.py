@@ -1,0 +1,294 @@
+"""Weight formats: what the stored tensors of a 2:4 linear mean.
+
+A linear [out, in] is stored as one tensor for each of its format's `parts`, named NAME.PART, and NAME.shape. Rows are in
+the model's own order and columns in the stored one. `bitmask` says which two columns of each group of four are kept (see
+`ria_vllm.sparse24`); the other parts hold their values:
+
+| format | `compressed`            | `weight_scale` | bits per weight, with the bitmask |
+| ------ | ----------------------- | -------------- | --------------------------------- |
+| float  | the model's own dtype   | -              | 9 at 16 bits, 17 at 32            |
+| int8   | int8                    | one per row    | 5                                 |
+| fp8    | float8_e4m3fn           | one per row    | 5                                 |
+
+What happens to a linear happens to each part by its description alone (`Part`): a row order takes the rows of all parts; a
+tensor-parallel cut of the columns cuts the parts that have columns and leaves one scale per row whole on every rank; padding
+appends `Part.fill`. A column permutation changes no part, because a format encodes columns that are in the stored order
+already; where `scales_by_group` is false the scales do not depend on that order.
+
+Everything that reads, writes or multiplies weights asks the format: a new one is a class here, and a kernel for it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import lcm
+from typing import Any
+
+import torch
+
+from ria_vllm import sparse24
+
+SHAPE = "shape"
+"""The name of the tensor that repeats [out, in], int64 [2, 1]. It belongs to every linear of every format."""
+
+Parts = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor of a linear [out, in].
+
+    Attributes:
+        name: the last part of its name in the checkpoint.
+        dtypes: those that it may have.
+        channels: how many input channels a column stands for; None: it is [out, 1], one number per row.
+        fill: what a column that only pads holds.
+    """
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    channels: int | None
+    fill: int = 0
+
+    def shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return out_features, 1 if self.channels is None else in_features // self.channels
+
+
+BITMASK = Part("bitmask", (torch.uint8,), 8, fill=0b00110011)
+ROW_SCALE = Part("weight_scale", (torch.float32,), None)
+
+
+class WeightFormat(ABC):
+    """How the kept values of a 2:4 linear are stored. Formats hold no state: two of one class are equal.
+
+    Attributes:
+        name: as `--weights` and kernels know it.
+        parts: the stored tensors, the bitmask among them.
+        quantization: what config.json says of the values, in compressed-tensors' words; None for plain floating point.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    quantization: Mapping[str, Any] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The last parts of the stored tensors' names."""
+        return (*(part.name for part in self.parts), SHAPE)
+
+    @property
+    def column_multiple(self) -> int:
+        """A tensor-parallel cut may fall between columns at multiples of this."""
+        return lcm(*(part.channels for part in self.parts if part.channels))
+
+    @property
+    def scales_by_group(self) -> bool:
+        """Whether scales belong to groups of stored columns, so that quantizing must know the stored order."""
+        return any(part.name == "weight_scale" and part.channels for part in self.parts)
+
+    def bits_per_weight(self, dtype: torch.dtype) -> float:
+        """Bits for each weight of the dense matrix, of a model in `dtype`. One scale per row is not counted."""
+        dtypes = {part: dtype if dtype in part.dtypes else part.dtypes[0] for part in self.parts}
+        return sum(8 * dtypes[part].itemsize / part.channels for part in self.parts if part.channels)
+
+    @abstractmethod
+    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Round a matrix to what the format can hold.
+
+        Args:
+            weight: [out, in], any floating dtype, columns in the stored order if `scales_by_group`.
+            dtype: of the model.
+
+        Returns:
+            The weight as `decode` gives it back, in `dtype`, and its scales, or None.
+        """
+
+    @abstractmethod
+    def encode(self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The parts of a matrix that `quantize` gave.
+
+        Args:
+            weight: [out, in], columns in the stored order.
+            mask: bool [out, in], exactly two True in each group of four; None: the two largest magnitudes.
+
+        Raises:
+            ValueError: a wrong shape, or a mask that is not 2:4.
+        """
+
+    @abstractmethod
+    def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        """The kept values in `dtype`, [out, in/2]."""
+
+    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        """Dense [out, in] in `dtype`, columns in the stored order. The parts must have passed `check`."""
+        return sparse24.decompress(self.values(parts, dtype), parts["bitmask"])
+
+    def widen(self, parts: Parts, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The same weight in the format float, in `dtype`, for kernels that cannot multiply this one."""
+        return {"compressed": self.values(parts, dtype), "bitmask": parts["bitmask"]}
+
+    def check(self, parts: Parts, shape: tuple[int, int] | None = None) -> str | None:
+        """What is wrong with stored tensors, or None. Nothing may read untrusted ones before they have passed.
+
+        Args:
+            shape: (out, in), where the checkpoint says so elsewhere.
+        """
+        for part in self.parts:
+            if part.name not in parts:
+                return f"{part.name} is missing"
+            tensor = parts[part.name]
+            if tensor.dtype not in part.dtypes:
+                return f"{part.name} has dtype {name_of(tensor.dtype)}, expected {' or '.join(map(name_of, part.dtypes))}"
+        wrong = sparse24.check_bitmask(parts["bitmask"], shape)
+        if wrong:
+            return wrong
+        rows, columns = parts["bitmask"].shape[0], parts["bitmask"].shape[1] * 8
+        for part in self.parts:
+            found, wanted = tuple(parts[part.name].shape), part.shape(rows, columns)
+            if found != wanted:
+                return f"{part.name} has shape {found}, expected {wanted}"
+        scale = parts.get("weight_scale")
+        if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
+            return "weight_scale is not positive and finite everywhere"
+        return None
+
+    def take_rows(self, parts: Parts, rows: slice | torch.Tensor) -> dict[str, torch.Tensor]:
+        """Some rows, or all of them in another order: a slice, or int64 indices."""
+        return {part.name: parts[part.name][rows] for part in self.parts}
+
+    def take_columns(self, parts: Parts, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """Stored columns [start, stop), both multiples of `column_multiple`."""
+        if start % self.column_multiple or stop % self.column_multiple:
+            raise ValueError(f"columns {start} to {stop} are not cut at multiples of {self.column_multiple}")
+        cut = {}
+        for part in self.parts:
+            tensor = parts[part.name]
+            cut[part.name] = tensor if part.channels is None else tensor[:, start // part.channels : stop // part.channels]
+        return cut
+
+    def pad_columns(self, parts: Parts, count: int) -> dict[str, torch.Tensor]:
+        """`count` more columns, a multiple of `column_multiple`, whose weights are zero."""
+        if count % self.column_multiple:
+            raise ValueError(f"{count} columns are not a multiple of {self.column_multiple}")
+        padded = {}
+        for part in self.parts:
+            tensor = parts[part.name]
+            if part.channels is not None:
+                fill = tensor.new_full((len(tensor), count // part.channels), part.fill)
+                tensor = torch.cat([tensor, fill], dim=1)
+            padded[part.name] = tensor
+        return padded
+
+
+class FloatFormat(WeightFormat):
+    """The model's own dtype."""
+
+    name = "float"
+    parts = (Part("compressed", sparse24.VALUE_DTYPES, 2), BITMASK)
+
+    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, None]:
+        return weight.to(dtype), None
+
+    def encode(self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        compressed, bitmask = sparse24.compress(weight, mask)
+        return {"compressed": compressed, "bitmask": bitmask}
+
+    def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        return parts["compressed"].to(dtype)
+
+
+class Int8Format(WeightFormat):
+    """Symmetric int8 with one scale per row: weight ~ value * scale, off by at most half a scale."""
+
+    name = "int8"
+    parts = (Part("compressed", (torch.int8,), 2), BITMASK, ROW_SCALE)
+    quantization = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+
+    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        values, scales = quantize_rows(weight)
+        return (values.float() * scales).to(dtype), scales
+
+    def encode(self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        compressed, bitmask = sparse24.compress(weight, mask)
+        # Exact: rounding to the model's dtype moved no weight by as much as half a scale.
+        values = (compressed.float() / scales).round().to(torch.int8)
+        return {"compressed": values, "bitmask": bitmask, "weight_scale": scales}
+
+    def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        return (parts["compressed"].float() * parts["weight_scale"]).to(dtype)
+
+
+class Fp8Format(WeightFormat):
+    """float8_e4m3fn with one scale per row. `compress` does not write it; compressed-tensors' checkpoints have it."""
+
+    name = "fp8"
+    parts = (Part("compressed", (torch.float8_e4m3fn,), 2), BITMASK, ROW_SCALE)
+    quantization = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+
+    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        scales = _row_scales(weight, largest)
+        values = (weight.float() / scales).clamp(-largest, largest).to(torch.float8_e4m3fn)
+        return (values.float() * scales).to(dtype), scales
+
+    def encode(self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        compressed, bitmask = sparse24.compress(weight, mask)
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        values = (compressed.float() / scales).clamp(-largest, largest).to(torch.float8_e4m3fn)
+        return {"compressed": values, "bitmask": bitmask, "weight_scale": scales}
+
+    def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        return (parts["compressed"].float() * parts["weight_scale"]).to(dtype)
+
+
+def _row_scales(weight: torch.Tensor, largest: float) -> torch.Tensor:
+    """float32 [out, 1], positive: each row's largest magnitude becomes `largest`."""
+    scales = weight.float().abs().amax(1, keepdim=True) / largest
+    return torch.where(scales > 0, scales, 1.0)
+
+
+def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 with one scale per row.
+
+    Args:
+        weight: [out, ...], any floating dtype.
+
+    Returns:
+        values int8, shaped as `weight`, in -127..127, and scales float32 [out, 1], positive.
+    """
+    scales = _row_scales(weight, 127)
+    return (weight.float() / scales).round().to(torch.int8), scales
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As people write it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+FLOAT, INT8, FP8 = FloatFormat(), Int8Format(), Fp8Format()
+
+FORMATS: dict[str, WeightFormat] = {one.name: one for one in (FLOAT, INT8, FP8)}
+"""All formats, by name: what kernels may be asked for."""
+
+WRITTEN: dict[str, WeightFormat] = {one.name: one for one in (FLOAT, INT8)}
+"""Those that `compress --weights` writes."""
+
+
+def of_quantization(quantization: Mapping[str, Any] | None) -> WeightFormat | None:
+    """The written format that config.json describes in these words, other keys aside; None if none does."""
+    for one in WRITTEN.values():
+        if quantization is None or one.quantization is None:
+            if quantization is one.quantization:
+                return one
+        elif all(quantization.get(key) == value for key, value in one.quantization.items()):
+            return one
+    return None

@@ -1,0 +1,157 @@
+"""Every weight format: what it stores decodes to what was quantized, and its parts follow rows, cuts and padding."""
+
+import pytest
+import torch
+
+from ria_vllm import formats, sparse24
+from ria_vllm.formats import BITMASK, FLOAT, FORMATS, FP8, INT8, Part, WeightFormat
+from ria_vllm.schema import WeightQuantization
+
+ROWS, COLUMNS, GROUP = 24, 192, 32
+
+
+class GroupedInt4(WeightFormat):
+    """Not of the package: whole numbers in -7..7, two to a byte, and a scale for each GROUP stored columns."""
+
+    name = "int4"
+    parts = (Part("compressed", (torch.uint8,), 4, fill=0x88), BITMASK, Part("weight_scale", (torch.float32,), GROUP, fill=1))
+
+    def quantize(self, weight, dtype):
+        groups = weight.float().unflatten(1, (-1, GROUP))
+        scales = groups.abs().amax(-1) / 7
+        scales = torch.where(scales > 0, scales, 1.0)
+        return ((groups / scales[..., None]).round() * scales[..., None]).flatten(1).to(dtype), scales
+
+    def encode(self, weight, mask, scales):
+        compressed, bitmask = sparse24.compress(weight, mask)
+        values = (compressed.float().unflatten(1, (-1, GROUP // 2)) / scales[..., None]).round().flatten(1).to(torch.int8) + 8
+        pairs = values.to(torch.uint8).unflatten(1, (-1, 2))
+        return {"compressed": pairs[..., 0] | pairs[..., 1] << 4, "bitmask": bitmask, "weight_scale": scales}
+
+    def values(self, parts, dtype):
+        pairs = torch.stack([parts["compressed"] & 15, parts["compressed"] >> 4], -1).flatten(1).float() - 8
+        scaled = pairs.unflatten(1, (-1, GROUP // 2)) * parts["weight_scale"][..., None]
+        return scaled.flatten(1).to(dtype)
+
+
+ALL = (*FORMATS.values(), GroupedInt4())
+each_format = pytest.mark.parametrize("format", ALL, ids=lambda format: format.name)
+
+
+def stored(format, dtype=torch.bfloat16, seed=0):
+    """The matrix that a format makes of a random 2:4 one, the mask, and its parts."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(ROWS, COLUMNS, generator=generator) * torch.logspace(-2, 1, ROWS)[:, None]
+    weight[5] = 0
+    mask = sparse24.mask_from_bitmask(sparse24.compress(torch.randn(ROWS, COLUMNS, generator=generator))[1])
+    weight, scales = format.quantize((weight * mask).to(dtype), dtype)
+    return weight, mask, format.encode(weight, mask, scales)
+
+
+@each_format
+@pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES)
+def test_decodes_to_what_was_quantized(format, dtype):
+    weight, mask, parts = stored(format, dtype)
+    assert format.check(parts, (ROWS, COLUMNS)) is None
+    decoded = format.decode(parts, dtype)
+    assert decoded.dtype == dtype and torch.equal(decoded, weight)
+    assert torch.equal(sparse24.mask_from_bitmask(parts["bitmask"]), mask) and not decoded[~mask].any()
+
+
+@pytest.mark.parametrize("format, steps", [(INT8, 127), (GroupedInt4(), 7)], ids=["int8", "int4"])
+def test_quantizing_is_off_by_at_most_half_a_step(format, steps):
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    rounded, _ = format.quantize(weight, torch.float32)
+    shared = weight.unflatten(1, (-1, GROUP if format.scales_by_group else COLUMNS))
+    step = (shared.abs().amax(-1, keepdim=True) / steps).expand_as(shared).flatten(1)
+    assert ((rounded.double() - weight).abs() / step).max() <= 0.5 + 1e-4
+
+
+def test_fp8_is_off_by_at_most_the_half_of_its_last_bit():
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    rounded, _ = FP8.quantize(weight, torch.float32)
+    assert ((rounded.double() - weight).abs() <= weight.abs() * 2**-4 + weight.abs().amax(1, keepdim=True) * 2**-18).all()
+
+
+@each_format
+def test_widening_keeps_every_value(format):
+    weight, _, parts = stored(format)
+    wide = format.widen(parts, torch.bfloat16)
+    assert FLOAT.check(wide) is None and torch.equal(FLOAT.decode(wide, torch.bfloat16), weight)
+
+
+@each_format
+def test_parts_follow_an_order_and_a_cut_of_the_rows(format):
+    weight, _, parts = stored(format)
+    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(format.decode(format.take_rows(parts, order), torch.bfloat16), weight[order])
+    assert torch.equal(format.decode(format.take_rows(parts, slice(8, 20)), torch.bfloat16), weight[8:20])
+
+
+@each_format
+def test_parts_follow_a_cut_of_the_columns(format):
+    weight, _, parts = stored(format)
+    assert format.column_multiple == (GROUP if format.scales_by_group else 8)
+    cut = format.take_columns(parts, 64, 128)
+    assert torch.equal(format.decode(cut, torch.bfloat16), weight[:, 64:128])
+    with pytest.raises(ValueError, match="not cut at multiples"):
+        format.take_columns(parts, 64, 64 + format.column_multiple // 2)
+
+
+@each_format
+def test_padding_adds_zeros(format):
+    weight, _, parts = stored(format)
+    padded = format.pad_columns(parts, 64)
+    assert format.check(padded, (ROWS, COLUMNS + 64)) is None
+    decoded = format.decode(padded, torch.bfloat16)
+    assert torch.equal(decoded[:, :COLUMNS], weight) and not decoded[:, COLUMNS:].any()
+    with pytest.raises(ValueError, match="not a multiple"):
+        format.pad_columns(parts, format.column_multiple // 2)
+
+
+@pytest.mark.parametrize(
+    "format, dtype, bits",
+    [(FLOAT, torch.bfloat16, 9), (FLOAT, torch.float32, 17), (INT8, torch.bfloat16, 5), (FP8, torch.float16, 5),
+     (GroupedInt4(), torch.bfloat16, 4)],
+)  # fmt: skip
+def test_bits_per_weight_are_those_of_the_stored_tensors(format, dtype, bits):
+    assert format.bits_per_weight(dtype) == bits
+    _, _, parts = stored(format, dtype)
+    by_row = sum(parts[p.name].nbytes for p in format.parts if p.channels is None)
+    assert 8 * (sum(t.nbytes for t in parts.values()) - by_row) == bits * ROWS * COLUMNS
+
+
+@each_format
+def test_whatever_breaks_a_rule_is_named(format):
+    _, _, parts = stored(format)
+    for part in format.parts:
+        others = {name: tensor for name, tensor in parts.items() if name != part.name}
+        assert format.check(others) == f"{part.name} is missing"
+        assert "dtype" in format.check(others | {part.name: parts[part.name].to(torch.float64)})
+        wrong = format.check(others | {part.name: parts[part.name][:-1]})
+        assert wrong and ("expected (" in wrong)
+        assert format.check(others | {part.name: parts[part.name].flatten()})
+    assert format.check(parts, (ROWS, COLUMNS * 2)) == f"the bitmask describes a {ROWS} x {COLUMNS} matrix, expected 24 x 384"
+    for number in (0, -1, torch.nan, torch.inf) if "weight_scale" in parts else ():
+        damaged = parts["weight_scale"].clone()
+        damaged[3, 0] = number
+        assert "weight_scale is not positive" in format.check({**parts, "weight_scale": damaged})
+
+
+def test_config_json_names_each_written_format():
+    for format in formats.WRITTEN.values():
+        words = format.quantization
+        described = None if words is None else WeightQuantization(**words, dtype="float16").model_dump()
+        assert formats.of_quantization(described) is format
+    assert formats.of_quantization({"num_bits": 4, "type": "int", "strategy": "group", "symmetric": True}) is None
+
+
+@pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES)
+def test_rows_are_quantized_to_the_nearest_step(dtype):
+    weight = (torch.randn(9, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 9)[:, None]).to(dtype)
+    weight[4] = 0
+    values, scale = formats.quantize_rows(weight)
+    assert values.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (9, 1)
+    assert (values.abs().amax(1) == 127).tolist() == [True] * 4 + [False] + [True] * 4 and (values[4] == 0).all()
+    off = (values.double() * scale.double() - weight.double()).abs() / scale.double()
+    assert off.max() <= 0.5 + 1e-4
