@@ -15,7 +15,10 @@ import torch
 
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels import registry as kernels
+from ria_vllm.formats import FLOAT
+from ria_vllm.serve.kernels import registry
+from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
 from ria_vllm.serve.kernels.cuda.build import CudaBuildError, find_nvcc
 
 VECTOR_FLAGS = (
@@ -71,7 +74,7 @@ def cpu_lines() -> list[tuple[str, str]]:
     if vectors:
         lines.append(("vector units", vectors))
     try:
-        lines.append(("cpu kernel runs", kernels.cpu.instruction_set()))
+        lines.append(("cpu kernel runs", instruction_set()))
     except RiaError as error:
         lines.append(("cpu kernel", f"unavailable: {error}"))
     return lines
@@ -89,14 +92,15 @@ def device_lines(device: torch.device) -> list[tuple[str, str]]:
 
 def kernel_lines(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> list[str]:
     """One line a kernel, in order of preference: chosen, usable, or the reason why not."""
-    forced = os.environ.get("RIA_VLLM_BACKEND")
+    forced = os.environ.get(registry.FORCED)
+    config = LinearLayerConfig(device, dtype, FLOAT, out_features, in_features)
     try:
-        chosen = kernels.choose(device, dtype, out_features, in_features).NAME
+        chosen = registry.choose(config).kernel.name
     except RiaError as error:
         chosen, lines = None, [f"none: {error}"]
     else:
         lines = []
-    for name, reason in kernels.explain(device, dtype, out_features, in_features):
+    for name, reason in registry.explain(config):
         if name == chosen:
             note = "chosen: RIA_VLLM_BACKEND asks for it" if forced else "chosen: the first that can serve this layer"
         else:
@@ -173,19 +177,20 @@ def advice(facts: Facts) -> str:
 
 def take_facts(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> Facts:
     """Of this machine, for a layer."""
+    config = LinearLayerConfig(device, dtype, FLOAT, out_features, in_features)
     try:
-        chosen = kernels.choose(device, dtype, out_features, in_features).NAME
+        chosen = registry.choose(config).kernel.name
     except RiaError:
         chosen = None
-    reasons = kernels.explain(device, dtype, out_features, in_features)
+    reasons = registry.explain(config)
     present = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else present
-    variables = ("RIA_VLLM_BACKEND", "RIA_VLLM_CPU_ISA")
+    variables = (registry.FORCED, "RIA_VLLM_CPU_ISA")
     return Facts(
         device=device.type,
         kernels=[(name, reason) for name, reason in reasons if reason != f"the layer is on {device.type}"],
         chosen=chosen,
-        instruction_set=kernels.cpu.instruction_set() if chosen == kernels.cpu.NAME else None,
+        instruction_set=instruction_set() if chosen == CpuKernel.name else None,
         machine=platform.machine(),
         forced=[f"{name}={os.environ[name]}" for name in variables if os.environ.get(name)],
         vllm=vllm_line(),

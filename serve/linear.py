@@ -19,7 +19,9 @@ from vllm.model_executor.layers.linear import (
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels import registry as kernels
+from ria_vllm.formats import FLOAT, FP8, INT8
+from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
+from ria_vllm.serve.kernels.registry import choose
 from ria_vllm.serve.loading import BITMASK_OF_ONES_AND_TWOS, Arrivals, create_parameters, take_parameters, unwrapped
 from ria_vllm.serve.weight_scheme import is_two_of_four, row_scales
 
@@ -63,14 +65,14 @@ class Created:
 
 @dataclass(frozen=True)
 class Product:
-    """One call of a kernel: rows [start, start + out_features) of the layer. Tensors are named, not held, because vLLM
-    swaps a layer's parameters when it reloads weights."""
+    """One call of a kernel: rows [start, start + config.out_features) of the layer. Tensors are named, not held, because
+    vLLM swaps a layer's parameters when it reloads weights."""
 
-    kernel: Callable[..., torch.Tensor]
+    kernel: type[LinearKernel]
+    config: LinearLayerConfig
     packed: tuple[str, ...]
     input_permutation: str | None
     start: int
-    out_features: int
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,10 @@ class Sparse24LinearMethod(LinearMethodBase):
         if wrong:
             raise RiaError(f"{' + '.join(self.parts)}: {wrong}. The weight file is damaged; get it again.")
 
+        weights = {"compressed": compressed, "bitmask": bitmask}
+        weight_format = FLOAT if scales is None else INT8 if compressed.dtype == torch.int8 else FP8
+        if scales is not None:
+            weights["weight_scale"] = scales[:, None]
         products, channels, packed_bytes, backends = [], None, 0, []
         for start, size, order in self._groups(layer):
             order, crosses = local_order(order, layer, columns)
@@ -173,14 +179,12 @@ class Sparse24LinearMethod(LinearMethodBase):
                 channels = "input_channels"
                 set_tensor(layer, channels, torch.from_numpy(order).to(compressed.device))
                 order = None
-            layer_facts = (compressed.device, served, size, columns + padding)
-            backend = kernels.choose(*layer_facts)
-            parts = [tensor[start : start + size] for tensor in (compressed, bitmask)]
-            if scales is not None and kernels.keeps_quantized(backend, *layer_facts, compressed.dtype):
-                parts.append(scales[start : start + size])
-            elif scales is not None:
-                parts[0] = (parts[0].float() * scales[start : start + size, None]).to(served)
-            packed = backend.pack(*parts)
+            rows_of_call = weight_format.take_rows(weights, slice(start, start + size))
+            config = LinearLayerConfig(compressed.device, served, weight_format, size, columns + padding)
+            choice = choose(config)
+            if choice.widened_from is not None:
+                rows_of_call = weight_format.widen(rows_of_call, served)
+            packed = choice.kernel.pack(choice.config, rows_of_call)
             names = [f"weight_packed_{start}_{i}" if start or i else "weight_packed" for i in range(len(packed))]
             for name, tensor in zip(names, packed):
                 set_tensor(layer, name, tensor)
@@ -189,9 +193,9 @@ class Sparse24LinearMethod(LinearMethodBase):
                 permutation_name = f"input_permutation_{start}"
                 order = np.concatenate([order, np.arange(columns, columns + padding, dtype=np.int32)])
                 set_tensor(layer, permutation_name, torch.from_numpy(order).to(compressed.device))
-            products.append(Product(backend.apply, tuple(names), permutation_name, start, size))
+            products.append(Product(choice.kernel, choice.config, tuple(names), permutation_name, start))
             packed_bytes += sum(tensor.nbytes for tensor in packed)
-            backends.append(backend.NAME)
+            backends.append(str(choice))
         layer.ria_plan = Plan(tuple(products), channels, padding)
         if first:
             self._report(layer, rows * columns * served.itemsize, packed_bytes, backends)
@@ -264,12 +268,12 @@ class Sparse24LinearMethod(LinearMethodBase):
         if plan.padding:
             x = pad(x, (0, plan.padding))
         outputs = [
-            product.kernel(
+            product.kernel.apply(
+                product.config,
                 x,
                 [getattr(layer, name) for name in product.packed],
-                product.out_features,
                 None if product.input_permutation is None else getattr(layer, product.input_permutation),
-                None if bias is None else bias[product.start : product.start + product.out_features],
+                None if bias is None else bias[product.start : product.start + product.config.out_features],
             )
             for product in plan.products
         ]

@@ -1,33 +1,33 @@
-"""The product in torch operations alone: any device, any dtype. The fallback, and what the tests call right."""
+"""The product in torch operations alone: any device, any dtype, any weight format. The fallback, and the tests' oracle."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from ria_vllm import sparse24
-
-NAME = "reference"
+from ria_vllm.formats import FORMATS, name_of
+from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.sparse24 import VALUE_DTYPES
 
 # Rows decompressed at a time: the temporary stays small beside the weight.
 _BLOCK_ROWS = 1024
 
 _library = torch.library.Library("ria", "FRAGMENT")
 _library.define(
-    "sparse24_linear.reference(Tensor x, Tensor compressed, Tensor bitmask, Tensor? scales, Tensor? input_permutation,"
-    " Tensor? bias) -> Tensor"
+    "sparse24_linear.reference(Tensor x, Tensor[] packed, str weight_format, int out_features,"
+    " Tensor? input_permutation, Tensor? bias) -> Tensor"
 )
 
 
-def _linear(x, compressed, bitmask, scales, input_permutation, bias):
-    y = x.new_empty(*x.shape[:-1], compressed.shape[0])
+def _linear(x, packed, weight_format, out_features, input_permutation, bias):
+    format = FORMATS[weight_format]
+    parts = {part.name: tensor for part, tensor in zip(format.parts, packed, strict=True)}
+    y = x.new_empty(*x.shape[:-1], out_features)
     if input_permutation is not None:
         x = x.index_select(-1, input_permutation)
     x = x.float()
-    for first in range(0, compressed.shape[0], _BLOCK_ROWS):
+    for first in range(0, out_features, _BLOCK_ROWS):
         rows = slice(first, first + _BLOCK_ROWS)
-        block = sparse24.decompress(compressed[rows], bitmask[rows]).float()
-        if scales is not None:
-            block *= scales[rows, None]
+        block = format.decode(format.take_rows(parts, rows), torch.float32)
         y[..., rows] = torch.nn.functional.linear(x, block, None if bias is None else bias[rows].float())
     return y
 
@@ -36,32 +36,41 @@ _library.impl("sparse24_linear.reference", _linear, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("ria::sparse24_linear.reference")
-def _fake_linear(x, compressed, bitmask, scales, input_permutation, bias):
-    return x.new_empty(*x.shape[:-1], compressed.shape[0])
+def _fake_linear(x, packed, weight_format, out_features, input_permutation, bias):
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> str | None:
-    """Why this backend cannot serve a layer, or None."""
-    if dtype not in (*sparse24.VALUE_DTYPES, torch.int8):
-        return f"no 2:4 weights of dtype {dtype}"
-    return None
+class ReferenceKernel:
+    """See `LinearKernel`."""
 
+    name = "reference"
+    is_fallback = True
 
-def pack(
-    compressed: torch.Tensor, bitmask: torch.Tensor, scales: torch.Tensor | None = None
-) -> tuple[torch.Tensor, ...]:
-    """The checkpoint's form is the packed form; copies, so that the originals can be freed."""
-    return tuple(tensor.clone() for tensor in (compressed, bitmask, scales) if tensor is not None)
+    @staticmethod
+    def is_supported(device: torch.device) -> str | None:
+        return None
 
+    @staticmethod
+    def can_implement(config: LinearLayerConfig) -> str | None:
+        if FORMATS.get(config.weight_format.name) != config.weight_format:
+            return f"{config.weight_format.name} is not in ria_vllm.formats.FORMATS"
+        if config.act_dtype not in VALUE_DTYPES:
+            return f"dtype {name_of(config.act_dtype)}; {', '.join(map(name_of, VALUE_DTYPES))} only"
+        return None
 
-def apply(
-    x: torch.Tensor,
-    packed: Sequence[torch.Tensor],
-    out_features: int,
-    input_permutation: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """y[..., out] = x[..., p] @ stored^T + bias, accumulated in fp32, in x's dtype."""
-    compressed, bitmask, *scales = packed
-    scale = scales[0] if scales else None
-    return torch.ops.ria.sparse24_linear.reference(x, compressed, bitmask, scale, input_permutation, bias)
+    @staticmethod
+    def pack(config: LinearLayerConfig, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The format's own tensors."""
+        return tuple(parts[part.name].clone() for part in config.weight_format.parts)
+
+    @staticmethod
+    def apply(
+        config: LinearLayerConfig,
+        x: torch.Tensor,
+        packed: Sequence[torch.Tensor],
+        input_permutation: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return torch.ops.ria.sparse24_linear.reference(
+            x, list(packed), config.weight_format.name, config.out_features, input_permutation, bias
+        )

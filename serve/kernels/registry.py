@@ -1,102 +1,176 @@
-"""One operator, `ria::sparse24_linear`, with one overload per backend; each backend is a module of this package.
+"""Which kernel serves a layer: the kernels of other packages first, then ours, in order of preference."""
 
-A backend module has `NAME`, `unavailable(device, dtype, out_features, in_features) -> str | None`,
-`pack(compressed, bitmask) -> tuple[Tensor, ...]` and `apply(x, packed, out_features, input_permutation, bias)`. One
-that serves quantized weights under 16-bit activations has a `pack(compressed, bitmask, scales)`, scales float32 [out],
-and is not `unavailable` for the weights' dtype.
-"""
-
+import logging
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import ModuleType
+from importlib.metadata import EntryPoint, entry_points
 
 import torch
 
-from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels import reference
-from ria_vllm.serve.kernels.cpu import backend as cpu
-from ria_vllm.serve.kernels.cuda import backend as cutlass
-from ria_vllm.serve.kernels.torch import cusparselt, torch_cutlass
+from ria_vllm.formats import FLOAT, WeightFormat, name_of
+from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel
+from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
+from ria_vllm.serve.kernels.reference import ReferenceKernel
+from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 
-# In order of preference.
-BACKENDS: tuple[ModuleType, ...] = (
-    cutlass,
-    cusparselt,
-    torch_cutlass,
-    cpu,
-    reference,
-)
+logger = logging.getLogger("vllm.ria")
 
-# The activations that each kind of quantized weights is multiplied with, where a backend has a kernel for them.
-_ACTIVATIONS = {torch.int8: (torch.bfloat16,), torch.float8_e4m3fn: (torch.bfloat16, torch.float16)}
+ENTRY_POINTS = "ria_vllm.linear_kernels"
+"""The group in which other packages name their kernels, each a `LinearKernel` class."""
 
+OWN_KERNELS: tuple[type[LinearKernel], ...] = (CutlassKernel, CusparseltKernel, CpuKernel, ReferenceKernel)
 
-def explain(
-    device: torch.device, dtype: torch.dtype, out_features: int, in_features: int
-) -> list[tuple[str, str | None]]:
-    """Each backend's name, in order of preference, with the reason why it cannot serve the layer, or None."""
-    return [(backend.NAME, _reason(backend, device, dtype, out_features, in_features)) for backend in BACKENDS]
+FORCED = "RIA_VLLM_BACKEND"
+
+# Sides of the square weights that `self_test` tries, the first that the kernel takes.
+_SMALL = (64, 128, 256)
 
 
-def _reason(
-    backend: ModuleType, device: torch.device, dtype: torch.dtype, out_features: int, in_features: int
-) -> str | None:
-    """Why the backend cannot serve the layer, or None."""
-    reason = backend.unavailable(device, dtype, out_features, in_features)
-    return fault(backend, device) if reason is None and device.type == "cuda" else reason
+@dataclass(frozen=True)
+class Choice:
+    """The kernel for a layer, and the layer as this kernel serves it: perhaps with its weights widened."""
+
+    kernel: type[LinearKernel]
+    config: LinearLayerConfig
+    widened_from: WeightFormat | None = None
+
+    def __str__(self) -> str:
+        if self.widened_from is None:
+            return self.kernel.name
+        return f"{self.kernel.name}, {self.widened_from.name} widened to {name_of(self.config.act_dtype)}"
 
 
 @lru_cache
-def fault(backend: ModuleType, device: torch.device) -> str | None:
-    """What goes wrong when the backend multiplies something small on this device, or None.
-
-    A driver too old for the library, a torch without kernels for this GPU: better found here, where the next backend
-    can take the layer, than by its weights.
-    """
-    try:
-        compressed, bitmask = sparse24.compress(torch.ones(64, 64, dtype=torch.bfloat16, device=device))
-        x = torch.ones(8, 64, dtype=torch.bfloat16, device=device)
-        y = backend.apply(x, backend.pack(compressed, bitmask), 64, None, None)
-        right = bool((y == 32).all())
-    except (RiaError, RuntimeError) as error:
-        return f"a small product fails on this GPU: {str(error) or type(error).__name__}".splitlines()[0]
-    return None if right else "a small product comes out wrong on this GPU"
-
-
-def keeps_quantized(
-    backend: ModuleType,
-    device: torch.device,
-    dtype: torch.dtype,
-    out_features: int,
-    in_features: int,
-    weights: torch.dtype,
-) -> bool:
-    """Whether `backend`, chosen for activations of `dtype`, serves quantized weights of dtype `weights` as they are."""
-    served = dtype in _ACTIVATIONS.get(weights, ())
-    return served and backend.unavailable(device, weights, out_features, in_features) is None
-
-
-def choose(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> ModuleType:
-    """The backend for a layer: the first that can serve it, or the one RIA_VLLM_BACKEND names.
+def kernels() -> tuple[type[LinearKernel], ...]:
+    """All kernels, in order of preference.
 
     Raises:
-        RiaError: RIA_VLLM_BACKEND names no backend, or one that cannot serve the layer; or none can.
+        RiaError: another package's kernel that cannot be loaded, is not a kernel, or has the name of another one.
     """
-    layer = f"a {out_features} x {in_features} layer of dtype {dtype} on {device}"
-    forced = os.environ.get("RIA_VLLM_BACKEND")
+    found: dict[str, type[LinearKernel]] = {kernel.name: kernel for kernel in OWN_KERNELS}
+    others = []
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: (entry.name, entry.value)):
+        kernel = _load(entry)
+        if kernel.name in found:
+            raise RiaError(f"{_place(entry)}: there is another kernel named {kernel.name!r}. Uninstall one of them.")
+        found[kernel.name] = kernel
+        others.append(kernel)
+    return (*others, *OWN_KERNELS)
+
+
+def _place(entry: EntryPoint) -> str:
+    package = f" of {entry.dist.name} {entry.dist.version}" if entry.dist else ""
+    return f"{ENTRY_POINTS}: {entry.name} = {entry.value}{package}"
+
+
+def _load(entry: EntryPoint) -> type[LinearKernel]:
+    try:
+        kernel = entry.load()
+    except Exception as error:
+        raise RiaError(
+            f"{_place(entry)} cannot be loaded ({type(error).__name__}: {error}). Repair or uninstall that package."
+        ) from error
+    asked = ("name", "is_fallback", "is_supported", "can_implement", "pack", "apply")
+    absent = [name for name in asked if not hasattr(kernel, name)]
+    if absent:
+        raise RiaError(f"{_place(entry)} is not a LinearKernel: it has no {absent[0]}. Update or uninstall that package.")
+    return kernel
+
+
+def explain(config: LinearLayerConfig) -> list[tuple[str, str | None]]:
+    """Each kernel's name, in order of preference, with the reason why it cannot serve the layer as it is, or None."""
+    return [(kernel.name, reason_against(kernel, config)) for kernel in kernels()]
+
+
+def reason_against(kernel: type[LinearKernel], config: LinearLayerConfig) -> str | None:
+    """Why the kernel cannot serve the layer, or None."""
+    reason = kernel.is_supported(config.device)
+    reason = kernel.can_implement(config) if reason is None else reason
+    if reason is None and not kernel.is_fallback:
+        reason = self_test(kernel, config.device, config.act_dtype, config.weight_format, config.group_size)
+    return reason
+
+
+@lru_cache
+def self_test(
+    kernel: type[LinearKernel],
+    device: torch.device,
+    act_dtype: torch.dtype,
+    weight_format: WeightFormat,
+    group_size: int | None,
+) -> str | None:
+    """What goes wrong when the kernel multiplies something small in this format on this device, or None.
+
+    A driver that is too old, a library without code for this GPU: better found here, where another kernel can take the
+    layer, than by its weights. A kernel that takes no small layer is not tested.
+    """
+    for side in _SMALL:
+        config = LinearLayerConfig(device, act_dtype, weight_format, side, side, group_size)
+        if kernel.can_implement(config) is None:
+            break
+    else:
+        return None
+    try:
+        # Ones and twos: a product that mixes up rows or columns comes out wrong, and every format holds it exactly
+        # or nearly so.
+        weight = 1 + torch.arange(side * side, device=device).view(side, side).remainder(5).remainder(2).to(act_dtype)
+        mask = torch.tensor([True, False, True, False], device=device).repeat(side, side // 4)
+        weight, scales = weight_format.quantize(weight * mask, act_dtype)
+        parts = weight_format.encode(weight, mask, scales)
+        x = 1 + torch.arange(8 * side, device=device).view(8, side).remainder(7).remainder(3).to(act_dtype)
+        y = kernel.apply(config, x, kernel.pack(config, parts), None, None)
+        expected = x.float() @ weight_format.decode(parts, torch.float32).T
+        right = torch.allclose(y.float(), expected, rtol=0.05, atol=0.5)
+    except (RiaError, RuntimeError) as error:
+        return f"a small product fails on this device: {str(error) or type(error).__name__}".splitlines()[0]
+    return None if right else "a small product comes out wrong on this device"
+
+
+def widened(config: LinearLayerConfig) -> LinearLayerConfig:
+    """The same layer with its weights as floating point."""
+    return replace(config, weight_format=FLOAT, group_size=None)
+
+
+def choose(config: LinearLayerConfig) -> Choice:
+    """The kernel for a layer: the first that serves its weights as they are; else the first that serves them widened to
+    the activations' dtype; else a fallback. RIA_VLLM_BACKEND names one instead.
+
+    Raises:
+        RiaError: RIA_VLLM_BACKEND names no kernel, or one that cannot serve the layer; or none can.
+    """
+    forced = os.environ.get(FORCED)
     if forced:
-        named = {backend.NAME: backend for backend in BACKENDS}
-        if forced not in named:
-            raise RiaError(f"RIA_VLLM_BACKEND={forced} is not a backend; choose from {', '.join(named)}")
-        reason = _reason(named[forced], device, dtype, out_features, in_features)
-        if reason:
-            raise RiaError(f"RIA_VLLM_BACKEND={forced} cannot serve {layer}: {reason}")
-        return named[forced]
-    reasons = []
-    for backend in BACKENDS:
-        reason = _reason(backend, device, dtype, out_features, in_features)
-        if reason is None:
-            return backend
-        reasons.append(f"{backend.NAME}: {reason}")
-    raise RiaError(f"no backend can serve {layer}: {'; '.join(reasons)}")
+        return _forced(config, forced)
+    quick = [kernel for kernel in kernels() if not kernel.is_fallback]
+    slow = [kernel for kernel in kernels() if kernel.is_fallback]
+    choice = _first(quick, config) or _first(slow, config)
+    if choice is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(config))
+        raise RiaError(f"no kernel can serve {config}: {reasons}")
+    return choice
+
+
+def _first(candidates: Sequence[type[LinearKernel]], config: LinearLayerConfig) -> Choice | None:
+    for kernel in candidates:
+        if reason_against(kernel, config) is None:
+            return Choice(kernel, config)
+    if config.weight_format == FLOAT:
+        return None
+    for kernel in candidates:
+        if reason_against(kernel, widened(config)) is None:
+            return Choice(kernel, widened(config), widened_from=config.weight_format)
+    return None
+
+
+def _forced(config: LinearLayerConfig, name: str) -> Choice:
+    named = {kernel.name: kernel for kernel in kernels()}
+    if name not in named:
+        raise RiaError(f"{FORCED}={name} is not a kernel; choose from {', '.join(named)}.")
+    choice = _first([named[name]], config)
+    if choice is None:
+        raise RiaError(f"{FORCED}={name} cannot serve {config}: {reason_against(named[name], config)}")
+    return choice

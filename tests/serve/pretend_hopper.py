@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ria_vllm import sparse24
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel
 from ria_vllm.serve.kernels.cuda import backend as cutlass
 from ria_vllm.serve.kernels.cuda import build as cuda_compile
 from ria_vllm.serve.kernels.cuda import fp8
@@ -48,6 +49,7 @@ class PretendLibrary(SimpleNamespace):
 def cutlass_on_cpu(monkeypatch):
     """Puts a library behind the backend `cutlass`, whose operators take tensors on the CPU while the test runs."""
     def put(library, multiprocessors, workspace):
+        monkeypatch.setattr(cutlass, "_index", lambda device: 0)
         monkeypatch.setattr(cutlass, "library_of", lambda index: library)
         monkeypatch.setattr(cutlass, "multiprocessors", lambda index: multiprocessors)
         monkeypatch.setattr(cutlass, "workspace", lambda index: workspace)
@@ -70,6 +72,6 @@ def hopper(cutlass_on_cpu):
 @pytest.fixture
 def hopper_layers(hopper, monkeypatch):
     """The same, and layers on the CPU count as layers on the GPU."""
-    unavailable, gpu = cutlass.unavailable, torch.device("cuda", 0)
-    monkeypatch.setattr(cutlass, "unavailable", lambda device, *facts: unavailable(gpu, *facts))
+    monkeypatch.setattr(cutlass.CutlassKernel, "is_supported", staticmethod(lambda device: None))
+    monkeypatch.setattr(CpuKernel, "is_supported", staticmethod(lambda device: "the layer is on cuda"))
     return hopper

@@ -109,10 +109,14 @@ def test_elsewhere_fp8_becomes_floating_point(dense, dtype):
     check_dequantized(checkpoint.single(dtype=dtype), checkpoint.plain["fc"], dtype)
 
 
-def test_a_backend_that_is_asked_for_and_knows_no_fp8(hopper_layers, monkeypatch):
+def test_the_reference_keeps_fp8_weights_and_does_not_round_its_inputs(hopper_layers, monkeypatch):
     monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
     checkpoint = Checkpoint()
-    check_dequantized(checkpoint.single(), checkpoint.plain["fc"], torch.bfloat16)
+    layer = checkpoint.single()
+    assert packed(layer)[0].dtype == fp8.DTYPE
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(7)).bfloat16()
+    exact = x.double() @ checkpoint.plain["fc"].double().T
+    torch.testing.assert_close(layer(x).double(), exact, rtol=2**-8, atol=1e-4)
 
 
 def test_fused_parts_that_differ_in_their_inputs_are_refused():

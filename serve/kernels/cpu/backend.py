@@ -4,15 +4,15 @@
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
-
-NAME = "cpu"
+from ria_vllm.formats import FLOAT, INT8, name_of
+from ria_vllm.serve.kernels.base import LinearLayerConfig
 
 _LIBRARY = Path(__file__).with_name("_cpu.so")
 
@@ -64,42 +64,50 @@ def instruction_set() -> str:
     return answer
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> str | None:
-    """Why this backend cannot serve a layer, or None."""
-    if device.type != "cpu":
-        return f"the layer is on {device.type}"
-    if dtype not in (*sparse24.VALUE_DTYPES, torch.int8):
-        return f"no 2:4 weights of dtype {dtype}"
-    if in_features % sparse24.IN_FEATURES_MULTIPLE:
-        return f"in-features {in_features} are not a multiple of {sparse24.IN_FEATURES_MULTIPLE}"
-    try:
-        instruction_set()
-    except RiaError as error:
-        return str(error)
-    return None
+class CpuKernel:
+    """See `LinearKernel`. int8 weights meet bfloat16 activations."""
 
+    name = "cpu"
+    is_fallback = False
 
-def pack(
-    compressed: torch.Tensor, bitmask: torch.Tensor, scales: torch.Tensor | None = None
-) -> tuple[torch.Tensor, ...]:
-    """Repack from the checkpoint's form (compressed [out, in/2], bitmask [out, in/8]) to one uint8 stream.
+    @staticmethod
+    def is_supported(device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"the layer is on {device.type}"
+        try:
+            instruction_set()
+        except RiaError as error:
+            return str(error)
+        return None
 
-    Args:
-        scales: float32 [out], for int8 values and only for them.
+    @staticmethod
+    def can_implement(config: LinearLayerConfig) -> str | None:
+        if config.weight_format not in (FLOAT, INT8):
+            return f"no {config.weight_format.name} weights; {FLOAT.name} and {INT8.name} only"
+        if config.weight_format == INT8 and config.act_dtype != torch.bfloat16:
+            return f"int8 weights under {name_of(config.act_dtype)} activations; bfloat16 only"
+        if config.act_dtype not in sparse24.VALUE_DTYPES:
+            return f"dtype {name_of(config.act_dtype)}; {', '.join(map(name_of, sparse24.VALUE_DTYPES))} only"
+        if config.in_features % sparse24.IN_FEATURES_MULTIPLE:
+            return f"in-features {config.in_features} are not a multiple of {sparse24.IN_FEATURES_MULTIPLE}"
+        return None
 
-    Raises:
-        RuntimeError: shapes or dtypes do not fit, or a group keeps other than two values (row and columns named).
-    """
-    scales = None if scales is None else scales.contiguous()
-    return (torch.ops.ria.sparse24_pack.cpu(compressed.contiguous(), bitmask.contiguous(), scales),)
+    @staticmethod
+    def pack(config: LinearLayerConfig, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """One uint8 stream, see csrc/layout.h.
 
+        Raises:
+            RuntimeError: shapes or dtypes do not fit, or a group keeps other than two values (row and columns named).
+        """
+        scales = parts["weight_scale"].flatten().contiguous() if config.weight_format == INT8 else None
+        return (torch.ops.ria.sparse24_pack.cpu(parts["compressed"].contiguous(), parts["bitmask"].contiguous(), scales),)
 
-def apply(
-    x: torch.Tensor,
-    packed: Sequence[torch.Tensor],
-    out_features: int,
-    input_permutation: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """y[..., out] = x[..., p] @ stored^T + bias, accumulated in fp32, in x's dtype: the weights', bfloat16 for int8."""
-    return torch.ops.ria.sparse24_linear.cpu(x, packed[0], out_features, input_permutation, bias)
+    @staticmethod
+    def apply(
+        config: LinearLayerConfig,
+        x: torch.Tensor,
+        packed: Sequence[torch.Tensor],
+        input_permutation: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return torch.ops.ria.sparse24_linear.cpu(x, packed[0], config.out_features, input_permutation, bias)

@@ -7,17 +7,17 @@ quantization of activations that fp8 weights ask for.
 All streams of a device share one workspace: two products must not run at the same time on two streams of one device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import FLOAT, FP8, name_of
+from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.bindings import library_of, multiprocessors
 from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, WORKSPACE_BYTES, choose_tile
-
-NAME = "cutlass"
 
 _ALIGNMENT = 16  # bytes, of every pointer
 
@@ -112,57 +112,70 @@ def workspace(device_index: int) -> torch.Tensor:
     return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=torch.device("cuda", device_index))
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> str | None:
-    """Why this backend cannot serve a layer with weights of `dtype`, or None."""
-    if device.type != "cuda":
-        return f"the layer is on {device.type}"
-    if torch.version.hip:
-        return "ROCm has no such kernel"
-    if dtype not in (torch.bfloat16, torch.float16, fp8.DTYPE):
-        return f"dtype {dtype}; bfloat16, float16 and float8_e4m3fn only"
-    if out_features % 8:
-        return f"out-features {out_features} are not a multiple of 8 (rows of 16 bytes)"
-    if in_features % 64:
-        return f"in-features {in_features} are not a multiple of 64"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    try:
-        choose_tile(library_of(index), dtype, out_features, in_features, 1, multiprocessors(index))
-    except RiaError as error:
-        return str(error)
-    return None
+class CutlassKernel:
+    """See `LinearKernel`. For fp8 weights each token of x is rounded to fp8 as well, under its own scale."""
+
+    name = "cutlass"
+    is_fallback = False
+
+    @staticmethod
+    def is_supported(device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"the layer is on {device.type}"
+        if torch.version.hip:
+            return "ROCm has no such kernel"
+        try:
+            library_of(_index(device))
+        except RiaError as error:
+            return str(error)
+        return None
+
+    @staticmethod
+    def can_implement(config: LinearLayerConfig) -> str | None:
+        if config.weight_format not in (FLOAT, FP8):
+            return f"no {config.weight_format.name} weights; {FLOAT.name} and {FP8.name} only"
+        if config.act_dtype not in (torch.bfloat16, torch.float16):
+            return f"dtype {name_of(config.act_dtype)}; bfloat16 and float16 only"
+        if config.out_features % 8:
+            return f"out-features {config.out_features} are not a multiple of 8 (rows of 16 bytes)"
+        if config.in_features % 64:
+            return f"in-features {config.in_features} are not a multiple of 64"
+        index, dtype = _index(config.device), config.act_dtype if config.weight_format == FLOAT else fp8.DTYPE
+        try:
+            sizes = config.out_features, config.in_features
+            choose_tile(library_of(index), dtype, *sizes, 1, multiprocessors(index))
+        except RiaError as error:
+            return str(error)
+        return None
+
+    @staticmethod
+    def pack(config: LinearLayerConfig, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """(values [out, in/2], metadata uint8[, scales float32 [out]]), on the GPU; one pass over the bitmask."""
+        values, bitmask = parts["compressed"], parts["bitmask"]
+        library = library_of(values.device.index)
+        # Here, so that no CUDA graph's capture has to allocate it; and cleared again, because vLLM's sleep mode may have
+        # lost its contents.
+        workspace(values.device.index)[:COUNTER_BYTES].zero_()
+        metadata = library.pack_metadata(bitmask, values.itemsize * 8)
+        scales = (parts["weight_scale"].flatten().clone(),) if config.weight_format == FP8 else ()
+        return values.clone(memory_format=torch.contiguous_format), metadata, *scales
+
+    @staticmethod
+    def apply(
+        config: LinearLayerConfig,
+        x: torch.Tensor,
+        packed: Sequence[torch.Tensor],
+        input_permutation: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if input_permutation is not None:
+            x = x.index_select(-1, input_permutation)
+        values, metadata, *scales = packed
+        if not scales:
+            return torch.ops.ria.sparse24_linear.cutlass(x, values, metadata, bias)
+        quantized, x_scales = fp8.quantize(x)
+        return torch.ops.ria.sparse24_fp8_linear.cutlass(quantized, x_scales, values, metadata, *scales, bias, x.dtype)
 
 
-def pack(
-    compressed: torch.Tensor, bitmask: torch.Tensor, scales: torch.Tensor | None = None
-) -> tuple[torch.Tensor, ...]:
-    """(values [out, in/2], metadata uint8), on the GPU that the inputs are on; one pass over the bitmask.
-
-    Args:
-        scales: float32 [out], for float8_e4m3fn values and only for them; the third tensor of the result.
-    """
-    library = library_of(compressed.device.index)
-    # Here, that no CUDA graph's capture has to allocate it; and cleared again, for vLLM's sleep mode may have lost it.
-    workspace(compressed.device.index)[:COUNTER_BYTES].zero_()
-    values = compressed.clone(memory_format=torch.contiguous_format)
-    metadata = library.pack_metadata(bitmask, compressed.itemsize * 8)
-    return (values, metadata) if scales is None else (values, metadata, scales.clone())
-
-
-def apply(
-    x: torch.Tensor,
-    packed: Sequence[torch.Tensor],
-    out_features: int,
-    input_permutation: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """y[..., out] = x[..., p] @ stored^T + bias, accumulated in fp32, in x's dtype: bfloat16 or float16.
-
-    For fp8 weights each token of x is rounded to fp8 as well, under its own scale.
-    """
-    if input_permutation is not None:
-        x = x.index_select(-1, input_permutation)
-    values, metadata, *scales = packed
-    if not scales:
-        return torch.ops.ria.sparse24_linear.cutlass(x, values, metadata, bias)
-    quantized, x_scales = fp8.quantize(x)
-    return torch.ops.ria.sparse24_fp8_linear.cutlass(quantized, x_scales, values, metadata, *scales, bias, x.dtype)
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

@@ -1,12 +1,12 @@
 """The product on NVIDIA GPUs through cuSPARSELt, as torch brings it. Needs no compiler."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from ria_vllm import sparse24
-
-NAME = "cusparselt"
+from ria_vllm.formats import FLOAT, name_of
+from ria_vllm.serve.kernels.base import LinearLayerConfig
 
 _MULTIPLE_TOKENS = 8  # cuSPARSELt wants 16 bytes in each direction
 _MULTIPLE_FEATURES = 16
@@ -33,36 +33,47 @@ def _fake_linear(x, packed, out_features, bias):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> str | None:
-    """Why this backend cannot serve a layer, or None."""
-    if device.type != "cuda":
-        return f"the layer is on {device.type}"
-    if not torch.backends.cusparselt.is_available():
-        return f"torch {torch.__version__} comes without cuSPARSELt"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"dtype {dtype}; bfloat16 and float16 only"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"compute capability {major}.{minor}; sparse tensor cores begin with 8.0"
-    for name, size in (("out", out_features), ("in", in_features)):
-        if size % _MULTIPLE_FEATURES:
-            return f"{name}-features {size} are not a multiple of {_MULTIPLE_FEATURES}"
-    return None
+class CusparseltKernel:
+    """See `LinearKernel`."""
 
+    name = "cusparselt"
+    is_fallback = False
 
-def pack(compressed: torch.Tensor, bitmask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """cuSPARSELt's own form. It takes a dense matrix, which lives for the length of this call."""
-    return (torch._cslt_compress(sparse24.decompress(compressed, bitmask)),)
+    @staticmethod
+    def is_supported(device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"the layer is on {device.type}"
+        if not torch.backends.cusparselt.is_available():
+            return f"torch {torch.__version__} comes without cuSPARSELt"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"compute capability {major}.{minor}; sparse tensor cores begin with 8.0"
+        return None
 
+    @staticmethod
+    def can_implement(config: LinearLayerConfig) -> str | None:
+        if config.weight_format != FLOAT:
+            return f"no {config.weight_format.name} weights; {FLOAT.name} only"
+        if config.act_dtype not in (torch.bfloat16, torch.float16):
+            return f"dtype {name_of(config.act_dtype)}; bfloat16 and float16 only"
+        for name, size in (("out", config.out_features), ("in", config.in_features)):
+            if size % _MULTIPLE_FEATURES:
+                return f"{name}-features {size} are not a multiple of {_MULTIPLE_FEATURES}"
+        return None
 
-def apply(
-    x: torch.Tensor,
-    packed: Sequence[torch.Tensor],
-    out_features: int,
-    input_permutation: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """y[..., out] = x[..., p] @ stored^T + bias, accumulated in fp32, in x's dtype."""
-    if input_permutation is not None:
-        x = x.index_select(-1, input_permutation)
-    return torch.ops.ria.sparse24_linear.cusparselt(x, packed[0], out_features, bias)
+    @staticmethod
+    def pack(config: LinearLayerConfig, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """cuSPARSELt's own form. It takes a dense matrix, which lives as long as this call."""
+        return (torch._cslt_compress(sparse24.decompress(parts["compressed"], parts["bitmask"])),)
+
+    @staticmethod
+    def apply(
+        config: LinearLayerConfig,
+        x: torch.Tensor,
+        packed: Sequence[torch.Tensor],
+        input_permutation: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if input_permutation is not None:
+            x = x.index_select(-1, input_permutation)
+        return torch.ops.ria.sparse24_linear.cusparselt(x, packed[0], config.out_features, bias)

@@ -1,0 +1,228 @@
+"""Which kernel serves a layer, and what a kernel of another package can do."""
+
+import sys
+from dataclasses import replace
+from importlib.metadata import EntryPoint
+
+import pytest
+import torch
+from layers import pack, random_parts
+
+from ria_vllm.errors import RiaError
+from ria_vllm.formats import FLOAT, FORMATS, FP8, INT8
+from ria_vllm.serve.kernels import registry
+from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel
+from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
+from ria_vllm.serve.kernels.reference import ReferenceKernel
+from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
+
+CPU, BF16, FP16 = torch.device("cpu"), torch.bfloat16, torch.float16
+
+
+def layer(format=FLOAT, act_dtype=BF16, out_features=16, in_features=64, device=CPU):
+    return LinearLayerConfig(device, act_dtype, format, out_features, in_features)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No choice of a user's, and nothing that another test has found out."""
+    monkeypatch.delenv(registry.FORCED, raising=False)
+    caches = registry.kernels, registry.self_test
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_the_first_kernel_that_can_serve_the_layer():
+    assert registry.choose(layer()).kernel is CpuKernel
+    assert registry.choose(layer(in_features=100)).kernel is ReferenceKernel
+    reasons = dict(registry.explain(layer(in_features=100)))
+    assert reasons["cpu"] == "in-features 100 are not a multiple of 64" and reasons["reference"] is None
+    with pytest.raises(RiaError, match="no kernel can serve a 16 x 64 layer with float weights and float64 activations on cpu"):
+        registry.choose(layer(act_dtype=torch.float64))
+
+
+def test_a_forced_kernel(monkeypatch):
+    monkeypatch.setenv(registry.FORCED, "reference")
+    assert registry.choose(layer()).kernel is ReferenceKernel
+    monkeypatch.setenv(registry.FORCED, "cpu")
+    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cpu cannot serve a 16 x 100 layer .*: in-features 100 are not"):
+        registry.choose(layer(in_features=100))
+    monkeypatch.setenv(registry.FORCED, "fast")
+    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=fast is not a kernel; choose from .*cpu, reference"):
+        registry.choose(layer())
+
+
+@pytest.mark.parametrize(
+    "format, act_dtype, chosen",
+    [
+        (INT8, BF16, "cpu"),
+        (INT8, FP16, "cpu, int8 widened to float16"),
+        (INT8, torch.float32, "cpu, int8 widened to float32"),
+        (FP8, BF16, "cpu, fp8 widened to bfloat16"),
+    ],
+)
+def test_weights_are_widened_only_where_no_kernel_keeps_them(format, act_dtype, chosen):
+    choice = registry.choose(layer(format, act_dtype))
+    assert str(choice) == chosen and choice.kernel is CpuKernel
+    assert choice.config.weight_format == (format if choice.widened_from is None else FLOAT)
+
+
+def test_the_fallback_keeps_quantized_weights():
+    assert str(registry.choose(layer(INT8, in_features=96))) == "reference"
+
+
+@pytest.mark.parametrize(
+    "format, act_dtype, out_features, chosen",
+    [
+        (FP8, BF16, 64, "cutlass"),
+        (FP8, FP16, 64, "cutlass"),
+        (FP8, torch.float32, 64, "reference"),
+        (FP8, BF16, 12, "reference"),  # rows that it does not take
+        (INT8, BF16, 64, "cutlass, int8 widened to bfloat16"),
+    ],
+)
+def test_a_hopper_keeps_fp8(hopper_layers, format, act_dtype, out_features, chosen):
+    assert str(registry.choose(layer(format, act_dtype, out_features))) == chosen
+
+
+def test_a_gpus_kernels_are_tried_in_order(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(registry, "self_test", lambda *_: None)
+    for kernel in (CutlassKernel, CusparseltKernel):
+        monkeypatch.setattr(kernel, "is_supported", staticmethod(lambda device: None))
+    monkeypatch.setattr(CutlassKernel, "can_implement", staticmethod(lambda config: "too old"))
+    config = layer(device=gpu)
+    assert registry.choose(config).kernel is CusparseltKernel
+    assert registry.explain(config)[:2] == [("cutlass", "too old"), ("cusparselt", None)]
+    # On GPUs without a kernel for int8, the fast kernels go first with 16-bit weights.
+    assert str(registry.choose(layer(INT8, device=gpu))) == "cusparselt, int8 widened to bfloat16"
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("kernel", registry.OWN_KERNELS, ids=lambda kernel: kernel.name)
+def test_each_kernel_multiplies_every_format_that_it_takes(kernel, format, hopper, monkeypatch):
+    monkeypatch.setattr(CutlassKernel, "is_supported", staticmethod(lambda device: None))
+    taken = 0
+    for act_dtype in (BF16, FP16, torch.float32):
+        config = layer(format, act_dtype, 72, 128)
+        if kernel.is_supported(CPU) or kernel.can_implement(config):
+            continue
+        taken += 1
+        assert registry.self_test(kernel, CPU, act_dtype, format, None) is None
+        parts, dense = random_parts(72, 128, format, act_dtype)
+        x = torch.randn(9, 128, generator=torch.Generator().manual_seed(1)).to(act_dtype)
+        order = torch.randperm(128, dtype=torch.int32)
+        bias = torch.randn(72).to(act_dtype)
+        y = pack(kernel, parts, format, act_dtype)(x, order, bias)
+        want = x.double()[:, order.long()] @ dense.T + bias.double()
+        # fp8's kernel rounds activations to 3 bits of mantissa.
+        rtol = 2**-4 if format == FP8 and kernel is CutlassKernel else 2**-7
+        torch.testing.assert_close(y.double(), want, rtol=rtol, atol=rtol * float(want.abs().max()))
+        assert y.dtype == act_dtype
+    expected = {(CutlassKernel, FLOAT): 2, (CutlassKernel, FP8): 2, (CpuKernel, FLOAT): 3, (CpuKernel, INT8): 1}
+    assert taken == (3 if kernel is ReferenceKernel else expected.get((kernel, format), 0))
+
+
+def broken(*_):
+    raise RuntimeError("no kernel image is available\nfor this device")
+
+
+def mixed_up(config, x, packed, input_permutation, bias):
+    """Right, but for the order of the channels."""
+    return torch.ops.ria.sparse24_linear.cpu(x.flip(-1), packed[0], config.out_features, input_permutation, bias)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"pack": broken}, "a small product fails on this device: no kernel image is available"),
+        ({"apply": broken}, "a small product fails on this device: no kernel image is available"),
+        ({"apply": lambda config, x, *_: x}, "a small product comes out wrong on this device"),
+        ({"apply": mixed_up}, "a small product comes out wrong on this device"),
+    ],
+)
+@pytest.mark.parametrize("format", [FLOAT, INT8], ids=lambda format: format.name)
+def test_a_kernel_that_multiplies_wrong_is_passed_over(monkeypatch, change, words, format):
+    for name, function in change.items():
+        monkeypatch.setattr(CpuKernel, name, staticmethod(function))
+    assert registry.reason_against(CpuKernel, layer(format)) == words
+    assert registry.choose(layer(format)).kernel is ReferenceKernel
+
+
+KERNEL = '''
+import torch
+from ria_vllm.serve.kernels.reference import ReferenceKernel
+
+
+class Kernel(ReferenceKernel):
+    name = "theirs"
+    is_fallback = False
+
+    @staticmethod
+    def can_implement(config):
+        return None if config.weight_format.name == "int8" else "int8 only"
+'''
+
+
+@pytest.fixture
+def another_package(tmp_path, monkeypatch):
+    """Installs a package, as pip would, that names an object of a module as a kernel."""
+
+    def install(source, attribute="Kernel"):
+        (tmp_path / "their_kernel.py").write_text(source)
+        metadata = tmp_path / "their_package-1.5.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.5\n")
+        (metadata / "entry_points.txt").write_text(f"[ria_vllm.linear_kernels]\ntheirs = their_kernel:{attribute}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    yield install
+    sys.modules.pop("their_kernel", None)
+
+
+def test_a_kernel_of_another_package_goes_first(another_package, monkeypatch):
+    another_package(KERNEL)
+    assert [kernel.name for kernel in registry.kernels()][:2] == ["theirs", "cutlass"]
+    assert registry.choose(layer(INT8)).kernel.name == "theirs"
+    assert registry.choose(layer()).kernel is CpuKernel
+    assert dict(registry.explain(layer()))["theirs"] == "int8 only"
+    monkeypatch.setenv(registry.FORCED, "theirs")
+    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=theirs cannot serve .*: int8 only"):
+        registry.choose(layer())
+
+
+@pytest.mark.parametrize(
+    "source, attribute, words",
+    [
+        ("import no_such_module", "Kernel", r"cannot be loaded \(ModuleNotFoundError: .*no_such_module.*Repair or uninstall"),
+        (KERNEL, "Missing", r"cannot be loaded \(AttributeError"),
+        ("class Kernel:\n    name = 'theirs'", "Kernel", "is not a LinearKernel: it has no is_fallback"),
+        (KERNEL.replace('"theirs"', '"cpu"'), "Kernel", "there is another kernel named 'cpu'"),
+    ],
+)
+def test_a_kernel_that_cannot_be_used_is_an_error_that_names_its_package(another_package, source, attribute, words):
+    another_package(source, attribute)
+    with pytest.raises(RiaError, match=f"theirs = their_kernel:{attribute} of their-package 1.5.* {words}|{words}") as found:
+        registry.choose(layer())
+    assert "their-package 1.5" in str(found.value)
+
+
+def test_an_entry_point_without_a_package_has_its_place():
+    entry = EntryPoint("theirs", "no_such_module:Kernel", registry.ENTRY_POINTS)
+    with pytest.raises(RiaError, match="^ria_vllm.linear_kernels: theirs = no_such_module:Kernel cannot be loaded"):
+        registry._load(entry)
+
+
+def test_a_kernel_without_small_layers_is_not_tested():
+    class Large(CpuKernel):
+        pack = staticmethod(broken)
+
+        @staticmethod
+        def can_implement(config):
+            return None if config.out_features >= 1024 else "large layers only"
+
+    assert registry.reason_against(Large, replace(layer(), out_features=1024)) is None
