@@ -25,7 +25,7 @@ from ria_vllm.schema import (
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 LONGEST_NAME = 1000
-DEEPEST_JSON = 50  # what walks through it may recurse
+DEEPEST_JSON = 50  # levels; code that walks through it may recurse
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def tensor_names(path: Path) -> list[str]:
     """Names of the tensors in a safetensors file.
 
     Raises:
-        RiaError: the file is truncated or broken, or a name is none that can be shown to people.
+        RiaError: the file is truncated or broken, or a name cannot be printed.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -132,12 +132,12 @@ def tensor_names(path: Path) -> list[str]:
         raise RiaError(f"{path}: broken or truncated safetensors file ({error}). Get the file again.") from None
     for name in names:
         if len(name) > LONGEST_NAME or not name.isprintable():
-            raise RiaError(f"{path}: {name[:80]!r} is no name of a tensor. Do not use this checkpoint.")
+            raise RiaError(f"{path}: {name[:80]!r} is not a valid tensor name. Do not use this checkpoint.")
     return names
 
 
 def check_prefix(stored: Iterable[str], schema: RiaSchema, prefix: str, where: str | Path) -> None:
-    """Check that no weight is stored with and without a prefix that loaders add and strip; which one counts is chance.
+    """Check that no weight is stored both with and without a prefix that loaders add and strip: either could be loaded.
 
     Args:
         stored: all tensors' names; those of a pruned linear stand for its weight.
@@ -154,7 +154,7 @@ def check_prefix(stored: Iterable[str], schema: RiaSchema, prefix: str, where: s
         weight = f"{layer}.weight" if layer in pruned and part in schema.parts else name
         other = found.setdefault(weight.removeprefix(prefix), weight)
         if other != weight:
-            raise RiaError(f"{where}: {other} and {weight} are both there, for one weight. Get the weight files again.")
+            raise RiaError(f"{where}: {other} and {weight} are both stored, but they are one weight. Get the weight files again.")
 
 
 def file_metadata(path: Path) -> dict[str, str]:
@@ -176,7 +176,7 @@ def load_permutations(path: Path) -> dict[str, torch.Tensor]:
     for stored in tensor_names(path):
         name = stored.removesuffix(PERMUTATION_SUFFIX)
         if name == stored:
-            raise RiaError(f"{path}: {stored}: an unknown name. Get the file again.")
+            raise RiaError(f"{path}: {stored}: unknown name. Get the file again.")
         found[name] = load_tensor(path, stored)
         wrong = permutation.check(found[name], found[name].numel())
         if wrong:
@@ -187,7 +187,8 @@ def load_permutations(path: Path) -> dict[str, torch.Tensor]:
 def check_digests(
     schema: RiaSchema, permutations: permutation.Orders, files: Iterable[Path], where: str | Path
 ) -> None:
-    """Check that config.json, permutations and weight files are of one run; else weights would be read in wrong orders.
+    """Check that config.json, permutations and weight files come from one run. Otherwise weights would be
+    read in the wrong order.
 
     Args:
         permutations: linear's name -> order, all that the checkpoint has; each has passed `permutation.check`.
@@ -201,19 +202,19 @@ def check_digests(
     again = "Get all files of one run, or compress the model again."
     if schema.permutes and expected is None:
         raise RiaError(
-            f"{where}: config.json has no permutations_digest, as older versions wrote it, so nothing tells whether its "
-            "permutations are those of its weights. Compress the model again."
+            f"{where}: config.json has no permutations_digest (older versions did not write one), so nothing shows that "
+            "the permutations belong to the weights. Compress the model again."
         )
     if not schema.permutes and (expected is not None or permutations):
-        raise RiaError(f"{where}: it has permutations, though the recipe in config.json knows of none. {again}")
+        raise RiaError(f"{where}: it has permutations, though the recipe in config.json says that there are none. {again}")
     if expected is not None and permutation.digest(permutations) != expected:
-        raise RiaError(f"{where}: {PERMUTATIONS_FILE} is not of the run that wrote config.json. {again}")
+        raise RiaError(f"{where}: {PERMUTATIONS_FILE} is from another run than config.json. {again}")
     for path in sorted(set(files)):
         check_file_digest(schema, file_metadata(path), path)
 
 
 def check_file_digest(schema: RiaSchema, metadata: Mapping[str, str], where: str | Path) -> None:
-    """Check that a weight file is of the run that wrote config.json, by the `__metadata__` of its header.
+    """Check by the `__metadata__` of its header that a weight file comes from the run that wrote config.json.
 
     Raises:
         RiaError: it is not; `where` names the file.
@@ -226,12 +227,12 @@ def check_file_digest(schema: RiaSchema, metadata: Mapping[str, str], where: str
 
 
 def not_finite(tensor: torch.Tensor) -> str | None:
-    """What keeps the values from being numbers, or None."""
+    """What is wrong with the values as numbers, or None."""
     if not tensor.is_floating_point() and not tensor.is_complex():
         return None
     try:
         finite = (tensor.float() if tensor.itemsize == 1 else tensor).isfinite()
-    except RuntimeError:  # torch only stores it
+    except RuntimeError:  # torch can store this dtype and nothing else
         return f"its dtype {tensor.dtype} cannot be checked"
     return None if bool(finite.all()) else "a value is NaN or infinite"
 

@@ -1,6 +1,6 @@
-"""The Hugging Face quantizer for quant_method "ria": it decompresses linears as they load, into the model's own order.
+"""The Hugging Face quantizer for quant_method "ria": it decompresses linears into the model's own order as they load.
 
-What comes out is a plain dense model, at a dense model's size: for HF's tools. Serving does not go through here.
+The result is a plain dense model, as large as one, for Hugging Face's tools. Serving does not use it.
 """
 
 from collections import Counter
@@ -30,17 +30,17 @@ PART = r"\.{}$"
 class RiaQuantizationConfig(QuantizationConfigMixin):
     """The `quantization_config` of a folder that ria-vllm wrote."""
 
-    def __init__(self, /, **content: Any):  # whatever config.json has, a key "self" too
+    def __init__(self, /, **content: Any):  # config.json may have any key, even "self"
         self.schema = RiaSchema.parse(content, "config.json")
         self.quant_method = QUANT_METHOD
-        self.dequantize = True  # HF then forgets the config after loading: the model is a plain one
+        self.dequantize = True  # so that HF drops the config after loading: the model is a plain one
 
     def to_dict(self) -> dict[str, Any]:
         return self.schema.model_dump()
 
 
 class Loading:
-    """What a checkpoint brings to one `from_pretrained`, and what has become of it; all conversions share it."""
+    """The checkpoint of one `from_pretrained`, and which of its linears were used. All conversions share it."""
 
     def __init__(self, schema: RiaSchema):
         self.schema = schema
@@ -57,10 +57,10 @@ class Loading:
         return self
 
     def open(self, model: torch.nn.Module, files: list[Path]) -> None:
-        """Read what must be known before the first tensor.
+        """Read what must be known before the first tensor arrives.
 
         Raises:
-            RiaError: files that are missing, or do not belong together.
+            RiaError: a file is missing, or the files do not belong together.
         """
         name = model.config._name_or_path
         self.where = files[0].parent if files else name
@@ -82,7 +82,7 @@ class Loading:
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def close(self, model: torch.nn.Module) -> None:
-        """Check what has become of it.
+        """Check that all of it was used.
 
         Raises:
             RiaError: a damaged linear, one that was not used where the model wanted it, a tensor of a wrong shape.
@@ -94,7 +94,7 @@ class Loading:
         if wanted or (left and not self.claimed):
             what = f": its {wanted[0]} got no weights" if wanted else ", nor for any other pruned linear"
             raise RiaError(
-                f"{self.where}: {left[0]} is stored compressed, and transformers found no place for it in a "
+                f"{self.where}: {left[0]} is stored compressed, but transformers found no place for it in a "
                 f"{type(model).__name__}{what}. `ria-vllm export` writes a dense folder, which it may be able to read."
             )
         for name, tensor in model.state_dict().items():
@@ -105,7 +105,7 @@ class Loading:
                 )
 
     def _without_weights(self, model: torch.nn.Module) -> list[str]:
-        """What the checkpoint did not fill of the model without its head (a head for another task is new anyway)."""
+        """Parameters of the base model that got no weights. (A head for another task has none anyway.)"""
         base = getattr(model, model.base_model_prefix, model)
         inside = {id(parameter) for parameter in base.parameters() if parameter.dim() > 1}
         return sorted(name for name, p in model.named_parameters() if name in self.missing and id(p) in inside)
@@ -115,7 +115,7 @@ class Loading:
         names = sorted({source.rpartition(".")[0] for source in sources})
         unknown = [source for source in sources if source.rpartition(".")[2] not in self.schema.parts]
         if len(names) > 1 or unknown:
-            raise RiaError(f"{self.where}: {', '.join(sorted(sources))}: all for one weight, and not of one pruned linear.")
+            raise RiaError(f"{self.where}: {', '.join(sorted(sources))}: meant for one weight, but not the tensors of one pruned linear.")
         name = names[0]
         linear = checked_linear(name, tensors, self.permutations.get(name), self.schema, self.where)
         self.claimed.add(name)
@@ -136,10 +136,10 @@ class RiaQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: torch.nn.Module, **_: Any) -> None:
         self.loading.close(model)
-        # HF keeps the conversions to undo them when it saves; a plain dense model is to be saved as it is.
+        # HF keeps the conversions to undo them on saving, but a plain dense model is saved as it is.
         kept = [c for c in getattr(model, "_weight_conversions", None) or [] if not isinstance(c, LinearConverter)]
         model._weight_conversions = kept or None
-        # HF leaves tensors that it renamed or converted in the stored dtype, where a quantizer is at work.
+        # With a quantizer, HF leaves the tensors that it renamed or converted in the stored dtype.
         in_float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and not any(part in name for part in in_float32):
@@ -164,8 +164,8 @@ class RiaQuantizer(HfQuantizer):
 class Decompress(ConversionOps):
     """The tensors of one pruned linear -> its dense weight in the model's own order.
 
-    sources: their names in the checkpoint. Only these tell which permutation is theirs: `convert` is told the name that the
-    model gives to the weight, which is another one where transformers renames modules, or adds or strips a prefix.
+    sources: their names in the checkpoint. Only these say which permutation belongs to them: `convert` gets the model's name
+    for the weight, which differs where transformers renames modules, or adds or strips a prefix.
     """
 
     def __init__(self, loading: Loading):
@@ -183,14 +183,14 @@ class Decompress(ConversionOps):
         tensors = {part: _single(input_dict, part) for part in self.loading.schema.parts if PART.format(part) in input_dict}
         try:
             dense = self.loading.linear(self.sources, tensors)
-        except RiaError as error:  # transformers would bury it in a table; it is raised when all is read
+        except RiaError as error:  # transformers would bury it in a table; `close` raises it
             self.loading.errors.append(error)
             dense = torch.empty(0)
         return {full_layer_name: dense}
 
 
 class LinearConverter(WeightConverter):
-    """transformers makes a copy for each parameter, and gives the copy the tensors that the parameter is made of."""
+    """transformers copies this for each parameter and gives the copy the tensors that the parameter is made of."""
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
         super().add_tensor(target_key, source_key, source_pattern, future)
@@ -198,14 +198,14 @@ class LinearConverter(WeightConverter):
 
 
 def _permutations_file(folder: Path, ask: bool) -> Path | None:
-    """Where the permutations beside the weights in `folder` are: there, or, if `ask`, in the hub repository it is of.
+    """The permutations file for the weights in `folder`: beside them or, if `ask`, from the hub repository of the folder.
 
     Raises:
-        RiaError: the hub does not give them.
+        RiaError: the hub did not provide it.
     """
     if (folder / PERMUTATIONS_FILE).is_file():
         return folder / PERMUTATIONS_FILE
-    # The hub's cache holds only what was asked for: CACHE/models--USER--NAME/snapshots/COMMIT, subfolders in it.
+    # The hub's cache holds only the files that were requested, in CACHE/models--USER--NAME/snapshots/COMMIT.
     cached = [p for p in folder.parents if p.name == "snapshots" and p.parent.name.startswith("models--")]
     if not cached or not ask:
         return None
@@ -216,10 +216,10 @@ def _permutations_file(folder: Path, ask: bool) -> Path | None:
             repository, PERMUTATIONS_FILE, revision=commit, cache_dir=str(cached[0].parents[1]),
             subfolder="/".join(subfolders), _raise_exceptions_for_missing_entries=False,
         )  # fmt: skip
-    except OSError as error:  # a `token=` of the caller's is not known here
+    except OSError as error:  # the caller's `token=` is not known here
         reason = " ".join(str(error).split())
         raise RiaError(
-            f"{repository}: {PERMUTATIONS_FILE} is not in {folder}, and the hub did not give it ({reason}). Run "
+            f"{repository}: {PERMUTATIONS_FILE} is not in {folder}, and the hub did not provide it ({reason}). Run "
             f"`hf auth login`, or download the whole repository first (`hf download {repository}`), and load that folder."
         ) from None
     return None if found is None else Path(found)

@@ -1,4 +1,4 @@
-"""What a compressed folder holds, as plain numbers: the content of `ria-vllm inspect`."""
+"""The contents of a compressed folder in plain numbers, for `ria-vllm inspect`."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -27,7 +27,7 @@ class LinearEntry:
 
 @dataclass(frozen=True)
 class Totals:
-    """Bytes of the weights: `dense_bytes` is what the same tensors take when nothing is pruned."""
+    """Bytes of the weights. `dense_bytes`: the same tensors without pruning."""
 
     linears: int
     linear_bytes: int
@@ -49,7 +49,7 @@ class Inventory:
     recipe: dict[str, Any]
 
     def as_json(self) -> dict[str, Any]:
-        """Without NaN and infinity, which JSON does not know, though Python's reader takes them: null instead."""
+        """With null in place of NaN and infinity, which JSON does not have (Python's reader accepts them)."""
         return asdict(self) | {"recipe": _finite(self.recipe)}
 
 
@@ -68,7 +68,7 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 
 
 def report_number(entry: Any, key: str) -> float | None:
-    """A number of one linear's report entry; None where the report has none (it is informative and untrusted)."""
+    """A number of one linear's report entry; None if there is none. The report is untrusted and only informative."""
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None

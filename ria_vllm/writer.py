@@ -1,7 +1,7 @@
 """Writing a checkpoint so that it appears whole or not at all, and an interrupted run loses nothing that was finished.
 
-Work is kept in OUT.partial/: one safetensors file a finished unit (the embeddings, each decoder layer, the head), put
-in place by a rename. When all are there their bytes are copied into shards, and the folder is renamed to OUT.
+OUT.partial/ holds the work: one safetensors file per finished unit (the embeddings, each decoder layer, the head), put in
+place by a rename. When all units are there, their bytes are copied into shards, and the folder is renamed to OUT.
 """
 
 import errno
@@ -26,11 +26,11 @@ from ria_vllm.schema import DIGEST_KEY, PERMUTATION_SUFFIX, PERMUTATIONS_FILE
 
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a message that says where and how to go on."""
+    """Turn a full or read-only disk into an error that says where it is and how to continue."""
     try:
         yield
     except SafetensorError as error:
-        # safetensors writes in Rust; of the system's error only the text "(os error N)" is left.
+        # safetensors writes in Rust; the text "(os error N)" is all that is left of the system's error.
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
@@ -40,16 +40,16 @@ def disk_errors(where: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RiaError(
                 f"{where}: no space left on the disk. Free some and run the same command again (`compress --resume` "
-                "goes on from what is finished)."
+                "continues after the finished layers)."
             ) from error
         raise RiaError(f"{where}: cannot write ({error.strerror or error}).") from error
 
 
 def check_place(out: Path, source: Path) -> None:
-    """Refuse to write where `source` is read from, or around it: with overwrite the source would go with the old folder.
+    """Refuse to write to the folder that `source` is read from, or to one around it: --overwrite would delete the source.
 
     Raises:
-        RiaError: that, or an `out` that names no folder of its own, such as "." or "/".
+        RiaError: it is such a folder, or `out` has no name of its own, such as "." or "/".
     """
     if out.name in ("", ".."):
         raise RiaError(f"{str(out)!r} cannot be replaced by a new folder. Choose another one, with a name of its own.")
@@ -63,7 +63,7 @@ def check_place(out: Path, source: Path) -> None:
 
 
 def check_file_place(path: Path) -> None:
-    """Refuse a file that could not be written, before the work whose result it is to take."""
+    """Refuse a file that cannot be written, before the work whose result it will hold."""
     if path.is_dir():
         raise RiaError(f"{path}: a folder. Give the name of a file.")
     if not path.parent.is_dir():
@@ -74,7 +74,7 @@ class CheckpointWriter:
     """The work folder of one output folder.
 
     Args:
-        out: the folder to be. It must not exist unless `overwrite`; it is touched only by the last rename.
+        out: the output folder. It must not exist unless `overwrite`; only the last rename touches it.
         resume: keep the finished units of an interrupted run.
     """
 
@@ -98,7 +98,7 @@ class CheckpointWriter:
         return self.path(key).is_file()
 
     def write(self, key: str, tensors: dict[str, torch.Tensor], record: dict[str, Any] | None = None) -> None:
-        """Finish a unit. `NAME.input_permutation` tensors go to the permutations' file in the end; `record` is kept."""
+        """Finish a unit. `finish` moves `NAME.input_permutation` tensors to the permutations file; `record` is kept."""
         temporary = self.path(key).with_suffix(".tmp")
         with disk_errors(temporary):
             save_file(
@@ -133,17 +133,17 @@ class CheckpointWriter:
         permuted: bool = False,
         text_files: dict[str, str] | None = None,
     ) -> None:
-        """Join the units `keys` into shards in that order, add the other files, and put the folder in its place.
+        """Join the units `keys` into shards in that order, add the other files, and rename the folder to `out`.
 
-        Where `out` has come into being meanwhile and may not be replaced, the RiaError's cause is a FileExistsError, and
-        the result waits in the work folder.
+        If `out` has appeared meanwhile and may not be replaced, the RiaError's cause is a FileExistsError, and the result
+        stays in the work folder.
 
         Args:
             json_files: file name -> content (config.json, the report).
             copies: files to copy by their names (tokenizer, generation config).
             max_shard_size: bytes; a single larger tensor gets a shard of its own.
-            permuted: write the permutations' file and their digest even if there are none, for the recipe permutes.
-            text_files: file name -> content (the model card); they take the place of copies of the same name.
+            permuted: the recipe permutes: write the permutations file and its digest even if there are none.
+            text_files: file name -> content (the model card); they replace copies of the same name.
         """
         final = self.work / "final"
         with disk_errors(self.work):
@@ -172,14 +172,14 @@ class CheckpointWriter:
         if self.out.exists() or self.out.is_symlink():
             if not self.overwrite:
                 raise RiaError(
-                    f"{self.out}: appeared while the run was going on; the result is in {final}. Move it where you want it."
+                    f"{self.out}: appeared during the run; the result is in {final}. Move it where you want it."
                 ) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.out))
             os.replace(self.out, self.work / "replaced")
         os.replace(final, self.out)
         shutil.rmtree(self.work)
 
     def discard(self) -> None:
-        """Throw the work folder away, for callers whose runs are too short to be resumed."""
+        """Delete the work folder, for callers whose runs are too short to be resumed."""
         shutil.rmtree(self.work, ignore_errors=True)
 
 
@@ -201,7 +201,7 @@ def _size(entry: dict[str, Any]) -> int:
 
 
 def _with_digest(json_files: dict[str, Any], digest: str) -> dict[str, Any]:
-    """`json_files` with the permutations' digest in config.json, where that says that the weights are compressed."""
+    """`json_files` with the permutations' digest in config.json, if its weights are compressed."""
     config = json_files.get("config.json", {})
     if "quantization_config" not in config:
         return json_files
@@ -210,7 +210,7 @@ def _with_digest(json_files: dict[str, Any], digest: str) -> dict[str, Any]:
 
 
 def _copy_tensors(entries: Sequence[Entry], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file from raw bytes of others: no tensor is ever in memory."""
+    """One safetensors file from the raw bytes of others. No tensor is held in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     offset = 0
     for name, entry, _, _ in entries:

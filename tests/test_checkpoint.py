@@ -349,4 +349,4 @@ def test_one_weight_under_a_short_name_too(damage, name):
     rewrite(path, lambda tensors: tensors.update({short: torch.zeros(128)}))
     damage.edit_json(INDEX, lambda content: content["weight_map"].update({short: path.name}))
     (found,) = problems(damage.folder)
-    assert f"{name} " in found and f" {short} " in found and "both there, for one weight" in found
+    assert f"{name} " in found and f" {short} " in found and "both stored, but they are one weight" in found

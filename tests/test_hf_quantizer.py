@@ -181,7 +181,7 @@ def test_two_linears_for_one_weight(damage):
         tensors.update(twice)
 
     rewrite(damage.file_of(f"{Q}.bitmask"), double)
-    with pytest.raises(RiaError, match=f"{Q}.weight.*both there, for one weight"):
+    with pytest.raises(RiaError, match=f"{Q}.weight.*both stored, but they are one weight"):
         AutoModel.from_pretrained(damage.folder)
 
 
@@ -189,7 +189,7 @@ def test_two_linears_for_one_weight(damage):
 def test_a_dense_weight_under_the_short_name_of_a_pruned_one(damage, auto):
     short = f"{Q}.weight".removeprefix("model.")
     rewrite(damage.file_of(f"{Q}.bitmask"), lambda tensors: tensors.update({short: torch.zeros(128, 128)}))
-    with pytest.raises(RiaError, match="both there, for one weight") as caught:
+    with pytest.raises(RiaError, match="both stored, but they are one weight") as caught:
         auto.from_pretrained(damage.folder)
     assert f"{Q}.weight" in str(caught.value) and f" {short} " in str(caught.value)
 
