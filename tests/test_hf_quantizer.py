@@ -171,7 +171,7 @@ def test_an_odd_shape_is_named(damage, shape):
 
 def test_dense_and_compressed_at_once(damage):
     rewrite(damage.file_of(f"{Q}.bitmask"), lambda tensors: tensors.update({f"{Q}.weight": torch.zeros(128, 128)}))
-    with pytest.raises(RiaError, match=f"{Q}.weight.*not of one pruned linear"):
+    with pytest.raises(RiaError, match=f"{Q}.weight.*not the tensors of one pruned linear"):
         AutoModelForCausalLM.from_pretrained(damage.folder)
 
 
