@@ -318,7 +318,7 @@ def test_a_reload_from_another_folder(checkpoint, copy):
     name = "model.layers.1.mlp.down_proj.input_permutation"
     stored[name] = stored[name].flip(0).contiguous()
     save_file(stored, copy / PERMUTATIONS_FILE)
-    with pytest.raises(RiaError, match=f"{copy}/?: permutations.safetensors is not of the run"):
+    with pytest.raises(RiaError, match=f"{copy}/?: permutations.safetensors is from another run"):
         reload_from(config, copy)
     rebind(copy)
     with pytest.raises(RiaError, match=f"{copy}/?: .*other channel orders.*Start a server"):

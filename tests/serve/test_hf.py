@@ -68,7 +68,7 @@ def test_permutations_of_another_run(tmp_path):
         torch.manual_seed(seed)
         tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / name, seed=seed)
     shutil.copyfile(tmp_path / "other" / PERMUTATIONS_FILE, tmp_path / "out" / PERMUTATIONS_FILE)
-    with pytest.raises(RiaError, match="permutations.safetensors is not of the run"):
+    with pytest.raises(RiaError, match="permutations.safetensors is from another run"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
