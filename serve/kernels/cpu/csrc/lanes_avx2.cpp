@@ -7,9 +7,7 @@
 namespace {
 
 inline __m256i load_bits(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline __m256 halves(const uint8_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
+inline __m256 halves(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
 // Eight pairs of int8, each pair in the low half of 32 bits; and one int8 of each, which `shift` moves to the top.
 inline __m256i pairs_of_bytes(const uint8_t* p) {
@@ -67,7 +65,8 @@ struct Avx2Lanes {
 
   static Weights weights(const uint8_t* p) {
     if constexpr (kType == Dtype::bfloat16) {
-      const __m256i low = load_bits(p), high = load_bits(p + 32), second = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+      const __m256i low = load_bits(p), high = load_bits(p + 32);
+      const __m256i second = _mm256_set1_epi32(static_cast<int>(0xffff0000));
       return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16)),
               _mm256_castsi256_ps(_mm256_and_si256(low, second)), _mm256_castsi256_ps(_mm256_and_si256(high, second))};
     } else if constexpr (kType == Dtype::int8) {

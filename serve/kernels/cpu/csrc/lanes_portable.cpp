@@ -67,7 +67,8 @@ struct PortableLanes {
 
 }  // namespace
 
-const ria::InstructionSet ria::kPortable = {
-    "portable",
-    {{kernel_of<PortableLanes<Bfloat16, Dtype::bfloat16>>()}, {kernel_of<PortableLanes<Float16, Dtype::float16>>()},
-     {kernel_of<PortableLanes<Float32, Dtype::float32>>()}, {kernel_of<PortableLanes<Bfloat16, Dtype::int8>>()}}};
+const ria::InstructionSet ria::kPortable = {"portable",
+                                            {{kernel_of<PortableLanes<Bfloat16, Dtype::bfloat16>>()},
+                                             {kernel_of<PortableLanes<Float16, Dtype::float16>>()},
+                                             {kernel_of<PortableLanes<Float32, Dtype::float32>>()},
+                                             {kernel_of<PortableLanes<Bfloat16, Dtype::int8>>()}}};

@@ -29,7 +29,9 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Activations of the calling thread's current pass or round. Grows to the largest seen and stays.
 uint8_t* panel(int64_t bytes) {
-  struct Free { void operator()(uint8_t* p) const { std::free(p); } };
+  struct Free {
+    void operator()(uint8_t* p) const { std::free(p); }
+  };
   thread_local std::unique_ptr<uint8_t, Free> buffer;
   thread_local int64_t capacity = 0;
   if (bytes > capacity) {
@@ -56,7 +58,7 @@ struct Round {
   int64_t passes() const { return divide_up(all.tokens, pass_tokens); }
   int64_t turns() const { return divide_up(all.layout.tiles(), turn_tiles); }  // of a pass
   TokenBlocks blocks_of(int64_t tokens) const { return {tokens, kernel.block_tokens, kernel.step}; }
-  int64_t blocks() const { return blocks_of(pass_tokens).count; }  // of a full pass
+  int64_t blocks() const { return blocks_of(pass_tokens).count; }                       // of a full pass
   int64_t pass_bytes() const { return blocks_of(pass_tokens).room() * token_bytes(); }  // in the panel
 
   Product pass(int64_t i) const {

@@ -36,7 +36,7 @@ namespace {
 using namespace ria;
 
 constexpr int64_t kCacheLine = 64;
-constexpr int64_t kDecodedBytes = 64;  // positions of one strip and group, as the shuffle wants them
+constexpr int64_t kDecodedBytes = 64;   // positions of one strip and group, as the shuffle wants them
 constexpr int64_t kExpandedBytes = 64;  // weights of one strip and group, where they are expanded beforehand
 // Blocks of columns whose decoded positions, weights and activations stay in L1 while all tokens of a pass go by.
 constexpr int64_t kChunkBlocks = 4;
@@ -254,7 +254,7 @@ void pack_tokens(const Product& product, int64_t begin, int64_t end) {
 
 template <class Lanes>
 constexpr Kernel kernel_of() {
-  return {Lanes::kBlockTokens, 1, Lanes::kBlockTokens, Lanes::kActivationBytes, pack_tokens<Lanes>,
+  return {Lanes::kBlockTokens,  1, Lanes::kBlockTokens, Lanes::kActivationBytes, pack_tokens<Lanes>,
           multiply_tiles<Lanes>};
 }
 

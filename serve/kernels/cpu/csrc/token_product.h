@@ -1,8 +1,8 @@
 // The product for many tokens on fp32 lanes. A vector holds one row of 8 or 16 tokens. A chunk of channels (a block of
 // the packed form) lies in L1 with the tokens of a channel side by side, so the two channels that a row keeps of a
-// group are two loads, whose addresses come from the positions: a group costs two multiply-adds with a memory operand where
-// dense needs four, and no shuffle. It reads the same packed form as the product over rows and adds in the same order,
-// so a token's sum has the same bits from both.
+// group are two loads, whose addresses come from the positions: a group costs two multiply-adds with a memory operand
+// where dense needs four, and no shuffle. It reads the same packed form as the product over rows and adds in the same
+// order, so a token's sum has the same bits from both.
 //
 //   struct Lanes {  // besides what product.h needs
 //     // 16 rows' weights as fp32; their activations' offsets, of which `offsets` has one for each position

@@ -197,7 +197,8 @@ struct Registration {
   Registration() {
     TorchLibraryHandle schemas, cpu;
     check(aoti_torch_library_init_fragment("ria", __FILE__, __LINE__, &schemas));
-    check(aoti_torch_library_def(schemas, "sparse24_pack.cpu(Tensor compressed, Tensor bitmask, Tensor? scales) -> Tensor"));
+    check(aoti_torch_library_def(schemas,
+                                 "sparse24_pack.cpu(Tensor compressed, Tensor bitmask, Tensor? scales) -> Tensor"));
     check(aoti_torch_library_def(schemas,
                                  "sparse24_linear.cpu(Tensor x, Tensor packed, int out_features, "
                                  "Tensor? input_permutation, Tensor? bias) -> Tensor"));

@@ -21,7 +21,9 @@ __global__ void pack_metadata(uint8_t const* bitmask, uint8_t* metadata, int row
     pack_metadata_byte(bitmask, metadata, rows, columns, layout, i);
 }
 
-bool has_sizes(int out_features, int in_features) { return out_features > 0 && in_features > 0 && in_features % 64 == 0; }
+bool has_sizes(int out_features, int in_features) {
+  return out_features > 0 && in_features > 0 && in_features % 64 == 0;
+}
 
 // What `use` makes of the layout for values of so many bits; `otherwise` where this library has no such values.
 template <class Result, class Use>
@@ -69,9 +71,7 @@ Result cuda_error(char const* what) {
   return kCudaError;
 }
 
-Result result_of(cudaError_t error) {
-  return error == cudaSuccess ? kOk : cuda_error(cudaGetErrorString(error));
-}
+Result result_of(cudaError_t error) { return error == cudaSuccess ? kOk : cuda_error(cudaGetErrorString(error)); }
 
 }  // namespace ria
 
@@ -131,7 +131,8 @@ RIA_API int ria_pack_metadata(int value_bits, void const* bitmask, void* metadat
   });
 }
 
-static Problem sizes_only(int data_type, int out_features, int in_features, int tokens, int split, int multiprocessors) {
+static Problem sizes_only(int data_type, int out_features, int in_features, int tokens, int split,
+                          int multiprocessors) {
   Problem problem{};
   problem.data_type = data_type;
   problem.out_features = out_features;

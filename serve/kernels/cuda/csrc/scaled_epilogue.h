@@ -19,8 +19,9 @@ struct ScaledEpilogue {
   using EachColumn = cutlass::epilogue::fusion::Sm90RowBroadcast<0, TileShape, float>;
 
   template <template <class> class Function, class Result, class... Operands>
-  using Apply = cutlass::epilogue::fusion::Sm90EVT<
-      cutlass::epilogue::fusion::Sm90Compute<Function, Result, float, kRound>, Operands...>;
+  using Apply =
+      cutlass::epilogue::fusion::Sm90EVT<cutlass::epilogue::fusion::Sm90Compute<Function, Result, float, kRound>,
+                                         Operands...>;
 
   using Scaled = Apply<cutlass::multiplies, float, EachColumn, cutlass::epilogue::fusion::Sm90AccFetch>;
   using Operation = Apply<cutlass::homogeneous_multiply_add, Output, EachRow<float>, Scaled, EachRow<Output>>;

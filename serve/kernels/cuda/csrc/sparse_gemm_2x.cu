@@ -48,9 +48,7 @@ struct Params {
 
 // Where an accumulator lies in the tile. mma.m16n8 gives a thread rows lane/4 and lane/4 + 8, columns 2 * (lane % 4)
 // and the next; CUTLASS keeps a warp's instructions down the rows first.
-struct Place {
-  int row, column;
-};
+struct Place { int row, column; };
 
 CUTLASS_HOST_DEVICE constexpr Place place_of(int warp, int lane, int accumulator) {
   int const instruction = accumulator / 4, rows = kWarpM / kInstructionM;
@@ -142,9 +140,7 @@ __global__ void __launch_bounds__(kThreads) sparse_linear(__grid_constant__ Para
   store(p, sums, warp, lane, first_row, first_column);
 }
 
-struct Grid {
-  int rows, columns, parts, steps_per_part;
-};
+struct Grid { int rows, columns, parts, steps_per_part; };
 
 // Without a request, K is divided until the thread blocks fill the multiprocessors, with at least 8 steps for each.
 Grid grid_of(Problem const& p) {
@@ -178,26 +174,25 @@ Result run(Problem const& problem) {
   if (workspace_bytes(problem) > problem.workspace_bytes - kCounterBytes) return kWorkspaceTooSmall;
   Grid const grid = grid_of(problem);
   int const padded_rows = padded(problem.out_features, MetadataLayout<16>::kRowMultiple);
-  Params<Element> const params{
-      typename Loop::IteratorA::Params(cutlass::layout::RowMajor(problem.in_features / 2)),
-      typename Loop::IteratorB::Params(cutlass::layout::ColumnMajor(problem.in_features)),
-      typename Loop::IteratorE::Params(
-          cutlass::layout::ColumnMajorInterleaved<2>::packed({padded_rows, problem.in_features / 16})),
-      static_cast<Element*>(const_cast<void*>(problem.values)),
-      static_cast<Element*>(const_cast<void*>(problem.x)),
-      static_cast<uint16_t*>(const_cast<void*>(problem.metadata)),
-      static_cast<Element const*>(problem.bias),
-      static_cast<Element*>(problem.y),
-      reinterpret_cast<float*>(static_cast<uint8_t*>(problem.workspace) + kCounterBytes),
-      static_cast<int*>(problem.workspace),
-      problem.out_features,
-      problem.in_features,
-      problem.tokens,
-      grid.steps_per_part};
+  Params<Element> const params{typename Loop::IteratorA::Params(cutlass::layout::RowMajor(problem.in_features / 2)),
+                               typename Loop::IteratorB::Params(cutlass::layout::ColumnMajor(problem.in_features)),
+                               typename Loop::IteratorE::Params(cutlass::layout::ColumnMajorInterleaved<2>::packed(
+                                   {padded_rows, problem.in_features / 16})),
+                               static_cast<Element*>(const_cast<void*>(problem.values)),
+                               static_cast<Element*>(const_cast<void*>(problem.x)),
+                               static_cast<uint16_t*>(const_cast<void*>(problem.metadata)),
+                               static_cast<Element const*>(problem.bias),
+                               static_cast<Element*>(problem.y),
+                               reinterpret_cast<float*>(static_cast<uint8_t*>(problem.workspace) + kCounterBytes),
+                               static_cast<int*>(problem.workspace),
+                               problem.out_features,
+                               problem.in_features,
+                               problem.tokens,
+                               grid.steps_per_part};
   constexpr int shared_bytes = int(sizeof(typename Loop::SharedStorage));
   static_assert(shared_bytes <= 98 * 1024, "more shared memory than sm_86, sm_89 and sm_120 have");
-  if (cudaError_t const error = cudaFuncSetAttribute(
-          sparse_linear<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
+  if (cudaError_t const error =
+          cudaFuncSetAttribute(sparse_linear<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
     return result_of(error);
   sparse_linear<Element><<<dim3(grid.rows, grid.columns, grid.parts), kThreads, shared_bytes,
                            static_cast<cudaStream_t>(problem.stream)>>>(params);

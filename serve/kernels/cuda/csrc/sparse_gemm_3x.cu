@@ -69,8 +69,8 @@ struct SparseLinear {
 #endif
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      Arch, EpilogueClass, TileShape, ClusterShape, cutlass::epilogue::collective::EpilogueTileAuto, float, float,
-      void, cutlass::layout::ColumnMajor, kOutputAlignment, Output, cutlass::layout::ColumnMajor, kOutputAlignment,
+      Arch, EpilogueClass, TileShape, ClusterShape, cutlass::epilogue::collective::EpilogueTileAuto, float, float, void,
+      cutlass::layout::ColumnMajor, kOutputAlignment, Output, cutlass::layout::ColumnMajor, kOutputAlignment,
       EpilogueSchedule, Fusion>::CollectiveOp;
 
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
@@ -79,8 +79,7 @@ struct SparseLinear {
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
       MainloopSchedule>::CollectiveOp;
 
-  using Kernel =
-      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, Scheduler>;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, Scheduler>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   using Config = typename Mainloop::SparseConfig;
 

@@ -63,7 +63,8 @@ static void check(Dtype dtype, int64_t tokens, int64_t rows, int64_t columns) {
       double sum = bias[r].to_float();
       for (int64_t c = 0, kept = r * columns / 2; c < columns; ++c)
         if (bitmask[(r * columns + c) / 8] >> (c % 8) & 1)
-          sum += static_cast<double>(values[kept++].to_float()) * scales[r] * x[t * columns + permutation[c]].to_float();
+          sum +=
+              static_cast<double>(values[kept++].to_float()) * scales[r] * x[t * columns + permutation[c]].to_float();
       const double error = std::fabs(y[t * rows + r].to_float() - sum);
       if (!(error <= std::fabs(sum) / 250 + 1e-3)) {
         std::printf("dtype %d tokens %ld %ld x %ld: row %ld is off by %g\n", static_cast<int>(dtype), (long)tokens,

@@ -6,7 +6,7 @@
 namespace emulator {
 namespace {
 
-constexpr std::string_view kTypes[] = {"pred", "b8",  "b16", "b32", "b64", "b128", "u8",  "u16",  "u32",  "u64",
+constexpr std::string_view kTypes[] = {"pred", "b8",  "b16", "b32", "b64", "b128", "u8",  "u16",  "u32",   "u64",
                                        "s8",   "s16", "s32", "s64", "f16", "f32",  "f64", "bf16", "f16x2", "bf16x2"};
 
 void unknown(Thread&, Instruction const&) { throw Error("the emulator does not know this instruction"); }

@@ -34,8 +34,10 @@ constexpr bool includes() {
 template <Types kTypes, class Use>
 Scalar with_type(string const& name, Use use) {
   auto const allowed = [&]<class T>(TypeOf<T> type) -> Scalar {
-    if constexpr (includes<kTypes, T>()) return use(type);
-    else return nullptr;
+    if constexpr (includes<kTypes, T>())
+      return use(type);
+    else
+      return nullptr;
   };
   if (name == "pred") return allowed(TypeOf<bool>{});
   if (name == "u8" || name == "b8") return allowed(TypeOf<uint8_t>{});
@@ -72,9 +74,21 @@ T wrapped(T a, T b, F f) {
   }
 }
 
-struct Add { template <class T> static T of(T a, T b) { return wrapped(a, b, [](auto x, auto y) { return x + y; }); } };
-struct Sub { template <class T> static T of(T a, T b) { return wrapped(a, b, [](auto x, auto y) { return x - y; }); } };
-struct Mul { template <class T> static T of(T a, T b) { return wrapped(a, b, [](auto x, auto y) { return x * y; }); } };
+struct Add {
+  template <class T> static T of(T a, T b) {
+    return wrapped(a, b, [](auto x, auto y) { return x + y; });
+  }
+};
+struct Sub {
+  template <class T> static T of(T a, T b) {
+    return wrapped(a, b, [](auto x, auto y) { return x - y; });
+  }
+};
+struct Mul {
+  template <class T> static T of(T a, T b) {
+    return wrapped(a, b, [](auto x, auto y) { return x * y; });
+  }
+};
 struct MulHigh {
   template <class T> static T of(T a, T b) {
     using W = typename Wide<T>::type;
@@ -99,41 +113,59 @@ struct Rem {
 // Of two zeros the negative one is the smaller; of a NaN and a number the number counts.
 struct Min {
   template <class T> static T of(T a, T b) {
-    if constexpr (std::is_floating_point_v<T>) return a == b ? (std::signbit(a) ? a : b) : std::fmin(a, b);
-    else return a < b ? a : b;
+    if constexpr (std::is_floating_point_v<T>)
+      return a == b ? (std::signbit(a) ? a : b) : std::fmin(a, b);
+    else
+      return a < b ? a : b;
   }
 };
 struct Max {
   template <class T> static T of(T a, T b) {
-    if constexpr (std::is_floating_point_v<T>) return a == b ? (std::signbit(a) ? b : a) : std::fmax(a, b);
-    else return a > b ? a : b;
+    if constexpr (std::is_floating_point_v<T>)
+      return a == b ? (std::signbit(a) ? b : a) : std::fmax(a, b);
+    else
+      return a > b ? a : b;
   }
 };
-struct And { template <class T> static T of(T a, T b) { return T(a & b); } };
-struct Or { template <class T> static T of(T a, T b) { return T(a | b); } };
-struct Xor { template <class T> static T of(T a, T b) { return T(a ^ b); } };
+struct And {
+  template <class T> static T of(T a, T b) { return T(a & b); }
+};
+struct Or {
+  template <class T> static T of(T a, T b) { return T(a | b); }
+};
+struct Xor {
+  template <class T> static T of(T a, T b) { return T(a ^ b); }
+};
 
 struct Negate {
   template <class T> static T of(T a) {
-    if constexpr (kInteger<T>) return Sub::of(T(0), a);
-    else return -a;
+    if constexpr (kInteger<T>)
+      return Sub::of(T(0), a);
+    else
+      return -a;
   }
 };
 struct Absolute {
   template <class T> static T of(T a) {
-    if constexpr (kInteger<T>) return a < T(0) ? Sub::of(T(0), a) : a;
-    else return std::fabs(a);
+    if constexpr (kInteger<T>)
+      return a < T(0) ? Sub::of(T(0), a) : a;
+    else
+      return std::fabs(a);
   }
 };
 struct Invert {
   template <class T> static T of(T a) {
-    if constexpr (std::is_same_v<T, bool>) return !a;
-    else return T(~a);
+    if constexpr (std::is_same_v<T, bool>)
+      return !a;
+    else
+      return T(~a);
   }
 };
 
 template <class T, class F>
-void apply(Thread& t, Instruction const& i) { put<T>(t, i.operands[0], F::of(get<T>(t, i.operands[1]))); }
+void apply(Thread& t, Instruction const& i) {
+  put<T>(t, i.operands[0], F::of(get<T>(t, i.operands[1])));
+}
 
 template <class T, class F>
 void apply_to_two(Thread& t, Instruction const& i) {
@@ -192,8 +224,10 @@ void shift(Thread& t, Instruction const& i) {
   T const value = get<T>(t, i.operands[1]);
   uint32_t const by = get<uint32_t>(t, i.operands[2]), bits = 8 * sizeof(T);
   T result;
-  if constexpr (kLeft) result = by >= bits ? T(0) : T(value << by);
-  else result = by >= bits ? T(std::is_signed_v<T> && value < 0 ? -1 : 0) : T(value >> by);
+  if constexpr (kLeft)
+    result = by >= bits ? T(0) : T(value << by);
+  else
+    result = by >= bits ? T(std::is_signed_v<T> && value < 0 ? -1 : 0) : T(value >> by);
   put<T>(t, i.operands[0], result);
 }
 
@@ -267,8 +301,10 @@ To to_integer(From value, int rounding) {
   constexpr To kTopmost = To(std::make_unsigned_t<To>(1) << (8 * sizeof(To) - 1));
   if (std::isnan(value)) return sizeof(To) == 8 || sizeof(From) == 8 ? kTopmost : To(0);
   double const exact = double(value);
-  double const whole = rounding == kNearest ? std::nearbyint(exact) : rounding == kDown ? std::floor(exact)
-                       : rounding == kUp ? std::ceil(exact) : std::trunc(exact);
+  double const whole = rounding == kNearest ? std::nearbyint(exact)
+                       : rounding == kDown  ? std::floor(exact)
+                       : rounding == kUp    ? std::ceil(exact)
+                                            : std::trunc(exact);
   if (whole <= double(std::numeric_limits<To>::min())) return std::numeric_limits<To>::min();
   if (whole >= double(std::numeric_limits<To>::max())) return std::numeric_limits<To>::max();
   return To(whole);
@@ -278,16 +314,22 @@ template <class To, class From>
 void convert(Thread& t, Instruction const& i) {
   From const value = get<From>(t, i.operands[1]);
   To result;
-  if constexpr (std::is_floating_point_v<From> && kInteger<To>) result = to_integer<To>(value, i.mode);
-  else result = To(value);
+  if constexpr (std::is_floating_point_v<From> && kInteger<To>)
+    result = to_integer<To>(value, i.mode);
+  else
+    result = To(value);
   put<To>(t, i.operands[0], result);
 }
 
 template <float (*kWiden)(uint16_t)>
-void widen(Thread& t, Instruction const& i) { put<float>(t, i.operands[0], kWiden(get<uint16_t>(t, i.operands[1]))); }
+void widen(Thread& t, Instruction const& i) {
+  put<float>(t, i.operands[0], kWiden(get<uint16_t>(t, i.operands[1])));
+}
 
 template <uint16_t (*kRound)(float)>
-void round(Thread& t, Instruction const& i) { put<uint16_t>(t, i.operands[0], kRound(get<float>(t, i.operands[1]))); }
+void round(Thread& t, Instruction const& i) {
+  put<uint16_t>(t, i.operands[0], kRound(get<float>(t, i.operands[1])));
+}
 
 // The first operand goes to the upper half.
 template <uint16_t (*kRound)(float)>
@@ -348,8 +390,10 @@ void moving(Instruction& i) {
   i.bits = digits == type.npos ? 0 : std::stoi(type.substr(digits));
   for (Operand const& operand : i.operands)
     if (operand.kind == Operand::kVector && operand.parts.size() != 2 && operand.parts.size() != 4) return;
-  if (type == "pred") i.scalar = &move_predicate;
-  else if (i.bits <= 64) i.scalar = &move;
+  if (type == "pred")
+    i.scalar = &move_predicate;
+  else if (i.bits <= 64)
+    i.scalar = &move;
 }
 
 template <class T>
@@ -398,8 +442,7 @@ void logic3(Thread& t, Instruction const& i) {
   uint32_t const a = get<uint32_t>(t, i.operands[1]), b = get<uint32_t>(t, i.operands[2]);
   uint32_t const c = get<uint32_t>(t, i.operands[3]), table = get<uint32_t>(t, i.operands[4]);
   uint32_t result = 0;
-  for (int k = 0; k < 32; ++k)
-    result |= (table >> ((a >> k & 1) << 2 | (b >> k & 1) << 1 | (c >> k & 1)) & 1) << k;
+  for (int k = 0; k < 32; ++k) result |= (table >> ((a >> k & 1) << 2 | (b >> k & 1) << 1 | (c >> k & 1)) & 1) << k;
   put<uint32_t>(t, i.operands[0], result);
 }
 
@@ -488,14 +531,18 @@ void atomic(Thread& t, Instruction const& i) {
     case kAtomExch: next = b; break;
     case kAtomInc: next = old >= b ? T(0) : Add::of(old, T(1)); break;
     default:
-      if constexpr (kInteger<T>) next = i.mode == kAtomAnd ? T(old & b) : i.mode == kAtomOr ? T(old | b) : T(old ^ b);
-      else throw Error("bits of a float");
+      if constexpr (kInteger<T>)
+        next = i.mode == kAtomAnd ? T(old & b) : i.mode == kAtomOr ? T(old | b) : T(old ^ b);
+      else
+        throw Error("bits of a float");
   }
   std::memcpy(place, &next, sizeof(T));
   if (kReturns) put<T>(t, i.operands[0], old);
   // A comparison that fails is how a lock is waited for.
-  if (i.mode == kAtomCas && std::memcmp(&old, &next, sizeof(T)) == 0) t.yields = true;
-  else ++grid_of(t).progress;
+  if (i.mode == kAtomCas && std::memcmp(&old, &next, sizeof(T)) == 0)
+    t.yields = true;
+  else
+    ++grid_of(t).progress;
 }
 
 template <bool kReturns>
@@ -505,9 +552,8 @@ void atomic_access(Instruction& i) {
     if (i.has(kNames[i.mode])) break;
   i.space = space_of(i);
   if (i.mode == 9 || i.operands.size() != size_t(kReturns + 2 + (i.mode == kAtomCas))) return;
-  i.scalar = with_type<kNumbers>(i.name.back(), []<class T>(TypeOf<T>) -> Scalar {
-    return sizeof(T) >= 4 ? &atomic<T, kReturns> : nullptr;
-  });
+  i.scalar = with_type<kNumbers>(
+      i.name.back(), []<class T>(TypeOf<T>) -> Scalar { return sizeof(T) >= 4 ? &atomic<T, kReturns> : nullptr; });
 }
 
 void branch(Thread& t, Instruction const& i) { t.pc = i.target; }
@@ -534,8 +580,10 @@ void same_address(Thread& t, Instruction const& i) { put<uint64_t>(t, i.operands
 
 void change_of_space(Instruction& i) {
   Space const space = space_of(i);
-  if (space == Space::kShared) i.scalar = i.has("to") ? &to_shared : &from_shared;
-  else if (space == Space::kGlobal) i.scalar = &same_address;
+  if (space == Space::kShared)
+    i.scalar = i.has("to") ? &to_shared : &from_shared;
+  else if (space == Space::kGlobal)
+    i.scalar = &same_address;
 }
 
 template <bool kWaits>
@@ -556,8 +604,10 @@ void cluster_arrive(Thread& t, Instruction const&) {
 
 void cluster_wait(Thread& t, Instruction const&) {
   if (!t.arrived) throw Error("waits without having arrived");
-  if (t.block().cluster->phase == t.cluster_phase) t.state = Thread::kClusterBarrier;
-  else t.arrived = false;
+  if (t.block().cluster->phase == t.cluster_phase)
+    t.state = Thread::kClusterBarrier;
+  else
+    t.arrived = false;
 }
 
 // The address of the same place in another block of the cluster.

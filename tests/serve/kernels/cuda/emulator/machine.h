@@ -234,8 +234,10 @@ template <class T>
 T get(Thread const& thread, Operand const& operand) {
   bool const is_register = operand.kind == Operand::kRegister;
   uint64_t const raw = is_register ? thread.registers[operand.slot] + operand.value : operand.value;
-  if constexpr (std::is_same_v<T, bool>) return bool(raw & 1) != operand.negated;
-  else return from_bits<T>(raw);
+  if constexpr (std::is_same_v<T, bool>)
+    return bool(raw & 1) != operand.negated;
+  else
+    return from_bits<T>(raw);
 }
 
 // Signed values fill the register, which may be wider.
@@ -243,8 +245,10 @@ template <class T>
 void put(Thread& thread, Operand const& operand, T value) {
   if (operand.kind == Operand::kSink) return;
   uint64_t raw = 0;
-  if constexpr (std::is_integral_v<T>) raw = uint64_t(value);
-  else std::memcpy(&raw, &value, sizeof value);
+  if constexpr (std::is_integral_v<T>)
+    raw = uint64_t(value);
+  else
+    std::memcpy(&raw, &value, sizeof value);
   thread.registers[operand.slot] = raw;
 }
 

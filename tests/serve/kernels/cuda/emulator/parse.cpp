@@ -29,19 +29,21 @@ uint32_t align_up(uint32_t value, uint32_t alignment) { return (value + alignmen
 
 // A function, because libraries register their PTX before other files' variables have values.
 std::map<std::string_view, int> const& special_names() {
+  // clang-format off
   static std::map<std::string_view, int> const names = {
-    {"%tid.x", kTidX}, {"%tid.y", kTidY}, {"%tid.z", kTidZ},
-    {"%ntid.x", kNtidX}, {"%ntid.y", kNtidY}, {"%ntid.z", kNtidZ},
-    {"%ctaid.x", kCtaidX}, {"%ctaid.y", kCtaidY}, {"%ctaid.z", kCtaidZ},
-    {"%nctaid.x", kNctaidX}, {"%nctaid.y", kNctaidY}, {"%nctaid.z", kNctaidZ},
-    {"%laneid", kLaneid}, {"%warpid", kWarpid}, {"%smid", kSmid},
-    {"%cluster_ctarank", kClusterCtarank}, {"%cluster_nctarank", kClusterNctarank},
-    {"%clusterid.x", kClusteridX}, {"%clusterid.y", kClusteridY}, {"%clusterid.z", kClusteridZ},
-    {"%nclusterid.x", kNclusteridX}, {"%nclusterid.y", kNclusteridY}, {"%nclusterid.z", kNclusteridZ},
-    {"%cluster_ctaid.x", kClusterCtaidX}, {"%cluster_ctaid.y", kClusterCtaidY}, {"%cluster_ctaid.z", kClusterCtaidZ},
-    {"%cluster_nctaid.x", kClusterNctaidX}, {"%cluster_nctaid.y", kClusterNctaidY},
-    {"%cluster_nctaid.z", kClusterNctaidZ}, {"%dynamic_smem_size", kDynamicSmemSize},
+      {"%tid.x", kTidX}, {"%tid.y", kTidY}, {"%tid.z", kTidZ},
+      {"%ntid.x", kNtidX}, {"%ntid.y", kNtidY}, {"%ntid.z", kNtidZ},
+      {"%ctaid.x", kCtaidX}, {"%ctaid.y", kCtaidY}, {"%ctaid.z", kCtaidZ},
+      {"%nctaid.x", kNctaidX}, {"%nctaid.y", kNctaidY}, {"%nctaid.z", kNctaidZ},
+      {"%laneid", kLaneid}, {"%warpid", kWarpid}, {"%smid", kSmid},
+      {"%cluster_ctarank", kClusterCtarank}, {"%cluster_nctarank", kClusterNctarank},
+      {"%clusterid.x", kClusteridX}, {"%clusterid.y", kClusteridY}, {"%clusterid.z", kClusteridZ},
+      {"%nclusterid.x", kNclusteridX}, {"%nclusterid.y", kNclusteridY}, {"%nclusterid.z", kNclusteridZ},
+      {"%cluster_ctaid.x", kClusterCtaidX}, {"%cluster_ctaid.y", kClusterCtaidY}, {"%cluster_ctaid.z", kClusterCtaidZ},
+      {"%cluster_nctaid.x", kClusterNctaidX}, {"%cluster_nctaid.y", kClusterNctaidY},
+      {"%cluster_nctaid.z", kClusterNctaidZ}, {"%dynamic_smem_size", kDynamicSmemSize},
   };
+  // clang-format on
   return names;
 }
 
@@ -156,18 +158,19 @@ class Parser {
   void variable_or_function() {
     size_t const stop = text_.find_first_of(";{", at_);
     if (text_.substr(at_, stop - at_).find(".func") != std::string::npos) {  // called functions are not followed
-      if (stop != std::string::npos && text_[stop] == '{') skip_braces();
-      else at_ = stop + 1;
+      if (stop != std::string::npos && text_[stop] == '{')
+        skip_braces();
+      else
+        at_ = stop + 1;
       return;
     }
     declare(globals_, nullptr);
   }
 
   static uint32_t size_of(std::string const& type) {
-    static std::map<std::string, uint32_t> const sizes = {{".b8", 1}, {".u8", 1}, {".s8", 1}, {".b16", 2}, {".u16", 2},
-                                                          {".s16", 2}, {".f16", 2}, {".b32", 4}, {".u32", 4},
-                                                          {".s32", 4}, {".f32", 4}, {".b64", 8}, {".u64", 8},
-                                                          {".s64", 8}, {".f64", 8}};
+    static std::map<std::string, uint32_t> const sizes = {
+        {".b8", 1},  {".u8", 1},  {".s8", 1},  {".b16", 2}, {".u16", 2}, {".s16", 2}, {".f16", 2}, {".b32", 4},
+        {".u32", 4}, {".s32", 4}, {".f32", 4}, {".b64", 8}, {".u64", 8}, {".s64", 8}, {".f64", 8}};
     auto const found = sizes.find(type);
     return found == sizes.end() ? 0 : found->second;
   }
@@ -184,9 +187,12 @@ class Parser {
     uint32_t element = 0, count = 1;
     for (skip_space(); text_[at_] == '.'; skip_space()) {
       std::string const part = word();
-      if (part == ".align") found.alignment = uint32_t(number(word()));
-      else if (size_of(part)) element = size_of(part);
-      else if (part == ".shared" || part == ".global" || part == ".local" || part == ".const") found.space = part;
+      if (part == ".align")
+        found.alignment = uint32_t(number(word()));
+      else if (size_of(part))
+        element = size_of(part);
+      else if (part == ".shared" || part == ".global" || part == ".local" || part == ".const")
+        found.space = part;
     }
     found.name = word();
     if (take('[')) {
@@ -360,8 +366,7 @@ class Parser {
       at_ = text_.find(';', at_);
     } else {
       skip_space();
-      if (text_[at_] != ';') do instruction.operands.push_back(operand());
-        while (take(','));
+      for (bool more = text_[at_] != ';'; more; more = take(',')) instruction.operands.push_back(operand());
     }
     instruction.text = text_.substr(start, at_ - start);
     expect(';');
@@ -423,8 +428,10 @@ class Parser {
       if (minus) operand.value = -operand.value;
     } else {
       std::string const name = word();
-      if (name == "_") operand.kind = Operand::kSink;
-      else operand = operand_named(name);
+      if (name == "_")
+        operand.kind = Operand::kSink;
+      else
+        operand = operand_named(name);
     }
     if (take('+')) {
       bool const back = take('-');

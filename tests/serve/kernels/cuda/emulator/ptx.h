@@ -11,9 +11,7 @@
 
 namespace emulator {
 
-struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+struct Error : std::runtime_error { using std::runtime_error::runtime_error; };
 
 struct Thread;
 struct Warp;
@@ -52,10 +50,10 @@ struct Instruction {
   Collective collective = nullptr;
   int mask_operand = -1;  // which operand names the lanes; -1: all that have not exited
   Space space = Space::kGeneric;
-  int mode = 0;         // a comparison, a rounding, an atomic operation
-  int combination = 0;  // of a comparison with another predicate
-  int count = 1;        // values of a vector, matrices, columns
-  int bits = 0;         // of all that a mov moves; of a value that the tensor cores multiply
+  int mode = 0;              // a comparison, a rounding, an atomic operation
+  int combination = 0;       // of a comparison with another predicate
+  int count = 1;             // values of a vector, matrices, columns
+  int bits = 0;              // of all that a mov moves; of a value that the tensor cores multiply
   bool nan_is_true = false;  // of a comparison
   bool waits = false;        // what is loaded may be what others wait to write
   bool transposed = false, bfloat16 = false;
@@ -78,7 +76,9 @@ struct Form {
 
 // Decodes to one function, whatever the modifiers.
 template <Scalar kFunction>
-void always(Instruction& instruction) { instruction.scalar = kFunction; }
+void always(Instruction& instruction) {
+  instruction.scalar = kFunction;
+}
 
 template <Collective kFunction, int kMaskOperand = -1>
 void together(Instruction& instruction) {
@@ -95,12 +95,14 @@ std::span<Form const> tensor_forms();
 std::span<Form const> tensor_memory_forms();
 
 // Registers that every thread starts with.
+// clang-format off
 enum Special : int {
   kTidX, kTidY, kTidZ, kNtidX, kNtidY, kNtidZ, kCtaidX, kCtaidY, kCtaidZ, kNctaidX, kNctaidY, kNctaidZ,
   kLaneid, kWarpid, kSmid, kClusterCtarank, kClusterNctarank, kClusteridX, kClusteridY, kClusteridZ,
   kNclusteridX, kNclusteridY, kNclusteridZ, kClusterCtaidX, kClusterCtaidY, kClusterCtaidZ,
   kClusterNctaidX, kClusterNctaidY, kClusterNctaidZ, kDynamicSmemSize, kLocalBase, kSpecials
 };
+// clang-format on
 
 // Where shared memory starts, as on hardware that keeps the first KiB for itself.
 constexpr uint32_t kSharedBase = 1024;

@@ -107,8 +107,13 @@ void run(Launch const& launch, void** arguments) {
 cudaError_t launch(Registered const& registered, dim3 grid, dim3 block, void** arguments, size_t shared, dim3 cluster) {
   std::lock_guard const guard(state().lock);
   if (state().last == cudaSuccess) state().error.clear();
-  Launch const launch{registered.kernel, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
-                      {cluster.x, cluster.y, cluster.z}, shared, state().multiprocessors, state().seed};
+  Launch const launch{registered.kernel,
+                      {grid.x, grid.y, grid.z},
+                      {block.x, block.y, block.z},
+                      {cluster.x, cluster.y, cluster.z},
+                      shared,
+                      state().multiprocessors,
+                      state().seed};
   size_t const ranges = global_memory().size();
   std::string error;
   try {

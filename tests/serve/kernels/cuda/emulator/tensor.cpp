@@ -73,8 +73,10 @@ void vote(Warp& warp, uint32_t lanes, Instruction const& i) {
   bool const all = yes == lanes, any = yes != 0;
   for (Thread& t : warp.threads) {
     if (!in(lanes, t.lane)) continue;
-    if (kVote == kBallot) put<uint32_t>(t, i.operands[0], yes);
-    else put<bool>(t, i.operands[0], kVote == kAll ? all : kVote == kAny ? any : all || !any);
+    if (kVote == kBallot)
+      put<uint32_t>(t, i.operands[0], yes);
+    else
+      put<bool>(t, i.operands[0], kVote == kAll ? all : kVote == kAny ? any : all || !any);
   }
 }
 
@@ -306,8 +308,10 @@ void tensor_load(Thread& t, Instruction const& i) {
       box.each_element([&](uint32_t offset, uint64_t address, bool inside) {
         uint32_t const size = box.map.element_bytes;
         uint8_t* const place = block->shared_at(swizzled(to + offset, box.map.swizzle_bytes), size);
-        if (inside) std::memcpy(place, global_memory().at(address, size, false), size);
-        else std::memset(place, 0, size);
+        if (inside)
+          std::memcpy(place, global_memory().at(address, size, false), size);
+        else
+          std::memset(place, 0, size);
       });
       mbarrier_complete(grid, block->shared_at(barrier, 8), box.bytes());
     });
@@ -353,8 +357,10 @@ constexpr Form kForms[] = {
     {"wgmma.fence.sync.aligned", "", 0, 0, together<nothing_together>},
     {"wgmma.commit_group.sync.aligned", "", 0, 0, together<products_commit>},
     {"wgmma.wait_group.sync.aligned", "", 1, 1, together<products_wait>},
-    {"cp.async.bulk.tensor", "1d 2d 3d 4d 5d tile global shared::cta shared::cluster mbarrier::complete_tx::bytes "
-     "multicast::cluster bulk_group L2::cache_hint", 2, 5, tensor_copy},
+    {"cp.async.bulk.tensor",
+     "1d 2d 3d 4d 5d tile global shared::cta shared::cluster mbarrier::complete_tx::bytes "
+     "multicast::cluster bulk_group L2::cache_hint",
+     2, 5, tensor_copy},
 };
 
 }  // namespace

@@ -44,10 +44,11 @@ void copy(Thread& t, Instruction const& i) {
   SharedMatrix const from = SharedMatrix::of_tcgen05(get<uint64_t>(t, i.operands[1]));
   if (lane_of(to)) throw Error("copies start at lane 0");
   block.tensor_work.push_back({&i, [=, &block] {
-    for (uint32_t lane = 0; lane < kLanes; ++lane)
-      for (uint32_t word = 0; word < 4; ++word)
-        std::memcpy(&cell(block, lane, column_of(to) + word), block.shared_at(from.place(lane, 4 * word), 4), 4);
-  }});
+                                 for (uint32_t lane = 0; lane < kLanes; ++lane)
+                                   for (uint32_t word = 0; word < 4; ++word)
+                                     std::memcpy(&cell(block, lane, column_of(to) + word),
+                                                 block.shared_at(from.place(lane, 4 * word), 4), 4);
+                               }});
 }
 
 // tcgen05.mma.sp.kind::f16 with 128 rows: row r's sums in lane r, a column each. Metadata: a 32-bit column for each 32
@@ -70,22 +71,23 @@ void product(Thread& t, Instruction const& i) {
   SharedMatrix const b = SharedMatrix::of_tcgen05(get<uint64_t>(t, i.operands[2]));
   bool const adds = get<bool>(t, i.operands[6]);
   block.tensor_work.push_back({&i, [=, &block] {
-    std::vector<float> const values = read_matrix(block, a, 0, m, 16, 2, a_type == 1);
-    std::vector<float> const x = read_matrix(block, b, 0, n, 32, 2, a_type == 1);
-    for (uint32_t row = 0; row < m; ++row) {
-      std::array<Kept, 8> groups;
-      for (uint32_t group = 0; group < 8; ++group) {
-        uint32_t const word = cell(block, row / 16 * 16 + group / 4 * 8 + row % 8, column_of(meta) + selector);
-        groups[group] = kept(word >> row % 16 / 8 * 16, int(group % 4));
-      }
-      for (uint32_t column = 0; column < n; ++column) {
-        double const sum = sparse_dot(&values[row * 16], groups, &x[column * 32]);
-        uint32_t& place = cell(block, row, column_of(to) + column);
-        float const result = float(adds ? sum + from_bits<float>(place) : sum);
-        std::memcpy(&place, &result, 4);
-      }
-    }
-  }});
+                                 std::vector<float> const values = read_matrix(block, a, 0, m, 16, 2, a_type == 1);
+                                 std::vector<float> const x = read_matrix(block, b, 0, n, 32, 2, a_type == 1);
+                                 for (uint32_t row = 0; row < m; ++row) {
+                                   std::array<Kept, 8> groups;
+                                   for (uint32_t group = 0; group < 8; ++group) {
+                                     uint32_t const word = cell(block, row / 16 * 16 + group / 4 * 8 + row % 8,
+                                                                column_of(meta) + selector);
+                                     groups[group] = kept(word >> row % 16 / 8 * 16, int(group % 4));
+                                   }
+                                   for (uint32_t column = 0; column < n; ++column) {
+                                     double const sum = sparse_dot(&values[row * 16], groups, &x[column * 32]);
+                                     uint32_t& place = cell(block, row, column_of(to) + column);
+                                     float const result = float(adds ? sum + from_bits<float>(place) : sum);
+                                     std::memcpy(&place, &result, 4);
+                                   }
+                                 }
+                               }});
 }
 
 // Arrives when all that was asked for before is done.
@@ -119,17 +121,17 @@ void registers(Warp& warp, uint32_t lanes, Instruction const& i) {
     for (int k = 0; k < i.count * 4; ++k) {
       uint32_t& place = cell(*warp.block, lane_of(base) + t.lane / 4 + k % 4 / 2 * 8,
                              column_of(base) + k / 4 * 8 + t.lane % 4 * 2 + k % 2);
-      if constexpr (kLoad) put<uint32_t>(t, own.parts[k], place);
-      else place = get<uint32_t>(t, own.parts[k]);
+      if constexpr (kLoad)
+        put<uint32_t>(t, own.parts[k], place);
+      else
+        place = get<uint32_t>(t, own.parts[k]);
     }
   }
   if (!kLoad) ++warp.block->cluster->grid->progress;
 }
 
 // What a cluster gets of another that has not begun: its first block, or nothing.
-struct Answer {
-  uint32_t x, y, z, given;
-};
+struct Answer { uint32_t x, y, z, given; };
 
 void try_cancel(Thread& t, Instruction const& i) {
   uint32_t const to = uint32_t(address_of(t, i.operands[0])), barrier = uint32_t(address_of(t, i.operands[1]));
