@@ -16,7 +16,8 @@ import torch
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels import registry as kernels
-from ria_vllm.serve.kernels.cuda.build import CudaBuildError, find_nvcc
+from ria_vllm.serve.kernels.cuda.architectures import CudaBuildError
+from ria_vllm.serve.kernels.cuda.build import find_nvcc
 
 VECTOR_FLAGS = (
     "avx2",

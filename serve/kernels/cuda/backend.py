@@ -14,7 +14,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.cuda import fp8
-from ria_vllm.serve.kernels.cuda.bindings import library_of, multiprocessors
+from ria_vllm.serve.kernels.cuda.bindings import library_of, num_sms_of
 from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, WORKSPACE_BYTES, choose_tile
 
 NAME = "cutlass"
@@ -75,12 +75,12 @@ def _product(
         raise RiaError(f"bias is {tuple(bias.shape)} {bias.dtype}, expected ({out_features},) {dtype}")
     y = x.new_empty(*x.shape[:-1], out_features, dtype=dtype)
     if tokens:
-        tile, split = choose_tile(
-            library, x.dtype, out_features, in_features, tokens, multiprocessors(x.device.index)
+        tile, split_k = choose_tile(
+            library, x.dtype, out_features, in_features, tokens, num_sms_of(x.device.index)
         )
         library.linear(
             tile,
-            split,
+            split_k,
             _aligned(x).view(tokens, in_features),
             values,
             metadata,
@@ -126,7 +126,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, out_features: int, in_
         return f"in-features {in_features} are not a multiple of 64"
     index = torch.cuda.current_device() if device.index is None else device.index
     try:
-        choose_tile(library_of(index), dtype, out_features, in_features, 1, multiprocessors(index))
+        choose_tile(library_of(index), dtype, out_features, in_features, 1, num_sms_of(index))
     except RiaError as error:
         return str(error)
     return None

@@ -1,4 +1,4 @@
-// Which instruction set to use, decided once per process.
+// Chooses the instruction set, once per process.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -10,7 +10,7 @@ namespace ria {
 namespace {
 
 #if defined(__x86_64__)
-// __builtin_cpu_supports also asks whether the operating system saves the registers (xgetbv).
+// __builtin_cpu_supports also checks that the operating system saves the registers (xgetbv).
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }

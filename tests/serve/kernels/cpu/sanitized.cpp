@@ -39,24 +39,24 @@ static void check(Dtype dtype, int64_t tokens, int64_t rows, int64_t columns) {
   std::vector<float> scales(rows);
   std::vector<uint8_t> bitmask(rows * columns / 8);
   std::vector<int32_t> permutation(columns);
-  for (Weight& value : values) value = Weight::from_float(scaled(dtype) ? 8 * random_value() : random_value());
+  for (Weight& value : values) value = Weight::from_float(has_scales(dtype) ? 8 * random_value() : random_value());
   for (auto* list : {&x, &bias})
     for (Value& value : *list) value = Value::from_float(random_value());
-  for (float& scale : scales) scale = scaled(dtype) ? (1 + random_bits() % 4) / 64.0f : 1.0f;
+  for (float& scale : scales) scale = has_scales(dtype) ? (1 + random_bits() % 4) / 64.0f : 1.0f;
   for (uint8_t& byte : bitmask) byte = kLegal[random_bits() % 6] | kLegal[random_bits() % 6] << 4;
   for (int64_t c = 0; c < columns; ++c) permutation[c] = static_cast<int32_t>(columns - 1 - c);
   Aligned packed(layout.bytes());
   pack(layout, values.data(), bitmask.data(), scales.data(), packed.data.get());
 
-  Product product{};
-  product.layout = layout;
-  product.packed = packed.data.get();
-  product.x = x.data();
-  product.x_stride = columns;
-  product.permutation = permutation.data();
-  product.bias = bias.data();
-  product.y = y.data();
-  linear(product, tokens, instruction_set());
+  GemmArgs args{};
+  args.layout = layout;
+  args.packed = packed.data.get();
+  args.x = x.data();
+  args.x_stride = columns;
+  args.permutation = permutation.data();
+  args.bias = bias.data();
+  args.y = y.data();
+  linear(args, tokens, instruction_set());
 
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t r = 0; r < rows; ++r) {

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from compiled_cuda import emulator_alone
+from cuda_libraries import emulator_alone
 
 from ria_vllm.errors import RiaError
 
