@@ -1,4 +1,4 @@
-// What one thread does alone: arithmetic, memory, branches, and its part in barriers.
+// Instructions of a single thread: arithmetic, memory, branches, and barriers.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -20,7 +20,8 @@ struct TypeOf {
 template <class T>
 constexpr bool kInteger = std::is_integral_v<T> && !std::is_same_v<T, bool>;
 
-// Which types a function is for: integers of 16 bits and more; floats too; integers and predicates; all of memory.
+// Which types a function takes: integers of 16 bits and more; these and floats; integers and predicates; all that
+// memory holds.
 enum Types { kIntegers, kNumbers, kBits, kStored };
 
 template <Types kTypes, class T>
@@ -30,7 +31,7 @@ constexpr bool includes() {
   return kTypes == kBits ? std::is_integral_v<T> : !std::is_same_v<T, bool>;
 }
 
-// Calls `use` with the C++ type of a PTX type, if it is one of `kTypes`; bits count as unsigned.
+// Calls `use` with the C++ type of a PTX type, if it is among `kTypes`; b types count as unsigned.
 template <Types kTypes, class Use>
 Scalar with_type(string const& name, Use use) {
   auto const allowed = [&]<class T>(TypeOf<T> type) -> Scalar {
@@ -53,7 +54,7 @@ Scalar with_type(string const& name, Use use) {
   return nullptr;
 }
 
-// Twice as wide.
+// The integer type of twice the width.
 template <class T>
 struct Wide;
 template <> struct Wide<int16_t> { using type = int32_t; };
@@ -110,7 +111,7 @@ struct Rem {
     return std::is_signed_v<T> && b == T(-1) ? T(0) : T(a % b);
   }
 };
-// Of two zeros the negative one is the smaller; of a NaN and a number the number counts.
+// -0 is smaller than +0. Of a NaN and a number, the result is the number.
 struct Min {
   template <class T> static T of(T a, T b) {
     if constexpr (std::is_floating_point_v<T>)
@@ -182,7 +183,7 @@ void binary(Instruction& i) {
   i.scalar = with_type<kTypes>(i.name.back(), []<class T>(TypeOf<T>) -> Scalar { return &apply_to_two<T, F>; });
 }
 
-// d = a * b + c of the same width, and of twice the width; without c for mul.
+// d = a * b + c in the same width (multiply_add) or in twice the width (wide, without c for mul).
 template <class T, class F>
 void multiply_add(Thread& t, Instruction const& i) {
   T const product = F::of(get<T>(t, i.operands[1]), get<T>(t, i.operands[2]));
@@ -292,10 +293,10 @@ void comparison(Instruction& i) {
   if (i.mode < 6) i.scalar = with_type<kNumbers>(type, []<class T>(TypeOf<T>) -> Scalar { return &compare<T>; });
 }
 
-// How a float becomes an integer.
+// How a float is rounded to an integer.
 enum Rounding { kNone, kNearest, kZero, kDown, kUp };
 
-// A NaN becomes 0, but the topmost bit where 64 bits are involved.
+// A NaN becomes 0, or only the topmost bit if either type has 64 bits.
 template <class To, class From>
 To to_integer(From value, int rounding) {
   constexpr To kTopmost = To(std::make_unsigned_t<To>(1) << (8 * sizeof(To) - 1));
@@ -338,7 +339,7 @@ void round_pair(Thread& t, Instruction const& i) {
   put<uint32_t>(t, i.operands[0], high << 16 | low);
 }
 
-// From and to 16-bit floats.
+// Conversions from and to 16-bit floats.
 Scalar conversion_of_halves(Instruction const& i) {
   static std::map<string, Scalar> const kKnown = {
       {"rn.bf16.f32", &round<to_bfloat16>},        {"rn.f16.f32", &round<to_float16>},
@@ -363,7 +364,7 @@ void conversion(Instruction& i) {
   });
 }
 
-// Also what packs registers into a wider one and takes them apart.
+// mov, which also packs registers into a wider one and unpacks them.
 void move(Thread& t, Instruction const& i) {
   Operand const &to = i.operands[0], &from = i.operands[1];
   if (to.kind == Operand::kVector) {
@@ -494,7 +495,7 @@ void store(Thread& t, Instruction const& i) {
   ++grid_of(t).progress;
 }
 
-// 128 bits, into two neighbouring slots.
+// Loads 128 bits into two neighbouring slots.
 void load_wide(Thread& t, Instruction const& i) {
   uint8_t const* const from = memory(t, i.space, address_of(t, i.operands[1]), 16, 16, false);
   std::memcpy(&t.registers[i.operands[0].slot], from, 16);
@@ -516,7 +517,7 @@ void memory_access(Instruction& i) {
 
 enum Atomic { kAtomAdd, kAtomMin, kAtomMax, kAtomExch, kAtomCas, kAtomInc, kAtomAnd, kAtomOr, kAtomXor };
 
-// kReturns: the old value, to the first operand.
+// kReturns: the first operand receives the old value.
 template <class T, bool kReturns>
 void atomic(Thread& t, Instruction const& i) {
   uint8_t* const place = memory(t, i.space, address_of(t, i.operands[kReturns]), sizeof(T), sizeof(T), true);
@@ -534,11 +535,11 @@ void atomic(Thread& t, Instruction const& i) {
       if constexpr (kInteger<T>)
         next = i.mode == kAtomAnd ? T(old & b) : i.mode == kAtomOr ? T(old | b) : T(old ^ b);
       else
-        throw Error("bits of a float");
+        throw Error("a bitwise operation on floats");
   }
   std::memcpy(place, &next, sizeof(T));
   if (kReturns) put<T>(t, i.operands[0], old);
-  // A comparison that fails is how a lock is waited for.
+  // A compare-and-swap that changes nothing may be a spin lock.
   if (i.mode == kAtomCas && std::memcmp(&old, &next, sizeof(T)) == 0)
     t.yields = true;
   else
@@ -558,15 +559,15 @@ void atomic_access(Instruction& i) {
 
 void branch(Thread& t, Instruction const& i) { t.pc = i.target; }
 
-void leave(Thread& t, Instruction const&) {
-  if (!t.copies.empty()) throw Error("ends with copies that it does not wait for");
-  // CUTLASS's kernels for Hopper wait for their last stores, those for Blackwell exit with them under way.
+void exit_thread(Thread& t, Instruction const&) {
+  if (!t.copies.empty()) throw Error("exits without waiting for its copies");
+  // CUTLASS's Hopper kernels wait for their last stores; its Blackwell kernels exit while they are pending.
   if (grid_of(t).launch.kernel->module->target >= 100) t.stores.finish(0);
-  if (!t.stores.empty()) throw Error("ends with bulk stores that it does not wait for");
+  if (!t.stores.empty()) throw Error("exits without waiting for its bulk stores");
   t.state = Thread::kExited;
 }
 
-void trap(Thread&, Instruction const&) { throw Error("the kernel stopped itself"); }
+void trap(Thread&, Instruction const&) { throw Error("the kernel trapped"); }
 void pause(Thread& t, Instruction const&) { t.yields = true; }
 
 void to_shared(Thread& t, Instruction const& i) {
@@ -576,14 +577,14 @@ void to_shared(Thread& t, Instruction const& i) {
 void from_shared(Thread& t, Instruction const& i) {
   put<uint64_t>(t, i.operands[0], get<uint32_t>(t, i.operands[1]) + kSharedWindow);
 }
-void same_address(Thread& t, Instruction const& i) { put<uint64_t>(t, i.operands[0], get<uint64_t>(t, i.operands[1])); }
+void keep_address(Thread& t, Instruction const& i) { put<uint64_t>(t, i.operands[0], get<uint64_t>(t, i.operands[1])); }
 
-void change_of_space(Instruction& i) {
+void address_conversion(Instruction& i) {
   Space const space = space_of(i);
   if (space == Space::kShared)
     i.scalar = i.has("to") ? &to_shared : &from_shared;
   else if (space == Space::kGlobal)
-    i.scalar = &same_address;
+    i.scalar = &keep_address;
 }
 
 template <bool kWaits>
@@ -595,7 +596,7 @@ void block_barrier(Thread& t, Instruction const& i) {
 
 void cluster_arrive(Thread& t, Instruction const&) {
   Cluster& cluster = *t.block().cluster;
-  if (t.arrived) throw Error("arrives a second time without having waited");
+  if (t.arrived) throw Error("arrives twice without waiting");
   t.arrived = true;
   t.cluster_phase = cluster.phase;
   ++cluster.arrived;
@@ -610,11 +611,11 @@ void cluster_wait(Thread& t, Instruction const&) {
     t.arrived = false;
 }
 
-// The address of the same place in another block of the cluster.
+// The same offset in the shared memory of another block of the cluster.
 void map_address(Thread& t, Instruction const& i) {
   uint32_t const address = get<uint32_t>(t, i.operands[1]), rank = get<uint32_t>(t, i.operands[2]);
-  if (address >> 24) throw Error("an address that is another block's already");
-  if (rank >= t.block().cluster->blocks.size()) throw Error("a rank that the cluster does not have");
+  if (address >> 24) throw Error("the address is already that of another block");
+  if (rank >= t.block().cluster->blocks.size()) throw Error("the cluster has no such rank");
   put<uint32_t>(t, i.operands[0], address | (rank + 1) << 24);
 }
 
@@ -627,10 +628,10 @@ void barrier_init(Thread& t, Instruction const& i) {
 
 void barrier_invalidate(Thread& t, Instruction const& i) { std::memset(barrier_at(t, i.operands[0]), 0xFF, 8); }
 
-// kExpects: announces bytes and arrives once; else arrives as often as the number says.
+// kExpects: expects that many bytes and arrives once; else arrives that many times.
 template <bool kExpects>
 void barrier_arrive(Thread& t, Instruction const& i) {
-  if (i.operands[0].kind != Operand::kSink) throw Error("the state of an mbarrier is not kept");
+  if (i.operands[0].kind != Operand::kSink) throw Error("the emulator does not return the state of an mbarrier");
   uint8_t* const place = barrier_at(t, i.operands[1]);
   uint32_t const number = i.operands.size() > 2 ? get<uint32_t>(t, i.operands[2]) : 1;
   if (kExpects) mbarrier_expect(grid_of(t), place, number);
@@ -650,7 +651,7 @@ void barrier_test(Thread& t, Instruction const& i) {
   if (!done) t.yields = true;
 }
 
-// cp.async dst, src, size{, bytes of it that are read; the rest becomes zeros}.
+// cp.async dst, src, size{, bytes to read}; the rest of dst becomes zeros.
 void copy_async(Thread& t, Instruction const& i) {
   size_t const size = i.operands[2].value;
   size_t const read = i.operands.size() > 3 ? get<uint32_t>(t, i.operands[3]) : size;
@@ -724,12 +725,12 @@ constexpr Form kForms[] = {
     {"st", SPACES SCOPES "local v2 v4 v8 weak release volatile wb cg cs wt", 2, 2, memory_access<false>},
     {"atom", SPACES SCOPES "acquire release acq_rel add min max exch cas inc and or xor", 3, 4, atomic_access<true>},
     {"red", SPACES SCOPES "release add min max inc and or xor", 2, 2, atomic_access<false>},
-    {"cvta", SHARED " to global param local const", 2, 2, change_of_space},
+    {"cvta", SHARED " to global param local const", 2, 2, address_conversion},
     {"mapa", "shared::cluster", 3, 3, always<map_address>},
 
     {"bra", "uni", 0, 0, always<branch>},
-    {"ret", "uni", 0, 0, always<leave>},
-    {"exit", "", 0, 0, always<leave>},
+    {"ret", "uni", 0, 0, always<exit_thread>},
+    {"exit", "", 0, 0, always<exit_thread>},
     {"trap", "", 0, 0, always<trap>},
     {"nanosleep", "", 1, 1, always<pause>},
     {"bar.sync", "", 1, 2, always<block_barrier<true>>},
@@ -756,7 +757,7 @@ constexpr Form kForms[] = {
     {"cp.async.bulk.commit_group", "", 0, 0, always<stores_commit>},
     {"cp.async.bulk.wait_group", "read", 1, 1, always<stores_wait>},
 
-    // Orderings and hints: this machine runs everything in order but what it puts off on purpose.
+    // Orderings and hints do nothing: this machine runs everything in order but what it defers on purpose.
     {"fence", "acq_rel sc acquire release proxy async mbarrier_init " SPACES SCOPES, 0, 0, always<nothing>},
     {"membar", "cta gl sys", 0, 0, always<nothing>},
     {"prefetch", "tensormap global local param const L1 L2", 1, 1, always<nothing>},
