@@ -1,6 +1,6 @@
-// The plain C++ beneath the operators, under sanitizers: every instruction set of this machine over shapes with tails,
-// in buffers of exactly the promised size, against a double-precision product; then bitmasks that are not 2:4.
-// Prints "ok" and the instruction set of RIA_VLLM_CPU_ISA.
+// The C++ beneath the operators, under sanitizers: one instruction set over shapes with partial tiles and blocks, in
+// buffers of exactly the promised size, against a double-precision product; then bitmasks that are not 2:4.
+// Prints "ok" and the name of the instruction set, which RIA_VLLM_CPU_ISA chooses.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

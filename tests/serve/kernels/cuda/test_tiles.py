@@ -69,7 +69,16 @@ def test_rules_and_measurements_choose_from_all_default_tiles_and_only_from_them
 @pytest.mark.parametrize("num_sms", [114, 132, 148])
 @pytest.mark.parametrize(
     "shape",
-    [(4096, 4096), (6144, 4096), (11008, 4096), (4096, 11008), (28672, 8192), (8192, 28672), (57344, 8192), (576, 1536)],
+    [
+        (4096, 4096),
+        (6144, 4096),
+        (11008, 4096),
+        (4096, 11008),
+        (28672, 8192),
+        (8192, 28672),
+        (57344, 8192),
+        (576, 1536),
+    ],
 )
 def test_split_k_keeps_all_sms_equally_busy(shape, num_sms):
     """If each block goes to the SM with the least work, the busiest SM gets little more than an equal share."""

@@ -1,4 +1,4 @@
-"""The CUDA backends as far as a machine without a GPU can see them."""
+"""The CUDA backends, as far as a machine without a GPU can test them."""
 
 from types import SimpleNamespace
 
@@ -87,7 +87,7 @@ def test_shapes_for_the_compiler(leading):
 
 
 class Backend(SimpleNamespace):
-    """The reference, with changes."""
+    """The reference backend, with changes."""
 
     def __init__(self, **changes):
         super().__init__(**{name: getattr(reference, name) for name in ("unavailable", "pack", "apply")} | changes)
@@ -118,7 +118,7 @@ def test_the_next_backend_takes_what_a_broken_one_cannot(monkeypatch):
 
 
 def test_the_compiler_puts_the_gather_into_the_norm(hopper):
-    """The operators leave it outside, so that it costs no pass of its own: no kernel more than without."""
+    """The gather is outside the operators, so that torch.compile fuses it: there is no kernel more than without it."""
     compressed, bitmask = sparse24.compress(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16())
     packed = cutlass.pack(compressed, bitmask)
     x, weight = torch.randn(3, 256).bfloat16(), torch.rand(256).bfloat16()
