@@ -7,6 +7,7 @@ written from NVIDIA's manuals. These tests say nothing about speed.
 import pytest
 import torch
 from cuda_libraries import chosen_tiles, emulated
+from graph_capture import GraphCapture
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
@@ -214,3 +215,33 @@ def test_few_rows_keep_the_sms_busy(library, shape, least, workspace):
     product.check(product.y, product.bias)
     blocks, most, total = library.emulator.load()
     assert blocks >= 10 and total / (12 * most) > least, (blocks, most, total)
+
+
+OPERATORS = {
+    torch.ops.ria.sparse24_linear.cutlass: cutlass._linear,
+    torch.ops.ria.sparse24_fp8_linear.cutlass: cutlass._fp8_linear,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, fp8.DTYPE])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_graph_can_capture_the_operators(on_emulated_hopper, dtype, gathered):
+    """The Python around the kernels. Their host code is linked to nothing that waits or allocates (link_emulator)."""
+    output = torch.bfloat16 if dtype == fp8.DTYPE else dtype
+    product = Product(200, 576, 5, dtype, output)
+    metadata = on_emulated_hopper.pack_metadata(product.bitmask, product.values.itemsize * 8)
+    x = torch.randn(5, 577, generator=torch.Generator().manual_seed(6)).to(output)[:, 1:]
+    order = torch.randperm(576, generator=torch.Generator().manual_seed(7)).int() if gathered else None
+    with GraphCapture("cpu", OPERATORS) as capture:
+        rows = x if order is None else x.index_select(-1, order)
+        if dtype == fp8.DTYPE:
+            operands = (*fp8.quantize(rows), product.values, metadata, product.scales[0], product.bias, output)
+            y = torch.ops.ria.sparse24_fp8_linear.cutlass(*operands)
+        else:
+            operands = (rows, product.values, metadata, product.bias)
+            y = torch.ops.ria.sparse24_linear.cutlass(*operands)
+    assert not capture.kept(y, rows, *operands)
+    product.inputs = operands[0].double()
+    if dtype == fp8.DTYPE:
+        product.inputs = product.inputs * operands[1].double()[:, None]
+    product.check(y, product.bias)
