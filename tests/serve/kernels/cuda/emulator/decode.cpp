@@ -38,7 +38,7 @@ bool allows(Form const& form, std::string_view modifier) {
 void decode(Instruction& instruction) {
   Form const* found = nullptr;
   size_t most = 0;
-  for (auto const forms : {scalar_forms(), tensor_forms(), tensor_memory_forms()})
+  for (auto const forms : {arithmetic_forms(), memory_forms(), control_forms(), tensor_forms(), tensor_memory_forms()})
     for (Form const& form : forms)
       if (size_t const parts = parts_of(form, instruction); parts > most) {
         found = &form;

@@ -209,6 +209,8 @@ struct Grid {
 
 inline Block& Thread::block() const { return *warp->block; }
 
+inline Grid& grid_of(Thread const& thread) { return *thread.block().cluster->grid; }
+
 // Counts one more thread at a barrier of its block; `waiting` is null if it does not wait. Without `expected`, the
 // barrier is for all threads that have not exited.
 void arrive(Block&, uint32_t barrier, std::optional<uint32_t> expected, Thread* waiting);

@@ -74,6 +74,11 @@ struct Form {
   void (*decode)(Instruction&);
 };
 
+// Modifiers that many forms share.
+#define SHARED "shared shared::cta"
+#define SPACES SHARED " shared::cluster global "
+#define SCOPES "relaxed cta cluster gpu sys "
+
 // Decodes to one function, for any modifiers.
 template <Scalar kFunction>
 void always(Instruction& instruction) {
@@ -89,8 +94,10 @@ void together(Instruction& instruction) {
 inline void nothing(Thread&, Instruction const&) {}
 inline void nothing_together(Warp&, uint32_t, Instruction const&) {}
 
-// Defined in instructions.cpp, tensor.cpp and tensor_memory.cpp.
-std::span<Form const> scalar_forms();
+// Each defined in the file of that name.
+std::span<Form const> arithmetic_forms();
+std::span<Form const> memory_forms();
+std::span<Form const> control_forms();
 std::span<Form const> tensor_forms();
 std::span<Form const> tensor_memory_forms();
 
