@@ -36,8 +36,8 @@ constexpr int64_t kTileBatch = 4;
 // One group of a tile's rows, unpacked for the loop over tokens.
 struct UnpackedGroup {
   float first[kTileRows], second[kTileRows];
-  uint32_t first_offset[kTileRows],
-      second_offset[kTileRows];  // of their activations, in bytes from the start of the chunk
+  // Of their activations, in bytes from the start of the chunk.
+  uint32_t first_offset[kTileRows], second_offset[kTileRows];
 };
 
 // Rows for which the registers hold accumulators beside V vectors of tokens.
@@ -50,7 +50,7 @@ constexpr int rows_beside() {
 
 // sums[row][token] += the product over a chunk's groups, for V vectors of tokens.
 template <class TokenVecTraits, int V>
-void accumulate_chunk(const UnpackedGroup* unpacked, int64_t rows, const uint8_t* panel, float* sums) {
+void accumulate_unpacked(const UnpackedGroup* unpacked, int64_t rows, const uint8_t* panel, float* sums) {
   constexpr int R = rows_beside<TokenVecTraits, V>();
   constexpr int64_t width = TokenVecTraits::kTokens;
   using Vector = typename TokenVecTraits::Vector;
@@ -82,11 +82,11 @@ void accumulate_chunk(const UnpackedGroup* unpacked, int64_t rows, const uint8_t
   }
 }
 
-using AccumulateChunk = void (*)(const UnpackedGroup*, int64_t, const uint8_t*, float*);
+using AccumulateUnpacked = void (*)(const UnpackedGroup*, int64_t, const uint8_t*, float*);
 
 template <class TokenVecTraits, size_t... V>
-AccumulateChunk accumulate_chunk_for(int64_t vectors, std::index_sequence<V...>) {
-  static constexpr AccumulateChunk table[] = {accumulate_chunk<TokenVecTraits, static_cast<int>(V) + 1>...};
+AccumulateUnpacked accumulate_unpacked_for(int64_t vectors, std::index_sequence<V...>) {
+  static constexpr AccumulateUnpacked table[] = {accumulate_unpacked<TokenVecTraits, static_cast<int>(V) + 1>...};
   return table[vectors - 1];
 }
 
@@ -151,7 +151,7 @@ void multiply_tile_batch(const GemmArgs& args, int64_t first_tile, int64_t tiles
       for (int64_t byte = 0; byte < bytes; byte += kCacheLine) __builtin_prefetch(weights + bytes + byte, 0, 2);
       unpack_chunk<VecTraits>(weights, strips, offsets, unpacked);
       for (int64_t b = 0; b < tokens.count; ++b)
-        accumulate_chunk_for<typename VecTraits::TokenVecTraits>(tokens.padded_size(b) / width, sizes)(
+        accumulate_unpacked_for<typename VecTraits::TokenVecTraits>(tokens.padded_size(b) / width, sizes)(
             unpacked, strips * kStripRows, args.panel + panel.offset(chunk, b), sums_of(tile, b));
     }
   for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile) {

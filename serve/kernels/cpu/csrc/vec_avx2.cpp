@@ -56,9 +56,8 @@ struct Avx2Traits {
   using Value = V;
   struct Accumulators { __m256 low, high; };
   struct Weights { __m256 first_low, first_high, second_low, second_high; };
-  struct Positions {
-    __m256i low, high;
-  };                           // 32 bits per row: the first position in bits 0 and 1, the second in bits 2 and 3
+  // 32 bits per row: the first position in bits 0 and 1, the second in bits 2 and 3.
+  struct Positions { __m256i low, high; };
   using Activations = __m256;  // the four channels, twice
   static constexpr int64_t kBlockTokens = 3;
   static constexpr int64_t kActivationBytes = 16;
