@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -24,10 +25,10 @@ COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
-    "lanes_portable.cpp": [],
-    "lanes_avx2.cpp": AVX2,
-    "lanes_avx512.cpp": AVX512,
-    "lanes_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
+    "vec_portable.cpp": [],
+    "vec_avx2.cpp": AVX2,
+    "vec_avx512.cpp": AVX512,
+    "vec_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
 }
 
 
@@ -76,12 +77,10 @@ class BuildCpuLibrary(build_ext):
 
 
 def load_cuda_build() -> ModuleType:
-    """serve/kernels/cuda/build.py by its path: the package's own imports need torch, the build does not."""
-    spec = spec_from_file_location("ria_vllm_cuda_build", Path("serve/kernels/cuda/build.py").resolve())
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    """serve/kernels/cuda/build.py, by its path: its parent packages import torch, it does not."""
+    spec = spec_from_file_location("ria_vllm_cuda", Path("serve/kernels/cuda/__init__.py").resolve())
+    sys.modules[spec.name] = module_from_spec(spec)
+    return import_module(f"{spec.name}.build")
 
 
 class AnyPythonWheel(bdist_wheel):

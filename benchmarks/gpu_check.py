@@ -2,7 +2,7 @@
 
 Needs torch and this package, not vLLM. Prints one table and writes one JSON. In order, so that a run that is cut short
 has done the most important first: correctness against float64, CUDA graphs, times beside the dense product and the
-hardware's limits, then times of every tile, from which cutlass_tiles.MEASURED is filled.
+hardware's limits, then times of every tile, from which tiles.MEASURED is filled.
 
 All of that is divided into parts that a worker process goes through. A part that fails, crashes or hangs ends its
 worker, for after an illegal access nothing in that process could be believed; a new one goes on with the next part.
@@ -27,9 +27,8 @@ import torch
 from benchmarks import gpu_products, gpu_timing
 from benchmarks.gpu_timing import DEVICE, Row
 from ria_vllm.serve.kernels import reference as reference_backend
+from ria_vllm.serve.kernels.cuda import architectures, fp8
 from ria_vllm.serve.kernels.cuda import backend as cutlass
-from ria_vllm.serve.kernels.cuda import build as cuda_compile
-from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.bindings import library_of
 from ria_vllm.serve.kernels.torch import cusparselt, torch_cutlass
 
@@ -205,13 +204,13 @@ def _work(sender: Connection, factory: Callable[[], Sequence[Part]], deadline: f
 
 def check_library() -> Iterator[Row]:
     """A failed row if our own kernels will not run on a GPU that they were written for; else which tiles are absent."""
-    if torch.version.hip or cuda_compile.for_capability(*torch.cuda.get_device_capability(DEVICE)) is None:
+    if torch.version.hip or architectures.for_capability(*torch.cuda.get_device_capability(DEVICE)) is None:
         return
     if reason := cutlass.unavailable(DEVICE, torch.bfloat16, 4096, 4096):
         yield {"part": "our own kernels", "ok": False, "error": reason}
         return
     library = library_of(DEVICE.index)
-    if absent := cuda_compile.absent_tiles(library.path.name, library.tile_names):
+    if absent := architectures.missing_tiles(library.path.name, library.tile_names):
         reason = f"{', '.join(absent)}: `ria-vllm build-kernels --tiles all` compiles them"
         yield {"part": "tiles", "skipped": reason}
 

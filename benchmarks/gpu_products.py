@@ -12,8 +12,8 @@ from benchmarks.gpu_timing import DEVICE, Row
 from ria_vllm import sparse24
 from ria_vllm.serve.kernels.cuda import backend as cutlass
 from ria_vllm.serve.kernels.cuda import fp8
-from ria_vllm.serve.kernels.cuda.bindings import library_of, multiprocessors
-from ria_vllm.serve.kernels.cuda.tiles import SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE, can_run
+from ria_vllm.serve.kernels.cuda.bindings import library_of, num_sms_of
+from ria_vllm.serve.kernels.cuda.tiles import DATA_PARALLEL, HEURISTIC, STREAM_K, can_run
 
 TOKENS = (1, 7, 16, 64, 333, 2048)
 GRAPH_TOKENS = (1, 64, 333, 2048)
@@ -153,11 +153,11 @@ def check_packing(layer: Layer) -> Iterator[Row]:
 
 def check_tile(name: str, layer: Layer) -> Iterator[Row]:
     """A tile of our library with every division of K, and guards around the output."""
-    library, sms = library_of(DEVICE.index), multiprocessors(DEVICE.index)
+    library, sms = library_of(DEVICE.index), num_sms_of(DEVICE.index)
     tile = library.tile_names.index(name)
     values, metadata, *scales = cutlass.pack(*layer.parts)
     sizes = (layer.out_features, layer.in_features)
-    for split in (SPLIT_NONE, SPLIT_HEURISTIC, SPLIT_FORCED, 3):
+    for split in (DATA_PARALLEL, HEURISTIC, STREAM_K, 3):
         for tokens in TOKENS:
             if not can_run(library, tile, layer.weights, sizes, tokens, split, sms):
                 continue

@@ -12,8 +12,8 @@ import torch
 from ria_vllm import sparse24
 from ria_vllm.serve.kernels.cuda import backend as cutlass
 from ria_vllm.serve.kernels.cuda import fp8
-from ria_vllm.serve.kernels.cuda.bindings import CudaLibrary, library_of, multiprocessors
-from ria_vllm.serve.kernels.cuda.tiles import SPLIT_FORCED, SPLIT_HEURISTIC, SPLIT_NONE, can_run, preferences
+from ria_vllm.serve.kernels.cuda.bindings import CudaLibrary, library_of, num_sms_of
+from ria_vllm.serve.kernels.cuda.tiles import DATA_PARALLEL, HEURISTIC, STREAM_K, can_run, preferred_tiles
 
 DEVICE = torch.device("cuda", 0)
 SHAPES = ((11008, 4096), (4096, 11008), (28672, 8192), (8192, 28672))
@@ -25,7 +25,7 @@ LAYERS = {
 }
 TUNED_SHAPES = ((4096, 4096), (6144, 4096), (22016, 4096), (4096, 11008), (57344, 8192), (8192, 28672))
 TUNED_TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-SPLITS = (SPLIT_NONE, SPLIT_HEURISTIC, SPLIT_FORCED, 2, 3, 4)
+SPLITS = (DATA_PARALLEL, HEURISTIC, STREAM_K, 2, 3, 4)
 
 # Copies of each weight are used in turn, together larger than any L2, so that every product reads its weight from
 # memory, as it does between the other layers of a model.
@@ -258,14 +258,14 @@ def time_tiles(sizes: tuple[int, int], dtype: torch.dtype) -> Iterator[Row]:
 def _time_tiles(
     dtype: torch.dtype, sizes: tuple[int, int], packed: Sequence[tuple[torch.Tensor, ...]], tokens: int
 ) -> Iterator[Row]:
-    library, sms = library_of(DEVICE.index), multiprocessors(DEVICE.index)
-    rule = dict(preferences(library.family, sms, dtype.itemsize * 8, *sizes, tokens))
+    library, sms = library_of(DEVICE.index), num_sms_of(DEVICE.index)
+    rule = dict(preferred_tiles(library.family, sms, dtype.itemsize * 8, *sizes, tokens))
     x = torch.randn(tokens, sizes[1], dtype=torch.bfloat16, device=DEVICE)
     operand, *x_scales = fp8.quantize(x) if dtype == fp8.DTYPE else (x,)
     y = torch.empty(tokens, sizes[0], dtype=torch.bfloat16, device=DEVICE)
     for tile, name in enumerate(library.tile_names):
-        for split in sorted({*SPLITS, rule.get(name, SPLIT_NONE)}):
-            if split != SPLIT_NONE and (tokens > 1024 or library.family == 90 and "streamk" not in name):
+        for split in sorted({*SPLITS, rule.get(name, DATA_PARALLEL)}):
+            if split != DATA_PARALLEL and (tokens > 1024 or library.family == 90 and "streamk" not in name):
                 continue
             if not can_run(library, tile, dtype, sizes, tokens, split, sms):
                 continue
@@ -299,7 +299,7 @@ _SHAPE = ("family", "multiprocessors", "value_bits", "out_features", "in_feature
 
 
 def table_rows(tiles: Sequence[Row]) -> str:
-    """The fastest tile of each shape and number of tokens, as lines for cutlass_tiles.MEASURED."""
+    """The fastest tile of each shape and number of tokens, as lines for tiles.MEASURED."""
     best: dict[tuple[int, ...], dict[int, Row]] = {}
     for row in tiles:
         shape = best.setdefault(tuple(row[key] for key in _SHAPE), {})

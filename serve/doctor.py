@@ -19,7 +19,8 @@ from ria_vllm.formats import FLOAT
 from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
-from ria_vllm.serve.kernels.cuda.build import CudaBuildError, find_nvcc
+from ria_vllm.serve.kernels.cuda.architectures import CudaBuildError
+from ria_vllm.serve.kernels.cuda.build import find_nvcc
 
 VECTOR_FLAGS = (
     "avx2",

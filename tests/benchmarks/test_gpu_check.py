@@ -27,7 +27,7 @@ def played(hopper_layers, monkeypatch):
         monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
         monkeypatch.setattr(module, "library_of", lambda index: hopper_layers)
     for module in (gpu_products, gpu_timing):
-        monkeypatch.setattr(module, "multiprocessors", lambda index: 132)
+        monkeypatch.setattr(module, "num_sms_of", lambda index: 132)
     return hopper_layers
 
 
@@ -62,9 +62,9 @@ def test_right_products_pass_at_every_number_of_tokens(played, weights, dtype):
 def test_wrong_products_fail(played, monkeypatch, spoil):
     right = PretendLibrary.linear
 
-    def wrong(self, tile, split, x, values, metadata, bias, y, workspace, scales=None):
+    def wrong(self, tile, split_k, x, values, metadata, bias, y, workspace, scales=None):
         x, values, metadata, bias, scales = spoil(x, values, metadata, bias, scales)
-        right(self, tile, split, x, values, metadata, bias, y, workspace, scales)
+        right(self, tile, split_k, x, values, metadata, bias, y, workspace, scales)
 
     monkeypatch.setattr(PretendLibrary, "linear", wrong)
     assert not any(row["ok"] for row in rows(fp8.DTYPE) if "excess" in row)

@@ -9,10 +9,10 @@ import torch
 from ria_vllm import sparse24
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel
 from ria_vllm.serve.kernels.cuda import backend as cutlass
-from ria_vllm.serve.kernels.cuda import build as cuda_compile
 from ria_vllm.serve.kernels.cuda import fp8
+from ria_vllm.serve.kernels.cuda.architectures import ARCHITECTURES
 
-TILES = [tile.name for tile in cuda_compile.ARCHITECTURES["90a"].tiles]
+TILES = [tile.name for tile in ARCHITECTURES["90a"].tiles]
 
 
 class PretendLibrary(SimpleNamespace):
@@ -23,7 +23,7 @@ class PretendLibrary(SimpleNamespace):
     def __hash__(self) -> int:
         return id(self)
 
-    def accepts(self, tile, dtype, *_):
+    def can_implement(self, tile, dtype, *_):
         return self.tile_names[tile].startswith("fp8_") == (dtype == fp8.DTYPE)
 
     def workspace_bytes(self, *_):
@@ -36,7 +36,7 @@ class PretendLibrary(SimpleNamespace):
         self.packed_bits = value_bits
         return bitmask.clone()
 
-    def linear(self, tile, split, x, values, metadata, bias, y, workspace, scales=None):
+    def linear(self, tile, split_k, x, values, metadata, bias, y, workspace, scales=None):
         self.used = self.tile_names[tile]
         stored = sparse24.decompress(values.double(), metadata.view(values.shape[0], -1))
         product = x.double() @ stored.T
@@ -48,10 +48,10 @@ class PretendLibrary(SimpleNamespace):
 @pytest.fixture
 def cutlass_on_cpu(monkeypatch):
     """Puts a library behind the backend `cutlass`, whose operators take tensors on the CPU while the test runs."""
-    def put(library, multiprocessors, workspace):
+    def put(library, num_sms, workspace):
         monkeypatch.setattr(cutlass, "_index", lambda device: 0)
         monkeypatch.setattr(cutlass, "library_of", lambda index: library)
-        monkeypatch.setattr(cutlass, "multiprocessors", lambda index: multiprocessors)
+        monkeypatch.setattr(cutlass, "num_sms_of", lambda index: num_sms)
         monkeypatch.setattr(cutlass, "workspace", lambda index: workspace)
 
     registered = torch.library.Library("ria", "IMPL")

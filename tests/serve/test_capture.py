@@ -5,8 +5,7 @@ The products of a layer are computed on tensors without values; torch calls thei
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from graph_capture import GraphCapture
 
 from ria_vllm import sparse24
 from ria_vllm.serve import linear
@@ -22,25 +21,6 @@ BODIES = {
     torch.ops.ria.sparse24_linear.torch_cutlass: torch_cutlass._linear,
     torch.ops.ria.sparse24_linear.cusparselt: cusparselt._linear,
 }
-INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
-
-
-class Capture(TorchDispatchMode):
-    """Refuses what a capture would; looks into this package's own operators."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in BODIES:
-            with self:
-                return BODIES[function](*args, **kwargs)
-        refused = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags)
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if function.overloadpacket in INDEXING:  # by masks, not by whole numbers
-            refused = {t.dtype for t in tree_leaves(args[1]) if t is not None} & {torch.bool, torch.uint8}
-        assert not refused, f"{function}: the host waits for a value"
-        devices = {t.device.type for t in given} | {torch.device(kwargs.get("device") or GPU).type}
-        assert devices <= {GPU}, f"{function}: on {devices}"
-        return function(*args, **kwargs)
 
 
 def on_gpu(*shape, dtype=torch.bfloat16):
@@ -61,16 +41,26 @@ def stored(rows, columns, dtype=torch.bfloat16):
         lambda: on_gpu(4, 4).index_put_((on_gpu(4, dtype=torch.bool),), on_gpu(1)),
         lambda: on_gpu(4).cpu(),
         lambda: torch.empty(4).to(GPU),
+        lambda: torch.empty(4) + 1,
     ],
 )
 def test_the_capture_refuses(refused):
     """Else the tests below would say nothing."""
-    with pytest.raises(AssertionError, match="the host waits for a value|: on {.*cpu"), Capture():
+    with pytest.raises(AssertionError, match="the host waits for a value|: on {.*cpu"), GraphCapture(GPU, BODIES):
         refused()
 
 
+def test_a_tensor_that_outlives_the_capture_is_kept():
+    """Such as one in a cache: its memory belongs to the graph."""
+    cache = []
+    with GraphCapture(GPU, BODIES) as capture:
+        cache.append(on_gpu(4))
+        y = on_gpu(4) + cache[0]
+    assert [t is cache[0] for t in capture.kept(y)] == [True]
+
+
 def test_decompress():
-    with Capture():
+    with GraphCapture(GPU, BODIES):
         dense = sparse24.decompress(*stored(300, 1 << 13))
     assert dense.shape == (300, 1 << 13) and dense.device.type == GPU
 
@@ -115,6 +105,7 @@ def test_a_layers_product(monkeypatch, name, gathered):
     linear.set_tensor(layer, "channels", on_gpu(COLUMNS, dtype=torch.int32))
     layer.ria_plan = Plan(tuple(products), "channels" if gathered else None, 32)
     x, bias = on_gpu(2, 9, COLUMNS), on_gpu(ROWS + 64)
-    with Capture():
+    with GraphCapture(GPU, BODIES) as capture:
         y = Sparse24LinearMethod(None, "fc", ("fc",)).apply(layer, x, bias)
     assert y.shape == (2, 9, ROWS + 64) and y.dtype == x.dtype
+    assert not capture.kept(y)

@@ -1,1 +1,1 @@
-"""The product on NVIDIA GPUs, by our own kernels."""
+"""Our own kernels for NVIDIA GPUs."""

@@ -16,7 +16,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.formats import FLOAT, FP8, name_of
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import fp8
-from ria_vllm.serve.kernels.cuda.bindings import library_of, multiprocessors
+from ria_vllm.serve.kernels.cuda.bindings import library_of, num_sms_of
 from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, WORKSPACE_BYTES, choose_tile
 
 _ALIGNMENT = 16  # bytes, of every pointer
@@ -75,12 +75,12 @@ def _product(
         raise RiaError(f"bias is {tuple(bias.shape)} {bias.dtype}, expected ({out_features},) {dtype}")
     y = x.new_empty(*x.shape[:-1], out_features, dtype=dtype)
     if tokens:
-        tile, split = choose_tile(
-            library, x.dtype, out_features, in_features, tokens, multiprocessors(x.device.index)
+        tile, split_k = choose_tile(
+            library, x.dtype, out_features, in_features, tokens, num_sms_of(x.device.index)
         )
         library.linear(
             tile,
-            split,
+            split_k,
             _aligned(x).view(tokens, in_features),
             values,
             metadata,
@@ -143,7 +143,7 @@ class CutlassKernel:
         index, dtype = _index(config.device), config.act_dtype if config.weight_format == FLOAT else fp8.DTYPE
         try:
             sizes = config.out_features, config.in_features
-            choose_tile(library_of(index), dtype, *sizes, 1, multiprocessors(index))
+            choose_tile(library_of(index), dtype, *sizes, 1, num_sms_of(index))
         except RiaError as error:
             return str(error)
         return None

@@ -1,6 +1,6 @@
-"""Compiles the CUDA libraries: one `_cuda_ARCH.so` per architecture, with nvcc and CUTLASS's headers alone.
+"""Compiles the CUDA libraries: one `_cuda_smARCH.so` per architecture, with nvcc and CUTLASS's headers alone.
 
-Imports nothing but the standard library: setup.py loads this file by its path, before the package or torch exist.
+Imports nothing but the standard library and architectures.py, so that setup.py can load it before torch exists.
 """
 
 import os
@@ -10,139 +10,19 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+# Relative, because setup.py loads this folder as a package of another name.
+from .architectures import Architecture, CudaBuildError, Tile, find_architecture, for_capability
+
 SOURCES = Path(__file__).with_name("csrc")
 CUTLASS_PACKAGE = "nvidia-cutlass==4.2.0"
-LATER = "later: `ria-vllm build-kernels --arch ARCH` (80, 90a, 100a or 120)"
-GIBIBYTE = 2**30
-
-
-class CudaBuildError(Exception):
-    """nvcc or the headers are missing, or a file does not compile; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One instantiation of a kernel: its name at run time, the macros that its source file asks for, and the bits of
-    the values that it multiplies. A candidate is taken by no rule, only where a measurement says so."""
-
-    name: str
-    source: str
-    macros: dict[str, int]
-    value_bits: int = 16
-    candidate: bool = False
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """family: which metadata layout and kernels (metadata.h). memory: what the compiler needs for one tile, measured."""
-
-    name: str
-    family: int
-    code: str
-    memory: int
-    tiles: tuple[Tile, ...]
-
-    @property
-    def library(self) -> str:
-        return f"_cuda_sm{self.name}.so"
-
-    @property
-    def default_tiles(self) -> tuple[Tile, ...]:
-        return tuple(tile for tile in self.tiles if not tile.candidate)
-
-    @property
-    def small_tiles(self) -> tuple[Tile, ...]:
-        """The first tile for each width of values: enough to compute every product."""
-        first = {tile.value_bits: tile for tile in reversed(self.tiles)}
-        return tuple(tile for tile in self.tiles if first[tile.value_bits] is tile)
-
-
-def _tile_3x(
-    m: int, n: int, cluster: int = 1, pingpong: bool = False, stream_k: bool = False, fp8: bool = False,
-    candidate: bool = False,
-) -> Tile:
-    name = ("fp8_" if fp8 else "") + f"{m}x{n}" + ("_cluster" if cluster > 1 else "")
-    name += ("_pingpong" if pingpong else "") + ("_streamk" if stream_k else "")
-    macros = {"TILE_M": m, "TILE_N": n, "CLUSTER_M": cluster, "PINGPONG": pingpong, "STREAM_K": stream_k, "FP8": fp8}
-    plain = {key: int(value) for key, value in macros.items()}
-    return Tile(name, "sparse_gemm_3x.cu", plain, 8 if fp8 else 16, candidate)
-
-
-def _tile_2x(m: int, n: int, warp_m: int, warp_n: int, stages: int) -> Tile:
-    macros = {"TILE_M": m, "TILE_N": n, "WARP_M": warp_m, "WARP_N": warp_n, "STAGES": stages}
-    return Tile(f"{m}x{n}", "sparse_gemm_2x.cu", macros)
-
-
-# m counts out-features, n tokens. The first of each list is in the small set, which the tests compile.
-_HOPPER = (
-    _tile_3x(128, 16, stream_k=True),
-    _tile_3x(64, 16, pingpong=True, candidate=True),
-    _tile_3x(128, 64, stream_k=True),
-    _tile_3x(128, 128, cluster=2, stream_k=True),
-    _tile_3x(128, 128, cluster=2, pingpong=True, candidate=True),
-    _tile_3x(128, 256, cluster=2),
-    _tile_3x(256, 128, cluster=2, candidate=True),
-)
-# Widths of 128 tokens at most: fp8 sums are kept twice (sparse_gemm_3x.cu), and wider ones leave no registers.
-_HOPPER_FP8 = (
-    _tile_3x(128, 16, stream_k=True, fp8=True),
-    _tile_3x(128, 128, cluster=2, stream_k=True, fp8=True),
-)
-_BLACKWELL = (
-    _tile_3x(128, 64, stream_k=True),
-    _tile_3x(128, 128, stream_k=True),
-    _tile_3x(128, 256),
-)
-_MMA_SYNC = (
-    _tile_2x(128, 32, 32, 32, 6),
-    _tile_2x(128, 64, 64, 32, 4),
-    _tile_2x(128, 128, 64, 64, 3),
-)
-
-ARCHITECTURES = {
-    architecture.name: architecture
-    for architecture in (
-        Architecture("80", 80, "-gencode=arch=compute_80,code=sm_80", 1 * GIBIBYTE, _MMA_SYNC),
-        Architecture("90a", 90, "-gencode=arch=compute_90a,code=sm_90a", 6 * GIBIBYTE, _HOPPER + _HOPPER_FP8),
-        Architecture("100a", 100, "-gencode=arch=compute_100a,code=sm_100a", 6 * GIBIBYTE, _BLACKWELL),
-        Architecture("120", 80, "-gencode=arch=compute_120,code=sm_120", 1 * GIBIBYTE, _MMA_SYNC),
-    )
-}
-_SAME_BINARY = {"86": "80", "87": "80", "89": "80", "90": "90a", "100": "100a", "120a": "120", "121": "120"}
-
-
-def architecture(name: str) -> Architecture:
-    """By the name a user would write: 90a, sm_90a, 9.0, 86 (Ampere and Ada share one binary).
-
-    Raises:
-        CudaBuildError: no kernels for it.
-    """
-    plain = name.strip().lower().removeprefix("sm_").removeprefix("compute_").replace(".", "")
-    found = ARCHITECTURES.get(_SAME_BINARY.get(plain, plain))
-    if found is None:
-        raise CudaBuildError(f"no kernels for CUDA architecture {name!r}; there are {', '.join(ARCHITECTURES)}")
-    return found
-
-
-def for_capability(major: int, minor: int) -> Architecture | None:
-    """What serves a GPU of this compute capability; None if nothing does."""
-    exact = {(9, 0): "90a", (10, 0): "100a"}
-    name = exact.get((major, minor)) or {8: "80", 12: "120"}.get(major)
-    return ARCHITECTURES[name] if name else None
-
-
-def absent_tiles(library: str, present: Sequence[str]) -> list[str]:
-    """Tiles that a library of this file name could have and has not."""
-    tiles = [tile.name for found in ARCHITECTURES.values() if found.library == library for tile in found.tiles]
-    return [name for name in tiles if name not in present]
+_BUILD_LATER = "to build them later, run `ria-vllm build-kernels --arch ARCH` (80, 90a, 100a or 120)"
 
 
 def find_nvcc() -> str:
-    """CUDA_HOME's nvcc, the one on the path, or that of the PyPI package nvidia-cuda-nvcc.
+    """The path of nvcc: CUDA_HOME's, the one on the PATH, or that of the PyPI package nvidia-cuda-nvcc.
 
     Raises:
         CudaBuildError: there is none.
@@ -155,11 +35,11 @@ def find_nvcc() -> str:
     for candidate in candidates:
         if candidate and os.access(candidate, os.X_OK):
             return candidate
-    raise CudaBuildError("no nvcc: not in CUDA_HOME, not on the path, no PyPI package nvidia-cuda-nvcc")
+    raise CudaBuildError("nvcc not found: not in CUDA_HOME, not on the PATH, and no PyPI package nvidia-cuda-nvcc")
 
 
 def find_headers() -> Path:
-    """CUTLASS's include folder: RIA_VLLM_CUTLASS (a checkout or the include folder), or the package nvidia-cutlass.
+    """CUTLASS's include folder: RIA_VLLM_CUTLASS's (a checkout or the folder itself), or that of nvidia-cutlass.
 
     Raises:
         CudaBuildError: there is none.
@@ -167,7 +47,7 @@ def find_headers() -> Path:
     named = os.environ.get("RIA_VLLM_CUTLASS")
     roots = [Path(named), Path(named) / "include"] if named else []
     if not named:
-        # pip builds in an isolated environment that hides the installed packages from find_spec, not from purelib.
+        # pip builds in an isolated environment. It hides installed packages from find_spec, but not in purelib.
         package = find_spec("cutlass_library")
         folders = [*(package.submodule_search_locations or ())] if package else []
         folders.append(os.path.join(sysconfig.get_path("purelib"), "cutlass_library"))
@@ -176,12 +56,12 @@ def find_headers() -> Path:
         if (root / "cutlass" / "version.h").exists() and (root / "cute" / "tensor.hpp").exists():
             return root
     if named:
-        raise CudaBuildError(f"RIA_VLLM_CUTLASS={named} holds no CUTLASS headers (cutlass/version.h, cute/tensor.hpp)")
-    raise CudaBuildError(f"no CUTLASS headers: pip install {CUTLASS_PACKAGE}, or name a copy with RIA_VLLM_CUTLASS")
+        raise CudaBuildError(f"RIA_VLLM_CUTLASS={named} has no CUTLASS headers (cutlass/version.h, cute/tensor.hpp)")
+    raise CudaBuildError(f"no CUTLASS headers: pip install {CUTLASS_PACKAGE}, or set RIA_VLLM_CUTLASS to a copy")
 
 
-def jobs_for(memory: int) -> int:
-    """As many compilers at once as there are cores and memory for; RIA_VLLM_CUDA_JOBS overrides."""
+def _parallel_jobs(memory: int) -> int:
+    """How many compilers to run at once, given the bytes that each needs; RIA_VLLM_CUDA_JOBS overrides."""
     if "RIA_VLLM_CUDA_JOBS" in os.environ:
         return max(1, int(os.environ["RIA_VLLM_CUDA_JOBS"]))
     try:
@@ -195,21 +75,22 @@ def compile_library(
     target: Architecture,
     folder: Path,
     tiles: Sequence[Tile] | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     jobs: int | None = None,
 ) -> Path:
-    """Compiles one architecture's library into `folder` and returns its path; the file appears only when complete.
+    """Compiles one architecture's library into `folder` and returns its path. The file appears only when complete.
 
     Args:
-        tiles: None for all that the rules choose from; the library serves with any of them, at less speed.
-        jobs: compilers at once; None decides by cores and memory.
+        tiles: which tiles; None for the default ones. Any subset of them computes every product, but more slowly.
+        log: called with a line for each file compiled.
+        jobs: how many compilers to run at once; None lets cores and memory decide.
 
     Raises:
-        CudaBuildError: see the message.
+        CudaBuildError: nvcc or the headers are missing, or a file does not compile.
     """
     tiles = target.default_tiles if tiles is None else tiles
     with tempfile.TemporaryDirectory(prefix="ria-cuda-") as scratch:
-        objects = compile_objects(target, Path(scratch), tiles, say, jobs)
+        objects = compile_objects(target, Path(scratch), tiles, log, jobs)
         return link(target, objects, folder)
 
 
@@ -217,16 +98,16 @@ def compile_objects(
     target: Architecture,
     folder: Path,
     tiles: Sequence[Tile],
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     jobs: int | None = None,
 ) -> list[Path]:
-    """Compiles what a library consists of into `folder`, one object file a tile and one for the interface.
+    """Compiles a library's object files into `folder`: one per tile, and one for the C interface.
 
     Raises:
-        CudaBuildError: see the message.
+        CudaBuildError: nvcc or the headers are missing, or a file does not compile.
     """
     nvcc, headers = find_nvcc(), find_headers()
-    common = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--cudart=static", target.code]
+    common = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--cudart=static", target.gencode]
     common += ["-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{headers}", f"-I{SOURCES}", f"-DRIA_FAMILY={target.family}"]
     units = [("library", [str(SOURCES / "library.cu")])]
     for tile in tiles:
@@ -237,25 +118,25 @@ def compile_objects(
         name, arguments = unit
         output = folder / f"{name}.o"
         _run([*common, *arguments, "-c", "-o", str(output)], f"sm_{target.name} {name}")
-        say(f"compiled sm_{target.name} {name}")
+        log(f"compiled sm_{target.name} {name}")
         return output
 
-    # The longest first.
-    with ThreadPoolExecutor(jobs or jobs_for(target.memory)) as pool:
+    # The slowest to compile come last in the list, and are started first.
+    with ThreadPoolExecutor(jobs or _parallel_jobs(target.memory)) as pool:
         return list(pool.map(compile_unit, reversed(units)))
 
 
 def link(target: Architecture, objects: Sequence[Path], folder: Path) -> Path:
-    """The library of these objects in `folder`, which appears only when complete.
+    """Links object files into the library in `folder`. The file appears only when complete.
 
     Raises:
-        CudaBuildError: see the message.
+        CudaBuildError: nvcc is missing, or the linker fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     finished = folder / target.library
     part = finished.with_suffix(f".{os.getpid()}.part")
     try:
-        command = [find_nvcc(), "-shared", "--cudart=static", target.code, *map(str, objects), "-o", str(part)]
+        command = [find_nvcc(), "-shared", "--cudart=static", target.gencode, *map(str, objects), "-o", str(part)]
         _run(command, "linking")
         part.replace(finished)
     finally:
@@ -267,11 +148,12 @@ def _run(command: Sequence[str], what: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         errors = "\n".join((done.stderr or done.stdout).strip().splitlines()[-20:])
-        raise CudaBuildError(f"{what} failed (exit {done.returncode}; 137 or a killed cicc means memory):\n{errors}")
+        code = f"exit code {done.returncode}; 137, or a killed cicc, means out of memory"
+        raise CudaBuildError(f"{what} failed ({code}):\n{errors}")
 
 
 def visible_architectures() -> list[Architecture]:
-    """What the GPUs that nvidia-smi sees need; empty without a GPU or a driver."""
+    """The architectures of the GPUs that nvidia-smi lists; empty without a GPU or a driver."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -288,21 +170,25 @@ def visible_architectures() -> list[Architecture]:
     return list(found.values())
 
 
-def at_install(folder: Path, say: Callable[[str], None] = print) -> list[Path]:
-    """What `pip install` does: the visible GPU's library, or those of RIA_VLLM_CUDA_ARCHS. Never fails the install.
+def at_install(folder: Path, log: Callable[[str], None] = print) -> list[Path]:
+    """What `pip install` runs: compiles for RIA_VLLM_CUDA_ARCHS, or for the visible GPUs. Never fails the install.
 
-    RIA_VLLM_CUDA=0 skips it. Without GPU and request nothing is compiled, so that CPU machines install quickly.
+    RIA_VLLM_CUDA=0 skips it. Without a GPU or RIA_VLLM_CUDA_ARCHS nothing is compiled, so that installing on a machine
+    with only CPUs is quick.
+
+    Returns:
+        The paths of the libraries.
     """
     if os.environ.get("RIA_VLLM_CUDA") == "0":
-        say("ria-vllm: CUDA kernels skipped, RIA_VLLM_CUDA=0")
+        log("ria-vllm: CUDA kernels skipped, RIA_VLLM_CUDA=0")
         return []
     try:
-        asked = os.environ.get("RIA_VLLM_CUDA_ARCHS", "").replace(";", " ").replace(",", " ").split()
-        targets = [architecture(name) for name in asked] or visible_architectures()
+        requested = os.environ.get("RIA_VLLM_CUDA_ARCHS", "").replace(";", " ").replace(",", " ").split()
+        targets = [find_architecture(name) for name in requested] or visible_architectures()
         if not targets:
-            say(f"ria-vllm: CUDA kernels skipped, no GPU visible and RIA_VLLM_CUDA_ARCHS unset; {LATER}")
+            log(f"ria-vllm: CUDA kernels skipped, no GPU visible and RIA_VLLM_CUDA_ARCHS unset; {_BUILD_LATER}")
             return []
-        return [compile_library(target, folder, say=say) for target in targets]
+        return [compile_library(target, folder, log=log) for target in targets]
     except (CudaBuildError, OSError, ValueError) as error:
-        say(f"ria-vllm: CUDA kernels skipped: {' '.join(str(error).split())[:300]}; {LATER}")
+        log(f"ria-vllm: CUDA kernels skipped: {' '.join(str(error).split())[:300]}; {_BUILD_LATER}")
         return []

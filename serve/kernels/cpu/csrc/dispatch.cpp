@@ -1,4 +1,4 @@
-// Which instruction set to use, decided once per process.
+// Chooses the instruction set, once per process.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -10,7 +10,7 @@ namespace ria {
 namespace {
 
 #if defined(__x86_64__)
-// __builtin_cpu_supports also asks whether the operating system saves the registers (xgetbv).
+// __builtin_cpu_supports also checks that the operating system saves the registers (xgetbv).
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
@@ -21,7 +21,8 @@ bool has_avx512() {
 bool has_avx512_bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
 }
-const InstructionSet kAvx512WithBf16 = {"avx512_bf16", {kAvx512Bf16, kAvx512.kernels[1], kAvx512.kernels[2], kAvx512Int8}};
+const InstructionSet kAvx512WithBf16 = {"avx512_bf16",
+                                        {kAvx512Bf16, kAvx512.kernels[1], kAvx512.kernels[2], kAvx512Int8}};
 #endif
 
 struct Candidate {

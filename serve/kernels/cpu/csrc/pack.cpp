@@ -1,4 +1,4 @@
-// From the checkpoint's form to the packed one.
+// Packs a weight: from the checkpoint's form to that of layout.h.
 #include <sys/mman.h>
 
 #include <atomic>
@@ -11,9 +11,9 @@
 namespace ria {
 namespace {
 
-constexpr uint8_t kIllegal = 0xff;
+constexpr uint8_t kInvalid = 0xff;
 
-// positions a | b << 2 of the two bits set in a nibble
+// The positions a | b << 2 of the two bits set in a nibble.
 constexpr uint8_t positions_of(int nibble) {
   switch (nibble) {
     case 0b0011: return 0 | 1 << 2;
@@ -22,7 +22,7 @@ constexpr uint8_t positions_of(int nibble) {
     case 0b0110: return 1 | 2 << 2;
     case 0b1010: return 1 | 3 << 2;
     case 0b1100: return 2 | 3 << 2;
-    default: return kIllegal;
+    default: return kInvalid;
   }
 }
 
@@ -31,16 +31,16 @@ struct Packing {
   const uint8_t* values;
   const uint8_t* bitmask;
   uint8_t* packed;
-  std::atomic<int64_t> first_illegal_group{INT64_MAX};  // row * groups + group
+  std::atomic<int64_t> first_invalid_group{INT64_MAX};  // row * groups + group
 };
 
 void pack_tile(Packing& packing, int64_t tile) {
   const Layout& layout = packing.layout;
   const int64_t strips = layout.strips_in(tile), groups = layout.groups(), item = item_size(layout.dtype);
-  const bool pairs = in_pairs(layout.dtype);
+  const bool pairs = interleaved(layout.dtype);
   uint8_t* stream = packing.packed + layout.tile_offset(tile);
   const int64_t stream_bytes = strips * layout.blocks() * layout.strip_block_bytes();
-  std::memset(stream, 0, stream_bytes);  // rows beyond the last one: weights 0, positions 0
+  std::memset(stream, 0, stream_bytes);  // rows past the last one: weights 0, positions 0
 
   for (int64_t r = 0; r < strips * kStripRows && tile * kTileRows + r < layout.rows; ++r) {
     const int64_t row = tile * kTileRows + r, strip = r / kStripRows, lane = r % kStripRows;
@@ -48,10 +48,10 @@ void pack_tile(Packing& packing, int64_t tile) {
     const uint8_t* bitmask = packing.bitmask + row * groups / 2;
     for (int64_t group = 0; group < groups; ++group) {
       const uint8_t positions = positions_of(bitmask[group / 2] >> (group % 2 * 4) & 15);
-      if (positions == kIllegal) {
-        int64_t seen = packing.first_illegal_group.load();
+      if (positions == kInvalid) {
+        int64_t seen = packing.first_invalid_group.load();
         while (row * groups + group < seen &&
-               !packing.first_illegal_group.compare_exchange_weak(seen, row * groups + group)) {
+               !packing.first_invalid_group.compare_exchange_weak(seen, row * groups + group)) {
         }
         return;
       }
@@ -66,7 +66,7 @@ void pack_tile(Packing& packing, int64_t tile) {
   }
 }
 
-// The stream is read from end to end for every token: fewer, larger pages where the system grants them.
+// Every token reads the whole weight, so large pages save TLB misses, if the system grants them.
 void ask_for_huge_pages(uint8_t* begin, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t huge = 2 << 20;
@@ -82,7 +82,7 @@ void pack(const Layout& layout, const void* values, const uint8_t* bitmask, cons
   ask_for_huge_pages(packed, layout.bytes());
   const Header header = {Header::kMagic, layout.rows, layout.columns, layout.dtype, {}};
   std::memcpy(packed, &header, sizeof header);
-  if (scaled(layout.dtype)) {
+  if (has_scales(layout.dtype)) {
     std::memset(packed + layout.scales_offset(), 0, layout.bytes() - layout.scales_offset());
     std::memcpy(packed + layout.scales_offset(), scales, layout.rows * sizeof(float));
   }
@@ -93,9 +93,9 @@ void pack(const Layout& layout, const void* values, const uint8_t* bitmask, cons
         for (int64_t tile = begin; tile < end; ++tile) pack_tile(*static_cast<Packing*>(context), tile);
       },
       &packing);
-  const int64_t illegal = packing.first_illegal_group.load();
-  if (illegal != INT64_MAX) {
-    const int64_t row = illegal / layout.groups(), column = illegal % layout.groups() * 4;
+  const int64_t invalid = packing.first_invalid_group.load();
+  if (invalid != INT64_MAX) {
+    const int64_t row = invalid / layout.groups(), column = invalid % layout.groups() * 4;
     throw std::runtime_error("the bitmask is not 2:4: row " + std::to_string(row) + ", columns " +
                              std::to_string(column) + " to " + std::to_string(column + 3) +
                              " must keep exactly two values");

@@ -1,4 +1,4 @@
-// Conversions one value at a time, for packing and for machines without vector conversions.
+// Conversions of single values, for packing and for machines without vector conversions.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -22,7 +22,7 @@ struct Bfloat16 {
   static Bfloat16 from_float(float f) {
     const uint32_t b = bits_of(f);
     if (f != f) return {static_cast<uint16_t>((b >> 16) | 0x40)};
-    return {static_cast<uint16_t>((b + 0x7fff + ((b >> 16) & 1)) >> 16)};  // to nearest, ties to even
+    return {static_cast<uint16_t>((b + 0x7fff + ((b >> 16) & 1)) >> 16)};  // round to nearest, ties to even
   }
 };
 
@@ -31,7 +31,7 @@ struct Float16 {
   float to_float() const {
     const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, rest = bits & 0x7fff;
     if (rest >= 0x7c00) return float_from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-    // The exponent's bias differs by 112; a multiplication moves it and normalises subnormals exactly.
+    // The exponents' biases differ by 112. Multiplying by 2^112 corrects that, and normalises subnormals exactly.
     return float_from_bits(sign | bits_of(float_from_bits(rest << 13) * float_from_bits((127 + 112) << 23)));
   }
   static Float16 from_float(float f) {
@@ -47,7 +47,7 @@ struct Float16 {
 struct Int8 {
   int8_t value;
   float to_float() const { return value; }
-  static Int8 from_float(float f) { return {static_cast<int8_t>(f)}; }  // a whole number in range
+  static Int8 from_float(float f) { return {static_cast<int8_t>(f)}; }  // f is an integer in range
 };
 
 struct Float32 {

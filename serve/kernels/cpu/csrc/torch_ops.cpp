@@ -1,4 +1,5 @@
-// The operators `ria::sparse24_pack.cpu` and `ria::sparse24_linear.cpu`: checks, then the plain C++ beneath.
+// The operators `ria::sparse24_pack.cpu` and `ria::sparse24_linear.cpu`: they check their arguments and call the
+// kernels.
 #include <initializer_list>
 #include <memory>
 #include <optional>
@@ -59,7 +60,7 @@ class Tensor {
     check(aoti_torch_is_contiguous(get(), &contiguous));
     return contiguous;
   }
-  // A contiguous CPU tensor of this dtype and shape?
+  // Whether this is a contiguous tensor of this dtype and shape.
   bool is(int32_t dtype, std::initializer_list<int64_t> shape) const {
     if (this->dtype() != dtype || dim() != static_cast<int64_t>(shape.size()) || !contiguous()) return false;
     const int64_t* size = sizes();
@@ -100,7 +101,7 @@ int32_t torch_dtype(Dtype dtype) {
   }
 }
 
-// The stride from token to token, if all leading dimensions of x can be walked with one and the last is contiguous.
+// The stride between tokens, if one stride walks all leading dimensions of x and the last dimension is contiguous.
 std::optional<int64_t> token_stride(const Tensor& x) {
   const int64_t dim = x.dim(), *sizes = x.sizes(), *strides = x.strides();
   if (strides[dim - 1] != 1) return std::nullopt;
@@ -130,14 +131,14 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
 
   require(packed.dtype() == aoti_torch_dtype_uint8() && packed.dim() == 1 && packed.contiguous() &&
               packed.sizes()[0] >= static_cast<int64_t>(sizeof(Header)),
-          "the packed weight is not one that sparse24_pack made");
+          "the packed weight was not made by sparse24_pack");
   const Header& header = *packed.data<const Header>();
-  require(header.magic == Header::kMagic && static_cast<int>(header.dtype) < kDtypes && header.rows == rows &&
+  require(header.magic == Header::kMagic && static_cast<int>(header.dtype) < kNumDtypes && header.rows == rows &&
               header.columns == columns,
-          "the packed weight does not belong to out_features, or x has other channels than it");
+          "the packed weight does not fit out_features or x's last dimension");
   const Layout layout{rows, columns, header.dtype};
-  require(packed.sizes()[0] == layout.bytes(), "the packed weight has been cut off");
-  require(x.dtype() == torch_dtype(scaled(layout.dtype) ? Dtype::bfloat16 : layout.dtype),
+  require(packed.sizes()[0] == layout.bytes(), "the packed weight is truncated");
+  require(x.dtype() == torch_dtype(has_scales(layout.dtype) ? Dtype::bfloat16 : layout.dtype),
           "x must have the weight's dtype, and bfloat16 for int8 weights");
   require(!bias.get() || bias.is(x.dtype(), {rows}), "bias must be contiguous, [out_features], of x's dtype");
   if (permutation.get()) {
@@ -146,7 +147,7 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
     const int32_t* p = permutation.data<const int32_t>();
     uint32_t largest = 0;
     for (int64_t i = 0; i < columns; ++i) largest = static_cast<uint32_t>(p[i]) > largest ? p[i] : largest;
-    require(largest < columns, "input_permutation names a channel that x does not have");
+    require(largest < columns, "input_permutation has an index that is out of range");
   }
 
   std::optional<int64_t> stride = token_stride(x);
@@ -159,15 +160,15 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
   shape.back() = rows;
   Tensor y = empty(shape, x.dtype());
   if (tokens > 0) {
-    Product product{};
-    product.layout = layout;
-    product.packed = packed.data<const uint8_t>();
-    product.x = x.data<const void>();
-    product.x_stride = *stride;
-    product.permutation = permutation.get() ? permutation.data<const int32_t>() : nullptr;
-    product.bias = bias.get() ? bias.data<const void>() : nullptr;
-    product.y = y.data<void>();
-    linear(product, tokens, instruction_set());
+    GemmArgs args{};
+    args.layout = layout;
+    args.packed = packed.data<const uint8_t>();
+    args.x = x.data<const void>();
+    args.x_stride = *stride;
+    args.permutation = permutation.get() ? permutation.data<const int32_t>() : nullptr;
+    args.bias = bias.get() ? bias.data<const void>() : nullptr;
+    args.y = y.data<void>();
+    linear(args, tokens, instruction_set());
   }
   stack[0] = y.release();
 }
@@ -177,16 +178,16 @@ void pack_op(StableIValue* stack, uint64_t, uint64_t) {
   require(compressed.dim() == 2, "compressed must be a matrix");
   const int64_t rows = compressed.sizes()[0], columns = compressed.sizes()[1] * 2;
   int kind = 0;
-  while (kind < kDtypes && compressed.dtype() != torch_dtype(static_cast<Dtype>(kind))) ++kind;
-  require(kind < kDtypes, "compressed must be bfloat16, float16, float32 or int8");
+  while (kind < kNumDtypes && compressed.dtype() != torch_dtype(static_cast<Dtype>(kind))) ++kind;
+  require(kind < kNumDtypes, "compressed must be bfloat16, float16, float32 or int8");
   require(columns % 64 == 0 && columns > 0 && rows > 0, "in-features must be a multiple of 64, out-features positive");
   require(compressed.contiguous(), "compressed must be contiguous");
   require(bitmask.is(aoti_torch_dtype_uint8(), {rows, columns / 8}),
           "bitmask must be contiguous uint8 [out, in / 8] for compressed [out, in / 2]");
   const Layout layout{rows, columns, static_cast<Dtype>(kind)};
-  require(scaled(layout.dtype) == (scales.get() != nullptr) &&
+  require(has_scales(layout.dtype) == (scales.get() != nullptr) &&
               (!scales.get() || scales.is(aoti_torch_dtype_float32(), {rows})),
-          "int8 weights, and only they, come with scales: contiguous float32 [out]");
+          "int8 weights need scales, contiguous float32 [out]; other weights take none");
   Tensor packed = empty({layout.bytes()}, aoti_torch_dtype_uint8());
   pack(layout, compressed.data<const void>(), bitmask.data<const uint8_t>(),
        scales.get() ? scales.data<const float>() : nullptr, packed.data<uint8_t>());
@@ -197,7 +198,8 @@ struct Registration {
   Registration() {
     TorchLibraryHandle schemas, cpu;
     check(aoti_torch_library_init_fragment("ria", __FILE__, __LINE__, &schemas));
-    check(aoti_torch_library_def(schemas, "sparse24_pack.cpu(Tensor compressed, Tensor bitmask, Tensor? scales) -> Tensor"));
+    check(aoti_torch_library_def(schemas,
+                                 "sparse24_pack.cpu(Tensor compressed, Tensor bitmask, Tensor? scales) -> Tensor"));
     check(aoti_torch_library_def(schemas,
                                  "sparse24_linear.cpu(Tensor x, Tensor packed, int out_features, "
                                  "Tensor? input_permutation, Tensor? bias) -> Tensor"));
@@ -205,7 +207,7 @@ struct Registration {
     check(aoti_torch_library_impl(cpu, "sparse24_pack.cpu", pack_op));
     check(aoti_torch_library_impl(cpu, "sparse24_linear.cpu", linear_op));
   }
-} registration;  // lives as long as the process: torch keeps the functions
+} registration;  // never destroyed before the process ends: torch keeps the functions
 
 }  // namespace
 
@@ -219,7 +221,7 @@ void ria::parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64
   check(torch_parallel_for(0, count, grain, body, context));
 }
 
-// Name of the instruction set in use, or the reason why there is none. Valid until the thread's next call.
+// The name of the instruction set in use, or the reason why there is none. Valid until the thread's next call.
 extern "C" __attribute__((visibility("default"))) const char* ria_cpu_instruction_set(int* available) {
   thread_local std::string answer;
   try {

@@ -1,4 +1,4 @@
-// The few functions of torch's stable C interface (torch 2.10 and later) that the operators need, declared here so
+// The functions of torch's stable C interface (torch 2.10 and later) that the operators need. They are declared here so
 // that the library builds without torch and one binary serves every version.
 #pragma once
 #include <cstdint>

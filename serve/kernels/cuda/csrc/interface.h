@@ -1,6 +1,6 @@
-// What a compiled tile promises the library, and the C functions the library promises Python.
+// The interface between the tiles and the library, and the macro for the C functions that Python calls (library.cu).
 //
-// Every function takes plain pointers and numbers: no torch, no Python, so one binary serves all their versions.
+// Those take plain pointers and numbers: no torch and no Python, so one binary serves every version of both.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,31 +12,32 @@
 
 namespace ria {
 
-// Of x, W and y; e4m3 x and W make a bf16 or fp16 y. The bias has y's.
+// The dtypes of x, W and y: e4m3 x and W give a bf16 or fp16 y. The bias has y's dtype.
 enum DataType : int { kBFloat16 = 0, kFloat16 = 1, kFloat8ToBFloat16 = 2, kFloat8ToFloat16 = 3 };
 
 constexpr bool is_float8(int data_type) { return data_type == kFloat8ToBFloat16 || data_type == kFloat8ToFloat16; }
 
-enum Result : int { kOk = 0, kBadArgument = 1, kCannotRun = 2, kWorkspaceTooSmall = 3, kCudaError = 4 };
+enum Result : int { kOk = 0, kBadArgument = 1, kNotSupported = 2, kWorkspaceTooSmall = 3, kCudaError = 4 };
 
-// How a tile may divide K among thread blocks.
-enum Split : int { kSplitForced = -1, kSplitHeuristic = 0, kSplitNone = 1 };  // 2 and more: that many parts
+// How K is divided among thread blocks, as in CUTLASS's decomposition modes. 2 and more mean split-K in that many
+// parts.
+enum Decomposition : int { kStreamK = -1, kHeuristic = 0, kDataParallel = 1 };
 
-// y[tokens, out] = x[tokens, in] @ W[out, in]^T + bias[out], all rows contiguous. With e4m3 operands the sums are
-// multiplied by token_scales[token] * weight_scales[out] before the bias is added.
+// y[tokens, out] = x[tokens, in] @ W[out, in]^T + bias[out], all contiguous and row-major. With e4m3 operands the sums
+// are multiplied by token_scales[token] * weight_scales[out] before the bias is added.
 struct Problem {
   int data_type;
   int out_features;
   int in_features;
   int tokens;
-  int split;
-  int multiprocessors;
+  int split_k;  // a Decomposition, or the number of parts
+  int num_sms;
   int device;
   void const* x;
-  void const* values;         // [out, in/2], the two kept values of each group of four in column order
-  void const* metadata;       // in the layout of metadata.h for the width of the values
-  void const* weight_scales;  // float [out], with e4m3 operands only
-  void const* token_scales;   // float [tokens], likewise
+  void const* values;         // [out, in/2]: the two kept values of each group of four, in column order
+  void const* metadata;       // in the layout that metadata.h gives for this width of values
+  void const* weight_scales;  // float [out]; null unless the operands are e4m3
+  void const* token_scales;   // float [tokens]; null unless the operands are e4m3
   void const* bias;           // [out] or null
   void* y;
   void* workspace;
@@ -44,25 +45,25 @@ struct Problem {
   void* stream;
 };
 
-// One compiled tile shape. `accepts` and `workspace_bytes` touch no device.
+// One compiled tile shape. `can_implement` and `workspace_bytes` need no device.
 struct Tile {
   char const* name;
-  bool (*accepts)(Problem const&);
+  bool (*can_implement)(Problem const&);
   size_t (*workspace_bytes)(Problem const&);
   Result (*run)(Problem const&);
 };
 
-// Each tile's object file adds itself when the library is loaded.
+// Each tile's object file calls this when the library is loaded.
 bool add_tile(Tile const&);
 
-// kCudaError, and what ria_error() says of it: a string that lasts.
+// Returns kCudaError and makes ria_last_error() return `what`, which is kept, not copied.
 Result cuda_error(char const* what);
 
-// kOk, or the same with CUDA's own words.
+// kOk, or kCudaError with CUDA's own text.
 Result result_of(cudaError_t error);
 
-// The first bytes of every workspace belong to the 2.x tiles' counters, which must be zero before the first launch and
-// are zero again after each.
+// Every workspace starts with the counters of the 2.x tiles. They must be zero before the first launch, and every
+// launch leaves them zero.
 constexpr size_t kCounterBytes = 64 * 1024;
 
 }  // namespace ria

@@ -1,4 +1,4 @@
-// The C functions of a library: the tiles it holds, the metadata's layout, and the product.
+// The C functions of a library: which tiles it has, how it lays out metadata, and the product itself.
 #include <cuda_runtime.h>
 
 #include <vector>
@@ -21,12 +21,14 @@ __global__ void pack_metadata(uint8_t const* bitmask, uint8_t* metadata, int row
     pack_metadata_byte(bitmask, metadata, rows, columns, layout, i);
 }
 
-bool has_sizes(int out_features, int in_features) { return out_features > 0 && in_features > 0 && in_features % 64 == 0; }
+bool valid_sizes(int out_features, int in_features) {
+  return out_features > 0 && in_features > 0 && in_features % 64 == 0;
+}
 
-// What `use` makes of the layout for values of so many bits; `otherwise` where this library has no such values.
+// Returns use(layout), with the layout for values of `value_bits` bits, or `otherwise` if there is no such layout.
 template <class Result, class Use>
 Result with_layout(int value_bits, int out_features, int in_features, Result otherwise, Use use) {
-  if (!has_sizes(out_features, in_features)) return otherwise;
+  if (!valid_sizes(out_features, in_features)) return otherwise;
   if (value_bits == 16) return use(MetadataLayout<16>(out_features, in_features));
 #if RIA_FAMILY == 90
   if (value_bits == 8) return use(MetadataLayout<8>(out_features, in_features));
@@ -34,7 +36,7 @@ Result with_layout(int value_bits, int out_features, int in_features, Result oth
   return otherwise;
 }
 
-// Launches go to the context that is current; the caller's is left as it was.
+// Makes `device` current while it lives, because launches go to the current device.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -61,35 +63,35 @@ bool add_tile(Tile const& tile) {
   return true;
 }
 
-static thread_local char const* last_error = "";
+static thread_local char const* last_cuda_error = "";
 
 Result cuda_error(char const* what) {
-  last_error = what;
-  cudaGetLastError();  // takes it away, so that the next launch is not blamed for it
+  last_cuda_error = what;
+  cudaGetLastError();  // clears it, so that it is not reported for the next launch
   return kCudaError;
 }
 
-Result result_of(cudaError_t error) {
-  return error == cudaSuccess ? kOk : cuda_error(cudaGetErrorString(error));
-}
+Result result_of(cudaError_t error) { return error == cudaSuccess ? kOk : cuda_error(cudaGetErrorString(error)); }
 
 }  // namespace ria
 
 using namespace ria;
 
-// Changes with the functions below: a library that was left from older sources must not be called as one of these.
-RIA_API int ria_interface() { return 3; }
+// Changes whenever the functions below do, so that a library built from older sources is refused.
+RIA_API int ria_abi_version() { return 3; }
 
-// What CUDA said when the calling thread last got kCudaError.
-RIA_API char const* ria_error() { return last_error; }
+// CUDA's text for the calling thread's latest kCudaError.
+RIA_API char const* ria_last_error() { return last_cuda_error; }
 
 RIA_API int ria_family() { return RIA_FAMILY; }
 
-RIA_API int ria_tiles() { return int(tiles().size()); }
+RIA_API int ria_num_tiles() { return int(tiles().size()); }
 
-RIA_API char const* ria_tile_name(int tile) { return tile >= 0 && tile < ria_tiles() ? tiles()[tile].name : nullptr; }
+RIA_API char const* ria_tile_name(int tile) {
+  return tile >= 0 && tile < ria_num_tiles() ? tiles()[tile].name : nullptr;
+}
 
-// In all of these `value_bits` says which layout: that of 16-bit values or that of 8-bit ones.
+// Size of the metadata in bytes, or -1. `value_bits`, here and below: 16, or on Hopper 8.
 RIA_API int64_t ria_metadata_bytes(int value_bits, int out_features, int in_features) {
   return with_layout(value_bits, out_features, in_features, int64_t(-1),
                      [&](auto layout) { return metadata_bytes<decltype(layout)>(out_features, in_features); });
@@ -101,7 +103,7 @@ RIA_API int64_t ria_metadata_offset(int value_bits, int out_features, int in_fea
                      [&](auto layout) { return layout.offset(row, byte_column); });
 }
 
-// bitmask [out, in/8] to metadata [ria_metadata_bytes], both on the host.
+// Packs bitmask [out, in/8] into metadata [ria_metadata_bytes], both on the host.
 RIA_API int ria_pack_metadata_host(int value_bits, void const* bitmask, void* metadata, int out_features,
                                    int in_features) {
   if (!bitmask || !metadata) return kBadArgument;
@@ -131,44 +133,45 @@ RIA_API int ria_pack_metadata(int value_bits, void const* bitmask, void* metadat
   });
 }
 
-static Problem sizes_only(int data_type, int out_features, int in_features, int tokens, int split, int multiprocessors) {
+static Problem problem_of_sizes(int data_type, int out_features, int in_features, int tokens, int split_k,
+                                int num_sms) {
   Problem problem{};
   problem.data_type = data_type;
   problem.out_features = out_features;
   problem.in_features = in_features;
   problem.tokens = tokens;
-  problem.split = split;
-  problem.multiprocessors = multiprocessors;
+  problem.split_k = split_k;
+  problem.num_sms = num_sms;
   return problem;
 }
 
-static bool has_tile(int tile, Problem const& problem) {
-  return tile >= 0 && tile < ria_tiles() && has_sizes(problem.out_features, problem.in_features) &&
-         problem.tokens > 0 && problem.multiprocessors > 0 && problem.split >= kSplitForced &&
-         problem.data_type >= kBFloat16 && problem.data_type <= kFloat8ToFloat16;
+static bool valid_problem(int tile, Problem const& problem) {
+  return tile >= 0 && tile < ria_num_tiles() && valid_sizes(problem.out_features, problem.in_features) &&
+         problem.tokens > 0 && problem.num_sms > 0 && problem.split_k >= kStreamK && problem.data_type >= kBFloat16 &&
+         problem.data_type <= kFloat8ToFloat16;
 }
 
-// 1 when the tile can compute a product of these sizes; no device is touched.
-RIA_API int ria_accepts(int tile, int data_type, int out_features, int in_features, int tokens, int split,
-                        int multiprocessors) {
-  Problem const problem = sizes_only(data_type, out_features, in_features, tokens, split, multiprocessors);
-  return has_tile(tile, problem) && tiles()[tile].accepts(problem);
+// 1 if the tile can compute a product of these sizes. Needs no device.
+RIA_API int ria_can_implement(int tile, int data_type, int out_features, int in_features, int tokens, int split_k,
+                              int num_sms) {
+  Problem const problem = problem_of_sizes(data_type, out_features, in_features, tokens, split_k, num_sms);
+  return valid_problem(tile, problem) && tiles()[tile].can_implement(problem);
 }
 
-RIA_API int64_t ria_workspace_bytes(int tile, int data_type, int out_features, int in_features, int tokens, int split,
-                                    int multiprocessors) {
-  Problem const problem = sizes_only(data_type, out_features, in_features, tokens, split, multiprocessors);
-  if (!has_tile(tile, problem)) return -1;
+RIA_API int64_t ria_workspace_bytes(int tile, int data_type, int out_features, int in_features, int tokens, int split_k,
+                                    int num_sms) {
+  Problem const problem = problem_of_sizes(data_type, out_features, in_features, tokens, split_k, num_sms);
+  if (!valid_problem(tile, problem)) return -1;
   return int64_t(kCounterBytes + tiles()[tile].workspace_bytes(problem));
 }
 
-// Enqueues the product on `stream`; waits for nothing, so it can be captured in a CUDA graph.
-RIA_API int ria_linear(int tile, int data_type, int out_features, int in_features, int tokens, int split,
-                       int multiprocessors, int device, void const* x, void const* values, void const* metadata,
-                       void const* weight_scales, void const* token_scales, void const* bias, void* y, void* workspace,
-                       int64_t workspace_bytes, void* stream) {
-  Problem problem = sizes_only(data_type, out_features, in_features, tokens, split, multiprocessors);
-  if (!has_tile(tile, problem)) return kBadArgument;
+// Enqueues the product on `stream`. It waits for nothing, so a CUDA graph can capture it.
+RIA_API int ria_linear(int tile, int data_type, int out_features, int in_features, int tokens, int split_k, int num_sms,
+                       int device, void const* x, void const* values, void const* metadata, void const* weight_scales,
+                       void const* token_scales, void const* bias, void* y, void* workspace, int64_t workspace_bytes,
+                       void* stream) {
+  Problem problem = problem_of_sizes(data_type, out_features, in_features, tokens, split_k, num_sms);
+  if (!valid_problem(tile, problem)) return kBadArgument;
   if (!x || !values || !metadata || !y || !workspace || workspace_bytes < int64_t(kCounterBytes)) return kBadArgument;
   if (is_float8(data_type) ? !weight_scales || !token_scales : weight_scales || token_scales) return kBadArgument;
   for (void const* pointer : {x, values, metadata, weight_scales, token_scales, bias, static_cast<void const*>(y),

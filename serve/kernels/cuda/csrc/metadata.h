@@ -1,8 +1,8 @@
-// From the checkpoint's bitmask to the metadata operand of the sparse tensor cores.
+// Converts the checkpoint's bitmask to the metadata operand of the sparse tensor cores.
 //
-// A group of four columns keeps two; the hardware wants their two indices, two bits each, the smaller one low: four
-// bits a group, so a byte of bitmask (eight columns, two groups) becomes a byte of metadata. What differs between
-// architectures is only where that byte lies. MetadataLayout answers that, from the kernels' own definitions.
+// A group of four columns keeps two. The hardware takes their indices, two bits each, the smaller one in the low bits:
+// four bits per group, so a byte of bitmask (eight columns, two groups) becomes a byte of metadata. Architectures
+// differ only in where that byte lies, which MetadataLayout derives from the kernels' own definitions.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@
 
 namespace ria {
 
-// A group with anything but two bits set cannot come from a valid checkpoint; it reads as "the first two", so that no
-// input makes the hardware's behaviour undefined.
+// The metadata of each group's bitmask. One with other than two bits set cannot come from a valid checkpoint; it maps
+// to "the first two", so that no input makes the hardware's behaviour undefined.
 constexpr uint64_t kGroupMetadata = [] {
   uint64_t table = 0;
   for (int mask = 0; mask < 16; ++mask) {
@@ -39,18 +39,20 @@ CUTLASS_HOST_DEVICE constexpr uint8_t metadata_byte(uint8_t mask) {
   return static_cast<uint8_t>((kGroupMetadata >> 4 * (mask & 15) & 15) | (kGroupMetadata >> 4 * (mask >> 4) & 15) << 4);
 }
 
-CUTLASS_HOST_DEVICE constexpr int padded(int size, int multiple) { return (size + multiple - 1) / multiple * multiple; }
+CUTLASS_HOST_DEVICE constexpr int round_up(int size, int multiple) {
+  return (size + multiple - 1) / multiple * multiple;
+}
 
-// Where the metadata lies for values of kValueBits bits: 16 (bf16 and fp16 share one layout), on Hopper also 8 (fp8).
+// Where the metadata lies, for values of kValueBits bits: 16 (bf16 and fp16 share one layout), on Hopper also 8 (fp8).
 template <int kValueBits>
 struct MetadataLayout;
 
 #if RIA_FAMILY == 90 || RIA_FAMILY == 100
 
 #if RIA_FAMILY == 90
-// The layout depends on the tile's K up to this: every tile must have at least as much.
+// The layout depends on the tile's K up to this size, so every tile must have at least this K.
 constexpr int kMetadataTileK = 128;
-// What a tile reads of K at once. Metadata is padded to it: what TMA makes up outside would be zeros, which are none.
+// The K of a tile. Metadata is padded to a multiple of it: outside, TMA would read zeros, which are no valid metadata.
 template <int kValueBits>
 constexpr int kTileK = kValueBits == 8 ? 256 : 128;
 
@@ -75,16 +77,17 @@ struct MetadataLayout {
   decltype(Config::fill_layoutE(cute::make_tuple(0, 1, 0, 1))) layout;
 
   CUTLASS_HOST_DEVICE MetadataLayout(int rows, int columns)
-      : layout(Config::fill_layoutE(cute::make_tuple(rows, 1, padded(columns, kColumnMultiple), 1))) {}
+      : layout(Config::fill_layoutE(cute::make_tuple(rows, 1, round_up(columns, kColumnMultiple), 1))) {}
 
-  // Byte position of the metadata of `row`, columns 8 * byte_column to 8 * byte_column + 7.
+  // Byte offset of the metadata of `row`, columns 8 * byte_column to 8 * byte_column + 7.
   CUTLASS_HOST_DEVICE int64_t offset(int row, int byte_column) const { return layout(row, 8 * byte_column, 0) / 8; }
 };
 
 #else
 
-// mma.sp reads its metadata with ldmatrix: 16 bits (four groups) an element, columns of elements interleaved by two,
-// the rows of each 32 dealt out so that a thread's four 8-row blocks lie together, and 2 x 2 blocks transposed.
+// mma.sp reads its metadata with ldmatrix. An element has 16 bits (four groups). Columns of elements are interleaved by
+// two, the rows of each 32 are permuted so that a thread's four 8-row blocks lie together, and 2 x 2 blocks are
+// transposed.
 template <>
 struct MetadataLayout<16> {
   static constexpr int kRowMultiple = 32;
@@ -96,10 +99,10 @@ struct MetadataLayout<16> {
             {(rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple, columns / 16})) {}
 
   CUTLASS_HOST_DEVICE int64_t offset(int row, int byte_column) const {
-    int place = row / 32 * 32 + row % 8 * 4 + row % 32 / 8;
+    int permuted_row = row / 32 * 32 + row % 8 * 4 + row % 32 / 8;
     int element = byte_column / 2;
-    int const corner = place % 2 - element % 2;  // 1 below the diagonal of its 2 x 2 block, -1 above
-    return 2 * layout({place - corner, element + corner}) + byte_column % 2;
+    int const corner = permuted_row % 2 - element % 2;  // 1 below the diagonal of its 2 x 2 block, -1 above
+    return 2 * layout({permuted_row - corner, element + corner}) + byte_column % 2;
   }
 };
 
@@ -107,14 +110,14 @@ struct MetadataLayout<16> {
 
 template <class Layout>
 CUTLASS_HOST_DEVICE constexpr int64_t metadata_bytes(int rows, int columns) {
-  return int64_t(padded(rows, Layout::kRowMultiple)) * padded(columns, Layout::kColumnMultiple) / 8;
+  return int64_t(round_up(rows, Layout::kRowMultiple)) * round_up(columns, Layout::kColumnMultiple) / 8;
 }
 
-// Writes one byte; `index` runs over the padded matrix, row by row. Padding reads as "the first two".
+// Writes one byte. `index` counts the bytes of the padded matrix row by row. Padding becomes "the first two".
 template <class Layout>
 CUTLASS_HOST_DEVICE void pack_metadata_byte(uint8_t const* bitmask, uint8_t* metadata, int rows, int columns,
                                             Layout const& layout, int64_t index) {
-  int const padded_bytes = padded(columns, Layout::kColumnMultiple) / 8;
+  int const padded_bytes = round_up(columns, Layout::kColumnMultiple) / 8;
   int const row = int(index / padded_bytes), byte_column = int(index % padded_bytes);
   bool const inside = row < rows && byte_column < columns / 8;
   metadata[layout.offset(row, byte_column)] =

@@ -1,13 +1,13 @@
-// One tile of the CUTLASS 3.x kernel, for bf16 and fp16 or, on Hopper, for fp8 (e4m3) with either as output:
-// y^T = W x^T with W, the first operand, sparse.
+// One tile of the CUTLASS 3.x kernel, for bf16 and fp16 or, on Hopper, for fp8 (e4m3) with bf16 or fp16 output:
+// y^T = W x^T, where W, the first operand, is sparse.
 //
-// y^T [out, tokens] is written column-major, which is y [tokens, out] row-major, so nothing is ever transposed; a bias
-// an output feature is then a bias a row of the product. The build compiles this file once per tile with
+// y^T [out, tokens] is written column-major, which is y [tokens, out] row-major, so nothing is transposed. A bias per
+// output feature is then a bias per row. The build compiles this file once per tile, with the macros
 //   RIA_FAMILY 90 or 100, RIA_TILE_NAME, RIA_TILE_M (out-features), RIA_TILE_N (tokens), RIA_CLUSTER_M,
-//   RIA_PINGPONG 0 or 1 (Hopper only: two consumer groups on two tiles in turn, else both on one),
+//   RIA_PINGPONG 0 or 1 (Hopper only. 1: two consumer warpgroups on alternating tiles; 0: both on one),
 //   RIA_STREAM_K 0 or 1 (K may be divided among thread blocks),
-//   RIA_FP8 0 or 1 (Hopper only: W and x are e4m3, with a scale each out-feature and each token).
-// Both outputs together take hardly longer to compile than one.
+//   RIA_FP8 0 or 1 (Hopper only: W and x are e4m3, with one scale per out-feature and per token).
+// One file has both outputs: the second adds little to the time it takes to compile.
 #include "cutlass/cutlass.h"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
 #include "cutlass/epilogue/fusion/operations.hpp"
@@ -26,9 +26,9 @@ namespace ria {
 namespace {
 
 constexpr int kValueBits = RIA_FP8 ? 8 : 16;
-constexpr int kStepK = kTileK<kValueBits>;  // 256 bytes of x either way
+constexpr int kTileShapeK = kTileK<kValueBits>;  // 256 bytes of x either way
 
-using TileShape = cute::Shape<cute::Int<RIA_TILE_M>, cute::Int<RIA_TILE_N>, cute::Int<kStepK>>;
+using TileShape = cute::Shape<cute::Int<RIA_TILE_M>, cute::Int<RIA_TILE_N>, cute::Int<kTileShapeK>>;
 using ClusterShape = cute::Shape<cute::Int<RIA_CLUSTER_M>, cute::_1, cute::_1>;
 
 #if RIA_FAMILY == 90
@@ -52,12 +52,12 @@ using DefaultScheduler = void;
 
 using Scheduler = cute::conditional_t<RIA_STREAM_K != 0, cutlass::gemm::StreamKScheduler, DefaultScheduler>;
 
-// Elements in the 16 bytes that TMA wants.
+// In elements: TMA needs 16 bytes.
 constexpr int kInputAlignment = 128 / kValueBits, kOutputAlignment = 8;
 
-// fp8's main loop adds the tensor core's sums to others in fp32 registers after every tile of K: Hopper's fp8
-// instructions are reported to keep only about 14 bits of a sum, which thousands of channels would wear down. CUTLASS's
-// "FP8FastAccum" schedules leave these additions out.
+// With fp8, the main loop promotes the tensor cores' sums to separate fp32 registers after every tile of K: Hopper's
+// fp8 instructions reportedly keep only about 14 bits of a sum, and over thousands of channels the error would grow.
+// CUTLASS's "FP8FastAccum" schedules skip the promotion.
 template <class Output>
 struct SparseLinear {
 #if RIA_FP8
@@ -69,8 +69,8 @@ struct SparseLinear {
 #endif
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      Arch, EpilogueClass, TileShape, ClusterShape, cutlass::epilogue::collective::EpilogueTileAuto, float, float,
-      void, cutlass::layout::ColumnMajor, kOutputAlignment, Output, cutlass::layout::ColumnMajor, kOutputAlignment,
+      Arch, EpilogueClass, TileShape, ClusterShape, cutlass::epilogue::collective::EpilogueTileAuto, float, float, void,
+      cutlass::layout::ColumnMajor, kOutputAlignment, Output, cutlass::layout::ColumnMajor, kOutputAlignment,
       EpilogueSchedule, Fusion>::CollectiveOp;
 
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
@@ -79,13 +79,12 @@ struct SparseLinear {
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
       MainloopSchedule>::CollectiveOp;
 
-  using Kernel =
-      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, Scheduler>;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, Scheduler>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   using Config = typename Mainloop::SparseConfig;
 
   static_assert(cute::is_same_v<typename Config::TensorEAtom, typename SparseConfig<kValueBits>::TensorEAtom>,
-                "the kernel reads its metadata in another layout than metadata.h writes");
+                "the kernel's metadata layout is not the one that metadata.h writes");
   static_assert(sizeof(typename Mainloop::ElementE) == 1);
 
   static typename Kernel::Arguments arguments(Problem const& p) {
@@ -100,7 +99,7 @@ struct SparseLinear {
     args.mainloop.ptr_E = static_cast<typename Mainloop::ElementE const*>(p.metadata);
     args.mainloop.layout_e = Config::fill_layoutE(sizes);
 #if RIA_FP8
-    args.mainloop.mma_promotion_interval = kStepK / 64;  // counts instructions, each of 64 channels
+    args.mainloop.mma_promotion_interval = kTileShapeK / 64;  // counts instructions, each of 64 channels
     ScaledEpilogue<TileShape, Output>::fill(args.epilogue.thread, p);
 #else
     args.epilogue.thread.alpha = 1.0f;
@@ -110,20 +109,20 @@ struct SparseLinear {
     args.epilogue.ptr_D = static_cast<Output*>(p.y);
     cute::get<1>(args.epilogue.dD) = p.out_features;
     args.hw_info.device_id = p.device;
-    args.hw_info.sm_count = p.multiprocessors;
+    args.hw_info.sm_count = p.num_sms;
 #if RIA_STREAM_K
     using Mode = cute::remove_cvref_t<decltype(args.scheduler.decomposition_mode)>;
-    int const steps = (p.in_features + kStepK - 1) / kStepK;
-    args.scheduler.splits = p.split > steps ? steps : p.split > 1 ? p.split : 1;
-    args.scheduler.decomposition_mode = p.split == kSplitForced ? Mode::StreamK
-                                        : p.split == kSplitNone ? Mode::DataParallel
-                                        : p.split > 1           ? Mode::SplitK
-                                                                : Mode::Heuristic;
+    int const steps = (p.in_features + kTileShapeK - 1) / kTileShapeK;
+    args.scheduler.splits = p.split_k > steps ? steps : p.split_k > 1 ? p.split_k : 1;
+    args.scheduler.decomposition_mode = p.split_k == kStreamK        ? Mode::StreamK
+                                        : p.split_k == kDataParallel ? Mode::DataParallel
+                                        : p.split_k > 1              ? Mode::SplitK
+                                                                     : Mode::Heuristic;
 #endif
     return args;
   }
 
-  static bool accepts(Problem const& p) {
+  static bool can_implement(Problem const& p) {
     if (p.out_features % kOutputAlignment || p.in_features % (2 * kInputAlignment)) return false;
     return Gemm::can_implement(arguments(p)) == cutlass::Status::kSuccess;
   }
@@ -131,9 +130,9 @@ struct SparseLinear {
   static size_t workspace_bytes(Problem const& p) { return Gemm::get_workspace_size(arguments(p)); }
 
   static Result run(Problem const& p) {
-    if (!accepts(p)) return kCannotRun;
+    if (!can_implement(p)) return kNotSupported;
     auto args = arguments(p);
-    // The same layout, but padded to what a tile reads at once, which can_implement() does not know of.
+    // The same layout, but padded to the K of a tile, which can_implement() does not know.
     args.mainloop.layout_e = MetadataLayout<kValueBits>(p.out_features, p.in_features).layout;
     if (Gemm::get_workspace_size(args) > p.workspace_bytes - kCounterBytes) return kWorkspaceTooSmall;
     auto const stream = static_cast<cudaStream_t>(p.stream);
@@ -141,7 +140,7 @@ struct SparseLinear {
     auto status = gemm.initialize(args, static_cast<uint8_t*>(p.workspace) + kCounterBytes, stream);
     if (status == cutlass::Status::kSuccess) status = gemm.run(stream);
     if (status == cutlass::Status::kSuccess) return kOk;
-    // CUTLASS tells of no launch's error and clears most of them, but those that stay with the device.
+    // CUTLASS does not report launch errors. It clears most of them; only sticky ones are left to see here.
     cudaError_t const error = cudaPeekAtLastError();
     return cuda_error(error == cudaSuccess ? cutlassGetStatusString(status) : cudaGetErrorString(error));
   }
@@ -149,20 +148,21 @@ struct SparseLinear {
 
 bool is_bfloat16(Problem const& p) { return p.data_type == kBFloat16 || p.data_type == kFloat8ToBFloat16; }
 
-bool accepts(Problem const& p) {
+bool can_implement(Problem const& p) {
   if (is_float8(p.data_type) != bool(RIA_FP8)) return false;
-  return is_bfloat16(p) ? SparseLinear<cutlass::bfloat16_t>::accepts(p) : SparseLinear<cutlass::half_t>::accepts(p);
+  return is_bfloat16(p) ? SparseLinear<cutlass::bfloat16_t>::can_implement(p)
+                        : SparseLinear<cutlass::half_t>::can_implement(p);
 }
 
-// The outputs differ in nothing that the workspace depends on.
+// Both outputs need the same workspace.
 size_t workspace_bytes(Problem const& p) { return SparseLinear<cutlass::bfloat16_t>::workspace_bytes(p); }
 
 Result run(Problem const& p) {
-  if (is_float8(p.data_type) != bool(RIA_FP8)) return kCannotRun;
+  if (is_float8(p.data_type) != bool(RIA_FP8)) return kNotSupported;
   return is_bfloat16(p) ? SparseLinear<cutlass::bfloat16_t>::run(p) : SparseLinear<cutlass::half_t>::run(p);
 }
 
-[[maybe_unused]] bool const added = add_tile({RIA_TILE_NAME, accepts, workspace_bytes, run});
+[[maybe_unused]] bool const added = add_tile({RIA_TILE_NAME, can_implement, workspace_bytes, run});
 
 }  // namespace
 }  // namespace ria

@@ -1,6 +1,6 @@
-// The plain C++ beneath the operators, under sanitizers: every instruction set of this machine over shapes with tails,
-// in buffers of exactly the promised size, against a double-precision product; then bitmasks that are not 2:4.
-// Prints "ok" and the instruction set of RIA_VLLM_CPU_ISA.
+// The C++ beneath the operators, under sanitizers: one instruction set over shapes with partial tiles and blocks, in
+// buffers of exactly the promised size, against a double-precision product; then bitmasks that are not 2:4.
+// Prints "ok" and the name of the instruction set, which RIA_VLLM_CPU_ISA chooses.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -39,31 +39,32 @@ static void check(Dtype dtype, int64_t tokens, int64_t rows, int64_t columns) {
   std::vector<float> scales(rows);
   std::vector<uint8_t> bitmask(rows * columns / 8);
   std::vector<int32_t> permutation(columns);
-  for (Weight& value : values) value = Weight::from_float(scaled(dtype) ? 8 * random_value() : random_value());
+  for (Weight& value : values) value = Weight::from_float(has_scales(dtype) ? 8 * random_value() : random_value());
   for (auto* list : {&x, &bias})
     for (Value& value : *list) value = Value::from_float(random_value());
-  for (float& scale : scales) scale = scaled(dtype) ? (1 + random_bits() % 4) / 64.0f : 1.0f;
+  for (float& scale : scales) scale = has_scales(dtype) ? (1 + random_bits() % 4) / 64.0f : 1.0f;
   for (uint8_t& byte : bitmask) byte = kLegal[random_bits() % 6] | kLegal[random_bits() % 6] << 4;
   for (int64_t c = 0; c < columns; ++c) permutation[c] = static_cast<int32_t>(columns - 1 - c);
   Aligned packed(layout.bytes());
   pack(layout, values.data(), bitmask.data(), scales.data(), packed.data.get());
 
-  Product product{};
-  product.layout = layout;
-  product.packed = packed.data.get();
-  product.x = x.data();
-  product.x_stride = columns;
-  product.permutation = permutation.data();
-  product.bias = bias.data();
-  product.y = y.data();
-  linear(product, tokens, instruction_set());
+  GemmArgs args{};
+  args.layout = layout;
+  args.packed = packed.data.get();
+  args.x = x.data();
+  args.x_stride = columns;
+  args.permutation = permutation.data();
+  args.bias = bias.data();
+  args.y = y.data();
+  linear(args, tokens, instruction_set());
 
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t r = 0; r < rows; ++r) {
       double sum = bias[r].to_float();
       for (int64_t c = 0, kept = r * columns / 2; c < columns; ++c)
         if (bitmask[(r * columns + c) / 8] >> (c % 8) & 1)
-          sum += static_cast<double>(values[kept++].to_float()) * scales[r] * x[t * columns + permutation[c]].to_float();
+          sum +=
+              static_cast<double>(values[kept++].to_float()) * scales[r] * x[t * columns + permutation[c]].to_float();
       const double error = std::fabs(y[t * rows + r].to_float() - sum);
       if (!(error <= std::fabs(sum) / 250 + 1e-3)) {
         std::printf("dtype %d tokens %ld %ld x %ld: row %ld is off by %g\n", static_cast<int>(dtype), (long)tokens,

@@ -1,7 +1,7 @@
-"""Compares a backend with a float64 product over many shapes; run as a program for one instruction set.
+"""Compares a backend with a float64 product over many shapes. A module, and a program for one instruction set.
 
-`python sweep.py` sweeps the cpu backend under the RIA_VLLM_CPU_ISA of its environment, checks what it promises about
-batches, threads and NaNs, and exits 1 at the first miss.
+`python sweep.py` sweeps the cpu backend with the instruction set that RIA_VLLM_CPU_ISA names, checks what the backend
+promises about batches, threads and NaNs, and fails at the first deviation.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from ria_vllm import sparse24
 from ria_vllm.serve.kernels.cpu import backend as cpu
 
-# Numbers of tokens around the widths of vectors and blocks, and around where one algorithm gives way to the other.
+# Numbers of tokens around the sizes of vectors and blocks, and around the switch from one algorithm to the other.
 EDGES = (1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 15, 16, 17, 20, 21, 22, 24, 25, 31, 32, 33, 40, 41, 42, 48, 49, 63, 64, 65)
 EDGES += (95, 96, 97, 112, 191, 192, 193, 200, 255, 256, 257, 300)
 
@@ -19,7 +19,7 @@ def random_pair(out_features: int, in_features: int, dtype: torch.dtype) -> tupl
 
 
 def assert_close_to_float64(y, x, compressed, bitmask, permutation, bias, scales=None):
-    """y must be x[..., p] @ W^T + bias up to the errors that fp32 accumulation and the output's rounding allow."""
+    """y must be x[..., p] @ W^T + bias, within the errors of fp32 accumulation and of rounding the output."""
     weight = sparse24.decompress(compressed, bitmask).double()
     if scales is not None:
         weight *= scales.double()[:, None]
@@ -65,7 +65,7 @@ def sweep(backend, token_counts) -> None:
 
 
 def same_bits(dtype: torch.dtype, rows: int) -> None:
-    """A token's result has the same bits alone, in every batch, with any number of threads; so has the packed form."""
+    """A token's result has the same bits alone, in any batch and with any number of threads; so does the packed form."""
     weight, scales = torch.randn(rows, 1088), ()
     if dtype == torch.int8:
         weight, scales = weight * 30, (torch.rand(rows),)

@@ -1,4 +1,4 @@
-"""Every backend that this machine can run against float64, and what the operators promise besides."""
+"""Every backend that this machine can run: its results against float64, and what its operator promises."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def test_reference_against_float64():
     sweep(reference, range(1, 131, 7))
 
 
-def test_reference_goes_by_blocks_of_rows(monkeypatch):
+def test_reference_in_small_blocks_of_rows(monkeypatch):
     monkeypatch.setattr(reference, "_BLOCK_ROWS", 16)
     torch.manual_seed(0)
     sweep(reference, (1, 30))

@@ -14,9 +14,9 @@ DRIVER = Path(__file__).with_name("sanitized.cpp")
 SANITIZE = ["-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}"]
 AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 FLAGS = {
-    "lanes_avx2.cpp": AVX512[:3],
-    "lanes_avx512.cpp": AVX512,
-    "lanes_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
+    "vec_avx2.cpp": AVX512[:3],
+    "vec_avx512.cpp": AVX512,
+    "vec_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
 }
 
 

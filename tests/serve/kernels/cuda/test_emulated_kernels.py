@@ -1,12 +1,13 @@
-"""The CUDA kernels' results, without a GPU: their own host code and their PTX, run by the emulator of emulator/.
+"""The CUDA kernels' results without a GPU: their own host code and their PTX, run by the emulator of emulator/.
 
-Everything on the way is the real thing but the machine: tensor maps, cluster launches, barriers, tensor cores and
-memory are the emulator's, after NVIDIA's manuals. It says nothing of speed.
+Only the machine is not real: tensor maps, cluster launches, barriers, tensor cores and memory are the emulator's,
+written from NVIDIA's manuals. These tests say nothing about speed.
 """
 
 import pytest
 import torch
-from compiled_cuda import chosen_tiles, emulated
+from cuda_libraries import chosen_tiles, emulated
+from graph_capture import GraphCapture
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
@@ -14,9 +15,9 @@ from ria_vllm.serve.kernels.cuda import backend as cutlass
 from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.tiles import (
     COUNTER_BYTES,
-    SPLIT_FORCED,
-    SPLIT_HEURISTIC,
-    SPLIT_NONE,
+    DATA_PARALLEL,
+    HEURISTIC,
+    STREAM_K,
     WORKSPACE_BYTES,
     choose_tile,
 )
@@ -24,14 +25,14 @@ from ria_vllm.serve.kernels.cuda.tiles import (
 pytestmark = pytest.mark.slow
 
 TILES = [(arch, tile.name) for arch in ("80", "90a", "100a", "120") for tile in chosen_tiles(arch)]
-SPLITS = (SPLIT_NONE, SPLIT_HEURISTIC, SPLIT_FORCED, 2, 3, 5, 9)
-# out-features, in-features, tokens: less than any tile; rows and columns that fill no tile; more steps than any
-# pipeline has stages; more tiles than multiprocessors.
+SPLITS = (DATA_PARALLEL, HEURISTIC, STREAM_K, 2, 3, 5, 9)
+# out-features, in-features, tokens: less than any tile; rows and columns that fill no tile; more steps of K than any
+# pipeline has stages; more tiles than SMs.
 SHAPES = [(8, 64, 1), (136, 192, 7), (200, 1152, 33), (264, 2624, 16), (392, 1088, 300)]
 
 
 class Product:
-    """One product and what it must be, in float64."""
+    """The operands of a product, and what it must be in float64."""
 
     def __init__(self, out_features, in_features, tokens, dtype, output):
         generator = torch.Generator().manual_seed(out_features + in_features + tokens)
@@ -51,7 +52,7 @@ class Product:
         self.y = torch.full((tokens, out_features), float("nan"), dtype=output)
 
     def check(self, y, bias):
-        """Half an ulp of y, and an fp32 accumulation's errors."""
+        """y may be off by half an ulp, and by the errors of fp32 accumulation."""
         exact = self.inputs @ self.stored.t() + (bias.double() if bias is not None else 0)
         sums = self.inputs.abs() @ self.stored.abs().t()
         room = exact.abs() * torch.finfo(y.dtype).eps * 0.501 + sums * 2e-6 + 1e-30
@@ -60,7 +61,7 @@ class Product:
 
 
 def dtypes_of(tile):
-    """(operands, output) that the tile multiplies."""
+    """The (operand dtype, output dtype) pairs that the tile multiplies."""
     both = (torch.bfloat16, torch.float16)
     return [(fp8.DTYPE, output) for output in both] if tile.startswith("fp8_") else [(dtype, dtype) for dtype in both]
 
@@ -73,7 +74,7 @@ def library(arch):
 
 @pytest.fixture
 def workspace():
-    """Counters zero, as they must be, and what other products left behind in the rest."""
+    """A workspace whose counters are zero, as they must be; the rest holds what other products left behind."""
     memory = torch.full((WORKSPACE_BYTES,), 0xFF, dtype=torch.uint8)
     memory[:COUNTER_BYTES] = 0
     return memory
@@ -82,39 +83,39 @@ def workspace():
 @pytest.mark.parametrize("arch, tile", TILES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_products_are_those_of_float64(library, tile, seed, workspace):
-    """With each division of K, on a GPU of so few multiprocessors that blocks take several tiles, in whatever order."""
+    """For each division of K, on a GPU with so few SMs that blocks take several tiles, in any order."""
     library.seed = seed
     index = library.tile_names.index(tile)
     for number, (out_features, in_features, tokens) in enumerate(SHAPES):
         dtype, output = dtypes_of(tile)[(seed + number) % 2]
         product = Product(out_features, in_features, tokens, dtype, output)
         metadata = library.pack_metadata_on_device(product.bitmask, product.values.itemsize * 8)
-        for split in SPLITS:
-            library.multiprocessors = (6, 14, 2)[(split + number) % 3]
-            bias = product.bias if split != 2 else None
+        for split_k in SPLITS:
+            library.num_sms = (6, 14, 2)[(split_k + number) % 3]
+            bias = product.bias if split_k != 2 else None
             sizes = (out_features, in_features)
-            need = library.workspace_bytes(index, dtype, sizes, tokens, split, library.multiprocessors)
+            need = library.workspace_bytes(index, dtype, sizes, tokens, split_k, library.num_sms)
             assert need <= WORKSPACE_BYTES
             y = product.y.clone()
             operands = (product.x, product.values, metadata, bias, y, workspace[:need], product.scales)
-            library.linear(index, split, *operands)
+            library.linear(index, split_k, *operands)
             product.check(y, bias)
             assert not workspace[:COUNTER_BYTES].any()
 
 
 @pytest.mark.parametrize("arch, tile", TILES)
 def test_a_product_repeats_bit_for_bit(library, tile, workspace):
-    """Whichever block and whichever copy comes first."""
-    library.multiprocessors = 6
+    """No matter which block and which copy comes first."""
+    library.num_sms = 6
     dtype, output = dtypes_of(tile)[0]
     product = Product(264, 1152, 70, dtype, output)
     metadata = library.pack_metadata(product.bitmask, product.values.itemsize * 8)
-    for split in (SPLIT_FORCED, 3):
+    for split_k in (STREAM_K, 3):
         results = []
         for library.seed in range(5):
             y = product.y.clone()
             operands = (product.x, product.values, metadata, product.bias, y, workspace, product.scales)
-            library.linear(library.tile_names.index(tile), split, *operands)
+            library.linear(library.tile_names.index(tile), split_k, *operands)
             results.append(y)
         assert all(torch.equal(y, results[0]) for y in results)
 
@@ -134,19 +135,21 @@ def test_the_gpu_packs_as_the_host_does(library, arch, value_bits):
 
 @pytest.mark.parametrize("arch, tile", TILES)
 def test_nothing_outside_of_the_operands_is_touched(library, tile, workspace):
-    """A row less than the kernel was told of, or a byte less of workspace: the emulator must see the access, so that
-    its silence means something."""
+    """The emulator must notice accesses to a missing row or a missing byte of workspace.
+
+    Otherwise its silence in the other tests would mean nothing.
+    """
     dtype, output = dtypes_of(tile)[0]
     product = Product(136, 192, 9, dtype, output)
     metadata = library.pack_metadata(product.bitmask, product.values.itemsize * 8)
-    index, split = library.tile_names.index(tile), 3
-    need = library.workspace_bytes(index, dtype, (136, 192), 9, split, library.multiprocessors)
+    index, split_k = library.tile_names.index(tile), 3
+    need = library.workspace_bytes(index, dtype, (136, 192), 9, split_k, library.num_sms)
 
     def linear(x, y, memory):
         workspace[:COUNTER_BYTES] = 0
         operands = (product.x, product.values, metadata, None, product.y, workspace[:need], product.scales)
         with library.memory([x, product.values, metadata, *(product.scales or ())], [y, memory]):
-            super(type(library), library).linear(index, split, *operands)
+            super(type(library), library).linear(index, split_k, *operands)
 
     linear(product.x, product.y, workspace[:need])
     product.check(product.y, None)
@@ -161,10 +164,10 @@ def test_nothing_outside_of_the_operands_is_touched(library, tile, workspace):
 
 @pytest.fixture
 def on_emulated_hopper(cutlass_on_cpu, workspace):
-    """The backend's operators, for tensors on the CPU, with the emulated library behind them."""
+    """The backend's operators, for tensors on the CPU, backed by the emulated library."""
     library = emulated("90a")
     library.seed = 7
-    cutlass_on_cpu(library, library.multiprocessors, workspace)
+    cutlass_on_cpu(library, library.num_sms, workspace)
     return library
 
 
@@ -172,7 +175,7 @@ def on_emulated_hopper(cutlass_on_cpu, workspace):
 @pytest.mark.parametrize("leading", [(1,), (2, 3), (65,), (0,)])
 @pytest.mark.parametrize("gathered", [False, True])
 def test_the_backend_from_the_checkpoint_to_the_output(on_emulated_hopper, dtype, leading, gathered):
-    """Tiles chosen by the rules, rows that start anywhere in memory, the input in its own order or gathered."""
+    """With tiles chosen by the rules, rows at any address, and the input in its own order or gathered."""
     output = torch.bfloat16 if dtype == fp8.DTYPE else dtype
     product = Product(200, 576, 1, dtype, output)
     packed = cutlass.pack(product.values, product.bitmask, *([product.scales[0]] if product.scales else []))
@@ -193,20 +196,52 @@ def test_the_backend_from_the_checkpoint_to_the_output(on_emulated_hopper, dtype
 BUSY = [
     *((arch, (512, 8192, 1), 0.9) for arch in ("80", "90a", "100a", "120")),
     *((arch, (640, 4096, 16), 0.6) for arch in ("80", "90a", "100a", "120")),
-    # As 11008 rows are to a Hopper, where CUTLASS would leave K whole and a third of the multiprocessors idle.
+    # Like 11008 rows on a Hopper, where CUTLASS would not divide K and would leave a third of the SMs idle.
     *((arch, (1024, 4096, 1), 0.9) for arch in ("90a", "100a")),
 ]
 
 
 @pytest.mark.parametrize("arch, shape, least", [case for case in BUSY if chosen_tiles(case[0])])
-def test_few_rows_keep_the_multiprocessors_busy(library, shape, least, workspace):
-    """Fewer tiles than multiprocessors: 4, 5 and 8 for 12. K is divided so that hardly one idles, and that all do at
-    least so large a part of what the slowest does."""
-    library.multiprocessors = 12
+def test_few_rows_keep_the_sms_busy(library, shape, least, workspace):
+    """With fewer tiles than SMs (4, 5 and 8 for 12), K is divided so that hardly an SM idles.
+
+    least: the mean load, as a part of the largest.
+    """
+    library.num_sms = 12
     product = Product(*shape, torch.bfloat16, torch.bfloat16)
-    tile, split = choose_tile(library, torch.bfloat16, *shape, library.multiprocessors)
+    tile, split_k = choose_tile(library, torch.bfloat16, *shape, library.num_sms)
     metadata = library.pack_metadata(product.bitmask)
-    library.linear(tile, split, product.x, product.values, metadata, product.bias, product.y, workspace)
+    library.linear(tile, split_k, product.x, product.values, metadata, product.bias, product.y, workspace)
     product.check(product.y, product.bias)
     blocks, most, total = library.emulator.load()
     assert blocks >= 10 and total / (12 * most) > least, (blocks, most, total)
+
+
+OPERATORS = {
+    torch.ops.ria.sparse24_linear.cutlass: cutlass._linear,
+    torch.ops.ria.sparse24_fp8_linear.cutlass: cutlass._fp8_linear,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, fp8.DTYPE])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_graph_can_capture_the_operators(on_emulated_hopper, dtype, gathered):
+    """The Python around the kernels. Their host code is linked to nothing that waits or allocates (link_emulator)."""
+    output = torch.bfloat16 if dtype == fp8.DTYPE else dtype
+    product = Product(200, 576, 5, dtype, output)
+    metadata = on_emulated_hopper.pack_metadata(product.bitmask, product.values.itemsize * 8)
+    x = torch.randn(5, 577, generator=torch.Generator().manual_seed(6)).to(output)[:, 1:]
+    order = torch.randperm(576, generator=torch.Generator().manual_seed(7)).int() if gathered else None
+    with GraphCapture("cpu", OPERATORS) as capture:
+        rows = x if order is None else x.index_select(-1, order)
+        if dtype == fp8.DTYPE:
+            operands = (*fp8.quantize(rows), product.values, metadata, product.scales[0], product.bias, output)
+            y = torch.ops.ria.sparse24_fp8_linear.cutlass(*operands)
+        else:
+            operands = (rows, product.values, metadata, product.bias)
+            y = torch.ops.ria.sparse24_linear.cutlass(*operands)
+    assert not capture.kept(y, rows, *operands)
+    product.inputs = operands[0].double()
+    if dtype == fp8.DTYPE:
+        product.inputs = product.inputs * operands[1].double()[:, None]
+    product.check(y, product.bias)

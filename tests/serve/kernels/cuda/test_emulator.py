@@ -1,4 +1,4 @@
-"""The emulator itself: that it computes what PTX says, and that it sees what a GPU would not forgive."""
+"""The emulator itself: it must compute what PTX says, and report what would go wrong on a GPU."""
 
 import math
 import operator
@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from compiled_cuda import emulator_alone
+from cuda_libraries import emulator_alone
 
 from ria_vllm.errors import RiaError
 
@@ -22,7 +22,8 @@ def emulator():
 
 
 def kernel(body: str, target: str = "sm_90a", directive: str = "", outside: str = "") -> str:
-    """Two pointers, %in and %out; each thread's own eight bytes of both at %a and %b; a KiB of shared memory at %s."""
+    """A kernel around `body`. %in and %out are its two arguments; %a and %b point at each thread's eight bytes of them;
+    %s is the address of a KiB of shared memory; %t is the thread's index."""
     return f"""
 .version 9.0
 .target {target}
@@ -48,7 +49,7 @@ def kernel(body: str, target: str = "sm_90a", directive: str = "", outside: str 
 
 
 def run(emulator, body, values=(0,), threads=None, seed=0, blocks=1, cluster=1, dynamic=0, results=None, **text):
-    """The eight bytes that each thread leaves, as unsigned numbers; `results` of them where it leaves more."""
+    """Runs the kernel and returns the unsigned 64-bit numbers that it writes: one per thread, or `results` in all."""
     threads = threads or len(values)
     source = torch.tensor([signed(value, 64) for value in values])
     result = torch.full((results or threads,), -1, dtype=torch.int64)
@@ -62,19 +63,19 @@ M32, M64 = 2**32 - 1, 2**64 - 1
 
 
 def signed(value, bits):
-    """What the lowest bits say in two's complement."""
+    """The lowest bits as a two's complement number."""
     value &= 2**bits - 1
     return value - 2**bits if value >> bits - 1 else value
 
 
 def prmt(a, b, selector):
-    """The bytes that the selector's digits pick."""
+    """The bytes that the selector's digits choose."""
     data = struct.pack("<II", a, b)
     picked = [(data[s & 7], s >> 3) for s in (selector >> 4 * i & 15 for i in range(4))]
     return int.from_bytes(bytes((0xFF if byte & 0x80 else 0) if sign else byte for byte, sign in picked), "little")
 
 
-# Of 64 bits v: a is the lower half, b the upper.
+# v has 64 bits; a is its lower half, b its upper half.
 OPERATIONS = {
     "add.s32 %r2, %r0, %r1": lambda a, b: a + b & M32,
     "sub.s32 %r2, %r0, %r1": lambda a, b: a - b & M32,
@@ -135,7 +136,7 @@ OPERATIONS_64 = {
 
 
 def numbers():
-    """64 bits at the edges of their range, and at random."""
+    """64-bit numbers: the ends of their range, and random ones."""
     generator = random.Random(0)
     edges = [0, 1, M32, M64, 1 << 31, 1 << 63, (5 << 32) + 3, (3 << 32) + 5]
     return edges + [generator.getrandbits(64) for _ in range(56)]
@@ -158,7 +159,7 @@ def test_wide_integer_instructions(emulator, operation):
 
 
 def bits_of(value: float) -> int:
-    """Of a float32."""
+    """The bits of a float32."""
     return struct.unpack("<I", struct.pack("<f", value))[0]
 
 
@@ -168,7 +169,7 @@ def float_of(bits: int) -> float:
 
 
 def nearest(exact: Fraction) -> float:
-    """The float32 next to a number; of two as near the one whose last bit is 0."""
+    """The float32 nearest to a number; in a tie, the one whose last bit is 0."""
     if not exact:
         return 0.0
     guess = bits_of(float(exact))
@@ -178,12 +179,12 @@ def nearest(exact: Fraction) -> float:
 
 
 def pairs(values) -> list[int]:
-    """Each float32 in the lower half of 64 bits, with each in the upper half."""
+    """All pairs of float32s, packed into 64 bits."""
     return [bits_of(b) << 32 | bits_of(a) for a in values for b in values]
 
 
 def floats() -> list[float]:
-    """Of many sizes, neither so large nor so small that their products leave the range."""
+    """Floats of many magnitudes whose products stay within the range of a float32."""
     generator = random.Random(1)
     return [generator.choice((-1, 1)) * float_of(generator.randrange(100 << 23, 150 << 23)) for _ in range(20)]
 
@@ -224,7 +225,7 @@ SPECIAL_RESULTS = {
 
 
 def numbers_of(*values):
-    """Those that are not NaN; NaN if all are."""
+    """The values that are not NaN, or NaN if all are."""
     return [value for value in values if not math.isnan(value)] or [math.nan]
 
 
@@ -253,7 +254,7 @@ def test_comparisons_with_nan(emulator, name, unordered):
 )
 @pytest.mark.parametrize("kind, bits", [("s", 32), ("u", 32), ("s", 64), ("u", 64)])
 def test_floats_become_integers(emulator, name, to_whole, kind, bits):
-    """Rounded, and at the ends of the range where they are beyond it."""
+    """They are rounded, and saturate at the ends of the range."""
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind == "s" else (0, 2**bits - 1)
     halves = [sign * half / 2 for sign in (-1, 1) for half in range(12)]
     x = halves + floats() + SPECIAL_FLOATS + [3e9, -3e9, 5e9, 1e19, -1e19, 3e38]
@@ -285,7 +286,7 @@ def test_integers_become_floats(emulator, kind):
 
 @pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("f16", torch.float16)])
 def test_floats_are_rounded_as_torch_does(emulator, name, dtype):
-    """Halves of the last bit, to the even side, among them."""
+    """Ties, which go to even, are among them."""
     x = torch.randn(64, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-8, 8).repeat(4)
     ties = 1 + torch.arange(-8, 9) * (torch.finfo(dtype).eps / 4)
     largest = torch.tensor([torch.finfo(dtype).max, torch.finfo(torch.float32).max, 65519.996, 65520.0])
@@ -301,7 +302,7 @@ def test_floats_are_rounded_as_torch_does(emulator, name, dtype):
 
 
 def test_variables_outside_of_the_kernel(emulator):
-    """Dynamic shared memory's place is filled in, a number that looks like an address is not."""
+    """The address of dynamic shared memory is filled in; a number that looks like it is left alone."""
     outside = ".global .align 8 .u64 counter; .extern .shared .align 16 .b8 dynamic[];"
     body = """
     mov.u32 %r0, dynamic;
@@ -349,7 +350,7 @@ def test_shuffles_votes_and_elections(emulator):
 
 @pytest.mark.parametrize("width", [8, 32])
 @pytest.mark.parametrize("mode, step", [("down", 3), ("up", -3)])
-def test_shuffles_stay_within_their_part_of_the_warp(emulator, mode, step, width):
+def test_shuffles_stay_within_their_segment(emulator, mode, step, width):
     clamp = (32 - width) << 8 | (31 if mode == "down" else 0)
     body = f"shfl.sync.{mode}.b32 %r0|%p0, %t, 3, {clamp}, -1; selp.b32 %r1, 1, 0, %p0;"
     results = run(emulator, f"{body} mov.b64 %d0, {{%r0, %r1}}; st.global.u64 [%b], %d0;", threads=32)
@@ -361,7 +362,7 @@ def test_shuffles_stay_within_their_part_of_the_warp(emulator, mode, step, width
 @pytest.mark.parametrize("kind, verdict", [("all", all), ("any", any), ("uni", lambda votes: len(set(votes)) == 1)])
 @pytest.mark.parametrize("yes", [0, 7, 20])
 def test_a_vote_of_some_lanes(emulator, kind, verdict, yes):
-    """Lanes 0 to 19 vote; the rest, which would vote no, do something else."""
+    """Lanes 0 to 19 vote. The others, which would vote no, do not take part."""
     body = f"""
     setp.ge.u32 %p0, %t, 20;
     @%p0 bra OUT;
@@ -375,8 +376,10 @@ def test_a_vote_of_some_lanes(emulator, kind, verdict, yes):
 
 
 def sparse_fragments(values, kept, b, c):
-    """16 registers of each lane for mma.sp.m16n8k32 of bf16, as the PTX manual describes its fragments: four of the
-    kept values, four of B, four of C, one of metadata, three of nothing."""
+    """16 registers per lane for mma.sp.m16n8k32 of bf16, from the PTX manual's description of its fragments.
+
+    Four for the kept values, four for B, four for C, one for metadata, three unused.
+    """
 
     def bf16s(low, high):
         return bits_of(low) >> 16 | bits_of(high) >> 16 << 16
@@ -392,7 +395,7 @@ def sparse_fragments(values, kept, b, c):
             registers.append(bf16s(*values[row][column + 2 * thread : column + 2 * thread + 2]))
         registers += [bf16s(b[row][group], b[row + 1][group]) for row in range(2 * thread, 32, 8)]
         registers += [bits_of(c[row][2 * thread + k]) for row in (group, group + 8) for k in (0, 1)]
-        # The first two threads of each four: of 16 columns each.
+        # The first two threads of each four have 16 columns each.
         both = metadata(group, thread) | metadata(group + 8, thread) << 16 if thread < 2 else M32
         registers += [both, 0, 0, 0]
     return registers
@@ -426,7 +429,7 @@ def test_a_sparse_product_is_that_of_its_matrices(emulator):
 
 @pytest.mark.parametrize("transposed", ["", ".trans"])
 def test_matrices_go_to_registers_and_back(emulator, transposed):
-    """stmatrix undoes ldmatrix, and a lane holds elements 2 * (lane % 4) and the next of row lane / 4."""
+    """A lane holds elements 2 * (lane % 4) and the next of row lane / 4, and stmatrix is the inverse of ldmatrix."""
     rows = "shl.b32 %r9, %t, 4; add.s32 %r10, %s, %r9;"
     fill = "shl.b32 %r8, %t, 3; add.s32 %r11, %s, %r8; ld.global.u64 %d0, [%a]; st.shared.u64 [%r11], %d0; bar.sync 0;"
     load = f"ldmatrix.sync.aligned.m8n8.x2{transposed}.shared.b16 {{%r0, %r1}}, [%r10];"
@@ -448,7 +451,7 @@ COPY = "shl.b32 %r0, %t, 3; add.s32 %r1, %s, %r0; cp.async.ca.shared.global [%r1
 READ = "ld.shared.u64 %d0, [%r1]; st.global.u64 [%b], %d0; cp.async.wait_all;"
 
 
-def test_a_copy_is_there_after_its_wait_and_not_before(emulator):
+def test_a_copy_is_visible_after_its_wait_and_not_before(emulator):
     values = list(range(100, 132))
     assert run(emulator, f"{COPY} cp.async.wait_group 0; {READ}", values) == values
     assert run(emulator, f"{COPY} cp.async.wait_group 1; {READ}", values) == [M64] * 32
@@ -460,8 +463,8 @@ def test_groups_without_copies_need_no_wait(emulator):
     assert run(emulator, f"{body} cp.async.commit_group;", values) == values
 
 
-def test_a_barrier_that_is_missing_shows_in_some_order(emulator):
-    """Each thread reads what the next warp's wrote."""
+def test_a_missing_barrier_shows_in_every_order(emulator):
+    """Each thread reads what a thread of the other warp wrote."""
     write = "shl.b32 %r0, %t, 3; add.s32 %r1, %s, %r0; cvt.u64.u32 %d0, %t; st.shared.u64 [%r1], %d0;"
     read = "xor.b32 %r2, %t, 32; shl.b32 %r2, %r2, 3; add.s32 %r2, %s, %r2; ld.shared.u64 %d1, [%r2];"
     read += "st.global.u64 [%b], %d1;"
@@ -474,7 +477,7 @@ def test_a_barrier_that_is_missing_shows_in_some_order(emulator):
 WAIT = "LOOP: mbarrier.try_wait.parity.shared::cta.b64 %p1, [%s], 0; @!%p1 bra LOOP;"
 
 
-def test_an_mbarrier_lets_go_when_all_have_arrived(emulator):
+def test_an_mbarrier_completes_when_all_have_arrived(emulator):
     body = f"""
     setp.ne.s32 %p0, %t, 0;
     @%p0 bra READY;
@@ -486,7 +489,7 @@ def test_an_mbarrier_lets_go_when_all_have_arrived(emulator):
     st.global.u64 [%b], %d0;
     """
     assert run(emulator, body, threads=64, seed=3) == [7] * 64
-    with pytest.raises(RiaError, match="(?s)no thread can go on:.*warp 1: .*bra LOOP"):
+    with pytest.raises(RiaError, match="(?s)deadlock, no thread can proceed:.*warp 1: .*bra LOOP"):
         run(emulator, body.replace("[%s], 64;", "[%s], 65;"), threads=64)
 
 
@@ -494,13 +497,13 @@ SPIN = "mov.u32 %r9, 0; SPIN: nanosleep.u32 20; add.s32 %r9, %r9, 1; setp.lt.s32
 
 
 def test_barriers_do_not_wait_for_threads_that_have_exited(emulator):
-    """The last thread leaves when all others wait already."""
+    """The last thread exits when all others are already waiting."""
     body = f"setp.eq.s32 %p0, %t, 63; @!%p0 bra STAY; {SPIN} ret; STAY: bar.sync 0;"
     assert run(emulator, f"{body} mov.u64 %d0, 7; st.global.u64 [%b], %d0;", threads=64) == [7] * 63 + [M64]
 
 
-def test_a_thread_that_arrives_at_the_cluster_and_exits_stands_in_for_nobody(emulator):
-    """Thread 0 arrives and exits; the last arrives late, with what the others read."""
+def test_a_thread_that_arrives_at_the_cluster_barrier_and_exits_is_not_counted_again(emulator):
+    """Thread 0 arrives and exits. The last thread arrives late, after writing what the others read."""
     body = f"""
     setp.eq.s32 %p0, %t, 0;
     setp.eq.s32 %p1, %t, 63;
@@ -527,10 +530,10 @@ def test_a_launch_that_cuda_would_refuse(emulator):
     for arguments, reason in [
         ({"threads": 1056}, "a block that is too large"),
         ({"threads": 64, "directive": ".maxntid 16, 2, 1"}, "more threads than .maxntid allows"),
-        ({"dynamic": 48 * 1024}, "more than 48 KiB of shared memory, which was not asked for"),
-        ({"blocks": 16, "cluster": 16}, "a cluster of more blocks than are allowed"),
-        ({"blocks": 3, "cluster": 2}, "a grid that clusters do not fill"),
-        ({"blocks": 2, "cluster": 2, "target": "sm_80"}, "a cluster on an architecture that has none"),
+        ({"dynamic": 48 * 1024}, "more than 48 KiB of shared memory without cudaFuncSetAttribute"),
+        ({"blocks": 16, "cluster": 16}, "a cluster of too many blocks"),
+        ({"blocks": 3, "cluster": 2}, "a grid that is not a multiple of the cluster"),
+        ({"blocks": 2, "cluster": 2, "target": "sm_80"}, "a cluster on an architecture without clusters"),
     ]:
         with pytest.raises(RiaError, match=reason):
             run(emulator, body, **arguments)
@@ -547,15 +550,15 @@ OF_FIRST = "mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 0;"
 @pytest.mark.parametrize(
     "body, reason",
     [
-        (f"mbarrier.init.shared::cta.b64 [%s+16], 1; {ASK} ret;", "exits while asynchronous work is still under way"),
+        (f"mbarrier.init.shared::cta.b64 [%s+16], 1; {ASK} ret;", "exits while asynchronous work is pending"),
         (f"{ASK} {SPIN}", r"PTX line \d+, `clusterlaunch.*an mbarrier that was not initialised"),
         (f"{OF_FIRST} @!%p1 ret; {SPIN} {MAPPED} st.shared::cluster.u32 [%r0], %r0;", "a block that has exited"),
-        ("mapa.shared::cluster.u32 %r0, %s, 2;", "a rank that the cluster does not have"),
+        ("mapa.shared::cluster.u32 %r0, %s, 2;", "the cluster has no such rank"),
         ("barrier.cluster.wait.aligned;", "waits without having arrived"),
-        ("barrier.cluster.arrive.aligned; barrier.cluster.arrive.aligned;", "arrives a second time"),
+        ("barrier.cluster.arrive.aligned; barrier.cluster.arrive.aligned;", "arrives twice"),
     ],
 )
-def test_what_a_cluster_would_not_forgive(emulator, body, reason):
+def test_what_would_go_wrong_in_a_cluster_is_an_error(emulator, body, reason):
     with pytest.raises(RiaError, match=reason):
         run(emulator, body, blocks=2, cluster=2)
 
@@ -568,8 +571,8 @@ def test_an_error_names_its_instruction_and_line(emulator):
     assert str(raised.value) == f"k: PTX line {line}, `{body[:-1]}`: writes outside of global memory"
 
 
-def test_a_hang_names_the_barrier(emulator):
-    with pytest.raises(RiaError, match="(?s)no thread can go on:.*lane 0 at line .* `bar.sync 0, 64`"):
+def test_a_deadlock_names_the_barrier(emulator):
+    with pytest.raises(RiaError, match="(?s)deadlock, no thread can proceed:.*lane 0 at line .* `bar.sync 0, 64`"):
         run(emulator, "bar.sync 0, 64; mov.u32 %r0, 1;")
 
 
@@ -579,22 +582,22 @@ def test_a_hang_names_the_barrier(emulator):
         ("st.global.u64 [%b+8], %d15;", "writes outside of global memory"),
         ("ld.global.u64 %d0, [%a+-8];", "reads outside of global memory"),
         ("mov.u64 %d1, -8; ld.global.u64 %d0, [%d1];", "reads outside of global memory"),
-        ("st.global.u64 [%a], %d15;", "writes to memory that may only be read"),
+        ("st.global.u64 [%a], %d15;", "writes to read-only memory"),
         ("ld.global.v2.u32 {%r0, %r1}, [%a+4];", "a misaligned address"),
         ("st.shared.u32 [%s+1024], %r0;", "outside of shared memory"),
         ("ld.shared.u32 %r0, [%s+-4];", "outside of shared memory"),
         ("ld.shared.u32 %r0, [%s+2];", "a misaligned address"),
         ("mbarrier.arrive.shared::cta.b64 _, [%s];", "an mbarrier that was not initialised"),
-        ("bar.sync 0, 64;", "no thread can go on"),
+        ("bar.sync 0, 64;", "no thread can proceed"),
         ("@%p0 bra OUT; bar.sync 17; OUT: ", "there are 16 barriers"),
-        ("cp.async.ca.shared.global [%s], [%a], 8;", "ends with copies that it does not wait for"),
-        (COPY, "ends with copies that it does not wait for"),
-        (f"{COPY} cp.async.commit_group; cp.async.wait_group 2;", "ends with copies that it does not wait for"),
-        ("bar.warp.sync -1; shfl.sync.down.b32 %r0, %t, 1, 31, -1;", "a shuffle from a lane that takes no part"),
-        ("trap;", "the kernel stopped itself"),
+        ("cp.async.ca.shared.global [%s], [%a], 8;", "exits without waiting for its copies"),
+        (COPY, "exits without waiting for its copies"),
+        (f"{COPY} cp.async.commit_group; cp.async.wait_group 2;", "exits without waiting for its copies"),
+        ("bar.warp.sync -1; shfl.sync.down.b32 %r0, %t, 1, 31, -1;", "a shuffle from a lane that does not take part"),
+        ("trap;", "the kernel trapped"),
     ],
 )
-def test_what_a_gpu_would_not_forgive_is_named_with_its_place(emulator, body, reason):
+def test_what_would_go_wrong_on_a_gpu_is_an_error_that_names_the_instruction(emulator, body, reason):
     with pytest.raises(RiaError, match=reason) as raised:
         run(emulator, f"setp.eq.s32 %p0, %t, -1; {body}")
     assert "PTX line" in str(raised.value) or "at line" in str(raised.value)
@@ -622,7 +625,7 @@ def test_what_a_gpu_would_not_forgive_is_named_with_its_place(emulator, body, re
         "wgmma.mma_async.sp.sync.aligned.m64n8k64.f32.e4m3.e5m2 {%f0, %f1, %f2, %f3}, %d0, %d1, %r0, 0, %p0, 1, 1",
     ],
 )
-def test_what_is_not_imitated_is_refused(emulator, instruction):
-    """A modifier that was passed over, or an operand too few, would be a wrong result."""
+def test_unknown_instructions_are_refused(emulator, instruction):
+    """To ignore a modifier or a missing operand would give a wrong result."""
     with pytest.raises(RiaError, match="the emulator does not know this instruction"):
         run(emulator, f"{instruction};")

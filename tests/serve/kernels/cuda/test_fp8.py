@@ -1,4 +1,4 @@
-"""fp8 around the kernel: how activations are rounded, what reaches the library, and what comes back."""
+"""fp8 around the kernel: how activations are quantized, and what the library receives and returns."""
 
 import pytest
 import torch
@@ -7,9 +7,8 @@ from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels import registry as kernels
 from ria_vllm.serve.kernels.cuda import backend as cutlass
-from ria_vllm.serve.kernels.cuda import build as cuda_compile
 from ria_vllm.serve.kernels.cuda import fp8
-from ria_vllm.serve.kernels.cuda import tiles as cutlass_tiles
+from ria_vllm.serve.kernels.cuda.tiles import choose_tile
 
 CUDA = torch.device("cuda", 0)
 
@@ -17,7 +16,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("magnitude", [1e-6, 1.0, 6e4])
 def test_quantized_activations_are_as_near_as_e4m3_allows(dtype, magnitude):
-    """Three bits behind the point: half of an eighth of the value, and below 2^-6 half of 2^-9, times the scale."""
+    """e4m3 has three mantissa bits: an error of 1/16 of the value, and below 2^-6 of 2^-10, times the scale."""
     x = (torch.randn(9, 4, 192, generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * magnitude).to(dtype)
     values, scales = fp8.quantize(x)
     assert values.dtype == torch.float8_e4m3fn and values.shape == x.shape and values.is_contiguous()
@@ -51,7 +50,7 @@ def random_weight(out_features, in_features):
 @pytest.mark.parametrize("leading", [(), (1,), (7,), (2, 3), (0,)])
 @pytest.mark.parametrize("extras", [False, True])
 def test_apply_against_float64(hopper, dtype, leading, extras):
-    """What is left of x after its rounding, times the weight: the rest of the way must lose an ulp of y at most."""
+    """Against the product of the quantized x and the weight: y may be off by half an ulp."""
     parts, stored = random_weight(72, 192)
     packed = cutlass.pack(*parts)
     assert [t.dtype for t in packed] == [torch.float8_e4m3fn, torch.uint8, torch.float32] and hopper.packed_bits == 8
@@ -67,7 +66,7 @@ def test_apply_against_float64(hopper, dtype, leading, extras):
     assert bool(((y.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 * 1.01).all())
     if leading != (0,):
         assert hopper.used.startswith("fp8_")
-        # and the rounding itself: each term is off by a 16th of itself at most, or by half of x's smallest step
+        # The quantization itself: a term is off by at most 1/16 of itself, or by half of the smallest step.
         unrounded = taken.double() @ stored.T + (0 if bias is None else bias.double())
         room = (taken.double().abs() / 16 + scales.double()[..., None] * 2**-10) @ stored.abs().T
         assert bool(((exact - unrounded).abs() <= room).all())
@@ -139,13 +138,7 @@ def test_no_cpu_keeps_fp8_and_one_keeps_int8(backend):
 def test_more_tokens_take_wider_tiles(hopper):
     chosen = []
     for tokens in (1, 16, 17, 100_000):
-        tile, _ = cutlass_tiles.choose_tile(hopper, fp8.DTYPE, 4096, 4096, tokens, 132)
+        tile, _ = choose_tile(hopper, fp8.DTYPE, 4096, 4096, tokens, 132)
         chosen.append(hopper.tile_names[tile])
     widths = [int(name.split("_")[1].split("x")[1]) for name in chosen]
     assert widths == [16, 16, 128, 128]
-
-
-def test_the_small_set_serves_both_widths_of_values():
-    names = [tile.name for tile in cuda_compile.ARCHITECTURES["90a"].small_tiles]
-    assert names == ["128x16_streamk", "fp8_128x16_streamk"]
-    assert [tile.name for tile in cuda_compile.ARCHITECTURES["80"].small_tiles] == ["128x32"]

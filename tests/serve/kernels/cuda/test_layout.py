@@ -1,10 +1,10 @@
-"""The metadata's layout, as the kernels' own definitions give it, against readings written down independently."""
+"""The metadata's layout, from the kernels' own definitions, against independent readings of the PTX manual."""
 
 from itertools import product
 
 import pytest
 import torch
-from compiled_cuda import compiled
+from cuda_libraries import compiled
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from ria_vllm import sparse24
@@ -22,12 +22,12 @@ def random_pair(out_features: int, in_features: int) -> tuple[torch.Tensor, torc
 
 
 def warpgroup_place(out_features: int, row: int, group: int, atom_rows: int) -> tuple[int, int]:
-    """(byte, high half?) of one group's four bits, for wgmma and tcgen05.
+    """(byte, nibble within the byte) of one group's four bits, for wgmma and tcgen05.
 
-    PTX: a warp's instruction covers 16 rows and 32 columns; a 32-bit register holds the eight groups of 16 columns in
-    row r (low half) and row r + 8 (high half); of neighbouring lanes one holds columns 0 to 15, the other 16 to 31. The
-    four instructions of 128 columns keep their registers side by side. Beyond that: lanes by row, then by half of the
-    columns, then by 16 rows; blocks of `atom_rows` x 128 down the rows first.
+    PTX: a warp's instruction covers 16 rows and 32 columns. A 32-bit register holds eight groups: 16 columns of row r
+    (low half) and of row r + 8 (high half). Of two neighbouring lanes, one holds columns 0 to 15, the other 16 to 31.
+    The registers of four instructions, which cover 128 columns, lie side by side. From there, lanes are ordered by row,
+    then by half of the columns, then by 16 rows; blocks of `atom_rows` x 128 go down the rows first.
     """
     column = 4 * group
     atoms_down = -(-out_features // atom_rows)
@@ -56,13 +56,13 @@ def test_reading_the_registers_of_a_warpgroup_gives_the_matrix_back(arch, atom_r
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reading_the_registers_of_a_warpgroup_gives_the_matrix_back_in_fp8(shape):
-    """The layout of values of 8 bits.
+    """The layout for 8-bit values.
 
     PTX, wgmma.mma_async.sp of m64nNk64: a warp's instruction covers 16 rows and 64 columns, and a lane's 32-bit
-    register the eight groups of 32 columns of one row. Of the four lanes of row r of the first eight, the first holds
-    row r, columns 0 to 31, the second row r + 8 of the same, the third and fourth columns 32 to 63 of the two. In
-    memory the registers of a row's 128 columns lie side by side, then those of the next row; blocks of 64 x 128 down
-    the rows first, and the columns padded to the 256 that a tile reads at once.
+    register holds the eight groups of 32 columns of one row. Four lanes belong to row r of the first eight: the first
+    holds row r, columns 0 to 31; the second row r + 8, columns 0 to 31; the third and fourth columns 32 to 63 of these
+    rows. In memory the registers of a row's 128 columns lie side by side, then come those of the next row. Blocks of
+    64 x 128 go down the rows first, and columns are padded to 256, the K of a tile.
     """
     compressed, bitmask = random_pair(*shape)
     registers = compiled("90a").pack_metadata(bitmask, value_bits=8).view(torch.int32)
@@ -77,7 +77,7 @@ def test_reading_the_registers_of_a_warpgroup_gives_the_matrix_back_in_fp8(shape
             row, first = 64 * block_row + row_in_block, 128 * block_column + 64 * instruction + 32 * half
             for within in range(8):
                 indices, column = int(registers[place]) >> 4 * within & 15, first + 4 * within
-                assert indices in LEGAL_GROUPS  # in the padding as well
+                assert indices in LEGAL_GROUPS  # also in the padding
                 if row < shape[0] and column < shape[1]:
                     for kept in (0, 1):
                         dense[row, column + (indices >> 2 * kept & 3)] = compressed[row, column // 2 + kept]
@@ -129,5 +129,5 @@ def test_no_bitmask_makes_metadata_that_the_hardware_forbids(arch, value_bits):
 @pytest.mark.parametrize("arch, value_bits", LAYOUTS)
 def test_positions_outside_the_matrix_are_refused(arch, value_bits):
     library = compiled(arch)
-    for out_features, in_features, row, byte in [(8, 64, 8, 0), (8, 64, 0, 8), (8, 64, -1, 0), (8, 63, 0, 0), (0, 64, 0, 0)]:
-        assert library.metadata_offset(out_features, in_features, row, byte, value_bits) == -1
+    for position in [(8, 64, 8, 0), (8, 64, 0, 8), (8, 64, -1, 0), (8, 63, 0, 0), (0, 64, 0, 0)]:
+        assert library.metadata_offset(*position, value_bits) == -1

@@ -1,4 +1,4 @@
-// Finds the function of each instruction, among the forms that the other files list.
+// Finds the function of each instruction among the forms that the other files list.
 #include <algorithm>
 
 #include "ptx.h"
@@ -6,19 +6,19 @@
 namespace emulator {
 namespace {
 
-constexpr std::string_view kTypes[] = {"pred", "b8",  "b16", "b32", "b64", "b128", "u8",  "u16",  "u32",  "u64",
+constexpr std::string_view kTypes[] = {"pred", "b8",  "b16", "b32", "b64", "b128", "u8",  "u16",  "u32",   "u64",
                                        "s8",   "s16", "s32", "s64", "f16", "f32",  "f64", "bf16", "f16x2", "bf16x2"};
 
 void unknown(Thread&, Instruction const&) { throw Error("the emulator does not know this instruction"); }
 
-// The words of a text, from its `at`-th character on, one a call; empty at its end.
+// The next word of a text from position `at` on, which moves past it; empty at the end.
 std::string_view next_word(std::string_view text, char separator, size_t& at) {
   size_t const start = std::min(at, text.size()), end = std::min(text.find(separator, start), text.size());
   at = end + 1;
   return text.substr(start, end - start);
 }
 
-// How many parts of the name the form starts with, if it is one of it; else 0.
+// How many parts of the instruction's name the form's start matches, or 0 if it does not match.
 size_t parts_of(Form const& form, Instruction const& instruction) {
   size_t parts = 0;
   for (size_t at = 0; at < form.start.size(); ++parts)
@@ -38,7 +38,7 @@ bool allows(Form const& form, std::string_view modifier) {
 void decode(Instruction& instruction) {
   Form const* found = nullptr;
   size_t most = 0;
-  for (auto const forms : {scalar_forms(), tensor_forms(), tensor_memory_forms()})
+  for (auto const forms : {arithmetic_forms(), memory_forms(), control_forms(), tensor_forms(), tensor_memory_forms()})
     for (Form const& form : forms)
       if (size_t const parts = parts_of(form, instruction); parts > most) {
         found = &form;

@@ -12,7 +12,7 @@ GlobalMemory& global_memory() {
 
 uint8_t* Block::shared_at(uint64_t address, size_t bytes) {
   uint32_t const offset = uint32_t(address) & 0xFFFFFF, other = uint32_t(address) >> 24;
-  if (other > cluster->blocks.size()) throw Error("shared memory of a block that the cluster does not have");
+  if (other > cluster->blocks.size()) throw Error("shared memory of a block that is not in the cluster");
   Block& owner = other ? cluster->blocks[other - 1] : *this;
   if (!owner.running) throw Error("shared memory of a block that has exited");
   if (address >> 32 || offset < kSharedBase || offset + bytes > kSharedBase + owner.shared.size())
@@ -72,7 +72,7 @@ uint16_t to_float16(float value) {
 void arrive(Block& block, uint32_t barrier, std::optional<uint32_t> expected, Thread* waiting) {
   if (barrier >= block.barriers.size()) throw Error("there are 16 barriers");
   Block::Barrier& own = block.barriers[barrier];
-  if (own.arrived && own.expected != expected) throw Error("a barrier with two numbers of threads");
+  if (own.arrived && own.expected != expected) throw Error("a barrier with two thread counts");
   ++own.arrived;
   own.expected = expected;
   if (waiting) {
@@ -108,7 +108,8 @@ void check_cluster(Cluster& cluster) {
 
 namespace {
 
-// The current phase's parity; arrivals still wanted, those of a phase, bytes still expected.
+// phase: parity of the current phase. wanted, bytes: arrivals and bytes that it still waits for. count: arrivals per
+// phase.
 struct Mbarrier {
   uint64_t phase : 1, valid : 1, wanted : 20, count : 20;
   int64_t bytes : 22;
@@ -167,7 +168,7 @@ Dim Grid::place(uint64_t cluster) const {
   return {uint32_t(cluster % across), uint32_t(cluster / across % down), uint32_t(cluster / across / down)};
 }
 
-bool Grid::steal(Dim& first_block) {
+bool Grid::take_next_cluster(Dim& first_block) {
   if (clusters_started >= launch.grid.count() / launch.cluster.count()) return false;
   Dim const at = place(clusters_started++);
   first_block = {at.x * launch.cluster.x, at.y * launch.cluster.y, at.z * launch.cluster.z};
@@ -188,8 +189,8 @@ void Grid::start(uint64_t index) {
 void Grid::start_block(Block& block, Dim cluster) {
   Kernel const& kernel = *launch.kernel;
   uint32_t const count = uint32_t(launch.block.count());
-  size_t const local = kernel.local + 16;  // of a thread, aligned to 16 within
-  // A NaN as fp64, its halves NaNs as fp32, its quarters as bf16 and fp16; false as a predicate.
+  size_t const local = kernel.local + 16;  // per thread, with room to align it to 16
+  // NaN as fp64, and its parts NaN as fp32, bf16 and fp16; false as a predicate.
   constexpr uint64_t kUnwritten = 0x7FFF'FFFF'FFFF'FFFE;
   block.running = count;
   block.shared.assign(kernel.static_shared + launch.dynamic_shared, 0xFF);
@@ -221,7 +222,7 @@ void Grid::set_specials(Block const& block, Dim cluster, uint32_t id, uint64_t* 
   r[kCtaidX] = first.x + within.x, r[kCtaidY] = first.y + within.y, r[kCtaidZ] = first.z + within.z;
   r[kNctaidX] = all.x, r[kNctaidY] = all.y, r[kNctaidZ] = all.z;
   r[kLaneid] = id % 32, r[kWarpid] = id / 32;
-  r[kSmid] = (r[kCtaidZ] * all.y + r[kCtaidY]) * all.x + r[kCtaidX];  // none is used twice
+  r[kSmid] = (r[kCtaidZ] * all.y + r[kCtaidY]) * all.x + r[kCtaidX];  // a different one for each block
   r[kClusterCtarank] = rank, r[kClusterNctarank] = size.count();
   r[kClusteridX] = cluster.x, r[kClusteridY] = cluster.y, r[kClusteridZ] = cluster.z;
   r[kNclusteridX] = all.x / size.x, r[kNclusteridY] = all.y / size.y, r[kNclusteridZ] = all.z / size.z;
@@ -230,7 +231,7 @@ void Grid::set_specials(Block const& block, Dim cluster, uint32_t id, uint64_t* 
   r[kDynamicSmemSize] = launch.dynamic_shared;
 }
 
-// What remains of a cluster whose threads have all exited.
+// Checks and counts a cluster whose threads have all exited.
 void Grid::retire(Cluster& cluster) {
   auto const of_it = [&](Pending const& each) { return each.cluster == &cluster; };
   bool busy = std::any_of(pending.begin(), pending.end(), of_it);
@@ -242,10 +243,10 @@ void Grid::retire(Cluster& cluster) {
     load.all += block.products;
     if (launch.kernel->local) global_memory().forbid(block.local.data());
   }
-  if (busy) throw Error("the last thread exits while asynchronous work is still under way");
+  if (busy) throw Error("the last thread exits while asynchronous work is pending");
 }
 
-void Grid::leave(Thread& thread) {
+void Grid::exit_thread(Thread& thread) {
   Block& block = thread.block();
   Cluster& cluster = *block.cluster;
   ++progress;
@@ -273,13 +274,13 @@ void Grid::run_thread(Thread& thread) {
     ++thread.pc;
     at_instruction(instruction, [&] {
       instruction.scalar(thread, instruction);
-      if (thread.state == Thread::kExited) leave(thread);
+      if (thread.state == Thread::kExited) exit_thread(thread);
     });
     if (thread.state != Thread::kReady) return;
   }
 }
 
-// Runs one collective instruction that all its lanes have reached.
+// Runs one collective instruction that all of its lanes have reached, if there is one.
 bool Grid::run_collective(Warp& warp) {
   auto const& code = launch.kernel->code;
   uint32_t const alive = warp.alive();
@@ -335,13 +336,13 @@ void Grid::run_pending(size_t which) {
   work();
 }
 
-// Where the warp's threads stand; neighbours in the same place are named once.
+// Where the warp's threads are; neighbours at the same instruction are named once.
 std::string Grid::places(Warp const& warp) const {
   std::string lines;
   int last = -1;
   for (Thread const& thread : warp.threads) {
     if (thread.state == Thread::kExited) continue;
-    // At a barrier it stands behind the instruction that it waits in.
+    // A thread at a barrier is already past the instruction that it waits in.
     int const at = thread.pc - (thread.state == Thread::kBarrier || thread.state == Thread::kClusterBarrier);
     if (at == last) continue;
     last = at;
@@ -353,7 +354,7 @@ std::string Grid::places(Warp const& warp) const {
   return lines;
 }
 
-void Grid::hang() {
+void Grid::report_deadlock() {
   std::string where;
   for (Cluster& cluster : clusters)
     for (Block& block : cluster.blocks)
@@ -363,7 +364,7 @@ void Grid::hang() {
           where += "\n  block " + std::to_string(warp.threads[0].registers[kCtaidX]) + " warp " +
                    std::to_string(warp.index) + ":" + lines;
       }
-  throw Error("no thread can go on:" + where);
+  throw Error("deadlock, no thread can proceed:" + where);
 }
 
 void Grid::run() {
@@ -387,7 +388,7 @@ void Grid::run() {
     } else if (!pending.empty()) {
       run_pending(launch.seed ? random() % pending.size() : 0);
     } else if (++idle > 1000) {
-      hang();
+      report_deadlock();
     }
   }
 }

@@ -1,7 +1,7 @@
-// The machine that PTX runs on: threads that each keep their own place in the code, warps, blocks, clusters, a grid.
+// The machine that runs PTX: threads, each with its own program counter, in warps, blocks, clusters and a grid.
 //
-// Asynchronous work (TMA, wgmma, cp.async) is put off as far as the program allows, or a random time where a seed asks
-// for it, so that a wait that is missing shows as a wrong result. Memory and registers that nobody wrote read as NaN.
+// Asynchronous work (TMA, wgmma, cp.async) is deferred as long as the program allows, or for a random time if there is
+// a seed, so that a missing wait shows as a wrong result. Unwritten memory and registers read as NaN.
 #pragma once
 
 #include <array>
@@ -19,7 +19,7 @@ struct Block;
 struct Cluster;
 struct Grid;
 
-// What may be read and written of this process's memory; everything else is out of bounds.
+// The parts of this process's memory that kernels may read or write; everything else is out of bounds.
 class GlobalMemory {
  public:
   void allow(void const* start, size_t bytes, bool writable) {
@@ -37,7 +37,7 @@ class GlobalMemory {
       if (!write || range.writable) return reinterpret_cast<uint8_t*>(address);
       seen = true;
     }
-    if (seen) throw Error("writes to memory that may only be read");
+    if (seen) throw Error("writes to read-only memory");
     throw Error(std::string(write ? "writes" : "reads") + " outside of global memory");
   }
 
@@ -51,7 +51,7 @@ class GlobalMemory {
 
 GlobalMemory& global_memory();
 
-// Calls `use`; an error of it then names the instruction.
+// Calls `use` and adds the instruction to an error that it throws.
 template <class Use>
 void at_instruction(Instruction const& instruction, Use const& use) {
   try {
@@ -61,7 +61,7 @@ void at_instruction(Instruction const& instruction, Use const& use) {
   }
 }
 
-// What an instruction asked for and what is done later.
+// Deferred work, and the instruction that asked for it.
 struct Work {
   Instruction const* instruction;
   std::function<void()> run;
@@ -69,19 +69,19 @@ struct Work {
   void operator()() const { at_instruction(*instruction, run); }
 };
 
-// Work that is waited for by groups.
+// Deferred work in groups, as in cp.async.commit_group and wait_group.
 class Groups {
  public:
   void add(Instruction const& instruction, std::function<void()> run) {
     groups_.back().push_back({&instruction, std::move(run)});
   }
   void commit() { groups_.emplace_back(); }
-  // Does all but the newest `left` groups; the open one stays as it is.
+  // Runs all committed groups but the newest `left`.
   void finish(size_t left);
   bool empty() const;
 
  private:
-  std::vector<std::vector<Work>> groups_{1};  // one at first; the oldest comes first, the last is open
+  std::vector<std::vector<Work>> groups_{1};  // oldest first; the last one is not committed
 };
 
 struct Thread {
@@ -92,8 +92,8 @@ struct Thread {
   uint64_t* registers = nullptr;
   Warp* warp = nullptr;
   uint32_t lane = 0;
-  bool arrived = false;        // at the cluster's barrier, and has not waited for the others yet
-  uint64_t cluster_phase = 0;  // in which it arrived
+  bool arrived = false;        // has arrived at the cluster's barrier and not yet waited there
+  uint64_t cluster_phase = 0;  // the phase in which it arrived
   Groups copies, stores;       // cp.async, cp.async.bulk
 
   Block& block() const;
@@ -103,7 +103,7 @@ struct Warp {
   Block* block = nullptr;
   uint32_t index = 0;
   std::vector<Thread> threads;
-  Groups products;  // wgmma: this warp's rows of the warpgroup's
+  Groups products;  // of wgmma: this warp's rows of the warpgroup's result
   uint64_t products_committed = 0;
 
   uint32_t alive() const {
@@ -123,26 +123,26 @@ struct Block {
   std::vector<Warp> warps;
   struct Barrier {
     uint32_t arrived = 0;
-    std::optional<uint32_t> expected;  // none: all that have not exited
+    std::optional<uint32_t> expected;  // none: all threads that have not exited
     std::vector<Thread*> waiting;
   };
   std::array<Barrier, 16> barriers;
   uint32_t running = 0;
-  uint64_t products = 0;  // tensor-core instructions, of each warp
-  // 128 lanes x 512 columns (tensor_memory.cpp); columns in use; work in order, and how much of it is done.
+  uint64_t products = 0;  // tensor-core instructions, counted per warp
+  // 128 lanes x 512 columns (tensor_memory.cpp); allocated columns; pending work, in order; number of finished ones.
   std::vector<uint32_t> tensor_memory;
   uint32_t tensor_columns = 0;
   std::deque<Work> tensor_work;
   uint64_t tensor_work_done = 0;
 
-  // An address of the shared window: of this block, or of another of its cluster (mapa) that has not exited.
+  // Translates an address in the shared window: this block's, or another's in the cluster (mapa) that has not exited.
   uint8_t* shared_at(uint64_t address, size_t bytes);
 };
 
 struct Cluster {
   Grid* grid = nullptr;
   std::vector<Block> blocks;
-  uint32_t arrived = 0;  // threads at the barrier that have not exited
+  uint32_t arrived = 0;  // threads at the barrier, without those that have exited
   uint64_t phase = 0;
   uint32_t threads() const;
 };
@@ -156,26 +156,26 @@ struct Launch {
   Kernel* kernel;
   Dim grid, block, cluster;
   size_t dynamic_shared = 0;
-  uint32_t resident = 16;  // blocks at once
-  uint64_t seed = 0;       // 0: in order, asynchronous work as late as it can be
+  uint32_t resident = 16;  // most blocks at a time
+  uint64_t seed = 0;       // 0: threads in order, asynchronous work as late as possible; else both at random
 };
 
-// How the tensor-core instructions were spread over the blocks.
+// How tensor-core instructions were distributed over the blocks.
 struct Load {
-  uint64_t blocks = 0, most = 0, all = 0;  // blocks with any; the most in one; in all together
+  uint64_t blocks = 0, most = 0, all = 0;  // blocks with any; most in one block; in all blocks
 };
 
 struct Grid {
   explicit Grid(Launch const& launch) : launch(launch), random(launch.seed) {}
   void run();
 
-  // TMA loads and the like, done in any order.
-  void put_off(Cluster& cluster, Instruction const& instruction, std::function<void()> run) {
+  // Defers work that may run in any order, such as TMA loads.
+  void defer(Cluster& cluster, Instruction const& instruction, std::function<void()> run) {
     pending.push_back({&cluster, {&instruction, std::move(run)}});
   }
 
-  // The next cluster of the grid that nobody has begun, for cluster launch control; false when there is none.
-  bool steal(Dim& first_block);
+  // Takes the next cluster of the grid that has not started, for cluster launch control; false if there is none.
+  bool take_next_cluster(Dim& first_block);
 
   Launch launch;
   uint64_t progress = 0;
@@ -192,14 +192,14 @@ struct Grid {
   void start_block(Block&, Dim cluster);
   void set_specials(Block const&, Dim cluster, uint32_t thread, uint64_t* registers) const;
   void retire(Cluster&);
-  void leave(Thread&);
+  void exit_thread(Thread&);
   void run_warp(Warp&);
   void run_warps();
   void run_thread(Thread&);
   bool run_collective(Warp&);
   void run_pending(size_t which);
   std::string places(Warp const&) const;
-  [[noreturn]] void hang();
+  [[noreturn]] void report_deadlock();
 
   std::mt19937_64 random;
   std::vector<Pending> pending;
@@ -209,14 +209,16 @@ struct Grid {
 
 inline Block& Thread::block() const { return *warp->block; }
 
-// One more thread at a barrier of its block; `waiting` is null where it does not wait. Without `expected` the barrier
-// is for all threads that have not exited.
+inline Grid& grid_of(Thread const& thread) { return *thread.block().cluster->grid; }
+
+// Counts one more thread at a barrier of its block; `waiting` is null if it does not wait. Without `expected`, the
+// barrier is for all threads that have not exited.
 void arrive(Block&, uint32_t barrier, std::optional<uint32_t> expected, Thread* waiting);
-// Lets the threads go that wait for nobody any more.
+// Releases the threads at barriers that are complete.
 void check_barriers(Block&);
 void check_cluster(Cluster&);
 
-// mbarrier objects, in 64 bits of shared memory.
+// mbarrier objects, each in 64 bits of shared memory.
 void mbarrier_init(uint8_t*, uint32_t count);
 void mbarrier_expect(Grid&, uint8_t*, int64_t bytes);
 void mbarrier_arrive(Grid&, uint8_t*, uint32_t count);
@@ -234,17 +236,21 @@ template <class T>
 T get(Thread const& thread, Operand const& operand) {
   bool const is_register = operand.kind == Operand::kRegister;
   uint64_t const raw = is_register ? thread.registers[operand.slot] + operand.value : operand.value;
-  if constexpr (std::is_same_v<T, bool>) return bool(raw & 1) != operand.negated;
-  else return from_bits<T>(raw);
+  if constexpr (std::is_same_v<T, bool>)
+    return bool(raw & 1) != operand.negated;
+  else
+    return from_bits<T>(raw);
 }
 
-// Signed values fill the register, which may be wider.
+// Signed values are sign-extended to the register's width.
 template <class T>
 void put(Thread& thread, Operand const& operand, T value) {
   if (operand.kind == Operand::kSink) return;
   uint64_t raw = 0;
-  if constexpr (std::is_integral_v<T>) raw = uint64_t(value);
-  else std::memcpy(&raw, &value, sizeof value);
+  if constexpr (std::is_integral_v<T>)
+    raw = uint64_t(value);
+  else
+    std::memcpy(&raw, &value, sizeof value);
   thread.registers[operand.slot] = raw;
 }
 
@@ -255,7 +261,7 @@ inline uint64_t address_of(Thread const& thread, Operand const& operand) {
 // Generic addresses of shared memory.
 constexpr uint64_t kSharedWindow = uint64_t(1) << 60;
 
-// Throws where the address is not aligned to `alignment` or lies outside.
+// Throws if the address is not aligned to `alignment` or is out of bounds.
 uint8_t* memory(Thread&, Space, uint64_t address, size_t bytes, size_t alignment, bool write);
 
 inline float from_bfloat16(uint16_t bits) { return from_bits<float>(uint64_t(bits) << 16); }

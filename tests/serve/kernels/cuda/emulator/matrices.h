@@ -1,4 +1,4 @@
-// Operands of the tensor cores, as they lie in shared memory.
+// The tensor cores' operands in shared memory, and the sparse dot product.
 #pragma once
 
 #include <cmath>
@@ -11,11 +11,11 @@ inline void need_all(uint32_t lanes) {
   if (lanes != 0xFFFFFFFFu) throw Error("not all lanes of the warp take part");
 }
 
-// The two columns of a group of four that its metadata keeps. What the manual calls undefined makes a NaN: rows past
-// the last out-feature may be so, for nobody reads their sums.
+// The two columns of a group of four that its metadata keeps. Metadata that the manual calls undefined gives NaN, not
+// an error: rows past the last out-feature may have it, because nobody reads their sums.
 struct Kept {
   int first, second;
-  double start;  // of the group's sum
+  double start;  // initial value of the group's sum
 };
 
 inline Kept kept(uint32_t metadata, int group) {
@@ -24,7 +24,7 @@ inline Kept kept(uint32_t metadata, int group) {
   return {first, second, first < second ? 0 : NAN};
 }
 
-// A row's kept values, two for each group of four columns, times a column of inputs.
+// A row's kept values, two per group of four columns, times a column of inputs.
 inline double sparse_dot(float const* values, std::span<Kept const> groups, float const* inputs) {
   double sum = 0;
   for (Kept const& kept : groups) {
@@ -39,13 +39,13 @@ inline double sparse_dot(float const* values, std::span<Kept const> groups, floa
 using ToFloat = float (*)(uint16_t);
 inline ToFloat float_of(bool bfloat16) { return bfloat16 ? &from_bfloat16 : &from_float16; }
 
-// Swizzling moves 16-byte chunks within 128, 64 or 32 bytes by the number of the 128-byte line.
+// Swizzling permutes the 16-byte chunks within 128, 64 or 32 bytes by the index of the 128-byte line.
 inline uint32_t swizzled(uint32_t address, uint32_t bytes) {
   uint32_t const mask = bytes ? bytes / 16 - 1 : 0;
   return address ^ (address >> 7 & mask) << 4;
 }
 
-// A K-major operand in shared memory, as a matrix descriptor names it.
+// A K-major operand in shared memory, as a matrix descriptor describes it.
 struct SharedMatrix {
   uint32_t start, leading, stride, swizzle;
 
@@ -62,7 +62,7 @@ struct SharedMatrix {
     static constexpr uint32_t kSwizzles[] = {0, 0, 128, 0, 64, 0, 32, 0};
     uint32_t const mode = uint32_t(bits >> 61);
     bool const known = !(bits >> 49 & 15) && (bits >> 46 & 7) == 1 && (!mode || kSwizzles[mode]);
-    if (!known) throw Error("a descriptor of another kind");
+    if (!known) throw Error("the emulator does not know this kind of descriptor");
     return {uint32_t(bits & 0x3FFF) << 4, uint32_t(bits >> 16 & 0x3FFF) << 4, uint32_t(bits >> 32 & 0x3FFF) << 4,
             kSwizzles[mode]};
   }
@@ -74,7 +74,7 @@ struct SharedMatrix {
   }
 };
 
-// Values of `size` bytes: e4m3, or else bf16 or fp16.
+// Reads values of `size` bytes: 1 for e4m3, 2 for bf16 or fp16.
 inline std::vector<float> read_matrix(Block& block, SharedMatrix const& matrix, uint32_t first_row, uint32_t rows,
                                       uint32_t columns, uint32_t size, bool bfloat16) {
   std::vector<float> values(size_t(rows) * columns);

@@ -27,21 +27,23 @@ bool is_name(char c) {
 
 uint32_t align_up(uint32_t value, uint32_t alignment) { return (value + alignment - 1) / alignment * alignment; }
 
-// A function, because libraries register their PTX before other files' variables have values.
+// A function, because libraries register their PTX before the static variables of other files are initialised.
 std::map<std::string_view, int> const& special_names() {
+  // clang-format off
   static std::map<std::string_view, int> const names = {
-    {"%tid.x", kTidX}, {"%tid.y", kTidY}, {"%tid.z", kTidZ},
-    {"%ntid.x", kNtidX}, {"%ntid.y", kNtidY}, {"%ntid.z", kNtidZ},
-    {"%ctaid.x", kCtaidX}, {"%ctaid.y", kCtaidY}, {"%ctaid.z", kCtaidZ},
-    {"%nctaid.x", kNctaidX}, {"%nctaid.y", kNctaidY}, {"%nctaid.z", kNctaidZ},
-    {"%laneid", kLaneid}, {"%warpid", kWarpid}, {"%smid", kSmid},
-    {"%cluster_ctarank", kClusterCtarank}, {"%cluster_nctarank", kClusterNctarank},
-    {"%clusterid.x", kClusteridX}, {"%clusterid.y", kClusteridY}, {"%clusterid.z", kClusteridZ},
-    {"%nclusterid.x", kNclusteridX}, {"%nclusterid.y", kNclusteridY}, {"%nclusterid.z", kNclusteridZ},
-    {"%cluster_ctaid.x", kClusterCtaidX}, {"%cluster_ctaid.y", kClusterCtaidY}, {"%cluster_ctaid.z", kClusterCtaidZ},
-    {"%cluster_nctaid.x", kClusterNctaidX}, {"%cluster_nctaid.y", kClusterNctaidY},
-    {"%cluster_nctaid.z", kClusterNctaidZ}, {"%dynamic_smem_size", kDynamicSmemSize},
+      {"%tid.x", kTidX}, {"%tid.y", kTidY}, {"%tid.z", kTidZ},
+      {"%ntid.x", kNtidX}, {"%ntid.y", kNtidY}, {"%ntid.z", kNtidZ},
+      {"%ctaid.x", kCtaidX}, {"%ctaid.y", kCtaidY}, {"%ctaid.z", kCtaidZ},
+      {"%nctaid.x", kNctaidX}, {"%nctaid.y", kNctaidY}, {"%nctaid.z", kNctaidZ},
+      {"%laneid", kLaneid}, {"%warpid", kWarpid}, {"%smid", kSmid},
+      {"%cluster_ctarank", kClusterCtarank}, {"%cluster_nctarank", kClusterNctarank},
+      {"%clusterid.x", kClusteridX}, {"%clusterid.y", kClusteridY}, {"%clusterid.z", kClusteridZ},
+      {"%nclusterid.x", kNclusteridX}, {"%nclusterid.y", kNclusteridY}, {"%nclusterid.z", kNclusteridZ},
+      {"%cluster_ctaid.x", kClusterCtaidX}, {"%cluster_ctaid.y", kClusterCtaidY}, {"%cluster_ctaid.z", kClusterCtaidZ},
+      {"%cluster_nctaid.x", kClusterNctaidX}, {"%cluster_nctaid.y", kClusterNctaidY},
+      {"%cluster_nctaid.z", kClusterNctaidZ}, {"%dynamic_smem_size", kDynamicSmemSize},
   };
+  // clang-format on
   return names;
 }
 
@@ -55,7 +57,7 @@ class Parser {
   }
 
  private:
-  // A brace's own registers and labels; inline assembly opens such scopes.
+  // Registers and labels between braces; inline assembly has such scopes.
   struct Scope {
     std::unordered_map<std::string, Operand> names;
     std::unordered_map<std::string, int> labels;
@@ -94,7 +96,7 @@ class Parser {
   std::string word() {
     skip_space();
     size_t const start = at_;
-    // "::" is part of an instruction's modifiers, a single colon ends a label.
+    // "::" belongs to an instruction's modifiers; a single colon ends a label.
     while (at_ < text_.size() &&
            (is_name(text_[at_]) || (text_[at_] == ':' && text_[at_ + 1] == ':' && is_name(text_[at_ + 2])) ||
             (text_[at_] == ':' && at_ > start && text_[at_ - 1] == ':')))
@@ -155,19 +157,20 @@ class Parser {
 
   void variable_or_function() {
     size_t const stop = text_.find_first_of(";{", at_);
-    if (text_.substr(at_, stop - at_).find(".func") != std::string::npos) {  // called functions are not followed
-      if (stop != std::string::npos && text_[stop] == '{') skip_braces();
-      else at_ = stop + 1;
+    if (text_.substr(at_, stop - at_).find(".func") != std::string::npos) {  // functions are not supported
+      if (stop != std::string::npos && text_[stop] == '{')
+        skip_braces();
+      else
+        at_ = stop + 1;
       return;
     }
     declare(globals_, nullptr);
   }
 
   static uint32_t size_of(std::string const& type) {
-    static std::map<std::string, uint32_t> const sizes = {{".b8", 1}, {".u8", 1}, {".s8", 1}, {".b16", 2}, {".u16", 2},
-                                                          {".s16", 2}, {".f16", 2}, {".b32", 4}, {".u32", 4},
-                                                          {".s32", 4}, {".f32", 4}, {".b64", 8}, {".u64", 8},
-                                                          {".s64", 8}, {".f64", 8}};
+    static std::map<std::string, uint32_t> const sizes = {
+        {".b8", 1},  {".u8", 1},  {".s8", 1},  {".b16", 2}, {".u16", 2}, {".s16", 2}, {".f16", 2}, {".b32", 4},
+        {".u32", 4}, {".s32", 4}, {".f32", 4}, {".b64", 8}, {".u64", 8}, {".s64", 8}, {".f64", 8}};
     auto const found = sizes.find(type);
     return found == sizes.end() ? 0 : found->second;
   }
@@ -178,15 +181,18 @@ class Parser {
     bool sized = true;
   };
 
-  // ".shared .align 16 .b8 name[40]", or a parameter's like.
+  // A declaration such as ".shared .align 16 .b8 name[40]", also of a parameter.
   Variable variable() {
     Variable found;
     uint32_t element = 0, count = 1;
     for (skip_space(); text_[at_] == '.'; skip_space()) {
       std::string const part = word();
-      if (part == ".align") found.alignment = uint32_t(number(word()));
-      else if (size_of(part)) element = size_of(part);
-      else if (part == ".shared" || part == ".global" || part == ".local" || part == ".const") found.space = part;
+      if (part == ".align")
+        found.alignment = uint32_t(number(word()));
+      else if (size_of(part))
+        element = size_of(part);
+      else if (part == ".shared" || part == ".global" || part == ".local" || part == ".const")
+        found.space = part;
     }
     found.name = word();
     if (take('[')) {
@@ -201,7 +207,7 @@ class Parser {
     return found;
   }
 
-  // `kernel` is null outside of any.
+  // `kernel` is null outside of kernels.
   void declare(std::unordered_map<std::string, Operand>& names, Kernel* kernel) {
     Variable const declared = variable();
     std::string const initial = until_semicolon();
@@ -247,7 +253,7 @@ class Parser {
     while (!take('{')) performance_directive(*kernel);
     body(*kernel);
     for (Jump const& jump : jumps_) kernel->code[jump.instruction].target = label(jump);
-    // Dynamic shared memory follows the static; its size is known at the launch.
+    // Dynamic shared memory follows static shared memory; its size is known at launch.
     uint32_t const dynamic = kSharedBase + align_up(kernel->static_shared, 128);
     for (Instruction& instruction : kernel->code)
       for (Operand& operand : instruction.operands) settle(operand, dynamic);
@@ -255,7 +261,7 @@ class Parser {
     module_->kernels.push_back(std::move(kernel));
   }
 
-  // ".maxntid 256, 1, 1" and its like.
+  // Directives such as ".maxntid 256, 1, 1".
   void performance_directive(Kernel& kernel) {
     std::string const name = word();
     if (name != ".maxntid" && name != ".minnctapersm" && name != ".maxnreg") fail("directive " + name);
@@ -356,12 +362,11 @@ class Parser {
     }
     if (instruction.name[0] == "bra") {
       jumps_.push_back({int(kernel.code.size()), word(), scope_});
-    } else if (instruction.name[0] == "call") {  // its operands are not followed: it fails when reached
+    } else if (instruction.name[0] == "call") {  // operands are skipped: it fails when it is reached
       at_ = text_.find(';', at_);
     } else {
       skip_space();
-      if (text_[at_] != ';') do instruction.operands.push_back(operand());
-        while (take(','));
+      for (bool more = text_[at_] != ';'; more; more = take(',')) instruction.operands.push_back(operand());
     }
     instruction.text = text_.substr(start, at_ - start);
     expect(';');
@@ -369,7 +374,7 @@ class Parser {
   }
 
   void registers(Kernel& kernel) {
-    // Instructions carry their types; only 128 bits need more room.
+    // Types are in the instructions; only 128-bit registers need more than one slot.
     int const slots = word() == ".b128" ? 2 : 1;
     do {
       std::string const name = word();
@@ -413,7 +418,7 @@ class Parser {
     fail("no label " + jump.label);
   }
 
-  // A register, a number or a symbol, with what is added to it.
+  // A register, number or symbol, plus an offset.
   Operand atom() {
     Operand operand;
     bool const minus = take('-');
@@ -423,8 +428,10 @@ class Parser {
       if (minus) operand.value = -operand.value;
     } else {
       std::string const name = word();
-      if (name == "_") operand.kind = Operand::kSink;
-      else operand = operand_named(name);
+      if (name == "_")
+        operand.kind = Operand::kSink;
+      else
+        operand = operand_named(name);
     }
     if (take('+')) {
       bool const back = take('-');

@@ -1,4 +1,4 @@
-// Stands in for the CUDA runtime that nvcc's objects ask for, so that a library's own host code drives the emulator.
+// Replaces the CUDA runtime that nvcc's objects call, so that a library's own host code drives the emulator.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
@@ -15,7 +15,7 @@ namespace {
 
 using namespace emulator;
 
-// A kernel as the host knows it, and what the host has asked for it.
+// A registered kernel and its attributes.
 struct Registered {
   Kernel* kernel;
   size_t dynamic_shared = 0;
@@ -25,12 +25,12 @@ struct Registered {
 struct State {
   std::mutex lock;
   std::vector<std::unique_ptr<Module>> modules;
-  std::map<void const*, Registered> kernels;  // by the host's stub
-  std::string error;                          // the reason of the last failure
-  cudaError_t last = cudaSuccess;             // until somebody asks
-  Load load;                                  // of the last launch that did not fail
+  std::map<void const*, Registered> kernels;  // by host stub
+  std::string error;                          // reason for the last failure
+  cudaError_t last = cudaSuccess;             // cleared by cudaGetLastError
+  Load load;                                  // of the last successful launch
   uint64_t seed = 0;
-  uint32_t multiprocessors = 8;
+  uint32_t num_sms = 8;
 };
 
 State& state() {
@@ -45,11 +45,11 @@ struct Configuration {
 };
 thread_local Configuration pushed;
 
-// The PTX inside a container of nvcc's, which must not be compressed: it starts with its version and ends with a zero.
-std::vector<std::string_view> texts(void const* container) {
+// The PTX in nvcc's fat binary, which must not be compressed: each text starts with .version and ends with a zero.
+std::vector<std::string_view> embedded_ptx(void const* container) {
   auto const* header = static_cast<unsigned char const*>(container);
   uint64_t size;
-  std::memcpy(&size, header + 8, 8);  // magic, version, bytes of the header; then the bytes that follow it
+  std::memcpy(&size, header + 8, 8);  // after magic, version and size of the header: the size of what follows
   std::string_view const all(static_cast<char const*>(container), size + 16);
   std::vector<std::string_view> found;
   for (size_t at = 0; (at = all.find(".version ", at)) != all.npos;) {
@@ -66,14 +66,14 @@ cudaError_t failed(std::string const& why, cudaError_t code = cudaErrorLaunchFai
   return code;
 }
 
-// Shared memory that a block may ask for, from the programming guide's table of compute capabilities.
+// The most shared memory of a block, from the CUDA programming guide's table of compute capabilities.
 size_t shared_limit(int target) {
   static std::map<int, size_t> const kibibytes = {{80, 163}, {86, 99}, {89, 99}, {90, 227}, {100, 227}, {120, 99}};
   auto const found = kibibytes.find(target);
   return found == kibibytes.end() ? 0 : found->second * 1024;
 }
 
-// What CUDA would refuse to launch.
+// Throws if CUDA would refuse this launch.
 void check(Launch const& launch, Registered const& registered) {
   Kernel const& kernel = *launch.kernel;
   int const target = kernel.module->target;
@@ -83,12 +83,13 @@ void check(Launch const& launch, Registered const& registered) {
   if (grid.x > 0x7FFF'FFFF || grid.y > 65535 || grid.z > 65535) throw Error("a grid that is too large");
   if (threads > 1024 || launch.block.z > 64) throw Error("a block that is too large");
   if (threads > kernel.most_threads) throw Error("more threads than .maxntid allows");
-  if (blocks > 1 && target < 90) throw Error("a cluster on an architecture that has none");
-  if (blocks > (registered.large_clusters ? 16 : 8)) throw Error("a cluster of more blocks than are allowed");
-  if (grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z) throw Error("a grid that clusters do not fill");
+  if (blocks > 1 && target < 90) throw Error("a cluster on an architecture without clusters");
+  if (blocks > (registered.large_clusters ? 16 : 8)) throw Error("a cluster of too many blocks");
+  if (grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z)
+    throw Error("a grid that is not a multiple of the cluster");
   size_t const shared = kernel.static_shared + launch.dynamic_shared;
   if (shared > 48 * 1024 && launch.dynamic_shared > registered.dynamic_shared)
-    throw Error("more than 48 KiB of shared memory, which was not asked for");
+    throw Error("more than 48 KiB of shared memory without cudaFuncSetAttribute");
   if (shared > shared_limit(target)) throw Error("more shared memory than the architecture has");
 }
 
@@ -107,8 +108,13 @@ void run(Launch const& launch, void** arguments) {
 cudaError_t launch(Registered const& registered, dim3 grid, dim3 block, void** arguments, size_t shared, dim3 cluster) {
   std::lock_guard const guard(state().lock);
   if (state().last == cudaSuccess) state().error.clear();
-  Launch const launch{registered.kernel, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
-                      {cluster.x, cluster.y, cluster.z}, shared, state().multiprocessors, state().seed};
+  Launch const launch{registered.kernel,
+                      {grid.x, grid.y, grid.z},
+                      {block.x, block.y, block.z},
+                      {cluster.x, cluster.y, cluster.z},
+                      shared,
+                      state().num_sms,
+                      state().seed};
   size_t const ranges = global_memory().size();
   std::string error;
   try {
@@ -151,7 +157,7 @@ CUresult encode_tensor_map(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t
                                                                   {CU_TENSOR_MAP_SWIZZLE_128B, 128}};
   auto const element = bytes.find(type);
   auto const mode = swizzles.find(swizzle);
-  // What the driver's manual demands.
+  // The restrictions in the driver API's manual.
   if (element == bytes.end() || mode == swizzles.end() || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE ||
       fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE || rank < 1 || rank > 5)
     return CUDA_ERROR_INVALID_VALUE;
@@ -186,21 +192,21 @@ CUresult driver_version(int* version) {
 
 #define SHOWN extern "C" __attribute__((visibility("default")))
 
-// Of this process's memory, what kernels may touch.
+// Lets kernels read, and if `writable` write, this part of the process's memory.
 SHOWN void emulator_allow(void const* start, size_t bytes, int writable) {
   global_memory().allow(start, bytes, writable);
 }
 SHOWN void emulator_forget() { global_memory().shrink(0); }
 
-// seed 0: threads in order, asynchronous work as late as can be; any other: both at random. Forgets earlier errors.
-SHOWN void emulator_configure(uint64_t seed, uint32_t multiprocessors) {
+// seed 0: threads in order, asynchronous work as late as possible; any other: both at random. Clears earlier errors.
+SHOWN void emulator_configure(uint64_t seed, uint32_t num_sms) {
   state().seed = seed;
-  state().multiprocessors = multiprocessors;
+  state().num_sms = num_sms;
   state().error.clear();
   state().last = cudaSuccess;
 }
 
-// Runs a kernel of this PTX, clusters along x; 0, or 1 with the reason in emulator_error().
+// Runs a kernel of this PTX, with clusters along x. Returns 0, or 1 and sets emulator_error().
 SHOWN int emulator_run(char const* text, char const* name, uint32_t blocks, uint32_t threads, uint32_t cluster,
                        size_t shared, void** arguments) {
   try {
@@ -215,14 +221,14 @@ SHOWN int emulator_run(char const* text, char const* name, uint32_t blocks, uint
   return 1;
 }
 
-// Of the last launch: blocks that used the tensor cores, the most instructions of one of them, of all together.
+// The last launch: blocks that used the tensor cores, most instructions of one block, instructions of all.
 SHOWN void emulator_load(uint64_t* blocks, uint64_t* most, uint64_t* all) {
   *blocks = state().load.blocks;
   *most = state().load.most;
   *all = state().load.all;
 }
 
-// Why the last call failed; empty where none did.
+// Why the last call failed; empty if none did.
 SHOWN char const* emulator_error() { return state().error.c_str(); }
 
 extern "C" {
@@ -235,7 +241,7 @@ void** __cudaRegisterFatBinary(void* wrapper) {
   auto* const handle = new std::vector<Module*>;
   std::lock_guard const guard(state().lock);
   try {
-    for (std::string_view text : texts(static_cast<Wrapper*>(wrapper)->container)) {
+    for (std::string_view text : embedded_ptx(static_cast<Wrapper*>(wrapper)->container)) {
       state().modules.push_back(parse(text));
       handle->push_back(state().modules.back().get());
     }
@@ -313,7 +319,7 @@ cudaError_t cudaFuncSetAttribute(void const* stub, cudaFuncAttribute attribute, 
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? int(state().multiprocessors) : 0;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? int(state().num_sms) : 0;
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, void const*, int, size_t, unsigned) {
@@ -322,7 +328,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
 }
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void const*, cudaLaunchConfig_t const* config) {
   dim3 const cluster = cluster_of(*config);
-  *clusters = int(state().multiprocessors / (cluster.x * cluster.y * cluster.z));
+  *clusters = int(state().num_sms / (cluster.x * cluster.y * cluster.z));
   return cudaSuccess;
 }
 cudaError_t cudaGetDriverEntryPointByVersion(char const* name, void** function, unsigned, unsigned long long,

@@ -1,7 +1,6 @@
-// What a warp does together: shuffles, matrices between shared memory and registers, tensor cores; and TMA.
+// Instructions of a whole warp: shuffles, matrices between shared memory and registers, tensor cores; and TMA.
 //
-// The fragments are those of the PTX manual (sections on mma.sp, wgmma.mma_async.sp), written down
-// without a look at how CUTLASS describes them.
+// The fragments follow the PTX manual (sections on mma.sp and wgmma.mma_async.sp), independently of CUTLASS.
 #include <algorithm>
 
 #include "machine.h"
@@ -15,7 +14,7 @@ bool in(uint32_t lanes, uint32_t lane) { return lanes >> lane & 1; }
 
 enum Shuffle { kUp, kDown, kButterfly, kIndex };
 
-// The lane that `lane` reads from, and whether that is one that it may reach.
+// The lane that `lane` reads from, and whether it is within the segment.
 template <Shuffle kShuffle>
 std::pair<int, bool> source_of(int lane, uint32_t b, uint32_t c) {
   int const segment = c >> 8 & 31, clamp = c & 31, by = int(b & 31);
@@ -40,7 +39,7 @@ void shuffle(Warp& warp, uint32_t lanes, Instruction const& i) {
     auto const [from, reached] =
         source_of<kShuffle>(int(t.lane), get<uint32_t>(t, i.operands[2]), get<uint32_t>(t, i.operands[3]));
     uint32_t const source = reached ? uint32_t(from) : t.lane;
-    if (!in(lanes, source)) throw Error("a shuffle from a lane that takes no part");
+    if (!in(lanes, source)) throw Error("a shuffle from a lane that does not take part");
     results[t.lane] = values[source];
     inside[t.lane] = reached;
   }
@@ -54,7 +53,7 @@ void shuffle(Warp& warp, uint32_t lanes, Instruction const& i) {
 
 void elect(Warp& warp, uint32_t lanes, Instruction const& i) {
   Operand const& to = i.operands[0];
-  if (to.kind != Operand::kPair) throw Error("an election without two results");
+  if (to.kind != Operand::kPair) throw Error("elect.sync without two results");
   uint32_t const leader = uint32_t(__builtin_ctz(lanes));
   for (Thread& t : warp.threads) {
     if (!in(lanes, t.lane)) continue;
@@ -73,13 +72,15 @@ void vote(Warp& warp, uint32_t lanes, Instruction const& i) {
   bool const all = yes == lanes, any = yes != 0;
   for (Thread& t : warp.threads) {
     if (!in(lanes, t.lane)) continue;
-    if (kVote == kBallot) put<uint32_t>(t, i.operands[0], yes);
-    else put<bool>(t, i.operands[0], kVote == kAll ? all : kVote == kAny ? any : all || !any);
+    if (kVote == kBallot)
+      put<uint32_t>(t, i.operands[0], yes);
+    else
+      put<bool>(t, i.operands[0], kVote == kAll ? all : kVote == kAny ? any : all || !any);
   }
 }
 
-// 8 x 8 matrices of 16 bits. Lanes 8k to 8k + 7 hold the addresses of matrix k's rows; a lane's register holds elements
-// 2 * (lane % 4) and the next of row lane / 4, or of the column where the matrix is transposed.
+// 8 x 8 matrices of 16-bit elements. Lanes 8k to 8k + 7 hold the addresses of matrix k's rows. A lane's register holds
+// elements 2 * (lane % 4) and the next of row lane / 4, or of that column if the matrix is transposed.
 template <bool kLoad>
 void matrices(Warp& warp, uint32_t lanes, Instruction const& i) {
   need_all(lanes);
@@ -117,10 +118,10 @@ void matrix_access(Instruction& i) {
   if (i.count && fits && i.has("m8n8") && i.name.back() == "b16") i.collective = &matrices<kLoad>;
 }
 
-// mma.sp.m16n8k32 of 16-bit values with fp32 sums. With g = lane / 4 and t = lane % 4, two values a register:
-// A (the kept values, 16 x 16): rows g and g + 8 in turn, columns 2t, then 8 + 2t. B (32 x 8): rows 2t, 8 + 2t, and so
-// on, column g. C: row g, then g + 8, columns 2t. Metadata: lane 4g + 2 * selector holds columns 0 to 15 of row g (low
-// half) and row g + 8, the next lane columns 16 to 31.
+// mma.sp.m16n8k32 of 16-bit values with fp32 sums. Let g = lane / 4 and t = lane % 4; a register has two values.
+// A (the kept values, 16 x 16): rows g and g + 8 alternately, columns 2t, then 8 + 2t. B (32 x 8): rows 2t, 8 + 2t, and
+// so on, column g. C: row g, then g + 8, columns 2t. Metadata: lane 4g + 2 * selector holds columns 0 to 15 of row g
+// (low half) and row g + 8; the next lane holds columns 16 to 31.
 void mma_sparse(Warp& warp, uint32_t lanes, Instruction const& i) {
   need_all(lanes);
   ++warp.block->products;
@@ -129,7 +130,7 @@ void mma_sparse(Warp& warp, uint32_t lanes, Instruction const& i) {
   uint32_t metadata[16][2];
   auto const half = [](uint32_t both, int which) { return uint16_t(both >> 16 * which); };
   uint32_t const selector = get<uint32_t>(warp.threads[0], i.operands[5]);
-  if (selector > 1) throw Error("a selector of 0 or 1");
+  if (selector > 1) throw Error("the selector must be 0 or 1");
   for (Thread& thread : warp.threads) {
     int const g = thread.lane / 4, t = thread.lane % 4;
     for (int k = 0; k < 4; ++k) {
@@ -165,9 +166,10 @@ void sparse_mma(Instruction& i) {
   if (fits) i.collective = &mma_sparse;
 }
 
-// wgmma.mma_async.sp of m64nNk32 (16-bit values) or m64nNk64 (e4m3): 16 rows of it for each warp of the four. A lane's
-// sums: row lane / 4, then that + 8, columns 2 * (lane % 4) and the next of each eight. Metadata of 16 bits as in
-// mma.sp; of 8 bits every lane has eight groups: rows r and r + 8 of columns 0 to 31, then the same of 32 to 63.
+// wgmma.mma_async.sp of m64nNk32 (16-bit values) or m64nNk64 (e4m3); each of the four warps has 16 of the rows. A
+// lane's sums: row lane / 4, then 8 rows below, columns 2 * (lane % 4) and the next of each eight. Metadata for 16-bit
+// values is as in mma.sp. For 8-bit values every lane has eight groups: rows r and r + 8 of columns 0 to 31, then of 32
+// to 63.
 void warpgroup_product(Warp& warp, uint32_t lanes, Instruction const& i) {
   need_all(lanes);
   ++warp.block->products;
@@ -223,14 +225,14 @@ void products_commit(Warp& warp, uint32_t, Instruction const&) {
   ++warp.products_committed;
 }
 
-// The four warps' products are one: they are done once all four have asked for them, and then for all four, whichever
-// waits. (CUTLASS lets one warp's thread hand the operands' memory back for the whole warpgroup.)
+// The four warps' products are one instruction: it runs once all four have issued it, and then for all four, no matter
+// which one waits. (In CUTLASS one warp's thread releases the operands' memory for the whole warpgroup.)
 void products_wait(Warp& warp, uint32_t, Instruction const& i) {
   uint64_t const left = get<uint32_t>(warp.threads[0], i.operands[0]);
   if (warp.products_committed < left) return;
   uint64_t const until = warp.products_committed - left;
   uint32_t const first = warp.index / 4 * 4;
-  if (first + 4 > warp.block->warps.size()) throw Error("a warpgroup of less than four warps");
+  if (first + 4 > warp.block->warps.size()) throw Error("a warpgroup of fewer than four warps");
   for (uint32_t k = first; k < first + 4; ++k)
     if (warp.block->warps[k].products_committed < until) {
       for (Thread& t : warp.threads) {  // tries again later
@@ -245,16 +247,16 @@ void products_wait(Warp& warp, uint32_t, Instruction const& i) {
   }
 }
 
-// A box of a tensor and where it lies in shared memory.
+// The box of a tensor that a TMA copy transfers.
 struct Box {
   TensorMap map;
   std::array<int32_t, 5> corner{};
 
   Box(Thread& t, Operand const& operand) {
     std::memcpy(&map, memory(t, Space::kGeneric, address_of(t, operand), sizeof map, 64, false), sizeof map);
-    if (map.magic != TensorMap::kMagic) throw Error("no tensor map at this address");
+    if (map.magic != TensorMap::kMagic) throw Error("there is no tensor map at this address");
     Operand const& corners = operand.parts.at(0);
-    if (corners.parts.size() != map.rank) throw Error("another number of dimensions than the tensor map's");
+    if (corners.parts.size() != map.rank) throw Error("the number of dimensions is not the tensor map's");
     for (uint32_t d = 0; d < map.rank; ++d) corner[d] = get<int32_t>(t, corners.parts[d]);
   }
 
@@ -283,11 +285,11 @@ struct Box {
   }
 };
 
-// Elements outside of the tensor read as zeros and count as bytes all the same.
+// Elements outside of the tensor read as zeros, and their bytes count for the mbarrier.
 void tensor_load(Thread& t, Instruction const& i) {
   Box const box(t, i.operands[1]);
   uint32_t const to = uint32_t(address_of(t, i.operands[0])), barrier = uint32_t(address_of(t, i.operands[2]));
-  if (to % 128) throw Error("TMA writes to multiples of 128 bytes");
+  if (to % 128) throw Error("TMA writes only to multiples of 128 bytes");
   Cluster& cluster = *t.block().cluster;
   std::vector<Block*> blocks{&t.block()};
   if (i.has("multicast::cluster")) {
@@ -296,18 +298,20 @@ void tensor_load(Thread& t, Instruction const& i) {
     blocks.clear();
     for (uint32_t rank = 0; rank < 16; ++rank)
       if (mask >> rank & 1) {
-        if (rank >= cluster.blocks.size()) throw Error("a multicast to a block that the cluster does not have");
+        if (rank >= cluster.blocks.size()) throw Error("a multicast to a block that is not in the cluster");
         blocks.push_back(&cluster.blocks[rank]);
       }
   }
   Grid& grid = *cluster.grid;
   for (Block* block : blocks)
-    grid.put_off(cluster, i, [=, &grid] {
+    grid.defer(cluster, i, [=, &grid] {
       box.each_element([&](uint32_t offset, uint64_t address, bool inside) {
         uint32_t const size = box.map.element_bytes;
         uint8_t* const place = block->shared_at(swizzled(to + offset, box.map.swizzle_bytes), size);
-        if (inside) std::memcpy(place, global_memory().at(address, size, false), size);
-        else std::memset(place, 0, size);
+        if (inside)
+          std::memcpy(place, global_memory().at(address, size, false), size);
+        else
+          std::memset(place, 0, size);
       });
       mbarrier_complete(grid, block->shared_at(barrier, 8), box.bytes());
     });
@@ -316,7 +320,7 @@ void tensor_load(Thread& t, Instruction const& i) {
 void tensor_store(Thread& t, Instruction const& i) {
   Box const box(t, i.operands[0]);
   uint32_t const from = uint32_t(address_of(t, i.operands[1]));
-  if (from % 128) throw Error("TMA reads from multiples of 128 bytes");
+  if (from % 128) throw Error("TMA reads only from multiples of 128 bytes");
   Block& block = t.block();
   t.stores.add(i, [=, &block] {
     box.each_element([&](uint32_t offset, uint64_t address, bool inside) {
@@ -353,8 +357,10 @@ constexpr Form kForms[] = {
     {"wgmma.fence.sync.aligned", "", 0, 0, together<nothing_together>},
     {"wgmma.commit_group.sync.aligned", "", 0, 0, together<products_commit>},
     {"wgmma.wait_group.sync.aligned", "", 1, 1, together<products_wait>},
-    {"cp.async.bulk.tensor", "1d 2d 3d 4d 5d tile global shared::cta shared::cluster mbarrier::complete_tx::bytes "
-     "multicast::cluster bulk_group L2::cache_hint", 2, 5, tensor_copy},
+    {"cp.async.bulk.tensor",
+     "1d 2d 3d 4d 5d tile global shared::cta shared::cluster mbarrier::complete_tx::bytes "
+     "multicast::cluster bulk_group L2::cache_hint",
+     2, 5, tensor_copy},
 };
 
 }  // namespace

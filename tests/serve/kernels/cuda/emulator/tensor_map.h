@@ -1,4 +1,4 @@
-// What cuTensorMapEncodeTiled leaves behind here in place of the driver's secret 128 bytes.
+// What the emulator's cuTensorMapEncodeTiled writes instead of the driver's undocumented 128 bytes.
 #pragma once
 
 #include <cstdint>

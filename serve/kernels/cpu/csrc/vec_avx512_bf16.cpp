@@ -1,19 +1,19 @@
-// AVX-512 with BF16 and VBMI: a row's pair of weights times its pair of activations in one dot-product instruction.
+// AVX-512 with BF16 and VBMI: one dot-product instruction multiplies a row's pair of weights by its two activations.
 #include <immintrin.h>
 
-#include "product.h"
+#include "gemm_rows.h"
 #include "scalar.h"
 
 namespace {
 
-// Of bfloat16 weights, or of int8 weights that become bfloat16, which holds every int8 exactly.
+// For bfloat16 weights, and for int8 weights, which become bfloat16: it holds every int8 exactly.
 template <Dtype kType>
-struct Avx512Bf16Lanes {
+struct Avx512Bf16Traits {
   using Value = Bfloat16;
-  using Sums = __m512;
+  using Accumulators = __m512;
   using Weights = __m512i;      // 16 pairs
   using Positions = __m512i;    // word index of each weight's activation; only the low two bits are defined
-  using Activations = __m512i;  // the four channels, eight times, so that the other bits of an index do not matter
+  using Activations = __m512i;  // the four channels, eight times, so that an index's other bits do not matter
   static constexpr int64_t kBlockTokens = 12;
   static constexpr int64_t kActivationBytes = 8;
   static constexpr Dtype kDtype = kType;
@@ -29,8 +29,8 @@ struct Avx512Bf16Lanes {
   static void expand(uint8_t* p, Weights w) { _mm512_store_si512(p, w); }
   static Weights load_expanded(const uint8_t* p) { return _mm512_load_si512(p); }
   static Positions positions(uint64_t bits) {
-    // Each byte of the result is eight bits of `bits` from the offset named here: the words of row r start at bits
-    // 4r and 4r + 2. The upper bytes are never looked at.
+    // Each byte of the result is eight bits of `bits`, starting at the bit that `offsets` names. The two words of row r
+    // start at bits 4r and 4r + 2. The upper byte of each word is not used.
     const __m512i offsets =
         _mm512_setr_epi64(0x0006000400020000, 0x000e000c000a0008, 0x0016001400120010, 0x001e001c001a0018,
                           0x0026002400220020, 0x002e002c002a0028, 0x0036003400320030, 0x003e003c003a0038);
@@ -39,21 +39,21 @@ struct Avx512Bf16Lanes {
   static Positions load_positions(const uint8_t* p) { return _mm512_load_si512(p); }
   static void store_positions(uint8_t* p, Positions positions) { _mm512_store_si512(p, positions); }
   static Activations broadcast(const uint8_t* p) { return _mm512_set1_epi64(static_cast<int64_t>(load_u64(p))); }
-  static Sums load(const float* p) { return _mm512_load_ps(p); }
-  static void store(float* p, Sums sums) { _mm512_store_ps(p, sums); }
-  static Sums multiply_add(Sums sums, Weights w, Positions p, Activations x) {
+  static Accumulators load(const float* p) { return _mm512_load_ps(p); }
+  static void store(float* p, Accumulators sums) { _mm512_store_ps(p, sums); }
+  static Accumulators multiply_add(Accumulators sums, Weights w, Positions p, Activations x) {
     const __m512i picked = _mm512_permutexvar_epi16(p, x);
     return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(picked));
   }
-  static void put(uint8_t* panel, Value a, Value b, Value c, Value d) {
+  static void store_channels(uint8_t* panel, Value a, Value b, Value c, Value d) {
     const uint64_t four = a.bits | static_cast<uint64_t>(b.bits) << 16 | static_cast<uint64_t>(c.bits) << 32 |
                           static_cast<uint64_t>(d.bits) << 48;
     std::memcpy(panel, &four, sizeof four);
   }
-  static void read(const Value* from, float* to, int64_t count) {
+  static void load_as_float(const Value* from, float* to, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i].to_float();
   }
-  static void write(Value* to, const float* from, int64_t count) {
+  static void store_from_float(Value* to, const float* from, int64_t count) {
     for (int64_t i = 0; i < count; i += kStripRows) {
       const int64_t lanes = count - i < kStripRows ? count - i : kStripRows;
       _mm256_mask_storeu_epi16(to + i, static_cast<__mmask16>((1u << lanes) - 1),
@@ -64,5 +64,5 @@ struct Avx512Bf16Lanes {
 
 }  // namespace
 
-const ria::Kernels ria::kAvx512Bf16 = {kernel_of<Avx512Bf16Lanes<Dtype::bfloat16>>()};
-const ria::Kernels ria::kAvx512Int8 = {kernel_of<Avx512Bf16Lanes<Dtype::int8>>()};
+const ria::Kernels ria::kAvx512Bf16 = {row_kernel<Avx512Bf16Traits<Dtype::bfloat16>>()};
+const ria::Kernels ria::kAvx512Int8 = {row_kernel<Avx512Bf16Traits<Dtype::int8>>()};

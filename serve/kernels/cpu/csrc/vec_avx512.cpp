@@ -1,17 +1,17 @@
 // AVX-512 F, BW, VL, DQ: fp32 arithmetic, 16 rows in one vector.
 #include <immintrin.h>
 
+#include "gemm_tokens.h"
 #include "scalar.h"
-#include "token_product.h"
 
 namespace {
 
 inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 
-struct Avx512Tokens {
+struct Avx512TokenTraits {
   using Vector = __m512;
   static constexpr int64_t kTokens = 16;
-  static constexpr int kSums = 24;
+  static constexpr int kAccumulators = 24;
 
   static Vector load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
@@ -25,17 +25,17 @@ struct Avx512Tokens {
 };
 
 template <class V, Dtype kType>
-struct Avx512Lanes {
+struct Avx512Traits {
   using Value = V;
-  using Sums = __m512;
+  using Accumulators = __m512;
   struct Weights { __m512 first, second; };
-  using Positions = __m512i;   // per row in 32 bits: first position in the low two, second in the next
+  using Positions = __m512i;   // 32 bits per row: the first position in bits 0 and 1, the second in bits 2 and 3
   using Activations = __m512;  // the four channels, four times
   static constexpr int64_t kBlockTokens = 10;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kExpands = false;
-  using TokenLanes = Avx512Tokens;
+  using TokenVecTraits = Avx512TokenTraits;
 
   static Weights weights(const uint8_t* p) {
     if constexpr (kType == Dtype::bfloat16) {
@@ -63,20 +63,20 @@ struct Avx512Lanes {
   static Activations broadcast(const uint8_t* p) {
     return _mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(p)));
   }
-  static Sums load(const float* p) { return _mm512_load_ps(p); }
-  static void store(float* p, Sums sums) { _mm512_store_ps(p, sums); }
-  static Sums multiply_add(Sums sums, const Weights& w, Positions p, Activations x) {
+  static Accumulators load(const float* p) { return _mm512_load_ps(p); }
+  static void store(float* p, Accumulators sums) { _mm512_store_ps(p, sums); }
+  static Accumulators multiply_add(Accumulators sums, const Weights& w, Positions p, Activations x) {
     sums = _mm512_fmadd_ps(w.first, _mm512_permutevar_ps(x, p), sums);
     return _mm512_fmadd_ps(w.second, _mm512_permutevar_ps(x, _mm512_srli_epi32(p, 2)), sums);
   }
-  static void put(uint8_t* panel, Value a, Value b, Value c, Value d) {
+  static void store_channels(uint8_t* panel, Value a, Value b, Value c, Value d) {
     const float four[4] = {a.to_float(), b.to_float(), c.to_float(), d.to_float()};
     std::memcpy(panel, four, sizeof four);
   }
-  static void read(const Value* from, float* to, int64_t count) {
+  static void load_as_float(const Value* from, float* to, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i].to_float();
   }
-  static void write(Value* to, const float* from, int64_t count) {
+  static void store_from_float(Value* to, const float* from, int64_t count) {
     if constexpr (kType == Dtype::float32) {
       std::memcpy(to, from, count * sizeof(float));
     } else {
@@ -86,38 +86,41 @@ struct Avx512Lanes {
         if constexpr (kType == Dtype::float16) {
           _mm256_mask_storeu_epi16(to + i, lanes, _mm512_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
         } else {
-          const __m512i bits = _mm512_castps_si512(sums), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-          const __m512i rounded = _mm512_srli_epi32(
-              _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+          const __m512i bits = _mm512_castps_si512(sums);
+          const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+          const __m512i rounded =
+              _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
           const __mmask16 nan = _mm512_cmp_ps_mask(sums, sums, _CMP_UNORD_Q);
-          _mm256_mask_storeu_epi16(to + i, lanes, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0))));
+          _mm256_mask_storeu_epi16(
+              to + i, lanes, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0))));
         }
       }
     }
   }
 
-  static void spread_weights(const Weights& w, float* first, float* second) {
+  static void unpack_weights(const Weights& w, float* first, float* second) {
     _mm512_storeu_ps(first, w.first);
     _mm512_storeu_ps(second, w.second);
   }
-  static void spread_positions(Positions p, const uint32_t (&offsets)[4], uint32_t* first, uint32_t* second) {
+  static void unpack_offsets(Positions p, const uint32_t (&offsets)[4], uint32_t* first, uint32_t* second) {
     const __m512 four = broadcast(reinterpret_cast<const uint8_t*>(offsets));
     _mm512_storeu_ps(first, _mm512_permutevar_ps(four, p));
     _mm512_storeu_ps(second, _mm512_permutevar_ps(four, _mm512_srli_epi32(p, 2)));
   }
 };
 
-// Tokens from which vectors of tokens are faster than vectors of rows.
-constexpr int64_t kManyTokens = 41;
+// From this many tokens on, vectors over tokens are faster than vectors over rows.
+constexpr int64_t kMinTokens = 41;
 
-template <class Lanes>
-constexpr Kernels kernels_of() {
-  return {kernel_of<Lanes>(), kManyTokens, token_kernel_of<Lanes>()};
+template <class VecTraits>
+constexpr Kernels row_and_token_kernels() {
+  return {row_kernel<VecTraits>(), kMinTokens, token_kernel<VecTraits>()};
 }
 
 }  // namespace
 
-const ria::InstructionSet ria::kAvx512 = {
-    "avx512",
-    {kernels_of<Avx512Lanes<Bfloat16, Dtype::bfloat16>>(), kernels_of<Avx512Lanes<Float16, Dtype::float16>>(),
-     kernels_of<Avx512Lanes<Float32, Dtype::float32>>(), kernels_of<Avx512Lanes<Bfloat16, Dtype::int8>>()}};
+const ria::InstructionSet ria::kAvx512 = {"avx512",
+                                          {row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::bfloat16>>(),
+                                           row_and_token_kernels<Avx512Traits<Float16, Dtype::float16>>(),
+                                           row_and_token_kernels<Avx512Traits<Float32, Dtype::float32>>(),
+                                           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int8>>()}};

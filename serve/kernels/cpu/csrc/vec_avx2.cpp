@@ -1,17 +1,16 @@
 // AVX2 + FMA + F16C: fp32 arithmetic, 16 rows in two vectors.
 #include <immintrin.h>
 
+#include "gemm_tokens.h"
 #include "scalar.h"
-#include "token_product.h"
 
 namespace {
 
 inline __m256i load_bits(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline __m256 halves(const uint8_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
+inline __m256 halves(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
-// Eight pairs of int8, each pair in the low half of 32 bits; and one int8 of each, which `shift` moves to the top.
+// Eight pairs of int8, each pair in the low half of 32 bits; and one int8 of each pair, the one that `shift` moves to
+// the top byte.
 inline __m256i pairs_of_bytes(const uint8_t* p) {
   return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -21,10 +20,10 @@ inline __m256 byte_of(__m256i pairs, int shift) {
 
 inline void store_bits(uint32_t* p, __m256 bits) { _mm256_storeu_ps(reinterpret_cast<float*>(p), bits); }
 
-struct Avx2Tokens {
+struct Avx2TokenTraits {
   using Vector = __m256;
   static constexpr int64_t kTokens = 8;
-  static constexpr int kSums = 12;
+  static constexpr int kAccumulators = 12;
 
   static Vector load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
@@ -53,21 +52,23 @@ struct Avx2Tokens {
 };
 
 template <class V, Dtype kType>
-struct Avx2Lanes {
+struct Avx2Traits {
   using Value = V;
-  struct Sums { __m256 low, high; };
+  struct Accumulators { __m256 low, high; };
   struct Weights { __m256 first_low, first_high, second_low, second_high; };
-  struct Positions { __m256i low, high; };  // per row in 32 bits: first position in the low two, second in the next
-  using Activations = __m256;               // the four channels, twice
+  // 32 bits per row: the first position in bits 0 and 1, the second in bits 2 and 3.
+  struct Positions { __m256i low, high; };
+  using Activations = __m256;  // the four channels, twice
   static constexpr int64_t kBlockTokens = 3;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kExpands = false;
-  using TokenLanes = Avx2Tokens;
+  using TokenVecTraits = Avx2TokenTraits;
 
   static Weights weights(const uint8_t* p) {
     if constexpr (kType == Dtype::bfloat16) {
-      const __m256i low = load_bits(p), high = load_bits(p + 32), second = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+      const __m256i low = load_bits(p), high = load_bits(p + 32);
+      const __m256i second = _mm256_set1_epi32(static_cast<int>(0xffff0000));
       return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16)),
               _mm256_castsi256_ps(_mm256_and_si256(low, second)), _mm256_castsi256_ps(_mm256_and_si256(high, second))};
     } else if constexpr (kType == Dtype::int8) {
@@ -91,36 +92,36 @@ struct Avx2Lanes {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), positions.high);
   }
   static Activations broadcast(const uint8_t* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
-  static Sums load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-  static void store(float* p, const Sums& sums) {
+  static Accumulators load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float* p, const Accumulators& sums) {
     _mm256_storeu_ps(p, sums.low);
     _mm256_storeu_ps(p + 8, sums.high);
   }
   static __m256 pick(__m256 x, __m256i positions) { return _mm256_permutevar_ps(x, positions); }
-  static Sums multiply_add(const Sums& sums, const Weights& w, const Positions& p, Activations x) {
+  static Accumulators multiply_add(const Accumulators& sums, const Weights& w, const Positions& p, Activations x) {
     const __m256 low = _mm256_fmadd_ps(w.first_low, pick(x, p.low), sums.low);
     const __m256 high = _mm256_fmadd_ps(w.first_high, pick(x, p.high), sums.high);
     return {_mm256_fmadd_ps(w.second_low, pick(x, _mm256_srli_epi32(p.low, 2)), low),
             _mm256_fmadd_ps(w.second_high, pick(x, _mm256_srli_epi32(p.high, 2)), high)};
   }
-  static void put(uint8_t* panel, Value a, Value b, Value c, Value d) {
+  static void store_channels(uint8_t* panel, Value a, Value b, Value c, Value d) {
     const float four[4] = {a.to_float(), b.to_float(), c.to_float(), d.to_float()};
     std::memcpy(panel, four, sizeof four);
   }
-  static void read(const Value* from, float* to, int64_t count) {
+  static void load_as_float(const Value* from, float* to, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i].to_float();
   }
-  static void write(Value* to, const float* from, int64_t count) {
+  static void store_from_float(Value* to, const float* from, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = Value::from_float(from[i]);
   }
 
-  static void spread_weights(const Weights& w, float* first, float* second) {
+  static void unpack_weights(const Weights& w, float* first, float* second) {
     _mm256_storeu_ps(first, w.first_low);
     _mm256_storeu_ps(first + 8, w.first_high);
     _mm256_storeu_ps(second, w.second_low);
     _mm256_storeu_ps(second + 8, w.second_high);
   }
-  static void spread_positions(const Positions& p, const uint32_t (&offsets)[4], uint32_t* first, uint32_t* second) {
+  static void unpack_offsets(const Positions& p, const uint32_t (&offsets)[4], uint32_t* first, uint32_t* second) {
     const __m256 four = broadcast(reinterpret_cast<const uint8_t*>(offsets));
     store_bits(first, pick(four, p.low));
     store_bits(first + 8, pick(four, p.high));
@@ -129,17 +130,18 @@ struct Avx2Lanes {
   }
 };
 
-// Tokens from which vectors of tokens are faster than vectors of rows.
-constexpr int64_t kManyTokens = 21;
+// From this many tokens on, vectors over tokens are faster than vectors over rows.
+constexpr int64_t kMinTokens = 21;
 
-template <class Lanes>
-constexpr Kernels kernels_of() {
-  return {kernel_of<Lanes>(), kManyTokens, token_kernel_of<Lanes>()};
+template <class VecTraits>
+constexpr Kernels row_and_token_kernels() {
+  return {row_kernel<VecTraits>(), kMinTokens, token_kernel<VecTraits>()};
 }
 
 }  // namespace
 
-const ria::InstructionSet ria::kAvx2 = {
-    "avx2",
-    {kernels_of<Avx2Lanes<Bfloat16, Dtype::bfloat16>>(), kernels_of<Avx2Lanes<Float16, Dtype::float16>>(),
-     kernels_of<Avx2Lanes<Float32, Dtype::float32>>(), kernels_of<Avx2Lanes<Bfloat16, Dtype::int8>>()}};
+const ria::InstructionSet ria::kAvx2 = {"avx2",
+                                        {row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::bfloat16>>(),
+                                         row_and_token_kernels<Avx2Traits<Float16, Dtype::float16>>(),
+                                         row_and_token_kernels<Avx2Traits<Float32, Dtype::float32>>(),
+                                         row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int8>>()}};

@@ -1,7 +1,7 @@
-"""CUDA libraries for the tests, compiled once a run: no GPU needed, but nvcc and CUTLASS's headers.
+"""The CUDA libraries for the tests, compiled once per run. Needs nvcc and CUTLASS's headers, but no GPU.
 
-Each comes in two forms from the same object files: the one that a GPU would load, and one whose host code drives an
-emulator of the GPU instead (emulator/), which runs the PTX that nvcc made of the kernels.
+Each comes in two forms, linked from the same object files: the one that a GPU would load, and one whose host code
+drives an emulator of the GPU (emulator/), which runs the PTX that nvcc made from the kernels.
 """
 
 import ctypes
@@ -19,71 +19,74 @@ import torch
 from processes import once
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels.cuda import build as cuda_compile
+from ria_vllm.serve.kernels.cuda import build
+from ria_vllm.serve.kernels.cuda.architectures import CudaBuildError, Tile, find_architecture
 from ria_vllm.serve.kernels.cuda.bindings import CudaLibrary, load
 
 ALL_TILES = os.environ.get("RIA_VLLM_TEST_TILES") == "all"
 EMULATOR = Path(__file__).with_name("emulator")
 
 
-def chosen_tiles(arch: str) -> tuple[cuda_compile.Tile, ...]:
-    """RIA_VLLM_TEST_TILES=all: every tile. Else those of 8.x, which compile in seconds, and on Hopper one for each
-    width of values; 12.x has the sources of 8.x, and Blackwell's would take another minute each."""
-    target = cuda_compile.architecture(arch)
+def chosen_tiles(arch: str) -> tuple[Tile, ...]:
+    """The tiles to test: every one if RIA_VLLM_TEST_TILES=all, else all of 8.x and the small set of 9.0.
+
+    8.x compiles in seconds; 12.x has the same sources; each tile of 10.0 would take another minute.
+    """
+    target = find_architecture(arch)
     if ALL_TILES or arch == "80":
         return target.tiles
     return target.small_tiles if arch == "90a" else ()
 
 
 def compiled(arch: str) -> CudaLibrary:
-    """The architecture's library with the tested tiles; skips the test where it cannot be compiled."""
-    target, objects = cuda_compile.architecture(arch), _objects(arch)
-    folder = once(f"cuda-{arch}", lambda folder: cuda_compile.link(target, objects, folder))
+    """The architecture's library with the tested tiles. Skips the test if it cannot be compiled."""
+    target, objects = find_architecture(arch), _objects(arch)
+    folder = once(f"cuda-{arch}", lambda folder: build.link(target, objects, folder))
     return load(folder / target.library)
 
 
 def emulated(arch: str) -> "EmulatedLibrary":
-    """The same for tensors on the CPU, with the emulator's settings as they are at first."""
+    """The same library for tensors on the CPU, with the emulator's default settings."""
     library = _emulated(arch, _objects(arch))
     library.reset()
     return library
 
 
 def emulator_alone() -> "Emulator":
-    """The emulator without a library, for PTX from elsewhere; skips the test where it cannot be compiled."""
-    _find_or_skip(cuda_compile.find_nvcc)
+    """The emulator without a library, for PTX from elsewhere. Skips the test if it cannot be compiled."""
+    _find_or_skip(build.find_nvcc)
     return Emulator(ctypes.CDLL(str(link_emulator("emulator", ()))))
 
 
 def _find_or_skip(find: Callable[[], object]) -> None:
     try:
         find()
-    except cuda_compile.CudaBuildError as error:
+    except CudaBuildError as error:
         pytest.skip(str(error))
 
 
 def _objects(arch: str) -> tuple[Path, ...]:
-    _find_or_skip(cuda_compile.find_nvcc)
-    _find_or_skip(cuda_compile.find_headers)
+    _find_or_skip(build.find_nvcc)
+    _find_or_skip(build.find_headers)
     return _compile(arch)
 
 
 def _compile(arch: str) -> tuple[Path, ...]:
-    target = cuda_compile.architecture(arch)
+    target = find_architecture(arch)
     virtual = f"compute_{target.name}"
-    both = replace(target, code=f"-gencode=arch={virtual},code=[sm_{target.name},{virtual}]")
+    both = replace(target, gencode=f"-gencode=arch={virtual},code=[sm_{target.name},{virtual}]")
 
     def make(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("NVCC_APPEND_FLAGS", "-Xfatbin=-compress=false", prepend=" ")
-            cuda_compile.compile_objects(both, folder, chosen_tiles(arch))
+            build.compile_objects(both, folder, chosen_tiles(arch))
 
     return tuple(sorted(once(f"objects-{target.name}", make).iterdir()))
 
 
 def emulator_objects() -> tuple[Path, ...]:
     """The emulator's object files, compiled by nvcc's host compiler, which knows where CUDA's headers are."""
-    nvcc = cuda_compile.find_nvcc()
+    nvcc = build.find_nvcc()
     flags = ["-std=c++20", "-O2", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"]
 
     def make(folder: Path) -> None:
@@ -102,10 +105,13 @@ def _emulated(arch: str, objects: tuple[Path, ...]) -> "EmulatedLibrary":
 
 
 def link_emulator(name: str, objects: Sequence[Path]) -> Path:
-    """--no-undefined: the objects may ask CUDA's runtime for nothing but what emulator/runtime.cpp has. Nothing that
-    waits for the device and nothing that allocates is among it."""
+    """A shared library of the objects and the emulator.
+
+    --no-undefined: the objects may call only the functions of CUDA's runtime that emulator/runtime.cpp defines. None of
+    those waits for the device or allocates.
+    """
     linked = [*map(str, objects), *map(str, emulator_objects())]
-    command = [cuda_compile.find_nvcc(), "-shared", "--cudart=none", "-Xlinker=--no-undefined", *linked, "-o"]
+    command = [build.find_nvcc(), "-shared", "--cudart=none", "-Xlinker=--no-undefined", *linked, "-o"]
     return once(name, lambda folder: _run([*command, str(folder / "library.so")])) / "library.so"
 
 
@@ -115,7 +121,7 @@ def _run(command: Sequence[str]) -> None:
 
 
 class Emulator:
-    """What emulator/runtime.cpp offers to tests beside CUDA's functions."""
+    """The functions that emulator/runtime.cpp has for tests, beside CUDA's."""
 
     def __init__(self, library: ctypes.CDLL):
         self._c = library
@@ -128,7 +134,7 @@ class Emulator:
 
     @contextmanager
     def memory(self, read: Sequence[torch.Tensor | None], written: Sequence[torch.Tensor]):
-        """What kernels may touch meanwhile."""
+        """A context in which kernels may read these tensors and read and write those."""
         for tensors, writable in ((read, 0), (written, 1)):
             for tensor in tensors:
                 if tensor is not None:
@@ -138,17 +144,20 @@ class Emulator:
         finally:
             self._c.emulator_forget()
 
-    def configure(self, seed: int, multiprocessors: int) -> None:
-        """seed: 0 for threads in order and asynchronous work as late as it can be; else both at random. Earlier errors
-        are forgotten."""
-        self._c.emulator_configure(seed, multiprocessors)
+    def configure(self, seed: int, num_sms: int) -> None:
+        """Sets the schedule and the number of SMs, and forgets earlier errors.
+
+        Args:
+            seed: 0 runs threads in order and asynchronous work as late as possible; any other makes both random.
+        """
+        self._c.emulator_configure(seed, num_sms)
 
     def error(self) -> str:
-        """Why something failed since the emulator was configured; empty if nothing did."""
+        """The error since the emulator was configured, or an empty string."""
         return self._c.emulator_error().decode()
 
     def load(self) -> tuple[int, int, int]:
-        """Of the last launch: blocks that used the tensor cores, the most instructions of one, all instructions."""
+        """Of the last launch: blocks that used the tensor cores, most instructions of one block, instructions of all."""
         numbers = [ctypes.c_uint64() for _ in range(3)]
         self._c.emulator_load(*map(ctypes.byref, numbers))
         return tuple(number.value for number in numbers)
@@ -163,14 +172,14 @@ class Emulator:
         cluster: int = 1,
         shared: int = 0,
     ) -> None:
-        """A kernel whose parameters are all pointers, to the tensors.
+        """Runs a kernel whose parameters are pointers to the tensors.
 
         Args:
-            cluster: blocks of each.
+            cluster: blocks per cluster.
             shared: bytes of dynamic shared memory.
 
         Raises:
-            RiaError: with what the emulator said.
+            RiaError: with the emulator's error.
         """
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in arguments]
         array = (ctypes.c_void_p * len(pointers))(*(ctypes.addressof(pointer) for pointer in pointers))
@@ -179,7 +188,7 @@ class Emulator:
 
 
 class EmulatedLibrary(CudaLibrary):
-    """A library for tensors on the CPU, which are its GPU's memory."""
+    """A library for tensors on the CPU, which serve as the memory of its GPU."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -187,21 +196,21 @@ class EmulatedLibrary(CudaLibrary):
         self.reset()
 
     def reset(self) -> None:
-        """Back to the settings that a new library has."""
-        self.multiprocessors, self.seed = 8, 0
+        """Restores the default settings."""
+        self.num_sms, self.seed = 8, 0
 
-    def linear(self, tile, split, x, values, metadata, bias, y, workspace, scales=None):
-        """As on a GPU whose memory holds the operands and nothing else."""
+    def linear(self, tile, split_k, x, values, metadata, bias, y, workspace, scales=None):
+        """As on a GPU whose memory holds only the operands."""
         with self.memory([x, values, metadata, bias, *(scales or ())], [y, workspace]):
-            super().linear(tile, split, x, values, metadata, bias, y, workspace, scales)
+            super().linear(tile, split_k, x, values, metadata, bias, y, workspace, scales)
 
     def memory(self, read: Sequence[torch.Tensor | None], written: Sequence[torch.Tensor]):
-        """What kernels may touch meanwhile, in an emulator with this library's settings."""
-        self.emulator.configure(self.seed, self.multiprocessors)
+        """Emulator.memory, with this library's settings."""
+        self.emulator.configure(self.seed, self.num_sms)
         return self.emulator.memory(read, written)
 
     def pack_metadata_on_device(self, bitmask: torch.Tensor, value_bits: int) -> torch.Tensor:
-        """What pack_metadata would return for a bitmask on the GPU."""
+        """What pack_metadata returns for a bitmask on the GPU."""
         out_features, in_features = bitmask.shape[0], bitmask.shape[1] * 8
         metadata = torch.full((self.metadata_bytes(out_features, in_features, value_bits),), 0xFF, dtype=torch.uint8)
         arguments = value_bits, bitmask.data_ptr(), metadata.data_ptr(), out_features, in_features, 0, None
@@ -210,7 +219,7 @@ class EmulatedLibrary(CudaLibrary):
         return metadata
 
     def _place(self, x: torch.Tensor) -> tuple[int, int, int | None]:
-        return self.multiprocessors, 0, None
+        return self.num_sms, 0, None
 
     def _check(self, code: int, where: str = "") -> None:
         try:

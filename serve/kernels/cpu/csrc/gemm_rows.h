@@ -1,0 +1,269 @@
+// The product with vectors over rows, written once over a `VecTraits` type that names the instructions. Each
+// instruction set's file defines its traits and includes this header. Everything here has internal linkage, so that the
+// linker cannot merge code compiled for one instruction set into another's.
+//
+// A vector holds 16 rows of one token. For each group of four channels the token's four activations are broadcast, each
+// row picks its two with one shuffle, and one multiply-add takes them: half the multiplications of a dense product.
+// Nothing is decompressed and no zero is multiplied. Rows never mix lanes, and a token's groups are always added in the
+// same order, so a token's result depends neither on its batch nor on the number of threads. With fp32 vectors, many
+// tokens take another path with the same additions: gemm_tokens.h.
+//
+//   struct VecTraits {
+//     using Value;                                                     // activations, bias and y
+//     using Weights, Positions, Activations, Accumulators;             // registers
+//     static constexpr int64_t kBlockTokens;                           // accumulators that fit: tokens x 2 strips
+//     static constexpr int64_t kActivationBytes;                       // of four channels of one token, in the panel
+//     static constexpr Dtype kDtype;
+//     static constexpr bool kExpands;                                  // weights() does more than load: see `expand`
+//     static Weights weights(const uint8_t*);                          // one strip and group of the packed form
+//     static void expand(uint8_t*, Weights);                           // for load_expanded; both only if kExpands
+//     static Weights load_expanded(const uint8_t*);
+//     static Positions positions(uint64_t);
+//     static Positions load_positions(const uint8_t*);
+//     static void store_positions(uint8_t*, Positions);
+//     static Activations broadcast(const uint8_t*);
+//     static Accumulators load(const float*);
+//     static void store(float*, Accumulators);
+//     static Accumulators multiply_add(Accumulators, const Weights&, const Positions&, const Activations&);
+//     static void store_channels(uint8_t* panel, Value, Value, Value, Value);  // four channels of one token
+//     static void load_as_float(const Value*, float*, int64_t count);
+//     static void store_from_float(Value*, const float*, int64_t count);
+//   };
+#pragma once
+#include <cstring>
+#include <utility>
+
+#include "kernels.h"
+
+namespace {
+
+using namespace ria;
+
+constexpr int64_t kCacheLine = 64;
+constexpr int64_t kDecodedBytes = 64;   // positions of one strip and group, as the shuffle takes them
+constexpr int64_t kExpandedBytes = 64;  // weights of one strip and group, if they are expanded beforehand
+// Blocks of columns in a chunk. Its decoded positions, weights and activations stay in L1 for all tokens of a pass.
+constexpr int64_t kChunkBlocks = 4;
+
+// How many blocks ahead the weights are prefetched into L2. One token consumes the stream as fast as it arrives; with
+// more tokens each block takes longer, and memory can work further ahead. int8 blocks are nearly half as long, and take
+// longer for their length.
+constexpr int64_t prefetch_blocks(int tokens, bool expands) { return tokens == 1 && !expands ? 2 : 8; }
+
+inline uint64_t load_u64(const uint8_t* p) {
+  uint64_t v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Byte offset, in the panel, of a token block's activations for a chunk of columns. Within a chunk one token block
+// follows another, each [group][token][4 channels], so that a tile reads the panel from one end to the other.
+template <class VecTraits>
+int64_t panel_offset(const GemmArgs& args, int64_t chunk, int64_t chunk_blocks, int64_t first_token) {
+  return (chunk * args.tokens + first_token * chunk_blocks) * kBlockGroups * VecTraits::kActivationBytes;
+}
+
+template <class VecTraits, int S>
+struct TileStream {  // a tile of S strips, block by block
+  static constexpr int64_t value_bytes = 2 * kStripRows * item_size(VecTraits::kDtype);
+  static constexpr int64_t positions_offset = S * kBlockGroups * value_bytes;
+  static constexpr int64_t block_bytes = positions_offset + S * kBlockGroups * kPositionBytes;
+  static constexpr int64_t decoded_bytes = S * kBlockGroups * kDecodedBytes;
+  // A block that is used more than once is prepared: decoded positions, then expanded weights.
+  static constexpr int64_t prepared_bytes =
+      decoded_bytes + (VecTraits::kExpands ? S * kBlockGroups * kExpandedBytes : 0);
+
+  static void decode(const uint8_t* block, uint8_t* decoded) {
+    for (int64_t i = 0; i < S * kBlockGroups; ++i)
+      VecTraits::store_positions(decoded + i * kDecodedBytes,
+                                 VecTraits::positions(load_u64(block + positions_offset + i * kPositionBytes)));
+  }
+  static void prepare(const uint8_t* block, uint8_t* prepared) {
+    decode(block, prepared);
+    if constexpr (VecTraits::kExpands)
+      for (int64_t i = 0; i < S * kBlockGroups; ++i)
+        VecTraits::expand(prepared + decoded_bytes + i * kExpandedBytes, VecTraits::weights(block + i * value_bytes));
+  }
+};
+
+// sums[token][strip] += the product over `blocks` blocks, for T tokens. If there is only one token block, the tile is
+// read once, from memory, and its positions are decoded here (kFromMemory); else `prepared` holds them.
+template <class VecTraits, int S, int T, bool kFromMemory>
+void accumulate(const uint8_t* weights, const uint8_t* prepared, const uint8_t* panel, int64_t blocks, float* sums) {
+  using Tile = TileStream<VecTraits, S>;
+  typename VecTraits::Accumulators acc[T][S];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) acc[t][s] = VecTraits::load(sums + (t * kTileStrips + s) * kStripRows);
+
+  alignas(kCacheLine) uint8_t decoded_block[kFromMemory ? Tile::decoded_bytes : 1];
+  for (int64_t block = 0; block < blocks; ++block, weights += Tile::block_bytes) {
+    const uint8_t* decoded = prepared;
+    const uint8_t* ahead = weights + prefetch_blocks(T, VecTraits::kExpands) * Tile::block_bytes;
+    if constexpr (kFromMemory) {
+      Tile::decode(weights, decoded_block);
+      decoded = decoded_block;
+    }
+    for (int64_t g = 0; g < kBlockGroups; ++g) {
+      if constexpr (kFromMemory) {
+        constexpr int64_t group_bytes = Tile::block_bytes / kBlockGroups;
+#pragma GCC unroll 5
+        for (int64_t byte = 0; byte < group_bytes; byte += kCacheLine)
+          __builtin_prefetch(ahead + g * group_bytes + byte, 0, 2);
+      }
+      typename VecTraits::Weights w[S];
+      typename VecTraits::Positions p[S];
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s, decoded += kDecodedBytes) {
+        if constexpr (VecTraits::kExpands && !kFromMemory)
+          w[s] = VecTraits::load_expanded(prepared + Tile::decoded_bytes + (g * S + s) * kExpandedBytes);
+        else
+          w[s] = VecTraits::weights(weights + (g * S + s) * Tile::value_bytes);
+        p[s] = VecTraits::load_positions(decoded);
+      }
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t, panel += VecTraits::kActivationBytes) {
+        const typename VecTraits::Activations x = VecTraits::broadcast(panel);
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) acc[t][s] = VecTraits::multiply_add(acc[t][s], w[s], p[s], x);
+      }
+    }
+    if constexpr (!kFromMemory) prepared += Tile::prepared_bytes;
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) VecTraits::store(sums + (t * kTileStrips + s) * kStripRows, acc[t][s]);
+}
+
+using Accumulate = void (*)(const uint8_t*, const uint8_t*, const uint8_t*, int64_t, float*);
+
+template <class VecTraits, int S, bool kFromMemory, size_t... T>
+Accumulate accumulate_for(int64_t tokens, std::index_sequence<T...>) {
+  static constexpr Accumulate table[] = {accumulate<VecTraits, S, static_cast<int>(T) + 1, kFromMemory>...};
+  return table[tokens - 1];
+}
+
+// A pass of more tokens than the registers hold: for each chunk of columns, all tokens.
+template <class VecTraits, int S>
+void accumulate_chunks(const GemmArgs& args, const TokenBlocks& tokens, const uint8_t* weights, float* sums) {
+  using Tile = TileStream<VecTraits, S>;
+  constexpr auto sizes = std::make_index_sequence<VecTraits::kBlockTokens>();
+  alignas(kCacheLine) uint8_t prepared[kChunkBlocks * Tile::prepared_bytes];
+  const int64_t all_blocks = args.layout.blocks();
+  for (int64_t chunk = 0; chunk < all_blocks; chunk += kChunkBlocks, weights += kChunkBlocks * Tile::block_bytes) {
+    const int64_t blocks = all_blocks - chunk < kChunkBlocks ? all_blocks - chunk : kChunkBlocks;
+    const uint8_t* next = weights + kChunkBlocks * Tile::block_bytes;
+    for (int64_t byte = 0; byte < kChunkBlocks * Tile::block_bytes; byte += kCacheLine)
+      __builtin_prefetch(next + byte, 0, 2);
+    for (int64_t block = 0; block < blocks; ++block)
+      Tile::prepare(weights + block * Tile::block_bytes, prepared + block * Tile::prepared_bytes);
+    for (int64_t b = 0; b < tokens.count; ++b) {
+      const uint8_t* panel = args.panel + panel_offset<VecTraits>(args, chunk, blocks, tokens.first(b));
+      accumulate_for<VecTraits, S, false>(tokens.size(b), sizes)(weights, prepared, panel, blocks,
+                                                                 sums + tokens.first(b) * kTileRows);
+    }
+  }
+}
+
+// The initial value of a tile's sums (the bias), and their way to y (scales, bias, rounding).
+template <class VecTraits>
+struct Epilogue {
+  using Value = typename VecTraits::Value;
+  static constexpr bool kHasScales = has_scales(VecTraits::kDtype);
+  alignas(kCacheLine) float bias[kTileRows] = {}, scales[kTileRows] = {}, initial[kTileRows] = {};
+  Value* y;  // first token, the tile's first row
+  int64_t y_stride, rows, padded_rows;
+
+  Epilogue(const GemmArgs& args, int64_t tile) {
+    const Layout& layout = args.layout;
+    const int64_t first_row = tile * kTileRows;
+    y = static_cast<Value*>(args.y) + first_row;
+    y_stride = layout.rows;
+    padded_rows = layout.strips_in(tile) * kStripRows;
+    rows = layout.rows - first_row < padded_rows ? layout.rows - first_row : padded_rows;
+    if (args.bias) VecTraits::load_as_float(static_cast<const Value*>(args.bias) + first_row, bias, rows);
+    if constexpr (kHasScales)
+      std::memcpy(scales, args.packed + layout.scales_offset() + first_row * sizeof(float), rows * sizeof(float));
+    else
+      std::memcpy(initial, bias, sizeof initial);
+  }
+  // Writes y for `tokens` tokens from sums [tokens][kTileRows], which it overwrites.
+  void apply(float* sums, int64_t first_token, int64_t tokens) const {
+    if constexpr (kHasScales)
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t r = 0; r < padded_rows; ++r)
+          sums[t * kTileRows + r] = sums[t * kTileRows + r] * scales[r] + bias[r];
+    for (int64_t t = 0; t < tokens; ++t)
+      VecTraits::store_from_float(y + (first_token + t) * y_stride, sums + t * kTileRows, rows);
+  }
+};
+
+template <class VecTraits, int S>
+void multiply_tile(const GemmArgs& args, int64_t tile) {
+  alignas(kCacheLine) float sums[kMaxPassTokens * kTileRows];
+  const Epilogue<VecTraits> epilogue(args, tile);
+  for (int64_t t = 0; t < args.tokens; ++t)
+    std::memcpy(sums + t * kTileRows, epilogue.initial, sizeof epilogue.initial);
+
+  const uint8_t* weights = args.packed + args.layout.tile_offset(tile);
+  const TokenBlocks tokens(args.tokens, VecTraits::kBlockTokens);
+  if (tokens.count == 1)
+    accumulate_for<VecTraits, S, true>(args.tokens, std::make_index_sequence<VecTraits::kBlockTokens>())(
+        weights, nullptr, args.panel, args.layout.blocks(), sums);
+  else
+    accumulate_chunks<VecTraits, S>(args, tokens, weights, sums);
+  epilogue.apply(sums, 0, args.tokens);
+}
+
+template <class VecTraits>
+void multiply_tiles(const GemmArgs& args, int64_t begin, int64_t end) {
+  for (int64_t tile = begin; tile < end; ++tile) {
+    if (args.layout.strips_in(tile) == kTileStrips)
+      multiply_tile<VecTraits, kTileStrips>(args, tile);
+    else
+      multiply_tile<VecTraits, 1>(args, tile);
+  }
+}
+
+// Copies four channels of `tokens` tokens to the panel. The pointers are locals because the panel's bytes may alias
+// anything.
+template <class VecTraits, class Value = typename VecTraits::Value>
+void pack_group(const Value* x, int64_t stride, const int64_t (&c)[4], int64_t tokens, uint8_t* panel) {
+  const Value *x0 = x + c[0], *x1 = x + c[1], *x2 = x + c[2], *x3 = x + c[3];
+  for (int64_t t = 0, i = 0; t < tokens; ++t, i += stride, panel += VecTraits::kActivationBytes)
+    VecTraits::store_channels(panel, x0[i], x1[i], x2[i], x3[i]);
+}
+
+// Copies the tokens of some token blocks to the panel, with their channels in the order of the weight's columns.
+template <class VecTraits>
+void pack_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
+  const TokenBlocks tokens(args.tokens, VecTraits::kBlockTokens);
+  const int64_t all_blocks = args.layout.blocks(), stride = args.x_stride;
+  const int32_t* permutation = args.permutation;
+  for (int64_t b = begin; b < end; ++b) {
+    const auto* x = static_cast<const typename VecTraits::Value*>(args.x) + tokens.first(b) * stride;
+    const int64_t size = tokens.size(b);
+    for (int64_t chunk = 0; chunk < all_blocks; chunk += kChunkBlocks) {
+      const int64_t blocks = all_blocks - chunk < kChunkBlocks ? all_blocks - chunk : kChunkBlocks;
+      const int64_t first = chunk * 4 * kBlockGroups, last = first + blocks * 4 * kBlockGroups;
+      uint8_t* panel = args.panel + panel_offset<VecTraits>(args, chunk, blocks, tokens.first(b));
+      for (int64_t c = first; c < last; c += 4, panel += size * VecTraits::kActivationBytes) {
+        if (permutation)
+          pack_group<VecTraits>(x, stride, {permutation[c], permutation[c + 1], permutation[c + 2], permutation[c + 3]},
+                                size, panel);
+        else
+          pack_group<VecTraits>(x, stride, {c, c + 1, c + 2, c + 3}, size, panel);
+      }
+    }
+  }
+}
+
+template <class VecTraits>
+constexpr Kernel row_kernel() {
+  return {VecTraits::kBlockTokens,  1, VecTraits::kBlockTokens, VecTraits::kActivationBytes, pack_tokens<VecTraits>,
+          multiply_tiles<VecTraits>};
+}
+
+}  // namespace

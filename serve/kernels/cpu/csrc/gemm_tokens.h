@@ -1,0 +1,215 @@
+// The product with vectors over tokens, for many tokens and fp32 arithmetic. A vector holds one row of 8 or 16 tokens.
+// A chunk of channels (a block of the packed form) lies in L1 with the tokens of a channel side by side, so the two
+// channels that a row keeps of a group are two loads, at addresses that come from the positions: a group costs two
+// multiply-adds with a memory operand, where dense needs four, and no shuffle. It reads the same packed form as
+// gemm_rows.h and adds in the same order, so both give a token the same bits.
+//
+//   struct VecTraits {  // besides what gemm_rows.h needs
+//     // For 16 rows: their weights as fp32, and the offsets of their activations; `offsets` has one for each position.
+//     static void unpack_weights(const Weights&, float* first, float* second);
+//     static void unpack_offsets(const Positions&, const uint32_t (&offsets)[4], uint32_t* first, uint32_t* second);
+//     using TokenVecTraits;
+//   };
+//   struct TokenVecTraits {
+//     using Vector;                                                    // fp32 of kTokens tokens
+//     static constexpr int64_t kTokens;
+//     static constexpr int kAccumulators;                              // vectors of sums that the registers hold
+//     static Vector load(const float*);
+//     static void store(float*, Vector);
+//     static Vector broadcast(const float*);
+//     static Vector multiply_add(Vector weight, Vector x, Vector sum);
+//     static void transpose(const float* from, int64_t stride, float* to, int64_t to_stride);  // kTokens x kTokens
+//   };
+#pragma once
+#include "gemm_rows.h"
+
+namespace {
+
+// Not std::min: the linker could take it from another instruction set's file.
+constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The most vectors in a token block. A block of columns of this many tokens fits L1 beside a tile's weights.
+constexpr int kBlockVectors = 12;
+// Tiles that are multiplied together, so that a chunk of the panel is brought into L1 once for all of them.
+constexpr int64_t kTileBatch = 4;
+
+// One group of a tile's rows, unpacked for the loop over tokens.
+struct UnpackedGroup {
+  float first[kTileRows], second[kTileRows];
+  // Of their activations, in bytes from the start of the chunk.
+  uint32_t first_offset[kTileRows], second_offset[kTileRows];
+};
+
+// Rows for which the registers hold accumulators beside V vectors of tokens.
+template <class TokenVecTraits, int V>
+constexpr int rows_beside() {
+  int rows = 1;
+  while (rows < 8 && 2 * rows * V <= TokenVecTraits::kAccumulators) rows *= 2;
+  return rows;
+}
+
+// sums[row][token] += the product over a chunk's groups, for V vectors of tokens.
+template <class TokenVecTraits, int V>
+void accumulate_unpacked(const UnpackedGroup* unpacked, int64_t rows, const uint8_t* panel, float* sums) {
+  constexpr int R = rows_beside<TokenVecTraits, V>();
+  constexpr int64_t width = TokenVecTraits::kTokens;
+  using Vector = typename TokenVecTraits::Vector;
+  for (int64_t row = 0; row < rows; row += R, sums += R * V * width) {
+    Vector acc[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 12
+      for (int v = 0; v < V; ++v) acc[r][v] = TokenVecTraits::load(sums + (r * V + v) * width);
+    for (int64_t g = 0; g < kBlockGroups; ++g) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vector first = TokenVecTraits::broadcast(unpacked[g].first + row + r);
+        const Vector second = TokenVecTraits::broadcast(unpacked[g].second + row + r);
+        const float* x_first = reinterpret_cast<const float*>(panel + unpacked[g].first_offset[row + r]);
+        const float* x_second = reinterpret_cast<const float*>(panel + unpacked[g].second_offset[row + r]);
+#pragma GCC unroll 12
+        for (int v = 0; v < V; ++v)
+          acc[r][v] = TokenVecTraits::multiply_add(first, TokenVecTraits::load(x_first + v * width), acc[r][v]);
+#pragma GCC unroll 12
+        for (int v = 0; v < V; ++v)
+          acc[r][v] = TokenVecTraits::multiply_add(second, TokenVecTraits::load(x_second + v * width), acc[r][v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 12
+      for (int v = 0; v < V; ++v) TokenVecTraits::store(sums + (r * V + v) * width, acc[r][v]);
+  }
+}
+
+using AccumulateUnpacked = void (*)(const UnpackedGroup*, int64_t, const uint8_t*, float*);
+
+template <class TokenVecTraits, size_t... V>
+AccumulateUnpacked accumulate_unpacked_for(int64_t vectors, std::index_sequence<V...>) {
+  static constexpr AccumulateUnpacked table[] = {accumulate_unpacked<TokenVecTraits, static_cast<int>(V) + 1>...};
+  return table[vectors - 1];
+}
+
+// How a pass lies in the panel: [chunk][token block][channel][token]. Each token block takes the space of the largest,
+// so that one set of offsets serves them all.
+template <class VecTraits>
+struct TokenPanel {
+  TokenBlocks tokens;
+  static constexpr int64_t width = VecTraits::TokenVecTraits::kTokens;
+  explicit TokenPanel(int64_t count) : tokens(count, kBlockVectors * width, width) {}
+  int64_t channel_bytes() const { return tokens.max_size() * sizeof(float); }
+  int64_t offset(int64_t chunk, int64_t block) const {
+    return (chunk * tokens.count + block) * kBlockGroups * 4 * channel_bytes();
+  }
+};
+
+// Unpacks the chunk of a tile that starts at `weights`.
+template <class VecTraits>
+void unpack_chunk(const uint8_t* weights, int64_t strips, const uint32_t (&offsets)[kBlockGroups][4],
+                  UnpackedGroup* unpacked) {
+  const int64_t value_bytes = 2 * kStripRows * item_size(VecTraits::kDtype);
+  const uint8_t* positions = weights + kBlockGroups * strips * value_bytes;
+  for (int64_t g = 0; g < kBlockGroups; ++g) {
+    for (int64_t row = 0; row < strips * kStripRows; row += kStripRows) {
+      VecTraits::unpack_weights(VecTraits::weights(weights), unpacked[g].first + row, unpacked[g].second + row);
+      VecTraits::unpack_offsets(VecTraits::positions(load_u64(positions)), offsets[g], unpacked[g].first_offset + row,
+                                unpacked[g].second_offset + row);
+      weights += value_bytes;
+      positions += kPositionBytes;
+    }
+  }
+}
+
+// Multiplies some tiles: for each chunk of columns, all of them and all tokens of the pass.
+template <class VecTraits>
+void multiply_tile_batch(const GemmArgs& args, int64_t first_tile, int64_t tiles) {
+  constexpr int64_t width = VecTraits::TokenVecTraits::kTokens;
+  constexpr auto sizes = std::make_index_sequence<kBlockVectors>();
+  alignas(kCacheLine) float all_sums[kTileBatch][kMaxPassTokens * kTileRows];
+  alignas(kCacheLine) UnpackedGroup unpacked[kBlockGroups];
+  uint32_t offsets[kBlockGroups][4];  // of a chunk's channels in the panel
+  const Layout& layout = args.layout;
+  const TokenPanel<VecTraits> panel(args.tokens);
+  const TokenBlocks& tokens = panel.tokens;
+  const auto sums_of = [&](int64_t tile, int64_t block) {
+    return all_sums[tile - first_tile] + block * tokens.max_size() * kTileRows;
+  };
+
+  for (uint32_t c = 0; c < kBlockGroups * 4; ++c)
+    offsets[c / 4][c % 4] = c * static_cast<uint32_t>(panel.channel_bytes());
+  for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile) {
+    const Epilogue<VecTraits> epilogue(args, tile);
+    for (int64_t b = 0; b < tokens.count; ++b)
+      for (int64_t r = 0; r < epilogue.padded_rows; ++r)
+        for (int64_t t = 0; t < tokens.padded_size(b); ++t)
+          sums_of(tile, b)[r * tokens.padded_size(b) + t] = epilogue.initial[r];
+  }
+  for (int64_t chunk = 0; chunk < layout.blocks(); ++chunk)
+    for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile) {
+      const int64_t strips = layout.strips_in(tile), bytes = strips * layout.strip_block_bytes();
+      const uint8_t* weights = args.packed + layout.tile_offset(tile) + chunk * bytes;
+      for (int64_t byte = 0; byte < bytes; byte += kCacheLine) __builtin_prefetch(weights + bytes + byte, 0, 2);
+      unpack_chunk<VecTraits>(weights, strips, offsets, unpacked);
+      for (int64_t b = 0; b < tokens.count; ++b)
+        accumulate_unpacked_for<typename VecTraits::TokenVecTraits>(tokens.padded_size(b) / width, sizes)(
+            unpacked, strips * kStripRows, args.panel + panel.offset(chunk, b), sums_of(tile, b));
+    }
+  for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile) {
+    const Epilogue<VecTraits> epilogue(args, tile);
+    for (int64_t b = 0; b < tokens.count; ++b)
+      for (int64_t t = 0; t < tokens.size(b); t += width) {
+        alignas(kCacheLine) float by_token[width * kTileRows];
+        for (int64_t r = 0; r < epilogue.padded_rows; r += width)
+          VecTraits::TokenVecTraits::transpose(sums_of(tile, b) + r * tokens.padded_size(b) + t, tokens.padded_size(b),
+                                               by_token + r, kTileRows);
+        epilogue.apply(by_token, tokens.first(b) + t, min_of(tokens.size(b) - t, width));
+      }
+  }
+}
+
+template <class VecTraits>
+void multiply_tiles_by_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
+  for (int64_t tile = begin; tile < end; tile += kTileBatch)
+    multiply_tile_batch<VecTraits>(args, tile, min_of(end - tile, kTileBatch));
+}
+
+// Copies the tokens of some token blocks to the panel, with their channels in the order of the weight's columns. A
+// vector that is only partly filled ends with zeros. It goes one vector of tokens at a time: if the number of channels
+// is a power of two, all tokens' values of a channel fall into the same set of the cache, which holds eight lines.
+template <class VecTraits>
+void pack_vectors(const GemmArgs& args, int64_t begin, int64_t end) {
+  using Value = typename VecTraits::Value;
+  constexpr int64_t width = VecTraits::TokenVecTraits::kTokens;
+  const TokenPanel<VecTraits> panel(args.tokens);
+  const int64_t stride = args.x_stride, capacity = panel.tokens.max_size();
+  const int32_t* permutation = args.permutation;
+  for (int64_t b = begin; b < end; ++b)
+    for (int64_t first = 0; first < panel.tokens.size(b); first += width) {
+      const auto* x = static_cast<const Value*>(args.x) + (panel.tokens.first(b) + first) * stride;
+      const int64_t tokens = min_of(panel.tokens.size(b) - first, width);
+      for (int64_t chunk = 0, c = 0; chunk < args.layout.blocks(); ++chunk) {
+        float* to = reinterpret_cast<float*>(args.panel + panel.offset(chunk, b)) + first;
+        for (const int64_t last = c + 4 * kBlockGroups; c < last; ++c, to += capacity) {
+          const Value* from = x + (permutation ? permutation[c] : c);
+          if (tokens == width)
+            for (int64_t t = 0; t < width; ++t) to[t] = from[t * stride].to_float();
+          else
+            for (int64_t t = 0; t < width; ++t) to[t] = t < tokens ? from[t * stride].to_float() : 0.0f;
+        }
+      }
+    }
+}
+
+template <class VecTraits>
+constexpr Kernel token_kernel() {
+  constexpr int64_t width = VecTraits::TokenVecTraits::kTokens;
+  static_assert(kMaxPassTokens % (kBlockVectors * width) == 0, "a pass's sums must hold whole token blocks");
+  return {kBlockVectors * width,
+          width,
+          width,
+          4 * sizeof(float),
+          pack_vectors<VecTraits>,
+          multiply_tiles_by_tokens<VecTraits>};
+}
+
+}  // namespace

@@ -1,0 +1,39 @@
+"""`ria-vllm build-kernels`."""
+
+import pytest
+from click.testing import CliRunner
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.kernels.cuda import build
+from ria_vllm.serve.kernels.cuda.architectures import ARCHITECTURES
+from ria_vllm.serve.kernels.cuda.command import build_kernels
+
+
+def test_without_a_gpu_it_asks_for_an_architecture(no_gpu):
+    result = CliRunner().invoke(build_kernels, [])
+    assert isinstance(result.exception, RiaError) and "--arch" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "option, tiles",
+    [
+        ("small", ARCHITECTURES["90a"].small_tiles),
+        ("default", ARCHITECTURES["90a"].default_tiles),
+        ("all", ARCHITECTURES["90a"].tiles),
+    ],
+    ids=["small", "default", "all"],
+)
+def test_it_compiles_the_requested_tiles(monkeypatch, tmp_path, option, tiles):
+    calls = []
+
+    def compile_library(target, folder, chosen, log, jobs):
+        calls.append((target.name, folder, chosen, jobs))
+        path = tmp_path / target.library
+        path.touch()
+        return path
+
+    monkeypatch.setattr(build, "compile_library", compile_library)
+    arguments = ["--arch", "9.0", "--tiles", option, "--jobs", "3", "--output", str(tmp_path)]
+    result = CliRunner().invoke(build_kernels, arguments, catch_exceptions=False)
+    assert result.exit_code == 0 and "_cuda_sm90a.so" in result.output
+    assert calls == [("90a", tmp_path, tiles, 3)]
