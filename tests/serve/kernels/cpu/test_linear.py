@@ -1,4 +1,4 @@
-"""Every backend that this machine can run: its results against float64, and what its operator promises."""
+"""Every kernel that this machine can run: its results against float64, and what its operator promises."""
 
 import os
 import subprocess
@@ -7,20 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from sweep import assert_close_to_float64, nans_stay_in_their_token_and_row, random_pair, same_bits, sweep
+from sweep import (
+    DTYPES,
+    assert_close_to_float64,
+    nans_stay_in_their_token_and_row,
+    packed_by,
+    random_pair,
+    same_bits,
+    sweep,
+)
 
 from ria_vllm import sparse24
-from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels import reference
-from ria_vllm.serve.kernels import registry as kernels
-from ria_vllm.serve.kernels.cpu import backend as cpu
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel, packed_bytes
+from ria_vllm.serve.kernels.reference import ReferenceKernel
 
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
-CPU = torch.device("cpu")
+SHARED = Path(__file__).parents[1]
 
 
 def run_with(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "RIA_VLLM_CPU_ISA": instruction_set}
+    environment = {**os.environ, "RIA_VLLM_CPU_ISA": instruction_set, "PYTHONPATH": str(SHARED)}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
@@ -35,21 +42,21 @@ def test_instruction_set_against_float64(instruction_set):
 
 def test_reference_against_float64():
     torch.manual_seed(0)
-    sweep(reference, range(1, 131, 7))
+    sweep(ReferenceKernel, range(1, 131, 7))
 
 
 def test_reference_in_small_blocks_of_rows(monkeypatch):
     monkeypatch.setattr(reference, "_BLOCK_ROWS", 16)
     torch.manual_seed(0)
-    sweep(reference, (1, 30))
+    sweep(ReferenceKernel, (1, 30))
 
 
 @pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES)
-@pytest.mark.parametrize("backend", (cpu, reference), ids=lambda backend: backend.NAME)
-def test_any_leading_dimensions_and_strides(backend, dtype):
+@pytest.mark.parametrize("kernel", (CpuKernel, ReferenceKernel), ids=lambda kernel: kernel.name)
+def test_any_leading_dimensions_and_strides(kernel, dtype):
     torch.manual_seed(1)
     compressed, bitmask = random_pair(37, 128, dtype)
-    packed = backend.pack(compressed, bitmask)
+    layer = packed_by(kernel, compressed, bitmask)
     permutation = torch.randperm(128, dtype=torch.int32)
     wide = torch.randn(6, 5, 256).to(dtype)
     inputs = {
@@ -64,14 +71,14 @@ def test_any_leading_dimensions_and_strides(backend, dtype):
         "inner dimension of one": wide[:, :1, :128],
     }
     for name, x in inputs.items():
-        y = backend.apply(x, packed, 37, permutation, None)
+        y = layer(x, permutation)
         try:
             assert_close_to_float64(y, x, compressed, bitmask, permutation, None)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
 
 
-@pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES + sparse24.QUANTIZED_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", (208, 2080), ids=("threads share tokens", "threads share rows"))
 def test_same_bits_for_any_threads_and_any_batch(dtype, rows):
     torch.manual_seed(2)
@@ -90,15 +97,15 @@ def test_a_bitmask_that_is_not_2_of_4_is_refused_by_name(dtype, bits):
     compressed, bitmask = random_pair(45, 192, dtype)
     bitmask[41, 7] = (bits << 4) | 0b0011
     with pytest.raises(RuntimeError, match="row 41, columns 60 to 63"):
-        cpu.pack(compressed, bitmask)
+        packed_by(CpuKernel, compressed, bitmask)
     bitmask[3, 0] = bits | 0b11000000
     with pytest.raises(RuntimeError, match="row 3, columns 0 to 3"):
-        cpu.pack(compressed, bitmask)
+        packed_by(CpuKernel, compressed, bitmask)
 
 
 def test_wrong_arguments_are_refused():
     compressed, bitmask = random_pair(32, 128, torch.bfloat16)
-    (packed,) = cpu.pack(compressed, bitmask)
+    (packed,) = packed_by(CpuKernel, compressed, bitmask).packed
     x = torch.randn(4, 128, dtype=torch.bfloat16)
     call = torch.ops.ria.sparse24_linear.cpu
     wrong = [
@@ -130,7 +137,7 @@ def test_wrong_arguments_are_refused():
     ):
         with pytest.raises(RuntimeError, match="ria::sparse24"):
             torch.ops.ria.sparse24_pack.cpu(*weight)
-    (packed,) = cpu.pack(int8, bitmask, scales)
+    (packed,) = packed_by(CpuKernel, int8, bitmask, scales).packed
     call(torch.zeros(1, 128, dtype=torch.bfloat16), packed, 32, None, None)
     with pytest.raises(RuntimeError, match="bfloat16 for int8"):
         call(torch.zeros(1, 128), packed, 32, None, None)
@@ -138,39 +145,39 @@ def test_wrong_arguments_are_refused():
 
 def test_int8_packed_is_five_bits_a_weight():
     compressed, bitmask = random_pair(576, 1536, torch.bfloat16)
-    (packed,) = cpu.pack(compressed.to(torch.int8), bitmask, torch.ones(576))
-    assert packed.numel() == cpu.packed_bytes(576, 1536, torch.int8) == 576 * 1536 * 5 // 8 + 576 * 4 + 64
+    (packed,) = packed_by(CpuKernel, compressed.to(torch.int8), bitmask, torch.ones(576)).packed
+    assert packed.numel() == packed_bytes(576, 1536, torch.int8) == 576 * 1536 * 5 // 8 + 576 * 4 + 64
 
 
 def test_packed_size_is_nine_bits_a_weight():
     compressed, bitmask = random_pair(576, 1536, torch.bfloat16)
-    (packed,) = cpu.pack(compressed, bitmask)
-    assert packed.numel() == cpu.packed_bytes(576, 1536, torch.bfloat16) == 576 * 1536 * 9 // 8 + 64
+    (packed,) = packed_by(CpuKernel, compressed, bitmask).packed
+    assert packed.numel() == packed_bytes(576, 1536, torch.bfloat16) == 576 * 1536 * 9 // 8 + 64
 
 
-@pytest.mark.parametrize("backend", (cpu, reference), ids=lambda backend: backend.NAME)
-def test_operator_passes_opcheck(backend):
+@pytest.mark.parametrize("kernel", (CpuKernel, ReferenceKernel), ids=lambda kernel: kernel.name)
+def test_operator_passes_opcheck(kernel):
     compressed, bitmask = random_pair(24, 64, torch.bfloat16)
-    packed = backend.pack(compressed, bitmask)
-    packed, extra = (packed, (24,)) if backend is cpu else ((*packed, None), ())
-    operator = getattr(torch.ops.ria.sparse24_linear, backend.NAME)
+    packed = packed_by(kernel, compressed, bitmask).packed
+    weight = (packed[0], 24) if kernel is CpuKernel else (list(packed), "float", 24)
+    operator = getattr(torch.ops.ria.sparse24_linear, kernel.name)
     permutation = torch.randperm(64, dtype=torch.int32)
     for x in (torch.randn(3, 64, dtype=torch.bfloat16), torch.randn(2, 3, 128, dtype=torch.bfloat16)[..., ::2]):
-        torch.library.opcheck(operator, (x, *packed, *extra, permutation, torch.randn(24, dtype=torch.bfloat16)))
-        torch.library.opcheck(operator, (x, *packed, *extra, None, None))
-    if backend is cpu:
+        torch.library.opcheck(operator, (x, *weight, permutation, torch.randn(24, dtype=torch.bfloat16)))
+        torch.library.opcheck(operator, (x, *weight, None, None))
+    if kernel is CpuKernel:
         torch.library.opcheck(torch.ops.ria.sparse24_pack.cpu, (compressed, bitmask, None))
 
 
-@pytest.mark.parametrize("backend", (cpu, reference), ids=lambda backend: backend.NAME)
-def test_compiles_whole_with_dynamic_tokens(backend):
+@pytest.mark.parametrize("kernel", (CpuKernel, ReferenceKernel), ids=lambda kernel: kernel.name)
+def test_compiles_whole_with_dynamic_tokens(kernel):
     torch.manual_seed(4)
     compressed, bitmask = random_pair(48, 64, torch.bfloat16)
-    packed = backend.pack(compressed, bitmask)
+    packed = packed_by(kernel, compressed, bitmask)
     permutation, bias = torch.randperm(64, dtype=torch.int32), torch.randn(48, dtype=torch.bfloat16)
 
     def layer(x):
-        return backend.apply(x * 2, packed, 48, permutation, bias) + 1
+        return packed(x * 2, permutation, bias) + 1
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (2, 5, 40):
@@ -182,20 +189,3 @@ def test_forced_instruction_set_must_exist():
     code = "from ria_vllm.serve.kernels.cpu import backend; print(backend.instruction_set())"
     done = run_with("mmx", "-c", code)
     assert done.returncode != 0 and "RIA_VLLM_CPU_ISA=mmx is not known" in done.stderr and "portable" in done.stderr
-
-
-def test_choice_of_backend(monkeypatch):
-    monkeypatch.delenv("RIA_VLLM_BACKEND", raising=False)
-    assert kernels.choose(CPU, torch.bfloat16, 10, 64) is cpu
-    assert kernels.choose(CPU, torch.bfloat16, 10, 100) is reference
-    assert dict(kernels.explain(CPU, torch.bfloat16, 10, 100))["cpu"] == "in-features 100 are not a multiple of 64"
-    with pytest.raises(RiaError, match="no backend can serve a 10 x 64 layer"):
-        kernels.choose(CPU, torch.float64, 10, 64)
-    monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
-    assert kernels.choose(CPU, torch.bfloat16, 10, 64) is reference
-    monkeypatch.setenv("RIA_VLLM_BACKEND", "cpu")
-    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cpu cannot serve"):
-        kernels.choose(CPU, torch.bfloat16, 10, 100)
-    monkeypatch.setenv("RIA_VLLM_BACKEND", "tpu")
-    with pytest.raises(RiaError, match="choose from .*cpu"):
-        kernels.choose(CPU, torch.bfloat16, 10, 64)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from cuda_libraries import chosen_tiles, emulated
 from graph_capture import GraphCapture
+from layers import pack
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import FLOAT, FP8
 from ria_vllm.serve.kernels.cuda import backend as cutlass
 from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.tiles import (
@@ -178,12 +180,15 @@ def test_the_backend_from_the_checkpoint_to_the_output(on_emulated_hopper, dtype
     """With tiles chosen by the rules, rows at any address, and the input in its own order or gathered."""
     output = torch.bfloat16 if dtype == fp8.DTYPE else dtype
     product = Product(200, 576, 1, dtype, output)
-    packed = cutlass.pack(product.values, product.bitmask, *([product.scales[0]] if product.scales else []))
+    parts = {"compressed": product.values, "bitmask": product.bitmask}
+    if product.scales:
+        parts["weight_scale"] = product.scales[0][:, None]
+    layer = pack(cutlass.CutlassKernel, parts, FP8 if product.scales else FLOAT, product.bias.dtype)
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(*leading, 577, generator=generator).to(output)[..., 1:]
     assert x.data_ptr() % 16 or not x.numel()
     order = torch.randperm(576, generator=generator).int() if gathered else None
-    y = cutlass.apply(x, packed, 200, order, product.bias)
+    y = layer(x, order, product.bias)
     assert y.shape == (*leading, 200) and y.dtype == output
     rows = (x.index_select(-1, order) if gathered else x).reshape(-1, 576)
     product.inputs = rows.double()

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from layers import pack
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels import registry as kernels
-from ria_vllm.serve.kernels.cuda import backend as cutlass
+from ria_vllm.formats import FP8
+from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import fp8
+from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.tiles import choose_tile
 
 CUDA = torch.device("cuda", 0)
@@ -43,7 +45,11 @@ def random_weight(out_features, in_features):
     compressed, bitmask = sparse24.compress(dense)
     values, scales = fp8.quantize(compressed)
     stored = sparse24.decompress(values.double(), bitmask) * scales.double()[:, None]
-    return (values, bitmask, scales), stored
+    return {"compressed": values, "bitmask": bitmask, "weight_scale": scales[:, None]}, stored
+
+
+def packed_layer(out_features, in_features):
+    return pack(CutlassKernel, random_weight(out_features, in_features)[0], FP8, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -52,13 +58,14 @@ def random_weight(out_features, in_features):
 def test_apply_against_float64(hopper, dtype, leading, extras):
     """Against the product of the quantized x and the weight: y may be off by half an ulp."""
     parts, stored = random_weight(72, 192)
-    packed = cutlass.pack(*parts)
+    layer = pack(CutlassKernel, parts, FP8, dtype)
+    packed = layer.packed
     assert [t.dtype for t in packed] == [torch.float8_e4m3fn, torch.uint8, torch.float32] and hopper.packed_bits == 8
-    assert all(tensor.data_ptr() != part.data_ptr() for tensor, part in zip(packed, parts))
+    assert all(tensor.data_ptr() != part.data_ptr() for tensor, part in zip(packed, parts.values()))
     x = torch.randn(*leading, 192, generator=torch.Generator().manual_seed(2)).to(dtype)
     order = torch.randperm(192, generator=torch.Generator().manual_seed(3)).int() if extras else None
     bias = torch.randn(72, generator=torch.Generator().manual_seed(4)).to(dtype) if extras else None
-    y = cutlass.apply(x, packed, 72, order, bias)
+    y = layer(x, order, bias)
     assert y.dtype == dtype and y.shape == (*leading, 72) and y.is_contiguous()
     taken = x if order is None else x[..., order.long()]
     values, scales = fp8.quantize(taken)
@@ -85,7 +92,7 @@ def test_apply_against_float64(hopper, dtype, leading, extras):
     ],
 )
 def test_operands_that_do_not_fit_are_named(hopper, change, message):
-    values, metadata, scales = cutlass.pack(*random_weight(72, 192)[0])
+    values, metadata, scales = packed_layer(72, 192).packed
     given = {"x": torch.ones(3, 192).to(fp8.DTYPE), "x_scales": torch.ones(3), "values": values, "metadata": metadata}
     given |= {"scales": scales, "bias": None, "dtype": torch.bfloat16}
     with pytest.raises(RiaError, match=message):
@@ -99,40 +106,24 @@ def test_shapes_for_the_compiler():
         torch.empty(64 * 16, dtype=torch.uint8, device="meta"),
         torch.empty(64, device="meta"),
     )
-    y = cutlass.apply(x, packed, 64, torch.empty(128, dtype=torch.int32, device="meta"), None)
+    config = LinearLayerConfig(x.device, x.dtype, FP8, 64, 128)
+    y = CutlassKernel.apply(config, x, packed, torch.empty(128, dtype=torch.int32, device="meta"), None)
     assert y.shape == (2, 5, 64) and y.dtype == torch.float16
 
 
 def test_the_compiler_traces_rounding_and_product_as_one_graph(hopper):
-    packed = cutlass.pack(*random_weight(72, 192)[0])
-    traced = torch.compile(lambda x: cutlass.apply(x, packed, 72, None, None), backend="aot_eager", fullgraph=True)
+    layer = packed_layer(72, 192)
+    traced = torch.compile(lambda x: layer(x), backend="aot_eager", fullgraph=True)
     for tokens in (3, 5):
         x = torch.randn(tokens, 192).bfloat16()
-        assert torch.equal(traced(x), cutlass.apply(x, packed, 72, None, None))
-
-
-def test_a_hopper_keeps_fp8(hopper):
-    for dtype in (torch.bfloat16, torch.float16):
-        assert kernels.keeps_quantized(cutlass, CUDA, dtype, 64, 64, fp8.DTYPE)
-    assert not kernels.keeps_quantized(cutlass, CUDA, torch.float32, 64, 64, fp8.DTYPE)
-    assert not kernels.keeps_quantized(cutlass, CUDA, torch.bfloat16, 12, 64, fp8.DTYPE)
-    assert not kernels.keeps_quantized(cutlass, CUDA, torch.bfloat16, 64, 64, torch.int8)
+        assert torch.equal(traced(x), layer(x))
 
 
 @pytest.mark.parametrize("family", [80, 100])
 def test_no_other_gpu_keeps_fp8(hopper, family):
     hopper.family, hopper.tile_names = family, ["128x32"]
-    reason = cutlass.unavailable(CUDA, fp8.DTYPE, 4096, 4096)
+    reason = CutlassKernel.can_implement(LinearLayerConfig(CUDA, torch.bfloat16, FP8, 4096, 4096))
     assert reason == "pretend.so: no tile for a 4096 x 4096 layer of torch.float8_e4m3fn and 1 tokens"
-    assert not kernels.keeps_quantized(cutlass, CUDA, torch.bfloat16, 4096, 4096, fp8.DTYPE)
-
-
-@pytest.mark.parametrize("backend", [kernels.cpu, kernels.reference], ids=lambda backend: backend.NAME)
-def test_no_cpu_keeps_fp8_and_one_keeps_int8(backend):
-    place = torch.device("cpu")
-    assert not kernels.keeps_quantized(backend, place, torch.bfloat16, 64, 64, fp8.DTYPE)
-    assert kernels.keeps_quantized(backend, place, torch.bfloat16, 64, 64, torch.int8)
-    assert not kernels.keeps_quantized(backend, place, torch.float16, 64, 64, torch.int8)
 
 
 def test_more_tokens_take_wider_tiles(hopper):
