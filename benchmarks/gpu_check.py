@@ -31,9 +31,9 @@ from ria_vllm.serve.kernels.cuda import backend as cutlass
 from ria_vllm.serve.kernels.cuda import build as cuda_compile
 from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.bindings import library_of
-from ria_vllm.serve.kernels.torch import cusparselt, torch_cutlass
+from ria_vllm.serve.kernels.torch import cusparselt
 
-FAST: tuple[ModuleType, ...] = (cutlass, cusparselt, torch_cutlass)
+FAST: tuple[ModuleType, ...] = (cutlass, cusparselt)
 BACKENDS = (*FAST, reference_backend)
 SMALL_SHAPES = ((64, 64), (136, 192), (1000, 576))
 SHAPES_7B = ((4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096))

@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -74,7 +75,7 @@ def measure_limits() -> Iterator[Row]:
     """One row of what this GPU reaches: bytes a second in a large copy, dense bf16 FLOP a second in a large product."""
     source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    copy = microseconds([lambda: target.copy_(source)])
+    copy = microseconds([partial(target.copy_, source)])
     del source, target
     square = torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE)
     product = microseconds([lambda: square @ square], least=3)

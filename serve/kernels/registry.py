@@ -17,13 +17,12 @@ from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels import reference
 from ria_vllm.serve.kernels.cpu import backend as cpu
 from ria_vllm.serve.kernels.cuda import backend as cutlass
-from ria_vllm.serve.kernels.torch import cusparselt, torch_cutlass
+from ria_vllm.serve.kernels.torch import cusparselt
 
 # In order of preference.
 BACKENDS: tuple[ModuleType, ...] = (
     cutlass,
     cusparselt,
-    torch_cutlass,
     cpu,
     reference,
 )

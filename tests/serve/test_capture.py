@@ -13,13 +13,12 @@ from ria_vllm.serve import linear
 from ria_vllm.serve.kernels import reference
 from ria_vllm.serve.kernels.cuda import backend as cutlass
 from ria_vllm.serve.kernels.cuda import fp8
-from ria_vllm.serve.kernels.torch import cusparselt, torch_cutlass
+from ria_vllm.serve.kernels.torch import cusparselt
 from ria_vllm.serve.linear import Plan, Product, Sparse24LinearMethod
 
 GPU = "meta"
 BODIES = {
     torch.ops.ria.sparse24_linear.reference: reference._linear,
-    torch.ops.ria.sparse24_linear.torch_cutlass: torch_cutlass._linear,
     torch.ops.ria.sparse24_linear.cusparselt: cusparselt._linear,
 }
 INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
@@ -81,10 +80,6 @@ BACKENDS = {
     "reference, int8": (
         reference,
         lambda rows, columns: (*stored(rows, columns, torch.int8), on_gpu(rows, dtype=torch.float32)),
-    ),
-    "torch_cutlass": (
-        torch_cutlass,
-        lambda rows, columns: (on_gpu(rows, columns // 2), on_gpu(rows, columns // 16, dtype=torch.int16)),
     ),
     "cusparselt": (cusparselt, lambda rows, columns: (on_gpu(rows, columns * 9 // 16),)),
     "cutlass, fp8": (
