@@ -9,11 +9,12 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.benchmark import load, server, supervisor
+from ria_vllm.serve.benchmark import load, server
 from ria_vllm.serve.benchmark.command import Comparison, bench, parse_concurrency, weight_bytes
 from ria_vllm.serve.benchmark.load import Outcome, Workload
 from ria_vllm.serve.benchmark.results import Side
@@ -166,7 +167,7 @@ def test_ctrl_c_leaves_no_server(pruned_llama, tmp_path):
     # Interrupt while vLLM's own children exist: the hardest moment.
     while time.monotonic() < deadline and not (log.exists() and "EngineCore" in log.read_text()):
         time.sleep(0.2)
-    tree = supervisor.descendants(process.pid)
+    tree = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     assert len(tree) >= 3  # the supervisor, vllm serve, and its engine
     process.send_signal(signal.SIGINT)
     assert process.wait(60) != 0
