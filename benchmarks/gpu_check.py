@@ -1,11 +1,12 @@
 """`make test-gpu`, or `python -m benchmarks.gpu_check`: checks and times every CUDA backend on a GPU.
 
-Needs torch and this package, not vLLM. Prints one table and writes one JSON. In order, so that a run that is cut short
-has done the most important first: correctness against float64, CUDA graphs, times beside the dense product and the
-hardware's limits, then times of every tile, from which cutlass_tiles.MEASURED is filled.
+Needs torch and this package, not vLLM. Prints one table and writes one JSON file. The most important work comes first,
+in case a run is cut short: correctness against float64, CUDA graphs, times beside the dense product and the hardware's
+limits, and last the times of every tile, which fill the table MEASURED in serve/kernels/cuda/tiles.py.
 
-All of that is divided into parts that a worker process goes through. A part that fails, crashes or hangs ends its
-worker, for after an illegal access nothing in that process could be believed; a new one goes on with the next part.
+The work is divided into parts, which a worker process runs one by one. A part that fails, crashes or hangs ends its
+worker, because after an illegal memory access nothing in that process can be trusted. A new worker continues with the
+next part.
 """
 
 import argparse
@@ -39,15 +40,18 @@ SMALL_SHAPES = ((64, 64), (136, 192), (1000, 576))
 SHAPES_7B = ((4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096))
 TILE_SHAPES = ((136, 192), (1000, 1024))
 GRAPH_SHAPE = (1024, 1024)
-START = 90  # seconds that a worker may take to begin, the import of torch included
-GRACE = 30  # seconds after the deadline that a part may go on for
+START = 90  # seconds that a worker may take to start, including the import of torch
+GRACE = 30  # seconds that a part may run beyond the deadline
 
 
 @dataclass(frozen=True)
 class Part:
-    """`rows` yields what goes under `section` in the JSON, and before each step a row of `at` alone, saying which.
+    """A unit of work that may fail without harm to the others.
 
-    After so many seconds of `silence` it is taken to hang.
+    Attributes:
+        section: the key in the JSON file under which its rows go.
+        rows: yields those rows, and before each step a row with the key `at` alone that names the step.
+        silence: seconds without a row after which the part counts as hung.
     """
 
     name: str
@@ -58,14 +62,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Options:
-    """checkpoint: real weights, too. quick: small shapes and no timing."""
+    """checkpoint: folder whose weights are checked too. quick: small shapes and no timing."""
 
     checkpoint: Path | None = None
     quick: bool = False
 
 
 def parts_of(options: Options) -> list[Part]:
-    """Everything to do on this GPU, the most important first."""
+    """All parts for this GPU, the most important first."""
     shapes = SMALL_SHAPES if options.quick else (*SMALL_SHAPES, *SHAPES_7B)
     checks = [part for dtype in (torch.bfloat16, torch.float16) for part in _checks(shapes, dtype, None)]
     if options.checkpoint:
@@ -131,7 +135,7 @@ def _on_checkpoint(backend: ModuleType, folder: Path) -> Iterator[Row]:
 
 
 def run_parts(parts: Sequence[Part], deadline: float, first: int = 0) -> Iterator[tuple[int, Row]]:
-    """Index and row of one part after the other, from `first` on, in this process. An error ends all."""
+    """(index of the part, row) for all parts from `first` on, run in this process. An error ends the run."""
     for index, part in enumerate(parts[first:], first):
         for row in chain([{"at": "its start"}], part.rows()):
             if "at" in row and time.monotonic() > deadline:
@@ -141,10 +145,10 @@ def run_parts(parts: Sequence[Part], deadline: float, first: int = 0) -> Iterato
 
 
 def supervise(factory: Callable[[], Sequence[Part]], deadline: float) -> Iterator[tuple[int, Row]]:
-    """The same in workers, so that a part that fails, crashes or hangs costs itself alone: its row is not `ok`.
+    """The same in worker processes. A part that fails, crashes or hangs yields a row that is not `ok`; the rest runs.
 
     Args:
-        factory: what returns the parts, the same ones in every process; picklable.
+        factory: returns the same parts in every process; picklable.
     """
     parts, first = factory(), 0
     while first < len(parts):
@@ -190,7 +194,7 @@ def _received(
             raise _PartError(row["error"])
         yield index, row
         patience = parts[index].silence
-    raise _PartError(f"no answer for {patience} s, or past the end of the run")
+    raise _PartError(f"no answer for {patience} s, or the run's time is over")
 
 
 def _work(sender: Connection, factory: Callable[[], Sequence[Part]], deadline: float, first: int) -> None:
@@ -198,13 +202,13 @@ def _work(sender: Connection, factory: Callable[[], Sequence[Part]], deadline: f
     try:
         for index, row in run_parts(factory(), deadline, first):
             sender.send((index, row))
-    except Exception as error:  # whatever it is, the JSON must have it
+    except Exception as error:  # any error must reach the JSON file
         sender.send((index, {"error": f"{type(error).__name__}: {error}".splitlines()[0]}))
         raise
 
 
 def check_library() -> Iterator[Row]:
-    """A failed row if our own kernels will not run on a GPU that they were written for; else which tiles are absent."""
+    """A failed row if our own kernels cannot run on a GPU that they support; else a row that names missing tiles."""
     if torch.version.hip or cuda_compile.for_capability(*torch.cuda.get_device_capability(DEVICE)) is None:
         return
     if reason := cutlass.unavailable(DEVICE, torch.bfloat16, 4096, 4096):
@@ -217,7 +221,7 @@ def check_library() -> Iterator[Row]:
 
 
 class Report:
-    """The JSON, written anew every few seconds, and what is printed."""
+    """Collects the rows, rewrites the JSON file every few seconds, and prints what is worth seeing at once."""
 
     def __init__(self, path: Path):
         self.path, self._written = path, 0.0
@@ -231,7 +235,7 @@ class Report:
         print("{gpu}, compute capability {capability}, torch {torch}".format_map(self.content), flush=True)
 
     def add(self, section: str, row: Row) -> None:
-        """Keeps a row of a part, unless it says no more than where the part is."""
+        """Store a row, unless it only names the current step of its part."""
         if "at" in row and "error" not in row:
             return
         if row.get("ok") is False:
@@ -263,7 +267,7 @@ class Report:
         self._written = time.monotonic()
 
     def conclude(self) -> None:
-        """Prints what the whole run is needed for, and writes all."""
+        """Print what needs the whole run, and write the JSON file a last time."""
         for section, line_of in (("packing", gpu_timing.packing_line), ("gather", gpu_timing.gather_line)):
             for row in self.rows(section):
                 print(line_of(row))
@@ -280,20 +284,20 @@ class Report:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Check and time every CUDA backend on the first GPU.")
-    parser.add_argument("--checkpoint", type=Path, help="folder of a checkpoint: real weights as well")
-    parser.add_argument("--json", type=Path, help="where results go (gpu_check.json; --quick: gpu_check_quick.json)")
-    parser.add_argument("--seconds", type=float, default=400, help="start nothing new after this long (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="small shapes in one process, for compute-sanitizer")
+    parser.add_argument("--checkpoint", type=Path, help="folder of a checkpoint whose weights are checked too")
+    parser.add_argument("--json", type=Path, help="file for results (gpu_check.json; --quick: gpu_check_quick.json)")
+    parser.add_argument("--seconds", type=float, default=400, help="start no new work after this time (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="small shapes, one process, no timing: compute-sanitizer")
     arguments = parser.parse_args()
     if arguments.checkpoint and not arguments.checkpoint.is_dir():
-        parser.error(f"{arguments.checkpoint} is no folder")
+        parser.error(f"{arguments.checkpoint} is not a folder")
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA GPU")
     return arguments
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Checks and times; exits with status 1 if anything failed."""
+    """Check and time; exit with status 1 if anything failed."""
     deadline = float("inf") if arguments.quick else time.monotonic() + arguments.seconds
     factory = partial(parts_of, Options(arguments.checkpoint, arguments.quick))
     report = Report(arguments.json or Path("gpu_check_quick.json" if arguments.quick else "gpu_check.json"))

@@ -1,4 +1,4 @@
-"""Checks of every CUDA backend and tile against float64, and of CUDA graphs. Part of gpu_check."""
+"""Checks of every CUDA backend and tile against float64, and under CUDA graphs. Part of gpu_check."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,13 @@ GUARD = 4096  # elements before and after y that no kernel may touch
 
 
 class Layer:
-    """A 2:4 layer on the GPU and its product in float64. With scales [out] its values are fp8, activations `dtype`."""
+    """A 2:4 linear on the GPU, with what is needed to compute its product in float64.
+
+    Args:
+        compressed, bitmask: as stored (see `ria_vllm.sparse24`).
+        scales: float32 [out] for fp8 values; None for values in the activations' dtype.
+        dtype: of activations, where it is not the values' dtype.
+    """
 
     def __init__(
         self,
@@ -49,10 +55,11 @@ class Layer:
         return torch.randn(tokens, self.in_features, device=DEVICE, generator=generator).to(self.dtype)
 
     def excess(self, y: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> float:
-        """Largest error in units of what rounding explains: an ulp of y and the accumulation. Right is below 1. Where
-        y is not finite, the largest float: JSON knows no infinity.
+        """Largest error of y [tokens, out] in units of what rounding explains: one ulp of y and the accumulation.
 
-        fp8's accumulation: the tensor cores are reported to keep about 14 bits of each sum of 128 products.
+        Below 1 for a correct product; the largest float if y is not finite, because JSON has no infinity.
+
+        fp8: the tensor cores are reported to keep about 14 bits of each sum of 128 products.
         """
         x = dequantized(x) if self.fp8 else x.double()
         exact = x @ self.stored.t()
@@ -64,13 +71,13 @@ class Layer:
 
 
 def dequantized(x: torch.Tensor) -> torch.Tensor:
-    """What is left of x [tokens, in] after its rounding to fp8, in float64."""
+    """x [tokens, in] after rounding to fp8, in float64."""
     values, scales = fp8.quantize(x)
     return values.double() * scales.double()[:, None]
 
 
 def random_layer(out_features: int, in_features: int, dtype: torch.dtype, weights: torch.dtype | None = None) -> Layer:
-    """`weights`: float8_e4m3fn for weights in fp8 under activations of `dtype`; else they are of `dtype` too."""
+    """Random weights in `dtype`, or in fp8 if `weights` is float8_e4m3fn; activations in `dtype`."""
     generator = torch.Generator(DEVICE).manual_seed(out_features + in_features)
     dense = torch.randn(out_features, in_features, device=DEVICE, generator=generator).to(dtype) * in_features**-0.5
     compressed, bitmask = sparse24.compress(dense)
@@ -81,8 +88,8 @@ def random_layer(out_features: int, in_features: int, dtype: torch.dtype, weight
 
 
 def real_layers(folder: Path) -> Iterator[Layer]:
-    """One of each shape among the first linears of a checkpoint."""
-    from ria_vllm.checkpoint import Reader  # which needs more than torch
+    """One linear of each shape among the first MOST_REAL_LINEARS of a checkpoint."""
+    from ria_vllm.checkpoint import Reader  # not at the top: it needs more than torch
 
     reader = Reader(folder)
     shapes = set()
@@ -97,8 +104,8 @@ Check = Callable[[ModuleType, Layer, Sequence[torch.Tensor]], Iterator[Row]]
 
 
 def _on_backend(name: str, check: Check, backend: ModuleType, layer: Layer) -> Iterator[Row]:
-    """The check's rows for the layer as the backend packs it, or why the backend does not take it. A row with `at`
-    says what is about to run."""
+    """The check's rows for a layer packed by the backend, or the reason why the backend cannot serve it. Rows with the
+    key `at` name the step that follows."""
     row = {"check": name, "backend": backend.NAME, "layer": layer.name, "dtype": str(layer.dtype)}
     if reason := backend.unavailable(DEVICE, layer.weights, layer.out_features, layer.in_features):
         yield {**row, "skipped": reason}
@@ -114,7 +121,7 @@ def check_backend(backend: ModuleType, layer: Layer) -> Iterator[Row]:
 
 
 def check_graphs(backend: ModuleType, layer: Layer) -> Iterator[Row]:
-    """Capture once, replay with other activations: the same bits as without a graph."""
+    """Capture once and replay with other activations: the result must be bitwise equal to one without a graph."""
     return _on_backend("CUDA graph", _graphs, backend, layer)
 
 
@@ -145,14 +152,14 @@ def _graphs(backend: ModuleType, layer: Layer, packed: Sequence[torch.Tensor]) -
 
 
 def check_packing(layer: Layer) -> Iterator[Row]:
-    """Metadata laid out on the GPU against the same on the host."""
+    """Metadata packed on the GPU must equal metadata packed on the host."""
     values, metadata, *_ = cutlass.pack(*layer.parts)
     host = library_of(DEVICE.index).pack_metadata(layer.parts[1].cpu(), values.itemsize * 8)
     yield {"check": "metadata on GPU and CPU agree", "layer": layer.name, "ok": torch.equal(metadata.cpu(), host)}
 
 
 def check_tile(name: str, layer: Layer) -> Iterator[Row]:
-    """A tile of our library with every division of K, and guards around the output."""
+    """A tile of our library with every split of K, and guards around the output."""
     library, sms = library_of(DEVICE.index), multiprocessors(DEVICE.index)
     tile = library.tile_names.index(name)
     values, metadata, *scales = cutlass.pack(*layer.parts)

@@ -1,4 +1,4 @@
-"""Times of the CUDA backends beside the dense product, the bytes' limit and the arithmetic's. Part of gpu_check."""
+"""Times of the CUDA backends beside the dense product and the limits of memory and arithmetic. Part of gpu_check."""
 
 import math
 import statistics
@@ -28,8 +28,8 @@ TUNED_SHAPES = ((4096, 4096), (6144, 4096), (22016, 4096), (4096, 11008), (57344
 TUNED_TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 SPLITS = (SPLIT_NONE, SPLIT_HEURISTIC, SPLIT_FORCED, 2, 3, 4)
 
-# Copies of each weight are used in turn, together larger than any L2, so that every product reads its weight from
-# memory, as it does between the other layers of a model.
+# Products cycle through copies of their weight that together exceed any L2 cache, so that each reads its weight from
+# memory, as it does in a model.
 _BYTES_IN_TURN = 256 * 2**20
 _REPLAYS = 15
 
@@ -42,7 +42,7 @@ Row = dict[str, Any]
 
 
 def capture(calls: Sequence[Callable[[], torch.Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
-    """A CUDA graph of the calls in order, warmed up on the side stream as torch asks."""
+    """A CUDA graph of the calls in order, after a warm-up on a side stream, as torch requires, and their outputs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -57,7 +57,7 @@ def capture(calls: Sequence[Callable[[], torch.Tensor]]) -> tuple[torch.cuda.CUD
 
 
 def microseconds(calls: Sequence[Callable[[], torch.Tensor]], least: int = 8) -> float:
-    """Median time of one call, from replays of a graph that goes through the calls at least `least` calls long."""
+    """Median time of one call, measured by replaying a graph that repeats the calls until it has at least `least`."""
     graph, _ = capture(list(calls) * math.ceil(least / len(calls)))
     count = math.ceil(least / len(calls)) * len(calls)
     times = []
@@ -72,7 +72,7 @@ def microseconds(calls: Sequence[Callable[[], torch.Tensor]], least: int = 8) ->
 
 
 def measure_limits() -> Iterator[Row]:
-    """One row of what this GPU reaches: bytes a second in a large copy, dense bf16 FLOP a second in a large product."""
+    """One row: bytes per second of a large copy, and FLOP per second of a large dense bf16 product, on this GPU."""
     source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     copy = microseconds([partial(target.copy_, source)])
@@ -83,7 +83,7 @@ def measure_limits() -> Iterator[Row]:
 
 
 def add_limits(row: Row, limits: Row) -> None:
-    """A row's bytes and FLOP become the microseconds that they would take at least; None where no limit is known."""
+    """Replace a row's bytes and FLOP by the least microseconds that they take; None where the limit is unknown."""
     for what, rate in (("bytes", "bytes_per_second"), ("flop", "dense_flop_per_second")):
         row[f"{what}_limit_us"] = row.pop(what) / limits[rate] * 1e6 if rate in limits else None
 
@@ -91,7 +91,7 @@ def add_limits(row: Row, limits: Row) -> None:
 def _weights(
     out_features: int, in_features: int, dtype: torch.dtype = torch.bfloat16
 ) -> list[tuple[torch.Tensor, ...]]:
-    """Copies of one random weight as `pack` takes it: bfloat16, or float8_e4m3fn with scales."""
+    """Copies of one random weight as `pack` takes it, in bfloat16, or in float8_e4m3fn with scales."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     dense = torch.randn(out_features, in_features, dtype=torch.bfloat16, device=DEVICE, generator=generator)
     compressed, *others = sparse24.compress(dense)
@@ -104,7 +104,7 @@ def _weights(
 
 
 def time_backend(backend: ModuleType, shape: tuple[int, int]) -> Iterator[Row]:
-    """Rows of shape, tokens, backend, microseconds, dense microseconds, bytes and FLOP."""
+    """Rows with shape, tokens, backend, microseconds, dense microseconds, bytes and FLOP."""
     out_features, in_features = shape
     if reason := backend.unavailable(DEVICE, torch.bfloat16, *shape):
         yield {"backend": backend.NAME, "skipped": reason}
@@ -129,8 +129,8 @@ def _sizes(shape: tuple[int, int], tokens: int) -> Row:
 
 
 def time_fp8(shape: tuple[int, int]) -> Iterator[Row]:
-    """The same rows for products of fp8 operands alone, without the rounding of x: ours, and torch's dense one where it
-    has one. The dense time beside them is bfloat16's."""
+    """The same rows for products of fp8 operands, without the rounding of x: ours, and torch's dense one if it has one.
+    Their `dense_us` is that of the bfloat16 product."""
     out_features, in_features = shape
     parts = _weights(*shape, fp8.DTYPE)
     packed = [cutlass.pack(*part) for part in parts]
@@ -155,7 +155,7 @@ def time_fp8(shape: tuple[int, int]) -> Iterator[Row]:
         try:
             dense[0]()
         except RuntimeError:
-            continue  # this torch, or the GPU, knows no scales by row
+            continue  # this torch or this GPU does not support scales by row
         yield {**common, "backend": "dense fp8", "us": microseconds(dense)}
 
 
@@ -165,7 +165,7 @@ def _dense_fp8(x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, sc
 
 
 def line(row: Row) -> str:
-    """A row as HEADER has it."""
+    """A row of the table under HEADER."""
     limits = [row["bytes_limit_us"], row["flop_limit_us"]]
     bytes_limit, flop_limit = ("-" if limit is None else f"{limit:.1f}" for limit in limits)
     return (
@@ -175,7 +175,7 @@ def line(row: Row) -> str:
 
 
 def time_packing() -> Iterator[Row]:
-    """Milliseconds from the checkpoint's tensors on the GPU to the kernel's, by shape."""
+    """Milliseconds to pack the checkpoint's tensors, already on the GPU, for the kernel, by shape."""
     for shape in SHAPES:
         yield {"at": str(shape)}
         pair = _weights(*shape)[0]
@@ -194,7 +194,7 @@ def packing_line(row: Row) -> str:
 
 
 def _add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Residual addition and RMSNorm, as they stand before q,k,v and before gate,up."""
+    """Residual addition and RMSNorm, as before q, k, v and before gate, up."""
     residual = x + residual
     wide = residual.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
@@ -209,9 +209,9 @@ def _add_norm_gather(
 
 
 def time_gather() -> Iterator[Row]:
-    """What the gathers of a decoder layer, after the norms and compiled with them, cost beside its sparse products."""
+    """What a decoder layer's gathers, compiled together with its norms, cost in comparison with its products."""
     for hidden, shapes in LAYERS.items():
-        torch.compiler.reset()  # or the second hidden size would be taken for a size that varies
+        torch.compiler.reset()  # or torch would treat the hidden size as dynamic at the second one
         plain, gathered = torch.compile(_add_norm), torch.compile(_add_norm_gather)
         packed = [[cutlass.pack(*parts) for parts in _weights(*shape)] for shape in shapes]
         order = torch.randperm(hidden, device=DEVICE).int()
@@ -243,8 +243,8 @@ def gather_line(row: Row) -> str:
 
 
 def time_tiles(sizes: tuple[int, int], dtype: torch.dtype) -> Iterator[Row]:
-    """Every tile and division of K of our library on a shape that models have (q,k,v and gate,up fused). What belongs
-    to a number of tokens comes when all of it was timed, for only then is the fastest of it known."""
+    """Times of every tile and split of K of our library on a shape of common models (q, k, v and gate, up fused). Rows
+    come after all of a number of tokens has been timed, because only then is the fastest of them known."""
     packed = [cutlass.pack(*parts) for parts in _weights(*sizes, dtype)]
     for tokens in TUNED_TOKENS:
         timed = []
@@ -300,7 +300,7 @@ _SHAPE = ("family", "multiprocessors", "value_bits", "out_features", "in_feature
 
 
 def table_rows(tiles: Sequence[Row]) -> str:
-    """The fastest tile of each shape and number of tokens, as lines for cutlass_tiles.MEASURED."""
+    """The fastest tile of each shape and number of tokens, as lines for MEASURED in serve/kernels/cuda/tiles.py."""
     best: dict[tuple[int, ...], dict[int, Row]] = {}
     for row in tiles:
         shape = best.setdefault(tuple(row[key] for key in _SHAPE), {})

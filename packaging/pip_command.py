@@ -10,8 +10,8 @@ import subprocess
 import sys
 
 FLAGS = {
-    "--user", "--no-user", "--break-system-packages", "--upgrade", "-U", "--force-reinstall", "--ignore-installed", "-I",
-    "--compile", "--no-compile", "--no-warn-script-location", "--no-warn-conflicts", "--dry-run",
+    "--user", "--no-user", "--break-system-packages", "--upgrade", "-U", "--force-reinstall", "--ignore-installed",
+    "-I", "--compile", "--no-compile", "--no-warn-script-location", "--no-warn-conflicts", "--dry-run",
 }  # fmt: skip
 WITH_VALUE = {"--target", "-t", "--prefix", "--root", "--root-user-action", "--upgrade-strategy", "--report"}
 # What else one of the two does not have, or not in every version of pip.

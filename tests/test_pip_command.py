@@ -46,7 +46,7 @@ def test_every_option_of_install_is_left_out_or_known(without_install_options, c
 
 
 def test_what_downloads_need_is_kept(without_install_options):
-    arguments = ["--no-deps", "--find-links", "/a folder", "-q", "--index-url=https://example", "--no-index", "-c", "file", "a==1"]
+    arguments = ["--no-deps", "--find-links", "/a folder", "-q", "--index-url=https://example", "-c", "file", "a==1"]
     for command in ("download", "wheel"):
         assert without_install_options(command, arguments) == arguments
     assert without_install_options("wheel", ["-C", "a=b", "."]) == ["-C", "a=b", "."]

@@ -1,8 +1,8 @@
 """Calibration tokens: from a text file, a data set of the Hugging Face hub, or the dense model itself.
 
 Files are read without the loaders of `datasets`. Its JSON loader turns dates into timestamps and missing fields into
-nulls and names no line in its errors, its text loader cuts texts into lines, and its parquet loader fails on columns of
-other types beside the text.
+nulls and names no line in its errors, its text loader cuts texts into lines, and its parquet loader fails on map
+columns beside the text.
 """
 
 import itertools
@@ -72,7 +72,7 @@ def from_text(source: str, tokenizer: Any, samples: int, seq_len: int, seed: int
 
 
 def documents(source: str) -> Iterator[str]:
-    """The texts of a file or data set, in order. Chunks of a text file join without a gap; documents end in an empty line.
+    """The texts of a file or data set, in order: chunks of a text file, or documents, each with an empty line after it.
 
     Raises:
         RiaError: the source does not exist or holds something else; names the line of a JSON Lines file.
@@ -198,7 +198,7 @@ def _document(text: Any, where: str) -> Iterator[str]:
     if text is None:
         return
     if not isinstance(text, str):
-        raise RiaError(f"{where}: the field {TEXT_COLUMN!r} holds a value of type {type(text).__name__}, not a text.")
+        raise RiaError(f"{where}: the field {TEXT_COLUMN!r} must be a string, not {type(text).__name__}.")
     # JSON can spell half of a surrogate pair, which is not a character; tokenizers refuse it.
     yield text.encode(errors="replace").decode() + "\n\n"
 
@@ -228,7 +228,7 @@ def _hub_dataset(name: str) -> Iterable[str]:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RiaError(
-            f"--calibration {name}: {repository} cannot be downloaded from the hub ({reason}). Give a text file, or self."
+            f"--calibration {name}: {repository} cannot be downloaded ({reason}). Give a text file, or self."
         ) from None
     for row in itertools.chain([first], rows):
         yield from _document(row[TEXT_COLUMN], f"--calibration {name}")

@@ -67,8 +67,8 @@ class SupervisedProcess:
         return sum(proportional_set_size(process.pid) for process in self._descendants())
 
     def own_memory(self) -> int:
-        """The same without pages of files, so that it shows a leak: it does not depend on which other processes have the
-        same libraries loaded."""
+        """The same without pages of files. It shows leaks better, because it does not depend on which other processes
+        have loaded the same libraries."""
         return sum(proportional_set_size(process.pid, files=False) for process in self._descendants())
 
     def _descendants(self) -> list[psutil.Process]:
@@ -83,7 +83,7 @@ class SupervisedProcess:
 
 
 def proportional_set_size(pid: int, files: bool = True) -> int:
-    """Bytes; 0 for a process that has ended. The resident set size where the kernel does not report the proportional one.
+    """Bytes; 0 for a process that has ended. The resident set size if the kernel does not report the proportional one.
 
     psutil does not tell anonymous and file pages of the proportional set size apart.
 
@@ -131,7 +131,7 @@ class PeakMemory:
 
 
 def wait_until(ready: Callable[[], bool], process: SupervisedProcess, timeout: float, interval: float = 0.5) -> bool:
-    """Call `ready` every `interval` seconds until it is true; False if the process ends or `timeout` seconds pass first."""
+    """Call `ready` every `interval` seconds until it is true; False if the process ends or `timeout` seconds pass."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and process.running:
         if ready():

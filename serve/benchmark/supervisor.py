@@ -2,10 +2,10 @@
 
     python supervisor.py COMMAND...
 
-The command gets a session of its own. The supervisor ends it when its own standard input reaches end-of-file: the asking
-process has closed the pipe, was interrupted, crashed or was killed with SIGKILL. The asking process need not run any
-handler. Descendants that detach themselves are adopted by the supervisor, and ended too. This file imports nothing of
-ria_vllm, so that it starts fast and needs little memory.
+The command gets a session of its own. The supervisor ends it when the supervisor's standard input reaches end-of-file.
+That happens when the asking process closes the pipe, is interrupted, crashes or is killed with SIGKILL; it need not run
+any handler. Descendants that detach themselves are adopted by the supervisor, and ended too. This file imports nothing
+of ria_vllm, so that it starts fast and needs little memory.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def end_tree(child: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-    # Every descendant that loses its parent becomes a child of this process, so none is left when waitpid finds no child.
+    # Descendants that lose their parent become children of this process: none is left when waitpid finds no child.
     with contextlib.suppress(ChildProcessError):
         while True:
             for process in psutil.Process().children(recursive=True):

@@ -1,4 +1,4 @@
-"""The product on NVIDIA GPUs through cuSPARSELt, as torch brings it. Needs no compiler."""
+"""The linear on NVIDIA GPUs by the cuSPARSELt that torch contains. Needs no compiler."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from ria_vllm import sparse24
 
 NAME = "cusparselt"
 
-_MULTIPLE_TOKENS = 8  # cuSPARSELt wants 16 bytes in each direction
+_MULTIPLE_TOKENS = 8  # cuSPARSELt requires rows and columns of a multiple of 16 bytes
 _MULTIPLE_FEATURES = 16
 
 _library = torch.library.Library("ria", "FRAGMENT")
@@ -51,7 +51,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, out_features: int, in_
 
 
 def pack(compressed: torch.Tensor, bitmask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """cuSPARSELt's own form. It takes a dense matrix, which lives for the length of this call."""
+    """cuSPARSELt's own form. It is made from a dense matrix, which exists during this call only."""
     return (torch._cslt_compress(sparse24.decompress(compressed, bitmask)),)
 
 

@@ -1,4 +1,4 @@
-"""No process survives, whether the asking process is interrupted, crashes or is killed, nor does a daemon that detached itself."""
+"""No process survives when the asking process is interrupted, crashes or is killed, not even a detached daemon."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import pytest
 from ria_vllm.serve.benchmark import supervisor
 from ria_vllm.serve.benchmark.process import PeakMemory, SupervisedProcess, wait_until
 
-# A server of the hard kind: a child in a session of its own, and both deaf to SIGTERM when told so.
+# A server that is hard to end: it has a child in a session of its own, and both can ignore SIGTERM.
 STUBBORN = """
 import os, signal, subprocess, sys, time
 pids, deaf = sys.argv[1], sys.argv[2] == "deaf"
@@ -69,11 +69,11 @@ def test_stop_ends_the_whole_tree_and_returns_when_it_is_gone(stubborn, tmp_path
     began = time.monotonic()
     process.stop()
     assert not process.running and not any(alive(pid) for pid in pids)
-    assert time.monotonic() - began < supervisor.GRACE_SECONDS / 2  # which is for processes that do not end at once
+    assert time.monotonic() - began < supervisor.GRACE_SECONDS / 2  # none of them ignores SIGTERM
 
 
-def test_processes_deaf_to_sigterm_are_killed(stubborn, tmp_path, monkeypatch):
-    # The grace lives in the supervisor's own process: shorten it there.
+def test_processes_that_ignore_sigterm_are_killed(stubborn, tmp_path, monkeypatch):
+    # The grace period belongs to the supervisor's process, so a copy of its program gets a shorter one.
     short = tmp_path / "supervisor.py"
     with open(supervisor.__file__) as file:
         short.write_text(file.read().replace("GRACE_SECONDS = 15.0", "GRACE_SECONDS = 0.5"))
@@ -120,8 +120,8 @@ def test_what_a_command_leaves_behind_ends_with_it(stubborn, tmp_path):
     assert not alive(child)
 
 
-def test_children_that_nobody_collected_hold_up_nothing(tmp_path):
-    """A zombie of a running parent, and many orphans that end at once."""
+def test_zombies_and_orphans_delay_nothing(tmp_path):
+    """A zombie whose parent runs, and many orphans."""
     script = "import os, subprocess, time\nsubprocess.Popen(['true'])\n"
     script += "for _ in range(50):\n    subprocess.Popen(['sh', '-c', 'setsid sleep 600 &']).wait()\n"
     script += "print('ready', flush=True); time.sleep(600)"
@@ -149,9 +149,10 @@ def test_memory_counts_the_tree_and_its_peak(tmp_path):
     assert process.memory() == 0
 
 
-def test_own_memory_leaves_out_what_lies_in_files(tmp_path):
+def test_own_memory_leaves_out_pages_of_files(tmp_path):
     (tmp_path / "file").write_bytes(b"x" * 200_000_000)
-    script = "import mmap, sys, time; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)\n"
+    script = "import mmap, sys, time\nf = open(sys.argv[1], 'rb')\n"
+    script += "m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)\n"
     script += "sum(m[::4096]); x = bytearray(100_000_000); print('ready', flush=True); time.sleep(600)"
     with SupervisedProcess([sys.executable, "-c", script, str(tmp_path / "file")], tmp_path / "log") as process:
         assert wait_until(lambda: process.log_tail(1) == "ready", process, 30)
