@@ -1,1 +1,1 @@
-"""Measurements that run from a checkout. They are not part of the installed package."""
+"""Measurements that run from a checkout, each as `python -m benchmarks.NAME`. The wheel does not contain them."""

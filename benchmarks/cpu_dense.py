@@ -1,4 +1,4 @@
-"""The dense linears that vLLM runs on a CPU, made by vLLM's own code, as rivals for `serve.kernels.bench`."""
+"""The dense linears that vLLM runs on a CPU, built by vLLM's own code: the baselines of `cpu_kernels`."""
 
 import os
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
-# What limits this process's dense libraries, and our kernels, to the instructions of a lesser machine.
+# Environment variables that limit the dense libraries and our kernels to the instructions of an older CPU.
 LIMITS = {
     "avx2": {
         "RIA_VLLM_CPU_ISA": "avx2",
@@ -25,12 +25,12 @@ LIMITS = {
 
 
 def limit() -> str | None:
-    """The key of LIMITS under which this process runs."""
+    """The key of LIMITS whose variables are set in this process, if any."""
     return next((name for name, variables in LIMITS.items() if variables.items() <= os.environ.items()), None)
 
 
 def unquantized(weight: torch.Tensor) -> Linear:
-    """The linear of a model with this weight [out, in], in its dtype: oneDNN's, or zentorch's where vLLM uses it."""
+    """A linear with this weight [out, in], in the weight's dtype, by oneDNN or, where vLLM uses it, zentorch."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     layer = torch.nn.Module()
@@ -40,7 +40,11 @@ def unquantized(weight: torch.Tensor) -> Linear:
 
 
 def w8a8(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Linear:
-    """int8 weights [out, in] with scales float32 [out, 1]; each token of x, in `dtype`, is quantized in the call."""
+    """A linear of int8 weights [out, in] and scales float32 [out, 1]. Each call quantizes its input by token.
+
+    Args:
+        dtype: of inputs and outputs.
+    """
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
     from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import Int8ScaledMMLinearLayerConfig
 
@@ -53,7 +57,7 @@ def w8a8(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Line
     names = ["weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj"]
     kernel = CPUInt8ScaledMMLinearKernel(config, names)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # which vLLM sets to the model's, and its kernel takes for the output
+    torch.set_default_dtype(dtype)  # vLLM sets it to the model's dtype, and its kernel takes it for the output
     try:
         kernel.process_weights_after_loading(layer)
     finally:

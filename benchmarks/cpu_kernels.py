@@ -1,11 +1,12 @@
-"""The CPU kernel against the dense linears that vLLM has on the same machine: `python -m benchmarks.cpu_kernels`.
+"""The CPU kernel against vLLM's dense linears on the same machine: `python -m benchmarks.cpu_kernels`.
 
-Dense in bfloat16, in float32 and as W8A8 (int8 weights, activations quantized in the call), each made by vLLM's own
-code; ours in bfloat16, float32 and with int8 weights. Every ratio names the dense way that was the fastest for that
-shape and number of tokens. All sides run in turn in one process and the medians are compared. Each side walks through
-copies of its weight that together are larger than any cache, as the layers of a model do. The sparse side pays for an
-activation permutation. Each number of threads has a process of its own: vLLM's oneDNN counts them when it starts and
-not again.
+The dense baselines are bfloat16, float32 and W8A8 (int8 weights; each call quantizes its activations), each built by
+vLLM's own code. Our kernel runs in bfloat16, in float32 and with int8 weights. Every speedup names the baseline that
+was the fastest for that shape and number of tokens.
+
+All variants take turns in one process, and medians are compared. Each variant cycles through copies of its weight that
+together exceed every cache, as the layers of a model do. The sparse variants include an activation permutation. Each
+number of threads gets a process of its own, because vLLM's oneDNN reads that number only when it starts.
 """
 
 import argparse
@@ -26,8 +27,10 @@ import torch
 
 from benchmarks import cpu_dense
 from benchmarks.cpu_dense import Linear
-from ria_vllm import formats, sparse24
-from ria_vllm.serve.kernels.cpu import backend as cpu
+from ria_vllm import sparse24
+from ria_vllm.formats import FLOAT, INT8, Parts, WeightFormat, quantize_rows
+from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set, packed_bytes
 
 SHAPES = {  # out x in
     "SmolLM2 o": (576, 576),
@@ -43,54 +46,57 @@ SHAPES = {  # out x in
 QUICK_SHAPES = ["SmolLM2 gate_up", "Llama-3.2-1B down", "Llama-2-7B o"]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
 ROTATED_BYTES = 96 << 20
-# How many times slower than the fastest dense way one may be and still be measured more than twice.
-HOPELESS = 4
+# A dense baseline that is this many times slower than the fastest one is measured only twice.
+SLOW_FACTOR = 4
 DENSE = ("bfloat16", "float32", "W8A8")
 SPARSE = ("bfloat16", "float32", "int8")
-# The dense way whose weights are as precise as ours.
-SAME = {"bfloat16": "bfloat16", "float32": "float32", "int8": "W8A8"}
+# The dense baseline whose weights are as precise as ours.
+COUNTERPART = {"bfloat16": "bfloat16", "float32": "float32", "int8": "W8A8"}
 
 
-def sparse(compressed: torch.Tensor, bitmask: torch.Tensor, *scales: torch.Tensor) -> Linear:
-    out_features = compressed.shape[0]
-    packed = cpu.pack(compressed, bitmask, *scales)
-    permutation = torch.randperm(compressed.shape[1] * 2, dtype=torch.int32)
-    return lambda x: cpu.apply(x, packed, out_features, permutation, None)
+def sparse(parts: Parts, weight_format: WeightFormat, act_dtype: torch.dtype) -> Linear:
+    """Our kernel, with an input permutation."""
+    out_features, in_features = parts["bitmask"].shape[0], parts["bitmask"].shape[1] * 8
+    config = LinearLayerConfig(torch.device("cpu"), act_dtype, weight_format, out_features, in_features)
+    packed = CpuKernel.pack(config, parts)
+    permutation = torch.randperm(in_features, dtype=torch.int32)
+    return lambda x: CpuKernel.apply(config, x, packed, permutation, None)
 
 
 def fast_dtype() -> torch.dtype:
-    """What a model is served in on this machine: bfloat16 where the CPU multiplies it."""
-    return torch.bfloat16 if cpu.instruction_set() == "avx512_bf16" else torch.float32
+    """The dtype to serve a model in on this machine: bfloat16 where the CPU has instructions for it."""
+    return torch.bfloat16 if instruction_set() == "avx512_bf16" else torch.float32
 
 
-def sides(weight: torch.Tensor) -> dict[tuple[str, str], tuple[torch.dtype, list[Linear]]]:
-    """Ways to multiply by `weight`, float32 [out, in], named ("dense" or "sparse", how): activations' dtype, copies."""
+def variants_of(weight: torch.Tensor) -> dict[tuple[str, str], tuple[torch.dtype, list[Linear]]]:
+    """Linears with `weight`, float32 [out, in]: ("dense" or "sparse", kind) -> (dtype of activations, copies)."""
 
     def copies(make: Callable[[], Linear], bits: float) -> list[Linear]:
         return [make() for _ in range(max(2, math.ceil(8 * ROTATED_BYTES / (weight.numel() * bits))))]
 
-    ways = {}
+    variants = {}
     for dtype in (torch.bfloat16, torch.float32):
         name, bits, same = str(dtype).removeprefix("torch."), 8 * dtype.itemsize, weight.to(dtype)
-        pair = sparse24.compress(same)
-        ways["dense", name] = dtype, copies(lambda same=same: cpu_dense.unquantized(same.clone()), bits)
-        ways["sparse", name] = dtype, copies(lambda pair=pair: sparse(*pair), bits / 2 + 1)
+        parts = FLOAT.encode(same, None, None)
+        variants["dense", name] = dtype, copies(lambda same=same: cpu_dense.unquantized(same.clone()), bits)
+        variants["sparse", name] = dtype, copies(lambda parts=parts, dtype=dtype: sparse(parts, FLOAT, dtype), bits / 2 + 1)
     compressed, bitmask = sparse24.compress(weight)
-    values, scales = formats.quantize_rows(compressed)
-    ways["sparse", "int8"] = torch.bfloat16, copies(lambda: sparse(values, bitmask, scales[:, 0]), 5)
-    values8, scales8 = formats.quantize_rows(weight)
+    values, scales = quantize_rows(compressed)
+    int8 = {"compressed": values, "bitmask": bitmask, "weight_scale": scales}
+    variants["sparse", "int8"] = torch.bfloat16, copies(lambda: sparse(int8, INT8, torch.bfloat16), 5)
+    values8, scales8 = quantize_rows(weight)
     dtype = fast_dtype()
-    ways["dense", "W8A8"] = dtype, copies(lambda: cpu_dense.w8a8(values8.clone(), scales8.clone(), dtype), 8)
-    return ways
+    variants["dense", "W8A8"] = dtype, copies(lambda: cpu_dense.w8a8(values8.clone(), scales8.clone(), dtype), 8)
+    return variants
 
 
 def clock() -> float:
-    """Seconds passed; of one thread, the seconds it computed, which other processes on the machine prolong less."""
+    """Wall-clock seconds; with one thread its processor time, which other processes on the machine disturb less."""
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def read_bandwidth() -> float:
-    """Bytes per second of reading a large buffer in huge pages once, the fastest of two ways and several tries."""
+    """Bytes per second of reading 512 MiB in huge pages: the fastest of several sums and dot products."""
     buffer = mmap.mmap(-1, 512 << 20)
     buffer.madvise(mmap.MADV_HUGEPAGE)
     data = torch.frombuffer(buffer, dtype=torch.float32).fill_(1.0)
@@ -104,27 +110,30 @@ def read_bandwidth() -> float:
 
 
 def medians(
-    ways: dict[tuple[str, str], tuple[torch.dtype, list[Linear]]], x: torch.Tensor, budget: float, least: int
+    variants: dict[tuple[str, str], tuple[torch.dtype, list[Linear]]], x: torch.Tensor, budget: float, least: int
 ) -> dict[tuple[str, str], float]:
-    """Median seconds of each way's call on `x` float32, the ways in turn, each walking through its copies."""
-    inputs = {dtype: x.to(dtype) for dtype, _ in ways.values()}
-    samples: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    """Median seconds that each variant takes on `x`, float32 [tokens, in].
+
+    The variants take turns, each with its next copy, for `budget` seconds and at least `least` turns after a warm-up.
+    """
+    inputs = {dtype: x.to(dtype) for dtype, _ in variants.values()}
+    samples: dict[tuple[str, str], list[float]] = {variant: [] for variant in variants}
     start = time.perf_counter()
     turn = 0
     while turn < least + 1 or time.perf_counter() - start < budget:
-        dense = [min(taken) for (kind, _), taken in samples.items() if kind == "dense" and taken]
-        for way, (dtype, calls) in ways.items():
-            if turn > 1 and way[0] == "dense" and min(samples[way]) > HOPELESS * min(dense):
+        dense = [min(seconds) for (side, _), seconds in samples.items() if side == "dense" and seconds]
+        for variant, (dtype, calls) in variants.items():
+            if turn > 1 and variant[0] == "dense" and min(samples[variant]) > SLOW_FACTOR * min(dense):
                 continue
             begin = clock()
             calls[turn % len(calls)](inputs[dtype])
-            samples[way].append(clock() - begin)
+            samples[variant].append(clock() - begin)
         turn += 1
-    return {way: statistics.median(taken[1:]) for way, taken in samples.items()}
+    return {variant: statistics.median(seconds[1:]) for variant, seconds in samples.items()}
 
 
 def measure(names: list[str], tokens: list[int], budget: float) -> dict:
-    """Every shape and number of tokens, with the threads this process has."""
+    """Measurements of every shape and number of tokens with this process's threads; prints each at once."""
     threads = torch.get_num_threads()
     bandwidth = read_bandwidth()
     limit = cpu_dense.limit()
@@ -133,42 +142,43 @@ def measure(names: list[str], tokens: list[int], budget: float) -> dict:
     rows = []
     for name in names:
         out_features, in_features = SHAPES[name]
-        ways = sides(torch.randn(out_features, in_features))
+        variants = variants_of(torch.randn(out_features, in_features))
         for m in tokens:
-            seconds = medians(ways, torch.randn(m, in_features), budget, least=5)
+            seconds = medians(variants, torch.randn(m, in_features), budget, least=5)
             row = {
                 "name": name,
                 "out_features": out_features,
                 "in_features": in_features,
                 "threads": threads,
                 "tokens": m,
-                "dense_seconds": {how: seconds["dense", how] for how in DENSE},
-                "sparse_seconds": {how: seconds["sparse", how] for how in SPARSE},
+                "dense_seconds": {kind: seconds["dense", kind] for kind in DENSE},
+                "sparse_seconds": {kind: seconds["sparse", kind] for kind in SPARSE},
             }
             rows.append(row)
             print(describe(row, bandwidth), flush=True)
-        del ways
+        del variants
     return {
         "machine": platform.processor() or platform.machine(),
         "limit": limit,
         "torch": torch.__version__,
-        "instruction_set": cpu.instruction_set(),
+        "instruction_set": instruction_set(),
         "read_bandwidth": {str(threads): bandwidth},
         "rows": rows,
     }
 
 
 def best_dense(row: dict) -> str:
-    """The fastest dense way for a row's shape and number of tokens."""
+    """The fastest dense baseline for a row's shape and number of tokens."""
     return min(row["dense_seconds"], key=row["dense_seconds"].get)
 
 
-def ratio(row: dict, ours: str, dense: str) -> float:
+def speedup(row: dict, ours: str, dense: str) -> float:
+    """Seconds of the dense baseline / seconds of our kernel."""
     return row["dense_seconds"][dense] / row["sparse_seconds"][ours]
 
 
 def measure_each(threads: list[int], limits: dict[str, str], arguments: list[str]) -> dict:
-    """The measurements of one process per number of threads, pinned to cores as vLLM pins its own, put together."""
+    """The merged measurements of one process for each number of threads, pinned to cores as vLLM pins its own."""
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for count in threads:
@@ -187,14 +197,15 @@ def measure_each(threads: list[int], limits: dict[str, str], arguments: list[str
 
 def describe(row: dict, bandwidth: float) -> str:
     best, m = best_dense(row), row["tokens"]
-    dense = "  ".join(f"{how} {seconds * 1e3:.3f}" for how, seconds in row["dense_seconds"].items())
+    dense = "  ".join(f"{kind} {seconds * 1e3:.3f}" for kind, seconds in row["dense_seconds"].items())
     ours = "  ".join(
-        f"{how} {seconds * 1e3:.3f} ({ratio(row, how, best):.2f}x best, {ratio(row, how, SAME[how]):.2f}x {SAME[how]})"
-        for how, seconds in row["sparse_seconds"].items()
+        f"{kind} {seconds * 1e3:.3f} ({speedup(row, kind, best):.2f}x best,"
+        f" {speedup(row, kind, COUNTERPART[kind]):.2f}x {COUNTERPART[kind]})"
+        for kind, seconds in row["sparse_seconds"].items()
     )
     note = ""
     if m == 1:
-        read = cpu.packed_bytes(row["out_features"], row["in_features"], torch.bfloat16)
+        read = packed_bytes(row["out_features"], row["in_features"], torch.bfloat16)
         note = f"  bfloat16 at {read / row['sparse_seconds']['bfloat16'] / bandwidth:.0%} of read bandwidth"
     return (
         f"{row['name']:22s} {row['out_features']:5d}x{row['in_features']:<5d} {row['threads']} thr  M={m:<5d}"
@@ -203,9 +214,11 @@ def describe(row: dict, bandwidth: float) -> str:
 
 
 def table(result: dict, ours: str, dense: str | None = None) -> str:
-    """Dense time / our time, one line per shape and thread count (Markdown).
+    """A Markdown table of speedups with a row for each shape and number of threads.
 
-    Against one way to multiply a dense weight, or, without `dense`, against the fastest, named beside the ratio.
+    Args:
+        ours: one of SPARSE.
+        dense: the baseline, one of DENSE; None for the fastest one, which is then named beside each speedup.
     """
     tokens = sorted({row["tokens"] for row in result["rows"]})
     lines = [
@@ -216,7 +229,7 @@ def table(result: dict, ours: str, dense: str | None = None) -> str:
     for row in result["rows"]:
         key = (f"{row['name']} ({row['out_features']} x {row['in_features']})", row["threads"])
         best = best_dense(row)
-        cell = f"{ratio(row, ours, dense):.2f}" if dense else f"{ratio(row, ours, best):.2f} ({best})"
+        cell = f"{speedup(row, ours, dense):.2f}" if dense else f"{speedup(row, ours, best):.2f} ({best})"
         cells.setdefault(key, {})[row["tokens"]] = cell
     for (name, threads), by_tokens in cells.items():
         lines.append(f"| {name} | {threads} | " + " | ".join(by_tokens[m] for m in tokens) + " |")
@@ -224,11 +237,11 @@ def table(result: dict, ours: str, dense: str | None = None) -> str:
 
 
 def tables(result: dict) -> str:
-    """All tables of a result, each under its title (Markdown)."""
+    """All tables of a result in Markdown, each under its title."""
     parts = []
     for ours in SPARSE:
-        parts.append(f"Ours in {ours} against the fastest dense way:\n\n{table(result, ours)}")
-        parts.append(f"Ours in {ours} against dense {SAME[ours]}:\n\n{table(result, ours, SAME[ours])}")
+        parts.append(f"Ours in {ours} against the fastest dense baseline:\n\n{table(result, ours)}")
+        parts.append(f"Ours in {ours} against dense {COUNTERPART[ours]}:\n\n{table(result, ours, COUNTERPART[ours])}")
     return "\n\n".join(parts)
 
 
@@ -244,8 +257,8 @@ def plot(result: dict, path: Path) -> None:
     for axis, count in zip(axes[0], threads, strict=True):
         for name in dict.fromkeys(row["name"] for row in result["rows"]):
             rows = [row for row in result["rows"] if row["name"] == name and row["threads"] == count]
-            ratios = [ratio(row, ours, best_dense(row)) for row in rows]
-            axis.plot([row["tokens"] for row in rows], ratios, marker="o", label=name)
+            speedups = [speedup(row, ours, best_dense(row)) for row in rows]
+            axis.plot([row["tokens"] for row in rows], speedups, marker="o", label=name)
         axis.axhline(1, color="black", linewidth=1)
         axis.set_xscale("log", base=2)
         axis.set_xlabel("tokens")
@@ -258,13 +271,16 @@ def plot(result: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three shapes, few token counts")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, metavar="NAME", help=f"of: {', '.join(SHAPES)}")
-    parser.add_argument("--tokens", nargs="+", type=int)
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--budget", type=float, help="seconds per measurement")
-    parser.add_argument("--limit", choices=cpu_dense.LIMITS, help="all sides use no instructions beyond these")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.cpu_kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="three shapes and fewer numbers of tokens")
+    shapes_help = f"linears to measure: {', '.join(SHAPES)}"
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, metavar="NAME", help=shapes_help)
+    parser.add_argument("--tokens", nargs="+", type=int, help="numbers of tokens")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="numbers of threads (default: 1 2)")
+    parser.add_argument("--budget", type=float, help="seconds for each measurement")
+    parser.add_argument("--limit", choices=cpu_dense.LIMITS, help="newest instructions that any variant may use")
     parser.add_argument("--json", type=Path, help="write the measurements here")
     parser.add_argument("--plot", type=Path, help="write a plot here (needs matplotlib)")
     parser.add_argument("--one-process", action="store_true", help=argparse.SUPPRESS)

@@ -1,11 +1,12 @@
-"""`make test-gpu`, or `python -m benchmarks.gpu_check`: checks and times every CUDA backend on a GPU.
+"""`make test-gpu`, or `python -m benchmarks.gpu_check`: checks and times every GPU kernel.
 
-Needs torch and this package, not vLLM. Prints one table and writes one JSON. In order, so that a run that is cut short
-has done the most important first: correctness against float64, CUDA graphs, times beside the dense product and the
-hardware's limits, then times of every tile, from which tiles.MEASURED is filled.
+Needs torch and this package, not vLLM. Prints one table and writes one JSON file. The most important work comes first,
+in case a run is cut short: correctness against float64, CUDA graphs, times beside the dense product and the hardware's
+limits, and last the times of every tile, which fill the table MEASURED in serve/kernels/cuda/tiles.py.
 
-All of that is divided into parts that a worker process goes through. A part that fails, crashes or hangs ends its
-worker, for after an illegal access nothing in that process could be believed; a new one goes on with the next part.
+The work is divided into parts, which a worker process runs one by one. A part that fails, crashes or hangs ends its
+worker, because after an illegal memory access nothing in that process can be trusted. A new worker continues with the
+next part.
 """
 
 import argparse
@@ -19,34 +20,38 @@ from itertools import chain, product
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from benchmarks import gpu_products, gpu_timing
 from benchmarks.gpu_timing import DEVICE, Row
-from ria_vllm.serve.kernels import reference as reference_backend
+from ria_vllm.formats import FLOAT, FP8, WeightFormat
+from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import architectures, fp8
-from ria_vllm.serve.kernels.cuda import backend as cutlass
+from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import library_of
-from ria_vllm.serve.kernels.torch import cusparselt, torch_cutlass
+from ria_vllm.serve.kernels.reference import ReferenceKernel
+from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 
-FAST: tuple[ModuleType, ...] = (cutlass, cusparselt, torch_cutlass)
-BACKENDS = (*FAST, reference_backend)
+FAST: tuple[type[LinearKernel], ...] = (CutlassKernel, CusparseltKernel)
+KERNELS = (*FAST, ReferenceKernel)
 SMALL_SHAPES = ((64, 64), (136, 192), (1000, 576))
 SHAPES_7B = ((4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096))
 TILE_SHAPES = ((136, 192), (1000, 1024))
 GRAPH_SHAPE = (1024, 1024)
-START = 90  # seconds that a worker may take to begin, the import of torch included
-GRACE = 30  # seconds after the deadline that a part may go on for
+START = 90  # seconds that a worker may take to start, including the import of torch
+GRACE = 30  # seconds that a part may run beyond the deadline
 
 
 @dataclass(frozen=True)
 class Part:
-    """`rows` yields what goes under `section` in the JSON, and before each step a row of `at` alone, saying which.
+    """A unit of work that may fail without harm to the others.
 
-    After so many seconds of `silence` it is taken to hang.
+    Attributes:
+        section: the key in the JSON file under which its rows go.
+        rows: yields those rows, and before each step a row with the key `at` alone that names the step.
+        silence: seconds without a row after which the part counts as hung.
     """
 
     name: str
@@ -57,20 +62,20 @@ class Part:
 
 @dataclass(frozen=True)
 class Options:
-    """checkpoint: real weights, too. quick: small shapes and no timing."""
+    """checkpoint: folder whose weights are checked too. quick: small shapes and no timing."""
 
     checkpoint: Path | None = None
     quick: bool = False
 
 
 def parts_of(options: Options) -> list[Part]:
-    """Everything to do on this GPU, the most important first."""
+    """All parts for this GPU, the most important first."""
     shapes = SMALL_SHAPES if options.quick else (*SMALL_SHAPES, *SHAPES_7B)
     checks = [part for dtype in (torch.bfloat16, torch.float16) for part in _checks(shapes, dtype, None)]
     if options.checkpoint:
-        for backend in BACKENDS:
-            rows = partial(_on_checkpoint, backend, options.checkpoint)
-            checks.append(Part(f"real weights {backend.NAME}", "checks", rows))
+        for kernel in KERNELS:
+            rows = partial(_on_checkpoint, kernel, options.checkpoint)
+            checks.append(Part(f"real weights {kernel.name}", "checks", rows))
     fp8_checks = [part for dtype in (torch.bfloat16, torch.float16) for part in _checks(shapes, dtype, fp8.DTYPE)]
     if options.quick:
         return checks + fp8_checks
@@ -83,26 +88,27 @@ def _checks(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, weights: torc
     def part(name: str, check: Callable[[gpu_products.Layer], Iterator[Row]], sizes: Sequence[tuple[int, int]]) -> Part:
         return Part(f"{name} {kind}", "checks", partial(_on_layers, check, sizes, dtype, weights))
 
-    parts = [part(backend.NAME, partial(gpu_products.check_backend, backend), shapes) for backend in BACKENDS]
-    if cutlass.unavailable(DEVICE, weights or dtype, *TILE_SHAPES[0]) is None:
+    parts = [part(kernel.name, partial(gpu_products.check_kernel, kernel), shapes) for kernel in KERNELS]
+    if reason_against_ours(dtype, FP8 if weights else FLOAT, *TILE_SHAPES[0]) is None:
         parts.append(part("packing", gpu_products.check_packing, TILE_SHAPES))
         for name in library_of(DEVICE.index).tile_names:
             parts.append(part(f"tile {name}", partial(gpu_products.check_tile, name), TILE_SHAPES))
-    for backend in FAST:
-        parts.append(part(f"CUDA graph {backend.NAME}", partial(gpu_products.check_graphs, backend), (GRAPH_SHAPE,)))
+    for kernel in FAST:
+        parts.append(part(f"CUDA graph {kernel.name}", partial(gpu_products.check_graphs, kernel), (GRAPH_SHAPE,)))
     return parts
 
 
 def _timings() -> list[Part]:
     parts = [Part("limits", "limits", gpu_timing.measure_limits)]
-    for backend, shape in product(FAST, gpu_timing.SHAPES):
-        rows = partial(gpu_timing.time_backend, backend, shape)
-        parts.append(Part(f"times {backend.NAME} {shape}", "times", rows))
+    for kernel, shape in product(FAST, gpu_timing.SHAPES):
+        rows = partial(gpu_timing.time_kernel, kernel, shape)
+        parts.append(Part(f"times {kernel.name} {shape}", "times", rows))
     return parts
 
 
 def _our_timings() -> list[Part]:
-    served = [d for d in (torch.bfloat16, fp8.DTYPE) if cutlass.unavailable(DEVICE, d, 4096, 4096) is None]
+    formats = {torch.bfloat16: FLOAT, fp8.DTYPE: FP8}
+    served = [d for d, one in formats.items() if reason_against_ours(torch.bfloat16, one, 4096, 4096) is None]
     parts = []
     if fp8.DTYPE in served:
         for shape in gpu_timing.SHAPES:
@@ -124,13 +130,13 @@ def _on_layers(
     return chain.from_iterable(check(gpu_products.random_layer(*shape, dtype, weights)) for shape in shapes)
 
 
-def _on_checkpoint(backend: ModuleType, folder: Path) -> Iterator[Row]:
+def _on_checkpoint(kernel: type[LinearKernel], folder: Path) -> Iterator[Row]:
     for layer in gpu_products.real_layers(folder):
-        yield from gpu_products.check_backend(backend, layer)
+        yield from gpu_products.check_kernel(kernel, layer)
 
 
 def run_parts(parts: Sequence[Part], deadline: float, first: int = 0) -> Iterator[tuple[int, Row]]:
-    """Index and row of one part after the other, from `first` on, in this process. An error ends all."""
+    """(index of the part, row) for all parts from `first` on, run in this process. An error ends the run."""
     for index, part in enumerate(parts[first:], first):
         for row in chain([{"at": "its start"}], part.rows()):
             if "at" in row and time.monotonic() > deadline:
@@ -140,10 +146,10 @@ def run_parts(parts: Sequence[Part], deadline: float, first: int = 0) -> Iterato
 
 
 def supervise(factory: Callable[[], Sequence[Part]], deadline: float) -> Iterator[tuple[int, Row]]:
-    """The same in workers, so that a part that fails, crashes or hangs costs itself alone: its row is not `ok`.
+    """The same in worker processes. A part that fails, crashes or hangs yields a row that is not `ok`; the rest runs.
 
     Args:
-        factory: what returns the parts, the same ones in every process; picklable.
+        factory: returns the same parts in every process; picklable.
     """
     parts, first = factory(), 0
     while first < len(parts):
@@ -189,7 +195,7 @@ def _received(
             raise _PartError(row["error"])
         yield index, row
         patience = parts[index].silence
-    raise _PartError(f"no answer for {patience} s, or past the end of the run")
+    raise _PartError(f"no answer for {patience} s, or the run's time is over")
 
 
 def _work(sender: Connection, factory: Callable[[], Sequence[Part]], deadline: float, first: int) -> None:
@@ -197,16 +203,22 @@ def _work(sender: Connection, factory: Callable[[], Sequence[Part]], deadline: f
     try:
         for index, row in run_parts(factory(), deadline, first):
             sender.send((index, row))
-    except Exception as error:  # whatever it is, the JSON must have it
+    except Exception as error:  # any error must reach the JSON file
         sender.send((index, {"error": f"{type(error).__name__}: {error}".splitlines()[0]}))
         raise
 
 
+def reason_against_ours(dtype: torch.dtype, weight_format: WeightFormat, *sizes: int) -> str | None:
+    """Why our own kernel cannot serve a layer on this GPU, or None."""
+    config = LinearLayerConfig(DEVICE, dtype, weight_format, *sizes)
+    return CutlassKernel.is_supported(DEVICE) or CutlassKernel.can_implement(config)
+
+
 def check_library() -> Iterator[Row]:
-    """A failed row if our own kernels will not run on a GPU that they were written for; else which tiles are absent."""
+    """A failed row if our own kernels cannot run on a GPU that they support; else a row that names missing tiles."""
     if torch.version.hip or architectures.for_capability(*torch.cuda.get_device_capability(DEVICE)) is None:
         return
-    if reason := cutlass.unavailable(DEVICE, torch.bfloat16, 4096, 4096):
+    if reason := reason_against_ours(torch.bfloat16, FLOAT, 4096, 4096):
         yield {"part": "our own kernels", "ok": False, "error": reason}
         return
     library = library_of(DEVICE.index)
@@ -216,7 +228,7 @@ def check_library() -> Iterator[Row]:
 
 
 class Report:
-    """The JSON, written anew every few seconds, and what is printed."""
+    """Collects the rows, rewrites the JSON file every few seconds, and prints what is worth seeing at once."""
 
     def __init__(self, path: Path):
         self.path, self._written = path, 0.0
@@ -230,7 +242,7 @@ class Report:
         print("{gpu}, compute capability {capability}, torch {torch}".format_map(self.content), flush=True)
 
     def add(self, section: str, row: Row) -> None:
-        """Keeps a row of a part, unless it says no more than where the part is."""
+        """Store a row, unless it only names the current step of its part."""
         if "at" in row and "error" not in row:
             return
         if row.get("ok") is False:
@@ -262,14 +274,14 @@ class Report:
         self._written = time.monotonic()
 
     def conclude(self) -> None:
-        """Prints what the whole run is needed for, and writes all."""
+        """Print what needs the whole run, and write the JSON file a last time."""
         for section, line_of in (("packing", gpu_timing.packing_line), ("gather", gpu_timing.gather_line)):
             for row in self.rows(section):
                 print(line_of(row))
         if tiles := self.rows("tiles"):
             print(gpu_timing.table_rows(tiles))
         checks = self.rows("checks")
-        skipped = {f"{row.get('backend') or row['part']}: {row['skipped']}" for row in checks if "skipped" in row}
+        skipped = {f"{row.get('kernel') or row['part']}: {row['skipped']}" for row in checks if "skipped" in row}
         for reason in sorted(skipped):
             print(f"not run: {reason}")
         print(f"{sum('ok' in row for row in checks)} checks, {self.failed} failed")
@@ -278,21 +290,21 @@ class Report:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Check and time every CUDA backend on the first GPU.")
-    parser.add_argument("--checkpoint", type=Path, help="folder of a checkpoint: real weights as well")
-    parser.add_argument("--json", type=Path, help="where results go (gpu_check.json; --quick: gpu_check_quick.json)")
-    parser.add_argument("--seconds", type=float, default=400, help="start nothing new after this long (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="small shapes in one process, for compute-sanitizer")
+    parser = argparse.ArgumentParser(description="Check and time every GPU kernel on the first GPU.")
+    parser.add_argument("--checkpoint", type=Path, help="folder of a checkpoint whose weights are checked too")
+    parser.add_argument("--json", type=Path, help="file for results (gpu_check.json; --quick: gpu_check_quick.json)")
+    parser.add_argument("--seconds", type=float, default=400, help="start no new work after this time (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="small shapes, one process, no timing: compute-sanitizer")
     arguments = parser.parse_args()
     if arguments.checkpoint and not arguments.checkpoint.is_dir():
-        parser.error(f"{arguments.checkpoint} is no folder")
+        parser.error(f"{arguments.checkpoint} is not a folder")
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA GPU")
     return arguments
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Checks and times; exits with status 1 if anything failed."""
+    """Check and time; exit with status 1 if anything failed."""
     deadline = float("inf") if arguments.quick else time.monotonic() + arguments.seconds
     factory = partial(parts_of, Options(arguments.checkpoint, arguments.quick))
     report = Report(arguments.json or Path("gpu_check_quick.json" if arguments.quick else "gpu_check.json"))

@@ -1,17 +1,19 @@
-"""Checks of every CUDA backend and tile against float64, and of CUDA graphs. Part of gpu_check."""
+"""Checks of every GPU kernel and tile against float64, and under CUDA graphs. Part of gpu_check."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from benchmarks import gpu_timing
 from benchmarks.gpu_timing import DEVICE, Row
 from ria_vllm import sparse24
+from ria_vllm.formats import FLOAT, FP8, Parts, WeightFormat
+from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import backend as cutlass
 from ria_vllm.serve.kernels.cuda import fp8
+from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import library_of, num_sms_of
 from ria_vllm.serve.kernels.cuda.tiles import DATA_PARALLEL, HEURISTIC, STREAM_K, can_run
 
@@ -22,25 +24,23 @@ GUARD = 4096  # elements before and after y that no kernel may touch
 
 
 class Layer:
-    """A 2:4 layer on the GPU and its product in float64. With scales [out] its values are fp8, activations `dtype`."""
+    """A 2:4 linear on the GPU, with what is needed to compute its product in float64.
 
-    def __init__(
-        self,
-        name: str,
-        compressed: torch.Tensor,
-        bitmask: torch.Tensor,
-        scales: torch.Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    Args:
+        parts: as stored in `weight_format`.
+        dtype: of activations, and of float weights.
+    """
+
+    def __init__(self, name: str, parts: Parts, weight_format: WeightFormat, dtype: torch.dtype):
         generator = torch.Generator(DEVICE).manual_seed(0)
-        self.name = name
-        self.parts = tuple(tensor.to(DEVICE) for tensor in (compressed, bitmask, scales) if tensor is not None)
-        self.weights, self.dtype = compressed.dtype, dtype or compressed.dtype
-        self.fp8 = scales is not None
-        self.stored = sparse24.decompress(self.parts[0].double(), self.parts[1])
+        self.name, self.dtype = name, dtype
+        self.parts = {part: tensor.to(DEVICE) for part, tensor in parts.items()}
+        self.weights, self.fp8 = self.parts["compressed"].dtype, weight_format == FP8
+        self.stored = sparse24.decompress(self.parts["compressed"].double(), self.parts["bitmask"])
         if self.fp8:
-            self.stored *= self.parts[2].double()[:, None]
+            self.stored *= self.parts["weight_scale"].double()
         self.out_features, self.in_features = self.stored.shape
+        self.config = LinearLayerConfig(DEVICE, dtype, weight_format, self.out_features, self.in_features)
         self.bias = torch.randn(self.out_features, device=DEVICE, generator=generator).to(self.dtype)
         self.order = torch.randperm(self.in_features, device=DEVICE, generator=generator).int()
 
@@ -48,114 +48,121 @@ class Layer:
         generator = torch.Generator(DEVICE).manual_seed(tokens)
         return torch.randn(tokens, self.in_features, device=DEVICE, generator=generator).to(self.dtype)
 
-    def excess(self, y: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> float:
-        """Largest error in units of what rounding explains: an ulp of y and the accumulation. Right is below 1. Where
-        y is not finite, the largest float: JSON knows no infinity.
+    def excess(self, y: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, rounded: bool) -> float:
+        """Largest error of y [tokens, out] in units of what rounding explains: one ulp of y and the accumulation.
 
-        fp8's accumulation: the tensor cores are reported to keep about 14 bits of each sum of 128 products.
+        Below 1 for a correct product; the largest float if y is not finite, because JSON has no infinity.
+
+        Args:
+            rounded: the kernel rounds x to fp8; its tensor cores are reported to keep about 14 bits of each sum of 128
+                products.
         """
-        x = dequantized(x) if self.fp8 else x.double()
+        x = dequantized(x) if rounded else x.double()
         exact = x @ self.stored.t()
         if bias is not None:
             exact += bias.double()
-        accumulation = (x.abs() @ self.stored.abs().t()) * 2.0 ** (-11 if self.fp8 else -16)
+        accumulation = (x.abs() @ self.stored.abs().t()) * 2.0 ** (-11 if rounded else -16)
         error = (y.double() - exact).abs() / (exact.abs() * torch.finfo(self.dtype).eps + accumulation + 1e-30)
         return float(error.max()) if bool(torch.isfinite(y).all()) else sys.float_info.max
 
 
 def dequantized(x: torch.Tensor) -> torch.Tensor:
-    """What is left of x [tokens, in] after its rounding to fp8, in float64."""
+    """x [tokens, in] after rounding to fp8, in float64."""
     values, scales = fp8.quantize(x)
     return values.double() * scales.double()[:, None]
 
 
 def random_layer(out_features: int, in_features: int, dtype: torch.dtype, weights: torch.dtype | None = None) -> Layer:
-    """`weights`: float8_e4m3fn for weights in fp8 under activations of `dtype`; else they are of `dtype` too."""
+    """Random weights in `dtype`, or in fp8 if `weights` is float8_e4m3fn; activations in `dtype`."""
     generator = torch.Generator(DEVICE).manual_seed(out_features + in_features)
     dense = torch.randn(out_features, in_features, device=DEVICE, generator=generator).to(dtype) * in_features**-0.5
     compressed, bitmask = sparse24.compress(dense)
+    name, parts = f"random {out_features}x{in_features}", {"compressed": compressed, "bitmask": bitmask}
     if weights != fp8.DTYPE:
-        return Layer(f"random {out_features}x{in_features}", compressed, bitmask)
+        return Layer(name, parts, FLOAT, dtype)
     values, scales = fp8.quantize(compressed)
-    return Layer(f"random {out_features}x{in_features} fp8", values, bitmask, scales, dtype)
+    return Layer(f"{name} fp8", parts | {"compressed": values, "weight_scale": scales[:, None]}, FP8, dtype)
 
 
 def real_layers(folder: Path) -> Iterator[Layer]:
-    """One of each shape among the first linears of a checkpoint."""
-    from ria_vllm.checkpoint import Reader  # which needs more than torch
+    """One linear of each shape among the first MOST_REAL_LINEARS of a checkpoint."""
+    from ria_vllm.checkpoint import Reader  # not at the top: it needs more than torch
 
     reader = Reader(folder)
     shapes = set()
     for name in reader.sparse_names[:MOST_REAL_LINEARS]:
         linear = reader.linear(name)
-        if linear.shape not in shapes and linear.compressed.dtype in (torch.bfloat16, torch.float16):
+        if linear.shape not in shapes and linear.format == FLOAT and linear.dtype in (torch.bfloat16, torch.float16):
             shapes.add(linear.shape)
-            yield Layer(name, linear.compressed, linear.bitmask)
+            yield Layer(name, linear.parts, FLOAT, linear.dtype)
 
 
-Check = Callable[[ModuleType, Layer, Sequence[torch.Tensor]], Iterator[Row]]
+Kernel = type[LinearKernel]
+Check = Callable[[Kernel, Layer, Sequence[torch.Tensor]], Iterator[Row]]
 
 
-def _on_backend(name: str, check: Check, backend: ModuleType, layer: Layer) -> Iterator[Row]:
-    """The check's rows for the layer as the backend packs it, or why the backend does not take it. A row with `at`
-    says what is about to run."""
-    row = {"check": name, "backend": backend.NAME, "layer": layer.name, "dtype": str(layer.dtype)}
-    if reason := backend.unavailable(DEVICE, layer.weights, layer.out_features, layer.in_features):
+def _by_kernel(name: str, check: Check, kernel: Kernel, layer: Layer) -> Iterator[Row]:
+    """The check's rows for a layer packed by the kernel, or the reason why the kernel cannot serve it. Rows with the
+    key `at` name the step that follows."""
+    row = {"check": name, "kernel": kernel.name, "layer": layer.name, "dtype": str(layer.dtype)}
+    if reason := kernel.is_supported(DEVICE) or kernel.can_implement(layer.config):
         yield {**row, "skipped": reason}
         return
     yield {"at": f"packing {layer.name}"}
-    for found in check(backend, layer, backend.pack(*layer.parts)):
+    for found in check(kernel, layer, kernel.pack(layer.config, layer.parts)):
         yield found if "at" in found else row | found
 
 
-def check_backend(backend: ModuleType, layer: Layer) -> Iterator[Row]:
+def check_kernel(kernel: Kernel, layer: Layer) -> Iterator[Row]:
     """Against float64, with and without bias and input permutation."""
-    return _on_backend("float64", _products, backend, layer)
+    return _by_kernel("float64", _products, kernel, layer)
 
 
-def check_graphs(backend: ModuleType, layer: Layer) -> Iterator[Row]:
-    """Capture once, replay with other activations: the same bits as without a graph."""
-    return _on_backend("CUDA graph", _graphs, backend, layer)
+def check_graphs(kernel: Kernel, layer: Layer) -> Iterator[Row]:
+    """Capture once and replay with other activations: the result must be bitwise equal to one without a graph."""
+    return _by_kernel("CUDA graph", _graphs, kernel, layer)
 
 
-def _products(backend: ModuleType, layer: Layer, packed: Sequence[torch.Tensor]) -> Iterator[Row]:
+def _products(kernel: Kernel, layer: Layer, packed: Sequence[torch.Tensor]) -> Iterator[Row]:
+    rounded = layer.fp8 and kernel is CutlassKernel
     for tokens in TOKENS:
         yield {"at": f"{layer.name}, {tokens} tokens"}
         x = layer.activations(tokens)
-        plain = backend.apply(x, packed, layer.out_features, None, None)
-        full = backend.apply(x, packed, layer.out_features, layer.order, layer.bias)
-        again = backend.apply(x, packed, layer.out_features, None, None)
-        excess = max(layer.excess(plain, x, None), layer.excess(full, x[:, layer.order.long()], layer.bias))
+        plain = kernel.apply(layer.config, x, packed, None, None)
+        full = kernel.apply(layer.config, x, packed, layer.order, layer.bias)
+        again = kernel.apply(layer.config, x, packed, None, None)
+        gathered = x[:, layer.order.long()]
+        excess = max(layer.excess(plain, x, None, rounded), layer.excess(full, gathered, layer.bias, rounded))
         repeats = torch.equal(plain, again)
         contiguous = plain.is_contiguous() and plain.shape == (tokens, layer.out_features)
-        ok = excess < 1 and contiguous and (repeats or backend is not cutlass)
+        ok = excess < 1 and contiguous and (repeats or kernel is not CutlassKernel)
         yield {"tokens": tokens, "excess": excess, "repeats": repeats, "ok": ok}
 
 
-def _graphs(backend: ModuleType, layer: Layer, packed: Sequence[torch.Tensor]) -> Iterator[Row]:
+def _graphs(kernel: Kernel, layer: Layer, packed: Sequence[torch.Tensor]) -> Iterator[Row]:
     for tokens in GRAPH_TOKENS:
         yield {"at": f"capturing {layer.name}, {tokens} tokens"}
         x = layer.activations(tokens)
-        graph, (y,) = gpu_timing.capture([lambda: backend.apply(x, packed, layer.out_features, None, layer.bias)])
+        graph, (y,) = gpu_timing.capture([lambda: kernel.apply(layer.config, x, packed, None, layer.bias)])
         x.copy_(layer.activations(tokens + 1)[:tokens])
         for _ in range(3):
             graph.replay()
-        expected = backend.apply(x, packed, layer.out_features, None, layer.bias)
+        expected = kernel.apply(layer.config, x, packed, None, layer.bias)
         yield {"tokens": tokens, "ok": torch.equal(y, expected)}
 
 
 def check_packing(layer: Layer) -> Iterator[Row]:
-    """Metadata laid out on the GPU against the same on the host."""
-    values, metadata, *_ = cutlass.pack(*layer.parts)
-    host = library_of(DEVICE.index).pack_metadata(layer.parts[1].cpu(), values.itemsize * 8)
+    """Metadata packed on the GPU must equal metadata packed on the host."""
+    values, metadata, *_ = CutlassKernel.pack(layer.config, layer.parts)
+    host = library_of(DEVICE.index).pack_metadata(layer.parts["bitmask"].cpu(), values.itemsize * 8)
     yield {"check": "metadata on GPU and CPU agree", "layer": layer.name, "ok": torch.equal(metadata.cpu(), host)}
 
 
 def check_tile(name: str, layer: Layer) -> Iterator[Row]:
-    """A tile of our library with every division of K, and guards around the output."""
+    """A tile of our library with every split of K, and guards around the output."""
     library, sms = library_of(DEVICE.index), num_sms_of(DEVICE.index)
     tile = library.tile_names.index(name)
-    values, metadata, *scales = cutlass.pack(*layer.parts)
+    values, metadata, *scales = CutlassKernel.pack(layer.config, layer.parts)
     sizes = (layer.out_features, layer.in_features)
     for split in (DATA_PARALLEL, HEURISTIC, STREAM_K, 3):
         for tokens in TOKENS:
@@ -169,7 +176,7 @@ def check_tile(name: str, layer: Layer) -> Iterator[Row]:
             both = (*scales, *x_scales) or None
             workspace = cutlass.workspace(DEVICE.index)
             library.linear(tile, split, operand, values, metadata, layer.bias, y, workspace, both)
-            excess = layer.excess(y, x, layer.bias)
+            excess = layer.excess(y, x, layer.bias, layer.fp8)
             guarded = bool((buffer[:GUARD] == 7).all() and (buffer[-GUARD:] == 7).all())
-            row = {"check": f"tile {name} split {split}", "backend": "cutlass", "layer": layer.name}
+            row = {"check": f"tile {name} split {split}", "kernel": "cutlass", "layer": layer.name}
             yield {**row, "tokens": tokens, "excess": excess, "guarded": guarded, "ok": excess < 1 and guarded}

@@ -1,17 +1,20 @@
-"""Times of the CUDA backends beside the dense product, the bytes' limit and the arithmetic's. Part of gpu_check."""
+"""Times of the GPU kernels beside the dense product and the limits of memory and arithmetic. Part of gpu_check."""
 
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 import torch
 
 from ria_vllm import sparse24
+from ria_vllm.formats import FLOAT, FP8, Parts, WeightFormat
+from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import backend as cutlass
 from ria_vllm.serve.kernels.cuda import fp8
+from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import CudaLibrary, library_of, num_sms_of
 from ria_vllm.serve.kernels.cuda.tiles import DATA_PARALLEL, HEURISTIC, STREAM_K, can_run, preferred_tiles
 
@@ -27,13 +30,13 @@ TUNED_SHAPES = ((4096, 4096), (6144, 4096), (22016, 4096), (4096, 11008), (57344
 TUNED_TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 SPLITS = (DATA_PARALLEL, HEURISTIC, STREAM_K, 2, 3, 4)
 
-# Copies of each weight are used in turn, together larger than any L2, so that every product reads its weight from
-# memory, as it does between the other layers of a model.
+# Products cycle through copies of their weight that together exceed any L2 cache, so that each reads its weight from
+# memory, as it does in a model.
 _BYTES_IN_TURN = 256 * 2**20
 _REPLAYS = 15
 
 HEADER = (
-    f"{'out':>6} {'in':>6} {'tokens':>6} {'backend':>14} {'us':>9} {'dense us':>9} {'speedup':>8}"
+    f"{'out':>6} {'in':>6} {'tokens':>6} {'kernel':>14} {'us':>9} {'dense us':>9} {'speedup':>8}"
     f" {'bytes limit us':>14} {'FLOP limit us':>13}"
 )
 
@@ -41,7 +44,7 @@ Row = dict[str, Any]
 
 
 def capture(calls: Sequence[Callable[[], torch.Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
-    """A CUDA graph of the calls in order, warmed up on the side stream as torch asks."""
+    """A CUDA graph of the calls in order, after a warm-up on a side stream, as torch requires, and their outputs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -56,7 +59,7 @@ def capture(calls: Sequence[Callable[[], torch.Tensor]]) -> tuple[torch.cuda.CUD
 
 
 def microseconds(calls: Sequence[Callable[[], torch.Tensor]], least: int = 8) -> float:
-    """Median time of one call, from replays of a graph that goes through the calls at least `least` calls long."""
+    """Median time of one call, measured by replaying a graph that repeats the calls until it has at least `least`."""
     graph, _ = capture(list(calls) * math.ceil(least / len(calls)))
     count = math.ceil(least / len(calls)) * len(calls)
     times = []
@@ -71,10 +74,10 @@ def microseconds(calls: Sequence[Callable[[], torch.Tensor]], least: int = 8) ->
 
 
 def measure_limits() -> Iterator[Row]:
-    """One row of what this GPU reaches: bytes a second in a large copy, dense bf16 FLOP a second in a large product."""
+    """One row: bytes per second of a large copy, and FLOP per second of a large dense bf16 product, on this GPU."""
     source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    copy = microseconds([lambda: target.copy_(source)])
+    copy = microseconds([partial(target.copy_, source)])
     del source, target
     square = torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE)
     product = microseconds([lambda: square @ square], least=3)
@@ -82,41 +85,45 @@ def measure_limits() -> Iterator[Row]:
 
 
 def add_limits(row: Row, limits: Row) -> None:
-    """A row's bytes and FLOP become the microseconds that they would take at least; None where no limit is known."""
+    """Replace a row's bytes and FLOP by the least microseconds that they take; None where the limit is unknown."""
     for what, rate in (("bytes", "bytes_per_second"), ("flop", "dense_flop_per_second")):
         row[f"{what}_limit_us"] = row.pop(what) / limits[rate] * 1e6 if rate in limits else None
 
 
-def _weights(
-    out_features: int, in_features: int, dtype: torch.dtype = torch.bfloat16
-) -> list[tuple[torch.Tensor, ...]]:
-    """Copies of one random weight as `pack` takes it: bfloat16, or float8_e4m3fn with scales."""
+def _config(out_features: int, in_features: int, weight_format: WeightFormat = FLOAT) -> LinearLayerConfig:
+    """A layer with bfloat16 activations."""
+    return LinearLayerConfig(DEVICE, torch.bfloat16, weight_format, out_features, in_features)
+
+
+def _weights(out_features: int, in_features: int, dtype: torch.dtype = torch.bfloat16) -> list[Parts]:
+    """Copies of one random weight as `pack` takes it, in bfloat16, or in float8_e4m3fn with scales."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     dense = torch.randn(out_features, in_features, dtype=torch.bfloat16, device=DEVICE, generator=generator)
-    compressed, *others = sparse24.compress(dense)
+    parts = FLOAT.encode(dense, None, None)
     if dtype == fp8.DTYPE:
-        compressed, scales = fp8.quantize(compressed)
-        others.append(scales)
+        values, scales = fp8.quantize(parts["compressed"])
+        parts |= {"compressed": values, "weight_scale": scales[:, None]}
     bits = 4 * dtype.itemsize + 1
     copies = max(2, math.ceil(_BYTES_IN_TURN / (out_features * in_features * bits / 8)))
-    return [tuple(tensor.clone() for tensor in (compressed, *others)) for _ in range(copies)]
+    return [{name: tensor.clone() for name, tensor in parts.items()} for _ in range(copies)]
 
 
-def time_backend(backend: ModuleType, shape: tuple[int, int]) -> Iterator[Row]:
-    """Rows of shape, tokens, backend, microseconds, dense microseconds, bytes and FLOP."""
+def time_kernel(kernel: type[LinearKernel], shape: tuple[int, int]) -> Iterator[Row]:
+    """Rows with shape, tokens, kernel, microseconds, dense microseconds, bytes and FLOP."""
     out_features, in_features = shape
-    if reason := backend.unavailable(DEVICE, torch.bfloat16, *shape):
-        yield {"backend": backend.NAME, "skipped": reason}
+    config = _config(*shape)
+    if reason := kernel.is_supported(DEVICE) or kernel.can_implement(config):
+        yield {"kernel": kernel.name, "skipped": reason}
         return
-    pairs = _weights(*shape)
-    dense_weights = [sparse24.decompress(*pairs[0]) for _ in pairs]
-    packed = [backend.pack(*pair) for pair in pairs]
+    weights = _weights(*shape)
+    dense_weights = [FLOAT.decode(weights[0], torch.bfloat16) for _ in weights]
+    packed = [kernel.pack(config, parts) for parts in weights]
     for tokens in TOKENS:
         yield {"at": f"{tokens} tokens"}
         x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=DEVICE)
         row = _sizes(shape, tokens) | {
-            "backend": backend.NAME,
-            "us": microseconds([lambda p=p: backend.apply(x, p, out_features, None, None) for p in packed]),
+            "kernel": kernel.name,
+            "us": microseconds([lambda p=p: kernel.apply(config, x, p, None, None) for p in packed]),
             "dense_us": microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in dense_weights]),
         }
         traffic = out_features * in_features * 9 / 8 + 2 * tokens * (out_features + in_features)
@@ -128,15 +135,15 @@ def _sizes(shape: tuple[int, int], tokens: int) -> Row:
 
 
 def time_fp8(shape: tuple[int, int]) -> Iterator[Row]:
-    """The same rows for products of fp8 operands alone, without the rounding of x: ours, and torch's dense one where it
-    has one. The dense time beside them is bfloat16's."""
+    """The same rows for products of fp8 operands, without the rounding of x: ours, and torch's dense one if it has one.
+    Their `dense_us` is that of the bfloat16 product."""
     out_features, in_features = shape
     parts = _weights(*shape, fp8.DTYPE)
-    packed = [cutlass.pack(*part) for part in parts]
-    plain = sparse24.decompress(parts[0][0].bfloat16(), parts[0][1])
+    packed = [CutlassKernel.pack(_config(*shape, FP8), one) for one in parts]
+    plain = sparse24.decompress(parts[0]["compressed"].bfloat16(), parts[0]["bitmask"])
     bfloat16 = [plain.clone() for _ in range(max(2, math.ceil(_BYTES_IN_TURN / plain.nbytes)))]
     float8 = [weight.to(fp8.DTYPE) for weight in bfloat16 + bfloat16]  # half the bytes, twice the copies
-    scales = parts[0][2]
+    scales = parts[0]["weight_scale"].flatten()
     for tokens in TOKENS:
         yield {"at": f"{tokens} tokens"}
         x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=DEVICE)
@@ -149,13 +156,13 @@ def time_fp8(shape: tuple[int, int]) -> Iterator[Row]:
         ours = [
             lambda p=p: torch.ops.ria.sparse24_fp8_linear.cutlass(q, x_scales, *p, None, torch.bfloat16) for p in packed
         ]
-        yield {**common, "backend": "cutlass fp8", "us": microseconds(ours)}
+        yield {**common, "kernel": "cutlass fp8", "us": microseconds(ours)}
         dense = [lambda w=w: _dense_fp8(q, x_scales, w, scales) for w in float8]
         try:
             dense[0]()
         except RuntimeError:
-            continue  # this torch, or the GPU, knows no scales by row
-        yield {**common, "backend": "dense fp8", "us": microseconds(dense)}
+            continue  # this torch or this GPU does not support scales by row
+        yield {**common, "kernel": "dense fp8", "us": microseconds(dense)}
 
 
 def _dense_fp8(x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -164,25 +171,25 @@ def _dense_fp8(x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, sc
 
 
 def line(row: Row) -> str:
-    """A row as HEADER has it."""
+    """A row of the table under HEADER."""
     limits = [row["bytes_limit_us"], row["flop_limit_us"]]
     bytes_limit, flop_limit = ("-" if limit is None else f"{limit:.1f}" for limit in limits)
     return (
-        f"{row['out_features']:6} {row['in_features']:6} {row['tokens']:6} {row['backend']:>14} {row['us']:9.1f}"
+        f"{row['out_features']:6} {row['in_features']:6} {row['tokens']:6} {row['kernel']:>14} {row['us']:9.1f}"
         f" {row['dense_us']:9.1f} {row['dense_us'] / row['us']:7.2f}x {bytes_limit:>14} {flop_limit:>13}"
     )
 
 
 def time_packing() -> Iterator[Row]:
-    """Milliseconds from the checkpoint's tensors on the GPU to the kernel's, by shape."""
+    """Milliseconds to pack the checkpoint's tensors, already on the GPU, for the kernel, by shape."""
     for shape in SHAPES:
         yield {"at": str(shape)}
-        pair = _weights(*shape)[0]
+        config, parts = _config(*shape), _weights(*shape)[0]
         times = []
         for _ in range(7):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            cutlass.pack(*pair)
+            CutlassKernel.pack(config, parts)
             torch.cuda.synchronize()
             times.append((time.perf_counter() - start) * 1e3)
         yield {"out_features": shape[0], "in_features": shape[1], "ms": statistics.median(times)}
@@ -193,7 +200,7 @@ def packing_line(row: Row) -> str:
 
 
 def _add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Residual addition and RMSNorm, as they stand before q,k,v and before gate,up."""
+    """Residual addition and RMSNorm, as before q, k, v and before gate, up."""
     residual = x + residual
     wide = residual.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
@@ -208,11 +215,11 @@ def _add_norm_gather(
 
 
 def time_gather() -> Iterator[Row]:
-    """What the gathers of a decoder layer, after the norms and compiled with them, cost beside its sparse products."""
+    """What a decoder layer's gathers, compiled together with its norms, cost in comparison with its products."""
     for hidden, shapes in LAYERS.items():
-        torch.compiler.reset()  # or the second hidden size would be taken for a size that varies
+        torch.compiler.reset()  # or torch would treat the hidden size as dynamic at the second one
         plain, gathered = torch.compile(_add_norm), torch.compile(_add_norm_gather)
-        packed = [[cutlass.pack(*parts) for parts in _weights(*shape)] for shape in shapes]
+        packed = [[CutlassKernel.pack(_config(*shape), parts) for parts in _weights(*shape)] for shape in shapes]
         order = torch.randperm(hidden, device=DEVICE).int()
         weight = torch.rand(hidden, dtype=torch.bfloat16, device=DEVICE)
         for tokens in TOKENS:
@@ -226,7 +233,9 @@ def time_gather() -> Iterator[Row]:
             products = 0.0
             for shape, copies in zip(shapes, packed, strict=True):
                 y = torch.randn(tokens, shape[1], dtype=torch.bfloat16, device=DEVICE)
-                products += microseconds([lambda p=p: cutlass.apply(y, p, shape[0], None, None) for p in copies])
+                config = _config(*shape)
+                calls = [lambda p=p, y=y, c=config: CutlassKernel.apply(c, y, p, None, None) for p in copies]
+                products += microseconds(calls)
             without = microseconds([lambda: plain(x, residual, weight)[0]])
             with_it = microseconds([lambda: gathered(x, residual, weight, order)[0]])
             share = 2 * (with_it - without) / (products + 2 * without)
@@ -242,9 +251,10 @@ def gather_line(row: Row) -> str:
 
 
 def time_tiles(sizes: tuple[int, int], dtype: torch.dtype) -> Iterator[Row]:
-    """Every tile and division of K of our library on a shape that models have (q,k,v and gate,up fused). What belongs
-    to a number of tokens comes when all of it was timed, for only then is the fastest of it known."""
-    packed = [cutlass.pack(*parts) for parts in _weights(*sizes, dtype)]
+    """Times of every tile and split of K of our library on a shape of common models (q, k, v and gate, up fused). Rows
+    come after all of a number of tokens has been timed, because only then is the fastest of them known."""
+    config = _config(*sizes, FP8 if dtype == fp8.DTYPE else FLOAT)
+    packed = [CutlassKernel.pack(config, parts) for parts in _weights(*sizes, dtype)]
     for tokens in TUNED_TOKENS:
         timed = []
         for row in _time_tiles(dtype, sizes, packed, tokens):
@@ -299,7 +309,7 @@ _SHAPE = ("family", "multiprocessors", "value_bits", "out_features", "in_feature
 
 
 def table_rows(tiles: Sequence[Row]) -> str:
-    """The fastest tile of each shape and number of tokens, as lines for tiles.MEASURED."""
+    """The fastest tile of each shape and number of tokens, as lines for MEASURED in serve/kernels/cuda/tiles.py."""
     best: dict[tuple[int, ...], dict[int, Row]] = {}
     for row in tiles:
         shape = best.setdefault(tuple(row[key] for key in _SHAPE), {})

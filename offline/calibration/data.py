@@ -1,4 +1,9 @@
-"""Calibration tokens: from a text file, a data set of the hub, or the dense model itself."""
+"""Calibration tokens: from a text file, a data set of the Hugging Face hub, or the dense model itself.
+
+Files are read without the loaders of `datasets`. Its JSON loader turns dates into timestamps and missing fields into
+nulls and names no line in its errors, its text loader cuts texts into lines, and its parquet loader fails on map
+columns beside the text.
+"""
 
 import itertools
 import json
@@ -11,7 +16,7 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.progress import Monitor
 
-# Hub id, configuration, and whether it is too large to be fetched whole.
+# Hub id, configuration, and whether to stream it because it is too large to download.
 DATASETS = {
     "c4": ("allenai/c4", "en", True),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", False),
@@ -19,45 +24,47 @@ DATASETS = {
 }
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 TEXT_COLUMN = "text"
-# Characters that are tokenized at a time; memory stays small on large files.
-PIECE = 1 << 20
-# Of a large text, so many times the tokens asked for are read, and the samples drawn from these.
-SPREAD = 8
-# A model is sampled for so many tokens at a time: attention to longer texts would cost more than all the rest.
-DOCUMENT = 256
-# Documents are written side by side, so many that their attention cache stays at this size.
-CACHE_BYTES = 1 << 30
+# A text file is tokenized in chunks of about this many characters, so that large files need little memory.
+CHUNK_CHARACTERS = 1 << 20
+# Reading stops at this multiple of the tokens asked for. The samples are drawn from what has been read.
+OVERSAMPLING = 8
+# The model writes documents of this length. In longer ones attention would dominate the cost.
+DOCUMENT_TOKENS = 256
+# Documents are generated in batches whose KV cache has this size.
+KV_CACHE_BYTES = 1 << 30
 
 
 def from_text(source: str, tokenizer: Any, samples: int, seq_len: int, seed: int) -> torch.Tensor:
-    """Samples drawn from a text: consecutive windows without overlap, chosen and ordered by the seed.
+    """Samples drawn from a text: windows that do not overlap, chosen and ordered by the seed.
 
-    Where the tokenizer starts every prompt with a token of its own, each sample starts with it too.
+    If the tokenizer starts every prompt with special tokens (such as BOS), so does each sample.
 
     Args:
-        source: a file, or a name in DATASETS.
+        source: path of a text, JSON Lines or parquet file, or a key of DATASETS.
+        samples: number of samples.
+        seq_len: tokens in a sample, special tokens included.
 
     Returns:
         int64 [samples, seq_len].
 
     Raises:
-        RiaError: no such text, or too little of it.
+        RiaError: the text does not exist, cannot be read, or is too short.
     """
     start = _prompt_start(tokenizer)
     width = seq_len - len(start)
     if width < 1:
-        raise RiaError(f"--seq-len {seq_len}: too short, the tokenizer alone puts {len(start)} tokens before a text.")
+        raise RiaError(f"--seq-len {seq_len} is too short: the tokenizer alone puts {len(start)} tokens before a text.")
     wanted = samples * width
     tokens: list[int] = []
     for text in documents(source):
         tokens += tokenizer(text, add_special_tokens=False).input_ids
-        if len(tokens) >= wanted * SPREAD:
+        if len(tokens) >= wanted * OVERSAMPLING:
             break
     windows = len(tokens) // width
     if windows < samples:
         raise RiaError(
-            f"{source}: too little text: {len(tokens)} tokens make {windows} samples of {seq_len}, {samples} were asked "
-            f"for. Give more text, or a smaller --samples or --seq-len."
+            f"{source}: too little text: {len(tokens)} tokens make {windows} samples of {seq_len}, but --samples "
+            f"is {samples}. Give more text, or a smaller --samples or --seq-len."
         )
     chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
     body = torch.tensor(tokens[: windows * width]).view(windows, width)[chosen]
@@ -65,7 +72,11 @@ def from_text(source: str, tokenizer: Any, samples: int, seq_len: int, seed: int
 
 
 def documents(source: str) -> Iterator[str]:
-    """Pieces of text, in order."""
+    """The texts of a file or data set, in order: chunks of a text file, or documents, each with an empty line after it.
+
+    Raises:
+        RiaError: the source does not exist or holds something else; names the line of a JSON Lines file.
+    """
     if source in DATASETS:
         yield from _hub_dataset(source)
         return
@@ -76,7 +87,7 @@ def documents(source: str) -> Iterator[str]:
         raise RiaError(f"--calibration {source}: no such file. Give self, a {kinds} file, or one of {names}.")
     readers = {".txt": _plain, ".jsonl": _json_lines, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
-        raise RiaError(f"--calibration {source}: unknown kind of file. Give {', '.join(FILE_SUFFIXES)}.")
+        raise RiaError(f"--calibration {source}: unknown file type. Give {', '.join(FILE_SUFFIXES)}.")
     try:
         yield from readers[path.suffix.lower()](path)
     except (OSError, UnicodeDecodeError) as error:
@@ -86,70 +97,74 @@ def documents(source: str) -> Iterator[str]:
 def from_model(
     model: Any, bos: int | None, samples: int, seq_len: int, seed: int, monitor: Monitor
 ) -> torch.Tensor:
-    """Samples that the dense model writes itself, at temperature 1 from a random first token.
+    """Samples that the dense model generates itself, at temperature 1 from a random first token.
 
-    A sample is made of documents of up to DOCUMENT tokens; past an end-of-text token the model goes on as it was
-    trained to, with another text.
+    A sample is a sequence of documents of DOCUMENT_TOKENS tokens, the last one cut. Generation does not stop at an
+    end-of-text token: there the model starts another text, as it was trained to.
 
     Args:
-        model: a whole causal LM of transformers.
-        bos: the token that starts every text, if the model has one.
+        model: a complete causal LM of transformers.
+        bos: the token that starts every text, or None if the model has none.
+        samples: number of samples.
+        seq_len: tokens in a sample.
 
     Returns:
         int64 [samples, seq_len], on the CPU.
 
     Raises:
-        RiaError: the model's predictions are NaN.
+        RiaError: the model predicts NaN.
     """
-    draw = torch.Generator().manual_seed(seed)
-    pieces = -(-seq_len // DOCUMENT)
-    length = min(seq_len, DOCUMENT)
-    count = samples * pieces
-    at_once = _documents_at_once(model, length)
-    batches = [min(at_once, count - first) for first in range(0, count, at_once)]
+    generator = torch.Generator().manual_seed(seed)
+    per_sample = -(-seq_len // DOCUMENT_TOKENS)
+    length = min(seq_len, DOCUMENT_TOKENS)
+    count = samples * per_sample
+    batch_size = _batch_size(model, length)
+    batches = [min(batch_size, count - first) for first in range(0, count, batch_size)]
     steps = iter(monitor.steps(range(len(batches) * length), "sampling the model", len(batches) * length))
-    done = [_write(model, bos, batch, length, draw, steps) for batch in batches]
+    generated = [_generate(model, bos, batch, length, generator, steps) for batch in batches]
     next(steps, None)
-    return torch.cat(done).view(samples, pieces * length)[:, :seq_len].contiguous()
+    return torch.cat(generated).view(samples, per_sample * length)[:, :seq_len].contiguous()
 
 
-def _documents_at_once(model: Any, length: int) -> int:
+def _batch_size(model: Any, length: int) -> int:
+    """Documents of `length` tokens whose KV cache takes KV_CACHE_BYTES, but at least 8 and at most 256."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    return max(8, min(256, CACHE_BYTES // (token * length)))
+    bytes_per_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return max(8, min(256, KV_CACHE_BYTES // (bytes_per_token * length)))
 
 
-def _write(
-    model: Any, bos: int | None, batch: int, length: int, draw: torch.Generator, steps: Iterator[int]
+def _generate(
+    model: Any, bos: int | None, batch: int, length: int, generator: torch.Generator, steps: Iterator[int]
 ) -> torch.Tensor:
-    vocabulary = model.get_input_embeddings().num_embeddings
-    vocabulary = min(vocabulary, getattr(model.config.get_text_config(), "vocab_size", vocabulary))
-    first = torch.randint(vocabulary, (batch, 1), generator=draw)
-    text = first if bos is None else torch.cat([torch.full_like(first, bos), first], dim=1)
-    text = text[:, :length]
-    cache, fed = None, 0
+    """Documents, int64 [batch, length]; takes one of `steps` for each token."""
+    vocab_size = model.get_input_embeddings().num_embeddings
+    vocab_size = min(vocab_size, getattr(model.config.get_text_config(), "vocab_size", vocab_size))
+    first = torch.randint(vocab_size, (batch, 1), generator=generator)
+    tokens = first if bos is None else torch.cat([torch.full_like(first, bos), first], dim=1)
+    tokens = tokens[:, :length]
+    cache, cached = None, 0
     with torch.no_grad():
-        for _ in range(text.shape[1]):
+        for _ in range(tokens.shape[1]):
             next(steps)
-        while text.shape[1] < length:
-            out = model(input_ids=text[:, fed:].to(model.device), past_key_values=cache, use_cache=True)
-            cache, fed = out.past_key_values, text.shape[1]
-            chances = out.logits[:, -1].float().softmax(-1).cpu()
-            if not bool(chances.isfinite().all()):
-                raise RiaError("NaN in the dense model's own predictions; check that it works without pruning.")
-            # By the inverse of the distribution function: torch.multinomial draws a number for every entry.
-            passed = chances.cumsum(-1)
-            point = torch.rand(batch, 1, generator=draw) * passed[:, -1:]
-            following = torch.searchsorted(passed, point, right=True).clamp(max=chances.shape[1] - 1)
-            text = torch.cat([text, following], dim=1)
+        while tokens.shape[1] < length:
+            out = model(input_ids=tokens[:, cached:].to(model.device), past_key_values=cache, use_cache=True)
+            cache, cached = out.past_key_values, tokens.shape[1]
+            probabilities = out.logits[:, -1].float().softmax(-1).cpu()
+            if not bool(probabilities.isfinite().all()):
+                raise RiaError("The dense model itself predicts NaN. Check that it works without pruning.")
+            # Inverse transform sampling: torch.multinomial would draw a random number for every entry.
+            cumulative = probabilities.cumsum(-1)
+            point = torch.rand(batch, 1, generator=generator) * cumulative[:, -1:]
+            following = torch.searchsorted(cumulative, point, right=True).clamp(max=probabilities.shape[1] - 1)
+            tokens = torch.cat([tokens, following], dim=1)
             next(steps)
-    return text
+    return tokens
 
 
 def _prompt_start(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before every prompt (and does not put behind it)."""
+    """The special tokens that the tokenizer puts before every prompt; none if it adds something after the prompt."""
     with_text = tokenizer("a").input_ids
     plain = tokenizer("a", add_special_tokens=False).input_ids
     return with_text[: len(with_text) - len(plain)] if with_text[len(with_text) - len(plain) :] == plain else []
@@ -157,30 +172,34 @@ def _prompt_start(tokenizer: Any) -> list[int]:
 
 def _plain(path: Path) -> Iterator[str]:
     with open(path, encoding="utf-8") as file:
-        # Pieces end with a line, so that no word is cut.
-        while piece := "".join(file.readlines(PIECE)):
-            yield piece
+        # Chunks end at the end of a line, so that no word is cut.
+        while chunk := "".join(file.readlines(CHUNK_CHARACTERS)):
+            yield chunk
 
 
 def _json_lines(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
             if not line.strip():
                 continue
             try:
+                line.encode()  # raises if surrogates stand for bytes that are not UTF-8
                 text = json.loads(line)[TEXT_COLUMN]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise RiaError(f"{path}, line {number}: no JSON object with a field {TEXT_COLUMN!r}.") from None
-            yield from _document(text, f"{path}, line {number}")
+            except UnicodeEncodeError:
+                raise RiaError(f"{where}: not valid UTF-8.") from None
+            except (ValueError, LookupError, TypeError, RecursionError):
+                raise RiaError(f"{where}: no JSON object with a field {TEXT_COLUMN!r}.") from None
+            yield from _document(text, where)
 
 
 def _document(text: Any, where: str) -> Iterator[str]:
-    """The text and what ends it; nothing for a null."""
+    """The text and an empty line after it; nothing for a null."""
     if text is None:
         return
     if not isinstance(text, str):
-        raise RiaError(f"{where}: {TEXT_COLUMN!r} holds no text but {type(text).__name__}.")
-    # JSON can spell half a surrogate pair, which is no character and which no tokenizer takes.
+        raise RiaError(f"{where}: the field {TEXT_COLUMN!r} must be a string, not {type(text).__name__}.")
+    # JSON can spell half of a surrogate pair, which is not a character; tokenizers refuse it.
     yield text.encode(errors="replace").decode() + "\n\n"
 
 
@@ -196,7 +215,7 @@ def _parquet(path: Path) -> Iterator[str]:
             for text in batch.column(0).to_pylist():
                 yield from _document(text, str(path))
     except pyarrow.ArrowException as error:
-        raise RiaError(f"{path}: broken parquet file ({error}).") from None
+        raise RiaError(f"{path}: damaged parquet file ({error}).") from None
 
 
 def _hub_dataset(name: str) -> Iterable[str]:
@@ -209,7 +228,7 @@ def _hub_dataset(name: str) -> Iterable[str]:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RiaError(
-            f"--calibration {name}: {repository} cannot be had from the hub ({reason}). Give a text file, or self."
+            f"--calibration {name}: {repository} cannot be downloaded ({reason}). Give a text file, or self."
         ) from None
     for row in itertools.chain([first], rows):
         yield from _document(row[TEXT_COLUMN], f"--calibration {name}")

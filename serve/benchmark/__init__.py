@@ -1,1 +1,1 @@
-"""Dense against sparse under load: `vllm serve` and `vllm bench serve`, each in a process tree that cannot outlive us."""
+"""`ria-vllm bench`: compares dense and sparse under load, by `vllm serve` and `vllm bench`. No process outlives it."""

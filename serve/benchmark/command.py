@@ -26,12 +26,13 @@ from ria_vllm.serve.benchmark.server import Server, existing_server, running_ser
 
 @dataclass
 class Comparison:
-    """A whole benchmark: what is measured, and what has been so far.
+    """A whole benchmark: what to measure, and the runs so far.
 
-    Args:
-        urls: side -> URL of a server that runs already; sides without one are served by us.
-        serve_arguments: for `vllm serve`, or for `vllm bench throughput` when concurrency is empty.
-        concurrency: numbers of users; empty means offline.
+    Attributes:
+        concurrency: numbers of users; empty for offline measurements.
+        serve_arguments: for `vllm serve`, or offline for `vllm bench throughput`.
+        urls: side -> URL of a running server; sides without one get a server of their own.
+        startup_timeout: seconds.
     """
 
     sides: Sequence[Side]
@@ -47,7 +48,7 @@ class Comparison:
     runs: list[Run] = field(default_factory=list)
 
     def measure(self) -> None:
-        """All repetitions, the side that goes first alternating; results are on disk after every run."""
+        """Measure both sides in every repetition, in alternating order; save the results after every run."""
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         self._save(complete=False)
         for repetition in range(self.repetitions):
@@ -64,7 +65,7 @@ class Comparison:
             if server.startup is not None:
                 self.say(f"{name}: ready after {server.startup:.0f} s")
             for number, users in enumerate(self.concurrency):
-                # Other prompts at every load, or the server would answer from its prefix cache; the same for both sides.
+                # Each load has its own prompts, or the prefix cache would answer them. Both sides get the same ones.
                 seed = self.seed + 1000 * repetition + number
                 log = self._log(f"{side.name}-{repetition + 1}-users{users}")
                 outcome = load.online(server, self._tokenizer(side), self.workload, users, seed, log)
@@ -85,7 +86,7 @@ class Comparison:
         return running_server(side.model, log, self.serve_arguments, self.startup_timeout, self.say)
 
     def _tokenizer(self, side: Side) -> str:
-        """One tokenizer for both sides makes the same prompts: that of the folder with the sparse model."""
+        """The sparse model's folder. One tokenizer for both sides makes the same prompts."""
         return next(s.model for s in self.sides if s.name == SPARSE)
 
     def _log(self, name: str) -> Path:
@@ -112,11 +113,12 @@ class Comparison:
 
 @contextmanager
 def borrowed(url: str) -> Iterator[Server]:
+    """A running server, which is left running."""
     yield existing_server(url)
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The hardware and the versions behind the figures."""
     import torch
 
     with open("/proc/cpuinfo") as file:
@@ -141,14 +143,14 @@ def version(distribution: str) -> str | None:
 
 
 def weight_bytes(model: str) -> int | None:
-    """Bytes of a folder's weight files (hub ids: of the local copy, if there is one)."""
+    """Bytes of the weight files of a folder, or of a hub id's local copy; None if there is no such file."""
     folder = Path(model)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         try:
             folder = Path(snapshot_download(model, local_files_only=True))
-        except Exception:  # the hub's library has a dozen ways of saying that nothing is there
+        except Exception:  # the hub's library raises many types for a missing copy
             return None
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None
 
@@ -159,7 +161,7 @@ def parse_concurrency(text: str) -> list[int]:
     except ValueError:
         users = []
     if not users or min(users) < 1 or len(set(users)) < len(users):
-        raise RiaError(f"--concurrency {text}: give different positive numbers, such as 1,4,16.")
+        raise RiaError(f"--concurrency {text}: give distinct positive numbers, such as 1,4,16.")
     return users
 
 
@@ -180,11 +182,11 @@ def print_table(runs: Sequence[Run], sides: Sequence[Side]) -> None:
 def check_environment(data: Path | None) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise RiaError(
-            'bench needs vLLM. Install it: pip install ".[cuda]", or ".[cpu]" without a GPU, in a clone of ria-vllm\'s '
-            "repository."
+            "bench needs vLLM. In a clone of ria-vllm's repository run: "
+            'pip install ".[cuda]", or ".[cpu]" without a GPU.'
         )
     if importlib.util.find_spec("matplotlib") is None:
-        raise RiaError("bench needs matplotlib for its plot. Install it: pip install matplotlib")
+        raise RiaError("bench needs matplotlib for its plot. Run: pip install matplotlib")
     if data is not None and not data.is_file():
         raise RiaError(f"--data {data}: no such file.")
 
@@ -192,18 +194,18 @@ def check_environment(data: Path | None) -> None:
 @click.command()
 @click.argument("out")
 @click.option("--baseline", required=True, help="The dense model: a folder or a hub id.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for results and logs. [default: bench-DATE]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for results. [default: bench-DATE]")
 @click.option("--concurrency", default="1,4,16", show_default=True, help="Numbers of users at once.")
-@click.option("--input-len", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens a random prompt.")
-@click.option("--output-len", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens an answer.")
+@click.option("--input-len", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens per prompt.")
+@click.option("--output-len", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens per answer.")
 @click.option("--data", type=click.Path(path_type=Path), help="ShareGPT-style JSON instead of random prompts.")
-@click.option("--requests", type=click.IntRange(min=1), default=4, show_default=True, help="Requests a user sends.")
-@click.option("--repetitions", type=click.IntRange(min=1), default=3, show_default=True, help="Times each side is served.")
+@click.option("--requests", type=click.IntRange(min=1), default=4, show_default=True, help="Requests per user.")
+@click.option("--repetitions", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each side.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--url", help="A server of OUT that runs already, instead of starting one.")
-@click.option("--baseline-url", help="The same for the dense model.")
+@click.option("--url", help="URL of a running server of OUT, instead of starting one.")
+@click.option("--baseline-url", help="URL of a running server of the dense model.")
 @click.option("--offline", is_flag=True, help="Measure `vllm bench throughput` instead of a server.")
-@click.option("--serve-args", default="", help="Further arguments of `vllm serve`, in one string, for both sides.")
+@click.option("--serve-args", default="", help="More arguments for `vllm serve`, in one string, for both sides.")
 @click.option("--startup-timeout", type=click.FloatRange(min=1), default=1800, show_default=True, help="Seconds.")
 def bench(
     out: str,
@@ -224,18 +226,18 @@ def bench(
 ) -> None:
     """Compare the throughput of the compressed folder OUT with that of its dense model, both served by vLLM.
 
-    Each repetition serves both sides, one after the other; the side that goes first alternates. Offline, --requests is
-    the number of requests in all.
+    Each repetition serves both sides, one after the other, and the side that goes first alternates. With --offline,
+    --requests is the total number of requests.
     """
     check_environment(data)
     if offline and (url or baseline_url):
-        raise RiaError("--offline starts no server; leave --url and --baseline-url out.")
+        raise RiaError("--offline starts no server: omit --url and --baseline-url.")
     folder = output or Path(f"bench-{time.strftime('%Y%m%d-%H%M%S')}")
     if (folder / "bench.json").exists():
-        raise RiaError(f"{folder}: holds results already. Choose another folder with -o.")
+        raise RiaError(f"{folder} holds results already. Choose another folder with -o.")
     arguments = shlex.split(serve_args)
     if not offline and data is None and not any("prefix-caching" in a for a in arguments):
-        # Warm-up requests repeat the first prompt: a cache would answer that one alone, and nothing else.
+        # Warm-up requests repeat the first prompt, so a cache would make that prompt alone faster.
         arguments.append("--no-enable-prefix-caching")
     comparison = Comparison(
         sides=(Side(DENSE, baseline, weight_bytes(baseline)), Side(SPARSE, out, weight_bytes(out))),
@@ -258,6 +260,7 @@ def bench(
 
 
 def conclude(comparison: Comparison) -> None:
+    """Print the table and draw the plot."""
     from ria_vllm.serve.benchmark.plot import plot
 
     click.echo()

@@ -1,4 +1,4 @@
-"""One measurement: what is asked of `vllm bench serve` or `vllm bench throughput`, and when its answer may be believed."""
+"""One measurement by `vllm bench serve` or `vllm bench throughput`, and when its result can be trusted."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 from ria_vllm.serve.benchmark.process import PeakMemory, SupervisedProcess
 from ria_vllm.serve.benchmark.server import VLLM, Server
 
-# Our names of the figures -> those of `vllm bench serve`.
+# Our names of figures -> the names in the results of `vllm bench serve`.
 ONLINE_FIGURES = {
     "output_tokens_per_s": "output_throughput",
     "requests_per_s": "request_throughput",
@@ -23,7 +23,12 @@ ONLINE_FIGURES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """What every run is given. data is a ShareGPT-style JSON file, or None for random tokens of the given lengths."""
+    """The requests of every run.
+
+    Attributes:
+        input_len, output_len: tokens.
+        data: a ShareGPT-style JSON file, or None for random prompts of `input_len` tokens.
+    """
 
     input_len: int
     output_len: int
@@ -40,7 +45,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The figures of one run, or why there are none: never both."""
+    """Either the figures of one run or the reason why there are none.
+
+    Attributes:
+        memory: bytes at the peak, None if unknown.
+    """
 
     figures: dict[str, float] | None
     failure: str | None
@@ -54,16 +63,18 @@ def failed(reason: str, process: SupervisedProcess | None = None) -> Outcome:
 def online(
     server: Server, tokenizer: str, workload: Workload, concurrency: int, seed: int, log: Path, timeout: float = 3600
 ) -> Outcome:
-    """Drive a server with `concurrency` users at once, each as fast as it is answered."""
+    """Load a server with `concurrency` users, each of whom sends the next request when the last one is answered."""
     requests = concurrency * workload.requests_per_user
     result = log.with_suffix(".json")
     result.unlink(missing_ok=True)
-    command = [*VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url, "--endpoint", "/v1/completions"]
+    command = [*VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url]
+    command += ["--endpoint", "/v1/completions"]
     command += ["--model", tokenizer, "--served-model-name", server.model_name, "--tokenizer", tokenizer]
     command += [*workload.dataset_arguments(), "--num-prompts", str(requests), "--seed", str(seed), "--ignore-eos"]
     command += ["--max-concurrency", str(concurrency), "--num-warmups", str(concurrency), "--temperature", "0"]
     command += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99", "--disable-tqdm"]
-    command += ["--save-result", "--save-detailed", "--result-dir", str(result.parent), "--result-filename", result.name]
+    command += ["--save-result", "--save-detailed", "--result-dir", str(result.parent)]
+    command += ["--result-filename", result.name]
     memory = None
     with SupervisedProcess(command, log, no_proxy_on_this_machine()) as client:
         if server.process is None:
@@ -86,14 +97,14 @@ def online(
 
 
 def no_proxy_on_this_machine() -> dict[str, str]:
-    """Variables by which a client asks a server on this machine directly, whatever proxy the environment names."""
+    """Environment variables that keep a client from using a proxy for a server on this machine."""
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     hosts = ",".join([*filter(None, [given]), "127.0.0.1", "localhost"])
     return {"no_proxy": hosts, "NO_PROXY": hosts}
 
 
 def read_online(result: Path, requests: int, output_tokens: int) -> tuple[str | None, dict[str, float] | None]:
-    """The figures of a result file, unless a request failed or was answered short: (what is wrong, figures)."""
+    """(None, figures) of a result file, or (reason, None) if a request failed or its answer was too short."""
     try:
         content = json.loads(result.read_text())
     except (OSError, ValueError) as error:
@@ -109,6 +120,11 @@ def read_online(result: Path, requests: int, output_tokens: int) -> tuple[str | 
 
 
 def numbers(content: dict[str, Any], names: dict[str, str]) -> tuple[str | None, dict[str, float] | None]:
+    """(None, figures by our names), or (reason, None) if one is not a finite number of at least 0.
+
+    Args:
+        names: our names -> the result's.
+    """
     figures = {}
     for ours, theirs in names.items():
         value = content.get(theirs)
@@ -121,13 +137,13 @@ def numbers(content: dict[str, Any], names: dict[str, str]) -> tuple[str | None,
 def offline(
     model: str, workload: Workload, requests: int, seed: int, log: Path, arguments: Sequence[str], timeout: float = 7200
 ) -> Outcome:
-    """All requests at once through `vllm bench throughput`, without a server."""
+    """Run all requests at once by `vllm bench throughput`, without a server."""
     result = log.with_suffix(".json")
     result.unlink(missing_ok=True)
     command = [*VLLM, "bench", "throughput", "--model", model, "--num-prompts", str(requests), "--seed", str(seed)]
     if workload.data is None:
         command += workload.dataset_arguments()
-    else:  # this command's name of the option differs from that of `bench serve`
+    else:  # the option's name differs from that of `bench serve`
         command += ["--dataset-name", "sharegpt", "--dataset-path", str(workload.data)]
         command += ["--output-len", str(workload.output_len)]
     command += ["--output-json", str(result), *arguments]

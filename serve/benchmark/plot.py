@@ -1,4 +1,4 @@
-"""bench.png: throughput, time to the first token and time per further token, against the number of users."""
+"""bench.png: throughput, time to first token and time per output token against the number of users."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ COLOURS = {DENSE: "#7a7a7a", SPARSE: "#c2410c"}
 
 
 def plot(path: Path, runs: Sequence[Run], title: str) -> None:
-    """Medians as lines, every run as a dot. Points without figures are left out; with none at all nothing is written."""
+    """Draw medians as lines and every run as a dot. Points without figures are left out; none left, no file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,6 +33,7 @@ def plot(path: Path, runs: Sequence[Run], title: str) -> None:
 
 
 def lines(pyplot, points: Sequence[Point], runs: Sequence[Run]):
+    """One panel for each of PANELS, over the numbers of users."""
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(13, 4), layout="constrained")
     users = [point.concurrency for point in points]
     for axis, (key, label) in zip(axes, PANELS.items(), strict=True):
@@ -60,6 +61,7 @@ def lines(pyplot, points: Sequence[Point], runs: Sequence[Run]):
 
 
 def bars(pyplot, point: Point):
+    """Offline throughput of both sides."""
     figure, axis = pyplot.subplots(figsize=(5, 4), layout="constrained")
     for side in (DENSE, SPARSE):
         figures = point.figures[side]

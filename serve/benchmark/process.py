@@ -6,18 +6,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import psutil
 
 from ria_vllm.serve.benchmark import supervisor
 
 
 class SupervisedProcess:
-    """Starts `command`; leaving the `with` block, or the end of this process, ends every process it started.
+    """Starts `command`. Every process that it started ends with the `with` block, or with this process.
 
     Args:
-        log: gets standard output and error; its folder must exist.
-        environment: variables beyond those of this process.
+        log: file for standard output and error; its folder must exist.
+        environment: variables to add to those of this process.
     """
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None):
@@ -33,6 +35,7 @@ class SupervisedProcess:
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,  # the terminal's Ctrl-C must reach this process only
             )
+        self._root = psutil.Process(self._supervisor.pid)
 
     def __enter__(self) -> "SupervisedProcess":
         return self
@@ -45,44 +48,53 @@ class SupervisedProcess:
         return self._supervisor.poll() is None
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """The command's exit status (128 + the signal's number if one ended it); None if it still runs."""
+        """The command's exit status, 128 + the number of the signal that ended it, or None after `timeout` seconds."""
         try:
             return self._supervisor.wait(timeout)
         except subprocess.TimeoutExpired:
             return None
 
     def stop(self) -> None:
-        """End the whole tree; returns when it is gone."""
+        """End all processes of the tree, and return when they are gone."""
         assert self._supervisor.stdin is not None
         with contextlib.suppress(OSError):
             self._supervisor.stdin.close()
         self._supervisor.wait()
 
     def memory(self) -> int:
-        """Bytes of main memory the tree holds: proportional set sizes, in which shared pages count once in all."""
-        return sum(proportional_set_size(process) for process in supervisor.descendants(self._supervisor.pid))
+        """Bytes of main memory that the tree holds: the sum of proportional set sizes (PSS), in which processes that
+        share a page share its bytes."""
+        return sum(proportional_set_size(process.pid) for process in self._descendants())
 
     def own_memory(self) -> int:
-        """Bytes of that which no file on disk stands behind: what a leak would be in. Unlike `memory` it does not depend
-        on which other processes have the same libraries loaded."""
-        processes = supervisor.descendants(self._supervisor.pid)
-        return sum(proportional_set_size(process, files=False) for process in processes)
+        """The same without pages of files. It shows leaks better, because it does not depend on which other processes
+        have loaded the same libraries."""
+        return sum(proportional_set_size(process.pid, files=False) for process in self._descendants())
+
+    def _descendants(self) -> list[psutil.Process]:
+        try:
+            return self._root.children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
 
     def log_tail(self, lines: int = 15) -> str:
         text = self.log.read_bytes()[-20_000:].decode(errors="replace")
         return "\n".join(text.splitlines()[-lines:])
 
 
-def proportional_set_size(process: int, files: bool = True) -> int:
-    """Bytes, 0 for a process that has ended. Where the kernel does not tell it, the resident set size.
+def proportional_set_size(pid: int, files: bool = True) -> int:
+    """Bytes; 0 for a process that has ended. The resident set size if the kernel does not report the proportional one.
 
-    files: also count pages of mapped files, such as libraries.
+    psutil does not tell anonymous and file pages of the proportional set size apart.
+
+    Args:
+        files: whether to count pages of mapped files, such as libraries.
     """
     proportional = ("Pss:",) if files else ("Pss_Anon:", "Pss_Shmem:")
     resident = ("VmRSS:",) if files else ("RssAnon:", "RssShmem:")
     for file, fields in (("smaps_rollup", proportional), ("status", resident)):
         with contextlib.suppress(OSError):
-            lines = map(str.split, Path(f"/proc/{process}/{file}").read_text().splitlines())
+            lines = map(str.split, Path(f"/proc/{pid}/{file}").read_text().splitlines())
             sizes = [int(line[1]) * 1024 for line in lines if line[0] in fields]
             if len(sizes) == len(fields):
                 return sum(sizes)
@@ -90,7 +102,11 @@ def proportional_set_size(process: int, files: bool = True) -> int:
 
 
 class PeakMemory:
-    """Samples a process's memory in the background; `peak` is the largest sum seen, in bytes."""
+    """Samples the memory of a process's tree in the background; `peak` is the largest value seen, in bytes.
+
+    Args:
+        interval: seconds between samples.
+    """
 
     def __init__(self, process: SupervisedProcess, interval: float = 2.0):
         self.peak = 0
@@ -114,8 +130,8 @@ class PeakMemory:
         self.peak = max(self.peak, self._process.memory())
 
 
-def wait_until(ready, process: SupervisedProcess, timeout: float, interval: float = 0.5) -> bool:
-    """Poll `ready()` until it holds; False when the process ends first or the time is over."""
+def wait_until(ready: Callable[[], bool], process: SupervisedProcess, timeout: float, interval: float = 0.5) -> bool:
+    """Call `ready` every `interval` seconds until it is true; False if the process ends or `timeout` seconds pass."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and process.running:
         if ready():

@@ -1,4 +1,4 @@
-"""Runs become medians and ratios; a point with any failed run has no figures at all."""
+"""Runs become medians and ratios. A point with a failed run has no figures."""
 
 import json
 import statistics
@@ -24,7 +24,7 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One side, once. concurrency is None offline, where all requests are given at once."""
+    """One measurement of one side. concurrency is None offline, where all requests start at once."""
 
     side: str
     repetition: int
@@ -34,7 +34,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Side:
-    """What is compared. bytes: its weight files, None where they are not on this machine."""
+    """One of the two models. bytes: size of its weight files, None if they are not on this machine."""
 
     name: str
     model: str
@@ -43,7 +43,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Ratio:
-    """sparse/dense of runs of the same repetition: the median and the two ends."""
+    """sparse / dense within a repetition: median, smallest and largest."""
 
     median: float
     low: float
@@ -52,7 +52,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Point:
-    """One concurrency. figures[side] is None where that side failed; ratios only where neither did."""
+    """All runs of one concurrency. figures[side] is None if that side failed; ratios is empty if either did."""
 
     concurrency: int | None
     figures: dict[str, dict[str, float] | None]
@@ -62,7 +62,7 @@ class Point:
 
 
 def summarise(runs: Sequence[Run]) -> list[Point]:
-    """Medians over repetitions, ratios within them."""
+    """Medians over the repetitions, and ratios within each of them."""
     points = []
     for concurrency in dict.fromkeys(run.concurrency for run in runs):
         own = [run for run in runs if run.concurrency == concurrency]
@@ -83,6 +83,7 @@ def summarise(runs: Sequence[Run]) -> list[Point]:
 
 
 def paired_ratios(runs: Sequence[Run]) -> dict[str, Ratio]:
+    """sparse / dense of each figure, from repetitions in which both sides succeeded."""
     by_repetition: dict[int, dict[str, dict[str, float]]] = {}
     for run in runs:
         if run.outcome.figures is not None:
@@ -131,7 +132,8 @@ def quotient(sparse: int | None, dense: int | None) -> str:
 def ratio_text(ratio: Ratio | None) -> str:
     if ratio is None:
         return "-"
-    return f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" if ratio.low != ratio.high else f"{ratio.median:.3f}"
+    spread = f" ({ratio.low:.3f} to {ratio.high:.3f})" if ratio.low != ratio.high else ""
+    return f"{ratio.median:.3f}{spread}"
 
 
 def failure_lines(points: Sequence[Point]) -> list[str]:
@@ -163,15 +165,15 @@ def as_markdown(
     titles, rows = table(points, sides)
     lines = ["# Dense against sparse", ""]
     if not complete:
-        lines += ["Interrupted: not all runs were made.", ""]
+        lines += ["Interrupted: some runs are missing.", ""]
     lines += [f"- {side.name}: `{side.model}`" for side in sides]
     lines += [f"- {key}: {value}" for key, value in {**machine, **options}.items() if value not in (None, "", [])]
     lines += ["", "| " + " | ".join(titles) + " |", "| " + " | ".join("---" for _ in titles) + " |"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     lines += [
         "",
-        "Medians over repetitions. Ratios are sparse/dense of the same repetition: median (smallest to largest). Memory "
-        "is the server's process tree at its peak, pages shared between its processes counted once.",
+        "Medians over repetitions. Ratios are sparse/dense within a repetition: median (smallest to largest). Memory "
+        "is the peak of the server's process tree, in which pages that its processes share count once.",
     ]
     failures = failure_lines(points)
     if failures:
@@ -182,7 +184,7 @@ def as_markdown(
 def write(
     folder: Path, runs: Sequence[Run], sides: Sequence[Side], machine: dict, options: dict, complete: bool
 ) -> None:
-    """bench.json and bench.md, rewritten after every run so that an interruption loses nothing."""
+    """Write bench.json and bench.md; called after every run, so that an interruption loses nothing."""
     content = as_json(runs, sides, machine, options, complete)
     (folder / "bench.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     (folder / "bench.md").write_text(as_markdown(runs, sides, machine, options, complete))

@@ -1,4 +1,4 @@
-"""A `vllm serve` of our own on a free port, or one that runs already."""
+"""A `vllm serve` of our own on a free port, or a server that already runs."""
 
 import json
 import socket
@@ -19,7 +19,12 @@ VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 @dataclass(frozen=True)
 class Server:
-    """url without the /v1; process is None for a server that we did not start; startup in seconds likewise."""
+    """A healthy server.
+
+    Attributes:
+        url: without /v1.
+        process, startup: None for a server that we did not start; startup in seconds.
+    """
 
     url: str
     model_name: str
@@ -27,15 +32,15 @@ class Server:
     startup: float | None
 
 
-# Whatever proxy the environment names: our own server is not behind it.
+# Ignores the proxies that the environment names: a server on this machine is not behind them.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def get(url: str, timeout: float) -> bytes:
-    """The body of a GET; a server on this machine is asked directly."""
+    """The body of a GET request, without a proxy for a server on this machine. timeout: seconds."""
     local = urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-    with (_DIRECT.open if local else urllib.request.urlopen)(url, timeout=timeout) as answer:
-        return answer.read()
+    with (_DIRECT.open if local else urllib.request.urlopen)(url, timeout=timeout) as response:
+        return response.read()
 
 
 def free_port() -> int:
@@ -53,11 +58,15 @@ def healthy(url: str) -> bool:
 
 
 def served_name(url: str) -> str:
-    """The first model that a server offers."""
+    """The name of the first model that a server offers.
+
+    Raises:
+        RiaError: no OpenAI-compatible server there.
+    """
     try:
         return json.loads(get(f"{url}/v1/models", timeout=10))["data"][0]["id"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RiaError(f"{url}: no OpenAI-compatible server answers there ({error}).") from None
+        raise RiaError(f"{url}: no OpenAI-compatible server responds ({error}).") from None
 
 
 @contextmanager
@@ -68,23 +77,29 @@ def running_server(
     timeout: float = 1800,
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Server]:
-    """`vllm serve MODEL`, from healthy until the block ends.
+    """`vllm serve MODEL`: healthy when the block starts, gone when it ends.
+
+    Args:
+        log: file for the server's output.
+        arguments: more of `vllm serve`.
+        timeout: seconds to wait until it is healthy.
+        say: called with a line of progress now and then.
 
     Raises:
-        RiaError: it ends or stays silent before it is healthy; with the end of its log.
+        RiaError: the server ended or was not healthy in time; quotes the end of its log.
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [*VLLM, "serve", model, "--host", "127.0.0.1", "--port", str(port), *arguments]
     began = time.monotonic()
     with SupervisedProcess(command, log) as process:
-        said = began
+        reported = began
 
         def ready() -> bool:
-            nonlocal said
-            if time.monotonic() - said > 15:
-                said = time.monotonic()
-                say(f"still starting after {said - began:.0f} s")
+            nonlocal reported
+            if time.monotonic() - reported > 15:
+                reported = time.monotonic()
+                say(f"still starting after {reported - began:.0f} s")
             return healthy(url)
 
         if not wait_until(ready, process, timeout):
@@ -94,5 +109,6 @@ def running_server(
 
 
 def existing_server(url: str) -> Server:
+    """A running server; `url` with or without /v1."""
     url = url.rstrip("/").removesuffix("/v1")
     return Server(url, served_name(url), None, None)

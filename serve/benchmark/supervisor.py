@@ -1,11 +1,11 @@
-"""Runs one command so that none of its processes outlives the process that asked for it, however that one ends.
+"""Runs one command and ends all of its processes when the process that asked for it ends, however that happens.
 
     python supervisor.py COMMAND...
 
-The command gets a session of its own. The supervisor ends it when it reads end-of-file on its standard input, which
-comes when the asking process closes the pipe, is interrupted, crashes or is killed with SIGKILL: no handler of the
-asking process has to run. Descendants that detach themselves are adopted by the supervisor and ended too. Imports
-nothing but the standard library, so that it starts at once and needs little memory.
+The command gets a session of its own. The supervisor ends it when the supervisor's standard input reaches end-of-file.
+That happens when the asking process closes the pipe, is interrupted, crashes or is killed with SIGKILL; it need not run
+any handler. Descendants that detach themselves are adopted by the supervisor, and ended too. This file imports nothing
+of ria_vllm, so that it starts fast and needs little memory.
 """
 
 import contextlib
@@ -17,78 +17,47 @@ import subprocess
 import sys
 import time
 
+import psutil
+
 PR_SET_CHILD_SUBREAPER = 36
 GRACE_SECONDS = 15.0
 
 
-def descendants(root: int) -> list[int]:
-    """Process ids below `root`, from one pass over /proc; zombies are left out."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{entry}/stat") as file:
-                # The command's name stands in parentheses and may hold anything, so count from the last of them.
-                state, parent = file.read().rpartition(")")[2].split()[:2]
-            if state != "Z":
-                children.setdefault(int(parent), []).append(int(entry))
-    found, waiting = [], [root]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found += below
-        waiting += below
-    return found
-
-
-def reap() -> None:
-    """Collect adopted processes that have ended."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-def end_all(number: int) -> None:
-    for process in descendants(os.getpid()):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, number)
-
-
 def end_tree(child: subprocess.Popen) -> None:
-    """Ask the command to stop, wait, then kill whatever is left of its tree."""
-    if child.poll() is None:
-        child.terminate()
+    """Terminate the command, then the processes that it leaves behind; kill those that outlive the grace period."""
     deadline = time.monotonic() + GRACE_SECONDS
-    while time.monotonic() < deadline and descendants(os.getpid()):
-        if child.poll() is not None:
-            end_all(signal.SIGTERM)
-            reap()
-        time.sleep(0.1)
-    while descendants(os.getpid()):
-        end_all(signal.SIGKILL)
-        child.poll()
-        reap()
-        time.sleep(0.05)
-    child.poll()
-    reap()
+    child.terminate()
+    try:
+        child.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    # Descendants that lose their parent become children of this process: none is left when waitpid finds no child.
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+            time.sleep(0.05)
 
 
 def main(command: list[str]) -> int:
+    """The command's exit status, or 128 + the number of the signal that ended it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # end-of-file is the one way to stop this process
+        signal.signal(number, signal.SIG_IGN)  # only end-of-file stops this process
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=default_signals)
     while child.poll() is None:
         if select.select([sys.stdin], [], [], 0.1)[0] and not os.read(sys.stdin.fileno(), 4096):
             break
-    ended_by_itself = child.poll()
     end_tree(child)
-    status = child.wait() if ended_by_itself is None else ended_by_itself
-    return status if status >= 0 else 128 - status
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
 def default_signals() -> None:
-    """Ignored signals are inherited; the command must not inherit them."""
+    """Undo the ignored signals, which the command would inherit."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.cpu_kernels`: its rivals multiply right, and it compares with the fastest of them."""
+"""`python -m benchmarks.cpu_kernels`: its dense baselines are correct, and it compares with the fastest of them."""
 
 import os
 import subprocess
@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cpu_dense
-from benchmarks import cpu_kernels as bench
-from ria_vllm import sparse24
+from benchmarks import cpu_dense, cpu_kernels
+from ria_vllm import formats
 
 ROOT = Path(__file__).parents[2]
 RESULT = {
@@ -29,15 +28,15 @@ RESULT = {
 }
 
 
-def test_tables_name_the_fastest_dense_way():
-    cells = bench.table(RESULT, "bfloat16").splitlines()[-1]
+def test_tables_name_the_fastest_dense_baseline():
+    cells = cpu_kernels.table(RESULT, "bfloat16").splitlines()[-1]
     assert cells == "| some (8 x 64) | 1 | 2.00 (float32) | 1.50 (W8A8) |"
-    assert bench.table(RESULT, "int8", "W8A8").splitlines()[-1] == "| some (8 x 64) | 1 | 1.50 | 0.75 |"
-    line = bench.describe(RESULT["rows"][1], 1e9)
+    assert cpu_kernels.table(RESULT, "int8", "W8A8").splitlines()[-1] == "| some (8 x 64) | 1 | 1.50 | 0.75 |"
+    line = cpu_kernels.describe(RESULT["rows"][1], 1e9)
     assert "best W8A8" in line and "float32 1000.000 (3.00x best, 4.00x float32)" in line
 
 
-def test_every_dense_way_multiplies():
+def test_every_dense_baseline_is_correct():
     torch.manual_seed(0)
     weight, x = torch.randn(48, 128), torch.randn(5, 128)
     exact = x.double() @ weight.double().T
@@ -45,16 +44,16 @@ def test_every_dense_way_multiplies():
     for dtype in (torch.bfloat16, torch.float32):
         y = cpu_dense.unquantized(weight.to(dtype))(x.to(dtype))
         assert y.dtype == dtype and ((y.double() - exact).abs() <= 4 * torch.finfo(dtype).eps * size).all()
-        values, scales = sparse24.quantize_rows(weight)
+        values, scales = formats.quantize_rows(weight)
         y = cpu_dense.w8a8(values, scales, dtype)(x.to(dtype))
-        # Half a step of each of two roundings to 127 steps of the largest value, which is below four times the mean.
+        # Two roundings, each by up to half of 1/127 of the largest value, which is below four times the mean.
         assert y.dtype == dtype and ((y.double() - exact).abs() <= 4 / 127 * size).all()
 
 
-def test_measures_every_way_and_permits_a_hopeless_one_two_turns(monkeypatch):
-    monkeypatch.setattr(bench, "SHAPES", {"small": (48, 128)})
-    monkeypatch.setattr(bench, "ROTATED_BYTES", 1)
-    monkeypatch.setattr(bench, "read_bandwidth", lambda: 1e9)
+def test_every_variant_is_measured_and_a_slow_baseline_only_twice(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "SHAPES", {"small": (48, 128)})
+    monkeypatch.setattr(cpu_kernels, "ROTATED_BYTES", 1)
+    monkeypatch.setattr(cpu_kernels, "read_bandwidth", lambda: 1e9)
     calls = []
 
     def slow(x):
@@ -62,11 +61,11 @@ def test_measures_every_way_and_permits_a_hopeless_one_two_turns(monkeypatch):
         torch.randn(2000, 2000).sort()
         return x
 
-    monkeypatch.setattr(bench.cpu_dense, "w8a8", lambda *arguments: slow)
-    (row,) = bench.measure(["small"], [3], 0.0)["rows"]
-    assert set(row["dense_seconds"]) == set(bench.DENSE) and set(row["sparse_seconds"]) == set(bench.SPARSE)
+    monkeypatch.setattr(cpu_kernels.cpu_dense, "w8a8", lambda *arguments: slow)
+    (row,) = cpu_kernels.measure(["small"], [3], 0.0)["rows"]
+    assert set(row["dense_seconds"]) == set(cpu_kernels.DENSE) and set(row["sparse_seconds"]) == set(cpu_kernels.SPARSE)
     assert all(seconds > 0 for kind in ("dense_seconds", "sparse_seconds") for seconds in row[kind].values())
-    assert len(calls) == 2 and bench.best_dense(row) != "W8A8"
+    assert len(calls) == 2 and cpu_kernels.best_dense(row) != "W8A8"
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ from pretend_hopper import TILES, PretendLibrary
 
 from benchmarks import gpu_check, gpu_products, gpu_timing
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels import reference
-from ria_vllm.serve.kernels.cuda import backend as cutlass
 from ria_vllm.serve.kernels.cuda import fp8
+from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
+from ria_vllm.serve.kernels.reference import ReferenceKernel
+from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +34,7 @@ def played(hopper_layers, monkeypatch):
 
 def rows(weights, dtype=torch.bfloat16):
     layer = gpu_products.random_layer(136, 192, dtype, weights)
-    found = [*gpu_products.check_backend(cutlass, layer), *gpu_products.check_packing(layer)]
+    found = [*gpu_products.check_kernel(CutlassKernel, layer), *gpu_products.check_packing(layer)]
     found += [row for name in TILES for row in gpu_products.check_tile(name, layer)]
     return [row for row in found if "at" not in row]
 
@@ -100,8 +101,8 @@ class PlayedGraph:
 def small(played, monkeypatch, tmp_path):
     """All of gpu_check in this process, on shapes for a CPU, with times that a dice could have thrown."""
     for module, name, value in [
-        (gpu_check, "FAST", (cutlass,)),
-        (gpu_check, "BACKENDS", (cutlass, reference)),
+        (gpu_check, "FAST", (CutlassKernel, CusparseltKernel)),
+        (gpu_check, "KERNELS", (CutlassKernel, CusparseltKernel, ReferenceKernel)),
         (gpu_check, "SHAPES_7B", ((256, 128),)),
         (gpu_check, "GRAPH_SHAPE", (128, 128)),
         (gpu_check, "supervise", lambda factory, deadline: gpu_check.run_parts(factory(), deadline)),
@@ -136,11 +137,11 @@ def test_a_whole_run(small, capsys):
     gpu_check.run(gpu_check.parse_arguments())
     written, said = report(), capsys.readouterr().out
     assert all(row["ok"] for row in written["checks"] if "ok" in row)
-    assert {row["backend"] for row in written["times"]} >= {"cutlass", "cutlass fp8"}
+    assert {row["kernel"] for row in written["times"]} >= {"cutlass", "cutlass fp8"}
     assert {row["tile"] for row in written["tiles"]} == set(TILES)
     assert [row["bytes_limit_us"] > 0 for row in written["times"]] == [True] * len(written["times"])
     assert written["packing"] and {row["hidden"] for row in written["gather"]} == {64}
-    for heading in ("speedup", "not run: reference", "hidden size 64", "packing 128 x 64", " 0 failed", "(90, 132, 8,"):
+    for heading in ("speedup", "not run: cusparselt", "hidden size 64", "packing 128 x 64", " 0 failed", "(90, 132, 8,"):
         assert heading in said
 
 
@@ -161,7 +162,7 @@ def test_what_there_was_no_time_for_is_told(small, monkeypatch):
 
 def test_a_gpu_of_ours_without_our_library_is_a_failure(small, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--quick"])
-    monkeypatch.setattr(cutlass, "unavailable", lambda *facts: "was not built")
+    monkeypatch.setattr(CutlassKernel, "is_supported", staticmethod(lambda device: "was not built"))
     with pytest.raises(SystemExit):
         gpu_check.run(gpu_check.parse_arguments())
     assert [row["error"] for row in report("gpu_check_quick.json")["checks"] if row.get("ok") is False] == [
@@ -171,9 +172,10 @@ def test_a_gpu_of_ours_without_our_library_is_a_failure(small, monkeypatch, caps
 
 def test_a_gpu_that_we_have_no_kernels_for_has_its_other_backends_checked(small, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(cutlass, "unavailable", lambda *facts: "no kernels for compute capability 7.5")
+    reason = "no kernels for compute capability 7.5"
+    monkeypatch.setattr(CutlassKernel, "is_supported", staticmethod(lambda device: reason))
     gpu_check.run(gpu_check.parse_arguments())
-    assert {row["backend"] for row in report()["checks"] if "ok" in row} == {"reference"}
+    assert {row["kernel"] for row in report()["checks"] if "ok" in row} == {"reference"}
     assert "tiles" not in report()
 
 

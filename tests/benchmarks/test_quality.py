@@ -1,9 +1,11 @@
+"""`python -m benchmarks.quality`: its table, and what a second run measures again."""
+
 import json
 
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import quality as bench_quality
+from benchmarks import quality
 from benchmarks.quality import main, options_of
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.evaluation.evaluate import load_model, perplexity, read_tokens
@@ -17,7 +19,7 @@ def run(tiny, text, tmp_path, *ways):
     return done.output
 
 
-def test_a_row_for_every_way_and_finished_ones_are_kept(tiny, text, tmp_path, monkeypatch):
+def test_every_way_has_a_row_and_finished_rows_are_kept(tiny, text, tmp_path, monkeypatch):
     ways = ("method=magnitude permute=none reconstruct=none", "reconstruct=admm")
     first = run(tiny, text, tmp_path, *ways)
     assert [line for line in first.splitlines() if "`" in line][0].startswith(f"| `{ways[0]}` | ")
@@ -26,11 +28,11 @@ def test_a_row_for_every_way_and_finished_ones_are_kept(tiny, text, tmp_path, mo
     dense = perplexity(load_model(str(tiny("llama")), "cpu"), read_tokens(str(tiny("llama")), text, 1024), 1024)
     magnitude, default = (row["perplexity"] for row in found.values())
     assert dense.perplexity < default < magnitude
-    monkeypatch.setattr(bench_quality, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(quality, "measure", lambda *_: pytest.fail("measured again"))
     assert run(tiny, text, tmp_path, *ways) == first
 
 
 @pytest.mark.parametrize("way", ["method", "pattern=2:4", "speed=9"])
-def test_a_way_that_compress_does_not_know(way):
+def test_an_option_that_compress_does_not_have(way):
     with pytest.raises(RiaError, match="NAME=VALUE"):
         options_of(way)

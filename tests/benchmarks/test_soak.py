@@ -1,4 +1,4 @@
-"""The soak against a made-up server: it must see each kind of trouble."""
+"""The soak test against a mock server: it must detect each kind of problem."""
 
 import http.server
 import json
@@ -13,12 +13,11 @@ from ria_vllm.serve.benchmark.server import Server
 
 openai = pytest.importorskip("openai")
 
-
 LONGEST = 64
 
 
 class Process:
-    """Stands in for the server's process; grows by `step` bytes each time it is looked at."""
+    """Mock of the server's process, which grows by `step` bytes each time its memory is read."""
 
     running = True
 
@@ -44,7 +43,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append(asked)
         time.sleep(0.005)
-        traffic = asked["max_tokens"] <= LONGEST // 4  # and not one of the questions at the beginning and the end
+        traffic = asked["max_tokens"] <= LONGEST // 4  # and not one of QUESTIONS
         if self.failing and traffic and len(self.seen) % 20 < 2:
             self.send_error(500)
         elif asked.get("stream"):
@@ -74,15 +73,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def run(process: Process, seconds: float = 2.0, **trouble: bool) -> dict:
     handler = type("Troubled", (Handler,), {"seen": []} | trouble)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as made_up:
-        threading.Thread(target=made_up.serve_forever, daemon=True).start()
-        server = Server(f"http://127.0.0.1:{made_up.server_address[1]}", "m", process, 0.0)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as mock_server:
+        threading.Thread(target=mock_server.serve_forever, daemon=True).start()
+        server = Server(f"http://127.0.0.1:{mock_server.server_address[1]}", "m", process, 0.0)
         found = soak(server, users=4, seconds=seconds, longest=LONGEST, patience=2)
-        made_up.shutdown()
+        mock_server.shutdown()
     return found
 
 
-def test_all_is_well():
+def test_a_healthy_server_has_no_problems():
     found = run(Process())
     assert found["problems"] == []
     assert set(found["requests"]) == {"chat", "completion", "streamed", "left"}
@@ -97,11 +96,11 @@ def test_all_is_well():
         (Process(), {"changing": True}, "answers changed"),
     ],
 )
-def test_trouble_is_seen(process, trouble, problem):
+def test_each_problem_is_found(process, trouble, problem):
     (found,) = run(process, **trouble)["problems"]
     assert re.search(problem, found), found
 
 
-def test_a_request_that_nobody_waits_for_is_seen():
+def test_an_abandoned_request_that_still_runs_is_found():
     (found,) = run(Process(), stuck=True)["problems"]
-    assert "still worked on" in found
+    assert "still run" in found

@@ -8,17 +8,20 @@ import torch
 from graph_capture import GraphCapture
 
 from ria_vllm import sparse24
+from ria_vllm.formats import FLOAT, FP8, INT8
 from ria_vllm.serve import linear
 from ria_vllm.serve.kernels import reference
-from ria_vllm.serve.kernels.cuda import backend as cutlass
+from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import fp8
-from ria_vllm.serve.kernels.torch import cusparselt, torch_cutlass
+from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
+from ria_vllm.serve.kernels.reference import ReferenceKernel
+from ria_vllm.serve.kernels.torch import cusparselt
+from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 from ria_vllm.serve.linear import Plan, Product, Sparse24LinearMethod
 
 GPU = "meta"
 BODIES = {
     torch.ops.ria.sparse24_linear.reference: reference._linear,
-    torch.ops.ria.sparse24_linear.torch_cutlass: torch_cutlass._linear,
     torch.ops.ria.sparse24_linear.cusparselt: cusparselt._linear,
 }
 
@@ -66,19 +69,17 @@ def test_decompress():
 
 
 ROWS, COLUMNS = 2048 + 96, 96  # more rows than are decompressed at a time; columns that no kernel takes
-BACKENDS = {
-    "reference": (reference, lambda rows, columns: stored(rows, columns)),
+LAYERS = {
+    "reference": (ReferenceKernel, FLOAT, lambda rows, columns: stored(rows, columns)),
     "reference, int8": (
-        reference,
-        lambda rows, columns: (*stored(rows, columns, torch.int8), on_gpu(rows, dtype=torch.float32)),
+        ReferenceKernel,
+        INT8,
+        lambda rows, columns: (*stored(rows, columns, torch.int8), on_gpu(rows, 1, dtype=torch.float32)),
     ),
-    "torch_cutlass": (
-        torch_cutlass,
-        lambda rows, columns: (on_gpu(rows, columns // 2), on_gpu(rows, columns // 16, dtype=torch.int16)),
-    ),
-    "cusparselt": (cusparselt, lambda rows, columns: (on_gpu(rows, columns * 9 // 16),)),
+    "cusparselt": (CusparseltKernel, FLOAT, lambda rows, columns: (on_gpu(rows, columns * 9 // 16),)),
     "cutlass, fp8": (
-        cutlass,
+        CutlassKernel,
+        FP8,
         lambda rows, columns: (
             on_gpu(rows, columns // 2, dtype=fp8.DTYPE),
             on_gpu(rows * columns // 8, dtype=torch.uint8),
@@ -89,10 +90,10 @@ BACKENDS = {
 
 
 @pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_a_layers_product(monkeypatch, name, gathered):
     """With padding, a permutation, two products side by side, a bias and, where `gathered`, channels of all ranks."""
-    backend, packed = BACKENDS[name]
+    kernel, weight_format, packed = LAYERS[name]
     monkeypatch.setattr(linear, "tensor_model_parallel_all_gather", lambda x: torch.cat([x, x], -1))
     layer, products = torch.nn.Module(), []
     for start, rows in ((0, ROWS), (ROWS, 64)):
@@ -101,7 +102,8 @@ def test_a_layers_product(monkeypatch, name, gathered):
         for kind, tensor in zip(names, tensors):
             linear.set_tensor(layer, kind, tensor)
         linear.set_tensor(layer, f"order_{start}", on_gpu(COLUMNS + 32, dtype=torch.int32))
-        products.append(Product(backend.apply, names, f"order_{start}", start, rows))
+        config = LinearLayerConfig(torch.device(GPU), torch.bfloat16, weight_format, rows, COLUMNS + 32)
+        products.append(Product(kernel, config, names, f"order_{start}", start))
     linear.set_tensor(layer, "channels", on_gpu(COLUMNS, dtype=torch.int32))
     layer.ria_plan = Plan(tuple(products), "channels" if gathered else None, 32)
     x, bias = on_gpu(2, 9, COLUMNS), on_gpu(ROWS + 64)

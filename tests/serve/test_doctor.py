@@ -42,7 +42,7 @@ def test_bad_shape(shape):
         say("--shape", shape)
 
 
-CUDA_KERNELS = [("cutlass", None), ("cusparselt", None), ("torch_cutlass", None)]
+CUDA_KERNELS = [("cutlass", None), ("cusparselt", None)]
 FOUND = "vllm 0.32.0; plugin found"
 ON_CPU = {"device": "cpu", "kernels": [("cpu", None), ("reference", None)], "chosen": "cpu", "vllm": FOUND}
 ON_GPU = ON_CPU | {"device": "cuda", "chosen": "cutlass", "kernels": [*CUDA_KERNELS, ("reference", None)]}
@@ -103,9 +103,9 @@ UNBUILT = ("cutlass", "_cuda_sm90a.so was not built; run `ria-vllm build-kernels
         ),
         (
             ON_GPU
-            | {"kernels": [UNBUILT, ("cusparselt", "torch comes without"), CUDA_KERNELS[2]]}
-            | {"chosen": "torch_cutlass", "nvcc": False},
-            f"torch_cutlass, the first in our order that works; for more: {': '.join(UNBUILT)}; cusparselt: torch comes "
+            | {"kernels": [UNBUILT, ("cusparselt", "torch comes without"), ("reference", None)]}
+            | {"chosen": "reference", "nvcc": False},
+            f"reference, the first in our order that works; for more: {': '.join(UNBUILT)}; cusparselt: torch comes "
             "without; nvcc, which build-kernels needs",
         ),
         (

@@ -1,1 +1,1 @@
-"""The product by what torch brings along."""
+"""Kernels that torch contains."""

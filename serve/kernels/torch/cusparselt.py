@@ -1,4 +1,4 @@
-"""The product on NVIDIA GPUs through cuSPARSELt, as torch brings it. Needs no compiler."""
+"""The linear on NVIDIA GPUs by the cuSPARSELt that torch contains. Needs no compiler."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from ria_vllm import sparse24
 from ria_vllm.formats import FLOAT, name_of
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 
-_MULTIPLE_TOKENS = 8  # cuSPARSELt wants 16 bytes in each direction
+_MULTIPLE_TOKENS = 8  # cuSPARSELt requires rows and columns of a multiple of 16 bytes
 _MULTIPLE_FEATURES = 16
 
 _library = torch.library.Library("ria", "FRAGMENT")
@@ -63,7 +63,7 @@ class CusparseltKernel:
 
     @staticmethod
     def pack(config: LinearLayerConfig, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """cuSPARSELt's own form. It takes a dense matrix, which lives as long as this call."""
+        """cuSPARSELt's own form. It is made from a dense matrix, which exists during this call only."""
         return (torch._cslt_compress(sparse24.decompress(parts["compressed"], parts["bitmask"])),)
 
     @staticmethod

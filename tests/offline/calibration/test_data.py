@@ -61,7 +61,7 @@ def test_a_sample_starts_as_every_prompt_does(tokenizer, tmp_path):
 def test_pieces_of_a_long_text_join_without_a_seam(tokenizer, tmp_path, monkeypatch):
     path = write(tmp_path / "text.txt", DOCUMENTS)
     whole = from_text(str(path), tokenizer, 20, 50, 0)
-    monkeypatch.setattr(calibration, "PIECE", 64)
+    monkeypatch.setattr(calibration, "CHUNK_CHARACTERS", 64)
     assert torch.equal(whole, from_text(str(path), tokenizer, 20, 50, 0))
 
 
@@ -69,13 +69,13 @@ def test_pieces_of_a_long_text_join_without_a_seam(tokenizer, tmp_path, monkeypa
     ("name", "content", "message"),
     [
         ("absent.txt", None, "no such file"),
-        ("text.csv", "a", "unknown kind"),
-        ("text.txt", "a few words", "too little text: 11 tokens make 0 samples of 50, 20 were asked for"),
+        ("text.csv", "a", "unknown file type"),
+        ("text.txt", "a few words", "too little text: 11 tokens make 0 samples of 50, but --samples is 20"),
         ("text.txt", b"\xff\xfe\x00", "cannot be read"),
         ("text.jsonl", '{"text": "x"}\n{"body": "y"}', "line 2: no JSON object with a field 'text'"),
         ("text.jsonl", "not json", "line 1"),
-        ("text.jsonl", '{"text": "x"}\n{"text": ["y"]}', "text.jsonl, line 2: 'text' holds no text but list"),
-        ("text.parquet", "not parquet", "broken parquet"),
+        ("text.jsonl", '{"text": "x"}\n{"text": ["y"]}', "line 2: the field 'text' must be a string, not list"),
+        ("text.parquet", "not parquet", "damaged parquet"),
     ],
 )
 def test_unusable_texts(name, content, message, tokenizer, tmp_path):
@@ -83,6 +83,62 @@ def test_unusable_texts(name, content, message, tokenizer, tmp_path):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(RiaError, match=message):
         from_text(str(tmp_path / name), tokenizer, 20, 50, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n', ["a", "b"]),
+        (b'\n  \n{"text": "a"}\n\n{"text": "b"}', ["a", "b"]),
+        (b'{"text": "a\\r\\nb\\n"}\n', ["a\r\nb\n"]),
+        (b'{"text": "2020-01-01 00:00:00"}\n{"text": "17"}\n{"text": ""}\n', ["2020-01-01 00:00:00", "17", ""]),
+        (b'{"text": "a", "meta": {"text": [1]}}\n{"meta": "none", "text": "b"}\n', ["a", "b"]),
+        (b'{"text": "a", "n": NaN}\n{"text": "\xc3\xa9\xe2\x80\xa8b"}\n', ["a", "\xe9\u2028b"]),
+        (b'{"text": null}\n{"text": "b"}\n', ["b"]),
+    ],
+)  # fmt: skip
+def test_json_lines_in_every_spelling(content, texts, tmp_path):
+    (tmp_path / "text.jsonl").write_bytes(content)
+    assert list(calibration.documents(str(tmp_path / "text.jsonl"))) == [f"{text}\n\n" for text in texts]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"text": "b"', b'{"text": ', b'{"text": "b"} {}', b"null", b"3", b'"text"', b'["text"]', b"[]", b"{}",
+        b'{"text": ' + b"9" * 5000 + b"}", b'{"other": ' + b"9" * 5000 + b', "text": "b"}',
+        b'{"text": ' + b"[" * 100_000, b'{"text": "\xff"}', b'{"text": "\xed\xa0\x80"}', b'{"text": 3}',
+        b'{"text": {"text": "b"}}', b'{"meta": {"text": "b"}}',
+    ],
+)  # fmt: skip
+def test_a_bad_line_is_named(line, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_bytes(b'{"text": "a"}\n\n' + line + b'\n{"text": "c"}\n')
+    with pytest.raises(RiaError, match=r"text\.jsonl, line 3: "):
+        list(calibration.documents(str(path)))
+
+
+@pytest.mark.parametrize("content", [b"a\r\n\r\nb", b"a\n\nb", b"\n\n\n", b"", b"a \x0c\xc2\x85b\n"])
+def test_a_plain_text_keeps_every_character_but_carriage_returns(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "CHUNK_CHARACTERS", 2)
+    (tmp_path / "text.txt").write_bytes(content)
+    assert "".join(calibration.documents(str(tmp_path / "text.txt"))) == content.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("name", ["text[1].parquet", "a*b.parquet", "a::b.parquet", "TEXT.PARQUET"])
+def test_parquet_of_many_types_beside_the_text(name, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pairs = pyarrow.array([[("key", 1)]] * 600, pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    texts = [f"text {i % 7}" for i in range(600)]
+    plain, large = pyarrow.array(texts), pyarrow.array(texts, pyarrow.large_string())
+    for column in (plain, large, plain.dictionary_encode()):
+        pyarrow.parquet.write_table(pyarrow.table({"pairs": pairs, "text": column}), tmp_path / name)
+        assert list(calibration.documents(str(tmp_path / name))) == [f"{text}\n\n" for text in texts]
+    pyarrow.parquet.write_table(pyarrow.table({"pairs": pairs}), tmp_path / name)
+    with pytest.raises(RiaError, match="no column 'text' .it has pairs"):
+        list(calibration.documents(str(tmp_path / name)))
 
 
 def test_nulls_are_skipped_and_half_a_surrogate_pair_is_replaced(tokenizer, tmp_path):
@@ -96,7 +152,7 @@ def test_nulls_are_skipped_and_half_a_surrogate_pair_is_replaced(tokenizer, tmp_
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "text.parquet")
     assert list(calibration.documents(str(tmp_path / "text.parquet"))) == ["a\n\n", "b\n\n"]
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
-    with pytest.raises(RiaError, match="numbers.parquet: 'text' holds no text but int"):
+    with pytest.raises(RiaError, match="numbers.parquet: the field 'text' must be a string, not int"):
         list(calibration.documents(str(tmp_path / "numbers.parquet")))
 
 
@@ -118,7 +174,7 @@ def test_a_data_set_out_of_reach(tokenizer, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(RiaError, match="c4: allenai/c4 cannot be had from the hub .no route"):
+    with pytest.raises(RiaError, match="c4: allenai/c4 cannot be downloaded .no route"):
         from_text("c4", tokenizer, 20, 50, 0)
 
 
@@ -128,8 +184,8 @@ def model(tiny):
 
 
 def test_the_model_writes_its_own_samples(model, monkeypatch):
-    monkeypatch.setattr(calibration, "DOCUMENT", 8)
-    monkeypatch.setattr(calibration, "CACHE_BYTES", 0)  # several batches
+    monkeypatch.setattr(calibration, "DOCUMENT_TOKENS", 8)
+    monkeypatch.setattr(calibration, "KV_CACHE_BYTES", 0)  # several batches
     tokens = from_model(model, 0, samples=5, seq_len=20, seed=0, monitor=Monitor(shown=False))
     assert tokens.shape == (5, 20)
     assert bool((tokens[:, ::8] == 0).all())  # every document begins with the start token

@@ -9,16 +9,18 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.benchmark import load, server, supervisor
+from ria_vllm.serve.benchmark import load, server
 from ria_vllm.serve.benchmark.command import Comparison, bench, parse_concurrency, weight_bytes
 from ria_vllm.serve.benchmark.load import Outcome, Workload
 from ria_vllm.serve.benchmark.results import Side
 
 SERVE = "--max-model-len 256 --enforce-eager"
+SHORT = ["--concurrency", "2", "--input-len", "16", "--output-len", "8", "--requests", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ def run(*arguments):
 
 
 def alive(pid: int) -> bool:
-    """A zombie is dead: whoever adopted it has yet to collect it."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -103,13 +105,14 @@ def test_bad_input(pruned_llama, tmp_path):
 def test_a_url_without_a_server(pruned_llama, tmp_path):
     url = f"http://127.0.0.1:{server.free_port()}"
     with pytest.raises(RiaError, match=f"{url}: no OpenAI-compatible server"):
-        run(pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path / "b", "--url", url, "--baseline-url", url)
+        both = ["--url", url, "--baseline-url", url]
+        run(pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path / "b", *both)
 
 
 @pytest.mark.slow
 def test_a_server_that_runs_already(pruned_llama, tmp_path):
-    """It is measured, has no memory of ours to report, and is left alone; the other side is started and ended."""
-    arguments = ["--concurrency", "2", "--input-len", "16", "--output-len", "8", "--requests", "2", "--repetitions", "2"]
+    """It is measured and left running, and its memory is unknown; the other side is started and ended."""
+    arguments = [*SHORT, "--repetitions", "2"]
     with server.running_server(str(pruned_llama.folder), tmp_path / "server.log", SERVE.split()) as theirs:
         found = run(
             pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path / "b", *arguments,
@@ -123,7 +126,7 @@ def test_a_server_that_runs_already(pruned_llama, tmp_path):
     (point,) = json.loads((tmp_path / "b" / "bench.json").read_text())["points"]
     assert point["memory"]["sparse"] is None and point["memory"]["dense"] > 1e8
     assert point["figures"]["sparse"]["output_tokens_per_s"] > 0
-    # Two runs of four requests of 8 tokens, and what warms up.
+    # Two runs of four requests of 8 tokens, and the warm-up.
     assert float(counted[1]) >= 2 * 4 * 8
     assert "| 2 | ratio |" in (tmp_path / "b" / "bench.md").read_text()
 
@@ -147,27 +150,27 @@ def test_offline(pruned_llama, tmp_path):
     for side in ("dense", "sparse"):
         figures = point["figures"][side]
         assert point["concurrency"] is None and figures["output_tokens_per_s"] == 8 * figures["requests_per_s"]
-        # Prompts of 16 tokens and answers of 8: a request is 24 tokens, or the lengths did not arrive.
+        # Prompts of 16 tokens and answers of 8 make 24 tokens per request if vLLM got the lengths.
         assert figures["total_tokens_per_s"] == pytest.approx(24 * figures["requests_per_s"], rel=0.1)
     assert (tmp_path / "bench.png").exists()
 
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_no_server(pruned_llama, tmp_path):
-    command = [sys.executable, "-m", "ria_vllm", "bench", str(pruned_llama.folder), "--baseline", str(pruned_llama.source)]
+    command = [sys.executable, "-m", "ria_vllm", "bench", str(pruned_llama.folder)]
     process = subprocess.Popen(
-        [*command, "-o", str(tmp_path / "b"), "--serve-args", SERVE],
+        [*command, "--baseline", str(pruned_llama.source), "-o", str(tmp_path / "b"), "--serve-args", SERVE],
         stdout=subprocess.DEVNULL,
         # A shell's background job, which the tests may be, hands down an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = tmp_path / "b" / "logs" / "dense-1-server.log"
     deadline = time.monotonic() + 120
-    # Interrupt while vLLM's own children exist: the hardest moment.
+    # Interrupt while vLLM has children of its own, which is the hardest moment.
     while time.monotonic() < deadline and not (log.exists() and "EngineCore" in log.read_text()):
         time.sleep(0.2)
-    tree = supervisor.descendants(process.pid)
-    assert len(tree) >= 3  # the supervisor, vllm serve, and its engine
+    tree = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    assert len(tree) >= 3  # the supervisor, vllm serve and its engine
     process.send_signal(signal.SIGINT)
     assert process.wait(60) != 0
     assert not [pid for pid in tree if alive(pid)]
@@ -176,7 +179,7 @@ def test_ctrl_c_leaves_no_server(pruned_llama, tmp_path):
 
 @pytest.mark.slow
 def test_dense_against_sparse(pruned_llama, tmp_path):
-    arguments = ["--concurrency", "2", "--input-len", "16", "--output-len", "8", "--requests", "2", "--repetitions", "1"]
+    arguments = [*SHORT, "--repetitions", "1"]
     found = run(
         pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path, *arguments, "--serve-args", SERVE
     )

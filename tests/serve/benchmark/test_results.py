@@ -1,4 +1,4 @@
-"""Medians, paired ratios, and that what failed is never a number."""
+"""Medians and paired ratios; a failure never yields a number."""
 
 import json
 
@@ -36,8 +36,9 @@ def test_medians_and_ratios_within_a_repetition():
     assert point.memory == {"dense": 5_000_000_000, "sparse": 4_000_000_000}
 
 
-def test_one_failed_run_takes_all_figures_of_its_point():
-    points = summarise([*RUNS, run("dense", 3, 1, None), run("sparse", 3, 1, 140), *(run(s, 0, 4, 9) for s in ("dense", "sparse"))])
+def test_one_failed_run_removes_all_figures_of_its_point():
+    more = [run("dense", 3, 1, None), run("sparse", 3, 1, 140), run("dense", 0, 4, 9), run("sparse", 0, 4, 9)]
+    points = summarise([*RUNS, *more])
     assert points[0].figures["dense"] is None and points[0].ratios == {} and points[0].memory["dense"] is None
     assert points[1].ratios["output_tokens_per_s"].median == 1
     titles, rows = table(points, SIDES)
@@ -47,7 +48,7 @@ def test_one_failed_run_takes_all_figures_of_its_point():
     assert failure_lines(points) == ["dense, 1 users: 7 of 8 requests failed"]
 
 
-def test_a_side_that_never_ran_has_no_figures_either():
+def test_a_side_that_never_ran_has_no_figures():
     (point,) = summarise(RUNS[:1])
     assert point.figures["sparse"] is None and point.ratios == {}
     assert "not run" in table([point], SIDES)[1][1]
@@ -78,6 +79,6 @@ def test_plot(tmp_path, users):
     assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_plot_of_failures_is_no_plot(tmp_path):
+def test_failures_alone_make_no_plot(tmp_path):
     plot(tmp_path / "bench.png", [run("dense", 0, 1, None)], "model")
     assert not (tmp_path / "bench.png").exists()

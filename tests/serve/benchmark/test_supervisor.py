@@ -1,4 +1,4 @@
-"""No process survives: not a Ctrl-C, not a crash, not a kill -9 of the one that asked, not a daemon that detached itself."""
+"""No process survives when the asking process is interrupted, crashes or is killed, not even a detached daemon."""
 
 import os
 import signal
@@ -7,12 +7,13 @@ import sys
 import textwrap
 import time
 
+import psutil
 import pytest
 
 from ria_vllm.serve.benchmark import supervisor
 from ria_vllm.serve.benchmark.process import PeakMemory, SupervisedProcess, wait_until
 
-# A server of the hard kind: a child in a session of its own, and both deaf to SIGTERM when told so.
+# A server that is hard to end: it has a child in a session of its own, and both can ignore SIGTERM.
 STUBBORN = """
 import os, signal, subprocess, sys, time
 pids, deaf = sys.argv[1], sys.argv[2] == "deaf"
@@ -65,12 +66,14 @@ def test_stop_ends_the_whole_tree_and_returns_when_it_is_gone(stubborn, tmp_path
     process = SupervisedProcess(command(stubborn, tmp_path), tmp_path / "log")
     pids = pids_in(tmp_path / "pids")
     assert process.running and all(alive(pid) for pid in pids)
+    began = time.monotonic()
     process.stop()
     assert not process.running and not any(alive(pid) for pid in pids)
+    assert time.monotonic() - began < supervisor.GRACE_SECONDS / 2  # none of them ignores SIGTERM
 
 
-def test_processes_deaf_to_sigterm_are_killed(stubborn, tmp_path, monkeypatch):
-    # The grace lives in the supervisor's own process: shorten it there.
+def test_processes_that_ignore_sigterm_are_killed(stubborn, tmp_path, monkeypatch):
+    # The grace period belongs to the supervisor's process, so a copy of its program gets a shorter one.
     short = tmp_path / "supervisor.py"
     with open(supervisor.__file__) as file:
         short.write_text(file.read().replace("GRACE_SECONDS = 15.0", "GRACE_SECONDS = 0.5"))
@@ -117,6 +120,20 @@ def test_what_a_command_leaves_behind_ends_with_it(stubborn, tmp_path):
     assert not alive(child)
 
 
+def test_zombies_and_orphans_delay_nothing(tmp_path):
+    """A zombie whose parent runs, and many orphans."""
+    script = "import os, subprocess, time\nsubprocess.Popen(['true'])\n"
+    script += "for _ in range(50):\n    subprocess.Popen(['sh', '-c', 'setsid sleep 600 &']).wait()\n"
+    script += "print('ready', flush=True); time.sleep(600)"
+    process = SupervisedProcess([sys.executable, "-c", script], tmp_path / "log")
+    assert wait_until(lambda: process.log_tail(1) == "ready", process, 30)
+    orphans = [child.pid for child in psutil.Process(process._supervisor.pid).children(recursive=True)]
+    began = time.monotonic()
+    process.stop()
+    assert len(orphans) >= 51 and not any(alive(pid) for pid in orphans)
+    assert time.monotonic() - began < supervisor.GRACE_SECONDS / 2
+
+
 def test_status_and_log(tmp_path):
     with SupervisedProcess([sys.executable, "-c", "print('said'); raise SystemExit(3)"], tmp_path / "log") as process:
         assert process.wait(30) == 3
@@ -132,9 +149,10 @@ def test_memory_counts_the_tree_and_its_peak(tmp_path):
     assert process.memory() == 0
 
 
-def test_own_memory_leaves_out_what_lies_in_files(tmp_path):
+def test_own_memory_leaves_out_pages_of_files(tmp_path):
     (tmp_path / "file").write_bytes(b"x" * 200_000_000)
-    script = "import mmap, sys, time; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)\n"
+    script = "import mmap, sys, time\nf = open(sys.argv[1], 'rb')\n"
+    script += "m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)\n"
     script += "sum(m[::4096]); x = bytearray(100_000_000); print('ready', flush=True); time.sleep(600)"
     with SupervisedProcess([sys.executable, "-c", script, str(tmp_path / "file")], tmp_path / "log") as process:
         assert wait_until(lambda: process.log_tail(1) == "ready", process, 30)

@@ -1,0 +1,71 @@
+"""Our own CUDA kernel as far as a machine without a GPU can see it."""
+
+import pytest
+import torch
+from layers import pack
+from torch._inductor import metrics
+
+from ria_vllm.errors import RiaError
+from ria_vllm.formats import FLOAT
+from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.serve.kernels.cuda import backend
+from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
+
+GPU = torch.device("cuda", 0)
+
+
+def test_on_a_cpu_it_says_that_the_layer_is_not_on_a_gpu():
+    assert CutlassKernel.is_supported(torch.device("cpu")) == "the layer is on cpu"
+
+
+@pytest.mark.parametrize("sizes, reason", [((12, 64), "out-features 12"), ((64, 96), "in-features 96")])
+def test_a_size_that_does_not_fit_is_named(monkeypatch, sizes, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert reason in CutlassKernel.can_implement(LinearLayerConfig(GPU, torch.bfloat16, FLOAT, *sizes))
+
+
+def test_a_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(backend, "library_of", backend.library_of.__wrapped__)
+    monkeypatch.setenv("RIA_VLLM_CUDA_FOLDER", str(tmp_path))
+    reason = CutlassKernel.is_supported(GPU)
+    assert "_cuda_sm90a.so was not built" in reason and "ria-vllm build-kernels --arch 90a" in reason
+
+
+def test_a_file_that_is_no_library_is_an_error_that_names_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setenv("RIA_VLLM_CUDA_FOLDER", str(tmp_path))
+    (tmp_path / "_cuda_sm90a.so").write_text("not a library")
+    with pytest.raises(RiaError, match=r"_cuda_sm90a\.so does not load"):
+        backend.library_of.__wrapped__(0)
+
+
+@pytest.mark.parametrize("leading", [(3,), (2, 5), ()])
+def test_shapes_for_the_compiler(leading):
+    x = torch.empty(*leading, 128, dtype=torch.bfloat16, device="meta")
+    values = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
+    metadata = torch.empty(64 * 16, dtype=torch.uint8, device="meta")
+    order = torch.empty(128, dtype=torch.int32, device="meta")
+    y = CutlassKernel.apply(LinearLayerConfig(x.device, x.dtype, FLOAT, 64, 128), x, (values, metadata), order, None)
+    assert y.shape == (*leading, 64) and y.dtype == x.dtype
+
+
+def test_the_compiler_puts_the_gather_into_the_norm(hopper):
+    """The operators leave it outside, so that it costs no pass of its own: no kernel more than without."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    product = pack(CutlassKernel, FLOAT.encode(weight, None, None))
+    x, weight = torch.randn(3, 256).bfloat16(), torch.rand(256).bfloat16()
+    order = torch.randperm(256).int()
+
+    def layer(x, order):
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
+        return product(normed.bfloat16() * weight, order)
+
+    counts = []
+    for permutation in (None, order):
+        torch.compiler.reset()
+        metrics.reset()
+        y = torch.compile(layer)(x, permutation)
+        torch.testing.assert_close(y, layer(x, permutation), rtol=0.02, atol=0.1)
+        counts.append(metrics.generated_kernel_count)
+    assert counts[0] == counts[1] > 0

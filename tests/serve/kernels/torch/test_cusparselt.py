@@ -1,0 +1,79 @@
+"""cuSPARSELt's kernel as far as a machine without a GPU can see it."""
+
+import pytest
+import torch
+
+from ria_vllm import sparse24
+from ria_vllm.formats import FLOAT, INT8
+from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.serve.kernels.torch import cusparselt
+from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
+
+GPU = torch.device("cuda", 0)
+
+
+def test_on_a_cpu_it_says_that_the_layer_is_not_on_a_gpu():
+    assert CusparseltKernel.is_supported(torch.device("cpu")) == "the layer is on cpu"
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, sizes, reason",
+    [
+        ((8, 0), torch.bfloat16, (24, 64), "out-features 24 are not a multiple of 16"),
+        ((8, 0), torch.bfloat16, (64, 24), "in-features 24 are not a multiple of 16"),
+        ((8, 0), torch.float32, (64, 64), "dtype float32"),
+        ((7, 5), torch.bfloat16, (64, 64), "compute capability 7.5"),
+        ((8, 0), torch.bfloat16, (32, 64), None),
+        ((8, 6), torch.float16, (992, 448), None),
+        ((8, 9), torch.bfloat16, (16, 16), None),
+        ((9, 0), torch.bfloat16, (16, 16), None),
+    ],
+)
+def test_what_it_serves(monkeypatch, capability, dtype, sizes, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    found = CusparseltKernel.is_supported(GPU)
+    found = found or CusparseltKernel.can_implement(LinearLayerConfig(GPU, dtype, FLOAT, *sizes))
+    assert found is None if reason is None else reason in found
+
+
+def test_a_torch_without_the_library_is_named(monkeypatch):
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    assert "without cuSPARSELt" in CusparseltKernel.is_supported(GPU)
+
+
+def test_quantized_weights_are_not_served():
+    reason = CusparseltKernel.can_implement(LinearLayerConfig(GPU, torch.bfloat16, INT8, 64, 64))
+    assert reason == "no int8 weights; float only"
+
+
+@pytest.mark.parametrize("leading", [(3,), (2, 5), ()])
+def test_shapes_for_the_compiler(leading):
+    x = torch.empty(*leading, 128, dtype=torch.bfloat16, device="meta")
+    packed = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
+    order = torch.empty(128, dtype=torch.int32, device="meta")
+    config = LinearLayerConfig(x.device, x.dtype, FLOAT, 64, 128)
+    y = CusparseltKernel.apply(config, x, (packed,), order, None)
+    assert y.shape == (*leading, 64) and y.dtype == x.dtype
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("leading", [(3,), (2, 8), (1, 17), (), (0,)])
+def test_tokens_are_padded_to_what_the_library_takes(monkeypatch, leading, bias):
+    """Any number of tokens comes out as the dense product; the library is played by a dense one that is as strict."""
+
+    def dense_mm(weight, columns, bias=None, transpose_result=False):
+        assert columns.shape[1] % 8 == 0 and columns.t().is_contiguous() and transpose_result
+        return torch.nn.functional.linear(columns.t(), weight, bias)
+
+    monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", dense_mm)
+    draw = torch.Generator().manual_seed(0)
+    compressed, bitmask = sparse24.compress(torch.randn(48, 64, generator=draw))
+    x, b = torch.randn(*leading, 64, generator=draw), torch.randn(48, generator=draw) if bias else None
+    config = LinearLayerConfig(x.device, x.dtype, FLOAT, 48, 64)
+    packed = CusparseltKernel.pack(config, {"compressed": compressed, "bitmask": bitmask})
+    y = cusparselt._linear(x, *packed, 48, b)
+    expected = x.double() @ sparse24.decompress(compressed, bitmask).double().t() + (0 if b is None else b.double())
+    assert y.shape == expected.shape and y.is_contiguous()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
