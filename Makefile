@@ -1,5 +1,6 @@
 # make demo   a pruned model from nothing to `vllm serve`
 # make test   the whole test suite
+# make lint   ruff, mypy, clang-format, and the contracts on who may import whom
 # make test-versions  the serving tests with each older vLLM that is supported, and a look into the newest CUDA wheel
 # make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel.
 #                GPU_PYTHON names the Python that has the torch; GPU_ARGS="--checkpoint FOLDER" takes real weights, too
@@ -35,7 +36,7 @@ endif
 CHECK_COMPILER := @set -- $${CXX:-g++}; command -v "$$1" >/dev/null || \
 	{ echo "No C++ compiler: $$1 is not on the path. On Debian: apt install g++. CXX may name another." >&2; exit 1; }
 
-.PHONY: demo test test-versions test-gpu wheel print-python clean
+.PHONY: demo test lint test-versions test-gpu wheel print-python clean
 
 demo: .venv/ready
 	$(BIN)/python demo/run.py
@@ -46,6 +47,25 @@ PYTEST := pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: .venv/ready
 	$(BIN)/python -m $(PYTEST) $(PYTEST_ARGS)
+
+# In an environment of its own, without torch and vLLM: it is there in seconds.
+LINT := .venv-lint/bin
+INSTALLED := .work/lint
+CPP_SOURCES = $(shell find serve tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+
+lint: .venv-lint/ready
+	$(LINT)/ruff check .
+	$(LINT)/clang-format --dry-run -Werror $(CPP_SOURCES)
+	rm -rf $(INSTALLED) && mkdir -p $(INSTALLED)
+	cp -Rp ria_vllm benchmarks $(INSTALLED) && cp -Rp offline serve $(INSTALLED)/ria_vllm
+	cd $(INSTALLED) && $(CURDIR)/$(LINT)/lint-imports $(CURDIR)/pyproject.toml --no-cache --no-logo
+	cd $(INSTALLED) && $(CURDIR)/$(LINT)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.work/mypy
+
+.venv-lint/ready: pyproject.toml
+	python=$$(packaging/choose_python.sh $(PYTHON)) && "$$python" -m venv .venv-lint
+	$(LINT)/python -m pip install -q $(PIP_ARGS) "pip>=25.1"
+	$(LINT)/python -m pip install -q $(PIP_ARGS) --group lint
+	touch $@
 
 # An environment each, .venv-VERSION. The kernels are left out: they know nothing of vLLM. The CUDA wheel is not
 # installed: its sources are searched for every name we import.
