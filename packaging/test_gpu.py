@@ -1,7 +1,7 @@
 """`make test-gpu`: checks and times the CUDA kernels of this checkout under whatever torch the machine has.
 
-Nothing is installed into the machine's Python and nothing but torch is needed in it. Kernels that were not compiled yet
-are, where there is an nvcc; CUTLASS's headers are fetched into .work if the machine has none.
+The machine's Python needs torch and nothing else, and nothing is installed into it. If there is an nvcc, kernels that
+are not compiled yet are compiled first; CUTLASS's headers are downloaded into .work if the machine has none.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# As pyproject.toml maps it: `serve/` is ria_vllm.serve.
+# As in pyproject.toml, `serve/` is ria_vllm.serve.
 sys.path.insert(0, str(ROOT))
 import ria_vllm
 
@@ -21,14 +21,14 @@ import torch
 
 from benchmarks import gpu_check
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels.cuda import build as cuda_compile
+from ria_vllm.serve.kernels.cuda import build
 from ria_vllm.serve.kernels.cuda.bindings import library_folder, library_of
 
 
 def has_headers() -> bool:
     try:
-        cuda_compile.find_headers()
-    except cuda_compile.CudaBuildError:
+        build.find_headers()
+    except build.CudaBuildError:
         return False
     return True
 
@@ -39,14 +39,14 @@ def provide_headers() -> None:
     folder = ROOT / ".work" / "cutlass"
     os.environ["RIA_VLLM_CUTLASS"] = str(folder / "cutlass_library" / "source")
     if not has_headers():
-        package = cuda_compile.CUTLASS_PACKAGE
+        package = build.CUTLASS_PACKAGE
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), package]
         subprocess.run(command, check=True)
 
 
 def provide_library() -> None:
-    """All tiles for the first GPU, unless a library of these sources is there; the default ones if not all compile."""
-    target = cuda_compile.for_capability(*torch.cuda.get_device_capability(0))
+    """Compile all tiles for the first GPU, or the default ones if not all compile; keep a library of these sources."""
+    target = build.for_capability(*torch.cuda.get_device_capability(0))
     if target is None or torch.version.hip:
         return
     try:
@@ -55,17 +55,17 @@ def provide_library() -> None:
     except RiaError as error:
         print(error, flush=True)
     try:
-        cuda_compile.find_nvcc()
+        build.find_nvcc()
         provide_headers()
-    except (cuda_compile.CudaBuildError, subprocess.CalledProcessError) as error:
+    except (build.CudaBuildError, subprocess.CalledProcessError) as error:
         print(f"not compiled: {error}", flush=True)
         return
     for tiles in (target.tiles, target.default_tiles):
         try:
-            print(f"compiling {len(tiles)} kernels for sm_{target.name}, some minutes", flush=True)
-            cuda_compile.compile_library(target, library_folder(), tiles)
+            print(f"compiling {len(tiles)} kernels for sm_{target.name}, this takes minutes", flush=True)
+            build.compile_library(target, library_folder(), tiles)
             return
-        except (cuda_compile.CudaBuildError, OSError, ValueError) as error:
+        except (build.CudaBuildError, OSError, ValueError) as error:
             print(f"not compiled: {error}", flush=True)
 
 
@@ -74,6 +74,6 @@ if __name__ == "__main__":
         provide_library()
     else:
         arguments = gpu_check.parse_arguments()
-        # In a process of its own, for a library that turns out to be stale stays loaded in the one that tried it.
-        subprocess.run([sys.executable, __file__, "--provide-library"])
+        # In a process of its own: a library that turns out to be stale stays loaded in the process that tried it.
+        subprocess.run([sys.executable, __file__, "--provide-library"], check=False)
         gpu_check.run(arguments)
