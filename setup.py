@@ -76,10 +76,10 @@ class BuildCpuLibrary(build_ext):
 
 
 def load_cuda_build() -> ModuleType:
-    """The module serve/kernels/cuda/build.py, by its path: importing the package needs torch, the build does not."""
+    """serve/kernels/cuda/build.py by its path: the package's own imports need torch, the build does not."""
     spec = spec_from_file_location("ria_vllm_cuda_build", Path("serve/kernels/cuda/build.py").resolve())
     module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
+    sys.modules[spec.name] = module  # where dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 

@@ -21,14 +21,14 @@ import torch
 
 from benchmarks import gpu_check
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels.cuda import build
+from ria_vllm.serve.kernels.cuda import build as cuda_compile
 from ria_vllm.serve.kernels.cuda.bindings import library_folder, library_of
 
 
 def has_headers() -> bool:
     try:
-        build.find_headers()
-    except build.CudaBuildError:
+        cuda_compile.find_headers()
+    except cuda_compile.CudaBuildError:
         return False
     return True
 
@@ -39,14 +39,14 @@ def provide_headers() -> None:
     folder = ROOT / ".work" / "cutlass"
     os.environ["RIA_VLLM_CUTLASS"] = str(folder / "cutlass_library" / "source")
     if not has_headers():
-        package = build.CUTLASS_PACKAGE
+        package = cuda_compile.CUTLASS_PACKAGE
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), package]
         subprocess.run(command, check=True)
 
 
 def provide_library() -> None:
-    """Compile all tiles for the first GPU, or the default ones if not all compile; keep a library of these sources."""
-    target = build.for_capability(*torch.cuda.get_device_capability(0))
+    """All tiles for the first GPU, unless a library of these sources is there; the default ones if not all compile."""
+    target = cuda_compile.for_capability(*torch.cuda.get_device_capability(0))
     if target is None or torch.version.hip:
         return
     try:
@@ -55,17 +55,17 @@ def provide_library() -> None:
     except RiaError as error:
         print(error, flush=True)
     try:
-        build.find_nvcc()
+        cuda_compile.find_nvcc()
         provide_headers()
-    except (build.CudaBuildError, subprocess.CalledProcessError) as error:
+    except (cuda_compile.CudaBuildError, subprocess.CalledProcessError) as error:
         print(f"not compiled: {error}", flush=True)
         return
     for tiles in (target.tiles, target.default_tiles):
         try:
-            print(f"compiling {len(tiles)} kernels for sm_{target.name}, this takes minutes", flush=True)
-            build.compile_library(target, library_folder(), tiles)
+            print(f"compiling {len(tiles)} kernels for sm_{target.name}, some minutes", flush=True)
+            cuda_compile.compile_library(target, library_folder(), tiles)
             return
-        except (build.CudaBuildError, OSError, ValueError) as error:
+        except (cuda_compile.CudaBuildError, OSError, ValueError) as error:
             print(f"not compiled: {error}", flush=True)
 
 
