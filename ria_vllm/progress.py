@@ -132,8 +132,8 @@ class Monitor:
 
     def _current(self) -> _Stage | None:
         """The stage that the second bar shows: the innermost one that goes in steps, else the innermost one."""
-        stepping = [stage for stage in self._stack if stage.total is not None]
-        return (stepping or self._stack or [None])[-1]
+        stages = [stage for stage in self._stack if stage.total is not None] or self._stack
+        return stages[-1] if stages else None
 
     def _show(self) -> None:
         if self.bars.disable:
