@@ -59,8 +59,8 @@ lint: .venv-lint/ready
 	$(LINT)/clang-format --dry-run -Werror $(CPP_SOURCES)
 	rm -rf $(INSTALLED) && mkdir -p $(INSTALLED)
 	cp -Rp ria_vllm benchmarks $(INSTALLED) && cp -Rp offline serve $(INSTALLED)/ria_vllm
-	cd $(INSTALLED) && $(CURDIR)/$(LINT)/lint-imports $(CURDIR)/pyproject.toml --no-cache --no-logo
-	cd $(INSTALLED) && $(CURDIR)/$(LINT)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.work/mypy
+	cd $(INSTALLED) && ../../$(LINT)/lint-imports ../../pyproject.toml --no-cache --no-logo
+	cd $(INSTALLED) && ../../$(LINT)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy
 
 .venv-lint/ready: pyproject.toml
 	python=$$(packaging/choose_python.sh $(PYTHON)) && "$$python" -m venv .venv-lint
