@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,13 @@ def test_no_python_at_all(machine):
     found = machine.choose()
     assert found.returncode and not found.stdout
     assert "3.11 to 3.14" in found.stderr and "apt install python3 python3-venv python3-dev" in found.stderr
+
+
+def test_the_wheel_has_every_package():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [file.parent for top in ("ria_vllm", "offline", "serve") for file in (ROOT / top).rglob("__init__.py")]
+    names = [".".join(folder.relative_to(ROOT).parts) for folder in folders]
+    assert sorted(declared) == sorted(name if name == "ria_vllm" else f"ria_vllm.{name}" for name in names)
 
 
 @pytest.fixture
