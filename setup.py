@@ -1,7 +1,7 @@
-"""Builds the CPU kernels into one library, `ria_vllm/serve/kernels/cpu/_cpu.so`. Needs g++ and nothing else.
+"""Builds the CPU kernels into one library, `ria_vllm/serve/kernels/cpu/_cpu.so`. Needs only g++.
 
-The library takes torch's stable C functions from whichever torch the process has loaded, so it is built without torch
-and one wheel serves every Python and torch from 2.10 on. Everything else about the package is in pyproject.toml.
+The library takes torch's stable C functions from whichever torch the process has loaded. So it is built without torch,
+and one wheel fits every Python and every torch from 2.10 on. Everything else about the package is in pyproject.toml.
 """
 
 import os
@@ -42,7 +42,7 @@ def sources_and_flags() -> dict[Path, list[str]]:
 
 
 class BuildCpuLibrary(build_ext):
-    """Compiles each instruction set's file with its own flags; no -march=native, the choice is made at run time."""
+    """Compiles each instruction set's file with its own flags, never -march=native: the choice is made at run time."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -60,7 +60,7 @@ class BuildCpuLibrary(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             object_files = list(pool.map(lambda item: compile_one(*item), sources_and_flags().items()))
 
-        # An empty library of torch's name: the dynamic loader then binds us to the torch that is already loaded.
+        # Link to an empty library of torch's name: the dynamic loader then binds to the torch that is already loaded.
         stub = objects / "libtorch_cpu.so"
         name = f"-Wl,-soname,{stub.name}"
         subprocess.run([*compiler, "-shared", "-nostdlib", name, "-x", "c", os.devnull, "-o", str(stub)], check=True)
@@ -69,7 +69,7 @@ class BuildCpuLibrary(build_ext):
         linked = objects / target.name
         link = ["-shared", *object_files, "-Wl,--no-as-needed", str(stub), "-Wl,-z,relro,-z,now", "-o", str(linked)]
         subprocess.run([*compiler, *link], check=True)
-        # Replaced as a whole: a running process keeps the library it has mapped.
+        # Replace the file as a whole: a running process keeps the library that it has mapped.
         unfinished = target.with_suffix(".unfinished")
         shutil.copyfile(linked, unfinished)
         unfinished.replace(target)
@@ -84,7 +84,7 @@ def load_cuda_build() -> ModuleType:
 
 
 class AnyPythonWheel(bdist_wheel):
-    """The library has no Python in it: one wheel per platform."""
+    """The library does not depend on Python: one wheel per platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

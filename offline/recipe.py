@@ -44,7 +44,7 @@ class Recipe:
     weights: str = "float"
     compute_dtype: str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choices = (("method", METHODS), ("permute", permute.METHODS), ("permute_scope", SCOPES))
         more = (("reconstruct", RECONSTRUCTIONS), ("weights", formats.WRITTEN), ("compute_dtype", dtypes.CHOICES))
         for name, allowed in (*choices, *more):

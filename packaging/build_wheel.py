@@ -2,8 +2,9 @@
 
     python packaging/build_wheel.py OUT [ARGUMENTS OF pip install...]
 
-The tag follows from the symbols that the library takes from glibc and libstdc++, hence from the machine it was built on:
-an older Linux makes a wheel for more of them. CUDA kernels are left out; `ria-vllm build-kernels` compiles those.
+The platform tag follows from the symbols of glibc and libstdc++ that the library uses, and so from the machine that
+builds it: the older its Linux, the more machines the wheel fits. CUDA kernels are left out; `ria-vllm build-kernels`
+compiles them.
 """
 
 import os
@@ -14,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# What a wheel is made of; libraries of this checkout are not, they may be stale or of a GPU.
+# What a wheel is made of. Compiled libraries of this checkout are left out: they may be stale, or for a GPU.
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "ria_vllm", "offline", "serve")
 NOT_SOURCES = shutil.ignore_patterns("*.so", "__pycache__")
 

@@ -1,8 +1,8 @@
-"""Check, without installing it, that a vLLM has every name that ria-vllm takes from it.
+"""Checks that a vLLM, which need not be installed, has every name that ria-vllm uses.
 
     python packaging/check_vllm.py vllm-0.33.0-cp38-abi3-manylinux_2_31_x86_64.whl
 
-The argument is a wheel or a folder that holds the package `vllm`. Nothing of it is run: its sources are parsed.
+The argument is a wheel, or a folder that holds the package `vllm`. Its sources are parsed; none of its code runs.
 """
 
 import ast
@@ -13,12 +13,12 @@ from pathlib import Path
 
 OURS = [Path(__file__).parent.parent / folder for folder in ("ria_vllm", "offline", "serve", "benchmarks")]
 
-# Path inside vLLM's folder of packages, as "vllm/config/__init__.py" -> its text, None where there is none.
+# A path such as "vllm/config/__init__.py" -> the file's text; None if there is no such file.
 Read = Callable[[str], "str | None"]
 
 
 def taken(source: str) -> Iterator[tuple[str, str]]:
-    """(module, name) of everything that a Python source imports from vLLM, and of what it takes from such a module."""
+    """(module, name) of all that a Python source imports from vLLM, and of the attributes it uses of such modules."""
     tree = ast.parse(source)
     modules = {}
     for node in ast.walk(tree):
@@ -38,7 +38,7 @@ def taken(source: str) -> Iterator[tuple[str, str]]:
 
 
 def missing(names: Iterable[tuple[str, str]], read: Read) -> list[str]:
-    """Those that vLLM does not have. An attribute of something that is no module (of a class, say) is not looked up."""
+    """The names that vLLM lacks. Attributes of anything but a module (of a class, say) are not looked up."""
     return sorted(f"{module}.{name}" for module, name in set(names) if not _has(module, name, read))
 
 
@@ -46,7 +46,7 @@ def _has(module: str, name: str, read: Read) -> bool:
     path, source = _source(module, read)
     if source is None:
         parent, _, leaf = module.rpartition(".")
-        # The attribute of a class or function: enough that that is there.
+        # An attribute of a class or function: it is enough that the latter exists.
         return bool(parent) and _source(parent, read)[1] is not None and _has(parent, leaf, read)
     if _source(f"{module}.{name}" if module else name, read)[1] is not None:
         return True
@@ -63,7 +63,7 @@ def _has(module: str, name: str, read: Read) -> bool:
 
 
 def _source(module: str, read: Read) -> tuple[str, str | None]:
-    """The path of a module and its text; None where there is no such module."""
+    """The path of a module and its text, which is None if there is no such module."""
     if not module:
         return "", ""
     folder = module.replace(".", "/")
@@ -74,7 +74,7 @@ def _source(module: str, read: Read) -> tuple[str, str | None]:
 
 
 def _bound(body: list[ast.stmt]) -> set[str]:
-    """Names that a module's top level binds, in branches too, and the keys of a table of lazy imports."""
+    """Names bound at a module's top level, branches included, and the keys of a table of lazy imports."""
     names: set[str] = set()
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -108,7 +108,7 @@ def main(path: Path) -> int:
     for name in absent:
         print(f"{path.name}: no {name}")
     if not absent:
-        print(f"{path.name}: has all {len(names)} names that ria-vllm takes from vLLM")
+        print(f"{path.name}: has all {len(names)} names that ria-vllm uses")
     return int(bool(absent))
 
 

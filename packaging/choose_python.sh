@@ -1,11 +1,11 @@
 #!/bin/sh
-# Prints the path of the Python to set the environment up with: the first of the candidates that can do it all. By default
-# the version that is tested most, then whatever `python3` is, then the newest. The arguments, if any, are the candidates.
+# Prints the path of the Python to set the environment up with: the first candidate that meets every need. The arguments,
+# if any, are the candidates. The default is the version that is tested most, then whatever `python3` is, then the newest.
 #
-# Needed of it: Python 3.11 to 3.14; venv with ensurepip, which make the environment; and Python.h, which vLLM compiles
-# a model with. Debian has the last two in packages of their own.
+# Needed: Python 3.11 to 3.14; venv with ensurepip, to create the environment; and Python.h, with which vLLM compiles
+# models. Debian has the last two in packages of their own.
 
-# Prints the version, and after a blank what is wrong with it, with the names of Debian's packages.
+# Prints the version, then a blank and what is wrong with it, if anything, with the names of Debian's packages.
 probe='
 import importlib.util, os, sys, sysconfig
 version = "%d.%d" % sys.version_info[:2]
@@ -24,7 +24,7 @@ print(" ".join([version, " and ".join(missing)]).strip())
 found=
 for candidate; do
     path=$(command -v "$candidate") || continue
-    # A launcher may stand on the path without a Python behind it.
+    # A launcher may be on the path without a Python behind it.
     answer=$("$path" -c "$probe" 2>/dev/null) || continue
     case $answer in
         *" "*) found="$found
@@ -36,6 +36,6 @@ done
 if [ -n "$found" ]; then
     echo "No Python here can set the environment up:$found" >&2
 else
-    echo "None of these is a Python that runs: $*. Needed: 3.11 to 3.14. On Debian: apt install python3 python3-venv python3-dev" >&2
+    echo "None of these runs as a Python: $*. Needed: 3.11 to 3.14. On Debian: apt install python3 python3-venv python3-dev" >&2
 fi
 exit 1

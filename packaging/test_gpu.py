@@ -1,7 +1,7 @@
 """`make test-gpu`: checks and times the CUDA kernels of this checkout under whatever torch the machine has.
 
-Nothing is installed into the machine's Python and nothing but torch is needed in it. Kernels that were not compiled yet
-are, where there is an nvcc; CUTLASS's headers are fetched into .work if the machine has none.
+The machine's Python needs torch and nothing else, and nothing is installed into it. If there is an nvcc, kernels that
+are not compiled yet are compiled first; CUTLASS's headers are downloaded into .work if the machine has none.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# As pyproject.toml maps it: `serve/` is ria_vllm.serve.
+# As in pyproject.toml, `serve/` is ria_vllm.serve.
 sys.path.insert(0, str(ROOT))
 import ria_vllm
 
@@ -75,6 +75,6 @@ if __name__ == "__main__":
         provide_library()
     else:
         arguments = gpu_check.parse_arguments()
-        # In a process of its own, for a library that turns out to be stale stays loaded in the one that tried it.
-        subprocess.run([sys.executable, __file__, "--provide-library"])
+        # In a process of its own: a library that turns out to be stale stays loaded in the process that tried it.
+        subprocess.run([sys.executable, __file__, "--provide-library"], check=False)
         gpu_check.run(arguments)

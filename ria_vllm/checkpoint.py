@@ -101,7 +101,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if not index.is_file():
         if not (folder / SINGLE_FILE).is_file():
             raise RiaError(f"{folder}: no weights here (neither {SINGLE_FILE} nor {INDEX_FILE}).")
-        return {name: folder / SINGLE_FILE for name in tensor_names(folder / SINGLE_FILE)}
+        return dict.fromkeys(tensor_names(folder / SINGLE_FILE), folder / SINGLE_FILE)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise RiaError(f"{index}: no usable weight_map. Get the file again.")

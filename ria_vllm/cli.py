@@ -8,7 +8,7 @@ import click
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
 
-# Strings, not imports: the ground floor must not depend on the stages, and `--help` must not load torch.
+# Strings, not imports: the shared modules must not depend on the two stages, and `--help` must not load torch.
 COMMANDS = {
     "compress": ("ria_vllm.offline.commands", "compress", "Prune a model to 2:4 and write a compressed checkpoint."),
     "inspect": ("ria_vllm.folder_commands", "inspect", "Show what a compressed checkpoint holds."),
@@ -18,7 +18,11 @@ COMMANDS = {
     "report": ("ria_vllm.offline.evaluation.report", "report", "Write a compression's report as one HTML page."),
     "push": ("ria_vllm.push", "push", "Upload a compressed checkpoint to the Hugging Face Hub."),
     "doctor": ("ria_vllm.serve.doctor", "doctor", "Show which kernels this machine runs, and why."),
-    "bench": ("ria_vllm.serve.benchmark.command", "bench", "Serve dense and sparse in turn and compare their throughput."),
+    "bench": (
+        "ria_vllm.serve.benchmark.command",
+        "bench",
+        "Serve dense and sparse in turn and compare their throughput.",
+    ),
     "build-kernels": ("ria_vllm.serve.kernels.cuda.command", "build_kernels", "Compile the CUDA kernels."),
 }
 

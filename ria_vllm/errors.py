@@ -2,10 +2,10 @@
 
 
 def printable(text: str, lines: bool = False) -> str:
-    """`text` without what a terminal would obey or could not show: control characters and the like, escaped.
+    """`text` with control characters, and all else that a terminal would obey or cannot show, escaped.
 
     Args:
-        lines: keep line feeds, as a message of our own may have them; a name or value from a file may not.
+        lines: keep line feeds. Our own messages may contain them; a name or value from a file may not.
     """
     if text.isprintable():
         return text
@@ -16,9 +16,9 @@ def printable(text: str, lines: bool = False) -> str:
 class RiaError(Exception):
     """Bad input or a broken checkpoint.
 
-    The message says what is wrong, where (file, layer) and how to go on; the command line prints it without a
+    The message says what is wrong, where (file, layer) and what to do about it. The command line prints it without a
     traceback.
     """
 
     def __init__(self, *message: object):
-        super().__init__(*(printable(str(part), lines=True) for part in message))  # names from files may be part of it
+        super().__init__(*(printable(str(part), lines=True) for part in message))  # it may quote names from files

@@ -1,4 +1,4 @@
-"""A compressed folder turned back into a plain dense Hugging Face folder, one tensor in memory at a time."""
+"""Turns a compressed folder back into a plain dense Hugging Face folder, one tensor in memory at a time."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 
 def companion_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
-    """The files beside the weights that a dense folder needs too: tokenizer, templates, generation config."""
+    """The files besides the weights that a dense folder needs too: tokenizer, templates, generation config."""
     found = [
         path
         for path in sorted(folder.iterdir())
@@ -39,11 +39,12 @@ def export_dense(
 
     Args:
         max_shard_size: bytes.
-        monitor: is shown the tensors as they are finished, and what of the folder is left out: a model card that cannot
-            be read, links that lead elsewhere.
+        monitor: shows the finished tensors and warns of what is left out: a model card that cannot be read, links that
+            lead out of the folder.
 
     Raises:
-        RiaError: `out` exists (unless `overwrite`), is or holds the folder being read, a damaged tensor, a full disk.
+        RiaError: `out` exists (unless `overwrite`), or is or contains the folder being read; a tensor is damaged; the
+            disk is full.
     """
     monitor = monitor or Monitor(shown=False)
     check_place(out, reader.folder)
@@ -65,6 +66,6 @@ def export_dense(
         with monitor.phase("writing"):
             writer.finish(keys, {"config.json": config}, copies, max_shard_size, text_files=cards)
     except BaseException as error:
-        if not isinstance(error.__cause__, FileExistsError):  # then the result is whole, only its place is taken
+        if not isinstance(error.__cause__, FileExistsError):  # then the result is whole, but someone has created `out`
             writer.discard()
         raise

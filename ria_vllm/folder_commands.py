@@ -1,4 +1,4 @@
-"""`ria-vllm inspect`, `verify` and `export`: what can be done with a compressed folder alone."""
+"""`ria-vllm inspect`, `verify` and `export`: the commands that need nothing but a compressed folder."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ def inspect(out: Path, as_json: bool) -> None:
 
 
 def print_inventory(inventory: Inventory) -> None:
-    # Piped into a file or a pager there is no terminal to fit: wide enough then that no name is cut.
+    # A file or a pager has no width to fit, so be wide enough that no name is cut.
     console = Console(width=None if sys.stdout.isatty() else 140)
     table = Table(title=Text(printable(inventory.folder)), title_justify="left", box=None, header_style="bold")
     table.add_column("linear", overflow="fold")
@@ -50,14 +50,26 @@ def print_inventory(inventory: Inventory) -> None:
     permuted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     click.echo(f"\npruned linears: {t.linears}, {t.sparsity:.1%} zeros, permutations: {permuted}")
     click.echo(
-        f"their bytes:    {human_size(t.linear_bytes)} of {human_size(t.linear_dense_bytes)} dense ({t.linear_ratio:.3f})"
+        f"their bytes:    {human_size(t.linear_bytes)} of {human_size(t.linear_dense_bytes)} dense "
+        f"({t.linear_ratio:.3f})"
     )
     click.echo(f"other tensors:  {human_size(t.other_bytes)}")
     click.echo(f"all weights:    {human_size(t.bytes)} of {human_size(t.dense_bytes)} dense ({t.ratio:.3f})")
     if inventory.dense_linears:
         click.echo(f"left dense:     {printable(', '.join(inventory.dense_linears))}")
     recipe = inventory.recipe
-    shown = ("source", "model", "method", "exponent", "permute", "reconstruct", "calibration", "samples", "seq_len", "seed")
+    shown = (
+        "source",
+        "model",
+        "method",
+        "exponent",
+        "permute",
+        "reconstruct",
+        "calibration",
+        "samples",
+        "seq_len",
+        "seed",
+    )
     words = [printable(f"{key} {recipe[key]}") for key in shown if key in recipe]
     if words:
         click.echo(f"recipe:         {', '.join(words)}")
@@ -80,8 +92,8 @@ def verify(out: Path) -> None:
         click.echo(f"{out}: {problems} problem{'s' if problems > 1 else ''}")
         sys.exit(1)
     click.echo(
-        f"{out}: all right. {len(reader.sparse_names)} pruned linears, {len(reader.permuted_names)} of them permuted, "
-        f"{len(reader.dense_names)} other tensors."
+        f"{out}: no problems. {len(reader.sparse_names)} pruned linears, {len(reader.permuted_names)} of them "
+        f"permuted, {len(reader.dense_names)} other tensors."
     )
 
 

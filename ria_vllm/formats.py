@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import lcm
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -69,7 +69,7 @@ class WeightFormat(ABC):
 
     name: str
     parts: tuple[Part, ...]
-    quantization: Mapping[str, Any] | None = None
+    quantization: ClassVar[Mapping[str, Any] | None] = None
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)
@@ -211,7 +211,7 @@ class Int8Format(WeightFormat):
 
     name = "int8"
     parts = (Part("compressed", (torch.int8,), 2), BITMASK, ROW_SCALE)
-    quantization = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    quantization: ClassVar[Mapping[str, Any] | None] = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
 
     def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         values, scales = quantize_rows(weight)
@@ -232,7 +232,7 @@ class Fp8Format(WeightFormat):
 
     name = "fp8"
     parts = (Part("compressed", (torch.float8_e4m3fn,), 2), BITMASK, ROW_SCALE)
-    quantization = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    quantization: ClassVar[Mapping[str, Any] | None] = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
 
     def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         largest = torch.finfo(torch.float8_e4m3fn).max

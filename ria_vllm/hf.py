@@ -1,4 +1,4 @@
-"""Teach Hugging Face's `from_pretrained` our folders, at no cost to those who never import transformers.
+"""Teaches Hugging Face's `from_pretrained` to read compressed folders, at no cost to who never imports transformers.
 
 `import ria_vllm` calls `install`. The quantizer itself (`ria_vllm.hf_quantizer`) is registered when transformers loads
 its own quantizers, which may be now, later or never.
@@ -25,12 +25,12 @@ def install() -> None:
 def _register() -> None:
     try:
         import ria_vllm.hf_quantizer  # noqa: F401  (registers itself)
-    except ImportError as error:  # must not keep anyone from importing transformers
+    except ImportError as error:  # importing transformers must still succeed
         warnings.warn(f"ria-vllm: this transformers cannot load compressed folders directly ({error})", stacklevel=2)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the one module that triggers the registration, as everyone else would, and steps aside."""
+    """Finds the module that triggers the registration, as the other finders would, after removing itself from them."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
         if name != TRIGGER:

@@ -1,7 +1,7 @@
 """The model card: the `README.md` of an output folder.
 
-License, language and tags come from the base model's own card, which is untrusted: of its front matter only short
-strings under known keys are taken, and whatever is wrong with it is a warning. Nothing is fetched.
+License, language and tags come from the base model's own card, which is untrusted: only short strings under known
+keys are taken from its front matter, and anything wrong with it is only a warning. Nothing is downloaded.
 """
 
 import math
@@ -25,12 +25,12 @@ SERVE_HERE = "vllm serve ."  # `push` puts the repository's name there
 Warn = Callable[[str], None]
 FrontMatter = dict[str, str | list[str]]
 
-_LISTS = ("license", "language", "tags", "base_model")  # or one text
+_LISTS = ("license", "language", "tags", "base_model")  # or a single string
 _TEXTS = ("license_name", "license_link", "pipeline_tag", "library_name")
 _CARD_BYTES, _FRONT_MATTER_LENGTH = 1 << 20, 1 << 17
-_ENTRIES, _LENGTH = 100, 300  # of a list, of a string
-# Tags that say in which form the base model's weights are stored, or what runs that form.
-_OF_OTHER_FILES = {
+_ENTRIES, _LENGTH = 100, 300  # the longest list, the longest string
+# Tags that name a file format of the base model's weights, or a program that runs it.
+_FORMAT_TAGS = {
     "awq", "coreml", "exl2", "flax", "ggml", "gguf", "gptq", "jax", "keras", "llama-cpp", "mlx", "onnx", "openvino",
     "pytorch", "rust", "tensorflow", "tf", "tflite", "transformers.js",
 }  # fmt: skip
@@ -48,39 +48,46 @@ _PERPLEXITY_HEAD = "| text | tokens | window | perplexity | base model |\n| --- 
 
 
 def pruned_card(folder: Path, report: dict[str, Any], zeros: float, served: bool, warn: Warn) -> str:
-    """The card of what `compress` writes.
+    """The card of a folder that `compress` writes.
 
     Args:
         folder: of the base model.
         report: as in ria_report.json.
-        zeros: share of the weights of the decoder layers' linears.
-        served: whether the folder is compressed, and not plain dense weights with zeros.
+        zeros: the share of zeros among the weights of the decoder layers' linears.
+        served: whether the folder is compressed, so that vLLM serves it; otherwise it is dense, with zeros.
     """
     recipe = report["recipe"]
     base = read_front_matter(folder, warn)
     identity = base_repository(recipe["source"], folder)
     if identity is not None:
         base["base_model"] = identity
-        # Of the Hub's relations (adapter, merge, quantized, finetune) the one that is nearest to compressed weights.
+        # Of the Hub's relations (adapter, merge, quantized, finetune) the one closest to compressed weights.
         if served:
             base["base_model_relation"] = "quantized"
     pattern = _plain(recipe["pattern"])
     if served:
         use = [
             "## Serve",
-            'With ria-vllm, which `pip install ".[cuda]"` (on a CPU `".[cpu]"`) installs from a clone of its repository:',
+            'With ria-vllm, which `pip install ".[cuda]"` (on a CPU `".[cpu]"`) installs from a clone of its '
+            "repository:",
             f"```sh\n{SERVE_HERE}\n```",
             "transformers loads it as well, after `import ria_vllm`.",
         ]
     else:
         use = [
             "## Use",
-            f"No kernel serves the pattern {pattern}, so this is a plain dense model with zeros in it: it loads wherever "
-            "the base model does, takes as much memory, and is no faster.",
+            f"No kernel serves the pattern {pattern}, so this is a plain dense model with zeros in it: it loads "
+            "wherever the base model does, takes as much memory, and is no faster.",
         ]
     title = f"{_name(recipe['source'])}, pruned to {pattern}"
     tags = ["ria-vllm", "pruned", "sparse", *(["vllm"] if served else [])]
-    body = [_origin(recipe, identity), *use, *_what_was_pruned(report, zeros), *_perplexity_section(), *_options(recipe)]
+    body = [
+        _origin(recipe, identity),
+        *use,
+        *_what_was_pruned(report, zeros),
+        *_perplexity_section(),
+        *_options(recipe),
+    ]
     return _front(base, tags) + f"\n# {title}\n\n" + "\n\n".join(body) + "\n"
 
 
@@ -93,18 +100,18 @@ def exported_card(reader: Reader, warn: Warn) -> str:
     identity = known if isinstance(known, str) and _name(known) == _name(source) else None
     body = [
         _origin(recipe | {"source": source}, identity),
-        "This is the plain dense form: the model's own channel order, with zeros where weights were pruned. transformers "
-        "loads it without ria-vllm; it takes as much memory as the base model, and is no faster.",
+        "This is the plain dense form: the model's own channel order, with zeros where weights were pruned. "
+        "transformers loads it without ria-vllm; it takes as much memory as the base model, and is no faster.",
         *_options(recipe),
     ]
     return _front(base, ["pruned"]) + f"\n# {_name(source)}, pruned to 2:4, dense form\n\n" + "\n\n".join(body) + "\n"
 
 
 def base_repository(source: str, folder: Path) -> str | None:
-    """The hub id of the model that was read from `folder`, None where it is a folder of the user's own.
+    """The hub id of the model that was read from `folder`; None if it is a folder of the user's own.
 
     Args:
-        source: what the model was called: a hub id, or a folder's or file's name.
+        source: how the user named the model: a hub id, or the path of a folder or file.
     """
     place = folder.resolve()
     if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):  # the Hub's own cache
@@ -113,7 +120,7 @@ def base_repository(source: str, folder: Path) -> str | None:
 
 
 def read_front_matter(folder: Path, warn: Warn) -> FrontMatter:
-    """What the card in `folder` says under _LISTS and _TEXTS; empty where there is none. Never fails."""
+    """The entries _LISTS and _TEXTS in the front matter of a folder's card; empty if there is none. Never fails."""
     path = folder / CARD_FILE
     if not path.is_file():
         return {}
@@ -130,8 +137,8 @@ def read_front_matter(folder: Path, warn: Warn) -> FrontMatter:
         # BaseLoader makes strings, lists and dictionaries only: no objects, and the language "no" stays what it is.
         content = yaml.load(block[1], Loader=yaml.BaseLoader) or {}
         if not isinstance(content, dict):
-            raise ValueError("it is no mapping")
-    except Exception as error:  # whatever a file of unknown origin makes a parser do: the weights are finished
+            raise ValueError("it is not a mapping")
+    except Exception as error:  # an untrusted file may make a parser raise anything, and the weights are finished
         reason = " ".join((str(error) or type(error).__name__).split())
         warn(f"{path}: its front matter cannot be read ({reason[:_LENGTH]}); the new card has no license and no tags.")
         return {}
@@ -140,7 +147,7 @@ def read_front_matter(folder: Path, warn: Warn) -> FrontMatter:
         value = content.get(key)
         texts = _strings(value if isinstance(value, list) else [value])
         if key == "tags":
-            texts = [tag for tag in texts if tag.lower() not in _OF_OTHER_FILES and not tag.startswith("base_model:")]
+            texts = [tag for tag in texts if tag.lower() not in _FORMAT_TAGS and not tag.startswith("base_model:")]
         elif key == "base_model":
             texts = [name for name in texts if _REPOSITORY.fullmatch(name)]
         if texts:
@@ -208,28 +215,28 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _name(source: Any) -> str:
-    """The last part of a hub id or a path: where a folder lies on somebody's disk is nobody else's business."""
+    """The last part of a hub id or a path. Where a folder lies on somebody's disk must not be published."""
     return _plain(Path(str(source)).name)
 
 
 def _plain(text: Any) -> str:
-    """Text that Markdown and HTML take as it is, on one line."""
+    """Text on one line, without the characters that Markdown and HTML interpret."""
     return re.sub(r"[`|<>\[\]\\]", " ", _line(text))
 
 
 def _code(text: Any) -> str:
-    """Text as code in a table's cell."""
+    """Text as code, safe in a table's cell."""
     return "`" + _line(text).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def _line(text: Any) -> str:
-    """Not too long, and without what UTF-8 cannot hold, which JSON can, or a terminal would obey."""
+    """One line of at most _LENGTH characters, none of which UTF-8 cannot encode (JSON can) or a terminal would obey."""
     return printable(" ".join(str(text).encode("utf-8", "replace").decode().split()))[:_LENGTH]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A perplexity: on which text (a file's name), how many predicted tokens, in windows of how many."""
+    """A perplexity on `text` (a file's name): over how many predicted `tokens`, in windows of how many."""
 
     text: str
     tokens: int
@@ -249,16 +256,16 @@ def _perplexity_section(rows: str = "") -> list[str]:
 
 
 def check_card(folder: Path) -> None:
-    """Refuse, before anything is measured, a folder in whose card nothing can be noted."""
+    """Refuse a folder without a card before anything is measured."""
     if not (folder / CARD_FILE).is_file():
         raise RiaError(f"{folder / CARD_FILE}: no model card to note it in. `ria-vllm compress` writes one.")
 
 
 def note_perplexity(folder: Path, measured: Measured) -> None:
-    """Put a row into the card's table of perplexities, in the place of one on the same text; the rest stays as it is.
+    """Add a row to the card's table of perplexities, or replace the one on the same text. The rest of the card stays.
 
     Raises:
-        RiaError: no card, or one that cannot be read or replaced.
+        RiaError: there is no card, or it cannot be read or replaced.
     """
     check_card(folder)
     path = folder / CARD_FILE

@@ -1,6 +1,6 @@
 """Permutations of input channels, as integer tensors.
 
-p [in] belongs to a stored matrix whose column j holds channel p[j]; so the linear is `x[..., p] @ stored.T`, and the
+p [in] belongs to a stored matrix whose column j holds channel p[j]. So the linear is `x[..., p] @ stored.T`, and the
 matrix in the model's own order is `stored[:, invert(p)]`.
 """
 
@@ -14,7 +14,7 @@ Orders = Mapping[str, torch.Tensor | np.ndarray]
 
 
 def check(p: torch.Tensor, size: int) -> str | None:
-    """What keeps `p` from being a permutation of 0..size-1, or None."""
+    """Why `p` is not a permutation of 0..size-1; None if it is one."""
     if p.dtype not in (torch.int32, torch.int64):
         return f"dtype {p.dtype}, expected int32"
     if tuple(p.shape) != (size,):
@@ -39,13 +39,14 @@ def is_identity(p: torch.Tensor) -> bool:
 
 
 def digest(permutations: Orders) -> str:
-    """What tells one run's permutations from another's: hex SHA-256 over names and content.
+    """SHA-256 over names and permutations, which tells those of one run from those of another.
 
     Args:
         permutations: linear's name -> [in], each of which has passed `check`.
 
     Returns:
-        64 lowercase digits: of name, a zero byte, and the order as little-endian int32, for the names in sorted order.
+        64 lowercase hexadecimal digits. Hashed are, for each name in sorted order, the name as UTF-8, a zero byte and
+        the permutation as little-endian int32.
     """
     found = hashlib.sha256()
     for name in sorted(permutations):
@@ -56,18 +57,18 @@ def digest(permutations: Orders) -> str:
 
 
 def head_rows(p: torch.Tensor, num_heads: int, num_kv_heads: int) -> torch.Tensor | str:
-    """The order of the value projection's rows that gives an output projection its input in order `p`.
+    """The order of the value projection's rows that hands the output projection its input in order `p`.
 
     Attention mixes tokens, never the channels of a head, so a permutation inside each head that is the same for all
     query heads reading one key-value head can be moved from the output projection's columns to the rows of v.
 
     Args:
         p: [num_heads * head_dim] permutation of the output projection's input.
-        num_heads, num_kv_heads: the second divides the first; MHA and MQA are its two extremes.
+        num_heads, num_kv_heads: the second divides the first, as in MHA, GQA and MQA.
 
     Returns:
-        int64 [num_kv_heads * head_dim]: row j of the reordered v is row result[j]; or, where `p` has not that
-        structure, a sentence that says why.
+        int64 [num_kv_heads * head_dim]: row j of the reordered v is row result[j] of v. If `p` lacks this
+        structure, a string that says why.
     """
     if num_heads <= 0 or num_kv_heads <= 0 or num_heads % num_kv_heads or len(p) % num_heads:
         return f"{num_heads} heads, {num_kv_heads} key-value heads and {len(p)} channels do not fit together"

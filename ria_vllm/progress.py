@@ -1,4 +1,4 @@
-"""What a user sees while a long command works, and where the time went."""
+"""What a user sees while a long command runs, and where the time went."""
 
 import sys
 import time
@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
-# Without a terminal, seconds from one line to the next, and from one look at the clock to the next.
+# Without a terminal: seconds between two lines, and between two looks at the clock.
 EVERY, POLL = 10.0, 1.0
 
 
 @dataclass(eq=False)
 class _Stage:
-    """Something that takes time; with a total where it goes in steps. `first` of them were done before it began."""
+    """Work that takes time. If it goes in steps, `total` counts them, and `first` were done before it began."""
 
     name: str
     began: float
@@ -36,26 +36,26 @@ class _Stage:
 
 
 class _Console(Console):
-    """Standard error, which may be closed, or lose its reader, without harm to the work and to standard output."""
+    """Standard error. It may be closed, or lose its reader, without harm to the work or to standard output."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
     @property
     def has_bars(self) -> bool:
-        """Whether lines can be drawn anew: on a terminal, whatever FORCE_COLOR says, that is not a dumb one."""
+        """Whether lines can be redrawn: on a terminal that is not dumb, whatever FORCE_COLOR says."""
         return sys.stderr is not None and sys.stderr.isatty() and not self.is_dumb_terminal
 
 
 class Monitor:
-    """Two bars on a terminal, with an ETA each: all layers, and the phase at hand; elsewhere a line every EVERY seconds.
+    """Shows progress: on a terminal as two bars with an ETA (all layers, the current phase), elsewhere as a line every
+    EVERY seconds.
 
-    Silent on every rank but the first.
-
-    seconds: phase -> time spent in it; a phase inside another one counts for itself alone.
+    seconds: phase -> seconds spent in it, without those of the phases inside it.
 
     Args:
-        clock: seconds from some moment.
+        shown: False on every rank but the first, which keeps them silent.
+        clock: returns seconds, and never goes back.
     """
 
     def __init__(self, shown: bool = True, clock: Callable[[], float] = time.monotonic):
@@ -76,7 +76,7 @@ class Monitor:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """Show what goes on, for as long as this lasts."""
+        """Show progress until the context ends."""
         if not self.shown or not self.bars.disable:
             with self.bars:
                 yield
@@ -96,7 +96,7 @@ class Monitor:
             watcher.join()
 
     def tick(self) -> None:
-        """Print a line on what goes on, if the last one is EVERY seconds old."""
+        """Print a line about the current work if the last one is EVERY seconds old."""
         now = self.clock()
         stages = [stage for stage in (self._layers, *self._stack) if stage is not None]
         if self.shown and stages and now - self._said >= EVERY:
@@ -105,7 +105,7 @@ class Monitor:
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        """Time what is done meanwhile under `name`; call what it yields after each of `total` steps."""
+        """Time the context's body under `name`. Yields a function to call after each of `total` steps."""
         self._book()
         stage = _Stage(name, self.clock(), total)
         self._stack.append(stage)
@@ -113,7 +113,7 @@ class Monitor:
 
         def advance() -> None:
             stage.done += 1
-            if self._at_hand() is stage:
+            if self._current() is stage:
                 self.bars.update(self._bar, completed=stage.done)
 
         try:
@@ -130,24 +130,24 @@ class Monitor:
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self._since = now
 
-    def _at_hand(self) -> _Stage | None:
-        """The stage that the second bar shows: the innermost that goes in steps, else the innermost."""
-        stepping = [stage for stage in self._stack if stage.total is not None]
-        return (stepping or self._stack or [None])[-1]
+    def _current(self) -> _Stage | None:
+        """The stage that the second bar shows: the innermost one that goes in steps, else the innermost one."""
+        stages = [stage for stage in self._stack if stage.total is not None] or self._stack
+        return stages[-1] if stages else None
 
     def _show(self) -> None:
         if self.bars.disable:
             return
-        stage, bar = self._at_hand(), self.bars.tasks[1]
+        stage, bar = self._current(), self.bars.tasks[1]
         if stage is None:
             self.bars.update(self._bar, visible=False)
         elif bar.fields.get("stage") is not stage:
             name = "  " * (self._layers is not None) + stage.name
-            bar.total = stage.total  # which reset() cannot make unknown
+            bar.total = stage.total  # reset() would keep the old total where this one is unknown
             self.bars.reset(self._bar, completed=stage.done, description=name, visible=True, stage=stage)
 
     def layers(self, indices: Iterable[int], total: int) -> Iterator[int]:
-        """Go through the decoder layers; the bar starts at the first one given."""
+        """Iterate over decoder layers; the bar starts at the first of `indices`."""
         indices = list(indices)
         first = total - len(indices)
         self.bars.reset(self._layers_bar, total=total, completed=first, visible=True)
@@ -162,7 +162,7 @@ class Monitor:
             self._layers = None
 
     def steps(self, items: Iterable[T], name: str, total: int) -> Iterator[T]:
-        """Go through the steps of a phase, which is timed under `name`."""
+        """Iterate over the steps of a phase that is timed under `name`."""
         with self.phase(name, total) as advance:
             for item in items:
                 yield item

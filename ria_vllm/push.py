@@ -1,4 +1,4 @@
-"""`ria-vllm push`: a compressed folder to the Hugging Face Hub, in one commit: it appears there whole or not at all."""
+"""`ria-vllm push` uploads a compressed folder to the Hugging Face Hub in one commit: it appears whole or not at all."""
 
 import re
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from ria_vllm.sizes import human_size
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="REPO")
-@click.option("--private", is_flag=True, help="Make the repository a private one.")
-@click.option("--revision", help="The branch to write to; made if it does not exist.  [default: main]")
+@click.option("--private", is_flag=True, help="Create the repository as a private one.")
+@click.option("--revision", help="The branch to write to; created if it does not exist.  [default: main]")
 @click.option("--commit-message", help="[default: Upload a model pruned to 2:4 by ria-vllm]")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of writing to the branch.")
 def push(
@@ -27,11 +27,11 @@ def push(
 ) -> None:
     """Upload the compressed checkpoint OUT to the Hugging Face Hub, as REPO (USER/NAME).
 
-    Checks OUT as `verify` does. REPO is made if it does not exist; of an older model there, weight files that OUT does
-    not have are deleted in the same commit. Needs `hf auth login`.
+    Checks OUT as `verify` does. Creates REPO if it does not exist. The same commit deletes weight files of an older
+    model there that OUT does not have. Needs `hf auth login`.
     """
     if create_pr and revision:
-        raise RiaError("push: give --revision or --create-pr. A pull request is against the main branch.")
+        raise RiaError("push: give --revision or --create-pr, not both. A pull request goes to the main branch.")
     reader = checked(out)
     files = files_to_push(reader)
     for path in files:
@@ -44,10 +44,10 @@ def push(
 
 
 def checked(out: Path) -> Reader:
-    """The folder, without a flaw.
+    """A reader of the folder, in which `verify` finds no problem.
 
     Raises:
-        RiaError: not a finished compressed folder, or one that `verify` objects to.
+        RiaError: it is not a finished compressed folder, or `verify` finds a problem.
     """
     if out.resolve().name.endswith(".partial"):
         raise RiaError(f"{out}: the work folder of an unfinished run. Finish it with `compress --resume`.")
@@ -58,24 +58,24 @@ def checked(out: Path) -> Reader:
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise RiaError(
-            f"{out}: {count}, nothing was uploaded. The first: {problems[0]}. `ria-vllm verify` lists all; compress the "
-            "model again, or get the damaged files again."
+            f"{out}: {count}, nothing was uploaded. The first: {problems[0]}. `ria-vllm verify` lists all. "
+            "Compress the model again, or get the damaged files again."
         )
     return reader
 
 
 def files_to_push(reader: Reader) -> list[Path]:
-    """The files of the checkpoint: weights, card, and what of such files `compress` copies; nothing from deeper folders.
+    """The checkpoint's files: weights, card, and the companion files that `compress` copies. Subfolders are left out.
 
     Raises:
-        RiaError: one of them is a link to something outside of the folder.
+        RiaError: one of them is a link to something outside the folder.
     """
     folder = reader.folder
     own = {path.name for path in reader.files.values()} | {CARD_FILE, INDEX_FILE, PERMUTATIONS_FILE}
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and (path.name in own or is_companion(path))]
     for path in files:
         if path.resolve().parent != folder.resolve():
-            raise RiaError(f"{path}: a link that leads out of the folder. Put the file itself there, or remove it.")
+            raise RiaError(f"{path}: a link that leads out of the folder. Copy the file itself there, or remove it.")
     return files
 
 
@@ -88,13 +88,13 @@ class Target:
 
 
 def upload(files: list[Path], repository: str, target: Target) -> str:
-    """Create the repository if there is none, and commit the files.
+    """Create the repository if it does not exist, and commit the files.
 
     Returns:
-        The address of what was written.
+        The URL of what was written.
 
     Raises:
-        RiaError: whatever the Hub refuses, or a connection that fails.
+        RiaError: the Hub refuses something, or the connection fails.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
@@ -105,25 +105,27 @@ def upload(files: list[Path], repository: str, target: Target) -> str:
     names = {path.name for path in files}
     try:
         url = api.create_repo(repository, private=target.private or None, exist_ok=True)
-        repository = url.repo_id  # with the user's name, where that was left out
+        repository = url.repo_id  # with the user's name if it was left out
         if target.private and not api.repo_info(repository).private:
-            raise RiaError(f"{repository}: exists already and is public. Change that on the Hub, or choose another name.")
+            raise RiaError(
+                f"{repository}: exists already and is public. Change that on the Hub or choose another name."
+            )
         if target.revision is not None and not target.revision.startswith("refs/pr/"):
             api.create_branch(repository, branch=target.revision, exist_ok=True)
         stale = [name for name in api.list_repo_files(repository, revision=revision) if _is_weights(name)]
         stale = sorted(set(stale) - names)
         if stale:
-            click.echo(f"of an older model, deleted there: {printable(', '.join(stale))}")
+            click.echo(f"weights of an older model, deleted there: {printable(', '.join(stale))}")
         operations: list[Any] = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(path.name, _content(path, repository)) for path in files]
         found = api.create_commit(
             repository, operations, commit_message=target.message, revision=target.revision, create_pr=target.create_pr
         )
-        # A .gitignore in the repository makes the Hub pass files by without a word.
+        # A .gitignore in the repository makes the Hub skip files silently.
         there = set(api.list_repo_files(repository, revision=found.pr_revision or revision))
     except RiaError:
         raise
-    except Exception as error:  # of httpx, of hf_xet, of the Hub's own kinds
+    except Exception as error:  # from httpx, hf_xet or huggingface_hub itself
         raise RiaError(f"{repository}: {_reason(error)}") from error
     if names - there:
         raise RiaError(
@@ -135,12 +137,12 @@ def upload(files: list[Path], repository: str, target: Target) -> str:
 
 
 def _is_weights(name: str) -> bool:
-    """Whether a file of the repository would be read as weights beside ours."""
+    """Whether a reader would take a file of the repository for weights, beside ours."""
     return PurePosixPath(name).name == name and (name.endswith(".safetensors") or name == INDEX_FILE)
 
 
 def _content(path: Path, repository: str) -> Path | bytes:
-    """What goes up for a file: itself, but for the line of the card that serves it, which names the repository there."""
+    """What is uploaded for a file: the file, except that in the card the `vllm serve` line names the repository."""
     if path.name != CARD_FILE:
         return path
     lines = path.read_bytes().split(b"\n")
@@ -148,7 +150,7 @@ def _content(path: Path, repository: str) -> Path | bytes:
 
 
 def _reason(error: Exception) -> str:
-    """One line for whatever huggingface_hub raises, with the way out."""
+    """One line about an error of huggingface_hub, with what to do about it."""
     cause: BaseException | None = error
     while cause is not None and getattr(cause, "response", None) is None:
         cause = cause.__cause__
@@ -157,11 +159,13 @@ def _reason(error: Exception) -> str:
     if status == 401:
         return "the Hub does not accept your token. Run `hf auth login` again."
     if status == 403:
-        return f"your token may not write there ({said}). Run `hf auth login` with one that may, or choose another name."
+        return f"your token may not write there ({said}). Run `hf auth login` with one that may."
     if status == 404:
         return f"the Hub does not find it ({said}). Check the name and the revision."
     if status == 409:
-        return f"the Hub says that something else is changing it ({said}). Run the same command again."
+        return f"the Hub says that something else is changing the repository ({said}). Run the same command again."
     if status is not None and status >= 500:
-        return f"the Hub failed with {status} ({said}). Run the same command again later; what arrived is not sent twice."
+        return (
+            f"the Hub failed with {status} ({said}). Run the same command again later; it sends only what is missing."
+        )
     return f"the upload failed ({said}). Check the name and the network, and run the same command again."

@@ -8,16 +8,16 @@ empty. `permutations_digest` here, and the same in each weight file's header (`D
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import WeightFormat, of_quantization
 
-FORMAT = "sparse-24-bitmask"
-FORMAT_VERSION = 1
-QUANT_METHOD = "ria"
+FORMAT: Final = "sparse-24-bitmask"
+FORMAT_VERSION: Final = 1
+QUANT_METHOD: Final = "ria"
 PERMUTATIONS_FILE = "permutations.safetensors"
 REPORT_FILE = "ria_report.json"
 PERMUTATION_SUFFIX = ".input_permutation"

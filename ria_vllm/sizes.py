@@ -1,4 +1,4 @@
-"""Bytes as people write and read them."""
+"""Sizes in bytes as people write and read them."""
 
 import re
 
@@ -16,7 +16,7 @@ def parse_size(text: str) -> int:
 
 
 def human_size(size: int) -> str:
-    """Three significant digits; MB is 10^6."""
+    """A size in bytes with three significant digits; MB is 10^6 bytes."""
     value, unit = float(size), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 999.5:

@@ -246,7 +246,7 @@ def _write_shards(entries: Sequence[Entry], folder: Path, max_shard_size: int, m
     if len(shards) == 1:
         _copy_tensors(shards[0], folder / SINGLE_FILE, metadata)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _copy_tensors(shard, folder / file, metadata)

@@ -1,4 +1,4 @@
-"""A tiny Llama, pruned and stored by hand: the writer's pieces and plain torch, nothing of the offline stage."""
+"""A tiny Llama, pruned and stored by hand with the writer and plain torch, without the offline stage."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 import torch
 from damage import Damage
 
-# The hooks of runs in several processes.
+# The hooks for runs in several processes.
 from processes import pytest_collection_modifyitems, pytest_configure, pytest_xdist_auto_num_workers  # noqa: F401
 from safetensors.torch import load_file
 
@@ -23,7 +23,7 @@ HEAD_DIM = HIDDEN // HEADS
 
 @dataclass(frozen=True)
 class PrunedLlama:
-    """folder: compressed. source: the dense model it came from. dense: what every tensor must be after export."""
+    """folder: the compressed model. source: its dense model. dense: what every tensor must be after export."""
 
     folder: Path
     source: Path
@@ -71,7 +71,7 @@ def head_permutation(generator: torch.Generator) -> torch.Tensor:
 
 
 def prune_llama(source: Path, out: Path) -> PrunedLlama:
-    """Magnitude 2:4 in random channel orders: q, k, v share one (gathered), gate and up keep their own, o and down fold."""
+    """Magnitude 2:4 in random channel orders: q, k, v share one (gathered), gate and up have none, o and down fold."""
     generator = torch.Generator().manual_seed(1)
     tensors = load_file(source / "model.safetensors")
     writer = CheckpointWriter(out)
@@ -92,7 +92,7 @@ def prune_llama(source: Path, out: Path) -> PrunedLlama:
             if name in orders:
                 unit[f"{prefix}{name}.input_permutation"] = order.to(torch.int32)
                 permutations[prefix + name] = order
-            # The oracle, element by element of its definition: the two largest of four in the permuted order survive.
+            # The oracle, by definition: of each four in the permuted order, the two largest survive.
             groups = weight[:, order].reshape(-1, 4)
             rank = groups.abs().float().argsort(dim=1, descending=True, stable=True).argsort(1)
             kept = torch.where(rank < 2, groups, 0).reshape(weight.shape)
@@ -129,7 +129,7 @@ def prune_llama(source: Path, out: Path) -> PrunedLlama:
         ],
         "recipe": {"method": "magnitude", "permute": "lsa", "seed": 1},
     }
-    copies = [p for p in source.iterdir() if p.suffix == ".json" and p.name != "config.json" or p.suffix == ".jinja"]
+    copies = [p for p in source.iterdir() if (p.suffix == ".json" and p.name != "config.json") or p.suffix == ".jinja"]
     keys = ["rest", *(f"layer{i}" for i in range(LAYERS))]
     writer.finish(keys, {"config.json": config}, copies, max_shard_size=200_000)
     return PrunedLlama(out, source, dense, permutations)
@@ -145,7 +145,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pruned_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> PrunedLlama:
-    """The same, pruned, in several shards. Do not write into it."""
+    """The same model, pruned, in several shards. Do not write into it."""
     return prune_llama(tiny_llama, tmp_path_factory.mktemp("pruned") / "llama-2of4")
 
 

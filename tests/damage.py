@@ -1,4 +1,4 @@
-"""Ways to change a compressed folder: by accident, or as one who crafts it."""
+"""Ways to change a compressed folder: by accident, or as an attacker would."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 
 def rewrite(path: Path, change, **metadata: str) -> None:
-    """`change` edits a safetensors file's tensors in place; its metadata stay, but for those given."""
+    """`change` edits a safetensors file's tensors in place; its metadata stays, except for what is given."""
     with safe_open(path, "pt") as file:
         metadata = (file.metadata() or {}) | metadata
     tensors = load_file(path)
@@ -19,7 +19,7 @@ def rewrite(path: Path, change, **metadata: str) -> None:
 
 
 def bind(folder: Path) -> None:
-    """Write the digest of the permutations wherever it belongs, as one who crafts a folder would."""
+    """Write the digest of the permutations wherever it belongs, as an attacker would."""
     stored = load_file(folder / "permutations.safetensors")
     content = b"".join(
         name.removesuffix(".input_permutation").encode() + b"\0" + struct.pack(f"<{p.numel()}i", *p.int().flatten())
@@ -42,7 +42,9 @@ class Damage:
     def file_of(self, tensor: str) -> Path:
         if tensor.endswith(".input_permutation"):
             return self.folder / "permutations.safetensors"
-        return self.folder / json.loads((self.folder / "model.safetensors.index.json").read_text())["weight_map"][tensor]
+        return (
+            self.folder / json.loads((self.folder / "model.safetensors.index.json").read_text())["weight_map"][tensor]
+        )
 
     def replace(self, tensor: str, change) -> None:
         """`change` maps the tensor to its new content, or to None to leave it out."""

@@ -37,8 +37,8 @@ def config_of(family: str, **changes: Any) -> Any:
         "linear_key_head_dim": 32, "linear_value_head_dim": 32, "head_dim": 32,
     }  # fmt: skip
     gemma4 = window | {
-        "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 64, "global_head_dim": 32,
-        "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+        "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 64,
+        "global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
     }  # fmt: skip
     hybrid = {
         "layers_block_type": ["mamba", "attention", "mlp", "moe"], "mamba_num_heads": 8, "mamba_head_dim": 32,
@@ -84,7 +84,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """Random weights with a few loud channels, so that permutations have something to gain."""
+    """Random weights with channels of different scales, so that permutations have something to gain."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, **
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Path]:
-    """save_model, for tests that change the configuration."""
+    """`save_model`, for tests that change the configuration."""
     return save_model
 
 

@@ -1,4 +1,4 @@
-"""A stand-in for the Hub's HTTP API on 127.0.0.1: one repository, its branches, uploads as git-lfs does them."""
+"""A stand-in for the Hub's HTTP API on 127.0.0.1: one repository with branches, and uploads by git-lfs's protocol."""
 
 import base64
 import hashlib
@@ -58,7 +58,9 @@ class Hub:
             sizes = {n["oid"]: n["size"] for n in json.loads(body)["objects"]}
             return 200, {
                 "transfer": "basic",
-                "objects": [{"oid": o, "size": sizes[o], "actions": {"upload": {"href": h}}} for o, h in upload.items()],
+                "objects": [
+                    {"oid": o, "size": sizes[o], "actions": {"upload": {"href": h}}} for o, h in upload.items()
+                ],
             }
         if path.startswith("/store/") and method == "PUT":
             self.objects[path.removeprefix("/store/")] = body
@@ -97,7 +99,7 @@ def running(hub: Hub):
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             address = urlsplit(self.path)
             hub.requests.append(f"{self.command} {address.path}")
-            if not address.path.startswith("/store/"):  # there the address itself is the permission
+            if not address.path.startswith("/store/"):  # there the URL itself is the credential
                 assert self.headers["Authorization"] == f"Bearer {TOKEN}"
             status, content = hub.answer(self.command, address.path, address.query, body)
             text = json.dumps(content).encode()

@@ -1,4 +1,4 @@
-"""Random changes of a compressed folder, as hypothesis strategies: what an accident or a stranger may have made of it."""
+"""Random changes of a compressed folder, as hypothesis strategies: what an accident or an attacker may do to it."""
 
 import copy
 import json
@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, settings
 DELETE = "<delete>"
 ODD_VALUES = [
     DELETE, None, True, False, 0, 1, 2, -1, 2**31, 2**70, 10**400, 0.5, 1e308, float("nan"), float("inf"), "", "0", "²",
-    "re:(a+)+$", "{i}", "{i}.{i}.{i}", "model.layers.{i}.mlp.up_proj", "\x1b[2J", "\ud800", "\0", "a" * 5000, "../x", "[/]",
-    "none", "lsa", "bfloat16", "int8", "ria", "F8_E4M3", "F4", "C64", "I32", "0" * 64, [], [[]], [0], [1, 2, 3], [2**62, 0],
-    {}, {"a": 1}, {"self": 1}, {"name": "a", "rows": [2**70, 0]},
+    "re:(a+)+$", "{i}", "{i}.{i}.{i}", "model.layers.{i}.mlp.up_proj", "\x1b[2J", "\ud800", "\0", "a" * 5000, "../x",
+    "[/]", "none", "lsa", "bfloat16", "int8", "ria", "F8_E4M3", "F4", "C64", "I32", "0" * 64, [], [[]], [0], [1, 2, 3],
+    [2**62, 0], {}, {"a": 1}, {"self": 1}, {"name": "a", "rows": [2**70, 0]},
 ]  # fmt: skip
 TENSOR_CHANGES = {
     "transposed": lambda t: t.t() if t.dim() == 2 else t,
@@ -44,7 +44,7 @@ FILES = ("config.json", "model.safetensors.index.json", "ria_report.json", "perm
 
 @dataclass(frozen=True)
 class Mutation:
-    """kind: of json, header, tensor, bytes, file. where: picks what is changed. change: what it becomes."""
+    """kind: json, header, tensor, bytes or file. where: picks what is changed. change: what it becomes."""
 
     kind: str
     file: str
@@ -52,14 +52,14 @@ class Mutation:
     change: Any
 
     def apply(self, folder: Path, other: Path, inside: str | None) -> None:
-        """Change `folder`; `other` holds another run of the same model. inside: the only key of config.json to change."""
+        """Change `folder`; `other` holds another run of the model. inside: the only key of config.json to change."""
         shards = sorted(folder.glob("model-*.safetensors"))
         path = shards[self.where % len(shards)] if self.file == "shard" and shards else folder / self.file
         if not path.is_file():
             return
         try:
             getattr(self, f"_{self.kind}")(path, other, inside)
-        except Exception:  # an earlier change of the same file left nothing to change in this way
+        except Exception:  # an earlier change of the file left nothing to change in this way
             pass
 
     def _json(self, path: Path, other: Path, inside: str | None) -> None:
@@ -135,14 +135,16 @@ mutation = st.one_of(
 
 @dataclass(frozen=True)
 class Damaged:
-    """crafted: the digests are made to fit in the end, as one who means harm would."""
+    """crafted: the digests are made to fit afterwards, as an attacker would."""
 
     mutations: list[Mutation]
     crafted: bool
 
     def make(self, folder: Path, other: Path, out: Path, inside: str | None = None) -> Path:
         shutil.copytree(folder, out)
-        (out / "ria_report.json").write_text(json.dumps({"linears": {"model.layers.0.mlp.up_proj": {"retained_after": 0.5}}}))
+        (out / "ria_report.json").write_text(
+            json.dumps({"linears": {"model.layers.0.mlp.up_proj": {"retained_after": 0.5}}})
+        )
         for mutation in self.mutations:
             mutation.apply(out, other, inside)
         if self.crafted:
@@ -157,7 +159,7 @@ damaged = st.builds(Damaged, st.lists(mutation, min_size=1, max_size=2), st.bool
 
 
 def examples(number: int):
-    """The same `number` of cases on every run; RIA_VLLM_EXAMPLES asks for so many times more, and other ones."""
+    """The same `number` of cases on every run. RIA_VLLM_EXAMPLES=N asks for N times as many, new ones on each run."""
     more = int(os.environ.get("RIA_VLLM_EXAMPLES", "1"))
     return settings(
         max_examples=number * more, derandomize=more == 1, database=None, deadline=None,
@@ -166,7 +168,7 @@ def examples(number: int):
 
 
 def other_run(folder: Path, out: Path) -> Path:
-    """A copy of a sound folder with another order, and digests that fit: what a second run might have written."""
+    """A copy of a sound folder with another permutation and digests that fit: what a second run might have written."""
     shutil.copytree(folder, out)
 
     def change(tensors):

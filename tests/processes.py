@@ -1,4 +1,4 @@
-"""A run of the tests in several processes of pytest-xdist, each of which takes whole files."""
+"""Test runs in several processes of pytest-xdist, each of which takes whole files."""
 
 import fcntl
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# These begin first, so that none of them is left over at the end: the files that take longest.
+# The files that take longest start first, so that none of them is still running alone at the end.
 LONGEST = (
     "tests/serve/kernels/cuda/test_emulated_kernels.py",
     "tests/serve/test_vllm.py",
@@ -25,15 +25,15 @@ LONGEST = (
     "tests/offline/evaluation/test_tasks.py",
     "tests/serve/kernels/cpu/test_sanitized.py",
 )
-GIBIBYTES_EACH = 6  # of memory for each process: a model on four tiny ranks has room in it
-# Names the folder that the processes share. The first one makes it and hands it down.
+GIBIBYTES_EACH = 6  # memory for each process: enough for a tiny model on four ranks
+# The variable that names the folder the processes share. The first process creates it and hands it down.
 SHARED = "RIA_VLLM_TESTS_SHARED"
 
 
 def once(name: str, make: Callable[[Path], object]) -> Path:
-    """A folder of this run that `make` has filled. The first test that asks makes it; others wait until it is whole.
+    """A folder of this run that `make` has filled. The first test that asks fills it; others wait until it is complete.
 
-    Where `make` fails, the next test that asks tries again.
+    If `make` fails, the next test that asks tries again.
     """
     folder = Path(os.environ[SHARED]) / name
     with open(f"{folder}.lock", "w") as lock:
@@ -49,7 +49,7 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """`-n auto`: a process a core, if memory allows; none beside this one where single tests are named."""
+    """`-n auto`: one process per core, if memory allows; only this process if single tests are named."""
     if any("::" in argument for argument in config.args):
         return 0
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -58,13 +58,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):  # started by another process, which has seen to all this
+    if hasattr(config, "workerinput"):  # a worker: the process that started it has done all this
         return
     shared = tempfile.mkdtemp(prefix="ria-vllm-tests-")
     config.add_cleanup(lambda: shutil.rmtree(shared, ignore_errors=True))
     os.environ[SHARED] = shared
     processes = config.getoption("numprocesses", None)
-    if processes:  # each has its share of the cores, and the system chooses which: vLLM would take the same for all
+    if processes:  # each gets its share of the cores, and the system chooses which: vLLM would bind all to the same
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 

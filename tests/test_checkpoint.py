@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from ria_vllm.checkpoint import Reader, is_compressed, weight_files
 from ria_vllm.errors import RiaError
 
-Q, O = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"
+Q, OUT = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"
 DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
 INDEX = "model.safetensors.index.json"
 
@@ -95,8 +95,8 @@ def differ_within_a_group(p):
         (f"{Q}.input_permutation", lambda t: t.sort().values[:64], Q, "expected (128,)"),
         (f"{Q}.input_permutation", lambda t: t.view(2, 64), Q, "shape"),
         (f"{Q}.input_permutation", lambda t: t.half(), Q, "dtype"),
-        (f"{O}.input_permutation", swap_across_heads, O, "another head"),
-        (f"{O}.input_permutation", differ_within_a_group, O, "different orders"),
+        (f"{OUT}.input_permutation", swap_across_heads, OUT, "another head"),
+        (f"{OUT}.input_permutation", differ_within_a_group, OUT, "different orders"),
         ("model.norm.weight", lambda t: t * float("inf"), "model.norm.weight", "infinite"),
     ],
 )

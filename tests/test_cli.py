@@ -1,4 +1,4 @@
-"""The command line: commands load lazily, errors are one line, and exit statuses can be relied on."""
+"""The command line: commands load lazily, errors are one line, and exit statuses are reliable."""
 
 import subprocess
 import sys
@@ -15,7 +15,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_lists_every_command_and_loads_no_torch():
-    script = "import sys; from ria_vllm.cli import group; group(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    script = (
+        "import sys; from ria_vllm.cli import group; "
+        "group(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
     assert all(f"  {name} " in found for name in COMMANDS) and found.endswith("False\n")
 

@@ -1,4 +1,4 @@
-"""`inspect`, `verify` and `export`, as a user calls them."""
+"""`inspect`, `verify` and `export`, called as a user calls them."""
 
 import json
 from contextlib import nullcontext
@@ -41,7 +41,9 @@ def test_inspect_counts_the_bytes_that_are_there(pruned_llama):
 
 
 def test_inspect_says_who_pays_for_each_permutation(pruned_llama):
-    kinds = {e["name"]: e["permutation"] for e in json.loads(run(inspect, pruned_llama.folder, "--json").output)["linears"]}
+    kinds = {
+        e["name"]: e["permutation"] for e in json.loads(run(inspect, pruned_llama.folder, "--json").output)["linears"]
+    }
     assert kinds[Q] == "gathered" and kinds[DOWN] == "folded" and kinds[GATE] == "none"
     assert kinds["model.layers.0.self_attn.o_proj"] == "folded"
 
@@ -86,11 +88,13 @@ def test_inspect_orders_layers_by_number(damage):
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "1" + "0" * 400, "true", "[]", '"1"'])
-def test_numbers_of_the_report_that_are_none(damage, number):
-    (damage.folder / "ria_report.json").write_text('{"linears": {"%s": {"retained_after": %s}}}' % (Q, number))
+def test_values_in_the_report_that_are_no_numbers(damage, number):
+    (damage.folder / "ria_report.json").write_text(f'{{"linears": {{"{Q}": {{"retained_after": {number}}}}}}}')
     damage.edit_json("config.json", lambda c: c["quantization_config"]["recipe"].update(exponent=[float("inf")]))
     found = json.loads(run(inspect, damage.folder, "--json").output, parse_constant=pytest.fail)
-    assert {e["name"]: e for e in found["linears"]}[Q]["retained_after"] is None and found["recipe"]["exponent"] == [None]
+    assert {e["name"]: e for e in found["linears"]}[Q]["retained_after"] is None and found["recipe"]["exponent"] == [
+        None
+    ]
     assert run(inspect, damage.folder).exit_code == 0
 
 
@@ -191,9 +195,9 @@ def test_export_of_a_damaged_folder_leaves_nothing(damage, tmp_path):
     assert not list(tmp_path.glob("dense*"))
 
 
-def test_export_keeps_a_result_whose_place_is_taken_meanwhile(pruned_llama, tmp_path):
+def test_export_keeps_a_result_whose_folder_has_been_created_meanwhile(pruned_llama, tmp_path):
     out, monitor = tmp_path / "dense", Monitor(shown=False)
-    monitor.phase = lambda *_: nullcontext(lambda: out.mkdir(exist_ok=True))  # taken once a tensor is done
+    monitor.phase = lambda *_: nullcontext(lambda: out.mkdir(exist_ok=True))  # created once a tensor is done
     with pytest.raises(RiaError, match="dense.partial/final"):
         export_dense(Reader(pruned_llama.folder), out, 10**9, monitor=monitor)
     assert not list(out.iterdir())

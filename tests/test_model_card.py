@@ -1,4 +1,4 @@
-"""The model card: what it says, and that nothing in the base model's own card can break it or get into it."""
+"""The model card: what it says, and that the base model's own card can neither break it nor inject anything."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ widget: [{text: hello}]
 
 
 def warnings_of(folder, text: str | bytes):
-    """The front matter that is read from a card, and what is said of it."""
+    """The front matter read from a card, and the warnings about it."""
     (folder / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
     said = []
     return read_front_matter(folder, said.append), said
@@ -127,7 +127,7 @@ def test_of_a_local_model_the_card_names_the_ancestor_that_its_own_card_names(tm
     [
         ("---\nlicense: mit\n", "does not end"),
         ("---\nlicense: [mit\n---\n", "flow sequence"),
-        ("---\n- mit\n---\n", "no mapping"),
+        ("---\n- mit\n---\n", "not a mapping"),
         ("---\n" + "[" * 5000 + "\n---\n", "recursion"),
         ("---\ntags: &t [x, *t]\n---\n", "recursive"),
         ("---\na: *nowhere\n---\n", "undefined alias"),
@@ -190,7 +190,9 @@ def test_an_exported_folder_has_a_card_of_its_own(damage, tmp_path):
     assert done.exit_code == 0 and (tmp_path / "dense" / "LICENSE").read_text() == "MIT"
     front = front_of(text)
     assert front["license"] == "mit" and front["base_model"] == "org/Base-1B" and "base_model_relation" not in front
-    assert "# Base-1B, pruned to 2:4, dense form" in text and "[org/Base-1B](https://huggingface.co/org/Base-1B)" in text
+    assert (
+        "# Base-1B, pruned to 2:4, dense form" in text and "[org/Base-1B](https://huggingface.co/org/Base-1B)" in text
+    )
     assert "vllm serve" not in text and "loads it without ria-vllm" in text
 
 
@@ -232,6 +234,6 @@ def test_where_there_is_no_card_nothing_can_be_noted(tmp_path):
 
 
 def test_values_do_not_reach_a_terminal_as_they_are(tmp_path):
-    """As of a recipe that somebody crafted."""
+    """A recipe may be crafted."""
     text = card(tmp_path, report=REPORT | {"recipe": RECIPE | {"source": "a\x1b[2Jb", "seed": "\x1b]0;title\x07"}})
     assert "\x1b" not in text and "\x07" not in text and r"\x1b]0;title\x07" in text

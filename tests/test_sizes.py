@@ -20,7 +20,8 @@ def test_sizes_that_are_none(text):
 
 
 @pytest.mark.parametrize(
-    "size, text", [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_900, "1 MB"), (1_234_567, "1.23 MB"), (5e12, "5 TB")]
+    "size, text",
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_900, "1 MB"), (1_234_567, "1.23 MB"), (5e12, "5 TB")],
 )
 def test_human_size(size, text):
     assert human_size(int(size)) == text

@@ -84,7 +84,7 @@ def test_columns_in_multiples_of_eight():
 
 
 def test_every_single_bit_flip_of_the_bitmask_is_caught():
-    compressed, bitmask = sparse24.compress(torch.randn(3, 64, generator=torch.Generator().manual_seed(9)))
+    _, bitmask = sparse24.compress(torch.randn(3, 64, generator=torch.Generator().manual_seed(9)))
     for row in range(3):
         for byte in range(8):
             for bit in range(8):

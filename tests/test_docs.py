@@ -1,0 +1,43 @@
+"""What the documentation names exists: files, links, anchors, modules and commands."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from ria_vllm.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = "benchmarks|demo|docs|offline|packaging|ria_vllm|serve|tests"
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings as GitHub makes them, and its own."""
+    text = page.read_text()
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    made = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return made | set(re.findall(r'<a id="([^"]+)">', text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_modules_and_commands_exist(page):
+    text = page.read_text()
+    for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)", text):
+        assert "NAME" in path or (ROOT / path).exists() or (ROOT / f"{path}.py").exists(), path
+    if page.name != "CHANGELOG.md":  # it names those of before
+        for module in re.findall(r"python3? -m ((?:ria_vllm|benchmarks)[\w.]*)", text):
+            assert importlib.util.find_spec(module), module
+    code = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL) + re.findall(r"`([^`\n]+)`", text)
+    for command in re.findall(r"^ria-vllm ([a-z-]+)", "\n".join(code), re.MULTILINE):
+        assert command in COMMANDS, command
