@@ -9,12 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ria_vllm import sparse24
-from ria_vllm.serve import linear
+from ria_vllm.serve import packing
 from ria_vllm.serve.kernels import reference
 from ria_vllm.serve.kernels.cuda import backend as cutlass
 from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.torch import cusparselt, torch_cutlass
-from ria_vllm.serve.linear import Plan, Product, Sparse24LinearMethod
+from ria_vllm.serve.linear import Sparse24LinearMethod
+from ria_vllm.serve.packing import KernelCall, PackedLinear
+from ria_vllm.serve.parameters import set_parameter
 
 GPU = "meta"
 BODIES = {
@@ -103,17 +105,17 @@ BACKENDS = {
 def test_a_layers_product(monkeypatch, name, gathered):
     """With padding, a permutation, two products side by side, a bias and, where `gathered`, channels of all ranks."""
     backend, packed = BACKENDS[name]
-    monkeypatch.setattr(linear, "tensor_model_parallel_all_gather", lambda x: torch.cat([x, x], -1))
-    layer, products = torch.nn.Module(), []
+    monkeypatch.setattr(packing, "tensor_model_parallel_all_gather", lambda x: torch.cat([x, x], -1))
+    layer, calls = torch.nn.Module(), []
     for start, rows in ((0, ROWS), (ROWS, 64)):
         tensors = packed(rows, COLUMNS + 32)
         names = tuple(f"packed_{start}_{i}" for i in range(len(tensors)))
         for kind, tensor in zip(names, tensors):
-            linear.set_tensor(layer, kind, tensor)
-        linear.set_tensor(layer, f"order_{start}", on_gpu(COLUMNS + 32, dtype=torch.int32))
-        products.append(Product(backend.apply, names, f"order_{start}", start, rows))
-    linear.set_tensor(layer, "channels", on_gpu(COLUMNS, dtype=torch.int32))
-    layer.ria_plan = Plan(tuple(products), "channels" if gathered else None, 32)
+            set_parameter(layer, kind, tensor)
+        set_parameter(layer, f"order_{start}", on_gpu(COLUMNS + 32, dtype=torch.int32))
+        calls.append(KernelCall(name, backend.apply, names, f"order_{start}", start, rows))
+    set_parameter(layer, "channels", on_gpu(COLUMNS, dtype=torch.int32))
+    layer.ria_packed = PackedLinear(tuple(calls), "channels" if gathered else None, 32)
     x, bias = on_gpu(2, 9, COLUMNS), on_gpu(ROWS + 64)
     with Capture():
         y = Sparse24LinearMethod(None, "fc", ("fc",)).apply(layer, x, bias)

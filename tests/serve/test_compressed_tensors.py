@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import foreign_checkpoints
+import compressed_tensors_checkpoints
 import pytest
 import torch
 from compare import check, generate, prompts
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.compressed_tensors import claims
+from ria_vllm.serve.compressed_tensors import is_24_checkpoint
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.weight_scheme import is_two_of_four, row_scales
 
@@ -37,7 +37,7 @@ RUNS = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("foreign")
-    models = [foreign_checkpoints.write(folder / str(i), **written) for i, written in enumerate(RUNS.values())]
+    models = [compressed_tensors_checkpoints.write(folder / str(i), **written) for i, written in enumerate(RUNS.values())]
     jobs = [
         {
             "model": str(folder / str(i)), "prompts": prompts(), "tokens": 6, "engine": {"dtype": "float32"},
@@ -89,7 +89,7 @@ def config(**changes):
     ],
 )
 def test_what_is_claimed(given, claimed):
-    assert claims(given) is claimed
+    assert is_24_checkpoint(given) is claimed
     assert RiaConfig.override_quantization_method(given, None) == ("ria" if claimed else None)
 
 
@@ -116,7 +116,7 @@ def test_a_group_without_weights_is_passed_over():
         "group_1": {"targets": ["LlamaAttention"], "weights": None, "input_activations": {"num_bits": 8, "type": "float"}},
     }
     chosen = RiaConfig.from_config(config(config_groups=groups))
-    assert chosen.storage("model.layers.0.mlp.up_proj").quantized == torch.int8
+    assert chosen.scheme("model.layers.0.mlp.up_proj").quantized == torch.int8
 
 
 def test_a_group_that_names_a_linear_goes_first():
@@ -126,8 +126,8 @@ def test_a_group_that_names_a_linear_goes_first():
         "group_1": {"targets": ["re:.*down_proj"], "weights": int8 | {"strategy": "tensor"}},
     }
     chosen = RiaConfig.from_config(config(config_groups=groups))
-    assert chosen.storage("model.layers.0.mlp.down_proj").scales == "tensor"
-    assert chosen.storage("model.layers.0.mlp.up_proj").scales == "channel"
+    assert chosen.scheme("model.layers.0.mlp.down_proj").strategy == "tensor"
+    assert chosen.scheme("model.layers.0.mlp.up_proj").strategy == "channel"
 
 
 def test_targets_and_ignore():

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.compressed_tensors import LONGEST_NAME, Foreign, claims
+from ria_vllm.serve.compressed_tensors import LONGEST_NAME, CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.serve.config import RiaConfig
 
 VALID = {
@@ -54,8 +54,8 @@ def changed(path, value):
 
 def test_the_valid_one():
     config = RiaConfig.from_config(VALID)
-    assert config.storage("model.layers.0.mlp.down_proj").scales == "tensor"
-    assert config.storage("model.layers.0.mlp.gate_proj").scales == "channel"
+    assert config.scheme("model.layers.0.mlp.down_proj").strategy == "tensor"
+    assert config.scheme("model.layers.0.mlp.gate_proj").strategy == "channel"
     assert config.kv_cache_scheme["type"] == "float"
 
 
@@ -86,7 +86,7 @@ GROUP = ("config_groups", "group_0")
         ((*GROUP, "input_activations"), "fp8", r"group_0\.input_activations is 'fp8'"),
         ((*GROUP, "format"), "pack-quantized", r"group_0\.format: 'pack-quantized' is not served"),
         (("kv_cache_scheme",), "fp8", r"kv_cache_scheme is 'fp8'"),
-        (("kv_cache_scheme", "num_bits"), 4, r"kv_cache_scheme\.num_bits: 4 is not served.*Take the key"),
+        (("kv_cache_scheme", "num_bits"), 4, r"kv_cache_scheme\.num_bits: 4 is not served.*Remove kv_cache_scheme"),
         (("kv_cache_scheme", "type"), "int", r"kv_cache_scheme\.type: 'int' is not served"),
         (("kv_cache_scheme", "strategy"), "attn_head", r"kv_cache_scheme\.strategy: 'attn_head' is not served"),
         (("kv_cache_scheme", "symmetric"), None, r"kv_cache_scheme\.symmetric: None is not served"),
@@ -96,18 +96,18 @@ GROUP = ("config_groups", "group_0")
 )  # fmt: skip
 def test_what_is_wrong_is_named(path, value, message):
     config = changed(path, value)
-    assert claims(config)
+    assert is_24_checkpoint(config)
     with pytest.raises(RiaError, match=message):
         RiaConfig.from_config(config)
 
 
 @pytest.mark.parametrize("path", [("ignore",), ("config_groups",), ("kv_cache_scheme",), ("sparsity_config", "ignore")])
 def test_null_is_nothing(path):
-    Foreign.parse(changed(path, None))
+    CompressedTensorsConfig.parse(changed(path, None))
 
 
 def test_a_name_that_no_module_has():
-    selected = Foreign.parse(VALID).pruned
+    selected = CompressedTensorsConfig.parse(VALID).pruned
     with pytest.raises(RiaError, match="name of 301 characters"):
         assert "a" * (LONGEST_NAME + 1) in selected
 
@@ -148,13 +148,13 @@ def test_any_change_is_refused_by_name_or_understood(changes):
         except (KeyError, IndexError, TypeError):  # an earlier change took its place away
             continue
     started = time.process_time()
-    if claims(config):
+    if is_24_checkpoint(config):
         try:
-            foreign = Foreign.parse(config)
+            parsed = CompressedTensorsConfig.parse(config)
         except RiaError as error:
             assert "quantization_config." in str(error)
         else:
             for name in NAMES:
-                assert isinstance(name in foreign.pruned, bool)
-                foreign.storage(name)
+                assert isinstance(name in parsed.pruned, bool)
+                parsed.scheme(name)
     assert time.process_time() - started < 5, json.dumps(config)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from foreign_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
+from compressed_tensors_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.cuda import fp8
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("ranks")
 
 
 def packed(layer):
-    return [getattr(layer, name) for product in layer.ria_plan.products for name in product.packed]
+    return [getattr(layer, name) for call in layer.ria_packed.calls for name in call.packed]
 
 
 def check_kept(layer, plain):
@@ -72,13 +73,23 @@ def test_scales_of_another_shape_are_named(strategy, shape):
         layer.weight_scale.weight_loader(layer.weight_scale, torch.ones(shape))
 
 
-def test_a_scale_that_is_no_number_is_named():
+def test_a_scale_that_is_not_finite_is_named():
     checkpoint = Checkpoint()
     layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc")
     checkpoint.stream(layer, {"fc": (None, 64)})
     layer.weight_scale.data[5] = torch.inf
-    with pytest.raises(RiaError, match=r"fc: a weight_scale is no number\. .*damaged"):
+    with pytest.raises(RiaError, match=r"fc: a weight_scale is not a finite number\. .*damaged"):
         layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+def test_scales_keep_their_precision_in_a_bfloat16_model(strategy):
+    """vLLM builds a model with the model's dtype as torch's default."""
+    checkpoint = Checkpoint(strategy=strategy)
+    with set_default_torch_dtype(torch.bfloat16):
+        layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc")
+    checkpoint.stream(layer, {"fc": (None, 64)})
+    assert torch.equal(layer.weight_scale, checkpoint.tensors("fc", 64, 128)["weight_scale"])
 
 
 def check_dequantized(layer, plain, dtype):

@@ -3,7 +3,7 @@
 A rounding of keys and values to eight bits moves logprobs by about 0.1 here, so lost scales would show.
 """
 
-import foreign_checkpoints
+import compressed_tensors_checkpoints
 import pytest
 import torch
 from compare import generate, prompts
@@ -18,14 +18,14 @@ SCALES = {"k_scale": 16.0, "v_scale": 64.0}  # so coarse that most values are su
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kv-cache")
-    model = foreign_checkpoints.write(folder / "pruned", "sparse-24-bitmask")
-    foreign_checkpoints.write(folder / "other", "sparse-24-bitmask")
-    foreign_checkpoints.write(folder / "half", "sparse-24-bitmask")
-    foreign_checkpoints.write_dense(folder / "dense", model)
-    foreign_checkpoints.add_kv_scales(folder / "pruned", **SCALES)
-    foreign_checkpoints.add_kv_scales(folder / "dense", **SCALES)
-    foreign_checkpoints.add_kv_scales(folder / "other", k_scale=1.0, v_scale=1.0)
-    foreign_checkpoints.add_kv_scales(folder / "half", k_scale=1.0)
+    model = compressed_tensors_checkpoints.write(folder / "pruned", "sparse-24-bitmask")
+    compressed_tensors_checkpoints.write(folder / "other", "sparse-24-bitmask")
+    compressed_tensors_checkpoints.write(folder / "half", "sparse-24-bitmask")
+    compressed_tensors_checkpoints.write_dense(folder / "dense", model)
+    compressed_tensors_checkpoints.add_kv_scales(folder / "pruned", **SCALES)
+    compressed_tensors_checkpoints.add_kv_scales(folder / "dense", **SCALES)
+    compressed_tensors_checkpoints.add_kv_scales(folder / "other", k_scale=1.0, v_scale=1.0)
+    compressed_tensors_checkpoints.add_kv_scales(folder / "half", k_scale=1.0)
     jobs = {
         "dense": {},
         "pruned": {},

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from stored import Stored
 from torch.utils._python_dispatch import TorchDispatchMode
-from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
+from vllm.config import LoadConfig, LoRAConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -29,8 +29,8 @@ from vllm.model_executor.model_loader.weight_utils import safetensors_weights_it
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import Fold, Producer
-from ria_vllm.serve import linear
-from ria_vllm.serve.loading import ReorderedRows
+from ria_vllm.serve import packing
+from ria_vllm.serve.reordered_rows import ReorderedRows
 
 HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 256
 
@@ -69,7 +69,7 @@ def test_qkv(ranks, size, orders):
         kv_here, first = max(1, KV // size), rank * KV // size
         expected = [want["q"].chunk(size, 1)[rank]] + [want[n][:, first : first + kv_here] for n in ("k", "v")]
         close(layer(x), torch.cat(expected, 1).flatten(1))
-        assert len(layer.ria_plan.products) == (3 if orders == "each" else 1)
+        assert len(layer.ria_packed.calls) == (3 if orders == "each" else 1)
         assert {name for name, _ in layer.named_parameters()}.isdisjoint({"compressed", "bitmask", "weight"})
 
 
@@ -103,7 +103,7 @@ def test_feed_forward_folds_on_every_number_of_ranks(ranks, size, inner):
         )
         gate, up = stored.load(first, {"gate": 0, "up": 1})(x).chunk(2, -1)
         total = total + stored.load(second, {"down": None})(torch.tanh(gate) * up)
-        assert second.ria_plan.products[0].input_permutation is None
+        assert second.ria_packed.calls[0].input_permutation is None
     want = (torch.tanh(stored.apply(x, "gate")) * stored.apply(x, "up")).float()
     close(total + stored.bias["down"], stored.apply(want, "down"))
 
@@ -287,7 +287,7 @@ def test_permutation_that_no_fold_absorbs(ranks, monkeypatch, size, within):
     stored.add("down", HIDDEN, INNER, order.int())
     x = torch.randn(5, INNER)
     gathered = []
-    monkeypatch.setattr(linear, "tensor_model_parallel_all_gather", lambda part: gathered.append(part) or x)
+    monkeypatch.setattr(packing, "tensor_model_parallel_all_gather", lambda part: gathered.append(part) or x)
     total = 0
     for rank in range(size):
         ranks(rank, size)
@@ -338,17 +338,15 @@ def test_no_folds_with_lora(ranks):
     stored.add("down", HIDDEN, INNER, stored.order(INNER))
     rule = Fold(consumer="down", producers=[Producer(name="gate"), Producer(name="up")], coupling="elementwise")
     config = stored.config([rule])
-    with set_current_vllm_config(VllmConfig()) as _:
-        from vllm.config import LoRAConfig, get_current_vllm_config
-
+    with set_current_vllm_config(VllmConfig()):
         get_current_vllm_config().lora_config = LoRAConfig(max_lora_rank=8)
         up = MergedColumnParallelLinear(
             HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up", return_bias=False
         )
+        down = RowParallelLinear(INNER, HIDDEN, quant_config=config, prefix="down", return_bias=False)
     x, y = torch.randn(3, HIDDEN), torch.randn(3, INNER)
     close(stored.load(up, {"gate": 0, "up": 1})(x), torch.cat([stored.apply(x, "gate"), stored.apply(x, "up")], -1))
-    assert np.array_equal(config.gathers("down"), stored.orders["down"])
-    down = RowParallelLinear(INNER, HIDDEN, quant_config=stored.config(), prefix="down", return_bias=False)
+    assert np.array_equal(config.input_permutation("down", lora=True), stored.orders["down"])
     close(stored.load(down, {"down": None})(y), stored.apply(y, "down"))
 
 
@@ -417,8 +415,6 @@ def test_compile_cache_is_keyed_by_the_kernels(ranks, monkeypatch):
     for backend in ("cpu", "reference", "cpu"):
         monkeypatch.setenv("RIA_VLLM_BACKEND", backend)
         with set_current_vllm_config(VllmConfig()):
-            from vllm.config import get_current_vllm_config
-
             stored = Stored()
             stored.add("fc", 64, HIDDEN)
             stored.load(ReplicatedLinear(HIDDEN, 64, quant_config=stored.config(), prefix="fc"), {"fc": None})

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foreign_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
+from compressed_tensors_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
