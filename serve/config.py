@@ -20,9 +20,8 @@ from ria_vllm.serve.checkpoint_files import (
 )
 from ria_vllm.serve.compressed_tensors import CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.serve.engine import EngineOptions
-from ria_vllm.serve.folding import Folding, RowOrder, fold
-from ria_vllm.serve.layer_matching import ProvisionalDenseMethod
-from ria_vllm.serve.linear import Sparse24LinearMethod
+from ria_vllm.serve.folding import Folding, fold
+from ria_vllm.serve.linear import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
 from ria_vllm.serve.load_report import LoadReport
 from ria_vllm.serve.stream import WeightStream
 from ria_vllm.serve.weight_scheme import WeightScheme
@@ -188,7 +187,13 @@ class RiaConfig(QuantizationConfig):
         linears = self.linears_of(prefix)
         if not self.serves_sparse(prefix, linears):
             return ProvisionalDenseMethod()
-        return Sparse24LinearMethod(self, prefix, linears)
+        return self.sparse_method(prefix, linears)
+
+    def sparse_method(self, layer: str, linears: tuple[str, ...]) -> Sparse24LinearMethod:
+        """The method by which vLLM's layer called `layer` serves these linears."""
+        lora = EngineOptions.current().lora
+        stored = tuple(self.stored_linear(linear, lora) for linear in linears)
+        return Sparse24LinearMethod(layer, stored, self.report, self.stream)
 
     def serves_sparse(self, layer: str, linears: tuple[str, ...]) -> bool:
         """Whether one of our layers serves these linears, because they are pruned, or quantized by compressed-tensors.
@@ -237,16 +242,17 @@ class RiaConfig(QuantizationConfig):
             return scheme if self._is_pruned(name) else replace(scheme, dense=True)
         return WeightScheme(quantized=torch.int8, strategy="channel") if self.schema.weights else WeightScheme()
 
-    def row_orders(self, name: str, lora: bool) -> list[RowOrder]:
-        """The orders in which the rows of the linear `name` are taken; empty for the order on disk.
+    def stored_linear(self, name: str, lora: bool) -> StoredLinear:
+        """The linear `name`, as a layer loads it.
 
         With `lora`, no permutation is folded: adapters are trained against channels in the model's own order.
         """
-        return [] if lora else self.folding.row_orders.get(name, [])
-
-    def input_permutation(self, name: str, lora: bool) -> np.ndarray | None:
-        """int32 [in], the permutation that the linear `name` applies to its input itself; None if there is none.
-
-        With `lora`, no permutation is folded.
-        """
-        return None if not lora and name in self.folding.folded else self.permutations.get(name)
+        folding = Folding() if lora else self.folding
+        return StoredLinear(
+            name,
+            self.scheme(name),
+            self.permutations.get(name),
+            name in folding.folded,
+            tuple(folding.row_orders.get(name, ())),
+            claims_24=self.compressed_tensors is None or name in self.compressed_tensors.pruned,
+        )

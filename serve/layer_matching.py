@@ -7,23 +7,16 @@ method of each layer that was misjudged, and makes sure that each pruned linear 
 """
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    LinearMethodBase,
-    UnquantizedLinearMethod,
-    register_weight_loader_v2_supported_method,
-)
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.linear import Sparse24LinearMethod
+from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.linear import ProvisionalDenseMethod, Sparse24LinearMethod
 from ria_vllm.serve.parameters import Creation
 from ria_vllm.serve.shards import ShardId
-
-if TYPE_CHECKING:
-    from ria_vllm.serve.config import RiaConfig
 
 # vLLM puts these in the place of modules that another pipeline stage has, or that are not used.
 PLACEHOLDER_MODULES = ("PPMissingLayer", "StageMissingLayer")
@@ -31,15 +24,7 @@ PLACEHOLDER_MODULES = ("PPMissingLayer", "StageMissingLayer")
 NAMES_IN_ERROR = 5
 
 
-@register_weight_loader_v2_supported_method
-class ProvisionalDenseMethod(UnquantizedLinearMethod):
-    """The method of a layer whose prefix names no pruned linear, until `match_layers` has seen its path."""
-
-    def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
-        self.creation = Creation.record(super().create_weights, layer, *args, **kwargs)
-
-
-def match_layers(config: "RiaConfig", model: torch.nn.Module) -> None:
+def match_layers(config: RiaConfig, model: torch.nn.Module) -> None:
     """Give every linear layer of a model that was just built the checkpoint's linears that belong to its path.
 
     Must be called before any weight is loaded. A second model that is built with the same config (the draft of a
@@ -61,7 +46,7 @@ def match_layers(config: "RiaConfig", model: torch.nn.Module) -> None:
         linears = found.get(path)
         if linears is None:
             # The model's rules do not lead here. The prefix still counts if its linears belong nowhere else.
-            linears = method.linears if sparse and not placed.intersection(method.linears) else ()
+            linears = method.names if sparse and not placed.intersection(method.names) else ()
         wanted = bool(linears) and config.serves_sparse(path, linears)
         if not sparse and not isinstance(method, ProvisionalDenseMethod):
             if wanted:
@@ -82,12 +67,12 @@ def match_layers(config: "RiaConfig", model: torch.nn.Module) -> None:
     config.model_built = True
 
 
-def serve_sparse(config: "RiaConfig", path: str, layer: LinearBase, linears: tuple[str, ...]) -> None:
+def serve_sparse(config: RiaConfig, path: str, layer: LinearBase, linears: tuple[str, ...]) -> None:
     """Let `layer` serve `linears`, by the method that it has if that serves them already."""
     method = layer.quant_method
     model_loader = method.creation.model_loader(layer)
-    if not isinstance(method, Sparse24LinearMethod) or method.linears != linears:
-        method = Sparse24LinearMethod(config, path, linears)
+    if not isinstance(method, Sparse24LinearMethod) or method.names != linears:
+        method = config.sparse_method(path, linears)
         replace_method(layer, method)
     method.model_built(layer, model_loader)
 
@@ -98,7 +83,7 @@ def replace_method(layer: LinearBase, method: LinearMethodBase) -> None:
     model_loader = creation.model_loader(layer)
     creation.undo(layer)
     if isinstance(layer.quant_method, Sparse24LinearMethod):
-        layer.quant_method.config.report.expected -= 1
+        layer.quant_method.report.expected -= 1
     layer.quant_method = method
     method.create_weights(layer, *creation.args, **creation.kwargs)
     if isinstance(method, UnquantizedLinearMethod) and model_loader is not None:
@@ -107,7 +92,7 @@ def replace_method(layer: LinearBase, method: LinearMethodBase) -> None:
 
 
 def _check(
-    config: "RiaConfig",
+    config: RiaConfig,
     model: torch.nn.Module,
     served: Counter[str],
     unserved: set[str],
@@ -139,7 +124,7 @@ def _list(names: list[str]) -> str:
 
 
 def linears_by_path(
-    config: "RiaConfig", model: torch.nn.Module, layers: dict[str, LinearBase], taken: set[str]
+    config: RiaConfig, model: torch.nn.Module, layers: dict[str, LinearBase], taken: set[str]
 ) -> dict[str, tuple[str, ...]]:
     """Path of a layer -> the checkpoint's linears that it is made of, in output order. Layers without any are left out.
 

@@ -1,6 +1,7 @@
 """Sparse24LinearMethod: one of vLLM's linear layers with 2:4 weights."""
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from vllm.model_executor.layers.linear import (
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.engine import EngineOptions
+from ria_vllm.serve.folding import RowOrder
+from ria_vllm.serve.load_report import LoadReport
 from ria_vllm.serve.loading import LayerLoader, Loader, TensorChecks, unwrapped
 from ria_vllm.serve.packing import PackedLinear, RowGroup, pack_linear
 from ria_vllm.serve.parameters import (
@@ -23,25 +26,66 @@ from ria_vllm.serve.parameters import (
     use_loader_of_model,
 )
 from ria_vllm.serve.shards import ShardMap
-from ria_vllm.serve.weight_scheme import BITMASK_OF_ONES_AND_TWOS, Weights
+from ria_vllm.serve.stream import WeightStream
+from ria_vllm.serve.weight_scheme import BITMASK_OF_ONES_AND_TWOS, Weights, WeightScheme
 
-if TYPE_CHECKING:
-    from ria_vllm.serve.config import RiaConfig
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """One of the checkpoint's linears that a layer is made of.
+
+    Attributes:
+        name: in the checkpoint.
+        scheme: how its weight is stored.
+        permutation: int32 [in], the order in which its input channels are stored; None for the model's own order.
+        folded: other linears compute the input in that order already.
+        row_orders: the orders in which its own rows are taken, for the linears that read its output.
+        claims_24: config.json says that it is 2:4.
+    """
+
+    name: str
+    scheme: WeightScheme
+    permutation: np.ndarray | None = None
+    folded: bool = False
+    row_orders: tuple[RowOrder, ...] = ()
+    claims_24: bool = True
+
+    @property
+    def input_permutation(self) -> np.ndarray | None:
+        """The permutation that the linear applies to its input itself."""
+        return None if self.folded else self.permutation
+
+
+@register_weight_loader_v2_supported_method
+class ProvisionalDenseMethod(UnquantizedLinearMethod):
+    """The method of a layer whose prefix names no pruned linear, until its path is known."""
+
+    def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
+        self.creation = Creation.record(super().create_weights, layer, *args, **kwargs)
 
 
 @register_weight_loader_v2_supported_method
 class Sparse24LinearMethod(LinearMethodBase):
-    """Loads the checkpoint's `linears` in stored form and serves them through ria::sparse24_linear."""
+    """Loads linears in stored form and serves them through ria::sparse24_linear.
 
-    def __init__(self, config: "RiaConfig", prefix: str, linears: tuple[str, ...]):
-        self.config = config
+    Args:
+        prefix: vLLM's name of the layer, for errors.
+        linears: what the layer is made of, in output order.
+        report: where the layer is counted.
+        stream: knows the names that arriving tensors have in the checkpoint.
+    """
+
+    def __init__(self, prefix: str, linears: tuple[StoredLinear, ...], report: LoadReport, stream: WeightStream):
         self.prefix = prefix
         self.linears = linears
+        self.names = tuple(linear.name for linear in linears)
+        self.report = report
+        self.stream = stream
         self.dense: UnquantizedLinearMethod | None = None
 
     def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
         self.creation = Creation.record(self._create_weights, layer, *args, **kwargs)
-        self.config.report.expected += 1
+        self.report.expected += 1
 
     def _create_weights(
         self,
@@ -58,16 +102,14 @@ class Sparse24LinearMethod(LinearMethodBase):
                 f"{self.prefix}: {input_size} input channels over {input_size // input_size_per_partition} ranks leave "
                 f"{input_size_per_partition} each, no multiple of 8. Use a smaller --tensor-parallel-size."
             )
-        self.scheme = self.config.scheme(self.linears[0])
-        if any(self.config.scheme(linear) != self.scheme for linear in self.linears):
-            raise RiaError(f"{self.prefix}: vLLM fuses {', '.join(self.linears)}, but they are not quantized alike.")
-        lora = EngineOptions.current().lora
-        self.permutations = [self.config.input_permutation(linear, lora) for linear in self.linears]
+        self.scheme = self.linears[0].scheme
+        if any(linear.scheme != self.scheme for linear in self.linears):
+            raise RiaError(f"{self.prefix}: vLLM fuses {', '.join(self.names)}, but they are not quantized alike.")
         self.output_sizes = tuple(output_partition_sizes)
         self.dtype = params_dtype
-        shards = ShardMap.of(layer, self.linears, len(output_partition_sizes))
-        checks = TensorChecks(shards, self.scheme.tensors(params_dtype), input_size, self.config.stream)
-        self.loader = LayerLoader(checks, [self.config.row_orders(linear, lora) for linear in self.linears])
+        shards = ShardMap.of(layer, self.names, len(output_partition_sizes))
+        checks = TensorChecks(shards, self.scheme.tensors(params_dtype), input_size, self.stream)
+        self.loader = LayerLoader(checks, [linear.row_orders for linear in self.linears])
         loader = extra_weight_attrs["weight_loader"]
         create_parameters(layer, self.loader, output_partition_sizes, input_size_per_partition, loader)
 
@@ -101,10 +143,11 @@ class Sparse24LinearMethod(LinearMethodBase):
 
     def _check_permutations(self, layer: LinearBase) -> None:
         for linear in self.linears:
-            p = self.config.permutations.get(linear)
+            p = linear.permutation
             if p is not None and len(p) != layer.input_size:
                 raise RiaError(
-                    f"{linear}: its permutation has {len(p)} channels, its input {layer.input_size}. Get the files again."
+                    f"{linear.name}: its permutation has {len(p)} channels, its input {layer.input_size}. Get the files "
+                    "again."
                 )
 
     def _are_dummies(self) -> bool:
@@ -125,7 +168,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         Raises:
             RiaError: damaged values, scales or bitmask.
         """
-        name = " + ".join(self.linears)
+        name = " + ".join(self.names)
         if dummy and "bitmask" in loaded:
             loaded["bitmask"].fill_(BITMASK_OF_ONES_AND_TWOS)
         try:
@@ -155,30 +198,31 @@ class Sparse24LinearMethod(LinearMethodBase):
 
     def _groups(self) -> list[RowGroup]:
         """One group for all rows, if all linears take their input in the same order; else one for each output."""
-        first, *others = self.permutations
+        permutations = [linear.input_permutation for linear in self.linears]
+        first, *others = permutations
         if all(np.array_equal(other, first) for other in others):
             return [RowGroup(0, sum(self.output_sizes), first)]
-        if len(self.permutations) != len(self.output_sizes):
+        if len(permutations) != len(self.output_sizes):
             raise RiaError(
                 f"{self.prefix}: vLLM divides it into {len(self.output_sizes)} outputs, unlike the checkpoint, whose "
-                f"linears ({', '.join(self.linears)}) have different permutations. Compress with --permute-scope shared."
+                f"linears ({', '.join(self.names)}) have different permutations. Compress with --permute-scope shared."
             )
         starts = np.cumsum([0, *self.output_sizes]).tolist()
-        return [RowGroup(*group) for group in zip(starts, self.output_sizes, self.permutations)]
+        return [RowGroup(*group) for group in zip(starts, self.output_sizes, permutations)]
 
     def _report(self, layer: LinearBase, weights: Weights) -> None:
-        report, packed = self.config.report, layer.ria_packed
+        packed = layer.ria_packed
         if packed is None:
-            report.leave_out(self.prefix, self.linears[0] in self.config.compressed_tensors.pruned)
+            self.report.leave_out(self.prefix, self.linears[0].claims_24)
             return
         kernels = [call.kernel for call in packed.calls]
-        gathered = sum(permutation is not None for permutation in self.permutations)
-        permuted = sum(linear in self.config.permutations for linear in self.linears)
+        gathered = sum(linear.input_permutation is not None for linear in self.linears)
+        permuted = sum(linear.permutation is not None for linear in self.linears)
         shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in layer.named_parameters(recurse=False)]
         dense_bytes = weights.values.shape[0] * (weights.in_features - weights.padding) * self.dtype.itemsize
         if packed.input_channels is not None:
-            report.warn_of_all_gather()
-        report.add(
+            self.report.warn_of_all_gather()
+        self.report.add(
             kernels, permuted - gathered, gathered, dense_bytes, packed.packed_bytes(layer),
             f"{self.prefix} {kernels} {shapes}",
         )  # fmt: skip

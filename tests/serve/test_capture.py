@@ -118,5 +118,5 @@ def test_a_layers_product(monkeypatch, name, gathered):
     layer.ria_packed = PackedLinear(tuple(calls), "channels" if gathered else None, 32)
     x, bias = on_gpu(2, 9, COLUMNS), on_gpu(ROWS + 64)
     with Capture():
-        y = Sparse24LinearMethod(None, "fc", ("fc",)).apply(layer, x, bias)
+        y = Sparse24LinearMethod("fc", (), None, None).apply(layer, x, bias)
     assert y.shape == (2, 9, ROWS + 64) and y.dtype == x.dtype

@@ -192,7 +192,7 @@ def test_keys_that_are_the_values_on_the_hub(hub):
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     parts = config.linears_of("model.layers.0.self_attn.qkv_proj")
     assert [part[-6:] for part in parts] == ["q_proj", "k_proj", "k_proj"]
-    assert all(config.input_permutation(part, lora=False) is not None for part in parts)
+    assert all(config.stored_linear(part, lora=False).input_permutation is not None for part in parts)
 
 
 def test_hub_repository_with_an_index(hub):
