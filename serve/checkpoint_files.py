@@ -62,8 +62,8 @@ def locate(model: str, name: str, revision: str | None) -> Path | None:
 class WeightHeaders:
     """What the headers of a model's weight files say.
 
-    Only the header is fetched of files on the hub that are not in its cache. vLLM downloads the rest, perhaps into another
-    cache (`--download-dir`).
+    Of files that are on the hub and not in its cache, only the header is fetched. vLLM downloads the rest, perhaps into
+    another cache (`--download-dir`).
 
     Attributes:
         names: of all tensors; None for a local folder without weights, as `--load-format dummy` takes.

@@ -64,7 +64,7 @@ class CompressedTensorsConfig:
         pruned: the linears that are 2:4.
         dense: they are stored with their zeros.
         groups: linears that are quantized, and how.
-        kv_cache_scheme: the checkpoint holds one scale for the keys and one for the values of each layer, for an fp8 cache.
+        kv_cache_scheme: of an fp8 cache, for which the checkpoint holds two scales per layer: of the keys and the values.
     """
 
     pruned: Selection
@@ -80,7 +80,7 @@ class CompressedTensorsConfig:
             RiaError: a quantization that is not served here, or a value of the wrong type; names the key.
         """
         if config.get("transform_config"):
-            raise RiaError(f"{WHERE}.transform_config: rotated weights are not served. Get a version of the model without them.")
+            raise RiaError(f"{WHERE}.transform_config: rotated weights are not served. Get a model without them.")
         sparsity = config["sparsity_config"]
         dense = sparsity["format"] == "dense"
         ignore = _entries(config, "ignore", WHERE)
@@ -127,8 +127,8 @@ def _kv_cache_scheme(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         if given != value:
             raise RiaError(
                 f"{WHERE}.kv_cache_scheme.{key}: {reprlib.repr(given)} is not served, only {value!r} is (an fp8 cache "
-                "with one scale per layer). Remove kv_cache_scheme from config.json to serve with a cache in the model's "
-                "dtype."
+                "with one scale per layer). Remove kv_cache_scheme from config.json to serve with a cache in the "
+                "model's dtype."
             )
     return dict(wanted)
 

@@ -1,8 +1,8 @@
 """How a consumer's input permutation becomes its producers' row order.
 
-A consumer whose columns are stored in order p needs x[..., p]. If x comes from other linears through an operation on each
-channel alone (an activation, a product), or through one that only mixes tokens (attention), those linears can compute
-their rows in that order. Then the permutation costs nothing. `permutation.head_rows` says what attention allows.
+A consumer whose columns are stored in order p needs x[..., p]. If x comes from other linears through an operation on
+each channel alone (an activation, a product), or through one that only mixes tokens (attention), those linears can
+compute their rows in that order. Then the permutation costs nothing. `permutation.head_rows` says what attention allows.
 """
 
 from collections.abc import Callable, Mapping

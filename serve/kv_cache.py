@@ -38,7 +38,7 @@ class KVCacheScales(CompressedTensorsKVCacheMethod):
             elif layer.ria_needs_scales and not bool(((scale > 0) & scale.isfinite()).all()):
                 fault = "is in none of the weight files" if scale.isnan().all() else f"is {scale.tolist()}"
                 raise RiaError(
-                    f"{layer.layer_name}.{kind} {fault}, but config.json has a kv_cache_scheme. Get the model again, or "
-                    "remove that key from config.json to serve with a cache in the model's dtype."
+                    f"{layer.layer_name}.{kind} {fault}, but config.json has a kv_cache_scheme. Get the model again, "
+                    "or remove that key from config.json to serve with a cache in the model's dtype."
                 )
         super().process_weights_after_loading(layer)

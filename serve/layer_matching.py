@@ -1,8 +1,8 @@
 """Which of the built model's layers serves which of the checkpoint's linears.
 
 vLLM hands its quantization config a prefix for every layer. vLLM's authors write these strings by hand, and in some
-families they are not the layers' paths. While a model is built, `RiaConfig.get_quant_method` has nothing but the prefix.
-Once the model stands, `match_layers` goes by the paths and by the model's own rules for naming weights. It replaces the
+families they are not the layers' paths. While a model is built, `RiaConfig.get_quant_method` has only the prefix. Once
+the model is complete, `match_layers` goes by the paths and by the model's own rules for naming weights. It replaces the
 method of each layer that was misjudged, and makes sure that each pruned linear is served exactly once.
 """
 

@@ -114,10 +114,10 @@ class Sparse24LinearMethod(LinearMethodBase):
         create_parameters(layer, self.loader, output_partition_sizes, input_size_per_partition, loader)
 
     def model_built(self, layer: LinearBase, model_loader: Loader | None) -> None:
-        """Called once the layer's model stands.
+        """Finish a layer whose model is complete, before anything is loaded.
 
         Args:
-            model_loader: what the model loads the layer's weight by, if not by vLLM's ordinary loader.
+            model_loader: the loader that the model gave the layer's weight, if it is not vLLM's ordinary one.
         """
         use_loader_of_model(layer, self.loader, self.creation.kwargs["weight_loader"], model_loader)
         # If another method created the layer, the bias still has vLLM's own loader.
@@ -146,8 +146,8 @@ class Sparse24LinearMethod(LinearMethodBase):
             p = linear.permutation
             if p is not None and len(p) != layer.input_size:
                 raise RiaError(
-                    f"{linear.name}: its permutation has {len(p)} channels, its input {layer.input_size}. Get the files "
-                    "again."
+                    f"{linear.name}: its permutation has {len(p)} channels, its input {layer.input_size}. Get the "
+                    "files again."
                 )
 
     def _are_dummies(self) -> bool:

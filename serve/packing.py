@@ -54,8 +54,8 @@ class PackedLinear:
 
     Attributes:
         calls: in the order of their outputs.
-        input_channels: name of a parameter: the input is all-gathered over the ranks, then taken at these channels. None:
-            each rank has the channels that it needs.
+        input_channels: name of the parameter with the channels to take from the input, after an all-gather over the
+            ranks; None if each rank has the channels that it needs.
         padding: channels of zeros to append to the input.
     """
 
@@ -102,7 +102,8 @@ def pack_linear(layer: LinearBase, weights: Weights, groups: Sequence[RowGroup],
             set_parameter(layer, input_channels, torch.from_numpy(permutation).to(device))
             permutation = None
         kernel, packed = choose_and_pack(weights.rows(group.start, group.count), dtype)
-        names = [f"weight_packed_{group.start}_{i}" if group.start or i else "weight_packed" for i in range(len(packed))]
+        start = group.start
+        names = [f"weight_packed_{start}_{i}" if start or i else "weight_packed" for i in range(len(packed))]
         for name, tensor in zip(names, packed):
             set_parameter(layer, name, tensor)
         permutation_name = None

@@ -18,9 +18,9 @@ from ria_vllm.serve.loading import LayerLoader, Loader, rows_of_mamba2, unwrappe
 from ria_vllm.serve.shards import ShardId
 from ria_vllm.serve.weight_scheme import TensorSpec
 
-# `shape` repeats what the bitmask says. `input_permutation` was read before, but vLLM streams every safetensors file of a
-# folder without an index. Activations are not rounded, or get a scale for each token, so a scale from the checkpoint is
-# not needed. Zero points are zero.
+# `shape` repeats what the bitmask says. `input_permutation` was read before, but vLLM streams every safetensors file of
+# a folder without an index. Activations are not rounded, or get a scale for each token, so a scale from the checkpoint
+# is not needed. Zero points are zero.
 # These parameters stay on the layer, because a reload streams the tensors again, some after the layer is complete.
 IGNORED_TENSORS = {
     "shape": (2, torch.int64),
@@ -34,9 +34,9 @@ IGNORED_TENSORS = {
 class WeightPlaceholder:
     """Stands at `layer.weight` while a model is built, for a model that gives the weight a loader of its own.
 
-    Mamba-2 does so for its input projection if one group serves all heads and several ranks share it. A layer without a
-    place for the loader would lose it. A real parameter there would make other models take the layer for dense: DeepSeek's
-    chooses a kernel by it.
+    Mamba-2 does so for its input projection if one group serves all heads and several ranks share it. Without a place
+    for the loader, it would be lost. With a real parameter there, other models would take the layer for a dense one:
+    DeepSeek's chooses a kernel by it.
     """
 
     weight_loader: Loader  # absent until the model sets it
@@ -85,7 +85,7 @@ def create_parameters(
 ) -> None:
     """Give `layer` the parameters that its linears are loaded into, and some for tensors that are ignored.
 
-    vLLM creates the bias later, with whatever `layer.weight_loader` is then, so that is wrapped for producers of a fold.
+    vLLM creates the bias later, with whatever `layer.weight_loader` is then, so that is wrapped too if rows are reordered.
 
     Args:
         loader: stands before vLLM's loader.
@@ -118,10 +118,10 @@ def _parameter(spec: TensorSpec, sizes: Sequence[int], columns: int, loader: Loa
 def use_loader_of_model(
     layer: LinearBase, loader: LayerLoader, ordinary: Loader, model_loader: Loader | None
 ) -> None:
-    """Once its model stands: let `layer` load by the model's own loader, if it has one, behind `loader`.
+    """Once its model is complete, let `layer` load by the model's own loader, if it has one, behind `loader`.
 
-    The model has put its own in the place of ours on every parameter whose name it knows. It shares out rows, so a scale
-    for the whole linear is loaded by vLLM's `ordinary` one.
+    The model has replaced our loaders by its own on every parameter whose name it knows. Its loader distributes rows, so
+    a scale for the whole linear is loaded by vLLM's `ordinary` one.
     """
     if isinstance(layer.__dict__.get("weight"), WeightPlaceholder):
         del layer.weight

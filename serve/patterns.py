@@ -20,7 +20,7 @@ NAME = 100
 """Characters of a name, for the estimate of `_ways`."""
 
 MOST_WAYS = 10_000_000
-"""The most ways to match such a name that may be tried; `.*` three times before the end of a pattern makes 1,000,000."""
+"""The most ways to match such a name that may be tried; `.*` three times before the end of a pattern is 1,000,000."""
 
 
 def compile_pattern(text: str, where: str) -> re.Pattern[str]:
@@ -58,7 +58,7 @@ REPEATS = {ops.MAX_REPEAT, ops.MIN_REPEAT, getattr(ops, "POSSESSIVE_REPEAT", Non
 
 
 def _ways(items: Sequence[tuple[Any, Any]]) -> int:
-    """An upper bound on the ways in which the sequence can match the start of a name; above `MOST_WAYS`, any number above.
+    """An upper bound on the ways to match the start of a name with the sequence; any number above `MOST_WAYS` beyond it.
 
     Raises:
         KeyError: an operation that has no such bound.

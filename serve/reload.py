@@ -47,8 +47,8 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
     pruned = {name for name, sparse in stored_modules(headers.names or []).items() if sparse}
     if config.pruned is not None and pruned != config.pruned:
         raise RiaError(
-            f"{model}: {min(pruned ^ config.pruned)} is pruned in the folder or on this server, but not on both. Start a "
-            "server of that folder instead of reloading."
+            f"{model}: {min(pruned ^ config.pruned)} is pruned in the folder or on this server, but not on both. Start "
+            "a server of that folder instead of reloading."
         )
     if (schema.permutations_digest, schema.folds) != (config.schema.permutations_digest, config.schema.folds):
         raise RiaError(

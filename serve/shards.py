@@ -47,8 +47,8 @@ class ShardMap:
         uneven = num_outputs > len(linears) > 1 and not is_qkv
         if uneven and len(linears) > 2:
             raise RiaError(
-                f"{', '.join(linears)}: vLLM divides their layer into {num_outputs} outputs, and ria-vllm does not know "
-                "which belong to which linear."
+                f"{', '.join(linears)}: vLLM divides their layer into {num_outputs} outputs, and ria-vllm does not "
+                "know which belong to which linear."
             )
         shard_ids: tuple[ShardId, ...] = (None,)
         if len(linears) > 1:
@@ -71,7 +71,9 @@ class ShardMap:
             return (self.linears[0 if ids[0] == 0 else -1],)
         names = dict(zip(self.shard_ids, self.linears))
         if unknown := [i for i in ids if i not in names]:
-            raise RiaError(f"{', '.join(self.linears)}: vLLM loads output {unknown[0]!r}, which this layer does not have.")
+            raise RiaError(
+                f"{', '.join(self.linears)}: vLLM loads output {unknown[0]!r}, which this layer does not have."
+            )
         return tuple(names[i] for i in ids)
 
     def outputs_of(self, shard: ShardId) -> tuple[ShardId, ...]:

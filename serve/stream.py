@@ -1,8 +1,8 @@
 """The checkpoint's tensors on their way into vLLM's model, each with its name in the checkpoint.
 
-Before a layer's weight loader sees a tensor, vLLM's models may rename, fuse or rearrange it by rules of their own. A tensor
-that is still what the file holds, or a copy of that, has a name here. A tensor without a name was changed on the way, and
-compressed tensors allow no change.
+Before a layer's weight loader sees a tensor, vLLM's models may rename, fuse or rearrange it by rules of their own. A
+tensor that is still what the file holds, or a copy of that, has a name here. A tensor without a name was changed on the
+way, and compressed tensors allow no change.
 """
 
 import functools

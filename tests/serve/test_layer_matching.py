@@ -177,7 +177,7 @@ def test_a_dense_layer_that_a_prefix_took_for_a_pruned_one(ranks, stored):
 def test_a_second_model_of_the_same_checkpoint(ranks, stored):
     """The draft of a multi-token prediction is built with the target's config.
 
-    It need not use every linear, and those that the target serves are not the draft's, even if a layer has the same path.
+    It need not use every linear. Those that the target serves are not the draft's, even if a layer has the same path.
     """
 
     class Draft(Model):
