@@ -64,7 +64,7 @@ class CompressedTensorsConfig:
         pruned: the linears that are 2:4.
         dense: they are stored with their zeros.
         groups: linears that are quantized, and how.
-        kv_cache_scheme: of an fp8 cache, for which the checkpoint holds two scales per layer: of the keys and the values.
+        kv_cache_scheme: of an fp8 cache, for which the checkpoint holds two scales per layer, of keys and values.
     """
 
     pruned: Selection

@@ -30,9 +30,9 @@ from ria_vllm.serve.weight_scheme import WeightScheme
 # families. Later versions run the model of transformers.
 OLD_GPT_NEOX = "vllm.model_executor.models.gpt_neox"
 
-# vLLM's models of these families change the order of attention's rows as they load them. They do so for every tensor with
-# rows. That is right for compressed ones too, because no fold reorders rows there, but the tensors that arrive are not
-# those of the file.
+# vLLM's models of these families change the order of attention's rows as they load them. They do so for every tensor
+# with rows. That is right for compressed ones too, because no fold reorders rows there, but the tensors that arrive are
+# not those of the file.
 ROWS_REARRANGED_BY_VLLM = ("falcon",)
 
 # vLLM puts this before the names of a draft model in speculative decoding. The names in its checkpoint do not have it.

@@ -2,7 +2,8 @@
 
 A consumer whose columns are stored in order p needs x[..., p]. If x comes from other linears through an operation on
 each channel alone (an activation, a product), or through one that only mixes tokens (attention), those linears can
-compute their rows in that order. Then the permutation costs nothing. `permutation.head_rows` says what attention allows.
+compute their rows in that order. Then the permutation costs nothing. `permutation.head_rows` says what attention
+allows.
 """
 
 from collections.abc import Callable, Mapping

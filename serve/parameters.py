@@ -85,7 +85,7 @@ def create_parameters(
 ) -> None:
     """Give `layer` the parameters that its linears are loaded into, and some for tensors that are ignored.
 
-    vLLM creates the bias later, with whatever `layer.weight_loader` is then, so that is wrapped too if rows are reordered.
+    vLLM creates the bias later and gives it whatever `layer.weight_loader` is then. If rows are reordered, that is wrapped.
 
     Args:
         loader: stands before vLLM's loader.
@@ -120,8 +120,8 @@ def use_loader_of_model(
 ) -> None:
     """Once its model is complete, let `layer` load by the model's own loader, if it has one, behind `loader`.
 
-    The model has replaced our loaders by its own on every parameter whose name it knows. Its loader distributes rows, so
-    a scale for the whole linear is loaded by vLLM's `ordinary` one.
+    The model has replaced our loaders by its own on every parameter whose name it knows. Its loader distributes rows,
+    so a scale for the whole linear is loaded by vLLM's `ordinary` one.
     """
     if isinstance(layer.__dict__.get("weight"), WeightPlaceholder):
         del layer.weight

@@ -58,7 +58,7 @@ REPEATS = {ops.MAX_REPEAT, ops.MIN_REPEAT, getattr(ops, "POSSESSIVE_REPEAT", Non
 
 
 def _ways(items: Sequence[tuple[Any, Any]]) -> int:
-    """An upper bound on the ways to match the start of a name with the sequence; any number above `MOST_WAYS` beyond it.
+    """An upper bound on the ways to match the start of a name; beyond `MOST_WAYS`, any number above it.
 
     Raises:
         KeyError: an operation that has no such bound.

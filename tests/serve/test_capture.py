@@ -1,6 +1,6 @@
 """What a CUDA graph can capture: no shape that depends on a value, no value read by the host, no copy between devices.
 
-The products of a layer are computed on tensors without values; torch calls their device "meta".
+The layer is computed on tensors without values, whose device torch calls "meta".
 """
 
 import pytest
@@ -28,7 +28,7 @@ INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index
 
 
 class Capture(TorchDispatchMode):
-    """Refuses what a capture would; looks into this package's own operators."""
+    """Refuses what a capture would refuse, also inside this package's own operators."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -37,7 +37,7 @@ class Capture(TorchDispatchMode):
                 return BODIES[function](*args, **kwargs)
         refused = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if function.overloadpacket in INDEXING:  # by masks, not by whole numbers
+        if function.overloadpacket in INDEXING:  # by masks, not by integers
             refused = {t.dtype for t in tree_leaves(args[1]) if t is not None} & {torch.bool, torch.uint8}
         assert not refused, f"{function}: the host waits for a value"
         devices = {t.device.type for t in given} | {torch.device(kwargs.get("device") or GPU).type}
@@ -66,7 +66,7 @@ def stored(rows, columns, dtype=torch.bfloat16):
     ],
 )
 def test_the_capture_refuses(refused):
-    """Else the tests below would say nothing."""
+    """Otherwise the tests below would prove nothing."""
     with pytest.raises(AssertionError, match="the host waits for a value|: on {.*cpu"), Capture():
         refused()
 
@@ -77,7 +77,7 @@ def test_decompress():
     assert dense.shape == (300, 1 << 13) and dense.device.type == GPU
 
 
-ROWS, COLUMNS = 2048 + 96, 96  # more rows than are decompressed at a time; columns that no kernel takes
+ROWS, COLUMNS = 2048 + 96, 96  # more rows than are decompressed at a time; columns that need padding
 BACKENDS = {
     "reference": (reference, lambda rows, columns: stored(rows, columns)),
     "reference, int8": (
@@ -102,8 +102,8 @@ BACKENDS = {
 
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_layers_product(monkeypatch, name, gathered):
-    """With padding, a permutation, two products side by side, a bias and, where `gathered`, channels of all ranks."""
+def test_a_layer(monkeypatch, name, gathered):
+    """With padding, a permutation, two kernel calls, a bias and, if `gathered`, the channels of all ranks."""
     backend, packed = BACKENDS[name]
     monkeypatch.setattr(packing, "tensor_model_parallel_all_gather", lambda x: torch.cat([x, x], -1))
     layer, calls = torch.nn.Module(), []

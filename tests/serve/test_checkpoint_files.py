@@ -1,4 +1,4 @@
-"""What is read before the weights: from a folder, and from a stand-in for the hub."""
+"""What is read before the weights, from a folder and from a stand-in for the hub."""
 
 import json
 import shutil
@@ -110,7 +110,7 @@ def test_truncated_permutations(copy):
         config_of(copy)
 
 
-def test_folder_without_weights_goes_by_the_ignore_list(copy):
+def test_a_folder_without_weights_is_read_by_its_ignore_list(copy):
     for path in copy.glob("*.safetensors"):
         path.unlink()
     config = config_of(copy)
@@ -170,7 +170,7 @@ def test_hub_repository_of_a_single_file(hub):
 
 
 def test_a_multi_token_prediction_head_is_not_pruned(hub):
-    """Whatever is not stored compressed is dense, even where config.json does not list it."""
+    """Whatever is not stored compressed is dense, even if config.json does not list it."""
     stored = load_file(hub.path(SINGLE_FILE)) | {"mtp.fc.weight": torch.zeros(8, 8)}
     with safe_open(hub.path(SINGLE_FILE), framework="pt") as file:
         metadata = file.metadata()
@@ -180,7 +180,7 @@ def test_a_multi_token_prediction_head_is_not_pruned(hub):
 
 
 def test_keys_that_are_the_values_on_the_hub(hub):
-    """Gemma 4 without v_proj: its single file's header says so, and v gets the gather of k."""
+    """Gemma 4 has no v_proj: the header of its single file shows it, and v gets the permutation of k."""
     path = hub.path(SINGLE_FILE)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -217,7 +217,7 @@ def test_hub_that_cannot_be_reached(hub, cached):
     config = hub.config()
     with pytest.raises(RiaError, match="who/what: .*Download the whole repository"):
         config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
-    with dummy_weights():  # which need nothing of the hub
+    with dummy_weights():  # which need nothing from the hub
         assert isinstance(config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj"), Sparse24LinearMethod)
 
 
@@ -237,7 +237,7 @@ def test_weights_of_another_run_on_the_hub(hub, reachable, tmp_path):
 
 
 def test_modelscope(copy, monkeypatch):
-    """vLLM fetches from ModelScope by itself; what is asked for here comes the same way."""
+    """vLLM downloads weights from ModelScope itself. The permutations come the same way."""
     from vllm import envs
     from vllm.model_executor.model_loader import weight_utils
 
@@ -259,7 +259,7 @@ def test_modelscope(copy, monkeypatch):
 
 
 def test_an_object_store(copy):
-    """vLLM brings the small files of s3:// to a folder, and not the permutations: that must not pass for none."""
+    """vLLM copies the small files of s3:// to a folder, but not the permutations. They must not be taken for absent."""
     (copy / PERMUTATIONS_FILE).unlink()
     (copy / SINGLE_FILE).unlink()
     config = config_of(copy)
@@ -289,7 +289,7 @@ def a_linear():
 
 
 def rebind(folder):
-    """Give a folder whose permutations were changed the digest of what it has now."""
+    """Give a folder with changed permutations the digest of these."""
     stored = load_file(folder / PERMUTATIONS_FILE)
     digest = permutation.digest({name.removesuffix(".input_permutation"): p for name, p in stored.items()})
     save_file(load_file(folder / SINGLE_FILE), folder / SINGLE_FILE, {"format": "pt", DIGEST_KEY: digest})
@@ -300,7 +300,7 @@ def rebind(folder):
 
 @pytest.mark.parametrize("family", REARRANGED_BY_VLLM)
 def test_families_whose_heads_vllm_rearranges_are_refused(checkpoint, family):
-    """Named by vLLM's own sources: their models change tensors by the names that dense weights have."""
+    """vLLM's models of these families change tensors by the names of dense weights."""
     config = RiaConfig.from_config(json.loads((checkpoint / "config.json").read_text())["quantization_config"])
     with pytest.raises(RiaError, match=f"heads of {family} .*`ria-vllm export`"):
         config.maybe_update_config(str(checkpoint), SimpleNamespace(model_type=family))
@@ -326,7 +326,7 @@ def test_a_reload_from_another_folder(checkpoint, copy):
 
 
 def test_a_reload_from_the_same_folder_after_it_was_replaced(copy):
-    """What `compress --overwrite` leaves is consistent in itself, but not with a server that runs."""
+    """What `compress --overwrite` leaves is consistent, but not with a running server."""
     config = config_of(copy)
     reload_from(config, copy)
     torch.manual_seed(9)
@@ -343,7 +343,7 @@ def test_a_reload_that_prunes_other_linears(checkpoint, copy):
 
 
 def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):
-    """Linears of compressed-tensors have the names of ours, and none of their columns is permuted."""
+    """compressed-tensors gives linears the same names as we do, but permutes no columns."""
     ours, theirs = config_of(checkpoint), {
         "quant_method": "compressed-tensors", "format": "dense",
         "sparsity_config": {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"]},
@@ -359,8 +359,8 @@ def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):
             reload_from(ours, copy)
 
 
-def test_a_reload_asks_for_what_is_loaded_now(checkpoint, copy):
-    """vLLM may have a new configuration of the model by then."""
+def test_a_reload_is_checked_against_the_present_folder(checkpoint, copy):
+    """vLLM may have another configuration of the model by then."""
     config = config_of(checkpoint)
     built_from = SimpleNamespace(model=str(checkpoint), revision=None)
     torch.manual_seed(9)
@@ -372,8 +372,8 @@ def test_a_reload_asks_for_what_is_loaded_now(checkpoint, copy):
             check_reload(config, built_from, from_files=True)
 
 
-def test_a_reload_of_weights_that_come_from_no_folder(checkpoint, tmp_path):
-    """A trainer sends tensors by their names; the folder that the server was started with may be gone."""
+def test_a_reload_of_weights_from_no_folder(checkpoint, tmp_path):
+    """A trainer sends tensors by their names, and the folder that the server was started with may be gone."""
     config = config_of(checkpoint)
     (tmp_path / "gone").mkdir()
     reload_from(config, tmp_path / "gone")

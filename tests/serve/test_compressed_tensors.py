@@ -36,7 +36,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("foreign")
+    folder = tmp_path_factory.mktemp("compressed-tensors")
     models = [compressed_tensors_checkpoints.write(folder / str(i), **written) for i, written in enumerate(RUNS.values())]
     jobs = [
         {
@@ -75,7 +75,7 @@ def config(**changes):
 
 
 @pytest.mark.parametrize(
-    ("given", "claimed"),
+    ("given", "taken_over"),
     [
         (config(), True),
         (config(sparsity={"format": "dense"}), True),
@@ -88,9 +88,9 @@ def config(**changes):
         ({"quant_method": "compressed-tensors", "config_groups": {}}, False),
     ],
 )
-def test_what_is_claimed(given, claimed):
-    assert is_24_checkpoint(given) is claimed
-    assert RiaConfig.override_quantization_method(given, None) == ("ria" if claimed else None)
+def test_which_checkpoints_are_taken_over(given, taken_over):
+    assert is_24_checkpoint(given) is taken_over
+    assert RiaConfig.override_quantization_method(given, None) == ("ria" if taken_over else None)
 
 
 def test_explicit_choice_of_another_method_stands():

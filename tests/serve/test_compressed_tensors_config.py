@@ -1,4 +1,4 @@
-"""Odd and hostile configs of compressed-tensors: parsed, or refused by the key's name, and in bounded time."""
+"""Odd and hostile configs of compressed-tensors are parsed, or refused with the key's name, in bounded time."""
 
 import copy
 import json
@@ -52,7 +52,7 @@ def changed(path, value):
     return config
 
 
-def test_the_valid_one():
+def test_a_valid_config():
     config = RiaConfig.from_config(VALID)
     assert config.scheme("model.layers.0.mlp.down_proj").strategy == "tensor"
     assert config.scheme("model.layers.0.mlp.gate_proj").strategy == "channel"
@@ -94,7 +94,7 @@ GROUP = ("config_groups", "group_0")
         (("transform_config",), {"config_groups": {"R1": {}}}, r"transform_config: rotated weights are not served"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named(path, value, message):
+def test_the_wrong_key_is_named(path, value, message):
     config = changed(path, value)
     assert is_24_checkpoint(config)
     with pytest.raises(RiaError, match=message):
@@ -102,11 +102,11 @@ def test_what_is_wrong_is_named(path, value, message):
 
 
 @pytest.mark.parametrize("path", [("ignore",), ("config_groups",), ("kv_cache_scheme",), ("sparsity_config", "ignore")])
-def test_null_is_nothing(path):
+def test_null_means_absent(path):
     CompressedTensorsConfig.parse(changed(path, None))
 
 
-def test_a_name_that_no_module_has():
+def test_a_name_that_is_too_long():
     selected = CompressedTensorsConfig.parse(VALID).pruned
     with pytest.raises(RiaError, match="name of 301 characters"):
         assert "a" * (LONGEST_NAME + 1) in selected
@@ -134,7 +134,7 @@ PATHS = [path for path in paths(VALID) if path]
 @example([(("quant_method",), ["compressed-tensors"])])
 @example([(("sparsity_config", "sparsity_structure"), {})])
 @example([(("config_groups", "group_0", "weights", "symmetric"), float("nan"))])
-def test_any_change_is_refused_by_name_or_understood(changes):
+def test_any_change_is_parsed_or_refused_with_the_key(changes):
     config = copy.deepcopy(VALID)
     for (*parents, last), value in changes:
         found = config
@@ -145,7 +145,7 @@ def test_any_change_is_refused_by_name_or_understood(changes):
                 del found[last]
             else:
                 found[last] = value
-        except (KeyError, IndexError, TypeError):  # an earlier change took its place away
+        except (KeyError, IndexError, TypeError):  # an earlier change removed the place
             continue
     started = time.process_time()
     if is_24_checkpoint(config):

@@ -1,4 +1,4 @@
-"""When the linear method leaves fp8 weights as they are, when it makes them floating point, and what it computes."""
+"""When the linear method keeps fp8 weights, when it dequantizes them, and what it computes."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def packed(layer):
 
 
 def check_kept(layer, plain):
-    """Its values are in fp8, and its product is that of the inputs rounded to fp8, up to an ulp of the result."""
+    """Its values are fp8, and its result is that of inputs rounded to fp8, up to one ulp."""
     values, _, scales = packed(layer)
     assert values.dtype == fp8.DTYPE and scales.dtype == torch.float32 and scales.shape == (plain.shape[0],)
     x = torch.randn(5, plain.shape[1], generator=torch.Generator().manual_seed(7)).bfloat16()
@@ -26,7 +26,7 @@ def check_kept(layer, plain):
     y = layer(x)
     assert y.dtype == x.dtype
     torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-6)
-    assert not torch.allclose(y.double(), x.double() @ plain.T, rtol=2**-8, atol=1e-6)  # inputs were rounded indeed
+    assert not torch.allclose(y.double(), x.double() @ plain.T, rtol=2**-8, atol=1e-6)  # the inputs were rounded
 
 
 @pytest.mark.parametrize("columns", [128, 96])
@@ -120,7 +120,7 @@ def test_elsewhere_fp8_becomes_floating_point(dense, dtype):
     check_dequantized(checkpoint.single(dtype=dtype), checkpoint.plain["fc"], dtype)
 
 
-def test_a_backend_that_is_asked_for_and_knows_no_fp8(hopper_layers, monkeypatch):
+def test_a_forced_backend_without_fp8(hopper_layers, monkeypatch):
     monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
     checkpoint = Checkpoint()
     check_dequantized(checkpoint.single(), checkpoint.plain["fc"], torch.bfloat16)

@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM has no fp8 cache on this CPU and says so"),
 ]
-SCALES = {"k_scale": 16.0, "v_scale": 64.0}  # so coarse that most values are subnormal
+SCALES = {"k_scale": 16.0, "v_scale": 64.0}  # coarse enough to make most values subnormal
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
         "reloaded": {"model": "pruned", "first": "reload"},
         "other": {},
         "half": {},
-        "made up": {"model": "half", "engine": {"load_format": "dummy"}},
+        "dummy": {"model": "half", "engine": {"load_format": "dummy"}},
     }
     todo = [
         {"prompts": prompts(), "tokens": 6}
@@ -60,4 +60,4 @@ def test_a_scale_that_is_missing_is_named(runs):
 
 
 def test_dummy_weights_need_none(runs):
-    assert [len(result["tokens"]) for result in runs["made up"]] == [6, 6, 6]
+    assert [len(result["tokens"]) for result in runs["dummy"]] == [6, 6, 6]

@@ -109,7 +109,7 @@ def test_feed_forward_folds_on_every_number_of_ranks(ranks, size, inner):
 
 
 class LargestCopy(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes which is not a view of another."""
+    """Counts the elements of the largest tensor that an operation makes and that is not a view."""
 
     def __init__(self):
         super().__init__()
@@ -147,7 +147,7 @@ def test_a_rank_copies_no_more_than_its_rows(ranks, size, reordered):
 
 
 def own_memory() -> int:
-    """Bytes of main memory that this process holds, without the pages of files that it has mapped."""
+    """Bytes of memory that this process holds, not counting mapped files."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon:"))
 
@@ -166,7 +166,7 @@ def test_rows_of_other_ranks_stay_in_the_file(ranks, tmp_path):
     config = stored.config([rule])
     ranks(1, size)
     layer = ColumnParallelLinear(columns, rows, quant_config=config, prefix="up", params_dtype=torch.bfloat16)
-    layer.compressed.data.fill_(1)  # its own pages are there before the measurement
+    layer.compressed.data.fill_(1)  # so that its pages are allocated before the measurement
     before = own_memory()
     ((_, tensor),) = safetensors_weights_iterator([str(tmp_path / "model.safetensors")], use_tqdm_on_load=False)
     layer.compressed.weight_loader(layer.compressed, tensor)
@@ -211,8 +211,8 @@ def test_a_reload_that_lacks_a_tensor_is_refused(ranks):
         finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
 
 
-def test_two_parts_for_four_outputs(ranks):
-    """Qwen3.5's linear attention: q, k and v in one tensor, the gate in another, vLLM's layer counts four outputs."""
+def test_two_linears_for_four_outputs(ranks):
+    """Qwen3.5's linear attention: q, k and v are one tensor and the gate another. vLLM's layer has four outputs."""
     stored = Stored()
     shared = stored.order(HIDDEN)
     stored.add("qkv", 2 * 64 + INNER, HIDDEN, shared)
@@ -231,8 +231,8 @@ def test_two_parts_for_four_outputs(ranks):
             close(got, torch.cat([part.chunk(size, -1)[rank] for part in whole], -1))
 
 
-def test_fused_on_disk_though_vllm_names_parts(ranks):
-    """GLM-4's gate_up_proj, in a folder whose tensors' names are not known beforehand."""
+def test_fused_on_disk_though_vllm_names_its_parts(ranks):
+    """GLM-4's gate_up_proj, in a folder whose tensor names are not known beforehand."""
     stored = Stored()
     stored.add("gate_up", 2 * INNER, HIDDEN, stored.order(HIDDEN))
     config = stored.config()
@@ -243,7 +243,7 @@ def test_fused_on_disk_though_vllm_names_parts(ranks):
     close(stored.load(layer, {"gate_up": None})(x), stored.apply(x, "gate_up"))
 
 
-def test_keys_that_are_the_values_too(ranks):
+def test_keys_that_are_also_the_values(ranks):
     stored = Stored()
     shared = stored.order(HIDDEN)
     stored.add("q", HEADS * HEAD, HIDDEN, shared)
@@ -277,10 +277,24 @@ def test_fused_on_disk_with_row_ranges(ranks):
         close(got, torch.cat([half[:, order].chunk(2, -1)[rank] for half in want], -1))
 
 
+def test_a_piece_of_a_fused_linear_cannot_be_reordered(ranks):
+    """Which of the fused rows a piece holds is not known, so a fold cannot be applied to it."""
+    stored = Stored()
+    stored.add("gate_up", 2 * INNER, HIDDEN)
+    stored.add("down", HIDDEN, INNER, stored.order(INNER))
+    halves = [Producer(name="gate_up", rows=(0, INNER)), Producer(name="gate_up", rows=(INNER, 2 * INNER))]
+    config = stored.config([Fold(consumer="down", producers=halves, coupling="elementwise")])
+    layer = MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up")
+    for kind, tensor in (("compressed", stored.tensors["gate_up"]["compressed"]), ("bias", stored.bias["gate_up"])):
+        parameter = getattr(layer, kind)
+        with pytest.raises(RiaError, match=rf"gate_up\.{kind}: vLLM fuses or splits it .*cannot be reordered"):
+            parameter.weight_loader(parameter, tensor[:INNER], 0)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("within", [True, False])
 def test_permutation_that_no_fold_absorbs(ranks, monkeypatch, size, within):
-    """An order that stays within each rank's channels needs no all-gather; any other does, on every rank."""
+    """A permutation within each rank's channels needs no all-gather. Any other needs one, on every rank."""
     stored = Stored()
     quarter = INNER // 4
     order = torch.cat([stored.order(quarter) + quarter * i for i in range(4)]) if within else stored.order(INNER)
@@ -376,7 +390,7 @@ def test_damage_names_the_layer(ranks, change, message):
         damaged(change)
 
 
-def test_fused_layer_that_is_half_dense(ranks):
+def test_fused_layer_that_is_partly_dense(ranks):
     stored = Stored()
     stored.add("gate", INNER, HIDDEN)
     with pytest.raises(RiaError, match=r"gate_up: vLLM fuses gate, up, but up is dense"):
@@ -410,7 +424,7 @@ def test_weights_that_another_kernel_packed_are_refused(ranks, load_format):
 
 
 def test_compile_cache_is_keyed_by_the_kernels(ranks, monkeypatch):
-    """A graph traced with one backend must not be found again when another one serves the same folder."""
+    """A graph that was traced with one kernel must not be reused when another one serves the same folder."""
     keys = []
     for backend in ("cpu", "reference", "cpu"):
         monkeypatch.setenv("RIA_VLLM_BACKEND", backend)
