@@ -9,12 +9,16 @@ import torch
 from compressed_tensors.utils import is_match, match_name
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import FP8, INT8
 from ria_vllm.serve.patterns import compile_pattern
-from ria_vllm.serve.weight_scheme import QUANTIZED_DTYPES, WeightScheme
+from ria_vllm.serve.weight_scheme import WeightScheme
 
 WHERE = "config.json: quantization_config"
 SPARSE_FORMATS = ("sparse-24-bitmask", "dense")
 WEIGHT_FORMATS = (None, "dense", "sparse-24-bitmask", "int-quantized", "float-quantized", "naive-quantized")
+
+DTYPES = {("int", 8): torch.int8, ("float", 8): torch.float8_e4m3fn}
+FORMATS = {torch.int8: INT8, torch.float8_e4m3fn: FP8}
 
 LONGEST_NAME = 300
 """Characters of a module's name; a pattern may take long to match a longer one."""
@@ -99,7 +103,7 @@ class CompressedTensorsConfig:
     def scheme(self, name: str) -> WeightScheme:
         """How the linear `name` is stored. A group that names it goes before one that takes all linears."""
         found = [(scheme, selection.by_name(name)) for selection, scheme in self.groups if name in selection]
-        default = found[0][0] if found else WeightScheme(self.dense)
+        default = found[0][0] if found else WeightScheme(dense=self.dense)
         return next((scheme for scheme, by_name in found if by_name), default)
 
 
@@ -114,7 +118,7 @@ def _scheme(where: str, group: Mapping[str, Any], dense: bool) -> WeightScheme:
         raise RiaError(
             f"{where}: 2:4 weights of {shown} are not served, only symmetric int8 and fp8, by tensor or by channel."
         )
-    return WeightScheme(dense, dtype, strategy, _dtype(inputs))
+    return WeightScheme(FORMATS[dtype], dense, strategy, _dtype(inputs))
 
 
 def _kv_cache_scheme(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -134,8 +138,9 @@ def _kv_cache_scheme(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _dtype(quantization: Mapping[str, Any]) -> torch.dtype | None:
+    # Not a look-up, because the values may be of any type, unhashable ones included.
     asked = quantization.get("type"), quantization.get("num_bits")
-    return next((dtype for kind, dtype in QUANTIZED_DTYPES.items() if kind == asked), None)
+    return next((dtype for kind, dtype in DTYPES.items() if kind == asked), None)
 
 
 def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

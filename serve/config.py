@@ -233,14 +233,14 @@ class RiaConfig(QuantizationConfig):
 
     def _is_quantized(self, name: str) -> bool:
         """Whether compressed-tensors stored int8 or fp8 values for this linear, which then may be dense."""
-        return self.compressed_tensors is not None and self.compressed_tensors.scheme(name).quantized is not None
+        return self.compressed_tensors is not None and self.compressed_tensors.scheme(name).quantized
 
     def scheme(self, name: str) -> WeightScheme:
         """How the linear `name` is stored."""
         if self.compressed_tensors is not None:
             scheme = self.compressed_tensors.scheme(name)
             return scheme if self._is_pruned(name) else replace(scheme, dense=True)
-        return WeightScheme(quantized=torch.int8, strategy="channel") if self.schema.weights else WeightScheme()
+        return WeightScheme(self.schema.weight_format)
 
     def stored_linear(self, name: str, lora: bool) -> StoredLinear:
         """The linear `name`, as a layer loads it.

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import BITMASK
 from ria_vllm.serve.engine import EngineOptions
 from ria_vllm.serve.folding import RowOrder
 from ria_vllm.serve.load_report import LoadReport
@@ -27,7 +28,7 @@ from ria_vllm.serve.parameters import (
 )
 from ria_vllm.serve.shards import ShardMap
 from ria_vllm.serve.stream import WeightStream
-from ria_vllm.serve.weight_scheme import BITMASK_OF_ONES_AND_TWOS, Weights, WeightScheme
+from ria_vllm.serve.weight_scheme import Weights, WeightScheme
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         first = not hasattr(layer, "ria_packed")
         if not first:
             self._check_reload(layer.ria_packed, weights)
-        if weights.bitmask is None:
-            self._serve_dense(layer, weights.values)
+        if weights is None:
+            self._serve_dense(layer, self.scheme.dense_weight(loaded, self.output_sizes, self.dtype))
         else:
             layer.ria_packed = pack_linear(layer, weights, self._groups(), self.dtype)
         if first:
@@ -162,31 +163,24 @@ class Sparse24LinearMethod(LinearMethodBase):
             raise RiaError(f"{missing} is in none of the weight files. Get them again.")
         return missing is not None
 
-    def _weights(self, loaded: dict[str, torch.Tensor], dummy: bool) -> Weights:
-        """What a kernel packs, or weights without a bitmask.
+    def _weights(self, loaded: dict[str, torch.Tensor], dummy: bool) -> Weights | None:
+        """What a kernel packs; None if the layer is not 2:4.
 
         Raises:
-            RiaError: damaged values, scales or bitmask.
+            RiaError: damaged scales or a damaged bitmask.
         """
-        name = " + ".join(self.names)
         if dummy and "bitmask" in loaded:
-            loaded["bitmask"].fill_(BITMASK_OF_ONES_AND_TWOS)
+            loaded["bitmask"].fill_(BITMASK.fill)
         try:
-            weights = self.scheme.weights(loaded, self.output_sizes, self.dtype, dummy)
+            return self.scheme.weights(loaded, self.output_sizes, self.dtype, dummy)
         except ValueError as error:
-            raise RiaError(f"{name}: {error}. The file is damaged; get it again.") from None
-        if weights.bitmask is None:
-            return weights
-        weights = weights.padded()
-        if fault := weights.fault():
-            raise RiaError(f"{name}: {fault}. The weight file is damaged; get it again.")
-        return weights
+            raise RiaError(f"{' + '.join(self.names)}: {error}. The weight file is damaged; get it again.") from None
 
-    def _check_reload(self, before: PackedLinear | None, weights: Weights) -> None:
-        if (before is None) != (weights.bitmask is None):
+    def _check_reload(self, before: PackedLinear | None, weights: Weights | None) -> None:
+        if (before is None) != (weights is None):
             raise RiaError(
-                f"{self.prefix}: its new weights are {'not 2:4' if weights.bitmask is None else '2:4'}, unlike those "
-                "that this server started with. Start the server again instead of reloading."
+                f"{self.prefix}: its new weights are {'not 2:4' if weights is None else '2:4'}, unlike those that this "
+                "server started with. Start the server again instead of reloading."
             )
 
     def _serve_dense(self, layer: LinearBase, weight: torch.Tensor) -> None:
@@ -210,16 +204,16 @@ class Sparse24LinearMethod(LinearMethodBase):
         starts = np.cumsum([0, *self.output_sizes]).tolist()
         return [RowGroup(*group) for group in zip(starts, self.output_sizes, permutations)]
 
-    def _report(self, layer: LinearBase, weights: Weights) -> None:
+    def _report(self, layer: LinearBase, weights: Weights | None) -> None:
         packed = layer.ria_packed
-        if packed is None:
+        if weights is None:
             self.report.leave_out(self.prefix, self.linears[0].claims_24)
             return
         kernels = [call.kernel for call in packed.calls]
         gathered = sum(linear.input_permutation is not None for linear in self.linears)
         permuted = sum(linear.permutation is not None for linear in self.linears)
         shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in layer.named_parameters(recurse=False)]
-        dense_bytes = weights.values.shape[0] * (weights.in_features - weights.padding) * self.dtype.itemsize
+        dense_bytes = weights.out_features * (weights.in_features - weights.padding) * self.dtype.itemsize
         if packed.input_channels is not None:
             self.report.warn_of_all_gather()
         self.report.add(

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearBase
 
+from ria_vllm.formats import FLOAT
 from ria_vllm.serve.kernels import registry as kernels
 from ria_vllm.serve.parameters import set_parameter
 from ria_vllm.serve.weight_scheme import Weights
@@ -89,11 +90,11 @@ def pack_linear(layer: LinearBase, weights: Weights, groups: Sequence[RowGroup],
     """Pack `weights` for the kernels that serve them, and register what the kernels need on `layer`.
 
     Args:
-        weights: 2:4 and padded, of this rank, in the checkpoint's order of input channels.
+        weights: padded, of this rank, in the checkpoint's order of input channels.
         groups: all rows of the layer. Where a rank needs channels of another, there is one group only.
         dtype: of the activations.
     """
-    columns, device = weights.in_features - weights.padding, weights.values.device
+    columns, device = weights.in_features - weights.padding, weights.device
     calls, input_channels = [], None
     for group in groups:
         permutation, crosses_ranks = local_permutation(group.permutation, layer, columns)
@@ -116,16 +117,16 @@ def pack_linear(layer: LinearBase, weights: Weights, groups: Sequence[RowGroup],
 
 
 def choose_and_pack(weights: Weights, dtype: torch.dtype) -> tuple[ModuleType, tuple[torch.Tensor, ...]]:
-    """The kernel for these weights under activations of `dtype`, and the weights as it wants them.
+    """The kernel for these weights under activations of `dtype`, and the weights as it packs them.
 
-    Quantized values are dequantized to `dtype` for a kernel that cannot take them.
+    Quantized values are widened to `dtype` for a kernel that cannot multiply them.
     """
-    layer = (weights.values.device, dtype, weights.values.shape[0], weights.in_features)
+    layer = (weights.device, dtype, weights.out_features, weights.in_features)
     kernel = kernels.choose(*layer)
-    if weights.scales is not None and kernels.keeps_quantized(kernel, *layer, weights.values.dtype):
-        return kernel, kernel.pack(weights.values, weights.bitmask, weights.scales)
-    weights = weights.dequantized(dtype)
-    return kernel, kernel.pack(weights.values, weights.bitmask)
+    values, bitmask = weights.parts["compressed"], weights.parts["bitmask"]
+    if weights.format != FLOAT and kernels.keeps_quantized(kernel, *layer, values.dtype):
+        return kernel, kernel.pack(values, bitmask, weights.parts["weight_scale"][:, 0])
+    return kernel, kernel.pack(weights.widened(dtype).parts["compressed"], bitmask)
 
 
 def local_permutation(

@@ -85,7 +85,8 @@ def create_parameters(
 ) -> None:
     """Give `layer` the parameters that its linears are loaded into, and some for tensors that are ignored.
 
-    vLLM creates the bias later and gives it whatever `layer.weight_loader` is then; that is wrapped if rows are reordered.
+    vLLM creates the bias later and gives it whatever `layer.weight_loader` is then. That is wrapped for a layer that
+    reorders rows.
 
     Args:
         loader: stands before vLLM's loader.

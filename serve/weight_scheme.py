@@ -1,18 +1,16 @@
-"""The forms in which a checkpoint may store a 2:4 linear, and how each becomes values, bitmask and scales."""
+"""How vLLM loads a linear that is stored in one of `ria_vllm.formats`, or as compressed-tensors stores it.
+
+vLLM calls this a scheme. It says which tensors arrive, and turns them into the parts of a weight format.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch.nn.functional import pad
 
 from ria_vllm import sparse24
-
-QUANTIZED_DTYPES = {("int", 8): torch.int8, ("float", 8): torch.float8_e4m3fn}
-
-BITMASK_OF_ONES_AND_TWOS = 0b00110011
-"""A legal byte of a bitmask, for padding and for dummy weights."""
+from ria_vllm.formats import FLOAT, FP8, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -39,50 +37,42 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a layer on this rank.
+    """The 2:4 weights of a layer on this rank.
 
     Attributes:
-        values: [out, in/2] in the dtype that is served, or int8 or fp8 with scales; [out, in] without a bitmask.
-        bitmask: uint8 [out, in/8]. None: the layer is not 2:4.
-        scales: float32 [out], what to multiply each row of quantized values by.
+        format: what the parts mean.
+        parts: tensor by the name of the part.
         padding: how many of the input channels are zeros at the end that were not stored.
     """
 
-    values: torch.Tensor
-    bitmask: torch.Tensor | None = None
-    scales: torch.Tensor | None = None
+    format: WeightFormat
+    parts: dict[str, torch.Tensor]
     padding: int = 0
+
+    @property
+    def out_features(self) -> int:
+        return self.parts["bitmask"].shape[0]
 
     @property
     def in_features(self) -> int:
         """With the padding."""
-        return self.values.shape[1] * (1 if self.bitmask is None else 2)
+        return self.parts["bitmask"].shape[1] * 8
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts["bitmask"].device
 
     def rows(self, start: int, count: int) -> "Weights":
-        cut = slice(start, start + count)
-        scales = None if self.scales is None else self.scales[cut]
-        return Weights(self.values[cut], self.bitmask[cut], scales, self.padding)
+        return replace(self, parts=self.format.take_rows(self.parts, slice(start, start + count)))
 
-    def dequantized(self, dtype: torch.dtype) -> "Weights":
-        if self.scales is None:
-            return self
-        values = (self.values.float() * self.scales[:, None]).to(dtype)
-        return Weights(values, self.bitmask, None, self.padding)
+    def widened(self, dtype: torch.dtype) -> "Weights":
+        """The same in plain floating point."""
+        return self if self.format == FLOAT else Weights(FLOAT, self.format.widen(self.parts, dtype), self.padding)
 
     def padded(self) -> "Weights":
-        """2:4 weights with as many input channels as kernels want."""
+        """With as many input channels as kernels want."""
         padding = -self.in_features % sparse24.IN_FEATURES_MULTIPLE
-        if not padding:
-            return self
-        values = pad(self.values, (0, padding // 2))
-        bitmask = pad(self.bitmask, (0, padding // 8), value=BITMASK_OF_ONES_AND_TWOS)
-        return Weights(values, bitmask, self.scales, padding)
-
-    def fault(self) -> str | None:
-        """What is wrong with padded 2:4 weights, or None."""
-        # Any eight bits are a quantized value.
-        values = self.values if self.scales is None else self.values.view(torch.int8)
-        return sparse24.check(values, self.bitmask)
+        return Weights(self.format, self.format.pad_columns(self.parts, padding), padding) if padding else self
 
 
 @dataclass(frozen=True)
@@ -90,47 +80,48 @@ class WeightScheme:
     """How one linear is stored.
 
     Attributes:
-        dense: as a plain `weight` [out, in] with zeros, instead of `compressed` and `bitmask`.
-        quantized: dtype of the values; None where they are plain floating point.
-        strategy: of quantized values: `weight_scale` is one number for the linear, or one for each output channel.
+        format: of the values.
+        dense: the values are a plain `weight` [out, in] with zeros, instead of `compressed` and `bitmask`.
+        strategy: of a format with one scale per row: the checkpoint has one per row ("channel") or one for the linear.
         activations: dtype to which the checkpoint wants the linear's input rounded; None for no rounding.
     """
 
+    format: WeightFormat = FLOAT
     dense: bool = False
-    quantized: torch.dtype | None = None
-    strategy: Literal["tensor", "channel"] = "tensor"
+    strategy: Literal["tensor", "channel"] = "channel"
     activations: torch.dtype | None = None
 
     @property
-    def stays_quantized(self) -> bool:
-        """Whether a kernel may take the values as they are.
+    def quantized(self) -> bool:
+        return self.format.quantization is not None
 
-        int8 weights are multiplied with inputs that are not rounded, fp8 weights with fp8 inputs. So fp8 weights are
-        served as floating point where the checkpoint wants its inputs unrounded.
+    @property
+    def keeps_format(self) -> bool:
+        """Whether a kernel may multiply the values as they are.
+
+        Kernels multiply fp8 weights with inputs rounded to fp8, so fp8 weights are served as floating point if the
+        checkpoint wants its inputs unrounded. They do not round the inputs of other formats.
         """
-        return self.quantized == torch.int8 or self.quantized == self.activations == torch.float8_e4m3fn
+        return self.format != FP8 or self.activations == torch.float8_e4m3fn
 
     def tensors(self, served: torch.dtype) -> dict[str, TensorSpec]:
         """The tensors of a linear, by the last part of their names; `served` is the dtype of the model in vLLM."""
-        values = self.quantized or served
-        accepted = (self.quantized,) if self.quantized else sparse24.VALUE_DTYPES
-        if self.dense:
-            found = {"weight": TensorSpec(values, accepted, 1)}
-        else:
-            found = {
-                "compressed": TensorSpec(values, accepted, 2),
-                "bitmask": TensorSpec(torch.uint8, (torch.uint8,), 8),
-            }
-        if self.quantized:
-            found["weight_scale"] = TensorSpec(
-                torch.float32, sparse24.VALUE_DTYPES, per_tensor=self.strategy == "tensor"
-            )
+        found = {}
+        for part in self.format.parts:
+            dtype = served if served in part.dtypes else part.dtypes[0]
+            if part.name == "weight_scale":
+                per_tensor = part.channels is None and self.strategy == "tensor"
+                found[part.name] = TensorSpec(dtype, sparse24.VALUE_DTYPES, part.channels, per_tensor)
+            elif not self.dense:
+                found[part.name] = TensorSpec(dtype, part.dtypes, part.channels)
+            elif part.name == "compressed":
+                found["weight"] = TensorSpec(dtype, part.dtypes, 1)
         return found
 
     def weights(
         self, loaded: Mapping[str, torch.Tensor], sizes: Sequence[int], served: torch.dtype, dummy: bool = False
-    ) -> Weights:
-        """Turn the loaded tensors into what a kernel packs.
+    ) -> Weights | None:
+        """The loaded tensors as the parts of a format that a kernel may multiply.
 
         Args:
             loaded: tensor by the last part of its name, of all linears of a layer together.
@@ -139,30 +130,38 @@ class WeightScheme:
             dummy: nothing was loaded; the values are random, and any 2:4 pattern will do.
 
         Returns:
-            Weights without a bitmask where the linear was stored plain and is not 2:4.
+            None if the linear was stored plain and is not 2:4, see `dense_weight`.
 
         Raises:
-            ValueError: a scale that is not finite.
+            ValueError: a scale that is not finite, or a bitmask that is not 2:4.
         """
-        values = loaded["weight"] if self.dense else loaded["compressed"]
-        scales = row_scales(loaded["weight_scale"], sizes) if self.quantized else None
-        if scales is not None and not bool(scales.isfinite().all()):
-            raise ValueError("a weight_scale is not a finite number")
-        weights = Weights(values, loaded.get("bitmask"), scales)
-        if self.dense and not dummy and not is_two_of_four(values):
-            return weights.dequantized(served)
-        if not self.stays_quantized:
-            weights = weights.dequantized(served)
-        return compress(weights) if self.dense else weights
+        parts = {name: tensor for name, tensor in loaded.items() if name != "weight"}
+        if "weight_scale" in loaded:
+            parts["weight_scale"] = row_scales(loaded["weight_scale"], sizes)
+            if not bool(parts["weight_scale"].isfinite().all()):
+                raise ValueError("a weight_scale is not a finite number")
+        if self.dense:
+            values = loaded["weight"]
+            if not dummy and not is_two_of_four(values):
+                return None
+            # Torch cannot sort fp8; bfloat16 holds all of its numbers.
+            sortable = values.bfloat16() if values.dtype == torch.float8_e4m3fn else values
+            compressed, parts["bitmask"] = sparse24.compress(sortable)
+            parts["compressed"] = compressed.to(values.dtype)
+        weights = Weights(self.format, parts)
+        weights = (weights if self.keeps_format else weights.widened(served)).padded()
+        if fault := sparse24.check_bitmask(weights.parts["bitmask"]):
+            raise ValueError(fault)
+        return weights
 
-
-def compress(weights: Weights) -> Weights:
-    """Plain values [out, in] as 2:4."""
-    dtype = weights.values.dtype
-    # Torch cannot sort fp8; bfloat16 holds all of its numbers.
-    values = weights.values.bfloat16() if dtype == torch.float8_e4m3fn else weights.values
-    compressed, bitmask = sparse24.compress(values)
-    return Weights(compressed.to(dtype), bitmask, weights.scales)
+    def dense_weight(
+        self, loaded: Mapping[str, torch.Tensor], sizes: Sequence[int], served: torch.dtype
+    ) -> torch.Tensor:
+        """[out, in] in the dtype `served`, of a linear that was stored plain."""
+        values = loaded["weight"]
+        if "weight_scale" not in loaded:
+            return values
+        return (values.float() * row_scales(loaded["weight_scale"], sizes)).to(served)
 
 
 def is_two_of_four(dense: torch.Tensor) -> bool:
@@ -171,7 +170,7 @@ def is_two_of_four(dense: torch.Tensor) -> bool:
 
 
 def row_scales(scale: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """float32 [out], from [out, 1] or from one number for each of the outputs of `sizes` rows."""
+    """float32 [out, 1] from one number for each of the outputs of `sizes` rows; a matrix of scales stays as it is."""
     if scale.dim() == 1:
-        return torch.repeat_interleave(scale, torch.tensor(sizes, device=scale.device)).float()
-    return scale[:, 0].float()
+        scale = torch.repeat_interleave(scale, torch.tensor(sizes, device=scale.device))[:, None]
+    return scale.float()

@@ -8,7 +8,7 @@ import torch
 from compare import check, generate, prompts
 from safetensors.torch import load_file
 
-from ria_vllm import sparse24
+from ria_vllm import formats, sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.compressed_tensors import is_24_checkpoint
 from ria_vllm.serve.config import RiaConfig
@@ -116,7 +116,7 @@ def test_a_group_without_weights_is_passed_over():
         "group_1": {"targets": ["LlamaAttention"], "weights": None, "input_activations": {"num_bits": 8, "type": "float"}},
     }
     chosen = RiaConfig.from_config(config(config_groups=groups))
-    assert chosen.scheme("model.layers.0.mlp.up_proj").quantized == torch.int8
+    assert chosen.scheme("model.layers.0.mlp.up_proj").format == formats.INT8
 
 
 def test_a_group_that_names_a_linear_goes_first():
@@ -140,8 +140,8 @@ def test_targets_and_ignore():
 
 
 def test_scales_of_rows():
-    assert row_scales(torch.tensor([2.0, 3.0]), (1, 2)).tolist() == [2.0, 3.0, 3.0]
-    assert row_scales(torch.tensor([[2.0], [5.0]]), (1, 1)).tolist() == [2.0, 5.0]
+    assert row_scales(torch.tensor([2.0, 3.0]), (1, 2)).tolist() == [[2.0], [3.0], [3.0]]
+    assert row_scales(torch.tensor([[2.0], [5.0]]), (1, 1)).tolist() == [[2.0], [5.0]]
 
 
 def test_two_of_four():
