@@ -52,7 +52,7 @@ def stored_weight(
     weight: torch.Tensor, p: torch.Tensor | None, dtype: torch.dtype, recipe: Recipe
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`weight`, columns in the model's own order, as it will be read back, and its scales if it has any; on the CPU."""
-    if p is None or not recipe.weight_format.scales_by_group:
+    if p is None or recipe.weight_format.group_size is None:
         weight, scale = recipe.weight_format.quantize(weight, dtype)
     else:
         p = p.to(weight.device)

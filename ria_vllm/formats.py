@@ -13,7 +13,7 @@ the model's own order and columns in the stored one. `bitmask` says which two co
 What happens to a linear happens to each part by its description alone (`Part`): a row order takes the rows of all parts; a
 tensor-parallel cut of the columns cuts the parts that have columns and leaves one scale per row whole on every rank; padding
 appends `Part.fill`. A column permutation changes no part, because a format encodes columns that are in the stored order
-already; where `scales_by_group` is false the scales do not depend on that order.
+already; where `group_size` is None the scales do not depend on that order.
 
 Everything that reads, writes or multiplies weights asks the format: a new one is a class here, and a kernel for it.
 """
@@ -91,9 +91,9 @@ class WeightFormat(ABC):
         return lcm(*(part.channels for part in self.parts if part.channels))
 
     @property
-    def scales_by_group(self) -> bool:
-        """Whether scales belong to groups of stored columns, so that quantizing must know the stored order."""
-        return any(part.name == "weight_scale" and part.channels for part in self.parts)
+    def group_size(self) -> int | None:
+        """Stored columns that share a scale, so that quantizing must know the stored order; None if scales are per row."""
+        return next((part.channels for part in self.parts if part.name == "weight_scale"), None)
 
     def bits_per_weight(self, dtype: torch.dtype) -> float:
         """Bits for each weight of the dense matrix, of a model in `dtype`. One scale per row is not counted."""
@@ -105,7 +105,7 @@ class WeightFormat(ABC):
         """Round a matrix to what the format can hold.
 
         Args:
-            weight: [out, in], any floating dtype, columns in the stored order if `scales_by_group`.
+            weight: [out, in], any floating dtype, columns in the stored order if there is a `group_size`.
             dtype: of the model.
 
         Returns:

@@ -1,4 +1,4 @@
-"""The few facts about a checkpoint that must be known before its weights stream in, local, on the hub or on ModelScope."""
+"""What must be known about a checkpoint before its weights stream in: a local folder, or on the hub or ModelScope."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,11 +22,11 @@ from ria_vllm.schema import PERMUTATIONS_FILE, RiaSchema
 
 
 class OutOfReach(RiaError):
-    """The hub does not answer, and its cache has not what is asked for."""
+    """The hub cannot be reached, and its cache does not have the file."""
 
 
 def locate(model: str, name: str, revision: str | None) -> Path | None:
-    """The file `name` of a local folder, or of a repository of the hub or of ModelScope, downloaded into its cache.
+    """The file `name` of a local folder, or of a repository on the hub or ModelScope, downloaded into the cache.
 
     Returns:
         None if the folder or the repository has no such file.
@@ -60,15 +60,21 @@ def locate(model: str, name: str, revision: str | None) -> Path | None:
 
 
 class WeightHeaders:
-    """What the headers of a model's weight files say. Of files on the hub that are not in its cache, the header alone is
-    fetched: vLLM downloads the rest, perhaps into a cache of its own (`--download-dir`).
+    """What the headers of a model's weight files say.
+
+    Of files that are on the hub and not in its cache, only the header is fetched. vLLM downloads the rest, perhaps into
+    another cache (`--download-dir`).
 
     Attributes:
         names: of all tensors; None for a local folder without weights, as `--load-format dummy` takes.
     """
 
     def __init__(self, model: str, revision: str | None):
-        """Raises RiaError for files that are missing or damaged, OutOfReach for others."""
+        """Read the names of the tensors.
+
+        Raises:
+            RiaError: a file is missing or damaged; OutOfReach if it cannot be read.
+        """
         self.model = model
         self.revision = revision
         folder = Path(model)
@@ -99,7 +105,7 @@ class WeightHeaders:
             return locate(self.model, INDEX_FILE, self.revision)
         except OutOfReach:
             if self._cached(SINGLE_FILE) is not None:
-                return None  # out of reach, and the cache has the one file of a repository without an index
+                return None  # the cache has the single weight file of a repository without an index
             raise
 
     def _cached(self, file: str) -> Path | None:
@@ -121,36 +127,36 @@ class WeightHeaders:
 
         try:
             header = parse_safetensors_file_metadata(self.model, file, revision=self.revision)
-        except Exception as error:  # the hub's library and HTTP have a dozen ways of saying that it is out of reach
+        except Exception as error:  # the hub's library and HTTP raise a dozen types if it is out of reach
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise OutOfReach(
                 f"{self.model}: the header of {file} cannot be read from the hub ({reason}). Download the "
-                "whole repository first, and give its local folder if it is not in the hub's own cache (--download-dir)."
+                "whole repository first. If it is not in the hub's own cache (--download-dir), give its local folder."
             ) from error
         return list(header.tensors), header.metadata or {}
 
 
 def stored_modules(names: list[str]) -> dict[str, bool]:
-    """Module with a weight -> whether it is stored compressed."""
+    """Module with a weight -> whether it is stored compressed. `names`: of tensors."""
     found = {name.removesuffix(".weight"): False for name in names if name.endswith(".weight")}
     return found | {name.removesuffix(".compressed"): True for name in names if name.endswith(".compressed")}
 
 
 def permutations_of(model: str, revision: str | None, schema: RiaSchema) -> dict[str, np.ndarray]:
-    """The permutations of a checkpoint: linear's name -> int32 [in]. The digest in `schema` has been checked against them.
+    """Linear -> int32 [in], the permutations of a checkpoint, checked against the digest in `schema`.
 
     Raises:
-        RiaError: missing, damaged, or of another run than config.json.
+        RiaError: they are missing or damaged, or belong to another run than config.json.
     """
     if not schema.permutes:
-        # A stray file would do no harm here, for nobody asks for it; `verify` names it.
+        # A stray file does no harm here, because it is not read; `verify` reports it.
         check_digests(schema, {}, (), model)
         return {}
     path = locate(model, PERMUTATIONS_FILE, revision)
     if path is None:
         raise RiaError(
             f"{model}: {PERMUTATIONS_FILE} is missing, though the model was compressed with permutations. Get the file "
-            "again; a model whose weights are on an object store has to be served from a local copy."
+            "again. A model on an object store has to be served from a local copy."
         )
     permutations = load_permutations(path)
     check_digests(schema, permutations, (), model)

@@ -1,26 +1,34 @@
 """2:4 checkpoints of compressed-tensors, which vLLM itself no longer serves."""
 
-import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from compressed_tensors.utils import is_match, match_name
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import FP8, INT8
 from ria_vllm.serve.patterns import compile_pattern
-from ria_vllm.serve.weight_scheme import QUANTIZED_DTYPES, Storage
+from ria_vllm.serve.weight_scheme import WeightScheme
 
 WHERE = "config.json: quantization_config"
 SPARSE_FORMATS = ("sparse-24-bitmask", "dense")
-LONGEST_NAME = 300
-"""Characters of a module's name; a pattern may take long to match a longer one."""
 WEIGHT_FORMATS = (None, "dense", "sparse-24-bitmask", "int-quantized", "float-quantized", "naive-quantized")
 
+DTYPES = {("int", 8): torch.int8, ("float", 8): torch.float8_e4m3fn}
+FORMATS = {torch.int8: INT8, torch.float8_e4m3fn: FP8}
 
-def claims(config: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` is a compressed-tensors one with 2:4 weights in a form known here."""
+LONGEST_NAME = 300
+"""Characters of a module's name; a pattern may take long to match a longer one."""
+
+LINEAR = torch.nn.Linear(1, 1, device="meta")
+"""compressed-tensors matches targets such as "Linear" by a module's class. Only linears are looked up here."""
+
+
+def is_24_checkpoint(config: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` is one of compressed-tensors, with 2:4 weights in a form that is served here."""
     sparsity = config.get("sparsity_config")
     return (
         config.get("quant_method") == "compressed-tensors"
@@ -34,48 +42,49 @@ def claims(config: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Selection:
-    """Linears chosen by `targets` ("Linear", a name, or re:REGEX), less those of `ignore`."""
+    """Linears that `targets` choose ("Linear", a name, or re:REGEX) and `ignore` does not.
+
+    The patterns come from the checkpoint; `_entries` has refused those that may run for ever.
+    """
 
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
 
     def __contains__(self, name: str) -> bool:
-        return any(_matches(t, name) for t in self.targets) and not any(_matches(t, name) for t in self.ignore)
+        if len(name) > LONGEST_NAME and any(entry.startswith("re:") for entry in self.targets + self.ignore):
+            raise RiaError(f"{name[:60]}...: a module's name of {len(name)} characters. The checkpoint is damaged.")
+        return is_match(name, LINEAR, self.targets, self.ignore)
 
     def by_name(self, name: str) -> bool:
-        return any(_matches(t, name) for t in self.targets if t != "Linear")
-
-
-def _matches(entry: str, name: str) -> bool:
-    if entry.startswith("re:"):
-        if len(name) > LONGEST_NAME:
-            raise RiaError(f"{name[:60]}...: a module's name of {len(name)} characters. The checkpoint is damaged.")
-        return re.match(entry[3:], name) is not None
-    return entry in ("Linear", name)
+        """Whether a target other than a class matches."""
+        return any(match_name(name, target) for target in self.targets)
 
 
 @dataclass(frozen=True)
-class Foreign:
+class CompressedTensorsConfig:
     """Which linears of such a checkpoint are pruned, and how their values are stored.
 
     Attributes:
-        kv_cache_scheme: the checkpoint holds a scale a layer for keys and one for values, in an fp8 cache.
+        pruned: the linears that are 2:4.
+        dense: they are stored with their zeros.
+        groups: linears that are quantized, and how.
+        kv_cache_scheme: of an fp8 cache, for which the checkpoint holds two scales per layer, of keys and values.
     """
 
     pruned: Selection
     dense: bool
-    groups: tuple[tuple[Selection, Storage], ...] = field(default=())
+    groups: tuple[tuple[Selection, WeightScheme], ...] = field(default=())
     kv_cache_scheme: Mapping[str, Any] | None = None
 
     @classmethod
-    def parse(cls, config: Mapping[str, Any]) -> "Foreign":
-        """Of a config that `claims` takes.
+    def parse(cls, config: Mapping[str, Any]) -> "CompressedTensorsConfig":
+        """Parse a `quantization_config` that `is_24_checkpoint` accepts.
 
         Raises:
-            RiaError: a quantization that is not served here, or a value of the wrong kind; the key is named.
+            RiaError: a quantization that is not served here, or a value of the wrong type; names the key.
         """
         if config.get("transform_config"):
-            raise RiaError(f"{WHERE}.transform_config: rotated weights are not served. Get a version without.")
+            raise RiaError(f"{WHERE}.transform_config: rotated weights are not served. Get a model without them.")
         sparsity = config["sparsity_config"]
         dense = sparsity["format"] == "dense"
         ignore = _entries(config, "ignore", WHERE)
@@ -86,18 +95,19 @@ class Foreign:
                 raise RiaError(f"{where} is {reprlib.repr(group)}, expected an object.")
             if _mapping(group, "weights", where):
                 selection = Selection(_entries(group, "targets", where), ignore)
-                groups.append((selection, _storage(where, group, dense)))
+                groups.append((selection, _scheme(where, group, dense)))
         where = f"{WHERE}.sparsity_config"
         pruned = Selection(_entries(sparsity, "targets", where), _entries(sparsity, "ignore", where))
         return cls(pruned, dense, tuple(groups), _kv_cache_scheme(config))
 
-    def storage(self, name: str) -> Storage:
-        """A group that names the linear goes before one that takes all of them."""
-        found = [(storage, selection.by_name(name)) for selection, storage in self.groups if name in selection]
-        return next((s for s, by_name in found if by_name), found[0][0] if found else Storage(self.dense))
+    def scheme(self, name: str) -> WeightScheme:
+        """How the linear `name` is stored. A group that names it goes before one that takes all linears."""
+        found = [(scheme, selection.by_name(name)) for selection, scheme in self.groups if name in selection]
+        default = found[0][0] if found else WeightScheme(dense=self.dense)
+        return next((scheme for scheme, by_name in found if by_name), default)
 
 
-def _storage(where: str, group: Mapping[str, Any], dense: bool) -> Storage:
+def _scheme(where: str, group: Mapping[str, Any], dense: bool) -> WeightScheme:
     weights, inputs = (_mapping(group, key, where) for key in ("weights", "input_activations"))
     if group.get("format") not in WEIGHT_FORMATS:
         raise RiaError(f"{where}.format: {reprlib.repr(group['format'])} is not served.")
@@ -106,9 +116,9 @@ def _storage(where: str, group: Mapping[str, Any], dense: bool) -> Storage:
     if dtype is None or strategy not in ("tensor", "channel") or symmetric not in (True, None):
         shown = reprlib.repr({key: weights.get(key) for key in ("type", "num_bits", "strategy", "symmetric")})
         raise RiaError(
-            f"{where}: 2:4 weights of {shown} are not served; symmetric int8 and fp8, by tensor or by channel, are."
+            f"{where}: 2:4 weights of {shown} are not served, only symmetric int8 and fp8, by tensor or by channel."
         )
-    return Storage(dense, dtype, strategy, _dtype(inputs))
+    return WeightScheme(FORMATS[dtype], dense, strategy, _dtype(inputs))
 
 
 def _kv_cache_scheme(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -121,14 +131,16 @@ def _kv_cache_scheme(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         if given != value:
             raise RiaError(
                 f"{WHERE}.kv_cache_scheme.{key}: {reprlib.repr(given)} is not served, only {value!r} is (an fp8 cache "
-                "with a scale a layer). Take the key kv_cache_scheme out of config.json: the cache then has the model's dtype."
+                "with one scale per layer). Remove kv_cache_scheme from config.json to serve with a cache in the "
+                "model's dtype."
             )
     return dict(wanted)
 
 
 def _dtype(quantization: Mapping[str, Any]) -> torch.dtype | None:
+    # Not a look-up, because the values may be of any type, unhashable ones included.
     asked = quantization.get("type"), quantization.get("num_bits")
-    return next((dtype for kind, dtype in QUANTIZED_DTYPES.items() if kind == asked), None)
+    return next((dtype for kind, dtype in DTYPES.items() if kind == asked), None)
 
 
 def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
@@ -139,7 +151,7 @@ def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, An
 
 
 def _entries(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    """The names and patterns of a list; none where it is missing or null."""
+    """The names and patterns of a list; empty if it is missing or null."""
     value = config.get(key)
     if value is None:
         return ()

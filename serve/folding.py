@@ -1,8 +1,8 @@
 """How a consumer's input permutation becomes its producers' row order.
 
-A consumer whose columns are stored in order p needs x[..., p]. Where x comes from linears through something that works
-on each channel alone (an activation, a product) or only mixes tokens (attention), the producers may just as well
-compute their rows in that order: then the permutation costs nothing. `permutation.head_rows` says what attention
+A consumer whose columns are stored in order p needs x[..., p]. If x comes from other linears through an operation on
+each channel alone (an activation, a product), or through one that only mixes tokens (attention), those linears can
+compute their rows in that order. Then the permutation costs nothing. `permutation.head_rows` says what attention
 allows.
 """
 
@@ -19,10 +19,10 @@ from ria_vllm.schema import RiaSchema
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Rows [start, start + len(order)) of a producer are to be taken in this order; `for_all`: they are all its rows.
+    """The order in which rows [start, start + len(order)) of a producer are taken; `for_all`: they are all its rows.
 
-    A numpy array, because vLLM sends its configuration to worker processes by pickle, and a torch tensor would travel
-    as shared memory, one file descriptor each.
+    A numpy array, because vLLM pickles its configuration for the worker processes. Each torch tensor would travel as
+    shared memory, with a file descriptor of its own.
     """
 
     order: np.ndarray
@@ -33,7 +33,7 @@ class RowOrder:
         """`tensor` [out, ...] with its rows reordered.
 
         Raises:
-            ValueError: the tensor has not the rows that the order speaks of.
+            ValueError: the tensor does not have these rows.
         """
         rows, end = tensor.shape[0], self.start + len(self.order)
         if end > rows or (self.for_all and end != rows):
@@ -46,7 +46,7 @@ class RowOrder:
 
 @dataclass
 class Folding:
-    """Which consumers are relieved of their permutation (`folded`), and the row orders that do it, by producer."""
+    """The consumers whose permutation is folded away, and the row orders that absorb it, by producer."""
 
     folded: set[str] = field(default_factory=set)
     row_orders: dict[str, list[RowOrder]] = field(default_factory=dict)
@@ -55,15 +55,15 @@ class Folding:
 def fold(
     schema: RiaSchema, permutations: Mapping[str, np.ndarray], is_pruned: Callable[[str], bool], where: str
 ) -> Folding:
-    """Work out the row orders of all producers.
+    """Compute the row orders of all producers.
 
     Args:
         permutations: consumer's name -> int32 [in], checked to be permutations.
-        is_pruned: whether a linear is stored compressed; a consumer with a dense producer keeps its own gather.
-        where: the folder or repository that errors name.
+        is_pruned: whether a linear is stored compressed. A consumer with a dense producer permutes its input itself.
+        where: the folder or repository, for errors.
 
     Raises:
-        RiaError: a permutation that attention does not let through, or two orders for the same rows of a producer.
+        RiaError: a permutation that does not keep to attention's heads, or two orders for the same rows of a producer.
     """
     result = Folding()
     rules = [(name, rule) for name in permutations for rule in schema.folds if rule.layer(name) is not None]

@@ -1,4 +1,4 @@
-"""What loading has done, for one line in the log and for vLLM's compile cache."""
+"""What was loaded, for one line in the log and for the key of vLLM's compile cache."""
 
 import hashlib
 from collections import Counter
@@ -14,7 +14,19 @@ logger = init_logger("vllm.ria")
 
 @dataclass
 class LoadReport:
-    """Sums over the pruned layers of one model in one process."""
+    """Sums over the pruned layers of one model in one process.
+
+    Attributes:
+        expected: layers that will be loaded.
+        loaded: layers that have been loaded.
+        kernels: name of a kernel -> how many times it is called.
+        folded: permutations that other linears absorb.
+        gathered: permutations that linears apply to their inputs themselves.
+        dense_bytes: what the weights would take dense, in the dtype that is served.
+        packed_bytes: what they take.
+        graph: digest of all that shapes the traced graph.
+        keyed: the `graph` that is in vLLM's compile key.
+    """
 
     expected: int = 0
     loaded: int = 0
@@ -29,8 +41,10 @@ class LoadReport:
     def add(
         self, kernels: list[str], folded: int, gathered: int, dense_bytes: int, packed_bytes: int, graph: str
     ) -> None:
-        """Count a layer whose weights are in their final form, once: what is reloaded later goes to the same places.
-        `graph` is all of it that shapes the traced graph."""
+        """Count a layer when its weights are packed for the first time; a reload goes to the same places.
+
+        `graph` is everything about the layer that shapes the traced graph.
+        """
         self.loaded += 1
         self.kernels.update(kernels)
         self.folded += folded
@@ -41,7 +55,7 @@ class LoadReport:
         self._finish()
 
     def leave_out(self, prefix: str, promised: bool) -> None:
-        """A layer turned out not to be 2:4. `promised`: config.json says that it is; else it is quantized only."""
+        """Leave out a layer that turned out not to be 2:4. `promised`: config.json says that it is."""
         if promised:
             logger.warning(
                 "%s: config.json says 2:4, but some groups of four have more than two non-zeros: served dense", prefix
@@ -57,8 +71,11 @@ class LoadReport:
                 self.log()
 
     def _key_compile_cache(self) -> None:
-        """vLLM keys its compile cache by its own configuration, where the backend and its layout do not appear. A draft
-        model may share that configuration, so each model adds a key of its own, wherever in the order it is loaded."""
+        """Add a digest to vLLM's compile key, which knows neither the kernels nor their layouts.
+
+        The key is a digest of vLLM's configuration. A draft model may share that with its target, so each model adds a
+        digest of its own, whatever the order of loading.
+        """
         current = get_current_vllm_config_or_none()
         if current is not None and isinstance(current.additional_config, dict):
             others = list(current.additional_config.get("ria_vllm", []))
@@ -70,8 +87,8 @@ class LoadReport:
     def warn_of_all_gather(self) -> None:
         if get_tensor_model_parallel_rank() == 0:
             logger.warning_once(
-                "A permutation that no fold absorbs crosses tensor-parallel ranks: such layers all-gather their input, "
-                "which is right but slow. A smaller --tensor-parallel-size, or compressing with folds, avoids it."
+                "A permutation that no fold absorbs crosses tensor-parallel ranks. Its layers all-gather their input, "
+                "which is correct but slow. A smaller --tensor-parallel-size, or compressing with folds, avoids it."
             )
 
     def log(self) -> None:

@@ -1,4 +1,4 @@
-"""Regular expressions from files that nobody vouches for: compiled only where matching a name ends soon."""
+"""Regular expressions from untrusted files: compiled only if matching a name cannot take long."""
 
 import re
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ LONGEST = 500
 """Characters of a pattern."""
 
 NAME = 100
-"""Characters of a name, for the estimate below."""
+"""Characters of a name, for the estimate of `_ways`."""
 
 MOST_WAYS = 10_000_000
-"""Ways to match such a name that are tried at most; three times `.*` before the end of a pattern make 1,000,000."""
+"""The most ways to match such a name that may be tried; `.*` three times before the end of a pattern is 1,000,000."""
 
 
 def compile_pattern(text: str, where: str) -> re.Pattern[str]:
     """The regular expression `text`, for `match` on module names; `where` names its file and key in the error.
 
     Raises:
-        RiaError: it is none, is longer than `LONGEST`, refers back to a group, or may try too many ways before it
-            fails, as `(a+)+b` does.
+        RiaError: it is not a regular expression, is longer than `LONGEST`, refers back to a group, or may try too many
+            ways before it fails, as `(a+)+b` does.
     """
     shown = repr(text if len(text) <= 60 else text[:57] + "...")
     if len(text) > LONGEST:
@@ -37,8 +37,8 @@ def compile_pattern(text: str, where: str) -> re.Pattern[str]:
         parsed = list(parser.parse(text))
         pattern = re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
-        raise RiaError(f"{where}: {shown} is no regular expression ({error}). Correct it.") from None
-    # A repeat at the very end takes what it can and is done: nothing that follows can fail.
+        raise RiaError(f"{where}: {shown} is not a regular expression ({error}). Correct it.") from None
+    # A repeat at the very end takes what it can: nothing follows that could fail.
     if parsed and parsed[-1][0] in REPEATS and _width_one(parsed[-1][1][2]):
         parsed = parsed[:-1]
     try:
@@ -47,7 +47,7 @@ def compile_pattern(text: str, where: str) -> re.Pattern[str]:
         raise RiaError(f"{where}: the pattern {shown} has a part ({error.args[0]}) that is not allowed here.") from None
     if ways > MOST_WAYS:
         raise RiaError(
-            f"{where}: the pattern {shown} may take for ever to match a name. Use fewer repeats (`.*`), and none "
+            f"{where}: the pattern {shown} may take forever to match a name. Use fewer repeats (`.*`), and none "
             "inside another."
         )
     return pattern
@@ -58,7 +58,7 @@ REPEATS = {ops.MAX_REPEAT, ops.MIN_REPEAT, getattr(ops, "POSSESSIVE_REPEAT", Non
 
 
 def _ways(items: Sequence[tuple[Any, Any]]) -> int:
-    """An upper bound of the ways in which the sequence matches the start of a name; above `MOST_WAYS`, any such number.
+    """An upper bound on the ways to match the start of a name; beyond `MOST_WAYS`, any number above it.
 
     Raises:
         KeyError: an operation that has no such bound.
@@ -88,7 +88,7 @@ def _ways(items: Sequence[tuple[Any, Any]]) -> int:
 
 
 def _start(branch: Sequence[tuple[Any, Any]]) -> str | None:
-    """The character that a branch begins with, whatever its case; None where in doubt."""
+    """The character that a branch begins with, in lower case; None if in doubt."""
     operation, argument = branch[0] if branch else (None, None)
     return chr(argument).lower() if operation is ops.LITERAL and argument <= ASCII else None
 
@@ -96,12 +96,12 @@ def _start(branch: Sequence[tuple[Any, Any]]) -> str | None:
 def _ways_of_repeat(low: int, high: int, repeated: Sequence, following: tuple[Any, Any] | None) -> int:
     if _width_one(repeated) and following is not None and following[0] is ops.LITERAL:
         if not _may_match(repeated[0], following[1]):
-            return 1  # it ends where it must
+            return 1  # it can end in one place only
     once = _ways(list(repeated))
     times = int(high) if high != ops.MAXREPEAT else max(int(low), NAME)
     if once == 1:
         return times + 1
-    # With two ways or more each time, thirty times are too many already.
+    # With two or more ways each time, thirty times are too many already.
     return sum(once**i for i in range(min(times, 30) + 1))
 
 
@@ -110,7 +110,7 @@ def _width_one(repeated: Sequence) -> bool:
 
 
 def _may_match(item: tuple[Any, Any], literal: int) -> bool:
-    """Whether the one-character `item` matches the character `literal`, in either case; True where in doubt."""
+    """Whether the one-character `item` matches the character `literal`, in upper or lower case; True if in doubt."""
     operation, argument = item
     same = {ord(case) for case in (chr(literal), chr(literal).lower(), chr(literal).upper()) if len(case) == 1}
     if literal > ASCII:

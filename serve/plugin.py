@@ -8,7 +8,7 @@ import torch
 
 
 def register() -> None:
-    """Make vLLM know quant_method "ria"."""
+    """Register quant_method "ria" with vLLM."""
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 
     from ria_vllm.schema import QUANT_METHOD
@@ -20,26 +20,29 @@ def register() -> None:
 
 
 def watch_models() -> None:
-    """Let `ria_vllm.serve.claims` see every model that is built with our config, whole and before it is loaded.
+    """Have `ria_vllm.serve.layer_matching` see every model that is built with our config, complete and not yet loaded.
 
-    vLLM has no hook for it. The last thing that `initialize_model` does with a model it has built is to record its
-    parameters. Models inside a model are built by the same function; their paths are those of the outermost.
+    vLLM has no hook for that. The last thing that `initialize_model` does with a model is to record its parameters.
+    Models inside a model are built by the same function; only the outermost has the paths that the checkpoint knows.
     """
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader import utils
 
-    from ria_vllm.serve.claims import settle
     from ria_vllm.serve.config import RiaConfig
+    from ria_vllm.serve.engine import EngineOptions
+    from ria_vllm.serve.layer_matching import match_layers
+    from ria_vllm.serve.reload import check_reload
 
     record, building = utils.record_metadata_for_reloading, inspect.unwrap(utils.initialize_model).__code__
 
     @functools.wraps(record)
     def record_metadata_for_reloading(model: torch.nn.Module) -> None:
-        current = get_current_vllm_config()
-        if isinstance(current.quant_config, RiaConfig) and _running(building) == 1:
-            settle(current.quant_config, model)
-            made_up = current.load_config.load_format == "dummy"
-            current.quant_config.stream.attach(model, current.quant_config.check_reload, made_up)
+        config = get_current_vllm_config().quant_config
+        if isinstance(config, RiaConfig) and _running(building) == 1:
+            engine = EngineOptions.current()
+            match_layers(config, model)
+            check = functools.partial(check_reload, config, engine.model_config)
+            config.stream.attach(model, check, loaded=engine.dummy_weights)
         record(model)
 
     utils.record_metadata_for_reloading = record_metadata_for_reloading

@@ -1,44 +1,167 @@
-"""The forms in which a checkpoint may hold a 2:4 linear, and how each becomes values and bitmask."""
+"""How vLLM loads a linear that is stored in one of `ria_vllm.formats`, or as compressed-tensors stores it.
 
-from dataclasses import dataclass
+vLLM calls this a scheme. It says which tensors arrive, and turns them into the parts of a weight format.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from ria_vllm import sparse24
-
-QUANTIZED_DTYPES = {("int", 8): torch.int8, ("float", 8): torch.float8_e4m3fn}
+from ria_vllm.formats import FLOAT, FP8, WeightFormat
 
 
 @dataclass(frozen=True)
-class Storage:
+class TensorSpec:
+    """One of the tensors that store a linear [out, in].
+
+    Attributes:
+        dtype: of the parameter that the tensor is loaded into.
+        accepted: the dtypes that the checkpoint may hold.
+        channels: input channels to a column. None: there is one column for all of them.
+        per_tensor: the tensor is one number for the whole linear; it has neither rows nor columns.
+    """
+
+    dtype: torch.dtype
+    accepted: tuple[torch.dtype, ...]
+    channels: int | None = None
+    per_tensor: bool = False
+
+    def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        if self.per_tensor:
+            return (1,)
+        return (out_features, 1 if self.channels is None else in_features // self.channels)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The 2:4 weights of a layer on this rank.
+
+    Attributes:
+        format: what the parts mean.
+        parts: tensor by the name of the part.
+        padding: how many of the input channels are zeros at the end that were not stored.
+    """
+
+    format: WeightFormat
+    parts: dict[str, torch.Tensor]
+    padding: int = 0
+
+    @property
+    def out_features(self) -> int:
+        return self.parts["bitmask"].shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """With the padding."""
+        return self.parts["bitmask"].shape[1] * 8
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts["bitmask"].device
+
+    def rows(self, start: int, count: int) -> "Weights":
+        return replace(self, parts=self.format.take_rows(self.parts, slice(start, start + count)))
+
+    def widened(self, dtype: torch.dtype) -> "Weights":
+        """The same in plain floating point."""
+        return self if self.format == FLOAT else Weights(FLOAT, self.format.widen(self.parts, dtype), self.padding)
+
+    def padded(self) -> "Weights":
+        """With as many input channels as kernels want."""
+        padding = -self.in_features % sparse24.IN_FEATURES_MULTIPLE
+        return Weights(self.format, self.format.pad_columns(self.parts, padding), padding) if padding else self
+
+
+@dataclass(frozen=True)
+class WeightScheme:
     """How one linear is stored.
 
     Attributes:
-        dense: as a plain `weight` [out, in] with zeros, instead of `compressed` and `bitmask`.
-        quantized: dtype of the values, None where they are plain floating point.
-        scales: `weight_scale` is one number or a column of them, where quantized.
-        activations: dtype that the checkpoint wants its inputs rounded to before the product, None for none.
+        format: of the values.
+        dense: the values are a plain `weight` [out, in] with zeros, instead of `compressed` and `bitmask`.
+        strategy: of a format with one scale per row: the checkpoint has one per row ("channel") or one for the linear.
+        activations: dtype to which the checkpoint wants the linear's input rounded; None for no rounding.
     """
 
+    format: WeightFormat = FLOAT
     dense: bool = False
-    quantized: torch.dtype | None = None
-    scales: Literal["tensor", "channel"] = "tensor"
+    strategy: Literal["tensor", "channel"] = "channel"
     activations: torch.dtype | None = None
 
     @property
-    def kept(self) -> bool:
-        """Whether a kernel may take the values as they are: int8 meets unrounded inputs, fp8 meets fp8 ones, so fp8
-        weights of a checkpoint that wants its inputs unrounded are served as floating point."""
-        return self.quantized == torch.int8 or self.quantized == self.activations == torch.float8_e4m3fn
+    def quantized(self) -> bool:
+        return self.format.quantization is not None
 
-    def tensors(self, served: torch.dtype) -> dict[str, tuple[int, torch.dtype, tuple[torch.dtype, ...]]]:
-        """Kind -> (input channels a column stands for, the parameter's dtype, dtypes that may arrive)."""
-        values = self.quantized or served
-        arrive = (self.quantized,) if self.quantized else sparse24.VALUE_DTYPES
+    @property
+    def keeps_format(self) -> bool:
+        """Whether a kernel may multiply the values as they are.
+
+        Kernels multiply fp8 weights with inputs rounded to fp8, so fp8 weights are served as floating point if the
+        checkpoint wants its inputs unrounded. They do not round the inputs of other formats.
+        """
+        return self.format != FP8 or self.activations == torch.float8_e4m3fn
+
+    def tensors(self, served: torch.dtype) -> dict[str, TensorSpec]:
+        """The tensors of a linear, by the last part of their names; `served` is the dtype of the model in vLLM."""
+        found = {}
+        for part in self.format.parts:
+            dtype = served if served in part.dtypes else part.dtypes[0]
+            if part.name == "weight_scale":
+                per_tensor = part.channels is None and self.strategy == "tensor"
+                found[part.name] = TensorSpec(dtype, sparse24.VALUE_DTYPES, part.channels, per_tensor)
+            elif not self.dense:
+                found[part.name] = TensorSpec(dtype, part.dtypes, part.channels)
+            elif part.name == "compressed":
+                found["weight"] = TensorSpec(dtype, part.dtypes, 1)
+        return found
+
+    def weights(
+        self, loaded: Mapping[str, torch.Tensor], sizes: Sequence[int], served: torch.dtype, dummy: bool = False
+    ) -> Weights | None:
+        """The loaded tensors as the parts of a format that a kernel may multiply.
+
+        Args:
+            loaded: tensor by the last part of its name, of all linears of a layer together.
+            sizes: rows of each output of the layer.
+            served: dtype of the model in vLLM.
+            dummy: nothing was loaded; the values are random, and any 2:4 pattern will do.
+
+        Returns:
+            None if the linear was stored plain and is not 2:4, see `dense_weight`.
+
+        Raises:
+            ValueError: a scale that is not finite, or a bitmask that is not 2:4.
+        """
+        parts = {name: tensor for name, tensor in loaded.items() if name != "weight"}
+        if "weight_scale" in loaded:
+            parts["weight_scale"] = row_scales(loaded["weight_scale"], sizes)
+            if not bool(parts["weight_scale"].isfinite().all()):
+                raise ValueError("a weight_scale is not a finite number")
         if self.dense:
-            return {"weight": (1, values, arrive)}
-        return {"compressed": (2, values, arrive), "bitmask": (8, torch.uint8, (torch.uint8,))}
+            values = loaded["weight"]
+            if not dummy and not is_two_of_four(values):
+                return None
+            # Torch cannot sort fp8; bfloat16 holds all of its numbers.
+            sortable = values.bfloat16() if values.dtype == torch.float8_e4m3fn else values
+            compressed, parts["bitmask"] = sparse24.compress(sortable)
+            parts["compressed"] = compressed.to(values.dtype)
+        weights = Weights(self.format, parts)
+        weights = (weights if self.keeps_format else weights.widened(served)).padded()
+        if fault := sparse24.check_bitmask(weights.parts["bitmask"]):
+            raise ValueError(fault)
+        return weights
+
+    def dense_weight(
+        self, loaded: Mapping[str, torch.Tensor], sizes: Sequence[int], served: torch.dtype
+    ) -> torch.Tensor:
+        """[out, in] in the dtype `served`, of a linear that was stored plain."""
+        values = loaded["weight"]
+        if "weight_scale" not in loaded:
+            return values
+        return (values.float() * row_scales(loaded["weight_scale"], sizes)).to(served)
 
 
 def is_two_of_four(dense: torch.Tensor) -> bool:
@@ -46,8 +169,8 @@ def is_two_of_four(dense: torch.Tensor) -> bool:
     return dense.shape[1] % 4 == 0 and bool(((dense != 0).view(dense.shape[0], -1, 4).sum(-1) <= 2).all())
 
 
-def row_scales(scale: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
-    """float32 [out], from float [out, 1] or from one number for each of the parts of `sizes` rows."""
+def row_scales(scale: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """float32 [out, 1] from one number for each of the outputs of `sizes` rows; a matrix of scales stays as it is."""
     if scale.dim() == 1:
-        return torch.repeat_interleave(scale, torch.tensor(sizes, device=scale.device)).float()
-    return scale[:, 0].float()
+        scale = torch.repeat_interleave(scale, torch.tensor(sizes, device=scale.device))[:, None]
+    return scale.float()

@@ -62,7 +62,7 @@ def test_decodes_to_what_was_quantized(format, dtype):
 def test_quantizing_is_off_by_at_most_half_a_step(format, steps):
     weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     rounded, _ = format.quantize(weight, torch.float32)
-    shared = weight.unflatten(1, (-1, GROUP if format.scales_by_group else COLUMNS))
+    shared = weight.unflatten(1, (-1, format.group_size or COLUMNS))
     step = (shared.abs().amax(-1, keepdim=True) / steps).expand_as(shared).flatten(1)
     assert ((rounded.double() - weight).abs() / step).max() <= 0.5 + 1e-4
 
@@ -91,7 +91,7 @@ def test_parts_follow_an_order_and_a_cut_of_the_rows(format):
 @each_format
 def test_parts_follow_a_cut_of_the_columns(format):
     weight, _, parts = stored(format)
-    assert format.column_multiple == (GROUP if format.scales_by_group else 8)
+    assert format.column_multiple == (format.group_size or 8)
     cut = format.take_columns(parts, 64, 128)
     assert torch.equal(format.decode(cut, torch.bfloat16), weight[:, 64:128])
     with pytest.raises(ValueError, match="not cut at multiples"):

@@ -1,8 +1,9 @@
 """vLLM's logprobs against those of Hugging Face on the same weights.
 
-In float32 both sides do the same sums in another order: 1e-4 on a logprob is 20 times what is seen. In bfloat16 each
-activation is rounded to 8 bits; through two layers that is up to about 0.06 on logprobs between -10 and 0, with a mean
-under 0.02, and the bounds leave a factor of 2.5. An error of order or sign changes logprobs by whole units.
+In float32, both sides compute the same sums in another order: 1e-4 on a logprob is 20 times what is observed. In
+bfloat16, each activation is rounded to 8 bits. Through two layers that changes logprobs, which lie between -10 and 0, by
+up to about 0.06, and by less than 0.02 on average. The bounds leave a factor of 2.5. A wrong order or sign changes
+logprobs by whole units.
 """
 
 import json
@@ -37,7 +38,7 @@ def generate(folder: Path, jobs: list[dict], **environment: str) -> list:
 
 
 def differences(model, results, given: list[list[int]] | None = None) -> torch.Tensor:
-    """|logprob of vLLM - logprob of Hugging Face| of each token of all prompts and of what vLLM made of them."""
+    """|logprob of vLLM - logprob of Hugging Face| of each token of all prompts and of vLLM's continuations."""
     assert "error" not in results, results
     found = []
     for prompt, result in zip(given or prompts(), results, strict=True):
@@ -48,7 +49,7 @@ def differences(model, results, given: list[list[int]] | None = None) -> torch.T
         got = torch.tensor(result["prompt"] + result["logprobs"])
         found.append((want[-len(got) :] - got).abs())
         greedy = logprobs[len(prompt) - 1 : -1].max(-1).values
-        assert (greedy - want[len(prompt) - 1 :]).max() < 0.2  # greedy up to ties that rounding decides
+        assert (greedy - want[len(prompt) - 1 :]).max() < 0.2  # greedy, except for ties that rounding decides
     return torch.cat(found)
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-# The makers of small checkpoints are shared with the processes that the tests start.
+# The processes that the tests start import these modules too.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from pretend_hopper import cutlass_on_cpu, hopper, hopper_layers  # noqa: E402, F401
@@ -11,7 +11,7 @@ from pretend_hopper import cutlass_on_cpu, hopper, hopper_layers  # noqa: E402, 
 
 @pytest.fixture
 def engine():
-    """vLLM's layers look for the current configuration."""
+    """A current configuration, which vLLM's layers ask for."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
     with set_current_vllm_config(VllmConfig()):
@@ -20,7 +20,7 @@ def engine():
 
 @pytest.fixture
 def ranks(engine, monkeypatch):
-    """Call with (rank, size) to become that rank; the one of one to begin with. vLLM's layers ask by two functions."""
+    """Call with (rank, size) to become that rank; at first, rank 0 of 1. vLLM's layers ask two functions for them."""
     from vllm.model_executor import parameter
     from vllm.model_executor.layers import linear
     from vllm.model_executor.layers.mamba import mamba_mixer2

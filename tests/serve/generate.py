@@ -53,7 +53,7 @@ def main(jobs_path: str, results_path: str) -> None:
     for job in json.loads(Path(jobs_path).read_text()):
         try:
             results.append(run(job))
-        except Exception as error:  # the test decides whether it was due
+        except Exception as error:  # the test decides whether it was expected
             results.append({"error": f"{type(error).__name__}: {error}"})
         gc.collect()
         cleanup_dist_env_and_memory()

@@ -1,4 +1,4 @@
-"""A Hopper that is none: `cutlass` with a library that computes fp8 products on the CPU, in float64."""
+"""A fake Hopper GPU: `cutlass` with a library that computes fp8 products on the CPU, in float64."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ TILES = [tile.name for tile in ARCHITECTURES["90a"].tiles]
 
 
 class PretendLibrary(SimpleNamespace):
-    """Takes the bitmask for metadata; otherwise it asks and gives what CudaLibrary does."""
+    """Uses the bitmask as metadata; otherwise it has the interface of CudaLibrary."""
 
     path, family, tile_names = Path("pretend.so"), 90, TILES
 
@@ -47,7 +47,8 @@ class PretendLibrary(SimpleNamespace):
 
 @pytest.fixture
 def cutlass_on_cpu(monkeypatch):
-    """Puts a library behind the backend `cutlass`, whose operators take tensors on the CPU while the test runs."""
+    """Gives the kernel `cutlass` a library, and lets its operators take tensors on the CPU while the test runs."""
+
     def put(library, num_sms, workspace):
         monkeypatch.setattr(cutlass, "_index", lambda device: 0)
         monkeypatch.setattr(cutlass, "library_of", lambda index: library)
@@ -63,7 +64,7 @@ def cutlass_on_cpu(monkeypatch):
 
 @pytest.fixture
 def hopper(cutlass_on_cpu):
-    """A stand-in for the compiled library of a Hopper, which also takes tensors on the CPU while the test runs."""
+    """A stand-in for the compiled library of a Hopper, which takes tensors on the CPU."""
     library = PretendLibrary()
     cutlass_on_cpu(library, 132, torch.zeros(1, dtype=torch.uint8))
     return library
@@ -71,7 +72,7 @@ def hopper(cutlass_on_cpu):
 
 @pytest.fixture
 def hopper_layers(hopper, monkeypatch):
-    """The same, and layers on the CPU count as layers on the GPU."""
+    """The same, and layers on the CPU are treated as layers on the GPU."""
     monkeypatch.setattr(cutlass.CutlassKernel, "is_supported", staticmethod(lambda device: None))
     monkeypatch.setattr(CpuKernel, "is_supported", staticmethod(lambda device: "the layer is on cuda"))
     return hopper

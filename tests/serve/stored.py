@@ -1,4 +1,4 @@
-"""Random pruned linears, for tests of vLLM's layers one by one."""
+"""Random pruned linears, for tests of single layers of vLLM."""
 
 import torch
 

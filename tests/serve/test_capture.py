@@ -1,6 +1,6 @@
 """What a CUDA graph can capture: no shape that depends on a value, no value read by the host, no copy between devices.
 
-The products of a layer are computed on tensors without values; torch calls their device "meta".
+The layer is computed on tensors without values, whose device torch calls "meta".
 """
 
 import pytest
@@ -9,15 +9,17 @@ from graph_capture import GraphCapture
 
 from ria_vllm import sparse24
 from ria_vllm.formats import FLOAT, FP8, INT8
-from ria_vllm.serve import linear
+from ria_vllm.serve import packing
 from ria_vllm.serve.kernels import reference
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.reference import ReferenceKernel
+from ria_vllm.serve.kernels.registry import Choice
 from ria_vllm.serve.kernels.torch import cusparselt
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
-from ria_vllm.serve.linear import Plan, Product, Sparse24LinearMethod
+from ria_vllm.serve.packing import KernelCall, PackedLinear
+from ria_vllm.serve.parameters import set_parameter
 
 GPU = "meta"
 BODIES = {
@@ -48,7 +50,7 @@ def stored(rows, columns, dtype=torch.bfloat16):
     ],
 )
 def test_the_capture_refuses(refused):
-    """Else the tests below would say nothing."""
+    """Otherwise the tests below would prove nothing."""
     with pytest.raises(AssertionError, match="the host waits for a value|: on {.*cpu"), GraphCapture(GPU, BODIES):
         refused()
 
@@ -68,7 +70,7 @@ def test_decompress():
     assert dense.shape == (300, 1 << 13) and dense.device.type == GPU
 
 
-ROWS, COLUMNS = 2048 + 96, 96  # more rows than are decompressed at a time; columns that no kernel takes
+ROWS, COLUMNS = 2048 + 96, 96  # more rows than are decompressed at a time; columns that need padding
 LAYERS = {
     "reference": (ReferenceKernel, FLOAT, lambda rows, columns: stored(rows, columns)),
     "reference, int8": (
@@ -91,23 +93,23 @@ LAYERS = {
 
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layers_product(monkeypatch, name, gathered):
-    """With padding, a permutation, two products side by side, a bias and, where `gathered`, channels of all ranks."""
+def test_a_layer(monkeypatch, name, gathered):
+    """With padding, a permutation, two kernel calls, a bias and, if `gathered`, the channels of all ranks."""
     kernel, weight_format, packed = LAYERS[name]
-    monkeypatch.setattr(linear, "tensor_model_parallel_all_gather", lambda x: torch.cat([x, x], -1))
-    layer, products = torch.nn.Module(), []
+    monkeypatch.setattr(packing, "tensor_model_parallel_all_gather", lambda x: torch.cat([x, x], -1))
+    layer, calls = torch.nn.Module(), []
     for start, rows in ((0, ROWS), (ROWS, 64)):
         tensors = packed(rows, COLUMNS + 32)
         names = tuple(f"packed_{start}_{i}" for i in range(len(tensors)))
         for kind, tensor in zip(names, tensors):
-            linear.set_tensor(layer, kind, tensor)
-        linear.set_tensor(layer, f"order_{start}", on_gpu(COLUMNS + 32, dtype=torch.int32))
+            set_parameter(layer, kind, tensor)
+        set_parameter(layer, f"order_{start}", on_gpu(COLUMNS + 32, dtype=torch.int32))
         config = LinearLayerConfig(torch.device(GPU), torch.bfloat16, weight_format, rows, COLUMNS + 32)
-        products.append(Product(kernel, config, names, f"order_{start}", start))
-    linear.set_tensor(layer, "channels", on_gpu(COLUMNS, dtype=torch.int32))
-    layer.ria_plan = Plan(tuple(products), "channels" if gathered else None, 32)
+        calls.append(KernelCall(Choice(kernel, config), names, f"order_{start}", start))
+    set_parameter(layer, "channels", on_gpu(COLUMNS, dtype=torch.int32))
+    packed_linear = PackedLinear(tuple(calls), "channels" if gathered else None, 32)
     x, bias = on_gpu(2, 9, COLUMNS), on_gpu(ROWS + 64)
     with GraphCapture(GPU, BODIES) as capture:
-        y = Sparse24LinearMethod(None, "fc", ("fc",)).apply(layer, x, bias)
+        y = packed_linear.apply(layer, x, bias)
     assert y.shape == (2, 9, ROWS + 64) and y.dtype == x.dtype
     assert not capture.kept(y)

@@ -1,4 +1,4 @@
-"""What is read before the weights: from a folder, and from a stand-in for the hub."""
+"""What is read before the weights, from a folder and from a stand-in for the hub."""
 
 import json
 import shutil
@@ -20,6 +20,7 @@ from ria_vllm.schema import DIGEST_KEY, PERMUTATIONS_FILE, REARRANGED_BY_VLLM
 from ria_vllm.serve.checkpoint_files import locate
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.linear import Sparse24LinearMethod
+from ria_vllm.serve.reload import check_reload
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,9 @@ def test_names_follow_vllms_mapper(checkpoint):
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
     config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
     layer = "language_model.model.layers.1.mlp"
-    assert config.parts_of(f"{layer}.down_proj") == ("model.layers.1.mlp.down_proj",)
-    assert config.parts_of(f"{layer}.gate_up_proj") == ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
-    assert config.parts_of("model.layers.1.mlp.down_proj") == ("model.layers.1.mlp.down_proj",)
+    assert config.linears_of(f"{layer}.down_proj") == ("model.layers.1.mlp.down_proj",)
+    assert config.linears_of(f"{layer}.gate_up_proj") == ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
+    assert config.linears_of("model.layers.1.mlp.down_proj") == ("model.layers.1.mlp.down_proj",)
     assert config.schema.ignored("lm_head")
 
 
@@ -109,7 +110,7 @@ def test_truncated_permutations(copy):
         config_of(copy)
 
 
-def test_folder_without_weights_goes_by_the_ignore_list(copy):
+def test_a_folder_without_weights_is_read_by_its_ignore_list(copy):
     for path in copy.glob("*.safetensors"):
         path.unlink()
     config = config_of(copy)
@@ -169,17 +170,17 @@ def test_hub_repository_of_a_single_file(hub):
 
 
 def test_a_multi_token_prediction_head_is_not_pruned(hub):
-    """Whatever is not stored compressed is dense, even where config.json does not list it."""
+    """Whatever is not stored compressed is dense, even if config.json does not list it."""
     stored = load_file(hub.path(SINGLE_FILE)) | {"mtp.fc.weight": torch.zeros(8, 8)}
     with safe_open(hub.path(SINGLE_FILE), framework="pt") as file:
         metadata = file.metadata()
     save_file(stored, hub.path(SINGLE_FILE), metadata)
     config = hub.config()
-    assert not config.serves_sparse("mtp.fc", config.parts_of("mtp.fc"))
+    assert not config.serves_sparse("mtp.fc", config.linears_of("mtp.fc"))
 
 
 def test_keys_that_are_the_values_on_the_hub(hub):
-    """Gemma 4 without v_proj: its single file's header says so, and v gets the gather of k."""
+    """Gemma 4 has no v_proj: the header of its single file shows it, and v gets the permutation of k."""
     path = hub.path(SINGLE_FILE)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -189,9 +190,9 @@ def test_keys_that_are_the_values_on_the_hub(hub):
     rebind(hub.folder)
     config = hub.config()
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    parts = config.parts_of("model.layers.0.self_attn.qkv_proj")
+    parts = config.linears_of("model.layers.0.self_attn.qkv_proj")
     assert [part[-6:] for part in parts] == ["q_proj", "k_proj", "k_proj"]
-    assert all(config.gathers(part) is not None for part in parts)
+    assert all(config.stored_linear(part, lora=False).input_permutation is not None for part in parts)
 
 
 def test_hub_repository_with_an_index(hub):
@@ -216,7 +217,7 @@ def test_hub_that_cannot_be_reached(hub, cached):
     config = hub.config()
     with pytest.raises(RiaError, match="who/what: .*Download the whole repository"):
         config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
-    with made_up_weights():  # which need nothing of the hub
+    with dummy_weights():  # which need nothing from the hub
         assert isinstance(config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj"), Sparse24LinearMethod)
 
 
@@ -236,7 +237,7 @@ def test_weights_of_another_run_on_the_hub(hub, reachable, tmp_path):
 
 
 def test_modelscope(copy, monkeypatch):
-    """vLLM fetches from ModelScope by itself; what is asked for here comes the same way."""
+    """vLLM downloads weights from ModelScope itself. The permutations come the same way."""
     from vllm import envs
     from vllm.model_executor.model_loader import weight_utils
 
@@ -258,7 +259,7 @@ def test_modelscope(copy, monkeypatch):
 
 
 def test_an_object_store(copy):
-    """vLLM brings the small files of s3:// to a folder, and not the permutations: that must not pass for none."""
+    """vLLM copies the small files of s3:// to a folder, but not the permutations. They must not be taken for absent."""
     (copy / PERMUTATIONS_FILE).unlink()
     (copy / SINGLE_FILE).unlink()
     config = config_of(copy)
@@ -268,16 +269,16 @@ def test_an_object_store(copy):
         locate("s3://bucket/model", PERMUTATIONS_FILE, None)
 
 
-def test_made_up_weights_need_no_permutations(copy):
+def test_dummy_weights_need_no_permutations(copy):
     (copy / PERMUTATIONS_FILE).unlink()
     (copy / SINGLE_FILE).unlink()
     config = config_of(copy)
-    with made_up_weights():
+    with dummy_weights():
         method = config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
     assert isinstance(method, Sparse24LinearMethod)
 
 
-def made_up_weights():
+def dummy_weights():
     return set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy")))
 
 
@@ -288,7 +289,7 @@ def a_linear():
 
 
 def rebind(folder):
-    """Give a folder whose permutations were changed the digest of what it has now."""
+    """Give a folder with changed permutations the digest of these."""
     stored = load_file(folder / PERMUTATIONS_FILE)
     digest = permutation.digest({name.removesuffix(".input_permutation"): p for name, p in stored.items()})
     save_file(load_file(folder / SINGLE_FILE), folder / SINGLE_FILE, {"format": "pt", DIGEST_KEY: digest})
@@ -299,15 +300,14 @@ def rebind(folder):
 
 @pytest.mark.parametrize("family", REARRANGED_BY_VLLM)
 def test_families_whose_heads_vllm_rearranges_are_refused(checkpoint, family):
-    """Named by vLLM's own sources: their models change tensors by the names that dense weights have."""
+    """vLLM's models of these families change tensors by the names of dense weights."""
     config = RiaConfig.from_config(json.loads((checkpoint / "config.json").read_text())["quantization_config"])
     with pytest.raises(RiaError, match=f"heads of {family} .*`ria-vllm export`"):
         config.maybe_update_config(str(checkpoint), SimpleNamespace(model_type=family))
 
 
 def reload_from(config, folder):
-    config.source = SimpleNamespace(model=str(folder), revision=None)
-    config.check_reload(from_files=True)
+    check_reload(config, SimpleNamespace(model=str(folder), revision=None), from_files=True)
 
 
 def test_a_reload_from_another_folder(checkpoint, copy):
@@ -326,7 +326,7 @@ def test_a_reload_from_another_folder(checkpoint, copy):
 
 
 def test_a_reload_from_the_same_folder_after_it_was_replaced(copy):
-    """What `compress --overwrite` leaves is consistent in itself, but not with a server that runs."""
+    """What `compress --overwrite` leaves is consistent, but not with a running server."""
     config = config_of(copy)
     reload_from(config, copy)
     torch.manual_seed(9)
@@ -338,20 +338,20 @@ def test_a_reload_from_the_same_folder_after_it_was_replaced(copy):
 def test_a_reload_that_prunes_other_linears(checkpoint, copy):
     config = config_of(checkpoint)
     tiny.write(tiny.FAMILIES["llama-gqa"], copy, dense=("1.mlp.down_proj",))
-    with pytest.raises(RiaError, match=r"model\.layers\.1\.mlp\.down_proj is pruned there or on this server"):
+    with pytest.raises(RiaError, match=r"model\.layers\.1\.mlp\.down_proj is pruned in the folder or on this server"):
         reload_from(config, copy)
 
 
 def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):
-    """Linears of compressed-tensors have the names of ours, and none of their columns is permuted."""
+    """compressed-tensors gives linears the same names as we do, but permutes no columns."""
     ours, theirs = config_of(checkpoint), {
         "quant_method": "compressed-tensors", "format": "dense",
         "sparsity_config": {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"]},
     }  # fmt: skip
-    foreign = RiaConfig.from_config(theirs)
-    foreign.maybe_update_config(str(copy))
+    their_config = RiaConfig.from_config(theirs)
+    their_config.maybe_update_config(str(copy))
     with pytest.raises(RiaError, match="stored in another form"):
-        reload_from(foreign, checkpoint)
+        reload_from(their_config, checkpoint)
     content = json.loads((copy / "config.json").read_text())
     for quantization in (theirs, None):
         (copy / "config.json").write_text(json.dumps(content | {"quantization_config": quantization}))
@@ -359,21 +359,21 @@ def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):
             reload_from(ours, copy)
 
 
-def test_a_reload_asks_for_what_is_loaded_now(checkpoint, copy):
-    """vLLM may have a new configuration of the model by then."""
+def test_a_reload_is_checked_against_the_present_folder(checkpoint, copy):
+    """vLLM may have another configuration of the model by then."""
     config = config_of(checkpoint)
-    config.source = SimpleNamespace(model=str(checkpoint), revision=None)
+    built_from = SimpleNamespace(model=str(checkpoint), revision=None)
     torch.manual_seed(9)
     tiny.write(tiny.FAMILIES["llama-gqa"], copy, seed=1)
     current = VllmConfig()
     with set_current_vllm_config(current):
         current.model_config = SimpleNamespace(model=str(copy), revision=None)
         with pytest.raises(RiaError, match="other channel orders"):
-            config.check_reload(from_files=True)
+            check_reload(config, built_from, from_files=True)
 
 
-def test_a_reload_of_weights_that_come_from_no_folder(checkpoint, tmp_path):
-    """A trainer sends tensors by their names; the folder that the server was started with may be gone."""
+def test_a_reload_of_weights_from_no_folder(checkpoint, tmp_path):
+    """A trainer sends tensors by their names, and the folder that the server was started with may be gone."""
     config = config_of(checkpoint)
     (tmp_path / "gone").mkdir()
     reload_from(config, tmp_path / "gone")
@@ -383,6 +383,6 @@ def test_a_missing_value_projection_is_the_keys(checkpoint):
     config = config_of(checkpoint)
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     attention = "model.layers.1.self_attn."
-    assert config.parts_of(f"{attention}qkv_proj") == tuple(f"{attention}{x}_proj" for x in "qkv")
+    assert config.linears_of(f"{attention}qkv_proj") == tuple(f"{attention}{x}_proj" for x in "qkv")
     del config.names[f"{attention}v_proj"]
-    assert config.parts_of(f"{attention}qkv_proj") == tuple(f"{attention}{x}_proj" for x in "qkk")
+    assert config.linears_of(f"{attention}qkv_proj") == tuple(f"{attention}{x}_proj" for x in "qkk")

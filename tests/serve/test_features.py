@@ -1,4 +1,4 @@
-"""vLLM's features on a pruned model: each works, with the logprobs of the pruned model, or says that it does not."""
+"""vLLM's features on a pruned model: each gives the pruned model's logprobs, or is refused with a message."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ def runs(tmp_path_factory):
         "chunked prefill": {"engine": {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}},
         "weight reload": {"first": "reload"},
         "speculative decoding with a pruned draft": {"engine": {"speculative_config": draft}, "prompt_logprobs": False},
-        # vLLM's LoRA on CPUs cannot give logprobs of prompts, whatever the base
+        # vLLM's LoRA on CPUs cannot give logprobs of prompts, for any base model
         "lora, base": {"engine": lora, "prompt_logprobs": False},
         "lora, adapter": {"engine": lora, "lora": str(folder / "adapter"), "prompt_logprobs": False},
         "load format dummy": {"engine": {"load_format": "dummy"}},
@@ -66,7 +66,7 @@ def runs(tmp_path_factory):
             "engine": {"runner": "pooling", "convert": "embed", "skip_tokenizer_init": False},
             "embed": True,
         },
-        "sleep mode": {"engine": {"enable_sleep_mode": True}},  # last: vLLM's refusal leaves its process in disorder
+        "sleep mode": {"engine": {"enable_sleep_mode": True}},  # last, because vLLM's refusal breaks its process
     }
     common = {"model": str(folder / "out"), "prompts": prompts(), "tokens": 6}
     todo = [common | job | {"engine": {"dtype": "float32"} | job.get("engine", {})} for job in jobs.values()]

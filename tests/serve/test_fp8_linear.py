@@ -1,9 +1,10 @@
-"""When the linear method leaves fp8 weights as they are, when it makes them floating point, and what it computes."""
+"""When the linear method keeps fp8 weights, when it dequantizes them, and what it computes."""
 
 import pytest
 import torch
-from foreign_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
+from compressed_tensors_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.cuda import fp8
@@ -12,11 +13,11 @@ pytestmark = pytest.mark.usefixtures("ranks")
 
 
 def packed(layer):
-    return [getattr(layer, name) for product in layer.ria_plan.products for name in product.packed]
+    return [getattr(layer, name) for call in layer.ria_packed.calls for name in call.packed]
 
 
 def check_kept(layer, plain):
-    """Its values are in fp8, and its product is that of the inputs rounded to fp8, up to an ulp of the result."""
+    """Its values are fp8, and its result is that of inputs rounded to fp8, up to one ulp."""
     values, _, scales = packed(layer)
     assert values.dtype == fp8.DTYPE and scales.dtype == torch.float32 and scales.shape == (plain.shape[0],)
     x = torch.randn(5, plain.shape[1], generator=torch.Generator().manual_seed(7)).bfloat16()
@@ -25,7 +26,7 @@ def check_kept(layer, plain):
     y = layer(x)
     assert y.dtype == x.dtype
     torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-6)
-    assert not torch.allclose(y.double(), x.double() @ plain.T, rtol=2**-8, atol=1e-6)  # inputs were rounded indeed
+    assert not torch.allclose(y.double(), x.double() @ plain.T, rtol=2**-8, atol=1e-6)  # the inputs were rounded
 
 
 @pytest.mark.parametrize("columns", [128, 96])
@@ -72,13 +73,23 @@ def test_scales_of_another_shape_are_named(strategy, shape):
         layer.weight_scale.weight_loader(layer.weight_scale, torch.ones(shape))
 
 
-def test_a_scale_that_is_no_number_is_named():
+def test_a_scale_that_is_not_finite_is_named():
     checkpoint = Checkpoint()
     layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc")
     checkpoint.stream(layer, {"fc": (None, 64)})
     layer.weight_scale.data[5] = torch.inf
-    with pytest.raises(RiaError, match=r"fc: a weight_scale is no number\. .*damaged"):
+    with pytest.raises(RiaError, match=r"fc: a weight_scale is not a finite number\. .*damaged"):
         layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+def test_scales_keep_their_precision_in_a_bfloat16_model(strategy):
+    """vLLM builds a model with the model's dtype as torch's default."""
+    checkpoint = Checkpoint(strategy=strategy)
+    with set_default_torch_dtype(torch.bfloat16):
+        layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc")
+    checkpoint.stream(layer, {"fc": (None, 64)})
+    assert torch.equal(layer.weight_scale, checkpoint.tensors("fc", 64, 128)["weight_scale"])
 
 
 def check_dequantized(layer, plain, dtype):

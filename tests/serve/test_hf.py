@@ -1,4 +1,4 @@
-"""`from_pretrained` on a compressed folder (ria_vllm/hf.py, hf_quantizer.py); here, for the small checkpoints."""
+"""`from_pretrained` on a compressed folder (ria_vllm/hf.py, hf_quantizer.py), on the small checkpoints of `tiny`."""
 
 import shutil
 import subprocess

@@ -3,7 +3,7 @@
 A rounding of keys and values to eight bits moves logprobs by about 0.1 here, so lost scales would show.
 """
 
-import foreign_checkpoints
+import compressed_tensors_checkpoints
 import pytest
 import torch
 from compare import generate, prompts
@@ -12,27 +12,27 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM has no fp8 cache on this CPU and says so"),
 ]
-SCALES = {"k_scale": 16.0, "v_scale": 64.0}  # so coarse that most values are subnormal
+SCALES = {"k_scale": 16.0, "v_scale": 64.0}  # coarse enough to make most values subnormal
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kv-cache")
-    model = foreign_checkpoints.write(folder / "pruned", "sparse-24-bitmask")
-    foreign_checkpoints.write(folder / "other", "sparse-24-bitmask")
-    foreign_checkpoints.write(folder / "half", "sparse-24-bitmask")
-    foreign_checkpoints.write_dense(folder / "dense", model)
-    foreign_checkpoints.add_kv_scales(folder / "pruned", **SCALES)
-    foreign_checkpoints.add_kv_scales(folder / "dense", **SCALES)
-    foreign_checkpoints.add_kv_scales(folder / "other", k_scale=1.0, v_scale=1.0)
-    foreign_checkpoints.add_kv_scales(folder / "half", k_scale=1.0)
+    model = compressed_tensors_checkpoints.write(folder / "pruned", "sparse-24-bitmask")
+    compressed_tensors_checkpoints.write(folder / "other", "sparse-24-bitmask")
+    compressed_tensors_checkpoints.write(folder / "half", "sparse-24-bitmask")
+    compressed_tensors_checkpoints.write_dense(folder / "dense", model)
+    compressed_tensors_checkpoints.add_kv_scales(folder / "pruned", **SCALES)
+    compressed_tensors_checkpoints.add_kv_scales(folder / "dense", **SCALES)
+    compressed_tensors_checkpoints.add_kv_scales(folder / "other", k_scale=1.0, v_scale=1.0)
+    compressed_tensors_checkpoints.add_kv_scales(folder / "half", k_scale=1.0)
     jobs = {
         "dense": {},
         "pruned": {},
         "reloaded": {"model": "pruned", "first": "reload"},
         "other": {},
         "half": {},
-        "made up": {"model": "half", "engine": {"load_format": "dummy"}},
+        "dummy": {"model": "half", "engine": {"load_format": "dummy"}},
     }
     todo = [
         {"prompts": prompts(), "tokens": 6}
@@ -60,4 +60,4 @@ def test_a_scale_that_is_missing_is_named(runs):
 
 
 def test_dummy_weights_need_none(runs):
-    assert [len(result["tokens"]) for result in runs["made up"]] == [6, 6, 6]
+    assert [len(result["tokens"]) for result in runs["dummy"]] == [6, 6, 6]

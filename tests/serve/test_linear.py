@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from stored import Stored
 from torch.utils._python_dispatch import TorchDispatchMode
-from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
+from vllm.config import LoadConfig, LoRAConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -29,8 +29,8 @@ from vllm.model_executor.model_loader.weight_utils import safetensors_weights_it
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import Fold, Producer
-from ria_vllm.serve import linear
-from ria_vllm.serve.loading import ReorderedRows
+from ria_vllm.serve import packing
+from ria_vllm.serve.reordered_rows import ReorderedRows
 
 HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 256
 
@@ -69,7 +69,7 @@ def test_qkv(ranks, size, orders):
         kv_here, first = max(1, KV // size), rank * KV // size
         expected = [want["q"].chunk(size, 1)[rank]] + [want[n][:, first : first + kv_here] for n in ("k", "v")]
         close(layer(x), torch.cat(expected, 1).flatten(1))
-        assert len(layer.ria_plan.products) == (3 if orders == "each" else 1)
+        assert len(layer.ria_packed.calls) == (3 if orders == "each" else 1)
         assert {name for name, _ in layer.named_parameters()}.isdisjoint({"compressed", "bitmask", "weight"})
 
 
@@ -103,13 +103,13 @@ def test_feed_forward_folds_on_every_number_of_ranks(ranks, size, inner):
         )
         gate, up = stored.load(first, {"gate": 0, "up": 1})(x).chunk(2, -1)
         total = total + stored.load(second, {"down": None})(torch.tanh(gate) * up)
-        assert second.ria_plan.products[0].input_permutation is None
+        assert second.ria_packed.calls[0].input_permutation is None
     want = (torch.tanh(stored.apply(x, "gate")) * stored.apply(x, "up")).float()
     close(total + stored.bias["down"], stored.apply(want, "down"))
 
 
 class LargestCopy(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes which is not a view of another."""
+    """Counts the elements of the largest tensor that an operation makes and that is not a view."""
 
     def __init__(self):
         super().__init__()
@@ -147,7 +147,7 @@ def test_a_rank_copies_no_more_than_its_rows(ranks, size, reordered):
 
 
 def own_memory() -> int:
-    """Bytes of main memory that this process holds, without the pages of files that it has mapped."""
+    """Bytes of memory that this process holds, not counting mapped files."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon:"))
 
@@ -166,7 +166,7 @@ def test_rows_of_other_ranks_stay_in_the_file(ranks, tmp_path):
     config = stored.config([rule])
     ranks(1, size)
     layer = ColumnParallelLinear(columns, rows, quant_config=config, prefix="up", params_dtype=torch.bfloat16)
-    layer.compressed.data.fill_(1)  # its own pages are there before the measurement
+    layer.compressed.data.fill_(1)  # so that its pages are allocated before the measurement
     before = own_memory()
     ((_, tensor),) = safetensors_weights_iterator([str(tmp_path / "model.safetensors")], use_tqdm_on_load=False)
     layer.compressed.weight_loader(layer.compressed, tensor)
@@ -211,8 +211,8 @@ def test_a_reload_that_lacks_a_tensor_is_refused(ranks):
         finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
 
 
-def test_two_parts_for_four_outputs(ranks):
-    """Qwen3.5's linear attention: q, k and v in one tensor, the gate in another, vLLM's layer counts four outputs."""
+def test_two_linears_for_four_outputs(ranks):
+    """Qwen3.5's linear attention: q, k and v are one tensor and the gate another. vLLM's layer has four outputs."""
     stored = Stored()
     shared = stored.order(HIDDEN)
     stored.add("qkv", 2 * 64 + INNER, HIDDEN, shared)
@@ -231,8 +231,8 @@ def test_two_parts_for_four_outputs(ranks):
             close(got, torch.cat([part.chunk(size, -1)[rank] for part in whole], -1))
 
 
-def test_fused_on_disk_though_vllm_names_parts(ranks):
-    """GLM-4's gate_up_proj, in a folder whose tensors' names are not known beforehand."""
+def test_fused_on_disk_though_vllm_names_its_parts(ranks):
+    """GLM-4's gate_up_proj, in a folder whose tensor names are not known beforehand."""
     stored = Stored()
     stored.add("gate_up", 2 * INNER, HIDDEN, stored.order(HIDDEN))
     config = stored.config()
@@ -243,7 +243,7 @@ def test_fused_on_disk_though_vllm_names_parts(ranks):
     close(stored.load(layer, {"gate_up": None})(x), stored.apply(x, "gate_up"))
 
 
-def test_keys_that_are_the_values_too(ranks):
+def test_keys_that_are_also_the_values(ranks):
     stored = Stored()
     shared = stored.order(HIDDEN)
     stored.add("q", HEADS * HEAD, HIDDEN, shared)
@@ -277,17 +277,31 @@ def test_fused_on_disk_with_row_ranges(ranks):
         close(got, torch.cat([half[:, order].chunk(2, -1)[rank] for half in want], -1))
 
 
+def test_a_piece_of_a_fused_linear_cannot_be_reordered(ranks):
+    """Which of the fused rows a piece holds is not known, so a fold cannot be applied to it."""
+    stored = Stored()
+    stored.add("gate_up", 2 * INNER, HIDDEN)
+    stored.add("down", HIDDEN, INNER, stored.order(INNER))
+    halves = [Producer(name="gate_up", rows=(0, INNER)), Producer(name="gate_up", rows=(INNER, 2 * INNER))]
+    config = stored.config([Fold(consumer="down", producers=halves, coupling="elementwise")])
+    layer = MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up")
+    for kind, tensor in (("compressed", stored.tensors["gate_up"]["compressed"]), ("bias", stored.bias["gate_up"])):
+        parameter = getattr(layer, kind)
+        with pytest.raises(RiaError, match=rf"gate_up\.{kind}: vLLM fuses or splits it .*cannot be reordered"):
+            parameter.weight_loader(parameter, tensor[:INNER], 0)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("within", [True, False])
 def test_permutation_that_no_fold_absorbs(ranks, monkeypatch, size, within):
-    """An order that stays within each rank's channels needs no all-gather; any other does, on every rank."""
+    """A permutation within each rank's channels needs no all-gather. Any other needs one, on every rank."""
     stored = Stored()
     quarter = INNER // 4
     order = torch.cat([stored.order(quarter) + quarter * i for i in range(4)]) if within else stored.order(INNER)
     stored.add("down", HIDDEN, INNER, order.int())
     x = torch.randn(5, INNER)
     gathered = []
-    monkeypatch.setattr(linear, "tensor_model_parallel_all_gather", lambda part: gathered.append(part) or x)
+    monkeypatch.setattr(packing, "tensor_model_parallel_all_gather", lambda part: gathered.append(part) or x)
     total = 0
     for rank in range(size):
         ranks(rank, size)
@@ -338,17 +352,15 @@ def test_no_folds_with_lora(ranks):
     stored.add("down", HIDDEN, INNER, stored.order(INNER))
     rule = Fold(consumer="down", producers=[Producer(name="gate"), Producer(name="up")], coupling="elementwise")
     config = stored.config([rule])
-    with set_current_vllm_config(VllmConfig()) as _:
-        from vllm.config import LoRAConfig, get_current_vllm_config
-
+    with set_current_vllm_config(VllmConfig()):
         get_current_vllm_config().lora_config = LoRAConfig(max_lora_rank=8)
         up = MergedColumnParallelLinear(
             HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up", return_bias=False
         )
+        down = RowParallelLinear(INNER, HIDDEN, quant_config=config, prefix="down", return_bias=False)
     x, y = torch.randn(3, HIDDEN), torch.randn(3, INNER)
     close(stored.load(up, {"gate": 0, "up": 1})(x), torch.cat([stored.apply(x, "gate"), stored.apply(x, "up")], -1))
-    assert np.array_equal(config.gathers("down"), stored.orders["down"])
-    down = RowParallelLinear(INNER, HIDDEN, quant_config=stored.config(), prefix="down", return_bias=False)
+    assert np.array_equal(config.stored_linear("down", lora=True).input_permutation, stored.orders["down"])
     close(stored.load(down, {"down": None})(y), stored.apply(y, "down"))
 
 
@@ -378,7 +390,7 @@ def test_damage_names_the_layer(ranks, change, message):
         damaged(change)
 
 
-def test_fused_layer_that_is_half_dense(ranks):
+def test_fused_layer_that_is_partly_dense(ranks):
     stored = Stored()
     stored.add("gate", INNER, HIDDEN)
     with pytest.raises(RiaError, match=r"gate_up: vLLM fuses gate, up, but up is dense"):
@@ -412,13 +424,11 @@ def test_weights_that_another_kernel_packed_are_refused(ranks, load_format):
 
 
 def test_compile_cache_is_keyed_by_the_kernels(ranks, monkeypatch):
-    """A graph traced with one backend must not be found again when another one serves the same folder."""
+    """A graph that was traced with one kernel must not be reused when another one serves the same folder."""
     keys = []
     for backend in ("cpu", "reference", "cpu"):
         monkeypatch.setenv("RIA_VLLM_BACKEND", backend)
         with set_current_vllm_config(VllmConfig()):
-            from vllm.config import get_current_vllm_config
-
             stored = Stored()
             stored.add("fc", 64, HIDDEN)
             stored.load(ReplicatedLinear(HIDDEN, 64, quant_config=stored.config(), prefix="fc"), {"fc": None})

@@ -21,7 +21,7 @@ def load(*graphs, report=None):
 
 
 def key(*models):
-    """vLLM's compile key after these models, each the graphs of its layers, were loaded in one process."""
+    """vLLM's compile key after these models were loaded in one process; each is the graphs of its layers."""
     config = VllmConfig()
     with set_current_vllm_config(config):
         for graphs in models:

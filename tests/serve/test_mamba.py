@@ -5,6 +5,7 @@ With one group for all heads, each rank holds its share of the gate, of x and of
 
 import pytest
 import torch
+from compressed_tensors_layers import INT, Checkpoint
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.mamba import mamba_mixer2
 
@@ -12,6 +13,7 @@ from ria_vllm import formats, permutation, sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.layer_matching import match_layers
 
 HIDDEN, INNER, STATE, HEADS = 128, 256, 16, 8
 PARTS = {"gate": INNER, "x": INNER, "B": STATE, "C": STATE, "dt": HEADS}
@@ -34,14 +36,21 @@ def stored(int8=False):
 def in_proj(order, int8=False):
     schema = RiaSchema(sparsity_config=SparsityConfig(), weights=WeightQuantization() if int8 else None)
     config = RiaConfig(schema)
-    config.pruned = config.stored = {"mixer.in_proj"}
     config.permutations = {"mixer.in_proj": order}
+    return in_proj_of(config)
+
+
+def in_proj_of(config):
+    config.pruned = config.stored = {"mixer.in_proj"}
+    model = torch.nn.Module()
     with set_current_vllm_config(VllmConfig()):
-        return mamba_mixer2.MambaMixer2(
+        model.mixer = mamba_mixer2.MambaMixer2(
             hidden_size=HIDDEN, ssm_state_size=STATE, conv_kernel_size=4, intermediate_size=INNER,
             use_conv_bias=True, use_bias=False, n_groups=1, num_heads=HEADS, head_dim=INNER // HEADS,
             quant_config=config, prefix="mixer",
-        ).in_proj  # fmt: skip
+        )  # fmt: skip
+    match_layers(config, model)
+    return model.mixer.in_proj
 
 
 def load(layer, tensors):
@@ -82,3 +91,19 @@ def test_another_shape_is_named(ranks, kind, change):
     tensors[kind] = change(tensors[kind])
     with pytest.raises(RiaError, match=rf"mixer\.in_proj\.{kind} is .*damaged"):
         load(in_proj(order), tensors)
+
+
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_quantized_by_compressed_tensors(ranks, dense, strategy):
+    """Mamba-2 gives its own loader to every parameter that is called like one of a dense layer, or like its scales."""
+    checkpoint = Checkpoint(weights=INT, strategy=strategy, dense=dense)
+    tensors = checkpoint.tensors("mixer.in_proj", ROWS, HIDDEN)
+    x = torch.randn(3, HIDDEN)
+    want = dict(zip(PARTS, (x.double() @ checkpoint.plain["mixer.in_proj"].T).split(list(PARTS.values()), -1)))
+    for rank in range(2):
+        ranks(rank, 2)
+        layer = in_proj_of(checkpoint.config())
+        load(layer, tensors)
+        mine = [want[part] if part in "BC" else want[part].chunk(2, -1)[rank] for part in PARTS]
+        torch.testing.assert_close(layer(x)[0].double(), torch.cat(mine, -1), rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""From a dense model to vLLM's logprobs through the commands that users give; the oracle is transformers on the export."""
+"""From a dense model to vLLM's logprobs, by the commands that users give. The oracle is transformers on the export."""
 
 import subprocess
 import sys
@@ -58,7 +58,7 @@ def save_mixture(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Made:
-    """The dense export, the prompts that were given, what `compress` said, and vLLM's answers by dtype."""
+    """The dense export, the prompts, what `compress` printed, and vLLM's results by dtype."""
 
     dense: Path
     given: list[list[int]]
@@ -71,7 +71,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> dict[str, Made]:
-    """Each model on its whole way; one process of vLLM serves them all."""
+    """Every model, from the dense folder to vLLM's results. One vLLM process serves them all."""
     folder = tmp_path_factory.mktemp("pipeline")
     gguf = save_smollm2(folder / "gguf")
     save_llama(folder / "llama")
@@ -103,12 +103,12 @@ def test_a_real_model(made):
     model = found.exported()
     # The same float32 sums in another order, through 30 layers; a wrong order of channels is off by whole units.
     assert differences(model, found.answers["float32"], found.given).max() < 1e-3
-    # Activations of 8 bits through 30 layers: on average a few hundredths of a logprob.
+    # Activations with 8 bits of mantissa, through 30 layers: on average a few hundredths of a logprob.
     assert differences(model, found.answers["bfloat16"], found.given).mean() < 0.1
 
 
 def test_int8_weights(made):
-    """bfloat16 activations meet the int8 kernel; for float32 ones the weights become float32."""
+    """With bfloat16 activations the int8 kernel runs; with float32 ones the weights are dequantized."""
     found = made["int8"]
     model = found.exported()
     # the export rounds its weights to bfloat16, serving does not

@@ -1,4 +1,4 @@
-"""Whatever is changed in a folder: vLLM's way to its configuration ends in the right permutations, or in one sentence."""
+"""Whatever is changed in a folder, the right permutations are read from it, or an error names what is wrong."""
 
 import json
 import tempfile
@@ -40,6 +40,6 @@ def test_the_configuration_is_right_or_refused(pruned_llama, other, case: Damage
         try:
             expected = Reader(folder).permutations
         except RiaError:
-            return  # a damage that the weights' own loader will meet
+            return  # damage that the loader of the weights will find
         assert set(config.permutations) == set(expected)
         assert all(torch.equal(torch.from_numpy(config.permutations[name]), p.int()) for name, p in expected.items())

@@ -1,10 +1,10 @@
-"""Reloads, layer by layer as vLLM does them: afterwards a layer computes what the new weights say, or it has failed."""
+"""Reloads, layer by layer as vLLM does them. Afterwards a layer computes with the new weights, or the reload failed."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from foreign_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
+from compressed_tensors_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -63,7 +63,7 @@ def test_quantized_weights_are_scaled_again(quantized, dense, two_of_four):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_weights_that_are_no_longer_two_of_four_are_refused(first):
-    """And the other way round: a server that multiplies densely stays one."""
+    """Also the other way round: a layer that is served dense stays dense."""
     checkpoint = Checkpoint(dense=True)
     layer, parts = fused(checkpoint)
     model = torch.nn.Sequential(layer)

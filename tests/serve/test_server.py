@@ -1,4 +1,4 @@
-"""A real `vllm serve` on a compressed checkpoint, asked by the `openai` client."""
+"""A real `vllm serve` on a compressed checkpoint, queried with the `openai` client."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @contextlib.contextmanager
 def serving(folder: Path, log: Path, *arguments: str):
-    """The base URL of a server that is up; its log is in the error when it does not come up."""
+    """Yields the base URL of a running server. If it does not start, its log is in the error."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

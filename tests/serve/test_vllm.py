@@ -39,7 +39,7 @@ SPREAD = {
     "two ranks": ("llama-gqa", {}, TWO_RANKS),
     "two ranks, fewer key-value heads, no folds": ("llama-mqa", {"folds": False}, TWO_RANKS),
     "four ranks, fewer key-value heads": ("llama-gqa", {}, TWO_RANKS | {"tensor_parallel_size": 4}),
-    # compiled, because vLLM's CPU worker has no buffers for the second stage when eager
+    # compiled, because vLLM's eager CPU worker has no buffers for the second stage
     "two stages": (
         "llama-gqa",
         {},
@@ -51,7 +51,7 @@ ONE_THREAD_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"
 
 
 class Runs:
-    """Lazily: all checkpoints of a group are written and run in one process, once."""
+    """Writes and runs all checkpoints of a group in one process, when its first result is asked for."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -1,4 +1,4 @@
-"""The check of packaging/check_vllm.py, against the vLLM that is installed and against made-up ones."""
+"""packaging/check_vllm.py, on the vLLM that is installed and on small packages made for the test."""
 
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_what_is_taken():
     assert not set(check.taken("import torch\nfrom ria_vllm import vllm\nvllm.x"))
 
 
-def test_a_package_that_has_all():
+def test_a_package_that_has_everything():
     assert check.missing(check.taken(USER), PACKAGE.get) == []
     assert check.missing([("vllm", "LLM")], PACKAGE.get) == []
 

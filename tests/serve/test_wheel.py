@@ -1,4 +1,4 @@
-"""The wheel of `make wheel` in a fresh environment, where no compiler is: it serves what the checkout serves."""
+"""The wheel of `make wheel`, in a fresh environment without a compiler, serves what the checkout serves."""
 
 import json
 import os
@@ -29,17 +29,17 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> Path:
-    """That of an environment with the wheel; torch, vLLM and the rest are borrowed from this one, ria_vllm is not."""
+    """The Python of an environment with the wheel, which shares torch, vLLM and the rest with this one."""
     folder = tmp_path_factory.mktemp("fresh")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(packages)]
     subprocess.run([*command, str(wheel)], check=True)
-    # Folders that are added this way do not get their own .pth files read, which is how the checkout is found here.
+    # Python reads no .pth files in folders that are added this way, so the checkout stays hidden.
     borrowed = [path for path in sys.path if path.endswith("site-packages")]
     (packages / "borrowed.pth").write_text("\n".join(borrowed))
     programs = folder / "bin"
-    lscpu = shutil.which("lscpu")  # vLLM asks it which cores there are
+    lscpu = shutil.which("lscpu")  # vLLM lists the cores with it
     if lscpu:
         (programs / "lscpu").symlink_to(lscpu)
     assert not any(shutil.which(name, path=str(programs)) for name in ("g++", "gcc", "cc", "c++", "clang", "nvcc"))
@@ -48,9 +48,9 @@ def python(wheel, tmp_path_factory) -> Path:
 
 def run(python: Path, path: str, *arguments: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "CC")}
-    # Without the compiled library a server would go on with the reference kernel; forced, it is an error.
+    # Without the compiled library, a server falls back to the reference kernel. Forcing `cpu` makes that an error.
     environment |= {"PATH": path, "RIA_VLLM_BACKEND": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    # vLLM compiles the ranking of logprobs even when it is eager, unless torch is told not to.
+    # Even an eager vLLM compiles the ranking of logprobs, unless torch is told not to.
     environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
     found = subprocess.run(
         [str(python), *arguments], env=environment, capture_output=True, text=True, timeout=900,

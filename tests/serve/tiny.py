@@ -1,7 +1,7 @@
 """Small random models of each family, pruned by magnitude under random permutations that obey the family's folds.
 
-They know nothing of the offline stage: what each linear computes is in the checkpoint itself, and the oracle is Hugging
-Face's own model with the pruned weights put back in the model's own order.
+They do not depend on the offline stage. The oracle is Hugging Face's own model with the pruned weights, in the model's
+own order.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,10 @@ Rows = tuple[str, tuple[int, int] | None]
 
 @dataclass(frozen=True)
 class Family:
-    """A model type with the names that its folds need. `kv` key-value heads; `settings` go to the config (None: not)."""
+    """A model type with the names that its folds need, and `kv` key-value heads.
+
+    `settings` are values of the config; None leaves a key out.
+    """
 
     model_type: str
     kv: int = HEADS
@@ -80,7 +83,7 @@ FAMILIES = {
 
 
 def model_of(family: Family, layers: int = 2, seed: int = 0, **settings: object) -> PreTrainedModel:
-    """A float32 model whose logits depend on every weight: nothing is left at a tiny or neutral initial value."""
+    """A float32 model whose logits depend on every weight: none keeps a tiny or neutral initial value."""
     values = {
         "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": layers,
         "num_attention_heads": HEADS, "num_key_value_heads": family.kv, "head_dim": HEAD_DIM,
@@ -109,7 +112,7 @@ def random_order(size: int, heads: int = 0, kv: int = 0) -> torch.Tensor:
 
 
 def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
-    """All of the decoder layers."""
+    """The linears of all decoder layers."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -184,7 +187,7 @@ def export(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def add_tokenizer(folder: Path) -> None:
-    """One token a byte, so that any text has ids below the small models' vocabulary."""
+    """One token for each byte, so that the ids of any text are in the small models' vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -38,7 +38,7 @@ class Checkpoint:
         return config
 
     def tensors(self, name, rows, columns, seed=0, two_of_four=True):
-        """What the checkpoint holds of a linear; without `two_of_four` it is dense, as a plain one may be by mistake."""
+        """What the checkpoint holds of a linear; without `two_of_four` it is dense, as if by mistake."""
         generator = torch.Generator().manual_seed(len(name) + rows + 1000 * seed)
         whole_matrix = torch.randn(rows, columns, generator=generator)
         compressed, bitmask = sparse24.compress(whole_matrix) if two_of_four else (whole_matrix, None)

@@ -31,7 +31,7 @@ def write(
         sparse_format: "sparse-24-bitmask" or "dense".
         kind: "int" or "float" for 8-bit weights, None for plain ones.
         static: the config has static activation scales; dynamic per token else.
-        spoiled: ending of a linear that is not 2:4: a dense format says that it is, a packed one leaves it out.
+        spoiled: ending of a linear that is not 2:4. The dense format claims that it is, the packed one ignores it.
     """
     model = tiny.write(tiny.FAMILIES["llama-gqa"], out, scope="none")
     path = out / "model.safetensors"
@@ -86,7 +86,7 @@ def write(
 
 
 def add_kv_scales(out: Path, **scales: float) -> None:
-    """Give the checkpoint at `out` scales of an fp8 cache, `k_scale` and `v_scale` or one of them, alike in all layers."""
+    """Give the checkpoint at `out` scales of an fp8 cache, `k_scale`, `v_scale` or both, the same in every layer."""
     tensors = load_file(out / "model.safetensors")
     layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
     for layer, (kind, scale) in itertools.product(layers, scales.items()):

@@ -1,0 +1,188 @@
+"""Which of the built model's layers serves which of the checkpoint's linears.
+
+vLLM hands its quantization config a prefix for every layer. vLLM's authors write these strings by hand, and in some
+families they are not the layers' paths. While a model is built, `RiaConfig.get_quant_method` has only the prefix. Once
+the model is complete, `match_layers` goes by the paths and by the model's own rules for naming weights. It replaces the
+method of each layer that was misjudged, and makes sure that each pruned linear is served exactly once.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.linear import ProvisionalDenseMethod, Sparse24LinearMethod
+from ria_vllm.serve.parameters import Creation
+from ria_vllm.serve.shards import ShardId
+
+# vLLM puts these in the place of modules that another pipeline stage has, or that are not used.
+PLACEHOLDER_MODULES = ("PPMissingLayer", "StageMissingLayer")
+# An error lists this many names and counts the others.
+NAMES_IN_ERROR = 5
+
+
+def match_layers(config: RiaConfig, model: torch.nn.Module) -> None:
+    """Give every linear layer of a model that was just built the checkpoint's linears that belong to its path.
+
+    Must be called before any weight is loaded. A second model that is built with the same config (the draft of a
+    multi-token prediction) may use other tensors of the checkpoint, and need not use all of them.
+
+    Raises:
+        RiaError: no layer serves a pruned linear, or more than one does; or a layer is partly dense.
+    """
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, LinearBase)}
+    # A draft may give its layers the target's paths, but the linears that the target serves are not the draft's.
+    taken = {name for name, kind in config.served_by.items() if kind is not type(model)}
+    found = linears_by_path(config, model, layers, taken) if config.stored is not None else {}
+    placed = {name for linears in found.values() for name in linears} | taken
+    served: Counter[str] = Counter()
+    unquantized: dict[str, tuple[str, ...]] = {}
+    for path, layer in layers.items():
+        method = layer.quant_method
+        sparse = isinstance(method, Sparse24LinearMethod)
+        linears = found.get(path)
+        if linears is None:
+            # The model's rules do not lead here. The prefix still counts if its linears belong nowhere else.
+            linears = method.names if sparse and not placed.intersection(method.names) else ()
+        wanted = bool(linears) and config.serves_sparse(path, linears)
+        if not sparse and not isinstance(method, ProvisionalDenseMethod):
+            if wanted:
+                unquantized[path] = linears
+            continue
+        if wanted:
+            serve_sparse(config, path, layer, linears)
+            served.update(set(linears))
+        elif sparse and config.stored is not None:
+            replace_method(layer, UnquantizedLinearMethod())
+        elif not sparse:
+            layer.quant_method = UnquantizedLinearMethod()
+    unserved = config.required - set(served) - set(config.served_by)
+    elsewhere = {name for name in unserved if destinations(model, name) is None}
+    if config.stored is not None:
+        _check(config, model, served, unserved - elsewhere, unquantized)
+    config.served_by |= dict.fromkeys(elsewhere | set(served), type(model))
+    config.model_built = True
+
+
+def serve_sparse(config: RiaConfig, path: str, layer: LinearBase, linears: tuple[str, ...]) -> None:
+    """Let `layer` serve `linears`, by the method that it has if that serves them already."""
+    method = layer.quant_method
+    model_loader = method.creation.model_loader(layer)
+    if not isinstance(method, Sparse24LinearMethod) or method.names != linears:
+        method = config.sparse_method(path, linears)
+        replace_method(layer, method)
+    method.model_built(layer, model_loader)
+
+
+def replace_method(layer: LinearBase, method: LinearMethodBase) -> None:
+    """Give a layer that was created with another method, but not loaded yet, the parameters of `method`."""
+    creation: Creation = layer.quant_method.creation
+    model_loader = creation.model_loader(layer)
+    creation.undo(layer)
+    if isinstance(layer.quant_method, Sparse24LinearMethod):
+        layer.quant_method.report.expected -= 1
+    layer.quant_method = method
+    method.create_weights(layer, *creation.args, **creation.kwargs)
+    if isinstance(method, UnquantizedLinearMethod) and model_loader is not None:
+        layer.weight.weight_loader = model_loader
+    layer.update_param_tp_status()
+
+
+def _check(
+    config: RiaConfig,
+    model: torch.nn.Module,
+    served: Counter[str],
+    unserved: set[str],
+    unquantized: dict[str, tuple[str, ...]],
+) -> None:
+    twice = [name for name, count in served.items() if count > 1]
+    if twice:
+        raise RiaError(
+            f"{config.where}: {_list(twice)}: vLLM's {type(model).__name__} has more than one layer for it."
+        )
+    if config.model_built:
+        return  # a second model need not use all of them
+    lost = sorted(unserved)
+    if lost:
+        dense = {linear: path for path, linears in unquantized.items() for linear in linears}
+        if lost[0] in dense:
+            reason = f"vLLM's layer {dense[lost[0]]} takes dense weights only"
+        else:
+            reason = f"no layer of vLLM's {type(model).__name__} takes it"
+        raise RiaError(
+            f"{config.where}: pruned linears that would not be served: {_list(lost)}. For the first, the reason is: "
+            f"{reason}. Compress the model again with these in --ignore, or make a dense folder with `ria-vllm export`."
+        )
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - NAMES_IN_ERROR} more" if len(names) > NAMES_IN_ERROR else ""
+    return ", ".join(names[:NAMES_IN_ERROR]) + more
+
+
+def linears_by_path(
+    config: RiaConfig, model: torch.nn.Module, layers: dict[str, LinearBase], taken: set[str]
+) -> dict[str, tuple[str, ...]]:
+    """Path of a layer -> the checkpoint's linears that it is made of, in output order. Layers without any are left out.
+
+    Args:
+        taken: linears that another model serves.
+    """
+    shards: dict[str, dict[int, str]] = {}
+    free = config.stored - taken
+    for name in sorted(free):
+        for path, shard in destinations(model, name) or ():
+            if path in layers:
+                shards.setdefault(path, {})[_position(shard)] = name
+    found = {path: tuple(linears[i] for i in sorted(linears)) for path, linears in shards.items()}
+    for path in layers:
+        # Families whose rules are hidden in their loaders list what they fuse in `packed_modules_mapping`.
+        linears = config.linears_of(path)
+        if path not in found and free.issuperset(linears):
+            found[path] = linears
+    return found
+
+
+def destinations(model: torch.nn.Module, name: str) -> list[tuple[str, ShardId]] | None:
+    """(path of a module, shard) of each place that vLLM loads the checkpoint's linear `name` to, by its own mappers.
+
+    A module with a loader of its own applies its own mapper to the rest of the name, as vLLM's loaders do.
+
+    Returns:
+        Empty if the path leads nowhere; None if this process does not use the tensor, because a mapper drops it or
+        because it belongs to a part of the model that is elsewhere.
+    """
+    module, path, rest = model, [], f"{name}.weight"
+    shard: Any = None
+    while True:
+        mapper = getattr(module, "hf_to_vllm_mapper", None)
+        if mapper is not None and hasattr(module, "load_weights"):
+            mapped = mapper._map_name_with_shard(rest)
+            if mapped is None:
+                return None
+            rest, new = mapped
+            shard = shard if new is None else new
+        # On to the next module that has a mapper, or to the end of the name.
+        while "." in rest:
+            head, _, rest = rest.partition(".")
+            path.append(head)
+            child = module._modules.get(head)
+            if child is None:
+                return []
+            if type(child).__name__ in PLACEHOLDER_MODULES:
+                return None
+            module = child
+            if hasattr(module, "hf_to_vllm_mapper") and hasattr(module, "load_weights"):
+                break
+        else:
+            break
+    return [(".".join(path), one) for one in (shard if isinstance(shard, list) else [shard])]
+
+
+def _position(shard: ShardId) -> int:
+    """The place of a shard among its layer's outputs."""
+    first = shard[0] if isinstance(shard, tuple) else shard
+    return first if isinstance(first, int) else {"q": 0, "k": 1, "v": 2}.get(first, 0)

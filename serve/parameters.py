@@ -1,0 +1,156 @@
+"""The parameters of a layer: created in the form that the checkpoint stores, replaced, and taken away again."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    ModelWeightParameter,
+    PerTensorScaleParameter,
+)
+
+from ria_vllm.serve.loading import LayerLoader, Loader, rows_of_mamba2, unwrapped
+from ria_vllm.serve.shards import ShardId
+from ria_vllm.serve.weight_scheme import TensorSpec
+
+# `shape` repeats what the bitmask says. `input_permutation` was read before, but vLLM streams every safetensors file of
+# a folder without an index. Activations are not rounded, or get a scale for each token, so a scale from the checkpoint
+# is not needed. Zero points are zero.
+# These parameters stay on the layer, because a reload streams the tensors again, some after the layer is complete.
+IGNORED_TENSORS = {
+    "shape": (2, torch.int64),
+    "input_permutation": (1, torch.int32),
+    "input_scale": (1, torch.float32),
+    "weight_zero_point": (1, torch.int8),
+    "input_zero_point": (1, torch.int8),
+}
+
+
+class WeightPlaceholder:
+    """Stands at `layer.weight` while a model is built, for a model that gives the weight a loader of its own.
+
+    Mamba-2 does so for its input projection if one group serves all heads and several ranks share it. Without a place
+    for the loader, it would be lost. With a real parameter there, other models would take the layer for a dense one:
+    DeepSeek's chooses a kernel by it.
+    """
+
+    def __init__(self) -> None:
+        self.weight_loader: Loader | None = None  # some versions of vLLM delete it before they set their own
+
+    @staticmethod
+    def is_needed(layer: LinearBase) -> bool:
+        return type(layer) is ColumnParallelLinear and layer.tp_size > 1
+
+
+@dataclass(frozen=True)
+class Creation:
+    """How the parameters of a layer were created, so that others can take their place before anything is loaded.
+
+    Attributes:
+        kwargs: of `create_weights`, as `args`.
+        parameters: names of the parameters.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parameters: tuple[str, ...]
+
+    @classmethod
+    def record(cls, create: Callable[..., None], layer: LinearBase, *args: Any, **kwargs: Any) -> "Creation":
+        before = set(layer._parameters)
+        create(layer, *args, **kwargs)
+        return cls(args, kwargs, tuple(name for name in layer._parameters if name not in before))
+
+    def model_loader(self, layer: LinearBase) -> Loader | None:
+        """The loader that the layer's model gave its weight in place of vLLM's ordinary one, if it did."""
+        ordinary = self.kwargs["weight_loader"]
+        loader = getattr(getattr(layer, "weight", None), "weight_loader", None)
+        return None if loader is None or unwrapped(loader) == ordinary else unwrapped(loader)
+
+    def undo(self, layer: LinearBase) -> None:
+        for name in self.parameters:
+            delattr(layer, name)
+        for name in ("weight", "weight_loader"):
+            layer.__dict__.pop(name, None)
+        if layer.bias is not None:
+            layer.bias.weight_loader = unwrapped(layer.bias.weight_loader)
+
+
+def create_parameters(
+    layer: LinearBase, loader: LayerLoader, sizes: Sequence[int], columns: int, ordinary: Loader
+) -> None:
+    """Give `layer` the parameters that its linears are loaded into, and some for tensors that are ignored.
+
+    vLLM creates the bias later and gives it whatever `layer.weight_loader` is then. That is wrapped for a layer that
+    reorders rows.
+
+    Args:
+        loader: stands before vLLM's loader.
+        sizes: rows of each output on this rank.
+        columns: input channels of this rank.
+        ordinary: vLLM's loader.
+    """
+    for kind, spec in loader.checks.specs.items():
+        layer.register_parameter(kind, _parameter(spec, sizes, columns, loader.wrap(kind, ordinary)))
+    for kind, (size, dtype) in IGNORED_TENSORS.items():
+        parameter = Parameter(torch.zeros(size, dtype=dtype), requires_grad=False)
+        parameter.weight_loader = ignore_tensor
+        parameter.weight_loader_numel = 0  # a reload does not have to wait for it
+        layer.register_parameter(kind, parameter)
+    if "weight" not in loader.checks.specs and WeightPlaceholder.is_needed(layer):
+        layer.weight = WeightPlaceholder()
+    if loader.reorders:
+        layer.weight_loader = loader.wrap("bias", layer.weight_loader)
+
+
+def _parameter(spec: TensorSpec, sizes: Sequence[int], columns: int, loader: Loader) -> BasevLLMParameter:
+    if spec.per_tensor:
+        return PerTensorScaleParameter(data=torch.zeros(len(sizes), dtype=spec.dtype), weight_loader=loader)
+    data = torch.zeros(spec.shape(sum(sizes), columns), dtype=spec.dtype)
+    if spec.channels is None:
+        return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
+    return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
+
+
+def use_loader_of_model(
+    layer: LinearBase, loader: LayerLoader, ordinary: Loader, model_loader: Loader | None
+) -> None:
+    """Once its model is complete, let `layer` load by the model's own loader, if it has one, behind `loader`.
+
+    The model has replaced our loaders by its own on every parameter whose name it knows. Its loader distributes rows,
+    so a scale for the whole linear is loaded by vLLM's `ordinary` one.
+    """
+    if isinstance(layer.__dict__.get("weight"), WeightPlaceholder):
+        del layer.weight
+    if model_loader is None:
+        return
+    rows = rows_of_mamba2(model_loader)
+    loader.checks.rows = {} if rows is None else {None: rows}
+    for kind, spec in loader.checks.specs.items():
+        getattr(layer, kind).weight_loader = loader.wrap(kind, ordinary if spec.per_tensor else model_loader)
+    for kind in IGNORED_TENSORS:
+        getattr(layer, kind).weight_loader = ignore_tensor
+
+
+def ignore_tensor(param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id: ShardId = None) -> None:
+    """A weight loader for tensors that serving does not need."""
+
+
+def take_parameters(layer: LinearBase, specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
+    """What was loaded, removed from the layer; empty if it was taken before, whatever is served under the same name."""
+    taken = {}
+    for kind in specs:
+        if isinstance(getattr(layer, kind, None), BasevLLMParameter):
+            taken[kind] = getattr(layer, kind).data
+            delattr(layer, kind)
+    return taken
+
+
+def set_parameter(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Register a tensor as a parameter, so that vLLM counts it, moves it and refills it on a reload."""
+    layer.register_parameter(name, Parameter(tensor.contiguous(), requires_grad=False))

@@ -1,0 +1,253 @@
+"""Each pruned linear of a checkpoint is served by exactly one layer, whatever prefix vLLM's authors gave that layer."""
+
+import pytest
+import tiny
+import torch
+from compare import check, generate, prompts
+from gated_model import (
+    FOLD,
+    HIDDEN,
+    INNER,
+    Block,
+    Model,
+    attached,
+    expected,
+    finished,
+    stored_model,
+    tensors,
+)
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear, UnquantizedLinearMethod
+from vllm.model_executor.models.utils import PPMissingLayer, WeightsMapper
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve import layer_matching, plugin
+from ria_vllm.serve.layer_matching import match_layers
+from ria_vllm.serve.linear import Sparse24LinearMethod
+
+MAMBA = (("mamba_d_conv", 4), ("mamba_d_head", 32), ("mamba_d_state", 16), ("mamba_n_groups", 1), ("mamba_n_heads", 8))
+# Families whose layers vLLM names by a prefix that is not their path, or whose fused layers only its loaders know.
+FAMILIES = {
+    "stablelm": tiny.Family("stablelm", settings=(("hidden_dropout", 0.0), ("attention_dropout", 0.0))),
+    "gptj": tiny.Family(
+        "gptj",
+        settings=(("n_embd", HIDDEN), ("n_layer", 2), ("n_head", tiny.HEADS), ("n_inner", tiny.INNER), ("rotary_dim", 16)),
+    ),
+    "gemma4_text": tiny.Family(
+        "gemma4_text", kv=2,
+        settings=(
+            ("attention_k_eq_v", True), ("layer_types", ["sliding_attention", "full_attention"]), ("sliding_window", 64),
+            ("global_head_dim", tiny.HEAD_DIM), ("num_global_key_value_heads", 2), ("hidden_size_per_layer_input", 0),
+            ("num_kv_shared_layers", 0),
+        ),
+    ),
+    "falcon": tiny.Family(
+        "falcon",
+        settings=(
+            ("head_dim", None), ("new_decoder_architecture", True), ("num_kv_heads", 2), ("bias", False), ("alibi", False),
+            ("ffn_hidden_size", 4 * HIDDEN), ("hidden_dropout", 0.0), ("attention_dropout", 0.0),
+        ),
+    ),
+    "falcon_h1": tiny.Family("falcon_h1", kv=2, settings=(*MAMBA, ("mamba_d_ssm", 256), ("mamba_expand", 2))),
+    "granitemoehybrid": tiny.Family(
+        "granitemoehybrid", kv=2,
+        settings=(
+            *MAMBA, ("mamba_expand", 2), ("layer_types", ["mamba", "attention"]), ("num_local_experts", 0),
+            ("num_experts_per_tok", 0), ("shared_intermediate_size", tiny.INNER), ("position_embedding_type", "rope"),
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    models, jobs = {}, []
+    for name, family in FAMILIES.items():
+        models[name] = tiny.write(family, folder / name, scope="linear", folds=False)
+        jobs.append({
+            "model": str(folder / name), "prompts": prompts(), "tokens": 6, "engine": {"dtype": "float32"},
+        })  # fmt: skip
+    results = generate(folder / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    return {name: (models[name], result) for name, result in zip(FAMILIES, results)}
+
+
+@pytest.fixture
+def stored():
+    return stored_model()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_served_as_hugging_face_has_it(served, name):
+    check(*served[name])
+
+
+@pytest.mark.parametrize(
+    "prefixes",
+    [
+        ("layers.0.gate_up", "layers.0.down"),
+        ("wrong.gate_up", "wrong.down"),
+        ("", "layers.0.gate"),
+        ("layers.0.down", "layers.0.down"),
+    ],
+)
+def test_layers_are_found_by_their_path(ranks, stored, prefixes):
+    """Folds, gathers and biases are right whether the prefix is empty, names another linear, or is the path."""
+    config = stored.config([FOLD])
+    assert config.folding.folded
+    model = attached(config, Model(config, prefixes=prefixes))
+    down = model.layers[0].down
+    assert down.quant_method.creation.model_loader(down) is None
+    model.load_weights(tensors(stored))
+    finished(model)
+    x = torch.randn(5, HIDDEN)
+    want = expected(stored, x)
+    assert want.std() > 0.3
+    torch.testing.assert_close(model.layers[0](x).double(), want, rtol=0, atol=1e-4)
+    assert config.report.expected == config.report.loaded == 2
+
+
+def test_a_pruned_linear_that_no_layer_serves(ranks, stored):
+    stored.add("model.layers.1.down", HIDDEN, INNER)
+    config = stored.config()
+    with pytest.raises(RiaError, match=r"would not be served: model\.layers\.1\.down\..*no layer of vLLM's Model takes it"):
+        attached(config, Model(config))
+
+
+def test_a_pruned_linear_of_another_stage_is_served_there(ranks, stored):
+    stored.add("model.layers.1.down", HIDDEN, INNER)
+    config = stored.config()
+    model = Model(config)
+    model.layers.append(PPMissingLayer())
+    match_layers(config, model)
+
+
+def test_a_pruned_linear_that_vllm_drops(ranks, stored):
+    """Some checkpoints hold the keys even of layers that use the keys of another layer."""
+
+    class Dropping(Model):
+        hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr={"layers.1.": None}) | Model.hf_to_vllm_mapper
+
+    stored.add("model.layers.1.down", HIDDEN, INNER)
+    config = stored.config()
+    match_layers(config, Dropping(config))
+
+
+def test_a_layer_that_takes_dense_weights_only(ranks, stored):
+    config = stored.config()
+    with pytest.raises(RiaError, match=r"layers\.0\.(down|gate).*vLLM's layer layers\.0\.\w+ takes dense weights only"):
+        attached(config, Model(config, quantized=False))
+
+
+def test_a_linear_that_two_layers_take(ranks, stored):
+    config = stored.config()
+    model = Model(config)
+    model.layers[0].other = Block(config, ("layers.0.down", "layers.0.down")).down
+    model.layers[0]._modules["twin"] = model.layers[0].other
+    model.hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={"model.": ""},
+        orig_to_new_stacked=dict(Model.hf_to_vllm_mapper.orig_to_new_stacked) | {".down": (".down", [None, None])},
+    )
+    del model.layers[0].down
+    match_layers(config, model)  # by its prefix; both names are one layer
+    second = Block(config, ("layers.0.down", "layers.0.down"))
+    model.layers[0].second = second.down
+    config.served_by.clear()
+    config.model_built = False
+    with pytest.raises(RiaError, match=r"model\.layers\.0\.down: vLLM's Model has more than one layer for it"):
+        match_layers(config, model)
+
+
+def test_a_dense_layer_that_a_prefix_took_for_a_pruned_one(ranks, stored):
+    """Its path shows that it is dense, so it gets vLLM's own method again."""
+    config = stored.config()
+    config.stored.add("model.extra")
+    config.names["model.extra"] = "model.extra"
+    model = Model(config)
+    model.extra = ReplicatedLinear(HIDDEN, INNER, quant_config=config, prefix="layers.0.down", return_bias=False)
+    match_layers(config, model)
+    assert type(model.extra.quant_method) is UnquantizedLinearMethod
+    assert model.extra.weight.shape == (INNER, HIDDEN) and not hasattr(model.extra, "compressed")
+    weight = torch.randn(INNER, HIDDEN)
+    model.extra.weight.weight_loader(model.extra.weight, weight)
+    assert torch.equal(model.extra.weight, weight)
+
+
+def test_a_second_model_of_the_same_checkpoint(ranks, stored):
+    """The draft of a multi-token prediction is built with the target's config.
+
+    It need not use every linear. Those that the target serves are not the draft's, even if a layer has the same path.
+    """
+
+    class Draft(Model):
+        pass
+
+    config = stored.config()
+    target = attached(config, Model(config))
+    draft = Draft(config, prefixes=("mtp.layers.0.gate_up", "mtp.layers.0.down"))
+    match_layers(config, draft)
+    assert {type(m.quant_method) for m in draft.modules() if isinstance(m, LinearBase)} == {UnquantizedLinearMethod}
+    assert isinstance(target.layers[0].down.quant_method, Sparse24LinearMethod)
+    match_layers(config, Model(config))  # built anew
+
+
+def test_a_draft_leaves_what_another_stage_serves_alone(ranks, stored):
+    class Draft(Model):
+        pass
+
+    config = stored.config()
+    target = Model(config)
+    target.layers[0] = PPMissingLayer()
+    match_layers(config, target)
+    draft = Draft(config, prefixes=("mtp.layers.0.gate_up", "mtp.layers.0.down"))
+    match_layers(config, draft)
+    assert {type(m.quant_method) for m in draft.modules() if isinstance(m, LinearBase)} == {UnquantizedLinearMethod}
+
+
+def test_a_loader_that_the_model_gave_its_weight_stays(ranks, stored):
+    """Mamba-2 brings one, to share groups between ranks."""
+    config = stored.config()
+    model = Model(config)
+    called = []
+
+    def loader(param, loaded_weight):
+        called.append(tuple(loaded_weight.shape))
+        param.data.copy_(loaded_weight)
+
+    model.layers[0].down.weight.weight_loader = loader
+    attached(config, model)
+    model.load_weights(tensors(stored))
+    assert called == [(HIDDEN, INNER // 2), (HIDDEN, INNER // 8)]
+
+
+def test_models_inside_a_model_wait_for_the_outermost(ranks, stored, monkeypatch):
+    """vLLM builds them by the same function; only the outermost has the paths that the checkpoint knows."""
+    from vllm.model_executor.model_loader import utils
+
+    matched = []
+    monkeypatch.setattr(layer_matching, "match_layers", lambda config, model: matched.append(type(model)))
+    monkeypatch.setattr(utils, "record_metadata_for_reloading", lambda model: None)
+    plugin.watch_models()
+    config = get_current_vllm_config()
+    monkeypatch.setattr(config, "quant_config", stored.config())
+
+    class Inner(Model):
+        def __init__(self, *, vllm_config, prefix=""):
+            super().__init__(vllm_config.quant_config)
+
+    class Outer(Inner):
+        def __init__(self, *, vllm_config, prefix=""):
+            super().__init__(vllm_config=vllm_config)
+            self.inner = utils.initialize_model(vllm_config, model_class=Inner, model_config=vllm_config.model_config)
+            assert matched == []
+
+    class Failing(Inner):
+        def __init__(self, *, vllm_config, prefix=""):
+            utils.initialize_model(vllm_config, model_class=Inner, model_config=vllm_config.model_config)
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        utils.initialize_model(config, model_class=Failing, model_config=config.model_config)
+    utils.initialize_model(config, model_class=Outer, model_config=config.model_config)
+    assert matched == [Outer]

@@ -1,0 +1,121 @@
+"""The stream of tensors: each is what the file holds, under its name, or the load stops."""
+
+import functools
+
+import pytest
+import torch
+from gated_model import HIDDEN, PREFIX, Model, attached, finished, stored_model, tensors
+from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.layer_matching import match_layers
+from ria_vllm.serve.reload import check_reload
+from ria_vllm.serve.stream import WeightStream
+
+
+@pytest.fixture
+def stored():
+    return stored_model()
+
+
+def test_among_equal_tensors_the_wanted_name_is_found():
+    stream, zero = WeightStream(), torch.zeros(4)
+    names = ["k.bias", "v.bias"]
+    for name, _ in stream.named((name, torch.zeros(4)) for name in names):
+        pass
+    assert [stream.name_of(zero.clone(), [name]) for name in names] == names
+
+
+def test_tensors_that_a_model_changes_are_refused(ranks, stored):
+    config = stored.config()
+    model = attached(config, Model(config))
+    changed = ((name, tensor * 1 if name.endswith("down.compressed") else tensor) for name, tensor in tensors(stored))
+
+    class Rearranging(Model):
+        def load_weights(self, weights):
+            return super().load_weights(
+                (n, t.flip(0) if n.endswith("down.compressed") else t) for n, t in weights
+            )
+
+    model.load_weights(changed)  # changed before the stream begins, which the sender may do
+    config.served_by.clear()
+    model = attached(config, Rearranging(config))
+    with pytest.raises(RiaError, match=r"model\.layers\.0\.down\.compressed: vLLM changes it before its layer loads it"):
+        model.load_weights(tensors(stored))
+
+
+def test_tensors_that_a_model_confuses_are_refused(ranks, stored):
+    class Confusing(Model):
+        def load_weights(self, weights):
+            swapped = {"gate": "up", "up": "gate"}
+            names = ((name.split("."), tensor) for name, tensor in weights)
+            return super().load_weights((".".join(swapped.get(p, p) for p in parts), t) for parts, t in names)
+
+    config = stored.config()
+    model = attached(config, Confusing(config))
+    with pytest.raises(RiaError, match=r"vLLM loads model\.layers\.0\.gate\.compressed where model\.layers\.0\.up belongs"):
+        model.load_weights(tensors(stored))
+
+
+def test_a_copy_of_a_tensor_has_its_name():
+    """vLLM's pooling models copy the first tensors, and Gemma 4 copies keys that are also the values."""
+    kept = {"a.bitmask": torch.randint(99, (4, 4), dtype=torch.uint8), "a.weight": torch.randn(4, 4).to(torch.float8_e4m3fn)}
+    kept |= {"a.compressed": torch.full((4, 4), torch.nan), "a.weight_scale": torch.tensor(0.5)}
+    stream = WeightStream()
+    for name, tensor in stream.named(kept.items()):
+        copies = tensor.detach(), tensor.clone()
+        assert [stream.name_of(other) for other in (tensor, *copies)] == [name] * 3
+        stream.recent.clear()
+        assert [stream.name_of(other) for other in copies] == [name] * 2  # a reload asks again
+        stream.recent.append((tensor, name))
+        if tensor.dim() and name != "a.compressed":
+            for other in (tensor[1:], tensor.view(torch.uint8).flip(0).view(tensor.dtype), tensor.view(torch.int8)):
+                assert stream.name_of(other) is None
+
+
+def test_a_reload_is_checked_before_any_tensor_is_loaded(ranks, stored):
+    config = stored.config()
+    model = Model(config)
+    match_layers(config, model)
+    checked = []
+
+    def check(from_files):
+        checked.append(from_files)
+        if from_files:
+            raise RiaError("other orders")
+
+    config.stream.attach(model, check)
+    model.load_weights(tensors(stored))
+    assert not checked
+    finished(model)
+    x = torch.randn(3, HIDDEN)
+    before = model.layers[0](x)
+    record_metadata_for_reloading(model)
+    initialize_layerwise_reload(model)
+    with pytest.raises(RiaError, match="other orders"):
+        model.load_weights(tensors(stored))
+    assert torch.equal(model.layers[0](x), before)  # the server keeps the weights that it has
+    checked.clear()
+    model.load_weights([])  # from a trainer, not from files
+    assert checked == [False]
+
+
+def test_a_load_after_dummy_weights_is_checked(ranks, stored):
+    config = stored.config()
+    model = Model(config)
+    match_layers(config, model)
+    config.stream.attach(model, functools.partial(check_reload, config, None), loaded=True)
+    config.unread = "here: permutations.safetensors is missing."
+    for weights in (tensors(stored), list(tensors(stored))):  # from files, from a trainer
+        with pytest.raises(RiaError, match="is missing. This server was started with dummy weights, which did not need that"):
+            model.load_weights(weights)
+
+
+def test_a_missing_output_is_named(ranks, stored):
+    """Even if the files do not have it, so that no linear of that name is expected."""
+    del stored.tensors[f"{PREFIX}.up"]
+    config = stored.config()
+    model = attached(config, Model(config))
+    model.load_weights(tensors(stored))
+    with pytest.raises(RiaError, match=r"model\.layers\.0\.gate\.compressed is in none of the weight files"):
+        finished(model)
