@@ -164,7 +164,7 @@ def page(title: str, content: dict[str, Any], inventory: Inventory | None, measu
         "gains. Higher is better.</p>",
         charts(linears, "retained_before", "retained_after", ("before permutation", "after"), False),
         "<h2>Output error</h2><p>Of each linear on the calibration text, relative to its output: what updating the "
-        "weights that stay gains. Lower is better.</p>",
+        "kept weights gains. Lower is better.</p>",
         charts(linears, "error_before", "error_after", ("before reconstruction", "after"), True),
         recipe_table(recipe, content.get("dense")),
         linear_table(linears, inventory),

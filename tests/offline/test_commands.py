@@ -9,7 +9,6 @@ from click.testing import CliRunner
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline import compress as pipeline
 from ria_vllm.offline.commands import compress
 
 
@@ -79,13 +78,13 @@ def test_a_seed_that_no_generator_takes(seed, tiny, tmp_path):
     assert result.exit_code == 2 and "--seed" in result.stderr and list(tmp_path.iterdir()) == []
 
 
-def test_interrupted_it_says_how_to_go_on(tiny, text, tmp_path, monkeypatch):
+def test_interrupted_it_says_how_to_continue(tiny, text, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     options = [tiny("llama"), "-o", tmp_path / "out", "--calibration", text, "--samples", 4, "--seq-len", 32]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_say_layer", interrupt)
+        patch.setattr("ria_vllm.offline.compress._say_layer", interrupt)
         result = invoke(*options)
     assert isinstance(result.exception, RiaError) and "--resume" in str(result.exception)
     result = invoke(*options, "--resume")

@@ -1,11 +1,11 @@
-"""The pipeline from end to end, on tiny models of every family."""
+"""`compress` from end to end, on tiny models of every family."""
 
-import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from compressing import digests
 from safetensors.torch import load_file
 
 from ria_vllm.checkpoint import Reader, tensor_names
@@ -25,10 +25,6 @@ NO_FOLDS = ("gpt-neox", "qwen3-moe")
 def run(model: Path, out: Path, text: Path, settings: Settings = Settings(), **options) -> dict:
     recipe = Recipe(**{"calibration": str(text), "samples": 8, "seq_len": 64} | options)
     return compress(str(model), out, recipe, settings, Monitor(shown=False))
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,9 +145,9 @@ def test_in_features_off_the_grid_stay_dense(make_model, text, tmp_path):
 def test_sampling_a_model_that_does_not_fit_is_refused(tiny, tmp_path, monkeypatch):
     model, recipe = tiny("llama"), Recipe(samples=2, seq_len=32)
     size = sum(tensor.nbytes for tensor in load_file(model / "model.safetensors").values())
-    monkeypatch.setattr("ria_vllm.offline.compress.available", lambda device: size - 1)
+    monkeypatch.setattr("ria_vllm.offline.tokens.available", lambda device: size - 1)
     with pytest.raises(RiaError, match="calibration self runs the whole dense model.*Give a text file"):
         compress(str(model), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
     assert not list(tmp_path.glob("out*"))
-    monkeypatch.setattr("ria_vllm.offline.compress.available", lambda device: size)
+    monkeypatch.setattr("ria_vllm.offline.tokens.available", lambda device: size)
     compress(str(model), tmp_path / "out", recipe, Settings(), Monitor(shown=False))

@@ -1,6 +1,5 @@
 """The dtype that layers are computed in: how it is chosen, and that what is written stays in the model's own."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -10,16 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from compressing import digests, interrupted_after_a_layer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline import compress as pipeline
+from ria_vllm.offline import tokens
+from ria_vllm.offline.calibration import data
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.evaluation.evaluate import evaluate, load_model
+from ria_vllm.offline.evaluation.evaluate import evaluate
 from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.model.dtypes import choose_dtype, fast_bf16
+from ria_vllm.offline.model.hf import load_model
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
@@ -52,19 +54,8 @@ def run(model: Path, out: Path, text: Path, settings: Settings = Settings(), **o
     compress(str(model), out, recipe, settings, Monitor())
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-
-
 def recipe_of(folder: Path) -> dict:
     return Reader(folder).schema.recipe
-
-
-def interrupted(monkeypatch, *arguments, **options) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_say_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(*arguments, **options)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +170,8 @@ def test_resumed_on_another_kind_of_machine_it_goes_on_as_it_began(
     run(stored_bf16, tmp_path / "whole", text, **options, compute_dtype="float32")
     with monkeypatch.context() as patch:
         patch.setattr(dtypes, "_cpu_flags", lambda: SLOW)
-        interrupted(monkeypatch, stored_bf16, tmp_path / "out", text, **options)
+        with interrupted_after_a_layer():
+            run(stored_bf16, tmp_path / "out", text, **options)
     with pytest.raises(RiaError, match=r"another compute-dtype \(float32\)"):
         run(stored_bf16, tmp_path / "out", text, Settings(resume=True), **options, compute_dtype="bfloat16")
     capsys.readouterr()
@@ -189,24 +181,25 @@ def test_resumed_on_another_kind_of_machine_it_goes_on_as_it_began(
 
 
 def test_from_the_start_again_it_chooses_anew(fast, stored_bf16, text, tmp_path, monkeypatch):
-    interrupted(monkeypatch, stored_bf16, tmp_path / "out", text, compute_dtype="float32")
+    with interrupted_after_a_layer():
+        run(stored_bf16, tmp_path / "out", text, compute_dtype="float32")
     run(stored_bf16, tmp_path / "out", text)
     assert recipe_of(tmp_path / "out")["compute_dtype"] == "bfloat16"
 
 
 def test_text_of_its_own_is_written_in_the_fast_dtype(slow, stored_bf16, tmp_path, monkeypatch):
     seen = []
-    from_model = pipeline.calibration.from_model
+    from_model = data.from_model
     monkeypatch.setattr(
-        pipeline.calibration, "from_model", lambda model, *rest: (seen.append(model.dtype), from_model(model, *rest))[1]
+        data, "from_model", lambda model, *rest: (seen.append(model.dtype), from_model(model, *rest))[1]
     )
     run(stored_bf16, tmp_path / "out", Path("self"))
     assert seen == [FP32]
     with pytest.raises(RiaError, match="in float32, .* Or give --compute-dtype bfloat16"):
-        monkeypatch.setattr(pipeline, "available", lambda device: (stored_bf16 / "model.safetensors").stat().st_size)
+        monkeypatch.setattr(tokens, "available", lambda device: (stored_bf16 / "model.safetensors").stat().st_size)
         run(stored_bf16, tmp_path / "again", Path("self"))
     with pytest.raises(RiaError, match="one at a time.$"):  # in bfloat16 it would not fit either
-        monkeypatch.setattr(pipeline, "available", lambda device: 10)
+        monkeypatch.setattr(tokens, "available", lambda device: 10)
         run(stored_bf16, tmp_path / "again", Path("self"))
 
 

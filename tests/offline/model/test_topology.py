@@ -1,12 +1,11 @@
-"""What the pipeline knows of architectures, and which linears a plan leaves dense."""
+"""What is known about architectures: shared inputs, folds, and linears that stay dense."""
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.topology import Component, Topology, decoder_layers, describe, linears_of, served_dense
-from ria_vllm.offline.plan import most_sensitive
+from ria_vllm.offline.model.topology import Sublayer, Topology, decoder_layers, describe, linears_of, served_dense
 
 
 def layer_and_inputs(folder):
@@ -27,8 +26,8 @@ def test_what_is_said_to_share_an_input_does(family, tiny):
     topology = describe(model.config, layer, inputs)
     assert topology.folds and sorted(topology.linears) == sorted(linears_of(layer))
     tensors = {name: x for name, x in seen}
-    for component in topology.components:
-        for group in (group for stage in component.stages for group in stage):
+    for sublayer in topology.sublayers:
+        for group in (group for stage in sublayer.stages for group in stage):
             assert all(tensors[name] is tensors[group.linears[0]] for name in group.linears)
             if group.heads is not None:
                 assert tensors[group.linears[0]].shape[-1] == group.heads.num_heads * group.heads.head_dim
@@ -69,7 +68,7 @@ def test_an_unknown_family_groups_by_the_tensor_that_is_read(tiny):
     model, layer, inputs, _ = layer_and_inputs(tiny("llama"))
     model.config.model_type = "unheard-of"
     topology = describe(model.config, layer, inputs)
-    groups = [group.linears for group in topology.components[0].stages[0]]
+    groups = [group.linears for group in topology.sublayers[0].stages[0]]
     assert groups == [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
         ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",),
@@ -188,7 +187,7 @@ def test_a_linear_that_is_called_twice_is_in_one_group(tiny):
 
 def test_sets_that_overlap_are_one():
     names = ["a.q_proj", "a.k_proj", "a.v_proj", "a.b_proj", "a.o_proj", "c.q_proj"]
-    topology = Topology((Component("layer", ()),), together=(frozenset(("a.v_proj", "a.b_proj")),))
+    topology = Topology((Sublayer("layer", ()),), together=(frozenset(("a.v_proj", "a.b_proj")),))
     for name in names[:4]:
         assert topology.fused_with(name, names) == names[:4]
     assert topology.fused_with("c.q_proj", names) == ["c.q_proj"]
@@ -202,22 +201,6 @@ def test_no_layers_with_linears():
 
 def test_fused_linears_of_one_layer_only():
     names = [f"layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qkvo"]
-    topology = Topology((Component("layer", ()),))
+    topology = Topology((Sublayer("layer", ()),))
     assert topology.fused_with("layers.1.self_attn.k_proj", names) == [f"layers.1.self_attn.{x}_proj" for x in "qkv"]
     assert topology.fused_with("layers.1.self_attn.o_proj", names) == ["layers.1.self_attn.o_proj"]
-
-
-def test_the_most_sensitive_are_those_that_lose_most_for_a_byte():
-    records = {
-        "a.q_proj": {"shape": [10, 10], "error_after": 0.3},
-        "a.k_proj": {"shape": [10, 10], "error_after": 0.1},
-        "a.o_proj": {"shape": [10, 10], "error_after": 0.25},
-        "a.down_proj": {"shape": [20, 10], "error_after": 0.9},
-        "b.down_proj": {"shape": [10, 10], "error_after": 0.01},
-    }
-    # Of 600 weights: q and k lose 0.1 / 200, o 0.0625 / 100, the first down_proj 0.81 / 200.
-    sets = [frozenset(names.split()) for names in ("a.q_proj a.k_proj", "a.o_proj", "a.down_proj", "b.down_proj")]
-    assert most_sensitive(records, 0.4, sets) == ["a.down_proj"]
-    assert most_sensitive(records, 0.5, sets) == ["a.down_proj", "a.o_proj"]
-    assert most_sensitive(records, 0.3, sets) == ["a.o_proj"]
-    assert most_sensitive(records, 0.1, sets) == []

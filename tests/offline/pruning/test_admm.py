@@ -52,7 +52,7 @@ def test_admm_against_least_squares_where_the_input_has_drifted():
     best = least_squares(W, X, keep, Y)
     lost = lambda V: (Y.double() - X.double() @ V.double().T).norm().item()  # noqa: E731
     for drift in drifts:
-        V = admm(W, X.T @ X, keep, damping=1e-6, pull=drift.pull(W))
+        V = admm(W, X.T @ X, keep, damping=1e-6, cross_term=drift.cross_term(W))
         assert lost(best) <= lost(V) < 1.01 * lost(best)
         assert lost(V) < 0.97 * lost(admm(W, X.T @ X, keep, damping=1e-6))
         expected = lost(V) / Y.norm().item()
@@ -63,7 +63,7 @@ def test_no_row_serves_worse_than_masked_where_the_input_has_drifted():
     W, X, keep = layer(40, 32, 20, seed=3)
     Y, drifts = drifted(W, X)
     for drift in drifts:
-        V = admm(W, X.T @ X, keep, damping=1.0, pull=drift.pull(W))
+        V = admm(W, X.T @ X, keep, damping=1.0, cross_term=drift.cross_term(W))
         before, after = ((Y - X @ B.T).norm(dim=0) for B in (W * keep, V))
         assert (after <= before * (1 + 1e-4)).all() and (after < 0.99 * before).any()
 

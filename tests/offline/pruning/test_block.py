@@ -8,7 +8,7 @@ from ria_vllm.offline.pruning.block import train_block
 from ria_vllm.offline.pruning.masks import Pattern, mask
 
 
-class Component(torch.nn.Module):
+class Sublayer(torch.nn.Module):
     """A gated MLP behind a norm, on a residual stream."""
 
     def __init__(self, hidden=16, inner=32, seed=0):
@@ -26,8 +26,8 @@ class Component(torch.nn.Module):
 
 @pytest.fixture
 def problem():
-    """A pruned component, its masks, and what the dense one makes of the inputs."""
-    model = Component()
+    """A pruned sublayer, its masks, and what the dense one makes of the inputs."""
+    model = Sublayer()
     draw = torch.Generator().manual_seed(1)
     inputs = [torch.randn(2, 24, 16, generator=draw) for _ in range(6)]
     with torch.no_grad():

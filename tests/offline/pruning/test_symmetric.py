@@ -5,8 +5,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ria_vllm.offline.calibration.capture import _GramSum
-from ria_vllm.offline.pruning import admm as reconstruct
+from ria_vllm.offline.calibration.statistics import GramSum
+from ria_vllm.offline.pruning import admm
 from ria_vllm.offline.pruning.admm import admm_solver, output_error
 from ria_vllm.offline.pruning.masks import Pattern, mask
 from ria_vllm.offline.pruning.sparsegpt import sparsegpt
@@ -20,7 +20,7 @@ def gram_of(width, seed=0):
     draw = torch.Generator().manual_seed(seed)
     X = torch.randn(width + 50, width, generator=draw)
     X += X.roll(1, dims=1)  # neighbours have much in common, across blocks too
-    total = _GramSum(width, X.device)
+    total = GramSum(width, X.device)
     total.add(X)
     return X.double().T @ X.double(), total.finish()
 
@@ -112,7 +112,7 @@ def problem(request):
 def test_wide_reconstruction_is_as_the_narrow_one(problem, halved, monkeypatch):
     W, gram, choose = problem
     narrow, expected = admm_solver(gram).solve(W, choose(W), choose=choose)
-    monkeypatch.setattr(reconstruct, "DENSE_WIDTH", 0)
+    monkeypatch.setattr(admm, "DENSE_WIDTH", 0)
     given = SymmetricMatrix.of(gram) if halved else gram
     wide, kept = admm_solver(given).solve(W, choose(W), choose=choose)
     # Where two weights of a group score alike to rounding, either may stay.
@@ -128,13 +128,13 @@ def test_masks_of_well_separated_weights_are_the_same(problem, monkeypatch):
     far_apart = W.sign() * torch.tensor([1.0, 20.0, 2.0, 40.0]).repeat(129) / gram.diagonal().sqrt().clamp(min=1)
     start = mask(far_apart.abs(), Pattern(n=2, m=4)).roll(1, dims=1)
     _, narrow = admm_solver(gram).solve(far_apart, start, choose=choose)
-    monkeypatch.setattr(reconstruct, "DENSE_WIDTH", 0)
+    monkeypatch.setattr(admm, "DENSE_WIDTH", 0)
     _, wide = admm_solver(gram).solve(far_apart, start, choose=choose)
     assert torch.equal(wide, narrow) and (wide != start).any()
 
 
 def test_no_input_at_all_leaves_the_masked_weight_of_a_wide_input(monkeypatch):
-    monkeypatch.setattr(reconstruct, "DENSE_WIDTH", 0)
+    monkeypatch.setattr(admm, "DENSE_WIDTH", 0)
     W, gram = torch.randn(6, 300), SymmetricMatrix.of(torch.zeros(300, 300))
     choose = lambda rows: mask(rows.abs(), Pattern(n=2, m=4))  # noqa: E731
     for damping in (0.0, 0.2):
@@ -178,12 +178,12 @@ class Peak(TorchDispatchMode):
 
 
 def test_wide_matrices_are_never_whole():
-    width, rows = reconstruct.DENSE_WIDTH + 500, 8
+    width, rows = admm.DENSE_WIDTH + 500, 8
     half, block, weight = 4 * width * (width + BLOCK) / 2, 4 * BLOCK * width, 4 * rows * width
     X, W = torch.randn(64, width), torch.randn(rows, width)
     keep = mask(W.abs(), Pattern(n=2, m=4))
     with Peak(X) as gathering:
-        total = _GramSum(width, X.device)
+        total = GramSum(width, X.device)
         total.add(X)
         gram = total.finish()
     # Float64 sums, and of one block what is added to it or comes of it.
