@@ -33,8 +33,8 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     "--calibration",
     default="self",
     show_default=True,
-    help="A .txt, .jsonl or .parquet file (field text), c4, wikitext2 or pile from the hub, or self: text that the dense "
-    "model writes itself, for which the whole model has to fit into memory.",
+    help="A .txt, .jsonl or .parquet file (field text), c4, wikitext2 or pile from the hub, or self: text that the "
+    "dense model writes itself, for which the whole model has to fit into memory.",
 )
 @click.option("--samples", default=128, show_default=True, help="Number of calibration sequences.")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens in each; at most the model's context.")
@@ -79,7 +79,8 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 @click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(
     model, out, method, exponent, permute, permute_scope, pattern, calibration, samples, seq_len, seed, reconstruct,
-    skip_sensitive, weights, ignore, device, compute_dtype, activation_cache, max_shard_size, overwrite, resume, timings,
+    skip_sensitive, weights, ignore, device, compute_dtype, activation_cache, max_shard_size, overwrite, resume,
+    timings,
 ):  # fmt: skip
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
 

@@ -73,7 +73,7 @@ class LayerPass:
         """
         records: dict[str, dict[str, Any]] = {}
         for sublayer in self._load(index):
-            for number, stage in enumerate(sublayer.runner.sublayer.stages):
+            for number, stage in enumerate(sublayer.stages):
                 found = self._solve_stage(sublayer, number, plan.groups(index, stage))
                 records |= {name: linear.record for name, linear in found.items()}
             sublayer.advance(self.streams.pruned)
@@ -110,7 +110,7 @@ class LayerPass:
     def _prune_sublayer(self, index: int, sublayer: SublayerPass, plan: Plan) -> dict[str, Pruned]:
         """Prune one stage after the other, so that each sees what those before it produce; then train if asked."""
         pruned: dict[str, Pruned] = {}
-        for number, stage in enumerate(sublayer.runner.sublayer.stages):
+        for number, stage in enumerate(sublayer.stages):
             found = self._solve_stage(sublayer, number, plan.groups(index, stage))
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 sublayer.advance(self.streams.dense)

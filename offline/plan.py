@@ -18,8 +18,11 @@ NOT_IN_FIRST = "not in the first layer, by which the others are pruned"
 
 @dataclass(frozen=True)
 class Plan:
-    """pruned: layer index -> names of linears, relative to the layer; dense: written name -> why; warnings: for the user.
+    """What happens to each linear.
 
+    pruned: layer index -> names of linears, relative to the layer.
+    dense: written name -> why.
+    warnings: for the user.
     together: the written names of all pruned linears, in sets that can only be left dense as a whole.
     """
 

@@ -1,4 +1,4 @@
-"""What a compression should do: every option that affects the result. It is checked, and written into the checkpoint."""
+"""What a compression should do: every option that affects the result, checked and written into the checkpoint."""
 
 import re
 from collections.abc import Sequence
@@ -91,7 +91,7 @@ class Recipe:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """The dtype of matrix products for which bfloat16 is precise enough: in training and in the permutation search."""
+        """The dtype of matrix products for which bfloat16 is precise enough: in training and permutation search."""
         return torch.float32 if self.compute_dtype == "float32" else torch.bfloat16
 
     def shared_orders(self, linears: Sequence[str]) -> list[Sequence[str]]:

@@ -105,7 +105,7 @@ def find_orders(
         if owner == ranks.rank and recipe.pattern.structured and recipe.permute != "none":
             p = _find_order(group, names, weights, statistics, recipe)
         p = ranks.broadcast(p, owner)
-        orders |= {name: p for name in names}
+        orders |= dict.fromkeys(names, p)
     return orders
 
 
@@ -145,7 +145,7 @@ def solve(
 
 
 class _Solvers:
-    """Keeps the solver for the current Gram matrix. The last one is freed before a new one is made, as they are large."""
+    """Keeps the solver for the current Gram matrix; it is freed before another is made, because both are large."""
 
     def __init__(self) -> None:
         self.gram: SymmetricMatrix | None = None
@@ -190,7 +190,7 @@ def _find_order(
 def _stacked_scores(
     names: Sequence[str], weights: Mapping[str, torch.Tensor], statistics: Mapping[str, Statistics], recipe: Recipe
 ) -> torch.Tensor:
-    """The scores of all the linears [sum of out, in] float32, stored by columns, so that the search need not copy them."""
+    """The scores of the linears, [sum of out, in] float32, stored by columns, as the search needs them."""
     counts = [len(weights[name]) for name in names]
     first = weights[names[0]]
     columns = torch.empty(first.shape[1], sum(counts), device=first.device)

@@ -17,7 +17,7 @@ def calibration_tokens(source: Source, model: StreamedModel, recipe: Recipe, mon
     """The tokens that the recipe asks for: int64 [samples, seq_len], on the CPU.
 
     Raises:
-        RiaError: too little text, no tokenizer, or a dense model that is to write the text and does not fit into memory.
+        RiaError: too little text, no tokenizer, or, if the dense model writes the text, too little memory for it.
     """
     if recipe.calibration == "self":
         return _sample_model(source, model, recipe, monitor)
@@ -64,6 +64,6 @@ def _check_whole_fits(source: Source, model: StreamedModel) -> None:
                 smaller = f" Or give --compute-dtype {narrow}, which takes half the memory and more time."
             raise RiaError(
                 f"{source.name}: --calibration self runs the whole dense model in {name_of(model.dtype)}, which takes "
-                f"{needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free ({device}). Give a text file to "
-                f"--calibration; then decoder layers are in memory one at a time.{smaller}"
+                f"{needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free ({device}). Give a text file "
+                f"to --calibration; then decoder layers are in memory one at a time.{smaller}"
             )

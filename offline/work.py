@@ -75,8 +75,8 @@ def work_folder(
         if ranks.first and not isinstance(error.__cause__, OSError):
             if writer.has(layer_key(0)):
                 kept = (
-                    f"Finished layers are kept in {work}: --resume continues from them with the same options. With other "
-                    "options, leave it out."
+                    f"Finished layers are kept in {work}: --resume continues from them with the same options. With "
+                    "other options, leave it out."
                 )
                 raise RiaError(f"{error} {kept}") from error.__cause__
             writer.discard()

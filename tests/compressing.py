@@ -109,7 +109,7 @@ def logits_of_pruned(source: Path, reader: Reader, inside: Callable[[str], str] 
 
 
 def check_export(source: Path, reader: Reader, folder: Path, inside: Callable[[str], str] = lambda name: name) -> None:
-    """transformers computes the same with the compressed folder, the exported one, and the original pruned in memory."""
+    """In transformers, the compressed folder, the exported one and the original pruned in memory compute the same."""
     expected = logits_of_pruned(source, reader, inside)
     export_dense(reader, folder, 1 << 40)
     assert torch.equal(logits(folder), expected) and torch.equal(logits(reader.folder), expected)

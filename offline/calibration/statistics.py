@@ -75,7 +75,7 @@ class StatisticsSum:
             self.squares.add_(X.square().sum(0))
 
     def add_input_drift(self, X: torch.Tensor, dense: torch.Tensor) -> None:
-        """Add a chunk's drift where the linears read X [tokens, width], and `dense` of that shape in the dense model."""
+        """Add a chunk's drift, where the linears read X and, in the dense model, `dense`; both [tokens, width]."""
         drift = dense - X
         if self.drift_gram is None:
             self.drift_gram = GramSum(self.width, self.device)
@@ -83,7 +83,10 @@ class StatisticsSum:
         self._add_cross(drift, X)
 
     def add_output_drift(self, X: torch.Tensor, missing: torch.Tensor) -> None:
-        """Add a chunk's drift where the linear reads X [tokens, width] and its output lacks `missing` [tokens, out]."""
+        """Add a chunk's drift, where the linear reads X [tokens, width] and its output lacks `missing` [tokens, out].
+
+        Only for a group of one linear.
+        """
         self.drift_square.add_(torch.linalg.vector_norm(missing).double() ** 2)
         self._add_cross(missing, X)
 

@@ -1,6 +1,6 @@
 """One sublayer over all of this rank's chunks: the statistics of what its linears read, and the streams after it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,10 @@ class SublayerPass:
     monitor: Monitor
     place: Callable[[str], str]
 
+    @property
+    def stages(self) -> tuple[tuple[Group, ...], ...]:
+        return self.runner.sublayer.stages
+
     def statistics(self, stage: int, groups: Sequence[Group], with_gram: bool) -> list[Statistics]:
         """The statistics of the groups of one stage, over the chunks of all ranks.
 
@@ -42,9 +46,9 @@ class SublayerPass:
         Raises:
             RiaError: NaN or infinite activations, or a linear that the layer does not use.
         """
-        sublayer, dense = self.runner.sublayer, self.streams.dense
+        dense = self.streams.dense
         dense_before = dense if stage == 0 else None
-        dense_after = dense if sublayer.additive and stage == len(sublayer.stages) - 1 else None
+        dense_after = dense if self.runner.sublayer.additive and stage == len(self.stages) - 1 else None
         linears = [group.linears[0] for group in groups]
         sums = {
             name: StatisticsSum(self.runner.linear(name).in_features, with_gram, self.runner.device) for name in linears
@@ -59,7 +63,7 @@ class SublayerPass:
         for chunk in self._chunks(stream):
             stream[chunk] = self.runner.run(stream[chunk].to(self.runner.device))
 
-    def _chunks(self, stream: Activations):
+    def _chunks(self, stream: Activations) -> Iterator[int]:
         return self.monitor.steps(range(len(stream)), "calibration passes", len(stream))
 
     def _add_chunk(

@@ -120,9 +120,13 @@ def evaluate(
         raise RiaError("eval: give --text FILE for perplexity, or --tasks NAMES for lm-evaluation-harness.")
     if tasks is not None:
         if baseline is not None or update_card:
-            raise RiaError("eval: --baseline and --update-card are for perplexity. Give --text FILE instead of --tasks.")
+            raise RiaError(
+                "eval: --baseline and --update-card are for perplexity. Give --text FILE instead of --tasks."
+            )
         if engine == "vllm" and compute_dtype != "auto":
-            raise RiaError("eval: --compute-dtype is for --engine hf; vLLM takes the model's own. Leave one of them out.")
+            raise RiaError(
+                "eval: --compute-dtype is for --engine hf; vLLM takes the model's own. Leave one of them out."
+            )
         place = choose_device(device)
         results = run_tasks(model, tasks.split(","), engine, limit, place, include_path, compute_dtype)
         click.echo(json.dumps(results, indent=2) if as_json else task_lines(results))
@@ -140,7 +144,7 @@ def evaluate(
             tokens = read_tokens(model, text, max_tokens)
             if baseline is not None and not torch.equal(read_tokens(baseline, text, max_tokens), tokens):
                 raise RiaError(
-                    f"{baseline}: reads the text as other tokens than {model}, so their perplexities cannot be compared."
+                    f"{baseline}: reads the text as other tokens than {model}, so the perplexities are not comparable."
                 )
         with monitor.phase("loading the model"):
             loaded = load_model(model, place, compute_dtype)
@@ -183,7 +187,7 @@ def window_length(configs: Mapping[str, Any], asked: int | None) -> int:
 
 
 def common_dtype(configs: Sequence[Any], device: torch.device, asked: str) -> str:
-    """The dtype to compute all models in: the widest that one of them needs; `asked` if a configuration does not say."""
+    """The dtype to compute all models in: the widest that one of them needs; `asked` if a configuration has none."""
     stored = [configured_dtype(config) for config in configs]
     if None in stored:
         return asked

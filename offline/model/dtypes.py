@@ -36,7 +36,8 @@ def choose_dtype(stored: torch.dtype, device: torch.device, asked: str = "auto")
                 "or leave it out."
             )
         return dtype
-    slow = stored == torch.bfloat16 and not fast_bf16(device) or stored == torch.float16 and device.type == "cpu"
+    slow_bf16 = stored == torch.bfloat16 and not fast_bf16(device)
+    slow = slow_bf16 or (stored == torch.float16 and device.type == "cpu")
     return torch.float32 if slow else stored
 
 

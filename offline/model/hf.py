@@ -89,7 +89,9 @@ def _load(folder: str, device: torch.device, dtype: torch.dtype | str) -> Any:
         )
     if info["missing_keys"]:
         # transformers would go on with random numbers in their place.
-        raise RiaError(f"{folder}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. Get the files again.")
+        raise RiaError(
+            f"{folder}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. Get the files again."
+        )
     return model.to(device).eval()
 
 

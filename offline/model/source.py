@@ -105,9 +105,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             str(path.parent), gguf_file=path.name, dtype=torch.bfloat16, trust_remote_code=False, **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path.parent), gguf_file=path.name, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
     except ImportError as error:
         raise RiaError(f"{path}: {error} Install them with: pip install gguf accelerate") from None
     except Exception as error:
@@ -127,8 +125,8 @@ def _from_hub(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
     except Exception as error:
         raise RiaError(
-            f"{model}: no such folder or file here, and the hub does not have it either ({first_line(error)}). Check the "
-            "name; gated models need `hf auth login`."
+            f"{model}: no such folder or file here, and the hub does not have it either ({first_line(error)}). Check "
+            "the name; gated models need `hf auth login`."
         ) from None
 
 
@@ -146,8 +144,8 @@ def _checked(name: str, folder: Path) -> Source:
             raise RiaError(f"{name}: no safetensors here. To compress {found[0]}, give the file itself.")
         if found:
             raise RiaError(
-                f"{name}: only {found[0]} here. Pickled weights are not opened, since they can run code; save the model "
-                "as safetensors first (model.save_pretrained)."
+                f"{name}: only {found[0]} here. Pickled weights are not opened, because they can run code; save the "
+                "model as safetensors first (model.save_pretrained)."
             )
     files = sorted(set(weight_files(folder).values()))
     if raw.get("auto_map") and raw.get("model_type") not in _known_types():
@@ -158,7 +156,9 @@ def _checked(name: str, folder: Path) -> Source:
         path = folder / "config.json"
         raise RiaError(f"{path}: transformers does not know this model ({reason_of(error)}).") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise RiaError(f"{name}: a {config.model_type} model is not a causal language model; only those are compressed.")
+        raise RiaError(
+            f"{name}: a {config.model_type} model is not a causal language model; only those are compressed."
+        )
     if config.get_text_config() is not config:
         raise RiaError(
             f"{name}: a {config.model_type} model reads more than text, and only text models are compressed. Save its "

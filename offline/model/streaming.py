@@ -40,9 +40,7 @@ class StreamedModel:
         RiaError: no decoder layers with linears, or weights that do not fit the configuration.
     """
 
-    def __init__(
-        self, folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype | None = None):
         self.folder = folder
         self.device = device
         self.config = config
@@ -182,9 +180,9 @@ class StreamedModel:
             both = [self.names.direct.get(name), self.names.direct.get(other)]
             if None not in both and not torch.equal(*map(self.read, both)):
                 raise RiaError(
-                    f"{self.folder}: config.json says that {both[0]} and {both[1]} are one tensor, but they differ in the "
-                    'files. If both are intended, put "tie_word_embeddings": false into config.json; otherwise get the '
-                    "model again."
+                    f"{self.folder}: config.json says that {both[0]} and {both[1]} are one tensor, but they differ in "
+                    'the files. If both are intended, put "tie_word_embeddings": false into config.json; otherwise get '
+                    "the model again."
                 )
 
     def _missing(self, name: str) -> RiaError:
@@ -200,8 +198,8 @@ class StreamedModel:
     def _check_values(self, name: str, tensor: torch.Tensor, floating: bool) -> None:
         if floating and tensor.dtype not in FLOATS:
             raise RiaError(
-                f"{self._file_of(name)}: {name} has dtype {name_of(tensor.dtype)}, as in a quantized model. Give the original, "
-                "unquantized one."
+                f"{self._file_of(name)}: {name} has dtype {name_of(tensor.dtype)}, as in a quantized model. Give the "
+                "original, unquantized one."
             )
         # In pieces, because checking a whole embedding at once would take 1.5 times its memory.
         pieces = tensor.flatten().split(FINITE_AT_ONCE) if tensor.dtype in FLOATS else ()

@@ -92,7 +92,7 @@ class Topology:
         return [name for sublayer in self.sublayers for name in sublayer.linears]
 
     def fused_with(self, name: str, linears: Iterable[str]) -> list[str]:
-        """Those of a layer's `linears` that must be pruned if `name` is, and dense if it is; in their order, with `name`."""
+        """Those of a layer's `linears` that have to be pruned or dense together with `name`, in their order."""
         linears = list(linears)
         sets = [*self.together, *fused_sets(linears)]
         found, grown = {name}, True
@@ -151,8 +151,8 @@ def decoder_layers(model: nn.Module, num_hidden_layers: int) -> str:
         if linears_of(module):
             return path
     raise RiaError(
-        f"{type(model).__name__}: no list of {num_hidden_layers} decoder layers with nn.Linear in it, so there is nothing "
-        "to prune. (GPT-2 and similar models use Conv1D, which this tool cannot prune.)"
+        f"{type(model).__name__}: no list of {num_hidden_layers} decoder layers with nn.Linear in it, so there is "
+        "nothing to prune. (GPT-2 and similar models use Conv1D, which this tool cannot prune.)"
     )
 
 

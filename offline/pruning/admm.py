@@ -1,7 +1,7 @@
 """ADMM reconstruction: update the kept weights of a linear, from the Gram matrix of its input.
 
-X is [tokens, in]. The error ||X W^T - X W'^T||_F depends on X only through its Gram matrix X^T X [in, in]. If the output
-should be some Y other than X W^T, it also depends on the cross term (Y - X W^T)^T X [out, in]; see
+X is [tokens, in]. The error ||X W^T - X W'^T||_F depends on X only through its Gram matrix X^T X [in, in]. If the
+output should be some Y other than X W^T, it also depends on the cross term (Y - X W^T)^T X [out, in]; see
 `ria_vllm.offline.pruning.drift`.
 """
 

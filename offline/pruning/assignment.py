@@ -123,9 +123,7 @@ def reassign(index: torch.Tensor, gain: torch.Tensor, position: int) -> torch.Te
     return index
 
 
-def _placements(
-    rows: torch.Tensor, index: torch.Tensor, position: int, n: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[G, rows] each: the threshold that a channel must beat in each group, and the scores of each group's candidate."""
+def _placements(rows: torch.Tensor, index: torch.Tensor, position: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[G, rows] each: the threshold that a channel must beat in each group, and the scores of each candidate."""
     others = [rows[index[:, j]] for j in range(index.shape[1]) if j != position]
     return largest(others, n)[-1], rows[index[:, position]]

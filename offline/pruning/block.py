@@ -134,9 +134,7 @@ class _Trained:
             flat.scatter_(0, part.long(), kept.data.to(flat.dtype))
 
 
-def _relative_error(
-    forward: Callable, inputs: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def _relative_error(forward: Callable, inputs: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         outputs = forward(inputs.float())
     targets = targets.float()

@@ -17,19 +17,24 @@ LADDER_STEPS = 4
 
 
 def search(
-    S: torch.Tensor, n: int = 2, m: int = 4, method: str = "lsa", rounds: int = 8, seed: int = 0,
+    S: torch.Tensor,
+    n: int = 2,
+    m: int = 4,
+    method: str = "lsa",
+    rounds: int = 8,
+    seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Search for the order of input channels that retains the most score.
 
     heuristic: sort the channels by their summed score and deal them out to the groups in m passes, every second pass
     reversed. lsa: start there and solve linear sum assignments, for one position of the groups at a time, in rounds,
-    as long as they gain. Each round shuffles the channels within their groups first, so that it can move what the
-    round before could not. A round is kept only if the score that it really retains is higher.
+    as long as they gain. Between rounds, channels are shuffled within their groups, so that the next round can move
+    what the last one could not. A round is kept only if the score that it really retains is higher.
 
     Args:
         S: [rows, channels] scores; those of linears that share their input are stacked.
-        rounds: the largest number of rounds with a gain.
+        rounds: stop after this many rounds with a gain.
         seed: for the shuffles; the same seed gives the same order.
         dtype: of the products that compare assignments; see `coded_gain_matrix`.
 
@@ -59,8 +64,16 @@ def search(
 
 
 def search_heads(
-    S: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int, n: int = 2, m: int = 4, method: str = "lsa",
-    rounds: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32,
+    S: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    n: int = 2,
+    m: int = 4,
+    method: str = "lsa",
+    rounds: int = 8,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Like `search`, for an attention output projection, in an order that the value projection's rows can follow.
 
@@ -105,7 +118,7 @@ def retained(S: torch.Tensor, p: torch.Tensor | None = None, n: int = 2, m: int 
 
 
 def deal(columns: torch.Tensor, m: int) -> torch.Tensor:
-    """The heuristic order: int64 [G, m]. The channels are ranked by summed score; each m-th of them gives one to a group."""
+    """The heuristic order, int64 [G, m]: of the channels ranked by summed score, each group gets one of each m-th."""
     passes = columns.sum(1, dtype=torch.float64).argsort(stable=True).view(m, -1)
     return torch.stack([row.flip(0) if turn % 2 else row for turn, row in enumerate(passes)], dim=1)
 

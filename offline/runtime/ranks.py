@@ -46,7 +46,7 @@ class Ranks:
             dist.barrier()
 
     def partition_by_cost(self, costs: Sequence[float]) -> list[int]:
-        """The rank that does each job. The most expensive jobs are assigned first, each to the rank with the least work."""
+        """The rank for each job: the most expensive jobs are assigned first, each to the rank with the least work."""
         load = [0.0] * self.size
         owner = [0] * len(costs)
         for job in sorted(range(len(costs)), key=lambda j: (-costs[j], j)):

@@ -1,4 +1,4 @@
-"""Killed and resumed, or divided over processes: the same bytes as one run in one go."""
+"""Killed and resumed, or divided among processes: the same bytes as in one uninterrupted run."""
 
 import errno
 import json
@@ -33,13 +33,15 @@ def run(model: Path, out: Path, text: Path, settings: Settings = Settings(), **o
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(make_model, text, tmp_path):
+def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(make_model, text, tmp_path):
     model = make_model(tmp_path / "in", "llama", num_hidden_layers=6)
     subprocess.run([sys.executable, *command(model, tmp_path / "whole", text)], check=True, capture_output=True)
     out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
     for seen in (1, 3, 5):
         process = subprocess.Popen(
-            [sys.executable, *command(model, out, text, "--resume")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, *command(model, out, text, "--resume")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         while process.poll() is None and len(list(units.glob("layer-*.safetensors"))) < seen:
             time.sleep(0.002)
@@ -56,7 +58,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(make_model, text, tmp
 
 @pytest.mark.parametrize("options", [{}, {"reconstruct": "block"}, {"skip_sensitive": 0.2, "weights": "int8"}], ids=str)
 @pytest.mark.parametrize("family", ["gemma3", "phi3", "gpt-neox"])
-def test_stopped_after_a_layer_it_goes_on_to_the_same_bytes(family, options, tiny, text, tmp_path, monkeypatch):
+def test_stopped_after_a_layer_and_resumed_it_writes_the_same_bytes(family, options, tiny, text, tmp_path, monkeypatch):
     run(tiny(family), tmp_path / "whole", text, **options)
     with interrupted_after_a_layer():
         run(tiny(family), tmp_path / "out", text, **options)
@@ -92,7 +94,7 @@ def test_resume_says_what_was_upgraded_and_what_is_damaged(tiny, text, tmp_path,
     assert not logging.is_progress_bar_enabled()
 
 
-def test_the_record_of_a_run_is_there_whole_or_not_at_all(tiny, text, tmp_path, monkeypatch):
+def test_the_fingerprint_of_a_run_is_written_whole_or_not_at_all(tiny, text, tmp_path, monkeypatch):
     def write(path, content):
         path.write_bytes(content.encode()[:20])
         raise OSError(errno.EIO, "broken")
@@ -131,8 +133,8 @@ def test_resume_refuses_other_weights_and_other_text(tiny, make_model, text, tmp
         run(model, tmp_path / "out", words, Settings(resume=True))
 
 
-def test_resume_tells_sources_of_one_name_apart(make_model, text, tmp_path, monkeypatch):
-    """Files of the same names, sizes and times, whose folders have the same name."""
+def test_resume_distinguishes_sources_of_the_same_name(make_model, text, tmp_path, monkeypatch):
+    """Their folders have the same name, and their files the same names, sizes and times."""
     for place in ("here", "there"):
         make_model(tmp_path / place / "model", "llama")
         os.utime(tmp_path / place / "model" / "model.safetensors", ns=(1, 1))
@@ -143,7 +145,7 @@ def test_resume_tells_sources_of_one_name_apart(make_model, text, tmp_path, monk
     run(tmp_path / "here" / "model", tmp_path / "out", text, Settings(resume=True))
 
 
-def test_a_model_out_of_reach_for_a_moment_costs_no_finished_layer(make_model, text, tmp_path, monkeypatch):
+def test_a_model_unreachable_for_a_moment_costs_no_finished_layer(make_model, text, tmp_path, monkeypatch):
     model = make_model(tmp_path / "model", "llama")
     run(model, tmp_path / "whole", text)
     with interrupted_after_a_layer():
@@ -163,7 +165,7 @@ def test_a_model_out_of_reach_for_a_moment_costs_no_finished_layer(make_model, t
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
 
 
-def test_a_disk_too_full_for_activations_says_so_and_keeps_what_is_finished(tiny, text, tmp_path):
+def test_a_disk_too_full_for_activations_is_named_and_finished_work_is_kept(tiny, text, tmp_path):
     model, old = tiny("llama"), resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))  # a chunk of activations has 262144 bytes
@@ -176,7 +178,7 @@ def test_a_disk_too_full_for_activations_says_so_and_keeps_what_is_finished(tiny
     assert (tmp_path / "out.partial" / "units" / "calibration.safetensors").is_file()
 
 
-def test_a_result_whose_place_is_taken_meanwhile_is_kept(tiny, text, tmp_path, monkeypatch):
+def test_a_result_is_kept_if_its_folder_appears_meanwhile(tiny, text, tmp_path, monkeypatch):
     run(tiny("llama"), tmp_path / "whole", text)
     report = _Run._report
 

@@ -17,13 +17,13 @@ from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.model.streaming import StreamedModel
 
 EXTRA = (
-    "model.layers.2.eh_proj.weight", "model.layers.2.self_attn.q_proj.weight", "model.layers.2.mlp.experts.0.up_proj.weight",
-    "mtp.fc.weight", "model.layers.10.mlp.up_proj.weight",
+    "model.layers.2.eh_proj.weight", "model.layers.2.self_attn.q_proj.weight",
+    "model.layers.2.mlp.experts.0.up_proj.weight", "mtp.fc.weight", "model.layers.10.mlp.up_proj.weight",
 )  # fmt: skip
 
 
-def test_layers_beyond_the_models_own_are_copied(tiny, text, tmp_path):
-    """As in DeepSeek-V3 and GLM-4.5, for multi-token prediction."""
+def test_layers_that_the_model_does_not_have_are_copied(tiny, text, tmp_path):
+    """Such as DeepSeek-V3's and GLM-4.5's for multi-token prediction."""
 
     def change(tensors):
         tensors |= {name: torch.randn(64, 128) for name in EXTRA}
@@ -88,9 +88,11 @@ def test_a_broken_tokenizer_configuration_shows_before_any_layer(tiny, text, tmp
         run_small(source, tmp_path / "out", text)
 
 
-def test_a_tensor_that_would_be_there_twice_is_an_error(tiny, text, tmp_path, monkeypatch):
+def test_a_tensor_that_would_be_written_twice_is_an_error(tiny, text, tmp_path, monkeypatch):
     real = StreamedModel.names_outside_layers
-    monkeypatch.setattr(StreamedModel, "names_outside_layers", lambda self: [*real(self), "model.layers.0.input_layernorm.weight"])
+    monkeypatch.setattr(
+        StreamedModel, "names_outside_layers", lambda self: [*real(self), "model.layers.0.input_layernorm.weight"]
+    )
     with pytest.raises(RiaError, match="model.layers.0.input_layernorm.weight would be in the output twice"):
         run_small(tiny("llama"), tmp_path / "out", text)
 
@@ -100,7 +102,9 @@ def sharded(source: Path, folder: Path, second: dict, listed: tuple[str, ...]) -
     shutil.copytree(source, folder)
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     save_file(second, folder / "b.safetensors", metadata={"format": "pt"})
-    placed = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors") | dict.fromkeys(listed, "b.safetensors")
+    placed = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors") | dict.fromkeys(
+        listed, "b.safetensors"
+    )
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
     return folder
 
@@ -113,7 +117,9 @@ def test_a_tensor_in_two_shards(tiny, text, tmp_path):
     assert {"mtp.one.weight", "mtp.two.weight"} <= set(Reader(tmp_path / "out").files)  # transformers reads both, too
     shards["model.norm.weight"][3] += 1
     source = sharded(tiny("llama"), tmp_path / "differing", shards, ("mtp.one.weight",))
-    with pytest.raises(RiaError, match="b.safetensors: model.norm.weight differs from the tensor of that name in a.safetensors"):
+    with pytest.raises(
+        RiaError, match="b.safetensors: model.norm.weight differs from the tensor of that name in a.safetensors"
+    ):
         run_small(source, tmp_path / "none", text)
 
 
@@ -130,7 +136,11 @@ def test_tied_weights_that_differ(tiny, text, tmp_path):
     source = edited(tiny("llama-mqa"), tmp_path / "in", change)
     run_small(source, tmp_path / "out", text)
     check_complete(source, tmp_path / "out")
-    differing = edited(source, tmp_path / "differing", lambda t: t["lm_head.weight"][7].add_(1) and None)
+
+    def differ(tensors):
+        tensors["lm_head.weight"][7] += 1
+
+    differing = edited(source, tmp_path / "differing", differ)
     with pytest.raises(RiaError, match="lm_head.weight and model.embed_tokens.weight are one tensor, but they differ"):
         run_small(differing, tmp_path / "none", text)
     untied = edited(differing, tmp_path / "untied", lambda t: None, tie_word_embeddings=False)
@@ -148,8 +158,8 @@ def test_links_to_the_folder_and_to_its_files(tiny, text, tmp_path):
     check_complete(source, tmp_path / "out")
 
 
-def test_other_dtypes_stay_as_they_are(tiny, text, tmp_path):
-    """A norm in float32 beside bfloat16, and numbers of any kind that the model does not read."""
+def test_tensors_of_other_dtypes_are_unchanged(tiny, text, tmp_path):
+    """A float32 norm in a bfloat16 model, and tensors of any dtype that the model does not use."""
 
     def change(tensors):
         tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}

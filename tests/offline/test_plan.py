@@ -8,7 +8,7 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.offline.plan import most_sensitive
 
 
-def test_a_family_that_is_not_known_keeps_together_what_may_be_fused(tiny, text, tmp_path):
+def test_an_unknown_family_keeps_together_what_may_be_fused(tiny, text, tmp_path):
     report, warnings = run_small(tiny("lfm2"), tmp_path / "out", text, ignore=("layers.0.*w1",))
     assert report["dense"]["model.layers.0.feed_forward.w3"] == "may be served as one with feed_forward.w1"
     assert (
@@ -16,7 +16,11 @@ def test_a_family_that_is_not_known_keeps_together_what_may_be_fused(tiny, text,
         in warnings
     )
     sparse = set(Reader(tmp_path / "out").sparse_names)
-    assert {"model.layers.0.feed_forward.w2", "model.layers.1.feed_forward.w1", "model.layers.1.feed_forward.w3"} <= sparse
+    assert {
+        "model.layers.0.feed_forward.w2",
+        "model.layers.1.feed_forward.w1",
+        "model.layers.1.feed_forward.w3",
+    } <= sparse
     assert not {"model.layers.0.feed_forward.w1", "model.layers.0.feed_forward.w3"} & sparse
 
 
@@ -31,7 +35,7 @@ def test_the_most_sensitive_of_an_unknown_family_stay_together(fraction, tiny, t
 
 
 def test_linears_that_layers_share_stay_dense(tiny, text, tmp_path, monkeypatch):
-    """As in Zamba, where a block is stored once, with the first of the layers that have it."""
+    """As in Zamba, where a block that layers share is stored once, with the first of them."""
     shared = {f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)}
     ties = {max(shared): min(shared), "lm_head.weight": "model.embed_tokens.weight"}
     monkeypatch.setattr(LlamaForCausalLM, "_tied_weights_keys", ties)
@@ -43,7 +47,7 @@ def test_linears_that_layers_share_stay_dense(tiny, text, tmp_path, monkeypatch)
     check_export(source, reader, tmp_path / "dense")
 
 
-def test_the_most_sensitive_are_those_that_lose_most_for_a_byte():
+def test_the_most_sensitive_are_those_that_lose_most_per_weight():
     records = {
         "a.q_proj": {"shape": [10, 10], "error_after": 0.3},
         "a.k_proj": {"shape": [10, 10], "error_after": 0.1},

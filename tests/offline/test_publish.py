@@ -37,14 +37,17 @@ def test_small_files_come_along_but_no_code_and_no_other_weights(model, text, tm
     assert config["quantization_config"]["recipe"]["samples"] == 4
 
 
-def test_nothing_of_where_files_lay_is_published(model, text, tmp_path, monkeypatch):
-    """Wherever the names come from: the command line, or what transformers wrote into the source."""
+def test_no_local_path_is_published(model, text, tmp_path, monkeypatch):
+    """Neither from the command line nor from what transformers wrote into the source."""
     secret = tmp_path / "secret" / "place"
     shutil.copytree(model, secret / "my-model")
     shutil.copy(text, secret / "words.txt")
     edit_config(secret / "my-model", _name_or_path=str(secret / "older"), nested={"_name_or_path": "meta/llama"})
     tokenizer = secret / "my-model" / "tokenizer_config.json"
-    content = json.loads(tokenizer.read_text()) | {"name_or_path": "~/secret/older", "tokenizer_file": str(secret / "t.json")}
+    content = json.loads(tokenizer.read_text()) | {
+        "name_or_path": "~/secret/older",
+        "tokenizer_file": str(secret / "t.json"),
+    }
     tokenizer.write_text(json.dumps(content))
     monkeypatch.chdir(secret / "my-model")
     for number, name in enumerate((str(secret / "my-model"), ".", "../my-model/")):
@@ -78,7 +81,7 @@ def test_the_license_comes_along_and_the_card_is_a_new_one(model, text, tmp_path
     assert f"| retained score, worst | {min(scores):.4f}, `" in card
     config = Reader(tmp_path / "out").schema.sparsity_config
     assert f"; {config.global_sparsity:.1%} of the weights" in card
-    # A card that cannot be read costs the license in the new one, and nothing else.
+    # If the card cannot be read, the new one lacks the license, and nothing else changes.
     (model / "README.md").write_text("---\nlicense: [\n---\n")
     run_small(model, tmp_path / "again", text)
     assert list(Reader(tmp_path / "again").problems()) == []
@@ -97,7 +100,7 @@ def test_plain_dense_folders_have_a_card_too(model, text, tmp_path):
     assert "vllm serve" not in card
 
 
-def test_a_name_that_can_be_no_path_is_no_error(tmp_path, monkeypatch):
+def test_a_name_that_cannot_be_a_path_is_no_error(tmp_path, monkeypatch):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0)
     for name in ("x" * 300, "a\0b", "org/" + "y" * 5000):
@@ -105,4 +108,3 @@ def test_a_name_that_can_be_no_path_is_no_error(tmp_path, monkeypatch):
     assert published(str(closed / "model")) == "model"
     monkeypatch.chdir(tmp_path)
     assert published("closed/model") == "closed/model"
-

@@ -14,7 +14,7 @@ def test_streams_on_disk_come_back(tmp_path):
         stored.append(chunk)
     before = stored[0]
     stored[0] = chunks[0] * 2
-    assert torch.equal(before, chunks[0])  # what was handed out does not change under its user
+    assert torch.equal(before, chunks[0])  # a chunk that was returned does not change
     assert torch.equal(stored[0], chunks[0] * 2) and torch.equal(stored[1], chunks[1])
 
 

@@ -44,7 +44,9 @@ def test_sums_over_chunks_are_those_of_all_tokens(with_gram, kind):
     assert found.drift.residual(W) == pytest.approx((D @ W64.T).square().sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "advice"), [(torch.bfloat16, "Give --compute-dtype float32"), (torch.float32, "Check that")])
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [(torch.bfloat16, "Give --compute-dtype float32"), (torch.float32, "Check that")]
+)
 @pytest.mark.parametrize("with_gram", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_are_named(value, with_gram, dtype, advice):

@@ -40,13 +40,21 @@ def test_nemotron_h(tiny, text, tmp_path):
     beyond = [name for name, why in report["dense"].items() if why.startswith("not in the first layer")]
     share = sum(stored[f"{name}.weight"].numel() for name in beyond) / linear_weights(source)
     assert any(f"{len(beyond)} linears are not in the first layer" in w and f" {share:.0%} of" in w for w in warnings)
-    assert set(reader.sparse_names) == {f"backbone.layers.0.mixer.{x}_proj" for x in ("in", "out")} == set(report["linears"])
-    assert "backbone.layers.1.mixer.q_proj" in report["dense"] and reader.schema.ignored("backbone.layers.1.mixer.q_proj")
+    assert (
+        set(reader.sparse_names)
+        == {f"backbone.layers.0.mixer.{x}_proj" for x in ("in", "out")}
+        == set(report["linears"])
+    )
+    assert "backbone.layers.1.mixer.q_proj" in report["dense"] and reader.schema.ignored(
+        "backbone.layers.1.mixer.q_proj"
+    )
     check_export(source, reader, tmp_path / "dense", lambda name: name.replace("backbone", "model"))
 
 
 def test_qwen_as_the_hub_has_it(tiny, text, tmp_path):
-    source = edited(tiny("qwen3.5"), tmp_path / "in", lambda t: {under_language_model(name): tensor for name, tensor in t.items()})
+    source = edited(
+        tiny("qwen3.5"), tmp_path / "in", lambda t: {under_language_model(name): tensor for name, tensor in t.items()}
+    )
     run_small(source, tmp_path / "out", text)
     reader = check_complete(source, tmp_path / "out")
     assert "model.language_model.layers.0.linear_attn.in_proj_qkv" in reader.sparse_names
@@ -67,7 +75,9 @@ def renamed(tiny, tmp_path, monkeypatch) -> Path:
     """A Llama whose tensors transformers renames, so that a known family, with folds, has other names in its files."""
     real = names.get_model_conversion_mapping
     monkeypatch.setattr(
-        names, "get_model_conversion_mapping", lambda model: [WeightRenaming("^trunk.blocks", "model.layers"), *real(model)]
+        names,
+        "get_model_conversion_mapping",
+        lambda model: [WeightRenaming("^trunk.blocks", "model.layers"), *real(model)],
     )
 
     def change(tensors):

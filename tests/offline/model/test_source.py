@@ -48,7 +48,9 @@ DAMAGE = {
     "model.save_pretrained": lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
     "give the file itself": lambda m: (m / "model.safetensors").rename(m / "model.gguf"),
     "config.json: no such file": lambda m: (m / "config.json").unlink(),
-    "LlamaForSequenceClassification, which is not": lambda m: edit_config(m, architectures=["LlamaForSequenceClassification"]),
+    "LlamaForSequenceClassification, which is not": lambda m: edit_config(
+        m, architectures=["LlamaForSequenceClassification"]
+    ),
     "a t5 model is not a causal": lambda m: edit_config(m, model_type="t5"),
     "does not know this model": lambda m: edit_config(m, model_type="nothing"),
     "quantized .gptq.": lambda m: edit_config(m, quantization_config={"quant_method": "gptq"}),
@@ -73,7 +75,7 @@ def test_bad_models_are_named_and_leave_nothing_unfinished_behind(message, model
     DAMAGE[message](model)
     with pytest.raises(RiaError, match=message):
         run_small(model, tmp_path / "out", text)
-    finished = list(tmp_path.glob("out.partial/units/layer-*"))  # kept, whatever comes later
+    finished = list(tmp_path.glob("out.partial/units/layer-*"))  # these are kept
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"] + ["out.partial"] * bool(finished)
 
 
@@ -123,13 +125,16 @@ def test_too_little_text_leaves_nothing_behind(model, text, tmp_path):
     ("change", "message"),
     [
         (lambda t: t.pop("lm_head.weight"), "no weights for lm_head.weight in any file"),
-        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:-1]}), "lm_head.weight has shape .257, 128., config"),
+        (
+            lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:-1]}),
+            "lm_head.weight has shape .257, 128., config",
+        ),
         (lambda t: put(t, "lm_head.weight", float("inf")), "lm_head.weight: NaN or infinite"),
         (lambda t: t.pop("model.norm.weight"), "no weights for model.norm.weight"),
         (lambda t: t.update({"model.norm.weight": torch.ones(64)}), "model.norm.weight has shape .64,., config"),
     ],
 )
-def test_what_lies_outside_the_layers_is_checked_before_any_work(change, message, model, text, tmp_path, monkeypatch):
+def test_tensors_outside_the_layers_are_checked_before_any_work(change, message, model, text, tmp_path, monkeypatch):
     monkeypatch.setattr(compress._Run, "compress", lambda *_: pytest.fail("work had begun"))
     edit_weights(model, change)
     with pytest.raises(RiaError, match=message):
@@ -160,7 +165,7 @@ def test_the_model_itself_is_never_overwritten(kind, model, text, tmp_path, monk
 
 
 @pytest.mark.parametrize("out", [".", "..", "/", ""])
-def test_places_that_are_no_new_folder(out, tiny, text, tmp_path, monkeypatch):
+def test_paths_that_cannot_be_a_new_folder(out, tiny, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RiaError, match="cannot be replaced by a new folder"):
         run_small(tiny("llama"), Path(out), text, Settings(overwrite=True))
@@ -194,7 +199,7 @@ def test_a_hub_id_is_fetched_without_pickles_and_code(monkeypatch, tiny, text, t
 
 
 def test_links_out_of_the_folder_are_not_followed(model, tmp_path):
-    """A cloned repository may have any; a snapshot in the hub's cache consists of links, to its blobs."""
+    """A cloned repository may contain any; a snapshot in the hub's cache consists of links to its blobs."""
     (tmp_path / "secret").write_text("secret")
     blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
     blobs.mkdir(parents=True)
@@ -241,7 +246,7 @@ def test_shards_and_names_without_the_base_models_prefix(make_model, text, tmp_p
 
 
 def test_a_gguf_file_becomes_a_folder_first(make_model, monkeypatch, text, tmp_path):
-    """The conversion itself is transformers' work, and is tried on a real file elsewhere."""
+    """The conversion itself is transformers' work, and tested on a real file elsewhere."""
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     made = []
 

@@ -31,7 +31,9 @@ def test_a_linear_that_only_the_first_layer_uses(tiny, text, tmp_path, monkeypat
 
     monkeypatch.setattr(LlamaMLP, "first", None, raising=False)
     monkeypatch.setattr(StreamedModel, "load_layer", load_layer)
-    with pytest.raises(RiaError, match="model.layers.1.mlp.gate_proj: not used in this layer, though it is in the first"):
+    with pytest.raises(
+        RiaError, match="model.layers.1.mlp.gate_proj: not used in this layer, though it is in the first"
+    ):
         run_small(tiny("llama"), tmp_path / "out", text)
 
 
@@ -59,7 +61,9 @@ def test_a_layer_that_does_not_run_by_itself_is_named(tiny, text, tmp_path, monk
 def test_dtypes_of_quantized_models_are_refused(tiny, text, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     for dtype in (torch.float8_e4m3fn, torch.int8):
-        source = edited(tiny("llama"), tmp_path / str(dtype), lambda t, dtype=dtype: t.update({name: t[name].to(dtype)}))
+        source = edited(
+            tiny("llama"), tmp_path / str(dtype), lambda t, dtype=dtype: t.update({name: t[name].to(dtype)})
+        )
         with pytest.raises(RiaError, match=f"{name} has dtype {str(dtype)[6:]}, as in a quantized model"):
             run_small(source, tmp_path / "out", text)
 
@@ -84,7 +88,9 @@ ODD = {
     "no weights for model.layers.2.": change_config(num_hidden_layers=3),
     "config.json: transformers cannot build this model": change_config(hidden_act="junk"),
     "no list of 0 decoder layers": change_config(num_hidden_layers=0),
-    "mtp.x.compressed is in the files, a name as in a compressed": change_tensors(**{"mtp.x.compressed": torch.ones(4, 4)}),
+    "mtp.x.compressed is in the files, a name as in a compressed": change_tensors(
+        **{"mtp.x.compressed": torch.ones(4, 4)}
+    ),
     "model.layers.0.mlp.up_proj.bitmask is in": change_tensors(**{"model.layers.0.mlp.up_proj.bitmask": torch.ones(4)}),
     "transformers cannot read such a name": change_tensors(**{"model.layers.²": torch.ones(2)}),
     "mtp.x.weight: NaN": change_tensors(**{"mtp.x.weight": torch.full((4,), float("nan"))}),

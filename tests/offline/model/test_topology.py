@@ -9,7 +9,7 @@ from ria_vllm.offline.model.topology import Sublayer, Topology, decoder_layers, 
 
 
 def layer_and_inputs(folder):
-    """A real forward pass of layer 0, and which tensor each linear read in it."""
+    """A real forward pass of layer 0, and the tensor that each linear read in it."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     layer = model.get_submodule(decoder_layers(model, model.config.num_hidden_layers))[0]
     seen = []
@@ -20,12 +20,14 @@ def layer_and_inputs(folder):
     return model, layer, [(name, id(x)) for name, x in seen], seen
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "opt-postnorm"])
-def test_what_is_said_to_share_an_input_does(family, tiny):
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "opt-postnorm"]
+)
+def test_groups_share_an_input(family, tiny):
     model, layer, inputs, seen = layer_and_inputs(tiny(family))
     topology = describe(model.config, layer, inputs)
     assert topology.folds and sorted(topology.linears) == sorted(linears_of(layer))
-    tensors = {name: x for name, x in seen}
+    tensors = dict(seen)
     for sublayer in topology.sublayers:
         for group in (group for stage in sublayer.stages for group in stage):
             assert all(tensors[name] is tensors[group.linears[0]] for name in group.linears)
@@ -89,11 +91,14 @@ def test_experts_stay_dense(tiny):
     assert all(name.startswith("self_attn.") for name in describe(model.config, layer, inputs).linears)
 
 
-def test_experts_at_the_root_of_a_layer_leave_the_rest_of_it(tiny):
+def test_experts_at_the_root_of_a_layer_do_not_keep_the_rest_dense(tiny):
     model, layer, inputs, _ = layer_and_inputs(tiny("gemma4-moe"))
     assert hasattr(layer, "experts") and hasattr(layer, "router")
     topology = describe(model.config, layer, inputs)
-    assert set(topology.linears) == {*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))}
+    assert set(topology.linears) == {
+        *(f"self_attn.{x}_proj" for x in "qkvo"),
+        *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+    }
     assert set(topology.dense) == {name for name in linears_of(layer) if name.startswith("router.")} != set()
 
 
@@ -108,12 +113,13 @@ EXPERTS = 6
 
 
 def small_mixture(model_type: str):
-    """A model of three layers on the meta device; nothing in it but routers is as wide as the number of its experts."""
+    """A model of three layers on the meta device. Only its routers are as wide as the number of its experts."""
     config = AutoConfig.for_model(model_type)
     settings = {
-        "vocab_size": 256, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "moe_intermediate_size": 64,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "n_group": 1, "topk_group": 1, "enable_moe_block": True, "n_shared_experts": 1,
-        "num_experts_per_tok": 2, "top_k_experts": 2, "first_k_dense_replace": 1, "num_dense_layers": 1, "pad_token_id": 0,
+        "vocab_size": 256, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
+        "moe_intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "n_group": 1, "topk_group": 1,
+        "enable_moe_block": True, "n_shared_experts": 1, "num_experts_per_tok": 2, "top_k_experts": 2,
+        "first_k_dense_replace": 1, "num_dense_layers": 1, "pad_token_id": 0,
         "linear_num_value_heads": 16, "attn_layer_period": 2, "attn_layer_offset": 1,
     } | dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), EXPERTS)  # fmt: skip
     settings = {name: value for name, value in settings.items() if hasattr(config, name)}
@@ -130,11 +136,13 @@ def small_mixture(model_type: str):
 
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_routers_stay_dense_in_every_mixture_of_experts(model_type):
-    """Whatever they are called: they give a number for each expert, or one for the shared one."""
+    """Whatever they are called: they are the linears with one output per expert, or one for the shared expert."""
     model = small_mixture(model_type)
     found = 0
     for layer in model.get_submodule(decoder_layers(model, model.config.num_hidden_layers)):
-        widths = {name: module.out_features for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+        widths = {
+            name: module.out_features for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)
+        }
         routers = {name for name, width in widths.items() if width in (1, EXPERTS)}
         assert routers <= set(served_dense(layer)), routers
         attention = {name for name in widths if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -170,22 +178,22 @@ def test_what_reads_the_same_tensor_in_one_module_stays_together(family, togethe
     assert found == {frozenset(names.split()) for names in together}
 
 
-def test_parts_of_a_layer_that_read_the_same_tensor_may_part(tiny):
-    """A layer with attention and MLP side by side: only modules are fused, never two of them."""
-    model, layer, inputs, _ = layer_and_inputs(tiny("gpt-neox"))
+def test_modules_that_read_the_same_tensor_are_independent(tiny):
+    """In a layer with parallel attention and MLP, linears are fused within a module, never across two."""
+    model, layer, _, _ = layer_and_inputs(tiny("gpt-neox"))
     one = [(name, 1) for name in linears_of(layer)]
     topology = describe(model.config, layer, one)
     assert topology.fused_with("attention.dense", linears_of(layer)) == ["attention.query_key_value", "attention.dense"]
 
 
 def test_a_linear_that_is_called_twice_is_in_one_group(tiny):
-    """As Gemma 3n's router of its streams; in two groups its statistics would never be complete."""
+    """Such as Gemma 3n's router of its streams. In two groups its statistics would never be complete."""
     model, layer, inputs, _ = layer_and_inputs(tiny("gpt-neox"))
     topology = describe(model.config, layer, [*inputs, ("attention.dense", 7), ("mlp.dense_4h_to_h", 7)])
     assert topology == describe(model.config, layer, inputs) and len(topology.linears) == 4
 
 
-def test_sets_that_overlap_are_one():
+def test_overlapping_sets_are_one():
     names = ["a.q_proj", "a.k_proj", "a.v_proj", "a.b_proj", "a.o_proj", "c.q_proj"]
     topology = Topology((Sublayer("layer", ()),), together=(frozenset(("a.v_proj", "a.b_proj")),))
     for name in names[:4]:

@@ -1,6 +1,8 @@
 """Joining the processes of a torchrun. What they do together is tested in test_interruptions."""
 
+import itertools
 import os
+import random
 import subprocess
 import sys
 from datetime import timedelta
@@ -49,12 +51,37 @@ def test_ranks_wait_for_as_long_as_the_first_one_works_alone(started):
     assert started["backend"] == "gloo" and started["timeout"] >= timedelta(days=1)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_jobs_are_divided_nearly_as_well_as_possible(size):
+    """The most expensive jobs first is within 4/3 - 1/(3 size) of the best division (Graham, 1969)."""
+    draw = random.Random(size)
+    for _ in range(5):
+        costs = [draw.randint(1, 20) for _ in range(7)]
+        owners = [ranks.Ranks(rank, size).partition_by_cost(costs) for rank in range(size)]
+        assert all(one == owners[0] for one in owners)  # all ranks agree without asking each other
+        best = min(busiest(costs, division, size) for division in itertools.product(range(size), repeat=len(costs)))
+        assert best <= busiest(costs, owners[0], size) <= best * (4 / 3 - 1 / (3 * size))
+
+
+def busiest(costs, owners, size):
+    return max(sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(size))
+
+
+@pytest.mark.parametrize(("jobs", "size"), [(5, 2), (6, 3), (2, 4)])
+def test_shares_are_consecutive_and_of_nearly_the_same_length(jobs, size):
+    shares = [ranks.Ranks(rank, size).share(jobs) for rank in range(size)]
+    assert [job for share in shares for job in share] == list(range(jobs))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert [ranks.Ranks(0, size).share(jobs, rank) for rank in range(size)] == shares
+
+
 @pytest.mark.slow
 def test_the_timeout_is_one_that_torch_keeps(tmp_path):
     """A waiting rank fails if it is short, so it is the timeout that counts."""
     script = tmp_path / "wait.py"
     script.write_text(
-        "import sys, time, torch\nfrom datetime import timedelta\nfrom ria_vllm.offline.runtime import ranks as module\n"
+        "import sys, time, torch\nfrom datetime import timedelta\n"
+        "from ria_vllm.offline.runtime import ranks as module\n"
         "module.TIMEOUT = timedelta(seconds=float(sys.argv[1]))\n"
         "with module.joined(torch.device('cpu')) as ranks:\n"
         "    time.sleep(6 if ranks.first else 0)\n"
