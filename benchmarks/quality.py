@@ -16,8 +16,10 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.evaluation.evaluate import choose_device, load_model, perplexity, read_tokens
+from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
+from ria_vllm.offline.model.hf import load_model
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.progress import Monitor
 
 WAYS = tuple(

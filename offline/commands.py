@@ -15,7 +15,7 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 @click.argument("model")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
 @click.option("--method", default="ria", show_default=True, help="Score: ria, ri, wanda, magnitude; or sparsegpt.")
-@click.option("--exponent", default=0.5, show_default=True, help="Of the input norms in RIA.")
+@click.option("--exponent", default=0.5, show_default=True, help="Exponent of the input norms in RIA.")
 @click.option("--permute", show_default=SERVED_DEFAULT, help="Channel permutation: lsa, heuristic or none.")
 @click.option(
     "--permute-scope",
@@ -33,38 +33,38 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     "--calibration",
     default="self",
     show_default=True,
-    help="A .txt, .jsonl or .parquet file (field text), c4, wikitext2 or pile from the hub, or self: text that the dense "
-    "model writes itself, for which the whole model must fit into memory once.",
+    help="A .txt, .jsonl or .parquet file (field text), c4, wikitext2 or pile from the hub, or self: text that the "
+    "dense model writes itself, for which the whole model has to fit into memory.",
 )
-@click.option("--samples", default=128, show_default=True, help="Calibration sequences.")
-@click.option("--seq-len", default=2048, show_default=True, help="Tokens in each; at most what the model reads.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of every random choice.")
+@click.option("--samples", default=128, show_default=True, help="Number of calibration sequences.")
+@click.option("--seq-len", default=2048, show_default=True, help="Tokens in each; at most the model's context.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="For all random choices.")
 @click.option(
     "--reconstruct",
     default="admm",
     show_default=True,
-    help="Update of the weights that stay: none, admm, or block (best, and slow).",
+    help="How kept weights are updated: none, admm, or block (best, and slow).",
 )
 @click.option(
     "--skip-sensitive",
     default=0.0,
     show_default=True,
-    help="Fraction of the weights to keep dense, where it helps most. Takes a second pass over the model.",
+    help="Fraction of the weights to keep dense, where that helps most. Takes a second pass over the model.",
 )
 @click.option(
     "--weights",
     default="float",
     show_default=True,
-    help="float: in the model's own dtype. int8: whole numbers and a scale a row, 5 bits a weight instead of 9.",
+    help="float: in the model's own dtype. int8: integers with a scale per row, 5 bits a weight instead of 9.",
 )
-@click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears whose name it matches dense. Repeatable.")
+@click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears with a matching name dense. Repeatable.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--compute-dtype",
     default="auto",
     show_default=True,
-    help="What layers are computed in: auto, bfloat16, float32 or float16. auto: the model's own, or float32 where the "
-    "device is slow in that. What is written stays in the model's own.",
+    help="The dtype to compute in: auto, bfloat16, float32 or float16. auto: the model's own, or float32 if the device "
+    "is slow in that. Weights are always written in the model's own.",
 )
 @click.option(
     "--activation-cache",
@@ -74,23 +74,24 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     help="Where calibration activations are kept.",
 )
 @click.option("--max-shard-size", default="5GB", show_default=True)
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists, once the new one is complete.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same command.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, if it exists, once the new one is complete.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run of the same command.")
 @click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(
     model, out, method, exponent, permute, permute_scope, pattern, calibration, samples, seq_len, seed, reconstruct,
-    skip_sensitive, weights, ignore, device, compute_dtype, activation_cache, max_shard_size, overwrite, resume, timings,
+    skip_sensitive, weights, ignore, device, compute_dtype, activation_cache, max_shard_size, overwrite, resume,
+    timings,
 ):  # fmt: skip
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
 
-    Decoder layers are in memory one at a time. With torchrun --nproc-per-node N -m ria_vllm compress ..., the
-    calibration samples and the permutation problems are divided over N processes.
+    Decoder layers are in memory one at a time. torchrun --nproc-per-node N -m ria_vllm compress ... divides the
+    calibration samples and the permutation searches among N processes.
     """
     from ria_vllm.offline.compress import Settings
     from ria_vllm.offline.compress import compress as run
-    from ria_vllm.offline.evaluation.evaluate import choose_device
     from ria_vllm.offline.pruning.masks import Pattern
     from ria_vllm.offline.recipe import Recipe
+    from ria_vllm.offline.runtime.device import choose_device
     from ria_vllm.progress import Monitor
     from ria_vllm.sizes import parse_size
     from ria_vllm.writer import check_file_place, disk_errors
@@ -102,7 +103,7 @@ def compress(
         pattern=parsed, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, ignore=tuple(ignore),
         reconstruct=reconstruct, skip_sensitive=skip_sensitive, weights=weights, compute_dtype=compute_dtype,
     )  # fmt: skip
-    if timings and timings.parent.resolve() != out.resolve():  # which will be there in the end
+    if timings and timings.parent.resolve() != out.resolve():  # if it is OUT, it does not exist yet
         check_file_place(timings)
     place = choose_device(device)
     settings = Settings(place, activation_cache, parse_size(max_shard_size), overwrite, resume)
@@ -112,7 +113,7 @@ def compress(
     try:
         report = run(model, out, recipe, settings, monitor)
     except KeyboardInterrupt:
-        raise RiaError(f"interrupted. Finished layers are kept in {out}.partial; add --resume to go on.") from None
+        raise RiaError(f"interrupted. Finished layers are kept in {out}.partial; add --resume to continue.") from None
     seconds = {name: round(value, 3) for name, value in monitor.seconds.items()}
     monitor.say("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
     kept = [record["retained_after"] for record in report["linears"].values()]

@@ -1,7 +1,6 @@
-"""One pass over the decoder layers: calibration activations go in at the bottom, pruned layers come out one by one."""
+"""One pass over the decoder layers: the embedded calibration tokens go in, pruned layers come out one by one."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,33 +8,29 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ria_vllm.errors import RiaError
-from ria_vllm.offline.calibration.capture import Activations, advance, gather, run_component
-from ria_vllm.offline.model.embedding import Embedder, LayerCall
+from ria_vllm.offline.calibration.embed import embed
+from ria_vllm.offline.calibration.sublayer import SublayerRunner
+from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.streaming import StreamedModel
-from ria_vllm.offline.model.topology import Component, Group, describe
+from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.plan import Plan
-from ria_vllm.offline.pruning.block import train_block
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.solve import Pruned, find_orders, solve, stored_weight
+from ria_vllm.offline.solve import Pruned, find_orders, solve
+from ria_vllm.offline.train import train_sublayer
 from ria_vllm.progress import Monitor
 
 T = TypeVar("T")
-# Tokens in one forward pass of a layer. Chunks do not depend on the number of ranks, so neither do results.
-CHUNK_TOKENS = 2048
-# Steps of block training, one a chunk: in 8 passes over little data, in fewer over more, but never in less than 2.
-TRAINING_STEPS = 128
 
 
 class LayerPass:
-    """This rank's calibration activations, on their way through the layers.
+    """Takes this rank's calibration activations through the layers, from the first one on.
 
     Args:
-        tokens: int64 [samples, seq_len], all of them; this rank takes its share.
-        cache: a folder for activations, or None to keep them in memory.
-        follow: whether to take the dense model's stream along on its own path, if the recipe asks for it.
+        tokens: int64 [samples, seq_len], those of all ranks.
+        cache: a folder for activations; None: they stay in memory.
+        follow: also take the dense model's stream along, if the recipe aims at it.
 
     Raises:
         RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
@@ -47,194 +42,107 @@ class LayerPass:
         tokens: torch.Tensor,
         cache: Path | None,
         recipe: Recipe,
-        team: Ranks,
+        ranks: Ranks,
         monitor: Monitor,
         follow: bool = True,
     ):
-        self.model, self.recipe, self.team, self.monitor = model, recipe, team, monitor
-        chunks = tokens.split(max(1, CHUNK_TOKENS // tokens.shape[1]))
-        if len(chunks) < team.size:
-            raise RiaError(
-                f"{len(tokens)} samples of {tokens.shape[1]} tokens make {len(chunks)} pieces of work, too few for "
-                f"{team.size} processes. Use fewer processes, or more samples."
-            )
-        self.chunks = len(chunks)
-        # A bf16 model's stream has no more than bf16 to say, and takes half the room in it.
-        kept = torch.bfloat16 if model.stored_dtype == torch.bfloat16 else model.dtype
-        self.pruned = Activations(None if cache is None else cache / f"pruned-{team.rank}", model.dtype, kept)
-        # Reconstruction aims at the stream of the dense model on its own path.
-        self.dense: Activations | None = None
-        if follow and recipe.follows_dense:
-            self.dense = Activations(None if cache is None else cache / f"dense-{team.rank}", model.dtype, kept)
-        self.calls: dict[torch.Size, list[LayerCall]] = {}
-        with monitor.phase("embedding"):
-            self._embed(chunks)
-
-    def _embed(self, chunks: Sequence[torch.Tensor]) -> None:
-        embedder = Embedder(self.model)
-        inputs = embedder.inputs_of_first_layer(chunks[0][:1])
-        self.topology = describe(self.model.config.get_text_config(), self.model.layers[0], inputs)
-        # The last chunk may be shorter; every rank has to know how layers are called for it.
-        for tokens in (chunks[0], chunks[-1]):
-            stream, calls = embedder(tokens)
-            self.calls[stream.shape] = calls
-        share = self.team.share(len(chunks))
-        for index in self.monitor.steps(share, "embedding", len(share)):
-            stream, calls = embedder(chunks[index])
-            if not all(one.same_as(other) for one, other in zip(self.calls[stream.shape], calls, strict=True)):
-                raise RiaError(
-                    f"{self.model.folder}: {type(self.model.model).__name__} gives its layers more than the residual "
-                    "stream for each text, so they cannot be pruned one by one."
-                )
-            self.pruned.append(stream)
-            if self.dense is not None:
-                self.dense.append(stream)
-        embedder.close()
+        self.model, self.recipe, self.ranks, self.monitor = model, recipe, ranks, monitor
+        self.embedded = embed(model, tokens, cache, follow and recipe.follows_dense, ranks, monitor)
+        self.topology, self.streams = self.embedded.topology, self.embedded.streams
 
     def prune(self, index: int, plan: Plan, last: bool) -> dict[str, Pruned]:
-        """Prune layer `index` and take the activations through it (unless it is the last). Keys are written names."""
-        layer = self.model.load_layer(index)
+        """Prune layer `index` and, unless it is the last one, take the activations through it.
+
+        Returns:
+            Written name -> pruned linear.
+        """
         pruned: dict[str, Pruned] = {}
-        for component in self.topology.components:
-            part: dict[str, Pruned] = {}
-            for number, stage in enumerate(component.stages):
-                found = self._solve_stage(index, layer, component, plan.groups(index, stage), number)
-                if number == 0 and self.dense is not None:  # while nothing of the component is pruned
-                    advance(layer, component, self._calls(index), self.dense, self.monitor)
-                for name, linear in found.items():
-                    _set_weight(layer, name, linear.weight)
-                part |= found
-            if self.recipe.trains and part:
-                part = self._train(index, layer, component, part)
-            if not last or component is not self.topology.components[-1]:
-                advance(layer, component, self._calls(index), self.pruned, self.monitor)
-            pruned |= part
+        sublayers = self._load(index)
+        for sublayer in sublayers:
+            pruned |= self._prune_sublayer(index, sublayer, plan)
+            if not last or sublayer is not sublayers[-1]:
+                sublayer.advance(self.streams.pruned)
         self.model.free_layer(index)
-        return self._named(index, pruned)
+        return self._written(index, pruned)
 
     def measure(self, index: int, plan: Plan) -> dict[str, dict[str, Any]]:
-        """What pruning would do to each linear of layer `index`, which is left as it is. Written names -> records."""
-        layer = self.model.load_layer(index)
+        """What pruning would do to each linear of layer `index`, which stays dense.
+
+        Returns:
+            Written name -> record of the report.
+        """
         records: dict[str, dict[str, Any]] = {}
-        for component in self.topology.components:
-            for number, stage in enumerate(component.stages):
-                found = self._solve_stage(index, layer, component, plan.groups(index, stage), number)
+        for sublayer in self._load(index):
+            for number, stage in enumerate(sublayer.stages):
+                found = self._solve_stage(sublayer, number, plan.groups(index, stage))
                 records |= {name: linear.record for name, linear in found.items()}
-            advance(layer, component, self._calls(index), self.pruned, self.monitor)
+            sublayer.advance(self.streams.pruned)
         self.model.free_layer(index)
-        return self._named(index, records)
+        return self._written(index, records)
 
     def replay(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Take the activations through a layer that was pruned before; `weights` by names relative to it."""
-        layer = self.model.load_layer(index)
-        if self.dense is not None:
-            for component in self.topology.components:
-                advance(layer, component, self._calls(index), self.dense, self.monitor)
+        """Take the activations through a layer that was pruned earlier.
+
+        Args:
+            weights: name relative to the layer -> pruned weight [out, in].
+        """
+        sublayers = self._load(index)
+        if self.streams.dense is not None:
+            for sublayer in sublayers:
+                sublayer.advance(self.streams.dense)
         for name, weight in weights.items():
-            _set_weight(layer, name, weight)
-        for component in self.topology.components:
-            advance(layer, component, self._calls(index), self.pruned, self.monitor)
+            _set_weight(self.model.layers[index], name, weight)
+        for sublayer in sublayers:
+            sublayer.advance(self.streams.pruned)
         self.model.free_layer(index)
 
-    def _train(
-        self, index: int, layer: nn.Module, component: Component, pruned: Mapping[str, Pruned]
-    ) -> dict[str, Pruned]:
-        """Block reconstruction of one component; all ranks train alike, on the chunks of all."""
-        # Linears are multiplied in the dtype that they are trained in; what else there is computes in float32.
-        others = [module for module in layer.modules() if not isinstance(module, nn.Linear)]
-        for parameter in (p for module in others for p in module.parameters(recurse=False)):
-            parameter.data = parameter.data.float()
-        calls = self._calls(index)
-        masks = _Masks(pruned, self.model.device)
-        trim()
-        with self.monitor.phase("block training"), torch.enable_grad():
-            losses = train_block(
-                lambda stream: run_component(layer, component, calls[stream.shape], stream),
-                {name: layer.get_submodule(name).weight for name in pruned},
-                masks,
-                _Everywhere(self.pruned, self.chunks, self.team, self.model.device),
-                _Everywhere(self.dense, self.chunks, self.team, self.model.device),
-                passes=min(8, max(2, TRAINING_STEPS // self.chunks)),
-                seed=self.recipe.seed,
-                dtype=self.recipe.product_dtype,
-                where=f"{self._place(index, next(iter(pruned)))} and what is trained with it: ",
+    def _load(self, index: int) -> list[SublayerPass]:
+        """Load a layer; its sublayers, in order."""
+        layer, calls = self.model.load_layer(index), self.embedded.calls_of(index)
+        place = partial(self._place, index)
+        return [
+            SublayerPass(
+                SublayerRunner(layer, sublayer, calls, self.model.dtype), self.streams, self.ranks, self.monitor, place
             )
-        trained = {}
-        for name, linear in pruned.items():
-            module = layer.get_submodule(name)
-            weight, scale = stored_weight(module.weight.data, linear.p, linear.weight.dtype, self.recipe)
-            module.weight.data = weight.to(self.model.device, self.model.dtype)
-            record = linear.record | {"block_loss": [losses[0], losses[-1]]}
-            trained[name] = replace(linear, weight=weight, scale=scale, record=record)
-        for parameter in layer.parameters():
-            parameter.data = parameter.data.to(self.model.dtype)
-        return trained
+            for sublayer in self.topology.sublayers
+        ]
 
-    def _solve_stage(
-        self, index: int, layer: nn.Module, component: Component, groups: Sequence[Group], number: int
-    ) -> dict[str, Pruned]:
+    def _prune_sublayer(self, index: int, sublayer: SublayerPass, plan: Plan) -> dict[str, Pruned]:
+        """Prune one stage after the other, so that each sees what those before it produce; then train if asked."""
+        pruned: dict[str, Pruned] = {}
+        for number, stage in enumerate(sublayer.stages):
+            found = self._solve_stage(sublayer, number, plan.groups(index, stage))
+            if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
+                sublayer.advance(self.streams.dense)
+            for name, linear in found.items():
+                _set_weight(sublayer.runner.layer, name, linear.weight)
+            pruned |= found
+        return train_sublayer(sublayer, pruned, self.recipe) if self.recipe.trains and pruned else pruned
+
+    def _solve_stage(self, sublayer: SublayerPass, number: int, groups: Sequence[Group]) -> dict[str, Pruned]:
         if not groups:
             return {}
-        calls, with_gram = self._calls(index), self.recipe.needs_gram
-        named = partial(self._place, index)
-        before = self.dense if number == 0 else None
-        after = self.dense if component.additive and number == len(component.stages) - 1 else None
-        found = gather(
-            layer, component, groups, calls, self.pruned, with_gram, self.team, self.monitor, named, before, after
-        )
+        found = sublayer.statistics(number, groups, self.recipe.needs_gram)
         trim()
         names = [name for group in groups for name in group.linears]
         statistics = {name: stats for group, stats in zip(groups, found, strict=True) for name in group.linears}
-        weights = {name: layer.get_submodule(name).weight.data for name in names}
+        weights = {name: sublayer.runner.linear(name).weight.data for name in names}
         with self.monitor.phase("permutations"):
-            orders = find_orders(groups, weights, statistics, self.recipe, self.team)
+            orders = find_orders(groups, weights, statistics, self.recipe, self.ranks)
         with self.monitor.phase("masks and weights"):
             trim()
-            solved = solve(names, weights, statistics, orders, self.model.stored_dtype, self.recipe, self.team, named)
+            dtype, place = self.model.stored_dtype, sublayer.place
+            solved = solve(names, weights, statistics, orders, dtype, self.recipe, self.ranks, place)
         del found, statistics
         trim()
         return solved
 
     def _place(self, index: int, name: str) -> str:
-        """What an error says of a linear: the model's folder, and the name that it has there."""
+        """What an error calls a linear: the model's folder, and the name in its files."""
         return f"{self.model.folder}: {self.model.written_linear(index, name)}"
 
-    def _calls(self, index: int) -> dict[torch.Size, LayerCall]:
-        return {shape: calls[index] for shape, calls in self.calls.items()}
-
-    def _named(self, index: int, found: Mapping[str, T]) -> dict[str, T]:
+    def _written(self, index: int, found: Mapping[str, T]) -> dict[str, T]:
         return {self.model.written_linear(index, name): value for name, value in found.items()}
-
-
-class _Masks(Mapping[str, torch.Tensor]):
-    """The linears' masks on the device, each only while it is looked at."""
-
-    def __init__(self, pruned: Mapping[str, Pruned], device: torch.device):
-        self.pruned, self.device = pruned, device
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.pruned[name].mask.to(self.device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.pruned)
-
-    def __len__(self) -> int:
-        return len(self.pruned)
-
-
-class _Everywhere(Sequence[torch.Tensor]):
-    """The chunks of all ranks, float32 on the device; one that lies elsewhere is fetched, on all ranks at once."""
-
-    def __init__(self, mine: Activations, total: int, team: Ranks, device: torch.device):
-        self.mine, self.total, self.team, self.device = mine, total, team, device
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        owner = next(rank for rank in range(self.team.size) if index in self.team.share(self.total, rank))
-        chunk = self.mine[index - self.team.share(self.total).start] if owner == self.team.rank else None
-        return self.team.from_owner(chunk, owner).to(self.device, torch.float32)
 
 
 def _set_weight(layer: nn.Module, name: str, weight: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Which linears are pruned, and which stay dense and why."""
+"""Which linears are pruned, and which stay dense, and why."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import nn
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.streaming import StreamedModel
-from ria_vllm.offline.model.topology import FUSED, Group, Topology, linears_of, served_dense
+from ria_vllm.offline.model.topology import Group, Topology, fused_sets, linears_of, served_dense
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.schema import REARRANGED_BY_VLLM
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
@@ -18,9 +18,12 @@ NOT_IN_FIRST = "not in the first layer, by which the others are pruned"
 
 @dataclass(frozen=True)
 class Plan:
-    """pruned: names of linears, per layer index, relative to it; dense: written name -> why; warnings for the user.
+    """What happens to each linear.
 
-    together: the written names of all that is pruned, in sets that can only be left dense as a whole.
+    pruned: layer index -> names of linears, relative to the layer.
+    dense: written name -> why.
+    warnings: for the user.
+    together: the written names of all pruned linears, in sets that can only be left dense as a whole.
     """
 
     pruned: Mapping[int, frozenset[str]]
@@ -38,7 +41,7 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
     """Decide for every linear of the model.
 
     Args:
-        sensitive: written names of linears that are to stay dense for quality.
+        sensitive: written names of linears that stay dense because pruning them would cost most quality.
 
     Raises:
         RiaError: nothing is left to prune.
@@ -48,7 +51,7 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
     dense: dict[str, str] = {}
     warnings: list[str] = []
     misfits: dict[str, int] = {}
-    beyond: list[int] = []  # weights of the linears that the first layer lacks
+    beyond: list[int] = []  # the number of weights of each linear that the first layer does not have
     together: list[frozenset[str]] = []
     shared = {name for pair in model.model.all_tied_weights_keys.items() for name in pair}
     for index, layer in enumerate(model.layers):
@@ -81,7 +84,7 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
         for name in [name for name in linears if name not in reasons]:
             partner = next((other for other in topology.fused_with(name, linears) if other in reasons), None)
             if partner:
-                sure = _fused_for_sure(name, partner)
+                sure = any({name, partner} <= names for names in fused_sets(linears))
                 reasons[name] = f"{'served' if sure else 'may be served'} as one with {partner}"
                 if written[partner] not in sensitive:
                     serves = "serves it" if sure else "may serve it"
@@ -101,7 +104,7 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
         warnings.append(f"vLLM cannot serve a compressed {family}; `ria-vllm export` will make a dense folder of it.")
     if not any(pruned.values()):
         first = next(iter(dense.items()))
-        raise RiaError(f"nothing is left to prune: {first[0]}: {first[1]}, and likewise the others.")
+        raise RiaError(f"nothing is left to prune. For example, {first[0]}: {first[1]}.")
     outside = [n for n in linears_of(model.model) if not n.startswith(f"{model.layers_path}.")]
     outside = [model.names.linear(name) for name in outside]
     copied = dict.fromkeys(model.unknown_linears(), "in the files, but no part of the model that transformers builds")
@@ -109,20 +112,14 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
     return Plan(pruned, dense, tuple(warnings), tuple(together))
 
 
-def _fused_for_sure(name: str, partner: str) -> bool:
-    """Whether two linears that stay together are known to be served as one, and do not just read the same tensor."""
-    (parent, _, leaf), (other_parent, _, other) = name.rpartition("."), partner.rpartition(".")
-    return parent == other_parent and any(leaf in fused and other in fused for fused in FUSED)
-
-
 def _unknown_tensors(model: StreamedModel) -> list[str]:
-    """What is said of layers for multi-token prediction and the like."""
+    """A warning about tensors that the model does not use, such as layers for multi-token prediction."""
     unknown = model.names.unknown
     if not unknown:
         return []
     which = unknown[0] if len(unknown) == 1 else f"{unknown[0]} and {len(unknown) - 1} more tensors"
     kind = type(model.model).__name__
-    return [f"copied as they are: {which}, no part of {kind} as transformers builds it."]
+    return [f"copied unchanged: {which}, not part of {kind} as transformers builds it."]
 
 
 def _experts(model: StreamedModel) -> list[str]:
@@ -133,14 +130,17 @@ def _experts(model: StreamedModel) -> list[str]:
 def most_sensitive(
     records: Mapping[str, Mapping[str, Any]], fraction: float, together: Iterable[frozenset[str]]
 ) -> list[str]:
-    """The linears whose pruning loses most for each byte it saves, up to `fraction` of all weights.
+    """The linears whose pruning loses most per weight, up to `fraction` of all weights.
 
-    What a linear loses is the squared relative error of its output. A set that would pass the fraction is left out and
-    smaller ones still have their chance.
+    The loss of a linear is the squared relative error of its output. A set that would exceed the fraction is skipped;
+    smaller ones may still fit.
 
     Args:
         records: written name -> record with `shape` and `error_after`.
-        together: the same names, in sets that stay dense as a whole.
+        together: the same names, in sets that can only be left dense as a whole.
+
+    Returns:
+        Written names, the sets with the largest loss first.
     """
     sizes = {name: record["shape"][0] * record["shape"][1] for name, record in records.items()}
     lost = {

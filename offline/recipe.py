@@ -1,4 +1,4 @@
-"""What a compression is asked to do: every option that shapes the result, checked and written into the checkpoint."""
+"""What a compression should do: every option that affects the result, checked and written into the checkpoint."""
 
 import re
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ RECONSTRUCTIONS = ("none", "admm", "block")
 
 @dataclass(frozen=True)
 class Recipe:
-    """See `ria-vllm compress --help` for each of them.
+    """The options; `ria-vllm compress --help` explains each.
 
     Raises:
-        RiaError: a value that no run could use.
+        RiaError: an invalid value.
     """
 
     method: str = "ria"
@@ -52,7 +52,9 @@ class Recipe:
                 option = "--" + name.replace("_", "-")
                 raise RiaError(f"{option} {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
         if self.weights != "float" and not self.served:
-            raise RiaError(f"--weights {self.weights} is for the pattern 2:4; {self.pattern} is written as plain dense weights.")
+            raise RiaError(
+                f"--weights {self.weights} is for the pattern 2:4; {self.pattern} is written as plain dense weights."
+            )
         if self.samples < 1 or self.seq_len < 2:
             raise RiaError("--samples takes at least 1, --seq-len at least 2.")
         if not 0 <= self.skip_sensitive < 1:
@@ -67,7 +69,7 @@ class Recipe:
 
     @property
     def served(self) -> bool:
-        """Whether a kernel serves the pattern; anything else is written as plain dense weights."""
+        """Whether a kernel serves the pattern. If not, weights are written as plain dense ones."""
         return (self.pattern.n, self.pattern.m) == (2, 4)
 
     @property
@@ -80,7 +82,7 @@ class Recipe:
 
     @property
     def follows_dense(self) -> bool:
-        """Whether weights are updated towards what the dense model, on its own path, has there."""
+        """Whether weights are updated towards the activations of the dense model on its own path."""
         return self.reconstruct != "none"
 
     @property
@@ -89,11 +91,11 @@ class Recipe:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """Of the products that bfloat16 does for: of training, and of comparing orders of channels."""
+        """The dtype of matrix products for which bfloat16 is precise enough: in training and permutation search."""
         return torch.float32 if self.compute_dtype == "float32" else torch.bfloat16
 
     def shared_orders(self, linears: Sequence[str]) -> list[Sequence[str]]:
-        """Which of the linears with one input get one order together."""
+        """The linears of a group, divided into those that share a channel order."""
         return [linears] if self.permute_scope == "shared" else [(name,) for name in linears]
 
     def with_seq_len(self, seq_len: int) -> "Recipe":
@@ -106,10 +108,10 @@ class Recipe:
         return any(re.search(expression, name) for expression in self.ignore)
 
     def dump(self, source: str) -> dict[str, Any]:
-        """For config.json: enough to do it again, and nothing of where files lay here."""
+        """For config.json: enough to repeat the compression, without local paths."""
         versions = {"ria-vllm": __version__} | {name: version(name) for name in ("torch", "transformers", "scipy")}
         plain = {"pattern": str(self.pattern), "ignore": list(self.ignore), "calibration": Path(self.calibration).name}
         options = asdict(self) | plain
         if self.compute_dtype == "auto":
-            del options["compute_dtype"]  # not known yet
+            del options["compute_dtype"]  # not chosen yet
         return options | {"source": published(source), "versions": versions}

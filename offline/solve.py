@@ -1,4 +1,4 @@
-"""Prune the linears of one stage: orders of the input channels, masks, and the weights that stay."""
+"""Prune the linears of one stage: the order of their input channels, their masks and their kept weights."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,10 +10,9 @@ import torch
 
 from ria_vllm import permutation
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.calibration.capture import Statistics
+from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.model.topology import Group
-from ria_vllm.offline.pruning import masks as prune
-from ria_vllm.offline.pruning import permute, scores
+from ria_vllm.offline.pruning import masks, permute, scores
 from ria_vllm.offline.pruning.admm import AdmmSolver, Choice, admm_solver, output_error
 from ria_vllm.offline.pruning.sparsegpt import sparsegpt
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
@@ -23,24 +22,26 @@ from ria_vllm.offline.runtime.ranks import Ranks
 
 @dataclass(frozen=True)
 class Pruned:
-    """One pruned linear, in the model's own order of channels.
+    """One pruned linear, with its channels in the model's own order.
 
-    weight: [out, in] in the checkpoint's dtype, zero outside the mask; kept: the mask, a bit for each of its entries
-    row by row, uint8 (all of a layer's masks are in memory until the layer is written); p: int64 [in] or None for the
-    model's own order; record: what the report says of it; scale: float32 [out, 1] where the weight is int8 times that,
-    rounded to the dtype.
+    weight: [out, in] in the checkpoint's dtype, zero outside the mask.
+    packed_mask: uint8, one bit per entry of the mask, row by row (all masks of a layer are in memory until it is
+        written).
+    p: int64 [in], the order of the input channels in which the mask has its pattern; None: the model's own.
+    record: the report's entry.
+    scale: the scales, if the weight's format has any; `weight` is rounded to what the format can hold.
     """
 
     weight: torch.Tensor
-    kept: torch.Tensor
+    packed_mask: torch.Tensor
     p: torch.Tensor | None
     record: dict[str, Any]
     scale: torch.Tensor | None = None
 
     @property
     def mask(self) -> torch.Tensor:
-        """bool [out, in], the pattern in order p."""
-        bits = np.unpackbits(self.kept.numpy(), count=self.weight.numel(), bitorder="little")
+        """bool [out, in], True = kept."""
+        bits = np.unpackbits(self.packed_mask.numpy(), count=self.weight.numel(), bitorder="little")
         return torch.from_numpy(bits.view(np.bool_)).view(self.weight.shape)
 
 
@@ -51,7 +52,13 @@ def _packed(mask: torch.Tensor) -> torch.Tensor:
 def stored_weight(
     weight: torch.Tensor, p: torch.Tensor | None, dtype: torch.dtype, recipe: Recipe
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`weight`, columns in the model's own order, as it will be read back, and its scales if it has any; on the CPU."""
+    """The weight as it will be read back, and its scales if its format has any; on the CPU.
+
+    Args:
+        weight: [out, in], columns in the model's own order.
+        p: int64 [in], the order in which they are stored; None: the model's own.
+        dtype: of the checkpoint.
+    """
     if p is None or recipe.weight_format.group_size is None:
         weight, scale = recipe.weight_format.quantize(weight, dtype)
     else:
@@ -63,7 +70,7 @@ def stored_weight(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """LAPACK's factorisations round differently with other numbers of threads; masks must not depend on that."""
+    """Run LAPACK in one thread: its factorisations round differently with more, and masks must not depend on that."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -79,25 +86,26 @@ def find_orders(
     recipe: Recipe,
     ranks: Ranks,
 ) -> dict[str, torch.Tensor | None]:
-    """The input order of every linear: one problem a group (or a linear), divided over the ranks.
+    """Search the order of the input channels of each linear. The searches are divided among the ranks.
 
     Args:
+        groups: linears with a common input; the recipe says whether they share an order.
         weights: linear -> [out, in] on the device.
         statistics: linear -> statistics of its input.
 
     Returns:
-        linear -> int64 [in] on the CPU, None where it is the model's own order.
+        linear -> int64 [in] on the CPU; None for the model's own order.
     """
     problems = [(group, names) for group in groups for names in recipe.shared_orders(group.linears)]
     costs = [weights[names[0]].shape[1] ** 2 * sum(len(weights[n]) for n in names) for _, names in problems]
-    owners = ranks.divide(costs)
+    owners = ranks.partition_by_cost(costs)
     orders = {}
     for (group, names), owner in zip(problems, owners, strict=True):
         p = None
         if owner == ranks.rank and recipe.pattern.structured and recipe.permute != "none":
             p = _find_order(group, names, weights, statistics, recipe)
-        p = ranks.from_owner(p, owner)
-        orders |= {name: p for name in names}
+        p = ranks.broadcast(p, owner)
+        orders |= dict.fromkeys(names, p)
     return orders
 
 
@@ -109,14 +117,22 @@ def solve(
     dtype: torch.dtype,
     recipe: Recipe,
     ranks: Ranks,
-    named: Callable[[str], str],
+    place: Callable[[str], str],
 ) -> dict[str, Pruned]:
-    """Prune and reconstruct the linears `names`, divided over the ranks. Results are on the CPU, weights in `dtype`.
+    """Prune and reconstruct the linears `names`, which are divided among the ranks.
+
+    Args:
+        weights, statistics, orders: as for, and from, `find_orders`.
+        dtype: of the result, the checkpoint's.
+        place: linear -> what an error calls it.
+
+    Returns:
+        linear -> result, on the CPU and on all ranks.
 
     Raises:
-        RiaError: a result is not finite in `dtype`; `named` gives the linear's name in the files.
+        RiaError: a result is not finite in `dtype`.
     """
-    owners = ranks.divide([weights[n].shape[1] * weights[n].numel() for n in names])
+    owners = ranks.partition_by_cost([weights[n].shape[1] * weights[n].numel() for n in names])
     solved: dict[str, Pruned] = {}
     solvers = _Solvers()
     for name, owner in zip(names, owners, strict=True):
@@ -124,12 +140,12 @@ def solve(
             continue
         solved[name] = _prune(weights[name], statistics[name], orders[name], dtype, recipe, solvers)
         if not bool(solved[name].weight.isfinite().all()):
-            raise RiaError(f"{named(name)}: NaN or infinite values after pruning; give --reconstruct none.")
-    return {name: ranks.from_owner(solved.get(name), owner) for name, owner in zip(names, owners, strict=True)}
+            raise RiaError(f"{place(name)}: NaN or infinite values after pruning; give --reconstruct none.")
+    return {name: ranks.broadcast(solved.get(name), owner) for name, owner in zip(names, owners, strict=True)}
 
 
 class _Solvers:
-    """The solver of the Gram matrix at hand; another one's is let go first, for they are large."""
+    """Keeps the solver for the current Gram matrix; it is freed before another is made, because both are large."""
 
     def __init__(self) -> None:
         self.gram: SymmetricMatrix | None = None
@@ -144,7 +160,7 @@ class _Solvers:
 
 
 def score(weight: torch.Tensor, statistics: Statistics, recipe: Recipe) -> torch.Tensor:
-    """[out, in] float32. SparseGPT judges weights as it goes; channels are ordered for it by RIA."""
+    """The recipe's scores S [out, in] float32; RIA's for SparseGPT, which scores weights itself but needs an order."""
     method = "ria" if recipe.method == "sparsegpt" else recipe.method
     return scores.score(method, weight, statistics.norm, recipe.exponent)
 
@@ -167,14 +183,14 @@ def _find_order(
             dtype=recipe.product_dtype,
         )  # fmt: skip
     else:
-        return None  # groups would straddle heads, whose channels must not mix
+        return None  # groups would span two heads, whose channels must not mix
     return None if permutation.is_identity(p) else p.cpu()
 
 
 def _stacked_scores(
     names: Sequence[str], weights: Mapping[str, torch.Tensor], statistics: Mapping[str, Statistics], recipe: Recipe
 ) -> torch.Tensor:
-    """[all the linears' rows, in] float32, laid out by columns: the search works on those, and needs no copy then."""
+    """The scores of the linears, [sum of out, in] float32, stored by columns, as the search needs them."""
     counts = [len(weights[name]) for name in names]
     first = weights[names[0]]
     columns = torch.empty(first.shape[1], sum(counts), device=first.device)
@@ -199,13 +215,13 @@ def _prune(
         S = score(weight, statistics, recipe)
         mask = _mask(S, p, recipe)
         record = _retained(S, mask, recipe)
-        del S  # one of several matrices of the weight's size; memory is counted in them
+        del S  # as large as the weight, like everything that makes up the peak memory
     start = mask
     if recipe.reconstruct != "none":
-        pull = statistics.drift and statistics.drift.pull(weight)
+        cross = statistics.drift and statistics.drift.cross_term(weight)
         choose = None if recipe.method == "sparsegpt" else _choice(weight, statistics, p, recipe)
-        W, mask = solvers.of(statistics.gram).solve(weight, mask, pull=pull, choose=choose)
-        del pull
+        W, mask = solvers.of(statistics.gram).solve(weight, mask, cross_term=cross, choose=choose)
+        del cross
     W = weight * mask if W is None else W
     W, scale = stored_weight(W, p, dtype, recipe)
     record |= {"shape": list(weight.shape), "permuted": p is not None}
@@ -216,7 +232,7 @@ def _prune(
 
 
 def _choice(weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None, recipe: Recipe) -> Choice:
-    """The mask of some rows by the method's own score, each of its sums over columns as in the dense weight."""
+    """Chooses the masks of some rows by the method's own score, with the column sums of the dense weight."""
     column_sums = weight.abs().float().sum(0)
 
     def choose(rows: torch.Tensor) -> torch.Tensor:
@@ -226,11 +242,11 @@ def _choice(weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None
 
 
 def _mask(S: torch.Tensor, p: torch.Tensor | None, recipe: Recipe) -> torch.Tensor:
-    """bool [out, in] in the model's own order: the pattern in order p."""
+    """The mask bool [out, in], in the model's own order, that has the recipe's pattern in order p."""
     if p is None:
-        return prune.mask(S, recipe.pattern)
+        return masks.mask(S, recipe.pattern)
     p = p.to(S.device)
-    return prune.mask(S[:, p], recipe.pattern)[:, permutation.invert(p)]
+    return masks.mask(S[:, p], recipe.pattern)[:, permutation.invert(p)]
 
 
 def _sparsegpt(
@@ -246,7 +262,7 @@ def _sparsegpt(
 
 
 def _retained(S: torch.Tensor, mask: torch.Tensor, recipe: Recipe) -> dict[str, Any]:
-    """The share of the score that stays: with the pattern in the model's own order, and with this mask."""
+    """The retained score, as a share: with the pattern in the model's own order, and with this mask."""
     whole = float(S.sum(dtype=torch.float64)) or 1.0
-    kept = {"retained_before": prune.mask(S, recipe.pattern), "retained_after": mask}
+    kept = {"retained_before": masks.mask(S, recipe.pattern), "retained_after": mask}
     return {name: float(S.where(keep, 0.0).sum(dtype=torch.float64)) / whole for name, keep in kept.items()}

@@ -1,4 +1,4 @@
-"""A decoder layer as the work folder keeps it."""
+"""How a decoder layer is stored in the work folder."""
 
 from collections.abc import Mapping
 
@@ -12,13 +12,18 @@ from ria_vllm.offline.solve import Pruned
 
 
 def layer_key(index: int) -> str:
+    """The key under which the work folder holds layer `index`."""
     return f"layer-{index:05d}"
 
 
 def layer_tensors(
     model: StreamedModel, index: int, pruned: Mapping[str, Pruned], recipe: Recipe
 ) -> dict[str, torch.Tensor]:
-    """Everything the checkpoint has of a layer; `pruned` by written names. Dense tensors are as the source has them."""
+    """All tensors of a layer in the checkpoint. Dense tensors are as in the source.
+
+    Args:
+        pruned: written name -> pruned linear.
+    """
     replaced = {f"{name}.weight" for name in pruned}
     tensors = {name: model.read(name) for name in model.names_in_layer(index) if name not in replaced}
     for name, linear in pruned.items():
@@ -37,7 +42,7 @@ def layer_tensors(
 def pruned_weights(
     tensors: Mapping[str, torch.Tensor], names: list[str], dtype: torch.dtype, recipe: Recipe
 ) -> dict[str, torch.Tensor]:
-    """linear -> [out, in] in the model's own order and dtype, from a finished layer's tensors."""
+    """Linear -> [out, in] in the model's own order and dtype, from the tensors of a finished layer."""
     weights = {}
     for name in names:
         if f"{name}.weight" in tensors:

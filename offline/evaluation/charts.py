@@ -62,7 +62,9 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, from_zero: bo
         parts.append(f'<polyline class="{s.style}" points="{path}"/>')
         for x, y in s.points:
             tip = escape(f"{s.label}, {x_label} {x:g}: {y:.4g}")
-            parts.append(f'<circle class="{s.style}" cx="{across(x):.1f}" cy="{down(y):.1f}" r="2"><title>{tip}</title></circle>')
+            parts.append(
+                f'<circle class="{s.style}" cx="{across(x):.1f}" cy="{down(y):.1f}" r="2"><title>{tip}</title></circle>'
+            )
     return svg(WIDTH, HEIGHT, title, parts)
 
 
@@ -82,7 +84,6 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float, str, str]]) -> str:
 
 def svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
     return (
-        f'<svg role="img" aria-label="{escape(title)}" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-        + "".join(parts)
-        + "</svg>"
+        f'<svg role="img" aria-label="{escape(title)}" '
+        f'viewBox="0 0 {width} {height}" width="{width}" height="{height}">' + "".join(parts) + "</svg>"
     )

@@ -33,8 +33,9 @@ svg text { fill: var(--ink); font: 11px system-ui, sans-serif; } svg .title { fo
 svg .tick { fill: var(--soft); font-size: 10px; } svg .label { font-size: 12px; } .grid { stroke: var(--grid); }
 polyline { fill: none; stroke-width: 1.6; } polyline.before { stroke: var(--before); }
 polyline.after { stroke: var(--after); } .before { fill: var(--before); } .after { fill: var(--after); }
-polyline.before, polyline.after { fill: none; } i { display: inline-block; width: .8em; height: .8em; border-radius: 2px;
-margin: 0 .3em 0 .8em; } i.before { background: var(--before); } i.after { background: var(--after); }
+polyline.before, polyline.after { fill: none; }
+i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .3em 0 .8em; }
+i.before { background: var(--before); } i.after { background: var(--after); }
 table { border-collapse: collapse; font-size: .85rem; } th, td { padding: .15rem .7rem .15rem 0; text-align: right; }
 th:first-child, td:first-child { text-align: left; } tr + tr td { border-top: 1px solid var(--grid); }
 summary { cursor: pointer; } .wide { overflow-x: auto; }
@@ -53,7 +54,9 @@ def by_kind(linears: dict[str, dict[str, Any]], before: str, after: str) -> dict
     return {kind: sorted(rows) for kind, rows in found.items()}
 
 
-def charts(linears: dict[str, dict[str, Any]], before: str, after: str, labels: tuple[str, str], from_zero: bool) -> str:
+def charts(
+    linears: dict[str, dict[str, Any]], before: str, after: str, labels: tuple[str, str], from_zero: bool
+) -> str:
     kinds = by_kind(linears, before, after)
     if not kinds:
         return "<p>The report holds no such figures.</p>"
@@ -88,7 +91,11 @@ def tiles(linears: dict[str, dict[str, Any]], inventory: Inventory | None) -> st
         shown.append((f"{t.ratio:.3f}", "of the dense size"))
         kinds = [sum(e.permutation == kind for e in inventory.linears) for kind in ("folded", "gathered")]
         shown.append((f"{kinds[0]} + {kinds[1]}", "permutations folded + gathered"))
-    return '<div class="tiles">' + "".join(f'<div class="tile"><b>{b}</b><span>{s}</span></div>' for b, s in shown) + "</div>"
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile"><b>{b}</b><span>{s}</span></div>' for b, s in shown)
+        + "</div>"
+    )
 
 
 def sizes(inventory: Inventory) -> str:
@@ -108,11 +115,15 @@ def perplexities(measured: Sequence[dict[str, Any]]) -> str:
     for entry in measured:
         value = report_number(entry, "perplexity")
         if value is None or not math.isfinite(value):
-            raise RiaError("--perplexity: a file without a number named perplexity. Give files of `ria-vllm eval --json`.")
+            raise RiaError(
+                "--perplexity: a file without a number named perplexity. Give files of `ria-vllm eval --json`."
+            )
         style = "after" if entry.get("compressed") else "before"
         rows.append((Path(str(entry.get("model", "?"))).name, value, f"{value:.2f}", style))
     first = measured[0]
-    words = f"{Path(str(first.get('text', 'text'))).name}, windows of {first.get('seq_len', '?')} tokens; lower is better."
+    words = (
+        f"{Path(str(first.get('text', 'text'))).name}, windows of {first.get('seq_len', '?')} tokens; lower is better."
+    )
     return f"<h2>Perplexity</h2><p>{escape(words)}</p>" + bar_chart("perplexity", rows)
 
 
@@ -147,7 +158,9 @@ def linear_table(linears: dict[str, dict[str, Any]], inventory: Inventory | None
             cells.append("" if value is None else f"{value:.4f}")
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{title}</th>" for title in titles)
-    return f'<h2>Linears</h2><details><summary>All {len(rows)}</summary><div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div></details>'
+    table = f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+    summary = f"<summary>All {len(rows)}</summary>"
+    return f'<h2>Linears</h2><details>{summary}<div class="wide">{table}</div></details>'
 
 
 def page(title: str, content: dict[str, Any], inventory: Inventory | None, measured: Sequence[dict[str, Any]]) -> str:
@@ -164,7 +177,7 @@ def page(title: str, content: dict[str, Any], inventory: Inventory | None, measu
         "gains. Higher is better.</p>",
         charts(linears, "retained_before", "retained_after", ("before permutation", "after"), False),
         "<h2>Output error</h2><p>Of each linear on the calibration text, relative to its output: what updating the "
-        "weights that stay gains. Lower is better.</p>",
+        "kept weights gains. Lower is better.</p>",
         charts(linears, "error_before", "error_after", ("before reconstruction", "after"), True),
         recipe_table(recipe, content.get("dense")),
         linear_table(linears, inventory),
@@ -179,7 +192,9 @@ def page(title: str, content: dict[str, Any], inventory: Inventory | None, measu
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The page. [default: OUT/ria_report.html]")
-@click.option("--perplexity", multiple=True, type=click.Path(path_type=Path), help="A file of `eval --json`. Repeatable.")
+@click.option(
+    "--perplexity", multiple=True, type=click.Path(path_type=Path), help="A file of `eval --json`. Repeatable."
+)
 def report(out: Path, output: Path | None, perplexity: tuple[Path, ...]) -> None:
     """Write what the compression of OUT did as one HTML page that opens offline."""
     target = output or out / "ria_report.html"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.hf import load_model, load_tokenizer
 
 
 def run_tasks(
@@ -21,10 +22,10 @@ def run_tasks(
     """Run lm-evaluation-harness.
 
     Args:
-        model: folder or hub id; compressed folders are decompressed for the engine `hf`, served as they are by `vllm`.
-        limit: examples a task, None for all.
-        folder: of tasks of the user's own, beside those that the harness brings.
-        compute_dtype: of the engine `hf`; see `load_model`.
+        model: folder or hub id. The engine `hf` decompresses a compressed folder, `vllm` serves it as it is.
+        limit: examples per task; None: all.
+        folder: with tasks of the user's own, besides those of the harness.
+        compute_dtype: for the engine `hf`; see `load_model`.
 
     Returns:
         {"model", "engine", "tasks": {task: {metric: number}}}.
@@ -47,8 +48,6 @@ def run_tasks(
         harness_model: Any = "vllm"
         arguments = {"pretrained": model}
     else:
-        from ria_vllm.offline.evaluation.evaluate import load_model, load_tokenizer
-
         harness_model = HFLM(pretrained=load_model(model, device, compute_dtype), tokenizer=load_tokenizer(model))
         arguments = {}
     output = lm_eval.simple_evaluate(

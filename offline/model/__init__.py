@@ -1,1 +1,1 @@
-"""The dense model: opening it, its tensors by name, one layer at a time, what its linears are to each other."""
+"""The dense model: opening it, naming and streaming its tensors, and how its linears depend on each other."""

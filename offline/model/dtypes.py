@@ -1,6 +1,6 @@
-"""The dtype in which layers are computed, which need not be the one in which they are stored.
+"""The dtype that layers are computed in, which may differ from the one that they are stored in.
 
-Without instructions of its own for bfloat16 a CPU multiplies it four to six times slower than float32.
+A CPU without bfloat16 instructions multiplies bfloat16 four to six times slower than float32.
 """
 
 import os
@@ -12,20 +12,20 @@ import torch
 from ria_vllm.errors import RiaError
 
 CHOICES = ("auto", "bfloat16", "float32", "float16")
-# Of x86-64 and of Arm, as Linux names them.
+# CPU flags of x86-64 and Arm, as Linux names them.
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-# Values of ONEDNN_MAX_CPU_ISA that keep torch's matrix products from using those instructions.
+# Values of ONEDNN_MAX_CPU_ISA that keep torch's matrix products from using these instructions.
 ISA_WITHOUT_BF16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"})
 
 
 def choose_dtype(stored: torch.dtype, device: torch.device, asked: str = "auto") -> torch.dtype:
-    """What layers of a checkpoint in `stored` are computed in on a device.
+    """The dtype to compute in on a device, for a checkpoint stored in `stored`.
 
     Args:
-        asked: one of CHOICES. auto: as stored, but float32 where the device is slow in that.
+        asked: one of CHOICES. auto: as stored, but float32 if the device is slow in that.
 
     Raises:
-        RiaError: `asked` does not hold every value of `stored`, so that weights and frequencies would be rounded.
+        RiaError: `asked` cannot hold every value of `stored`, so weights and rotary frequencies would be rounded.
     """
     if asked != "auto":
         dtype = getattr(torch, asked)
@@ -36,12 +36,13 @@ def choose_dtype(stored: torch.dtype, device: torch.device, asked: str = "auto")
                 "or leave it out."
             )
         return dtype
-    slow = stored == torch.bfloat16 and not fast_bf16(device) or stored == torch.float16 and device.type == "cpu"
+    slow_bf16 = stored == torch.bfloat16 and not fast_bf16(device)
+    slow = slow_bf16 or (stored == torch.float16 and device.type == "cpu")
     return torch.float32 if slow else stored
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether torch multiplies bfloat16 matrices on this device by instructions made for them."""
+    """Whether torch multiplies bfloat16 matrices on this device with dedicated instructions."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
@@ -49,6 +50,7 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """For example "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,4 +1,4 @@
-"""The model up to its first decoder layer, and how it calls each of its layers."""
+"""The model up to its first decoder layer, and how it calls each of its decoder layers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.evaluation.evaluate import explained
+from ria_vllm.offline.model.hf import explained
 from ria_vllm.offline.model.streaming import StreamedModel
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """How the model calls a decoder layer for one batch shape: everything but the residual stream.
+    """How the model calls a decoder layer for one batch shape: all arguments but the residual stream.
 
+    by_name: the stream is passed as the keyword argument `hidden_states`.
     place: the model's folder and the layer, for errors.
     """
 
@@ -34,15 +35,16 @@ class LayerCall:
         return out[0] if isinstance(out, tuple) else out
 
     def same_as(self, other: "LayerCall") -> bool:
+        """Whether both calls pass the same arguments, tensors compared by value."""
         return _equal((self.args, self.kwargs), (other.args, other.kwargs))
 
 
 class Reached(BaseException):
-    """Stops a forward pass once it has shown what it was run for. No error, and not to be taken for one on the way."""
+    """Stops a forward pass that has reached the point of interest. Not an Exception, so that no handler catches it."""
 
 
 class _Shell(nn.Module):
-    """Stands in for a decoder layer: notes how the model calls it and passes the stream on."""
+    """Stands in for a decoder layer: records how the model calls it, and passes the stream on."""
 
     def __init__(
         self,
@@ -78,17 +80,27 @@ class _Shell(nn.Module):
 
 
 class Embedder:
-    """The model up to its first decoder layer. It learns how each layer is to be called from the model's own forward."""
+    """Runs the model up to its first decoder layer, and records how the model's own forward calls each layer.
+
+    Call `inputs_of_first_layer` before anything else, and `close` at the end.
+    """
 
     def __init__(self, model: StreamedModel):
         self.model = model
         self.base = model.load_base()
         kind = type(model.model).__name__
         self.runs = f"{model.folder}: transformers cannot run {kind} as config.json describes it"
-        self.tupled: int | None = None  # entries of the tuple that a layer returns, 0 for a bare tensor
+        self.tupled: int | None = None  # length of the tuple that a layer returns; 0: it returns a bare tensor
 
     def __call__(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
-        """Token ids [samples, tokens] -> the stream into layer 0 [samples, tokens, hidden], the call of every layer."""
+        """Embed token ids [samples, tokens].
+
+        Returns:
+            (the stream into layer 0 [samples, tokens, hidden], the call of each layer).
+
+        Raises:
+            RiaError: the model does not run, or does not call its layers one after another.
+        """
         model, calls, streams = self.model, [], []
         layers = list(model.layers)
         shells = [
@@ -114,9 +126,12 @@ class Embedder:
         return streams[0], calls
 
     def inputs_of_first_layer(self, tokens: torch.Tensor) -> list[tuple[str, int]]:
-        """(linear, identity of the tensor it read) for a forward pass of layer 0, in the order of the calls.
+        """(linear, identity of the tensor that it read) for a forward pass of layer 0, in the order of the calls.
 
-        Also finds out whether layers return a tensor or a tuple, without which no later layer can be reached.
+        It also finds out whether layers return a tensor or a tuple; without that, no later layer can be reached.
+
+        Raises:
+            RiaError: the model does not run.
         """
         layer = self.model.load_layer(0)
         seen: list[tuple[str, torch.Tensor]] = []
@@ -152,6 +167,7 @@ class Embedder:
         return (stream, *[None] * (self.tupled - 1)) if self.tupled else stream
 
     def close(self) -> None:
+        """Free the weights outside the layers."""
         self.model.free_base()
 
 

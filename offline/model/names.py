@@ -1,7 +1,7 @@
-"""Three names of a tensor: in its file, in transformers' model, and in the checkpoint to be written.
+"""The three names of a tensor: in its file, in transformers' model, and in the checkpoint that is written.
 
-transformers renames tensors while it loads them (`backbone.` becomes `model.`), and makes some from several (experts
-stored one by one). vLLM knows the names of the files, so those are written.
+transformers renames tensors while it loads them (`backbone.` becomes `model.`), and merges some (experts that are
+stored one by one). vLLM knows the names in the files, so those are written.
 """
 
 from collections.abc import Iterable
@@ -17,37 +17,37 @@ from ria_vllm.checkpoint import tensor_names, weight_files
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import WRITTEN
 
-# Old Llama checkpoints carry it; it follows from the configuration.
+# Old Llama checkpoints contain it, though it follows from the configuration. It is not written.
 LEFT_OUT = "rotary_emb.inv_freq"
 
-# What the tensors of a pruned linear are called.
+# The last parts of the names of a pruned linear's tensors.
 COMPRESSED = {"input_permutation"}.union(*(one.tensor_names for one in WRITTEN.values()))
 
 
 class Names:
-    """What the tensors of a folder are called, and what the model knows of them.
+    """The names of the tensors in a folder, and which tensors of the model they are.
 
-    A written name is the file's, with the base model's prefix where the file was saved without it.
+    A written name is the one in the file, with the base model's prefix if the file was saved without it.
 
     Args:
         model: its modules may be on the meta device.
-        in_files: the files' names of all tensors.
+        in_files: the names of all tensors in the files.
         folder: where they are, for errors.
 
     Attributes:
-        files: written name -> name in the file, sorted; all that the new checkpoint has to hold.
-        inside: written name -> name in the model, or what that would be where the model has no such tensor.
-        direct: name in the model -> written name, for tensors that are loaded as they are.
-        converted: written names of tensors that the model's are made from.
-        made: names in the model of what is made from those.
-        unknown: written names of tensors that the model has no use for.
+        files: written name -> name in the file, sorted; everything that the new checkpoint must hold.
+        inside: written name -> name in the model, or what it would be if the model had such a tensor.
+        direct: name in the model -> written name, for tensors that are loaded unchanged.
+        converted: written names of tensors from which transformers makes the model's.
+        made: names in the model of the tensors that are made from those.
+        unknown: written names of tensors that the model does not use.
 
     Raises:
-        RiaError: two tensors of the files go by one name, or one has a name that a checkpoint cannot have.
+        RiaError: two tensors in the files mean the same one, or one has a name that a checkpoint cannot have.
     """
 
     def __init__(self, model: PreTrainedModel, in_files: Iterable[str], folder: Path):
-        # In the order in which transformers asks: some renamings depend on what they have seen before.
+        # In the order in which transformers renames: some renamings depend on what they have seen before.
         in_files = sorted(in_files, key=lambda name: _natural_order(name, folder))
         known = model.state_dict()
         prefix = model.base_model_prefix
@@ -86,7 +86,7 @@ class Names:
         self._written = {name: written for written, name in self.files.items()}
 
     def written(self, name: str) -> str | None:
-        """The written name of a tensor, from its name in the file; None for what is left out."""
+        """The written name of a tensor, from its name in the file; None if it is not written."""
         return self._written.get(name)
 
     def linear(self, name: str) -> str:
@@ -101,7 +101,7 @@ class Names:
 def _two_of(name: str, other: str, folder: Path) -> RiaError:
     return RiaError(
         f"{folder}: {name} and {other} are both in the files, and mean the same tensor. Get the model again, or save "
-        "it with one of them."
+        "it with only one of them."
     )
 
 
@@ -120,10 +120,10 @@ def _natural_order(name: str, folder: Path) -> list:
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, for all that the weight files hold, whether or not the index names it.
+    """Tensor name -> file, for all tensors in the weight files, whether or not the index names them.
 
     Raises:
-        RiaError: see `weight_files`; or two shards hold different tensors by one name.
+        RiaError: see `weight_files`; or two shards hold different tensors under one name.
     """
     files = weight_files(folder)
     for path in sorted(set(files.values())):
@@ -131,8 +131,8 @@ def find_tensors(folder: Path) -> dict[str, Path]:
             first = files.setdefault(name, path)
             if first != path and not _same(name, first, path):
                 raise RiaError(
-                    f"{path}: {name} is another tensor there than in {first.name}, and nothing says which is right. Get "
-                    "the model again."
+                    f"{path}: {name} differs from the tensor of that name in {first.name}, and nothing says which is "
+                    "right. Get the model again."
                 )
     return files
 

@@ -1,4 +1,4 @@
-"""The model to compress: a Hugging Face folder, a hub id, or a GGUF file."""
+"""The model to compress: a Hugging Face folder, a hub id or a GGUF file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,22 +13,22 @@ from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, is_compressed, read_jso
 from ria_vllm.companions import LEGAL_PATTERNS, SUFFIXES, is_companion, leads_out, left_where_it_is
 from ria_vllm.errors import RiaError
 from ria_vllm.model_card import CARD_FILE
-from ria_vllm.offline.evaluation.evaluate import reason_of
+from ria_vllm.offline.model.hf import first_line, reason_of
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 from ria_vllm.writer import disk_errors
 
 NOT_COPIED = ("config.json", INDEX_FILE, "pytorch_model.bin.index.json", "ria_report.json")
-# Files without which a model is not served as it was meant to be.
+# Without files whose names start like this, a model is not served as it was meant to be.
 NEEDED = ("tokenizer", "vocab", "merges", "special_tokens", "chat_template", "generation_config")
 HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FILE, *LEGAL_PATTERNS]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checked folder. `name` is what the user called it; `raw_config` is config.json as it stands.
+    """A checked folder. `name` is what the user called it; `raw_config` is the content of config.json.
 
-    stamp: what tells these weights from others without reading them.
+    stamp: tells these weights from others without reading them.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Source:
     stamp: list[list[Any]]
 
     def small_files(self) -> list[Path]:
-        """Tokenizer, generation config, chat template, license; no link that leads elsewhere."""
+        """Tokenizer, generation config, chat template, license; not if they are links out of the folder."""
         return [path for path in self._companions() if not leads_out(path)]
 
     def stray_files(self) -> list[Path]:
-        """What would be one of `small_files`, and is a link that leads elsewhere."""
+        """Files that would be among `small_files` if they were not links out of the folder."""
         return [path for path in self._companions() if leads_out(path)]
 
     def _companions(self) -> list[Path]:
@@ -50,29 +50,29 @@ class Source:
 
 
 @contextmanager
-def opened(model: str, work: Path, team: Ranks, monitor: Monitor) -> Iterator[Source]:
+def opened(model: str, work: Path, ranks: Ranks, monitor: Monitor) -> Iterator[Source]:
     """Find, fetch or convert the model, and check that it can be compressed. Only the first rank fetches or converts.
 
     Args:
-        work: where a GGUF file may be converted; nothing is left there.
+        work: a folder in which a GGUF file may be converted; nothing is left there.
 
     Raises:
-        RiaError: says what is wrong with the model and how to go on.
+        RiaError: the model is missing, damaged or of a kind that cannot be compressed.
     """
     path = Path(model)
     if path.is_file() and path.suffix.lower() == ".gguf":
         with disk_errors(work):
             work.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=work, prefix=".gguf-") if team.first else nullcontext() as folder:
-            if team.first:
+        with TemporaryDirectory(dir=work, prefix=".gguf-") if ranks.first else nullcontext() as folder:
+            if ranks.first:
                 with monitor.phase("converting the GGUF file"):
                     convert_gguf(path, Path(folder))
-            yield replace(_checked(model, Path(team.from_first(folder))), stamp=[stamp_of(path)])
-            team.wait()
+            yield replace(_checked(model, Path(ranks.broadcast(folder))), stamp=[stamp_of(path)])
+            ranks.barrier()
     elif path.is_dir():
         source = _checked(model, path)
         for stray in source.stray_files():
-            if stray.name.startswith(NEEDED):  # a warning is soon forgotten, and then nothing serves the result
+            if stray.name.startswith(NEEDED):  # a warning is soon forgotten, and the result could not be served
                 raise RiaError(left_where_it_is(stray))
             monitor.warn(left_where_it_is(stray))
         yield source
@@ -82,12 +82,16 @@ def opened(model: str, work: Path, team: Ranks, monitor: Monitor) -> Iterator[So
         )
     else:
         with monitor.phase("fetching the model from the hub"):
-            folder = _from_hub(model) if team.first else None
-        yield _checked(model, team.from_first(folder))
+            folder = _from_hub(model) if ranks.first else None
+        yield _checked(model, ranks.broadcast(folder))
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Write a Hugging Face folder with the dequantized weights, in bfloat16, and the tokenizer of a GGUF file."""
+    """Write the dequantized weights of a GGUF file, in bfloat16, and its tokenizer as a Hugging Face folder.
+
+    Raises:
+        RiaError: transformers cannot read the file, or lacks a package for it.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -101,9 +105,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             str(path.parent), gguf_file=path.name, dtype=torch.bfloat16, trust_remote_code=False, **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path.parent), gguf_file=path.name, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
     except ImportError as error:
         raise RiaError(f"{path}: {error} Install them with: pip install gguf accelerate") from None
     except Exception as error:
@@ -122,10 +124,9 @@ def _from_hub(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RiaError(
-            f"{model}: no such folder or file here, and the hub did not give it either ({reason}). Check the name; "
-            "gated models need `hf auth login`."
+            f"{model}: no such folder or file here, and the hub does not have it either ({first_line(error)}). Check "
+            "the name; gated models need `hf auth login`."
         ) from None
 
 
@@ -143,8 +144,8 @@ def _checked(name: str, folder: Path) -> Source:
             raise RiaError(f"{name}: no safetensors here. To compress {found[0]}, give the file itself.")
         if found:
             raise RiaError(
-                f"{name}: only {found[0]} here. Pickled weights are not opened, since they can run code; save the model "
-                "as safetensors first (model.save_pretrained)."
+                f"{name}: only {found[0]} here. Pickled weights are not opened, because they can run code; save the "
+                "model as safetensors first (model.save_pretrained)."
             )
     files = sorted(set(weight_files(folder).values()))
     if raw.get("auto_map") and raw.get("model_type") not in _known_types():
@@ -155,11 +156,13 @@ def _checked(name: str, folder: Path) -> Source:
         path = folder / "config.json"
         raise RiaError(f"{path}: transformers does not know this model ({reason_of(error)}).") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise RiaError(f"{name}: a {config.model_type} model is not a causal language model; only those are compressed.")
+        raise RiaError(
+            f"{name}: a {config.model_type} model is not a causal language model; only those are compressed."
+        )
     if config.get_text_config() is not config:
         raise RiaError(
-            f"{name}: a {config.model_type} model reads more than text, and only text models are compressed. Give its "
-            "language model alone, saved as a folder of its own."
+            f"{name}: a {config.model_type} model reads more than text, and only text models are compressed. Save its "
+            "language model as a folder of its own, and give that."
         )
     architectures = config.architectures or []
     architectures = [architectures] if isinstance(architectures, str) else architectures
@@ -174,7 +177,7 @@ def _checked(name: str, folder: Path) -> Source:
 
 
 def stamp_of(path: Path) -> list[Any]:
-    """Name, size and time of the last change."""
+    """Name, size and time of the last change of a file."""
     found = path.stat()
     return [path.name, found.st_size, found.st_mtime_ns]
 

@@ -1,4 +1,4 @@
-"""A causal LM whose weights stay in their files; single parts of it are loaded, used and let go."""
+"""A causal LM whose weights stay in their files; parts of it are loaded, used and freed."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,37 +12,35 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.evaluation.evaluate import explained
 from ria_vllm.offline.model import topology
-from ria_vllm.offline.model.dtypes import choose_dtype
+from ria_vllm.offline.model.dtypes import choose_dtype, name_of
+from ria_vllm.offline.model.hf import configured_dtype, explained
 from ria_vllm.offline.model.names import Names, find_tensors
 from ria_vllm.sparse24 import VALUE_DTYPES
 
-# What a float parameter may be stored in.
+# The dtypes that a floating-point parameter may be stored in.
 FLOATS = (*VALUE_DTYPES, torch.float64)
 
-# Weights whose being finite is checked at a time.
+# Weights that are checked together for being finite.
 FINITE_AT_ONCE = 1 << 22
 
 
 class StreamedModel:
-    """The model's own modules on the meta device, and where each of their tensors lies.
+    """The model's own modules on the meta device, and the file of each of their tensors.
 
-    Modules go by their names in the model, tensors to be read by the names that they are written under (see `Names`).
-    stored_dtype is the checkpoint's; dtype is what layers are computed in.
+    Modules are called by their names in the model, tensors by the names that they are written under (see `Names`).
+    stored_dtype is the checkpoint's; dtype is the one that layers are computed in.
 
     Args:
         folder: a Hugging Face folder with safetensors.
         config: its configuration.
-        dtype: to compute in; None: what `choose_dtype` chooses.
+        dtype: the dtype to compute in; None: as chosen by `choose_dtype`.
 
     Raises:
         RiaError: no decoder layers with linears, or weights that do not fit the configuration.
     """
 
-    def __init__(
-        self, folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype | None = None):
         self.folder = folder
         self.device = device
         self.config = config
@@ -50,7 +48,7 @@ class StreamedModel:
         self.stored_dtype = stored_dtype(folder, config)
         self.dtype = choose_dtype(self.stored_dtype, device) if dtype is None else dtype
         text = config.get_text_config()
-        # The fused attention kernels of torch leave out Gemma 2's soft cap.
+        # Torch's fused attention kernels do not apply Gemma 2's soft cap.
         capped = getattr(text, "attn_logit_softcapping", None) is not None
         unusable = f"{folder / 'config.json'}: transformers cannot build this model"
         with explained(unusable), torch.device("meta"):
@@ -69,12 +67,12 @@ class StreamedModel:
         return f"{self.layers_path}.{index}."
 
     def names_in_layer(self, index: int) -> list[str]:
-        """Written names of a layer's tensors."""
+        """The written names of a layer's tensors."""
         prefix = self.layer_prefix(index)
         return [written for written, name in self.names.inside.items() if name.startswith(prefix)]
 
     def names_outside_layers(self) -> list[str]:
-        """All other written names, those of layers that the model does not have among them."""
+        """All other written names, including those of layers that the model does not have."""
         layers = {name for index in range(len(self.layers)) for name in self.names_in_layer(index)}
         return [written for written in self.names.files if written not in layers]
 
@@ -83,7 +81,7 @@ class StreamedModel:
         return self.names.linear(self.layer_prefix(index) + name)
 
     def unknown_linears(self) -> list[str]:
-        """Written names of what may be linears among the tensors that the model does not have, single experts apart."""
+        """The written names of possible linears that the model does not have, without single experts."""
         found = []
         for written in self.names.unknown:
             if written.endswith(".weight") and ".experts." not in written:
@@ -93,7 +91,7 @@ class StreamedModel:
         return found
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor with this written name as the file has it, on the CPU."""
+        """The tensor with this written name as it is in the file, on the CPU."""
         return next(self._read([name]))[1]
 
     def load_layer(self, index: int) -> nn.Module:
@@ -102,13 +100,14 @@ class StreamedModel:
         return self.layers[index]
 
     def free_layer(self, index: int) -> None:
+        """Move a layer back to the meta device."""
         for module in self.layers[index].modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def load_base(self) -> nn.Module:
-        """The model without its head, decoder layers still empty."""
+        """The model without its head, with its weights outside the decoder layers on the device."""
         base = self._base()
         prefix = f"{self.model.base_model_prefix}." if base is not self.model else ""
         self._load(base, prefix, without=f"{self.layers_path}.")
@@ -129,7 +128,7 @@ class StreamedModel:
         tied = self.model.all_tied_weights_keys
         takers: dict[str, list[str]] = {}
         for name in sorted(expected):
-            # A block that several layers share is stored once.
+            # A block that several layers share is stored only once.
             stored = tied.get(name, name) if name not in self.names.direct and without is None else name
             if stored in self.names.direct:
                 takers.setdefault(self.names.direct[stored], []).append(name)
@@ -139,7 +138,7 @@ class StreamedModel:
                 wanted = getattr(owner, name.rpartition(".")[2])
                 self._check_shape(written, tensor.shape, wanted.shape)
                 self._check_values(written, tensor, wanted.is_floating_point())
-                # A copy: the file's mapping would stay in memory for as long as any tensor of it.
+                # A copy, because the file stays mapped for as long as any of its tensors is alive.
                 self._set(name, tensor.to(self.device, wanted.dtype, copy=True))
         if self.names.converted:
             self._load_converted(prefix, without)
@@ -152,9 +151,10 @@ class StreamedModel:
             raise self._missing(missing[0])
 
     def _check_all(self) -> None:
-        """Refuse now what would only show after hours, or in the finished checkpoint.
+        """Refuse now what would otherwise only show after hours, or in the finished checkpoint.
 
-        Presence and shapes, from the files' headers; the values of tensors that are copied without ever being loaded.
+        That is missing tensors and wrong shapes, from the headers of the files, and non-finite values in tensors that
+        are copied without being loaded.
         """
         wanted: dict[str, torch.Tensor] = {}
         for name, tensor in self.model.state_dict().items():
@@ -175,13 +175,13 @@ class StreamedModel:
             self._check_values(written, self.read(written), floating=False)
 
     def _check_tied(self) -> None:
-        """What config.json ties is one tensor for vLLM, and two for transformers where the files hold two."""
+        """Tensors that config.json ties are one for vLLM, but two for transformers if the files hold two."""
         for name, other in self.model.all_tied_weights_keys.items():
             both = [self.names.direct.get(name), self.names.direct.get(other)]
             if None not in both and not torch.equal(*map(self.read, both)):
                 raise RiaError(
-                    f"{self.folder}: config.json says that {both[0]} and {both[1]} are one tensor, but they differ in the "
-                    'files. If both are meant to be there, put "tie_word_embeddings": false into config.json; else get '
+                    f"{self.folder}: config.json says that {both[0]} and {both[1]} are one tensor, but they differ in "
+                    'the files. If both are intended, put "tie_word_embeddings": false into config.json; otherwise get '
                     "the model again."
                 )
 
@@ -198,10 +198,10 @@ class StreamedModel:
     def _check_values(self, name: str, tensor: torch.Tensor, floating: bool) -> None:
         if floating and tensor.dtype not in FLOATS:
             raise RiaError(
-                f"{self._file_of(name)}: {name} has dtype {str(tensor.dtype).removeprefix('torch.')}, as in a quantized "
-                "model. Give the original, unquantized one."
+                f"{self._file_of(name)}: {name} has dtype {name_of(tensor.dtype)}, as in a quantized model. Give the "
+                "original, unquantized one."
             )
-        # In pieces: of a whole embedding the check would take as much again, and half of that.
+        # In pieces, because checking a whole embedding at once would take 1.5 times its memory.
         pieces = tensor.flatten().split(FINITE_AT_ONCE) if tensor.dtype in FLOATS else ()
         if not all(bool(piece.isfinite().all()) for piece in pieces):
             raise RiaError(
@@ -242,26 +242,26 @@ class StreamedModel:
         tensors = {self.names.files[name]: tensor for name, tensor in found.items()}
         info, _ = convert_and_load_state_dict_in_model(self.model, tensors, load)
         for name, why in sorted(info.conversion_errors.items()):
-            reason = ". ".join(why.strip().splitlines()[-2:])  # the end of a traceback
+            reason = ". ".join(why.strip().splitlines()[-2:])  # `why` ends with a traceback
             raise RiaError(
                 f"{self.folder}: transformers cannot make {name} from the tensors in the files ({reason}). Get the "
                 "model again."
             )
         for name, made, wanted in sorted(info.mismatched_keys):
             raise RiaError(
-                f"{self.folder}: {name}, made from several tensors of the files, has shape {tuple(made)}, config.json "
+                f"{self.folder}: {name}, made from several tensors in the files, has shape {tuple(made)}, config.json "
                 f"asks for {tuple(wanted)}. Get the model again."
             )
         self.model.requires_grad_(False)
 
     def _materialize_buffers(self) -> None:
-        """Buffers that no file holds (rotary frequencies, embedding scales), as the model computes them."""
+        """Let the model compute the buffers that no file holds (rotary frequencies, embedding scales)."""
         owners = []
         for name, buffer in self.model.named_non_persistent_buffers():
             self._set(name, torch.empty_like(buffer, device=self.device))
             owners.append(name.rpartition(".")[0])
         for owner in dict.fromkeys(owners):
-            # The innermost model that it is a part of knows how.
+            # The innermost PreTrainedModel around the buffer's module can initialise it.
             path, module = owner, self.model.get_submodule(owner)
             while not isinstance(self.model.get_submodule(path), PreTrainedModel):
                 path = path.rpartition(".")[0]
@@ -269,12 +269,12 @@ class StreamedModel:
 
 
 def stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
-    """What config.json says; where it does not, the dtype of the largest tensor.
+    """The dtype that config.json names; if it names none, that of the largest tensor.
 
     Raises:
-        RiaError: a dtype that no checkpoint is written in.
+        RiaError: a dtype in which no checkpoint is written.
     """
-    dtype = config.dtype or config.get_text_config().dtype
+    dtype = configured_dtype(config)
     if dtype is None:
         files, sizes = find_tensors(folder), {}
         for name, path in files.items():
@@ -283,7 +283,6 @@ def stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
         largest = max(sizes, key=sizes.__getitem__)
         with safe_open(files[largest], framework="pt") as file:
             dtype = file.get_tensor(largest).dtype
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if dtype not in VALUE_DTYPES:
         raise RiaError(f"{folder}: dtype {dtype}; compress needs bfloat16, float16 or float32 weights.")
     return dtype
@@ -291,7 +290,7 @@ def stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; the RiaError of one that cannot be read has the system's error as its cause."""
+    """A safetensors file. If the system cannot read it, its error is the cause of the RiaError."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -299,5 +298,5 @@ def _opened(path: Path) -> Iterator[Any]:
         raise RiaError(f"{path}: cannot be read ({error}). Get the file again.") from None
     except OSError as error:
         raise RiaError(
-            f"{path}: cannot be read ({error}). Once it can, `compress --resume` goes on from what is finished."
+            f"{path}: cannot be read ({error}). Once it can, `compress --resume` continues from the finished layers."
         ) from error

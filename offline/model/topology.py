@@ -1,8 +1,8 @@
-"""What a model family's decoder layer looks like: the only place that knows architectures.
+"""What a model family's decoder layer looks like. This is the only file that knows architectures.
 
-Families listed here get folds (`ria_vllm.schema.Fold`), shared permutations and two components a layer. Every other
-causal LM with nn.Linear layers is pruned too: linears that read the same tensor share a permutation, nothing is folded,
-and the whole layer is one component.
+Families listed here get folds (`ria_vllm.schema.Fold`), shared permutations and two sublayers per layer. Every other
+causal LM with nn.Linear layers is pruned as well: linears that read the same tensor share a permutation, nothing is
+folded, and the whole layer counts as one sublayer.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,18 +14,18 @@ from torch import nn
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import Fold, Producer
 
-# Linears that vLLM serves as one: all of a set are pruned, or none. In families that are not known, so are all linears
+# Linears that vLLM fuses into one: all of a set are pruned, or none. In unknown families the same goes for all linears
 # of a module that read the same tensor: w1 and w3, in_proj_qkv and in_proj_z, q_a_proj and kv_a_proj_with_mqa.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-# vLLM's mixer gives its linears no quantization method. (That of Mamba 2 does.)
+# vLLM's mixer passes no quantization method to its linears. (Its Mamba-2 mixer does.)
 MAMBA_1 = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
 
-# What chooses experts. vLLM gives it no quantization method.
+# Linears that choose experts. vLLM passes them no quantization method.
 ROUTERS = ("router", "gate", "shared_expert_gate")
 
-# Other linears that vLLM gives no quantization method, or whose weights it reads past that: of latent attention, of the
-# sparse attention and the compressors of DeepSeek, of Qwen's hyper-connections.
+# Other linears to which vLLM passes no quantization method, or whose weights it reads directly: in latent attention, in
+# DeepSeek's sparse attention and compressors, in Qwen's hyper-connections.
 DENSE_ONLY = {
     "kv_b_proj", "weights_proj", "compressor", "o_a_proj",
     "input_mix_weight_down", "input_mix_weight_up", "block_inject_weight",
@@ -34,7 +34,7 @@ DENSE_ONLY = {
 
 @dataclass(frozen=True)
 class Heads:
-    """Attention heads behind an output projection's input channels."""
+    """The attention heads that an output projection's input channels come from."""
 
     num_heads: int
     num_kv_heads: int
@@ -45,7 +45,7 @@ class Heads:
 class Group:
     """Linears of a layer that read the same input and so may share a permutation. Names are relative to the layer.
 
-    heads: the input is what these attention heads put out; the permutation must keep to them.
+    heads: the input is the output of these attention heads, so the permutation must stay within them.
     """
 
     linears: tuple[str, ...]
@@ -53,19 +53,20 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Component:
-    """A part of a layer that takes the residual stream to the residual stream.
+class Sublayer:
+    """A part of a layer that takes the residual stream in and puts it out: attention, MLP, or the whole layer.
 
-    stages: groups whose statistics are gathered together; a later stage sees what an earlier one pruned.
-    ends_before: the submodule whose input is the stream that this component leaves (None: the end of the layer).
-    silenced: the submodule that ran before this component and has to add nothing to the stream it starts from.
-    additive: the stream after the component is the one before it plus the output of the last stage's one linear.
+    stages: groups whose statistics are gathered together; a later stage sees what the earlier ones pruned.
+    ends_before: the submodule whose input is the stream after this sublayer; None: the layer's output is.
+    zeroed: the attention module that comes before this sublayer in the layer, and whose output has to be zero when this
+        sublayer is run by itself.
+    additive: the stream after the sublayer is the one before it plus the output of the last stage's only linear.
     """
 
     name: str
     stages: tuple[tuple[Group, ...], ...]
     ends_before: str | None = None
-    silenced: str | None = None
+    zeroed: str | None = None
     additive: bool = False
 
     @property
@@ -75,26 +76,25 @@ class Component:
 
 @dataclass(frozen=True)
 class Topology:
-    """Components of every decoder layer, folds with layer-relative names, linears that must stay dense (and why).
+    """What all decoder layers have in common; names are relative to the layer.
 
-    together: sets of linears, besides those of `FUSED`, that are all pruned or all dense.
+    dense: linears that must stay dense -> why.
+    together: sets of linears, besides those in `FUSED`, of which all are pruned or none.
     """
 
-    components: tuple[Component, ...]
+    sublayers: tuple[Sublayer, ...]
     folds: tuple[Fold, ...] = ()
     dense: Mapping[str, str] = field(default_factory=dict)
     together: tuple[frozenset[str], ...] = ()
 
     @property
     def linears(self) -> list[str]:
-        return [name for component in self.components for name in component.linears]
+        return [name for sublayer in self.sublayers for name in sublayer.linears]
 
     def fused_with(self, name: str, linears: Iterable[str]) -> list[str]:
-        """Those of a layer's `linears` that are all pruned or all dense with `name`, itself included, in their order."""
+        """Those of a layer's `linears` that have to be pruned or dense together with `name`, in their order."""
         linears = list(linears)
-        parents = {linear.rpartition(".")[0] for linear in linears}
-        named = ({f"{parent}.{leaf}" if parent else leaf for leaf in fused} for parent in parents for fused in FUSED)
-        sets = [*self.together, *named]
+        sets = [*self.together, *fused_sets(linears)]
         found, grown = {name}, True
         while grown:
             wider = found.union(*(names for names in sets if found & names))
@@ -102,11 +102,11 @@ class Topology:
         return [linear for linear in linears if linear in found]
 
     def absolute_folds(self, written: Callable[[int, str], str], layers: int) -> list[Fold]:
-        """The folds with the names that the checkpoint has.
+        """The folds under the names in the checkpoint.
 
         Args:
-            written: layer number and layer-relative name -> name in the checkpoint.
-            layers: their number.
+            written: (layer number, name relative to the layer) -> name in the checkpoint.
+            layers: the number of layers.
         """
         names = {part.name for fold in self.folds for part in fold.producers} | {fold.consumer for fold in self.folds}
         patterns = {name: _pattern([written(index, name) for index in range(layers)]) for name in names}
@@ -122,8 +122,14 @@ class Topology:
         ]
 
 
+def fused_sets(linears: Iterable[str]) -> list[set[str]]:
+    """The sets of linears in the modules of these `linears` that vLLM is known to fuse (see `FUSED`)."""
+    parents = {linear.rpartition(".")[0] for linear in linears}
+    return [{f"{parent}.{leaf}" if parent else leaf for leaf in fused} for parent in parents for fused in FUSED]
+
+
 def _pattern(names: Sequence[str]) -> str | None:
-    """One name a layer, as one with `{i}` for the layer's number; None where they are not alike."""
+    """The one name with `{i}` for the layer's number that gives `names`, one per layer; None if there is none."""
     parts = names[0].split(".")
     for place in [place for place, part in enumerate(parts) if part == "0"]:
         pattern = ".".join([*parts[:place], "{i}", *parts[place + 1 :]])
@@ -133,7 +139,7 @@ def _pattern(names: Sequence[str]) -> str | None:
 
 
 def decoder_layers(model: nn.Module, num_hidden_layers: int) -> str:
-    """The path of the list of decoder layers.
+    """The path of the list of decoder layers in a model.
 
     Raises:
         RiaError: there is no such list with linears in it.
@@ -145,12 +151,13 @@ def decoder_layers(model: nn.Module, num_hidden_layers: int) -> str:
         if linears_of(module):
             return path
     raise RiaError(
-        f"{type(model).__name__}: no list of {num_hidden_layers} decoder layers with nn.Linear in it, so there is nothing "
-        "to prune. (GPT-2 and its kin use Conv1D, which cannot be pruned here.)"
+        f"{type(model).__name__}: no list of {num_hidden_layers} decoder layers with nn.Linear in it, so there is "
+        "nothing to prune. (GPT-2 and similar models use Conv1D, which this tool cannot prune.)"
     )
 
 
 def linears_of(module: nn.Module) -> list[str]:
+    """The names of the linears in a module, relative to it."""
     return [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
 
 
@@ -160,7 +167,7 @@ def describe(config: Any, layer: nn.Module, inputs: Iterable[tuple[str, int]]) -
     Args:
         config: the text model's configuration.
         layer: one decoder layer; its weights may be on the meta device.
-        inputs: (linear, identity of the tensor it read), in the order of the calls of one forward pass.
+        inputs: (linear, identity of the tensor that it read), in the order of the calls in one forward pass.
     """
     known = FAMILIES.get(config.model_type)
     topology = known(config) if known else None
@@ -170,7 +177,7 @@ def describe(config: Any, layer: nn.Module, inputs: Iterable[tuple[str, int]]) -
 
 
 def served_dense(layer: nn.Module) -> dict[str, str]:
-    """Linears of a layer, by names relative to it, that vLLM serves dense only -> why."""
+    """The linears of a layer that vLLM can only serve dense, by their names relative to it -> why."""
     linears = linears_of(layer)
     experts = [name.rpartition(".")[0] for name, _ in layer.named_modules() if name.rpartition(".")[2] == "experts"]
     dense: dict[str, str] = {}
@@ -182,7 +189,7 @@ def served_dense(layer: nn.Module) -> dict[str, str]:
         parts = name.split(".")
         if DENSE_ONLY & set(parts) or name.endswith("indexer.wk"):
             dense[name] = "vLLM serves it dense only"
-        # Where experts lie at the layer's root, attention and a dense MLP are beside them.
+        # If the experts are at the layer's root, attention and a dense MLP are beside them, and not part of them.
         elif any(name.startswith(f"{block}." if block else "experts.") for block in experts):
             dense[name] = "belongs to a mixture of experts"
         elif "router" in parts or (experts and set(parts) & set(ROUTERS)):
@@ -207,12 +214,12 @@ def _attention_fold(consumer: str, producer: Producer, heads: Heads) -> Fold:
     )
 
 
-def _two_components(
+def _two_sublayers(
     attention: Iterable[Group], mlp: Iterable[Group], between: str, additive: bool = True
-) -> tuple[Component, ...]:
+) -> tuple[Sublayer, ...]:
     return (
-        Component("attention", tuple((group,) for group in attention), ends_before=between, additive=additive),
-        Component("mlp", tuple((group,) for group in mlp), silenced="self_attn", additive=additive),
+        Sublayer("attention", tuple((group,) for group in attention), ends_before=between, additive=additive),
+        Sublayer("mlp", tuple((group,) for group in mlp), zeroed="self_attn", additive=additive),
     )
 
 
@@ -231,11 +238,11 @@ def _llama(config: Any, between: str = "post_attention_layernorm", additive: boo
             coupling="elementwise",
         ),
     )
-    return Topology(_two_components(attention, mlp, between, additive), folds)
+    return Topology(_two_sublayers(attention, mlp, between, additive), folds)
 
 
 def _gemma(config: Any) -> Topology:
-    # Norms stand between the last linears and the stream.
+    # Norms come between the last linears and the stream.
     return _llama(config, between="pre_feedforward_layernorm", additive=False)
 
 
@@ -251,7 +258,7 @@ def _phi3(config: Any) -> Topology:
         _attention_fold("self_attn.o_proj", values, heads),
         Fold(consumer="mlp.down_proj", producers=halves, coupling="elementwise"),
     )
-    return Topology(_two_components(attention, mlp, "post_attention_layernorm"), folds)
+    return Topology(_two_sublayers(attention, mlp, "post_attention_layernorm"), folds)
 
 
 def _opt(config: Any) -> Topology:
@@ -267,9 +274,9 @@ def _opt(config: Any) -> Topology:
         Fold(consumer="fc2", producers=[Producer(name="fc1")], coupling="elementwise"),
     )
     if config.do_layer_norm_before:
-        return Topology(_two_components(attention, mlp, "final_layer_norm"), folds)
-    # The norm after attention would be applied twice to a stream that starts between the two parts.
-    return Topology((Component("layer", tuple((group,) for group in attention + mlp)),), folds)
+        return Topology(_two_sublayers(attention, mlp, "final_layer_norm"), folds)
+    # Not split: run by itself, the MLP would apply the norm after attention once more.
+    return Topology((Sublayer("layer", tuple((group,) for group in attention + mlp)),), folds)
 
 
 def _unknown(layer: nn.Module, inputs: Iterable[tuple[str, int]]) -> Topology:
@@ -277,7 +284,7 @@ def _unknown(layer: nn.Module, inputs: Iterable[tuple[str, int]]) -> Topology:
     readers: dict[int, list[str]] = {}
     called: set[str] = set()
     for name, tensor in inputs:
-        if name not in dense and name not in called:  # one that is called again belongs to its first input
+        if name not in dense and name not in called:  # a linear that is called again counts for its first input
             readers.setdefault(tensor, []).append(name)
             called.add(name)
     dense |= {name: "takes no part in a forward pass" for name in linears_of(layer) if name not in called | set(dense)}
@@ -287,10 +294,11 @@ def _unknown(layer: nn.Module, inputs: Iterable[tuple[str, int]]) -> Topology:
         for name in names:
             siblings.setdefault((number, name.rpartition(".")[0]), set()).add(name)
     stage = tuple(map(Group, groups))
-    return Topology((Component("layer", (stage,)),), dense=dense, together=tuple(map(frozenset, siblings.values())))
+    return Topology((Sublayer("layer", (stage,)),), dense=dense, together=tuple(map(frozenset, siblings.values())))
 
 
-# Mistral, Qwen2 (qkv biases) and Qwen3 (norms on q and k heads) share Llama's blocks; Gemma norms after them too.
+# Mistral, Qwen2 (with qkv biases) and Qwen3 (with norms on q and k heads) have Llama's blocks. Gemma 2 and 3 also have
+# norms after them.
 FAMILIES = {
     "llama": _llama,
     "mistral": _llama,

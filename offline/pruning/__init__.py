@@ -1,1 +1,1 @@
-"""From a weight and the statistics of its input to an order, a mask and the weights that stay."""
+"""From a weight and the statistics of its input to a channel order, a mask and the kept weights."""

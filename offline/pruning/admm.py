@@ -1,7 +1,8 @@
-"""The update of the weights that stay, from the layer's own Gram matrix.
+"""ADMM reconstruction: update the kept weights of a linear, from the Gram matrix of its input.
 
-X is [tokens, in] and the Gram matrix X^T X [in, in]: all that ||X W^T - X W'^T||_F depends on. Where the output is to be
-another Y than X W^T, its pull (Y - X W^T)^T X [out, in] comes in as well; see `ria_vllm.offline.pruning.drift`.
+X is [tokens, in]. The error ||X W^T - X W'^T||_F depends on X only through its Gram matrix X^T X [in, in]. If the
+output should be some Y other than X W^T, it also depends on the cross term (Y - X W^T)^T X [out, in]; see
+`ria_vllm.offline.pruning.drift`.
 """
 
 import math
@@ -14,22 +15,22 @@ from ria_vllm.offline.pruning.drift import Drift
 from ria_vllm.offline.pruning.symmetric import BlockInverse, SymmetricMatrix, inverted_in_place
 
 # Inputs up to this width have their Gram matrix and its inverse dense: products are a little faster (5% at 1536), and
-# 16 MB each are little beside what a layer takes anyway. For wider ones half of each is kept.
+# 16 MB each are little beside what a layer takes anyway. For wider ones only half of each is stored.
 DENSE_WIDTH = 2048
-# Rows of W at a time; what the iterations need besides the Gram matrix stays small.
+# Rows of W that are solved together, so that temporaries stay small beside the Gram matrix.
 ROWS_AT_ONCE = 128
-# Of the iterations, those in which the mask may still change.
+# The mask may change in the first of these iterations.
 CHOOSING = 12
-# Measured on SmolLM2: with less, errors that few tokens make pull too hard; with more, the update does too little.
+# Measured on SmolLM2: with less damping, errors on few tokens dominate; with more, the update does too little.
 DAMPING = 0.2
 
-# [rows, in] weights -> bool [rows, in], those that stay.
+# Chooses a mask: [rows, in] weights -> bool [rows, in], True = kept.
 Choice = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class AdmmSolver:
-    """Everything that linears with the same input share; make it with `admm_solver`.
+    """What all linears with the same input share; made by `admm_solver`.
 
     Columns are normalised: W is multiplied, and the Gram matrix divided, by `scale`, so that every input channel has
     norm 1 and one rho suits them all.
@@ -37,8 +38,8 @@ class AdmmSolver:
 
     scale: torch.Tensor  # [in]
     gram: torch.Tensor | SymmetricMatrix  # [in, in]
-    ridge: torch.Tensor  # [in] the damping, on the diagonal of the normalised matrix
-    inverse: torch.Tensor | BlockInverse  # [in, in] (normalised gram + ridge + rho)^-1
+    ridge: torch.Tensor  # [in], the damping on the diagonal of the normalised matrix
+    inverse: torch.Tensor | BlockInverse  # [in, in], (normalised gram + ridge + rho)^-1
     rho: float
 
     def solve(
@@ -46,29 +47,37 @@ class AdmmSolver:
         weight: torch.Tensor,
         mask: torch.Tensor,
         iterations: int = 20,
-        pull: torch.Tensor | None = None,
+        cross_term: torch.Tensor | None = None,
         choose: Choice | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `admm`, with the mask that came of it.
+        """Like `admm`, but the mask may change.
 
         Args:
-            choose: chooses the mask anew in each of the first iterations, from the weights that ADMM would have there
-                if all of them stayed; then the mask stays. None: it stays from the start.
+            choose: chooses the mask anew in each of the first iterations, from the weights that ADMM would have then
+                if none were pruned; afterwards the mask is fixed. None: the mask is fixed from the start.
+
+        Returns:
+            (W' [out, in] float32, mask bool [out, in]); W' is zero outside the mask.
         """
         solved, kept = torch.empty(weight.shape, device=weight.device), torch.empty_like(mask)
         for start in range(0, len(weight), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            wanted = None if pull is None else pull[rows]
-            solved[rows], kept[rows] = self._solve_rows(weight[rows].float(), mask[rows], iterations, wanted, choose)
+            cross = None if cross_term is None else cross_term[rows]
+            solved[rows], kept[rows] = self._solve_rows(weight[rows].float(), mask[rows], iterations, cross, choose)
         return solved, kept
 
     def _solve_rows(
-        self, weight: torch.Tensor, mask: torch.Tensor, iterations: int, pull: torch.Tensor | None, choose: Choice | None
+        self,
+        weight: torch.Tensor,
+        mask: torch.Tensor,
+        iterations: int,
+        cross_term: torch.Tensor | None,
+        choose: Choice | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         W = weight * self.scale
         target = weight @ self.gram / self.scale + W * self.ridge
-        if pull is not None:
-            target += pull / self.scale
+        if cross_term is not None:
+            target += cross_term / self.scale
         Z = W * mask
         U = torch.zeros_like(W)
         keep = mask
@@ -80,20 +89,21 @@ class AdmmSolver:
             Z = U * keep
             U -= Z
         plain, updated = weight * mask, Z / self.scale
-        better = self._row_errors(updated - weight, pull) < self._row_errors(plain - weight, pull)
+        better = self._row_errors(updated - weight, cross_term) < self._row_errors(plain - weight, cross_term)
         better = better[:, None]
         return torch.where(better, updated, plain), torch.where(better, keep, mask)
 
-    def _row_errors(self, D: torch.Tensor, pull: torch.Tensor | None) -> torch.Tensor:
-        """[out] squared output errors of the rows of W + D, less what no D can change."""
+    def _row_errors(self, D: torch.Tensor, cross_term: torch.Tensor | None) -> torch.Tensor:
+        """[out]: the squared output error of each row of W + D, up to a term that does not depend on D."""
         change = D @ self.gram
-        return ((change if pull is None else change - 2 * pull) * D).sum(1)
+        return ((change if cross_term is None else change - 2 * cross_term) * D).sum(1)
 
 
 def admm_solver(gram: torch.Tensor | SymmetricMatrix, damping: float = DAMPING, rho: float = 1.0) -> AdmmSolver:
     """Prepare the reconstruction of all linears that read one input.
 
-    For a wide input the solver takes half the room of a dense [in, in] matrix besides `gram`, and no more on the way.
+    For a wide input the solver takes, besides `gram`, half the memory of a dense [in, in] matrix, and no more while it
+    is made.
 
     Args:
         gram: [in, in] X^T X; channels that are always zero are allowed.
@@ -103,19 +113,19 @@ def admm_solver(gram: torch.Tensor | SymmetricMatrix, damping: float = DAMPING, 
     Raises:
         torch.linalg.LinAlgError: the damped matrix is not positive definite.
     """
-    gram = _suited(gram)
+    gram = _suitable(gram)
     diagonal = gram.diagonal()
     mean = diagonal.mean()
-    added = damping * (mean if mean > 0 else 1.0)  # no input at all: any weights do
+    added = damping * (mean if mean > 0 else 1.0)  # without any input, any weights will do
     scale = (diagonal + added).sqrt()
-    # With no damping a dead channel has no scale; it has no say in the output either.
+    # Without damping a dead channel has scale 0; it does not matter for the output either.
     scale = torch.where(scale > 0, scale, 1.0)
     ridge = added / scale**2
     return AdmmSolver(scale, gram, ridge, _inverse(gram, scale, ridge + rho), rho)
 
 
-def _suited(gram: torch.Tensor | SymmetricMatrix) -> torch.Tensor | SymmetricMatrix:
-    """The matrix as it is best multiplied by: dense if it is narrow, half of it if it is wide; float32."""
+def _suitable(gram: torch.Tensor | SymmetricMatrix) -> torch.Tensor | SymmetricMatrix:
+    """The matrix in the form that multiplies best, float32: dense if it is narrow, half-stored if it is wide."""
     if isinstance(gram, SymmetricMatrix):
         return gram.dense() if gram.width <= DENSE_WIDTH else gram
     gram = gram.float()
@@ -143,7 +153,7 @@ def admm(
     iterations: int = 20,
     damping: float = DAMPING,
     rho: float = 1.0,
-    pull: torch.Tensor | None = None,
+    cross_term: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The weights on the mask that bring the layer's output closest to Y: min ||Y - X W'^T||_F (Boza, 2024).
 
@@ -151,13 +161,13 @@ def admm(
         weight: [out, in], any floating dtype.
         gram: [in, in] X^T X.
         mask: bool [out, in], True = kept.
-        damping, rho: see `admm_solver`; the damping pulls towards `weight`.
-        pull: [out, in] float32 (Y - X W^T)^T X; None for Y = X W^T.
+        damping, rho: see `admm_solver`; damping keeps W' close to `weight`.
+        cross_term: [out, in] float32 (Y - X W^T)^T X; None for Y = X W^T.
 
     Returns:
-        W' [out, in] float32, zero outside the mask; no row of it serves worse than the masked weight.
+        W' [out, in] float32, zero outside the mask. No row of it has a larger error than the masked weight.
     """
-    return admm_solver(gram, damping, rho).solve(weight, mask, iterations, pull)[0]
+    return admm_solver(gram, damping, rho).solve(weight, mask, iterations, cross_term)[0]
 
 
 def output_error(
@@ -166,18 +176,24 @@ def output_error(
     gram: torch.Tensor | SymmetricMatrix,
     drift: Drift | None = None,
 ) -> float:
-    """||Y - X W'^T||_F / ||Y||_F, with Y = X W^T where there is no drift; 0 where Y is zero anyway."""
+    """||Y - X W'^T||_F / ||Y||_F, where Y = X W^T if there is no drift; 0 if Y is zero.
+
+    Args:
+        weight: W [out, in].
+        approximation: W' [out, in].
+        gram: X^T X [in, in].
+    """
     gram = gram if isinstance(gram, SymmetricMatrix) else gram.float()
-    pull = None if drift is None else drift.pull(weight)
-    lost = whole = 0.0 if drift is None else drift.gap(weight)
+    cross_term = None if drift is None else drift.cross_term(weight)
+    lost = whole = 0.0 if drift is None else drift.residual(weight)
     for start in range(0, len(weight), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         W = weight[rows].float()
         D = approximation[rows].float() - W
         kept, change = W @ gram, D @ gram
-        if pull is not None:
-            kept += 2 * pull[rows]
-            change -= 2 * pull[rows]
+        if cross_term is not None:
+            kept += 2 * cross_term[rows]
+            change -= 2 * cross_term[rows]
         whole += float((kept * W).sum(dtype=torch.float64))
         lost += float((change * D).sum(dtype=torch.float64))
     return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0

@@ -1,7 +1,7 @@
-"""The linear assignment at the heart of the permutation search.
+"""The linear sum assignment at the heart of the permutation search.
 
-Scores come as `columns` [C, rows], one vector of scores over the rows of W for every channel, and `index` [G, m], the
-channels of every group. An N:M mask keeps the n largest of a group's m scores in every row.
+`columns` [C, rows] holds, for each channel, its scores over the rows of W; `index` [G, m] holds the channels of each
+group. In each row, an N:M mask keeps the n largest of a group's m scores.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import torch
 from scipy.optimize import linear_sum_assignment
 
-# Rows a slice, so that what a slice makes stays in the cache.
+# Rows in a slice; small enough that its temporaries stay in the cache.
 ROWS_AT_ONCE = 512
-# Channels whose scores set the levels of a row.
+# The number of channels from which the levels of a row are estimated.
 SAMPLED_CHANNELS = 128
 
 
 def largest(scores: Sequence[torch.Tensor], n: int) -> list[torch.Tensor]:
-    """Elementwise the n largest of several tensors of one shape, in falling order: a sorting network, no gather."""
+    """The n largest, element by element, of several tensors of one shape, in descending order, by a sorting network."""
     top: list[torch.Tensor] = []
     for value in scores:
         for rank, current in enumerate(top):
@@ -27,7 +27,7 @@ def largest(scores: Sequence[torch.Tensor], n: int) -> list[torch.Tensor]:
 
 
 def kept(columns: torch.Tensor, index: torch.Tensor, n: int) -> torch.Tensor:
-    """float64 scalar: the score that an n:m mask keeps, summed over groups and rows."""
+    """The score that an n:m mask retains, summed over groups and rows; a float64 scalar."""
     total = torch.zeros((), dtype=torch.float64, device=columns.device)
     for rows in columns.split(ROWS_AT_ONCE, dim=1):
         for value in largest([rows[channels] for channels in index.unbind(1)], n):
@@ -36,19 +36,19 @@ def kept(columns: torch.Tensor, index: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def gain_matrix(columns: torch.Tensor, index: torch.Tensor, position: int, n: int) -> torch.Tensor:
-    """What group g gains when the channel that group c has at `position` takes that place in g.
+    """Entry (g, c): what group g gains if the channel that group c has at `position` takes that place in g.
 
-    With the other m - 1 channels of g fixed, let t_g be, row by row, the n-th largest of their scores. The channel is
-    kept where it beats t_g, so it adds sum_rows relu(S_c - t_g) to a term that depends on g alone. And
-    sum relu(a - b) = (sum |a - b| + sum a - sum b) / 2: one L1 distance matrix, with no candidate group ever gathered
-    or sorted.
+    The other m - 1 channels of g are fixed. Let t_g be, for each row, the n-th largest of their scores. The mask keeps
+    the new channel where it beats t_g, so it adds sum_rows relu(S_c - t_g) to a term that depends on g alone. And
+    sum relu(a - b) = (sum |a - b| + sum a - sum b) / 2, so one matrix of L1 distances is enough; no candidate group is
+    ever gathered or sorted.
 
     Args:
         columns: [C, rows] float32.
         index: int64 [G, m].
 
     Returns:
-        [G, G] float32; an assignment's gain differs from its retained score by a constant.
+        [G, G] float32. The total gain of an assignment differs from its retained score by a constant.
     """
     gain = columns.new_zeros(len(index), len(index))
     for rows in columns.split(ROWS_AT_ONCE, dim=1):
@@ -59,7 +59,7 @@ def gain_matrix(columns: torch.Tensor, index: torch.Tensor, position: int, n: in
 
 
 def levels(columns: torch.Tensor, count: int) -> torch.Tensor:
-    """[count + 1, rows]: for every row a ladder from 0 to its largest score, with as many scores in every step."""
+    """[count + 1, rows]: for each row a ladder from 0 to its largest score, with about equally many scores per step."""
     sample = columns[:: max(1, len(columns) // SAMPLED_CHANNELS)]
     ordered = sample.T.sort(dim=1).values
     inner = [ordered[:, (len(sample) - 1) * step // count] for step in range(1, count)]
@@ -74,17 +74,18 @@ def coded_gain_matrix(
     ladder: torch.Tensor,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """`gain_matrix` by matrix products: many times faster for many groups, nearly as good, up to constants.
+    """`gain_matrix` approximated by matrix products: nearly as good, and many times faster for many groups.
 
-    relu(a - b) is the length that [b, a] has. Cut the scores of a row at the levels of a ladder, and let q_l(x) be the
-    length of x inside step l over the root of the step's height d_l. Then sum_l q_l(a) (sqrt(d_l) - q_l(b)) is
-    relu(a - b) exactly where a and b lie in different steps, and a smooth stand-in where they share one. So the gain
-    is -q(b) . q(a) plus a term in a alone; what depends on the group or the channel alone is the same for all
-    assignments, which is also why the codes may be centred, and then bf16 holds them.
+    relu(a - b) is the length of the interval [b, a]. Cut it at the levels of the row's ladder. Let d_l be the height of
+    step l, and q_l(x) the length of [0, x] inside that step, divided by sqrt(d_l). Then
+    sum_l q_l(a) (sqrt(d_l) - q_l(b)) equals relu(a - b) where a and b lie in different steps, and approximates it
+    smoothly where they share one. So the gain is -q(b) . q(a) plus a term that depends on a alone. Terms that depend on
+    the group alone or the channel alone are the same for all assignments. For the same reason the codes q may be
+    centred, which makes bf16 precise enough for them.
 
     Args:
-        ladder: [steps + 1, rows] as `levels` gives it.
-        dtype: of the products: float32, or bfloat16 where that is the faster one.
+        ladder: [steps + 1, rows], as returned by `levels`.
+        dtype: of the products: float32, or bfloat16 where that is faster.
 
     Returns:
         [G, G] float32, up to terms that depend on the group alone or on the channel alone.
@@ -104,13 +105,16 @@ def coded_gain_matrix(
 
 
 def reassign(index: torch.Tensor, gain: torch.Tensor, position: int) -> torch.Tensor:
-    """Deal the channels at one position of all groups out again, for the largest total gain.
+    """Redistribute the channels at one position of all groups for the largest total gain.
 
     Args:
-        index: int64 [G, m], the channels of every group.
+        index: int64 [G, m], the channels of each group.
         gain: [G, G], up to terms that depend on the group alone or on the channel alone.
+
+    Returns:
+        The new `index`.
     """
-    # Without those terms the solver starts near its dual solution: ten times faster for a thousand groups.
+    # Without those terms the solver starts near its dual solution, and is ten times faster for a thousand groups.
     gain = gain - gain.mean(0, keepdim=True)
     gain -= gain.mean(1, keepdim=True)
     choice = linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1]
@@ -119,9 +123,7 @@ def reassign(index: torch.Tensor, gain: torch.Tensor, position: int) -> torch.Te
     return index
 
 
-def _placements(
-    rows: torch.Tensor, index: torch.Tensor, position: int, n: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[G, rows] each: what a channel has to beat in every group, and the channels that the groups have to offer."""
+def _placements(rows: torch.Tensor, index: torch.Tensor, position: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[G, rows] each: the threshold that a channel must beat in each group, and the scores of each candidate."""
     others = [rows[index[:, j]] for j in range(index.shape[1]) if j != position]
     return largest(others, n)[-1], rows[index[:, position]]

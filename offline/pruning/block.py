@@ -1,7 +1,7 @@
-"""Block-wise reconstruction: train the weights that stay so that a whole component gives what the dense one gave.
+"""Block reconstruction: train the kept weights so that a whole sublayer outputs what the dense one did.
 
-A component is attention or MLP of one decoder layer with its residual connection, fed by the pruned model before it.
-(See "A free lunch in LLM compression: revisiting retraining after pruning", arXiv 2510.14444.)
+A sublayer is the attention or MLP of one decoder layer with its residual connection. Its input comes from the pruned
+model. (See "A free lunch in LLM compression: revisiting retraining after pruning", arXiv 2510.14444.)
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 
-# Weights of a linear that take their step at a time.
+# Kept weights of a linear that are updated together.
 PIECE = 1 << 20
 
 
@@ -28,33 +28,34 @@ def train_block(
     dtype: torch.dtype = torch.bfloat16,
     where: str = "",
 ) -> list[float]:
-    """Masked Adam under a cosine schedule, one step a micro-batch, in bf16 autocast or in float32.
+    """Masked Adam with a cosine schedule, one step per micro-batch, under bf16 autocast or in float32.
 
-    A token's loss is its squared error over its own squared norm: in a plain mean square a few tokens with a thousand
-    times the others' norm would be all that is learned.
+    The loss of a token is its squared error divided by its own squared norm. With a plain mean square, a few tokens
+    with a thousand times the norm of the others would dominate.
 
-    With half of the weights masked this takes 10 bytes a weight (12 in float32), and the gradient of one linear at a
-    time.
+    With half of the weights masked, this takes 10 bytes per weight (12 in float32), plus the gradient of one linear.
 
     Args:
-        forward: [..., hidden] -> [..., hidden], the residual stream after the component; multiplies with `params`
-            (under autocast, if `dtype` is bfloat16). What else it computes with is float32.
-        params: the linears' weights, of any floating dtype; float32 and zero outside their masks when this returns.
-        masks: bool, one for every parameter and shaped as it, True = may change.
-        inputs, targets: micro-batches of one device and count; sequences that load an item when asked serve as well.
-        seed: of the order in which micro-batches come.
-        dtype: of the products, bfloat16 or float32.
-        where: what an error begins with.
+        forward: [..., hidden] -> [..., hidden], the residual stream after the sublayer; multiplies with `params`
+            (under autocast, if `dtype` is bfloat16). Everything else in it is float32.
+        params: the linears' weights, of any floating dtype; float32 and zero outside their masks on return.
+        masks: bool, for every parameter one of the same shape, True = may change.
+        inputs, targets: micro-batches [..., hidden], the same number of each, on one device; the sequences may load an
+            item only when it is asked for.
+        lr: the learning rate of the first step.
+        seed: for the order of the micro-batches.
+        dtype: of the matrix products, bfloat16 or float32.
+        where: the beginning of error messages.
 
     Returns:
-        The mean loss of every pass.
+        The mean loss of each pass.
 
     Raises:
         RiaError: micro-batches that do not pair up, or a loss that is not finite.
     """
     if len(inputs) != len(targets) or not len(inputs):
         found = f"{len(inputs)} inputs and {len(targets)} targets"
-        raise RiaError(f"{where}{found}: block training needs as many of both, and some.")
+        raise RiaError(f"{where}{found}: block training needs at least one of each, and equally many.")
     order = torch.Generator().manual_seed(seed)
     step, steps = 0, passes * len(inputs)
     trained = [_Trained(p, masks[name], lr, betas, dtype) for name, p in params.items()]
@@ -80,10 +81,10 @@ def train_block(
 
 
 class _Trained:
-    """A weight in training: in `dtype` where the component reads it, and what the mask keeps in float32 for Adam.
+    """A weight in training: the sublayer reads it in `dtype`, Adam updates its kept entries in float32.
 
-    Autocast would multiply with the same values, rounded to bf16. The step is taken as soon as the gradient is there,
-    so that no two linears' gradients are alive at once, and piece by piece, so that what it makes on the way is small.
+    Autocast would multiply with the same values, rounded to bf16. Each weight takes its step as soon as its gradient is
+    there, so that only one gradient is alive at a time, and piece by piece, so that temporaries stay small.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class _Trained:
         dtype: torch.dtype,
     ):
         self.parameter, self.required_grad = parameter, parameter.requires_grad
-        # By index, as selecting by a mask of random bits is ten times as slow.
+        # By index, because selecting by a mask of random bits is ten times slower.
         index = mask.flatten().nonzero().flatten().to(torch.int32 if mask.numel() < 2**31 else torch.int64)
         self.index = index.split(PIECE)
         flat = parameter.data.reshape(-1)
@@ -109,7 +110,7 @@ class _Trained:
         self.optimizer.param_groups[0]["lr"] = lr
 
     def finish(self) -> None:
-        """The parameter in float32, as it was trained."""
+        """Put the trained weight into the parameter, in float32."""
         self.hook.remove()
         self.parameter.requires_grad_(self.required_grad)
         self.parameter.grad = None
@@ -133,9 +134,7 @@ class _Trained:
             flat.scatter_(0, part.long(), kept.data.to(flat.dtype))
 
 
-def _relative_error(
-    forward: Callable, inputs: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def _relative_error(forward: Callable, inputs: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         outputs = forward(inputs.float())
     targets = targets.float()

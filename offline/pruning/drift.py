@@ -1,8 +1,8 @@
-"""How far the pruned model's activations have drifted from the dense model's: what reconstruction makes up for.
+"""How far the pruned model's activations have drifted from the dense model's, so that reconstruction can correct it.
 
-A linear W reads X [tokens, in] in the pruned model. Its output is to be Y [tokens, out], so that what comes after it is
-as in the dense model on its own path. All that least squares needs of Y is the pull (Y - X W^T)^T X [out, in] and the
-gap ||Y - X W^T||_F^2.
+A linear W reads X [tokens, in] in the pruned model. Its output should be Y [tokens, out], with which everything after
+it is as in the dense model on its own path. Least squares needs only two things of Y: the cross term
+(Y - X W^T)^T X [out, in] and the squared residual ||Y - X W^T||_F^2.
 """
 
 from dataclasses import dataclass
@@ -14,47 +14,49 @@ from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 
 
 class Drift(Protocol):
-    """Both are over all calibration tokens."""
+    """Both are sums over all calibration tokens."""
 
-    def pull(self, weight: torch.Tensor) -> torch.Tensor:
+    def cross_term(self, weight: torch.Tensor) -> torch.Tensor:
         """(Y - X W^T)^T X [out, in] float32, for W [out, in]."""
         ...
 
-    def gap(self, weight: torch.Tensor) -> float:
-        """||Y - X W^T||_F^2."""
+    def residual(self, weight: torch.Tensor) -> float:
+        """||Y - X W^T||_F^2, for W [out, in]."""
         ...
 
 
 @dataclass(frozen=True)
 class InputDrift:
-    """The dense model's input D is known: Y = D W^T, of every linear that reads it.
+    """The dense model's input D is known, so Y = D W^T for every linear that reads it.
 
-    cross: (D - X)^T X [in, in]; gram: (D - X)^T (D - X) [in, in].
+    cross: (D - X)^T X [in, in] float32; gram: (D - X)^T (D - X) [in, in] float32.
     """
 
     cross: torch.Tensor
     gram: torch.Tensor | SymmetricMatrix
 
-    def pull(self, weight: torch.Tensor) -> torch.Tensor:
+    def cross_term(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.float() @ self.cross
 
-    def gap(self, weight: torch.Tensor) -> float:
+    def residual(self, weight: torch.Tensor) -> float:
         W = weight.float()
         return float(((W @ self.gram) * W).sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True)
 class OutputDrift:
-    """What the output of one linear lacks is known, R = Y - X W^T: of the residual stream that it joins, or by Y = D W^T.
+    """What the output of one linear lacks is known: R = Y - X W^T [tokens, out].
 
-    cross: R^T X [out, in]; square: ||R||_F^2.
+    R comes from the residual stream that the output is added to, or from Y = D W^T.
+
+    cross: R^T X [out, in] float32; square: ||R||_F^2.
     """
 
     cross: torch.Tensor
     square: float
 
-    def pull(self, weight: torch.Tensor) -> torch.Tensor:
+    def cross_term(self, weight: torch.Tensor) -> torch.Tensor:
         return self.cross
 
-    def gap(self, weight: torch.Tensor) -> float:
+    def residual(self, weight: torch.Tensor) -> float:
         return self.square

@@ -1,4 +1,4 @@
-"""Which weights stay: N:M and unstructured patterns."""
+"""Masks, which say what weights are kept: N:M and unstructured patterns."""
 
 import re
 from dataclasses import dataclass
@@ -10,9 +10,12 @@ from ria_vllm.errors import RiaError
 
 @dataclass(frozen=True)
 class Pattern:
-    """N of every M consecutive input channels of a row stay; or, unstructured, a `fraction` of every row.
+    """N:M keeps N of every M consecutive input channels in each row; unstructured keeps a `fraction` of each row.
 
-    Exactly one of the two kinds is set: (n, m) or fraction.
+    Either (n, m) or fraction is set.
+
+    Raises:
+        RiaError: both or none of them is set, or the pattern keeps nothing or everything.
     """
 
     n: int | None = None
@@ -22,7 +25,7 @@ class Pattern:
     def __post_init__(self):
         if self.fraction is not None and (self.n, self.m) == (None, None):
             if not 0 < self.fraction < 1:
-                raise RiaError(f"pattern {self}: the fraction of weights that stay lies between 0 and 1")
+                raise RiaError(f"pattern {self}: the fraction of weights to keep must lie between 0 and 1")
         elif self.fraction is not None or self.n is None or self.m is None:
             raise RiaError("a pattern is either N:M or a fraction")
         elif not 0 < self.n < self.m <= 64:
@@ -48,7 +51,7 @@ class Pattern:
 
     @property
     def density(self) -> float:
-        """The share of weights that stay."""
+        """The fraction of weights that are kept."""
         return self.n / self.m if self.structured else self.fraction
 
     def __str__(self) -> str:
@@ -56,9 +59,9 @@ class Pattern:
 
 
 def mask(S: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Keep the largest scores that the pattern allows; of equal scores the lower column stays.
+    """Keep the largest scores that the pattern allows; of equal scores, the one in the lower column.
 
-    Unstructured: the comparison is among the weights of one row, as in Wanda.
+    Unstructured patterns compare the weights within each row, as Wanda does.
 
     Args:
         S: [out, in] scores, any floating dtype.
@@ -76,7 +79,8 @@ def mask(S: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         return torch.zeros(rows, columns, dtype=torch.bool, device=S.device).scatter_(1, order, True)
     if columns % pattern.m:
         raise RiaError(f"{columns} input channels do not divide into groups of {pattern.m}")
-    # Rank by counting who beats whom: for groups this small it is many times faster than a sort.
+    # Each weight's rank is the number of weights in its group that beat it. For such small groups, counting is many
+    # times faster than sorting.
     groups = S.reshape(rows, columns // pattern.m, pattern.m).unbind(-1)
     rank = [torch.zeros(rows, columns // pattern.m, dtype=torch.int8, device=S.device) for _ in groups]
     for low in range(pattern.m):

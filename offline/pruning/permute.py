@@ -1,6 +1,6 @@
-"""Channel permutation: an order of the input channels whose N:M mask keeps more of the score.
+"""Channel permutation: an order of the input channels in which an N:M mask retains more of the score.
 
-(Zhang et al., ICLR 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models".)
+(Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024.)
 """
 
 import torch
@@ -9,33 +9,38 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.pruning.assignment import coded_gain_matrix, gain_matrix, kept, levels, reassign
 
 METHODS = ("lsa", "heuristic", "none")
-# A round that adds less than this to the retained score is one too many.
+# A round that raises the retained score by a smaller fraction than this is not worth another one.
 WORTHWHILE = 2e-4
-# Up to so many groups the exact gain matrix is the faster one.
+# Up to this many groups, the exact gain matrix is the faster one.
 EXACT_GROUPS = 64
 LADDER_STEPS = 4
 
 
 def search(
-    S: torch.Tensor, n: int = 2, m: int = 4, method: str = "lsa", rounds: int = 8, seed: int = 0,
+    S: torch.Tensor,
+    n: int = 2,
+    m: int = 4,
+    method: str = "lsa",
+    rounds: int = 8,
+    seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The order of input channels that keeps the most score.
+    """Search for the order of input channels that retains the most score.
 
-    heuristic: the channels, sorted by their summed score, are dealt out to the groups in m passes, every second pass
-    reversed. lsa: from there, linear sum assignments, one position of the groups at a time, in rounds while they
-    gain; which of a group's channels stands at which position is drawn anew for every round, so that another round
-    can move what the one before could not. Every round is judged by what it retains in truth, and dropped if less.
+    heuristic: sort the channels by their summed score and deal them out to the groups in m passes, every second pass
+    reversed. lsa: start there and solve linear sum assignments, for one position of the groups at a time, in rounds,
+    as long as they gain. Between rounds, channels are shuffled within their groups, so that the next round can move
+    what the last one could not. A round is kept only if the score that it really retains is higher.
 
     Args:
-        S: [rows, channels] scores; for linears that share their input, stacked.
-        rounds: at most so many with a gain.
-        seed: for the draws; the same seed gives the same order.
-        dtype: of the products that compare exchanges; see `coded_gain_matrix`.
+        S: [rows, channels] scores; those of linears that share their input are stacked.
+        rounds: stop after this many rounds with a gain.
+        seed: for the shuffles; the same seed gives the same order.
+        dtype: of the products that compare assignments; see `coded_gain_matrix`.
 
     Returns:
-        int64 [channels] on the device of S: stored column j holds channel p[j]. What it retains is never less than
-        what the model's own order and the heuristic's do.
+        int64 [channels] on the device of S: stored column j holds channel p[j]. It never retains less than the model's
+        own order or the heuristic's.
 
     Raises:
         RiaError: unknown method, or channels that do not divide into groups of m.
@@ -59,19 +64,30 @@ def search(
 
 
 def search_heads(
-    S: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int, n: int = 2, m: int = 4, method: str = "lsa",
-    rounds: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32,
+    S: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    n: int = 2,
+    m: int = 4,
+    method: str = "lsa",
+    rounds: int = 8,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The same for an output projection, whose order the value projection's rows must be able to follow.
+    """Like `search`, for an attention output projection, in an order that the value projection's rows can follow.
 
-    Attention mixes tokens and keeps the channels of a head apart, so channels move within their head only, and all
-    query heads that read one key-value head move alike.
+    Attention mixes tokens, but not the channels of a head. So channels move only within their head, and in the same way
+    in all query heads that share a key-value head.
 
     Args:
-        S: [rows, num_heads * head_dim].
+        S: [rows, num_heads * head_dim] scores.
 
     Returns:
         int64 [num_heads * head_dim].
+
+    Raises:
+        RiaError: the channels are not num_heads * head_dim, or num_kv_heads does not divide num_heads.
     """
     if S.shape[1] != num_heads * head_dim or num_heads % num_kv_heads:
         raise RiaError(
@@ -89,7 +105,7 @@ def search_heads(
 
 
 def retained(S: torch.Tensor, p: torch.Tensor | None = None, n: int = 2, m: int = 4) -> float:
-    """The share of the total score that an n:m mask keeps with the channels in order p (None: their own).
+    """The share of the total score that an n:m mask retains with the channels in order p (None: as they are).
 
     Args:
         S: [rows, channels].
@@ -102,7 +118,7 @@ def retained(S: torch.Tensor, p: torch.Tensor | None = None, n: int = 2, m: int 
 
 
 def deal(columns: torch.Tensor, m: int) -> torch.Tensor:
-    """The heuristic: int64 [G, m], every group with one channel of each m-th of the channels by summed score."""
+    """The heuristic order, int64 [G, m]: of the channels ranked by summed score, each group gets one of each m-th."""
     passes = columns.sum(1, dtype=torch.float64).argsort(stable=True).view(m, -1)
     return torch.stack([row.flip(0) if turn % 2 else row for turn, row in enumerate(passes)], dim=1)
 
@@ -113,7 +129,7 @@ def _improve(
     draw = torch.Generator().manual_seed(seed)
     groups, m = index.shape
     ladder = levels(columns, LADDER_STEPS) if groups > EXACT_GROUPS else None
-    # Where few groups make a round cheap and leave it little choice, luck gets more tries.
+    # With few groups a round is cheap and has little choice, so more of them may fail before the search stops.
     patience = 1 + 32 // groups
     trial, idle = index, 0
     while rounds > 0 and idle < patience:

@@ -1,4 +1,4 @@
-"""How much each weight matters: the scores that decide what is pruned.
+"""The importance score of each weight, which decides what is pruned.
 
 W is [out, in]; ||X_j|| is the l2 norm of input channel j over all calibration tokens.
 """
@@ -19,16 +19,16 @@ def score(
 ) -> torch.Tensor:
     """Importance S of every weight.
 
-    ria        S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||^exponent   (Zhang et al., ICLR 2024)
-    ri         the same with exponent 0: relative importance alone
+    ria        S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||^a          (Zhang et al., ICLR 2024)
+    ri         the same with a = 0: relative importance alone
     wanda      S_ij = |W_ij| * ||X_j||                                                     (Sun et al., ICLR 2024)
     magnitude  S_ij = |W_ij|
 
     Args:
         method: one of METHODS.
         weight: [out, in], any floating dtype; computed in float32.
-        input_norm: [in], ||X_j||; not used by ri and magnitude.
-        exponent: a, used by ria alone.
+        input_norm: [in], ||X_j||; ignored by ri and magnitude.
+        exponent: a; used only by ria.
         column_sums: [in], sum_i |W_ij|, where `weight` has only some of the rows; None: over the rows given.
 
     Returns:
@@ -54,5 +54,5 @@ def score(
 
 
 def _share(magnitude: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    # A sum of zero has only zeros to divide.
+    # If the sum is 0, so are all its terms; dividing by 1 keeps them 0.
     return magnitude / torch.where(total > 0, total, 1.0)

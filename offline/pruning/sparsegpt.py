@@ -1,4 +1,4 @@
-"""SparseGPT (Frantar and Alistarh, ICML 2023): prune column by column, the columns to come make up for the error."""
+"""SparseGPT (Frantar and Alistarh, ICML 2023): prune column by column; later columns compensate for the error."""
 
 import torch
 
@@ -16,16 +16,16 @@ def sparsegpt(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prune and update one linear.
 
-    With H the damped Gram matrix and R the upper Cholesky factor of its inverse, w_j costs w_j^2 / R_jj^2 to remove,
-    and its removal is made up for by w_k -= (w_j / R_jj) R_jk on the columns k > j. N:M groups are chosen when their
-    first column is reached, an unstructured mask block by block over all rows at once.
+    H is the damped Gram matrix (the Hessian) and R the upper Cholesky factor of its inverse. Removing w_j costs
+    w_j^2 / R_jj^2, and w_k -= (w_j / R_jj) R_jk on the columns k > j compensates for it. The mask of an N:M group is
+    chosen when its first column is reached; an unstructured mask is chosen block by block, for all rows at once.
 
     Args:
         weight: [out, in], any floating dtype.
         gram: [in, in] X^T X.
-        block: columns whose mutual updates are applied one by one; later columns get theirs a block at a time.
+        block: columns within a block are updated after each column, those behind it after each block.
         damping: added to the diagonal of the Gram matrix, in units of its mean.
-        order: int64 [in], the channel of `gram` that each column of the weight reads; None: they come as in `gram`.
+        order: int64 [in], the channel of `gram` that each column of the weight reads; None: the same order.
 
     Returns:
         (W' [out, in] float32, mask bool [out, in], True = kept); W' is zero outside the mask.
@@ -38,7 +38,7 @@ def sparsegpt(
     group = pattern.m if pattern.structured else 1
     block = max(group, block // group * group)
     dead = gram.diagonal() == 0
-    # A channel that is always zero goes first.
+    # Weights of a channel that is always zero are pruned first.
     W[:, dead if order is None else dead[order]] = 0
     R = _inverse_factor(gram, damping, order)
     kept = torch.ones(rows, columns, dtype=torch.bool, device=W.device)
@@ -60,7 +60,7 @@ def sparsegpt(
 
 
 def _inverse_factor(gram: torch.Tensor | SymmetricMatrix, damping: float, order: torch.Tensor | None) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse [in, in] float32, in the room of one such matrix."""
+    """The upper Cholesky factor of the inverse [in, in] float32, in the memory of one such matrix."""
     H = (gram if isinstance(gram, SymmetricMatrix) else SymmetricMatrix.of(gram.float())).dense(order)
     diagonal = H.diagonal()
     mean = diagonal.mean()

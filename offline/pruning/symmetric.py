@@ -1,14 +1,14 @@
-"""Symmetric matrices of which half is stored, and their inverses in the same room.
+"""Symmetric matrices of which half is stored, and their inverses in the same memory.
 
-For a wide input a Gram matrix outweighs the layer it is of, several times. It is kept as blocks of rows, each from its
-diagonal on; nothing here ever makes the other half, but for `dense`.
+The Gram matrix of a wide input is several times larger than its layer. It is stored as blocks of rows, each from the
+diagonal on; only `dense` ever makes the other half.
 """
 
 from collections.abc import Iterator, Sequence
 
 import torch
 
-# Rows of a block. With less, products are too thin to be fast; with more, more of the other half is stored as well.
+# Rows of a block. With fewer, products are too thin to be fast; with more, more of the other half is stored.
 BLOCK = 256
 
 
@@ -16,8 +16,8 @@ class SymmetricMatrix:
     """S [width, width]. `rows @ S`, for rows [any, width] of its dtype, is the product.
 
     Args:
-        blocks: the rows of S in turn, [rows, columns from the block's first row on]; taken over, not copied. In the
-            square at the diagonal both halves are there, and count.
+        blocks: consecutive rows of S, each [rows, columns from the block's first row on]; not copied. The square at
+            the diagonal has both halves, and both are used.
     """
 
     def __init__(self, blocks: Sequence[torch.Tensor]):
@@ -37,7 +37,7 @@ class SymmetricMatrix:
         return self.blocks[0].device
 
     def spans(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(first row, row after the last, block) of each block."""
+        """(first row, row after the last, block) for each block."""
         return _spans(self.blocks)
 
     def diagonal(self) -> torch.Tensor:
@@ -57,7 +57,7 @@ class SymmetricMatrix:
         places = None if order is None else torch.argsort(order)
         spans = list(self.spans())
         for number, (start, stop, block) in enumerate(spans):
-            # What is left of the block stands in those above it.
+            # The columns to the left of the block are in the blocks above it.
             left = [above[:, start - first : stop - first].T for first, _, above in spans[:number]]
             rows = torch.cat([*left, block], dim=1)
             if places is None:
@@ -73,12 +73,12 @@ class SymmetricMatrix:
         )
 
     def add_to_diagonal(self, added: torch.Tensor) -> None:
-        """Add [width], in place."""
+        """Add `added` [width], in place."""
         for start, stop, block in self.spans():
             block.diagonal().add_(added[start:stop])
 
     def into_inverse(self) -> "BlockInverse":
-        """S^-1, for a positive definite S, which is gone afterwards: its blocks become the factors.
+        """S^-1, for a positive definite S. Afterwards S is empty: its blocks become the factors.
 
         Raises:
             torch.linalg.LinAlgError: S is not positive definite.
@@ -90,13 +90,13 @@ class SymmetricMatrix:
 
 
 class BlockInverse:
-    """S^-1 [width, width] by the factors U^T D U of S; `rows @ inverse`, for rows [any, width], solves for each row.
+    """S^-1 [width, width] as the factors U^T D U of S; `rows @ inverse`, for rows [any, width], is the product.
 
-    By blocks, U is upper triangular with ones on its diagonal, and D is diagonal (the block form of a Cholesky
+    In blocks, U is upper triangular with ones on its diagonal, and D is diagonal (the block form of a Cholesky
     factorisation; Golub and Van Loan, Matrix Computations, 4.1).
 
     Args:
-        blocks: as of a `SymmetricMatrix`: [the block of D^-1, the block's rows of U to the right of it].
+        blocks: shaped as in `SymmetricMatrix`: [a block of D^-1, the same rows of U to the right of it].
     """
 
     def __init__(self, blocks: Sequence[torch.Tensor]):
@@ -115,19 +115,19 @@ class BlockInverse:
 
 
 def inverted_in_place(dense: torch.Tensor) -> torch.Tensor:
-    """The inverse [n, n] of a whole positive definite matrix, in the room of that matrix.
+    """The inverse [n, n] of a dense positive definite matrix, in the memory of that matrix.
 
     Raises:
         torch.linalg.LinAlgError: it is not positive definite.
     """
-    # LAPACK works on columns; on the transpose of a symmetric matrix it does so in place.
+    # LAPACK stores matrices by columns, so it can work in place on the transpose.
     dense = dense.T
     torch.linalg.cholesky(dense, out=dense)
     return torch.cholesky_inverse(dense, out=dense)
 
 
 def _eliminate(block: torch.Tensor, below: Sequence[torch.Tensor]) -> None:
-    """One step of the factorisation: of [D, D U] make [D^-1, U], and of the blocks below it what is left to factor."""
+    """One step of the factorisation: turn [D, D U] into [D^-1, U], and subtract its part from the blocks below."""
     pivot, right = block[:, : len(block)], block[:, len(block) :]
     pivot.copy_(torch.cholesky_inverse(torch.linalg.cholesky(pivot)))
     unscaled = right.clone()
@@ -137,7 +137,7 @@ def _eliminate(block: torch.Tensor, below: Sequence[torch.Tensor]) -> None:
 
 
 def _spans(blocks: Sequence[torch.Tensor]) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """(first row, row after the last, block) of each block."""
+    """(first row, row after the last, block) for each block."""
     start = 0
     for block in blocks:
         yield start, start + len(block), block

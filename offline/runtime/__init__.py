@@ -1,1 +1,1 @@
-"""What a run stands on: its ranks and its memory."""
+"""What a run stands on: its ranks, its device and its memory."""

@@ -1,7 +1,7 @@
-"""What memory there is, and giving freed memory back to the system.
+"""How much memory is free, and returning freed memory to the system.
 
-The C library keeps freed blocks for itself, up to 32 MB each. Between the large, short-lived matrices that pruning a
-layer takes, these would add up to several layers' weights.
+The C library keeps freed blocks of up to 32 MB for itself. With the large, short-lived matrices that pruning a layer
+needs, these would add up to the weights of several layers.
 """
 
 import ctypes
@@ -10,32 +10,32 @@ from pathlib import Path
 
 import torch
 
-# Blocks from here on are mapped by themselves, and go back to the system when they are freed.
+# Blocks of this size or more are mapped one by one, so the system gets them back as soon as they are freed.
 MAPPED_BLOCK = 4 << 20
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 
 
 def map_large_blocks() -> None:
-    """For the rest of the process; without effect where the C library is not glibc."""
+    """Set MAPPED_BLOCK for the rest of the process. No effect if the C library is not glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, MAPPED_BLOCK)
 
 
 def trim() -> None:
-    """Return what has been freed."""
+    """Return freed memory to the system. No effect if the C library is not glibc."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that can be had on a device without driving anything else out; None where the system does not say."""
+    """Bytes that can be allocated on a device without swapping; None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = re.search(r"MemAvailable:\s*(\d+) kB", _content(Path("/proc/meminfo")))
     limits = [int(found[1]) * 1024] if found else []
-    # In a container the system's figures are the host's.
+    # In a container, /proc/meminfo is the host's; the container's own limits are those of its control groups.
     group = Path("/sys/fs/cgroup") / _content(Path("/proc/self/cgroup")).strip().rpartition(":")[2].lstrip("/")
     for folder in (group, *group.parents):
         limit, used = (_content(folder / name).strip() for name in ("memory.max", "memory.current"))

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ria_vllm.errors import RiaError
+from ria_vllm.offline.runtime.device import take_own_gpu
 
-# While the first rank fetches, converts, samples or writes alone, the others wait. For torch's own 10 or 30 minutes
-# that would be a failure; one that dies is seen by torchrun, which ends them all.
+# While the first rank fetches, converts, samples or writes alone, the others wait, which may take longer than torch's
+# default of 10 or 30 minutes. If a rank dies, torchrun notices and ends them all.
 TIMEOUT = timedelta(days=7)
 
 
@@ -27,24 +27,26 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    def add_(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
 
-    def from_first(self, value: Any) -> Any:
-        """Any picklable object of rank 0, on every rank."""
-        return self.from_owner(value, 0)
-
-    def from_owner(self, value: Any, owner: int) -> Any:
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        """A picklable object of rank `src`, on every rank; what the other ranks pass is ignored."""
         if self.size == 1:
             return value
-        holder = [value if self.rank == owner else None]
-        dist.broadcast_object_list(holder, src=owner)
+        holder = [value if self.rank == src else None]
+        dist.broadcast_object_list(holder, src=src)
         return holder[0]
 
-    def divide(self, costs: Sequence[float]) -> list[int]:
-        """The owner of each job: the dearest jobs first, each to the rank with the least to do."""
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def partition_by_cost(self, costs: Sequence[float]) -> list[int]:
+        """The rank for each job: the most expensive jobs are assigned first, each to the rank with the least work."""
         load = [0.0] * self.size
         owner = [0] * len(costs)
         for job in sorted(range(len(costs)), key=lambda j: (-costs[j], j)):
@@ -53,20 +55,16 @@ class Ranks:
         return owner
 
     def share(self, jobs: int, rank: int | None = None) -> range:
-        """The consecutive part of `jobs` equal jobs that a rank (this one if none is named) has."""
+        """The consecutive part of `jobs` equal jobs that a rank does (this one, if `rank` is None)."""
         rank = self.rank if rank is None else rank
         return range(rank * jobs // self.size, (rank + 1) * jobs // self.size)
-
-    def wait(self) -> None:
-        if self.size > 1:
-            dist.barrier()
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
     """Join the process group that torchrun describes in the environment, if there is one.
 
-    A CUDA device without a number becomes this process's own: the one that its number on this machine names.
+    A CUDA device without an index becomes this process's own, the one with its local rank.
 
     Raises:
         RiaError: more processes than CUDA devices on this machine.
@@ -75,20 +73,9 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         yield Ranks()
         return
     if device.type == "cuda":
-        _take_device(device)
+        take_own_gpu(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
-
-
-def _take_device(device: torch.device) -> None:
-    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
-    count = torch.cuda.device_count()
-    if index >= count:
-        raise RiaError(
-            f"--device cuda: process {index} of this machine has no CUDA device of its own; torch sees {count}. Use "
-            "--nproc-per-node with at most as many."
-        )
-    torch.cuda.set_device(index)

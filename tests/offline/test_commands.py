@@ -9,7 +9,6 @@ from click.testing import CliRunner
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline import compress as pipeline
 from ria_vllm.offline.commands import compress
 
 
@@ -39,7 +38,17 @@ def test_a_family_that_cannot_be_served_compressed_is_named(tiny, text, tmp_path
 
 def test_a_pattern_without_a_kernel_says_so_and_stays_in_the_models_order(tiny, text, tmp_path):
     result = invoke(
-        tiny("llama"), "-o", tmp_path / "out", "--pattern", "4:8", "--calibration", text, "--samples", 4, "--seq-len", 32
+        tiny("llama"),
+        "-o",
+        tmp_path / "out",
+        "--pattern",
+        "4:8",
+        "--calibration",
+        text,
+        "--samples",
+        4,
+        "--seq-len",
+        32,
     )
     assert result.exit_code == 0, result.output
     assert "no kernel serves it" in result.stderr
@@ -79,13 +88,13 @@ def test_a_seed_that_no_generator_takes(seed, tiny, tmp_path):
     assert result.exit_code == 2 and "--seed" in result.stderr and list(tmp_path.iterdir()) == []
 
 
-def test_interrupted_it_says_how_to_go_on(tiny, text, tmp_path, monkeypatch):
+def test_interrupted_it_says_how_to_continue(tiny, text, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     options = [tiny("llama"), "-o", tmp_path / "out", "--calibration", text, "--samples", 4, "--seq-len", 32]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_say_layer", interrupt)
+        patch.setattr("ria_vllm.offline.compress._say_layer", interrupt)
         result = invoke(*options)
     assert isinstance(result.exception, RiaError) and "--resume" in str(result.exception)
     result = invoke(*options, "--resume")

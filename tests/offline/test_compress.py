@@ -1,11 +1,11 @@
-"""The pipeline from end to end, on tiny models of every family."""
+"""`compress` from end to end, on tiny models of every family."""
 
-import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from compressing import digests
 from safetensors.torch import load_file
 
 from ria_vllm.checkpoint import Reader, tensor_names
@@ -25,10 +25,6 @@ NO_FOLDS = ("gpt-neox", "qwen3-moe")
 def run(model: Path, out: Path, text: Path, settings: Settings = Settings(), **options) -> dict:
     recipe = Recipe(**{"calibration": str(text), "samples": 8, "seq_len": 64} | options)
     return compress(str(model), out, recipe, settings, Monitor(shown=False))
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,13 +65,15 @@ def test_scope_linear_gives_each_its_own(tiny, text, tmp_path):
     assert list(reader.problems()) == []
 
 
-def test_where_every_order_is_the_models_own_all_readers_know_it(make_model, text, tmp_path):
-    """Of heads of 6 channels no groups of four can be made, so the order of o_proj, all that is pruned here, stays."""
+def test_all_readers_accept_a_model_without_any_permutation(make_model, text, tmp_path):
+    """Heads of 6 channels do not divide into groups of four, so o_proj, the only pruned linear, keeps its order."""
     from transformers import AutoModelForCausalLM
 
     from ria_vllm.serve.checkpoint_files import permutations_of
 
-    model = make_model(tmp_path / "in", "llama", hidden_size=192, num_attention_heads=32, num_key_value_heads=32, head_dim=6)
+    model = make_model(
+        tmp_path / "in", "llama", hidden_size=192, num_attention_heads=32, num_key_value_heads=32, head_dim=6
+    )
     out = tmp_path / "out"
     run(model, out, text, reconstruct="none", ignore=("[qkv]_proj", "mlp"))
     reader = Reader(out)
@@ -121,7 +119,7 @@ def test_other_patterns_become_plain_dense_folders(pattern, permute, tiny, text,
     parsed = Pattern.parse(pattern)
     weight = model.model.layers[1].mlp.down_proj.weight
     groups = (weight != 0).view(len(weight), -1, parsed.m or weight.shape[1])
-    if permute != "none":  # the groups lie in an order of its own
+    if permute != "none":  # the groups are in a permuted order
         assert (weight != 0).float().mean() == parsed.density
         return
     assert bool((groups.sum(-1) == round(groups.shape[-1] * parsed.density)).all())
@@ -131,8 +129,9 @@ def test_other_patterns_become_plain_dense_folders(pattern, permute, tiny, text,
 def test_ignored_linears_take_their_fused_partners_along(tiny, text, tmp_path):
     run(tiny("llama"), tmp_path / "out", text, ignore=(r"layers\.0\.self_attn\.k_proj", "down"), reconstruct="none")
     reader = Reader(tmp_path / "out")
-    assert {n for n in reader.schema.sparsity_config.ignore} == {
-        "lm_head", *(f"model.layers.0.self_attn.{x}_proj" for x in "qkv"), *(f"model.layers.{i}.mlp.down_proj" for i in (0, 1)),
+    assert set(reader.schema.sparsity_config.ignore) == {
+        "lm_head", *(f"model.layers.0.self_attn.{x}_proj" for x in "qkv"),
+        *(f"model.layers.{i}.mlp.down_proj" for i in (0, 1)),
     }  # fmt: skip
     assert "model.layers.0.self_attn.q_proj" not in reader.sparse_names
     assert "model.layers.1.self_attn.q_proj" in reader.sparse_names
@@ -149,9 +148,9 @@ def test_in_features_off_the_grid_stay_dense(make_model, text, tmp_path):
 def test_sampling_a_model_that_does_not_fit_is_refused(tiny, tmp_path, monkeypatch):
     model, recipe = tiny("llama"), Recipe(samples=2, seq_len=32)
     size = sum(tensor.nbytes for tensor in load_file(model / "model.safetensors").values())
-    monkeypatch.setattr("ria_vllm.offline.compress.available", lambda device: size - 1)
+    monkeypatch.setattr("ria_vllm.offline.tokens.available", lambda device: size - 1)
     with pytest.raises(RiaError, match="calibration self runs the whole dense model.*Give a text file"):
         compress(str(model), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
     assert not list(tmp_path.glob("out*"))
-    monkeypatch.setattr("ria_vllm.offline.compress.available", lambda device: size)
+    monkeypatch.setattr("ria_vllm.offline.tokens.available", lambda device: size)
     compress(str(model), tmp_path / "out", recipe, Settings(), Monitor(shown=False))

@@ -1,7 +1,6 @@
-"""Killed and resumed, or divided over processes: the same bytes as one run in one go."""
+"""Killed and resumed, or divided among processes: the same bytes as in one uninterrupted run."""
 
 import errno
-import hashlib
 import json
 import os
 import resource
@@ -12,19 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+from compressing import digests, interrupted_after_a_layer
 from transformers.utils import logging
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline import compress as pipeline
-from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.compress import Settings, _Run, compress
 from ria_vllm.offline.model import streaming
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 def command(model: Path, out: Path, text: Path, *options: str) -> list[str]:
@@ -38,13 +33,15 @@ def run(model: Path, out: Path, text: Path, settings: Settings = Settings(), **o
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(make_model, text, tmp_path):
+def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(make_model, text, tmp_path):
     model = make_model(tmp_path / "in", "llama", num_hidden_layers=6)
     subprocess.run([sys.executable, *command(model, tmp_path / "whole", text)], check=True, capture_output=True)
     out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
     for seen in (1, 3, 5):
         process = subprocess.Popen(
-            [sys.executable, *command(model, out, text, "--resume")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, *command(model, out, text, "--resume")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         while process.poll() is None and len(list(units.glob("layer-*.safetensors"))) < seen:
             time.sleep(0.002)
@@ -61,38 +58,32 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(make_model, text, tmp
 
 @pytest.mark.parametrize("options", [{}, {"reconstruct": "block"}, {"skip_sensitive": 0.2, "weights": "int8"}], ids=str)
 @pytest.mark.parametrize("family", ["gemma3", "phi3", "gpt-neox"])
-def test_stopped_after_a_layer_it_goes_on_to_the_same_bytes(family, options, tiny, text, tmp_path, monkeypatch):
+def test_stopped_after_a_layer_and_resumed_it_writes_the_same_bytes(family, options, tiny, text, tmp_path, monkeypatch):
     run(tiny(family), tmp_path / "whole", text, **options)
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_say_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(tiny(family), tmp_path / "out", text, **options)
+    with interrupted_after_a_layer():
+        run(tiny(family), tmp_path / "out", text, **options)
     assert not (tmp_path / "out").exists()
     run(tiny(family), tmp_path / "out", text, Settings(resume=True, activation_cache="disk"), **options)
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
 
 
 def test_resume_refuses_other_options(tiny, text, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_say_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(tiny("llama"), tmp_path / "out", text)
+    with interrupted_after_a_layer():
+        run(tiny("llama"), tmp_path / "out", text)
     with pytest.raises(RiaError, match="another method"):
         run(tiny("llama"), tmp_path / "out", text, Settings(resume=True), method="wanda")
     run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
 
 
 def test_resume_says_what_was_upgraded_and_what_is_damaged(tiny, text, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_say_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(tiny("llama"), tmp_path / "out", text)
+    with interrupted_after_a_layer():
+        run(tiny("llama"), tmp_path / "out", text)
     path = tmp_path / "out.partial" / "run.json"
     begun = path.read_text()
     content = json.loads(begun)
     now = content["versions"]["scipy"]
     path.write_text(json.dumps(content | {"versions": content["versions"] | {"scipy": "1.0"}}))
-    with pytest.raises(RiaError, match=f"from a run with scipy 1.0; here is scipy {now}. .*leave out --resume"):
+    with pytest.raises(RiaError, match=f"from a run with scipy 1.0; here it is scipy {now}. .*leave out --resume"):
         run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
     path.write_text(begun[:40])
     with pytest.raises(RiaError, match="run.json is damaged.* Leave out --resume"):
@@ -103,7 +94,7 @@ def test_resume_says_what_was_upgraded_and_what_is_damaged(tiny, text, tmp_path,
     assert not logging.is_progress_bar_enabled()
 
 
-def test_the_record_of_a_run_is_there_whole_or_not_at_all(tiny, text, tmp_path, monkeypatch):
+def test_the_fingerprint_of_a_run_is_written_whole_or_not_at_all(tiny, text, tmp_path, monkeypatch):
     def write(path, content):
         path.write_bytes(content.encode()[:20])
         raise OSError(errno.EIO, "broken")
@@ -118,20 +109,18 @@ def test_the_record_of_a_run_is_there_whole_or_not_at_all(tiny, text, tmp_path, 
 
 def test_nothing_is_removed_while_other_ranks_still_read(tiny, text, tmp_path, monkeypatch):
     order = []
-    for owner, name in ((pipeline, "_report"), (pipeline, "_finish"), (Ranks, "wait")):
+    for owner, name in ((_Run, "_report"), (_Run, "_finish"), (Ranks, "barrier")):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, name=name, real=real: (order.append(name), real(*a))[1])
     run(tiny("llama"), tmp_path / "out", text)
-    assert order[order.index("_report") :] == ["_report", "wait", "_finish", "wait"]
+    assert order[order.index("_report") :] == ["_report", "barrier", "_finish", "barrier"]
 
 
 def test_resume_refuses_other_weights_and_other_text(tiny, make_model, text, tmp_path, monkeypatch):
     model, words = make_model(tmp_path / "model", "llama"), tmp_path / "words.txt"
     words.write_bytes(text.read_bytes())
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_say_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(model, tmp_path / "out", words)
+    with interrupted_after_a_layer():
+        run(model, tmp_path / "out", words)
     weights = model / "model.safetensors"
     content, status = weights.read_bytes(), weights.stat()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -144,27 +133,23 @@ def test_resume_refuses_other_weights_and_other_text(tiny, make_model, text, tmp
         run(model, tmp_path / "out", words, Settings(resume=True))
 
 
-def test_resume_tells_sources_of_one_name_apart(make_model, text, tmp_path, monkeypatch):
-    """Files of the same names, sizes and times, whose folders have the same name."""
+def test_resume_distinguishes_sources_of_the_same_name(make_model, text, tmp_path, monkeypatch):
+    """Their folders have the same name, and their files the same names, sizes and times."""
     for place in ("here", "there"):
         make_model(tmp_path / place / "model", "llama")
         os.utime(tmp_path / place / "model" / "model.safetensors", ns=(1, 1))
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_say_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "here" / "model", tmp_path / "out", text)
+    with interrupted_after_a_layer():
+        run(tmp_path / "here" / "model", tmp_path / "out", text)
     with pytest.raises(RiaError, match="another source"):
         run(tmp_path / "there" / "model", tmp_path / "out", text, Settings(resume=True))
     run(tmp_path / "here" / "model", tmp_path / "out", text, Settings(resume=True))
 
 
-def test_a_model_out_of_reach_for_a_moment_costs_no_finished_layer(make_model, text, tmp_path, monkeypatch):
+def test_a_model_unreachable_for_a_moment_costs_no_finished_layer(make_model, text, tmp_path, monkeypatch):
     model = make_model(tmp_path / "model", "llama")
     run(model, tmp_path / "whole", text)
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_say_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(model, tmp_path / "out", text)
+    with interrupted_after_a_layer():
+        run(model, tmp_path / "out", text)
 
     def out_of_reach(self, index):
         self.files = dict.fromkeys(self.files, tmp_path / "gone" / "model.safetensors")
@@ -180,7 +165,7 @@ def test_a_model_out_of_reach_for_a_moment_costs_no_finished_layer(make_model, t
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
 
 
-def test_a_disk_too_full_for_activations_says_so_and_keeps_what_is_finished(tiny, text, tmp_path):
+def test_a_disk_too_full_for_activations_is_named_and_finished_work_is_kept(tiny, text, tmp_path):
     model, old = tiny("llama"), resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))  # a chunk of activations has 262144 bytes
@@ -193,16 +178,16 @@ def test_a_disk_too_full_for_activations_says_so_and_keeps_what_is_finished(tiny
     assert (tmp_path / "out.partial" / "units" / "calibration.safetensors").is_file()
 
 
-def test_a_result_whose_place_is_taken_meanwhile_is_kept(tiny, text, tmp_path, monkeypatch):
+def test_a_result_is_kept_if_its_folder_appears_meanwhile(tiny, text, tmp_path, monkeypatch):
     run(tiny("llama"), tmp_path / "whole", text)
-    report = pipeline._report
+    report = _Run._report
 
     def taken(*arguments):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine").write_text("mine")
         return report(*arguments)
 
-    monkeypatch.setattr(pipeline, "_report", taken)
+    monkeypatch.setattr(_Run, "_report", taken)
     with pytest.raises(RiaError, match="out.partial/final"):
         run(tiny("llama"), tmp_path / "out", text)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]

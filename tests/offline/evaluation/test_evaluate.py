@@ -1,4 +1,4 @@
-"""Perplexity against the definition, and the compressed model against the dense one it stands for."""
+"""Perplexity against its definition, and compressed models against the dense ones they stand for."""
 
 import json
 import math
@@ -9,7 +9,8 @@ import torch
 from click.testing import CliRunner
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.evaluation.evaluate import evaluate, load_model, perplexity, read_tokens
+from ria_vllm.offline.evaluation.evaluate import evaluate, perplexity, read_tokens
+from ria_vllm.offline.model.hf import load_model
 
 CPU = torch.device("cpu")
 TEXT = "The two largest of every four stay, and the others are gone. " * 8
@@ -42,13 +43,6 @@ def test_perplexity_is_the_exponential_of_the_mean_negative_log_likelihood(tiny_
 def test_a_short_text_is_one_window(tiny_llama):
     found = perplexity(load_model(str(tiny_llama), CPU), torch.arange(2, 22), 1024)
     assert (found.tokens, found.windows, found.seq_len) == (19, 1, 20)
-
-
-def test_a_compressed_folder_is_the_model_it_stands_for(pruned_llama):
-    model = load_model(str(pruned_llama.folder), CPU)
-    state = model.state_dict()
-    assert model.dtype == torch.bfloat16
-    assert all(torch.equal(state[name], tensor) for name, tensor in pruned_llama.dense.items())
 
 
 def test_command_on_both_kinds_of_folder(pruned_llama, text):
@@ -118,7 +112,9 @@ def test_weights_that_do_not_fit_the_configuration(dense, damage, text):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 256}))
     damage.edit_json("config.json", lambda c: c.update(intermediate_size=256))
     for folder in (dense, damage.folder):
-        with pytest.raises(RiaError, match=r"mlp.down_proj.weight has shape \(128, 192\), config.json asks for \(128, 256\)"):
+        with pytest.raises(
+            RiaError, match=r"mlp.down_proj.weight has shape \(128, 192\), config.json asks for \(128, 256\)"
+        ):
             run(folder, "--text", text)
 
 
@@ -127,7 +123,7 @@ def test_a_folder_that_is_no_model(tmp_path, text):
         run(tmp_path, "--text", text)
 
 
-def test_the_card_takes_the_perplexity_and_the_base_models(pruned_llama, text, tmp_path):
+def test_the_card_shows_the_perplexity_and_the_base_models(pruned_llama, text, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(pruned_llama.folder, out)
     (out / "README.md").write_text("# Mine\n")
@@ -144,7 +140,7 @@ def test_the_card_takes_the_perplexity_and_the_base_models(pruned_llama, text, t
     assert f"perplexity {alone['perplexity']:.4f}" in run(out, *arguments[:-2]).stdout
 
 
-def test_what_cannot_be_noted_or_compared_is_not_measured(pruned_llama, text, tmp_path, monkeypatch):
+def test_nothing_is_measured_that_cannot_be_recorded_or_compared(pruned_llama, text, tmp_path, monkeypatch):
     monkeypatch.setattr("ria_vllm.offline.evaluation.evaluate.load_model", lambda *_: pytest.fail("measured"))
     with pytest.raises(RiaError, match="no model card"):
         run(pruned_llama.folder, "--text", text, "--update-card")
@@ -183,23 +179,6 @@ def test_both_models_are_measured_alike(tiny_llama, text, tmp_path, monkeypatch)
         run(tiny_llama, "--text", text, "--baseline", tmp_path / "short", "--seq-len", 200)
 
 
-def test_widened_it_computes_what_a_wide_model_would(make_model, tmp_path):
-    """Gemma multiplies its embeddings by a factor that bfloat16 cannot hold; frequencies stay in float32 throughout."""
-    from transformers import AutoModelForCausalLM
-
-    folder = make_model(tmp_path / "model", "gemma3", dtype=torch.bfloat16)
-    wide = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens = torch.arange(2, 60)[None]
-    silent = edited(folder, tmp_path / "silent", dtype=None)
-    for source in (folder, silent):
-        model = load_model(str(source), CPU, "float32")
-        assert all(buffer.dtype == torch.float32 for buffer in model.buffers())
-        with torch.no_grad():
-            assert torch.equal(model(tokens).logits, wide(tokens).logits)
-    frequencies = [b for name, b in load_model(str(folder), CPU, "bfloat16").named_buffers() if "inv_freq" in name]
-    assert frequencies and all(buffer.dtype == torch.float32 for buffer in frequencies)
-
-
-def test_what_vllm_would_not_heed_is_refused(tiny_llama):
+def test_an_option_that_vllm_would_ignore_is_refused(tiny_llama):
     with pytest.raises(RiaError, match="--compute-dtype is for --engine hf"):
         run(tiny_llama, "--tasks", "x", "--engine", "vllm", "--compute-dtype", "float32")

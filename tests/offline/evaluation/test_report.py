@@ -1,4 +1,4 @@
-"""The report page: whole without network, right where the report is thin, safe where it is hostile."""
+"""The report page: self-contained, correct for incomplete reports, safe for hostile ones."""
 
 import json
 from html.parser import HTMLParser
@@ -14,7 +14,7 @@ VOID = {"meta"}
 
 
 class Page(HTMLParser):
-    """Collects tags and text, and insists that every element is closed where it should be."""
+    """Collects tags and text, and checks that every element is closed in the right place."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -64,7 +64,7 @@ def test_every_linear_is_a_point_of_its_chart_and_a_row():
     assert "pruned from hub/model" in found.text
 
 
-def test_it_needs_nothing_but_itself(damage):
+def test_it_is_self_contained(damage):
     (damage.folder / "ria_report.json").write_text(json.dumps({"linears": linears(2)}))
     assert run(damage.folder).exit_code == 0
     text = (damage.folder / "ria_report.html").read_text()
@@ -83,7 +83,7 @@ def test_it_needs_nothing_but_itself(damage):
         {"linears": [{"name": "a.0.b", "retained_before": 0.5, "retained_after": 0.5}]},
     ],
 )
-def test_thin_reports(content):
+def test_incomplete_reports(content):
     assert "Linears" in Page(page("model", content, None, [])).text
 
 

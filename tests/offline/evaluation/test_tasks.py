@@ -1,4 +1,4 @@
-"""`eval --tasks`: a task on both engines, the message without the harness, and what is kept of its results."""
+"""`eval --tasks`: a task on both engines, the error without the harness, and which of its results are reported."""
 
 import json
 import math
@@ -54,10 +54,10 @@ def own_tasks(tmp_path: Path) -> Path:
 
 
 def right_answers(folder: Path, source: Path) -> int:
-    """Questions whose right choice the pruned model likes best, by its log-likelihoods in plain transformers."""
+    """The number of questions whose right choice the pruned model finds most likely, in plain transformers."""
     from transformers import AutoTokenizer
 
-    from ria_vllm.offline.evaluation.evaluate import load_model
+    from ria_vllm.offline.model.hf import load_model
 
     model, tokenizer = load_model(str(folder), torch.device("cpu")), AutoTokenizer.from_pretrained(source)
     right = 0

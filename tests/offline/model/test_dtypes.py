@@ -1,6 +1,5 @@
-"""The dtype that layers are computed in: how it is chosen, and that what is written stays in the model's own."""
+"""The dtype to compute in: how it is chosen, and that weights are still written in the model's own."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -10,16 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from compressing import digests, interrupted_after_a_layer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline import compress as pipeline
+from ria_vllm.offline import tokens
+from ria_vllm.offline.calibration import data
 from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.evaluation.evaluate import evaluate, load_model
+from ria_vllm.offline.evaluation.evaluate import evaluate
 from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.model.dtypes import choose_dtype, fast_bf16
+from ria_vllm.offline.model.hf import load_model
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
@@ -52,19 +54,8 @@ def run(model: Path, out: Path, text: Path, settings: Settings = Settings(), **o
     compress(str(model), out, recipe, settings, Monitor())
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-
-
 def recipe_of(folder: Path) -> dict:
     return Reader(folder).schema.recipe
-
-
-def interrupted(monkeypatch, *arguments, **options) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_say_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(*arguments, **options)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +79,8 @@ def test_instructions_for_bf16_and_what_forbids_them(flags, variables, expected,
     assert fast_bf16(CPU) is expected
 
 
-def test_agrees_with_what_torch_says_of_this_machine():
-    """oneDNN's own word; without AVX-512 it has bf16 neither here nor there."""
+def test_agrees_with_onednn_on_this_machine():
+    """Never yes where oneDNN says no; and no where oneDNN is limited to AVX2."""
     code = "import torch; from ria_vllm.offline.model.dtypes import fast_bf16; "
     code += "print(fast_bf16(torch.device('cpu')), torch.ops.mkldnn._is_mkldnn_bf16_supported())"
     for variables in ({}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}):
@@ -101,7 +92,7 @@ def test_agrees_with_what_torch_says_of_this_machine():
             assert ours == "False"
 
 
-def test_what_is_chosen(slow, monkeypatch):
+def test_choices(slow, monkeypatch):
     assert choose_dtype(BF16, CPU) == FP32
     assert choose_dtype(BF16, CPU, "bfloat16") == BF16
     monkeypatch.setattr(dtypes, "_cpu_flags", lambda: FAST)
@@ -163,7 +154,7 @@ def test_computed_in_float32_it_is_written_in_bf16(options, slow, stored_bf16, t
     assert digests(tmp_path / "auto")["model.safetensors"] != digests(tmp_path / "other")["model.safetensors"]
 
 
-def test_the_dtype_decides_little(stored_bf16, text, tmp_path):
+def test_output_errors_hardly_depend_on_the_dtype(stored_bf16, text, tmp_path):
     reports = {}
     for dtype in ("float32", "bfloat16"):
         run(stored_bf16, tmp_path / dtype, text, compute_dtype=dtype)
@@ -173,13 +164,14 @@ def test_the_dtype_decides_little(stored_bf16, text, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"reconstruct": "block"}], ids=str)
-def test_resumed_on_another_kind_of_machine_it_goes_on_as_it_began(
+def test_resumed_on_another_kind_of_machine_it_keeps_its_dtype(
     options, fast, stored_bf16, text, tmp_path, monkeypatch, capsys
 ):
     run(stored_bf16, tmp_path / "whole", text, **options, compute_dtype="float32")
     with monkeypatch.context() as patch:
         patch.setattr(dtypes, "_cpu_flags", lambda: SLOW)
-        interrupted(monkeypatch, stored_bf16, tmp_path / "out", text, **options)
+        with interrupted_after_a_layer():
+            run(stored_bf16, tmp_path / "out", text, **options)
     with pytest.raises(RiaError, match=r"another compute-dtype \(float32\)"):
         run(stored_bf16, tmp_path / "out", text, Settings(resume=True), **options, compute_dtype="bfloat16")
     capsys.readouterr()
@@ -188,25 +180,26 @@ def test_resumed_on_another_kind_of_machine_it_goes_on_as_it_began(
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
 
 
-def test_from_the_start_again_it_chooses_anew(fast, stored_bf16, text, tmp_path, monkeypatch):
-    interrupted(monkeypatch, stored_bf16, tmp_path / "out", text, compute_dtype="float32")
+def test_started_again_it_chooses_anew(fast, stored_bf16, text, tmp_path, monkeypatch):
+    with interrupted_after_a_layer():
+        run(stored_bf16, tmp_path / "out", text, compute_dtype="float32")
     run(stored_bf16, tmp_path / "out", text)
     assert recipe_of(tmp_path / "out")["compute_dtype"] == "bfloat16"
 
 
-def test_text_of_its_own_is_written_in_the_fast_dtype(slow, stored_bf16, tmp_path, monkeypatch):
+def test_the_model_writes_its_text_in_the_fast_dtype(slow, stored_bf16, tmp_path, monkeypatch):
     seen = []
-    from_model = pipeline.calibration.from_model
+    from_model = data.from_model
     monkeypatch.setattr(
-        pipeline.calibration, "from_model", lambda model, *rest: (seen.append(model.dtype), from_model(model, *rest))[1]
+        data, "from_model", lambda model, *rest: (seen.append(model.dtype), from_model(model, *rest))[1]
     )
     run(stored_bf16, tmp_path / "out", Path("self"))
     assert seen == [FP32]
     with pytest.raises(RiaError, match="in float32, .* Or give --compute-dtype bfloat16"):
-        monkeypatch.setattr(pipeline, "available", lambda device: (stored_bf16 / "model.safetensors").stat().st_size)
+        monkeypatch.setattr(tokens, "available", lambda device: (stored_bf16 / "model.safetensors").stat().st_size)
         run(stored_bf16, tmp_path / "again", Path("self"))
     with pytest.raises(RiaError, match="one at a time.$"):  # in bfloat16 it would not fit either
-        monkeypatch.setattr(pipeline, "available", lambda device: 10)
+        monkeypatch.setattr(tokens, "available", lambda device: 10)
         run(stored_bf16, tmp_path / "again", Path("self"))
 
 
@@ -224,8 +217,8 @@ def test_eval_computes_in_the_fast_dtype_and_says_so(slow, stored_bf16, text):
 
 
 @pytest.mark.slow
-def test_the_whole_of_it_where_onednn_may_not_use_more_than_avx2(stored_bf16, text, tmp_path):
-    """In processes of their own, for oneDNN reads its limit once."""
+def test_a_run_with_onednn_limited_to_avx2(stored_bf16, text, tmp_path):
+    """In processes of their own, because oneDNN reads its limit only once."""
     command = [sys.executable, "-m", "ria_vllm", "compress", str(stored_bf16), "--samples", "8", "--seq-len", "64"]
     command += ["--calibration", str(text)]
     limited = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}

@@ -1,16 +1,15 @@
-"""What the pipeline knows of architectures, and which linears a plan leaves dense."""
+"""What is known about architectures: shared inputs, folds, and linears that stay dense."""
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.topology import Component, Topology, decoder_layers, describe, linears_of, served_dense
-from ria_vllm.offline.plan import most_sensitive
+from ria_vllm.offline.model.topology import Sublayer, Topology, decoder_layers, describe, linears_of, served_dense
 
 
 def layer_and_inputs(folder):
-    """A real forward pass of layer 0, and which tensor each linear read in it."""
+    """A real forward pass of layer 0, and the tensor that each linear read in it."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     layer = model.get_submodule(decoder_layers(model, model.config.num_hidden_layers))[0]
     seen = []
@@ -21,14 +20,16 @@ def layer_and_inputs(folder):
     return model, layer, [(name, id(x)) for name, x in seen], seen
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "opt-postnorm"])
-def test_what_is_said_to_share_an_input_does(family, tiny):
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "opt-postnorm"]
+)
+def test_groups_share_an_input(family, tiny):
     model, layer, inputs, seen = layer_and_inputs(tiny(family))
     topology = describe(model.config, layer, inputs)
     assert topology.folds and sorted(topology.linears) == sorted(linears_of(layer))
-    tensors = {name: x for name, x in seen}
-    for component in topology.components:
-        for group in (group for stage in component.stages for group in stage):
+    tensors = dict(seen)
+    for sublayer in topology.sublayers:
+        for group in (group for stage in sublayer.stages for group in stage):
             assert all(tensors[name] is tensors[group.linears[0]] for name in group.linears)
             if group.heads is not None:
                 assert tensors[group.linears[0]].shape[-1] == group.heads.num_heads * group.heads.head_dim
@@ -69,7 +70,7 @@ def test_an_unknown_family_groups_by_the_tensor_that_is_read(tiny):
     model, layer, inputs, _ = layer_and_inputs(tiny("llama"))
     model.config.model_type = "unheard-of"
     topology = describe(model.config, layer, inputs)
-    groups = [group.linears for group in topology.components[0].stages[0]]
+    groups = [group.linears for group in topology.sublayers[0].stages[0]]
     assert groups == [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
         ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",),
@@ -90,11 +91,14 @@ def test_experts_stay_dense(tiny):
     assert all(name.startswith("self_attn.") for name in describe(model.config, layer, inputs).linears)
 
 
-def test_experts_at_the_root_of_a_layer_leave_the_rest_of_it(tiny):
+def test_experts_at_the_root_of_a_layer_do_not_keep_the_rest_dense(tiny):
     model, layer, inputs, _ = layer_and_inputs(tiny("gemma4-moe"))
     assert hasattr(layer, "experts") and hasattr(layer, "router")
     topology = describe(model.config, layer, inputs)
-    assert set(topology.linears) == {*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))}
+    assert set(topology.linears) == {
+        *(f"self_attn.{x}_proj" for x in "qkvo"),
+        *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+    }
     assert set(topology.dense) == {name for name in linears_of(layer) if name.startswith("router.")} != set()
 
 
@@ -109,12 +113,13 @@ EXPERTS = 6
 
 
 def small_mixture(model_type: str):
-    """A model of three layers on the meta device; nothing in it but routers is as wide as the number of its experts."""
+    """A model of three layers on the meta device. Only its routers are as wide as the number of its experts."""
     config = AutoConfig.for_model(model_type)
     settings = {
-        "vocab_size": 256, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "moe_intermediate_size": 64,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "n_group": 1, "topk_group": 1, "enable_moe_block": True, "n_shared_experts": 1,
-        "num_experts_per_tok": 2, "top_k_experts": 2, "first_k_dense_replace": 1, "num_dense_layers": 1, "pad_token_id": 0,
+        "vocab_size": 256, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
+        "moe_intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "n_group": 1, "topk_group": 1,
+        "enable_moe_block": True, "n_shared_experts": 1, "num_experts_per_tok": 2, "top_k_experts": 2,
+        "first_k_dense_replace": 1, "num_dense_layers": 1, "pad_token_id": 0,
         "linear_num_value_heads": 16, "attn_layer_period": 2, "attn_layer_offset": 1,
     } | dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), EXPERTS)  # fmt: skip
     settings = {name: value for name, value in settings.items() if hasattr(config, name)}
@@ -131,11 +136,13 @@ def small_mixture(model_type: str):
 
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_routers_stay_dense_in_every_mixture_of_experts(model_type):
-    """Whatever they are called: they give a number for each expert, or one for the shared one."""
+    """Whatever they are called: they are the linears with one output per expert, or one for the shared expert."""
     model = small_mixture(model_type)
     found = 0
     for layer in model.get_submodule(decoder_layers(model, model.config.num_hidden_layers)):
-        widths = {name: module.out_features for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+        widths = {
+            name: module.out_features for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)
+        }
         routers = {name for name, width in widths.items() if width in (1, EXPERTS)}
         assert routers <= set(served_dense(layer)), routers
         attention = {name for name in widths if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -171,24 +178,24 @@ def test_what_reads_the_same_tensor_in_one_module_stays_together(family, togethe
     assert found == {frozenset(names.split()) for names in together}
 
 
-def test_parts_of_a_layer_that_read_the_same_tensor_may_part(tiny):
-    """A layer with attention and MLP side by side: only modules are fused, never two of them."""
-    model, layer, inputs, _ = layer_and_inputs(tiny("gpt-neox"))
+def test_modules_that_read_the_same_tensor_are_independent(tiny):
+    """In a layer with parallel attention and MLP, linears are fused within a module, never across two."""
+    model, layer, _, _ = layer_and_inputs(tiny("gpt-neox"))
     one = [(name, 1) for name in linears_of(layer)]
     topology = describe(model.config, layer, one)
     assert topology.fused_with("attention.dense", linears_of(layer)) == ["attention.query_key_value", "attention.dense"]
 
 
 def test_a_linear_that_is_called_twice_is_in_one_group(tiny):
-    """As Gemma 3n's router of its streams; in two groups its statistics would never be complete."""
+    """Such as Gemma 3n's router of its streams. In two groups its statistics would never be complete."""
     model, layer, inputs, _ = layer_and_inputs(tiny("gpt-neox"))
     topology = describe(model.config, layer, [*inputs, ("attention.dense", 7), ("mlp.dense_4h_to_h", 7)])
     assert topology == describe(model.config, layer, inputs) and len(topology.linears) == 4
 
 
-def test_sets_that_overlap_are_one():
+def test_overlapping_sets_are_one():
     names = ["a.q_proj", "a.k_proj", "a.v_proj", "a.b_proj", "a.o_proj", "c.q_proj"]
-    topology = Topology((Component("layer", ()),), together=(frozenset(("a.v_proj", "a.b_proj")),))
+    topology = Topology((Sublayer("layer", ()),), together=(frozenset(("a.v_proj", "a.b_proj")),))
     for name in names[:4]:
         assert topology.fused_with(name, names) == names[:4]
     assert topology.fused_with("c.q_proj", names) == ["c.q_proj"]
@@ -202,22 +209,6 @@ def test_no_layers_with_linears():
 
 def test_fused_linears_of_one_layer_only():
     names = [f"layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qkvo"]
-    topology = Topology((Component("layer", ()),))
+    topology = Topology((Sublayer("layer", ()),))
     assert topology.fused_with("layers.1.self_attn.k_proj", names) == [f"layers.1.self_attn.{x}_proj" for x in "qkv"]
     assert topology.fused_with("layers.1.self_attn.o_proj", names) == ["layers.1.self_attn.o_proj"]
-
-
-def test_the_most_sensitive_are_those_that_lose_most_for_a_byte():
-    records = {
-        "a.q_proj": {"shape": [10, 10], "error_after": 0.3},
-        "a.k_proj": {"shape": [10, 10], "error_after": 0.1},
-        "a.o_proj": {"shape": [10, 10], "error_after": 0.25},
-        "a.down_proj": {"shape": [20, 10], "error_after": 0.9},
-        "b.down_proj": {"shape": [10, 10], "error_after": 0.01},
-    }
-    # Of 600 weights: q and k lose 0.1 / 200, o 0.0625 / 100, the first down_proj 0.81 / 200.
-    sets = [frozenset(names.split()) for names in ("a.q_proj a.k_proj", "a.o_proj", "a.down_proj", "b.down_proj")]
-    assert most_sensitive(records, 0.4, sets) == ["a.down_proj"]
-    assert most_sensitive(records, 0.5, sets) == ["a.down_proj", "a.o_proj"]
-    assert most_sensitive(records, 0.3, sets) == ["a.o_proj"]
-    assert most_sensitive(records, 0.1, sets) == []

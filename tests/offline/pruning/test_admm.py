@@ -20,7 +20,7 @@ def objective(W, V, X):
 
 
 def least_squares(W, X, keep, Y=None):
-    """Row by row in float64, over the kept columns alone, towards Y or X W^T."""
+    """The best kept weights, row by row in float64, for the output Y, or X W^T."""
     X, W = X.double(), W.double()
     Y = X @ W.T if Y is None else Y.double()
     best = torch.zeros_like(W)
@@ -46,29 +46,29 @@ def drifted(W, X, seed=1):
     return Y, [InputDrift(D.T @ X, D.T @ D), OutputDrift(R.T @ X, R.square().sum().item())]
 
 
-def test_admm_against_least_squares_where_the_input_has_drifted():
+def test_admm_against_least_squares_if_the_input_has_drifted():
     W, X, keep = layer(24, 32, 400)
     Y, drifts = drifted(W, X)
     best = least_squares(W, X, keep, Y)
     lost = lambda V: (Y.double() - X.double() @ V.double().T).norm().item()  # noqa: E731
     for drift in drifts:
-        V = admm(W, X.T @ X, keep, damping=1e-6, pull=drift.pull(W))
+        V = admm(W, X.T @ X, keep, damping=1e-6, cross_term=drift.cross_term(W))
         assert lost(best) <= lost(V) < 1.01 * lost(best)
         assert lost(V) < 0.97 * lost(admm(W, X.T @ X, keep, damping=1e-6))
         expected = lost(V) / Y.norm().item()
         assert output_error(W, V, X.T @ X, drift) == pytest.approx(expected, rel=1e-3)
 
 
-def test_no_row_serves_worse_than_masked_where_the_input_has_drifted():
+def test_no_row_is_worse_than_masked_if_the_input_has_drifted():
     W, X, keep = layer(40, 32, 20, seed=3)
     Y, drifts = drifted(W, X)
     for drift in drifts:
-        V = admm(W, X.T @ X, keep, damping=1.0, pull=drift.pull(W))
+        V = admm(W, X.T @ X, keep, damping=1.0, cross_term=drift.cross_term(W))
         before, after = ((Y - X @ B.T).norm(dim=0) for B in (W * keep, V))
         assert (after <= before * (1 + 1e-4)).all() and (after < 0.99 * before).any()
 
 
-def test_a_chosen_mask_keeps_the_pattern_and_serves_better():
+def test_a_chosen_mask_keeps_the_pattern_and_is_better():
     W, X, keep = layer(300, 32, 400)
     pattern = Pattern(n=2, m=4)
     V, chosen = admm_solver(X.T @ X).solve(W, keep, choose=lambda rows: mask(rows.abs() * X.norm(dim=0), pattern))
@@ -86,7 +86,7 @@ def test_admm_is_float32_and_zero_outside_the_mask():
 
 @pytest.mark.parametrize("iterations", [0, 1, 20])
 @pytest.mark.parametrize("damping", [1e-4, 0.01, 1.0])
-def test_no_row_serves_worse_than_masked(iterations, damping):
+def test_no_row_is_worse_than_masked(iterations, damping):
     W, X, keep = layer(40, 32, 20, seed=3)  # fewer tokens than channels
     V = admm(W, X.T @ X, keep, iterations=iterations, damping=damping)
     before = (X @ (W - W * keep).T).norm(dim=0)

@@ -7,12 +7,12 @@ from ria_vllm.offline.pruning.assignment import coded_gain_matrix, gain_matrix, 
 
 
 def brute_kept(columns, index, n):
-    """[G] float64: gather every group, sort its scores row by row, sum."""
+    """[G] float64: gather each group, sort its scores in each row, and sum the n largest."""
     return columns[index].double().sort(dim=1, descending=True).values[:, :n].sum(dim=(1, 2))
 
 
 def brute_gain(columns, index, position, n):
-    """Put the channel of every group into every group and score the changed group from nothing."""
+    """Put the channel of each group into each group, and score the changed group from scratch."""
     others = [j for j in range(index.shape[1]) if j != position]
     nothing = torch.cat([columns, torch.zeros_like(columns[:1])])  # scores are never negative: a zero adds none
     without = index.clone()
@@ -58,7 +58,7 @@ def test_gain_matrix_against_every_placement(n, m, rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n,m", [(2, 4), (1, 4), (4, 8)])
 def test_coded_gain_is_exact_where_no_two_scores_share_a_step(n, m, dtype):
-    """Scores that are whole numbers, levels at all of them: the differences between assignments are the true ones."""
+    """Integer scores, with a level at each: differences between assignments are then exact."""
     torch.manual_seed(n + m)
     columns, index = torch.randint(0, 5, (6 * m, 700)).float(), torch.randperm(6 * m).view(6, m)
     ladder = torch.arange(5.0)[:, None].expand(5, 700)
@@ -95,7 +95,7 @@ def test_levels_cut_every_row_into_even_shares():
         assert ((share > 0.2) & (share < 0.3)).all()
 
 
-def test_codes_bear_rows_of_zeros():
+def test_rows_of_zeros_have_finite_codes():
     columns = torch.rand(16, 9)
     columns[:, 4] = 0
     gain = coded_gain_matrix(columns, torch.arange(16).view(4, 4), 0, 2, levels(columns, 4))

@@ -8,7 +8,7 @@ from ria_vllm.offline.pruning.block import train_block
 from ria_vllm.offline.pruning.masks import Pattern, mask
 
 
-class Component(torch.nn.Module):
+class Sublayer(torch.nn.Module):
     """A gated MLP behind a norm, on a residual stream."""
 
     def __init__(self, hidden=16, inner=32, seed=0):
@@ -26,8 +26,8 @@ class Component(torch.nn.Module):
 
 @pytest.fixture
 def problem():
-    """A pruned component, its masks, and what the dense one makes of the inputs."""
-    model = Component()
+    """A pruned sublayer, its masks, inputs, and the dense one's outputs."""
+    model = Sublayer()
     draw = torch.Generator().manual_seed(1)
     inputs = [torch.randn(2, 24, 16, generator=draw) for _ in range(6)]
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_lowers_the_loss_and_keeps_the_zeros(problem):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_is_adam_on_what_the_masks_keep(problem, dtype):
-    """Torch's Adam over whole float32 weights, gradients masked: the same weights to the last bit."""
+    """Bit by bit what torch's Adam does on dense float32 weights with masked gradients."""
     model, params, masks, inputs, targets = problem
     start = {name: p.clone() for name, p in params.items()}
     train_block(model, params, masks, inputs, targets, passes=3, seed=5, dtype=dtype)
@@ -112,8 +112,8 @@ def test_what_lies_outside_a_mask_becomes_zero(problem):
     assert (model.gate.weight[~masks["gate.weight"]] == 0).all()
 
 
-def test_a_huge_token_does_not_rule(problem):
-    """One token of a thousand times the others' norm that no weight can serve: the others are still learned."""
+def test_a_huge_token_does_not_dominate(problem):
+    """One token has a thousand times the norm of the others and cannot be fitted; the others are still learned."""
     model, params, masks, inputs, targets = problem
     for h, t in zip(inputs, targets):
         h[0, 0], t[0, 0] = 1000 * torch.ones(16), -1000 * torch.ones(16)
@@ -135,7 +135,7 @@ def test_same_seed_same_weights(problem):
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
 
 
-def test_takes_what_is_stored_in_bf16(problem):
+def test_takes_micro_batches_in_bf16(problem):
     model, params, masks, inputs, targets = problem
     before = loss(model, inputs, targets)
     train_block(model, params, masks, [h.bfloat16() for h in inputs], [t.bfloat16() for t in targets], passes=10)

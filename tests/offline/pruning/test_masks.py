@@ -8,11 +8,13 @@ from ria_vllm.offline.pruning.masks import Pattern, mask
 
 
 def brute_force(S, n, m):
-    """Of all choices of n columns in a group the one of largest sum, the first in column order where several tie."""
+    """In each group, the choice of n columns with the largest sum; of several, the first in column order."""
     keep = torch.zeros(S.shape, dtype=torch.bool)
     for i in range(S.shape[0]):
         for start in range(0, S.shape[1], m):
-            best = max(combinations(range(m), n), key=lambda c: (sum(S[i, start + j].item() for j in c), [-j for j in c]))
+            best = max(
+                combinations(range(m), n), key=lambda c: (sum(S[i, start + j].item() for j in c), [-j for j in c])
+            )
             for j in best:
                 keep[i, start + j] = True
     return keep
@@ -73,14 +75,17 @@ def test_parse(text, expected, density):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "2", "2:", "4:2", "0:4", "4:4", "2:128", "-2:4", "2:4:8", "unstructured:", "unstructured:1.5", "random"]
+    "text",
+    ["", "2", "2:", "4:2", "0:4", "4:4", "2:128", "-2:4", "2:4:8", "unstructured:", "unstructured:1.5", "random"],
 )
 def test_nonsense_patterns_are_refused(text):
     with pytest.raises(RiaError, match="pattern"):
         Pattern.parse(text)
 
 
-@pytest.mark.parametrize("fields", [{}, {"n": 2}, {"n": 2, "m": 4, "fraction": 0.5}, {"n": 3, "m": 2}, {"fraction": 0.0}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"n": 2}, {"n": 2, "m": 4, "fraction": 0.5}, {"n": 3, "m": 2}, {"fraction": 0.0}]
+)
 def test_inconsistent_patterns_cannot_be_made(fields):
     with pytest.raises(RiaError, match="pattern"):
         Pattern(**fields)

@@ -10,7 +10,7 @@ from ria_vllm.offline.pruning.permute import deal, retained, search, search_head
 
 
 def scores(rows, channels, seed):
-    """Like a layer's: rows and channels of very different weight."""
+    """Scores like a layer's, with rows and channels of very different size."""
     draw = torch.Generator().manual_seed(seed)
     spread = torch.randn(channels, generator=draw).exp()
     return torch.randn(rows, channels, generator=draw).abs() * spread * torch.rand(rows, 1, generator=draw)
@@ -55,7 +55,7 @@ def test_search_keeps_the_models_order_where_nothing_beats_it():
 
 
 def test_eight_channels_against_every_grouping():
-    """8 channels make 35 different pairs of groups. Within 1% of the best of them for at least 57 of 60 seeds."""
+    """8 channels make 35 different pairs of groups. The result is within 1% of the best for at least 57 of 60 seeds."""
     near = 0
     for seed in range(60):
         S = scores(16, 8, seed)
@@ -67,7 +67,7 @@ def test_eight_channels_against_every_grouping():
     assert near >= 57
 
 
-def test_nothing_to_choose_ends():
+def test_a_search_with_nothing_to_choose_ends():
     assert permutation.check(search(torch.zeros(3, 16)), 16) is None
 
 
@@ -94,7 +94,7 @@ def test_heads_move_together(heads, kv_heads):
 
 
 def test_heads_of_one_group_share_what_suits_their_sum():
-    """With two query heads on one key-value head the search must weigh both, not copy the first one's order."""
+    """With two query heads per key-value head, the search must consider both, not copy the order of the first."""
     S = torch.cat([scores(32, 16, 1), 10 * scores(32, 16, 2)], dim=1)
     p = search_heads(S, 2, 1, 16)
     first_alone = search(S[:, :16])

@@ -1,12 +1,12 @@
-"""Half-stored matrices against whole ones in float64."""
+"""Half-stored matrices against dense ones in float64."""
 
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ria_vllm.offline.calibration.capture import _GramSum
-from ria_vllm.offline.pruning import admm as reconstruct
+from ria_vllm.offline.calibration.statistics import GramSum
+from ria_vllm.offline.pruning import admm
 from ria_vllm.offline.pruning.admm import admm_solver, output_error
 from ria_vllm.offline.pruning.masks import Pattern, mask
 from ria_vllm.offline.pruning.sparsegpt import sparsegpt
@@ -16,11 +16,11 @@ WIDTHS = (1, 7, 256, 300, 777)
 
 
 def gram_of(width, seed=0):
-    """A Gram matrix of correlated channels, and the same in halves."""
+    """A Gram matrix of correlated channels, dense in float64 and half-stored in float32."""
     draw = torch.Generator().manual_seed(seed)
     X = torch.randn(width + 50, width, generator=draw)
-    X += X.roll(1, dims=1)  # neighbours have much in common, across blocks too
-    total = _GramSum(width, X.device)
+    X += X.roll(1, dims=1)  # neighbours are correlated, across blocks too
+    total = GramSum(width, X.device)
     total.add(X)
     return X.double().T @ X.double(), total.finish()
 
@@ -35,7 +35,7 @@ def permutation(width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_halves_make_the_whole(width):
+def test_dense_is_the_whole_matrix(width):
     S, half = gram_of(width)
     p = permutation(width)
     close(half.dense(), S)
@@ -96,7 +96,7 @@ def test_what_is_not_positive_definite_has_no_inverse(place):
 
 @pytest.fixture
 def problem(request):
-    """A weight, the Gram matrix of its input and RIA's idea of a mask. One channel is dead."""
+    """A weight, the Gram matrix of its input, and a function that chooses masks. One channel is dead."""
     width = request.param
     draw = torch.Generator().manual_seed(3)
     X = torch.randn(2 * width, width, generator=draw)
@@ -109,13 +109,13 @@ def problem(request):
 
 @pytest.mark.parametrize("problem", [4, 256, 516, 776], indirect=True)
 @pytest.mark.parametrize("halved", [False, True])
-def test_wide_reconstruction_is_as_the_narrow_one(problem, halved, monkeypatch):
+def test_wide_reconstruction_equals_the_narrow_one(problem, halved, monkeypatch):
     W, gram, choose = problem
     narrow, expected = admm_solver(gram).solve(W, choose(W), choose=choose)
-    monkeypatch.setattr(reconstruct, "DENSE_WIDTH", 0)
+    monkeypatch.setattr(admm, "DENSE_WIDTH", 0)
     given = SymmetricMatrix.of(gram) if halved else gram
     wide, kept = admm_solver(given).solve(W, choose(W), choose=choose)
-    # Where two weights of a group score alike to rounding, either may stay.
+    # If two weights of a group have the same score up to rounding, either may be kept.
     same = (kept == expected).all(dim=1)
     assert same.float().mean() > 0.95
     torch.testing.assert_close(wide[same], narrow[same], rtol=1e-3, atol=1e-4)
@@ -128,13 +128,13 @@ def test_masks_of_well_separated_weights_are_the_same(problem, monkeypatch):
     far_apart = W.sign() * torch.tensor([1.0, 20.0, 2.0, 40.0]).repeat(129) / gram.diagonal().sqrt().clamp(min=1)
     start = mask(far_apart.abs(), Pattern(n=2, m=4)).roll(1, dims=1)
     _, narrow = admm_solver(gram).solve(far_apart, start, choose=choose)
-    monkeypatch.setattr(reconstruct, "DENSE_WIDTH", 0)
+    monkeypatch.setattr(admm, "DENSE_WIDTH", 0)
     _, wide = admm_solver(gram).solve(far_apart, start, choose=choose)
     assert torch.equal(wide, narrow) and (wide != start).any()
 
 
 def test_no_input_at_all_leaves_the_masked_weight_of_a_wide_input(monkeypatch):
-    monkeypatch.setattr(reconstruct, "DENSE_WIDTH", 0)
+    monkeypatch.setattr(admm, "DENSE_WIDTH", 0)
     W, gram = torch.randn(6, 300), SymmetricMatrix.of(torch.zeros(300, 300))
     choose = lambda rows: mask(rows.abs(), Pattern(n=2, m=4))  # noqa: E731
     for damping in (0.0, 0.2):
@@ -144,7 +144,7 @@ def test_no_input_at_all_leaves_the_masked_weight_of_a_wide_input(monkeypatch):
 
 
 @pytest.mark.parametrize("problem", [516], indirect=True)
-def test_a_half_stored_matrix_is_taken_for_what_it_is_by_the_narrow_path_and_by_sparsegpt(problem):
+def test_the_narrow_path_and_sparsegpt_take_half_stored_matrices(problem):
     W, gram, choose = problem
     half, pattern, p = SymmetricMatrix.of(gram), Pattern(n=2, m=4), permutation(516)
     assert torch.equal(admm_solver(half).solve(W, choose(W))[0], admm_solver(half.dense()).solve(W, choose(W))[0])
@@ -157,7 +157,7 @@ def test_a_half_stored_matrix_is_taken_for_what_it_is_by_the_narrow_path_and_by_
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation makes, and of all that are alive at once; not those of `given`."""
+    """Bytes of the largest tensor that an operation makes, and of all those alive at once, without those in `given`."""
 
     def __init__(self, *given):
         super().__init__()
@@ -177,16 +177,16 @@ class Peak(TorchDispatchMode):
         return made
 
 
-def test_wide_matrices_are_never_whole():
-    width, rows = reconstruct.DENSE_WIDTH + 500, 8
+def test_wide_matrices_are_never_dense():
+    width, rows = admm.DENSE_WIDTH + 500, 8
     half, block, weight = 4 * width * (width + BLOCK) / 2, 4 * BLOCK * width, 4 * rows * width
     X, W = torch.randn(64, width), torch.randn(rows, width)
     keep = mask(W.abs(), Pattern(n=2, m=4))
     with Peak(X) as gathering:
-        total = _GramSum(width, X.device)
+        total = GramSum(width, X.device)
         total.add(X)
         gram = total.finish()
-    # Float64 sums, and of one block what is added to it or comes of it.
+    # The float64 sums, and for one block what is added to it or made from it.
     assert gathering.largest <= 2 * block and gathering.total <= 2 * half + 2 * block
     with Peak(*gram.blocks) as preparing:
         solver = admm_solver(gram)
@@ -197,7 +197,7 @@ def test_wide_matrices_are_never_whole():
     assert solving.total <= 12 * weight
 
 
-def test_sparsegpt_makes_one_whole_matrix():
+def test_sparsegpt_makes_one_dense_matrix():
     width, rows = 1024, 8
     X, W = torch.randn(2 * width, width), torch.randn(rows, width)
     gram = SymmetricMatrix.of(X.T @ X)

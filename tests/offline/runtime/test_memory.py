@@ -1,4 +1,4 @@
-"""A model several times larger than what may be used at once."""
+"""Peak memory, with a model several times larger than the limit."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ria_vllm.offline.runtime import memory
 
 LAYERS = 26
-# One chunk of 768 tokens is to these widths what one of 2048 tokens is to those of a 7B model.
+# One chunk of 768 tokens is for these widths what one of 2048 tokens is for those of a 7B model.
 SAMPLES, SEQ_LEN = 6, 128
 
 
@@ -44,12 +44,12 @@ class Shape:
         return 2 * sum(rows * columns for rows, columns in self.linears.values())
 
 
-# Of a model in bf16: the weights of a layer that all but the embedding and the activations may come to.
+# The limit for everything but the embedding and the activations, in layers of a bf16 model.
 LAYERS_IN_MEMORY = {"bfloat16": 6, "float32": 8}
-# In the proportions of Llama-2-7B, less its vocabulary, and of Qwen2.5-7B.
+# In the proportions of Llama-2-7B, except for its vocabulary, and of Qwen2.5-7B.
 LLAMA, QWEN = Shape(1536, 4096, 16, 16, 258), Shape(1344, 7168, 12, 2, 57024)
 
-# The peak is taken over what the process held after a small model: libraries, their tables and thread buffers.
+# The peak is measured above what the process holds after a small model: libraries, their tables and thread buffers.
 PROBE = """
 import sys, threading, time
 from pathlib import Path
@@ -80,7 +80,7 @@ import os; os._exit(0)
 
 
 def save_large(folder: Path, small: Path, shape: Shape) -> None:
-    """Random weights, the same in every layer; one shard a layer, never whole in this process either."""
+    """Random weights, the same in every layer, in one shard per layer: this process never holds the whole model."""
     folder.mkdir()
     for file in small.iterdir():
         if file.suffix == ".json" and file.name != "config.json":
@@ -144,16 +144,16 @@ def test_peak_memory_is_bounded_by_one_layer(small, large, text, tmp_path, shape
     paths = [str(path) for path in (small, large(shape), tmp_path / "out", text)]
     arguments = [*paths, reconstruct, pruned, compute_dtype, str(SAMPLES), str(SEQ_LEN)]
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], check=True, capture_output=True, text=True)
-    activations = 2 * 2 * SAMPLES * SEQ_LEN * shape.hidden  # of the pruned and of the dense model
+    activations = 2 * 2 * SAMPLES * SEQ_LEN * shape.hidden  # for the pruned and for the dense model
     layers, embedding = LAYERS_IN_MEMORY[compute_dtype], 2 * shape.vocabulary * shape.hidden
     limit = layers * shape.layer_bytes + activations + embedding * (2 if compute_dtype == "float32" else 1)
     print(f"peak {int(done.stdout) / shape.layer_bytes:.2f} layers of {limit / shape.layer_bytes:.2f}")
     whole = LAYERS * shape.layer_bytes * (2 if compute_dtype == "float32" else 1)
-    assert whole > 3 * limit  # the whole model, in what it is computed in, would not fit three times over
+    assert whole > 3 * limit  # the whole model, in the dtype it is computed in, is three times larger than the limit
     assert int(done.stdout) < limit
 
 
-def test_what_is_free_in_a_container_is_what_its_limits_leave(monkeypatch):
+def test_free_memory_in_a_container_is_what_its_limits_leave(monkeypatch):
     files = {"/proc/meminfo": "MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable: 500 kB\n"}
     monkeypatch.setattr(memory, "_content", lambda path: files.get(str(path), ""))
     assert memory.available(torch.device("cpu")) == 500 * 1024

@@ -1,6 +1,8 @@
-"""Joining the processes of a torchrun. What they then do together is tried in test_interruptions."""
+"""Joining the processes of a torchrun. What they do together is tested in test_interruptions."""
 
+import itertools
 import os
+import random
 import subprocess
 import sys
 from datetime import timedelta
@@ -10,11 +12,12 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.runtime import ranks
+from ria_vllm.offline.runtime.ranks import joined
 
 
 @pytest.fixture
 def started(monkeypatch) -> dict:
-    """As the second of two processes on a machine with two GPUs; what was asked of torch."""
+    """Makes this the second of two processes on a machine with two GPUs; what was asked of torch."""
     asked: dict = {}
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
@@ -29,35 +32,60 @@ def started(monkeypatch) -> dict:
 
 @pytest.mark.parametrize(("device", "index"), [("cuda", 1), ("cuda:0", 0)])
 def test_a_process_takes_the_gpu_of_its_own_number(device, index, started):
-    with ranks.joined(torch.device(device)) as team:
-        assert (team.rank, team.size) == (1, 2)
+    with joined(torch.device(device)) as joint:
+        assert (joint.rank, joint.size) == (1, 2)
     assert started["device"] == index and "nccl" in started["backend"] and started["left"]
 
 
 def test_more_processes_than_gpus(started, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RiaError, match="process 1 of this machine has no CUDA device of its own; torch sees 1"):
-        with ranks.joined(torch.device("cuda")):
+        with joined(torch.device("cuda")):
             pass
     assert not started
 
 
 def test_ranks_wait_for_as_long_as_the_first_one_works_alone(started):
-    with ranks.joined(torch.device("cpu")):
+    with joined(torch.device("cpu")):
         pass
     assert started["backend"] == "gloo" and started["timeout"] >= timedelta(days=1)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_jobs_are_divided_nearly_as_well_as_possible(size):
+    """The most expensive jobs first is within 4/3 - 1/(3 size) of the best division (Graham, 1969)."""
+    draw = random.Random(size)
+    for _ in range(5):
+        costs = [draw.randint(1, 20) for _ in range(7)]
+        owners = [ranks.Ranks(rank, size).partition_by_cost(costs) for rank in range(size)]
+        assert all(one == owners[0] for one in owners)  # all ranks agree without asking each other
+        best = min(busiest(costs, division, size) for division in itertools.product(range(size), repeat=len(costs)))
+        assert best <= busiest(costs, owners[0], size) <= best * (4 / 3 - 1 / (3 * size))
+
+
+def busiest(costs, owners, size):
+    return max(sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(size))
+
+
+@pytest.mark.parametrize(("jobs", "size"), [(5, 2), (6, 3), (2, 4)])
+def test_shares_are_consecutive_and_of_nearly_the_same_length(jobs, size):
+    shares = [ranks.Ranks(rank, size).share(jobs) for rank in range(size)]
+    assert [job for share in shares for job in share] == list(range(jobs))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert [ranks.Ranks(0, size).share(jobs, rank) for rank in range(size)] == shares
+
+
 @pytest.mark.slow
 def test_the_timeout_is_one_that_torch_keeps(tmp_path):
-    """Where it is short, a rank that waits fails: so it is this one that decides."""
+    """A waiting rank fails if it is short, so it is the timeout that counts."""
     script = tmp_path / "wait.py"
     script.write_text(
-        "import sys, time, torch\nfrom datetime import timedelta\nfrom ria_vllm.offline.runtime import ranks\n"
-        "ranks.TIMEOUT = timedelta(seconds=float(sys.argv[1]))\n"
-        "with ranks.joined(torch.device('cpu')) as team:\n"
-        "    time.sleep(6 if team.first else 0)\n"
-        "    assert team.from_first('tokens' if team.first else None) == 'tokens'\n"
+        "import sys, time, torch\nfrom datetime import timedelta\n"
+        "from ria_vllm.offline.runtime import ranks as module\n"
+        "module.TIMEOUT = timedelta(seconds=float(sys.argv[1]))\n"
+        "with module.joined(torch.device('cpu')) as ranks:\n"
+        "    time.sleep(6 if ranks.first else 0)\n"
+        "    assert ranks.broadcast('tokens' if ranks.first else None) == 'tokens'\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

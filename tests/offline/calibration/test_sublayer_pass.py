@@ -1,4 +1,4 @@
-"""Statistics and activations against plain forward hooks on the whole model in float64."""
+"""Statistics against plain forward hooks on the whole model in float64."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ria_vllm.checkpoint import Reader
-from ria_vllm.offline import layers
-from ria_vllm.offline.calibration.capture import Activations
+from ria_vllm.offline.calibration import embed
 from ria_vllm.offline.calibration.data import from_text
+from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.pruning.drift import InputDrift, OutputDrift
 from ria_vllm.offline.recipe import Recipe
@@ -32,7 +32,7 @@ def pruned_in_full(source: Path, compressed: Path, folder: Path):
 
 
 def seen_by(model, tokens, names):
-    """What the linears `names` read, and the residual stream before, between and after each layer's components."""
+    """What the linears `names` read, and the residual stream before, between and after each layer's sublayers."""
     inputs, streams = {}, {}
     for name in names:
         hook = lambda _, args, name=name: inputs.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]))  # noqa: E731
@@ -42,7 +42,9 @@ def seen_by(model, tokens, names):
         between = getattr(layer, "final_layer_norm", None) or layer.post_attention_layernorm
         for key, module in (("before", layer), ("between", between)):
             module.register_forward_pre_hook(
-                lambda _, args, kwargs, at=(index, key): streams.__setitem__(at, args[0] if args else kwargs["hidden_states"]),
+                lambda _, args, kwargs, at=(index, key): streams.__setitem__(
+                    at, args[0] if args else kwargs["hidden_states"]
+                ),
                 with_kwargs=True,
             )
         layer.register_forward_hook(
@@ -54,28 +56,28 @@ def seen_by(model, tokens, names):
 
 
 def statistics_of(source, text, out, monkeypatch):
-    """Compresses `source`; what was gathered for each group, by its first linear, and the calibration tokens."""
+    """Compress `source`; the statistics of each group, by its first linear, and the calibration tokens."""
     found = {}
 
-    def keeping(layer, component, stage, *rest):
-        statistics = gather(layer, component, stage, *rest)
-        names = [rest[-3](group.linears[0]).rpartition(" ")[2] for group in stage]
+    def keeping(self, stage, groups, with_gram):
+        statistics = gather(self, stage, groups, with_gram)
+        names = [self.place(group.linears[0]).rpartition(" ")[2] for group in groups]
         found.update(zip(names, statistics, strict=True))
         return statistics
 
-    gather = layers.gather
-    monkeypatch.setattr(layers, "gather", keeping)
+    gather = SublayerPass.statistics
+    monkeypatch.setattr(SublayerPass, "statistics", keeping)
     # 5 samples of 60 tokens make two chunks of unequal size.
-    monkeypatch.setattr(layers, "CHUNK_TOKENS", 180)
+    monkeypatch.setattr(embed, "CHUNK_TOKENS", 180)
     recipe = Recipe(calibration=str(text), samples=5, seq_len=60)
     compress(str(source), out, recipe, Settings(), Monitor(shown=False))
     return found, from_text(str(text), AutoTokenizer.from_pretrained(source), 5, 60, 0)
 
 
 def assert_drift(drift, weight, X, missing, size, name):
-    """The drift of a linear that reads X and whose output, of norm `size`, lacks `missing`."""
-    assert (drift.pull(weight) - missing.T @ X).norm() <= 1e-4 * size * X.norm(), name
-    assert abs(drift.gap(weight) - missing.square().sum()) <= 1e-4 * size**2, name
+    """Check the drift of a linear that reads X and whose output, of norm `size`, lacks `missing`."""
+    assert (drift.cross_term(weight) - missing.T @ X).norm() <= 1e-4 * size * X.norm(), name
+    assert abs(drift.residual(weight) - missing.square().sum()) <= 1e-4 * size**2, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,7 +96,8 @@ def test_every_stage_sees_what_the_pruned_layers_before_it_produce(family, tiny,
         linear = dense.get_submodule(name).requires_grad_(False)
         index = int(next(part for part in name.split(".") if part.isdigit()))
         drift = found[name].drift
-        if name.endswith(("q_proj", "qkv_proj")) or name.endswith(("gate_proj", "gate_up_proj", "fc1")) and "post" not in family:
+        first_of_mlp = name.endswith(("gate_proj", "gate_up_proj", "fc1")) and "post" not in family
+        if name.endswith(("q_proj", "qkv_proj")) or first_of_mlp:
             missing = (undrifted[name] - X) @ linear.weight.T
         elif "gemma" in family or "post" in family:
             assert drift is None
@@ -104,46 +107,12 @@ def test_every_stage_sees_what_the_pruned_layers_before_it_produce(family, tiny,
             missing = goal[index, last] - streams[index, first] - linear(X)
         size = linear(X).norm()
         assert_drift(drift, linear.weight, X, missing, size, name)
-        assert index == 0 and name.endswith(("q_proj", "qkv_proj")) or missing.norm() > 0.01 * size, name
+        no_drift_yet = index == 0 and name.endswith(("q_proj", "qkv_proj"))
+        assert no_drift_yet or missing.norm() > 0.01 * size, name
 
 
-def test_streams_on_disk_come_back(tmp_path):
-    stored = Activations(tmp_path / "streams")
-    chunks = [torch.randn(2, 3, 4, dtype=torch.bfloat16), torch.randn(1, 3, 4, dtype=torch.bfloat16)]
-    for chunk in chunks:
-        stored.append(chunk)
-    before = stored[0]
-    stored[0] = chunks[0] * 2
-    assert torch.equal(before, chunks[0])  # what was handed out does not change under its user
-    assert torch.equal(stored[0], chunks[0] * 2) and torch.equal(stored[1], chunks[1])
-
-
-@pytest.mark.parametrize("folder", [None, "streams"])
-def test_streams_are_kept_in_one_dtype_and_given_back_in_another(folder, tmp_path):
-    stored = Activations(folder and tmp_path / folder, torch.float32, torch.bfloat16)
-    stream = torch.randn(2, 3, 4)
-    stored.append(stream)
-    assert stored[0].dtype == torch.float32 and torch.equal(stored[0], stream.bfloat16().float())
-    if folder is None:
-        assert stored.chunks[0].dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("gram_block", [7, 64, 1000])
-def test_blocks_of_a_gram_matrix_make_the_whole(gram_block, monkeypatch):
-    from ria_vllm.offline.calibration import capture
-
-    monkeypatch.setattr(capture, "BLOCK", gram_block)
-    X = torch.randn(50, 130)
-    total = capture._GramSum(130, torch.device("cpu"))
-    total.add(X)
-    total.add(X)
-    expected = 2 * X.double().T @ X.double()
-    torch.testing.assert_close(total.diagonal(), expected.diagonal(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(total.finish().dense().double(), expected, rtol=1e-5, atol=1e-4)
-
-
-def test_families_that_are_not_listed_aim_at_the_dense_models_outputs(tiny, text, tmp_path, monkeypatch):
-    """All of a layer's linears are gathered at once there; of one that narrows no [in, in] matrix of drift is kept."""
+def test_unlisted_families_aim_at_the_dense_models_outputs(tiny, text, tmp_path, monkeypatch):
+    """The whole layer is one stage there. A linear with fewer outputs than inputs has no [in, in] matrix of drift."""
     source = tiny("gpt-neox")
     found, tokens = statistics_of(source, text, tmp_path / "out", monkeypatch)
     dense = AutoModelForCausalLM.from_pretrained(source).double().eval()

@@ -1,0 +1,104 @@
+"""Where activations live: the residual streams of this rank, in memory or in files, and the chunks of all ranks.
+
+Calibration samples are grouped into chunks. Each rank holds a consecutive share of them (`Ranks.share`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.writer import disk_errors
+
+
+class Activations:
+    """The residual stream between two layers, for this rank's chunks: one tensor [samples, tokens, hidden] each.
+
+    Args:
+        folder: where chunks are written; None: they stay in memory.
+        dtype: of the tensors that it returns; None: as they are stored.
+        stored_dtype: of the tensors that it stores; None: as they come.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        dtype: torch.dtype | None = None,
+        stored_dtype: torch.dtype | None = None,
+    ):
+        self.folder, self.dtype, self.stored_dtype = folder, dtype, stored_dtype
+        self.chunks: list[torch.Tensor | Path] = []
+        if folder is not None:
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        chunk = self.chunks[index]
+        stream = chunk if isinstance(chunk, torch.Tensor) else load_file(chunk)["stream"]
+        return stream.to(self.dtype or stream.dtype)
+
+    def __setitem__(self, index: int, stream: torch.Tensor) -> None:
+        self.chunks[index] = self._store(index, stream)
+
+    def append(self, stream: torch.Tensor) -> None:
+        self.chunks.append(self._store(len(self.chunks), stream))
+
+    def _store(self, index: int, stream: torch.Tensor) -> torch.Tensor | Path:
+        stream = stream.to("cpu", self.stored_dtype or stream.dtype).contiguous()
+        if self.folder is None:
+            return stream
+        path = self.folder / f"{index}.safetensors"
+        with disk_errors(path):
+            path.unlink(missing_ok=True)  # the old content may still be mapped
+            save_file({"stream": stream}, path)
+        return path
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The residual streams at one point of the model.
+
+    pruned: of the pruned model.
+    dense: of the dense model on its own path; None where nothing aims at it.
+    total: the number of chunks of all ranks.
+    """
+
+    pruned: Activations
+    dense: Activations | None
+    total: int
+
+    def append(self, stream: torch.Tensor) -> None:
+        """Add a chunk of the embedding's output, where both models are still the same."""
+        self.pruned.append(stream)
+        if self.dense is not None:
+            self.dense.append(stream)
+
+
+class AllChunks(Sequence[torch.Tensor]):
+    """The chunks of all ranks, float32 on the device.
+
+    All ranks have to ask for the same chunk at the same time: the one that holds it broadcasts it.
+
+    Args:
+        own: this rank's chunks.
+        total: the number of chunks of all ranks.
+    """
+
+    def __init__(self, own: Activations, total: int, ranks: Ranks, device: torch.device):
+        self.own, self.total, self.ranks, self.device = own, total, ranks, device
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if not 0 <= index < self.total:
+            raise IndexError(index)
+        owner = next(rank for rank in range(self.ranks.size) if index in self.ranks.share(self.total, rank))
+        chunk = self.own[index - self.ranks.share(self.total).start] if owner == self.ranks.rank else None
+        return self.ranks.broadcast(chunk, owner).to(self.device, torch.float32)

@@ -1,0 +1,80 @@
+"""The start of a calibration run: the tokens embedded, and what the model shows of its layers on the way."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration.activations import Activations, Streams
+from ria_vllm.offline.model.embedding import Embedder, LayerCall
+from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.model.topology import Topology, describe
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.progress import Monitor
+
+# Tokens in one forward pass of a layer. Chunks do not depend on the number of ranks, so neither do results.
+CHUNK_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What a pass over the layers starts from.
+
+    streams: those into layer 0; topology: of the decoder layers; calls: of each layer, by the shape of the stream.
+    """
+
+    streams: Streams
+    topology: Topology
+    calls: Mapping[torch.Size, list[LayerCall]]
+
+    def calls_of(self, layer: int) -> dict[torch.Size, LayerCall]:
+        """How the model calls one layer, by the shape of the stream."""
+        return {shape: calls[layer] for shape, calls in self.calls.items()}
+
+
+def embed(
+    model: StreamedModel, tokens: torch.Tensor, cache: Path | None, with_dense: bool, ranks: Ranks, monitor: Monitor
+) -> Embedded:
+    """Embed this rank's share of the calibration tokens.
+
+    Args:
+        tokens: int64 [samples, seq_len], the same on all ranks.
+        cache: a folder for activations; None: they stay in memory.
+        with_dense: also keep a stream for the dense model on its own path.
+
+    Raises:
+        RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
+    """
+    chunks = tokens.split(max(1, CHUNK_TOKENS // tokens.shape[1]))
+    if len(chunks) < ranks.size:
+        raise RiaError(
+            f"{len(tokens)} samples of {tokens.shape[1]} tokens make {len(chunks)} pieces of work, too few for "
+            f"{ranks.size} processes. Use fewer processes, or more samples."
+        )
+    # The stream of a bf16 model holds no more than bf16 can, and takes half as much space in it.
+    stored_dtype = torch.bfloat16 if model.stored_dtype == torch.bfloat16 else model.dtype
+
+    def empty(name: str) -> Activations:
+        folder = None if cache is None else cache / f"{name}-{ranks.rank}"
+        return Activations(folder, model.dtype, stored_dtype)
+
+    streams = Streams(empty("pruned"), empty("dense") if with_dense else None, len(chunks))
+    with monitor.phase("embedding"):
+        embedder = Embedder(model)
+        inputs = embedder.inputs_of_first_layer(chunks[0][:1])
+        topology = describe(model.config.get_text_config(), model.layers[0], inputs)
+        # The last chunk may be shorter; every rank has to know how layers are called for it.
+        known = {stream.shape: calls for stream, calls in map(embedder, (chunks[0], chunks[-1]))}
+        share = ranks.share(len(chunks))
+        for index in monitor.steps(share, "embedding", len(share)):
+            stream, calls = embedder(chunks[index])
+            if not all(one.same_as(other) for one, other in zip(known[stream.shape], calls, strict=True)):
+                raise RiaError(
+                    f"{model.folder}: {type(model.model).__name__} gives its layers more than the residual stream for "
+                    "each text, so they cannot be pruned one by one."
+                )
+            streams.append(stream)
+        embedder.close()
+    return Embedded(streams, topology, known)

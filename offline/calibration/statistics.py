@@ -1,0 +1,136 @@
+"""The statistics of what linears read, summed over all calibration tokens of all ranks.
+
+The product of each chunk is float32, the sums are float64. So neither the order of the chunks nor the number of ranks
+shows in the rounded result.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.dtypes import name_of
+from ria_vllm.offline.pruning.drift import Drift, InputDrift, OutputDrift
+from ria_vllm.offline.pruning.symmetric import BLOCK, SymmetricMatrix
+from ria_vllm.offline.runtime.ranks import Ranks
+
+
+@dataclass
+class Statistics:
+    """What the linears of a group read: X [tokens, in], over all calibration tokens.
+
+    norm: ||X_j|| [in] float32, the l2 norm of each input channel.
+    gram: X^T X [in, in] float32; None where only norms were asked for.
+    drift: how far X is from the dense model's input; None where the dense model is not followed.
+    """
+
+    norm: torch.Tensor
+    gram: SymmetricMatrix | None
+    drift: Drift | None = None
+
+
+class GramSum(SymmetricMatrix):
+    """The running Gram matrix X^T X [width, width], float64."""
+
+    def __init__(self, width: int, device: torch.device):
+        starts = range(0, width, BLOCK)
+        sizes = [(min(BLOCK, width - start), width - start) for start in starts]
+        super().__init__([torch.zeros(size, dtype=torch.float64, device=device) for size in sizes])
+
+    def add(self, X: torch.Tensor) -> None:
+        """Add a chunk's X [tokens, width] float32."""
+        for start, stop, block in self.spans():
+            block.add_(X[:, start:stop].T @ X[:, start:])
+
+    def finish(self) -> SymmetricMatrix:
+        """The matrix in float32. The sums are freed block by block on the way."""
+        blocks = []
+        while self.blocks:
+            blocks.append(self.blocks.pop(0).float())
+        return SymmetricMatrix(blocks)
+
+
+class StatisticsSum:
+    """The running sums behind the `Statistics` of one group.
+
+    Args:
+        width: in-features of the group's linears.
+        with_gram: sum the Gram matrix, not just its diagonal.
+    """
+
+    def __init__(self, width: int, with_gram: bool, device: torch.device):
+        self.width, self.device = width, device
+        self.gram = GramSum(width, device) if with_gram else None
+        self.squares = None if with_gram else torch.zeros(width, dtype=torch.float64, device=device)
+        # Of the drift. Shapes depend on its kind, so they are allocated when the first chunk comes.
+        self.cross: torch.Tensor | None = None
+        self.drift_gram: GramSum | None = None
+        self.drift_square = torch.zeros(1, dtype=torch.float64, device=device)
+
+    def add(self, X: torch.Tensor) -> None:
+        """Add a chunk of what the linears read, X [tokens, width] float32."""
+        if self.gram is not None:
+            self.gram.add(X)
+        else:
+            self.squares.add_(X.square().sum(0))
+
+    def add_input_drift(self, X: torch.Tensor, dense: torch.Tensor) -> None:
+        """Add a chunk's drift, where the linears read X and, in the dense model, `dense`; both [tokens, width]."""
+        drift = dense - X
+        if self.drift_gram is None:
+            self.drift_gram = GramSum(self.width, self.device)
+        self.drift_gram.add(drift)
+        self._add_cross(drift, X)
+
+    def add_output_drift(self, X: torch.Tensor, missing: torch.Tensor) -> None:
+        """Add a chunk's drift, where the linear reads X [tokens, width] and its output lacks `missing` [tokens, out].
+
+        Only for a group of one linear.
+        """
+        self.drift_square.add_(torch.linalg.vector_norm(missing).double() ** 2)
+        self._add_cross(missing, X)
+
+    def _add_cross(self, A: torch.Tensor, X: torch.Tensor) -> None:
+        if self.cross is None:
+            self.cross = torch.zeros(A.shape[1], self.width, dtype=torch.float64, device=self.device)
+        for start in range(0, len(self.cross), BLOCK):  # in blocks, because adding makes a float64 copy of the product
+            self.cross[start : start + BLOCK].add_(A[:, start : start + BLOCK].T @ X)
+
+    def finish(self, ranks: Ranks, linear: str, compute_dtype: torch.dtype) -> Statistics:
+        """The statistics of all ranks' tokens. The sums are gone afterwards.
+
+        Args:
+            linear: what an error calls the linear.
+            compute_dtype: the dtype in which the activations were computed, for the advice in an error.
+
+        Raises:
+            RiaError: NaN or infinite activations.
+        """
+        grams = [gram for gram in (self.gram, self.drift_gram) if gram is not None]
+        for total in (self.squares, self.cross, self.drift_square, *(block for gram in grams for block in gram.blocks)):
+            if total is not None:
+                ranks.all_reduce(total)
+        squares = self.squares if self.gram is None else self.gram.diagonal()
+        _check_finite(squares, linear, compute_dtype)
+        # These are large: each float64 sum is freed before the next float32 one is made.
+        drift: Drift | None = None
+        if self.cross is not None:
+            cross, self.cross = self.cross.float(), None
+            if self.drift_gram is not None:
+                drift = InputDrift(cross, self.drift_gram.finish())
+            else:
+                drift = OutputDrift(cross, float(self.drift_square))
+        return Statistics(squares.sqrt().float(), None if self.gram is None else self.gram.finish(), drift)
+
+
+def _check_finite(squares: torch.Tensor, linear: str, compute_dtype: torch.dtype) -> None:
+    # If one entry of X is not finite, neither is the sum of its channel's squares.
+    if bool(squares.isfinite().all()):
+        return
+    advice = "Check that it works without pruning."
+    if compute_dtype != torch.float32:
+        advice = f"Give --compute-dtype float32. If that does not help: {advice[0].lower()}{advice[1:]}"
+    raise RiaError(
+        f"{linear}: NaN or infinite values in its input activations. The model overflows on this text in "
+        f"{name_of(compute_dtype)}. {advice}"
+    )

@@ -1,0 +1,116 @@
+"""How one sublayer of a decoder layer is run by itself on a chunk of the residual stream."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.embedding import LayerCall, Reached
+from ria_vllm.offline.model.topology import Sublayer
+
+
+@dataclass(frozen=True)
+class SublayerRunner:
+    """Runs one sublayer; streams are [samples, tokens, hidden] on the layer's device.
+
+    layer: the decoder layer, with its weights.
+    sublayer: the part of it to run.
+    calls: how the model calls the layer, by the shape of the stream.
+    dtype: that the layer computes in.
+    """
+
+    layer: nn.Module
+    sublayer: Sublayer
+    calls: Mapping[torch.Size, LayerCall]
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.layer.parameters()).device
+
+    def linear(self, name: str) -> nn.Linear:
+        """The linear with this name relative to the layer."""
+        return self.layer.get_submodule(name)
+
+    def run(self, stream: torch.Tensor) -> torch.Tensor:
+        """The residual stream after the sublayer, from the one before it.
+
+        Raises:
+            RiaError: the layer does not run by itself, or runs without the module that the sublayer ends before.
+        """
+        call = self.calls[stream.shape]
+        with _zeroed(self.layer, self.sublayer.zeroed, stream):
+            if self.sublayer.ends_before is None:
+                return call(self.layer, stream)
+            end = self.layer.get_submodule(self.sublayer.ends_before)
+            return _input_of(end, lambda: call(self.layer, stream)).view_as(stream)
+
+    def watch(
+        self, stream: torch.Tensor, linears: Sequence[str], to_the_end: bool = False
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Run the sublayer and look at what some of its linears read.
+
+        Args:
+            linears: their names, relative to the layer.
+            to_the_end: run the whole sublayer. Otherwise the pass stops as soon as all of them have been reached.
+
+        Returns:
+            (the stream after the sublayer, or None if the pass stopped early; linear -> its input [..., in_features]).
+            A linear that was not reached is not in the mapping.
+        """
+        inputs: dict[str, torch.Tensor] = {}
+
+        def watcher(name: str) -> Callable:
+            def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                inputs[name] = args[0]
+                if len(inputs) == len(linears) and not to_the_end:
+                    raise Reached
+
+            return hook
+
+        hooks = [self.linear(name).register_forward_pre_hook(watcher(name)) for name in linears]
+        try:
+            return self.run(stream), inputs
+        except Reached:
+            return None, inputs
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _input_of(module: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
+    """The first argument that `module` gets during `run`, which stops there."""
+    found: list[torch.Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        found.append(args[0])
+        raise Reached
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        run()
+    except Reached:
+        if not found:
+            raise  # another hook stopped the pass
+        return found[0]
+    finally:
+        handle.remove()
+    raise RiaError(f"a decoder layer ran without its {type(module).__name__}: not supported.")
+
+
+@contextmanager
+def _zeroed(layer: nn.Module, name: str | None, stream: torch.Tensor) -> Iterator[None]:
+    """Let the attention module `name` return zeros."""
+    if name is None:
+        yield
+        return
+    module = layer.get_submodule(name)
+    module.forward = lambda *args, **kwargs: (torch.zeros_like(stream), None)
+    try:
+        yield
+    finally:
+        del module.forward

@@ -1,0 +1,113 @@
+"""One sublayer over all of this rank's chunks: the statistics of what its linears read, and the streams after it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration.activations import Activations, Streams
+from ria_vllm.offline.calibration.statistics import Statistics, StatisticsSum
+from ria_vllm.offline.calibration.sublayer import SublayerRunner
+from ria_vllm.offline.model.topology import Group
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.progress import Monitor
+
+
+@dataclass(frozen=True)
+class SublayerPass:
+    """Takes the residual streams through one sublayer.
+
+    streams: those before the sublayer; `advance` replaces one by the stream after it.
+    place: a linear's name relative to the layer -> what an error calls it.
+    """
+
+    runner: SublayerRunner
+    streams: Streams
+    ranks: Ranks
+    monitor: Monitor
+    place: Callable[[str], str]
+
+    @property
+    def stages(self) -> tuple[tuple[Group, ...], ...]:
+        return self.runner.sublayer.stages
+
+    def statistics(self, stage: int, groups: Sequence[Group], with_gram: bool) -> list[Statistics]:
+        """The statistics of the groups of one stage, over the chunks of all ranks.
+
+        Where the dense model is followed, two stages have a drift. For the first one, ask before anything of the
+        sublayer is pruned and before the dense stream is advanced. For the last one, if its linear adds to the stream,
+        ask when everything else of the sublayer is pruned and the dense stream is advanced.
+
+        Args:
+            stage: its number in the sublayer.
+            groups: those of its groups, and of their linears, that are to be pruned.
+
+        Raises:
+            RiaError: NaN or infinite activations, or a linear that the layer does not use.
+        """
+        dense = self.streams.dense
+        dense_before = dense if stage == 0 else None
+        dense_after = dense if self.runner.sublayer.additive and stage == len(self.stages) - 1 else None
+        linears = [group.linears[0] for group in groups]
+        sums = {
+            name: StatisticsSum(self.runner.linear(name).in_features, with_gram, self.runner.device) for name in linears
+        }
+        alone = frozenset(group.linears[0] for group in groups if len(group.linears) == 1)
+        for chunk in self._chunks(self.streams.pruned):
+            self._add_chunk(chunk, sums, alone, dense_before, dense_after)
+        return [sums.pop(name).finish(self.ranks, self.place(name), self.runner.dtype) for name in linears]
+
+    def advance(self, stream: Activations) -> None:
+        """Replace the stream before the sublayer by the one after it."""
+        for chunk in self._chunks(stream):
+            stream[chunk] = self.runner.run(stream[chunk].to(self.runner.device))
+
+    def _chunks(self, stream: Activations) -> Iterator[int]:
+        return self.monitor.steps(range(len(stream)), "calibration passes", len(stream))
+
+    def _add_chunk(
+        self,
+        chunk: int,
+        sums: Mapping[str, StatisticsSum],
+        alone: frozenset[str],
+        dense_before: Activations | None,
+        dense_after: Activations | None,
+    ) -> None:
+        """Add one chunk to the sums. (A method of its own, so that nothing of a chunk outlives it.)
+
+        Args:
+            sums: by the first linear of each group.
+            alone: the linears that are the only one of their group.
+        """
+        stream = self.streams.pruned[chunk].to(self.runner.device)
+        after, inputs = self.runner.watch(stream, list(sums), to_the_end=dense_after is not None)
+        self._check_used(sums, inputs)
+        dense: dict[str, torch.Tensor] = {}
+        if dense_before is not None:
+            _, dense = self.runner.watch(dense_before[chunk].to(self.runner.device), list(sums))
+        with self.monitor.phase("statistics"):
+            for name, total in sums.items():
+                X, linear = _tokens(inputs.pop(name)), self.runner.linear(name)
+                total.add(X)
+                # Where one linear alone reads a wide input, the drift of its output is the smaller one to keep.
+                if name in dense and name in alone and linear.out_features < linear.in_features:
+                    total.add_output_drift(X, (_tokens(dense.pop(name)) - X) @ linear.weight.float().T)
+                elif name in dense:
+                    total.add_input_drift(X, _tokens(dense.pop(name)))
+                if after is not None:
+                    total.add_output_drift(X, _tokens(dense_after[chunk].to(self.runner.device)) - _tokens(after))
+
+    def _check_used(self, linears: Mapping[str, StatisticsSum], inputs: Mapping[str, torch.Tensor]) -> None:
+        for name in linears:
+            if name not in inputs:
+                place = self.place(name)
+                ending = ".".join(place.split(".")[-len(name.split(".")) :])  # as the files have it
+                raise RiaError(
+                    f"{place}: not used in this layer, though it is in the first one. Leave it dense: --ignore {ending}"
+                )
+
+
+def _tokens(stream: torch.Tensor) -> torch.Tensor:
+    """[..., channels] -> [tokens, channels] float32."""
+    return stream.reshape(-1, stream.shape[-1]).float()

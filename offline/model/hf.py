@@ -1,0 +1,139 @@
+"""What we need from transformers: configurations, tokenizers and whole models, and its errors in our own words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ria_vllm.checkpoint import Reader, is_compressed, weight_files
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.dtypes import choose_dtype
+
+
+def read_config(folder: str) -> Any:
+    """The configuration of a folder or hub id.
+
+    Raises:
+        RiaError: transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    with _loading(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def configured_dtype(config: Any) -> torch.dtype | None:
+    """The dtype that a configuration says the weights are stored in; None if it does not say."""
+    dtype = config.dtype or config.get_text_config().dtype
+    return getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        RiaError: there is none, or it needs Python code of its own, which is not run.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise RiaError(f"{folder}: no tokenizer that transformers can load ({reason_of(error)}).") from error
+
+
+def load_model(folder: str, device: torch.device, compute_dtype: str | None = None) -> Any:
+    """A transformers causal LM in evaluation mode. A compressed folder is decompressed in memory.
+
+    Args:
+        folder: a folder, or the hub id of a dense model.
+        compute_dtype: the dtype to compute in, one of `ria_vllm.offline.model.dtypes.CHOICES`; None: as stored.
+
+    Raises:
+        RiaError: not a model, a damaged compressed one, or a `compute_dtype` that would round its weights.
+    """
+    stored = None if compute_dtype is None else configured_dtype(read_config(folder))
+    if stored is not None:
+        return _load(folder, device, choose_dtype(stored, device, compute_dtype))
+    model = _load(folder, device, "auto")
+    dtype = model.dtype if compute_dtype is None else choose_dtype(model.dtype, device, compute_dtype)
+    # Loaded again, not cast: what the model computes for itself during loading was rounded to the first dtype.
+    return model if dtype == model.dtype else _load(folder, device, dtype)
+
+
+def _load(folder: str, device: torch.device, dtype: torch.dtype | str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # Weights that do not fit are refused below, by name; transformers' own message only says which flag ignores them.
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _loading(folder):
+        if not is_compressed(Path(folder)):
+            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
+        else:
+            state = dense_state(Reader(folder))
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            del config.quantization_config
+            with torch.device("meta"):
+                architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+            kind = config.dtype or "auto" if dtype == "auto" else dtype
+            model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise RiaError(
+            f"{folder}: {name} has shape {tuple(found)}, config.json asks for {tuple(wanted)}. Get the files again."
+        )
+    if info["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        raise RiaError(
+            f"{folder}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. Get the files again."
+        )
+    return model.to(device).eval()
+
+
+def dense_state(reader: Reader) -> dict[str, torch.Tensor]:
+    """Every tensor of the dense model, in the model's own channel order."""
+    state = {f"{name}.weight": reader.linear(name).dense() for name in reader.sparse_names}
+    return state | {name: reader.tensor(name) for name in reader.dense_names}
+
+
+@contextmanager
+def _loading(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and Path(folder).is_dir():
+            weight_files(Path(folder))  # names the broken file
+        reason = reason_of(error)
+        raise RiaError(f"{folder}: transformers cannot load it as a causal language model: {reason}") from error
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn any error in transformers' code into a RiaError that begins with `what`; its cause is that error.
+
+    Errors about memory or CUDA pass through: they are no fault of the model's.
+    """
+    try:
+        yield
+    except RiaError:
+        raise
+    except Exception as error:
+        if "memory" in str(error) or "CUDA" in str(error):
+            raise
+        raise RiaError(f"{what} ({first_line(error)}).") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What transformers says, but not its advice to let a model's own code run, which nothing here does."""
+    return "it needs its own Python code, which is not run here" if "trust_remote_code" in str(error) else str(error)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of `reason_of`; the error's type if it says nothing."""
+    lines = reason_of(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,69 @@
+"""The calibration tokens of a run."""
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration import data
+from ria_vllm.offline.model.dtypes import name_of
+from ria_vllm.offline.model.hf import explained, load_tokenizer
+from ria_vllm.offline.model.source import Source
+from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.runtime.memory import available
+from ria_vllm.progress import Monitor
+
+
+def calibration_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor) -> torch.Tensor:
+    """The tokens that the recipe asks for: int64 [samples, seq_len], on the CPU.
+
+    Raises:
+        RiaError: too little text, no tokenizer, or, if the dense model writes the text, too little memory for it.
+    """
+    if recipe.calibration == "self":
+        return _sample_model(source, model, recipe, monitor)
+    try:
+        tokenizer = load_tokenizer(str(source.folder))
+    except RiaError as error:
+        raise RiaError(f"{error} Use --calibration self.") from None
+    tokens = data.from_text(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
+    vocabulary = model.model.get_input_embeddings().num_embeddings
+    if int(tokens.max()) >= vocabulary:
+        raise RiaError(
+            f"{source.name}: its tokenizer produces token {int(tokens.max())}, but the model only knows {vocabulary}."
+        )
+    return tokens
+
+
+def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    _check_whole_fits(source, model)
+    with (
+        monitor.phase("loading the whole model"),
+        explained(f"{source.name}: transformers cannot load the model"),
+    ):
+        # Eager attention, because for one token at a time a CPU's fused kernels are much slower.
+        whole = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=model.dtype, attn_implementation="eager", trust_remote_code=False
+        )
+        whole = whole.to(model.device).eval()
+    bos = source.config.get_text_config().bos_token_id
+    return data.from_model(whole, bos, recipe.samples, recipe.seq_len, recipe.seed, monitor)
+
+
+def _check_whole_fits(source: Source, model: StreamedModel) -> None:
+    """Refuse to load a dense model that does not fit into memory: the system would kill the process without a word."""
+    needed = sum(parameter.numel() for parameter in model.model.parameters()) * model.dtype.itemsize
+    devices = {model.device, torch.device("cpu")}  # it is read into the host's memory first
+    room = {device: free for device in devices if (free := available(device)) is not None}
+    for device, free in room.items():
+        if needed > free:
+            smaller, least = "", needed * model.stored_dtype.itemsize // model.dtype.itemsize
+            if least < needed and least <= min(room.values()):
+                narrow = name_of(model.stored_dtype)
+                smaller = f" Or give --compute-dtype {narrow}, which takes half the memory and more time."
+            raise RiaError(
+                f"{source.name}: --calibration self runs the whole dense model in {name_of(model.dtype)}, which takes "
+                f"{needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free ({device}). Give a text file "
+                f"to --calibration; then decoder layers are in memory one at a time.{smaller}"
+            )

@@ -1,0 +1,79 @@
+"""Block reconstruction of one sublayer: train the weights that its masks keep, on the chunks of all ranks."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ria_vllm.offline.calibration.activations import AllChunks
+from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
+from ria_vllm.offline.pruning.block import train_block
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.runtime.memory import trim
+from ria_vllm.offline.solve import Pruned, stored_weight
+
+# Steps of block training, one a chunk: in 8 passes over little data, in fewer over more, but never in less than 2.
+TRAINING_STEPS = 128
+
+
+def train_sublayer(sublayer: SublayerPass, pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, Pruned]:
+    """Train the pruned linears of a sublayer towards the dense stream after it; all ranks do the same.
+
+    Args:
+        sublayer: with the pruned weights in place, the pruned stream before it and the dense stream after it.
+        pruned: name relative to the layer -> pruned linear.
+
+    Returns:
+        The same linears with their trained weights, which are also in the layer.
+
+    Raises:
+        RiaError: training diverges.
+    """
+    runner, streams = sublayer.runner, sublayer.streams
+    # Linears are multiplied in the dtype that they are trained in; everything else computes in float32.
+    others = [module for module in runner.layer.modules() if not isinstance(module, nn.Linear)]
+    for parameter in (p for module in others for p in module.parameters(recurse=False)):
+        parameter.data = parameter.data.float()
+    inputs, targets = (
+        AllChunks(own, streams.total, sublayer.ranks, runner.device) for own in (streams.pruned, streams.dense)
+    )
+    trim()
+    with sublayer.monitor.phase("block training"), torch.enable_grad():
+        losses = train_block(
+            runner.run,
+            {name: runner.linear(name).weight for name in pruned},
+            _Masks(pruned, runner.device),
+            inputs,
+            targets,
+            passes=min(8, max(2, TRAINING_STEPS // streams.total)),
+            seed=recipe.seed,
+            dtype=recipe.product_dtype,
+            where=f"{sublayer.place(next(iter(pruned)))} and what is trained with it: ",
+        )
+    trained = {}
+    for name, linear in pruned.items():
+        module = runner.linear(name)
+        weight, scale = stored_weight(module.weight.data, linear.p, linear.weight.dtype, recipe)
+        module.weight.data = weight.to(runner.device, runner.dtype)
+        record = linear.record | {"block_loss": [losses[0], losses[-1]]}
+        trained[name] = replace(linear, weight=weight, scale=scale, record=record)
+    for parameter in runner.layer.parameters():
+        parameter.data = parameter.data.to(runner.dtype)
+    return trained
+
+
+class _Masks(Mapping[str, torch.Tensor]):
+    """The masks of the linears, each unpacked and on the device only while it is used."""
+
+    def __init__(self, pruned: Mapping[str, Pruned], device: torch.device):
+        self.pruned, self.device = pruned, device
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.pruned[name].mask.to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.pruned)
+
+    def __len__(self) -> int:
+        return len(self.pruned)

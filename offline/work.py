@@ -1,0 +1,106 @@
+"""The work folder of a run, and how an interrupted run is recognised and resumed."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ria_vllm.checkpoint import read_json
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.source import Source, stamp_of
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.offline.units import layer_key
+from ria_vllm.writer import CheckpointWriter, disk_errors
+
+FINGERPRINT_FILE = "run.json"
+
+
+def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
+    """Everything that the bytes of the result depend on, as JSON returns it."""
+    text = Path(recipe.calibration)
+    stamps = {"model": source.stamp, "calibration text": stamp_of(text) if text.is_file() else None}
+    names = {"source": source.name, "calibration": recipe.calibration}  # full paths: this stays in the work folder
+    return json.loads(json.dumps(recipe.dump(source.name) | names | stamps))
+
+
+def begun_run(out: Path) -> dict[str, Any]:
+    """The fingerprint of the run that was begun for `out`; empty if there is none.
+
+    Raises:
+        RiaError: it is damaged.
+    """
+    path = _work(out) / FINGERPRINT_FILE
+    try:
+        return read_json(path) if path.is_file() else {}
+    except RiaError:
+        raise RiaError(
+            f"--resume: {path} is damaged, so nothing says what run this is from. Leave out --resume to start again."
+        ) from None
+
+
+@contextmanager
+def work_folder(
+    out: Path, run: dict[str, Any], overwrite: bool, resume: bool, ranks: Ranks
+) -> Iterator[CheckpointWriter]:
+    """The work folder: a new one or, with `resume`, that of an interrupted run with the same fingerprint.
+
+    After an error, it is removed unless it holds a finished layer or the system may have been at fault.
+
+    Args:
+        run: the fingerprint of this run.
+
+    Raises:
+        RiaError: the interrupted run was another one.
+    """
+    work = _work(out)
+    if ranks.first:
+        begun = begun_run(out) if resume else {}
+        _check_same_run(work, begun, run)
+        writer = CheckpointWriter(out, overwrite, resume=bool(begun))
+        with disk_errors(work):
+            temporary = work / f"{FINGERPRINT_FILE}.tmp"
+            temporary.write_text(json.dumps(run))
+            os.replace(temporary, work / FINGERPRINT_FILE)
+    ranks.barrier()
+    if not ranks.first:
+        writer = CheckpointWriter(out, overwrite=True, resume=True)
+    try:
+        yield writer
+    except RiaError as error:
+        # A full disk, an unreachable file or an occupied output folder can be fixed, and the run resumed. Any other
+        # error after the first layer may be chance, or need another version. Finished layers are never lost.
+        if ranks.first and not isinstance(error.__cause__, OSError):
+            if writer.has(layer_key(0)):
+                kept = (
+                    f"Finished layers are kept in {work}: --resume continues from them with the same options. With "
+                    "other options, leave it out."
+                )
+                raise RiaError(f"{error} {kept}") from error.__cause__
+            writer.discard()
+        raise
+
+
+def _work(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _check_same_run(work: Path, begun: dict[str, Any], run: dict[str, Any]) -> None:
+    differing = [key for key in run if begun and begun.get(key) != run[key]]
+    if differing[:1] == ["versions"]:
+        raise RiaError(f"--resume: {work} is from a run with {_other_versions(begun['versions'], run['versions'])}")
+    if differing:
+        what, before = differing[0].replace("_", "-"), begun.get(differing[0])
+        shown = f" ({before})" if isinstance(before, str | int | float) else ""
+        raise RiaError(
+            f"--resume: {work} is from a run with another {what}{shown}. Give the same one, or leave out --resume."
+        )
+
+
+def _other_versions(before: Any, now: dict[str, str]) -> str:
+    before = before if isinstance(before, dict) else {}
+    differing = [name for name in now if before.get(name) != now[name]]
+    then, here = (", ".join(f"{name} {found.get(name)}" for name in differing) for found in (before, now))
+    return f"{then}; here it is {here}. Install what it began with, or leave out --resume."

@@ -1,0 +1,116 @@
+"""Helpers of tests that run `compress`: changed models, interrupted runs, and checks that a result is complete."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.export import export_dense
+from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.progress import Monitor
+
+TOKENS = torch.arange(2, 60)[None]
+
+
+class WarningRecorder(Monitor):
+    """Shows nothing, and keeps the warnings."""
+
+    def __init__(self):
+        super().__init__(shown=False)
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def run_small(
+    model: Path | str, out: Path, text: Path, settings: Settings = Settings(), **options
+) -> tuple[dict, list[str]]:
+    """Compress with little text and no reconstruction, unless `options` say otherwise; the report and the warnings."""
+    recipe = Recipe(**{"calibration": str(text), "samples": 4, "seq_len": 32, "reconstruct": "none"} | options)
+    monitor = WarningRecorder()
+    return compress(str(model), out, recipe, settings, monitor), monitor.warnings
+
+
+@contextmanager
+def interrupted_after_a_layer() -> Iterator[None]:
+    """Interrupt the `compress` inside, as Ctrl-C would, when it has finished its first layer."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ria_vllm.offline.compress._say_layer", interrupt)
+        yield
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def edited(source: Path, folder: Path, change: Callable[[dict], dict | None], **config) -> Path:
+    """A copy of a model, with its tensors changed by `change` (in place, or returned) and config.json by `config`."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = change(tensors) or tensors
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+def under_language_model(name: str) -> str:
+    """A tensor's name as in Qwen 3.5 on the hub, where the text model is under language_model."""
+    return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
+
+
+def check_complete(source: Path, out: Path) -> Reader:
+    """Each tensor of the source is in the output once, under its own name; dense ones are equal bit by bit."""
+    reader = Reader(out)
+    assert list(reader.problems()) == []
+    original = load_file(source / "model.safetensors")
+    assert {*reader.dense_names, *(f"{name}.weight" for name in reader.sparse_names)} == set(original)
+    assert not {f"{name}.weight" for name in reader.sparse_names} & set(reader.files)
+    for name in reader.dense_names:
+        assert torch.equal(reader.tensor(name), original[name])
+    for name in reader.sparse_names:
+        dense = reader.linear(name).dense()
+        assert torch.equal(dense, original[f"{name}.weight"] * (dense != 0))
+    assert not any(reader.schema.ignored(name) for name in reader.sparse_names)
+    return reader
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(TOKENS).logits
+
+
+def logits_of_pruned(source: Path, reader: Reader, inside: Callable[[str], str] = lambda name: name) -> torch.Tensor:
+    """The logits of the original model with its linears pruned in memory.
+
+    Args:
+        inside: a linear's name in the files -> in transformers' model.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name in reader.sparse_names:
+            model.get_submodule(inside(name)).weight.copy_(reader.linear(name).dense())
+        return model(TOKENS).logits
+
+
+def check_export(source: Path, reader: Reader, folder: Path, inside: Callable[[str], str] = lambda name: name) -> None:
+    """In transformers, the compressed folder, the exported one and the original pruned in memory compute the same."""
+    expected = logits_of_pruned(source, reader, inside)
+    export_dense(reader, folder, 1 << 40)
+    assert torch.equal(logits(folder), expected) and torch.equal(logits(reader.folder), expected)
+    assert not torch.allclose(expected, logits(source), atol=1e-2)

@@ -1,0 +1,58 @@
+"""Running sums against whole matrices in float64."""
+
+import pytest
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration import statistics
+from ria_vllm.offline.calibration.statistics import GramSum, StatisticsSum
+from ria_vllm.offline.runtime.ranks import Ranks
+
+
+@pytest.mark.parametrize("gram_block", [7, 64, 1000])
+def test_blocks_of_a_gram_matrix_make_the_whole(gram_block, monkeypatch):
+    monkeypatch.setattr(statistics, "BLOCK", gram_block)
+    X = torch.randn(50, 130)
+    total = GramSum(130, torch.device("cpu"))
+    total.add(X)
+    total.add(X)
+    expected = 2 * X.double().T @ X.double()
+    torch.testing.assert_close(total.diagonal(), expected.diagonal(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(total.finish().dense().double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("with_gram", [False, True])
+@pytest.mark.parametrize("kind", ["input", "output"])
+def test_sums_over_chunks_are_those_of_all_tokens(with_gram, kind):
+    draw = torch.Generator().manual_seed(0)
+    X, other, W = (torch.randn(size, generator=draw) for size in ((90, 24), (90, 24), (10, 24)))
+    total = StatisticsSum(24, with_gram, torch.device("cpu"))
+    for rows in (slice(0, 40), slice(40, 90)):
+        total.add(X[rows])
+        if kind == "input":
+            total.add_input_drift(X[rows], other[rows])
+        else:
+            total.add_output_drift(X[rows], (other[rows] - X[rows]) @ W.T)
+    found = total.finish(Ranks(), "x", torch.float32)
+    X, D, W64 = X.double(), other.double() - X.double(), W.double()
+    close = dict(rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.norm.double(), X.norm(dim=0), **close)
+    assert found.norm.dtype == torch.float32 and (found.gram is not None) == with_gram
+    if with_gram:
+        torch.testing.assert_close(found.gram.dense().double(), X.T @ X, **close)
+    torch.testing.assert_close(found.drift.cross_term(W).double(), (D @ W64.T).T @ X, **close)
+    assert found.drift.residual(W) == pytest.approx((D @ W64.T).square().sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [(torch.bfloat16, "Give --compute-dtype float32"), (torch.float32, "Check that")]
+)
+@pytest.mark.parametrize("with_gram", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_named(value, with_gram, dtype, advice):
+    X = torch.ones(6, 8)
+    X[3, 5] = value
+    total = StatisticsSum(8, with_gram, torch.device("cpu"))
+    total.add(X)
+    with pytest.raises(RiaError, match=f"model: a.b: NaN or infinite values in its input.*{advice}"):
+        total.finish(Ranks(), "model: a.b", dtype)

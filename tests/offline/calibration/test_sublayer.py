@@ -1,0 +1,58 @@
+"""Sublayers run by themselves, against whole layers and against forward hooks."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from ria_vllm.offline.calibration.embed import embed
+from ria_vllm.offline.calibration.sublayer import SublayerRunner
+from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.progress import Monitor
+
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "phi3", "opt", "opt-postnorm", "gpt-neox")
+TOKENS = torch.arange(2, 62).view(2, 30)
+
+
+@pytest.fixture(params=FAMILIES)
+def runners(request, tiny):
+    """The first layer's sublayers, and the stream into it."""
+    folder = tiny(request.param)
+    model = StreamedModel(folder, AutoConfig.from_pretrained(folder), torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        embedded = embed(model, TOKENS, None, False, Ranks(), Monitor(shown=False))
+        layer, calls = model.load_layer(0), embedded.calls_of(0)
+        runners = [SublayerRunner(layer, one, calls, torch.float32) for one in embedded.topology.sublayers]
+        yield runners, embedded.streams.pruned[0]
+
+
+def test_one_sublayer_after_the_other_makes_the_layer(runners):
+    runners, stream = runners
+    layer, call = runners[0].layer, runners[0].calls[stream.shape]
+    expected, result = call(layer, stream), stream
+    for runner in runners:
+        before, result = result, runner.run(result)
+        assert result.shape == before.shape and not torch.equal(result, before)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(call(layer, stream), expected)  # the layer is unchanged
+
+
+def test_inputs_of_linears_are_those_of_the_whole_layer(runners):
+    runners, stream = runners
+    layer, seen, hooks = runners[0].layer, {}, []
+    for name in (name for runner in runners for name in runner.sublayer.linears):
+        hook = lambda _, args, name=name: seen.__setitem__(name, args[0])  # noqa: E731
+        hooks.append(layer.get_submodule(name).register_forward_pre_hook(hook))
+    runners[0].calls[stream.shape](layer, stream)
+    for hook in hooks:
+        hook.remove()
+    for runner in runners:
+        for group in (group for stage in runner.sublayer.stages for group in stage):
+            first = group.linears[0]
+            after, inputs = runner.watch(stream, [first])
+            assert after is None and list(inputs) == [first]  # it stopped there
+            torch.testing.assert_close(inputs[first], seen[first], rtol=1e-4, atol=1e-4)
+        after, inputs = runner.watch(stream, runner.sublayer.linears, to_the_end=True)
+        assert set(inputs) == set(runner.sublayer.linears)
+        stream = runner.run(stream)
+        assert torch.equal(after, stream)

@@ -1,0 +1,72 @@
+"""What we need from transformers: models in the right dtype, and errors in our own words."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from compressing import edited
+from transformers import AutoModelForCausalLM
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.hf import configured_dtype, explained, first_line, load_model
+
+CPU = torch.device("cpu")
+
+
+def test_a_compressed_folder_is_the_model_it_stands_for(pruned_llama):
+    model = load_model(str(pruned_llama.folder), CPU)
+    state = model.state_dict()
+    assert model.dtype == torch.bfloat16
+    assert all(torch.equal(state[name], tensor) for name, tensor in pruned_llama.dense.items())
+
+
+def test_a_bf16_model_in_float32_computes_what_a_float32_model_would(make_model, tmp_path):
+    """Gemma multiplies its embeddings by a factor that bfloat16 cannot hold; frequencies stay in float32 throughout."""
+    folder = make_model(tmp_path / "model", "gemma3", dtype=torch.bfloat16)
+    wide = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.arange(2, 60)[None]
+    silent = edited(folder, tmp_path / "silent", lambda tensors: None, dtype=None)
+    for source in (folder, silent):
+        model = load_model(str(source), CPU, "float32")
+        assert all(buffer.dtype == torch.float32 for buffer in model.buffers())
+        with torch.no_grad():
+            assert torch.equal(model(tokens).logits, wide(tokens).logits)
+    frequencies = [b for name, b in load_model(str(folder), CPU, "bfloat16").named_buffers() if "inv_freq" in name]
+    assert frequencies and all(buffer.dtype == torch.float32 for buffer in frequencies)
+
+
+@pytest.mark.parametrize(
+    ("own", "of_text", "expected"),
+    [
+        (torch.bfloat16, None, torch.bfloat16),
+        ("float16", torch.float32, torch.float16),
+        (None, "bfloat16", torch.bfloat16),
+        (None, None, None),
+        ("junk", None, None),
+    ],
+)
+def test_the_dtype_that_a_configuration_names(own, of_text, expected):
+    config = SimpleNamespace(dtype=own, get_text_config=lambda: SimpleNamespace(dtype=of_text))
+    assert configured_dtype(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("no such\nand more"), "no such"),
+        (KeyError(), "KeyError"),
+        (ValueError("\n set trust_remote_code=True\n"), "it needs its own Python code, which is not run here"),
+    ],
+)
+def test_errors_are_explained_by_their_first_line(error, expected):
+    assert first_line(error) == expected
+    with pytest.raises(RiaError) as raised, explained("m: transformers cannot"):
+        raise error
+    assert str(raised.value) == f"m: transformers cannot ({expected})." and raised.value.__cause__ is error
+
+
+def test_errors_that_are_not_the_models_fault_pass_through():
+    for error in (RiaError("ours"), RuntimeError("out of memory"), RuntimeError("CUDA error")):
+        with pytest.raises(type(error)) as raised, explained("m"):
+            raise error
+        assert raised.value is error

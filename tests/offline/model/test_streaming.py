@@ -1,0 +1,129 @@
+"""Models that cannot be loaded or run: each error names the file, tensor or layer."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from compressing import edited, run_small
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline import compress
+from ria_vllm.offline.model.streaming import StreamedModel
+
+
+def test_a_linear_that_only_the_first_layer_uses(tiny, text, tmp_path, monkeypatch):
+    def forward(self, x):
+        return x if self.idle else real(self, x)
+
+    real = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    monkeypatch.setattr(LlamaMLP, "idle", property(lambda self: self is not LlamaMLP.first), raising=False)
+    layers = StreamedModel.load_layer
+
+    def load_layer(self, index):
+        LlamaMLP.first = self.layers[0].mlp if index == 0 else None
+        return layers(self, index)
+
+    monkeypatch.setattr(LlamaMLP, "first", None, raising=False)
+    monkeypatch.setattr(StreamedModel, "load_layer", load_layer)
+    with pytest.raises(
+        RiaError, match="model.layers.1.mlp.gate_proj: not used in this layer, though it is in the first"
+    ):
+        run_small(tiny("llama"), tmp_path / "out", text)
+
+
+def test_configurations_that_do_not_run(tiny, text, tmp_path):
+    """transformers reads them, the weights fit, and its own forward pass fails."""
+    source = edited(tiny("deepseek-v3"), tmp_path / "in", lambda t: None, head_dim=64)
+    with pytest.raises(RiaError, match="transformers cannot run DeepseekV3ForCausalLM as config.json describes it"):
+        run_small(source, tmp_path / "out", text)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_layer_that_does_not_run_by_itself_is_named(tiny, text, tmp_path, monkeypatch):
+    def forward(self, *args, **kwargs):
+        if self.self_attn.layer_idx == 1 and not self.input_layernorm.weight.is_meta:
+            raise TypeError("needs more")
+        return real(self, *args, **kwargs)
+
+    real = LlamaDecoderLayer.forward
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    message = "llama.*/dense: model.layers.1: transformers cannot run LlamaDecoderLayer by itself.*needs more"
+    with pytest.raises(RiaError, match=message):
+        run_small(tiny("llama"), tmp_path / "out", text)
+
+
+def test_dtypes_of_quantized_models_are_refused(tiny, text, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        source = edited(
+            tiny("llama"), tmp_path / str(dtype), lambda t, dtype=dtype: t.update({name: t[name].to(dtype)})
+        )
+        with pytest.raises(RiaError, match=f"{name} has dtype {str(dtype)[6:]}, as in a quantized model"):
+            run_small(source, tmp_path / "out", text)
+
+
+def change_config(**changes):
+    return lambda folder: edit_json(folder / "config.json", changes)
+
+
+def edit_json(path: Path, changes: dict) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensors(**extra):
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors") | extra
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+ODD = {
+    "no weights for model.layers.2.": change_config(num_hidden_layers=3),
+    "config.json: transformers cannot build this model": change_config(hidden_act="junk"),
+    "no list of 0 decoder layers": change_config(num_hidden_layers=0),
+    "mtp.x.compressed is in the files, a name as in a compressed": change_tensors(
+        **{"mtp.x.compressed": torch.ones(4, 4)}
+    ),
+    "model.layers.0.mlp.up_proj.bitmask is in": change_tensors(**{"model.layers.0.mlp.up_proj.bitmask": torch.ones(4)}),
+    "transformers cannot read such a name": change_tensors(**{"model.layers.²": torch.ones(2)}),
+    "mtp.x.weight: NaN": change_tensors(**{"mtp.x.weight": torch.full((4,), float("nan"))}),
+}
+
+
+@pytest.mark.parametrize("message", ODD)
+def test_odd_folders_are_refused_before_any_work(message, tiny, text, tmp_path, monkeypatch):
+    source = Path(shutil.copytree(tiny("llama"), tmp_path / "in"))
+    ODD[message](source)
+    monkeypatch.setattr(compress._Run, "compress", lambda *_: pytest.fail("work had begun"))
+    with pytest.raises(RiaError, match=message):
+        run_small(source, tmp_path / "out", text)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("wrong", ["one", "all"])
+def test_experts_that_do_not_go_together(wrong, tiny, text, tmp_path):
+    def change(tensors):
+        for name in tensors:
+            if name.startswith("model.layers.1.mlp.experts.1." if wrong == "one" else "model.layers.1.mlp.experts."):
+                tensors[name] = tensors[name][:32].clone()
+
+    cannot = "transformers cannot make model.layers.1.mlp.experts.* from the tensors"
+    message = {"one": cannot, "all": "asks for"}[wrong]
+    with pytest.raises(RiaError, match=f"in: .*model.layers.1.mlp.experts.*{message}" if wrong == "all" else message):
+        run_small(edited(tiny("qwen3-moe"), tmp_path / "in", change), tmp_path / "out", text)
+
+
+def test_sampling_from_a_model_that_transformers_cannot_load(tiny, tmp_path, text, monkeypatch):
+    def from_pretrained(*_, **__):
+        raise ImportError("the package for its attention\nis not installed")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(RiaError, match="transformers cannot load the model .the package for its attention.\\.$"):
+        run_small(tiny("llama"), tmp_path / "out", text, calibration="self")
