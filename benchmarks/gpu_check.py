@@ -10,7 +10,6 @@ next part.
 """
 
 import argparse
-import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +19,11 @@ from itertools import chain, product
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks import gpu_products, gpu_timing
+from benchmarks.gpu_report import Report
 from benchmarks.gpu_timing import DEVICE, Row
 from ria_vllm.formats import FLOAT, FP8, WeightFormat
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
@@ -227,74 +226,12 @@ def check_library() -> Iterator[Row]:
         yield {"part": "tiles", "skipped": reason}
 
 
-class Report:
-    """Collects the rows, rewrites the JSON file every few seconds, and prints what is worth seeing at once."""
-
-    def __init__(self, path: Path):
-        self.path, self._written = path, 0.0
-        self.content: dict[str, Any] = {
-            "gpu": torch.cuda.get_device_name(DEVICE),
-            "capability": ".".join(map(str, torch.cuda.get_device_capability(DEVICE))),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "checks": [],
-        }
-        print("{gpu}, compute capability {capability}, torch {torch}".format_map(self.content), flush=True)
-
-    def add(self, section: str, row: Row) -> None:
-        """Store a row, unless it only names the current step of its part."""
-        if "at" in row and "error" not in row:
-            return
-        if row.get("ok") is False:
-            print(f"FAILED {row}", flush=True)
-        if section == "times" and "us" in row:
-            if not any("us" in before for before in self.rows("times")):
-                print(gpu_timing.HEADER)
-            gpu_timing.add_limits(row, self.limits)
-            print(gpu_timing.line(row), flush=True)
-        self.content.setdefault("checks" if "ok" in row or "skipped" in row else section, []).append(row)
-        if time.monotonic() > self._written + 2:
-            self.save()
-
-    def rows(self, section: str) -> list[Row]:
-        return self.content.get(section, [])
-
-    @property
-    def limits(self) -> Row:
-        return next(iter(self.rows("limits")), {})
-
-    @property
-    def failed(self) -> int:
-        return sum(row.get("ok") is False for row in self.rows("checks"))
-
-    def save(self) -> None:
-        part = self.path.with_name(f"{self.path.name}.part")
-        part.write_text(json.dumps(self.content, indent=1, allow_nan=False))
-        part.replace(self.path)
-        self._written = time.monotonic()
-
-    def conclude(self) -> None:
-        """Print what needs the whole run, and write the JSON file a last time."""
-        for section, line_of in (("packing", gpu_timing.packing_line), ("gather", gpu_timing.gather_line)):
-            for row in self.rows(section):
-                print(line_of(row))
-        if tiles := self.rows("tiles"):
-            print(gpu_timing.table_rows(tiles))
-        checks = self.rows("checks")
-        skipped = {f"{row.get('kernel') or row['part']}: {row['skipped']}" for row in checks if "skipped" in row}
-        for reason in sorted(skipped):
-            print(f"not run: {reason}")
-        print(f"{sum('ok' in row for row in checks)} checks, {self.failed} failed")
-        self.save()
-        print(f"wrote {self.path}")
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Check and time every GPU kernel on the first GPU.")
     parser.add_argument("--checkpoint", type=Path, help="folder of a checkpoint whose weights are checked too")
     parser.add_argument("--json", type=Path, help="file for results (gpu_check.json; --quick: gpu_check_quick.json)")
     parser.add_argument("--seconds", type=float, default=400, help="start no new work after this time (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="small shapes, one process, no timing: compute-sanitizer")
+    parser.add_argument("--quick", action="store_true", help="small shapes in one process, for compute-sanitizer")
     arguments = parser.parse_args()
     if arguments.checkpoint and not arguments.checkpoint.is_dir():
         parser.error(f"{arguments.checkpoint} is not a folder")

@@ -85,7 +85,7 @@ class SupervisedProcess:
 def proportional_set_size(pid: int, files: bool = True) -> int:
     """Bytes; 0 for a process that has ended. The resident set size if the kernel does not report the proportional one.
 
-    psutil does not tell anonymous and file pages of the proportional set size apart.
+    psutil does not split the proportional set size into anonymous and file pages.
 
     Args:
         files: whether to count pages of mapped files, such as libraries.

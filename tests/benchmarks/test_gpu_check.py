@@ -1,4 +1,4 @@
-"""What gpu_check would say of a kernel, played on a CPU: right ones pass, wrong ones fail, broken ones cost a row."""
+"""gpu_check with kernels mocked on a CPU: correct ones pass, wrong ones fail, and a broken one costs only its row."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def played(hopper_layers, monkeypatch):
+def mocked(hopper_layers, monkeypatch):
     for module in (gpu_check, gpu_products, gpu_timing):
         monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
         monkeypatch.setattr(module, "library_of", lambda index: hopper_layers)
@@ -41,7 +41,7 @@ def rows(weights, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("weights", [None, fp8.DTYPE])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_right_products_pass_at_every_number_of_tokens(played, weights, dtype):
+def test_right_products_pass_at_every_number_of_tokens(mocked, weights, dtype):
     found = rows(weights, dtype)
     assert all(row["ok"] for row in found)
     assert {row["tokens"] for row in found if "tokens" in row} == set(gpu_products.TOKENS)
@@ -60,7 +60,7 @@ def test_right_products_pass_at_every_number_of_tokens(played, weights, dtype):
     ],
     ids=["rows of scales", "token scales", "metadata", "values", "activations"],
 )
-def test_wrong_products_fail(played, monkeypatch, spoil):
+def test_wrong_products_fail(mocked, monkeypatch, spoil):
     right = PretendLibrary.linear
 
     def wrong(self, tile, split_k, x, values, metadata, bias, y, workspace, scales=None):
@@ -86,7 +86,7 @@ def test_the_fastest_tiles_are_printed_by_width_of_values():
     }
 
 
-class PlayedGraph:
+class MockGraph:
     """Runs the calls again where a CUDA graph would be replayed."""
 
     def __init__(self, calls):
@@ -98,8 +98,8 @@ class PlayedGraph:
 
 
 @pytest.fixture
-def small(played, monkeypatch, tmp_path):
-    """All of gpu_check in this process, on shapes for a CPU, with times that a dice could have thrown."""
+def small(mocked, monkeypatch, tmp_path):
+    """All of gpu_check in this process, with shapes for a CPU and arbitrary times."""
     for module, name, value in [
         (gpu_check, "FAST", (CutlassKernel, CusparseltKernel)),
         (gpu_check, "KERNELS", (CutlassKernel, CusparseltKernel, ReferenceKernel)),
@@ -111,24 +111,24 @@ def small(played, monkeypatch, tmp_path):
         (gpu_timing, "TUNED_SHAPES", ((192, 64),)),
         (gpu_timing, "LAYERS", {64: ((192, 64), (64, 128))}),
         (gpu_timing, "_BYTES_IN_TURN", 2**10),
-        (gpu_timing, "capture", lambda calls: ((graph := PlayedGraph(calls)), graph.outputs)),
+        (gpu_timing, "capture", lambda calls: ((graph := MockGraph(calls)), graph.outputs)),
         (gpu_timing, "microseconds", lambda calls, least=8: float(sum(call().shape[0] for call in calls))),
         (gpu_timing, "measure_limits", lambda: iter([{"bytes_per_second": 3e12, "dense_flop_per_second": 8e14}])),
         (torch, "compile", lambda function: function),
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "synchronize", lambda: None),
-        (torch.cuda, "get_device_name", lambda device: "pretended"),
+        (torch.cuda, "get_device_name", lambda device: "mock"),
         (torch.cuda, "get_device_capability", lambda device: (9, 0)),
     ]:
         monkeypatch.setattr(module, name, value)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gpu_check"])
-    return played
+    return mocked
 
 
 def report(name="gpu_check.json"):
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(Path(name).read_text(), parse_constant=refuse)
 
@@ -145,13 +145,13 @@ def test_a_whole_run(small, capsys):
         assert heading in said
 
 
-def test_a_run_under_the_sanitizer_times_nothing(small, monkeypatch):
+def test_a_quick_run_times_nothing(small, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--quick"])
     gpu_check.run(gpu_check.parse_arguments())
     assert report("gpu_check_quick.json").keys() == {"gpu", "capability", "torch", "cuda", "checks"}
 
 
-def test_what_there_was_no_time_for_is_told(small, monkeypatch):
+def test_parts_without_time_are_reported(small, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--seconds", "0"])
     gpu_check.run(gpu_check.parse_arguments())
     checks = report()["checks"]
@@ -160,7 +160,7 @@ def test_what_there_was_no_time_for_is_told(small, monkeypatch):
     }
 
 
-def test_a_gpu_of_ours_without_our_library_is_a_failure(small, monkeypatch, capsys):
+def test_a_supported_gpu_without_our_library_is_a_failure(small, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--quick"])
     monkeypatch.setattr(CutlassKernel, "is_supported", staticmethod(lambda device: "was not built"))
     with pytest.raises(SystemExit):
@@ -170,7 +170,7 @@ def test_a_gpu_of_ours_without_our_library_is_a_failure(small, monkeypatch, caps
     ]
 
 
-def test_a_gpu_that_we_have_no_kernels_for_has_its_other_backends_checked(small, monkeypatch):
+def test_an_unsupported_gpu_has_its_other_backends_checked(small, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     reason = "no kernels for compute capability 7.5"
     monkeypatch.setattr(CutlassKernel, "is_supported", staticmethod(lambda device: reason))
@@ -179,8 +179,8 @@ def test_a_gpu_that_we_have_no_kernels_for_has_its_other_backends_checked(small,
     assert "tiles" not in report()
 
 
-def test_tiles_that_were_not_all_timed_make_no_line_of_the_table(small, monkeypatch):
-    """The second tile's time comes after the deadline."""
+def test_tiles_that_were_not_all_timed_are_left_out_of_the_table(small, monkeypatch):
+    """The deadline passes before the second tile is timed."""
     part = gpu_check.Part("tiles", "tiles", lambda: gpu_timing.time_tiles((192, 64), torch.bfloat16))
     clock = iter(range(100))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
@@ -209,23 +209,23 @@ def broken_parts():
     return [gpu_check.Part(step.__name__, "checks", step, silence=3) for step in steps]
 
 
-def test_a_broken_part_costs_itself_alone():
+def test_the_other_parts_run_when_one_is_broken():
     rows = list(gpu_check.supervise(broken_parts, time.monotonic() + 3600))
-    told = [(index, row) for index, row in rows if "ok" in row]
-    assert [(index, row["ok"]) for index, row in told] == [
+    judged = [(index, row) for index, row in rows if "ok" in row]
+    assert [(index, row["ok"]) for index, row in judged] == [
         *((0, True), (1, True), (1, False), (2, False), (3, True), (3, False), (4, True))
     ]
-    failed = [row for _, row in told if not row["ok"]]
+    failed = [row for _, row in judged if not row["ok"]]
     assert [row["at"] for row in failed] == ["the second step", "the first step", "its start"]
     for row, error in zip(failed, ("RiaError: CUDA refused: no reason", "ended with code -6", "no answer for 3 s")):
         assert error in row["error"]
 
 
-def test_the_checkout_alone_and_torch_are_enough(tmp_path):
-    """As on a GPU machine: nothing installed, nothing compiled, none of our requirements but torch."""
+def test_a_checkout_and_torch_are_enough(tmp_path):
+    """As on a GPU machine: nothing is installed or compiled, and of our dependencies only torch is there."""
     for folder in ("ria_vllm", "serve", "packaging", "benchmarks"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    absent = ("pydantic", "vllm", "transformers", "safetensors", "click", "scipy", "datasets", "rich")
+    absent = ("pydantic", "vllm", "transformers", "safetensors", "click", "scipy", "datasets", "rich", "psutil")
     code = f"import sys, runpy; sys.modules.update(dict.fromkeys({absent})); sys.argv = ['test_gpu.py']"
     script = str(tmp_path / "packaging" / "test_gpu.py")
     code += f"; runpy.run_path({script!r}, run_name='__main__')"

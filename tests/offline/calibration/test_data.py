@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.calibration import data as calibration
+from ria_vllm.offline.calibration import data
 from ria_vllm.offline.calibration.data import from_model, from_text
 from ria_vllm.progress import Monitor
 
@@ -61,7 +61,7 @@ def test_a_sample_starts_as_every_prompt_does(tokenizer, tmp_path):
 def test_pieces_of_a_long_text_join_without_a_seam(tokenizer, tmp_path, monkeypatch):
     path = write(tmp_path / "text.txt", DOCUMENTS)
     whole = from_text(str(path), tokenizer, 20, 50, 0)
-    monkeypatch.setattr(calibration, "CHUNK_CHARACTERS", 64)
+    monkeypatch.setattr(data, "CHUNK_CHARACTERS", 64)
     assert torch.equal(whole, from_text(str(path), tokenizer, 20, 50, 0))
 
 
@@ -99,7 +99,7 @@ def test_unusable_texts(name, content, message, tokenizer, tmp_path):
 )  # fmt: skip
 def test_json_lines_in_every_spelling(content, texts, tmp_path):
     (tmp_path / "text.jsonl").write_bytes(content)
-    assert list(calibration.documents(str(tmp_path / "text.jsonl"))) == [f"{text}\n\n" for text in texts]
+    assert list(data.documents(str(tmp_path / "text.jsonl"))) == [f"{text}\n\n" for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,14 @@ def test_a_bad_line_is_named(line, tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_bytes(b'{"text": "a"}\n\n' + line + b'\n{"text": "c"}\n')
     with pytest.raises(RiaError, match=r"text\.jsonl, line 3: "):
-        list(calibration.documents(str(path)))
+        list(data.documents(str(path)))
 
 
 @pytest.mark.parametrize("content", [b"a\r\n\r\nb", b"a\n\nb", b"\n\n\n", b"", b"a \x0c\xc2\x85b\n"])
 def test_a_plain_text_keeps_every_character_but_carriage_returns(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "CHUNK_CHARACTERS", 2)
+    monkeypatch.setattr(data, "CHUNK_CHARACTERS", 2)
     (tmp_path / "text.txt").write_bytes(content)
-    assert "".join(calibration.documents(str(tmp_path / "text.txt"))) == content.decode().replace("\r\n", "\n")
+    assert "".join(data.documents(str(tmp_path / "text.txt"))) == content.decode().replace("\r\n", "\n")
 
 
 @pytest.mark.parametrize("name", ["text[1].parquet", "a*b.parquet", "a::b.parquet", "TEXT.PARQUET"])
@@ -135,10 +135,10 @@ def test_parquet_of_many_types_beside_the_text(name, tmp_path):
     plain, large = pyarrow.array(texts), pyarrow.array(texts, pyarrow.large_string())
     for column in (plain, large, plain.dictionary_encode()):
         pyarrow.parquet.write_table(pyarrow.table({"pairs": pairs, "text": column}), tmp_path / name)
-        assert list(calibration.documents(str(tmp_path / name))) == [f"{text}\n\n" for text in texts]
+        assert list(data.documents(str(tmp_path / name))) == [f"{text}\n\n" for text in texts]
     pyarrow.parquet.write_table(pyarrow.table({"pairs": pairs}), tmp_path / name)
     with pytest.raises(RiaError, match="no column 'text' .it has pairs"):
-        list(calibration.documents(str(tmp_path / name)))
+        list(data.documents(str(tmp_path / name)))
 
 
 def test_nulls_are_skipped_and_half_a_surrogate_pair_is_replaced(tokenizer, tmp_path):
@@ -147,13 +147,13 @@ def test_nulls_are_skipped_and_half_a_surrogate_pair_is_replaced(tokenizer, tmp_
 
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": null}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
-    assert list(calibration.documents(str(path))) == ["a?b\n\n", "\N{GRINNING FACE}\n\n"]
+    assert list(data.documents(str(path))) == ["a?b\n\n", "\N{GRINNING FACE}\n\n"]
     assert from_text(str(path), tokenizer, 1, 5, 0).shape == (1, 5)
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "text.parquet")
-    assert list(calibration.documents(str(tmp_path / "text.parquet"))) == ["a\n\n", "b\n\n"]
+    assert list(data.documents(str(tmp_path / "text.parquet"))) == ["a\n\n", "b\n\n"]
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     with pytest.raises(RiaError, match="numbers.parquet: the field 'text' must be a string, not int"):
-        list(calibration.documents(str(tmp_path / "numbers.parquet")))
+        list(data.documents(str(tmp_path / "numbers.parquet")))
 
 
 @pytest.mark.parametrize("name", ["c4", "wikitext2", "pile"])
@@ -166,7 +166,7 @@ def test_data_sets_of_the_hub(name, tokenizer, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert from_text(name, tokenizer, 20, 50, 0).shape == (20, 50)
-    assert asked == [(*calibration.DATASETS[name][:2], "train")]
+    assert asked == [(*data.DATASETS[name][:2], "train")]
 
 
 def test_a_data_set_out_of_reach(tokenizer, monkeypatch):
@@ -184,8 +184,8 @@ def model(tiny):
 
 
 def test_the_model_writes_its_own_samples(model, monkeypatch):
-    monkeypatch.setattr(calibration, "DOCUMENT_TOKENS", 8)
-    monkeypatch.setattr(calibration, "KV_CACHE_BYTES", 0)  # several batches
+    monkeypatch.setattr(data, "DOCUMENT_TOKENS", 8)
+    monkeypatch.setattr(data, "KV_CACHE_BYTES", 0)  # several batches
     tokens = from_model(model, 0, samples=5, seq_len=20, seed=0, monitor=Monitor(shown=False))
     assert tokens.shape == (5, 20)
     assert bool((tokens[:, ::8] == 0).all())  # every document begins with the start token
