@@ -275,7 +275,7 @@ def _time_tiles(
     y = torch.empty(tokens, sizes[0], dtype=torch.bfloat16, device=DEVICE)
     for tile, name in enumerate(library.tile_names):
         for split in sorted({*SPLITS, rule.get(name, DATA_PARALLEL)}):
-            if split != DATA_PARALLEL and (tokens > 1024 or library.family == 90 and "streamk" not in name):
+            if split != DATA_PARALLEL and (tokens > 1024 or (library.family == 90 and "streamk" not in name)):
                 continue
             if not can_run(library, tile, dtype, sizes, tokens, split, sms):
                 continue

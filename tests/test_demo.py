@@ -62,7 +62,7 @@ def test_the_table_has_both_sides_and_their_ratio(demo):
 
 def test_the_dense_side_gets_the_fast_dtype(demo, monkeypatch):
     for fast, ends in ((True, demo.SERVE_ARGUMENTS), (False, [*demo.SERVE_ARGUMENTS, "--dtype", "float32"])):
-        monkeypatch.setattr(demo, "fast_bf16", lambda device: fast)  # noqa: B023
+        monkeypatch.setattr(demo, "fast_bf16", lambda device: fast)
         assert demo.serve_arguments("dense") == ends and demo.serve_arguments("sparse") == demo.SERVE_ARGUMENTS
 
 

@@ -1,6 +1,7 @@
 """The product in torch operations alone: any device, any dtype, any weight format. The fallback, and the tests' oracle."""
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
@@ -18,7 +19,14 @@ _library.define(
 )
 
 
-def _linear(x, packed, weight_format, out_features, input_permutation, bias):
+def _linear(
+    x: torch.Tensor,
+    packed: list[torch.Tensor],
+    weight_format: str,
+    out_features: int,
+    input_permutation: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
     format = FORMATS[weight_format]
     parts = {part.name: tensor for part, tensor in zip(format.parts, packed, strict=True)}
     y = x.new_empty(*x.shape[:-1], out_features)
@@ -36,15 +44,22 @@ _library.impl("sparse24_linear.reference", _linear, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("ria::sparse24_linear.reference")
-def _fake_linear(x, packed, weight_format, out_features, input_permutation, bias):
+def _fake_linear(
+    x: torch.Tensor,
+    packed: list[torch.Tensor],
+    weight_format: str,
+    out_features: int,
+    input_permutation: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 class ReferenceKernel:
     """See `LinearKernel`."""
 
-    name = "reference"
-    is_fallback = True
+    name: ClassVar[str] = "reference"
+    is_fallback: ClassVar[bool] = True
 
     @staticmethod
     def is_supported(device: torch.device) -> str | None:

@@ -6,4 +6,4 @@ from families import text, tiny  # noqa: F401
 # The mock of a Hopper GPU is shared with the tests of serving.
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 
-from pretend_hopper import cutlass_on_cpu, hopper, hopper_layers  # noqa: E402, F401
+from pretend_hopper import cutlass_on_cpu, hopper, hopper_layers  # noqa: F401

@@ -6,7 +6,7 @@ import pytest
 # The processes that the tests start import these modules too.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pretend_hopper import cutlass_on_cpu, hopper, hopper_layers  # noqa: E402, F401
+from pretend_hopper import cutlass_on_cpu, hopper, hopper_layers  # noqa: F401
 
 
 @pytest.fixture

@@ -236,7 +236,7 @@ def test_fused_on_disk_though_vllm_names_its_parts(ranks):
     stored = Stored()
     stored.add("gate_up", 2 * INNER, HIDDEN, stored.order(HIDDEN))
     config = stored.config()
-    config.permutations = {name: stored.orders["gate_up"] for name in ("gate", "up")}
+    config.permutations = dict.fromkeys(("gate", "up"), stored.orders["gate_up"])
     config.pruned, config.stored, config.names = {"gate", "up"}, None, {}
     layer = MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up", return_bias=False)
     x = torch.randn(5, HIDDEN)

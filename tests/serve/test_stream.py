@@ -21,8 +21,7 @@ def stored():
 def test_among_equal_tensors_the_wanted_name_is_found():
     stream, zero = WeightStream(), torch.zeros(4)
     names = ["k.bias", "v.bias"]
-    for name, _ in stream.named((name, torch.zeros(4)) for name in names):
-        pass
+    list(stream.named((name, torch.zeros(4)) for name in names))
     assert [stream.name_of(zero.clone(), [name]) for name in names] == names
 
 

@@ -6,6 +6,7 @@
 import ctypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -67,8 +68,8 @@ def instruction_set() -> str:
 class CpuKernel:
     """See `LinearKernel`. int8 weights meet bfloat16 activations."""
 
-    name = "cpu"
-    is_fallback = False
+    name: ClassVar[str] = "cpu"
+    is_fallback: ClassVar[bool] = False
 
     @staticmethod
     def is_supported(device: torch.device) -> str | None:

@@ -9,6 +9,7 @@ All streams of a device share one workspace: two products must not run at the sa
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 
@@ -115,8 +116,8 @@ def workspace(device_index: int) -> torch.Tensor:
 class CutlassKernel:
     """See `LinearKernel`. For fp8 weights each token of x is rounded to fp8 as well, under its own scale."""
 
-    name = "cutlass"
-    is_fallback = False
+    name: ClassVar[str] = "cutlass"
+    is_fallback: ClassVar[bool] = False
 
     @staticmethod
     def is_supported(device: torch.device) -> str | None:

@@ -1,7 +1,7 @@
 """Chooses the tile for a product and how K is divided: from measurements, or by rule where there are none."""
 
 import re
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -94,7 +94,7 @@ def can_run(
     return library.can_implement(*product) and library.workspace_bytes(*product) <= WORKSPACE_BYTES
 
 
-@lru_cache(maxsize=None)
+@cache
 def choose_tile(
     library: CudaLibrary, dtype: torch.dtype, out_features: int, in_features: int, tokens: int, num_sms: int
 ) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The linear on NVIDIA GPUs by the cuSPARSELt that torch contains. Needs no compiler."""
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
@@ -36,8 +37,8 @@ def _fake_linear(x, packed, out_features, bias):
 class CusparseltKernel:
     """See `LinearKernel`."""
 
-    name = "cusparselt"
-    is_fallback = False
+    name: ClassVar[str] = "cusparselt"
+    is_fallback: ClassVar[bool] = False
 
     @staticmethod
     def is_supported(device: torch.device) -> str | None:

@@ -6,9 +6,8 @@ import pytest
 
 from ria_vllm.serve.benchmark.load import ONLINE_FIGURES, Workload, read_online
 
-GOOD = {"completed": 8, "failed": 0, "errors": [""] * 8, "total_output_tokens": 128} | {
-    theirs: 1.5 for theirs in ONLINE_FIGURES.values()
-}
+GOOD = {"completed": 8, "failed": 0, "errors": [""] * 8, "total_output_tokens": 128}
+GOOD |= dict.fromkeys(ONLINE_FIGURES.values(), 1.5)
 
 
 def read(tmp_path, **changes):
