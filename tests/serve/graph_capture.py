@@ -46,9 +46,14 @@ class GraphCapture(TorchDispatchMode):
         assert devices <= {self._device}, f"{function}: on {devices}"
 
     def kept(self, *returned: torch.Tensor) -> list[torch.Tensor]:
-        """Tensors made during the capture that are still alive and are none of those `returned`."""
-        alive = [reference() for reference in self._made]
-        return [t for t in alive if t is not None and not any(t is other for other in returned)]
+        """Tensors made during the capture that are still alive and share no memory with those `returned`."""
+        alive = [t for t in (reference() for reference in self._made) if t is not None]
+        memory = {_memory_of(t) for t in returned}
+        return [t for t in alive if _memory_of(t) not in memory]
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # meta tensors have no addresses
 
 
 def _tensors_in(tree) -> list[torch.Tensor]:
