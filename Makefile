@@ -56,6 +56,7 @@ CPP_SOURCES = $(shell find serve tests -name '*.cpp' -o -name '*.cu' -o -name '*
 
 lint: .venv-lint/ready
 	$(LINT)/ruff check .
+	$(LINT)/ruff format --check .
 	$(LINT)/clang-format --dry-run -Werror $(CPP_SOURCES)
 	rm -rf $(INSTALLED) && mkdir -p $(INSTALLED)
 	cp -Rp ria_vllm benchmarks $(INSTALLED) && cp -Rp offline serve $(INSTALLED)/ria_vllm

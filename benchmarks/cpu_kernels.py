@@ -79,7 +79,10 @@ def variants_of(weight: torch.Tensor) -> dict[tuple[str, str], tuple[torch.dtype
         name, bits, same = str(dtype).removeprefix("torch."), 8 * dtype.itemsize, weight.to(dtype)
         parts = FLOAT.encode(same, None, None)
         variants["dense", name] = dtype, copies(lambda same=same: cpu_dense.unquantized(same.clone()), bits)
-        variants["sparse", name] = dtype, copies(lambda parts=parts, dtype=dtype: sparse(parts, FLOAT, dtype), bits / 2 + 1)
+        variants["sparse", name] = (
+            dtype,
+            copies(lambda parts=parts, dtype=dtype: sparse(parts, FLOAT, dtype), bits / 2 + 1),
+        )
     compressed, bitmask = sparse24.compress(weight)
     values, scales = quantize_rows(compressed)
     int8 = {"compressed": values, "bitmask": bitmask, "weight_scale": scales}

@@ -40,8 +40,8 @@ def main(out: Path, pip_arguments: list[str]) -> None:
         subprocess.run([*pip, *pip_arguments, "-w", str(plain), str(sources)], check=True, env=environment)
         (wheel,) = plain.glob("*.whl")
         # Any installed torch brings its own.
-        command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so", "-w", str(out), str(wheel)]
-        subprocess.run(command, check=True, env=environment)
+        repair = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so"]
+        subprocess.run([*repair, "-w", str(out), str(wheel)], check=True, env=environment)
 
 
 if __name__ == "__main__":

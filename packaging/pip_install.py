@@ -30,7 +30,8 @@ UV_VARIABLES = {
 }
 # Options that only pip has: with a value, and without.
 PIPS_WITH_VALUE = (
-    "--timeout", "--default-timeout", "--retries", "--proxy", "--root-user-action", "--progress-bar", "--upgrade-strategy",
+    "--timeout", "--default-timeout", "--retries", "--proxy", "--root-user-action", "--progress-bar",
+    "--upgrade-strategy",
 )  # fmt: skip
 PIPS_FLAGS = ("--prefer-binary", "--use-pep517", "--no-input", "--no-warn-script-location")
 

@@ -56,8 +56,8 @@ class SparseLinear:
 
     def dense(self) -> torch.Tensor:
         """Dense [out, in], columns in the model's own order."""
-        stored = self.stored()
-        return stored if self.input_permutation is None else stored[:, permutation.invert(self.input_permutation).long()]
+        stored, p = self.stored(), self.input_permutation
+        return stored if p is None else stored[:, permutation.invert(p).long()]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,13 +70,19 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise RiaError(f"{path}: no such file. Is this the right folder?") from None
-    except (OSError, ValueError, RecursionError) as error:  # a ValueError: no JSON, no UTF-8, or a number of 5,000 digits
+    # A ValueError: not JSON, not UTF-8, or a number of 5,000 digits.
+    except (OSError, ValueError, RecursionError) as error:
         raise RiaError(f"{path}: not readable as JSON ({error}). Get the file again.") from None
     if not isinstance(content, dict):
         raise RiaError(f"{path}: expected a JSON object. Get the file again.")
     level: list[Any] = [content]
     for _ in range(DEEPEST_JSON):
-        level = [c for node in level for c in (node.values() if isinstance(node, dict) else node) if isinstance(c, dict | list)]
+        level = [
+            c
+            for node in level
+            for c in (node.values() if isinstance(node, dict) else node)
+            if isinstance(c, dict | list)
+        ]
         if not level:
             return content
     raise RiaError(f"{path}: more than {DEEPEST_JSON} levels of JSON. Do not use this checkpoint.")
@@ -95,7 +101,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, from the index or the single weight file of a Hugging Face folder.
 
     Raises:
-        RiaError: no weights, a shard that is missing, truncated or leaves its folder, a tensor that is not in its shard.
+        RiaError: no weights; a shard that is missing, truncated or outside the folder; a tensor missing from its shard.
     """
     index = folder / INDEX_FILE
     if not index.is_file():
@@ -154,7 +160,9 @@ def check_prefix(stored: Iterable[str], schema: RiaSchema, prefix: str, where: s
         weight = f"{layer}.weight" if layer in pruned and part in schema.parts else name
         other = found.setdefault(weight.removeprefix(prefix), weight)
         if other != weight:
-            raise RiaError(f"{where}: {other} and {weight} are both stored, but they are one weight. Get the weight files again.")
+            raise RiaError(
+                f"{where}: {other} and {weight} are both stored, but they are one weight. Get the weight files again."
+            )
 
 
 def file_metadata(path: Path) -> dict[str, str]:
@@ -202,11 +210,13 @@ def check_digests(
     again = "Get all files of one run, or compress the model again."
     if schema.permutes and expected is None:
         raise RiaError(
-            f"{where}: config.json has no permutations_digest (older versions did not write one), so nothing shows that "
-            "the permutations belong to the weights. Compress the model again."
+            f"{where}: config.json has no permutations_digest (older versions did not write one), so nothing shows "
+            "that the permutations belong to the weights. Compress the model again."
         )
     if not schema.permutes and (expected is not None or permutations):
-        raise RiaError(f"{where}: it has permutations, though the recipe in config.json says that there are none. {again}")
+        raise RiaError(
+            f"{where}: it has permutations, though the recipe in config.json says that there are none. {again}"
+        )
     if expected is not None and permutation.digest(permutations) != expected:
         raise RiaError(f"{where}: {PERMUTATIONS_FILE} is from another run than config.json. {again}")
     for path in sorted(set(files)):
@@ -268,7 +278,9 @@ def checked_linear(
     weight_format = schema.weight_format
     wrong = weight_format.check(parts, tuple(shape.flatten().tolist()))
     if wrong:
-        raise RiaError(f"{where}: {name}: {wrong}. The file is damaged, or config.json is another model's; get both again.")
+        raise RiaError(
+            f"{where}: {name}: {wrong}. The file is damaged, or config.json is another model's; get both again."
+        )
     wrong = None if p is None else permutation.check(p, parts["bitmask"].shape[1] * 8)
     if wrong:
         raise RiaError(f"{where}: {name}: not a permutation: {wrong}. Get {PERMUTATIONS_FILE} again.")
@@ -298,7 +310,9 @@ class Reader:
             if part == "bitmask" and f"{layer}.compressed" not in self.files:
                 raise RiaError(f"{self.folder}: {layer}.compressed is missing. Get the weight files again.")
             if part == "compressed" and f"{layer}.weight" in self.files:
-                raise RiaError(f"{self.folder}: {layer} is stored both dense and compressed. Get the weight files again.")
+                raise RiaError(
+                    f"{self.folder}: {layer} is stored both dense and compressed. Get the weight files again."
+                )
             if name.endswith(PERMUTATION_SUFFIX):
                 raise RiaError(f"{self.files[name]}: {name} does not belong here, but in {PERMUTATIONS_FILE}.")
         for path in set(self.files.values()):
@@ -342,7 +356,7 @@ class Reader:
         return read_json(path) if path.is_file() else {}
 
     def problems(self) -> Iterator[str]:
-        """Every broken invariant, one sentence each, the layer named. Reads the whole checkpoint, one linear at a time."""
+        """Every broken invariant, in a sentence that names the layer. Reads the checkpoint one linear at a time."""
         sparse = set(self.sparse_names)
         rows: dict[str, int] = {}
         permutations: dict[str, torch.Tensor] = {}

@@ -1,8 +1,8 @@
 """Weight formats: what the stored tensors of a 2:4 linear mean.
 
-A linear [out, in] is stored as one tensor for each of its format's `parts`, named NAME.PART, and NAME.shape. Rows are in
-the model's own order and columns in the stored one. `bitmask` says which two columns of each group of four are kept (see
-`ria_vllm.sparse24`); the other parts hold their values:
+A linear [out, in] is stored as one tensor for each of its format's `parts`, named NAME.PART, and NAME.shape. Rows are
+in the model's own order and columns in the stored one. `bitmask` says which two columns of each group of four are kept
+(see `ria_vllm.sparse24`); the other parts hold their values:
 
 | format | `compressed`            | `weight_scale` | bits per weight, with the bitmask |
 | ------ | ----------------------- | -------------- | --------------------------------- |
@@ -10,12 +10,12 @@ the model's own order and columns in the stored one. `bitmask` says which two co
 | int8   | int8                    | one per row    | 5                                 |
 | fp8    | float8_e4m3fn           | one per row    | 5                                 |
 
-What happens to a linear happens to each part by its description alone (`Part`): a row order takes the rows of all parts; a
-tensor-parallel cut of the columns cuts the parts that have columns and leaves one scale per row whole on every rank; padding
-appends `Part.fill`. A column permutation changes no part, because a format encodes columns that are in the stored order
-already; where `group_size` is None the scales do not depend on that order.
+What happens to a linear happens to each part, by its description alone (`Part`). A row order takes the rows of all
+parts. A tensor-parallel cut of the columns cuts the parts that have columns; one scale per row stays whole on every
+rank. Padding appends `Part.fill`. A column permutation changes no part, because a format encodes columns that are in
+the stored order already; where `group_size` is None, the scales do not depend on that order.
 
-Everything that reads, writes or multiplies weights asks the format: a new one is a class here, and a kernel for it.
+Everything that reads, writes or multiplies weights asks the format. A new one is a class here, and a kernel for it.
 """
 
 from abc import ABC, abstractmethod
@@ -92,7 +92,7 @@ class WeightFormat(ABC):
 
     @property
     def group_size(self) -> int | None:
-        """Stored columns that share a scale, so that quantizing must know the stored order; None if scales are per row."""
+        """Stored columns that share a scale; None if scales are per row. Quantizing groups needs the stored order."""
         return next((part.channels for part in self.parts if part.name == "weight_scale"), None)
 
     def bits_per_weight(self, dtype: torch.dtype) -> float:
@@ -113,7 +113,9 @@ class WeightFormat(ABC):
         """
 
     @abstractmethod
-    def encode(self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def encode(
+        self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
         """The parts of a matrix that `quantize` gave.
 
         Args:
@@ -147,7 +149,9 @@ class WeightFormat(ABC):
                 return f"{part.name} is missing"
             tensor = parts[part.name]
             if tensor.dtype not in part.dtypes:
-                return f"{part.name} has dtype {name_of(tensor.dtype)}, expected {' or '.join(map(name_of, part.dtypes))}"
+                return (
+                    f"{part.name} has dtype {name_of(tensor.dtype)}, expected {' or '.join(map(name_of, part.dtypes))}"
+                )
         wrong = sparse24.check_bitmask(parts["bitmask"], shape)
         if wrong:
             return wrong
@@ -172,7 +176,9 @@ class WeightFormat(ABC):
         cut = {}
         for part in self.parts:
             tensor = parts[part.name]
-            cut[part.name] = tensor if part.channels is None else tensor[:, start // part.channels : stop // part.channels]
+            cut[part.name] = (
+                tensor if part.channels is None else tensor[:, start // part.channels : stop // part.channels]
+            )
         return cut
 
     def pad_columns(self, parts: Parts, count: int) -> dict[str, torch.Tensor]:
@@ -198,7 +204,9 @@ class FloatFormat(WeightFormat):
     def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, None]:
         return weight.to(dtype), None
 
-    def encode(self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def encode(
+        self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
         compressed, bitmask = sparse24.compress(weight, mask)
         return {"compressed": compressed, "bitmask": bitmask}
 
@@ -211,13 +219,20 @@ class Int8Format(WeightFormat):
 
     name = "int8"
     parts = (Part("compressed", (torch.int8,), 2), BITMASK, ROW_SCALE)
-    quantization: ClassVar[Mapping[str, Any] | None] = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    quantization: ClassVar[Mapping[str, Any] | None] = {
+        "num_bits": 8,
+        "type": "int",
+        "strategy": "channel",
+        "symmetric": True,
+    }
 
     def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         values, scales = quantize_rows(weight)
         return (values.float() * scales).to(dtype), scales
 
-    def encode(self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def encode(
+        self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
         compressed, bitmask = sparse24.compress(weight, mask)
         # Exact: rounding to the model's dtype moved no weight by as much as half a scale.
         values = (compressed.float() / scales).round().to(torch.int8)
@@ -232,7 +247,12 @@ class Fp8Format(WeightFormat):
 
     name = "fp8"
     parts = (Part("compressed", (torch.float8_e4m3fn,), 2), BITMASK, ROW_SCALE)
-    quantization: ClassVar[Mapping[str, Any] | None] = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    quantization: ClassVar[Mapping[str, Any] | None] = {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "channel",
+        "symmetric": True,
+    }
 
     def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         largest = torch.finfo(torch.float8_e4m3fn).max
@@ -240,7 +260,9 @@ class Fp8Format(WeightFormat):
         values = (weight.float() / scales).clamp(-largest, largest).to(torch.float8_e4m3fn)
         return (values.float() * scales).to(dtype), scales
 
-    def encode(self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def encode(
+        self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
         compressed, bitmask = sparse24.compress(weight, mask)
         largest = torch.finfo(torch.float8_e4m3fn).max
         values = (compressed.float() / scales).clamp(-largest, largest).to(torch.float8_e4m3fn)

@@ -115,7 +115,10 @@ class Loading:
         names = sorted({source.rpartition(".")[0] for source in sources})
         unknown = [source for source in sources if source.rpartition(".")[2] not in self.schema.parts]
         if len(names) > 1 or unknown:
-            raise RiaError(f"{self.where}: {', '.join(sorted(sources))}: meant for one weight, but not the tensors of one pruned linear.")
+            raise RiaError(
+                f"{self.where}: {', '.join(sorted(sources))}: meant for one weight, but not the tensors of one "
+                "pruned linear."
+            )
         name = names[0]
         linear = checked_linear(name, tensors, self.permutations.get(name), self.schema, self.where)
         self.claimed.add(name)
@@ -168,8 +171,8 @@ class RiaQuantizer(HfQuantizer):
 class Decompress(ConversionOps):
     """The tensors of one pruned linear -> its dense weight in the model's own order.
 
-    sources: their names in the checkpoint. Only these say which permutation belongs to them: `convert` gets the model's name
-    for the weight, which differs where transformers renames modules, or adds or strips a prefix.
+    sources: their names in the checkpoint. Only these say which permutation belongs to them: `convert` gets the model's
+    name for the weight, which differs where transformers renames modules, or adds or strips a prefix.
     """
 
     def __init__(self, loading: Loading):
@@ -184,7 +187,9 @@ class Decompress(ConversionOps):
         **_: Any,
     ) -> dict[str, torch.Tensor]:
         self.loading.missing = missing_keys or ()
-        tensors = {part: _single(input_dict, part) for part in self.loading.schema.parts if PART.format(part) in input_dict}
+        tensors = {
+            part: _single(input_dict, part) for part in self.loading.schema.parts if PART.format(part) in input_dict
+        }
         try:
             dense = self.loading.linear(self.sources, tensors)
         except RiaError as error:  # transformers would bury it in a table; `close` raises it
@@ -202,7 +207,7 @@ class LinearConverter(WeightConverter):
 
 
 def _permutations_file(folder: Path, ask: bool) -> Path | None:
-    """The permutations file for the weights in `folder`: beside them or, if `ask`, from the hub repository of the folder.
+    """The permutations file for the weights in `folder`: beside them or, if `ask`, from the folder's hub repository.
 
     Raises:
         RiaError: the hub did not provide it.
@@ -224,7 +229,8 @@ def _permutations_file(folder: Path, ask: bool) -> Path | None:
         reason = " ".join(str(error).split())
         raise RiaError(
             f"{repository}: {PERMUTATIONS_FILE} is not in {folder}, and the hub did not provide it ({reason}). Run "
-            f"`hf auth login`, or download the whole repository first (`hf download {repository}`), and load that folder."
+            f"`hf auth login`, or download the whole repository first (`hf download {repository}`) and load "
+            "that folder."
         ) from None
     return None if found is None else Path(found)
 

@@ -12,7 +12,7 @@ from ria_vllm.formats import FLOAT, name_of
 
 @dataclass(frozen=True)
 class LinearEntry:
-    """One pruned linear. `bytes` counts values, scales, bitmask, shape and permutation; `sparsity` counts real zeros."""
+    """One pruned linear. `bytes` counts all its tensors and the permutation; `sparsity` counts real zeros."""
 
     name: str
     shape: tuple[int, int]

@@ -3,8 +3,9 @@
 The folder is an ordinary Hugging Face folder in the manner of compressed-tensors' `sparse-24-bitmask`. For each pruned
 linear NAME the weight files hold NAME.compressed, NAME.bitmask, NAME.shape and whatever else its format has (see
 `ria_vllm.formats`); rows are in the model's own order, columns in the permuted one. `permutations.safetensors` holds
-NAME.input_permutation where the order is not the model's own. Where the recipe permutes, that file is there even if it is
-empty. `permutations_digest` here, and the same in each weight file's header (`DIGEST_KEY`), bind weights and permutations.
+NAME.input_permutation where the order is not the model's own. Where the recipe permutes, that file is there even if it
+is empty. `permutations_digest` here, and the same in each weight file's header (`DIGEST_KEY`), bind weights and
+permutations.
 """
 
 from collections.abc import Iterable, Iterator

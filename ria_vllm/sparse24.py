@@ -90,5 +90,7 @@ def check_bitmask(bitmask: torch.Tensor, shape: tuple[int, int] | None = None) -
     present = torch.bincount(bitmask.reshape(-1).cpu(), minlength=256) > 0
     if bool((present & ~legal).any()):
         bad = (~legal.to(bitmask.device)[bitmask.long()]).nonzero()[0].tolist()
-        return f"row {bad[0]}, columns {8 * bad[1]} to {8 * bad[1] + 7}: a group of four without exactly two kept values"
+        return (
+            f"row {bad[0]}, columns {8 * bad[1]} to {8 * bad[1] + 7}: a group of four without exactly two kept values"
+        )
     return None

@@ -1,7 +1,7 @@
 """Writing a checkpoint so that it appears whole or not at all, and an interrupted run loses nothing that was finished.
 
-OUT.partial/ holds the work: one safetensors file per finished unit (the embeddings, each decoder layer, the head), put in
-place by a rename. When all units are there, their bytes are copied into shards, and the folder is renamed to OUT.
+OUT.partial/ holds the work: one safetensors file per finished unit (the embeddings, each decoder layer, the head), put
+in place by a rename. When all units are there, their bytes are copied into shards, and the folder is renamed to OUT.
 """
 
 import errno
@@ -46,7 +46,7 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 
 def check_place(out: Path, source: Path) -> None:
-    """Refuse to write to the folder that `source` is read from, or to one around it: --overwrite would delete the source.
+    """Refuse to write to the folder that `source` is read from, or around it: --overwrite would delete the source.
 
     Raises:
         RiaError: it is such a folder, or `out` has no name of its own, such as "." or "/".
@@ -67,7 +67,9 @@ def check_file_place(path: Path) -> None:
     if path.is_dir():
         raise RiaError(f"{path}: a folder. Give the name of a file.")
     if not path.parent.is_dir():
-        raise RiaError(f"{path}: there is no folder {path.parent} to write it into. Make the folder, or choose another.")
+        raise RiaError(
+            f"{path}: there is no folder {path.parent} to write it into. Make the folder, or choose another."
+        )
 
 
 class CheckpointWriter:
@@ -135,8 +137,8 @@ class CheckpointWriter:
     ) -> None:
         """Join the units `keys` into shards in that order, add the other files, and rename the folder to `out`.
 
-        If `out` has appeared meanwhile and may not be replaced, the RiaError's cause is a FileExistsError, and the result
-        stays in the work folder.
+        If `out` has appeared meanwhile and may not be replaced, the RiaError's cause is a FileExistsError, and the
+        result stays in the work folder.
 
         Args:
             json_files: file name -> content (config.json, the report).

@@ -164,9 +164,7 @@ class RiaConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         sparsity = self.schema.sparsity_config
         sparsity.ignore = hf_to_vllm_mapper.apply_list(sparsity.ignore)
-        self.names = {
-            new: name for known, name in self.names.items() for new in hf_to_vllm_mapper.apply_list([known])
-        }
+        self.names = {new: name for known, name in self.names.items() for new in hf_to_vllm_mapper.apply_list([known])}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not isinstance(layer, LinearBase):

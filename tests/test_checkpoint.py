@@ -231,7 +231,9 @@ def test_an_odd_name_of_a_shard(damage, shard):
 def test_names_that_would_fool_a_reader(damage, name, file):
     """Escape sequences, new lines, right-to-left marks: nothing of the kind reaches a terminal."""
     if file == "index":
-        damage.edit_json(INDEX, lambda content: content["weight_map"].update({name: "model-00001-of-00002.safetensors"}))
+        damage.edit_json(
+            INDEX, lambda content: content["weight_map"].update({name: "model-00001-of-00002.safetensors"})
+        )
     else:
         path = damage.file_of(f"{Q}.{'compressed' if file == 'shard' else 'input_permutation'}")
         rewrite(path, lambda tensors: tensors.update({name: torch.zeros(2)}))

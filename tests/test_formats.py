@@ -14,7 +14,11 @@ class GroupedInt4(WeightFormat):
     """Not of the package: whole numbers in -7..7, two to a byte, and a scale for each GROUP stored columns."""
 
     name = "int4"
-    parts = (Part("compressed", (torch.uint8,), 4, fill=0x88), BITMASK, Part("weight_scale", (torch.float32,), GROUP, fill=1))
+    parts = (
+        Part("compressed", (torch.uint8,), 4, fill=0x88),
+        BITMASK,
+        Part("weight_scale", (torch.float32,), GROUP, fill=1),
+    )
 
     def quantize(self, weight, dtype):
         groups = weight.float().unflatten(1, (-1, GROUP))
@@ -24,7 +28,9 @@ class GroupedInt4(WeightFormat):
 
     def encode(self, weight, mask, scales):
         compressed, bitmask = sparse24.compress(weight, mask)
-        values = (compressed.float().unflatten(1, (-1, GROUP // 2)) / scales[..., None]).round().flatten(1).to(torch.int8) + 8
+        values = (compressed.float().unflatten(1, (-1, GROUP // 2)) / scales[..., None]).round().flatten(1).to(
+            torch.int8
+        ) + 8
         pairs = values.to(torch.uint8).unflatten(1, (-1, 2))
         return {"compressed": pairs[..., 0] | pairs[..., 1] << 4, "bitmask": bitmask, "weight_scale": scales}
 
@@ -70,7 +76,9 @@ def test_quantizing_is_off_by_at_most_half_a_step(format, steps):
 def test_fp8_is_off_by_at_most_the_half_of_its_last_bit():
     weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     rounded, _ = FP8.quantize(weight, torch.float32)
-    assert ((rounded.double() - weight).abs() <= weight.abs() * 2**-4 + weight.abs().amax(1, keepdim=True) * 2**-18).all()
+    assert (
+        (rounded.double() - weight).abs() <= weight.abs() * 2**-4 + weight.abs().amax(1, keepdim=True) * 2**-18
+    ).all()
 
 
 @each_format
@@ -131,7 +139,10 @@ def test_whatever_breaks_a_rule_is_named(format):
         wrong = format.check(others | {part.name: parts[part.name][:-1]})
         assert wrong and ("expected (" in wrong)
         assert format.check(others | {part.name: parts[part.name].flatten()})
-    assert format.check(parts, (ROWS, COLUMNS * 2)) == f"the bitmask describes a {ROWS} x {COLUMNS} matrix, expected 24 x 384"
+    assert (
+        format.check(parts, (ROWS, COLUMNS * 2))
+        == f"the bitmask describes a {ROWS} x {COLUMNS} matrix, expected 24 x 384"
+    )
     for number in (0, -1, torch.nan, torch.inf) if "weight_scale" in parts else ():
         damaged = parts["weight_scale"].clone()
         damaged[3, 0] = number
@@ -148,7 +159,9 @@ def test_config_json_names_each_written_format():
 
 @pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES)
 def test_rows_are_quantized_to_the_nearest_step(dtype):
-    weight = (torch.randn(9, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 9)[:, None]).to(dtype)
+    weight = (torch.randn(9, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 9)[:, None]).to(
+        dtype
+    )
     weight[4] = 0
     values, scale = formats.quantize_rows(weight)
     assert values.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (9, 1)

@@ -32,7 +32,9 @@ def hidden(model) -> torch.Tensor:
 def expected(pruned_llama) -> torch.Tensor:
     """Of the dense model with the pruned weights put in, in its own order."""
     dense = LlamaModel.from_pretrained(pruned_llama.source)
-    state = {name.removeprefix("model."): tensor for name, tensor in pruned_llama.dense.items() if name != "lm_head.weight"}
+    state = {
+        name.removeprefix("model."): tensor for name, tensor in pruned_llama.dense.items() if name != "lm_head.weight"
+    }
     dense.load_state_dict(state, strict=True)
     return hidden(dense)
 
@@ -45,7 +47,7 @@ def test_the_same_hidden_state_in_every_class(pruned_llama, expected, auto):
 
 
 def store(model, out, pruned, renames=()) -> None:
-    """Prune `model`'s linears `pruned` under random orders, in place, and store it with the names changed by `renames`."""
+    """Prune the linears `pruned` of `model` in place, in random orders; store it under names changed by `renames`."""
     from ria_vllm import sparse24
     from ria_vllm.permutation import invert
     from ria_vllm.schema import RiaSchema, SparsityConfig
@@ -68,7 +70,10 @@ def store(model, out, pruned, renames=()) -> None:
     left = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in pruned}
     unit |= {on_disk(name): tensor.contiguous() for name, tensor in left.items()}
     schema = RiaSchema(sparsity_config=SparsityConfig(ignore=["lm_head"]), recipe={"permute": "lsa"})
-    config = model.config.to_dict() | {"architectures": [type(model).__name__], "quantization_config": schema.model_dump()}
+    config = model.config.to_dict() | {
+        "architectures": [type(model).__name__],
+        "quantization_config": schema.model_dump(),
+    }
     writer = CheckpointWriter(out)
     writer.write("all", unit)
     writer.finish(["all"], {"config.json": config}, [], 10**9)
@@ -101,7 +106,9 @@ def test_names_that_the_caller_maps(tmp_path, auto):
     """Sub-modules too, and two whose names are swapped."""
     model = tiny_model("llama")
     swapped = [("gate_proj", "?"), ("up_proj", "gate_proj"), ("?", "up_proj")]
-    store(model, tmp_path / "out", linears_of(model), [("model.layers", "h"), ("self_attn.q_proj", "a.query"), *swapped])
+    store(
+        model, tmp_path / "out", linears_of(model), [("model.layers", "h"), ("self_attn.q_proj", "a.query"), *swapped]
+    )
     mapping = {
         r"^h\.": "model.layers.", r"a\.query": "self_attn.q_proj",
         "gate_proj": "kept", "up_proj": "gate_proj", "kept": "up_proj",

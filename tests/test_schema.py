@@ -71,9 +71,7 @@ def test_ignored_by_exact_name():
 
 
 def test_fold_patterns_match_one_layer_number():
-    fold = Fold(
-        consumer="h.{i}.fc2", producers=[Producer(name="h.{i}.fc1", rows=(2, 4))], coupling="elementwise"
-    )
+    fold = Fold(consumer="h.{i}.fc2", producers=[Producer(name="h.{i}.fc1", rows=(2, 4))], coupling="elementwise")
     assert fold.layer("h.12.fc2") == "12"
     assert fold.layer("h..fc2") is None and fold.layer("h.².fc2") is None and fold.layer("h.1.fc1.h.1.fc2") is None
     assert fold.layer("h.x.fc2") is None and fold.layer("hx12.fc2") is None and fold.layer("a.h.1.fc2") is None

@@ -94,9 +94,7 @@ def documents(source: str) -> Iterator[str]:
         raise RiaError(f"--calibration {source}: cannot be read ({error}).") from None
 
 
-def from_model(
-    model: Any, bos: int | None, samples: int, seq_len: int, seed: int, monitor: Monitor
-) -> torch.Tensor:
+def from_model(model: Any, bos: int | None, samples: int, seq_len: int, seed: int, monitor: Monitor) -> torch.Tensor:
     """Samples that the dense model generates itself, at temperature 1 from a random first token.
 
     A sample is a sequence of documents of DOCUMENT_TOKENS tokens, the last one cut. Generation does not stop at an

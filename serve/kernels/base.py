@@ -1,7 +1,7 @@
 """What a kernel for 2:4 linears is: `LinearKernel`, asked with a `LinearLayerConfig`, in vLLM's own words.
 
-A kernel is a class that is never instantiated. It holds no state: what it needs of a layer are the tensors that `pack` gave.
-Ours are listed in `ria_vllm.serve.kernels.registry`; those of other packages come through the entry point group
+A kernel is a class that is never instantiated. It holds no state: all it needs of a layer are the tensors that `pack`
+made. Ours are listed in `ria_vllm.serve.kernels.registry`; those of other packages come through the entry point group
 `ria_vllm.linear_kernels`.
 """
 

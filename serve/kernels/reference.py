@@ -1,4 +1,4 @@
-"""The product in torch operations alone: any device, any dtype, any weight format. The fallback, and the tests' oracle."""
+"""The product in torch operations alone, for any device, dtype and weight format: the fallback, and a test oracle."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar

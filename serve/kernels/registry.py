@@ -77,7 +77,9 @@ def _load(entry: EntryPoint) -> type[LinearKernel]:
     asked = ("name", "is_fallback", "is_supported", "can_implement", "pack", "apply")
     absent = [name for name in asked if not hasattr(kernel, name)]
     if absent:
-        raise RiaError(f"{_place(entry)} is not a LinearKernel: it has no {absent[0]}. Update or uninstall that package.")
+        raise RiaError(
+            f"{_place(entry)} is not a LinearKernel: it has no {absent[0]}. Update or uninstall that package."
+        )
     return kernel
 
 

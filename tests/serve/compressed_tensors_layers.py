@@ -42,7 +42,9 @@ class Checkpoint:
         generator = torch.Generator().manual_seed(len(name) + rows + 1000 * seed)
         whole_matrix = torch.randn(rows, columns, generator=generator)
         compressed, bitmask = sparse24.compress(whole_matrix) if two_of_four else (whole_matrix, None)
-        largest = compressed.abs().amax(1, keepdim=True) if self.strategy == "channel" else compressed.abs().amax()[None]
+        largest = (
+            compressed.abs().amax(1, keepdim=True) if self.strategy == "channel" else compressed.abs().amax()[None]
+        )
         whole = self.weights["type"] == "int"
         scale = largest / (127 if whole else fp8.LARGEST)
         values = compressed / scale

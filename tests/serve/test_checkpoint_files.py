@@ -198,7 +198,9 @@ def test_keys_that_are_the_values_on_the_hub(hub):
 def test_hub_repository_with_an_index(hub):
     names = list(load_file(hub.path(SINGLE_FILE)))
     hub.path(SINGLE_FILE).rename(hub.path("model-00001-of-00001.safetensors"))
-    hub.path(INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}))
+    hub.path(INDEX_FILE).write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")})
+    )
     assert len(hub.config().pruned) == 14
     hub.path(INDEX_FILE).write_text('{"weight_map": [1]}')
     with pytest.raises(RiaError, match="who/what: no usable weight_map"):

@@ -37,7 +37,9 @@ RUNS = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compressed-tensors")
-    models = [compressed_tensors_checkpoints.write(folder / str(i), **written) for i, written in enumerate(RUNS.values())]
+    models = [
+        compressed_tensors_checkpoints.write(folder / str(i), **written) for i, written in enumerate(RUNS.values())
+    ]
     jobs = [
         {
             "model": str(folder / str(i)), "prompts": prompts(), "tokens": 6, "engine": {"dtype": "float32"},
@@ -113,7 +115,11 @@ def test_unknown_quantization_is_named(weights):
 def test_a_group_without_weights_is_passed_over():
     groups = {
         "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}},
-        "group_1": {"targets": ["LlamaAttention"], "weights": None, "input_activations": {"num_bits": 8, "type": "float"}},
+        "group_1": {
+            "targets": ["LlamaAttention"],
+            "weights": None,
+            "input_activations": {"num_bits": 8, "type": "float"},
+        },
     }
     chosen = RiaConfig.from_config(config(config_groups=groups))
     assert chosen.scheme("model.layers.0.mlp.up_proj").format == formats.INT8

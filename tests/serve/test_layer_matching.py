@@ -31,21 +31,24 @@ FAMILIES = {
     "stablelm": tiny.Family("stablelm", settings=(("hidden_dropout", 0.0), ("attention_dropout", 0.0))),
     "gptj": tiny.Family(
         "gptj",
-        settings=(("n_embd", HIDDEN), ("n_layer", 2), ("n_head", tiny.HEADS), ("n_inner", tiny.INNER), ("rotary_dim", 16)),
+        settings=(
+            ("n_embd", HIDDEN), ("n_layer", 2), ("n_head", tiny.HEADS), ("n_inner", tiny.INNER), ("rotary_dim", 16),
+        ),
     ),
     "gemma4_text": tiny.Family(
         "gemma4_text", kv=2,
         settings=(
-            ("attention_k_eq_v", True), ("layer_types", ["sliding_attention", "full_attention"]), ("sliding_window", 64),
-            ("global_head_dim", tiny.HEAD_DIM), ("num_global_key_value_heads", 2), ("hidden_size_per_layer_input", 0),
+            ("attention_k_eq_v", True), ("layer_types", ["sliding_attention", "full_attention"]),
+            ("sliding_window", 64), ("global_head_dim", tiny.HEAD_DIM), ("num_global_key_value_heads", 2),
+            ("hidden_size_per_layer_input", 0),
             ("num_kv_shared_layers", 0),
         ),
     ),
     "falcon": tiny.Family(
         "falcon",
         settings=(
-            ("head_dim", None), ("new_decoder_architecture", True), ("num_kv_heads", 2), ("bias", False), ("alibi", False),
-            ("ffn_hidden_size", 4 * HIDDEN), ("hidden_dropout", 0.0), ("attention_dropout", 0.0),
+            ("head_dim", None), ("new_decoder_architecture", True), ("num_kv_heads", 2), ("bias", False),
+            ("alibi", False), ("ffn_hidden_size", 4 * HIDDEN), ("hidden_dropout", 0.0), ("attention_dropout", 0.0),
         ),
     ),
     "falcon_h1": tiny.Family("falcon_h1", kv=2, settings=(*MAMBA, ("mamba_d_ssm", 256), ("mamba_expand", 2))),
@@ -111,7 +114,9 @@ def test_layers_are_found_by_their_path(ranks, stored, prefixes):
 def test_a_pruned_linear_that_no_layer_serves(ranks, stored):
     stored.add("model.layers.1.down", HIDDEN, INNER)
     config = stored.config()
-    with pytest.raises(RiaError, match=r"would not be served: model\.layers\.1\.down\..*no layer of vLLM's Model takes it"):
+    with pytest.raises(
+        RiaError, match=r"would not be served: model\.layers\.1\.down\..*no layer of vLLM's Model takes it"
+    ):
         attached(config, Model(config))
 
 

@@ -32,14 +32,14 @@ def test_tensors_that_a_model_changes_are_refused(ranks, stored):
 
     class Rearranging(Model):
         def load_weights(self, weights):
-            return super().load_weights(
-                (n, t.flip(0) if n.endswith("down.compressed") else t) for n, t in weights
-            )
+            return super().load_weights((n, t.flip(0) if n.endswith("down.compressed") else t) for n, t in weights)
 
     model.load_weights(changed)  # changed before the stream begins, which the sender may do
     config.served_by.clear()
     model = attached(config, Rearranging(config))
-    with pytest.raises(RiaError, match=r"model\.layers\.0\.down\.compressed: vLLM changes it before its layer loads it"):
+    with pytest.raises(
+        RiaError, match=r"model\.layers\.0\.down\.compressed: vLLM changes it before its layer loads it"
+    ):
         model.load_weights(tensors(stored))
 
 
@@ -52,13 +52,18 @@ def test_tensors_that_a_model_confuses_are_refused(ranks, stored):
 
     config = stored.config()
     model = attached(config, Confusing(config))
-    with pytest.raises(RiaError, match=r"vLLM loads model\.layers\.0\.gate\.compressed where model\.layers\.0\.up belongs"):
+    with pytest.raises(
+        RiaError, match=r"vLLM loads model\.layers\.0\.gate\.compressed where model\.layers\.0\.up belongs"
+    ):
         model.load_weights(tensors(stored))
 
 
 def test_a_copy_of_a_tensor_has_its_name():
     """vLLM's pooling models copy the first tensors, and Gemma 4 copies keys that are also the values."""
-    kept = {"a.bitmask": torch.randint(99, (4, 4), dtype=torch.uint8), "a.weight": torch.randn(4, 4).to(torch.float8_e4m3fn)}
+    kept = {
+        "a.bitmask": torch.randint(99, (4, 4), dtype=torch.uint8),
+        "a.weight": torch.randn(4, 4).to(torch.float8_e4m3fn),
+    }
     kept |= {"a.compressed": torch.full((4, 4), torch.nan), "a.weight_scale": torch.tensor(0.5)}
     stream = WeightStream()
     for name, tensor in stream.named(kept.items()):
@@ -106,7 +111,9 @@ def test_a_load_after_dummy_weights_is_checked(ranks, stored):
     config.stream.attach(model, functools.partial(check_reload, config, None), loaded=True)
     config.unread = "here: permutations.safetensors is missing."
     for weights in (tensors(stored), list(tensors(stored))):  # from files, from a trainer
-        with pytest.raises(RiaError, match="is missing. This server was started with dummy weights, which did not need that"):
+        with pytest.raises(
+            RiaError, match="is missing. This server was started with dummy weights, which did not need that"
+        ):
             model.load_weights(weights)
 
 

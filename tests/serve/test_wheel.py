@@ -74,7 +74,13 @@ def test_serves_without_a_compiler(python, tmp_path):
     for file in run(python, str(python.parent), "-c", IMPORT).splitlines():
         assert Path(file).is_relative_to(python.parents[1])
     run(python, str(python.parent), str(GENERATE), str(tmp_path / "jobs.json"), str(tmp_path / "wheel.json"))
-    run(Path(sys.executable), os.environ["PATH"], str(GENERATE), str(tmp_path / "jobs.json"), str(tmp_path / "here.json"))
+    run(
+        Path(sys.executable),
+        os.environ["PATH"],
+        str(GENERATE),
+        str(tmp_path / "jobs.json"),
+        str(tmp_path / "here.json"),
+    )
     (ours,), (here,) = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("wheel", "here"))
     assert "error" not in ours, ours
     assert ours == here and all(len(result["tokens"]) == 6 for result in ours)

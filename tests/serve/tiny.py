@@ -90,7 +90,9 @@ def model_of(family: Family, layers: int = 2, seed: int = 0, **settings: object)
         "max_position_embeddings": 256, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
         "attn_implementation": "eager",
     } | dict(family.settings) | settings  # fmt: skip
-    config = AutoConfig.for_model(family.model_type, **{key: value for key, value in values.items() if value is not None})
+    config = AutoConfig.for_model(
+        family.model_type, **{key: value for key, value in values.items() if value is not None}
+    )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

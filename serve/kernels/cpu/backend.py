@@ -101,7 +101,9 @@ class CpuKernel:
             RuntimeError: shapes or dtypes do not fit, or a group keeps other than two values (row and columns named).
         """
         scales = parts["weight_scale"].flatten().contiguous() if config.weight_format == INT8 else None
-        return (torch.ops.ria.sparse24_pack.cpu(parts["compressed"].contiguous(), parts["bitmask"].contiguous(), scales),)
+        return (
+            torch.ops.ria.sparse24_pack.cpu(parts["compressed"].contiguous(), parts["bitmask"].contiguous(), scales),
+        )
 
     @staticmethod
     def apply(

@@ -35,9 +35,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
-def _linear(
-    x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _linear(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return _product(x, values, metadata, bias, x.dtype, None)
 
 
@@ -76,9 +74,7 @@ def _product(
         raise RiaError(f"bias is {tuple(bias.shape)} {bias.dtype}, expected ({out_features},) {dtype}")
     y = x.new_empty(*x.shape[:-1], out_features, dtype=dtype)
     if tokens:
-        tile, split_k = choose_tile(
-            library, x.dtype, out_features, in_features, tokens, num_sms_of(x.device.index)
-        )
+        tile, split_k = choose_tile(library, x.dtype, out_features, in_features, tokens, num_sms_of(x.device.index))
         library.linear(
             tile,
             split_k,
@@ -154,8 +150,8 @@ class CutlassKernel:
         """(values [out, in/2], metadata uint8[, scales float32 [out]]), on the GPU; one pass over the bitmask."""
         values, bitmask = parts["compressed"], parts["bitmask"]
         library = library_of(values.device.index)
-        # Here, so that no CUDA graph's capture has to allocate it; and cleared again, because vLLM's sleep mode may have
-        # lost its contents.
+        # Here, so that no capture of a CUDA graph has to allocate it; and cleared again, because vLLM's sleep mode may
+        # have lost its contents.
         workspace(values.device.index)[:COUNTER_BYTES].zero_()
         metadata = library.pack_metadata(bitmask, values.itemsize * 8)
         scales = (parts["weight_scale"].flatten().clone(),) if config.weight_format == FP8 else ()

@@ -25,9 +25,7 @@ class PackedLayer:
 def pack(kernel, parts: Mapping[str, torch.Tensor], format: WeightFormat = FLOAT, act_dtype=None) -> PackedLayer:
     """`act_dtype`: by default that of float weights."""
     rows, columns = parts["bitmask"].shape[0], parts["bitmask"].shape[1] * 8
-    config = LinearLayerConfig(
-        parts["bitmask"].device, act_dtype or parts["compressed"].dtype, format, rows, columns
-    )
+    config = LinearLayerConfig(parts["bitmask"].device, act_dtype or parts["compressed"].dtype, format, rows, columns)
     return PackedLayer(kernel, config, kernel.pack(config, parts))
 
 

@@ -41,7 +41,9 @@ def test_the_first_kernel_that_can_serve_the_layer():
     assert registry.choose(layer(in_features=100)).kernel is ReferenceKernel
     reasons = dict(registry.explain(layer(in_features=100)))
     assert reasons["cpu"] == "in-features 100 are not a multiple of 64" and reasons["reference"] is None
-    with pytest.raises(RiaError, match="no kernel can serve a 16 x 64 layer with float weights and float64 activations on cpu"):
+    with pytest.raises(
+        RiaError, match="no kernel can serve a 16 x 64 layer with float weights and float64 activations on cpu"
+    ):
         registry.choose(layer(act_dtype=torch.float64))
 
 
@@ -49,7 +51,9 @@ def test_a_forced_kernel(monkeypatch):
     monkeypatch.setenv(registry.FORCED, "reference")
     assert registry.choose(layer()).kernel is ReferenceKernel
     monkeypatch.setenv(registry.FORCED, "cpu")
-    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cpu cannot serve a 16 x 100 layer .*: in-features 100 are not"):
+    with pytest.raises(
+        RiaError, match="RIA_VLLM_BACKEND=cpu cannot serve a 16 x 100 layer .*: in-features 100 are not"
+    ):
         registry.choose(layer(in_features=100))
     monkeypatch.setenv(registry.FORCED, "fast")
     with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=fast is not a kernel; choose from .*cpu, reference"):
@@ -153,7 +157,7 @@ def test_a_kernel_that_multiplies_wrong_is_passed_over(monkeypatch, change, word
     assert registry.choose(layer(format)).kernel is ReferenceKernel
 
 
-KERNEL = '''
+KERNEL = """
 import torch
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 
@@ -165,7 +169,7 @@ class Kernel(ReferenceKernel):
     @staticmethod
     def can_implement(config):
         return None if config.weight_format.name == "int8" else "int8 only"
-'''
+"""
 
 
 @pytest.fixture
@@ -198,7 +202,11 @@ def test_a_kernel_of_another_package_goes_first(another_package, monkeypatch):
 @pytest.mark.parametrize(
     "source, attribute, words",
     [
-        ("import no_such_module", "Kernel", r"cannot be loaded \(ModuleNotFoundError: .*no_such_module.*Repair or uninstall"),
+        (
+            "import no_such_module",
+            "Kernel",
+            r"cannot be loaded \(ModuleNotFoundError: .*no_such_module.*Repair or uninstall",
+        ),
         (KERNEL, "Missing", r"cannot be loaded \(AttributeError"),
         ("class Kernel:\n    name = 'theirs'", "Kernel", "is not a LinearKernel: it has no is_fallback"),
         (KERNEL.replace('"theirs"', '"cpu"'), "Kernel", "there is another kernel named 'cpu'"),
@@ -206,7 +214,9 @@ def test_a_kernel_of_another_package_goes_first(another_package, monkeypatch):
 )
 def test_a_kernel_that_cannot_be_used_is_an_error_that_names_its_package(another_package, source, attribute, words):
     another_package(source, attribute)
-    with pytest.raises(RiaError, match=f"theirs = their_kernel:{attribute} of their-package 1.5.* {words}|{words}") as found:
+    with pytest.raises(
+        RiaError, match=f"theirs = their_kernel:{attribute} of their-package 1.5.* {words}|{words}"
+    ) as found:
         registry.choose(layer())
     assert "their-package 1.5" in str(found.value)
 

@@ -59,7 +59,9 @@ def check_case(kernel, tokens, out_features, in_features, dtype, permuted, biase
     try:
         assert_close_to_float64(y, x, compressed, bitmask, permutation, bias, *scales)
     except AssertionError as error:
-        case = f"tokens {tokens}, {out_features} x {in_features}, {compressed.dtype}, permuted {permuted}, biased {biased}"
+        case = (
+            f"tokens {tokens}, {out_features} x {in_features}, {compressed.dtype}, permuted {permuted}, biased {biased}"
+        )
         raise AssertionError(f"{kernel.name}: {case}: {error}") from None
 
 
@@ -77,7 +79,7 @@ def sweep(kernel, token_counts) -> None:
 
 
 def same_bits(dtype: torch.dtype, rows: int) -> None:
-    """A token's result has the same bits alone, in any batch and with any number of threads; so does the packed form."""
+    """A token's result has the same bits alone, in any batch and with any number of threads. So has the packed form."""
     weight, scales = torch.randn(rows, 1088), ()
     if dtype == torch.int8:
         weight, scales = weight * 30, (torch.rand(rows),)

@@ -47,5 +47,3 @@ def test_no_bad_access_and_right_products(program, instruction_set):
         pytest.skip(f"this machine has no {instruction_set}")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert done.stdout.split() == ["ok", instruction_set]
-
-

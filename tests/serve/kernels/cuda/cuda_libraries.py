@@ -157,7 +157,7 @@ class Emulator:
         return self._c.emulator_error().decode()
 
     def load(self) -> tuple[int, int, int]:
-        """Of the last launch: blocks that used the tensor cores, most instructions of one block, instructions of all."""
+        """Of the last launch: blocks that used tensor cores, most instructions of one block, instructions of all."""
         numbers = [ctypes.c_uint64() for _ in range(3)]
         self._c.emulator_load(*map(ctypes.byref, numbers))
         return tuple(number.value for number in numbers)
