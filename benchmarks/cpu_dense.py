@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from ria_vllm.formats import INT8
+
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 # Environment variables that limit the dense libraries and our kernels to the instructions of an older CPU.
@@ -39,8 +41,8 @@ def unquantized(weight: torch.Tensor) -> Linear:
     return lambda x: layer.cpu_linear(x, layer.weight, None)
 
 
-def w8a8(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Linear:
-    """A linear of int8 weights [out, in] and scales float32 [out, 1]. Each call quantizes its input by token.
+def w8a8(weight: torch.Tensor, dtype: torch.dtype) -> Linear:
+    """A linear whose weight [out, in] is rounded to int8 by row. Each call quantizes its input by token.
 
     Args:
         dtype: of inputs and outputs.
@@ -48,6 +50,8 @@ def w8a8(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Line
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
     from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import Int8ScaledMMLinearLayerConfig
 
+    rounded, scales = INT8.quantize(weight, torch.float32)
+    values = (rounded / scales).round().to(torch.int8)
     config = Int8ScaledMMLinearLayerConfig(is_static_input_scheme=False, is_channelwise=True, input_symmetric=True)
     layer = torch.nn.Module()
     layer.weight = torch.nn.Parameter(values, requires_grad=False)

@@ -27,8 +27,7 @@ import torch
 
 from benchmarks import cpu_dense
 from benchmarks.cpu_dense import Linear
-from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT, INT8, Parts, WeightFormat, quantize_rows
+from ria_vllm.formats import FLOAT, INT8, Parts, WeightFormat
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set, packed_bytes
 
@@ -83,13 +82,11 @@ def variants_of(weight: torch.Tensor) -> dict[tuple[str, str], tuple[torch.dtype
             dtype,
             copies(lambda parts=parts, dtype=dtype: sparse(parts, FLOAT, dtype), bits / 2 + 1),
         )
-    compressed, bitmask = sparse24.compress(weight)
-    values, scales = quantize_rows(compressed)
-    int8 = {"compressed": values, "bitmask": bitmask, "weight_scale": scales}
+    rounded, scales = INT8.quantize(weight, torch.float32)
+    int8 = INT8.encode(rounded, None, scales)
     variants["sparse", "int8"] = torch.bfloat16, copies(lambda: sparse(int8, INT8, torch.bfloat16), 5)
-    values8, scales8 = quantize_rows(weight)
     dtype = fast_dtype()
-    variants["dense", "W8A8"] = dtype, copies(lambda: cpu_dense.w8a8(values8.clone(), scales8.clone(), dtype), 8)
+    variants["dense", "W8A8"] = dtype, copies(lambda: cpu_dense.w8a8(weight, dtype), 8)
     return variants
 
 

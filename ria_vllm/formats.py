@@ -56,6 +56,8 @@ class Part:
 
 BITMASK = Part("bitmask", (torch.uint8,), 8, fill=0b00110011)
 ROW_SCALE = Part("weight_scale", (torch.float32,), None)
+BY_ROW = {"strategy": "channel", "symmetric": True}
+"""compressed-tensors' words for one scale per row and no zero point."""
 
 
 class WeightFormat(ABC):
@@ -214,81 +216,58 @@ class FloatFormat(WeightFormat):
         return parts["compressed"].to(dtype)
 
 
-class Int8Format(WeightFormat):
-    """Symmetric int8 with one scale per row: weight ~ value * scale, off by at most half a scale."""
+class _RowScaledFormat(WeightFormat):
+    """Values of one byte with one scale per row: weight ~ value * scale. A row's largest magnitude becomes `largest`."""
+
+    largest: float
+
+    @abstractmethod
+    def _round(self, scaled: torch.Tensor) -> torch.Tensor:
+        """float32 in the stored dtype."""
+
+    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = _row_scales(weight, self.largest)
+        return (self._round(weight.float() / scales).float() * scales).to(dtype), scales
+
+    def encode(
+        self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        compressed, bitmask = sparse24.compress(weight, mask)
+        # Exact: rounding to the model's dtype moved no weight by as much as half a step.
+        return {"compressed": self._round(compressed.float() / scales), "bitmask": bitmask, "weight_scale": scales}
+
+    def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        return (parts["compressed"].float() * parts["weight_scale"]).to(dtype)
+
+
+class Int8Format(_RowScaledFormat):
+    """Symmetric int8, off by at most half a scale."""
 
     name = "int8"
     parts = (Part("compressed", (torch.int8,), 2), BITMASK, ROW_SCALE)
-    quantization: ClassVar[Mapping[str, Any] | None] = {
-        "num_bits": 8,
-        "type": "int",
-        "strategy": "channel",
-        "symmetric": True,
-    }
+    quantization: ClassVar[Mapping[str, Any] | None] = BY_ROW | {"num_bits": 8, "type": "int"}
+    largest = 127
 
-    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        values, scales = quantize_rows(weight)
-        return (values.float() * scales).to(dtype), scales
-
-    def encode(
-        self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        compressed, bitmask = sparse24.compress(weight, mask)
-        # Exact: rounding to the model's dtype moved no weight by as much as half a scale.
-        values = (compressed.float() / scales).round().to(torch.int8)
-        return {"compressed": values, "bitmask": bitmask, "weight_scale": scales}
-
-    def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        return (parts["compressed"].float() * parts["weight_scale"]).to(dtype)
+    def _round(self, scaled: torch.Tensor) -> torch.Tensor:
+        return scaled.round().to(torch.int8)
 
 
-class Fp8Format(WeightFormat):
-    """float8_e4m3fn with one scale per row. `compress` does not write it; compressed-tensors' checkpoints have it."""
+class Fp8Format(_RowScaledFormat):
+    """float8_e4m3fn. `compress` does not write it; checkpoints of compressed-tensors have it."""
 
     name = "fp8"
     parts = (Part("compressed", (torch.float8_e4m3fn,), 2), BITMASK, ROW_SCALE)
-    quantization: ClassVar[Mapping[str, Any] | None] = {
-        "num_bits": 8,
-        "type": "float",
-        "strategy": "channel",
-        "symmetric": True,
-    }
+    quantization: ClassVar[Mapping[str, Any] | None] = BY_ROW | {"num_bits": 8, "type": "float"}
+    largest = torch.finfo(torch.float8_e4m3fn).max
 
-    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        largest = torch.finfo(torch.float8_e4m3fn).max
-        scales = _row_scales(weight, largest)
-        values = (weight.float() / scales).clamp(-largest, largest).to(torch.float8_e4m3fn)
-        return (values.float() * scales).to(dtype), scales
-
-    def encode(
-        self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        compressed, bitmask = sparse24.compress(weight, mask)
-        largest = torch.finfo(torch.float8_e4m3fn).max
-        values = (compressed.float() / scales).clamp(-largest, largest).to(torch.float8_e4m3fn)
-        return {"compressed": values, "bitmask": bitmask, "weight_scale": scales}
-
-    def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        return (parts["compressed"].float() * parts["weight_scale"]).to(dtype)
+    def _round(self, scaled: torch.Tensor) -> torch.Tensor:
+        return scaled.clamp(-self.largest, self.largest).to(torch.float8_e4m3fn)
 
 
 def _row_scales(weight: torch.Tensor, largest: float) -> torch.Tensor:
     """float32 [out, 1], positive: each row's largest magnitude becomes `largest`."""
     scales = weight.float().abs().amax(1, keepdim=True) / largest
     return torch.where(scales > 0, scales, 1.0)
-
-
-def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 with one scale per row.
-
-    Args:
-        weight: [out, ...], any floating dtype.
-
-    Returns:
-        values int8, shaped as `weight`, in -127..127, and scales float32 [out, 1], positive.
-    """
-    scales = _row_scales(weight, 127)
-    return (weight.float() / scales).round().to(torch.int8), scales
 
 
 def name_of(dtype: torch.dtype) -> str:

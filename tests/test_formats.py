@@ -163,8 +163,10 @@ def test_rows_are_quantized_to_the_nearest_step(dtype):
         dtype
     )
     weight[4] = 0
-    values, scale = formats.quantize_rows(weight)
-    assert values.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (9, 1)
+    rounded, scale = INT8.quantize(weight, torch.float32)
+    values = rounded / scale
+    assert torch.equal(values.round().char(), INT8.encode(rounded, None, scale)["compressed"])
+    assert scale.dtype == torch.float32 and scale.shape == (9, 1)
     assert (values.abs().amax(1) == 127).tolist() == [True] * 4 + [False] + [True] * 4 and (values[4] == 0).all()
     off = (values.double() * scale.double() - weight.double()).abs() / scale.double()
     assert off.max() <= 0.5 + 1e-4

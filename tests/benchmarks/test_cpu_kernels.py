@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from benchmarks import cpu_dense, cpu_kernels
-from ria_vllm import formats
 
 ROOT = Path(__file__).parents[2]
 RESULT = {
@@ -44,8 +43,7 @@ def test_every_dense_baseline_is_correct():
     for dtype in (torch.bfloat16, torch.float32):
         y = cpu_dense.unquantized(weight.to(dtype))(x.to(dtype))
         assert y.dtype == dtype and ((y.double() - exact).abs() <= 4 * torch.finfo(dtype).eps * size).all()
-        values, scales = formats.quantize_rows(weight)
-        y = cpu_dense.w8a8(values, scales, dtype)(x.to(dtype))
+        y = cpu_dense.w8a8(weight, dtype)(x.to(dtype))
         # Two roundings, each by up to half of 1/127 of the largest value, which is below four times the mean.
         assert y.dtype == dtype and ((y.double() - exact).abs() <= 4 / 127 * size).all()
 

@@ -9,8 +9,9 @@ from compressed_tensors_layers import INT, Checkpoint
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.mamba import mamba_mixer2
 
-from ria_vllm import formats, permutation, sparse24
+from ria_vllm import permutation, sparse24
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import INT8
 from ria_vllm.schema import RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.layer_matching import match_layers
@@ -26,8 +27,8 @@ def stored(int8=False):
     compressed, bitmask = sparse24.compress(torch.randn(ROWS, HIDDEN, generator=generator))
     tensors = {"compressed": compressed, "bitmask": bitmask}
     if int8:
-        tensors["compressed"], tensors["weight_scale"] = formats.quantize_rows(compressed)
-        compressed = tensors["compressed"] * tensors["weight_scale"]
+        compressed, scales = INT8.quantize(compressed, torch.float32)
+        tensors |= {"compressed": (compressed / scales).round().to(torch.int8), "weight_scale": scales}
     order = torch.randperm(HIDDEN, generator=generator).int()
     plain = sparse24.decompress(compressed, bitmask)[:, permutation.invert(order).long()]
     return tensors, plain.double(), order.numpy()
