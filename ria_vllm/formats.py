@@ -217,7 +217,7 @@ class FloatFormat(WeightFormat):
 
 
 class _RowScaledFormat(WeightFormat):
-    """Values of one byte with one scale per row: weight ~ value * scale. A row's largest magnitude becomes `largest`."""
+    """One byte per value and one scale per row: weight ~ value * scale. A row's largest magnitude becomes `largest`."""
 
     largest: float
 
