@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.hf import first_line
 from ria_vllm.progress import Monitor
 
 # Hub id, configuration, and whether to stream it because it is too large to download.
@@ -224,9 +225,8 @@ def _hub_dataset(name: str) -> Iterable[str]:
         rows = iter(load_dataset(repository, configuration, split="train", streaming=streaming))
         first = next(rows)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RiaError(
-            f"--calibration {name}: {repository} cannot be downloaded ({reason}). Give a text file, or self."
+            f"--calibration {name}: {repository} cannot be downloaded ({first_line(error)}). Give a text file, or self."
         ) from None
     for row in itertools.chain([first], rows):
         yield from _document(row[TEXT_COLUMN], f"--calibration {name}")
