@@ -93,15 +93,19 @@ def device_lines(device: torch.device) -> list[tuple[str, str]]:
 
 def kernel_lines(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> list[str]:
     """One line for each kernel, in order of preference: chosen, usable, or the reason why not."""
-    forced = os.environ.get(registry.FORCED)
+    forced = os.environ.get(registry.KERNEL_VARIABLE)
     config = LinearLayerConfig(device, dtype, FLOAT, out_features, in_features)
+    try:
+        reasons = registry.explain(config)
+    except RiaError as error:  # another package's kernel cannot be used
+        return [f"none: {error}"]
     try:
         chosen = registry.choose(config).kernel.name
     except RiaError as error:
         chosen, lines = None, [f"none: {error}"]
     else:
         lines = []
-    for name, reason in registry.explain(config):
+    for name, reason in reasons:
         if name == chosen:
             note = "chosen: RIA_VLLM_BACKEND asks for it" if forced else "chosen: the first that can serve this layer"
         else:
@@ -184,14 +188,13 @@ def advice(facts: Facts) -> str:
 def take_facts(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> Facts:
     """The facts about this machine, for a layer."""
     config = LinearLayerConfig(device, dtype, FLOAT, out_features, in_features)
-    try:
+    chosen, reasons = None, []
+    with suppress(RiaError):
+        reasons = registry.explain(config)
         chosen = registry.choose(config).kernel.name
-    except RiaError:
-        chosen = None
-    reasons = registry.explain(config)
     present = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else present
-    variables = (registry.FORCED, "RIA_VLLM_CPU_ISA")
+    variables = (registry.KERNEL_VARIABLE, "RIA_VLLM_CPU_ISA")
     return Facts(
         device=device.type,
         kernels=[(name, reason) for name, reason in reasons if reason != f"the layer is on {device.type}"],

@@ -1,7 +1,7 @@
 """From the weights of a layer to the calls of kernels that compute it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -116,12 +116,12 @@ def pack_linear(layer: LinearBase, weights: Weights, groups: Sequence[RowGroup],
 
 def choose_and_pack(weights: Weights, dtype: torch.dtype) -> tuple[Choice, tuple[torch.Tensor, ...]]:
     """The kernel for these weights under activations of `dtype`, and the weights as it packs them."""
-    config = LinearLayerConfig(
-        weights.device, dtype, weights.format, weights.out_features, weights.in_features, weights.format.group_size
-    )
+    config = LinearLayerConfig(weights.device, dtype, weights.format, weights.out_features, weights.in_features)
     choice = choose(config)
     if choice.widened_from is not None:
         weights = weights.widened(dtype)
+    elif weights.widened_from is not None:
+        choice = replace(choice, widened_from=weights.widened_from)
     return choice, choice.kernel.pack(choice.config, weights.parts)
 
 
