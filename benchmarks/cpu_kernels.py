@@ -80,11 +80,12 @@ def variants_of(weight: torch.Tensor) -> dict[tuple[str, str], tuple[torch.dtype
         variants["dense", name] = dtype, copies(lambda same=same: cpu_dense.unquantized(same.clone()), bits)
         variants["sparse", name] = (
             dtype,
-            copies(lambda parts=parts, dtype=dtype: sparse(parts, FLOAT, dtype), bits / 2 + 1),
+            copies(lambda parts=parts, dtype=dtype: sparse(parts, FLOAT, dtype), FLOAT.bits_per_weight(dtype)),
         )
     rounded, scales = INT8.quantize(weight, torch.float32)
     int8 = INT8.encode(rounded, None, scales)
-    variants["sparse", "int8"] = torch.bfloat16, copies(lambda: sparse(int8, INT8, torch.bfloat16), 5)
+    bits = INT8.bits_per_weight(torch.bfloat16)
+    variants["sparse", "int8"] = torch.bfloat16, copies(lambda: sparse(int8, INT8, torch.bfloat16), bits)
     dtype = fast_dtype()
     variants["dense", "W8A8"] = dtype, copies(lambda: cpu_dense.w8a8(weight, dtype), 8)
     return variants
@@ -205,7 +206,7 @@ def describe(row: dict, bandwidth: float) -> str:
     )
     note = ""
     if m == 1:
-        read = packed_bytes(row["out_features"], row["in_features"], torch.bfloat16)
+        read = packed_bytes(row["out_features"], row["in_features"], FLOAT, torch.bfloat16)
         note = f"  bfloat16 at {read / row['sparse_seconds']['bfloat16'] / bandwidth:.0%} of read bandwidth"
     return (
         f"{row['name']:22s} {row['out_features']:5d}x{row['in_features']:<5d} {row['threads']} thr  M={m:<5d}"

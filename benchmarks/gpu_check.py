@@ -33,6 +33,7 @@ from ria_vllm.serve.kernels.cuda.bindings import library_of
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 
+# The kernels for GPUs, ours and torch's; a new one belongs here.
 FAST: tuple[type[LinearKernel], ...] = (CutlassKernel, CusparseltKernel)
 KERNELS = (*FAST, ReferenceKernel)
 SMALL_SHAPES = ((64, 64), (136, 192), (1000, 576))
@@ -82,7 +83,7 @@ def parts_of(options: Options) -> list[Part]:
 
 
 def _checks(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, weights: torch.dtype | None) -> list[Part]:
-    kind = f"{dtype} under fp8 weights" if weights else str(dtype)
+    kind = f"{dtype} with fp8 weights" if weights else str(dtype)
 
     def part(name: str, check: Callable[[gpu_products.Layer], Iterator[Row]], sizes: Sequence[tuple[int, int]]) -> Part:
         return Part(f"{name} {kind}", "checks", partial(_on_layers, check, sizes, dtype, weights))

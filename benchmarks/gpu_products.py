@@ -11,8 +11,7 @@ from benchmarks.gpu_timing import DEVICE, Row
 from ria_vllm import sparse24
 from ria_vllm.formats import FLOAT, FP8, Parts, WeightFormat
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
-from ria_vllm.serve.kernels.cuda import backend as cutlass
-from ria_vllm.serve.kernels.cuda import fp8
+from ria_vllm.serve.kernels.cuda import backend, fp8
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import library_of, num_sms_of
 from ria_vllm.serve.kernels.cuda.tiles import DATA_PARALLEL, HEURISTIC, STREAM_K, can_run
@@ -160,23 +159,24 @@ def check_packing(layer: Layer) -> Iterator[Row]:
 
 def check_tile(name: str, layer: Layer) -> Iterator[Row]:
     """A tile of our library with every split of K, and guards around the output."""
-    library, sms = library_of(DEVICE.index), num_sms_of(DEVICE.index)
+    library, num_sms = library_of(DEVICE.index), num_sms_of(DEVICE.index)
     tile = library.tile_names.index(name)
     values, metadata, *scales = CutlassKernel.pack(layer.config, layer.parts)
     sizes = (layer.out_features, layer.in_features)
-    for split in (DATA_PARALLEL, HEURISTIC, STREAM_K, 3):
+    for split_k in (DATA_PARALLEL, HEURISTIC, STREAM_K, 3):
         for tokens in TOKENS:
-            if not can_run(library, tile, layer.weights, sizes, tokens, split, sms):
+            if not can_run(library, tile, layer.weights, sizes, tokens, split_k, num_sms):
                 continue
-            yield {"at": f"split {split}, {layer.name}, {tokens} tokens"}
+            yield {"at": f"split_k {split_k}, {layer.name}, {tokens} tokens"}
             x, count = layer.activations(tokens), tokens * layer.out_features
             buffer = torch.full((count + 2 * GUARD,), 7.0, dtype=layer.dtype, device=DEVICE)
             y = buffer[GUARD : GUARD + count].view(tokens, layer.out_features)
             operand, *x_scales = fp8.quantize(x) if layer.fp8 else (x,)
             both = (*scales, *x_scales) or None
-            workspace = cutlass.workspace(DEVICE.index)
-            library.linear(tile, split, operand, values, metadata, layer.bias, y, workspace, both)
+            library.linear(
+                tile, split_k, operand, values, metadata, layer.bias, y, backend.workspace(DEVICE.index), both
+            )
             excess = layer.excess(y, x, layer.bias, layer.fp8)
             guarded = bool((buffer[:GUARD] == 7).all() and (buffer[-GUARD:] == 7).all())
-            row = {"check": f"tile {name} split {split}", "kernel": "cutlass", "layer": layer.name}
+            row = {"check": f"tile {name} split_k {split_k}", "kernel": "cutlass", "layer": layer.name}
             yield {**row, "tokens": tokens, "excess": excess, "guarded": guarded, "ok": excess < 1 and guarded}

@@ -12,8 +12,7 @@ import torch
 from ria_vllm import sparse24
 from ria_vllm.formats import FLOAT, FP8, Parts, WeightFormat
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
-from ria_vllm.serve.kernels.cuda import backend as cutlass
-from ria_vllm.serve.kernels.cuda import fp8
+from ria_vllm.serve.kernels.cuda import backend, fp8
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import CudaLibrary, library_of, num_sms_of
 from ria_vllm.serve.kernels.cuda.tiles import DATA_PARALLEL, HEURISTIC, STREAM_K, can_run, preferred_tiles
@@ -28,7 +27,7 @@ LAYERS = {
 }
 TUNED_SHAPES = ((4096, 4096), (6144, 4096), (22016, 4096), (4096, 11008), (57344, 8192), (8192, 28672))
 TUNED_TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-SPLITS = (DATA_PARALLEL, HEURISTIC, STREAM_K, 2, 3, 4)
+SPLITS_K = (DATA_PARALLEL, HEURISTIC, STREAM_K, 2, 3, 4)
 
 # Products cycle through copies of their weight that together exceed any L2 cache, so that each reads its weight from
 # memory, as it does in a model.
@@ -103,7 +102,7 @@ def _weights(out_features: int, in_features: int, dtype: torch.dtype = torch.bfl
     if dtype == fp8.DTYPE:
         values, scales = fp8.quantize(parts["compressed"])
         parts |= {"compressed": values, "weight_scale": scales[:, None]}
-    bits = 4 * dtype.itemsize + 1
+    bits = (FP8 if dtype == fp8.DTYPE else FLOAT).bits_per_weight(torch.bfloat16)
     copies = max(2, math.ceil(_BYTES_IN_TURN / (out_features * in_features * bits / 8)))
     return [{name: tensor.clone() for name, tensor in parts.items()} for _ in range(copies)]
 
@@ -251,8 +250,8 @@ def gather_line(row: Row) -> str:
 
 
 def time_tiles(sizes: tuple[int, int], dtype: torch.dtype) -> Iterator[Row]:
-    """Times of every tile and split of K of our library on a shape of common models (q, k, v and gate, up fused). Rows
-    come after all of a number of tokens has been timed, because only then is the fastest of them known."""
+    """Times of every tile and split of K of our library on a shape of common models (q, k, v and gate, up fused). The
+    rows of a number of tokens come once all of them are timed, because the fastest is not known before."""
     config = _config(*sizes, FP8 if dtype == fp8.DTYPE else FLOAT)
     packed = [CutlassKernel.pack(config, parts) for parts in _weights(*sizes, dtype)]
     for tokens in TUNED_TOKENS:
@@ -268,28 +267,28 @@ def time_tiles(sizes: tuple[int, int], dtype: torch.dtype) -> Iterator[Row]:
 def _time_tiles(
     dtype: torch.dtype, sizes: tuple[int, int], packed: Sequence[tuple[torch.Tensor, ...]], tokens: int
 ) -> Iterator[Row]:
-    library, sms = library_of(DEVICE.index), num_sms_of(DEVICE.index)
-    rule = dict(preferred_tiles(library.family, sms, dtype.itemsize * 8, *sizes, tokens))
+    library, num_sms = library_of(DEVICE.index), num_sms_of(DEVICE.index)
+    rule = dict(preferred_tiles(library.family, num_sms, dtype.itemsize * 8, *sizes, tokens))
     x = torch.randn(tokens, sizes[1], dtype=torch.bfloat16, device=DEVICE)
     operand, *x_scales = fp8.quantize(x) if dtype == fp8.DTYPE else (x,)
     y = torch.empty(tokens, sizes[0], dtype=torch.bfloat16, device=DEVICE)
     for tile, name in enumerate(library.tile_names):
-        for split in sorted({*SPLITS, rule.get(name, DATA_PARALLEL)}):
-            if split != DATA_PARALLEL and (tokens > 1024 or (library.family == 90 and "streamk" not in name)):
+        for split_k in sorted({*SPLITS_K, rule.get(name, DATA_PARALLEL)}):
+            if split_k != DATA_PARALLEL and (tokens > 1024 or (library.family == 90 and "streamk" not in name)):
                 continue
-            if not can_run(library, tile, dtype, sizes, tokens, split, sms):
+            if not can_run(library, tile, dtype, sizes, tokens, split_k, num_sms):
                 continue
-            yield {"at": f"{name} split {split}, {tokens} tokens"}
-            calls = [_tile_call(library, tile, split, operand, x_scales, parts, y) for parts in packed]
-            row = {"family": library.family, "multiprocessors": sms, "value_bits": dtype.itemsize * 8}
+            yield {"at": f"{name} split_k {split_k}, {tokens} tokens"}
+            calls = [_tile_call(library, tile, split_k, operand, x_scales, parts, y) for parts in packed]
+            row = {"family": library.family, "multiprocessors": num_sms, "value_bits": dtype.itemsize * 8}
             row |= _sizes(sizes, tokens)
-            yield {**row, "tile": name, "split": split, "us": microseconds(calls)}
+            yield {**row, "tile": name, "split": split_k, "us": microseconds(calls)}
 
 
 def _tile_call(
     library: CudaLibrary,
     tile: int,
-    split: int,
+    split_k: int,
     x: torch.Tensor,
     x_scales: Sequence[torch.Tensor],
     packed: tuple[torch.Tensor, ...],
@@ -299,7 +298,7 @@ def _tile_call(
 
     def call() -> torch.Tensor:
         both = (*scales, *x_scales) or None
-        library.linear(tile, split, x, values, metadata, None, y, cutlass.workspace(x.device.index), both)
+        library.linear(tile, split_k, x, values, metadata, None, y, backend.workspace(x.device.index), both)
         return y
 
     return call

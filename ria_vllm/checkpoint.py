@@ -157,7 +157,7 @@ def check_prefix(stored: Iterable[str], schema: RiaSchema, prefix: str, where: s
     found: dict[str, str] = {}
     for name in stored:
         layer, _, part = name.rpartition(".")
-        weight = f"{layer}.weight" if layer in pruned and part in schema.parts else name
+        weight = f"{layer}.weight" if layer in pruned and part in schema.tensor_names else name
         other = found.setdefault(weight.removeprefix(prefix), weight)
         if other != weight:
             raise RiaError(
@@ -262,14 +262,14 @@ def checked_linear(
     """A pruned linear from its tensors.
 
     Args:
-        parts: by the last part of their names, which `schema.parts` lists.
+        parts: by the last part of their names, which `schema.tensor_names` lists.
         p: the order of its columns, None where it is the model's own.
         where: the file or folder, for messages.
 
     Raises:
         RiaError: a tensor is missing, or breaks a rule of the format.
     """
-    for part in schema.parts:
+    for part in schema.tensor_names:
         if part not in parts:
             raise RiaError(f"{where}: {name}.{part} is missing. Get the weight files again.")
     shape = parts[SHAPE]
@@ -337,7 +337,7 @@ class Reader:
     @property
     def dense_names(self) -> list[str]:
         """Tensors stored as they are (embeddings, norms, biases, linears left dense)."""
-        own = {f"{name}.{part}" for name in self.sparse_names for part in self.schema.parts}
+        own = {f"{name}.{part}" for name in self.sparse_names for part in self.schema.tensor_names}
         return [name for name in self.files if name not in own]
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -345,7 +345,7 @@ class Reader:
 
     def linear(self, name: str) -> SparseLinear:
         """Load and check one pruned linear."""
-        stored = {part: f"{name}.{part}" for part in self.schema.parts}
+        stored = {part: f"{name}.{part}" for part in self.schema.tensor_names}
         parts = {part: self.tensor(key) for part, key in stored.items() if key in self.files}
         where = self.files.get(stored["compressed"], self.folder)
         return checked_linear(name, parts, self.permutations.get(name), self.schema, where)

@@ -10,12 +10,13 @@ in the model's own order and columns in the stored one. `bitmask` says which two
 | int8   | int8                    | one per row    | 5                                 |
 | fp8    | float8_e4m3fn           | one per row    | 5                                 |
 
-What happens to a linear happens to each part, by its description alone (`Part`). A row order takes the rows of all
+An operation on a linear is applied to each of its parts, as `Part` describes them. A row order takes the rows of all
 parts. A tensor-parallel cut of the columns cuts the parts that have columns; one scale per row stays whole on every
 rank. Padding appends `Part.fill`. A column permutation changes no part, because a format encodes columns that are in
 the stored order already; where `group_size` is None, the scales do not depend on that order.
 
-Everything that reads, writes or multiplies weights asks the format. A new one is a class here, and a kernel for it.
+Everything that reads, writes or multiplies weights asks the format. To add one, write a class here; a kernel for it
+makes it fast.
 """
 
 from abc import ABC, abstractmethod
@@ -40,9 +41,9 @@ class Part:
 
     Attributes:
         name: the last part of its name in the checkpoint.
-        dtypes: those that it may have.
-        channels: how many input channels a column stands for; None: it is [out, 1], one number per row.
-        fill: what a column that only pads holds.
+        dtypes: the dtypes that it may have.
+        channels: input channels per column; None: the tensor is [out, 1], one number per row.
+        fill: the value of padding columns.
     """
 
     name: str
@@ -61,16 +62,17 @@ BY_ROW = {"strategy": "channel", "symmetric": True}
 
 
 class WeightFormat(ABC):
-    """How the kept values of a 2:4 linear are stored. Formats hold no state: two of one class are equal.
+    """How the kept values of a 2:4 linear are stored. Formats hold no state: all instances of a class are equal.
 
     Attributes:
-        name: as `--weights` and kernels know it.
-        parts: the stored tensors, the bitmask among them.
-        quantization: what config.json says of the values, in compressed-tensors' words; None for plain floating point.
+        name: what `--weights` and kernels call it.
+        parts: the stored tensors. `compressed` (the values) and `bitmask` must be among them; scales must be called
+            `weight_scale`.
+        quantization: how config.json describes the values, in compressed-tensors' words; None for plain floating point.
     """
 
-    name: str
-    parts: tuple[Part, ...]
+    name: ClassVar[str]
+    parts: ClassVar[tuple[Part, ...]]
     quantization: ClassVar[Mapping[str, Any] | None] = None
 
     def __eq__(self, other: object) -> bool:
@@ -118,7 +120,7 @@ class WeightFormat(ABC):
     def encode(
         self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """The parts of a matrix that `quantize` gave.
+        """The parts of a matrix that `quantize` returned.
 
         Args:
             weight: [out, in], columns in the stored order.
@@ -144,7 +146,7 @@ class WeightFormat(ABC):
         """What is wrong with stored tensors, or None. Nothing may read untrusted ones before they have passed.
 
         Args:
-            shape: (out, in), where the checkpoint says so elsewhere.
+            shape: (out, in), if the checkpoint states it elsewhere.
         """
         for part in self.parts:
             if part.name not in parts:
@@ -168,20 +170,8 @@ class WeightFormat(ABC):
         return None
 
     def take_rows(self, parts: Parts, rows: slice | torch.Tensor) -> dict[str, torch.Tensor]:
-        """Some rows, or all of them in another order: a slice, or int64 indices."""
+        """Rows by a slice or by int64 indices: some of them, or all in another order."""
         return {part.name: parts[part.name][rows] for part in self.parts}
-
-    def take_columns(self, parts: Parts, start: int, stop: int) -> dict[str, torch.Tensor]:
-        """Stored columns [start, stop), both multiples of `column_multiple`."""
-        if start % self.column_multiple or stop % self.column_multiple:
-            raise ValueError(f"columns {start} to {stop} are not cut at multiples of {self.column_multiple}")
-        cut = {}
-        for part in self.parts:
-            tensor = parts[part.name]
-            cut[part.name] = (
-                tensor if part.channels is None else tensor[:, start // part.channels : stop // part.channels]
-            )
-        return cut
 
     def pad_columns(self, parts: Parts, count: int) -> dict[str, torch.Tensor]:
         """`count` more columns, a multiple of `column_multiple`, whose weights are zero."""
@@ -271,7 +261,7 @@ def _row_scales(weight: torch.Tensor, largest: float) -> torch.Tensor:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As people write it: bfloat16."""
+    """The name without torch's prefix, such as bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -285,11 +275,5 @@ WRITTEN: dict[str, WeightFormat] = {one.name: one for one in (FLOAT, INT8)}
 
 
 def of_quantization(quantization: Mapping[str, Any] | None) -> WeightFormat | None:
-    """The written format that config.json describes in these words, other keys aside; None if none does."""
-    for one in WRITTEN.values():
-        if quantization is None or one.quantization is None:
-            if quantization is one.quantization:
-                return one
-        elif all(quantization.get(key) == value for key, value in one.quantization.items()):
-            return one
-    return None
+    """The format, of those in `WRITTEN`, that config.json describes in exactly these words; None if there is none."""
+    return next((one for one in WRITTEN.values() if one.quantization == quantization), None)

@@ -113,7 +113,7 @@ class Loading:
     def linear(self, sources: Collection[str], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """One dense weight in the model's own order, from the tensors that the checkpoint calls `sources`."""
         names = sorted({source.rpartition(".")[0] for source in sources})
-        unknown = [source for source in sources if source.rpartition(".")[2] not in self.schema.parts]
+        unknown = [source for source in sources if source.rpartition(".")[2] not in self.schema.tensor_names]
         if len(names) > 1 or unknown:
             raise RiaError(
                 f"{self.where}: {', '.join(sorted(sources))}: meant for one weight, but not the tensors of one "
@@ -157,7 +157,7 @@ class RiaQuantizer(HfQuantizer):
         return dtype
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        parts = [PART.format(part) for part in self.loading.schema.parts]
+        parts = [PART.format(part) for part in self.loading.schema.tensor_names]
         return [LinearConverter(parts, ".weight", operations=[Decompress(self.loading)])]
 
     def is_serializable(self) -> bool:
@@ -188,7 +188,9 @@ class Decompress(ConversionOps):
     ) -> dict[str, torch.Tensor]:
         self.loading.missing = missing_keys or ()
         tensors = {
-            part: _single(input_dict, part) for part in self.loading.schema.parts if PART.format(part) in input_dict
+            part: _single(input_dict, part)
+            for part in self.loading.schema.tensor_names
+            if PART.format(part) in input_dict
         }
         try:
             dense = self.loading.linear(self.sources, tensors)

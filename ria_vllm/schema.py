@@ -99,16 +99,19 @@ class WeightQuantization(BaseModel):
     dtype: of the dense model, and so of what is exported.
     """
 
+    model_config = ConfigDict(strict=True)
     num_bits: int = 8
-    type: str = "int"
-    strategy: str = "channel"
+    type: str = Field(default="int", max_length=40)
+    strategy: str = Field(default="channel", max_length=40)
     symmetric: bool = True
+    group_size: int | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
     @model_validator(mode="after")
     def _known(self) -> "WeightQuantization":
-        if of_quantization(self.model_dump()) is None:
-            raise ValueError(f"no weight format of this version has {self.model_dump(exclude={'dtype'})}")
+        words = self.model_dump(exclude_none=True, exclude={"dtype"})
+        if of_quantization(words) is None:
+            raise ValueError(f"this version has no weight format with {words}")
         return self
 
 
@@ -131,14 +134,14 @@ class RiaSchema(BaseModel):
         return self.recipe.get("permute", "none") != "none"
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def tensor_names(self) -> tuple[str, ...]:
         """The tensors of a pruned linear, by the last part of their names."""
         return self.weight_format.tensor_names
 
     @property
     def weight_format(self) -> WeightFormat:
         """What the tensors of a pruned linear mean."""
-        found = of_quantization(self.weights and self.weights.model_dump())
+        found = of_quantization(self.weights and self.weights.model_dump(exclude_none=True, exclude={"dtype"}))
         assert found is not None  # `WeightQuantization` was checked
         return found
 

@@ -9,7 +9,7 @@ import torch
 from compressed_tensors.utils import is_match, match_name
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FP8, INT8
+from ria_vllm.formats import FP8, INT8, WeightFormat
 from ria_vllm.serve.patterns import compile_pattern
 from ria_vllm.serve.weight_scheme import WeightScheme
 
@@ -17,8 +17,8 @@ WHERE = "config.json: quantization_config"
 SPARSE_FORMATS = ("sparse-24-bitmask", "dense")
 WEIGHT_FORMATS = (None, "dense", "sparse-24-bitmask", "int-quantized", "float-quantized", "naive-quantized")
 
-DTYPES = {("int", 8): torch.int8, ("float", 8): torch.float8_e4m3fn}
-FORMATS = {torch.int8: INT8, torch.float8_e4m3fn: FP8}
+# Type and number of bits -> the format of weights, and the dtype of activations, that config.json so describes.
+QUANTIZED = {(one.quantization["type"], one.quantization["num_bits"]): one for one in (INT8, FP8)}
 
 LONGEST_NAME = 300
 """Characters of a module's name; a pattern may take long to match a longer one."""
@@ -111,14 +111,15 @@ def _scheme(where: str, group: Mapping[str, Any], dense: bool) -> WeightScheme:
     weights, inputs = (_mapping(group, key, where) for key in ("weights", "input_activations"))
     if group.get("format") not in WEIGHT_FORMATS:
         raise RiaError(f"{where}.format: {reprlib.repr(group['format'])} is not served.")
-    dtype = _dtype(weights)
+    weight_format = _quantized(weights)
     strategy, symmetric = weights.get("strategy"), weights.get("symmetric")
-    if dtype is None or strategy not in ("tensor", "channel") or symmetric not in (True, None):
+    if weight_format is None or strategy not in ("tensor", "channel") or symmetric not in (True, None):
         shown = reprlib.repr({key: weights.get(key) for key in ("type", "num_bits", "strategy", "symmetric")})
         raise RiaError(
             f"{where}: 2:4 weights of {shown} are not served, only symmetric int8 and fp8, by tensor or by channel."
         )
-    return WeightScheme(FORMATS[dtype], dense, strategy, _dtype(inputs))
+    activations = _quantized(inputs)
+    return WeightScheme(weight_format, dense, strategy, activations and activations.parts[0].dtypes[0])
 
 
 def _kv_cache_scheme(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -137,10 +138,10 @@ def _kv_cache_scheme(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return dict(wanted)
 
 
-def _dtype(quantization: Mapping[str, Any]) -> torch.dtype | None:
+def _quantized(quantization: Mapping[str, Any]) -> WeightFormat | None:
     # Not a look-up, because the values may be of any type, unhashable ones included.
     asked = quantization.get("type"), quantization.get("num_bits")
-    return next((dtype for kind, dtype in DTYPES.items() if kind == asked), None)
+    return next((one for kind, one in QUANTIZED.items() if kind == asked), None)
 
 
 def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

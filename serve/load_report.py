@@ -19,7 +19,7 @@ class LoadReport:
     Attributes:
         expected: layers that will be loaded.
         loaded: layers that have been loaded.
-        kernels: name of a kernel -> how many times it is called.
+        kernels: kernel, and what it widens -> number of calls in a forward pass.
         folded: permutations that other linears absorb.
         gathered: permutations that linears apply to their inputs themselves.
         dense_bytes: what the weights would take dense, in the dtype that is served.

@@ -42,12 +42,14 @@ class Weights:
     Attributes:
         format: what the parts mean.
         parts: tensor by the name of the part.
-        padding: how many of the input channels are zeros at the end that were not stored.
+        padding: how many input channels at the end are zeros that the checkpoint does not store.
+        widened_from: the format that the checkpoint stores, if these are its values in plain floating point.
     """
 
     format: WeightFormat
     parts: dict[str, torch.Tensor]
     padding: int = 0
+    widened_from: WeightFormat | None = None
 
     @property
     def out_features(self) -> int:
@@ -67,12 +69,12 @@ class Weights:
 
     def widened(self, dtype: torch.dtype) -> "Weights":
         """The same in plain floating point."""
-        return self if self.format == FLOAT else Weights(FLOAT, self.format.widen(self.parts, dtype), self.padding)
+        return Weights(FLOAT, self.format.widen(self.parts, dtype), self.padding, widened_from=self.format)
 
     def padded(self) -> "Weights":
-        """With as many input channels as kernels want."""
+        """With zero channels appended, up to the multiple that kernels require."""
         padding = -self.in_features % sparse24.IN_FEATURES_MULTIPLE
-        return Weights(self.format, self.format.pad_columns(self.parts, padding), padding) if padding else self
+        return replace(self, parts=self.format.pad_columns(self.parts, padding), padding=padding) if padding else self
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class WeightScheme:
     Attributes:
         format: of the values.
         dense: the values are a plain `weight` [out, in] with zeros, instead of `compressed` and `bitmask`.
-        strategy: of a format with one scale per row: the checkpoint has one per row ("channel") or one for the linear.
+        strategy: for a format with one scale per row: "channel" if the checkpoint stores them so, "tensor" if it stores
+            one for the whole linear.
         activations: dtype to which the checkpoint wants the linear's input rounded; None for no rounding.
     """
 

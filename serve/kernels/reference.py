@@ -14,7 +14,7 @@ _BLOCK_ROWS = 1024
 
 _library = torch.library.Library("ria", "FRAGMENT")
 _library.define(
-    "sparse24_linear.reference(Tensor x, Tensor[] packed, str weight_format, int out_features,"
+    "sparse24_linear.reference(Tensor x, Tensor[] packed, str format_name, int out_features,"
     " Tensor? input_permutation, Tensor? bias) -> Tensor"
 )
 
@@ -22,20 +22,20 @@ _library.define(
 def _linear(
     x: torch.Tensor,
     packed: list[torch.Tensor],
-    weight_format: str,
+    format_name: str,
     out_features: int,
     input_permutation: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    format = FORMATS[weight_format]
-    parts = {part.name: tensor for part, tensor in zip(format.parts, packed, strict=True)}
+    weight_format = FORMATS[format_name]
+    parts = {part.name: tensor for part, tensor in zip(weight_format.parts, packed, strict=True)}
     y = x.new_empty(*x.shape[:-1], out_features)
     if input_permutation is not None:
         x = x.index_select(-1, input_permutation)
     x = x.float()
     for first in range(0, out_features, _BLOCK_ROWS):
         rows = slice(first, first + _BLOCK_ROWS)
-        block = format.decode(format.take_rows(parts, rows), torch.float32)
+        block = weight_format.decode(weight_format.take_rows(parts, rows), torch.float32)
         y[..., rows] = torch.nn.functional.linear(x, block, None if bias is None else bias[rows].float())
     return y
 
@@ -47,7 +47,7 @@ _library.impl("sparse24_linear.reference", _linear, "CompositeExplicitAutograd")
 def _fake_linear(
     x: torch.Tensor,
     packed: list[torch.Tensor],
-    weight_format: str,
+    format_name: str,
     out_features: int,
     input_permutation: torch.Tensor | None,
     bias: torch.Tensor | None,

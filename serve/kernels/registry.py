@@ -56,7 +56,8 @@ def kernels() -> tuple[type[LinearKernel], ...]:
         kernel = _load(entry)
         if kernel.name in found:
             raise RiaError(
-                f"{_describe(entry)}: another kernel is named {kernel.name!r} already. Update or uninstall this package."
+                f"{_describe(entry)}: another kernel is named {kernel.name!r} already. Update or uninstall that "
+                "package."
             )
         found[kernel.name] = kernel
         others.append(kernel)

@@ -12,7 +12,7 @@ import torch
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, INT8, name_of
+from ria_vllm.formats import FLOAT, INT8, WeightFormat, name_of
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 
 _LIBRARY = Path(__file__).with_name("_cpu.so")
@@ -40,14 +40,15 @@ if _library is not None:
 
     @torch.library.register_fake("ria::sparse24_pack.cpu")
     def _fake_pack(compressed, bitmask, scales):
-        return bitmask.new_empty(packed_bytes(compressed.shape[0], compressed.shape[1] * 2, compressed.dtype))
+        weight_format = INT8 if compressed.dtype == torch.int8 else FLOAT
+        return bitmask.new_empty(packed_bytes(bitmask.shape[0], bitmask.shape[1] * 8, weight_format, compressed.dtype))
 
 
-def packed_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
-    """Size of the packed form: 9 bits a weight at 16 bits and 5 at 8, rows rounded up to 16, plus a cache line."""
+def packed_bytes(out_features: int, in_features: int, weight_format: WeightFormat, dtype: torch.dtype) -> int:
+    """Size of the packed form: the format's bits, rows rounded up to 16, plus a cache line. dtype: of float weights."""
     rows = -(-out_features // 16) * 16
-    scales = 4 * rows if dtype == torch.int8 else 0
-    return 64 + rows * in_features * (4 * dtype.itemsize + 1) // 8 + scales
+    scales = 4 * rows if weight_format == INT8 else 0
+    return 64 + round(rows * in_features * weight_format.bits_per_weight(dtype)) // 8 + scales
 
 
 def instruction_set() -> str:
@@ -66,7 +67,7 @@ def instruction_set() -> str:
 
 
 class CpuKernel:
-    """See `LinearKernel`. int8 weights meet bfloat16 activations."""
+    """See `LinearKernel`. int8 weights require bfloat16 activations."""
 
     name: ClassVar[str] = "cpu"
     is_fallback: ClassVar[bool] = False
@@ -86,7 +87,7 @@ class CpuKernel:
         if config.weight_format not in (FLOAT, INT8):
             return f"no {config.weight_format.name} weights; {FLOAT.name} and {INT8.name} only"
         if config.weight_format == INT8 and config.act_dtype != torch.bfloat16:
-            return f"int8 weights under {name_of(config.act_dtype)} activations; bfloat16 only"
+            return f"int8 weights with {name_of(config.act_dtype)} activations; bfloat16 only"
         if config.act_dtype not in sparse24.VALUE_DTYPES:
             return f"dtype {name_of(config.act_dtype)}; {', '.join(map(name_of, sparse24.VALUE_DTYPES))} only"
         if config.in_features % sparse24.IN_FEATURES_MULTIPLE:
@@ -98,7 +99,7 @@ class CpuKernel:
         """One uint8 stream, see csrc/layout.h.
 
         Raises:
-            RuntimeError: shapes or dtypes do not fit, or a group keeps other than two values (row and columns named).
+            RuntimeError: shapes or dtypes do not fit, or a group does not keep exactly two values; it is named.
         """
         scales = parts["weight_scale"].flatten().contiguous() if config.weight_format == INT8 else None
         return (

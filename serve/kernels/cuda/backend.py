@@ -110,7 +110,7 @@ def workspace(device_index: int) -> torch.Tensor:
 
 
 class CutlassKernel:
-    """See `LinearKernel`. For fp8 weights each token of x is rounded to fp8 as well, under its own scale."""
+    """See `LinearKernel`. With fp8 weights, each token of x is rounded to fp8 too, with a scale of its own."""
 
     name: ClassVar[str] = "cutlass"
     is_fallback: ClassVar[bool] = False

@@ -81,7 +81,8 @@ def compile_library(
     """Compiles one architecture's library into `folder` and returns its path. The file appears only when complete.
 
     Args:
-        tiles: which tiles; None for the default ones. Any subset of them computes every product, but more slowly.
+        tiles: which tiles; None for the default ones. One for each width of values can compute every product, but
+            more slowly.
         log: called with a line for each file compiled.
         jobs: how many compilers to run at once; None lets cores and memory decide.
 

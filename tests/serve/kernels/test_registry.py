@@ -27,7 +27,7 @@ def layer(format=FLOAT, act_dtype=BF16, out_features=16, in_features=64, device=
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """No choice of a user's, and nothing that another test has found out."""
-    monkeypatch.delenv(registry.FORCED, raising=False)
+    monkeypatch.delenv(registry.KERNEL_VARIABLE, raising=False)
     caches = registry.kernels, registry.self_test
     for cache in caches:
         cache.cache_clear()
@@ -48,14 +48,16 @@ def test_the_first_kernel_that_can_serve_the_layer():
 
 
 def test_a_forced_kernel(monkeypatch):
-    monkeypatch.setenv(registry.FORCED, "reference")
+    monkeypatch.setenv(registry.KERNEL_VARIABLE, "reference")
     assert registry.choose(layer()).kernel is ReferenceKernel
-    monkeypatch.setenv(registry.FORCED, "cpu")
+    monkeypatch.setenv(registry.KERNEL_VARIABLE, "cpu")
     with pytest.raises(
         RiaError, match="RIA_VLLM_BACKEND=cpu cannot serve a 16 x 100 layer .*: in-features 100 are not"
     ):
         registry.choose(layer(in_features=100))
-    monkeypatch.setenv(registry.FORCED, "fast")
+    with pytest.raises(RiaError, match="in-features 100 are not"):  # fp8 would be widened: that is not in the way
+        registry.choose(layer(FP8, in_features=100))
+    monkeypatch.setenv(registry.KERNEL_VARIABLE, "fast")
     with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=fast is not a kernel; choose from .*cpu, reference"):
         registry.choose(layer())
 
@@ -64,9 +66,9 @@ def test_a_forced_kernel(monkeypatch):
     "format, act_dtype, chosen",
     [
         (INT8, BF16, "cpu"),
-        (INT8, FP16, "cpu, int8 widened to float16"),
-        (INT8, torch.float32, "cpu, int8 widened to float32"),
-        (FP8, BF16, "cpu, fp8 widened to bfloat16"),
+        (INT8, FP16, "cpu with int8 widened to float16"),
+        (INT8, torch.float32, "cpu with int8 widened to float32"),
+        (FP8, BF16, "cpu with fp8 widened to bfloat16"),
     ],
 )
 def test_weights_are_widened_only_where_no_kernel_keeps_them(format, act_dtype, chosen):
@@ -86,7 +88,7 @@ def test_the_fallback_keeps_quantized_weights():
         (FP8, FP16, 64, "cutlass"),
         (FP8, torch.float32, 64, "reference"),
         (FP8, BF16, 12, "reference"),  # rows that it does not take
-        (INT8, BF16, 64, "cutlass, int8 widened to bfloat16"),
+        (INT8, BF16, 64, "cutlass with int8 widened to bfloat16"),
     ],
 )
 def test_a_hopper_keeps_fp8(hopper_layers, format, act_dtype, out_features, chosen):
@@ -103,7 +105,10 @@ def test_a_gpus_kernels_are_tried_in_order(monkeypatch):
     assert registry.choose(config).kernel is CusparseltKernel
     assert registry.explain(config)[:2] == [("cutlass", "too old"), ("cusparselt", None)]
     # On GPUs without a kernel for int8, the fast kernels go first with 16-bit weights.
-    assert str(registry.choose(layer(INT8, device=gpu))) == "cusparselt, int8 widened to bfloat16"
+    assert str(registry.choose(layer(INT8, device=gpu))) == "cusparselt with int8 widened to bfloat16"
+    monkeypatch.setenv(registry.KERNEL_VARIABLE, "cutlass")
+    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cutlass cannot serve .* too old"):
+        registry.choose(config)
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
@@ -116,7 +121,7 @@ def test_each_kernel_multiplies_every_format_that_it_takes(kernel, format, hoppe
         if kernel.is_supported(CPU) or kernel.can_implement(config):
             continue
         taken += 1
-        assert registry.self_test(kernel, CPU, act_dtype, format, None) is None
+        assert registry.self_test(kernel, CPU, act_dtype, format) is None
         parts, dense = random_parts(72, 128, format, act_dtype)
         x = torch.randn(9, 128, generator=torch.Generator().manual_seed(1)).to(act_dtype)
         order = torch.randperm(128, dtype=torch.int32)
@@ -135,26 +140,56 @@ def broken(*_):
     raise RuntimeError("no kernel image is available\nfor this device")
 
 
-def mixed_up(config, x, packed, input_permutation, bias):
-    """Right, but for the order of the channels."""
-    return torch.ops.ria.sparse24_linear.cpu(x.flip(-1), packed[0], config.out_features, input_permutation, bias)
+def badly_written(*_):
+    raise ValueError("shapes do not match")
+
+
+def wrong(change_of_x=lambda x: x, change_of_y=lambda y: y):
+    """CpuKernel.apply, but for a change on the way in or out."""
+
+    def apply(config, x, packed, input_permutation, bias):
+        y = torch.ops.ria.sparse24_linear.cpu(change_of_x(x), packed[0], config.out_features, input_permutation, bias)
+        return change_of_y(y)
+
+    return {"apply": apply}
+
+
+FAILS, WRONG = "a small product fails on this device", "a small product comes out wrong on this device"
+SWAP = [1, 0, *range(2, 64)]
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"pack": broken}, "a small product fails on this device: no kernel image is available"),
-        ({"apply": broken}, "a small product fails on this device: no kernel image is available"),
-        ({"apply": lambda config, x, *_: x}, "a small product comes out wrong on this device"),
-        ({"apply": mixed_up}, "a small product comes out wrong on this device"),
+        ({"pack": broken}, f"{FAILS}: no kernel image is available"),
+        ({"apply": broken}, f"{FAILS}: no kernel image is available"),
+        ({"apply": badly_written}, f"{FAILS}: shapes do not match"),
+        ({"apply": lambda *_: None}, FAILS),
+        ({"apply": lambda config, x, *_: x}, WRONG),
+        (wrong(change_of_x=lambda x: x.flip(-1)), WRONG),
+        (wrong(change_of_x=lambda x: x[:, SWAP]), WRONG),
+        (wrong(change_of_x=lambda x: x.roll(4, -1)), WRONG),
+        (wrong(change_of_y=lambda y: y.flip(-1)), WRONG),
+        (wrong(change_of_y=lambda y: y[:, SWAP]), WRONG),
+        (wrong(change_of_y=lambda y: y.flip(0)), WRONG),
+        (wrong(change_of_y=lambda y: y.mean().expand(y.shape)), WRONG),
+        (wrong(change_of_y=lambda y: y * 1.2), WRONG),
+        (wrong(change_of_y=lambda y: y * torch.nan), WRONG),
+        (wrong(change_of_y=lambda y: y[:, :-1]), WRONG),
     ],
 )
 @pytest.mark.parametrize("format", [FLOAT, INT8], ids=lambda format: format.name)
-def test_a_kernel_that_multiplies_wrong_is_passed_over(monkeypatch, change, words, format):
+def test_a_kernel_that_multiplies_wrongly_is_passed_over(monkeypatch, change, words, format):
     for name, function in change.items():
         monkeypatch.setattr(CpuKernel, name, staticmethod(function))
-    assert registry.reason_against(CpuKernel, layer(format)) == words
+    assert registry.reason_against(CpuKernel, layer(format)).startswith(words)
     assert registry.choose(layer(format)).kernel is ReferenceKernel
+
+
+def test_a_fallback_is_tested_too(monkeypatch):
+    monkeypatch.setattr(ReferenceKernel, "apply", staticmethod(broken))
+    with pytest.raises(RiaError, match="no kernel can serve .* reference: a small product fails on this device"):
+        registry.choose(layer(in_features=96))
 
 
 KERNEL = """
@@ -169,6 +204,15 @@ class Kernel(ReferenceKernel):
     @staticmethod
     def can_implement(config):
         return None if config.weight_format.name == "int8" else "int8 only"
+"""
+
+
+PROTOCOL_ALONE = """
+from ria_vllm.serve.kernels.base import LinearKernel
+
+
+class Kernel(LinearKernel):
+    name, is_fallback = "theirs", False
 """
 
 
@@ -194,7 +238,7 @@ def test_a_kernel_of_another_package_goes_first(another_package, monkeypatch):
     assert registry.choose(layer(INT8)).kernel.name == "theirs"
     assert registry.choose(layer()).kernel is CpuKernel
     assert dict(registry.explain(layer()))["theirs"] == "int8 only"
-    monkeypatch.setenv(registry.FORCED, "theirs")
+    monkeypatch.setenv(registry.KERNEL_VARIABLE, "theirs")
     with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=theirs cannot serve .*: int8 only"):
         registry.choose(layer())
 
@@ -209,22 +253,35 @@ def test_a_kernel_of_another_package_goes_first(another_package, monkeypatch):
         ),
         (KERNEL, "Missing", r"cannot be loaded \(AttributeError"),
         ("class Kernel:\n    name = 'theirs'", "Kernel", "is not a LinearKernel: it has no is_fallback"),
-        (KERNEL.replace('"theirs"', '"cpu"'), "Kernel", "there is another kernel named 'cpu'"),
+        (PROTOCOL_ALONE, "Kernel", "is not a LinearKernel: it has no is_supported"),
+        (KERNEL.replace('"theirs"', '"cpu"'), "Kernel", "another kernel is named 'cpu' already"),
     ],
 )
 def test_a_kernel_that_cannot_be_used_is_an_error_that_names_its_package(another_package, source, attribute, words):
     another_package(source, attribute)
-    with pytest.raises(
-        RiaError, match=f"theirs = their_kernel:{attribute} of their-package 1.5.* {words}|{words}"
-    ) as found:
+    with pytest.raises(RiaError, match=words) as found:
         registry.choose(layer())
-    assert "their-package 1.5" in str(found.value)
+    place = f"entry point theirs = their_kernel:{attribute} (ria_vllm.linear_kernels) of their-package 1.5"
+    assert str(found.value).startswith(place)
 
 
-def test_an_entry_point_without_a_package_has_its_place():
-    entry = EntryPoint("theirs", "no_such_module:Kernel", registry.ENTRY_POINTS)
-    with pytest.raises(RiaError, match="^ria_vllm.linear_kernels: theirs = no_such_module:Kernel cannot be loaded"):
+def test_an_entry_point_without_a_package_is_named():
+    entry = EntryPoint("theirs", "no_such_module:Kernel", registry.ENTRY_POINT_GROUP)
+    with pytest.raises(
+        RiaError, match=r"^entry point theirs = no_such_module:Kernel \(ria_vllm.linear_kernels\) cannot be loaded"
+    ):
         registry._load(entry)
+
+
+def test_the_first_size_that_a_kernel_takes_is_tested():
+    class Wide(CpuKernel):
+        pack = staticmethod(broken)
+
+        @staticmethod
+        def can_implement(config):
+            return None if config.out_features == 128 else "128 only"
+
+    assert registry.reason_against(Wide, replace(layer(), out_features=128)).startswith(FAILS)
 
 
 def test_a_kernel_without_small_layers_is_not_tested():

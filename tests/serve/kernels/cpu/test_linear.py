@@ -18,6 +18,7 @@ from sweep import (
 )
 
 from ria_vllm import sparse24
+from ria_vllm.formats import FLOAT, INT8
 from ria_vllm.serve.kernels import reference
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, packed_bytes
 from ria_vllm.serve.kernels.reference import ReferenceKernel
@@ -146,13 +147,13 @@ def test_wrong_arguments_are_refused():
 def test_int8_packed_is_five_bits_a_weight():
     compressed, bitmask = random_pair(576, 1536, torch.bfloat16)
     (packed,) = packed_by(CpuKernel, compressed.to(torch.int8), bitmask, torch.ones(576)).packed
-    assert packed.numel() == packed_bytes(576, 1536, torch.int8) == 576 * 1536 * 5 // 8 + 576 * 4 + 64
+    assert packed.numel() == packed_bytes(576, 1536, INT8, torch.bfloat16) == 576 * 1536 * 5 // 8 + 576 * 4 + 64
 
 
 def test_packed_size_is_nine_bits_a_weight():
     compressed, bitmask = random_pair(576, 1536, torch.bfloat16)
     (packed,) = packed_by(CpuKernel, compressed, bitmask).packed
-    assert packed.numel() == packed_bytes(576, 1536, torch.bfloat16) == 576 * 1536 * 9 // 8 + 64
+    assert packed.numel() == packed_bytes(576, 1536, FLOAT, torch.bfloat16) == 576 * 1536 * 9 // 8 + 64
 
 
 @pytest.mark.parametrize("kernel", (CpuKernel, ReferenceKernel), ids=lambda kernel: kernel.name)
