@@ -1,4 +1,4 @@
-"""The interface of kernels for 2:4 linears, in vLLM's terms: `LinearKernel`, and `LinearLayerConfig`, which it is given.
+"""The interface of kernels for 2:4 linears, in vLLM's terms: `LinearKernel`, which is given a `LinearLayerConfig`.
 
 A kernel is a class that is never instantiated. It holds no state: all it needs to know about a layer is in the config
 and in the tensors that `pack` returns. Ours are listed in `ria_vllm.serve.kernels.registry`; those of other packages

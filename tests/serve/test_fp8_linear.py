@@ -103,7 +103,9 @@ def check_dequantized(layer, plain, dtype):
 @pytest.mark.parametrize("inputs", [None, INT, FLOAT | {"num_bits": 4}])
 def test_inputs_that_the_checkpoint_wants_unrounded_stay_so(hopper_layers, dense, inputs):
     checkpoint = Checkpoint(inputs=inputs, dense=dense)
-    check_dequantized(checkpoint.single(), checkpoint.plain["fc"], torch.bfloat16)
+    layer = checkpoint.single()
+    check_dequantized(layer, checkpoint.plain["fc"], torch.bfloat16)
+    assert [str(call.choice) for call in layer.ria_packed.calls] == ["cutlass with fp8 widened to bfloat16"]
 
 
 def test_int8_weights_become_floating_point_on_a_gpu(hopper_layers):

@@ -6,7 +6,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
-from layers import pack, random_parts
+from packed_layers import pack, random_parts
 
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FLOAT, FORMATS, FP8, INT8

@@ -5,7 +5,7 @@ promises about batches, threads and NaNs, and fails at the first deviation.
 """
 
 import torch
-from layers import PackedLayer, pack
+from packed_layers import PackedLayer, pack
 
 from ria_vllm import sparse24
 from ria_vllm.formats import INT8

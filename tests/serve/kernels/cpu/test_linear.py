@@ -24,7 +24,7 @@ from ria_vllm.serve.kernels.cpu.backend import CpuKernel, packed_bytes
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
-SHARED = Path(__file__).parents[1]
+SHARED = Path(__file__).parents[3]
 
 
 def run_with(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess:

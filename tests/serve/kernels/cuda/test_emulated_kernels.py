@@ -8,7 +8,7 @@ import pytest
 import torch
 from cuda_libraries import chosen_tiles, emulated
 from graph_capture import GraphCapture
-from layers import pack
+from packed_layers import pack
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError

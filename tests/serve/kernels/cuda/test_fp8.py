@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layers import pack
+from packed_layers import pack
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
