@@ -48,8 +48,8 @@ PYTEST := pytest -n auto --dist loadfile --no-loadscope-reorder
 test: .venv/ready
 	$(BIN)/python -m $(PYTEST) $(PYTEST_ARGS)
 
-# The tools have an environment of their own, without torch and vLLM, which takes seconds to create. mypy and import-linter
-# see the package as it is installed, with offline/ and serve/ inside ria_vllm/.
+# The tools have an environment of their own, without torch and vLLM, which takes seconds to create. mypy and
+# import-linter see the package as it is installed, with offline/ and serve/ inside ria_vllm/.
 LINT := .venv-lint/bin
 INSTALLED := .work/lint
 CPP_SOURCES = $(shell find serve tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
@@ -69,13 +69,15 @@ lint: .venv-lint/ready
 	$(LINT)/python -m pip install -q $(PIP_ARGS) --group lint
 	touch $@
 
-# Each version has an environment, .venv-VERSION. The kernels' tests are left out because kernels do not use vLLM. The CUDA
-# wheel is not installed: its sources are searched for every name that ria-vllm imports.
+# Each version has an environment, .venv-VERSION. The kernels' tests are left out because kernels do not use vLLM. The
+# CUDA wheel is not installed: its sources are searched for every name that ria-vllm imports.
 OLDER_VERSIONS := 0.30.0 0.31.0
 CUDA_VERSION := 0.33.0
 
 test-versions: .venv/ready $(OLDER_VERSIONS:%=.venv-%/ready)
-	for version in $(OLDER_VERSIONS); do .venv-$$version/bin/python -m $(PYTEST) tests/serve --ignore=tests/serve/kernels $(PYTEST_ARGS) || exit 1; done
+	for version in $(OLDER_VERSIONS); do \
+		.venv-$$version/bin/python -m $(PYTEST) tests/serve --ignore=tests/serve/kernels $(PYTEST_ARGS) || exit 1; \
+	done
 	mkdir -p .work/wheels
 	$(BIN)/python packaging/pip_command.py download -q --no-deps --dest .work/wheels $(PIP_ARGS) "vllm==$(CUDA_VERSION)"
 	$(BIN)/python packaging/check_vllm.py .work/wheels/vllm-$(CUDA_VERSION)-*.whl

@@ -77,7 +77,7 @@ class BuildCpuLibrary(build_ext):
 
 
 def load_cuda_build() -> ModuleType:
-    """serve/kernels/cuda/build.py, by its path: its parent packages import torch, it does not."""
+    """serve/kernels/cuda/build.py, loaded by its path, because its parent packages import torch."""
     spec = spec_from_file_location("ria_vllm_cuda", Path("serve/kernels/cuda/__init__.py").resolve())
     sys.modules[spec.name] = module_from_spec(spec)
     return import_module(f"{spec.name}.build")

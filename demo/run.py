@@ -39,7 +39,7 @@ EVAL_ARGUMENTS = ["--seq-len", "512", "--max-tokens", "2048", "--json"]
 SERVE_ARGUMENTS = ["--max-model-len", "1024", "--no-enable-prefix-caching", "--enforce-eager"]
 WORKLOAD = load.Workload(input_len=128, output_len=64, requests_per_user=2)
 USERS = (1, 8)
-ria_vllm = [sys.executable, "-m", "ria_vllm"]
+RIA_VLLM = [sys.executable, "-m", "ria_vllm"]
 
 
 def step(text: str) -> None:
@@ -84,7 +84,7 @@ def compress() -> None:
         else:
             print(f"{shown(SPARSE)} exists already")
             return
-    command = [*ria_vllm, "compress", str(DENSE), "-o", str(SPARSE), *COMPRESS_ARGUMENTS, *again]
+    command = [*RIA_VLLM, "compress", str(DENSE), "-o", str(SPARSE), *COMPRESS_ARGUMENTS, *again]
     print("$ ria-vllm " + " ".join(command[3:]))
     if sys.stderr.isatty():  # progress bars need a terminal
         status = subprocess.run(command).returncode
@@ -103,7 +103,7 @@ def compress() -> None:
 def inspect() -> None:
     """Print what `ria-vllm inspect` says of the first layer and in total."""
     print(f"$ ria-vllm inspect {shown(SPARSE)}")
-    found = subprocess.run([*ria_vllm, "inspect", str(SPARSE)], stdout=subprocess.PIPE, text=True)
+    found = subprocess.run([*RIA_VLLM, "inspect", str(SPARSE)], stdout=subprocess.PIPE, text=True)
     if found.returncode:
         sys.exit(found.returncode)
     lines = found.stdout.splitlines()
@@ -126,7 +126,7 @@ def perplexity(model: Path) -> float:
     if file.exists():
         value, again = json.loads(file.read_text())["perplexity"], ", measured before"
     else:
-        command = [*ria_vllm, "eval", str(model), "--text", str(TEXT), *EVAL_ARGUMENTS]
+        command = [*RIA_VLLM, "eval", str(model), "--text", str(TEXT), *EVAL_ARGUMENTS]
         print(f"$ ria-vllm eval {shown(model)} --text {shown(TEXT)} {' '.join(EVAL_ARGUMENTS)}")
         found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if found.returncode:
@@ -151,7 +151,7 @@ def talk(server: Server) -> None:
 
 
 def measure(side: str, server: Server, folder: Path) -> list[Run]:
-    """Measure a server with each number of users, each with requests of its own; both sides get the same ones."""
+    """Measure a server at each number of users. Each number has requests of its own, the same for both sides."""
     runs = []
     for seed, users in enumerate(USERS):
         log = folder / "logs" / f"{side}-users{users}.log"
@@ -164,8 +164,10 @@ def measure(side: str, server: Server, folder: Path) -> list[Run]:
 
 
 def serve_arguments(side: str) -> list[str]:
-    """Arguments of `vllm serve`: the same for both sides except the dtype, where each gets its fastest. On CPUs without
-    bfloat16 instructions, vLLM's dense linears are several times faster in float32."""
+    """Arguments of `vllm serve`: the same for both sides, except for the dtype: each side gets its faster one.
+
+    On CPUs without bfloat16 instructions, vLLM's dense linears are several times faster in float32.
+    """
     slow = side == results.DENSE and not fast_bf16(torch.device("cpu"))
     return [*SERVE_ARGUMENTS, *(["--dtype", "float32"] if slow else [])]
 

@@ -17,8 +17,10 @@ OURS = [Path(__file__).parent.parent / folder for folder in ("ria_vllm", "offlin
 Read = Callable[[str], "str | None"]
 
 
-def taken(source: str) -> Iterator[tuple[str, str]]:
-    """(module, name) of all that a Python source imports from vLLM, and of the attributes it uses of such modules."""
+def imported_names(source: str) -> Iterator[tuple[str, str]]:
+    """(module, name) of everything that a source imports from vLLM, and of every attribute that it uses of such an
+    import.
+    """
     tree = ast.parse(source)
     modules = {}
     for node in ast.walk(tree):
@@ -103,7 +105,7 @@ def reader(path: Path) -> Read:
 
 
 def main(path: Path) -> int:
-    names = {name for folder in OURS for file in folder.rglob("*.py") for name in taken(file.read_text())}
+    names = {name for folder in OURS for file in folder.rglob("*.py") for name in imported_names(file.read_text())}
     absent = missing(names, reader(path))
     for name in absent:
         print(f"{path.name}: no {name}")

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Prints the path of the Python to set the environment up with: the first candidate that meets every need. The arguments,
-# if any, are the candidates. The default is the version that is tested most, then whatever `python3` is, then the newest.
+# Prints the path of the Python to set the environment up with: the first candidate that meets every need. The
+# arguments, if any, are the candidates. The default is the version that is tested most, then whatever `python3` is,
+# then the newest.
 #
 # Needed: Python 3.11 to 3.14; venv with ensurepip, to create the environment; and Python.h, with which vLLM compiles
 # models. Debian has the last two in packages of their own.
@@ -36,6 +37,7 @@ done
 if [ -n "$found" ]; then
     echo "No Python here can set the environment up:$found" >&2
 else
-    echo "None of these runs as a Python: $*. Needed: 3.11 to 3.14. On Debian: apt install python3 python3-venv python3-dev" >&2
+    echo "None of these runs as a Python: $*. Needed: 3.11 to 3.14." \
+        "On Debian: apt install python3 python3-venv python3-dev" >&2
 fi
 exit 1

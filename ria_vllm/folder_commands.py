@@ -78,7 +78,10 @@ def print_inventory(inventory: Inventory) -> None:
 @click.command()
 @click.argument("out", type=FOLDER)
 def verify(out: Path) -> None:
-    """Check every invariant of the compressed checkpoint OUT; exit 1 and the layer's name where one fails."""
+    """Check every invariant of the compressed checkpoint OUT.
+
+    Prints each problem with its layer, and exits with status 1 if there is any.
+    """
     try:
         reader = Reader(out)
         problems = 0

@@ -1,4 +1,5 @@
-"""Teaches Hugging Face's `from_pretrained` to read compressed folders, at no cost to who never imports transformers.
+"""Teaches Hugging Face's `from_pretrained` to read compressed folders, at no cost to those who never import
+transformers.
 
 `import ria_vllm` calls `install`. The quantizer itself (`ria_vllm.hf_quantizer`) is registered when transformers loads
 its own quantizers, which may be now, later or never.

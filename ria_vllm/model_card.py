@@ -230,7 +230,10 @@ def _code(text: Any) -> str:
 
 
 def _line(text: Any) -> str:
-    """One line of at most _LENGTH characters, none of which UTF-8 cannot encode (JSON can) or a terminal would obey."""
+    """One line of at most _LENGTH characters.
+
+    Lone surrogates, which JSON allows, are replaced, and control characters are escaped.
+    """
     return printable(" ".join(str(text).encode("utf-8", "replace").decode().split()))[:_LENGTH]
 
 

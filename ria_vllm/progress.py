@@ -18,7 +18,7 @@ EVERY, POLL = 10.0, 1.0
 
 @dataclass(eq=False)
 class _Stage:
-    """Work that takes time. If it goes in steps, `total` counts them, and `first` were done before it began."""
+    """Work that takes time. If it has steps, `total` counts them, and `first` were done before it began."""
 
     name: str
     began: float
@@ -131,7 +131,7 @@ class Monitor:
         self._since = now
 
     def _current(self) -> _Stage | None:
-        """The stage that the second bar shows: the innermost one that goes in steps, else the innermost one."""
+        """The stage that the second bar shows: the innermost one that has steps, else the innermost one."""
         stages = [stage for stage in self._stack if stage.total is not None] or self._stack
         return stages[-1] if stages else None
 

@@ -137,7 +137,7 @@ def upload(files: list[Path], repository: str, target: Target) -> str:
 
 
 def _is_weights(name: str) -> bool:
-    """Whether a reader would take a file of the repository for weights, beside ours."""
+    """Whether a reader would load this file of the repository as weights, along with ours."""
     return PurePosixPath(name).name == name and (name.endswith(".safetensors") or name == INDEX_FILE)
 
 

@@ -19,7 +19,7 @@ def rewrite(path: Path, change, **metadata: str) -> None:
 
 
 def bind(folder: Path) -> None:
-    """Write the digest of the permutations wherever it belongs, as an attacker would."""
+    """Write the digest of the permutations everywhere it is stored, as an attacker would."""
     stored = load_file(folder / "permutations.safetensors")
     content = b"".join(
         name.removesuffix(".input_permutation").encode() + b"\0" + struct.pack(f"<{p.numel()}i", *p.int().flatten())

@@ -20,7 +20,7 @@ LONGEST = (
     "tests/serve/test_wheel.py",
     "tests/offline/test_interruptions.py",
     "tests/serve/test_features.py",
-    "tests/serve/test_claims.py",
+    "tests/serve/test_layer_matching.py",
     "tests/serve/test_compressed_tensors.py",
     "tests/offline/evaluation/test_tasks.py",
     "tests/serve/kernels/cpu/test_sanitized.py",

@@ -45,7 +45,7 @@ def flip_one_bit(bitmask):
 
 
 def move_one_bit(bitmask):
-    """Still eight bits of a byte, four of them set, but three in one group of four and one in the other."""
+    """Four of the byte's eight bits are still set, but three in one group of four and one in the other."""
     bitmask[3, 2] = 0b00010111
     return bitmask
 
@@ -172,7 +172,7 @@ def test_a_shard_without_a_digest_is_refused(damage):
 
 
 @pytest.mark.parametrize("digest", [0, "", "0" * 63, "A" * 64, "0" * 64 + "\n", ["0" * 64]])
-def test_what_is_no_digest_is_refused(damage, digest):
+def test_an_invalid_digest_is_refused(damage, digest):
     damage.edit_json("config.json", lambda c: c["quantization_config"].update(permutations_digest=digest))
     assert "config.json: quantization_config.permutations_digest" in problems(damage.folder)[0]
 
@@ -277,13 +277,13 @@ def test_an_index_without_a_map(damage, weight_map):
     "content",
     [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b'{"a": ' * 60 + b"1" + b"}" * 60],
 )
-def test_files_that_are_no_json_object(damage, file, content):
+def test_files_that_are_not_json_objects(damage, file, content):
     (damage.folder / file).write_bytes(content)
     found = problems(damage.folder)
     assert len(found) == 1 and str(damage.folder / file) in found[0]
 
 
-def test_a_folder_that_is_not_there_or_not_ours(tmp_path, pruned_llama):
+def test_a_missing_or_foreign_folder(tmp_path, pruned_llama):
     assert "no such file" in problems(tmp_path / "nowhere")[0]
     assert "not a folder that" in problems(pruned_llama.source)[0]
 
@@ -345,7 +345,7 @@ def test_report_is_optional(damage):
 
 @pytest.mark.parametrize("name", [f"{Q}.weight", "model.norm.weight"])
 def test_one_weight_under_a_short_name_too(damage, name):
-    """Loaders add and strip "model."; which of the two they would take is chance."""
+    """Loaders add and strip "model."; they could load either."""
     short = name.removeprefix("model.")
     path = damage.file_of("model.norm.weight")
     rewrite(path, lambda tensors: tensors.update({short: torch.zeros(128)}))

@@ -14,7 +14,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
 
 
 def anchors(page: Path) -> set[str]:
-    """Of a page's headings as GitHub makes them, and its own."""
+    """The anchors of a page: those GitHub makes from headings, and explicit ones."""
     text = page.read_text()
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     made = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -48,7 +48,7 @@ def test_inspect_says_who_pays_for_each_permutation(pruned_llama):
     assert kinds["model.layers.0.self_attn.o_proj"] == "folded"
 
 
-def test_a_fold_whose_producer_is_not_there_is_a_gather(damage):
+def test_a_fold_with_a_missing_producer_becomes_a_gather(damage):
     fold = {"producers": [{"name": "model.layers.{i}.mlp.fc1"}]}
     damage.edit_json("config.json", lambda c: c["quantization_config"]["folds"][1].update(fold))
     kinds = {e["name"]: e["permutation"] for e in json.loads(run(inspect, damage.folder, "--json").output)["linears"]}
@@ -65,7 +65,7 @@ def test_inspect_shows_the_report(damage):
 
 
 @pytest.mark.parametrize("name", ["l.².[bold]x[/bold].:smile:", "l.[/]", "9" * 900, "l.[link=file:///etc]q", "١.x"])
-def test_inspect_takes_odd_names_as_they_are(damage, name):
+def test_inspect_accepts_odd_names(damage, name):
     damage.rename(Q, name)
     table = run(inspect, damage.folder).output
     assert name in "".join(line.split("  ")[0].strip() for line in table.splitlines())
@@ -88,7 +88,7 @@ def test_inspect_orders_layers_by_number(damage):
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "1" + "0" * 400, "true", "[]", '"1"'])
-def test_values_in_the_report_that_are_no_numbers(damage, number):
+def test_report_values_that_are_not_numbers(damage, number):
     (damage.folder / "ria_report.json").write_text(f'{{"linears": {{"{Q}": {{"retained_after": {number}}}}}}}')
     damage.edit_json("config.json", lambda c: c["quantization_config"]["recipe"].update(exponent=[float("inf")]))
     found = json.loads(run(inspect, damage.folder, "--json").output, parse_constant=pytest.fail)
@@ -111,7 +111,7 @@ def test_no_escape_sequence_of_a_config_reaches_the_terminal(damage):
     assert found.exit_code == 1 and r"\x1b[2J" in found.output and "\x1b" not in found.output
 
 
-def test_inspect_for_readers(pruned_llama):
+def test_inspect_prints_tables(pruned_llama):
     found = run(inspect, pruned_llama.folder).output
     assert all(name in found for name in (Q, DOWN, GATE, "4 folded, 6 gathered, 4 none", "lm_head", "magnitude"))
 

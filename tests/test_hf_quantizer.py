@@ -30,7 +30,7 @@ def hidden(model) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def expected(pruned_llama) -> torch.Tensor:
-    """Of the dense model with the pruned weights put in, in its own order."""
+    """The last hidden state of the dense model with the pruned weights put in, in its own order."""
     dense = LlamaModel.from_pretrained(pruned_llama.source)
     state = {
         name.removeprefix("model."): tensor for name, tensor in pruned_llama.dense.items() if name != "lm_head.weight"
@@ -103,7 +103,7 @@ def test_modules_that_transformers_renames(tmp_path):
 
 @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
 def test_names_that_the_caller_maps(tmp_path, auto):
-    """Sub-modules too, and two whose names are swapped."""
+    """Also submodules, and two whose names are swapped."""
     model = tiny_model("llama")
     swapped = [("gate_proj", "?"), ("up_proj", "gate_proj"), ("?", "up_proj")]
     store(
@@ -118,7 +118,7 @@ def test_names_that_the_caller_maps(tmp_path, auto):
 
 
 def test_the_body_alone_is_stored(tmp_path):
-    """transformers adds the prefix, then, that it strips elsewhere."""
+    """Here transformers adds the prefix that it strips elsewhere."""
     model = tiny_model("llama")
     body = model.model
     store(body, tmp_path / "out", [name.removeprefix("model.") for name in linears_of(model)])
@@ -127,7 +127,7 @@ def test_the_body_alone_is_stored(tmp_path):
 
 
 def test_fewer_layers_than_are_stored(pruned_llama):
-    """What the model lacks is no loss: transformers lists it as unexpected, and fills all that there is."""
+    """Layers that the model lacks do no harm: transformers lists their tensors as unexpected and loads the rest."""
     loaded = AutoModel.from_pretrained(pruned_llama.folder, num_hidden_layers=1)
     assert torch.equal(loaded.layers[0].mlp.down_proj.weight, pruned_llama.dense["model.layers.0.mlp.down_proj.weight"])
 
@@ -236,8 +236,8 @@ def test_permutations_come_from_where_the_weights_do(pruned_llama, cached, monke
     assert asked == [("user/model", "permutations.safetensors", COMMIT, str(tmp_path / "cache"), subfolder)]
 
 
-def test_permutations_that_the_hub_does_not_give(cached, monkeypatch, tmp_path):
-    """It may want a token, which from_pretrained had and this has not."""
+def test_permutations_that_the_hub_does_not_provide(cached, monkeypatch, tmp_path):
+    """The hub may require a token. from_pretrained had one; this code does not."""
     cached("")
 
     def refuse(*_, **__):

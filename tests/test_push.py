@@ -148,7 +148,7 @@ def test_refusals_are_one_line_and_commit_nothing(folder, hub, where, status, sa
     assert set(hub.branches.get("main", {})) <= {".gitattributes"}
 
 
-def test_nobody_answers(folder, hub, monkeypatch):
+def test_the_hub_does_not_answer(folder, hub, monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")

@@ -14,7 +14,7 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "0", "0GB", "-1", "1.5GB", "5XB", "GB"])
-def test_sizes_that_are_none(text):
+def test_invalid_sizes(text):
     with pytest.raises(RiaError, match="5GB"):
         parse_size(text)
 

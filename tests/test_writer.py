@@ -131,13 +131,13 @@ def test_resume_keeps_finished_units_and_their_records(tmp_path):
     assert not CheckpointWriter(tmp_path / "out").has("t0")
 
 
-def test_a_folder_of_someone_elses_in_the_way_is_left_alone(tmp_path):
-    foreign = tmp_path / "out.partial"
-    foreign.mkdir()
-    (foreign / "mine.txt").write_text("mine")
+def test_an_unrelated_partial_folder_is_left_alone(tmp_path):
+    unrelated = tmp_path / "out.partial"
+    unrelated.mkdir()
+    (unrelated / "mine.txt").write_text("mine")
     with pytest.raises(RiaError, match="holds something else"):
         CheckpointWriter(tmp_path / "out")
-    assert (foreign / "mine.txt").exists()
+    assert (unrelated / "mine.txt").exists()
 
 
 def test_out_that_appears_meanwhile_is_not_destroyed(tmp_path):

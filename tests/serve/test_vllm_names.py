@@ -27,16 +27,16 @@ PACKAGE = {
 }
 
 
-def test_what_is_taken():
-    assert set(check.taken(USER)) == {
+def test_imported_names():
+    assert set(check.imported_names(USER)) == {
         ("vllm", "envs"), ("vllm", "ops"), ("vllm.layers", "Linear"), ("vllm.layers", "Method"), ("vllm.config", "get"),
         ("vllm.ops", "mm"), ("vllm.envs", "FLAG"), ("vllm.layers.Linear", "apply"),
     }  # fmt: skip
-    assert not set(check.taken("import torch\nfrom ria_vllm import vllm\nvllm.x"))
+    assert not set(check.imported_names("import torch\nfrom ria_vllm import vllm\nvllm.x"))
 
 
 def test_a_package_that_has_everything():
-    assert check.missing(check.taken(USER), PACKAGE.get) == []
+    assert check.missing(check.imported_names(USER), PACKAGE.get) == []
     assert check.missing([("vllm", "LLM")], PACKAGE.get) == []
 
 
@@ -50,7 +50,7 @@ def test_a_package_that_has_everything():
     ],
 )
 def test_a_name_that_is_gone(file, text, absent):
-    assert check.missing(check.taken(USER), (PACKAGE | {file: text}).get) == [absent]
+    assert check.missing(check.imported_names(USER), (PACKAGE | {file: text}).get) == [absent]
 
 
 def test_names_that_come_by_a_star():
@@ -67,7 +67,7 @@ def test_names_that_come_by_a_star():
 def test_a_module_that_is_gone():
     left = {file: text for file, text in PACKAGE.items() if "layers" not in file}
     absent = ["vllm.layers.Linear", "vllm.layers.Linear.apply", "vllm.layers.Method"]
-    assert check.missing(check.taken(USER), left.get) == absent
+    assert check.missing(check.imported_names(USER), left.get) == absent
 
 
 def test_the_vllm_that_is_installed(capsys):

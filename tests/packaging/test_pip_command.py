@@ -1,4 +1,4 @@
-"""Options of `pip install` alone do not reach `pip download` and `pip wheel`; pip's own parsers judge."""
+"""Options of `pip install` alone do not reach `pip download` and `pip wheel`, checked against pip's own parsers."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).parents[1] / "packaging" / "pip_command.py"
+PROGRAM = Path(__file__).parents[2] / "packaging" / "pip_command.py"
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_what_downloads_need_is_kept(without_install_options):
 
 
 def test_pip_takes_the_arguments(tmp_path):
-    """Which it does before it looks for the package: none of the options is one that it does not have."""
+    """pip parses its options before it looks for the package, so it has accepted all of them."""
     arguments = ["--break-system-packages", "--user", "--force-reinstall", "-U", "--root-user-action", "ignore"]
     arguments += ["--no-index", "--find-links", str(tmp_path), "--dest", str(tmp_path), "no-such-package"]
     done = subprocess.run([sys.executable, PROGRAM, "download", *arguments], capture_output=True, text=True)

@@ -16,7 +16,7 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.serve.benchmark.load import Outcome, Workload
 from ria_vllm.serve.benchmark.results import Run, Side
 
-PROGRAM = Path(__file__).parents[1] / "demo" / "run.py"
+PROGRAM = Path(__file__).parents[2] / "demo" / "run.py"
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_the_dense_side_gets_the_fast_dtype(demo, monkeypatch):
         assert demo.serve_arguments("dense") == ends and demo.serve_arguments("sparse") == demo.SERVE_ARGUMENTS
 
 
-def test_a_failed_measurement_is_no_number(demo):
+def test_a_failed_measurement_has_no_figures(demo):
     runs = [Run("sparse", 0, 1, Outcome(figures(50), None)), Run("dense", 0, 1, Outcome(None, "no answer"))]
     found = rows(demo.summary(runs, SIDES, PERPLEXITY))
     assert found["tokens/s, 1 user"] == ["failed", "50.0", "-"]
@@ -79,14 +79,14 @@ def test_a_folder_that_cannot_be_read_is_made_again(demo, pruned_llama, monkeypa
     config = json.loads((demo.SPARSE / "config.json").read_text())
     del config["quantization_config"]["permutations_digest"]
     (demo.SPARSE / "config.json").write_text(json.dumps(config))
-    demo.ria_vllm = [sys.executable, "-c", "import sys; print(sys.argv[1:])"]
+    demo.RIA_VLLM = [sys.executable, "-c", "import sys; print(sys.argv[1:])"]
     demo.compress()
     said = capfd.readouterr().out
     assert "exists already" not in said and "'--overwrite'" in said and "permutations_digest" in said
 
 
 def test_the_error_of_inspect_is_shown(demo, capfd):
-    demo.ria_vllm = [sys.executable, "-c", "import sys; sys.exit('its reason')"]
+    demo.RIA_VLLM = [sys.executable, "-c", "import sys; sys.exit('its reason')"]
     with pytest.raises(SystemExit):
         demo.inspect()
     assert "its reason" in capfd.readouterr().err
@@ -100,10 +100,10 @@ def test_a_perplexity_is_reused_for_the_same_text_arguments_and_model(demo, capf
     config.write_text("{}")
     demo.TEXT.write_text("a text")
     program = f"f = open({str(count)!r}, 'a'); f.write('x'); print('{{\"perplexity\": %d}}' % f.tell())"
-    demo.ria_vllm = [sys.executable, "-c", "print('no JSON')"]
+    demo.RIA_VLLM = [sys.executable, "-c", "print('no JSON')"]
     with pytest.raises(ValueError):
         demo.perplexity(demo.DENSE)
-    demo.ria_vllm = [sys.executable, "-c", program]
+    demo.RIA_VLLM = [sys.executable, "-c", program]
     assert [demo.perplexity(demo.DENSE) for _ in range(2)] == [1, 1]
     demo.TEXT.write_text("another text")
     assert [demo.perplexity(demo.DENSE) for _ in range(2)] == [2, 2]
