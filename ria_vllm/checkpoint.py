@@ -327,7 +327,7 @@ class Reader:
             raise RiaError(f"{path}: missing, though the model was compressed with permutations. Get the file again.")
         self.permutations = load_permutations(path) if path.is_file() else {}
         for name in sorted(set(self.permutations) - set(self.sparse_names)):
-            raise RiaError(f"{path}: a permutation for {name}, which is no pruned linear of this model.")
+            raise RiaError(f"{path}: a permutation for {name}, which is not a pruned linear of this model.")
         check_digests(self.schema, self.permutations, self.files.values(), self.folder)
 
     @property

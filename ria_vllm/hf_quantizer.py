@@ -77,7 +77,7 @@ class Loading:
         check_prefix(stored, self.schema, f"{model.base_model_prefix}.", self.where)
         self.pruned = {name.removesuffix(".compressed") for name in stored if name.endswith(".compressed")}
         for name in sorted(set(self.permutations) - self.pruned):
-            raise RiaError(f"{path}: a permutation for {name}, which is no pruned linear of this model.")
+            raise RiaError(f"{path}: a permutation for {name}, which is not a pruned linear of this model.")
         check_digests(self.schema, self.permutations, files, self.where)
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 

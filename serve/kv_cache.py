@@ -26,19 +26,19 @@ class KVCacheScales(CompressedTensorsKVCacheMethod):
         shares_cache = getattr(layer, "kv_sharing_target_layer_name", None) is not None
         layer.ria_needs_scales = not shares_cache and not self.quant_config.model_built
         if layer.ria_needs_scales:
-            for kind in ("k_scale", "v_scale"):
-                getattr(layer, kind).data.fill_(torch.nan)
+            for part in ("k_scale", "v_scale"):
+                getattr(layer, part).data.fill_(torch.nan)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         dummy_weights = EngineOptions.current().dummy_weights
-        for kind in ("k_scale", "v_scale"):
-            scale = getattr(layer, kind)
+        for part in ("k_scale", "v_scale"):
+            scale = getattr(layer, part)
             if dummy_weights:
                 scale.data.fill_(1)
             elif layer.ria_needs_scales and not bool(((scale > 0) & scale.isfinite()).all()):
                 fault = "is in none of the weight files" if scale.isnan().all() else f"is {scale.tolist()}"
                 raise RiaError(
-                    f"{layer.layer_name}.{kind} {fault}, but config.json has a kv_cache_scheme. Get the model again, "
+                    f"{layer.layer_name}.{part} {fault}, but config.json has a kv_cache_scheme. Get the model again, "
                     "or remove that key from config.json to serve with a cache in the model's dtype."
                 )
         super().process_weights_after_loading(layer)

@@ -35,7 +35,7 @@ def match_layers(config: RiaConfig, model: torch.nn.Module) -> None:
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, LinearBase)}
     # A draft may give its layers the target's paths, but the linears that the target serves are not the draft's.
-    taken = {name for name, kind in config.served_by.items() if kind is not type(model)}
+    taken = {name for name, model_class in config.served_by.items() if model_class is not type(model)}
     found = linears_by_path(config, model, layers, taken) if config.stored is not None else {}
     placed = {name for linears in found.values() for name in linears} | taken
     served: Counter[str] = Counter()
@@ -57,41 +57,44 @@ def match_layers(config: RiaConfig, model: torch.nn.Module) -> None:
             served.update(set(linears))
         elif sparse and config.stored is not None:
             replace_method(layer, UnquantizedLinearMethod())
-        elif not sparse:
+        elif sparse:
+            method.finish_creation(layer, method.creation.model_loader(layer))
+        else:
             layer.quant_method = UnquantizedLinearMethod()
     unserved = config.required - set(served) - set(config.served_by)
     elsewhere = {name for name in unserved if destinations(model, name) is None}
     if config.stored is not None:
-        _check(config, model, served, unserved - elsewhere, unquantized)
+        _check_all_served(config, model, served, unserved - elsewhere, unquantized)
     config.served_by |= dict.fromkeys(elsewhere | set(served), type(model))
     config.model_built = True
 
 
 def serve_sparse(config: RiaConfig, path: str, layer: LinearBase, linears: tuple[str, ...]) -> None:
-    """Let `layer` serve `linears`, by the method that it has if that serves them already."""
+    """Make `layer` serve `linears`. It keeps its method if that serves them already."""
     method = layer.quant_method
     model_loader = method.creation.model_loader(layer)
     if not isinstance(method, Sparse24LinearMethod) or method.names != linears:
         method = config.sparse_method(path, linears)
         replace_method(layer, method)
-    method.model_built(layer, model_loader)
+    method.finish_creation(layer, model_loader)
 
 
 def replace_method(layer: LinearBase, method: LinearMethodBase) -> None:
     """Give a layer that was created with another method, but not loaded yet, the parameters of `method`."""
     creation: Creation = layer.quant_method.creation
-    model_loader = creation.model_loader(layer)
+    is_dense = isinstance(method, UnquantizedLinearMethod)
+    model_loader = creation.model_loader(layer) if is_dense else None
     creation.undo(layer)
     if isinstance(layer.quant_method, Sparse24LinearMethod):
         layer.quant_method.report.expected -= 1
     layer.quant_method = method
     method.create_weights(layer, *creation.args, **creation.kwargs)
-    if isinstance(method, UnquantizedLinearMethod) and model_loader is not None:
+    if model_loader is not None:
         layer.weight.weight_loader = model_loader
     layer.update_param_tp_status()
 
 
-def _check(
+def _check_all_served(
     config: RiaConfig,
     model: torch.nn.Module,
     served: Counter[str],
@@ -100,7 +103,9 @@ def _check(
 ) -> None:
     twice = [name for name, count in served.items() if count > 1]
     if twice:
-        raise RiaError(f"{config.where}: {_list(twice)}: vLLM's {type(model).__name__} has more than one layer for it.")
+        raise RiaError(
+            f"{config.where}: {_shorten(twice)}: vLLM's {type(model).__name__} has more than one layer for each."
+        )
     if config.model_built:
         return  # a second model need not use all of them
     lost = sorted(unserved)
@@ -111,12 +116,12 @@ def _check(
         else:
             reason = f"no layer of vLLM's {type(model).__name__} takes it"
         raise RiaError(
-            f"{config.where}: pruned linears that would not be served: {_list(lost)}. For the first, the reason is: "
+            f"{config.where}: pruned linears that would not be served: {_shorten(lost)}. {lost[0]}: "
             f"{reason}. Compress the model again with these in --ignore, or make a dense folder with `ria-vllm export`."
         )
 
 
-def _list(names: list[str]) -> str:
+def _shorten(names: list[str]) -> str:
     more = f" and {len(names) - NAMES_IN_ERROR} more" if len(names) > NAMES_IN_ERROR else ""
     return ", ".join(names[:NAMES_IN_ERROR]) + more
 

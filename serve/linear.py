@@ -13,7 +13,6 @@ from vllm.model_executor.layers.linear import (
 )
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import BITMASK
 from ria_vllm.serve.engine import EngineOptions
 from ria_vllm.serve.folding import RowOrder
 from ria_vllm.serve.load_report import LoadReport
@@ -103,7 +102,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         if input_size_per_partition % multiple:
             raise RiaError(
                 f"{self.prefix}: {input_size} input channels over {input_size // input_size_per_partition} ranks leave "
-                f"{input_size_per_partition} each, no multiple of {multiple}. Use a smaller --tensor-parallel-size."
+                f"{input_size_per_partition} each, which is not a multiple of {multiple}. Use a smaller "
+                "--tensor-parallel-size."
             )
         if any(linear.scheme != self.scheme for linear in self.linears):
             raise RiaError(f"{self.prefix}: vLLM fuses {', '.join(self.names)}, but they are not quantized alike.")
@@ -111,28 +111,32 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.dtype = params_dtype
         shards = ShardMap.of(layer, self.names, len(output_partition_sizes))
         checks = TensorChecks(shards, self.scheme.tensors(params_dtype), input_size, self.stream)
-        self.loader = LayerLoader(checks, [linear.row_orders for linear in self.linears])
-        loader = extra_weight_attrs["weight_loader"]
-        create_parameters(layer, self.loader, output_partition_sizes, input_size_per_partition, loader)
+        self.layer_loader = LayerLoader(checks, [linear.row_orders for linear in self.linears])
+        vllm_loader = extra_weight_attrs["weight_loader"]
+        create_parameters(layer, self.layer_loader, output_partition_sizes, input_size_per_partition, vllm_loader)
 
-    def model_built(self, layer: LinearBase, model_loader: Loader | None) -> None:
+    def finish_creation(self, layer: LinearBase, model_loader: Loader | None) -> None:
         """Finish a layer whose model is complete, before anything is loaded.
 
         Args:
-            model_loader: the loader that the model gave the layer's weight, if it is not vLLM's ordinary one.
+            model_loader: the loader that the model gave the layer's weight in place of vLLM's; None if it gave none.
         """
-        use_loader_of_model(layer, self.loader, self.creation.kwargs["weight_loader"], model_loader)
+        use_loader_of_model(layer, self.layer_loader, self.creation.kwargs["weight_loader"], model_loader)
         # If another method created the layer, the bias still has vLLM's own loader.
-        if layer.bias is not None and self.loader.reorders:
-            layer.bias.weight_loader = self.loader.wrap("bias", unwrapped(layer.bias.weight_loader))
+        if layer.bias is not None and self.layer_loader.reorders:
+            layer.bias.weight_loader = self.layer_loader.wrap("bias", unwrapped(layer.bias.weight_loader))
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check what was loaded, pack it for a kernel, and free it."""
-        loaded = take_parameters(layer, self.loader.checks.specs)
+        loaded = take_parameters(layer, self.layer_loader.checks.specs)
         if not loaded:
             return
         self._check_permutations(layer)
-        weights = self._weights(loaded, self._are_dummies())
+        try:
+            dummy = self._check_complete()
+        finally:
+            self.layer_loader.clear()  # a reload starts from nothing, even if this load failed
+        weights = self._weights(loaded, dummy)
         first = not hasattr(layer, "ria_packed")
         if not first:
             self._check_reload(layer.ria_packed, weights)
@@ -152,15 +156,17 @@ class Sparse24LinearMethod(LinearMethodBase):
                     "files again."
                 )
 
-    def _are_dummies(self) -> bool:
-        """Whether nothing was loaded, because vLLM was asked for dummy weights.
+    def _check_complete(self) -> bool:
+        """Check that every tensor was loaded, or none because vLLM was asked for dummy weights.
+
+        Returns:
+            Whether the layer holds dummies.
 
         Raises:
             RiaError: a tensor is missing.
         """
-        missing, some = self.loader.missing(), bool(self.loader.loaded)
-        self.loader.clear()  # a reload begins anew
-        if missing and (some or not EngineOptions.current().dummy_weights):
+        missing = self.layer_loader.missing()
+        if missing and (self.layer_loader.loaded or not EngineOptions.current().dummy_weights):
             raise RiaError(f"{missing} is in none of the weight files. Get them again.")
         return missing is not None
 
@@ -170,8 +176,6 @@ class Sparse24LinearMethod(LinearMethodBase):
         Raises:
             RiaError: damaged scales or a damaged bitmask.
         """
-        if dummy and "bitmask" in loaded:
-            loaded["bitmask"].fill_(BITMASK.fill)
         try:
             return self.scheme.weights(loaded, self.output_sizes, self.dtype, dummy)
         except ValueError as error:
@@ -185,7 +189,10 @@ class Sparse24LinearMethod(LinearMethodBase):
             )
 
     def _serve_dense(self, layer: LinearBase, weight: torch.Tensor) -> None:
-        """Serve by vLLM's own method, but behind this one, because a reload brings the weights in stored form again."""
+        """Serve with vLLM's own method.
+
+        This method stays in front of it, because a reload delivers the weights in stored form again.
+        """
         set_parameter(layer, "weight", weight)
         layer.ria_packed = None
         self.dense = UnquantizedLinearMethod()

@@ -54,9 +54,9 @@ class LoadReport:
         self.graph = hashlib.sha256((self.graph + graph).encode()).hexdigest()
         self._finish()
 
-    def leave_out(self, prefix: str, promised: bool) -> None:
-        """Leave out a layer that turned out not to be 2:4. `promised`: config.json says that it is."""
-        if promised:
+    def leave_out(self, prefix: str, claims_24: bool) -> None:
+        """Leave out a layer that turned out not to be 2:4. `claims_24`: config.json says that it is."""
+        if claims_24:
             logger.warning(
                 "%s: config.json says 2:4, but some groups of four have more than two non-zeros: served dense", prefix
             )

@@ -26,6 +26,9 @@ class TensorChecks:
         specs: what the linears' tensors look like, by the last part of their names.
         in_features: of the whole layer.
         stream: knows the names of tensors in the checkpoint.
+
+    Attributes:
+        rows: shard id -> rows that a tensor must have; replaced if the model brings its own loader.
     """
 
     def __init__(self, shards: ShardMap, specs: Mapping[str, TensorSpec], in_features: int, stream: WeightStream):
@@ -35,23 +38,23 @@ class TensorChecks:
         self.stream = stream
         self.rows: Mapping[ShardId, int] = shards.rows
 
-    def check(self, kind: str, tensor: torch.Tensor, shard: ShardId) -> None:
-        """Check a tensor called `kind` that vLLM loads as `shard`, before any sharding.
+    def check(self, part: str, tensor: torch.Tensor, shard: ShardId) -> None:
+        """Check a tensor called `part` that vLLM loads as `shard`, before any sharding.
 
         Raises:
             RiaError: it belongs to another linear, the model changed it, or its dtype or shape is not the linear's.
         """
         linears = self.shards.linears_of(shard)
-        self._check_name(kind, linears, tensor)
-        if kind in self.specs:
-            self._check_shape(kind, "+".join(linears), tensor, shard)
+        self._check_name(part, linears, tensor)
+        if part in self.specs:
+            self._check_shape(part, "+".join(linears), tensor, shard)
 
-    def _check_name(self, kind: str, linears: Sequence[str], tensor: torch.Tensor) -> None:
-        expected = [f"{linear}.{kind}" for linear in linears]
+    def _check_name(self, part: str, linears: Sequence[str], tensor: torch.Tensor) -> None:
+        expected = [f"{linear}.{part}" for linear in linears]
         name = self.stream.name_of(tensor, expected)
         if name is None and self.stream.active and self.stream.strict:
             raise RiaError(
-                f"{'+'.join(linears)}.{kind}: vLLM changes it before its layer loads it, in a way that works for dense "
+                f"{'+'.join(linears)}.{part}: vLLM changes it before its layer loads it, in a way that works for dense "
                 "weights only. `ria-vllm export` makes a dense folder."
             )
         if name is not None and name not in expected:
@@ -59,28 +62,28 @@ class TensorChecks:
                 f"vLLM loads {name} where {'+'.join(linears)} belongs. `ria-vllm export` makes a dense folder."
             )
 
-    def _check_shape(self, kind: str, name: str, tensor: torch.Tensor, shard: ShardId) -> None:
-        spec = self.specs[kind]
+    def _check_shape(self, part: str, name: str, tensor: torch.Tensor, shard: ShardId) -> None:
+        spec = self.specs[part]
         rows = self.rows.get(shard, tensor.shape[0] if tensor.dim() else 0)
         shape = spec.shape(rows, self.in_features)
         if spec.per_tensor and not tensor.dim():
             shape = ()
         if tensor.dtype not in spec.accepted or tuple(tensor.shape) != shape:
             raise RiaError(
-                f"{name}.{kind} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs {shape}. "
+                f"{name}.{part} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs {shape}. "
                 "The file is damaged, or config.json belongs to another model; get both again."
             )
 
 
 class LayerLoader:
-    """Stands before vLLM's weight loaders of one layer: checks each tensor, notes it, and reorders its rows.
+    """Stands before vLLM's weight loaders of one layer: checks each tensor, records it, and reorders its rows.
 
     Args:
-        checks: what is asked of each tensor.
-        row_orders: for each linear of the layer, how its rows are to be taken.
+        checks: the checks that each tensor must pass.
+        row_orders: for each linear of the layer, the orders in which its rows are taken.
 
     Attributes:
-        loaded: (last part of the name, output of the layer) of everything that came since the last `clear`.
+        loaded: (last part of the name, output of the layer) of every tensor loaded since the last `clear`.
     """
 
     def __init__(self, checks: TensorChecks, row_orders: Sequence[Sequence[RowOrder]]):
@@ -94,10 +97,10 @@ class LayerLoader:
     def reorders(self) -> bool:
         return any(self.row_orders.values())
 
-    def wrap(self, kind: str, loader: Loader) -> Loader:
-        """`loader`, one of vLLM's, for the tensors called `kind`, with this one before it.
+    def wrap(self, part: str, loader: Loader) -> Loader:
+        """Wrap one of vLLM's loaders so that it gets tensors called `part` only after `accept`.
 
-        A plain function under the name of `loader`, because vLLM inspects both when it reloads.
+        The result is a plain function with the loader's name, because vLLM inspects both when it reloads.
         """
 
         @functools.wraps(loader)
@@ -106,7 +109,7 @@ class LayerLoader:
             if self._loading:  # vLLM's loaders cut a tensor and call each other with the pieces
                 loader(param, loaded_weight, *arguments)
                 return
-            loaded_weight = self.accept(kind, loaded_weight, loaded_shard_id)
+            loaded_weight = self.accept(part, loaded_weight, loaded_shard_id)
             self._loading = True
             try:
                 loader(param, loaded_weight, *arguments)
@@ -116,24 +119,24 @@ class LayerLoader:
         load.ria_wrapped = loader
         return load
 
-    def accept(self, kind: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor:
-        """Check and note a tensor, and return it with its rows in the order that the layer computes them in.
+    def accept(self, part: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor:
+        """Check and record a tensor, and return it with its rows in the order in which the layer computes them.
 
         Raises:
             RiaError: see `TensorChecks.check`; or its rows cannot be reordered.
         """
-        self.checks.check(kind, tensor, shard)
-        if kind in self.checks.specs:
-            self.loaded.update((kind, output) for output in self.shards.outputs_of(shard))
-        rows = self._row_order(kind, tensor, shard)
+        self.checks.check(part, tensor, shard)
+        if part in self.checks.specs:
+            self.loaded.update((part, output) for output in self.shards.outputs_of(shard))
+        rows = self._row_order(part, tensor, shard)
         return tensor if rows is None else ReorderedRows.of(tensor, rows)
 
-    def _row_order(self, kind: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor | None:
+    def _row_order(self, part: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor | None:
         """int64 [rows of `tensor`], None to leave them as they are."""
         linears = self.shards.linears_of(shard)
         if not any(self.row_orders[linear] for linear in linears):
             return None
-        name = f"{'+'.join(linears)}.{kind}"
+        name = f"{'+'.join(linears)}.{part}"
         if not tensor.dim():
             raise RiaError(f"{name}: one number, expected one for each row. The checkpoint is damaged; get it again.")
         if len(linears) > 1 or (len(self.shards.linears) == 1 and not self._is_whole(shard)):
@@ -153,13 +156,13 @@ class LayerLoader:
         return set(self.shards.outputs_of(shard)) == set(self.shards.outputs)
 
     def missing(self) -> str | None:
-        """The name of the first tensor that has not come, or None."""
-        expected = ((kind, output) for output in self.shards.outputs for kind in self.checks.specs)
+        """The name of the first tensor that has not been loaded, or None."""
+        expected = ((part, output) for output in self.shards.outputs for part in self.checks.specs)
         absent = next((pair for pair in expected if pair not in self.loaded), None)
         return absent and f"{'+'.join(self.shards.linears_of(absent[1]))}.{absent[0]}"
 
     def clear(self) -> None:
-        """Forget what came: the next load begins anew."""
+        """Forget what was loaded, before the next load."""
         self.loaded.clear()
 
 

@@ -97,6 +97,7 @@ def pack_linear(layer: LinearBase, weights: Weights, groups: Sequence[RowGroup],
     for group in groups:
         permutation, crosses_ranks = local_permutation(group.permutation, layer, columns)
         if crosses_ranks:
+            assert len(groups) == 1, "an all-gather serves one group"
             input_channels = "input_channels"
             set_parameter(layer, input_channels, torch.from_numpy(permutation).to(device))
             permutation = None

@@ -1,4 +1,4 @@
-"""The parameters of a layer: created in the form that the checkpoint stores, replaced, and taken away again."""
+"""The parameters of a layer: created in the form that the checkpoint stores, replaced, and removed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,8 +35,8 @@ class WeightPlaceholder:
     """Stands at `layer.weight` while a model is built, for a model that gives the weight a loader of its own.
 
     Mamba-2 does so for its input projection if one group serves all heads and several ranks share it. Without a place
-    for the loader, it would be lost. With a real parameter there, other models would take the layer for a dense one:
-    DeepSeek's chooses a kernel by it.
+    for the loader, it would be lost. With a real parameter there, other models would mistake the layer for a dense one;
+    DeepSeek's looks at it to choose a kernel.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Creation:
     """How the parameters of a layer were created, so that others can take their place before anything is loaded.
 
     Attributes:
-        kwargs: of `create_weights`, as `args`.
+        args, kwargs: what `create_weights` was called with.
         parameters: names of the parameters.
     """
 
@@ -67,12 +67,13 @@ class Creation:
         return cls(args, kwargs, tuple(name for name in layer._parameters if name not in before))
 
     def model_loader(self, layer: LinearBase) -> Loader | None:
-        """The loader that the layer's model gave its weight in place of vLLM's ordinary one, if it did."""
-        ordinary = self.kwargs["weight_loader"]
+        """The loader that the layer's model gave the weight in place of vLLM's; None if it gave none."""
+        vllm_loader = self.kwargs["weight_loader"]
         loader = getattr(getattr(layer, "weight", None), "weight_loader", None)
-        return None if loader is None or unwrapped(loader) == ordinary else unwrapped(loader)
+        return None if loader is None or unwrapped(loader) == vllm_loader else unwrapped(loader)
 
     def undo(self, layer: LinearBase) -> None:
+        """Remove the parameters from the layer."""
         for name in self.parameters:
             delattr(layer, name)
         for name in ("weight", "weight_loader"):
@@ -82,30 +83,30 @@ class Creation:
 
 
 def create_parameters(
-    layer: LinearBase, loader: LayerLoader, sizes: Sequence[int], columns: int, ordinary: Loader
+    layer: LinearBase, layer_loader: LayerLoader, sizes: Sequence[int], columns: int, vllm_loader: Loader
 ) -> None:
     """Give `layer` the parameters that its linears are loaded into, and some for tensors that are ignored.
 
-    vLLM creates the bias later and gives it whatever `layer.weight_loader` is then. That is wrapped for a layer that
-    reorders rows.
+    vLLM creates the bias later and gives it the loader that `layer.weight_loader` is then. If the layer reorders rows,
+    that loader is wrapped.
 
     Args:
-        loader: stands before vLLM's loader.
+        layer_loader: stands before vLLM's loader.
         sizes: rows of each output on this rank.
         columns: input channels of this rank.
-        ordinary: vLLM's loader.
+        vllm_loader: the loader that vLLM gives each of these parameters.
     """
-    for kind, spec in loader.checks.specs.items():
-        layer.register_parameter(kind, _parameter(spec, sizes, columns, loader.wrap(kind, ordinary)))
-    for kind, (size, dtype) in IGNORED_TENSORS.items():
+    for part, spec in layer_loader.checks.specs.items():
+        layer.register_parameter(part, _parameter(spec, sizes, columns, layer_loader.wrap(part, vllm_loader)))
+    for part, (size, dtype) in IGNORED_TENSORS.items():
         parameter = Parameter(torch.zeros(size, dtype=dtype), requires_grad=False)
         parameter.weight_loader = ignore_tensor
         parameter.weight_loader_numel = 0  # a reload does not have to wait for it
-        layer.register_parameter(kind, parameter)
-    if "weight" not in loader.checks.specs and WeightPlaceholder.is_needed(layer):
+        layer.register_parameter(part, parameter)
+    if "weight" not in layer_loader.checks.specs and WeightPlaceholder.is_needed(layer):
         layer.weight = WeightPlaceholder()
-    if loader.reorders:
-        layer.weight_loader = loader.wrap("bias", layer.weight_loader)
+    if layer_loader.reorders:
+        layer.weight_loader = layer_loader.wrap("bias", layer.weight_loader)
 
 
 def _parameter(spec: TensorSpec, sizes: Sequence[int], columns: int, loader: Loader) -> BasevLLMParameter:
@@ -117,22 +118,26 @@ def _parameter(spec: TensorSpec, sizes: Sequence[int], columns: int, loader: Loa
     return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
 
 
-def use_loader_of_model(layer: LinearBase, loader: LayerLoader, ordinary: Loader, model_loader: Loader | None) -> None:
-    """Once its model is complete, let `layer` load by the model's own loader, if it has one, behind `loader`.
+def use_loader_of_model(
+    layer: LinearBase, layer_loader: LayerLoader, vllm_loader: Loader, model_loader: Loader | None
+) -> None:
+    """Once the model is complete, put `layer_loader` in front of the loader that the model gave the layer, if it did.
 
-    The model has replaced our loaders by its own on every parameter whose name it knows. Its loader distributes rows,
-    so a scale for the whole linear is loaded by vLLM's `ordinary` one.
+    The model has replaced our loaders with its own on every parameter whose name it knows. Its loader distributes rows,
+    so `vllm_loader` loads a scale for the whole linear.
     """
     if isinstance(layer.__dict__.get("weight"), WeightPlaceholder):
         del layer.weight
     if model_loader is None:
         return
     rows = rows_of_mamba2(model_loader)
-    loader.checks.rows = {} if rows is None else {None: rows}
-    for kind, spec in loader.checks.specs.items():
-        getattr(layer, kind).weight_loader = loader.wrap(kind, ordinary if spec.per_tensor else model_loader)
-    for kind in IGNORED_TENSORS:
-        getattr(layer, kind).weight_loader = ignore_tensor
+    # If empty, any number of rows will do: only the model's loader knows.
+    layer_loader.checks.rows = {} if rows is None else {None: rows}
+    for part, spec in layer_loader.checks.specs.items():
+        loader = vllm_loader if spec.per_tensor else model_loader
+        getattr(layer, part).weight_loader = layer_loader.wrap(part, loader)
+    for part in IGNORED_TENSORS:
+        getattr(layer, part).weight_loader = ignore_tensor
 
 
 def ignore_tensor(param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id: ShardId = None) -> None:
@@ -140,12 +145,15 @@ def ignore_tensor(param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id
 
 
 def take_parameters(layer: LinearBase, specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
-    """What was loaded, removed from the layer; empty if it was taken before, whatever is served under the same name."""
+    """Remove the loaded tensors from the layer and return them by the last part of their names.
+
+    Empty if they were taken before, even if the layer now has other parameters of these names.
+    """
     taken = {}
-    for kind in specs:
-        if isinstance(getattr(layer, kind, None), BasevLLMParameter):
-            taken[kind] = getattr(layer, kind).data
-            delattr(layer, kind)
+    for part in specs:
+        if isinstance(getattr(layer, part, None), BasevLLMParameter):
+            taken[part] = getattr(layer, part).data
+            delattr(layer, part)
     return taken
 
 

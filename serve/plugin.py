@@ -38,7 +38,7 @@ def watch_models() -> None:
     @functools.wraps(record)
     def record_metadata_for_reloading(model: torch.nn.Module) -> None:
         config = get_current_vllm_config().quant_config
-        if isinstance(config, RiaConfig) and _running(building) == 1:
+        if isinstance(config, RiaConfig) and _depth_of(building) == 1:
             engine = EngineOptions.current()
             match_layers(config, model)
             check = functools.partial(check_reload, config, engine.model_config)
@@ -48,8 +48,8 @@ def watch_models() -> None:
     utils.record_metadata_for_reloading = record_metadata_for_reloading
 
 
-def _running(code: CodeType) -> int:
-    """How many calls of a function the caller is in."""
+def _depth_of(code: CodeType) -> int:
+    """How many calls of a function are on the stack."""
     count, frame = 0, inspect.currentframe()
     while frame is not None:
         count += frame.f_code is code

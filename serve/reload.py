@@ -1,4 +1,4 @@
-"""Whether weights may be reloaded into a running server, which has folded the permutations of the weights it has."""
+"""Whether weights may be reloaded into a running server, which has folded the permutations of its present weights."""
 
 from vllm.config import ModelConfig
 

@@ -19,7 +19,7 @@ ShardId = str | int | tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class ShardMap:
-    """Which linears and which outputs a tensor covers that vLLM loads into a layer under a shard id.
+    """Which linears and outputs of a layer a tensor covers, by the shard id under which vLLM loads it.
 
     Attributes:
         linears: the checkpoint's linears that the layer is made of, in output order.
@@ -41,7 +41,7 @@ class ShardMap:
         """The map of vLLM's `layer`, whose rows vLLM divides into `num_outputs`.
 
         Raises:
-            RiaError: more than two linears for a still larger number of outputs.
+            RiaError: more than two linears for even more outputs.
         """
         is_qkv = isinstance(layer, QKVParallelLinear)
         uneven = num_outputs > len(linears) > 1 and not is_qkv
@@ -62,7 +62,7 @@ class ShardMap:
         """The linears that `shard` covers, in output order.
 
         Raises:
-            RiaError: a shard id that this layer does not have.
+            RiaError: it is not known which of the linears has this shard id.
         """
         if shard is None or len(self.linears) == 1:
             return self.linears
@@ -72,7 +72,8 @@ class ShardMap:
         names = dict(zip(self.shard_ids, self.linears))
         if unknown := [i for i in ids if i not in names]:
             raise RiaError(
-                f"{', '.join(self.linears)}: vLLM loads output {unknown[0]!r}, which this layer does not have."
+                f"{', '.join(self.linears)}: vLLM loads one of them as shard {unknown[0]!r}, and ria-vllm does not "
+                "know which."
             )
         return tuple(names[i] for i in ids)
 

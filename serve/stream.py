@@ -15,8 +15,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
 # How many of the last tensors are kept to recognize copies. vLLM makes a copy as soon as it gets the tensor.
 REMEMBERED = 8
-# The tensors of a linear. Others may be large, and their names are never asked for.
-KINDS = (".compressed", ".bitmask", ".weight", ".weight_scale", ".bias")
+# How the names of a linear's tensors end. Other tensors may be large, and their names are never asked for.
+PARTS = (".compressed", ".bitmask", ".weight", ".weight_scale", ".bias")
 
 _NAME = "ria_checkpoint_name"
 
@@ -73,7 +73,7 @@ class WeightStream:
         """The same weights; each tensor has its name from the moment that it is taken."""
         for name, tensor in weights:
             setattr(tensor, _NAME, name)
-            if name.endswith(KINDS):
+            if name.endswith(PARTS):
                 self.recent.append((tensor, name))
             yield name, tensor
 

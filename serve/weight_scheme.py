@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT, FP8, WeightFormat
+from ria_vllm.formats import BITMASK, FLOAT, FP8, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,8 @@ class WeightScheme:
             ValueError: a scale that is not finite, or a bitmask that is not 2:4.
         """
         parts = {name: tensor for name, tensor in loaded.items() if name != "weight"}
+        if dummy and "bitmask" in parts:
+            parts["bitmask"].fill_(BITMASK.fill)
         if "weight_scale" in loaded:
             parts["weight_scale"] = row_scales(loaded["weight_scale"], sizes)
             if not bool(parts["weight_scale"].isfinite().all()):

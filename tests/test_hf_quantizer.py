@@ -252,7 +252,7 @@ def test_a_permutation_of_nothing(damage):
     extra = {"lm_head.input_permutation": torch.arange(128, dtype=torch.int32)}
     rewrite(damage.folder / "permutations.safetensors", lambda tensors: tensors.update(extra))
     bind(damage.folder)
-    with pytest.raises(RiaError, match="a permutation for lm_head, which is no pruned linear"):
+    with pytest.raises(RiaError, match="a permutation for lm_head, which is not a pruned linear"):
         AutoModelForCausalLM.from_pretrained(damage.folder)
 
 

@@ -30,7 +30,7 @@ def write(
     Args:
         sparse_format: "sparse-24-bitmask" or "dense".
         kind: "int" or "float" for 8-bit weights, None for plain ones.
-        static: the config has static activation scales; dynamic per token else.
+        static: the config has static activation scales; otherwise dynamic, per token.
         spoiled: ending of a linear that is not 2:4. The dense format claims that it is, the packed one ignores it.
     """
     model = tiny.write(tiny.FAMILIES["llama-gqa"], out, scope="none")
@@ -89,8 +89,8 @@ def add_kv_scales(out: Path, **scales: float) -> None:
     """Give the checkpoint at `out` scales of an fp8 cache, `k_scale`, `v_scale` or both, the same in every layer."""
     tensors = load_file(out / "model.safetensors")
     layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
-    for layer, (kind, scale) in itertools.product(layers, scales.items()):
-        tensors[f"model.layers.{layer}.self_attn.{kind}"] = torch.tensor([scale])
+    for layer, (part, scale) in itertools.product(layers, scales.items()):
+        tensors[f"model.layers.{layer}.self_attn.{part}"] = torch.tensor([scale])
     save_file(tensors, out / "model.safetensors")
     config = json.loads((out / "config.json").read_text())
     config["quantization_config"]["kv_cache_scheme"] = {

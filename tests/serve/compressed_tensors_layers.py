@@ -55,15 +55,15 @@ class Checkpoint:
             stored = {"weight": _spread(values.float(), bitmask).to(values.dtype)}
         return stored | {"weight_scale": scale, "input_scale": torch.tensor([0.5])}
 
-    def stream(self, layer, parts, **which):
-        """`parts`: name -> shard id, rows. `which`: arguments of `tensors`."""
-        for name, (shard, rows) in parts.items():
-            for kind, tensor in self.tensors(name, rows, layer.input_size, **which).items():
-                parameter = getattr(layer, kind)
+    def stream(self, layer, linears, **which):
+        """`linears`: name -> shard id, rows. `which`: arguments of `tensors`."""
+        for name, (shard, rows) in linears.items():
+            for part, tensor in self.tensors(name, rows, layer.input_size, **which).items():
+                parameter = getattr(layer, part)
                 parameter.weight_loader(parameter, tensor, *(() if shard is None else (shard,)))
 
-    def load(self, layer, parts, **which):
-        self.stream(layer, parts, **which)
+    def load(self, layer, linears, **which):
+        self.stream(layer, linears, **which)
         layer.quant_method.process_weights_after_loading(layer)
         return layer
 

@@ -1,3 +1,4 @@
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,3 +35,19 @@ def ranks(engine, monkeypatch):
 
     become(0, 1)
     return become
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A compressed folder, which tests must not change."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("files") / "out"
+    tiny.write(tiny.FAMILIES["llama-gqa"], folder)
+    return folder
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """A copy of `checkpoint`, which a test may change."""
+    return shutil.copytree(checkpoint, tmp_path / "copy")

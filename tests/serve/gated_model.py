@@ -66,8 +66,8 @@ def stored_model():
 
 
 def tensors(stored):
-    for name, kinds in stored.tensors.items():
-        yield from ((f"{name}.{kind}", tensor.clone()) for kind, tensor in kinds.items())
+    for name, parts in stored.tensors.items():
+        yield from ((f"{name}.{part}", tensor.clone()) for part, tensor in parts.items())
         yield f"{name}.bias", stored.bias[name].clone()
 
 

@@ -40,12 +40,12 @@ class Stored:
         config.packed_modules_mapping = {"qkv": ["q", "k", "v"], "gate_up": ["gate", "up"]}
         return config
 
-    def load(self, layer, parts):
-        """`parts`: name of the stored linear -> shard id."""
-        for name, shard in parts.items():
+    def load(self, layer, linears):
+        """`linears`: name of the stored linear -> shard id."""
+        for name, shard in linears.items():
             arguments = () if shard is None else (shard,)
-            for kind, tensor in self.tensors[name].items():
-                getattr(layer, kind).weight_loader(getattr(layer, kind), tensor, *arguments)
+            for part, tensor in self.tensors[name].items():
+                getattr(layer, part).weight_loader(getattr(layer, part), tensor, *arguments)
             layer.bias.weight_loader(layer.bias, self.bias[name], *arguments)
         layer.quant_method.process_weights_after_loading(layer)
         return layer

@@ -101,8 +101,8 @@ def test_a_layer(monkeypatch, name, gathered):
     for start, rows in ((0, ROWS), (ROWS, 64)):
         tensors = packed(rows, COLUMNS + 32)
         names = tuple(f"packed_{start}_{i}" for i in range(len(tensors)))
-        for kind, tensor in zip(names, tensors):
-            set_parameter(layer, kind, tensor)
+        for parameter, tensor in zip(names, tensors):
+            set_parameter(layer, parameter, tensor)
         set_parameter(layer, f"order_{start}", on_gpu(COLUMNS + 32, dtype=torch.int32))
         config = LinearLayerConfig(torch.device(GPU), torch.bfloat16, weight_format, rows, COLUMNS + 32)
         calls.append(KernelCall(Choice(kernel, config), names, f"order_{start}", start))

@@ -8,37 +8,18 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
+from checkpoint_folder import config_of, rebind
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 
-from ria_vllm import permutation
 from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import DIGEST_KEY, PERMUTATIONS_FILE, REARRANGED_BY_VLLM
+from ria_vllm.schema import PERMUTATIONS_FILE, REARRANGED_BY_VLLM
 from ria_vllm.serve.checkpoint_files import locate
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.linear import Sparse24LinearMethod
-from ria_vllm.serve.reload import check_reload
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files") / "out"
-    tiny.write(tiny.FAMILIES["llama-gqa"], folder)
-    return folder
-
-
-@pytest.fixture
-def copy(checkpoint, tmp_path):
-    return shutil.copytree(checkpoint, tmp_path / "copy")
-
-
-def config_of(folder) -> RiaConfig:
-    config = RiaConfig.from_config(json.loads((folder / "config.json").read_text())["quantization_config"])
-    config.maybe_update_config(str(folder))
-    return config
 
 
 def test_local_folder(checkpoint):
@@ -190,9 +171,9 @@ def test_keys_that_are_the_values_on_the_hub(hub):
     rebind(hub.folder)
     config = hub.config()
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    parts = config.linears_of("model.layers.0.self_attn.qkv_proj")
-    assert [part[-6:] for part in parts] == ["q_proj", "k_proj", "k_proj"]
-    assert all(config.stored_linear(part, lora=False).input_permutation is not None for part in parts)
+    linears = config.linears_of("model.layers.0.self_attn.qkv_proj")
+    assert [linear[-6:] for linear in linears] == ["q_proj", "k_proj", "k_proj"]
+    assert all(config.stored_linear(linear, lora=False).input_permutation is not None for linear in linears)
 
 
 def test_hub_repository_with_an_index(hub):
@@ -290,95 +271,12 @@ def a_linear():
     return object.__new__(LinearBase)
 
 
-def rebind(folder):
-    """Give a folder with changed permutations the digest of these."""
-    stored = load_file(folder / PERMUTATIONS_FILE)
-    digest = permutation.digest({name.removesuffix(".input_permutation"): p for name, p in stored.items()})
-    save_file(load_file(folder / SINGLE_FILE), folder / SINGLE_FILE, {"format": "pt", DIGEST_KEY: digest})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["permutations_digest"] = digest
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 @pytest.mark.parametrize("family", REARRANGED_BY_VLLM)
 def test_families_whose_heads_vllm_rearranges_are_refused(checkpoint, family):
     """vLLM's models of these families change tensors by the names of dense weights."""
     config = RiaConfig.from_config(json.loads((checkpoint / "config.json").read_text())["quantization_config"])
     with pytest.raises(RiaError, match=f"heads of {family} .*`ria-vllm export`"):
         config.maybe_update_config(str(checkpoint), SimpleNamespace(model_type=family))
-
-
-def reload_from(config, folder):
-    check_reload(config, SimpleNamespace(model=str(folder), revision=None), from_files=True)
-
-
-def test_a_reload_from_another_folder(checkpoint, copy):
-    config = config_of(checkpoint)
-    reload_from(config, checkpoint)
-    reload_from(config, copy)
-    stored = load_file(copy / PERMUTATIONS_FILE)
-    name = "model.layers.1.mlp.down_proj.input_permutation"
-    stored[name] = stored[name].flip(0).contiguous()
-    save_file(stored, copy / PERMUTATIONS_FILE)
-    with pytest.raises(RiaError, match=f"{copy}/?: permutations.safetensors is from another run"):
-        reload_from(config, copy)
-    rebind(copy)
-    with pytest.raises(RiaError, match=f"{copy}/?: .*other channel orders.*Start a server"):
-        reload_from(config, copy)
-
-
-def test_a_reload_from_the_same_folder_after_it_was_replaced(copy):
-    """What `compress --overwrite` leaves is consistent, but not with a running server."""
-    config = config_of(copy)
-    reload_from(config, copy)
-    torch.manual_seed(9)
-    tiny.write(tiny.FAMILIES["llama-gqa"], copy, seed=1)
-    with pytest.raises(RiaError, match="other channel orders.*Start a server"):
-        reload_from(config, copy)
-
-
-def test_a_reload_that_prunes_other_linears(checkpoint, copy):
-    config = config_of(checkpoint)
-    tiny.write(tiny.FAMILIES["llama-gqa"], copy, dense=("1.mlp.down_proj",))
-    with pytest.raises(RiaError, match=r"model\.layers\.1\.mlp\.down_proj is pruned in the folder or on this server"):
-        reload_from(config, copy)
-
-
-def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):
-    """compressed-tensors gives linears the same names as we do, but permutes no columns."""
-    ours, theirs = config_of(checkpoint), {
-        "quant_method": "compressed-tensors", "format": "dense",
-        "sparsity_config": {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"]},
-    }  # fmt: skip
-    their_config = RiaConfig.from_config(theirs)
-    their_config.maybe_update_config(str(copy))
-    with pytest.raises(RiaError, match="stored in another form"):
-        reload_from(their_config, checkpoint)
-    content = json.loads((copy / "config.json").read_text())
-    for quantization in (theirs, None):
-        (copy / "config.json").write_text(json.dumps(content | {"quantization_config": quantization}))
-        with pytest.raises(RiaError, match="stored in another form"):
-            reload_from(ours, copy)
-
-
-def test_a_reload_is_checked_against_the_present_folder(checkpoint, copy):
-    """vLLM may have another configuration of the model by then."""
-    config = config_of(checkpoint)
-    built_from = SimpleNamespace(model=str(checkpoint), revision=None)
-    torch.manual_seed(9)
-    tiny.write(tiny.FAMILIES["llama-gqa"], copy, seed=1)
-    current = VllmConfig()
-    with set_current_vllm_config(current):
-        current.model_config = SimpleNamespace(model=str(copy), revision=None)
-        with pytest.raises(RiaError, match="other channel orders"):
-            check_reload(config, built_from, from_files=True)
-
-
-def test_a_reload_of_weights_from_no_folder(checkpoint, tmp_path):
-    """A trainer sends tensors by their names, and the folder that the server was started with may be gone."""
-    config = config_of(checkpoint)
-    (tmp_path / "gone").mkdir()
-    reload_from(config, tmp_path / "gone")
 
 
 def test_a_missing_value_projection_is_the_keys(checkpoint):

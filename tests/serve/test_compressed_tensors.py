@@ -12,7 +12,6 @@ from ria_vllm import formats, sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.compressed_tensors import is_24_checkpoint
 from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.weight_scheme import is_two_of_four, row_scales
 
 # Name of the run: how the checkpoint is written
 RUNS = {
@@ -143,13 +142,3 @@ def test_targets_and_ignore():
     assert chosen._is_pruned("model.layers.0.q_proj")
     assert not chosen._is_pruned("model.layers.0.o_proj")
     assert not chosen._is_pruned("lm_head")
-
-
-def test_scales_of_rows():
-    assert row_scales(torch.tensor([2.0, 3.0]), (1, 2)).tolist() == [[2.0], [3.0], [3.0]]
-    assert row_scales(torch.tensor([[2.0], [5.0]]), (1, 1)).tolist() == [[2.0], [5.0]]
-
-
-def test_two_of_four():
-    assert is_two_of_four(torch.tensor([[1.0, 0, 2, 0, 0, 0, 0, 3]]))
-    assert not is_two_of_four(torch.tensor([[1.0, 4, 2, 0, 0, 0, 0, 3]]))

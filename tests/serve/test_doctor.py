@@ -27,7 +27,7 @@ def test_says_why_a_kernel_is_left_out():
     assert re.search(r"^  reference\s+chosen", output, re.M)
 
 
-def test_forced_backend():
+def test_forced_kernel():
     assert re.search(
         r"reference\s+chosen: RIA_VLLM_BACKEND", run_doctor("--device", "cpu", env={"RIA_VLLM_BACKEND": "reference"})
     )

@@ -45,7 +45,7 @@ def test_folded_model_gives_the_logits_of_the_export(name, tmp_path):
     want = logits(tiny.export(tmp_path / "out", tiny.model_of(family)).double())
     assert torch.equal(want, logits(pruned))
     got = logits(folded(tmp_path / "out", tiny.model_of(family).double()))
-    assert want.std() > 0.5  # else nothing would show
+    assert want.std() > 0.5  # otherwise no error would show
     torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
 
 
@@ -90,7 +90,7 @@ def test_rows_of_a_fused_producer():
     assert taken[:, 0].tolist() == [0, 1, 2, 3, *(4 + p).tolist(), 12, 13, 14, 15]
 
 
-def test_rows_that_a_producer_has_not():
+def test_rows_that_a_producer_does_not_have():
     with pytest.raises(ValueError, match="rows 0 to 8"):
         RowOrder(np.arange(8)).take(torch.zeros(12, 2))
     with pytest.raises(ValueError, match="rows 8 to 16"):
@@ -109,7 +109,7 @@ def test_permutation_across_heads_is_named():
         fold(schema([rule]), {"l.3.o": order(128)}, lambda _: True, "here")
 
 
-def test_rows_of_the_wrong_number():
+def test_a_wrong_number_of_rows():
     with pytest.raises(RiaError, match=r"reorders 64 rows, but takes 8 of l\.0\.gate"):
         fold(schema([elementwise(rows=(0, 8))]), {"l.0.down": order(64)}, lambda _: True, "here")
 

@@ -38,7 +38,7 @@ def test_a_hopper_keeps_fp8(hopper_layers, columns, dense, inputs, strategy):
     check_kept(checkpoint.single(columns), checkpoint.plain["fc"])
 
 
-def test_fused_parts_keep_their_own_scales(hopper_layers):
+def test_fused_linears_keep_their_own_scales(hopper_layers):
     checkpoint = Checkpoint(strategy="tensor")
     layer = MergedColumnParallelLinear(
         128, [64, 32], bias=False, quant_config=checkpoint.config(), prefix="gate_up", params_dtype=torch.bfloat16,
@@ -132,7 +132,7 @@ def test_the_reference_keeps_fp8_weights_and_does_not_round_its_inputs(hopper_la
     torch.testing.assert_close(layer(x).double(), exact, rtol=2**-8, atol=1e-4)
 
 
-def test_fused_parts_that_differ_in_their_inputs_are_refused():
+def test_fused_linears_that_differ_in_their_inputs_are_refused():
     checkpoint = Checkpoint()
     config = checkpoint.config(
         a=checkpoint.group | {"targets": ["gate"]}, b=checkpoint.group | {"targets": ["up"], "input_activations": None}
@@ -146,7 +146,7 @@ def test_damaged_fp8_is_named(hopper_layers):
     layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc")
     tensors = checkpoint.tensors("fc", 64, 128)
     tensors["bitmask"][3, 1] = 0b01110011
-    for kind, tensor in tensors.items():
-        getattr(layer, kind).weight_loader(getattr(layer, kind), tensor)
+    for part, tensor in tensors.items():
+        getattr(layer, part).weight_loader(getattr(layer, part), tensor)
     with pytest.raises(RiaError, match="fc: row 3, columns 8 to 15: .*damaged"):
         layer.quant_method.process_weights_after_loading(layer)

@@ -1,6 +1,6 @@
 """Checkpoints of compressed-tensors with scales for an fp8 cache, against vLLM's own serving of the same model, dense.
 
-A rounding of keys and values to eight bits moves logprobs by about 0.1 here, so lost scales would show.
+Rounding keys and values to eight bits moves logprobs by about 0.1 here, so lost scales would show.
 """
 
 import compressed_tensors_checkpoints

@@ -8,6 +8,7 @@ from gated_model import (
     FOLD,
     HIDDEN,
     INNER,
+    PREFIX,
     Block,
     Model,
     attached,
@@ -16,12 +17,15 @@ from gated_model import (
     stored_model,
     tensors,
 )
-from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    ReplicatedLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.models.utils import PPMissingLayer, WeightsMapper
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve import layer_matching, plugin
 from ria_vllm.serve.layer_matching import match_layers
 from ria_vllm.serve.linear import Sparse24LinearMethod
 
@@ -82,7 +86,7 @@ def stored():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_served_as_hugging_face_has_it(served, name):
+def test_logprobs_are_those_of_hugging_face(served, name):
     check(*served[name])
 
 
@@ -160,7 +164,7 @@ def test_a_linear_that_two_layers_take(ranks, stored):
     model.layers[0].second = second.down
     config.served_by.clear()
     config.model_built = False
-    with pytest.raises(RiaError, match=r"model\.layers\.0\.down: vLLM's Model has more than one layer for it"):
+    with pytest.raises(RiaError, match=r"model\.layers\.0\.down: vLLM's Model has more than one layer for each"):
         match_layers(config, model)
 
 
@@ -210,6 +214,32 @@ def test_a_draft_leaves_what_another_stage_serves_alone(ranks, stored):
     assert {type(m.quant_method) for m in draft.modules() if isinstance(m, LinearBase)} == {UnquantizedLinearMethod}
 
 
+def test_a_draft_with_dummy_weights_of_an_unknown_checkpoint(ranks, stored):
+    """No names are known, so its layers stay sparse. They are finished, and load by the loader that their model has."""
+
+    class Column(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.gate = ColumnParallelLinear(HIDDEN, INNER, quant_config=config, prefix=f"{PREFIX}.gate")
+
+    class Draft(Column):
+        pass
+
+    ranks(0, 2)
+    config = stored.config()
+    config.stored = config.pruned = None
+    match_layers(config, Column(config))
+    draft = Draft(config)
+    called = []
+    draft.gate.weight.weight_loader = lambda param, loaded_weight: called.append(tuple(loaded_weight.shape))
+    match_layers(config, draft)
+    assert isinstance(draft.gate.quant_method, Sparse24LinearMethod) and not hasattr(draft.gate, "weight")
+    for part in ("compressed", "bitmask"):
+        parameter = getattr(draft.gate, part)
+        parameter.weight_loader(parameter, stored.tensors[f"{PREFIX}.gate"][part])
+    assert called == [(INNER, HIDDEN // 2), (INNER, HIDDEN // 8)]
+
+
 def test_a_loader_that_the_model_gave_its_weight_stays(ranks, stored):
     """Mamba-2 brings one, to share groups between ranks."""
     config = stored.config()
@@ -224,35 +254,3 @@ def test_a_loader_that_the_model_gave_its_weight_stays(ranks, stored):
     attached(config, model)
     model.load_weights(tensors(stored))
     assert called == [(HIDDEN, INNER // 2), (HIDDEN, INNER // 8)]
-
-
-def test_models_inside_a_model_wait_for_the_outermost(ranks, stored, monkeypatch):
-    """vLLM builds them by the same function; only the outermost has the paths that the checkpoint knows."""
-    from vllm.model_executor.model_loader import utils
-
-    matched = []
-    monkeypatch.setattr(layer_matching, "match_layers", lambda config, model: matched.append(type(model)))
-    monkeypatch.setattr(utils, "record_metadata_for_reloading", lambda model: None)
-    plugin.watch_models()
-    config = get_current_vllm_config()
-    monkeypatch.setattr(config, "quant_config", stored.config())
-
-    class Inner(Model):
-        def __init__(self, *, vllm_config, prefix=""):
-            super().__init__(vllm_config.quant_config)
-
-    class Outer(Inner):
-        def __init__(self, *, vllm_config, prefix=""):
-            super().__init__(vllm_config=vllm_config)
-            self.inner = utils.initialize_model(vllm_config, model_class=Inner, model_config=vllm_config.model_config)
-            assert matched == []
-
-    class Failing(Inner):
-        def __init__(self, *, vllm_config, prefix=""):
-            utils.initialize_model(vllm_config, model_class=Inner, model_config=vllm_config.model_config)
-            raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError, match="out of memory"):
-        utils.initialize_model(config, model_class=Failing, model_config=config.model_config)
-    utils.initialize_model(config, model_class=Outer, model_config=config.model_config)
-    assert matched == [Outer]

@@ -3,8 +3,6 @@
 Ranks are played one after the other in this process: vLLM's layers ask for rank and world size by two functions.
 """
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -20,17 +18,11 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-    record_metadata_for_reloading,
-)
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import Fold, Producer
 from ria_vllm.serve import packing
-from ria_vllm.serve.reordered_rows import ReorderedRows
 
 HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 256
 
@@ -135,8 +127,8 @@ def test_a_rank_copies_no_more_than_its_rows(ranks, size, reordered):
         ranks(rank, size)
         layer = MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up")
         for shard, name in enumerate(("gate", "up")):
-            for kind in ("compressed", "bitmask"):
-                tensor, parameter = stored.tensors[name][kind], getattr(layer, kind)
+            for part in ("compressed", "bitmask"):
+                tensor, parameter = stored.tensors[name][part], getattr(layer, part)
                 with LargestCopy() as copies:
                     parameter.weight_loader(parameter, tensor, shard)
                 rows = stored.orders["down"] if reordered else np.arange(INNER)
@@ -174,43 +166,6 @@ def test_rows_of_other_ranks_stay_in_the_file(ranks, tmp_path):
     assert not layer.compressed.any()
 
 
-def test_reordered_rows_are_what_indexing_gives():
-    tensor, rows = torch.randn(8, 4), torch.randperm(8)
-    late, want = ReorderedRows.of(tensor, rows), tensor[rows]
-    assert late.shape == want.shape and late.dim() == 2 and late.dtype == want.dtype
-    for got, expected in (
-        (late.narrow(0, 2, 3), want[2:5]),
-        (late.narrow(1, 1, 2), want[:, 1:3]),
-        (torch.empty(8, 4).copy_(late), want),
-        (late[3], want[3]),
-        (late + 1, want + 1),
-        (torch.cat([late, late]), torch.cat([want, want])),
-    ):
-        assert type(got) is torch.Tensor and torch.equal(got, expected)
-
-
-def test_a_reload_that_lacks_a_tensor_is_refused(ranks):
-    stored = Stored()
-    stored.add("fc", INNER, HIDDEN)
-    layer = ReplicatedLinear(HIDDEN, INNER, quant_config=stored.config(), prefix="fc", return_bias=False)
-    model = torch.nn.Sequential(layer)
-    record_metadata_for_reloading(model)
-    x = torch.randn(3, HIDDEN)
-    close(stored.load(layer, {"fc": None})(x), stored.apply(x, "fc"))
-    other = Stored(seed=1)
-    other.add("fc", INNER, HIDDEN)
-    initialize_layerwise_reload(model)
-    for kind in ("compressed", "bitmask", "shape"):
-        getattr(layer, kind).weight_loader(getattr(layer, kind), other.tensors["fc"][kind])
-    layer.bias.weight_loader(layer.bias, other.bias["fc"])
-    finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
-    close(layer(x), other.apply(x, "fc"))
-    initialize_layerwise_reload(model)
-    layer.bitmask.weight_loader(layer.bitmask, stored.tensors["fc"]["bitmask"])
-    with pytest.raises(RiaError, match=r"fc\.compressed is in none of the weight files"):
-        finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
-
-
 def test_two_linears_for_four_outputs(ranks):
     """Qwen3.5's linear attention: q, k and v are one tensor and the gate another. vLLM's layer has four outputs."""
     stored = Stored()
@@ -228,10 +183,10 @@ def test_two_linears_for_four_outputs(ranks):
             )
             got = stored.load(layer, {"z": 3, "qkv": (0, 1, 2)})(x)
             whole = [*stored.apply(x, "qkv").split([64, 64, INNER], -1), stored.apply(x, "z")]
-            close(got, torch.cat([part.chunk(size, -1)[rank] for part in whole], -1))
+            close(got, torch.cat([output.chunk(size, -1)[rank] for output in whole], -1))
 
 
-def test_fused_on_disk_though_vllm_names_its_parts(ranks):
+def test_fused_on_disk_though_vllm_names_two_linears(ranks):
     """GLM-4's gate_up_proj, in a folder whose tensor names are not known beforehand."""
     stored = Stored()
     stored.add("gate_up", 2 * INNER, HIDDEN, stored.order(HIDDEN))
@@ -251,8 +206,8 @@ def test_keys_that_are_also_the_values(ranks):
     config = stored.config()
     layer = QKVParallelLinear(HIDDEN, HEAD, HEADS, KV, quant_config=config, prefix="qkv", return_bias=False)
     for name, shard in (("q", "q"), ("k", "k"), ("k", "v")):
-        for kind, tensor in stored.tensors[name].items():
-            getattr(layer, kind).weight_loader(getattr(layer, kind), tensor, shard)
+        for part, tensor in stored.tensors[name].items():
+            getattr(layer, part).weight_loader(getattr(layer, part), tensor, shard)
         layer.bias.weight_loader(layer.bias, stored.bias[name], shard)
     layer.quant_method.process_weights_after_loading(layer)
     x = torch.randn(5, HIDDEN)
@@ -285,9 +240,9 @@ def test_a_piece_of_a_fused_linear_cannot_be_reordered(ranks):
     halves = [Producer(name="gate_up", rows=(0, INNER)), Producer(name="gate_up", rows=(INNER, 2 * INNER))]
     config = stored.config([Fold(consumer="down", producers=halves, coupling="elementwise")])
     layer = MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=config, prefix="gate_up")
-    for kind, tensor in (("compressed", stored.tensors["gate_up"]["compressed"]), ("bias", stored.bias["gate_up"])):
-        parameter = getattr(layer, kind)
-        with pytest.raises(RiaError, match=rf"gate_up\.{kind}: vLLM fuses or splits it .*cannot be reordered"):
+    for part, tensor in (("compressed", stored.tensors["gate_up"]["compressed"]), ("bias", stored.bias["gate_up"])):
+        parameter = getattr(layer, part)
+        with pytest.raises(RiaError, match=rf"gate_up\.{part}: vLLM fuses or splits it .*cannot be reordered"):
             parameter.weight_loader(parameter, tensor[:INNER], 0)
 
 
@@ -301,7 +256,7 @@ def test_permutation_that_no_fold_absorbs(ranks, monkeypatch, size, within):
     stored.add("down", HIDDEN, INNER, order.int())
     x = torch.randn(5, INNER)
     gathered = []
-    monkeypatch.setattr(packing, "tensor_model_parallel_all_gather", lambda part: gathered.append(part) or x)
+    monkeypatch.setattr(packing, "tensor_model_parallel_all_gather", lambda own: gathered.append(own) or x)
     total = 0
     for rank in range(size):
         ranks(rank, size)
@@ -314,11 +269,11 @@ def test_permutation_that_no_fold_absorbs(ranks, monkeypatch, size, within):
     assert len(gathered) == (size if size > 1 and not within else 0)
 
 
-@pytest.mark.parametrize("kind", [ColumnParallelLinear, ReplicatedLinear])
-def test_plain_layers(ranks, kind):
+@pytest.mark.parametrize("layer_class", [ColumnParallelLinear, ReplicatedLinear])
+def test_plain_layers(ranks, layer_class):
     stored = Stored()
     stored.add("fc", 96, HIDDEN, stored.order(HIDDEN))
-    layer = kind(HIDDEN, 96, quant_config=stored.config(), prefix="fc", return_bias=False)
+    layer = layer_class(HIDDEN, 96, quant_config=stored.config(), prefix="fc", return_bias=False)
     x = torch.randn(2, 3, HIDDEN)
     close(stored.load(layer, {"fc": None})(x), stored.apply(x, "fc"))
 

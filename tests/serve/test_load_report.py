@@ -60,7 +60,7 @@ def test_a_layer_that_is_served_dense_is_in_the_key():
             report = LoadReport()
             if left_out:
                 report.expected += 1
-                report.leave_out(left_out, promised=True)
+                report.leave_out(left_out, claims_24=True)
             load("a", report=report)
         keys.append(config.compute_hash())
     assert len(set(keys)) == 3

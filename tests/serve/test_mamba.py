@@ -17,8 +17,8 @@ from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.layer_matching import match_layers
 
 HIDDEN, INNER, STATE, HEADS = 128, 256, 16, 8
-PARTS = {"gate": INNER, "x": INNER, "B": STATE, "C": STATE, "dt": HEADS}
-ROWS = sum(PARTS.values())
+OUTPUTS = {"gate": INNER, "x": INNER, "B": STATE, "C": STATE, "dt": HEADS}
+ROWS = sum(OUTPUTS.values())
 
 
 def stored(int8=False):
@@ -55,8 +55,8 @@ def in_proj_of(config):
 
 
 def load(layer, tensors):
-    for kind, tensor in tensors.items():
-        getattr(layer, kind).weight_loader(getattr(layer, kind), tensor)
+    for part, tensor in tensors.items():
+        getattr(layer, part).weight_loader(getattr(layer, part), tensor)
     layer.quant_method.process_weights_after_loading(layer)
 
 
@@ -65,46 +65,46 @@ def load(layer, tensors):
 def test_one_group_on_several_ranks(ranks, size, int8):
     tensors, plain, order = stored(int8)
     x = torch.randn(3, HIDDEN)
-    want = dict(zip(PARTS, (x.double() @ plain.T).split(list(PARTS.values()), -1)))
+    want = dict(zip(OUTPUTS, (x.double() @ plain.T).split(list(OUTPUTS.values()), -1)))
     for rank in range(size):
         ranks(rank, size)
         layer = in_proj(order, int8)
         load(layer, tensors)
-        mine = [want[part] if part in "BC" else want[part].chunk(size, -1)[rank] for part in PARTS]
+        mine = [want[output] if output in "BC" else want[output].chunk(size, -1)[rank] for output in OUTPUTS]
         torch.testing.assert_close(layer(x)[0].double(), torch.cat(mine, -1), rtol=0, atol=1e-4)
         assert not hasattr(layer, "weight")
 
 
-@pytest.mark.parametrize("kind", ["compressed", "bitmask", "weight_scale"])
-def test_what_is_missing_is_named(ranks, kind):
+@pytest.mark.parametrize("part", ["compressed", "bitmask", "weight_scale"])
+def test_what_is_missing_is_named(ranks, part):
     ranks(0, 2)
     tensors, _, order = stored(int8=True)
-    del tensors[kind]
-    with pytest.raises(RiaError, match=rf"mixer\.in_proj\.{kind} is in none of the weight files"):
+    del tensors[part]
+    with pytest.raises(RiaError, match=rf"mixer\.in_proj\.{part} is in none of the weight files"):
         load(in_proj(order, int8=True), tensors)
 
 
 @pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: torch.cat([t, t[:8]]), lambda t: t[:, :-1]])
-@pytest.mark.parametrize("kind", ["compressed", "bitmask"])
-def test_another_shape_is_named(ranks, kind, change):
+@pytest.mark.parametrize("part", ["compressed", "bitmask"])
+def test_another_shape_is_named(ranks, part, change):
     ranks(0, 2)
     tensors, _, order = stored()
-    tensors[kind] = change(tensors[kind])
-    with pytest.raises(RiaError, match=rf"mixer\.in_proj\.{kind} is .*damaged"):
+    tensors[part] = change(tensors[part])
+    with pytest.raises(RiaError, match=rf"mixer\.in_proj\.{part} is .*damaged"):
         load(in_proj(order), tensors)
 
 
 @pytest.mark.parametrize("strategy", ["channel", "tensor"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_quantized_by_compressed_tensors(ranks, dense, strategy):
-    """Mamba-2 gives its own loader to every parameter that is called like one of a dense layer, or like its scales."""
+    """Mamba-2 gives its own loader to every parameter that is named like one of a dense layer or like its scales."""
     checkpoint = Checkpoint(weights=INT, strategy=strategy, dense=dense)
     tensors = checkpoint.tensors("mixer.in_proj", ROWS, HIDDEN)
     x = torch.randn(3, HIDDEN)
-    want = dict(zip(PARTS, (x.double() @ checkpoint.plain["mixer.in_proj"].T).split(list(PARTS.values()), -1)))
+    want = dict(zip(OUTPUTS, (x.double() @ checkpoint.plain["mixer.in_proj"].T).split(list(OUTPUTS.values()), -1)))
     for rank in range(2):
         ranks(rank, 2)
         layer = in_proj_of(checkpoint.config())
         load(layer, tensors)
-        mine = [want[part] if part in "BC" else want[part].chunk(2, -1)[rank] for part in PARTS]
+        mine = [want[output] if output in "BC" else want[output].chunk(2, -1)[rank] for output in OUTPUTS]
         torch.testing.assert_close(layer(x)[0].double(), torch.cat(mine, -1), rtol=0, atol=1e-4)

@@ -1,103 +1,89 @@
-"""Reloads, layer by layer as vLLM does them. Afterwards a layer computes with the new weights, or the reload failed."""
+"""Which weights a running server may load: those that are stored as the ones that it started with."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
-from compressed_tensors_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-    record_metadata_for_reloading,
-)
+from checkpoint_folder import config_of, rebind
+from safetensors.torch import load_file, save_file
+from vllm.config import VllmConfig, set_current_vllm_config
 
 from ria_vllm.errors import RiaError
-
-pytestmark = pytest.mark.usefixtures("ranks")
-
-
-def reload(model, stream):
-    initialize_layerwise_reload(model)
-    stream()
-    finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
+from ria_vllm.schema import PERMUTATIONS_FILE
+from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.reload import check_reload
 
 
-def fused(checkpoint, dtype=torch.float32):
-    layer = MergedColumnParallelLinear(
-        128, [64, 32], bias=False, quant_config=checkpoint.config(), prefix="gate_up", params_dtype=dtype,
-        return_bias=False,
-    )  # fmt: skip
-    return layer, {"gate": (0, 64), "up": (1, 32)}
+def reload_from(config, folder):
+    check_reload(config, SimpleNamespace(model=str(folder), revision=None), from_files=True)
 
 
-def check(layer, checkpoint, dtype=torch.float32):
-    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(7)).to(dtype)
-    plain = torch.cat([checkpoint.plain["gate"], checkpoint.plain["up"]])
-    torch.testing.assert_close(layer(x).double(), x.double() @ plain.T, rtol=2e-6, atol=2e-5)
+def test_a_reload_from_another_folder(checkpoint, copy):
+    config = config_of(checkpoint)
+    reload_from(config, checkpoint)
+    reload_from(config, copy)
+    stored = load_file(copy / PERMUTATIONS_FILE)
+    name = "model.layers.1.mlp.down_proj.input_permutation"
+    stored[name] = stored[name].flip(0).contiguous()
+    save_file(stored, copy / PERMUTATIONS_FILE)
+    with pytest.raises(RiaError, match=f"{copy}/?: permutations.safetensors is from another run"):
+        reload_from(config, copy)
+    rebind(copy)
+    with pytest.raises(RiaError, match=f"{copy}/?: .*other channel orders.*Start a server"):
+        reload_from(config, copy)
 
 
-QUANTIZED = pytest.mark.parametrize(
-    "quantized",
-    [
-        {"weights": FLOAT, "inputs": BY_TOKEN},
-        {"weights": FLOAT, "inputs": BY_TENSOR, "strategy": "tensor"},
-        {"weights": INT, "inputs": INT},
-        {"weights": INT, "inputs": INT, "strategy": "tensor"},
-    ],
-)
+def test_a_reload_from_the_same_folder_after_it_was_replaced(copy):
+    """What `compress --overwrite` leaves is consistent, but not with a running server."""
+    config = config_of(copy)
+    reload_from(config, copy)
+    torch.manual_seed(9)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, seed=1)
+    with pytest.raises(RiaError, match="other channel orders.*Start a server"):
+        reload_from(config, copy)
 
 
-@QUANTIZED
-@pytest.mark.parametrize(("dense", "two_of_four"), [(True, True), (True, False), (False, True)])
-def test_quantized_weights_are_scaled_again(quantized, dense, two_of_four):
-    checkpoint = Checkpoint(dense=dense, **quantized)
-    layer, parts = fused(checkpoint)
-    model = torch.nn.Sequential(layer)
-    record_metadata_for_reloading(model)
-    check(checkpoint.load(layer, parts, two_of_four=two_of_four), checkpoint)
-    for seed in (1, 2):
-        reload(model, lambda: checkpoint.stream(layer, parts, seed=seed, two_of_four=two_of_four))
-        check(layer, checkpoint)
+def test_a_reload_that_prunes_other_linears(checkpoint, copy):
+    config = config_of(checkpoint)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, dense=("1.mlp.down_proj",))
+    with pytest.raises(RiaError, match=r"model\.layers\.1\.mlp\.down_proj is pruned in the folder or on this server"):
+        reload_from(config, copy)
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_weights_that_are_no_longer_two_of_four_are_refused(first):
-    """Also the other way round: a layer that is served dense stays dense."""
-    checkpoint = Checkpoint(dense=True)
-    layer, parts = fused(checkpoint)
-    model = torch.nn.Sequential(layer)
-    record_metadata_for_reloading(model)
-    checkpoint.load(layer, parts, two_of_four=first)
-    with pytest.raises(RiaError, match="gate_up: .*Start the server again"):
-        reload(model, lambda: checkpoint.stream(layer, parts, seed=1, two_of_four=not first))
+def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):
+    """compressed-tensors gives linears the same names as we do, but permutes no columns."""
+    ours, theirs = config_of(checkpoint), {
+        "quant_method": "compressed-tensors", "format": "dense",
+        "sparsity_config": {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"]},
+    }  # fmt: skip
+    their_config = RiaConfig.from_config(theirs)
+    their_config.maybe_update_config(str(copy))
+    with pytest.raises(RiaError, match="stored in another form"):
+        reload_from(their_config, checkpoint)
+    content = json.loads((copy / "config.json").read_text())
+    for quantization in (theirs, None):
+        (copy / "config.json").write_text(json.dumps(content | {"quantization_config": quantization}))
+        with pytest.raises(RiaError, match="stored in another form"):
+            reload_from(ours, copy)
 
 
-def test_the_report_counts_a_layer_once():
-    checkpoint = Checkpoint(dense=True)
-    config = checkpoint.config()
-    layers = [
-        ReplicatedLinear(128, 64, bias=False, quant_config=config, prefix=name, params_dtype=torch.float32)
-        for name in ("fc", "gc")
-    ]
-    model = torch.nn.Sequential(*layers)
-    record_metadata_for_reloading(model)
-    checkpoint.load(layers[0], {"fc": (None, 64)}, two_of_four=False)
-    checkpoint.load(layers[1], {"gc": (None, 64)})
-    first = (config.report.expected, config.report.loaded, config.report.graph)
-    assert first[:2] == (1, 1)
-
-    def stream():
-        checkpoint.stream(layers[1], {"gc": (None, 64)}, seed=1)
-        checkpoint.stream(layers[0], {"fc": (None, 64)}, seed=1, two_of_four=False)
-
-    reload(model, stream)
-    assert (config.report.expected, config.report.loaded, config.report.graph) == first
+def test_a_reload_is_checked_against_the_present_folder(checkpoint, copy):
+    """vLLM may have another configuration of the model by then."""
+    config = config_of(checkpoint)
+    built_from = SimpleNamespace(model=str(checkpoint), revision=None)
+    torch.manual_seed(9)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, seed=1)
+    current = VllmConfig()
+    with set_current_vllm_config(current):
+        current.model_config = SimpleNamespace(model=str(copy), revision=None)
+        with pytest.raises(RiaError, match="other channel orders"):
+            check_reload(config, built_from, from_files=True)
 
 
-def test_processing_twice_changes_nothing():
-    checkpoint = Checkpoint(dense=True)
-    layer, parts = fused(checkpoint)
-    checkpoint.load(layer, parts, two_of_four=False)
-    layer.quant_method.process_weights_after_loading(layer)
-    check(layer, checkpoint)
+def test_a_reload_of_weights_from_no_folder(checkpoint, tmp_path):
+    """A trainer sends tensors by their names, and the folder that the server was started with may be gone."""
+    config = config_of(checkpoint)
+    (tmp_path / "gone").mkdir()
+    reload_from(config, tmp_path / "gone")

@@ -68,5 +68,5 @@ def test_a_single_linear():
 
 
 def test_an_unknown_shard_id_is_refused():
-    with pytest.raises(RiaError, match="gate, up: vLLM loads output 2, which this layer does not have"):
+    with pytest.raises(RiaError, match="gate, up: vLLM loads one of them as shard 2, and ria-vllm does not know which"):
         merged(("gate", "up"), [32, 32]).linears_of(2)
