@@ -73,7 +73,7 @@ class Creation:
         return None if loader is None or unwrapped(loader) == vllm_loader else unwrapped(loader)
 
     def undo(self, layer: LinearBase) -> None:
-        """Remove the parameters from the layer."""
+        """Remove the parameters from the layer, and the wrapper from the loader of its bias."""
         for name in self.parameters:
             delattr(layer, name)
         for name in ("weight", "weight_loader"):
