@@ -65,7 +65,7 @@ class StatisticsSum:
         # The sums of the drift. Their shapes depend on its kind, so they are allocated when the first chunk comes.
         self.cross: torch.Tensor | None = None
         self.drift_gram: GramSum | None = None
-        self.drift_squared_norm = torch.zeros(1, dtype=torch.float64, device=device)
+        self.squared_norm = torch.zeros(1, dtype=torch.float64, device=device)
 
     def add(self, X: torch.Tensor) -> None:
         """Add a chunk of what the linears read, X [tokens, width] float32."""
@@ -87,7 +87,7 @@ class StatisticsSum:
 
         Only for a group of one linear.
         """
-        self.drift_squared_norm.add_(torch.linalg.vector_norm(missing).double() ** 2)
+        self.squared_norm.add_(torch.linalg.vector_norm(missing).double() ** 2)
         self._add_cross(missing, X)
 
     def _add_cross(self, A: torch.Tensor, X: torch.Tensor) -> None:
@@ -106,11 +106,10 @@ class StatisticsSum:
         Raises:
             RiaError: NaN or infinite activations.
         """
-        blocks = [block for gram in (self.gram, self.drift_gram) if gram is not None for block in gram.blocks]
-        for total in (self.squares, self.cross, self.drift_squared_norm, *blocks):
+        grams = [gram for gram in (self.gram, self.drift_gram) if gram is not None]
+        for total in (self.squares, self.cross, self.squared_norm, *(block for gram in grams for block in gram.blocks)):
             if total is not None:
                 ranks.all_reduce(total)
-        del blocks  # these would keep the sums alive
         squares = self.squares if self.gram is None else self.gram.diagonal()
         _check_finite(squares, place, compute_dtype)
         # These are large: each float64 sum is freed before the next float32 one is made.
@@ -120,7 +119,7 @@ class StatisticsSum:
             if self.drift_gram is not None:
                 drift = InputDrift(cross, self.drift_gram.finish())
             else:
-                drift = OutputDrift(cross, float(self.drift_squared_norm))
+                drift = OutputDrift(cross, float(self.squared_norm))
         return Statistics(squares.sqrt().float(), None if self.gram is None else self.gram.finish(), drift)
 
 
