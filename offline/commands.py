@@ -21,7 +21,7 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     "--permute-scope",
     default="shared",
     show_default=True,
-    help="shared: one order for q, k, v and one for gate, up. linear: each its own; better, and slower to serve.",
+    help="shared: one order for q, k, v and one for gate, up. linear: each its own; better, but slower to serve.",
 )
 @click.option(
     "--pattern",
@@ -43,7 +43,7 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     "--reconstruct",
     default="admm",
     show_default=True,
-    help="How kept weights are updated: none, admm, or block (best, and slow).",
+    help="How kept weights are updated: none, admm, or block (best, but slow).",
 )
 @click.option(
     "--skip-sensitive",
@@ -63,8 +63,8 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     "--compute-dtype",
     default="auto",
     show_default=True,
-    help="The dtype to compute in: auto, bfloat16, float32 or float16. auto: the model's own, or float32 if the device "
-    "is slow in that. Weights are always written in the model's own.",
+    help="The dtype to compute in: auto, bfloat16, float32 or float16. auto: the model's own, unless the device "
+    "computes slowly in it; then float32. Weights are always written in the model's own.",
 )
 @click.option(
     "--activation-cache",
@@ -103,10 +103,10 @@ def compress(
         pattern=parsed, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, ignore=tuple(ignore),
         reconstruct=reconstruct, skip_sensitive=skip_sensitive, weights=weights, compute_dtype=compute_dtype,
     )  # fmt: skip
-    if timings and timings.parent.resolve() != out.resolve():  # if it is OUT, it does not exist yet
+    if timings and timings.parent.resolve() != out.resolve():  # OUT itself does not exist yet
         check_file_place(timings)
-    place = choose_device(device)
-    settings = Settings(place, activation_cache, parse_size(max_shard_size), overwrite, resume)
+    chosen_device = choose_device(device)
+    settings = Settings(chosen_device, activation_cache, parse_size(max_shard_size), overwrite, resume)
     monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
     if not served:
         monitor.say(f"pattern {parsed}: no kernel serves it, so {out} becomes a plain dense folder with zeros.")

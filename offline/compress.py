@@ -9,9 +9,10 @@ import torch
 
 from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import WeightFormat, name_of
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline.layers import LayerPass
-from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype, name_of
+from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.source import Source, opened
 from ria_vllm.offline.model.streaming import StreamedModel, stored_dtype
 from ria_vllm.offline.model.topology import Topology
@@ -34,7 +35,7 @@ TOKENIZER_FILE = "tokenizer_config.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a compression runs. Nothing here changes the result, except for a device's own rounding."""
+    """How a compression runs. Nothing here changes the result, except that devices round differently."""
 
     device: torch.device = torch.device("cpu")
     activation_cache: str = "cpu"
@@ -65,8 +66,8 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
             with monitor.phase("reading the headers"):
                 streamed = StreamedModel(source.folder, source.config, settings.device, dtype)
             recipe = _clipped(recipe, source, monitor).with_compute_dtype(name_of(dtype))
-            begun = fingerprint(recipe, source)
-            with work_folder(out, begun, settings.overwrite, settings.resume, ranks) as writer:
+            run = fingerprint(recipe, source)
+            with work_folder(out, run, settings.overwrite, settings.resume, ranks) as writer:
                 return _Run(source, streamed, recipe, settings, writer, ranks, monitor).compress()
 
 
@@ -96,7 +97,7 @@ def _clipped(recipe: Recipe, source: Source, monitor: Monitor) -> Recipe:
 
 @dataclass(frozen=True)
 class _Run:
-    """One compression, and all that its steps need."""
+    """One compression, and what its steps need."""
 
     source: Source
     model: StreamedModel
@@ -107,9 +108,9 @@ class _Run:
     monitor: Monitor
 
     def compress(self) -> dict[str, Any]:
-        """Do all of it, from the calibration tokens to the finished folder; returns the report."""
-        others = _other_files(self.source)  # now, so that an error in them does not show only after hours
-        _check_nothing_lost(self.model, set(), _planned(self.model))
+        """Run every step, from the calibration tokens to the finished folder; returns the report."""
+        others = _other_files(self.source)  # first, so that an error in them shows at once, not after hours
+        _check_nothing_lost(self.model, set(), _planned(self.model), self.recipe.weight_format)
         tokens = self._tokens()
         cache = self.writer.work / "activations" if self.settings.activation_cache == "disk" else None
         sensitive = self._sensitive(tokens, cache)
@@ -142,7 +143,7 @@ class _Run:
         if not self.recipe.skip_sensitive:
             return []
         if not self.ranks.broadcast(self.writer.has(SENSITIVITY_KEY)):
-            layers = LayerPass(self.model, tokens, cache, self.recipe, self.ranks, self.monitor, follow=False)
+            layers = LayerPass(self.model, tokens, cache, self.recipe, self.ranks, self.monitor, follow_dense=False)
             plan = make_plan(self.model, layers.topology, self.recipe)
             self.monitor.say("measuring what pruning does to each linear")
             records, total = {}, len(self.model.layers)
@@ -198,13 +199,11 @@ class _Run:
             keys.append(f"outside-{number:05d}")
             writer.write(keys[-1], {name: model.read(name)})
         keys += [layer_key(index) for index in range(len(model.layers))]
-        _check_nothing_lost(model, set(report["linears"]), [name for key in keys for name in writer.names(key)])
+        written = [name for key in keys for name in writer.names(key)]
+        _check_nothing_lost(model, set(report["linears"]), written, recipe.weight_format)
         json_files, copies = others
         pruned = sum(record["shape"][0] * record["shape"][1] for record in report["linears"].values())
-        total = sum(
-            m.weight.numel() for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)
-        )
-        zeros = round((1 - recipe.pattern.density) * pruned / total, 6)
+        zeros = round((1 - recipe.pattern.density) * pruned / model.linear_weights, 6)
         if recipe.served:
             sparsity = SparsityConfig(ignore=list(plan.dense), global_sparsity=zeros)
             folds = topology.absolute_folds(model.written_linear, len(model.layers))
@@ -241,14 +240,15 @@ def _planned(model: StreamedModel) -> list[str]:
     return [*model.names_outside_layers(), *(name for names in layers for name in names)]
 
 
-def _check_nothing_lost(model: StreamedModel, pruned: set[str], written: list[str]) -> None:
+def _check_nothing_lost(model: StreamedModel, pruned: set[str], written: list[str], format: WeightFormat) -> None:
     """Check that each tensor of the source is written exactly once, under its own name, unchanged or compressed.
 
-    Only tensors that are left out on purpose (`names.LEFT_OUT`) are not.
+    Tensors left out on purpose (`names.LEFT_OUT`) are exempt.
 
     Args:
         pruned: the written names of pruned linears.
         written: the names of all tensors that are written.
+        format: of the pruned linears.
     """
     counts = Counter(written)
     for name in model.files:
@@ -256,7 +256,7 @@ def _check_nothing_lost(model: StreamedModel, pruned: set[str], written: list[st
         if mine is None:
             continue
         linear = mine.removesuffix(".weight")
-        there = counts[mine] + (counts[f"{linear}.compressed"] if linear in pruned else 0)
+        there = counts[mine] + (counts[f"{linear}.{format.parts[0].name}"] if linear in pruned else 0)
         if there != 1:
             wrong = {0: "missing in the output", 2: "in the output twice"}.get(there, f"in the output {there} times")
             raise RiaError(f"{model.files[name]}: {name} would be {wrong}. Please report this bug in ria-vllm.")

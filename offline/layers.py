@@ -30,7 +30,7 @@ class LayerPass:
     Args:
         tokens: int64 [samples, seq_len], those of all ranks.
         cache: a folder for activations; None: they stay in memory.
-        follow: also take the dense model's stream along, if the recipe aims at it.
+        follow_dense: also take the dense model's stream along, if the recipe reconstructs towards it.
 
     Raises:
         RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
@@ -44,10 +44,10 @@ class LayerPass:
         recipe: Recipe,
         ranks: Ranks,
         monitor: Monitor,
-        follow: bool = True,
+        follow_dense: bool = True,
     ):
         self.model, self.recipe, self.ranks, self.monitor = model, recipe, ranks, monitor
-        self.embedded = embed(model, tokens, cache, follow and recipe.follows_dense, ranks, monitor)
+        self.embedded = embed(model, tokens, cache, follow_dense and recipe.follows_dense, ranks, monitor)
         self.topology, self.streams = self.embedded.topology, self.embedded.streams
 
     def prune(self, index: int, plan: Plan, last: bool) -> dict[str, Pruned]:
@@ -57,11 +57,11 @@ class LayerPass:
             Written name -> pruned linear.
         """
         pruned: dict[str, Pruned] = {}
-        sublayers = self._load(index)
-        for sublayer in sublayers:
-            pruned |= self._prune_sublayer(index, sublayer, plan)
-            if not last or sublayer is not sublayers[-1]:
-                sublayer.advance(self.streams.pruned)
+        sublayer_passes = self._load(index)
+        for sublayer_pass in sublayer_passes:
+            pruned |= self._prune_sublayer(index, sublayer_pass, plan)
+            if not last or sublayer_pass is not sublayer_passes[-1]:
+                sublayer_pass.advance(self.streams.pruned)
         self.model.free_layer(index)
         return self._written(index, pruned)
 
@@ -72,11 +72,11 @@ class LayerPass:
             Written name -> record of the report.
         """
         records: dict[str, dict[str, Any]] = {}
-        for sublayer in self._load(index):
-            for number, stage in enumerate(sublayer.stages):
-                found = self._solve_stage(sublayer, number, plan.groups(index, stage))
+        for sublayer_pass in self._load(index):
+            for number, stage in enumerate(sublayer_pass.stages):
+                found = self._solve_stage(sublayer_pass, number, plan.groups(index, stage))
                 records |= {name: linear.record for name, linear in found.items()}
-            sublayer.advance(self.streams.pruned)
+            sublayer_pass.advance(self.streams.pruned)
         self.model.free_layer(index)
         return self._written(index, records)
 
@@ -86,18 +86,18 @@ class LayerPass:
         Args:
             weights: name relative to the layer -> pruned weight [out, in].
         """
-        sublayers = self._load(index)
+        sublayer_passes = self._load(index)
         if self.streams.dense is not None:
-            for sublayer in sublayers:
-                sublayer.advance(self.streams.dense)
+            for sublayer_pass in sublayer_passes:
+                sublayer_pass.advance(self.streams.dense)
         for name, weight in weights.items():
             _set_weight(self.model.layers[index], name, weight)
-        for sublayer in sublayers:
-            sublayer.advance(self.streams.pruned)
+        for sublayer_pass in sublayer_passes:
+            sublayer_pass.advance(self.streams.pruned)
         self.model.free_layer(index)
 
     def _load(self, index: int) -> list[SublayerPass]:
-        """Load a layer; its sublayers, in order."""
+        """Load a layer; a pass for each of its sublayers, in order."""
         layer, calls = self.model.load_layer(index), self.embedded.calls_of(index)
         place = partial(self._place, index)
         return [
@@ -107,38 +107,38 @@ class LayerPass:
             for sublayer in self.topology.sublayers
         ]
 
-    def _prune_sublayer(self, index: int, sublayer: SublayerPass, plan: Plan) -> dict[str, Pruned]:
+    def _prune_sublayer(self, index: int, sublayer_pass: SublayerPass, plan: Plan) -> dict[str, Pruned]:
         """Prune one stage after the other, so that each sees what those before it produce; then train if asked."""
         pruned: dict[str, Pruned] = {}
-        for number, stage in enumerate(sublayer.stages):
-            found = self._solve_stage(sublayer, number, plan.groups(index, stage))
+        for number, stage in enumerate(sublayer_pass.stages):
+            found = self._solve_stage(sublayer_pass, number, plan.groups(index, stage))
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
-                sublayer.advance(self.streams.dense)
+                sublayer_pass.advance(self.streams.dense)
             for name, linear in found.items():
-                _set_weight(sublayer.runner.layer, name, linear.weight)
+                _set_weight(sublayer_pass.runner.layer, name, linear.weight)
             pruned |= found
-        return train_sublayer(sublayer, pruned, self.recipe) if self.recipe.trains and pruned else pruned
+        return train_sublayer(sublayer_pass, pruned, self.recipe) if self.recipe.trains and pruned else pruned
 
-    def _solve_stage(self, sublayer: SublayerPass, number: int, groups: Sequence[Group]) -> dict[str, Pruned]:
+    def _solve_stage(self, sublayer_pass: SublayerPass, number: int, groups: Sequence[Group]) -> dict[str, Pruned]:
         if not groups:
             return {}
-        found = sublayer.statistics(number, groups, self.recipe.needs_gram)
+        found = sublayer_pass.statistics(number, groups, self.recipe.needs_gram)
         trim()
         names = [name for group in groups for name in group.linears]
         statistics = {name: stats for group, stats in zip(groups, found, strict=True) for name in group.linears}
-        weights = {name: sublayer.runner.linear(name).weight.data for name in names}
+        weights = {name: sublayer_pass.runner.linear(name).weight.data for name in names}
         with self.monitor.phase("permutations"):
             orders = find_orders(groups, weights, statistics, self.recipe, self.ranks)
         with self.monitor.phase("masks and weights"):
             trim()
-            dtype, place = self.model.stored_dtype, sublayer.place
+            dtype, place = self.model.stored_dtype, sublayer_pass.place
             solved = solve(names, weights, statistics, orders, dtype, self.recipe, self.ranks, place)
         del found, statistics
         trim()
         return solved
 
     def _place(self, index: int, name: str) -> str:
-        """What an error calls a linear: the model's folder, and the name in its files."""
+        """What an error about a linear begins with: the model's folder, and the name in its files."""
         return f"{self.model.folder}: {self.model.written_linear(index, name)}"
 
     def _written(self, index: int, found: Mapping[str, T]) -> dict[str, T]:

@@ -13,8 +13,6 @@ from ria_vllm.offline.recipe import Recipe
 from ria_vllm.schema import REARRANGED_BY_VLLM
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
 
-NOT_IN_FIRST = "not in the first layer, by which the others are pruned"
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -65,7 +63,7 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
             if name in topology.dense:
                 reasons[name] = topology.dense[name]
             elif name not in topology.linears:
-                reasons[name] = NOT_IN_FIRST
+                reasons[name] = "not in the first layer, by which the others are pruned"
                 beyond.append(module.weight.numel())
             elif f"{full}.weight" in shared:
                 reasons[name] = "its weights are another layer's, too"
@@ -87,17 +85,18 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
                 sure = any({name, partner} <= names for names in fused_sets(linears))
                 reasons[name] = f"{'served' if sure else 'may be served'} as one with {partner}"
                 if written[partner] not in sensitive:
-                    serves = "serves it" if sure else "may serve it"
-                    warnings.append(f"{written[name]} stays dense too: vLLM {serves} as one with {written[partner]}.")
+                    fuses = "fuses it" if sure else "may fuse it"
+                    warnings.append(f"{written[name]} stays dense too: vLLM {fuses} with {written[partner]}.")
         dense |= {written[name]: reason for name, reason in reasons.items()}
         pruned[index] = frozenset(linears) - frozenset(reasons)
         sets = {frozenset(topology.fused_with(name, pruned[index])) for name in pruned[index]}
         together += [frozenset(written[name] for name in names) for names in sets]
     warnings = [f"{what}; left dense in {count} layers." for what, count in misfits.items()] + warnings
     if beyond:
-        total = sum(m.weight.numel() for layer in model.layers for m in layer.modules() if isinstance(m, nn.Linear))
-        share = f"{sum(beyond) / total:.0%} of the weights of the decoder layers' linears"
-        warnings.append(f"{len(beyond)} linears are {NOT_IN_FIRST}; they stay dense, {share}.")
+        share = f"{sum(beyond) / model.linear_weights:.0%} of the weights in the decoder layers' linears"
+        warnings.append(
+            f"only linears that the first layer has, too, are pruned; {len(beyond)} others stay dense: {share}."
+        )
     warnings += _experts(model) + _unknown_tensors(model)
     family = model.model.config.model_type
     if family in REARRANGED_BY_VLLM:

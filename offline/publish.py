@@ -11,7 +11,7 @@ PATH_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_
 def published(name: str) -> str:
     """A hub id unchanged; the last part of a path."""
     path = Path(name)
-    # Not Path.exists(), which raises if the name is too long for a path, or its folder must not be read.
+    # Not Path.exists(), which raises if the name is too long for a path, or if its folder is not readable.
     local = os.path.exists(name) or path.is_absolute() or name.startswith((".", "~"))
     return Path(os.path.abspath(path)).name if local else name
 

@@ -58,7 +58,7 @@ class Recipe:
         if self.samples < 1 or self.seq_len < 2:
             raise RiaError("--samples takes at least 1, --seq-len at least 2.")
         if not 0 <= self.skip_sensitive < 1:
-            raise RiaError(f"--skip-sensitive {self.skip_sensitive}: a fraction from 0 up to, not including, 1.")
+            raise RiaError(f"--skip-sensitive {self.skip_sensitive}: give a fraction of at least 0 and less than 1.")
         if not 0 <= self.exponent <= 4:
             raise RiaError(f"--exponent {self.exponent}: choose a number from 0 to 4; the paper's is 0.5.")
         for expression in self.ignore:
@@ -90,7 +90,7 @@ class Recipe:
         return self.reconstruct == "block"
 
     @property
-    def product_dtype(self) -> torch.dtype:
+    def matmul_dtype(self) -> torch.dtype:
         """The dtype of matrix products for which bfloat16 is precise enough: in training and permutation search."""
         return torch.float32 if self.compute_dtype == "float32" else torch.bfloat16
 

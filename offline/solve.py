@@ -124,7 +124,7 @@ def solve(
     Args:
         weights, statistics, orders: as for, and from, `find_orders`.
         dtype: of the result, the checkpoint's.
-        place: linear -> what an error calls it.
+        place: linear -> what an error about it begins with.
 
     Returns:
         linear -> result, on the CPU and on all ranks.
@@ -160,7 +160,10 @@ class _Solvers:
 
 
 def score(weight: torch.Tensor, statistics: Statistics, recipe: Recipe) -> torch.Tensor:
-    """The recipe's scores S [out, in] float32; RIA's for SparseGPT, which scores weights itself but needs an order."""
+    """The recipe's scores S [out, in] float32.
+
+    RIA's for SparseGPT, which scores weights itself, but needs scores to order the channels.
+    """
     method = "ria" if recipe.method == "sparsegpt" else recipe.method
     return scores.score(method, weight, statistics.norm, recipe.exponent)
 
@@ -175,12 +178,12 @@ def _find_order(
     S = _stacked_scores(names, weights, statistics, recipe)
     n, m = recipe.pattern.n, recipe.pattern.m
     if group.heads is None:
-        p = permute.search(S, n, m, recipe.permute, seed=recipe.seed, dtype=recipe.product_dtype)
+        p = permute.search(S, n, m, recipe.permute, seed=recipe.seed, dtype=recipe.matmul_dtype)
     elif group.heads.head_dim % m == 0:
         heads = group.heads
         p = permute.search_heads(
             S, heads.num_heads, heads.num_kv_heads, heads.head_dim, n, m, recipe.permute, seed=recipe.seed,
-            dtype=recipe.product_dtype,
+            dtype=recipe.matmul_dtype,
         )  # fmt: skip
     else:
         return None  # groups would span two heads, whose channels must not mix
@@ -205,7 +208,7 @@ def _prune(
     p: torch.Tensor | None,
     dtype: torch.dtype,
     recipe: Recipe,
-    solvers: "_Solvers",
+    solvers: _Solvers,
 ) -> Pruned:
     W = None
     if recipe.method == "sparsegpt":
@@ -215,13 +218,13 @@ def _prune(
         S = score(weight, statistics, recipe)
         mask = _mask(S, p, recipe)
         record = _retained(S, mask, recipe)
-        del S  # as large as the weight, like everything that makes up the peak memory
+        del S  # as large as the weight, so it would raise the peak memory
     start = mask
     if recipe.reconstruct != "none":
-        cross = statistics.drift and statistics.drift.cross_term(weight)
+        cross_term = statistics.drift and statistics.drift.cross_term(weight)
         choose = None if recipe.method == "sparsegpt" else _choice(weight, statistics, p, recipe)
-        W, mask = solvers.of(statistics.gram).solve(weight, mask, cross_term=cross, choose=choose)
-        del cross
+        W, mask = solvers.of(statistics.gram).solve(weight, mask, cross_term=cross_term, choose=choose)
+        del cross_term
     W = weight * mask if W is None else W
     W, scale = stored_weight(W, p, dtype, recipe)
     record |= {"shape": list(weight.shape), "permuted": p is not None}

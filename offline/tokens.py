@@ -3,8 +3,8 @@
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import name_of
 from ria_vllm.offline.calibration import data
-from ria_vllm.offline.model.dtypes import name_of
 from ria_vllm.offline.model.hf import explained, load_tokenizer
 from ria_vllm.offline.model.source import Source
 from ria_vllm.offline.model.streaming import StreamedModel
@@ -29,7 +29,8 @@ def calibration_tokens(source: Source, model: StreamedModel, recipe: Recipe, mon
     vocabulary = model.model.get_input_embeddings().num_embeddings
     if int(tokens.max()) >= vocabulary:
         raise RiaError(
-            f"{source.name}: its tokenizer produces token {int(tokens.max())}, but the model only knows {vocabulary}."
+            f"{source.name}: its tokenizer produces token {int(tokens.max())}, but the model knows only "
+            f"{vocabulary} tokens."
         )
     return tokens
 

@@ -13,15 +13,16 @@ from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.solve import Pruned, stored_weight
 
-# Steps of block training, one a chunk: in 8 passes over little data, in fewer over more, but never in less than 2.
+# About how many steps block training takes, one per chunk: up to 8 passes over few chunks, fewer over many, but at
+# least 2.
 TRAINING_STEPS = 128
 
 
-def train_sublayer(sublayer: SublayerPass, pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, Pruned]:
+def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, Pruned]:
     """Train the pruned linears of a sublayer towards the dense stream after it; all ranks do the same.
 
     Args:
-        sublayer: with the pruned weights in place, the pruned stream before it and the dense stream after it.
+        sublayer_pass: with the pruned weights in place, the pruned stream before it and the dense stream after it.
         pruned: name relative to the layer -> pruned linear.
 
     Returns:
@@ -30,16 +31,16 @@ def train_sublayer(sublayer: SublayerPass, pruned: Mapping[str, Pruned], recipe:
     Raises:
         RiaError: training diverges.
     """
-    runner, streams = sublayer.runner, sublayer.streams
+    runner, streams = sublayer_pass.runner, sublayer_pass.streams
     # Linears are multiplied in the dtype that they are trained in; everything else computes in float32.
     others = [module for module in runner.layer.modules() if not isinstance(module, nn.Linear)]
     for parameter in (p for module in others for p in module.parameters(recurse=False)):
         parameter.data = parameter.data.float()
     inputs, targets = (
-        AllChunks(own, streams.total, sublayer.ranks, runner.device) for own in (streams.pruned, streams.dense)
+        AllChunks(own, streams.total, sublayer_pass.ranks, runner.device) for own in (streams.pruned, streams.dense)
     )
     trim()
-    with sublayer.monitor.phase("block training"), torch.enable_grad():
+    with sublayer_pass.monitor.phase("block training"), torch.enable_grad():
         losses = train_block(
             runner.run,
             {name: runner.linear(name).weight for name in pruned},
@@ -48,8 +49,8 @@ def train_sublayer(sublayer: SublayerPass, pruned: Mapping[str, Pruned], recipe:
             targets,
             passes=min(8, max(2, TRAINING_STEPS // streams.total)),
             seed=recipe.seed,
-            dtype=recipe.product_dtype,
-            where=f"{sublayer.place(next(iter(pruned)))} and what is trained with it: ",
+            dtype=recipe.matmul_dtype,
+            place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",
         )
     trained = {}
     for name, linear in pruned.items():

@@ -19,7 +19,7 @@ FINGERPRINT_FILE = "run.json"
 
 
 def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
-    """Everything that the bytes of the result depend on, as JSON returns it."""
+    """Everything that the bytes of the result depend on, as read back from JSON."""
     text = Path(recipe.calibration)
     stamps = {"model": source.stamp, "calibration text": stamp_of(text) if text.is_file() else None}
     names = {"source": source.name, "calibration": recipe.calibration}  # full paths: this stays in the work folder
@@ -37,7 +37,7 @@ def begun_run(out: Path) -> dict[str, Any]:
         return read_json(path) if path.is_file() else {}
     except RiaError:
         raise RiaError(
-            f"--resume: {path} is damaged, so nothing says what run this is from. Leave out --resume to start again."
+            f"--resume: {path} is damaged, so it is unknown which run this is from. Leave out --resume to start again."
         ) from None
 
 
@@ -47,13 +47,13 @@ def work_folder(
 ) -> Iterator[CheckpointWriter]:
     """The work folder: a new one or, with `resume`, that of an interrupted run with the same fingerprint.
 
-    After an error, it is removed unless it holds a finished layer or the system may have been at fault.
+    After a RiaError, it is removed unless it holds a finished layer or the system may have been at fault.
 
     Args:
         run: the fingerprint of this run.
 
     Raises:
-        RiaError: the interrupted run was another one.
+        RiaError: the interrupted run had other options, another source or other versions.
     """
     work = _work(out)
     if ranks.first:
@@ -71,7 +71,8 @@ def work_folder(
         yield writer
     except RiaError as error:
         # A full disk, an unreachable file or an occupied output folder can be fixed, and the run resumed. Any other
-        # error after the first layer may be chance, or need another version. Finished layers are never lost.
+        # error after the first layer may not happen again, or may be fixed in another version. Finished layers are
+        # never lost.
         if ranks.first and not isinstance(error.__cause__, OSError):
             if writer.has(layer_key(0)):
                 kept = (
@@ -103,4 +104,4 @@ def _other_versions(before: Any, now: dict[str, str]) -> str:
     before = before if isinstance(before, dict) else {}
     differing = [name for name in now if before.get(name) != now[name]]
     then, here = (", ".join(f"{name} {found.get(name)}" for name in differing) for found in (before, now))
-    return f"{then}; here it is {here}. Install what it began with, or leave out --resume."
+    return f"{then}; here it is {here}. Install the versions of that run, or leave out --resume."

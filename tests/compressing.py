@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ class WarningRecorder(Monitor):
 
 
 def run_small(
-    model: Path | str, out: Path, text: Path, settings: Settings = Settings(), **options
+    model: Path | str, out: Path, text: Path | str, settings: Settings = Settings(), **options
 ) -> tuple[dict, list[str]]:
     """Compress with little text and no reconstruction, unless `options` say otherwise; the report and the warnings."""
     recipe = Recipe(**{"calibration": str(text), "samples": 4, "seq_len": 32, "reconstruct": "none"} | options)
@@ -58,14 +59,30 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def edited(source: Path, folder: Path, change: Callable[[dict], dict | None], **config) -> Path:
-    """A copy of a model, with its tensors changed by `change` (in place, or returned) and config.json by `config`."""
-    shutil.copytree(source, folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors = change(tensors) or tensors
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+@pytest.fixture
+def model(tiny, tmp_path) -> Path:
+    """A private copy of a tiny Llama."""
+    return Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+
+
+def edit_config(folder: Path, **changes) -> None:
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, change: Callable[[dict], Any]) -> None:
+    """Change a model's tensors by `change`, which edits the dictionary in place or returns another one."""
+    tensors = load_file(folder / "model.safetensors")
+    changed = change(tensors)
+    tensors = changed if isinstance(changed, dict) else tensors
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edited(source: Path, folder: Path, change: Callable[[dict], Any], **config) -> Path:
+    """A copy of a model, with its tensors changed by `change` (see `edit_weights`) and config.json by `config`."""
+    shutil.copytree(source, folder)
+    edit_weights(folder, change)
+    edit_config(folder, **config)
     return folder
 
 

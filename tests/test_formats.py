@@ -1,47 +1,14 @@
 """Every weight format: what it stores decodes to what was quantized, and its parts follow rows, cuts and padding."""
 
-from typing import ClassVar
-
 import pytest
 import torch
+from grouped_int4 import GroupedInt4
 
 from ria_vllm import formats, sparse24
-from ria_vllm.formats import BITMASK, FLOAT, FORMATS, FP8, INT8, Part, WeightFormat
+from ria_vllm.formats import FLOAT, FORMATS, FP8, INT8
 from ria_vllm.schema import RiaSchema, SparsityConfig, WeightQuantization
 
-ROWS, COLUMNS, GROUP = 24, 192, 32
-
-
-class GroupedInt4(WeightFormat):
-    """A format that the package does not have: integers in -7..7, two to a byte, a scale per GROUP stored columns."""
-
-    name = "int4"
-    quantization: ClassVar = {"num_bits": 4, "type": "int", "strategy": "group", "symmetric": True, "group_size": GROUP}
-    parts = (
-        Part("compressed", (torch.uint8,), 4, fill=0x88),
-        BITMASK,
-        Part("weight_scale", (torch.float32,), GROUP, fill=1),
-    )
-
-    def quantize(self, weight, dtype):
-        groups = weight.float().unflatten(1, (-1, GROUP))
-        scales = groups.abs().amax(-1) / 7
-        scales = torch.where(scales > 0, scales, 1.0)
-        return ((groups / scales[..., None]).round() * scales[..., None]).flatten(1).to(dtype), scales
-
-    def encode(self, weight, mask, scales):
-        compressed, bitmask = sparse24.compress(weight, mask)
-        values = (compressed.float().unflatten(1, (-1, GROUP // 2)) / scales[..., None]).round().flatten(1).to(
-            torch.int8
-        ) + 8
-        pairs = values.to(torch.uint8).unflatten(1, (-1, 2))
-        return {"compressed": pairs[..., 0] | pairs[..., 1] << 4, "bitmask": bitmask, "weight_scale": scales}
-
-    def values(self, parts, dtype):
-        pairs = torch.stack([parts["compressed"] & 15, parts["compressed"] >> 4], -1).flatten(1).float() - 8
-        scaled = pairs.unflatten(1, (-1, GROUP // 2)) * parts["weight_scale"][..., None]
-        return scaled.flatten(1).to(dtype)
-
+ROWS, COLUMNS = 24, 192
 
 ALL = (*FORMATS.values(), GroupedInt4())
 each_format = pytest.mark.parametrize("format", ALL, ids=lambda format: format.name)

@@ -65,7 +65,7 @@ class Streams:
     """The residual streams at one point of the model.
 
     pruned: of the pruned model.
-    dense: of the dense model on its own path; None where nothing aims at it.
+    dense: of the dense model on its own path; None if reconstruction does not aim at it.
     total: the number of chunks of all ranks.
     """
 

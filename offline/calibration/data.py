@@ -31,7 +31,7 @@ CHUNK_CHARACTERS = 1 << 20
 OVERSAMPLING = 8
 # The model writes documents of this length. In longer ones attention would dominate the cost.
 DOCUMENT_TOKENS = 256
-# Documents are generated in batches whose KV cache has this size.
+# Documents are generated in batches whose KV cache has about this size.
 KV_CACHE_BYTES = 1 << 30
 
 
@@ -179,25 +179,25 @@ def _plain(path: Path) -> Iterator[str]:
 def _json_lines(path: Path) -> Iterator[str]:
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
+            place = f"{path}, line {number}"
             if not line.strip():
                 continue
             try:
                 line.encode()  # raises if surrogates stand for bytes that are not UTF-8
                 text = json.loads(line)[TEXT_COLUMN]
             except UnicodeEncodeError:
-                raise RiaError(f"{where}: not valid UTF-8.") from None
+                raise RiaError(f"{place}: not valid UTF-8.") from None
             except (ValueError, LookupError, TypeError, RecursionError):
-                raise RiaError(f"{where}: no JSON object with a field {TEXT_COLUMN!r}.") from None
-            yield from _document(text, where)
+                raise RiaError(f"{place}: no JSON object with a field {TEXT_COLUMN!r}.") from None
+            yield from _document(text, place)
 
 
-def _document(text: Any, where: str) -> Iterator[str]:
+def _document(text: Any, place: str) -> Iterator[str]:
     """The text and an empty line after it; nothing for a null."""
     if text is None:
         return
     if not isinstance(text, str):
-        raise RiaError(f"{where}: the field {TEXT_COLUMN!r} must be a string, not {type(text).__name__}.")
+        raise RiaError(f"{place}: the field {TEXT_COLUMN!r} must be a string, not {type(text).__name__}.")
     # JSON can spell half of a surrogate pair, which is not a character; tokenizers refuse it.
     yield text.encode(errors="replace").decode() + "\n\n"
 

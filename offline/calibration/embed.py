@@ -1,4 +1,7 @@
-"""The start of a calibration run: the tokens embedded, and what the model shows of its layers on the way."""
+"""Starts a calibration run: embeds the tokens and finds out how the model's layers look and how it calls them.
+
+The forward pass of one batch is in `ria_vllm.offline.model.embedding`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,14 +38,14 @@ class Embedded:
 
 
 def embed(
-    model: StreamedModel, tokens: torch.Tensor, cache: Path | None, with_dense: bool, ranks: Ranks, monitor: Monitor
+    model: StreamedModel, tokens: torch.Tensor, cache: Path | None, follow_dense: bool, ranks: Ranks, monitor: Monitor
 ) -> Embedded:
     """Embed this rank's share of the calibration tokens.
 
     Args:
         tokens: int64 [samples, seq_len], the same on all ranks.
         cache: a folder for activations; None: they stay in memory.
-        with_dense: also keep a stream for the dense model on its own path.
+        follow_dense: also keep a stream for the dense model on its own path.
 
     Raises:
         RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
@@ -50,7 +53,7 @@ def embed(
     chunks = tokens.split(max(1, CHUNK_TOKENS // tokens.shape[1]))
     if len(chunks) < ranks.size:
         raise RiaError(
-            f"{len(tokens)} samples of {tokens.shape[1]} tokens make {len(chunks)} pieces of work, too few for "
+            f"{len(tokens)} samples of {tokens.shape[1]} tokens make only {len(chunks)} chunks, too few for "
             f"{ranks.size} processes. Use fewer processes, or more samples."
         )
     # The stream of a bf16 model holds no more than bf16 can, and takes half as much space in it.
@@ -60,7 +63,7 @@ def embed(
         folder = None if cache is None else cache / f"{name}-{ranks.rank}"
         return Activations(folder, model.dtype, stored_dtype)
 
-    streams = Streams(empty("pruned"), empty("dense") if with_dense else None, len(chunks))
+    streams = Streams(empty("pruned"), empty("dense") if follow_dense else None, len(chunks))
     with monitor.phase("embedding"):
         embedder = Embedder(model)
         inputs = embedder.inputs_of_first_layer(chunks[0][:1])
@@ -72,8 +75,8 @@ def embed(
             stream, calls = embedder(chunks[index])
             if not all(one.same_as(other) for one, other in zip(known[stream.shape], calls, strict=True)):
                 raise RiaError(
-                    f"{model.folder}: {type(model.model).__name__} gives its layers more than the residual stream for "
-                    "each text, so they cannot be pruned one by one."
+                    f"{model.folder}: {type(model.model).__name__} passes its layers inputs besides the residual "
+                    "stream that differ between texts, so they cannot be pruned one by one."
                 )
             streams.append(stream)
         embedder.close()

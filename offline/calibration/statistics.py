@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.dtypes import name_of
+from ria_vllm.formats import name_of
 from ria_vllm.offline.pruning.drift import Drift, InputDrift, OutputDrift
 from ria_vllm.offline.pruning.symmetric import BLOCK, SymmetricMatrix
 from ria_vllm.offline.runtime.ranks import Ranks
@@ -20,8 +20,8 @@ class Statistics:
     """What the linears of a group read: X [tokens, in], over all calibration tokens.
 
     norm: ||X_j|| [in] float32, the l2 norm of each input channel.
-    gram: X^T X [in, in] float32; None where only norms were asked for.
-    drift: how far X is from the dense model's input; None where the dense model is not followed.
+    gram: X^T X [in, in] float32; None if only norms were asked for.
+    drift: how far X is from the dense model's input; None if the dense model is not followed.
     """
 
     norm: torch.Tensor
@@ -62,10 +62,10 @@ class StatisticsSum:
         self.width, self.device = width, device
         self.gram = GramSum(width, device) if with_gram else None
         self.squares = None if with_gram else torch.zeros(width, dtype=torch.float64, device=device)
-        # Of the drift. Shapes depend on its kind, so they are allocated when the first chunk comes.
+        # The sums of the drift. Their shapes depend on its kind, so they are allocated when the first chunk comes.
         self.cross: torch.Tensor | None = None
         self.drift_gram: GramSum | None = None
-        self.drift_square = torch.zeros(1, dtype=torch.float64, device=device)
+        self.squared_norm = torch.zeros(1, dtype=torch.float64, device=device)
 
     def add(self, X: torch.Tensor) -> None:
         """Add a chunk of what the linears read, X [tokens, width] float32."""
@@ -87,7 +87,7 @@ class StatisticsSum:
 
         Only for a group of one linear.
         """
-        self.drift_square.add_(torch.linalg.vector_norm(missing).double() ** 2)
+        self.squared_norm.add_(torch.linalg.vector_norm(missing).double() ** 2)
         self._add_cross(missing, X)
 
     def _add_cross(self, A: torch.Tensor, X: torch.Tensor) -> None:
@@ -96,22 +96,22 @@ class StatisticsSum:
         for start in range(0, len(self.cross), BLOCK):  # in blocks, because adding makes a float64 copy of the product
             self.cross[start : start + BLOCK].add_(A[:, start : start + BLOCK].T @ X)
 
-    def finish(self, ranks: Ranks, linear: str, compute_dtype: torch.dtype) -> Statistics:
-        """The statistics of all ranks' tokens. The sums are gone afterwards.
+    def finish(self, ranks: Ranks, place: str, compute_dtype: torch.dtype) -> Statistics:
+        """The statistics of all ranks' tokens. This frees the sums.
 
         Args:
-            linear: what an error calls the linear.
+            place: what an error begins with.
             compute_dtype: the dtype in which the activations were computed, for the advice in an error.
 
         Raises:
             RiaError: NaN or infinite activations.
         """
         grams = [gram for gram in (self.gram, self.drift_gram) if gram is not None]
-        for total in (self.squares, self.cross, self.drift_square, *(block for gram in grams for block in gram.blocks)):
+        for total in (self.squares, self.cross, self.squared_norm, *(block for gram in grams for block in gram.blocks)):
             if total is not None:
                 ranks.all_reduce(total)
         squares = self.squares if self.gram is None else self.gram.diagonal()
-        _check_finite(squares, linear, compute_dtype)
+        _check_finite(squares, place, compute_dtype)
         # These are large: each float64 sum is freed before the next float32 one is made.
         drift: Drift | None = None
         if self.cross is not None:
@@ -119,11 +119,11 @@ class StatisticsSum:
             if self.drift_gram is not None:
                 drift = InputDrift(cross, self.drift_gram.finish())
             else:
-                drift = OutputDrift(cross, float(self.drift_square))
+                drift = OutputDrift(cross, float(self.squared_norm))
         return Statistics(squares.sqrt().float(), None if self.gram is None else self.gram.finish(), drift)
 
 
-def _check_finite(squares: torch.Tensor, linear: str, compute_dtype: torch.dtype) -> None:
+def _check_finite(squares: torch.Tensor, place: str, compute_dtype: torch.dtype) -> None:
     # If one entry of X is not finite, neither is the sum of its channel's squares.
     if bool(squares.isfinite().all()):
         return
@@ -131,6 +131,6 @@ def _check_finite(squares: torch.Tensor, linear: str, compute_dtype: torch.dtype
     if compute_dtype != torch.float32:
         advice = f"Give --compute-dtype float32. If that does not help: {advice[0].lower()}{advice[1:]}"
     raise RiaError(
-        f"{linear}: NaN or infinite values in its input activations. The model overflows on this text in "
+        f"{place}: NaN or infinite values in its input activations. The model overflows on this text in "
         f"{name_of(compute_dtype)}. {advice}"
     )

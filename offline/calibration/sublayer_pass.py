@@ -19,7 +19,7 @@ class SublayerPass:
     """Takes the residual streams through one sublayer.
 
     streams: those before the sublayer; `advance` replaces one by the stream after it.
-    place: a linear's name relative to the layer -> what an error calls it.
+    place: a linear's name relative to the layer -> what an error about it begins with.
     """
 
     runner: SublayerRunner
@@ -32,7 +32,7 @@ class SublayerPass:
     def stages(self) -> tuple[tuple[Group, ...], ...]:
         return self.runner.sublayer.stages
 
-    def statistics(self, stage: int, groups: Sequence[Group], with_gram: bool) -> list[Statistics]:
+    def statistics(self, number: int, groups: Sequence[Group], with_gram: bool) -> list[Statistics]:
         """The statistics of the groups of one stage, over the chunks of all ranks.
 
         Where the dense model is followed, two stages have a drift. For the first one, ask before anything of the
@@ -40,35 +40,35 @@ class SublayerPass:
         ask when everything else of the sublayer is pruned and the dense stream is advanced.
 
         Args:
-            stage: its number in the sublayer.
-            groups: those of its groups, and of their linears, that are to be pruned.
+            number: of the stage, counted from 0.
+            groups: its groups, with only the linears that are to be pruned.
 
         Raises:
             RiaError: NaN or infinite activations, or a linear that the layer does not use.
         """
         dense = self.streams.dense
-        dense_before = dense if stage == 0 else None
-        dense_after = dense if self.runner.sublayer.additive and stage == len(self.stages) - 1 else None
+        dense_before = dense if number == 0 else None
+        dense_after = dense if self.runner.sublayer.additive and number == len(self.stages) - 1 else None
         linears = [group.linears[0] for group in groups]
         sums = {
             name: StatisticsSum(self.runner.linear(name).in_features, with_gram, self.runner.device) for name in linears
         }
         alone = frozenset(group.linears[0] for group in groups if len(group.linears) == 1)
-        for chunk in self._chunks(self.streams.pruned):
-            self._add_chunk(chunk, sums, alone, dense_before, dense_after)
+        for index in self._chunks(self.streams.pruned):
+            self._add_chunk(index, sums, alone, dense_before, dense_after)
         return [sums.pop(name).finish(self.ranks, self.place(name), self.runner.dtype) for name in linears]
 
     def advance(self, stream: Activations) -> None:
         """Replace the stream before the sublayer by the one after it."""
-        for chunk in self._chunks(stream):
-            stream[chunk] = self.runner.run(stream[chunk].to(self.runner.device))
+        for index in self._chunks(stream):
+            stream[index] = self.runner.run(stream[index].to(self.runner.device))
 
     def _chunks(self, stream: Activations) -> Iterator[int]:
         return self.monitor.steps(range(len(stream)), "calibration passes", len(stream))
 
     def _add_chunk(
         self,
-        chunk: int,
+        index: int,
         sums: Mapping[str, StatisticsSum],
         alone: frozenset[str],
         dense_before: Activations | None,
@@ -77,15 +77,16 @@ class SublayerPass:
         """Add one chunk to the sums. (A method of its own, so that nothing of a chunk outlives it.)
 
         Args:
+            index: of the chunk.
             sums: by the first linear of each group.
             alone: the linears that are the only one of their group.
         """
-        stream = self.streams.pruned[chunk].to(self.runner.device)
+        stream = self.streams.pruned[index].to(self.runner.device)
         after, inputs = self.runner.watch(stream, list(sums), to_the_end=dense_after is not None)
         self._check_used(sums, inputs)
         dense: dict[str, torch.Tensor] = {}
         if dense_before is not None:
-            _, dense = self.runner.watch(dense_before[chunk].to(self.runner.device), list(sums))
+            _, dense = self.runner.watch(dense_before[index].to(self.runner.device), list(sums))
         with self.monitor.phase("statistics"):
             for name, total in sums.items():
                 X, linear = _tokens(inputs.pop(name)), self.runner.linear(name)
@@ -96,7 +97,7 @@ class SublayerPass:
                 elif name in dense:
                     total.add_input_drift(X, _tokens(dense.pop(name)))
                 if after is not None:
-                    total.add_output_drift(X, _tokens(dense_after[chunk].to(self.runner.device)) - _tokens(after))
+                    total.add_output_drift(X, _tokens(dense_after[index].to(self.runner.device)) - _tokens(after))
 
     def _check_used(self, linears: Mapping[str, StatisticsSum], inputs: Mapping[str, torch.Tensor]) -> None:
         for name in linears:

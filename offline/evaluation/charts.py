@@ -33,7 +33,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def line_chart(title: str, series: Sequence[Series], x_label: str, from_zero: bool = False) -> str:
-    """An <svg> with one line a series, and a tooltip on every point."""
+    """An <svg> with one line per series, and a tooltip on every point."""
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points]
     low, high = (0.0 if from_zero else min(ys)), max(ys)

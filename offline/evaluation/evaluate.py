@@ -12,9 +12,10 @@ import click
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import name_of
 from ria_vllm.model_card import Measured, check_card, note_perplexity
 from ria_vllm.offline.evaluation.tasks import run_tasks
-from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype, name_of
+from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.hf import configured_dtype, load_model, load_tokenizer, read_config
 from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.progress import Monitor
@@ -79,25 +80,35 @@ def perplexity(model: Any, tokens: torch.Tensor, seq_len: int, monitor: Monitor 
 @click.command()
 @click.argument("model")
 @click.option("--text", type=click.Path(path_type=Path), help="A text file: measure perplexity on it.")
-@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens a window; 1024, or a shorter context of the model.")
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first so many tokens of the text.")
+@click.option(
+    "--seq-len",
+    type=click.IntRange(min=2),
+    help="Tokens per window; by default 1024, or the model's context if that is shorter.",
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=2), help="Use at most this many tokens, from the start of the text."
+)
 @click.option("--baseline", help="Also measure this model, the dense one that MODEL was pruned from, on the same text.")
-@click.option("--update-card", is_flag=True, help="Note the perplexity in MODEL's README.md; MODEL is a folder then.")
+@click.option(
+    "--update-card", is_flag=True, help="Add the perplexity to MODEL's README.md; MODEL must then be a folder."
+)
 @click.option("--tasks", help="Comma-separated tasks for lm-evaluation-harness (needs lm_eval).")
 @click.option(
     "--include-path",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="A folder of further tasks for --tasks, as YAML.",
+    help="A folder with more tasks for --tasks, as YAML files.",
 )
-@click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="What runs --tasks.")
-@click.option("--limit", type=click.IntRange(min=1), help="Use only the first so many examples of each task.")
+@click.option(
+    "--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="The engine for --tasks."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Use at most this many examples of each task.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--compute-dtype",
     type=click.Choice(CHOICES),
     default="auto",
     show_default=True,
-    help="auto: the model's own, or float32 where the device is slow in that.",
+    help="auto: the model's own, unless the device computes slowly in it; then float32.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
@@ -127,33 +138,34 @@ def evaluate(
             raise RiaError(
                 "eval: --compute-dtype is for --engine hf; vLLM takes the model's own. Leave one of them out."
             )
-        place = choose_device(device)
-        results = run_tasks(model, tasks.split(","), engine, limit, place, include_path, compute_dtype)
+        chosen_device = choose_device(device)
+        results = run_tasks(model, tasks.split(","), engine, limit, chosen_device, include_path, compute_dtype)
         click.echo(json.dumps(results, indent=2) if as_json else task_lines(results))
         return
     assert text is not None
     if update_card:
         check_card(Path(model))
-    monitor, place = Monitor(), choose_device(device)
+    monitor, chosen_device = Monitor(), choose_device(device)
     models = [model] if baseline is None else [model, baseline]
     configs = {name: read_config(name) for name in models}
     seq_len = window_length(configs, seq_len)
-    compute_dtype = common_dtype(list(configs.values()), place, compute_dtype)
+    compute_dtype = common_dtype(list(configs.values()), chosen_device, compute_dtype)
     with monitor.live():
         with monitor.phase("reading the text"):
             tokens = read_tokens(model, text, max_tokens)
             if baseline is not None and not torch.equal(read_tokens(baseline, text, max_tokens), tokens):
                 raise RiaError(
-                    f"{baseline}: reads the text as other tokens than {model}, so the perplexities are not comparable."
+                    f"{baseline}: splits the text into different tokens than {model}, so the perplexities are not "
+                    "comparable."
                 )
         with monitor.phase("loading the model"):
-            loaded = load_model(model, place, compute_dtype)
+            loaded = load_model(model, chosen_device, compute_dtype)
         dtype = name_of(loaded.dtype)
         found, dense = perplexity(loaded, tokens, seq_len, monitor), None
         del loaded  # before the baseline is loaded
         if baseline is not None:
             with monitor.phase("loading the baseline"):
-                loaded = load_model(baseline, place, dtype)
+                loaded = load_model(baseline, chosen_device, dtype)
             dense = perplexity(loaded, tokens, seq_len, monitor)
     if as_json:
         about = {"model": model, "text": str(text), "compute_dtype": dtype, **asdict(found)}

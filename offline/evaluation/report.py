@@ -196,7 +196,7 @@ def page(title: str, content: dict[str, Any], inventory: Inventory | None, measu
     "--perplexity", multiple=True, type=click.Path(path_type=Path), help="A file of `eval --json`. Repeatable."
 )
 def report(out: Path, output: Path | None, perplexity: tuple[Path, ...]) -> None:
-    """Write what the compression of OUT did as one HTML page that opens offline."""
+    """Write an HTML page that shows what compressing OUT did. It needs no network."""
     target = output or out / "ria_report.html"
     if output:
         check_file_place(output)

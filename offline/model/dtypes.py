@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import name_of
 
 CHOICES = ("auto", "bfloat16", "float32", "float16")
 # CPU flags of x86-64 and Arm, as Linux names them.
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-# Values of ONEDNN_MAX_CPU_ISA that keep torch's matrix products from using these instructions.
+# Values of ONEDNN_MAX_CPU_ISA that keep torch's matrix products from using bfloat16 instructions.
 ISA_WITHOUT_BF16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"})
 
 
@@ -22,7 +23,7 @@ def choose_dtype(stored: torch.dtype, device: torch.device, asked: str = "auto")
     """The dtype to compute in on a device, for a checkpoint stored in `stored`.
 
     Args:
-        asked: one of CHOICES. auto: as stored, but float32 if the device is slow in that.
+        asked: one of CHOICES. auto: as stored, unless the device computes slowly in that dtype; then float32.
 
     Raises:
         RiaError: `asked` cannot hold every value of `stored`, so weights and rotary frequencies would be rounded.
@@ -47,11 +48,6 @@ def fast_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     return limit not in ISA_WITHOUT_BF16 and not BF16_FLAGS.isdisjoint(_cpu_flags())
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """For example "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _cpu_flags() -> frozenset[str]:

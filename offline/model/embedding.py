@@ -1,4 +1,7 @@
-"""The model up to its first decoder layer, and how it calls each of its decoder layers."""
+"""One forward pass of the model up to its first decoder layer, and how it calls each of its decoder layers.
+
+`ria_vllm.offline.calibration.embed` runs it on all calibration tokens.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,7 +92,7 @@ class Embedder:
         self.model = model
         self.base = model.load_base()
         kind = type(model.model).__name__
-        self.runs = f"{model.folder}: transformers cannot run {kind} as config.json describes it"
+        self.unusable = f"{model.folder}: transformers cannot run {kind} as config.json describes it"
         self.tupled: int | None = None  # length of the tuple that a layer returns; 0: it returns a bare tensor
 
     def __call__(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
@@ -110,7 +113,7 @@ class Embedder:
         for index, shell in enumerate(shells):
             model.layers[index] = shell
         try:
-            with explained(self.runs):
+            with explained(self.unusable):
                 self.base(input_ids=tokens.to(model.device), use_cache=False)
         except Reached:
             pass
@@ -139,7 +142,7 @@ class Embedder:
         streams: list[torch.Tensor] = []
         self.model.layers[0] = _Shell(layer, first, streams, True, self._form, self._place(0))
         try:
-            with explained(self.runs):
+            with explained(self.unusable):
                 self.base(input_ids=tokens.to(self.model.device), use_cache=False)
         except Reached:
             pass
@@ -152,7 +155,7 @@ class Embedder:
         ]
         call = first[0]
         kwargs = {**call.kwargs, "hidden_states": streams[0]} if call.by_name else call.kwargs
-        with explained(self.runs):
+        with explained(self.unusable):
             out = layer(*(call.args if call.by_name else (streams[0], *call.args)), **kwargs)
         for hook in hooks:
             hook.remove()

@@ -88,7 +88,7 @@ def _load(folder: str, device: torch.device, dtype: torch.dtype | str) -> Any:
             f"{folder}: {name} has shape {tuple(found)}, config.json asks for {tuple(wanted)}. Get the files again."
         )
     if info["missing_keys"]:
-        # transformers would go on with random numbers in their place.
+        # transformers would continue with random weights instead.
         raise RiaError(
             f"{folder}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. Get the files again."
         )
@@ -116,7 +116,7 @@ def _loading(folder: str) -> Iterator[None]:
 def explained(what: str) -> Iterator[None]:
     """Turn any error in transformers' code into a RiaError that begins with `what`; its cause is that error.
 
-    Errors about memory or CUDA pass through: they are no fault of the model's.
+    Errors about memory or CUDA pass through: they are not the model's fault.
     """
     try:
         yield

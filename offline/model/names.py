@@ -108,7 +108,8 @@ def _two_of(name: str, other: str, folder: Path) -> RiaError:
 def _natural_order(name: str, folder: Path) -> list:
     if name.rpartition(".")[2] in COMPRESSED:
         raise RiaError(
-            f"{folder}: {name} is in the files, a name as in a compressed model. Give the original, uncompressed one."
+            f"{folder}: {name} is in the files, which is a name that only compressed models have. Give the original, "
+            "uncompressed model."
         )
     try:
         return dot_natural_key(name)

@@ -125,8 +125,8 @@ def _from_hub(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
     except Exception as error:
         raise RiaError(
-            f"{model}: no such folder or file here, and the hub does not have it either ({first_line(error)}). Check "
-            "the name; gated models need `hf auth login`."
+            f"{model}: no such folder or file here, and it could not be fetched from the hub either "
+            f"({first_line(error)}). Check the name; gated models need `hf auth login`."
         ) from None
 
 
@@ -157,12 +157,12 @@ def _checked(name: str, folder: Path) -> Source:
         raise RiaError(f"{path}: transformers does not know this model ({reason_of(error)}).") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RiaError(
-            f"{name}: a {config.model_type} model is not a causal language model; only those are compressed."
+            f"{name}: a {config.model_type} model is not a causal language model; only those can be compressed."
         )
     if config.get_text_config() is not config:
         raise RiaError(
-            f"{name}: a {config.model_type} model reads more than text, and only text models are compressed. Save its "
-            "language model as a folder of its own, and give that."
+            f"{name}: a {config.model_type} model reads more than text, and only text models can be compressed. Save "
+            "its language model as a folder of its own, and give that."
         )
     architectures = config.architectures or []
     architectures = [architectures] if isinstance(architectures, str) else architectures

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import name_of
 from ria_vllm.offline.model import topology
-from ria_vllm.offline.model.dtypes import choose_dtype, name_of
+from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.hf import configured_dtype, explained
 from ria_vllm.offline.model.names import Names, find_tensors
 from ria_vllm.sparse24 import VALUE_DTYPES
@@ -62,6 +63,12 @@ class StreamedModel:
         self._check_all()
         self._check_tied()
         self._materialize_buffers()
+
+    @property
+    def linear_weights(self) -> int:
+        """The number of weights in the linears of all decoder layers."""
+        linears = (m for layer in self.layers for m in layer.modules() if isinstance(m, nn.Linear))
+        return sum(linear.weight.numel() for linear in linears)
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.layers_path}.{index}."
@@ -153,7 +160,7 @@ class StreamedModel:
     def _check_all(self) -> None:
         """Refuse now what would otherwise only show after hours, or in the finished checkpoint.
 
-        That is missing tensors and wrong shapes, from the headers of the files, and non-finite values in tensors that
+        These are missing tensors and wrong shapes, from the headers of the files, and non-finite values in tensors that
         are copied without being loaded.
         """
         wanted: dict[str, torch.Tensor] = {}

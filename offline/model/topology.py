@@ -1,4 +1,4 @@
-"""What a model family's decoder layer looks like. This is the only file that knows architectures.
+"""What a model family's decoder layer looks like. This is the only file that describes architectures.
 
 Families listed here get folds (`ria_vllm.schema.Fold`), shared permutations and two sublayers per layer. Every other
 causal LM with nn.Linear layers is pruned as well: linears that read the same tensor share a permutation, nothing is
@@ -54,7 +54,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Sublayer:
-    """A part of a layer that takes the residual stream in and puts it out: attention, MLP, or the whole layer.
+    """A part of a layer that maps the residual stream to the residual stream: attention, MLP, or the whole layer.
 
     stages: groups whose statistics are gathered together; a later stage sees what the earlier ones pruned.
     ends_before: the submodule whose input is the stream after this sublayer; None: the layer's output is.
@@ -131,8 +131,8 @@ def fused_sets(linears: Iterable[str]) -> list[set[str]]:
 def _pattern(names: Sequence[str]) -> str | None:
     """The one name with `{i}` for the layer's number that gives `names`, one per layer; None if there is none."""
     parts = names[0].split(".")
-    for place in [place for place, part in enumerate(parts) if part == "0"]:
-        pattern = ".".join([*parts[:place], "{i}", *parts[place + 1 :]])
+    for position in [position for position, part in enumerate(parts) if part == "0"]:
+        pattern = ".".join([*parts[:position], "{i}", *parts[position + 1 :]])
         if all(pattern.replace("{i}", str(index)) == name for index, name in enumerate(names)):
             return pattern
     return None

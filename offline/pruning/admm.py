@@ -19,7 +19,7 @@ from ria_vllm.offline.pruning.symmetric import BlockInverse, SymmetricMatrix, in
 DENSE_WIDTH = 2048
 # Rows of W that are solved together, so that temporaries stay small beside the Gram matrix.
 ROWS_AT_ONCE = 128
-# The mask may change in the first of these iterations.
+# The mask may change in this many iterations, the first ones.
 CHOOSING = 12
 # Measured on SmolLM2: with less damping, errors on few tokens dominate; with more, the update does too little.
 DAMPING = 0.2
@@ -62,8 +62,10 @@ class AdmmSolver:
         solved, kept = torch.empty(weight.shape, device=weight.device), torch.empty_like(mask)
         for start in range(0, len(weight), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            cross = None if cross_term is None else cross_term[rows]
-            solved[rows], kept[rows] = self._solve_rows(weight[rows].float(), mask[rows], iterations, cross, choose)
+            cross_term_rows = None if cross_term is None else cross_term[rows]
+            solved[rows], kept[rows] = self._solve_rows(
+                weight[rows].float(), mask[rows], iterations, cross_term_rows, choose
+            )
         return solved, kept
 
     def _solve_rows(
@@ -185,7 +187,7 @@ def output_error(
     """
     gram = gram if isinstance(gram, SymmetricMatrix) else gram.float()
     cross_term = None if drift is None else drift.cross_term(weight)
-    lost = whole = 0.0 if drift is None else drift.residual(weight)
+    lost = whole = 0.0 if drift is None else drift.squared_residual(weight)
     for start in range(0, len(weight), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         W = weight[rows].float()

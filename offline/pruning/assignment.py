@@ -26,7 +26,7 @@ def largest(scores: Sequence[torch.Tensor], n: int) -> list[torch.Tensor]:
     return top
 
 
-def kept(columns: torch.Tensor, index: torch.Tensor, n: int) -> torch.Tensor:
+def retained_score(columns: torch.Tensor, index: torch.Tensor, n: int) -> torch.Tensor:
     """The score that an n:m mask retains, summed over groups and rows; a float64 scalar."""
     total = torch.zeros((), dtype=torch.float64, device=columns.device)
     for rows in columns.split(ROWS_AT_ONCE, dim=1):

@@ -26,7 +26,7 @@ def train_block(
     seed: int = 0,
     betas: tuple[float, float] = (0.9, 0.999),
     dtype: torch.dtype = torch.bfloat16,
-    where: str = "",
+    place: str = "",
 ) -> list[float]:
     """Masked Adam with a cosine schedule, one step per micro-batch, under bf16 autocast or in float32.
 
@@ -39,13 +39,13 @@ def train_block(
         forward: [..., hidden] -> [..., hidden], the residual stream after the sublayer; multiplies with `params`
             (under autocast, if `dtype` is bfloat16). Everything else in it is float32.
         params: the linears' weights, of any floating dtype; float32 and zero outside their masks on return.
-        masks: bool, for every parameter one of the same shape, True = may change.
+        masks: one bool mask per parameter, of its shape; True = may change.
         inputs, targets: micro-batches [..., hidden], the same number of each, on one device; the sequences may load an
             item only when it is asked for.
         lr: the learning rate of the first step.
         seed: for the order of the micro-batches.
         dtype: of the matrix products, bfloat16 or float32.
-        where: the beginning of error messages.
+        place: what an error begins with.
 
     Returns:
         The mean loss of each pass.
@@ -55,7 +55,7 @@ def train_block(
     """
     if len(inputs) != len(targets) or not len(inputs):
         found = f"{len(inputs)} inputs and {len(targets)} targets"
-        raise RiaError(f"{where}{found}: block training needs at least one of each, and equally many.")
+        raise RiaError(f"{place}{found}: block training needs at least one of each, and equally many.")
     order = torch.Generator().manual_seed(seed)
     step, steps = 0, passes * len(inputs)
     trained = [_Trained(p, masks[name], lr, betas, dtype) for name, p in params.items()]
@@ -73,7 +73,7 @@ def train_block(
             losses.append(total / len(inputs))
             if not math.isfinite(losses[-1]):
                 found = f"loss {losses[-1]} in pass {len(losses)}"
-                raise RiaError(f"{where}block training diverged ({found}). Give --reconstruct admm.")
+                raise RiaError(f"{place}block training diverged ({found}). Give --reconstruct admm.")
     finally:
         while trained:
             trained.pop().finish()

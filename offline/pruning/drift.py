@@ -14,13 +14,13 @@ from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 
 
 class Drift(Protocol):
-    """Both are sums over all calibration tokens."""
+    """What reconstruction needs: two sums over all calibration tokens."""
 
     def cross_term(self, weight: torch.Tensor) -> torch.Tensor:
         """(Y - X W^T)^T X [out, in] float32, for W [out, in]."""
         ...
 
-    def residual(self, weight: torch.Tensor) -> float:
+    def squared_residual(self, weight: torch.Tensor) -> float:
         """||Y - X W^T||_F^2, for W [out, in]."""
         ...
 
@@ -38,7 +38,7 @@ class InputDrift:
     def cross_term(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.float() @ self.cross
 
-    def residual(self, weight: torch.Tensor) -> float:
+    def squared_residual(self, weight: torch.Tensor) -> float:
         W = weight.float()
         return float(((W @ self.gram) * W).sum(dtype=torch.float64))
 
@@ -49,14 +49,14 @@ class OutputDrift:
 
     R comes from the residual stream that the output is added to, or from Y = D W^T.
 
-    cross: R^T X [out, in] float32; square: ||R||_F^2.
+    cross: R^T X [out, in] float32; squared_norm: ||R||_F^2.
     """
 
     cross: torch.Tensor
-    square: float
+    squared_norm: float
 
     def cross_term(self, weight: torch.Tensor) -> torch.Tensor:
         return self.cross
 
-    def residual(self, weight: torch.Tensor) -> float:
-        return self.square
+    def squared_residual(self, weight: torch.Tensor) -> float:
+        return self.squared_norm

@@ -1,4 +1,4 @@
-"""Masks, which say what weights are kept: N:M and unstructured patterns."""
+"""Masks of the kept weights: N:M and unstructured patterns."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Pattern:
     Either (n, m) or fraction is set.
 
     Raises:
-        RiaError: both or none of them is set, or the pattern keeps nothing or everything.
+        RiaError: both or neither are set, or the pattern keeps nothing or everything.
     """
 
     n: int | None = None
@@ -43,7 +43,7 @@ class Pattern:
             return cls(n=int(groups[1]), m=int(groups[2]))
         if groups := re.fullmatch(r"unstructured(?::(\d*\.?\d+))?", text):
             return cls(fraction=float(groups[1] or 0.5))
-        raise RiaError(f"unknown pattern {text!r}; write N:M (as 2:4), unstructured or unstructured:FRACTION")
+        raise RiaError(f"unknown pattern {text!r}; write N:M (for example 2:4), unstructured or unstructured:FRACTION")
 
     @property
     def structured(self) -> bool:
@@ -70,7 +70,7 @@ def mask(S: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         bool [out, in], True = kept.
 
     Raises:
-        RiaError: `in` is no multiple of M.
+        RiaError: `in` is not a multiple of M.
     """
     rows, columns = S.shape
     if not pattern.structured:

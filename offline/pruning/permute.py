@@ -6,10 +6,10 @@
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.pruning.assignment import coded_gain_matrix, gain_matrix, kept, levels, reassign
+from ria_vllm.offline.pruning.assignment import coded_gain_matrix, gain_matrix, levels, reassign, retained_score
 
 METHODS = ("lsa", "heuristic", "none")
-# A round that raises the retained score by a smaller fraction than this is not worth another one.
+# After a round that raises the retained score by a smaller fraction than this, another is not worthwhile.
 WORTHWHILE = 2e-4
 # Up to this many groups, the exact gain matrix is the faster one.
 EXACT_GROUPS = 64
@@ -54,9 +54,9 @@ def search(
     if method == "none" or channels == m:
         return index.flatten()
     columns = S.T.float().contiguous()
-    best = kept(columns, index, n)
+    best = retained_score(columns, index, n)
     dealt = deal(columns, m)
-    if (score := kept(columns, dealt, n)) >= best:
+    if (score := retained_score(columns, dealt, n)) >= best:
         index, best = dealt, score
     if method == "lsa":
         index = _improve(columns, index, best, n, rounds, seed, dtype)
@@ -114,11 +114,14 @@ def retained(S: torch.Tensor, p: torch.Tensor | None = None, n: int = 2, m: int 
     columns = S.T.float().contiguous()
     order = torch.arange(len(columns), device=S.device) if p is None else p.long().to(S.device)
     total = columns.sum(dtype=torch.float64)
-    return float(kept(columns, order.view(-1, m), n) / total) if total > 0 else 1.0
+    return float(retained_score(columns, order.view(-1, m), n) / total) if total > 0 else 1.0
 
 
 def deal(columns: torch.Tensor, m: int) -> torch.Tensor:
-    """The heuristic order, int64 [G, m]: of the channels ranked by summed score, each group gets one of each m-th."""
+    """The heuristic order, int64 [G, m].
+
+    Of the channels ranked by summed score, each group gets one from each of m equal parts.
+    """
     passes = columns.sum(1, dtype=torch.float64).argsort(stable=True).view(m, -1)
     return torch.stack([row.flip(0) if turn % 2 else row for turn, row in enumerate(passes)], dim=1)
 
@@ -139,7 +142,7 @@ def _improve(
             else:
                 gain = coded_gain_matrix(columns, trial, position, n, ladder, dtype)
             trial = reassign(trial, gain, position)
-        score = kept(columns, trial, n)
+        score = retained_score(columns, trial, n)
         idle = idle + 1 if score <= best * (1 + WORTHWHILE) else 0
         if score > best:
             index, best, rounds = trial, score, rounds - 1

@@ -40,7 +40,7 @@ def score(
     if method not in METHODS:
         raise RiaError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     if weight.dim() != 2 or input_norm.shape != weight.shape[1:]:
-        raise RiaError(f"a weight {tuple(weight.shape)} needs one input norm a column, got {tuple(input_norm.shape)}")
+        raise RiaError(f"a weight {tuple(weight.shape)} needs one input norm per column, got {tuple(input_norm.shape)}")
     magnitude = weight.abs().float()
     if method == "magnitude":
         return magnitude

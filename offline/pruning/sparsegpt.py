@@ -31,7 +31,7 @@ def sparsegpt(
         (W' [out, in] float32, mask bool [out, in], True = kept); W' is zero outside the mask.
 
     Raises:
-        RiaError: `in` is no multiple of the pattern's M.
+        RiaError: `in` is not a multiple of the pattern's M.
     """
     W = weight.float().clone()
     rows, columns = W.shape

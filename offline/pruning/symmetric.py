@@ -54,16 +54,16 @@ class SymmetricMatrix:
     def dense(self, order: torch.Tensor | None = None) -> torch.Tensor:
         """S [width, width], or S[order][:, order] for a permutation of the channels (int64 [width])."""
         whole = torch.empty(self.width, self.width, dtype=self.blocks[0].dtype, device=self.device)
-        places = None if order is None else torch.argsort(order)
+        positions = None if order is None else torch.argsort(order)
         spans = list(self.spans())
         for number, (start, stop, block) in enumerate(spans):
             # The columns to the left of the block are in the blocks above it.
             left = [above[:, start - first : stop - first].T for first, _, above in spans[:number]]
             rows = torch.cat([*left, block], dim=1)
-            if places is None:
+            if positions is None:
                 whole[start:stop] = rows
             else:
-                whole.index_copy_(0, places[start:stop], rows[:, order])
+                whole.index_copy_(0, positions[start:stop], rows[:, order])
         return whole
 
     def normalised(self, scale: torch.Tensor) -> "SymmetricMatrix":

@@ -1,1 +1,1 @@
-"""What a run stands on: its ranks, its device and its memory."""
+"""What a run works with: its processes, device and memory."""

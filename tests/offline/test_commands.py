@@ -37,19 +37,8 @@ def test_a_family_that_cannot_be_served_compressed_is_named(tiny, text, tmp_path
 
 
 def test_a_pattern_without_a_kernel_says_so_and_stays_in_the_models_order(tiny, text, tmp_path):
-    result = invoke(
-        tiny("llama"),
-        "-o",
-        tmp_path / "out",
-        "--pattern",
-        "4:8",
-        "--calibration",
-        text,
-        "--samples",
-        4,
-        "--seq-len",
-        32,
-    )
+    options = ("--pattern", "4:8", "--calibration", text, "--samples", 4, "--seq-len", 32)
+    result = invoke(tiny("llama"), "-o", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     assert "no kernel serves it" in result.stderr
     assert not (tmp_path / "out" / "permutations.safetensors").exists()

@@ -1,4 +1,4 @@
-"""int8 weights from `compress` to every reader: the oracle is plain rounding to 255 steps a row, in float64."""
+"""int8 weights from `compress` to every reader: the oracle is plain rounding to 255 levels per row, in float64."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def pruned(tiny, text, tmp_path_factory):
     return [run(tiny("llama"), folder / w, text, reconstruct="none", weights=w) for w in ("float", "int8")]
 
 
-def test_each_row_is_rounded_to_255_steps(pruned):
+def test_each_row_is_rounded_to_255_levels(pruned):
     exact, rounded = map(Reader, pruned)
     assert list(rounded.problems()) == []
     assert rounded.dense_names == exact.dense_names
@@ -48,7 +48,7 @@ def test_each_row_is_rounded_to_255_steps(pruned):
 def test_sizes(pruned):
     exact, rounded = (take_inventory(Reader(folder)).totals for folder in pruned)
     assert rounded.linear_dense_bytes == exact.linear_dense_bytes
-    # 8 instead of 32 bits for every second weight, and 4 bytes a row more.
+    # 8 instead of 32 bits for every second weight, and 4 bytes per row more.
     reader = Reader(pruned[1])
     shapes = [reader.linear(name).shape for name in reader.sparse_names]
     assert exact.linear_bytes - rounded.linear_bytes == sum(r * c // 2 * 3 - 4 * r for r, c in shapes)
@@ -68,7 +68,7 @@ def test_export_and_transformers_read_the_same_weights(pruned, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_the_layers_saw_is_what_is_stored(dtype, make_model, text, tmp_path):
-    """Rounded to the model's own dtype once, and back to the same whole numbers."""
+    """Rounded to the model's own dtype once, and back to the same integers."""
     model = make_model(tmp_path / "model", "llama", dtype=dtype)
     reader = Reader(run(model, tmp_path / "out", text, weights="int8"))
     assert list(reader.problems()) == []

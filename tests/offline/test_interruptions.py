@@ -58,7 +58,7 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(make_model, t
 
 @pytest.mark.parametrize("options", [{}, {"reconstruct": "block"}, {"skip_sensitive": 0.2, "weights": "int8"}], ids=str)
 @pytest.mark.parametrize("family", ["gemma3", "phi3", "gpt-neox"])
-def test_stopped_after_a_layer_and_resumed_it_writes_the_same_bytes(family, options, tiny, text, tmp_path, monkeypatch):
+def test_stopped_after_a_layer_and_resumed_it_writes_the_same_bytes(family, options, tiny, text, tmp_path):
     run(tiny(family), tmp_path / "whole", text, **options)
     with interrupted_after_a_layer():
         run(tiny(family), tmp_path / "out", text, **options)
@@ -67,7 +67,7 @@ def test_stopped_after_a_layer_and_resumed_it_writes_the_same_bytes(family, opti
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
 
 
-def test_resume_refuses_other_options(tiny, text, tmp_path, monkeypatch):
+def test_resume_refuses_other_options(tiny, text, tmp_path):
     with interrupted_after_a_layer():
         run(tiny("llama"), tmp_path / "out", text)
     with pytest.raises(RiaError, match="another method"):
@@ -75,7 +75,7 @@ def test_resume_refuses_other_options(tiny, text, tmp_path, monkeypatch):
     run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
 
 
-def test_resume_says_what_was_upgraded_and_what_is_damaged(tiny, text, tmp_path, monkeypatch):
+def test_resume_says_what_was_upgraded_and_what_is_damaged(tiny, text, tmp_path):
     with interrupted_after_a_layer():
         run(tiny("llama"), tmp_path / "out", text)
     path = tmp_path / "out.partial" / "run.json"
@@ -116,7 +116,7 @@ def test_nothing_is_removed_while_other_ranks_still_read(tiny, text, tmp_path, m
     assert order[order.index("_report") :] == ["_report", "barrier", "_finish", "barrier"]
 
 
-def test_resume_refuses_other_weights_and_other_text(tiny, make_model, text, tmp_path, monkeypatch):
+def test_resume_refuses_other_weights_and_other_text(make_model, text, tmp_path):
     model, words = make_model(tmp_path / "model", "llama"), tmp_path / "words.txt"
     words.write_bytes(text.read_bytes())
     with interrupted_after_a_layer():
@@ -133,7 +133,7 @@ def test_resume_refuses_other_weights_and_other_text(tiny, make_model, text, tmp
         run(model, tmp_path / "out", words, Settings(resume=True))
 
 
-def test_resume_distinguishes_sources_of_the_same_name(make_model, text, tmp_path, monkeypatch):
+def test_resume_distinguishes_sources_of_the_same_name(make_model, text, tmp_path):
     """Their folders have the same name, and their files the same names, sizes and times."""
     for place in ("here", "there"):
         make_model(tmp_path / place / "model", "llama")

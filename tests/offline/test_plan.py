@@ -12,7 +12,7 @@ def test_an_unknown_family_keeps_together_what_may_be_fused(tiny, text, tmp_path
     report, warnings = run_small(tiny("lfm2"), tmp_path / "out", text, ignore=("layers.0.*w1",))
     assert report["dense"]["model.layers.0.feed_forward.w3"] == "may be served as one with feed_forward.w1"
     assert (
-        "model.layers.0.feed_forward.w3 stays dense too: vLLM may serve it as one with model.layers.0.feed_forward.w1."
+        "model.layers.0.feed_forward.w3 stays dense too: vLLM may fuse it with model.layers.0.feed_forward.w1."
         in warnings
     )
     sparse = set(Reader(tmp_path / "out").sparse_names)

@@ -2,26 +2,13 @@
 
 import json
 import shutil
-from pathlib import Path
 
-import pytest
 import torch
-from compressing import run_small
+from compressing import edit_config, run_small
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.offline.publish import published
-
-
-@pytest.fixture
-def model(tiny, tmp_path) -> Path:
-    """A private copy of a tiny Llama."""
-    return Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
-
-
-def edit_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_small_files_come_along_but_no_code_and_no_other_weights(model, text, tmp_path):

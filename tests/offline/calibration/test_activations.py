@@ -7,7 +7,7 @@ from ria_vllm.offline.calibration.activations import Activations, AllChunks
 from ria_vllm.offline.runtime.ranks import Ranks
 
 
-def test_streams_on_disk_come_back(tmp_path):
+def test_streams_on_disk_are_read_back_unchanged(tmp_path):
     stored = Activations(tmp_path / "streams")
     chunks = [torch.randn(2, 3, 4, dtype=torch.bfloat16), torch.randn(1, 3, 4, dtype=torch.bfloat16)]
     for chunk in chunks:

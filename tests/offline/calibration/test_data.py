@@ -58,7 +58,7 @@ def test_a_sample_starts_as_every_prompt_does(tokenizer, tmp_path):
     assert bool((tokens[:, 0] == 0).all()) and not bool((tokens[:, 1:] == 0).any())
 
 
-def test_pieces_of_a_long_text_join_without_a_seam(tokenizer, tmp_path, monkeypatch):
+def test_chunks_of_a_long_text_join_seamlessly(tokenizer, tmp_path, monkeypatch):
     path = write(tmp_path / "text.txt", DOCUMENTS)
     whole = from_text(str(path), tokenizer, 20, 50, 0)
     monkeypatch.setattr(data, "CHUNK_CHARACTERS", 64)
@@ -169,7 +169,7 @@ def test_data_sets_of_the_hub(name, tokenizer, monkeypatch):
     assert asked == [(*data.DATASETS[name][:2], "train")]
 
 
-def test_a_data_set_out_of_reach(tokenizer, monkeypatch):
+def test_an_unreachable_data_set(tokenizer, monkeypatch):
     def load_dataset(*_, **__):
         raise ConnectionError("no route")
 
@@ -195,7 +195,7 @@ def test_the_model_writes_its_own_samples(model, monkeypatch):
 
 
 def test_samples_follow_the_models_own_distribution(model):
-    """With one continuation far ahead of all others, that is what is written."""
+    """If one continuation is far more likely than all others, the model writes it."""
     with torch.no_grad():
         model.model.norm.weight.fill_(0.0)
         model.lm_head.bias = torch.nn.Parameter(torch.full((258,), -50.0).index_fill_(0, torch.tensor(77), 50.0))
@@ -217,7 +217,7 @@ def test_continuations_come_as_often_as_they_are_likely(model):
         assert abs(float((tokens == token).float().mean()) - chance) < 0.04
 
 
-def test_nan_predictions_are_no_text(model):
+def test_nan_predictions_are_an_error(model):
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(RiaError, match="NaN"):

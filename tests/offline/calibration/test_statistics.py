@@ -41,7 +41,7 @@ def test_sums_over_chunks_are_those_of_all_tokens(with_gram, kind):
     if with_gram:
         torch.testing.assert_close(found.gram.dense().double(), X.T @ X, **close)
     torch.testing.assert_close(found.drift.cross_term(W).double(), (D @ W64.T).T @ X, **close)
-    assert found.drift.residual(W) == pytest.approx((D @ W64.T).square().sum().item(), rel=1e-5)
+    assert found.drift.squared_residual(W) == pytest.approx((D @ W64.T).square().sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

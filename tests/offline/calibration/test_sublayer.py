@@ -26,7 +26,7 @@ def runners(request, tiny):
         yield runners, embedded.streams.pruned[0]
 
 
-def test_one_sublayer_after_the_other_makes_the_layer(runners):
+def test_sublayers_in_sequence_equal_the_layer(runners):
     runners, stream = runners
     layer, call = runners[0].layer, runners[0].calls[stream.shape]
     expected, result = call(layer, stream), stream

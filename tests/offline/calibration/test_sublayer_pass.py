@@ -59,8 +59,8 @@ def statistics_of(source, text, out, monkeypatch):
     """Compress `source`; the statistics of each group, by its first linear, and the calibration tokens."""
     found = {}
 
-    def keeping(self, stage, groups, with_gram):
-        statistics = gather(self, stage, groups, with_gram)
+    def keeping(self, number, groups, with_gram):
+        statistics = gather(self, number, groups, with_gram)
         names = [self.place(group.linears[0]).rpartition(" ")[2] for group in groups]
         found.update(zip(names, statistics, strict=True))
         return statistics
@@ -77,7 +77,7 @@ def statistics_of(source, text, out, monkeypatch):
 def assert_drift(drift, weight, X, missing, size, name):
     """Check the drift of a linear that reads X and whose output, of norm `size`, lacks `missing`."""
     assert (drift.cross_term(weight) - missing.T @ X).norm() <= 1e-4 * size * X.norm(), name
-    assert abs(drift.residual(weight) - missing.square().sum()) <= 1e-4 * size**2, name
+    assert abs(drift.squared_residual(weight) - missing.square().sum()) <= 1e-4 * size**2, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

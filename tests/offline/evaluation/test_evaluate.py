@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
+from compressing import edited
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.evaluation.evaluate import evaluate, perplexity, read_tokens
@@ -118,7 +119,7 @@ def test_weights_that_do_not_fit_the_configuration(dense, damage, text):
             run(folder, "--text", text)
 
 
-def test_a_folder_that_is_no_model(tmp_path, text):
+def test_a_folder_that_is_not_a_model(tmp_path, text):
     with pytest.raises(RiaError, match=str(tmp_path)):
         run(tmp_path, "--text", text)
 
@@ -152,15 +153,8 @@ def test_nothing_is_measured_that_cannot_be_recorded_or_compared(pruned_llama, t
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(RiaError, match="reads the text as other tokens"):
+    with pytest.raises(RiaError, match="splits the text into different tokens"):
         run(pruned_llama.folder, "--text", text, "--baseline", other)
-
-
-def edited(source, folder, **config):
-    shutil.copytree(source, folder)
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    return folder
 
 
 def test_both_models_are_measured_alike(tiny_llama, text, tmp_path, monkeypatch):
@@ -170,7 +164,7 @@ def test_both_models_are_measured_alike(tiny_llama, text, tmp_path, monkeypatch)
     wide = tmp_path / "wide"
     shutil.copytree(tiny_llama, wide)
     AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).save_pretrained(wide)
-    edited(wide, tmp_path / "short", max_position_embeddings=100)
+    edited(wide, tmp_path / "short", lambda t: None, max_position_embeddings=100)
     monkeypatch.setattr("ria_vllm.offline.model.dtypes.fast_bf16", lambda device: True)
     found = json.loads(run(tiny_llama, "--text", text, "--baseline", tmp_path / "short", "--json").stdout)
     assert found["compute_dtype"] == "float32" and found["seq_len"] == found["baseline"]["seq_len"] == 100

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline import tokens
-from ria_vllm.offline.calibration import data
+from ria_vllm.formats import name_of
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.evaluation.evaluate import evaluate
 from ria_vllm.offline.model import dtypes
@@ -80,7 +79,7 @@ def test_instructions_for_bf16_and_what_forbids_them(flags, variables, expected,
 
 
 def test_agrees_with_onednn_on_this_machine():
-    """Never yes where oneDNN says no; and no where oneDNN is limited to AVX2."""
+    """Never yes if oneDNN says no, and no if oneDNN is limited to AVX2."""
     code = "import torch; from ria_vllm.offline.model.dtypes import fast_bf16; "
     code += "print(fast_bf16(torch.device('cpu')), torch.ops.mkldnn._is_mkldnn_bf16_supported())"
     for variables in ({}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}):
@@ -109,7 +108,7 @@ def test_choices(slow, monkeypatch):
     ("stored", "asked"), [(FP32, "bfloat16"), (FP32, "float16"), (BF16, "float16"), (FP16, "bfloat16")]
 )
 def test_a_dtype_that_would_round_the_weights_is_refused(stored, asked):
-    name = dtypes.name_of(stored)
+    name = name_of(stored)
     with pytest.raises(RiaError, match=f"--compute-dtype {asked}: the weights are {name}.* Give .*float32"):
         choose_dtype(stored, CPU, asked)
 
@@ -180,27 +179,11 @@ def test_resumed_on_another_kind_of_machine_it_keeps_its_dtype(
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
 
 
-def test_started_again_it_chooses_anew(fast, stored_bf16, text, tmp_path, monkeypatch):
+def test_without_resume_the_dtype_is_chosen_again(fast, stored_bf16, text, tmp_path):
     with interrupted_after_a_layer():
         run(stored_bf16, tmp_path / "out", text, compute_dtype="float32")
     run(stored_bf16, tmp_path / "out", text)
     assert recipe_of(tmp_path / "out")["compute_dtype"] == "bfloat16"
-
-
-def test_the_model_writes_its_text_in_the_fast_dtype(slow, stored_bf16, tmp_path, monkeypatch):
-    seen = []
-    from_model = data.from_model
-    monkeypatch.setattr(
-        data, "from_model", lambda model, *rest: (seen.append(model.dtype), from_model(model, *rest))[1]
-    )
-    run(stored_bf16, tmp_path / "out", Path("self"))
-    assert seen == [FP32]
-    with pytest.raises(RiaError, match="in float32, .* Or give --compute-dtype bfloat16"):
-        monkeypatch.setattr(tokens, "available", lambda device: (stored_bf16 / "model.safetensors").stat().st_size)
-        run(stored_bf16, tmp_path / "again", Path("self"))
-    with pytest.raises(RiaError, match="one at a time.$"):  # in bfloat16 it would not fit either
-        monkeypatch.setattr(tokens, "available", lambda device: 10)
-        run(stored_bf16, tmp_path / "again", Path("self"))
 
 
 def test_eval_computes_in_the_fast_dtype_and_says_so(slow, stored_bf16, text):

@@ -13,7 +13,7 @@ from ria_vllm.offline.model.hf import configured_dtype, explained, first_line, l
 CPU = torch.device("cpu")
 
 
-def test_a_compressed_folder_is_the_model_it_stands_for(pruned_llama):
+def test_a_compressed_folder_loads_as_its_dense_model(pruned_llama):
     model = load_model(str(pruned_llama.folder), CPU)
     state = model.state_dict()
     assert model.dtype == torch.bfloat16

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compressing import run_small
-from safetensors.torch import load_file, save_file
+from compressing import edit_config, edit_weights, run_small
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -19,23 +18,6 @@ from ria_vllm.offline import compress
 from ria_vllm.offline.compress import Settings
 from ria_vllm.offline.model import source
 from ria_vllm.offline.runtime.ranks import Ranks
-
-
-def edit_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(folder: Path, change) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-@pytest.fixture
-def model(tiny, tmp_path) -> Path:
-    """A private copy of a tiny Llama."""
-    return Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
 
 
 def put(tensors: dict, name: str, value: float) -> None:
@@ -105,7 +87,7 @@ def test_a_model_that_reads_more_than_text(tiny, text, tmp_path):
     model = Path(shutil.copytree(tiny("gemma3"), tmp_path / "model"))
     words = json.loads((model / "config.json").read_text())
     Gemma3Config(text_config=words, architectures=["Gemma3ForConditionalGeneration"]).save_pretrained(model)
-    with pytest.raises(RiaError, match="a gemma3 model reads more than text, and only text models are compressed"):
+    with pytest.raises(RiaError, match="a gemma3 model reads more than text, and only text models can be compressed"):
         run_small(model, tmp_path / "out", text)
 
 
@@ -177,7 +159,9 @@ def test_neither_here_nor_on_the_hub(monkeypatch, text, tmp_path):
         raise OSError("no network\nand much more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    with pytest.raises(RiaError, match=r"nobody/nothing: no such folder .*\(no network\)"):
+    with pytest.raises(
+        RiaError, match=r"nobody/nothing: no such folder .*could not be fetched .*\(no network\)\. Check"
+    ):
         run_small("nobody/nothing", tmp_path / "out", text)
 
 

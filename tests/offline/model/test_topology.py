@@ -37,7 +37,7 @@ def test_groups_share_an_input(family, tiny):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "opt", "opt-postnorm"])
 def test_a_fold_changes_nothing(family, tiny):
-    """Rows of the producers in the consumer's order, and its columns with them: the same output of the layer."""
+    """Rows of the producers in the consumer's order, and its columns with them: the model's logits stay the same."""
     from ria_vllm.permutation import head_rows
 
     model, layer, inputs, _ = layer_and_inputs(tiny(family))
@@ -125,7 +125,7 @@ def small_mixture(model_type: str):
     settings = {name: value for name, value in settings.items() if hasattr(config, name)}
     if model_type == "nemotron_h":
         settings["layers_block_type"] = ["mamba", "attention", "moe"]
-    if model_type in ("hunyuan_v1_moe"):
+    if model_type == "hunyuan_v1_moe":
         settings["head_dim"] = 32
     kinds = ["conv", "full_attention"] if model_type.startswith("lfm2") else getattr(config, "layer_types", None)
     if kinds and model_type != "jamba":

@@ -3,7 +3,14 @@ from itertools import permutations
 import pytest
 import torch
 
-from ria_vllm.offline.pruning.assignment import coded_gain_matrix, gain_matrix, kept, largest, levels, reassign
+from ria_vllm.offline.pruning.assignment import (
+    coded_gain_matrix,
+    gain_matrix,
+    largest,
+    levels,
+    reassign,
+    retained_score,
+)
 
 
 def brute_kept(columns, index, n):
@@ -42,7 +49,9 @@ def test_largest_is_the_head_of_a_sort(n, m):
 def test_kept(rows):
     torch.manual_seed(1)
     columns, index = torch.rand(20, rows), torch.randperm(20).view(5, 4)
-    torch.testing.assert_close(kept(columns, index, 2), brute_kept(columns, index, 2).sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        retained_score(columns, index, 2), brute_kept(columns, index, 2).sum(), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("n,m", [(2, 4), (1, 4), (3, 4), (4, 8)])
@@ -77,10 +86,10 @@ def test_coded_gain_ranks_assignments_nearly_as_the_exact_one(steps, dtype):
     torch.manual_seed(steps)
     columns = torch.randn(400, 1500).abs() * torch.randn(400, 1).exp() * torch.rand(1500)
     index = torch.randperm(400).view(100, 4)
-    before = kept(columns, index, 2)
-    exact = kept(columns, reassign(index, gain_matrix(columns, index, 1, 2), 1), 2) - before
+    before = retained_score(columns, index, 2)
+    exact = retained_score(columns, reassign(index, gain_matrix(columns, index, 1, 2), 1), 2) - before
     coded = coded_gain_matrix(columns, index, 1, 2, levels(columns, steps), dtype)
-    found = kept(columns, reassign(index, coded, 1), 2) - before
+    found = retained_score(columns, reassign(index, coded, 1), 2) - before
     assert exact > 0 and exact * {1: 0.7, 4: 0.97}[steps] <= found <= exact * 1.0001
 
 

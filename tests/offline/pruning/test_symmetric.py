@@ -87,7 +87,7 @@ def test_inverse(width, dead):
 
 
 @pytest.mark.parametrize("place", [3, 290])
-def test_what_is_not_positive_definite_has_no_inverse(place):
+def test_an_indefinite_matrix_has_no_inverse(place):
     half = SymmetricMatrix.of(torch.eye(300))
     half.add_to_diagonal(-2 * (torch.arange(300) == place).float())
     with pytest.raises(torch.linalg.LinAlgError):

@@ -17,7 +17,7 @@ from ria_vllm.offline.runtime.ranks import joined
 
 @pytest.fixture
 def started(monkeypatch) -> dict:
-    """Makes this the second of two processes on a machine with two GPUs; what was asked of torch."""
+    """Make this the second of two processes on a machine with two GPUs; returns what was asked of torch."""
     asked: dict = {}
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
@@ -76,8 +76,8 @@ def test_shares_are_consecutive_and_of_nearly_the_same_length(jobs, size):
 
 
 @pytest.mark.slow
-def test_the_timeout_is_one_that_torch_keeps(tmp_path):
-    """A waiting rank fails if it is short, so it is the timeout that counts."""
+def test_torch_respects_the_timeout(tmp_path):
+    """A waiting rank fails if the timeout is short, and not if it is long."""
     script = tmp_path / "wait.py"
     script.write_text(
         "import sys, time, torch\nfrom datetime import timedelta\n"

@@ -1,0 +1,51 @@
+"""The calibration tokens that the dense model writes itself: in what dtype, and the errors."""
+
+import pytest
+import torch
+from compressing import run_small
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline import tokens
+from ria_vllm.offline.calibration import data
+from ria_vllm.offline.model import dtypes
+
+
+def test_the_model_writes_its_text_in_the_fast_dtype(make_model, tmp_path, monkeypatch):
+    """On a CPU without instructions for bfloat16."""
+    monkeypatch.setattr(dtypes, "_cpu_flags", lambda: frozenset({"avx2", "avx512f"}))
+    model = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    seen = []
+    from_model = data.from_model
+    monkeypatch.setattr(
+        data, "from_model", lambda model, *rest: (seen.append(model.dtype), from_model(model, *rest))[1]
+    )
+    run_small(model, tmp_path / "out", "self")
+    assert seen == [torch.float32]
+    with pytest.raises(RiaError, match="in float32, .* Or give --compute-dtype bfloat16"):
+        monkeypatch.setattr(tokens, "available", lambda device: (model / "model.safetensors").stat().st_size)
+        run_small(model, tmp_path / "again", "self")
+    with pytest.raises(RiaError, match="one at a time.$"):  # in bfloat16 it would not fit either
+        monkeypatch.setattr(tokens, "available", lambda device: 10)
+        run_small(model, tmp_path / "again", "self")
+
+
+def test_sampling_a_model_that_does_not_fit_is_refused(tiny, tmp_path, monkeypatch):
+    model = tiny("llama")
+    size = sum(tensor.nbytes for tensor in load_file(model / "model.safetensors").values())
+    monkeypatch.setattr(tokens, "available", lambda device: size - 1)
+    with pytest.raises(RiaError, match="calibration self runs the whole dense model.*Give a text file"):
+        run_small(model, tmp_path / "out", "self")
+    assert not list(tmp_path.glob("out*"))
+    monkeypatch.setattr(tokens, "available", lambda device: size)
+    run_small(model, tmp_path / "out", "self")
+
+
+def test_sampling_from_a_model_that_transformers_cannot_load(tiny, tmp_path, monkeypatch):
+    def from_pretrained(*_, **__):
+        raise ImportError("the package for its attention\nis not installed")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(RiaError, match="transformers cannot load the model .the package for its attention.\\.$"):
+        run_small(tiny("llama"), tmp_path / "out", "self")

@@ -1,0 +1,45 @@
+"""A decoder layer in the work folder, and what is read back from it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from grouped_int4 import GROUP, GroupedInt4
+
+from ria_vllm import formats, sparse24
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.solve import Pruned, _packed, stored_weight
+from ria_vllm.offline.units import layer_tensors, pruned_weights
+
+NAME = "layers.0.q_proj"
+
+
+@pytest.fixture(params=["float", "int8", "int4"])
+def recipe(request, monkeypatch):
+    monkeypatch.setitem(formats.WRITTEN, "int4", GroupedInt4())
+    return Recipe(weights=request.param)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_a_pruned_weight_is_read_back_as_it_was_stored(permuted, recipe):
+    """Also if scales belong to groups of columns in the stored order."""
+    draw = torch.Generator().manual_seed(0)
+    stored = torch.randn(24, 192, generator=draw) * torch.logspace(-2, 2, 192)  # by groups, very different scales
+    mask = sparse24.mask_from_bitmask(sparse24.compress(stored)[1])
+    stored = stored * mask
+    p = torch.randperm(192, generator=draw) if permuted else None
+    back = slice(None) if p is None else p.argsort()
+    weight, scale = stored_weight(stored[:, back], p, torch.float32, recipe)
+    pruned = Pruned(weight, _packed(mask[:, back]), p, {}, scale)
+    model = SimpleNamespace(names_in_layer=lambda index: [f"{NAME}.weight"])
+
+    tensors = layer_tensors(model, 0, {NAME: pruned}, recipe)
+    assert torch.equal(pruned_weights(tensors, [NAME], torch.float32, recipe)[NAME], weight)
+    # Rounded within its own group, no weight is off by more than half a step of that group.
+    steps = {"float": None, "int8": 127, "int4": 7}[recipe.weights]
+    if steps is None:
+        assert torch.equal(weight, stored[:, back])
+        return
+    groups = stored.unflatten(1, (-1, GROUP if recipe.weights == "int4" else 192))
+    step = (groups.abs().amax(-1, keepdim=True) / steps).expand_as(groups).flatten(1)[:, back]
+    assert ((weight - stored[:, back]).abs() <= step * (0.5 + 1e-4)).all()
