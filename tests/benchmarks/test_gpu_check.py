@@ -11,25 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from pretend_hopper import TILES, PretendLibrary
+from small_gpu import MockStream
 
 from benchmarks import gpu_check, gpu_products, gpu_timing
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
-from ria_vllm.serve.kernels.reference import ReferenceKernel
-from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def mocked(hopper_layers, monkeypatch):
-    for module in (gpu_check, gpu_products, gpu_timing):
-        monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
-        monkeypatch.setattr(module, "library_of", lambda index: hopper_layers)
-    for module in (gpu_products, gpu_timing):
-        monkeypatch.setattr(module, "num_sms_of", lambda index: 132)
-    return hopper_layers
 
 
 def rows(weights, dtype=torch.bfloat16):
@@ -84,46 +73,6 @@ def test_the_fastest_tiles_are_printed_by_width_of_values():
         (90, 132, 16, 64, 128): ((16, "fast", 1),),
         (90, 132, 8, 64, 128): ((16, "fp8_fast", 1),),
     }
-
-
-class MockGraph:
-    """Runs the calls again where a CUDA graph would be replayed."""
-
-    def __init__(self, calls):
-        self.calls, self.outputs = calls, [call() for call in calls]
-
-    def replay(self):
-        for call, output in zip(self.calls, self.outputs, strict=True):
-            output.copy_(call())
-
-
-@pytest.fixture
-def small(mocked, monkeypatch, tmp_path):
-    """All of gpu_check in this process, with shapes for a CPU and arbitrary times."""
-    for module, name, value in [
-        (gpu_check, "FAST", (CutlassKernel, CusparseltKernel)),
-        (gpu_check, "KERNELS", (CutlassKernel, CusparseltKernel, ReferenceKernel)),
-        (gpu_check, "SHAPES_7B", ((256, 128),)),
-        (gpu_check, "GRAPH_SHAPE", (128, 128)),
-        (gpu_check, "supervise", lambda factory, deadline: gpu_check.run_parts(factory(), deadline)),
-        (gpu_products, "TOKENS", (1, 33)),
-        (gpu_timing, "SHAPES", ((128, 64), (64, 128))),
-        (gpu_timing, "TUNED_SHAPES", ((192, 64),)),
-        (gpu_timing, "LAYERS", {64: ((192, 64), (64, 128))}),
-        (gpu_timing, "_BYTES_IN_TURN", 2**10),
-        (gpu_timing, "capture", lambda calls: ((graph := MockGraph(calls)), graph.outputs)),
-        (gpu_timing, "microseconds", lambda calls, least=8: float(sum(call().shape[0] for call in calls))),
-        (gpu_timing, "measure_limits", lambda: iter([{"bytes_per_second": 3e12, "dense_flop_per_second": 8e14}])),
-        (torch, "compile", lambda function: function),
-        (torch.cuda, "is_available", lambda: True),
-        (torch.cuda, "synchronize", lambda: None),
-        (torch.cuda, "get_device_name", lambda device: "mock"),
-        (torch.cuda, "get_device_capability", lambda device: (9, 0)),
-    ]:
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["gpu_check"])
-    return mocked
 
 
 def report(name="gpu_check.json"):
