@@ -67,6 +67,7 @@ def make_small(monkeypatch):
         (gpu_products, "TURNS", 4),
         (gpu_timing, "SHAPES", ((128, 64), (64, 128))),
         (gpu_timing, "TUNED_SHAPES", ((192, 64),)),
+        (gpu_timing, "TUNED_TOKENS", (1, 64, 1024)),
         (gpu_timing, "LAYERS", {64: ((192, 64), (64, 128))}),
         (gpu_timing, "_BYTES_IN_TURN", 2**10),
         (gpu_timing, "microseconds", lambda calls, least=8: float(sum(call().shape[0] for call in calls))),

@@ -60,6 +60,21 @@ def test_wrong_products_fail(mocked, monkeypatch, spoil):
     assert not any(row["ok"] for row in rows(fp8.DTYPE) if "excess" in row)
 
 
+def test_two_streams_without_an_order_fail(mocked, monkeypatch):
+    """A product that is right on one stream only."""
+    layer = gpu_products.random_layer(64, 64, torch.bfloat16)
+    assert [row["ok"] for row in gpu_products.check_streams(CutlassKernel, layer, (1,)) if "ok" in row] == [True]
+    right = PretendLibrary.linear
+
+    def wrong(self, tile, split_k, x, values, metadata, bias, y, *rest):
+        right(self, tile, split_k, x, values, metadata, bias, y, *rest)
+        if MockStream.current is not None and len(MockStream.current.waited_for) > 2:
+            y += 1
+
+    monkeypatch.setattr(PretendLibrary, "linear", wrong)
+    assert [row["ok"] for row in gpu_products.check_streams(CutlassKernel, layer, (1,)) if "ok" in row] == [False]
+
+
 def test_the_fastest_tiles_are_printed_by_width_of_values():
     measured = {"family": 90, "multiprocessors": 132, "out_features": 64, "in_features": 128, "tokens": 16, "split": 1}
     table = gpu_timing.table_rows(
