@@ -60,7 +60,9 @@ def make_small(monkeypatch):
     for module, name, value in [
         (gpu_check, "FAST", (CutlassKernel, CusparseltKernel)),
         (gpu_check, "KERNELS", (CutlassKernel, CusparseltKernel, ReferenceKernel)),
+        (gpu_check, "SMALL_SHAPES", ((64, 64), (136, 192))),
         (gpu_check, "SHAPES_7B", ((256, 128),)),
+        (gpu_check, "TILE_SHAPES", ((136, 192),)),
         (gpu_check, "GRAPH_SHAPE", (128, 128)),
         (gpu_products, "TOKENS", (1, 33)),
         (gpu_products, "GRAPH_TOKENS", (1, 33)),
