@@ -31,7 +31,9 @@ def parts() -> list[Part]:
     """A part for each layer and model."""
     # Compiling for each number of tokens takes the longest.
     layers = [Part(f"decode {shape.name}", "decode", partial(time_layer, shape), silence=180) for shape in LAYERS]
-    return layers + [Part(f"decode {shape.name}", "decode", partial(time_model, shape), silence=180) for shape in MODELS]
+    return layers + [
+        Part(f"decode {shape.name}", "decode", partial(time_model, shape), silence=180) for shape in MODELS
+    ]
 
 
 def time_layer(shape: Shape) -> Iterator[Row]:
@@ -41,9 +43,7 @@ def time_layer(shape: Shape) -> Iterator[Row]:
     for tokens in TOKENS:
         yield {"at": f"{shape.name}, {tokens} tokens"}
         caches = Caches(shape, tokens, generator)
-        x, residual = torch.randn(
-            2, tokens, shape.hidden, dtype=llama.DTYPE, device=DEVICE, generator=generator
-        )
+        x, residual = torch.randn(2, tokens, shape.hidden, dtype=llama.DTYPE, device=DEVICE, generator=generator)
 
         def compute(layer: DecoderLayer, function: Callable, dtype: torch.dtype = llama.DTYPE) -> torch.Tensor:
             return torch.add(*function(layer, x.to(dtype), residual.to(dtype), caches.keys, caches.values))

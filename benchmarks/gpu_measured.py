@@ -14,8 +14,9 @@ Table = Mapping[tuple[int, ...], tuple[tuple[int, str, int], ...]]
 
 
 def table_of(tiles: Sequence[Row]) -> Table:
-    """MEASURED, from gpu_check's rows of the section `tiles`. Of neighbouring numbers of tokens with the same tile, only
-    the largest is kept."""
+    """MEASURED, from gpu_check's rows of the section `tiles`. Where neighbouring numbers of tokens have the same tile, the
+    largest stands for all.
+    """
     fastest: Table = ast.literal_eval("{" + gpu_timing.table_rows(tiles) + "}")
     return {
         shape: tuple(here for here, after in pairwise((*entries, (0, "", 0))) if here[1:] != after[1:])

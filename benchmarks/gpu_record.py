@@ -1,8 +1,8 @@
 """What a session on a GPU has found so far: a file that only grows, so that no interruption loses a finished row.
 
-Each line is a JSON object that names its part: {"part", "event": "start"}, then its rows {"part", "section", "row"}, then
-{"part", "event": "end", "outcome"}. A part that did not pass may be run again. Of its attempts, `Record` keeps the one
-that says most: a passed one, else the latest that failed, else the longest that was cut short.
+Each line is a JSON object that names its part: {"part", "event": "start"}, then its rows {"part", "section", "row"},
+then {"part", "event": "end", "outcome"}. A part that did not pass may be run again. Of its attempts, the one that says
+most counts: one that passed, else the latest that failed, else the longest that was cut short.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Our CUDA kernels under compute-sanitizer. Part of gpu_session.
 
-`python -m benchmarks.gpu_sanitizer GROUP` is what runs under it: one group of the quick checks of gpu_check, its rows as
-lines of JSON. With few tokens, because racecheck slows a kernel down a hundredfold and more.
+`python -m benchmarks.gpu_sanitizer GROUP` is what runs under it: one group of the quick checks of gpu_check, whose rows
+it prints as lines of JSON. The products have few tokens, because compute-sanitizer slows kernels down a lot.
 """
 
 import contextlib
@@ -119,7 +119,7 @@ def run_under(tool: str, group: str, bundle: Path, log: Path) -> Iterator[Row]:
         command += [sys.executable, "-m", "benchmarks.gpu_sanitizer", group]
         environment = dict(os.environ)
         if group != GRAPHS:
-            # Each tensor in an allocation of its own: or an access past its end would fall into torch's pool, unnoticed.
+            # Each tensor gets an allocation of its own. In torch's pool, an access past its end would go unnoticed.
             environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         at, checks, hung = "the start", 0, False
         with errors.open("w") as stderr, _process(command, environment, stderr) as process:
@@ -150,9 +150,7 @@ def run_under(tool: str, group: str, bundle: Path, log: Path) -> Iterator[Row]:
 @contextlib.contextmanager
 def _process(command: list[str], environment: dict[str, str], stderr: IO[str]) -> Iterator[subprocess.Popen]:
     """A process in a group of its own, which is killed if it is still running at the end of the block."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=stderr, env=environment, start_new_session=True
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment, start_new_session=True)
     try:
         yield process
     finally:
@@ -164,8 +162,9 @@ def _process(command: list[str], environment: dict[str, str], stderr: IO[str]) -
 
 
 def _lines(process: subprocess.Popen) -> Iterator[Row | None]:
-    """The objects that the process prints, one a line; {"waiting"} while it is silent, so that a deadline is noticed; and
-    None at last if it was silent for SILENCE seconds."""
+    """The objects that the process prints, one a line; {"waiting"} every two seconds while it is silent, so that the
+    caller notices a deadline; None as the last if it was silent for SILENCE seconds.
+    """
     buffer, heard = b"", time.monotonic()
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
@@ -185,7 +184,7 @@ def _lines(process: subprocess.Popen) -> Iterator[Row | None]:
 
 
 def summary_of(report: str) -> int | None:
-    """The number of errors (for racecheck, hazards) that the report's last line sums up; None if there is no such line."""
+    """The number of errors (for racecheck, hazards) in the report's summary; None if it has none."""
     for line in reversed(report.splitlines()):
         if "SUMMARY:" in line:
             return next((int(word) for word in line.split("SUMMARY:")[1].split() if word.isdigit()), None)

@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu_session STEP --out DIR`: all that a GPU is needed for, in half an hour.
 
-The machine needs a checkout, the bundle that `pack` makes, and a Python with torch. Each step keeps what it finds in DIR,
-line by line; called again, it does what is missing and what failed. A step ends by itself within ten minutes.
+The machine needs a checkout, the bundle that `pack` makes, and a Python with torch. Each step writes what it finds into
+DIR, line by line; called again, it does what is missing and what failed. A step ends by itself within ten minutes.
 
 The exit status is 0 if all is done and right, 1 if something failed, and 3 if time was too short.
 """

@@ -104,8 +104,9 @@ def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.
 
 
 class Caches(torch.nn.Module):
-    """The keys and values of one layer, [batch, kv heads, context, dim], random but for the last position, which each step
-    writes. A dense and a sparse model share them."""
+    """The keys and values of one layer, [batch, kv heads, context, dim]: random, but each step writes the last position. A
+    dense and a sparse model share them.
+    """
 
     def __init__(self, shape: Shape, batch: int, generator: torch.Generator):
         super().__init__()
@@ -164,9 +165,7 @@ class Model:
         norm: [hidden].
     """
 
-    def __init__(
-        self, layers: list[DecoderLayer], caches: list[Caches], embedding: torch.Tensor, norm: torch.Tensor
-    ):
+    def __init__(self, layers: list[DecoderLayer], caches: list[Caches], embedding: torch.Tensor, norm: torch.Tensor):
         self.layers, self.caches, self.embedding, self.norm = layers, caches, embedding, norm
 
     def step(self, tokens: torch.Tensor, layer_function: Callable, dtype: torch.dtype = DTYPE) -> torch.Tensor:

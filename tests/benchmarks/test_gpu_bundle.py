@@ -61,7 +61,9 @@ def measured(tile, us, tokens, **changed):
 
 def test_fill_keeps_other_rows_and_names_candidates(tmp_path):
     source = tmp_path / "tiles.py"
-    source.write_text('A = 1\nMEASURED: dict = {(90, 78, 16, 8, 64): ((1, "old", 2),), (90, 132, 16, 64, 128): ()}\nB = 2\n')
+    source.write_text(
+        'A = 1\nMEASURED: dict = {(90, 78, 16, 8, 64): ((1, "old", 2),), (90, 132, 16, 64, 128): ()}\nB = 2\n'
+    )
     rows = [measured("64x16_pingpong", 1.0, tokens) for tokens in (1, 16, 32)]
     rows += [measured("slow", 3.0, 1), measured("128x64_streamk", 0.5, 64, split=3)]
     for _ in range(2):

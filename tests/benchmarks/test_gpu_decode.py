@@ -1,4 +1,4 @@
-"""The Llama model of gpu_session, dense and sparse, on a mocked Hopper; and the targets that its times are judged by."""
+"""The Llama model of gpu_session, dense and sparse, on a mocked Hopper; and the targets that times are judged by."""
 
 import pytest
 import torch

@@ -27,7 +27,8 @@ def test_no_errors(in_tmp, sanitizer):
 @pytest.mark.parametrize("tool", gpu_sanitizer.TOOLS)
 def test_what_the_tool_is_started_with(in_tmp, sanitizer, tool):
     sanitizer(
-        'open("started", "w").write(json.dumps([sys.argv, os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING")]))\n' + NO_ERRORS
+        'open("started", "w").write(json.dumps([sys.argv, os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING")]))\n'
+        + NO_ERRORS
     )
     for group, caching in (("bfloat16", "1"), (gpu_sanitizer.GRAPHS, None)):
         under(tool, group)
@@ -41,17 +42,20 @@ def test_what_the_tool_is_started_with(in_tmp, sanitizer, tool):
     ("body", "error"),
     [
         (
-            'say(ok=True)\nprint("========= Invalid __global__ read of size 16\\n========= ERROR SUMMARY: 3 errors", file=log)\n'
-            "sys.exit(86)",
+            'say(ok=True)\nprint("========= Invalid __global__ read of size 16", file=log)\n'
+            'print("========= ERROR SUMMARY: 3 errors", file=log)\nsys.exit(86)',
             "Invalid __global__ read",
         ),
         (
             'say(ok=True)\nprint("========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", file=log)',
             "1 hazard",
         ),
-        ('say(ok=True)\nprint("========= Error: Device not supported", file=log)\nsys.exit(255)', "Device not supported"),
+        (
+            'say(ok=True)\nprint("========= Error: Device not supported", file=log)\nsys.exit(255)',
+            "Device not supported",
+        ),
         ('print("========= ERROR SUMMARY: 0 errors", file=log)\nsys.exit(1)', "0 errors"),
-        ('say(ok=True)\nos.kill(os.getpid(), 9)', "no report"),
+        ("say(ok=True)\nos.kill(os.getpid(), 9)", "no report"),
         ('say(at="a hanging product")\ntime.sleep(60)', "no line from the checks for 1 s, at a hanging product"),
     ],
     ids=["errors", "hazards", "unsupported", "checks crash", "tool crashes", "hang"],

@@ -51,14 +51,21 @@ def test_check_report_and_fill(ready, monkeypatch, capsys):
     capsys.readouterr()
     assert session("report") == 0 and session("fill") == 0
     said = capsys.readouterr().out
-    for text in ("cutlass against torch's dense bf16, up to 64 tokens (at most 1.78x): 1.5x wanted", "two streams at once"):
+    for text in (
+        "cutlass against torch's dense bf16, up to 64 tokens (at most 1.78x): 1.5x wanted",
+        "two streams at once",
+    ):
         assert text in said
     assert json.loads(Path("out/session.json").read_text())["check"]["outcomes"] == record.outcomes
 
     filled = {}
     exec(Path("tiles.py").read_text(), filled)
     for tokens in {row["tokens"] for row in record.rows("tiles")}:
-        times = {(r["tile"], r["split"]): r["us"] for r in record.rows("tiles") if r["tokens"] == tokens and r["value_bits"] == 16}
+        times = {
+            (r["tile"], r["split"]): r["us"]
+            for r in record.rows("tiles")
+            if r["tokens"] == tokens and r["value_bits"] == 16
+        }
         ((name, split),) = filled["preferred_tiles"](90, 132, 16, 192, 64, tokens)
         assert times[name, split] == min(times.values())
 
@@ -173,7 +180,7 @@ def test_without_a_gpu(in_tmp, capsys):
 
 def test_the_sanitizer_step_is_cut_short_and_continued(ready, sanitizer):
     """The deadline passes while a tool runs: the tool is killed, and its group is the first to run later."""
-    slow = 'time.sleep(0.3)\n' + 'say(at="a step"); say(ok=True); time.sleep(0.1)\n' * 50
+    slow = "time.sleep(0.3)\n" + 'say(at="a step"); say(ok=True); time.sleep(0.1)\n' * 50
     sanitizer(f'open("pid", "w").write(str(os.getpid()))\n{slow}' + NO_ERRORS)
     assert session("sanitize", "--seconds", "1.5") == gpu_session.UNFINISHED
     with pytest.raises(ProcessLookupError):
