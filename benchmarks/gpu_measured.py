@@ -14,8 +14,8 @@ Table = Mapping[tuple[int, ...], tuple[tuple[int, str, int], ...]]
 
 
 def table_of(tiles: Sequence[Row]) -> Table:
-    """MEASURED, from gpu_check's rows of the section `tiles`. Where neighbouring numbers of tokens have the same tile, the
-    largest stands for all.
+    """MEASURED, from gpu_check's rows of the section `tiles`. Where neighbouring numbers of tokens have the same tile,
+    the largest stands for all.
     """
     fastest: Table = ast.literal_eval("{" + gpu_timing.table_rows(tiles) + "}")
     return {

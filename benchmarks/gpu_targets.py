@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.gpu_timing import Row
 
-# (what, least speedup, most it can be, whether a number of tokens is meant). A 2:4 weight takes 9 of 16 bits in bf16 and
-# 5 of 8 in fp8. With many tokens, sparse tensor cores do at most twice the work of dense ones.
+# (what, least speedup, most it can be, whether a number of tokens is meant). A 2:4 weight takes 9 of 16 bits in bf16
+# and 5 of 8 in fp8. With many tokens, sparse tensor cores do at most twice the work of dense ones.
 _SPEEDUPS: tuple[tuple[str, float, dict[str, float], Callable[[int], bool]], ...] = (
     ("up to 64 tokens", 1.5, {"cutlass": 16 / 9, "cutlass fp8": 8 / 5}, lambda tokens: tokens <= 64),
     ("1024 tokens and more", 1.3, {"cutlass": 2.0, "cutlass fp8": 2.0}, lambda tokens: tokens >= 1024),
@@ -15,8 +15,8 @@ _DENSE = {"cutlass": "torch's dense bf16", "cutlass fp8": "torch's dense fp8"}
 
 
 def judge(times: Sequence[Row], decode: Sequence[Row]) -> list[Row]:
-    """A row for each target, with the worst measurement: {"target", "wanted", "measured", "where", "met"}. The last three
-    are None if nothing was measured.
+    """A row for each target, with the worst measurement: {"target", "wanted", "measured", "where", "met"}. The last
+    three are None if nothing was measured.
 
     Args:
         times: gpu_check's rows of that section.
