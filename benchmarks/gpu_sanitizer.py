@@ -135,15 +135,16 @@ def run_under(tool: str, group: str, bundle: Path, log: Path) -> Iterator[Row]:
                     yield {**verdict, **row}
             if not hung:
                 process.wait()
-        text = report.read_text() if report.exists() else ""
+        text, said = report.read_text() if report.exists() else "", errors.read_text()
         with log.open("a") as file:
-            print(f"{tool}, {group}:\n{text}{errors.read_text()}", file=file)
+            print(f"{tool}, {group}:\n{text}{said}", file=file)
     found = summary_of(text)
     verdict |= {"checks": checks, "errors": found, "exit_status": process.returncode}
     if hung:
         verdict["error"] = f"no line from the checks for {SILENCE} s, at {at}"
     elif found or process.returncode or found is None:
-        verdict["error"] = "\n".join(text.splitlines()[:30]) or "no report"
+        lines = text.splitlines()[:30] or ["no report", *said.splitlines()[-5:]]
+        verdict["error"] = "\n".join(lines)
     yield {**verdict, "ok": "error" not in verdict and checks > 0}
 
 

@@ -104,8 +104,8 @@ def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.
 
 
 class Caches(torch.nn.Module):
-    """The keys and values of one layer, [batch, kv heads, context, dim]: random, but each step writes the last position.
-    A dense and a sparse model share them.
+    """The keys and values of one layer, [batch, kv heads, context, dim]: random; each step writes the last position. A
+    dense and a sparse model share them.
     """
 
     def __init__(self, shape: Shape, batch: int, generator: torch.Generator):

@@ -56,9 +56,10 @@ def test_what_the_tool_is_started_with(in_tmp, sanitizer, tool):
         ),
         ('print("========= ERROR SUMMARY: 0 errors", file=log)\nsys.exit(1)', "0 errors"),
         ("say(ok=True)\nos.kill(os.getpid(), 9)", "no report"),
+        ("log.truncate(0); log = None; sys.exit('unrecognised option')", "no report\nunrecognised option"),
         ('say(at="a hanging product")\ntime.sleep(60)', "no line from the checks for 1 s, at a hanging product"),
     ],
-    ids=["errors", "hazards", "unsupported", "checks crash", "tool crashes", "hang"],
+    ids=["errors", "hazards", "unsupported", "checks crash", "tool crashes", "usage", "hang"],
 )
 def test_errors(in_tmp, sanitizer, monkeypatch, body, error):
     monkeypatch.setattr(gpu_sanitizer, "SILENCE", 1 if "sleep" in body else 60)
