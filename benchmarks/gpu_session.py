@@ -119,7 +119,8 @@ def reason_against_running() -> str | None:
     if target is None:
         return "no kernels for this GPU"
     named = os.environ.setdefault(LIBRARY_FOLDER_VARIABLE, str(BUNDLE))
-    return gpu_bundle.reason_against(Path(named), target)
+    failures = (row["error"] for row in gpu_check.check_library() if row.get("ok") is False)
+    return gpu_bundle.reason_against(Path(named), target) or next(failures, None)
 
 
 def run(step: str, out: Path, seconds: float) -> int:

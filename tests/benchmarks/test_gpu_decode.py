@@ -71,7 +71,7 @@ def test_dense_and_sparse_agree_and_are_timed(small):
         assert [row["tokens"] for row in rows] == [1, 1, 3, 3]
         for judged, timed in zip(rows[::2], rows[1::2]):
             assert judged["ok"] and 0 < judged["errors"][1] < 0.02
-            assert timed["dense_us"] == 1.5 * timed["us"] and timed["kernels"] == ["cutlass"]
+            assert timed["dense_us"] == 1.5 * timed["us"] and judged["kernels"] == ["cutlass"]
             assert f"{timed['tokens']} tokens" in gpu_decode.line(timed) and "1.50x" in gpu_decode.line(timed)
 
 
@@ -89,6 +89,12 @@ def test_a_wrong_linear_fails_and_is_not_timed(small, monkeypatch, name):
     monkeypatch.setattr(DecoderLayer, "__init__", spoiled)
     rows = rows_of(gpu_decode.time_layer(gpu_decode.LAYERS[0]))
     assert rows and not any(row["ok"] for row in rows)
+
+
+def test_another_kernel_fails_and_is_not_timed(small, monkeypatch):
+    monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
+    rows = rows_of(gpu_decode.time_layer(gpu_decode.LAYERS[0]))
+    assert [(row["kernels"], row["ok"]) for row in rows] == [(["reference"], False)] * 2
 
 
 def test_a_machine_without_a_compiler_is_timed_without(small, monkeypatch):

@@ -16,6 +16,7 @@ from benchmarks import gpu_bundle, gpu_check, gpu_sanitizer, gpu_session
 from benchmarks.gpu_check import Part
 from benchmarks.gpu_record import Record
 from ria_vllm.serve.kernels.cuda.architectures import ARCHITECTURES
+from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import LIBRARY_FOLDER_VARIABLE
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,8 @@ def test_check_report_and_fill(ready, monkeypatch, capsys):
     shutil.copy(ROOT / "serve" / "kernels" / "cuda" / "tiles.py", "tiles.py")
     assert session("check") == 0
     record = Record(Path("out/check.jsonl"))
-    assert set(record.outcomes.values()) == {"passed"}
+    names = [part.name for part in gpu_check.parts_of(gpu_check.Options())]
+    assert record.outcomes == dict.fromkeys(names, "passed") and len(names) == len(set(names))
     assert {row["tile"] for row in record.rows("tiles")} == set(TILES)
     assert [row["products"] for row in record.rows("concurrent")] == [8, 8]
     assert json.loads(Path("out/gpu_check.json").read_text())["tiles"] == record.rows("tiles")
@@ -171,6 +173,10 @@ def test_without_a_library_no_time_is_spent(small, monkeypatch, tmp_path, capsys
     (tmp_path / "manifest.json").write_text('{"sources": "of another commit"}')
     assert session("check") == 1
     assert "was not packed from the sources of this checkout" in capsys.readouterr().out
+    (tmp_path / "manifest.json").write_text(json.dumps({"sources": gpu_bundle.sources_hash(HOPPER)}))
+    monkeypatch.setattr(CutlassKernel, "is_supported", staticmethod(lambda device: "it does not load"))
+    assert session("check") == 1
+    assert "it does not load" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -220,7 +226,7 @@ def test_a_session_in_a_bare_folder(tmp_path, sanitizer):
     for step in ("check", "sanitize", "decode"):
         assert set(found[step]["outcomes"].values()) == {"passed"}
     assert {row["checks"] > 0 for row in found["sanitize"]["rows"]} == {True}
-    assert {tuple(row["kernels"]) for row in found["decode"]["rows"] if "us" in row} == {("cutlass",)}
+    assert {row["tokens"] for row in found["decode"]["rows"] if "us" in row} == {1, 3}
     assert "(90, 132, 16, 192, 64): (" in (tmp_path / "serve" / "kernels" / "cuda" / "tiles.py").read_text()
     assert len(list((tmp_path / "out").iterdir())) <= 8
 
