@@ -27,7 +27,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.cuda.architectures import find_architecture, for_capability
 from ria_vllm.serve.kernels.cuda.bindings import LIBRARY_FOLDER_VARIABLE
 
-FOUND = ROOT / ".work" / "gpu_session"
+FOUND = ROOT / "gpu_session"  # not in .work, which `make clean` empties
 TILES = ROOT / "serve" / "kernels" / "cuda" / "tiles.py"
 SECONDS = {"check": 480, "sanitize": 480, "decode": 420}
 UNFINISHED = 3
