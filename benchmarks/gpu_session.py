@@ -29,7 +29,7 @@ from ria_vllm.serve.kernels.cuda.bindings import LIBRARY_FOLDER_VARIABLE
 
 FOUND = ROOT / "gpu_session"  # not in .work, which `make clean` empties
 TILES = ROOT / "serve" / "kernels" / "cuda" / "tiles.py"
-SECONDS = {"check": 480, "sanitize": 480, "decode": 420}
+SECONDS = {"check": 480, "sanitize": 420, "decode": 330}
 UNFINISHED = 3
 
 

@@ -177,7 +177,8 @@ def broken_parts():
         time.sleep(3600)
 
     steps = (good, failing, crashing, hanging, good)
-    return [gpu_check.Part(step.__name__, "checks", step, silence=3) for step in steps]
+    parts = [gpu_check.Part(step.__name__, "checks", step, silence=3) for step in steps]
+    return [*parts, gpu_check.Part("concurrent", "concurrent", crashing, tries_limit=True)]
 
 
 def test_the_other_parts_run_when_one_is_broken():
@@ -188,8 +189,24 @@ def test_the_other_parts_run_when_one_is_broken():
     ]
     failed = [row for _, row in judged if not row["ok"]]
     assert [row["at"] for row in failed] == ["the second step", "the first step", "its start"]
+    assert rows[-1] == (5, {"part": "concurrent", "at": "the first step", "error": "the process ended with code -6"})
     for row, error in zip(failed, ("RiaError: CUDA refused: no reason", "ended with code -6", "no answer for 3 s")):
         assert error in row["error"]
+
+
+def endless_parts():
+    def endless():
+        yield {"at": "the only step"}
+        time.sleep(3600)
+
+    return [gpu_check.Part("endless", "checks", endless, silence=3600)] * 2
+
+
+def test_a_part_that_the_end_of_the_run_cuts_off_has_not_failed(monkeypatch):
+    monkeypatch.setattr(gpu_check, "GRACE", 0)
+    rows = [row for _, row in gpu_check.supervise(endless_parts, time.monotonic() + 6)]
+    assert [row["skipped"] for row in rows if "skipped" in row] == ["out of time"] * 2
+    assert not any("ok" in row for row in rows)
 
 
 def test_a_checkout_and_torch_are_enough(tmp_path):
