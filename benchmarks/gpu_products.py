@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,11 +15,12 @@ from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import backend, fp8
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import library_of, num_sms_of
-from ria_vllm.serve.kernels.cuda.tiles import DATA_PARALLEL, HEURISTIC, STREAM_K, can_run
+from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, DATA_PARALLEL, HEURISTIC, STREAM_K, can_run
 
 TOKENS = (1, 7, 16, 64, 333, 2048)
 GRAPH_TOKENS = (1, 64, 333, 2048)
 MOST_REAL_LINEARS = 32
+TURNS = 32  # products in a row, of a check of two streams
 GUARD = 4096  # elements before and after y that no kernel may touch
 
 
@@ -97,10 +99,10 @@ def real_layers(folder: Path) -> Iterator[Layer]:
 
 
 Kernel = type[LinearKernel]
-Check = Callable[[Kernel, Layer, Sequence[torch.Tensor]], Iterator[Row]]
+Check = Callable[[Kernel, Layer, Sequence[torch.Tensor], Sequence[int]], Iterator[Row]]
 
 
-def _by_kernel(name: str, check: Check, kernel: Kernel, layer: Layer) -> Iterator[Row]:
+def _by_kernel(name: str, check: Check, kernel: Kernel, layer: Layer, tokens: Sequence[int]) -> Iterator[Row]:
     """The check's rows for a layer packed by the kernel, or the reason why the kernel cannot serve it. Rows with the
     key `at` name the step that follows."""
     row = {"check": name, "kernel": kernel.name, "layer": layer.name, "dtype": str(layer.dtype)}
@@ -108,23 +110,31 @@ def _by_kernel(name: str, check: Check, kernel: Kernel, layer: Layer) -> Iterato
         yield {**row, "skipped": reason}
         return
     yield {"at": f"packing {layer.name}"}
-    for found in check(kernel, layer, kernel.pack(layer.config, layer.parts)):
+    for found in check(kernel, layer, kernel.pack(layer.config, layer.parts), tokens):
         yield found if "at" in found else row | found
 
 
-def check_kernel(kernel: Kernel, layer: Layer) -> Iterator[Row]:
+def check_kernel(kernel: Kernel, layer: Layer, tokens: Sequence[int] | None = None) -> Iterator[Row]:
     """Against float64, with and without bias and input permutation."""
-    return _by_kernel("float64", _products, kernel, layer)
+    return _by_kernel("float64", _products, kernel, layer, tokens or TOKENS)
 
 
-def check_graphs(kernel: Kernel, layer: Layer) -> Iterator[Row]:
+def check_graphs(kernel: Kernel, layer: Layer, tokens: Sequence[int] | None = None) -> Iterator[Row]:
     """Capture once and replay with other activations: the result must be bitwise equal to one without a graph."""
-    return _by_kernel("CUDA graph", _graphs, kernel, layer)
+    return _by_kernel("CUDA graph", _graphs, kernel, layer, tokens or GRAPH_TOKENS)
 
 
-def _products(kernel: Kernel, layer: Layer, packed: Sequence[torch.Tensor]) -> Iterator[Row]:
+def check_streams(kernel: Kernel, layer: Layer, tokens: Sequence[int] | None = None) -> Iterator[Row]:
+    """Products that alternate between two streams, each after an event behind the one before it: the results must be
+    bitwise equal to those on one stream."""
+    return _by_kernel("two streams", _streams, kernel, layer, tokens or GRAPH_TOKENS)
+
+
+def _products(
+    kernel: Kernel, layer: Layer, packed: Sequence[torch.Tensor], tokens_of_products: Sequence[int]
+) -> Iterator[Row]:
     rounded = layer.fp8 and kernel is CutlassKernel
-    for tokens in TOKENS:
+    for tokens in tokens_of_products:
         yield {"at": f"{layer.name}, {tokens} tokens"}
         x = layer.activations(tokens)
         plain = kernel.apply(layer.config, x, packed, None, None)
@@ -138,8 +148,10 @@ def _products(kernel: Kernel, layer: Layer, packed: Sequence[torch.Tensor]) -> I
         yield {"tokens": tokens, "excess": excess, "repeats": repeats, "ok": ok}
 
 
-def _graphs(kernel: Kernel, layer: Layer, packed: Sequence[torch.Tensor]) -> Iterator[Row]:
-    for tokens in GRAPH_TOKENS:
+def _graphs(
+    kernel: Kernel, layer: Layer, packed: Sequence[torch.Tensor], tokens_of_products: Sequence[int]
+) -> Iterator[Row]:
+    for tokens in tokens_of_products:
         yield {"at": f"capturing {layer.name}, {tokens} tokens"}
         x = layer.activations(tokens)
         graph, (y,) = gpu_timing.capture([lambda: kernel.apply(layer.config, x, packed, None, layer.bias)])
@@ -150,6 +162,48 @@ def _graphs(kernel: Kernel, layer: Layer, packed: Sequence[torch.Tensor]) -> Ite
         yield {"tokens": tokens, "ok": torch.equal(y, expected)}
 
 
+def _streams(
+    kernel: Kernel, layer: Layer, packed: Sequence[torch.Tensor], tokens_of_products: Sequence[int]
+) -> Iterator[Row]:
+    streams = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE)
+    for tokens in tokens_of_products:
+        yield {"at": f"{layer.name}, {tokens} tokens"}
+        xs = [layer.activations(tokens), layer.activations(tokens + 1)[:tokens]]
+        expected = [kernel.apply(layer.config, x, packed, None, layer.bias) for x in xs]
+        torch.cuda.synchronize()
+        ys = []
+        for turn in range(TURNS):
+            mine, other = streams[turn % 2], streams[1 - turn % 2]
+            mine.wait_stream(other)
+            with torch.cuda.stream(mine):
+                ys.append(kernel.apply(layer.config, xs[turn % 2], packed, None, layer.bias))
+        torch.cuda.synchronize()
+        yield {"tokens": tokens, "ok": all(torch.equal(y, expected[turn % 2]) for turn, y in enumerate(ys))}
+
+
+def try_concurrent(layer: Layer) -> Iterator[Row]:
+    """How many products of our kernel come out wrong if two streams run them at once, which is not supported: both use
+    the device's one workspace. Each stream replays a graph of TURNS products."""
+    packed = CutlassKernel.pack(layer.config, layer.parts)
+    workspace = backend.workspace(DEVICE.index)
+    streams = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE)
+    for tokens in GRAPH_TOKENS:
+        yield {"at": f"{layer.name}, {tokens} tokens"}
+        xs = [layer.activations(tokens), layer.activations(tokens + 1)[:tokens]]
+        expected = [CutlassKernel.apply(layer.config, x, packed, None, None) for x in xs]
+        calls = [partial(CutlassKernel.apply, layer.config, x, packed, None, None) for x in xs]
+        captured = [gpu_timing.capture([call] * TURNS) for call in calls]
+        torch.cuda.synchronize()
+        for stream, (graph, _) in zip(streams, captured):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        wrong = sum(not torch.equal(y, e) for (_, ys), e in zip(captured, expected) for y in ys)
+        clean = not bool(workspace[:COUNTER_BYTES].any())
+        workspace.zero_()
+        yield {"tokens": tokens, "products": 2 * TURNS, "wrong": wrong, "counters_are_zero": clean}
+
+
 def check_packing(layer: Layer) -> Iterator[Row]:
     """Metadata packed on the GPU must equal metadata packed on the host."""
     values, metadata, *_ = CutlassKernel.pack(layer.config, layer.parts)
@@ -157,20 +211,20 @@ def check_packing(layer: Layer) -> Iterator[Row]:
     yield {"check": "metadata on GPU and CPU agree", "layer": layer.name, "ok": torch.equal(metadata.cpu(), host)}
 
 
-def check_tile(name: str, layer: Layer) -> Iterator[Row]:
+def check_tile(name: str, layer: Layer, tokens: Sequence[int] | None = None) -> Iterator[Row]:
     """A tile of our library with every split of K, and guards around the output."""
     library, num_sms = library_of(DEVICE.index), num_sms_of(DEVICE.index)
     tile = library.tile_names.index(name)
     values, metadata, *scales = CutlassKernel.pack(layer.config, layer.parts)
     sizes = (layer.out_features, layer.in_features)
     for split_k in (DATA_PARALLEL, HEURISTIC, STREAM_K, 3):
-        for tokens in TOKENS:
-            if not can_run(library, tile, layer.weights, sizes, tokens, split_k, num_sms):
+        for count in tokens or TOKENS:
+            if not can_run(library, tile, layer.weights, sizes, count, split_k, num_sms):
                 continue
-            yield {"at": f"split_k {split_k}, {layer.name}, {tokens} tokens"}
-            x, count = layer.activations(tokens), tokens * layer.out_features
-            buffer = torch.full((count + 2 * GUARD,), 7.0, dtype=layer.dtype, device=DEVICE)
-            y = buffer[GUARD : GUARD + count].view(tokens, layer.out_features)
+            yield {"at": f"split_k {split_k}, {layer.name}, {count} tokens"}
+            x, elements = layer.activations(count), count * layer.out_features
+            buffer = torch.full((elements + 2 * GUARD,), 7.0, dtype=layer.dtype, device=DEVICE)
+            y = buffer[GUARD : GUARD + elements].view(count, layer.out_features)
             operand, *x_scales = fp8.quantize(x) if layer.fp8 else (x,)
             both = (*scales, *x_scales) or None
             library.linear(
@@ -179,4 +233,4 @@ def check_tile(name: str, layer: Layer) -> Iterator[Row]:
             excess = layer.excess(y, x, layer.bias, layer.fp8)
             guarded = bool((buffer[:GUARD] == 7).all() and (buffer[-GUARD:] == 7).all())
             row = {"check": f"tile {name} split_k {split_k}", "kernel": "cutlass", "layer": layer.name}
-            yield {**row, "tokens": tokens, "excess": excess, "guarded": guarded, "ok": excess < 1 and guarded}
+            yield {**row, "tokens": count, "excess": excess, "guarded": guarded, "ok": excess < 1 and guarded}

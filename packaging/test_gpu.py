@@ -11,15 +11,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# As in pyproject.toml, `serve/` is ria_vllm.serve.
 sys.path.insert(0, str(ROOT))
-import ria_vllm
-
-ria_vllm.__path__.append(str(ROOT))
 
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check  # makes ria_vllm.serve importable
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.cuda import build
 from ria_vllm.serve.kernels.cuda.architectures import CudaBuildError, for_capability

@@ -11,25 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from pretend_hopper import TILES, PretendLibrary
+from small_gpu import MockStream
 
 from benchmarks import gpu_check, gpu_products, gpu_timing
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
-from ria_vllm.serve.kernels.reference import ReferenceKernel
-from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def mocked(hopper_layers, monkeypatch):
-    for module in (gpu_check, gpu_products, gpu_timing):
-        monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
-        monkeypatch.setattr(module, "library_of", lambda index: hopper_layers)
-    for module in (gpu_products, gpu_timing):
-        monkeypatch.setattr(module, "num_sms_of", lambda index: 132)
-    return hopper_layers
 
 
 def rows(weights, dtype=torch.bfloat16):
@@ -71,6 +60,21 @@ def test_wrong_products_fail(mocked, monkeypatch, spoil):
     assert not any(row["ok"] for row in rows(fp8.DTYPE) if "excess" in row)
 
 
+def test_two_streams_without_an_order_fail(mocked, monkeypatch):
+    """A product that is right on one stream only."""
+    layer = gpu_products.random_layer(64, 64, torch.bfloat16)
+    assert [row["ok"] for row in gpu_products.check_streams(CutlassKernel, layer, (1,)) if "ok" in row] == [True]
+    right = PretendLibrary.linear
+
+    def wrong(self, tile, split_k, x, values, metadata, bias, y, *rest):
+        right(self, tile, split_k, x, values, metadata, bias, y, *rest)
+        if MockStream.current is not None and len(MockStream.current.waited_for) > 2:
+            y += 1
+
+    monkeypatch.setattr(PretendLibrary, "linear", wrong)
+    assert [row["ok"] for row in gpu_products.check_streams(CutlassKernel, layer, (1,)) if "ok" in row] == [False]
+
+
 def test_the_fastest_tiles_are_printed_by_width_of_values():
     measured = {"family": 90, "multiprocessors": 132, "out_features": 64, "in_features": 128, "tokens": 16, "split": 1}
     table = gpu_timing.table_rows(
@@ -84,46 +88,6 @@ def test_the_fastest_tiles_are_printed_by_width_of_values():
         (90, 132, 16, 64, 128): ((16, "fast", 1),),
         (90, 132, 8, 64, 128): ((16, "fp8_fast", 1),),
     }
-
-
-class MockGraph:
-    """Runs the calls again where a CUDA graph would be replayed."""
-
-    def __init__(self, calls):
-        self.calls, self.outputs = calls, [call() for call in calls]
-
-    def replay(self):
-        for call, output in zip(self.calls, self.outputs, strict=True):
-            output.copy_(call())
-
-
-@pytest.fixture
-def small(mocked, monkeypatch, tmp_path):
-    """All of gpu_check in this process, with shapes for a CPU and arbitrary times."""
-    for module, name, value in [
-        (gpu_check, "FAST", (CutlassKernel, CusparseltKernel)),
-        (gpu_check, "KERNELS", (CutlassKernel, CusparseltKernel, ReferenceKernel)),
-        (gpu_check, "SHAPES_7B", ((256, 128),)),
-        (gpu_check, "GRAPH_SHAPE", (128, 128)),
-        (gpu_check, "supervise", lambda factory, deadline: gpu_check.run_parts(factory(), deadline)),
-        (gpu_products, "TOKENS", (1, 33)),
-        (gpu_timing, "SHAPES", ((128, 64), (64, 128))),
-        (gpu_timing, "TUNED_SHAPES", ((192, 64),)),
-        (gpu_timing, "LAYERS", {64: ((192, 64), (64, 128))}),
-        (gpu_timing, "_BYTES_IN_TURN", 2**10),
-        (gpu_timing, "capture", lambda calls: ((graph := MockGraph(calls)), graph.outputs)),
-        (gpu_timing, "microseconds", lambda calls, least=8: float(sum(call().shape[0] for call in calls))),
-        (gpu_timing, "measure_limits", lambda: iter([{"bytes_per_second": 3e12, "dense_flop_per_second": 8e14}])),
-        (torch, "compile", lambda function: function),
-        (torch.cuda, "is_available", lambda: True),
-        (torch.cuda, "synchronize", lambda: None),
-        (torch.cuda, "get_device_name", lambda device: "mock"),
-        (torch.cuda, "get_device_capability", lambda device: (9, 0)),
-    ]:
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["gpu_check"])
-    return mocked
 
 
 def report(name="gpu_check.json"):
@@ -213,7 +177,8 @@ def broken_parts():
         time.sleep(3600)
 
     steps = (good, failing, crashing, hanging, good)
-    return [gpu_check.Part(step.__name__, "checks", step, silence=3) for step in steps]
+    parts = [gpu_check.Part(step.__name__, "checks", step, silence=3) for step in steps]
+    return [*parts, gpu_check.Part("concurrent", "concurrent", crashing, tries_limit=True)]
 
 
 def test_the_other_parts_run_when_one_is_broken():
@@ -224,8 +189,24 @@ def test_the_other_parts_run_when_one_is_broken():
     ]
     failed = [row for _, row in judged if not row["ok"]]
     assert [row["at"] for row in failed] == ["the second step", "the first step", "its start"]
+    assert rows[-1] == (5, {"part": "concurrent", "at": "the first step", "error": "the process ended with code -6"})
     for row, error in zip(failed, ("RiaError: CUDA refused: no reason", "ended with code -6", "no answer for 3 s")):
         assert error in row["error"]
+
+
+def endless_parts():
+    def endless():
+        yield {"at": "the only step"}
+        time.sleep(3600)
+
+    return [gpu_check.Part("endless", "checks", endless, silence=3600)] * 2
+
+
+def test_a_part_that_the_end_of_the_run_cuts_off_has_not_failed(monkeypatch):
+    monkeypatch.setattr(gpu_check, "GRACE", 0)
+    rows = [row for _, row in gpu_check.supervise(endless_parts, time.monotonic() + 6)]
+    assert [row["skipped"] for row in rows if "skipped" in row] == ["out of time"] * 2
+    assert not any("ok" in row for row in rows)
 
 
 def test_a_checkout_and_torch_are_enough(tmp_path):

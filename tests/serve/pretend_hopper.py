@@ -1,5 +1,6 @@
 """A fake Hopper GPU: `cutlass` with a library that computes fp8 products on the CPU, in float64."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,20 +46,34 @@ class PretendLibrary(SimpleNamespace):
         y.copy_(product if bias is None else product + bias.double())
 
 
-@pytest.fixture
-def cutlass_on_cpu(monkeypatch):
-    """Gives the kernel `cutlass` a library, and lets its operators take tensors on the CPU while the test runs."""
-
-    def put(library, num_sms, workspace):
-        monkeypatch.setattr(cutlass, "_index", lambda device: 0)
-        monkeypatch.setattr(cutlass, "library_of", lambda index: library)
-        monkeypatch.setattr(cutlass, "num_sms_of", lambda index: num_sms)
-        monkeypatch.setattr(cutlass, "workspace", lambda index: workspace)
-
+def let_operators_take_cpu_tensors() -> torch.library.Library:
+    """Until the returned object is destroyed."""
     registered = torch.library.Library("ria", "IMPL")
     registered.impl("sparse24_linear.cutlass", cutlass._linear, "CPU")
     registered.impl("sparse24_fp8_linear.cutlass", cutlass._fp8_linear, "CPU")
-    yield put
+    return registered
+
+
+def put(monkeypatch, library, num_sms=132, workspace=None):
+    """Gives the kernel `cutlass` a library."""
+    workspace = torch.zeros(1, dtype=torch.uint8) if workspace is None else workspace
+    monkeypatch.setattr(cutlass, "_index", lambda device: 0)
+    monkeypatch.setattr(cutlass, "library_of", lambda index: library)
+    monkeypatch.setattr(cutlass, "num_sms_of", lambda index: num_sms)
+    monkeypatch.setattr(cutlass, "workspace", lambda index: workspace)
+
+
+def treat_cpu_as_gpu(monkeypatch):
+    """Layers on the CPU are treated as layers on the GPU."""
+    monkeypatch.setattr(cutlass.CutlassKernel, "is_supported", staticmethod(lambda device: None))
+    monkeypatch.setattr(CpuKernel, "is_supported", staticmethod(lambda device: "the layer is on cuda"))
+
+
+@pytest.fixture
+def cutlass_on_cpu(monkeypatch):
+    """Gives the kernel `cutlass` a library, and lets its operators take tensors on the CPU while the test runs."""
+    registered = let_operators_take_cpu_tensors()
+    yield partial(put, monkeypatch)
     registered._destroy()
 
 
@@ -66,13 +81,12 @@ def cutlass_on_cpu(monkeypatch):
 def hopper(cutlass_on_cpu):
     """A stand-in for the compiled library of a Hopper, which takes tensors on the CPU."""
     library = PretendLibrary()
-    cutlass_on_cpu(library, 132, torch.zeros(1, dtype=torch.uint8))
+    cutlass_on_cpu(library)
     return library
 
 
 @pytest.fixture
 def hopper_layers(hopper, monkeypatch):
     """The same, and layers on the CPU are treated as layers on the GPU."""
-    monkeypatch.setattr(cutlass.CutlassKernel, "is_supported", staticmethod(lambda device: None))
-    monkeypatch.setattr(CpuKernel, "is_supported", staticmethod(lambda device: "the layer is on cuda"))
+    treat_cpu_as_gpu(monkeypatch)
     return hopper

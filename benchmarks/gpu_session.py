@@ -1,0 +1,182 @@
+"""`python -m benchmarks.gpu_session STEP --out DIR`: all that a GPU is needed for, in half an hour.
+
+The machine needs a checkout, the bundle that `pack` makes, and a Python with torch. Each step writes what it finds into
+DIR, line by line; called again, it does what is missing and what failed. A step ends by itself within ten minutes.
+
+The exit status is 0 if all is done and right, 1 if something failed, and 3 if time was too short.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks import gpu_bundle, gpu_check, gpu_decode, gpu_measured, gpu_sanitizer, gpu_targets
+from benchmarks.gpu_bundle import BUNDLE, ROOT
+from benchmarks.gpu_check import Options
+from benchmarks.gpu_record import CUT, FAILED, Record, run_missing
+from benchmarks.gpu_report import Report
+from benchmarks.gpu_timing import Row
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.kernels.cuda.architectures import find_architecture, for_capability
+from ria_vllm.serve.kernels.cuda.bindings import LIBRARY_FOLDER_VARIABLE
+
+FOUND = ROOT / "gpu_session"  # not in .work, which `make clean` empties
+TILES = ROOT / "serve" / "kernels" / "cuda" / "tiles.py"
+SECONDS = {"check": 480, "sanitize": 420, "decode": 330}
+UNFINISHED = 3
+
+
+def record_of(out: Path, step: str) -> Record:
+    return Record(out / f"{step}.jsonl")
+
+
+def check(out: Path, deadline: float) -> Record:
+    """gpu_check in full: products, CUDA graphs, two streams, times, and the times of all tiles."""
+    record, report = record_of(out, "check"), Report(out / "gpu_check.json")
+    factory = partial(gpu_check.parts_of, Options())
+    for part in factory():
+        for section, row in record.best(part.name).rows if part.name in record.passed else ():
+            report.add(section, dict(row))
+    run_missing(record, factory, deadline, report.add, gpu_check.supervise)
+    report.conclude()
+    return record
+
+
+def sanitize(out: Path, deadline: float) -> Record:
+    """The quick checks under memcheck, racecheck, synccheck and initcheck."""
+    record = record_of(out, "sanitize")
+    factory = partial(gpu_sanitizer.parts, BUNDLE, out / "sanitizer.log")
+    # Each of these parts is a process of its own already.
+    run_missing(record, factory, deadline, _show, lambda factory, deadline: gpu_check.run_parts(factory(), deadline))
+    return record
+
+
+def decode(out: Path, deadline: float) -> Record:
+    """A decoder layer and whole models, dense and sparse."""
+    record = record_of(out, "decode")
+    run_missing(record, gpu_decode.parts, deadline, _show, gpu_check.supervise)
+    return record
+
+
+STEPS: dict[str, Callable[[Path, float], Record]] = {"check": check, "sanitize": sanitize, "decode": decode}
+
+
+def _show(section: str, row: Row) -> None:
+    if row.get("ok") is False:
+        print(f"FAILED {row}", flush=True)
+    elif section == "sanitizer":
+        print(f"{row['tool']}, {row['group']}: {row['checks']} checks, no errors", flush=True)
+    elif "us" in row:
+        print(gpu_decode.line(row), flush=True)
+
+
+def report(out: Path) -> None:
+    """Print what all steps found so far, with the targets, and write it to session.json."""
+    records = {step: record_of(out, step) for step in STEPS}
+    targets = gpu_targets.judge(records["check"].rows("times"), records["decode"].rows("decode"))
+    found = {step: {"outcomes": record.outcomes, "rows": record.rows()} for step, record in records.items()}
+    (out / "session.json").write_text(json.dumps({"targets": targets, **found}, indent=1))
+    for step, record in records.items():
+        ended = list(record.outcomes.values())
+        print(f"{step}: {len(ended)} parts, {ended.count(FAILED)} failed, {ended.count(CUT)} cut short")
+        for row in record.rows():
+            if row.get("ok") is False or step != "check":
+                _show("sanitizer" if "tool" in row else "", row)
+    for row in records["check"].rows("concurrent"):
+        outcome = row.get("error") or f"{row['wrong']} of {row['products']} products wrong at {row['tokens']} tokens"
+        print(f"two streams at once, which is not supported: {outcome}")
+    for row in targets:
+        print(gpu_targets.line(row))
+
+
+def fill(out: Path) -> None:
+    """Write the fastest tiles into MEASURED.
+
+    Raises:
+        RiaError: no tile was timed.
+    """
+    rows = record_of(out, "check").rows("tiles")
+    if not rows:
+        raise RiaError(f"{out} has no times of tiles")
+    candidates = gpu_measured.fill(TILES, gpu_measured.table_of(rows))
+    print(f"wrote {TILES}; mend the comment above MEASURED")
+    if candidates:
+        print(f"remove the `candidate` mark of {', '.join(candidates)} in serve/kernels/cuda/architectures.py")
+
+
+def reason_against_running() -> str | None:
+    """Why no step can run here, or None. Checked first, because time on a GPU is short."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    target = for_capability(*torch.cuda.get_device_capability(0))
+    if target is None:
+        return "no kernels for this GPU"
+    named = os.environ.setdefault(LIBRARY_FOLDER_VARIABLE, str(BUNDLE))
+    failures = (row["error"] for row in gpu_check.check_library() if row.get("ok") is False)
+    return gpu_bundle.reason_against(Path(named), target) or next(failures, None)
+
+
+def run(step: str, out: Path, seconds: float) -> int:
+    """Run a step, and return its exit status."""
+    if reason := reason_against_running():
+        print(f"FAILED {reason}")
+        return 1
+    record = STEPS[step](out, time.monotonic() + seconds)
+    outcomes = list(record.outcomes.values())
+    print(f"{step}: {outcomes.count(FAILED)} parts failed, {outcomes.count(CUT)} are to be continued")
+    return 1 if FAILED in outcomes else UNFINISHED if CUT in outcomes else 0
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Everything that a GPU is needed for, step by step.")
+    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+    packing = steps.add_parser("pack", help="compile and collect what must travel to the GPU; needs nvcc, no GPU")
+    packing.add_argument("--arch", default="90a", help="of the GPU (%(default)s)")
+    for name, text in {
+        "check": "all kernels and tiles: right, and how fast",
+        "sanitize": "the kernels under compute-sanitizer",
+        "decode": "a decoder layer and whole models, dense and sparse",
+        "report": "what all steps found so far, beside the targets; needs no GPU",
+        "fill": "write the fastest tiles into MEASURED; needs no GPU",
+    }.items():
+        step = steps.add_parser(name, help=text)
+        step.add_argument("--out", type=Path, default=FOUND, help="folder for what is found (%(default)s)")
+        if name in STEPS:
+            step.add_argument("--earlier", type=Path, help="folder with what an earlier call found, to be continued")
+            step.add_argument("--seconds", type=float, default=SECONDS[name], help="start nothing after (%(default)s)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    options = parse_arguments(arguments)
+    try:
+        if options.step == "pack":
+            gpu_bundle.pack(BUNDLE, find_architecture(options.arch))
+            return 0
+        options.out.mkdir(parents=True, exist_ok=True)
+        if options.step in STEPS:
+            _take_over(options.earlier, options.out)
+            return run(options.step, options.out, options.seconds)
+        (report if options.step == "report" else fill)(options.out)
+        return 0
+    except RiaError as error:
+        print(f"FAILED {error}")
+        return 1
+
+
+def _take_over(earlier: Path | None, out: Path) -> None:
+    for path in earlier.glob("*.jsonl") if earlier and earlier.resolve() != out.resolve() else ():
+        if not (out / path.name).exists():
+            shutil.copy(path, out)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

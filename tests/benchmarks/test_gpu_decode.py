@@ -1,0 +1,149 @@
+"""The Llama model of gpu_session, dense and sparse, on a mocked Hopper; and the targets that times are judged by."""
+
+import pytest
+import torch
+import transformers
+from torch._dynamo.utils import counters
+from transformers.cache_utils import DynamicCache
+
+from benchmarks import gpu_decode, gpu_targets, llama
+from benchmarks.llama import Caches, DecoderLayer, Model, Shape, SparseLinear
+
+SHAPE = Shape("tiny", 128, 192, 4, 2, 32, 2, 96, 16)
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def test_the_model_is_llama(mocked):
+    """Against transformers' in float32, with the same cache."""
+    g = generator()
+    layers = [llama.random_layers(SHAPE, g)[0] for _ in range(SHAPE.layers)]
+    caches = [Caches(SHAPE, 3, g) for _ in layers]
+    words, norm = torch.randn(SHAPE.vocabulary, SHAPE.hidden, generator=g), torch.rand(SHAPE.hidden, generator=g)
+    config = transformers.LlamaConfig(
+        hidden_size=SHAPE.hidden,
+        intermediate_size=SHAPE.intermediate,
+        num_attention_heads=SHAPE.heads,
+        num_key_value_heads=SHAPE.kv_heads,
+        head_dim=SHAPE.head_dim,
+        num_hidden_layers=SHAPE.layers,
+        vocab_size=SHAPE.vocabulary,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=True,
+    )
+    theirs = transformers.LlamaForCausalLM(config).float().eval()
+    past = DynamicCache(config=config)
+    with torch.no_grad():
+        theirs.model.embed_tokens.weight.copy_(words)
+        theirs.model.norm.weight.copy_(norm)
+        for index, (mine, layer) in enumerate(zip(layers, theirs.model.layers)):
+            heads = [SHAPE.heads * SHAPE.head_dim, *[SHAPE.kv_heads * SHAPE.head_dim] * 2]
+            attention, mlp = layer.self_attn, layer.mlp
+            for linear, weight in [
+                *zip((attention.q_proj, attention.k_proj, attention.v_proj), mine.qkv.weight.split(heads)),
+                *zip((mlp.gate_proj, mlp.up_proj), mine.gate_up.weight.chunk(2)),
+                (attention.o_proj, mine.o.weight),
+                (mlp.down_proj, mine.down.weight),
+            ]:
+                linear.weight.copy_(weight)
+            layer.input_layernorm.weight.copy_(mine.input_norm)
+            layer.post_attention_layernorm.weight.copy_(mine.post_norm)
+            past.update(caches[index].keys[:, :, :-1].float(), caches[index].values[:, :, :-1].float(), index)
+        ids = torch.tensor([5, 7, 11])
+        position = torch.full((3, 1), SHAPE.context - 1)
+        expected = theirs(ids[:, None], past_key_values=past, position_ids=position).logits[:, 0]
+        found = Model(layers, caches, words, norm).step(ids, DecoderLayer.forward, torch.float32)
+    # The new keys and values are rounded to bfloat16, as the cache stores them.
+    assert torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * expected.abs().max())
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+def rows_of(found):
+    return [row for row in found if "at" not in row]
+
+
+def test_dense_and_sparse_agree_and_are_timed(small):
+    for found in (gpu_decode.time_layer(gpu_decode.LAYERS[0]), gpu_decode.time_model(gpu_decode.MODELS[0])):
+        rows = rows_of(found)
+        assert [row["tokens"] for row in rows] == [1, 1, 3, 3]
+        for judged, timed in zip(rows[::2], rows[1::2]):
+            assert judged["ok"] and 0 < judged["errors"][1] < 0.02
+            assert timed["dense_us"] == 1.5 * timed["us"] and judged["kernels"] == ["cutlass"]
+            assert f"{timed['tokens']} tokens" in gpu_decode.line(timed) and "1.50x" in gpu_decode.line(timed)
+
+
+@pytest.mark.parametrize("name", SHAPE.linears)
+def test_a_wrong_linear_fails_and_is_not_timed(small, monkeypatch, name):
+    """Its input's channels in a wrong order."""
+    right = DecoderLayer.__init__
+
+    def spoiled(self, shape, linears, norms):
+        if isinstance(linears[name], SparseLinear):
+            columns = shape.linears[name][1]
+            linears[name].permutation = torch.arange(columns).roll(1).int()
+        right(self, shape, linears, norms)
+
+    monkeypatch.setattr(DecoderLayer, "__init__", spoiled)
+    rows = rows_of(gpu_decode.time_layer(gpu_decode.LAYERS[0]))
+    assert rows and not any(row["ok"] for row in rows)
+
+
+def test_another_kernel_fails_and_is_not_timed(small, monkeypatch):
+    monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
+    rows = rows_of(gpu_decode.time_layer(gpu_decode.LAYERS[0]))
+    assert [(row["kernels"], row["ok"]) for row in rows] == [(["reference"], False)] * 2
+
+
+def test_a_machine_without_a_compiler_is_timed_without(small, monkeypatch):
+    def refuses(function, **options):
+        def call(*_):
+            raise RuntimeError("Cannot find a working triton installation\nmore")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", refuses)
+    rows = rows_of(gpu_decode.time_layer(gpu_decode.LAYERS[0]))
+    assert rows[0]["ok"] and rows[1]["not_compiled"] == "Cannot find a working triton installation"
+    assert "not compiled" in gpu_decode.line(rows[1])
+
+
+def test_all_layers_share_a_compiled_function_without_graph_breaks(mocked):
+    g = generator()
+    pairs = [llama.random_layers(SHAPE, g) for _ in range(3)]
+    torch.compiler.reset()
+    counters.clear()
+    function = torch.compile(DecoderLayer.forward, backend="aot_eager", fullgraph=True, dynamic=False)
+    caches = [Caches(SHAPE, 2, g) for _ in pairs]
+    words, norm = torch.randn(SHAPE.vocabulary, SHAPE.hidden, dtype=llama.DTYPE, generator=g), torch.ones(SHAPE.hidden)
+    for which in (0, 1):
+        model = Model([pair[which] for pair in pairs], caches, words, norm)
+        ids = torch.tensor([1, 2])
+        assert torch.allclose(model.step(ids, function), model.step(ids, DecoderLayer.forward), rtol=0.05, atol=0.05)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    torch.compiler.reset()
+
+
+def product(kernel, tokens, us, dense_us):
+    return {"kernel": kernel, "out_features": 8, "in_features": 64, "tokens": tokens, "us": us, "dense_us": dense_us}
+
+
+def test_targets():
+    times = [
+        *(product("cutlass", 1, 1.0, 1.7), product("cutlass", 64, 1.0, 1.4), product("cutlass", 2048, 1.0, 1.35)),
+        *(product("cutlass fp8", 1, 1.0, 9.0), product("dense fp8", 1, 1.55, 9.0)),
+        *(product("cutlass fp8", 2048, 1.0, 9.0), product("dense fp8", 2048, 0.9, 9.0)),
+        {"kernel": "cusparselt", "skipped": "no cuSPARSELt"},
+    ]
+    decode = [{"model": "m", "tokens": 8, "us": 2.0, "dense_us": 3.0}, {"model": "m", "tokens": 8, "ok": True}]
+    rows = gpu_targets.judge(times, decode)
+    assert [(row["measured"], row["met"]) for row in rows] == [
+        *((1.4, False), (1.35, True), (1.35, True)),
+        *((1.55, True), (0.9, False), (0.9, False)),
+        (1.5, True),
+    ]
+    said = [gpu_targets.line(row) for row in rows]
+    assert "MISSED" in said[0] and "8 x 64, 64 tokens" in said[0] and said[1].startswith("met")
+    assert all(gpu_targets.line(row).startswith("not measured") for row in gpu_targets.judge([], []))
