@@ -240,7 +240,9 @@ def _planned(model: StreamedModel) -> list[str]:
     return [*model.names_outside_layers(), *(name for names in layers for name in names)]
 
 
-def _check_nothing_lost(model: StreamedModel, pruned: set[str], written: list[str], format: WeightFormat) -> None:
+def _check_nothing_lost(
+    model: StreamedModel, pruned: set[str], written: list[str], weight_format: WeightFormat
+) -> None:
     """Check that each tensor of the source is written exactly once, under its own name, unchanged or compressed.
 
     Tensors left out on purpose (`names.LEFT_OUT`) are exempt.
@@ -248,7 +250,7 @@ def _check_nothing_lost(model: StreamedModel, pruned: set[str], written: list[st
     Args:
         pruned: the written names of pruned linears.
         written: the names of all tensors that are written.
-        format: of the pruned linears.
+        weight_format: of the pruned linears.
     """
     counts = Counter(written)
     for name in model.files:
@@ -256,7 +258,7 @@ def _check_nothing_lost(model: StreamedModel, pruned: set[str], written: list[st
         if mine is None:
             continue
         linear = mine.removesuffix(".weight")
-        there = counts[mine] + (counts[f"{linear}.{format.parts[0].name}"] if linear in pruned else 0)
+        there = counts[mine] + (counts[f"{linear}.{weight_format.parts[0].name}"] if linear in pruned else 0)
         if there != 1:
             wrong = {0: "missing in the output", 2: "in the output twice"}.get(there, f"in the output {there} times")
             raise RiaError(f"{model.files[name]}: {name} would be {wrong}. Please report this bug in ria-vllm.")

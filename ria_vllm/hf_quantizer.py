@@ -36,7 +36,7 @@ class RiaQuantizationConfig(QuantizationConfigMixin):
         self.dequantize = True  # so that HF drops the config after loading: the model is a plain one
 
     def to_dict(self) -> dict[str, Any]:
-        return self.schema.model_dump()
+        return self.schema.model_dump(exclude_none=True)
 
 
 class Loading:

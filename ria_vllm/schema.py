@@ -99,7 +99,8 @@ class WeightQuantization(BaseModel):
     dtype: of the dense model, and so of what is exported.
     """
 
-    model_config = ConfigDict(strict=True)
+    # What is not understood here could change what the numbers mean.
+    model_config = ConfigDict(strict=True, extra="forbid")
     num_bits: int = 8
     type: str = Field(default="int", max_length=40)
     strategy: str = Field(default="channel", max_length=40)

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearBase
 
+from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.registry import Choice, choose
 from ria_vllm.serve.parameters import set_parameter
@@ -97,7 +98,11 @@ def pack_linear(layer: LinearBase, weights: Weights, groups: Sequence[RowGroup],
     for group in groups:
         permutation, crosses_ranks = local_permutation(group.permutation, layer, columns)
         if crosses_ranks:
-            assert len(groups) == 1, "an all-gather serves one group"
+            if len(groups) > 1:
+                raise RiaError(
+                    "linears of one layer have different permutations that need channels of other ranks. Use "
+                    "--tensor-parallel-size 1, or compress the model with --permute-scope shared."
+                )
             input_channels = "input_channels"
             set_parameter(layer, input_channels, torch.from_numpy(permutation).to(device))
             permutation = None

@@ -69,6 +69,8 @@ class Weights:
 
     def widened(self, dtype: torch.dtype) -> "Weights":
         """The same in plain floating point."""
+        if self.format == FLOAT:
+            return self
         return Weights(FLOAT, self.format.widen(self.parts, dtype), self.padding, widened_from=self.format)
 
     def padded(self) -> "Weights":

@@ -48,6 +48,7 @@ def test_keys_of_a_newer_minor_version_are_kept():
         (("weights",), {"type": "x" * 5000}, "weights.type"),
         (("weights",), {"group_size": 32}, "weights: .* no weight format with"),
         (("weights",), {"dtype": "int8"}, "weights.dtype"),
+        (("weights",), {"zero_point": True}, "weights.zero_point"),
         (("folds", 0, "coupling"), "magic", "folds.0.coupling"),
         (("folds", 0, "producers"), [], "folds.0.producers"),
         (("folds", 0, "num_heads"), 0, "folds.0.num_heads"),

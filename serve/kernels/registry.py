@@ -117,17 +117,20 @@ def self_test(
         return None
     try:
         # Random values and positions: mixed-up rows, columns or metadata are wrong by far more than rounding.
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(side, side, generator=generator).to(device)
+        # On the CPU and in float32, whatever defaults vLLM has set while it builds or loads a model.
+        generator = torch.Generator("cpu").manual_seed(0)
+        options = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+        weight = torch.randn(side, side, **options).to(device)
         mask = sparse24.mask_from_bitmask(sparse24.compress(weight)[1])
         weight, scales = weight_format.quantize((weight * mask).to(act_dtype), act_dtype)
         parts = weight_format.encode(weight, mask, scales)
-        x = torch.randn(8, side, generator=generator).to(device, act_dtype)
+        x = torch.randn(8, side, **options).to(device, act_dtype)
         y = kernel.apply(config, x, kernel.pack(config, parts), None, None)
         expected = x.float() @ weight_format.decode(parts, torch.float32).T
         right = y.shape == expected.shape and bool((y.float() - expected).norm() <= 0.1 * expected.norm())
     except Exception as error:  # another package's kernel may raise anything
-        return f"a small product fails on this device: {str(error) or type(error).__name__}".splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"a small product fails on this device: {reason}"
     return None if right else "a small product comes out wrong on this device"
 
 

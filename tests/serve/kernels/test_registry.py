@@ -140,6 +140,10 @@ def broken(*_):
     raise RuntimeError("no kernel image is available\nfor this device")
 
 
+def silent(*_):
+    raise RuntimeError("\n")
+
+
 def badly_written(*_):
     raise ValueError("shapes do not match")
 
@@ -165,6 +169,7 @@ SWAP = [1, 0, *range(2, 64)]
         ({"apply": broken}, f"{FAILS}: no kernel image is available"),
         ({"apply": badly_written}, f"{FAILS}: shapes do not match"),
         ({"apply": lambda *_: None}, FAILS),
+        ({"apply": silent}, f"{FAILS}: RuntimeError"),
         ({"apply": lambda config, x, *_: x}, WRONG),
         (wrong(change_of_x=lambda x: x.flip(-1)), WRONG),
         (wrong(change_of_x=lambda x: x[:, SWAP]), WRONG),
@@ -184,6 +189,16 @@ def test_a_kernel_that_multiplies_wrongly_is_passed_over(monkeypatch, change, wo
         monkeypatch.setattr(CpuKernel, name, staticmethod(function))
     assert registry.reason_against(CpuKernel, layer(format)).startswith(words)
     assert registry.choose(layer(format)).kernel is ReferenceKernel
+
+
+def test_defaults_that_vllm_sets_while_it_builds_a_model_do_not_matter():
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(FP16)
+        with torch.device("meta"):
+            assert registry.choose(layer()).kernel is CpuKernel
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_a_fallback_is_tested_too(monkeypatch):
