@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_timing
+from benchmarks import gpu_tiles, gpu_timing
 from benchmarks.gpu_timing import DEVICE, Row
 
 
@@ -63,7 +63,7 @@ class Report:
             for row in self.rows(section):
                 print(line_of(row))
         if tiles := self.rows("tiles"):
-            print(gpu_timing.table_rows(tiles))
+            print(gpu_tiles.table_rows(tiles))
         checks = self.rows("checks")
         skipped = {f"{row.get('kernel') or row['part']}: {row['skipped']}" for row in checks if "skipped" in row}
         for reason in sorted(skipped):

@@ -13,7 +13,7 @@ import torch
 from pretend_hopper import TILES, PretendLibrary
 from small_gpu import MockStream
 
-from benchmarks import gpu_check, gpu_products, gpu_timing
+from benchmarks import gpu_check, gpu_products, gpu_tiles
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
@@ -77,7 +77,7 @@ def test_two_streams_without_an_order_fail(mocked, monkeypatch):
 
 def test_the_fastest_tiles_are_printed_by_width_of_values():
     measured = {"family": 90, "multiprocessors": 132, "out_features": 64, "in_features": 128, "tokens": 16, "split": 1}
-    table = gpu_timing.table_rows(
+    table = gpu_tiles.table_rows(
         [
             measured | {"value_bits": 16, "tile": "slow", "us": 2.0},
             measured | {"value_bits": 16, "tile": "fast", "us": 1.0},
@@ -152,7 +152,7 @@ def test_an_unsupported_gpu_has_its_other_backends_checked(small, monkeypatch):
 
 def test_tiles_that_were_not_all_timed_are_left_out_of_the_table(small, monkeypatch):
     """The deadline passes before the second tile is timed."""
-    part = gpu_check.Part("tiles", "tiles", lambda: gpu_timing.time_tiles((192, 64), torch.bfloat16))
+    part = gpu_check.Part("tiles", "tiles", lambda: gpu_tiles.time_tile(TILES[0], (192, 64), torch.bfloat16))
     clock = iter(range(100))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     rows = [row for _, row in gpu_check.run_parts([part], deadline=2)]

@@ -47,6 +47,8 @@ def test_check_report_and_fill(ready, monkeypatch, capsys):
     names = [part.name for part in gpu_check.parts_of(gpu_check.Options())]
     assert record.outcomes == dict.fromkeys(names, "passed") and len(names) == len(set(names))
     assert {row["tile"] for row in record.rows("tiles")} == set(TILES)
+    checked = {row["check"] for row in record.rows("checks") if "check" in row}
+    assert {f"tile {row['tile']} split_k {row['split']}" for row in record.rows("tiles")} <= checked
     assert [row["products"] for row in record.rows("concurrent")] == [8, 8]
     assert json.loads(Path("out/gpu_check.json").read_text())["tiles"] == record.rows("tiles")
 
@@ -154,6 +156,7 @@ def test_the_attempt_that_says_most_counts(tmp_path):
         if outcome:
             record.end("part", outcome)
     assert record.rows() == [{"number": 1}, {"number": 2}]
+    assert Record(tmp_path / "other.jsonl").rows() == [] and not (tmp_path / "other.jsonl").exists()
     for outcome, number in (("failed", 5), ("failed", 6)):
         record.start("part")
         record.add("part", "section", {"number": number})
@@ -162,6 +165,48 @@ def test_the_attempt_that_says_most_counts(tmp_path):
     record.start("part")
     record.end("part", "passed")
     assert Record(record.path).rows() == [] and Record(record.path).passed == {"part"}
+
+
+def test_times_of_attempts_that_did_not_pass_are_kept(tmp_path):
+    """A failure with few rows after a cut attempt with many; then an attempt that passed."""
+
+    def attempt(outcome, *rows):
+        record.start("part")
+        for row in rows:
+            record.add("part", "decode", row)
+        record.end("part", outcome)
+
+    def timed(tokens, us):
+        return {"model": "m", "tokens": tokens, "us": us}
+
+    record = Record(tmp_path / "record.jsonl")
+    failed = {"part": "part", "error": "illegal access", "ok": False}
+    attempt("cut", timed(1, 1.0), timed(8, 2.0), timed(64, 3.0))
+    attempt("failed", timed(1, 1.5), failed)
+    attempt("cut", timed(1, 1.6), timed(8, 2.5))
+    assert record.outcomes == {"part": "failed"}
+    assert record.rows("decode") == [timed(1, 1.5), failed, timed(8, 2.5), timed(64, 3.0)]
+    attempt("passed", timed(1, 1.7))
+    assert record.rows() == [timed(1, 1.7)]
+
+
+def test_a_number_that_json_does_not_have_fails_its_part_alone(parts):
+    _, broken = parts
+    broken["second", 1] = lambda: {"excess": float("nan"), "ok": True}
+    assert session("check") == 1
+    assert outcomes("check") == {"first": "passed", "second": "failed", "third": "passed"}
+    (row,) = [row for row in Record(Path("out/check.jsonl")).rows() if not row["ok"]]
+    assert "nan" in row["row"] and row["error"] == "a number that JSON does not have"
+    assert json.loads(Path("out/gpu_check.json").read_text())["checks"][3] == row
+
+
+def test_what_failed_before_runs_last(parts):
+    started, broken = parts
+    broken["first", 0], broken["third", 0] = lambda: {"ok": False}, killed
+    with pytest.raises(KeyboardInterrupt):
+        session("check")
+    started.clear(), broken.clear()
+    assert session("check") == 0 and started == ["third", "first"]
 
 
 def test_without_a_library_no_time_is_spent(small, monkeypatch, tmp_path, capsys):
