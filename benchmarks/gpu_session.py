@@ -20,7 +20,7 @@ import torch
 from benchmarks import gpu_bundle, gpu_check, gpu_decode, gpu_measured, gpu_sanitizer, gpu_targets
 from benchmarks.gpu_bundle import BUNDLE, ROOT
 from benchmarks.gpu_check import Options
-from benchmarks.gpu_record import CUT, FAILED, Record, run_missing
+from benchmarks.gpu_record import CUT, FAILED, Record, missing, run_missing
 from benchmarks.gpu_report import Report
 from benchmarks.gpu_timing import Row
 from ria_vllm.errors import RiaError
@@ -53,6 +53,8 @@ def sanitize(out: Path, deadline: float) -> Record:
     """The quick checks under memcheck, racecheck, synccheck and initcheck."""
     record = record_of(out, "sanitize")
     factory = partial(gpu_sanitizer.parts, BUNDLE, out / "sanitizer.log")
+    if missing(factory, record.passed, record.failed):
+        gpu_sanitizer.check_machine(BUNDLE)
     # Each of these parts is a process of its own already.
     run_missing(record, factory, deadline, _show, lambda factory, deadline: gpu_check.run_parts(factory(), deadline))
     return record

@@ -232,11 +232,15 @@ def test_without_a_gpu(in_tmp, capsys):
 def test_the_sanitizer_step_is_cut_short_and_continued(ready, sanitizer):
     """The deadline passes while a tool runs: the tool is killed, and its group is the first to run later."""
     slow = "time.sleep(0.3)\n" + 'say(at="a step"); say(ok=True); time.sleep(0.1)\n' * 50
-    sanitizer(f'open("pid", "w").write(str(os.getpid()))\n{slow}' + NO_ERRORS)
-    assert session("sanitize", "--seconds", "1.5") == gpu_session.UNFINISHED
+    found = 'print("========= Invalid read", file=log, flush=True); print("a warning", file=sys.stderr, flush=True)'
+    sanitizer(f'open("pid", "w").write(str(os.getpid()))\n{found}\n{slow}' + NO_ERRORS)
+    assert session("sanitize", "--seconds", "3") == gpu_session.UNFINISHED
     with pytest.raises(ProcessLookupError):
         os.kill(int(Path("pid").read_text()), 0)
     assert outcomes("sanitize")["memcheck bfloat16"] == "cut"
+    log = Path("out/sanitizer.log").read_text()
+    for text in ("memcheck, bfloat16, cut short:\n", "Invalid read", "a warning"):
+        assert text in log
     sanitizer(NO_ERRORS)
     assert session("sanitize") == 0
     expected = {f"{tool} {group}" for tool in gpu_sanitizer.TOOLS for group in gpu_sanitizer.GROUPS}
