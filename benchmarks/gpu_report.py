@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class Report:
         print("{gpu}, compute capability {capability}, torch {torch}".format_map(self.content), flush=True)
 
     def add(self, section: str, row: Row) -> None:
-        """Store a row, unless it only names the current step of its part."""
+        """Store and print a row, unless it only names the current step of its part."""
         if "at" in row and "error" not in row:
             return
         if row.get("ok") is False:
@@ -34,11 +35,23 @@ class Report:
         if section == "times" and "us" in row:
             if not any("us" in before for before in self.rows("times")):
                 print(gpu_timing.HEADER)
-            gpu_timing.add_limits(row, self.limits)
-            print(gpu_timing.line(row), flush=True)
-        self.content.setdefault("checks" if "ok" in row or "skipped" in row else section, []).append(row)
+            print(gpu_timing.line(gpu_timing.with_limits(row, self.limits)), flush=True)
+        self._store(section, row)
         if time.monotonic() > self._written + 2:
             self.save()
+
+    def _store(self, section: str, row: Row) -> None:
+        if section == "times" and "us" in row:
+            row = gpu_timing.with_limits(row, self.limits)
+        self.content.setdefault("checks" if "ok" in row or "skipped" in row else section, []).append(row)
+
+    def replace(self, found: Iterable[tuple[str, Row]]) -> None:
+        """Have these rows, each after its section, instead of those that were added."""
+        self.content = {key: value for key, value in self.content.items() if not isinstance(value, list)} | {
+            "checks": []
+        }
+        for section, row in sorted(found, key=lambda one: one[0] != "limits"):
+            self._store(section, row)
 
     def rows(self, section: str) -> list[Row]:
         return self.content.get(section, [])

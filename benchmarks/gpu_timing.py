@@ -78,10 +78,13 @@ def measure_limits() -> Iterator[Row]:
     yield {"bytes_per_second": 2 * 2**30 / copy * 1e6, "dense_flop_per_second": 2 * 8192**3 / product * 1e6}
 
 
-def add_limits(row: Row, limits: Row) -> None:
-    """Replace a row's bytes and FLOP by the least microseconds that they take; None where the limit is unknown."""
+def with_limits(row: Row, limits: Row) -> Row:
+    """The row with the least microseconds that its bytes and FLOP take, instead of these; None where the limit is
+    unknown."""
+    limited = {key: value for key, value in row.items() if key not in ("bytes", "flop")}
     for what, rate in (("bytes", "bytes_per_second"), ("flop", "dense_flop_per_second")):
-        row[f"{what}_limit_us"] = row.pop(what) / limits[rate] * 1e6 if rate in limits else None
+        limited[f"{what}_limit_us"] = row[what] / limits[rate] * 1e6 if rate in limits else None
+    return limited
 
 
 def config_of(out_features: int, in_features: int, weight_format: WeightFormat = FLOAT) -> LinearLayerConfig:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretend_hopper import TILES
+from pretend_hopper import TILES, PretendLibrary
 from sanitizer_stand_in import NO_ERRORS
 
 from benchmarks import gpu_bundle, gpu_check, gpu_sanitizer, gpu_session
@@ -58,6 +58,7 @@ def test_check_report_and_fill(ready, monkeypatch, capsys):
     for text in (
         "cutlass against torch's dense bf16, up to 64 tokens (at most 1.78x): 1.5x wanted",
         "two streams at once",
+        "with the times that `check` found",
     ):
         assert text in said
     assert json.loads(Path("out/session.json").read_text())["check"]["outcomes"] == record.outcomes
@@ -73,8 +74,15 @@ def test_check_report_and_fill(ready, monkeypatch, capsys):
         ((name, split),) = filled["preferred_tiles"](90, 132, 16, 192, 64, tokens)
         assert times[name, split] == min(times.values())
 
+    assert session("times") == 0 and session("report") == 0
+    assert "with the times that `times` found" in capsys.readouterr().out
+    found = Record(Path("out/times.jsonl"))
+    assert found.rows("times") and {section for section, _ in found.rows_by_section()} == {"limits", "times"}
+    assert json.loads(Path("out/session.json").read_text())["times_of"] == "times"
+
     # All has passed, so nothing runs again.
     before = Path("out/check.jsonl").read_text()
+    monkeypatch.setattr(gpu_session, "first_products", list)
     monkeypatch.setattr(gpu_check, "run_parts", lambda *_: pytest.fail("ran again") if _[0] else iter(()))
     assert session("check") == 0 and Path("out/check.jsonl").read_text() == before
 
@@ -224,6 +232,57 @@ def test_without_a_library_no_time_is_spent(small, monkeypatch, tmp_path, capsys
     assert "it does not load" in capsys.readouterr().out
 
 
+def test_a_product_that_fails_ends_a_step_before_it_starts(parts, monkeypatch, capsys):
+    started, _ = parts
+    right = PretendLibrary.linear
+
+    def put(linear):
+        monkeypatch.setattr(PretendLibrary, "linear", linear)
+        assert session("check") == 1 and started == []
+        return capsys.readouterr().out
+
+    def wrong(self, tile, split_k, x, values, metadata, bias, y, *rest):
+        right(self, tile, split_k, x, values, metadata, bias, y, *rest)
+        y += x.itemsize == 1
+
+    assert "first product torch.float8_e4m3fn: wrong" in put(wrong)
+    monkeypatch.setattr(gpu_session, "_FIRST_SECONDS", -1)
+    assert "first product torch.bfloat16: out of time" in put(right)
+    monkeypatch.setattr(gpu_check, "supervise", lambda *_: iter([(0, {"error": "the driver is too old", "ok": False})]))
+    assert "first product torch.bfloat16: the driver is too old" in put(right)
+
+
+def test_report_and_fill_write_no_record(parts, monkeypatch, capsys):
+    assert session("report") == 1 and "out is not a folder" in capsys.readouterr().out
+    Path("out/session.json").mkdir(parents=True)  # it cannot be written
+    assert session("report") == 0 and "session.json was not written" in capsys.readouterr().out
+    assert session("fill") == 1
+    assert [path.name for path in Path("out").iterdir()] == ["session.json"]
+
+
+def test_an_earlier_folder(parts, capsys):
+    with pytest.raises(SystemExit):
+        session("check", "--earlier", "nowhere")
+    assert "nowhere is not a folder" in capsys.readouterr().err
+    session("check")
+    Path("elsewhere").mkdir()
+    Path("elsewhere/check.jsonl").touch()  # empty, so that nothing is lost
+    Path("out/check.jsonl").chmod(0o444)
+    assert gpu_session.main(["check", "--out", "elsewhere", "--earlier", "out"]) == 0
+    copy = Path("elsewhere/check.jsonl")
+    assert copy.read_text() == Path("out/check.jsonl").read_text() and copy.stat().st_mode & 0o200
+
+
+def test_gpu_check_json_has_the_rows_of_attempts_that_were_cut_short(parts):
+    _, broken = parts
+    broken["second", 1] = killed
+    with pytest.raises(KeyboardInterrupt):
+        session("check")
+    assert session("check", "--seconds", "-1") == gpu_session.UNFINISHED
+    written = json.loads(Path("out/gpu_check.json").read_text())["checks"]
+    assert [row["number"] for row in written] == [0, 1, 0]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(in_tmp, capsys):
     assert session("decode") == 1 and "torch sees no CUDA GPU" in capsys.readouterr().out
@@ -267,12 +326,12 @@ def test_a_session_in_a_bare_folder(tmp_path, sanitizer):
         sys.exit(done.returncode)"""
     )
     environment = {name: value for name, value in os.environ.items() if name != LIBRARY_FOLDER_VARIABLE}
-    for step in ("check", "sanitize", "decode", "report", "fill"):
+    for step in ("check", "fill", "times", "decode", "sanitize", "report"):
         command = [sys.executable, "rehearsal.py", "benchmarks.gpu_session", step, "--out", "out"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 0, (step, done.stdout[-3000:], done.stderr[-3000:], _log(tmp_path))
     found = json.loads((tmp_path / "out" / "session.json").read_text())
-    for step in ("check", "sanitize", "decode"):
+    for step in ("check", "times", "decode", "sanitize"):
         assert set(found[step]["outcomes"].values()) == {"passed"}
     assert {row["checks"] > 0 for row in found["sanitize"]["rows"]} == {True}
     assert {row["tokens"] for row in found["decode"]["rows"] if "us" in row} == {1, 3}
