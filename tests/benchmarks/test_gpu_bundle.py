@@ -48,6 +48,12 @@ def test_pack(compiled, tmp_path, capsys, monkeypatch):
     assert "was not packed from the sources" in gpu_bundle.reason_against(tmp_path, HOPPER)
     gpu_bundle.pack(tmp_path, HOPPER)
     assert len(calls) == 2
+    for manifest in ("{}", '{"sources": "'):
+        (tmp_path / "manifest.json").write_text(manifest)
+        assert "was not packed from the sources" in gpu_bundle.reason_against(tmp_path, HOPPER)
+    gpu_bundle.pack(tmp_path, HOPPER)
+    monkeypatch.setattr(build, "CUTLASS_PACKAGE", "nvidia-cutlass==0")
+    assert "was not packed from the sources" in gpu_bundle.reason_against(tmp_path, HOPPER)
 
 
 def test_a_bundle_that_is_too_large(compiled, tmp_path):
