@@ -97,16 +97,26 @@ def test_another_kernel_fails_and_is_not_timed(small, monkeypatch):
     assert [(row["kernels"], row["ok"]) for row in rows] == [(["reference"], False)] * 2
 
 
-def test_a_machine_without_a_compiler_is_timed_without(small, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("Cannot find a working triton installation\nmore"),
+            "Cannot find a working triton installation more",
+        ),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_machine_without_a_compiler_is_timed_without(small, monkeypatch, error, said):
     def refuses(function, **options):
         def call(*_):
-            raise RuntimeError("Cannot find a working triton installation\nmore")
+            raise error
 
         return call
 
     monkeypatch.setattr(torch, "compile", refuses)
     rows = rows_of(gpu_decode.time_layer(gpu_decode.LAYERS[0]))
-    assert rows[0]["ok"] and rows[1]["not_compiled"] == "Cannot find a working triton installation"
+    assert rows[0]["ok"] and rows[1]["not_compiled"] == said
     assert "not compiled" in gpu_decode.line(rows[1])
 
 
@@ -137,7 +147,8 @@ def test_targets():
         *(product("cutlass fp8", 2048, 1.0, 9.0), product("dense fp8", 2048, 0.9, 9.0)),
         {"kernel": "cusparselt", "skipped": "no cuSPARSELt"},
     ]
-    decode = [{"model": "m", "tokens": 8, "us": 2.0, "dense_us": 3.0}, {"model": "m", "tokens": 8, "ok": True}]
+    timed = {"model": "m", "tokens": 8, "us": 2.0, "dense_us": 3.0, "not_compiled": None}
+    decode = [timed, {"model": "m", "tokens": 8, "ok": True}]
     rows = gpu_targets.judge(times, decode)
     assert [(row["measured"], row["met"]) for row in rows] == [
         *((1.4, False), (1.35, True), (1.35, True)),
@@ -145,5 +156,8 @@ def test_targets():
         (1.5, True),
     ]
     said = [gpu_targets.line(row) for row in rows]
+    assert "not compiled" not in said[-1]
+    (*_, step) = gpu_targets.judge([], [timed | {"not_compiled": "no Triton"}])
+    assert "8 tokens (not compiled)" in gpu_targets.line(step)
     assert "MISSED" in said[0] and "8 x 64, 64 tokens" in said[0] and said[1].startswith("met")
     assert all(gpu_targets.line(row).startswith("not measured") for row in gpu_targets.judge([], []))
