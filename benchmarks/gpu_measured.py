@@ -26,28 +26,22 @@ def trusted(record: Record) -> tuple[list[Row], list[str]]:
     Args:
         record: of gpu_check.
     """
-    checks, rows = record.rows("checks"), [row for row in record.rows("tiles") if "us" in row]
-    wrong = {row["check"] for row in checks if row.get("ok") is False and "check" in row}
-    crashed = {row["part"].split()[1] for row in checks if _crashed(row) and row["part"].startswith("tile ")}
-    crashed |= {row["part"].split()[-1] for row in record.rows("tiles") if _crashed(row)}
-    checked = {row["check"].split()[1] for row in checks if row.get("check", "").startswith("tile ")}
-    tiles, timed = checked - crashed, {row["tile"] for row in rows}
+    rows = [row for row in record.rows("tiles") if "us" in row]
+    checks = record.rows("checks") + [row for row in record.rows("tiles") if "us" not in row]
+    crashed, checked = gpu_tiles.crashed_tiles(checks), gpu_tiles.checked_tiles(checks)
+    timed = {row["tile"] for row in rows}
     left_out = [f"{name}: it crashed, hung or was refused" for name in sorted(crashed)]
     left_out += [f"{name}: not checked" for name in sorted(timed - checked - crashed)]
-    left_out += [f"{check}: wrong products" for check in sorted(wrong) if check.startswith("tile ")]
+    left_out += [f"{check}: wrong products" for check in sorted(gpu_tiles.wrong_splits(checks))]
 
     found = []
     for shape in dict.fromkeys(map(gpu_tiles.shape_of, rows)):
-        here = [row for row in rows if gpu_tiles.shape_of(row) == shape and row["tile"] in tiles]
-        if unfinished := _unfinished(record.passed, shape, here, tiles):
+        here = [row for row in rows if gpu_tiles.shape_of(row) == shape]
+        if unfinished := _unfinished(record.passed, shape, here, checked - crashed):
             left_out.append(f"{shape}: not all times of {', '.join(unfinished)}")
         else:
-            found += [row for row in here if f"tile {row['tile']} split_k {row['split']}" not in wrong]
+            found += gpu_tiles.right(here, checks)
     return found, left_out
-
-
-def _crashed(row: Row) -> bool:
-    return row.get("ok") is False and "error" in row
 
 
 def _unfinished(

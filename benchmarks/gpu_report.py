@@ -75,7 +75,7 @@ class Report:
         for section, line_of in (("packing", gpu_timing.packing_line), ("gather", gpu_timing.gather_line)):
             for row in self.rows(section):
                 print(line_of(row))
-        if tiles := self.rows("tiles"):
+        if tiles := gpu_tiles.right(self.rows("tiles"), self.rows("checks")):
             print(gpu_tiles.table_rows(tiles))
         checks = self.rows("checks")
         skipped = {f"{row.get('kernel') or row['part']}: {row['skipped']}" for row in checks if "skipped" in row}

@@ -247,7 +247,7 @@ def _take_over(earlier: Path | None, out: Path) -> None:
     for path in earlier.glob("*.jsonl") if earlier and earlier.resolve() != out.resolve() else ():
         target = out / path.name
         if not target.exists() or not target.stat().st_size:
-            shutil.copyfile(path, target)  # not its mode: the folder may be read-only
+            shutil.copyfile(path, target)  # not its mode, which may be read-only
 
 
 if __name__ == "__main__":

@@ -105,6 +105,31 @@ def shape_of(row: Row) -> tuple[int, ...]:
     return tuple(row[key] for key in SHAPE)
 
 
+def crashed_tiles(checks: Sequence[Row]) -> set[str]:
+    """The tiles that crashed, hung or were refused, in a check or when they were timed."""
+    parts = [row["part"].split() for row in checks if row.get("ok") is False and "error" in row and "part" in row]
+    return {words[1] for words in parts if words[0] == "tile"} | {words[-1] for words in parts if words[0] == "tiles"}
+
+
+def checked_tiles(checks: Sequence[Row]) -> set[str]:
+    return {row["check"].split()[1] for row in checks if row.get("check", "").startswith("tile ")}
+
+
+def wrong_splits(checks: Sequence[Row]) -> set[str]:
+    """`tile NAME split_k SPLIT` for all that gave a wrong product."""
+    return {row["check"] for row in checks if row.get("ok") is False and row.get("check", "").startswith("tile ")}
+
+
+def right(tiles: Sequence[Row], checks: Sequence[Row]) -> list[Row]:
+    """The times of tiles that were checked and did not fail.
+
+    Args:
+        checks: gpu_check's rows of that section, and all rows of parts that crashed.
+    """
+    usable, wrong = checked_tiles(checks) - crashed_tiles(checks), wrong_splits(checks)
+    return [row for row in tiles if row["tile"] in usable and f"tile {row['tile']} split_k {row['split']}" not in wrong]
+
+
 def table_rows(tiles: Sequence[Row]) -> str:
     """The fastest tile of each shape and number of tokens, as lines for MEASURED in serve/kernels/cuda/tiles.py."""
     best: dict[tuple[int, ...], dict[int, Row]] = {}

@@ -116,6 +116,26 @@ def test_a_whole_run(small, capsys):
         assert heading in said
 
 
+def test_a_wrong_tile_is_not_printed_for_measured(small, monkeypatch, capsys):
+    """The fastest one."""
+    right, wrong_tile = PretendLibrary.linear, "128x16_streamk"
+
+    def wrong(self, tile, split_k, x, values, metadata, bias, y, *rest):
+        right(self, tile, split_k, x, values, metadata, bias, y, *rest)
+        y += TILES[tile] == wrong_tile
+
+    def microseconds(calls):
+        calls[0]()
+        return 1.0 if small.used == wrong_tile else 2.0
+
+    monkeypatch.setattr(PretendLibrary, "linear", wrong)
+    monkeypatch.setattr(gpu_tiles, "microseconds", microseconds)
+    with pytest.raises(SystemExit):
+        gpu_check.run(gpu_check.parse_arguments())
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "(90, 132, 16, 192, 64)" in line]
+    assert wrong_tile not in line and line.count('"') == 6  # a tile for each number of tokens
+
+
 def test_a_quick_run_times_nothing(small, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--quick"])
     gpu_check.run(gpu_check.parse_arguments())

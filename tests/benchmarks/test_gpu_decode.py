@@ -1,5 +1,7 @@
 """The Llama model of gpu_session, dense and sparse, on a mocked Hopper; and the targets that times are judged by."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
@@ -9,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 from benchmarks import gpu_decode, gpu_targets, llama
 from benchmarks.llama import Caches, DecoderLayer, Model, Shape, SparseLinear
 
+COMPILE = torch.compile
 SHAPE = Shape("tiny", 128, 192, 4, 2, 32, 2, 96, 16)
 
 
@@ -73,6 +76,19 @@ def test_dense_and_sparse_agree_and_are_timed(small):
             assert judged["ok"] and 0 < judged["errors"][1] < 0.02
             assert timed["dense_us"] == 1.5 * timed["us"] and judged["kernels"] == ["cutlass"]
             assert f"{timed['tokens']} tokens" in gpu_decode.line(timed) and "1.50x" in gpu_decode.line(timed)
+
+
+@pytest.mark.slow
+def test_compiled_layers_agree_and_are_timed(small, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(COMPILE, backend="aot_eager"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # torch.compile would ask the GPU for more
+    counters.clear()
+    for found in (gpu_decode.time_layer(gpu_decode.LAYERS[0]), gpu_decode.time_model(gpu_decode.MODELS[0])):
+        rows = rows_of(found)
+        assert all(row["ok"] for row in rows[::2]) and [row["tokens"] for row in rows[::2]] == list(gpu_decode.TOKENS)
+        assert [row["not_compiled"] for row in rows[1::2]] == [None] * len(gpu_decode.TOKENS)
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", SHAPE.linears)
