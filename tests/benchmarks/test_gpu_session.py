@@ -222,12 +222,11 @@ def test_an_earlier_folder(parts, capsys):
         session("check", "--earlier", "nowhere")
     assert "nowhere is not a folder" in capsys.readouterr().err
     session("check")
-    Path("elsewhere").mkdir()
-    Path("elsewhere/check.jsonl").touch()  # empty, so that nothing is lost
     Path("out/check.jsonl").chmod(0o444)
+    Path("elsewhere").mkdir(), Path("elsewhere/check.jsonl").touch()
     assert gpu_session.main(["check", "--out", "elsewhere", "--earlier", "out"]) == 0
-    copy = Path("elsewhere/check.jsonl")
-    assert copy.read_text() == Path("out/check.jsonl").read_text() and copy.stat().st_mode & 0o200
+    assert Path("elsewhere/check.jsonl").read_text() == Path("out/check.jsonl").read_text()
+    assert Path("elsewhere/check.jsonl").stat().st_mode & 0o200
 
 
 def test_gpu_check_json_has_the_rows_of_attempts_that_were_cut_short(parts):
