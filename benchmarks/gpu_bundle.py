@@ -19,11 +19,15 @@ MANIFEST = "manifest.json"
 
 
 def sources_hash(target: Architecture) -> str:
-    """Of everything that the library of all tiles is compiled from."""
+    """SHA-256 of what the library of all tiles is compiled from: our sources, CUTLASS's version, the options."""
     digest = hashlib.sha256()
     for path in sorted(build.SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
-    digest.update(repr((target.gencode, [(tile.name, tile.source, tile.macros) for tile in target.tiles])).encode())
+    digest.update(
+        repr(
+            (build.CUTLASS_PACKAGE, target.gencode, [(tile.name, tile.source, tile.macros) for tile in target.tiles])
+        ).encode()
+    )
     return digest.hexdigest()
 
 
@@ -32,8 +36,11 @@ def reason_against(folder: Path, target: Architecture) -> str | None:
     again = "; run `python -m benchmarks.gpu_session pack` where there is nvcc"
     if not (folder / target.library).exists():
         return f"there is no {target.library} in {folder}{again}"
-    manifest = folder / MANIFEST
-    if not manifest.exists() or json.loads(manifest.read_text())["sources"] != sources_hash(target):
+    try:
+        packed = json.loads((folder / MANIFEST).read_text()).get("sources")
+    except (OSError, ValueError):  # no manifest, or a part of one
+        packed = None
+    if packed != sources_hash(target):
         return f"{target.library} in {folder} was not packed from the sources of this checkout{again}"
     return None
 

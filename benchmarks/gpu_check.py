@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_products, gpu_timing
+from benchmarks import gpu_products, gpu_tiles, gpu_timing
 from benchmarks.gpu_report import Report
 from benchmarks.gpu_timing import DEVICE, Row
 from ria_vllm.formats import FLOAT, FP8, WeightFormat
@@ -141,8 +141,10 @@ def _our_timings() -> list[Part]:
     if torch.bfloat16 in served:
         parts.append(Part("packing times", "packing", gpu_timing.time_packing))
         parts.append(Part("gather times", "gather", gpu_timing.time_gather, silence=90))
-    for shape, dtype in product(gpu_timing.TUNED_SHAPES, served):
-        parts.append(Part(f"tiles {shape} {dtype}", "tiles", partial(gpu_timing.time_tiles, shape, dtype)))
+    for shape, dtype in product(gpu_tiles.TUNED_SHAPES, served):
+        for name in gpu_tiles.names_for(dtype):
+            rows = partial(gpu_tiles.time_tile, name, shape, dtype)
+            parts.append(Part(gpu_tiles.part_name(shape, dtype, name), "tiles", rows))
     return parts
 
 

@@ -85,8 +85,9 @@ def _measure(shape: Shape, tokens: int, pair: Sequence, compute: Callable[..., t
     function, refused = torch.compile(DecoderLayer.forward, dynamic=False, fullgraph=True), None
     try:
         results = [compute(one, function) for one in pair]
-    except (RuntimeError, ImportError, OSError) as error:  # no Triton, or no C compiler for it
-        function, refused = DecoderLayer.forward, f"{error}".splitlines()[0]
+    except Exception as error:  # no Triton, or no C compiler for it; torch raises errors of many types
+        refused = " ".join((str(error) or type(error).__name__).split())[:200]
+        function = DecoderLayer.forward
         results = [compute(one, function) for one in pair]
     errors = [float((y.float() - exact).norm() / exact.norm()) for y in results]
     # Dense and sparse products round alike, so their errors are alike; a wrong weight or order of channels is not.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_timing
+from benchmarks import gpu_tiles, gpu_timing
 from benchmarks.gpu_timing import DEVICE, Row
 from ria_vllm import sparse24
 from ria_vllm.formats import FLOAT, FP8, Parts, WeightFormat
@@ -15,7 +15,7 @@ from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import backend, fp8
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import library_of, num_sms_of
-from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, DATA_PARALLEL, HEURISTIC, STREAM_K, can_run
+from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, can_run
 
 TOKENS = (1, 7, 16, 64, 333, 2048)
 GRAPH_TOKENS = (1, 64, 333, 2048)
@@ -212,12 +212,15 @@ def check_packing(layer: Layer) -> Iterator[Row]:
 
 
 def check_tile(name: str, layer: Layer, tokens: Sequence[int] | None = None) -> Iterator[Row]:
-    """A tile of our library with every split of K, and guards around the output."""
+    """A tile of our library, and guards around the output.
+
+    With every split of K that is timed; if `tokens` are given, because time is short, only with SPLITS_K.
+    """
     library, num_sms = library_of(DEVICE.index), num_sms_of(DEVICE.index)
     tile = library.tile_names.index(name)
     values, metadata, *scales = CutlassKernel.pack(layer.config, layer.parts)
     sizes = (layer.out_features, layer.in_features)
-    for split_k in (DATA_PARALLEL, HEURISTIC, STREAM_K, 3):
+    for split_k in gpu_tiles.SPLITS_K if tokens else gpu_tiles.timed_splits(name):
         for count in tokens or TOKENS:
             if not can_run(library, tile, layer.weights, sizes, count, split_k, num_sms):
                 continue

@@ -2,12 +2,13 @@
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import gpu_timing
+from benchmarks import gpu_tiles, gpu_timing
 from benchmarks.gpu_timing import DEVICE, Row
 
 
@@ -26,7 +27,7 @@ class Report:
         print("{gpu}, compute capability {capability}, torch {torch}".format_map(self.content), flush=True)
 
     def add(self, section: str, row: Row) -> None:
-        """Store a row, unless it only names the current step of its part."""
+        """Store and print a row, unless it only names the current step of its part."""
         if "at" in row and "error" not in row:
             return
         if row.get("ok") is False:
@@ -34,11 +35,23 @@ class Report:
         if section == "times" and "us" in row:
             if not any("us" in before for before in self.rows("times")):
                 print(gpu_timing.HEADER)
-            gpu_timing.add_limits(row, self.limits)
-            print(gpu_timing.line(row), flush=True)
-        self.content.setdefault("checks" if "ok" in row or "skipped" in row else section, []).append(row)
+            print(gpu_timing.line(gpu_timing.with_limits(row, self.limits)), flush=True)
+        self._store(section, row)
         if time.monotonic() > self._written + 2:
             self.save()
+
+    def _store(self, section: str, row: Row) -> None:
+        if section == "times" and "us" in row:
+            row = gpu_timing.with_limits(row, self.limits)
+        self.content.setdefault("checks" if "ok" in row or "skipped" in row else section, []).append(row)
+
+    def replace(self, found: Iterable[tuple[str, Row]]) -> None:
+        """Have these rows, each after its section, instead of those that were added."""
+        self.content = {key: value for key, value in self.content.items() if not isinstance(value, list)} | {
+            "checks": []
+        }
+        for section, row in sorted(found, key=lambda one: one[0] != "limits"):
+            self._store(section, row)
 
     def rows(self, section: str) -> list[Row]:
         return self.content.get(section, [])
@@ -62,8 +75,8 @@ class Report:
         for section, line_of in (("packing", gpu_timing.packing_line), ("gather", gpu_timing.gather_line)):
             for row in self.rows(section):
                 print(line_of(row))
-        if tiles := self.rows("tiles"):
-            print(gpu_timing.table_rows(tiles))
+        if tiles := gpu_tiles.right(self.rows("tiles"), self.rows("checks")):
+            print(gpu_tiles.table_rows(tiles))
         checks = self.rows("checks")
         skipped = {f"{row.get('kernel') or row['part']}: {row['skipped']}" for row in checks if "skipped" in row}
         for reason in sorted(skipped):

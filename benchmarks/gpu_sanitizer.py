@@ -35,15 +35,14 @@ SANITIZER_PACKAGE = "nvidia-cuda-sanitizer-api"
 _FOUND_ERRORS = 86  # exit status
 _USUAL_PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/compute-sanitizer")
 
-# Only our kernels, where the tool looks at each kernel by itself. memcheck is fast enough for all, and initcheck must
-# see what torch's kernels write.
+# Only our kernels, where the tool looks at each kernel by itself. memcheck is fast enough for all. initcheck must see
+# what torch's kernels write, and so checks them too unless it can track them without.
 _OURS = ("device_kernel", "pack_metadata", "sparse_linear")
-_ARGUMENTS = {
-    "memcheck": ["--report-api-errors", "no"],  # torch makes calls that fail and handles their errors
-    "racecheck": [argument for name in _OURS for argument in ("--kernel-name", f"kernel_substring={name}")],
-    "synccheck": [argument for name in _OURS for argument in ("--kernel-name", f"kernel_substring={name}")],
-    "initcheck": [],
-}
+_ONLY_OURS = [argument for name in _OURS for argument in ("--kernel-name", f"kernel_substring={name}")]
+_CHECK_TENSORS = ["--check-tensor-ops", "yes"]  # TMA's accesses
+_TRACK_OTHERS = ["--initcheck-track-filtered-global-memory", "yes"]
+_PROBE = "import torch; torch.zeros(1, device='cuda')"
+_PROBE_SECONDS = 90
 
 
 def group_of(part: Part) -> str:
@@ -84,10 +83,48 @@ def _unpacked(wheel: Path) -> Path:
 
 
 @cache
-def _tensor_checks(sanitizer: Path) -> tuple[str, ...]:
-    """The option that checks TMA's accesses too, if this version has it."""
-    usage = subprocess.run([str(sanitizer), "--help"], capture_output=True, text=True).stdout
-    return ("--check-tensor-ops", "yes") if "--check-tensor-ops" in usage else ()
+def _usage(sanitizer: Path) -> str:
+    return subprocess.run([str(sanitizer), "--help"], capture_output=True, text=True).stdout
+
+
+def _arguments(tool: str, sanitizer: Path) -> list[str]:
+    """The tool's options, as far as this version has them."""
+    usage = _usage(sanitizer)
+    if tool == "memcheck":
+        quiet = ["--report-api-errors", "no"]  # torch makes calls that fail and handles their errors
+        return quiet + (_CHECK_TENSORS if _CHECK_TENSORS[0] in usage else [])
+    if tool == "initcheck":
+        return _ONLY_OURS + _TRACK_OTHERS if _TRACK_OTHERS[0] in usage else []
+    return _ONLY_OURS
+
+
+def _command(sanitizer: Path, tool: str, report: Path) -> list[str]:
+    # Without a timeout of its own for the launch: importing torch may take longer than its ten seconds.
+    return [str(sanitizer), "--tool", tool, "--launch-timeout", "0", "--log-file", str(report)]
+
+
+def check_machine(bundle: Path) -> None:
+    """Run memcheck over one operation of torch, before time is spent on anything longer.
+
+    Raises:
+        RiaError: there is no compute-sanitizer, or it does not run on this machine.
+    """
+    sanitizer = find_sanitizer(bundle)
+    with tempfile.TemporaryDirectory() as scratch:
+        report, errors = Path(scratch) / "report", Path(scratch) / "errors"
+        command = [*_command(sanitizer, "memcheck", report), sys.executable, "-c", _PROBE]
+        hung = False
+        with errors.open("w") as stderr, _process(command, dict(os.environ), stderr) as process:
+            try:
+                process.wait(_PROBE_SECONDS)
+            except subprocess.TimeoutExpired:
+                hung = True
+        text, said = report.read_text() if report.exists() else "", errors.read_text()
+    if hung:
+        raise RiaError(f"compute-sanitizer does not run on this machine: nothing after {_PROBE_SECONDS} s")
+    if "not supported" in text.lower() or summary_of(text) is None:
+        lines = [*text.splitlines()[:10], *said.splitlines()[-5:]] or ["no report"]
+        raise RiaError("compute-sanitizer does not run on this machine: " + "\n".join(lines))
 
 
 def parts(bundle: Path, log: Path) -> list[Part]:
@@ -113,31 +150,32 @@ def run_under(tool: str, group: str, bundle: Path, log: Path) -> Iterator[Row]:
         return
     with tempfile.TemporaryDirectory() as scratch:
         report, errors = Path(scratch) / "report", Path(scratch) / "errors"
-        command = [str(sanitizer), "--tool", tool, "--error-exitcode", str(_FOUND_ERRORS), "--log-file", str(report)]
-        command += ["--print-limit", "20", *_ARGUMENTS[tool]]
-        command += _tensor_checks(sanitizer) if tool == "memcheck" else ()
-        command += [sys.executable, "-m", "benchmarks.gpu_sanitizer", group]
+        command = [*_command(sanitizer, tool, report), "--error-exitcode", str(_FOUND_ERRORS), "--print-limit", "20"]
+        command += [*_arguments(tool, sanitizer), sys.executable, "-m", "benchmarks.gpu_sanitizer", group]
         environment = dict(os.environ)
         if group != GRAPHS:
             # Each tensor gets an allocation of its own. In torch's pool, an access past its end would go unnoticed.
             environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-        at, checks, hung = "the start", 0, False
-        with errors.open("w") as stderr, _process(command, environment, stderr) as process:
-            for row in _lines(process):
-                if row is None:
-                    hung = True
-                    break
-                checks += "ok" in row
-                at = row.get("at", at)
-                if "at" in row or "waiting" in row:
-                    yield {"at": at}
-                elif row.get("ok") is False:
-                    yield {**verdict, **row}
-            if not hung:
-                process.wait()
-        text, said = report.read_text() if report.exists() else "", errors.read_text()
-        with log.open("a") as file:
-            print(f"{tool}, {group}:\n{text}{said}", file=file)
+        at, checks, hung, ended = "the start", 0, False, ", cut short"
+        try:
+            with errors.open("w") as stderr, _process(command, environment, stderr) as process:
+                for row in _lines(process):
+                    if row is None:
+                        hung = True
+                        break
+                    checks += "ok" in row
+                    at = row.get("at", at)
+                    if "at" in row or "waiting" in row:
+                        yield {"at": at}
+                    elif row.get("ok") is False:
+                        yield {**verdict, **row}
+                if not hung:
+                    process.wait()
+                ended = ""
+        finally:  # the deadline closes this generator at a `yield`
+            text, said = report.read_text() if report.exists() else "", errors.read_text()
+            with log.open("a") as file:
+                print(f"{tool}, {group}{ended}:\n{text}{said}", file=file)
     found = summary_of(text)
     verdict |= {"checks": checks, "errors": found, "exit_status": process.returncode}
     if hung:

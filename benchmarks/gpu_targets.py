@@ -28,9 +28,13 @@ def judge(times: Sequence[Row], decode: Sequence[Row]) -> list[Row]:
         for what, wanted, most, meant in _SPEEDUPS:
             text = f"{kernel} against {dense}, {what} (at most {most[kernel]:.2f}x)"
             found.append(_judged(text, wanted, [(s, where) for s, where, tokens in speedups if meant(tokens)]))
-    steps = [(row["dense_us"] / row["us"], f"{row['model']}, {row['tokens']} tokens") for row in decode if "us" in row]
+    steps = [(row["dense_us"] / row["us"], _step(row)) for row in decode if "us" in row]
     found.append(_judged("a decoder layer and whole models against dense ones", 1.0, steps))
     return found
+
+
+def _step(row: Row) -> str:
+    return f"{row['model']}, {row['tokens']} tokens" + (" (not compiled)" if row["not_compiled"] else "")
 
 
 def _speedups(times: Sequence[Row], kernel: str) -> list[tuple[float, str, int]]:

@@ -12,10 +12,8 @@ import torch
 from ria_vllm import sparse24
 from ria_vllm.formats import FLOAT, FP8, Parts, WeightFormat
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
-from ria_vllm.serve.kernels.cuda import backend, fp8
+from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
-from ria_vllm.serve.kernels.cuda.bindings import CudaLibrary, library_of, num_sms_of
-from ria_vllm.serve.kernels.cuda.tiles import DATA_PARALLEL, HEURISTIC, STREAM_K, can_run, preferred_tiles
 
 DEVICE = torch.device("cuda", 0)
 SHAPES = ((11008, 4096), (4096, 11008), (28672, 8192), (8192, 28672))
@@ -25,9 +23,6 @@ LAYERS = {
     4096: ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
     8192: ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)),
 }
-TUNED_SHAPES = ((4096, 4096), (6144, 4096), (22016, 4096), (4096, 11008), (57344, 8192), (8192, 28672))
-TUNED_TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-SPLITS_K = (DATA_PARALLEL, HEURISTIC, STREAM_K, 2, 3, 4)
 
 # Products cycle through copies of their weight that together exceed any L2 cache, so that each reads its weight from
 # memory, as it does in a model.
@@ -83,18 +78,21 @@ def measure_limits() -> Iterator[Row]:
     yield {"bytes_per_second": 2 * 2**30 / copy * 1e6, "dense_flop_per_second": 2 * 8192**3 / product * 1e6}
 
 
-def add_limits(row: Row, limits: Row) -> None:
-    """Replace a row's bytes and FLOP by the least microseconds that they take; None where the limit is unknown."""
+def with_limits(row: Row, limits: Row) -> Row:
+    """The row with the least microseconds that its bytes and FLOP take, instead of these; None where the limit is
+    unknown."""
+    limited = {key: value for key, value in row.items() if key not in ("bytes", "flop")}
     for what, rate in (("bytes", "bytes_per_second"), ("flop", "dense_flop_per_second")):
-        row[f"{what}_limit_us"] = row.pop(what) / limits[rate] * 1e6 if rate in limits else None
+        limited[f"{what}_limit_us"] = row[what] / limits[rate] * 1e6 if rate in limits else None
+    return limited
 
 
-def _config(out_features: int, in_features: int, weight_format: WeightFormat = FLOAT) -> LinearLayerConfig:
+def config_of(out_features: int, in_features: int, weight_format: WeightFormat = FLOAT) -> LinearLayerConfig:
     """A layer with bfloat16 activations."""
     return LinearLayerConfig(DEVICE, torch.bfloat16, weight_format, out_features, in_features)
 
 
-def _weights(out_features: int, in_features: int, dtype: torch.dtype = torch.bfloat16) -> list[Parts]:
+def random_weights(out_features: int, in_features: int, dtype: torch.dtype = torch.bfloat16) -> list[Parts]:
     """Copies of one random weight as `pack` takes it, in bfloat16, or in float8_e4m3fn with scales."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     dense = torch.randn(out_features, in_features, dtype=torch.bfloat16, device=DEVICE, generator=generator)
@@ -110,17 +108,17 @@ def _weights(out_features: int, in_features: int, dtype: torch.dtype = torch.bfl
 def time_kernel(kernel: type[LinearKernel], shape: tuple[int, int]) -> Iterator[Row]:
     """Rows with shape, tokens, kernel, microseconds, dense microseconds, bytes and FLOP."""
     out_features, in_features = shape
-    config = _config(*shape)
+    config = config_of(*shape)
     if reason := kernel.is_supported(DEVICE) or kernel.can_implement(config):
         yield {"kernel": kernel.name, "skipped": reason}
         return
-    weights = _weights(*shape)
+    weights = random_weights(*shape)
     dense_weights = [FLOAT.decode(weights[0], torch.bfloat16) for _ in weights]
     packed = [kernel.pack(config, parts) for parts in weights]
     for tokens in TOKENS:
         yield {"at": f"{tokens} tokens"}
         x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=DEVICE)
-        row = _sizes(shape, tokens) | {
+        row = sizes_of(shape, tokens) | {
             "kernel": kernel.name,
             "us": microseconds([lambda p=p: kernel.apply(config, x, p, None, None) for p in packed]),
             "dense_us": microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in dense_weights]),
@@ -129,7 +127,7 @@ def time_kernel(kernel: type[LinearKernel], shape: tuple[int, int]) -> Iterator[
         yield row | {"bytes": traffic, "flop": tokens * out_features * in_features}
 
 
-def _sizes(shape: tuple[int, int], tokens: int) -> Row:
+def sizes_of(shape: tuple[int, int], tokens: int) -> Row:
     return {"out_features": shape[0], "in_features": shape[1], "tokens": tokens}
 
 
@@ -137,8 +135,8 @@ def time_fp8(shape: tuple[int, int]) -> Iterator[Row]:
     """The same rows for products of fp8 operands, without the rounding of x: ours, and torch's dense one if it has one.
     Their `dense_us` is that of the bfloat16 product."""
     out_features, in_features = shape
-    parts = _weights(*shape, fp8.DTYPE)
-    packed = [CutlassKernel.pack(_config(*shape, FP8), one) for one in parts]
+    parts = random_weights(*shape, fp8.DTYPE)
+    packed = [CutlassKernel.pack(config_of(*shape, FP8), one) for one in parts]
     plain = sparse24.decompress(parts[0]["compressed"].bfloat16(), parts[0]["bitmask"])
     bfloat16 = [plain.clone() for _ in range(max(2, math.ceil(_BYTES_IN_TURN / plain.nbytes)))]
     float8 = [weight.to(fp8.DTYPE) for weight in bfloat16 + bfloat16]  # half the bytes, twice the copies
@@ -147,7 +145,7 @@ def time_fp8(shape: tuple[int, int]) -> Iterator[Row]:
         yield {"at": f"{tokens} tokens"}
         x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=DEVICE)
         q, x_scales = fp8.quantize(x)
-        common = _sizes(shape, tokens) | {
+        common = sizes_of(shape, tokens) | {
             "dense_us": microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in bfloat16]),
             "bytes": out_features * in_features * 5 / 8 + tokens * (in_features + 2 * out_features),
             "flop": tokens * out_features * in_features / 2,
@@ -159,7 +157,7 @@ def time_fp8(shape: tuple[int, int]) -> Iterator[Row]:
         dense = [lambda w=w: _dense_fp8(q, x_scales, w, scales) for w in float8]
         try:
             dense[0]()
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             continue  # this torch or this GPU does not support scales by row
         yield {**common, "kernel": "dense fp8", "us": microseconds(dense)}
 
@@ -183,7 +181,7 @@ def time_packing() -> Iterator[Row]:
     """Milliseconds to pack the checkpoint's tensors, already on the GPU, for the kernel, by shape."""
     for shape in SHAPES:
         yield {"at": str(shape)}
-        config, parts = _config(*shape), _weights(*shape)[0]
+        config, parts = config_of(*shape), random_weights(*shape)[0]
         times = []
         for _ in range(7):
             torch.cuda.synchronize()
@@ -218,7 +216,9 @@ def time_gather() -> Iterator[Row]:
     for hidden, shapes in LAYERS.items():
         torch.compiler.reset()  # or torch would treat the hidden size as dynamic at the second one
         plain, gathered = torch.compile(_add_norm), torch.compile(_add_norm_gather)
-        packed = [[CutlassKernel.pack(_config(*shape), parts) for parts in _weights(*shape)] for shape in shapes]
+        packed = [
+            [CutlassKernel.pack(config_of(*shape), parts) for parts in random_weights(*shape)] for shape in shapes
+        ]
         order = torch.randperm(hidden, device=DEVICE).int()
         weight = torch.rand(hidden, dtype=torch.bfloat16, device=DEVICE)
         for tokens in TOKENS:
@@ -226,13 +226,14 @@ def time_gather() -> Iterator[Row]:
             x, residual = torch.randn(2, tokens, hidden, dtype=torch.bfloat16, device=DEVICE)
             try:
                 plain(x, residual, weight), gathered(x, residual, weight, order)
-            except (RuntimeError, ImportError, OSError) as error:  # no Triton, or no C compiler for it
-                yield {"part": "gather times", "skipped": f"torch.compile: {error}".splitlines()[0]}
+            except Exception as error:  # no Triton, or no C compiler for it; torch raises errors of many types
+                refused = " ".join((str(error) or type(error).__name__).split())[:200]
+                yield {"part": "gather times", "skipped": f"torch.compile: {refused}"}
                 return
             products = 0.0
             for shape, copies in zip(shapes, packed, strict=True):
                 y = torch.randn(tokens, shape[1], dtype=torch.bfloat16, device=DEVICE)
-                config = _config(*shape)
+                config = config_of(*shape)
                 calls = [lambda p=p, y=y, c=config: CutlassKernel.apply(c, y, p, None, None) for p in copies]
                 products += microseconds(calls)
             without = microseconds([lambda: plain(x, residual, weight)[0]])
@@ -247,75 +248,3 @@ def gather_line(row: Row) -> str:
         f"hidden size {row['hidden']}, {row['tokens']} tokens: norm {row['norm_us']:.1f} us, with a gather"
         f" {row['norm_and_gather_us']:.1f} us; both gathers {row['share']:.1%} of the layer's norms and products"
     )
-
-
-def time_tiles(sizes: tuple[int, int], dtype: torch.dtype) -> Iterator[Row]:
-    """Times of every tile and split of K of our library on a shape of common models (q, k, v and gate, up fused). The
-    rows of a number of tokens come once all of them are timed, because the fastest is not known before."""
-    config = _config(*sizes, FP8 if dtype == fp8.DTYPE else FLOAT)
-    packed = [CutlassKernel.pack(config, parts) for parts in _weights(*sizes, dtype)]
-    for tokens in TUNED_TOKENS:
-        timed = []
-        for row in _time_tiles(dtype, sizes, packed, tokens):
-            if "at" in row:
-                yield row
-            else:
-                timed.append(row)
-        yield from timed
-
-
-def _time_tiles(
-    dtype: torch.dtype, sizes: tuple[int, int], packed: Sequence[tuple[torch.Tensor, ...]], tokens: int
-) -> Iterator[Row]:
-    library, num_sms = library_of(DEVICE.index), num_sms_of(DEVICE.index)
-    rule = dict(preferred_tiles(library.family, num_sms, dtype.itemsize * 8, *sizes, tokens))
-    x = torch.randn(tokens, sizes[1], dtype=torch.bfloat16, device=DEVICE)
-    operand, *x_scales = fp8.quantize(x) if dtype == fp8.DTYPE else (x,)
-    y = torch.empty(tokens, sizes[0], dtype=torch.bfloat16, device=DEVICE)
-    for tile, name in enumerate(library.tile_names):
-        for split_k in sorted({*SPLITS_K, rule.get(name, DATA_PARALLEL)}):
-            if split_k != DATA_PARALLEL and (tokens > 1024 or (library.family == 90 and "streamk" not in name)):
-                continue
-            if not can_run(library, tile, dtype, sizes, tokens, split_k, num_sms):
-                continue
-            yield {"at": f"{name} split_k {split_k}, {tokens} tokens"}
-            calls = [_tile_call(library, tile, split_k, operand, x_scales, parts, y) for parts in packed]
-            row = {"family": library.family, "multiprocessors": num_sms, "value_bits": dtype.itemsize * 8}
-            row |= _sizes(sizes, tokens)
-            yield {**row, "tile": name, "split": split_k, "us": microseconds(calls)}
-
-
-def _tile_call(
-    library: CudaLibrary,
-    tile: int,
-    split_k: int,
-    x: torch.Tensor,
-    x_scales: Sequence[torch.Tensor],
-    packed: tuple[torch.Tensor, ...],
-    y: torch.Tensor,
-) -> Callable[[], torch.Tensor]:
-    values, metadata, *scales = packed
-
-    def call() -> torch.Tensor:
-        both = (*scales, *x_scales) or None
-        library.linear(tile, split_k, x, values, metadata, None, y, backend.workspace(x.device.index), both)
-        return y
-
-    return call
-
-
-_SHAPE = ("family", "multiprocessors", "value_bits", "out_features", "in_features")
-
-
-def table_rows(tiles: Sequence[Row]) -> str:
-    """The fastest tile of each shape and number of tokens, as lines for MEASURED in serve/kernels/cuda/tiles.py."""
-    best: dict[tuple[int, ...], dict[int, Row]] = {}
-    for row in tiles:
-        shape = best.setdefault(tuple(row[key] for key in _SHAPE), {})
-        if row["tokens"] not in shape or row["us"] < shape[row["tokens"]]["us"]:
-            shape[row["tokens"]] = row
-    lines = []
-    for shape, by_tokens in best.items():
-        entries = ", ".join(f'({tokens}, "{row["tile"]}", {row["split"]})' for tokens, row in sorted(by_tokens.items()))
-        lines.append(f"    {shape}: ({entries},),")
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Helpers of tests that run `compress`: changed models, interrupted runs, and checks that a result is complete."""
+"""Shared by tests that run `compress`: changed models, interrupted runs, and checks that a result is complete."""
 
 import hashlib
 import json

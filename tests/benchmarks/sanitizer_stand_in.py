@@ -13,28 +13,35 @@ SANITIZER = """\
     import json, os, subprocess, sys, time
     options = dict(zip(sys.argv[1:], sys.argv[2:]))
     if "--help" in sys.argv:
-        print("--check-tensor-ops arg (=no)")
+        print("--check-tensor-ops arg (=no)\\n--initcheck-track-filtered-global-memory arg (=yes)")
         sys.exit()
     say = lambda **row: print(json.dumps(row), flush=True)
     log = open(options["--log-file"], "w")
     print("========= COMPUTE-SANITIZER", file=log)
+    if sys.argv[-2] == "-c":
+        {probe}
+        sys.exit()
     {body}
 """
 
 
+SUMMARY = 'print("========= ERROR SUMMARY: 0 errors", file=log)'
+
+
 @pytest.fixture
 def sanitizer(monkeypatch, tmp_path):
-    """Puts a stand-in for compute-sanitizer on the PATH, whose Python code is given."""
+    """Puts a stand-in for compute-sanitizer on the PATH, whose Python code is given; `probe` is what it does when it is
+    only tried."""
 
-    def put(body, path=tmp_path / "bin" / "compute-sanitizer"):
+    def put(body, path=tmp_path / "bin" / "compute-sanitizer", probe=SUMMARY):
         path.parent.mkdir(parents=True, exist_ok=True)
         indented = textwrap.dedent(body).replace("\n", "\n    ")
-        path.write_text(textwrap.dedent(SANITIZER.format(python=sys.executable, body=indented)))
+        path.write_text(textwrap.dedent(SANITIZER.format(python=sys.executable, body=indented, probe=probe)))
         path.chmod(0o755)
         monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
-        gpu_sanitizer._tensor_checks.cache_clear()
+        gpu_sanitizer._usage.cache_clear()
 
     return put
 
 
-NO_ERRORS = 'say(at="a product"); say(ok=True)\nprint("========= ERROR SUMMARY: 0 errors", file=log)'
+NO_ERRORS = f'say(at="a product"); say(ok=True)\n{SUMMARY}'

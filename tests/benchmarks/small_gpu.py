@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_decode, gpu_products, gpu_sanitizer, gpu_timing
+from benchmarks import gpu_check, gpu_decode, gpu_products, gpu_sanitizer, gpu_tiles, gpu_timing
 from benchmarks.llama import Shape
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.reference import ReferenceKernel
@@ -45,15 +45,19 @@ class MockStream:
 
 def use_library(monkeypatch, library):
     """The checks take layers on the CPU, and `library` as ours."""
-    for module in (gpu_check, gpu_products, gpu_timing, gpu_decode):
+    for module in (gpu_check, gpu_products, gpu_tiles, gpu_timing, gpu_decode):
         monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
-    for module in (gpu_check, gpu_products, gpu_timing):
+    for module in (gpu_check, gpu_products, gpu_tiles):
         monkeypatch.setattr(module, "library_of", lambda index: library)
-    for module in (gpu_products, gpu_timing):
+    for module in (gpu_products, gpu_tiles):
         monkeypatch.setattr(module, "num_sms_of", lambda index: 132)
     for name, value in (("Stream", MockStream), ("stream", MockStream.block), ("synchronize", lambda: None)):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(gpu_timing, "capture", lambda calls: ((graph := MockGraph(calls)), graph.outputs))
+
+
+def _microseconds(calls, least=8):
+    return float(sum(call().shape[0] for call in calls))
 
 
 def make_small(monkeypatch):
@@ -68,11 +72,12 @@ def make_small(monkeypatch):
         (gpu_products, "GRAPH_TOKENS", (1, 33)),
         (gpu_products, "TURNS", 4),
         (gpu_timing, "SHAPES", ((128, 64), (64, 128))),
-        (gpu_timing, "TUNED_SHAPES", ((192, 64),)),
-        (gpu_timing, "TUNED_TOKENS", (1, 64, 1024)),
+        (gpu_tiles, "TUNED_SHAPES", ((192, 64),)),
+        (gpu_tiles, "TUNED_TOKENS", (1, 64, 1024)),
         (gpu_timing, "LAYERS", {64: ((192, 64), (64, 128))}),
         (gpu_timing, "_BYTES_IN_TURN", 2**10),
-        (gpu_timing, "microseconds", lambda calls, least=8: float(sum(call().shape[0] for call in calls))),
+        (gpu_timing, "microseconds", _microseconds),
+        (gpu_tiles, "microseconds", _microseconds),
         (gpu_timing, "measure_limits", lambda: iter([{"bytes_per_second": 3e12, "dense_flop_per_second": 8e14}])),
         (gpu_sanitizer, "TOKENS", (1, 3)),
         (gpu_decode, "TOKENS", (1, 3)),

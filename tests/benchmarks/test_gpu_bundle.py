@@ -5,9 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from pretend_hopper import TILES
 
-from benchmarks import gpu_bundle, gpu_measured
+from benchmarks import gpu_bundle, gpu_measured, gpu_tiles
+from benchmarks.gpu_record import Record
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.cuda import build
 from ria_vllm.serve.kernels.cuda.architectures import ARCHITECTURES
@@ -46,6 +48,12 @@ def test_pack(compiled, tmp_path, capsys, monkeypatch):
     assert "was not packed from the sources" in gpu_bundle.reason_against(tmp_path, HOPPER)
     gpu_bundle.pack(tmp_path, HOPPER)
     assert len(calls) == 2
+    for manifest in ("{}", '{"sources": "'):
+        (tmp_path / "manifest.json").write_text(manifest)
+        assert "was not packed from the sources" in gpu_bundle.reason_against(tmp_path, HOPPER)
+    gpu_bundle.pack(tmp_path, HOPPER)
+    monkeypatch.setattr(build, "CUTLASS_PACKAGE", "nvidia-cutlass==0")
+    assert "was not packed from the sources" in gpu_bundle.reason_against(tmp_path, HOPPER)
 
 
 def test_a_bundle_that_is_too_large(compiled, tmp_path):
@@ -77,3 +85,68 @@ def test_fill_keeps_other_rows_and_names_candidates(tmp_path):
         }
     with pytest.raises(RiaError, match="does not assign MEASURED"):
         gpu_measured.fill(Path(__file__), {})
+
+
+@pytest.fixture
+def record(monkeypatch, tmp_path):
+    """Of three tiles: a right one, a faster one that is wrong with one split of K, and the fastest, which crashed."""
+    monkeypatch.setattr(gpu_tiles, "TUNED_TOKENS", (1, 16))
+    record = Record(tmp_path / "check.jsonl")
+    for name, splits in (("right", {1: True, 2: True}), ("wrong", {1: True, 2: False}), ("crashed", {1: True})):
+        part = f"tile {name} torch.bfloat16"
+        record.start(part)
+        for split, ok in splits.items():
+            record.add(part, "checks", {"check": f"tile {name} split_k {split}", "tokens": 1, "ok": ok})
+        if name == "crashed":
+            record.add(part, "checks", {"part": part, "at": "split_k 2", "error": "no answer for 20 s", "ok": False})
+        record.end(part, "passed" if name == "right" else "failed")
+    for name, us in (("right", 3.0), ("wrong", 2.0), ("crashed", 1.0)):
+        put_times(record, name, us)
+    return record
+
+
+def put_times(record, name, us, tokens=(1, 16), outcome="passed"):
+    part = gpu_tiles.part_name((64, 128), torch.bfloat16, name)
+    record.start(part)
+    for count in tokens:
+        for split in (1, 2):
+            record.add(part, "tiles", measured(name, us / split, count, split=split))
+    record.end(part, outcome)
+
+
+def test_tiles_that_are_wrong_or_crash_do_not_enter_measured(record):
+    rows, left_out = gpu_measured.trusted(record)
+    assert {(row["tile"], row["split"]) for row in rows} == {("right", 1), ("right", 2), ("wrong", 1)}
+    assert gpu_measured.table_of(rows) == {(90, 132, 16, 64, 128): ((16, "right", 2),)}
+    assert [line.split(":")[0] for line in left_out] == ["crashed", "tile wrong split_k 2"]
+
+
+def test_a_tile_that_was_not_checked_does_not_enter_measured(record):
+    put_times(record, "unchecked", 0.1)
+    rows, left_out = gpu_measured.trusted(record)
+    assert "unchecked" not in {row["tile"] for row in rows} and "unchecked: not checked" in left_out
+
+
+def test_a_tile_that_crashes_when_it_is_timed_does_not_enter_measured(record):
+    part = gpu_tiles.part_name((8, 64), torch.bfloat16, "right")
+    record.start(part)
+    record.add(part, "tiles", {"part": part, "at": "1 token", "error": "illegal access", "ok": False})
+    record.end(part, "failed")
+    rows, left_out = gpu_measured.trusted(record)
+    assert {row["tile"] for row in rows} == {"wrong"} and "right: it crashed, hung or was refused" in left_out
+
+
+def test_a_shape_that_is_not_timed_to_the_end_does_not_enter_measured(record):
+    part = "tile slow torch.bfloat16"
+    record.start(part)
+    record.add(part, "checks", {"check": "tile slow split_k 1", "tokens": 1, "ok": True})
+    record.end(part, "passed")
+    unfinished = [], ["(90, 132, 16, 64, 128): not all times of slow"]
+    rows, left_out = gpu_measured.trusted(record)
+    assert (rows, left_out[-1:]) == unfinished
+    put_times(record, "slow", 9.0, tokens=(1,), outcome="cut")
+    rows, left_out = gpu_measured.trusted(record)
+    assert (rows, left_out[-1:]) == unfinished
+    put_times(record, "slow", 9.0, tokens=(1,))  # it cannot run with more tokens
+    rows, left_out = gpu_measured.trusted(record)
+    assert {row["tile"] for row in rows} == {"right", "wrong", "slow"} and len(left_out) == 2

@@ -13,7 +13,7 @@ import torch
 from pretend_hopper import TILES, PretendLibrary
 from small_gpu import MockStream
 
-from benchmarks import gpu_check, gpu_products, gpu_timing
+from benchmarks import gpu_check, gpu_products, gpu_tiles
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
@@ -77,7 +77,7 @@ def test_two_streams_without_an_order_fail(mocked, monkeypatch):
 
 def test_the_fastest_tiles_are_printed_by_width_of_values():
     measured = {"family": 90, "multiprocessors": 132, "out_features": 64, "in_features": 128, "tokens": 16, "split": 1}
-    table = gpu_timing.table_rows(
+    table = gpu_tiles.table_rows(
         [
             measured | {"value_bits": 16, "tile": "slow", "us": 2.0},
             measured | {"value_bits": 16, "tile": "fast", "us": 1.0},
@@ -116,6 +116,26 @@ def test_a_whole_run(small, capsys):
         assert heading in said
 
 
+def test_a_wrong_tile_is_not_printed_for_measured(small, monkeypatch, capsys):
+    """The fastest one."""
+    right, wrong_tile = PretendLibrary.linear, "128x16_streamk"
+
+    def wrong(self, tile, split_k, x, values, metadata, bias, y, *rest):
+        right(self, tile, split_k, x, values, metadata, bias, y, *rest)
+        y += TILES[tile] == wrong_tile
+
+    def microseconds(calls):
+        calls[0]()
+        return 1.0 if small.used == wrong_tile else 2.0
+
+    monkeypatch.setattr(PretendLibrary, "linear", wrong)
+    monkeypatch.setattr(gpu_tiles, "microseconds", microseconds)
+    with pytest.raises(SystemExit):
+        gpu_check.run(gpu_check.parse_arguments())
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "(90, 132, 16, 192, 64)" in line]
+    assert wrong_tile not in line and line.count('"') == 6  # a tile for each number of tokens
+
+
 def test_a_quick_run_times_nothing(small, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--quick"])
     gpu_check.run(gpu_check.parse_arguments())
@@ -152,7 +172,7 @@ def test_an_unsupported_gpu_has_its_other_backends_checked(small, monkeypatch):
 
 def test_tiles_that_were_not_all_timed_are_left_out_of_the_table(small, monkeypatch):
     """The deadline passes before the second tile is timed."""
-    part = gpu_check.Part("tiles", "tiles", lambda: gpu_timing.time_tiles((192, 64), torch.bfloat16))
+    part = gpu_check.Part("tiles", "tiles", lambda: gpu_tiles.time_tile(TILES[0], (192, 64), torch.bfloat16))
     clock = iter(range(100))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     rows = [row for _, row in gpu_check.run_parts([part], deadline=2)]

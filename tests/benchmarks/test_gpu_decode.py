@@ -1,5 +1,7 @@
 """The Llama model of gpu_session, dense and sparse, on a mocked Hopper; and the targets that times are judged by."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
@@ -9,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 from benchmarks import gpu_decode, gpu_targets, llama
 from benchmarks.llama import Caches, DecoderLayer, Model, Shape, SparseLinear
 
+COMPILE = torch.compile
 SHAPE = Shape("tiny", 128, 192, 4, 2, 32, 2, 96, 16)
 
 
@@ -75,6 +78,19 @@ def test_dense_and_sparse_agree_and_are_timed(small):
             assert f"{timed['tokens']} tokens" in gpu_decode.line(timed) and "1.50x" in gpu_decode.line(timed)
 
 
+@pytest.mark.slow
+def test_compiled_layers_agree_and_are_timed(small, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(COMPILE, backend="aot_eager"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # torch.compile would ask the GPU for more
+    counters.clear()
+    for found in (gpu_decode.time_layer(gpu_decode.LAYERS[0]), gpu_decode.time_model(gpu_decode.MODELS[0])):
+        rows = rows_of(found)
+        assert all(row["ok"] for row in rows[::2]) and [row["tokens"] for row in rows[::2]] == list(gpu_decode.TOKENS)
+        assert [row["not_compiled"] for row in rows[1::2]] == [None] * len(gpu_decode.TOKENS)
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("name", SHAPE.linears)
 def test_a_wrong_linear_fails_and_is_not_timed(small, monkeypatch, name):
     """Its input's channels in a wrong order."""
@@ -97,16 +113,26 @@ def test_another_kernel_fails_and_is_not_timed(small, monkeypatch):
     assert [(row["kernels"], row["ok"]) for row in rows] == [(["reference"], False)] * 2
 
 
-def test_a_machine_without_a_compiler_is_timed_without(small, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("Cannot find a working triton installation\nmore"),
+            "Cannot find a working triton installation more",
+        ),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_machine_without_a_compiler_is_timed_without(small, monkeypatch, error, said):
     def refuses(function, **options):
         def call(*_):
-            raise RuntimeError("Cannot find a working triton installation\nmore")
+            raise error
 
         return call
 
     monkeypatch.setattr(torch, "compile", refuses)
     rows = rows_of(gpu_decode.time_layer(gpu_decode.LAYERS[0]))
-    assert rows[0]["ok"] and rows[1]["not_compiled"] == "Cannot find a working triton installation"
+    assert rows[0]["ok"] and rows[1]["not_compiled"] == said
     assert "not compiled" in gpu_decode.line(rows[1])
 
 
@@ -137,7 +163,8 @@ def test_targets():
         *(product("cutlass fp8", 2048, 1.0, 9.0), product("dense fp8", 2048, 0.9, 9.0)),
         {"kernel": "cusparselt", "skipped": "no cuSPARSELt"},
     ]
-    decode = [{"model": "m", "tokens": 8, "us": 2.0, "dense_us": 3.0}, {"model": "m", "tokens": 8, "ok": True}]
+    timed = {"model": "m", "tokens": 8, "us": 2.0, "dense_us": 3.0, "not_compiled": None}
+    decode = [timed, {"model": "m", "tokens": 8, "ok": True}]
     rows = gpu_targets.judge(times, decode)
     assert [(row["measured"], row["met"]) for row in rows] == [
         *((1.4, False), (1.35, True), (1.35, True)),
@@ -145,5 +172,8 @@ def test_targets():
         (1.5, True),
     ]
     said = [gpu_targets.line(row) for row in rows]
+    assert "not compiled" not in said[-1]
+    (*_, step) = gpu_targets.judge([], [timed | {"not_compiled": "no Triton"}])
+    assert "8 tokens (not compiled)" in gpu_targets.line(step)
     assert "MISSED" in said[0] and "8 x 64, 64 tokens" in said[0] and said[1].startswith("met")
     assert all(gpu_targets.line(row).startswith("not measured") for row in gpu_targets.judge([], []))

@@ -10,6 +10,7 @@ from pretend_hopper import TILES
 from sanitizer_stand_in import NO_ERRORS
 
 from benchmarks import gpu_sanitizer
+from ria_vllm.errors import RiaError
 
 
 def under(tool="memcheck", group="bfloat16"):
@@ -35,7 +36,38 @@ def test_what_the_tool_is_started_with(in_tmp, sanitizer, tool):
         command, variable = json.loads(Path("started").read_text())
         assert command[1:3] == ["--tool", tool] and command[-3:] == ["-m", "benchmarks.gpu_sanitizer", group]
         assert variable == caching  # a CUDA graph needs torch's pool; all else must not use it
+        assert command[command.index("--launch-timeout") + 1] == "0"
         assert ("--check-tensor-ops" in command) == (tool == "memcheck")
+        assert ("--initcheck-track-filtered-global-memory" in command) == (tool == "initcheck")
+        assert ("kernel_substring=device_kernel" in command) == (tool != "memcheck")
+
+
+def test_options_that_this_version_does_not_have(in_tmp, sanitizer, monkeypatch):
+    """initcheck then checks all kernels, because it must see what torch's write."""
+    sanitizer('open("started", "w").write(json.dumps(sys.argv))\n' + NO_ERRORS)
+    monkeypatch.setattr(gpu_sanitizer, "_usage", lambda sanitizer: "")
+    for tool in ("initcheck", "memcheck"):
+        under(tool)
+        command = Path("started").read_text()
+        assert not any(option in command for option in ("--kernel-name", "--initcheck-track", "--check-tensor-ops"))
+
+
+@pytest.mark.parametrize(
+    ("probe", "error"),
+    [
+        ("print('Error: Device not supported. ERROR SUMMARY: 1 error', file=log)", "Device not supported"),
+        ("print('no such option', file=sys.stderr)", "COMPUTE-SANITIZER\nno such option"),
+        ("time.sleep(60)", "nothing after 1 s"),
+    ],
+    ids=["unsupported", "no summary", "hang"],
+)
+def test_a_machine_on_which_the_tool_does_not_run(in_tmp, sanitizer, monkeypatch, probe, error):
+    monkeypatch.setattr(gpu_sanitizer, "_PROBE_SECONDS", 1 if "sleep" in probe else 60)
+    sanitizer(NO_ERRORS, probe=probe)
+    with pytest.raises(RiaError, match="(?s)does not run on this machine.*" + error):
+        gpu_sanitizer.check_machine(Path("bundle"))
+    sanitizer("sys.exit(1)")
+    gpu_sanitizer.check_machine(Path("bundle"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretend_hopper import TILES
+from pretend_hopper import TILES, PretendLibrary
 from sanitizer_stand_in import NO_ERRORS
 
 from benchmarks import gpu_bundle, gpu_check, gpu_sanitizer, gpu_session
@@ -47,6 +47,8 @@ def test_check_report_and_fill(ready, monkeypatch, capsys):
     names = [part.name for part in gpu_check.parts_of(gpu_check.Options())]
     assert record.outcomes == dict.fromkeys(names, "passed") and len(names) == len(set(names))
     assert {row["tile"] for row in record.rows("tiles")} == set(TILES)
+    checked = {row["check"] for row in record.rows("checks") if "check" in row}
+    assert {f"tile {row['tile']} split_k {row['split']}" for row in record.rows("tiles")} <= checked
     assert [row["products"] for row in record.rows("concurrent")] == [8, 8]
     assert json.loads(Path("out/gpu_check.json").read_text())["tiles"] == record.rows("tiles")
 
@@ -56,6 +58,7 @@ def test_check_report_and_fill(ready, monkeypatch, capsys):
     for text in (
         "cutlass against torch's dense bf16, up to 64 tokens (at most 1.78x): 1.5x wanted",
         "two streams at once",
+        "with the times that `check` found",
     ):
         assert text in said
     assert json.loads(Path("out/session.json").read_text())["check"]["outcomes"] == record.outcomes
@@ -71,8 +74,15 @@ def test_check_report_and_fill(ready, monkeypatch, capsys):
         ((name, split),) = filled["preferred_tiles"](90, 132, 16, 192, 64, tokens)
         assert times[name, split] == min(times.values())
 
+    assert session("times") == 0 and session("report") == 0
+    assert "with the times that `times` found" in capsys.readouterr().out
+    found = Record(Path("out/times.jsonl"))
+    assert found.rows("times") and {section for section, _ in found.rows_by_section()} == {"limits", "times"}
+    assert json.loads(Path("out/session.json").read_text())["times_of"] == "times"
+
     # All has passed, so nothing runs again.
     before = Path("out/check.jsonl").read_text()
+    monkeypatch.setattr(gpu_session, "first_products", list)
     monkeypatch.setattr(gpu_check, "run_parts", lambda *_: pytest.fail("ran again") if _[0] else iter(()))
     assert session("check") == 0 and Path("out/check.jsonl").read_text() == before
 
@@ -145,23 +155,23 @@ def test_a_later_machine_continues_with_what_an_earlier_one_found(parts):
     assert started == ["third"] and len(Record(Path("elsewhere/check.jsonl")).rows()) == 6
 
 
-def test_the_attempt_that_says_most_counts(tmp_path):
-    record = Record(tmp_path / "record.jsonl")
-    for outcome, numbers in (("cut", [1, 2]), ("cut", [3]), (None, [4])):
-        record.start("part")
-        for number in numbers:
-            record.add("part", "section", {"number": number})
-        if outcome:
-            record.end("part", outcome)
-    assert record.rows() == [{"number": 1}, {"number": 2}]
-    for outcome, number in (("failed", 5), ("failed", 6)):
-        record.start("part")
-        record.add("part", "section", {"number": number})
-        record.end("part", outcome)
-    assert Record(record.path).rows("section") == [{"number": 6}]
-    record.start("part")
-    record.end("part", "passed")
-    assert Record(record.path).rows() == [] and Record(record.path).passed == {"part"}
+def test_a_number_that_json_does_not_have_fails_its_part_alone(parts):
+    _, broken = parts
+    broken["second", 1] = lambda: {"excess": float("nan"), "ok": True}
+    assert session("check") == 1
+    assert outcomes("check") == {"first": "passed", "second": "failed", "third": "passed"}
+    (row,) = [row for row in Record(Path("out/check.jsonl")).rows() if not row["ok"]]
+    assert "nan" in row["row"] and row["error"] == "a number that JSON does not have"
+    assert json.loads(Path("out/gpu_check.json").read_text())["checks"][3] == row
+
+
+def test_what_failed_before_runs_last(parts):
+    started, broken = parts
+    broken["first", 0], broken["third", 0] = lambda: {"ok": False}, killed
+    with pytest.raises(KeyboardInterrupt):
+        session("check")
+    started.clear(), broken.clear()
+    assert session("check") == 0 and started == ["third", "first"]
 
 
 def test_without_a_library_no_time_is_spent(small, monkeypatch, tmp_path, capsys):
@@ -179,6 +189,56 @@ def test_without_a_library_no_time_is_spent(small, monkeypatch, tmp_path, capsys
     assert "it does not load" in capsys.readouterr().out
 
 
+def test_a_product_that_fails_ends_a_step_before_it_starts(parts, monkeypatch, capsys):
+    started, _ = parts
+    right = PretendLibrary.linear
+
+    def put(linear):
+        monkeypatch.setattr(PretendLibrary, "linear", linear)
+        assert session("check") == 1 and started == []
+        return capsys.readouterr().out
+
+    def wrong(self, tile, split_k, x, values, metadata, bias, y, *rest):
+        right(self, tile, split_k, x, values, metadata, bias, y, *rest)
+        y += x.itemsize == 1
+
+    assert "first product torch.float8_e4m3fn: wrong" in put(wrong)
+    monkeypatch.setattr(gpu_session, "_FIRST_SECONDS", -1)
+    assert "first product torch.bfloat16: out of time" in put(right)
+    monkeypatch.setattr(gpu_check, "supervise", lambda *_: iter([(0, {"error": "the driver is too old", "ok": False})]))
+    assert "first product torch.bfloat16: the driver is too old" in put(right)
+
+
+def test_report_and_fill_write_no_record(parts, monkeypatch, capsys):
+    assert session("report") == 1 and "out is not a folder" in capsys.readouterr().out
+    Path("out/session.json").mkdir(parents=True)  # it cannot be written
+    assert session("report") == 0 and "session.json was not written" in capsys.readouterr().out
+    assert session("fill") == 1
+    assert [path.name for path in Path("out").iterdir()] == ["session.json"]
+
+
+def test_an_earlier_folder(parts, capsys):
+    with pytest.raises(SystemExit):
+        session("check", "--earlier", "nowhere")
+    assert "nowhere is not a folder" in capsys.readouterr().err
+    session("check")
+    Path("out/check.jsonl").chmod(0o444)
+    Path("elsewhere").mkdir(), Path("elsewhere/check.jsonl").touch()
+    assert gpu_session.main(["check", "--out", "elsewhere", "--earlier", "out"]) == 0
+    assert Path("elsewhere/check.jsonl").read_text() == Path("out/check.jsonl").read_text()
+    assert Path("elsewhere/check.jsonl").stat().st_mode & 0o200
+
+
+def test_gpu_check_json_has_the_rows_of_attempts_that_were_cut_short(parts):
+    _, broken = parts
+    broken["second", 1] = killed
+    with pytest.raises(KeyboardInterrupt):
+        session("check")
+    assert session("check", "--seconds", "-1") == gpu_session.UNFINISHED
+    written = json.loads(Path("out/gpu_check.json").read_text())["checks"]
+    assert [row["number"] for row in written] == [0, 1, 0]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(in_tmp, capsys):
     assert session("decode") == 1 and "torch sees no CUDA GPU" in capsys.readouterr().out
@@ -187,11 +247,15 @@ def test_without_a_gpu(in_tmp, capsys):
 def test_the_sanitizer_step_is_cut_short_and_continued(ready, sanitizer):
     """The deadline passes while a tool runs: the tool is killed, and its group is the first to run later."""
     slow = "time.sleep(0.3)\n" + 'say(at="a step"); say(ok=True); time.sleep(0.1)\n' * 50
-    sanitizer(f'open("pid", "w").write(str(os.getpid()))\n{slow}' + NO_ERRORS)
-    assert session("sanitize", "--seconds", "1.5") == gpu_session.UNFINISHED
+    found = 'print("========= Invalid read", file=log, flush=True); print("a warning", file=sys.stderr, flush=True)'
+    sanitizer(f'open("pid", "w").write(str(os.getpid()))\n{found}\n{slow}' + NO_ERRORS)
+    assert session("sanitize", "--seconds", "3") == gpu_session.UNFINISHED
     with pytest.raises(ProcessLookupError):
         os.kill(int(Path("pid").read_text()), 0)
     assert outcomes("sanitize")["memcheck bfloat16"] == "cut"
+    log = Path("out/sanitizer.log").read_text()
+    for text in ("memcheck, bfloat16, cut short:\n", "Invalid read", "a warning"):
+        assert text in log
     sanitizer(NO_ERRORS)
     assert session("sanitize") == 0
     expected = {f"{tool} {group}" for tool in gpu_sanitizer.TOOLS for group in gpu_sanitizer.GROUPS}
@@ -218,12 +282,12 @@ def test_a_session_in_a_bare_folder(tmp_path, sanitizer):
         sys.exit(done.returncode)"""
     )
     environment = {name: value for name, value in os.environ.items() if name != LIBRARY_FOLDER_VARIABLE}
-    for step in ("check", "sanitize", "decode", "report", "fill"):
+    for step in ("check", "fill", "times", "decode", "sanitize", "report"):
         command = [sys.executable, "rehearsal.py", "benchmarks.gpu_session", step, "--out", "out"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 0, (step, done.stdout[-3000:], done.stderr[-3000:], _log(tmp_path))
     found = json.loads((tmp_path / "out" / "session.json").read_text())
-    for step in ("check", "sanitize", "decode"):
+    for step in ("check", "times", "decode", "sanitize"):
         assert set(found[step]["outcomes"].values()) == {"passed"}
     assert {row["checks"] > 0 for row in found["sanitize"]["rows"]} == {True}
     assert {row["tokens"] for row in found["decode"]["rows"] if "us" in row} == {1, 3}
