@@ -129,7 +129,7 @@ def test_a_permutation_for_an_unknown_linear(damage):
         damage.replace(f"{Q}.{part}", lambda tensor: None)
         damage.edit_json(INDEX, lambda content: content["weight_map"].pop(f"{Q}.{part}"))
     found = problems(damage.folder)
-    assert len(found) == 1 and Q in found[0] and "no pruned linear" in found[0]
+    assert len(found) == 1 and Q in found[0] and "not a pruned linear" in found[0]
 
 
 def test_permutations_lost(damage):

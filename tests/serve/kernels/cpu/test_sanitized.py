@@ -41,7 +41,9 @@ def program(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("instruction_set", ("avx512_bf16", "avx512", "avx2", "portable"))
 def test_no_bad_access_and_right_products(program, instruction_set):
-    environment = {**os.environ, "RIA_VLLM_CPU_ISA": instruction_set, "ASAN_OPTIONS": "detect_leaks=0"}
+    # vLLM may have set LD_PRELOAD in this process; the sanitizer's runtime wants to be the first library.
+    inherited = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    environment = inherited | {"RIA_VLLM_CPU_ISA": instruction_set, "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([program], env=environment, capture_output=True, text=True)
     if "this machine lacks these instructions" in done.stderr:
         pytest.skip(f"this machine has no {instruction_set}")
