@@ -68,7 +68,7 @@ class TensorChecks:
         shape = spec.shape(rows, self.in_features)
         if spec.per_tensor and not tensor.dim():
             shape = ()
-        if tensor.dtype not in spec.accepted or tuple(tensor.shape) != shape:
+        if tensor.dtype not in spec.part.dtypes or tuple(tensor.shape) != shape:
             raise RiaError(
                 f"{name}.{part} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs {shape}. "
                 "The file is damaged, or config.json belongs to another model; get both again."

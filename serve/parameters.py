@@ -113,7 +113,7 @@ def _parameter(spec: TensorSpec, sizes: Sequence[int], columns: int, loader: Loa
     if spec.per_tensor:
         return PerTensorScaleParameter(data=torch.zeros(len(sizes), dtype=spec.dtype), weight_loader=loader)
     data = torch.zeros(spec.shape(sum(sizes), columns), dtype=spec.dtype)
-    if spec.channels is None:
+    if spec.part.channels is None:
         return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
     return ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
 

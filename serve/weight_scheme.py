@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from ria_vllm import sparse24
-from ria_vllm.formats import BITMASK, FLOAT, FP8, WeightFormat
+from ria_vllm.formats import BITMASK, FLOAT, FP8, Part, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -18,21 +18,17 @@ class TensorSpec:
     """One of the tensors that store a linear [out, in].
 
     Attributes:
+        part: the tensor in the checkpoint.
         dtype: of the parameter that the tensor is loaded into.
-        accepted: the dtypes that the checkpoint may hold.
-        channels: input channels to a column. None: there is one column for all of them.
         per_tensor: the tensor is one number for the whole linear; it has neither rows nor columns.
     """
 
+    part: Part
     dtype: torch.dtype
-    accepted: tuple[torch.dtype, ...]
-    channels: int | None = None
     per_tensor: bool = False
 
     def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
-        if self.per_tensor:
-            return (1,)
-        return (out_features, 1 if self.channels is None else in_features // self.channels)
+        return (1,) if self.per_tensor else self.part.shape(out_features, in_features)
 
 
 @dataclass(frozen=True)
@@ -116,11 +112,11 @@ class WeightScheme:
             dtype = served if served in part.dtypes else part.dtypes[0]
             if part.name == "weight_scale":
                 per_tensor = part.channels is None and self.strategy == "tensor"
-                found[part.name] = TensorSpec(dtype, sparse24.VALUE_DTYPES, part.channels, per_tensor)
+                found[part.name] = TensorSpec(replace(part, dtypes=sparse24.VALUE_DTYPES), dtype, per_tensor)
             elif not self.dense:
-                found[part.name] = TensorSpec(dtype, part.dtypes, part.channels)
+                found[part.name] = TensorSpec(part, dtype)
             elif part.name == "compressed":
-                found["weight"] = TensorSpec(dtype, part.dtypes, 1)
+                found["weight"] = TensorSpec(Part("weight", part.dtypes, 1), dtype)
         return found
 
     def weights(

@@ -159,14 +159,13 @@ def choose(config: LinearLayerConfig) -> Choice:
 
 
 def _first(candidates: Sequence[type[LinearKernel]], config: LinearLayerConfig) -> Choice | None:
-    for kernel in candidates:
-        if reason_against(kernel, config) is None:
-            return Choice(kernel, config)
-    if config.weight_format == FLOAT:
-        return None
-    for kernel in candidates:
-        if reason_against(kernel, widened(config)) is None:
-            return Choice(kernel, widened(config), widened_from=config.weight_format)
+    attempts: list[tuple[LinearLayerConfig, WeightFormat | None]] = [(config, None)]
+    if config.weight_format != FLOAT:
+        attempts.append((widened(config), config.weight_format))
+    for attempt, widened_from in attempts:
+        for kernel in candidates:
+            if reason_against(kernel, attempt) is None:
+                return Choice(kernel, attempt, widened_from)
     return None
 
 
