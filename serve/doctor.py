@@ -5,7 +5,6 @@ import platform
 import shutil
 import sysconfig
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -92,20 +91,23 @@ def device_lines(device: torch.device) -> list[tuple[str, str]]:
     ]
 
 
-def kernel_lines(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> list[str]:
-    """One line for each kernel, in order of preference: chosen, usable, or the reason why not."""
-    forced = os.environ.get(registry.KERNEL_VARIABLE)
-    config = LinearLayerConfig(device, dtype, FLOAT, out_features, in_features)
+def consider(config: LinearLayerConfig) -> tuple[list[tuple[str, str | None]], str | None, str | None]:
+    """Each kernel with the reason why it cannot serve the layer, or None; the chosen one; why there is none."""
     try:
         reasons = registry.explain(config)
     except RiaError as error:  # another package's kernel cannot be used
-        return [f"none: {error}"]
+        return [], None, str(error)
     try:
-        chosen = registry.choose(config).kernel.name
+        return reasons, registry.choose(config).kernel.name, None
     except RiaError as error:
-        chosen, lines = None, [f"none: {error}"]
-    else:
-        lines = []
+        return reasons, None, str(error)
+
+
+def kernel_lines(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> list[str]:
+    """One line for each kernel, in order of preference: chosen, usable, or the reason why not."""
+    forced = os.environ.get(registry.KERNEL_VARIABLE)
+    reasons, chosen, problem = consider(LinearLayerConfig(device, dtype, FLOAT, out_features, in_features))
+    lines = [f"none: {problem}"] if problem else []
     for name, reason in reasons:
         if name == chosen:
             note = "chosen: RIA_VLLM_BACKEND asks for it" if forced else "chosen: the first that can serve this layer"
@@ -188,11 +190,7 @@ def advice(facts: Facts) -> str:
 
 def take_facts(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> Facts:
     """The facts about this machine, for a layer."""
-    config = LinearLayerConfig(device, dtype, FLOAT, out_features, in_features)
-    chosen, reasons = None, []
-    with suppress(RiaError):
-        reasons = registry.explain(config)
-        chosen = registry.choose(config).kernel.name
+    reasons, chosen, _ = consider(LinearLayerConfig(device, dtype, FLOAT, out_features, in_features))
     present = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else present
     variables = (registry.KERNEL_VARIABLE, "RIA_VLLM_CPU_ISA")
