@@ -8,7 +8,9 @@ is empty. `permutations_digest` here, and the same in each weight file's header 
 permutations.
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -29,6 +31,43 @@ DIGEST_KEY = "ria_permutations_digest"
 REARRANGED_BY_VLLM = ("bloom", "llama4", "llama4_text")
 
 
+# Stand for numbers in patterns of names: a layer's, an expert's.
+PLACEHOLDERS = ("{i}", "{e}")
+
+
+def _placeholders(pattern: str) -> frozenset[str]:
+    """Those in a pattern.
+
+    Raises:
+        ValueError: one of them twice, or both without anything between.
+    """
+    if any(pattern.count(placeholder) > 1 for placeholder in PLACEHOLDERS) or "}{" in pattern:
+        raise ValueError(f"{pattern[:80]!r}: {{i}} and {{e}} stand in a name at most once, and not side by side")
+    return frozenset(placeholder for placeholder in PLACEHOLDERS if placeholder in pattern)
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    parts = re.split(r"\{([ie])\}", pattern)
+    literal, names = parts[::2], parts[1::2]
+    return re.compile(
+        re.escape(literal[0]) + "".join(f"(?P<{n}>[0-9]{{1,9}}){re.escape(t)}" for n, t in zip(names, literal[1:]))
+    )
+
+
+def numbers_in(pattern: str, name: str) -> dict[str, str] | None:
+    """What stands in `name` for the placeholders of `pattern`, such as {"i": "3"}; None if it does not match."""
+    found = _compiled(pattern).fullmatch(name)
+    return None if found is None else found.groupdict()
+
+
+def filled(pattern: str, numbers: Mapping[str, str]) -> str:
+    """The pattern with these numbers in the place of its placeholders."""
+    for placeholder, number in numbers.items():
+        pattern = pattern.replace(f"{{{placeholder}}}", number)
+    return pattern
+
+
 class Producer(BaseModel):
     """A linear whose output feeds a consumer: all of its rows, or rows [start, end) of a fused one."""
 
@@ -37,10 +76,61 @@ class Producer(BaseModel):
     rows: tuple[int, int] | None = None
 
 
+class Stacked(BaseModel):
+    """A tensor of the dense model that stacks one or two linears of all experts, which a checkpoint stores apart.
+
+    The tensor is [experts, out, in], or [experts, in, out] if `transposed`. If it holds two linears, their outputs
+    follow each other, or alternate if `interleaved`.
+
+    tensor: its name in the dense model's files, with `{i}` for the layer's number.
+    bias: the name of the biases [experts, out], which are stored as in the dense model; None: there are none.
+    linears: of `Experts`, in the order of their outputs.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    tensor: str
+    bias: str | None = None
+    linears: list[Literal["gate", "up", "down"]] = Field(min_length=1, max_length=2)
+    interleaved: bool = False
+    transposed: bool = False
+
+
+class Experts(BaseModel):
+    """The routed experts of mixture layers `{i}`, whose linears are stored one by one: `{e}` is the expert's number.
+
+    gate, up, down: names of an expert's linears; gate is None if the experts have none.
+    stacked: the tensors in which the dense model's files have these linears; empty if they are apart there, too.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    module: str
+    num_experts: int = Field(gt=0)
+    gate: str | None
+    up: str
+    down: str
+    stacked: list[Stacked] = []
+
+    @model_validator(mode="after")
+    def _numbered(self) -> "Experts":
+        layer = _placeholders(self.module)
+        if layer - {"{i}"} or any(_placeholders(stack.tensor) != layer for stack in self.stacked):
+            raise ValueError("{i} stands in the name of the experts and of each stacked tensor, or in none of them")
+        if any(_placeholders(name) != layer | {"{e}"} for name in self.linears.values()):
+            raise ValueError("{e} stands in the name of each linear of an expert, and {i} as in the experts' name")
+        return self
+
+    @property
+    def linears(self) -> dict[str, str]:
+        """gate, up and down, as far as the experts have them -> the pattern of their names."""
+        found = {"gate": self.gate, "up": self.up, "down": self.down}
+        return {kind: name for kind, name in found.items() if name is not None}
+
+
 class Fold(BaseModel):
     """A consumer's input permutation that its producers' row orders can absorb, for all layers `{i}`.
 
-    `{i}` stands once in the consumer's name and once in each producer's, or in none of them.
+    `{i}` stands once in the consumer's name and once in each producer's, or in none of them. The same goes for `{e}`,
+    the number of an expert.
 
     `elementwise`: each input channel of the consumer is an elementwise function of the same row of every producer.
     `heads`: attention lies between; the permutation keeps to heads (`ria_vllm.permutation.head_rows`).
@@ -54,26 +144,20 @@ class Fold(BaseModel):
     num_kv_heads: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
-    def _one_layer_number(self) -> "Fold":
-        allowed = self.consumer.count("{i}")
-        if allowed > 1 or any(producer.name.count("{i}") != allowed for producer in self.producers):
-            raise ValueError("{i} stands once in the consumer's name and in each producer's, or in none of them")
+    def _same_numbers(self) -> "Fold":
+        placeholders = _placeholders(self.consumer)
+        if any(_placeholders(producer.name) != placeholders for producer in self.producers):
+            raise ValueError("{i} and {e} stand once in the consumer's name and in each producer's, or in none of them")
         return self
 
-    def layer(self, name: str) -> str | None:
-        """The text that stands for `{i}` in `name` ("" where the pattern has none), None if it is another linear."""
-        before, number, after = self.consumer.partition("{i}")
-        if not number:
-            return "" if name == before else None
-        if len(name) <= len(before) + len(after) or not name.startswith(before) or not name.endswith(after):
-            return None
-        layer = name[len(before) : len(name) - len(after)]
-        return layer if layer.isascii() and layer.isdigit() else None
+    def numbers(self, name: str) -> dict[str, str] | None:
+        """What stands for the placeholders in the consumer `name`; None if it is another linear."""
+        return numbers_in(self.consumer, name)
 
     def producers_of(self, name: str) -> list[Producer]:
-        """The producers of the consumer `name`, with its layer number filled in."""
-        layer = self.layer(name)
-        return [Producer(name=p.name.replace("{i}", layer or ""), rows=p.rows) for p in self.producers]
+        """The producers of the consumer `name`, with its numbers filled in."""
+        numbers = self.numbers(name) or {}
+        return [Producer(name=filled(p.name, numbers), rows=p.rows) for p in self.producers]
 
 
 class SparsityConfig(BaseModel):
@@ -126,6 +210,7 @@ class RiaSchema(BaseModel):
     sparsity_config: SparsityConfig
     weights: WeightQuantization | None = None
     folds: list[Fold] = Field(default=[], max_length=1000)
+    experts: list[Experts] = Field(default=[], max_length=1000)
     permutations_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     recipe: dict[str, Any] = {}
 
@@ -172,7 +257,7 @@ class RiaSchema(BaseModel):
         """
         for name in permuted:
             for fold in self.folds:
-                if fold.layer(name) is None:
+                if fold.numbers(name) is None:
                     continue
                 producers = fold.producers_of(name)
                 if all(producer.name in sparse for producer in producers):

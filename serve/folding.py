@@ -66,7 +66,7 @@ def fold(
         RiaError: a permutation that does not keep to attention's heads, or two orders for the same rows of a producer.
     """
     result = Folding()
-    rules = [(name, rule) for name in permutations for rule in schema.folds if rule.layer(name) is not None]
+    rules = [(name, rule) for name in permutations for rule in schema.folds if rule.numbers(name) is not None]
     pruned = {p.name for name, rule in rules for p in rule.producers_of(name) if is_pruned(p.name)}
     for consumer, rule, producers in schema.active_folds(permutations, pruned):
         order = torch.from_numpy(permutations[consumer]).long()

@@ -79,12 +79,58 @@ def test_ignored_by_exact_name():
 
 def test_fold_patterns_match_one_layer_number():
     fold = Fold(consumer="h.{i}.fc2", producers=[Producer(name="h.{i}.fc1", rows=(2, 4))], coupling="elementwise")
-    assert fold.layer("h.12.fc2") == "12"
-    assert fold.layer("h..fc2") is None and fold.layer("h.².fc2") is None and fold.layer("h.1.fc1.h.1.fc2") is None
-    assert fold.layer("h.x.fc2") is None and fold.layer("hx12.fc2") is None and fold.layer("a.h.1.fc2") is None
+    assert fold.numbers("h.12.fc2") == {"i": "12"}
+    for other in ("h..fc2", "h.².fc2", "h.1.fc1.h.1.fc2", "h.x.fc2", "hx12.fc2", "a.h.1.fc2", "h.1.fc2\n"):
+        assert fold.numbers(other) is None
     assert fold.producers_of("h.12.fc2") == [Producer(name="h.12.fc1", rows=(2, 4))]
     single = Fold(consumer="head.out", producers=[Producer(name="head.in")], coupling="elementwise")
-    assert single.layer("head.out") == "" and single.producers_of("head.out") == [Producer(name="head.in")]
+    assert single.numbers("head.out") == {} and single.producers_of("head.out") == [Producer(name="head.in")]
+
+
+def test_fold_patterns_match_an_experts_number():
+    up = Producer(name="h.{i}.experts.{e}.w1")
+    fold = Fold(consumer="h.{i}.experts.{e}.w2", producers=[up], coupling="elementwise")
+    assert fold.numbers("h.2.experts.31.w2") == {"i": "2", "e": "31"}
+    assert fold.numbers("h.2.experts.w2") is None and fold.numbers("h.2.experts.3.w1") is None
+    assert fold.producers_of("h.2.experts.31.w2") == [Producer(name="h.2.experts.31.w1")]
+    for consumer in ("h.{i}.w2", "h.{i}.{e}.{e}.w2", "h.{i}{e}.w2"):
+        with pytest.raises(ValueError):
+            Fold(consumer=consumer, producers=[up], coupling="elementwise")
+
+
+EXPERTS = {
+    "module": "h.{i}.experts",
+    "num_experts": 4,
+    "gate": "h.{i}.experts.{e}.gate",
+    "up": "h.{i}.experts.{e}.up",
+    "down": "h.{i}.experts.{e}.down",
+    "stacked": [{"tensor": "h.{i}.experts.gate_up", "linears": ["gate", "up"], "interleaved": True}],
+}
+
+
+def test_experts_are_parsed():
+    schema = RiaSchema.parse(CONFIG | {"experts": [EXPERTS, EXPERTS | {"gate": None, "stacked": []}]}, "config.json")
+    gated, plain = schema.experts
+    assert gated.linears == {kind: EXPERTS[kind] for kind in ("gate", "up", "down")}
+    assert gated.stacked[0].interleaved and not gated.stacked[0].transposed and gated.stacked[0].bias is None
+    assert plain.linears == {kind: EXPERTS[kind] for kind in ("up", "down")}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_experts": 0},
+        {"up": "h.{i}.experts.up"},
+        {"down": "h.3.experts.{e}.down"},
+        {"module": "h.{i}.{e}"},
+        {"stacked": [{"tensor": "h.3.gate_up", "linears": ["gate", "up"]}]},
+        {"stacked": [{"tensor": "h.{i}.gate_up", "linears": []}]},
+        {"router": "h.{i}.gate"},
+    ],
+)
+def test_wrong_experts_are_refused(change):
+    with pytest.raises(RiaError, match="somewhere.json: quantization_config.experts.0"):
+        RiaSchema.parse(CONFIG | {"experts": [EXPERTS | change]}, "somewhere.json")
 
 
 def test_a_fold_holds_only_where_its_producers_are_pruned():

@@ -46,10 +46,13 @@ class Group:
     """Linears of a layer that read the same input and so may share a permutation. Names are relative to the layer.
 
     heads: the input is the output of these attention heads, so the permutation must stay within them.
+    experts: the module of routed experts whose gate and up projections belong to the group, too. Their down
+        projections are pruned in the same stage, expert by expert.
     """
 
     linears: tuple[str, ...]
     heads: Heads | None = None
+    experts: str | None = None
 
 
 @dataclass(frozen=True)
