@@ -11,12 +11,15 @@ from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import WeightFormat, name_of
 from ria_vllm.model_card import CARD_FILE, pruned_card
+from ria_vllm.offline.expert_store import ExpertStore
 from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.source import Source, opened
 from ria_vllm.offline.model.streaming import StreamedModel, stored_dtype
 from ria_vllm.offline.model.topology import Topology
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive
+from ria_vllm.offline.plan_experts import describe_experts
+from ria_vllm.offline.prune_experts import counts_of
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import map_large_blocks
@@ -30,6 +33,7 @@ from ria_vllm.writer import CheckpointWriter, check_place
 
 CALIBRATION_KEY = "calibration"
 SENSITIVITY_KEY = "sensitivity"
+LEANING = "They are pruned by what the layer's experts read on average; more --samples may help."
 TOKENIZER_FILE = "tokenizer_config.json"
 
 
@@ -114,17 +118,18 @@ class _Run:
         tokens = self._tokens()
         cache = self.writer.work / "activations" if self.settings.activation_cache == "disk" else None
         sensitive = self._sensitive(tokens, cache)
-        layers = LayerPass(self.model, tokens, cache, self.recipe, self.ranks, self.monitor)
+        store = ExpertStore(self.model, self.writer, self.recipe, self.ranks.first)
+        layers = LayerPass(self.model, tokens, cache, self.recipe, self.ranks, self.monitor, store=store)
         plan = make_plan(self.model, layers.topology, self.recipe, sensitive)
         for warning in plan.warnings:
             self.monitor.warn(warning)
-        self._prune_layers(layers, plan, self._replay_finished(layers, plan))
+        self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
         self.ranks.barrier()
-        report = self._report(plan)
+        report = self._report(plan, store)
         self.ranks.barrier()  # all ranks have read the work folder before the first one removes it
         if self.ranks.first:
             with self.monitor.phase("writing"):
-                self._finish(layers.topology, plan, report, others)
+                self._finish(layers.topology, plan, store, report, others)
         self.ranks.barrier()
         return report
 
@@ -167,30 +172,39 @@ class _Run:
                 stored, _ = self.writer.read(layer_key(index))
                 names = {self.model.written_linear(index, name): name for name in sorted(plan.pruned[index])}
                 weights = pruned_weights(stored, list(names), self.model.stored_dtype, self.recipe)
-                layers.replay(index, {names[written]: weight for written, weight in weights.items()})
+                found = {names[written]: weight for written, weight in weights.items()}
+                layers.replay(index, found, plan.experts[index])
         return finished
 
-    def _prune_layers(self, layers: LayerPass, plan: Plan, finished: int) -> None:
+    def _prune_layers(self, layers: LayerPass, plan: Plan, finished: int, store: ExpertStore) -> None:
         total = len(self.model.layers)
         for index in self.monitor.layers(range(finished, total), total):
             pruned = layers.prune(index, plan, last=index == total - 1)
             records = {name: linear.record for name, linear in pruned.items()}
             if self.ranks.first:
                 with self.monitor.phase("writing"):
-                    tensors = layer_tensors(self.model, index, pruned, self.recipe)
+                    tensors = layer_tensors(self.model, index, pruned, plan.experts[index], self.recipe)
                     self.writer.write(layer_key(index), tensors, records)
                     del tensors
             del pruned  # before the next layer is loaded
             _say_layer(records, self.monitor)
+            for path in sorted(plan.experts[index]):
+                _say_experts(self.model.experts[index][path].module, store.records(index, [path]), self.monitor)
 
-    def _report(self, plan: Plan) -> dict[str, Any]:
+    def _report(self, plan: Plan, store: ExpertStore) -> dict[str, Any]:
         linears: dict[str, Any] = {}
         for index in range(len(self.model.layers)):
             linears |= dict(sorted(self.writer.record(layer_key(index)).items()))
+            linears |= store.records(index, plan.experts[index])
         return {"recipe": self.recipe.dump(self.source.name), "linears": linears, "dense": dict(plan.dense)}
 
     def _finish(
-        self, topology: Topology, plan: Plan, report: dict[str, Any], others: tuple[dict[str, Any], list[Path]]
+        self,
+        topology: Topology,
+        plan: Plan,
+        store: ExpertStore,
+        report: dict[str, Any],
+        others: tuple[dict[str, Any], list[Path]],
     ) -> None:
         """Join the layers and everything outside them into the finished folder."""
         source, model, recipe, writer = self.source, self.model, self.recipe, self.writer
@@ -198,7 +212,8 @@ class _Run:
         for number, name in enumerate(model.names_outside_layers()):
             keys.append(f"outside-{number:05d}")
             writer.write(keys[-1], {name: model.read(name)})
-        keys += [layer_key(index) for index in range(len(model.layers))]
+        for index in range(len(model.layers)):
+            keys += [layer_key(index), *store.keys(index, plan.experts[index])]
         written = [name for key in keys for name in writer.names(key)]
         _check_nothing_lost(model, set(report["linears"]), written, recipe.weight_format)
         json_files, copies = others
@@ -207,9 +222,13 @@ class _Run:
         if recipe.served:
             sparsity = SparsityConfig(ignore=list(plan.dense), global_sparsity=zeros)
             folds = topology.absolute_folds(model.written_linear, len(model.layers))
+            experts, experts_folds = describe_experts(model, plan.experts)
+            folds += [fold for fold in experts_folds if fold not in folds]
             words = recipe.weight_format.quantization
             weights = None if words is None else WeightQuantization(**words, dtype=name_of(model.stored_dtype))
-            schema = RiaSchema(sparsity_config=sparsity, weights=weights, folds=folds, recipe=recipe.dump(source.name))
+            schema = RiaSchema(
+                sparsity_config=sparsity, weights=weights, folds=folds, experts=experts, recipe=recipe.dump(source.name)
+            )
             json_files["config.json"]["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
         json_files = json_files | {REPORT_FILE: report}
         permuted = recipe.served and recipe.permute != "none"
@@ -223,6 +242,20 @@ def _say_layer(records: dict[str, dict[str, Any]], monitor: Monitor) -> None:
         if "error_after" in record:
             text += f", output error {record['error_before']:.4f} -> {record['error_after']:.4f}"
         monitor.say(text)
+
+
+def _say_experts(module: str, records: dict[str, dict[str, Any]], monitor: Monitor) -> None:
+    before, after = (
+        sum(record[key] for record in records.values()) / len(records) for key in ("retained_before", "retained_after")
+    )
+    text = f"{module}: {len(records)} linears, retained score {before:.4f} -> {after:.4f} on average"
+    errors = [record["error_after"] for record in records.values() if "error_after" in record]
+    monitor.say(text + (f", output error up to {max(errors):.4f}" if errors else ""))
+    unused, few = counts_of(records)
+    if unused:
+        monitor.warn(f"{module}: the router sends no calibration token to {unused} experts. {LEANING}")
+    if few:
+        monitor.warn(f"{module}: {few} experts get fewer calibration tokens than they have channels. {LEANING}")
 
 
 def _other_files(source: Source) -> tuple[dict[str, Any], list[Path]]:
@@ -245,7 +278,8 @@ def _check_nothing_lost(
 ) -> None:
     """Check that each tensor of the source is written exactly once, under its own name, unchanged or compressed.
 
-    Tensors left out on purpose (`names.LEFT_OUT`) are exempt.
+    A tensor that stacks experts is there if each of its linears is. Tensors left out on purpose (`names.LEFT_OUT`) are
+    exempt.
 
     Args:
         pruned: the written names of pruned linears.
@@ -253,12 +287,17 @@ def _check_nothing_lost(
         weight_format: of the pruned linears.
     """
     counts = Counter(written)
+    first = weight_format.parts[0].name
+    stacks = {tensor: linears for layer in model.experts for f in layer.values() for tensor, linears in f.in_stack.items()}
     for name in model.files:
         mine = model.names.written(name)
         if mine is None:
             continue
         linear = mine.removesuffix(".weight")
-        there = counts[mine] + (counts[f"{linear}.{weight_format.parts[0].name}"] if linear in pruned else 0)
+        there = counts[mine] + (counts[f"{linear}.{first}"] if linear in pruned else 0)
+        if pruned & set(stacks.get(mine, ())):
+            times = [counts[f"{one}.{first}"] for one in stacks[mine]]
+            there += max(times) if 1 <= min(times) else 0
         if there != 1:
             wrong = {0: "missing in the output", 2: "in the output twice"}.get(there, f"in the output {there} times")
             raise RiaError(f"{model.files[name]}: {name} would be {wrong}. Please report this bug in ria-vllm.")

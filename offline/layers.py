@@ -1,6 +1,6 @@
 """One pass over the decoder layers: the embedded calibration tokens go in, pruned layers come out one by one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,12 +8,17 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.embed import embed
+from ria_vllm.offline.calibration.routing import Reads, RoutedTokens, read_by
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
+from ria_vllm.offline.expert_store import ExpertStore
+from ria_vllm.offline.model.run_experts import set_weights
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.plan import Plan
+from ria_vllm.offline.prune_experts import ExpertsPruner
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
@@ -31,6 +36,7 @@ class LayerPass:
         tokens: int64 [samples, seq_len], those of all ranks.
         cache: a folder for activations; None: they stay in memory.
         follow_dense: also take the dense model's stream along, if the recipe reconstructs towards it.
+        store: where pruned experts are kept; None: they are not, for `measure`.
 
     Raises:
         RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
@@ -45,7 +51,9 @@ class LayerPass:
         ranks: Ranks,
         monitor: Monitor,
         follow_dense: bool = True,
+        store: ExpertStore | None = None,
     ):
+        self.store = store
         self.model, self.recipe, self.ranks, self.monitor = model, recipe, ranks, monitor
         self.embedded = embed(model, tokens, cache, follow_dense and recipe.follows_dense, ranks, monitor)
         self.topology, self.streams = self.embedded.topology, self.embedded.streams
@@ -54,7 +62,7 @@ class LayerPass:
         """Prune layer `index` and, unless it is the last one, take the activations through it.
 
         Returns:
-            Written name -> pruned linear.
+            Written name -> pruned linear, without the experts: these are in the store.
         """
         pruned: dict[str, Pruned] = {}
         sublayer_passes = self._load(index)
@@ -74,17 +82,18 @@ class LayerPass:
         records: dict[str, dict[str, Any]] = {}
         for sublayer_pass in self._load(index):
             for number, stage in enumerate(sublayer_pass.stages):
-                found = self._solve_stage(sublayer_pass, number, plan.groups(index, stage))
-                records |= {name: linear.record for name, linear in found.items()}
+                found, of_experts = self._solve_stage(index, sublayer_pass, number, plan.groups(index, stage), {})
+                records |= {name: linear.record for name, linear in found.items()} | of_experts
             sublayer_pass.advance(self.streams.pruned)
         self.model.free_layer(index)
         return self._written(index, records)
 
-    def replay(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
+    def replay(self, index: int, weights: Mapping[str, torch.Tensor], experts: Iterable[str] = ()) -> None:
         """Take the activations through a layer that was pruned earlier.
 
         Args:
             weights: name relative to the layer -> pruned weight [out, in].
+            experts: paths of the experts that were pruned.
         """
         sublayer_passes = self._load(index)
         if self.streams.dense is not None:
@@ -92,6 +101,8 @@ class LayerPass:
                 sublayer_pass.advance(self.streams.dense)
         for name, weight in weights.items():
             _set_weight(self.model.layers[index], name, weight)
+        for path in experts:
+            self._use_pruned(index, path)
         for sublayer_pass in sublayer_passes:
             sublayer_pass.advance(self.streams.pruned)
         self.model.free_layer(index)
@@ -110,32 +121,134 @@ class LayerPass:
     def _prune_sublayer(self, index: int, sublayer_pass: SublayerPass, plan: Plan) -> dict[str, Pruned]:
         """Prune one stage after the other, so that each sees what those before it produce; then train if asked."""
         pruned: dict[str, Pruned] = {}
-        for number, stage in enumerate(sublayer_pass.stages):
-            found = self._solve_stage(sublayer_pass, number, plan.groups(index, stage))
+        stages = [plan.groups(index, stage) for stage in sublayer_pass.stages]
+        dense = self._dense_reads(index, sublayer_pass, stages)
+        for number, groups in enumerate(stages):
+            found, _ = self._solve_stage(index, sublayer_pass, number, groups, dense)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 sublayer_pass.advance(self.streams.dense)
             for name, linear in found.items():
                 _set_weight(sublayer_pass.runner.layer, name, linear.weight)
+            for group in groups:
+                if group.experts:
+                    self._use_pruned(index, group.experts)
             pruned |= found
         return train_sublayer(sublayer_pass, pruned, self.recipe) if self.recipe.trains and pruned else pruned
 
-    def _solve_stage(self, sublayer_pass: SublayerPass, number: int, groups: Sequence[Group]) -> dict[str, Pruned]:
-        if not groups:
+    def _dense_reads(
+        self, index: int, sublayer_pass: SublayerPass, stages: Sequence[Sequence[Group]]
+    ) -> dict[str, Reads]:
+        """What the experts of a sublayer read in the dense model, if it is followed; before anything is pruned."""
+        if self.streams.dense is None:
             return {}
-        found = sublayer_pass.statistics(number, groups, self.recipe.needs_gram)
+        return {
+            group.experts: self._read_by(index, sublayer_pass, group.experts, self.streams.dense)
+            for groups in stages
+            for group in groups
+            if group.experts
+        }
+
+    def _read_by(self, index: int, sublayer_pass: SublayerPass, path: str, stream: Activations) -> Reads:
+        experts = sublayer_pass.runner.layer.get_submodule(path)
+        return read_by(experts, sublayer_pass, stream, f"{index}-{path}")
+
+    def _solve_stage(
+        self,
+        index: int,
+        sublayer_pass: SublayerPass,
+        number: int,
+        groups: Sequence[Group],
+        dense: Mapping[str, Reads],
+    ) -> tuple[dict[str, Pruned], dict[str, dict[str, Any]]]:
+        """Prune the linears and experts of one stage.
+
+        Args:
+            dense: path of experts -> what they read in the dense model; empty if it is not followed.
+
+        Returns:
+            (linear -> result; an expert's linear -> record). What is pruned of the experts goes to the store.
+        """
+        plain = [group for group in groups if group.linears]
+        solved: dict[str, Pruned] = {}
+        records: dict[str, dict[str, Any]] = {}
+        found = sublayer_pass.statistics(number, plain, self.recipe.needs_gram) if plain else []
         trim()
-        names = [name for group in groups for name in group.linears]
-        statistics = {name: stats for group, stats in zip(groups, found, strict=True) for name in group.linears}
+        names = [name for group in plain for name in group.linears]
+        statistics = {name: stats for group, stats in zip(plain, found, strict=True) for name in group.linears}
         weights = {name: sublayer_pass.runner.linear(name).weight.data for name in names}
+        shared = self.recipe.permute_scope == "shared"
         with self.monitor.phase("permutations"):
-            orders = find_orders(groups, weights, statistics, self.recipe, self.ranks)
+            alone = [group for group in plain if not (group.experts and shared)]
+            orders = find_orders(alone, weights, statistics, self.recipe, self.ranks)
+        pruners: dict[str, tuple[ExpertsPruner, torch.Tensor | None]] = {}
+        for group in groups:
+            if not group.experts:
+                continue
+            pruner = self._pruner(index, sublayer_pass, group.experts, dense.get(group.experts))
+            order = None
+            if shared:
+                beside = {name: weights[name] for name in group.linears}
+                with self.monitor.phase("permutations"):
+                    order = pruner.order(beside, {name: statistics[name] for name in beside})
+                orders |= dict.fromkeys(group.linears, order)
+            pruners[group.experts] = pruner, order
         with self.monitor.phase("masks and weights"):
             trim()
             dtype, place = self.model.stored_dtype, sublayer_pass.place
             solved = solve(names, weights, statistics, orders, dtype, self.recipe, self.ranks, place)
         del found, statistics
         trim()
-        return solved
+        for path, (pruner, order) in pruners.items():
+            records |= self._prune_experts(index, path, pruner, order)
+        return solved, records
+
+    def _pruner(self, index: int, sublayer_pass: SublayerPass, path: str, dense: Reads | None) -> ExpertsPruner:
+        runner, layout = sublayer_pass.runner, self.model.experts[index][path].layout
+        pruned = self._read_by(index, sublayer_pass, path, self.streams.pruned)
+        total = RoutedTokens.count(pruned, layout.num_experts)
+        self.ranks.all_reduce(total)
+        return ExpertsPruner(
+            experts=runner.layer.get_submodule(path),
+            dense=self.model.from_files(index, path),
+            tokens=RoutedTokens(pruned, dense, max(layout.width, layout.inner), total),
+            recipe=self.recipe,
+            ranks=self.ranks,
+            dtype=self.model.stored_dtype,
+            device=runner.device,
+            compute_dtype=runner.dtype,
+            place=sublayer_pass.place,
+        )
+
+    def _prune_experts(
+        self, index: int, path: str, pruner: ExpertsPruner, order: torch.Tensor | None
+    ) -> dict[str, dict[str, Any]]:
+        """Prune all experts that the store does not have; the records of all, by names relative to the layer."""
+        records: dict[str, dict[str, Any]] = {}
+        experts = range(pruner.layout.num_experts)
+        for expert in self.monitor.steps(experts, "experts", len(experts)):
+            if self.store is not None and self.ranks.broadcast(self.store.has(index, path, expert)):
+                continue
+            pruned = pruner.prune(expert, order)
+            records |= {name: linear.record for name, linear in pruned.items()}
+            if self.store is not None:
+                self.store.write(index, path, expert, self._written(index, pruned))
+            del pruned
+            trim()
+        self.ranks.barrier()  # before the others read what the first one has written
+        return records
+
+    def _use_pruned(self, index: int, path: str) -> None:
+        """Let the experts of a loaded layer be run with the weights in the store."""
+        assert self.store is not None
+        experts, store = self.model.layers[index].get_submodule(path), self.store
+        files = self.model.experts[index][path]
+
+        def weights(expert: int) -> dict[str, torch.Tensor]:
+            names = {files.linear(expert, kind): kind for kind in files.layout.kinds}
+            found = store.weights(index, path, expert, list(names))
+            return {names[name]: weight.to(self.model.device, self.model.dtype) for name, weight in found.items()}
+
+        set_weights(experts, weights)
 
     def _place(self, index: int, name: str) -> str:
         """What an error about a linear begins with: the model's folder, and the name in its files."""

@@ -1,7 +1,7 @@
 """Which linears are pruned, and which stay dense, and why."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topology, fused_sets, linears_of, served_dense
+from ria_vllm.offline.plan_experts import experts_left_dense, plan_experts
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.schema import REARRANGED_BY_VLLM
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
@@ -22,17 +23,26 @@ class Plan:
     dense: written name -> why.
     warnings: for the user.
     together: the written names of all pruned linears, in sets that can only be left dense as a whole.
+    experts: layer index -> paths of the experts that are pruned, relative to the layer.
     """
 
     pruned: Mapping[int, frozenset[str]]
     dense: Mapping[str, str]
     warnings: tuple[str, ...]
     together: tuple[frozenset[str], ...]
+    experts: Mapping[int, frozenset[str]]
 
     def groups(self, index: int, stage: Iterable[Group]) -> list[Group]:
         """The groups of a stage without the linears that stay dense."""
-        left = [Group(tuple(n for n in group.linears if n in self.pruned[index]), group.heads) for group in stage]
-        return [group for group in left if group.linears]
+        left = [
+            replace(
+                group,
+                linears=tuple(n for n in group.linears if n in self.pruned[index]),
+                experts=group.experts if group.experts in self.experts[index] else None,
+            )
+            for group in stage
+        ]
+        return [group for group in left if group.linears or group.experts]
 
 
 def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitive: Iterable[str] = ()) -> Plan:
@@ -51,6 +61,7 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
     misfits: dict[str, int] = {}
     beyond: list[int] = []  # the number of weights of each linear that the first layer does not have
     together: list[frozenset[str]] = []
+    mixtures: dict[int, frozenset[str]] = {}
     shared = {name for pair in model.model.all_tied_weights_keys.items() for name in pair}
     for index, layer in enumerate(model.layers):
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
@@ -91,24 +102,27 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
         pruned[index] = frozenset(linears) - frozenset(reasons)
         sets = {frozenset(topology.fused_with(name, pruned[index])) for name in pruned[index]}
         together += [frozenset(written[name] for name in names) for names in sets]
+        mixtures[index], left = plan_experts(model, index, topology, recipe, sensitive)
+        dense |= left
+        together += [frozenset(model.experts[index][path].linears) for path in mixtures[index]]
     warnings = [f"{what}; left dense in {count} layers." for what, count in misfits.items()] + warnings
     if beyond:
         share = f"{sum(beyond) / model.linear_weights:.0%} of the weights in the decoder layers' linears"
         warnings.append(
             f"only linears that the first layer has, too, are pruned; {len(beyond)} others stay dense: {share}."
         )
-    warnings += _experts(model) + _unknown_tensors(model)
+    warnings += experts_left_dense(dense) + _unknown_tensors(model)
     family = model.model.config.model_type
     if family in REARRANGED_BY_VLLM:
         warnings.append(f"vLLM cannot serve a compressed {family}; `ria-vllm export` will make a dense folder of it.")
-    if not any(pruned.values()):
+    if not any(pruned.values()) and not any(mixtures.values()):
         first = next(iter(dense.items()))
         raise RiaError(f"nothing is left to prune. For example, {first[0]}: {first[1]}.")
     outside = [n for n in linears_of(model.model) if not n.startswith(f"{model.layers_path}.")]
     outside = [model.names.linear(name) for name in outside]
     copied = dict.fromkeys(model.unknown_linears(), "in the files, but no part of the model that transformers builds")
     dense = copied | dict.fromkeys(outside, "outside the decoder layers") | dense
-    return Plan(pruned, dense, tuple(warnings), tuple(together))
+    return Plan(pruned, dense, tuple(warnings), tuple(together), mixtures)
 
 
 def _unknown_tensors(model: StreamedModel) -> list[str]:
@@ -119,11 +133,6 @@ def _unknown_tensors(model: StreamedModel) -> list[str]:
     which = unknown[0] if len(unknown) == 1 else f"{unknown[0]} and {len(unknown) - 1} more tensors"
     kind = type(model.model).__name__
     return [f"copied unchanged: {which}, not part of {kind} as transformers builds it."]
-
-
-def _experts(model: StreamedModel) -> list[str]:
-    has_experts = any(name.rpartition(".")[2] == "experts" for name, _ in model.layers[-1].named_modules())
-    return ["the experts of this mixture-of-experts model stay dense; only its other linears are pruned."] * has_experts
 
 
 def most_sensitive(

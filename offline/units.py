@@ -1,6 +1,6 @@
-"""How a decoder layer is stored in the work folder."""
+"""How a decoder layer is stored in the work folder: its pruned experts one by one, then everything else as one unit."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -16,16 +16,37 @@ def layer_key(index: int) -> str:
     return f"layer-{index:05d}"
 
 
+def expert_key(index: int, path: str, expert: int) -> str:
+    """The key of one expert.
+
+    Args:
+        path: of the layer's experts, relative to the layer.
+    """
+    return f"{layer_key(index)}-{path.replace('.', '-')}-{expert:05d}"
+
+
 def layer_tensors(
-    model: StreamedModel, index: int, pruned: Mapping[str, Pruned], recipe: Recipe
+    model: StreamedModel, index: int, pruned: Mapping[str, Pruned], experts: Iterable[str], recipe: Recipe
 ) -> dict[str, torch.Tensor]:
-    """All tensors of a layer in the checkpoint. Dense tensors are as in the source.
+    """All tensors of a layer in the checkpoint but its pruned experts. Dense tensors are as in the source.
+
+    Args:
+        pruned: written name -> pruned linear.
+        experts: paths of the experts that are pruned.
+    """
+    replaced = {f"{name}.weight" for name in pruned}
+    replaced.update(name for path in experts for name in model.experts[index][path].sources)
+    tensors = {name: model.read(name) for name in model.names_in_layer(index) if name not in replaced}
+    return tensors | linear_tensors(pruned, recipe)
+
+
+def linear_tensors(pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, torch.Tensor]:
+    """All tensors of pruned linears in the checkpoint.
 
     Args:
         pruned: written name -> pruned linear.
     """
-    replaced = {f"{name}.weight" for name in pruned}
-    tensors = {name: model.read(name) for name in model.names_in_layer(index) if name not in replaced}
+    tensors: dict[str, torch.Tensor] = {}
     for name, linear in pruned.items():
         if not recipe.served:
             tensors[f"{name}.weight"] = linear.weight

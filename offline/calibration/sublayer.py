@@ -30,7 +30,7 @@ class SublayerRunner:
 
     @property
     def device(self) -> torch.device:
-        return next(self.layer.parameters()).device
+        return next(p.device for p in self.layer.parameters() if not p.is_meta)
 
     def linear(self, name: str) -> nn.Linear:
         """The linear with this name relative to the layer."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.experts import experts_modules
 from ria_vllm.offline.model.hf import explained
 from ria_vllm.offline.model.streaming import StreamedModel
 
@@ -129,7 +130,7 @@ class Embedder:
         return streams[0], calls
 
     def inputs_of_first_layer(self, tokens: torch.Tensor) -> list[tuple[str, int]]:
-        """(linear, identity of the tensor that it read) for a forward pass of layer 0, in the order of the calls.
+        """(linear or experts, identity of the tensor that it read) for a forward pass of layer 0, in the order of the calls.
 
         It also finds out whether layers return a tensor or a tuple; without that, no later layer can be reached.
 
@@ -148,10 +149,11 @@ class Embedder:
             pass
         finally:
             self.model.layers[0] = layer
+        experts = experts_modules(layer)
         hooks = [
             module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
             for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear) or name in experts
         ]
         call = first[0]
         kwargs = {**call.kwargs, "hidden_states": streams[0]} if call.by_name else call.kwargs
@@ -161,7 +163,8 @@ class Embedder:
             hook.remove()
         self.tupled = len(out) if isinstance(out, tuple) else 0
         self.model.free_layer(0)
-        return [(name, id(tensor)) for name, tensor in seen]  # `seen` keeps the tensors alive, so identities are unique
+        # `seen` keeps the tensors alive, so that identities are unique. Views of one tensor are the same.
+        return [(name, hash((tensor.data_ptr(), tensor.numel(), tensor._version))) for name, tensor in seen]
 
     def _place(self, index: int) -> str:
         return f"{self.model.folder}: {self.model.layer_prefix(index).removesuffix('.')}"

@@ -40,6 +40,7 @@ class Names:
         direct: name in the model -> written name, for tensors that are loaded unchanged.
         converted: written names of tensors from which transformers makes the model's.
         made: names in the model of the tensors that are made from those.
+        made_of: name in the model -> written names of the tensors that it is made from.
         unknown: written names of tensors that the model does not use.
 
     Raises:
@@ -59,6 +60,8 @@ class Names:
         self.direct: dict[str, str] = {}
         self.converted: set[str] = set()
         self.made: set[str] = set()
+        self.made_of: dict[str, list[str]] = {}
+        self._conversions: dict[str, tuple[WeightConverter, int]] = {}
         self.unknown: list[str] = []
         for name in in_files:
             renamed, pattern = rename_source_key(name, renamings, converters)
@@ -75,8 +78,13 @@ class Names:
                 self.unknown.append(written)
             elif pattern is not None:
                 self.converted.add(written)
-                targets = next(c.target_patterns for c in converters if pattern in c.source_patterns)
-                self.made |= {inside.replace(targets[0], target) for target in targets}
+                converter = next(c for c in converters if pattern in c.source_patterns)
+                self._conversions[written] = converter, converter.source_patterns.index(pattern)
+                targets = converter.target_patterns
+                made = {inside.replace(targets[0], target) for target in targets}
+                self.made |= made
+                for one in made:
+                    self.made_of.setdefault(one, []).append(written)
             elif inside in self.direct:
                 raise _two_of(name, self.files[self.direct[inside]], folder)
             else:
@@ -92,6 +100,14 @@ class Names:
     def linear(self, name: str) -> str:
         """The written name of a linear, from its name in the model."""
         return self.direct.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+
+    def converter_of(self, written: str) -> WeightConverter | None:
+        """The conversion that a tensor goes through when it is loaded; None if it is loaded unchanged."""
+        return self._conversions[written][0] if written in self._conversions else None
+
+    def source_number(self, written: str) -> int:
+        """Which of the sources of its conversion a tensor is, counted from 0."""
+        return self._conversions[written][1]
 
     def is_own(self, name: str) -> bool:
         """Whether the linear with this name in the model has a weight of its own in the files."""

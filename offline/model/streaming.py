@@ -15,8 +15,11 @@ from ria_vllm.errors import RiaError
 from ria_vllm.formats import name_of
 from ria_vllm.offline.model import topology
 from ria_vllm.offline.model.dtypes import choose_dtype
+from ria_vllm.offline.model.expert_files import ExpertFiles, find_expert_files
+from ria_vllm.offline.model.experts import expert_of, experts_modules, other_experts
 from ria_vllm.offline.model.hf import configured_dtype, explained
 from ria_vllm.offline.model.names import Names, find_tensors
+from ria_vllm.offline.model.run_experts import Weights, run_one_by_one, set_weights
 from ria_vllm.sparse24 import VALUE_DTYPES
 
 # The dtypes that a floating-point parameter may be stored in.
@@ -28,6 +31,9 @@ FINITE_AT_ONCE = 1 << 22
 
 class StreamedModel:
     """The model's own modules on the meta device, and the file of each of their tensors.
+
+    The weights of routed experts stay on the meta device in a loaded layer, too: each expert is read from the files
+    when tokens reach it.
 
     Modules are called by their names in the model, tensors by the names that they are written under (see `Names`).
     stored_dtype is the checkpoint's; dtype is the one that layers are computed in.
@@ -60,15 +66,22 @@ class StreamedModel:
         self.layers_path = topology.decoder_layers(self.model, getattr(text, "num_hidden_layers", 0))
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
         self.names = Names(self.model, self.files, folder)
+        run_one_by_one(self.model)
+        self.dense_experts: list[dict[str, str]] = []  # layer -> path of experts that cannot be pruned -> why
+        self.experts: list[dict[str, ExpertFiles]] = []  # layer -> path of other experts -> where they are
+        self._streamed: set[str] = set()  # the parameters of these, by their names in the model
+        self._checked: set[str] = set()  # written names of tensors of experts that are known to be finite
+        self._find_experts()
         self._check_all()
         self._check_tied()
         self._materialize_buffers()
 
     @property
     def linear_weights(self) -> int:
-        """The number of weights in the linears of all decoder layers."""
+        """The number of weights in the linears of all decoder layers, those of experts included."""
         linears = (m for layer in self.layers for m in layer.modules() if isinstance(m, nn.Linear))
-        return sum(linear.weight.numel() for linear in linears)
+        experts = (layout.weights for layer in self.layers for layout in experts_modules(layer).values())
+        return sum(linear.weight.numel() for linear in linears) + sum(experts)
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.layers_path}.{index}."
@@ -85,6 +98,10 @@ class StreamedModel:
 
     def written_linear(self, index: int, name: str) -> str:
         """The written name of a linear of layer `index`; `name` is relative to the layer."""
+        expert = expert_of(name)
+        if expert is not None and expert[0] in self.experts[index]:
+            path, number, kind = expert
+            return self.experts[index][path].linear(number, kind)
         return self.names.linear(self.layer_prefix(index) + name)
 
     def unknown_linears(self) -> list[str]:
@@ -101,9 +118,78 @@ class StreamedModel:
         """The tensor with this written name as it is in the file, on the CPU."""
         return next(self._read([name]))[1]
 
+    def dense_expert(self, index: int, path: str, expert: int) -> dict[str, torch.Tensor]:
+        """The weights of one expert of layer `index`: linear ("gate", "up", "down") -> [out, in], as in the files.
+
+        Args:
+            path: of the experts, relative to the layer; one of `experts[index]`.
+
+        Raises:
+            RiaError: NaN or infinite values, or an unexpected dtype.
+        """
+        files = self.experts[index][path]
+        layout = files.layout
+        weights: dict[str, torch.Tensor] = {}
+        for kind in () if files.stacked else layout.kinds:
+            written = f"{files.linear(expert, kind)}.weight"
+            with _opened(self._file_of(written)) as file:
+                weights[kind] = file.get_tensor(self.names.files[written]).clone()
+            self._check_expert(written, written, weights[kind])
+        for parameter, written in files.stacked.items():
+            with _opened(self._file_of(written)) as file:
+                part = file.get_slice(self.names.files[written])[expert].clone()
+            self._check_expert(f"{written} {expert}", written, part)
+            as_module = part.T if files.transposed != layout.transposed else part
+            weights |= layout.parted(as_module, parameter)
+        return weights
+
+    def _check_expert(self, key: str, written: str, tensor: torch.Tensor) -> None:
+        if key not in self._checked:
+            self._check_values(written, tensor, floating=True)
+            self._checked.add(key)
+
+    def from_files(self, index: int, path: str) -> Weights:
+        """The weights of the experts at `path` in layer `index`, as in the files, on the device."""
+
+        def weights(expert: int) -> dict[str, torch.Tensor]:
+            found = self.dense_expert(index, path, expert)
+            return {kind: weight.to(self.device, self.dtype) for kind, weight in found.items()}
+
+        return weights
+
+    def _find_experts(self) -> None:
+        for index, layer in enumerate(self.layers):
+            prefix = self.layer_prefix(index)
+            self.experts.append({})
+            self.dense_experts.append(other_experts(layer))
+            for path, layout in experts_modules(layer).items():
+                shapes = self._shapes(f"{prefix}{path}.")
+                found = find_expert_files(self.names, prefix, layout, shapes, self.folder)
+                if isinstance(found, str):
+                    self.dense_experts[index][path] = found
+                    continue
+                self.experts[index][path] = found
+                self._streamed |= {f"{prefix}{path}.{name}" for name in layout.parameters}
+                set_weights(layer.get_submodule(path), self.from_files(index, path))
+
+    def _shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors from which the parameters under `prefix` are made, by their written names."""
+        wanted = [written for written, inside in self.names.inside.items() if inside.startswith(prefix)]
+        by_file: dict[Path, list[str]] = {}
+        for written in wanted:
+            by_file.setdefault(self._file_of(written), []).append(written)
+        shapes = {}
+        for path, found in by_file.items():
+            with _opened(path) as file:
+                for written in found:
+                    shapes[written] = tuple(file.get_slice(self.names.files[written]).get_shape())
+        return shapes
+
     def load_layer(self, index: int) -> nn.Module:
-        """Decoder layer `index` with its weights, on the device."""
+        """Decoder layer `index` with its weights, on the device; without those of experts in `experts`."""
         self._load(self.layers[index], self.layer_prefix(index))
+        for path in self.experts[index]:
+            set_weights(self.layers[index].get_submodule(path), self.from_files(index, path))
         return self.layers[index]
 
     def free_layer(self, index: int) -> None:
@@ -130,7 +216,7 @@ class StreamedModel:
                 self._set(name, parameter.to("meta"))
 
     def _load(self, module: nn.Module, prefix: str, without: str | None = None) -> None:
-        expected = {prefix + name for name in module.state_dict()}
+        expected = {prefix + name for name in module.state_dict()} - self._streamed
         expected = {name for name in expected if without is None or not name.startswith(without)}
         tied = self.model.all_tied_weights_keys
         takers: dict[str, list[str]] = {}
@@ -241,8 +327,11 @@ class StreamedModel:
         from transformers.modeling_utils import LoadStateDictConfig
 
         names = [name for name in sorted(self.names.converted) if self.names.inside[name].startswith(prefix)]
+        names = [name for name in names if self.names.inside[name] not in self._streamed]
         names = [name for name in names if without is None or not self.names.inside[name].startswith(without)]
         found = dict(self._read(names))
+        if not found:
+            return
         for name, tensor in found.items():
             self._check_values(name, tensor, floating=True)
         load = LoadStateDictConfig(weight_mapping=self.names.mapping, dtype=self.dtype, device_map={"": self.device})

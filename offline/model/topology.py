@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.experts import experts_modules
 from ria_vllm.schema import Fold, Producer
 
 # Linears that vLLM fuses into one: all of a set are pruned, or none. In unknown families the same goes for all linears
@@ -182,7 +183,7 @@ def describe(config: Any, layer: nn.Module, inputs: Iterable[tuple[str, int]]) -
 def served_dense(layer: nn.Module) -> dict[str, str]:
     """The linears of a layer that vLLM can only serve dense, by their names relative to it -> why."""
     linears = linears_of(layer)
-    experts = [name.rpartition(".")[0] for name, _ in layer.named_modules() if name.rpartition(".")[2] == "experts"]
+    experts = [name for name, _ in layer.named_modules() if name.rpartition(".")[2] == "experts"]
     dense: dict[str, str] = {}
     for mixer, module in layer.named_modules():
         if type(module).__name__ in MAMBA_1:
@@ -192,8 +193,7 @@ def served_dense(layer: nn.Module) -> dict[str, str]:
         parts = name.split(".")
         if DENSE_ONLY & set(parts) or name.endswith("indexer.wk"):
             dense[name] = "vLLM serves it dense only"
-        # If the experts are at the layer's root, attention and a dense MLP are beside them, and not part of them.
-        elif any(name.startswith(f"{block}." if block else "experts.") for block in experts):
+        elif any(name.startswith(f"{module}.") for module in experts):
             dense[name] = "belongs to a mixture of experts"
         elif "router" in parts or (experts and set(parts) & set(ROUTERS)):
             dense[name] = "chooses experts"
@@ -284,6 +284,7 @@ def _opt(config: Any) -> Topology:
 
 def _unknown(layer: nn.Module, inputs: Iterable[tuple[str, int]]) -> Topology:
     dense = served_dense(layer)
+    experts = experts_modules(layer)
     readers: dict[int, list[str]] = {}
     called: set[str] = set()
     for name, tensor in inputs:
@@ -291,12 +292,13 @@ def _unknown(layer: nn.Module, inputs: Iterable[tuple[str, int]]) -> Topology:
             readers.setdefault(tensor, []).append(name)
             called.add(name)
     dense |= {name: "takes no part in a forward pass" for name in linears_of(layer) if name not in called | set(dense)}
-    groups = [tuple(names) for names in readers.values()]
+    mixtures = [next((name for name in names if name in experts), None) for names in readers.values()]
+    groups = [tuple(name for name in names if name not in experts) for names in readers.values()]
     siblings: dict[tuple[int, str], set[str]] = {}
     for number, names in enumerate(groups):
         for name in names:
             siblings.setdefault((number, name.rpartition(".")[0]), set()).add(name)
-    stage = tuple(map(Group, groups))
+    stage = tuple(Group(names, experts=mixture) for names, mixture in zip(groups, mixtures, strict=True))
     return Topology((Sublayer("layer", (stage,)),), dense=dense, together=tuple(map(frozenset, siblings.values())))
 
 

@@ -1,0 +1,107 @@
+"""What the experts of a layer read, and which tokens the layer's own router sends to each of them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ria_vllm.offline.calibration.activations import Activations
+from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
+from ria_vllm.offline.model.embedding import Reached
+from ria_vllm.offline.model.run_experts import set_watcher
+
+
+class Reads:
+    """What the experts at one place read, for this rank's chunks of one stream.
+
+    inputs: [tokens, width] each.
+    choices: int16 [tokens, top_k] each: the experts that a token goes to.
+    """
+
+    def __init__(self, like: Activations, name: str):
+        folder = None if like.folder is None else like.folder.with_name(f"{like.folder.name}-{name}")
+        self.inputs = Activations(folder, torch.float32, like.stored_dtype)
+        self.choices = Activations(None)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+def read_by(experts: nn.Module, sublayer_pass: SublayerPass, stream: Activations, name: str) -> Reads:
+    """Run a stream through a sublayer until it reaches the experts.
+
+    Args:
+        experts: the module, in the sublayer.
+        stream: one of the two before the sublayer.
+        name: for the folder that holds what they read, if activations are not in memory.
+
+    Raises:
+        RiaError: the sublayer does not reach them.
+    """
+    reads = Reads(stream, name)
+
+    def watch(X: torch.Tensor, choices: torch.Tensor) -> None:
+        reads.inputs.append(X.reshape(-1, X.shape[-1]))
+        reads.choices.append(choices.reshape(-1, choices.shape[-1]).to(torch.int16))
+        raise Reached
+
+    set_watcher(experts, watch)
+    runner = sublayer_pass.runner
+    try:
+        for index in sublayer_pass.monitor.steps(range(len(stream)), "calibration passes", len(stream)):
+            try:
+                runner.run(stream[index].to(runner.device))
+            except Reached:
+                pass
+    finally:
+        set_watcher(experts, None)
+    return reads
+
+
+class RoutedTokens:
+    """The tokens from which the statistics of each expert are taken.
+
+    These are the tokens that the router sends to it. An expert that gets fewer than `enough` also takes tokens that
+    went to others, evenly spread over all of them, until there are that many: it leans on what the layer's experts read
+    on average. Which ones depends neither on the ranks nor on the order of the chunks.
+
+    Args:
+        pruned: what the experts read in the pruned model, and their choices, which are followed.
+        dense: what the same tokens are in the dense model; None: it is not followed.
+        enough: so many tokens suffice; the width of what the widest linear reads.
+        total: int64 [1 + num_experts], summed over all ranks: the number of all tokens, and of each expert's.
+    """
+
+    def __init__(self, pruned: Reads, dense: Reads | None, enough: int, total: torch.Tensor):
+        self.pruned, self.dense, self.enough = pruned, dense, enough
+        self.tokens, *self.counts = total.tolist()
+
+    @staticmethod
+    def count(pruned: Reads, num_experts: int) -> torch.Tensor:
+        """This rank's part of `total`."""
+        total = torch.zeros(1 + num_experts, dtype=torch.int64)
+        for index in range(len(pruned)):
+            choices = pruned.choices[index]
+            total[0] += len(choices)
+            # One more place, for choices that mean no expert.
+            total[1:] += torch.bincount(choices.flatten().long().clamp(max=num_experts), minlength=num_experts + 1)[:-1]
+        return total
+
+    def missing(self, expert: int) -> int:
+        """How many tokens the expert lacks."""
+        return max(0, min(self.enough, self.tokens) - self.counts[expert])
+
+    def of(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Chunks of what the expert reads [tokens, width] float32 in the pruned model, and in the dense one."""
+        for index in range(len(self.pruned)):
+            chosen = (self.pruned.choices[index] == expert).any(1)
+            count = len(chosen)
+            lent = -(-self.missing(expert) * count // self.tokens)  # rounded up
+            if lent:
+                others = torch.where(~chosen)[0]
+                lent = min(lent, len(others))
+                chosen[others[torch.arange(lent) * len(others) // max(lent, 1)]] = True
+            if not bool(chosen.any()):
+                continue
+            dense = None if self.dense is None else self.dense.inputs[index][chosen]
+            yield self.pruned.inputs[index][chosen], dense

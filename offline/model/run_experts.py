@@ -1,0 +1,105 @@
+"""Runs routed experts one by one, with weights that are nowhere as a whole.
+
+transformers lets the function that runs a layer's experts be replaced. Ours asks for the weights of one expert at a
+time, and shows which tokens the router sends where.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from ria_vllm.offline.model.experts import DOWN, ExpertsLayout, experts_modules
+
+IMPLEMENTATION = "ria_one_by_one"
+
+# Expert's number -> linear ("gate", "up", "down") -> weight [out, in].
+Weights = Callable[[int], Mapping[str, torch.Tensor]]
+
+# Told what the experts read [tokens, width], and int [tokens, choices]: which of them each token goes to.
+Watcher = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+def run_one_by_one(module: nn.Module) -> None:
+    """Let the experts in `module`, a whole model, be run by `experts_forward`."""
+    for path, layout in experts_modules(module).items():
+        experts = module.get_submodule(path)
+        experts.config._experts_implementation = IMPLEMENTATION
+        experts.__dict__["layout"] = layout
+        set_weights(experts, None)
+
+
+def set_weights(experts: nn.Module, weights: Weights | None) -> None:
+    """Where an experts module takes its weights from; None: its own parameters."""
+    experts.__dict__["weights"] = weights
+
+
+def set_watcher(experts: nn.Module, watcher: Watcher | None) -> None:
+    """Who is told of the tokens that reach an experts module."""
+    experts.__dict__["watcher"] = watcher
+
+
+def own_weights(experts: nn.Module) -> Weights:
+    """The weights in a module's own parameters, as views."""
+    layout: ExpertsLayout = experts.layout
+
+    def weights(expert: int) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for parameter in layout.parameters:
+            found |= layout.parted(getattr(experts, parameter)[expert], parameter)
+        return found
+
+    return weights
+
+
+def biases(experts: nn.Module, expert: int) -> dict[str, torch.Tensor]:
+    """Linear -> bias [out] of one expert; empty if the experts have none."""
+    layout: ExpertsLayout = experts.layout
+    found: dict[str, torch.Tensor] = {}
+    for parameter in layout.parameters if layout.has_bias else ():
+        found |= layout.parted(getattr(experts, f"{parameter}_bias")[expert], parameter)
+    return found
+
+
+def inner(experts: nn.Module, expert: int, X: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What an expert's down projection reads, [tokens, inner], where the expert reads X [tokens, width]."""
+    layout, bias = experts.layout, biases(experts, expert)
+    outputs = [functional.linear(X, weights[kind].to(X.dtype), _like(bias.get(kind), X)) for kind in layout.first]
+    joined = layout.joined(outputs)
+    return experts._apply_gate(joined) if layout.has_gate else experts.act_fn(joined)
+
+
+def output(experts: nn.Module, expert: int, read: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The output of an expert [tokens, width], where its down projection reads `read` [tokens, inner]."""
+    return functional.linear(read, weights[DOWN].to(read.dtype), _like(biases(experts, expert).get(DOWN), read))
+
+
+def experts_forward(
+    experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """In the place of an experts module's own forward, with the same arguments and result."""
+    watcher = experts.__dict__.get("watcher")
+    if watcher is not None:
+        watcher(hidden_states, top_k_index)
+    weights_of = experts.__dict__.get("weights") or own_weights(experts)
+    out = torch.zeros_like(hidden_states)
+    for expert in range(experts.layout.num_experts):
+        token, choice = torch.where(top_k_index == expert)
+        if len(token) == 0:
+            continue
+        weights = weights_of(expert)
+        computed = output(experts, expert, inner(experts, expert, hidden_states[token], weights), weights)
+        # Some routers give weights in another dtype.
+        weighted = computed * top_k_weights[token, choice, None]
+        out = out.index_add(0, token, weighted.to(out.dtype))
+    return out
+
+
+def _like(bias: torch.Tensor | None, X: torch.Tensor) -> torch.Tensor | None:
+    return None if bias is None else bias.to(X.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

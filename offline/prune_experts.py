@@ -1,0 +1,208 @@
+"""Prune the routed experts of one layer, one by one: no more than one of them is in memory."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ria_vllm import permutation
+from ria_vllm.offline.calibration.routing import RoutedTokens
+from ria_vllm.offline.calibration.statistics import Statistics, StatisticsSum
+from ria_vllm.offline.model.experts import DOWN, ExpertsLayout
+from ria_vllm.offline.model.run_experts import Weights, inner, output
+from ria_vllm.offline.model.topology import Group
+from ria_vllm.offline.pruning import permute
+from ria_vllm.offline.pruning.block import train_block
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.runtime.memory import trim
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.offline.solve import Pruned, find_orders, score, solve, stored_weight
+from ria_vllm.offline.train import TRAINING_STEPS
+
+# The rows of all experts together have more scores than the search of one order needs, or memory should hold. This many
+# are taken, evenly spread over the linears.
+SEARCHED_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class ExpertsPruner:
+    """Prunes the experts of one module.
+
+    experts: the module.
+    dense: the weights of its experts, on the device in the dtype of the computations.
+    tokens: that they read.
+    dtype: of the checkpoint.
+    place: a linear's name relative to the layer -> what an error about it begins with.
+    """
+
+    experts: nn.Module
+    dense: Weights
+    tokens: RoutedTokens
+    recipe: Recipe
+    ranks: Ranks
+    dtype: torch.dtype
+    device: torch.device
+    compute_dtype: torch.dtype
+    place: Callable[[str], str]
+
+    @property
+    def layout(self) -> ExpertsLayout:
+        return self.experts.layout
+
+    def order(self, weights: Mapping[str, torch.Tensor], statistics: Mapping[str, Statistics]) -> torch.Tensor | None:
+        """The order of the residual stream that the gate and up projections of all experts share.
+
+        Args:
+            weights, statistics: of other linears that share it, those of the shared expert; by their names.
+
+        Returns:
+            int64 [width] on the CPU; None for the model's own order.
+        """
+        recipe, layout = self.recipe, self.layout
+        if not recipe.pattern.structured or recipe.permute == "none":
+            return None
+        rows = len(layout.first) * layout.inner * layout.num_experts + sum(map(len, weights.values()))
+        step = -(-rows // SEARCHED_ROWS)
+        parts = [score(weights[name], statistics[name], recipe)[::step] for name in weights]
+        for expert in range(layout.num_experts):
+            found = self.dense(expert)
+            norms = self._reads(expert, with_gram=False)
+            parts += [score(found[kind], norms, recipe)[::step].clone() for kind in layout.first]
+            del found
+        p = None
+        if self.ranks.first:
+            S = torch.cat([part.T for part in parts], dim=1).T  # by columns, as the search needs them
+            p = permute.search(
+                S, recipe.pattern.n, recipe.pattern.m, recipe.permute, seed=recipe.seed, dtype=recipe.matmul_dtype
+            )
+            p = None if permutation.is_identity(p) else p.cpu()
+        return self.ranks.broadcast(p)
+
+    def prune(self, expert: int, order: torch.Tensor | None) -> dict[str, Pruned]:
+        """Prune one expert: gate and up, then down, which sees what the pruned gate and up produce.
+
+        Args:
+            order: from `order`; ignored if each linear has an order of its own.
+
+        Returns:
+            Name relative to the layer -> pruned linear.
+        """
+        layout, recipe = self.layout, self.recipe
+        dense = self.dense(expert)
+        first = [layout.linear(expert, kind) for kind in layout.first]
+        down = layout.linear(expert, DOWN)
+        statistics = dict.fromkeys(first, self._reads(expert, recipe.needs_gram))
+        weights = {layout.linear(expert, kind): dense[kind] for kind in layout.kinds}
+        if recipe.permute_scope == "shared":
+            orders = dict.fromkeys(first, order)
+        else:
+            orders = find_orders([Group(tuple(first))], weights, statistics, recipe, self.ranks)
+        found = solve(first, weights, statistics, orders, self.dtype, recipe, self.ranks, self.place)
+        del statistics
+        trim()
+        pruned = {kind: found[layout.linear(expert, kind)].weight.to(self.device) for kind in layout.first}
+        statistics = {down: self._reads_of_down(expert, dense, pruned | {DOWN: dense[DOWN]})}
+        orders = find_orders([Group((down,))], weights, statistics, recipe, self.ranks)
+        found |= solve([down], weights, statistics, orders, self.dtype, recipe, self.ranks, self.place)
+        del statistics
+        trim()
+        if recipe.trains:
+            found = self._trained(expert, found, dense)
+        counts = {"tokens": self.tokens.counts[expert]}
+        if self.tokens.missing(expert):
+            counts["borrowed"] = self.tokens.missing(expert)
+        return {name: replace(linear, record=linear.record | counts) for name, linear in found.items()}
+
+    def _reads(self, expert: int, with_gram: bool) -> Statistics:
+        """The statistics of what gate and up read."""
+        total = StatisticsSum(self.layout.width, with_gram, self.device)
+        for X, dense in self.tokens.of(expert):
+            X = X.to(self.device)
+            total.add(X)
+            if dense is not None and with_gram:
+                total.add_input_drift(X, dense.to(self.device))
+        return self._finished(total, expert, with_gram and self.tokens.dense is not None, self.layout.first[0])
+
+    def _reads_of_down(
+        self, expert: int, dense: Mapping[str, torch.Tensor], pruned: Mapping[str, torch.Tensor]
+    ) -> Statistics:
+        """The statistics of what down reads, and how far that is from what it reads in the dense model.
+
+        Args:
+            dense, pruned: the expert's weights by kind.
+        """
+        layout = self.layout
+        total = StatisticsSum(layout.inner, self.recipe.needs_gram, self.device)
+        for X, in_dense in self.tokens.of(expert):
+            read = inner(self.experts, expert, X.to(self.device), pruned).float()
+            total.add(read)
+            if in_dense is None or not self.recipe.needs_gram:
+                continue
+            wanted = inner(self.experts, expert, in_dense.to(self.device), dense).float()
+            if layout.width < layout.inner:  # the smaller of the two drifts
+                total.add_output_drift(read, (wanted - read) @ dense[DOWN].float().T)
+            else:
+                total.add_input_drift(read, wanted)
+        return self._finished(total, expert, self.recipe.needs_gram and self.tokens.dense is not None, DOWN)
+
+    def _finished(self, total: StatisticsSum, expert: int, drifts: bool, kind: str) -> Statistics:
+        if drifts and total.cross is None:  # none of this rank's tokens: take part in the sums of the others
+            nothing = torch.zeros(1, total.width, device=self.device)
+            if kind == DOWN and self.layout.width < self.layout.inner:
+                total.add_output_drift(nothing, torch.zeros(1, self.layout.width, device=self.device))
+            else:
+                total.add_input_drift(nothing, nothing)
+        place = self.place(self.layout.linear(expert, kind))
+        return total.finish(self.ranks, place, self.compute_dtype)
+
+    def _trained(
+        self, expert: int, found: Mapping[str, Pruned], dense: Mapping[str, torch.Tensor]
+    ) -> dict[str, Pruned]:
+        """Train the kept weights of one expert towards its own output in the dense model."""
+        layout, recipe = self.layout, self.recipe
+        names = {kind: layout.linear(expert, kind) for kind in layout.kinds}
+        params = {kind: nn.Parameter(found[name].weight.to(self.device, torch.float32)) for kind, name in names.items()}
+        inputs: list[torch.Tensor] = []
+        targets: list[torch.Tensor] = []
+        for X, in_dense in self._of_all_ranks(expert):
+            wanted = inner(self.experts, expert, in_dense, dense)
+            inputs.append(X)
+            targets.append(output(self.experts, expert, wanted, dense))
+
+        def forward(X: torch.Tensor) -> torch.Tensor:
+            return output(self.experts, expert, inner(self.experts, expert, X, params), params)
+
+        with torch.enable_grad():
+            losses = train_block(
+                forward,
+                params,
+                {kind: found[name].mask.to(self.device) for kind, name in names.items()},
+                inputs,
+                targets,
+                passes=min(8, max(2, TRAINING_STEPS // len(inputs))),
+                seed=recipe.seed,
+                dtype=recipe.matmul_dtype,
+                place=f"{self.place(names[DOWN])} and what is trained with it: ",
+            )
+        trained = {}
+        for kind, name in names.items():
+            linear = found[name]
+            weight, scale = stored_weight(params[kind].data, linear.p, linear.weight.dtype, recipe)
+            record = linear.record | {"block_loss": [losses[0], losses[-1]]}
+            trained[name] = replace(linear, weight=weight, scale=scale, record=record)
+        return trained
+
+    def _of_all_ranks(self, expert: int) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        """What the expert reads in the pruned and in the dense model, in chunks, those of all ranks."""
+        own = [(X, X if dense is None else dense) for X, dense in self.tokens.of(expert)]
+        chunks = [pair for rank in range(self.ranks.size) for pair in self.ranks.broadcast(own, rank)]
+        return [(X.to(self.device), dense.to(self.device)) for X, dense in chunks]
+
+
+def counts_of(records: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+    """(experts that got no token, experts that got too few and took others' besides), from the records of a report."""
+    downs = {name.rpartition(".")[0]: record for name, record in records.items() if "tokens" in record}
+    unused = sum(record["tokens"] == 0 for record in downs.values())
+    return unused, sum(bool(record.get("borrowed")) for record in downs.values()) - unused
