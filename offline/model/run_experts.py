@@ -23,10 +23,10 @@ Weights = Callable[[int], Mapping[str, torch.Tensor]]
 Watcher = Callable[[torch.Tensor, torch.Tensor], None]
 
 
-def run_one_by_one(module: nn.Module) -> None:
-    """Let the experts in `module`, a whole model, be run by `experts_forward`."""
-    for path, layout in experts_modules(module).items():
-        experts = module.get_submodule(path)
+def run_one_by_one(layer: nn.Module) -> None:
+    """Let the experts of a decoder layer be run by `experts_forward`."""
+    for path, layout in experts_modules(layer).items():
+        experts = layer.get_submodule(path)
         experts.config._experts_implementation = IMPLEMENTATION
         experts.__dict__["layout"] = layout
         set_weights(experts, None)

@@ -66,7 +66,6 @@ class StreamedModel:
         self.layers_path = topology.decoder_layers(self.model, getattr(text, "num_hidden_layers", 0))
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
         self.names = Names(self.model, self.files, folder)
-        run_one_by_one(self.model)
         self.dense_experts: list[dict[str, str]] = []  # layer -> path of experts that cannot be pruned -> why
         self.experts: list[dict[str, ExpertFiles]] = []  # layer -> path of other experts -> where they are
         self._streamed: set[str] = set()  # the parameters of these, by their names in the model
@@ -159,6 +158,7 @@ class StreamedModel:
 
     def _find_experts(self) -> None:
         for index, layer in enumerate(self.layers):
+            run_one_by_one(layer)
             prefix = self.layer_prefix(index)
             self.experts.append({})
             self.dense_experts.append(other_experts(layer))
