@@ -1,8 +1,9 @@
 """Reading a compressed checkpoint, one tensor at a time. Nothing in it is trusted."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ria_vllm.schema import (
     Producer,
     RiaSchema,
 )
+from ria_vllm.stacks import problems_of_experts, stack_experts, stacked_tensors
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -350,6 +352,34 @@ class Reader:
         where = self.files.get(stored["compressed"], self.folder)
         return checked_linear(name, parts, self.permutations.get(name), self.schema, where)
 
+    def dense_tensors(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """Name -> what makes it, for every tensor of the dense model: in the model's own channel order, experts stacked
+        as its files have them. In the order of the files.
+
+        Raises:
+            RiaError: an expert is missing, or a tensor is there twice.
+        """
+        sparse = set(self.sparse_names)
+        stacks = stacked_tensors(self.schema, sparse, self.folder)
+        in_stack = {name: tensor for tensor, (layer, stack) in stacks.items() for name in layer.rows(stack)}
+        found: dict[str, Callable[[], torch.Tensor]] = {}
+        for name in sorted(self.files, key=lambda name: (self.files[name], name)):
+            linear, _, part = name.rpartition(".")
+            if linear not in sparse or part not in self.schema.tensor_names:
+                if name in stacks or name.removesuffix(".weight") in sparse:
+                    raise RiaError(f"{self.folder}: {name} is stored dense and pruned. Get the weight files again.")
+                found[name] = partial(self.tensor, name)
+            elif linear in in_stack:
+                tensor = in_stack[linear]
+                found.setdefault(tensor, partial(stack_experts, *stacks[tensor], self.dense, self.folder))
+            else:
+                found[f"{linear}.weight"] = partial(self.dense, linear)
+        return found
+
+    def dense(self, name: str) -> torch.Tensor:
+        """The weight of a pruned linear [out, in], in the model's own order."""
+        return self.linear(name).dense()
+
     def report(self) -> dict[str, Any]:
         """What `compress` measured; empty where the report was not kept."""
         path = self.folder / REPORT_FILE
@@ -359,6 +389,7 @@ class Reader:
         """Every broken invariant, in a sentence that names the layer. Reads the checkpoint one linear at a time."""
         sparse = set(self.sparse_names)
         rows: dict[str, int] = {}
+        shapes: dict[str, tuple[int, int]] = {}
         permutations: dict[str, torch.Tensor] = {}
         claimed: dict[str, list[tuple[int, int]]] = {}  # producer -> row ranges that folds reorder
         for name in self.sparse_names:
@@ -370,12 +401,14 @@ class Reader:
                 yield str(error)
                 continue
             rows[name] = linear.shape[0]
+            shapes[name] = linear.shape
             if linear.input_permutation is not None:
                 permutations[name] = linear.input_permutation
             for part, tensor in linear.parts.items():
                 wrong = not_finite(tensor)
                 if wrong:
                     yield f"{self.files[f'{name}.{part}']}: {name}: {wrong}"
+        yield from problems_of_experts(self.schema, shapes, sparse)
         for name, fold, producers in self.schema.active_folds(permutations, sparse):
             if fold.coupling == "heads":
                 order = permutation.head_rows(permutations[name], fold.num_heads or 0, fold.num_kv_heads or 0)

@@ -35,7 +35,8 @@ def export_dense(
 ) -> None:
     """Write `out`: the model's own channel order, zeros where pruned, no quantization_config.
 
-    The folder appears whole or not at all.
+    The folder appears whole or not at all. Experts are stacked as in the dense model's files; besides a stacked tensor,
+    only one of its experts is in memory.
 
     Args:
         max_shard_size: bytes.
@@ -49,17 +50,12 @@ def export_dense(
     monitor = monitor or Monitor(shown=False)
     check_place(out, reader.folder)
     writer = CheckpointWriter(out, overwrite=overwrite)
-    names = [(name, True) for name in reader.sparse_names] + [(name, False) for name in reader.dense_names]
-    names.sort(key=lambda entry: (reader.files[entry[0] + (".compressed" if entry[1] else "")], entry[0]))
     keys = []
     try:
-        for number, (name, sparse) in enumerate(monitor.steps(names, "exporting", len(names))):
-            key = f"{number:06d}"
-            if sparse:
-                writer.write(key, {f"{name}.weight": reader.linear(name).dense()})
-            else:
-                writer.write(key, {name: reader.tensor(name)})
-            keys.append(key)
+        tensors = reader.dense_tensors()
+        for number, name in enumerate(monitor.steps(list(tensors), "exporting", len(tensors))):
+            keys.append(f"{number:06d}")
+            writer.write(keys[-1], {name: tensors[name]()})
         config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
         cards = {CARD_FILE: exported_card(reader, monitor.warn)}
         copies = companion_files(reader.folder, monitor.warn)

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ria_vllm.checkpoint import check_digests, check_prefix, checked_linear, load_permutations, tensor_names
 from ria_vllm.errors import RiaError
+from ria_vllm.hf_experts import ExpertsConverter, expert_converters
 from ria_vllm.schema import PERMUTATIONS_FILE, QUANT_METHOD, RiaSchema
 
 PART = r"\.{}$"
@@ -140,7 +141,7 @@ class RiaQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: torch.nn.Module, **_: Any) -> None:
         self.loading.close(model)
         # HF keeps the conversions to undo them on saving, but a plain dense model is saved as it is.
-        kept = [c for c in getattr(model, "_weight_conversions", None) or [] if not isinstance(c, LinearConverter)]
+        kept = [c for c in getattr(model, "_weight_conversions", None) or [] if not isinstance(c, OURS)]
         model._weight_conversions = kept or None
         # With a quantizer, HF leaves the tensors that it renamed or converted in the stored dtype.
         in_float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
@@ -157,8 +158,10 @@ class RiaQuantizer(HfQuantizer):
         return dtype
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        parts = [PART.format(part) for part in self.loading.schema.tensor_names]
-        return [LinearConverter(parts, ".weight", operations=[Decompress(self.loading)])]
+        loading = self.loading
+        parts = [PART.format(part) for part in loading.schema.tensor_names]
+        experts = expert_converters(loading.schema, loading.linear, loading.errors.append)
+        return [*experts, LinearConverter(parts, ".weight", operations=[Decompress(loading)])]
 
     def is_serializable(self) -> bool:
         return True
@@ -206,6 +209,10 @@ class LinearConverter(WeightConverter):
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
         super().add_tensor(target_key, source_key, source_pattern, future)
         self.operations[0].sources.append(source_key)
+
+
+# Saving a loaded model writes plain dense weights, so these conversions are not to be undone.
+OURS = (LinearConverter, ExpertsConverter)
 
 
 def _permutations_file(folder: Path, ask: bool) -> Path | None:

@@ -97,8 +97,7 @@ def _load(folder: str, device: torch.device, dtype: torch.dtype | str) -> Any:
 
 def dense_state(reader: Reader) -> dict[str, torch.Tensor]:
     """Every tensor of the dense model, in the model's own channel order."""
-    state = {f"{name}.weight": reader.linear(name).dense() for name in reader.sparse_names}
-    return state | {name: reader.tensor(name) for name in reader.dense_names}
+    return {name: make() for name, make in reader.dense_tensors().items()}
 
 
 @contextmanager
