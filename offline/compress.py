@@ -183,7 +183,7 @@ class _Run:
             records = {name: linear.record for name, linear in pruned.items()}
             if self.ranks.first:
                 with self.monitor.phase("writing"):
-                    tensors = layer_tensors(self.model, index, pruned, plan.experts[index], self.recipe)
+                    tensors = layer_tensors(self.model, index, pruned, self.recipe, plan.experts[index])
                     self.writer.write(layer_key(index), tensors, records)
                     del tensors
             del pruned  # before the next layer is loaded
@@ -213,7 +213,7 @@ class _Run:
             keys.append(f"outside-{number:05d}")
             writer.write(keys[-1], {name: model.read(name)})
         for index in range(len(model.layers)):
-            keys += [layer_key(index), *store.keys(index, plan.experts[index])]
+            keys += [layer_key(index), *store.written(index, plan.experts[index])]
         written = [name for key in keys for name in writer.names(key)]
         _check_nothing_lost(model, set(report["linears"]), written, recipe.weight_format)
         json_files, copies = others

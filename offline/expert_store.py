@@ -51,6 +51,34 @@ class ExpertStore:
             for expert in range(self.model.experts[index][path].layout.num_experts)
         ]
 
+    def written(self, index: int, paths: Iterable[str]) -> list[str]:
+        """The units with the tensors of one layer's experts as the checkpoint has them.
+
+        These are the experts. If no kernel serves the pattern, the checkpoint is dense, and what the files stack is
+        stacked here, one tensor in memory at a time.
+        """
+        keys = []
+        for path in sorted(paths):
+            stacks = {} if self.recipe.served else self.model.experts[index][path].stacked
+            if not stacks:
+                keys += self.keys(index, [path])
+            for parameter, tensor in stacks.items():
+                keys.append(f"{expert_key(index, path, 0)}-{parameter}")
+                self.writer.write(keys[-1], {tensor: self._stacked(index, path, parameter)})
+        return keys
+
+    def _stacked(self, index: int, path: str, parameter: str) -> torch.Tensor:
+        files = self.model.experts[index][path]
+        layout, kinds = files.layout, files.layout.parameters[parameter]
+        stacked: list[torch.Tensor] = []
+        for expert in range(layout.num_experts):
+            names = [files.linear(expert, kind) for kind in kinds]
+            found = self.weights(index, path, expert, names)
+            rows = torch.stack([found[n] for n in names], 1).flatten(0, 1) if layout.interleaved else None
+            rows = torch.cat([found[n] for n in names]) if rows is None else rows
+            stacked.append(rows.T if files.transposed else rows)
+        return torch.stack(stacked)
+
     def records(self, index: int, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The records of the report for the experts of one layer, by their written names."""
         return {name: record for key in self.keys(index, paths) for name, record in self.writer.record(key).items()}

@@ -26,7 +26,7 @@ def expert_key(index: int, path: str, expert: int) -> str:
 
 
 def layer_tensors(
-    model: StreamedModel, index: int, pruned: Mapping[str, Pruned], experts: Iterable[str], recipe: Recipe
+    model: StreamedModel, index: int, pruned: Mapping[str, Pruned], recipe: Recipe, experts: Iterable[str] = ()
 ) -> dict[str, torch.Tensor]:
     """All tensors of a layer in the checkpoint but its pruned experts. Dense tensors are as in the source.
 
