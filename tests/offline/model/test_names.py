@@ -25,9 +25,10 @@ from ria_vllm.offline.model import names
 
 
 def linear_weights(source: Path) -> int:
-    """The number of weights of all linears in the decoder layers."""
+    """The number of weights of all linears in the decoder layers, those of experts included."""
     layers = AutoModelForCausalLM.from_pretrained(source).model.layers
-    return sum(m.weight.numel() for m in layers.modules() if isinstance(m, torch.nn.Linear))
+    linears = sum(m.weight.numel() for m in layers.modules() if isinstance(m, torch.nn.Linear))
+    return linears + sum(parameter.numel() for parameter in layers.parameters() if parameter.dim() == 3)
 
 
 def test_nemotron_h(tiny, text, tmp_path):
