@@ -288,7 +288,9 @@ def _check_nothing_lost(
     """
     counts = Counter(written)
     first = weight_format.parts[0].name
-    stacks = {tensor: linears for layer in model.experts for f in layer.values() for tensor, linears in f.in_stack.items()}
+    stacks = {
+        tensor: linears for layer in model.experts for f in layer.values() for tensor, linears in f.in_stack.items()
+    }
     for name in model.files:
         mine = model.names.written(name)
         if mine is None:

@@ -1,4 +1,4 @@
-"""Pruned experts in the work folder: each is a unit of its own, so that a run can be resumed in the middle of a layer."""
+"""Pruned experts in the work folder, each a unit of its own, so that a run can be resumed in the middle of a layer."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -51,9 +51,7 @@ def experts_left_dense(dense: Mapping[str, str]) -> list[str]:
     return [f"the experts stay dense in {name}{more}: {why}."]
 
 
-def describe_experts(
-    model: StreamedModel, pruned: Mapping[int, Iterable[str]]
-) -> tuple[list[Experts], list[Fold]]:
+def describe_experts(model: StreamedModel, pruned: Mapping[int, Iterable[str]]) -> tuple[list[Experts], list[Fold]]:
     """What config.json says of the experts that are pruned: where they are, and that their down projections fold.
 
     Args:

@@ -86,9 +86,7 @@ class ExpertsConverter(WeightConverter):
         self.operations[0].sources.setdefault(source_pattern, []).append(source_key)
 
 
-def expert_converters(
-    schema: RiaSchema, decoded: Decoded, failed: Callable[[RiaError], None]
-) -> list[WeightConverter]:
+def expert_converters(schema: RiaSchema, decoded: Decoded, failed: Callable[[RiaError], None]) -> list[WeightConverter]:
     """The conversions for the experts that the schema names."""
     found: dict[tuple[str, str], WeightConverter] = {}
     for experts in schema.experts:

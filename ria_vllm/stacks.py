@@ -101,7 +101,9 @@ def stack_experts(
     return out
 
 
-def problems_of_experts(schema: RiaSchema, shapes: dict[str, tuple[int, int]], sparse: Collection[str]) -> Iterator[str]:
+def problems_of_experts(
+    schema: RiaSchema, shapes: dict[str, tuple[int, int]], sparse: Collection[str]
+) -> Iterator[str]:
     """What is wrong with the experts of a checkpoint, in sentences.
 
     Args:

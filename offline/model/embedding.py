@@ -130,7 +130,7 @@ class Embedder:
         return streams[0], calls
 
     def inputs_of_first_layer(self, tokens: torch.Tensor) -> list[tuple[str, int]]:
-        """(linear or experts, identity of the tensor that it read) for a forward pass of layer 0, in the order of the calls.
+        """(linear or experts, identity of the tensor it read) for a forward pass of layer 0, in the order of the calls.
 
         It also finds out whether layers return a tensor or a tuple; without that, no later layer can be reached.
 

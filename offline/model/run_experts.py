@@ -16,6 +16,10 @@ from ria_vllm.offline.model.experts import DOWN, ExpertsLayout, experts_modules
 
 IMPLEMENTATION = "ria_one_by_one"
 
+# Tokens are padded to a multiple of this: the CPU's library keeps code for each shape that it has multiplied, which for
+# every number of tokens would add up to more than the weights of a layer.
+TOKENS_MULTIPLE = 64
+
 # Expert's number -> linear ("gate", "up", "down") -> weight [out, in].
 Weights = Callable[[int], Mapping[str, torch.Tensor]]
 
@@ -91,7 +95,9 @@ def experts_forward(
         if len(token) == 0:
             continue
         weights = weights_of(expert)
-        computed = output(experts, expert, inner(experts, expert, hidden_states[token], weights), weights)
+        padded = torch.cat([token, token.new_zeros(-len(token) % TOKENS_MULTIPLE)])
+        computed = output(experts, expert, inner(experts, expert, hidden_states[padded], weights), weights)
+        computed = computed[: len(token)]
         # Some routers give weights in another dtype.
         weighted = computed * top_k_weights[token, choice, None]
         out = out.index_add(0, token, weighted.to(out.dtype))

@@ -1,32 +1,25 @@
 """A causal LM whose weights stay in their files; parts of it are loaded, used and freed."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import name_of
 from ria_vllm.offline.model import topology
 from ria_vllm.offline.model.dtypes import choose_dtype
-from ria_vllm.offline.model.expert_files import ExpertFiles, find_expert_files
-from ria_vllm.offline.model.experts import expert_of, experts_modules, other_experts
+from ria_vllm.offline.model.expert_files import ExpertFiles
+from ria_vllm.offline.model.expert_weights import ExpertWeights
+from ria_vllm.offline.model.experts import expert_of, experts_modules
 from ria_vllm.offline.model.hf import configured_dtype, explained
 from ria_vllm.offline.model.names import Names, find_tensors
 from ria_vllm.offline.model.run_experts import Weights, run_one_by_one, set_weights
+from ria_vllm.offline.model.tensors import check_values, opened
 from ria_vllm.sparse24 import VALUE_DTYPES
-
-# The dtypes that a floating-point parameter may be stored in.
-FLOATS = (*VALUE_DTYPES, torch.float64)
-
-# Weights that are checked together for being finite.
-FINITE_AT_ONCE = 1 << 22
 
 
 class StreamedModel:
@@ -66,11 +59,11 @@ class StreamedModel:
         self.layers_path = topology.decoder_layers(self.model, getattr(text, "num_hidden_layers", 0))
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
         self.names = Names(self.model, self.files, folder)
-        self.dense_experts: list[dict[str, str]] = []  # layer -> path of experts that cannot be pruned -> why
-        self.experts: list[dict[str, ExpertFiles]] = []  # layer -> path of other experts -> where they are
-        self._streamed: set[str] = set()  # the parameters of these, by their names in the model
-        self._checked: set[str] = set()  # written names of tensors of experts that are known to be finite
-        self._find_experts()
+        self._expert_weights = ExpertWeights(self.layers, self.layers_path, self.names, self.files, folder)
+        self._streamed = self._expert_weights.parameters
+        for index, layer in enumerate(self.layers):
+            run_one_by_one(layer)
+            self._reset_experts(index)
         self._check_all()
         self._check_tied()
         self._materialize_buffers()
@@ -108,7 +101,7 @@ class StreamedModel:
         found = []
         for written in self.names.unknown:
             if written.endswith(".weight") and ".experts." not in written:
-                with _opened(self._file_of(written)) as file:
+                with opened(self._file_of(written)) as file:
                     if len(file.get_slice(self.names.files[written]).get_shape()) == 2:
                         found.append(written.removesuffix(".weight"))
         return found
@@ -117,80 +110,35 @@ class StreamedModel:
         """The tensor with this written name as it is in the file, on the CPU."""
         return next(self._read([name]))[1]
 
-    def dense_expert(self, index: int, path: str, expert: int) -> dict[str, torch.Tensor]:
-        """The weights of one expert of layer `index`: linear ("gate", "up", "down") -> [out, in], as in the files.
-
-        Args:
-            path: of the experts, relative to the layer; one of `experts[index]`.
-
-        Raises:
-            RiaError: NaN or infinite values, or an unexpected dtype.
-        """
-        files = self.experts[index][path]
-        layout = files.layout
-        weights: dict[str, torch.Tensor] = {}
-        for kind in () if files.stacked else layout.kinds:
-            written = f"{files.linear(expert, kind)}.weight"
-            with _opened(self._file_of(written)) as file:
-                weights[kind] = file.get_tensor(self.names.files[written]).clone()
-            self._check_expert(written, written, weights[kind])
-        for parameter, written in files.stacked.items():
-            with _opened(self._file_of(written)) as file:
-                part = file.get_slice(self.names.files[written])[expert].clone()
-            self._check_expert(f"{written} {expert}", written, part)
-            as_module = part.T if files.transposed != layout.transposed else part
-            weights |= layout.parted(as_module, parameter)
-        return weights
-
-    def _check_expert(self, key: str, written: str, tensor: torch.Tensor) -> None:
-        if key not in self._checked:
-            self._check_values(written, tensor, floating=True)
-            self._checked.add(key)
-
     def from_files(self, index: int, path: str) -> Weights:
         """The weights of the experts at `path` in layer `index`, as in the files, on the device."""
 
         def weights(expert: int) -> dict[str, torch.Tensor]:
-            found = self.dense_expert(index, path, expert)
+            found = self._expert_weights.read(index, path, expert)
             return {kind: weight.to(self.device, self.dtype) for kind, weight in found.items()}
 
         return weights
 
-    def _find_experts(self) -> None:
-        for index, layer in enumerate(self.layers):
-            run_one_by_one(layer)
-            prefix = self.layer_prefix(index)
-            self.experts.append({})
-            self.dense_experts.append(other_experts(layer))
-            for path, layout in experts_modules(layer).items():
-                shapes = self._shapes(f"{prefix}{path}.")
-                found = find_expert_files(self.names, prefix, layout, shapes, self.folder)
-                if isinstance(found, str):
-                    self.dense_experts[index][path] = found
-                    continue
-                self.experts[index][path] = found
-                self._streamed |= {f"{prefix}{path}.{name}" for name in layout.parameters}
-                set_weights(layer.get_submodule(path), self.from_files(index, path))
+    @property
+    def experts(self) -> Sequence[Mapping[str, ExpertFiles]]:
+        """For each layer: path of experts that are streamed, relative to it -> where they are in the files."""
+        return self._expert_weights.experts
 
-    def _shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors from which the parameters under `prefix` are made, by their written names."""
-        wanted = [written for written, inside in self.names.inside.items() if inside.startswith(prefix)]
-        by_file: dict[Path, list[str]] = {}
-        for written in wanted:
-            by_file.setdefault(self._file_of(written), []).append(written)
-        shapes = {}
-        for path, found in by_file.items():
-            with _opened(path) as file:
-                for written in found:
-                    shapes[written] = tuple(file.get_slice(self.names.files[written]).get_shape())
-        return shapes
+    @property
+    def dense_experts(self) -> Sequence[Mapping[str, str]]:
+        """For each layer: path of experts that cannot be streamed -> why."""
+        return self._expert_weights.dense
 
     def load_layer(self, index: int) -> nn.Module:
         """Decoder layer `index` with its weights, on the device; without those of experts in `experts`."""
         self._load(self.layers[index], self.layer_prefix(index))
+        self._reset_experts(index)
+        return self.layers[index]
+
+    def _reset_experts(self, index: int) -> None:
+        """Let the experts of a layer be run with the weights in the files."""
         for path in self.experts[index]:
             set_weights(self.layers[index].get_submodule(path), self.from_files(index, path))
-        return self.layers[index]
 
     def free_layer(self, index: int) -> None:
         """Move a layer back to the meta device."""
@@ -256,7 +204,7 @@ class StreamedModel:
             elif name not in self.names.made and name not in self.model.all_tied_weights_keys:
                 raise self._missing(name)
         for path in sorted(set(map(self._file_of, wanted))):
-            with _opened(path) as file:
+            with opened(path) as file:
                 for written in [written for written in wanted if self._file_of(written) == path]:
                     shape = file.get_slice(self.names.files[written]).get_shape()
                     self._check_shape(written, shape, wanted[written].shape)
@@ -289,18 +237,7 @@ class StreamedModel:
             )
 
     def _check_values(self, name: str, tensor: torch.Tensor, floating: bool) -> None:
-        if floating and tensor.dtype not in FLOATS:
-            raise RiaError(
-                f"{self._file_of(name)}: {name} has dtype {name_of(tensor.dtype)}, as in a quantized model. Give the "
-                "original, unquantized one."
-            )
-        # In pieces, because checking a whole embedding at once would take 1.5 times its memory.
-        pieces = tensor.flatten().split(FINITE_AT_ONCE) if tensor.dtype in FLOATS else ()
-        if not all(bool(piece.isfinite().all()) for piece in pieces):
-            raise RiaError(
-                f"{self._file_of(name)}: {name}: NaN or infinite values in the weights. Get the model "
-                "again, or repair it."
-            )
+        check_values(self._file_of(name), name, tensor, floating)
 
     def _set(self, name: str, tensor: torch.Tensor) -> None:
         owner_path, _, leaf = name.rpartition(".")
@@ -318,7 +255,7 @@ class StreamedModel:
         for name in names:
             by_file.setdefault(self._file_of(name), []).append(name)
         for path, wanted in by_file.items():
-            with _opened(path) as file:
+            with opened(path) as file:
                 for name in wanted:
                     yield name, file.get_tensor(self.names.files[name])
 
@@ -382,17 +319,3 @@ def stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
     if dtype not in VALUE_DTYPES:
         raise RiaError(f"{folder}: dtype {dtype}; compress needs bfloat16, float16 or float32 weights.")
     return dtype
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file. If the system cannot read it, its error is the cause of the RiaError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise RiaError(f"{path}: cannot be read ({error}). Get the file again.") from None
-    except OSError as error:
-        raise RiaError(
-            f"{path}: cannot be read ({error}). Once it can, `compress --resume` continues from the finished layers."
-        ) from error

@@ -70,12 +70,12 @@ def test_every_family_is_pruned_with_its_experts_and_exported_as_it_was(moe, tex
     assert len(experts) == 2 * 4 * 3 and all("tokens" in report["linears"][name] for name in experts)
     assert any(why == "chooses experts" for why in report["dense"].values())
     assert not [name for name in report["dense"] if ".experts" in name]
-    for fold in reader.schema.folds:
-        if "{e}" in fold.consumer:
-            folded = {name for name, _, _ in reader.schema.active_folds(reader.permuted_names, set(reader.sparse_names))}
-            downs = [name for name in reader.permuted_names if fold.numbers(name) is not None]
-            assert downs and set(downs) <= folded
-    shares = {tuple(reader.permutations[n].tolist()) for n in experts if n.endswith(("gate_proj", "up_proj", "w1", "w3"))}
+    folded = {name for name, _, _ in reader.schema.active_folds(reader.permuted_names, set(reader.sparse_names))}
+    down = next(fold for fold in reader.schema.folds if "{e}" in fold.consumer)
+    downs = {name for name in reader.permuted_names if down.numbers(name) is not None}
+    assert downs and downs <= folded
+    first = [name for name in experts if name.endswith(("gate_proj", "up_proj", "w1", "w3"))]
+    shares = {tuple(reader.permutations[name].tolist()) for name in first}
     assert len(shares) == 2  # one order of the stream for each layer
 
     export_dense(reader, tmp_path / "dense", 1 << 40)

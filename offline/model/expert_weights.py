@@ -1,0 +1,97 @@
+"""Reads the weights of a model's routed experts from its files, one expert at a time."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ria_vllm.offline.model.expert_files import ExpertFiles, find_expert_files
+from ria_vllm.offline.model.experts import experts_modules, other_experts
+from ria_vllm.offline.model.names import Names
+from ria_vllm.offline.model.tensors import check_values, opened
+
+
+class ExpertWeights:
+    """The experts of all decoder layers.
+
+    Args:
+        layers: their weights may be on the meta device.
+        layers_path: of the list of these layers in the model.
+        names, files: of the tensors in the folder.
+
+    Attributes:
+        experts: for each layer, path of experts relative to it -> where they are in the files.
+        dense: for each layer, path of experts that cannot be read one by one -> why.
+        parameters: the parameters of `experts`, by their names in the model.
+
+    Raises:
+        RiaError: an expert is missing in the files, or has another shape than config.json asks for.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], layers_path: str, names: Names, files: Mapping[str, Path], folder: Path
+    ):
+        self.names, self.files = names, files
+        self.experts: list[dict[str, ExpertFiles]] = []
+        self.dense: list[dict[str, str]] = []
+        self.parameters: set[str] = set()
+        self._checked: set[str] = set()  # what is known to be finite
+        for index, layer in enumerate(layers):
+            prefix = f"{layers_path}.{index}."
+            self.experts.append({})
+            self.dense.append(other_experts(layer))
+            for path, layout in experts_modules(layer).items():
+                found = find_expert_files(names, prefix, layout, self._shapes(f"{prefix}{path}."), folder)
+                if isinstance(found, str):
+                    self.dense[index][path] = found
+                    continue
+                self.experts[index][path] = found
+                self.parameters |= {f"{prefix}{path}.{name}" for name in layout.parameters}
+
+    def read(self, index: int, path: str, expert: int) -> dict[str, torch.Tensor]:
+        """One expert of layer `index`: linear ("gate", "up", "down") -> [out, in], as in the files, on the CPU.
+
+        Args:
+            path: of the experts, relative to the layer; one of `experts[index]`.
+
+        Raises:
+            RiaError: NaN or infinite values, or a dtype as in a quantized model.
+        """
+        files = self.experts[index][path]
+        layout = files.layout
+        weights: dict[str, torch.Tensor] = {}
+        for kind in () if files.stacked else layout.kinds:
+            written = f"{files.linear(expert, kind)}.weight"
+            with opened(self._file_of(written)) as file:
+                # A copy, because the file stays mapped for as long as any of its tensors is alive.
+                weights[kind] = file.get_tensor(self.names.files[written]).clone()
+            self._check(written, written, weights[kind])
+        for parameter, written in files.stacked.items():
+            with opened(self._file_of(written)) as file:
+                part = file.get_slice(self.names.files[written])[expert].clone()
+            self._check(f"{written} {expert}", written, part)
+            as_module = part.T if files.transposed != layout.transposed else part
+            weights |= layout.parted(as_module, parameter)
+        return weights
+
+    def _check(self, key: str, written: str, tensor: torch.Tensor) -> None:
+        if key not in self._checked:
+            check_values(self._file_of(written), written, tensor, floating=True)
+            self._checked.add(key)
+
+    def _file_of(self, written: str) -> Path:
+        return self.files[self.names.files[written]]
+
+    def _shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors from which the parameters under `prefix` are made, by their written names."""
+        by_file: dict[Path, list[str]] = {}
+        for written, inside in self.names.inside.items():
+            if inside.startswith(prefix):
+                by_file.setdefault(self._file_of(written), []).append(written)
+        shapes = {}
+        for path, found in by_file.items():
+            with opened(path) as file:
+                for written in found:
+                    shapes[written] = tuple(file.get_slice(self.names.files[written]).get_shape())
+        return shapes
