@@ -10,6 +10,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import RiaSchema
 
+_AGAIN = "Get all files of one model."
+
 # (the names in the checkpoint of a linear's tensors, the tensors by the last part of their names) -> dense [out, in].
 Decoded = Callable[[Collection[str], Mapping[str, torch.Tensor]], torch.Tensor]
 
@@ -41,41 +43,41 @@ class StackExperts(ConversionOps):
             return {full_layer_name: torch.empty(0)}
 
     def _stacked(self, found: Mapping[str, list[torch.Tensor]], module: Any) -> torch.Tensor:
-        parts: dict[tuple[int, str], dict[str, tuple[str, torch.Tensor]]] = {}
-        for pattern, tensors in found.items():
-            for source, tensor in zip(self.sources[pattern], tensors, strict=True):
-                linear, _, part = source.rpartition(".")
-                _, expert, leaf = linear.rsplit(".", 2)
-                parts.setdefault((int(expert), self.kinds[leaf]), {})[part] = (source, tensor)
-        present = {kind for _, kind in parts}
-        kinds = [kind for kind in ("gate", "up", "down") if kind in present]
-        experts = 1 + max(expert for expert, _ in parts)
-        any_source = next(iter(self.sources.values()))[0]
-        if experts != module.num_experts or len(parts) != experts * len(kinds):
+        linears = self._linears(found)
+        kinds = [kind for kind in ("gate", "up", "down") if kind in self.kinds.values()]
+        wanted = {(expert, kind) for expert in range(module.num_experts) for kind in kinds}
+        first = next(iter(self.sources.values()))[0].rpartition(".")[0]
+        if linears.keys() != wanted:
             raise RiaError(
-                f"{any_source} and others: {len(parts)} linears of experts are stored, but {type(module).__name__} has "
+                f"{first} and others: {len(linears)} linears of experts are stored, but {type(module).__name__} has "
                 f"{module.num_experts} experts. Get all files of one model."
             )
         stacked: torch.Tensor | None = None
-        for expert in range(experts):
-            dense = []
-            for kind in kinds:
-                entries = parts[expert, kind]
-                tensors = {part: tensor for part, (_, tensor) in entries.items()}
-                dense.append(self.decoded([source for source, _ in entries.values()], tensors))
+        for expert in range(module.num_experts):
+            dense = [self._dense(linears.pop((expert, kind))) for kind in kinds]
             if len({weight.shape for weight in dense}) > 1:
-                raise RiaError(f"{any_source}: the linears of expert {expert} differ in shape. Get all files again.")
+                raise RiaError(f"{first} and others: the linears of expert {expert} differ in shape. {_AGAIN}")
             one = torch.cat(dense) if module.is_concatenated else torch.stack(dense, 1).flatten(0, 1)
             one = one.T if module.is_transposed else one
             if stacked is None:
-                stacked = torch.empty(experts, *one.shape, dtype=one.dtype, device=one.device)
+                stacked = torch.empty(module.num_experts, *one.shape, dtype=one.dtype, device=one.device)
             if one.shape != stacked.shape[1:]:
-                raise RiaError(f"{any_source}: expert {expert} differs in shape from the others. Get all files again.")
+                raise RiaError(f"{first} and others: expert {expert} differs in shape from the others. {_AGAIN}")
             stacked[expert] = one
-            for kind in kinds:
-                del parts[expert, kind]
         assert stacked is not None
         return stacked
+
+    def _linears(self, found: Mapping[str, list[torch.Tensor]]) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
+        """(expert, kind) -> name in the checkpoint -> tensor, for the tensors of each linear."""
+        linears: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+        for pattern, tensors in found.items():
+            for source, tensor in zip(self.sources[pattern], tensors, strict=True):
+                _, number, leaf, _ = source.rsplit(".", 3)
+                linears.setdefault((int(number), self.kinds[leaf]), {})[source] = tensor
+        return linears
+
+    def _dense(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self.decoded(list(tensors), {source.rpartition(".")[2]: tensor for source, tensor in tensors.items()})
 
 
 class ExpertsConverter(WeightConverter):
