@@ -15,7 +15,7 @@ from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.source import Source, opened
 from ria_vllm.offline.model.streaming import StreamedModel, stored_dtype
-from ria_vllm.offline.model.topology import Topology
+from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
@@ -115,16 +115,16 @@ class _Run:
         cache = self.writer.work / "activations" if self.settings.activation_cache == "disk" else None
         sensitive = self._sensitive(tokens, cache)
         layers = LayerPass(self.model, tokens, cache, self.recipe, self.ranks, self.monitor)
-        plan = make_plan(self.model, layers.topology, self.recipe, sensitive)
+        plan = make_plan(self.model, layers.topologies, self.recipe, sensitive)
         for warning in plan.warnings:
             self.monitor.warn(warning)
         self._prune_layers(layers, plan, self._replay_finished(layers, plan))
         self.ranks.barrier()
-        report = self._report(plan)
+        report = self._report(layers.topologies, plan)
         self.ranks.barrier()  # all ranks have read the work folder before the first one removes it
         if self.ranks.first:
             with self.monitor.phase("writing"):
-                self._finish(layers.topology, plan, report, others)
+                self._finish(layers.topologies, plan, report, others)
         self.ranks.barrier()
         return report
 
@@ -144,7 +144,7 @@ class _Run:
             return []
         if not self.ranks.broadcast(self.writer.has(SENSITIVITY_KEY)):
             layers = LayerPass(self.model, tokens, cache, self.recipe, self.ranks, self.monitor, follow_dense=False)
-            plan = make_plan(self.model, layers.topology, self.recipe)
+            plan = make_plan(self.model, layers.topologies, self.recipe)
             self.monitor.say("measuring what pruning does to each linear")
             records, total = {}, len(self.model.layers)
             for index in self.monitor.layers(range(total), total):
@@ -183,14 +183,19 @@ class _Run:
             del pruned  # before the next layer is loaded
             _say_layer(records, self.monitor)
 
-    def _report(self, plan: Plan) -> dict[str, Any]:
+    def _report(self, topologies: Topologies, plan: Plan) -> dict[str, Any]:
         linears: dict[str, Any] = {}
         for index in range(len(self.model.layers)):
             linears |= dict(sorted(self.writer.record(layer_key(index)).items()))
-        return {"recipe": self.recipe.dump(self.source.name), "linears": linears, "dense": dict(plan.dense)}
+        return {
+            "recipe": self.recipe.dump(self.source.name),
+            "linears": linears,
+            "dense": dict(plan.dense),
+            "topology": topologies.dump(),
+        }
 
     def _finish(
-        self, topology: Topology, plan: Plan, report: dict[str, Any], others: tuple[dict[str, Any], list[Path]]
+        self, topologies: Topologies, plan: Plan, report: dict[str, Any], others: tuple[dict[str, Any], list[Path]]
     ) -> None:
         """Join the layers and everything outside them into the finished folder."""
         source, model, recipe, writer = self.source, self.model, self.recipe, self.writer
@@ -206,7 +211,7 @@ class _Run:
         zeros = round((1 - recipe.pattern.density) * pruned / model.linear_weights, 6)
         if recipe.served:
             sparsity = SparsityConfig(ignore=list(plan.dense), global_sparsity=zeros)
-            folds = topology.absolute_folds(model.written_linear, len(model.layers))
+            folds = topologies.absolute_folds(model.written_linear)
             words = recipe.weight_format.quantization
             weights = None if words is None else WeightQuantization(**words, dtype=name_of(model.stored_dtype))
             schema = RiaSchema(sparsity_config=sparsity, weights=weights, folds=folds, recipe=recipe.dump(source.name))

@@ -48,7 +48,7 @@ class LayerPass:
     ):
         self.model, self.recipe, self.ranks, self.monitor = model, recipe, ranks, monitor
         self.embedded = embed(model, tokens, cache, follow_dense and recipe.follows_dense, ranks, monitor)
-        self.topology, self.streams = self.embedded.topology, self.embedded.streams
+        self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
 
     def prune(self, index: int, plan: Plan, last: bool) -> dict[str, Pruned]:
         """Prune layer `index` and, unless it is the last one, take the activations through it.
@@ -104,7 +104,7 @@ class LayerPass:
             SublayerPass(
                 SublayerRunner(layer, sublayer, calls, self.model.dtype), self.streams, self.ranks, self.monitor, place
             )
-            for sublayer in self.topology.sublayers
+            for sublayer in self.topologies.of(index).sublayers
         ]
 
     def _prune_sublayer(self, index: int, sublayer_pass: SublayerPass, plan: Plan) -> dict[str, Pruned]:

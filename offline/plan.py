@@ -1,14 +1,15 @@
 """Which linears are pruned, and which stay dense, and why."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.streaming import StreamedModel
-from ria_vllm.offline.model.topology import Group, Topology, fused_sets, linears_of, served_dense
+from ria_vllm.offline.model.topology import Group, Topologies, linears_of
+from ria_vllm.offline.model.vllm_quirks import fused_sets, served_dense
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.schema import REARRANGED_BY_VLLM
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
@@ -31,11 +32,14 @@ class Plan:
 
     def groups(self, index: int, stage: Iterable[Group]) -> list[Group]:
         """The groups of a stage without the linears that stay dense."""
-        left = [Group(tuple(n for n in group.linears if n in self.pruned[index]), group.heads) for group in stage]
+        left = [
+            replace(group, linears=tuple(name for name in group.linears if name in self.pruned[index]))
+            for group in stage
+        ]
         return [group for group in left if group.linears]
 
 
-def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitive: Iterable[str] = ()) -> Plan:
+def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sensitive: Iterable[str] = ()) -> Plan:
     """Decide for every linear of the model.
 
     Args:
@@ -49,22 +53,18 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
     dense: dict[str, str] = {}
     warnings: list[str] = []
     misfits: dict[str, int] = {}
-    beyond: list[int] = []  # the number of weights of each linear that the first layer does not have
     together: list[frozenset[str]] = []
     shared = {name for pair in model.model.all_tied_weights_keys.items() for name in pair}
     for index, layer in enumerate(model.layers):
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         written = {name: model.written_linear(index, name) for name in linears}
-        reasons = served_dense(layer)
+        topology, reasons = topologies.of(index), served_dense(layer)
         for name, module in linears.items():
             width, full = module.in_features, model.layer_prefix(index) + name
             if name in reasons:
                 continue
             if name in topology.dense:
                 reasons[name] = topology.dense[name]
-            elif name not in topology.linears:
-                reasons[name] = "not in the first layer, by which the others are pruned"
-                beyond.append(module.weight.numel())
             elif f"{full}.weight" in shared:
                 reasons[name] = "its weights are another layer's, too"
             elif not model.names.is_own(full):
@@ -92,12 +92,7 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
         sets = {frozenset(topology.fused_with(name, pruned[index])) for name in pruned[index]}
         together += [frozenset(written[name] for name in names) for names in sets]
     warnings = [f"{what}; left dense in {count} layers." for what, count in misfits.items()] + warnings
-    if beyond:
-        share = f"{sum(beyond) / model.linear_weights:.0%} of the weights in the decoder layers' linears"
-        warnings.append(
-            f"only linears that the first layer has, too, are pruned; {len(beyond)} others stay dense: {share}."
-        )
-    warnings += _experts(model) + _unknown_tensors(model)
+    warnings += [*topologies.warnings, *_experts(model)] + _unknown_tensors(model)
     family = model.model.config.model_type
     if family in REARRANGED_BY_VLLM:
         warnings.append(f"vLLM cannot serve a compressed {family}; `ria-vllm export` will make a dense folder of it.")

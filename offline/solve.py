@@ -177,7 +177,12 @@ def _find_order(
 ) -> torch.Tensor | None:
     S = _stacked_scores(names, weights, statistics, recipe)
     n, m = recipe.pattern.n, recipe.pattern.m
-    if group.heads is None:
+    if group.blocks > 1 and S.shape[1] % (group.blocks * m) == 0:
+        p = permute.search_heads(
+            S, group.blocks, group.blocks, S.shape[1] // group.blocks, n, m, recipe.permute, seed=recipe.seed,
+            dtype=recipe.matmul_dtype,
+        )  # fmt: skip
+    elif group.heads is None:
         p = permute.search(S, n, m, recipe.permute, seed=recipe.seed, dtype=recipe.matmul_dtype)
     elif group.heads.head_dim % m == 0:
         heads = group.heads
