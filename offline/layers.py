@@ -17,7 +17,7 @@ from ria_vllm.offline.plan import Plan
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.solve import Pruned, find_orders, solve
+from ria_vllm.offline.solve import Pruned, find_orders, retained_without_blocks, solve
 from ria_vllm.offline.train import train_sublayer
 from ria_vllm.progress import Monitor
 
@@ -110,8 +110,9 @@ class LayerPass:
     def _prune_sublayer(self, index: int, sublayer_pass: SublayerPass, plan: Plan) -> dict[str, Pruned]:
         """Prune one stage after the other, so that each sees what those before it produce; then train if asked."""
         pruned: dict[str, Pruned] = {}
+        compared = self.topologies.is_first(index)  # a second search in every layer would take too long
         for number, stage in enumerate(sublayer_pass.stages):
-            found = self._solve_stage(sublayer_pass, number, plan.groups(index, stage))
+            found = self._solve_stage(sublayer_pass, number, plan.groups(index, stage), compared)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 sublayer_pass.advance(self.streams.dense)
             for name, linear in found.items():
@@ -119,7 +120,14 @@ class LayerPass:
             pruned |= found
         return train_sublayer(sublayer_pass, pruned, self.recipe) if self.recipe.trains and pruned else pruned
 
-    def _solve_stage(self, sublayer_pass: SublayerPass, number: int, groups: Sequence[Group]) -> dict[str, Pruned]:
+    def _solve_stage(
+        self, sublayer_pass: SublayerPass, number: int, groups: Sequence[Group], compared: bool = False
+    ) -> dict[str, Pruned]:
+        """Prune the linears of these groups.
+
+        Args:
+            compared: also record what orders without blocks would retain, where the orders have to keep to blocks.
+        """
         if not groups:
             return {}
         found = sublayer_pass.statistics(number, groups, self.recipe.needs_gram)
@@ -133,6 +141,10 @@ class LayerPass:
             trim()
             dtype, place = self.model.stored_dtype, sublayer_pass.place
             solved = solve(names, weights, statistics, orders, dtype, self.recipe, self.ranks, place)
+        if compared and self.ranks.first:
+            with self.monitor.phase("permutations"):
+                for name, share in retained_without_blocks(groups, weights, statistics, self.recipe).items():
+                    solved[name].record["retained_without_blocks"] = share
         del found, statistics
         trim()
         return solved

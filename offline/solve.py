@@ -1,6 +1,6 @@
 """Prune the linears of one stage: the order of their input channels, their masks and their kept weights."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +107,23 @@ def find_orders(
         p = ranks.broadcast(p, owner)
         orders |= dict.fromkeys(names, p)
     return orders
+
+
+def retained_without_blocks(
+    groups: Iterable[Group],
+    weights: Mapping[str, torch.Tensor],
+    statistics: Mapping[str, Statistics],
+    recipe: Recipe,
+) -> dict[str, float]:
+    """What an order that need not keep to blocks would retain of the score, for linears whose order has to."""
+    found = {}
+    for name in [group.linears[0] for group in groups if group.blocks > 1 and group.linears]:
+        if recipe.pattern.structured and recipe.permute != "none":
+            S = _stacked_scores([name], weights, statistics, recipe)
+            n, m = recipe.pattern.n, recipe.pattern.m
+            p = permute.search(S, n, m, recipe.permute, seed=recipe.seed, dtype=recipe.matmul_dtype)
+            found[name] = permute.retained(S, p, n, m)
+    return found
 
 
 def solve(

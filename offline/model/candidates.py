@@ -48,11 +48,19 @@ def head_counts(width: int, *described: Any) -> list[int]:
     """The numbers of heads that `width` channels may make, by what modules and configurations say; ascending."""
     found = set()
     for one in described:
-        counts = [getattr(one, name, None) for name in NUM_HEADS]
-        widths = [getattr(one, name, None) for name in HEAD_WIDTH]
-        found |= {count for count in counts if isinstance(count, int)}
-        found |= {width // size for size in widths if isinstance(size, int) and size > 0 and width % size == 0}
+        counts = [_number(one, name) for name in NUM_HEADS]
+        widths = [_number(one, name) for name in HEAD_WIDTH]
+        found |= {count for count in counts if count is not None}
+        found |= {width // size for size in widths if size and width % size == 0}
     return sorted(count for count in found if count > 1 and width % count == 0 and width > count)
+
+
+def _number(described: Any, name: str) -> int | None:
+    try:
+        value = getattr(described, name, None)
+    except Exception:  # Gemma 4's configuration refuses to tell what differs between layers
+        return None
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _elementwise(consumer: str, *producers: Producer) -> Fold:

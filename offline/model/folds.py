@@ -14,6 +14,8 @@ from ria_vllm.offline.model.vllm_quirks import keeps_rows
 from ria_vllm.schema import Fold, Producer
 
 DRAWS = 3
+# Rows or columns that are reordered at once.
+PIECE = 64
 
 
 def find_folds(
@@ -80,23 +82,29 @@ def permuted(layer: nn.Module, fold: Fold, p: torch.Tensor) -> Iterator[None]:
         index[places] = places[order]
         changes += [(part, 0, index) for part in (linear.weight, linear.bias) if part is not None]
     changes.append((layer.get_submodule(fold.consumer).weight, 1, p))
-    for parameter, dim, index in changes:
-        parameter.data = parameter.data.index_select(dim, index)
+    for tensor, dim, index in changes:
+        _reorder(tensor, dim, index)
     try:
         yield
     finally:
-        for parameter, dim, index in changes[::-1]:
-            parameter.data = parameter.data.index_select(dim, permutation.invert(index))
+        for tensor, dim, index in changes[::-1]:
+            _reorder(tensor, dim, permutation.invert(index))
+
+
+def _reorder(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> None:
+    """Reorder rows (0) or columns (1) in place, in pieces: a copy of the largest linear would be a fifth of a layer."""
+    for piece in tensor.data.split(PIECE, 1 - dim) if tensor.dim() > 1 else [tensor.data]:
+        piece.copy_(piece.index_select(dim, index))
 
 
 def _matters(experiment: Experiment, consumer: nn.Linear) -> bool:
     """Whether the output depends on the order of the consumer's columns at all."""
     p = torch.randperm(consumer.in_features, generator=torch.Generator().manual_seed(SEED))
-    consumer.weight.data = consumer.weight.data[:, p]
+    _reorder(consumer.weight, 1, p)
     try:
         return not experiment.same(experiment.run(experiment.stream))
     finally:
-        consumer.weight.data = consumer.weight.data[:, permutation.invert(p)]
+        _reorder(consumer.weight, 1, permutation.invert(p))
 
 
 def _places(linear: nn.Linear, producer: Producer) -> torch.Tensor:

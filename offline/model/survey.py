@@ -9,7 +9,7 @@ from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Topologies, Topology, kinds_of
 
 # Enough for attention and convolutions to mix them.
-TOKENS = 12
+TOKENS = 8
 
 
 def survey(model: StreamedModel, embedder: Embedder, tokens: torch.Tensor) -> Topologies:

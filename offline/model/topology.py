@@ -116,6 +116,10 @@ class Topologies:
         """The topology of layer `index`."""
         return self.kinds[self.layers[index]]
 
+    def is_first(self, index: int) -> bool:
+        """Whether layer `index` is the first of its kind."""
+        return self.layers.index(self.layers[index]) == index
+
     def dump(self) -> list[dict[str, Any]]:
         """As JSON, for the report: each kind, and its layers."""
         numbers = range(len(self.layers))
