@@ -92,6 +92,10 @@ class Topology:
             found, grown = wider, wider != found
         return [linear for linear in linears if linear in found]
 
+    def folds_experts(self, path: str) -> bool:
+        """Whether the down projection of each expert of the module at `path` folds into its own gate and up."""
+        return any(fold.consumer.startswith(f"{path}.{{e}}.") for fold in self.folds)
+
     def dump(self) -> dict[str, Any]:
         """As JSON, for the report."""
         sublayers = [asdict(sublayer) for sublayer in self.sublayers]
@@ -129,7 +133,7 @@ class Topologies:
         ]
 
     def absolute_folds(self, written: Callable[[int, str], str]) -> list[Fold]:
-        """The folds under the names in the checkpoint.
+        """The folds under the names in the checkpoint, without those of experts.
 
         One with `{i}` stands for all layers that have it, where no other layer has its consumer. Where one has, and
         where names follow no pattern, each layer gets a fold of its own.
@@ -144,7 +148,7 @@ class Topologies:
             names = (fold.consumer, *(producer.name for producer in fold.producers))
             in_layer = {index: {name: written(index, name) for name in names} for index in holders}
             patterns = {name: _pattern({index: in_layer[index][name] for index in holders}) for name in names}
-            same_name = any(fold.consumer in _consumers(self.of(index)) for index in others)
+            same_name = any(fold.consumer in self.of(index).linears for index in others)
             if None in patterns.values() or same_name:
                 found += [_renamed(fold, in_layer[index]) for index in holders]
             else:
@@ -154,15 +158,8 @@ class Topologies:
     def _distinct(self) -> list[Fold]:
         folds: list[Fold] = []
         for topology in self.kinds:
-            folds += [fold for fold in topology.folds if fold not in folds]
+            folds += [fold for fold in topology.folds if fold not in folds and "{e}" not in fold.consumer]
         return folds
-
-
-def _consumers(topology: Topology) -> set[str]:
-    """The names of everything in a layer that a fold's consumer could be."""
-    groups = [group for sublayer in topology.sublayers for stage in sublayer.stages for group in stage]
-    experts = {f"{group.experts}.{{e}}.down_proj" for group in groups if group.experts}
-    return {*topology.linears, *experts}
 
 
 def _renamed(fold: Fold, names: Mapping[str, Any]) -> Fold:
