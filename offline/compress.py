@@ -16,7 +16,7 @@ from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.source import Source, opened
 from ria_vllm.offline.model.streaming import StreamedModel, stored_dtype
-from ria_vllm.offline.model.topology import Topology
+from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive
 from ria_vllm.offline.plan_experts import describe_experts
 from ria_vllm.offline.prune_experts import counts_of
@@ -120,16 +120,16 @@ class _Run:
         sensitive = self._sensitive(tokens, cache)
         store = ExpertStore(self.model, self.writer, self.recipe, self.ranks.first)
         layers = LayerPass(self.model, tokens, cache, self.recipe, self.ranks, self.monitor, store=store)
-        plan = make_plan(self.model, layers.topology, self.recipe, sensitive)
+        plan = make_plan(self.model, layers.topologies, self.recipe, sensitive)
         for warning in plan.warnings:
             self.monitor.warn(warning)
         self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
         self.ranks.barrier()
-        report = self._report(plan, store)
+        report = self._report(layers.topologies, plan, store)
         self.ranks.barrier()  # all ranks have read the work folder before the first one removes it
         if self.ranks.first:
             with self.monitor.phase("writing"):
-                self._finish(layers.topology, plan, store, report, others)
+                self._finish(layers.topologies, plan, store, report, others)
         self.ranks.barrier()
         return report
 
@@ -149,7 +149,7 @@ class _Run:
             return []
         if not self.ranks.broadcast(self.writer.has(SENSITIVITY_KEY)):
             layers = LayerPass(self.model, tokens, cache, self.recipe, self.ranks, self.monitor, follow_dense=False)
-            plan = make_plan(self.model, layers.topology, self.recipe)
+            plan = make_plan(self.model, layers.topologies, self.recipe)
             self.monitor.say("measuring what pruning does to each linear")
             records, total = {}, len(self.model.layers)
             for index in self.monitor.layers(range(total), total):
@@ -191,16 +191,21 @@ class _Run:
             for path in sorted(plan.experts[index]):
                 _say_experts(self.model.experts[index][path].module, store.records(index, [path]), self.monitor)
 
-    def _report(self, plan: Plan, store: ExpertStore) -> dict[str, Any]:
+    def _report(self, topologies: Topologies, plan: Plan, store: ExpertStore) -> dict[str, Any]:
         linears: dict[str, Any] = {}
         for index in range(len(self.model.layers)):
             linears |= dict(sorted(self.writer.record(layer_key(index)).items()))
             linears |= store.records(index, plan.experts[index])
-        return {"recipe": self.recipe.dump(self.source.name), "linears": linears, "dense": dict(plan.dense)}
+        return {
+            "recipe": self.recipe.dump(self.source.name),
+            "linears": linears,
+            "dense": dict(plan.dense),
+            "topology": topologies.dump(),
+        }
 
     def _finish(
         self,
-        topology: Topology,
+        topologies: Topologies,
         plan: Plan,
         store: ExpertStore,
         report: dict[str, Any],
@@ -221,9 +226,8 @@ class _Run:
         zeros = round((1 - recipe.pattern.density) * pruned / model.linear_weights, 6)
         if recipe.served:
             sparsity = SparsityConfig(ignore=list(plan.dense), global_sparsity=zeros)
-            folds = topology.absolute_folds(model.written_linear, len(model.layers))
-            experts, experts_folds = describe_experts(model, plan.experts)
-            folds += [fold for fold in experts_folds if fold not in folds]
+            experts, folds_of_experts = describe_experts(model, topologies, plan.experts)
+            folds = topologies.absolute_folds(model.written_linear) + folds_of_experts
             words = recipe.weight_format.quantization
             weights = None if words is None else WeightQuantization(**words, dtype=name_of(model.stored_dtype))
             schema = RiaSchema(

@@ -22,7 +22,7 @@ from ria_vllm.offline.prune_experts import ExpertsPruner
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.solve import Pruned, find_orders, solve
+from ria_vllm.offline.solve import Pruned, find_orders, retained_without_blocks, solve
 from ria_vllm.offline.train import train_sublayer
 from ria_vllm.progress import Monitor
 
@@ -56,7 +56,7 @@ class LayerPass:
         self.store = store
         self.model, self.recipe, self.ranks, self.monitor = model, recipe, ranks, monitor
         self.embedded = embed(model, tokens, cache, follow_dense and recipe.follows_dense, ranks, monitor)
-        self.topology, self.streams = self.embedded.topology, self.embedded.streams
+        self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
 
     def prune(self, index: int, plan: Plan, last: bool) -> dict[str, Pruned]:
         """Prune layer `index` and, unless it is the last one, take the activations through it.
@@ -115,7 +115,7 @@ class LayerPass:
             SublayerPass(
                 SublayerRunner(layer, sublayer, calls, self.model.dtype), self.streams, self.ranks, self.monitor, place
             )
-            for sublayer in self.topology.sublayers
+            for sublayer in self.topologies.of(index).sublayers
         ]
 
     def _prune_sublayer(self, index: int, sublayer_pass: SublayerPass, plan: Plan) -> dict[str, Pruned]:
@@ -123,8 +123,9 @@ class LayerPass:
         pruned: dict[str, Pruned] = {}
         stages = [plan.groups(index, stage) for stage in sublayer_pass.stages]
         dense = self._dense_reads(index, sublayer_pass, stages)
+        compared = self.topologies.is_first(index)  # a second search in every layer would take too long
         for number, groups in enumerate(stages):
-            found, _ = self._solve_stage(index, sublayer_pass, number, groups, dense)
+            found, _ = self._solve_stage(index, sublayer_pass, number, groups, dense, compared)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 sublayer_pass.advance(self.streams.dense)
             for name, linear in found.items():
@@ -159,11 +160,13 @@ class LayerPass:
         number: int,
         groups: Sequence[Group],
         dense: Mapping[str, Reads],
+        compared: bool = False,
     ) -> tuple[dict[str, Pruned], dict[str, dict[str, Any]]]:
         """Prune the linears and experts of one stage.
 
         Args:
             dense: path of experts -> what they read in the dense model; empty if it is not followed.
+            compared: also record what orders without blocks would retain, where the orders have to keep to blocks.
 
         Returns:
             (linear -> result; an expert's linear -> record). What is pruned of the experts goes to the store.
@@ -196,6 +199,10 @@ class LayerPass:
             trim()
             dtype, place = self.model.stored_dtype, sublayer_pass.place
             solved = solve(names, weights, statistics, orders, dtype, self.recipe, self.ranks, place)
+        if compared and self.ranks.first:
+            with self.monitor.phase("permutations"):
+                for name, share in retained_without_blocks(plain, weights, statistics, self.recipe).items():
+                    solved[name].record["retained_without_blocks"] = share
         del found, statistics
         trim()
         for path, (pruner, order) in pruners.items():

@@ -8,7 +8,8 @@ from torch import nn
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.streaming import StreamedModel
-from ria_vllm.offline.model.topology import Group, Topology, fused_sets, linears_of, served_dense
+from ria_vllm.offline.model.topology import Group, Topologies, linears_of
+from ria_vllm.offline.model.vllm_quirks import fused_sets, served_dense
 from ria_vllm.offline.plan_experts import experts_left_dense, plan_experts
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.schema import REARRANGED_BY_VLLM
@@ -45,7 +46,7 @@ class Plan:
         return [group for group in left if group.linears or group.experts]
 
 
-def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitive: Iterable[str] = ()) -> Plan:
+def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sensitive: Iterable[str] = ()) -> Plan:
     """Decide for every linear of the model.
 
     Args:
@@ -59,23 +60,19 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
     dense: dict[str, str] = {}
     warnings: list[str] = []
     misfits: dict[str, int] = {}
-    beyond: list[int] = []  # the number of weights of each linear that the first layer does not have
     together: list[frozenset[str]] = []
     mixtures: dict[int, frozenset[str]] = {}
     shared = {name for pair in model.model.all_tied_weights_keys.items() for name in pair}
     for index, layer in enumerate(model.layers):
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         written = {name: model.written_linear(index, name) for name in linears}
-        reasons = served_dense(layer)
+        topology, reasons = topologies.of(index), served_dense(layer)
         for name, module in linears.items():
             width, full = module.in_features, model.layer_prefix(index) + name
             if name in reasons:
                 continue
             if name in topology.dense:
                 reasons[name] = topology.dense[name]
-            elif name not in topology.linears:
-                reasons[name] = "not in the first layer, by which the others are pruned"
-                beyond.append(module.weight.numel())
             elif f"{full}.weight" in shared:
                 reasons[name] = "its weights are another layer's, too"
             elif not model.names.is_own(full):
@@ -106,12 +103,7 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
         dense |= left
         together += [frozenset(model.experts[index][path].linears) for path in mixtures[index]]
     warnings = [f"{what}; left dense in {count} layers." for what, count in misfits.items()] + warnings
-    if beyond:
-        share = f"{sum(beyond) / model.linear_weights:.0%} of the weights in the decoder layers' linears"
-        warnings.append(
-            f"only linears that the first layer has, too, are pruned; {len(beyond)} others stay dense: {share}."
-        )
-    warnings += experts_left_dense(dense) + _unknown_tensors(model)
+    warnings += [*topologies.warnings, *experts_left_dense(dense)] + _unknown_tensors(model)
     family = model.model.config.model_type
     if family in REARRANGED_BY_VLLM:
         warnings.append(f"vLLM cannot serve a compressed {family}; `ria-vllm export` will make a dense folder of it.")

@@ -6,7 +6,7 @@ from torch import nn
 
 from ria_vllm.offline.model.expert_files import ExpertFiles
 from ria_vllm.offline.model.streaming import StreamedModel
-from ria_vllm.offline.model.topology import Topology
+from ria_vllm.offline.model.topology import Topologies, Topology
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.schema import Experts, Fold, Producer, Stacked
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
@@ -51,22 +51,25 @@ def experts_left_dense(dense: Mapping[str, str]) -> list[str]:
     return [f"the experts stay dense in {name}{more}: {why}."]
 
 
-def describe_experts(model: StreamedModel, pruned: Mapping[int, Iterable[str]]) -> tuple[list[Experts], list[Fold]]:
+def describe_experts(
+    model: StreamedModel, topologies: Topologies, pruned: Mapping[int, Iterable[str]]
+) -> tuple[list[Experts], list[Fold]]:
     """What config.json says of the experts that are pruned: where they are, and that their down projections fold.
 
     Args:
         pruned: layer index -> paths of its experts that are pruned.
     """
     experts: list[Experts] = []
+    folds: list[Fold] = []
     for index, paths in pruned.items():
         for path in sorted(paths):
             found = _described(model.experts[index][path], index)
             if found not in experts:
                 experts.append(found)
-    folds = []
-    for found in experts:
-        producers = [Producer(name=name) for kind, name in found.linears.items() if kind != "down"]
-        folds.append(Fold(consumer=found.down, producers=producers, coupling="elementwise"))
+            producers = [Producer(name=name) for kind, name in found.linears.items() if kind != "down"]
+            fold = Fold(consumer=found.down, producers=producers, coupling="elementwise")
+            if topologies.of(index).folds_experts(path) and fold not in folds:
+                folds.append(fold)
     return experts, folds
 
 
@@ -74,7 +77,7 @@ def _reason(files: ExpertFiles, reached: bool, recipe: Recipe, sensitive: set[st
     """Why the experts stay dense; None if they do not."""
     layout = files.layout
     if not reached:
-        return "no tokens reached them in the layer by which the others are pruned"
+        return "no tokens reached them in the run of a layer by which the others are described"
     if any(recipe.ignores(name) for name in files.linears):
         return "--ignore"
     if sensitive & set(files.linears):

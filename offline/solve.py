@@ -1,6 +1,6 @@
 """Prune the linears of one stage: the order of their input channels, their masks and their kept weights."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +109,23 @@ def find_orders(
     return orders
 
 
+def retained_without_blocks(
+    groups: Iterable[Group],
+    weights: Mapping[str, torch.Tensor],
+    statistics: Mapping[str, Statistics],
+    recipe: Recipe,
+) -> dict[str, float]:
+    """What an order that need not keep to blocks would retain of the score, for linears whose order has to."""
+    found = {}
+    for name in [group.linears[0] for group in groups if group.blocks > 1 and group.linears]:
+        if recipe.pattern.structured and recipe.permute != "none":
+            S = _stacked_scores([name], weights, statistics, recipe)
+            n, m = recipe.pattern.n, recipe.pattern.m
+            p = permute.search(S, n, m, recipe.permute, seed=recipe.seed, dtype=recipe.matmul_dtype)
+            found[name] = permute.retained(S, p, n, m)
+    return found
+
+
 def solve(
     names: Sequence[str],
     weights: Mapping[str, torch.Tensor],
@@ -177,7 +194,12 @@ def _find_order(
 ) -> torch.Tensor | None:
     S = _stacked_scores(names, weights, statistics, recipe)
     n, m = recipe.pattern.n, recipe.pattern.m
-    if group.heads is None:
+    if group.blocks > 1 and S.shape[1] % (group.blocks * m) == 0:
+        p = permute.search_heads(
+            S, group.blocks, group.blocks, S.shape[1] // group.blocks, n, m, recipe.permute, seed=recipe.seed,
+            dtype=recipe.matmul_dtype,
+        )  # fmt: skip
+    elif group.heads is None:
         p = permute.search(S, n, m, recipe.permute, seed=recipe.seed, dtype=recipe.matmul_dtype)
     elif group.heads.head_dim % m == 0:
         heads = group.heads

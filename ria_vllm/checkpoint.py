@@ -391,7 +391,7 @@ class Reader:
         rows: dict[str, int] = {}
         shapes: dict[str, tuple[int, int]] = {}
         permutations: dict[str, torch.Tensor] = {}
-        claimed: dict[str, list[tuple[int, int]]] = {}  # producer -> row ranges that folds reorder
+        claimed: dict[str, torch.Tensor] = {}  # producer -> which rows folds reorder, bool
         for name in self.sparse_names:
             if self.schema.ignored(name):
                 yield f"{name}: listed as ignored in config.json, but stored compressed"
@@ -410,32 +410,37 @@ class Reader:
                     yield f"{self.files[f'{name}.{part}']}: {name}: {wrong}"
         yield from problems_of_experts(self.schema, shapes, sparse)
         for name, fold, producers in self.schema.active_folds(permutations, sparse):
-            if fold.coupling == "heads":
-                order = permutation.head_rows(permutations[name], fold.num_heads or 0, fold.num_kv_heads or 0)
-                if isinstance(order, str):
-                    yield f"{name}: its permutation cannot be folded into attention heads: {order}"
-                    continue
-                size = len(order)
-            else:
-                size = len(permutations[name])
-            for producer in producers:
+            orders = fold.row_orders(permutations[name])
+            if isinstance(orders, str):
+                yield f"{name}: its permutation cannot be folded into attention heads: {orders}"
+                continue
+            for producer, order in zip(producers, orders, strict=True):
                 if producer.name not in rows:
                     continue
-                start, end = producer.rows or (0, rows[producer.name])
-                yield from self._row_problems(name, producer, rows[producer.name], size)
-                taken = claimed.setdefault(producer.name, [])
-                if any(start < other_end and other_start < end for other_start, other_end in taken):
+                total = rows[producer.name]
+                wrong = _row_problem(name, producer, total, len(order))
+                if wrong:
+                    yield wrong
+                    continue
+                mine = torch.zeros(total, dtype=torch.bool)
+                mine[permutation.places(total, *(producer.rows or (0, total)), producer.blocks)] = True
+                taken = claimed.setdefault(producer.name, torch.zeros_like(mine))
+                if bool((taken & mine).any()):
                     yield f"{name}: its fold reorders rows of {producer.name} that another fold reorders too"
-                taken.append((start, end))
+                taken |= mine
         for name in self.dense_names:
             wrong = not_finite(self.tensor(name))
             if wrong:
                 yield f"{self.files[name]}: {name}: {wrong}"
 
-    @staticmethod
-    def _row_problems(consumer: str, producer: Producer, rows: int, size: int) -> Iterator[str]:
-        start, end = producer.rows or (0, rows)
-        if not 0 <= start < end <= rows:
-            yield f"{consumer}: its fold names rows {start} to {end} of {producer.name}, which has {rows}"
-        elif end - start != size:
-            yield f"{consumer}: its fold reorders {size} rows, but {producer.name} gives it {end - start}"
+
+def _row_problem(consumer: str, producer: Producer, rows: int, size: int) -> str | None:
+    """What is wrong with the rows of a producer that a fold reorders, `size` of `rows`."""
+    start, end = producer.rows or (0, rows)
+    places = permutation.places(rows, start, end, producer.blocks)
+    if isinstance(places, str):
+        of_each = f" of each of {producer.blocks} blocks" if producer.blocks > 1 else ""
+        return f"{consumer}: its fold names rows {start} to {end}{of_each} of {producer.name}, which has {rows}"
+    if len(places) != size:
+        return f"{consumer}: its fold reorders {size} rows, but {producer.name} gives it {len(places)}"
+    return None

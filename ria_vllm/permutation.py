@@ -81,3 +81,17 @@ def head_rows(p: torch.Tensor, num_heads: int, num_kv_heads: int) -> torch.Tenso
     if bool((inner != inner[:, :1]).any()):
         return "query heads that share a key-value head have different orders"
     return (inner[:, 0] + torch.arange(num_kv_heads, device=p.device).view(-1, 1) * head_dim).reshape(-1)
+
+
+def places(rows: int, start: int, end: int, blocks: int = 1) -> torch.Tensor | str:
+    """Where rows [start, end) of each of `blocks` equal blocks are among a linear's `rows`.
+
+    Returns:
+        int64, ascending; a string that says why there are no such rows.
+    """
+    if rows % blocks:
+        return f"{rows} rows do not divide into {blocks} blocks"
+    block = rows // blocks
+    if not 0 <= start < end <= block:
+        return f"rows {start} to {end} of {block}"
+    return (torch.arange(blocks).view(-1, 1) * block + torch.arange(start, end)).flatten()

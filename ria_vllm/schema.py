@@ -13,10 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Final, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import WeightFormat, of_quantization
+from ria_vllm.permutation import head_rows
 
 FORMAT: Final = "sparse-24-bitmask"
 FORMAT_VERSION: Final = 1
@@ -69,11 +71,27 @@ def filled(pattern: str, numbers: Mapping[str, str]) -> str:
 
 
 class Producer(BaseModel):
-    """A linear whose output feeds a consumer: all of its rows, or rows [start, end) of a fused one."""
+    """A linear whose output feeds a consumer: all of its rows, or rows [start, end) of a fused one.
+
+    blocks: the linear's rows make this many equal blocks, and `rows` are those of each block. GPT-NeoX, for example,
+        stores q, k and v head by head.
+    """
 
     model_config = ConfigDict(extra="forbid")
     name: str
     rows: tuple[int, int] | None = None
+    blocks: int = Field(default=1, gt=0, le=1 << 20)
+
+    @model_validator(mode="after")
+    def _rows_of_blocks(self) -> "Producer":
+        if self.rows is None and self.blocks > 1:
+            raise ValueError("blocks without the rows of each block")
+        return self
+
+    @property
+    def count(self) -> int | None:
+        """How many rows it gives; None: all that the linear has."""
+        return None if self.rows is None else (self.rows[1] - self.rows[0]) * self.blocks
 
 
 class Stacked(BaseModel):
@@ -133,7 +151,8 @@ class Fold(BaseModel):
     the number of an expert.
 
     `elementwise`: each input channel of the consumer is an elementwise function of the same row of every producer.
-    `heads`: attention lies between; the permutation keeps to heads (`ria_vllm.permutation.head_rows`).
+    `heads`: attention lies between; the permutation keeps to heads (`ria_vllm.permutation.head_rows`). A producer with
+    as many `rows` as the consumer has channels, such as a gate on attention's output, takes the permutation itself.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -157,7 +176,25 @@ class Fold(BaseModel):
     def producers_of(self, name: str) -> list[Producer]:
         """The producers of the consumer `name`, with its numbers filled in."""
         numbers = self.numbers(name) or {}
-        return [Producer(name=filled(p.name, numbers), rows=p.rows) for p in self.producers]
+        return [p.model_copy(update={"name": filled(p.name, numbers)}) for p in self.producers]
+
+    def row_orders(self, p: torch.Tensor) -> list[torch.Tensor] | str:
+        """The order of the rows that each producer gives, if the consumer's input channels are stored in order `p`.
+
+        Args:
+            p: int [in], a permutation.
+
+        Returns:
+            One int64 tensor for each producer: row j of the reordered rows is row order[j] of those it gives. If `p`
+            lacks the structure that the coupling needs, a string that says why.
+        """
+        p = p.long()
+        if self.coupling == "elementwise":
+            return [p] * len(self.producers)
+        rows = head_rows(p, self.num_heads or 0, self.num_kv_heads or 0)
+        if isinstance(rows, str):
+            return rows
+        return [p if producer.count == len(p) else rows for producer in self.producers]
 
 
 class SparsityConfig(BaseModel):

@@ -19,15 +19,18 @@ from ria_vllm.schema import RiaSchema
 
 @dataclass(frozen=True)
 class RowOrder:
-    """The order in which rows [start, start + len(order)) of a producer are taken; `for_all`: they are all its rows.
+    """The order in which some rows of a producer are taken: [start, start + len(order) / blocks) of each block.
 
-    A numpy array, because vLLM pickles its configuration for the worker processes. Each torch tensor would travel as
-    shared memory, with a file descriptor of its own.
+    `for_all`: they are all its rows; `blocks`: how many equal blocks its rows make.
+
+    `order` is a numpy array, because vLLM pickles its configuration for the worker processes. Each torch tensor would
+    travel as shared memory, with a file descriptor of its own.
     """
 
     order: np.ndarray
     start: int = 0
     for_all: bool = True
+    blocks: int = 1
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` [out, ...] with its rows reordered.
@@ -35,13 +38,23 @@ class RowOrder:
         Raises:
             ValueError: the tensor does not have these rows.
         """
-        rows, end = tensor.shape[0], self.start + len(self.order)
-        if end > rows or (self.for_all and end != rows):
+        rows, end = tensor.shape[0], self.start + len(self.order) // self.blocks
+        places = permutation.places(rows, self.start, end, self.blocks)
+        if isinstance(places, str) or (self.for_all and end != rows):
             raise ValueError(f"an order of rows {self.start} to {end} for a tensor of {rows} rows")
-        order = torch.from_numpy(self.order).to(tensor.device)
+        order = torch.from_numpy(self.order)
         if self.for_all:
-            return tensor.index_select(0, order)
-        return torch.cat([tensor[: self.start], tensor[self.start : end].index_select(0, order), tensor[end:]])
+            return tensor.index_select(0, order.to(tensor.device))
+        index = torch.arange(rows)
+        index[places] = places[order]
+        return tensor.index_select(0, index.to(tensor.device))
+
+    def overlaps(self, other: "RowOrder") -> bool:
+        """Whether both may reorder the same row. Of orders with other blocks, that is assumed."""
+        if self.blocks != other.blocks:
+            return True
+        one, two = (o.start + len(o.order) // o.blocks for o in (self, other))
+        return self.start < two and other.start < one
 
 
 @dataclass
@@ -69,22 +82,20 @@ def fold(
     rules = [(name, rule) for name in permutations for rule in schema.folds if rule.numbers(name) is not None]
     pruned = {p.name for name, rule in rules for p in rule.producers_of(name) if is_pruned(p.name)}
     for consumer, rule, producers in schema.active_folds(permutations, pruned):
-        order = torch.from_numpy(permutations[consumer]).long()
-        if rule.coupling == "heads":
-            rows = permutation.head_rows(order, rule.num_heads or 0, rule.num_kv_heads or 0)
-            if isinstance(rows, str):
-                raise RiaError(f"{where}: {consumer}: its permutation cannot be folded into attention heads: {rows}.")
-            order = rows
-        for producer in producers:
-            start, end = producer.rows or (0, len(order))
-            if start < 0 or end - start != len(order):
+        orders = rule.row_orders(torch.from_numpy(permutations[consumer]))
+        if isinstance(orders, str):
+            raise RiaError(f"{where}: {consumer}: its permutation cannot be folded into attention heads: {orders}.")
+        for producer, rows in zip(producers, orders, strict=True):
+            start, end = producer.rows or (0, len(rows))
+            if start < 0 or (end - start) * producer.blocks != len(rows):
                 raise RiaError(
-                    f"{where}: {consumer}: its fold reorders {len(order)} rows, but takes {end - start} of "
-                    f"{producer.name}."
+                    f"{where}: {consumer}: its fold reorders {len(rows)} rows, but takes "
+                    f"{(end - start) * producer.blocks} of {producer.name}."
                 )
+            order = RowOrder(rows.numpy(), start, producer.rows is None, producer.blocks)
             others = result.row_orders.setdefault(producer.name, [])
-            if any(start < o.start + len(o.order) and o.start < end for o in others):
+            if any(order.overlaps(other) for other in others):
                 raise RiaError(f"{where}: two folds reorder the same rows of {producer.name}.")
-            others.append(RowOrder(order.numpy(), start, producer.rows is None))
+            others.append(order)
         result.folded.add(consumer)
     return result

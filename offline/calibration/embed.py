@@ -13,7 +13,8 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.activations import Activations, Streams
 from ria_vllm.offline.model.embedding import Embedder, LayerCall
 from ria_vllm.offline.model.streaming import StreamedModel
-from ria_vllm.offline.model.topology import Topology, describe
+from ria_vllm.offline.model.survey import survey
+from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
@@ -25,11 +26,11 @@ CHUNK_TOKENS = 2048
 class Embedded:
     """What a pass over the layers starts from.
 
-    streams: those into layer 0; topology: of the decoder layers; calls: of each layer, by the shape of the stream.
+    streams: those into layer 0; topologies: of the decoder layers; calls: of each layer, by the shape of the stream.
     """
 
     streams: Streams
-    topology: Topology
+    topologies: Topologies
     calls: Mapping[torch.Size, list[LayerCall]]
 
     def calls_of(self, layer: int) -> dict[torch.Size, LayerCall]:
@@ -66,8 +67,8 @@ def embed(
     streams = Streams(empty("pruned"), empty("dense") if follow_dense else None, len(chunks))
     with monitor.phase("embedding"):
         embedder = Embedder(model)
-        inputs = embedder.inputs_of_first_layer(chunks[0][:1])
-        topology = describe(model.config.get_text_config(), model.layers[0], inputs)
+        embedder.learn_form(chunks[0][:1])
+        topologies = survey(model, embedder, chunks[0][:1])
         # The last chunk may be shorter; every rank has to know how layers are called for it.
         known = {stream.shape: calls for stream, calls in map(embedder, (chunks[0], chunks[-1]))}
         share = ranks.share(len(chunks))
@@ -80,4 +81,4 @@ def embed(
                 )
             streams.append(stream)
         embedder.close()
-    return Embedded(streams, topology, known)
+    return Embedded(streams, topologies, known)

@@ -1,7 +1,6 @@
 """How one sublayer of a decoder layer is run by itself on a chunk of the residual stream."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,8 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.embedding import LayerCall, Reached
+from ria_vllm.offline.model.embedding import LayerCall, Reached, first_tensor
+from ria_vllm.offline.model.split import zeroed
 from ria_vllm.offline.model.topology import Sublayer
 
 
@@ -43,7 +43,7 @@ class SublayerRunner:
             RiaError: the layer does not run by itself, or runs without the module that the sublayer ends before.
         """
         call = self.calls[stream.shape]
-        with _zeroed(self.layer, self.sublayer.zeroed, stream):
+        with zeroed(self.layer, self.sublayer.zeroed, self.sublayer.zeroed_returns, stream):
             if self.sublayer.ends_before is None:
                 return call(self.layer, stream)
             end = self.layer.get_submodule(self.sublayer.ends_before)
@@ -83,14 +83,16 @@ class SublayerRunner:
 
 
 def _input_of(module: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
-    """The first argument that `module` gets during `run`, which stops there."""
+    """The first tensor that `module` gets during `run`, which stops there."""
     found: list[torch.Tensor] = []
 
-    def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        found.append(args[0])
-        raise Reached
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensor = first_tensor(args, kwargs)
+        if tensor is not None:
+            found.append(tensor)
+            raise Reached
 
-    handle = module.register_forward_pre_hook(hook)
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         run()
     except Reached:
@@ -100,17 +102,3 @@ def _input_of(module: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
     finally:
         handle.remove()
     raise RiaError(f"a decoder layer ran without its {type(module).__name__}: not supported.")
-
-
-@contextmanager
-def _zeroed(layer: nn.Module, name: str | None, stream: torch.Tensor) -> Iterator[None]:
-    """Let the attention module `name` return zeros."""
-    if name is None:
-        yield
-        return
-    module = layer.get_submodule(name)
-    module.forward = lambda *args, **kwargs: (torch.zeros_like(stream), None)
-    try:
-        yield
-    finally:
-        del module.forward

@@ -105,7 +105,7 @@ class SublayerPass:
                 place = self.place(name)
                 ending = ".".join(place.split(".")[-len(name.split(".")) :])  # as the files have it
                 raise RiaError(
-                    f"{place}: not used in this layer, though it is in the first one. Leave it dense: --ignore {ending}"
+                    f"{place}: not used in this layer, but in others like it. Leave it dense: --ignore {ending}"
                 )
 
 

@@ -3,7 +3,7 @@
 `ria_vllm.offline.calibration.embed` runs it on all calibration tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.experts import experts_modules
 from ria_vllm.offline.model.hf import explained
 from ria_vllm.offline.model.streaming import StreamedModel
 
@@ -41,6 +40,11 @@ class LayerCall:
     def same_as(self, other: "LayerCall") -> bool:
         """Whether both calls pass the same arguments, tensors compared by value."""
         return _equal((self.args, self.kwargs), (other.args, other.kwargs))
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """What a module reads: the first tensor among the arguments of a call."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
 
 
 class Reached(BaseException):
@@ -86,7 +90,7 @@ class _Shell(nn.Module):
 class Embedder:
     """Runs the model up to its first decoder layer, and records how the model's own forward calls each layer.
 
-    Call `inputs_of_first_layer` before anything else, and `close` at the end.
+    Call `learn_form` before anything else, and `close` at the end.
     """
 
     def __init__(self, model: StreamedModel):
@@ -129,16 +133,13 @@ class Embedder:
             )
         return streams[0], calls
 
-    def inputs_of_first_layer(self, tokens: torch.Tensor) -> list[tuple[str, int]]:
-        """(linear or experts, identity of the tensor it read) for a forward pass of layer 0, in the order of the calls.
-
-        It also finds out whether layers return a tensor or a tuple; without that, no later layer can be reached.
+    def learn_form(self, tokens: torch.Tensor) -> None:
+        """Find out in layer 0 whether layers return a tensor or a tuple; without that, no later layer can be reached.
 
         Raises:
             RiaError: the model does not run.
         """
         layer = self.model.load_layer(0)
-        seen: list[tuple[str, torch.Tensor]] = []
         first: list[LayerCall] = []
         streams: list[torch.Tensor] = []
         self.model.layers[0] = _Shell(layer, first, streams, True, self._form, self._place(0))
@@ -149,22 +150,12 @@ class Embedder:
             pass
         finally:
             self.model.layers[0] = layer
-        experts = experts_modules(layer)
-        hooks = [
-            module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
-            for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear) or name in experts
-        ]
         call = first[0]
         kwargs = {**call.kwargs, "hidden_states": streams[0]} if call.by_name else call.kwargs
         with explained(self.unusable):
             out = layer(*(call.args if call.by_name else (streams[0], *call.args)), **kwargs)
-        for hook in hooks:
-            hook.remove()
         self.tupled = len(out) if isinstance(out, tuple) else 0
         self.model.free_layer(0)
-        # `seen` keeps the tensors alive, so that identities are unique. Views of one tensor are the same.
-        return [(name, hash((tensor.data_ptr(), tensor.numel(), tensor._version))) for name, tensor in seen]
 
     def _place(self, index: int) -> str:
         return f"{self.model.folder}: {self.model.layer_prefix(index).removesuffix('.')}"

@@ -1,36 +1,17 @@
-"""What a model family's decoder layer looks like. This is the only file that describes architectures.
+"""What decoder layers look like: which linears share an input, in what order they run, and what can be folded.
 
-Families listed here get folds (`ria_vllm.schema.Fold`), shared permutations and two sublayers per layer. Every other
-causal LM with nn.Linear layers is pruned as well: linears that read the same tensor share a permutation, nothing is
-folded, and the whole layer counts as one sublayer.
+`ria_vllm.offline.model.describe` finds it out by experiment.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.experts import experts_modules
-from ria_vllm.schema import Fold, Producer
-
-# Linears that vLLM fuses into one: all of a set are pruned, or none. In unknown families the same goes for all linears
-# of a module that read the same tensor: w1 and w3, in_proj_qkv and in_proj_z, q_a_proj and kv_a_proj_with_mqa.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-# vLLM's mixer passes no quantization method to its linears. (Its Mamba-2 mixer does.)
-MAMBA_1 = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
-
-# Linears that choose experts. vLLM passes them no quantization method.
-ROUTERS = ("router", "gate", "shared_expert_gate")
-
-# Other linears to which vLLM passes no quantization method, or whose weights it reads directly: in latent attention, in
-# DeepSeek's sparse attention and compressors, in Qwen's hyper-connections.
-DENSE_ONLY = {
-    "kv_b_proj", "weights_proj", "compressor", "o_a_proj",
-    "input_mix_weight_down", "input_mix_weight_up", "block_inject_weight",
-}  # fmt: skip
+from ria_vllm.offline.model.vllm_quirks import fused_sets
+from ria_vllm.schema import Fold
 
 
 @dataclass(frozen=True)
@@ -49,11 +30,14 @@ class Group:
     heads: the input is the output of these attention heads, so the permutation must stay within them.
     experts: the module of routed experts whose gate and up projections belong to the group, too. Their down
         projections are pruned in the same stage, expert by expert.
+    blocks: the permutation must stay within this many equal blocks of the input. Nothing absorbs it, and so each rank
+        of tensor parallelism can gather its own channels.
     """
 
     linears: tuple[str, ...]
     heads: Heads | None = None
     experts: str | None = None
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -62,8 +46,9 @@ class Sublayer:
 
     stages: groups whose statistics are gathered together; a later stage sees what the earlier ones pruned.
     ends_before: the submodule whose input is the stream after this sublayer; None: the layer's output is.
-    zeroed: the attention module that comes before this sublayer in the layer, and whose output has to be zero when this
-        sublayer is run by itself.
+    zeroed: the module that comes before this sublayer in the layer, usually attention, and whose output has to be zero
+        when this sublayer is run by itself.
+    zeroed_returns: the length of the tuple that it returns; 0: it returns a bare tensor.
     additive: the stream after the sublayer is the one before it plus the output of the last stage's only linear.
     """
 
@@ -71,6 +56,7 @@ class Sublayer:
     stages: tuple[tuple[Group, ...], ...]
     ends_before: str | None = None
     zeroed: str | None = None
+    zeroed_returns: int = 0
     additive: bool = False
 
     @property
@@ -80,10 +66,11 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Topology:
-    """What all decoder layers have in common; names are relative to the layer.
+    """What all layers of one kind have in common; names are relative to the layer.
 
+    folds: names of single experts have `{e}` for the expert's number.
     dense: linears that must stay dense -> why.
-    together: sets of linears, besides those in `FUSED`, of which all are pruned or none.
+    together: sets of linears, besides those in `vllm_quirks.FUSED`, of which all are pruned or none.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -105,41 +92,102 @@ class Topology:
             found, grown = wider, wider != found
         return [linear for linear in linears if linear in found]
 
-    def absolute_folds(self, written: Callable[[int, str], str], layers: int) -> list[Fold]:
-        """The folds under the names in the checkpoint.
+    def folds_experts(self, path: str) -> bool:
+        """Whether the down projection of each expert of the module at `path` folds into its own gate and up."""
+        return any(fold.consumer.startswith(f"{path}.{{e}}.") for fold in self.folds)
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON, for the report."""
+        sublayers = [asdict(sublayer) for sublayer in self.sublayers]
+        folds = [fold.model_dump(mode="json", exclude_none=True) for fold in self.folds]
+        return {"sublayers": sublayers, "folds": folds, "dense": dict(self.dense)}
+
+
+@dataclass(frozen=True)
+class Topologies:
+    """The topology of each decoder layer.
+
+    kinds: of layers, in the order of the first layer of each.
+    layers: the kind of each layer.
+    warnings: for the user.
+    """
+
+    kinds: tuple[Topology, ...]
+    layers: tuple[int, ...]
+    warnings: tuple[str, ...] = ()
+
+    def of(self, index: int) -> Topology:
+        """The topology of layer `index`."""
+        return self.kinds[self.layers[index]]
+
+    def is_first(self, index: int) -> bool:
+        """Whether layer `index` is the first of its kind."""
+        return self.layers.index(self.layers[index]) == index
+
+    def dump(self) -> list[dict[str, Any]]:
+        """As JSON, for the report: each kind, and its layers."""
+        numbers = range(len(self.layers))
+        return [
+            {"layers": [index for index in numbers if self.layers[index] == kind], **topology.dump()}
+            for kind, topology in enumerate(self.kinds)
+        ]
+
+    def absolute_folds(self, written: Callable[[int, str], str]) -> list[Fold]:
+        """The folds under the names in the checkpoint, without those of experts.
+
+        One with `{i}` stands for all layers that have it, where no other layer has its consumer. Where one has, and
+        where names follow no pattern, each layer gets a fold of its own.
 
         Args:
             written: (layer number, name relative to the layer) -> name in the checkpoint.
-            layers: the number of layers.
         """
-        names = {part.name for fold in self.folds for part in fold.producers} | {fold.consumer for fold in self.folds}
-        patterns = {name: _pattern([written(index, name) for index in range(layers)]) for name in names}
-        return [
-            fold.model_copy(
-                update={
-                    "consumer": patterns[fold.consumer],
-                    "producers": [p.model_copy(update={"name": patterns[p.name]}) for p in fold.producers],
-                }
-            )
-            for fold in self.folds
-            if None not in (patterns[fold.consumer], *(patterns[p.name] for p in fold.producers))
-        ]
+        found: list[Fold] = []
+        for fold in self._distinct():
+            holders = [index for index in range(len(self.layers)) if fold in self.of(index).folds]
+            others = [index for index in range(len(self.layers)) if index not in holders]
+            names = (fold.consumer, *(producer.name for producer in fold.producers))
+            in_layer = {index: {name: written(index, name) for name in names} for index in holders}
+            patterns = {name: _pattern({index: in_layer[index][name] for index in holders}) for name in names}
+            same_name = any(fold.consumer in self.of(index).linears for index in others)
+            if None in patterns.values() or same_name:
+                found += [_renamed(fold, in_layer[index]) for index in holders]
+            else:
+                found.append(_renamed(fold, patterns))
+        return found
+
+    def _distinct(self) -> list[Fold]:
+        folds: list[Fold] = []
+        for topology in self.kinds:
+            folds += [fold for fold in topology.folds if fold not in folds and "{e}" not in fold.consumer]
+        return folds
 
 
-def fused_sets(linears: Iterable[str]) -> list[set[str]]:
-    """The sets of linears in the modules of these `linears` that vLLM is known to fuse (see `FUSED`)."""
-    parents = {linear.rpartition(".")[0] for linear in linears}
-    return [{f"{parent}.{leaf}" if parent else leaf for leaf in fused} for parent in parents for fused in FUSED]
+def _renamed(fold: Fold, names: Mapping[str, Any]) -> Fold:
+    producers = [producer.model_copy(update={"name": names[producer.name]}) for producer in fold.producers]
+    return fold.model_copy(update={"consumer": names[fold.consumer], "producers": producers})
 
 
-def _pattern(names: Sequence[str]) -> str | None:
+def _pattern(names: Mapping[int, str]) -> str | None:
     """The one name with `{i}` for the layer's number that gives `names`, one per layer; None if there is none."""
-    parts = names[0].split(".")
-    for position in [position for position, part in enumerate(parts) if part == "0"]:
+    first, name = next(iter(names.items()))
+    parts = name.split(".")
+    for position in [position for position, part in enumerate(parts) if part == str(first)]:
         pattern = ".".join([*parts[:position], "{i}", *parts[position + 1 :]])
-        if all(pattern.replace("{i}", str(index)) == name for index, name in enumerate(names)):
+        if all(pattern.replace("{i}", str(index)) == name for index, name in names.items()):
             return pattern
     return None
+
+
+def kinds_of(layers: Sequence[nn.Module]) -> tuple[int, ...]:
+    """A number for the kind of each layer. Layers are of one kind if they have the same modules, and parameters of the
+    same shapes."""
+    known: dict[tuple, int] = {}
+    return tuple(known.setdefault(_signature(layer), len(known)) for layer in layers)
+
+
+def _signature(layer: nn.Module) -> tuple:
+    modules = tuple((name, type(module)) for name, module in layer.named_modules())
+    return modules, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
 
 
 def decoder_layers(model: nn.Module, num_hidden_layers: int) -> str:
@@ -163,155 +211,3 @@ def decoder_layers(model: nn.Module, num_hidden_layers: int) -> str:
 def linears_of(module: nn.Module) -> list[str]:
     """The names of the linears in a module, relative to it."""
     return [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
-
-
-def describe(config: Any, layer: nn.Module, inputs: Iterable[tuple[str, int]]) -> Topology:
-    """The topology of `layer`.
-
-    Args:
-        config: the text model's configuration.
-        layer: one decoder layer; its weights may be on the meta device.
-        inputs: (linear, identity of the tensor that it read), in the order of the calls in one forward pass.
-    """
-    known = FAMILIES.get(config.model_type)
-    topology = known(config) if known else None
-    if topology is None or set(topology.linears) != set(linears_of(layer)):
-        return _unknown(layer, inputs)
-    return topology
-
-
-def served_dense(layer: nn.Module) -> dict[str, str]:
-    """The linears of a layer that vLLM can only serve dense, by their names relative to it -> why."""
-    linears = linears_of(layer)
-    experts = [name for name, _ in layer.named_modules() if name.rpartition(".")[2] == "experts"]
-    dense: dict[str, str] = {}
-    for mixer, module in layer.named_modules():
-        if type(module).__name__ in MAMBA_1:
-            names = [name for name in linears if name.startswith(f"{mixer}.")]
-            dense |= dict.fromkeys(names, "vLLM serves the linears of a Mamba-1 mixer dense only")
-    for name in linears:
-        parts = name.split(".")
-        if DENSE_ONLY & set(parts) or name.endswith("indexer.wk"):
-            dense[name] = "vLLM serves it dense only"
-        elif any(name.startswith(f"{module}.") for module in experts):
-            dense[name] = "belongs to a mixture of experts"
-        elif "router" in parts or (experts and set(parts) & set(ROUTERS)):
-            dense[name] = "chooses experts"
-    return dense
-
-
-def _heads(config: Any) -> Heads:
-    num_heads = config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    return Heads(num_heads, num_kv_heads, head_dim)
-
-
-def _attention_fold(consumer: str, producer: Producer, heads: Heads) -> Fold:
-    return Fold(
-        consumer=consumer,
-        producers=[producer],
-        coupling="heads",
-        num_heads=heads.num_heads,
-        num_kv_heads=heads.num_kv_heads,
-    )
-
-
-def _two_sublayers(
-    attention: Iterable[Group], mlp: Iterable[Group], between: str, additive: bool = True
-) -> tuple[Sublayer, ...]:
-    return (
-        Sublayer("attention", tuple((group,) for group in attention), ends_before=between, additive=additive),
-        Sublayer("mlp", tuple((group,) for group in mlp), zeroed="self_attn", additive=additive),
-    )
-
-
-def _llama(config: Any, between: str = "post_attention_layernorm", additive: bool = True) -> Topology:
-    heads = _heads(config)
-    attention = (
-        Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Group(("self_attn.o_proj",), heads),
-    )
-    mlp = (Group(("mlp.gate_proj", "mlp.up_proj")), Group(("mlp.down_proj",)))
-    folds = (
-        _attention_fold("self_attn.o_proj", Producer(name="self_attn.v_proj"), heads),
-        Fold(
-            consumer="mlp.down_proj",
-            producers=[Producer(name="mlp.gate_proj"), Producer(name="mlp.up_proj")],
-            coupling="elementwise",
-        ),
-    )
-    return Topology(_two_sublayers(attention, mlp, between, additive), folds)
-
-
-def _gemma(config: Any) -> Topology:
-    # Norms come between the last linears and the stream.
-    return _llama(config, between="pre_feedforward_layernorm", additive=False)
-
-
-def _phi3(config: Any) -> Topology:
-    heads = _heads(config)
-    queries, keys = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
-    width = config.intermediate_size
-    values = Producer(name="self_attn.qkv_proj", rows=(queries + keys, queries + 2 * keys))
-    halves = [Producer(name="mlp.gate_up_proj", rows=rows) for rows in ((0, width), (width, 2 * width))]
-    attention = (Group(("self_attn.qkv_proj",)), Group(("self_attn.o_proj",), heads))
-    mlp = (Group(("mlp.gate_up_proj",)), Group(("mlp.down_proj",)))
-    folds = (
-        _attention_fold("self_attn.o_proj", values, heads),
-        Fold(consumer="mlp.down_proj", producers=halves, coupling="elementwise"),
-    )
-    return Topology(_two_sublayers(attention, mlp, "post_attention_layernorm"), folds)
-
-
-def _opt(config: Any) -> Topology:
-    num_heads = config.num_attention_heads
-    heads = Heads(num_heads, num_heads, config.hidden_size // num_heads)
-    attention = (
-        Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Group(("self_attn.out_proj",), heads),
-    )
-    mlp = (Group(("fc1",)), Group(("fc2",)))
-    folds = (
-        _attention_fold("self_attn.out_proj", Producer(name="self_attn.v_proj"), heads),
-        Fold(consumer="fc2", producers=[Producer(name="fc1")], coupling="elementwise"),
-    )
-    if config.do_layer_norm_before:
-        return Topology(_two_sublayers(attention, mlp, "final_layer_norm"), folds)
-    # Not split: run by itself, the MLP would apply the norm after attention once more.
-    return Topology((Sublayer("layer", tuple((group,) for group in attention + mlp)),), folds)
-
-
-def _unknown(layer: nn.Module, inputs: Iterable[tuple[str, int]]) -> Topology:
-    dense = served_dense(layer)
-    experts = experts_modules(layer)
-    readers: dict[int, list[str]] = {}
-    called: set[str] = set()
-    for name, tensor in inputs:
-        if name not in dense and name not in called:  # a linear that is called again counts for its first input
-            readers.setdefault(tensor, []).append(name)
-            called.add(name)
-    dense |= {name: "takes no part in a forward pass" for name in linears_of(layer) if name not in called | set(dense)}
-    mixtures = [next((name for name in names if name in experts), None) for names in readers.values()]
-    groups = [tuple(name for name in names if name not in experts) for names in readers.values()]
-    siblings: dict[tuple[int, str], set[str]] = {}
-    for number, names in enumerate(groups):
-        for name in names:
-            siblings.setdefault((number, name.rpartition(".")[0]), set()).add(name)
-    stage = tuple(Group(names, experts=mixture) for names, mixture in zip(groups, mixtures, strict=True))
-    return Topology((Sublayer("layer", (stage,)),), dense=dense, together=tuple(map(frozenset, siblings.values())))
-
-
-# Mistral, Qwen2 (with qkv biases) and Qwen3 (with norms on q and k heads) have Llama's blocks. Gemma 2 and 3 also have
-# norms after them.
-FAMILIES = {
-    "llama": _llama,
-    "mistral": _llama,
-    "qwen2": _llama,
-    "qwen3": _llama,
-    "gemma": _llama,
-    "gemma2": _gemma,
-    "gemma3_text": _gemma,
-    "phi3": _phi3,
-    "opt": _opt,
-}

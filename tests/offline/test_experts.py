@@ -90,11 +90,7 @@ def test_every_family_is_pruned_with_its_experts_and_exported_as_it_was(moe, tex
     totals = take_inventory(reader).totals
     assert totals.linears == len(reader.sparse_names) and abs(totals.sparsity - 0.5) < 1e-9
     in_layers = sum(t.numel() for name, t in original.items() if ".layers." in name and t.dim() > 1)
-    assert halved / in_layers > (0.95 if family not in OTHER_KINDS_OF_LAYERS else 0.7)
-
-
-# Until all kinds of layers are pruned, those that layer 0 does not have stay dense.
-OTHER_KINDS_OF_LAYERS = ("qwen3_next", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3")
+    assert halved / in_layers > 0.95
 
 
 def pytest_generate_tests(metafunc):

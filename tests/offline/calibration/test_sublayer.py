@@ -22,7 +22,7 @@ def runners(request, tiny):
     with torch.no_grad():
         embedded = embed(model, TOKENS, None, False, Ranks(), Monitor(shown=False))
         layer, calls = model.load_layer(0), embedded.calls_of(0)
-        runners = [SublayerRunner(layer, one, calls, torch.float32) for one in embedded.topology.sublayers]
+        runners = [SublayerRunner(layer, one, calls, torch.float32) for one in embedded.topologies.of(0).sublayers]
         yield runners, embedded.streams.pruned[0]
 
 

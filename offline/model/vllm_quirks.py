@@ -1,0 +1,57 @@
+"""What vLLM does with some linears, whatever the model's own layers look like. Nothing else here knows of vLLM."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+# Linears that vLLM fuses into one: all of a set are pruned, or none. The same goes for all linears of a module that
+# read the same tensor: w1 and w3, in_proj_qkv and in_proj_z, q_a_proj and kv_a_proj_with_mqa.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+# vLLM's mixer passes no quantization method to its linears. (Its Mamba-2 mixer does.)
+MAMBA_1 = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
+
+# Linears that choose experts. vLLM passes them no quantization method.
+ROUTERS = ("router", "gate", "shared_expert_gate")
+
+# Other linears to which vLLM passes no quantization method, or whose weights it reads directly: in latent attention, in
+# DeepSeek's sparse attention and compressors, in Qwen's hyper-connections.
+DENSE_ONLY = {
+    "kv_b_proj", "weights_proj", "compressor", "o_a_proj",
+    "input_mix_weight_down", "input_mix_weight_up", "block_inject_weight",
+}  # fmt: skip
+
+# Linears whose rows vLLM's own model rearranges before any weight loader sees them, in families that it serves. No
+# other order can be put on them.
+REARRANGED_ROWS = {"bloom": ("query_key_value",), "falcon": ("query_key_value",)}
+
+
+def fused_sets(linears: Iterable[str]) -> list[set[str]]:
+    """The sets of linears in the modules of these `linears` that vLLM is known to fuse (see `FUSED`)."""
+    parents = {linear.rpartition(".")[0] for linear in linears}
+    return [{f"{parent}.{leaf}" if parent else leaf for leaf in fused} for parent in parents for fused in FUSED]
+
+
+def keeps_rows(model_type: str, linear: str) -> bool:
+    """Whether the rows of a linear can have an order of their own in vLLM."""
+    return linear.rpartition(".")[2] not in REARRANGED_ROWS.get(model_type, ())
+
+
+def served_dense(layer: nn.Module) -> dict[str, str]:
+    """The linears of a layer that vLLM can only serve dense, by their names relative to it -> why."""
+    linears = [name for name, child in layer.named_modules() if isinstance(child, nn.Linear)]
+    experts = [name for name, _ in layer.named_modules() if name.rpartition(".")[2] == "experts"]
+    dense: dict[str, str] = {}
+    for mixer, module in layer.named_modules():
+        if type(module).__name__ in MAMBA_1:
+            names = [name for name in linears if name.startswith(f"{mixer}.")]
+            dense |= dict.fromkeys(names, "vLLM serves the linears of a Mamba-1 mixer dense only")
+    for name in linears:
+        parts = name.split(".")
+        if DENSE_ONLY & set(parts) or name.endswith("indexer.wk"):
+            dense[name] = "vLLM serves it dense only"
+        elif any(name.startswith(f"{module}.") for module in experts):
+            dense[name] = "a linear of one expert, which transformers runs as a module of its own"
+        elif "router" in parts or (experts and set(parts) & set(ROUTERS)):
+            dense[name] = "chooses experts"
+    return dense

@@ -1,0 +1,125 @@
+"""Tiny random decoders of many families, in memory, and how each of their layers is called."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ria_vllm.offline.model.describe import describe
+from ria_vllm.offline.model.embedding import LayerCall
+from ria_vllm.offline.model.topology import Topologies, decoder_layers, kinds_of
+
+BASE = {
+    "vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    "head_dim": 16,
+}  # fmt: skip
+LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
+MAMBA = {
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}  # fmt: skip
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+    "v_head_dim": 16, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
+}  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": MAMBA | {"attn_layer_indices": [1]},
+    "deepseek_v3": EXPERTS | LATENT | {"n_routed_experts": 4},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "mamba_d_head": 8},
+    "gemma2": {"sliding_window": 16},
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 32, "sliding_window": 16,
+        "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+    },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoehybrid": MAMBA | {
+        "layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2,
+        "shared_intermediate_size": 64,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "qwen2_moe": EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 64},
+    "qwen3_5_text": LINEAR_ATTENTION,
+    "qwen3_next": EXPERTS | LINEAR_ATTENTION | {"num_experts": 4, "shared_expert_intermediate_size": 32},
+}  # fmt: skip
+
+
+def small(model_type: str, **changes: Any) -> PreTrainedModel:
+    """A tiny float32 model in which every parameter is random, norms and biases included."""
+    own = OWN.get(model_type, {}) | changes
+    known = AutoConfig.for_model(model_type).to_dict() | AutoConfig.for_model(model_type).__dict__
+    base = {name: value for name, value in BASE.items() if name in known or model_type in own}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **base | own)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.copy_(torch.rand(parameter.shape) + 0.5)
+    return model.requires_grad_(False)
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    return model.get_submodule(decoder_layers(model, model.config.num_hidden_layers))
+
+
+def calls_of(model: PreTrainedModel, tokens: torch.Tensor) -> list[tuple[LayerCall, torch.Tensor]]:
+    """How the model calls each of its layers, and the stream into it."""
+    calls: list[tuple[LayerCall, torch.Tensor]] = []
+
+    def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        by_name = "hidden_states" in kwargs
+        stream = kwargs["hidden_states"] if by_name else args[0]
+        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        calls.append((LayerCall(args if by_name else args[1:], others, by_name, "layer"), stream))
+
+    hooks = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers_of(model)]
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    for handle in hooks:
+        handle.remove()
+    return calls
+
+
+def described(model: PreTrainedModel) -> Topologies:
+    """The topologies of the model's layers, found by experiment."""
+    layers, calls = layers_of(model), calls_of(model, torch.arange(2, 10)[None])
+    kinds = kinds_of(layers)
+    first = [kinds.index(kind) for kind in range(max(kinds) + 1)]
+    with torch.no_grad():
+        return Topologies(tuple(describe(model.config, layers[i], *calls[i]) for i in first), kinds)
+
+
+def lines(topologies: Topologies) -> Iterator[str]:
+    """What a topology says, one kind after the other, as text that fits a table."""
+    for topology in topologies.kinds:
+        for part in topology.sublayers:
+            ends = f" until {part.ends_before}" if part.ends_before else ""
+            zeroed = f" without {part.zeroed}/{part.zeroed_returns}" if part.zeroed else ""
+            yield f"{part.name}{ends}{zeroed}{' +' if part.additive else ''}"
+            for stage in part.stages:
+                yield "  " + " | ".join(_group(group) for group in stage)
+        for fold in topology.folds:
+            heads = f" {fold.num_heads}/{fold.num_kv_heads}" if fold.coupling == "heads" else ""
+            yield f"  {fold.consumer} <- {', '.join(map(_producer, fold.producers))}{heads}"
+
+
+def _group(group: Any) -> str:
+    heads = f" heads {group.heads.num_heads}/{group.heads.num_kv_heads}x{group.heads.head_dim}" if group.heads else ""
+    blocks = f" blocks {group.blocks}" if group.blocks > 1 else ""
+    experts = f" experts {group.experts}" if group.experts else ""
+    return f"{' '.join(group.linears)}{heads}{blocks}{experts}".strip()
+
+
+def _producer(producer: Any) -> str:
+    rows = "" if producer.rows is None else f"[{producer.rows[0]}:{producer.rows[1]}]"
+    return f"{producer.name}{rows}{f'x{producer.blocks}' if producer.blocks > 1 else ''}"

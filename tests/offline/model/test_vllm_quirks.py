@@ -1,0 +1,78 @@
+"""Which linears vLLM serves dense only."""
+
+import pytest
+import torch
+from decoders import layers_of, small
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ria_vllm.offline.model.topology import decoder_layers, linears_of
+from ria_vllm.offline.model.vllm_quirks import keeps_rows, served_dense
+
+MIXTURES = (
+    "afmoe", "aria_text", "axk1", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots1",
+    "ernie4_5_moe", "exaone_moe", "flex_olmo", "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss",
+    "granitemoe", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "inkling_text", "jamba", "jetmoe",
+    "kimi_linear", "laguna", "lfm2_moe", "llama4_text", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "mixtral",
+    "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "solar_open",
+)  # fmt: skip
+EXPERTS = 6
+
+
+def small_mixture(model_type: str):
+    """A model of three layers on the meta device. Only its routers are as wide as the number of its experts."""
+    config = AutoConfig.for_model(model_type)
+    settings = {
+        "vocab_size": 256, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
+        "moe_intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "n_group": 1, "topk_group": 1,
+        "enable_moe_block": True, "n_shared_experts": 1, "num_experts_per_tok": 2, "top_k_experts": 2,
+        "first_k_dense_replace": 1, "num_dense_layers": 1, "pad_token_id": 0,
+        "linear_num_value_heads": 16, "attn_layer_period": 2, "attn_layer_offset": 1,
+    } | dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), EXPERTS)  # fmt: skip
+    settings = {name: value for name, value in settings.items() if hasattr(config, name)}
+    if model_type == "nemotron_h":
+        settings["layers_block_type"] = ["mamba", "attention", "moe"]
+    if model_type == "hunyuan_v1_moe":
+        settings["head_dim"] = 32
+    kinds = ["conv", "full_attention"] if model_type.startswith("lfm2") else getattr(config, "layer_types", None)
+    if kinds and model_type != "jamba":
+        settings["layer_types"] = (list(dict.fromkeys(kinds)) * 3)[:3]
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_routers_stay_dense_in_every_mixture_of_experts(model_type):
+    """Whatever they are called: they are the linears with one output per expert, or one for the shared expert."""
+    model = small_mixture(model_type)
+    found = 0
+    for layer in model.get_submodule(decoder_layers(model, model.config.num_hidden_layers)):
+        widths = {
+            name: module.out_features for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)
+        }
+        routers = {name for name, width in widths.items() if width in (1, EXPERTS)}
+        assert routers <= set(served_dense(layer)), routers
+        attention = {name for name in widths if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        assert not attention & set(served_dense(layer))
+        found += any("expert" in name for name, _ in layer.named_parameters())
+    assert found
+
+
+def test_linears_of_a_mamba_1_mixer():
+    layer = layers_of(small("mamba", state_size=8))[0]
+    dense = served_dense(layer)
+    assert set(dense) == set(linears_of(layer)) and all("Mamba-1" in why for why in dense.values())
+
+
+def test_shared_experts_and_what_is_beside_experts_are_not_dense():
+    layer = layers_of(small("qwen2_moe"))[0]
+    assert set(served_dense(layer)) == {"mlp.shared_expert_gate"}
+    assert {"mlp.shared_expert.down_proj", "self_attn.o_proj"} <= set(linears_of(layer))
+    layer = layers_of(
+        small("gemma4_text", enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32)
+    )[0]
+    assert hasattr(layer, "experts") and set(served_dense(layer)) == {"router.proj"}
+
+
+def test_rows_that_vllm_rearranges():
+    assert not keeps_rows("bloom", "self_attention.query_key_value") and keeps_rows("bloom", "mlp.dense_h_to_4h")
+    assert keeps_rows("gpt_neox", "attention.query_key_value")
