@@ -5,6 +5,7 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import name_of
 from ria_vllm.offline.calibration import data
+from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.hf import explained, load_tokenizer
 from ria_vllm.offline.model.source import Source
 from ria_vllm.offline.model.streaming import StreamedModel
@@ -36,19 +37,22 @@ def calibration_tokens(source: Source, model: StreamedModel, recipe: Recipe, mon
 
 
 def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
+    if output_head(model.model) is None:
+        raise RiaError(
+            f"{source.name}: a {type(model.model).__name__} does not write text, which --calibration self asks for. "
+            "Give a text file to --calibration."
+        )
     _check_whole_fits(source, model)
     with (
         monitor.phase("loading the whole model"),
         explained(f"{source.name}: transformers cannot load the model"),
     ):
         # Eager attention, because for one token at a time a CPU's fused kernels are much slower.
-        whole = AutoModelForCausalLM.from_pretrained(
+        whole = type(model.model).from_pretrained(
             source.folder, dtype=model.dtype, attn_implementation="eager", trust_remote_code=False
         )
         whole = whole.to(model.device).eval()
-    bos = source.config.get_text_config().bos_token_id
+    bos = text_config(source.config).bos_token_id
     return data.from_model(whole, bos, recipe.samples, recipe.seq_len, recipe.seed, monitor)
 
 

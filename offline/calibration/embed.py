@@ -11,6 +11,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.activations import Activations, Streams
+from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.embedding import Embedder, LayerCall
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Topology, describe
@@ -67,7 +68,7 @@ def embed(
     with monitor.phase("embedding"):
         embedder = Embedder(model)
         inputs = embedder.inputs_of_first_layer(chunks[0][:1])
-        topology = describe(model.config.get_text_config(), model.layers[0], inputs)
+        topology = describe(text_config(model.config), model.layers[0], inputs)
         # The last chunk may be shorter; every rank has to know how layers are called for it.
         known = {stream.shape: calls for stream, calls in map(embedder, (chunks[0], chunks[-1]))}
         share = ranks.share(len(chunks))

@@ -7,12 +7,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, is_compressed, read_json, weight_files
 from ria_vllm.companions import LEGAL_PATTERNS, SUFFIXES, is_companion, leads_out, left_where_it_is
 from ria_vllm.errors import RiaError
 from ria_vllm.model_card import CARD_FILE
+from ria_vllm.offline.model.architecture import model_class
 from ria_vllm.offline.model.hf import first_line, reason_of
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
@@ -155,24 +156,7 @@ def _checked(name: str, folder: Path) -> Source:
     except Exception as error:
         path = folder / "config.json"
         raise RiaError(f"{path}: transformers does not know this model ({reason_of(error)}).") from None
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise RiaError(
-            f"{name}: a {config.model_type} model is not a causal language model; only those can be compressed."
-        )
-    if config.get_text_config() is not config:
-        raise RiaError(
-            f"{name}: a {config.model_type} model reads more than text, and only text models can be compressed. Save "
-            "its language model as a folder of its own, and give that."
-        )
-    architectures = config.architectures or []
-    architectures = [architectures] if isinstance(architectures, str) else architectures
-    expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    expected = [cls.__name__ for cls in (expected if isinstance(expected, tuple) else (expected,))]
-    if architectures and not set(architectures) & set(expected):
-        raise RiaError(
-            f"{name}: config.json says {architectures[0]}, which is not the causal language model {expected[0]}. Only "
-            "causal language models can be compressed."
-        )
+    model_class(name, config)
     return Source(name, folder, config, raw, [stamp_of(path) for path in files])
 
 

@@ -3,17 +3,18 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import name_of
-from ria_vllm.offline.model import topology
+from ria_vllm.offline.model.architecture import find_decoder, model_class, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.hf import configured_dtype, explained
 from ria_vllm.offline.model.names import Names, find_tensors
@@ -48,21 +49,26 @@ class StreamedModel:
         self.files = find_tensors(folder)
         self.stored_dtype = stored_dtype(folder, config)
         self.dtype = choose_dtype(self.stored_dtype, device) if dtype is None else dtype
-        text = config.get_text_config()
+        text = text_config(config)
+        architecture = model_class(str(folder), config)
         # Torch's fused attention kernels do not apply Gemma 2's soft cap.
         capped = getattr(text, "attn_logit_softcapping", None) is not None
         unusable = f"{folder / 'config.json'}: transformers cannot build this model"
         with explained(unusable), torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, attn_implementation="eager" if capped else None, trust_remote_code=False
-            )
+            attention = {"attn_implementation": "eager"} if capped else {}
+            self.model: PreTrainedModel = architecture._from_config(config, dtype=self.dtype, **attention)
         self.model.eval().requires_grad_(False)
-        self.layers_path = topology.decoder_layers(self.model, getattr(text, "num_hidden_layers", 0))
+        self.decoder_path, self.layers_path = find_decoder(self.model)
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
         self.names = Names(self.model, self.files, folder)
         self._check_all()
         self._check_tied()
         self._materialize_buffers()
+
+    @property
+    def is_wrapper(self) -> bool:
+        """Whether the model reads more than text, with other modules than its text decoder."""
+        return text_config(self.model.config) is not self.model.config
 
     @property
     def linear_weights(self) -> int:
@@ -114,16 +120,36 @@ class StreamedModel:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def load_base(self) -> nn.Module:
-        """The model without its head, with its weights outside the decoder layers on the device."""
-        base = self._base()
-        prefix = f"{self.model.base_model_prefix}." if base is not self.model else ""
-        self._load(base, prefix, without=f"{self.layers_path}.")
+        """The model without its head; the text decoder's weights outside its layers are on the device.
+
+        A module outside the text decoder, such as a vision tower, gets its weights when it is called. For text, few are.
+        """
+        base, path = self._base(), self.decoder_path
+        self._load(self.model.get_submodule(path), f"{path}." if path else "", without=f"{self.layers_path}.")
+        self._on_call = [
+            module.register_forward_pre_hook(partial(self._load_called, name))
+            for name, module in self._outside_the_decoder()
+            if module._parameters
+        ]
         return base
+
+    def _load_called(self, name: str, module: nn.Module, _: Any) -> None:
+        if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
+            self._load(module, f"{name}.")
+
+    def _outside_the_decoder(self) -> list[tuple[str, nn.Module]]:
+        """The modules of a wrapper, by their names, that neither lie in the text decoder nor around it."""
+        path = self.decoder_path
+        around = {"", *(path[:end] for end, letter in enumerate(path) if letter == "."), path}
+        named = self.model.named_modules() if path else ()
+        return [(name, m) for name, m in named if name not in around and not name.startswith(f"{path}.")]
 
     def _base(self) -> nn.Module:
         return getattr(self.model, self.model.base_model_prefix, self.model)
 
     def free_base(self) -> None:
+        for hook in self._on_call:
+            hook.remove()
         layers = f"{self.layers_path}."
         for name, parameter in list(self.model.named_parameters()):
             if not name.startswith(layers):
@@ -174,9 +200,9 @@ class StreamedModel:
                 for written in [written for written in wanted if self._file_of(written) == path]:
                     shape = file.get_slice(self.names.files[written]).get_shape()
                     self._check_shape(written, shape, wanted[written].shape)
-        base = "" if self._base() is self.model else f"{self.model.base_model_prefix}."
+        loaded = f"{self.decoder_path}." if self.decoder_path else ""
         for name, written in self.names.direct.items():
-            if not name.startswith(base) and name not in self.model.all_tied_weights_keys:
+            if not name.startswith(loaded) and name not in self.model.all_tied_weights_keys:
                 self._check_values(written, self.read(written), wanted[written].is_floating_point())
         for written in self.names.unknown:
             self._check_values(written, self.read(written), floating=False)
@@ -263,8 +289,10 @@ class StreamedModel:
 
     def _materialize_buffers(self) -> None:
         """Let the model compute the buffers that no file holds (rotary frequencies, embedding scales)."""
-        owners = []
+        owners, outside = [], {name for name, _ in self._outside_the_decoder()}
         for name, buffer in self.model.named_non_persistent_buffers():
+            if name.rpartition(".")[0] in outside:
+                continue
             self._set(name, torch.empty_like(buffer, device=self.device))
             owners.append(name.rpartition(".")[0])
         for owner in dict.fromkeys(owners):
