@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.hf import first_line
 from ria_vllm.progress import Monitor
 
@@ -127,7 +128,7 @@ def from_model(model: Any, bos: int | None, samples: int, seq_len: int, seed: in
 
 def _batch_size(model: Any, length: int) -> int:
     """Documents of `length` tokens whose KV cache takes KV_CACHE_BYTES, but at least 8 and at most 256."""
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     bytes_per_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
@@ -139,7 +140,7 @@ def _generate(
 ) -> torch.Tensor:
     """Documents, int64 [batch, length]; takes one of `steps` for each token."""
     vocab_size = model.get_input_embeddings().num_embeddings
-    vocab_size = min(vocab_size, getattr(model.config.get_text_config(), "vocab_size", vocab_size))
+    vocab_size = min(vocab_size, getattr(text_config(model.config), "vocab_size", vocab_size))
     first = torch.randint(vocab_size, (batch, 1), generator=generator)
     tokens = first if bos is None else torch.cat([torch.full_like(first, bos), first], dim=1)
     tokens = tokens[:, :length]

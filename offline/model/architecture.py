@@ -98,9 +98,15 @@ def find_decoder(model: PreTrainedModel) -> tuple[str, str]:
     it, even if it has as many layers.
 
     Raises:
-        RiaError: there is none, or it has no such list with linears in it.
+        RiaError: there is none, it has no such list with linears in it, or the layers need more of each other than the
+            residual stream.
     """
-    text = text_config(model.config)
+    text, kind = text_config(model.config), type(model).__name__
+    if getattr(text, "num_kv_shared_layers", None):
+        raise RiaError(
+            f"{kind}: its last {text.num_kv_shared_layers} layers read the keys and values of earlier ones, so its layers "
+            "cannot be pruned one by one."
+        )
     layers = getattr(text, "num_hidden_layers", None) or 0
     paths = {id(module): path for path, module in model.named_modules()}
     if text is model.config:
@@ -111,9 +117,39 @@ def find_decoder(model: PreTrainedModel) -> tuple[str, str]:
         decoder = model.get_decoder()
         decoder = next(inner, None) if decoder is None or decoder is model else decoder
     if decoder is None or id(decoder) not in paths:
-        raise RiaError(f"{type(model).__name__}: no text decoder in it that transformers names, so nothing to prune.")
+        raise RiaError(f"{kind}: transformers finds no text decoder in it, so there is nothing to prune.")
     head = getattr(decoder, decoder.base_model_prefix, decoder) if isinstance(decoder, PreTrainedModel) else decoder
     decoder = head if id(head) in paths else decoder
     path = paths[id(decoder)]
     inside = decoder_layers(decoder, layers)
     return path, f"{path}.{inside}" if path else inside
+
+
+def find_base(model: PreTrainedModel, decoder: str) -> str:
+    """The path of the outermost module around the decoder whose forward pass runs it, without the head if it can.
+
+    Args:
+        decoder: its path.
+    """
+    for path in [model.base_model_prefix, *_around(decoder)]:
+        inside = path in ("", decoder) or decoder.startswith(f"{path}.")
+        # Some wrappers only hold several models, and have no forward pass of their own.
+        if inside and type(model.get_submodule(path)).forward is not nn.Module.forward:
+            return path
+    return decoder
+
+
+def outside_decoder(model: nn.Module, decoder: str) -> list[tuple[str, nn.Module]]:
+    """The modules that lie neither in the text decoder nor around it, by their names.
+
+    Args:
+        decoder: its path.
+    """
+    around = {*_around(decoder), decoder}
+    named = model.named_modules() if decoder else ()
+    return [(name, m) for name, m in named if name not in around and not name.startswith(f"{decoder}.")]
+
+
+def _around(decoder: str) -> list[str]:
+    """The paths of the modules around the decoder, the outermost first."""
+    return ["", *(decoder[:end] for end, letter in enumerate(decoder) if letter == ".")]

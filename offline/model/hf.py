@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from ria_vllm.checkpoint import Reader, is_compressed, weight_files
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.architecture import model_class, output_head
+from ria_vllm.offline.model.architecture import model_class, output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
 
 
@@ -28,7 +28,7 @@ def read_config(folder: str) -> Any:
 
 def configured_dtype(config: Any) -> torch.dtype | None:
     """The dtype that a configuration says the weights are stored in; None if it does not say."""
-    dtype = config.dtype or config.get_text_config().dtype
+    dtype = config.dtype or text_config(config).dtype
     return getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
 
 

@@ -1,7 +1,7 @@
 """A causal LM whose weights stay in their files; parts of it are loaded, used and freed."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import name_of
-from ria_vllm.offline.model.architecture import find_decoder, model_class, text_config
+from ria_vllm.offline.model.architecture import find_base, find_decoder, model_class, outside_decoder, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.hf import configured_dtype, explained
 from ria_vllm.offline.model.names import Names, find_tensors
@@ -59,6 +59,7 @@ class StreamedModel:
             self.model: PreTrainedModel = architecture._from_config(config, dtype=self.dtype, **attention)
         self.model.eval().requires_grad_(False)
         self.decoder_path, self.layers_path = find_decoder(self.model)
+        self.base_path = find_base(self.model, self.decoder_path)
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
         self.names = Names(self.model, self.files, folder)
         self._check_all()
@@ -124,28 +125,22 @@ class StreamedModel:
 
         A module outside the text decoder, such as a vision tower, gets its weights when it is called. For text, few are.
         """
-        base, path = self._base(), self.decoder_path
-        self._load(self.model.get_submodule(path), f"{path}." if path else "", without=f"{self.layers_path}.")
+        base, path = self.model.get_submodule(self.base_path), self.decoder_path
+        self._load(self.model.get_submodule(path), _prefix(path), without=f"{self.layers_path}.")
+        first = _prefix(self.base_path) + next(name for name, _ in base.named_parameters())
+        if self.model.get_parameter(first).is_meta:
+            self._load_direct({first: first})  # wrappers take its device and dtype for their own
         self._on_call = [
             module.register_forward_pre_hook(partial(self._load_called, name))
-            for name, module in self._outside_the_decoder()
-            if module._parameters
+            for name, module in outside_decoder(self.model, path)
+            if module._parameters or module._buffers
         ]
         return base
 
     def _load_called(self, name: str, module: nn.Module, _: Any) -> None:
-        if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
-            self._load(module, f"{name}.")
-
-    def _outside_the_decoder(self) -> list[tuple[str, nn.Module]]:
-        """The modules of a wrapper, by their names, that neither lie in the text decoder nor around it."""
-        path = self.decoder_path
-        around = {"", *(path[:end] for end, letter in enumerate(path) if letter == "."), path}
-        named = self.model.named_modules() if path else ()
-        return [(name, m) for name, m in named if name not in around and not name.startswith(f"{path}.")]
-
-    def _base(self) -> nn.Module:
-        return getattr(self.model, self.model.base_model_prefix, self.model)
+        if any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
+            self._load(module, _prefix(name))
+            self._materialize_buffers(inside=name)
 
     def free_base(self) -> None:
         for hook in self._on_call:
@@ -159,20 +154,9 @@ class StreamedModel:
         expected = {prefix + name for name in module.state_dict()}
         expected = {name for name in expected if without is None or not name.startswith(without)}
         tied = self.model.all_tied_weights_keys
-        takers: dict[str, list[str]] = {}
-        for name in sorted(expected):
-            # A block that several layers share is stored only once.
-            stored = tied.get(name, name) if name not in self.names.direct and without is None else name
-            if stored in self.names.direct:
-                takers.setdefault(self.names.direct[stored], []).append(name)
-        for written, tensor in self._read(sorted(takers)):
-            for name in takers[written]:
-                owner = self.model.get_submodule(name.rpartition(".")[0])
-                wanted = getattr(owner, name.rpartition(".")[2])
-                self._check_shape(written, tensor.shape, wanted.shape)
-                self._check_values(written, tensor, wanted.is_floating_point())
-                # A copy, because the file stays mapped for as long as any of its tensors is alive.
-                self._set(name, tensor.to(self.device, wanted.dtype, copy=True))
+        # A block that several layers share is stored only once.
+        shared = {name: tied[name] for name in expected & set(tied) - set(self.names.direct) if without is None}
+        self._load_direct({name: shared.get(name, name) for name in expected})
         if self.names.converted:
             self._load_converted(prefix, without)
         missing = sorted(
@@ -182,6 +166,25 @@ class StreamedModel:
         )
         if missing:
             raise self._missing(missing[0])
+
+    def _load_direct(self, stored: Mapping[str, str]) -> None:
+        """Load the tensors of the model that are in the files as they are.
+
+        Args:
+            stored: name in the model -> the name, in the model, of the tensor in the files that it is.
+        """
+        takers: dict[str, list[str]] = {}
+        for name, other in sorted(stored.items()):
+            if other in self.names.direct:
+                takers.setdefault(self.names.direct[other], []).append(name)
+        for written, tensor in self._read(sorted(takers)):
+            for name in takers[written]:
+                owner = self.model.get_submodule(name.rpartition(".")[0])
+                wanted = getattr(owner, name.rpartition(".")[2])
+                self._check_shape(written, tensor.shape, wanted.shape)
+                self._check_values(written, tensor, wanted.is_floating_point())
+                # A copy, because the file stays mapped for as long as any of its tensors is alive.
+                self._set(name, tensor.to(self.device, wanted.dtype, copy=True))
 
     def _check_all(self) -> None:
         """Refuse now what would otherwise only show after hours, or in the finished checkpoint.
@@ -200,9 +203,8 @@ class StreamedModel:
                 for written in [written for written in wanted if self._file_of(written) == path]:
                     shape = file.get_slice(self.names.files[written]).get_shape()
                     self._check_shape(written, shape, wanted[written].shape)
-        loaded = f"{self.decoder_path}." if self.decoder_path else ""
         for name, written in self.names.direct.items():
-            if not name.startswith(loaded) and name not in self.model.all_tied_weights_keys:
+            if not name.startswith(_prefix(self.decoder_path)) and name not in self.model.all_tied_weights_keys:
                 self._check_values(written, self.read(written), wanted[written].is_floating_point())
         for written in self.names.unknown:
             self._check_values(written, self.read(written), floating=False)
@@ -287,11 +289,16 @@ class StreamedModel:
             )
         self.model.requires_grad_(False)
 
-    def _materialize_buffers(self) -> None:
-        """Let the model compute the buffers that no file holds (rotary frequencies, embedding scales)."""
-        owners, outside = [], {name for name, _ in self._outside_the_decoder()}
+    def _materialize_buffers(self, inside: str | None = None) -> None:
+        """Let the model compute the buffers that no file holds (rotary frequencies, embedding scales).
+
+        Args:
+            inside: of the module with this name; None: of all that do not lie outside the text decoder.
+        """
+        owners, outside = [], {name for name, _ in outside_decoder(self.model, self.decoder_path)}
         for name, buffer in self.model.named_non_persistent_buffers():
-            if name.rpartition(".")[0] in outside:
+            owner = name.rpartition(".")[0]
+            if owner in outside if inside is None else not f"{owner}.".startswith(f"{inside}."):
                 continue
             self._set(name, torch.empty_like(buffer, device=self.device))
             owners.append(name.rpartition(".")[0])
@@ -301,6 +308,11 @@ class StreamedModel:
             while not isinstance(self.model.get_submodule(path), PreTrainedModel):
                 path = path.rpartition(".")[0]
             self.model.get_submodule(path)._init_weights(module)
+
+
+def _prefix(path: str) -> str:
+    """What the names of a module's tensors begin with, from its own name; that of the model is empty."""
+    return f"{path}." if path else ""
 
 
 def stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
