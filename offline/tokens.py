@@ -1,7 +1,10 @@
 """The calibration tokens of a run."""
 
+from pathlib import Path
+
 import torch
 
+from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import name_of
 from ria_vllm.offline.calibration import data
@@ -26,6 +29,8 @@ def calibration_tokens(source: Source, model: StreamedModel, recipe: Recipe, mon
         tokenizer = load_tokenizer(str(source.folder))
     except RiaError as error:
         raise RiaError(f"{error} Use --calibration self.") from None
+    if getattr(tokenizer, "chat_template", None) is None:
+        tokenizer.chat_template = _processors_template(source.folder)
     tokens = data.from_text(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
     vocabulary = model.model.get_input_embeddings().num_embeddings
     if int(tokens.max()) >= vocabulary:
@@ -34,6 +39,13 @@ def calibration_tokens(source: Source, model: StreamedModel, recipe: Recipe, mon
             f"{vocabulary} tokens."
         )
     return tokens
+
+
+def _processors_template(folder: Path) -> str | None:
+    """The chat template in the file in which older processors keep it; None if there is none."""
+    path = folder / "chat_template.json"
+    found = read_json(path).get("chat_template") if path.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor) -> torch.Tensor:
