@@ -197,7 +197,9 @@ def _json_lines(path: Path, tokenizer: Any) -> Iterator[str]:
             except UnicodeEncodeError:
                 raise RiaError(f"{place}: not valid UTF-8.") from None
             except (ValueError, LookupError, TypeError, RecursionError):
-                raise RiaError(f"{place}: no JSON object with a field {TEXT_COLUMN!r} or {MESSAGES_COLUMN!r}.") from None
+                raise RiaError(
+                    f"{place}: no JSON object with a field {TEXT_COLUMN!r} or {MESSAGES_COLUMN!r}."
+                ) from None
             if messages is not None:
                 yield _clean(rendered(messages, tokenizer, place))
             else:

@@ -21,7 +21,9 @@ def rendered(messages: Any, tokenizer: Any, place: str) -> str:
     Raises:
         RiaError: something else, a part that is not text, no template, or one that fails or leaves all of it out.
     """
-    texts = [_texts(message, f"{place}: message {number}") for number, message in enumerate(_listed(messages, place), 1)]
+    texts = [
+        _texts(message, f"{place}: message {number}") for number, message in enumerate(_listed(messages, place), 1)
+    ]
     if getattr(tokenizer, "chat_template", None) is None:
         raise RiaError(f"{place}: the model has no chat template to turn messages into text. Give a field 'text'.")
     said = [text.strip() for parts in texts for text in parts if text.strip()]

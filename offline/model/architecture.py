@@ -104,8 +104,8 @@ def find_decoder(model: PreTrainedModel) -> tuple[str, str]:
     text, kind = text_config(model.config), type(model).__name__
     if getattr(text, "num_kv_shared_layers", None):
         raise RiaError(
-            f"{kind}: its last {text.num_kv_shared_layers} layers read the keys and values of earlier ones, so its layers "
-            "cannot be pruned one by one."
+            f"{kind}: its last {text.num_kv_shared_layers} layers read the keys and values of earlier ones, so its "
+            "layers cannot be pruned one by one."
         )
     layers = getattr(text, "num_hidden_layers", None) or 0
     paths = {id(module): path for path, module in model.named_modules()}

@@ -83,7 +83,9 @@ def _load(folder: str, device: torch.device, dtype: torch.dtype | str) -> Any:
             kind = config.dtype or "auto" if dtype == "auto" else dtype
             model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
     if output_head(model) is None:
-        raise RiaError(f"{folder}: a {architecture.__name__} does not write text, so there is no perplexity to measure.")
+        raise RiaError(
+            f"{folder}: a {architecture.__name__} does not write text, so there is no perplexity to measure."
+        )
     if info["mismatched_keys"]:
         name, found, wanted = min(info["mismatched_keys"])
         raise RiaError(

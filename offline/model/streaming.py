@@ -123,7 +123,7 @@ class StreamedModel:
     def load_base(self) -> nn.Module:
         """The model without its head; the text decoder's weights outside its layers are on the device.
 
-        A module outside the text decoder, such as a vision tower, gets its weights when it is called. For text, few are.
+        A module outside the text decoder gets its weights when it is called, which a vision tower never is for text.
         """
         base, path = self.model.get_submodule(self.base_path), self.decoder_path
         self._load(self.model.get_submodule(path), _prefix(path), without=f"{self.layers_path}.")

@@ -98,7 +98,9 @@ def test_what_has_no_text_decoder_is_refused_by_name(model_type, model, text, tm
 @pytest.mark.parametrize("name", ["BertModel", "os", "LlavaForConditionalGeneration", "SomethingElse", 7])
 def test_architectures_that_do_not_belong_to_the_configuration(name, model, text, tmp_path):
     edit_config(model, architectures=[name])
-    with pytest.raises(RiaError, match=f"says {name}, which is no class of transformers for a llama model.*ForCausalLM"):
+    with pytest.raises(
+        RiaError, match=f"says {name}, which is no class of transformers for a llama model.*ForCausalLM"
+    ):
         run_small(model, tmp_path / "out", text)
 
 
@@ -115,7 +117,9 @@ def test_layers_that_read_other_layers(text, tmp_path):
         run_small(source, tmp_path / "out", text)
 
 
-def test_a_layer_that_reads_what_another_one_left_is_never_given_something_else(tiny_wrapper, text, tmp_path, monkeypatch):
+def test_a_layer_that_reads_what_another_one_left_is_never_given_something_else(
+    tiny_wrapper, text, tmp_path, monkeypatch
+):
     """Gemma 4's layers put keys and values into a dictionary. One that reads it, alone, finds nothing there."""
     from transformers.models.gemma4.modeling_gemma4 import Gemma4TextAttention
 
@@ -126,7 +130,9 @@ def test_a_layer_that_reads_what_another_one_left_is_never_given_something_else(
 
     real = Gemma4TextAttention.forward
     monkeypatch.setattr(Gemma4TextAttention, "forward", forward)
-    message = "model.language_model.layers.1: transformers cannot run Gemma4TextDecoderLayer by itself.*sliding_attention"
+    message = (
+        "model.language_model.layers.1: transformers cannot run Gemma4TextDecoderLayer by itself.*sliding_attention"
+    )
     with pytest.raises(RiaError, match=message):
         run_small(tiny_wrapper("gemma4"), tmp_path / "out", text)
 
