@@ -33,8 +33,8 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     "--calibration",
     default="self",
     show_default=True,
-    help="A .txt, .jsonl or .parquet file (field text), c4, wikitext2 or pile from the hub, or self: text that the "
-    "dense model writes itself, for which the whole model has to fit into memory.",
+    help="A .txt, .jsonl or .parquet file (field text; in .jsonl also messages), c4, wikitext2 or pile from the hub, "
+    "or self: text that the dense model writes itself, for which the whole model has to fit into memory.",
 )
 @click.option("--samples", default=128, show_default=True, help="Number of calibration sequences.")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens in each; at most the model's context.")

@@ -13,6 +13,7 @@ from ria_vllm.formats import WeightFormat, name_of
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline.expert_store import ExpertStore
 from ria_vllm.offline.layers import LayerPass
+from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.source import Source, opened
 from ria_vllm.offline.model.streaming import StreamedModel, stored_dtype
@@ -90,7 +91,7 @@ def _compute_dtype(
 
 
 def _clipped(recipe: Recipe, source: Source, monitor: Monitor) -> Recipe:
-    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(text_config(source.config), "max_position_embeddings", None)
     if longest and recipe.seq_len > longest:
         monitor.warn(
             f"--seq-len {recipe.seq_len}: this model reads at most {longest} tokens, so samples have that length."
@@ -237,7 +238,7 @@ class _Run:
         json_files = json_files | {REPORT_FILE: report}
         permuted = recipe.served and recipe.permute != "none"
         cards = {CARD_FILE: pruned_card(source.folder, report, zeros, recipe.served, self.monitor.warn)}
-        writer.finish(keys, json_files, copies, self.settings.max_shard_size, permuted, cards)
+        writer.finish(keys, json_files, copies, self.settings.max_shard_size, permuted, cards, source.folder)
 
 
 def _say_layer(records: dict[str, dict[str, Any]], monitor: Monitor) -> None:
@@ -265,7 +266,7 @@ def _say_experts(module: str, records: dict[str, dict[str, Any]], monitor: Monit
 def _other_files(source: Source) -> tuple[dict[str, Any], list[Path]]:
     """The files that go with the weights: (name -> content of JSON files, without local paths; files to copy)."""
     json_files, copies = {"config.json": without_paths(source.raw_config)}, source.small_files()
-    for path in [path for path in copies if path.name == TOKENIZER_FILE]:
+    for path in [path for path in copies if path == source.folder / TOKENIZER_FILE]:
         json_files[path.name] = without_paths(read_json(path))
         copies.remove(path)
     return json_files, copies

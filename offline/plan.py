@@ -1,12 +1,13 @@
 """Which linears are pruned, and which stay dense, and why."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.architecture import output_head
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topologies, linears_of
 from ria_vllm.offline.model.vllm_quirks import fused_sets, served_dense
@@ -110,11 +111,20 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sens
     if not any(pruned.values()) and not any(mixtures.values()):
         first = next(iter(dense.items()))
         raise RiaError(f"nothing is left to prune. For example, {first[0]}: {first[1]}.")
-    outside = [n for n in linears_of(model.model) if not n.startswith(f"{model.layers_path}.")]
-    outside = [model.names.linear(name) for name in outside]
+    outside = {model.names.linear(name): why for name, why in _outside(model)}
     copied = dict.fromkeys(model.unknown_linears(), "in the files, but no part of the model that transformers builds")
-    dense = copied | dict.fromkeys(outside, "outside the decoder layers") | dense
+    dense = copied | outside | dense
     return Plan(pruned, dense, tuple(warnings), tuple(together), mixtures)
+
+
+def _outside(model: StreamedModel) -> Iterator[tuple[str, str]]:
+    """The linears outside the decoder layers, by their names in the model, and why they stay dense."""
+    head = output_head(model.model)
+    for name in linears_of(model.model):
+        if not name.startswith(f"{model.layers_path}."):
+            of_the_text = not model.is_wrapper or name.startswith(f"{model.decoder_path}.")
+            of_the_text = of_the_text or model.model.get_submodule(name) is head
+            yield name, "outside the decoder layers" if of_the_text else "outside the text decoder"
 
 
 def _unknown_tensors(model: StreamedModel) -> list[str]:

@@ -1,10 +1,14 @@
 """The calibration tokens of a run."""
 
+from pathlib import Path
+
 import torch
 
+from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import name_of
 from ria_vllm.offline.calibration import data
+from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.hf import explained, load_tokenizer
 from ria_vllm.offline.model.source import Source
 from ria_vllm.offline.model.streaming import StreamedModel
@@ -25,6 +29,8 @@ def calibration_tokens(source: Source, model: StreamedModel, recipe: Recipe, mon
         tokenizer = load_tokenizer(str(source.folder))
     except RiaError as error:
         raise RiaError(f"{error} Use --calibration self.") from None
+    if getattr(tokenizer, "chat_template", None) is None:
+        tokenizer.chat_template = _processors_template(source.folder)
     tokens = data.from_text(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
     vocabulary = model.model.get_input_embeddings().num_embeddings
     if int(tokens.max()) >= vocabulary:
@@ -35,20 +41,30 @@ def calibration_tokens(source: Source, model: StreamedModel, recipe: Recipe, mon
     return tokens
 
 
-def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
+def _processors_template(folder: Path) -> str | None:
+    """The chat template in the file in which older processors keep it; None if there is none."""
+    path = folder / "chat_template.json"
+    found = read_json(path).get("chat_template") if path.is_file() else None
+    return found if isinstance(found, str) else None
 
+
+def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor) -> torch.Tensor:
+    if output_head(model.model) is None:
+        raise RiaError(
+            f"{source.name}: a {type(model.model).__name__} does not write text, which --calibration self asks for. "
+            "Give a text file to --calibration."
+        )
     _check_whole_fits(source, model)
     with (
         monitor.phase("loading the whole model"),
         explained(f"{source.name}: transformers cannot load the model"),
     ):
         # Eager attention, because for one token at a time a CPU's fused kernels are much slower.
-        whole = AutoModelForCausalLM.from_pretrained(
+        whole = type(model.model).from_pretrained(
             source.folder, dtype=model.dtype, attn_implementation="eager", trust_remote_code=False
         )
         whole = whole.to(model.device).eval()
-    bos = source.config.get_text_config().bos_token_id
+    bos = text_config(source.config).bos_token_id
     return data.from_model(whole, bos, recipe.samples, recipe.seq_len, recipe.seed, monitor)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ria_vllm.checkpoint import INDEX_FILE, Reader
-from ria_vllm.companions import leads_out, left_where_it_is
+from ria_vllm.companions import leads_out, left_where_it_is, nested_companions
 from ria_vllm.model_card import CARD_FILE, exported_card
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import PERMUTATIONS_FILE, REPORT_FILE
@@ -21,9 +21,11 @@ def companion_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
         for path in sorted(folder.iterdir())
         if path.is_file() and path.name not in OWN_FILES and path.suffix not in WEIGHT_SUFFIXES
     ]
-    for path in filter(leads_out, found):
+    found += nested_companions(folder)
+    strays = [path for path in found if leads_out(path, folder)]
+    for path in strays:
         warn(left_where_it_is(path))
-    return [path for path in found if not leads_out(path)]
+    return [path for path in found if path not in strays]
 
 
 def export_dense(
@@ -60,7 +62,8 @@ def export_dense(
         cards = {CARD_FILE: exported_card(reader, monitor.warn)}
         copies = companion_files(reader.folder, monitor.warn)
         with monitor.phase("writing"):
-            writer.finish(keys, {"config.json": config}, copies, max_shard_size, text_files=cards)
+            files, folder = {"config.json": config}, reader.folder
+            writer.finish(keys, files, copies, max_shard_size, text_files=cards, copied_from=folder)
     except BaseException as error:
         if not isinstance(error.__cause__, FileExistsError):  # then the result is whole, but someone has created `out`
             writer.discard()

@@ -1,6 +1,7 @@
 """`ria-vllm push` uploads a compressed folder to the Hugging Face Hub in one commit: it appears whole or not at all."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import click
 
 from ria_vllm.checkpoint import INDEX_FILE, Reader, is_compressed
-from ria_vllm.companions import is_companion
+from ria_vllm.companions import is_companion, nested_companions
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.model_card import CARD_FILE, SERVE_HERE
 from ria_vllm.schema import PERMUTATIONS_FILE
@@ -34,9 +35,10 @@ def push(
         raise RiaError("push: give --revision or --create-pr, not both. A pull request goes to the main branch.")
     reader = checked(out)
     files = files_to_push(reader)
-    for path in files:
-        click.echo(f"  {printable(path.name):40} {human_size(path.stat().st_size)}")
-    left_out = sorted(path.name for path in out.iterdir() if path not in files)
+    for name, path in files.items():
+        click.echo(f"  {printable(name):40} {human_size(path.stat().st_size)}")
+    pushed = {PurePosixPath(name).parts[0] for name in files}
+    left_out = sorted(path.name for path in out.iterdir() if path.name not in pushed)
     if left_out:
         click.echo(f"not part of the checkpoint, stays here: {printable(', '.join(left_out))}")
     message = commit_message or "Upload a model pruned to 2:4 by ria-vllm"
@@ -64,8 +66,8 @@ def checked(out: Path) -> Reader:
     return reader
 
 
-def files_to_push(reader: Reader) -> list[Path]:
-    """The checkpoint's files: weights, card, and the companion files that `compress` copies. Subfolders are left out.
+def files_to_push(reader: Reader) -> dict[str, Path]:
+    """The checkpoint's files by their names: weights, card, and the companion files that `compress` copies.
 
     Raises:
         RiaError: one of them is a link to something outside the folder.
@@ -73,10 +75,11 @@ def files_to_push(reader: Reader) -> list[Path]:
     folder = reader.folder
     own = {path.name for path in reader.files.values()} | {CARD_FILE, INDEX_FILE, PERMUTATIONS_FILE}
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and (path.name in own or is_companion(path))]
+    files += nested_companions(folder)
     for path in files:
-        if path.resolve().parent != folder.resolve():
+        if path.resolve().parent != folder.resolve() / path.parent.relative_to(folder):
             raise RiaError(f"{path}: a link that leads out of the folder. Copy the file itself there, or remove it.")
-    return files
+    return {path.relative_to(folder).as_posix(): path for path in files}
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Target:
     create_pr: bool = False
 
 
-def upload(files: list[Path], repository: str, target: Target) -> str:
+def upload(files: Mapping[str, Path], repository: str, target: Target) -> str:
     """Create the repository if it does not exist, and commit the files.
 
     Returns:
@@ -102,7 +105,7 @@ def upload(files: list[Path], repository: str, target: Target) -> str:
         raise RiaError("push: not logged in to the Hugging Face Hub. Run `hf auth login`, or set HF_TOKEN.")
     api = HfApi()
     revision = target.revision or "main"
-    names = {path.name for path in files}
+    names = set(files)
     try:
         url = api.create_repo(repository, private=target.private or None, exist_ok=True)
         repository = url.repo_id  # with the user's name if it was left out
@@ -117,7 +120,7 @@ def upload(files: list[Path], repository: str, target: Target) -> str:
         if stale:
             click.echo(f"weights of an older model, deleted there: {printable(', '.join(stale))}")
         operations: list[Any] = [CommitOperationDelete(name) for name in stale]
-        operations += [CommitOperationAdd(path.name, _content(path, repository)) for path in files]
+        operations += [CommitOperationAdd(name, _content(path, repository)) for name, path in files.items()]
         found = api.create_commit(
             repository, operations, commit_message=target.message, revision=target.revision, create_pr=target.create_pr
         )

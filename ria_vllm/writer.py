@@ -134,6 +134,7 @@ class CheckpointWriter:
         max_shard_size: int,
         permuted: bool = False,
         text_files: dict[str, str] | None = None,
+        copied_from: Path | None = None,
     ) -> None:
         """Join the units `keys` into shards in that order, add the other files, and rename the folder to `out`.
 
@@ -146,13 +147,16 @@ class CheckpointWriter:
             max_shard_size: bytes; a single larger tensor gets a shard of its own.
             permuted: the recipe permutes: write the permutations file and its digest even if there are none.
             text_files: file name -> content (the model card); they replace copies of the same name.
+            copied_from: the folder in whose subfolders some of `copies` lie; these keep their places.
         """
         final = self.work / "final"
         with disk_errors(self.work):
             shutil.rmtree(final, ignore_errors=True)
             final.mkdir()
             for source in copies:
-                shutil.copyfile(source, final / source.name)
+                place = final / (source.name if copied_from is None else source.relative_to(copied_from))
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, place)
             for name, text in (text_files or {}).items():
                 (final / name).write_text(text, encoding="utf-8")
             entries = [entry for key in keys for entry in _entries(self.path(key))]
@@ -259,6 +263,7 @@ def _write_shards(entries: Sequence[Entry], folder: Path, max_shard_size: int, m
 
 
 def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())

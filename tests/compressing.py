@@ -55,8 +55,9 @@ def interrupted_after_a_layer() -> Iterator[None]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """File name -> SHA-256."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    """File name -> SHA-256, without subfolders."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture

@@ -8,12 +8,15 @@ columns beside the text.
 import itertools
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration.messages import rendered
+from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.hf import first_line
 from ria_vllm.progress import Monitor
 
@@ -25,6 +28,7 @@ DATASETS = {
 }
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 TEXT_COLUMN = "text"
+MESSAGES_COLUMN = "messages"
 # A text file is tokenized in chunks of about this many characters, so that large files need little memory.
 CHUNK_CHARACTERS = 1 << 20
 # Reading stops at this multiple of the tokens asked for. The samples are drawn from what has been read.
@@ -57,7 +61,7 @@ def from_text(source: str, tokenizer: Any, samples: int, seq_len: int, seed: int
         raise RiaError(f"--seq-len {seq_len} is too short: the tokenizer alone puts {len(start)} tokens before a text.")
     wanted = samples * width
     tokens: list[int] = []
-    for text in documents(source):
+    for text in documents(source, tokenizer):
         tokens += tokenizer(text, add_special_tokens=False).input_ids
         if len(tokens) >= wanted * OVERSAMPLING:
             break
@@ -72,8 +76,11 @@ def from_text(source: str, tokenizer: Any, samples: int, seq_len: int, seed: int
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(samples, -1), body], dim=1)
 
 
-def documents(source: str) -> Iterator[str]:
+def documents(source: str, tokenizer: Any = None) -> Iterator[str]:
     """The texts of a file or data set, in order: chunks of a text file, or documents, each with an empty line after it.
+
+    Args:
+        tokenizer: its chat template makes a text of the messages in a row of a JSON Lines file.
 
     Raises:
         RiaError: the source does not exist or holds something else; names the line of a JSON Lines file.
@@ -86,7 +93,7 @@ def documents(source: str) -> Iterator[str]:
         names = ", ".join(DATASETS)
         kinds = "/".join(FILE_SUFFIXES)
         raise RiaError(f"--calibration {source}: no such file. Give self, a {kinds} file, or one of {names}.")
-    readers = {".txt": _plain, ".jsonl": _json_lines, ".parquet": _parquet}
+    readers = {".txt": _plain, ".jsonl": partial(_json_lines, tokenizer=tokenizer), ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         raise RiaError(f"--calibration {source}: unknown file type. Give {', '.join(FILE_SUFFIXES)}.")
     try:
@@ -127,7 +134,7 @@ def from_model(model: Any, bos: int | None, samples: int, seq_len: int, seed: in
 
 def _batch_size(model: Any, length: int) -> int:
     """Documents of `length` tokens whose KV cache takes KV_CACHE_BYTES, but at least 8 and at most 256."""
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     bytes_per_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
@@ -139,7 +146,7 @@ def _generate(
 ) -> torch.Tensor:
     """Documents, int64 [batch, length]; takes one of `steps` for each token."""
     vocab_size = model.get_input_embeddings().num_embeddings
-    vocab_size = min(vocab_size, getattr(model.config.get_text_config(), "vocab_size", vocab_size))
+    vocab_size = min(vocab_size, getattr(text_config(model.config), "vocab_size", vocab_size))
     first = torch.randint(vocab_size, (batch, 1), generator=generator)
     tokens = first if bos is None else torch.cat([torch.full_like(first, bos), first], dim=1)
     tokens = tokens[:, :length]
@@ -176,7 +183,7 @@ def _plain(path: Path) -> Iterator[str]:
             yield chunk
 
 
-def _json_lines(path: Path) -> Iterator[str]:
+def _json_lines(path: Path, tokenizer: Any) -> Iterator[str]:
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             place = f"{path}, line {number}"
@@ -184,12 +191,19 @@ def _json_lines(path: Path) -> Iterator[str]:
                 continue
             try:
                 line.encode()  # raises if surrogates stand for bytes that are not UTF-8
-                text = json.loads(line)[TEXT_COLUMN]
+                row = json.loads(line)
+                messages = row[MESSAGES_COLUMN] if TEXT_COLUMN not in row else None
+                text = row[TEXT_COLUMN] if messages is None else None
             except UnicodeEncodeError:
                 raise RiaError(f"{place}: not valid UTF-8.") from None
             except (ValueError, LookupError, TypeError, RecursionError):
-                raise RiaError(f"{place}: no JSON object with a field {TEXT_COLUMN!r}.") from None
-            yield from _document(text, place)
+                raise RiaError(
+                    f"{place}: no JSON object with a field {TEXT_COLUMN!r} or {MESSAGES_COLUMN!r}."
+                ) from None
+            if messages is not None:
+                yield _clean(rendered(messages, tokenizer, place))
+            else:
+                yield from _document(text, place)
 
 
 def _document(text: Any, place: str) -> Iterator[str]:
@@ -198,8 +212,12 @@ def _document(text: Any, place: str) -> Iterator[str]:
         return
     if not isinstance(text, str):
         raise RiaError(f"{place}: the field {TEXT_COLUMN!r} must be a string, not {type(text).__name__}.")
+    yield _clean(text) + "\n\n"
+
+
+def _clean(text: str) -> str:
     # JSON can spell half of a surrogate pair, which is not a character; tokenizers refuse it.
-    yield text.encode(errors="replace").decode() + "\n\n"
+    return text.encode(errors="replace").decode()
 
 
 def _parquet(path: Path) -> Iterator[str]:

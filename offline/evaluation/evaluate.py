@@ -15,6 +15,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.formats import name_of
 from ria_vllm.model_card import Measured, check_card, note_perplexity
 from ria_vllm.offline.evaluation.tasks import run_tasks
+from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.hf import configured_dtype, load_model, load_tokenizer, read_config
 from ria_vllm.offline.runtime.device import choose_device
@@ -188,7 +189,7 @@ def window_length(configs: Mapping[str, Any], asked: int | None) -> int:
     Raises:
         RiaError: `asked` is longer than the context of one of them.
     """
-    texts = {model: config.get_text_config() for model, config in configs.items()}
+    texts = {model: text_config(config) for model, config in configs.items()}
     contexts = {model: getattr(text, "max_position_embeddings", None) or math.inf for model, text in texts.items()}
     model, longest = min(contexts.items(), key=lambda entry: entry[1])
     if asked is None:

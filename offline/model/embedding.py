@@ -3,7 +3,8 @@
 `ria_vllm.offline.calibration.embed` runs it on all calibration tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +31,12 @@ class LayerCall:
 
     def __call__(self, layer: nn.Module, stream: torch.Tensor) -> torch.Tensor:
         kind = type(layer).__name__
+        args, kwargs = _own((self.args, self.kwargs))
         with explained(f"{self.place}: transformers cannot run {kind} by itself; another version of it may"):
             if self.by_name:
-                out = layer(*self.args, hidden_states=stream, **self.kwargs)
+                out = layer(*args, hidden_states=stream, **kwargs)
             else:
-                out = layer(stream, *self.args, **self.kwargs)
+                out = layer(stream, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def same_as(self, other: "LayerCall") -> bool:
@@ -81,7 +83,8 @@ class _Shell(nn.Module):
         by_name = "hidden_states" in kwargs
         stream = kwargs.pop("hidden_states") if by_name else args[0]
         self.streams.append(stream)
-        self.calls.append(LayerCall(args if by_name else args[1:], kwargs, by_name, self.place))
+        args, kwargs = _own((args if by_name else args[1:], kwargs))
+        self.calls.append(LayerCall(args, kwargs, by_name, self.place))
         if self.finish:
             raise Reached
         return self.form(stream)
@@ -166,6 +169,17 @@ class Embedder:
     def close(self) -> None:
         """Free the weights outside the layers."""
         self.model.free_base()
+
+
+def _own(value: Any) -> Any:
+    """The same with mappings of its own: what a layer puts into them for later layers depends on the text."""
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(map(_own, value))
+    if isinstance(value, MutableMapping):
+        own = copy(value)
+        own.update({key: _own(item) for key, item in value.items()})
+        return own
+    return value
 
 
 def _equal(one: Any, other: Any) -> bool:

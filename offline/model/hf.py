@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from ria_vllm.checkpoint import Reader, is_compressed, weight_files
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.architecture import model_class, output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
 
 
@@ -27,7 +28,7 @@ def read_config(folder: str) -> Any:
 
 def configured_dtype(config: Any) -> torch.dtype | None:
     """The dtype that a configuration says the weights are stored in; None if it does not say."""
-    dtype = config.dtype or config.get_text_config().dtype
+    dtype = config.dtype or text_config(config).dtype
     return getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
 
 
@@ -46,14 +47,15 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def load_model(folder: str, device: torch.device, compute_dtype: str | None = None) -> Any:
-    """A transformers causal LM in evaluation mode. A compressed folder is decompressed in memory.
+    """A transformers model that writes text, in evaluation mode. A compressed folder is decompressed in memory.
 
     Args:
         folder: a folder, or the hub id of a dense model.
         compute_dtype: the dtype to compute in, one of `ria_vllm.offline.model.dtypes.CHOICES`; None: as stored.
 
     Raises:
-        RiaError: not a model, a damaged compressed one, or a `compute_dtype` that would round its weights.
+        RiaError: not a model that writes text, a damaged compressed one, or a `compute_dtype` that would round its
+            weights.
     """
     stored = None if compute_dtype is None else configured_dtype(read_config(folder))
     if stored is not None:
@@ -65,23 +67,25 @@ def load_model(folder: str, device: torch.device, compute_dtype: str | None = No
 
 
 def _load(folder: str, device: torch.device, dtype: torch.dtype | str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    config = read_config(folder)
+    architecture = model_class(folder, config)
     # Weights that do not fit are refused below, by name; transformers' own message only says which flag ignores them.
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _loading(folder):
         if not is_compressed(Path(folder)):
-            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
+            model, info = architecture.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
         else:
             state = dense_state(Reader(folder))
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             del config.quantization_config
-            with torch.device("meta"):
-                architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
             kind = config.dtype or "auto" if dtype == "auto" else dtype
             model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
+    if output_head(model) is None:
+        raise RiaError(
+            f"{folder}: a {architecture.__name__} does not write text, so there is no perplexity to measure."
+        )
     if info["mismatched_keys"]:
         name, found, wanted = min(info["mismatched_keys"])
         raise RiaError(
@@ -108,7 +112,7 @@ def _loading(folder: str) -> Iterator[None]:
         if isinstance(error, SafetensorError) and Path(folder).is_dir():
             weight_files(Path(folder))  # names the broken file
         reason = reason_of(error)
-        raise RiaError(f"{folder}: transformers cannot load it as a causal language model: {reason}") from error
+        raise RiaError(f"{folder}: transformers cannot load it: {reason}") from error
 
 
 @contextmanager

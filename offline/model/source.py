@@ -7,12 +7,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, is_compressed, read_json, weight_files
-from ria_vllm.companions import LEGAL_PATTERNS, SUFFIXES, is_companion, leads_out, left_where_it_is
+from ria_vllm.companions import (
+    LEGAL_PATTERNS,
+    SUFFIXES,
+    is_companion,
+    leads_out,
+    left_where_it_is,
+    nested_companions,
+)
 from ria_vllm.errors import RiaError
 from ria_vllm.model_card import CARD_FILE
+from ria_vllm.offline.model.architecture import model_class
 from ria_vllm.offline.model.hf import first_line, reason_of
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
@@ -20,7 +28,10 @@ from ria_vllm.writer import disk_errors
 
 NOT_COPIED = ("config.json", INDEX_FILE, "pytorch_model.bin.index.json", "ria_report.json")
 # Without files whose names start like this, a model is not served as it was meant to be.
-NEEDED = ("tokenizer", "vocab", "merges", "special_tokens", "chat_template", "generation_config")
+NEEDED = (
+    "tokenizer", "vocab", "merges", "special_tokens", "chat_template", "generation_config", "processor_config",
+    "preprocessor_config", "video_preprocessor_config",
+)  # fmt: skip
 HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FILE, *LEGAL_PATTERNS]
 
 
@@ -38,15 +49,16 @@ class Source:
     stamp: list[list[Any]]
 
     def small_files(self) -> list[Path]:
-        """Tokenizer, generation config, chat template, license; not if they are links out of the folder."""
-        return [path for path in self._companions() if not leads_out(path)]
+        """Tokenizer, processor, generation config, chat template, license; not if they are links out of the folder."""
+        return [path for path in self._companions() if not leads_out(path, self.folder)]
 
     def stray_files(self) -> list[Path]:
         """Files that would be among `small_files` if they were not links out of the folder."""
-        return [path for path in self._companions() if leads_out(path)]
+        return [path for path in self._companions() if leads_out(path, self.folder)]
 
     def _companions(self) -> list[Path]:
-        return [path for path in sorted(self.folder.iterdir()) if is_companion(path) and path.name not in NOT_COPIED]
+        found = [path for path in sorted(self.folder.iterdir()) if is_companion(path) and path.name not in NOT_COPIED]
+        return found + nested_companions(self.folder)
 
 
 @contextmanager
@@ -72,7 +84,9 @@ def opened(model: str, work: Path, ranks: Ranks, monitor: Monitor) -> Iterator[S
     elif path.is_dir():
         source = _checked(model, path)
         for stray in source.stray_files():
-            if stray.name.startswith(NEEDED):  # a warning is soon forgotten, and the result could not be served
+            if (
+                stray.name.startswith(NEEDED) or stray.parent != path
+            ):  # a warning is soon forgotten, and the result could not be served
                 raise RiaError(left_where_it_is(stray))
             monitor.warn(left_where_it_is(stray))
         yield source
@@ -155,24 +169,7 @@ def _checked(name: str, folder: Path) -> Source:
     except Exception as error:
         path = folder / "config.json"
         raise RiaError(f"{path}: transformers does not know this model ({reason_of(error)}).") from None
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise RiaError(
-            f"{name}: a {config.model_type} model is not a causal language model; only those can be compressed."
-        )
-    if config.get_text_config() is not config:
-        raise RiaError(
-            f"{name}: a {config.model_type} model reads more than text, and only text models can be compressed. Save "
-            "its language model as a folder of its own, and give that."
-        )
-    architectures = config.architectures or []
-    architectures = [architectures] if isinstance(architectures, str) else architectures
-    expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    expected = [cls.__name__ for cls in (expected if isinstance(expected, tuple) else (expected,))]
-    if architectures and not set(architectures) & set(expected):
-        raise RiaError(
-            f"{name}: config.json says {architectures[0]}, which is not the causal language model {expected[0]}. Only "
-            "causal language models can be compressed."
-        )
+    model_class(name, config)
     return Source(name, folder, config, raw, [stamp_of(path) for path in files])
 
 

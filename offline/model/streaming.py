@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model import topology
+from ria_vllm.offline.model.architecture import find_base, find_decoder, model_class, outside_decoder, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.expert_files import ExpertFiles
 from ria_vllm.offline.model.expert_weights import ExpertWeights
@@ -47,16 +49,17 @@ class StreamedModel:
         self.files = find_tensors(folder)
         self.stored_dtype = stored_dtype(folder, config)
         self.dtype = choose_dtype(self.stored_dtype, device) if dtype is None else dtype
-        text = config.get_text_config()
+        text = text_config(config)
+        architecture = model_class(str(folder), config)
         # Torch's fused attention kernels do not apply Gemma 2's soft cap.
         capped = getattr(text, "attn_logit_softcapping", None) is not None
         unusable = f"{folder / 'config.json'}: transformers cannot build this model"
         with explained(unusable), torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, attn_implementation="eager" if capped else None, trust_remote_code=False
-            )
+            attention = {"attn_implementation": "eager"} if capped else {}
+            self.model: PreTrainedModel = architecture._from_config(config, dtype=self.dtype, **attention)
         self.model.eval().requires_grad_(False)
-        self.layers_path = topology.decoder_layers(self.model, getattr(text, "num_hidden_layers", 0))
+        self.decoder_path, self.layers_path = find_decoder(self.model)
+        self.base_path = find_base(self.model, self.decoder_path)
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
         self.names = Names(self.model, self.files, folder)
         self._expert_weights = ExpertWeights(self.layers, self.layers_path, self.names, self.files, folder)
@@ -67,6 +70,11 @@ class StreamedModel:
         self._check_all()
         self._check_tied()
         self._materialize_buffers()
+
+    @property
+    def is_wrapper(self) -> bool:
+        """Whether the model reads more than text, with other modules than its text decoder."""
+        return text_config(self.model.config) is not self.model.config
 
     @property
     def linear_weights(self) -> int:
@@ -148,16 +156,30 @@ class StreamedModel:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def load_base(self) -> nn.Module:
-        """The model without its head, with its weights outside the decoder layers on the device."""
-        base = self._base()
-        prefix = f"{self.model.base_model_prefix}." if base is not self.model else ""
-        self._load(base, prefix, without=f"{self.layers_path}.")
+        """The model without its head; the text decoder's weights outside its layers are on the device.
+
+        A module outside the text decoder gets its weights when it is called, which a vision tower never is for text.
+        """
+        base, path = self.model.get_submodule(self.base_path), self.decoder_path
+        self._load(self.model.get_submodule(path), _prefix(path), without=f"{self.layers_path}.")
+        first = _prefix(self.base_path) + next(name for name, _ in base.named_parameters())
+        if self.model.get_parameter(first).is_meta:
+            self._load_direct({first: first})  # wrappers take its device and dtype for their own
+        self._on_call = [
+            module.register_forward_pre_hook(partial(self._load_called, name))
+            for name, module in outside_decoder(self.model, path)
+            if module._parameters or module._buffers
+        ]
         return base
 
-    def _base(self) -> nn.Module:
-        return getattr(self.model, self.model.base_model_prefix, self.model)
+    def _load_called(self, name: str, module: nn.Module, _: Any) -> None:
+        if any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
+            self._load(module, _prefix(name))
+            self._materialize_buffers(inside=name)
 
     def free_base(self) -> None:
+        for hook in self._on_call:
+            hook.remove()
         layers = f"{self.layers_path}."
         for name, parameter in list(self.model.named_parameters()):
             if not name.startswith(layers):
@@ -167,20 +189,9 @@ class StreamedModel:
         expected = {prefix + name for name in module.state_dict()} - self._streamed
         expected = {name for name in expected if without is None or not name.startswith(without)}
         tied = self.model.all_tied_weights_keys
-        takers: dict[str, list[str]] = {}
-        for name in sorted(expected):
-            # A block that several layers share is stored only once.
-            stored = tied.get(name, name) if name not in self.names.direct and without is None else name
-            if stored in self.names.direct:
-                takers.setdefault(self.names.direct[stored], []).append(name)
-        for written, tensor in self._read(sorted(takers)):
-            for name in takers[written]:
-                owner = self.model.get_submodule(name.rpartition(".")[0])
-                wanted = getattr(owner, name.rpartition(".")[2])
-                self._check_shape(written, tensor.shape, wanted.shape)
-                self._check_values(written, tensor, wanted.is_floating_point())
-                # A copy, because the file stays mapped for as long as any of its tensors is alive.
-                self._set(name, tensor.to(self.device, wanted.dtype, copy=True))
+        # A block that several layers share is stored only once.
+        shared = {name: tied[name] for name in expected & set(tied) - set(self.names.direct) if without is None}
+        self._load_direct({name: shared.get(name, name) for name in expected})
         if self.names.converted:
             self._load_converted(prefix, without)
         missing = sorted(
@@ -190,6 +201,25 @@ class StreamedModel:
         )
         if missing:
             raise self._missing(missing[0])
+
+    def _load_direct(self, stored: Mapping[str, str]) -> None:
+        """Load the tensors of the model that are in the files as they are.
+
+        Args:
+            stored: name in the model -> the name, in the model, of the tensor in the files that it is.
+        """
+        takers: dict[str, list[str]] = {}
+        for name, other in sorted(stored.items()):
+            if other in self.names.direct:
+                takers.setdefault(self.names.direct[other], []).append(name)
+        for written, tensor in self._read(sorted(takers)):
+            for name in takers[written]:
+                owner = self.model.get_submodule(name.rpartition(".")[0])
+                wanted = getattr(owner, name.rpartition(".")[2])
+                self._check_shape(written, tensor.shape, wanted.shape)
+                self._check_values(written, tensor, wanted.is_floating_point())
+                # A copy, because the file stays mapped for as long as any of its tensors is alive.
+                self._set(name, tensor.to(self.device, wanted.dtype, copy=True))
 
     def _check_all(self) -> None:
         """Refuse now what would otherwise only show after hours, or in the finished checkpoint.
@@ -208,9 +238,8 @@ class StreamedModel:
                 for written in [written for written in wanted if self._file_of(written) == path]:
                     shape = file.get_slice(self.names.files[written]).get_shape()
                     self._check_shape(written, shape, wanted[written].shape)
-        base = "" if self._base() is self.model else f"{self.model.base_model_prefix}."
         for name, written in self.names.direct.items():
-            if not name.startswith(base) and name not in self.model.all_tied_weights_keys:
+            if not name.startswith(_prefix(self.decoder_path)) and name not in self.model.all_tied_weights_keys:
                 self._check_values(written, self.read(written), wanted[written].is_floating_point())
         for written in self.names.unknown:
             self._check_values(written, self.read(written), floating=False)
@@ -287,10 +316,17 @@ class StreamedModel:
             )
         self.model.requires_grad_(False)
 
-    def _materialize_buffers(self) -> None:
-        """Let the model compute the buffers that no file holds (rotary frequencies, embedding scales)."""
-        owners = []
+    def _materialize_buffers(self, inside: str | None = None) -> None:
+        """Let the model compute the buffers that no file holds (rotary frequencies, embedding scales).
+
+        Args:
+            inside: of the module with this name; None: of all that do not lie outside the text decoder.
+        """
+        owners, outside = [], {name for name, _ in outside_decoder(self.model, self.decoder_path)}
         for name, buffer in self.model.named_non_persistent_buffers():
+            owner = name.rpartition(".")[0]
+            if owner in outside if inside is None else not f"{owner}.".startswith(f"{inside}."):
+                continue
             self._set(name, torch.empty_like(buffer, device=self.device))
             owners.append(name.rpartition(".")[0])
         for owner in dict.fromkeys(owners):
@@ -299,6 +335,11 @@ class StreamedModel:
             while not isinstance(self.model.get_submodule(path), PreTrainedModel):
                 path = path.rpartition(".")[0]
             self.model.get_submodule(path)._init_weights(module)
+
+
+def _prefix(path: str) -> str:
+    """What the names of a module's tensors begin with, from its own name; that of the model is empty."""
+    return f"{path}." if path else ""
 
 
 def stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:

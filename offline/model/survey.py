@@ -3,6 +3,7 @@
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.describe import describe, describe_as_it_is
 from ria_vllm.offline.model.embedding import Embedder, LayerCall
 from ria_vllm.offline.model.streaming import StreamedModel
@@ -34,7 +35,7 @@ def survey(model: StreamedModel, embedder: Embedder, tokens: torch.Tensor) -> To
 
 def _describe(model: StreamedModel, index: int, call: LayerCall, stream: torch.Tensor) -> tuple[Topology, list[str]]:
     try:
-        return describe(model.config.get_text_config(), model.layers[index], call, stream), []
+        return describe(text_config(model.config), model.layers[index], call, stream), []
     except RiaError as error:
         layer = model.load_layer(index)
         topology = describe_as_it_is(layer, lambda: call(layer, stream))

@@ -1,2 +1,3 @@
 from compressing import model  # noqa: F401
 from families import make_model, text, tiny  # noqa: F401
+from wrappers import tiny_wrapper  # noqa: F401

@@ -46,7 +46,7 @@ def test_a_bf16_model_in_float32_computes_what_a_float32_model_would(make_model,
     ],
 )
 def test_the_dtype_that_a_configuration_names(own, of_text, expected):
-    config = SimpleNamespace(dtype=own, get_text_config=lambda: SimpleNamespace(dtype=of_text))
+    config = SimpleNamespace(dtype=own, get_text_config=lambda **_: SimpleNamespace(dtype=of_text))
     assert configured_dtype(config) == expected
 
 

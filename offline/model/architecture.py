@@ -1,0 +1,155 @@
+"""The class of transformers that a checkpoint was saved from, and where its text decoder is.
+
+A model that reads images or sound wraps a text decoder. Embedding and reranking models are decoders, too, without a
+head or with another one.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.topology import decoder_layers
+
+# The kinds of models that write text, by transformers' names; the first one that has a class for a configuration says
+# which it is if config.json does not. Not all versions of transformers have all kinds.
+WRITERS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+)  # fmt: skip
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the text decoder: a part of `config`, or all of it."""
+    return config.get_text_config(decoder=True)
+
+
+def model_class(name: str, config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that `config.architectures` names.
+
+    Args:
+        name: what the user called the model, for errors.
+
+    Raises:
+        RiaError: no text decoder, or an architecture that transformers does not have for this configuration.
+    """
+    kind = config.model_type
+    if config.is_encoder_decoder or text_config(config).is_encoder_decoder:
+        raise RiaError(
+            f"{name}: a {kind} model is an encoder and a decoder that reads what the encoder computes; only decoders "
+            "that read text can be compressed."
+        )
+    writers = _writers(config)
+    if not writers or _reads_both_ways(config):
+        raise RiaError(f"{name}: a {kind} model has no text decoder; only text decoders can be compressed.")
+    architectures = config.architectures or []
+    architectures = [architectures] if isinstance(architectures, str) else architectures
+    if not architectures:
+        return writers[0]
+    found = [cls for cls in map(_class_named, architectures) if cls is not None and _fits(cls, config, writers)]
+    if not found:
+        raise RiaError(
+            f"{name}: config.json says {architectures[0]}, which is no class of transformers for a {kind} model. If "
+            f'the weights are those of a {writers[0].__name__}, put that into "architectures".'
+        )
+    return next((cls for cls in found if cls in writers), found[0])
+
+
+def _reads_both_ways(config: PretrainedConfig) -> bool:
+    """Whether it is BERT's or a relative's, which can be made a decoder, but is none."""
+    mapping = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
+    return type(config) in mapping and getattr(config, "is_decoder", True) is False
+
+
+def _writers(config: PretrainedConfig) -> list[type[PreTrainedModel]]:
+    found: list[type[PreTrainedModel]] = []
+    for mapping in [getattr(modeling_auto, name, {}) for name in WRITERS]:
+        if type(config) in mapping:
+            classes = mapping[type(config)]
+            found += classes if isinstance(classes, tuple) else (classes,)
+    return found
+
+
+def _class_named(name: Any) -> type[PreTrainedModel] | None:
+    import transformers
+
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
+def _fits(cls: type[PreTrainedModel], config: PretrainedConfig, writers: list[type[PreTrainedModel]]) -> bool:
+    return cls in writers or cls.config_class is type(config)
+
+
+def output_head(model: PreTrainedModel) -> nn.Module | None:
+    """The head that predicts tokens; None in a model that does not write text, such as one for embeddings."""
+    try:
+        return model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def find_decoder(model: PreTrainedModel) -> tuple[str, str]:
+    """The paths of the text decoder in a model, and of its list of decoder layers.
+
+    In a model that reads text only, the decoder is all of it except the head. No other tower of a wrapper is taken for
+    it, even if it has as many layers.
+
+    Raises:
+        RiaError: there is none, it has no such list with linears in it, or the layers need more of each other than the
+            residual stream.
+    """
+    text, kind = text_config(model.config), type(model).__name__
+    if getattr(text, "num_kv_shared_layers", None):
+        raise RiaError(
+            f"{kind}: its last {text.num_kv_shared_layers} layers read the keys and values of earlier ones, so its "
+            "layers cannot be pruned one by one."
+        )
+    layers = getattr(text, "num_hidden_layers", None) or 0
+    paths = {id(module): path for path, module in model.named_modules()}
+    if text is model.config:
+        decoder = getattr(model, model.base_model_prefix, model)
+    else:
+        # Where the wrapper does not know its decoder, it is the outermost model with the text configuration.
+        inner = (m for _, m in model.named_modules() if isinstance(m, PreTrainedModel) and m.config is text)
+        decoder = model.get_decoder()
+        decoder = next(inner, None) if decoder is None or decoder is model else decoder
+    if decoder is None or id(decoder) not in paths:
+        raise RiaError(f"{kind}: transformers finds no text decoder in it, so there is nothing to prune.")
+    head = getattr(decoder, decoder.base_model_prefix, decoder) if isinstance(decoder, PreTrainedModel) else decoder
+    decoder = head if id(head) in paths else decoder
+    path = paths[id(decoder)]
+    inside = decoder_layers(decoder, layers)
+    return path, f"{path}.{inside}" if path else inside
+
+
+def find_base(model: PreTrainedModel, decoder: str) -> str:
+    """The path of the outermost module around the decoder whose forward pass runs it, without the head if it can.
+
+    Args:
+        decoder: its path.
+    """
+    for path in [model.base_model_prefix, *_around(decoder)]:
+        inside = path in ("", decoder) or decoder.startswith(f"{path}.")
+        # Some wrappers only hold several models, and have no forward pass of their own.
+        if inside and type(model.get_submodule(path)).forward is not nn.Module.forward:
+            return path
+    return decoder
+
+
+def outside_decoder(model: nn.Module, decoder: str) -> list[tuple[str, nn.Module]]:
+    """The modules that lie neither in the text decoder nor around it, by their names.
+
+    Args:
+        decoder: its path.
+    """
+    around = {*_around(decoder), decoder}
+    named = model.named_modules() if decoder else ()
+    return [(name, m) for name, m in named if name not in around and not name.startswith(f"{decoder}.")]
+
+
+def _around(decoder: str) -> list[str]:
+    """The paths of the modules around the decoder, the outermost first."""
+    return ["", *(decoder[:end] for end, letter in enumerate(decoder) if letter == ".")]

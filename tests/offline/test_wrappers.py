@@ -1,0 +1,91 @@
+"""Models that read images or sound: their text decoders are pruned whole, and everything else stays as it was."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from compressing import check_complete, run_small
+from safetensors.torch import load_file, save_file
+from wrappers import PROCESSOR, WRAPPERS
+
+import ria_vllm  # noqa: F401  (from_pretrained reads compressed folders)
+from ria_vllm.export import export_dense
+from ria_vllm.offline.evaluation.evaluate import perplexity
+from ria_vllm.offline.model.hf import load_model
+
+TOKENS = torch.arange(2, 60)[None]
+# These go through everything wherever tests run quickly: a vision tower, positions in three dimensions, and sound.
+FAST = ("gemma3", "qwen2_5_vl", "qwen2_audio")
+FAMILIES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in WRAPPERS]
+# Why a linear of a decoder layer may stay dense.
+LEFT_DENSE = ("mixture of experts", "chooses experts", "not in the first layer")
+
+
+def logits(folder: Path) -> torch.Tensor:
+    from transformers import AutoModelForMultimodalLM
+
+    with torch.no_grad():
+        return AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=TOKENS).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_text_decoder_is_pruned_and_nothing_else(family, tiny_wrapper, text, tmp_path):
+    source = tiny_wrapper(family)
+    report, _ = run_small(source, tmp_path / "out", text)
+    reader = check_complete(source, tmp_path / "out")  # dense tensors are equal bit by bit
+    assert json.loads((source / "config.json").read_text())["architectures"] == reader.config["architectures"]
+    assert all("layers." in name and "tower" not in name and "vision" not in name for name in reader.sparse_names)
+    layers = {name.rpartition("layers.")[0] for name in reader.sparse_names}
+    assert len(layers) == 1  # one list of layers
+    for name, why in report["dense"].items():
+        if name.startswith(f"{next(iter(layers))}layers."):
+            assert any(reason in why for reason in LEFT_DENSE), name
+        elif name.endswith("lm_head"):
+            assert why == "outside the decoder layers"
+        else:
+            assert why == "outside the text decoder", name
+    towers = [name for name, tensor in load_file(source / "model.safetensors").items() if tensor.dim() == 2]
+    towers = [name for name in towers if any(word in name for word in ("vision", "visual", "audio", "encoder."))]
+    named = [name for name in towers if name.removesuffix(".weight") in report["dense"]]
+    assert len(named) > 5, towers
+
+    by_hand = load_file(source / "model.safetensors")
+    by_hand |= {f"{name}.weight": reader.linear(name).dense() for name in reader.sparse_names}
+    (tmp_path / "hand").mkdir()
+    save_file(by_hand, tmp_path / "hand" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "hand" / "config.json").write_bytes((source / "config.json").read_bytes())
+    expected = logits(tmp_path / "hand")
+    export_dense(reader, tmp_path / "dense", 1 << 40)
+    assert torch.equal(logits(tmp_path / "dense"), expected) and torch.equal(logits(tmp_path / "out"), expected)
+    assert not torch.allclose(logits(source), expected, atol=1e-2)
+    for name, content in PROCESSOR.items():
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "dense" / name).read_text() == content
+
+
+def test_perplexity_of_a_wrapper(tiny_wrapper, text, tmp_path):
+    """Of a compressed folder as of the exported one; and as computed from transformers' logits."""
+    reader_of = tiny_wrapper("gemma3")
+    run_small(reader_of, tmp_path / "out", text)
+    expected = torch.nn.functional.cross_entropy(logits(tmp_path / "out")[0, :-1], TOKENS[0, 1:]).exp()
+    model = load_model(str(tmp_path / "out"), torch.device("cpu"))
+    assert type(model).__name__ == "Gemma3ForConditionalGeneration"
+    assert perplexity(model, TOKENS[0], 64).perplexity == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_wrapper_writes_its_own_calibration_text(tiny_wrapper, tmp_path):
+    report, _ = run_small(tiny_wrapper("qwen2_5_vl"), tmp_path / "out", "self")
+    assert len(report["linears"]) == 14
+
+
+def test_an_interrupted_run_is_resumed(tiny_wrapper, text, tmp_path):
+    from compressing import digests, interrupted_after_a_layer
+
+    from ria_vllm.offline.compress import Settings
+
+    run_small(tiny_wrapper("llava"), tmp_path / "whole", text)
+    with interrupted_after_a_layer():
+        run_small(tiny_wrapper("llava"), tmp_path / "out", text)
+    run_small(tiny_wrapper("llava"), tmp_path / "out", text, Settings(resume=True))
+    weights = "model.safetensors"
+    assert digests(tmp_path / "out")[weights] == digests(tmp_path / "whole")[weights]
