@@ -119,6 +119,8 @@ class _Run:
         plan = make_plan(self.model, layers.topology, self.recipe, sensitive)
         for warning in plan.warnings:
             self.monitor.warn(warning)
+        if copied := self.model.copied():
+            self.monitor.say(f"copied unchanged, beside the text decoder: {', '.join(copied)}")
         self._prune_layers(layers, plan, self._replay_finished(layers, plan))
         self.ranks.barrier()
         report = self._report(plan)
@@ -188,7 +190,9 @@ class _Run:
         linears: dict[str, Any] = {}
         for index in range(len(self.model.layers)):
             linears |= dict(sorted(self.writer.record(layer_key(index)).items()))
-        return {"recipe": self.recipe.dump(self.source.name), "linears": linears, "dense": dict(plan.dense)}
+        found = {"recipe": self.recipe.dump(self.source.name), "linears": linears, "dense": dict(plan.dense)}
+        copied = self.model.copied()
+        return found | {"copied": copied} if copied else found
 
     def _finish(
         self, topology: Topology, plan: Plan, report: dict[str, Any], others: tuple[dict[str, Any], list[Path]]

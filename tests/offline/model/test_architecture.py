@@ -62,7 +62,7 @@ def test_omni_models_hold_several_decoders():
     config = transformers.Qwen2_5OmniConfig()
     with torch.device("meta"):
         model = transformers.Qwen2_5OmniForConditionalGeneration(config)
-    assert find_decoder(model) == ("thinker.model", "thinker.model.layers")
+    assert find_decoder(model, Path("x")) == ("thinker.model", "thinker.model.layers")
 
 
 def test_the_named_architecture_is_taken():
