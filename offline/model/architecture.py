@@ -108,8 +108,8 @@ def find_decoder(model: PreTrainedModel, folder: Path) -> tuple[str, str]:
     text, kind = text_config(model.config), type(model).__name__
     if getattr(text, "num_kv_shared_layers", None):
         raise RiaError(
-            f"{folder}: {kind}: its last {text.num_kv_shared_layers} layers read the keys and values of earlier ones, so "
-            "its layers cannot be pruned one by one."
+            f"{folder}: {kind}: its last {text.num_kv_shared_layers} layers read the keys and values of earlier ones, "
+            "so its layers cannot be pruned one by one."
         )
     layers = getattr(text, "num_hidden_layers", None) or 0
     paths = {id(module): path for path, module in model.named_modules()}
@@ -154,12 +154,20 @@ def outside_decoder(model: nn.Module, decoder: str) -> list[tuple[str, nn.Module
     return [(name, m) for name, m in named if name not in around and not name.startswith(f"{decoder}.")]
 
 
+def output_heads(model: PreTrainedModel, decoder: str) -> list[nn.Module]:
+    """The heads of the models around the decoder; wrappers may be around each other."""
+    around = [model.get_submodule(path) for path in _around(decoder)]
+    found = [output_head(module) for module in around if isinstance(module, PreTrainedModel)]
+    return [head for head in found if head is not None]
+
+
 def towers(model: PreTrainedModel, decoder: str) -> dict[str, nn.Module]:
     """The outermost modules outside the decoder, by their names, without the head that predicts tokens."""
     found: dict[str, nn.Module] = {}
+    heads = output_heads(model, decoder)
     for name, module in outside_decoder(model, decoder):
         inside = any(name.startswith(f"{other}.") for other in found)
-        if not inside and module is not output_head(model) and next(module.parameters(), None) is not None:
+        if not inside and module not in heads and next(module.parameters(), None) is not None:
             found[name] = module
     return found
 
