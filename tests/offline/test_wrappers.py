@@ -19,7 +19,7 @@ TOKENS = torch.arange(2, 60)[None]
 FAST = ("gemma3", "qwen2_5_vl", "qwen2_audio")
 FAMILIES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in WRAPPERS]
 # Why a linear of a decoder layer may stay dense.
-LEFT_DENSE = ("mixture of experts", "chooses experts", "not in the first layer")
+LEFT_DENSE = ("mixture of experts", "chooses experts", "experts one by one", "not in the first layer")
 
 
 def logits(folder: Path) -> torch.Tensor:
