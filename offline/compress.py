@@ -124,6 +124,8 @@ class _Run:
         plan = make_plan(self.model, layers.topologies, self.recipe, sensitive)
         for warning in plan.warnings:
             self.monitor.warn(warning)
+        if copied := self.model.copied():
+            self.monitor.say(f"copied unchanged, beside the text decoder: {', '.join(copied)}")
         self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
         self.ranks.barrier()
         report = self._report(layers.topologies, plan, store)
@@ -197,12 +199,14 @@ class _Run:
         for index in range(len(self.model.layers)):
             linears |= dict(sorted(self.writer.record(layer_key(index)).items()))
             linears |= store.records(index, plan.experts[index])
-        return {
+        found = {
             "recipe": self.recipe.dump(self.source.name),
             "linears": linears,
             "dense": dict(plan.dense),
             "topology": topologies.dump(),
         }
+        copied = self.model.copied()
+        return found | {"copied": copied} if copied else found
 
     def _finish(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.architecture import output_head
+from ria_vllm.offline.model.architecture import output_heads
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topologies, linears_of
 from ria_vllm.offline.model.vllm_quirks import fused_sets, served_dense
@@ -119,11 +119,11 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sens
 
 def _outside(model: StreamedModel) -> Iterator[tuple[str, str]]:
     """The linears outside the decoder layers, by their names in the model, and why they stay dense."""
-    head = output_head(model.model)
+    heads = output_heads(model.model, model.decoder_path)
     for name in linears_of(model.model):
         if not name.startswith(f"{model.layers_path}."):
             of_the_text = not model.is_wrapper or name.startswith(f"{model.decoder_path}.")
-            of_the_text = of_the_text or model.model.get_submodule(name) is head
+            of_the_text = of_the_text or model.model.get_submodule(name) in heads
             yield name, "outside the decoder layers" if of_the_text else "outside the text decoder"
 
 

@@ -32,7 +32,7 @@ def calibration_tokens(source: Source, model: StreamedModel, recipe: Recipe, mon
     if getattr(tokenizer, "chat_template", None) is None:
         tokenizer.chat_template = _processors_template(source.folder)
     tokens = data.from_text(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
-    vocabulary = model.model.get_input_embeddings().num_embeddings
+    vocabulary = model.model.get_submodule(model.base_path).get_input_embeddings().num_embeddings
     if int(tokens.max()) >= vocabulary:
         raise RiaError(
             f"{source.name}: its tokenizer produces token {int(tokens.max())}, but the model knows only "

@@ -51,6 +51,18 @@ def hub(monkeypatch):
         yield hub
 
 
+def add_module(folder: Path) -> None:
+    """A module of sentence-transformers with weights, and a chat template, in subfolders."""
+    files = {
+        "2_Dense/config.json": "{}", "2_Dense/model.safetensors": "weights", "2_Dense/notes.py": "private",
+        "additional_chat_templates/short.jinja": "{{ messages }}",
+        "modules.json": '[{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]',
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+
+
 def run(*arguments):
     return CliRunner().invoke(push, [str(a) for a in arguments], catch_exceptions=False).stdout
 
@@ -200,3 +212,13 @@ def test_a_link_out_of_the_folder_is_not_followed(folder, hub, tmp_path):
     (folder / "notes.txt").symlink_to("LICENSE")  # a link within the folder is fine
     run(folder, "user/model")
     assert hub.branches["main"]["notes.txt"] == b"MIT"
+
+
+def test_subfolders_that_belong_to_the_model(folder, hub, tmp_path):
+    add_module(folder)
+    run(folder, "user/model")
+    arrived = {name for name in hub.branches["main"] if "/" in name}
+    assert arrived == {"2_Dense/config.json", "2_Dense/model.safetensors", "additional_chat_templates/short.jinja"}
+    (folder / "2_Dense" / "more.json").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(RiaError, match="2_Dense/more.json: a link that leads out"):
+        run(folder, "user/model")

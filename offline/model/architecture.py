@@ -4,6 +4,7 @@ A model that reads images or sound wraps a text decoder. Embedding and reranking
 head or with another one.
 """
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -91,11 +92,14 @@ def output_head(model: PreTrainedModel) -> nn.Module | None:
         return None
 
 
-def find_decoder(model: PreTrainedModel) -> tuple[str, str]:
+def find_decoder(model: PreTrainedModel, folder: Path) -> tuple[str, str]:
     """The paths of the text decoder in a model, and of its list of decoder layers.
 
     In a model that reads text only, the decoder is all of it except the head. No other tower of a wrapper is taken for
     it, even if it has as many layers.
+
+    Args:
+        folder: the model's, for errors.
 
     Raises:
         RiaError: there is none, it has no such list with linears in it, or the layers need more of each other than the
@@ -104,8 +108,8 @@ def find_decoder(model: PreTrainedModel) -> tuple[str, str]:
     text, kind = text_config(model.config), type(model).__name__
     if getattr(text, "num_kv_shared_layers", None):
         raise RiaError(
-            f"{kind}: its last {text.num_kv_shared_layers} layers read the keys and values of earlier ones, so its "
-            "layers cannot be pruned one by one."
+            f"{folder}: {kind}: its last {text.num_kv_shared_layers} layers read the keys and values of earlier ones, "
+            "so its layers cannot be pruned one by one."
         )
     layers = getattr(text, "num_hidden_layers", None) or 0
     paths = {id(module): path for path, module in model.named_modules()}
@@ -117,7 +121,7 @@ def find_decoder(model: PreTrainedModel) -> tuple[str, str]:
         decoder = model.get_decoder()
         decoder = next(inner, None) if decoder is None or decoder is model else decoder
     if decoder is None or id(decoder) not in paths:
-        raise RiaError(f"{kind}: transformers finds no text decoder in it, so there is nothing to prune.")
+        raise RiaError(f"{folder}: {kind}: transformers finds no text decoder in it, so there is nothing to prune.")
     head = getattr(decoder, decoder.base_model_prefix, decoder) if isinstance(decoder, PreTrainedModel) else decoder
     decoder = head if id(head) in paths else decoder
     path = paths[id(decoder)]
@@ -148,6 +152,24 @@ def outside_decoder(model: nn.Module, decoder: str) -> list[tuple[str, nn.Module
     around = {*_around(decoder), decoder}
     named = model.named_modules() if decoder else ()
     return [(name, m) for name, m in named if name not in around and not name.startswith(f"{decoder}.")]
+
+
+def output_heads(model: PreTrainedModel, decoder: str) -> list[nn.Module]:
+    """The heads of the models around the decoder; wrappers may be around each other."""
+    around = [model.get_submodule(path) for path in _around(decoder)]
+    found = [output_head(module) for module in around if isinstance(module, PreTrainedModel)]
+    return [head for head in found if head is not None]
+
+
+def towers(model: PreTrainedModel, decoder: str) -> dict[str, nn.Module]:
+    """The outermost modules outside the decoder, by their names, without the head that predicts tokens."""
+    found: dict[str, nn.Module] = {}
+    heads = output_heads(model, decoder)
+    for name, module in outside_decoder(model, decoder):
+        inside = any(name.startswith(f"{other}.") for other in found)
+        if not inside and module not in heads and next(module.parameters(), None) is not None:
+            found[name] = module
+    return found
 
 
 def _around(decoder: str) -> list[str]:

@@ -12,7 +12,14 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.architecture import find_base, find_decoder, model_class, outside_decoder, text_config
+from ria_vllm.offline.model.architecture import (
+    find_base,
+    find_decoder,
+    model_class,
+    outside_decoder,
+    text_config,
+    towers,
+)
 from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.expert_files import ExpertFiles
 from ria_vllm.offline.model.expert_weights import ExpertWeights
@@ -58,7 +65,7 @@ class StreamedModel:
             attention = {"attn_implementation": "eager"} if capped else {}
             self.model: PreTrainedModel = architecture._from_config(config, dtype=self.dtype, **attention)
         self.model.eval().requires_grad_(False)
-        self.decoder_path, self.layers_path = find_decoder(self.model)
+        self.decoder_path, self.layers_path = find_decoder(self.model, folder)
         self.base_path = find_base(self.model, self.decoder_path)
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
         self.names = Names(self.model, self.files, folder)
@@ -85,6 +92,17 @@ class StreamedModel:
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.layers_path}.{index}."
+
+    def copied(self) -> dict[str, int]:
+        """The parts of a wrapper beside its text decoder, by their names in the files -> how many weights they have."""
+        found = {}
+        for path, module in towers(self.model, self.decoder_path).items() if self.is_wrapper else ():
+            inside = {w: n.removeprefix(path) for w, n in self.names.inside.items() if n.startswith(f"{path}.")}
+            named = {written.removesuffix(rest) for written, rest in inside.items() if written.endswith(rest)}
+            found[named.pop() if len(named) == 1 else path] = sum(
+                parameter.numel() for parameter in module.parameters()
+            )
+        return found
 
     def names_in_layer(self, index: int) -> list[str]:
         """The written names of a layer's tensors."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from compressing import run_small
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import LlamaForCausalLM
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import tokens
@@ -46,6 +46,6 @@ def test_sampling_from_a_model_that_transformers_cannot_load(tiny, tmp_path, mon
     def from_pretrained(*_, **__):
         raise ImportError("the package for its attention\nis not installed")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", from_pretrained)
     with pytest.raises(RiaError, match="transformers cannot load the model .the package for its attention.\\.$"):
         run_small(tiny("llama"), tmp_path / "out", "self")

@@ -19,7 +19,7 @@ TOKENS = torch.arange(2, 60)[None]
 FAST = ("gemma3", "qwen2_5_vl", "qwen2_audio")
 FAMILIES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in WRAPPERS]
 # Why a linear of a decoder layer may stay dense.
-LEFT_DENSE = ("mixture of experts", "chooses experts", "not in the first layer")
+LEFT_DENSE = ("mixture of experts", "chooses experts", "experts one by one", "not in the first layer")
 
 
 def logits(folder: Path) -> torch.Tensor:
@@ -61,6 +61,22 @@ def test_the_text_decoder_is_pruned_and_nothing_else(family, tiny_wrapper, text,
     assert not torch.allclose(logits(source), expected, atol=1e-2)
     for name, content in PROCESSOR.items():
         assert (tmp_path / "out" / name).read_text() == (tmp_path / "dense" / name).read_text() == content
+
+
+def test_the_report_names_what_is_copied(tiny_wrapper, text, tmp_path):
+    """By the names in the files, with all their weights, also those that are no linears."""
+    for family, towers in {
+        "gemma3": {"vision_tower", "multi_modal_projector"},
+        "qwen2_5_vl": {"visual"},
+        "qwen2_audio": {"audio_tower", "multi_modal_projector"},
+    }.items():
+        source = tiny_wrapper(family)
+        report, _ = run_small(source, tmp_path / family, text)
+        tensors = load_file(source / "model.safetensors")
+        assert report["copied"] == {
+            name: sum(tensor.numel() for other, tensor in tensors.items() if other.startswith(f"{name}."))
+            for name in towers
+        }
 
 
 def test_perplexity_of_a_wrapper(tiny_wrapper, text, tmp_path):

@@ -44,7 +44,7 @@ def test_layers_run_one_by_one_as_in_the_wrapper(family, tiny_wrapper):
     model = StreamedModel(folder, AutoConfig.from_pretrained(folder), torch.device("cpu"), torch.float32)
     assert model.layers is decoder_layers_of(model.model)
     embedder = Embedder(model)
-    embedder.inputs_of_first_layer(TOKENS[:1])
+    embedder.learn_form(TOKENS[:1])
     stream, calls = embedder(TOKENS)
     outside = {n: p for n, p in model.model.named_parameters() if not n.startswith(f"{model.decoder_path}.")}
     loaded = [name for name, parameter in outside.items() if not parameter.is_meta]
@@ -62,7 +62,7 @@ def test_omni_models_hold_several_decoders():
     config = transformers.Qwen2_5OmniConfig()
     with torch.device("meta"):
         model = transformers.Qwen2_5OmniForConditionalGeneration(config)
-    assert find_decoder(model) == ("thinker.model", "thinker.model.layers")
+    assert find_decoder(model, Path("x")) == ("thinker.model", "thinker.model.layers")
 
 
 def test_the_named_architecture_is_taken():
