@@ -299,6 +299,9 @@ def test_a_pruned_linear_that_the_config_calls_dense(damage):
     assert any(Q in p and "ignored" in p for p in problems(damage.folder))
 
 
+UP_OF_ALL = "model.layers.{i}.mlp.up_proj"
+
+
 def edit_fold(number, **changes):
     def change(config):
         config["quantization_config"]["folds"][number].update(changes)
@@ -316,6 +319,9 @@ def edit_fold(number, **changes):
         (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj", "rows": [64, 0]}]), "rows 64 to 0"),
         (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj", "rows": [0, 64]}]), "gives it 64"),
         (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj"}] * 2), "another fold reorders too"),
+        (edit_fold(1, producers=[{"name": UP_OF_ALL, "rows": [0, 5], "blocks": 64}]), "0 to 5 of each of 64 blocks"),
+        (edit_fold(1, producers=[{"name": UP_OF_ALL, "rows": [0, 1], "blocks": 64}]), "gives it 64"),
+        (edit_fold(1, producers=[{"name": UP_OF_ALL, "rows": [0, 1], "blocks": 7}]), "of each of 7 blocks"),
     ],
 )
 def test_folds_that_cannot_hold(damage, change, words):

@@ -97,3 +97,11 @@ def test_digest_is_that_of_its_definition():
     assert permutation.digest(orders) == hashlib.sha256(content).hexdigest()
     assert permutation.digest({name: p.numpy() for name, p in orders.items()}) == permutation.digest(orders)
     assert permutation.digest({}) == hashlib.sha256().hexdigest()
+
+
+def test_places_of_rows():
+    assert permutation.places(12, 3, 5).tolist() == [3, 4]
+    assert permutation.places(12, 1, 3, 3).tolist() == [1, 2, 5, 6, 9, 10]
+    assert "blocks" in permutation.places(12, 0, 1, 5)
+    for start, end in ((0, 5), (-1, 2), (2, 2), (3, 2)):
+        assert "rows" in permutation.places(12, start, end, 3)

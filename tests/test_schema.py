@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import Fold, Producer, RiaSchema
@@ -53,6 +54,8 @@ def test_keys_of_a_newer_minor_version_are_kept():
         (("folds", 0, "producers"), [], "folds.0.producers"),
         (("folds", 0, "num_heads"), 0, "folds.0.num_heads"),
         (("folds", 0, "producers", 0, "rows"), [0], "folds.0.producers.0.rows"),
+        (("folds", 0, "producers", 0, "blocks"), 0, "folds.0.producers.0.blocks"),
+        (("folds", 0, "producers", 0), {"name": "{i}.up_proj", "blocks": 2}, "folds.0.producers.0"),
         (("folds",), {}, "folds"),
         (("folds",), CONFIG["folds"] * 1001, "folds"),
         (("folds", 0, "consumer"), "{i}.{i}.mlp.down_proj", "folds.0"),
@@ -85,6 +88,17 @@ def test_fold_patterns_match_one_layer_number():
     assert fold.producers_of("h.12.fc2") == [Producer(name="h.12.fc1", rows=(2, 4))]
     single = Fold(consumer="head.out", producers=[Producer(name="head.in")], coupling="elementwise")
     assert single.numbers("head.out") == {} and single.producers_of("head.out") == [Producer(name="head.in")]
+
+
+def test_row_orders_of_a_fold():
+    """A gate takes the permutation itself, values what all query heads of a key-value head have in common."""
+    producers = [Producer(name="v"), Producer(name="q", rows=(2, 4), blocks=4), Producer(name="qkv", rows=(12, 16))]
+    fold = Fold(consumer="o", producers=producers, coupling="heads", num_heads=4, num_kv_heads=2)
+    p = torch.tensor([1, 0, 3, 2, 4, 5, 6, 7], dtype=torch.int32)
+    assert [order.tolist() for order in fold.row_orders(p)] == [[1, 0, 2, 3], p.tolist(), [1, 0, 2, 3]]
+    assert "another head" in fold.row_orders(torch.arange(8).flip(0))
+    up = Fold(consumer="down", producers=[Producer(name="up")], coupling="elementwise")
+    assert [order.tolist() for order in up.row_orders(p)] == [p.tolist()]
 
 
 def test_fold_patterns_match_an_experts_number():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from compressing import digests
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from ria_vllm.checkpoint import Reader, tensor_names
 from ria_vllm.errors import RiaError
@@ -55,6 +56,56 @@ def test_shared_orders_are_shared(family, tiny, text, tmp_path):
         parent = name.rpartition(".")[0] if "proj" in name else name
         orders.setdefault(parent, set()).add(tuple(reader.permutations[name].tolist()))
     assert all(len(found) == 1 for found in orders.values())
+
+
+def test_an_order_that_nothing_absorbs_keeps_to_blocks(tiny, text, tmp_path):
+    """LFM2's convolution has weights of its own for each channel. Tensor parallelism cuts its output's channels."""
+    report = run(tiny("lfm2"), tmp_path / "out", text, reconstruct="none", samples=4)
+    name = "model.layers.0.conv.out_proj"
+    p = Reader(tmp_path / "out").permutations[name].long()
+    assert torch.equal(p.view(8, 16) // 16, torch.arange(8)[:, None].expand(8, 16))
+    assert not torch.equal(p, torch.arange(128))
+    record = report["linears"][name]
+    assert record["retained_before"] < record["retained_after"] < record["retained_without_blocks"]
+    assert [name for name, entry in report["linears"].items() if "retained_without_blocks" in entry] == [name]
+    first, second = report["topology"]
+    assert (first["layers"], second["layers"]) == ([0], [1])
+    assert first["sublayers"][0]["stages"][1][0]["blocks"] == 8
+
+
+@pytest.mark.parametrize("family", ["gpt-neox", "qwen3.5", "olmo2", "cohere2", "gemma4"])
+def test_what_a_folded_checkpoint_computes(family, tiny, text, tmp_path):
+    """Consumers with their stored columns, producers with the rows that these need: the logits of the dense export."""
+    source = tiny(family)
+    run(source, tmp_path / "out", text, reconstruct="none", samples=4)
+    reader = Reader(tmp_path / "out")
+    expected, model = (AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64).eval() for _ in range(2))
+    stored = {name: reader.linear(name).stored().double() for name in reader.sparse_names}
+    folded = list(reader.schema.active_folds(reader.permuted_names, set(reader.sparse_names)))
+    assert len(folded) == (3 if family == "qwen3.5" else 4)
+    with torch.no_grad():
+        for name in reader.sparse_names:
+            for one in (expected, model):
+                one.get_submodule(name).weight.copy_(reader.linear(name).dense())
+        for name, fold, producers in folded:
+            model.get_submodule(name).weight.copy_(stored[name])
+            p = reader.permutations[name].long()
+            for producer in producers:
+                linear = model.get_submodule(producer.name)
+                size, (start, end) = linear.out_features // producer.blocks, producer.rows or (0, linear.out_features)
+                rows = [block * size + row for block in range(producer.blocks) for row in range(start, end)]
+                if len(rows) < len(p):  # key-value heads: the order of the first query head that reads each
+                    heads = p.view(fold.num_kv_heads, -1, len(p) // fold.num_heads)[:, 0]
+                    order = heads - heads.min(1, keepdim=True).values
+                    order = (order + torch.arange(len(order))[:, None] * order.shape[1]).flatten().tolist()
+                else:
+                    order = p.tolist()
+                for part in (linear.weight, linear.bias):
+                    if part is not None:
+                        part[rows] = part[[rows[row] for row in order]]
+        tokens = torch.arange(2, 60)[None]
+        found, wanted = model(tokens).logits, expected(tokens).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_scope_linear_gives_each_its_own(tiny, text, tmp_path):

@@ -11,8 +11,6 @@ from ria_vllm.errors import RiaError
 from ria_vllm.schema import Fold, Producer, RiaSchema, SparsityConfig
 from ria_vllm.serve.folding import RowOrder, fold
 
-FOLDED = [name for name in tiny.FAMILIES if name != "gpt-neox"]
-
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     torch.manual_seed(5)
@@ -38,7 +36,7 @@ def folded(folder, model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", FOLDED)
+@pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_folded_model_gives_the_logits_of_the_export(name, tmp_path):
     family = tiny.FAMILIES[name]
     pruned = tiny.write(family, tmp_path / "out")
@@ -88,6 +86,47 @@ def test_rows_of_a_fused_producer():
     tensor = torch.arange(16)[:, None] * torch.ones(1, 3)
     taken = folding.row_orders["l.7.fused"][0].take(tensor)
     assert taken[:, 0].tolist() == [0, 1, 2, 3, *(4 + p).tolist(), 12, 13, 14, 15]
+
+
+def test_rows_of_each_block_of_a_producer():
+    """Three heads of four channels, stored as q, k, v head by head; and a gate behind the queries of each head."""
+    values = Producer(name="l.{i}.qkv", rows=(8, 12), blocks=3)
+    gate = Producer(name="l.{i}.gate", rows=(4, 8), blocks=3)
+    rule = Fold(consumer="l.{i}.o", producers=[values, gate], coupling="heads", num_heads=3, num_kv_heads=3)
+    p = np.concatenate([4 * head + order(4, head) for head in range(3)]).astype(np.int32)
+    folding = fold(schema([rule]), {"l.0.o": p}, lambda _: True, "here")
+    for name, size, start in (("l.0.qkv", 12, 8), ("l.0.gate", 8, 4)):
+        (one,) = folding.row_orders[name]
+        expected = list(range(3 * size))
+        for head in range(3):
+            first = head * size + start
+            expected[first : first + 4] = [first + int(row) for row in p[4 * head : 4 * head + 4] - 4 * head]
+        assert one.take(torch.arange(3 * size)).tolist() == expected != list(range(3 * size))
+
+
+def test_a_gate_has_a_row_for_each_query_head():
+    """Values have rows for two heads, the gate for the four that read them."""
+    gate = Producer(name="l.{i}.q", rows=(2, 4), blocks=4)
+    producers = [Producer(name="l.{i}.v"), gate]
+    rule = Fold(consumer="l.{i}.o", producers=producers, coupling="heads", num_heads=4, num_kv_heads=2)
+    p = np.array([1, 0, 3, 2, 4, 5, 6, 7], dtype=np.int32)  # only the two query heads of the first key-value head
+    folding = fold(schema([rule]), {"l.0.o": p}, lambda _: True, "here")
+    assert folding.row_orders["l.0.v"][0].take(torch.arange(4)).tolist() == [1, 0, 2, 3]
+    taken = folding.row_orders["l.0.q"][0].take(torch.arange(16)).tolist()
+    assert taken == [0, 1, 3, 2, 4, 5, 7, 6, *range(8, 16)]
+
+
+def test_blocks_that_a_producer_does_not_have():
+    with pytest.raises(ValueError, match="rows 0 to 2"):
+        RowOrder(np.arange(8), 0, False, 4).take(torch.zeros(10, 2))  # 10 rows are not four blocks
+    with pytest.raises(ValueError, match="rows 1 to 3"):
+        RowOrder(np.arange(8), 1, False, 4).take(torch.zeros(8, 2))
+    rules = [
+        Fold(consumer="l.{i}.a", producers=[Producer(name="l.{i}.up", rows=(0, 4))], coupling="elementwise"),
+        Fold(consumer="l.{i}.b", producers=[Producer(name="l.{i}.up", rows=(1, 2), blocks=4)], coupling="elementwise"),
+    ]
+    with pytest.raises(RiaError, match="same rows of l.0.up"):
+        fold(schema(rules), {"l.0.a": order(4), "l.0.b": order(4, 1)}, lambda _: True, "here")
 
 
 def test_rows_that_a_producer_does_not_have():

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 # Name of the run: (family, how the checkpoint is written, engine arguments)
-EAGER = {name: (name, {"folds": name != "gpt-neox"}, {}) for name in tiny.FAMILIES} | {
+EAGER = {name: (name, {}, {}) for name in tiny.FAMILIES} | {
     "a permutation for each of q, k, v, gate, up": ("llama-gqa", {"scope": "linear"}, {}),
     "no permutations": ("llama-gqa", {"scope": "none"}, {}),
     "no folds": ("qwen2", {"folds": False}, {}),
@@ -45,6 +45,7 @@ SPREAD = {
         {},
         {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False},
     ),
+    "two ranks, values in blocks": ("gpt-neox", {}, TWO_RANKS),
     "two ranks with padding": ("qwen2", {"intermediate_size": 192}, TWO_RANKS),
 }
 ONE_THREAD_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}

@@ -16,7 +16,7 @@ from ria_vllm.schema import Fold, Producer, RiaSchema, SparsityConfig
 from ria_vllm.writer import CheckpointWriter
 
 HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB = 4, 32, 128, 256, 288
-Rows = tuple[str, tuple[int, int] | None]
+Rows = tuple[str, tuple[int, int] | None]  # of each of `value_blocks` blocks, for values
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,19 @@ class Family:
         ("mlp.gate_proj", "mlp.up_proj"),
     )
     value: Rows = ("self_attn.v_proj", None)
+    value_blocks: int = 1
     output: str = "self_attn.o_proj"
     inner: tuple[Rows, ...] = (("mlp.gate_proj", None), ("mlp.up_proj", None))
     down: str = "mlp.down_proj"
     settings: tuple[tuple[str, object], ...] = ()
 
     def folds(self) -> list[Fold]:
-        def absolute(name: str, rows: tuple[int, int] | None) -> Producer:
-            return Producer(name=self.block + name, rows=rows)
+        def absolute(name: str, rows: tuple[int, int] | None, blocks: int = 1) -> Producer:
+            return Producer(name=self.block + name, rows=rows, blocks=blocks)
 
         return [
-            Fold(consumer=self.block + self.output, producers=[absolute(*self.value)], coupling="heads",
-                 num_heads=HEADS, num_kv_heads=self.kv),
+            Fold(consumer=self.block + self.output, producers=[absolute(*self.value, self.value_blocks)],
+                 coupling="heads", num_heads=HEADS, num_kv_heads=self.kv),
             Fold(consumer=self.block + self.down, producers=[absolute(*p) for p in self.inner], coupling="elementwise"),
         ]  # fmt: skip
 
@@ -77,7 +78,9 @@ FAMILIES = {
     "phi3": PHI3,
     "gpt-neox": Family(
         "gpt_neox", block="gpt_neox.layers.{i}.", shared=(("attention.query_key_value",), ("mlp.dense_h_to_4h",)),
-        output="attention.dense", down="mlp.dense_4h_to_h", settings=(("rotary_pct", 1.0),),
+        value=("attention.query_key_value", (2 * HEAD_DIM, 3 * HEAD_DIM)), value_blocks=HEADS,
+        output="attention.dense", inner=(("mlp.dense_h_to_4h", None),), down="mlp.dense_4h_to_h",
+        settings=(("rotary_pct", 1.0),),
     ),
 }  # fmt: skip
 
