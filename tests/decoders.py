@@ -96,7 +96,7 @@ def described(model: PreTrainedModel) -> Topologies:
     kinds = kinds_of(layers)
     first = [kinds.index(kind) for kind in range(max(kinds) + 1)]
     with torch.no_grad():
-        return Topologies(tuple(describe(model.config, layers[i], *calls[i]) for i in first), kinds)
+        return Topologies.of_kinds([describe(model.config, layers[i], *calls[i]) for i in first], kinds)
 
 
 def lines(topologies: Topologies) -> Iterator[str]:

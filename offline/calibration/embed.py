@@ -68,7 +68,8 @@ def embed(
     with monitor.phase("embedding"):
         embedder = Embedder(model)
         embedder.learn_form(chunks[0][:1])
-        topologies = survey(model, embedder, chunks[0][:1])
+        # By one rank, because each copy of a layer in float64 takes as much memory as four layers.
+        topologies = ranks.broadcast(survey(model, embedder, chunks[0][:1]) if ranks.first else None)
         # The last chunk may be shorter; every rank has to know how layers are called for it.
         known = {stream.shape: calls for stream, calls in map(embedder, (chunks[0], chunks[-1]))}
         share = ranks.share(len(chunks))

@@ -29,7 +29,7 @@ def survey(model: StreamedModel, embedder: Embedder, tokens: torch.Tensor) -> To
         topology, warning = _describe(model, index, calls[index], stream)
         found.append(topology)
         warnings += warning
-    return Topologies(tuple(found), kinds, tuple(warnings))
+    return Topologies.of_kinds(found, kinds, warnings)
 
 
 def _describe(model: StreamedModel, index: int, call: LayerCall, stream: torch.Tensor) -> tuple[Topology, list[str]]:

@@ -116,6 +116,15 @@ class Topologies:
     layers: tuple[int, ...]
     warnings: tuple[str, ...] = ()
 
+    @classmethod
+    def of_kinds(cls, found: Sequence[Topology], layers: Iterable[int], warnings: Iterable[str] = ()) -> "Topologies":
+        """From the topology found for each kind; kinds with the same one become one."""
+        kinds: list[Topology] = []
+        for topology in found:
+            if topology not in kinds:
+                kinds.append(topology)
+        return cls(tuple(kinds), tuple(kinds.index(found[kind]) for kind in layers), tuple(warnings))
+
     def of(self, index: int) -> Topology:
         """The topology of layer `index`."""
         return self.kinds[self.layers[index]]
@@ -179,15 +188,27 @@ def _pattern(names: Mapping[int, str]) -> str | None:
 
 
 def kinds_of(layers: Sequence[nn.Module]) -> tuple[int, ...]:
-    """A number for the kind of each layer. Layers are of one kind if they have the same modules, and parameters of the
-    same shapes."""
+    """A number for the kind of each layer.
+
+    Layers are of one kind if they have the same modules, with the same switches, and parameters of the same shapes.
+    """
     known: dict[tuple, int] = {}
     return tuple(known.setdefault(_signature(layer), len(known)) for layer in layers)
 
 
 def _signature(layer: nn.Module) -> tuple:
-    modules = tuple((name, type(module)) for name, module in layer.named_modules())
+    modules = tuple((name, type(module), _switches(module)) for name, module in layer.named_modules())
     return modules, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+
+
+def _switches(module: nn.Module) -> frozenset[tuple[str, bool | str]]:
+    """What a module does or does not do, such as reading another layer's keys and values."""
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+    return frozenset(
+        (name, value if isinstance(value, (bool, str)) else "None")
+        for name, value in own.items()
+        if isinstance(value, (bool, str)) or value is None
+    )
 
 
 def decoder_layers(model: nn.Module, num_hidden_layers: int) -> str:

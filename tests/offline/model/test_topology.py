@@ -45,6 +45,12 @@ def test_names_without_a_pattern_are_written_layer_by_layer():
     assert pairs(folds) == [("a.mlp.down", "a.mlp.up"), ("b.mlp.down", "b.mlp.up")]
 
 
+def test_kinds_with_the_same_topology_become_one():
+    same, other = Topology(SUBLAYERS, (FOLD,)), Topology(SUBLAYERS)
+    topologies = Topologies.of_kinds([same, other, Topology(SUBLAYERS, (FOLD,))], (0, 1, 2, 1, 0))
+    assert topologies == Topologies((same, other), (0, 1, 0, 1, 0))
+
+
 def test_the_dump_says_which_layers_are_of_a_kind():
     first, second = Topologies((Topology(SUBLAYERS, (FOLD,)), Topology(SUBLAYERS)), (0, 1, 0)).dump()
     assert (first["layers"], second["layers"]) == ([0, 2], [1])
@@ -56,7 +62,8 @@ def test_the_dump_says_which_layers_are_of_a_kind():
     ("model_type", "changes", "kinds"),
     [
         ("llama", {"num_hidden_layers": 3}, (0, 0, 0)),
-        ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"]}, (0, 0)),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 2}, (0, 0)),
+        ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"]}, (0, 1)),
         ("gemma4_text", {}, (0, 1)),  # heads of another width
         ("lfm2", {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}, (0, 1, 0)),
         ("deepseek_v3", {"num_hidden_layers": 3}, (0, 1, 1)),  # a dense layer before the mixtures
@@ -64,6 +71,13 @@ def test_the_dump_says_which_layers_are_of_a_kind():
 )
 def test_kinds(model_type, changes, kinds):
     assert kinds_of(layers_of(small(model_type, **changes))) == kinds
+
+
+def test_a_layer_that_reads_the_values_of_another_is_of_a_kind_of_its_own():
+    """Its modules and shapes are the same, but its own value projection feeds nothing."""
+    layers = layers_of(small("llama"))
+    layers[1].self_attn.is_kv_shared_layer, layers[0].self_attn.is_kv_shared_layer = True, False
+    assert kinds_of(layers) == (0, 1)
 
 
 def test_no_layers_with_linears():

@@ -1,0 +1,47 @@
+"""One experiment for each kind of layer of a stored model, and what happens if one is impossible."""
+
+import torch
+from compressing import check_complete, check_export, run_small
+from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
+
+from ria_vllm.offline.model import survey
+from ria_vllm.offline.model.streaming import StreamedModel
+
+
+def test_a_kind_without_an_experiment_is_pruned_without_folds(tiny, text, tmp_path, monkeypatch):
+    """Such as one whose convolution does not run in float64."""
+
+    def forward(self, hidden_states, **kwargs):
+        assert hidden_states.dtype != torch.float64, "no float64 here"
+        return real(self, hidden_states, **kwargs)
+
+    real = Lfm2ShortConv.forward
+    monkeypatch.setattr(Lfm2ShortConv, "forward", forward)
+    report, warnings = run_small(tiny("lfm2"), tmp_path / "out", text)
+    (warning,) = [text for text in warnings if "without folds" in text]
+    assert warning.startswith("model.layers.0 and its like: ") and "no float64 here" in warning
+    reader = check_complete(tiny("lfm2"), tmp_path / "out")
+    check_export(tiny("lfm2"), reader, tmp_path / "dense")
+    folded = {name for name, _, _ in reader.schema.active_folds(reader.permuted_names, set(reader.sparse_names))}
+    assert folded == {"model.layers.1.self_attn.out_proj", "model.layers.1.feed_forward.w2"}
+    assert {"model.layers.0.conv.in_proj", "model.layers.0.feed_forward.w2"} <= set(report["linears"])
+
+
+def test_one_experiment_for_each_kind_and_no_weights_are_read(tiny, text, tmp_path, monkeypatch):
+    described, loaded = [], []
+    describe, load_layer = survey.describe, StreamedModel.load_layer
+
+    def watched(config, layer, call, stream):
+        assert all(parameter.is_meta for parameter in layer.parameters())
+        described.append(type(layer).__name__)
+        return describe(config, layer, call, stream)
+
+    def load(self, index):
+        loaded.append((index, len(described)))
+        return load_layer(self, index)
+
+    monkeypatch.setattr(survey, "describe", watched)
+    monkeypatch.setattr(StreamedModel, "load_layer", load)
+    run_small(tiny("llama"), tmp_path / "out", text)
+    assert described == ["LlamaDecoderLayer"]
+    assert loaded == [(0, 0), (0, 1), (1, 1)]
