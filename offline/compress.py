@@ -119,7 +119,8 @@ class _Run:
         tokens = self._tokens()
         cache = self.writer.work / "activations" if self.settings.activation_cache == "disk" else None
         sensitive = self._sensitive(tokens, cache)
-        store = ExpertStore(self.model, self.writer, self.recipe, self.ranks.first)
+        store = ExpertStore(self.model, self.writer, self.recipe, self.ranks)
+        store.forget_dense()
         layers = LayerPass(self.model, tokens, cache, self.recipe, self.ranks, self.monitor, store=store)
         plan = make_plan(self.model, layers.topologies, self.recipe, sensitive)
         for warning in plan.warnings:

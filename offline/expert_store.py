@@ -1,47 +1,78 @@
 """Pruned experts in the work folder, each a unit of its own, so that a run can be resumed in the middle of a layer."""
 
+import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.solve import Pruned
 from ria_vllm.offline.units import expert_key, linear_tensors, pruned_weights
-from ria_vllm.writer import CheckpointWriter
+from ria_vllm.writer import CheckpointWriter, disk_errors
 
 
 @dataclass(frozen=True)
 class ExpertStore:
     """Where a run keeps its pruned experts. An expert is named by its layer, the path of its module and its number.
 
-    writes: whether this rank is the one that writes.
+    The experts of the current layer are also kept as dense matrices in files of each rank: every chunk of the
+    calibration tokens needs them, and decoding takes longer than multiplying.
     """
 
     model: StreamedModel
     writer: CheckpointWriter
     recipe: Recipe
-    writes: bool
+    ranks: Ranks
 
     def has(self, index: int, path: str, expert: int) -> bool:
         return self.writer.has(expert_key(index, path, expert))
 
     def write(self, index: int, path: str, expert: int, pruned: Mapping[str, Pruned]) -> None:
-        """Keep one expert.
+        """Keep one expert. Only the first rank writes what stays.
 
         Args:
             pruned: written name -> pruned linear.
         """
-        if self.writes:
+        self._keep_dense(expert_key(index, path, expert), {name: linear.weight for name, linear in pruned.items()})
+        if self.ranks.first:
             records = {name: linear.record for name, linear in pruned.items()}
             self.writer.write(expert_key(index, path, expert), linear_tensors(pruned, self.recipe), records)
 
-    def weights(self, index: int, path: str, expert: int, names: list[str]) -> dict[str, torch.Tensor]:
-        """Written name -> weight [out, in] of one expert in the model's own order, on the CPU."""
-        tensors, _ = self.writer.read(expert_key(index, path, expert))
-        return pruned_weights(tensors, names, self.model.stored_dtype, self.recipe)
+    def weights(self, index: int, path: str, expert: int) -> dict[str, torch.Tensor]:
+        """Linear ("gate", "up", "down") -> weight [out, in] of one expert in the model's own order, on the CPU."""
+        key, files = expert_key(index, path, expert), self.model.experts[index][path]
+        names = {kind: files.linear(expert, kind) for kind in files.layout.kinds}
+        if not self._dense(key).is_file():
+            tensors, _ = self.writer.read(key)
+            self._keep_dense(key, pruned_weights(tensors, list(names.values()), self.model.stored_dtype, self.recipe))
+        found = load_file(self._dense(key))
+        return {kind: found[name] for kind, name in names.items()}
+
+    def forget_dense(self) -> None:
+        """Remove this rank's dense matrices, those of a finished layer or of an interrupted run."""
+        with disk_errors(self._folder):
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _keep_dense(self, key: str, weights: Mapping[str, torch.Tensor]) -> None:
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            unfinished = self._dense(key).with_suffix(".tmp")
+            save_file({name: weight.contiguous() for name, weight in weights.items()}, unfinished)
+            os.replace(unfinished, self._dense(key))
+
+    @property
+    def _folder(self) -> Path:
+        return self.writer.work / f"experts-{self.ranks.rank}"
+
+    def _dense(self, key: str) -> Path:
+        return self._folder / f"{key}.safetensors"
 
     def keys(self, index: int, paths: Iterable[str]) -> list[str]:
         """The units of the experts of one layer."""
@@ -72,10 +103,9 @@ class ExpertStore:
         layout, kinds = files.layout, files.layout.parameters[parameter]
         stacked: list[torch.Tensor] = []
         for expert in range(layout.num_experts):
-            names = [files.linear(expert, kind) for kind in kinds]
-            found = self.weights(index, path, expert, names)
-            rows = torch.stack([found[n] for n in names], 1).flatten(0, 1) if layout.interleaved else None
-            rows = torch.cat([found[n] for n in names]) if rows is None else rows
+            weights = self.weights(index, path, expert)
+            found = [weights[kind] for kind in kinds]
+            rows = torch.stack(found, 1).flatten(0, 1) if layout.interleaved else torch.cat(found)
             stacked.append(rows.T if files.transposed else rows)
         return torch.stack(stacked)
 

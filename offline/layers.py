@@ -70,7 +70,7 @@ class LayerPass:
             pruned |= self._prune_sublayer(index, sublayer_pass, plan)
             if not last or sublayer_pass is not sublayer_passes[-1]:
                 sublayer_pass.advance(self.streams.pruned)
-        self.model.free_layer(index)
+        self._free(index)
         return self._written(index, pruned)
 
     def measure(self, index: int, plan: Plan) -> dict[str, dict[str, Any]]:
@@ -85,7 +85,7 @@ class LayerPass:
                 found, of_experts = self._solve_stage(index, sublayer_pass, number, plan.groups(index, stage), {})
                 records |= {name: linear.record for name, linear in found.items()} | of_experts
             sublayer_pass.advance(self.streams.pruned)
-        self.model.free_layer(index)
+        self._free(index)
         return self._written(index, records)
 
     def replay(self, index: int, weights: Mapping[str, torch.Tensor], experts: Iterable[str] = ()) -> None:
@@ -105,7 +105,12 @@ class LayerPass:
             self._use_pruned(index, path)
         for sublayer_pass in sublayer_passes:
             sublayer_pass.advance(self.streams.pruned)
+        self._free(index)
+
+    def _free(self, index: int) -> None:
         self.model.free_layer(index)
+        if self.store is not None:
+            self.store.forget_dense()
 
     def _load(self, index: int) -> list[SublayerPass]:
         """Load a layer; a pass for each of its sublayers, in order."""
@@ -248,12 +253,10 @@ class LayerPass:
         """Let the experts of a loaded layer be run with the weights in the store."""
         assert self.store is not None
         experts, store = self.model.layers[index].get_submodule(path), self.store
-        files = self.model.experts[index][path]
 
         def weights(expert: int) -> dict[str, torch.Tensor]:
-            names = {files.linear(expert, kind): kind for kind in files.layout.kinds}
-            found = store.weights(index, path, expert, list(names))
-            return {names[name]: weight.to(self.model.device, self.model.dtype) for name, weight in found.items()}
+            found = store.weights(index, path, expert)
+            return {kind: weight.to(self.model.device, self.model.dtype) for kind, weight in found.items()}
 
         set_weights(experts, weights)
 

@@ -94,19 +94,13 @@ def expert_converters(schema: RiaSchema, decoded: Decoded, failed: Callable[[Ria
     for experts in schema.experts:
         kinds = {pattern.rpartition(".")[2]: kind for kind, pattern in experts.linears.items()}
         module = experts.module.rpartition(".")[2]
+        if not all(name.isidentifier() and name.isascii() for name in (module, *kinds)):
+            continue  # transformers would take it for a pattern; what stays unused is an error later
         for parameter in ("gate_up_proj" if experts.gate else "up_proj", "down_proj"):
             wanted = {leaf: kind for leaf, kind in kinds.items() if (kind == "down") == (parameter == "down_proj")}
-            sources = [
-                rf"\.{_literal(module)}\.[0-9]+\.{_literal(leaf)}\.{part}$"
-                for leaf in wanted
-                for part in schema.tensor_names
-            ]
+            sources = [rf"\.{module}\.[0-9]+\.{leaf}\.{part}$" for leaf in wanted for part in schema.tensor_names]
             key = (module, ",".join(sources))
             found.setdefault(
                 key, ExpertsConverter(sources, f".{module}.{parameter}", [StackExperts(wanted, decoded, failed)])
             )
     return list(found.values())
-
-
-def _literal(part: str) -> str:
-    return "".join(character if character.isalnum() or character == "_" else f"\\{character}" for character in part)

@@ -123,7 +123,7 @@ class Experts(BaseModel):
     model_config = ConfigDict(extra="forbid")
     module: str
     num_experts: int = Field(gt=0)
-    gate: str | None
+    gate: str | None = None
     up: str
     down: str
     stacked: list[Stacked] = []

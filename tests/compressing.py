@@ -113,6 +113,18 @@ def logits(folder: Path) -> torch.Tensor:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(TOKENS).logits
 
 
+def weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """The weight of a linear, also of an expert's, which is a part of a stack [experts, out, in]."""
+    if ".experts." not in name:
+        return model.get_submodule(name).weight
+    module, number, leaf = name.rsplit(".", 2)
+    experts = model.get_submodule(module)
+    kind = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(leaf, leaf)
+    if hasattr(experts, kind):
+        return getattr(experts, kind)[int(number)]
+    return experts.gate_up_proj[int(number)].chunk(2)[("gate_proj", "up_proj").index(kind)]
+
+
 def logits_of_pruned(source: Path, reader: Reader, inside: Callable[[str], str] = lambda name: name) -> torch.Tensor:
     """The logits of the original model with its linears pruned in memory.
 
@@ -122,7 +134,7 @@ def logits_of_pruned(source: Path, reader: Reader, inside: Callable[[str], str] 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     with torch.no_grad():
         for name in reader.sparse_names:
-            model.get_submodule(inside(name)).weight.copy_(reader.linear(name).dense())
+            weight_of(model, inside(name)).copy_(reader.linear(name).dense())
         return model(TOKENS).logits
 
 

@@ -20,7 +20,7 @@ class Reads:
 
     def __init__(self, like: Activations, name: str):
         folder = None if like.folder is None else like.folder.with_name(f"{like.folder.name}-{name}")
-        self.inputs = Activations(folder, torch.float32, like.stored_dtype)
+        self.inputs = Activations(folder, None, like.stored_dtype)
         self.choices = Activations(None)
 
     def __len__(self) -> int:
@@ -103,5 +103,5 @@ class RoutedTokens:
                 chosen[others[torch.arange(lent) * len(others) // max(lent, 1)]] = True
             if not bool(chosen.any()):
                 continue
-            dense = None if self.dense is None else self.dense.inputs[index][chosen]
-            yield self.pruned.inputs[index][chosen], dense
+            dense = None if self.dense is None else self.dense.inputs[index][chosen].float()
+            yield self.pruned.inputs[index][chosen].float(), dense

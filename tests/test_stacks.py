@@ -1,0 +1,64 @@
+"""Stacked tensors of the dense model, from experts that are stored one by one."""
+
+import pytest
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import Experts, RiaSchema, SparsityConfig, Stacked
+from ria_vllm.stacks import layers_of_experts, problems_of_experts, stack_experts, stacked_tensors
+
+
+def schema(num_experts: int = 3, **stacked) -> RiaSchema:
+    module = "model.layers.{i}.mlp.experts"
+    experts = Experts(
+        module=module, num_experts=num_experts, gate=f"{module}.{{e}}.gate_proj", up=f"{module}.{{e}}.up_proj",
+        down=f"{module}.{{e}}.down_proj",
+        stacked=[Stacked(tensor=f"{module}.gate_up_proj", linears=["gate", "up"], **stacked)],
+    )  # fmt: skip
+    return RiaSchema(sparsity_config=SparsityConfig(), experts=[experts])
+
+
+def names(layer: int, experts: int = 3) -> set[str]:
+    kinds = ("gate", "up", "down")
+    return {f"model.layers.{layer}.mlp.experts.{e}.{kind}_proj" for e in range(experts) for kind in kinds}
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stacked_as_the_schema_says(interleaved, transposed):
+    draw = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(5, 4, generator=draw) for name in names(7)}
+    found = stacked_tensors(schema(interleaved=interleaved, transposed=transposed), names(7), "folder")
+    assert list(found) == ["model.layers.7.mlp.experts.gate_up_proj"]
+    stacked = stack_experts(*found["model.layers.7.mlp.experts.gate_up_proj"], weights.__getitem__, "folder")
+    for expert in range(3):
+        rows = stacked[expert].T if transposed else stacked[expert]
+        gate, up = (rows[::2], rows[1::2]) if interleaved else rows.split(5)
+        assert torch.equal(gate, weights[f"model.layers.7.mlp.experts.{expert}.gate_proj"])
+        assert torch.equal(up, weights[f"model.layers.7.mlp.experts.{expert}.up_proj"])
+
+
+def test_only_layers_with_pruned_experts_are_stacked():
+    sparse = names(1) | names(12) | {"model.layers.3.mlp.gate_proj", "model.layers.3.mlp.experts_3.gate_proj"}
+    assert {layer.module for layer in layers_of_experts(schema(), sparse)} == {
+        "model.layers.1.mlp.experts",
+        "model.layers.12.mlp.experts",
+    }
+
+
+@pytest.mark.parametrize("claimed", [4, 10**9])
+def test_a_missing_expert_is_named(claimed):
+    message = f"model.layers.1.mlp.experts.3.gate_proj is missing, .* has {claimed} experts"
+    with pytest.raises(RiaError, match=message):
+        stacked_tensors(schema(claimed), names(1), "folder")
+    (problem,) = problems_of_experts(schema(claimed), {}, names(1))
+    assert problem.startswith("model.layers.1.mlp.experts.3.gate_proj: missing")
+
+
+def test_experts_of_different_shapes():
+    shapes = dict.fromkeys(names(1), (5, 4)) | {"model.layers.1.mlp.experts.2.up_proj": (6, 4)}
+    (problem,) = problems_of_experts(schema(), shapes, names(1))
+    assert "experts.2.up_proj: its shape (6, 4) differs from that of model.layers.1.mlp.experts.0.up_proj" in problem
+    found = stacked_tensors(schema(), names(1), "folder")["model.layers.1.mlp.experts.gate_up_proj"]
+    with pytest.raises(RiaError, match="the linears of expert 2 of model.layers.1.mlp.experts differ in shape"):
+        stack_experts(*found, lambda name: torch.zeros(shapes[name]), "folder")
