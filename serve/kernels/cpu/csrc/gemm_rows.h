@@ -168,7 +168,8 @@ void accumulate_chunks(const GemmArgs& args, const TokenBlocks& tokens, const ui
   }
 }
 
-// The initial value of a tile's sums (the bias), and their way to y (scales, bias, activation or combination, rounding).
+// The initial value of a tile's sums (the bias), and their way to y (scales, bias, activation or combination,
+// rounding).
 template <class VecTraits>
 struct Epilogue {
   using Value = typename VecTraits::Value;
@@ -297,12 +298,9 @@ void round_values(const float* from, void* to, int64_t count) {
 
 template <class VecTraits>
 constexpr Kernel row_kernel() {
-  return {VecTraits::kBlockTokens,
-          1,
-          VecTraits::kBlockTokens,
-          VecTraits::kActivationBytes,
-          pack_tokens<VecTraits>,
-          multiply_tiles<VecTraits>,
+  return {VecTraits::kBlockTokens, 1,
+          VecTraits::kBlockTokens, VecTraits::kActivationBytes,
+          pack_tokens<VecTraits>,  multiply_tiles<VecTraits>,
           round_values<VecTraits>};
 }
 

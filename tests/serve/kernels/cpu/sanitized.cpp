@@ -111,8 +111,8 @@ static void check_experts(Dtype dtype, int64_t tokens, int64_t hidden, int64_t i
   Aligned first(kExperts * gate_up.bytes()), second(kExperts * down.bytes());
   std::vector<Matrix> firsts, seconds;
   for (int64_t e = 0; e < kExperts; ++e) {
-    firsts.push_back(Matrix::random(gate_up, first_rows, gated ? inner : 0, first.data.get() + e * gate_up.bytes(),
-                                    Weight{}));
+    firsts.push_back(
+        Matrix::random(gate_up, first_rows, gated ? inner : 0, first.data.get() + e * gate_up.bytes(), Weight{}));
     seconds.push_back(Matrix::random(down, hidden, 0, second.data.get() + e * down.bytes(), Weight{}));
   }
   std::vector<Value> x(tokens * hidden), y(tokens * hidden), biases(kExperts * gate_up.rows),
@@ -212,7 +212,8 @@ int main() {
       check<Float32>(Dtype::float32, tokens, rows, columns);
       check<Int8, Bfloat16>(Dtype::int8, tokens, rows, columns);
     }
-  const Activation swiglu = {Activation::silu, true, 1.702f, 1.0f, INFINITY}, relu = {Activation::relu2, false, 1, 0, 0};
+  const Activation swiglu = {Activation::silu, true, 1.702f, 1.0f, INFINITY},
+                   relu = {Activation::relu2, false, 1, 0, 0};
   for (const Activation& activation : {swiglu, relu})
     for (int64_t tokens : {1, 2, 7, 40, 130})
       for (int64_t inner : {8, 64, 104}) {
