@@ -4,8 +4,9 @@ Dense experts are what vLLM runs for an unquantized checkpoint (`cpu_fused_moe`)
 its library (`fused_experts_cpu`), which vLLM itself calls for quantized checkpoints only. Both sides get the same 2:4
 values in bfloat16 and the same routing, random for each call, and ours takes its input through a permutation.
 
-The sides take turns in one process, and medians are compared. A layer's experts exceed every cache. Each number of
-threads gets a process of its own.
+The sides take turns in one process, and medians are compared: of wall-clock seconds, or with one thread of its
+processor time, which other processes disturb less. A layer's experts exceed every cache. Each number of threads gets a
+process of its own.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.cpu_kernels import clock
 from ria_vllm.formats import FLOAT
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import instruction_set
@@ -101,9 +103,9 @@ def medians(sides: dict[str, Experts], tokens: int, shape: tuple[int, ...], budg
     while len(seconds["ours"]) < 6 or time.perf_counter() - start < budget:
         routed = routing(tokens, top_k, experts)
         for name, side in sides.items():
-            begin = time.perf_counter()
+            begin = clock()
             side(x, *routed)
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(clock() - begin)
     return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
 
 
