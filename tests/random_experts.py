@@ -1,6 +1,7 @@
 """Random layers of 2:4 experts for the tests of kernels, with their result in float64."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from packed_layers import random_parts
@@ -91,6 +92,7 @@ def _function(activation: Activation, x: torch.Tensor) -> torch.Tensor:
     return x / (1 + torch.exp(-activation.alpha * x))
 
 
+@cache
 def random_experts(
     experts: int = 4,
     hidden: int = 128,
@@ -101,7 +103,7 @@ def random_experts(
     biased: bool = False,
     seed: int = 0,
 ) -> RandomExperts:
-    """Columns are padded to multiples of 64."""
+    """Columns are padded to multiples of 64. The tensors are shared by all who ask for the same."""
     config = ExpertsLayerConfig(
         torch.device("cpu"), dtype, format, experts, hidden, intermediate, activation, has_bias=biased
     )
@@ -115,9 +117,7 @@ def random_experts(
             dense.append(weight)
         weights.append(({name: torch.stack([p[name] for p in parts]) for name in parts[0]}, torch.stack(dense)))
     generator = torch.Generator().manual_seed(seed)
-    biases = tuple(
-        torch.randn(experts, rows, generator=generator).to(dtype) for rows in (config.gate_up_rows, hidden)
-    )
+    biases = tuple(torch.randn(experts, rows, generator=generator).to(dtype) for rows in (config.gate_up_rows, hidden))
     (gate_up, dense_gate_up), (down, dense_down) = weights
     return RandomExperts(config, gate_up, down, dense_gate_up, dense_down, biases if biased else None)
 

@@ -31,8 +31,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 _library, _load_error = _load()
+LOADED = _library is not None
+"""Whether the operators exist."""
 
-if _library is not None:
+if LOADED:
 
     @torch.library.register_fake("ria::sparse24_linear.cpu")
     def _fake_linear(x, packed, out_features, input_permutation, bias):

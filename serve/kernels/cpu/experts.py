@@ -14,7 +14,7 @@ from ria_vllm.serve.kernels.cpu import backend
 # Their numbers in csrc/kernels.h.
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglustep")
 
-if backend._library is not None:
+if backend.LOADED:
 
     @torch.library.register_fake("ria::sparse24_experts.cpu")
     def _fake_experts(x, *_):

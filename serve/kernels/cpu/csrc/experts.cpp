@@ -38,9 +38,7 @@ struct Pass {
 };
 
 // Some tiles of gate and up.
-struct Item {
-  int64_t pass, begin, end;
-};
+struct Item { int64_t pass, begin, end; };
 
 struct Round {
   const ExpertsArgs& all;
@@ -89,8 +87,7 @@ struct Round {
       weights[to] = router_weights[i];
     }
     int64_t panel_bytes = 0;
-    for (int64_t e = 0; e < all.num_experts; ++e)
-      panel_bytes = add_passes(e, ends[e], ends[e + 1], panel_bytes);
+    for (int64_t e = 0; e < all.num_experts; ++e) panel_bytes = add_passes(e, ends[e], ends[e + 1], panel_bytes);
     thread_local Scratch intermediate_scratch, panel_scratch;
     intermediate = intermediate_scratch.bytes(used * all.down.columns * item_bytes);
     panels = panel_scratch.bytes(panel_bytes);
@@ -129,9 +126,7 @@ struct Round {
     std::stable_sort(items.begin(), items.end(), [&](const Item& a, const Item& b) { return cost(a) > cost(b); });
   }
 
-  static TokenBlocks blocks_of(const Pass& pass) {
-    return {pass.tokens, pass.kernel->block_tokens, pass.kernel->step};
-  }
+  static TokenBlocks blocks_of(const Pass& pass) { return {pass.tokens, pass.kernel->block_tokens, pass.kernel->step}; }
   uint8_t* intermediate_of(const Pass& pass) const { return intermediate + pass.first * all.down.columns * item_bytes; }
   const void* bias_of(const Pass& pass, const void* biases, const Layout& layout) const {
     return biases ? static_cast<const uint8_t*>(biases) + pass.expert * layout.rows * item_bytes : nullptr;

@@ -16,8 +16,8 @@ struct Activation {
   float alpha, beta, limit;
 };
 
-// y[tokens, rows] = x[tokens, columns][:, permutation] @ W^T + bias, for the tokens of one pass. The products of experts
-// read tokens from anywhere in x, and do something else with the sums.
+// y[tokens, rows] = x[tokens, columns][:, permutation] @ W^T + bias, for the tokens of one pass. The products of
+// experts read tokens from anywhere in x, and do something else with the sums.
 struct GemmArgs {
   Layout layout;
   const uint8_t* packed;       // the packed weight, header first
@@ -32,8 +32,8 @@ struct GemmArgs {
   const int32_t* x_rows;         // [tokens], where each token is in x, if it has no permutation; null: in order
   const Activation* activation;  // not null: y gets the activations, each token y_stride elements after the last one
   int64_t y_stride;
-  float* combined;                // not null: the sums, times [tokens] `weights`, are added to rows `combined_rows` of
-  int64_t combined_stride;        // this matrix, whose first column belongs to the row `combined_begin` of W
+  float* combined;          // not null: the sums, times [tokens] `weights`, are added to rows `combined_rows` of
+  int64_t combined_stride;  // this matrix, whose first column belongs to the row `combined_begin` of W
   int64_t combined_begin;
   const int32_t* combined_rows;
   const float* weights;
@@ -98,8 +98,8 @@ struct TokenBlocks {
 const InstructionSet& instruction_set();
 
 // Throws std::runtime_error, with the row and the columns, if a group does not keep exactly two values.
-// `scales`: [rows] if the dtype has scales, else null. `gates`: 0, or the rows of an expert's gate, which its up's follow:
-// then layout.rows is `gated_rows(gates)`.
+// `scales`: [rows] if the dtype has scales, else null. `gates`: 0, or the rows of an expert's gate, which its up's
+// follow: then layout.rows is `gated_rows(gates)`.
 void pack(const Layout&, const void* values, const uint8_t* bitmask, const float* scales, uint8_t* packed,
           int64_t gates = 0);
 
@@ -115,16 +115,16 @@ void linear(GemmArgs args, int64_t tokens, const InstructionSet&);
 // y[tokens, hidden] = the sum over k of weights[., k] * down(activation(gate_up(x))) of the expert ids[., k].
 struct ExpertsArgs {
   int64_t num_experts, tokens, top_k, hidden;
-  Layout gate_up, down;                          // of each expert
-  const uint8_t *gate_up_packed, *down_packed;   // one expert after another
-  const void *gate_up_bias, *down_bias;          // [experts, rows], or both null
-  const void* x;                                 // [tokens, hidden]; the channels of a token are contiguous
-  int64_t x_stride;                              // elements between tokens
-  const int32_t* permutation;                    // [hidden], already checked; null for the identity
+  Layout gate_up, down;                         // of each expert
+  const uint8_t *gate_up_packed, *down_packed;  // one expert after another
+  const void *gate_up_bias, *down_bias;         // [experts, rows], or both null
+  const void* x;                                // [tokens, hidden]; the channels of a token are contiguous
+  int64_t x_stride;                             // elements between tokens
+  const int32_t* permutation;                   // [hidden], already checked; null for the identity
   Activation activation;
-  const int32_t* ids;                            // [tokens, top_k], already checked; -1 for none
-  const float* weights;                          // [tokens, top_k]
-  void* y;                                       // contiguous
+  const int32_t* ids;    // [tokens, top_k], already checked; -1 for none
+  const float* weights;  // [tokens, top_k]
+  void* y;               // contiguous
 };
 void experts(const ExpertsArgs&, const InstructionSet&);
 

@@ -49,7 +49,8 @@ float to_float(StableIValue value) {
 void experts_op(StableIValue* stack, uint64_t, uint64_t) {
   Tensor x(stack[0]), weights(stack[1]), ids(stack[2]);
   const Tensor gate_up(stack[3]), down(stack[4]), gate_up_bias = take_optional(stack[5]),
-      down_bias = take_optional(stack[6]), permutation = take_optional(stack[7]), map = take_optional(stack[8]);
+                                                  down_bias = take_optional(stack[6]),
+                                                  permutation = take_optional(stack[7]), map = take_optional(stack[8]);
   ExpertsArgs args{};
   const int64_t kind = static_cast<int64_t>(stack[9]);
   require(kind >= 0 && kind < Activation::kKinds, "there is no such activation");
@@ -75,7 +76,8 @@ void experts_op(StableIValue* stack, uint64_t, uint64_t) {
   args.top_k = ids.sizes()[1];
   if (!ids.contiguous()) ids = contiguous_copy(ids);
   if (!weights.contiguous()) weights = contiguous_copy(weights);
-  require(weights.is(aoti_torch_dtype_float32(), {args.tokens, args.top_k}), "topk_weights must be float32 [tokens, k]");
+  require(weights.is(aoti_torch_dtype_float32(), {args.tokens, args.top_k}),
+          "topk_weights must be float32 [tokens, k]");
   require(!gate_up_bias.get() == !down_bias.get(), "both products have a bias, or none");
   require(!down_bias.get() || (gate_up_bias.is(dtype, {args.num_experts, args.gate_up.rows}) &&
                                down_bias.is(dtype, {args.num_experts, args.down.rows})),
@@ -150,8 +152,7 @@ struct Registration {
     TorchLibraryHandle schemas, cpu;
     check(aoti_torch_library_init_fragment("ria", __FILE__, __LINE__, &schemas));
     check(aoti_torch_library_def(
-        schemas,
-        "sparse24_pack_experts.cpu(Tensor compressed, Tensor bitmask, Tensor? scales, int gated) -> Tensor"));
+        schemas, "sparse24_pack_experts.cpu(Tensor compressed, Tensor bitmask, Tensor? scales, int gated) -> Tensor"));
     check(aoti_torch_library_def(
         schemas,
         "sparse24_experts.cpu(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor down, "

@@ -1,5 +1,6 @@
 // The C++ beneath the operators, under sanitizers: one instruction set over shapes with partial tiles and blocks, in
-// buffers of exactly the promised size, against a double-precision product; then bitmasks that are not 2:4.
+// buffers of exactly the promised size, against double precision: products and layers of experts. Then bitmasks that
+// are not 2:4.
 // Prints "ok" and the name of the instruction set, which RIA_VLLM_CPU_ISA chooses.
 #include <cmath>
 #include <cstdio>
@@ -74,6 +75,114 @@ static void check(Dtype dtype, int64_t tokens, int64_t rows, int64_t columns) {
     }
 }
 
+// A 2:4 matrix [rows, columns], as numbers and packed.
+struct Matrix {
+  std::vector<double> dense;
+  template <class Weight>
+  static Matrix random(const Layout& layout, int64_t rows, int64_t gates, uint8_t* packed, Weight) {
+    const int64_t columns = layout.columns;
+    Matrix matrix{std::vector<double>(rows * columns)};
+    std::vector<Weight> values(rows * columns / 2);
+    std::vector<uint8_t> bitmask(rows * columns / 8);
+    std::vector<float> scales(rows);
+    for (Weight& value : values) value = Weight::from_float(random_value());
+    for (uint8_t& byte : bitmask) byte = kLegal[random_bits() % 6] | kLegal[random_bits() % 6] << 4;
+    for (float& scale : scales) scale = has_scales(layout.dtype) ? (1 + random_bits() % 4) / 64.0f : 1 / 16.0f;
+    for (int64_t i = 0, kept = 0; i < rows * columns; ++i)
+      if (bitmask[i / 8] >> (i % 8) & 1)
+        matrix.dense[i] =
+            values[kept++].to_float() * (has_scales(layout.dtype) ? static_cast<double>(scales[i / columns]) : 1.0);
+    pack(layout, values.data(), bitmask.data(), scales.data(), packed, gates);
+    return matrix;
+  }
+  double product(int64_t row, const double* x, int64_t columns) const {
+    double sum = 0;
+    for (int64_t c = 0; c < columns; ++c) sum += dense[row * columns + c] * x[c];
+    return sum;
+  }
+};
+
+template <class Weight, class Value = Weight>
+static void check_experts(Dtype dtype, int64_t tokens, int64_t hidden, int64_t inner, Activation activation) {
+  constexpr int64_t kExperts = 3, kTop = 2;
+  const bool gated = activation.gated;
+  const int64_t first_rows = inner * (gated ? 2 : 1), in = (hidden + 63) / 64 * 64, middle = (inner + 63) / 64 * 64;
+  const Layout gate_up{gated ? gated_rows(inner) : inner, in, dtype}, down{hidden, middle, dtype};
+  Aligned first(kExperts * gate_up.bytes()), second(kExperts * down.bytes());
+  std::vector<Matrix> firsts, seconds;
+  for (int64_t e = 0; e < kExperts; ++e) {
+    firsts.push_back(
+        Matrix::random(gate_up, first_rows, gated ? inner : 0, first.data.get() + e * gate_up.bytes(), Weight{}));
+    seconds.push_back(Matrix::random(down, hidden, 0, second.data.get() + e * down.bytes(), Weight{}));
+  }
+  std::vector<Value> x(tokens * hidden), y(tokens * hidden), biases(kExperts * gate_up.rows),
+      down_biases(kExperts * hidden);
+  for (Value& value : x) value = Value::from_float(random_value() / 16);
+  for (auto* list : {&biases, &down_biases})
+    for (Value& value : *list) value = Value::from_float(random_value() / 4);
+  if (gated)  // rows that pad the strips have no bias
+    for (int64_t i = 0; i < kExperts * gate_up.rows; ++i)
+      if (i % gate_up.rows / (2 * kStripRows) * kStripRows + i % kStripRows >= inner) biases[i] = Value::from_float(0);
+  std::vector<int32_t> permutation(hidden), ids(tokens * kTop);
+  for (int64_t c = 0; c < hidden; ++c) permutation[c] = static_cast<int32_t>(hidden - 1 - c);
+  for (int32_t& id : ids) id = static_cast<int32_t>(random_bits() % (kExperts + 1)) - 1;
+  std::vector<float> weights(tokens * kTop);
+  for (float& weight : weights) weight = (1 + random_bits() % 8) / 8.0f;
+
+  ExpertsArgs args{};
+  args.num_experts = kExperts;
+  args.tokens = tokens;
+  args.top_k = kTop;
+  args.hidden = hidden;
+  args.gate_up = gate_up;
+  args.down = down;
+  args.gate_up_packed = first.data.get();
+  args.down_packed = second.data.get();
+  args.gate_up_bias = biases.data();
+  args.down_bias = down_biases.data();
+  args.x = x.data();
+  args.x_stride = hidden;
+  args.permutation = tokens % 2 ? permutation.data() : nullptr;
+  args.activation = activation;
+  args.ids = ids.data();
+  args.weights = weights.data();
+  args.y = y.data();
+  experts(args, instruction_set());
+
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::vector<double> given(in), wanted(hidden), size(hidden);
+    for (int64_t c = 0; c < hidden; ++c) given[c] = x[t * hidden + (args.permutation ? permutation[c] : c)].to_float();
+    for (int64_t k = 0; k < kTop; ++k) {
+      const int32_t e = ids[t * kTop + k];
+      if (e < 0) continue;
+      std::vector<double> h(middle);
+      const auto sum_of = [&](int64_t channel, int64_t part) {  // of its gate, or of its up
+        const int64_t packed_row =
+            gated ? (channel / kStripRows * 2 + part) * kStripRows + channel % kStripRows : channel;
+        return firsts[e].product(part * inner + channel, given.data(), in) +
+               biases[e * gate_up.rows + packed_row].to_float();
+      };
+      for (int64_t i = 0; i < inner; ++i) {
+        const double g = sum_of(i, 0), f = gated ? g / (1 + std::exp(-activation.alpha * g)) : g > 0 ? g * g : 0;
+        h[i] = gated ? f * (sum_of(i, 1) + activation.beta) : f;
+      }
+      for (int64_t r = 0; r < hidden; ++r) {
+        const double sum = seconds[e].product(r, h.data(), middle) + down_biases[e * hidden + r].to_float();
+        wanted[r] += weights[t * kTop + k] * sum;
+        for (int64_t i = 0; i < middle; ++i) size[r] += std::fabs(seconds[e].dense[r * middle + i] * h[i]);
+      }
+    }
+    for (int64_t r = 0; r < hidden; ++r) {
+      const double error = std::fabs(y[t * hidden + r].to_float() - wanted[r]);
+      if (!(error <= std::fabs(wanted[r]) / 250 + size[r] / 250 + 1e-3)) {
+        std::printf("experts: dtype %d tokens %ld %ld x %ld: row %ld is off by %g\n", static_cast<int>(dtype),
+                    (long)tokens, (long)hidden, (long)inner, (long)r, error);
+        std::exit(1);
+      }
+    }
+  }
+}
+
 static void check_refusal() {
   const Layout layout{5, 64, Dtype::bfloat16};
   std::vector<uint16_t> values(5 * 32);
@@ -103,5 +212,17 @@ int main() {
       check<Float32>(Dtype::float32, tokens, rows, columns);
       check<Int8, Bfloat16>(Dtype::int8, tokens, rows, columns);
     }
+  const Activation swiglu = {Activation::silu, true, 1.702f, 1.0f, INFINITY},
+                   relu = {Activation::relu2, false, 1, 0, 0};
+  for (const Activation& activation : {swiglu, relu})
+    for (int64_t tokens : {1, 2, 7, 40, 130})
+      for (int64_t inner : {8, 64, 104}) {
+        const int64_t hidden = tokens % 2 ? 72 : 128;
+        check_experts<Bfloat16>(Dtype::bfloat16, tokens, hidden, inner, activation);
+        check_experts<Float16>(Dtype::float16, tokens, hidden, inner, activation);
+        check_experts<Float32>(Dtype::float32, tokens, hidden, inner, activation);
+        check_experts<Int8, Bfloat16>(Dtype::int8, tokens, hidden, inner, activation);
+      }
+  check_experts<Bfloat16>(Dtype::bfloat16, 500, 64, 16, swiglu);  // several passes of an expert
   std::printf("ok %s\n", instruction_set().name);
 }

@@ -1,0 +1,66 @@
+// What happens to a tile's sums. `VecTraits` is described in gemm_rows.h.
+#pragma once
+#include <cstring>
+
+#include "activation.h"
+#include "kernels.h"
+
+namespace {
+
+using namespace ria;
+
+constexpr int64_t kCacheLine = 64;
+
+// The initial value of a tile's sums (the bias), and their way to y (scales, bias, activation or combination,
+// rounding).
+template <class VecTraits>
+struct Epilogue {
+  using Value = typename VecTraits::Value;
+  static constexpr bool kHasScales = has_scales(VecTraits::kDtype);
+  alignas(kCacheLine) float bias[kTileRows] = {}, scales[kTileRows] = {}, initial[kTileRows] = {};
+  const GemmArgs& args;
+  const int64_t first_row, padded_rows, rows;
+
+  Epilogue(const GemmArgs& args, int64_t tile)
+      : args(args),
+        first_row(tile * kTileRows),
+        padded_rows(args.layout.strips_in(tile) * kStripRows),
+        rows(args.layout.rows - first_row < padded_rows ? args.layout.rows - first_row : padded_rows) {
+    const Layout& layout = args.layout;
+    if (args.bias) VecTraits::load_as_float(static_cast<const Value*>(args.bias) + first_row, bias, rows);
+    if constexpr (kHasScales)
+      std::memcpy(scales, args.packed + layout.scales_offset() + first_row * sizeof(float), rows * sizeof(float));
+    else
+      std::memcpy(initial, bias, sizeof initial);
+  }
+  // Takes the sums [tokens][kTileRows] of `tokens` tokens, which it overwrites.
+  void apply(float* sums, int64_t first_token, int64_t tokens) const {
+    if constexpr (kHasScales)
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t r = 0; r < padded_rows; ++r)
+          sums[t * kTileRows + r] = sums[t * kTileRows + r] * scales[r] + bias[r];
+    if (args.activation)
+      activate_all(sums, first_token, tokens);
+    else if (args.combined)
+      combine(sums, first_token, tokens);
+    else
+      for (int64_t t = 0; t < tokens; ++t)
+        VecTraits::store_from_float(static_cast<Value*>(args.y) + (first_token + t) * args.layout.rows + first_row,
+                                    sums + t * kTileRows, rows);
+  }
+  void activate_all(float* sums, int64_t first_token, int64_t tokens) const {
+    activate(*args.activation, sums, tokens, padded_rows);
+    const int64_t parts = args.activation->gated ? 2 : 1;
+    for (int64_t t = 0; t < tokens; ++t)
+      VecTraits::store_from_float(static_cast<Value*>(args.y) + (first_token + t) * args.y_stride + first_row / parts,
+                                  sums + t * kTileRows, padded_rows / parts);
+  }
+  void combine(const float* sums, int64_t first_token, int64_t tokens) const {
+    float* to = args.combined + first_row - args.combined_begin;
+    for (int64_t t = 0; t < tokens; ++t)
+      add_weighted(to + args.combined_rows[first_token + t] * args.combined_stride, sums + t * kTileRows,
+                   args.weights[first_token + t], padded_rows);
+  }
+};
+
+}  // namespace

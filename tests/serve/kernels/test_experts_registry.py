@@ -1,0 +1,83 @@
+"""Which kernel serves a layer's experts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from random_experts import ACTIVATIONS, random_experts
+
+from ria_vllm.errors import RiaError
+from ria_vllm.formats import FP8, INT8
+from ria_vllm.serve.kernels import choice, experts_registry
+from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
+from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
+
+CONFIG = random_experts(2, 64, 32).config
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv(choice.KERNEL_VARIABLE, raising=False)
+    experts_registry.self_test.cache_clear()
+    yield
+    experts_registry.self_test.cache_clear()
+
+
+def test_the_first_kernel_that_can_serve_the_layer():
+    assert experts_registry.choose(CONFIG).kernel is CpuExpertsKernel
+    assert str(experts_registry.choose(CONFIG)) == "cpu"
+    with pytest.raises(RiaError, match=r"no kernel can serve a layer of 2 experts \(64 x 32\) with float weights and"):
+        experts_registry.choose(replace(CONFIG, act_dtype=torch.float64))
+
+
+def test_weights_are_widened_only_where_no_kernel_keeps_them():
+    assert str(experts_registry.choose(replace(CONFIG, weight_format=INT8))) == "cpu"
+    assert str(experts_registry.choose(replace(CONFIG, weight_format=FP8))) == "cpu with fp8 widened to bfloat16"
+
+
+def test_a_forced_kernel(monkeypatch):
+    monkeypatch.setenv(choice.KERNEL_VARIABLE, "reference")
+    assert experts_registry.choose(CONFIG).kernel is ReferenceExpertsKernel
+    monkeypatch.setenv(choice.KERNEL_VARIABLE, "cpu")
+    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cpu cannot serve a layer of 2 experts .*: dtype float64"):
+        experts_registry.choose(replace(CONFIG, act_dtype=torch.float64))
+    monkeypatch.setenv(choice.KERNEL_VARIABLE, "cutlass")
+    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cutlass is not a kernel for .* choose from cpu, reference"):
+        experts_registry.choose(CONFIG)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("kernel", experts_registry.KERNELS, ids=lambda kernel: kernel.name)
+def test_each_kernel_passes_the_self_test(kernel, activation):
+    for dtype, format in ((torch.bfloat16, INT8), (torch.float16, CONFIG.weight_format)):
+        assert experts_registry.self_test(kernel, CONFIG.device, dtype, format, activation) is None
+
+
+def wrong_rows(config, gate_up, down, *biases):
+    return CpuExpertsKernel.pack(config, {name: part.flip(1) for name, part in gate_up.items()}, down, *biases)
+
+
+def wrong_experts(config, gate_up, down, *biases):
+    return CpuExpertsKernel.pack(config, gate_up, {name: part.roll(1, 0) for name, part in down.items()}, *biases)
+
+
+def broken(*_):
+    raise RuntimeError("illegal instruction\nsomewhere")
+
+
+@pytest.mark.parametrize(
+    "pack, reason",
+    [
+        (wrong_rows, "a few small experts come out wrong on this device"),
+        (wrong_experts, "a few small experts come out wrong on this device"),
+        (broken, "a few small experts fail on this device: illegal instruction"),
+    ],
+)
+def test_a_kernel_that_is_wrong_is_passed_over(monkeypatch, pack, reason):
+    class Wrong(CpuExpertsKernel):
+        pass
+
+    Wrong.pack = staticmethod(pack)
+    monkeypatch.setattr(experts_registry, "KERNELS", (Wrong, ReferenceExpertsKernel))
+    assert experts_registry.choose(CONFIG).kernel is ReferenceExpertsKernel
+    assert dict(experts_registry.explain(CONFIG)) == {"cpu": reason, "reference": None}
