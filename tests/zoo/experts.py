@@ -1,0 +1,71 @@
+"""Text models with mixtures of experts."""
+
+from zoo.text import LATENT, WINDOW
+from zoo.toy import Toy
+
+# Each config reads the keys it knows.
+EXPERTS = {
+    "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8,
+    "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "num_experts_per_token": 2,
+    "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128,
+    "n_shared_experts": 1, "num_shared_experts": 1, "moe_num_shared_experts": 1,
+}  # fmt: skip
+FIRST_DENSE = EXPERTS | {
+    "first_k_dense_replace": 1, "num_dense_layers": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 1,
+    "mlp_layer_types": ["dense", "sparse"],
+}  # fmt: skip
+PLAIN = EXPERTS | {"intermediate_size": 128}
+GROUPS = {"n_group": 2, "topk_group": 1}
+
+MIXTURES = {
+    "afmoe": Toy(FIRST_DENSE | WINDOW | {"global_attn_every_n_layers": 2}),
+    "axk1": Toy(FIRST_DENSE | LATENT | GROUPS),
+    "cohere2_moe": Toy(EXPERTS | WINDOW | {"logit_scale": 0.5, "mlp_layer_types": ["sparse", "sparse"]}),
+    "dbrx": Toy({
+        "d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 128},
+    }),
+    "deepseek_v2": Toy(FIRST_DENSE | LATENT | {"topk_method": "greedy"}),
+    "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS, mechanism="latent attention, dense first layer"),
+    "dots1": Toy(FIRST_DENSE | {"layer_types": ["full_attention", "full_attention"]}),
+    "ernie4_5_moe": Toy(FIRST_DENSE),
+    "exaone_moe": Toy(FIRST_DENSE | WINDOW | {"sliding_window_pattern": 2}),
+    "flex_olmo": Toy(PLAIN),
+    "glm4_moe": Toy(FIRST_DENSE),
+    "glm4_moe_lite": Toy(FIRST_DENSE | LATENT),
+    "gpt_oss": Toy(PLAIN | WINDOW, mechanism="interleaved experts with biases"),
+    "granitemoe": Toy(PLAIN | {"attention_multiplier": 0.18}, mechanism="experts stacked on disk"),
+    "granitemoe_swa": Toy(PLAIN | WINDOW | {
+        "layer_rope_theta": [10000.0, 10000.0], "attention_multiplier": 0.18, "shared_intermediate_size": 128,
+    }),
+    "granitemoeshared": Toy(PLAIN | {"attention_multiplier": 0.18, "shared_intermediate_size": 128}),
+    "hunyuan_v1_moe": Toy(PLAIN),
+    "hy_v3": Toy(FIRST_DENSE),
+    "laguna": Toy(FIRST_DENSE | {
+        "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16,
+        "num_attention_heads_per_layer": [4, 4],
+    }),
+    "llama4_text": Toy(PLAIN | {
+        "intermediate_size_mlp": 256, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
+        "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0], "attention_chunk_size": 64,
+    }),
+    "longcat_flash": Toy(EXPERTS | LATENT | {
+        "num_layers": 1, "num_hidden_layers": 2, "ffn_hidden_size": 256, "expert_ffn_hidden_size": 128,
+        "zero_expert_num": 2,
+    }),
+    "mellum": Toy(EXPERTS | {
+        "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16,
+        "mlp_layer_types": ["sparse", "sparse"],
+    }),
+    "mimo_v2_flash": Toy(FIRST_DENSE | {
+        "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16, "v_head_dim": 32,
+    }),
+    "minimax_m2": Toy(PLAIN),
+    "mixtral": Toy(PLAIN, mechanism="experts apart on disk"),
+    "olmoe": Toy(PLAIN),
+    "phimoe": Toy(PLAIN),
+    "qwen2_moe": Toy(EXPERTS),
+    "qwen3_moe": Toy(EXPERTS),
+    "solar_open": Toy(EXPERTS),
+}  # fmt: skip
