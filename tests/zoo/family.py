@@ -1,4 +1,4 @@
-"""What one model type goes through, apart from vLLM: build, compress, verify, export, and what was pruned and folded."""
+"""What one model type goes through, outside vLLM: build, compress, verify, export; and what was pruned and folded."""
 
 import re
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ def matrices(folder: Path) -> dict[str, torch.Size]:
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
+            for name in file.keys():
                 shape = torch.Size(file.get_slice(name).get_shape())
                 if DECODER.search(name) and not ELSEWHERE.search(name) and sum(size > 1 for size in shape) > 1:
                     found[name] = shape

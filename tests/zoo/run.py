@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zoo.agreement import agreement, job, load
+from zoo.agreement import agreement, job
 from zoo.family import dense_folder, pruned_folders
 from zoo.serving import serve
 from zoo.toys import TOYS
@@ -54,7 +54,7 @@ def run_batch(names: list[str], work: Path, dense_only: bool) -> dict[str, Any]:
         if "error" in result:
             records[name][step] = {"error": result["error"][:1000]}
             continue
-        found = attempt(records[name], step, lambda: agreement(result, load(folder, TOYS[name])).as_json())
+        found = attempt(records[name], step, lambda: agreement(result, folder, TOYS[name]))
         if found is not None:
             records[name][step] = found
     return records

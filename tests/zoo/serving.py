@@ -16,7 +16,11 @@ Job = dict[str, Any]
 
 
 def serve(jobs: list[Job], place: Path) -> list[Any]:
-    """The results of `generate.py`, one for each job: a list for each prompt, or {"error": text}."""
+    """The results of `generate.py`, one for each job: a list for each prompt, or {"error": text}.
+
+    A failure leaves a process unfit for the next model, so it gets a new one; and so does a model that failed in a
+    process that others had used.
+    """
     place.mkdir(parents=True, exist_ok=True)
     given, found, log = place / "jobs.json", place / "results.json", place / "log"
     environment = os.environ | {
@@ -36,7 +40,11 @@ def serve(jobs: list[Job], place: Path) -> list[Any]:
                 ).returncode
             except subprocess.TimeoutExpired:
                 status = "too slow"
-        results += json.loads(found.read_text()) if found.exists() else []
-        if len(results) < len(jobs):
-            results.append({"error": f"vLLM's process ended ({status}): {log.read_text()[-500:]}"})
+        new = json.loads(found.read_text()) if found.exists() else []
+        failed = next((place for place, result in enumerate(new) if "error" in result), len(new))
+        if failed == 0:
+            new = new[:1] or [{"error": f"vLLM's process ended ({status}): {log.read_text()[-500:]}"}]
+        else:
+            new = new[:failed]
+        results += new
     return results

@@ -1,8 +1,9 @@
 """What a toy of the zoo is: a model type with the settings that make it tiny, and how its random weights are drawn.
 
-Every toy is float32. Widths are multiples of 64, which 2:4 needs, on each of two ranks too.
+Widths are multiples of 64, which 2:4 needs, on each of two ranks too.
 """
 
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,16 +28,17 @@ class Processor:
     """What turns images into tokens.
 
     Attributes:
-        tokens: attribute of the tokenizer -> special token; the first has the id `first`, then they count up.
-        image: settings of the image processor. None: the toy reads none.
+        tokens: attribute of the tokenizer -> special token; they have the ids from 258 on.
+        placeholder: what stands for an image in a prompt.
+        image: settings of the image processor.
         own: settings of the processor itself.
         like: the model type whose image processor it uses; "" for its own.
     """
 
     tokens: dict[str, str]
-    image: dict[str, Any] | None = None
+    placeholder: str
+    image: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
-    first: int = 258
     like: str = ""
 
 
@@ -49,6 +51,8 @@ class Toy:
         mechanism: what it stands for in the tests that CI runs; "" if only `make test-zoo` runs it.
         not_served: why vLLM's CPU build cannot run even the dense model; such a toy is only pruned and exported.
         engine: arguments of vLLM's `LLM` that the dense model needs too.
+        dtype: of the stored weights, and the one that vLLM computes in.
+        edits: keys of config.json that transformers' config lacks, but the folders on the hub have, and vLLM reads.
         processor: of images, behind a wrapper.
     """
 
@@ -56,6 +60,8 @@ class Toy:
     mechanism: str = ""
     not_served: str = ""
     engine: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    edits: dict[str, Any] = field(default_factory=dict)
     processor: Processor | None = None
 
 
@@ -94,7 +100,9 @@ def build(model_type: str, toy: Toy, folder: Path) -> Path:
     torch.manual_seed(0)
     model = auto_class(toy).from_config(config_of(model_type, toy), dtype=torch.float32).eval()
     randomize(model)
-    model.save_pretrained(folder)
+    model.to(getattr(torch, toy.dtype)).save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | toy.edits))
     if toy.processor is None:
         save_tokenizer(folder)
     else:
@@ -110,9 +118,8 @@ def save_processor(model_type: str, processor: Processor, folder: Path) -> None:
 
     save_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    fill = [f"<unused{i}>" for i in range(processor.first - len(tokenizer))]
     names = {name: str(token) for name, token in processor.tokens.items()}
-    tokenizer.add_special_tokens({"additional_special_tokens": [*fill, *names.values()]})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(names.values())})
     tokenizer.save_pretrained(folder)
     tokenizer = type(tokenizer).from_pretrained(folder, extra_special_tokens=names, pad_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

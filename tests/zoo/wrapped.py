@@ -5,7 +5,7 @@ from typing import Any
 
 from zoo.experts import EXPERTS, FIRST_DENSE, PLAIN
 from zoo.hybrids import GATED_DELTA
-from zoo.text import WINDOW
+from zoo.text import WIDE, WINDOW
 from zoo.toy import BASE, Processor, Toy
 
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
@@ -30,6 +30,7 @@ QWEN_TOKENS = {
 QWEN_IDS = {"image_token_id": 258, "video_token_id": 259, "vision_start_token_id": 260, "vision_end_token_id": 261}
 QWEN = Processor(
     QWEN_TOKENS,
+    "<|vision_start|><|image_pad|><|vision_end|>",
     {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2, "size": {"shortest_edge": 256, "longest_edge": 1024}},
 )
 GLM_TOKENS = {
@@ -41,26 +42,33 @@ GLM_IDS = {
     "video_start_token_id": 262, "video_end_token_id": 263,
 }  # fmt: skip
 GLM = Processor(
-    GLM_TOKENS, {"patch_size": 8, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 1024}}
+    GLM_TOKENS,
+    "<|begin_of_image|><|image|><|end_of_image|>",
+    {"patch_size": 8, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 1024}},
 )
 GLM_SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}}
-LLAVA = Processor({"image_token": "<image>"}, {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
-                  {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1})
+LLAVA = Processor(
+    {"image_token": "<image>"},
+    "<image>",
+    {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
+    {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+)
 
 
 def behind(text: str, decoder: dict[str, Any], vision: dict[str, Any] | None, **own: Any) -> dict[str, Any]:
     """The settings of a wrapper around a text decoder of the model type `text`."""
     inner = {k: v for k, v in (BASE | decoder).items() if v is not None} | {"model_type": text}
     tower = {} if vision is None else {"vision_config": vision}
-    return {name: None for name in BASE} | {"text_config": inner, "tie_word_embeddings": False} | tower | own
+    return dict.fromkeys(BASE) | {"text_config": inner, "tie_word_embeddings": False} | tower | own
 
 
 WRAPPED = {
     "cohere2_vision": Toy(
-        behind("cohere2", WINDOW | {"logit_scale": 0.5}, TOWER | {"model_type": "siglip_vision_model"},
+        behind("cohere2", WIDE | {"logit_scale": 0.5}, TOWER | {"model_type": "siglip_vision_model"},
                image_token_id=258, downsample_factor=2, alignment_intermediate_size=128),
         processor=Processor(
             {"image_token": "<image>", "boi_token": "<img>", "eoi_token": "</img>", "img_line_break_token": "<br>"},
+            "<image>",
             {"size": {"height": 32, "width": 32}, "patch_size": 8},
         ),
     ),
@@ -70,6 +78,7 @@ WRAPPED = {
         mechanism="text and images",
         processor=Processor(
             {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
+            "<start_of_image>",
             {"size": {"height": 32, "width": 32}}, {"image_seq_length": 4},
         ),
     ),
@@ -83,6 +92,7 @@ WRAPPED = {
         processor=Processor(
             {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>",
              "global_image_tag": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"},
+            "<image>",
             {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 32}}, {"image_seq_len": 4},
         ),
     ),
@@ -90,9 +100,10 @@ WRAPPED = {
         behind("qwen2", {}, TOWER | {"image_size": [32, 32], "patch_size": [8, 8]}, image_token_id=258,
                image_seq_length=4),
         processor=Processor(
-            {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+            {"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>",
              "video_token": "<video>"},
-            {"size": {"height": 32, "width": 32}}, {"image_seq_length": 4}, first=256,
+            "<IMG_CONTEXT>",
+            {"size": {"height": 32, "width": 32}}, {"image_seq_length": 4},
         ),
     ),
     "lfm2_vl": Toy(
@@ -101,6 +112,7 @@ WRAPPED = {
                projector_hidden_size=128),
         processor=Processor({"image_token": "<image>", "image_start_token": "<|image_start|>",
                              "image_end_token": "<|image_end|>", "image_thumbnail": "<|img_thumbnail|>"},
+                            "<image>",
                             {"encoder_patch_size": 8, "tile_size": 32, "max_num_patches": 16,
                              "min_image_tokens": 1, "max_image_tokens": 16}),
     ),
@@ -108,10 +120,12 @@ WRAPPED = {
         behind("llama4_text", PLAIN | {
             "intermediate_size_mlp": 256, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
             "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0],
-            "attention_chunk_size": 64,
+            "attention_chunk_size": 128,
         }, TOWER | {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
             image_token_index=258, boi_token_index=259, eoi_token_index=260),
-        processor=Processor({"image_token": "<|patch|>", "boi_token": "<|image_start|>", "eoi_token": "<|image_end|>"},
+        processor=Processor({"image_token": "<|patch|>", "boi_token": "<|image_start|>", "eoi_token": "<|image_end|>",
+                             "fake_image_token": "<|image|>"},
+                            "<|image|>",
                             {"size": {"height": 32, "width": 32}}, {"patch_size": 8}),
     ),
     "llava": Toy(
@@ -126,7 +140,7 @@ WRAPPED = {
     "llava_onevision": Toy(
         behind("qwen2", {}, TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False},
                image_token_index=258, video_token_index=259, image_grid_pinpoints=[[32, 32], [32, 64]]),
-        processor=Processor({"image_token": "<image>", "video_token": "<video>"},
+        processor=Processor({"image_token": "<image>", "video_token": "<video>"}, "<image>",
                             {"size": {"height": 32, "width": 32}, "image_grid_pinpoints": [[32, 32], [32, 64]]},
                             {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}),
     ),
@@ -134,6 +148,7 @@ WRAPPED = {
         behind("mistral", {}, TOWER | {"model_type": "pixtral"}, image_token_index=258),
         processor=Processor(
             {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
+            "[IMG]",
             {"size": {"longest_edge": 32}, "patch_size": {"height": 8, "width": 8}},
             {"patch_size": 8, "spatial_merge_size": 2},
         ),
@@ -141,16 +156,19 @@ WRAPPED = {
     "paligemma": Toy(
         behind("gemma", {}, TOWER | {"model_type": "siglip_vision_model", "projection_dim": 128},
                image_token_index=258, projection_dim=128, hidden_size=128),
-        processor=Processor({"image_token": "<image>"}, {"size": {"height": 32, "width": 32}, "image_seq_length": 16}),
+        processor=Processor({"image_token": "<image>"}, "<image>",
+                            {"size": {"height": 32, "width": 32}, "image_seq_length": 16}),
     ),
     "qwen2_5_vl": Toy(behind("qwen2_5_vl_text", SECTIONS, QWEN_TOWER, **QWEN_IDS), processor=QWEN),
     "qwen2_vl": Toy(
         behind("qwen2_vl_text", SECTIONS, QWEN_TOWER | {"embed_dim": 64, "hidden_size": 128}, **QWEN_IDS),
         processor=QWEN,
     ),
-    "qwen3_5": Toy(behind("qwen3_5_text", GATED_DELTA | PARTIAL, QWEN_TOWER, **QWEN_IDS), processor=QWEN),
+    "qwen3_5": Toy(behind("qwen3_5_text", GATED_DELTA | PARTIAL, QWEN_TOWER, **QWEN_IDS), dtype="bfloat16",
+                   processor=QWEN),
     "qwen3_5_moe": Toy(
-        behind("qwen3_5_moe_text", GATED_DELTA | EXPERTS | PARTIAL, QWEN_TOWER, **QWEN_IDS), processor=QWEN
+        behind("qwen3_5_moe_text", GATED_DELTA | EXPERTS | PARTIAL, QWEN_TOWER, **QWEN_IDS),
+        dtype="bfloat16", processor=QWEN,
     ),
     "qwen3_vl": Toy(behind("qwen3_vl_text", INTERLEAVED, QWEN_TOWER, **QWEN_IDS), processor=QWEN),
     "qwen3_vl_moe": Toy(
@@ -162,6 +180,7 @@ WRAPPED = {
         processor=Processor(
             {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>",
              "global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"},
+            "<image>",
             {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 32}}, {"image_seq_len": 4},
         ),
     ),
