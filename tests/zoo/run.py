@@ -1,18 +1,21 @@
-"""Run the zoo: `python -m zoo.run RESULTS.json [--work FOLDER] [--dense] [--again] [MODEL_TYPE ...]`.
+"""Run the zoo: `python -m zoo.run RESULTS.json [--work FOLDER] [--dense] [MODEL_TYPE ...]`.
 
-Results are kept after each batch, so an interrupted run continues. `--dense` only asks whether vLLM and transformers
-agree on the dense toys. `--again` forgets what is known of the named types.
+Each type's record is kept in the work folder, so an interrupted run continues. Once all are there, they go to the
+results. `--dense` only asks whether vLLM and transformers agree on the dense toys.
 """
 
 import argparse
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from zoo.agreement import agreement, job
+from zoo.check import problems
 from zoo.family import dense_folder, pruned_folders
 from zoo.serving import serve
 from zoo.toys import TOYS
@@ -60,23 +63,41 @@ def run_batch(names: list[str], work: Path, dense_only: bool) -> dict[str, Any]:
     return records
 
 
+def record_of(work: Path, name: str) -> Path:
+    return work / f"{name}.json"
+
+
+def keep_results(path: Path, records: dict[str, Any]) -> None:
+    """Put the records into the results file, beside those of other types that it has."""
+    known = json.loads(path.read_text())["types"] if path.exists() else {}
+    types = dict(sorted((known | records).items()))
+    versions = {"transformers": version("transformers"), "vllm": version("vllm")}
+    path.write_text(json.dumps({"versions": versions, "types": types}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("results", type=Path)
     parser.add_argument("names", nargs="*", metavar="MODEL_TYPE")
     parser.add_argument("--work", type=Path, default=Path(".work/zoo"))
     parser.add_argument("--dense", action="store_true")
-    parser.add_argument("--again", action="store_true")
     options = parser.parse_intermixed_args()
-    known = json.loads(options.results.read_text()) if options.results.exists() else {}
-    names = [name for name in options.names or TOYS if options.again or name not in known]
-    for first in range(0, len(names), BATCH):
-        batch = names[first : first + BATCH]
-        known |= run_batch(batch, options.work, options.dense)
-        options.results.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
-        for name in batch:
-            print(name, json.dumps(known[name]), flush=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    names = options.names or list(TOYS)
+    left = options.names or [name for name in names if not record_of(options.work, name).exists()]
+    for first in range(0, len(left), BATCH):
+        for name, record in run_batch(left[first : first + BATCH], options.work, options.dense).items():
+            record_of(options.work, name).write_text(json.dumps(record))
             shutil.rmtree(options.work / name, ignore_errors=True)
+            print(name, json.dumps(record) if options.dense else problems(TOYS[name], record) or "good", flush=True)
+    records = {name: json.loads(record_of(options.work, name).read_text()) for name in names}
+    keep_results(options.results, records)
+    shutil.rmtree(options.work)
+    wrong = [name for name, record in records.items() if problems(TOYS[name], record)]
+    print(
+        f"{len(records)} types, {len(wrong)} not as promised: {', '.join(wrong)}" if wrong else f"{len(records)} types"
+    )
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":

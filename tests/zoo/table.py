@@ -47,11 +47,12 @@ def table(records: dict[str, Any]) -> str:
     return "\n".join(["| " + " | ".join(HEADER) + " |", "| --- " * len(HEADER) + "|", *rows]) + "\n"
 
 
-def page(text: str, records: dict[str, Any]) -> str:
+def page(text: str, results: dict[str, Any]) -> str:
     """The page with its table written anew; the text around the table stays."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(records)}\n{END}{after}"
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(results["versions"].items()))
+    return f"{before}{BEGIN}\nMeasured with {versions}.\n\n{table(results['types'])}\n{END}{after}"
 
 
 if __name__ == "__main__":
