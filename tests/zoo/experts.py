@@ -31,7 +31,7 @@ MIXTURES = {
     "deepseek_v2": Toy(FIRST_DENSE | LATENT | {"topk_method": "greedy"}),
     "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, mechanism="latent attention, dense first layer"),
     "dots1": Toy(FIRST_DENSE | {"layer_types": ["full_attention", "full_attention"]}),
-    "ernie4_5_moe": Toy(FIRST_DENSE),
+    "ernie4_5_moe": Toy(FIRST_DENSE, unbiased=True),
     "exaone_moe": Toy(FIRST_DENSE | WINDOW | {"sliding_window_pattern": 2}),
     "flex_olmo": Toy(PLAIN),
     "glm4_moe": Toy(FIRST_DENSE),

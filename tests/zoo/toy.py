@@ -6,6 +6,7 @@ Widths are multiples of 64, which 2:4 needs, on each of two ranks too.
 import json
 import shutil
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,23 @@ BASE = {
 # The logits of a router, relative to those of other linears: so far apart that rounding changes no choice of experts.
 ROUTER_SCALE = 4.0
 ROUTERS = ("router", "gate.weight", "block_sparse_moe.gate", "mlp.gate.", "feed_forward.gate.")
+# A processor's parts, and where transformers' Auto classes have their names.
+PARTS = {
+    "image_processor": ("image_processing_auto", "IMAGE_PROCESSOR_MAPPING_NAMES"),
+    "video_processor": ("video_processing_auto", "VIDEO_PROCESSOR_MAPPING_NAMES"),
+    "feature_extractor": ("feature_extraction_auto", "FEATURE_EXTRACTOR_MAPPING_NAMES"),
+}
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What turns images into tokens.
+    """What turns images and sound into tokens.
 
     Attributes:
         tokens: attribute of the tokenizer -> special token; they have the ids from 258 on.
-        placeholder: what stands for an image in a prompt.
+        placeholder: what stands for an image in a prompt; "" if the model reads none.
         image: settings of the image processor.
+        sound: settings of the feature extractor.
         own: settings of the processor itself.
         like: the model type whose image processor it uses; "" for its own.
     """
@@ -39,6 +47,7 @@ class Processor:
     placeholder: str
     image: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
+    sound: dict[str, Any] = field(default_factory=dict)
     like: str = ""
 
 
@@ -53,6 +62,7 @@ class Toy:
         engine: arguments of vLLM's `LLM` that the dense model needs too.
         dtype: of the stored weights, and the one that vLLM computes in.
         edits: keys of config.json that transformers' config lacks, but the folders on the hub have, and vLLM reads.
+        unbiased: the router's correction is 0, because vLLM's CPU build ignores it.
         processor: of images, behind a wrapper.
     """
 
@@ -62,6 +72,7 @@ class Toy:
     engine: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     edits: dict[str, Any] = field(default_factory=dict)
+    unbiased: bool = False
     processor: Processor | None = None
 
 
@@ -78,17 +89,18 @@ def auto_class(toy: Toy) -> Any:
     return AutoModelForMultimodalLM if toy.processor else AutoModelForCausalLM
 
 
-def randomize(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module, unbiased: bool) -> None:
     """Draw every parameter so that the logits depend on it: none keeps a tiny or neutral initial value."""
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-            if not parameter.is_floating_point() or "inv_freq" in name:
+            correction = name.endswith(("e_score_correction_bias", "expert_bias"))
+            if not parameter.is_floating_point() or "inv_freq" in name or (correction and unbiased):
                 continue
             if parameter.dim() >= 2 and parameter.squeeze().dim() >= 2:
                 inputs = parameter.shape[1] if "experts" in name and parameter.dim() == 3 else parameter[0].numel()
                 scale = ROUTER_SCALE if any(part in name for part in ROUTERS) else 1.5
                 parameter.normal_(std=inputs**-0.5 * scale)
-            elif name.endswith("e_score_correction_bias") or isinstance(parameter, torch.nn.Parameter):
+            elif correction or isinstance(parameter, torch.nn.Parameter):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
 
 
@@ -99,7 +111,7 @@ def build(model_type: str, toy: Toy, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
     model = auto_class(toy).from_config(config_of(model_type, toy), dtype=torch.float32).eval()
-    randomize(model)
+    randomize(model, toy.unbiased)
     model.to(getattr(torch, toy.dtype)).save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | toy.edits))
@@ -113,7 +125,6 @@ def build(model_type: str, toy: Toy, folder: Path) -> Path:
 def save_processor(model_type: str, processor: Processor, folder: Path) -> None:
     import transformers
     from transformers import AutoTokenizer
-    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     save_tokenizer(folder)
@@ -124,12 +135,12 @@ def save_processor(model_type: str, processor: Processor, folder: Path) -> None:
     tokenizer = type(tokenizer).from_pretrained(folder, extra_special_tokens=names, pad_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     like = processor.like or model_type
-    kinds = IMAGE_PROCESSOR_MAPPING_NAMES[like]
-    image = getattr(transformers, kinds.get("torchvision") or kinds["pil"])(**processor.image)
     kind = getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
-    parts = {"image_processor": image, "tokenizer": tokenizer}
-    if "video_processor" in kind.get_attributes():
-        from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
-
-        parts["video_processor"] = getattr(transformers, VIDEO_PROCESSOR_MAPPING_NAMES[like]["torchvision"])()
+    parts: dict[str, Any] = {"tokenizer": tokenizer}
+    settings = {"image_processor": processor.image, "video_processor": {}, "feature_extractor": processor.sound}
+    for part in PARTS.keys() & set(kind.get_attributes()):
+        module, mapping = PARTS[part]
+        name = getattr(import_module(f"transformers.models.auto.{module}"), mapping)[like]
+        name = name if isinstance(name, str) else name.get("torchvision") or name["pil"]
+        parts[part] = getattr(transformers, name)(**settings[part])
     kind(**parts, **processor.own).save_pretrained(folder)

@@ -47,6 +47,7 @@ GLM = Processor(
     {"patch_size": 8, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 1024}},
 )
 GLM_SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}}
+GEMMA4 = WINDOW | {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
 LLAVA = Processor(
     {"image_token": "<image>"},
     "<image>",
@@ -80,6 +81,17 @@ WRAPPED = {
             {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
             "<start_of_image>",
             {"size": {"height": 32, "width": 32}}, {"image_seq_length": 4},
+        ),
+    ),
+    "gemma4": Toy(
+        behind("gemma4_text", GEMMA4, TOWER | {
+            "num_key_value_heads": 2, "position_embedding_size": 256, "pooling_kernel_size": 2,
+        }, image_token_id=258, boi_token_id=259, eoi_token_id=260, audio_token_id=261, boa_token_id=262,
+            eoa_token_index=263, video_token_id=264),
+        processor=Processor(
+            {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>",
+             "boa_token": "<|audio>", "eoa_token": "<audio|>", "video_token": "<|video|>"},
+            "<|image|>", {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
         ),
     ),
     "glm4v": Toy(behind("glm4v_text", GLM_SECTIONS, QWEN_TOWER | {"image_size": 32}, **GLM_IDS), processor=GLM),
@@ -160,6 +172,16 @@ WRAPPED = {
                             {"size": {"height": 32, "width": 32}, "image_seq_length": 16}),
     ),
     "qwen2_5_vl": Toy(behind("qwen2_5_vl_text", SECTIONS, QWEN_TOWER, **QWEN_IDS), processor=QWEN),
+    "qwen2_audio": Toy(
+        behind("qwen2", {}, None, audio_token_index=258, audio_config={
+            "d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 128,
+            "num_mel_bins": 16, "max_source_positions": 32,
+        }),
+        processor=Processor(
+            {"audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}, "",
+            sound={"feature_size": 16, "chunk_length": 1},
+        ),
+    ),
     "qwen2_vl": Toy(
         behind("qwen2_vl_text", SECTIONS, QWEN_TOWER | {"embed_dim": 64, "hidden_size": 128}, **QWEN_IDS),
         processor=QWEN,
