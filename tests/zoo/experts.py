@@ -16,12 +16,15 @@ FIRST_DENSE = EXPERTS | {
 }  # fmt: skip
 PLAIN = EXPERTS | {"intermediate_size": 128}
 GROUPS = {"n_group": 2, "topk_group": 1}
-NOAUX = {"topk_method": "noaux_tc"}
+# In the configs on the hub. transformers takes them for granted, vLLM does not.
+NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+
+NO_SIGMOID = "vLLM's CPU router takes sigmoids only with groups"
 
 MIXTURES = {
     "afmoe": Toy(FIRST_DENSE | WINDOW | {"global_attn_every_n_layers": 2},
                  edits={"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}),
-    "axk1": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX),
+    "axk1": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, not_served="vLLM expects another norm"),
     "cohere2_moe": Toy(EXPERTS | WIDE | {"logit_scale": 0.5, "mlp_layer_types": ["sparse", "sparse"]}),
     "dbrx": Toy({
         "d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
@@ -47,7 +50,7 @@ MIXTURES = {
     "laguna": Toy(FIRST_DENSE | {
         "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16,
         "num_attention_heads_per_layer": [4, 4],
-    }),
+    }, not_served=NO_SIGMOID),
     "llama4_text": Toy(PLAIN | {
         "intermediate_size_mlp": 256, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
         "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0], "attention_chunk_size": 128,

@@ -69,5 +69,5 @@ TEXT = {
     "stablelm": Toy(),
     "starcoder2": Toy(),
     "vaultgemma": Toy(WINDOW | {"query_pre_attn_scalar": 32}),
-    "youtu": Toy(LATENT),
+    "youtu": Toy(LATENT, not_served="vLLM's CPU attention has no such latent"),
 }
