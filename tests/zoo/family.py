@@ -1,5 +1,6 @@
 """What one model type goes through, outside vLLM: build, compress, verify, export; and what was pruned and folded."""
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,28 +49,27 @@ def exempt(name: str, shape: torch.Size) -> str:
         return "convolution"
     if "embed" in name:
         return "embedding"
+    if "kv_b_proj" in name:
+        return "multiplied into others by vLLM"
     if min(shape[-2:]) < IN_FEATURES_MULTIPLE:
         return "tiny"
     return "odd-sized" if shape[-1] % IN_FEATURES_MULTIPLE else ""
 
 
-def pruned_weights(dense: dict[str, torch.Size], reader: Reader) -> set[str]:
-    """Those of the dense matrices that are pruned: stored apart under their own name, or stacked and none left."""
-    kept = set(reader.dense_names)
-    return {name for name in dense if name not in kept}
-
-
 def describe(dense: Path, reader: Reader) -> dict[str, Any]:
     """Shares and folds of a compressed folder, from the names and shapes in the files alone."""
     found = matrices(dense)
-    pruned = pruned_weights(found, reader)
+    pruned = found.keys() - set(reader.dense_names)
     reasons = {name: exempt(name, shape) for name, shape in found.items() if name not in pruned}
     weights = {name: shape.numel() for name, shape in found.items()}
     counted = sum(number for name, number in weights.items() if not reasons.get(name))
     sparse = set(reader.sparse_names)
     folded = {name for name, _, _ in reader.schema.active_folds(reader.permuted_names, sparse)}
     gathered = {name for name in reader.permuted_names if name not in folded}
-    stored = sum(int(torch.prod(torch.tensor(reader.linear(name).shape))) for name in sparse)
+    stored = sum(math.prod(reader.linear(name).shape) for name in sparse)
+    assert stored == sum(weights[name] for name in pruned), (
+        "the pruned linears are not the dense matrices that are gone"
+    )
     return {
         "share": sum(weights[name] for name in pruned) / max(counted, 1),
         "share_of_all": stored / max(sum(weights.values()), 1),
