@@ -1,5 +1,6 @@
 # make demo   a pruned model from nothing to `vllm serve`
 # make test   the whole test suite
+# make test-zoo  compress and serve a tiny model of every family, and write the table in docs/model-families.md (an hour)
 # make lint   ruff, mypy, clang-format, and the contracts on which module may import which
 # make test-versions  the serving tests under each older vLLM that is supported, and a check of the newest CUDA wheel
 # make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel.
@@ -36,7 +37,7 @@ endif
 CHECK_COMPILER := @set -- $${CXX:-g++}; command -v "$$1" >/dev/null || \
 	{ echo "No C++ compiler: $$1 is not on the path. On Debian: apt install g++. CXX may name another." >&2; exit 1; }
 
-.PHONY: demo test lint test-versions test-gpu wheel print-python clean
+.PHONY: demo test test-zoo lint test-versions test-gpu wheel print-python clean
 
 demo: .venv/ready
 	$(BIN)/python demo/run.py
@@ -47,6 +48,14 @@ PYTEST := pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: .venv/ready
 	$(BIN)/python -m $(PYTEST) $(PYTEST_ARGS)
+
+# Interrupted, it goes on where it was: results are in .work/zoo until all are there. ZOO="llama mixtral" runs only these.
+ZOO ?=
+
+test-zoo: .venv/ready
+	PYTHONPATH=tests $(BIN)/python -m zoo.run docs/model-families.json $(ZOO)
+	PYTHONPATH=tests $(BIN)/python -m zoo.table
+	$(BIN)/python -m pytest -n 0 tests/zoo -m "not slow"
 
 # The tools have an environment of their own, without torch and vLLM, which takes seconds to create. mypy and
 # import-linter see the package as it is installed, with offline/ and serve/ inside ria_vllm/.

@@ -15,6 +15,7 @@ LONGEST = (
     "tests/serve/test_vllm.py",
     "tests/offline/runtime/test_memory.py",
     "tests/serve/benchmark/test_command.py",
+    "tests/zoo/test_zoo.py",
     "tests/serve/test_pipeline.py",
     "tests/serve/test_server.py",
     "tests/serve/test_wheel.py",

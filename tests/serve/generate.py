@@ -2,9 +2,9 @@
 
 A job: {"model", "prompts": lists of token ids, "tokens": how many to generate, "engine": arguments of `LLM`,
 "first": "generate" or "reload" before the generation that counts, "lora": folder of an adapter,
-"prompt_logprobs": false to leave them out, "embed": true for embeddings instead}. A result: for each prompt the
-prompt's logprobs (from the second token on), the generated tokens, their logprobs and how many prompt tokens came from
-the cache; or "error".
+"prompt_logprobs": false to leave them out, "embed": true for embeddings instead, "images": for each prompt the path of
+an image or null}. A result: for each prompt the prompt as the model read it, its logprobs (from the second token on),
+the generated tokens, their logprobs and how many prompt tokens came from the cache; or "error".
 """
 
 import gc
@@ -15,12 +15,16 @@ from typing import Any
 
 
 def run(job: dict[str, Any]) -> list[Any]:
+    from PIL import Image
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     settings = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8}
     llm = LLM(job["model"], **(settings | job.get("engine", {})))
-    prompts = [{"prompt_token_ids": p} for p in job["prompts"]]
+    prompts: list[Any] = [{"prompt_token_ids": p} for p in job["prompts"]]
+    for prompt, image in zip(prompts, job.get("images", [])):
+        if image:
+            prompt["multi_modal_data"] = {"image": Image.open(image)}
     if job.get("embed"):
         return [output.outputs.embedding for output in llm.embed(prompts, use_tqdm=False)]
     sampling = SamplingParams(
@@ -38,6 +42,7 @@ def run(job: dict[str, Any]) -> list[Any]:
         entries = zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:])
         made = output.outputs[0]
         results.append({
+            "ids": list(output.prompt_token_ids),
             "prompt": [entry[token].logprob for token, entry in entries],
             "tokens": list(made.token_ids),
             "logprobs": [entry[token].logprob for token, entry in zip(made.token_ids, made.logprobs)],

@@ -1,0 +1,51 @@
+"""Text models whose layers are of several kinds: linear attention, Mamba or convolutions beside attention."""
+
+from zoo.experts import EXPERTS, FIRST_DENSE, PLAIN
+from zoo.text import LATENT
+from zoo.toy import Toy
+
+GATED_DELTA = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_head_dim": 32, "linear_num_heads": 4,
+}  # fmt: skip
+MAMBA = {
+    "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}  # fmt: skip
+
+NO_SCAN = "vLLM's CPU build has no selective scan"
+
+HYBRIDS = {
+    "bamba": Toy(MAMBA | {"attn_layer_indices": [1]}, not_served="vLLM has dropped it"),
+    "falcon_h1": Toy(MAMBA | {"mamba_d_ssm": 256}),
+    "falcon_mamba": Toy({"state_size": 16, "intermediate_size": 256}, not_served=NO_SCAN),
+    "granitemoehybrid": Toy(PLAIN | MAMBA | {
+        "layer_types": ["mamba", "attention"], "attention_multiplier": 0.18, "shared_intermediate_size": 128,
+    }),
+    "jamba": Toy(PLAIN | {
+        "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+        "expert_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 8, "use_mamba_kernels": False,
+    }, not_served=NO_SCAN),
+    "kimi_linear": Toy(FIRST_DENSE | LATENT | GATED_DELTA | {"q_lora_rank": None}, dtype="bfloat16"),
+    "lfm2": Toy({"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+                mechanism="convolutions and attention"),
+    "lfm2_moe": Toy(FIRST_DENSE | {
+        "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    }),
+    "mamba": Toy({"state_size": 16}, not_served=NO_SCAN),
+    "mamba2": Toy({"state_size": 16, "num_heads": 8, "n_groups": 2, "chunk_size": 16}),
+    "nemotron_h": Toy(EXPERTS | {
+        "layers_block_type": ["mamba", "attention", "mlp", "moe"], "num_hidden_layers": 4, "mamba_num_heads": 8,
+        "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "moe_shared_expert_intermediate_size": 128,
+        "chunk_size": 16,
+    }),
+    "olmo_hybrid": Toy(GATED_DELTA | {"linear_num_key_heads": 4}, dtype="bfloat16"),
+    "qwen3_5_text": Toy(GATED_DELTA, mechanism="linear attention and gated attention", dtype="bfloat16"),
+    "qwen3_5_moe_text": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16"),
+    "qwen3_next": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16"),
+    "zamba2": Toy({
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_d_state": 16,
+        "n_mamba_heads": 8, "mamba_headdim": 32, "num_key_value_heads": 4, "num_mem_blocks": 1,
+    }),
+}  # fmt: skip

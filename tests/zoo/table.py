@@ -1,0 +1,59 @@
+"""Write the table of docs/model-families.md from docs/model-families.json: `python -m zoo.table`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from zoo.toys import TOYS
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, RESULTS = DOCS / "model-families.md", DOCS / "model-families.json"
+BEGIN, END = "<!-- `make test-zoo` writes what follows -->\n", "<!-- end of what `make test-zoo` writes -->\n"
+HEADER = ("model_type", "pruned", "folded", "gathers", "stays dense", "dense", "pruned and served")
+
+
+def short(names: list[str]) -> str:
+    """Names relative to their layer."""
+    ends = sorted({name.rpartition(".*.")[2] if "experts" not in name else _expert(name) for name in names})
+    return ", ".join(f"`{end}`" for end in ends)
+
+
+def _expert(name: str) -> str:
+    """As `experts.*.down_proj`."""
+    inside = name[name.index("experts") :]
+    return inside if ".*" in inside else name.rpartition(".*.")[2]
+
+
+def difference(found: dict[str, Any] | None) -> str:
+    """The largest difference of a log probability, with text and with an image."""
+    if not found or "error" in found:
+        return "-"
+    return ", ".join(
+        f"{numbers['largest']:.0e}" + " with an image" * (kind == "image") for kind, numbers in found.items()
+    )
+
+
+def row(name: str, record: dict[str, Any]) -> str:
+    pruned, toy = record["compress"], TOYS[name]
+    dense = "; ".join(f"{reason}: {short(names)}" for reason, names in pruned["dense"].items())
+    served = [toy.not_served, ""] if toy.not_served else [difference(record[step]) for step in ("dense", "served")]
+    cells = [f"`{name}`", f"{pruned['share']:.0%}", short(pruned["folded"]), short(pruned["gathered"]), dense, *served]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(records: dict[str, Any]) -> str:
+    """The table in Markdown, with a row for each type that was compressed."""
+    rows = [row(name, r) for name, r in sorted(records.items()) if name in TOYS and "share" in r.get("compress", {})]
+    return "\n".join(["| " + " | ".join(HEADER) + " |", "| --- " * len(HEADER) + "|", *rows]) + "\n"
+
+
+def page(text: str, results: dict[str, Any]) -> str:
+    """The page with its table written anew; the text around the table stays."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(results["versions"].items()))
+    return f"{before}{BEGIN}\nMeasured with {versions}.\n\n{table(results['types'])}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(), json.loads(RESULTS.read_text())))

@@ -1,0 +1,71 @@
+"""The zoo: a few toys, one for each mechanism, and the results of all that `make test-zoo` has written."""
+
+import json
+
+import pytest
+from zoo.check import problems
+from zoo.run import run_batch
+from zoo.table import BEGIN, END, PAGE, RESULTS, page
+from zoo.toy import Toy
+from zoo.toys import TOYS
+
+REPRESENTATIVE = [name for name, toy in TOYS.items() if toy.mechanism]
+
+
+def test_the_page_shows_the_results():
+    assert PAGE.read_text() == page(PAGE.read_text(), json.loads(RESULTS.read_text()))
+
+
+def test_every_type_has_run():
+    assert sorted(json.loads(RESULTS.read_text())["types"]) == sorted(TOYS)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_the_results_are_as_promised(name):
+    assert not problems(TOYS[name], json.loads(RESULTS.read_text())["types"][name])
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    return run_batch(REPRESENTATIVE, tmp_path_factory.mktemp("zoo"), dense_only=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REPRESENTATIVE, ids=lambda name: f"{name}: {TOYS[name].mechanism}")
+def test_a_mechanism(records, name):
+    assert not problems(TOYS[name], records[name])
+
+
+GOOD = {
+    "compress": {"share": 1.0, "folded": ["o_proj"], "gathered": [], "dense": {}},
+    "dense": {"text": {"median": 1e-6, "largest": 1e-5, "same": 1.0}},
+    "served": {"text": {"median": 1e-6, "largest": 1e-5, "same": 1.0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({}, None),
+        ({"build": {"error": "no such config"}}, "no such config"),
+        ({"compress": {"error": "RiaError: refused"}}, "refused"),
+        ({"compress": GOOD["compress"] | {"share": 0.94}}, "only 94.0%"),
+        ({"compress": GOOD["compress"] | {"folded": []}}, "no fold"),
+        ({"dense": {"text": {"median": 0.5, "largest": 2.0, "same": 0.1}}}, "dense toy"),
+        ({"served": {"text": {"median": 0.0, "largest": 0.02, "same": 1.0}}}, "served is wrong"),
+        ({"served": {"text": {"median": float("nan"), "largest": 0.0, "same": 1.0}}}, "served is wrong"),
+        ({"served": GOOD["served"] | {"image": {"median": 0.5, "largest": 2.0, "same": 0.1}}}, "image"),
+        ({"served": {"error": "RuntimeError: ended"}}, "ended"),
+    ],
+)
+def test_what_is_wrong_is_said(change, said):
+    found = problems(Toy(), GOOD | change)
+    assert not found if said is None else said in found[0]
+
+
+def test_the_table_is_put_between_its_marks():
+    results = {"versions": {"vllm": "1"}, "types": {"llama": GOOD}}
+    written = page(f"before\n{BEGIN}stale\n{END}after\n", results)
+    assert written.startswith(f"before\n{BEGIN}") and written.endswith(f"{END}after\n") and "stale" not in written
+    assert "| `llama` | 100% | `o_proj` |" in written
+    assert page(written, results) == written

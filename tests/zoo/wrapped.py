@@ -1,0 +1,209 @@
+"""Models that read images or sound too: a text decoder behind a wrapper."""
+
+from dataclasses import replace
+from typing import Any
+
+from zoo.experts import EXPERTS, FIRST_DENSE, PLAIN
+from zoo.hybrids import GATED_DELTA
+from zoo.text import WIDE, WINDOW
+from zoo.toy import BASE, Processor, Toy
+
+ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
+SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [4, 6, 6], "type": "default"}}
+INTERLEAVED = {"rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}}
+PARTIAL = {"rope_parameters": ROPE | {
+    "mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.25,
+}}  # fmt: skip
+TOWER = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
+    "patch_size": 8, "head_dim": 32,
+}  # fmt: skip
+QWEN_TOWER = {
+    "depth": 2, "hidden_size": 64, "num_heads": 2, "patch_size": 8, "out_hidden_size": 128, "intermediate_size": 128,
+    "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "spatial_merge_size": 2, "temporal_patch_size": 2,
+    "fullatt_block_indexes": [1], "window_size": 32,
+}  # fmt: skip
+QWEN_TOKENS = {
+    "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_bos_token": "<|vision_start|>",
+    "vision_eos_token": "<|vision_end|>",
+}  # fmt: skip
+QWEN_IDS = {"image_token_id": 258, "video_token_id": 259, "vision_start_token_id": 260, "vision_end_token_id": 261}
+QWEN = Processor(
+    QWEN_TOKENS,
+    "<|vision_start|><|image_pad|><|vision_end|>",
+    {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2, "size": {"shortest_edge": 256, "longest_edge": 1024}},
+)
+GLM_TOKENS = {
+    "image_token": "<|image|>", "video_token": "<|video|>", "image_start": "<|begin_of_image|>",
+    "image_end": "<|end_of_image|>", "video_start": "<|begin_of_video|>", "video_end": "<|end_of_video|>",
+}  # fmt: skip
+GLM_IDS = {
+    "image_token_id": 258, "video_token_id": 259, "image_start_token_id": 260, "image_end_token_id": 261,
+    "video_start_token_id": 262, "video_end_token_id": 263,
+}  # fmt: skip
+GLM = Processor(
+    GLM_TOKENS,
+    "<|begin_of_image|><|image|><|end_of_image|>",
+    {"patch_size": 8, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 1024}},
+)
+GLM_SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}}
+GEMMA4 = WINDOW | {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+LLAVA = Processor(
+    {"image_token": "<image>"},
+    "<image>",
+    {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
+    {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+)
+
+
+def behind(text: str, decoder: dict[str, Any], vision: dict[str, Any] | None, **own: Any) -> dict[str, Any]:
+    """The settings of a wrapper around a text decoder of the model type `text`."""
+    inner = {k: v for k, v in (BASE | decoder).items() if v is not None} | {"model_type": text}
+    tower = {} if vision is None else {"vision_config": vision}
+    return dict.fromkeys(BASE) | {"text_config": inner, "tie_word_embeddings": False} | tower | own
+
+
+WRAPPED = {
+    "cohere2_vision": Toy(
+        behind("cohere2", WIDE | {"logit_scale": 0.5}, TOWER | {"model_type": "siglip_vision_model"},
+               image_token_id=258, downsample_factor=2, alignment_intermediate_size=128),
+        processor=Processor(
+            {"image_token": "<image>", "boi_token": "<img>", "eoi_token": "</img>", "img_line_break_token": "<br>"},
+            "<image>",
+            {"size": {"height": 32, "width": 32}, "patch_size": 8},
+        ),
+    ),
+    "gemma3": Toy(
+        behind("gemma3_text", WINDOW | {"query_pre_attn_scalar": 32}, TOWER | {"model_type": "siglip_vision_model"},
+               image_token_index=258, boi_token_index=259, eoi_token_index=260, mm_tokens_per_image=4),
+        mechanism="text and images",
+        processor=Processor(
+            {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
+            "<start_of_image>",
+            {"size": {"height": 32, "width": 32}}, {"image_seq_length": 4},
+        ),
+    ),
+    "gemma4": Toy(
+        behind("gemma4_text", GEMMA4, TOWER | {
+            "num_key_value_heads": 2, "position_embedding_size": 256, "pooling_kernel_size": 2,
+        }, image_token_id=258, boi_token_id=259, eoi_token_id=260, audio_token_id=261, boa_token_id=262,
+            eoa_token_index=263, video_token_id=264),
+        processor=Processor(
+            {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>",
+             "boa_token": "<|audio>", "eoa_token": "<audio|>", "video_token": "<|video|>"},
+            "<|image|>", {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
+        ),
+    ),
+    "glm4v": Toy(behind("glm4v_text", GLM_SECTIONS, QWEN_TOWER | {"image_size": 32}, **GLM_IDS), processor=GLM),
+    "glm4v_moe": Toy(
+        behind("glm4v_moe_text", FIRST_DENSE | GLM_SECTIONS, QWEN_TOWER | {"image_size": 32}, **GLM_IDS),
+        processor=replace(GLM, like="glm4v"),
+    ),
+    "idefics3": Toy(
+        behind("llama", {}, TOWER, image_token_id=258, scale_factor=2),
+        processor=Processor(
+            {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>",
+             "global_image_tag": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"},
+            "<image>",
+            {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 32}}, {"image_seq_len": 4},
+        ),
+    ),
+    "internvl": Toy(
+        behind("qwen2", {}, TOWER | {"image_size": [32, 32], "patch_size": [8, 8]}, image_token_id=258,
+               image_seq_length=4),
+        processor=Processor(
+            {"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>",
+             "video_token": "<video>"},
+            "<IMG_CONTEXT>",
+            {"size": {"height": 32, "width": 32}}, {"image_seq_length": 4},
+        ),
+    ),
+    "lfm2_vl": Toy(
+        behind("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+               TOWER | {"num_patches": 16, "model_type": "siglip2_vision_model"}, image_token_id=258,
+               projector_hidden_size=128),
+        processor=Processor({"image_token": "<image>", "image_start_token": "<|image_start|>",
+                             "image_end_token": "<|image_end|>", "image_thumbnail": "<|img_thumbnail|>"},
+                            "<image>",
+                            {"encoder_patch_size": 8, "tile_size": 32, "max_num_patches": 16,
+                             "min_image_tokens": 1, "max_image_tokens": 16}),
+    ),
+    "llama4": Toy(
+        behind("llama4_text", PLAIN | {
+            "intermediate_size_mlp": 256, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
+            "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0],
+            "attention_chunk_size": 128,
+        }, TOWER | {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
+            image_token_index=258, boi_token_index=259, eoi_token_index=260),
+        processor=Processor({"image_token": "<|patch|>", "boi_token": "<|image_start|>", "eoi_token": "<|image_end|>",
+                             "fake_image_token": "<|image|>"},
+                            "<|image|>",
+                            {"size": {"height": 32, "width": 32}}, {"patch_size": 8}),
+    ),
+    "llava": Toy(
+        behind("llama", {}, TOWER | {"model_type": "clip_vision_model"}, image_token_index=258, image_seq_length=16),
+        processor=LLAVA,
+    ),
+    "llava_next": Toy(
+        behind("llama", {}, TOWER | {"model_type": "clip_vision_model"}, image_token_index=258, image_seq_length=16,
+               image_grid_pinpoints=[[32, 64], [64, 32]]),
+        processor=LLAVA,
+    ),
+    "llava_onevision": Toy(
+        behind("qwen2", {}, TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False},
+               image_token_index=258, video_token_index=259, image_grid_pinpoints=[[32, 32], [32, 64]]),
+        processor=Processor({"image_token": "<image>", "video_token": "<video>"}, "<image>",
+                            {"size": {"height": 32, "width": 32}, "image_grid_pinpoints": [[32, 32], [32, 64]]},
+                            {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}),
+    ),
+    "mistral3": Toy(
+        behind("mistral", {}, TOWER | {"model_type": "pixtral"}, image_token_index=258),
+        processor=Processor(
+            {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
+            "[IMG]",
+            {"size": {"longest_edge": 32}, "patch_size": {"height": 8, "width": 8}},
+            {"patch_size": 8, "spatial_merge_size": 2},
+        ),
+    ),
+    "paligemma": Toy(
+        behind("gemma", {}, TOWER | {"model_type": "siglip_vision_model", "projection_dim": 128},
+               image_token_index=258, projection_dim=128, hidden_size=128),
+        processor=Processor({"image_token": "<image>"}, "<image>",
+                            {"size": {"height": 32, "width": 32}, "image_seq_length": 16}),
+    ),
+    "qwen2_5_vl": Toy(behind("qwen2_5_vl_text", SECTIONS, QWEN_TOWER, **QWEN_IDS), processor=QWEN),
+    "qwen2_audio": Toy(
+        behind("qwen2", {}, None, audio_token_index=258, audio_config={
+            "d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 128,
+            "num_mel_bins": 16, "max_source_positions": 32,
+        }),
+        processor=Processor(
+            {"audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}, "",
+            sound={"feature_size": 16, "chunk_length": 1},
+        ),
+    ),
+    "qwen2_vl": Toy(
+        behind("qwen2_vl_text", SECTIONS, QWEN_TOWER | {"embed_dim": 64, "hidden_size": 128}, **QWEN_IDS),
+        processor=QWEN,
+    ),
+    "qwen3_5": Toy(behind("qwen3_5_text", GATED_DELTA | PARTIAL, QWEN_TOWER, **QWEN_IDS), dtype="bfloat16",
+                   processor=QWEN),
+    "qwen3_5_moe": Toy(
+        behind("qwen3_5_moe_text", GATED_DELTA | EXPERTS | PARTIAL, QWEN_TOWER, **QWEN_IDS),
+        dtype="bfloat16", processor=QWEN,
+    ),
+    "qwen3_vl": Toy(behind("qwen3_vl_text", INTERLEAVED, QWEN_TOWER, **QWEN_IDS), processor=QWEN),
+    "qwen3_vl_moe": Toy(
+        behind("qwen3_vl_moe_text", EXPERTS | INTERLEAVED, QWEN_TOWER, **QWEN_IDS),
+        processor=replace(QWEN, like="qwen3_vl"),
+    ),
+    "smolvlm": Toy(
+        behind("llama", {}, TOWER, image_token_id=258, scale_factor=2),
+        processor=Processor(
+            {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>",
+             "global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"},
+            "<image>",
+            {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 32}}, {"image_seq_len": 4},
+        ),
+    ),
+}  # fmt: skip
