@@ -1,4 +1,4 @@
-"""`ria-vllm bench`: serve the dense and the sparse model in turn and measure both under the same load."""
+"""`ria-vllm bench`: serve the dense model, its rivals and the sparse ones in turn, under the same load."""
 
 import importlib.util
 import shlex

@@ -110,7 +110,11 @@ class TextQuality:
             RiaError: the server does not answer.
         """
         answer = ask(name, server, "/tokenize", {"model": server.model_name, "prompt": self._content})
-        tokens, context = answer["tokens"][: self._max_tokens], answer["max_model_len"]
+        try:
+            tokens = [int(token) for token in answer["tokens"][: self._max_tokens]]
+            context = int(answer["max_model_len"])
+        except (LookupError, TypeError, ValueError):
+            raise RiaError(f"{name}: {server.url}/tokenize does not answer like vLLM's server.") from None
         if len(tokens) < self._seq_len:
             raise Incomparable(
                 f"--text {self._text}: {len(tokens)} tokens are less than one window of {self._seq_len}. Give a longer "
@@ -141,6 +145,8 @@ class TextQuality:
         windows = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
         listed = [position for window in windows for position in self._positions(name, server, window)]
         mean = -math.fsum(position.target for position in listed) / len(listed)
+        if mean > 700:  # vLLM writes -9999 for the logarithm of 0
+            raise RiaError(f"{name}: gives the text no probability. Check the folder with `ria-vllm verify`.")
         kl, unlisted = (0.0, None) if name == self._reference else (None, None)
         if name == self._reference:
             self._dense = listed

@@ -160,6 +160,22 @@ def test_a_refusal_is_quoted(text):
         measure(quality_of(text, top=7), dense=side)
 
 
+def test_a_server_without_vllms_tokenize(text):
+    side = StandIn()
+    side.answer = lambda path, answer: (200, {"object": "error"})
+    with pytest.raises(RiaError, match="dense: .*/tokenize does not answer like vLLM's"):
+        measure(quality_of(text), dense=side)
+
+
+def test_a_text_without_probability(text):
+    """JSON has no infinity: vLLM writes -9999 for its negative."""
+    side = StandIn()
+    side.logprobs = torch.full_like(side.logprobs, -9999.0)
+    side.logprobs[:, 0] = 0
+    with pytest.raises(RiaError, match="dense: gives the text no probability"):
+        measure(quality_of(text, top=2), dense=side)
+
+
 def test_a_server_that_dies_is_named_with_its_log(text, tmp_path):
     quality, side = quality_of(text), StandIn()
     with serving(side) as server, SupervisedProcess(
