@@ -1,5 +1,6 @@
 """quality.png: throughput and time per token against perplexity and against the divergence from the reference."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def draw(pyplot, measured: Measured):
                     axis.plot(*zip(*best, strict=True), ":", color="black", linewidth=0.8, alpha=0.6)
             axis.set_xlabel(width.format(reference=measured.names[0]))
             axis.set_yscale("log")
+            plain_labels(axis.yaxis)
             axis.grid(alpha=0.25)
             scale_quality(axis, quality_name, list(x.values()))
         row[0].set_ylabel(height)
@@ -81,11 +83,21 @@ def frontier(points: Sequence[tuple[float, float]], higher: bool) -> list[tuple[
     return best
 
 
+def plain_labels(axis) -> None:
+    """Label a logarithmic axis with 200 instead of 2 x 10^2."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+
+
 def scale_quality(axis, name: str, values: Sequence[float]) -> None:
     """Logarithmic, so that int8 and 2:4 fit into one panel; linear near 0 for divergences, as the reference's is 0."""
+    positive = [value for value in values if value > 0]
     if name == "perplexity":
         axis.set_xscale("log")
-        return
-    positive = [value for value in values if value > 0]
-    if positive:
+        plain_labels(axis.xaxis)
+    elif positive:
         axis.set_xscale("symlog", linthresh=min(positive), linscale=0.5)
+        decades = range(math.ceil(math.log10(min(positive))), math.ceil(math.log10(max(positive))) + 1)
+        axis.set_xticks([0, *(10.0**decade for decade in decades)], ["0", *(f"{10.0**decade:g}" for decade in decades)])
