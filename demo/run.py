@@ -21,10 +21,10 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.dtypes import fast_bf16
 from ria_vllm.offline.model.source import convert_gguf
-from ria_vllm.serve.benchmark import load, results
-from ria_vllm.serve.benchmark.command import machine, weight_bytes
+from ria_vllm.serve.benchmark import load, results, table
+from ria_vllm.serve.benchmark.machine import machine, weight_bytes
 from ria_vllm.serve.benchmark.plot import plot
-from ria_vllm.serve.benchmark.results import Run, Side
+from ria_vllm.serve.benchmark.results import Measured, Run, Side
 from ria_vllm.serve.benchmark.server import Server, running_server
 
 ROOT = Path(__file__).parents[1]
@@ -194,7 +194,7 @@ def summary(runs: Sequence[Run], sides: Sequence[Side], perplexities: dict[str, 
     sizes = {side.name: side.bytes for side in sides}
     memory = {side: max((p.memory[side] or 0 for p in points), default=0) for side in (dense, sparse)}
     rows = [("perplexity, lower is better", perplexities, "{:.1f}".format, "-")]
-    rows += [("weight files", sizes, results.size_text, "-"), ("memory of the server", memory, results.size_text, "-")]
+    rows += [("weight files", sizes, table.size_text, "-"), ("memory of the server", memory, table.size_text, "-")]
     for key, name, form in (
         ("output_tokens_per_s", "tokens/s", "{:.1f}".format),
         ("ttft_p50_ms", "time to the first token", "{:.0f} ms".format),
@@ -237,8 +237,9 @@ def everything() -> None:
     sides = [Side(name, str(model), weight_bytes(str(model))) for name, model in models.items()]
     here, options = machine(), {f"serve_arguments_{side}": " ".join(serve_arguments(side)) for side in models}
     options |= {f"perplexity_{name}": f"{value:.2f}" for name, value in perplexities.items()}
-    results.write(folder, runs, sides, here, options, complete=True)
-    plot(folder / "bench.png", runs, SPARSE.name)
+    measured = Measured(sides, runs)
+    table.write(folder, measured, here, options, complete=True)
+    plot(folder / "bench.png", measured, SPARSE.name)
     step(f"{DENSE.name}, dense and sparse (2:4), on {here['cores']} cores of {here['processor']}")
     print(summary(runs, sides, perplexities))
     eager = " with --enforce-eager" if "--enforce-eager" in SERVE_ARGUMENTS else ""

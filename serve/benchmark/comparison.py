@@ -1,0 +1,222 @@
+"""A whole benchmark: every side in every repetition, in turn."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import psutil
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.benchmark import load, table
+from ria_vllm.serve.benchmark.load import Outcome, Workload
+from ria_vllm.serve.benchmark.machine import machine
+from ria_vllm.serve.benchmark.quality import Incomparable, TextQuality
+from ria_vllm.serve.benchmark.results import Measured, Run, Side
+from ria_vllm.serve.benchmark.server import Server, existing_server, running_server
+from ria_vllm.sizes import human_size
+
+
+@dataclass
+class Comparison:
+    """A whole benchmark: what to measure, and what has been measured so far.
+
+    By default one server is alive at a time: each repetition starts every side's server once, and the side that goes
+    first changes. With `keep_servers` all are alive, only one of them gets requests, and sides alternate at every load.
+
+    Attributes:
+        tokenizer: the folder whose tokenizer makes the prompts, the same for all sides.
+        concurrency: numbers of users; empty for offline measurements.
+        text: what perplexity and divergence are measured on, after the first loads of each side.
+        serve_arguments: for `vllm serve`, or offline for `vllm bench throughput`.
+        urls: side -> URL of a running server; sides without one get a server of their own.
+        startup_timeout: seconds.
+    """
+
+    sides: Sequence[Side]
+    workload: Workload
+    concurrency: Sequence[int]
+    repetitions: int
+    seed: int
+    folder: Path
+    tokenizer: str
+    text: TextQuality | None = None
+    keep_servers: bool = False
+    serve_arguments: Sequence[str] = ()
+    options: dict[str, object] = field(default_factory=dict)
+    urls: dict[str, str] = field(default_factory=dict)
+    startup_timeout: float = 1800
+    say: Callable[[str], None] = click.echo
+    measured: Measured = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.measured = Measured(self.sides)
+
+    def measure(self) -> None:
+        """Measure all sides in every repetition; save the results after every run.
+
+        Raises:
+            RiaError: a server of a pair cannot start, or a text cannot be compared.
+        """
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        self._save(complete=False)
+        if not (self.keep_servers and self.concurrency and self._all_alive()):
+            self._one_alive()
+        self._save(complete=True)
+
+    def _order(self, repetition: int) -> list[Side]:
+        """The sides, rotated: each goes first in one of as many repetitions."""
+        first = repetition % len(self.sides)
+        return [*self.sides[first:], *self.sides[:first]]
+
+    def _one_alive(self) -> None:
+        broken: set[str] = set()
+        for repetition in range(self.repetitions):
+            for side in self._order(repetition):
+                if side.name in broken:
+                    continue
+                if not self.concurrency:
+                    self._offline(side, repetition)
+                elif not self._online(side, repetition):
+                    broken.add(side.name)
+
+    def _online(self, side: Side, repetition: int) -> bool:
+        """One repetition with a server of its own; False, with the failure on record, if the server did not start.
+
+        Raises:
+            RiaError: it did not start, and nothing would be left to compare.
+        """
+        with ExitStack() as stack:
+            try:
+                server = self._start(stack, side, repetition)
+            except Incomparable:
+                raise
+            except RiaError as error:
+                if len(self.sides) == 2:
+                    raise
+                failure = Outcome(None, str(error).splitlines()[0])
+                for users in self.concurrency:
+                    self._record(Run(side.name, repetition, users, failure), f"{side.name}, {users} users")
+                return False
+            for number in range(len(self.concurrency)):
+                self._load(server, side, repetition, number)
+            if repetition == 0:
+                self._quality(server, side)
+        return True
+
+    def _all_alive(self) -> bool:
+        """All repetitions with all servers alive; False, with nothing measured, if they do not fit together."""
+        with ExitStack() as stack:
+            servers: dict[str, Server] = {}
+            for side in self.sides:
+                largest = max((s.process.memory() for s in servers.values() if s.process), default=0)
+                available = psutil.virtual_memory().available
+                if available < 1.2 * largest:
+                    left = f"{human_size(available)} of memory are left, and one takes {human_size(largest)}"
+                    return self._not_all(f"with {len(servers)} alive, {left}")
+                try:
+                    server = self._start(stack, side, 0)
+                except Incomparable:
+                    raise
+                except RiaError as error:
+                    if servers:  # it may start alone
+                        return self._not_all(f"beside others, {str(error).splitlines()[0]}")
+                    raise
+                servers[side.name] = server
+            for repetition in range(self.repetitions):
+                for number in range(len(self.concurrency)):
+                    for side in self._order(repetition):
+                        self._load(servers[side.name], side, repetition, number)
+            for side in self.sides:
+                self._quality(servers[side.name], side)
+        return True
+
+    def _not_all(self, reason: str) -> bool:
+        self.measured.notes.append(f"One server at a time, although all were asked for: {reason}.")
+        self.say(f"warning: {self.measured.notes[-1]}")
+        return False
+
+    def _start(self, stack: ExitStack, side: Side, repetition: int) -> Server:
+        """The side's server, which ends with `stack`.
+
+        Raises:
+            RiaError: it did not start.
+            Incomparable: its tokens cannot be compared.
+        """
+        name = self._name(side, repetition)
+        self.say(f"{name}: {'using ' + self.urls[side.name] if side.name in self.urls else 'starting vllm serve'}")
+        server = stack.enter_context(self._server(side, repetition))
+        if server.startup is not None:
+            self.say(f"{name}: ready after {server.startup:.0f} s")
+        if self.text is not None and repetition == 0:
+            self.text.check(side.name, server)
+        return server
+
+    def _load(self, server: Server, side: Side, repetition: int, number: int) -> None:
+        # Each load has its own prompts, or the prefix cache would answer them. All sides get the same ones.
+        users, seed = self.concurrency[number], self.seed + 1000 * repetition + number
+        log = self._log(f"{side.name}-{repetition + 1}-users{users}")
+        outcome = load.online(server, self.tokenizer, self.workload, users, seed, log)
+        self._record(Run(side.name, repetition, users, outcome), f"{self._name(side, repetition)}, {users} users")
+
+    def _quality(self, server: Server, side: Side) -> None:
+        """Perplexity and divergence. They come after the loads, whose peak of memory they must not raise."""
+        if self.text is None:
+            return
+        try:
+            found = self.text.measure(side.name, server)
+        except RiaError as error:
+            self.measured.quality_failures[side.name] = str(error)
+            self.say(f"{side.name}: perplexity FAILED")
+        else:
+            self.measured.quality[side.name] = found
+            kl = "" if found.kl is None else f", KL {found.kl:.4g}"
+            self.say(f"{side.name}: perplexity {found.perplexity:.4g}{kl}")
+        self._save(complete=False)
+
+    def _offline(self, side: Side, repetition: int) -> None:
+        name = f"{self._name(side, repetition)}, offline"
+        self.say(f"{name}: running vllm bench throughput")
+        log = self._log(f"{side.name}-{repetition + 1}-offline")
+        requests, seed = self.workload.requests_per_user, self.seed + 1000 * repetition
+        arguments = [*self.serve_arguments, *side.arguments]
+        outcome = load.offline(side.model, self.workload, requests, seed, log, arguments)
+        self._record(Run(side.name, repetition, None, outcome), name)
+
+    def _server(self, side: Side, repetition: int) -> AbstractContextManager[Server]:
+        if side.name in self.urls:
+            return borrowed(self.urls[side.name])
+        log = self._log(f"{side.name}-{repetition + 1}-server")
+        arguments = [*self.serve_arguments, *side.arguments]
+        return running_server(side.model, log, arguments, self.startup_timeout, self.say)
+
+    def _name(self, side: Side, repetition: int) -> str:
+        return f"repetition {repetition + 1}/{self.repetitions}, {side.name}"
+
+    def _log(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.log"
+
+    def _record(self, run: Run, name: str) -> None:
+        self.measured.runs.append(run)
+        figures = run.outcome.figures
+        self.say(f"{name}: {figures['output_tokens_per_s']:.4g} output tokens/s" if figures else f"{name}: FAILED")
+        self._save(complete=False)
+
+    def _save(self, complete: bool) -> None:
+        options = {
+            "input_len": None if self.workload.data else self.workload.input_len,
+            "data": str(self.workload.data) if self.workload.data else None,
+            "output_len": self.workload.output_len,
+            "requests_per_user": self.workload.requests_per_user,
+            "repetitions": self.repetitions,
+            "seed": self.seed,
+            "serve_arguments": " ".join(self.serve_arguments),
+        }
+        table.write(self.folder, self.measured, machine(), options | self.options, complete)
+
+
+@contextmanager
+def borrowed(url: str) -> Iterator[Server]:
+    """A running server, which is left running."""
+    yield existing_server(url)

@@ -1,0 +1,46 @@
+"""What the sides of a comparison are called."""
+
+import pytest
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.benchmark.sides import sides_of
+
+
+def names(*arguments) -> list[tuple[str, str]]:
+    return [(side.name, side.model) for side in sides_of(*arguments)]
+
+
+def test_a_pair_is_dense_and_sparse():
+    assert names(["models/a"], ["models/b"]) == [("dense", "models/a"), ("sparse", "models/b")]
+
+
+def test_several_are_called_like_their_folders(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"12345")
+    sides = sides_of(["org/dense", "x/w8a8/"], ["out", str(tmp_path / "model.gguf")])
+    assert [side.name for side in sides] == ["dense", "w8a8", "out", "model"]
+    assert [side.bytes for side in sides] == [None, None, None, 5]
+
+
+def test_names_are_given():
+    assert names(["bf16=org/model"], ["2of4=out"]) == [("bf16", "org/model"), ("2of4", "out")]
+    assert names(["bf16=org/model"], ["a/out"]) == [("bf16", "org/model"), ("out", "a/out")]
+
+
+def test_a_path_may_contain_an_equals_sign(tmp_path):
+    folder = tmp_path / "a=b"
+    folder.mkdir()
+    assert names([str(folder)], ["x=y/z=1"]) == [("a=b", str(folder)), ("x", "y/z=1")]
+    assert names(["x/a=b", "y"], ["z"])[0] == ("a=b", "x/a=b")
+
+
+def test_two_of_one_name():
+    with pytest.raises(RiaError, match="x/a and y/a would both be called a.*NAME=y/a"):
+        sides_of(["x/a", "y/a"], ["z"])
+
+
+def test_arguments_of_one_side():
+    arguments = [("w8a8", "--dtype float32"), ("w8a8", "--tokenizer 'a b'")]
+    first, second, third = sides_of(["bf16", "w8a8"], ["out"], arguments)
+    assert second.arguments == ("--dtype", "float32", "--tokenizer", "a b") and not first.arguments + third.arguments
+    with pytest.raises(RiaError, match="w4a16: no such side. There are bf16, w8a8, out"):
+        sides_of(["bf16", "w8a8"], ["out"], [("w4a16", "")])
