@@ -200,9 +200,10 @@ class ExpertsKernel(Protocol):
 
         Args:
             gate_up: the tensors of `config.weight_format` by name, each with the experts as first dimension: of a
-                weight [E, 2 I, H], the I rows of gate before those of up, or [E, I, H] without a gate. Columns are
-                padded with zeros to a multiple of `sparse24.IN_FEATURES_MULTIPLE`. Shapes and dtypes fit, bitmasks are
-                2:4, and scales are finite; they may be zero.
+                weight [E, 2 I, H], the I rows of gate before those of up, or [E, I, H] without a gate. The rows of gate
+                and of up are in the order in which the expert's down takes its columns. Columns are padded with zeros
+                to a multiple of `sparse24.IN_FEATURES_MULTIPLE`. Shapes and dtypes fit, bitmasks are 2:4, and scales
+                are finite; they may be zero.
             down: the same of a weight [E, H, I], columns padded likewise.
             gate_up_bias: [E, 2 I] or [E, I], `config.act_dtype`, if and only if `config.has_bias`.
             down_bias: [E, H], likewise.
@@ -216,7 +217,6 @@ class ExpertsKernel(Protocol):
         topk_ids: torch.Tensor,
         packed: Sequence[torch.Tensor],
         input_permutation: torch.Tensor | None,
-        intermediate_permutation: torch.Tensor | None,
         expert_map: torch.Tensor | None,
     ) -> torch.Tensor:
         """What the experts make of each token. torch.compile traces it.
@@ -228,7 +228,6 @@ class ExpertsKernel(Protocol):
                 counts twice.
             packed: what `pack` returned.
             input_permutation: int32 [H], the order in which gate and up take x's channels, or None.
-            intermediate_permutation: int32 [E, I], the order in which each down takes its channels, or None.
             expert_map: int32 [experts of all ranks], the number on this rank of each expert in `topk_ids`; -1 for those
                 of other ranks, which add nothing. None: `topk_ids` holds numbers on this rank.
 
