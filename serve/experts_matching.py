@@ -93,10 +93,10 @@ def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
         delattr(layer, parameter)
     if isinstance(method, Sparse24MoEMethod):
         method.report.expected -= 1
-    layer.quant_method = (
-        UnquantizedFusedMoEMethod(layer.moe_config) if name is None else config.experts_method(layer, name)
-    )
-    layer.quant_method.create_weights(layer, **method.creation)
+    new = UnquantizedFusedMoEMethod(layer.moe_config) if name is None else config.experts_method(layer, name)
+    del layer.quant_method  # vLLM's own is a module; torch would not let another object take its place
+    layer.quant_method = new
+    new.create_weights(layer, **method.creation)
 
 
 def takers(config: RiaConfig, model: torch.nn.Module) -> dict[str, Taker | None]:
