@@ -40,15 +40,6 @@ ROWS_REARRANGED_BY_VLLM = ("falcon",)
 DRAFT_PREFIX = "draft_model."
 
 
-
-
-def _is_mixture(layer: torch.nn.Module) -> bool:
-    """Whether it is one of vLLM's layers of routed experts. Only models that have them need the class."""
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-
-    return isinstance(layer, RoutedExperts)
-
-
 class RiaConfig(QuantizationConfig):
     """Which linears are pruned, in what order their inputs are stored, and which of these orders are folded away.
 
@@ -191,9 +182,12 @@ class RiaConfig(QuantizationConfig):
         self.names = {new: name for known, name in self.names.items() for new in hf_to_vllm_mapper.apply_list([known])}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if self.schema.experts and _is_mixture(layer):
-            self._check_engine()
-            return self._method_of_mixture(layer, prefix.removeprefix(DRAFT_PREFIX))
+        if self.schema.experts:
+            from ria_vllm.serve.experts import RoutedExperts  # only models with experts need vLLM's layers of them
+
+            if isinstance(layer, RoutedExperts):
+                self._check_engine()
+                return self._mixture_method(layer, prefix.removeprefix(DRAFT_PREFIX))
         if not isinstance(layer, LinearBase):
             if self.kv_cache_scheme is None:
                 return None
@@ -217,33 +211,22 @@ class RiaConfig(QuantizationConfig):
                 "machine. Serve the folder that `ria-vllm compress` wrote without this option."
             )
 
-    def _method_of_mixture(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
-        from ria_vllm.serve.experts import ProvisionalExpertsMethod  # needs vLLM's layers of experts
+    def _mixture_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
+        from ria_vllm.serve.experts import ProvisionalExpertsMethod
 
-        if self.stored is None and prefix not in self.expert_layers:
-            experts = named_experts(self.schema, prefix)
-            if experts is not None:
-                self.experts[prefix] = experts
-                self.expert_layers[prefix] = prefix
+        if self.stored is None and (experts := named_experts(self.schema, prefix)) is not None:
+            self.experts[prefix], self.expert_layers[prefix] = experts, prefix
         name = self.expert_layers.get(prefix)
         return ProvisionalExpertsMethod(layer.moe_config) if name is None else self.experts_method(layer, name)
 
     def experts_method(self, layer: torch.nn.Module, name: str) -> QuantizeMethodBase:
-        """The method by which vLLM's mixture `layer` serves the pruned experts `name`.
-
-        Raises:
-            RiaError: it cannot.
-        """
+        """The method by which vLLM's mixture `layer` serves the pruned experts `name`."""
         from ria_vllm.serve.experts import Sparse24MoEMethod
 
-        if EngineOptions.current().lora:
-            raise RiaError(
-                f"{self.where}: vLLM puts LoRA adapters on the experts, too, which is not served for pruned ones. Serve "
-                "without --enable-lora, or a dense folder that `ria-vllm export` makes."
-            )
-        experts = self.experts[name]
-        orders = ExpertOrders.of(experts, self.permutations, self.folding)
-        return Sparse24MoEMethod(layer, experts, WeightScheme(self.schema.weight_format), orders, self.report)
+        orders = ExpertOrders.of(self.experts[name], self.permutations, self.folding)
+        return Sparse24MoEMethod(
+            layer, self.experts[name], WeightScheme(self.schema.weight_format), orders, self.report
+        )
 
     def sparse_method(self, layer: str, linears: tuple[str, ...]) -> Sparse24LinearMethod:
         """The method by which vLLM's layer called `layer` serves these linears."""

@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.engine import EngineOptions
-from ria_vllm.serve.experts_loading import BIAS, DOWN, GATE_UP, ExpertsLoader, ExpertSizes
+from ria_vllm.serve.experts_loading import BIAS, DOWN, GATE_UP, ExpertSizes, ExpertsLoader
 from ria_vllm.serve.experts_packing import (
     LoadedExperts,
     PackedExperts,
@@ -51,7 +51,11 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         report: where the layer is counted.
 
     Attributes:
-        dense: vLLM's method, if it serves the layer.
+        choice: the kernel that serves the layer; None for vLLM's own method, whose weights are dense.
+        dense: vLLM's method, in the latter case.
+
+    Raises:
+        RiaError: vLLM's layer is not that of these experts, or does something that is not served.
     """
 
     def __init__(
@@ -68,6 +72,11 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         self.orders = orders
         self.report = report
         moe, name = layer.moe_config, experts.name
+        if moe.is_lora_enabled:
+            raise RiaError(
+                f"{name}: vLLM puts LoRA adapters on the experts, too, which is not served for pruned ones. Serve "
+                "without --enable-lora, or a dense folder that `ria-vllm export` makes."
+            )
         if moe.num_logical_experts != experts.num_experts or moe.num_experts != experts.num_experts:
             raise RiaError(
                 f"{name}: config.json names {experts.num_experts} pruned experts, but vLLM's layer has "

@@ -60,9 +60,7 @@ def match_experts(config: RiaConfig, model: torch.nn.Module) -> set[str]:
     return served
 
 
-def layers_of(
-    model: torch.nn.Module, experts: StoredExperts, layers: dict[str, RoutedExperts]
-) -> list[str] | None:
+def layers_of(model: torch.nn.Module, experts: StoredExperts, layers: dict[str, RoutedExperts]) -> list[str] | None:
     """Paths of the mixture layers to which the names of these experts lead; None if they are elsewhere."""
     place = place_of(model, f"{experts.linear('up', 0)}.weight")
     if place is None:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 from ria_vllm.formats import FLOAT, WeightFormat, name_of
 from ria_vllm.serve.kernels.base import ExpertsKernel, ExpertsLayerConfig
+from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.registry import KERNEL_VARIABLE
 
-EXPERTS_KERNELS: tuple[type[ExpertsKernel], ...] = ()
+EXPERTS_KERNELS: tuple[type[ExpertsKernel], ...] = (CpuExpertsKernel,)
 """Our kernels, in order of preference."""
 
 

@@ -10,7 +10,7 @@ import mixture_layers
 import pytest
 import torch
 from mixture_layers import EXPERTS, HIDDEN, INNER, LAYER, Model, StoredMixture, attached, play_rank, route, run, served
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -70,15 +70,17 @@ class DecompressingKernel:
             if limit is not None:
                 gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
             h = gate * torch.sigmoid(config.activation.alpha * gate) * (up + config.activation.beta)
-            y[token] += (down[e] @ h + (biases[1][e] if biases else 0)) * (1 if config.router_weight_on_input else weight)
+            y[token] += (down[e] @ h + (biases[1][e] if biases else 0)) * (
+                1 if config.router_weight_on_input else weight
+            )
         return y
 
 
-@pytest.fixture(params=["vllm", "kernel"])
+@pytest.fixture(params=["vllm", "torch", "ours"])
 def path(request, monkeypatch):
-    """Who computes: vLLM's own experts, or a kernel of ours."""
-    kernels = () if request.param == "vllm" else (DecompressingKernel,)
-    monkeypatch.setattr(experts_registry, "EXPERTS_KERNELS", kernels)
+    """Who computes: vLLM's own experts, the kernel above, or our own."""
+    kernels = {"vllm": (), "torch": (DecompressingKernel,), "ours": experts_registry.EXPERTS_KERNELS}
+    monkeypatch.setattr(experts_registry, "EXPERTS_KERNELS", kernels[request.param])
     return request.param
 
 
@@ -96,7 +98,7 @@ def test_every_format_and_order(path, orders, weight_format):
     x, weights, ids = route()
     close(run(model, x, weights, ids), stored.expected(x, weights, ids))
     packed = model.experts.ria_experts
-    assert (packed is not None) == (path == "kernel" and orders != "linear")
+    assert (packed is not None) == (path != "vllm" and orders != "linear")
     if packed is not None:
         assert (packed.input_permutation is not None) == (orders == "shared")
     names = {name for name, _ in model.experts.named_parameters()}
@@ -300,9 +302,28 @@ def test_another_number_of_experts():
         Model(StoredMixture().config(), num_experts=2 * EXPERTS)
 
 
-def test_adapters_are_refused(monkeypatch):
-    from ria_vllm.serve.engine import EngineOptions
-
-    monkeypatch.setattr(EngineOptions, "current", lambda: EngineOptions(lora=True))
-    with pytest.raises(RiaError, match="LoRA adapters on the experts"):
+def test_adapters_are_refused():
+    current = VllmConfig()
+    current.lora_config = LoRAConfig(max_lora_rank=8)
+    with set_current_vllm_config(current), pytest.raises(RiaError, match="LoRA adapters on the experts"):
         Model(StoredMixture().config())
+
+
+def test_a_draft_leaves_the_experts_of_its_target_alone():
+    """A multi-token prediction model is built with the target's config and reads the same files."""
+
+    class Draft(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(4)
+
+        def load_weights(self, weights):
+            return [name for name, _ in weights]
+
+    stored = StoredMixture()
+    config = stored.config()
+    model = attached(config, Model(config))
+    draft = attached(config, Draft())
+    rest = {"model.norm.weight": torch.zeros(4)}
+    assert draft.load_weights(iter((stored.tensors | rest).items())) == list(rest)
+    assert not model.experts.quant_method.loader.loaded
