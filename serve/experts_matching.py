@@ -4,14 +4,12 @@ vLLM's models load experts each in its own way, but all of them keep them in a `
 names of the experts lead. `match_experts` finds it, and says who takes each tensor of an expert.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from ria_vllm.errors import RiaError
+from ria_vllm.schema import Stacked
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.experts import ProvisionalExpertsMethod, Sparse24MoEMethod
 from ria_vllm.serve.model_paths import place_of
@@ -84,8 +82,8 @@ def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
         return
     elif not isinstance(method, ProvisionalExpertsMethod):
         raise RiaError(
-            f"{config.where}: vLLM's layer {layer.layer_name} takes dense experts only, but {name} are pruned. Compress "
-            "the model again with these in --ignore, or make a dense folder with `ria-vllm export`."
+            f"{config.where}: vLLM's layer {layer.layer_name} takes dense experts only, but {name} are pruned. "
+            "`ria-vllm export` makes a dense folder."
         )
     for parameter in method.created:
         delattr(layer, parameter)
@@ -111,17 +109,17 @@ def takers(config: RiaConfig, model: torch.nn.Module) -> dict[str, Taker | None]
     for name, experts in config.experts.items():
         layer = layers.get(name)
         for linear, kind, expert in experts.linears():
-            found[linear] = None if layer is None else _of_linear(layer, kind, expert)
+            found[linear] = None if layer is None else _taker_of_linear(layer, kind, expert)
         for bias, stacked in experts.biases.items():
-            loader = None if layer is None else layer.quant_method.loader
-            found[bias] = None if loader is None else partial(_give_biases, loader, layer, bias, stacked)
+            found[bias] = None if layer is None else _taker_of_biases(layer, bias, stacked)
     return found
 
 
-def _of_linear(layer: RoutedExperts, kind: str, expert: int) -> Callable[[str, torch.Tensor], None]:
+def _taker_of_linear(layer: RoutedExperts, kind: str, expert: int) -> Taker:
     loader = layer.quant_method.loader
     return lambda part, tensor: loader.give(layer, part, tensor, kind, expert)
 
 
-def _give_biases(loader, layer, bias, stacked, part: str, tensor: torch.Tensor) -> None:
-    loader.give_biases(layer, bias, tensor, stacked)
+def _taker_of_biases(layer: RoutedExperts, name: str, stacked: Stacked) -> Taker:
+    loader = layer.quant_method.loader
+    return lambda _, tensor: loader.give_biases(layer, name, tensor, stacked)

@@ -111,7 +111,7 @@ class ExpertOrders:
     """The orders in which the channels of a layer's experts are stored, by expert.
 
     Attributes:
-        rows: in which the rows of gate and up are taken, so that down reads its input in its own order; None: as stored.
+        rows: in which the rows of gate and up are taken, so that down finds its input as stored; None: as they are.
         inputs: int32 [H], in which gate (if there is one) and up take the channels of a token; None: the model's own.
     """
 

@@ -1,4 +1,4 @@
-"""One mixture layer of vLLM with pruned experts, and what it must compute, in float64 from the experts' plain weights."""
+"""One mixture layer of vLLM with pruned experts, and what it must compute, in float64 from the plain weights."""
 
 import torch
 from vllm.config import get_current_vllm_config

@@ -4,6 +4,7 @@ Without a kernel, vLLM's own experts compute. With one, the layer must hand it w
 decompresses what it gets.
 """
 
+import functools
 from types import SimpleNamespace
 
 import mixture_layers
@@ -160,6 +161,36 @@ def test_router_weights_on_the_input(path, monkeypatch):
     model = served(stored, apply_router_weight_on_input=True, top_k=1)
     x, weights, ids = route()
     close(run(model, x, weights, ids), stored.expected(x, weights, ids, on_input=True))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("computed", ["vllm", "ours"])
+def test_activations(monkeypatch, computed, activation):
+    if computed == "vllm":
+        monkeypatch.setattr(experts_registry, "EXPERTS_KERNELS", ())
+    function = {
+        "silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu,
+        "gelu_pytorch_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+    }[activation]  # fmt: skip
+    stored = StoredMixture()
+    model = served(stored, activation=activation)
+    x, weights, ids = route()
+    want = stored.expected(3 * x, weights, ids, lambda gate, up: function(gate) * up)
+    torch.testing.assert_close(run(model, 3 * x, weights, ids).double(), want, rtol=0, atol=2e-4)  # results of about 10
+
+
+def test_a_limit_of_the_gate():
+    """vLLM's experts for CPUs do not clamp."""
+    stored = StoredMixture()
+    model = served(stored, swiglu_limit=0.7)
+    x, weights, ids = route()
+
+    def act(gate, up):
+        return mixture_layers.silu(gate.clamp(max=0.7), up.clamp(-0.7, 0.7))
+
+    torch.testing.assert_close(
+        run(model, x, weights, ids).double(), stored.expected(x, weights, ids, act), rtol=0, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("prefix", ["layers.1.mlp.experts", "wrong", ""])
