@@ -94,6 +94,13 @@ FAMILIES = {
             ("linear_value_head_dim", 32), ("mlp_only_layers", []),
         ),
     ),
+    "qwen3_5_moe_text": Mixture(
+        "qwen3_5_moe_text",
+        settings=(
+            *QWEN, SHARED, ("layer_types", ["linear_attention", "full_attention"]), ("linear_num_key_heads", 2),
+            ("linear_num_value_heads", 4), ("linear_key_head_dim", 32), ("linear_value_head_dim", 32),
+        ),
+    ),
     "gpt_oss": Mixture(
         "gpt_oss",
         stacked=(
