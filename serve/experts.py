@@ -1,5 +1,6 @@
 """Sparse24MoEMethod: the routed experts of one of vLLM's mixture layers, with 2:4 weights."""
 
+import os
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from ria_vllm.serve.experts_packing import (
     pack_experts,
 )
 from ria_vllm.serve.kernels.base import ExpertsLayerConfig
-from ria_vllm.serve.kernels.experts_registry import ExpertsChoice, choose_experts
+from ria_vllm.serve.kernels import experts_registry
+from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
 from ria_vllm.serve.load_report import LoadReport
 from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts
 from ria_vllm.serve.weight_scheme import Weights, WeightScheme
@@ -105,16 +107,24 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         orders.check(experts, self.sizes.hidden, self.sizes.intermediate)
         self.choice = self._choose(layer)
         self.dense: UnquantizedFusedMoEMethod | None = None
-        if self.choice is None:
-            self.dense = UnquantizedFusedMoEMethod(moe)
-            self.experts_cls = self.dense.experts_cls
+        if self.choice is None or (self.choice.kernel.is_fallback and not os.environ.get(KERNEL_VARIABLE)):
+            try:
+                self.dense = UnquantizedFusedMoEMethod(moe)
+            except (NotImplementedError, ValueError):  # vLLM has no experts for this layer on this platform
+                if self.choice is None:
+                    raise
+            else:
+                self.choice, self.experts_cls = None, self.dense.experts_cls
 
-    def _choose(self, layer: RoutedExperts) -> ExpertsChoice | None:
-        """The kernel for the layer; None for vLLM's own method, whose weights are dense."""
+    def _choose(self, layer: RoutedExperts) -> experts_registry.Choice | None:
+        """The kernel for the layer; None if only vLLM's own method can serve it, or does while another is forced."""
         moe, activation = self.moe, activation_of(layer)
         moves_tokens = moe.dp_size > 1 or moe.pcp_size > 1 or moe.is_sequence_parallel
         if activation is None or moves_tokens or not self.orders.shared_input:
             return None
+        forced = os.environ.get(KERNEL_VARIABLE)
+        if forced and forced not in {kernel.name for kernel in experts_registry.KERNELS}:
+            return None  # a kernel of linears
         config = ExpertsLayerConfig(
             device=torch.device(moe.device),
             act_dtype=moe.in_dtype,
@@ -126,7 +136,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             has_bias=moe.has_bias,
             router_weight_on_input=layer.apply_router_weight_on_input,
         )
-        return choose_experts(config)
+        return experts_registry.choose(config)
 
     def maybe_roundup_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         if self.dense is not None:
@@ -242,7 +252,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             )  # fmt: skip
             kernel, bytes_here = f"dense experts ({type(self.moe_kernel.fused_experts).__name__})", dense_bytes
         else:
-            kernel = str(packed.choice)
+            kernel = f"{packed.choice} experts"
             bytes_here = sum(getattr(layer, name).nbytes for name in packed.packed)
         gathered = packed is not None and packed.input_permutation is not None
         shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in layer.named_parameters(recurse=False)]

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from ria_vllm import permutation
 from ria_vllm.serve.experts_loading import ExpertSizes
 from ria_vllm.serve.kernels.base import Activation
-from ria_vllm.serve.kernels.experts_registry import ExpertsChoice
+from ria_vllm.serve.kernels.experts_registry import Choice
 from ria_vllm.serve.parameters import set_parameter
 from ria_vllm.serve.weight_scheme import Weights
 
@@ -68,7 +68,7 @@ class PackedExperts:
         input_permutation: name of the parameter with the order in which the kernel takes the input channels, or None.
     """
 
-    choice: ExpertsChoice
+    choice: Choice
     packed: tuple[str, ...]
     input_permutation: str | None
 
@@ -87,7 +87,7 @@ class PackedExperts:
         )
 
 
-def pack_experts(layer: RoutedExperts, choice: ExpertsChoice, experts: LoadedExperts) -> PackedExperts:
+def pack_experts(layer: RoutedExperts, choice: Choice, experts: LoadedExperts) -> PackedExperts:
     """Pack `experts`, which all take their input in one order, and register what the kernel needs on `layer`."""
     config = choice.config
     gate_up, down = (
@@ -105,7 +105,7 @@ def pack_experts(layer: RoutedExperts, choice: ExpertsChoice, experts: LoadedExp
     return PackedExperts(choice, names, "experts_input_permutation")
 
 
-def _in_format(weights: Weights, choice: ExpertsChoice) -> Mapping[str, torch.Tensor]:
+def _in_format(weights: Weights, choice: Choice) -> Mapping[str, torch.Tensor]:
     if choice.widened_from is not None:
         weights = weights.widened(choice.config.act_dtype)
     return weights.parts

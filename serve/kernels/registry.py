@@ -1,8 +1,5 @@
 """Which kernel serves a layer: the kernels of other packages first, then ours, in order of preference."""
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 
@@ -10,7 +7,8 @@ import torch
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, WeightFormat, name_of
+from ria_vllm.formats import WeightFormat
+from ria_vllm.serve.kernels import choice
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
@@ -22,25 +20,12 @@ ENTRY_POINT_GROUP = "ria_vllm.linear_kernels"
 
 OWN_KERNELS: tuple[type[LinearKernel], ...] = (CutlassKernel, CusparseltKernel, CpuKernel, ReferenceKernel)
 
-KERNEL_VARIABLE = "RIA_VLLM_BACKEND"
-"""Names the kernel that must serve every layer."""
+KERNEL_VARIABLE = choice.KERNEL_VARIABLE
 
 # Sides of the square weight in `self_test`, which uses the first that the kernel takes.
 _SELF_TEST_SIDES = (64, 128, 256)
 
-
-@dataclass(frozen=True)
-class Choice:
-    """The kernel for a layer, and the layer as this kernel serves it: perhaps with its weights widened."""
-
-    kernel: type[LinearKernel]
-    config: LinearLayerConfig
-    widened_from: WeightFormat | None = None
-
-    def __str__(self) -> str:
-        if self.widened_from is None:
-            return self.kernel.name
-        return f"{self.kernel.name} with {self.widened_from.name} widened to {name_of(self.config.act_dtype)}"
+Choice = choice.Choice[LinearKernel, LinearLayerConfig]
 
 
 @lru_cache
@@ -134,48 +119,10 @@ def self_test(
     return None if right else "a small product comes out wrong on this device"
 
 
-def widened(config: LinearLayerConfig) -> LinearLayerConfig:
-    """The same layer with its weights as floating point."""
-    return replace(config, weight_format=FLOAT)
-
-
 def choose(config: LinearLayerConfig) -> Choice:
-    """The kernel for a layer: the first that serves its weights as they are; else the first that serves them widened to
-    the activations' dtype; else a fallback. RIA_VLLM_BACKEND forces a kernel instead.
+    """The kernel for a layer, as `ria_vllm.serve.kernels.choice.choose` chooses it.
 
     Raises:
         RiaError: RIA_VLLM_BACKEND names no kernel, or one that cannot serve the layer; or none can.
     """
-    forced = os.environ.get(KERNEL_VARIABLE)
-    if forced:
-        return _forced(config, forced)
-    fast = [kernel for kernel in kernels() if not kernel.is_fallback]
-    fallbacks = [kernel for kernel in kernels() if kernel.is_fallback]
-    choice = _first(fast, config) or _first(fallbacks, config)
-    if choice is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(config))
-        raise RiaError(f"no kernel can serve {config}: {reasons}")
-    return choice
-
-
-def _first(candidates: Sequence[type[LinearKernel]], config: LinearLayerConfig) -> Choice | None:
-    attempts: list[tuple[LinearLayerConfig, WeightFormat | None]] = [(config, None)]
-    if config.weight_format != FLOAT:
-        attempts.append((widened(config), config.weight_format))
-    for attempt, widened_from in attempts:
-        for kernel in candidates:
-            if reason_against(kernel, attempt) is None:
-                return Choice(kernel, attempt, widened_from)
-    return None
-
-
-def _forced(config: LinearLayerConfig, name: str) -> Choice:
-    named = {kernel.name: kernel for kernel in kernels()}
-    if name not in named:
-        raise RiaError(f"{KERNEL_VARIABLE}={name} is not a kernel; choose from {', '.join(named)}.")
-    choice = _first([named[name]], config)
-    if choice is None:
-        # It cannot serve the widened weights either, and that reason is what matters.
-        reason = reason_against(named[name], widened(config))
-        raise RiaError(f"{KERNEL_VARIABLE}={name} cannot serve {config}: {reason}")
-    return choice
+    return choice.choose(config, kernels(), reason_against)

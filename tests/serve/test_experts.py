@@ -23,6 +23,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.formats import FORMATS, WRITTEN
 from ria_vllm.serve.experts import Sparse24MoEMethod
 from ria_vllm.serve.kernels import experts_registry
+from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 
 pytestmark = pytest.mark.usefixtures("ranks")
 
@@ -77,11 +78,13 @@ class DecompressingKernel:
         return y
 
 
-@pytest.fixture(params=["vllm", "torch", "ours"])
+@pytest.fixture(params=["vllm", "torch", "cpu", "reference"])
 def path(request, monkeypatch):
-    """Who computes: vLLM's own experts, the kernel above, or our own."""
-    kernels = {"vllm": (), "torch": (DecompressingKernel,), "ours": experts_registry.EXPERTS_KERNELS}
-    monkeypatch.setattr(experts_registry, "EXPERTS_KERNELS", kernels[request.param])
+    """Who computes: vLLM's own experts, the kernel above, or one of ours."""
+    kernels = {"vllm": (ReferenceExpertsKernel,), "torch": (DecompressingKernel,)}
+    monkeypatch.setattr(experts_registry, "KERNELS", kernels.get(request.param, experts_registry.KERNELS))
+    if request.param == "reference":
+        monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
     return request.param
 
 
@@ -107,7 +110,7 @@ def test_every_format_and_order(path, orders, weight_format):
 
 
 def test_widened_weights(monkeypatch):
-    monkeypatch.setattr(experts_registry, "EXPERTS_KERNELS", (DecompressingKernel,))
+    monkeypatch.setattr(experts_registry, "KERNELS", (DecompressingKernel,))
     monkeypatch.setattr(DecompressingKernel, "formats", ("float",))
     stored = StoredMixture(weight_format=FORMATS["int8"])
     model = served(stored)
@@ -175,10 +178,9 @@ def test_router_weights_on_the_input(path, monkeypatch):
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize("computed", ["vllm", "ours"])
-def test_activations(monkeypatch, computed, activation):
-    if computed == "vllm":
-        monkeypatch.setattr(experts_registry, "EXPERTS_KERNELS", ())
+def test_activations(path, activation):
+    if path == "torch" and activation != "silu":
+        pytest.skip("it knows no other")
     function = {
         "silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu,
         "gelu_pytorch_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
@@ -188,6 +190,29 @@ def test_activations(monkeypatch, computed, activation):
     x, weights, ids = route()
     want = stored.expected(3 * x, weights, ids, lambda gate, up: function(gate) * up)
     torch.testing.assert_close(run(model, 3 * x, weights, ids).double(), want, rtol=0, atol=2e-4)  # results of about 10
+
+
+def test_experts_that_vllm_does_not_have(monkeypatch):
+    """Its experts for CPUs need 32 channels of gpt-oss's activation on each rank."""
+    monkeypatch.setattr(experts_registry, "KERNELS", (ReferenceExpertsKernel,))
+    stored = StoredMixture()
+    x, weights, ids = route()
+    total = 0
+    for rank in range(8):
+        play_rank(monkeypatch, rank, 8)
+        model = served(stored, tp_size=8, activation="swigluoai")
+        assert model.experts.ria_experts.choice.kernel is ReferenceExpertsKernel
+        total = total + run(model, x, weights, ids)
+    close(total, stored.expected(x, weights, ids, mixture_layers.swigluoai))
+
+
+def test_a_forced_kernel_of_linears(monkeypatch):
+    monkeypatch.setenv("RIA_VLLM_BACKEND", "cutlass")
+    stored = StoredMixture()
+    model = served(stored)
+    assert model.experts.ria_experts is None
+    x, weights, ids = route()
+    close(run(model, x, weights, ids), stored.expected(x, weights, ids))
 
 
 def test_a_limit_of_the_gate():

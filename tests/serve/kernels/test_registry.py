@@ -58,7 +58,9 @@ def test_a_forced_kernel(monkeypatch):
     with pytest.raises(RiaError, match="in-features 100 are not"):  # fp8 would be widened: that is not in the way
         registry.choose(layer(FP8, in_features=100))
     monkeypatch.setenv(registry.KERNEL_VARIABLE, "fast")
-    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=fast is not a kernel; choose from .*cpu, reference"):
+    with pytest.raises(
+        RiaError, match="RIA_VLLM_BACKEND=fast is not a kernel for a 16 x .* choose from .*cpu, reference"
+    ):
         registry.choose(layer())
 
 

@@ -25,6 +25,8 @@ constexpr int64_t kDownTiles = 4;
 constexpr int64_t kItemsPerThread = 12;
 // A few tokens take as long as one, because reading the weights takes longer. So a pass counts as this many more.
 constexpr int64_t kReadingTokens = 4;
+// Activations that a thread copies in about 10 microseconds: fewer are not worth a barrier.
+constexpr int64_t kCopyGrain = 32 << 10;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -142,7 +144,6 @@ struct Round {
     args.layout = all.gate_up;
     args.x = x;
     args.x_stride = all.x_stride;
-    args.permutation = all.permutation;
     args.activation = &all.activation;
     args.y_stride = all.down.columns;
     for (int64_t i; (i = next_item.fetch_add(1, std::memory_order_relaxed)) < static_cast<int64_t>(items.size());) {
@@ -209,27 +210,43 @@ struct Round {
   }
 };
 
-// The tokens with their channels in the order of the weight's columns, and zeros after them.
-std::vector<uint8_t> padded(const ExpertsArgs& args) {
-  const int64_t item_bytes = activation_size(args.gate_up.dtype);
-  std::vector<uint8_t> x(args.tokens * args.gate_up.columns * item_bytes);
-  for (int64_t t = 0; t < args.tokens; ++t) {
-    const uint8_t* from = static_cast<const uint8_t*>(args.x) + t * args.x_stride * item_bytes;
-    uint8_t* to = x.data() + t * args.gate_up.columns * item_bytes;
-    for (int64_t c = 0; c < args.hidden; ++c, to += item_bytes)
-      std::memcpy(to, from + (args.permutation ? args.permutation[c] : c) * item_bytes, item_bytes);
+// Copies tokens with their channels in the order of the weight's columns, and zeros after them. Every expert reads the
+// copy; each by itself would take its channels from all over a token.
+struct Reordering {
+  const ExpertsArgs& args;
+  uint8_t* to;  // [tokens, columns of gate and up]
+
+  template <class Bits>
+  void copy(int64_t begin, int64_t end) const {
+    for (int64_t t = begin; t < end; ++t) {
+      const Bits* from = static_cast<const Bits*>(args.x) + t * args.x_stride;
+      Bits* row = reinterpret_cast<Bits*>(to) + t * args.gate_up.columns;
+      if (args.permutation)
+        for (int64_t c = 0; c < args.hidden; ++c) row[c] = from[args.permutation[c]];
+      else
+        std::memcpy(row, from, args.hidden * sizeof(Bits));
+      std::memset(row + args.hidden, 0, (args.gate_up.columns - args.hidden) * sizeof(Bits));
+    }
   }
-  return x;
-}
+  static void run(int64_t begin, int64_t end, void* reordering) {
+    const auto& self = *static_cast<const Reordering*>(reordering);
+    if (activation_size(self.args.gate_up.dtype) == 2)
+      self.copy<uint16_t>(begin, end);
+    else
+      self.copy<uint32_t>(begin, end);
+  }
+};
 
 }  // namespace
 
 void experts(const ExpertsArgs& given, const InstructionSet& set) {
   ExpertsArgs args = given;
-  std::vector<uint8_t> x;
-  if (args.hidden < args.gate_up.columns) {
-    x = padded(args);
-    args.x = x.data();
+  thread_local Scratch scratch;
+  if (args.permutation || args.hidden < args.gate_up.columns) {
+    const int64_t item_bytes = activation_size(args.gate_up.dtype);
+    Reordering reordering{given, scratch.bytes(args.tokens * args.gate_up.columns * item_bytes)};
+    parallel_for(args.tokens, ceil_div(kCopyGrain, args.hidden), Reordering::run, &reordering);
+    args.x = reordering.to;
     args.x_stride = args.gate_up.columns;
     args.permutation = nullptr;
   }

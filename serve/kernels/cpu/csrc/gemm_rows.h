@@ -248,52 +248,46 @@ void multiply_tiles(const GemmArgs& args, int64_t begin, int64_t end) {
 
 // Copies four channels of `tokens` tokens to the panel. The pointers are locals because the panel's bytes may alias
 // anything.
-template <class VecTraits, bool kGathered, class Value = typename VecTraits::Value>
-void pack_group(const Value* x, int64_t stride, const int32_t* x_rows, const int64_t (&c)[4], int64_t tokens,
-                uint8_t* panel) {
+template <class VecTraits, class Value = typename VecTraits::Value>
+void pack_group(const Value* x, int64_t stride, const int32_t* c, int64_t tokens, uint8_t* panel) {
   const Value *x0 = x + c[0], *x1 = x + c[1], *x2 = x + c[2], *x3 = x + c[3];
-  for (int64_t t = 0; t < tokens; ++t, panel += VecTraits::kActivationBytes) {
-    const int64_t i = (kGathered ? x_rows[t] : t) * stride;
+  for (int64_t t = 0, i = 0; t < tokens; ++t, i += stride, panel += VecTraits::kActivationBytes)
     VecTraits::store_channels(panel, x0[i], x1[i], x2[i], x3[i]);
+}
+
+// Copies the channels [first, last) of `tokens` tokens to the panel, in the order in which they are.
+template <class VecTraits, class Value = typename VecTraits::Value>
+void pack_in_order(const Value* x, int64_t stride, const int32_t* x_rows, int64_t first, int64_t last, int64_t tokens,
+                   uint8_t* panel) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    const Value* from = x + (x_rows ? x_rows[t] : t) * stride;
+    uint8_t* to = panel + t * VecTraits::kActivationBytes;
+    for (int64_t c = first; c < last; c += 4, to += tokens * VecTraits::kActivationBytes)
+      VecTraits::store_channels(to, from[c], from[c + 1], from[c + 2], from[c + 3]);
   }
 }
 
 // Copies the tokens of some token blocks to the panel, with their channels in the order of the weight's columns.
-template <class VecTraits, bool kGathered>
-void pack_blocks(const GemmArgs& args, int64_t begin, int64_t end) {
+template <class VecTraits>
+void pack_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
   const TokenBlocks tokens(args.tokens, VecTraits::kBlockTokens);
   const int64_t all_blocks = args.layout.blocks(), stride = args.x_stride;
-  const int32_t* permutation = args.permutation;
   for (int64_t b = begin; b < end; ++b) {
     const auto* x = static_cast<const typename VecTraits::Value*>(args.x);
-    const int32_t* x_rows = nullptr;
-    if constexpr (kGathered)
-      x_rows = args.x_rows + tokens.first(b);
-    else
-      x += tokens.first(b) * stride;
+    const int32_t* x_rows = args.x_rows ? args.x_rows + tokens.first(b) : nullptr;
+    if (!x_rows) x += tokens.first(b) * stride;
     const int64_t size = tokens.size(b);
     for (int64_t chunk = 0; chunk < all_blocks; chunk += kChunkBlocks) {
       const int64_t blocks = all_blocks - chunk < kChunkBlocks ? all_blocks - chunk : kChunkBlocks;
       const int64_t first = chunk * 4 * kBlockGroups, last = first + blocks * 4 * kBlockGroups;
       uint8_t* panel = args.panel + panel_offset<VecTraits>(args, chunk, blocks, tokens.first(b));
-      for (int64_t c = first; c < last; c += 4, panel += size * VecTraits::kActivationBytes) {
-        if (permutation)
-          pack_group<VecTraits, kGathered>(
-              x, stride, x_rows, {permutation[c], permutation[c + 1], permutation[c + 2], permutation[c + 3]}, size,
-              panel);
-        else
-          pack_group<VecTraits, kGathered>(x, stride, x_rows, {c, c + 1, c + 2, c + 3}, size, panel);
-      }
+      if (args.permutation)
+        for (int64_t c = first; c < last; c += 4, panel += size * VecTraits::kActivationBytes)
+          pack_group<VecTraits>(x, stride, args.permutation + c, size, panel);
+      else
+        pack_in_order<VecTraits>(x, stride, x_rows, first, last, size, panel);
     }
   }
-}
-
-template <class VecTraits>
-void pack_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
-  if (args.x_rows)
-    pack_blocks<VecTraits, true>(args, begin, end);
-  else
-    pack_blocks<VecTraits, false>(args, begin, end);
 }
 
 template <class VecTraits>

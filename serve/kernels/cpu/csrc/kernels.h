@@ -29,7 +29,7 @@ struct GemmArgs {
   int64_t tokens;              // at most kMaxPassTokens
   uint8_t* panel;              // the tokens' activations, packed in the order in which the kernel reads them
 
-  const int32_t* x_rows;         // [tokens], where each token is in x; null: one after the other
+  const int32_t* x_rows;         // [tokens], where each token is in x, if it has no permutation; null: in order
   const Activation* activation;  // not null: y gets the activations, each token y_stride elements after the last one
   int64_t y_stride;
   float* combined;                // not null: the sums, times [tokens] `weights`, are added to rows `combined_rows` of

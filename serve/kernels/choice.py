@@ -1,0 +1,91 @@
+"""How a kernel is chosen, for linears and for experts alike."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from ria_vllm.errors import RiaError
+from ria_vllm.formats import FLOAT, WeightFormat, name_of
+from ria_vllm.serve.kernels.base import ExpertsKernel, ExpertsLayerConfig, LinearKernel, LinearLayerConfig
+
+KERNEL_VARIABLE = "RIA_VLLM_BACKEND"
+"""Names the kernel that must serve every layer."""
+
+Kernel = TypeVar("Kernel", LinearKernel, ExpertsKernel)
+Config = TypeVar("Config", LinearLayerConfig, ExpertsLayerConfig)
+
+
+@dataclass(frozen=True)
+class Choice(Generic[Kernel, Config]):
+    """The kernel for a layer, and the layer as this kernel serves it: perhaps with its weights widened."""
+
+    kernel: type[Kernel]
+    config: Config
+    widened_from: WeightFormat | None = None
+
+    def __str__(self) -> str:
+        if self.widened_from is None:
+            return self.kernel.name
+        return f"{self.kernel.name} with {self.widened_from.name} widened to {name_of(self.config.act_dtype)}"
+
+
+def widened(config: Config) -> Config:
+    """The same layer with its weights as floating point."""
+    return replace(config, weight_format=FLOAT)
+
+
+def choose(
+    config: Config, kernels: Sequence[type[Kernel]], reason_against: Callable[[type[Kernel], Config], str | None]
+) -> Choice[Kernel, Config]:
+    """The first kernel that serves a layer's weights as they are; else the first that serves them widened to the
+    activations' dtype; else a fallback. RIA_VLLM_BACKEND forces a kernel instead.
+
+    Args:
+        kernels: in order of preference.
+
+    Raises:
+        RiaError: RIA_VLLM_BACKEND names no kernel, or one that cannot serve the layer; or none can.
+    """
+    forced = os.environ.get(KERNEL_VARIABLE)
+    if forced:
+        return _forced(config, forced, kernels, reason_against)
+    fast = [kernel for kernel in kernels if not kernel.is_fallback]
+    fallbacks = [kernel for kernel in kernels if kernel.is_fallback]
+    choice = _first(fast, config, reason_against) or _first(fallbacks, config, reason_against)
+    if choice is None:
+        reasons = "; ".join(f"{kernel.name}: {reason_against(kernel, config)}" for kernel in kernels)
+        raise RiaError(f"no kernel can serve {config}: {reasons}")
+    return choice
+
+
+def _first(
+    candidates: Sequence[type[Kernel]],
+    config: Config,
+    reason_against: Callable[[type[Kernel], Config], str | None],
+) -> Choice[Kernel, Config] | None:
+    attempts: list[tuple[Config, WeightFormat | None]] = [(config, None)]
+    if config.weight_format != FLOAT:
+        attempts.append((widened(config), config.weight_format))
+    for attempt, widened_from in attempts:
+        for kernel in candidates:
+            if reason_against(kernel, attempt) is None:
+                return Choice(kernel, attempt, widened_from)
+    return None
+
+
+def _forced(
+    config: Config,
+    name: str,
+    kernels: Sequence[type[Kernel]],
+    reason_against: Callable[[type[Kernel], Config], str | None],
+) -> Choice[Kernel, Config]:
+    named = {kernel.name: kernel for kernel in kernels}
+    if name not in named:
+        raise RiaError(f"{KERNEL_VARIABLE}={name} is not a kernel for {config}; choose from {', '.join(named)}.")
+    choice = _first([named[name]], config, reason_against)
+    if choice is None:
+        # It cannot serve the widened weights either, and that reason is what matters.
+        reason = reason_against(named[name], widened(config))
+        raise RiaError(f"{KERNEL_VARIABLE}={name} cannot serve {config}: {reason}")
+    return choice

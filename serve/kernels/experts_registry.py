@@ -1,0 +1,91 @@
+"""Which kernel serves a layer's experts. They are all ours, in order of preference."""
+
+from functools import lru_cache
+
+import torch
+
+from ria_vllm import sparse24
+from ria_vllm.formats import WeightFormat
+from ria_vllm.serve.kernels import choice
+from ria_vllm.serve.kernels.base import Activation, ExpertsKernel, ExpertsLayerConfig
+from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
+from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel, activate
+
+KERNELS: tuple[type[ExpertsKernel], ...] = (CpuExpertsKernel, ReferenceExpertsKernel)
+
+Choice = choice.Choice[ExpertsKernel, ExpertsLayerConfig]
+
+# Channels of a token in `self_test`, between an expert's products, and experts.
+_HIDDEN, _INTERMEDIATE, _EXPERTS = 128, 64, 3
+
+
+def choose(config: ExpertsLayerConfig) -> Choice:
+    """The kernel for the experts of a layer, as `ria_vllm.serve.kernels.choice.choose` chooses it.
+
+    Raises:
+        RiaError: RIA_VLLM_BACKEND names no kernel for experts, or one that cannot serve these; or none can.
+    """
+    return choice.choose(config, KERNELS, reason_against)
+
+
+def explain(config: ExpertsLayerConfig) -> list[tuple[str, str | None]]:
+    """Each kernel's name, in order of preference, with the reason why it cannot serve the layer as it is, or None."""
+    return [(kernel.name, reason_against(kernel, config)) for kernel in KERNELS]
+
+
+def reason_against(kernel: type[ExpertsKernel], config: ExpertsLayerConfig) -> str | None:
+    """Why the kernel cannot serve the layer, or None."""
+    reason = kernel.is_supported(config.device)
+    reason = kernel.can_implement(config) if reason is None else reason
+    if reason is None:
+        reason = self_test(kernel, config.device, config.act_dtype, config.weight_format, config.activation)
+    return reason
+
+
+@lru_cache
+def self_test(
+    kernel: type[ExpertsKernel],
+    device: torch.device,
+    act_dtype: torch.dtype,
+    weight_format: WeightFormat,
+    activation: Activation,
+) -> str | None:
+    """What goes wrong when the kernel computes a few small experts in this format on this device, or None."""
+    config = ExpertsLayerConfig(device, act_dtype, weight_format, _EXPERTS, _HIDDEN, _INTERMEDIATE, activation)
+    try:
+        # On the CPU and in float32, whatever defaults vLLM has set while it builds or loads a model.
+        generator = torch.Generator("cpu").manual_seed(0)
+        options = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+
+        def random_weight(rows: int, columns: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+            experts = []
+            for _ in range(_EXPERTS):
+                weight = torch.randn(rows, columns, **options).to(device) / columns**0.5
+                mask = sparse24.mask_from_bitmask(sparse24.compress(weight)[1])
+                experts.append(weight_format.encode(*_quantized(weight * mask, weight_format, act_dtype, mask)))
+            dense = torch.stack([weight_format.decode(parts, torch.float32) for parts in experts])
+            return {name: torch.stack([parts[name] for parts in experts]) for name in experts[0]}, dense
+
+        gate_up, dense_gate_up = random_weight(config.gate_up_rows, _HIDDEN)
+        down, dense_down = random_weight(_HIDDEN, _INTERMEDIATE)
+        x = torch.randn(8, _HIDDEN, **options).to(device, act_dtype)
+        ids = torch.tensor([[0, 2], [1, 0], [2, -1], [0, 1]] * 2, dtype=torch.int32, device=device)
+        weights = torch.rand(8, 2, **options).to(device)
+        y = kernel.apply(config, x, weights, ids, kernel.pack(config, gate_up, down, None, None), None, None)
+        expected = torch.zeros(8, _HIDDEN, device=device)
+        for expert in range(_EXPERTS):
+            share = (weights * (ids == expert)).sum(1, keepdim=True)
+            inner = activate(activation, x.float() @ dense_gate_up[expert].T)
+            expected += share * (inner @ dense_down[expert].T)
+        right = y.shape == expected.shape and bool((y.float() - expected).norm() <= 0.1 * expected.norm())
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"a few small experts fail on this device: {reason}"
+    return None if right else "a few small experts come out wrong on this device"
+
+
+def _quantized(
+    weight: torch.Tensor, weight_format: WeightFormat, dtype: torch.dtype, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    weight, scales = weight_format.quantize(weight.to(dtype), dtype)
+    return weight, mask, scales

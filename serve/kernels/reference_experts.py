@@ -1,0 +1,158 @@
+"""A layer's experts in torch operations alone, for any device, dtype and weight format: the fallback."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch.nn import functional
+
+from ria_vllm.formats import FORMATS, name_of
+from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig
+from ria_vllm.sparse24 import VALUE_DTYPES
+
+_library = torch.library.Library("ria", "FRAGMENT")
+_library.define(
+    "sparse24_experts.reference(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor[] packed, Tensor[] biases,"
+    " Tensor? input_permutation, Tensor? expert_map, str format_name, str activation, bool is_gated, float alpha,"
+    " float beta, float? limit) -> Tensor"
+)
+
+
+def activate(activation: Activation, gate_up: torch.Tensor) -> torch.Tensor:
+    """[..., 2 I], the gates before the ups, or without a gate [..., I] -> [..., I], in the dtype that comes in."""
+    if not activation.is_gated:
+        return _function(activation, gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    limit = activation.limit
+    if limit is not None:
+        up = up.clamp(-limit, limit)
+        if activation.name == "swiglustep":
+            return _function(activation, gate).clamp(max=limit) * (up + activation.beta)
+        gate = gate.clamp(max=limit)
+    return _function(activation, gate) * (up + activation.beta)
+
+
+def _function(activation: Activation, x: torch.Tensor) -> torch.Tensor:
+    match activation.name:
+        case "gelu":
+            return functional.gelu(x)
+        case "gelu_tanh":
+            return functional.gelu(x, approximate="tanh")
+        case "relu2":
+            return functional.relu(x).square()
+    return x * torch.sigmoid(activation.alpha * x)
+
+
+def _experts(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    packed: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    input_permutation: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    format_name: str,
+    activation: str,
+    is_gated: bool,
+    alpha: float,
+    beta: float,
+    limit: float | None,
+) -> torch.Tensor:
+    weight_format, function = FORMATS[format_name], Activation(activation, is_gated, alpha, beta, limit)  # type: ignore[arg-type]
+    names = [part.name for part in weight_format.parts]
+    num_experts = len(packed[0])
+    ids = topk_ids.long()
+    limit_of_ids = num_experts if expert_map is None else len(expert_map)
+    if ids.numel() and not (-1 <= int(ids.min()) and int(ids.max()) < limit_of_ids):
+        raise RuntimeError("ria::sparse24: topk_ids has an expert that does not exist")
+    if expert_map is not None:
+        ids = torch.where(ids < 0, ids, expert_map.long()[ids.clamp(min=0)])
+        if ids.numel() and not (-1 <= int(ids.min()) and int(ids.max()) < num_experts):
+            raise RuntimeError("ria::sparse24: expert_map has an expert that does not exist")
+    given = x if input_permutation is None else x.index_select(-1, input_permutation)
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+
+    def product(inputs: torch.Tensor, which: int, expert: int) -> torch.Tensor:
+        tensors = packed[which * len(names) : (which + 1) * len(names)]
+        weight = weight_format.decode(
+            {name: tensor[expert] for name, tensor in zip(names, tensors, strict=True)}, torch.float32
+        )
+        bias = biases[which][expert].float() if biases else None
+        return functional.linear(inputs.float(), weight[:, : inputs.shape[1]], bias)
+
+    for expert in range(num_experts):
+        tokens, slots = (ids == expert).nonzero(as_tuple=True)
+        if not len(tokens):
+            continue
+        inner = activate(function, product(given[tokens], 0, expert)).to(x.dtype)
+        y.index_add_(0, tokens, product(inner, 1, expert) * topk_weights[tokens, slots, None].float())
+    return y.to(x.dtype)
+
+
+_library.impl("sparse24_experts.reference", _experts, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ria::sparse24_experts.reference")
+def _fake_experts(x: torch.Tensor, *_: object) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+class ReferenceExpertsKernel:
+    """See `ExpertsKernel`."""
+
+    name: ClassVar[str] = "reference"
+    is_fallback: ClassVar[bool] = True
+
+    @staticmethod
+    def is_supported(device: torch.device) -> str | None:
+        return None
+
+    @staticmethod
+    def can_implement(config: ExpertsLayerConfig) -> str | None:
+        if FORMATS.get(config.weight_format.name) != config.weight_format:
+            return f"{config.weight_format.name} is not in ria_vllm.formats.FORMATS"
+        if config.act_dtype not in VALUE_DTYPES:
+            return f"dtype {name_of(config.act_dtype)}; {', '.join(map(name_of, VALUE_DTYPES))} only"
+        return None
+
+    @staticmethod
+    def pack(
+        config: ExpertsLayerConfig,
+        gate_up: Mapping[str, torch.Tensor],
+        down: Mapping[str, torch.Tensor],
+        gate_up_bias: torch.Tensor | None,
+        down_bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """The format's own tensors: of gate and up, of down, and the biases."""
+        names = [part.name for part in config.weight_format.parts]
+        packed = [parts[name].clone() for parts in (gate_up, down) for name in names]
+        return (*packed, *(bias.clone() for bias in (gate_up_bias, down_bias) if bias is not None))
+
+    @staticmethod
+    def apply(
+        config: ExpertsLayerConfig,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        packed: Sequence[torch.Tensor],
+        input_permutation: torch.Tensor | None,
+        expert_map: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if config.router_weight_on_input:
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
+        count, activation = 2 * len(config.weight_format.parts), config.activation
+        return torch.ops.ria.sparse24_experts.reference(
+            x,
+            topk_weights,
+            topk_ids,
+            list(packed[:count]),
+            list(packed[count:]),
+            input_permutation,
+            expert_map,
+            config.weight_format.name,
+            activation.name,
+            activation.is_gated,
+            activation.alpha,
+            activation.beta,
+            activation.limit,
+        )
