@@ -115,9 +115,7 @@ def random_experts(
             dense.append(weight)
         weights.append(({name: torch.stack([p[name] for p in parts]) for name in parts[0]}, torch.stack(dense)))
     generator = torch.Generator().manual_seed(seed)
-    biases = tuple(
-        torch.randn(experts, rows, generator=generator).to(dtype) for rows in (config.gate_up_rows, hidden)
-    )
+    biases = tuple(torch.randn(experts, rows, generator=generator).to(dtype) for rows in (config.gate_up_rows, hidden))
     (gate_up, dense_gate_up), (down, dense_down) = weights
     return RandomExperts(config, gate_up, down, dense_gate_up, dense_down, biases if biased else None)
 

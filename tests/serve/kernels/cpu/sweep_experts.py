@@ -57,7 +57,9 @@ def same_bits(format, dtype) -> None:
 
     def call(first, last):
         tokens = slice(first, last)
-        return CpuExpertsKernel.apply(experts.config, x[tokens], weights[tokens], ids[tokens], packed, permutation, None)
+        return CpuExpertsKernel.apply(
+            experts.config, x[tokens], weights[tokens], ids[tokens], packed, permutation, None
+        )
 
     threads = torch.get_num_threads()
     try:
