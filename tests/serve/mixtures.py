@@ -4,7 +4,6 @@ They do not depend on the offline stage. The oracle is the dense folder with the
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,17 +161,25 @@ def expert_matrices(family: Mixture, tensors: dict[str, torch.Tensor]) -> dict[s
 
 
 def write(
-    family: Mixture, folder: Path, weights: str = "float", scope: str = "shared", folds: bool = True, seed: int = 0
+    family: Mixture,
+    folder: Path,
+    weights: str = "float",
+    scope: str = "shared",
+    folds: bool = True,
+    seed: int = 0,
+    dense_layer: int | None = None,
 ) -> tuple[Path, Path]:
     """Write a dense folder and the compressed one with the same weights; returns (compressed, dense).
 
     Args:
         weights: name of the weight format.
         scope: "shared": gate and up of a layer's experts share an order; "linear": each has its own; "none".
+        dense_layer: its experts are not pruned.
     """
     dense, out = folder / "dense", folder / "compressed"
     tensors = save_dense(family, dense, seed=seed)
-    matrices = expert_matrices(family, tensors)
+    left = f".layers.{dense_layer}."
+    matrices = {name: matrix for name, matrix in expert_matrices(family, tensors).items() if left not in name}
     assert len(matrices) >= 3 * EXPERTS, sorted(tensors)
     rng = torch.Generator().manual_seed(seed)
     weight_format, units, orders = FORMATS[weights], {}, {}
@@ -194,7 +201,7 @@ def write(
         matrix.copy_(stored[:, permutation.invert(p)])  # into the dense files' tensor
     save_file(tensors, dense / "model.safetensors", {"format": "pt"})
     replaced = {f"{name}.weight" for name in matrices}
-    replaced |= {stack.tensor.replace("{i}", str(i)) for stack in family.stacked for i in range(8)}
+    replaced |= {stack.tensor.replace("{i}", str(i)) for stack in family.stacked for i in range(8) if i != dense_layer}
     units |= {name: tensor for name, tensor in tensors.items() if name not in replaced}
     experts = family.experts()
     config = json.loads((dense / "config.json").read_text())
@@ -214,7 +221,3 @@ def write(
     writer.write("all", units)
     writer.finish(["all"], {"config.json": config | {"quantization_config": schema.model_dump()}}, [], 1 << 40)
     return out, dense
-
-
-def remove(folder: Path) -> None:
-    shutil.rmtree(folder)

@@ -19,6 +19,7 @@ HALF = {"engine": {"dtype": "bfloat16"}}  # the only dtype of vLLM's linear atte
 ALONE = {name: (name, {}, HALF if name == "qwen3_next" else {}) for name in mixtures.FAMILIES} | {
     "int8": ("qwen3_moe", {"weights": "int8"}, {}),
     "an order for each linear": ("olmoe", {"scope": "linear", "folds": False}, {}),
+    "the experts of one layer dense": ("gpt_oss", {"dense_layer": 1}, {}),
     "no permutations": ("granitemoe", {"scope": "none"}, {}),
     "compiled": ("qwen2_moe", {}, {"engine": {"enforce_eager": False}}),
     "reload": ("mixtral", {}, {"first": "reload"}),
