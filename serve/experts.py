@@ -20,8 +20,8 @@ from ria_vllm.serve.experts_packing import (
     fill_dense,
     pack_experts,
 )
-from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels import experts_registry
+from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
 from ria_vllm.serve.load_report import LoadReport
 from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts
