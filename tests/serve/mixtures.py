@@ -29,6 +29,7 @@ class Mixture:
         at: name of the experts in the checkpoint.
         linears: the ends of the names of gate, up and down.
         stacked: how the dense model's files stack them.
+        architecture: that vLLM knows, if it is not transformers' class.
     """
 
     model_type: str
@@ -36,6 +37,7 @@ class Mixture:
     linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     stacked: tuple[Stacked, ...] = ()
     settings: tuple[tuple[str, object], ...] = ()
+    architecture: str | None = None
 
     def experts(self) -> Experts:
         gate, up, down = (f"{self.at}.{{e}}.{end}" for end in self.linears)
@@ -56,8 +58,11 @@ FAMILIES = {
     "qwen3_moe": Mixture("qwen3_moe", settings=(*QWEN, ("norm_topk_prob", True))),
     "olmoe": Mixture("olmoe", settings=(("num_experts", EXPERTS), ("num_experts_per_tok", 2), ("head_dim", None))),
     "phimoe": Mixture(
-        "phimoe", "model.layers.{i}.block_sparse_moe.experts", ("w1", "w3", "w2"),
-        settings=(("num_local_experts", EXPERTS), ("num_experts_per_tok", 2), ("head_dim", None)),
+        "phimoe", "model.layers.{i}.block_sparse_moe.experts", ("w1", "w3", "w2"), architecture="PhiMoEForCausalLM",
+        settings=(
+            ("num_local_experts", EXPERTS), ("num_experts_per_tok", 2), ("head_dim", None), ("lm_head_bias", True),
+            ("attention_bias", True),
+        ),
     ),
     "granitemoe": Mixture(
         "granitemoe", "model.layers.{i}.block_sparse_moe.experts",
@@ -205,6 +210,9 @@ def write(
     units |= {name: tensor for name, tensor in tensors.items() if name not in replaced}
     experts = family.experts()
     config = json.loads((dense / "config.json").read_text())
+    if family.architecture is not None:
+        config["architectures"] = [family.architecture]
+        (dense / "config.json").write_text(json.dumps(config))
     fold = Fold(
         consumer=experts.down, producers=[Producer(name=experts.gate), Producer(name=experts.up)],
         coupling="elementwise",
