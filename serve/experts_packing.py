@@ -119,17 +119,14 @@ def fill_dense(
     vLLM may have rounded the layer's sizes up; the rest stays zero.
     """
     count, here, device = sizes.local, sizes.here, experts.gate_up.device
-    gated = layer.moe_config.is_act_and_mul
     with device:
         method.create_weights(
             layer, count, layer.hidden_size, layer.intermediate_size_per_partition, layer.params_dtype
         )
-    targets = {"w13": experts.gate_up_bias, "w2": experts.down_bias}
     w13, w2 = layer.w13_weight.data.zero_(), layer.w2_weight.data.zero_()
     rows = _rows_of_w13(layer, here, w13.shape[1], device)
-    outputs = 2 if gated else 1
     for expert in range(count):
-        matrix = _dense(experts.gate_up, expert, outputs * here, w13.dtype)
+        matrix = _dense(experts.gate_up, expert, len(rows) * here, w13.dtype)
         for i, order in enumerate(experts.input_orders[expert]):
             of_output = matrix[i * here : (i + 1) * here]
             if order is not None:
@@ -137,10 +134,10 @@ def fill_dense(
                 of_output = of_output.index_select(1, columns)
             w13[expert, rows[i], : sizes.hidden] = of_output
         w2[expert, : sizes.hidden, :here] = _dense(experts.down, expert, sizes.hidden, w2.dtype)
-    if targets["w13"] is not None:
-        for i in range(outputs):
-            layer.w13_bias.data[:, rows[i]] = targets["w13"][:, i * here : (i + 1) * here]
-        layer.w2_bias.data[:, : sizes.hidden] = targets["w2"]
+    if experts.gate_up_bias is not None:
+        for i, places in enumerate(rows):
+            layer.w13_bias.data[:, places] = experts.gate_up_bias[:, i * here : (i + 1) * here]
+        layer.w2_bias.data[:, : sizes.hidden] = experts.down_bias
 
 
 def _rows_of_w13(layer: RoutedExperts, here: int, rows: int, device: torch.device) -> list[torch.Tensor]:
