@@ -301,6 +301,29 @@ def test_a_reload(path):
         finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
 
 
+def test_a_reload_of_one_rank_of_expert_parallel(path, monkeypatch):
+    current = VllmConfig()
+    current.parallel_config.enable_expert_parallel = True
+    stored = StoredMixture()
+    x, weights, ids = route()
+    total = 0
+    for rank in range(2):
+        play_rank(monkeypatch, rank, 2)
+        with set_current_vllm_config(current):
+            config = stored.config()
+            model = attached(config, Model(config, tp_size=2))
+            record_metadata_for_reloading(model)
+            zeros = {n: t.clone() if n.endswith("bitmask") else torch.zeros_like(t) for n, t in stored.tensors.items()}
+            model.load_weights(iter(zeros.items()))
+            model.experts.quant_method.process_weights_after_loading(model.experts)
+            assert not run(model, x, weights, ids).any()
+            initialize_layerwise_reload(model)
+            model.load_weights((name, tensor.clone()) for name, tensor in stored.tensors.items())
+            finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
+        total = total + run(model, x, weights, ids)
+    close(total, stored.expected(x, weights, ids))
+
+
 def test_weights_that_arrive_outside_a_load():
     stored = StoredMixture()
     model = served(stored)
