@@ -94,15 +94,15 @@ FAMILIES = {
         "qwen3_next",
         settings=(
             *QWEN, SHARED, ("norm_topk_prob", True), ("layer_types", ["linear_attention", "full_attention"]),
-            ("linear_num_key_heads", 2), ("linear_num_value_heads", 4), ("linear_key_head_dim", 32),
-            ("linear_value_head_dim", 32), ("mlp_only_layers", []),
+            ("linear_num_key_heads", 2), ("linear_num_value_heads", 4), ("linear_key_head_dim", 128),
+            ("linear_value_head_dim", 128), ("mlp_only_layers", []),
         ),
     ),
     "qwen3_5_moe_text": Mixture(
         "qwen3_5_moe_text",
         settings=(
             *QWEN, SHARED, ("layer_types", ["linear_attention", "full_attention"]), ("linear_num_key_heads", 2),
-            ("linear_num_value_heads", 4), ("linear_key_head_dim", 32), ("linear_value_head_dim", 32),
+            ("linear_num_value_heads", 4), ("linear_key_head_dim", 128), ("linear_value_head_dim", 128),
         ),
     ),
     "gpt_oss": Mixture(

@@ -15,8 +15,9 @@ TWO_STAGES = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp",
 ONE_THREAD_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 # Name of the run: (family, how the checkpoint is written, job)
+LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_moe_text")
 HALF = {"engine": {"dtype": "bfloat16"}}  # the only dtype of vLLM's linear attention on CPUs
-ALONE = {name: (name, {}, HALF if name == "qwen3_next" else {}) for name in mixtures.FAMILIES} | {
+ALONE = {name: (name, {}, HALF if name in LINEAR_ATTENTION else {}) for name in mixtures.FAMILIES} | {
     "int8": ("qwen3_moe", {"weights": "int8"}, {}),
     "an order for each linear": ("olmoe", {"scope": "linear", "folds": False}, {}),
     "the experts of one layer dense": ("gpt_oss", {"dense_layer": 1}, {}),
@@ -58,7 +59,7 @@ def spread(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ALONE)
 def test_one_process(alone, name):
-    check(*alone[name], half=name == "qwen3_next")
+    check(*alone[name], half=name in LINEAR_ATTENTION)
 
 
 @pytest.mark.parametrize("name", SPREAD)
