@@ -42,7 +42,12 @@ def watch_models() -> None:
             engine = EngineOptions.current()
             match_layers(config, model)
             check = functools.partial(check_reload, config, engine.model_config)
-            config.stream.attach(model, check, loaded=engine.dummy_weights)
+            taken = {}
+            if config.experts:
+                from ria_vllm.serve.experts_matching import takers
+
+                taken = takers(config, model)
+            config.stream.attach(model, check, loaded=engine.dummy_weights, takers=taken)
         record(model)
 
     utils.record_metadata_for_reloading = record_metadata_for_reloading

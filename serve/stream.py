@@ -7,7 +7,8 @@ way, and compressed tensors allow no change.
 
 import functools
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
@@ -19,6 +20,9 @@ REMEMBERED = 8
 PARTS = (".compressed", ".bitmask", ".weight", ".weight_scale", ".bias")
 
 _NAME = "ria_checkpoint_name"
+
+Taker = Callable[[str, torch.Tensor], None]
+"""Loads a tensor, whose last part of the name comes first, in place of the model."""
 
 
 class WeightStream:
@@ -34,13 +38,21 @@ class WeightStream:
         self.strict = True
         self.recent: deque[tuple[torch.Tensor, str]] = deque(maxlen=REMEMBERED)
 
-    def attach(self, model: torch.nn.Module, before_reload: Callable[[bool], None], loaded: bool = False) -> None:
+    def attach(
+        self,
+        model: torch.nn.Module,
+        before_reload: Callable[[bool], None],
+        loaded: bool = False,
+        takers: Mapping[str, Taker | None] = MappingProxyType({}),
+    ) -> None:
         """Stand between vLLM's loaders and `model`, now and on every reload.
 
         Args:
             before_reload: raises a RiaError if the weights must not be loaded into this model. Its argument is whether
                 vLLM reads them from the model's files.
             loaded: the model has weights already: dummies.
+            takers: linears, or whole names of tensors, that the model must not see -> who takes their tensors; None if
+                nobody here needs them.
         """
         load = model.load_weights
 
@@ -52,7 +64,7 @@ class WeightStream:
                 self._check(model, functools.partial(before_reload, not isinstance(weights, list | tuple)))
             loaded = self.active = True
             try:
-                return load(self.named(weights), *args, **kwargs)
+                return load(self.named(weights, takers), *args, **kwargs)
             finally:
                 self.active = False
                 self.recent.clear()
@@ -69,9 +81,17 @@ class WeightStream:
                 finalize_layerwise_reload(model, current.model_config)
             raise
 
-    def named(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same weights; each tensor has its name from the moment that it is taken."""
+    def named(
+        self, weights: Iterable[tuple[str, torch.Tensor]], takers: Mapping[str, Taker | None] = MappingProxyType({})
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same weights, but those that `takers` take. Each has its name from the moment that it is taken."""
         for name, tensor in weights:
+            module, _, part = name.rpartition(".")
+            if module in takers or name in takers:
+                take = takers[name] if name in takers else takers[module]
+                if take is not None:
+                    take(part, tensor)
+                continue
             setattr(tensor, _NAME, name)
             if name.endswith(PARTS):
                 self.recent.append((tensor, name))
