@@ -10,7 +10,6 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topology, fused_sets, linears_of, served_dense
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.schema import REARRANGED_BY_VLLM
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
 
 
@@ -98,9 +97,6 @@ def make_plan(model: StreamedModel, topology: Topology, recipe: Recipe, sensitiv
             f"only linears that the first layer has, too, are pruned; {len(beyond)} others stay dense: {share}."
         )
     warnings += _experts(model) + _unknown_tensors(model)
-    family = model.model.config.model_type
-    if family in REARRANGED_BY_VLLM:
-        warnings.append(f"vLLM cannot serve a compressed {family}; `ria-vllm export` will make a dense folder of it.")
     if not any(pruned.values()):
         first = next(iter(dense.items()))
         raise RiaError(f"nothing is left to prune. For example, {first[0]}: {first[1]}.")

@@ -152,11 +152,29 @@ def linears_by_path(
 def destinations(model: torch.nn.Module, name: str) -> list[tuple[str, ShardId]] | None:
     """(path of a module, shard) of each place that vLLM loads the checkpoint's linear `name` to, by its own mappers.
 
-    A module with a loader of its own applies its own mapper to the rest of the name, as vLLM's loaders do.
+    Names may be relative to a child of the model: vLLM's pooling models and BLOOM load the names of a decoder without
+    a head, such as `layers.0.mlp.up_proj`, into `model` or `transformer`.
 
     Returns:
         Empty if the path leads nowhere; None if this process does not use the tensor, because a mapper drops it or
         because it belongs to a part of the model that is elsewhere.
+    """
+    found = _destinations(model, name)
+    if found == []:
+        children = [name for name, child in model._modules.items() if not _is_elsewhere(child)]
+        others = [other for child in children if (other := _destinations(model, f"{child}.{name}")) != []]
+        return next((other for other in others if other is not None), None if others else [])
+    return found
+
+
+def _is_elsewhere(module: torch.nn.Module | None) -> bool:
+    return type(module).__name__ in PLACEHOLDER_MODULES
+
+
+def _destinations(model: torch.nn.Module, name: str) -> list[tuple[str, ShardId]] | None:
+    """`destinations` of a name relative to `model`.
+
+    A module with a loader of its own applies its own mapper to the rest of the name, as vLLM's loaders do.
     """
     module, path, rest = model, [], f"{name}.weight"
     shard: Any = None
@@ -175,7 +193,7 @@ def destinations(model: torch.nn.Module, name: str) -> list[tuple[str, ShardId]]
             child = module._modules.get(head)
             if child is None:
                 return []
-            if type(child).__name__ in PLACEHOLDER_MODULES:
+            if _is_elsewhere(child):
                 return None
             module = child
             if hasattr(module, "hf_to_vllm_mapper") and hasattr(module, "load_weights"):

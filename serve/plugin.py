@@ -31,6 +31,7 @@ def watch_models() -> None:
     from ria_vllm.serve.config import RiaConfig
     from ria_vllm.serve.engine import EngineOptions
     from ria_vllm.serve.layer_matching import match_layers
+    from ria_vllm.serve.rearranged import DirectLoads
     from ria_vllm.serve.reload import check_reload
 
     record, building = utils.record_metadata_for_reloading, inspect.unwrap(utils.initialize_model).__code__
@@ -42,7 +43,8 @@ def watch_models() -> None:
             engine = EngineOptions.current()
             match_layers(config, model)
             check = functools.partial(check_reload, config, engine.model_config)
-            config.stream.attach(model, check, loaded=engine.dummy_weights)
+            direct = DirectLoads(model, config.required) if config.rearranged and config.stored is not None else None
+            config.stream.attach(model, check, loaded=engine.dummy_weights, takes=direct and direct.take)
         record(model)
 
     utils.record_metadata_for_reloading = record_metadata_for_reloading

@@ -21,26 +21,36 @@ PARTS = (".compressed", ".bitmask", ".weight", ".weight_scale", ".bias")
 _NAME = "ria_checkpoint_name"
 
 
+def set_name(tensor: torch.Tensor, name: str) -> None:
+    """Say that `tensor` is what the checkpoint has under this name, perhaps with its rows in another order."""
+    setattr(tensor, _NAME, name)
+
+
 class WeightStream:
     """Names the tensors that `model.load_weights` is given.
 
     Attributes:
         active: a model is loading. A tensor that it loads and that has no name was changed on the way.
-        strict: such a tensor is an error; see `ria_vllm.serve.config.ROWS_REARRANGED_BY_VLLM`.
     """
 
     def __init__(self) -> None:
         self.active = False
-        self.strict = True
         self.recent: deque[tuple[torch.Tensor, str]] = deque(maxlen=REMEMBERED)
 
-    def attach(self, model: torch.nn.Module, before_reload: Callable[[bool], None], loaded: bool = False) -> None:
+    def attach(
+        self,
+        model: torch.nn.Module,
+        before_reload: Callable[[bool], None],
+        loaded: bool = False,
+        takes: Callable[[str, torch.Tensor], bool] | None = None,
+    ) -> None:
         """Stand between vLLM's loaders and `model`, now and on every reload.
 
         Args:
             before_reload: raises a RiaError if the weights must not be loaded into this model. Its argument is whether
                 vLLM reads them from the model's files.
             loaded: the model has weights already: dummies.
+            takes: is given each tensor with its name; the model does not see those for which it returns True.
         """
         load = model.load_weights
 
@@ -52,7 +62,10 @@ class WeightStream:
                 self._check(model, functools.partial(before_reload, not isinstance(weights, list | tuple)))
             loaded = self.active = True
             try:
-                return load(self.named(weights), *args, **kwargs)
+                named = self.named(weights)
+                if takes is not None:
+                    named = ((name, tensor) for name, tensor in named if not takes(name, tensor))
+                return load(named, *args, **kwargs)
             finally:
                 self.active = False
                 self.recent.clear()
@@ -72,7 +85,7 @@ class WeightStream:
     def named(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The same weights; each tensor has its name from the moment that it is taken."""
         for name, tensor in weights:
-            setattr(tensor, _NAME, name)
+            set_name(tensor, name)
             if name.endswith(PARTS):
                 self.recent.append((tensor, name))
             yield name, tensor
@@ -88,7 +101,7 @@ class WeightStream:
             if not names:
                 return None
             # A reload asks again, when the recent tensors are gone.
-            setattr(tensor, _NAME, next((name for name in names if name in wanted), names[0]))
+            set_name(tensor, next((name for name in names if name in wanted), names[0]))
         return getattr(tensor, _NAME)
 
 

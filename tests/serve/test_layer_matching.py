@@ -55,6 +55,19 @@ FAMILIES = {
             ("alibi", False), ("ffn_hidden_size", 4 * HIDDEN), ("hidden_dropout", 0.0), ("attention_dropout", 0.0),
         ),
     ),
+    "bloom": tiny.Family(
+        "bloom", settings=(
+            ("n_layer", 2), ("n_head", tiny.HEADS), ("hidden_dropout", 0.0), ("attention_dropout", 0.0),
+            ("tie_word_embeddings", True), ("head_dim", None), ("num_key_value_heads", None),
+        ),
+    ),
+    "llama4": tiny.Family(
+        "llama4_text", kv=2,
+        settings=(
+            ("moe_layers", []), ("interleave_moe_layer_step", 9), ("intermediate_size_mlp", tiny.INNER),
+            ("num_local_experts", 2), ("attention_chunk_size", 64),
+        ),
+    ),
     "falcon_h1": tiny.Family("falcon_h1", kv=2, settings=(*MAMBA, ("mamba_d_ssm", 256), ("mamba_expand", 2))),
     "granitemoehybrid": tiny.Family(
         "granitemoehybrid", kv=2,

@@ -1,14 +1,11 @@
 """vLLM on small checkpoints of every family against Hugging Face on the same pruned weights, token by token."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from compare import check, generate, prompts
-
-from ria_vllm.serve.config import OLD_GPT_NEOX
 
 pytestmark = pytest.mark.slow
 
@@ -80,9 +77,6 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("name", EAGER)
 def test_eager(runs, name):
     model, results = runs.get(EAGER, name, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    if name == "gpt-neox" and find_spec(OLD_GPT_NEOX):
-        assert "needs vLLM 0.32 or later" in results["error"]
-        return
     check(model, results, half=name in ("bfloat16", "float16"))
 
 
