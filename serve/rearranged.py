@@ -7,7 +7,7 @@ rows under the name of the dense weight. After that, it never sees the tensors o
 the layers' loaders.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,13 +21,13 @@ from ria_vllm.serve.reordered_rows import ReorderedRows
 from ria_vllm.serve.shards import ShardId
 from ria_vllm.serve.stream import set_name
 
-# A number in a tensor of row numbers is this times the linear's number, plus the row's.
-LINEAR = 2**32
+# The number of a row in a tensor is this times the tensor's number, plus the row's.
+NUMBER = 2**32
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where vLLM's model puts a linear's dense weight: into which layer, as which shard, in what order of rows.
+    """Where vLLM's model puts a linear's dense weight or bias: into which layer, as which shard, in what order of rows.
 
     rows: int64 [out]; None: as they are.
     """
@@ -69,33 +69,31 @@ class DirectLoads:
             False if the model has to load it. Stray biases are left to it.
         """
         linear, _, part = name.rpartition(".")
-        places = self.places.get(linear, [])
-        if linear not in self.pruned or (part == "bias" and not any(place.layer.bias is not None for place in places)):
+        asked = name if part == "bias" else f"{linear}.weight"
+        if linear not in self.pruned or (part == "bias" and name not in self.places):
             return False
-        for place in places:
+        for place in self.places.get(asked, []):
             place.load(part, tensor, name)
         return True
 
 
 def ask_for_rows(model: torch.nn.Module) -> dict[str, list[Destination]]:
-    """Linear -> where `model` puts it, for all pruned linears that its layers serve.
+    """Dense weight or bias -> where `model` puts it, for all pruned linears that its layers serve.
 
     The model must be complete and must not have loaded anything yet.
 
     Raises:
-        RiaError: the model does not load a linear, or does more with it than to rearrange its rows.
+        RiaError: the model does not load one of them, or does more with it than to rearrange its rows.
     """
     layers = [module for module in model.modules() if isinstance(module, LinearBase)]
     layers = [layer for layer in layers if isinstance(layer.quant_method, Sparse24LinearMethod)]
     rows = {name: count for layer in layers for name, count in _rows(layer)}
-    numbers = {name: i for i, name in enumerate(rows)}
+    numbered = {name: i * NUMBER + _as_shaped(name, torch.arange(rows[name])) for i, name in enumerate(rows)}
+    names = list(rows)
     arrived: list[tuple[LinearBase, torch.Tensor, ShardId]] = []
-    with dense_weights(layers, arrived):
+    with catching(layers, arrived):
         try:
-            model.load_weights(
-                (f"{name}.weight", i * LINEAR + torch.arange(rows[name], device="cpu")[:, None])
-                for name, i in numbers.items()
-            )
+            model.load_weights(numbered.items())
         except RiaError:
             raise
         except Exception as error:  # whatever a model raises that does not load a part of its weights
@@ -104,10 +102,9 @@ def ask_for_rows(model: torch.nn.Module) -> dict[str, list[Destination]]:
                 f"{type(error).__name__}: {error}. `ria-vllm export` makes a dense folder."
             ) from error
     found: dict[str, list[Destination]] = {name: [] for name in rows}
-    names = list(rows)
     for layer, tensor, shard in arrived:
-        linear = names[int(tensor.flatten()[0]) // LINEAR]
-        found[linear].append(Destination(layer, shard, _order(linear, rows[linear], numbers[linear], tensor)))
+        name = names[int(tensor.flatten()[0]) // NUMBER]
+        found[name].append(Destination(layer, shard, _order(name, tensor, numbered[name])))
     if lost := next((name for name, places in found.items() if not places), None):
         raise RiaError(
             f"{lost}: vLLM's {type(model).__name__} does not load it. `ria-vllm export` makes a dense folder."
@@ -116,7 +113,7 @@ def ask_for_rows(model: torch.nn.Module) -> dict[str, list[Destination]]:
 
 
 def _rows(layer: LinearBase) -> Iterator[tuple[str, int]]:
-    """(linear, its rows) of each linear of a layer."""
+    """(dense weight or bias, its rows) of each linear of a layer."""
     shards = layer.quant_method.layer_loader.shards
     for name, shard in zip(shards.linears, shards.shard_ids):
         if shard not in shards.rows:
@@ -124,26 +121,29 @@ def _rows(layer: LinearBase) -> Iterator[tuple[str, int]]:
                 f"{name}: ria-vllm does not know how many rows vLLM's {type(layer).__name__} has for it, and cannot "
                 "rearrange them. `ria-vllm export` makes a dense folder."
             )
-        yield name, shards.rows[shard]
+        yield f"{name}.weight", shards.rows[shard]
+        if layer.bias is not None:
+            yield f"{name}.bias", shards.rows[shard]
 
 
-def _order(linear: str, rows: int, number: int, tensor: torch.Tensor) -> torch.Tensor | None:
-    order = tensor.flatten() - number * LINEAR
-    unchanged = torch.arange(rows)
-    if tuple(tensor.shape) != (rows, 1) or not torch.equal(order.sort().values, unchanged):
+def _as_shaped(name: str, rows: torch.Tensor) -> torch.Tensor:
+    """The numbers of the rows of a weight [out, 1] or bias [out], on the CPU."""
+    rows = rows.to("cpu")
+    return rows if name.endswith(".bias") else rows[:, None]
+
+
+def _order(name: str, tensor: torch.Tensor, numbered: torch.Tensor) -> torch.Tensor | None:
+    if tensor.shape != numbered.shape or not torch.equal(tensor.flatten().sort().values, numbered.flatten()):
         raise RiaError(
-            f"{linear}: vLLM does more with its weight than to rearrange the rows. `ria-vllm export` makes a dense "
-            "folder."
+            f"{name}: vLLM does more with it than to rearrange its rows. `ria-vllm export` makes a dense folder."
         )
-    return None if torch.equal(order, unchanged) else order
+    return None if torch.equal(tensor, numbered) else tensor.flatten() % NUMBER
 
 
 @contextmanager
-def dense_weights(
-    layers: list[LinearBase], arrived: list[tuple[LinearBase, torch.Tensor, ShardId]]
-) -> Iterator[None]:
-    """Give the layers a parameter `weight`, and append what is loaded into it to `arrived`."""
-    before: Mapping[LinearBase, Parameter | None] = {layer: layer._parameters.get("weight") for layer in layers}
+def catching(layers: list[LinearBase], arrived: list[tuple[LinearBase, torch.Tensor, ShardId]]) -> Iterator[None]:
+    """Let the layers' `weight` and `bias` be parameters that append what is loaded to `arrived`."""
+    before: list[tuple[LinearBase, dict[str, Parameter | None]]] = []
     for layer in layers:
 
         def load(
@@ -151,14 +151,14 @@ def dense_weights(
         ) -> None:
             arrived.append((layer, loaded_weight, loaded_shard_id))
 
-        weight = Parameter(torch.empty(0, 0, dtype=torch.int64, device="cpu"), requires_grad=False)
-        weight.weight_loader, weight.output_dim = load, 0
-        layer._parameters["weight"] = weight
+        before.append((layer, dict(layer._parameters)))
+        for name in ["weight"] if layer.bias is None else ["weight", "bias"]:
+            parameter = Parameter(torch.empty(0, dtype=torch.int64, device="cpu"), requires_grad=False)
+            parameter.weight_loader, parameter.output_dim = load, 0
+            layer._parameters[name] = parameter
     try:
         yield
     finally:
-        for layer, parameter in before.items():
-            if parameter is None:
-                del layer._parameters["weight"]
-            else:
-                layer._parameters["weight"] = parameter
+        for layer, parameters in before:
+            layer._parameters.clear()
+            layer._parameters.update(parameters)

@@ -65,7 +65,7 @@ FAMILIES = {
         "llama4_text", kv=2,
         settings=(
             ("moe_layers", []), ("interleave_moe_layer_step", 9), ("intermediate_size_mlp", tiny.INNER),
-            ("num_local_experts", 2), ("attention_chunk_size", 64),
+            ("num_local_experts", 2), ("attention_chunk_size", 128),
         ),
     ),
     "falcon_h1": tiny.Family("falcon_h1", kv=2, settings=(*MAMBA, ("mamba_d_ssm", 256), ("mamba_expand", 2))),
@@ -101,6 +101,9 @@ def stored():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logprobs_are_those_of_hugging_face(served, name):
     model, results = served[name]
+    for module in model.modules():
+        if hasattr(module, "gelu_impl"):
+            module.gelu_impl = torch.nn.GELU()  # vLLM's BLOOM, dense or not, does not approximate it
     if "causal_conv1d" in str(results) and "not implemented for 'Float'" in str(results):
         pytest.skip("Mamba layers of this vLLM compute in 16 bits only on a CPU")
     check(model, results)
