@@ -2,7 +2,8 @@
 
 A job: {"model", "prompts": lists of token ids, "tokens": how many to generate, "engine": arguments of `LLM`,
 "first": "generate" or "reload" before the generation that counts, "lora": folder of an adapter,
-"prompt_logprobs": false to leave them out, "embed": true for embeddings instead}. A result: for each prompt the
+"prompt_logprobs": false to leave them out, "call": "embed" or "classify" instead, "texts" with
+"image", the file that each of them shows, after the prompts}. A result: for each prompt the
 prompt's logprobs (from the second token on), the generated tokens, their logprobs and how many prompt tokens came from
 the cache; or "error".
 """
@@ -14,15 +15,25 @@ from pathlib import Path
 from typing import Any
 
 
+def image(path: str) -> Any:
+    from PIL import Image
+
+    return Image.open(path).convert("RGB")
+
+
 def run(job: dict[str, Any]) -> list[Any]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     settings = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8}
     llm = LLM(job["model"], **(settings | job.get("engine", {})))
-    prompts = [{"prompt_token_ids": p} for p in job["prompts"]]
-    if job.get("embed"):
+    prompts: list[dict[str, Any]] = [{"prompt_token_ids": p} for p in job["prompts"]]
+    for text in job.get("texts", []):
+        prompts.append({"prompt": text, "multi_modal_data": {"image": image(job["image"])}})
+    if job.get("call") == "embed":
         return [output.outputs.embedding for output in llm.embed(prompts, use_tqdm=False)]
+    if job.get("call") == "classify":
+        return [output.outputs.probs for output in llm.classify(prompts, use_tqdm=False)]
     sampling = SamplingParams(
         max_tokens=job.get("tokens", 8), temperature=0, logprobs=1, detokenize=False, ignore_eos=True,
         prompt_logprobs=1 if job.get("prompt_logprobs", True) else None,
@@ -42,6 +53,7 @@ def run(job: dict[str, Any]) -> list[Any]:
             "tokens": list(made.token_ids),
             "logprobs": [entry[token].logprob for token, entry in zip(made.token_ids, made.logprobs)],
             "cached": output.num_cached_tokens,
+            "prompt_ids": output.prompt_token_ids,
         })  # fmt: skip
     return results
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ria_vllm import permutation, sparse24
 from ria_vllm.checkpoint import Reader
@@ -23,7 +23,8 @@ Rows = tuple[str, tuple[int, int] | None]
 class Family:
     """A model type with the names that its folds need, and `kv` key-value heads.
 
-    `settings` are values of the config; None leaves a key out.
+    `settings` are values of the config; None leaves a key out. `auto` builds the model. `wrapper` is the type of a model
+    with more than a text decoder, which then is its `text_config`, and `outer` are the wrapper's own values.
     """
 
     model_type: str
@@ -38,6 +39,15 @@ class Family:
     inner: tuple[Rows, ...] = (("mlp.gate_proj", None), ("mlp.up_proj", None))
     down: str = "mlp.down_proj"
     settings: tuple[tuple[str, object], ...] = ()
+    auto: type = AutoModelForCausalLM
+    wrapper: str | None = None
+    outer: tuple[tuple[str, object], ...] = ()
+
+    def config(self, values: dict[str, object]) -> PreTrainedConfig:
+        if self.wrapper is None:
+            return AutoConfig.for_model(self.model_type, **values)
+        text = values | {"model_type": self.model_type}
+        return AutoConfig.for_model(self.wrapper, text_config=text, **dict(self.outer))
 
     def folds(self) -> list[Fold]:
         def absolute(name: str, rows: tuple[int, int] | None) -> Producer:
@@ -90,11 +100,9 @@ def model_of(family: Family, layers: int = 2, seed: int = 0, **settings: object)
         "max_position_embeddings": 256, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
         "attn_implementation": "eager",
     } | dict(family.settings) | settings  # fmt: skip
-    config = AutoConfig.for_model(
-        family.model_type, **{key: value for key, value in values.items() if value is not None}
-    )
+    config = family.config({key: value for key, value in values.items() if value is not None})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = family.auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -118,13 +126,15 @@ def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and (".layers." in name or ".h." in name)
+        if isinstance(module, torch.nn.Linear)
+        and (".layers." in f".{name}" or ".h." in name)
+        and "vision" not in name
     }
 
 
 def write(
     family: Family, out: Path, dtype: torch.dtype = torch.float32, scope: str = "shared", folds: bool = True,
-    dense: tuple[str, ...] = (), **settings: object,
+    dense: tuple[str, ...] = (), blocks: int = 1, **settings: object,
 ) -> PreTrainedModel:  # fmt: skip
     """Write a compressed checkpoint at `out`; returns the pruned model, in float32 and in its own order.
 
@@ -132,6 +142,7 @@ def write(
         scope: "shared" or "linear" as `--permute-scope`, or "none" for no permutations.
         folds: False leaves folds out, and lets every linear have any permutation.
         dense: endings of names that are not pruned.
+        blocks: permutations of inputs that are not heads keep to this many equal blocks.
     """
     model = model_of(family, **settings)
     pruned = {n: m for n, m in linears(model).items() if not n.endswith(dense or ("\0",))}
@@ -144,7 +155,7 @@ def write(
         group = next((g for g in family.shared for part in g if name.endswith(part)), ()) if scope == "shared" else ()
         ending = next((part for part in group if name.endswith(part)), "")
         first = name.removesuffix(ending) + group[0] if group else name
-        orders[name] = orders[first] if first in orders else random_order(module.in_features)
+        orders[name] = orders[first] if first in orders else random_order(module.in_features, blocks, blocks)
     units: dict[str, torch.Tensor] = {}
     for name, module in pruned.items():
         p = orders[name].long() if scope != "none" else torch.arange(module.in_features)
@@ -189,15 +200,20 @@ def export(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def add_tokenizer(folder: Path) -> None:
+    tokenizer().save_pretrained(folder)
+
+
+def tokenizer(**settings: object) -> PreTrainedTokenizerFast:
     """One token for each byte, so that the ids of any text are in the small models' vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>", pad_token="<pad>", **settings
+    )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    fast.save_pretrained(folder)
+    return fast
