@@ -21,7 +21,7 @@ HEADS, WIDTH, HIDDEN = 4, 32, 128
 
 
 class Fused(torch.nn.Module):
-    """q, k and v of each head lie together in the file, as in BLOOM. Everything with `qkv` in its name is rearranged."""
+    """q, k and v of each head lie together in the file, as in BLOOM. All with `qkv` in their names are rearranged."""
 
     def __init__(self, config):
         super().__init__()
@@ -125,7 +125,10 @@ def test_folds_count_rows_as_the_file_does(ranks):
     finished(model)
     rows = torch.arange(3 * HIDDEN)
     rows[HIDDEN : 2 * HIDDEN] = rows[HIDDEN : 2 * HIDDEN][torch.from_numpy(stored.orders["model.out"]).long()]
-    stored.plain["model.qkv"], stored.bias["model.qkv"] = stored.plain["model.qkv"][rows], stored.bias["model.qkv"][rows]
+    stored.plain["model.qkv"], stored.bias["model.qkv"] = (
+        stored.plain["model.qkv"][rows],
+        stored.bias["model.qkv"][rows],
+    )
     dense.load_weights(tensors(stored, dense=True))
     finished(dense)
     x = torch.randn(5, HIDDEN)
@@ -162,5 +165,7 @@ def test_damaged_rows_are_refused(ranks):
     stored = stored_model()
     model = built(stored.config(), Fused)
     stored.tensors["model.qkv"]["bitmask"] = stored.tensors["model.qkv"]["bitmask"][:-1]
-    with pytest.raises(RiaError, match=r"model\.qkv\.bitmask is torch\.uint8 \(383, 16\), but the model needs \(384, 16\)"):
+    with pytest.raises(
+        RiaError, match=r"model\.qkv\.bitmask is torch\.uint8 \(383, 16\), but the model needs \(384, 16\)"
+    ):
         model.load_weights(tensors(stored))

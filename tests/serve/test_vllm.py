@@ -43,7 +43,9 @@ SPREAD = {
         {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False},
     ),
     "two ranks, no folds, permutations that keep to blocks": (
-        "llama-gqa", {"folds": False, "blocks": 8}, TWO_RANKS,
+        "llama-gqa",
+        {"folds": False, "blocks": 8},
+        TWO_RANKS,
     ),
     "two ranks with padding": ("qwen2", {"intermediate_size": 192}, TWO_RANKS),
 }

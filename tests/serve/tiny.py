@@ -23,8 +23,8 @@ Rows = tuple[str, tuple[int, int] | None]
 class Family:
     """A model type with the names that its folds need, and `kv` key-value heads.
 
-    `settings` are values of the config; None leaves a key out. `auto` builds the model. `wrapper` is the type of a model
-    with more than a text decoder, which then is its `text_config`, and `outer` are the wrapper's own values.
+    `settings` are values of the config; None leaves a key out. `auto` builds the model. `wrapper` is the type of a
+    model with more than a text decoder, which then is its `text_config`, and `outer` are the wrapper's own values.
     """
 
     model_type: str
@@ -126,9 +126,7 @@ def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and (".layers." in f".{name}" or ".h." in name)
-        and "vision" not in name
+        if isinstance(module, torch.nn.Linear) and (".layers." in f".{name}" or ".h." in name) and "vision" not in name
     }
 
 
