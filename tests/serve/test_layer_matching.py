@@ -61,13 +61,6 @@ FAMILIES = {
             ("tie_word_embeddings", True), ("head_dim", None), ("num_key_value_heads", None),
         ),
     ),
-    "llama4": tiny.Family(
-        "llama4_text", kv=2,
-        settings=(
-            ("moe_layers", []), ("interleave_moe_layer_step", 9), ("intermediate_size_mlp", tiny.INNER),
-            ("num_local_experts", 2), ("attention_chunk_size", 128),
-        ),
-    ),
     "falcon_h1": tiny.Family("falcon_h1", kv=2, settings=(*MAMBA, ("mamba_d_ssm", 256), ("mamba_expand", 2))),
     "granitemoehybrid": tiny.Family(
         "granitemoehybrid", kv=2,

@@ -50,7 +50,7 @@ def logprobs(name: str, model: torch.nn.Module, picture: Path, tokens: list[int]
     """The ids of the chat with the picture, and transformers' logprob of each id from the second on, `tokens` too."""
     processor = wrappers.processor(name)
     text = processor.apply_chat_template(chat({"type": "image"}))
-    inputs = processor(images=[Image.open(picture)], text=[text], return_tensors="pt")
+    inputs = processor(images=[Image.open(picture)], text=[text], return_tensors="pt").to(torch.float32)
     ids = inputs.pop("input_ids")
     inputs.pop("attention_mask")
     for kind in [kind for kind in inputs if "token_type_ids" in kind]:

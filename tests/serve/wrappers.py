@@ -16,7 +16,10 @@ TEMPLATE = (
 # The tokens that stand for parts of an image come after those of the bytes.
 SPECIAL = {"image_token": "<image>", "boi_token": "<begin>", "eoi_token": "<end>", "video_token": "<video>",
            "vision_bos_token": "<vision>", "vision_eos_token": "</vision>",
-           "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<context>"}  # fmt: skip
+           "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<context>",
+           "llama4_image": "<|image|>", "llama4_begin": "<|image_start|>", "llama4_end": "<|image_end|>",
+           "llama4_patch": "<|patch|>", "llama4_x": "<|tile_x_separator|>", "llama4_y": "<|tile_y_separator|>"}
+# fmt: skip
 IDS = {name: 259 + i for i, name in enumerate(SPECIAL)}
 TOWER = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
          "image_size": SIDE, "patch_size": PATCH}  # fmt: skip
@@ -30,11 +33,16 @@ QWEN_IDS = (
 SECTIONS = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
 
 
+# All layers are dense: their experts are a matter of their own.
+LLAMA4 = (
+    ("moe_layers", []), ("interleave_moe_layer_step", 9), ("intermediate_size_mlp", tiny.INNER),
+    ("num_local_experts", 2), ("attention_chunk_size", 128),
+)  # fmt: skip
+
+
 def wrapped(family: str, wrapper: str, outer: tuple, **changes: object) -> tiny.Family:
-    return replace(
-        tiny.FAMILIES[family], block="model.language_model.layers.{i}.", auto=AutoModelForImageTextToText,
-        wrapper=wrapper, outer=outer, **changes,
-    )  # fmt: skip
+    block = {"block": "model.language_model.layers.{i}."} | changes
+    return replace(tiny.FAMILIES[family], auto=AutoModelForImageTextToText, wrapper=wrapper, outer=outer, **block)
 
 
 FAMILIES = {
@@ -85,6 +93,19 @@ FAMILIES = {
         ),
         settings=(("head_dim", None),),
     ),
+    "llama4": wrapped(
+        "llama-gqa", "llama4",
+        (
+            (
+                "vision_config",
+                TOWER | {"intermediate_size": 256, "vision_output_dim": 64, "projector_output_dim": 64,
+                         "projector_input_dim": 64, "pixel_shuffle_ratio": 0.5},
+            ),
+            ("image_token_index", IDS["llama4_patch"]), ("boi_token_index", IDS["llama4_begin"]),
+            ("eoi_token_index", IDS["llama4_end"]), ("tie_word_embeddings", False),
+        ),
+        block="language_model.model.layers.{i}.", model_type="llama4_text", settings=LLAMA4,
+    ),
 }  # fmt: skip
 
 
@@ -117,6 +138,9 @@ def processor(name: str):
             images, tokenizer, patch_size=PATCH, spatial_merge_size=2, chat_template=template("<image>"),
             image_token="<image>", image_break_token="<begin>", image_end_token="<end>",
         )  # fmt: skip
+    if name == "llama4":
+        images = t.Llama4ImageProcessor(size=size, max_patches=1)
+        return t.Llama4Processor(images, tokenizer, PATCH, chat_template=template("<|image|>"))
     images = t.GotOcr2ImageProcessor(size=size, crop_to_patches=False)
     return t.InternVLProcessor(images, tokenizer, t.InternVLVideoProcessor(), image_seq_length=4,
                                chat_template=template("<context>"))  # fmt: skip
