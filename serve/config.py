@@ -22,6 +22,7 @@ from ria_vllm.serve.engine import EngineOptions
 from ria_vllm.serve.folding import Folding, fold
 from ria_vllm.serve.linear import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
 from ria_vllm.serve.load_report import LoadReport
+from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts, named_experts, stored_experts
 from ria_vllm.serve.stream import WeightStream
 from ria_vllm.serve.weight_scheme import WeightScheme
 
@@ -59,7 +60,10 @@ class RiaConfig(QuantizationConfig):
         permutations: linear -> int32 [in], the order in which its input channels are stored.
         folding: the permutations that the row orders of other linears absorb.
         stream: knows the checkpoint's names of the tensors that arrive.
-        served_by: linear -> the class of the model that serves it, see `ria_vllm.serve.layer_matching`.
+        experts: name of a mixture layer's experts -> these, if they are pruned.
+        expert_linears: their linears.
+        expert_layers: vLLM's name of such experts, as far as its mappers tell -> the checkpoint's.
+        served_by: linear, or experts -> the class of the model that serves it, see `ria_vllm.serve.layer_matching`.
         model_built: a model was built with this config.
         rearranged: vLLM's model changes the order of rows.
     """
@@ -80,6 +84,9 @@ class RiaConfig(QuantizationConfig):
         self.report = LoadReport()
         self.stream = WeightStream()
         self.required: set[str] = set()
+        self.experts: dict[str, StoredExperts] = {}
+        self.expert_linears: set[str] = set()
+        self.expert_layers: dict[str, str] = {}
         self.served_by: dict[str, type] = {}
         self.model_built = False
         self.rearranged = False
@@ -135,6 +142,9 @@ class RiaConfig(QuantizationConfig):
         self.stored = set(stored)
         self.pruned = {name for name, pruned in stored.items() if pruned} or None
         scaled = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
+        self.experts = stored_experts(self.schema, self.pruned or (), self.where)
+        self.expert_linears = {name for experts in self.experts.values() for name, _, _ in experts.linears()}
+        self.expert_layers = {name: name for name in self.experts}
         self.required = (self.pruned or set()) | {name for name in scaled if self._is_quantized(name)}
 
     def _read_permutations(self, headers: WeightHeaders) -> None:
@@ -158,15 +168,34 @@ class RiaConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         sparsity = self.schema.sparsity_config
         sparsity.ignore = hf_to_vllm_mapper.apply_list(sparsity.ignore)
+        self.expert_layers = {
+            new.rsplit(".", 2)[0]: name
+            for known, name in self.expert_layers.items()
+            for new in hf_to_vllm_mapper.apply_list([f"{known}.0.up_proj"])
+        }
         self.names = {new: name for known, name in self.names.items() for new in hf_to_vllm_mapper.apply_list([known])}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if self.schema.experts:
+            from ria_vllm.serve.experts import RoutedExperts  # only models with experts need vLLM's layers of them
+
+            if isinstance(layer, RoutedExperts):
+                self._check_engine()
+                return self._mixture_method(layer, prefix.removeprefix(DRAFT_PREFIX))
         if not isinstance(layer, LinearBase):
             if self.kv_cache_scheme is None:
                 return None
             from ria_vllm.serve.kv_cache import kv_cache_method  # imports all of vLLM's compressed-tensors
 
             return kv_cache_method(layer, self)
+        self._check_engine()
+        prefix = prefix.removeprefix(DRAFT_PREFIX)
+        linears = self.linears_of(prefix)
+        if not self.serves_sparse(prefix, linears):
+            return ProvisionalDenseMethod()
+        return self.sparse_method(prefix, linears)
+
+    def _check_engine(self) -> None:
         engine = EngineOptions.current()
         if self.unread is not None and not engine.dummy_weights:
             raise RiaError(self.unread)
@@ -175,11 +204,23 @@ class RiaConfig(QuantizationConfig):
                 f"--load-format {engine.load_format} reads weights that a kernel has packed, for one kernel on one "
                 "machine. Serve the folder that `ria-vllm compress` wrote without this option."
             )
-        prefix = prefix.removeprefix(DRAFT_PREFIX)
-        linears = self.linears_of(prefix)
-        if not self.serves_sparse(prefix, linears):
-            return ProvisionalDenseMethod()
-        return self.sparse_method(prefix, linears)
+
+    def _mixture_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
+        from ria_vllm.serve.experts import ProvisionalExpertsMethod
+
+        if self.stored is None and (experts := named_experts(self.schema, prefix)) is not None:
+            self.experts[prefix], self.expert_layers[prefix] = experts, prefix
+        name = self.expert_layers.get(prefix)
+        return ProvisionalExpertsMethod(layer.moe_config) if name is None else self.experts_method(layer, name)
+
+    def experts_method(self, layer: torch.nn.Module, name: str) -> QuantizeMethodBase:
+        """The method by which vLLM's mixture `layer` serves the pruned experts `name`."""
+        from ria_vllm.serve.experts import Sparse24MoEMethod
+
+        orders = ExpertOrders.of(self.experts[name], self.permutations, self.folding)
+        return Sparse24MoEMethod(
+            layer, self.experts[name], WeightScheme(self.schema.weight_format), orders, self.report
+        )
 
     def sparse_method(self, layer: str, linears: tuple[str, ...]) -> Sparse24LinearMethod:
         """The method by which vLLM's layer called `layer` serves these linears."""

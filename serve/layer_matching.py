@@ -7,7 +7,6 @@ method of each layer that was misjudged, and makes sure that each pruned linear 
 """
 
 from collections import Counter
-from typing import Any
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
@@ -15,11 +14,10 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.linear import ProvisionalDenseMethod, Sparse24LinearMethod
+from ria_vllm.serve.model_paths import destinations
 from ria_vllm.serve.parameters import Creation
 from ria_vllm.serve.shards import ShardId
 
-# vLLM puts these in the place of modules that another pipeline stage has, or that are not used.
-PLACEHOLDER_MODULES = ("PPMissingLayer", "StageMissingLayer")
 # An error lists this many names and counts the others.
 NAMES_IN_ERROR = 5
 
@@ -39,6 +37,12 @@ def match_layers(config: RiaConfig, model: torch.nn.Module) -> None:
     found = linears_by_path(config, model, layers, taken) if config.stored is not None else {}
     placed = {name for linears in found.values() for name in linears} | taken
     served: Counter[str] = Counter()
+    of_experts: set[str] = set()
+    if config.schema.experts:
+        from ria_vllm.serve.experts_matching import match_experts  # needs vLLM's layers of experts
+
+        names = match_experts(config, model)
+        of_experts = names | {linear for name in names for linear, _, _ in config.experts[name].linears()}
     unquantized: dict[str, tuple[str, ...]] = {}
     for path, layer in layers.items():
         method = layer.quant_method
@@ -61,11 +65,11 @@ def match_layers(config: RiaConfig, model: torch.nn.Module) -> None:
             method.finish_creation(layer, method.creation.model_loader(layer))
         else:
             layer.quant_method = UnquantizedLinearMethod()
-    unserved = config.required - set(served) - set(config.served_by)
+    unserved = config.required - set(served) - of_experts - set(config.served_by)
     elsewhere = {name for name in unserved if destinations(model, name) is None}
     if config.stored is not None:
         _check_all_served(config, model, served, unserved - elsewhere, unquantized)
-    config.served_by |= dict.fromkeys(elsewhere | set(served), type(model))
+    config.served_by |= dict.fromkeys(elsewhere | of_experts | set(served), type(model))
     config.model_built = True
 
 
@@ -135,7 +139,7 @@ def linears_by_path(
         taken: linears that another model serves.
     """
     shards: dict[str, dict[int, str]] = {}
-    free = config.stored - taken
+    free = config.stored - taken - config.expert_linears
     for name in sorted(free):
         for path, shard in destinations(model, name) or ():
             if path in layers:
@@ -147,60 +151,6 @@ def linears_by_path(
         if path not in found and free.issuperset(linears):
             found[path] = linears
     return found
-
-
-def destinations(model: torch.nn.Module, name: str) -> list[tuple[str, ShardId]] | None:
-    """(path of a module, shard) of each place that vLLM loads the checkpoint's linear `name` to, by its own mappers.
-
-    Names may be relative to a child of the model: vLLM's pooling models and BLOOM load the names of a decoder without
-    a head, such as `layers.0.mlp.up_proj`, into `model` or `transformer`.
-
-    Returns:
-        Empty if the path leads nowhere; None if this process does not use the tensor, because a mapper drops it or
-        because it belongs to a part of the model that is elsewhere.
-    """
-    found = _destinations(model, name)
-    if found == []:
-        children = [name for name, child in model._modules.items() if not _is_elsewhere(child)]
-        others = [other for child in children if (other := _destinations(model, f"{child}.{name}")) != []]
-        return next((other for other in others if other is not None), None if others else [])
-    return found
-
-
-def _is_elsewhere(module: torch.nn.Module | None) -> bool:
-    return type(module).__name__ in PLACEHOLDER_MODULES
-
-
-def _destinations(model: torch.nn.Module, name: str) -> list[tuple[str, ShardId]] | None:
-    """`destinations` of a name relative to `model`.
-
-    A module with a loader of its own applies its own mapper to the rest of the name, as vLLM's loaders do.
-    """
-    module, path, rest = model, [], f"{name}.weight"
-    shard: Any = None
-    while True:
-        mapper = getattr(module, "hf_to_vllm_mapper", None)
-        if mapper is not None and hasattr(module, "load_weights"):
-            mapped = mapper._map_name_with_shard(rest)
-            if mapped is None:
-                return None
-            rest, new = mapped
-            shard = shard if new is None else new
-        # On to the next module that has a mapper, or to the end of the name.
-        while "." in rest:
-            head, _, rest = rest.partition(".")
-            path.append(head)
-            child = module._modules.get(head)
-            if child is None:
-                return []
-            if _is_elsewhere(child):
-                return None
-            module = child
-            if hasattr(module, "hf_to_vllm_mapper") and hasattr(module, "load_weights"):
-                break
-        else:
-            break
-    return [(".".join(path), one) for one in (shard if isinstance(shard, list) else [shard])]
 
 
 def _position(shard: ShardId) -> int:

@@ -7,7 +7,7 @@ rows under the name of the dense weight. After that, it never sees the tensors o
 the layers' loaders.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.serve.linear import Sparse24LinearMethod
 from ria_vllm.serve.reordered_rows import ReorderedRows
 from ria_vllm.serve.shards import ShardId
-from ria_vllm.serve.stream import set_name
+from ria_vllm.serve.stream import Taker, set_name
 
 # The number of a row in a tensor is this times the tensor's number, plus the row's.
 NUMBER = 2**32
@@ -43,38 +43,29 @@ class Destination:
             return
         if self.rows is not None and tensor.dim() and len(tensor) == len(self.rows):
             tensor = ReorderedRows.of(tensor, self.rows)
-            set_name(tensor, name)
+        set_name(tensor, name)
         parameter.weight_loader(parameter, tensor, *(() if self.shard is None else (self.shard,)))
 
 
-class DirectLoads:
-    """Takes the tensors of pruned linears out of the stream, and loads them where `model` would.
+def takers(model: torch.nn.Module, pruned: Collection[str]) -> dict[str, Taker | None]:
+    """Pruned linear -> who loads its tensors where `model` would; None for those that `model` does not serve.
 
     Args:
         model: complete, and not loaded yet.
-        pruned: linears of the checkpoint. Those that `model` does not serve are dropped.
 
     Raises:
         RiaError: see `ask_for_rows`.
     """
+    places = ask_for_rows(model)
+    return {name: _taker(name, places) if f"{name}.weight" in places else None for name in pruned}
 
-    def __init__(self, model: torch.nn.Module, pruned: Collection[str]):
-        self.pruned = pruned
-        self.places = ask_for_rows(model)
 
-    def take(self, name: str, tensor: torch.Tensor) -> bool:
-        """Load the tensor `name` if it belongs to a pruned linear.
+def _taker(linear: str, places: Mapping[str, list[Destination]]) -> Taker:
+    def take(part: str, tensor: torch.Tensor) -> None:
+        for place in places.get(f"{linear}.{'bias' if part == 'bias' else 'weight'}", []):
+            place.load(part, tensor, f"{linear}.{part}")
 
-        Returns:
-            False if the model has to load it. Stray biases are left to it.
-        """
-        linear, _, part = name.rpartition(".")
-        asked = name if part == "bias" else f"{linear}.weight"
-        if linear not in self.pruned or (part == "bias" and name not in self.places):
-            return False
-        for place in self.places.get(asked, []):
-            place.load(part, tensor, name)
-        return True
+    return take
 
 
 def ask_for_rows(model: torch.nn.Module) -> dict[str, list[Destination]]:

@@ -50,7 +50,8 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
             f"{model}: {min(pruned ^ config.pruned)} is pruned in the folder or on this server, but not on both. Start "
             "a server of that folder instead of reloading."
         )
-    if (schema.permutations_digest, schema.folds) != (config.schema.permutations_digest, config.schema.folds):
+    orders, present = ((one.permutations_digest, one.folds, one.experts) for one in (schema, config.schema))
+    if orders != present:
         raise RiaError(
             f"{model}: its weights are stored in other channel orders than those that this server has folded. Start "
             "a server of that folder instead of reloading."

@@ -7,7 +7,8 @@ way, and compressed tensors allow no change.
 
 import functools
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
@@ -19,6 +20,9 @@ REMEMBERED = 8
 PARTS = (".compressed", ".bitmask", ".weight", ".weight_scale", ".bias")
 
 _NAME = "ria_checkpoint_name"
+
+Taker = Callable[[str, torch.Tensor], None]
+"""Loads a tensor, whose last part of the name comes first, in place of the model."""
 
 
 def set_name(tensor: torch.Tensor, name: str) -> None:
@@ -42,7 +46,7 @@ class WeightStream:
         model: torch.nn.Module,
         before_reload: Callable[[bool], None],
         loaded: bool = False,
-        takes: Callable[[str, torch.Tensor], bool] | None = None,
+        takers: Mapping[str, Taker | None] = MappingProxyType({}),
     ) -> None:
         """Stand between vLLM's loaders and `model`, now and on every reload.
 
@@ -50,7 +54,8 @@ class WeightStream:
             before_reload: raises a RiaError if the weights must not be loaded into this model. Its argument is whether
                 vLLM reads them from the model's files.
             loaded: the model has weights already: dummies.
-            takes: is given each tensor with its name; the model does not see those for which it returns True.
+            takers: linears, or whole names of tensors, that the model must not see -> who takes their tensors; None if
+                nobody here needs them.
         """
         load = model.load_weights
 
@@ -62,10 +67,7 @@ class WeightStream:
                 self._check(model, functools.partial(before_reload, not isinstance(weights, list | tuple)))
             loaded = self.active = True
             try:
-                named = self.named(weights)
-                if takes is not None:
-                    named = ((name, tensor) for name, tensor in named if not takes(name, tensor))
-                return load(named, *args, **kwargs)
+                return load(self.named(weights, takers), *args, **kwargs)
             finally:
                 self.active = False
                 self.recent.clear()
@@ -82,9 +84,17 @@ class WeightStream:
                 finalize_layerwise_reload(model, current.model_config)
             raise
 
-    def named(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same weights; each tensor has its name from the moment that it is taken."""
+    def named(
+        self, weights: Iterable[tuple[str, torch.Tensor]], takers: Mapping[str, Taker | None] = MappingProxyType({})
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same weights, but those that `takers` take. Each has its name from the moment that it is taken."""
         for name, tensor in weights:
+            module, _, part = name.rpartition(".")
+            if module in takers or name in takers:
+                take = takers[name] if name in takers else takers[module]
+                if take is not None:
+                    take(part, tensor)
+                continue
             set_name(tensor, name)
             if name.endswith(PARTS):
                 self.recent.append((tensor, name))

@@ -1,13 +1,16 @@
-"""The interface of kernels for 2:4 linears, in vLLM's terms: `LinearKernel`, which is given a `LinearLayerConfig`.
+"""The interfaces of kernels, in vLLM's terms.
+
+`LinearKernel` is for a 2:4 linear and is given a `LinearLayerConfig`; `ExpertsKernel` is for a layer's routed experts
+and is given an `ExpertsLayerConfig`.
 
 A kernel is a class that is never instantiated. It holds no state: all it needs to know about a layer is in the config
-and in the tensors that `pack` returns. Ours are listed in `ria_vllm.serve.kernels.registry`; those of other packages
-come through the entry point group `ria_vllm.linear_kernels`.
+and in the tensors that `pack` returns. Ours are listed in `ria_vllm.serve.kernels.registry`; linear kernels of
+other packages come through the entry point group `ria_vllm.linear_kernels`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 
@@ -96,4 +99,141 @@ class LinearKernel(Protocol):
 
         Returns:
             [..., N], `config.act_dtype`.
+        """
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What an expert computes between its two products: h = f(gate) * (up + beta), or h = f(up) without a gate.
+
+    With a `limit`, gates above it become `limit`, and `up` is clamped to [-limit, limit]; for "swiglustep", f(gate) is
+    clamped in place of the gate. vLLM's swigluoai is ("silu", alpha=1.702, beta=1, limit=7).
+
+    Attributes:
+        name: f. silu: g * sigmoid(alpha * g); gelu: with erf; gelu_tanh: its approximation; relu2: max(g, 0)^2;
+            swiglustep: silu, clamped afterwards.
+        is_gated: the first product gives a gate and an up for each intermediate channel.
+        alpha: for silu and swiglustep only.
+        beta: with a gate only.
+        limit: with a gate only.
+    """
+
+    name: Literal["silu", "gelu", "gelu_tanh", "relu2", "swiglustep"]
+    is_gated: bool = True
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class ExpertsLayerConfig:
+    """The routed experts of a layer, or one rank's part of them, for a kernel to serve.
+
+    Attributes:
+        device: where weights and activations are.
+        act_dtype: of the activations that come in and of the output.
+        weight_format: how all the weights are stored when `pack` gets them; float ones have `act_dtype`.
+        num_experts: E, those of this rank.
+        hidden_size: H, channels of a token, without padding.
+        intermediate_size: I, channels between an expert's products on this rank, without padding.
+        activation: between the products.
+        has_bias: both products have one.
+        router_weight_on_input: the router's weights multiply the tokens, before the first product and rounded to
+            `act_dtype`, instead of the experts' results.
+    """
+
+    device: torch.device
+    act_dtype: torch.dtype
+    weight_format: WeightFormat
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    activation: Activation
+    has_bias: bool = False
+    router_weight_on_input: bool = False
+
+    @property
+    def gate_up_rows(self) -> int:
+        """Rows of an expert's first product: 2 I with a gate, else I."""
+        return self.intermediate_size * (2 if self.activation.is_gated else 1)
+
+    def __str__(self) -> str:
+        return (
+            f"a layer of {self.num_experts} experts ({self.hidden_size} x {self.intermediate_size}) with "
+            f"{self.weight_format.name} weights and {name_of(self.act_dtype)} activations on {self.device}"
+        )
+
+
+class ExpertsKernel(Protocol):
+    """The sum over a token's experts of router weight * down(activation(gate(x), up(x))), with 2:4 weights.
+
+    Products and the sum accumulate in float32; between the products the channels are rounded to `act_dtype`.
+
+    Attributes:
+        name: what RIA_VLLM_BACKEND and the log call it.
+        is_fallback: it is correct but slow. Other kernels are preferred, even if they need the weights widened.
+    """
+
+    name: ClassVar[str]
+    is_fallback: ClassVar[bool]
+
+    @staticmethod
+    def is_supported(device: torch.device) -> str | None:
+        """Why this device cannot run the kernel at all, or None. It must not raise."""
+
+    @staticmethod
+    def can_implement(config: ExpertsLayerConfig) -> str | None:
+        """Why the kernel cannot serve this layer on a device that is supported, or None. It must not raise."""
+
+    @staticmethod
+    def pack(
+        config: ExpertsLayerConfig,
+        gate_up: Mapping[str, torch.Tensor],
+        down: Mapping[str, torch.Tensor],
+        gate_up_bias: torch.Tensor | None,
+        down_bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """The kernel's own form of all experts. Nothing in it may alias the given tensors.
+
+        Each tensor becomes a parameter of the layer, made contiguous. A reload packs again and must give the same
+        shapes and dtypes.
+
+        Args:
+            gate_up: the tensors of `config.weight_format` by name, each with the experts as first dimension: of a
+                weight [E, 2 I, H], the I rows of gate before those of up, or [E, I, H] without a gate. The rows of gate
+                and of up are in the order in which the expert's down takes its columns. Columns are padded with zeros
+                to a multiple of `sparse24.IN_FEATURES_MULTIPLE`. Shapes and dtypes fit, bitmasks are 2:4, and scales
+                are finite; they may be zero.
+            down: the same of a weight [E, H, I], columns padded likewise.
+            gate_up_bias: [E, 2 I] or [E, I], `config.act_dtype`, if and only if `config.has_bias`.
+            down_bias: [E, H], likewise.
+        """
+
+    @staticmethod
+    def apply(
+        config: ExpertsLayerConfig,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        packed: Sequence[torch.Tensor],
+        input_permutation: torch.Tensor | None,
+        expert_map: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What the experts make of each token. torch.compile traces it.
+
+        Args:
+            x: [T, H], `config.act_dtype`; perhaps without any tokens, and with any strides.
+            topk_weights: float32 [T, k].
+            topk_ids: int32 or int64 [T, k], each token's experts; -1 for none. A token may name an expert twice, which
+                counts twice.
+            packed: what `pack` returned.
+            input_permutation: int32 [H], the order in which gate and up take x's channels, or None.
+            expert_map: int32 [experts of all ranks], the number on this rank of each expert in `topk_ids`; -1 for those
+                of other ranks, which add nothing. None: `topk_ids` holds numbers on this rank.
+
+        Returns:
+            [T, H], `config.act_dtype`; zeros for a token without experts.
+
+        Raises:
+            RuntimeError: an expert that does not exist.
         """

@@ -15,7 +15,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import Fold, Producer
 from ria_vllm.serve.layer_matching import match_layers
-from ria_vllm.serve.rearranged import DirectLoads
+from ria_vllm.serve.rearranged import takers
 
 HEADS, WIDTH, HIDDEN = 4, 32, 128
 
@@ -80,7 +80,7 @@ def tensors(stored, dense=False):
 def built(config, model_class):
     model = model_class(config)
     match_layers(config, model)
-    config.stream.attach(model, lambda from_files: None, takes=DirectLoads(model, config.required).take)
+    config.stream.attach(model, lambda from_files: None, takers=takers(model, config.required))
     return model
 
 

@@ -33,6 +33,7 @@
 #include <cstring>
 #include <utility>
 
+#include "activation.h"
 #include "kernels.h"
 
 namespace {
@@ -167,36 +168,54 @@ void accumulate_chunks(const GemmArgs& args, const TokenBlocks& tokens, const ui
   }
 }
 
-// The initial value of a tile's sums (the bias), and their way to y (scales, bias, rounding).
+// The initial value of a tile's sums (the bias), and their way to y (scales, bias, activation or combination, rounding).
 template <class VecTraits>
 struct Epilogue {
   using Value = typename VecTraits::Value;
   static constexpr bool kHasScales = has_scales(VecTraits::kDtype);
   alignas(kCacheLine) float bias[kTileRows] = {}, scales[kTileRows] = {}, initial[kTileRows] = {};
-  Value* y;  // first token, the tile's first row
-  int64_t y_stride, rows, padded_rows;
+  const GemmArgs& args;
+  const int64_t first_row, padded_rows, rows;
 
-  Epilogue(const GemmArgs& args, int64_t tile) {
+  Epilogue(const GemmArgs& args, int64_t tile)
+      : args(args),
+        first_row(tile * kTileRows),
+        padded_rows(args.layout.strips_in(tile) * kStripRows),
+        rows(args.layout.rows - first_row < padded_rows ? args.layout.rows - first_row : padded_rows) {
     const Layout& layout = args.layout;
-    const int64_t first_row = tile * kTileRows;
-    y = static_cast<Value*>(args.y) + first_row;
-    y_stride = layout.rows;
-    padded_rows = layout.strips_in(tile) * kStripRows;
-    rows = layout.rows - first_row < padded_rows ? layout.rows - first_row : padded_rows;
     if (args.bias) VecTraits::load_as_float(static_cast<const Value*>(args.bias) + first_row, bias, rows);
     if constexpr (kHasScales)
       std::memcpy(scales, args.packed + layout.scales_offset() + first_row * sizeof(float), rows * sizeof(float));
     else
       std::memcpy(initial, bias, sizeof initial);
   }
-  // Writes y for `tokens` tokens from sums [tokens][kTileRows], which it overwrites.
+  // Takes the sums [tokens][kTileRows] of `tokens` tokens, which it overwrites.
   void apply(float* sums, int64_t first_token, int64_t tokens) const {
     if constexpr (kHasScales)
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = 0; r < padded_rows; ++r)
           sums[t * kTileRows + r] = sums[t * kTileRows + r] * scales[r] + bias[r];
+    if (args.activation)
+      activate_all(sums, first_token, tokens);
+    else if (args.combined)
+      combine(sums, first_token, tokens);
+    else
+      for (int64_t t = 0; t < tokens; ++t)
+        VecTraits::store_from_float(static_cast<Value*>(args.y) + (first_token + t) * args.layout.rows + first_row,
+                                    sums + t * kTileRows, rows);
+  }
+  void activate_all(float* sums, int64_t first_token, int64_t tokens) const {
+    activate(*args.activation, sums, tokens, padded_rows);
+    const int64_t parts = args.activation->gated ? 2 : 1;
     for (int64_t t = 0; t < tokens; ++t)
-      VecTraits::store_from_float(y + (first_token + t) * y_stride, sums + t * kTileRows, rows);
+      VecTraits::store_from_float(static_cast<Value*>(args.y) + (first_token + t) * args.y_stride + first_row / parts,
+                                  sums + t * kTileRows, padded_rows / parts);
+  }
+  void combine(const float* sums, int64_t first_token, int64_t tokens) const {
+    float* to = args.combined + first_row - args.combined_begin;
+    for (int64_t t = 0; t < tokens; ++t)
+      add_weighted(to + args.combined_rows[first_token + t] * args.combined_stride, sums + t * kTileRows,
+                   args.weights[first_token + t], padded_rows);
   }
 };
 
@@ -229,21 +248,29 @@ void multiply_tiles(const GemmArgs& args, int64_t begin, int64_t end) {
 
 // Copies four channels of `tokens` tokens to the panel. The pointers are locals because the panel's bytes may alias
 // anything.
-template <class VecTraits, class Value = typename VecTraits::Value>
-void pack_group(const Value* x, int64_t stride, const int64_t (&c)[4], int64_t tokens, uint8_t* panel) {
+template <class VecTraits, bool kGathered, class Value = typename VecTraits::Value>
+void pack_group(const Value* x, int64_t stride, const int32_t* x_rows, const int64_t (&c)[4], int64_t tokens,
+                uint8_t* panel) {
   const Value *x0 = x + c[0], *x1 = x + c[1], *x2 = x + c[2], *x3 = x + c[3];
-  for (int64_t t = 0, i = 0; t < tokens; ++t, i += stride, panel += VecTraits::kActivationBytes)
+  for (int64_t t = 0; t < tokens; ++t, panel += VecTraits::kActivationBytes) {
+    const int64_t i = (kGathered ? x_rows[t] : t) * stride;
     VecTraits::store_channels(panel, x0[i], x1[i], x2[i], x3[i]);
+  }
 }
 
 // Copies the tokens of some token blocks to the panel, with their channels in the order of the weight's columns.
-template <class VecTraits>
-void pack_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
+template <class VecTraits, bool kGathered>
+void pack_blocks(const GemmArgs& args, int64_t begin, int64_t end) {
   const TokenBlocks tokens(args.tokens, VecTraits::kBlockTokens);
   const int64_t all_blocks = args.layout.blocks(), stride = args.x_stride;
   const int32_t* permutation = args.permutation;
   for (int64_t b = begin; b < end; ++b) {
-    const auto* x = static_cast<const typename VecTraits::Value*>(args.x) + tokens.first(b) * stride;
+    const auto* x = static_cast<const typename VecTraits::Value*>(args.x);
+    const int32_t* x_rows = nullptr;
+    if constexpr (kGathered)
+      x_rows = args.x_rows + tokens.first(b);
+    else
+      x += tokens.first(b) * stride;
     const int64_t size = tokens.size(b);
     for (int64_t chunk = 0; chunk < all_blocks; chunk += kChunkBlocks) {
       const int64_t blocks = all_blocks - chunk < kChunkBlocks ? all_blocks - chunk : kChunkBlocks;
@@ -251,19 +278,38 @@ void pack_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
       uint8_t* panel = args.panel + panel_offset<VecTraits>(args, chunk, blocks, tokens.first(b));
       for (int64_t c = first; c < last; c += 4, panel += size * VecTraits::kActivationBytes) {
         if (permutation)
-          pack_group<VecTraits>(x, stride, {permutation[c], permutation[c + 1], permutation[c + 2], permutation[c + 3]},
-                                size, panel);
+          pack_group<VecTraits, kGathered>(
+              x, stride, x_rows, {permutation[c], permutation[c + 1], permutation[c + 2], permutation[c + 3]}, size,
+              panel);
         else
-          pack_group<VecTraits>(x, stride, {c, c + 1, c + 2, c + 3}, size, panel);
+          pack_group<VecTraits, kGathered>(x, stride, x_rows, {c, c + 1, c + 2, c + 3}, size, panel);
       }
     }
   }
 }
 
 template <class VecTraits>
+void pack_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
+  if (args.x_rows)
+    pack_blocks<VecTraits, true>(args, begin, end);
+  else
+    pack_blocks<VecTraits, false>(args, begin, end);
+}
+
+template <class VecTraits>
+void round_values(const float* from, void* to, int64_t count) {
+  VecTraits::store_from_float(static_cast<typename VecTraits::Value*>(to), from, count);
+}
+
+template <class VecTraits>
 constexpr Kernel row_kernel() {
-  return {VecTraits::kBlockTokens,  1, VecTraits::kBlockTokens, VecTraits::kActivationBytes, pack_tokens<VecTraits>,
-          multiply_tiles<VecTraits>};
+  return {VecTraits::kBlockTokens,
+          1,
+          VecTraits::kBlockTokens,
+          VecTraits::kActivationBytes,
+          pack_tokens<VecTraits>,
+          multiply_tiles<VecTraits>,
+          round_values<VecTraits>};
 }
 
 }  // namespace

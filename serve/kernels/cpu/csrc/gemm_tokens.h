@@ -185,16 +185,19 @@ void pack_vectors(const GemmArgs& args, int64_t begin, int64_t end) {
   const int32_t* permutation = args.permutation;
   for (int64_t b = begin; b < end; ++b)
     for (int64_t first = 0; first < panel.tokens.size(b); first += width) {
-      const auto* x = static_cast<const Value*>(args.x) + (panel.tokens.first(b) + first) * stride;
-      const int64_t tokens = min_of(panel.tokens.size(b) - first, width);
+      const int64_t first_token = panel.tokens.first(b) + first, tokens = min_of(panel.tokens.size(b) - first, width);
+      const auto* x = static_cast<const Value*>(args.x);
+      int64_t at[width];  // where each token is in x
+      for (int64_t t = 0; t < tokens; ++t)
+        at[t] = (args.x_rows ? args.x_rows[first_token + t] : first_token + t) * stride;
       for (int64_t chunk = 0, c = 0; chunk < args.layout.blocks(); ++chunk) {
         float* to = reinterpret_cast<float*>(args.panel + panel.offset(chunk, b)) + first;
         for (const int64_t last = c + 4 * kBlockGroups; c < last; ++c, to += capacity) {
           const Value* from = x + (permutation ? permutation[c] : c);
           if (tokens == width)
-            for (int64_t t = 0; t < width; ++t) to[t] = from[t * stride].to_float();
+            for (int64_t t = 0; t < width; ++t) to[t] = from[at[t]].to_float();
           else
-            for (int64_t t = 0; t < width; ++t) to[t] = t < tokens ? from[t * stride].to_float() : 0.0f;
+            for (int64_t t = 0; t < width; ++t) to[t] = t < tokens ? from[at[t]].to_float() : 0.0f;
         }
       }
     }
@@ -209,7 +212,8 @@ constexpr Kernel token_kernel() {
           width,
           4 * sizeof(float),
           pack_vectors<VecTraits>,
-          multiply_tiles_by_tokens<VecTraits>};
+          multiply_tiles_by_tokens<VecTraits>,
+          round_values<VecTraits>};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The interface between the driver (linear.cpp) and the kernels of each instruction set.
+// The interface between the drivers (linear.cpp, experts.cpp) and the kernels of each instruction set.
 #pragma once
 #include "layout.h"
 
@@ -7,7 +7,17 @@ namespace ria {
 // The most tokens of a pass: their accumulators for one tile stay in cache.
 constexpr int64_t kMaxPassTokens = 192;
 
-// y[tokens, rows] = x[tokens, columns][:, permutation] @ W^T + bias, for the tokens of one pass.
+// What an expert computes between its products; ria_vllm.serve.kernels.base.Activation describes it. With a gate, the
+// strips of the first product's rows are, in turn, 16 gates and their 16 ups.
+struct Activation {
+  enum Kind : int64_t { silu, gelu, gelu_tanh, relu2, swiglustep, kKinds };
+  Kind kind;
+  bool gated;
+  float alpha, beta, limit;
+};
+
+// y[tokens, rows] = x[tokens, columns][:, permutation] @ W^T + bias, for the tokens of one pass. The products of experts
+// read tokens from anywhere in x, and do something else with the sums.
 struct GemmArgs {
   Layout layout;
   const uint8_t* packed;       // the packed weight, header first
@@ -18,6 +28,15 @@ struct GemmArgs {
   void* y;                     // first token of the pass, [tokens, rows] contiguous
   int64_t tokens;              // at most kMaxPassTokens
   uint8_t* panel;              // the tokens' activations, packed in the order in which the kernel reads them
+
+  const int32_t* x_rows;         // [tokens], where each token is in x; null: one after the other
+  const Activation* activation;  // not null: y gets the activations, each token y_stride elements after the last one
+  int64_t y_stride;
+  float* combined;                // not null: the sums, times [tokens] `weights`, are added to rows `combined_rows` of
+  int64_t combined_stride;        // this matrix, whose first column belongs to the row `combined_begin` of W
+  int64_t combined_begin;
+  const int32_t* combined_rows;
+  const float* weights;
 };
 
 // One way to multiply weights of one dtype on one instruction set.
@@ -28,6 +47,7 @@ struct Kernel {
   int64_t activation_bytes;  // per token and group, in the panel
   void (*pack_tokens)(const GemmArgs&, int64_t begin, int64_t end);     // [begin, end) of the token blocks
   void (*multiply_tiles)(const GemmArgs&, int64_t begin, int64_t end);  // [begin, end) of the tiles
+  void (*round)(const float* from, void* to, int64_t count);            // to activations; `from` on a cache line
 };
 
 // Vectors over rows (gemm_rows.h) and over tokens (gemm_tokens.h). Both give the same bits.
@@ -78,11 +98,38 @@ struct TokenBlocks {
 const InstructionSet& instruction_set();
 
 // Throws std::runtime_error, with the row and the columns, if a group does not keep exactly two values.
-// `scales`: [rows] if the dtype has scales, else null.
-void pack(const Layout&, const void* values, const uint8_t* bitmask, const float* scales, uint8_t* packed);
+// `scales`: [rows] if the dtype has scales, else null. `gates`: 0, or the rows of an expert's gate, which its up's follow:
+// then layout.rows is `gated_rows(gates)`.
+void pack(const Layout&, const void* values, const uint8_t* bitmask, const float* scales, uint8_t* packed,
+          int64_t gates = 0);
+
+// Rows of a packed gate and up that have `gates` rows each: both in whole strips.
+constexpr int64_t gated_rows(int64_t gates) { return (gates + kStripRows - 1) / kStripRows * 2 * kStripRows; }
+
+// Asks for large pages. Every token reads the whole weight, so they save TLB misses, if the system grants them.
+void ask_for_huge_pages(uint8_t* begin, int64_t bytes);
 
 // y for any number of tokens. `args` points at the first token; its `tokens` and `panel` are set here.
 void linear(GemmArgs args, int64_t tokens, const InstructionSet&);
+
+// y[tokens, hidden] = the sum over k of weights[., k] * down(activation(gate_up(x))) of the expert ids[., k].
+struct ExpertsArgs {
+  int64_t num_experts, tokens, top_k, hidden;
+  Layout gate_up, down;                          // of each expert
+  const uint8_t *gate_up_packed, *down_packed;   // one expert after another
+  const void *gate_up_bias, *down_bias;          // [experts, rows], or both null
+  const void* x;                                 // [tokens, hidden]; the channels of a token are contiguous
+  int64_t x_stride;                              // elements between tokens
+  const int32_t* permutation;                    // [hidden], already checked; null for the identity
+  Activation activation;
+  const int32_t* ids;                            // [tokens, top_k], already checked; -1 for none
+  const float* weights;                          // [tokens, top_k]
+  void* y;                                       // contiguous
+};
+void experts(const ExpertsArgs&, const InstructionSet&);
+
+// The most tokens of a pass that packs `token_bytes` for each.
+int64_t max_pass_tokens(int64_t token_bytes, int64_t block_tokens);
 
 // The number of threads that parallel_for uses.
 int64_t threads();

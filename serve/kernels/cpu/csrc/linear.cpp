@@ -1,11 +1,9 @@
 // The driver: divides the tokens into passes and the work among threads.
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "kernels.h"
+#include "scratch.h"
 
 namespace ria {
 namespace {
@@ -28,20 +26,10 @@ constexpr int64_t kItemsPerThread = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The calling thread's buffer for packed activations. It grows to the largest size ever needed and is kept.
+// The calling thread's buffer for packed activations.
 uint8_t* panel(int64_t bytes) {
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<uint8_t, Free> buffer;
-  thread_local int64_t capacity = 0;
-  if (bytes > capacity) {
-    capacity = 0;
-    buffer.reset(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-    if (!buffer) throw std::bad_alloc();
-    capacity = bytes;
-  }
-  return buffer.get();
+  thread_local Scratch scratch;
+  return scratch.bytes(bytes);
 }
 
 // Some passes that run together. Either all tokens are packed into one shared panel first and then multiplied, or
@@ -95,13 +83,12 @@ struct Round {
   }
 };
 
-// The most tokens of a pass.
+}  // namespace
+
 int64_t max_pass_tokens(int64_t token_bytes, int64_t block_tokens) {
   const int64_t tokens = std::clamp(kPassBytes / token_bytes, kMinPassTokens, kMaxPassTokens);
   return std::max(tokens / block_tokens, int64_t{1}) * block_tokens;
 }
-
-}  // namespace
 
 void linear(GemmArgs args, int64_t tokens, const InstructionSet& set) {
   const Layout& layout = args.layout;

@@ -31,8 +31,16 @@ struct Packing {
   const uint8_t* values;
   const uint8_t* bitmask;
   uint8_t* packed;
+  int64_t gates;
   std::atomic<int64_t> first_invalid_group{INT64_MAX};  // row * groups + group
 };
+
+// The given row that a packed one holds, or -1 if it holds none.
+int64_t source_row(const Layout& layout, int64_t gates, int64_t row) {
+  if (gates == 0) return row < layout.rows ? row : -1;
+  const int64_t strip = row / kStripRows, channel = strip / 2 * kStripRows + row % kStripRows;
+  return channel < gates ? channel + strip % 2 * gates : -1;
+}
 
 void pack_tile(Packing& packing, int64_t tile) {
   const Layout& layout = packing.layout;
@@ -40,10 +48,12 @@ void pack_tile(Packing& packing, int64_t tile) {
   const bool pairs = interleaved(layout.dtype);
   uint8_t* stream = packing.packed + layout.tile_offset(tile);
   const int64_t stream_bytes = strips * layout.blocks() * layout.strip_block_bytes();
-  std::memset(stream, 0, stream_bytes);  // rows past the last one: weights 0, positions 0
+  std::memset(stream, 0, stream_bytes);  // rows that hold none: weights 0, positions 0
 
-  for (int64_t r = 0; r < strips * kStripRows && tile * kTileRows + r < layout.rows; ++r) {
-    const int64_t row = tile * kTileRows + r, strip = r / kStripRows, lane = r % kStripRows;
+  for (int64_t r = 0; r < strips * kStripRows; ++r) {
+    const int64_t row = source_row(layout, packing.gates, tile * kTileRows + r);
+    if (row < 0) continue;
+    const int64_t strip = r / kStripRows, lane = r % kStripRows;
     const uint8_t* values = packing.values + row * groups * 2 * item;
     const uint8_t* bitmask = packing.bitmask + row * groups / 2;
     for (int64_t group = 0; group < groups; ++group) {
@@ -66,7 +76,8 @@ void pack_tile(Packing& packing, int64_t tile) {
   }
 }
 
-// Every token reads the whole weight, so large pages save TLB misses, if the system grants them.
+}  // namespace
+
 void ask_for_huge_pages(uint8_t* begin, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t huge = 2 << 20;
@@ -76,17 +87,19 @@ void ask_for_huge_pages(uint8_t* begin, int64_t bytes) {
 #endif
 }
 
-}  // namespace
-
-void pack(const Layout& layout, const void* values, const uint8_t* bitmask, const float* scales, uint8_t* packed) {
-  ask_for_huge_pages(packed, layout.bytes());
+void pack(const Layout& layout, const void* values, const uint8_t* bitmask, const float* scales, uint8_t* packed,
+          int64_t gates) {
   const Header header = {Header::kMagic, layout.rows, layout.columns, layout.dtype, {}};
   std::memcpy(packed, &header, sizeof header);
   if (has_scales(layout.dtype)) {
     std::memset(packed + layout.scales_offset(), 0, layout.bytes() - layout.scales_offset());
-    std::memcpy(packed + layout.scales_offset(), scales, layout.rows * sizeof(float));
+    float* to = reinterpret_cast<float*>(packed + layout.scales_offset());
+    for (int64_t row = 0; row < layout.rows; ++row) {
+      const int64_t source = source_row(layout, gates, row);
+      if (source >= 0) to[row] = scales[source];
+    }
   }
-  Packing packing{layout, static_cast<const uint8_t*>(values), bitmask, packed};
+  Packing packing{layout, static_cast<const uint8_t*>(values), bitmask, packed, gates};
   parallel_for(
       layout.tiles(), 1,
       [](int64_t begin, int64_t end, void* context) {

@@ -7,7 +7,7 @@ extern "C" {
 using AOTITorchError = int32_t;
 using AtenTensorHandle = struct AtenTensorOpaque*;
 using TorchLibraryHandle = struct TorchLibraryOpaque*;
-using StableIValue = uint64_t;  // an int64, a tensor handle, or for an optional: null or a pointer to a StableIValue
+using StableIValue = uint64_t;  // an int64, a double, a tensor handle, or for an optional: null or a pointer
 
 AOTITorchError aoti_torch_library_init_fragment(const char* ns, const char* file, uint32_t line, TorchLibraryHandle*);
 AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* key, const char* file, uint32_t line,
@@ -32,6 +32,7 @@ int32_t aoti_torch_dtype_bfloat16();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_int32();
+int32_t aoti_torch_dtype_int64();
 int32_t aoti_torch_dtype_int8();
 int32_t aoti_torch_dtype_uint8();
 

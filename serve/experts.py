@@ -1,0 +1,284 @@
+"""Sparse24MoEMethod: the routed experts of one of vLLM's mixture layers, with 2:4 weights."""
+
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.platforms import current_platform
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.engine import EngineOptions
+from ria_vllm.serve.experts_loading import BIAS, DOWN, GATE_UP, ExpertSizes, ExpertsLoader
+from ria_vllm.serve.experts_packing import (
+    LoadedExperts,
+    PackedExperts,
+    activation_of,
+    fill_dense,
+    pack_experts,
+)
+from ria_vllm.serve.kernels.base import ExpertsLayerConfig
+from ria_vllm.serve.kernels.experts_registry import ExpertsChoice, choose_experts
+from ria_vllm.serve.load_report import LoadReport
+from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts
+from ria_vllm.serve.weight_scheme import Weights, WeightScheme
+
+logger = init_logger("vllm.ria")
+
+
+class ProvisionalExpertsMethod(UnquantizedFusedMoEMethod):
+    """The method of a layer whose prefix names no pruned experts. It stays if its path names none either."""
+
+    def create_weights(self, layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
+        before = set(layer._parameters)
+        super().create_weights(layer, *args, **kwargs)
+        self.creation = kwargs
+        self.created = [name for name in layer._parameters if name not in before]
+
+
+class Sparse24MoEMethod(FusedMoEMethodBase):
+    """Loads pruned experts in stored form. A kernel serves them so; without one, vLLM's own method serves them dense.
+
+    vLLM's router chooses the experts. Its model does not see their weights, see `experts_loading`.
+
+    Args:
+        layer: under construction.
+        experts: what it serves.
+        scheme: how their weights are stored.
+        orders: in which their channels are stored.
+        report: where the layer is counted.
+
+    Attributes:
+        choice: the kernel that serves the layer; None for vLLM's own method, whose weights are dense.
+        dense: vLLM's method, in the latter case.
+
+    Raises:
+        RiaError: vLLM's layer is not that of these experts, or does something that is not served.
+    """
+
+    def __init__(
+        self,
+        layer: RoutedExperts,
+        experts: StoredExperts,
+        scheme: WeightScheme,
+        orders: ExpertOrders,
+        report: LoadReport,
+    ):
+        super().__init__(layer.moe_config)
+        self.experts = experts
+        self.scheme = scheme
+        self.orders = orders
+        self.report = report
+        moe, name = layer.moe_config, experts.name
+        if moe.is_lora_enabled:
+            raise RiaError(
+                f"{name}: vLLM puts LoRA adapters on the experts, too, which is not served for pruned ones. Serve "
+                "without --enable-lora, or a dense folder that `ria-vllm export` makes."
+            )
+        if moe.num_logical_experts != experts.num_experts or moe.num_experts != experts.num_experts:
+            raise RiaError(
+                f"{name}: config.json names {experts.num_experts} pruned experts, but vLLM's layer has "
+                f"{moe.num_experts}. Redundant experts (--enable-eplb) are not served pruned."
+            )
+        if layer.expert_map_manager.num_fused_shared_experts:
+            raise RiaError(
+                f"{name}: vLLM fuses the shared expert with these on this platform, which is not served pruned. Set "
+                "VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS=0."
+            )
+        if moe.is_act_and_mul != experts.is_gated:
+            raise RiaError(
+                f"{name}: vLLM's experts have {'a' if moe.is_act_and_mul else 'no'} gate, unlike the checkpoint's. "
+                "config.json belongs to another model; get the files again."
+            )
+        self.sizes = ExpertSizes(
+            moe.num_local_experts, moe.hidden_dim_unpadded, moe.intermediate_size, moe.tp_rank, moe.tp_size
+        )
+        multiple = scheme.format.column_multiple
+        if self.sizes.here % multiple:
+            raise RiaError(
+                f"{name}: {moe.intermediate_size} channels over {moe.tp_size} ranks leave {self.sizes.here} each, "
+                f"which is not a multiple of {multiple}. Use a smaller --tensor-parallel-size, or "
+                "--enable-expert-parallel."
+            )
+        orders.check(experts, self.sizes.hidden, self.sizes.intermediate)
+        self.choice = self._choose(layer)
+        self.dense: UnquantizedFusedMoEMethod | None = None
+        if self.choice is None:
+            self.dense = UnquantizedFusedMoEMethod(moe)
+            self.experts_cls = self.dense.experts_cls
+
+    def _choose(self, layer: RoutedExperts) -> ExpertsChoice | None:
+        """The kernel for the layer; None for vLLM's own method, whose weights are dense."""
+        moe, activation = self.moe, activation_of(layer)
+        moves_tokens = moe.dp_size > 1 or moe.pcp_size > 1 or moe.is_sequence_parallel
+        if activation is None or moves_tokens or not self.orders.shared_input:
+            return None
+        config = ExpertsLayerConfig(
+            device=torch.device(moe.device),
+            act_dtype=moe.in_dtype,
+            weight_format=self.scheme.format,
+            num_experts=self.sizes.local,
+            hidden_size=self.sizes.hidden,
+            intermediate_size=self.sizes.here,
+            activation=activation,
+            has_bias=moe.has_bias,
+            router_weight_on_input=layer.apply_router_weight_on_input,
+        )
+        return choose_experts(config)
+
+    def maybe_roundup_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        if self.dense is not None:
+            return self.dense.maybe_roundup_sizes(*args, **kwargs)
+        return super().maybe_roundup_sizes(*args, **kwargs)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> Any:
+        return None if self.dense is None else self.dense.get_fused_moe_quant_config(layer)
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        before = set(layer._parameters)
+        self.creation = {
+            "num_experts": num_experts, "hidden_size": hidden_size, "params_dtype": params_dtype,
+            "intermediate_size_per_partition": intermediate_size_per_partition, **extra_weight_attrs,
+        }  # fmt: skip
+        self.loader = ExpertsLoader(
+            self.experts, self.sizes, self.scheme.tensors(params_dtype), self.orders.rows, self.moe.has_bias
+        )
+        self.loader.create_parameters(layer, params_dtype)
+        self.created = [name for name in layer._parameters if name not in before]
+        self.report.expected += 1
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Check what was loaded, pack it for a kernel or for vLLM, and free it."""
+        names = self.loader.parameter_names()
+        if not all(name in layer._parameters for name in names):
+            return  # it has been processed
+        stored = {name: layer._parameters[name].data for name in names}
+        for name in names:
+            delattr(layer, name)
+        try:
+            dummy = self._check_complete(layer)
+        finally:
+            self.loader.clear()  # a reload starts from nothing, even if this load failed
+        loaded = self._loaded(layer, stored, dummy)
+        first = not hasattr(layer, "ria_experts")
+        if self.choice is None:
+            # A new one each time: vLLM's own packs the weights for the CPU on its first load only.
+            self.dense = UnquantizedFusedMoEMethod(self.moe)
+            fill_dense(layer, self.dense, loaded, self.sizes)
+            self.dense.process_weights_after_loading(layer)
+            self.moe_kernel, self.moe_quant_config = self.dense.moe_kernel, self.dense.moe_quant_config
+            layer.ria_experts = None
+        else:
+            layer.ria_experts = pack_experts(layer, self.choice, loaded)
+        if first:
+            self._report(layer, layer.ria_experts)
+
+    def _local_experts(self, layer: RoutedExperts) -> list[tuple[int, int]]:
+        """(expert, its number on this rank) of this rank's experts, by the latter."""
+        numbers = [
+            (layer._map_global_expert_id_to_local_expert_id(expert), expert)
+            for expert in range(self.experts.num_experts)
+        ]
+        return [(expert, here) for here, expert in sorted(numbers) if here >= 0]
+
+    def _check_complete(self, layer: RoutedExperts) -> bool:
+        """Check that every tensor was loaded, or none because vLLM was asked for dummy weights.
+
+        Returns:
+            Whether the layer holds dummies.
+
+        Raises:
+            RiaError: a tensor is missing.
+        """
+        missing = self.loader.missing(self._local_experts(layer))
+        if missing and (self.loader.loaded or not EngineOptions.current().dummy_weights):
+            raise RiaError(f"{missing} is in none of the weight files. Get them again.")
+        return missing is not None
+
+    def _loaded(self, layer: RoutedExperts, stored: dict[str, torch.Tensor], dummy: bool) -> LoadedExperts:
+        inputs = [self.orders.inputs[expert] for expert, _ in self._local_experts(layer)]
+        return LoadedExperts(
+            self._weights(stored, GATE_UP, dummy),
+            self._weights(stored, DOWN, dummy),
+            stored.get(GATE_UP + BIAS),
+            stored.get(DOWN + BIAS),
+            inputs,
+        )
+
+    def _weights(self, stored: dict[str, torch.Tensor], prefix: str, dummy: bool) -> Weights:
+        """The experts' matrices below each other, as one.
+
+        Raises:
+            RiaError: damaged scales or a damaged bitmask.
+        """
+        parts = {part: stored[prefix + part].flatten(0, 1) for part in self.loader.specs}
+        try:
+            weights = self.scheme.weights(parts, [len(parts["bitmask"])], self.moe.in_dtype, dummy)
+        except ValueError as error:
+            raise RiaError(
+                f"{self.experts.name}, {prefix.strip('_')}: {error}. The weight file is damaged; get it again."
+            ) from None
+        assert weights is not None  # experts are never stored plain
+        return weights
+
+    def _report(self, layer: RoutedExperts, packed: PackedExperts | None) -> None:
+        moe, sizes = self.moe, self.sizes
+        outputs = 3 if moe.is_act_and_mul else 2
+        dense_bytes = sizes.local * outputs * sizes.hidden * sizes.here * moe.in_dtype.itemsize
+        if packed is None:
+            logger.warning_once(
+                "Pruned experts are served dense: their weights were decompressed, because no kernel of ria-vllm "
+                "serves them as they are on %s. The answers are right, without the savings.", moe.device,
+            )  # fmt: skip
+            kernel, bytes_here = f"dense experts ({type(self.moe_kernel.fused_experts).__name__})", dense_bytes
+        else:
+            kernel = str(packed.choice)
+            bytes_here = sum(getattr(layer, name).nbytes for name in packed.packed)
+        gathered = packed is not None and packed.input_permutation is not None
+        shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in layer.named_parameters(recurse=False)]
+        self.report.add(
+            [kernel], self.orders.folded, int(gathered), dense_bytes, bytes_here,
+            f"{self.experts.name} {kernel} {shapes}",
+        )  # fmt: skip
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [tokens, H] -> [tokens, H]: the sum of each token's experts on this rank, weighted by vLLM's router."""
+        if layer.ria_experts is not None:
+            return layer.ria_experts.apply(layer, x, topk_weights, topk_ids)
+        if current_platform.is_cpu() and layer._expert_map is not None:
+            # vLLM's experts for CPUs ignore the map.
+            here = layer._expert_map[topk_ids.long()]
+            topk_weights = topk_weights.masked_fill(here < 0, 0)
+            topk_ids = here.clamp(min=0).to(topk_ids.dtype)
+        return self.dense.apply(
+            layer=layer, x=x, topk_weights=topk_weights, topk_ids=topk_ids, shared_experts=shared_experts,
+            shared_experts_input=shared_experts_input,
+        )  # fmt: skip
+
+    def apply_monolithic(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        router_logits: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+    ) -> Any:
+        """The same with vLLM's own router inside its kernel, where vLLM's method chose one of that kind."""
+        return self.dense.apply_monolithic(layer, x, router_logits, input_ids)

@@ -1,0 +1,125 @@
+"""Which mixture layer of the built model serves which of the checkpoint's pruned experts.
+
+vLLM's models load experts each in its own way, but all of them keep them in a `RoutedExperts` at the path to which the
+names of the experts lead. `match_experts` finds it, and says who takes each tensor of an expert.
+"""
+
+import torch
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import Stacked
+from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.experts import ProvisionalExpertsMethod, Sparse24MoEMethod
+from ria_vllm.serve.model_paths import place_of
+from ria_vllm.serve.stored_experts import StoredExperts
+from ria_vllm.serve.stream import Taker
+
+
+def match_experts(config: RiaConfig, model: torch.nn.Module) -> set[str]:
+    """Give every mixture layer of a model that was just built the experts that belong to its path.
+
+    Must be called before any weight is loaded.
+
+    Returns:
+        The names of the experts that the model serves, or that belong to a part of it that is elsewhere.
+
+    Raises:
+        RiaError: pruned experts that no layer serves, or that more than one layer might; or the reverse.
+    """
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, RoutedExperts)}
+    taken = {name for name, model_class in config.served_by.items() if model_class is not type(model)}
+    served: set[str] = set()
+    by_path: dict[str, str] = {}
+    for name, experts in config.experts.items():
+        if name in taken:
+            continue
+        paths = layers_of(model, experts, layers)
+        if paths is None:
+            served.add(name)
+        elif len(paths) == 1 and paths[0] not in by_path:
+            by_path[paths[0]] = name
+            served.add(name)
+        elif len(paths) == 1:
+            raise RiaError(
+                f"{config.where}: the experts {by_path[paths[0]]} and {name} both belong to vLLM's layer {paths[0]}. "
+                "`ria-vllm export` makes a dense folder."
+            )
+        elif not config.model_built:  # a second model need not use all of them
+            others = [path for path in layers if path not in by_path]
+            raise RiaError(
+                f"{config.where}: the pruned experts {name} would not be served: vLLM's {type(model).__name__} has "
+                f"{'no layer' if not paths else 'the layers ' + ', '.join(paths)} at this path (left are: "
+                f"{', '.join(others) or 'none'}). `ria-vllm export` makes a dense folder."
+            )
+    for path, layer in layers.items():
+        _serve(config, layer, by_path.get(path))
+    return served
+
+
+def layers_of(model: torch.nn.Module, experts: StoredExperts, layers: dict[str, RoutedExperts]) -> list[str] | None:
+    """Paths of the mixture layers to which the names of these experts lead; None if they are elsewhere."""
+    place = place_of(model, f"{experts.linear('up', 0)}.weight")
+    if place is None:
+        return None
+    # The name may leave the modules before the layer, because vLLM puts it into a module of its own.
+    if not any(part.isdigit() for part in place.path) and any(part.isdigit() for part in experts.name.split(".")):
+        return []
+    path = ".".join(place.path)
+    return [name for name in layers if name == path or name.startswith(f"{path}.") or not path]
+
+
+def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
+    """Make `layer` serve the experts `name`, or dense ones. It keeps its method if that does so already."""
+    method = layer.quant_method
+    if isinstance(method, Sparse24MoEMethod):
+        if method.experts.name == name:
+            return
+        if name is None and config.stored is None:
+            return  # dummy weights, and no file to say what is pruned
+    elif name is None:
+        return
+    elif not isinstance(method, ProvisionalExpertsMethod):
+        raise RiaError(
+            f"{config.where}: vLLM's layer {layer.layer_name} takes dense experts only, but {name} are pruned. "
+            "`ria-vllm export` makes a dense folder."
+        )
+    for parameter in method.created:
+        delattr(layer, parameter)
+    if isinstance(method, Sparse24MoEMethod):
+        method.report.expected -= 1
+    new = UnquantizedFusedMoEMethod(layer.moe_config) if name is None else config.experts_method(layer, name)
+    del layer.quant_method  # vLLM's own is a module; torch would not let another object take its place
+    layer.quant_method = new
+    new.create_weights(layer, **method.creation)
+
+
+def takers(config: RiaConfig, model: torch.nn.Module) -> dict[str, Taker | None]:
+    """Linear of an expert, or tensor with stacked biases -> who takes its tensors in place of the model.
+
+    None for those that this process does not use: of another pipeline stage, or of the model that a draft belongs to.
+    """
+    found: dict[str, Taker | None] = {}
+    layers = {
+        module.quant_method.experts.name: module
+        for module in model.modules()
+        if isinstance(module, RoutedExperts) and isinstance(module.quant_method, Sparse24MoEMethod)
+    }
+    for name, experts in config.experts.items():
+        layer = layers.get(name)
+        for linear, kind, expert in experts.linears():
+            found[linear] = None if layer is None else _taker_of_linear(layer, kind, expert)
+        for bias, stacked in experts.biases.items():
+            found[bias] = None if layer is None else _taker_of_biases(layer, bias, stacked)
+    return found
+
+
+def _taker_of_linear(layer: RoutedExperts, kind: str, expert: int) -> Taker:
+    loader = layer.quant_method.loader
+    return lambda part, tensor: loader.give(layer, part, tensor, kind, expert)
+
+
+def _taker_of_biases(layer: RoutedExperts, name: str, stacked: Stacked) -> Taker:
+    loader = layer.quant_method.loader
+    return lambda _, tensor: loader.give_biases(layer, name, tensor, stacked)

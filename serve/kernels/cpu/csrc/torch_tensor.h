@@ -1,0 +1,148 @@
+// What the operators need of torch: tensors, and the checks of their arguments. For one file each; all is internal.
+#pragma once
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "torch_stable.h"
+
+namespace {
+
+using namespace ria;
+
+inline void check(AOTITorchError error) {
+  if (error) throw std::runtime_error("torch's C interface failed");
+}
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::runtime_error(std::string("ria::sparse24: ") + message);
+}
+
+// Owns a tensor handle.
+class Tensor {
+ public:
+  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
+  explicit Tensor(StableIValue value) : Tensor(reinterpret_cast<AtenTensorHandle>(value)) {}
+
+  AtenTensorHandle get() const { return handle_.get(); }
+  StableIValue release() { return reinterpret_cast<StableIValue>(handle_.release()); }
+  template <class T>
+  T* data() const {
+    void* pointer;
+    check(aoti_torch_get_data_ptr(get(), &pointer));
+    return static_cast<T*>(pointer);
+  }
+  int64_t dim() const {
+    int64_t dim;
+    check(aoti_torch_get_dim(get(), &dim));
+    return dim;
+  }
+  const int64_t* sizes() const {
+    int64_t* sizes;
+    check(aoti_torch_get_sizes(get(), &sizes));
+    return sizes;
+  }
+  const int64_t* strides() const {
+    int64_t* strides;
+    check(aoti_torch_get_strides(get(), &strides));
+    return strides;
+  }
+  int32_t dtype() const {
+    int32_t dtype;
+    check(aoti_torch_get_dtype(get(), &dtype));
+    return dtype;
+  }
+  bool contiguous() const {
+    bool contiguous;
+    check(aoti_torch_is_contiguous(get(), &contiguous));
+    return contiguous;
+  }
+  // Whether this is a contiguous tensor of this dtype and shape.
+  bool is(int32_t dtype, std::initializer_list<int64_t> shape) const {
+    if (this->dtype() != dtype || dim() != static_cast<int64_t>(shape.size()) || !contiguous()) return false;
+    const int64_t* size = sizes();
+    for (int64_t wanted : shape)
+      if (*size++ != wanted) return false;
+    return true;
+  }
+
+ private:
+  struct Delete {
+    void operator()(AtenTensorHandle handle) const { aoti_torch_delete_tensor_object(handle); }
+  };
+  std::unique_ptr<AtenTensorOpaque, Delete> handle_;
+};
+
+inline Tensor take_optional(StableIValue value) {
+  if (value == 0) return Tensor(AtenTensorHandle{nullptr});
+  const std::unique_ptr<StableIValue> inner(reinterpret_cast<StableIValue*>(value));
+  return Tensor(*inner);
+}
+
+inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d] > 0 ? sizes[d] : 1) strides[d] = stride;
+  AtenTensorHandle handle;
+  check(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+                                 &handle));
+  return Tensor(handle);
+}
+
+inline int32_t torch_dtype(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::bfloat16: return aoti_torch_dtype_bfloat16();
+    case Dtype::float16: return aoti_torch_dtype_float16();
+    case Dtype::int8: return aoti_torch_dtype_int8();
+    default: return aoti_torch_dtype_float32();
+  }
+}
+
+// The stride between tokens, if one stride walks all leading dimensions of x and the last dimension is contiguous.
+inline std::optional<int64_t> token_stride(const Tensor& x) {
+  const int64_t dim = x.dim(), *sizes = x.sizes(), *strides = x.strides();
+  if (strides[dim - 1] != 1) return std::nullopt;
+  std::optional<int64_t> stride;
+  int64_t next = 0;  // the stride that the next outer dimension must have
+  for (int64_t d = dim - 2; d >= 0; --d) {
+    if (sizes[d] == 1) continue;
+    if (stride && strides[d] != next) return std::nullopt;
+    if (!stride) stride = strides[d];
+    next = strides[d] * sizes[d];
+  }
+  return stride.value_or(sizes[dim - 1]);
+}
+
+// Throws unless this is an order of `columns` channels.
+inline void check_permutation(const Tensor& permutation, int64_t columns) {
+  require(permutation.is(aoti_torch_dtype_int32(), {columns}),
+          "input_permutation must be contiguous int32 [in_features]");
+  const int32_t* p = permutation.data<const int32_t>();
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < columns; ++i) largest = static_cast<uint32_t>(p[i]) > largest ? p[i] : largest;
+  require(largest < columns, "input_permutation has an index that is out of range");
+}
+
+// The dtype of kept values with these dimensions; throws if no kernel multiplies them.
+inline Dtype check_compressed(const Tensor& compressed, int64_t rows, int64_t columns) {
+  int kind = 0;
+  while (kind < kNumDtypes && compressed.dtype() != torch_dtype(static_cast<Dtype>(kind))) ++kind;
+  require(kind < kNumDtypes, "compressed must be bfloat16, float16, float32 or int8");
+  require(columns % 64 == 0 && columns > 0 && rows > 0, "in-features must be a multiple of 64, out-features positive");
+  require(compressed.contiguous(), "compressed must be contiguous");
+  return static_cast<Dtype>(kind);
+}
+
+inline Tensor contiguous_copy(const Tensor& tensor) {
+  Tensor copy = empty(std::vector<int64_t>(tensor.sizes(), tensor.sizes() + tensor.dim()), tensor.dtype());
+  check(aoti_torch_copy_(copy.get(), tensor.get(), 0));
+  return copy;
+}
+
+// x, copied if no one stride walks its tokens.
+inline Tensor with_token_stride(Tensor x) { return token_stride(x) ? std::move(x) : contiguous_copy(x); }
+
+}  // namespace

@@ -1,0 +1,114 @@
+"""A layer's experts on CPUs: one call of our C++ kernels (csrc/experts.cpp) for all of them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+
+from ria_vllm import sparse24
+from ria_vllm.formats import FLOAT, INT8, name_of
+from ria_vllm.serve.kernels.base import ExpertsLayerConfig
+from ria_vllm.serve.kernels.cpu import backend
+
+# Their numbers in csrc/kernels.h.
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglustep")
+
+if backend._library is not None:
+
+    @torch.library.register_fake("ria::sparse24_experts.cpu")
+    def _fake_experts(x, *_):
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("ria::sparse24_pack_experts.cpu")
+    def _fake_pack(compressed, bitmask, scales, gated):
+        weight_format = INT8 if compressed.dtype == torch.int8 else FLOAT
+        experts, rows, columns = bitmask.shape
+        rows = -(-rows // 32) * 32 if gated else rows
+        size = backend.packed_bytes(rows, columns * 8, weight_format, compressed.dtype)
+        return bitmask.new_empty(experts, size)
+
+
+class CpuExpertsKernel:
+    """See `ExpertsKernel`. int8 weights require bfloat16 activations."""
+
+    name: ClassVar[str] = "cpu"
+    is_fallback: ClassVar[bool] = False
+
+    @staticmethod
+    def is_supported(device: torch.device) -> str | None:
+        return backend.CpuKernel.is_supported(device)
+
+    @staticmethod
+    def can_implement(config: ExpertsLayerConfig) -> str | None:
+        if config.weight_format not in (FLOAT, INT8):
+            return f"no {config.weight_format.name} weights; {FLOAT.name} and {INT8.name} only"
+        if config.weight_format == INT8 and config.act_dtype != torch.bfloat16:
+            return f"int8 weights with {name_of(config.act_dtype)} activations; bfloat16 only"
+        if config.act_dtype not in sparse24.VALUE_DTYPES:
+            return f"dtype {name_of(config.act_dtype)}; {', '.join(map(name_of, sparse24.VALUE_DTYPES))} only"
+        if config.activation.name not in _ACTIVATIONS:
+            return f"no activation {config.activation.name}; {', '.join(_ACTIVATIONS)} only"
+        return None
+
+    @staticmethod
+    def pack(
+        config: ExpertsLayerConfig,
+        gate_up: Mapping[str, torch.Tensor],
+        down: Mapping[str, torch.Tensor],
+        gate_up_bias: torch.Tensor | None,
+        down_bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """A uint8 stream for each expert, see csrc/layout.h: [E, bytes] of gate and up, and of down; then the biases.
+
+        Raises:
+            RuntimeError: shapes or dtypes do not fit, or a group does not keep exactly two values; it is named.
+        """
+        gated = config.activation.is_gated
+        packed = [_pack(config, gate_up, gated), _pack(config, down, False)]
+        if gate_up_bias is not None and down_bias is not None:
+            if gated:  # 16 gates, their 16 ups, and so on, like the rows of the weight
+                padding = -config.intermediate_size % 16
+                halves = gate_up_bias.view(config.num_experts, 2, config.intermediate_size)
+                strips = torch.nn.functional.pad(halves, (0, padding)).unflatten(2, (-1, 16))
+                gate_up_bias = strips.transpose(1, 2).flatten(1)
+            packed += [gate_up_bias.clone(), down_bias.clone()]
+        return tuple(packed)
+
+    @staticmethod
+    def apply(
+        config: ExpertsLayerConfig,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        packed: Sequence[torch.Tensor],
+        input_permutation: torch.Tensor | None,
+        expert_map: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if config.router_weight_on_input:
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
+        activation = config.activation
+        gate_up, down, gate_up_bias, down_bias = packed if config.has_bias else (*packed, None, None)
+        return torch.ops.ria.sparse24_experts.cpu(
+            x,
+            topk_weights,
+            topk_ids,
+            gate_up,
+            down,
+            gate_up_bias,
+            down_bias,
+            input_permutation,
+            expert_map,
+            _ACTIVATIONS.index(activation.name),
+            int(activation.is_gated),
+            activation.alpha,
+            activation.beta,
+            math.inf if activation.limit is None else activation.limit,
+        )
+
+
+def _pack(config: ExpertsLayerConfig, parts: Mapping[str, torch.Tensor], gated: bool) -> torch.Tensor:
+    scales = parts["weight_scale"].squeeze(-1).contiguous() if config.weight_format == INT8 else None
+    return torch.ops.ria.sparse24_pack_experts.cpu(
+        parts["compressed"].contiguous(), parts["bitmask"].contiguous(), scales, int(gated)
+    )

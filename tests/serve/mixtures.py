@@ -1,0 +1,213 @@
+"""Small random mixtures of experts of each family, their experts pruned by magnitude under random permutations.
+
+They do not depend on the offline stage. The oracle is the dense folder with the same weights, in the model's own order.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ria_vllm import permutation
+from ria_vllm.formats import FORMATS, SHAPE
+from ria_vllm.schema import Experts, Fold, Producer, RiaSchema, SparsityConfig, Stacked, WeightQuantization
+from ria_vllm.sparse24 import compress, mask_from_bitmask
+from ria_vllm.writer import CheckpointWriter
+
+HIDDEN, INNER, EXPERTS = 64, 64, 4
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A model type, where its files have the experts, and values of its config.
+
+    Attributes:
+        at: name of the experts in the checkpoint.
+        linears: the ends of the names of gate, up and down.
+        stacked: how the dense model's files stack them.
+    """
+
+    model_type: str
+    at: str = "model.layers.{i}.mlp.experts"
+    linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    stacked: tuple[Stacked, ...] = ()
+    settings: tuple[tuple[str, object], ...] = ()
+
+    def experts(self) -> Experts:
+        gate, up, down = (f"{self.at}.{{e}}.{end}" for end in self.linears)
+        return Experts(
+            module=self.at, num_experts=EXPERTS, gate=gate, up=up, down=down, stacked=list(self.stacked)
+        )  # fmt: skip
+
+
+QWEN = (("num_experts", EXPERTS), ("num_experts_per_tok", 2), ("moe_intermediate_size", INNER))
+SHARED = ("shared_expert_intermediate_size", 96)
+GPT_OSS = "model.layers.{i}.mlp.experts"
+FAMILIES = {
+    "mixtral": Mixture(
+        "mixtral", "model.layers.{i}.block_sparse_moe.experts", ("w1", "w3", "w2"),
+        settings=(("num_local_experts", EXPERTS), ("num_experts_per_tok", 2)),
+    ),
+    "qwen2_moe": Mixture("qwen2_moe", settings=(*QWEN, SHARED, ("norm_topk_prob", True))),
+    "qwen3_moe": Mixture("qwen3_moe", settings=(*QWEN, ("norm_topk_prob", True))),
+    "olmoe": Mixture("olmoe", settings=(("num_experts", EXPERTS), ("num_experts_per_tok", 2), ("head_dim", None))),
+    "phimoe": Mixture(
+        "phimoe", "model.layers.{i}.block_sparse_moe.experts", ("w1", "w3", "w2"),
+        settings=(("num_local_experts", EXPERTS), ("num_experts_per_tok", 2), ("head_dim", None)),
+    ),
+    "granitemoe": Mixture(
+        "granitemoe", "model.layers.{i}.block_sparse_moe.experts",
+        stacked=(
+            Stacked(tensor="model.layers.{i}.block_sparse_moe.input_linear.weight", linears=["gate", "up"]),
+            Stacked(tensor="model.layers.{i}.block_sparse_moe.output_linear.weight", linears=["down"]),
+        ),
+        settings=(("num_local_experts", EXPERTS), ("num_experts_per_tok", 2), ("head_dim", None)),
+    ),
+    "glm4_moe": Mixture(
+        "glm4_moe",
+        settings=(
+            ("n_routed_experts", EXPERTS), ("num_experts_per_tok", 2), ("moe_intermediate_size", INNER),
+            ("first_k_dense_replace", 0), ("n_group", 1), ("topk_group", 1), ("n_shared_experts", 1),
+            ("norm_topk_prob", True), ("routed_scaling_factor", 1.5), ("num_nextn_predict_layers", 0),
+        ),
+    ),
+    "deepseek_v2": Mixture(
+        "deepseek_v2",
+        settings=(
+            ("n_routed_experts", EXPERTS), ("num_experts_per_tok", 2), ("moe_intermediate_size", INNER),
+            ("first_k_dense_replace", 1), ("n_group", 1), ("topk_group", 1), ("n_shared_experts", 1),
+            ("topk_method", "greedy"), ("norm_topk_prob", True), ("routed_scaling_factor", 1.0), ("q_lora_rank", None),
+            ("kv_lora_rank", 32), ("qk_nope_head_dim", 32), ("qk_rope_head_dim", 32), ("v_head_dim", 32),
+            ("head_dim", None),
+        ),
+    ),
+    "qwen3_next": Mixture(
+        "qwen3_next",
+        settings=(
+            *QWEN, SHARED, ("norm_topk_prob", True), ("layer_types", ["linear_attention", "full_attention"]),
+            ("linear_num_key_heads", 2), ("linear_num_value_heads", 4), ("linear_key_head_dim", 32),
+            ("linear_value_head_dim", 32), ("mlp_only_layers", []),
+        ),
+    ),
+    "gpt_oss": Mixture(
+        "gpt_oss",
+        stacked=(
+            Stacked(
+                tensor=f"{GPT_OSS}.gate_up_proj", bias=f"{GPT_OSS}.gate_up_proj_bias", linears=["gate", "up"],
+                interleaved=True, transposed=True,
+            ),
+            Stacked(
+                tensor=f"{GPT_OSS}.down_proj", bias=f"{GPT_OSS}.down_proj_bias", linears=["down"], transposed=True
+            ),
+        ),
+        settings=(("num_local_experts", EXPERTS), ("num_experts_per_tok", 2), ("quantization_config", None)),
+    ),
+}  # fmt: skip
+
+
+def save_dense(family: Mixture, folder: Path, layers: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A random float32 model in the form in which such models are published; returns its tensors."""
+    values = {
+        "vocab_size": tiny.VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256,
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    } | dict(family.settings)  # fmt: skip
+    config = AutoConfig.for_model(family.model_type, **{key: v for key, v in values.items() if v is not None})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2 and "conv" not in name:
+                fan_in = HIDDEN
+                parameter.normal_(std=fan_in**-0.5 * 1.5)
+                if ".gate.weight" in name or "router" in name:
+                    parameter.mul_(3)  # no ties between experts that rounding could decide
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def expert_matrices(family: Mixture, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Linear of an expert, by its name in the checkpoint -> its [out, in] among the tensors of the dense files."""
+    found = {}
+    kinds = dict(zip(("gate", "up", "down"), family.linears))
+    for i in range(8):
+        at = family.at.replace("{i}", str(i))
+        for stack in family.stacked:
+            tensor = tensors.get(stack.tensor.replace("{i}", str(i)))
+            if tensor is None:
+                continue
+            tensor = tensor.transpose(1, 2) if stack.transposed else tensor
+            count = len(stack.linears)
+            pieces = [tensor[:, j::count] for j in range(count)] if stack.interleaved else tensor.chunk(count, 1)
+            for kind, piece in zip(stack.linears, pieces):
+                found |= {f"{at}.{e}.{kinds[kind]}": piece[e] for e in range(EXPERTS)}
+        if not family.stacked:
+            names = [f"{at}.{e}.{end}" for e in range(EXPERTS) for end in family.linears]
+            found |= {name: tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors}
+    return found
+
+
+def write(
+    family: Mixture, folder: Path, weights: str = "float", scope: str = "shared", folds: bool = True, seed: int = 0
+) -> tuple[Path, Path]:
+    """Write a dense folder and the compressed one with the same weights; returns (compressed, dense).
+
+    Args:
+        weights: name of the weight format.
+        scope: "shared": gate and up of a layer's experts share an order; "linear": each has its own; "none".
+    """
+    dense, out = folder / "dense", folder / "compressed"
+    tensors = save_dense(family, dense, seed=seed)
+    matrices = expert_matrices(family, tensors)
+    assert len(matrices) >= 3 * EXPERTS, sorted(tensors)
+    rng = torch.Generator().manual_seed(seed)
+    weight_format, units, orders = FORMATS[weights], {}, {}
+    for name, matrix in matrices.items():
+        layer = name.split(".experts.")[0]
+        shared = scope == "shared" and not name.endswith(family.linears[2])
+        key = layer if shared else name
+        if key not in orders:
+            orders[key] = torch.randperm(matrix.shape[1], generator=rng)
+        p = orders[key] if scope != "none" else torch.arange(matrix.shape[1])
+        stored = matrix[:, p].float()
+        mask = mask_from_bitmask(compress(stored)[1])
+        stored, scales = weight_format.quantize(stored * mask, torch.float32)
+        parts = weight_format.encode(stored, mask, scales)
+        units |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        units[f"{name}.{SHAPE}"] = torch.tensor([[matrix.shape[0]], [matrix.shape[1]]])
+        if scope != "none":
+            units[f"{name}.input_permutation"] = p.int()
+        matrix.copy_(stored[:, permutation.invert(p)])  # into the dense files' tensor
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    replaced = {f"{name}.weight" for name in matrices}
+    replaced |= {stack.tensor.replace("{i}", str(i)) for stack in family.stacked for i in range(8)}
+    units |= {name: tensor for name, tensor in tensors.items() if name not in replaced}
+    experts = family.experts()
+    config = json.loads((dense / "config.json").read_text())
+    fold = Fold(
+        consumer=experts.down, producers=[Producer(name=experts.gate), Producer(name=experts.up)],
+        coupling="elementwise",
+    )  # fmt: skip
+    modules = {name.removesuffix(".weight") for name in units if name.endswith(".weight")}
+    quantization = weight_format.quantization
+    schema = RiaSchema(
+        sparsity_config=SparsityConfig(ignore=sorted(modules)),
+        weights=None if quantization is None else WeightQuantization(**quantization, dtype="float32"),
+        folds=[fold] if folds and scope != "none" else [], experts=[experts],
+        recipe={"method": "magnitude", "permute": "none" if scope == "none" else "lsa", "permute_scope": scope},
+    )  # fmt: skip
+    writer = CheckpointWriter(out, overwrite=True)
+    writer.write("all", units)
+    writer.finish(["all"], {"config.json": config | {"quantization_config": schema.model_dump()}}, [], 1 << 40)
+    return out, dense
+
+
+def remove(folder: Path) -> None:
+    shutil.rmtree(folder)

@@ -1,0 +1,79 @@
+"""vLLM on small mixtures with pruned experts against Hugging Face on the dense folder with the same weights."""
+
+import mixtures
+import pytest
+import torch
+from compare import check, generate, prompts
+from transformers import AutoModelForCausalLM
+
+from ria_vllm.serve.kernels import experts_registry
+
+pytestmark = pytest.mark.slow
+
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+TWO_STAGES = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False}
+ONE_THREAD_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+# Name of the run: (family, how the checkpoint is written, job)
+ALONE = {name: (name, {}, {}) for name in mixtures.FAMILIES} | {
+    "int8": ("qwen3_moe", {"weights": "int8"}, {}),
+    "an order for each linear": ("olmoe", {"scope": "linear", "folds": False}, {}),
+    "no permutations": ("granitemoe", {"scope": "none"}, {}),
+    "compiled": ("qwen2_moe", {}, {"engine": {"enforce_eager": False}}),
+    "reload": ("mixtral", {}, {"first": "reload"}),
+    "reload with biases": ("gpt_oss", {}, {"first": "reload"}),
+}
+SPREAD = {
+    "tensor parallel": ("qwen3_moe", {}, {"engine": TWO_RANKS}),
+    "tensor parallel with biases": ("gpt_oss", {}, {"engine": TWO_RANKS}),
+    "expert parallel": ("mixtral", {}, {"engine": TWO_RANKS | {"enable_expert_parallel": True}}),
+    "expert parallel with biases": ("gpt_oss", {}, {"engine": TWO_RANKS | {"enable_expert_parallel": True}}),
+    "two stages": ("qwen3_moe", {}, {"engine": TWO_STAGES}),
+}
+
+
+def run(folder, group, **environment):
+    """Name of the run -> (Hugging Face's model, vLLM's results)."""
+    models, jobs = {}, []
+    for number, (name, (family, written, job)) in enumerate(group.items()):
+        compressed, dense = mixtures.write(mixtures.FAMILIES[family], folder / str(number), **written)
+        models[name] = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, attn_implementation="eager")
+        engine = {"dtype": "float32"} | job.get("engine", {})
+        jobs.append({"model": str(compressed), "prompts": prompts(), "tokens": 6} | job | {"engine": engine})
+    results = generate(folder / "run", jobs, **environment)
+    return {name: (model, result) for (name, model), result in zip(models.items(), results, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("mixtures"), ALONE, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("mixtures"), SPREAD, **ONE_THREAD_EACH)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_one_process(alone, name):
+    check(*alone[name])
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_several_processes(spread, name):
+    check(*spread[name])
+
+
+def test_dummy_weights(tmp_path):
+    compressed, _ = mixtures.write(mixtures.FAMILIES["qwen3_moe"], tmp_path)
+    job = {"model": str(compressed), "prompts": prompts(), "tokens": 2, "engine": {"load_format": "dummy"}}
+    (results,) = generate(tmp_path / "run", [job], VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    assert [len(result["tokens"]) for result in results] == [2, 2, 2]
+
+
+def test_the_log_says_who_serves_the_experts(alone, tmp_path_factory):
+    log = next(tmp_path_factory.getbasetemp().glob("mixtures*/run/log")).read_text()
+    if experts_registry.EXPERTS_KERNELS:
+        assert "experts" in log and "served dense" not in log
+    else:
+        assert "Pruned experts are served dense" in log and "dense experts (" in log
