@@ -4,10 +4,12 @@ They do not depend on the offline stage. The oracle is Hugging Face's own model 
 own order.
 """
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ria_vllm import permutation, sparse24
@@ -154,21 +156,23 @@ def write(
         ending = next((part for part in group if name.endswith(part)), "")
         first = name.removesuffix(ending) + group[0] if group else name
         orders[name] = orders[first] if first in orders else random_order(module.in_features, blocks, blocks)
+    disk = names_on_disk(model) if family.wrapper else {}
     units: dict[str, torch.Tensor] = {}
     for name, module in pruned.items():
         p = orders[name].long() if scope != "none" else torch.arange(module.in_features)
-        stored = module.weight.detach().to(dtype)[:, p]
+        stored, stem = module.weight.detach().to(dtype)[:, p], disk.get(name, name)
         compressed, bitmask = sparse24.compress(stored)
-        units |= {f"{name}.compressed": compressed, f"{name}.bitmask": bitmask}
-        units[f"{name}.shape"] = torch.tensor([[module.out_features], [module.in_features]])
+        units |= {f"{stem}.compressed": compressed, f"{stem}.bitmask": bitmask}
+        units[f"{stem}.shape"] = torch.tensor([[module.out_features], [module.in_features]])
         if scope != "none":
-            units[f"{name}.input_permutation"] = orders[name].clone()
+            units[f"{stem}.input_permutation"] = orders[name].clone()
         module.weight.data = sparse24.decompress(compressed, bitmask)[:, permutation.invert(p)].float()
     for name, tensor in model.state_dict().items():
         if name.removesuffix(".weight") not in pruned and not (name == "lm_head.weight" and tied(model)):
-            units[name] = tensor.to(dtype)
+            module, _, part = name.rpartition(".")
+            units[f"{disk.get(module, module)}.{part}" if module else name] = tensor.to(dtype)
             tensor.copy_(tensor.to(dtype))
-    ignore = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in pruned]
+    ignore = [disk.get(n, n) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in pruned]
     schema = RiaSchema(
         sparsity_config=SparsityConfig(ignore=ignore),
         folds=family.folds() if folds else [],
@@ -182,6 +186,21 @@ def write(
     writer.write("all", units)
     writer.finish(["all"], {"config.json": config}, [], 1 << 40)
     return model
+
+
+def names_on_disk(model: PreTrainedModel) -> dict[str, str]:
+    """Module -> its name in the files that transformers writes, which may be older than that in the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        saved = load_file(Path(folder) / "model.safetensors")
+    found = {}
+    for name, tensor in model.state_dict().items():
+        same = [
+            other for other, stored in saved.items() if stored.shape == tensor.shape and torch.equal(stored, tensor)
+        ]
+        assert len(same) == 1, (name, same)
+        found[name.rpartition(".")[0]] = same[0].rpartition(".")[0]
+    return found
 
 
 def tied(model: PreTrainedModel) -> bool:

@@ -14,11 +14,23 @@ TEMPLATE = (
     "{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}IMAGE{% endif %}{% endfor %}{% endif %}{% endfor %}"
 )
 # The tokens that stand for parts of an image come after those of the bytes.
-SPECIAL = {"image_token": "<image>", "boi_token": "<begin>", "eoi_token": "<end>", "video_token": "<video>",
-           "vision_bos_token": "<vision>", "vision_eos_token": "</vision>",
-           "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<context>",
-           "llama4_image": "<|image|>", "llama4_begin": "<|image_start|>", "llama4_end": "<|image_end|>",
-           "llama4_patch": "<|patch|>", "llama4_x": "<|tile_x_separator|>", "llama4_y": "<|tile_y_separator|>"}
+SPECIAL = {
+    "image_token": "<image>",
+    "boi_token": "<begin>",
+    "eoi_token": "<end>",
+    "video_token": "<video>",
+    "vision_bos_token": "<vision>",
+    "vision_eos_token": "</vision>",
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<context>",
+    "llama4_image": "<|image|>",
+    "llama4_begin": "<|image_start|>",
+    "llama4_end": "<|image_end|>",
+    "llama4_patch": "<|patch|>",
+    "llama4_x": "<|tile_x_separator|>",
+    "llama4_y": "<|tile_y_separator|>",
+}
 # fmt: skip
 IDS = {name: 259 + i for i, name in enumerate(SPECIAL)}
 TOWER = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -41,7 +53,7 @@ LLAMA4 = (
 
 
 def wrapped(family: str, wrapper: str, outer: tuple, **changes: object) -> tiny.Family:
-    block = {"block": "model.language_model.layers.{i}."} | changes
+    block = {"block": "language_model.model.layers.{i}."} | changes
     return replace(tiny.FAMILIES[family], auto=AutoModelForImageTextToText, wrapper=wrapper, outer=outer, **block)
 
 
@@ -57,7 +69,7 @@ FAMILIES = {
     "qwen2_5_vl": wrapped(
         "qwen2", "qwen2_5_vl",
         (("vision_config", QWEN_TOWER | {"window_size": SIDE, "fullatt_block_indexes": [0]}), *QWEN_IDS),
-        model_type="qwen2_5_vl_text", settings=(("rope_parameters", SECTIONS), ("head_dim", None)),
+        block="model.layers.{i}.", model_type="qwen2_5_vl_text", settings=(("rope_parameters", SECTIONS), ("head_dim", None)),
     ),
     "qwen3_vl": wrapped(
         "qwen3", "qwen3_vl",
@@ -65,7 +77,7 @@ FAMILIES = {
             ("vision_config", QWEN_TOWER | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}),
             *QWEN_IDS,
         ),
-        model_type="qwen3_vl_text", settings=(("rope_parameters", SECTIONS | {"mrope_interleaved": True}),),
+        block="model.language_model.layers.{i}.", model_type="qwen3_vl_text", settings=(("rope_parameters", SECTIONS | {"mrope_interleaved": True}),),
     ),
     "llava": wrapped(
         "llama-gqa", "llava",
@@ -104,7 +116,7 @@ FAMILIES = {
             ("image_token_index", IDS["llama4_patch"]), ("boi_token_index", IDS["llama4_begin"]),
             ("eoi_token_index", IDS["llama4_end"]), ("tie_word_embeddings", False),
         ),
-        block="language_model.model.layers.{i}.", model_type="llama4_text", settings=LLAMA4,
+        model_type="llama4_text", settings=LLAMA4,
     ),
 }  # fmt: skip
 
