@@ -69,7 +69,8 @@ FAMILIES = {
     "qwen2_5_vl": wrapped(
         "qwen2", "qwen2_5_vl",
         (("vision_config", QWEN_TOWER | {"window_size": SIDE, "fullatt_block_indexes": [0]}), *QWEN_IDS),
-        block="model.layers.{i}.", model_type="qwen2_5_vl_text", settings=(("rope_parameters", SECTIONS), ("head_dim", None)),
+        block="model.layers.{i}.", model_type="qwen2_5_vl_text",
+        settings=(("rope_parameters", SECTIONS), ("head_dim", None)),
     ),
     "qwen3_vl": wrapped(
         "qwen3", "qwen3_vl",
@@ -77,7 +78,8 @@ FAMILIES = {
             ("vision_config", QWEN_TOWER | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}),
             *QWEN_IDS,
         ),
-        block="model.language_model.layers.{i}.", model_type="qwen3_vl_text", settings=(("rope_parameters", SECTIONS | {"mrope_interleaved": True}),),
+        block="model.language_model.layers.{i}.", model_type="qwen3_vl_text",
+        settings=(("rope_parameters", SECTIONS | {"mrope_interleaved": True}),),
     ),
     "llava": wrapped(
         "llama-gqa", "llava",
