@@ -11,6 +11,7 @@ the cache; or "error".
 import gc
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def main(jobs_path: str, results_path: str) -> None:
         try:
             results.append(run(job))
         except Exception as error:  # the test decides whether it was expected
+            traceback.print_exc()
             results.append({"error": f"{type(error).__name__}: {error}"})
         gc.collect()
         cleanup_dist_env_and_memory()

@@ -27,6 +27,7 @@ class Family:
 
     `settings` are values of the config; None leaves a key out. `auto` builds the model. `wrapper` is the type of a
     model with more than a text decoder, which then is its `text_config`, and `outer` are the wrapper's own values.
+    `older` are two prefixes of names: that of this transformers, and that in the files on the hub.
     """
 
     model_type: str
@@ -44,6 +45,7 @@ class Family:
     auto: type = AutoModelForCausalLM
     wrapper: str | None = None
     outer: tuple[tuple[str, object], ...] = ()
+    older: tuple[str, str] = ("", "")
 
     def config(self, values: dict[str, object]) -> PreTrainedConfig:
         if self.wrapper is None:
@@ -156,7 +158,7 @@ def write(
         ending = next((part for part in group if name.endswith(part)), "")
         first = name.removesuffix(ending) + group[0] if group else name
         orders[name] = orders[first] if first in orders else random_order(module.in_features, blocks, blocks)
-    disk = names_on_disk(model) if family.wrapper else {}
+    disk = names_on_disk(model, *family.older) if family.wrapper else {}
     units: dict[str, torch.Tensor] = {}
     for name, module in pruned.items():
         p = orders[name].long() if scope != "none" else torch.arange(module.in_features)
@@ -188,8 +190,11 @@ def write(
     return model
 
 
-def names_on_disk(model: PreTrainedModel) -> dict[str, str]:
-    """Module -> its name in the files that transformers writes, which may be older than that in the model."""
+def names_on_disk(model: PreTrainedModel, newer: str = "", older: str = "") -> dict[str, str]:
+    """Module -> its name in the files that transformers writes, which may be older than that in the model.
+
+    There, `older` replaces a prefix `newer`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         saved = load_file(Path(folder) / "model.safetensors")
@@ -199,7 +204,8 @@ def names_on_disk(model: PreTrainedModel) -> dict[str, str]:
             other for other, stored in saved.items() if stored.shape == tensor.shape and torch.equal(stored, tensor)
         ]
         assert len(same) == 1, (name, same)
-        found[name.rpartition(".")[0]] = same[0].rpartition(".")[0]
+        written = older + same[0].removeprefix(newer) if same[0].startswith(newer) else same[0]
+        found[name.rpartition(".")[0]] = written.rpartition(".")[0]
     return found
 
 

@@ -31,7 +31,6 @@ SPECIAL = {
     "llama4_x": "<|tile_x_separator|>",
     "llama4_y": "<|tile_y_separator|>",
 }
-# fmt: skip
 IDS = {name: 259 + i for i, name in enumerate(SPECIAL)}
 TOWER = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
          "image_size": SIDE, "patch_size": PATCH}  # fmt: skip
@@ -45,6 +44,7 @@ QWEN_IDS = (
 SECTIONS = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
 
 
+OLDER = ("vision_tower.", "vision_tower.vision_model.")
 # All layers are dense: their experts are a matter of their own.
 LLAMA4 = (
     ("moe_layers", []), ("interleave_moe_layer_step", 9), ("intermediate_size_mlp", tiny.INNER),
@@ -65,6 +65,7 @@ FAMILIES = {
             ("image_token_index", IDS["image_token"]), ("boi_token_index", IDS["boi_token"]),
             ("eoi_token_index", IDS["eoi_token"]), ("tie_word_embeddings", False),
         ),
+        older=OLDER,
     ),
     "qwen2_5_vl": wrapped(
         "qwen2", "qwen2_5_vl",
@@ -88,6 +89,7 @@ FAMILIES = {
             ("image_token_index", IDS["image_token"]), ("image_seq_length", (SIDE // PATCH) ** 2),
             ("tie_word_embeddings", False),
         ),
+        older=OLDER,
     ),
     "mistral3": wrapped(
         "mistral", "mistral3",
@@ -129,6 +131,7 @@ def processor(name: str):
     size = {"height": SIDE, "width": SIDE}
     tokenizer = tiny.tokenizer(extra_special_tokens=SPECIAL)
     if name == "gemma3":
+        tokenizer.add_tokens(["\n" * i for i in range(1, 5)])
         images = t.Gemma3ImageProcessor(size=size)
         return t.Gemma3Processor(images, tokenizer, chat_template=template("<begin>"), image_seq_length=4)
     if name in ("qwen2_5_vl", "qwen3_vl"):
