@@ -127,6 +127,24 @@ def test_layers_are_found_by_their_path(ranks, stored, prefixes):
     assert config.report.expected == config.report.loaded == 2
 
 
+def test_names_relative_to_a_child_of_a_model_whose_rules_are_hidden(ranks, stored):
+    """Its loader alone knows that it fuses gate and up. `packed_modules_mapping` says so, too."""
+
+    class Hidden(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.model = torch.nn.Module()
+            self.model.model = torch.nn.Module()
+            self.model.model.layers = torch.nn.ModuleList([Block(config, ("layers.0.gate_up", "layers.0.down"))])
+
+    config = stored.config()
+    model = Hidden(config)
+    match_layers(config, model)
+    block = model.model.model.layers[0]
+    assert block.gate_up.quant_method.names == ("model.layers.0.gate", "model.layers.0.up")
+    assert block.down.quant_method.names == ("model.layers.0.down",)
+
+
 def test_a_pruned_linear_that_no_layer_serves(ranks, stored):
     stored.add("model.layers.1.down", HIDDEN, INNER)
     config = stored.config()

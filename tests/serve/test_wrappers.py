@@ -13,6 +13,8 @@ from test_server import serving
 
 pytestmark = pytest.mark.slow
 
+# On a CPU, vLLM cannot run the vision tower of Llama 4, dense or not.
+SEEING = [name for name in wrappers.FAMILIES if name != "llama4"]
 SAYS = [{"type": "text", "text": "hello there"}]
 
 
@@ -35,11 +37,14 @@ def served(tmp_path_factory, picture):
     models, jobs = {}, []
     for name in wrappers.FAMILIES:
         models[name] = wrappers.write(name, folder / name)
+        text = wrappers.processor(name).apply_chat_template(chat({"type": "image"}))
+        sees = name in SEEING
         jobs.append({
             "model": str(folder / name), "prompts": prompts(), "tokens": 4, "image": str(picture),
-            "texts": [wrappers.processor(name).apply_chat_template(chat({"type": "image"}))],
+            "texts": [text] if sees else [],
             "engine": {
-                "dtype": "float32", "skip_tokenizer_init": False, "limit_mm_per_prompt": {"image": 1, "video": 0},
+                "dtype": "float32", "skip_tokenizer_init": False,
+                "limit_mm_per_prompt": {"image": int(sees), "video": 0},
             },
         })  # fmt: skip
     results = generate(folder / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
@@ -65,10 +70,10 @@ def logprobs(name: str, model: torch.nn.Module, picture: Path, tokens: list[int]
 def test_text(served, name):
     model, results = served[name]
     assert "error" not in results, results
-    assert differences(model, results[:-1]).max() < 1e-4
+    assert differences(model, results[: len(prompts())]).max() < 1e-4
 
 
-@pytest.mark.parametrize("name", wrappers.FAMILIES)
+@pytest.mark.parametrize("name", SEEING)
 def test_an_image(served, picture, name):
     model, results = served[name]
     assert "error" not in results, results
