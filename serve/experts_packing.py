@@ -79,7 +79,7 @@ class PackedExperts:
         return self.choice.kernel.apply(
             self.choice.config,
             x,
-            topk_weights,
+            topk_weights.float(),  # some models' own routers give the activations' dtype
             topk_ids,
             [getattr(layer, name) for name in self.packed],
             None if self.input_permutation is None else getattr(layer, self.input_permutation),

@@ -82,7 +82,7 @@ FAMILIES = {
             ("n_routed_experts", EXPERTS), ("num_experts_per_tok", 2), ("moe_intermediate_size", INNER),
             ("first_k_dense_replace", 1), ("n_group", 1), ("topk_group", 1), ("n_shared_experts", 1),
             ("topk_method", "greedy"), ("norm_topk_prob", True), ("routed_scaling_factor", 1.0), ("q_lora_rank", None),
-            ("kv_lora_rank", 32), ("qk_nope_head_dim", 32), ("qk_rope_head_dim", 32), ("v_head_dim", 32),
+            ("kv_lora_rank", 512), ("qk_nope_head_dim", 32), ("qk_rope_head_dim", 64), ("v_head_dim", 32),
             ("head_dim", None),
         ),
     ),
@@ -92,6 +92,13 @@ FAMILIES = {
             *QWEN, SHARED, ("norm_topk_prob", True), ("layer_types", ["linear_attention", "full_attention"]),
             ("linear_num_key_heads", 2), ("linear_num_value_heads", 4), ("linear_key_head_dim", 32),
             ("linear_value_head_dim", 32), ("mlp_only_layers", []),
+        ),
+    ),
+    "qwen3_5_moe_text": Mixture(
+        "qwen3_5_moe_text",
+        settings=(
+            *QWEN, SHARED, ("layer_types", ["linear_attention", "full_attention"]), ("linear_num_key_heads", 2),
+            ("linear_num_value_heads", 4), ("linear_key_head_dim", 32), ("linear_value_head_dim", 32),
         ),
     ),
     "gpt_oss": Mixture(

@@ -131,6 +131,17 @@ def test_tensor_parallel(path, monkeypatch, size, folds):
     close(total, stored.expected(x, weights, ids, mixture_layers.swigluoai))
 
 
+def test_ranks_with_few_channels(path, monkeypatch):
+    """Each holds 8, which no kernel takes without padding."""
+    stored = StoredMixture()
+    x, weights, ids = route()
+    total = 0
+    for rank in range(16):
+        play_rank(monkeypatch, rank, 16)
+        total = total + run(served(stored, tp_size=16), x, weights, ids)
+    close(total, stored.expected(x, weights, ids))
+
+
 def test_a_rank_with_part_of_a_byte_is_refused(monkeypatch):
     play_rank(monkeypatch, 0, 32)
     with pytest.raises(RiaError, match="128 channels over 32 ranks leave 4 each.*Use a smaller"):
