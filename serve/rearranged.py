@@ -94,8 +94,9 @@ def ask_for_rows(model: torch.nn.Module) -> dict[str, list[Destination]]:
             ) from error
     found: dict[str, list[Destination]] = {name: [] for name in rows}
     for layer, tensor, shard in arrived:
-        name = names[int(tensor.flatten()[0]) // NUMBER]
-        found[name].append(Destination(layer, shard, _order(name, tensor, numbered[name])))
+        number = int(tensor.flatten()[0]) // NUMBER if tensor.numel() else -1
+        name = names[number] if 0 <= number < len(names) else layer.quant_method.prefix
+        found.setdefault(name, []).append(Destination(layer, shard, _order(name, tensor, numbered.get(name))))
     if lost := next((name for name, places in found.items() if not places), None):
         raise RiaError(
             f"{lost}: vLLM's {type(model).__name__} does not load it. `ria-vllm export` makes a dense folder."
@@ -123,8 +124,12 @@ def _as_shaped(name: str, rows: torch.Tensor) -> torch.Tensor:
     return rows if name.endswith(".bias") else rows[:, None]
 
 
-def _order(name: str, tensor: torch.Tensor, numbered: torch.Tensor) -> torch.Tensor | None:
-    if tensor.shape != numbered.shape or not torch.equal(tensor.flatten().sort().values, numbered.flatten()):
+def _same_numbers(tensor: torch.Tensor, numbered: torch.Tensor) -> bool:
+    return torch.equal(tensor.flatten().sort().values, numbered.flatten())
+
+
+def _order(name: str, tensor: torch.Tensor, numbered: torch.Tensor | None) -> torch.Tensor | None:
+    if numbered is None or tensor.shape != numbered.shape or not _same_numbers(tensor, numbered):
         raise RiaError(
             f"{name}: vLLM does more with it than to rearrange its rows. `ria-vllm export` makes a dense folder."
         )

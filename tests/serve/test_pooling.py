@@ -20,13 +20,11 @@ EMBED = {
     "a causal model": (FAMILIES["qwen3"], {}, {"convert": "embed"}),
     "Qwen3Model": (replace(FAMILIES["qwen3"], **BARE), {}, {}),
     "LlamaModel": (replace(FAMILIES["llama-gqa"], **BARE), {}, {}),
-    "MistralModel": (replace(FAMILIES["mistral"], **BARE), {}, {}),
     "Gemma3TextModel": (replace(FAMILIES["gemma3"], **BARE), {"use_bidirectional_attention": True}, {}),
 }
 CLASSIFY = {
     "Qwen3ForSequenceClassification": (replace(FAMILIES["qwen3"], **CLASSIFIER), {"num_labels": 3}, {}),
     "LlamaForSequenceClassification": (replace(FAMILIES["llama-gqa"], **CLASSIFIER), {"num_labels": 1}, {}),
-    "Gemma2ForSequenceClassification": (replace(FAMILIES["gemma2"], **CLASSIFIER), {"num_labels": 3}, {}),
     "a reranker that is a causal model": (FAMILIES["qwen3"], {}, {"hf_overrides": RERANKER}),
 }
 

@@ -139,6 +139,9 @@ def test_folds_count_rows_as_the_file_does(ranks):
     ("change", "message"),
     [
         (lambda name, tensor: tensor[:-1], "does more with it than to rearrange its rows"),
+        (lambda name, tensor: tensor[:0], "does more with it"),
+        (lambda name, tensor: tensor - 1, "does more with it"),
+        (lambda name, tensor: tensor + 2**40, "model.qkv: vLLM does more with it"),
         (lambda name, tensor: tensor // 2, "does more with it"),
         (lambda name, tensor: tensor.view(3, 5), "does not tell which: RuntimeError: shape"),
     ],
