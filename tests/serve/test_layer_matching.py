@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+import wrappers
 from compare import check, generate, prompts
 from gated_model import (
     FOLD,
@@ -61,6 +62,7 @@ FAMILIES = {
             ("tie_word_embeddings", True), ("head_dim", None), ("num_key_value_heads", None),
         ),
     ),
+    "llama4": tiny.Family("llama4_text", kv=2, settings=wrappers.LLAMA4),
     "falcon_h1": tiny.Family("falcon_h1", kv=2, settings=(*MAMBA, ("mamba_d_ssm", 256), ("mamba_expand", 2))),
     "granitemoehybrid": tiny.Family(
         "granitemoehybrid", kv=2,
