@@ -13,7 +13,6 @@ from ria_vllm.offline.model.topology import Group, Topologies, linears_of
 from ria_vllm.offline.model.vllm_quirks import fused_sets, served_dense
 from ria_vllm.offline.plan_experts import experts_left_dense, plan_experts
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.schema import REARRANGED_BY_VLLM
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
 
 
@@ -105,9 +104,6 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sens
         together += [frozenset(model.experts[index][path].linears) for path in mixtures[index]]
     warnings = [f"{what}; left dense in {count} layers." for what, count in misfits.items()] + warnings
     warnings += [*topologies.warnings, *experts_left_dense(dense)] + _unknown_tensors(model)
-    family = model.model.config.model_type
-    if family in REARRANGED_BY_VLLM:
-        warnings.append(f"vLLM cannot serve a compressed {family}; `ria-vllm export` will make a dense folder of it.")
     if not any(pruned.values()) and not any(mixtures.values()):
         first = next(iter(dense.items()))
         raise RiaError(f"nothing is left to prune. For example, {first[0]}: {first[1]}.")

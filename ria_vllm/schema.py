@@ -28,10 +28,6 @@ REPORT_FILE = "ria_report.json"
 PERMUTATION_SUFFIX = ".input_permutation"
 DIGEST_KEY = "ria_permutations_digest"
 
-# vLLM's own model of these families rearranges the attention heads in dense weights, by their names, before any weight
-# loader sees them. Compressed ones would make it fail, or would pass through it unchanged and give wrong answers.
-REARRANGED_BY_VLLM = ("bloom", "llama4", "llama4_text")
-
 
 # Stand for numbers in patterns of names: a layer's, an expert's.
 PLACEHOLDERS = ("{i}", "{e}")

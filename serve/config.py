@@ -1,7 +1,6 @@
 """RiaConfig: what vLLM knows about a checkpoint with quant_method "ria"."""
 
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import QUANT_METHOD, REARRANGED_BY_VLLM, RiaSchema, SparsityConfig
+from ria_vllm.schema import QUANT_METHOD, RiaSchema, SparsityConfig
 from ria_vllm.serve.checkpoint_files import (
     OutOfReach,
     WeightHeaders,
@@ -27,17 +26,20 @@ from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts, named_exp
 from ria_vllm.serve.stream import WeightStream
 from ria_vllm.serve.weight_scheme import WeightScheme
 
-# Only vLLM before 0.32 has this module: its own GPT-NeoX, which does what `schema.REARRANGED_BY_VLLM` says of other
-# families. Later versions run the model of transformers.
-OLD_GPT_NEOX = "vllm.model_executor.models.gpt_neox"
-
-# vLLM's models of these families change the order of attention's rows as they load them. They do so for every tensor
-# with rows. That is right for compressed ones too, because no fold reorders rows there, but the tensors that arrive are
-# not those of the file.
-ROWS_REARRANGED_BY_VLLM = ("falcon",)
+# vLLM's models of these families change the order of attention's rows as they load them, see
+# `ria_vllm.serve.rearranged`. GPT-NeoX's does so before vLLM 0.32; later versions run the model of transformers.
+REARRANGED_BY_VLLM = ("bloom", "falcon", "gpt_neox", "llama4", "llama4_text")
 
 # vLLM puts this before the names of a draft model in speculative decoding. The names in its checkpoint do not have it.
 DRAFT_PREFIX = "draft_model."
+
+
+def rearranged_by_vllm(hf_config: Any) -> bool:
+    """Whether vLLM's model of this config, or of the text decoder in it, changes the order of rows."""
+    if hf_config is None:
+        return False
+    configs = (hf_config, getattr(hf_config, "text_config", None))
+    return any(getattr(config, "model_type", None) in REARRANGED_BY_VLLM for config in configs)
 
 
 class RiaConfig(QuantizationConfig):
@@ -63,6 +65,7 @@ class RiaConfig(QuantizationConfig):
         expert_layers: vLLM's name of such experts, as far as its mappers tell -> the checkpoint's.
         served_by: linear, or experts -> the class of the model that serves it, see `ria_vllm.serve.layer_matching`.
         model_built: a model was built with this config.
+        rearranged: vLLM's model changes the order of rows.
     """
 
     def __init__(self, schema: RiaSchema, compressed_tensors: CompressedTensorsConfig | None = None):
@@ -86,6 +89,7 @@ class RiaConfig(QuantizationConfig):
         self.expert_layers: dict[str, str] = {}
         self.served_by: dict[str, type] = {}
         self.model_built = False
+        self.rearranged = False
 
     def __repr__(self) -> str:
         return f"RiaConfig({self.schema.format}, {len(self.permutations)} permutations)"
@@ -120,7 +124,7 @@ class RiaConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read what producers must know before the first weight arrives: names and permutations."""
         self.where = str(model_name)
-        self._check_family(getattr(hf_config, "model_type", None))
+        self.rearranged = rearranged_by_vllm(hf_config)
         try:
             headers = WeightHeaders(self.where, revision)
         except OutOfReach as error:
@@ -132,16 +136,6 @@ class RiaConfig(QuantizationConfig):
         if self.compressed_tensors is None:
             self._read_permutations(headers)
         self.names = {name: name for name in (self.stored or self.permutations)}
-
-    def _check_family(self, family: str | None) -> None:
-        if family == "gpt_neox" and find_spec(OLD_GPT_NEOX):
-            raise RiaError(f"{self.where}: a compressed GPT-NeoX needs vLLM 0.32 or later.")
-        if family in REARRANGED_BY_VLLM:
-            raise RiaError(
-                f"{self.where}: vLLM rearranges the attention heads of {family} in a way that works for dense weights "
-                "only, so it cannot serve this model compressed. `ria-vllm export` makes a dense folder of it."
-            )
-        self.stream.strict = family not in ROWS_REARRANGED_BY_VLLM
 
     def _read_names(self, tensors: list[str]) -> None:
         stored = stored_modules(tensors)

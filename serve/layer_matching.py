@@ -145,11 +145,15 @@ def linears_by_path(
             if path in layers:
                 shards.setdefault(path, {})[_position(shard)] = name
     found = {path: tuple(linears[i] for i in sorted(linears)) for path, linears in shards.items()}
+    placed = {name for linears in found.values() for name in linears}
     for path in layers:
-        # Families whose rules are hidden in their loaders list what they fuse in `packed_modules_mapping`.
-        linears = config.linears_of(path)
+        # Families whose rules are hidden in their loaders list what they fuse in `packed_modules_mapping`. As in
+        # `destinations`, names may be relative to a child of the model.
+        linears, relative = config.linears_of(path), config.linears_of(path.partition(".")[2])
         if path not in found and free.issuperset(linears):
             found[path] = linears
+        elif path not in found and (free - placed).issuperset(relative):
+            found[path] = relative
     return found
 
 

@@ -52,7 +52,7 @@ class TensorChecks:
     def _check_name(self, part: str, linears: Sequence[str], tensor: torch.Tensor) -> None:
         expected = [f"{linear}.{part}" for linear in linears]
         name = self.stream.name_of(tensor, expected)
-        if name is None and self.stream.active and self.stream.strict:
+        if name is None and self.stream.active:
             raise RiaError(
                 f"{'+'.join(linears)}.{part}: vLLM changes it before its layer loads it, in a way that works for dense "
                 "weights only. `ria-vllm export` makes a dense folder."

@@ -29,11 +29,28 @@ class Place:
 def place_of(model: torch.nn.Module, tensor: str) -> Place | None:
     """Follow the name of a tensor through the model, and its parameter's name, too, as if that were a module.
 
-    A module with a loader of its own applies its own mapper to the rest of the name, as vLLM's loaders do.
+    Names may be relative to a child of the model: vLLM's pooling models and BLOOM load the names of a decoder without
+    a head, such as `layers.0.mlp.up_proj.weight`, into `model` or `transformer`.
 
     Returns:
         None if this process does not use the tensor, because a mapper drops it or because it belongs to a part of the
         model that is elsewhere.
+    """
+    place = _followed(model, tensor)
+    if place is None or place.path:
+        return place
+    children = [name for name, child in model._modules.items() if type(child).__name__ not in PLACEHOLDER_MODULES]
+    places = [_followed(model, f"{child}.{tensor}") for child in children]
+    found = next((other for other in places if other is not None and len(other.path) > 1), None)
+    if found is not None:
+        return found
+    return None if None in places else place
+
+
+def _followed(model: torch.nn.Module, tensor: str) -> Place | None:
+    """`place_of` a name relative to `model`.
+
+    A module with a loader of its own applies its own mapper to the rest of the name, as vLLM's loaders do.
     """
     module, path, rest = model, [], tensor
     shard: Any = None

@@ -32,6 +32,7 @@ def watch_models() -> None:
     from ria_vllm.serve.engine import EngineOptions
     from ria_vllm.serve.layer_matching import match_layers
     from ria_vllm.serve.reload import check_reload
+    from ria_vllm.serve.stream import Taker
 
     record, building = utils.record_metadata_for_reloading, inspect.unwrap(utils.initialize_model).__code__
 
@@ -42,11 +43,15 @@ def watch_models() -> None:
             engine = EngineOptions.current()
             match_layers(config, model)
             check = functools.partial(check_reload, config, engine.model_config)
-            taken = {}
-            if config.experts:
-                from ria_vllm.serve.experts_matching import takers
+            taken: dict[str, Taker | None] = {}
+            if config.rearranged and config.stored is not None:
+                from ria_vllm.serve import rearranged
 
-                taken = takers(config, model)
+                taken |= rearranged.takers(model, config.required)
+            if config.experts:
+                from ria_vllm.serve import experts_matching
+
+                taken |= experts_matching.takers(config, model)
             config.stream.attach(model, check, loaded=engine.dummy_weights, takers=taken)
         record(model)
 

@@ -14,7 +14,14 @@ class ReorderedRows(torch.Tensor):
 
     @classmethod
     def of(cls, tensor: torch.Tensor, rows: torch.Tensor) -> "ReorderedRows":
-        """tensor: [n, ...]; rows: int64 [n], a permutation, because shape and strides stay those of the tensor."""
+        """`tensor[rows]`, or `original[rows]` reordered as `tensor` is, if that is a reordered `original` itself.
+
+        Args:
+            tensor: [n, ...].
+            rows: int64 [n], a permutation, because shape and strides stay those of the tensor.
+        """
+        if isinstance(tensor, cls):
+            rows = rows[tensor.rows]
         reordered = tensor.as_subclass(cls)
         reordered.rows = rows
         return reordered

@@ -25,17 +25,20 @@ Taker = Callable[[str, torch.Tensor], None]
 """Loads a tensor, whose last part of the name comes first, in place of the model."""
 
 
+def set_name(tensor: torch.Tensor, name: str) -> None:
+    """Say that `tensor` is what the checkpoint has under this name, perhaps with its rows in another order."""
+    setattr(tensor, _NAME, name)
+
+
 class WeightStream:
     """Names the tensors that `model.load_weights` is given.
 
     Attributes:
         active: a model is loading. A tensor that it loads and that has no name was changed on the way.
-        strict: such a tensor is an error; see `ria_vllm.serve.config.ROWS_REARRANGED_BY_VLLM`.
     """
 
     def __init__(self) -> None:
         self.active = False
-        self.strict = True
         self.recent: deque[tuple[torch.Tensor, str]] = deque(maxlen=REMEMBERED)
 
     def attach(
@@ -92,7 +95,7 @@ class WeightStream:
                 if take is not None:
                     take(part, tensor)
                 continue
-            setattr(tensor, _NAME, name)
+            set_name(tensor, name)
             if name.endswith(PARTS):
                 self.recent.append((tensor, name))
             yield name, tensor
@@ -108,7 +111,7 @@ class WeightStream:
             if not names:
                 return None
             # A reload asks again, when the recent tensors are gone.
-            setattr(tensor, _NAME, next((name for name in names if name in wanted), names[0]))
+            set_name(tensor, next((name for name in names if name in wanted), names[0]))
         return getattr(tensor, _NAME)
 
 

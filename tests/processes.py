@@ -16,6 +16,8 @@ LONGEST = (
     "tests/offline/runtime/test_memory.py",
     "tests/serve/benchmark/test_command.py",
     "tests/zoo/test_zoo.py",
+    "tests/serve/test_wrappers.py",
+    "tests/serve/test_pooling.py",
     "tests/serve/test_pipeline.py",
     "tests/serve/test_server.py",
     "tests/serve/test_wheel.py",

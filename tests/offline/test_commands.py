@@ -29,13 +29,6 @@ def test_with_nothing_but_a_model_it_writes_its_own_text(tiny, tmp_path):
     assert phases | {"permutations", "masks and weights", "writing"} <= set(seconds)
 
 
-def test_a_family_that_cannot_be_served_compressed_is_named(tiny, text, tmp_path):
-    options = ("--calibration", text, "--samples", 2, "--seq-len", 32, "--reconstruct", "none")
-    result = invoke(tiny("bloom"), "-o", tmp_path / "out", *options)
-    assert result.exit_code == 0, result.output
-    assert "vLLM cannot serve a compressed bloom" in result.stderr
-
-
 def test_a_pattern_without_a_kernel_says_so_and_stays_in_the_models_order(tiny, text, tmp_path):
     options = ("--pattern", "4:8", "--calibration", text, "--samples", 4, "--seq-len", 32)
     result = invoke(tiny("llama"), "-o", tmp_path / "out", *options)

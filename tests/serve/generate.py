@@ -2,31 +2,42 @@
 
 A job: {"model", "prompts": lists of token ids, "tokens": how many to generate, "engine": arguments of `LLM`,
 "first": "generate" or "reload" before the generation that counts, "lora": folder of an adapter,
-"prompt_logprobs": false to leave them out, "embed": true for embeddings instead, "images": for each prompt the path of
-an image or null}. A result: for each prompt the prompt as the model read it, its logprobs (from the second token on),
-the generated tokens, their logprobs and how many prompt tokens came from the cache; or "error".
+"prompt_logprobs": false to leave them out, "call": "embed" or "classify" instead, "images": for each prompt the path of
+an image or null, "texts" with "image", the file that each of them shows, after the prompts}. A result: for each prompt
+the prompt as the model read it, its logprobs (from the second token on), the generated tokens, their logprobs and how
+many prompt tokens came from the cache; or "error".
 """
 
 import gc
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 
-def run(job: dict[str, Any]) -> list[Any]:
+def image(path: str) -> Any:
     from PIL import Image
+
+    return Image.open(path).convert("RGB")
+
+
+def run(job: dict[str, Any]) -> list[Any]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     settings = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8}
     llm = LLM(job["model"], **(settings | job.get("engine", {})))
-    prompts: list[Any] = [{"prompt_token_ids": p} for p in job["prompts"]]
-    for prompt, image in zip(prompts, job.get("images", [])):
-        if image:
-            prompt["multi_modal_data"] = {"image": Image.open(image)}
-    if job.get("embed"):
+    prompts: list[dict[str, Any]] = [{"prompt_token_ids": p} for p in job["prompts"]]
+    for prompt, path in zip(prompts, job.get("images", [])):
+        if path:
+            prompt["multi_modal_data"] = {"image": image(path)}
+    for text in job.get("texts", []):
+        prompts.append({"prompt": text, "multi_modal_data": {"image": image(job["image"])}})
+    if job.get("call") == "embed":
         return [output.outputs.embedding for output in llm.embed(prompts, use_tqdm=False)]
+    if job.get("call") == "classify":
+        return [output.outputs.probs for output in llm.classify(prompts, use_tqdm=False)]
     sampling = SamplingParams(
         max_tokens=job.get("tokens", 8), temperature=0, logprobs=1, detokenize=False, ignore_eos=True,
         prompt_logprobs=1 if job.get("prompt_logprobs", True) else None,
@@ -42,11 +53,11 @@ def run(job: dict[str, Any]) -> list[Any]:
         entries = zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:])
         made = output.outputs[0]
         results.append({
-            "ids": list(output.prompt_token_ids),
             "prompt": [entry[token].logprob for token, entry in entries],
             "tokens": list(made.token_ids),
             "logprobs": [entry[token].logprob for token, entry in zip(made.token_ids, made.logprobs)],
             "cached": output.num_cached_tokens,
+            "prompt_ids": list(output.prompt_token_ids),
         })  # fmt: skip
     return results
 
@@ -59,6 +70,7 @@ def main(jobs_path: str, results_path: str) -> None:
         try:
             results.append(run(job))
         except Exception as error:  # the test decides whether it was expected
+            traceback.print_exc()
             results.append({"error": f"{type(error).__name__}: {error}"})
         gc.collect()
         cleanup_dist_env_and_memory()

@@ -16,9 +16,9 @@ from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 
 from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import PERMUTATIONS_FILE, REARRANGED_BY_VLLM
+from ria_vllm.schema import PERMUTATIONS_FILE
 from ria_vllm.serve.checkpoint_files import locate
-from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.config import RiaConfig, rearranged_by_vllm
 from ria_vllm.serve.linear import Sparse24LinearMethod
 
 
@@ -271,12 +271,11 @@ def a_linear():
     return object.__new__(LinearBase)
 
 
-@pytest.mark.parametrize("family", REARRANGED_BY_VLLM)
-def test_families_whose_heads_vllm_rearranges_are_refused(checkpoint, family):
-    """vLLM's models of these families change tensors by the names of dense weights."""
-    config = RiaConfig.from_config(json.loads((checkpoint / "config.json").read_text())["quantization_config"])
-    with pytest.raises(RiaError, match=f"heads of {family} .*`ria-vllm export`"):
-        config.maybe_update_config(str(checkpoint), SimpleNamespace(model_type=family))
+def test_rearranged_rows_are_expected_of_a_decoder_behind_a_wrapper_too():
+    wrapper = SimpleNamespace(model_type="a wrapper", text_config=SimpleNamespace(model_type="llama4_text"))
+    for config, expected in ((SimpleNamespace(model_type="bloom"), True), (wrapper, True), (None, False)):
+        assert rearranged_by_vllm(config) == expected
+    assert not rearranged_by_vllm(SimpleNamespace(model_type="llama"))
 
 
 def test_a_missing_value_projection_is_the_keys(checkpoint):

@@ -64,7 +64,7 @@ def runs(tmp_path_factory):
         "load format dummy": {"engine": {"load_format": "dummy"}},
         "embeddings": {
             "engine": {"runner": "pooling", "convert": "embed", "skip_tokenizer_init": False},
-            "embed": True,
+            "call": "embed",
         },
         "sleep mode": {"engine": {"enable_sleep_mode": True}},  # last, because vLLM's refusal breaks its process
     }

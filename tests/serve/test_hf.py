@@ -7,8 +7,9 @@ import sys
 import pytest
 import tiny
 import torch
+import wrappers
 from damage import rewrite
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE
@@ -28,6 +29,17 @@ def test_loads_as_the_plain_model_and_saves_as_one(name, tmp_path):
     assert not hasattr(loaded.config, "quantization_config")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", attn_implementation="eager")
     assert torch.equal(logits(again), logits(loaded))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
+def test_a_wrapper_loads(name, tmp_path):
+    """Its files have other names than its modules."""
+    pruned, tokens = wrappers.write(name, tmp_path / "out"), torch.arange(3, 20)[None]
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    kinds = {"token_type_ids": torch.zeros_like(tokens)} if name == "gemma3" else {}
+    with torch.no_grad():
+        got, want = loaded(input_ids=tokens, **kinds).logits, pruned(input_ids=tokens, **kinds).logits
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("asked", "given"), [(torch.float32, torch.float32), (None, torch.bfloat16)])

@@ -246,13 +246,13 @@ def test_a_piece_of_a_fused_linear_cannot_be_reordered(ranks):
             parameter.weight_loader(parameter, tensor[:INNER], 0)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("within", [True, False])
-def test_permutation_that_no_fold_absorbs(ranks, monkeypatch, size, within):
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("blocks", [1, 2, 8])
+def test_permutation_that_no_fold_absorbs(ranks, monkeypatch, size, blocks):
     """A permutation within each rank's channels needs no all-gather. Any other needs one, on every rank."""
     stored = Stored()
-    quarter = INNER // 4
-    order = torch.cat([stored.order(quarter) + quarter * i for i in range(4)]) if within else stored.order(INNER)
+    width = INNER // blocks
+    order = torch.cat([stored.order(width) + width * i for i in range(blocks)])
     stored.add("down", HIDDEN, INNER, order.int())
     x = torch.randn(5, INNER)
     gathered = []
@@ -266,7 +266,7 @@ def test_permutation_that_no_fold_absorbs(ranks, monkeypatch, size, within):
         )  # fmt: skip
         total = total + stored.load(layer, {"down": None})(x.chunk(size, -1)[rank])
     close(total + stored.bias["down"], stored.apply(x, "down"))
-    assert len(gathered) == (size if size > 1 and not within else 0)
+    assert len(gathered) == (size if blocks % size else 0)
 
 
 @pytest.mark.parametrize("layer_class", [ColumnParallelLinear, ReplicatedLinear])

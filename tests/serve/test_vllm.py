@@ -1,14 +1,11 @@
 """vLLM on small checkpoints of every family against Hugging Face on the same pruned weights, token by token."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from compare import check, generate, prompts
-
-from ria_vllm.serve.config import OLD_GPT_NEOX
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +43,11 @@ SPREAD = {
         {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False},
     ),
     "two ranks, values in blocks": ("gpt-neox", {}, TWO_RANKS),
+    "two ranks, no folds, permutations that keep to blocks": (
+        "llama-gqa",
+        {"folds": False, "blocks": 8},
+        TWO_RANKS,
+    ),
     "two ranks with padding": ("qwen2", {"intermediate_size": 192}, TWO_RANKS),
 }
 ONE_THREAD_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -81,9 +83,6 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("name", EAGER)
 def test_eager(runs, name):
     model, results = runs.get(EAGER, name, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    if name == "gpt-neox" and find_spec(OLD_GPT_NEOX):
-        assert "needs vLLM 0.32 or later" in results["error"]
-        return
     check(model, results, half=name in ("bfloat16", "float16"))
 
 

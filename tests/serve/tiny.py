@@ -4,11 +4,13 @@ They do not depend on the offline stage. The oracle is Hugging Face's own model 
 own order.
 """
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ria_vllm import permutation, sparse24
 from ria_vllm.checkpoint import Reader
@@ -23,7 +25,9 @@ Rows = tuple[str, tuple[int, int] | None]  # of each of `value_blocks` blocks, f
 class Family:
     """A model type with the names that its folds need, and `kv` key-value heads.
 
-    `settings` are values of the config; None leaves a key out.
+    `settings` are values of the config; None leaves a key out. `auto` builds the model. `wrapper` is the type of a
+    model with more than a text decoder, which then is its `text_config`, and `outer` are the wrapper's own values.
+    `older` are two prefixes of names: that of this transformers, and that in the files on the hub.
     """
 
     model_type: str
@@ -39,6 +43,16 @@ class Family:
     inner: tuple[Rows, ...] = (("mlp.gate_proj", None), ("mlp.up_proj", None))
     down: str = "mlp.down_proj"
     settings: tuple[tuple[str, object], ...] = ()
+    auto: type = AutoModelForCausalLM
+    wrapper: str | None = None
+    outer: tuple[tuple[str, object], ...] = ()
+    older: tuple[str, str] = ("", "")
+
+    def config(self, values: dict[str, object]) -> PreTrainedConfig:
+        if self.wrapper is None:
+            return AutoConfig.for_model(self.model_type, **values)
+        text = values | {"model_type": self.model_type}
+        return AutoConfig.for_model(self.wrapper, text_config=text, **dict(self.outer))
 
     def folds(self) -> list[Fold]:
         def absolute(name: str, rows: tuple[int, int] | None, blocks: int = 1) -> Producer:
@@ -93,11 +107,9 @@ def model_of(family: Family, layers: int = 2, seed: int = 0, **settings: object)
         "max_position_embeddings": 256, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
         "attn_implementation": "eager",
     } | dict(family.settings) | settings  # fmt: skip
-    config = AutoConfig.for_model(
-        family.model_type, **{key: value for key, value in values.items() if value is not None}
-    )
+    config = family.config({key: value for key, value in values.items() if value is not None})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = family.auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -121,13 +133,13 @@ def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and (".layers." in name or ".h." in name)
+        if isinstance(module, torch.nn.Linear) and (".layers." in f".{name}" or ".h." in name) and "vision" not in name
     }
 
 
 def write(
     family: Family, out: Path, dtype: torch.dtype = torch.float32, scope: str = "shared", folds: bool = True,
-    dense: tuple[str, ...] = (), **settings: object,
+    dense: tuple[str, ...] = (), blocks: int = 1, **settings: object,
 ) -> PreTrainedModel:  # fmt: skip
     """Write a compressed checkpoint at `out`; returns the pruned model, in float32 and in its own order.
 
@@ -135,6 +147,7 @@ def write(
         scope: "shared" or "linear" as `--permute-scope`, or "none" for no permutations.
         folds: False leaves folds out, and lets every linear have any permutation.
         dense: endings of names that are not pruned.
+        blocks: permutations of inputs that are not heads keep to this many equal blocks.
     """
     model = model_of(family, **settings)
     pruned = {n: m for n, m in linears(model).items() if not n.endswith(dense or ("\0",))}
@@ -147,22 +160,24 @@ def write(
         group = next((g for g in family.shared for part in g if name.endswith(part)), ()) if scope == "shared" else ()
         ending = next((part for part in group if name.endswith(part)), "")
         first = name.removesuffix(ending) + group[0] if group else name
-        orders[name] = orders[first] if first in orders else random_order(module.in_features)
+        orders[name] = orders[first] if first in orders else random_order(module.in_features, blocks, blocks)
+    disk = names_on_disk(model, *family.older) if family.wrapper else {}
     units: dict[str, torch.Tensor] = {}
     for name, module in pruned.items():
         p = orders[name].long() if scope != "none" else torch.arange(module.in_features)
-        stored = module.weight.detach().to(dtype)[:, p]
+        stored, stem = module.weight.detach().to(dtype)[:, p], disk.get(name, name)
         compressed, bitmask = sparse24.compress(stored)
-        units |= {f"{name}.compressed": compressed, f"{name}.bitmask": bitmask}
-        units[f"{name}.shape"] = torch.tensor([[module.out_features], [module.in_features]])
+        units |= {f"{stem}.compressed": compressed, f"{stem}.bitmask": bitmask}
+        units[f"{stem}.shape"] = torch.tensor([[module.out_features], [module.in_features]])
         if scope != "none":
-            units[f"{name}.input_permutation"] = orders[name].clone()
+            units[f"{stem}.input_permutation"] = orders[name].clone()
         module.weight.data = sparse24.decompress(compressed, bitmask)[:, permutation.invert(p)].float()
     for name, tensor in model.state_dict().items():
         if name.removesuffix(".weight") not in pruned and not (name == "lm_head.weight" and tied(model)):
-            units[name] = tensor.to(dtype)
+            module, _, part = name.rpartition(".")
+            units[f"{disk.get(module, module)}.{part}" if module else name] = tensor.to(dtype)
             tensor.copy_(tensor.to(dtype))
-    ignore = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in pruned]
+    ignore = [disk.get(n, n) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in pruned]
     schema = RiaSchema(
         sparsity_config=SparsityConfig(ignore=ignore),
         folds=family.folds() if folds else [],
@@ -176,6 +191,25 @@ def write(
     writer.write("all", units)
     writer.finish(["all"], {"config.json": config}, [], 1 << 40)
     return model
+
+
+def names_on_disk(model: PreTrainedModel, newer: str = "", older: str = "") -> dict[str, str]:
+    """Module -> its name in the files that transformers writes, which may be older than that in the model.
+
+    There, `older` replaces a prefix `newer`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        saved = load_file(Path(folder) / "model.safetensors")
+    found = {}
+    for name, tensor in model.state_dict().items():
+        same = [
+            other for other, stored in saved.items() if stored.shape == tensor.shape and torch.equal(stored, tensor)
+        ]
+        assert len(same) == 1, (name, same)
+        written = older + same[0].removeprefix(newer) if same[0].startswith(newer) else same[0]
+        found[name.rpartition(".")[0]] = written.rpartition(".")[0]
+    return found
 
 
 def tied(model: PreTrainedModel) -> bool:
@@ -192,15 +226,20 @@ def export(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def add_tokenizer(folder: Path) -> None:
+    tokenizer().save_pretrained(folder)
+
+
+def tokenizer(**settings: object) -> PreTrainedTokenizerFast:
     """One token for each byte, so that the ids of any text are in the small models' vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>", pad_token="<pad>", **settings
+    )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    fast.save_pretrained(folder)
+    return fast

@@ -63,7 +63,7 @@ def agreement(results: list[dict[str, Any]], folder: Path, toy: Toy) -> dict[str
             text=[text_with_image(toy)], images=[Image.open(picture(folder.parent))], return_tensors="pt"
         )
         ids = inputs.pop("input_ids")[0].tolist()
-        assert ids == result["ids"], f"transformers' processor reads {ids}, vLLM {result['ids']}"
+        assert ids == result["prompt_ids"], f"transformers' processor reads {ids}, vLLM {result['ids']}"
         found["image"] = _numbers([_compare(result, model, dict(inputs))])
     return found
 
@@ -73,7 +73,7 @@ def _compare(
     result: dict[str, Any], model: torch.nn.Module, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """|difference| of each token's log probability, and whether each generated token is transformers' choice."""
-    prompt, made = result["ids"], torch.tensor([result["tokens"]])
+    prompt, made = result["prompt_ids"], torch.tensor([result["tokens"]])
     sequence = torch.cat([torch.tensor([prompt]), made], 1)
     longer = {name: torch.cat([inputs[name], torch.zeros_like(made)], 1) for name in KINDS if name in inputs}
     inputs = inputs | longer | {"input_ids": sequence, "attention_mask": torch.ones_like(sequence)}

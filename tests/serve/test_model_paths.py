@@ -1,0 +1,47 @@
+"""Where the names of tensors lead in a model."""
+
+import torch
+from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer, WeightsMapper
+
+from ria_vllm.serve.model_paths import destinations, place_of
+
+
+def tree(*paths):
+    root = torch.nn.Module()
+    for path in paths:
+        module = root
+        for name in path.split("."):
+            if name not in module._modules:
+                module.add_module(name, torch.nn.Module())
+            module = module._modules[name]
+    return root
+
+
+def test_names_may_be_relative_to_a_child():
+    """As in files of a decoder without a head, which vLLM loads into a model that could have one."""
+    model = tree("head", "model.layers.0.up", "model.layers.1")
+    model.head = StageMissingLayer("output")
+    model.model.layers._modules["1"] = PPMissingLayer()
+    assert (
+        destinations(model, "layers.0.up") == destinations(model, "model.layers.0.up") == [("model.layers.0.up", None)]
+    )
+    assert destinations(model, "layers.1.up") is None  # of another pipeline stage
+    assert destinations(model, "layers.2.up") == destinations(model, "mtp.layers.0.up") == []
+
+
+def test_a_name_of_the_model_itself_is_not_relative_to_a_child():
+    model = tree("layers.0.up", "draft.layers.0.up", "draft.layers.1.up")
+    assert destinations(model, "layers.0.up") == [("layers.0.up", None)]
+    assert destinations(model, "layers.1.up") == []
+
+
+def test_wrappers_rename():
+    model = tree("language_model.model.layers.0.up", "vision_tower.layers.0.up")
+    model.hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={"model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower."}
+    )
+    model.load_weights = lambda weights: None
+    for name in ("model.language_model.layers.0.up", "language_model.model.layers.0.up"):
+        assert destinations(model, name) == [("language_model.model.layers.0.up", None)]
+    assert destinations(model, "model.vision_tower.layers.0.up") == [("vision_tower.layers.0.up", None)]
+    assert place_of(model, "model.language_model.layers.0.down.weight").rest == "down.weight"

@@ -1,0 +1,174 @@
+"""Rows that a model of vLLM rearranges: what its layers compute, against the dense weights loaded by the same model."""
+
+import pytest
+import torch
+from gated_model import finished
+from stored import Stored
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
+from vllm.model_executor.models.utils import AutoWeightsLoader
+
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import Fold, Producer
+from ria_vllm.serve.layer_matching import match_layers
+from ria_vllm.serve.rearranged import takers
+
+HEADS, WIDTH, HIDDEN = 4, 32, 128
+
+
+class Fused(torch.nn.Module):
+    """q, k and v of each head lie together in the file, as in BLOOM. All with `qkv` in their names are rearranged."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.qkv = QKVParallelLinear(
+            HIDDEN, WIDTH, HEADS, quant_config=config, prefix="model.qkv", return_bias=False
+        )
+        self.model.out = RowParallelLinear(HIDDEN, HIDDEN, quant_config=config, prefix="model.out", return_bias=False)
+
+    def rearrange(self, name, tensor):
+        if "qkv" not in name:
+            return tensor
+        return tensor.view((HEADS, 3, -1) + tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+
+    def load_weights(self, weights):
+        return AutoWeightsLoader(self).load_weights((name, self.rearrange(name, tensor)) for name, tensor in weights)
+
+
+class ByFullName(Fused):
+    """Rotary halves are dealt, but only in what is called a weight, as in Llama 4."""
+
+    def rearrange(self, name, tensor):
+        if not name.endswith("qkv.weight"):
+            return tensor
+        return tensor.view(3 * HEADS, WIDTH // 2, 2, -1).transpose(1, 2).reshape(tensor.shape)
+
+
+class Inline(Fused):
+    """Rearranges where the parameter says that it has outputs, as Falcon does."""
+
+    def load_weights(self, weights):
+        parameters = dict(self.named_parameters())
+        for name, tensor in weights:
+            if name not in parameters:
+                continue
+            parameter = parameters[name]
+            if getattr(parameter, "output_dim", None) is not None:
+                tensor = self.rearrange(name, tensor)
+            parameter.weight_loader(parameter, tensor)
+
+
+def stored_model():
+    stored = Stored()
+    stored.add("model.qkv", 3 * HIDDEN, HIDDEN, stored.order(HIDDEN))
+    stored.add("model.out", HIDDEN, HIDDEN, stored.order(HIDDEN))
+    return stored
+
+
+def tensors(stored, dense=False):
+    for name, parts in stored.tensors.items():
+        parts = {"weight": stored.plain[name]} if dense else parts
+        yield from ((f"{name}.{part}", tensor.clone()) for part, tensor in parts.items())
+        yield f"{name}.bias", stored.bias[name].clone()
+
+
+def built(config, model_class):
+    model = model_class(config)
+    match_layers(config, model)
+    config.stream.attach(model, lambda from_files: None, takers=takers(model, config.required))
+    return model
+
+
+@pytest.mark.parametrize("model_class", [Fused, ByFullName, Inline])
+@pytest.mark.parametrize("rank", [(0, 1), (1, 2)])
+def test_rows_are_where_the_model_puts_those_of_dense_weights(ranks, model_class, rank):
+    ranks(*rank)
+    stored = stored_model()
+    model, dense = built(stored.config(), model_class), model_class(None)
+    assert "weight" not in dict(model.model.qkv.named_parameters())
+    model.load_weights(tensors(stored))
+    finished(model)
+    dense.load_weights(tensors(stored, dense=True))
+    finished(dense)
+    x = torch.randn(5, HIDDEN)
+    torch.testing.assert_close(model.model.qkv(x), dense.model.qkv(x), rtol=0, atol=1e-4)
+
+
+def test_a_reload_puts_rows_in_the_same_places(ranks):
+    stored, other = stored_model(), Stored(seed=1)
+    for name, order in stored.orders.items():
+        other.add(name, *stored.plain[name].shape, torch.from_numpy(order))
+    model, dense = built(stored.config(), Fused), Fused(None)
+    record_metadata_for_reloading(model)
+    model.load_weights(tensors(stored))
+    finished(model)
+    initialize_layerwise_reload(model)
+    model.load_weights(tensors(other))
+    finalize_layerwise_reload(model, None)
+    dense.load_weights(tensors(other, dense=True))
+    finished(dense)
+    x = torch.randn(5, HIDDEN)
+    torch.testing.assert_close(model.model.qkv(x), dense.model.qkv(x), rtol=0, atol=1e-4)
+
+
+def test_folds_count_rows_as_the_file_does(ranks):
+    """The order of a fold comes first, then what the model does."""
+    stored, producer = stored_model(), Producer(name="model.qkv", rows=(HIDDEN, 2 * HIDDEN))
+    fold = Fold(consumer="model.out", producers=[producer], coupling="elementwise")
+    model, dense = built(stored.config([fold]), Fused), Fused(None)
+    model.load_weights(tensors(stored))
+    finished(model)
+    rows = torch.arange(3 * HIDDEN)
+    rows[HIDDEN : 2 * HIDDEN] = rows[HIDDEN : 2 * HIDDEN][torch.from_numpy(stored.orders["model.out"]).long()]
+    stored.plain["model.qkv"], stored.bias["model.qkv"] = (
+        stored.plain["model.qkv"][rows],
+        stored.bias["model.qkv"][rows],
+    )
+    dense.load_weights(tensors(stored, dense=True))
+    finished(dense)
+    x = torch.randn(5, HIDDEN)
+    torch.testing.assert_close(model.model.qkv(x), dense.model.qkv(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, tensor: tensor[:-1], "does more with it than to rearrange its rows"),
+        (lambda name, tensor: tensor[:0], "does more with it"),
+        (lambda name, tensor: tensor - 1, "does more with it"),
+        (lambda name, tensor: tensor + 2**40, "model.qkv: vLLM does more with it"),
+        (lambda name, tensor: tensor // 2, "does more with it"),
+        (lambda name, tensor: tensor.view(3, 5), "does not tell which: RuntimeError: shape"),
+    ],
+)
+def test_a_model_that_does_more_than_that(ranks, change, message):
+    class Other(Fused):
+        def rearrange(self, name, tensor):
+            return change(name, tensor)
+
+    with pytest.raises(RiaError, match=message):
+        built(stored_model().config(), Other)
+
+
+def test_a_linear_that_the_model_does_not_load(ranks):
+    class Other(Fused):
+        def load_weights(self, weights):
+            return super().load_weights((name, tensor) for name, tensor in weights if "qkv" not in name)
+
+    with pytest.raises(RiaError, match=r"model\.qkv\.weight: vLLM's Other does not load it"):
+        built(stored_model().config(), Other)
+
+
+def test_damaged_rows_are_refused(ranks):
+    stored = stored_model()
+    model = built(stored.config(), Fused)
+    stored.tensors["model.qkv"]["bitmask"] = stored.tensors["model.qkv"]["bitmask"][:-1]
+    with pytest.raises(
+        RiaError, match=r"model\.qkv\.bitmask is torch\.uint8 \(383, 16\), but the model needs \(384, 16\)"
+    ):
+        model.load_weights(tensors(stored))
