@@ -46,7 +46,9 @@ MIXTURES = {
     }),
     "granitemoeshared": Toy(PLAIN | {"attention_multiplier": 0.18, "shared_intermediate_size": 128}),
     "hunyuan_v1_moe": Toy(PLAIN),
-    "hy_v3": Toy(FIRST_DENSE, edits={"expert_hidden_dim": 128, "first_k_dense_replace": 1, "route_norm": True}),
+    "hy_v3": Toy(FIRST_DENSE, edits={
+        "expert_hidden_dim": 128, "first_k_dense_replace": 1, "route_norm": True, "qk_norm": True,
+    }),
     "laguna": Toy(FIRST_DENSE | {
         "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16,
         "num_attention_heads_per_layer": [4, 4],
@@ -70,7 +72,7 @@ MIXTURES = {
         "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_v_head_dim": 32, "sliding_window_size": 16,
         "swa_rope_theta": 10000.0, "rope_theta": 5000000.0,
     }),
-    "minimax_m2": Toy(PLAIN, edits={"rotary_dim": 32, "scoring_func": "sigmoid"}),
+    "minimax_m2": Toy(PLAIN, edits={"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True}),
     "mixtral": Toy(PLAIN, mechanism="experts apart on disk"),
     "olmoe": Toy(PLAIN),
     "phimoe": Toy(PLAIN | {"lm_head_bias": True, "attention_bias": True},
