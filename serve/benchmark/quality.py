@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from ria_vllm.errors import RiaError
+from ria_vllm.serve.benchmark.divergence import SMALLEST_REST, Listed, divergences
 from ria_vllm.serve.benchmark.server import Server, post
 
-# Logprobs in float32 sum to one within about this.
-SMALLEST_REST = 1e-6
-TIMEOUT = 3600.0
+TIMEOUT = 3600.0  # seconds
+POSITIONS = 256  # whose divergences are computed at once
 
 
 class Incomparable(RiaError):
@@ -33,8 +33,9 @@ class Quality:
 
     Attributes:
         tokens: predicted ones: all but the first of each window.
-        kl: mean of KL(reference || side) in nats per token, a lower bound; None if the reference was not measured.
-        unlisted: mean probability that the reference gives to tokens outside the lists, where the bound is loose.
+        kl: mean over the tokens of the least KL(reference || side) that both lists allow, in nats; None if the
+            reference was not measured.
+        unlisted: mean probability that the reference gives to tokens that not both list.
         top_logprobs: tokens listed at each position.
     """
 
@@ -45,37 +46,6 @@ class Quality:
     top_logprobs: int
     kl: float | None
     unlisted: float | None
-
-
-@dataclass(frozen=True)
-class Listed:
-    """What a server said of one position.
-
-    Attributes:
-        ids: int64 [listed], different and ascending.
-        logprobs: float64 [listed].
-        target: logprob of the text's own token.
-    """
-
-    ids: np.ndarray
-    logprobs: np.ndarray
-    target: float
-
-
-def divergence(reference: Listed, side: Listed) -> tuple[float, float]:
-    """KL(reference || side) over the tokens that both list and one bucket for the rest, and the reference's rest.
-
-    Joining tokens into a bucket never increases the divergence, so this is a lower bound of the one over the whole
-    vocabulary (the data processing inequality).
-
-    Returns:
-        nats; a probability.
-    """
-    _, ours, theirs = np.intersect1d(reference.ids, side.ids, assume_unique=True, return_indices=True)
-    p, q = reference.logprobs[ours], side.logprobs[theirs]
-    inside = float((np.exp(p) * (p - q)).sum())
-    rest = [max(1 - float(np.exp(logprobs).sum()), SMALLEST_REST) for logprobs in (p, q)]
-    return inside + rest[0] * math.log(rest[0] / rest[1]), rest[0]
 
 
 class TextQuality:
@@ -151,8 +121,9 @@ class TextQuality:
         if name == self._reference:
             self._dense = listed
         elif self._dense is not None:
-            found = [divergence(*pair) for pair in zip(self._dense, listed, strict=True)]
-            kl, unlisted = (math.fsum(column) / len(found) for column in zip(*found, strict=True))
+            parts = [slice(start, start + POSITIONS) for start in range(0, len(listed), POSITIONS)]
+            found = [divergences(self._dense[part], listed[part]) for part in parts]
+            kl, unlisted = (float(np.concatenate(column).mean()) for column in zip(*found, strict=True))
         return Quality(math.exp(mean), len(listed), len(windows), size, self._top, kl, unlisted)
 
     def _positions(self, name: str, server: Server, window: list[int]) -> list[Listed]:
@@ -161,7 +132,9 @@ class TextQuality:
         answer = ask(name, server, "/v1/completions", request | {"prompt_logprobs": self._top})
         try:
             positions = answer["choices"][0]["prompt_logprobs"][1:]
-            listed = [read_position(entries, token) for entries, token in zip(positions, window[1:], strict=True)]
+            listed = [
+                read_position(entries, token, self._top) for entries, token in zip(positions, window[1:], strict=True)
+            ]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise RiaError(
                 f"{name}: {server.url} does not answer with the prompt's logprobs ({type(error).__name__}: {error})."
@@ -169,8 +142,9 @@ class TextQuality:
         return listed
 
 
-def read_position(entries: dict[str, dict[str, Any]], token: int) -> Listed:
-    """One entry of vLLM's `prompt_logprobs`: token id -> {"logprob", "rank", "decoded_token"}.
+def read_position(entries: dict[str, dict[str, Any]], token: int, top: int) -> Listed:
+    """One entry of vLLM's `prompt_logprobs`: token id -> {"logprob", "rank", "decoded_token"}, for the `top` likeliest
+    tokens and the prompt's own.
 
     Raises:
         LookupError, TypeError, ValueError, AttributeError: it is not one, or has a logprob that is not one.
@@ -179,7 +153,7 @@ def read_position(entries: dict[str, dict[str, Any]], token: int) -> Listed:
     ids, logprobs = (np.array(column) for column in zip(*pairs, strict=True))
     if not (logprobs <= SMALLEST_REST).all():  # a NaN fails too
         raise ValueError("a logprob is not a number of at most 0")
-    return Listed(ids, logprobs, dict(pairs)[token])
+    return Listed(ids, logprobs, float(np.sort(logprobs)[-min(top, len(pairs))]), dict(pairs)[token])
 
 
 def ask(name: str, server: Server, path: str, content: dict[str, Any]) -> Any:

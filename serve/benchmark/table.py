@@ -94,12 +94,11 @@ def quality_note(quality: Mapping[str, Quality], reference: str) -> str:
     unlisted = max((q.unlisted for q in quality.values() if q.unlisted is not None), default=None)
     note = (
         f"Perplexity is of {one.tokens} tokens in {one.windows} windows of {one.seq_len}, from the prompt logprobs of "
-        f"the server. KL is the mean divergence from {reference}, in nats per token, over the tokens that are among "
-        f"the {one.top_logprobs} likeliest of both and the text's own, with one bucket for the rest; the divergence "
-        "over the whole vocabulary is at least that."
+        f"the server. KL is the divergence from {reference}, in nats per token: the mean of the least one that the "
+        f"{one.top_logprobs} likeliest tokens of both and their logprobs allow."
     )
     if unlisted:
-        note += f" At most {unlisted:.2%} of {reference}'s probability is in that bucket, on average over the tokens."
+        note += f" At most {unlisted:.2%} of {reference}'s probability is on tokens that not both list."
     return note
 
 

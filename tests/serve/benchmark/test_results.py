@@ -108,7 +108,11 @@ def test_several_sides_have_a_row_each_and_a_ratio_to_the_first():
 def test_markdown_of_several_sides():
     text = as_markdown(ways(), {}, {}, complete=True)
     assert "At most 3.40% of bf16's probability" in text and "1023 tokens in 1 windows of 1024" in text
-    assert "the 64 likeliest of both" in text and "A note." in text and "- ours, perplexity: the server ended" in text
+    assert (
+        "the 64 likeliest tokens of both" in text
+        and "A note." in text
+        and "- ours, perplexity: the server ended" in text
+    )
     assert "- ours, 4 users: 7 of 8 requests failed" in text
 
 
