@@ -4,10 +4,10 @@ import shutil
 import subprocess
 import sys
 
+import image_models
 import pytest
 import tiny
 import torch
-import wrappers
 from damage import rewrite
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -34,7 +34,7 @@ def test_loads_as_the_plain_model_and_saves_as_one(name, tmp_path):
 @pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
 def test_a_wrapper_loads(name, tmp_path):
     """Its files have other names than its modules."""
-    pruned, tokens = wrappers.write(name, tmp_path / "out"), torch.arange(3, 20)[None]
+    pruned, tokens = image_models.write(name, tmp_path / "out"), torch.arange(3, 20)[None]
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", attn_implementation="eager")
     kinds = {"token_type_ids": torch.zeros_like(tokens)} if name == "gemma3" else {}
     with torch.no_grad():

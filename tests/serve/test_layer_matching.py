@@ -1,9 +1,9 @@
 """Each pruned linear of a checkpoint is served by exactly one layer, whatever prefix vLLM's authors gave that layer."""
 
+import image_models
 import pytest
 import tiny
 import torch
-import wrappers
 from compare import check, generate, prompts
 from gated_model import (
     FOLD,
@@ -62,7 +62,7 @@ FAMILIES = {
             ("tie_word_embeddings", True), ("head_dim", None), ("num_key_value_heads", None),
         ),
     ),
-    "llama4": tiny.Family("llama4_text", kv=2, settings=wrappers.LLAMA4),
+    "llama4": tiny.Family("llama4_text", kv=2, settings=image_models.LLAMA4),
     "falcon_h1": tiny.Family("falcon_h1", kv=2, settings=(*MAMBA, ("mamba_d_ssm", 256), ("mamba_expand", 2))),
     "granitemoehybrid": tiny.Family(
         "granitemoehybrid", kv=2,

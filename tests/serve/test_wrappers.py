@@ -3,10 +3,10 @@
 import base64
 from pathlib import Path
 
+import image_models
 import openai
 import pytest
 import torch
-import wrappers
 from compare import differences, generate, prompts
 from PIL import Image
 from test_server import serving
@@ -14,7 +14,7 @@ from test_server import serving
 pytestmark = pytest.mark.slow
 
 # On a CPU, vLLM cannot run the vision tower of Llama 4, dense or not.
-SEEING = [name for name in wrappers.FAMILIES if name != "llama4"]
+SEEING = [name for name in image_models.FAMILIES if name != "llama4"]
 SAYS = [{"type": "text", "text": "hello there"}]
 
 
@@ -25,7 +25,7 @@ def chat(image: dict) -> list[dict]:
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("picture") / "noise.png"
-    pixels = torch.randint(256, (wrappers.SIDE, wrappers.SIDE, 3), generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(256, (image_models.SIDE, image_models.SIDE, 3), generator=torch.Generator().manual_seed(0))
     Image.fromarray(pixels.to(torch.uint8).numpy()).save(path)
     return path
 
@@ -35,9 +35,9 @@ def served(tmp_path_factory, picture):
     """All of them, one after the other in one process."""
     folder = tmp_path_factory.mktemp("wrappers")
     models, jobs = {}, []
-    for name in wrappers.FAMILIES:
-        models[name] = wrappers.write(name, folder / name)
-        text = wrappers.processor(name).apply_chat_template(chat({"type": "image"}))
+    for name in image_models.FAMILIES:
+        models[name] = image_models.write(name, folder / name)
+        text = image_models.processor(name).apply_chat_template(chat({"type": "image"}))
         sees = name in SEEING
         jobs.append({
             "model": str(folder / name), "prompts": prompts(), "tokens": 4, "image": str(picture),
@@ -53,7 +53,7 @@ def served(tmp_path_factory, picture):
 
 def logprobs(name: str, model: torch.nn.Module, picture: Path, tokens: list[int]) -> tuple[list[int], torch.Tensor]:
     """The ids of the chat with the picture, and transformers' logprob of each id from the second on, `tokens` too."""
-    processor = wrappers.processor(name)
+    processor = image_models.processor(name)
     text = processor.apply_chat_template(chat({"type": "image"}))
     inputs = processor(images=[Image.open(picture)], text=[text], return_tensors="pt").to(torch.float32)
     ids = inputs.pop("input_ids")
@@ -68,7 +68,7 @@ def logprobs(name: str, model: torch.nn.Module, picture: Path, tokens: list[int]
     return ids[0].tolist(), found[:-1].gather(-1, sequence[0, 1:, None])[:, 0]
 
 
-@pytest.mark.parametrize("name", wrappers.FAMILIES)
+@pytest.mark.parametrize("name", image_models.FAMILIES)
 def test_text(served, name):
     model, results = served[name]
     assert "error" not in results, results
@@ -86,7 +86,7 @@ def test_an_image(served, picture, name):
 
 
 def test_an_image_through_the_api(tmp_path, picture):
-    model = wrappers.write("qwen3_vl", tmp_path / "out")
+    model = image_models.write("qwen3_vl", tmp_path / "out")
     url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
     options = ("--dtype", "float32", "--enforce-eager", "--served-model-name", "small")
     with serving(tmp_path / "out", tmp_path / "log", *options) as base:
