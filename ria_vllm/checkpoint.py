@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ria_vllm import permutation
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import SHAPE, WeightFormat
+from ria_vllm.open_files import OpenFiles
 from ria_vllm.schema import (
     DIGEST_KEY,
     PERMUTATION_SUFFIX,
@@ -182,12 +183,13 @@ def load_permutations(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         RiaError: file and layer named.
     """
-    found = {}
+    found: dict[str, torch.Tensor] = {}
+    files = OpenFiles()
     for stored in tensor_names(path):
         name = stored.removesuffix(PERMUTATION_SUFFIX)
         if name == stored:
             raise RiaError(f"{path}: {stored}: unknown name. Get the file again.")
-        found[name] = load_tensor(path, stored)
+        found[name] = files.tensor(path, stored)
         wrong = permutation.check(found[name], found[name].numel())
         if wrong:
             raise RiaError(f"{path}: {name}: not a permutation: {wrong}. Get the file again.")
@@ -249,15 +251,6 @@ def not_finite(tensor: torch.Tensor) -> str | None:
     return None if bool(finite.all()) else "a value is NaN or infinite"
 
 
-def load_tensor(path: Path, name: str) -> torch.Tensor:
-    """One tensor, on the CPU."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise RiaError(f"{path}: cannot read {name} ({error}). Get the file again.") from None
-
-
 def checked_linear(
     name: str, parts: Mapping[str, torch.Tensor], p: torch.Tensor | None, schema: RiaSchema, where: str | Path
 ) -> SparseLinear:
@@ -300,6 +293,7 @@ class Reader:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._open = OpenFiles()
         self.config = read_json(self.folder / "config.json")
         quantization = self.config.get("quantization_config")
         if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
@@ -343,7 +337,7 @@ class Reader:
         return [name for name in self.files if name not in own]
 
     def tensor(self, name: str) -> torch.Tensor:
-        return load_tensor(self.files[name], name)
+        return self._open.tensor(self.files[name], name)
 
     def linear(self, name: str) -> SparseLinear:
         """Load and check one pruned linear."""

@@ -1,0 +1,55 @@
+"""Tensors from files that stay open."""
+
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ria_vllm import open_files
+from ria_vllm.checkpoint import load_permutations
+from ria_vllm.errors import RiaError
+from ria_vllm.open_files import MOST_FILES, OpenFiles
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The files that were opened, one entry each time."""
+    found = []
+    monkeypatch.setattr(open_files, "safe_open", lambda path, framework: found.append(path) or safe_open(path, "pt"))
+    return found
+
+
+def test_a_file_is_opened_once_for_all_its_tensors(opened, tmp_path):
+    path = tmp_path / "permutations.safetensors"
+    orders = {f"{number}": torch.randperm(8) for number in range(50)}
+    save_file({f"{name}.input_permutation": p for name, p in orders.items()}, path)
+    found = load_permutations(path)
+    assert all(torch.equal(found[name], p) for name, p in orders.items())
+    assert len(opened) == 1
+
+
+def test_a_file_that_was_replaced_is_read_again(opened, tmp_path):
+    path, files = tmp_path / "a.safetensors", OpenFiles()
+    for value in (1.0, 2.0):
+        save_file({"x": torch.full((4,), value)}, tmp_path / "new")
+        os.replace(tmp_path / "new", path)
+        assert files.tensor(path, "x").tolist() == [value] * 4
+    path.unlink()
+    with pytest.raises(RiaError, match="a.safetensors: cannot read x"):
+        files.tensor(path, "x")
+
+
+def test_few_files_stay_open_and_little_of_them_stays_mapped(opened, tmp_path, monkeypatch):
+    paths = [tmp_path / str(number) for number in range(MOST_FILES + 1)]
+    for path in paths:
+        save_file({"x": torch.zeros(4)}, path)
+    files = OpenFiles()
+    for path in [*paths, *paths[1:], paths[0]]:
+        files.tensor(path, "x")
+    assert opened == [*paths, paths[0]]
+    monkeypatch.setattr(open_files, "MOST_BYTES", 40)
+    for _ in range(9):  # 16 bytes each
+        files.tensor(paths[0], "x")
+    assert 3 <= len(opened) - len(paths) - 1 <= 4
