@@ -1,6 +1,7 @@
 """One pass over the decoder layers: the embedded calibration tokens go in, pruned layers come out one by one."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +55,7 @@ class LayerPass:
         store: ExpertStore | None = None,
     ):
         self.store = store
+        self._reads: list[Reads] = []
         self.model, self.recipe, self.ranks, self.monitor = model, recipe, ranks, monitor
         self.embedded = embed(model, tokens, cache, follow_dense and recipe.follows_dense, ranks, monitor)
         self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
@@ -66,10 +68,11 @@ class LayerPass:
         """
         pruned: dict[str, Pruned] = {}
         sublayer_passes = self._load(index)
-        for sublayer_pass in sublayer_passes:
-            pruned |= self._prune_sublayer(index, sublayer_pass, plan)
-            if not last or sublayer_pass is not sublayer_passes[-1]:
-                sublayer_pass.advance(self.streams.pruned)
+        with self._reads_removed():
+            for sublayer_pass in sublayer_passes:
+                pruned |= self._prune_sublayer(index, sublayer_pass, plan)
+                if not last or sublayer_pass is not sublayer_passes[-1]:
+                    sublayer_pass.advance(self.streams.pruned)
         self._free(index)
         return self._written(index, pruned)
 
@@ -80,11 +83,13 @@ class LayerPass:
             Written name -> record of the report.
         """
         records: dict[str, dict[str, Any]] = {}
-        for sublayer_pass in self._load(index):
-            for number, stage in enumerate(sublayer_pass.stages):
-                found, of_experts = self._solve_stage(index, sublayer_pass, number, plan.groups(index, stage), {})
-                records |= {name: linear.record for name, linear in found.items()} | of_experts
-            sublayer_pass.advance(self.streams.pruned)
+        sublayer_passes = self._load(index)
+        with self._reads_removed():
+            for sublayer_pass in sublayer_passes:
+                for number, stage in enumerate(sublayer_pass.stages):
+                    found, of_experts = self._solve_stage(index, sublayer_pass, number, plan.groups(index, stage), {})
+                    records |= {name: linear.record for name, linear in found.items()} | of_experts
+                sublayer_pass.advance(self.streams.pruned)
         self._free(index)
         return self._written(index, records)
 
@@ -155,8 +160,20 @@ class LayerPass:
         }
 
     def _read_by(self, index: int, sublayer_pass: SublayerPass, path: str, stream: Activations) -> Reads:
-        experts = sublayer_pass.runner.layer.get_submodule(path)
-        return read_by(experts, sublayer_pass, stream, f"{index}-{path}")
+        experts, reads = sublayer_pass.runner.layer.get_submodule(path), Reads(stream, f"{index}-{path}")
+        self._reads.append(reads)
+        place = f"{self.model.folder}: {self.model.experts[index][path].module}"
+        read_by(experts, sublayer_pass, stream, reads, place)
+        return reads
+
+    @contextmanager
+    def _reads_removed(self) -> Iterator[None]:
+        """What experts read is needed only until their layer is pruned, and takes as much space as a stream."""
+        try:
+            yield
+        finally:
+            while self._reads:
+                self._reads.pop().remove()
 
     def _solve_stage(
         self,

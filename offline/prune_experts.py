@@ -112,7 +112,9 @@ class ExpertsPruner:
             found = self._trained(expert, found, dense)
         counts = {"tokens": self.tokens.counts[expert]}
         if self.tokens.missing(expert):
-            counts["borrowed"] = self.tokens.missing(expert)
+            borrowed = torch.tensor(self.tokens.borrowed(expert))
+            self.ranks.all_reduce(borrowed)
+            counts["borrowed"] = int(borrowed)
         return {name: replace(linear, record=linear.record | counts) for name, linear in found.items()}
 
     def _reads(self, expert: int, with_gram: bool) -> Statistics:

@@ -3,6 +3,7 @@
 Calibration samples are grouped into chunks. Each rank holds a consecutive share of them (`Ranks.share`).
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,13 @@ class Activations:
 
     def append(self, stream: torch.Tensor) -> None:
         self.chunks.append(self._store(len(self.chunks), stream))
+
+    def remove(self) -> None:
+        """Free the memory or the files of all chunks."""
+        self.chunks.clear()
+        if self.folder is not None:
+            with disk_errors(self.folder):
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def _store(self, index: int, stream: torch.Tensor) -> torch.Tensor | Path:
         stream = stream.to("cpu", self.stored_dtype or stream.dtype).contiguous()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.embedding import Reached
@@ -26,19 +27,24 @@ class Reads:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def remove(self) -> None:
+        """Free the memory or the files that they take."""
+        self.inputs.remove()
+        self.choices.remove()
 
-def read_by(experts: nn.Module, sublayer_pass: SublayerPass, stream: Activations, name: str) -> Reads:
+
+def read_by(experts: nn.Module, sublayer_pass: SublayerPass, stream: Activations, reads: Reads, place: str) -> None:
     """Run a stream through a sublayer until it reaches the experts.
 
     Args:
         experts: the module, in the sublayer.
         stream: one of the two before the sublayer.
-        name: for the folder that holds what they read, if activations are not in memory.
+        reads: empty; what they read is added here.
+        place: what an error begins with.
 
     Raises:
         RiaError: the sublayer does not reach them.
     """
-    reads = Reads(stream, name)
 
     def watch(X: torch.Tensor, choices: torch.Tensor) -> None:
         reads.inputs.append(X.reshape(-1, X.shape[-1]))
@@ -52,10 +58,10 @@ def read_by(experts: nn.Module, sublayer_pass: SublayerPass, stream: Activations
             try:
                 runner.run(stream[index].to(runner.device))
             except Reached:
-                pass
+                continue
+            raise RiaError(f"{place}: not used in this layer, but in others like it. Leave them dense by --ignore.")
     finally:
         set_watcher(experts, None)
-    return reads
 
 
 class RoutedTokens:
@@ -91,17 +97,24 @@ class RoutedTokens:
         """How many tokens the expert lacks."""
         return max(0, min(self.enough, self.tokens) - self.counts[expert])
 
+    def borrowed(self, expert: int) -> int:
+        """How many tokens of this rank's chunks it takes that went to others."""
+        return sum(len(self._borrowed(self.pruned.choices[index], expert)) for index in range(len(self.pruned)))
+
     def of(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Chunks of what the expert reads [tokens, width] float32 in the pruned model, and in the dense one."""
         for index in range(len(self.pruned)):
-            chosen = (self.pruned.choices[index] == expert).any(1)
-            count = len(chosen)
-            lent = -(-self.missing(expert) * count // self.tokens)  # rounded up
-            if lent:
-                others = torch.where(~chosen)[0]
-                lent = min(lent, len(others))
-                chosen[others[torch.arange(lent) * len(others) // max(lent, 1)]] = True
+            choices = self.pruned.choices[index]
+            chosen = (choices == expert).any(1)
+            chosen[self._borrowed(choices, expert)] = True
             if not bool(chosen.any()):
                 continue
             dense = None if self.dense is None else self.dense.inputs[index][chosen].float()
             yield self.pruned.inputs[index][chosen].float(), dense
+
+    def _borrowed(self, choices: torch.Tensor, expert: int) -> torch.Tensor:
+        """The tokens of a chunk, by their numbers in it, that the expert takes though they went to others."""
+        others = torch.where((choices != expert).all(1))[0]
+        share = -(-self.missing(expert) * len(choices) // self.tokens)  # rounded up
+        count = min(share, len(others))
+        return others[torch.arange(count) * len(others) // max(count, 1)]

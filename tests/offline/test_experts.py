@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from ria_vllm.inventory import take_inventory
 from ria_vllm.offline.compress import Settings
 from ria_vllm.offline.expert_store import ExpertStore
 from ria_vllm.offline.pruning.masks import Pattern
+from ria_vllm.writer import CheckpointWriter
 
 TOKENS = torch.arange(2, 60)[None]
 
@@ -130,6 +132,26 @@ def test_stopped_in_the_middle_of_the_experts_and_resumed(options, moe, text, tm
     run_small(moe("qwen2_moe"), tmp_path / "out", text, settings, **options)
     assert len(done) == 8 == len(set(done))  # no expert was pruned twice
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_only_the_streams_stay_in_the_cache_of_activations(fails, moe, text, tmp_path, monkeypatch):
+    left, replace = [], CheckpointWriter.write
+
+    def write(self, key, *arguments):
+        if key.startswith("layer-") and "experts" not in key:
+            left.append({path.name for path in (self.work / "activations").iterdir()})
+        if fails and "layer-00001-mlp-experts" in key:
+            raise KeyboardInterrupt
+        replace(self, key, *arguments)
+
+    monkeypatch.setattr(CheckpointWriter, "write", write)
+    settings = Settings(activation_cache="disk")
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        run_small(moe("qwen3_moe"), tmp_path / "out", text, settings, reconstruct="admm")
+    if fails:
+        left.append({path.name for path in (tmp_path / "out.partial" / "activations").iterdir()})
+    assert left == [{"pruned-0", "dense-0"}] * 2
 
 
 @pytest.mark.slow
