@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.solve import Pruned
-from ria_vllm.offline.units import expert_key, linear_tensors, pruned_weights
+from ria_vllm.offline.units import expert_key, linear_tensors, order_key, pruned_weights
 from ria_vllm.writer import CheckpointWriter, disk_errors
 
 
@@ -33,6 +33,26 @@ class ExpertStore:
 
     def has(self, index: int, path: str, expert: int) -> bool:
         return self.writer.has(expert_key(index, path, expert))
+
+    def order(self, index: int, path: str, search: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+        """The order that the experts of one place share.
+
+        It is kept, because another search could find another one: on another machine, for example, or with more
+        threads.
+
+        Args:
+            search: finds it, if it is not yet there; all ranks take part.
+
+        Returns:
+            int64 [width] on the CPU; None for the model's own order.
+        """
+        key = order_key(index, path)
+        if self.ranks.broadcast(self.writer.has(key)):
+            return self.ranks.broadcast(self.writer.read(key)[0].get("order") if self.ranks.first else None)
+        order = search()
+        if self.ranks.first:
+            self.writer.write(key, {} if order is None else {"order": order})
+        return order
 
     def write(self, index: int, path: str, expert: int, pruned: Mapping[str, Pruned]) -> None:
         """Keep one expert. Only the first rank writes what stays.

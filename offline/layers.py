@@ -213,8 +213,9 @@ class LayerPass:
             order = None
             if shared:
                 beside = {name: weights[name] for name in group.linears}
+                search = partial(pruner.order, beside, {name: statistics[name] for name in beside})
                 with self.monitor.phase("permutations"):
-                    order = pruner.order(beside, {name: statistics[name] for name in beside})
+                    order = search() if self.store is None else self.store.order(index, group.experts, search)
                 orders |= dict.fromkeys(group.linears, order)
             pruners[group.experts] = pruner, order
         with self.monitor.phase("masks and weights"):

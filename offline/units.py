@@ -25,6 +25,11 @@ def expert_key(index: int, path: str, expert: int) -> str:
     return f"{layer_key(index)}-{path.replace('.', '-')}-{expert:05d}"
 
 
+def order_key(index: int, path: str) -> str:
+    """The key of the order that the experts at `path` share."""
+    return f"{layer_key(index)}-{path.replace('.', '-')}-order"
+
+
 def layer_tensors(
     model: StreamedModel, index: int, pruned: Mapping[str, Pruned], recipe: Recipe, experts: Iterable[str] = ()
 ) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from ria_vllm.export import export_dense
 from ria_vllm.inventory import take_inventory
 from ria_vllm.offline.compress import Settings
 from ria_vllm.offline.expert_store import ExpertStore
+from ria_vllm.offline.prune_experts import ExpertsPruner
 from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.writer import CheckpointWriter
 
@@ -152,6 +153,27 @@ def test_only_the_streams_stay_in_the_cache_of_activations(fails, moe, text, tmp
     if fails:
         left.append({path.name for path in (tmp_path / "out.partial" / "activations").iterdir()})
     assert left == [{"pruned-0", "dense-0"}] * 2
+
+
+def test_a_resumed_layer_keeps_the_order_that_its_experts_share(moe, text, tmp_path, monkeypatch):
+    write, done = ExpertStore.write, []
+
+    def interrupted(*arguments):
+        write(*arguments)
+        done.append(arguments[1:4])
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ExpertStore, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_small(moe("qwen2_moe"), tmp_path / "out", text)
+    search = ExpertsPruner.order  # finds another one now, as on another machine
+    monkeypatch.setattr(ExpertsPruner, "order", lambda *arguments: search(*arguments).flip(0))
+    run_small(moe("qwen2_moe"), tmp_path / "out", text, Settings(resume=True))
+    orders = Reader(tmp_path / "out").permutations
+    for layer in ("layers.0.mlp", "layers.1.mlp"):
+        shared = [p for name, p in orders.items() if layer in name and name.endswith(("gate_proj", "up_proj"))]
+        assert len(shared) == 10 and all(torch.equal(p, shared[0]) for p in shared)
 
 
 @pytest.mark.slow
