@@ -62,6 +62,7 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sens
     misfits: dict[str, int] = {}
     together: list[frozenset[str]] = []
     mixtures: dict[int, frozenset[str]] = {}
+    left_dense: dict[str, str] = {}
     shared = {name for pair in model.model.all_tied_weights_keys.items() for name in pair}
     for index, layer in enumerate(model.layers):
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
@@ -101,9 +102,10 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sens
         together += [frozenset(written[name] for name in names) for names in sets]
         mixtures[index], left = plan_experts(model, index, topology, recipe, sensitive)
         dense |= left
+        left_dense |= left
         together += [frozenset(model.experts[index][path].linears) for path in mixtures[index]]
     warnings = [f"{what}; left dense in {count} layers." for what, count in misfits.items()] + warnings
-    warnings += [*topologies.warnings, *experts_left_dense(dense)] + _unknown_tensors(model)
+    warnings += [*topologies.warnings, *experts_left_dense(left_dense)] + _unknown_tensors(model)
     if not any(pruned.values()) and not any(mixtures.values()):
         first = next(iter(dense.items()))
         raise RiaError(f"nothing is left to prune. For example, {first[0]}: {first[1]}.")

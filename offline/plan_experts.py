@@ -42,8 +42,8 @@ def plan_experts(
 
 
 def experts_left_dense(dense: Mapping[str, str]) -> list[str]:
-    """A warning about experts that stay dense, if there are any. `dense` is the plan's."""
-    left = {name: why for name, why in dense.items() if name.endswith("experts") and why != ROUTER}
+    """A warning about experts that stay dense, if there are any. `dense` is what `plan_experts` gives."""
+    left = {name: why for name, why in dense.items() if why != ROUTER}
     if not left:
         return []
     name, why = next(iter(left.items()))

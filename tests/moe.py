@@ -41,7 +41,7 @@ def save_moe(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **chan
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **BASE | KINDS[kind] | changes)
+    config = AutoConfig.for_model(kind, **BASE | KINDS.get(kind, {}) | changes)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -18,6 +18,7 @@ class ExpertWeights:
     Args:
         layers: their weights may be on the meta device.
         layers_path: of the list of these layers in the model.
+        width: of the residual stream.
         names, files: of the tensors in the folder.
 
     Attributes:
@@ -30,7 +31,13 @@ class ExpertWeights:
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module], layers_path: str, names: Names, files: Mapping[str, Path], folder: Path
+        self,
+        layers: Sequence[nn.Module],
+        layers_path: str,
+        width: int,
+        names: Names,
+        files: Mapping[str, Path],
+        folder: Path,
     ):
         self.names, self.files = names, files
         self.experts: list[dict[str, ExpertFiles]] = []
@@ -40,7 +47,7 @@ class ExpertWeights:
         for index, layer in enumerate(layers):
             prefix = f"{layers_path}.{index}."
             self.experts.append({})
-            self.dense.append(other_experts(layer))
+            self.dense.append(other_experts(layer, width))
             for path, layout in experts_modules(layer).items():
                 found = find_expert_files(names, prefix, layout, self._shapes(f"{prefix}{path}."), folder)
                 if isinstance(found, str):

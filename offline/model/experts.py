@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
 
 GATE, UP, DOWN = KINDS = ("gate", "up", "down")
 """The linears of an expert. `schema.Experts` has the same names."""
@@ -63,15 +65,6 @@ class ExpertsLayout:
         return (self.width, self.inner) if kind == DOWN else (self.inner, self.width)
 
     @property
-    def readers(self) -> list[str]:
-        """The linears of all experts that read the residual stream."""
-        return [self.linear(expert, kind) for expert in range(self.num_experts) for kind in self.first]
-
-    @property
-    def linears(self) -> list[str]:
-        return [self.linear(expert, kind) for expert in range(self.num_experts) for kind in self.kinds]
-
-    @property
     def weights(self) -> int:
         """The number of weights of all experts."""
         return self.num_experts * len(self.kinds) * self.width * self.inner
@@ -119,25 +112,34 @@ def experts_modules(layer: nn.Module) -> dict[str, ExpertsLayout]:
     return found
 
 
-def other_experts(layer: nn.Module) -> dict[str, str]:
-    """Modules that hold experts in some other way, and so stay dense: path relative to the layer -> why."""
+def other_experts(layer: nn.Module, width: int) -> dict[str, str]:
+    """Modules that hold experts in some other way, and so stay dense: path relative to the layer -> why.
+
+    Args:
+        width: of the residual stream.
+    """
     known = experts_modules(layer)
     return {
         path: f"transformers' {type(module).__name__} does not run its experts one by one"
         for path, module in layer.named_modules()
-        if path not in known and any(parameter.dim() == 3 for parameter in _experts_parameters(module))
+        if path not in known and other_weights(module, width)
     }
+
+
+def other_weights(module: nn.Module, width: int) -> list[nn.Parameter]:
+    """The module's own weights, if it is none of those that everything knows, such as nn.Linear.
+
+    A router's weights and those of Mamba's scan are fewer than `width` * `width`, and do not count.
+    """
+    if isinstance(module, nn.Linear | nn.Embedding | _ConvNd | Conv1D):
+        return []
+    return [p for p in module.parameters(recurse=False) if p.dim() in (2, 3) and p.numel() >= width * width]
 
 
 def expert_of(name: str) -> tuple[str, int, str] | None:
     """(path of the experts, number, kind) of an expert's linear; None if the name is another one's."""
     found = _VIRTUAL.fullmatch(name)
     return None if found is None else (found["path"], int(found["expert"]), found["kind"])
-
-
-def _experts_parameters(module: nn.Module) -> list[nn.Parameter]:
-    names = ("gate_up_proj", "up_proj", "down_proj", "w1", "w2", "input_linear", "output_linear")
-    return [p for name, p in module.named_parameters(recurse=False) if name in names]
 
 
 def _layout(path: str, module: Any) -> ExpertsLayout | None:

@@ -23,7 +23,7 @@ from ria_vllm.offline.model.architecture import (
 from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.expert_files import ExpertFiles
 from ria_vllm.offline.model.expert_weights import ExpertWeights
-from ria_vllm.offline.model.experts import expert_of, experts_modules
+from ria_vllm.offline.model.experts import expert_of, experts_modules, other_experts, other_weights
 from ria_vllm.offline.model.hf import configured_dtype, explained
 from ria_vllm.offline.model.names import Names, find_tensors
 from ria_vllm.offline.model.run_experts import Weights, run_one_by_one, set_weights
@@ -69,7 +69,9 @@ class StreamedModel:
         self.base_path = find_base(self.model, self.decoder_path)
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
         self.names = Names(self.model, self.files, folder)
-        self._expert_weights = ExpertWeights(self.layers, self.layers_path, self.names, self.files, folder)
+        self._expert_weights = ExpertWeights(
+            self.layers, self.layers_path, self._width, self.names, self.files, folder
+        )
         self._streamed = self._expert_weights.parameters
         for index, layer in enumerate(self.layers):
             run_one_by_one(layer)
@@ -79,6 +81,11 @@ class StreamedModel:
         self._materialize_buffers()
 
     @property
+    def _width(self) -> int:
+        """Of the residual stream."""
+        return self.model.get_input_embeddings().weight.shape[1]
+
+    @property
     def is_wrapper(self) -> bool:
         """Whether the model reads more than text, with other modules than its text decoder."""
         return text_config(self.model.config) is not self.model.config
@@ -86,9 +93,13 @@ class StreamedModel:
     @property
     def linear_weights(self) -> int:
         """The number of weights in the linears of all decoder layers, those of experts included."""
-        linears = (m for layer in self.layers for m in layer.modules() if isinstance(m, nn.Linear))
-        experts = (layout.weights for layer in self.layers for layout in experts_modules(layer).values())
-        return sum(linear.weight.numel() for linear in linears) + sum(experts)
+        found = 0
+        for layer in self.layers:
+            found += sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
+            found += sum(layout.weights for layout in experts_modules(layer).values())
+            others = (layer.get_submodule(path) for path in other_experts(layer, self._width))
+            found += sum(weight.numel() for module in others for weight in other_weights(module, self._width))
+        return found
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.layers_path}.{index}."

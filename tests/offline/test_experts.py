@@ -1,6 +1,7 @@
 """Mixtures of experts: pruned, written, read back, exported, and interrupted in the middle of a layer's experts."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -104,7 +105,14 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "granitemoe", "gpt_oss"])
-def test_a_pattern_without_a_kernel_is_written_as_the_dense_model_was(kind, moe, text, tmp_path):
+def test_a_pattern_without_a_kernel_is_written_as_the_dense_model_was(kind, moe, text, tmp_path, monkeypatch):
+    finish = CheckpointWriter.finish
+
+    def finished(writer, *arguments):
+        assert not list(writer.work.glob("experts-*"))  # a dense copy of the whole model would take too much space
+        finish(writer, *arguments)
+
+    monkeypatch.setattr(CheckpointWriter, "finish", finished)
     run_small(moe(kind), tmp_path / "out", text, pattern=Pattern(n=4, m=8))
     pruned, original = load_file(tmp_path / "out" / "model.safetensors"), load_file(moe(kind) / "model.safetensors")
     assert set(pruned) == set(original)
@@ -234,6 +242,32 @@ def test_experts_whose_pruning_costs_most_stay_dense(moe, text, tmp_path):
     report, _ = run_small(moe("mixtral"), tmp_path / "out", text, skip_sensitive=0.55)
     dense = [name for name, why in report["dense"].items() if why == "--skip-sensitive"]
     assert "model.layers.0.block_sparse_moe.experts" in dense or "model.layers.1.block_sparse_moe.experts" in dense
+
+
+UNKNOWN = {
+    "jetmoe": ({"kv_channels": 32}, "model.layers.0.mlp.input_linear"),
+    "dbrx": (
+        {
+            "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+            "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+        },
+        "transformer.blocks.0.ffn.experts.mlp",
+    ),
+    "llama4_text": ({"intermediate_size_mlp": 64}, "model.layers.1.feed_forward.experts"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_experts_of_an_unknown_form_stay_dense_with_a_warning_and_count_as_weights(kind, text, tmp_path):
+    changes, name = UNKNOWN[kind]
+    report, warnings = run_small(save_moe(tmp_path / "in", kind, **changes), tmp_path / "out", text)
+    assert "does not run its experts one by one" in report["dense"][name]
+    assert any("the experts stay dense in" in warning for warning in warnings)
+    reader = Reader(tmp_path / "out")
+    tensors = {name: made() for name, made in reader.dense_tensors().items() if re.search(r"\.[0-9]+\.", name)}
+    weights = [tensor for tensor in tensors.values() if tensor.dim() > 1]
+    zeros = sum(int((tensor == 0).sum()) for tensor in weights) / sum(tensor.numel() for tensor in weights)
+    assert reader.schema.sparsity_config.global_sparsity == pytest.approx(zeros, abs=1e-3)
 
 
 @pytest.mark.parametrize("weights", ["int8"])

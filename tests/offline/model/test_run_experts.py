@@ -104,4 +104,4 @@ def test_experts_that_are_run_in_another_way_are_named():
     with torch.device("meta"):
         layer = AutoModelForCausalLM.from_config(config).model.layers[1]
     assert experts_modules(layer) == {}
-    assert "Llama4TextExperts" in other_experts(layer)["feed_forward.experts"]
+    assert "Llama4TextExperts" in other_experts(layer, 64)["feed_forward.experts"]
