@@ -15,6 +15,7 @@ from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.solve import Pruned
 from ria_vllm.offline.units import expert_key, linear_tensors, order_key, pruned_weights
+from ria_vllm.stacks import stack_linears
 from ria_vllm.writer import CheckpointWriter, disk_errors
 
 
@@ -70,8 +71,7 @@ class ExpertStore:
         key, files = expert_key(index, path, expert), self.model.experts[index][path]
         names = {kind: files.linear(expert, kind) for kind in files.layout.kinds}
         if not self._dense(key).is_file():
-            tensors, _ = self.writer.read(key)
-            self._keep_dense(key, pruned_weights(tensors, list(names.values()), self.model.stored_dtype, self.recipe))
+            self._keep_dense(key, self._read(key, list(names.values())))
         found = load_file(self._dense(key))
         return {kind: found[name] for kind, name in names.items()}
 
@@ -79,6 +79,10 @@ class ExpertStore:
         """Remove this rank's dense matrices, those of a finished layer or of an interrupted run."""
         with disk_errors(self._folder):
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _read(self, key: str, names: list[str]) -> dict[str, torch.Tensor]:
+        tensors, _ = self.writer.read(key)
+        return pruned_weights(tensors, names, self.model.stored_dtype, self.recipe)
 
     def _keep_dense(self, key: str, weights: Mapping[str, torch.Tensor]) -> None:
         with disk_errors(self._folder):
@@ -121,13 +125,14 @@ class ExpertStore:
     def _stacked(self, index: int, path: str, parameter: str) -> torch.Tensor:
         files = self.model.experts[index][path]
         layout, kinds = files.layout, files.layout.parameters[parameter]
-        stacked: list[torch.Tensor] = []
-        for expert in range(layout.num_experts):
-            weights = self.weights(index, path, expert)
-            found = [weights[kind] for kind in kinds]
-            rows = torch.stack(found, 1).flatten(0, 1) if layout.interleaved else torch.cat(found)
-            stacked.append(rows.T if files.transposed else rows)
-        return torch.stack(stacked)
+
+        def linears(expert: int) -> list[torch.Tensor]:
+            names = [files.linear(expert, kind) for kind in kinds]
+            found = self._read(expert_key(index, path, expert), names)
+            return [found[name] for name in names]
+
+        experts = map(linears, range(layout.num_experts))
+        return stack_linears(experts, layout.num_experts, layout.interleaved, files.transposed, files.module)
 
     def records(self, index: int, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The records of the report for the experts of one layer, by their written names."""

@@ -9,8 +9,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import RiaSchema
-
-_AGAIN = "Get all files of one model."
+from ria_vllm.stacks import stack_linears
 
 # (the names in the checkpoint of a linear's tensors, the tensors by the last part of their names) -> dense [out, in].
 Decoded = Callable[[Collection[str], Mapping[str, torch.Tensor]], torch.Tensor]
@@ -52,20 +51,11 @@ class StackExperts(ConversionOps):
                 f"{first} and others: {len(linears)} linears of experts are stored, but {type(module).__name__} has "
                 f"{module.num_experts} experts. Get all files of one model."
             )
-        stacked: torch.Tensor | None = None
-        for expert in range(module.num_experts):
-            dense = [self._dense(linears.pop((expert, kind))) for kind in kinds]
-            if len({weight.shape for weight in dense}) > 1:
-                raise RiaError(f"{first} and others: the linears of expert {expert} differ in shape. {_AGAIN}")
-            one = torch.cat(dense) if module.is_concatenated else torch.stack(dense, 1).flatten(0, 1)
-            one = one.T if module.is_transposed else one
-            if stacked is None:
-                stacked = torch.empty(module.num_experts, *one.shape, dtype=one.dtype, device=one.device)
-            if one.shape != stacked.shape[1:]:
-                raise RiaError(f"{first} and others: expert {expert} differs in shape from the others. {_AGAIN}")
-            stacked[expert] = one
-        assert stacked is not None
-        return stacked
+        dense = (
+            [self._dense(linears.pop((expert, kind))) for kind in kinds] for expert in range(module.num_experts)
+        )
+        interleaved, place = not module.is_concatenated, f"{first} and others"
+        return stack_linears(dense, module.num_experts, interleaved, module.is_transposed, place)
 
     def _linears(self, found: Mapping[str, list[torch.Tensor]]) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
         """(expert, kind) -> name in the checkpoint -> tensor, for the tensors of each linear."""

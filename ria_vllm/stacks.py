@@ -1,6 +1,6 @@
 """The linears of experts that a checkpoint stores one by one, and the tensors that stack them in the dense model."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,35 @@ def stacked_tensors(
     return {stack.tensor: (layer, stack) for layer in layers for stack in layer.stacked}
 
 
+def stack_linears(
+    experts: Iterable[Sequence[torch.Tensor]], num_experts: int, interleaved: bool, transposed: bool, place: str
+) -> torch.Tensor:
+    """One tensor from the linears of experts.
+
+    Args:
+        experts: of each, the linears [out, in] whose outputs follow each other, or alternate if `interleaved`. An
+            expert is asked for when the ones before it are stacked.
+        transposed: stack them as [in, out].
+        place: what an error begins with.
+
+    Raises:
+        RiaError: the linears of an expert differ in shape, or the experts do.
+    """
+    out: torch.Tensor | None = None
+    for expert, parts in enumerate(experts):
+        if len({part.shape for part in parts}) > 1:
+            raise RiaError(f"{place}: the linears of expert {expert} differ in shape. {_AGAIN}")
+        joined = torch.stack(list(parts), 1).flatten(0, 1) if interleaved else torch.cat(list(parts))
+        joined = joined.T if transposed else joined
+        if out is None:
+            out = torch.empty(num_experts, *joined.shape, dtype=joined.dtype, device=joined.device)
+        if joined.shape != out.shape[1:]:
+            raise RiaError(f"{place}: expert {expert} differs in shape from the others. {_AGAIN}")
+        out[expert] = joined
+    assert out is not None  # there is at least one expert
+    return out
+
+
 def stack_experts(
     layer: LayerExperts, stack: Stacked, dense_of: Callable[[str], torch.Tensor], where: object
 ) -> torch.Tensor:
@@ -85,20 +114,10 @@ def stack_experts(
     Raises:
         RiaError: a linear is missing, or the experts differ in shape.
     """
-    out: torch.Tensor | None = None
-    for expert in range(layer.num_experts):
-        parts = [dense_of(layer.linear(expert, kind)) for kind in stack.linears]
-        if len({part.shape for part in parts}) > 1:
-            raise RiaError(f"{where}: the linears of expert {expert} of {layer.module} differ in shape. {_AGAIN}")
-        joined = torch.stack(parts, 1).flatten(0, 1) if stack.interleaved else torch.cat(parts)
-        joined = joined.T if stack.transposed else joined
-        if out is None:
-            out = torch.empty(layer.num_experts, *joined.shape, dtype=joined.dtype)
-        if joined.shape != out.shape[1:]:
-            raise RiaError(f"{where}: expert {expert} of {layer.module} differs in shape from the others. {_AGAIN}")
-        out[expert] = joined
-    assert out is not None  # there is at least one expert
-    return out
+    return stack_linears(
+        ([dense_of(layer.linear(expert, kind)) for kind in stack.linears] for expert in range(layer.num_experts)),
+        layer.num_experts, stack.interleaved, stack.transposed, f"{where}: {layer.module}",
+    )  # fmt: skip
 
 
 def problems_of_experts(

@@ -60,5 +60,5 @@ def test_experts_of_different_shapes():
     (problem,) = problems_of_experts(schema(), shapes, names(1))
     assert "experts.2.up_proj: its shape (6, 4) differs from that of model.layers.1.mlp.experts.0.up_proj" in problem
     found = stacked_tensors(schema(), names(1), "folder")["model.layers.1.mlp.experts.gate_up_proj"]
-    with pytest.raises(RiaError, match="the linears of expert 2 of model.layers.1.mlp.experts differ in shape"):
+    with pytest.raises(RiaError, match="model.layers.1.mlp.experts: the linears of expert 2 differ in shape"):
         stack_experts(*found, lambda name: torch.zeros(shapes[name]), "folder")
