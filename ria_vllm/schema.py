@@ -113,7 +113,8 @@ class Experts(BaseModel):
     """The routed experts of mixture layers `{i}`, whose linears are stored one by one: `{e}` is the expert's number.
 
     gate, up, down: names of an expert's linears; gate is None if the experts have none.
-    stacked: the tensors in which the dense model's files have these linears; empty if they are apart there, too.
+    stacked: the tensors in which the dense model's files have these linears, each in one; empty if they are apart
+        there, too.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -122,13 +123,19 @@ class Experts(BaseModel):
     gate: str | None = None
     up: str
     down: str
-    stacked: list[Stacked] = []
+    stacked: list[Stacked] = Field(default=[], max_length=3)
 
     @model_validator(mode="after")
     def _numbered(self) -> "Experts":
         layer = _placeholders(self.module)
-        if layer - {"{i}"} or any(_placeholders(stack.tensor) != layer for stack in self.stacked):
+        stacked = [name for stack in self.stacked for name in (stack.tensor, stack.bias) if name is not None]
+        if layer - {"{i}"} or any(_placeholders(name) != layer for name in stacked):
             raise ValueError("{i} stands in the name of the experts and of each stacked tensor, or in none of them")
+        if len(set(stacked)) < len(stacked):
+            raise ValueError("two stacked tensors have one name")
+        inside = [kind for stack in self.stacked for kind in stack.linears]
+        if self.stacked and sorted(inside) != sorted(self.linears):
+            raise ValueError(f"{', '.join(inside)} are stacked, but an expert has {', '.join(self.linears)}")
         if any(_placeholders(name) != layer | {"{e}"} for name in self.linears.values()):
             raise ValueError("{e} stands in the name of each linear of an expert, and {i} as in the experts' name")
         return self
@@ -246,6 +253,14 @@ class RiaSchema(BaseModel):
     experts: list[Experts] = Field(default=[], max_length=1000)
     permutations_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     recipe: dict[str, Any] = {}
+
+    @field_validator("experts")
+    @classmethod
+    def _apart(cls, experts: list[Experts]) -> list[Experts]:
+        modules = [entry.module for entry in experts]
+        if len(set(modules)) < len(modules):
+            raise ValueError("two entries have one module")
+        return experts
 
     @property
     def permutes(self) -> bool:

@@ -1,7 +1,7 @@
 """The linears of experts that a checkpoint stores one by one, and the tensors that stack them in the dense model."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,15 +14,22 @@ class LayerExperts:
     """The experts of one mixture layer, with its number filled in.
 
     linears: linear ("gate", "up", "down") -> the pattern of its name, where `{e}` is the expert's number.
+    strays: names of pruned linears that match such a pattern, but with a number that no expert or layer has, such as 03.
     """
 
     module: str
     num_experts: int
     linears: dict[str, str]
     stacked: list[Stacked]
+    strays: list[str] = field(default_factory=list)
 
     def linear(self, expert: int, kind: str) -> str:
         return filled(self.linears[kind], {"e": str(expert)})
+
+    def stray(self) -> str | None:
+        """What is wrong with the first of `strays`."""
+        found = min(self.strays, default=None)
+        return found and f"{found} is none of the {self.num_experts} experts that {self.module} has by config.json"
 
     def missing(self, present: Collection[str]) -> str | None:
         """The first linear of an expert that is not among the names `present`."""
@@ -45,9 +52,14 @@ def layers_of_experts(schema: RiaSchema, sparse: Collection[str]) -> list[LayerE
         for pattern in experts.linears.values():
             for name in sparse:
                 numbers = numbers_in(pattern, name)
-                if numbers is not None:
-                    layer = _in_layer(experts, numbers)
-                    found.setdefault(layer.module, layer)
+                if numbers is None:
+                    continue
+                module = filled(experts.module, numbers)
+                if module not in found:
+                    found[module] = _in_layer(experts, numbers)
+                plain = all(number == str(int(number)) for number in numbers.values())
+                if not plain or int(numbers["e"]) >= experts.num_experts:
+                    found[module].strays.append(name)
     return list(found.values())
 
 
@@ -60,7 +72,7 @@ def stacked_tensors(
         where: the folder, for errors.
 
     Raises:
-        RiaError: an expert is missing.
+        RiaError: an expert is missing, or one too many.
     """
     layers = layers_of_experts(schema, sparse)
     for layer in layers:
@@ -70,6 +82,9 @@ def stacked_tensors(
                 f"{where}: {missing} is missing, though {layer.module} has {layer.num_experts} experts by config.json. "
                 f"{_AGAIN}"
             )
+        stray = layer.stray()
+        if stray is not None:
+            raise RiaError(f"{where}: {stray}. {_AGAIN}")
     return {stack.tensor: (layer, stack) for layer in layers for stack in layer.stacked}
 
 
@@ -130,7 +145,9 @@ def problems_of_experts(
         sparse: the names of all pruned linears.
     """
     for layer in layers_of_experts(schema, sparse):
-        missing = layer.missing(sparse)
+        stray, missing = layer.stray(), layer.missing(sparse)
+        if stray is not None:
+            yield stray
         if missing is not None:
             yield f"{missing}: missing, though {layer.module} has {layer.num_experts} experts by config.json"
             continue

@@ -118,12 +118,16 @@ EXPERTS = {
     "gate": "h.{i}.experts.{e}.gate",
     "up": "h.{i}.experts.{e}.up",
     "down": "h.{i}.experts.{e}.down",
-    "stacked": [{"tensor": "h.{i}.experts.gate_up", "linears": ["gate", "up"], "interleaved": True}],
+    "stacked": [
+        {"tensor": "h.{i}.experts.gate_up", "linears": ["gate", "up"], "interleaved": True},
+        {"tensor": "h.{i}.experts.down", "linears": ["down"]},
+    ],
 }
+GATE_UP, DOWN = EXPERTS["stacked"]
 
 
 def test_experts_are_parsed():
-    schema = RiaSchema.parse(CONFIG | {"experts": [EXPERTS, EXPERTS | {"gate": None, "stacked": []}]}, "config.json")
+    schema = RiaSchema.parse(CONFIG | {"experts": [EXPERTS, EXPERTS | {"module": "g.{i}.experts", "gate": None, "stacked": []}]}, "config.json")
     gated, plain = schema.experts
     assert gated.linears == {kind: EXPERTS[kind] for kind in ("gate", "up", "down")}
     assert gated.stacked[0].interleaved and not gated.stacked[0].transposed and gated.stacked[0].bias is None
@@ -137,14 +141,24 @@ def test_experts_are_parsed():
         {"up": "h.{i}.experts.up"},
         {"down": "h.3.experts.{e}.down"},
         {"module": "h.{i}.{e}"},
-        {"stacked": [{"tensor": "h.3.gate_up", "linears": ["gate", "up"]}]},
-        {"stacked": [{"tensor": "h.{i}.gate_up", "linears": []}]},
+        {"stacked": [GATE_UP, DOWN | {"tensor": "h.3.down"}]},
+        {"stacked": [GATE_UP, DOWN | {"linears": []}]},
+        {"stacked": [GATE_UP]},
+        {"stacked": [GATE_UP, DOWN | {"linears": ["down", "up"]}]},
+        {"stacked": [GATE_UP, DOWN | {"tensor": GATE_UP["tensor"]}]},
+        {"stacked": [GATE_UP, DOWN | {"bias": "h.3.bias"}]},
+        {"gate": None},
         {"router": "h.{i}.gate"},
     ],
 )
 def test_wrong_experts_are_refused(change):
     with pytest.raises(RiaError, match="somewhere.json: quantization_config.experts.0"):
         RiaSchema.parse(CONFIG | {"experts": [EXPERTS | change]}, "somewhere.json")
+
+
+def test_two_entries_for_the_same_experts_are_refused():
+    with pytest.raises(RiaError, match="quantization_config.experts: .*two entries have one module"):
+        RiaSchema.parse(CONFIG | {"experts": [EXPERTS, EXPERTS | {"num_experts": 8}]}, "config.json")
 
 
 def test_a_fold_holds_only_where_its_producers_are_pruned():

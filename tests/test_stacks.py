@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from ria_vllm import stacks
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import Experts, RiaSchema, SparsityConfig, Stacked
-from ria_vllm.stacks import layers_of_experts, problems_of_experts, stack_experts, stacked_tensors
+from ria_vllm.stacks import _in_layer, layers_of_experts, problems_of_experts, stack_experts, stacked_tensors
 
 
 def schema(num_experts: int = 3, **stacked) -> RiaSchema:
@@ -13,7 +14,10 @@ def schema(num_experts: int = 3, **stacked) -> RiaSchema:
     experts = Experts(
         module=module, num_experts=num_experts, gate=f"{module}.{{e}}.gate_proj", up=f"{module}.{{e}}.up_proj",
         down=f"{module}.{{e}}.down_proj",
-        stacked=[Stacked(tensor=f"{module}.gate_up_proj", linears=["gate", "up"], **stacked)],
+        stacked=[
+            Stacked(tensor=f"{module}.gate_up_proj", linears=["gate", "up"], **stacked),
+            Stacked(tensor=f"{module}.down_proj", linears=["down"]),
+        ],
     )  # fmt: skip
     return RiaSchema(sparsity_config=SparsityConfig(), experts=[experts])
 
@@ -29,7 +33,7 @@ def test_stacked_as_the_schema_says(interleaved, transposed):
     draw = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(5, 4, generator=draw) for name in names(7)}
     found = stacked_tensors(schema(interleaved=interleaved, transposed=transposed), names(7), "folder")
-    assert list(found) == ["model.layers.7.mlp.experts.gate_up_proj"]
+    assert list(found) == [f"model.layers.7.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
     stacked = stack_experts(*found["model.layers.7.mlp.experts.gate_up_proj"], weights.__getitem__, "folder")
     for expert in range(3):
         rows = stacked[expert].T if transposed else stacked[expert]
@@ -53,6 +57,22 @@ def test_a_missing_expert_is_named(claimed):
         stacked_tensors(schema(claimed), names(1), "folder")
     (problem,) = problems_of_experts(schema(claimed), {}, names(1))
     assert problem.startswith("model.layers.1.mlp.experts.3.gate_proj: missing")
+
+
+@pytest.mark.parametrize("name", ["layers.1.mlp.experts.3.up_proj", "layers.1.mlp.experts.02.up_proj"])
+def test_experts_that_config_json_does_not_have(name):
+    sparse = names(1) | {f"model.{name}"}
+    (problem,) = problems_of_experts(schema(), {}, sparse)
+    assert problem == f"model.{name} is none of the 3 experts that model.layers.1.mlp.experts has by config.json"
+    with pytest.raises(RiaError, match=f"folder: model.{name} is none of the 3 experts"):
+        stacked_tensors(schema(), sparse, "folder")
+
+
+def test_many_claimed_tensors_are_made_once_for_each_layer(monkeypatch):
+    made = []
+    monkeypatch.setattr(stacks, "_in_layer", lambda *arguments: made.append(arguments) or in_layer(*arguments))
+    in_layer = _in_layer
+    assert len(layers_of_experts(schema(), names(1) | names(2))) == 2 == len(made)
 
 
 def test_experts_of_different_shapes():
