@@ -11,7 +11,7 @@ from ria_vllm.offline.model.architecture import output_heads
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topologies, linears_of
 from ria_vllm.offline.model.vllm_quirks import fused_sets, served_dense
-from ria_vllm.offline.plan_experts import experts_left_dense, plan_experts
+from ria_vllm.offline.plan_experts import check_alike, experts_left_dense, plan_experts
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
 
@@ -53,7 +53,7 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sens
         sensitive: written names of linears that stay dense because pruning them would cost most quality.
 
     Raises:
-        RiaError: nothing is left to prune.
+        RiaError: nothing is left to prune, or layers differ in their experts.
     """
     sensitive = set(sensitive)
     pruned: dict[int, frozenset[str]] = {}
@@ -109,6 +109,8 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sens
     if not any(pruned.values()) and not any(mixtures.values()):
         first = next(iter(dense.items()))
         raise RiaError(f"nothing is left to prune. For example, {first[0]}: {first[1]}.")
+    if recipe.served:
+        check_alike(model, mixtures)
     outside = {model.names.linear(name): why for name, why in _outside(model)}
     copied = dict.fromkeys(model.unknown_linears(), "in the files, but no part of the model that transformers builds")
     dense = copied | outside | dense

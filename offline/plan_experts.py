@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.expert_files import ExpertFiles
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Topologies, Topology
@@ -39,6 +40,26 @@ def plan_experts(
         else:
             dense[files.module] = reason
     return frozenset(pruned), dense
+
+
+def check_alike(model: StreamedModel, pruned: Mapping[int, Iterable[str]]) -> None:
+    """Check that config.json can describe the experts that are pruned: those of all layers under one name.
+
+    Args:
+        pruned: layer index -> paths of its experts that are pruned.
+
+    Raises:
+        RiaError: the experts of two layers differ in their number, for example.
+    """
+    first: dict[str, Experts] = {}
+    for index, paths in pruned.items():
+        for files in (model.experts[index][path] for path in sorted(paths)):
+            found = _described(files, index)
+            if first.setdefault(found.module, found) != found:
+                raise RiaError(
+                    f"{model.folder}: {files.module}: its {found.num_experts} experts are not stored like those of the "
+                    f"layers before it, so config.json cannot describe both. Leave them dense: --ignore {files.module}"
+                )
 
 
 def experts_left_dense(dense: Mapping[str, str]) -> list[str]:
@@ -78,7 +99,8 @@ def _reason(files: ExpertFiles, reached: bool, recipe: Recipe, sensitive: set[st
     layout = files.layout
     if not reached:
         return "no tokens reached them in the run of a layer by which the others are described"
-    if any(recipe.ignores(name) for name in files.linears):
+    named = [files.module, *files.linears, *(name.removesuffix(".weight") for name in files.sources), *files.sources]
+    if any(map(recipe.ignores, named)):
         return "--ignore"
     if sensitive & set(files.linears):
         return "--skip-sensitive"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ria_vllm import permutation
-from ria_vllm.offline.calibration.routing import RoutedTokens
+from ria_vllm.offline.calibration.routing import ExpertChunks, RoutedTokens
 from ria_vllm.offline.calibration.statistics import Statistics, StatisticsSum
 from ria_vllm.offline.model.experts import DOWN, ExpertsLayout
 from ria_vllm.offline.model.run_experts import Weights, inner, output
@@ -80,11 +80,12 @@ class ExpertsPruner:
             p = None if permutation.is_identity(p) else p.cpu()
         return self.ranks.broadcast(p)
 
-    def prune(self, expert: int, order: torch.Tensor | None) -> dict[str, Pruned]:
+    def prune(self, expert: int, order: torch.Tensor | None, train: bool) -> dict[str, Pruned]:
         """Prune one expert: gate and up, then down, which sees what the pruned gate and up produce.
 
         Args:
             order: from `order`; ignored if each linear has an order of its own.
+            train: also train the kept weights of all three.
 
         Returns:
             Name relative to the layer -> pruned linear.
@@ -108,7 +109,7 @@ class ExpertsPruner:
         found |= solve([down], weights, statistics, orders, self.dtype, recipe, self.ranks, self.place)
         del statistics
         trim()
-        if recipe.trains:
+        if train:
             found = self._trained(expert, found, dense)
         counts = {"tokens": self.tokens.counts[expert]}
         if self.tokens.missing(expert):
@@ -166,12 +167,11 @@ class ExpertsPruner:
         layout, recipe = self.layout, self.recipe
         names = {kind: layout.linear(expert, kind) for kind in layout.kinds}
         params = {kind: nn.Parameter(found[name].weight.to(self.device, torch.float32)) for kind, name in names.items()}
-        inputs: list[torch.Tensor] = []
-        targets: list[torch.Tensor] = []
-        for X, in_dense in self._of_all_ranks(expert):
-            wanted = inner(self.experts, expert, in_dense, dense)
-            inputs.append(X)
-            targets.append(output(self.experts, expert, wanted, dense))
+        chunks = ExpertChunks(self.tokens, expert, self.ranks, self.device)
+
+        def target(_: torch.Tensor, in_dense: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return output(self.experts, expert, inner(self.experts, expert, in_dense, dense), dense)
 
         def forward(X: torch.Tensor) -> torch.Tensor:
             return output(self.experts, expert, inner(self.experts, expert, X, params), params)
@@ -181,9 +181,9 @@ class ExpertsPruner:
                 forward,
                 params,
                 {kind: found[name].mask.to(self.device) for kind, name in names.items()},
-                inputs,
-                targets,
-                passes=min(8, max(2, TRAINING_STEPS // len(inputs))),
+                _Made(chunks, lambda X, _: X),
+                _Made(chunks, target),
+                passes=min(8, max(2, TRAINING_STEPS // len(chunks))),
                 seed=recipe.seed,
                 dtype=recipe.matmul_dtype,
                 place=f"{self.place(names[DOWN])} and what is trained with it: ",
@@ -196,11 +196,19 @@ class ExpertsPruner:
             trained[name] = replace(linear, weight=weight, scale=scale, record=record)
         return trained
 
-    def _of_all_ranks(self, expert: int) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
-        """What the expert reads in the pruned and in the dense model, in chunks, those of all ranks."""
-        own = [(X, X if dense is None else dense) for X, dense in self.tokens.of(expert)]
-        chunks = [pair for rank in range(self.ranks.size) for pair in self.ranks.broadcast(own, rank)]
-        return [(X.to(self.device), dense.to(self.device)) for X, dense in chunks]
+
+@dataclass(frozen=True)
+class _Made(Sequence[torch.Tensor]):
+    """What `make` makes of each chunk, when it is asked for: no more than one is in memory."""
+
+    chunks: ExpertChunks
+    make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.make(*self.chunks[index])
 
 
 def counts_of(records: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """What the experts of a layer read, and which tokens the layer's own router sends to each of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.embedding import Reached
 from ria_vllm.offline.model.run_experts import set_watcher
+from ria_vllm.offline.runtime.ranks import Ranks
 
 
 class Reads:
@@ -103,14 +104,23 @@ class RoutedTokens:
 
     def of(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Chunks of what the expert reads [tokens, width] float32 in the pruned model, and in the dense one."""
-        for index in range(len(self.pruned)):
-            choices = self.pruned.choices[index]
-            chosen = (choices == expert).any(1)
-            chosen[self._borrowed(choices, expert)] = True
-            if not bool(chosen.any()):
-                continue
-            dense = None if self.dense is None else self.dense.inputs[index][chosen].float()
-            yield self.pruned.inputs[index][chosen].float(), dense
+        yield from (self.chunk(index, expert) for index in self.chunks(expert))
+
+    def chunks(self, expert: int) -> list[int]:
+        """The numbers of this rank's chunks in which the expert reads something."""
+        return [index for index in range(len(self.pruned)) if bool(self._chosen(index, expert).any())]
+
+    def chunk(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One of the chunks that `of` gives."""
+        chosen = self._chosen(index, expert)
+        dense = None if self.dense is None else self.dense.inputs[index][chosen].float()
+        return self.pruned.inputs[index][chosen].float(), dense
+
+    def _chosen(self, index: int, expert: int) -> torch.Tensor:
+        choices = self.pruned.choices[index]
+        chosen = (choices == expert).any(1)
+        chosen[self._borrowed(choices, expert)] = True
+        return chosen
 
     def _borrowed(self, choices: torch.Tensor, expert: int) -> torch.Tensor:
         """The tokens of a chunk, by their numbers in it, that the expert takes though they went to others."""
@@ -118,3 +128,25 @@ class RoutedTokens:
         share = -(-self.missing(expert) * len(choices) // self.tokens)  # rounded up
         count = min(share, len(others))
         return others[torch.arange(count) * len(others) // max(count, 1)]
+
+
+class ExpertChunks(Sequence[tuple[torch.Tensor, torch.Tensor]]):
+    """What one expert reads in the pruned and in the dense model, in chunks: those of all ranks, on the device.
+
+    Where the dense model is not followed, both are the same. All ranks have to ask for the same chunk at the same time:
+    the one that holds it broadcasts it.
+    """
+
+    def __init__(self, tokens: RoutedTokens, expert: int, ranks: Ranks, device: torch.device):
+        self.tokens, self.expert, self.ranks, self.device = tokens, expert, ranks, device
+        own = tokens.chunks(expert)
+        self.places = [(rank, index) for rank in range(ranks.size) for index in ranks.broadcast(own, rank)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        owner, index = self.places[number]
+        own = self.tokens.chunk(index, self.expert) if owner == self.ranks.rank else None
+        X, dense = self.ranks.broadcast(own, owner)
+        return X.to(self.device), (X if dense is None else dense).to(self.device)

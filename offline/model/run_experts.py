@@ -100,7 +100,7 @@ def experts_forward(
         computed = computed[: len(token)]
         # Some routers give weights in another dtype.
         weighted = computed * top_k_weights[token, choice, None]
-        out = out.index_add(0, token, weighted.to(out.dtype))
+        out.index_add_(0, token, weighted.to(out.dtype))
     return out
 
 

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +23,12 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.inventory import take_inventory
+from ria_vllm.offline import prune_experts
 from ria_vllm.offline.compress import Settings
 from ria_vllm.offline.expert_store import ExpertStore
+from ria_vllm.offline.model.expert_files import ExpertFiles
+from ria_vllm.offline.model.experts import ExpertsLayout
+from ria_vllm.offline.plan_experts import check_alike
 from ria_vllm.offline.prune_experts import ExpertsPruner
 from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.writer import CheckpointWriter
@@ -233,9 +239,58 @@ def test_ignored_experts_stay_dense_together(moe, text, tmp_path):
     assert report["dense"]["model.layers.0.block_sparse_moe.experts"] == "--ignore"
     assert any("the experts stay dense in model.layers.0.block_sparse_moe.experts: --ignore" in w for w in warnings)
     reader = Reader(tmp_path / "out")
+    assert list(reader.problems()) == []
     assert {name.split(".")[2] for name in reader.sparse_names if "experts" in name} == {"1"}
     export_dense(reader, tmp_path / "dense", 1 << 40)
     assert_same_model(tmp_path / "out", tmp_path / "dense")
+
+
+def test_layers_whose_experts_differ_cannot_be_described():
+    leaves = {kind: f"{kind}_proj" for kind in ("gate", "up", "down")}
+    files = [
+        {"mlp.experts": ExpertFiles(ExpertsLayout("mlp.experts", number, 64, 64), f"layers.{i}.mlp.experts", leaves)}
+        for i, number in enumerate((4, 4, 8))
+    ]
+    model, places = SimpleNamespace(experts=files, folder="here"), ["mlp.experts"]
+    check_alike(model, {0: places, 1: places})
+    with pytest.raises(RiaError, match="here: layers.2.mlp.experts: its 8 experts are not stored like"):
+        check_alike(model, {0: places, 2: places})
+
+
+@pytest.mark.parametrize(
+    ("kind", "ignored"),
+    [
+        ("mixtral", "block_sparse_moe.experts$"),
+        ("mixtral", "experts.0.w1.weight$"),
+        ("granitemoe", "input_linear$"),
+        ("granitemoe", "output_linear.weight$"),
+    ],
+)
+def test_experts_are_ignored_by_their_modules_or_tensors_name(kind, ignored, moe, text, tmp_path):
+    report, _ = run_small(moe(kind), tmp_path / "out", text, ignore=(ignored,))
+    assert report["dense"]["model.layers.1.block_sparse_moe.experts"] == "--ignore"
+
+
+def test_measuring_does_not_train(moe, text, tmp_path, monkeypatch):
+    trained, train = [], prune_experts.train_block
+    monkeypatch.setattr(prune_experts, "train_block", lambda *a, **k: trained.append(k["place"]) or train(*a, **k))
+    run_small(moe("qwen3_moe"), tmp_path / "out", text, reconstruct="block", skip_sensitive=0.01)
+    assert len(trained) == 2 * 4
+
+
+def test_training_holds_one_chunk_in_memory(moe, text, tmp_path, monkeypatch):
+    seen = []
+
+    def trained(forward, params, masks, inputs, targets, **_):
+        for chunks in (inputs, targets):
+            chunk = weakref.ref(chunks[0])
+            assert chunk() is None and chunks[0].dtype == torch.float32
+        seen.append(len(inputs))
+        return [1.0]
+
+    monkeypatch.setattr(prune_experts, "train_block", trained)
+    run_small(moe("qwen3_moe"), tmp_path / "out", text, reconstruct="block")
+    assert len(seen) == 2 * 4 and min(seen) > 0
 
 
 def test_experts_whose_pruning_costs_most_stay_dense(moe, text, tmp_path):
