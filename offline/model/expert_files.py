@@ -78,7 +78,7 @@ def find_expert_files(
     sources = {name: _sources(names, full) for name, full in parameters.items()}
     if all(len(found) == 1 and not _NUMBERED.fullmatch(found[0]) for found in sources.values()):
         stacked = {name: found[0] for name, found in sources.items()}
-        transposed = {_is_transposed(names, name, stacked[name], layout, shapes) for name in stacked}
+        transposed = {_is_transposed(names, name, stacked[name], layout, shapes, folder) for name in stacked}
         if None in transposed or len(transposed) != 1:
             return "the files have them stacked in an unknown way"
         module = next(iter(stacked.values())).removesuffix(".weight").rpartition(".")[0]
@@ -98,9 +98,18 @@ def _sources(names: Names, inside: str) -> list[str]:
 
 
 def _is_transposed(
-    names: Names, parameter: str, tensor: str, layout: ExpertsLayout, shapes: Mapping[str, Sequence[int]]
+    names: Names,
+    parameter: str,
+    tensor: str,
+    layout: ExpertsLayout,
+    shapes: Mapping[str, Sequence[int]],
+    folder: Path,
 ) -> bool | None:
-    """Whether a stacked tensor in the files is [experts, in, out]; None: it is stored in an unknown way."""
+    """Whether a stacked tensor in the files is [experts, in, out]; None: it is stored in an unknown way.
+
+    Raises:
+        RiaError: transformers would transpose it into another shape than config.json asks for.
+    """
     converter = names.converter_of(tensor)
     if converter is None:
         return layout.transposed
@@ -113,8 +122,14 @@ def _is_transposed(
     operation = operations[0]
     if {operation.dim0, operation.dim1} != {1, 2}:
         return None
-    if operation.check_dims and list(shapes[tensor]) == [layout.num_experts, *wanted]:
+    found, as_module = list(shapes[tensor]), [layout.num_experts, *wanted]
+    if operation.check_dims and found == as_module:
         return layout.transposed
+    if found != [layout.num_experts, *reversed(wanted)]:
+        raise RiaError(
+            f"{folder}: {tensor} has shape {tuple(found)}, config.json asks for {tuple(as_module)} or its transpose. "
+            "Get the model again."
+        )
     return not layout.transposed
 
 

@@ -1,0 +1,42 @@
+"""Which tensors in the files hold a layer's experts."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers.core_model_loading import Transpose, WeightConverter
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.expert_files import find_expert_files
+from ria_vllm.offline.model.experts import ExpertsLayout
+
+LAYOUT = ExpertsLayout("mlp.experts", num_experts=4, width=64, inner=32)
+TENSORS = {name: f"layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+MODULE = {TENSORS["gate_up_proj"]: (4, 64, 64), TENSORS["down_proj"]: (4, 64, 32)}
+TRANSPOSED = {TENSORS["gate_up_proj"]: (4, 64, 64), TENSORS["down_proj"]: (4, 32, 64)}
+
+
+def found(shapes: dict, layout: ExpertsLayout = LAYOUT, check_dims: bool = False):
+    converter = WeightConverter("x", "x", operations=[Transpose(1, 2, check_dims=check_dims)])
+    made_of = {name: [name] for name in TENSORS.values()}
+    names = SimpleNamespace(direct={}, made_of=made_of, converter_of=lambda _: converter)
+    return find_expert_files(names, "layers.0.", layout, shapes, Path("folder"))
+
+
+def test_stacks_that_transformers_transposes():
+    assert found(TRANSPOSED).transposed
+    narrow = ExpertsLayout("mlp.experts", num_experts=4, width=64, inner=48)
+    module = {TENSORS["gate_up_proj"]: (4, 96, 64), TENSORS["down_proj"]: (4, 64, 48)}
+    assert not found(module, narrow, check_dims=True).transposed
+    swapped = {name: (4, shape[2], shape[1]) for name, shape in module.items()}
+    assert found(swapped, narrow, check_dims=True).transposed
+
+
+@pytest.mark.parametrize("check_dims", [False, True])
+@pytest.mark.parametrize("shape", [(3, 32, 64), (4, 32, 65), (4, 32), (4, 16, 64)])
+def test_a_stack_of_another_shape(shape, check_dims):
+    with pytest.raises(RiaError, match="folder: layers.0.mlp.experts.down_proj has shape .*config.json asks for"):
+        found(TRANSPOSED | {TENSORS["down_proj"]: shape}, check_dims=check_dims)
+    if not check_dims:
+        with pytest.raises(RiaError, match="down_proj has shape"):
+            found(MODULE)
