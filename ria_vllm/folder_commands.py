@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import click
 from rich.console import Console
@@ -12,7 +14,7 @@ from rich.text import Text
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.export import export_dense
-from ria_vllm.inventory import Inventory, take_inventory
+from ria_vllm.inventory import Inventory, LinearEntry, take_inventory
 from ria_vllm.progress import Monitor
 from ria_vllm.sizes import human_size, parse_size
 
@@ -23,7 +25,10 @@ FOLDER = click.Path(path_type=Path)
 @click.argument("out", type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def inspect(out: Path, as_json: bool) -> None:
-    """Show what the compressed checkpoint OUT holds: each pruned linear, and the totals."""
+    """Show what the compressed checkpoint OUT holds: each pruned linear, and the totals.
+
+    The experts of a layer are one row of the table; --json lists each of their linears.
+    """
     inventory = take_inventory(Reader(out))
     if as_json:
         click.echo(json.dumps(inventory.as_json(), indent=2, allow_nan=False))
@@ -38,12 +43,11 @@ def print_inventory(inventory: Inventory) -> None:
     table.add_column("linear", overflow="fold")
     for title in ("out x in", "size", "sparsity", "permutation", "retained score"):
         table.add_column(title, justify="right", no_wrap=True)
-    for e in inventory.linears:
-        retained = "-" if e.retained_after is None else f"{e.retained_after:.4f}"
-        if e.retained_before is not None and e.retained_after is not None:
-            retained = f"{e.retained_before:.4f} -> {retained}"
-        shape = f"{e.shape[0]} x {e.shape[1]}"
-        table.add_row(Text(e.name), shape, human_size(e.bytes), f"{e.sparsity:.1%}", e.permutation, retained)
+    together: dict[str, list[LinearEntry]] = {}
+    for entry in inventory.linears:
+        together.setdefault(entry.experts or entry.name, []).append(entry)
+    for name, entries in together.items():
+        table.add_row(Text(printable(name)), *_row(entries))
     console.print(table, highlight=False)
     t = inventory.totals
     kinds = {kind: sum(e.permutation == kind for e in inventory.linears) for kind in ("folded", "gathered", "none")}
@@ -73,6 +77,22 @@ def print_inventory(inventory: Inventory) -> None:
     words = [printable(f"{key} {recipe[key]}") for key in shown if key in recipe]
     if words:
         click.echo(f"recipe:         {', '.join(words)}")
+
+
+def _row(entries: Sequence[LinearEntry]) -> tuple[str, str, str, str, str]:
+    """What the table says of one linear, or of all experts of a layer: sums and averages."""
+    before, after = (
+        [number for number in numbers if number is not None]
+        for numbers in ([e.retained_before for e in entries], [e.retained_after for e in entries])
+    )
+    retained = f"{fmean(after):.4f}" if after else "-"
+    if before and after:
+        retained = f"{fmean(before):.4f} -> {retained}"
+    sizes = [e.shape[0] * e.shape[1] for e in entries]
+    sparsity = sum(e.sparsity * size for e, size in zip(entries, sizes, strict=True)) / sum(sizes)
+    shape = " x ".join(map(str, entries[0].shape)) if len(entries) == 1 else f"{len(entries)} linears"
+    kinds = ", ".join(dict.fromkeys(e.permutation for e in entries))
+    return shape, human_size(sum(e.bytes for e in entries)), f"{sparsity:.1%}", kinds, retained
 
 
 @click.command()

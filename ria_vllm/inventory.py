@@ -8,11 +8,15 @@ import torch
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.formats import FLOAT, name_of
+from ria_vllm.stacks import layers_of_experts
 
 
 @dataclass(frozen=True)
 class LinearEntry:
-    """One pruned linear. `bytes` counts all its tensors and the permutation; `sparsity` counts real zeros."""
+    """One pruned linear. `bytes` counts all its tensors and the permutation; `sparsity` counts real zeros.
+
+    experts: the module of the routed experts that it belongs to; None: to none.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -23,6 +27,7 @@ class LinearEntry:
     permutation: str  # none, folded (into the rows of its producers) or gathered (by its own kernel)
     retained_before: float | None
     retained_after: float | None
+    experts: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,13 @@ def take_inventory(reader: Reader) -> Inventory:
     reported = report_linears(reader.report())
     sparse = set(reader.sparse_names)
     folded = {name for name, _, _ in reader.schema.active_folds(reader.permuted_names, sparse)}
+    permuted = set(reader.permuted_names)
+    experts = {
+        layer.linear(expert, kind): layer.module
+        for layer in layers_of_experts(reader.schema, sparse)
+        for expert in range(min(layer.num_experts, len(sparse)))  # config.json may claim any number
+        for kind in layer.linears
+    }
     entries, zeros = [], 0
     for name in sorted(reader.sparse_names, key=natural_order):
         linear = reader.linear(name)
@@ -102,7 +114,7 @@ def take_inventory(reader: Reader) -> Inventory:
         stored = (*linear.parts.values(), linear.input_permutation)
         own_zeros = rows * columns - int(linear.format.values(linear.parts, torch.float32).count_nonzero())
         zeros += own_zeros
-        kind = "none" if name not in reader.permuted_names else "folded" if name in folded else "gathered"
+        kind = "none" if name not in permuted else "folded" if name in folded else "gathered"
         entries.append(
             LinearEntry(
                 name=name,
@@ -114,6 +126,7 @@ def take_inventory(reader: Reader) -> Inventory:
                 permutation=kind,
                 retained_before=report_number(reported.get(name), "retained_before"),
                 retained_after=report_number(reported.get(name), "retained_after"),
+                experts=experts.get(name),
             )
         )
     other = sum(reader.tensor(name).nbytes for name in reader.dense_names)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from compressing import digests, edited, run_small
 from moe import KINDS, save_moe
 from safetensors.torch import load_file
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
+from ria_vllm.folder_commands import inspect
 from ria_vllm.inventory import take_inventory
 from ria_vllm.offline import prune_experts
 from ria_vllm.offline.compress import Settings
@@ -31,6 +33,7 @@ from ria_vllm.offline.model.experts import ExpertsLayout
 from ria_vllm.offline.plan_experts import check_alike
 from ria_vllm.offline.prune_experts import ExpertsPruner
 from ria_vllm.offline.pruning.masks import Pattern
+from ria_vllm.sizes import human_size
 from ria_vllm.writer import CheckpointWriter
 
 TOKENS = torch.arange(2, 60)[None]
@@ -390,6 +393,25 @@ def test_a_compressed_expert_that_is_missing(kind, moe, text, tmp_path):
         Reader(folder).dense_tensors()
     with pytest.raises(RiaError, match="4 experts"):
         logits(folder)
+
+
+def test_inspect_shows_the_experts_of_a_layer_in_one_row(moe, text, tmp_path):
+    run_small(moe("mixtral"), tmp_path / "out", text)
+    table = CliRunner().invoke(inspect, [str(tmp_path / "out")]).stdout
+    module = "model.layers.1.block_sparse_moe.experts"
+    (row,) = [line for line in table.splitlines() if module in line]
+    assert row.split()[:4] == [module, "12", "linears", human_size(sum_of(tmp_path / "out", module)).split()[0]]
+    assert "50.0%" in row and "folded" in row and "gathered" in row and "->" in row
+    entries = json.loads(CliRunner().invoke(inspect, [str(tmp_path / "out"), "--json"]).stdout)["linears"]
+    assert [e["name"] for e in entries if e["experts"] == module] == [
+        f"{module}.{expert}.{leaf}" for expert in range(4) for leaf in ("w1", "w2", "w3")
+    ]
+
+
+def sum_of(folder: Path, module: str) -> int:
+    """The bytes of all tensors under a module, with their permutations."""
+    files = [load_file(folder / name) for name in ("model.safetensors", "permutations.safetensors")]
+    return sum(tensor.nbytes for file in files for name, tensor in file.items() if name.startswith(f"{module}."))
 
 
 def test_config_json_describes_the_experts(moe, text, tmp_path):
