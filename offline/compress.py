@@ -263,9 +263,11 @@ def _say_experts(module: str, records: dict[str, dict[str, Any]], monitor: Monit
     monitor.say(text + (f", output error up to {max(errors):.4f}" if errors else ""))
     unused, few = counts_of(records)
     if unused:
-        monitor.warn(f"{module}: the router sends no calibration token to {unused} experts. {LEANING}")
+        which = "1 expert" if unused == 1 else f"{unused} experts"
+        monitor.warn(f"{module}: the router sends no calibration token to {which}. {LEANING}")
     if few:
-        monitor.warn(f"{module}: {few} experts get fewer calibration tokens than they have channels. {LEANING}")
+        which = "1 expert gets" if few == 1 else f"{few} experts get"
+        monitor.warn(f"{module}: {which} fewer calibration tokens than channels. {LEANING}")
 
 
 def _other_files(source: Source) -> tuple[dict[str, Any], list[Path]]:

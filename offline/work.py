@@ -47,7 +47,7 @@ def work_folder(
 ) -> Iterator[CheckpointWriter]:
     """The work folder: a new one or, with `resume`, that of an interrupted run with the same fingerprint.
 
-    After a RiaError, it is removed unless it holds a finished layer or the system may have been at fault.
+    After a RiaError, it is removed unless it holds a finished layer or expert, or the system may have been at fault.
 
     Args:
         run: the fingerprint of this run.
@@ -71,13 +71,13 @@ def work_folder(
         yield writer
     except RiaError as error:
         # A full disk, an unreachable file or an occupied output folder can be fixed, and the run resumed. Any other
-        # error after the first layer may not happen again, or may be fixed in another version. Finished layers are
+        # error after the first layer or expert may not happen again, or may be fixed in another version. Finished layers are
         # never lost.
         if ranks.first and not isinstance(error.__cause__, OSError):
-            if writer.has(layer_key(0)):
+            if any((work / "units").glob(f"{layer_key(0)}*.safetensors")):  # the layer, or some of its experts
                 kept = (
-                    f"Finished layers are kept in {work}: --resume continues from them with the same options. With "
-                    "other options, leave it out."
+                    f"Finished layers and experts are kept in {work}: --resume continues from them with the same "
+                    "options. With other options, leave it out."
                 )
                 raise RiaError(f"{error} {kept}") from error.__cause__
             writer.discard()

@@ -70,7 +70,7 @@ def test_an_error_at_the_end_costs_no_finished_layer(tiny, text, tmp_path, monke
     with monkeypatch.context() as patch:
         whole = compress.layer_tensors
         patch.setattr(compress, "layer_tensors", lambda *a: {n: x for n, x in whole(*a).items() if n != lost})
-        message = f"{lost} would be missing in the output.*Finished layers are kept in .*out.partial"
+        message = f"{lost} would be missing in the output.*Finished layers and experts are kept in .*out.partial"
         with pytest.raises(RiaError, match=message):
             run_small(tiny("llama"), tmp_path / "out", text)
     work = tmp_path / "out.partial"
