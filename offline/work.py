@@ -71,8 +71,8 @@ def work_folder(
         yield writer
     except RiaError as error:
         # A full disk, an unreachable file or an occupied output folder can be fixed, and the run resumed. Any other
-        # error after the first layer or expert may not happen again, or may be fixed in another version. Finished layers are
-        # never lost.
+        # error after the first layer or expert may not happen again, or may be fixed in another version. What is
+        # finished is never lost.
         if ranks.first and not isinstance(error.__cause__, OSError):
             if any((work / "units").glob(f"{layer_key(0)}*.safetensors")):  # the layer, or some of its experts
                 kept = (

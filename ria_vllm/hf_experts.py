@@ -51,9 +51,7 @@ class StackExperts(ConversionOps):
                 f"{first} and others: {len(linears)} linears of experts are stored, but {type(module).__name__} has "
                 f"{module.num_experts} experts. Get all files of one model."
             )
-        dense = (
-            [self._dense(linears.pop((expert, kind))) for kind in kinds] for expert in range(module.num_experts)
-        )
+        dense = ([self._dense(linears.pop((expert, kind))) for kind in kinds] for expert in range(module.num_experts))
         interleaved, place = not module.is_concatenated, f"{first} and others"
         return stack_linears(dense, module.num_experts, interleaved, module.is_transposed, place)
 

@@ -14,7 +14,8 @@ class LayerExperts:
     """The experts of one mixture layer, with its number filled in.
 
     linears: linear ("gate", "up", "down") -> the pattern of its name, where `{e}` is the expert's number.
-    strays: names of pruned linears that match such a pattern, but with a number that no expert or layer has, such as 03.
+    strays: names of pruned linears that match such a pattern, but with a number that no expert or layer has, such as
+        03.
     """
 
     module: str

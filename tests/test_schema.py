@@ -127,7 +127,8 @@ GATE_UP, DOWN = EXPERTS["stacked"]
 
 
 def test_experts_are_parsed():
-    schema = RiaSchema.parse(CONFIG | {"experts": [EXPERTS, EXPERTS | {"module": "g.{i}.experts", "gate": None, "stacked": []}]}, "config.json")
+    ungated = EXPERTS | {"module": "g.{i}.experts", "gate": None, "stacked": []}
+    schema = RiaSchema.parse(CONFIG | {"experts": [EXPERTS, ungated]}, "config.json")
     gated, plain = schema.experts
     assert gated.linears == {kind: EXPERTS[kind] for kind in ("gate", "up", "down")}
     assert gated.stacked[0].interleaved and not gated.stacked[0].transposed and gated.stacked[0].bias is None

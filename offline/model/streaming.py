@@ -69,9 +69,7 @@ class StreamedModel:
         self.base_path = find_base(self.model, self.decoder_path)
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
         self.names = Names(self.model, self.files, folder)
-        self._expert_weights = ExpertWeights(
-            self.layers, self.layers_path, self._width, self.names, self.files, folder
-        )
+        self._expert_weights = ExpertWeights(self.layers, self.layers_path, self._width, self.names, self.files, folder)
         self._streamed = self._expert_weights.parameters
         for index, layer in enumerate(self.layers):
             run_one_by_one(layer)

@@ -50,8 +50,10 @@ def served_dense(layer: nn.Module) -> dict[str, str]:
         parts = name.split(".")
         if DENSE_ONLY & set(parts) or name.endswith("indexer.wk"):
             dense[name] = "vLLM serves it dense only"
+        elif "router" in parts:
+            dense[name] = "chooses experts"
         elif any(name.startswith(f"{module}.") for module in experts):
             dense[name] = "a linear of one expert, which transformers runs as a module of its own"
-        elif "router" in parts or (experts and set(parts) & set(ROUTERS)):
+        elif experts and set(parts) & set(ROUTERS):
             dense[name] = "chooses experts"
     return dense

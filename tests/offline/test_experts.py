@@ -328,7 +328,8 @@ UNKNOWN = {
     "jetmoe": ({"kv_channels": 32}, "model.layers.0.mlp.input_linear"),
     "dbrx": (
         {
-            "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+            "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
             "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
         },
         "transformer.blocks.0.ffn.experts.mlp",
@@ -342,6 +343,7 @@ def test_experts_of_an_unknown_form_stay_dense_with_a_warning_and_count_as_weigh
     changes, name = UNKNOWN[kind]
     report, warnings = run_small(save_moe(tmp_path / "in", kind, **changes), tmp_path / "out", text)
     assert "does not run its experts one by one" in report["dense"][name]
+    assert all(why == "chooses experts" for name, why in report["dense"].items() if "router" in name)
     assert any("the experts stay dense in" in warning for warning in warnings)
     reader = Reader(tmp_path / "out")
     tensors = {name: made() for name, made in reader.dense_tensors().items() if re.search(r"\.[0-9]+\.", name)}
