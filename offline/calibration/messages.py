@@ -5,7 +5,6 @@ from typing import Any
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.offline.model.hf import first_line
 
-
 WAY_OUT = "Leave the row out, or give a field 'text'."
 
 
