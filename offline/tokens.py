@@ -51,8 +51,8 @@ def _processors_template(folder: Path) -> str | None:
 def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor) -> torch.Tensor:
     if output_head(model.model) is None:
         raise RiaError(
-            f"{source.name}: a {type(model.model).__name__} does not write text, which --calibration self asks for. "
-            "Give a text file to --calibration."
+            f"{source.name}: the forward pass of a {type(model.model).__name__} gives no logits of tokens, which "
+            "--calibration self needs. Give a text file to --calibration."
         )
     _check_whole_fits(source, model)
     with (
@@ -64,7 +64,7 @@ def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, monitor:
             source.folder, dtype=model.dtype, attn_implementation="eager", trust_remote_code=False
         )
         whole = whole.to(model.device).eval()
-    bos = text_config(source.config).bos_token_id
+    bos = getattr(text_config(source.config), "bos_token_id", None)  # GLM-4V's configuration has none
     return data.from_model(whole, bos, recipe.samples, recipe.seq_len, recipe.seed, monitor)
 
 

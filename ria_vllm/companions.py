@@ -18,7 +18,6 @@ _LEGAL = re.compile(
 # The same for the Hub, whose patterns are case-sensitive.
 LEGAL_PATTERNS = ["LICEN[CS]E*", "licen[cs]e*", "Licen[cs]e*", "NOTICE*", "Notice*", "COPYING*", "*USE_POLICY*"]
 
-
 MODULES_FILE = "modules.json"  # of sentence-transformers
 TEMPLATES_FOLDER = "additional_chat_templates"
 

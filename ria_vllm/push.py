@@ -37,8 +37,8 @@ def push(
     files = files_to_push(reader)
     for name, path in files.items():
         click.echo(f"  {printable(name):40} {human_size(path.stat().st_size)}")
-    pushed = {PurePosixPath(name).parts[0] for name in files}
-    left_out = sorted(path.name for path in out.iterdir() if path.name not in pushed)
+    tops = {PurePosixPath(name).parts[0] for name in files}
+    left_out = sorted(path.name for path in out.iterdir() if path.name not in tops)
     if left_out:
         click.echo(f"not part of the checkpoint, stays here: {printable(', '.join(left_out))}")
     message = commit_message or "Upload a model pruned to 2:4 by ria-vllm"

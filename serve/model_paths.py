@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ria_vllm.errors import RiaError
 from ria_vllm.serve.shards import ShardId
 
 # vLLM puts these in the place of modules that another pipeline stage has, or that are not used.
@@ -35,16 +36,36 @@ def place_of(model: torch.nn.Module, tensor: str) -> Place | None:
     Returns:
         None if this process does not use the tensor, because a mapper drops it or because it belongs to a part of the
         model that is elsewhere.
+
+    Raises:
+        RiaError: it leads all the way into more than one child.
     """
     place = _followed(model, tensor)
     if place is None or place.path:
         return place
-    children = [name for name, child in model._modules.items() if type(child).__name__ not in PLACEHOLDER_MODULES]
-    places = [_followed(model, f"{child}.{tensor}") for child in children]
-    found = next((other for other in places if other is not None and len(other.path) > 1), None)
-    if found is not None:
-        return found
-    return None if None in places else place
+    children = {id(child): name for name, child in model._modules.items()}  # one with several names has the last
+    places = {
+        name: _followed(model, f"{name}.{tensor}")
+        for name in children.values()
+        if type(model._modules[name]).__name__ not in PLACEHOLDER_MODULES
+    }
+    found = sorted((other for other in places.values() if other is not None), key=_how_far, reverse=True)
+    if len(found) > 1 and not found[1].rest:
+        both = " and ".join(other.path[0] for other in found if not other.rest)
+        raise RiaError(
+            f"{tensor}: vLLM's {type(model).__name__} has a place for it in {both}, and nothing says in which it "
+            "belongs. `ria-vllm export` makes a dense folder."
+        )
+    if found and len(found[0].path) > 1:
+        return found[0]
+    # A child that has nothing where the name begins, such as a vision tower, has no say in whether it is used.
+    first = tensor.partition(".")[0]
+    gone = (name for name, other in places.items() if other is None)
+    return None if any(first in getattr(model, name)._modules for name in gone) else place
+
+
+def _how_far(place: Place) -> tuple[bool, int]:
+    return not place.rest, len(place.path)
 
 
 def _followed(model: torch.nn.Module, tensor: str) -> Place | None:

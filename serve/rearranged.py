@@ -17,6 +17,7 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.linear import Sparse24LinearMethod
+from ria_vllm.serve.parameters import IGNORED_TENSORS
 from ria_vllm.serve.reordered_rows import ReorderedRows
 from ria_vllm.serve.shards import ShardId
 from ria_vllm.serve.stream import Taker, set_name
@@ -37,10 +38,16 @@ class Destination:
     rows: torch.Tensor | None
 
     def load(self, part: str, tensor: torch.Tensor, name: str) -> None:
-        """Load the tensor called `part` of the linear, which is `name` in the checkpoint, or ignore it."""
+        """Load the tensor called `part` of the linear, which is `name` in the checkpoint, or ignore it.
+
+        Raises:
+            RiaError: the layer has no such tensor, though it is none of those that only describe the others.
+        """
         parameter = getattr(self.layer, part, None)
-        if parameter is None:
+        if parameter is None and part in IGNORED_TENSORS:
             return
+        if parameter is None:
+            raise _no_place(name)
         if self.rows is not None and tensor.dim() and len(tensor) == len(self.rows):
             tensor = ReorderedRows.of(tensor, self.rows)
         set_name(tensor, name)
@@ -62,10 +69,21 @@ def takers(model: torch.nn.Module, pruned: Collection[str]) -> dict[str, Taker |
 
 def _taker(linear: str, places: Mapping[str, list[Destination]]) -> Taker:
     def take(part: str, tensor: torch.Tensor) -> None:
-        for place in places.get(f"{linear}.{'bias' if part == 'bias' else 'weight'}", []):
-            place.load(part, tensor, f"{linear}.{part}")
+        name = f"{linear}.{part}"
+        found = places.get(name if part == "bias" else f"{linear}.weight", [])
+        if not found:
+            raise _no_place(name)
+        for place in found:
+            place.load(part, tensor, name)
 
     return take
+
+
+def _no_place(name: str) -> RiaError:
+    return RiaError(
+        f"{name}: no layer of vLLM's model takes this tensor, so what it would serve is not the checkpoint's model. "
+        "`ria-vllm export` makes a dense folder."
+    )
 
 
 def ask_for_rows(model: torch.nn.Module) -> dict[str, list[Destination]]:

@@ -29,6 +29,7 @@ DATASETS = {
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 TEXT_COLUMN = "text"
 MESSAGES_COLUMN = "messages"
+TOOLS_COLUMN = "tools"
 # A text file is tokenized in chunks of about this many characters, so that large files need little memory.
 CHUNK_CHARACTERS = 1 << 20
 # Reading stops at this multiple of the tokens asked for. The samples are drawn from what has been read.
@@ -77,10 +78,13 @@ def from_text(source: str, tokenizer: Any, samples: int, seq_len: int, seed: int
 
 
 def documents(source: str, tokenizer: Any = None) -> Iterator[str]:
-    """The texts of a file or data set, in order: chunks of a text file, or documents, each with an empty line after it.
+    """The texts of a file or data set, in order.
+
+    They are chunks of a text file, documents, each with an empty line after it, or conversations, which have what the
+    chat template puts after them. A row with a text and messages is read as the text.
 
     Args:
-        tokenizer: its chat template makes a text of the messages in a row of a JSON Lines file.
+        tokenizer: its chat template makes a text of the messages, and of the tools, in a row of a JSON Lines file.
 
     Raises:
         RiaError: the source does not exist or holds something else; names the line of a JSON Lines file.
@@ -192,16 +196,18 @@ def _json_lines(path: Path, tokenizer: Any) -> Iterator[str]:
             try:
                 line.encode()  # raises if surrogates stand for bytes that are not UTF-8
                 row = json.loads(line)
-                messages = row[MESSAGES_COLUMN] if TEXT_COLUMN not in row else None
-                text = row[TEXT_COLUMN] if messages is None else None
+                text = row.get(TEXT_COLUMN)
+                messages = row.get(MESSAGES_COLUMN) if text is None else None
+                if messages is None and TEXT_COLUMN not in row:
+                    raise LookupError
             except UnicodeEncodeError:
                 raise RiaError(f"{place}: not valid UTF-8.") from None
-            except (ValueError, LookupError, TypeError, RecursionError):
+            except (ValueError, LookupError, AttributeError, RecursionError):
                 raise RiaError(
                     f"{place}: no JSON object with a field {TEXT_COLUMN!r} or {MESSAGES_COLUMN!r}."
                 ) from None
             if messages is not None:
-                yield _clean(rendered(messages, tokenizer, place))
+                yield _clean(rendered(messages, tokenizer, place, row.get(TOOLS_COLUMN)))
             else:
                 yield from _document(text, place)
 

@@ -85,7 +85,10 @@ def _fits(cls: type[PreTrainedModel], config: PretrainedConfig, writers: list[ty
 
 
 def output_head(model: PreTrainedModel) -> nn.Module | None:
-    """The head that predicts tokens; None in a model that does not write text, such as one for embeddings."""
+    """The head whose logits the model's own forward pass gives; None if it predicts no tokens.
+
+    Models for embeddings have none. Qwen2.5-Omni's head is that of a model inside it: see `output_heads`.
+    """
     try:
         return model.get_output_embeddings()
     except (NotImplementedError, AttributeError):
@@ -109,7 +112,7 @@ def find_decoder(model: PreTrainedModel, folder: Path) -> tuple[str, str]:
     if getattr(text, "num_kv_shared_layers", None):
         raise RiaError(
             f"{folder}: {kind}: its last {text.num_kv_shared_layers} layers read the keys and values of earlier ones, "
-            "so its layers cannot be pruned one by one."
+            "so its layers cannot be pruned one by one. Such a model cannot be compressed."
         )
     layers = getattr(text, "num_hidden_layers", None) or 0
     paths = {id(module): path for path, module in model.named_modules()}

@@ -50,7 +50,7 @@ def describe(config: Any, layer: nn.Module, call: LayerCall, stream: torch.Tenso
     order = [name for group in groups for name in group.linears]
     order.sort(key=[call.name for call in seen].index)
     sets = [set(group.linears) for group in groups if group.linears]
-    folds = find_folds(experiment, order, sets, config, config.model_type)
+    folds = find_folds(experiment, order, sets, config)
     reads = _first_reads(seen)
     groups = [_constrained(group, layer, folds, reads, experiment.stream) for group in groups]
     sublayers = _sublayers(experiment, groups, depends, seen)

@@ -110,7 +110,8 @@ class Embedder:
             (the stream into layer 0 [samples, tokens, hidden], the call of each layer).
 
         Raises:
-            RiaError: the model does not run, or does not call its layers one after another.
+            RiaError: the model does not run, does not call its layers one after another, or changes the stream between
+                them.
         """
         model, calls, streams = self.model, [], []
         layers = list(model.layers)
@@ -129,18 +130,26 @@ class Embedder:
             for index, layer in enumerate(layers):
                 model.layers[index] = layer
         if len(calls) != len(layers):
-            kind = type(model.model).__name__
-            raise RiaError(
-                f"{model.folder}: {kind} does not call its decoder layers one after another, so they cannot be pruned "
-                "one by one."
-            )
+            raise self._uncalled()
+        for index, stream in enumerate(streams):
+            if stream is not streams[0]:
+                raise RiaError(
+                    f"{self._place(index)}: {type(model.model).__name__} changes the residual stream before this "
+                    "layer, so its layers cannot be pruned one by one."
+                )
         return streams[0], calls
+
+    def _uncalled(self) -> RiaError:
+        return RiaError(
+            f"{self.model.folder}: {type(self.model.model).__name__} does not call its decoder layers one after "
+            "another, so they cannot be pruned one by one."
+        )
 
     def learn_form(self, tokens: torch.Tensor) -> None:
         """Find out in layer 0 whether layers return a tensor or a tuple; without that, no later layer can be reached.
 
         Raises:
-            RiaError: the model does not run.
+            RiaError: the model does not run, or does not call layer 0.
         """
         layer = self.model.load_layer(0)
         first: list[LayerCall] = []
@@ -153,6 +162,8 @@ class Embedder:
             pass
         finally:
             self.model.layers[0] = layer
+        if not first:
+            raise self._uncalled()
         call = first[0]
         kwargs = {**call.kwargs, "hidden_states": streams[0]} if call.by_name else call.kwargs
         with explained(self.unusable):

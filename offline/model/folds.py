@@ -10,7 +10,6 @@ from ria_vllm import permutation
 from ria_vllm.offline.model.candidates import candidates, head_counts
 from ria_vllm.offline.model.experiment import SEED, Experiment
 from ria_vllm.offline.model.experts import DOWN, ExpertsLayout, experts_modules
-from ria_vllm.offline.model.vllm_quirks import keeps_rows
 from ria_vllm.schema import Fold, Producer
 
 DRAWS = 3
@@ -18,9 +17,7 @@ DRAWS = 3
 PIECE = 64
 
 
-def find_folds(
-    experiment: Experiment, order: Sequence[str], groups: Sequence[set[str]], config: object, model_type: str
-) -> list[Fold]:
+def find_folds(experiment: Experiment, order: Sequence[str], groups: Sequence[set[str]], config: object) -> list[Fold]:
     """The folds of the layer's linears, and of its routed experts.
 
     Args:
@@ -35,7 +32,7 @@ def find_folds(
         own = next(group for group in groups if consumer in group)
         if len(own) > 1 or not _matters(experiment, linear):
             continue  # several linears that share an order have a fold in common, or none
-        before = [name for name in reversed(order[:number]) if keeps_rows(model_type, name)]
+        before = reversed(order[:number])
         producers = [(name, experiment.layer.get_submodule(name).out_features) for name in before]
         around = experiment.layer.get_submodule(consumer.rpartition(".")[0])
         heads = head_counts(linear.in_features, around, config)

@@ -84,7 +84,8 @@ def _load(folder: str, device: torch.device, dtype: torch.dtype | str) -> Any:
             model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
     if output_head(model) is None:
         raise RiaError(
-            f"{folder}: a {architecture.__name__} does not write text, so there is no perplexity to measure."
+            f"{folder}: the forward pass of a {architecture.__name__} gives no logits of tokens, so there is no "
+            "perplexity to measure."
         )
     if info["mismatched_keys"]:
         name, found, wanted = min(info["mismatched_keys"])

@@ -84,9 +84,8 @@ def opened(model: str, work: Path, ranks: Ranks, monitor: Monitor) -> Iterator[S
     elif path.is_dir():
         source = _checked(model, path)
         for stray in source.stray_files():
-            if (
-                stray.name.startswith(NEEDED) or stray.parent != path
-            ):  # a warning is soon forgotten, and the result could not be served
+            # A warning is soon forgotten, and the result could not be served.
+            if stray.name.startswith(NEEDED) or stray.parent != path:
                 raise RiaError(left_where_it_is(stray))
             monitor.warn(left_where_it_is(stray))
         yield source

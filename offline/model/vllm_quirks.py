@@ -21,20 +21,11 @@ DENSE_ONLY = {
     "input_mix_weight_down", "input_mix_weight_up", "block_inject_weight",
 }  # fmt: skip
 
-# Linears whose rows vLLM's own model rearranges before any weight loader sees them, in families that it serves. No
-# other order can be put on them.
-REARRANGED_ROWS = {"bloom": ("query_key_value",), "falcon": ("query_key_value",)}
-
 
 def fused_sets(linears: Iterable[str]) -> list[set[str]]:
     """The sets of linears in the modules of these `linears` that vLLM is known to fuse (see `FUSED`)."""
     parents = {linear.rpartition(".")[0] for linear in linears}
     return [{f"{parent}.{leaf}" if parent else leaf for leaf in fused} for parent in parents for fused in FUSED]
-
-
-def keeps_rows(model_type: str, linear: str) -> bool:
-    """Whether the rows of a linear can have an order of their own in vLLM."""
-    return linear.rpartition(".")[2] not in REARRANGED_ROWS.get(model_type, ())
 
 
 def served_dense(layer: nn.Module) -> dict[str, str]:

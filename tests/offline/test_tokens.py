@@ -1,5 +1,9 @@
 """The calibration tokens that the dense model writes itself: in what dtype, and the errors."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from compressing import run_small
@@ -29,6 +33,16 @@ def test_the_model_writes_its_text_in_the_fast_dtype(make_model, tmp_path, monke
     with pytest.raises(RiaError, match="one at a time.$"):  # in bfloat16 it would not fit either
         monkeypatch.setattr(tokens, "available", lambda device: 10)
         run_small(model, tmp_path / "again", "self")
+
+
+def test_a_configuration_that_names_no_first_token(tiny_wrapper, tmp_path):
+    """GLM-4V's has none, and its class no default."""
+    source = Path(shutil.copytree(tiny_wrapper("glm4v"), tmp_path / "in"))
+    config = json.loads((source / "config.json").read_text())
+    del config["text_config"]["bos_token_id"]
+    (source / "config.json").write_text(json.dumps(config))
+    report, _ = run_small(source, tmp_path / "out", "self")
+    assert len(report["linears"]) > 10
 
 
 def test_sampling_a_model_that_does_not_fit_is_refused(tiny, tmp_path, monkeypatch):

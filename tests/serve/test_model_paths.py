@@ -1,8 +1,10 @@
 """Where the names of tensors lead in a model."""
 
+import pytest
 import torch
 from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer, WeightsMapper
 
+from ria_vllm.errors import RiaError
 from ria_vllm.serve.model_paths import destinations, place_of
 
 
@@ -27,6 +29,33 @@ def test_names_may_be_relative_to_a_child():
     )
     assert destinations(model, "layers.1.up") is None  # of another pipeline stage
     assert destinations(model, "layers.2.up") == destinations(model, "mtp.layers.0.up") == []
+
+
+def test_a_whole_path_is_better_than_a_part_of_one():
+    model = tree("vision.layers.0.norm", "model.layers.0.up")
+    assert destinations(model, "layers.0.up") == [("model.layers.0.up", None)]
+    assert place_of(model, "layers.0.experts.3.up.weight").path == ("vision", "layers", "0")
+    model.model.layers._modules["0"].add_module("experts", torch.nn.Module())
+    assert place_of(model, "layers.0.experts.3.up.weight").path == ("model", "layers", "0", "experts")
+
+
+def test_a_path_in_two_children():
+    model = tree("vision.layers.0.up", "model.layers.0.up")
+    with pytest.raises(RiaError, match="layers.0.up.weight: vLLM's Module has a place for it in vision and model"):
+        destinations(model, "layers.0.up")
+    model._modules["vision"] = model.model  # one module with two names
+    assert destinations(model, "layers.0.up") == [("model.layers.0.up", None)]
+
+
+def test_what_a_child_drops_may_still_be_anothers():
+    model = tree("vision.blocks.0.up", "model.layers.0.up")
+    model.vision.hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"layers.": None})
+    model.vision.load_weights = lambda weights: None
+    assert destinations(model, "layers.0.up") == [("model.layers.0.up", None)]
+    assert destinations(model, "layers.1.up") == []  # lost, not elsewhere
+    model.model.hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"layers.1.": None})
+    model.model.load_weights = lambda weights: None
+    assert destinations(model, "layers.1.up") is None
 
 
 def test_a_name_of_the_model_itself_is_not_relative_to_a_child():

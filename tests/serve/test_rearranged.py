@@ -12,8 +12,10 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
+from ria_vllm import permutation, sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import Fold, Producer
+from ria_vllm.formats import Int8Format
+from ria_vllm.schema import Fold, Producer, WeightQuantization
 from ria_vllm.serve.layer_matching import match_layers
 from ria_vllm.serve.rearranged import takers
 
@@ -23,13 +25,14 @@ HEADS, WIDTH, HIDDEN = 4, 32, 128
 class Fused(torch.nn.Module):
     """q, k and v of each head lie together in the file, as in BLOOM. All with `qkv` in their names are rearranged."""
 
+    bias = True
+
     def __init__(self, config):
         super().__init__()
         self.model = torch.nn.Module()
-        self.model.qkv = QKVParallelLinear(
-            HIDDEN, WIDTH, HEADS, quant_config=config, prefix="model.qkv", return_bias=False
-        )
-        self.model.out = RowParallelLinear(HIDDEN, HIDDEN, quant_config=config, prefix="model.out", return_bias=False)
+        options = {"bias": self.bias, "quant_config": config, "return_bias": False}
+        self.model.qkv = QKVParallelLinear(HIDDEN, WIDTH, HEADS, prefix="model.qkv", **options)
+        self.model.out = RowParallelLinear(HIDDEN, HIDDEN, prefix="model.out", **options)
 
     def rearrange(self, name, tensor):
         if "qkv" not in name:
@@ -47,6 +50,10 @@ class ByFullName(Fused):
         if not name.endswith("qkv.weight"):
             return tensor
         return tensor.view(3 * HEADS, WIDTH // 2, 2, -1).transpose(1, 2).reshape(tensor.shape)
+
+
+class Unbiased(Fused):
+    bias = False
 
 
 class Inline(Fused):
@@ -70,11 +77,25 @@ def stored_model():
     return stored
 
 
-def tensors(stored, dense=False):
+def stored_as_int8(stored):
+    """The same linears, rounded; returns the configuration that says so."""
+    for name, parts in stored.tensors.items():
+        weight, scales = Int8Format().quantize(
+            sparse24.decompress(parts["compressed"], parts["bitmask"]), torch.float32
+        )
+        stored.tensors[name] = parts | Int8Format().encode(weight, None, scales)
+        stored.plain[name] = weight[:, permutation.invert(torch.from_numpy(stored.orders[name])).long()]
+    config = stored.config()
+    config.schema.weights = WeightQuantization()
+    return config
+
+
+def tensors(stored, dense=False, biases=True):
     for name, parts in stored.tensors.items():
         parts = {"weight": stored.plain[name]} if dense else parts
         yield from ((f"{name}.{part}", tensor.clone()) for part, tensor in parts.items())
-        yield f"{name}.bias", stored.bias[name].clone()
+        if biases:
+            yield f"{name}.bias", stored.bias[name].clone()
 
 
 def built(config, model_class):
@@ -97,6 +118,37 @@ def test_rows_are_where_the_model_puts_those_of_dense_weights(ranks, model_class
     finished(dense)
     x = torch.randn(5, HIDDEN)
     torch.testing.assert_close(model.model.qkv(x), dense.model.qkv(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [(0, 1), (1, 2)])
+def test_scales_go_with_their_rows(ranks, rank):
+    ranks(*rank)
+    stored = stored_model()
+    model, dense = built(stored_as_int8(stored), Fused), Fused(None)
+    model.load_weights(tensors(stored))
+    finished(model)
+    dense.load_weights(tensors(stored, dense=True))
+    finished(dense)
+    x = torch.randn(5, HIDDEN)
+    torch.testing.assert_close(model.model.qkv(x), dense.model.qkv(x), rtol=0, atol=1e-4)
+
+
+def test_layers_without_a_bias(ranks):
+    stored = stored_model()
+    model, dense = built(stored.config(), Unbiased), Unbiased(None)
+    model.load_weights(tensors(stored, biases=False))
+    finished(model)
+    dense.load_weights(tensors(stored, dense=True, biases=False))
+    finished(dense)
+    x = torch.randn(5, HIDDEN)
+    torch.testing.assert_close(model.model.qkv(x), dense.model.qkv(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["bias", "smooth_scale"])
+def test_a_tensor_that_no_layer_has_a_place_for(ranks, part):
+    model = built(stored_model().config(), Unbiased)
+    with pytest.raises(RiaError, match=f"model.qkv.{part}: no layer of vLLM's model takes this tensor"):
+        model.load_weights([(f"model.qkv.{part}", torch.ones(3 * HIDDEN))])
 
 
 def test_a_reload_puts_rows_in_the_same_places(ranks):

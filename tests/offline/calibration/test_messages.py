@@ -45,10 +45,44 @@ def test_what_a_template_leaves_out_on_purpose_is_no_reason_for_another_form(tok
     assert rendered(messages, tokenizer, "x") == "Why?;Because.;"
 
 
+@pytest.mark.parametrize("expression", ["{{ m['content'] }}", "{{ m['content'] | trim }}"])
+def test_a_list_of_parts_is_not_printed_as_a_list(expression, tokenizer):
+    """By templates that print whatever they are given, as Llama 3's does."""
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>" + expression + "</s>{% endfor %}"
+    assert rendered([IN_PARTS, QUESTION], tokenizer, "x") == "<user>Why?</s><user>Why?</s>"
+    two = {"role": "user", "content": [*IN_PARTS["content"], {"type": "text", "text": "How?"}]}
+    assert rendered([two], tokenizer, "x") == "<user>Why?\nHow?</s>"
+    empty = {"role": "assistant", "content": []}
+    assert rendered([QUESTION, empty], tokenizer, "x") == "<user>Why?</s><assistant></s>"
+    assert rendered([empty], tokenizer, "x") == "<assistant></s>"
+
+
 def test_calls_of_tools_are_the_templates_business(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] or m['tool_calls'][0]['name'] }};{% endfor %}"
     messages = [QUESTION, {"role": "assistant", "tool_calls": [{"name": "search"}], "content": None}]
     assert rendered(messages, tokenizer, "x") == "Why?;search;"
+
+
+def test_tools_in_a_row_are_given_to_the_template(tokenizer, tmp_path):
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t['function']['name'] }};{% endfor %}" + STRINGS
+    tools = [{"type": "function", "function": {"name": "search"}}]
+    rows = [{"messages": [QUESTION], "tools": given} for given in (tools, [], None)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plain = "<user>Why?</s>"
+    assert list(documents(str(tmp_path / "chat.jsonl"), tokenizer)) == [f"search;{plain}", plain, plain]
+    with pytest.raises(RiaError, match="x: the field 'tools' must be a list of tools. Leave the row out"):
+        rendered([QUESTION], tokenizer, "x", json.dumps(tools))
+
+
+def test_rows_with_a_text_that_is_null_are_read_as_messages(tokenizer, tmp_path):
+    tokenizer.chat_template = STRINGS
+    rows = [
+        {"text": None, "messages": [QUESTION]},
+        {"text": "plain", "messages": [QUESTION]},
+        {"text": None, "messages": None},
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert list(documents(str(tmp_path / "chat.jsonl"), tokenizer)) == ["<user>Why?</s>", "plain\n\n"]
 
 
 def test_samples_of_messages_are_windows_of_the_rendered_text(tokenizer, tmp_path):

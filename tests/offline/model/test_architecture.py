@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers
 from compressing import edit_config, run_small
-from transformers import AutoConfig, AutoModelForMultimodalLM
+from families import config_of
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM
 from wrappers import WRAPPERS, save_wrapper, wrapper_config
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.architecture import find_decoder, model_class
+from ria_vllm.offline.model.architecture import find_decoder, model_class, output_head, output_heads
 from ria_vllm.offline.model.embedding import Embedder
 from ria_vllm.offline.model.streaming import StreamedModel
 
@@ -57,12 +58,40 @@ def test_layers_run_one_by_one_as_in_the_wrapper(family, tiny_wrapper):
     assert all(parameter.is_meta for parameter in model.model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"), [("gemma3", {"use_bidirectional_attention": True}), ("qwen3", {"is_causal": False})]
+)
+@torch.no_grad()
+def test_layers_of_embedding_models_see_later_tokens_as_in_the_model(family, changes, tmp_path):
+    torch.manual_seed(0)
+    config = config_of(family, **changes)
+    whole = AutoModel.from_config(config).eval()
+    whole.save_pretrained(tmp_path)
+    model = StreamedModel(tmp_path, AutoConfig.from_pretrained(tmp_path), torch.device("cpu"), torch.float32)
+    assert type(model.model) is type(whole)
+    embedder = Embedder(model)
+    embedder.learn_form(TOKENS[:1])
+    stream, calls = embedder(TOKENS)
+    for index, call in enumerate(calls):
+        stream = call(model.load_layer(index), stream)
+        model.free_layer(index)
+    found = []
+    hook = whole.layers[-1].register_forward_hook(lambda module, args, out: found.append(out))
+    whole(input_ids=TOKENS, use_cache=False)
+    whole(input_ids=TOKENS[:, :-1], use_cache=False)
+    hook.remove()
+    found, other = (out[0] if isinstance(out, tuple) else out for out in found)
+    torch.testing.assert_close(stream, found, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(other, found[:, :-1], atol=1e-3)  # the last token matters to those before it
+
+
 def test_omni_models_hold_several_decoders():
     """Only the thinker reads text; the talker has as many layers here."""
     config = transformers.Qwen2_5OmniConfig()
     with torch.device("meta"):
         model = transformers.Qwen2_5OmniForConditionalGeneration(config)
     assert find_decoder(model, Path("x")) == ("thinker.model", "thinker.model.layers")
+    assert output_head(model) is None and output_heads(model, "thinker.model") == [model.thinker.lm_head]
 
 
 def test_the_named_architecture_is_taken():

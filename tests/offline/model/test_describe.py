@@ -119,13 +119,13 @@ layer
   attention.dense <- attention.query_key_value[32:48]x4 4/4
   mlp.dense_4h_to_h <- mlp.dense_h_to_4h
 """,
-    # vLLM rearranges the rows of q, k and v.
     "bloom": """
 layer
   self_attention.query_key_value
-  self_attention.dense blocks 8
+  self_attention.dense heads 8/8x8
   mlp.dense_h_to_4h
   mlp.dense_4h_to_h
+  self_attention.dense <- self_attention.query_key_value[16:24]x8 8/8
   mlp.dense_4h_to_h <- mlp.dense_h_to_4h
 """,
     # Norms come before o_proj and down_proj, and their weights differ between channels.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from compressing import edit_config, edit_weights, edited, run_small
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import compress
@@ -49,6 +49,23 @@ def test_a_layer_that_does_not_run_by_itself_is_named(tiny, text, tmp_path, monk
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
     message = "llama.*/dense: model.layers.1: transformers cannot run LlamaDecoderLayer by itself.*needs more"
     with pytest.raises(RiaError, match=message):
+        run_small(tiny("llama"), tmp_path / "out", text)
+
+
+def test_models_that_do_more_than_call_one_layer_after_another(tiny, text, tmp_path, monkeypatch):
+    def changing(self, input_ids, **_):
+        stream = self.embed_tokens(input_ids)
+        rotary = self.rotary_emb(stream, torch.arange(input_ids.shape[1])[None])
+        for layer in self.layers:
+            stream = layer(stream, position_embeddings=rotary) * 2
+        return stream
+
+    monkeypatch.setattr(LlamaModel, "forward", changing)
+    message = "model.layers.1: LlamaForCausalLM changes the residual stream before this layer"
+    with pytest.raises(RiaError, match=message):
+        run_small(tiny("llama"), tmp_path / "out", text)
+    monkeypatch.setattr(LlamaModel, "forward", lambda self, input_ids, **_: self.embed_tokens(input_ids))
+    with pytest.raises(RiaError, match="LlamaForCausalLM does not call its decoder layers one after another"):
         run_small(tiny("llama"), tmp_path / "out", text)
 
 

@@ -1,8 +1,10 @@
 """What topologies say of layers, and which layers are of one kind."""
 
 import pytest
+import torch
 from decoders import layers_of, small
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.topology import Group, Sublayer, Topologies, Topology, decoder_layers, kinds_of
@@ -84,6 +86,26 @@ def test_no_layers_with_linears():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1, vocab_size=8))
     with pytest.raises(RiaError, match="Conv1D"):
         decoder_layers(model, 1)
+
+
+def with_a_tower(model_type: str, **changes):
+    """A model with a flat configuration, with as many layers in its vision tower as in its text decoder."""
+    config = AutoConfig.for_model(model_type, num_hidden_layers=2, vision_config={"num_hidden_layers": 2}, **changes)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config).base_model
+
+
+def test_a_tower_with_as_many_layers_is_not_the_decoder():
+    assert decoder_layers(with_a_tower("git"), 2) == "encoder.layer"
+    lists = "vision_model.encoder.layers, layers, gated_cross_attn_layers"  # its tower has no configuration of its own
+    with pytest.raises(RiaError, match=f"IdeficsModel: {lists} have 2 layers each, and nothing says which"):
+        decoder_layers(with_a_tower("idefics", cross_layer_interval=1), 2)
+
+
+def test_a_list_of_linears_is_no_list_of_layers():
+    model = small("llama").base_model
+    model.projections = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    assert decoder_layers(model, 2) == "layers"
 
 
 def test_overlapping_sets_are_one():

@@ -6,7 +6,7 @@ from decoders import layers_of, small
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm.offline.model.topology import decoder_layers, linears_of
-from ria_vllm.offline.model.vllm_quirks import keeps_rows, served_dense
+from ria_vllm.offline.model.vllm_quirks import served_dense
 
 MIXTURES = (
     "afmoe", "aria_text", "axk1", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots1",
@@ -71,8 +71,3 @@ def test_shared_experts_and_what_is_beside_experts_are_not_dense():
         small("gemma4_text", enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32)
     )[0]
     assert hasattr(layer, "experts") and set(served_dense(layer)) == {"router.proj"}
-
-
-def test_rows_that_vllm_rearranges():
-    assert not keeps_rows("bloom", "self_attention.query_key_value") and keeps_rows("bloom", "mlp.dense_h_to_4h")
-    assert keeps_rows("gpt_neox", "attention.query_key_value")
