@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from random_experts import ACTIVATIONS, SILU, random_experts, random_routing
 from sweep_experts import KINDS, check_case, nans_stay_in_their_token, same_bits, sweep
 
 from ria_vllm.formats import FLOAT, FP8, INT8
+from ria_vllm.serve.kernels import reference_experts
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 
@@ -34,6 +37,13 @@ def test_instruction_set_against_float64(instruction_set):
 def test_reference_against_float64():
     sweep(ReferenceExpertsKernel, (0, 1, 6, 30))
     check_case(ReferenceExpertsKernel, 11, format=FP8, dtype=torch.float16, biased=True)
+
+
+def test_reference_with_fixed_shapes_against_float64(monkeypatch):
+    """As it computes on GPUs."""
+    fixed = partial(reference_experts._experts, fixed_shapes=True)
+    monkeypatch.setattr(torch.ops.ria, "sparse24_experts", SimpleNamespace(reference=fixed))
+    sweep(ReferenceExpertsKernel, (0, 1, 6, 30))
 
 
 @pytest.mark.parametrize("format, dtype", KINDS)
