@@ -6,7 +6,7 @@ import torch
 
 from ria_vllm import sparse24
 from ria_vllm.formats import WeightFormat
-from ria_vllm.serve.kernels import choice
+from ria_vllm.serve.kernels import choice, registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsKernel, ExpertsLayerConfig
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel, activate
@@ -22,10 +22,12 @@ _HIDDEN, _INTERMEDIATE, _EXPERTS = 128, 64, 3
 def choose(config: ExpertsLayerConfig) -> Choice:
     """The kernel for the experts of a layer, as `ria_vllm.serve.kernels.choice.choose` chooses it.
 
+    RIA_VLLM_BACKEND forces it only if it names a kernel for experts: one for linears leaves the choice free.
+
     Raises:
-        RiaError: RIA_VLLM_BACKEND names no kernel for experts, or one that cannot serve these; or none can.
+        RiaError: RIA_VLLM_BACKEND names no kernel at all, or one for experts that cannot serve these; or none can.
     """
-    return choice.choose(config, KERNELS, reason_against)
+    return choice.choose(config, KERNELS, reason_against, [kernel.name for kernel in registry.kernels()])
 
 
 def explain(config: ExpertsLayerConfig) -> list[tuple[str, str | None]]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from mixture_layers import EXPERTS, HIDDEN, INNER, LAYER, Model, StoredMixture, attached, play_rank, route, run, served
 from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe import config as moe_config
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FORMATS, WRITTEN
-from ria_vllm.serve.experts import Sparse24MoEMethod
+from ria_vllm.serve.experts_dense import DenseExpertsMethod
 from ria_vllm.serve.kernels import experts_registry
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 
@@ -207,18 +207,26 @@ def test_experts_that_vllm_does_not_have(monkeypatch):
 
 
 def test_a_forced_kernel_of_linears(monkeypatch):
+    """It says nothing about experts."""
     monkeypatch.setenv("RIA_VLLM_BACKEND", "cutlass")
     stored = StoredMixture()
     model = served(stored)
-    assert model.experts.ria_experts is None
+    assert str(model.experts.ria_experts.choice) == "cpu"
     x, weights, ids = route()
     close(run(model, x, weights, ids), stored.expected(x, weights, ids))
 
 
-def test_a_limit_of_the_gate():
-    """vLLM's experts for CPUs do not clamp."""
+def test_a_forced_kernel_that_does_not_exist(monkeypatch):
+    monkeypatch.setenv("RIA_VLLM_BACKEND", "cpuu")
+    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cpuu is not a kernel"):
+        Model(StoredMixture().config())
+
+
+def test_a_limit_of_the_gate(path):
+    """vLLM's experts for CPUs do not clamp, and so serve none that have a limit."""
     stored = StoredMixture()
     model = served(stored, swiglu_limit=0.7)
+    assert model.experts.ria_experts is not None
     x, weights, ids = route()
 
     def act(gate, up):
@@ -260,19 +268,45 @@ def test_experts_of_another_pipeline_stage():
     assert not model.load_weights((name, tensor.clone()) for name, tensor in stored.tensors.items())
 
 
-def test_dense_experts_stay_with_vllm():
-    """Their layer's prefix is that of pruned ones in a misnamed model: the path decides."""
-    stored = StoredMixture()
-    config = stored.config()
-    model = Model(config)
-    assert isinstance(model.experts.quant_method, Sparse24MoEMethod)
+def dense_beside_pruned(config, **settings):
+    """A model whose only mixture layer has dense experts, though its prefix is that of pruned ones."""
+    model = Model(config, **settings)
     model.layers = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity(), model.layers[1]])
     config.model_built = True
-    attached(config, model)
-    experts = model.layers[2].mlp.experts.routed_experts
-    assert type(experts.quant_method) is UnquantizedFusedMoEMethod
+    return attached(config, model).layers[2].mlp.experts.routed_experts
+
+
+def test_dense_experts_stay_with_vllm():
+    config = StoredMixture().config()
+    experts = dense_beside_pruned(config)
+    assert type(experts.quant_method) is DenseExpertsMethod
     assert {"w13_weight", "w2_weight"} == set(experts._parameters)
     assert config.report.expected == 0
+
+
+def test_dense_experts_beside_pruned_ones_on_ranks_of_expert_parallel(monkeypatch):
+    """vLLM's own experts for CPUs would take an expert's global number for the one on this rank."""
+    stored = StoredMixture()
+    x, weights, ids = route()
+    total = 0
+    current = VllmConfig()
+    current.parallel_config.enable_expert_parallel = True
+    for rank in range(2):
+        play_rank(monkeypatch, rank, 2)
+        with set_current_vllm_config(current):
+            experts = dense_beside_pruned(stored.config(), tp_size=2)
+        for here, e in enumerate(range(2 * rank, 2 * rank + 2)):
+            gate, up, down = (stored.plain[f"{LAYER}.{e}.{end}"] for end in mixture_layers.KINDS.values())
+            experts.w13_weight.data[here], experts.w2_weight.data[here] = torch.cat([gate, up]).float(), down.float()
+        experts.quant_method.process_weights_after_loading(experts)
+        copies = [tensor.clone() for tensor in (x, weights, ids)]
+        total = total + experts.quant_method.apply(experts, *copies, None, None)
+    close(total, stored.expected(x, weights, ids))
+
+
+def test_dense_experts_beside_pruned_ones_that_vllm_gets_wrong():
+    with pytest.raises(RiaError, match="layers.1.mlp.experts.*are dense, .* ignore swiglu_limit"):
+        dense_beside_pruned(StoredMixture().config(), swiglu_limit=0.7)
 
 
 def test_a_reload(path):
@@ -390,6 +424,34 @@ def test_experts_that_are_partly_pruned():
 def test_another_number_of_experts():
     with pytest.raises(RiaError, match=f"{EXPERTS} pruned experts, but vLLM's layer has {2 * EXPERTS}"):
         Model(StoredMixture().config(), num_experts=2 * EXPERTS)
+
+
+def test_nobody_serves_these_experts():
+    """No kernel takes several orders, and vLLM's experts for CPUs ignore the limit."""
+    with pytest.raises(RiaError, match=f"{LAYER}: no kernel .*--permute-scope shared.*swiglu_limit.*ria-vllm export"):
+        Model(StoredMixture("linear").config(), swiglu_limit=0.7)
+
+
+def test_expert_parallel_with_data_parallel_is_refused(monkeypatch):
+    """vLLM gathers the tokens of all ranks after an expert's number was translated to this rank's."""
+    current = VllmConfig()
+    current.parallel_config.enable_expert_parallel = True
+    monkeypatch.setattr(moe_config, "get_dp_group", lambda: SimpleNamespace(rank_in_group=0), raising=False)
+    with set_current_vllm_config(current), pytest.raises(RiaError, match="without --enable-expert-parallel"):
+        Model(StoredMixture().config(), dp_size=2)
+
+
+def test_a_rank_without_experts_is_refused(monkeypatch):
+    current = VllmConfig()
+    current.parallel_config.enable_expert_parallel = True
+    play_rank(monkeypatch, 4, 8)
+    with set_current_vllm_config(current), pytest.raises(RiaError, match="4 experts over 8 ranks leave this one"):
+        Model(StoredMixture().config(), tp_size=8)
+
+
+def test_router_weights_on_the_input_of_several_experts_are_refused():
+    with pytest.raises(RiaError, match="router's weights on the experts' input, and each token has 2 experts"):
+        Model(StoredMixture().config(), apply_router_weight_on_input=True)
 
 
 def test_adapters_are_refused():

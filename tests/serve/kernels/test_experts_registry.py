@@ -41,9 +41,14 @@ def test_a_forced_kernel(monkeypatch):
     monkeypatch.setenv(choice.KERNEL_VARIABLE, "cpu")
     with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cpu cannot serve a layer of 2 experts .*: dtype float64"):
         experts_registry.choose(replace(CONFIG, act_dtype=torch.float64))
-    monkeypatch.setenv(choice.KERNEL_VARIABLE, "cutlass")
-    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cutlass is not a kernel for .* choose from cpu, reference"):
+    monkeypatch.setenv(choice.KERNEL_VARIABLE, "cpuu")
+    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cpuu is not a kernel for .* choose from cpu, reference"):
         experts_registry.choose(CONFIG)
+
+
+def test_a_forced_kernel_of_linears_leaves_the_choice_free(monkeypatch):
+    monkeypatch.setenv(choice.KERNEL_VARIABLE, "cutlass")
+    assert experts_registry.choose(CONFIG).kernel is CpuExpertsKernel
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
