@@ -215,8 +215,9 @@ class RiaConfig(QuantizationConfig):
 
     def experts_method(self, layer: torch.nn.Module, name: str) -> QuantizeMethodBase:
         """The method by which vLLM's mixture `layer` serves the pruned experts `name`."""
-        from ria_vllm.serve.experts import Sparse24MoEMethod
+        from ria_vllm.serve.experts import Sparse24MoEMethod, check_count
 
+        check_count(layer, self.experts[name])  # first, because the number in config.json may be anything
         orders = ExpertOrders.of(self.experts[name], self.permutations, self.folding)
         return Sparse24MoEMethod(
             layer, self.experts[name], WeightScheme(self.schema.weight_format), orders, self.report

@@ -29,6 +29,20 @@ from ria_vllm.serve.weight_scheme import Weights, WeightScheme
 logger = init_logger("vllm.ria")
 
 
+def check_count(layer: RoutedExperts, experts: StoredExperts) -> None:
+    """Check that vLLM's layer has as many experts as config.json says.
+
+    Raises:
+        RiaError: it has not.
+    """
+    moe = layer.moe_config
+    if moe.num_logical_experts != experts.num_experts or moe.num_experts != experts.num_experts:
+        raise RiaError(
+            f"{experts.name}: config.json names {experts.num_experts} pruned experts, but vLLM's layer has "
+            f"{moe.num_experts}. Redundant experts (--enable-eplb) are not served pruned."
+        )
+
+
 class Sparse24MoEMethod(FusedMoEMethodBase):
     """Loads pruned experts in stored form. A kernel serves them so; without one, vLLM's own method serves them dense.
 
@@ -36,7 +50,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
 
     Args:
         layer: under construction.
-        experts: what it serves.
+        experts: what it serves, see `check_count`.
         scheme: how their weights are stored.
         orders: in which their channels are stored.
         report: where the layer is counted.
@@ -67,11 +81,6 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             raise RiaError(
                 f"{name}: vLLM puts LoRA adapters on the experts, too, which is not served for pruned ones. Serve "
                 "without --enable-lora, or a dense folder that `ria-vllm export` makes."
-            )
-        if moe.num_logical_experts != experts.num_experts or moe.num_experts != experts.num_experts:
-            raise RiaError(
-                f"{name}: config.json names {experts.num_experts} pruned experts, but vLLM's layer has "
-                f"{moe.num_experts}. Redundant experts (--enable-eplb) are not served pruned."
             )
         if layer.expert_map_manager.num_fused_shared_experts:
             raise RiaError(

@@ -426,6 +426,15 @@ def test_another_number_of_experts():
         Model(StoredMixture().config(), num_experts=2 * EXPERTS)
 
 
+def test_an_absurd_number_of_experts():
+    """Without files only config.json says how many there are: no loop may run over them."""
+    config = StoredMixture().config()
+    config.schema.experts[0].num_experts, config.stored, config.experts = 10**15, None, {}
+    config.expert_layers = {}
+    with pytest.raises(RiaError, match=f"{10**15} pruned experts, but vLLM's layer has {EXPERTS}"):
+        Model(config, prefix=LAYER)
+
+
 def test_nobody_serves_these_experts():
     """No kernel takes several orders, and vLLM's experts for CPUs ignore the limit."""
     with pytest.raises(RiaError, match=f"{LAYER}: no kernel .*--permute-scope shared.*swiglu_limit.*ria-vllm export"):
