@@ -66,14 +66,15 @@ def test_gates_too_large_for_an_exponential(activation):
     assert bool(((y.double() - exact).abs() <= error).all())
 
 
+@pytest.mark.parametrize("permuted", (False, True))
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-def test_rounds_of_many_tokens(kernel):
-    """More tokens than a round has: 2048."""
+def test_rounds_of_many_tokens(kernel, permuted):
+    """More tokens than a round has: 2048. Permuted ones are copied round by round."""
     experts = random_experts(3, 64, 16, dtype=torch.float32)
     weights, ids = random_routing(4100, 2, 3)
-    x = torch.randn(4100, 64)
-    y = kernel.apply(experts.config, x, weights, ids, experts.packed(kernel), None, None)
-    exact, error = experts.exact(x, weights, ids)
+    x, permutation = torch.randn(4100, 64), torch.randperm(64, dtype=torch.int32) if permuted else None
+    y = kernel.apply(experts.config, x, weights, ids, experts.packed(kernel), permutation, None)
+    exact, error = experts.exact(x, weights, ids, permutation)
     assert bool(((y.double() - exact).abs() <= error).all())
 
 
