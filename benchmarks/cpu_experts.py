@@ -1,7 +1,8 @@
 """The experts' operator against vLLM's dense experts on the same CPU: `python -m benchmarks.cpu_experts`.
 
-Dense experts are what vLLM runs for an unquantized checkpoint (`cpu_fused_moe`), and the other operator for experts in
-its library (`fused_experts_cpu`), which vLLM itself calls for quantized checkpoints only. Both sides get the same 2:4
+Dense experts are what vLLM runs for an unquantized checkpoint (`cpu_fused_moe`, with the instructions that vLLM chooses
+on this machine), and the other operator for experts in its library (`fused_experts_cpu`), which vLLM itself calls for
+quantized checkpoints only. Both sides get the same 2:4
 values in bfloat16 and the same routing, random for each call, and ours takes its input through a permutation.
 
 The sides take turns in one process, and medians are compared: of wall-clock seconds, or with one thread of its
@@ -60,7 +61,8 @@ def variants(experts: int, hidden: int, intermediate: int) -> dict[str, Experts]
     down, w2 = random_weight(experts, hidden, intermediate)
     packed = CpuExpertsKernel.pack(config, gate_up, down, None, None)
     permutation = torch.randperm(hidden, dtype=torch.int32)
-    plain = [ops.cpu_prepack_moe_weight(weight, "vec") for weight in (w13, w2)]
+    isa = vllm_instructions()
+    plain = [ops.cpu_prepack_moe_weight(weight, isa) for weight in (w13, w2)]
     vnni = [torch.ops._C.convert_weight_packed(weight) for weight in (w13, w2)]
 
     def ours(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -68,7 +70,7 @@ def variants(experts: int, hidden: int, intermediate: int) -> dict[str, Experts]
 
     def cpu_fused_moe(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
-        ops.cpu_fused_moe(out, x, *plain, None, None, weights, ids, "silu", "vec")
+        ops.cpu_fused_moe(out, x, *plain, None, None, weights, ids, "silu", isa)
         return out
 
     def fused_experts_cpu(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -78,6 +80,14 @@ def variants(experts: int, hidden: int, intermediate: int) -> dict[str, Experts]
 
     check([ours, cpu_fused_moe, fused_experts_cpu], permutation, experts)
     return {"ours": ours, "cpu_fused_moe": cpu_fused_moe, "fused_experts_cpu": fused_experts_cpu}
+
+
+def vllm_instructions() -> str:
+    """What vLLM's dense experts in bfloat16 use on this machine, such as "vec" or "amx"."""
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend, backend_to_kernel_cls
+
+    kernels = backend_to_kernel_cls(UnquantizedMoeBackend.CPU)
+    return next(kernel.isa for kernel in kernels if kernel._supports_current_device())
 
 
 def check(sides: list[Experts], permutation: torch.Tensor, experts: int) -> None:
@@ -159,7 +169,8 @@ def main() -> None:
         torch.manual_seed(0)
         options.json.write_text(json.dumps(measure(options.shapes, options.tokens, options.budget)))
         return
-    print(f"instruction set {instruction_set()}; load average {os.getloadavg()[0]:.1f}", flush=True)
+    sets = f"instruction set {instruction_set()}, vLLM's {vllm_instructions()}"
+    print(f"{sets}; load average {os.getloadavg()[0]:.1f}", flush=True)
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"

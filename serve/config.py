@@ -206,17 +206,18 @@ class RiaConfig(QuantizationConfig):
             )
 
     def _mixture_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
-        from ria_vllm.serve.experts import ProvisionalExpertsMethod
+        from ria_vllm.serve.experts_dense import DenseExpertsMethod
 
         if self.stored is None and (experts := named_experts(self.schema, prefix)) is not None:
             self.experts[prefix], self.expert_layers[prefix] = experts, prefix
         name = self.expert_layers.get(prefix)
-        return ProvisionalExpertsMethod(layer.moe_config) if name is None else self.experts_method(layer, name)
+        return DenseExpertsMethod(layer) if name is None else self.experts_method(layer, name)
 
     def experts_method(self, layer: torch.nn.Module, name: str) -> QuantizeMethodBase:
         """The method by which vLLM's mixture `layer` serves the pruned experts `name`."""
-        from ria_vllm.serve.experts import Sparse24MoEMethod
+        from ria_vllm.serve.experts import Sparse24MoEMethod, check_count
 
+        check_count(layer, self.experts[name])  # first, because the number in config.json may be anything
         orders = ExpertOrders.of(self.experts[name], self.permutations, self.folding)
         return Sparse24MoEMethod(
             layer, self.experts[name], WeightScheme(self.schema.weight_format), orders, self.report

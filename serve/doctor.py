@@ -16,8 +16,8 @@ import torch
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FLOAT
-from ria_vllm.serve.kernels import registry
-from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.serve.kernels import experts_registry, registry
+from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
 from ria_vllm.serve.kernels.cuda.architectures import CudaBuildError
 from ria_vllm.serve.kernels.cuda.build import find_nvcc
@@ -33,6 +33,9 @@ VECTOR_FLAGS = (
     "avx512_fp16",
     "amx_bf16",
 )
+EXPERTS = (32, 2048, 768)
+"""The layer of experts for which kernels are shown: how many, channels of a token and channels of an expert."""
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -91,28 +94,37 @@ def device_lines(device: torch.device) -> list[tuple[str, str]]:
     ]
 
 
-def consider(config: LinearLayerConfig) -> tuple[list[tuple[str, str | None]], str | None, str | None]:
+def consider(
+    config: LinearLayerConfig | ExpertsLayerConfig,
+) -> tuple[list[tuple[str, str | None]], str | None, str | None]:
     """Each kernel with the reason why it cannot serve the layer, or None; the chosen one; why there is none."""
+    experts = isinstance(config, ExpertsLayerConfig)
     try:
-        reasons = registry.explain(config)
+        reasons = experts_registry.explain(config) if experts else registry.explain(config)
     except RiaError as error:  # another package's kernel cannot be used
         return [], None, str(error)
     try:
-        return reasons, registry.choose(config).kernel.name, None
+        choice = experts_registry.choose(config) if experts else registry.choose(config)
     except RiaError as error:
         return reasons, None, str(error)
+    return reasons, choice.kernel.name, None
 
 
-def kernel_lines(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> list[str]:
+def kernel_lines(config: LinearLayerConfig | ExpertsLayerConfig) -> list[str]:
     """One line for each kernel, in order of preference: chosen, usable, or the reason why not."""
     forced = os.environ.get(registry.KERNEL_VARIABLE)
-    reasons, chosen, problem = consider(LinearLayerConfig(device, dtype, FLOAT, out_features, in_features))
+    reasons, chosen, problem = consider(config)
     lines = [f"none: {problem}"] if problem else []
+    fallbacks = {kernel.name for kernel in experts_registry.KERNELS if kernel.is_fallback}
     for name, reason in reasons:
-        if name == chosen:
-            note = "chosen: RIA_VLLM_BACKEND asks for it" if forced else "chosen: the first that can serve this layer"
-        else:
+        if name != chosen:
             note = f"no: {reason}" if reason else "could serve it too"
+        elif name == forced:
+            note = "chosen: RIA_VLLM_BACKEND asks for it"
+        elif isinstance(config, ExpertsLayerConfig) and name in fallbacks:
+            note = "chosen only where vLLM has no experts of its own, which get the weights decompressed"
+        else:
+            note = "chosen: the first that can serve this layer"
         lines.append(f"{name:14} {note}")
     return lines
 
@@ -263,7 +275,10 @@ def doctor(device: str, dtype: str, shape: str) -> None:
     for label, value in rows:
         click.echo(f"{label:16}{value}")
     click.echo(f"\nkernels for a {out_features} x {in_features} linear of {dtype} on {kind}, in order of preference:")
-    for line in kernel_lines(place, DTYPES[dtype], int(out_features), int(in_features)):
+    for line in kernel_lines(LinearLayerConfig(place, DTYPES[dtype], FLOAT, int(out_features), int(in_features))):
+        click.echo(f"  {line}")
+    click.echo("\nkernels for {} experts of {} x {} (a mixture's layer):".format(*EXPERTS))
+    for line in kernel_lines(ExpertsLayerConfig(place, DTYPES[dtype], FLOAT, *EXPERTS, Activation("silu"))):
         click.echo(f"  {line}")
     facts = take_facts(place, DTYPES[dtype], int(out_features), int(in_features))
     click.echo(f"\nexpected to be fastest here: {advice(facts)}")

@@ -7,11 +7,10 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.platforms import current_platform
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.engine import EngineOptions
+from ria_vllm.serve.experts_dense import DenseExpertsMethod
 from ria_vllm.serve.experts_loading import BIAS, DOWN, GATE_UP, ExpertSizes, ExpertsLoader
 from ria_vllm.serve.experts_packing import (
     LoadedExperts,
@@ -30,14 +29,18 @@ from ria_vllm.serve.weight_scheme import Weights, WeightScheme
 logger = init_logger("vllm.ria")
 
 
-class ProvisionalExpertsMethod(UnquantizedFusedMoEMethod):
-    """The method of a layer whose prefix names no pruned experts. It stays if its path names none either."""
+def check_count(layer: RoutedExperts, experts: StoredExperts) -> None:
+    """Check that vLLM's layer has as many experts as config.json says.
 
-    def create_weights(self, layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
-        before = set(layer._parameters)
-        super().create_weights(layer, *args, **kwargs)
-        self.creation = kwargs
-        self.created = [name for name in layer._parameters if name not in before]
+    Raises:
+        RiaError: it has not.
+    """
+    moe = layer.moe_config
+    if moe.num_logical_experts != experts.num_experts or moe.num_experts != experts.num_experts:
+        raise RiaError(
+            f"{experts.name}: config.json names {experts.num_experts} pruned experts, but vLLM's layer has "
+            f"{moe.num_experts}. Redundant experts (--enable-eplb) are not served pruned."
+        )
 
 
 class Sparse24MoEMethod(FusedMoEMethodBase):
@@ -47,7 +50,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
 
     Args:
         layer: under construction.
-        experts: what it serves.
+        experts: what it serves, see `check_count`.
         scheme: how their weights are stored.
         orders: in which their channels are stored.
         report: where the layer is counted.
@@ -79,11 +82,6 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
                 f"{name}: vLLM puts LoRA adapters on the experts, too, which is not served for pruned ones. Serve "
                 "without --enable-lora, or a dense folder that `ria-vllm export` makes."
             )
-        if moe.num_logical_experts != experts.num_experts or moe.num_experts != experts.num_experts:
-            raise RiaError(
-                f"{name}: config.json names {experts.num_experts} pruned experts, but vLLM's layer has "
-                f"{moe.num_experts}. Redundant experts (--enable-eplb) are not served pruned."
-            )
         if layer.expert_map_manager.num_fused_shared_experts:
             raise RiaError(
                 f"{name}: vLLM fuses the shared expert with these on this platform, which is not served pruned. Set "
@@ -93,6 +91,16 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             raise RiaError(
                 f"{name}: vLLM's experts have {'a' if moe.is_act_and_mul else 'no'} gate, unlike the checkpoint's. "
                 "config.json belongs to another model; get the files again."
+            )
+        if moe.num_local_experts == 0:
+            raise RiaError(
+                f"{name}: {experts.num_experts} experts over {moe.ep_size} ranks leave this one without any. Use fewer "
+                "ranks, or start without --enable-expert-parallel."
+            )
+        if layer.apply_router_weight_on_input and moe.experts_per_token != 1:
+            raise RiaError(
+                f"{name}: vLLM's model puts the router's weights on the experts' input, and each token has "
+                f"{moe.experts_per_token} experts. That is served with one expert only."
             )
         self.sizes = ExpertSizes(
             moe.num_local_experts, moe.hidden_dim_unpadded, moe.intermediate_size, moe.tp_rank, moe.tp_size
@@ -105,27 +113,41 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
                 "--enable-expert-parallel."
             )
         orders.check(experts, self.sizes.hidden, self.sizes.intermediate)
-        self.choice = self._choose(layer)
-        self.dense: UnquantizedFusedMoEMethod | None = None
-        if self.choice is None or (self.choice.kernel.is_fallback and not os.environ.get(KERNEL_VARIABLE)):
-            try:
-                self.dense = UnquantizedFusedMoEMethod(moe)
-            except (NotImplementedError, ValueError):  # vLLM has no experts for this layer on this platform
-                if self.choice is None:
-                    raise
-            else:
-                self.choice, self.experts_cls = None, self.dense.experts_cls
+        self._choose(layer)
 
-    def _choose(self, layer: RoutedExperts) -> experts_registry.Choice | None:
-        """The kernel for the layer; None if only vLLM's own method can serve it, or does while another is forced."""
+    def _choose(self, layer: RoutedExperts) -> None:
+        """Decide who computes: a kernel if there is a fast one or one is forced, else vLLM if it can, else a slow one.
+
+        Raises:
+            RiaError: none can.
+        """
+        self.dense: DenseExpertsMethod | None = None
+        self.choice: experts_registry.Choice | None = None
+        config = self._layer_config(layer)
+        if isinstance(config, ExpertsLayerConfig):
+            self.choice = experts_registry.choose(config)
+            kernel = self.choice.kernel
+            if not kernel.is_fallback or os.environ.get(KERNEL_VARIABLE) == kernel.name:
+                return
+        dense = DenseExpertsMethod(layer)
+        if dense.unserved is None:
+            self.dense, self.choice, self.experts_cls = dense, None, dense.experts_cls
+        elif not isinstance(config, ExpertsLayerConfig):
+            raise RiaError(
+                f"{self.experts.name}: no kernel serves these experts {config}, and dense they cannot be served "
+                f"either: {dense.unserved}. `ria-vllm export` makes a dense folder for where they can."
+            )
+
+    def _layer_config(self, layer: RoutedExperts) -> ExpertsLayerConfig | str:
+        """The layer as kernels know it; or because of what no kernel serves it."""
         moe, activation = self.moe, activation_of(layer)
-        moves_tokens = moe.dp_size > 1 or moe.pcp_size > 1 or moe.is_sequence_parallel
-        if activation is None or moves_tokens or not self.orders.shared_input:
-            return None
-        forced = os.environ.get(KERNEL_VARIABLE)
-        if forced and forced not in {kernel.name for kernel in experts_registry.KERNELS}:
-            return None  # a kernel of linears
-        config = ExpertsLayerConfig(
+        if activation is None:
+            return f"with the activation {layer.activation.value}"
+        if moe.dp_size > 1 or moe.pcp_size > 1 or moe.is_sequence_parallel:
+            return "with data, sequence or context parallel"
+        if not self.orders.shared_input:
+            return "in different channel orders (compress with --permute-scope shared)"
+        return ExpertsLayerConfig(
             device=torch.device(moe.device),
             act_dtype=moe.in_dtype,
             weight_format=self.scheme.format,
@@ -136,7 +158,6 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             has_bias=moe.has_bias,
             router_weight_on_input=layer.apply_router_weight_on_input,
         )
-        return experts_registry.choose(config)
 
     def maybe_roundup_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         if self.dense is not None:
@@ -183,7 +204,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         first = not hasattr(layer, "ria_experts")
         if self.choice is None:
             # A new one each time: vLLM's own packs the weights for the CPU on its first load only.
-            self.dense = UnquantizedFusedMoEMethod(self.moe)
+            self.dense = DenseExpertsMethod(layer)
             fill_dense(layer, self.dense, loaded, self.sizes)
             self.dense.process_weights_after_loading(layer)
             self.moe_kernel, self.moe_quant_config = self.dense.moe_kernel, self.dense.moe_quant_config
@@ -273,11 +294,6 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         """x [tokens, H] -> [tokens, H]: the sum of each token's experts on this rank, weighted by vLLM's router."""
         if layer.ria_experts is not None:
             return layer.ria_experts.apply(layer, x, topk_weights, topk_ids)
-        if current_platform.is_cpu() and layer._expert_map is not None:
-            # vLLM's experts for CPUs ignore the map.
-            here = layer._expert_map[topk_ids.long()]
-            topk_weights = topk_weights.masked_fill(here < 0, 0)
-            topk_ids = here.clamp(min=0).to(topk_ids.dtype)
         return self.dense.apply(
             layer=layer, x=x, topk_weights=topk_weights, topk_ids=topk_ids, shared_experts=shared_experts,
             shared_experts_input=shared_experts_input,

@@ -60,7 +60,7 @@ class ExpertsLoader:
         experts: what the layer serves.
         sizes: of the layer.
         specs: what the tensors of a linear look like, by the last part of their names.
-        row_orders: of each expert, see `stored_experts.row_orders`.
+        row_orders: of each expert, see `stored_experts.ExpertOrders.rows`.
         has_bias: the experts have biases.
 
     Attributes:

@@ -6,12 +6,12 @@ names of the experts lead. `match_experts` finds it, and says who takes each ten
 
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import Stacked
 from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.experts import ProvisionalExpertsMethod, Sparse24MoEMethod
+from ria_vllm.serve.experts import Sparse24MoEMethod
+from ria_vllm.serve.experts_dense import DenseExpertsMethod
 from ria_vllm.serve.model_paths import place_of
 from ria_vllm.serve.stored_experts import StoredExperts
 from ria_vllm.serve.stream import Taker
@@ -79,8 +79,10 @@ def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
         if name is None and config.stored is None:
             return  # dummy weights, and no file to say what is pruned
     elif name is None:
+        if isinstance(method, DenseExpertsMethod):
+            method.check(layer.layer_name)
         return
-    elif not isinstance(method, ProvisionalExpertsMethod):
+    elif not isinstance(method, DenseExpertsMethod):
         raise RiaError(
             f"{config.where}: vLLM's layer {layer.layer_name} takes dense experts only, but {name} are pruned. "
             "`ria-vllm export` makes a dense folder."
@@ -89,7 +91,9 @@ def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
         delattr(layer, parameter)
     if isinstance(method, Sparse24MoEMethod):
         method.report.expected -= 1
-    new = UnquantizedFusedMoEMethod(layer.moe_config) if name is None else config.experts_method(layer, name)
+    new = DenseExpertsMethod(layer) if name is None else config.experts_method(layer, name)
+    if isinstance(new, DenseExpertsMethod):
+        new.check(layer.layer_name)
     del layer.quant_method  # vLLM's own is a module; torch would not let another object take its place
     layer.quant_method = new
     new.create_weights(layer, **method.creation)

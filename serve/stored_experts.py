@@ -76,17 +76,19 @@ def stored_experts(schema: RiaSchema, pruned: Iterable[str], where: str) -> dict
     pruned = set(pruned)
     found: dict[str, StoredExperts] = {}
     for experts in schema.experts:
+        stem = _stem(experts)
         for name in pruned:
             numbers = next((n for p in experts.linears.values() if (n := numbers_in(p, name)) is not None), None)
             if numbers is None:
                 continue
-            layer = StoredExperts.of(experts, {key: value for key, value in numbers.items() if key != "e"})
             if int(numbers["e"]) >= experts.num_experts or str(int(numbers["e"])) != numbers["e"]:
                 raise RiaError(
                     f"{where}: {name}: config.json says that there are {experts.num_experts} experts. The files do not "
                     "belong together; get them again."
                 )
-            found.setdefault(layer.name, layer)
+            of_layer = {key: value for key, value in numbers.items() if key != "e"}
+            if (key := filled(stem, of_layer)) not in found:
+                found[key] = StoredExperts.of(experts, of_layer)
     for layer in found.values():
         missing = next((name for name, _, _ in layer.linears() if name not in pruned), None)
         if missing is not None:

@@ -139,7 +139,7 @@ class ExpertsLayerConfig:
         activation: between the products.
         has_bias: both products have one.
         router_weight_on_input: the router's weights multiply the tokens, before the first product and rounded to
-            `act_dtype`, instead of the experts' results.
+            `act_dtype`, instead of the experts' results. Each token then has one expert: k = 1.
     """
 
     device: torch.device

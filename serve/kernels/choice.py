@@ -1,7 +1,7 @@
 """How a kernel is chosen, for linears and for experts alike."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -10,7 +10,7 @@ from ria_vllm.formats import FLOAT, WeightFormat, name_of
 from ria_vllm.serve.kernels.base import ExpertsKernel, ExpertsLayerConfig, LinearKernel, LinearLayerConfig
 
 KERNEL_VARIABLE = "RIA_VLLM_BACKEND"
-"""Names the kernel that must serve every layer."""
+"""Names the kernel that must serve every linear, and every layer's experts if it is a kernel for experts, too."""
 
 Kernel = TypeVar("Kernel", LinearKernel, ExpertsKernel)
 Config = TypeVar("Config", LinearLayerConfig, ExpertsLayerConfig)
@@ -36,19 +36,23 @@ def widened(config: Config) -> Config:
 
 
 def choose(
-    config: Config, kernels: Sequence[type[Kernel]], reason_against: Callable[[type[Kernel], Config], str | None]
+    config: Config,
+    kernels: Sequence[type[Kernel]],
+    reason_against: Callable[[type[Kernel], Config], str | None],
+    others: Collection[str] = (),
 ) -> Choice[Kernel, Config]:
     """The first kernel that serves a layer's weights as they are; else the first that serves them widened to the
     activations' dtype; else a fallback. RIA_VLLM_BACKEND forces a kernel instead.
 
     Args:
         kernels: in order of preference.
+        others: names of kernels for other kinds of layers, which RIA_VLLM_BACKEND does not force here.
 
     Raises:
         RiaError: RIA_VLLM_BACKEND names no kernel, or one that cannot serve the layer; or none can.
     """
     forced = os.environ.get(KERNEL_VARIABLE)
-    if forced:
+    if forced and (forced not in others or forced in {kernel.name for kernel in kernels}):
         return _forced(config, forced, kernels, reason_against)
     fast = [kernel for kernel in kernels if not kernel.is_fallback]
     fallbacks = [kernel for kernel in kernels if kernel.is_fallback]

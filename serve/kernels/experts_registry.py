@@ -6,7 +6,7 @@ import torch
 
 from ria_vllm import sparse24
 from ria_vllm.formats import WeightFormat
-from ria_vllm.serve.kernels import choice
+from ria_vllm.serve.kernels import choice, registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsKernel, ExpertsLayerConfig
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel, activate
@@ -15,17 +15,19 @@ KERNELS: tuple[type[ExpertsKernel], ...] = (CpuExpertsKernel, ReferenceExpertsKe
 
 Choice = choice.Choice[ExpertsKernel, ExpertsLayerConfig]
 
-# Channels of a token in `self_test`, between an expert's products, and experts.
+# Channels of a token in `self_test`, channels between an expert's products, and experts.
 _HIDDEN, _INTERMEDIATE, _EXPERTS = 128, 64, 3
 
 
 def choose(config: ExpertsLayerConfig) -> Choice:
     """The kernel for the experts of a layer, as `ria_vllm.serve.kernels.choice.choose` chooses it.
 
+    RIA_VLLM_BACKEND forces it only if it names a kernel for experts: one for linears leaves the choice free.
+
     Raises:
-        RiaError: RIA_VLLM_BACKEND names no kernel for experts, or one that cannot serve these; or none can.
+        RiaError: RIA_VLLM_BACKEND names no kernel at all, or one for experts that cannot serve these; or none can.
     """
-    return choice.choose(config, KERNELS, reason_against)
+    return choice.choose(config, KERNELS, reason_against, [kernel.name for kernel in registry.kernels()])
 
 
 def explain(config: ExpertsLayerConfig) -> list[tuple[str, str | None]]:
@@ -50,8 +52,13 @@ def self_test(
     weight_format: WeightFormat,
     activation: Activation,
 ) -> str | None:
-    """What goes wrong when the kernel computes a few small experts in this format on this device, or None."""
-    config = ExpertsLayerConfig(device, act_dtype, weight_format, _EXPERTS, _HIDDEN, _INTERMEDIATE, activation)
+    """What goes wrong when the kernel computes a few small experts in this format on this device, or None.
+
+    They have biases, a permuted input, and some experts on other ranks.
+    """
+    config = ExpertsLayerConfig(
+        device, act_dtype, weight_format, _EXPERTS, _HIDDEN, _INTERMEDIATE, activation, has_bias=True
+    )
     try:
         # On the CPU and in float32, whatever defaults vLLM has set while it builds or loads a model.
         generator = torch.Generator("cpu").manual_seed(0)
@@ -68,15 +75,24 @@ def self_test(
 
         gate_up, dense_gate_up = random_weight(config.gate_up_rows, _HIDDEN)
         down, dense_down = random_weight(_HIDDEN, _INTERMEDIATE)
+        sizes = (config.gate_up_rows, _HIDDEN)
+        biases = [torch.randn(_EXPERTS, size, **options).to(device, act_dtype) for size in sizes]
         x = torch.randn(8, _HIDDEN, **options).to(device, act_dtype)
-        ids = torch.tensor([[0, 2], [1, 0], [2, -1], [0, 1]] * 2, dtype=torch.int32, device=device)
+        permutation = torch.randperm(_HIDDEN, generator=generator, device="cpu").to(device, torch.int32)
+        # Twice as many experts as this rank has, which here come in another order.
+        expert_map = torch.tensor([-1, 2, 0, -1, 1, -1], dtype=torch.int32, device=device)
+        ids = torch.tensor([[2, 1], [4, 2], [1, -1], [2, 3]] * 2, dtype=torch.int32, device=device)
         weights = torch.rand(8, 2, **options).to(device)
-        y = kernel.apply(config, x, weights, ids, kernel.pack(config, gate_up, down, None, None), None, None)
+        packed = kernel.pack(config, gate_up, down, *biases)
+        y = kernel.apply(config, x, weights, ids, packed, permutation, expert_map)
         expected = torch.zeros(8, _HIDDEN, device=device)
-        for expert in range(_EXPERTS):
-            share = (weights * (ids == expert)).sum(1, keepdim=True)
-            inner = activate(activation, x.float() @ dense_gate_up[expert].T)
-            expected += share * (inner @ dense_down[expert].T)
+        given = x.float()[:, permutation.long()]
+        for number, expert in enumerate(expert_map.tolist()):
+            if expert < 0:
+                continue
+            share = (weights * (ids == number)).sum(1, keepdim=True)
+            inner = activate(activation, given @ dense_gate_up[expert].T + biases[0][expert].float())
+            expected += share * (inner @ dense_down[expert].T + biases[1][expert].float())
         right = y.shape == expected.shape and bool((y.float() - expected).norm() <= 0.1 * expected.norm())
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

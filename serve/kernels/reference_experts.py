@@ -43,6 +43,17 @@ def _function(activation: Activation, x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(activation.alpha * x)
 
 
+def _check(ids: torch.Tensor, experts: int, name: str) -> None:
+    """Check that all ids are less than `experts`, or -1. On a GPU, the check is part of what is captured."""
+    message = f"ria::sparse24: {name} has an expert that does not exist"
+    valid = ((ids >= -1) & (ids < experts)).all()
+    if ids.device.type == "cpu":
+        if not valid:
+            raise RuntimeError(message)
+    else:
+        torch._assert_async(valid, message)
+
+
 def _experts(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -57,18 +68,18 @@ def _experts(
     alpha: float,
     beta: float,
     limit: float | None,
+    fixed_shapes: bool | None = None,
 ) -> torch.Tensor:
+    """The operator. With `fixed_shapes`, as on a GPU, a CUDA graph can capture it: all experts compute all tokens."""
+    fixed_shapes = x.device.type != "cpu" if fixed_shapes is None else fixed_shapes
     weight_format, function = FORMATS[format_name], Activation(activation, is_gated, alpha, beta, limit)  # type: ignore[arg-type]
     names = [part.name for part in weight_format.parts]
     num_experts = len(packed[0])
     ids = topk_ids.long()
-    limit_of_ids = num_experts if expert_map is None else len(expert_map)
-    if ids.numel() and not (-1 <= int(ids.min()) and int(ids.max()) < limit_of_ids):
-        raise RuntimeError("ria::sparse24: topk_ids has an expert that does not exist")
+    _check(ids, num_experts if expert_map is None else len(expert_map), "topk_ids")
     if expert_map is not None:
         ids = torch.where(ids < 0, ids, expert_map.long()[ids.clamp(min=0)])
-        if ids.numel() and not (-1 <= int(ids.min()) and int(ids.max()) < num_experts):
-            raise RuntimeError("ria::sparse24: expert_map has an expert that does not exist")
+        _check(ids, num_experts, "expert_map")
     given = x if input_permutation is None else x.index_select(-1, input_permutation)
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
 
@@ -81,11 +92,16 @@ def _experts(
         return functional.linear(inputs.float(), weight[:, : inputs.shape[1]], bias)
 
     for expert in range(num_experts):
-        tokens, slots = (ids == expert).nonzero(as_tuple=True)
-        if not len(tokens):
+        chosen = ids == expert
+        if fixed_shapes:
+            share = torch.where(chosen, topk_weights, torch.zeros_like(topk_weights)).sum(1, keepdim=True)
+            inner = activate(function, product(given, 0, expert)).to(x.dtype)
+            y = torch.where(chosen.any(1, keepdim=True), y + product(inner, 1, expert) * share, y)
             continue
-        inner = activate(function, product(given[tokens], 0, expert)).to(x.dtype)
-        y.index_add_(0, tokens, product(inner, 1, expert) * topk_weights[tokens, slots, None].float())
+        tokens, slots = chosen.nonzero(as_tuple=True)
+        if len(tokens):
+            inner = activate(function, product(given[tokens], 0, expert)).to(x.dtype)
+            y.index_add_(0, tokens, product(inner, 1, expert) * topk_weights[tokens, slots, None].float())
     return y.to(x.dtype)
 
 

@@ -10,11 +10,12 @@ from graph_capture import GraphCapture
 from ria_vllm import sparse24
 from ria_vllm.formats import FLOAT, FP8, INT8
 from ria_vllm.serve import packing
-from ria_vllm.serve.kernels import reference
-from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.serve.kernels import reference, reference_experts
+from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.reference import ReferenceKernel
+from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 from ria_vllm.serve.kernels.registry import Choice
 from ria_vllm.serve.kernels.torch import cusparselt
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
@@ -25,6 +26,7 @@ GPU = "meta"
 BODIES = {
     torch.ops.ria.sparse24_linear.reference: reference._linear,
     torch.ops.ria.sparse24_linear.cusparselt: cusparselt._linear,
+    torch.ops.ria.sparse24_experts.reference: reference_experts._experts,
 }
 
 
@@ -112,4 +114,23 @@ def test_a_layer(monkeypatch, name, gathered):
     with GraphCapture(GPU, BODIES) as capture:
         y = packed_linear.apply(layer, x, bias)
     assert y.shape == (2, 9, ROWS + 64) and y.dtype == x.dtype
+    assert not capture.kept(y)
+
+
+@pytest.mark.parametrize("weight_format", [FLOAT, INT8])
+def test_experts(weight_format):
+    """With biases, a permutation, a limit, and experts of other ranks."""
+    config = ExpertsLayerConfig(
+        torch.device(GPU), torch.bfloat16, weight_format, 4, 128, 64, Activation("silu", limit=7.0), has_bias=True
+    )
+    packed = []
+    for rows, columns in ((128, 128), (128, 64)):
+        packed += [t.expand(4, *t.shape) for t in stored(rows, columns, weight_format.parts[0].dtypes[0])]
+        packed += [on_gpu(4, rows, 1, dtype=torch.float32)] if weight_format == INT8 else []
+    packed += [on_gpu(4, 128), on_gpu(4, 128)]
+    ids, order, numbers = (on_gpu(*shape, dtype=torch.int32) for shape in ((9, 2), (128,), (8,)))
+    weights = on_gpu(9, 2, dtype=torch.float32)
+    with GraphCapture(GPU, BODIES) as capture:
+        y = ReferenceExpertsKernel.apply(config, on_gpu(9, 128), weights, ids, packed, order, numbers)
+    assert y.shape == (9, 128) and y.dtype == torch.bfloat16
     assert not capture.kept(y)

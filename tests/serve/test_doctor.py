@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.doctor import Facts, advice, doctor, missing_for_compile, take_facts
+from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 
 
 def run_doctor(*arguments, env=None):
@@ -18,7 +19,9 @@ def test_names_versions_and_the_chosen_kernel():
     output = run_doctor("--device", "cpu")
     assert re.search(rf"^torch\s+{re.escape(torch.__version__)}$", output, re.M)
     assert re.search(r"^vllm\s+vllm\S* \d+\.\d+.*plugin found$", output, re.M)
-    assert len(re.findall("chosen: the first", output)) == 1
+    linears, experts = output.split("kernels for ")[1:]
+    assert len(re.findall("chosen: the first", linears)) == 1
+    assert re.match("32 experts of 2048 x 768 .*:\n  cpu +chosen: the first .*\n  reference +could serve it", experts)
 
 
 def test_says_why_a_kernel_is_left_out():
@@ -32,6 +35,26 @@ def test_forced_kernel():
         r"reference\s+chosen: RIA_VLLM_BACKEND", run_doctor("--device", "cpu", env={"RIA_VLLM_BACKEND": "reference"})
     )
     assert "none: RIA_VLLM_BACKEND=nonsense" in run_doctor("--device", "cpu", env={"RIA_VLLM_BACKEND": "nonsense"})
+
+
+@pytest.mark.parametrize(
+    "forced, lines",
+    [
+        ("reference", ["cpu +could serve", "reference +chosen: RIA_VLLM_BACKEND"]),
+        ("cutlass", ["cpu +chosen: the first", "reference +could"]),
+        ("nonsense", ["none: RIA_VLLM_BACKEND=nonsense is not a kernel for a layer of 32 experts", "cpu", "reference"]),
+    ],
+)
+def test_forced_kernel_for_experts(forced, lines):
+    experts = run_doctor("--device", "cpu", env={"RIA_VLLM_BACKEND": forced}).split("kernels for ")[2].splitlines()
+    for line, expected in zip(experts[1:], lines):
+        assert re.match(f"  {expected}", line)
+
+
+def test_experts_without_a_fast_kernel(monkeypatch):
+    monkeypatch.setattr(CpuExpertsKernel, "is_supported", staticmethod(lambda device: "not here"))
+    experts = run_doctor("--device", "cpu").split("kernels for ")[2]
+    assert re.search("^  cpu +no: not here\n  reference +chosen only where vLLM has no experts", experts, re.M)
 
 
 def test_plugin_switched_off():

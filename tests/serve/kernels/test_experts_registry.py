@@ -41,9 +41,14 @@ def test_a_forced_kernel(monkeypatch):
     monkeypatch.setenv(choice.KERNEL_VARIABLE, "cpu")
     with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cpu cannot serve a layer of 2 experts .*: dtype float64"):
         experts_registry.choose(replace(CONFIG, act_dtype=torch.float64))
-    monkeypatch.setenv(choice.KERNEL_VARIABLE, "cutlass")
-    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cutlass is not a kernel for .* choose from cpu, reference"):
+    monkeypatch.setenv(choice.KERNEL_VARIABLE, "cpuu")
+    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cpuu is not a kernel for .* choose from cpu, reference"):
         experts_registry.choose(CONFIG)
+
+
+def test_a_forced_kernel_of_linears_leaves_the_choice_free(monkeypatch):
+    monkeypatch.setenv(choice.KERNEL_VARIABLE, "cutlass")
+    assert experts_registry.choose(CONFIG).kernel is CpuExpertsKernel
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
@@ -81,3 +86,21 @@ def test_a_kernel_that_is_wrong_is_passed_over(monkeypatch, pack, reason):
     monkeypatch.setattr(experts_registry, "KERNELS", (Wrong, ReferenceExpertsKernel))
     assert experts_registry.choose(CONFIG).kernel is ReferenceExpertsKernel
     assert dict(experts_registry.explain(CONFIG)) == {"cpu": reason, "reference": None}
+
+
+@pytest.mark.parametrize("ignored", ["biases", "input_permutation", "expert_map"])
+def test_a_kernel_that_ignores_an_argument_is_passed_over(ignored):
+    class Ignoring(ReferenceExpertsKernel):
+        @staticmethod
+        def apply(config, x, topk_weights, topk_ids, packed, input_permutation, expert_map):
+            if ignored == "biases":
+                packed = [*packed[:-2], *map(torch.zeros_like, packed[-2:])]
+            elif ignored == "input_permutation":
+                input_permutation = None
+            else:
+                expert_map, topk_ids = None, topk_ids.clamp(max=config.num_experts - 1)
+            arguments = (x, topk_weights, topk_ids, packed, input_permutation, expert_map)
+            return ReferenceExpertsKernel.apply(config, *arguments)
+
+    reason = experts_registry.reason_against(Ignoring, CONFIG)
+    assert reason == "a few small experts come out wrong on this device"

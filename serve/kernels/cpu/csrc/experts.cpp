@@ -40,13 +40,12 @@ struct Pass {
 // Some tiles of gate and up.
 struct Item { int64_t pass, begin, end; };
 
+// `all`: of this round's tokens.
 struct Round {
   const ExpertsArgs& all;
   const int64_t item_bytes = activation_size(all.gate_up.dtype);
-  const void* x;
-  void* y;
   const Kernels& kernels;
-  int64_t tokens;
+  const int64_t tokens = all.tokens;
   std::vector<int32_t> rows;   // of x, grouped by expert
   std::vector<float> weights;  // the router's, likewise
   std::vector<Pass> passes;
@@ -56,13 +55,9 @@ struct Round {
   int64_t down_tiles;
   std::atomic<int64_t> next_item{0}, next_down{0};
 
-  Round(const ExpertsArgs& all, int64_t first, int64_t tokens, const InstructionSet& set)
-      : all(all),
-        x(static_cast<const uint8_t*>(all.x) + first * all.x_stride * item_bytes),
-        y(static_cast<uint8_t*>(all.y) + first * all.hidden * item_bytes),
-        kernels(set.kernels[static_cast<int>(all.down.dtype)]),
-        tokens(tokens) {
-    group(all.ids + first * all.top_k, all.weights + first * all.top_k);
+  Round(const ExpertsArgs& all, const InstructionSet& set)
+      : all(all), kernels(set.kernels[static_cast<int>(all.down.dtype)]) {
+    group();
     divide();
     const int64_t row_bytes = tokens * kTileRows * static_cast<int64_t>(sizeof(float));
     const int64_t shared = all.down.tiles() / (threads() * kItemsPerThread);
@@ -70,10 +65,10 @@ struct Round {
   }
 
   // Counts, then places: each expert's tokens in their own order.
-  void group(const int32_t* ids, const float* router_weights) {
+  void group() {
     std::vector<int64_t> ends(all.num_experts + 1);
     const int64_t pairs = tokens * all.top_k;
-    for (int64_t i = 0; i < pairs; ++i) ++ends[ids[i] + 1];
+    for (int64_t i = 0; i < pairs; ++i) ++ends[all.ids[i] + 1];
     ends[0] = 0;  // pairs without an expert
     for (int64_t e = 0; e < all.num_experts; ++e) ends[e + 1] += ends[e];
     const int64_t used = ends[all.num_experts];
@@ -81,10 +76,10 @@ struct Round {
     weights.resize(used);
     std::vector<int64_t> next(ends.begin(), ends.end() - 1);
     for (int64_t i = 0; i < pairs; ++i) {
-      if (ids[i] < 0) continue;
-      const int64_t to = next[ids[i]]++;
+      if (all.ids[i] < 0) continue;
+      const int64_t to = next[all.ids[i]]++;
       rows[to] = static_cast<int32_t>(i / all.top_k);
-      weights[to] = router_weights[i];
+      weights[to] = all.weights[i];
     }
     int64_t panel_bytes = 0;
     for (int64_t e = 0; e < all.num_experts; ++e) panel_bytes = add_passes(e, ends[e], ends[e + 1], panel_bytes);
@@ -137,7 +132,7 @@ struct Round {
     int64_t packed = -1;
     GemmArgs args{};
     args.layout = all.gate_up;
-    args.x = x;
+    args.x = all.x;
     args.x_stride = all.x_stride;
     args.activation = &all.activation;
     args.y_stride = all.down.columns;
@@ -200,7 +195,8 @@ struct Round {
       const int64_t columns = std::min(stride, all.hidden - args.combined_begin);
       for (int64_t t = 0; t < tokens; ++t)
         kernels.by_rows.round(combined + t * stride,
-                              static_cast<uint8_t*>(y) + (t * all.hidden + args.combined_begin) * item_bytes, columns);
+                              static_cast<uint8_t*>(all.y) + (t * all.hidden + args.combined_begin) * item_bytes,
+                              columns);
     }
   }
 };
@@ -234,20 +230,27 @@ struct Reordering {
 
 }  // namespace
 
-void experts(const ExpertsArgs& given, const InstructionSet& set) {
-  ExpertsArgs args = given;
+void experts(const ExpertsArgs& all, const InstructionSet& set) {
   thread_local Scratch scratch;
-  if (args.permutation || args.hidden < args.gate_up.columns) {
-    const int64_t item_bytes = activation_size(args.gate_up.dtype);
-    Reordering reordering{given, scratch.bytes(args.tokens * args.gate_up.columns * item_bytes)};
-    parallel_for(args.tokens, ceil_div(kCopyGrain, args.hidden), Reordering::run, &reordering);
-    args.x = reordering.to;
-    args.x_stride = args.gate_up.columns;
-    args.permutation = nullptr;
-  }
-  const int64_t round_tokens = ceil_div(args.tokens, ceil_div(args.tokens, kRoundTokens));
-  for (int64_t first = 0; first < args.tokens; first += round_tokens) {
-    Round round(args, first, std::min(round_tokens, args.tokens - first), set);
+  const bool reorders = all.permutation || all.hidden < all.gate_up.columns;
+  const int64_t item_bytes = activation_size(all.gate_up.dtype);
+  const int64_t round_tokens = ceil_div(all.tokens, ceil_div(all.tokens, kRoundTokens));
+  for (int64_t first = 0; first < all.tokens; first += round_tokens) {
+    ExpertsArgs args = all;
+    args.tokens = std::min(round_tokens, all.tokens - first);
+    args.x = static_cast<const uint8_t*>(all.x) + first * all.x_stride * item_bytes;
+    args.y = static_cast<uint8_t*>(all.y) + first * all.hidden * item_bytes;
+    args.ids = all.ids + first * all.top_k;
+    args.weights = all.weights + first * all.top_k;
+    if (reorders) {
+      const ExpertsArgs stored = args;
+      Reordering reordering{stored, scratch.bytes(args.tokens * args.gate_up.columns * item_bytes)};
+      parallel_for(args.tokens, ceil_div(kCopyGrain, args.hidden), Reordering::run, &reordering);
+      args.x = reordering.to;
+      args.x_stride = args.gate_up.columns;
+      args.permutation = nullptr;
+    }
+    Round round(args, set);
     parallel_for(
         threads(), 1, [](int64_t, int64_t, void* round) { static_cast<Round*>(round)->multiply_gate_up(); }, &round);
     parallel_for(

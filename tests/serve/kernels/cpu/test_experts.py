@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from random_experts import ACTIVATIONS, SILU, random_experts, random_routing
 from sweep_experts import KINDS, check_case, nans_stay_in_their_token, same_bits, sweep
 
 from ria_vllm.formats import FLOAT, FP8, INT8
+from ria_vllm.serve.kernels import reference_experts
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 
@@ -36,6 +39,13 @@ def test_reference_against_float64():
     check_case(ReferenceExpertsKernel, 11, format=FP8, dtype=torch.float16, biased=True)
 
 
+def test_reference_with_fixed_shapes_against_float64(monkeypatch):
+    """As it computes on GPUs."""
+    fixed = partial(reference_experts._experts, fixed_shapes=True)
+    monkeypatch.setattr(torch.ops.ria, "sparse24_experts", SimpleNamespace(reference=fixed))
+    sweep(ReferenceExpertsKernel, (0, 1, 6, 30))
+
+
 @pytest.mark.parametrize("format, dtype", KINDS)
 def test_same_bits_for_any_threads_and_any_batch(format, dtype):
     same_bits(format, dtype)
@@ -56,14 +66,15 @@ def test_gates_too_large_for_an_exponential(activation):
     assert bool(((y.double() - exact).abs() <= error).all())
 
 
+@pytest.mark.parametrize("permuted", (False, True))
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-def test_rounds_of_many_tokens(kernel):
-    """More tokens than a round has: 2048."""
+def test_rounds_of_many_tokens(kernel, permuted):
+    """More tokens than a round has: 2048. Permuted ones are copied round by round."""
     experts = random_experts(3, 64, 16, dtype=torch.float32)
     weights, ids = random_routing(4100, 2, 3)
-    x = torch.randn(4100, 64)
-    y = kernel.apply(experts.config, x, weights, ids, experts.packed(kernel), None, None)
-    exact, error = experts.exact(x, weights, ids)
+    x, permutation = torch.randn(4100, 64), torch.randperm(64, dtype=torch.int32) if permuted else None
+    y = kernel.apply(experts.config, x, weights, ids, experts.packed(kernel), permutation, None)
+    exact, error = experts.exact(x, weights, ids, permutation)
     assert bool(((y.double() - exact).abs() <= error).all())
 
 

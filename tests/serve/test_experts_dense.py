@@ -1,0 +1,73 @@
+"""Dense experts in a checkpoint that has pruned ones elsewhere."""
+
+import mixture_layers
+import pytest
+import torch
+from mixture_layers import LAYER, Model, StoredMixture, attached, play_rank, route
+from mixture_paths import close
+from vllm.config import VllmConfig, set_current_vllm_config
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.experts import Sparse24MoEMethod
+from ria_vllm.serve.experts_dense import DenseExpertsMethod
+
+pytestmark = pytest.mark.usefixtures("ranks")
+
+
+def dense_beside_pruned(config, **settings):
+    """A model whose only mixture layer has dense experts, though its prefix is that of pruned ones."""
+    model = Model(config, **settings)
+    model.layers = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity(), model.layers[1]])
+    config.model_built = True
+    return attached(config, model).layers[2].mlp.experts.routed_experts
+
+
+def test_dense_experts_stay_with_vllm():
+    config = StoredMixture().config()
+    experts = dense_beside_pruned(config)
+    assert type(experts.quant_method) is DenseExpertsMethod
+    assert {"w13_weight", "w2_weight"} == set(experts._parameters)
+    assert config.report.expected == 0
+
+
+def test_dense_experts_beside_pruned_ones_on_ranks_of_expert_parallel(monkeypatch):
+    """vLLM's own experts for CPUs would take an expert's global number for the one on this rank."""
+    stored = StoredMixture()
+    x, weights, ids = route()
+    total = 0
+    current = VllmConfig()
+    current.parallel_config.enable_expert_parallel = True
+    for rank in range(2):
+        play_rank(monkeypatch, rank, 2)
+        with set_current_vllm_config(current):
+            experts = dense_beside_pruned(stored.config(), tp_size=2)
+        for here, e in enumerate(range(2 * rank, 2 * rank + 2)):
+            gate, up, down = (stored.plain[f"{LAYER}.{e}.{end}"] for end in mixture_layers.KINDS.values())
+            experts.w13_weight.data[here], experts.w2_weight.data[here] = torch.cat([gate, up]).float(), down.float()
+        experts.quant_method.process_weights_after_loading(experts)
+        copies = [tensor.clone() for tensor in (x, weights, ids)]
+        total = total + experts.quant_method.apply(experts, *copies, None, None)
+    close(total, stored.expected(x, weights, ids))
+
+
+def test_dense_experts_beside_pruned_ones_that_vllm_gets_wrong():
+    with pytest.raises(RiaError, match="layers.1.mlp.experts.*are dense, .* ignore swiglu_limit"):
+        dense_beside_pruned(StoredMixture().config(), swiglu_limit=0.7)
+
+
+def test_a_draft_with_experts_where_its_target_has_pruned_ones():
+    """Its names are not those of the target, though vLLM gives its layer the same prefix."""
+
+    class Draft(Model):
+        pass
+
+    config = StoredMixture().config()
+    target = attached(config, Model(config))
+    config.served_by, config.model_built = dict.fromkeys(config.experts, Model), True
+    draft = Draft(config)
+    assert isinstance(draft.experts.quant_method, Sparse24MoEMethod)
+    attached(config, draft)
+    assert type(draft.experts.quant_method) is DenseExpertsMethod
+    assert {"w13_weight", "w2_weight"} == set(draft.experts._parameters)
+    assert isinstance(target.experts.quant_method, Sparse24MoEMethod)
+    assert config.report.expected == 1

@@ -1,0 +1,138 @@
+"""Pruned experts that are not served, and why."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mixture_layers import EXPERTS, HIDDEN, INNER, LAYER, Model, StoredMixture, attached, play_rank, served
+from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe import config as moe_config
+
+from ria_vllm.errors import RiaError
+
+pytestmark = pytest.mark.usefixtures("ranks")
+
+
+def test_a_rank_with_part_of_a_byte_is_refused(monkeypatch):
+    play_rank(monkeypatch, 0, 32)
+    with pytest.raises(RiaError, match="128 channels over 32 ranks leave 4 each.*Use a smaller"):
+        Model(StoredMixture().config(), tp_size=32)
+
+
+def test_a_forced_kernel_that_does_not_exist(monkeypatch):
+    monkeypatch.setenv("RIA_VLLM_BACKEND", "cpuu")
+    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cpuu is not a kernel"):
+        Model(StoredMixture().config())
+
+
+def test_experts_without_a_layer():
+    config = StoredMixture().config()
+    model = Model(config)
+    model.layers[1].mlp = torch.nn.Identity()
+    with pytest.raises(RiaError, match=f"experts {LAYER} would not be served.*no layer.*ria-vllm export"):
+        attached(config, model)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(f"{LAYER}.3.down_proj.bitmask"), "3.down_proj.bitmask is in none of the weight files"),
+        (lambda t: t.update({f"{LAYER}.0.up_proj.bitmask": torch.zeros(INNER, 4, dtype=torch.uint8)}), "needs"),
+        (lambda t: t.update({f"{LAYER}.0.up_proj.compressed": torch.zeros(INNER, 32, dtype=torch.int8)}), "int8"),
+        (lambda t: t[f"{LAYER}.1.gate_proj.bitmask"].fill_(255), "gate_up: .*damaged"),
+        (lambda t: t.update({f"{LAYER}.1.gate_proj.zero": torch.zeros(2)}), "1.gate_proj.zero: .* no place"),
+        (lambda t: t.update({f"{LAYER}.1.gate_proj.bias": torch.zeros(INNER)}), "1.gate_proj.bias: .* no place"),
+    ],
+)
+def test_damaged_tensors(change, message):
+    stored = StoredMixture()
+    config = stored.config()
+    change(stored.tensors)
+    model = attached(config, Model(config))
+    with pytest.raises(RiaError, match=message):
+        model.load_weights(iter(stored.tensors.items()))
+        model.experts.quant_method.process_weights_after_loading(model.experts)
+
+
+def test_biases_of_the_wrong_shape():
+    stored = StoredMixture(bias=True)
+    stored.tensors[f"{LAYER}.gate_up_proj_bias"] = torch.zeros(EXPERTS, INNER)
+    with pytest.raises(RiaError, match="gate_up_proj_bias is .* but the model needs"):
+        served(stored, activation="swigluoai", has_bias=True)
+
+
+def test_a_permutation_of_the_wrong_length():
+    stored = StoredMixture()
+    stored.permutations[f"{LAYER}.2.up_proj"] = torch.arange(HIDDEN + 4).int().numpy()
+    with pytest.raises(RiaError, match="permutation of expert 2 has 68 channels"):
+        Model(stored.config())
+
+
+def test_a_fold_into_rows_of_an_expert_from_elsewhere():
+    from ria_vllm.serve.folding import RowOrder
+
+    config = StoredMixture().config()
+    order = config.permutations[f"{LAYER}.0.down_proj"][::-1].copy()
+    config.folding.row_orders[f"{LAYER}.0.up_proj"] = [RowOrder(order)]
+    with pytest.raises(RiaError, match="0.up_proj: a fold reorders its rows"):
+        Model(config)
+
+
+def test_experts_that_are_partly_pruned():
+    stored = StoredMixture()
+    del stored.tensors[f"{LAYER}.2.up_proj.compressed"]
+    with pytest.raises(RiaError, match="2.up_proj is not pruned, but others"):
+        stored.config()
+    stored = StoredMixture()
+    stored.tensors[f"{LAYER}.{EXPERTS}.up_proj.compressed"] = torch.zeros(1)
+    with pytest.raises(RiaError, match=f"says that there are {EXPERTS} experts"):
+        stored.config()
+
+
+def test_another_number_of_experts():
+    with pytest.raises(RiaError, match=f"{EXPERTS} pruned experts, but vLLM's layer has {2 * EXPERTS}"):
+        Model(StoredMixture().config(), num_experts=2 * EXPERTS)
+
+
+def test_an_absurd_number_of_experts():
+    """Without files only config.json says how many there are: no loop may run over them."""
+    config = StoredMixture().config()
+    config.schema.experts[0].num_experts, config.stored, config.experts = 10**15, None, {}
+    config.expert_layers = {}
+    with pytest.raises(RiaError, match=f"{10**15} pruned experts, but vLLM's layer has {EXPERTS}"):
+        Model(config, prefix=LAYER)
+
+
+def test_nobody_serves_these_experts():
+    """No kernel takes several orders, and vLLM's experts for CPUs ignore the limit."""
+    with pytest.raises(RiaError, match=f"{LAYER}: no kernel .*--permute-scope shared.*swiglu_limit.*ria-vllm export"):
+        Model(StoredMixture("linear").config(), swiglu_limit=0.7)
+
+
+def test_expert_parallel_with_data_parallel_is_refused(monkeypatch):
+    """vLLM gathers the tokens of all ranks after an expert's number was translated to this rank's."""
+    current = VllmConfig()
+    current.parallel_config.enable_expert_parallel = True
+    monkeypatch.setattr(moe_config, "get_dp_group", lambda: SimpleNamespace(rank_in_group=0), raising=False)
+    with set_current_vllm_config(current), pytest.raises(RiaError, match="without --enable-expert-parallel"):
+        Model(StoredMixture().config(), dp_size=2)
+
+
+def test_a_rank_without_experts_is_refused(monkeypatch):
+    current = VllmConfig()
+    current.parallel_config.enable_expert_parallel = True
+    play_rank(monkeypatch, 4, 8)
+    with set_current_vllm_config(current), pytest.raises(RiaError, match="4 experts over 8 ranks leave this one"):
+        Model(StoredMixture().config(), tp_size=8)
+
+
+def test_router_weights_on_the_input_of_several_experts_are_refused():
+    with pytest.raises(RiaError, match="router's weights on the experts' input, and each token has 2 experts"):
+        Model(StoredMixture().config(), apply_router_weight_on_input=True)
+
+
+def test_adapters_are_refused():
+    current = VllmConfig()
+    current.lora_config = LoRAConfig(max_lora_rank=8)
+    with set_current_vllm_config(current), pytest.raises(RiaError, match="LoRA adapters on the experts"):
+        Model(StoredMixture().config())
