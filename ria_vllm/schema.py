@@ -14,7 +14,16 @@ from functools import lru_cache
 from typing import Any, Final, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import WeightFormat, of_quantization
@@ -83,6 +92,14 @@ class Producer(BaseModel):
         if self.rows is None and self.blocks > 1:
             raise ValueError("blocks without the rows of each block")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_one_block(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Versions before `blocks` refuse the key, and need not know of it where there is one block."""
+        found: dict[str, Any] = dump(self)
+        if self.blocks == 1:
+            found.pop("blocks", None)
+        return found
 
     @property
     def count(self) -> int | None:
@@ -261,6 +278,13 @@ class RiaSchema(BaseModel):
         if len(set(modules)) < len(modules):
             raise ValueError("two entries have one module")
         return experts
+
+    @model_serializer(mode="wrap")
+    def _without_no_experts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = dump(self)
+        if not self.experts:
+            found.pop("experts", None)
+        return found
 
     @property
     def permutes(self) -> bool:

@@ -92,11 +92,12 @@ def calls_of(model: PreTrainedModel, tokens: torch.Tensor) -> list[tuple[LayerCa
 
 def described(model: PreTrainedModel) -> Topologies:
     """The topologies of the model's layers, found by experiment."""
-    layers, calls = layers_of(model), calls_of(model, torch.arange(2, 10)[None])
+    layers = layers_of(model)
+    short, long = (calls_of(model, torch.arange(2, 2 + count)[None]) for count in (8, 100))
     kinds = kinds_of(layers)
     first = [kinds.index(kind) for kind in range(max(kinds) + 1)]
     with torch.no_grad():
-        return Topologies.of_kinds([describe(model.config, layers[i], *calls[i]) for i in first], kinds)
+        return Topologies.of_kinds([describe(model.config, layers[i], short[i], long[i]) for i in first], kinds)
 
 
 def lines(topologies: Topologies) -> Iterator[str]:

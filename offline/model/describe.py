@@ -10,7 +10,7 @@ One layer of each kind is run by itself in float64, with random parameters. That
 What cannot be shown is not claimed. At worst a linear then gathers its own input, or a layer is one sublayer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,31 +18,27 @@ import torch
 from torch import nn
 
 from ria_vllm.offline.model.embedding import LayerCall
-from ria_vllm.offline.model.experiment import Experiment, Seen, watch
+from ria_vllm.offline.model.experiment import Batch, Experiment, Seen, watch
 from ria_vllm.offline.model.experts import experts_modules
-from ria_vllm.offline.model.folds import find_folds
+from ria_vllm.offline.model.folds import confirmed, find_folds
 from ria_vllm.offline.model.split import find_cut, is_sum
-from ria_vllm.offline.model.topology import Group, Heads, Sublayer, Topology, linears_of
+from ria_vllm.offline.model.topology import Group, Heads, Sublayer, Topology, linears_of, rank_blocks
 from ria_vllm.offline.model.vllm_quirks import served_dense
 from ria_vllm.schema import Fold
 
-# Tensor parallelism of up to so many ranks keeps what no fold absorbs within each rank.
-BLOCKS = (8, 4, 2)
-
-
-def describe(config: Any, layer: nn.Module, call: LayerCall, stream: torch.Tensor) -> Topology:
+def describe(config: Any, layer: nn.Module, short: Batch, long: Batch) -> Topology:
     """The topology of a layer, found by experiment.
 
     Args:
         config: the text model's configuration.
         layer: its weights may be on the meta device.
-        call: how the model calls it.
-        stream: a residual stream [1, tokens, hidden] for this call.
+        short: a call, and a residual stream [1, tokens, hidden], with which everything is tried.
+        long: the same with more tokens, with which the folds are tried once more.
 
     Raises:
         RiaError: a copy of the layer in float64 with random parameters cannot be run by itself.
     """
-    experiment = Experiment(layer, call, stream)
+    experiment = Experiment(layer, *short)
     dense = served_dense(layer)
     seen = experiment.watch()
     groups = _groups(layer, seen, dense)
@@ -51,25 +47,26 @@ def describe(config: Any, layer: nn.Module, call: LayerCall, stream: torch.Tenso
     order.sort(key=[call.name for call in seen].index)
     sets = [set(group.linears) for group in groups if group.linears]
     folds = find_folds(experiment, order, sets, config)
-    reads = _first_reads(seen)
-    groups = [_constrained(group, layer, folds, reads, experiment.stream) for group in groups]
     sublayers = _sublayers(experiment, groups, depends, seen)
+    folds = confirmed(experiment, folds, long)
+    sublayers = tuple(_constrained(sublayer, layer, folds, experiment.stream.shape[-1]) for sublayer in sublayers)
     return Topology(sublayers, tuple(folds), _all_dense(layer, dense, order), _together(groups))
 
 
-def describe_as_it_is(layer: nn.Module, run: Callable[[], Any]) -> Topology:
+def describe_as_it_is(layer: nn.Module, call: LayerCall, stream: torch.Tensor) -> Topology:
     """What one run of a layer with its own weights shows: linears that read the same tensor. There are no folds.
 
     Args:
-        run: runs the layer.
+        stream: [1, tokens, hidden], for this call.
 
     Raises:
         RiaError: it does not run.
     """
     dense = served_dense(layer)
-    groups = _groups(layer, watch(layer, run), dense)
+    groups = _groups(layer, watch(layer, lambda: call(layer, stream)), dense)
     order = [name for group in groups for name in group.linears]
-    stages = (tuple(groups),)
+    first, rest = groups[:1], groups[1:]
+    stages = (tuple(first + [_with_blocks(group, layer, stream.shape[-1]) for group in rest]),)
     return Topology((Sublayer("layer", stages),), (), _all_dense(layer, dense, order), _together(groups))
 
 
@@ -131,21 +128,30 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
-def _constrained(
-    group: Group, layer: nn.Module, folds: Sequence[Fold], reads: Mapping[str, torch.Tensor], stream: torch.Tensor
-) -> Group:
-    """The group with the structure that its permutation needs."""
+def _constrained(sublayer: Sublayer, layer: nn.Module, folds: Sequence[Fold], hidden: int) -> Sublayer:
+    """The sublayer's groups with the structure that their permutations need."""
+    of = {fold.consumer: fold for fold in folds}
+
+    def constrained(group: Group, number: int) -> Group:
+        fold = of.get(group.linears[0]) if len(group.linears) == 1 else None
+        if fold is not None and fold.coupling == "heads":
+            size = layer.get_submodule(fold.consumer).in_features // fold.num_heads
+            return replace(group, heads=Heads(fold.num_heads, fold.num_kv_heads, size))
+        # What the first stage reads is the stream, which all ranks have.
+        return group if fold is not None or number == 0 else _with_blocks(group, layer, hidden)
+
+    stages = enumerate(sublayer.stages)
+    return replace(
+        sublayer, stages=tuple(tuple(constrained(group, number) for group in stage) for number, stage in stages)
+    )
+
+
+def _with_blocks(group: Group, layer: nn.Module, hidden: int) -> Group:
+    """What writes to the stream is row-parallel in vLLM: each rank has its own part of the input."""
     if len(group.linears) != 1 or group.experts:
         return group
     linear = layer.get_submodule(group.linears[0])
-    fold = next((fold for fold in folds if fold.consumer == group.linears[0]), None)
-    if fold is not None and fold.coupling == "heads":
-        size = linear.in_features // fold.num_heads
-        return replace(group, heads=Heads(fold.num_heads, fold.num_kv_heads, size))
-    # What writes to the stream is row-parallel in vLLM: each rank has its own part of the input.
-    if fold is not None or linear.out_features != stream.shape[-1] or _alike(reads[group.linears[0]], stream):
-        return group
-    return replace(group, blocks=next((n for n in BLOCKS if linear.in_features % (4 * n) == 0), 1))
+    return replace(group, blocks=rank_blocks(linear.in_features)) if linear.out_features == hidden else group
 
 
 def _sublayers(

@@ -27,6 +27,9 @@ SEED = 0
 
 LOWER = (torch.float32, torch.bfloat16, torch.float16)
 
+# How the model calls a layer, and a residual stream [1, tokens, hidden] for this call.
+Batch = tuple[LayerCall, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -57,12 +60,29 @@ class Experiment:
     def __init__(self, layer: nn.Module, call: LayerCall, stream: torch.Tensor):
         draw = torch.Generator().manual_seed(SEED)
         self.layer = _random_copy(layer, draw)
+        self._begin(call, stream, draw)
+        if not self.same(self.run(self.stream)):
+            raise RiaError(f"{call.place}: with random parameters, it does not compute the same values twice.")
+
+    def _begin(self, call: LayerCall, stream: torch.Tensor, draw: torch.Generator) -> None:
         args, kwargs = tree_map_only(torch.Tensor, _wide, (call.args, call.kwargs))
         self.call = replace(call, args=args, kwargs=kwargs)
         self.stream = torch.randn(stream.shape, dtype=torch.float64, generator=draw)
         self.output = self.run(self.stream)
-        if not bool(self.output.isfinite().all()) or not self.same(self.run(self.stream)):
-            raise RiaError(f"{call.place}: with random parameters, it does not compute the same finite values twice.")
+        if not bool(self.output.isfinite().all()):
+            raise RiaError(
+                f"{call.place}: with random parameters and {stream.shape[1]} tokens, it does not compute finite values."
+            )
+
+    def with_batch(self, call: LayerCall, stream: torch.Tensor) -> "Experiment":
+        """The same copy of the layer, run on another batch.
+
+        Raises:
+            RiaError: it does not run.
+        """
+        other = copy.copy(self)
+        other._begin(call, stream, torch.Generator().manual_seed(SEED))
+        return other
 
     def run(self, stream: torch.Tensor) -> torch.Tensor:
         """The stream after the layer."""
@@ -185,6 +205,18 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor.clone()
 
 
+def weights_of_copy(layer: nn.Module) -> int:
+    """How many weights the copy of a layer has in memory."""
+    experts = experts_modules(layer)
+    sizes = {
+        id(parameter): math.prod(_stored_shape(parameter, path in experts))
+        for path, module in layer.named_modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    }
+    return sum(sizes.values())
+
+
 def _random_copy(layer: nn.Module, draw: torch.Generator) -> nn.Module:
     on_meta = {id(p): p.to("meta") for p in layer.parameters()}
     made = copy.deepcopy(layer, dict(on_meta)).eval()
@@ -211,5 +243,11 @@ def _random(like: torch.Tensor, draw: torch.Generator, stacked: bool) -> torch.T
     if len(shape) < 2:
         return torch.empty(shape, dtype=torch.float64).uniform_(0.25, 1.25, generator=draw)
     bound = math.sqrt(3 / max(shape[-1], 1))
-    own = (1, *shape[1:]) if stacked and math.prod(shape) > DISTINCT_WEIGHTS else shape
+    own = _stored_shape(like, stacked)
     return torch.empty(own, dtype=torch.float64).uniform_(-bound, bound, generator=draw).expand(shape)
+
+
+def _stored_shape(like: torch.Tensor, stacked: bool) -> tuple[int, ...]:
+    shape = tuple(like.shape)
+    alike = stacked and len(shape) > 1 and math.prod(shape) > DISTINCT_WEIGHTS
+    return (1, *shape[1:]) if alike else shape

@@ -1,14 +1,14 @@
 """Which folds a layer has. A fold holds if and only if random permutations change nothing but rounding."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
 from ria_vllm import permutation
 from ria_vllm.offline.model.candidates import candidates, head_counts
-from ria_vllm.offline.model.experiment import SEED, Experiment
+from ria_vllm.offline.model.experiment import SEED, Batch, Experiment
 from ria_vllm.offline.model.experts import DOWN, ExpertsLayout, experts_modules
 from ria_vllm.schema import Fold, Producer
 
@@ -44,6 +44,44 @@ def find_folds(experiment: Experiment, order: Sequence[str], groups: Sequence[se
     return found + [
         fold for layout in experts_modules(experiment.layer).values() for fold in _experts(experiment, layout)
     ]
+
+
+def confirmed(experiment: Experiment, folds: Sequence[Fold], long: Batch) -> list[Fold]:
+    """Those that hold with more tokens, too, all of them at once.
+
+    Attention may do something else once there are more tokens than its window, block or chunk has.
+
+    Args:
+        folds: found with few tokens.
+        long: a batch of many.
+
+    Raises:
+        RiaError: the layer does not run with so many tokens.
+    """
+    if not folds:
+        return []
+    experiment = experiment.with_batch(*long)
+    if _hold_together(experiment, folds):
+        return list(folds)
+    kept: list[Fold] = []
+    for fold in folds:
+        if _hold_together(experiment, [*kept, fold]):
+            kept.append(fold)
+    return kept
+
+
+def _hold_together(experiment: Experiment, folds: Iterable[Fold]) -> bool:
+    layer, draw = experiment.layer, torch.Generator().manual_seed(SEED)
+    layouts = experts_modules(layer)
+    with ExitStack() as changes:
+        for fold in folds:
+            path, _, of_expert = fold.consumer.partition(".{e}.")
+            if of_expert:
+                changes.enter_context(_permuted_experts(experiment, layouts[path], layouts[path].kinds, draw))
+            else:
+                p = random_order(fold, layer.get_submodule(fold.consumer).in_features, draw)
+                changes.enter_context(permuted(layer, fold, p))
+        return experiment.same(experiment.run(experiment.stream))
 
 
 def holds(experiment: Experiment, fold: Fold) -> bool:

@@ -33,6 +33,8 @@ class Cut:
 def find_cut(experiment: Experiment, seen: Sequence[Seen], linears: Sequence[str]) -> Cut | None:
     """The first place with linears on both sides from which the layer, with one module zeroed, gives its own output.
 
+    The first part is run until the first call of a module. So one that was called before the place cannot mark it.
+
     Args:
         seen: every call of a module, in order.
         linears: those that are pruned.
@@ -40,6 +42,8 @@ def find_cut(experiment: Experiment, seen: Sequence[Seen], linears: Sequence[str
     tried: set[tuple] = set()
     for number, end in enumerate(seen):
         before = [call.name for call in seen[:number]]
+        if end.name in before:
+            continue
         sides = [set(linears) & set(before), set(linears) - set(before)]
         if not all(sides) or end.key in tried or end.read.shape[-1:] != experiment.stream.shape[-1:]:
             continue

@@ -1,16 +1,21 @@
 """The topologies of all decoder layers of a model: one experiment for each kind of layer."""
 
 import torch
+from torch import nn
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.describe import describe, describe_as_it_is
-from ria_vllm.offline.model.embedding import Embedder, LayerCall
+from ria_vllm.offline.model.embedding import Embedder
+from ria_vllm.offline.model.experiment import Batch, weights_of_copy
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Topologies, Topology, kinds_of
+from ria_vllm.offline.runtime.memory import available
 
 # Enough for attention and convolutions to mix them.
 TOKENS = 8
+# More than a block or chunk of most sparse attention has; folds are tried once with so many.
+MANY_TOKENS = 512
 
 
 def survey(model: StreamedModel, embedder: Embedder, tokens: torch.Tensor) -> Topologies:
@@ -18,27 +23,38 @@ def survey(model: StreamedModel, embedder: Embedder, tokens: torch.Tensor) -> To
 
     Args:
         embedder: of the model, which knows what layers return.
-        tokens: int64 [1, at least one], any text.
+        tokens: int64 [1, at least one], any text; its first 512 are used.
 
     Raises:
         RiaError: a layer that does not run by itself.
     """
-    stream, calls = embedder(tokens[:, :TOKENS])
+    batches = [embedder(tokens[:, :count]) for count in (TOKENS, MANY_TOKENS)]
     kinds = kinds_of(model.layers)
     found, warnings = [], []
     for index in [kinds.index(kind) for kind in range(max(kinds) + 1)]:
-        topology, warning = _describe(model, index, calls[index], stream)
+        short, long = ((calls[index], stream) for stream, calls in batches)
+        topology, warning = _describe(model, index, short, long)
         found.append(topology)
         warnings += warning
     return Topologies.of_kinds(found, kinds, warnings)
 
 
-def _describe(model: StreamedModel, index: int, call: LayerCall, stream: torch.Tensor) -> tuple[Topology, list[str]]:
+def _describe(model: StreamedModel, index: int, short: Batch, long: Batch) -> tuple[Topology, list[str]]:
     try:
-        return describe(text_config(model.config), model.layers[index], call, stream), []
-    except RiaError as error:
-        layer = model.load_layer(index)
-        topology = describe_as_it_is(layer, lambda: call(layer, stream))
-        model.free_layer(index)
-        place = model.layer_prefix(index).removesuffix(".")
-        return topology, [f"{place} and its like: pruned without folds, because no experiment is possible: {error}"]
+        _check_memory(model.layers[index])
+        return describe(text_config(model.config), model.layers[index], short, long), []
+    except (RiaError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (RiaError, MemoryError)) and "memory" not in str(error):
+            raise
+        why = str(error) or "there is not enough memory."
+    topology = describe_as_it_is(model.load_layer(index), *short)
+    model.free_layer(index)
+    place = model.layer_prefix(index).removesuffix(".")
+    return topology, [f"{place} and its like: pruned without folds, because no experiment is possible: {why}"]
+
+
+def _check_memory(layer: nn.Module) -> None:
+    """Raise MemoryError if the copy in float64 does not fit: the system may end the process instead of refusing."""
+    needed, free = 8 * weights_of_copy(layer), available(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise MemoryError(f"a copy in float64 takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.")

@@ -15,6 +15,15 @@ from ria_vllm.offline.model.vllm_quirks import fused_sets
 from ria_vllm.schema import Fold
 
 
+# With up to this many ranks of tensor parallelism, a permutation that no fold absorbs stays within each rank.
+BLOCKS = (8, 4, 2)
+
+
+def rank_blocks(width: int) -> int:
+    """How many equal blocks of an input with `width` channels a permutation has to keep to if no fold absorbs it."""
+    return next((count for count in BLOCKS if width % (4 * count) == 0), 1)
+
+
 @dataclass(frozen=True)
 class Heads:
     """The attention heads that an output projection's input channels come from."""
@@ -31,8 +40,8 @@ class Group:
     heads: the input is the output of these attention heads, so the permutation must stay within them.
     experts: the module of routed experts whose gate and up projections belong to the group, too. Their down
         projections are pruned in the same stage, expert by expert.
-    blocks: the permutation must stay within this many equal blocks of the input. Nothing absorbs it, and so each rank
-        of tensor parallelism can gather its own channels.
+    blocks: the permutation must stay within this many equal blocks of the input. No fold absorbs it, so each rank of
+        tensor parallelism must be able to gather from its own channels.
     """
 
     linears: tuple[str, ...]

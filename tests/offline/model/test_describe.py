@@ -239,11 +239,8 @@ def test_a_norm_after_the_sum_can_be_cut_before():
     assert found == table(OPT.replace("final_layer_norm", "self_attn_layer_norm").replace("/2 +", "/2"))
 
 
-@pytest.mark.parametrize("model_type", [*TABLE, *OTHERS])
-def test_the_sublayers_in_turn_are_the_layer(model_type):
-    """With the model's own weights, in float32, on other tokens than those of the experiment."""
-    model = small(model_type)
-    topologies = described(model)
+def check_sublayers(model, topologies):
+    """The sublayers, one after the other, are the layer."""
     calls = calls_of(model, torch.arange(40, 70).view(2, 15))
     for index, (layer, (call, stream)) in enumerate(zip(layers_of(model), calls, strict=True)):
         result = stream
@@ -262,6 +259,13 @@ def test_the_sublayers_in_turn_are_the_layer(model_type):
         torch.testing.assert_close(result, call(layer, stream), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("model_type", [*TABLE, *OTHERS])
+def test_the_sublayers_in_turn_are_the_layer(model_type):
+    """With the model's own weights, in float32, on other tokens than those of the experiment."""
+    model = small(model_type)
+    check_sublayers(model, described(model))
+
+
 def test_stages_follow_what_depends_on_what():
     """Of linears that read the same tensor, or do not depend on each other, none has to wait."""
     (topology,) = described(small("gpt_neox")).kinds
@@ -278,6 +282,16 @@ def test_a_linear_that_is_called_twice_is_in_one_group(monkeypatch):
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: real(self, x) + real(self, 2 * x))
     (topology,) = described(small("llama")).kinds
     assert sorted(topology.linears) == sorted(set(topology.linears)) and len(topology.linears) == 7
+
+
+def test_a_norm_that_is_called_twice_marks_no_cut():
+    """A part ends at the first call of a module, which is in the first part."""
+    model = small("llama")
+    for layer in layers_of(model):
+        layer.post_attention_layernorm = layer.input_layernorm
+    topologies = described(model)
+    assert [part.ends_before for part in topologies.of(0).sublayers] in ([None], ["mlp", None])
+    check_sublayers(model, topologies)
 
 
 def test_a_linear_that_is_not_called_stays_dense(monkeypatch):
@@ -299,12 +313,12 @@ def test_what_reads_the_same_tensor_in_one_module_stays_together():
 def test_an_experiment_that_fails(monkeypatch):
     """A layer that is random in itself has no topology by experiment, but its linears can still be grouped."""
     model = small("llama")
-    layer, (call, stream) = layers_of(model)[0], calls_of(model, torch.arange(8)[None])[0]
+    layer, batch = layers_of(model)[0], calls_of(model, torch.arange(8)[None])[0]
     real = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: real(self, x + torch.rand_like(x)))
-    with pytest.raises(RiaError, match="does not compute the same finite values twice"):
-        describe(model.config, layer, call, stream)
-    topology = describe_as_it_is(layer, lambda: call(layer, stream))
+    with pytest.raises(RiaError, match="does not compute the same values twice"):
+        describe(model.config, layer, batch, batch)
+    topology = describe_as_it_is(layer, *batch)
     assert [group.linears for group in topology.sublayers[0].stages[0]] == [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
         ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",),

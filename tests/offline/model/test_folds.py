@@ -4,6 +4,8 @@ import pytest
 import torch
 from decoders import calls_of, described, layers_of, small
 
+from transformers.models.llama.modeling_llama import LlamaAttention
+
 from ria_vllm.offline.model.candidates import head_counts
 from ria_vllm.offline.model.experiment import Experiment
 from ria_vllm.offline.model.folds import holds
@@ -153,6 +155,26 @@ def test_a_norm_with_weights_of_one_would_let_a_wrong_fold_pass():
     own.output = own.run(own.stream)
     assert holds(own, fold)
     assert not holds(experiment("bitnet"), fold)
+
+
+@pytest.mark.parametrize("start", [16, 100])
+def test_what_begins_with_more_tokens_is_seen(start, monkeypatch):
+    """Such as attention to compressed blocks that mixes the channels of the values."""
+    real = LlamaAttention.forward
+
+    def forward(self, hidden_states, **kwargs):
+        mixed = hidden_states.shape[1] >= start
+        hook = self.o_proj.register_forward_pre_hook(lambda _, args: (args[0].roll(1, -1),) if mixed else args)
+        try:
+            return real(self, hidden_states, **kwargs)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    (topology,) = described(small("llama")).kinds
+    assert [fold.consumer for fold in topology.folds] == ["mlp.down_proj"]
+    attention, _ = topology.sublayers
+    assert attention.stages[-1][0].heads is None and attention.stages[-1][0].blocks == 8
 
 
 def test_no_folds_in_experts_with_a_norm_inside(monkeypatch):

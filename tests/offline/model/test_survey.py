@@ -31,10 +31,11 @@ def test_one_experiment_for_each_kind_and_no_weights_are_read(tiny, text, tmp_pa
     described, loaded = [], []
     describe, load_layer = survey.describe, StreamedModel.load_layer
 
-    def watched(config, layer, call, stream):
+    def watched(config, layer, short, long):
+        assert short[1].shape[1] == 8 < long[1].shape[1]
         assert all(parameter.is_meta for parameter in layer.parameters())
         described.append(type(layer).__name__)
-        return describe(config, layer, call, stream)
+        return describe(config, layer, short, long)
 
     def load(self, index):
         loaded.append((index, len(described)))
