@@ -30,7 +30,7 @@ MIXTURES = {
         "d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 128},
-    }),
+    }, not_served="vLLM's loader does not know the names of its experts"),
     "deepseek_v2": Toy(FIRST_DENSE | LATENT | {"topk_method": "greedy", "n_group": 1, "topk_group": 1}),
     "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, mechanism="latent attention, dense first layer"),
     "dots1": Toy(FIRST_DENSE | {"layer_types": ["full_attention", "full_attention"]}),

@@ -50,7 +50,7 @@ def exempt(name: str, shape: torch.Size) -> str:
     if "embed" in name:
         return "embedding"
     if "kv_b_proj" in name:
-        return "multiplied into others by vLLM"
+        return "vLLM serves it dense only"
     if min(shape[-2:]) < IN_FEATURES_MULTIPLE:
         return "tiny"
     return "odd-sized" if shape[-1] % IN_FEATURES_MULTIPLE else ""

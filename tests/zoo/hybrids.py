@@ -4,14 +4,17 @@ from zoo.experts import EXPERTS, FIRST_DENSE, PLAIN
 from zoo.text import LATENT
 from zoo.toy import Toy
 
+# vLLM's CPU code takes heads of 128 channels in bfloat16 only.
 GATED_DELTA = {
     "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_head_dim": 32, "linear_num_heads": 4,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_head_dim": 128, "linear_num_heads": 4,
 }  # fmt: skip
 MAMBA = {
     "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2,
     "mamba_chunk_size": 16,
 }  # fmt: skip
+# In the configs on the hub. transformers does without.
+CONVOLUTION = {"conv_dim": 128, "block_dim": 128}
 
 NO_SCAN = "vLLM's CPU build has no selective scan"
 
@@ -28,19 +31,20 @@ HYBRIDS = {
     }, not_served=NO_SCAN),
     "kimi_linear": Toy(FIRST_DENSE | LATENT | GATED_DELTA | {"q_lora_rank": None}, dtype="bfloat16"),
     "lfm2": Toy({"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-                mechanism="convolutions and attention"),
+                edits=CONVOLUTION, mechanism="convolutions and attention"),
     "lfm2_moe": Toy(FIRST_DENSE | {
         "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3,
         "mlp_layer_types": ["dense", "sparse", "sparse"],
-    }),
+    }, unbiased=True),
     "mamba": Toy({"state_size": 16}, not_served=NO_SCAN),
     "mamba2": Toy({"state_size": 16, "num_heads": 8, "n_groups": 2, "chunk_size": 16}),
     "nemotron_h": Toy(EXPERTS | {
-        "layers_block_type": ["mamba", "attention", "mlp", "moe"], "num_hidden_layers": 4, "mamba_num_heads": 8,
+        "layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3, "mamba_num_heads": 8,
         "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "moe_shared_expert_intermediate_size": 128,
         "chunk_size": 16,
     }),
-    "olmo_hybrid": Toy(GATED_DELTA | {"linear_num_key_heads": 4}, dtype="bfloat16"),
+    "olmo_hybrid": Toy(GATED_DELTA | {"linear_num_key_heads": 4}, dtype="bfloat16",
+                       not_served="vLLM's kernel of it needs Triton"),
     "qwen3_5_text": Toy(GATED_DELTA, mechanism="linear attention and gated attention", dtype="bfloat16"),
     "qwen3_5_moe_text": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16"),
     "qwen3_next": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16"),

@@ -59,6 +59,10 @@ class Toy:
         settings: of its config, on top of `BASE`; None leaves a key of `BASE` out.
         mechanism: what it stands for in the tests that CI runs; "" if only `make test-zoo` runs it.
         not_served: why vLLM's CPU build cannot run even the dense model; such a toy is only pruned and exported.
+        text_only: why vLLM's CPU build cannot run the dense model with an image; such a toy is served with text.
+        unlike: why vLLM's dense model gives other log probabilities than transformers. Then vLLM on the exported folder
+            is what vLLM on the compressed one is compared with.
+        no_fold: why none is possible.
         engine: arguments of vLLM's `LLM` that the dense model needs too.
         dtype: of the stored weights, and the one that vLLM computes in.
         edits: keys of config.json that transformers' config lacks, but the folders on the hub have, and vLLM reads.
@@ -69,6 +73,9 @@ class Toy:
     settings: dict[str, Any] = field(default_factory=dict)
     mechanism: str = ""
     not_served: str = ""
+    text_only: str = ""
+    unlike: str = ""
+    no_fold: str = ""
     engine: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     edits: dict[str, Any] = field(default_factory=dict)
@@ -104,6 +111,12 @@ def randomize(model: torch.nn.Module, unbiased: bool) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
 
 
+def merged(config: dict[str, Any], edits: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `config` with the edits, those of nested configs too."""
+    nested = {k: merged(config[k], v) for k, v in edits.items() if isinstance(v, dict) and k in config}
+    return config | edits | nested
+
+
 def build(model_type: str, toy: Toy, folder: Path) -> Path:
     """Save the random model with a tokenizer into `folder`, unless it is there already."""
     if (folder / "tokenizer.json").exists():
@@ -114,7 +127,7 @@ def build(model_type: str, toy: Toy, folder: Path) -> Path:
     randomize(model, toy.unbiased)
     model.to(getattr(torch, toy.dtype)).save_pretrained(folder)
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | toy.edits))
+    path.write_text(json.dumps(merged(json.loads(path.read_text()), toy.edits)))
     if toy.processor is None:
         save_tokenizer(folder)
     else:
