@@ -33,7 +33,8 @@ def picture(place: Path) -> Path:
 
 def job(folder: Path, toy: Toy) -> dict[str, Any]:
     """What `serving.serve` shall run: the prompts, and one with an image if the model reads images."""
-    engine: dict[str, Any] = {"dtype": toy.dtype, "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 256}
+    small = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 256}
+    engine: dict[str, Any] = {"dtype": toy.dtype} | small
     given: dict[str, Any] = {"model": str(folder), "prompts": prompts(), "tokens": TOKENS}
     with_image = toy.processor and toy.processor.placeholder and not toy.text_only
     if toy.processor:

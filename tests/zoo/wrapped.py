@@ -74,15 +74,16 @@ WRAPPED = {
             {"size": {"height": 32, "width": 32}, "patch_size": 8},
         ),
     ),
+    # One token for an image, since vLLM's CPU attention is causal among them.
     "gemma3": Toy(
         behind("gemma3_text", WINDOW | {"query_pre_attn_scalar": 32}, TOWER | {"model_type": "siglip_vision_model"},
-               image_token_index=258, boi_token_index=259, eoi_token_index=260, mm_tokens_per_image=4),
+               image_token_index=258, boi_token_index=259, eoi_token_index=260, mm_tokens_per_image=1),
         mechanism="text and images",
         processor=Processor(
             {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
             | LINES,
             "<start_of_image>",
-            {"size": {"height": 32, "width": 32}}, {"image_seq_length": 4},
+            {"size": {"height": 32, "width": 32}}, {"image_seq_length": 1},
         ),
     ),
     "gemma4": Toy(
@@ -140,6 +141,7 @@ WRAPPED = {
             "attention_chunk_size": 128,
         }, TOWER | {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
             image_token_index=258, boi_token_index=259, eoi_token_index=260),
+        text_only="vLLM's vision tower needs another matrix product",
         processor=Processor({"image_token": "<|patch|>", "boi_token": "<|image_start|>", "eoi_token": "<|image_end|>",
                              "fake_image_token": "<|image|>"},
                             "<|image|>",
@@ -173,6 +175,7 @@ WRAPPED = {
     "paligemma": Toy(
         behind("gemma", {}, TOWER | {"model_type": "siglip_vision_model", "projection_dim": 128},
                image_token_index=258, projection_dim=128, hidden_size=128),
+        text_only="vLLM's CPU attention is causal among an image's tokens",
         processor=Processor({"image_token": "<image>", "line1_token": "\n"}, "<image>",
                             {"size": {"height": 32, "width": 32}, "image_seq_length": 16}),
     ),
