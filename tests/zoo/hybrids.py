@@ -37,7 +37,8 @@ HYBRIDS = {
         "mlp_layer_types": ["dense", "sparse", "sparse"],
     }, unbiased=True),
     "mamba": Toy({"state_size": 16}, not_served=NO_SCAN),
-    "mamba2": Toy({"state_size": 16, "num_heads": 8, "n_groups": 2, "chunk_size": 16}),
+    "mamba2": Toy({"state_size": 16, "num_heads": 8, "n_groups": 1, "chunk_size": 16},
+                  no_fold="each consumer has a convolution and a norm before it"),
     "nemotron_h": Toy(EXPERTS | {
         "layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3, "mamba_num_heads": 8,
         "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "moe_shared_expert_intermediate_size": 128,
