@@ -20,6 +20,7 @@ GROUPS = {"n_group": 2, "topk_group": 1}
 NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 NO_SIGMOID = "vLLM's CPU router takes sigmoids only with groups"
+OWN_CODE = "transformers runs these experts with code of their own"
 
 MIXTURES = {
     "afmoe": Toy(FIRST_DENSE | WINDOW | {"global_attn_every_n_layers": 2},
@@ -56,7 +57,7 @@ MIXTURES = {
     "llama4_text": Toy(PLAIN | {
         "intermediate_size_mlp": 256, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
         "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0], "attention_chunk_size": 128,
-    }),
+    }, dense_experts=OWN_CODE),
     "longcat_flash": Toy(EXPERTS | LATENT | {
         "num_layers": 1, "num_hidden_layers": 2, "ffn_hidden_size": 256, "expert_ffn_hidden_size": 128,
         "zero_expert_num": 2,
