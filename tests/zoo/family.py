@@ -43,8 +43,9 @@ def matrices(folder: Path) -> dict[str, torch.Size]:
 
 def exempt(toy: Toy, name: str, shape: torch.Size) -> str:
     """Why a matrix may stay dense; "" if it may not."""
-    if toy.dense_experts and "experts" in name and "shared" not in name:
-        return toy.dense_experts
+    for part, reason in toy.stays_dense.items():
+        if part in name:
+            return reason
     if any(part in name for part in ROUTERS):
         return "router"
     if "conv" in name and len(shape) > 2:

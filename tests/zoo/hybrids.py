@@ -16,19 +16,17 @@ MAMBA = {
 # In the configs on the hub. transformers does without.
 CONVOLUTION = {"conv_dim": 128, "block_dim": 128}
 
-NO_SCAN = "vLLM's CPU build has no selective scan"
-
 HYBRIDS = {
     "bamba": Toy(MAMBA | {"attn_layer_indices": [1]}, not_served="vLLM has dropped it"),
     "falcon_h1": Toy(MAMBA | {"mamba_d_ssm": 256}),
-    "falcon_mamba": Toy({"state_size": 16, "intermediate_size": 256}, not_served=NO_SCAN),
     "granitemoehybrid": Toy(PLAIN | MAMBA | {
         "layer_types": ["mamba", "attention"], "attention_multiplier": 0.18, "shared_intermediate_size": 128,
     }),
     "jamba": Toy(PLAIN | {
         "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
         "expert_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 8, "use_mamba_kernels": False,
-    }, not_served=NO_SCAN),
+    }, not_served="vLLM's CPU build has no selective scan",
+                 stays_dense={".mamba.": "vLLM serves a Mamba-1 mixer dense only"}),
     "kimi_linear": Toy(FIRST_DENSE | LATENT | GATED_DELTA | {"q_lora_rank": None}, dtype="bfloat16"),
     "lfm2": Toy({"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
                 edits=CONVOLUTION, mechanism="convolutions and attention"),
@@ -36,7 +34,6 @@ HYBRIDS = {
         "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3,
         "mlp_layer_types": ["dense", "sparse", "sparse"],
     }, unbiased=True),
-    "mamba": Toy({"state_size": 16}, not_served=NO_SCAN),
     "mamba2": Toy({"state_size": 16, "num_heads": 8, "n_groups": 1, "chunk_size": 16},
                   no_fold="each consumer has a convolution and a norm before it"),
     "nemotron_h": Toy(EXPERTS | {

@@ -62,7 +62,7 @@ class Toy:
         text_only: why vLLM's CPU build cannot run the dense model with an image; such a toy is served with text.
         unlike: why vLLM's dense model gives other log probabilities than transformers. Then vLLM on the exported folder
             is what vLLM on the compressed one is compared with.
-        dense_experts: why the experts stay dense.
+        stays_dense: part of the names of matrices that are not pruned -> why not.
         no_fold: why none is possible.
         engine: arguments of vLLM's `LLM` that the dense model needs too.
         dtype: of the stored weights, and the one that vLLM computes in.
@@ -76,7 +76,7 @@ class Toy:
     not_served: str = ""
     text_only: str = ""
     unlike: str = ""
-    dense_experts: str = ""
+    stays_dense: dict[str, str] = field(default_factory=dict)
     no_fold: str = ""
     engine: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
