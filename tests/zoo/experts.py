@@ -58,10 +58,6 @@ MIXTURES = {
         "intermediate_size_mlp": 256, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
         "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0], "attention_chunk_size": 128,
     }, stays_dense=OWN_CODE),
-    "longcat_flash": Toy(EXPERTS | LATENT | {
-        "num_layers": 1, "num_hidden_layers": 2, "ffn_hidden_size": 256, "expert_ffn_hidden_size": 128,
-        "zero_expert_num": 2,
-    }, edits={"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"}),
     "mellum": Toy(EXPERTS | {
         "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16,
         "mlp_layer_types": ["sparse", "sparse"],

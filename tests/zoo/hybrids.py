@@ -49,5 +49,5 @@ HYBRIDS = {
     "zamba2": Toy({
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_d_state": 16,
         "n_mamba_heads": 8, "mamba_headdim": 32, "num_key_value_heads": 4, "num_mem_blocks": 1,
-    }),
+    }, stays_dense={".shared_transformer.": "several layers share its weights"}),
 }  # fmt: skip

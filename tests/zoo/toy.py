@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from families import save_tokenizer
+from safetensors.torch import load_file, save_file
 
 VOCABULARY = 320  # the byte-level tokenizer has 258 tokens; those from 258 on mark images and sound
 BASE = {
@@ -67,6 +68,7 @@ class Toy:
         engine: arguments of vLLM's `LLM` that the dense model needs too.
         dtype: of the stored weights, and the one that vLLM computes in.
         edits: keys of config.json that transformers' config lacks, but the folders on the hub have, and vLLM reads.
+        renames: beginning of names in the files that transformers saves -> what the folders on the hub have.
         unbiased: the router's correction is 0, because vLLM's CPU build ignores it.
         processor: of images, behind a wrapper.
     """
@@ -81,6 +83,7 @@ class Toy:
     engine: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     edits: dict[str, Any] = field(default_factory=dict)
+    renames: dict[str, str] = field(default_factory=dict)
     unbiased: bool = False
     processor: Processor | None = None
 
@@ -119,6 +122,13 @@ def merged(config: dict[str, Any], edits: dict[str, Any]) -> dict[str, Any]:
     return config | edits | nested
 
 
+def rename(path: Path, renames: dict[str, str]) -> None:
+    tensors = load_file(path)
+    for old, new in renames.items():
+        tensors = {new + n.removeprefix(old) if n.startswith(old) else n: tensor for n, tensor in tensors.items()}
+    save_file(tensors, path, {"format": "pt"})
+
+
 def build(model_type: str, toy: Toy, folder: Path) -> Path:
     """Save the random model with a tokenizer into `folder`, unless it is there already."""
     if (folder / "tokenizer.json").exists():
@@ -128,6 +138,7 @@ def build(model_type: str, toy: Toy, folder: Path) -> Path:
     model = auto_class(toy).from_config(config_of(model_type, toy), dtype=torch.float32).eval()
     randomize(model, toy.unbiased)
     model.to(getattr(torch, toy.dtype)).save_pretrained(folder)
+    rename(folder / "model.safetensors", toy.renames)
     path = folder / "config.json"
     path.write_text(json.dumps(merged(json.loads(path.read_text()), toy.edits)))
     if toy.processor is None:

@@ -48,6 +48,7 @@ GLM = Processor(
 )
 GLM_SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}}
 LINES = {f"line{n}_token": "\n" * n for n in range(1, 5)}
+TOWER_NAMES = {"vision_tower.": "vision_tower.vision_model."}
 GEMMA4 = WINDOW | {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
 LLAVA = Processor(
     {"image_token": "<image>"},
@@ -68,6 +69,7 @@ WRAPPED = {
     "cohere2_vision": Toy(
         behind("cohere2", WIDE | {"logit_scale": 0.5}, TOWER | {"model_type": "siglip_vision_model"},
                image_token_id=258, downsample_factor=2, alignment_intermediate_size=128, tie_word_embeddings=True),
+        renames=TOWER_NAMES,
         processor=Processor(
             {"image_token": "<image>", "boi_token": "<img>", "eoi_token": "</img>", "img_line_break_token": "<br>"},
             "<image>",
@@ -79,6 +81,7 @@ WRAPPED = {
         behind("gemma3_text", WINDOW | {"query_pre_attn_scalar": 32}, TOWER | {"model_type": "siglip_vision_model"},
                image_token_index=258, boi_token_index=259, eoi_token_index=260, mm_tokens_per_image=1),
         mechanism="text and images",
+        renames=TOWER_NAMES,
         processor=Processor(
             {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
             | LINES,
@@ -149,16 +152,19 @@ WRAPPED = {
     ),
     "llava": Toy(
         behind("llama", {}, TOWER | {"model_type": "clip_vision_model"}, image_token_index=258, image_seq_length=16),
+        renames=TOWER_NAMES,
         processor=LLAVA,
     ),
     "llava_next": Toy(
         behind("llama", {}, TOWER | {"model_type": "clip_vision_model"}, image_token_index=258, image_seq_length=16,
                image_grid_pinpoints=[[32, 64], [64, 32]]),
+        renames=TOWER_NAMES,
         processor=LLAVA,
     ),
     "llava_onevision": Toy(
         behind("qwen2", {}, TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False},
                image_token_index=258, video_token_index=259, image_grid_pinpoints=[[32, 32], [32, 64]]),
+        renames=TOWER_NAMES,
         processor=Processor({"image_token": "<image>", "video_token": "<video>"}, "<image>",
                             {"size": {"height": 32, "width": 32}, "image_grid_pinpoints": [[32, 32], [32, 64]]},
                             {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}),
@@ -176,6 +182,7 @@ WRAPPED = {
         behind("gemma", {}, TOWER | {"model_type": "siglip_vision_model", "projection_dim": 128},
                image_token_index=258, projection_dim=128, hidden_size=128),
         text_only="vLLM's CPU attention is causal among an image's tokens",
+        renames=TOWER_NAMES,
         processor=Processor({"image_token": "<image>", "line1_token": "\n"}, "<image>",
                             {"size": {"height": 32, "width": 32}, "image_seq_length": 16}),
     ),
