@@ -33,12 +33,14 @@ def picture(place: Path) -> Path:
 
 def job(folder: Path, toy: Toy) -> dict[str, Any]:
     """What `serving.serve` shall run: the prompts, and one with an image if the model reads images."""
-    engine: dict[str, Any] = {"dtype": toy.dtype, "max_model_len": 128, "max_num_seqs": 4}
+    small = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 256}
+    engine: dict[str, Any] = {"dtype": toy.dtype} | small
     given: dict[str, Any] = {"model": str(folder), "prompts": prompts(), "tokens": TOKENS}
+    with_image = toy.processor and toy.processor.placeholder and not toy.text_only
     if toy.processor:
-        number = {"image": 1} if toy.processor.placeholder else {"image": 0}
+        number = {"image": 1} if with_image else {"image": 0}
         engine |= {"skip_tokenizer_init": False, "limit_mm_per_prompt": number | {"video": 0, "audio": 0}}
-    if toy.processor and toy.processor.placeholder:
+    if with_image:
         ids = AutoTokenizer.from_pretrained(folder)(text_with_image(toy))["input_ids"]
         given |= {"prompts": [*prompts(), ids], "images": [None] * len(LENGTHS) + [str(picture(folder.parent))]}
     return given | {"engine": engine | toy.engine}
@@ -66,6 +68,20 @@ def agreement(results: list[dict[str, Any]], folder: Path, toy: Toy) -> dict[str
         assert ids == result["prompt_ids"], f"transformers' processor reads {ids}, vLLM {result['ids']}"
         found["image"] = _numbers([_compare(result, model, dict(inputs))])
     return found
+
+
+def between(results: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The same numbers for vLLM on two folders, up to the first token that they choose differently."""
+    pairs = [_compare_two(*pair) for pair in zip(results, reference, strict=True)]
+    text, image = pairs[: len(LENGTHS)], pairs[len(LENGTHS) :]
+    return {"text": _numbers(text)} | ({"image": _numbers(image)} if image else {})
+
+
+def _compare_two(one: dict[str, Any], other: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    same = torch.tensor(one["tokens"]) == torch.tensor(other["tokens"])
+    alike = len(one["prompt"]) + int(same.int().cumprod(0).sum())
+    first, second = (torch.tensor(r["prompt"] + r["logprobs"])[:alike] for r in (one, other))
+    return (first - second).abs(), same
 
 
 @torch.no_grad()

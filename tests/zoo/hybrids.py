@@ -4,48 +4,50 @@ from zoo.experts import EXPERTS, FIRST_DENSE, PLAIN
 from zoo.text import LATENT
 from zoo.toy import Toy
 
+# vLLM's CPU code takes heads of 128 channels in bfloat16 only.
 GATED_DELTA = {
     "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_head_dim": 32, "linear_num_heads": 4,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_head_dim": 128, "linear_num_heads": 4,
 }  # fmt: skip
 MAMBA = {
     "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2,
     "mamba_chunk_size": 16,
 }  # fmt: skip
-
-NO_SCAN = "vLLM's CPU build has no selective scan"
+# In the configs on the hub. transformers does without.
+CONVOLUTION = {"conv_dim": 128, "block_dim": 128}
 
 HYBRIDS = {
     "bamba": Toy(MAMBA | {"attn_layer_indices": [1]}, not_served="vLLM has dropped it"),
     "falcon_h1": Toy(MAMBA | {"mamba_d_ssm": 256}),
-    "falcon_mamba": Toy({"state_size": 16, "intermediate_size": 256}, not_served=NO_SCAN),
     "granitemoehybrid": Toy(PLAIN | MAMBA | {
         "layer_types": ["mamba", "attention"], "attention_multiplier": 0.18, "shared_intermediate_size": 128,
     }),
     "jamba": Toy(PLAIN | {
         "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
         "expert_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 8, "use_mamba_kernels": False,
-    }, not_served=NO_SCAN),
+    }, not_served="vLLM's CPU build has no selective scan",
+                 stays_dense={".mamba.": "vLLM serves a Mamba-1 mixer dense only"}),
     "kimi_linear": Toy(FIRST_DENSE | LATENT | GATED_DELTA | {"q_lora_rank": None}, dtype="bfloat16"),
     "lfm2": Toy({"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-                mechanism="convolutions and attention"),
+                edits=CONVOLUTION, mechanism="convolutions and attention"),
     "lfm2_moe": Toy(FIRST_DENSE | {
         "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3,
         "mlp_layer_types": ["dense", "sparse", "sparse"],
-    }),
-    "mamba": Toy({"state_size": 16}, not_served=NO_SCAN),
-    "mamba2": Toy({"state_size": 16, "num_heads": 8, "n_groups": 2, "chunk_size": 16}),
+    }, unbiased=True),
+    "mamba2": Toy({"state_size": 16, "num_heads": 8, "n_groups": 1, "chunk_size": 16},
+                  no_fold="each consumer has a convolution and a norm before it"),
     "nemotron_h": Toy(EXPERTS | {
-        "layers_block_type": ["mamba", "attention", "mlp", "moe"], "num_hidden_layers": 4, "mamba_num_heads": 8,
+        "layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3, "mamba_num_heads": 8,
         "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "moe_shared_expert_intermediate_size": 128,
         "chunk_size": 16,
     }),
-    "olmo_hybrid": Toy(GATED_DELTA | {"linear_num_key_heads": 4}, dtype="bfloat16"),
+    "olmo_hybrid": Toy(GATED_DELTA | {"linear_num_key_heads": 4}, dtype="bfloat16",
+                       not_served="vLLM's kernel of it needs Triton"),
     "qwen3_5_text": Toy(GATED_DELTA, mechanism="linear attention and gated attention", dtype="bfloat16"),
     "qwen3_5_moe_text": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16"),
     "qwen3_next": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16"),
     "zamba2": Toy({
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_d_state": 16,
         "n_mamba_heads": 8, "mamba_headdim": 32, "num_key_value_heads": 4, "num_mem_blocks": 1,
-    }),
+    }, stays_dense={".shared_transformer.": "several layers share its weights"}),
 }  # fmt: skip

@@ -36,7 +36,12 @@ def difference(found: dict[str, Any] | None) -> str:
 def row(name: str, record: dict[str, Any]) -> str:
     pruned, toy = record["compress"], TOYS[name]
     dense = "; ".join(f"{reason}: {short(names)}" for reason, names in pruned["dense"].items())
-    served = [toy.not_served, ""] if toy.not_served else [difference(record[step]) for step in ("dense", "served")]
+    steps = [difference(record.get(step)) for step in ("dense", "served")]
+    served = ["not served: " + toy.not_served, "-"] if toy.not_served else steps
+    if toy.unlike or toy.text_only:
+        served[0] += f" ({toy.unlike or toy.text_only})"
+    if toy.unlike:
+        served[1] += " from vLLM's dense model"
     cells = [f"`{name}`", f"{pruned['share']:.0%}", short(pruned["folded"]), short(pruned["gathered"]), dense, *served]
     return "| " + " | ".join(cells) + " |"
 

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from zoo.agreement import LENGTHS, between
 from zoo.check import problems
 from zoo.run import run_batch
 from zoo.table import BEGIN, END, PAGE, RESULTS, page
-from zoo.toy import Toy
+from zoo.toy import Toy, merged
 from zoo.toys import TOYS
 
 REPRESENTATIVE = [name for name, toy in TOYS.items() if toy.mechanism]
@@ -69,3 +70,26 @@ def test_the_table_is_put_between_its_marks():
     assert written.startswith(f"before\n{BEGIN}") and written.endswith(f"{END}after\n") and "stale" not in written
     assert "| `llama` | 100% | `o_proj` |" in written
     assert page(written, results) == written
+
+
+def test_a_toy_says_what_it_cannot_do():
+    unfolded = GOOD | {"compress": GOOD["compress"] | {"folded": []}}
+    assert not problems(Toy(no_fold="a convolution"), unfolded)
+    alone = {"compress": GOOD["compress"]}
+    assert problems(Toy(), alone) and not problems(Toy(not_served="no kernel"), alone)
+    far = {"text": {"median": 0.5, "largest": 2.0, "same": 0.1}}
+    assert problems(Toy(), GOOD | {"dense": far}) and not problems(Toy(unlike="rounding"), GOOD | {"dense": far})
+    assert problems(Toy(unlike="rounding"), GOOD | {"served": far})
+
+
+def test_edits_reach_nested_configs():
+    config = {"a": 1, "text_config": {"b": 2, "c": 3}}
+    assert merged(config, {"d": 4, "text_config": {"c": 5}}) == {"a": 1, "d": 4, "text_config": {"b": 2, "c": 5}}
+
+
+def test_vllm_with_itself_counts_until_tokens_differ():
+    one = {"prompt": [-1.0, -2.0], "tokens": [7, 8, 9], "logprobs": [-0.5, -0.25, -3.0]}
+    other = {"prompt": [-1.0, -2.5], "tokens": [7, 3, 9], "logprobs": [-0.5, -9.0, -9.0]}
+    found = between([one] * (len(LENGTHS) + 1), [one] * len(LENGTHS) + [other])
+    assert found["text"] == {"median": 0.0, "largest": 0.0, "same": 1.0}
+    assert found["image"] == {"median": 0.0, "largest": 0.5, "same": 0.67}

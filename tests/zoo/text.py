@@ -25,17 +25,6 @@ TEXT = {
     "gemma": Toy(),
     "gemma2": Toy(WINDOW | {"query_pre_attn_scalar": 32}),
     "gemma3_text": Toy(WINDOW | {"query_pre_attn_scalar": 32}),
-    "gemma3n_text": Toy(
-        WINDOW
-        | {
-            "num_kv_shared_layers": 0,
-            "intermediate_size": [256, 256],
-            "activation_sparsity_pattern": [0.0, 0.0],
-            "hidden_size_per_layer_input": 64,
-            "vocab_size_per_layer_input": 320,
-            "laurel_rank": 64,
-        }
-    ),
     "gemma4_text": Toy(WINDOW | {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}),
     "glm": Toy(),
     "glm4": Toy(),

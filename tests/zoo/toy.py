@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from families import save_tokenizer
+from safetensors.torch import load_file, save_file
 
 VOCABULARY = 320  # the byte-level tokenizer has 258 tokens; those from 258 on mark images and sound
 BASE = {
@@ -59,9 +60,15 @@ class Toy:
         settings: of its config, on top of `BASE`; None leaves a key of `BASE` out.
         mechanism: what it stands for in the tests that CI runs; "" if only `make test-zoo` runs it.
         not_served: why vLLM's CPU build cannot run even the dense model; such a toy is only pruned and exported.
+        text_only: why vLLM's CPU build cannot run the dense model with an image; such a toy is served with text.
+        unlike: why vLLM's dense model gives other log probabilities than transformers. Then vLLM on the exported folder
+            is what vLLM on the compressed one is compared with.
+        stays_dense: part of the names of matrices that are not pruned -> why not.
+        no_fold: why none is possible.
         engine: arguments of vLLM's `LLM` that the dense model needs too.
         dtype: of the stored weights, and the one that vLLM computes in.
         edits: keys of config.json that transformers' config lacks, but the folders on the hub have, and vLLM reads.
+        renames: beginning of names in the files that transformers saves -> what the folders on the hub have.
         unbiased: the router's correction is 0, because vLLM's CPU build ignores it.
         processor: of images, behind a wrapper.
     """
@@ -69,9 +76,14 @@ class Toy:
     settings: dict[str, Any] = field(default_factory=dict)
     mechanism: str = ""
     not_served: str = ""
+    text_only: str = ""
+    unlike: str = ""
+    stays_dense: dict[str, str] = field(default_factory=dict)
+    no_fold: str = ""
     engine: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     edits: dict[str, Any] = field(default_factory=dict)
+    renames: dict[str, str] = field(default_factory=dict)
     unbiased: bool = False
     processor: Processor | None = None
 
@@ -104,6 +116,19 @@ def randomize(model: torch.nn.Module, unbiased: bool) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
 
 
+def merged(config: dict[str, Any], edits: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `config` with the edits, those of nested configs too."""
+    nested = {k: merged(config[k], v) for k, v in edits.items() if isinstance(v, dict) and k in config}
+    return config | edits | nested
+
+
+def rename(path: Path, renames: dict[str, str]) -> None:
+    tensors = load_file(path)
+    for old, new in renames.items():
+        tensors = {new + n.removeprefix(old) if n.startswith(old) else n: tensor for n, tensor in tensors.items()}
+    save_file(tensors, path, {"format": "pt"})
+
+
 def build(model_type: str, toy: Toy, folder: Path) -> Path:
     """Save the random model with a tokenizer into `folder`, unless it is there already."""
     if (folder / "tokenizer.json").exists():
@@ -113,8 +138,9 @@ def build(model_type: str, toy: Toy, folder: Path) -> Path:
     model = auto_class(toy).from_config(config_of(model_type, toy), dtype=torch.float32).eval()
     randomize(model, toy.unbiased)
     model.to(getattr(torch, toy.dtype)).save_pretrained(folder)
+    rename(folder / "model.safetensors", toy.renames)
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | toy.edits))
+    path.write_text(json.dumps(merged(json.loads(path.read_text()), toy.edits)))
     if toy.processor is None:
         save_tokenizer(folder)
     else:

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from zoo.experts import EXPERTS, FIRST_DENSE, PLAIN
-from zoo.hybrids import GATED_DELTA
+from zoo.experts import EXPERTS, FIRST_DENSE, OWN_CODE, PLAIN
+from zoo.hybrids import CONVOLUTION, GATED_DELTA
 from zoo.text import WIDE, WINDOW
 from zoo.toy import BASE, Processor, Toy
 
@@ -47,6 +47,8 @@ GLM = Processor(
     {"patch_size": 8, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 1024}},
 )
 GLM_SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}}
+LINES = {f"line{n}_token": "\n" * n for n in range(1, 5)}
+TOWER_NAMES = {"vision_tower.": "vision_tower.vision_model."}
 GEMMA4 = WINDOW | {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
 LLAVA = Processor(
     {"image_token": "<image>"},
@@ -66,21 +68,25 @@ def behind(text: str, decoder: dict[str, Any], vision: dict[str, Any] | None, **
 WRAPPED = {
     "cohere2_vision": Toy(
         behind("cohere2", WIDE | {"logit_scale": 0.5}, TOWER | {"model_type": "siglip_vision_model"},
-               image_token_id=258, downsample_factor=2, alignment_intermediate_size=128),
+               image_token_id=258, downsample_factor=2, alignment_intermediate_size=128, tie_word_embeddings=True),
+        renames=TOWER_NAMES,
         processor=Processor(
             {"image_token": "<image>", "boi_token": "<img>", "eoi_token": "</img>", "img_line_break_token": "<br>"},
             "<image>",
             {"size": {"height": 32, "width": 32}, "patch_size": 8},
         ),
     ),
+    # One token for an image, since vLLM's CPU attention is causal among them.
     "gemma3": Toy(
         behind("gemma3_text", WINDOW | {"query_pre_attn_scalar": 32}, TOWER | {"model_type": "siglip_vision_model"},
-               image_token_index=258, boi_token_index=259, eoi_token_index=260, mm_tokens_per_image=4),
+               image_token_index=258, boi_token_index=259, eoi_token_index=260, mm_tokens_per_image=1),
         mechanism="text and images",
+        renames=TOWER_NAMES,
         processor=Processor(
-            {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
+            {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+            | LINES,
             "<start_of_image>",
-            {"size": {"height": 32, "width": 32}}, {"image_seq_length": 4},
+            {"size": {"height": 32, "width": 32}}, {"image_seq_length": 1},
         ),
     ),
     "gemma4": Toy(
@@ -94,9 +100,11 @@ WRAPPED = {
             "<|image|>", {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
         ),
     ),
-    "glm4v": Toy(behind("glm4v_text", GLM_SECTIONS, QWEN_TOWER | {"image_size": 32}, **GLM_IDS), processor=GLM),
+    "glm4v": Toy(behind("glm4v_text", GLM_SECTIONS, QWEN_TOWER | {"image_size": 32}, **GLM_IDS),
+                 edits={"text_config": {"attention_bias": True}}, processor=GLM),
     "glm4v_moe": Toy(
         behind("glm4v_moe_text", FIRST_DENSE | GLM_SECTIONS, QWEN_TOWER | {"image_size": 32}, **GLM_IDS),
+        edits={"text_config": {"use_qk_norm": False}},
         processor=replace(GLM, like="glm4v"),
     ),
     "idefics3": Toy(
@@ -121,7 +129,8 @@ WRAPPED = {
     "lfm2_vl": Toy(
         behind("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
                TOWER | {"num_patches": 16, "model_type": "siglip2_vision_model"}, image_token_id=258,
-               projector_hidden_size=128),
+               projector_hidden_size=128, tie_word_embeddings=True),
+        edits={"text_config": CONVOLUTION},
         processor=Processor({"image_token": "<image>", "image_start_token": "<|image_start|>",
                              "image_end_token": "<|image_end|>", "image_thumbnail": "<|img_thumbnail|>"},
                             "<image>",
@@ -135,6 +144,7 @@ WRAPPED = {
             "attention_chunk_size": 128,
         }, TOWER | {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
             image_token_index=258, boi_token_index=259, eoi_token_index=260),
+        text_only="vLLM's vision tower needs another matrix product", stays_dense=OWN_CODE,
         processor=Processor({"image_token": "<|patch|>", "boi_token": "<|image_start|>", "eoi_token": "<|image_end|>",
                              "fake_image_token": "<|image|>"},
                             "<|image|>",
@@ -142,16 +152,19 @@ WRAPPED = {
     ),
     "llava": Toy(
         behind("llama", {}, TOWER | {"model_type": "clip_vision_model"}, image_token_index=258, image_seq_length=16),
+        renames=TOWER_NAMES,
         processor=LLAVA,
     ),
     "llava_next": Toy(
         behind("llama", {}, TOWER | {"model_type": "clip_vision_model"}, image_token_index=258, image_seq_length=16,
                image_grid_pinpoints=[[32, 64], [64, 32]]),
+        renames=TOWER_NAMES,
         processor=LLAVA,
     ),
     "llava_onevision": Toy(
         behind("qwen2", {}, TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False},
                image_token_index=258, video_token_index=259, image_grid_pinpoints=[[32, 32], [32, 64]]),
+        renames=TOWER_NAMES,
         processor=Processor({"image_token": "<image>", "video_token": "<video>"}, "<image>",
                             {"size": {"height": 32, "width": 32}, "image_grid_pinpoints": [[32, 32], [32, 64]]},
                             {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}),
@@ -168,7 +181,9 @@ WRAPPED = {
     "paligemma": Toy(
         behind("gemma", {}, TOWER | {"model_type": "siglip_vision_model", "projection_dim": 128},
                image_token_index=258, projection_dim=128, hidden_size=128),
-        processor=Processor({"image_token": "<image>"}, "<image>",
+        text_only="vLLM's CPU attention is causal among an image's tokens",
+        renames=TOWER_NAMES,
+        processor=Processor({"image_token": "<image>", "line1_token": "\n"}, "<image>",
                             {"size": {"height": 32, "width": 32}, "image_seq_length": 16}),
     ),
     "qwen2_5_vl": Toy(behind("qwen2_5_vl_text", SECTIONS, QWEN_TOWER, **QWEN_IDS), processor=QWEN),
@@ -186,24 +201,17 @@ WRAPPED = {
         behind("qwen2_vl_text", SECTIONS, QWEN_TOWER | {"embed_dim": 64, "hidden_size": 128}, **QWEN_IDS),
         processor=QWEN,
     ),
-    "qwen3_5": Toy(behind("qwen3_5_text", GATED_DELTA | PARTIAL, QWEN_TOWER, **QWEN_IDS), dtype="bfloat16",
-                   processor=QWEN),
+    "qwen3_5": Toy(behind("qwen3_5_text", GATED_DELTA | PARTIAL, QWEN_TOWER | {"deepstack_visual_indexes": []},
+                          **QWEN_IDS), dtype="bfloat16", processor=QWEN),
     "qwen3_5_moe": Toy(
-        behind("qwen3_5_moe_text", GATED_DELTA | EXPERTS | PARTIAL, QWEN_TOWER, **QWEN_IDS),
+        behind("qwen3_5_moe_text", GATED_DELTA | EXPERTS | PARTIAL, QWEN_TOWER | {"deepstack_visual_indexes": []},
+               **QWEN_IDS),
         dtype="bfloat16", processor=QWEN,
     ),
     "qwen3_vl": Toy(behind("qwen3_vl_text", INTERLEAVED, QWEN_TOWER, **QWEN_IDS), processor=QWEN),
     "qwen3_vl_moe": Toy(
         behind("qwen3_vl_moe_text", EXPERTS | INTERLEAVED, QWEN_TOWER, **QWEN_IDS),
+        edits={"text_config": {"norm_topk_prob": True}},
         processor=replace(QWEN, like="qwen3_vl"),
-    ),
-    "smolvlm": Toy(
-        behind("llama", {}, TOWER, image_token_id=258, scale_factor=2),
-        processor=Processor(
-            {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>",
-             "global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"},
-            "<image>",
-            {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 32}}, {"image_seq_len": 4},
-        ),
     ),
 }  # fmt: skip
