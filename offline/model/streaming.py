@@ -268,6 +268,9 @@ class StreamedModel:
         for name, written in self.names.direct.items():
             if not name.startswith(_prefix(self.decoder_path)) and name not in self.model.all_tied_weights_keys:
                 self._check_values(written, self.read(written), wanted[written].is_floating_point())
+        for written in sorted(self.names.converted):
+            if not self.names.inside[written].startswith(_prefix(self.decoder_path)):
+                self._check_values(written, self.read(written), floating=True)
         for written in self.names.unknown:
             self._check_values(written, self.read(written), floating=False)
 

@@ -49,10 +49,10 @@ def test_a_path_in_two_children():
 
 def test_what_a_child_drops_may_still_be_anothers():
     model = tree("vision.blocks.0.up", "model.layers.0.up")
-    model.vision.hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"layers.": None})
+    model.vision.hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"layers.": None, "mtp.": None})
     model.vision.load_weights = lambda weights: None
     assert destinations(model, "layers.0.up") == [("model.layers.0.up", None)]
-    assert destinations(model, "layers.1.up") == []  # lost, not elsewhere
+    assert destinations(model, "layers.1.up") == destinations(model, "mtp.up") == []  # lost, not elsewhere
     model.model.hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"layers.1.": None})
     model.model.load_weights = lambda weights: None
     assert destinations(model, "layers.1.up") is None
