@@ -83,6 +83,8 @@ def test_dummy_weights(tmp_path):
     job = {"model": str(compressed), "prompts": prompts(), "tokens": 2, "engine": {"load_format": "dummy"}}
     (results,) = generate(tmp_path / "run", [job], VLLM_ENABLE_V1_MULTIPROCESSING="0")
     assert [len(result["tokens"]) for result in results] == [2, 2, 2]
+    log = (tmp_path / "run/log").read_text()
+    assert ("cpu experts (2)" in log) != ("Pruned experts are served dense" in log)
 
 
 def test_the_log_says_who_serves_the_experts(alone, tmp_path_factory):
