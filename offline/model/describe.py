@@ -26,6 +26,7 @@ from ria_vllm.offline.model.topology import Group, Heads, Sublayer, Topology, li
 from ria_vllm.offline.model.vllm_quirks import served_dense
 from ria_vllm.schema import Fold
 
+
 def describe(config: Any, layer: nn.Module, short: Batch, long: Batch) -> Topology:
     """The topology of a layer, found by experiment.
 

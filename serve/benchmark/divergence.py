@@ -34,7 +34,7 @@ def divergences(reference: Sequence[Listed], side: Sequence[Listed]) -> tuple[np
     A token that one of the two does not list has at most the probability of its last one there, and all tokens sum to
     one. Among such distributions, the divergence is least where the ratio p/q of the tokens that neither lists is some
     r, and every token that one of them lists has that ratio too, unless its unknown side would exceed its limit. r is
-    found by bisection. Those that neither lists count as one, without a limit, which hardly ever matters: they are many.
+    found by bisection. Those that neither lists count as one, without a limit, which hardly matters: they are many.
 
     Returns:
         float64 [positions] in nats, and float64 [positions] probabilities.

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from decoders import calls_of, described, layers_of, small
-
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ria_vllm.offline.model.candidates import head_counts
