@@ -118,10 +118,12 @@ class _Run:
         _check_nothing_lost(self.model, set(), _planned(self.model), self.recipe.weight_format)
         tokens = self._tokens()
         cache = self.writer.work / "activations" if self.settings.activation_cache == "disk" else None
-        sensitive = self._sensitive(tokens, cache)
+        sensitive, topologies = self._sensitive(tokens, cache)
         store = ExpertStore(self.model, self.writer, self.recipe, self.ranks)
         store.forget_dense()
-        layers = LayerPass(self.model, tokens, cache, self.recipe, self.ranks, self.monitor, store=store)
+        layers = LayerPass(
+            self.model, tokens, cache, self.recipe, self.ranks, self.monitor, store=store, topologies=topologies
+        )
         plan = make_plan(self.model, layers.topologies, self.recipe, sensitive)
         for warning in plan.warnings:
             self.monitor.warn(warning)
@@ -147,13 +149,19 @@ class _Run:
             self.writer.write(CALIBRATION_KEY, {"tokens": tokens})
         return self.ranks.broadcast(tokens)
 
-    def _sensitive(self, tokens: torch.Tensor, cache: Path | None) -> list[str]:
-        """The linears to keep dense, chosen in a pass over the dense model before anything is pruned."""
+    def _sensitive(self, tokens: torch.Tensor, cache: Path | None) -> tuple[list[str], Topologies | None]:
+        """The linears to keep dense, chosen in a pass over the dense model before anything is pruned.
+
+        Returns:
+            (their written names, the topologies if there was such a pass now).
+        """
+        topologies = None
         if not self.recipe.skip_sensitive:
-            return []
+            return [], topologies
         if not self.ranks.broadcast(self.writer.has(SENSITIVITY_KEY)):
             layers = LayerPass(self.model, tokens, cache, self.recipe, self.ranks, self.monitor, follow_dense=False)
-            plan = make_plan(self.model, layers.topologies, self.recipe)
+            topologies = layers.topologies
+            plan = make_plan(self.model, topologies, self.recipe)
             self.monitor.say("measuring what pruning does to each linear")
             records, total = {}, len(self.model.layers)
             for index in self.monitor.layers(range(total), total):
@@ -162,7 +170,7 @@ class _Run:
                 chosen = most_sensitive(records, self.recipe.skip_sensitive, plan.together)
                 self.writer.write(SENSITIVITY_KEY, {}, {"chosen": chosen})
             self.ranks.barrier()
-        return self.writer.record(SENSITIVITY_KEY)["chosen"]
+        return self.writer.record(SENSITIVITY_KEY)["chosen"], topologies
 
     def _replay_finished(self, layers: LayerPass, plan: Plan) -> int:
         """Take the activations through the layers that an interrupted run has finished; returns their number."""

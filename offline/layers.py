@@ -17,7 +17,7 @@ from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.expert_store import ExpertStore
 from ria_vllm.offline.model.run_experts import set_weights
 from ria_vllm.offline.model.streaming import StreamedModel
-from ria_vllm.offline.model.topology import Group
+from ria_vllm.offline.model.topology import Group, Topologies
 from ria_vllm.offline.plan import Plan
 from ria_vllm.offline.prune_experts import ExpertsPruner
 from ria_vllm.offline.recipe import Recipe
@@ -38,6 +38,7 @@ class LayerPass:
         cache: a folder for activations; None: they stay in memory.
         follow_dense: also take the dense model's stream along, if the recipe reconstructs towards it.
         store: where pruned experts are kept; None: they are not, for `measure`.
+        topologies: found in an earlier pass; None: they are found now.
 
     Raises:
         RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
@@ -53,11 +54,13 @@ class LayerPass:
         monitor: Monitor,
         follow_dense: bool = True,
         store: ExpertStore | None = None,
+        topologies: Topologies | None = None,
     ):
         self.store = store
         self._reads: list[Reads] = []
         self.model, self.recipe, self.ranks, self.monitor = model, recipe, ranks, monitor
-        self.embedded = embed(model, tokens, cache, follow_dense and recipe.follows_dense, ranks, monitor)
+        follow_dense = follow_dense and recipe.follows_dense
+        self.embedded = embed(model, tokens, cache, follow_dense, ranks, monitor, topologies)
         self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
 
     def prune(self, index: int, plan: Plan, last: bool) -> dict[str, Pruned]:

@@ -1,6 +1,6 @@
 """Which linears are pruned, and which stay dense, and why."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,10 +9,11 @@ from torch import nn
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.architecture import output_heads
 from ria_vllm.offline.model.streaming import StreamedModel
-from ria_vllm.offline.model.topology import Group, Topologies, linears_of
+from ria_vllm.offline.model.topology import Group, Topologies, linears_of, rank_blocks
 from ria_vllm.offline.model.vllm_quirks import fused_sets, served_dense
 from ria_vllm.offline.plan_experts import check_alike, experts_left_dense, plan_experts
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.schema import Fold
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
 
 
@@ -25,6 +26,8 @@ class Plan:
     warnings: for the user.
     together: the written names of all pruned linears, in sets that can only be left dense as a whole.
     experts: layer index -> paths of the experts that are pruned, relative to the layer.
+    blocks: layer index -> linears whose fold does not hold, because a producer stays dense -> the blocks that their
+        permutations then have to keep to.
     """
 
     pruned: Mapping[int, frozenset[str]]
@@ -32,14 +35,17 @@ class Plan:
     warnings: tuple[str, ...]
     together: tuple[frozenset[str], ...]
     experts: Mapping[int, frozenset[str]]
+    blocks: Mapping[int, Mapping[str, int]]
 
     def groups(self, index: int, stage: Iterable[Group]) -> list[Group]:
         """The groups of a stage without the linears that stay dense."""
+        blocks = self.blocks[index]
         left = [
             replace(
                 group,
                 linears=tuple(n for n in group.linears if n in self.pruned[index]),
                 experts=group.experts if group.experts in self.experts[index] else None,
+                blocks=blocks.get(group.linears[0], group.blocks) if group.linears else group.blocks,
             )
             for group in stage
         ]
@@ -63,6 +69,7 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sens
     together: list[frozenset[str]] = []
     mixtures: dict[int, frozenset[str]] = {}
     left_dense: dict[str, str] = {}
+    blocks: dict[int, dict[str, int]] = {}
     shared = {name for pair in model.model.all_tied_weights_keys.items() for name in pair}
     for index, layer in enumerate(model.layers):
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
@@ -98,6 +105,12 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sens
                     warnings.append(f"{written[name]} stays dense too: vLLM {fuses} with {written[partner]}.")
         dense |= {written[name]: reason for name, reason in reasons.items()}
         pruned[index] = frozenset(linears) - frozenset(reasons)
+        blocks[index] = {
+            fold.consumer: rank_blocks(linears[fold.consumer].in_features)
+            for fold in topology.folds
+            # Heads are whole on each rank.
+            if fold.coupling == "elementwise" and fold.consumer in pruned[index] and not _holds(fold, pruned[index])
+        }
         sets = {frozenset(topology.fused_with(name, pruned[index])) for name in pruned[index]}
         together += [frozenset(written[name] for name in names) for names in sets]
         mixtures[index], left = plan_experts(model, index, topology, recipe, sensitive)
@@ -114,7 +127,11 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sens
     outside = {model.names.linear(name): why for name, why in _outside(model)}
     copied = dict.fromkeys(model.unknown_linears(), "in the files, but no part of the model that transformers builds")
     dense = copied | outside | dense
-    return Plan(pruned, dense, tuple(warnings), tuple(together), mixtures)
+    return Plan(pruned, dense, tuple(warnings), tuple(together), mixtures, blocks)
+
+
+def _holds(fold: Fold, pruned: Container[str]) -> bool:
+    return all(producer.name in pruned for producer in fold.producers)
 
 
 def _outside(model: StreamedModel) -> Iterator[tuple[str, str]]:

@@ -117,10 +117,13 @@ def retained_without_blocks(
 ) -> dict[str, float]:
     """What an order that need not keep to blocks would retain of the score, for linears whose order has to."""
     found = {}
-    for name in [group.linears[0] for group in groups if group.blocks > 1 and group.linears]:
-        if recipe.pattern.structured and recipe.permute != "none":
+    if not recipe.pattern.structured or recipe.permute == "none":
+        return {}
+    n, m = recipe.pattern.n, recipe.pattern.m
+    for group in groups:
+        name = group.linears[0]
+        if _keeps_to_blocks(group, weights[name].shape[1], m):
             S = _stacked_scores([name], weights, statistics, recipe)
-            n, m = recipe.pattern.n, recipe.pattern.m
             p = permute.search(S, n, m, recipe.permute, seed=recipe.seed, dtype=recipe.matmul_dtype)
             found[name] = permute.retained(S, p, n, m)
     return found
@@ -185,6 +188,11 @@ def score(weight: torch.Tensor, statistics: Statistics, recipe: Recipe) -> torch
     return scores.score(method, weight, statistics.norm, recipe.exponent)
 
 
+def _keeps_to_blocks(group: Group, width: int, m: int) -> bool:
+    """Whether an order can keep to the group's blocks: each has to hold whole groups of m channels."""
+    return group.blocks > 1 and width % (group.blocks * m) == 0
+
+
 def _find_order(
     group: Group,
     names: Sequence[str],
@@ -194,7 +202,7 @@ def _find_order(
 ) -> torch.Tensor | None:
     S = _stacked_scores(names, weights, statistics, recipe)
     n, m = recipe.pattern.n, recipe.pattern.m
-    if group.blocks > 1 and S.shape[1] % (group.blocks * m) == 0:
+    if _keeps_to_blocks(group, S.shape[1], m):
         p = permute.search_heads(
             S, group.blocks, group.blocks, S.shape[1] // group.blocks, n, m, recipe.permute, seed=recipe.seed,
             dtype=recipe.matmul_dtype,

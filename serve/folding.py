@@ -88,9 +88,10 @@ def fold(
         for producer, rows in zip(producers, orders, strict=True):
             start, end = producer.rows or (0, len(rows))
             if start < 0 or (end - start) * producer.blocks != len(rows):
+                of_each = f" (rows {start} to {end} of each of {producer.blocks} blocks)" if producer.blocks > 1 else ""
                 raise RiaError(
                     f"{where}: {consumer}: its fold reorders {len(rows)} rows, but takes "
-                    f"{(end - start) * producer.blocks} of {producer.name}."
+                    f"{(end - start) * producer.blocks} of {producer.name}{of_each}."
                 )
             order = RowOrder(rows.numpy(), start, producer.rows is None, producer.blocks)
             others = result.row_orders.setdefault(producer.name, [])

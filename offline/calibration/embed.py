@@ -39,7 +39,13 @@ class Embedded:
 
 
 def embed(
-    model: StreamedModel, tokens: torch.Tensor, cache: Path | None, follow_dense: bool, ranks: Ranks, monitor: Monitor
+    model: StreamedModel,
+    tokens: torch.Tensor,
+    cache: Path | None,
+    follow_dense: bool,
+    ranks: Ranks,
+    monitor: Monitor,
+    topologies: Topologies | None = None,
 ) -> Embedded:
     """Embed this rank's share of the calibration tokens.
 
@@ -47,6 +53,7 @@ def embed(
         tokens: int64 [samples, seq_len], the same on all ranks.
         cache: a folder for activations; None: they stay in memory.
         follow_dense: also keep a stream for the dense model on its own path.
+        topologies: found in an earlier pass; None: they are found now.
 
     Raises:
         RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
@@ -69,7 +76,8 @@ def embed(
         embedder = Embedder(model)
         embedder.learn_form(chunks[0][:1])
         # By one rank, because each copy of a layer in float64 takes as much memory as four layers.
-        topologies = ranks.broadcast(survey(model, embedder, chunks[0][:1]) if ranks.first else None)
+        if topologies is None:
+            topologies = ranks.broadcast(survey(model, embedder, chunks[0][:1]) if ranks.first else None)
         # The last chunk may be shorter; every rank has to know how layers are called for it.
         known = {stream.shape: calls for stream, calls in map(embedder, (chunks[0], chunks[-1]))}
         share = ranks.share(len(chunks))

@@ -14,7 +14,7 @@ from ria_vllm.offline.runtime.memory import available
 
 # Enough for attention and convolutions to mix them.
 TOKENS = 8
-# More than a block or chunk of most sparse attention has; folds are tried once with so many.
+# Folds are tried once more with so many: attention may do something else beyond a window, a block or a chunk.
 MANY_TOKENS = 512
 
 

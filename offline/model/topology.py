@@ -196,6 +196,10 @@ def _pattern(names: Mapping[int, str]) -> str | None:
     return None
 
 
+# In the names of what tells a layer where it is.
+LAYER_NUMBER = ("layer", "idx", "index")
+
+
 def kinds_of(layers: Sequence[nn.Module]) -> tuple[int, ...]:
     """A number for the kind of each layer.
 
@@ -210,13 +214,15 @@ def _signature(layer: nn.Module) -> tuple:
     return modules, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
 
 
-def _switches(module: nn.Module) -> frozenset[tuple[str, bool | str]]:
-    """What a module does or does not do, such as reading another layer's keys and values."""
+def _switches(module: nn.Module) -> frozenset[tuple[str, str]]:
+    """What a module does or does not do, such as reading another layer's keys and values, and its counts of heads."""
     own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
     return frozenset(
-        (name, value if isinstance(value, (bool, str)) else "None")
+        (name, repr(value))
         for name, value in own.items()
-        if isinstance(value, (bool, str)) or value is None
+        if isinstance(value, (bool, str))
+        or value is None
+        or (isinstance(value, int) and not any(part in name for part in LAYER_NUMBER))
     )
 
 

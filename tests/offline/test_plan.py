@@ -1,10 +1,12 @@
 """Which linears a plan leaves dense."""
 
 import pytest
+import torch
 from compressing import check_complete, check_export, edited, run_small
 from transformers import LlamaForCausalLM
 
 from ria_vllm.checkpoint import Reader
+from ria_vllm.offline.model.topology import rank_blocks
 from ria_vllm.offline.plan import most_sensitive
 
 
@@ -22,6 +24,20 @@ def test_an_unknown_family_keeps_together_what_may_be_fused(tiny, text, tmp_path
         "model.layers.1.feed_forward.w3",
     } <= sparse
     assert not {"model.layers.0.feed_forward.w1", "model.layers.0.feed_forward.w3"} & sparse
+
+
+def test_a_fold_with_a_dense_producer_needs_blocks(tiny, text, tmp_path):
+    """Its consumer gathers, and with tensor parallelism each rank has only a part of its input."""
+    ignored = ("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj")
+    run_small(tiny("llama"), tmp_path / "out", text, ignore=tuple(f"*{name}" for name in ignored))
+    reader = Reader(tmp_path / "out")
+    inside = []
+    for layer in (0, 1):
+        p = reader.permutations[f"model.layers.{layer}.mlp.down_proj"]
+        block = len(p) // rank_blocks(len(p))
+        assert block < len(p)
+        inside.append(bool((p // block == torch.arange(len(p)) // block).all()))
+    assert inside == [True, False]
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.2, 0.3, 0.5])

@@ -151,6 +151,9 @@ def test_permutation_across_heads_is_named():
 def test_a_wrong_number_of_rows():
     with pytest.raises(RiaError, match=r"reorders 64 rows, but takes 8 of l\.0\.gate"):
         fold(schema([elementwise(rows=(0, 8))]), {"l.0.down": order(64)}, lambda _: True, "here")
+    rule = Fold(consumer="l.o", producers=[Producer(name="l.qkv", rows=(2, 4), blocks=3)], coupling="elementwise")
+    with pytest.raises(RiaError, match=r"takes 6 of l\.qkv \(rows 2 to 4 of each of 3 blocks\)"):
+        fold(schema([rule]), {"l.o": order(64)}, lambda _: True, "here")
 
 
 def test_row_order_gives_the_consumer_its_order():

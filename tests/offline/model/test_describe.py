@@ -301,6 +301,12 @@ def test_a_linear_that_is_not_called_stays_dense(monkeypatch):
     assert topology.dense == dict.fromkeys(unused, "takes no part in a forward pass")
 
 
+def test_an_output_as_wide_as_the_stream_is_not_always_the_stream():
+    """Blocks are for what is row-parallel: not for an up projection that happens to be square."""
+    (topology,) = described(small("nemotron", intermediate_size=64)).kinds
+    assert all(group.blocks == 1 for part in topology.sublayers for stage in part.stages for group in stage)
+
+
 def test_what_reads_the_same_tensor_in_one_module_stays_together():
     first, _ = described(small("qwen3_5_text")).kinds
     names = [f"linear_attn.in_proj_{x}" for x in ("qkv", "z", "b", "a")]
@@ -324,3 +330,4 @@ def test_an_experiment_that_fails(monkeypatch):
         ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",),
     ]  # fmt: skip
     assert len(topology.sublayers) == 1 and topology.folds == ()
+    assert [group.blocks for group in topology.sublayers[0].stages[0]] == [1, 8, 1, 8]

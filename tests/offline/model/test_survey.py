@@ -1,5 +1,8 @@
 """One experiment for each kind of layer of a stored model, and what happens if one is impossible."""
 
+from unittest.mock import Mock
+
+import pytest
 import torch
 from compressing import check_complete, check_export, run_small
 from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
@@ -25,6 +28,20 @@ def test_a_kind_without_an_experiment_is_pruned_without_folds(tiny, text, tmp_pa
     folded = {name for name, _, _ in reader.schema.active_folds(reader.permuted_names, set(reader.sparse_names))}
     assert folded == {"model.layers.1.self_attn.out_proj", "model.layers.1.feed_forward.w2"}
     assert {"model.layers.0.conv.in_proj", "model.layers.0.feed_forward.w2"} <= set(report["linears"])
+
+
+@pytest.mark.parametrize("refused", ["before", "MemoryError", "RuntimeError"])
+def test_a_layer_too_large_for_memory_is_pruned_without_folds(refused, tiny, text, tmp_path, monkeypatch):
+    if refused == "before":
+        monkeypatch.setattr(survey, "available", lambda device: 100_000)
+    else:
+        error = {"MemoryError": MemoryError(), "RuntimeError": RuntimeError("can't allocate memory")}[refused]
+        monkeypatch.setattr(survey, "describe", Mock(side_effect=error))
+    report, warnings = run_small(tiny("llama"), tmp_path / "out", text)
+    (warning,) = [text for text in warnings if "without folds" in text]
+    assert "memory" in warning or "GB are free" in warning
+    assert report["topology"][0]["folds"] == [] and len(report["linears"]) == 14
+    check_complete(tiny("llama"), tmp_path / "out")
 
 
 def test_one_experiment_for_each_kind_and_no_weights_are_read(tiny, text, tmp_path, monkeypatch):

@@ -82,6 +82,15 @@ def test_a_layer_that_reads_the_values_of_another_is_of_a_kind_of_its_own():
     assert kinds_of(layers) == (0, 1)
 
 
+@pytest.mark.parametrize("name", ["use_rope", "num_heads"])
+def test_layers_whose_numbers_differ_are_of_two_kinds(name):
+    """All are called with their own layer_idx, too, which says nothing."""
+    layers = layers_of(small("llama", num_hidden_layers=3))
+    for layer, value in zip(layers, (1, 1, 0), strict=True):
+        setattr(layer.self_attn, name, value)
+    assert kinds_of(layers) == (0, 0, 1)
+
+
 def test_no_layers_with_linears():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1, vocab_size=8))
     with pytest.raises(RiaError, match="Conv1D"):
