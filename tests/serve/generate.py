@@ -1,4 +1,6 @@
-"""Run vLLM on several folders in one process: `python generate.py JOBS.json RESULTS.json`.
+"""Run vLLM on several folders in one process: `python generate.py JOBS.json RESULTS.json [--stop]`.
+
+`--stop` stops at the first error. Otherwise the next folder follows.
 
 A job: {"model", "prompts": lists of token ids, "tokens": how many to generate, "engine": arguments of `LLM`,
 "first": "generate" or "reload" before the generation that counts, "lora": folder of an adapter,
@@ -62,7 +64,7 @@ def run(job: dict[str, Any]) -> list[Any]:
     return results
 
 
-def main(jobs_path: str, results_path: str) -> None:
+def main(jobs_path: str, results_path: str, *options: str) -> None:
     from vllm import LLM  # noqa: F401
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -77,6 +79,8 @@ def main(jobs_path: str, results_path: str) -> None:
         gc.collect()
         cleanup_dist_env_and_memory()
         Path(results_path).write_text(json.dumps(results))
+        if "--stop" in options and "error" in results[-1]:
+            break
 
 
 if __name__ == "__main__":

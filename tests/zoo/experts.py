@@ -1,7 +1,7 @@
 """Text models with mixtures of experts."""
 
 from zoo.text import LATENT, WIDE, WINDOW
-from zoo.toy import Toy
+from zoo.toy import UNLIKE, Toy
 
 # Each config reads the keys it knows.
 EXPERTS = {
@@ -33,7 +33,7 @@ MIXTURES = {
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 128},
     }, not_served="vLLM's loader does not know the names of its experts", stays_dense=OWN_CODE),
     "deepseek_v2": Toy(FIRST_DENSE | LATENT | {"topk_method": "greedy", "n_group": 1, "topk_group": 1}),
-    "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, mechanism="latent attention, dense first layer"),
+    "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, unlike=UNLIKE),
     "dots1": Toy(FIRST_DENSE | {"layer_types": ["full_attention", "full_attention"]}),
     "ernie4_5_moe": Toy(FIRST_DENSE, unbiased=True),
     "exaone_moe": Toy(FIRST_DENSE | WINDOW | {"sliding_window_pattern": 2}),
@@ -70,7 +70,7 @@ MIXTURES = {
         "swa_rope_theta": 10000.0, "rope_theta": 5000000.0,
     }),
     "minimax_m2": Toy(PLAIN, edits={"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True}),
-    "mixtral": Toy(PLAIN, mechanism="experts apart on disk"),
+    "mixtral": Toy(PLAIN),
     "olmoe": Toy(PLAIN),
     "phimoe": Toy(PLAIN | {"lm_head_bias": True, "attention_bias": True},
                   edits={"architectures": ["PhiMoEForCausalLM"]}),

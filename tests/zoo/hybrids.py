@@ -2,7 +2,7 @@
 
 from zoo.experts import EXPERTS, FIRST_DENSE, PLAIN
 from zoo.text import LATENT
-from zoo.toy import Toy
+from zoo.toy import UNLIKE, Toy
 
 # vLLM's CPU code takes heads of 128 channels in bfloat16 only.
 GATED_DELTA = {
@@ -18,7 +18,7 @@ CONVOLUTION = {"conv_dim": 128, "block_dim": 128}
 
 HYBRIDS = {
     "bamba": Toy(MAMBA | {"attn_layer_indices": [1]}, not_served="vLLM has dropped it"),
-    "falcon_h1": Toy(MAMBA | {"mamba_d_ssm": 256}),
+    "falcon_h1": Toy(MAMBA | {"mamba_d_ssm": 256}, mechanism="Mamba-2 and attention"),
     "granitemoehybrid": Toy(PLAIN | MAMBA | {
         "layer_types": ["mamba", "attention"], "attention_multiplier": 0.18, "shared_intermediate_size": 128,
     }),
@@ -29,7 +29,7 @@ HYBRIDS = {
                  stays_dense={".mamba.": "vLLM serves a Mamba-1 mixer dense only"}),
     "kimi_linear": Toy(FIRST_DENSE | LATENT | GATED_DELTA | {"q_lora_rank": None}, dtype="bfloat16"),
     "lfm2": Toy({"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-                edits=CONVOLUTION, mechanism="convolutions and attention"),
+                edits=CONVOLUTION, unlike=UNLIKE),
     "lfm2_moe": Toy(FIRST_DENSE | {
         "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3,
         "mlp_layer_types": ["dense", "sparse", "sparse"],
@@ -43,7 +43,7 @@ HYBRIDS = {
     }),
     "olmo_hybrid": Toy(GATED_DELTA | {"linear_num_key_heads": 4}, dtype="bfloat16",
                        not_served="vLLM's kernel of it needs Triton"),
-    "qwen3_5_text": Toy(GATED_DELTA, mechanism="linear attention and gated attention", dtype="bfloat16"),
+    "qwen3_5_text": Toy(GATED_DELTA, dtype="bfloat16"),
     "qwen3_5_moe_text": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16"),
     "qwen3_next": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16"),
     "zamba2": Toy({

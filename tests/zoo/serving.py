@@ -33,7 +33,7 @@ def serve(jobs: list[Job], place: Path) -> list[Any]:
         given.write_text(json.dumps(left))
         found.unlink(missing_ok=True)
         with open(log, "w") as file:
-            command = [sys.executable, str(GENERATE), str(given), str(found)]
+            command = [sys.executable, str(GENERATE), str(given), str(found), "--stop"]
             try:
                 status: int | str = subprocess.run(
                     command, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=SECONDS_EACH * len(left)

@@ -80,7 +80,6 @@ WRAPPED = {
     "gemma3": Toy(
         behind("gemma3_text", WINDOW | {"query_pre_attn_scalar": 32}, TOWER | {"model_type": "siglip_vision_model"},
                image_token_index=258, boi_token_index=259, eoi_token_index=260, mm_tokens_per_image=1),
-        mechanism="text and images",
         renames=TOWER_NAMES,
         processor=Processor(
             {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
@@ -199,6 +198,7 @@ WRAPPED = {
     ),
     "qwen2_vl": Toy(
         behind("qwen2_vl_text", SECTIONS, QWEN_TOWER | {"embed_dim": 64, "hidden_size": 128}, **QWEN_IDS),
+        mechanism="text and images",
         processor=QWEN,
     ),
     "qwen3_5": Toy(behind("qwen3_5_text", GATED_DELTA | PARTIAL, QWEN_TOWER | {"deepstack_visual_indexes": []},
