@@ -37,7 +37,7 @@ def find_folds(experiment: Experiment, order: Sequence[str], groups: Sequence[se
         around = experiment.layer.get_submodule(consumer.rpartition(".")[0])
         heads = head_counts(linear.in_features, around, config)
         for fold in candidates(consumer, linear.in_features, producers, groups, heads):
-            if _is_free(experiment.layer, fold, taken) and holds(experiment, fold):
+            if _is_free(experiment.layer, fold, taken, found) and holds(experiment, fold):
                 found.append(fold)
                 _take(experiment.layer, fold, taken)
                 break
@@ -156,8 +156,14 @@ def _masks(layer: nn.Module, fold: Fold) -> Iterator[tuple[str, torch.Tensor]]:
         yield producer.name, mask
 
 
-def _is_free(layer: nn.Module, fold: Fold, taken: dict[str, torch.Tensor]) -> bool:
-    """Whether no other fold reorders the same rows."""
+def _is_free(layer: nn.Module, fold: Fold, taken: dict[str, torch.Tensor], found: Sequence[Fold]) -> bool:
+    """Whether no other fold reorders the same rows, or divides the same producer into other blocks.
+
+    Serving knows no numbers of rows when it reads folds, so it takes other blocks for an overlap.
+    """
+    blocks = {producer.name: producer.blocks for other in found for producer in other.producers}
+    if any(blocks.get(producer.name, producer.blocks) != producer.blocks for producer in fold.producers):
+        return False
     return not any(name in taken and bool((taken[name] & mask).any()) for name, mask in _masks(layer, fold))
 
 

@@ -1,0 +1,210 @@
+"""What experiments should find out about the layers of each family, in the words of `decoders.lines`."""
+
+LLAMA = """
+attention until post_attention_layernorm +
+  self_attn.q_proj self_attn.k_proj self_attn.v_proj
+  self_attn.o_proj heads 4/2x16
+mlp without self_attn/2 +
+  mlp.gate_proj mlp.up_proj
+  mlp.down_proj
+  self_attn.o_proj <- self_attn.v_proj 4/2
+  mlp.down_proj <- mlp.gate_proj, mlp.up_proj
+"""
+GEMMA_2 = LLAMA.replace("post_attention_layernorm +", "pre_feedforward_layernorm").replace("/2 +", "/2")
+PHI_3 = """
+attention until post_attention_layernorm +
+  self_attn.qkv_proj
+  self_attn.o_proj heads 4/2x16
+mlp without self_attn/2 +
+  mlp.gate_up_proj
+  mlp.down_proj
+  self_attn.o_proj <- self_attn.qkv_proj[96:128] 4/2
+  mlp.down_proj <- mlp.gate_up_proj[0:96], mlp.gate_up_proj[96:192]
+"""
+OPT = """
+attention until final_layer_norm +
+  self_attn.q_proj self_attn.k_proj self_attn.v_proj
+  self_attn.out_proj heads 4/4x16
+mlp without self_attn/2 +
+  fc1
+  fc2
+  self_attn.out_proj <- self_attn.v_proj 4/4
+  fc2 <- fc1
+"""
+# What a table said before there were experiments.
+TABLE = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), LLAMA)
+TABLE |= {"gemma2": GEMMA_2, "gemma3_text": GEMMA_2, "phi3": PHI_3, "opt": OPT}
+
+AFTER_NORM = LLAMA.replace("post_attention_layernorm +", "mlp").replace("/2 +", "/2")  # norms before the stream only
+GLM = """
+attention until post_attention_layernorm +
+  self_attn.q_proj self_attn.k_proj self_attn.v_proj
+  self_attn.o_proj heads 4/2x16
+mlp without self_attn/2 +
+  mlp.gate_up_proj
+  mlp.down_proj
+  self_attn.o_proj <- self_attn.v_proj 4/2
+  mlp.down_proj <- mlp.gate_up_proj[0:96], mlp.gate_up_proj[96:192]
+"""
+NO_GATE = LLAMA.replace("mlp.gate_proj mlp.up_proj", "mlp.up_proj").replace("mlp.gate_proj, mlp.up_proj", "mlp.up_proj")
+PARALLEL = """
+layer
+  self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.gate_proj mlp.up_proj
+  self_attn.o_proj heads 4/2x16 | mlp.down_proj
+  self_attn.o_proj <- self_attn.v_proj 4/2
+  mlp.down_proj <- mlp.gate_proj, mlp.up_proj
+"""
+DENSE_LAYER = """
+attention until post_attention_layernorm +
+  self_attn.q_a_proj self_attn.kv_a_proj_with_mqa
+  self_attn.q_b_proj
+  self_attn.o_proj blocks 8
+mlp without self_attn/2 +
+  mlp.gate_proj mlp.up_proj
+  mlp.down_proj
+  mlp.down_proj <- mlp.gate_proj, mlp.up_proj
+"""
+SHARED_EXPERT = """
+  mlp.shared_expert.gate_proj mlp.shared_expert.up_proj experts mlp.experts
+  mlp.shared_expert.down_proj
+"""
+EXPERTS_FOLD = "  mlp.experts.{e}.down_proj <- mlp.experts.{e}.gate_proj, mlp.experts.{e}.up_proj\n"
+SHARED_FOLDS = (
+    "  mlp.shared_expert.down_proj <- mlp.shared_expert.gate_proj, mlp.shared_expert.up_proj\n" + EXPERTS_FOLD
+)
+GATED_DELTA = """
+attention until post_attention_layernorm +
+  linear_attn.in_proj_qkv linear_attn.in_proj_z linear_attn.in_proj_b linear_attn.in_proj_a
+  linear_attn.out_proj blocks 8
+mlp without linear_attn/0 +
+  mlp.gate_proj mlp.up_proj
+  mlp.down_proj
+  mlp.down_proj <- mlp.gate_proj, mlp.up_proj
+"""
+# The gate on attention's output is in the rows of q_proj, head by head, behind each head's queries.
+GATED = LLAMA.replace("self_attn.v_proj 4/2", "self_attn.v_proj, self_attn.q_proj[16:32]x4 4/2")
+
+OTHERS = dict.fromkeys(
+    ("granite", "smollm3", "stablelm", "ernie4_5", "hunyuan_v1_dense", "seed_oss", "helium", "ministral3"), LLAMA
+)
+OTHERS |= dict.fromkeys(("olmo2", "olmo3", "exaone4"), AFTER_NORM)
+OTHERS |= dict.fromkeys(("nemotron", "arcee"), NO_GATE)
+OTHERS |= {
+    "apertus": NO_GATE.replace("until post_attention_layernorm", "until feedforward_layernorm"),
+    "cohere2": PARALLEL,
+    "glm": GLM,
+    "glm4": GLM.replace(" +", ""),
+    "starcoder2": NO_GATE.replace("up_proj", "c_fc").replace("down_proj", "c_proj"),
+    "gemma4_text": GEMMA_2 + GEMMA_2.replace("x16", "x32"),
+    "phi": """
+layer
+  self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.fc1
+  self_attn.dense heads 4/2x16 | mlp.fc2
+  self_attn.dense <- self_attn.v_proj 4/2
+  mlp.fc2 <- mlp.fc1
+""",
+    "gpt_neox": """
+layer
+  attention.query_key_value | mlp.dense_h_to_4h
+  attention.dense heads 4/4x16 | mlp.dense_4h_to_h
+  attention.dense <- attention.query_key_value[32:48]x4 4/4
+  mlp.dense_4h_to_h <- mlp.dense_h_to_4h
+""",
+    "bloom": """
+layer
+  self_attention.query_key_value
+  self_attention.dense heads 8/8x8
+  mlp.dense_h_to_4h
+  mlp.dense_4h_to_h
+  self_attention.dense <- self_attention.query_key_value[16:24]x8 8/8
+  mlp.dense_4h_to_h <- mlp.dense_h_to_4h
+""",
+    # Norms come before o_proj and down_proj, and their weights differ between channels.
+    "bitnet": """
+attention until post_attention_layernorm +
+  self_attn.q_proj self_attn.k_proj self_attn.v_proj
+  self_attn.o_proj blocks 8
+mlp without self_attn/2 +
+  mlp.gate_proj mlp.up_proj
+  mlp.down_proj blocks 8
+""",
+    "qwen3_5_text": GATED_DELTA + GATED,
+    "lfm2": """
+attention until ffn_norm +
+  conv.in_proj
+  conv.out_proj blocks 8
+mlp without conv/0 +
+  feed_forward.w1 feed_forward.w3
+  feed_forward.w2
+  feed_forward.w2 <- feed_forward.w1, feed_forward.w3
+attention until ffn_norm +
+  self_attn.q_proj self_attn.k_proj self_attn.v_proj
+  self_attn.out_proj heads 4/2x16
+mlp without self_attn/2 +
+  feed_forward.w1 feed_forward.w3
+  feed_forward.w2
+  self_attn.out_proj <- self_attn.v_proj 4/2
+  feed_forward.w2 <- feed_forward.w1, feed_forward.w3
+""",
+    "bamba": """
+attention until pre_ff_layernorm +
+  mamba.in_proj
+  mamba.out_proj blocks 8
+mlp without mamba/0 +
+  feed_forward.gate_proj feed_forward.up_proj
+  feed_forward.down_proj
+  feed_forward.down_proj <- feed_forward.gate_proj, feed_forward.up_proj
+"""
+    + LLAMA.replace("mlp.", "feed_forward.").replace("post_attention_layernorm", "pre_ff_layernorm"),
+    "falcon_h1": """
+layer
+  mamba.in_proj | self_attn.q_proj self_attn.k_proj self_attn.v_proj
+  mamba.out_proj blocks 8 | self_attn.o_proj heads 4/2x16
+  feed_forward.up_proj feed_forward.gate_proj
+  feed_forward.down_proj
+  self_attn.o_proj <- self_attn.v_proj 4/2
+  feed_forward.down_proj <- feed_forward.up_proj, feed_forward.gate_proj
+""",
+    "mixtral": """
+attention until post_attention_layernorm +
+  self_attn.q_proj self_attn.k_proj self_attn.v_proj
+  self_attn.o_proj heads 4/2x16
+mlp without self_attn/2
+  experts mlp.experts
+  self_attn.o_proj <- self_attn.v_proj 4/2
+"""
+    + EXPERTS_FOLD,
+    "qwen3_next": """
+attention until post_attention_layernorm +
+  linear_attn.in_proj_qkvz linear_attn.in_proj_ba
+  linear_attn.out_proj blocks 8
+mlp without linear_attn/0"""
+    + SHARED_EXPERT
+    + SHARED_FOLDS
+    + """
+attention until post_attention_layernorm +
+  self_attn.q_proj self_attn.k_proj self_attn.v_proj
+  self_attn.o_proj heads 4/2x16
+mlp without self_attn/2"""
+    + SHARED_EXPERT
+    + "  self_attn.o_proj <- self_attn.v_proj, self_attn.q_proj[16:32]x4 4/2\n"
+    + SHARED_FOLDS,
+    "deepseek_v3": DENSE_LAYER
+    + DENSE_LAYER.partition("mlp without")[0]
+    + ("mlp without self_attn/2" + SHARED_EXPERT + SHARED_FOLDS).replace("shared_expert", "shared_experts"),
+    "granitemoehybrid": "".join(
+        f"""
+attention until post_attention_layernorm +
+{attention}
+mlp without {zeroed}
+  shared_mlp.input_linear experts block_sparse_moe.experts
+  shared_mlp.output_linear
+{fold}  shared_mlp.output_linear <- shared_mlp.input_linear[0:64], shared_mlp.input_linear[64:128]
+{EXPERTS_FOLD.replace("mlp.experts", "block_sparse_moe.experts")}"""
+        for attention, zeroed, fold in (
+            ("  mamba.in_proj\n  mamba.out_proj blocks 8", "mamba/0", ""),
+            (*LLAMA.partition("+\n")[2].partition("\nmlp")[:1], "self_attn/2", LLAMA.splitlines()[-2] + "\n"),
+        )
+    ),
+}
+OTHERS["gpt_oss"] = OTHERS["mixtral"]
