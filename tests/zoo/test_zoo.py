@@ -38,7 +38,7 @@ def test_a_mechanism(records, name):
 
 
 GOOD = {
-    "compress": {"share": 1.0, "folded": ["o_proj"], "gathered": [], "dense": {}},
+    "compress": {"share": 1.0, "share_of_all": 0.9, "folded": ["o_proj"], "gathered": [], "dense": {}},
     "dense": {"text": {"median": 1e-6, "largest": 1e-5, "same": 1.0}},
     "served": {"text": {"median": 1e-6, "largest": 1e-5, "same": 1.0}},
 }  # fmt: skip
@@ -68,7 +68,7 @@ def test_the_table_is_put_between_its_marks():
     results = {"versions": {"vllm": "1"}, "types": {"llama": GOOD}}
     written = page(f"before\n{BEGIN}stale\n{END}after\n", results)
     assert written.startswith(f"before\n{BEGIN}") and written.endswith(f"{END}after\n") and "stale" not in written
-    assert "| `llama` | 100% | `o_proj` |" in written
+    assert "| `llama` | 100% (90%) | `o_proj` |" in written
     assert page(written, results) == written
 
 

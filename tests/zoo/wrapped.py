@@ -210,7 +210,9 @@ WRAPPED = {
     ),
     "qwen3_vl": Toy(behind("qwen3_vl_text", INTERLEAVED, QWEN_TOWER, **QWEN_IDS), processor=QWEN),
     "qwen3_vl_moe": Toy(
-        behind("qwen3_vl_moe_text", EXPERTS | INTERLEAVED, QWEN_TOWER, **QWEN_IDS),
+        behind("qwen3_vl_moe_text", EXPERTS | {"shared_expert_intermediate_size": None} | INTERLEAVED, QWEN_TOWER,
+               **QWEN_IDS),
+        unlike="vLLM's loader expects these experts transposed",
         edits={"text_config": {"norm_topk_prob": True}},
         processor=replace(QWEN, like="qwen3_vl"),
     ),
