@@ -7,7 +7,8 @@ from zoo.toy import Toy
 from zoo.wrapped import WRAPPED
 
 ALL: dict[str, Toy] = {**TEXT, **MIXTURES, **HYBRIDS, **WRAPPED}
-# Not measured yet; falcon_h1 once passed, and has NaN in its mixer since. `python -m zoo.run RESULTS.json NAME` does it, and then the name goes from here.
+# Not measured yet; falcon_h1 once passed, and has NaN in its mixer since.
+# `python -m zoo.run RESULTS.json NAME` does it, and then the name goes from here.
 UNTRIED = frozenset(
     (
         "phimoe cohere2_moe glm4_moe_lite minimax_m2 hy_v3 lfm2_moe nemotron_h qwen3_next qwen3_5 deepseek_v2 mamba2 "
