@@ -18,10 +18,10 @@ CONVOLUTION = {"conv_dim": 128, "block_dim": 128}
 
 HYBRIDS = {
     "bamba": Toy(MAMBA | {"attn_layer_indices": [1]}, not_served="vLLM has dropped it"),
-    "falcon_h1": Toy(MAMBA | {"mamba_d_ssm": 256}, mechanism="Mamba-2 and attention"),
+    "falcon_h1": Toy(MAMBA | {"mamba_d_ssm": 256}),
     "granitemoehybrid": Toy(PLAIN | MAMBA | {
         "layer_types": ["mamba", "attention"], "attention_multiplier": 0.18, "shared_intermediate_size": 128,
-    }),
+    }, mechanism="Mamba-2 and attention, and experts"),
     "jamba": Toy(PLAIN | {
         "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
         "expert_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 8, "use_mamba_kernels": False,
