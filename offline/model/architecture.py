@@ -49,7 +49,8 @@ def model_class(name: str, config: PretrainedConfig) -> type[PreTrainedModel]:
     architectures = [architectures] if isinstance(architectures, str) else architectures
     if not architectures:
         return writers[0]
-    found = [cls for cls in map(_class_named, architectures) if cls is not None and _fits(cls, config, writers)]
+    named = [_class_named(architecture, writers) for architecture in architectures]
+    found = [cls for cls in named if cls is not None and _fits(cls, config, writers)]
     if not found:
         raise RiaError(
             f"{name}: config.json says {architectures[0]}, which is no class of transformers for a {kind} model. If "
@@ -73,9 +74,13 @@ def _writers(config: PretrainedConfig) -> list[type[PreTrainedModel]]:
     return found
 
 
-def _class_named(name: Any) -> type[PreTrainedModel] | None:
+def _class_named(name: Any, writers: list[type[PreTrainedModel]]) -> type[PreTrainedModel] | None:
     import transformers
 
+    for writer in writers:
+        # Phi-3.5-MoE's config.json says PhiMoEForCausalLM, and transformers' class is PhimoeForCausalLM.
+        if isinstance(name, str) and name.casefold() == writer.__name__.casefold():
+            return writer
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 

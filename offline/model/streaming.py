@@ -351,20 +351,42 @@ class StreamedModel:
 
         Args:
             inside: of the module with this name; None: of all that do not lie outside the text decoder.
+
+        Raises:
+            RiaError: the model leaves a buffer as it is.
         """
-        owners, outside = [], {name for name, _ in outside_decoder(self.model, self.decoder_path)}
+        names, outside = [], {name for name, _ in outside_decoder(self.model, self.decoder_path)}
         for name, buffer in self.model.named_non_persistent_buffers():
             owner = name.rpartition(".")[0]
             if owner in outside if inside is None else not f"{owner}.".startswith(f"{inside}."):
                 continue
-            self._set(name, torch.empty_like(buffer, device=self.device))
-            owners.append(name.rpartition(".")[0])
-        for owner in dict.fromkeys(owners):
+            empty = torch.empty_like(buffer, device=self.device)
+            self._set(name, empty.fill_(math.nan) if buffer.is_floating_point() else empty)
+            names.append(name)
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
             # The innermost PreTrainedModel around the buffer's module can initialise it.
-            path, module = owner, self.model.get_submodule(owner)
-            while not isinstance(self.model.get_submodule(path), PreTrainedModel):
+            self._model_around(owner)._init_weights(self.model.get_submodule(owner))
+        for name in names:
+            # Falcon-H1's decoder initialises its layers' buffers.
+            path = name.rpartition(".")[0]
+            while self._is_unset(name) and path and inside is None:
                 path = path.rpartition(".")[0]
-            self.model.get_submodule(path)._init_weights(module)
+                self._model_around(path)._init_weights(self.model.get_submodule(path))
+            if self._is_unset(name):
+                raise RiaError(
+                    f"{self.folder}: {type(self.model).__name__} has a buffer {name} that is in no file, and this "
+                    "version of transformers does not compute it. Another version may."
+                )
+
+    def _model_around(self, path: str) -> PreTrainedModel:
+        """The innermost PreTrainedModel that is the module `path` or has it inside."""
+        while not isinstance(self.model.get_submodule(path), PreTrainedModel):
+            path = path.rpartition(".")[0]
+        return self.model.get_submodule(path)
+
+    def _is_unset(self, buffer: str) -> bool:
+        found = self.model.get_buffer(buffer)
+        return found.is_floating_point() and bool(found.isnan().any())
 
 
 def _prefix(path: str) -> str:

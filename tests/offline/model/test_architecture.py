@@ -133,6 +133,11 @@ def test_architectures_that_do_not_belong_to_the_configuration(name, model, text
         run_small(model, tmp_path / "out", text)
 
 
+def test_an_architecture_that_others_write_with_other_capitals():
+    config = AutoConfig.for_model("phimoe", architectures=["PhiMoEForCausalLM"])
+    assert model_class("microsoft/Phi-3.5-MoE-instruct", config) is transformers.PhimoeForCausalLM
+
+
 def test_a_text_decoder_without_linears(text, tmp_path):
     source = save_wrapper(tmp_path / "in", "llava", model_type="gpt2", n_embd=64, n_layer=2, n_head=4)
     with pytest.raises(RiaError, match="GPT2Model: no list of 2 decoder layers with nn.Linear in it"):

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from compressing import edit_config, edit_weights, edited, run_small
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
+from decoders import small
+from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel, LlamaPreTrainedModel
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import compress
@@ -121,3 +123,24 @@ def test_experts_that_do_not_go_together(wrong, tiny, text, tmp_path):
     message = f"in: model.layers.1.mlp.experts.{first}.gate_proj.weight has shape .32, 128., config.json asks for"
     with pytest.raises(RiaError, match=message):
         run_small(edited(tiny("qwen3-moe"), tmp_path / "in", change), tmp_path / "out", text)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "falcon_h1", "gemma3_text", "gpt_oss", "granitemoehybrid", "qwen3_next"]
+)
+def test_buffers_that_no_file_holds_are_as_in_transformers(model_type, tmp_path):
+    """Falcon-H1's are computed by the decoder around its layers."""
+    model = small(model_type)
+    model.save_pretrained(tmp_path)
+    streamed = StreamedModel(tmp_path, model.config, torch.device("cpu"))
+    expected = dict(model.named_non_persistent_buffers())
+    assert expected
+    for name, buffer in streamed.model.named_non_persistent_buffers():
+        torch.testing.assert_close(buffer, expected.pop(name), rtol=0, atol=0)
+    assert not expected
+
+
+def test_a_buffer_that_nothing_computes_is_an_error(tiny, monkeypatch):
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", lambda self, module: None)
+    with pytest.raises(RiaError, match=r"a buffer model\.rotary_emb\.inv_freq that is in no file"):
+        StreamedModel(tiny("llama"), AutoConfig.from_pretrained(tiny("llama")), torch.device("cpu"))
