@@ -34,6 +34,7 @@ from ria_vllm.writer import CheckpointWriter, check_place
 
 CALIBRATION_KEY = "calibration"
 SENSITIVITY_KEY = "sensitivity"
+TOPOLOGY_KEY = "topology"
 LEANING = "They are pruned by what the layer's experts read on average; more --samples may help."
 TOKENIZER_FILE = "tokenizer_config.json"
 
@@ -118,12 +119,13 @@ class _Run:
         _check_nothing_lost(self.model, set(), _planned(self.model), self.recipe.weight_format)
         tokens = self._tokens()
         cache = self.writer.work / "activations" if self.settings.activation_cache == "disk" else None
-        sensitive, topologies = self._sensitive(tokens, cache)
+        sensitive, topologies = self._sensitive(tokens, cache, self._kept_topologies())
         store = ExpertStore(self.model, self.writer, self.recipe, self.ranks)
         store.forget_dense()
         layers = LayerPass(
             self.model, tokens, cache, self.recipe, self.ranks, self.monitor, store=store, topologies=topologies
         )
+        self._keep(layers.topologies)
         plan = make_plan(self.model, layers.topologies, self.recipe, sensitive)
         for warning in plan.warnings:
             self.monitor.warn(warning)
@@ -149,18 +151,36 @@ class _Run:
             self.writer.write(CALIBRATION_KEY, {"tokens": tokens})
         return self.ranks.broadcast(tokens)
 
-    def _sensitive(self, tokens: torch.Tensor, cache: Path | None) -> tuple[list[str], Topologies | None]:
+    def _kept_topologies(self) -> Topologies | None:
+        """Those by which an interrupted run has pruned, whatever experiments would find now; None if there are none."""
+        there = self.ranks.first and self.writer.has(TOPOLOGY_KEY)
+        kept = self.ranks.broadcast(self.writer.record(TOPOLOGY_KEY) if there else None)
+        return None if kept is None else Topologies.restored(kept)
+
+    def _keep(self, topologies: Topologies) -> None:
+        if self.ranks.first and not self.writer.has(TOPOLOGY_KEY):
+            self.writer.write(TOPOLOGY_KEY, {}, topologies.kept())
+
+    def _sensitive(
+        self, tokens: torch.Tensor, cache: Path | None, topologies: Topologies | None
+    ) -> tuple[list[str], Topologies | None]:
         """The linears to keep dense, chosen in a pass over the dense model before anything is pruned.
 
+        Args:
+            topologies: as far as they are known.
+
         Returns:
-            (their written names, the topologies if there was such a pass now).
+            (their written names, the topologies if they are known by now).
         """
-        topologies = None
         if not self.recipe.skip_sensitive:
             return [], topologies
         if not self.ranks.broadcast(self.writer.has(SENSITIVITY_KEY)):
-            layers = LayerPass(self.model, tokens, cache, self.recipe, self.ranks, self.monitor, follow_dense=False)
+            layers = LayerPass(
+                self.model, tokens, cache, self.recipe, self.ranks, self.monitor, follow_dense=False,
+                topologies=topologies,
+            )  # fmt: skip
             topologies = layers.topologies
+            self._keep(topologies)
             plan = make_plan(self.model, topologies, self.recipe)
             self.monitor.say("measuring what pruning does to each linear")
             records, total = {}, len(self.model.layers)

@@ -134,7 +134,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             self.dense, self.choice, self.experts_cls = dense, None, dense.experts_cls
         elif not isinstance(config, ExpertsLayerConfig):
             raise RiaError(
-                f"{self.experts.name}: no kernel serves these experts {config}, and dense they cannot be served "
+                f"{self.experts.name}: no kernel serves these experts {config}, and they cannot be served dense "
                 f"either: {dense.unserved}. `ria-vllm export` makes a dense folder for where they can."
             )
 

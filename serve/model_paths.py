@@ -50,8 +50,9 @@ def place_of(model: torch.nn.Module, tensor: str) -> Place | None:
         if type(model._modules[name]).__name__ not in PLACEHOLDER_MODULES
     }
     found = sorted((other for other in places.values() if other is not None), key=_how_far, reverse=True)
-    if len(found) > 1 and not found[1].rest:
-        both = " and ".join(other.path[0] for other in found if not other.rest)
+    complete = list(dict.fromkeys(tuple(other.path) for other in found if not other.rest))
+    if len(complete) > 1:
+        both = " and ".join(path[0] for path in complete)
         raise RiaError(
             f"{tensor}: vLLM's {type(model).__name__} has a place for it in {both}, and nothing says in which it "
             "belongs. `ria-vllm export` makes a dense folder."

@@ -19,6 +19,9 @@ REMEMBERED = 8
 # How the names of a linear's tensors end. Other tensors may be large, and their names are never asked for.
 PARTS = (".compressed", ".bitmask", ".weight", ".weight_scale", ".bias")
 
+# Scales of the key-value cache, which are stored beside a linear and belong to attention.
+CACHE_SCALES = ("k_scale", "v_scale", "output_scale")
+
 _NAME = "ria_checkpoint_name"
 
 Taker = Callable[[str, torch.Tensor], None]
@@ -90,7 +93,7 @@ class WeightStream:
         """The same weights, but those that `takers` take. Each has its name from the moment that it is taken."""
         for name, tensor in weights:
             module, _, part = name.rpartition(".")
-            if module in takers or name in takers:
+            if (module in takers or name in takers) and part not in CACHE_SCALES:
                 take = takers[name] if name in takers else takers[module]
                 if take is not None:
                     take(part, tensor)

@@ -1,5 +1,6 @@
 """Conversations as calibration text: what the model's chat template makes of them."""
 
+import json
 from typing import Any
 
 from ria_vllm.errors import RiaError, printable
@@ -20,7 +21,7 @@ def rendered(messages: Any, tokenizer: Any, place: str, tools: Any = None) -> st
             {"type": "text", "text"}. Other keys, such as tool_calls, are the template's business.
         tokenizer: with the template.
         place: file and line, for errors.
-        tools: untrusted; should be a list of the tools that the model may call, or None.
+        tools: untrusted; should be a list of the tools that the model may call, the same as JSON, or None.
 
     Raises:
         RiaError: something else, a part that is not text, no template, or one that fails or leaves all of it out.
@@ -30,6 +31,11 @@ def rendered(messages: Any, tokenizer: Any, place: str, tools: Any = None) -> st
     ]
     if getattr(tokenizer, "chat_template", None) is None:
         raise RiaError(f"{place}: the model has no chat template to turn messages into text. Give a field 'text'.")
+    if isinstance(tools, str):  # data sets whose rows differ in their tools store them as JSON
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError:
+            raise RiaError(f"{place}: the field 'tools' is not valid JSON. {WAY_OUT}") from None
     if tools is not None and not isinstance(tools, list):
         raise RiaError(f"{place}: the field 'tools' must be a list of tools. {WAY_OUT}")
     said = [text.strip() for parts in texts for text in parts if text.strip()]

@@ -81,7 +81,7 @@ class StreamedModel:
     @property
     def _width(self) -> int:
         """Of the residual stream."""
-        return self.model.get_input_embeddings().weight.shape[1]
+        return self.model.get_submodule(self.base_path).get_input_embeddings().weight.shape[1]
 
     @property
     def is_wrapper(self) -> bool:
@@ -360,8 +360,7 @@ class StreamedModel:
             owner = name.rpartition(".")[0]
             if owner in outside if inside is None else not f"{owner}.".startswith(f"{inside}."):
                 continue
-            empty = torch.empty_like(buffer, device=self.device)
-            self._set(name, empty.fill_(math.nan) if buffer.is_floating_point() else empty)
+            self._set(name, _unset(torch.empty_like(buffer, device=self.device)))
             names.append(name)
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
             # The innermost PreTrainedModel around the buffer's module can initialise it.
@@ -386,7 +385,16 @@ class StreamedModel:
 
     def _is_unset(self, buffer: str) -> bool:
         found = self.model.get_buffer(buffer)
-        return found.is_floating_point() and bool(found.isnan().any())
+        if found.dtype == torch.bool or not found.numel():
+            return False
+        return bool((found.isnan() if found.is_floating_point() else found == torch.iinfo(found.dtype).min).any())
+
+
+def _unset(buffer: torch.Tensor) -> torch.Tensor:
+    """`buffer`, filled with what no model computes, if its dtype has such a value."""
+    if buffer.is_floating_point():
+        return buffer.fill_(math.nan)
+    return buffer.zero_() if buffer.dtype == torch.bool else buffer.fill_(torch.iinfo(buffer.dtype).min)
 
 
 def _prefix(path: str) -> str:

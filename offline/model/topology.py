@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -149,6 +150,15 @@ class Topologies:
             {"layers": [index for index in numbers if self.layers[index] == kind], **topology.dump()}
             for kind, topology in enumerate(self.kinds)
         ]
+
+    def kept(self) -> dict[str, Any]:
+        """All of it as JSON, for `restored`."""
+        return TypeAdapter(Topologies).dump_python(self, mode="json")
+
+    @classmethod
+    def restored(cls, kept: dict[str, Any]) -> "Topologies":
+        """What `kept` returned."""
+        return TypeAdapter(Topologies).validate_python(kept)
 
     def absolute_folds(self, written: Callable[[int, str], str]) -> list[Fold]:
         """The folds under the names in the checkpoint, without those of experts.

@@ -40,7 +40,9 @@ def available(device: torch.device) -> int | None:
     for folder in (group, *group.parents):
         limit, used = (_content(folder / name).strip() for name in ("memory.max", "memory.current"))
         if limit.isdigit() and used.isdigit():
-            limits.append(max(0, int(limit) - int(used)))
+            # What was read from files counts as used, but the system gives it up when memory is needed.
+            cached = re.findall(r"^(?:in)?active_file (\d+)$", _content(folder / "memory.stat"), re.MULTILINE)
+            limits.append(max(0, int(limit) - int(used) + sum(map(int, cached))))
     return min(limits, default=None)
 
 

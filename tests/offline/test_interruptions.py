@@ -32,6 +32,17 @@ def run(model: Path, out: Path, text: Path, settings: Settings = Settings(), **o
     compress(str(model), out, recipe, settings, Monitor(shown=False))
 
 
+@pytest.mark.parametrize("skip_sensitive", [0, 0.3])
+def test_a_resumed_run_keeps_what_was_found_out_about_the_layers(skip_sensitive, model, text, tmp_path, monkeypatch):
+    """Whatever experiments say on a machine with less memory: two layers with other heads could not be folded."""
+    run(model, tmp_path / "whole", text, skip_sensitive=skip_sensitive)
+    with interrupted_after_a_layer():
+        run(model, tmp_path / "out", text, skip_sensitive=skip_sensitive)
+    monkeypatch.setattr("ria_vllm.offline.calibration.embed.survey", None)
+    run(model, tmp_path / "out", text, Settings(resume=True), skip_sensitive=skip_sensitive)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(make_model, text, tmp_path):
     model = make_model(tmp_path / "in", "llama", num_hidden_layers=6)

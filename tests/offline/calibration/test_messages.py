@@ -66,12 +66,13 @@ def test_calls_of_tools_are_the_templates_business(tokenizer):
 def test_tools_in_a_row_are_given_to_the_template(tokenizer, tmp_path):
     tokenizer.chat_template = "{% for t in tools or [] %}{{ t['function']['name'] }};{% endfor %}" + STRINGS
     tools = [{"type": "function", "function": {"name": "search"}}]
-    rows = [{"messages": [QUESTION], "tools": given} for given in (tools, [], None)]
+    rows = [{"messages": [QUESTION], "tools": given} for given in (tools, json.dumps(tools), [], None, "")]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
     plain = "<user>Why?</s>"
-    assert list(documents(str(tmp_path / "chat.jsonl"), tokenizer)) == [f"search;{plain}", plain, plain]
-    with pytest.raises(RiaError, match="x: the field 'tools' must be a list of tools. Leave the row out"):
-        rendered([QUESTION], tokenizer, "x", json.dumps(tools))
+    assert list(documents(str(tmp_path / "chat.jsonl"), tokenizer)) == [f"search;{plain}"] * 2 + [plain] * 3
+    for wrong, message in ((tools[0], "must be a list of tools"), ("search", "is not valid JSON")):
+        with pytest.raises(RiaError, match=f"x: the field 'tools' {message}. Leave the row out"):
+            rendered([QUESTION], tokenizer, "x", wrong)
 
 
 def test_rows_with_a_text_that_is_null_are_read_as_messages(tokenizer, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from compressing import edit_config, edit_weights, edited, run_small
 from decoders import small
-from transformers import AutoConfig
+from transformers import AutoConfig, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel, LlamaPreTrainedModel
 
 from ria_vllm.errors import RiaError
@@ -125,9 +125,7 @@ def test_experts_that_do_not_go_together(wrong, tiny, text, tmp_path):
         run_small(edited(tiny("qwen3-moe"), tmp_path / "in", change), tmp_path / "out", text)
 
 
-@pytest.mark.parametrize(
-    "model_type", ["llama", "falcon_h1", "gemma3_text", "gpt_oss", "granitemoehybrid", "qwen3_next"]
-)
+@pytest.mark.parametrize("model_type", ["llama", "falcon_h1", "gemma3_text", "gpt_oss", "qwen3_next"])
 def test_buffers_that_no_file_holds_are_as_in_transformers(model_type, tmp_path):
     """Falcon-H1's are computed by the decoder around its layers."""
     model = small(model_type)
@@ -138,6 +136,17 @@ def test_buffers_that_no_file_holds_are_as_in_transformers(model_type, tmp_path)
     for name, buffer in streamed.model.named_non_persistent_buffers():
         torch.testing.assert_close(buffer, expected.pop(name), rtol=0, atol=0)
     assert not expected
+
+
+def test_a_wrapper_that_has_no_embeddings_of_its_own(tiny_wrapper, monkeypatch):
+    """As Qwen2.5-Omni, whose parts have them."""
+
+    def get_input_embeddings(self):
+        raise NotImplementedError
+
+    source = tiny_wrapper("llava")
+    monkeypatch.setattr(LlavaForConditionalGeneration, "get_input_embeddings", get_input_embeddings)
+    assert StreamedModel(source, AutoConfig.from_pretrained(source), torch.device("cpu")).is_wrapper
 
 
 def test_a_buffer_that_nothing_computes_is_an_error(tiny, monkeypatch):
