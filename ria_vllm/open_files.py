@@ -15,11 +15,15 @@ MOST_BYTES = 1 << 28
 
 
 class OpenFiles:
-    """The last files that tensors were read from stay open, until much was read or the file has changed."""
+    """The last files that tensors were read from stay open, until much was read or the file has changed.
 
-    def __init__(self) -> None:
+    Args:
+        most_bytes: that stay mapped.
+    """
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._open: dict[Path, tuple[tuple[int, ...], Any]] = {}
-        self._bytes = 0
+        self._bytes, self._most_bytes = 0, most_bytes
 
     def tensor(self, path: Path, name: str) -> torch.Tensor:
         """One tensor, on the CPU.
@@ -28,11 +32,20 @@ class OpenFiles:
             RiaError: the file cannot be read, or does not have it.
         """
         try:
-            tensor = self._file(path).get_tensor(name)
+            return self.read(path, name)
         except (SafetensorError, OSError) as error:
             raise RiaError(f"{path}: cannot read {name} ({error}). Get the file again.") from None
+
+    def read(self, path: Path, name: str, index: int | None = None) -> torch.Tensor:
+        """`tensor`, or its part with this index in the first dimension, with the errors of safetensors and the system.
+
+        Raises:
+            SafetensorError, OSError: the file cannot be read, or does not have it.
+        """
+        file = self._file(path)
+        tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
         self._bytes += tensor.nbytes
-        if self._bytes > MOST_BYTES:
+        if self._bytes > self._most_bytes:
             self._open.clear()
             self._bytes = 0
         return tensor

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ria_vllm import open_files
@@ -41,7 +41,16 @@ def test_a_file_that_was_replaced_is_read_again(opened, tmp_path):
         files.tensor(path, "x")
 
 
-def test_few_files_stay_open_and_little_of_them_stays_mapped(opened, tmp_path, monkeypatch):
+def test_a_part_of_a_tensor(opened, tmp_path):
+    path, files, stack = tmp_path / "a.safetensors", OpenFiles(), torch.randn(3, 2, 4)
+    save_file({"x": stack}, path)
+    assert all(torch.equal(files.read(path, "x", index), stack[index]) for index in range(3))
+    assert len(opened) == 1
+    with pytest.raises(SafetensorError):
+        files.read(path, "y", 0)
+
+
+def test_few_files_stay_open_and_little_of_them_stays_mapped(opened, tmp_path):
     paths = [tmp_path / str(number) for number in range(MOST_FILES + 1)]
     for path in paths:
         save_file({"x": torch.zeros(4)}, path)
@@ -49,7 +58,7 @@ def test_few_files_stay_open_and_little_of_them_stays_mapped(opened, tmp_path, m
     for path in [*paths, *paths[1:], paths[0]]:
         files.tensor(path, "x")
     assert opened == [*paths, paths[0]]
-    monkeypatch.setattr(open_files, "MOST_BYTES", 40)
+    files = OpenFiles(most_bytes=40)
     for _ in range(9):  # 16 bytes each
         files.tensor(paths[0], "x")
     assert 3 <= len(opened) - len(paths) - 1 <= 4

@@ -9,7 +9,8 @@ from torch import nn
 from ria_vllm.offline.model.expert_files import ExpertFiles, find_expert_files
 from ria_vllm.offline.model.experts import experts_modules, other_experts
 from ria_vllm.offline.model.names import Names
-from ria_vllm.offline.model.tensors import check_values, opened
+from ria_vllm.offline.model.tensors import check_values, each_in_its_file, reading
+from ria_vllm.open_files import OpenFiles
 
 
 class ExpertWeights:
@@ -20,6 +21,7 @@ class ExpertWeights:
         layers_path: of the list of these layers in the model.
         width: of the residual stream.
         names, files: of the tensors in the folder.
+        open_files: reads them.
 
     Attributes:
         experts: for each layer, path of experts relative to it -> where they are in the files.
@@ -37,9 +39,10 @@ class ExpertWeights:
         width: int,
         names: Names,
         files: Mapping[str, Path],
+        open_files: OpenFiles,
         folder: Path,
     ):
-        self.names, self.files = names, files
+        self.names, self.files, self._open = names, files, open_files
         self.experts: list[dict[str, ExpertFiles]] = []
         self.dense: list[dict[str, str]] = []
         self.parameters: set[str] = set()
@@ -70,17 +73,19 @@ class ExpertWeights:
         weights: dict[str, torch.Tensor] = {}
         for kind in () if files.stacked else layout.kinds:
             written = f"{files.linear(expert, kind)}.weight"
-            with opened(self._file_of(written)) as file:
-                # A copy, because the file stays mapped for as long as any of its tensors is alive.
-                weights[kind] = file.get_tensor(self.names.files[written]).clone()
+            weights[kind] = self._read(written)
             self._check(written, written, weights[kind])
         for parameter, written in files.stacked.items():
-            with opened(self._file_of(written)) as file:
-                part = file.get_slice(self.names.files[written])[expert].clone()
+            part = self._read(written, expert)
             self._check(f"{written} {expert}", written, part)
             as_module = part.T if files.transposed != layout.transposed else part
             weights |= layout.parted(as_module, parameter)
         return weights
+
+    def _read(self, written: str, index: int | None = None) -> torch.Tensor:
+        with reading(self._file_of(written)):
+            # A copy, because the file stays mapped for as long as any of its tensors is alive.
+            return self._open.read(self._file_of(written), self.names.files[written], index).clone()
 
     def _check(self, key: str, written: str, tensor: torch.Tensor) -> None:
         if key not in self._checked:
@@ -92,13 +97,8 @@ class ExpertWeights:
 
     def _shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors from which the parameters under `prefix` are made, by their written names."""
-        by_file: dict[Path, list[str]] = {}
-        for written, inside in self.names.inside.items():
-            if inside.startswith(prefix):
-                by_file.setdefault(self._file_of(written), []).append(written)
-        shapes = {}
-        for path, found in by_file.items():
-            with opened(path) as file:
-                for written in found:
-                    shapes[written] = tuple(file.get_slice(self.names.files[written]).get_shape())
-        return shapes
+        found = (written for written, inside in self.names.inside.items() if inside.startswith(prefix))
+        return {
+            written: tuple(file.get_slice(self.names.files[written]).get_shape())
+            for written, file in each_in_its_file({written: self._file_of(written) for written in found})
+        }

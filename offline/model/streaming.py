@@ -1,13 +1,12 @@
 """A causal LM whose weights stay in their files; parts of it are loaded, used and freed."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -27,7 +26,8 @@ from ria_vllm.offline.model.experts import expert_of, experts_modules, other_exp
 from ria_vllm.offline.model.hf import configured_dtype, explained
 from ria_vllm.offline.model.names import Names, find_tensors
 from ria_vllm.offline.model.run_experts import Weights, run_one_by_one, set_weights
-from ria_vllm.offline.model.tensors import check_values, opened
+from ria_vllm.offline.model.tensors import MOST_BYTES, check_values, each_in_its_file, opened, reading
+from ria_vllm.open_files import OpenFiles
 from ria_vllm.sparse24 import VALUE_DTYPES
 
 
@@ -69,7 +69,10 @@ class StreamedModel:
         self.base_path = find_base(self.model, self.decoder_path)
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
         self.names = Names(self.model, self.files, folder)
-        self._expert_weights = ExpertWeights(self.layers, self.layers_path, self._width, self.names, self.files, folder)
+        self._open = OpenFiles(MOST_BYTES)
+        self._expert_weights = ExpertWeights(
+            self.layers, self.layers_path, self._width, self.names, self.files, self._open, folder
+        )
         self._streamed = self._expert_weights.parameters
         for index, layer in enumerate(self.layers):
             run_one_by_one(layer)
@@ -133,17 +136,14 @@ class StreamedModel:
 
     def unknown_linears(self) -> list[str]:
         """The written names of possible linears that the model does not have, without single experts."""
-        found = []
-        for written in self.names.unknown:
-            if written.endswith(".weight") and ".experts." not in written:
-                with opened(self._file_of(written)) as file:
-                    if len(file.get_slice(self.names.files[written]).get_shape()) == 2:
-                        found.append(written.removesuffix(".weight"))
-        return found
+        names = [name for name in self.names.unknown if name.endswith(".weight") and ".experts." not in name]
+        matrices = {written for written, shape in self._shapes(names) if len(shape) == 2}
+        return [written.removesuffix(".weight") for written in names if written in matrices]
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor with this written name as it is in the file, on the CPU."""
-        return next(self._read([name]))[1]
+        with reading(self._file_of(name)):
+            return self._open.read(self._file_of(name), self.names.files[name])
 
     def from_files(self, index: int, path: str) -> Weights:
         """The weights of the experts at `path` in layer `index`, as in the files, on the device."""
@@ -260,11 +260,8 @@ class StreamedModel:
                 wanted[self.names.direct[name]] = tensor
             elif name not in self.names.made and name not in self.model.all_tied_weights_keys:
                 raise self._missing(name)
-        for path in sorted(set(map(self._file_of, wanted))):
-            with opened(path) as file:
-                for written in [written for written in wanted if self._file_of(written) == path]:
-                    shape = file.get_slice(self.names.files[written]).get_shape()
-                    self._check_shape(written, shape, wanted[written].shape)
+        for written, shape in self._shapes(wanted):
+            self._check_shape(written, shape, wanted[written].shape)
         for name, written in self.names.direct.items():
             if not name.startswith(_prefix(self.decoder_path)) and name not in self.model.all_tied_weights_keys:
                 self._check_values(written, self.read(written), wanted[written].is_floating_point())
@@ -309,14 +306,16 @@ class StreamedModel:
     def _file_of(self, written: str) -> Path:
         return self.files[self.names.files[written]]
 
-    def _read(self, names: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._file_of(name), []).append(name)
-        for path, wanted in by_file.items():
-            with opened(path) as file:
-                for name in wanted:
-                    yield name, file.get_tensor(self.names.files[name])
+    def _files_of(self, names: Iterable[str]) -> dict[str, Path]:
+        return {name: self._file_of(name) for name in names}
+
+    def _read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, file in each_in_its_file(self._files_of(names)):
+            yield name, file.get_tensor(self.names.files[name])
+
+    def _shapes(self, names: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
+        for name, file in each_in_its_file(self._files_of(names)):
+            yield name, file.get_slice(self.names.files[name]).get_shape()
 
     def _load_converted(self, prefix: str, without: str | None) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -410,12 +409,10 @@ def stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
     """
     dtype = configured_dtype(config)
     if dtype is None:
-        files, sizes = find_tensors(folder), {}
-        for name, path in files.items():
-            with safe_open(path, framework="pt") as file:
-                sizes[name] = math.prod(file.get_slice(name).get_shape())
-        largest = max(sizes, key=sizes.__getitem__)
-        with safe_open(files[largest], framework="pt") as file:
+        files = find_tensors(folder)
+        sizes = {name: math.prod(file.get_slice(name).get_shape()) for name, file in each_in_its_file(files)}
+        largest = max(files, key=sizes.__getitem__)
+        with opened(files[largest]) as file:
             dtype = file.get_tensor(largest).dtype
     if dtype not in VALUE_DTYPES:
         raise RiaError(f"{folder}: dtype {dtype}; compress needs bfloat16, float16 or float32 weights.")

@@ -1,6 +1,6 @@
 """Opens the files of a dense model, and checks what is in their tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ FLOATS = (*VALUE_DTYPES, torch.float64)
 
 # Weights that are checked together for being finite.
 FINITE_AT_ONCE = 1 << 22
+
+# What was read of a file counts as memory of the process while the file stays open: this is a few experts' weights.
+MOST_BYTES = 1 << 25
 
 
 def check_values(file: Path, name: str, tensor: torch.Tensor, floating: bool) -> None:
@@ -42,10 +45,27 @@ def check_values(file: Path, name: str, tensor: torch.Tensor, floating: bool) ->
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file. If the system cannot read it, its error is the cause of the RiaError."""
+    """A safetensors file, with the errors of `reading`."""
+    with reading(path), safe_open(path, framework="pt") as file:
+        yield file
+
+
+def each_in_its_file(places: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
+    """Each name with its open file, file by file: opening one reads its whole header."""
+    names: dict[Path, list[str]] = {}
+    for name, path in places.items():
+        names.setdefault(path, []).append(name)
+    for path, here in names.items():
+        with opened(path) as file:
+            for name in here:
+                yield name, file
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with a safetensors file into a RiaError; the system's error is its cause."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        yield
     except SafetensorError as error:
         raise RiaError(f"{path}: cannot be read ({error}). Get the file again.") from None
     except OSError as error:
