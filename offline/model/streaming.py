@@ -19,6 +19,7 @@ from ria_vllm.offline.model.architecture import (
     text_config,
     towers,
 )
+from ria_vllm.offline.model.buffers import compute_buffers
 from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.expert_files import ExpertFiles
 from ria_vllm.offline.model.expert_weights import ExpertWeights
@@ -346,54 +347,21 @@ class StreamedModel:
         self.model.requires_grad_(False)
 
     def _materialize_buffers(self, inside: str | None = None) -> None:
-        """Let the model compute the buffers that no file holds (rotary frequencies, embedding scales).
+        """Let the model compute the buffers that no file holds.
 
         Args:
             inside: of the module with this name; None: of all that do not lie outside the text decoder.
 
         Raises:
-            RiaError: the model leaves a buffer as it is.
+            RiaError: see `compute_buffers`.
         """
-        names, outside = [], {name for name, _ in outside_decoder(self.model, self.decoder_path)}
-        for name, buffer in self.model.named_non_persistent_buffers():
+        outside = {name for name, _ in outside_decoder(self.model, self.decoder_path)}
+        names = []
+        for name, _ in self.model.named_non_persistent_buffers():
             owner = name.rpartition(".")[0]
-            if owner in outside if inside is None else not f"{owner}.".startswith(f"{inside}."):
-                continue
-            self._set(name, _unset(torch.empty_like(buffer, device=self.device)))
-            names.append(name)
-        for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
-            # The innermost PreTrainedModel around the buffer's module can initialise it.
-            self._model_around(owner)._init_weights(self.model.get_submodule(owner))
-        for name in names:
-            # Falcon-H1's decoder initialises its layers' buffers.
-            path = name.rpartition(".")[0]
-            while self._is_unset(name) and path and inside is None:
-                path = path.rpartition(".")[0]
-                self._model_around(path)._init_weights(self.model.get_submodule(path))
-            if self._is_unset(name):
-                raise RiaError(
-                    f"{self.folder}: {type(self.model).__name__} has a buffer {name} that is in no file, and this "
-                    "version of transformers does not compute it. Another version may."
-                )
-
-    def _model_around(self, path: str) -> PreTrainedModel:
-        """The innermost PreTrainedModel that is the module `path` or has it inside."""
-        while not isinstance(self.model.get_submodule(path), PreTrainedModel):
-            path = path.rpartition(".")[0]
-        return self.model.get_submodule(path)
-
-    def _is_unset(self, buffer: str) -> bool:
-        found = self.model.get_buffer(buffer)
-        if found.dtype == torch.bool or not found.numel():
-            return False
-        return bool((found.isnan() if found.is_floating_point() else found == torch.iinfo(found.dtype).min).any())
-
-
-def _unset(buffer: torch.Tensor) -> torch.Tensor:
-    """`buffer`, filled with what no model computes, if its dtype has such a value."""
-    if buffer.is_floating_point():
-        return buffer.fill_(math.nan)
-    return buffer.zero_() if buffer.dtype == torch.bool else buffer.fill_(torch.iinfo(buffer.dtype).min)
+            if owner not in outside if inside is None else f"{owner}.".startswith(f"{inside}."):
+                names.append(name)
+        compute_buffers(self.model, names, self.device, inside is None, self.folder)
 
 
 def _prefix(path: str) -> str:
