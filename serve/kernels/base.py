@@ -14,7 +14,8 @@ from typing import ClassVar, Literal, Protocol
 
 import torch
 
-from ria_vllm.formats import WeightFormat, name_of
+from ria_vllm.formats import FORMATS, WeightFormat, name_of
+from ria_vllm.sparse24 import VALUE_DTYPES
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,15 @@ class LinearLayerConfig:
             f"a {self.out_features} x {self.in_features} layer with {self.weight_format.name} weights and "
             f"{name_of(self.act_dtype)} activations on {self.device}"
         )
+
+
+def cannot_decode(weight_format: WeightFormat, act_dtype: torch.dtype) -> str | None:
+    """Why the reference kernels, for linears and for experts, cannot serve such weights and activations, or None."""
+    if FORMATS.get(weight_format.name) != weight_format:
+        return f"{weight_format.name} is not in ria_vllm.formats.FORMATS"
+    if act_dtype not in VALUE_DTYPES:
+        return f"dtype {name_of(act_dtype)}; {', '.join(map(name_of, VALUE_DTYPES))} only"
+    return None
 
 
 class LinearKernel(Protocol):
@@ -156,6 +166,12 @@ class ExpertsLayerConfig:
     def gate_up_rows(self) -> int:
         """Rows of an expert's first product: 2 I with a gate, else I."""
         return self.intermediate_size * (2 if self.activation.is_gated else 1)
+
+    def weighted(self, x: torch.Tensor, topk_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the first product reads of x [T, H], and what the results are multiplied by, [T, k]."""
+        if not self.router_weight_on_input:
+            return x, topk_weights
+        return x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
 
     def __str__(self) -> str:
         return (

@@ -5,9 +5,8 @@ from typing import ClassVar
 
 import torch
 
-from ria_vllm.formats import FORMATS, name_of
-from ria_vllm.serve.kernels.base import LinearLayerConfig
-from ria_vllm.sparse24 import VALUE_DTYPES
+from ria_vllm.formats import FORMATS
+from ria_vllm.serve.kernels.base import LinearLayerConfig, cannot_decode
 
 # Rows decompressed at a time: the temporary stays small beside the weight.
 _BLOCK_ROWS = 1024
@@ -67,11 +66,7 @@ class ReferenceKernel:
 
     @staticmethod
     def can_implement(config: LinearLayerConfig) -> str | None:
-        if FORMATS.get(config.weight_format.name) != config.weight_format:
-            return f"{config.weight_format.name} is not in ria_vllm.formats.FORMATS"
-        if config.act_dtype not in VALUE_DTYPES:
-            return f"dtype {name_of(config.act_dtype)}; {', '.join(map(name_of, VALUE_DTYPES))} only"
-        return None
+        return cannot_decode(config.weight_format, config.act_dtype)
 
     @staticmethod
     def pack(config: LinearLayerConfig, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:

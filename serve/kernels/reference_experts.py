@@ -6,9 +6,8 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
-from ria_vllm.formats import FORMATS, name_of
-from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig
-from ria_vllm.sparse24 import VALUE_DTYPES
+from ria_vllm.formats import FORMATS
+from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, cannot_decode
 
 _library = torch.library.Library("ria", "FRAGMENT")
 _library.define(
@@ -125,11 +124,7 @@ class ReferenceExpertsKernel:
 
     @staticmethod
     def can_implement(config: ExpertsLayerConfig) -> str | None:
-        if FORMATS.get(config.weight_format.name) != config.weight_format:
-            return f"{config.weight_format.name} is not in ria_vllm.formats.FORMATS"
-        if config.act_dtype not in VALUE_DTYPES:
-            return f"dtype {name_of(config.act_dtype)}; {', '.join(map(name_of, VALUE_DTYPES))} only"
-        return None
+        return cannot_decode(config.weight_format, config.act_dtype)
 
     @staticmethod
     def pack(
@@ -154,8 +149,7 @@ class ReferenceExpertsKernel:
         input_permutation: torch.Tensor | None,
         expert_map: torch.Tensor | None,
     ) -> torch.Tensor:
-        if config.router_weight_on_input:
-            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
+        x, topk_weights = config.weighted(x, topk_weights)
         count, activation = 2 * len(config.weight_format.parts), config.activation
         return torch.ops.ria.sparse24_experts.reference(
             x,

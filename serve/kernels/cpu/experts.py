@@ -85,8 +85,7 @@ class CpuExpertsKernel:
         input_permutation: torch.Tensor | None,
         expert_map: torch.Tensor | None,
     ) -> torch.Tensor:
-        if config.router_weight_on_input:
-            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
+        x, topk_weights = config.weighted(x, topk_weights)
         activation = config.activation
         gate_up, down, gate_up_bias, down_bias = packed if config.has_bias else (*packed, None, None)
         return torch.ops.ria.sparse24_experts.cpu(
