@@ -1,47 +1,18 @@
 """Peak memory: a model whose experts are several times larger than the limit is compressed under it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from moe import save_moe
+from peak_memory import peak_memory
 from safetensors.torch import save_file
 
 LAYERS, EXPERTS, WIDTH, INNER = 2, 160, 512, 256
 SAMPLES, SEQ_LEN = 8, 128
 LINEARS = {"gate_proj": (INNER, WIDTH), "up_proj": (INNER, WIDTH), "down_proj": (WIDTH, INNER)}
 LAYER_BYTES = 2 * EXPERTS * 3 * WIDTH * INNER
-
-# The peak is measured above what the process holds after a small model: libraries, their tables and thread buffers.
-PROBE = """
-import sys, threading, time
-from pathlib import Path
-from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.progress import Monitor
-from ria_vllm.offline.recipe import Recipe
-
-small, large, out, text, reconstruct, permute, compute_dtype, samples, seq_len = sys.argv[1:]
-recipe = Recipe(
-    calibration=text, samples=int(samples), seq_len=int(seq_len), reconstruct=reconstruct, permute=permute,
-    compute_dtype=compute_dtype,
-)
-held = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-compress(small, Path(out + "-small"), recipe, Settings(), Monitor(shown=False))
-base, peak = held(), [0]
-
-def watch():
-    while True:
-        peak[0] = max(peak[0], held())
-        time.sleep(0.002)
-
-threading.Thread(target=watch, daemon=True).start()
-compress(large, Path(out), recipe, Settings(), Monitor(shown=False))
-print(peak[0] - base, flush=True)
-import os; os._exit(0)
-"""
 
 
 def save_large(folder: Path, small: Path) -> Path:
@@ -92,8 +63,9 @@ def random(*shape: int) -> torch.Tensor:
 def test_peak_memory_is_less_than_one_layers_experts(text, tmp_path):
     small = save_moe(tmp_path / "small", "qwen3_moe", torch.bfloat16)
     large = save_large(tmp_path / "large", small)
-    arguments = [str(small), str(large), str(tmp_path / "out"), str(text), "admm", "lsa", "bfloat16"]
-    arguments += [str(SAMPLES), str(SEQ_LEN)]
-    done = subprocess.run([sys.executable, "-c", PROBE, *arguments], check=True, capture_output=True, text=True)
-    print(f"peak {int(done.stdout) / LAYER_BYTES:.2f} layers of {LAYER_BYTES / 1e6:.0f} MB, as they are stored")
-    assert int(done.stdout) < LAYER_BYTES
+    peak = peak_memory(
+        small, large, tmp_path / "out", calibration=str(text), samples=SAMPLES, seq_len=SEQ_LEN, reconstruct="admm",
+        permute="lsa", compute_dtype="bfloat16",
+    )  # fmt: skip
+    print(f"peak {peak / LAYER_BYTES:.2f} layers of {LAYER_BYTES / 1e6:.0f} MB, as they are stored")
+    assert peak < LAYER_BYTES

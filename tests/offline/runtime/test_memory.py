@@ -1,14 +1,13 @@
 """Peak memory, with a model several times larger than the limit."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from peak_memory import peak_memory
 from safetensors.torch import save_file
 
 from ria_vllm.offline.runtime import memory
@@ -48,35 +47,6 @@ class Shape:
 LAYERS_IN_MEMORY = {"bfloat16": 6, "float32": 8}
 # In the proportions of Llama-2-7B, except for its vocabulary, and of Qwen2.5-7B.
 LLAMA, QWEN = Shape(1536, 4096, 16, 16, 258), Shape(1344, 7168, 12, 2, 57024)
-
-# The peak is measured above what the process holds after a small model: libraries, their tables and thread buffers.
-PROBE = """
-import sys, threading, time
-from pathlib import Path
-from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.progress import Monitor
-from ria_vllm.offline.recipe import Recipe
-
-small, large, out, text, reconstruct, pruned, compute_dtype, samples, seq_len = sys.argv[1:]
-ignore = (rf"layers[.](?!({pruned})[.])",)
-recipe = Recipe(
-    calibration=text, samples=int(samples), seq_len=int(seq_len), ignore=ignore, reconstruct=reconstruct,
-    compute_dtype=compute_dtype,
-)
-held = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-compress(small, Path(out + "-small"), recipe, Settings(), Monitor(shown=False))
-base, peak = held(), [0]
-
-def watch():
-    while True:
-        peak[0] = max(peak[0], held())
-        time.sleep(0.002)
-
-threading.Thread(target=watch, daemon=True).start()
-compress(large, Path(out), recipe, Settings(), Monitor(shown=False))
-print(peak[0] - base, flush=True)
-import os; os._exit(0)
-"""
 
 
 def save_large(folder: Path, small: Path, shape: Shape) -> None:
@@ -141,16 +111,17 @@ def large(small, tmp_path_factory) -> Callable[[Shape], Path]:
     ids=["admm", "block", "wide MLP", "admm, float32", "block, float32", "wide MLP, float32"],
 )
 def test_peak_memory_is_bounded_by_one_layer(small, large, text, tmp_path, shape, reconstruct, pruned, compute_dtype):
-    paths = [str(path) for path in (small, large(shape), tmp_path / "out", text)]
-    arguments = [*paths, reconstruct, pruned, compute_dtype, str(SAMPLES), str(SEQ_LEN)]
-    done = subprocess.run([sys.executable, "-c", PROBE, *arguments], check=True, capture_output=True, text=True)
+    peak = peak_memory(
+        small, large(shape), tmp_path / "out", calibration=str(text), samples=SAMPLES, seq_len=SEQ_LEN,
+        ignore=[rf"layers[.](?!({pruned})[.])"], reconstruct=reconstruct, compute_dtype=compute_dtype,
+    )  # fmt: skip
     activations = 2 * 2 * SAMPLES * SEQ_LEN * shape.hidden  # for the pruned and for the dense model
     layers, embedding = LAYERS_IN_MEMORY[compute_dtype], 2 * shape.vocabulary * shape.hidden
     limit = layers * shape.layer_bytes + activations + embedding * (2 if compute_dtype == "float32" else 1)
-    print(f"peak {int(done.stdout) / shape.layer_bytes:.2f} layers of {limit / shape.layer_bytes:.2f}")
+    print(f"peak {peak / shape.layer_bytes:.2f} layers of {limit / shape.layer_bytes:.2f}")
     whole = LAYERS * shape.layer_bytes * (2 if compute_dtype == "float32" else 1)
     assert whole > 3 * limit  # the whole model, in the dtype it is computed in, is three times larger than the limit
-    assert int(done.stdout) < limit
+    assert peak < limit
 
 
 def test_free_memory_in_a_container_is_what_its_limits_leave(monkeypatch):
