@@ -9,7 +9,6 @@ import torch
 
 from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import WeightFormat, name_of
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline.expert_store import ExpertStore
 from ria_vllm.offline.layers import LayerPass
@@ -30,6 +29,7 @@ from ria_vllm.offline.units import layer_key, layer_tensors, pruned_weights
 from ria_vllm.offline.work import begun_run, fingerprint, work_folder
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import REPORT_FILE, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.weight_format import WeightFormat, name_of
 from ria_vllm.writer import CheckpointWriter, check_place
 
 CALIBRATION_KEY = "calibration"

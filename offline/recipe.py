@@ -15,6 +15,7 @@ from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.pruning import permute, scores
 from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.offline.publish import published
+from ria_vllm.weight_format import WeightFormat
 
 METHODS = (*scores.METHODS, "sparsegpt")
 SCOPES = ("shared", "linear")
@@ -77,7 +78,7 @@ class Recipe:
         return self.reconstruct != "none" or self.method == "sparsegpt" or self.skip_sensitive > 0
 
     @property
-    def weight_format(self) -> formats.WeightFormat:
+    def weight_format(self) -> WeightFormat:
         return formats.WRITTEN[self.weights]
 
     @property

@@ -6,7 +6,6 @@ import torch
 
 from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import name_of
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.hf import explained, load_tokenizer
@@ -15,6 +14,7 @@ from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import available
 from ria_vllm.progress import Monitor
+from ria_vllm.weight_format import name_of
 
 
 def calibration_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor) -> torch.Tensor:

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ria_vllm import permutation
-from ria_vllm.formats import SHAPE
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.solve import Pruned
+from ria_vllm.weight_format import SHAPE
 
 
 def layer_key(index: int) -> str:

@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 
 from ria_vllm import permutation
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import SHAPE, WeightFormat
 from ria_vllm.open_files import OpenFiles
 from ria_vllm.schema import (
     DIGEST_KEY,
@@ -24,6 +23,7 @@ from ria_vllm.schema import (
     RiaSchema,
 )
 from ria_vllm.stacks import problems_of_experts, stack_experts, stacked_tensors
+from ria_vllm.weight_format import SHAPE, WeightFormat
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

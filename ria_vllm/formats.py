@@ -8,6 +8,8 @@ in the model's own order and columns in the stored one. `bitmask` says which two
 | ------ | ----------------------- | -------------- | --------------------------------- |
 | float  | the model's own dtype   | -              | 9 at 16 bits, 17 at 32            |
 | int8   | int8                    | one per row    | 5                                 |
+| int4   | two values in a uint8   | one per row    | 3                                 |
+| int8-gG, int4-gG | as int8, int4 | one per G stored columns of a row | 16/G more      |
 | fp8    | float8_e4m3fn           | one per row    | 5                                 |
 
 An operation on a linear is applied to each of its parts, as `Part` describes them. A row order takes the rows of all
@@ -19,172 +21,14 @@ Everything that reads, writes or multiplies weights asks the format. To add one,
 makes it fast.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import lcm
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from ria_vllm import sparse24
-
-SHAPE = "shape"
-"""The name of the tensor that repeats [out, in], int64 [2, 1]. It belongs to every linear of every format."""
-
-Parts = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One stored tensor of a linear [out, in].
-
-    Attributes:
-        name: the last part of its name in the checkpoint.
-        dtypes: the dtypes that it may have.
-        channels: input channels per column; None: the tensor is [out, 1], one number per row.
-        fill: the value of padding columns.
-    """
-
-    name: str
-    dtypes: tuple[torch.dtype, ...]
-    channels: int | None
-    fill: int = 0
-
-    def shape(self, out_features: int, in_features: int) -> tuple[int, int]:
-        return out_features, 1 if self.channels is None else in_features // self.channels
-
-
-BITMASK = Part("bitmask", (torch.uint8,), 8, fill=0b00110011)
-ROW_SCALE = Part("weight_scale", (torch.float32,), None)
-BY_ROW = {"strategy": "channel", "symmetric": True}
-"""compressed-tensors' words for one scale per row and no zero point."""
-
-
-class WeightFormat(ABC):
-    """How the kept values of a 2:4 linear are stored. Formats hold no state: all instances of a class are equal.
-
-    Attributes:
-        name: what `--weights` and kernels call it.
-        parts: the stored tensors. `compressed` (the values) and `bitmask` must be among them; scales must be called
-            `weight_scale`.
-        quantization: how config.json describes the values, in compressed-tensors' words; None for plain floating point.
-    """
-
-    name: ClassVar[str]
-    parts: ClassVar[tuple[Part, ...]]
-    quantization: ClassVar[Mapping[str, Any] | None] = None
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other)
-
-    def __hash__(self) -> int:
-        return hash(type(self))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
-
-    @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """The last parts of the stored tensors' names."""
-        return (*(part.name for part in self.parts), SHAPE)
-
-    @property
-    def column_multiple(self) -> int:
-        """A tensor-parallel cut may fall between columns at multiples of this."""
-        return lcm(*(part.channels for part in self.parts if part.channels))
-
-    @property
-    def group_size(self) -> int | None:
-        """Stored columns that share a scale; None if scales are per row. Quantizing groups needs the stored order."""
-        return next((part.channels for part in self.parts if part.name == "weight_scale"), None)
-
-    def bits_per_weight(self, dtype: torch.dtype) -> float:
-        """Bits for each weight of the dense matrix, of a model in `dtype`. One scale per row is not counted."""
-        dtypes = {part: dtype if dtype in part.dtypes else part.dtypes[0] for part in self.parts}
-        return sum(8 * dtypes[part].itemsize / part.channels for part in self.parts if part.channels)
-
-    @abstractmethod
-    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Round a matrix to what the format can hold.
-
-        Args:
-            weight: [out, in], any floating dtype, columns in the stored order if there is a `group_size`.
-            dtype: of the model.
-
-        Returns:
-            The weight as `decode` gives it back, in `dtype`, and its scales, or None.
-        """
-
-    @abstractmethod
-    def encode(
-        self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        """The parts of a matrix that `quantize` returned.
-
-        Args:
-            weight: [out, in], columns in the stored order.
-            mask: bool [out, in], exactly two True in each group of four; None: the two largest magnitudes.
-
-        Raises:
-            ValueError: a wrong shape, or a mask that is not 2:4.
-        """
-
-    @abstractmethod
-    def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        """The kept values in `dtype`, [out, in/2]."""
-
-    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        """Dense [out, in] in `dtype`, columns in the stored order. The parts must have passed `check`."""
-        return sparse24.decompress(self.values(parts, dtype), parts["bitmask"])
-
-    def widen(self, parts: Parts, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The same weight in the format float, in `dtype`, for kernels that cannot multiply this one."""
-        return {"compressed": self.values(parts, dtype), "bitmask": parts["bitmask"]}
-
-    def check(self, parts: Parts, shape: tuple[int, int] | None = None) -> str | None:
-        """What is wrong with stored tensors, or None. Nothing may read untrusted ones before they have passed.
-
-        Args:
-            shape: (out, in), if the checkpoint states it elsewhere.
-        """
-        for part in self.parts:
-            if part.name not in parts:
-                return f"{part.name} is missing"
-            tensor = parts[part.name]
-            if tensor.dtype not in part.dtypes:
-                return (
-                    f"{part.name} has dtype {name_of(tensor.dtype)}, expected {' or '.join(map(name_of, part.dtypes))}"
-                )
-        wrong = sparse24.check_bitmask(parts["bitmask"], shape)
-        if wrong:
-            return wrong
-        rows, columns = parts["bitmask"].shape[0], parts["bitmask"].shape[1] * 8
-        for part in self.parts:
-            found, wanted = tuple(parts[part.name].shape), part.shape(rows, columns)
-            if found != wanted:
-                return f"{part.name} has shape {found}, expected {wanted}"
-        scale = parts.get("weight_scale")
-        if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
-            return "weight_scale is not positive and finite everywhere"
-        return None
-
-    def take_rows(self, parts: Parts, rows: slice | torch.Tensor) -> dict[str, torch.Tensor]:
-        """Rows by a slice or by int64 indices: some of them, or all in another order."""
-        return {part.name: parts[part.name][rows] for part in self.parts}
-
-    def pad_columns(self, parts: Parts, count: int) -> dict[str, torch.Tensor]:
-        """`count` more columns, a multiple of `column_multiple`, whose weights are zero."""
-        if count % self.column_multiple:
-            raise ValueError(f"{count} columns are not a multiple of {self.column_multiple}")
-        padded = {}
-        for part in self.parts:
-            tensor = parts[part.name]
-            if part.channels is not None:
-                fill = tensor.new_full((len(tensor), count // part.channels), part.fill)
-                tensor = torch.cat([tensor, fill], dim=1)
-            padded[part.name] = tensor
-        return padded
+from ria_vllm.weight_format import BITMASK, ROW_SCALE, Part, Parts, WeightFormat
 
 
 class FloatFormat(WeightFormat):
@@ -193,7 +37,9 @@ class FloatFormat(WeightFormat):
     name = "float"
     parts = (Part("compressed", sparse24.VALUE_DTYPES, 2), BITMASK)
 
-    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, None]:
+    def quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, None]:
         return weight.to(dtype), None
 
     def encode(
@@ -206,72 +52,148 @@ class FloatFormat(WeightFormat):
         return parts["compressed"].to(dtype)
 
 
-class _RowScaledFormat(WeightFormat):
-    """One byte per value and one scale per row: weight ~ value * scale. A row's largest magnitude becomes `largest`."""
+class IntFormat(WeightFormat):
+    """Symmetric integers: weight ~ value * scale, off by at most half a scale if the scale fits the largest magnitude.
 
-    largest: float
+    Four bits are stored two to a byte, the first value in the low one; n stands for n - 8. So the bytes, read as
+    little-endian int32, are what compressed-tensors' `pack_to_int32` makes of the kept values.
 
-    @abstractmethod
-    def _round(self, scaled: torch.Tensor) -> torch.Tensor:
-        """float32 in the stored dtype."""
+    Attributes:
+        num_bits: 4 or 8.
+        scale_columns: stored columns that share a scale, see `GROUP_SIZES`; None: a scale belongs to a whole row. A
+            row's is float32; those of groups have the model's dtype, or bfloat16 if that is float32.
+    """
 
-    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        scales = _row_scales(weight, self.largest)
-        return (self._round(weight.float() / scales).float() * scales).to(dtype), scales
+    def __init__(self, num_bits: int, scale_columns: int | None = None):
+        self.num_bits, self.scale_columns = num_bits, scale_columns
+        self.name = f"int{num_bits}" + (f"-g{scale_columns}" if scale_columns else "")
+        compressed = (
+            Part("compressed", (torch.int8,), 2) if num_bits == 8 else Part("compressed", (torch.uint8,), 4, fill=0x88)
+        )
+        scale = Part("weight_scale", sparse24.VALUE_DTYPES, scale_columns, fill=1) if scale_columns else ROW_SCALE
+        self.parts = (compressed, BITMASK, scale)
+        strategy = {"strategy": "group", "group_size": scale_columns} if scale_columns else {"strategy": "channel"}
+        self.quantization = strategy | {"symmetric": True, "num_bits": num_bits, "type": "int"}
+
+    @property
+    def largest(self) -> int:
+        """The largest value. The smallest is one further from zero."""
+        return 2 ** (self.num_bits - 1) - 1
+
+    def quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = self.scales_of(weight, dtype) if scales is None else scales
+        return (self._rounded(weight, scales) * self._wide(scales, weight.shape[1])).to(dtype), scales
+
+    def scales_of(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The scales that fit the largest magnitudes, [out, 1] or [out, in / scale_columns], positive.
+
+        Args:
+            weight: [out, in], in the stored order.
+            dtype: of the model.
+        """
+        scales = weight.float().unflatten(1, (-1, self.scale_columns or weight.shape[1])).abs().amax(-1) / self.largest
+        scales = scales.to(self.scale_dtype(dtype))
+        return torch.where(scales > 0, scales, 1.0)
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the scales of a model in `dtype`."""
+        if self.scale_columns is None:
+            return torch.float32
+        return dtype if dtype.itemsize == 2 else torch.bfloat16
 
     def encode(
         self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
+        assert scales is not None
         compressed, bitmask = sparse24.compress(weight, mask)
         # Exact: rounding to the model's dtype moved no weight by as much as half a step.
-        return {"compressed": self._round(compressed.float() / scales), "bitmask": bitmask, "weight_scale": scales}
+        values = self._rounded(compressed, scales).to(torch.int8)
+        return {
+            "compressed": values if self.num_bits == 8 else _packed(values),
+            "bitmask": bitmask,
+            "weight_scale": scales,
+        }
+
+    def integers(self, parts: Parts) -> torch.Tensor:
+        """The kept values as int8 [out, in/2], without their scales."""
+        stored = parts["compressed"]
+        return stored if self.num_bits == 8 else _unpacked(stored)
+
+    def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        values = self.integers(parts).float()
+        return (values * self._wide(parts["weight_scale"], values.shape[1])).to(dtype)
+
+    def _rounded(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """float32 integers [out, n], where n is in or, for compressed weights, in/2."""
+        scaled = weight.float() / self._wide(scales, weight.shape[1])
+        return scaled.round().clamp(-self.largest - 1 if self.num_bits == 4 else -self.largest, self.largest)
+
+    def _wide(self, scales: torch.Tensor, count: int) -> torch.Tensor:
+        """float32 scales of each of `count` columns of a row: [out, count], or [out, 1] for a row's."""
+        scales = scales.float()
+        return scales if self.scale_columns is None else scales.repeat_interleave(count // scales.shape[1], 1)
+
+
+def _packed(values: torch.Tensor) -> torch.Tensor:
+    """uint8 [out, n/2] from int8 [out, n] of four bits."""
+    pairs = (values + 8).to(torch.uint8).unflatten(1, (-1, 2))
+    return pairs[..., 0] | pairs[..., 1] << 4
+
+
+def _unpacked(pairs: torch.Tensor) -> torch.Tensor:
+    """int8 [out, n] from what `_packed` makes of it."""
+    return torch.stack([pairs & 15, pairs >> 4], -1).flatten(1).to(torch.int8) - 8
+
+
+class Fp8Format(WeightFormat):
+    """float8_e4m3fn, a scale per row. `compress` does not write it; checkpoints of compressed-tensors have it."""
+
+    name = "fp8"
+    parts = (Part("compressed", (torch.float8_e4m3fn,), 2), BITMASK, ROW_SCALE)
+    quantization: Mapping[str, Any] | None = MappingProxyType(
+        {"strategy": "channel", "symmetric": True, "num_bits": 8, "type": "float"}
+    )
+    largest = torch.finfo(torch.float8_e4m3fn).max
+
+    def quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if scales is None:
+            scales = weight.float().abs().amax(1, keepdim=True) / self.largest
+            scales = torch.where(scales > 0, scales, 1.0)
+        return (self._rounded(weight, scales).float() * scales).to(dtype), scales
+
+    def encode(
+        self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        assert scales is not None
+        compressed, bitmask = sparse24.compress(weight, mask)
+        return {"compressed": self._rounded(compressed, scales), "bitmask": bitmask, "weight_scale": scales}
 
     def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         return (parts["compressed"].float() * parts["weight_scale"]).to(dtype)
 
-
-class Int8Format(_RowScaledFormat):
-    """Symmetric int8, off by at most half a scale."""
-
-    name = "int8"
-    parts = (Part("compressed", (torch.int8,), 2), BITMASK, ROW_SCALE)
-    quantization: ClassVar[Mapping[str, Any] | None] = BY_ROW | {"num_bits": 8, "type": "int"}
-    largest = 127
-
-    def _round(self, scaled: torch.Tensor) -> torch.Tensor:
-        return scaled.round().to(torch.int8)
+    def _rounded(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return (weight.float() / scales).clamp(-self.largest, self.largest).to(torch.float8_e4m3fn)
 
 
-class Fp8Format(_RowScaledFormat):
-    """float8_e4m3fn. `compress` does not write it; checkpoints of compressed-tensors have it."""
+FLOAT, INT8, INT4, FP8 = FloatFormat(), IntFormat(8), IntFormat(4), Fp8Format()
 
-    name = "fp8"
-    parts = (Part("compressed", (torch.float8_e4m3fn,), 2), BITMASK, ROW_SCALE)
-    quantization: ClassVar[Mapping[str, Any] | None] = BY_ROW | {"num_bits": 8, "type": "float"}
-    largest = torch.finfo(torch.float8_e4m3fn).max
+GROUP_SIZES = (32, 64, 128)
+"""How many stored columns of a row may share a scale; half of them are kept."""
 
-    def _round(self, scaled: torch.Tensor) -> torch.Tensor:
-        return scaled.clamp(-self.largest, self.largest).to(torch.float8_e4m3fn)
+INTEGERS: dict[tuple[int, int | None], IntFormat] = {
+    (bits, size): IntFormat(bits, size) for bits in (8, 4) for size in (None, *GROUP_SIZES)
+}
+"""By `num_bits` and `scale_columns`."""
 
+WRITTEN: dict[str, WeightFormat] = {one.name: one for one in (FLOAT, *INTEGERS.values())}
+"""Those that `compress` writes, by name."""
 
-def _row_scales(weight: torch.Tensor, largest: float) -> torch.Tensor:
-    """float32 [out, 1], positive: each row's largest magnitude becomes `largest`."""
-    scales = weight.float().abs().amax(1, keepdim=True) / largest
-    return torch.where(scales > 0, scales, 1.0)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """The name without torch's prefix, such as bfloat16."""
-    return str(dtype).removeprefix("torch.")
-
-
-FLOAT, INT8, FP8 = FloatFormat(), Int8Format(), Fp8Format()
-
-FORMATS: dict[str, WeightFormat] = {one.name: one for one in (FLOAT, INT8, FP8)}
+FORMATS: dict[str, WeightFormat] = WRITTEN | {FP8.name: FP8}
 """All formats, by name: what kernels may be asked for."""
-
-WRITTEN: dict[str, WeightFormat] = {one.name: one for one in (FLOAT, INT8)}
-"""Those that `compress --weights` writes."""
 
 
 def of_quantization(quantization: Mapping[str, Any] | None) -> WeightFormat | None:

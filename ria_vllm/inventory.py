@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from ria_vllm.checkpoint import Reader
-from ria_vllm.formats import FLOAT, name_of
+from ria_vllm.formats import FLOAT
 from ria_vllm.stacks import layers_of_experts
+from ria_vllm.weight_format import name_of
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from pydantic import (
 )
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import WeightFormat, of_quantization
+from ria_vllm.formats import of_quantization
 from ria_vllm.permutation import head_rows
+from ria_vllm.weight_format import WeightFormat
 
 FORMAT: Final = "sparse-24-bitmask"
 FORMAT_VERSION: Final = 1

@@ -9,9 +9,10 @@ import torch
 from compressed_tensors.utils import is_match, match_name
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FP8, INT8, WeightFormat
+from ria_vllm.formats import FP8, INT8
 from ria_vllm.serve.patterns import compile_pattern
 from ria_vllm.serve.weight_scheme import WeightScheme
+from ria_vllm.weight_format import WeightFormat
 
 WHERE = "config.json: quantization_config"
 SPARSE_FORMATS = ("sparse-24-bitmask", "dense")

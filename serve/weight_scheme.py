@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 
 from ria_vllm import sparse24
-from ria_vllm.formats import BITMASK, FLOAT, FP8, Part, WeightFormat
+from ria_vllm.formats import FLOAT, FP8
+from ria_vllm.weight_format import BITMASK, Part, WeightFormat
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import torch
 from packed_layers import random_parts
 from torch.nn.functional import gelu
 
-from ria_vllm.formats import FLOAT, WeightFormat
+from ria_vllm.formats import FLOAT
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig
+from ria_vllm.weight_format import WeightFormat
 
 SILU = Activation("silu")
 ACTIVATIONS = (

@@ -12,7 +12,6 @@ import click
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import name_of
 from ria_vllm.model_card import Measured, check_card, note_perplexity
 from ria_vllm.offline.evaluation.tasks import run_tasks
 from ria_vllm.offline.model.architecture import text_config
@@ -20,6 +19,7 @@ from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.hf import configured_dtype, load_model, load_tokenizer, read_config
 from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.progress import Monitor
+from ria_vllm.weight_format import name_of
 
 
 @dataclass(frozen=True)

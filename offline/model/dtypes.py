@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import name_of
+from ria_vllm.weight_format import name_of
 
 CHOICES = ("auto", "bfloat16", "float32", "float16")
 # CPU flags of x86-64 and Arm, as Linux names them.

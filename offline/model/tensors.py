@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import name_of
 from ria_vllm.sparse24 import VALUE_DTYPES
+from ria_vllm.weight_format import name_of
 
 # The dtypes that a floating-point parameter may be stored in.
 FLOATS = (*VALUE_DTYPES, torch.float64)

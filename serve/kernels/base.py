@@ -14,8 +14,9 @@ from typing import ClassVar, Literal, Protocol
 
 import torch
 
-from ria_vllm.formats import FORMATS, WeightFormat, name_of
+from ria_vllm.formats import FORMATS
 from ria_vllm.sparse24 import VALUE_DTYPES
+from ria_vllm.weight_format import WeightFormat, name_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class LinearLayerConfig:
         weight_format: how the weights are stored when `pack` gets them; float ones have `act_dtype`.
         out_features: N.
         in_features: K, with its padding.
+        input_dtype: torch.int8 if the kernel rounds each token of the input to int8, with a scale of its own; see
+            `ria_vllm.serve.kernels.reference`. None: inputs are not rounded. Kernels round the inputs of fp8 weights to
+            fp8 in any case.
     """
 
     device: torch.device
@@ -35,6 +39,7 @@ class LinearLayerConfig:
     weight_format: WeightFormat
     out_features: int
     in_features: int
+    input_dtype: torch.dtype | None = None
 
     @property
     def group_size(self) -> int | None:
@@ -148,6 +153,7 @@ class ExpertsLayerConfig:
         intermediate_size: I, channels between an expert's products on this rank, without padding.
         activation: between the products.
         has_bias: both products have one.
+        input_dtype: as in `LinearLayerConfig`, for both products.
         router_weight_on_input: the router's weights multiply the tokens, before the first product and rounded to
             `act_dtype`, instead of the experts' results. Each token then has one expert: k = 1.
     """
@@ -161,6 +167,7 @@ class ExpertsLayerConfig:
     activation: Activation
     has_bias: bool = False
     router_weight_on_input: bool = False
+    input_dtype: torch.dtype | None = None
 
     @property
     def gate_up_rows(self) -> int:

@@ -5,11 +5,11 @@ from functools import lru_cache
 import torch
 
 from ria_vllm import sparse24
-from ria_vllm.formats import WeightFormat
 from ria_vllm.serve.kernels import choice, registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsKernel, ExpertsLayerConfig
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel, activate
+from ria_vllm.weight_format import WeightFormat
 
 KERNELS: tuple[type[ExpertsKernel], ...] = (CpuExpertsKernel, ReferenceExpertsKernel)
 

@@ -7,6 +7,7 @@ import torch
 
 from ria_vllm.formats import FORMATS
 from ria_vllm.serve.kernels.base import LinearLayerConfig, cannot_decode
+from ria_vllm.weight_format import name_of
 
 # Rows decompressed at a time: the temporary stays small beside the weight.
 _BLOCK_ROWS = 1024
@@ -66,6 +67,8 @@ class ReferenceKernel:
 
     @staticmethod
     def can_implement(config: LinearLayerConfig) -> str | None:
+        if config.input_dtype is not None:
+            return f"no {name_of(config.input_dtype)} inputs"
         return cannot_decode(config.weight_format, config.act_dtype)
 
     @staticmethod

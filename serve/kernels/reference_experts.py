@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from ria_vllm.formats import FORMATS
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, cannot_decode
+from ria_vllm.weight_format import name_of
 
 _library = torch.library.Library("ria", "FRAGMENT")
 _library.define(
@@ -124,6 +125,8 @@ class ReferenceExpertsKernel:
 
     @staticmethod
     def can_implement(config: ExpertsLayerConfig) -> str | None:
+        if config.input_dtype is not None:
+            return f"no {name_of(config.input_dtype)} inputs"
         return cannot_decode(config.weight_format, config.act_dtype)
 
     @staticmethod

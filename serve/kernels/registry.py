@@ -7,13 +7,13 @@ import torch
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import WeightFormat
 from ria_vllm.serve.kernels import choice
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
+from ria_vllm.weight_format import WeightFormat
 
 ENTRY_POINT_GROUP = "ria_vllm.linear_kernels"
 """The group under which other packages register their kernels, each a `LinearKernel` class."""

@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from grouped_int4 import GROUP, GroupedInt4
 
-from ria_vllm import formats, sparse24
+from ria_vllm import sparse24
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.solve import Pruned, _packed, stored_weight
 from ria_vllm.offline.units import layer_tensors, pruned_weights
@@ -14,9 +13,8 @@ from ria_vllm.offline.units import layer_tensors, pruned_weights
 NAME = "layers.0.q_proj"
 
 
-@pytest.fixture(params=["float", "int8", "int4"])
-def recipe(request, monkeypatch):
-    monkeypatch.setitem(formats.WRITTEN, "int4", GroupedInt4())
+@pytest.fixture(params=["float", "int8", "int4-g32", "int8-g64"])
+def recipe(request):
     return Recipe(weights=request.param)
 
 
@@ -36,10 +34,9 @@ def test_a_pruned_weight_is_read_back_as_it_was_stored(permuted, recipe):
     tensors = layer_tensors(model, 0, {NAME: pruned}, recipe)
     assert torch.equal(pruned_weights(tensors, [NAME], torch.float32, recipe)[NAME], weight)
     # Rounded within its own group, no weight is off by more than half a step of that group.
-    steps = {"float": None, "int8": 127, "int4": 7}[recipe.weights]
-    if steps is None:
+    if recipe.weights == "float":
         assert torch.equal(weight, stored[:, back])
         return
-    groups = stored.unflatten(1, (-1, GROUP if recipe.weights == "int4" else 192))
-    step = (groups.abs().amax(-1, keepdim=True) / steps).expand_as(groups).flatten(1)[:, back]
-    assert ((weight - stored[:, back]).abs() <= step * (0.5 + 1e-4)).all()
+    groups = stored.unflatten(1, (-1, recipe.weight_format.group_size or 192))
+    step = (groups.abs().amax(-1, keepdim=True) / recipe.weight_format.largest).expand_as(groups).flatten(1)[:, back]
+    assert ((weight - stored[:, back]).abs() <= step * (0.5 + recipe.weight_format.largest * 2**-9)).all()

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm import permutation
-from ria_vllm.formats import FORMATS, SHAPE
+from ria_vllm.formats import FORMATS
 from ria_vllm.schema import Experts, Fold, Producer, RiaSchema, SparsityConfig, Stacked, WeightQuantization
 from ria_vllm.sparse24 import compress, mask_from_bitmask
+from ria_vllm.weight_format import SHAPE
 from ria_vllm.writer import CheckpointWriter
 
 HIDDEN, INNER, EXPERTS = 64, 64, 4

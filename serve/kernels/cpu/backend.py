@@ -12,8 +12,9 @@ import torch
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, INT8, WeightFormat, name_of
+from ria_vllm.formats import FLOAT, INT8
 from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.weight_format import WeightFormat, name_of
 
 _LIBRARY = Path(__file__).with_name("_cpu.so")
 
@@ -86,6 +87,8 @@ class CpuKernel:
 
     @staticmethod
     def can_implement(config: LinearLayerConfig) -> str | None:
+        if config.input_dtype is not None:
+            return f"no {name_of(config.input_dtype)} inputs"
         if config.weight_format not in (FLOAT, INT8):
             return f"no {config.weight_format.name} weights; {FLOAT.name} and {INT8.name} only"
         if config.weight_format == INT8 and config.act_dtype != torch.bfloat16:

@@ -7,9 +7,10 @@ from typing import ClassVar
 import torch
 
 from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT, INT8, name_of
+from ria_vllm.formats import FLOAT, INT8
 from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.cpu import backend
+from ria_vllm.weight_format import name_of
 
 # Their numbers in csrc/kernels.h.
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglustep")
@@ -41,6 +42,8 @@ class CpuExpertsKernel:
 
     @staticmethod
     def can_implement(config: ExpertsLayerConfig) -> str | None:
+        if config.input_dtype is not None:
+            return f"no {name_of(config.input_dtype)} inputs"
         if config.weight_format not in (FLOAT, INT8):
             return f"no {config.weight_format.name} weights; {FLOAT.name} and {INT8.name} only"
         if config.weight_format == INT8 and config.act_dtype != torch.bfloat16:

@@ -14,11 +14,12 @@ from typing import ClassVar
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, FP8, name_of
+from ria_vllm.formats import FLOAT, FP8
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.bindings import library_of, num_sms_of
 from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, WORKSPACE_BYTES, choose_tile
+from ria_vllm.weight_format import name_of
 
 _ALIGNMENT = 16  # bytes, of every pointer
 
@@ -129,6 +130,8 @@ class CutlassKernel:
 
     @staticmethod
     def can_implement(config: LinearLayerConfig) -> str | None:
+        if config.input_dtype is not None:
+            return f"no {name_of(config.input_dtype)} inputs"
         if config.weight_format not in (FLOAT, FP8):
             return f"no {config.weight_format.name} weights; {FLOAT.name} and {FP8.name} only"
         if config.act_dtype not in (torch.bfloat16, torch.float16):

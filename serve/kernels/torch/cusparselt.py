@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 
 from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT, name_of
+from ria_vllm.formats import FLOAT
 from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.weight_format import name_of
 
 _MULTIPLE_TOKENS = 8  # cuSPARSELt requires rows and columns of a multiple of 16 bytes
 _MULTIPLE_FEATURES = 16
@@ -53,6 +54,8 @@ class CusparseltKernel:
 
     @staticmethod
     def can_implement(config: LinearLayerConfig) -> str | None:
+        if config.input_dtype is not None:
+            return f"no {name_of(config.input_dtype)} inputs"
         if config.weight_format != FLOAT:
             return f"no {config.weight_format.name} weights; {FLOAT.name} only"
         if config.act_dtype not in (torch.bfloat16, torch.float16):

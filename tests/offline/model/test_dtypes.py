@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import name_of
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.evaluation.evaluate import evaluate
 from ria_vllm.offline.model import dtypes
@@ -24,6 +23,7 @@ from ria_vllm.offline.model.hf import load_model
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
+from ria_vllm.weight_format import name_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
