@@ -28,7 +28,7 @@ from ria_vllm.offline.tokens import calibration_tokens
 from ria_vllm.offline.units import layer_key, layer_tensors, pruned_weights
 from ria_vllm.offline.work import begun_run, fingerprint, work_folder
 from ria_vllm.progress import Monitor
-from ria_vllm.schema import REPORT_FILE, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.schema import INT8_TOKENS, REPORT_FILE, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.weight_format import WeightFormat, name_of
 from ria_vllm.writer import CheckpointWriter, check_place
 
@@ -276,8 +276,10 @@ class _Run:
             words = recipe.weight_format.quantization
             weights = None if words is None else WeightQuantization(**words, dtype=name_of(model.stored_dtype))
             schema = RiaSchema(
-                sparsity_config=sparsity, weights=weights, folds=folds, experts=experts, recipe=recipe.dump(source.name)
-            )
+                sparsity_config=sparsity, weights=weights, folds=folds, experts=experts,
+                input_activations=None if recipe.activations == "none" else INT8_TOKENS,
+                recipe=recipe.dump(source.name),
+            )  # fmt: skip
             json_files["config.json"]["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
         json_files = json_files | {REPORT_FILE: report}
         permuted = recipe.served and recipe.permute != "none"
