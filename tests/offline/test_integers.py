@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from compressing import WarningRecorder, interrupted_after_a_layer
 from damage import rewrite
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.export import export_dense
+from ria_vllm.folder_commands import export, inspect, verify
 from ria_vllm.inventory import take_inventory
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.pruning.masks import Pattern
@@ -134,9 +135,26 @@ def test_sizes(pruned, exact, way):
 
 
 @each_way
+def test_what_inspect_and_verify_say(pruned, way):
+    options, bits, size = WAYS[way]
+    folder = str(pruned(way))
+    values = json.loads(CliRunner().invoke(inspect, [folder, "--json"], catch_exceptions=False).output)["values"]
+    assert values["format"] == f"int{bits}" + (f"-g{size}" if size else "") and values["group_size"] == size
+    assert values["inputs"] == ("int8" if "activations" in options else None)
+    stored = bits / 2 + 1 + (16 / size if size else 32 / 128)  # scales by rows of 128 or 192, permutations beside it
+    assert stored - 0.1 < values["bits_per_weight"] < stored + 0.5
+    shown = CliRunner().invoke(inspect, [folder], catch_exceptions=False).output
+    assert f"their values:   {values['format']}, {values['bits_per_weight']:.2f} bits per weight" in shown
+    assert ("a scale for 32 columns of a row; inputs are rounded to int8" in shown) == (way == "int4, 32")
+    assert CliRunner().invoke(verify, [folder], catch_exceptions=False).exit_code == 0
+
+
+@each_way
 def test_export_and_transformers_read_the_same_weights(pruned, way, tmp_path):
     reader = Reader(pruned(way))
-    export_dense(reader, tmp_path / "dense", 10**9)
+    done = CliRunner().invoke(export, [str(reader.folder), "-o", str(tmp_path / "dense")], catch_exceptions=False)
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert ("It rounds no inputs." in done.output) == ("this one does not" in card) == ("activations" in WAYS[way][0])
     exported = load_file(tmp_path / "dense" / "model.safetensors")
     assert all(torch.equal(exported[f"{name}.weight"], reader.dense(name)) for name in reader.sparse_names)
     want = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict()
