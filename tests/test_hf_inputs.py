@@ -9,6 +9,7 @@ from compressing import TOKENS, run_small
 from families import make_model, text  # noqa: F401
 from moe import save_moe
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from wrappers import tiny_wrapper  # noqa: F401
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -73,6 +74,20 @@ def test_eval_measures_the_rounded_model(folder, tmp_path):
         unrounded = load_model(str(tmp_path / "dense"), torch.device("cpu"))(TOKENS).logits
     assert not torch.allclose(found, unrounded, atol=1e-3)
     torch.testing.assert_close(found, unrounded, rtol=0, atol=0.5 * float(unrounded.std()))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "qwen3_5", "llava", "llama4"])
+def test_wrappers_round_in_their_text_decoder_alone(family, tiny_wrapper, text, tmp_path):  # noqa: F811
+    run_small(tiny_wrapper(family), tmp_path / "out", text, **INT4)
+    model = load_model(str(tmp_path / "out"), torch.device("cpu"))
+    hooked = [name for name, module in model.named_modules() if module._forward_pre_hooks]
+    in_experts = len({n.partition(".experts.")[0] for n in Reader(tmp_path / "out").sparse_names if ".experts." in n})
+    plain = [name for name in Reader(tmp_path / "out").sparse_names if ".experts." not in name]
+    assert len(hooked) == len(plain) + in_experts and not any("vision" in name for name in hooked)
+    other = type(model).from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        found, want = (one(TOKENS).logits for one in (other, model))
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-5)
 
 
 def test_copies_round_and_saved_models_do_not(folder, tmp_path):
