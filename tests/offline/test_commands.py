@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from ria_vllm.checkpoint import Reader
@@ -62,6 +63,18 @@ def test_options_that_make_no_sense(options, message, tiny, text, tmp_path):
     result = invoke(tiny("llama"), "-o", tmp_path / "out", *common, *options)
     assert isinstance(result.exception, RiaError) and message in str(result.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [None, "32", "row"])
+def test_options_of_integers(size, tiny, text, tmp_path):
+    options = ["--calibration", text, "--samples", 2, "--seq-len", 32, "--reconstruct", "none", "--activations", "int8"]
+    options += ["--weights", "int4", *(["--group-size", size] if size else [])]
+    result = invoke(tiny("llama"), "-o", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert ("--group-size 64: the largest that divides" in result.stderr) == (size is None)
+    schema = Reader(tmp_path / "out").schema
+    assert schema.weight_format.name == {"row": "int4", "32": "int4-g32", None: "int4-g64"}[size]
+    assert schema.input_dtype == torch.int8
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
