@@ -81,13 +81,17 @@ def reason_against(kernel: type[LinearKernel], config: LinearLayerConfig) -> str
     reason = kernel.is_supported(config.device)
     reason = kernel.can_implement(config) if reason is None else reason
     if reason is None:
-        reason = self_test(kernel, config.device, config.act_dtype, config.weight_format)
+        reason = self_test(kernel, config.device, config.act_dtype, config.weight_format, config.input_dtype)
     return reason
 
 
 @lru_cache
 def self_test(
-    kernel: type[LinearKernel], device: torch.device, act_dtype: torch.dtype, weight_format: WeightFormat
+    kernel: type[LinearKernel],
+    device: torch.device,
+    act_dtype: torch.dtype,
+    weight_format: WeightFormat,
+    input_dtype: torch.dtype | None = None,
 ) -> str | None:
     """What goes wrong when the kernel multiplies something small in this format on this device, or None.
 
@@ -95,7 +99,7 @@ def self_test(
     layer. A kernel that takes no small layer is not tested.
     """
     for side in _SELF_TEST_SIDES:
-        config = LinearLayerConfig(device, act_dtype, weight_format, side, side)
+        config = LinearLayerConfig(device, act_dtype, weight_format, side, side, input_dtype)
         if side % weight_format.column_multiple == 0 and kernel.can_implement(config) is None:
             break
     else:
