@@ -1,6 +1,7 @@
 """One mixture layer of vLLM with pruned experts, and what it must compute, in float64 from the plain weights."""
 
 import torch
+from stored import INT8_INPUTS
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import config as moe_config
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
@@ -36,10 +37,10 @@ class StoredMixture:
     orders: "shared": gate and up of all experts share one; "linear": each has its own; "none".
     """
 
-    def __init__(self, orders="shared", weight_format=FLOAT, bias=False, seed=0, folds=True):
+    def __init__(self, orders="shared", weight_format=FLOAT, bias=False, seed=0, folds=True, rounded=False):
         self.rng = torch.Generator().manual_seed(seed)
         self.tensors, self.plain, self.permutations, self.bias = {}, {}, {}, {}
-        self.weight_format, self.folds, self.has_bias = weight_format, folds, bias
+        self.weight_format, self.folds, self.has_bias, self.rounded = weight_format, folds, bias, rounded
         shared = torch.randperm(HIDDEN, generator=self.rng)
         for e in range(EXPERTS):
             for kind, end in KINDS.items():
@@ -84,6 +85,7 @@ class StoredMixture:
         schema = RiaSchema(
             sparsity_config=SparsityConfig(), experts=[experts], folds=[rule] if self.folds else [],
             weights=None if quantization is None else WeightQuantization(**quantization, dtype="float32"),
+            **({"input_activations": INT8_INPUTS} if self.rounded else {}),
         )  # fmt: skip
         config = RiaConfig(schema)
         config._read_names(list(self.tensors))
