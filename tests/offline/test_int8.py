@@ -104,5 +104,5 @@ def test_damage_is_found_by_layer(change, words, pruned, tmp_path):
 def test_other_patterns_have_no_int8():
     with pytest.raises(RiaError, match="--weights int8 is for the pattern 2:4"):
         Recipe(pattern=Pattern.parse("4:8"), weights="int8")
-    with pytest.raises(RiaError, match="choose one of float, int8"):
-        Recipe(weights="int4")
+    with pytest.raises(RiaError, match="choose one of float, int8, int4"):
+        Recipe(weights="int3")
