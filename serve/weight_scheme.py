@@ -105,7 +105,7 @@ class WeightScheme:
     def of(cls, schema: RiaSchema) -> "WeightScheme":
         """That of all pruned linears of a checkpoint of ours."""
         weight_format = schema.weight_format
-        activations = None if getattr(schema, "input_activations", None) is None else torch.int8
+        activations = schema.input_dtype
         if schema.weights is None or not isinstance(weight_format, IntFormat):
             return cls(weight_format, activations=activations)
         scale_dtype = weight_format.scale_dtype(getattr(torch, schema.weights.dtype))

@@ -1,15 +1,15 @@
 """Products whose inputs are rounded to int8, one token at a time: what every kernel with `input_dtype` computes.
 
-Of a token x [K], in float32 and with each operation rounded on its own:
+Of a token x [K], `ria_vllm.token_rounding.quantize_tokens` computes, in float32 and with each operation rounded on its
+own:
 
     largest = max |x|
-    inverse = 127 / largest
-    q = clamp(round(x * inverse), -127, 127), halves to even
+    factor = min(127 / largest, the largest float32)
+    q = clamp(round(x * factor), -127, 127), halves to even
     scale = largest / 127
 
-A token of zeros, or one so small that `inverse` is infinite, has q = 0 and scale = 1. The order of the input's channels
-does not matter. For each row of the weight, and each of its groups of columns in ascending order (a row with one scale
-is one group):
+A token of zeros has q = 0 and scale = 1. The order of the input's channels does not matter. For each row of the weight,
+and each of its groups of columns in ascending order (a row with one scale is one group):
 
     y = 0
     y = y + float32(sum of q * value over the group's columns) * weight_scale
@@ -26,16 +26,7 @@ from torch.nn.functional import pad
 
 from ria_vllm import sparse24
 from ria_vllm.formats import IntFormat
-
-
-def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., K] -> the integers q in float64, and the scales float32 [..., 1]."""
-    x = x.float()
-    largest = x.abs().amax(-1, keepdim=True)
-    inverse = 127 / largest
-    is_zero = inverse.isinf()
-    rounded = (x * inverse).round().clamp(-127, 127)
-    return rounded.masked_fill(is_zero, 0).double(), (largest / 127).masked_fill(is_zero, 1)
+from ria_vllm.token_rounding import quantize_tokens
 
 
 def linear(
@@ -50,10 +41,10 @@ def linear(
         parts: of a weight with N rows.
         bias: [N], or None.
     """
-    q, scale = round_tokens(x)
-    # Their sums are exact in float64.
+    q, scale = quantize_tokens(x)
+    # Sums of integers are exact in float64.
     values = sparse24.decompress(weight_format.integers(parts), parts["bitmask"]).double()
-    q = pad(q, (0, values.shape[1] - q.shape[-1]))
+    q = pad(q.double(), (0, values.shape[1] - q.shape[-1]))
     weight_scales = parts["weight_scale"].float()
     width = values.shape[1] // weight_scales.shape[1]
     y = scale.new_zeros(*x.shape[:-1], len(values))

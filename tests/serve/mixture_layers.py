@@ -1,7 +1,6 @@
 """One mixture layer of vLLM with pruned experts, and what it must compute, in float64 from the plain weights."""
 
 import torch
-from stored import INT8_INPUTS
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import config as moe_config
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
@@ -9,7 +8,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from ria_vllm import permutation
 from ria_vllm.formats import FLOAT
-from ria_vllm.schema import Experts, Fold, Producer, RiaSchema, SparsityConfig, Stacked, WeightQuantization
+from ria_vllm.schema import INT8_TOKENS, Experts, Fold, Producer, RiaSchema, SparsityConfig, Stacked, WeightQuantization
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.experts_matching import takers
 from ria_vllm.serve.folding import fold
@@ -85,7 +84,7 @@ class StoredMixture:
         schema = RiaSchema(
             sparsity_config=SparsityConfig(), experts=[experts], folds=[rule] if self.folds else [],
             weights=None if quantization is None else WeightQuantization(**quantization, dtype="float32"),
-            **({"input_activations": INT8_INPUTS} if self.rounded else {}),
+            input_activations=INT8_TOKENS if self.rounded else None,
         )  # fmt: skip
         config = RiaConfig(schema)
         config._read_names(list(self.tensors))

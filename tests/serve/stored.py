@@ -4,11 +4,9 @@ import torch
 
 from ria_vllm import permutation, sparse24
 from ria_vllm.formats import FLOAT
-from ria_vllm.schema import RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.folding import fold
-
-INT8_INPUTS = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
 
 
 class Stored:
@@ -44,7 +42,7 @@ class Stored:
         schema = RiaSchema(
             sparsity_config=SparsityConfig(ignore=list(ignore)), folds=list(folds),
             weights=None if quantization is None else WeightQuantization(**quantization, dtype="float32"),
-            **({"input_activations": INT8_INPUTS} if self.rounded else {}),
+            input_activations=INT8_TOKENS if self.rounded else None,
         )  # fmt: skip
         config = RiaConfig(schema)
         config.pruned, config.required = set(self.tensors), set(self.tensors)
