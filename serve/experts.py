@@ -269,6 +269,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             )  # fmt: skip
             kernel, bytes_here = f"dense experts ({type(self.moe_kernel.fused_experts).__name__})", dense_bytes
         else:
+            self.report.warn_of_choice(packed.choice)
             kernel = f"{packed.choice} experts"
             bytes_here = sum(getattr(layer, name).nbytes for name in packed.packed)
         gathered = packed is not None and packed.input_permutation is not None

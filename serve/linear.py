@@ -212,6 +212,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         if weights is None:
             self.report.leave_out(self.prefix, self.linears[0].claims_24)
             return
+        for call in packed.calls:
+            self.report.warn_of_choice(call.choice)
         kernels = [str(call.choice) for call in packed.calls]
         gathered = sum(linear.input_permutation is not None for linear in self.linears)
         permuted = sum(linear.permutation is not None for linear in self.linears)

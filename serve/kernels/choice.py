@@ -33,7 +33,9 @@ class Choice(Generic[Kernel, Config]):
     widened_from: WeightFormat | None = None
     unrounded: torch.dtype | None = None
 
-    def __str__(self) -> str:
+    @property
+    def how(self) -> str:
+        """In what way the kernel serves the layer; empty if it has float weights, or they stay as they are."""
         notes = []
         if self.widened_from is not None:
             notes.append(f"{self.widened_from.name} widened to {name_of(self.config.act_dtype)}")
@@ -41,7 +43,10 @@ class Choice(Generic[Kernel, Config]):
             notes.append(f"inputs rounded to {name_of(self.config.input_dtype)}")
         if self.unrounded is not None:
             notes.append(f"inputs not rounded to {name_of(self.unrounded)}")
-        return self.kernel.name + (f" with {' and '.join(notes)}" if notes else "")
+        return f" with {' and '.join(notes)}" if notes else ""
+
+    def __str__(self) -> str:
+        return self.kernel.name + self.how
 
 
 def widened(config: Config) -> Config:
