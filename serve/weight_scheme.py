@@ -88,7 +88,8 @@ class WeightScheme:
 
     Attributes:
         format: of the values.
-        dense: the values are a plain `weight` [out, in] with zeros, instead of `compressed` and `bitmask`.
+        dense: the values are a plain `weight` [out, in] with zeros, instead of `compressed` and `bitmask`. Those of
+            four bits are two to a byte, as in `compressed`.
         strategy: for a format with one scale per row: "channel" if the checkpoint stores them so, "tensor" if it stores
             one for the whole linear.
         activations: dtype to which the checkpoint wants the linear's input rounded; None for no rounding.
@@ -139,8 +140,8 @@ class WeightScheme:
                 found[part.name] = self._scales(part)
             elif not self.dense:
                 found[part.name] = TensorSpec(part, dtype)
-            elif part.name == "compressed":
-                found["weight"] = TensorSpec(Part("weight", part.dtypes, 1), dtype)
+            elif part.name == "compressed" and part.channels:
+                found["weight"] = TensorSpec(Part("weight", part.dtypes, part.channels // 2), dtype)
         return found
 
     def _scales(self, part: Part) -> TensorSpec:
@@ -175,14 +176,19 @@ class WeightScheme:
                 parts["weight_scale"] = row_scales(loaded["weight_scale"], sizes)
             if not bool(parts["weight_scale"].isfinite().all()):
                 raise ValueError("a weight_scale is not a finite number")
+            if self.format.group_size is not None and self.scale_dtype == torch.float32:
+                parts["weight_scale"] = narrowed(parts["weight_scale"], served, dummy)
         if self.dense:
             values = loaded["weight"]
+            if isinstance(self.format, IntFormat):
+                values = self.format.integers({"compressed": values})
             if not dummy and not is_two_of_four(values):
                 return None
             # Torch cannot sort fp8; bfloat16 holds all of its numbers.
             sortable = values.bfloat16() if values.dtype == torch.float8_e4m3fn else values
             compressed, parts["bitmask"] = sparse24.compress(sortable)
-            parts["compressed"] = compressed.to(values.dtype)
+            compressed = compressed.to(values.dtype)
+            parts["compressed"] = self.format.pack(compressed) if isinstance(self.format, IntFormat) else compressed
         weights = Weights(self.format, parts)
         weights = (weights if self.keeps_format else weights.widened(served)).padded()
         if fault := sparse24.check_bitmask(weights.parts["bitmask"]):
@@ -193,10 +199,10 @@ class WeightScheme:
         self, loaded: Mapping[str, torch.Tensor], sizes: Sequence[int], served: torch.dtype
     ) -> torch.Tensor:
         """[out, in] in the dtype `served`, of a linear that was stored plain."""
-        values = loaded["weight"]
-        if "weight_scale" not in loaded:
-            return values
-        return (values.float() * row_scales(loaded["weight_scale"], sizes)).to(served)
+        parts = {"compressed": loaded["weight"]}
+        if "weight_scale" in loaded:
+            parts["weight_scale"] = row_scales(loaded["weight_scale"], sizes)
+        return self.format.values(parts, served)
 
 
 def uneven_cut(weight_format: WeightFormat, columns: int, ranks: int) -> str | None:
@@ -216,6 +222,17 @@ def uneven_cut(weight_format: WeightFormat, columns: int, ranks: int) -> str | N
 def is_two_of_four(dense: torch.Tensor) -> bool:
     """Whether no group of four columns has more than two non-zeros."""
     return dense.shape[1] % 4 == 0 and bool(((dense != 0).view(dense.shape[0], -1, 4).sum(-1) <= 2).all())
+
+
+def narrowed(scales: torch.Tensor, served: torch.dtype, dummy: bool = False) -> torch.Tensor:
+    """The same numbers in 16 bits, in the dtype `served` if possible; as they are if neither 16-bit dtype holds all.
+
+    Dummies are rounded, so that real scales may take their place.
+    """
+    for dtype in (served, torch.bfloat16, torch.float16):
+        if dtype.itemsize == 2 and (dummy or torch.equal(scales.to(dtype).float(), scales)):
+            return scales.to(dtype)
+    return scales
 
 
 def row_scales(scale: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
