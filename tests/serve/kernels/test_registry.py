@@ -122,13 +122,15 @@ def test_inputs_are_rounded_where_a_fast_kernel_does_it(monkeypatch, format, cho
 
 
 def test_a_kernel_that_rounds_wrongly_is_passed_over(monkeypatch):
-    """The self-test is one of rounded inputs."""
+    """Also one that knows nothing of rounding: the log would say that it does it."""
+    config = replace(layer(FORMATS["int4"]), input_dtype=torch.int8)
+    assert registry.reason_against(RoundsInt4, config) is None
+    registry.self_test.cache_clear()
 
     def apply(config, x, packed, input_permutation, bias):
-        return 2 * ReferenceKernel.apply(config, x, packed, input_permutation, bias)
+        return ReferenceKernel.apply(replace(config, input_dtype=None), x, packed, input_permutation, bias)
 
     monkeypatch.setattr(RoundsInt4, "apply", staticmethod(apply))
-    config = replace(layer(FORMATS["int4"]), input_dtype=torch.int8)
     assert registry.reason_against(RoundsInt4, config) == WRONG
 
 
