@@ -4,7 +4,8 @@ vLLM requires a newer one. `make` puts the old one into a folder of its own, and
 `python compressed_tensors_writer.py JOBS.json IN.safetensors OUT.safetensors` with that folder first on PYTHONPATH.
 
 A job: {"name", "format", "weights": arguments of QuantizationArgs}. For each, IN has NAME.weight and NAME.weight_scale.
-OUT has what a checkpoint has, and NAME.dense, the weight that it stands for, as compressed-tensors dequantizes it.
+OUT has what a checkpoint has, and the weight that it stands for as compressed-tensors dequantizes it: NAME.dense in the
+dtype of the scales, and NAME.exact in float32.
 """
 
 import json
@@ -80,6 +81,7 @@ def main(jobs: str, given: str, out: str) -> None:
         stored |= compressor.compress({f"{name}.{part}": tensor.clone() for part, tensor in state.items()}, scheme)
         integers = quantize(x=state["weight"], scale=state["weight_scale"], zero_point=None, args=args)
         stored[f"{name}.dense"] = dequantize(x_q=integers, scale=state["weight_scale"], args=args)
+        stored[f"{name}.exact"] = dequantize(x_q=integers, scale=state["weight_scale"].float(), args=args)
     save_file({name: tensor.contiguous() for name, tensor in stored.items()}, out)
 
 
