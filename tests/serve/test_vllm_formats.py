@@ -54,11 +54,12 @@ def test_alone(runs, name):
 def test_rounded_inputs(runs, name):
     """A difference in the last place may round a channel to the next integer, which moves it by a 127th of the largest.
 
-    Without any rounding of inputs on one of the two sides, logprobs differ by 0.1 and more.
+    That happens to few tokens, whose logprobs move by up to 0.06. If only one side rounded, all would, by 0.04 on
+    average.
     """
     model, results = runs.get(ROUNDED, name, VLLM_ENABLE_V1_MULTIPROCESSING="0", RIA_VLLM_BACKEND="reference")
     off = differences(model, results)
-    assert off.mean() < 2e-3 and off.max() < 0.05
+    assert off.median() < 1e-5 and off.mean() < 5e-3
 
 
 def test_the_log_says_that_inputs_are_rounded(runs):
