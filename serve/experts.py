@@ -105,6 +105,8 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         self.sizes = ExpertSizes(
             moe.num_local_experts, moe.hidden_dim_unpadded, moe.intermediate_size, moe.tp_rank, moe.tp_size
         )
+        if reason := uneven_cut(scheme.format, self.sizes.hidden, 1):
+            raise RiaError(f"{name}: {reason}")
         if reason := uneven_cut(scheme.format, moe.intermediate_size, moe.tp_size):
             raise RiaError(f"{name}: {reason} Or start with --enable-expert-parallel.")
         orders.check(experts, self.sizes.hidden, self.sizes.intermediate)

@@ -206,10 +206,15 @@ class WeightScheme:
 
 
 def uneven_cut(weight_format: WeightFormat, columns: int, ranks: int) -> str | None:
-    """Why the input of a linear with `columns` channels cannot be divided over the tensor-parallel ranks, or None."""
+    """Why a rank cannot have its part of the input of a linear with `columns` channels, or None."""
     multiple, here = weight_format.column_multiple, columns // ranks
     if here % multiple == 0:
         return None
+    if columns % multiple:
+        return (
+            f"{columns} input channels are not a multiple of {multiple}, which {weight_format.name} needs. "
+            "config.json belongs to another model; get the files again."
+        )
     left = f"{columns} input channels over {ranks} ranks leave {here} each, which is not a multiple of {multiple}"
     if weight_format.group_size is None:
         return f"{left}. Use a smaller --tensor-parallel-size."
