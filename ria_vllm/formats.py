@@ -110,11 +110,11 @@ class IntFormat(WeightFormat):
         compressed, bitmask = sparse24.compress(weight, mask)
         # Exact: rounding to the model's dtype moved no weight by as much as half a step.
         values = self._rounded(compressed, scales).to(torch.int8)
-        return {
-            "compressed": values if self.num_bits == 8 else _packed(values),
-            "bitmask": bitmask,
-            "weight_scale": scales,
-        }
+        return {"compressed": self.pack(values), "bitmask": bitmask, "weight_scale": scales}
+
+    def pack(self, integers: torch.Tensor) -> torch.Tensor:
+        """`compressed` of kept values, int8 [out, in/2], all of them within the format's bits."""
+        return integers if self.num_bits == 8 else _packed(integers)
 
     def integers(self, parts: Parts) -> torch.Tensor:
         """The kept values as int8 [out, in/2], without their scales."""

@@ -3,23 +3,32 @@
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from compressed_tensors.utils import is_match, match_name
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FP8, INT8
+from ria_vllm.formats import FP8, GROUP_SIZES, INTEGERS, IntFormat
+from ria_vllm.serve import marlin24
+from ria_vllm.serve.packed_forms import BytesOfFourBits, Marlin24, PackedForm, PackQuantized
 from ria_vllm.serve.patterns import compile_pattern
 from ria_vllm.serve.weight_scheme import WeightScheme
 from ria_vllm.weight_format import WeightFormat
 
 WHERE = "config.json: quantization_config"
 SPARSE_FORMATS = ("sparse-24-bitmask", "dense")
-WEIGHT_FORMATS = (None, "dense", "sparse-24-bitmask", "int-quantized", "float-quantized", "naive-quantized")
+MARLIN, PACKED, WHOLE, MIXED = "marlin-24", "pack-quantized", "int-quantized", "mixed-precision"
+# Of a group of quantized linears. A checkpoint whose groups differ is of mixed precision.
+WEIGHT_FORMATS = (None, "dense", "sparse-24-bitmask", WHOLE, "float-quantized", "naive-quantized", MARLIN, PACKED)
 
-# Type and number of bits -> the format of weights, and the dtype of activations, that config.json so describes.
-QUANTIZED = {(one.quantization["type"], one.quantization["num_bits"]): one for one in (INT8, FP8)}
+# How config.json describes the weights: (type, number of bits, strategy, group size) -> the format of the values.
+SERVED = [((8, "float", strategy, None), FP8) for strategy in ("tensor", "channel")]
+SERVED += [
+    ((bits, "int", strategy, None), INTEGERS[bits, None]) for bits in (4, 8) for strategy in ("tensor", "channel")
+]
+SERVED += [((bits, "int", "group", size), INTEGERS[bits, size]) for bits in (4, 8) for size in GROUP_SIZES]
+SHOWN = ("num_bits", "type", "strategy", "group_size", "symmetric")
 
 LONGEST_NAME = 300
 """Characters of a module's name; a pattern may take long to match a longer one."""
@@ -29,15 +38,22 @@ LINEAR = torch.nn.Linear(1, 1, device="meta")
 
 
 def is_24_checkpoint(config: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` is one of compressed-tensors, with 2:4 weights in a form that is served here."""
-    sparsity = config.get("sparsity_config")
-    return (
-        config.get("quant_method") == "compressed-tensors"
-        and isinstance(sparsity, Mapping)
+    """Whether a `quantization_config` is one of compressed-tensors, with 2:4 weights in a form that is served here.
+
+    Weights in `marlin-24` are always 2:4, whatever `sparsity_config` says.
+    """
+    if config.get("quant_method") != "compressed-tensors":
+        return False
+    groups, sparsity = config.get("config_groups"), config.get("sparsity_config")
+    of_groups = (
+        [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
+    )
+    return any(one.get("format") == MARLIN for one in (config, *of_groups)) or (
+        isinstance(sparsity, Mapping)
         and bool(sparsity.get("targets"))
         and sparsity.get("sparsity_structure") == "2:4"
         and sparsity.get("format") in SPARSE_FORMATS
-        and config.get("format") in WEIGHT_FORMATS
+        and config.get("format") in (*WEIGHT_FORMATS, MIXED)
     )
 
 
@@ -62,19 +78,34 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Linears that are quantized alike.
+
+    Attributes:
+        selection: which these are.
+        scheme: how their values are stored once they are unpacked.
+        form: how they are packed; None if they are not.
+    """
+
+    selection: Selection
+    scheme: WeightScheme
+    form: PackedForm | None
+
+
+@dataclass(frozen=True)
 class CompressedTensorsConfig:
     """Which linears of such a checkpoint are pruned, and how their values are stored.
 
     Attributes:
         pruned: the linears that are 2:4.
-        dense: they are stored with their zeros.
+        dense: they are stored with their zeros, those in marlin-24 excepted.
         groups: linears that are quantized, and how.
         kv_cache_scheme: of an fp8 cache, for which the checkpoint holds two scales per layer, of keys and values.
     """
 
     pruned: Selection
     dense: bool
-    groups: tuple[tuple[Selection, WeightScheme], ...] = field(default=())
+    groups: tuple[Group, ...] = field(default=())
     kv_cache_scheme: Mapping[str, Any] | None = None
 
     @classmethod
@@ -86,8 +117,8 @@ class CompressedTensorsConfig:
         """
         if config.get("transform_config"):
             raise RiaError(f"{WHERE}.transform_config: rotated weights are not served. Get a model without them.")
-        sparsity = config["sparsity_config"]
-        dense = sparsity["format"] == "dense"
+        sparsity = _mapping(config, "sparsity_config", WHERE)
+        dense = sparsity.get("format") != "sparse-24-bitmask"
         ignore = _entries(config, "ignore", WHERE)
         groups = []
         for name, group in _mapping(config, "config_groups", WHERE).items():
@@ -96,31 +127,88 @@ class CompressedTensorsConfig:
                 raise RiaError(f"{where} is {reprlib.repr(group)}, expected an object.")
             if _mapping(group, "weights", where):
                 selection = Selection(_entries(group, "targets", where), ignore)
-                groups.append((selection, _scheme(where, group, dense)))
+                groups.append(Group(selection, *_stored(where, group, config.get("format"), dense)))
+        tiled = tuple(target for one in groups if isinstance(one.form, Marlin24) for target in one.selection.targets)
         where = f"{WHERE}.sparsity_config"
         pruned = Selection(_entries(sparsity, "targets", where), _entries(sparsity, "ignore", where))
-        return cls(pruned, dense, tuple(groups), _kv_cache_scheme(config))
+        return cls(Selection(tiled, ignore) if tiled else pruned, dense, tuple(groups), _kv_cache_scheme(config))
 
     def scheme(self, name: str) -> WeightScheme:
-        """How the linear `name` is stored. A group that names it goes before one that takes all linears."""
-        found = [(scheme, selection.by_name(name)) for selection, scheme in self.groups if name in selection]
-        default = found[0][0] if found else WeightScheme(dense=self.dense)
-        return next((scheme for scheme, by_name in found if by_name), default)
+        """How the linear `name` is stored, once it is unpacked."""
+        group = self._group(name)
+        return WeightScheme(dense=self.dense) if group is None else group.scheme
+
+    def form(self, name: str) -> PackedForm | None:
+        """How the linear `name` is packed; None if it is not."""
+        group = self._group(name)
+        return None if group is None else group.form
+
+    def _group(self, name: str) -> Group | None:
+        """A group that names a linear goes before one that takes all linears."""
+        found = [group for group in self.groups if name in group.selection]
+        return next((group for group in found if group.selection.by_name(name)), found[0] if found else None)
 
 
-def _scheme(where: str, group: Mapping[str, Any], dense: bool) -> WeightScheme:
+def _stored(where: str, group: Mapping[str, Any], of_all: Any, dense: bool) -> tuple[WeightScheme, PackedForm | None]:
+    """How a group's linears are stored. `of_all`: the format in config.json that groups need not repeat."""
     weights, inputs = (_mapping(group, key, where) for key in ("weights", "input_activations"))
-    if group.get("format") not in WEIGHT_FORMATS:
-        raise RiaError(f"{where}.format: {reprlib.repr(group['format'])} is not served.")
-    weight_format = _quantized(weights)
-    strategy, symmetric = weights.get("strategy"), weights.get("symmetric")
-    if weight_format is None or strategy not in ("tensor", "channel") or symmetric not in (True, None):
-        shown = reprlib.repr({key: weights.get(key) for key in ("type", "num_bits", "strategy", "symmetric")})
+    form = group.get("format") or of_all
+    packs = form in (MARLIN, PACKED)
+    if form not in WEIGHT_FORMATS or (form == PACKED and not dense):
+        instead = "" if dense else " with a sparsity_config.format of sparse-24-bitmask"
+        raise RiaError(f"{where}.format: {reprlib.repr(form)} is not served{instead}.")
+    weight_format, strategy = _weight_format(where, weights), weights["strategy"]
+    if form == MARLIN and (weight_format not in marlin24.FORMATS or strategy == "tensor"):
         raise RiaError(
-            f"{where}: 2:4 weights of {shown} are not served, only symmetric int8 and fp8, by tensor or by channel."
+            f"{where}: in marlin-24, weights of {_shown(weights)} are not served, only symmetric int4 and int8, by "
+            "channel or in groups of 128. Quantize the model again with one of these."
         )
-    activations = _quantized(inputs)
-    return WeightScheme(weight_format, dense, strategy, activations and activations.parts[0].dtypes[0])
+    integers = weight_format if isinstance(weight_format, IntFormat) else None
+    if packs and integers is None:
+        raise RiaError(
+            f"{where}: weights of {_shown(weights)} are not served in the format {form}. It is for integers."
+        )
+    by_tensor: Literal["tensor", "channel"] = "tensor" if strategy == "tensor" else "channel"
+    scheme = WeightScheme(weight_format, dense and form != MARLIN, by_tensor, _rounded_inputs(inputs))
+    if form == MARLIN:
+        return scheme, Marlin24(integers)
+    if form == PACKED:
+        return scheme, PackQuantized(integers)
+    if integers is not None and integers.num_bits == 4:
+        if not dense:
+            raise RiaError(f"{where}: int4 weights are not served with a sparsity_config.format of sparse-24-bitmask.")
+        return scheme, BytesOfFourBits(integers)
+    return scheme, None
+
+
+def _weight_format(where: str, weights: Mapping[str, Any]) -> WeightFormat:
+    asked = tuple(weights.get(key) for key in ("num_bits", "type", "strategy"))
+    size = weights.get("group_size") if weights.get("strategy") == "group" else None
+    # Not a look-up, because the values may be of any type, unhashable ones included.
+    found = next((one for words, one in SERVED if words == (*asked, size)), None)
+    if found is None or weights.get("symmetric") not in (True, None):
+        raise RiaError(
+            f"{where}: 2:4 weights of {_shown(weights)} are not served, only symmetric ones: fp8 by tensor or by "
+            f"channel, int4 and int8 also in groups of {', '.join(map(str, GROUP_SIZES))}. Quantize the model again "
+            "with one of these."
+        )
+    return found
+
+
+def _rounded_inputs(inputs: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype to which inputs are rounded, with a scale for each token even if the checkpoint has one for all.
+
+    None for inputs that need a zero point or finer scales: they are not rounded, which is more exact.
+    """
+    asked = inputs.get("type"), inputs.get("num_bits")
+    if asked == ("float", 8):
+        return torch.float8_e4m3fn
+    fits = inputs.get("symmetric") in (True, None) and inputs.get("strategy") in ("tensor", "token", None)
+    return torch.int8 if asked == ("int", 8) and fits else None
+
+
+def _shown(weights: Mapping[str, Any]) -> str:
+    return reprlib.repr({key: weights[key] for key in SHOWN if key in weights})
 
 
 def _kv_cache_scheme(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -137,12 +225,6 @@ def _kv_cache_scheme(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
                 "model's dtype."
             )
     return dict(wanted)
-
-
-def _quantized(quantization: Mapping[str, Any]) -> WeightFormat | None:
-    # Not a look-up, because the values may be of any type, unhashable ones included.
-    asked = quantization.get("type"), quantization.get("num_bits")
-    return next((one for kind, one in QUANTIZED.items() if kind == asked), None)
 
 
 def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from ria_vllm.serve.engine import EngineOptions
 from ria_vllm.serve.folding import Folding, fold
 from ria_vllm.serve.linear import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
 from ria_vllm.serve.load_report import LoadReport
+from ria_vllm.serve.packed_forms import Translation
 from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts, named_experts, stored_experts
 from ria_vllm.serve.stream import WeightStream
 from ria_vllm.serve.weight_scheme import WeightScheme
@@ -60,6 +61,7 @@ class RiaConfig(QuantizationConfig):
         permutations: linear -> int32 [in], the order in which its input channels are stored.
         folding: the permutations that the row orders of other linears absorb.
         stream: knows the checkpoint's names of the tensors that arrive.
+        translation: of tensors in forms that only compressed-tensors has; the names here are those after it.
         experts: name of a mixture layer's experts -> these, if they are pruned.
         expert_linears: their linears.
         expert_layers: vLLM's name of such experts, as far as its mappers tell -> the checkpoint's.
@@ -83,6 +85,7 @@ class RiaConfig(QuantizationConfig):
         self.folding = Folding()
         self.report = LoadReport()
         self.stream = WeightStream()
+        self.translation = compressed_tensors and Translation(compressed_tensors.form)
         self.required: set[str] = set()
         self.experts: dict[str, StoredExperts] = {}
         self.expert_linears: set[str] = set()
@@ -138,6 +141,8 @@ class RiaConfig(QuantizationConfig):
         self.names = {name: name for name in (self.stored or self.permutations)}
 
     def _read_names(self, tensors: list[str]) -> None:
+        if self.translation is not None:
+            tensors = self.translation.names(tensors)
         stored = stored_modules(tensors)
         self.stored = set(stored)
         self.pruned = {name for name, pruned in stored.items() if pruned} or None
@@ -219,9 +224,7 @@ class RiaConfig(QuantizationConfig):
 
         check_count(layer, self.experts[name])  # first, because the number in config.json may be anything
         orders = ExpertOrders.of(self.experts[name], self.permutations, self.folding)
-        return Sparse24MoEMethod(
-            layer, self.experts[name], WeightScheme(self.schema.weight_format), orders, self.report
-        )
+        return Sparse24MoEMethod(layer, self.experts[name], WeightScheme.of(self.schema), orders, self.report)
 
     def sparse_method(self, layer: str, linears: tuple[str, ...]) -> Sparse24LinearMethod:
         """The method by which vLLM's layer called `layer` serves these linears."""
@@ -274,7 +277,7 @@ class RiaConfig(QuantizationConfig):
         if self.compressed_tensors is not None:
             scheme = self.compressed_tensors.scheme(name)
             return scheme if self._is_pruned(name) else replace(scheme, dense=True)
-        return WeightScheme(self.schema.weight_format)
+        return WeightScheme.of(self.schema)
 
     def stored_linear(self, name: str, lora: bool) -> StoredLinear:
         """The linear `name`, as a layer loads it.

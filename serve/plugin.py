@@ -52,7 +52,9 @@ def watch_models() -> None:
                 from ria_vllm.serve import experts_matching
 
                 taken |= experts_matching.takers(config, model)
-            config.stream.attach(model, check, loaded=engine.dummy_weights, takers=taken)
+            config.stream.attach(
+                model, check, loaded=engine.dummy_weights, takers=taken, translation=config.translation
+            )
         record(model)
 
     utils.record_metadata_for_reloading = record_metadata_for_reloading

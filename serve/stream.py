@@ -14,6 +14,8 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+from ria_vllm.serve.packed_forms import Translation
+
 # How many of the last tensors are kept to recognize copies. vLLM makes a copy as soon as it gets the tensor.
 REMEMBERED = 8
 # How the names of a linear's tensors end. Other tensors may be large, and their names are never asked for.
@@ -50,6 +52,7 @@ class WeightStream:
         before_reload: Callable[[bool], None],
         loaded: bool = False,
         takers: Mapping[str, Taker | None] = MappingProxyType({}),
+        translation: Translation | None = None,
     ) -> None:
         """Stand between vLLM's loaders and `model`, now and on every reload.
 
@@ -59,16 +62,20 @@ class WeightStream:
             loaded: the model has weights already: dummies.
             takers: linears, or whole names of tensors, that the model must not see -> who takes their tensors; None if
                 nobody here needs them.
+            translation: of tensors that are stored in a form that no layer takes. It comes before everything else.
         """
         load = model.load_weights
 
         @functools.wraps(load)
         def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: object, **kwargs: object) -> object:
             nonlocal loaded
+            # vLLM's loaders read files lazily. A list is a piece of what a trainer sends; it comes from no file.
+            from_files = not isinstance(weights, list | tuple)
             if loaded:
-                # vLLM's loaders read files lazily. A list is a piece of what a trainer sends; it comes from no file.
-                self._check(model, functools.partial(before_reload, not isinstance(weights, list | tuple)))
+                self._check(model, functools.partial(before_reload, from_files))
             loaded = self.active = True
+            if translation is not None:
+                weights = translation.translate(weights, whole=from_files)
             try:
                 return load(self.named(weights, takers), *args, **kwargs)
             finally:

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 
 from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT, FP8
+from ria_vllm.formats import FLOAT, FP8, IntFormat
+from ria_vllm.schema import RiaSchema
 from ria_vllm.weight_format import BITMASK, Part, WeightFormat
 
 
@@ -27,6 +28,11 @@ class TensorSpec:
     part: Part
     dtype: torch.dtype
     per_tensor: bool = False
+
+    @property
+    def dtypes(self) -> str:
+        """Those that the tensor may have, for errors."""
+        return " or ".join(map(str, self.part.dtypes))
 
     def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         return (1,) if self.per_tensor else self.part.shape(out_features, in_features)
@@ -82,16 +88,29 @@ class WeightScheme:
 
     Attributes:
         format: of the values.
-        dense: the values are a plain `weight` [out, in] with zeros, instead of `compressed` and `bitmask`.
+        dense: the values are a plain `weight` [out, in] with zeros, instead of `compressed` and `bitmask`. Those of
+            four bits are two to a byte, as in `compressed`.
         strategy: for a format with one scale per row: "channel" if the checkpoint stores them so, "tensor" if it stores
             one for the whole linear.
         activations: dtype to which the checkpoint wants the linear's input rounded; None for no rounding.
+        scale_dtype: of the scales of groups in the checkpoint; float32 if it is not known, which holds the others.
     """
 
     format: WeightFormat = FLOAT
     dense: bool = False
     strategy: Literal["tensor", "channel"] = "channel"
     activations: torch.dtype | None = None
+    scale_dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, schema: RiaSchema) -> "WeightScheme":
+        """That of all pruned linears of a checkpoint of ours."""
+        weight_format = schema.weight_format
+        activations = schema.input_dtype
+        if schema.weights is None or not isinstance(weight_format, IntFormat):
+            return cls(weight_format, activations=activations)
+        scale_dtype = weight_format.scale_dtype(getattr(torch, schema.weights.dtype))
+        return cls(weight_format, activations=activations, scale_dtype=scale_dtype)
 
     @property
     def quantized(self) -> bool:
@@ -102,9 +121,15 @@ class WeightScheme:
         """Whether a kernel may multiply the values as they are.
 
         Kernels multiply fp8 weights with inputs rounded to fp8, so fp8 weights are served as floating point if the
-        checkpoint wants its inputs unrounded. They do not round the inputs of other formats.
+        checkpoint wants its inputs unrounded. With integers they do as they are told, see `input_dtype`.
         """
         return self.format != FP8 or self.activations == torch.float8_e4m3fn
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """What kernels are told as `LinearLayerConfig.input_dtype`."""
+        rounded = self.activations == torch.int8 and isinstance(self.format, IntFormat)
+        return torch.int8 if rounded else None
 
     def tensors(self, served: torch.dtype) -> dict[str, TensorSpec]:
         """The tensors of a linear, by the last part of their names; `served` is the dtype of the model in vLLM."""
@@ -112,13 +137,19 @@ class WeightScheme:
         for part in self.format.parts:
             dtype = served if served in part.dtypes else part.dtypes[0]
             if part.name == "weight_scale":
-                per_tensor = part.channels is None and self.strategy == "tensor"
-                found[part.name] = TensorSpec(replace(part, dtypes=sparse24.VALUE_DTYPES), dtype, per_tensor)
+                found[part.name] = self._scales(part)
             elif not self.dense:
                 found[part.name] = TensorSpec(part, dtype)
-            elif part.name == "compressed":
-                found["weight"] = TensorSpec(Part("weight", part.dtypes, 1), dtype)
+            elif part.name == "compressed" and part.channels:
+                found["weight"] = TensorSpec(Part("weight", part.dtypes, part.channels // 2), dtype)
         return found
+
+    def _scales(self, part: Part) -> TensorSpec:
+        """A parameter holds what is stored without rounding it."""
+        if part.channels is None:
+            return TensorSpec(replace(part, dtypes=sparse24.VALUE_DTYPES), torch.float32, self.strategy == "tensor")
+        dtypes = part.dtypes if self.scale_dtype == torch.float32 else (self.scale_dtype,)
+        return TensorSpec(replace(part, dtypes=dtypes), self.scale_dtype)
 
     def weights(
         self, loaded: Mapping[str, torch.Tensor], sizes: Sequence[int], served: torch.dtype, dummy: bool = False
@@ -141,17 +172,23 @@ class WeightScheme:
         if dummy and "bitmask" in parts:
             parts["bitmask"].fill_(BITMASK.fill)
         if "weight_scale" in loaded:
-            parts["weight_scale"] = row_scales(loaded["weight_scale"], sizes)
+            if self.format.group_size is None:
+                parts["weight_scale"] = row_scales(loaded["weight_scale"], sizes)
             if not bool(parts["weight_scale"].isfinite().all()):
                 raise ValueError("a weight_scale is not a finite number")
+            if self.format.group_size is not None and self.scale_dtype == torch.float32:
+                parts["weight_scale"] = narrowed(parts["weight_scale"], served, dummy)
         if self.dense:
             values = loaded["weight"]
+            if isinstance(self.format, IntFormat):
+                values = self.format.integers({"compressed": values})
             if not dummy and not is_two_of_four(values):
                 return None
             # Torch cannot sort fp8; bfloat16 holds all of its numbers.
             sortable = values.bfloat16() if values.dtype == torch.float8_e4m3fn else values
             compressed, parts["bitmask"] = sparse24.compress(sortable)
-            parts["compressed"] = compressed.to(values.dtype)
+            compressed = compressed.to(values.dtype)
+            parts["compressed"] = self.format.pack(compressed) if isinstance(self.format, IntFormat) else compressed
         weights = Weights(self.format, parts)
         weights = (weights if self.keeps_format else weights.widened(served)).padded()
         if fault := sparse24.check_bitmask(weights.parts["bitmask"]):
@@ -162,15 +199,45 @@ class WeightScheme:
         self, loaded: Mapping[str, torch.Tensor], sizes: Sequence[int], served: torch.dtype
     ) -> torch.Tensor:
         """[out, in] in the dtype `served`, of a linear that was stored plain."""
-        values = loaded["weight"]
-        if "weight_scale" not in loaded:
-            return values
-        return (values.float() * row_scales(loaded["weight_scale"], sizes)).to(served)
+        parts = {"compressed": loaded["weight"]}
+        if "weight_scale" in loaded:
+            parts["weight_scale"] = row_scales(loaded["weight_scale"], sizes)
+        return self.format.values(parts, served)
+
+
+def uneven_cut(weight_format: WeightFormat, columns: int, ranks: int) -> str | None:
+    """Why a rank cannot have its part of the input of a linear with `columns` channels, or None."""
+    multiple, here = weight_format.column_multiple, columns // ranks
+    if here % multiple == 0:
+        return None
+    if columns % multiple:
+        return (
+            f"{columns} input channels are not a multiple of {multiple}, which {weight_format.name} needs. "
+            "config.json belongs to another model; get the files again."
+        )
+    left = f"{columns} input channels over {ranks} ranks leave {here} each, which is not a multiple of {multiple}"
+    if weight_format.group_size is None:
+        return f"{left}. Use a smaller --tensor-parallel-size."
+    return (
+        f"{left}: a group of {weight_format.group_size} channels has one scale ({weight_format.name}). Use a smaller "
+        "--tensor-parallel-size, or compress with a smaller --group-size."
+    )
 
 
 def is_two_of_four(dense: torch.Tensor) -> bool:
     """Whether no group of four columns has more than two non-zeros."""
     return dense.shape[1] % 4 == 0 and bool(((dense != 0).view(dense.shape[0], -1, 4).sum(-1) <= 2).all())
+
+
+def narrowed(scales: torch.Tensor, served: torch.dtype, dummy: bool = False) -> torch.Tensor:
+    """The same numbers in 16 bits, in the dtype `served` if possible; as they are if neither 16-bit dtype holds all.
+
+    Dummies are rounded, so that real scales may take their place.
+    """
+    for dtype in (served, torch.bfloat16, torch.float16):
+        if dtype.itemsize == 2 and (dummy or torch.equal(scales.to(dtype).float(), scales)):
+            return scales.to(dtype)
+    return scales
 
 
 def row_scales(scale: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:

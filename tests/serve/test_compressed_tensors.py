@@ -84,7 +84,18 @@ def config(**changes):
         (config(sparsity={"sparsity_structure": "unstructured"}), False),
         (config(sparsity={"format": "sparse-bitmask"}), False),
         (config(sparsity={"targets": []}), False),  # vLLM serves these
-        (config(format="marlin-24"), False),
+        (config(format="pack-quantized"), True),
+        (config(format="pack-quantized", sparsity={"sparsity_structure": "unstructured"}), False),
+        (config(format="marlin-24"), True),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24", "sparsity_config": {}}, True),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "mixed-precision",
+                "config_groups": {"group_0": {"format": "int-quantized"}, "group_1": {"format": "marlin-24"}},
+            },
+            True,
+        ),
         (config(quant_method="ria"), False),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, False),
     ],
@@ -101,8 +112,10 @@ def test_explicit_choice_of_another_method_stands():
 @pytest.mark.parametrize(
     "weights",
     [
-        {"num_bits": 4, "type": "int", "strategy": "channel"},
+        {"num_bits": 3, "type": "int", "strategy": "channel"},
         {"num_bits": 8, "type": "int", "strategy": "group"},
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16},
+        {"num_bits": 4, "type": "float", "strategy": "channel"},
         {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False},
     ],
 )

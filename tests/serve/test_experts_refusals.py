@@ -9,14 +9,28 @@ from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import config as moe_config
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import INTEGERS
+from ria_vllm.schema import WeightQuantization
 
 pytestmark = pytest.mark.usefixtures("ranks")
 
 
 def test_a_rank_with_part_of_a_byte_is_refused(monkeypatch):
     play_rank(monkeypatch, 0, 32)
-    with pytest.raises(RiaError, match="128 channels over 32 ranks leave 4 each.*Use a smaller"):
+    with pytest.raises(RiaError, match="128 input channels over 32 ranks leave 4 each.*Use a smaller"):
         Model(StoredMixture().config(), tp_size=32)
+
+
+def test_channels_that_are_not_whole_groups_are_refused(monkeypatch):
+    config = StoredMixture(weight_format=INTEGERS[4, 64]).config()
+    play_rank(monkeypatch, 0, 4)
+    with pytest.raises(
+        RiaError, match="128 input .* over 4 ranks leave 32 each.*a group of 64.*enable-expert-parallel"
+    ):
+        Model(config, tp_size=4)
+    config.schema.weights = WeightQuantization(**INTEGERS[4, 128].quantization)
+    with pytest.raises(RiaError, match="64 input channels are not a multiple of 128, which int4-g128 needs"):
+        Model(config)
 
 
 def test_a_forced_kernel_that_does_not_exist(monkeypatch):

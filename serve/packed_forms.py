@@ -1,0 +1,200 @@
+"""The packed forms in which compressed-tensors stores 2:4 integers, and their translation into ours.
+
+A layer never sees them. Their tensors are tiled, or have several values to a word, so vLLM could not shard them by rows
+and columns. `Translation` stands before vLLM's model in the stream of weights: it unpacks whole tensors, and hands on
+those of `ria_vllm.formats`, or a plain weight with its zeros.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.formats import IntFormat
+from ria_vllm.serve import marlin24
+
+Named = tuple[str, torch.Tensor]
+
+# Symmetric weights have zero points of zero, if any; columns that are not reordered have indices in order, if any.
+# The shape repeats what other tensors say.
+DROPPED = ("weight_shape", "weight_g_idx", "weight_zero_point")
+
+
+class PackedForm(Protocol):
+    """How the weight of one linear [out, in] is stored.
+
+    Attributes:
+        format: what the values are.
+        takes: the tensors that store it, by the last parts of their names.
+        gives: those that it becomes.
+    """
+
+    @property
+    def format(self) -> IntFormat: ...
+    @property
+    def takes(self) -> tuple[str, ...]: ...
+    @property
+    def gives(self) -> tuple[str, ...]: ...
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors that `gives` names. A weight that is not 2:4 must not be given as if it were.
+
+        Raises:
+            ValueError: the tensors are damaged; names the one that is.
+        """
+
+
+@dataclass(frozen=True)
+class Marlin24:
+    """See `ria_vllm.serve.marlin24`."""
+
+    format: IntFormat
+    takes = marlin24.TENSORS
+    gives = ("compressed", "bitmask", "weight_scale")
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return marlin24.unpack(tensors, self.format)
+
+
+@dataclass(frozen=True)
+class PackQuantized:
+    """`pack-quantized`: all values of a row, plus 2^(bits-1), in words of 32 bits, the first in the lowest bits.
+
+    It becomes `weight`: int8 [out, in], or uint8 [out, in/2] as `IntFormat.pack` packs four bits.
+    """
+
+    format: IntFormat
+    takes = ("weight_packed",)
+    gives = ("weight",)
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        packed = tensors["weight_packed"]
+        if packed.dtype != torch.int32 or packed.dim() != 2:
+            raise ValueError(f"weight_packed: {packed.dtype} {tuple(packed.shape)}, expected a matrix of torch.int32")
+        stored = packed.contiguous().view(torch.uint8)
+        return {"weight": stored if self.format.num_bits == 4 else (stored ^ 128).view(torch.int8)}
+
+
+@dataclass(frozen=True)
+class BytesOfFourBits:
+    """`int-quantized` with four bits: int8 [out, in].
+
+    It becomes `weight`, uint8 [out, in/2] as `IntFormat.pack` packs.
+    """
+
+    format: IntFormat
+    takes = ("weight",)
+    gives = ("weight",)
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weight = tensors["weight"]
+        if weight.is_floating_point():  # of a module that is not quantized
+            return {"weight": weight}
+        if weight.dtype != torch.int8 or weight.dim() != 2 or weight.shape[1] % 2:
+            raise ValueError(f"weight: {weight.dtype} {tuple(weight.shape)}, expected a matrix of torch.int8")
+        if bool(((weight < -8) | (weight > 7)).any()):
+            raise ValueError("weight: a value does not fit four bits")
+        return {"weight": self.format.pack(weight)}
+
+
+@dataclass
+class Translation:
+    """The stream of a checkpoint's tensors, with those of packed linears as the model's layers expect them.
+
+    Attributes:
+        form_of: how a linear is packed; None if it is not.
+        waiting: linear -> those of its tensors that have arrived, until all have.
+    """
+
+    form_of: Callable[[str], PackedForm | None]
+    waiting: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def names(self, names: Iterable[str]) -> list[str]:
+        """What the tensors called `names` will be called.
+
+        Raises:
+            RiaError: a packed linear lacks a tensor.
+        """
+        found: dict[str, set[str]] = {}
+        translated = []
+        for name in names:
+            linear, form, part = self._split(name)
+            if form is None:
+                translated.append(name)
+            elif part in form.takes:
+                found.setdefault(linear, set()).add(part)
+        for linear, parts in found.items():
+            form = self.form_of(linear)
+            assert form is not None
+            if missing := next((part for part in form.takes if part not in parts), None):
+                raise _absent(linear, missing)
+            translated += [f"{linear}.{part}" for part in form.gives]
+        return translated
+
+    def translate(self, weights: Iterable[Named], whole: bool) -> Iterator[Named]:
+        """The same weights, unpacked. A tensor that others are needed for is copied, and waits for them.
+
+        Args:
+            whole: these are all weights. Otherwise others may follow in another call.
+
+        Raises:
+            RiaError: a damaged tensor, columns in another order, zero points, or a tensor that never came.
+        """
+        try:
+            for name, tensor in weights:
+                linear, form, part = self._split(name)
+                if form is None:
+                    yield name, tensor
+                elif part in DROPPED:
+                    _check_dropped(name, part, tensor, form)
+                else:
+                    yield from self._unpacked(linear, form, part, tensor)
+            if whole and self.waiting:
+                linear, parts = next(iter(self.waiting.items()))
+                form = self.form_of(linear)
+                assert form is not None
+                raise _absent(linear, next(part for part in form.takes if part not in parts))
+        except BaseException:  # also if the reader stops early: the next load starts from nothing
+            self.waiting.clear()
+            raise
+
+    def _split(self, name: str) -> tuple[str, PackedForm | None, str]:
+        """Linear, how it is packed, and part; None in the middle for a tensor that stays as it is."""
+        linear, _, part = name.rpartition(".")
+        if part not in _PARTS:
+            return linear, None, part
+        form = self.form_of(linear)
+        return linear, form if form and part in (*form.takes, *DROPPED) else None, part
+
+    def _unpacked(self, linear: str, form: PackedForm, part: str, tensor: torch.Tensor) -> Iterator[Named]:
+        parts = self.waiting.pop(linear, {}) | {part: tensor}
+        if len(parts) < len(form.takes):
+            self.waiting[linear] = parts | {part: tensor.clone()}  # its memory may be a file's or a buffer's
+            return
+        try:
+            unpacked = form.unpack(parts)
+        except ValueError as error:
+            raise RiaError(f"{linear}.{error}. The weight file is damaged; get it again.") from None
+        for given, values in unpacked.items():
+            yield f"{linear}.{given}", values
+
+
+_PARTS = frozenset((*Marlin24.takes, *PackQuantized.takes, *BytesOfFourBits.takes, *DROPPED))
+
+
+def _absent(linear: str, part: str) -> RiaError:
+    return RiaError(f"{linear}.{part} is in none of the weight files. Get them again.")
+
+
+def _check_dropped(name: str, part: str, tensor: torch.Tensor, form: PackedForm) -> None:
+    if part == "weight_zero_point" and bool((tensor != 0).any()):
+        raise RiaError(f"{name}: asymmetric weights are not served. Quantize the model again with symmetric: true.")
+    if part == "weight_g_idx" and not bool((tensor < 0).any()):  # as in compressed-tensors, -1 stands for none
+        columns = torch.arange(tensor.numel(), device=tensor.device)
+        if not torch.equal(tensor.flatten().long(), columns // (form.format.group_size or max(1, len(columns)))):
+            raise RiaError(
+                f"{name}: groups of columns in the order of their activations are not served. Quantize the model again "
+                'with actorder: "weight", or without it.'
+            )

@@ -1,0 +1,73 @@
+"""vLLM on checkpoints in compressed-tensors' packed forms, against Hugging Face on the weights that they stand for."""
+
+import pytest
+from compare import check, generate, prompts
+from compressed_tensors_writer import needs_writer
+from packed_checkpoints import Packed, write
+from test_marlin24 import arguments
+
+pytestmark = [pytest.mark.slow, needs_writer]
+
+SPARSE = {"format": "dense", "sparsity_structure": "2:4", "global_sparsity": 0.5, "targets": ["Linear"], "ignore": []}
+MARLIN = Packed("marlin-24", arguments(4, 128))
+PACK = Packed("pack-quantized", arguments(4, 128), sparsity=SPARSE)
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+# Name of the run: (how the checkpoint is written, changes to the job)
+RUNS = {
+    "marlin-24, int4 in groups": (MARLIN, {}),
+    "marlin-24, int4 by channel": (Packed("marlin-24", arguments(4, None), sparsity=SPARSE), {}),
+    "marlin-24, int8 in groups, reloaded": (Packed("marlin-24", arguments(8, 128)), {"first": "reload"}),
+    "marlin-24, bfloat16": (MARLIN, {"engine": {"dtype": "bfloat16"}}),
+    "pack-quantized, int4 in groups": (PACK, {}),
+    "pack-quantized, bfloat16": (PACK, {"engine": {"dtype": "bfloat16"}}),
+    "pack-quantized, int8 by channel, one linear not 2:4, reloaded": (
+        Packed("pack-quantized", arguments(8, None), spoiled="1.mlp.down_proj", sparsity=SPARSE), {"first": "reload"},
+    ),
+    "pack-quantized, int4 in groups of 32, one linear not 2:4": (
+        Packed("pack-quantized", arguments(4, 32), spoiled="0.self_attn.o_proj", sparsity=SPARSE), {},
+    ),
+    "int-quantized, int4 in groups of 64": (Packed("int-quantized", arguments(4, 64), sparsity=SPARSE), {}),
+    "int-quantized, int8 by channel": (Packed("int-quantized", arguments(8, None), sparsity=SPARSE), {}),
+}  # fmt: skip
+SPREAD = {
+    "marlin-24 on two ranks": (MARLIN, {"engine": TWO_RANKS}),
+    "pack-quantized on two ranks, one linear not 2:4": (
+        Packed("pack-quantized", arguments(4, 128), spoiled="0.self_attn.o_proj", sparsity=SPARSE),
+        {"engine": TWO_RANKS},
+    ),
+}
+
+
+def run(folder, group, **environment):
+    models = write({folder / str(i): how for i, (how, _) in enumerate(group.values())})
+    jobs = [
+        {
+            "model": str(folder / str(i)), "prompts": prompts(), "tokens": 6,
+            **changes, "engine": {"dtype": "float32"} | changes.get("engine", {}),
+        }
+        for i, (_, changes) in enumerate(group.values())
+    ]  # fmt: skip
+    results = generate(folder / "run", jobs, **environment)
+    return dict(zip(group, zip(models, results, strict=True), strict=True))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("packed"), RUNS, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory):
+    one_thread_each = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    return run(tmp_path_factory.mktemp("spread"), SPREAD, **one_thread_each)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_served_as_the_weights_say(runs, name):
+    check(*runs[name], half=name.endswith("bfloat16"))
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_two_ranks(spread, name):
+    check(*spread[name])

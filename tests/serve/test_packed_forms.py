@@ -1,0 +1,148 @@
+"""Packed tensors on their way through the stream of weights."""
+
+import pytest
+import torch
+from compressed_tensors_writer import Writer, needs_writer, random_24, scales_of
+from test_marlin24 import arguments, tensors
+
+from ria_vllm.errors import RiaError
+from ria_vllm.formats import INTEGERS
+from ria_vllm.serve.packed_forms import BytesOfFourBits, Marlin24, PackQuantized, Translation
+from ria_vllm.serve.weight_scheme import WeightScheme
+
+PLAIN = {"norm.weight": torch.ones(4), "fc.bias": torch.ones(64)}
+
+
+def translation(form):
+    return Translation(lambda name: form if name.startswith("fc") else None)
+
+
+def marlin(**shape):
+    return {f"fc.{name}": tensor for name, tensor in tensors(**shape).items()}
+
+
+def test_the_tensors_of_a_linear_wait_for_each_other():
+    form = Marlin24(INTEGERS[4, 128])
+    stored = marlin() | PLAIN | {f"fc2.{name}": tensor for name, tensor in tensors(rows=128).items()}
+    expected = form.unpack(tensors())
+    for names in (list(stored), sorted(stored), sorted(stored, reverse=True)):
+        buffer = {name: stored[name].clone() for name in names}
+
+        def stream(buffer=buffer):
+            for name, tensor in buffer.items():
+                yield name, tensor
+                if tensor.dtype != torch.float32:
+                    tensor.fill_(3)  # a reader may use its memory again
+
+        got = dict(translation(form).translate(stream(), whole=True))
+        assert set(got) == {*PLAIN, *(f"{linear}.{part}" for linear in ("fc", "fc2") for part in form.gives)}
+        assert all(torch.equal(got[f"fc.{part}"], tensor) for part, tensor in expected.items())
+        assert got["fc2.bitmask"].shape == (128, 32)
+
+
+def test_pieces_that_a_trainer_sends():
+    one = translation(Marlin24(INTEGERS[4, 128]))
+    pieces = [[item] for item in marlin().items()]
+    got = [[name for name, _ in one.translate(piece, whole=False)] for piece in pieces]
+    assert got == [[], [], ["fc.compressed", "fc.bitmask", "fc.weight_scale"]]
+
+
+def test_a_load_that_failed_leaves_nothing_behind():
+    one = translation(Marlin24(INTEGERS[4, 128]))
+    (first, *others) = marlin().items()
+    stream = one.translate([first, ("norm.weight", torch.ones(1)), *others], whole=True)
+    next(stream)
+    stream.close()
+    with pytest.raises(RiaError, match=rf"{first[0]} is in none of the weight files"):
+        list(one.translate(others, whole=True))
+    assert len(list(one.translate(marlin().items(), whole=True))) == 3
+
+
+def test_names():
+    names = [*marlin(), *PLAIN, "fc.weight_zero_point"]
+    got = translation(Marlin24(INTEGERS[4, 128])).names(names)
+    assert sorted(got) == sorted([*PLAIN, "fc.compressed", "fc.bitmask", "fc.weight_scale"])
+    packed = translation(PackQuantized(INTEGERS[4, 128]))
+    stored = [*PLAIN, "fc.weight_packed", "fc.weight_scale", "fc.weight_shape"]
+    assert sorted(packed.names(stored)) == sorted([*PLAIN, "fc.weight", "fc.weight_scale"])
+    assert translation(None).names(names) == names
+    with pytest.raises(RiaError, match=r"fc\.meta is in none of the weight files"):
+        translation(Marlin24(INTEGERS[4, 128])).names(["fc.weight_packed", "fc.scale_packed"])
+
+
+@pytest.mark.parametrize(
+    ("form", "stored", "message"),
+    [
+        (Marlin24, tensors() | {"meta": torch.zeros(8, 128, dtype=torch.int16)}, r"fc\.meta: row 0.* get it again"),
+        (PackQuantized, {"weight_packed": torch.zeros(8, 8)}, r"fc\.weight_packed: torch\.float32"),
+        (PackQuantized, {"weight_packed": torch.zeros(8, dtype=torch.int32)}, r"fc\.weight_packed: .*a matrix"),
+        (PackQuantized, {"weight_zero_point": torch.tensor([0, 1])}, r"fc\.weight_zero_point: asymmetric"),
+        (PackQuantized, {"weight_g_idx": torch.tensor([0, 1] * 128)}, r"fc\.weight_g_idx: .*actorder"),
+        (BytesOfFourBits, {"weight": torch.full((4, 8), 8, dtype=torch.int8)}, r"fc\.weight: .*four bits"),
+        (BytesOfFourBits, {"weight": torch.full((4, 8), -9, dtype=torch.int8)}, r"fc\.weight: .*four bits"),
+        (BytesOfFourBits, {"weight": torch.zeros(4, 7, dtype=torch.int8)}, r"fc\.weight: torch\.int8 \(4, 7\)"),
+        (BytesOfFourBits, {"weight": torch.zeros(4, 8, dtype=torch.int16)}, r"fc\.weight: torch\.int16"),
+    ],
+)
+def test_damage_is_named(form, stored, message):
+    weights = [(f"fc.{name}", tensor) for name, tensor in stored.items()]
+    with pytest.raises(RiaError, match=message):
+        list(translation(form(INTEGERS[4, 128])).translate(weights, whole=True))
+
+
+@pytest.mark.parametrize("index", [torch.arange(256) // 128, torch.full((256,), -1)])
+def test_columns_in_order(index):
+    weights = {"fc.weight_g_idx": index.int(), "fc.weight_zero_point": torch.zeros(64, 2, dtype=torch.int8)}
+    assert not list(translation(PackQuantized(INTEGERS[4, 128])).translate(weights.items(), whole=True))
+
+
+CASES = {
+    (form, bits, size): (form_class, bits, size)
+    for form, form_class, bits in (
+        ("pack-quantized", PackQuantized, 4), ("pack-quantized", PackQuantized, 8),
+        ("int-quantized", BytesOfFourBits, 4),
+    )
+    for size in (None, 32, 128)
+}  # fmt: skip
+SPOILED = "dense"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    writer = Writer()
+    for (form, bits, size), name in zip(CASES, map(str, range(len(CASES)))):
+        args = arguments(bits, size)
+        for spoiled in ("", SPOILED):
+            weight = random_24(96, 256, dtype=torch.bfloat16)
+            if spoiled:
+                weight += torch.randn(weight.shape).bfloat16()
+            writer.add(name + spoiled, form, args, weight, scales_of(weight, args))
+    return writer.run(tmp_path_factory.mktemp("packed"))
+
+
+@needs_writer
+@pytest.mark.parametrize("spoiled", ["", SPOILED])
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_it_is_what_compressed_tensors_wrote(written, case, spoiled):
+    form_class, bits, size = list(CASES.values())[case]
+    name, weight_format = f"{case}{spoiled}", INTEGERS[bits, size]
+    stored = [(f"fc.{key.partition('.')[2]}", written[key]) for key in written if key.partition(".")[0] == name]
+    stored = [(key, tensor) for key, tensor in stored if key not in ("fc.dense", "fc.exact")]
+    got = {
+        key.removeprefix("fc."): tensor
+        for key, tensor in translation(form_class(weight_format)).translate(stored, whole=True)
+    }
+    scheme = WeightScheme(weight_format, dense=True)
+    specs = scheme.tensors(torch.bfloat16)
+    assert {part: tuple(tensor.shape) for part, tensor in got.items()} == {
+        part: spec.shape(96, 256) for part, spec in specs.items()
+    }
+    loaded = {part: torch.zeros(tensor.shape, dtype=specs[part].dtype).copy_(tensor) for part, tensor in got.items()}
+    weights = scheme.weights(loaded, [96], torch.bfloat16)
+    if spoiled:
+        assert weights is None
+        assert torch.equal(scheme.dense_weight(loaded, [96], torch.float32), written[f"{name}.exact"])
+        return
+    for dtype, expected in ((torch.bfloat16, "dense"), (torch.float32, "exact")):
+        assert torch.equal(weight_format.decode(weights.parts, dtype), written[f"{name}.{expected}"])
+    assert weights.parts["weight_scale"].dtype == (torch.float32 if size is None else torch.bfloat16)
