@@ -224,9 +224,7 @@ class RiaConfig(QuantizationConfig):
 
         check_count(layer, self.experts[name])  # first, because the number in config.json may be anything
         orders = ExpertOrders.of(self.experts[name], self.permutations, self.folding)
-        return Sparse24MoEMethod(
-            layer, self.experts[name], WeightScheme(self.schema.weight_format), orders, self.report
-        )
+        return Sparse24MoEMethod(layer, self.experts[name], WeightScheme.of(self.schema), orders, self.report)
 
     def sparse_method(self, layer: str, linears: tuple[str, ...]) -> Sparse24LinearMethod:
         """The method by which vLLM's layer called `layer` serves these linears."""
@@ -279,7 +277,7 @@ class RiaConfig(QuantizationConfig):
         if self.compressed_tensors is not None:
             scheme = self.compressed_tensors.scheme(name)
             return scheme if self._is_pruned(name) else replace(scheme, dense=True)
-        return WeightScheme(self.schema.weight_format)
+        return WeightScheme.of(self.schema)
 
     def stored_linear(self, name: str, lora: bool) -> StoredLinear:
         """The linear `name`, as a layer loads it.

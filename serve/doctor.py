@@ -15,7 +15,7 @@ import torch
 
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT
+from ria_vllm.formats import FLOAT, FORMATS
 from ria_vllm.serve.kernels import experts_registry, registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
@@ -96,8 +96,8 @@ def device_lines(device: torch.device) -> list[tuple[str, str]]:
 
 def consider(
     config: LinearLayerConfig | ExpertsLayerConfig,
-) -> tuple[list[tuple[str, str | None]], str | None, str | None]:
-    """Each kernel with the reason why it cannot serve the layer, or None; the chosen one; why there is none."""
+) -> tuple[list[tuple[str, str | None]], registry.Choice | experts_registry.Choice | None, str | None]:
+    """Each kernel with the reason why it cannot serve the layer as it is, or None; the choice; why there is none."""
     experts = isinstance(config, ExpertsLayerConfig)
     try:
         reasons = experts_registry.explain(config) if experts else registry.explain(config)
@@ -107,24 +107,25 @@ def consider(
         choice = experts_registry.choose(config) if experts else registry.choose(config)
     except RiaError as error:
         return reasons, None, str(error)
-    return reasons, choice.kernel.name, None
+    return reasons, choice, None
 
 
 def kernel_lines(config: LinearLayerConfig | ExpertsLayerConfig) -> list[str]:
     """One line for each kernel, in order of preference: chosen, usable, or the reason why not."""
     forced = os.environ.get(registry.KERNEL_VARIABLE)
-    reasons, chosen, problem = consider(config)
+    reasons, choice, problem = consider(config)
+    chosen, how = (choice.kernel.name, choice.how) if choice else (None, "")
     lines = [f"none: {problem}"] if problem else []
     fallbacks = {kernel.name for kernel in experts_registry.KERNELS if kernel.is_fallback}
     for name, reason in reasons:
         if name != chosen:
             note = f"no: {reason}" if reason else "could serve it too"
         elif name == forced:
-            note = "chosen: RIA_VLLM_BACKEND asks for it"
+            note = f"chosen{how}: RIA_VLLM_BACKEND asks for it"
         elif isinstance(config, ExpertsLayerConfig) and name in fallbacks:
-            note = "chosen only where vLLM has no experts of its own, which get the weights decompressed"
+            note = f"chosen{how} only where vLLM has no experts of its own, which get the weights decompressed"
         else:
-            note = "chosen: the first that can serve this layer"
+            note = f"chosen{how}: the first that can serve this layer"
         lines.append(f"{name:14} {note}")
     return lines
 
@@ -200,9 +201,11 @@ def advice(facts: Facts) -> str:
     return f"{fastest}; {'for more: ' + '; '.join(more) if more else 'nothing is missing'}"
 
 
-def take_facts(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> Facts:
+def take_facts(config: LinearLayerConfig) -> Facts:
     """The facts about this machine, for a layer."""
-    reasons, chosen, _ = consider(LinearLayerConfig(device, dtype, FLOAT, out_features, in_features))
+    device = config.device
+    reasons, choice, _ = consider(config)
+    chosen = choice and choice.kernel.name
     present = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else present
     variables = (registry.KERNEL_VARIABLE, "RIA_VLLM_CPU_ISA")
@@ -253,7 +256,9 @@ def has_nvcc() -> bool:
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)
 @click.option("--shape", default="4096x4096", show_default=True, help="OUTxIN of the linear to choose a kernel for.")
-def doctor(device: str, dtype: str, shape: str) -> None:
+@click.option("--weights", type=click.Choice(list(FORMATS)), default="float", show_default=True, help="Their format.")
+@click.option("--activations", type=click.Choice(["float", "int8"]), default="float", show_default=True)
+def doctor(device: str, dtype: str, shape: str, weights: str, activations: str) -> None:
     """Show which kernels this machine runs, and why."""
     out_features, _, in_features = shape.lower().partition("x")
     sizes = (out_features, in_features)
@@ -274,11 +279,17 @@ def doctor(device: str, dtype: str, shape: str) -> None:
     ]
     for label, value in rows:
         click.echo(f"{label:16}{value}")
-    click.echo(f"\nkernels for a {out_features} x {in_features} linear of {dtype} on {kind}, in order of preference:")
-    for line in kernel_lines(LinearLayerConfig(place, DTYPES[dtype], FLOAT, int(out_features), int(in_features))):
+    act_dtype, weight_format = DTYPES[dtype], FORMATS[weights]
+    input_dtype = torch.int8 if activations == "int8" else None
+    linear = LinearLayerConfig(place, act_dtype, weight_format, int(out_features), int(in_features), input_dtype)
+    experts = ExpertsLayerConfig(place, act_dtype, weight_format, *EXPERTS, Activation("silu"), input_dtype=input_dtype)
+    kinds = f"{dtype}" + (f", {weights} weights" if weight_format != FLOAT else "")
+    kinds += f", inputs rounded to {activations}" if input_dtype is not None else ""
+    click.echo(f"\nkernels for a {out_features} x {in_features} linear of {kinds} on {kind}, in order of preference:")
+    for line in kernel_lines(linear):
         click.echo(f"  {line}")
     click.echo("\nkernels for {} experts of {} x {} (a mixture's layer):".format(*EXPERTS))
-    for line in kernel_lines(ExpertsLayerConfig(place, DTYPES[dtype], FLOAT, *EXPERTS, Activation("silu"))):
+    for line in kernel_lines(experts):
         click.echo(f"  {line}")
-    facts = take_facts(place, DTYPES[dtype], int(out_features), int(in_features))
+    facts = take_facts(linear)
     click.echo(f"\nexpected to be fastest here: {advice(facts)}")

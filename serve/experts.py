@@ -24,7 +24,7 @@ from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
 from ria_vllm.serve.load_report import LoadReport
 from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts
-from ria_vllm.serve.weight_scheme import Weights, WeightScheme
+from ria_vllm.serve.weight_scheme import Weights, WeightScheme, uneven_cut
 
 logger = init_logger("vllm.ria")
 
@@ -105,13 +105,8 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         self.sizes = ExpertSizes(
             moe.num_local_experts, moe.hidden_dim_unpadded, moe.intermediate_size, moe.tp_rank, moe.tp_size
         )
-        multiple = scheme.format.column_multiple
-        if self.sizes.here % multiple:
-            raise RiaError(
-                f"{name}: {moe.intermediate_size} channels over {moe.tp_size} ranks leave {self.sizes.here} each, "
-                f"which is not a multiple of {multiple}. Use a smaller --tensor-parallel-size, or "
-                "--enable-expert-parallel."
-            )
+        if reason := uneven_cut(scheme.format, moe.intermediate_size, moe.tp_size):
+            raise RiaError(f"{name}: {reason} Or start with --enable-expert-parallel.")
         orders.check(experts, self.sizes.hidden, self.sizes.intermediate)
         self._choose(layer)
 
@@ -157,6 +152,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             activation=activation,
             has_bias=moe.has_bias,
             router_weight_on_input=layer.apply_router_weight_on_input,
+            input_dtype=self.scheme.input_dtype,
         )
 
     def maybe_roundup_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -273,6 +269,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             )  # fmt: skip
             kernel, bytes_here = f"dense experts ({type(self.moe_kernel.fused_experts).__name__})", dense_bytes
         else:
+            self.report.warn_of_choice(packed.choice)
             kernel = f"{packed.choice} experts"
             bytes_here = sum(getattr(layer, name).nbytes for name in packed.packed)
         gathered = packed is not None and packed.input_permutation is not None

@@ -191,15 +191,15 @@ class ExpertsLoader:
         rows, columns = self.sizes.shape(kind)
         if part == BIAS:
             shape: tuple[int, ...] = (rows,)
-            fits = tensor.is_floating_point()
+            fits, dtypes = tensor.is_floating_point(), "floating point"
         else:
             spec = self.specs[part]
             shape = spec.part.shape(rows, columns)
-            fits = tensor.dtype in spec.part.dtypes
+            fits, dtypes = tensor.dtype in spec.part.dtypes, spec.dtypes
         if not fits or tuple(tensor.shape) != shape:
             raise RiaError(
                 f"{self.experts.linear(kind, expert)}.{part} is {tensor.dtype} {tuple(tensor.shape)}, but the model "
-                f"needs {shape}. The file is damaged, or config.json belongs to another model; get both again."
+                f"needs {dtypes} {shape}. The file is damaged, or config.json belongs to another model; get both again."
             )
 
     def missing(self, local_experts: Iterable[tuple[int, int]]) -> str | None:

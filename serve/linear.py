@@ -27,7 +27,7 @@ from ria_vllm.serve.parameters import (
 )
 from ria_vllm.serve.shards import ShardMap
 from ria_vllm.serve.stream import WeightStream
-from ria_vllm.serve.weight_scheme import Weights, WeightScheme
+from ria_vllm.serve.weight_scheme import Weights, WeightScheme, uneven_cut
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         self.scheme = self.linears[0].scheme
-        multiple = self.scheme.format.column_multiple
-        if input_size_per_partition % multiple:
-            raise RiaError(
-                f"{self.prefix}: {input_size} input channels over {input_size // input_size_per_partition} ranks leave "
-                f"{input_size_per_partition} each, which is not a multiple of {multiple}. Use a smaller "
-                "--tensor-parallel-size."
-            )
+        if reason := uneven_cut(self.scheme.format, input_size, input_size // input_size_per_partition):
+            raise RiaError(f"{self.prefix}: {reason}")
         if any(linear.scheme != self.scheme for linear in self.linears):
             raise RiaError(f"{self.prefix}: vLLM fuses {', '.join(self.names)}, but they are not quantized alike.")
         self.output_sizes = tuple(output_partition_sizes)
@@ -143,7 +138,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         if weights is None:
             self._serve_dense(layer, self.scheme.dense_weight(loaded, self.output_sizes, self.dtype))
         else:
-            layer.ria_packed = pack_linear(layer, weights, self._groups(), self.dtype)
+            layer.ria_packed = pack_linear(layer, weights, self._groups(), self.dtype, self.scheme.input_dtype)
         if first:
             self._report(layer, weights)
 
@@ -217,6 +212,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         if weights is None:
             self.report.leave_out(self.prefix, self.linears[0].claims_24)
             return
+        for call in packed.calls:
+            self.report.warn_of_choice(call.choice)
         kernels = [str(call.choice) for call in packed.calls]
         gathered = sum(linear.input_permutation is not None for linear in self.linears)
         permuted = sum(linear.permutation is not None for linear in self.linears)

@@ -3,10 +3,14 @@
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
+
+from ria_vllm.serve.kernels.choice import Choice
+from ria_vllm.weight_format import name_of
 
 # vLLM configures the handlers of its own loggers only.
 logger = init_logger("vllm.ria")
@@ -19,7 +23,7 @@ class LoadReport:
     Attributes:
         expected: layers that will be loaded.
         loaded: layers that have been loaded.
-        kernels: kernel, and what it widens -> number of calls in a forward pass.
+        kernels: kernel, and how it serves its layers -> number of calls in a forward pass.
         folded: permutations that other linears absorb.
         gathered: permutations that linears apply to their inputs themselves.
         dense_bytes: what the weights would take dense, in the dtype that is served.
@@ -90,6 +94,24 @@ class LoadReport:
                 "A permutation that no fold absorbs crosses tensor-parallel ranks. Its layers all-gather their input, "
                 "which is correct but slow. A smaller --tensor-parallel-size, or compressing with folds, avoids it."
             )
+
+    def warn_of_choice(self, choice: Choice[Any, Any]) -> None:
+        """Say once for each way of serving a layer what it costs, or what it does not do, if that is unexpected."""
+        if get_tensor_model_parallel_rank() != 0:
+            return
+        config = choice.config
+        if choice.widened_from is not None:
+            logger.warning_once(
+                "Weights in %s are widened to %s 2:4, because no kernel for %s multiplies them as the checkpoint "
+                "wants: the answers are right, but the weights take the memory of %s.",
+                choice.widened_from.name, name_of(config.act_dtype), config.device.type, name_of(config.act_dtype),
+            )  # fmt: skip
+        if choice.unrounded is not None:
+            logger.warning_once(
+                "Inputs are not rounded to %s, because no fast kernel for %s does it with these weights: the answers "
+                "are those of weights in %s alone.",
+                name_of(choice.unrounded), config.device.type, (choice.widened_from or config.weight_format).name,
+            )  # fmt: skip
 
     def log(self) -> None:
         kernels = ", ".join(f"{name} ({count})" for name, count in self.kernels.most_common())

@@ -70,7 +70,7 @@ class TensorChecks:
             shape = ()
         if tensor.dtype not in spec.part.dtypes or tuple(tensor.shape) != shape:
             raise RiaError(
-                f"{name}.{part} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs {shape}. "
+                f"{name}.{part} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs {spec.dtypes} {shape}. "
                 "The file is damaged, or config.json belongs to another model; get both again."
             )
 

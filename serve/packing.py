@@ -85,13 +85,20 @@ class PackedLinear:
         return sum(getattr(layer, name).nbytes for call in self.calls for name in call.packed)
 
 
-def pack_linear(layer: LinearBase, weights: Weights, groups: Sequence[RowGroup], dtype: torch.dtype) -> PackedLinear:
+def pack_linear(
+    layer: LinearBase,
+    weights: Weights,
+    groups: Sequence[RowGroup],
+    dtype: torch.dtype,
+    input_dtype: torch.dtype | None = None,
+) -> PackedLinear:
     """Pack `weights` for the kernels that serve them, and register what the kernels need on `layer`.
 
     Args:
         weights: padded, of this rank, in the checkpoint's order of input channels.
         groups: all rows of the layer. Where a rank needs channels of another, there is one group only.
         dtype: of the activations.
+        input_dtype: to which a kernel that can may round them, see `LinearLayerConfig`.
     """
     columns, device = weights.in_features - weights.padding, weights.device
     calls, input_channels = [], None
@@ -106,7 +113,7 @@ def pack_linear(layer: LinearBase, weights: Weights, groups: Sequence[RowGroup],
             input_channels = "input_channels"
             set_parameter(layer, input_channels, torch.from_numpy(permutation).to(device))
             permutation = None
-        choice, packed = choose_and_pack(weights.rows(group.start, group.count), dtype)
+        choice, packed = choose_and_pack(weights.rows(group.start, group.count), dtype, input_dtype)
         start = group.start
         names = [f"weight_packed_{start}_{i}" if start or i else "weight_packed" for i in range(len(packed))]
         for name, tensor in zip(names, packed):
@@ -120,9 +127,13 @@ def pack_linear(layer: LinearBase, weights: Weights, groups: Sequence[RowGroup],
     return PackedLinear(tuple(calls), input_channels, weights.padding)
 
 
-def choose_and_pack(weights: Weights, dtype: torch.dtype) -> tuple[Choice, tuple[torch.Tensor, ...]]:
+def choose_and_pack(
+    weights: Weights, dtype: torch.dtype, input_dtype: torch.dtype | None = None
+) -> tuple[Choice, tuple[torch.Tensor, ...]]:
     """The kernel for these weights under activations of `dtype`, and the weights as it packs them."""
-    config = LinearLayerConfig(weights.device, dtype, weights.format, weights.out_features, weights.in_features)
+    config = LinearLayerConfig(
+        weights.device, dtype, weights.format, weights.out_features, weights.in_features, input_dtype
+    )
     choice = choose(config)
     if choice.widened_from is not None:
         weights = weights.widened(dtype)

@@ -50,6 +50,14 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
             f"{model}: {min(pruned ^ config.pruned)} is pruned in the folder or on this server, but not on both. Start "
             "a server of that folder instead of reloading."
         )
+    stored, present_form = (
+        (one.weight_format, getattr(one, "input_activations", None)) for one in (schema, config.schema)
+    )
+    if stored != present_form:
+        raise RiaError(
+            f"{model}: its weights are {stored[0].name}, or its activations are rounded, unlike those that this server "
+            f"was started with ({present_form[0].name}). Start a server of that folder instead of reloading."
+        )
     orders, present = ((one.permutations_digest, one.folds, one.experts) for one in (schema, config.schema))
     if orders != present:
         raise RiaError(

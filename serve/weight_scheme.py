@@ -11,6 +11,7 @@ import torch
 
 from ria_vllm import sparse24
 from ria_vllm.formats import FLOAT, FP8, IntFormat
+from ria_vllm.schema import RiaSchema
 from ria_vllm.serve import plain24
 from ria_vllm.weight_format import BITMASK, Part, WeightFormat
 
@@ -28,6 +29,11 @@ class TensorSpec:
     part: Part
     dtype: torch.dtype
     per_tensor: bool = False
+
+    @property
+    def dtypes(self) -> str:
+        """Those that the tensor may have, for errors."""
+        return " or ".join(map(str, self.part.dtypes))
 
     def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         return (1,) if self.per_tensor else self.part.shape(out_features, in_features)
@@ -88,12 +94,24 @@ class WeightScheme:
         strategy: for a format with one scale per row: "channel" if the checkpoint stores them so, "tensor" if it stores
             one for the whole linear.
         activations: dtype to which the checkpoint wants the linear's input rounded; None for no rounding.
+        scale_dtype: of the scales of groups in the checkpoint; float32 if it is not known, which holds the others.
     """
 
     format: WeightFormat = FLOAT
     dense: bool = False
     strategy: Literal["tensor", "channel"] = "channel"
     activations: torch.dtype | None = None
+    scale_dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, schema: RiaSchema) -> "WeightScheme":
+        """That of all pruned linears of a checkpoint of ours."""
+        weight_format = schema.weight_format
+        activations = schema.input_dtype
+        if schema.weights is None or not isinstance(weight_format, IntFormat):
+            return cls(weight_format, activations=activations)
+        scale_dtype = weight_format.scale_dtype(getattr(torch, schema.weights.dtype))
+        return cls(weight_format, activations=activations, scale_dtype=scale_dtype)
 
     @property
     def quantized(self) -> bool:
@@ -104,9 +122,15 @@ class WeightScheme:
         """Whether a kernel may multiply the values as they are.
 
         Kernels multiply fp8 weights with inputs rounded to fp8, so fp8 weights are served as floating point if the
-        checkpoint wants its inputs unrounded. They do not round the inputs of other formats.
+        checkpoint wants its inputs unrounded. With integers they do as they are told, see `input_dtype`.
         """
         return self.format != FP8 or self.activations == torch.float8_e4m3fn
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """What kernels are told as `LinearLayerConfig.input_dtype`."""
+        rounded = self.activations == torch.int8 and isinstance(self.format, IntFormat)
+        return torch.int8 if rounded else None
 
     def tensors(self, served: torch.dtype) -> dict[str, TensorSpec]:
         """The tensors of a linear, by the last part of their names; `served` is the dtype of the model in vLLM."""
@@ -114,15 +138,19 @@ class WeightScheme:
         for part in self.format.parts:
             dtype = served if served in part.dtypes else part.dtypes[0]
             if part.name == "weight_scale":
-                per_tensor = part.channels is None and self.strategy == "tensor"
-                # The scales' dtype in the checkpoint need not be the one that is served.
-                spec = replace(part, dtypes=sparse24.VALUE_DTYPES)
-                found[part.name] = TensorSpec(spec, torch.float32, per_tensor)
+                found[part.name] = self._scales(part)
             elif not self.dense:
                 found[part.name] = TensorSpec(part, dtype)
             elif part.name == "compressed" and part.channels:
                 found["weight"] = TensorSpec(Part("weight", part.dtypes, part.channels // 2), dtype)
         return found
+
+    def _scales(self, part: Part) -> TensorSpec:
+        """A parameter holds what is stored without rounding it."""
+        if part.channels is None:
+            return TensorSpec(replace(part, dtypes=sparse24.VALUE_DTYPES), torch.float32, self.strategy == "tensor")
+        dtypes = part.dtypes if self.scale_dtype == torch.float32 else (self.scale_dtype,)
+        return TensorSpec(replace(part, dtypes=dtypes), self.scale_dtype)
 
     def weights(
         self, loaded: Mapping[str, torch.Tensor], sizes: Sequence[int], served: torch.dtype, dummy: bool = False
@@ -145,10 +173,11 @@ class WeightScheme:
         if dummy and "bitmask" in parts:
             parts["bitmask"].fill_(BITMASK.fill)
         if "weight_scale" in loaded:
-            parts["weight_scale"] = row_scales(loaded["weight_scale"], sizes)
+            if self.format.group_size is None:
+                parts["weight_scale"] = row_scales(loaded["weight_scale"], sizes)
             if not bool(parts["weight_scale"].isfinite().all()):
                 raise ValueError("a weight_scale is not a finite number")
-            if self.format.group_size is not None:
+            if self.format.group_size is not None and self.scale_dtype == torch.float32:
                 parts["weight_scale"] = narrowed(parts["weight_scale"], served, dummy)
         if self.dense:
             values = loaded["weight"]
@@ -175,6 +204,20 @@ class WeightScheme:
         if "weight_scale" in loaded:
             parts["weight_scale"] = row_scales(loaded["weight_scale"], sizes)
         return self.format.values(parts, served)
+
+
+def uneven_cut(weight_format: WeightFormat, columns: int, ranks: int) -> str | None:
+    """Why the input of a linear with `columns` channels cannot be divided over the tensor-parallel ranks, or None."""
+    multiple, here = weight_format.column_multiple, columns // ranks
+    if here % multiple == 0:
+        return None
+    left = f"{columns} input channels over {ranks} ranks leave {here} each, which is not a multiple of {multiple}"
+    if weight_format.group_size is None:
+        return f"{left}. Use a smaller --tensor-parallel-size."
+    return (
+        f"{left}: a group of {weight_format.group_size} channels has one scale ({weight_format.name}). Use a smaller "
+        "--tensor-parallel-size, or compress with a smaller --group-size."
+    )
 
 
 def narrowed(scales: torch.Tensor, served: torch.dtype, dummy: bool = False) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, Protocol
 
 import torch
 
-from ria_vllm.formats import FORMATS
+from ria_vllm.formats import FORMATS, IntFormat
 from ria_vllm.sparse24 import VALUE_DTYPES
 from ria_vllm.weight_format import WeightFormat, name_of
 
@@ -29,9 +29,9 @@ class LinearLayerConfig:
         weight_format: how the weights are stored when `pack` gets them; float ones have `act_dtype`.
         out_features: N.
         in_features: K, with its padding.
-        input_dtype: torch.int8 if the kernel rounds each token of the input to int8, with a scale of its own; see
-            `ria_vllm.serve.kernels.reference`. None: inputs are not rounded. Kernels round the inputs of fp8 weights to
-            fp8 in any case.
+        input_dtype: torch.int8 if the kernel rounds each token of the input to int8, with a scale of its own, as
+            `ria_vllm.serve.kernels.int8_inputs` defines it; then the weights are integers. None: inputs are not
+            rounded. Kernels round the inputs of fp8 weights to fp8 in any case.
     """
 
     device: torch.device
@@ -49,17 +49,26 @@ class LinearLayerConfig:
     def __str__(self) -> str:
         return (
             f"a {self.out_features} x {self.in_features} layer with {self.weight_format.name} weights and "
-            f"{name_of(self.act_dtype)} activations on {self.device}"
+            f"{_activations(self)} on {self.device}"
         )
 
 
-def cannot_decode(weight_format: WeightFormat, act_dtype: torch.dtype) -> str | None:
+def cannot_decode(config: "LinearLayerConfig | ExpertsLayerConfig") -> str | None:
     """Why the reference kernels, for linears and for experts, cannot serve such weights and activations, or None."""
-    if FORMATS.get(weight_format.name) != weight_format:
-        return f"{weight_format.name} is not in ria_vllm.formats.FORMATS"
-    if act_dtype not in VALUE_DTYPES:
-        return f"dtype {name_of(act_dtype)}; {', '.join(map(name_of, VALUE_DTYPES))} only"
+    if FORMATS.get(config.weight_format.name) != config.weight_format:
+        return f"{config.weight_format.name} is not in ria_vllm.formats.FORMATS"
+    if config.act_dtype not in VALUE_DTYPES:
+        return f"dtype {name_of(config.act_dtype)}; {', '.join(map(name_of, VALUE_DTYPES))} only"
+    if config.input_dtype not in (None, torch.int8):
+        return f"no {name_of(config.input_dtype)} inputs"
+    if config.input_dtype is not None and not isinstance(config.weight_format, IntFormat):
+        return f"no {name_of(config.input_dtype)} inputs for {config.weight_format.name} weights"
     return None
+
+
+def _activations(config: "LinearLayerConfig | ExpertsLayerConfig") -> str:
+    rounded = "" if config.input_dtype is None else f" (rounded to {name_of(config.input_dtype)})"
+    return f"{name_of(config.act_dtype)} activations{rounded}"
 
 
 class LinearKernel(Protocol):
@@ -183,14 +192,16 @@ class ExpertsLayerConfig:
     def __str__(self) -> str:
         return (
             f"a layer of {self.num_experts} experts ({self.hidden_size} x {self.intermediate_size}) with "
-            f"{self.weight_format.name} weights and {name_of(self.act_dtype)} activations on {self.device}"
+            f"{self.weight_format.name} weights and {_activations(self)} on {self.device}"
         )
 
 
 class ExpertsKernel(Protocol):
     """The sum over a token's experts of router weight * down(activation(gate(x), up(x))), with 2:4 weights.
 
-    Products and the sum accumulate in float32; between the products the channels are rounded to `act_dtype`.
+    Products and the sum accumulate in float32; between the products the channels are rounded to `act_dtype`. With an
+    `input_dtype`, each token is rounded before the first product, and the channels between the products before the
+    second.
 
     Attributes:
         name: what RIA_VLLM_BACKEND and the log call it.

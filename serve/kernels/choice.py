@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
+import torch
+
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FLOAT
 from ria_vllm.serve.kernels.base import ExpertsKernel, ExpertsLayerConfig, LinearKernel, LinearLayerConfig
@@ -19,21 +21,37 @@ Config = TypeVar("Config", LinearLayerConfig, ExpertsLayerConfig)
 
 @dataclass(frozen=True)
 class Choice(Generic[Kernel, Config]):
-    """The kernel for a layer, and the layer as this kernel serves it: perhaps with its weights widened."""
+    """The kernel for a layer, and the layer as this kernel serves it.
+
+    Attributes:
+        widened_from: the format of the layer's weights, if the kernel gets them as floating point.
+        unrounded: the `input_dtype` of the layer, if the kernel does not round the inputs.
+    """
 
     kernel: type[Kernel]
     config: Config
     widened_from: WeightFormat | None = None
+    unrounded: torch.dtype | None = None
+
+    @property
+    def how(self) -> str:
+        """In what way the kernel serves the layer; empty if it has float weights, or they stay as they are."""
+        notes = []
+        if self.widened_from is not None:
+            notes.append(f"{self.widened_from.name} widened to {name_of(self.config.act_dtype)}")
+        if self.config.input_dtype is not None:
+            notes.append(f"inputs rounded to {name_of(self.config.input_dtype)}")
+        if self.unrounded is not None:
+            notes.append(f"inputs not rounded to {name_of(self.unrounded)}")
+        return f" with {' and '.join(notes)}" if notes else ""
 
     def __str__(self) -> str:
-        if self.widened_from is None:
-            return self.kernel.name
-        return f"{self.kernel.name} with {self.widened_from.name} widened to {name_of(self.config.act_dtype)}"
+        return self.kernel.name + self.how
 
 
 def widened(config: Config) -> Config:
-    """The same layer with its weights as floating point."""
-    return replace(config, weight_format=FLOAT)
+    """The same layer with its weights as floating point, whose inputs are not rounded."""
+    return replace(config, weight_format=FLOAT, input_dtype=None)
 
 
 def choose(
@@ -42,8 +60,9 @@ def choose(
     reason_against: Callable[[type[Kernel], Config], str | None],
     others: Collection[str] = (),
 ) -> Choice[Kernel, Config]:
-    """The first kernel that serves a layer's weights as they are; else the first that serves them widened to the
-    activations' dtype; else a fallback. RIA_VLLM_BACKEND forces a kernel instead.
+    """The first kernel that serves a layer as it is; else the first that serves it without rounding its inputs, which
+    is more exact; else the first that serves its weights widened to the activations' dtype; else a fallback, in the
+    same three ways. RIA_VLLM_BACKEND forces a kernel instead.
 
     Args:
         kernels: in order of preference.
@@ -69,13 +88,20 @@ def _first(
     config: Config,
     reason_against: Callable[[type[Kernel], Config], str | None],
 ) -> Choice[Kernel, Config] | None:
-    attempts: list[tuple[Config, WeightFormat | None]] = [(config, None)]
+    attempts = [config]
+    if config.input_dtype is not None:
+        attempts.append(replace(config, input_dtype=None))
     if config.weight_format != FLOAT:
-        attempts.append((widened(config), config.weight_format))
-    for attempt, widened_from in attempts:
+        attempts.append(widened(config))
+    for attempt in attempts:
         for kernel in candidates:
             if reason_against(kernel, attempt) is None:
-                return Choice(kernel, attempt, widened_from)
+                return Choice(
+                    kernel,
+                    attempt,
+                    widened_from=config.weight_format if attempt.weight_format != config.weight_format else None,
+                    unrounded=config.input_dtype if attempt.input_dtype is None else None,
+                )
     return None
 
 

@@ -15,8 +15,8 @@ KERNELS: tuple[type[ExpertsKernel], ...] = (CpuExpertsKernel, ReferenceExpertsKe
 
 Choice = choice.Choice[ExpertsKernel, ExpertsLayerConfig]
 
-# Channels of a token in `self_test`, channels between an expert's products, and experts.
-_HIDDEN, _INTERMEDIATE, _EXPERTS = 128, 64, 3
+# Channels of a token in `self_test`, channels between an expert's products, and experts. Groups of every format fit.
+_HIDDEN, _INTERMEDIATE, _EXPERTS = 256, 128, 3
 
 
 def choose(config: ExpertsLayerConfig) -> Choice:
@@ -40,7 +40,9 @@ def reason_against(kernel: type[ExpertsKernel], config: ExpertsLayerConfig) -> s
     reason = kernel.is_supported(config.device)
     reason = kernel.can_implement(config) if reason is None else reason
     if reason is None:
-        reason = self_test(kernel, config.device, config.act_dtype, config.weight_format, config.activation)
+        reason = self_test(
+            kernel, config.device, config.act_dtype, config.weight_format, config.activation, config.input_dtype
+        )
     return reason
 
 
@@ -51,13 +53,22 @@ def self_test(
     act_dtype: torch.dtype,
     weight_format: WeightFormat,
     activation: Activation,
+    input_dtype: torch.dtype | None = None,
 ) -> str | None:
     """What goes wrong when the kernel computes a few small experts in this format on this device, or None.
 
     They have biases, a permuted input, and some experts on other ranks.
     """
     config = ExpertsLayerConfig(
-        device, act_dtype, weight_format, _EXPERTS, _HIDDEN, _INTERMEDIATE, activation, has_bias=True
+        device,
+        act_dtype,
+        weight_format,
+        _EXPERTS,
+        _HIDDEN,
+        _INTERMEDIATE,
+        activation,
+        has_bias=True,
+        input_dtype=input_dtype,
     )
     try:
         # On the CPU and in float32, whatever defaults vLLM has set while it builds or loads a model.

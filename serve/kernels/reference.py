@@ -5,17 +5,17 @@ from typing import ClassVar
 
 import torch
 
-from ria_vllm.formats import FORMATS
+from ria_vllm.formats import FORMATS, IntFormat
+from ria_vllm.serve.kernels import int8_inputs
 from ria_vllm.serve.kernels.base import LinearLayerConfig, cannot_decode
-from ria_vllm.weight_format import name_of
 
 # Rows decompressed at a time: the temporary stays small beside the weight.
 _BLOCK_ROWS = 1024
 
 _library = torch.library.Library("ria", "FRAGMENT")
 _library.define(
-    "sparse24_linear.reference(Tensor x, Tensor[] packed, str format_name, int out_features,"
-    " Tensor? input_permutation, Tensor? bias) -> Tensor"
+    "sparse24_linear.reference(Tensor x, Tensor[] packed, str format_name, bool rounds_input,"
+    " int out_features, Tensor? input_permutation, Tensor? bias) -> Tensor"
 )
 
 
@@ -23,6 +23,7 @@ def _linear(
     x: torch.Tensor,
     packed: list[torch.Tensor],
     format_name: str,
+    rounds_input: bool,
     out_features: int,
     input_permutation: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -35,8 +36,12 @@ def _linear(
     x = x.float()
     for first in range(0, out_features, _BLOCK_ROWS):
         rows = slice(first, first + _BLOCK_ROWS)
-        block = weight_format.decode(weight_format.take_rows(parts, rows), torch.float32)
-        y[..., rows] = torch.nn.functional.linear(x, block, None if bias is None else bias[rows].float())
+        block, of_rows = weight_format.take_rows(parts, rows), None if bias is None else bias[rows].float()
+        if rounds_input:
+            assert isinstance(weight_format, IntFormat)
+            y[..., rows] = int8_inputs.linear(x, weight_format, block, of_rows)
+        else:
+            y[..., rows] = torch.nn.functional.linear(x, weight_format.decode(block, torch.float32), of_rows)
     return y
 
 
@@ -48,6 +53,7 @@ def _fake_linear(
     x: torch.Tensor,
     packed: list[torch.Tensor],
     format_name: str,
+    rounds_input: bool,
     out_features: int,
     input_permutation: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -67,9 +73,7 @@ class ReferenceKernel:
 
     @staticmethod
     def can_implement(config: LinearLayerConfig) -> str | None:
-        if config.input_dtype is not None:
-            return f"no {name_of(config.input_dtype)} inputs"
-        return cannot_decode(config.weight_format, config.act_dtype)
+        return cannot_decode(config)
 
     @staticmethod
     def pack(config: LinearLayerConfig, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -85,5 +89,11 @@ class ReferenceKernel:
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         return torch.ops.ria.sparse24_linear.reference(
-            x, list(packed), config.weight_format.name, config.out_features, input_permutation, bias
+            x,
+            list(packed),
+            config.weight_format.name,
+            config.input_dtype is not None,
+            config.out_features,
+            input_permutation,
+            bias,
         )

@@ -6,15 +6,15 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
-from ria_vllm.formats import FORMATS
+from ria_vllm.formats import FORMATS, IntFormat
+from ria_vllm.serve.kernels import int8_inputs
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, cannot_decode
-from ria_vllm.weight_format import name_of
 
 _library = torch.library.Library("ria", "FRAGMENT")
 _library.define(
     "sparse24_experts.reference(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor[] packed, Tensor[] biases,"
-    " Tensor? input_permutation, Tensor? expert_map, str format_name, str activation, bool is_gated, float alpha,"
-    " float beta, float? limit) -> Tensor"
+    " Tensor? input_permutation, Tensor? expert_map, str format_name, bool rounds_input, str activation,"
+    " bool is_gated, float alpha, float beta, float? limit) -> Tensor"
 )
 
 
@@ -63,6 +63,7 @@ def _experts(
     input_permutation: torch.Tensor | None,
     expert_map: torch.Tensor | None,
     format_name: str,
+    rounds_input: bool,
     activation: str,
     is_gated: bool,
     alpha: float,
@@ -85,10 +86,12 @@ def _experts(
 
     def product(inputs: torch.Tensor, which: int, expert: int) -> torch.Tensor:
         tensors = packed[which * len(names) : (which + 1) * len(names)]
-        weight = weight_format.decode(
-            {name: tensor[expert] for name, tensor in zip(names, tensors, strict=True)}, torch.float32
-        )
+        parts = {name: tensor[expert] for name, tensor in zip(names, tensors, strict=True)}
         bias = biases[which][expert].float() if biases else None
+        if rounds_input:
+            assert isinstance(weight_format, IntFormat)
+            return int8_inputs.linear(inputs, weight_format, parts, bias)
+        weight = weight_format.decode(parts, torch.float32)
         return functional.linear(inputs.float(), weight[:, : inputs.shape[1]], bias)
 
     for expert in range(num_experts):
@@ -125,9 +128,7 @@ class ReferenceExpertsKernel:
 
     @staticmethod
     def can_implement(config: ExpertsLayerConfig) -> str | None:
-        if config.input_dtype is not None:
-            return f"no {name_of(config.input_dtype)} inputs"
-        return cannot_decode(config.weight_format, config.act_dtype)
+        return cannot_decode(config)
 
     @staticmethod
     def pack(
@@ -163,6 +164,7 @@ class ReferenceExpertsKernel:
             input_permutation,
             expert_map,
             config.weight_format.name,
+            config.input_dtype is not None,
             activation.name,
             activation.is_gated,
             activation.alpha,

@@ -8,7 +8,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from ria_vllm import permutation
 from ria_vllm.formats import FLOAT
-from ria_vllm.schema import Experts, Fold, Producer, RiaSchema, SparsityConfig, Stacked, WeightQuantization
+from ria_vllm.schema import INT8_TOKENS, Experts, Fold, Producer, RiaSchema, SparsityConfig, Stacked, WeightQuantization
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.experts_matching import takers
 from ria_vllm.serve.folding import fold
@@ -36,10 +36,10 @@ class StoredMixture:
     orders: "shared": gate and up of all experts share one; "linear": each has its own; "none".
     """
 
-    def __init__(self, orders="shared", weight_format=FLOAT, bias=False, seed=0, folds=True):
+    def __init__(self, orders="shared", weight_format=FLOAT, bias=False, seed=0, folds=True, rounded=False):
         self.rng = torch.Generator().manual_seed(seed)
         self.tensors, self.plain, self.permutations, self.bias = {}, {}, {}, {}
-        self.weight_format, self.folds, self.has_bias = weight_format, folds, bias
+        self.weight_format, self.folds, self.has_bias, self.rounded = weight_format, folds, bias, rounded
         shared = torch.randperm(HIDDEN, generator=self.rng)
         for e in range(EXPERTS):
             for kind, end in KINDS.items():
@@ -84,6 +84,7 @@ class StoredMixture:
         schema = RiaSchema(
             sparsity_config=SparsityConfig(), experts=[experts], folds=[rule] if self.folds else [],
             weights=None if quantization is None else WeightQuantization(**quantization, dtype="float32"),
+            input_activations=INT8_TOKENS if self.rounded else None,
         )  # fmt: skip
         config = RiaConfig(schema)
         config._read_names(list(self.tensors))

@@ -16,7 +16,7 @@ from ria_vllm import permutation
 from ria_vllm.formats import FORMATS
 from ria_vllm.schema import Experts, Fold, Producer, RiaSchema, SparsityConfig, Stacked, WeightQuantization
 from ria_vllm.sparse24 import compress, mask_from_bitmask
-from ria_vllm.weight_format import SHAPE
+from ria_vllm.weight_format import SHAPE, name_of
 from ria_vllm.writer import CheckpointWriter
 
 HIDDEN, INNER, EXPERTS = 64, 64, 4
@@ -174,6 +174,7 @@ def write(
     folds: bool = True,
     seed: int = 0,
     dense_layer: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Path, Path]:
     """Write a dense folder and the compressed one with the same weights; returns (compressed, dense).
 
@@ -181,6 +182,7 @@ def write(
         weights: name of the weight format.
         scope: "shared": gate and up of a layer's experts share an order; "linear": each has its own; "none".
         dense_layer: its experts are not pruned.
+        dtype: of the model that the weights are quantized for.
     """
     dense, out = folder / "dense", folder / "compressed"
     tensors = save_dense(family, dense, seed=seed)
@@ -198,7 +200,7 @@ def write(
         p = orders[key] if scope != "none" else torch.arange(matrix.shape[1])
         stored = matrix[:, p].float()
         mask = mask_from_bitmask(compress(stored)[1])
-        stored, scales = weight_format.quantize(stored * mask, torch.float32)
+        stored, scales = weight_format.quantize(stored * mask, dtype)
         parts = weight_format.encode(stored, mask, scales)
         units |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         units[f"{name}.{SHAPE}"] = torch.tensor([[matrix.shape[0]], [matrix.shape[1]]])
@@ -222,7 +224,7 @@ def write(
     quantization = weight_format.quantization
     schema = RiaSchema(
         sparsity_config=SparsityConfig(ignore=sorted(modules)),
-        weights=None if quantization is None else WeightQuantization(**quantization, dtype="float32"),
+        weights=None if quantization is None else WeightQuantization(**quantization, dtype=name_of(dtype)),
         folds=[fold] if folds and scope != "none" else [], experts=[experts],
         recipe={"method": "magnitude", "permute": "none" if scope == "none" else "lsa", "permute_scope": scope},
     )  # fmt: skip

@@ -3,22 +3,29 @@
 import torch
 
 from ria_vllm import permutation, sparse24
-from ria_vllm.schema import RiaSchema, SparsityConfig
+from ria_vllm.formats import FLOAT
+from ria_vllm.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.folding import fold
 
 
 class Stored:
-    """Random pruned linears: what the checkpoint holds, and the plain matrix it stands for."""
+    """Random pruned linears: what the checkpoint holds, and the plain matrix it stands for.
 
-    def __init__(self, seed=0):
+    rounded: config.json says that activations are rounded to int8.
+    """
+
+    def __init__(self, seed=0, weight_format=FLOAT, rounded=False):
         self.rng = torch.Generator().manual_seed(seed)
+        self.weight_format, self.rounded = weight_format, rounded
         self.tensors, self.plain, self.bias, self.orders = {}, {}, {}, {}
 
     def add(self, name, rows, columns, order=None):
-        compressed, bitmask = sparse24.compress(torch.randn(rows, columns, generator=self.rng) / columns**0.5)
-        stored = sparse24.decompress(compressed, bitmask)
-        self.tensors[name] = {"compressed": compressed, "bitmask": bitmask, "shape": torch.tensor([[rows], [columns]])}
+        weight = torch.randn(rows, columns, generator=self.rng) / columns**0.5
+        mask = sparse24.mask_from_bitmask(sparse24.compress(weight)[1])
+        stored, scales = self.weight_format.quantize(weight * mask, torch.float32)
+        parts = self.weight_format.encode(stored, mask, scales)
+        self.tensors[name] = parts | {"shape": torch.tensor([[rows], [columns]])}
         self.plain[name] = stored if order is None else stored[:, permutation.invert(order).long()]
         self.bias[name] = torch.randn(rows, generator=self.rng)
         if order is not None:
@@ -31,7 +38,13 @@ class Stored:
         return x.double() @ self.plain[name].double().T + self.bias[name].double()
 
     def config(self, folds=(), ignore=()):
-        config = RiaConfig(RiaSchema(sparsity_config=SparsityConfig(ignore=list(ignore)), folds=list(folds)))
+        quantization = self.weight_format.quantization
+        schema = RiaSchema(
+            sparsity_config=SparsityConfig(ignore=list(ignore)), folds=list(folds),
+            weights=None if quantization is None else WeightQuantization(**quantization, dtype="float32"),
+            input_activations=INT8_TOKENS if self.rounded else None,
+        )  # fmt: skip
+        config = RiaConfig(schema)
         config.pruned, config.required = set(self.tensors), set(self.tensors)
         config.stored = set(self.tensors)
         config.names = {name: name for name in self.tensors}

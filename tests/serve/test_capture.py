@@ -3,12 +3,14 @@
 The layer is computed on tensors without values, whose device torch calls "meta".
 """
 
+import functools
+
 import pytest
 import torch
 from graph_capture import GraphCapture
 
 from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT, FP8, INT8
+from ria_vllm.formats import FLOAT, FP8, INT4, INT8, INTEGERS
 from ria_vllm.serve import packing
 from ria_vllm.serve.kernels import reference, reference_experts
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
@@ -36,6 +38,11 @@ def on_gpu(*shape, dtype=torch.bfloat16):
 
 def stored(rows, columns, dtype=torch.bfloat16):
     return on_gpu(rows, columns // 2, dtype=dtype), on_gpu(rows, columns // 8, dtype=torch.uint8)
+
+
+def in_format(weight_format, rows, columns):
+    """The stored tensors of a weight, as the reference kernels keep them."""
+    return [on_gpu(*part.shape(rows, columns), dtype=part.dtypes[0]) for part in weight_format.parts]
 
 
 @pytest.mark.parametrize(
@@ -74,12 +81,9 @@ def test_decompress():
 
 ROWS, COLUMNS = 2048 + 96, 96  # more rows than are decompressed at a time; columns that need padding
 LAYERS = {
-    "reference": (ReferenceKernel, FLOAT, lambda rows, columns: stored(rows, columns)),
-    "reference, int8": (
-        ReferenceKernel,
-        INT8,
-        lambda rows, columns: (*stored(rows, columns, torch.int8), on_gpu(rows, 1, dtype=torch.float32)),
-    ),
+    f"reference, {one.name}": (ReferenceKernel, one, functools.partial(in_format, one))
+    for one in (FLOAT, INT8, INT4, INTEGERS[4, 32])
+} | {
     "cusparselt": (CusparseltKernel, FLOAT, lambda rows, columns: (on_gpu(rows, columns * 9 // 16),)),
     "cutlass, fp8": (
         CutlassKernel,
@@ -94,8 +98,10 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_layer(monkeypatch, name, gathered):
+@pytest.mark.parametrize(
+    "name, input_dtype", [(name, None) for name in LAYERS] + [(name, torch.int8) for name in LAYERS if "int" in name]
+)
+def test_a_layer(monkeypatch, name, input_dtype, gathered):
     """With padding, a permutation, two kernel calls, a bias and, if `gathered`, the channels of all ranks."""
     kernel, weight_format, packed = LAYERS[name]
     monkeypatch.setattr(packing, "tensor_model_parallel_all_gather", lambda x: torch.cat([x, x], -1))
@@ -106,7 +112,7 @@ def test_a_layer(monkeypatch, name, gathered):
         for parameter, tensor in zip(names, tensors):
             set_parameter(layer, parameter, tensor)
         set_parameter(layer, f"order_{start}", on_gpu(COLUMNS + 32, dtype=torch.int32))
-        config = LinearLayerConfig(torch.device(GPU), torch.bfloat16, weight_format, rows, COLUMNS + 32)
+        config = LinearLayerConfig(torch.device(GPU), torch.bfloat16, weight_format, rows, COLUMNS + 32, input_dtype)
         calls.append(KernelCall(Choice(kernel, config), names, f"order_{start}", start))
     set_parameter(layer, "channels", on_gpu(COLUMNS, dtype=torch.int32))
     packed_linear = PackedLinear(tuple(calls), "channels" if gathered else None, 32)
@@ -117,16 +123,26 @@ def test_a_layer(monkeypatch, name, gathered):
     assert not capture.kept(y)
 
 
-@pytest.mark.parametrize("weight_format", [FLOAT, INT8])
-def test_experts(weight_format):
+@pytest.mark.parametrize(
+    "weight_format, input_dtype",
+    [
+        (FLOAT, None),
+        (INT8, None),
+        (INT4, None),
+        (INTEGERS[4, 32], None),
+        (INT8, torch.int8),
+        (INTEGERS[4, 64], torch.int8),
+    ],
+)
+def test_experts(weight_format, input_dtype):
     """With biases, a permutation, a limit, and experts of other ranks."""
     config = ExpertsLayerConfig(
-        torch.device(GPU), torch.bfloat16, weight_format, 4, 128, 64, Activation("silu", limit=7.0), has_bias=True
-    )
+        torch.device(GPU), torch.bfloat16, weight_format, 4, 128, 64, Activation("silu", limit=7.0), has_bias=True,
+        input_dtype=input_dtype,
+    )  # fmt: skip
     packed = []
     for rows, columns in ((128, 128), (128, 64)):
-        packed += [t.expand(4, *t.shape) for t in stored(rows, columns, weight_format.parts[0].dtypes[0])]
-        packed += [on_gpu(4, rows, 1, dtype=torch.float32)] if weight_format == INT8 else []
+        packed += [t.expand(4, *t.shape) for t in in_format(weight_format, rows, columns)]
     packed += [on_gpu(4, 128), on_gpu(4, 128)]
     ids, order, numbers = (on_gpu(*shape, dtype=torch.int32) for shape in ((9, 2), (128,), (8,)))
     weights = on_gpu(9, 2, dtype=torch.float32)

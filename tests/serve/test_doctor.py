@@ -7,7 +7,9 @@ import torch
 from click.testing import CliRunner
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import FLOAT
 from ria_vllm.serve.doctor import Facts, advice, doctor, missing_for_compile, take_facts
+from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 
 
@@ -28,6 +30,20 @@ def test_says_why_a_kernel_is_left_out():
     output = run_doctor("--device", "cpu", "--shape", "64x96")
     assert re.search(r"^  cpu\s+no: in-features 96", output, re.M)
     assert re.search(r"^  reference\s+chosen", output, re.M)
+
+
+def test_quantized_weights_and_rounded_inputs():
+    """Which kernel takes them depends on the machine; how it does is said."""
+    output = run_doctor("--device", "cpu", "--weights", "int4-g64", "--activations", "int8", "--dtype", "float16")
+    assert "linear of float16, int4-g64 weights, inputs rounded to int8 on cpu" in output
+    output = run_doctor(
+        "--device", "cpu", "--weights", "int8", "--activations", "int8", env={"RIA_VLLM_BACKEND": "reference"}
+    )
+    assert output.count("chosen with inputs rounded to int8: RIA_VLLM_BACKEND asks for it") == 2
+    output = run_doctor("--device", "cpu", "--weights", "fp8")
+    linears, experts = output.split("kernels for ")[1:]
+    for lines in (linears, experts):
+        assert re.search("cpu +chosen with fp8 widened to bfloat16: the first that can serve this layer", lines)
 
 
 def test_forced_kernel():
@@ -148,7 +164,7 @@ def test_the_advice_is_about_this_machine(monkeypatch):
 
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4:/x/libiomp5.so")
     monkeypatch.delenv("RIA_VLLM_CPU_ISA", raising=False)
-    facts = take_facts(torch.device("cpu"), torch.bfloat16, 128, 128)
+    facts = take_facts(LinearLayerConfig(torch.device("cpu"), torch.bfloat16, FLOAT, 128, 128))
     assert facts.kernels == [("cpu", None), ("reference", None)] and facts.not_preloaded == []
     assert facts.instruction_set == cpu.instruction_set() and facts.chosen == "cpu" and "plugin found" in facts.vllm
     output = run_doctor("--device", "cpu", env={"LD_PRELOAD": "", "RIA_VLLM_BACKEND": "reference"})

@@ -20,7 +20,10 @@ from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 pytestmark = pytest.mark.usefixtures("ranks")
 
 
-@pytest.mark.parametrize("weight_format", WRITTEN)
+FITTING = [name for name, one in WRITTEN.items() if mixture_layers.HIDDEN % one.column_multiple == 0]
+
+
+@pytest.mark.parametrize("weight_format", FITTING)
 @pytest.mark.parametrize("orders", ["none", "shared", "linear"])
 def test_every_format_and_order(experts_path, orders, weight_format):
     """If each linear has its own order, no kernel serves it, and the dense weights need none."""
@@ -59,6 +62,48 @@ def test_tensor_parallel(experts_path, monkeypatch, size, folds):
         model = served(stored, tp_size=size, activation="swigluoai", has_bias=True)
         total = total + run(model, x, weights, ids)
     close(total, stored.expected(x, weights, ids, mixture_layers.swigluoai))
+
+
+@pytest.mark.parametrize("name, size", [("int8", 4), ("int4", 4), ("int4-g32", 4), ("int4-g64", 2), ("int8-g64", 2)])
+def test_tensor_parallel_with_scales(experts_path, monkeypatch, name, size):
+    """Each rank has the scales of its own columns of down, and of its own rows of gate and up."""
+    stored = StoredMixture(weight_format=FORMATS[name], bias=True)
+    x, weights, ids = route()
+    total = 0
+    for rank in range(size):
+        play_rank(monkeypatch, rank, size)
+        model = served(stored, tp_size=size, activation="swigluoai", has_bias=True)
+        total = total + run(model, x, weights, ids)
+    close(total, stored.expected(x, weights, ids, mixture_layers.swigluoai))
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int8"])
+def test_expert_parallel_with_scales(experts_path, monkeypatch, name):
+    stored = StoredMixture(weight_format=FORMATS[name])
+    x, weights, ids = route()
+    total = 0
+    current = VllmConfig()
+    current.parallel_config.enable_expert_parallel = True
+    for rank in range(2):
+        play_rank(monkeypatch, rank, 2)
+        with set_current_vllm_config(current):
+            total = total + run(served(stored, tp_size=2), x, weights, ids)
+    close(total, stored.expected(x, weights, ids))
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int4", "int8"])
+def test_rounded_inputs(monkeypatch, name):
+    """The config says so, and the kernel rounds; where none can, the layer is more exact."""
+    stored = StoredMixture(weight_format=FORMATS[name], rounded=True)
+    x, weights, ids = route()
+    want = stored.expected(x, weights, ids)
+    exact = run(served(stored), x, weights, ids)  # of these activations in float32, only the reference rounds any
+    close(exact, want)
+    monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
+    model = served(stored)
+    assert str(model.experts.ria_experts.choice) == "reference with inputs rounded to int8"
+    off = (run(model, x, weights, ids).double() - want).norm() / want.norm()
+    assert 1e-3 < off < 3e-2
 
 
 def test_ranks_with_few_channels(experts_path, monkeypatch):

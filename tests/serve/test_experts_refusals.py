@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("ranks")
 
 def test_a_rank_with_part_of_a_byte_is_refused(monkeypatch):
     play_rank(monkeypatch, 0, 32)
-    with pytest.raises(RiaError, match="128 channels over 32 ranks leave 4 each.*Use a smaller"):
+    with pytest.raises(RiaError, match="128 input channels over 32 ranks leave 4 each.*Use a smaller"):
         Model(StoredMixture().config(), tp_size=32)
 
 

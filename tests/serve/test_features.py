@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -51,6 +52,8 @@ def runs(tmp_path_factory):
     tiny.write(tiny.FAMILIES["llama-gqa"], folder / "draft", layers=1)
     tiny.add_tokenizer(folder / "out")
     merged = write_adapter(model, folder / "adapter")
+    quantized = tiny.write(tiny.FAMILIES["llama-gqa"], folder / "int4", weights="int4-g64")
+    merged_quantized = write_adapter(quantized, folder / "adapter of int4")
     draft = {"method": "draft_model", "model": str(folder / "draft"), "num_speculative_tokens": 2}
     lora = {"enable_lora": True, "max_lora_rank": 8}
     jobs = {
@@ -61,6 +64,14 @@ def runs(tmp_path_factory):
         # vLLM's LoRA on CPUs cannot give logprobs of prompts, for any base model
         "lora, base": {"engine": lora, "prompt_logprobs": False},
         "lora, adapter": {"engine": lora, "lora": str(folder / "adapter"), "prompt_logprobs": False},
+        "weight reload, int4-g64": {"model": str(folder / "int4"), "first": "reload"},
+        "lora, adapter on int4-g64": {
+            "model": str(folder / "int4"),
+            "engine": lora,
+            "lora": str(folder / "adapter of int4"),
+            "prompt_logprobs": False,
+        },
+        "load format dummy, int4-g64": {"model": str(folder / "int4"), "engine": {"load_format": "dummy"}},
         "load format dummy": {"engine": {"load_format": "dummy"}},
         "embeddings": {
             "engine": {"runner": "pooling", "convert": "embed", "skip_tokenizer_init": False},
@@ -71,7 +82,11 @@ def runs(tmp_path_factory):
     common = {"model": str(folder / "out"), "prompts": prompts(), "tokens": 6}
     todo = [common | job | {"engine": {"dtype": "float32"} | job.get("engine", {})} for job in jobs.values()]
     results = generate(folder / "run", todo, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    return model, merged, dict(zip(jobs, results, strict=True))
+    results = dict(zip(jobs, results, strict=True))
+    int4 = {name: results.pop(name) for name in list(results) if "int4" in name}
+    return SimpleNamespace(
+        model=model, merged=merged, results=results, quantized=quantized, merged_quantized=merged_quantized, int4=int4
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,32 +94,36 @@ def runs(tmp_path_factory):
     ["chunked prefill", "weight reload", "speculative decoding with a pruned draft", "lora, base", "prefix caching"],
 )
 def test_same_logprobs(runs, name):
-    model, _, results = runs
     if name.startswith("speculative") and vllm.__version__.startswith("0.30."):
         pytest.skip("vLLM 0.30 cannot run a draft model on CPUs, dense ones included")
-    check(model, results[name], given=prompts())
+    check(runs.model, runs.results[name], given=prompts())
 
 
 def test_prefix_cache_was_used(runs):
-    assert runs[2]["prefix caching"][2]["cached"] == 64
+    assert runs.results["prefix caching"][2]["cached"] == 64
 
 
 def test_adapter_counts_channels_in_the_models_own_order(runs):
-    _, merged, results = runs
-    check(merged, results["lora, adapter"], given=prompts())
+    check(runs.merged, runs.results["lora, adapter"], given=prompts())
+
+
+def test_integer_weights(runs):
+    """A reload, and an adapter, which is not rounded with the weights."""
+    check(runs.quantized, runs.int4["weight reload, int4-g64"], given=prompts())
+    check(runs.merged_quantized, runs.int4["lora, adapter on int4-g64"], given=prompts())
 
 
 def test_dummy_weights_load(runs):
-    assert [len(result["tokens"]) for result in runs[2]["load format dummy"]] == [6, 6, 6]
+    for results in (runs.results["load format dummy"], runs.int4["load format dummy, int4-g64"]):
+        assert [len(result["tokens"]) for result in results] == [6, 6, 6]
 
 
 def test_embeddings(runs):
-    model, _, results = runs
-    for prompt, embedding in zip(prompts(), results["embeddings"], strict=True):
+    for prompt, embedding in zip(prompts(), runs.results["embeddings"], strict=True):
         with torch.no_grad():
-            last = model.model(torch.tensor([prompt])).last_hidden_state[0, -1]
+            last = runs.model.model(torch.tensor([prompt])).last_hidden_state[0, -1]
         torch.testing.assert_close(torch.tensor(embedding), last / last.norm(), rtol=0, atol=1e-5)
 
 
 def test_sleep_mode_is_refused_on_cpus_by_vllm_itself(runs):
-    assert "Sleep mode is not supported" in runs[2]["sleep mode"]["error"]
+    assert "Sleep mode is not supported" in runs.results["sleep mode"]["error"]

@@ -335,7 +335,7 @@ def damaged(change):
         (lambda t: t.update(compressed=t["compressed"].int()), r"fc\.compressed is torch.int32"),
         (
             lambda t: t.update(bitmask=t["bitmask"][:, :-1]),
-            r"fc\.bitmask is torch.uint8 \(64, 15\), .*needs \(64, 16\)",
+            r"fc\.bitmask is torch.uint8 \(64, 15\), .*needs torch.uint8 \(64, 16\)",
         ),
         (lambda t: t.update(compressed=torch.cat([t["compressed"]] * 2)), r"fc\.compressed is .*\(128, 64\)"),
     ],

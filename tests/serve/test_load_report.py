@@ -1,9 +1,14 @@
 """What the report of a load adds to vLLM's compile key."""
 
 import pytest
+import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 
+from ria_vllm.formats import FLOAT, FORMATS
 from ria_vllm.serve import load_report
+from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.serve.kernels.choice import Choice
+from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.load_report import LoadReport
 
 
@@ -64,3 +69,24 @@ def test_a_layer_that_is_served_dense_is_in_the_key():
             load("a", report=report)
         keys.append(config.compute_hash())
     assert len(set(keys)) == 3
+
+
+@pytest.mark.parametrize(
+    "widened_from, unrounded, expected",
+    [
+        (None, None, []),
+        ("int4-g64", None, ["Weights in int4-g64 are widened to bfloat16 2:4, because no kernel for cuda multiplies"]),
+        (
+            "int4-g64",
+            torch.int8,
+            ["Weights in int4-g64 are widened", "Inputs are not rounded to int8, because no fast"],
+        ),
+        (None, torch.int8, ["Inputs are not rounded to int8"]),
+    ],
+)
+def test_what_a_kernel_does_not_do_is_said(monkeypatch, widened_from, unrounded, expected):
+    said = []
+    monkeypatch.setattr(load_report.logger, "warning_once", lambda words, *values: said.append(words % values))
+    config = LinearLayerConfig(torch.device("cuda"), torch.bfloat16, FLOAT, 64, 64)
+    LoadReport().warn_of_choice(Choice(CutlassKernel, config, widened_from and FORMATS[widened_from], unrounded))
+    assert len(said) == len(expected) and all(words.startswith(start) for words, start in zip(said, expected))

@@ -21,6 +21,14 @@ LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_moe_text")
 HALF = {"engine": {"dtype": "bfloat16"}}  # the only dtype of vLLM's linear attention on CPUs
 ALONE = {name: (name, {}, HALF if name in LINEAR_ATTENTION else {}) for name in mixtures.FAMILIES} | {
     "int8": ("qwen3_moe", {"weights": "int8"}, {}),
+    "int4": ("mixtral", {"weights": "int4"}, {}),
+    "int4-g32 with biases": ("gpt_oss", {"weights": "int4-g32"}, {}),
+    "int4-g64": ("qwen2_moe", {"weights": "int4-g64"}, {}),
+    "int4-g64, an order for each linear": ("olmoe", {"weights": "int4-g64", "scope": "linear", "folds": False}, {}),
+    "int4-g32 in bfloat16": ("qwen3_moe", {"weights": "int4-g32", "dtype": torch.bfloat16}, HALF),
+    "int4-g64 in bfloat16": ("qwen3_moe", {"weights": "int4-g64", "dtype": torch.bfloat16}, HALF),
+    "int4-g32, reload": ("qwen3_moe", {"weights": "int4-g32"}, {"first": "reload"}),
+    "int4-g32, compiled": ("qwen3_moe", {"weights": "int4-g32"}, {"engine": {"enforce_eager": False}}),
     "an order for each linear": ("olmoe", {"scope": "linear", "folds": False}, {}),
     "the experts of one layer dense": ("gpt_oss", {"dense_layer": 1}, {}),
     "no permutations": ("granitemoe", {"scope": "none"}, {}),
@@ -34,6 +42,12 @@ SPREAD = {
     "expert parallel": ("mixtral", {}, {"engine": TWO_RANKS | {"enable_expert_parallel": True}}),
     "expert parallel with biases": ("gpt_oss", {}, {"engine": TWO_RANKS | {"enable_expert_parallel": True}}),
     "two stages": ("qwen3_moe", {}, {"engine": TWO_STAGES}),
+    "tensor parallel, int4-g32": ("qwen3_moe", {"weights": "int4-g32"}, {"engine": TWO_RANKS}),
+    "expert parallel, int4-g64": (
+        "mixtral",
+        {"weights": "int4-g64"},
+        {"engine": TWO_RANKS | {"enable_expert_parallel": True}},
+    ),
 }
 
 
@@ -65,7 +79,7 @@ def spread(tmp_path_factory):
 @pytest.mark.parametrize("name", ALONE)
 def test_one_process(alone, name):
     if name not in UNLIKE_TRANSFORMERS:
-        check(*alone[name], half=name in LINEAR_ATTENTION)
+        check(*alone[name], half=ALONE[name][2] == HALF)
         return
     for got, want in zip(alone[name][1], alone[f"dense {name}"][1], strict=True):
         assert got["tokens"] == want["tokens"]

@@ -14,7 +14,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from ria_vllm import permutation, sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import Int8Format
+from ria_vllm.formats import INT8
 from ria_vllm.schema import Fold, Producer, WeightQuantization
 from ria_vllm.serve.layer_matching import match_layers
 from ria_vllm.serve.rearranged import takers
@@ -80,10 +80,8 @@ def stored_model():
 def stored_as_int8(stored):
     """The same linears, rounded; returns the configuration that says so."""
     for name, parts in stored.tensors.items():
-        weight, scales = Int8Format().quantize(
-            sparse24.decompress(parts["compressed"], parts["bitmask"]), torch.float32
-        )
-        stored.tensors[name] = parts | Int8Format().encode(weight, None, scales)
+        weight, scales = INT8.quantize(sparse24.decompress(parts["compressed"], parts["bitmask"]), torch.float32)
+        stored.tensors[name] = parts | INT8.encode(weight, None, scales)
         stored.plain[name] = weight[:, permutation.invert(torch.from_numpy(stored.orders[name])).long()]
     config = stored.config()
     config.schema.weights = WeightQuantization()
@@ -221,6 +219,6 @@ def test_damaged_rows_are_refused(ranks):
     model = built(stored.config(), Fused)
     stored.tensors["model.qkv"]["bitmask"] = stored.tensors["model.qkv"]["bitmask"][:-1]
     with pytest.raises(
-        RiaError, match=r"model\.qkv\.bitmask is torch\.uint8 \(383, 16\), but the model needs \(384, 16\)"
+        RiaError, match=r"model\.qkv\.bitmask is torch\.uint8 \(383, 16\), but the model needs torch\.uint8 \(384, 16\)"
     ):
         model.load_weights(tensors(stored))

@@ -45,6 +45,18 @@ def test_a_reload_from_the_same_folder_after_it_was_replaced(copy):
         reload_from(config, copy)
 
 
+def test_a_reload_in_another_format(copy):
+    """`compress --overwrite --weights int4` under a running server."""
+    config = config_of(copy)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, weights="int4-g64")
+    with pytest.raises(RiaError, match=r"its weights are int4-g64, .*unlike those .*\(float\)\. Start a server"):
+        reload_from(config, copy)
+    config = config_of(copy)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, weights="int4-g64", rounded=True)
+    with pytest.raises(RiaError, match="or its activations are rounded, unlike"):
+        reload_from(config, copy)
+
+
 def test_a_reload_that_prunes_other_linears(checkpoint, copy):
     config = config_of(checkpoint)
     tiny.write(tiny.FAMILIES["llama-gqa"], copy, dense=("1.mlp.down_proj",))

@@ -1,11 +1,10 @@
 """vLLM on small checkpoints of every family against Hugging Face on the same pruned weights, token by token."""
 
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
-from compare import check, generate, prompts
+from compare import check
+from runs import ONE_THREAD_EACH, Runs
 
 pytestmark = pytest.mark.slow
 
@@ -50,29 +49,6 @@ SPREAD = {
     ),
     "two ranks with padding": ("qwen2", {"intermediate_size": 192}, TWO_RANKS),
 }
-ONE_THREAD_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-
-
-class Runs:
-    """Writes and runs all checkpoints of a group in one process, when its first result is asked for."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.groups: dict[int, dict] = {}
-
-    def get(self, group: dict, name: str, **environment: str):
-        if id(group) not in self.groups:
-            models, jobs = {}, []
-            place = self.folder / str(len(self.groups))
-            for number, (run, (family, written, engine)) in enumerate(group.items()):
-                models[run] = tiny.write(tiny.FAMILIES[family], place / f"model{number}", **written)
-                jobs.append({
-                    "model": str(place / f"model{number}"), "prompts": prompts(), "tokens": 6,
-                    "engine": {"dtype": "float32"} | engine,
-                })  # fmt: skip
-            results = generate(place, jobs, **environment)
-            self.groups[id(group)] = {run: (models[run], result) for run, result in zip(models, results)}
-        return self.groups[id(group)][name]
 
 
 @pytest.fixture(scope="module")

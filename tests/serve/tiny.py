@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ria_vllm import permutation, sparse24
 from ria_vllm.checkpoint import Reader
-from ria_vllm.schema import Fold, Producer, RiaSchema, SparsityConfig
+from ria_vllm.formats import FORMATS
+from ria_vllm.schema import INT8_TOKENS, Fold, Producer, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.weight_format import name_of
 from ria_vllm.writer import CheckpointWriter
 
 HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB = 4, 32, 128, 256, 288
@@ -119,6 +121,12 @@ def model_of(family: Family, layers: int = 2, seed: int = 0, **settings: object)
     return model
 
 
+def round_tokens(x: torch.Tensor) -> torch.Tensor:
+    """x [..., channels] with each token rounded to integers from -127 to 127 times a scale of its own."""
+    scale = x.double().abs().amax(-1, keepdim=True) / 127
+    return ((x / scale).round() * scale).to(x.dtype)
+
+
 def random_order(size: int, heads: int = 0, kv: int = 0) -> torch.Tensor:
     """Any permutation of `size`; with heads, one that keeps to them, the same for all that share a key-value head."""
     if not heads:
@@ -139,7 +147,7 @@ def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
 
 def write(
     family: Family, out: Path, dtype: torch.dtype = torch.float32, scope: str = "shared", folds: bool = True,
-    dense: tuple[str, ...] = (), blocks: int = 1, **settings: object,
+    dense: tuple[str, ...] = (), blocks: int = 1, weights: str = "float", rounded: bool = False, **settings: object,
 ) -> PreTrainedModel:  # fmt: skip
     """Write a compressed checkpoint at `out`; returns the pruned model, in float32 and in its own order.
 
@@ -148,6 +156,8 @@ def write(
         folds: False leaves folds out, and lets every linear have any permutation.
         dense: endings of names that are not pruned.
         blocks: permutations of inputs that are not heads keep to this many equal blocks.
+        weights: name of the weight format.
+        rounded: config.json says that inputs are rounded to int8; then the model's pruned linears round them.
     """
     model = model_of(family, **settings)
     pruned = {n: m for n, m in linears(model).items() if not n.endswith(dense or ("\0",))}
@@ -162,16 +172,22 @@ def write(
         first = name.removesuffix(ending) + group[0] if group else name
         orders[name] = orders[first] if first in orders else random_order(module.in_features, blocks, blocks)
     disk = names_on_disk(model, *family.older) if family.wrapper else {}
+    weight_format = FORMATS[weights]
+    quantization = weight_format.quantization
     units: dict[str, torch.Tensor] = {}
     for name, module in pruned.items():
         p = orders[name].long() if scope != "none" else torch.arange(module.in_features)
         stored, stem = module.weight.detach().to(dtype)[:, p], disk.get(name, name)
-        compressed, bitmask = sparse24.compress(stored)
-        units |= {f"{stem}.compressed": compressed, f"{stem}.bitmask": bitmask}
+        mask = sparse24.mask_from_bitmask(sparse24.compress(stored)[1])
+        stored, scales = weight_format.quantize(stored * mask, dtype)
+        parts = weight_format.encode(stored, mask, scales)
+        units |= {f"{stem}.{part}": tensor for part, tensor in parts.items()}
         units[f"{stem}.shape"] = torch.tensor([[module.out_features], [module.in_features]])
         if scope != "none":
             units[f"{stem}.input_permutation"] = orders[name].clone()
-        module.weight.data = sparse24.decompress(compressed, bitmask)[:, permutation.invert(p)].float()
+        module.weight.data = stored[:, permutation.invert(p)].float()
+        if rounded:
+            module.register_forward_pre_hook(lambda module, inputs: (round_tokens(inputs[0]),))
     for name, tensor in model.state_dict().items():
         if name.removesuffix(".weight") not in pruned and not (name == "lm_head.weight" and tied(model)):
             module, _, part = name.rpartition(".")
@@ -181,10 +197,12 @@ def write(
     schema = RiaSchema(
         sparsity_config=SparsityConfig(ignore=ignore),
         folds=family.folds() if folds else [],
+        weights=None if quantization is None else WeightQuantization(**quantization, dtype=name_of(dtype)),
+        input_activations=INT8_TOKENS if rounded else None,
         recipe={"method": "magnitude", "permute": "none" if scope == "none" else "lsa", "permute_scope": scope},
     )
     config = model.config.to_dict() | {
-        "architectures": [type(model).__name__], "dtype": str(dtype).removeprefix("torch."),
+        "architectures": [type(model).__name__], "dtype": name_of(dtype),
         "quantization_config": schema.model_dump(),
     }  # fmt: skip
     writer = CheckpointWriter(out, overwrite=True)

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -77,6 +78,60 @@ def test_weights_are_widened_only_where_no_kernel_keeps_them(format, act_dtype, 
     choice = registry.choose(layer(format, act_dtype))
     assert str(choice) == chosen and choice.kernel is CpuKernel
     assert choice.config.weight_format == (format if choice.widened_from is None else FLOAT)
+
+
+class RoundsInt4(ReferenceKernel):
+    """It would be fast, and takes int4 weights under int8 inputs alone."""
+
+    name, is_fallback = "rounds", False
+
+    @staticmethod
+    def can_implement(config):
+        taken = config.input_dtype == torch.int8 and config.weight_format == FORMATS["int4"]
+        return None if taken else "int4 weights with int8 inputs only"
+
+
+@pytest.mark.parametrize(
+    "format, chosen",
+    [
+        ("int4", "rounds with inputs rounded to int8"),
+        ("int8", "widens with inputs not rounded to int8"),
+        ("int4-g64", "widens with int4-g64 widened to bfloat16 and inputs not rounded to int8"),
+    ],
+)
+def test_inputs_are_rounded_where_a_fast_kernel_does_it(monkeypatch, format, chosen):
+    class Widens(ReferenceKernel):
+        name, is_fallback = "widens", False
+
+        @staticmethod
+        def can_implement(config):
+            taken = config.input_dtype is None and config.weight_format in (FLOAT, INT8)
+            return None if taken else "unrounded only"
+
+    monkeypatch.setattr(registry, "kernels", lru_cache(lambda: (Widens, RoundsInt4, ReferenceKernel)))
+    config = replace(layer(FORMATS[format], in_features=128), input_dtype=torch.int8)
+    choice = registry.choose(config)
+    assert str(choice) == chosen
+    assert choice.config.input_dtype == (None if choice.unrounded else torch.int8)
+    monkeypatch.setenv(registry.KERNEL_VARIABLE, "reference")
+    forced = registry.choose(config)
+    assert str(forced) == "reference with inputs rounded to int8" and forced.config == config
+    monkeypatch.setenv(registry.KERNEL_VARIABLE, "rounds")
+    with pytest.raises(RiaError, match="cannot serve a 16 x 128 layer with float weights"):
+        registry.choose(replace(config, weight_format=FLOAT))
+
+
+def test_a_kernel_that_rounds_wrongly_is_passed_over(monkeypatch):
+    """Also one that knows nothing of rounding: the log would say that it does it."""
+    config = replace(layer(FORMATS["int4"]), input_dtype=torch.int8)
+    assert registry.reason_against(RoundsInt4, config) is None
+    registry.self_test.cache_clear()
+
+    def apply(config, x, packed, input_permutation, bias):
+        return ReferenceKernel.apply(replace(config, input_dtype=None), x, packed, input_permutation, bias)
+
+    monkeypatch.setattr(RoundsInt4, "apply", staticmethod(apply))
+    assert registry.reason_against(RoundsInt4, config) == WRONG
 
 
 def test_the_fallback_keeps_quantized_weights():

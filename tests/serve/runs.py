@@ -1,0 +1,35 @@
+"""Groups of runs of vLLM on small checkpoints, each in one process."""
+
+from pathlib import Path
+
+import tiny
+from compare import generate, prompts
+
+ONE_THREAD_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+
+class Runs:
+    """Writes and runs all checkpoints of a group in one process, when its first result is asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.groups: dict[int, dict] = {}
+        self._places: dict[int, Path] = {}
+
+    def place(self, group: dict) -> Path:
+        """Where the log of a group is."""
+        return self._places.setdefault(id(group), self.folder / str(len(self._places)))
+
+    def get(self, group: dict, name: str, **environment: str):
+        if id(group) not in self.groups:
+            models, jobs = {}, []
+            place = self.place(group)
+            for number, (run, (family, written, engine)) in enumerate(group.items()):
+                models[run] = tiny.write(tiny.FAMILIES[family], place / f"model{number}", **written)
+                jobs.append({
+                    "model": str(place / f"model{number}"), "prompts": prompts(), "tokens": 6,
+                    "engine": {"dtype": "float32"} | engine,
+                })  # fmt: skip
+            results = generate(place, jobs, **environment)
+            self.groups[id(group)] = {run: (models[run], result) for run, result in zip(models, results)}
+        return self.groups[id(group)][name]

@@ -1,0 +1,85 @@
+"""vLLM on small checkpoints with integer weights against Hugging Face on the weights that these stand for.
+
+In bfloat16, on whichever kernel is fastest here; in float32 exactly; and by the reference kernel with inputs rounded to
+int8, for which Hugging Face's model rounds the inputs of its pruned linears.
+"""
+
+import pytest
+import torch
+from compare import check, differences
+from runs import ONE_THREAD_EACH, Runs
+
+from ria_vllm.formats import INTEGERS
+
+pytestmark = pytest.mark.slow
+
+HALF = {"dtype": torch.bfloat16}, {"dtype": "bfloat16"}
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+# Name of the run: (family, how the checkpoint is written, engine arguments)
+ALONE = {one.name: ("llama-gqa", {"weights": one.name} | HALF[0], HALF[1]) for one in INTEGERS.values()} | {
+    "int4-g32 in float32": ("llama-gqa", {"weights": "int4-g32"}, {}),
+    "int4-g128 in float32": ("llama-gqa", {"weights": "int4-g128"}, {}),
+    "int8-g64, an order for each linear": ("qwen2", {"weights": "int8-g64", "scope": "linear", "folds": False}, {}),
+    "int4-g64, fused on disk": ("phi3", {"weights": "int4-g64"}, {}),
+    "int4, values in blocks": ("gpt-neox", {"weights": "int4"}, {}),
+    "int4-g64, some linears dense": ("llama-gqa", {"weights": "int4-g64", "dense": ("1.mlp.down_proj",)}, {}),
+    "int4-g64 compiled": ("llama-gqa", {"weights": "int4-g64"} | HALF[0], HALF[1] | {"enforce_eager": False}),
+}
+ROUNDED = {
+    name: ("llama-gqa", {"weights": name, "rounded": True}, {})
+    for name in ("int8", "int4", "int4-g32", "int4-g128", "int8-g64")
+} | {"int4-g64 compiled": ("qwen2", {"weights": "int4-g64", "rounded": True}, {"enforce_eager": False})}
+SPREAD = {
+    "int4-g64": ("llama-gqa", {"weights": "int4-g64"}, TWO_RANKS),
+    "int4-g32 with padding": ("qwen2", {"weights": "int4-g32", "intermediate_size": 192}, TWO_RANKS),
+    "int8-g32, no folds": ("llama-mqa", {"weights": "int8-g32", "folds": False}, TWO_RANKS),
+    "int4": ("gpt-neox", {"weights": "int4"}, TWO_RANKS),
+    "int4-g128": ("llama-gqa", {"weights": "int4-g128", "intermediate_size": 384}, TWO_RANKS),
+}
+ALIKE = {"int4-g64": ("llama-gqa", {"weights": "int4-g64"}, {})}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("formats"))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_alone(runs, name):
+    check(*runs.get(ALONE, name, VLLM_ENABLE_V1_MULTIPROCESSING="0"), half=ALONE[name][1].get("dtype") is not None)
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_inputs(runs, name):
+    """A difference in the last place may round a channel to the next integer, which moves it by a 127th of the largest.
+
+    Without any rounding of inputs on one of the two sides, logprobs differ by 0.1 and more.
+    """
+    model, results = runs.get(ROUNDED, name, VLLM_ENABLE_V1_MULTIPROCESSING="0", RIA_VLLM_BACKEND="reference")
+    off = differences(model, results)
+    assert off.mean() < 2e-3 and off.max() < 0.05
+
+
+def test_the_log_says_that_inputs_are_rounded(runs):
+    runs.get(ROUNDED, "int8", VLLM_ENABLE_V1_MULTIPROCESSING="0", RIA_VLLM_BACKEND="reference")
+    log = (runs.place(ROUNDED) / "log").read_text()
+    assert log.count("kernels: reference with inputs rounded to int8 (8)") == len(ROUNDED)
+
+
+@pytest.mark.parametrize("name", [name for name in SPREAD if name != "int4-g128"])
+def test_two_ranks(runs, name):
+    check(*runs.get(SPREAD, name, **ONE_THREAD_EACH))
+
+
+def test_a_cut_through_a_group_is_refused(runs):
+    """384 channels of down, in groups of 128."""
+    _, results = runs.get(SPREAD, "int4-g128", **ONE_THREAD_EACH)
+    log = (runs.place(SPREAD) / "log").read_text()
+    assert "error" in results and "down_proj: 384 input channels over 2 ranks leave 192 each" in log
+
+
+def test_two_ranks_give_the_tokens_of_one(runs):
+    _, one = runs.get(ALIKE, "int4-g64", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    _, two = runs.get(SPREAD, "int4-g64", **ONE_THREAD_EACH)
+    assert [r["tokens"] for r in one] == [r["tokens"] for r in two]
