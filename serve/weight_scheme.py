@@ -12,6 +12,7 @@ import torch
 from ria_vllm import sparse24
 from ria_vllm.formats import FLOAT, FP8, IntFormat
 from ria_vllm.schema import RiaSchema
+from ria_vllm.serve import plain24
 from ria_vllm.weight_format import BITMASK, Part, WeightFormat
 
 
@@ -182,12 +183,12 @@ class WeightScheme:
             values = loaded["weight"]
             if isinstance(self.format, IntFormat):
                 values = self.format.integers({"compressed": values})
-            if not dummy and not is_two_of_four(values):
+            if dummy:
+                values.view(torch.uint8).unflatten(1, (-1, 4, values.itemsize))[:, :, 2:] = 0
+            found = plain24.compress(values)
+            if found is None:
                 return None
-            # Torch cannot sort fp8; bfloat16 holds all of its numbers.
-            sortable = values.bfloat16() if values.dtype == torch.float8_e4m3fn else values
-            compressed, parts["bitmask"] = sparse24.compress(sortable)
-            compressed = compressed.to(values.dtype)
+            compressed, parts["bitmask"] = found
             parts["compressed"] = self.format.pack(compressed) if isinstance(self.format, IntFormat) else compressed
         weights = Weights(self.format, parts)
         weights = (weights if self.keeps_format else weights.widened(served)).padded()
@@ -222,11 +223,6 @@ def uneven_cut(weight_format: WeightFormat, columns: int, ranks: int) -> str | N
         f"{left}: a group of {weight_format.group_size} channels has one scale ({weight_format.name}). Use a smaller "
         "--tensor-parallel-size, or compress with a smaller --group-size."
     )
-
-
-def is_two_of_four(dense: torch.Tensor) -> bool:
-    """Whether no group of four columns has more than two non-zeros."""
-    return dense.shape[1] % 4 == 0 and bool(((dense != 0).view(dense.shape[0], -1, 4).sum(-1) <= 2).all())
 
 
 def narrowed(scales: torch.Tensor, served: torch.dtype, dummy: bool = False) -> torch.Tensor:

@@ -124,6 +124,80 @@ def test_unknown_quantization_is_named(weights):
         RiaConfig.from_config(config(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}))
 
 
+def groups(weights, inputs=None, **others):
+    weights = {"type": "int", "symmetric": True} | weights
+    return {
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs} | others}
+    }
+
+
+BY_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+GROUPS_OF_128 = {"num_bits": 4, "strategy": "group", "group_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (groups({"num_bits": 4, "strategy": "group", "group_size": 64}), "in marlin-24, .*'group_size': 64.* served"),
+        (groups({"num_bits": 4, "strategy": "tensor"}), "in marlin-24, .*'tensor'.* not served"),
+        (groups({"num_bits": 8, "strategy": "channel", "type": "float"}), "in marlin-24, .*'float'.* not served"),
+        (groups({"num_bits": 4, "strategy": "group", "group_size": 96}), "'group_size': 96.* are not served"),
+        (groups({"num_bits": 4, "strategy": "channel", "symmetric": False}), "'symmetric': False.* are not served"),
+        (groups(GROUPS_OF_128, format="pack-quantized") | {
+            "sparsity_config": {"format": "sparse-24-bitmask"}}, "pack-quantized' is not served with"),
+        (groups(GROUPS_OF_128, format="int-quantized") | {
+            "sparsity_config": {"format": "sparse-24-bitmask"}}, "int4 weights are not served with"),
+        (groups({"num_bits": 8, "strategy": "channel", "type": "float"}, format="pack-quantized"), "is for integers"),
+        (groups(GROUPS_OF_128, format="nvfp4-pack-quantized"), "'nvfp4-pack-quantized' is not served"),
+    ],
+)  # fmt: skip
+def test_what_packed_forms_lack_is_named(changes, message):
+    given = {"quant_method": "compressed-tensors", "format": "marlin-24"} | changes
+    with pytest.raises(RiaError, match=message):
+        RiaConfig.from_config(given)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "rounded"),
+    [
+        (BY_TOKEN, torch.int8),
+        (BY_TOKEN | {"strategy": "tensor", "dynamic": False}, torch.int8),  # a scale for each token is no coarser
+        (BY_TOKEN | {"symmetric": False}, None),
+        (BY_TOKEN | {"strategy": "group", "group_size": 128}, None),
+        (BY_TOKEN | {"num_bits": 4}, None),
+        (None, None),
+    ],
+)
+def test_inputs_that_are_rounded(inputs, rounded):
+    chosen = RiaConfig.from_config(
+        config(format="int-quantized", sparsity={"format": "dense"}, **groups(GROUPS_OF_128, inputs))
+    )
+    scheme = chosen.scheme("model.layers.0.mlp.up_proj")
+    assert (scheme.format.name, scheme.activations, scheme.dense) == ("int4-g128", rounded, True)
+
+
+def test_marlin_in_mixed_precision():
+    given = {
+        "quant_method": "compressed-tensors", "format": "mixed-precision", "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "format": "int-quantized", "input_activations": BY_TOKEN,
+                        "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}},
+            "group_1": {"targets": ["re:.*down_proj"], "format": "marlin-24",
+                        "weights": {"type": "int"} | GROUPS_OF_128},
+        },
+    }  # fmt: skip
+    chosen = RiaConfig.from_config(given)
+    chosen._read_names([
+        *(f"0.down_proj.{part}" for part in ("weight_packed", "scale_packed", "meta")),
+        *(f"0.up_proj.{part}" for part in ("weight", "weight_scale")), "lm_head.weight",
+    ])  # fmt: skip
+    assert chosen.pruned == {"0.down_proj"} and chosen.required == {"0.down_proj", "0.up_proj"}
+    down, up = chosen.scheme("0.down_proj"), chosen.scheme("0.up_proj")
+    assert (down.format.name, down.dense, down.activations) == ("int4-g128", False, None)
+    assert (up.format.name, up.dense, up.activations) == ("int8", True, torch.int8)
+    assert not chosen._is_quantized("lm_head")
+
+
 def test_a_group_without_weights_is_passed_over():
     groups = {
         "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}},

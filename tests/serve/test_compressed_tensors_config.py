@@ -133,6 +133,9 @@ PATHS = [path for path in paths(VALID) if path]
 @given(st.lists(st.tuples(st.sampled_from(PATHS), VALUES | st.just(...)), min_size=1, max_size=4))
 @example([(("quant_method",), ["compressed-tensors"])])
 @example([(("sparsity_config", "sparsity_structure"), {})])
+@example([(("format",), "marlin-24"), (("sparsity_config",), 3)])
+@example([(("format",), "marlin-24"), (("config_groups",), 3)])
+@example([(("config_groups", "group_1", "format"), "marlin-24"), (("sparsity_config", "format"), {})])
 @example([(("config_groups", "group_0", "weights", "symmetric"), float("nan"))])
 def test_any_change_is_parsed_or_refused_with_the_key(changes):
     config = copy.deepcopy(VALID)
