@@ -20,7 +20,7 @@ class DecompressingKernel:
 
     @classmethod
     def can_implement(cls, config):
-        return None if config.weight_format.name in cls.formats else "format"
+        return None if config.weight_format.name in cls.formats and config.input_dtype is None else "format"
 
     @staticmethod
     def pack(config, gate_up, down, gate_up_bias, down_bias):

@@ -20,9 +20,11 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FORMATS, INTEGERS
+from ria_vllm.formats import FLOAT, FORMATS, INTEGERS
 from ria_vllm.schema import Fold, Producer
 from ria_vllm.serve import packing
+from ria_vllm.serve.kernels import registry
+from ria_vllm.serve.kernels.reference import ReferenceKernel
 
 HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 512
 
@@ -174,13 +176,23 @@ def test_inputs_are_rounded_if_the_checkpoint_says_so(ranks, monkeypatch, format
         assert 1e-3 < off.norm() < 1
 
 
-def test_unrounded_where_no_kernel_rounds(ranks):
+class Float(ReferenceKernel):
+    """A kernel like those on GPUs."""
+
+    name, is_fallback = "float", False
+
+    @staticmethod
+    def can_implement(config):
+        return None if config.input_dtype is None and config.weight_format == FLOAT else "float only"
+
+
+def test_unrounded_where_no_kernel_rounds(ranks, monkeypatch):
+    monkeypatch.setattr(registry, "kernels", lambda: (Float,))
     stored = feed_forward(FORMATS["int8-g64"], rounded=True)
     config, x = stored.config([FOLD]), torch.randn(3, HIDDEN)
     layer = stored.load(gate_up(config), {"gate": 0, "up": 1})
-    assert (
-        str(layer.ria_packed.calls[0].choice) == "cpu with int8-g64 widened to float32 and inputs not rounded to int8"
-    )
+    how = "with int8-g64 widened to float32 and inputs not rounded to int8"
+    assert str(layer.ria_packed.calls[0].choice) == f"float {how}"
     order = torch.from_numpy(stored.orders["down"]).long()
     close(layer(x), torch.cat([stored.apply(x, name)[:, order] for name in ("gate", "up")], -1))
 
