@@ -8,8 +8,8 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from ria_vllm.errors import RiaError
+from ria_vllm.placement import Placement
 from ria_vllm.schema import RiaSchema
-from ria_vllm.stacks import stack_linears
 
 # (the names in the checkpoint of a linear's tensors, the tensors by the last part of their names) -> dense [out, in].
 Decoded = Callable[[Collection[str], Mapping[str, torch.Tensor]], torch.Tensor]
@@ -22,26 +22,35 @@ class StackExperts(ConversionOps):
         kinds: last part of a linear's name -> "gate", "up" or "down".
         decoded: makes one linear dense.
         failed: told of an error, which transformers would bury in a table.
+        placements: gets, under the parameter's name, what it holds.
     """
 
-    def __init__(self, kinds: Mapping[str, str], decoded: Decoded, failed: Callable[[RiaError], None]):
-        self.kinds, self.decoded, self.failed = kinds, decoded, failed
+    def __init__(
+        self,
+        kinds: Mapping[str, str],
+        decoded: Decoded,
+        failed: Callable[[RiaError], None],
+        placements: dict[str, Placement],
+    ):
+        self.kinds, self.decoded, self.failed, self.placements = kinds, decoded, failed, placements
         self.sources: dict[str, list[str]] = {}  # pattern -> names in the checkpoint, in the order of their tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StackExperts":
-        return StackExperts(self.kinds, self.decoded, self.failed)
+        return StackExperts(self.kinds, self.decoded, self.failed, self.placements)
 
     def convert(
         self, input_dict: dict[str, Any], model: nn.Module | None = None, full_layer_name: str = "", **_: Any
     ) -> dict[str, torch.Tensor]:
         assert model is not None
+        module = model.get_submodule(full_layer_name.rpartition(".")[0])
         try:
-            return {full_layer_name: self._stacked(input_dict, model.get_submodule(full_layer_name.rpartition(".")[0]))}
+            stacked, self.placements[full_layer_name] = self._stacked(input_dict, module)
         except RiaError as error:
             self.failed(error)
-            return {full_layer_name: torch.empty(0)}
+            stacked = torch.empty(0)
+        return {full_layer_name: stacked}
 
-    def _stacked(self, found: Mapping[str, list[torch.Tensor]], module: Any) -> torch.Tensor:
+    def _stacked(self, found: Mapping[str, list[torch.Tensor]], module: Any) -> tuple[torch.Tensor, Placement]:
         linears = self._linears(found)
         kinds = [kind for kind in ("gate", "up", "down") if kind in self.kinds.values()]
         wanted = {(expert, kind) for expert in range(module.num_experts) for kind in kinds}
@@ -51,9 +60,13 @@ class StackExperts(ConversionOps):
                 f"{first} and others: {len(linears)} linears of experts are stored, but {type(module).__name__} has "
                 f"{module.num_experts} experts. Get all files of one model."
             )
-        dense = ([self._dense(linears.pop((expert, kind))) for kind in kinds] for expert in range(module.num_experts))
-        interleaved, place = not module.is_concatenated, f"{first} and others"
-        return stack_linears(dense, module.num_experts, interleaved, module.is_transposed, place)
+        stored = {self._name(tensors): tensors for tensors in linears.values()}
+        names = tuple(
+            tuple(self._name(linears[expert, kind]) for kind in kinds) for expert in range(module.num_experts)
+        )
+        linears.clear()  # `stored` lets go of each linear as soon as it is dense
+        placement = Placement(names, True, not module.is_concatenated, module.is_transposed)
+        return placement.join(lambda name: self._dense(stored.pop(name))), placement
 
     def _linears(self, found: Mapping[str, list[torch.Tensor]]) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
         """(expert, kind) -> name in the checkpoint -> tensor, for the tensors of each linear."""
@@ -63,6 +76,10 @@ class StackExperts(ConversionOps):
                 _, number, leaf, _ = source.rsplit(".", 3)
                 linears.setdefault((int(number), self.kinds[leaf]), {})[source] = tensor
         return linears
+
+    @staticmethod
+    def _name(tensors: Mapping[str, torch.Tensor]) -> str:
+        return next(iter(tensors)).rpartition(".")[0]
 
     def _dense(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return self.decoded(list(tensors), {source.rpartition(".")[2]: tensor for source, tensor in tensors.items()})
@@ -76,8 +93,10 @@ class ExpertsConverter(WeightConverter):
         self.operations[0].sources.setdefault(source_pattern, []).append(source_key)
 
 
-def expert_converters(schema: RiaSchema, decoded: Decoded, failed: Callable[[RiaError], None]) -> list[WeightConverter]:
-    """The conversions for the experts that the schema names."""
+def expert_converters(
+    schema: RiaSchema, decoded: Decoded, failed: Callable[[RiaError], None], placements: dict[str, Placement]
+) -> list[WeightConverter]:
+    """The conversions for the experts that the schema names. See `StackExperts` for the arguments."""
     found: dict[tuple[str, str], WeightConverter] = {}
     for experts in schema.experts:
         kinds = {pattern.rpartition(".")[2]: kind for kind, pattern in experts.linears.items()}
@@ -89,6 +108,9 @@ def expert_converters(schema: RiaSchema, decoded: Decoded, failed: Callable[[Ria
             sources = [rf"\.{module}\.[0-9]+\.{leaf}\.{part}$" for leaf in wanted for part in schema.tensor_names]
             key = (module, ",".join(sources))
             found.setdefault(
-                key, ExpertsConverter(sources, f".{module}.{parameter}", [StackExperts(wanted, decoded, failed)])
+                key,
+                ExpertsConverter(
+                    sources, f".{module}.{parameter}", [StackExperts(wanted, decoded, failed, placements)]
+                ),
             )
     return list(found.values())

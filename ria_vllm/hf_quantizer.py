@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ria_vllm.checkpoint import check_digests, check_prefix, checked_linear, load_permutations, tensor_names
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_experts import ExpertsConverter, expert_converters
+from ria_vllm.placement import ORIGIN_ATTRIBUTE, Origin, Placement
 from ria_vllm.schema import PERMUTATIONS_FILE, QUANT_METHOD, RiaSchema
 
 PART = r"\.{}$"
@@ -51,6 +52,7 @@ class Loading:
         self.claimed: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
         self.missing: Collection[str] = ()
+        self.placements: dict[str, Placement] = {}
         self.errors: list[RiaError] = []
         self.dtype: torch.dtype | None = None
 
@@ -104,6 +106,7 @@ class Loading:
                     f"{self.where}: {name} has shape {tuple(tensor.shape)}, by config.json {tuple(self.shapes[name])}. "
                     "Get all files of one model."
                 )
+        setattr(model, ORIGIN_ATTRIBUTE, Origin(Path(self.where), self.placements))
 
     def _without_weights(self, model: torch.nn.Module) -> list[str]:
         """Parameters of the base model that got no weights. (A head for another task has none anyway.)"""
@@ -160,7 +163,7 @@ class RiaQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         loading = self.loading
         parts = [PART.format(part) for part in loading.schema.tensor_names]
-        experts = expert_converters(loading.schema, loading.linear, loading.errors.append)
+        experts = expert_converters(loading.schema, loading.linear, loading.errors.append, loading.placements)
         return [*experts, LinearConverter(parts, ".weight", operations=[Decompress(loading)])]
 
     def is_serializable(self) -> bool:
@@ -200,6 +203,8 @@ class Decompress(ConversionOps):
         except RiaError as error:  # transformers would bury it in a table; `close` raises it
             self.loading.errors.append(error)
             dense = torch.empty(0)
+        else:
+            self.loading.placements[full_layer_name] = Placement(((self.sources[0].rpartition(".")[0],),))
         return {full_layer_name: dense}
 
 
