@@ -35,7 +35,7 @@ def origin_of(model: nn.Module, like: str | Path | None) -> tuple[nn.Module, Ori
         RiaError: the model was not loaded from a compressed folder, and `like` is None.
     """
     for module in model.modules():
-        origin = getattr(module, ORIGIN_ATTRIBUTE, None)
+        origin = vars(module).get(ORIGIN_ATTRIBUTE)  # not getattr, which wrappers pass on
         if isinstance(origin, Origin):
             return module, origin
     if like is None:
