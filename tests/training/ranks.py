@@ -6,6 +6,7 @@ then fails to save to OUT/taken. Rank 0 writes the gathered weights to OUT/state
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -31,15 +32,20 @@ def sharded(model):
 
 
 def prepared(model, optimizer, kind):
-    if kind == "accelerate":
-        from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    if kind == "accelerate":  # what its Accelerator calls on GPUs; on CPUs it has no FSDP
+        from accelerate import FullyShardedDataParallelPlugin
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=True,
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        )
-        return Accelerator(cpu=True, fsdp_plugin=plugin).prepare(model, optimizer(model.parameters()))
+        )  # fmt: skip
+        accelerator = SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", device=torch.device("cpu"),
+            is_main_process=dist.get_rank() == 0,
+        )  # fmt: skip
+        model = fsdp2_prepare_model(accelerator, model)
+        return model, optimizer(model.parameters())
     wrapped = sharded(model) if kind == "fsdp" else torch.nn.parallel.DistributedDataParallel(model)
     return wrapped, optimizer(wrapped.parameters())
 
