@@ -92,7 +92,7 @@ def test_trained_weights_are_rounded_to_the_nearest(pruned_llama, tmp_path, name
 
 
 def test_scales_that_were_chosen_well_are_kept(pruned_llama, tmp_path):
-    """Scales below those of the largest magnitudes round 4-bit weights closer; save takes the better one of each row."""
+    """The better scale of each row: the old one, or that of the largest magnitude."""
     quantized(pruned_llama.folder, tmp_path / "out", "int4", shrink=0.8)
     model = load(tmp_path / "out")
     keep_sparse(model)
