@@ -118,6 +118,8 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
     source = str(recipe.get("source", reader.config.get("model_type", "a model")))
     known = base.get("base_model")
     identity = known if isinstance(known, str) and _name(known) == _name(source) else None
+    if "base_model" in base:
+        base["base_model_relation"] = "quantized"
     body = [
         _origin(recipe | {"source": source}, identity),
         "Its kept weights were trained after that, with the masks fixed" + (f": {_plain(note)}" if note else "") + ".",

@@ -12,7 +12,6 @@ looked up anew at each step: FSDP2 and `to("meta")` put another parameter into i
 weight that the process holds; of a sharded weight (DTensor) it is the same shard.
 """
 
-import copy
 import weakref
 from pathlib import Path
 from typing import Any
@@ -80,6 +79,9 @@ class KeptWeight:
         self.shape = mask.shape
         self.packed = _packed(mask)
         self.local: tuple[Any, torch.Tensor] | None = None  # how the weight was sharded, and its part of the mask
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"local": None}  # a device mesh belongs to its process
 
     def parameter(self) -> torch.Tensor:
         """The parameter that is in the place of the weight by now.
@@ -157,19 +159,18 @@ class KeptWeights:
 
     def __init__(self, weights: list[KeptWeight]):
         self.weights = weights
+        self._watch()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, made by `copy.deepcopy` or in another process: its model is kept sparse, too."""
+        self.__dict__.update(state)
+        self._watch()
+
+    def _watch(self) -> None:
         _ALIVE.add(self)
         if not _HANDLES:
             _HANDLES.append(register_optimizer_step_pre_hook(_before_step))
             _HANDLES.append(register_optimizer_step_post_hook(_after_step))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "KeptWeights":
-        weights = []
-        for weight in self.weights:
-            twin = copy.copy(weight)
-            twin.module = copy.deepcopy(weight.module, memo)
-            weights.append(twin)
-        memo[id(self)] = copied = KeptWeights(weights)
-        return copied
 
     @torch.compiler.disable
     def before_forward(self, *_: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from sparse_llama import TOKENS, load, loss_of, masks
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from ria_vllm.errors import RiaError
@@ -25,10 +25,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded(model):
+def sharded(model) -> None:
     for layer in model.model.layers:
-        fully_shard(layer, mp_policy=MixedPrecisionPolicy())
-    return fully_shard(model)
+        fully_shard(layer)
+    fully_shard(model)
 
 
 def prepared(model, optimizer, kind):
@@ -46,7 +46,7 @@ def prepared(model, optimizer, kind):
         )  # fmt: skip
         model = fsdp2_prepare_model(accelerator, model)
         return model, optimizer(model.parameters())
-    wrapped = sharded(model) if kind == "fsdp" else torch.nn.parallel.DistributedDataParallel(model)
+    wrapped = model if kind == "fsdp" else torch.nn.parallel.DistributedDataParallel(model)
     return wrapped, optimizer(wrapped.parameters())
 
 
@@ -73,7 +73,9 @@ def main(folder: str, out: str, kind: str) -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     model, kept = load(Path(folder)), masks(Path(folder))
-    keep_sparse(model)
+    if kind == "fsdp":
+        sharded(model)
+    keep_sparse(model)  # before or after sharding
     optimizer = lambda p: MovesEverything(p, lr=0.1, momentum=0.9, weight_decay=0.1)  # noqa: E731
     model, optimizer = prepared(model, optimizer, kind)
     if kind != "ddp":

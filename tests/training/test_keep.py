@@ -1,11 +1,13 @@
 """`keep_sparse`: only kept weights change, at every step, whatever trains them."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from sparse_llama import TOKENS, load, loss_of, masks, outside, train
 from torch import nn
+from transformers import Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 
 from ria_vllm.errors import RiaError
@@ -111,6 +113,40 @@ def test_under_autocast_with_accumulation(pruned_llama, dtype):
         optimizer.zero_grad()
 
 
+def test_with_a_gradient_scaler(pruned_llama):
+    """A step that it skips, because of an infinite gradient, changes nothing."""
+    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
+    keep_sparse(model)
+    optimizer, scaler = OPTIMIZERS["adamw"](model.parameters()), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = model.lm_head.weight.detach().clone()
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, TOKENS[step : step + 2])).backward()
+        if step == 0:
+            model.lm_head.weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        check_zeros(model, kept)
+        assert torch.equal(model.lm_head.weight, before) == (step == 0)
+    assert scaler.get_scale() == 512
+
+
+def test_transformers_trainer_resumes_to_the_same_weights(pruned_llama, tmp_path):
+    kept, found = masks(pruned_llama.folder), []
+    settings = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 2}
+    data = [{"input_ids": row, "labels": row} for row in torch.cat([TOKENS, TOKENS.flip(0)])]
+    for resume in (None, str(tmp_path / "runs" / "checkpoint-2")):
+        model = load(pruned_llama.folder)
+        keep_sparse(model)
+        arguments = TrainingArguments(
+            str(tmp_path / "runs"), learning_rate=1e-2, weight_decay=0.1, use_cpu=True, report_to="none", **settings
+        )
+        Trainer(model, arguments, train_dataset=data).train(resume_from_checkpoint=resume)
+        check_zeros(model, kept)
+        found.append(model.state_dict())
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
 def test_gradients_that_overflow_where_weights_are_pruned(pruned_llama):
     """inf * 0 is NaN, so a mask that multiplies would spread it."""
     model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
@@ -133,11 +169,12 @@ def test_a_kept_weight_may_be_zero(damage):
     assert weight[mask].ne(0).float().mean() > 0.9 and not weight[~mask].any()
 
 
-def test_a_copy_is_kept_sparse_too(pruned_llama):
-    """Trainers copy models: for a reference, or an average."""
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_kept_sparse_too(pruned_llama, copied):
+    """Trainers copy models: for a reference, for an average, to other processes."""
     model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
     keep_sparse(model)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     train(twin, MovesEverything(twin.parameters()), after=lambda: check_zeros(twin, kept))
     before = load(pruned_llama.folder).state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
