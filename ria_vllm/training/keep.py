@@ -182,9 +182,15 @@ class KeptWeights:
             weight.hook(weight.parameter())
 
     def in_optimizer(self, optimizer: torch.optim.Optimizer) -> list[tuple[KeptWeight, torch.Tensor]]:
+        """The weights that this optimizer changes, and their parameters.
+
+        Raises:
+            RiaError: one has another shape by now.
+        """
         mine = {id(weight.module._parameters.get(weight.leaf)): weight for weight in self.weights}
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        return [(mine[id(parameter)], parameter) for parameter in parameters if id(parameter) in mine]
+        found = [mine[id(parameter)] for parameter in parameters if id(parameter) in mine]
+        return [(weight, weight.parameter()) for weight in found]
 
 
 _ALIVE: "weakref.WeakSet[KeptWeights]" = weakref.WeakSet()

@@ -1,7 +1,8 @@
-"""Trains a pruned model in several processes: `torchrun ranks.py FOLDER OUT KIND`, KIND being fsdp, ddp or accelerate.
+"""Trains a pruned model in several processes: `torchrun ranks.py FOLDER OUT KIND`.
 
-Every rank checks after every backward and every step that nothing outside the masks has changed, saves to OUT/new, and
-then fails to save to OUT/taken. Rank 0 writes the gathered weights to OUT/state.safetensors.
+KIND is fsdp, ddp or accelerate, or fsdp1 or fsdp1-original (with `use_orig_params`), which are refused. Every rank
+checks after every backward and every step that nothing outside the masks has changed, saves to OUT/new, and then fails
+to save there again. Rank 0 writes the gathered weights to OUT/state.safetensors.
 """
 
 import sys
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from sparse_llama import TOKENS, load, loss_of, masks
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ria_vllm.errors import RiaError
@@ -29,6 +30,20 @@ def sharded(model) -> None:
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
+
+
+def flattened(model, original: bool) -> None:
+    """FSDP1 is refused, before it has changed anything."""
+    keep_sparse(model)
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    try:
+        loss_of(wrapped).backward()
+        optimizer.step()
+    except RiaError as error:
+        assert "use FSDP2" in str(error)
+    else:
+        raise AssertionError("FSDP1 was not refused")
 
 
 def prepared(model, optimizer, kind):
@@ -73,6 +88,8 @@ def main(folder: str, out: str, kind: str) -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     model, kept = load(Path(folder)), masks(Path(folder))
+    if kind.startswith("fsdp1"):
+        return flattened(model, kind.endswith("original"))
     if kind == "fsdp":
         sharded(model)
     keep_sparse(model)  # before or after sharding

@@ -33,17 +33,21 @@ def alone(folder: Path) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
+def torchrun(*arguments: object) -> None:
+    paths = [str(SCRIPT.parent), str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT),
+         *map(str, arguments)],
+        capture_output=True, text=True, timeout=600,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp", "ddp", "accelerate"])
 def test_two_processes_do_what_one_does(pruned_llama, tmp_path, kind):
-    paths = [str(SCRIPT.parent), str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(SCRIPT), str(pruned_llama.folder), str(tmp_path), kind],
-        capture_output=True, text=True, timeout=600,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
+    torchrun(pruned_llama.folder, tmp_path, kind)
     found, want = load_file(tmp_path / "state.safetensors"), alone(pruned_llama.folder)
     assert found.keys() == want.keys()
     for name, tensor in found.items():
@@ -52,3 +56,9 @@ def test_two_processes_do_what_one_does(pruned_llama, tmp_path, kind):
     again = load(tmp_path / "new", torch.bfloat16)
     assert list(outside(again, masks(pruned_llama.folder))) == []
     assert all(torch.equal(tensor, found[name].to(torch.bfloat16)) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp1-original"])
+def test_fsdp1_is_refused(pruned_llama, tmp_path, kind):
+    torchrun(pruned_llama.folder, tmp_path, kind)
