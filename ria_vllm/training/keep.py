@@ -8,10 +8,11 @@ Two things are done to each pruned weight, wherever its trainer keeps it by then
   whatever its gradient (Muon mixes rows and columns), and some state is older than the masks.
 
 Neither names, classes nor the number of parameters change, so checkpoints of trainers are ordinary ones. The weight is
-looked up anew at each step: FSDP2 and `to("meta")` put another parameter into its place. A mask is one bit for each
-weight that the process holds; of a sharded weight (DTensor) it is the same shard.
+looked up anew at each step: FSDP2 and `to("meta")` put another parameter into its place. A mask has a bit for each
+weight, beside it; if the weight is sharded (DTensor), the whole mask is on the CPU, and its shard beside the weight's.
 """
 
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,10 @@ class KeptWeight:
         self.shape = mask.shape
         self.packed = _packed(mask)
         self.local: tuple[Any, torch.Tensor] | None = None  # how the weight was sharded, and its part of the mask
+        self.masked: int | None = None  # id of the gradient that was masked last
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"local": None}  # a device mesh belongs to its process
+        return self.__dict__ | {"local": None, "masked": None}  # a device mesh belongs to its process
 
     def parameter(self) -> torch.Tensor:
         """The parameter that is in the place of the weight by now.
@@ -104,7 +106,7 @@ class KeptWeight:
             local = tensor.to_local()
             local.masked_fill_(self._dropped_locally(tensor, local), 0)
         else:
-            tensor.masked_fill_(_unpacked(self._on(tensor.device), self.shape).logical_not_(), 0)
+            tensor.masked_fill_(_dropped(self._on(tensor.device), self.shape), 0)
 
     def check_zeros(self, folder: Path) -> None:
         """Check that the weight is zero outside the mask, as far as this process holds it.
@@ -127,6 +129,7 @@ class KeptWeight:
     def mask_gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
             self.zero_outside(parameter.grad)
+            self.masked = id(parameter.grad)
 
     def hook(self, parameter: torch.Tensor) -> None:
         """Have the gradient of `parameter` masked whenever it has been accumulated."""
@@ -143,7 +146,7 @@ class KeptWeight:
         sharding = (tensor.device_mesh, tensor.placements, local.device)
         if self.local is None or self.local[0] != sharding:
             mesh_type = tensor.device_mesh.device_type
-            whole = _unpacked(self.packed.cpu(), self.shape).to(mesh_type)
+            whole = _dropped(self.packed.cpu(), self.shape).logical_not_().to(mesh_type)
             part = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
             if part.shape != local.shape:
                 raise RiaError(
@@ -151,7 +154,7 @@ class KeptWeight:
                 )
             self.packed = self.packed.cpu()
             self.local = (sharding, _packed(part.to(local.device)))
-        return _unpacked(self.local[1], local.shape).logical_not_()
+        return _dropped(self.local[1], local.shape)
 
 
 class KeptWeights:
@@ -199,10 +202,11 @@ _HANDLES: list[Any] = []
 
 @torch.no_grad()
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Gradients may have come from elsewhere than backward."""
+    """Gradients may have come from elsewhere than a backward pass with hooks."""
     for kept in list(_ALIVE):
         for weight, parameter in kept.in_optimizer(optimizer):
-            weight.mask_gradient(parameter)
+            if weight.masked != id(parameter.grad):
+                weight.mask_gradient(parameter)
             weight.hook(parameter)
 
 
@@ -222,6 +226,13 @@ def _packed(mask: torch.Tensor) -> torch.Tensor:
     return bits.sum(-1, dtype=torch.uint8)
 
 
-def _unpacked(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    return bits.to(torch.bool).flatten()[: shape.numel()].view(shape)
+def _dropped(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """bool of this shape, True where the mask that was `_packed` is False."""
+    # Eight bits become the eight bytes of an integer in one lookup.
+    return _EIGHT_BYTES.to(packed.device)[packed.int()].view(torch.bool)[: shape.numel()].view(shape)
+
+
+_EIGHT_BYTES = torch.tensor(
+    [int.from_bytes(bytes(1 - (byte >> i & 1) for i in range(8)), sys.byteorder) for byte in range(256)]
+)
+"""For each byte the integer whose bytes are 1 where its bits, the least significant first, are 0."""

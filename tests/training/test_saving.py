@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from compressing import run_small
+from damage import rewrite
 from moe import save_moe
 from safetensors.torch import load_file
 from sparse_llama import load, masks, train
@@ -198,6 +199,17 @@ def test_a_folder_with_other_masks(pruned_llama, damage, tmp_path):
     damage.replace(f"{name}.bitmask", lambda bitmask: bitmask.bitwise_not())
     with pytest.raises(RiaError, match=f"{name}: .* are not zero though they are pruned in"):
         save(load(pruned_llama.folder), tmp_path / "new", like=damage.folder)
+
+
+def test_tensors_that_the_model_does_not_have_stay(tmp_path):
+    """Such as a vision tower, where only the text model was loaded."""
+    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out")
+    tower = {"vision_tower.weight": torch.randn(3, 5)}
+    rewrite(tmp_path / "out" / "model.safetensors", lambda tensors: tensors.update(tower))
+    saved = save(trained(tmp_path / "out"), tmp_path / "new", like=tmp_path / "out")
+    assert saved.kept == ["vision_tower.weight"]
+    reader = check_like(tmp_path / "new", tmp_path / "out")
+    assert torch.equal(reader.tensor("vision_tower.weight"), tower["vision_tower.weight"])
 
 
 def test_several_shards(pruned_llama, tmp_path):
