@@ -2,6 +2,16 @@
 
 __version__ = "0.1.0"
 
+import importlib
+from types import ModuleType
+
 from ria_vllm import hf
 
 hf.install()
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`ria_vllm.training` without another import, at no cost to those who do not train."""
+    if name == "training":
+        return importlib.import_module("ria_vllm.training")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

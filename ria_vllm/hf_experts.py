@@ -8,8 +8,8 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from ria_vllm.errors import RiaError
+from ria_vllm.placement import Placement
 from ria_vllm.schema import RiaSchema
-from ria_vllm.stacks import stack_linears
 
 # (the names in the checkpoint of a linear's tensors, the tensors by the last part of their names) -> dense [out, in].
 Decoded = Callable[[Collection[str], Mapping[str, torch.Tensor]], torch.Tensor]
@@ -21,32 +21,36 @@ class StackExperts(ConversionOps):
     Args:
         kinds: last part of a linear's name -> "gate", "up" or "down".
         decoded: makes one linear dense.
-        made: told of the parameter's name.
         failed: told of an error, which transformers would bury in a table.
+        placements: gets, under the parameter's name, what it holds.
     """
 
     def __init__(
-        self, kinds: Mapping[str, str], decoded: Decoded, made: Callable[[str], None],
+        self,
+        kinds: Mapping[str, str],
+        decoded: Decoded,
         failed: Callable[[RiaError], None],
-    ):  # fmt: skip
-        self.kinds, self.decoded, self.made, self.failed = kinds, decoded, made, failed
+        placements: dict[str, Placement],
+    ):
+        self.kinds, self.decoded, self.failed, self.placements = kinds, decoded, failed, placements
         self.sources: dict[str, list[str]] = {}  # pattern -> names in the checkpoint, in the order of their tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StackExperts":
-        return StackExperts(self.kinds, self.decoded, self.made, self.failed)
+        return StackExperts(self.kinds, self.decoded, self.failed, self.placements)
 
     def convert(
         self, input_dict: dict[str, Any], model: nn.Module | None = None, full_layer_name: str = "", **_: Any
     ) -> dict[str, torch.Tensor]:
         assert model is not None
-        self.made(full_layer_name)
+        module = model.get_submodule(full_layer_name.rpartition(".")[0])
         try:
-            return {full_layer_name: self._stacked(input_dict, model.get_submodule(full_layer_name.rpartition(".")[0]))}
+            stacked, self.placements[full_layer_name] = self._stacked(input_dict, module)
         except RiaError as error:
             self.failed(error)
-            return {full_layer_name: torch.empty(0)}
+            stacked = torch.empty(0)
+        return {full_layer_name: stacked}
 
-    def _stacked(self, found: Mapping[str, list[torch.Tensor]], module: Any) -> torch.Tensor:
+    def _stacked(self, found: Mapping[str, list[torch.Tensor]], module: Any) -> tuple[torch.Tensor, Placement]:
         linears = self._linears(found)
         kinds = [kind for kind in ("gate", "up", "down") if kind in self.kinds.values()]
         wanted = {(expert, kind) for expert in range(module.num_experts) for kind in kinds}
@@ -56,9 +60,13 @@ class StackExperts(ConversionOps):
                 f"{first} and others: {len(linears)} linears of experts are stored, but {type(module).__name__} has "
                 f"{module.num_experts} experts. Get all files of one model."
             )
-        dense = ([self._dense(linears.pop((expert, kind))) for kind in kinds] for expert in range(module.num_experts))
-        interleaved, place = not module.is_concatenated, f"{first} and others"
-        return stack_linears(dense, module.num_experts, interleaved, module.is_transposed, place)
+        stored = {self._name(tensors): tensors for tensors in linears.values()}
+        names = tuple(
+            tuple(self._name(linears[expert, kind]) for kind in kinds) for expert in range(module.num_experts)
+        )
+        linears.clear()  # `stored` lets go of each linear as soon as it is dense
+        placement = Placement(names, True, not module.is_concatenated, module.is_transposed)
+        return placement.join(lambda name: self._dense(stored.pop(name))), placement
 
     def _linears(self, found: Mapping[str, list[torch.Tensor]]) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
         """(expert, kind) -> name in the checkpoint -> tensor, for the tensors of each linear."""
@@ -68,6 +76,10 @@ class StackExperts(ConversionOps):
                 _, number, leaf, _ = source.rsplit(".", 3)
                 linears.setdefault((int(number), self.kinds[leaf]), {})[source] = tensor
         return linears
+
+    @staticmethod
+    def _name(tensors: Mapping[str, torch.Tensor]) -> str:
+        return next(iter(tensors)).rpartition(".")[0]
 
     def _dense(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return self.decoded(list(tensors), {source.rpartition(".")[2]: tensor for source, tensor in tensors.items()})
@@ -82,9 +94,9 @@ class ExpertsConverter(WeightConverter):
 
 
 def expert_converters(
-    schema: RiaSchema, decoded: Decoded, made: Callable[[str], None], failed: Callable[[RiaError], None]
+    schema: RiaSchema, decoded: Decoded, failed: Callable[[RiaError], None], placements: dict[str, Placement]
 ) -> list[WeightConverter]:
-    """The conversions for the experts that the schema names; see `StackExperts`."""
+    """The conversions for the experts that the schema names. See `StackExperts` for the arguments."""
     found: dict[tuple[str, str], WeightConverter] = {}
     for experts in schema.experts:
         kinds = {pattern.rpartition(".")[2]: kind for kind, pattern in experts.linears.items()}
@@ -95,6 +107,10 @@ def expert_converters(
             wanted = {leaf: kind for leaf, kind in kinds.items() if (kind == "down") == (parameter == "down_proj")}
             sources = [rf"\.{module}\.[0-9]+\.{leaf}\.{part}$" for leaf in wanted for part in schema.tensor_names]
             key = (module, ",".join(sources))
-            stack = StackExperts(wanted, decoded, made, failed)
-            found.setdefault(key, ExpertsConverter(sources, f".{module}.{parameter}", [stack]))
+            found.setdefault(
+                key,
+                ExpertsConverter(
+                    sources, f".{module}.{parameter}", [StackExperts(wanted, decoded, failed, placements)]
+                ),
+            )
     return list(found.values())

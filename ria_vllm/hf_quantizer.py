@@ -24,6 +24,7 @@ from ria_vllm.checkpoint import check_digests, check_prefix, checked_linear, loa
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_experts import ExpertsConverter, expert_converters
 from ria_vllm.hf_inputs import round_inputs
+from ria_vllm.placement import ORIGIN_ATTRIBUTE, Origin, Placement
 from ria_vllm.schema import PERMUTATIONS_FILE, QUANT_METHOD, RiaSchema
 
 PART = r"\.{}$"
@@ -50,9 +51,9 @@ class Loading:
         self.permutations: dict[str, torch.Tensor] = {}
         self.pruned: set[str] = set()
         self.claimed: set[str] = set()
-        self.made: list[str] = []  # names in the model of the weights made from them
         self.shapes: dict[str, torch.Size] = {}
         self.missing: Collection[str] = ()
+        self.placements: dict[str, Placement] = {}  # parameter of the model -> what it holds
         self.errors: list[RiaError] = []
         self.dtype: torch.dtype | None = None
 
@@ -106,8 +107,9 @@ class Loading:
                     f"{self.where}: {name} has shape {tuple(tensor.shape)}, by config.json {tuple(self.shapes[name])}. "
                     "Get all files of one model."
                 )
+        setattr(model, ORIGIN_ATTRIBUTE, Origin(Path(self.where), self.placements))
         if self.schema.input_dtype is not None:
-            round_inputs(model, self.made, self.where)
+            round_inputs(model, list(self.placements), self.where)
 
     def _without_weights(self, model: torch.nn.Module) -> list[str]:
         """Parameters of the base model that got no weights. (A head for another task has none anyway.)"""
@@ -164,7 +166,7 @@ class RiaQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         loading = self.loading
         parts = [PART.format(part) for part in loading.schema.tensor_names]
-        experts = expert_converters(loading.schema, loading.linear, loading.made.append, loading.errors.append)
+        experts = expert_converters(loading.schema, loading.linear, loading.errors.append, loading.placements)
         return [*experts, LinearConverter(parts, ".weight", operations=[Decompress(loading)])]
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
@@ -208,7 +210,8 @@ class Decompress(ConversionOps):
         except RiaError as error:  # transformers would bury it in a table; `close` raises it
             self.loading.errors.append(error)
             dense = torch.empty(0)
-        self.loading.made.append(full_layer_name)
+        else:
+            self.loading.placements[full_layer_name] = Placement(((self.sources[0].rpartition(".")[0],),))
         return {full_layer_name: dense}
 
 

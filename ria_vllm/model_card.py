@@ -44,6 +44,12 @@ _METHODS = {
     "sparsegpt": "SparseGPT",
 }
 _UNROUNDED = "The compressed model rounds the inputs of pruned linears to int8; this one does not, and is more exact."
+_USE = [
+    "## Serve",
+    'With ria-vllm, which `pip install ".[cuda]"` (on a CPU `".[cpu]"`) installs from a clone of its repository:',
+    f"```sh\n{SERVE_HERE}\n```",
+    "transformers loads it as well, after `import ria_vllm`.",
+]
 _PERPLEXITY, _END = "<!-- ria-vllm: perplexity -->", "<!-- ria-vllm: end of perplexity -->"
 _PERPLEXITY_HEAD = "| text | tokens | window | perplexity | base model |\n| --- | --- | --- | --- | --- |"
 
@@ -67,13 +73,7 @@ def pruned_card(folder: Path, report: dict[str, Any], zeros: float, served: bool
             base["base_model_relation"] = "quantized"
     pattern = _plain(recipe["pattern"])
     if served:
-        use = [
-            "## Serve",
-            'With ria-vllm, which `pip install ".[cuda]"` (on a CPU `".[cpu]"`) installs from a clone of its '
-            "repository:",
-            f"```sh\n{SERVE_HERE}\n```",
-            "transformers loads it as well, after `import ria_vllm`.",
-        ]
+        use = _USE
     else:
         use = [
             "## Use",
@@ -107,6 +107,30 @@ def exported_card(reader: Reader, warn: Warn) -> str:
         *_options(recipe),
     ]
     return _front(base, ["pruned"]) + f"\n# {_name(source)}, pruned to 2:4, dense form\n\n" + "\n\n".join(body) + "\n"
+
+
+def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) -> str:
+    """The card of a compressed folder whose kept weights were trained. Perplexities from before are left out.
+
+    Args:
+        reader: of the folder from before.
+        note: what the training was.
+    """
+    base = read_front_matter(reader.folder, warn)
+    source = str(recipe.get("source", reader.config.get("model_type", "a model")))
+    known = base.get("base_model")
+    identity = known if isinstance(known, str) and _name(known) == _name(source) else None
+    if "base_model" in base:
+        base["base_model_relation"] = "quantized"
+    body = [
+        _origin(recipe | {"source": source}, identity),
+        "Its kept weights were trained after that, with the masks fixed" + (f": {_plain(note)}" if note else "") + ".",
+        *_USE,
+        *_perplexity_section(),
+        *_options(recipe),
+    ]
+    title = f"{_name(source)}, pruned to 2:4 and trained"
+    return _front(base, ["ria-vllm", "pruned", "sparse", "vllm"]) + f"\n# {title}\n\n" + "\n\n".join(body) + "\n"
 
 
 def base_repository(source: str, folder: Path) -> str | None:

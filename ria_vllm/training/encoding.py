@@ -1,0 +1,117 @@
+"""Trained weights in the format of a compressed folder, and how far they are from what it holds."""
+
+import math
+
+import torch
+
+from ria_vllm import sparse24
+from ria_vllm.checkpoint import Reader, SparseLinear, not_finite
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import PERMUTATION_SUFFIX
+from ria_vllm.weight_format import SHAPE
+
+
+class Encoder:
+    """Encodes the weights of one model, one at a time, and sums up what training and rounding have changed.
+
+    Attributes:
+        changed: how many linears have other weights than in the folder.
+    """
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+        self.changed = 0
+        self._before, self._moved, self._trained, self._rounded = 0.0, 0.0, 0.0, 0.0  # sums of squares
+
+    @property
+    def relative_change(self) -> float:
+        """||trained - before|| / ||before||, over all linears so far."""
+        return math.sqrt(self._moved / self._before) if self._before else 0.0
+
+    @property
+    def rounding(self) -> float:
+        """||written - trained|| / ||trained||, over all linears so far."""
+        return math.sqrt(self._rounded / self._trained) if self._trained else 0.0
+
+    def linear(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The stored tensors of a pruned linear.
+
+        Args:
+            weight: [out, in], any floating dtype, in the model's own order.
+
+        Raises:
+            RiaError: another shape than in the folder, a value that is not finite, or one outside the mask.
+        """
+        before = self.reader.linear(name)
+        self._check(name, weight, before.shape)
+        p = before.input_permutation
+        stored = weight if p is None else weight[:, p.long()]
+        mask = sparse24.mask_from_bitmask(before.parts["bitmask"])
+        outside = int((stored[~mask] != 0).sum())
+        if outside:
+            raise RiaError(
+                f"{name}: {outside} of its weights are not zero though they are pruned in {self.reader.folder}. Either "
+                "they were trained without `keep_sparse`, or an adapter was merged into them, which makes them dense. "
+                "Save the adapter instead (before merging: `model.save_pretrained(ADAPTER)`) and serve it beside the "
+                "folder (`vllm serve OUT --enable-lora --lora-modules NAME=ADAPTER`), or prune the merged model anew."
+            )
+        old = before.stored()
+        parts = before.parts if torch.equal(stored.to(old.dtype), old) else self._encoded(before, stored, mask)
+        self._count(old, stored, before.format.decode(parts, before.dtype))
+        found = {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        found[f"{name}.{SHAPE}"] = torch.tensor(before.shape, dtype=torch.int64).view(2, 1)
+        if p is not None:
+            found[f"{name}{PERMUTATION_SUFFIX}"] = p.to(torch.int32)
+        return found
+
+    def other(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that is not pruned, in the dtype that it has in the folder.
+
+        Raises:
+            RiaError: another shape than in the folder, or a value that is not finite in that dtype.
+        """
+        before = self.reader.tensor(name)
+        self._check(name, tensor, before.shape)
+        found = tensor.to(before.dtype)
+        self._check(name, found, before.shape)
+        return found
+
+    def _encoded(self, before: SparseLinear, stored: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.changed += 1
+        rounded, scales = before.format.quantize(stored, before.dtype)
+        if scales is not None:
+            # Scales that calibration has chosen may round better than those of the largest magnitudes.
+            old = before.parts["weight_scale"]
+            closer = _errors(before.format.quantize(stored, before.dtype, old)[0], stored, old)
+            scales = torch.where(closer <= _errors(rounded, stored, old), old, scales.to(old.dtype))
+            rounded, scales = before.format.quantize(stored, before.dtype, scales)
+        self._check(before.name, rounded, before.shape)
+        parts = before.format.encode(rounded, mask, scales)
+        wrong = before.format.check(parts, before.shape)
+        if wrong:
+            raise RiaError(f"{before.name}: cannot be stored as {before.format.name}: {wrong}.")
+        return parts
+
+    def _check(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(tensor.shape) != tuple(shape):
+            raise RiaError(
+                f"{name}: of shape {tuple(tensor.shape)} in the model, but {tuple(shape)} in {self.reader.folder}. "
+                "Layers and vocabulary must stay as large as they were."
+            )
+        wrong = not_finite(tensor)
+        if wrong:
+            raise RiaError(
+                f"{name}: {wrong}. Training has diverged, or its numbers are too large for the folder's dtype."
+            )
+
+    def _count(self, old: torch.Tensor, trained: torch.Tensor, written: torch.Tensor) -> None:
+        old, trained, written = old.double(), trained.double(), written.double()
+        self._before += float(old.square().sum())
+        self._moved += float((trained - old).square().sum())
+        self._trained += float(trained.square().sum())
+        self._rounded += float((written - trained).square().sum())
+
+
+def _errors(rounded: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The squared error under each scale, of the scales' shape."""
+    return (rounded.float() - weight.float()).square().unflatten(1, (scales.shape[1], -1)).sum(-1)

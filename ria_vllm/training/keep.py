@@ -1,0 +1,238 @@
+"""Keeps pruned weights at zero while any optimizer trains the model.
+
+Two things are done to each pruned weight, wherever its trainer keeps it by then:
+
+- Its gradient is zeroed outside the mask as soon as it has been accumulated. So the norm that gradients are clipped by,
+  momenta and second moments are those of a model that has only the kept weights.
+- After each step of an optimizer the weight itself is zeroed outside the mask. Some optimizers move every weight
+  whatever its gradient (Muon mixes rows and columns), and some state is older than the masks.
+
+Neither names, classes nor the number of parameters change, so checkpoints of trainers are ordinary ones. The weight is
+looked up anew at each step: FSDP2 and `to("meta")` put another parameter into its place. A mask has a bit for each
+weight, beside it; if the weight is sharded (DTensor), the whole mask is on the CPU, and its shard beside the weight's.
+"""
+
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.training.masks import holder, mask_of, origin_of
+
+ATTRIBUTE = "_ria_kept"
+
+
+def keep_sparse(model: nn.Module, like: str | Path | None = None) -> None:
+    """From now on, optimizers change only the kept weights of the model's pruned linears. A second call does nothing.
+
+    Copies of the model made by `copy.deepcopy` are kept sparse, too.
+
+    Args:
+        model: what `from_pretrained` made of a compressed folder, wrapped or sharded or not.
+        like: the compressed folder, needed only if the model was loaded from a dense one, such as a trainer's
+            checkpoint.
+
+    Raises:
+        RiaError: the folder is not there any more, or does not belong to the model; a weight outside a mask is not
+            zero; a trainer has flattened the weights (FSDP1, DeepSpeed ZeRO-3).
+    """
+    base, origin = origin_of(model, like)
+    if getattr(base, ATTRIBUTE, None) is not None:
+        return
+    reader = Reader(origin.folder)
+    weights = []
+    seen: dict[int, KeptWeight] = {}
+    for name, placement in origin.placements.items():
+        module, leaf = holder(base, name)
+        mask = placement.join(lambda linear: mask_of(reader, linear))
+        weight = KeptWeight(name, module, leaf, mask)
+        parameter = weight.parameter()
+        twin = seen.setdefault(id(parameter), weight)
+        if not torch.equal(twin.packed, weight.packed):
+            raise RiaError(f"{name}: one parameter with {twin.name}, but pruned differently. Untie them first.")
+        # Other ranks may have no weights yet (FSDP's cpu_ram_efficient_loading).
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            weight.check_zeros(origin.folder)
+        weights.append(weight)
+    kept = KeptWeights(weights)
+    kept.mask_gradients()
+    setattr(base, ATTRIBUTE, kept)
+    base.register_forward_pre_hook(kept.before_forward)
+
+
+class KeptWeight:
+    """One parameter with pruned linears, and which of its elements are kept.
+
+    Args:
+        mask: bool, of the parameter's whole shape.
+    """
+
+    def __init__(self, name: str, module: nn.Module, leaf: str, mask: torch.Tensor):
+        self.name, self.module, self.leaf = name, module, leaf
+        self.shape = mask.shape
+        self.packed = _packed(mask)
+        self.local: tuple[Any, torch.Tensor] | None = None  # how the weight was sharded, and its part of the mask
+        self.masked: int | None = None  # id of the gradient that was masked last
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"local": None, "masked": None}  # a device mesh belongs to its process
+
+    def parameter(self) -> torch.Tensor:
+        """The parameter that is in the place of the weight by now.
+
+        Raises:
+            RiaError: it has another shape.
+        """
+        found = self.module._parameters.get(self.leaf)
+        if found is None or found.shape != self.shape:
+            shape = "gone" if found is None else f"of shape {tuple(found.shape)} now, not {tuple(self.shape)}"
+            raise RiaError(
+                f"{self.name}: its weight is {shape}, so it cannot be kept sparse. Trainers that flatten weights or "
+                "cut them up do so (FSDP1, DeepSpeed ZeRO-3); use FSDP2 (`fsdp_version: 2` in accelerate's settings)."
+            )
+        return found
+
+    def zero_outside(self, tensor: torch.Tensor) -> None:
+        """Zero a tensor like the weight, or sharded as it is, outside the mask, in place."""
+        if isinstance(tensor, DTensor):
+            local = tensor.to_local()
+            local.masked_fill_(self._dropped_locally(tensor, local), 0)
+        else:
+            tensor.masked_fill_(_dropped(self._on(tensor.device), self.shape), 0)
+
+    def check_zeros(self, folder: Path) -> None:
+        """Check that the weight is zero outside the mask, as far as this process holds it.
+
+        Raises:
+            RiaError: it is not.
+        """
+        weight = self.parameter().detach()
+        if weight.is_meta:
+            return
+        wanted = weight.clone()
+        self.zero_outside(wanted)
+        same = (wanted.to_local() == weight.to_local()) if isinstance(weight, DTensor) else wanted == weight
+        if not bool(same.all()):
+            raise RiaError(
+                f"{self.name}: not zero everywhere outside the mask in {folder}. Call keep_sparse before anything "
+                "changes the weights (a merged adapter does), with the folder that the model was loaded from."
+            )
+
+    def mask_gradient(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            self.zero_outside(parameter.grad)
+            self.masked = id(parameter.grad)
+
+    def hook(self, parameter: torch.Tensor) -> None:
+        """Have the gradient of `parameter` masked whenever it has been accumulated."""
+        hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+        if parameter.requires_grad and parameter.is_leaf and self.mask_gradient not in hooks.values():
+            parameter.register_post_accumulate_grad_hook(self.mask_gradient)
+
+    def _on(self, device: torch.device) -> torch.Tensor:
+        if self.packed.device != device and device.type != "meta":
+            self.packed = self.packed.to(device)
+        return self.packed.to(device)
+
+    def _dropped_locally(self, tensor: DTensor, local: torch.Tensor) -> torch.Tensor:
+        sharding = (tensor.device_mesh, tensor.placements, local.device)
+        if self.local is None or self.local[0] != sharding:
+            mesh_type = tensor.device_mesh.device_type
+            whole = _dropped(self.packed.cpu(), self.shape).logical_not_().to(mesh_type)
+            part = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+            if part.shape != local.shape:
+                raise RiaError(
+                    f"{self.name}: sharded in a way that torch cannot shard its mask by: {tensor.placements}."
+                )
+            self.packed = self.packed.cpu()
+            self.local = (sharding, _packed(part.to(local.device)))
+        return _dropped(self.local[1], local.shape)
+
+
+class KeptWeights:
+    """All of a model's, known to the hooks on optimizers as long as the model exists."""
+
+    def __init__(self, weights: list[KeptWeight]):
+        self.weights = weights
+        self._watch()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, made by `copy.deepcopy` or in another process: its model is kept sparse, too."""
+        self.__dict__.update(state)
+        self._watch()
+
+    def _watch(self) -> None:
+        _ALIVE.add(self)
+        if not _HANDLES:
+            _HANDLES.append(register_optimizer_step_pre_hook(_before_step))
+            _HANDLES.append(register_optimizer_step_post_hook(_after_step))
+
+    @torch.compiler.disable
+    def before_forward(self, *_: Any) -> None:
+        """Whatever the parameters are by now: their gradients get masked."""
+        self.mask_gradients()
+
+    def mask_gradients(self) -> None:
+        for weight in self.weights:
+            weight.hook(weight.parameter())
+
+    def in_optimizer(self, optimizer: torch.optim.Optimizer) -> list[tuple[KeptWeight, torch.Tensor]]:
+        """The weights that this optimizer changes, and their parameters.
+
+        Raises:
+            RiaError: one has another shape by now.
+        """
+        mine = {id(weight.module._parameters.get(weight.leaf)): weight for weight in self.weights}
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        found = [mine[id(parameter)] for parameter in parameters if id(parameter) in mine]
+        return [(weight, weight.parameter()) for weight in found]
+
+
+_ALIVE: "weakref.WeakSet[KeptWeights]" = weakref.WeakSet()
+_HANDLES: list[Any] = []
+
+
+@torch.no_grad()
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Gradients may have come from elsewhere than a backward pass with hooks."""
+    for kept in list(_ALIVE):
+        for weight, parameter in kept.in_optimizer(optimizer):
+            if weight.masked != id(parameter.grad):
+                weight.mask_gradient(parameter)
+            weight.hook(parameter)
+
+
+@torch.no_grad()
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for kept in list(_ALIVE):
+        for weight, parameter in kept.in_optimizer(optimizer):
+            if parameter.requires_grad:
+                weight.zero_outside(parameter)
+
+
+def _packed(mask: torch.Tensor) -> torch.Tensor:
+    """uint8 [ceil(n/8)] from bool of n elements."""
+    flat = mask.reshape(-1)
+    flat = nn.functional.pad(flat, (0, -len(flat) % 8))
+    bits = flat.view(-1, 8).to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return bits.sum(-1, dtype=torch.uint8)
+
+
+def _dropped(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """bool of this shape, True where the mask that was `_packed` is False."""
+    # Eight bits become the eight bytes of an integer in one lookup.
+    return _EIGHT_BYTES.to(packed.device)[packed.int()].view(torch.bool)[: shape.numel()].view(shape)
+
+
+_EIGHT_BYTES = torch.tensor(
+    [int.from_bytes(bytes(1 - (byte >> i & 1) for i in range(8)), sys.byteorder) for byte in range(256)]
+)
+"""For each byte the integer whose bytes are 1 where its bits, the least significant first, are 0."""

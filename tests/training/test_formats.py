@@ -1,0 +1,112 @@
+"""`save` into integer formats: what rounding does to trained weights."""
+
+import json
+
+import pytest
+import torch
+from sparse_llama import load, masks
+
+from ria_vllm import sparse24
+from ria_vllm.checkpoint import Reader
+from ria_vllm.formats import WRITTEN
+from ria_vllm.schema import RiaSchema
+from ria_vllm.training import keep_sparse, save
+from ria_vllm.writer import CheckpointWriter
+
+FORMATS = ["int8", "int4", "int8-g64", "int4-g32"]
+
+
+def quantized(like, out, name, shrink=1.0):
+    """`like` with its weights in another format; `shrink`: scales smaller than those of the largest magnitudes."""
+    reader, chosen = Reader(like), WRITTEN[name]
+    units = {other: reader.tensor(other) for other in reader.dense_names}
+    for linear in reader.sparse_names:
+        before = reader.linear(linear)
+        mask = sparse24.mask_from_bitmask(before.parts["bitmask"])
+        _, scales = chosen.quantize(before.stored(), torch.bfloat16)
+        rounded, scales = chosen.quantize(before.stored(), torch.bfloat16, scales * shrink)
+        units |= {f"{linear}.{part}": tensor for part, tensor in chosen.encode(rounded, mask, scales).items()}
+        units[f"{linear}.shape"] = torch.tensor(before.shape).view(2, 1)
+        if before.input_permutation is not None:
+            units[f"{linear}.input_permutation"] = before.input_permutation
+    content = reader.config["quantization_config"] | {"weights": dict(chosen.quantization) | {"dtype": "bfloat16"}}
+    config = reader.config | {"quantization_config": RiaSchema.parse(content, "").model_dump(exclude_none=True)}
+    writer = CheckpointWriter(out)
+    writer.write("all", units)
+    writer.finish(["all"], {"config.json": config}, [], 1 << 40)
+    return out
+
+
+def relative(left, right):
+    return ((left.double() - right.double()).norm() / right.double().norm()).item()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_untouched_weights_keep_their_bytes(pruned_llama, tmp_path, name, dtype):
+    quantized(pruned_llama.folder, tmp_path / "out", name)
+    saved = save(load(tmp_path / "out", dtype), tmp_path / "new", like=tmp_path / "out")
+    left, right = Reader(tmp_path / "out"), Reader(tmp_path / "new")
+    assert saved.changed == 0 and all(torch.equal(left.tensor(one), right.tensor(one)) for one in left.files)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_trained_weights_are_rounded_to_the_nearest(pruned_llama, tmp_path, name):
+    """By brute force: each kept value is the integer, of all there are, whose product with its scale is nearest."""
+    quantized(pruned_llama.folder, tmp_path / "out", name)
+    model, kept = load(tmp_path / "out"), masks(pruned_llama.folder)
+    keep_sparse(model)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for one, mask in kept.items():
+            weight = model.get_parameter(one)
+            weight.add_(torch.randn(weight.shape, generator=draw) * 0.02 * mask)
+    saved = save(model, tmp_path / "new", like=tmp_path / "out")
+    reader = Reader(tmp_path / "new")
+    assert list(reader.problems()) == [] and saved.changed == 14
+    assert reader.schema.weight_format.name == name
+    found, wanted, before = [], [], []
+    for one in reader.sparse_names:
+        linear, old = reader.linear(one), Reader(tmp_path / "out").linear(one)
+        weight = model.get_parameter(f"{one}.weight").detach()
+        p = linear.input_permutation
+        stored = weight if p is None else weight[:, p.long()]
+        scale = linear.parts["weight_scale"].float()
+        wide = scale.repeat_interleave(stored.shape[1] // scale.shape[1], 1)[..., None]
+        bits = linear.format.num_bits
+        grid = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)) if bits == 4 else torch.arange(-127, 128)
+        nearest = (grid * wide - stored[..., None]).abs().min(-1).values
+        written = linear.format.decode(linear.parts, torch.float32)
+        mask = sparse24.mask_from_bitmask(linear.parts["bitmask"])
+        torch.testing.assert_close(((written - stored).abs() * mask), nearest * mask, rtol=0, atol=1e-6)
+        found.append(linear.stored().flatten())
+        wanted.append(stored.flatten())
+        before.append(old.stored().flatten())
+    found, wanted, before = (torch.cat(each) for each in (found, wanted, before))
+    assert saved.rounding == pytest.approx(relative(found, wanted), rel=1e-6)
+    assert saved.relative_change == pytest.approx(relative(wanted, before), rel=1e-6)
+    bounds = {"int8": (0.001, 0.02), "int8-g64": (0.001, 0.02), "int4": (0.05, 0.2), "int4-g32": (0.05, 0.2)}
+    assert bounds[name][0] < saved.rounding < bounds[name][1]
+    story = json.loads((tmp_path / "new" / "config.json").read_text())["quantization_config"]["recipe"]["training"][0]
+    assert story["rounding"] == saved.rounding
+
+
+def test_scales_that_were_chosen_well_are_kept(pruned_llama, tmp_path):
+    """The better scale of each row: the old one, or that of the largest magnitude."""
+    quantized(pruned_llama.folder, tmp_path / "out", "int4", shrink=0.8)
+    model = load(tmp_path / "out")
+    keep_sparse(model)
+    name = "model.layers.0.mlp.up_proj"
+    weight = model.get_parameter(f"{name}.weight")
+    with torch.no_grad():
+        weight.mul_(1.001)
+        weight[3] *= 3  # the old scale would clip it
+    save(model, tmp_path / "new", like=tmp_path / "out")
+    old, new = (Reader(tmp_path / folder).linear(name) for folder in ("out", "new"))
+    largest = WRITTEN["int4"].scales_of(weight.detach(), torch.bfloat16)
+    for scales in (old.parts["weight_scale"], largest):
+        other, _ = WRITTEN["int4"].quantize(weight.detach(), torch.bfloat16, scales)
+        errors = [(one.float() - weight.detach()).square().sum(1) for one in (new.stored(), other)]
+        assert (errors[0] <= errors[1] * (1 + 1e-5)).all() and (errors[0] < errors[1] * 0.9).any()
+    kept = (new.parts["weight_scale"] == old.parts["weight_scale"]).flatten()
+    assert not kept[3] and kept.float().mean() > 0.5

@@ -1,0 +1,236 @@
+"""`keep_sparse`: only kept weights change, at every step, whatever trains them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from sparse_llama import TOKENS, load, loss_of, masks, outside, train
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.optimization import Adafactor
+
+from ria_vllm.errors import RiaError
+from ria_vllm.training import keep_sparse
+
+
+class MovesEverything(torch.optim.Optimizer):
+    """As Muon does: whatever an element's gradient, the element moves."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.add_(parameter.grad.sum() + 0.01)
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "adafactor": lambda p: Adafactor(p, lr=1e-2, relative_step=False, scale_parameter=True, weight_decay=0.1),
+    "torch-adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2, weight_decay=0.1),
+    "muon": lambda p: torch.optim.Muon([one for one in p if one.dim() == 2], lr=1e-2, weight_decay=0.1),
+    "moves-everything": MovesEverything,
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_every_optimizer_changes_only_kept_weights_at_every_step(pruned_llama, kind):
+    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
+    keep_sparse(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    train(model, OPTIMIZERS[kind](model.parameters()), after=lambda: check_zeros(model, kept))
+    assert len(kept) == 14
+    for name, mask in kept.items():
+        moved = model.get_parameter(name) != before[name]
+        assert not moved[~mask].any() and moved[mask].float().mean() > 0.9, name
+    assert (model.lm_head.weight != before["lm_head.weight"]).any()
+
+
+def check_zeros(model, kept):
+    assert list(outside(model, kept)) == []
+
+
+def test_without_it_pruned_weights_change(pruned_llama):
+    """What the other tests see is due to `keep_sparse`."""
+    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
+    train(model, OPTIMIZERS["adamw"](model.parameters()), steps=1)
+    assert set(outside(model, kept)) == set(kept)
+
+
+def test_the_steps_are_those_of_a_model_that_has_only_the_kept_weights(pruned_llama):
+    """The oracle: weights are `values * mask` in the graph, so pruned ones have no gradient; clipped, accumulated."""
+    kept = masks(pruned_llama.folder)
+    model, oracle = load(pruned_llama.folder), load(pruned_llama.folder)
+    keep_sparse(model)
+    for name, mask in kept.items():
+        module = oracle.get_submodule(name.removesuffix(".weight"))
+        nn.utils.parametrize.register_parametrization(module, "weight", Masked(mask))
+    found = []
+    for one in (model, oracle):
+        optimizer, norms = torch.optim.AdamW(one.parameters(), lr=1e-3, weight_decay=0.1), []
+        for step in range(4):
+            optimizer.zero_grad()
+            for part in range(2):  # accumulated
+                (loss_of(one, TOKENS[2 * step : 2 * step + 2][part::2]) / 2).backward()
+            norms.append(nn.utils.clip_grad_norm_(one.parameters(), 0.5))
+            optimizer.step()
+        found.append(torch.stack(norms))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0)
+    for name in kept:
+        want = oracle.get_submodule(name.removesuffix(".weight")).weight
+        torch.testing.assert_close(model.get_parameter(name), want, rtol=0, atol=1e-5)
+
+
+class Masked(nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, weight):
+        return weight * self.mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_with_accumulation(pruned_llama, dtype):
+    model, kept = load(pruned_llama.folder, dtype), masks(pruned_llama.folder)
+    keep_sparse(model)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    for step in range(2):
+        for part in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss_of(model, TOKENS[2 * step + part :][:1]).backward()
+            for name, mask in kept.items():
+                grad = model.get_parameter(name).grad
+                assert not grad[~mask].any() and grad[mask].any(), name
+        optimizer.step()
+        check_zeros(model, kept)
+        optimizer.zero_grad()
+
+
+def test_with_a_gradient_scaler(pruned_llama):
+    """A step that it skips, because of an infinite gradient, changes nothing."""
+    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
+    keep_sparse(model)
+    optimizer, scaler = OPTIMIZERS["adamw"](model.parameters()), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = model.lm_head.weight.detach().clone()
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, TOKENS[step : step + 2])).backward()
+        if step == 0:
+            model.lm_head.weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        check_zeros(model, kept)
+        assert torch.equal(model.lm_head.weight, before) == (step == 0)
+    assert scaler.get_scale() == 512
+
+
+def test_transformers_trainer_resumes_to_the_same_weights(pruned_llama, tmp_path):
+    kept, found = masks(pruned_llama.folder), []
+    settings = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 2}
+    data = [{"input_ids": row, "labels": row} for row in torch.cat([TOKENS, TOKENS.flip(0)])]
+    for resume in (None, str(tmp_path / "runs" / "checkpoint-2")):
+        model = load(pruned_llama.folder)
+        keep_sparse(model)
+        arguments = TrainingArguments(
+            str(tmp_path / "runs"), learning_rate=1e-2, weight_decay=0.1, use_cpu=True, report_to="none", **settings
+        )
+        Trainer(model, arguments, train_dataset=data).train(resume_from_checkpoint=resume)
+        check_zeros(model, kept)
+        found.append(model.state_dict())
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def test_gradients_that_overflow_where_weights_are_pruned(pruned_llama):
+    """inf * 0 is NaN, so a mask that multiplies would spread it."""
+    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
+    keep_sparse(model)
+    name, mask = next(iter(kept.items()))
+    weight = model.get_parameter(name)
+    weight.grad = torch.where(mask, 1.0, torch.inf)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert weight.isfinite().all() and not weight[~mask].any()
+
+
+def test_a_kept_weight_may_be_zero(damage):
+    """Masks are what the folder says, not where weights are not zero."""
+    name = "model.layers.0.mlp.up_proj"
+    damage.replace(f"{name}.compressed", torch.zeros_like)
+    model, mask = load(damage.folder), masks(damage.folder)[f"{name}.weight"]
+    keep_sparse(model)
+    train(model, OPTIMIZERS["adamw"](model.parameters()), steps=2)
+    weight = model.get_parameter(f"{name}.weight")
+    assert weight[mask].ne(0).float().mean() > 0.9 and not weight[~mask].any()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_kept_sparse_too(pruned_llama, copied):
+    """Trainers copy models: for a reference, for an average, to other processes."""
+    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
+    keep_sparse(model)
+    twin = copied(model)
+    train(twin, MovesEverything(twin.parameters()), after=lambda: check_zeros(twin, kept))
+    before = load(pruned_llama.folder).state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_parameters_that_were_replaced(pruned_llama):
+    """FSDP2 and `to("meta")` put other objects into the modules."""
+    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
+    keep_sparse(model)
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone())
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    loss_of(model).backward()
+    assert not any(model.get_parameter(name).grad[~mask].any() for name, mask in kept.items())
+    optimizer.step()
+    check_zeros(model, kept)
+
+
+def test_compiled(pruned_llama):
+    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
+    keep_sparse(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    train(compiled, MovesEverything(compiled.parameters()), steps=2, after=lambda: check_zeros(model, kept))
+
+
+def test_flattened_weights_are_refused(pruned_llama):
+    """As in FSDP1 and DeepSpeed ZeRO-3."""
+    model = load(pruned_llama.folder)
+    keep_sparse(model)
+    module = model.model.layers[1].mlp.up_proj
+    module.weight = nn.Parameter(module.weight.detach().flatten())
+    with pytest.raises(RiaError, match=r"model.layers.1.mlp.up_proj.weight: .*FSDP1.*use FSDP2"):
+        model(TOKENS)
+
+
+def test_a_model_that_is_dense_already(pruned_llama):
+    model = load(pruned_llama.folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.add_(1e-3)
+    with pytest.raises(RiaError, match=r"model.layers.1.mlp.up_proj.weight: not zero everywhere outside the mask"):
+        keep_sparse(model)
+
+
+def test_a_dense_checkpoint_goes_on_with_the_masks_of_the_folder(pruned_llama, tmp_path):
+    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    again = load(tmp_path / "checkpoint-1")
+    with pytest.raises(RiaError, match="give the folder as `like`"):
+        keep_sparse(again)
+    keep_sparse(again, like=pruned_llama.folder)
+    train(again, MovesEverything(again.parameters()), after=lambda: check_zeros(again, kept))
+
+
+def test_reached_from_the_package():
+    import ria_vllm
+
+    assert ria_vllm.training.keep_sparse is keep_sparse

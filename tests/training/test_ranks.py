@@ -1,0 +1,64 @@
+"""Several processes (gloo, CPU): FSDP2, alone and by accelerate, and DDP train and save what one process does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import STEPS, MovesEverything
+from safetensors.torch import load_file
+from sparse_llama import TOKENS, load, loss_of, masks, outside
+
+from ria_vllm.checkpoint import Reader
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+
+
+def alone(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights after the same steps in one process, without hooks: masked by hand."""
+    model, kept = load(folder), masks(folder)
+    optimizer = MovesEverything(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        batch = TOKENS[step : step + 4]
+        ((loss_of(model, batch[::2]) + loss_of(model, batch[1::2])) / 2).backward()
+        for name, mask in kept.items():
+            model.get_parameter(name).grad *= mask
+        optimizer.step()
+        with torch.no_grad():
+            for name, mask in kept.items():
+                model.get_parameter(name).mul_(mask)
+    return model.state_dict()
+
+
+def torchrun(*arguments: object) -> None:
+    paths = [str(SCRIPT.parent), str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT),
+         *map(str, arguments)],
+        capture_output=True, text=True, timeout=600,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "ddp", "accelerate"])
+def test_two_processes_do_what_one_does(pruned_llama, tmp_path, kind):
+    torchrun(pruned_llama.folder, tmp_path, kind)
+    found, want = load_file(tmp_path / "state.safetensors"), alone(pruned_llama.folder)
+    assert found.keys() == want.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, want[name], rtol=1e-4, atol=1e-5)
+    assert list(Reader(tmp_path / "new").problems()) == []
+    again = load(tmp_path / "new", torch.bfloat16)
+    assert list(outside(again, masks(pruned_llama.folder))) == []
+    assert all(torch.equal(tensor, found[name].to(torch.bfloat16)) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp1-original"])
+def test_fsdp1_is_refused(pruned_llama, tmp_path, kind):
+    torchrun(pruned_llama.folder, tmp_path, kind)

@@ -1,0 +1,219 @@
+"""`save`: a trained model as a compressed folder like the one that it came from."""
+
+import json
+import shutil
+
+import image_models
+import pytest
+import tiny
+import torch
+from compressing import run_small
+from damage import rewrite
+from moe import save_moe
+from safetensors.torch import load_file
+from sparse_llama import load, masks, train
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.training import keep_sparse, save
+
+TOKENS = torch.arange(3, 40)[None]
+
+
+def trained(folder, dtype=torch.float32, auto=AutoModelForCausalLM, lr=1e-2):
+    """Kept sparse, and moved by one step that gives every weight a gradient."""
+    model = auto.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    keep_sparse(model)
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=draw).to(parameter)
+    torch.optim.SGD(model.parameters(), lr=lr).step()
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits.float()
+
+
+def check_like(new, like):
+    """Everything but the values is as it was: masks, orders, digests, names, dtypes, files."""
+    reader, before = Reader(new), Reader(like)
+    assert list(reader.problems()) == []
+    assert list(reader.files) == list(before.files) or set(reader.files) == set(before.files)
+    for name in reader.files:
+        assert (
+            reader.tensor(name).dtype == before.tensor(name).dtype
+            and reader.tensor(name).shape == before.tensor(name).shape
+        ), name
+        if name.endswith((".bitmask", ".shape")):
+            assert torch.equal(reader.tensor(name), before.tensor(name)), name
+    assert reader.permutations.keys() == before.permutations.keys()
+    assert all(torch.equal(p, before.permutations[name]) for name, p in reader.permutations.items())
+    left, right = (r.config["quantization_config"] for r in (reader, before))
+    assert {**left, "recipe": None} == {**right, "recipe": None}
+    assert left["recipe"].items() >= right["recipe"].items()
+    return reader
+
+
+def test_float_weights_come_back_as_they_were_trained(pruned_llama, tmp_path):
+    model = trained(pruned_llama.folder, torch.bfloat16)
+    saved = save(model, tmp_path / "new", like=pruned_llama.folder, note="one step")
+    check_like(tmp_path / "new", pruned_llama.folder)
+    again = load(tmp_path / "new", torch.bfloat16)
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+    assert saved.linears == saved.changed == 14 and saved.rounding == 0 and saved.kept == []
+    old = torch.cat([t.flatten() for n, t in pruned_llama.dense.items() if f"{n}" in masks(pruned_llama.folder)])
+    now = torch.cat([state[n].flatten() for n in pruned_llama.dense if n in masks(pruned_llama.folder)])
+    want = ((now.double() - old.double()).norm() / old.double().norm()).item()
+    assert saved.relative_change == pytest.approx(want, rel=1e-6) and want > 0.01
+
+
+def test_the_recipe_and_the_card_say_what_happened(pruned_llama, tmp_path):
+    folder = tmp_path / "like"
+    shutil.copytree(pruned_llama.folder, folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nperplexity 12.34\n")
+    (folder / "ria_report.json").write_text(json.dumps({"linears": {"a": {"retained_after": 1, "error_after": 2}}}))
+    save(trained(folder), tmp_path / "once", like=folder, note="SFT | on 3 chats")
+    save(load(tmp_path / "once"), tmp_path / "twice", like=tmp_path / "once")
+    story = Reader(tmp_path / "twice").schema.recipe["training"]
+    assert [entry["note"] for entry in story] == ["SFT | on 3 chats", ""]
+    assert [entry["changed"] for entry in story] == [14, 0] and story[0]["dtype"] == "float32"
+    card = (tmp_path / "once" / "README.md").read_text()
+    assert "license: mit" in card and "12.34" not in card and "trained after that, with the masks fixed: SFT" in card
+    report = json.loads((tmp_path / "once" / "ria_report.json").read_text())
+    assert report["linears"] == {"a": {"retained_after": 1}} and report["recipe"]["training"][0]["changed"] == 14
+    names = {path.name for path in folder.iterdir() if "safetensors" not in path.name}
+    assert names == {path.name for path in (tmp_path / "once").iterdir() if "safetensors" not in path.name}
+    assert (tmp_path / "once" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "gemma2", "opt", "phi3", "gpt-neox"])
+def test_families(name, tmp_path):
+    """Tied heads, biases, fused linears, and other names on disk."""
+    tiny.write(tiny.FAMILIES[name], tmp_path / "out")
+    model = trained(tmp_path / "out")
+    save(model, tmp_path / "new", like=tmp_path / "out")
+    check_like(tmp_path / "new", tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "new", attn_implementation="eager")
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
+def test_a_wrapper(name, tmp_path):
+    image_models.write(name, tmp_path / "out")
+    model = trained(tmp_path / "out", auto=AutoModelForImageTextToText)
+    save(model, tmp_path / "new", like=tmp_path / "out")
+    check_like(tmp_path / "new", tmp_path / "out")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "new", attn_implementation="eager").state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "granitemoe", "gpt_oss"])
+def test_experts_are_stored_one_by_one_again(kind, tmp_path, tmp_path_factory):
+    text = tmp_path / "text.txt"
+    text.write_text("Many words are written here, and then some more of them. " * 40)
+    run_small(save_moe(tmp_path / "in", kind), tmp_path / "out", text)
+    model = trained(tmp_path / "out")
+    save(model, tmp_path / "new", like=tmp_path / "out")
+    reader = check_like(tmp_path / "new", tmp_path / "out")
+    assert sum(".experts." in name for name in reader.sparse_names) == 2 * 4 * 3
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    for name, tensor in state.items():
+        if "experts" in name and "bias" not in name:
+            assert (tensor != before[name]).float().mean() == pytest.approx(0.5, abs=0.01), name
+
+
+def test_a_dense_checkpoint_of_a_trainer(pruned_llama, tmp_path):
+    model = trained(pruned_llama.folder, torch.bfloat16)
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    again = load(tmp_path / "checkpoint-1", torch.bfloat16)
+    save(again, tmp_path / "new", like=pruned_llama.folder)
+    save(model, tmp_path / "same", like=pruned_llama.folder)
+    left, right = (load(tmp_path / name, torch.bfloat16).state_dict() for name in ("new", "same"))
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_weight_outside_the_mask(pruned_llama, tmp_path):
+    model = load(pruned_llama.folder)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=1)
+    with pytest.raises(RiaError, match=r"_proj: \d+ of its weights are not zero.*keep_sparse.*adapter was merged"):
+        save(model, tmp_path / "new", like=pruned_llama.folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("model.norm", torch.nan), ("model.layers.1.mlp.up_proj", torch.inf)])
+def test_a_value_that_is_not_finite(pruned_llama, tmp_path, name, value):
+    model = load(pruned_llama.folder)
+    keep_sparse(model)
+    with torch.no_grad():
+        weight = model.get_submodule(name).weight
+        weight[weight != 0] = value
+    with pytest.raises(RiaError, match=f"{name}.*NaN or infinite.*diverged"):
+        save(model, tmp_path / "new", like=pruned_llama.folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_too_large_for_the_dtype(tmp_path):
+    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out", dtype=torch.float16)
+    for name in ("model.layers.1.mlp.up_proj", "model.norm"):
+        model = load(tmp_path / "out")
+        with torch.no_grad():
+            model.get_submodule(name).weight.mul_(1e9)
+        with pytest.raises(RiaError, match=f"{name}.*too large for the folder's dtype"):
+            save(model, tmp_path / "new", like=tmp_path / "out")
+
+
+def test_another_vocabulary(pruned_llama, tmp_path):
+    model = load(pruned_llama.folder)
+    model.resize_token_embeddings(300)
+    with pytest.raises(RiaError, match=r"shape \(300, 128\) in the model, but \(258, 128\)"):
+        save(model, tmp_path / "new", like=pruned_llama.folder)
+
+
+def test_another_class(pruned_llama, tmp_path):
+    model = load(pruned_llama.folder)
+    classifier = AutoModelForSequenceClassification.from_pretrained(pruned_llama.folder)
+    with pytest.raises(RiaError, match=r"score.weight has no place in this folder.*LlamaForCausalLM"):
+        save(classifier, tmp_path / "new", like=pruned_llama.folder)
+    with pytest.raises(RiaError, match="this is the folder being read"):
+        save(model, pruned_llama.folder, like=pruned_llama.folder, overwrite=True)
+    (tmp_path / "new").mkdir()
+    with pytest.raises(RiaError, match="exists already"):
+        save(model, tmp_path / "new", like=pruned_llama.folder)
+
+
+def test_fewer_layers(pruned_llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(pruned_llama.folder, num_hidden_layers=1)
+    with pytest.raises(RiaError, match=r"model.layers.1.* is not in the model"):
+        save(model, tmp_path / "new", like=pruned_llama.folder)
+
+
+def test_a_folder_with_other_masks(pruned_llama, damage, tmp_path):
+    name = "model.layers.0.mlp.up_proj"
+    damage.replace(f"{name}.bitmask", lambda bitmask: bitmask.bitwise_not())
+    with pytest.raises(RiaError, match=f"{name}: .* are not zero though they are pruned in"):
+        save(load(pruned_llama.folder), tmp_path / "new", like=damage.folder)
+
+
+def test_tensors_that_the_model_does_not_have_stay(tmp_path):
+    """Such as a vision tower, where only the text model was loaded."""
+    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out")
+    tower = {"vision_tower.weight": torch.randn(3, 5)}
+    rewrite(tmp_path / "out" / "model.safetensors", lambda tensors: tensors.update(tower))
+    saved = save(trained(tmp_path / "out"), tmp_path / "new", like=tmp_path / "out")
+    assert saved.kept == ["vision_tower.weight"]
+    reader = check_like(tmp_path / "new", tmp_path / "out")
+    assert torch.equal(reader.tensor("vision_tower.weight"), tower["vision_tower.weight"])
+
+
+def test_several_shards(pruned_llama, tmp_path):
+    save(trained(pruned_llama.folder), tmp_path / "new", like=pruned_llama.folder, max_shard_size=100_000)
+    files = sorted((tmp_path / "new").glob("model-*.safetensors"))
+    assert len(files) > 3 and sum(len(load_file(file)) for file in files) == len(Reader(tmp_path / "new").files)
+    check_like(tmp_path / "new", pruned_llama.folder)

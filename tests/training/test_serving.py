@@ -1,0 +1,46 @@
+"""vLLM serves what `save` writes, and computes what transformers does with the trained model."""
+
+import compare
+import pytest
+import tiny
+import torch
+from compressing import run_small
+from moe import save_moe
+from transformers import AutoModelForCausalLM
+
+from ria_vllm.training import keep_sparse, save
+
+
+def trained(folder, steps=3):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    keep_sparse(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    tokens = torch.randint(3, 200, (4, 16), generator=torch.Generator().manual_seed(0))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.slow
+def test_vllm_computes_what_the_trained_model_does(tmp_path):
+    """A dense model with folds and gathers, and a mixture whose experts transformers has stacked."""
+    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "llama")
+    text = tmp_path / "text.txt"
+    text.write_text("Many words are written here, and then some more of them. " * 40)
+    run_small(save_moe(tmp_path / "moe", "qwen3_moe", head_dim=32), tmp_path / "mixture", text)
+    models, jobs = [], []
+    for name in ("llama", "mixture"):
+        models.append(trained(tmp_path / name))
+        save(models[-1], tmp_path / f"{name}-new", like=tmp_path / name)
+        prompts = [[token % 250 for token in prompt] for prompt in compare.prompts()]
+        engine = {"dtype": "float32", "max_model_len": 64}
+        jobs.append({"model": str(tmp_path / f"{name}-new"), "prompts": prompts, "engine": engine})
+    results = compare.generate(tmp_path / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS="1")
+    for model, job, result in zip(models, jobs, results):
+        compare.check(model, result, given=job["prompts"])
+        before = AutoModelForCausalLM.from_pretrained(job["model"].removesuffix("-new"), dtype=torch.float32)
+        with torch.no_grad():
+            tokens = torch.tensor(job["prompts"][-1:])
+            assert (before(tokens).logits - model(tokens).logits).abs().max() > 0.1  # training has changed it

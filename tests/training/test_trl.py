@@ -1,0 +1,132 @@
+"""The trainers of others on a pruned model: TRL's SFT as docs/training.md has it, TRL's DPO, and LoRA of PEFT."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from sparse_llama import TOKENS, load, loss_of, masks, outside
+from transformers import AutoTokenizer
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.training import keep_sparse, save
+
+trl = pytest.importorskip("trl", reason="trl is not installed (pip install '.[train]')")
+peft = pytest.importorskip("peft", reason="peft is not installed (pip install '.[train]')")
+
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
+CHATS = Path(__file__).with_name("chats.jsonl")
+LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
+
+
+@pytest.fixture
+def folder(pruned_llama, tmp_path, monkeypatch):
+    """The pruned model and the chats where the example looks for them; the working directory is theirs."""
+    shutil.copytree(pruned_llama.folder, tmp_path / "smollm2-2of4")
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    (tmp_path / "smollm2-2of4" / "chat_template.jinja").write_text(template)
+    shutil.copy(CHATS, tmp_path / "chats.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "smollm2-2of4"
+
+
+def example() -> str:
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    return code
+
+
+def test_the_chats_are_conversations():
+    lines = [json.loads(line) for line in CHATS.read_text().splitlines()]
+    assert len(lines) == 28 and "28 short conversations" in PAGE.read_text()
+    for line in lines:
+        roles = [message["role"] for message in line["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) and all(m["content"] for m in line["messages"])
+
+
+@pytest.mark.slow
+def test_the_documented_example(folder, capsys):
+    """It runs as it stands, learns the chats, changes only kept weights, and its folder is a valid one."""
+    kept = masks(folder)
+    names = {"__name__": "example"}
+    exec(compile(example(), "docs/training.md", "exec"), names)
+    new = Path("smollm2-2of4-chat")
+    assert list(Reader(new).problems()) == [] and masks(new).keys() == kept.keys()
+    assert all(torch.equal(mask, kept[name]) for name, mask in masks(new).items())
+    before, after = load(folder), load(new)
+    assert list(outside(after, kept)) == [] and names["saved"].changed == 14
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chats = [json.loads(line)["messages"] for line in CHATS.read_text().splitlines()]
+    texts = [torch.tensor([tokenizer(tokenizer.apply_chat_template(chat, tokenize=False)).input_ids]) for chat in chats]
+    with torch.no_grad():
+        losses = [sum(loss_of(model, text).item() for text in texts) / len(texts) for model in (before, after)]
+    assert losses[1] < losses[0] - 0.05
+    trained = {name: tensor.to(torch.bfloat16) for name, tensor in names["model"].state_dict().items()}
+    assert all(torch.equal(tensor.to(torch.bfloat16), trained[name]) for name, tensor in after.state_dict().items())
+
+
+@pytest.mark.slow
+def test_dpo(folder):
+    model, kept = load(folder), masks(folder)
+    keep_sparse(model)
+    chats = [json.loads(line)["messages"][:2] for line in CHATS.read_text().splitlines()[:6]]
+    pairs = [{"prompt": [q], "chosen": [a], "rejected": [{"role": "assistant", "content": "No."}]} for q, a in chats]
+    trainer = trl.DPOTrainer(
+        model,
+        args=trl.DPOConfig(
+            "dpo", max_steps=2, learning_rate=1e-3, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            max_length=64, report_to="none", use_cpu=True,
+        ),
+        train_dataset=Dataset.from_list(pairs), processing_class=AutoTokenizer.from_pretrained(folder),
+    )  # fmt: skip
+    trainer.train()
+    before = load(folder).state_dict()
+    assert list(outside(trainer.model, kept)) == []
+    assert all((trainer.model.get_parameter(name) != before[name]).any() for name in kept)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.ref_model.state_dict().items())
+
+
+@pytest.mark.parametrize("first", ["keep_sparse", "peft"])
+def test_lora_beside_frozen_sparse_weights(pruned_llama, tmp_path, first):
+    model = load(pruned_llama.folder)
+    if first == "keep_sparse":
+        keep_sparse(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**LORA))
+    keep_sparse(wrapped)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2, weight_decay=0.1)
+    loss_of(wrapped).backward()
+    optimizer.step()
+    with pytest.raises(RiaError, match=r"the model has adapters .*enable-lora"):
+        save(wrapped, tmp_path / "new", like=pruned_llama.folder)
+    with pytest.raises(RiaError, match=r"the model has adapters"):
+        save(wrapped.get_base_model(), tmp_path / "new", like=pruned_llama.folder)
+    saved = save(wrapped.unload(), tmp_path / "new", like=pruned_llama.folder)
+    assert saved.changed == 0 and saved.relative_change == 0
+    left, right = Reader(pruned_llama.folder), Reader(tmp_path / "new")
+    assert all(torch.equal(left.tensor(name), right.tensor(name)) for name in left.files)
+
+
+def test_kept_weights_trained_beside_lora(pruned_llama, tmp_path):
+    """The pruned weights are under another name then, base_layer, and stay sparse."""
+    wrapped = peft.get_peft_model(load(pruned_llama.folder), peft.LoraConfig(**LORA))
+    for name, parameter in wrapped.named_parameters():
+        parameter.requires_grad_("base_layer" in name)
+    keep_sparse(wrapped)
+    loss_of(wrapped).backward()
+    torch.optim.AdamW(wrapped.parameters(), lr=1e-2, weight_decay=0.1).step()
+    base = wrapped.unload()
+    assert list(outside(base, masks(pruned_llama.folder))) == []
+    assert save(base, tmp_path / "new", like=pruned_llama.folder).changed == 14
+
+
+def test_a_merged_adapter_is_refused(pruned_llama, tmp_path):
+    model = load(pruned_llama.folder)
+    keep_sparse(model)
+    merged = peft.get_peft_model(model, peft.LoraConfig(**LORA)).merge_and_unload()
+    assert loss_of(merged, TOKENS).isfinite()
+    with pytest.raises(RiaError, match=r"model.layers.0.mlp.down_proj: .*adapter was merged.*save_pretrained"):
+        save(merged, tmp_path / "new", like=pruned_llama.folder)
+    assert list(tmp_path.iterdir()) == []
