@@ -102,7 +102,7 @@ def nearest_scales(
     for start in range(0, len(weight), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         W = weight[rows].float().unflatten(1, groups)
-        fitting = torch.maximum(W.amax(-1) / high, W.amin(-1) / low)
+        fitting = found[rows].float()
         least = torch.full_like(fitting, torch.inf)
         for factor in torch.linspace(1.0, SMALLEST, STEPS).tolist():
             scales = (fitting * factor).to(found.dtype)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from damage import rewrite
 
+from ria_vllm import sparse24
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
@@ -38,10 +39,10 @@ def test_each_row_is_rounded_to_255_levels(pruned):
         assert torch.equal(want.parts["bitmask"], linear.parts["bitmask"]), name
         assert linear.parts["compressed"].dtype == torch.int8 and linear.dtype == torch.float32
         weight = want.dense().double()
-        step = weight.abs().amax(1, keepdim=True) / 127
-        torch.testing.assert_close(linear.parts["weight_scale"].double(), step, rtol=1e-6, atol=0)
-        off = (linear.dense().double() - weight).abs() / step
-        assert off.max() <= 0.5 + 1e-4 and off.max() > 0.4, name
+        step, largest = linear.parts["weight_scale"].double(), weight.abs().amax(1, keepdim=True)
+        assert (step <= largest / 127 * (1 + 1e-6)).all() and (step > 0.3 * largest / 127).all()
+        off, clipped = (linear.dense().double() - weight).abs() / step, weight.abs() > 127.5 * step
+        assert off[~clipped].max() <= 0.5 + 1e-4 and off.max() > 0.4 and clipped.double().mean() < 0.05, name
         assert (linear.dense()[weight == 0] == 0).all()
 
 
@@ -75,8 +76,9 @@ def test_what_the_layers_saw_is_what_is_stored(dtype, make_model, text, tmp_path
     for name in reader.sparse_names:
         linear = reader.linear(name)
         assert linear.dtype == dtype
-        again = (linear.dense().float() / linear.parts["weight_scale"]).round()
-        assert again.abs().amax(1).eq(127).all(), name
+        again = (linear.stored().float() / linear.parts["weight_scale"]).round()
+        assert torch.equal(again, sparse24.decompress(linear.parts["compressed"].float(), linear.parts["bitmask"]))
+        assert again.abs().max() == 127, name
 
 
 @pytest.mark.parametrize(
@@ -105,4 +107,4 @@ def test_other_patterns_have_no_int8():
     with pytest.raises(RiaError, match="--weights int8 is for the pattern 2:4"):
         Recipe(pattern=Pattern.parse("4:8"), weights="int8")
     with pytest.raises(RiaError, match="choose one of float, int8"):
-        Recipe(weights="int4")
+        Recipe(weights="int2")
