@@ -91,9 +91,7 @@ def test_each_pass_lowers_the_error_of_every_row(weight_format, tokens):
 @pytest.mark.parametrize("weight_format", FORMATS, ids=str)
 def test_the_result_is_what_is_read_back(weight_format, dtype):
     W, X, keep, p, R = layer(24, 128, 300)
-    V, scales = round_on_mask(
-        W.to(dtype), admm(W, X.T @ X, keep), keep, gram_of(X), weight_format, dtype, R.T @ X, p
-    )
+    V, scales = round_on_mask(W.to(dtype), admm(W, X.T @ X, keep), keep, gram_of(X), weight_format, dtype, R.T @ X, p)
     assert scales.dtype == weight_format.scale_dtype(dtype)
     stored, same = weight_format.quantize(V[:, p], dtype, scales)
     assert same is scales and torch.equal(stored, V[:, p].to(dtype))
@@ -111,9 +109,7 @@ def test_groups_are_those_of_the_stored_order(weight_format):
     want, scales = round_on_mask(
         W[:, p], solved[:, p], keep[:, p], gram_of(X[:, p]), weight_format, torch.bfloat16, R.T @ X[:, p]
     )
-    found, found_scales = round_on_mask(
-        W, solved, keep, gram_of(X), weight_format, torch.bfloat16, R.T @ X, p
-    )
+    found, found_scales = round_on_mask(W, solved, keep, gram_of(X), weight_format, torch.bfloat16, R.T @ X, p)
     # Sums in another order may round an entry the other way; the groups of the model's own order would differ all over.
     assert (found[:, p] - want).abs().gt(1e-3).double().mean() < 0.01
     torch.testing.assert_close(errors(found, W, X, R), errors(want, W[:, p], X[:, p], R), rtol=0.01, atol=0)
@@ -144,9 +140,7 @@ def test_dead_channels_and_empty_rows(weight_format, damping):
     R[:, 3] = 0
     solved = admm(W, X.T @ X, keep)
     plain = in_order(solved, p, weight_format, weight_format.scales_of(solved[:, p], torch.bfloat16))
-    V, scales = round_on_mask(
-        W, solved, keep, gram_of(X), weight_format, torch.bfloat16, R.T @ X, p, damping=damping
-    )
+    V, scales = round_on_mask(W, solved, keep, gram_of(X), weight_format, torch.bfloat16, R.T @ X, p, damping=damping)
     assert V.isfinite().all() and (scales > 0).all() and scales.isfinite().all()
     assert (V[3] == 0).all()
     assert errors(V, W, X, R).sum() < 0.9 * errors(plain, W, X, R).sum()
