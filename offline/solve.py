@@ -14,7 +14,7 @@ from ria_vllm.formats import IntFormat
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning import masks, permute, scores
-from ria_vllm.offline.pruning.admm import AdmmSolver, Choice, admm_solver, output_error
+from ria_vllm.offline.pruning.admm import ROWS_AT_ONCE, AdmmSolver, Choice, admm_solver, output_error
 from ria_vllm.offline.pruning.rounding import nearest_scales, round_on_mask
 from ria_vllm.offline.pruning.sparsegpt import sparsegpt
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
@@ -69,15 +69,20 @@ def stored_weight(
         importance: [in], what a squared error in a channel then costs; None: the same in all.
     """
     weight_format = recipe.weight_format
-    if p is not None and weight_format.group_size is not None:
-        p = p.to(weight.device)
-        importance = None if importance is None else importance[p]
-        weight, scales = stored_weight(weight[:, p], None, dtype, recipe, scales, importance)
-        return weight[:, permutation.invert(p).cpu()], scales
-    if scales is None and isinstance(weight_format, IntFormat):
-        scales = nearest_scales(weight, weight_format, dtype, importance)
-    weight, scales = weight_format.quantize(weight, dtype, scales)
-    return weight.cpu(), None if scales is None else scales.cpu()
+    if not isinstance(weight_format, IntFormat):
+        return weight.to(dtype).cpu(), None
+    p = None if p is None or weight_format.scale_columns is None else p.to(weight.device)
+    back = None if p is None else permutation.invert(p)
+    importance = importance if importance is None or p is None else importance[p]
+    stored, found = torch.empty(weight.shape, dtype=dtype), []
+    for start in range(0, len(weight), ROWS_AT_ONCE):  # so that float32 temporaries stay small beside the weight
+        rows = slice(start, start + ROWS_AT_ONCE)
+        part = weight[rows] if p is None else weight[rows][:, p]
+        given = nearest_scales(part, weight_format, dtype, importance) if scales is None else scales[rows]
+        part, given = weight_format.quantize(part, dtype, given.to(part.device))
+        stored[rows] = (part if back is None else part[:, back]).cpu()
+        found.append(given.cpu())
+    return stored, torch.cat(found)
 
 
 @contextmanager

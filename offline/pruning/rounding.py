@@ -19,8 +19,9 @@ from ria_vllm.formats import IntFormat
 from ria_vllm.offline.pruning.admm import DAMPING, DENSE_WIDTH
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 
-# Rows that are rounded together. Each column is a step: with fewer rows, steps are too short to be fast.
-ROWS_AT_ONCE = 512
+# Entries of the rows that are rounded together, but no fewer rows than that. Each column is a step: with fewer rows,
+# steps are too short to be fast, most of all on a GPU.
+ENTRIES_AT_ONCE, ENTRIES_AT_ONCE_ON_GPUS, LEAST_ROWS = 1 << 20, 1 << 24, 256
 # Columns of a block if scales are per row. The gradient of the others is updated once for each block.
 BLOCK = 64
 # Measured on SmolLM2: 4 passes gain nearly all of what 20 do.
@@ -66,15 +67,15 @@ def round_on_mask(
     system = _System(gram, p, damping, columns or BLOCK)
     back = None if p is None else permutation.invert(p)
     scales = []
-    for start in range(0, len(weight), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    for rows in _some_rows(weight):
         target = system.product(_take(weight[rows].float(), p))
         if cross_term is not None:
             target += _take(cross_term[rows], p)
         W, kept = _take(solved[rows], p), _take(mask[rows], p)
-        found = _Rows.nearest(W, weight_format.scales_of(W, dtype), system, target, weight_format)
         searched = nearest_scales(W, weight_format, dtype, system.diagonal)
-        found.replace_where_worse(_Rows.nearest(W, searched, system, target, weight_format))
+        found = _Rows.nearest(W, searched, system, target, weight_format)
+        found.replace_where_worse(_Rows.nearest(W, weight_format.scales_of(W, dtype), system, target, weight_format))
+        del W
         for _ in range(passes):
             found.descend(kept, system, target)
         solved[rows] = _take(found.weight(), back)
@@ -99,8 +100,7 @@ def nearest_scales(
     groups = (found.shape[1], -1)
     low, high = weight_format.smallest, weight_format.largest
     cost = None if importance is None else importance.float().view(groups)
-    for start in range(0, len(weight), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    for rows in _some_rows(weight):
         W = weight[rows].float().unflatten(1, groups)
         fitting = found[rows].float()
         least = torch.full_like(fitting, torch.inf)
@@ -160,7 +160,7 @@ class _Rows:
     """
 
     def __init__(self, values: torch.Tensor, scales: torch.Tensor, weight_format: IntFormat):
-        self.values, self.scales, self.scale_dtype = values, scales.float(), scales.dtype
+        self.values, self.scales, self.scale_dtype = values, scales.float().clone(), scales.dtype
         self.low, self.high = weight_format.smallest, weight_format.largest
         self.per_row = weight_format.scale_columns is None
         self.gradient = values  # until it is computed
@@ -170,7 +170,7 @@ class _Rows:
         cls, W: torch.Tensor, scales: torch.Tensor, system: _System, target: torch.Tensor, weight_format: IntFormat
     ) -> "_Rows":
         """W [rows, in], rounded to the nearest integers."""
-        found = cls(torch.empty_like(W), scales, weight_format)
+        found = cls(W, scales, weight_format)
         found.values = (W / found._wide()).round_().clamp_(found.low, found.high)
         found.gradient = system.product(found.weight()).sub_(target)
         return found
@@ -182,10 +182,10 @@ class _Rows:
     def replace_where_worse(self, other: "_Rows") -> None:
         """Take the rows of `other` that have a smaller error."""
         # The difference of the two errors, without the parts that would cancel out.
-        change = (other.weight() - self.weight()).mul_(self.gradient + other.gradient).sum(1, keepdim=True)
-        better = change < 0
-        for name in ("values", "scales", "gradient"):
-            setattr(self, name, torch.where(better, getattr(other, name), getattr(self, name)))
+        change = (other.weight() - self.weight()).mul_(self.gradient + other.gradient).sum(1)
+        better = (change < 0).nonzero()[:, 0]
+        for own, others in zip(self._tensors(), other._tensors(), strict=True):
+            own[better] = others[better]
 
     def descend(self, kept: torch.Tensor, system: _System, target: torch.Tensor) -> None:
         """Once over all columns. A group's scale follows its integers; a row's comes at the end."""
@@ -203,7 +203,7 @@ class _Rows:
             self.gradient.addmm_(change, A)
         if self.per_row:
             q, product = self.weight(), self.gradient + target
-            fitted = self._fit(0, (q * self.gradient).sum(1), (q * product).sum(1))
+            fitted = self._fit(0, (q * self.gradient).sum(1), q.mul_(product).sum(1))
             self.gradient = product.mul_(fitted[:, None]).sub_(target)
 
     def _round_columns(self, start: int, stop: int, square: torch.Tensor, group: int, kept: torch.Tensor) -> None:
@@ -231,10 +231,20 @@ class _Rows:
         self.scales[:, group] = torch.where(better, fitted, scales)
         return torch.where(better, e + 1, 1.0)
 
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.values, self.scales, self.gradient
+
     def _wide(self) -> torch.Tensor:
         if self.per_row:
             return self.scales
         return self.scales.repeat_interleave(self.values.shape[1] // self.scales.shape[1], 1)
+
+
+def _some_rows(weight: torch.Tensor) -> Iterator[slice]:
+    entries = ENTRIES_AT_ONCE if weight.device.type == "cpu" else ENTRIES_AT_ONCE_ON_GPUS
+    count = max(LEAST_ROWS, entries // weight.shape[1])
+    for start in range(0, len(weight), count):
+        yield slice(start, start + count)
 
 
 def _take(rows: torch.Tensor, p: torch.Tensor | None) -> torch.Tensor:

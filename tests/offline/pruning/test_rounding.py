@@ -126,7 +126,8 @@ def test_wide_inputs_and_many_rows_give_the_same(monkeypatch):
     monkeypatch.setattr(rounding, "DENSE_WIDTH", 0)
     wide = round_on_mask(W, solved.clone(), *arguments[1:])
     assert torch.equal(want[0], wide[0]) and torch.equal(want[1], wide[1])
-    monkeypatch.setattr(rounding, "ROWS_AT_ONCE", 16)
+    monkeypatch.setattr(rounding, "ENTRIES_AT_ONCE", 0)
+    monkeypatch.setattr(rounding, "LEAST_ROWS", 16)
     few = round_on_mask(W, solved.clone(), *arguments[1:])
     torch.testing.assert_close(errors(few[0], W, X, R), errors(want[0], W, X, R), rtol=0.01, atol=0)
 
