@@ -55,7 +55,20 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     "--weights",
     default="float",
     show_default=True,
-    help="float: in the model's own dtype. int8: integers with a scale per row, 5 bits a weight instead of 9.",
+    help="float: in the model's own dtype. int8, int4: integers, about 5 and 3 bits a weight instead of 9.",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["128", "64", "32", "row"]),
+    show_default="row for int8; for int4 128, or 64 if that does not fit",
+    help="Columns of an integer weight that share a scale. Smaller groups are more exact: 16/SIZE bits a weight more.",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["none", "int8"]),
+    default="none",
+    show_default=True,
+    help="int8: linears with integer weights also round their inputs, with a scale for each token.",
 )
 @click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears with a matching name dense. Repeatable.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -79,8 +92,8 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 @click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(
     model, out, method, exponent, permute, permute_scope, pattern, calibration, samples, seq_len, seed, reconstruct,
-    skip_sensitive, weights, ignore, device, compute_dtype, activation_cache, max_shard_size, overwrite, resume,
-    timings,
+    skip_sensitive, weights, group_size, activations, ignore, device, compute_dtype, activation_cache, max_shard_size,
+    overwrite, resume, timings,
 ):  # fmt: skip
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
 
@@ -101,7 +114,9 @@ def compress(
     recipe = Recipe(
         method=method, exponent=exponent, permute=permute or ("lsa" if served else "none"), permute_scope=permute_scope,
         pattern=parsed, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, ignore=tuple(ignore),
-        reconstruct=reconstruct, skip_sensitive=skip_sensitive, weights=weights, compute_dtype=compute_dtype,
+        reconstruct=reconstruct, skip_sensitive=skip_sensitive, weights=weights,
+        group_size=int(group_size) if group_size and group_size.isdigit() else group_size, activations=activations,
+        compute_dtype=compute_dtype,
     )  # fmt: skip
     if timings and timings.parent.resolve() != out.resolve():  # OUT itself does not exist yet
         check_file_place(timings)

@@ -17,7 +17,7 @@ from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.source import Source, opened
 from ria_vllm.offline.model.streaming import StreamedModel, stored_dtype
 from ria_vllm.offline.model.topology import Topologies
-from ria_vllm.offline.plan import Plan, make_plan, most_sensitive
+from ria_vllm.offline.plan import Plan, make_plan, most_sensitive, widths
 from ria_vllm.offline.plan_experts import describe_experts
 from ria_vllm.offline.prune_experts import counts_of
 from ria_vllm.offline.publish import without_paths
@@ -28,7 +28,7 @@ from ria_vllm.offline.tokens import calibration_tokens
 from ria_vllm.offline.units import layer_key, layer_tensors, pruned_weights
 from ria_vllm.offline.work import begun_run, fingerprint, work_folder
 from ria_vllm.progress import Monitor
-from ria_vllm.schema import REPORT_FILE, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.schema import INT8_TOKENS, REPORT_FILE, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.weight_format import WeightFormat, name_of
 from ria_vllm.writer import CheckpointWriter, check_place
 
@@ -72,6 +72,7 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
             with monitor.phase("reading the headers"):
                 streamed = StreamedModel(source.folder, source.config, settings.device, dtype)
             recipe = _clipped(recipe, source, monitor).with_compute_dtype(name_of(dtype))
+            recipe = _fitting(recipe, streamed, monitor)
             run = fingerprint(recipe, source)
             with work_folder(out, run, settings.overwrite, settings.resume, ranks) as writer:
                 return _Run(source, streamed, recipe, settings, writer, ranks, monitor).compress()
@@ -99,6 +100,16 @@ def _clipped(recipe: Recipe, source: Source, monitor: Monitor) -> Recipe:
         )
         recipe = recipe.with_seq_len(longest)
     return recipe
+
+
+def _fitting(recipe: Recipe, model: StreamedModel, monitor: Monitor) -> Recipe:
+    """The recipe with a group size that fits the model, if its format has groups."""
+    if recipe.weights == "float":
+        return recipe
+    found = recipe.fitting(widths(model, recipe))
+    if found.group_size != recipe.group_size:
+        monitor.say(f"--group-size {found.group_size}: the largest that divides the in-features of each pruned linear")
+    return found
 
 
 @dataclass(frozen=True)
@@ -265,8 +276,10 @@ class _Run:
             words = recipe.weight_format.quantization
             weights = None if words is None else WeightQuantization(**words, dtype=name_of(model.stored_dtype))
             schema = RiaSchema(
-                sparsity_config=sparsity, weights=weights, folds=folds, experts=experts, recipe=recipe.dump(source.name)
-            )
+                sparsity_config=sparsity, weights=weights, folds=folds, experts=experts,
+                input_activations=None if recipe.activations == "none" else INT8_TOKENS,
+                recipe=recipe.dump(source.name),
+            )  # fmt: skip
             json_files["config.json"]["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
         json_files = json_files | {REPORT_FILE: report}
         permuted = recipe.served and recipe.permute != "none"

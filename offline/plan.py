@@ -11,7 +11,7 @@ from ria_vllm.offline.model.architecture import output_heads
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topologies, linears_of, rank_blocks
 from ria_vllm.offline.model.vllm_quirks import fused_sets, served_dense
-from ria_vllm.offline.plan_experts import check_alike, experts_left_dense, plan_experts
+from ria_vllm.offline.plan_experts import check_alike, experts_left_dense, plan_experts, widths_of_experts
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.schema import Fold
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
@@ -70,29 +70,19 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sens
     mixtures: dict[int, frozenset[str]] = {}
     left_dense: dict[str, str] = {}
     blocks: dict[int, dict[str, int]] = {}
-    shared = {name for pair in model.model.all_tied_weights_keys.items() for name in pair}
     for index, layer in enumerate(model.layers):
-        linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        linears = _linears(layer)
         written = {name: model.written_linear(index, name) for name in linears}
         topology, reasons = topologies.of(index), served_dense(layer)
         for name, module in linears.items():
-            width, full = module.in_features, model.layer_prefix(index) + name
             if name in reasons:
                 continue
             if name in topology.dense:
                 reasons[name] = topology.dense[name]
-            elif f"{full}.weight" in shared:
-                reasons[name] = "its weights are another layer's, too"
-            elif not model.names.is_own(full):
-                reasons[name] = "its weights are stored as a part of others"
-            elif recipe.ignores(written[name]):
-                reasons[name] = "--ignore"
+            elif reason := _reason(model, index, name, module, recipe):
+                reasons[name] = reason
             elif written[name] in sensitive:
                 reasons[name] = "--skip-sensitive"
-            elif recipe.served and width % IN_FEATURES_MULTIPLE:
-                reasons[name] = f"its {width} in-features are not a multiple of {IN_FEATURES_MULTIPLE}"
-            elif recipe.pattern.structured and width % recipe.pattern.m:
-                reasons[name] = f"its {width} in-features do not divide into groups of {recipe.pattern.m}"
             if "in-features" in reasons.get(name, ""):
                 misfits[f"{name}: {reasons[name]}"] = misfits.get(f"{name}: {reasons[name]}", 0) + 1
         for name in [name for name in linears if name not in reasons]:
@@ -128,6 +118,39 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sens
     copied = dict.fromkeys(model.unknown_linears(), "in the files, but no part of the model that transformers builds")
     dense = copied | outside | dense
     return Plan(pruned, dense, tuple(warnings), tuple(together), mixtures, blocks)
+
+
+def widths(model: StreamedModel, recipe: Recipe) -> dict[str, int]:
+    """Written name -> in-features, of all linears that are pruned unless experiments or their sensitivity forbid it."""
+    found = {}
+    for index, layer in enumerate(model.layers):
+        dense = served_dense(layer)
+        for name, module in _linears(layer).items():
+            if name not in dense and not _reason(model, index, name, module, recipe):
+                found[model.written_linear(index, name)] = module.in_features
+        found |= widths_of_experts(model, index, recipe)
+    return found
+
+
+def _linears(layer: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _reason(model: StreamedModel, index: int, name: str, module: nn.Linear, recipe: Recipe) -> str | None:
+    """Why a linear has to stay dense, as far as no experiment is needed to tell."""
+    width, full = module.in_features, model.layer_prefix(index) + name
+    tied = model.model.all_tied_weights_keys
+    if f"{full}.weight" in {*tied, *tied.values()}:
+        return "its weights are another layer's, too"
+    if not model.names.is_own(full):
+        return "its weights are stored as a part of others"
+    if recipe.ignores(model.written_linear(index, name)):
+        return "--ignore"
+    if recipe.served and width % IN_FEATURES_MULTIPLE:
+        return f"its {width} in-features are not a multiple of {IN_FEATURES_MULTIPLE}"
+    if recipe.pattern.structured and width % recipe.pattern.m:
+        return f"its {width} in-features do not divide into groups of {recipe.pattern.m}"
+    return None
 
 
 def _holds(fold: Fold, pruned: Container[str]) -> bool:

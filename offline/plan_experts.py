@@ -6,6 +6,7 @@ from torch import nn
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.expert_files import ExpertFiles
+from ria_vllm.offline.model.experts import DOWN
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Topologies, Topology
 from ria_vllm.offline.recipe import Recipe
@@ -40,6 +41,19 @@ def plan_experts(
         else:
             dense[files.module] = reason
     return frozenset(pruned), dense
+
+
+def widths_of_experts(model: StreamedModel, index: int, recipe: Recipe) -> dict[str, int]:
+    """Written name -> in-features, of the linears of the first expert of each module that may be pruned.
+
+    Those of the others are as wide.
+    """
+    found = {}
+    for files in model.experts[index].values():
+        if _reason(files, True, recipe, set()) is None:
+            for kind in files.layout.kinds:
+                found[files.linear(0, kind)] = files.layout.inner if kind == DOWN else files.layout.width
+    return found
 
 
 def check_alike(model: StreamedModel, pruned: Mapping[int, Iterable[str]]) -> None:

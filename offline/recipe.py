@@ -1,7 +1,7 @@
 """What a compression should do: every option that affects the result, checked and written into the checkpoint."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +20,17 @@ from ria_vllm.weight_format import WeightFormat
 METHODS = (*scores.METHODS, "sparsegpt")
 SCOPES = ("shared", "linear")
 RECONSTRUCTIONS = ("none", "admm", "block")
+WEIGHTS = ("float", "int8", "int4")
+ROW = "row"
+ACTIVATIONS = ("none", "int8")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The options; `ria-vllm compress --help` explains each.
+
+    group_size: stored columns of a row that share a scale, "row", or None for the default: of int8 a row; of int4 what
+        `fitting` makes of it.
 
     Raises:
         RiaError: an invalid value.
@@ -43,15 +49,21 @@ class Recipe:
     reconstruct: str = "admm"
     skip_sensitive: float = 0.0
     weights: str = "float"
+    group_size: int | str | None = None
+    activations: str = "none"
     compute_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         choices = (("method", METHODS), ("permute", permute.METHODS), ("permute_scope", SCOPES))
-        more = (("reconstruct", RECONSTRUCTIONS), ("weights", formats.WRITTEN), ("compute_dtype", dtypes.CHOICES))
-        for name, allowed in (*choices, *more):
+        more = (("reconstruct", RECONSTRUCTIONS), ("weights", WEIGHTS), ("compute_dtype", dtypes.CHOICES))
+        of_integers = (("group_size", (None, ROW, *formats.GROUP_SIZES)), ("activations", ACTIVATIONS))
+        for name, allowed in (*choices, *more, *of_integers):
             if getattr(self, name) not in allowed:
-                option = "--" + name.replace("_", "-")
-                raise RiaError(f"{option} {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
+                option, known = "--" + name.replace("_", "-"), [str(one) for one in allowed if one is not None]
+                raise RiaError(f"{option} {getattr(self, name)!r}: choose one of {', '.join(known)}.")
+        if self.weights == "float" and (self.group_size is not None or self.activations != "none"):
+            option = "--activations" if self.group_size is None else "--group-size"
+            raise RiaError(f"{option} goes with integer weights; give --weights int8 or int4 as well.")
         if self.weights != "float" and not self.served:
             raise RiaError(
                 f"--weights {self.weights} is for the pattern 2:4; {self.pattern} is written as plain dense weights."
@@ -79,7 +91,15 @@ class Recipe:
 
     @property
     def weight_format(self) -> WeightFormat:
-        return formats.WRITTEN[self.weights]
+        """The format of pruned linears. That of int4 needs a group size, see `fitting`."""
+        if self.weights == "float":
+            return formats.FLOAT
+        assert self.weights != "int4" or self.group_size is not None
+        return formats.INTEGERS[int(self.weights.removeprefix("int")), self._scale_columns]
+
+    @property
+    def _scale_columns(self) -> int | None:
+        return self.group_size if isinstance(self.group_size, int) else None
 
     @property
     def follows_dense(self) -> bool:
@@ -105,6 +125,27 @@ class Recipe:
     def with_compute_dtype(self, dtype: str) -> "Recipe":
         return replace(self, compute_dtype=dtype)
 
+    def fitting(self, widths: Mapping[str, int]) -> "Recipe":
+        """The recipe with a group size that divides the in-features of the linears to be pruned.
+
+        Args:
+            widths: linear -> in-features, a multiple of 64.
+
+        Raises:
+            RiaError: the one asked for does not.
+        """
+        fitting = [size for size in formats.GROUP_SIZES if not any(width % size for width in widths.values())]
+        size = self._scale_columns
+        if size is not None and size not in fitting:
+            name, width = next((name, width) for name, width in widths.items() if width % size)
+            raise RiaError(
+                f"--group-size {size}: {name} has {width} in-features, which do not divide into such groups. Give "
+                f"--group-size {', '.join(map(str, fitting))} or {ROW}, or leave it dense: --ignore '{re.escape(name)}'"
+            )
+        if self.weights != "int4" or self.group_size is not None:
+            return self
+        return replace(self, group_size=max(fitting))
+
     def ignores(self, name: str) -> bool:
         return any(re.search(expression, name) for expression in self.ignore)
 
@@ -113,6 +154,11 @@ class Recipe:
         versions = {"ria-vllm": __version__} | {name: version(name) for name in ("torch", "transformers", "scipy")}
         plain = {"pattern": str(self.pattern), "ignore": list(self.ignore), "calibration": Path(self.calibration).name}
         options = asdict(self) | plain
+        # Options of later versions are named where they were given.
+        if self.weights == "float" or self.weight_format == formats.INT8:
+            del options["group_size"]
+        if self.activations == "none":
+            del options["activations"]
         if self.compute_dtype == "auto":
             del options["compute_dtype"]  # not chosen yet
         return options | {"source": published(source), "versions": versions}

@@ -89,7 +89,7 @@ def _work(out: Path) -> Path:
 
 
 def _check_same_run(work: Path, begun: dict[str, Any], run: dict[str, Any]) -> None:
-    differing = [key for key in run if begun and begun.get(key) != run[key]]
+    differing = [key for key in run | begun if begun and begun.get(key) != run.get(key)]
     if differing[:1] == ["versions"]:
         raise RiaError(f"--resume: {work} is from a run with {_other_versions(begun['versions'], run['versions'])}")
     if differing:

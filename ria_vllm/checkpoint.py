@@ -370,6 +370,16 @@ class Reader:
                 found[f"{linear}.weight"] = partial(self.dense, linear)
         return found
 
+    def pruned_tensors(self) -> set[str]:
+        """The tensors of the dense model that hold pruned linears, by their names in its files.
+
+        Raises:
+            RiaError: an expert is missing.
+        """
+        stacks = stacked_tensors(self.schema, set(self.sparse_names), self.folder)
+        inside = {name for layer, stack in stacks.values() for name in layer.rows(stack)}
+        return {*stacks, *(f"{name}.weight" for name in self.sparse_names if name not in inside)}
+
     def dense(self, name: str) -> torch.Tensor:
         """The weight of a pruned linear [out, in], in the model's own order."""
         return self.linear(name).dense()

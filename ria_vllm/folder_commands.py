@@ -14,7 +14,7 @@ from rich.text import Text
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.export import export_dense
-from ria_vllm.inventory import Inventory, LinearEntry, take_inventory
+from ria_vllm.inventory import Inventory, LinearEntry, Values, take_inventory
 from ria_vllm.progress import Monitor
 from ria_vllm.sizes import human_size, parse_size
 
@@ -53,6 +53,7 @@ def print_inventory(inventory: Inventory) -> None:
     kinds = {kind: sum(e.permutation == kind for e in inventory.linears) for kind in ("folded", "gathered", "none")}
     permuted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     click.echo(f"\npruned linears: {t.linears}, {t.sparsity:.1%} zeros, permutations: {permuted}")
+    click.echo(f"their values:   {_words(inventory.values)}")
     click.echo(
         f"their bytes:    {human_size(t.linear_bytes)} of {human_size(t.linear_dense_bytes)} dense "
         f"({t.linear_ratio:.3f})"
@@ -69,6 +70,9 @@ def print_inventory(inventory: Inventory) -> None:
         "exponent",
         "permute",
         "reconstruct",
+        "weights",
+        "group_size",
+        "activations",
         "calibration",
         "samples",
         "seq_len",
@@ -77,6 +81,12 @@ def print_inventory(inventory: Inventory) -> None:
     words = [printable(f"{key} {recipe[key]}") for key in shown if key in recipe]
     if words:
         click.echo(f"recipe:         {', '.join(words)}")
+
+
+def _words(values: Values) -> str:
+    scales = "" if values.group_size is None else f", a scale for {values.group_size} columns of a row"
+    inputs = "" if values.inputs is None else f"; inputs are rounded to {values.inputs}, token by token"
+    return f"{values.format}, {values.bits_per_weight:.2f} bits per weight{scales}{inputs}"
 
 
 def _row(entries: Sequence[LinearEntry]) -> tuple[str, str, str, str, str]:
@@ -132,4 +142,5 @@ def export(out: Path, dense: Path, max_shard_size: str, overwrite: bool) -> None
     monitor = Monitor()
     with monitor.live():
         export_dense(reader, dense, size, overwrite, monitor)
-    click.echo(f"{dense}: dense, {len(reader.sparse_names)} linears with zeros where they were pruned.")
+    unrounded = "" if reader.schema.input_dtype is None else " It rounds no inputs."
+    click.echo(f"{dense}: dense, {len(reader.sparse_names)} linears with zeros where they were pruned.{unrounded}")

@@ -21,20 +21,25 @@ class StackExperts(ConversionOps):
     Args:
         kinds: last part of a linear's name -> "gate", "up" or "down".
         decoded: makes one linear dense.
+        made: told of the parameter's name.
         failed: told of an error, which transformers would bury in a table.
     """
 
-    def __init__(self, kinds: Mapping[str, str], decoded: Decoded, failed: Callable[[RiaError], None]):
-        self.kinds, self.decoded, self.failed = kinds, decoded, failed
+    def __init__(
+        self, kinds: Mapping[str, str], decoded: Decoded, made: Callable[[str], None],
+        failed: Callable[[RiaError], None],
+    ):  # fmt: skip
+        self.kinds, self.decoded, self.made, self.failed = kinds, decoded, made, failed
         self.sources: dict[str, list[str]] = {}  # pattern -> names in the checkpoint, in the order of their tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StackExperts":
-        return StackExperts(self.kinds, self.decoded, self.failed)
+        return StackExperts(self.kinds, self.decoded, self.made, self.failed)
 
     def convert(
         self, input_dict: dict[str, Any], model: nn.Module | None = None, full_layer_name: str = "", **_: Any
     ) -> dict[str, torch.Tensor]:
         assert model is not None
+        self.made(full_layer_name)
         try:
             return {full_layer_name: self._stacked(input_dict, model.get_submodule(full_layer_name.rpartition(".")[0]))}
         except RiaError as error:
@@ -76,8 +81,10 @@ class ExpertsConverter(WeightConverter):
         self.operations[0].sources.setdefault(source_pattern, []).append(source_key)
 
 
-def expert_converters(schema: RiaSchema, decoded: Decoded, failed: Callable[[RiaError], None]) -> list[WeightConverter]:
-    """The conversions for the experts that the schema names."""
+def expert_converters(
+    schema: RiaSchema, decoded: Decoded, made: Callable[[str], None], failed: Callable[[RiaError], None]
+) -> list[WeightConverter]:
+    """The conversions for the experts that the schema names; see `StackExperts`."""
     found: dict[tuple[str, str], WeightConverter] = {}
     for experts in schema.experts:
         kinds = {pattern.rpartition(".")[2]: kind for kind, pattern in experts.linears.items()}
@@ -88,7 +95,6 @@ def expert_converters(schema: RiaSchema, decoded: Decoded, failed: Callable[[Ria
             wanted = {leaf: kind for leaf, kind in kinds.items() if (kind == "down") == (parameter == "down_proj")}
             sources = [rf"\.{module}\.[0-9]+\.{leaf}\.{part}$" for leaf in wanted for part in schema.tensor_names]
             key = (module, ",".join(sources))
-            found.setdefault(
-                key, ExpertsConverter(sources, f".{module}.{parameter}", [StackExperts(wanted, decoded, failed)])
-            )
+            stack = StackExperts(wanted, decoded, made, failed)
+            found.setdefault(key, ExpertsConverter(sources, f".{module}.{parameter}", [stack]))
     return list(found.values())

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ria_vllm.checkpoint import check_digests, check_prefix, checked_linear, load_permutations, tensor_names
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_experts import ExpertsConverter, expert_converters
+from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.schema import PERMUTATIONS_FILE, QUANT_METHOD, RiaSchema
 
 PART = r"\.{}$"
@@ -49,6 +50,7 @@ class Loading:
         self.permutations: dict[str, torch.Tensor] = {}
         self.pruned: set[str] = set()
         self.claimed: set[str] = set()
+        self.made: list[str] = []  # names in the model of the weights made from them
         self.shapes: dict[str, torch.Size] = {}
         self.missing: Collection[str] = ()
         self.errors: list[RiaError] = []
@@ -104,6 +106,8 @@ class Loading:
                     f"{self.where}: {name} has shape {tuple(tensor.shape)}, by config.json {tuple(self.shapes[name])}. "
                     "Get all files of one model."
                 )
+        if self.schema.input_dtype is not None:
+            round_inputs(model, self.made, self.where)
 
     def _without_weights(self, model: torch.nn.Module) -> list[str]:
         """Parameters of the base model that got no weights. (A head for another task has none anyway.)"""
@@ -160,8 +164,12 @@ class RiaQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         loading = self.loading
         parts = [PART.format(part) for part in loading.schema.tensor_names]
-        experts = expert_converters(loading.schema, loading.linear, loading.errors.append)
+        experts = expert_converters(loading.schema, loading.linear, loading.made.append, loading.errors.append)
         return [*experts, LinearConverter(parts, ".weight", operations=[Decompress(loading)])]
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Ours first: some models' own patterns for an expert's `.weight` match its `.weight_scale`, too."""
+        return [*self.get_weight_conversions(), *weight_conversions]
 
     def is_serializable(self) -> bool:
         return True
@@ -200,6 +208,7 @@ class Decompress(ConversionOps):
         except RiaError as error:  # transformers would bury it in a table; `close` raises it
             self.loading.errors.append(error)
             dense = torch.empty(0)
+        self.loading.made.append(full_layer_name)
         return {full_layer_name: dense}
 
 

@@ -47,8 +47,25 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Values:
+    """How the pruned linears' values are stored.
+
+    format: its name, as kernels call it; a dtype if they are plain floating point.
+    group_size: stored columns of a row that share a scale; None: a scale belongs to a whole row, or there is none.
+    bits_per_weight: of the dense matrix; all tensors are counted, permutations, too.
+    inputs: the dtype to which the linears round each token that they read; None: they do not.
+    """
+
+    format: str
+    group_size: int | None
+    bits_per_weight: float
+    inputs: str | None
+
+
+@dataclass(frozen=True)
 class Inventory:
     folder: str
+    values: Values
     linears: list[LinearEntry]
     dense_linears: list[str]
     totals: Totals
@@ -144,5 +161,12 @@ def take_inventory(reader: Reader) -> Inventory:
         linear_ratio=linear_bytes / linear_dense,
         sparsity=zeros / sum(e.shape[0] * e.shape[1] for e in entries),
     )
-    dense_linears = sorted(reader.schema.sparsity_config.ignore)
-    return Inventory(str(reader.folder), entries, dense_linears, totals, reader.schema.recipe)
+    schema = reader.schema
+    values = Values(
+        format=", ".join(sorted({e.dtype for e in entries})),
+        group_size=schema.weight_format.group_size,
+        bits_per_weight=8 * linear_bytes / sum(e.shape[0] * e.shape[1] for e in entries),
+        inputs=None if schema.input_dtype is None else name_of(schema.input_dtype),
+    )
+    dense_linears = sorted(schema.sparsity_config.ignore)
+    return Inventory(str(reader.folder), values, entries, dense_linears, totals, schema.recipe)

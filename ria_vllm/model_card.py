@@ -43,6 +43,7 @@ _METHODS = {
     "magnitude": "magnitude pruning",
     "sparsegpt": "SparseGPT",
 }
+_UNROUNDED = "The compressed model rounds the inputs of pruned linears to int8; this one does not, and is more exact."
 _PERPLEXITY, _END = "<!-- ria-vllm: perplexity -->", "<!-- ria-vllm: end of perplexity -->"
 _PERPLEXITY_HEAD = "| text | tokens | window | perplexity | base model |\n| --- | --- | --- | --- | --- |"
 
@@ -102,6 +103,7 @@ def exported_card(reader: Reader, warn: Warn) -> str:
         _origin(recipe | {"source": source}, identity),
         "This is the plain dense form: the model's own channel order, with zeros where weights were pruned. "
         "transformers loads it without ria-vllm; it takes as much memory as the base model, and is no faster.",
+        *([] if reader.schema.input_dtype is None else [_UNROUNDED]),
         *_options(recipe),
     ]
     return _front(base, ["pruned"]) + f"\n# {_name(source)}, pruned to 2:4, dense form\n\n" + "\n\n".join(body) + "\n"
@@ -179,6 +181,12 @@ def _what_was_pruned(report: dict[str, Any], zeros: float) -> list[str]:
         ("pruned linears", f"{len(linears)}"),
         ("sparsity", f"{pattern}; {zeros:.1%} of the weights of the decoder layers' linears are zero"),
     ]
+    size, inputs = (report["recipe"].get(key) for key in ("group_size", "activations"))
+    if size is not None:
+        of_each = "a row" if size == "row" else f"{size} columns of a row"
+        rows.append(("weights", f"{_plain(report['recipe']['weights'])}, with a scale for {_plain(of_each)}"))
+    if inputs is not None:
+        rows.append(("inputs of pruned linears", f"rounded to {_plain(inputs)}, token by token"))
     scores = {name: report_number(entry, "retained_after") for name, entry in linears.items()}
     finite = {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}
     if finite:

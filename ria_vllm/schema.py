@@ -258,6 +258,24 @@ class WeightQuantization(BaseModel):
         return self
 
 
+class InputQuantization(BaseModel):
+    """How pruned linears round their inputs, in compressed-tensors' words: each token to int8, by its own scale.
+
+    The permutation of a linear's input does not matter to it. `ria_vllm.token_rounding` has the arithmetic.
+    """
+
+    # What is not understood here could change what the model computes.
+    model_config = ConfigDict(strict=True, extra="forbid")
+    num_bits: Literal[8]
+    type: Literal["int"]
+    strategy: Literal["token"]
+    dynamic: Literal[True]
+    symmetric: Literal[True]
+
+
+INT8_TOKENS: Final = InputQuantization(num_bits=8, type="int", strategy="token", dynamic=True, symmetric=True)
+
+
 class RiaSchema(BaseModel):
     """The whole `quantization_config`. Unknown keys are kept, so that newer minor versions stay readable."""
 
@@ -267,10 +285,17 @@ class RiaSchema(BaseModel):
     format_version: Literal[1] = FORMAT_VERSION
     sparsity_config: SparsityConfig
     weights: WeightQuantization | None = None
+    input_activations: InputQuantization | None = None
     folds: list[Fold] = Field(default=[], max_length=1000)
     experts: list[Experts] = Field(default=[], max_length=1000)
     permutations_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     recipe: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _integers_with_integers(self) -> "RiaSchema":
+        if self.input_activations is not None and self.weights is None:
+            raise ValueError("input_activations without weights: inputs are rounded for integer weights only")
+        return self
 
     @field_validator("experts")
     @classmethod
@@ -303,6 +328,11 @@ class RiaSchema(BaseModel):
         found = of_quantization(self.weights and self.weights.model_dump(exclude_none=True, exclude={"dtype"}))
         assert found is not None  # `WeightQuantization` was checked
         return found
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """The dtype to which pruned linears round each token of their inputs; None: they do not."""
+        return None if self.input_activations is None else torch.int8
 
     @classmethod
     def parse(cls, config: dict[str, Any], where: str) -> "RiaSchema":

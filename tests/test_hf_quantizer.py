@@ -18,6 +18,7 @@ from transformers import (
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import FLOAT, INT8, INTEGERS
 
 TOKENS = torch.arange(3, 60)[None]
 
@@ -46,11 +47,14 @@ def test_the_same_hidden_state_in_every_class(pruned_llama, expected, auto):
     assert torch.equal(hidden(auto.from_pretrained(pruned_llama.folder)), expected)
 
 
-def store(model, out, pruned, renames=()) -> None:
+each_format = pytest.mark.parametrize("format", [FLOAT, INT8, INTEGERS[4, 32]], ids=lambda format: format.name)
+
+
+def store(model, out, pruned, renames=(), format=FLOAT) -> None:
     """Prune the linears `pruned` of `model` in place, in random orders; store it under names changed by `renames`."""
     from ria_vllm import sparse24
     from ria_vllm.permutation import invert
-    from ria_vllm.schema import RiaSchema, SparsityConfig
+    from ria_vllm.schema import RiaSchema, SparsityConfig, WeightQuantization
     from ria_vllm.writer import CheckpointWriter
 
     def on_disk(name: str) -> str:
@@ -62,14 +66,16 @@ def store(model, out, pruned, renames=()) -> None:
     for name in pruned:
         weight = model.get_submodule(name).weight
         p = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(len(unit)))
-        compressed, bitmask = sparse24.compress(weight.data[:, p])
-        parts = {"compressed": compressed, "bitmask": bitmask, "shape": torch.tensor(weight.shape).view(2, 1)}
+        mask = sparse24.mask_from_bitmask(sparse24.compress(weight.data[:, p])[1])
+        stored, scales = format.quantize(weight.data[:, p] * mask, torch.float32)
+        parts = format.encode(stored, mask, scales) | {"shape": torch.tensor(weight.shape).view(2, 1)}
         parts["input_permutation"] = p.int()
         unit |= {f"{on_disk(name)}.{part}": tensor for part, tensor in parts.items()}
-        weight.data = sparse24.decompress(compressed, bitmask)[:, invert(p)]
+        weight.data = stored[:, invert(p)]
     left = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in pruned}
     unit |= {on_disk(name): tensor.contiguous() for name, tensor in left.items()}
-    schema = RiaSchema(sparsity_config=SparsityConfig(ignore=["lm_head"]), recipe={"permute": "lsa"})
+    words = format.quantization and WeightQuantization(**format.quantization, dtype="float32")
+    schema = RiaSchema(sparsity_config=SparsityConfig(ignore=["lm_head"]), weights=words, recipe={"permute": "lsa"})
     config = model.config.to_dict() | {
         "architectures": [type(model).__name__],
         "quantization_config": schema.model_dump(),
@@ -92,23 +98,24 @@ def linears_of(model) -> list[str]:
     return [name for name, module in modules if isinstance(module, torch.nn.Linear) and ".layers." in name]
 
 
-def test_modules_that_transformers_renames(tmp_path):
+@each_format
+def test_modules_that_transformers_renames(tmp_path, format):
     """Nemotron-H is `backbone` on disk and `model` in transformers."""
     model = tiny_model("nemotron_h", layers_block_type=["attention", "mlp"])
-    store(model, tmp_path / "out", linears_of(model), [("model.", "backbone.")])
+    store(model, tmp_path / "out", linears_of(model), [("model.", "backbone.")], format)
     assert "backbone.layers.1.mixer.up_proj" in Reader(tmp_path / "out").permutations
     for auto in (AutoModelForCausalLM, AutoModel):
         assert torch.equal(hidden(auto.from_pretrained(tmp_path / "out")), hidden(model))
 
 
+@each_format
 @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
-def test_names_that_the_caller_maps(tmp_path, auto):
+def test_names_that_the_caller_maps(tmp_path, auto, format):
     """Also submodules, and two whose names are swapped."""
     model = tiny_model("llama")
     swapped = [("gate_proj", "?"), ("up_proj", "gate_proj"), ("?", "up_proj")]
-    store(
-        model, tmp_path / "out", linears_of(model), [("model.layers", "h"), ("self_attn.q_proj", "a.query"), *swapped]
-    )
+    renames = [("model.layers", "h"), ("self_attn.q_proj", "a.query"), *swapped]
+    store(model, tmp_path / "out", linears_of(model), renames, format)
     mapping = {
         r"^h\.": "model.layers.", r"a\.query": "self_attn.q_proj",
         "gate_proj": "kept", "up_proj": "gate_proj", "kept": "up_proj",
@@ -117,11 +124,12 @@ def test_names_that_the_caller_maps(tmp_path, auto):
     assert torch.equal(hidden(loaded), hidden(model))
 
 
-def test_the_body_alone_is_stored(tmp_path):
+@each_format
+def test_the_body_alone_is_stored(tmp_path, format):
     """Here transformers adds the prefix that it strips elsewhere."""
     model = tiny_model("llama")
     body = model.model
-    store(body, tmp_path / "out", [name.removeprefix("model.") for name in linears_of(model)])
+    store(body, tmp_path / "out", [name.removeprefix("model.") for name in linears_of(model)], format=format)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert torch.equal(hidden(loaded), hidden(body))
 

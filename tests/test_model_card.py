@@ -95,6 +95,17 @@ def test_what_it_says(tmp_path):
     assert "/home" not in text and "private" not in text and "Not measured" in text
 
 
+def test_it_says_how_integers_are_stored_and_read(tmp_path):
+    options = {"weights": "int4", "group_size": 64, "activations": "int8"}
+    text = card(tmp_path, report=REPORT | {"recipe": RECIPE | options})
+    assert "| weights | int4, with a scale for 64 columns of a row |" in text and "| group_size | `64` |" in text
+    assert "| inputs of pruned linears | rounded to int8, token by token |" in text
+    text = card(tmp_path, report=REPORT | {"recipe": RECIPE | {"weights": "int4", "group_size": "row"}})
+    assert "| weights | int4, with a scale for a row |" in text and "inputs of" not in text
+    text = card(tmp_path, report=REPORT | {"recipe": RECIPE | {"weights": "int8"}})
+    assert "| weights | `int8` |" in text and "| weights | int8" not in text
+
+
 def test_a_pattern_that_is_not_served_claims_nothing_of_serving(tmp_path):
     text = card(tmp_path, served=False, report=REPORT | {"recipe": RECIPE | {"pattern": "4:8"}})
     assert "# Base-1B, pruned to 4:8\n" in text and "No kernel serves the pattern 4:8" in text

@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from hypothesis import given
+from integer_checkpoint import with_integers
 from mutations import Damaged, damaged, examples, other_run
 from transformers import AutoModelForCausalLM
 
@@ -15,13 +16,22 @@ import ria_vllm
 from ria_vllm.checkpoint import Reader, is_compressed
 from ria_vllm.errors import RiaError
 from ria_vllm.folder_commands import export, inspect, verify
+from ria_vllm.formats import INTEGERS
 
 OURS = str(Path(ria_vllm.__file__).parent)
 
 
+@pytest.fixture(scope="module", params=["float", "int4"])
+def sound(request, pruned_llama, tmp_path_factory):
+    """The pruned Llama, also with integers in groups and rounded inputs. Do not write into it."""
+    if request.param == "float":
+        return pruned_llama
+    return with_integers(pruned_llama, tmp_path_factory.mktemp("int4") / "out", INTEGERS[4, 32], rounds_inputs=True)
+
+
 @pytest.fixture(scope="module")
-def other(pruned_llama, tmp_path_factory) -> Path:
-    return other_run(pruned_llama.folder, tmp_path_factory.mktemp("other") / "run")
+def other(sound, tmp_path_factory) -> Path:
+    return other_run(sound.folder, tmp_path_factory.mktemp("other") / "run")
 
 
 def refused(call) -> str | None:
@@ -35,9 +45,9 @@ def refused(call) -> str | None:
 
 @given(case=damaged)
 @examples(150)
-def test_the_readers_answer_in_sentences(pruned_llama, other, case: Damaged):
+def test_the_readers_answer_in_sentences(sound, other, case: Damaged):
     with tempfile.TemporaryDirectory() as place:
-        folder = case.make(pruned_llama.folder, other, Path(place) / "x")
+        folder = case.make(sound.folder, other, Path(place) / "x")
         dense = Path(place) / "dense"
         for command in (
             [verify, folder],
@@ -55,10 +65,10 @@ def test_the_readers_answer_in_sentences(pruned_llama, other, case: Damaged):
 
 @given(case=damaged)
 @examples(40)
-def test_transformers_gets_the_right_weights_or_none(pruned_llama, other, case: Damaged):
+def test_transformers_gets_the_right_weights_or_none(sound, other, case: Damaged):
     """transformers may raise whatever it likes about parts that are not ours."""
     with tempfile.TemporaryDirectory() as place:
-        folder = case.make(pruned_llama.folder, other, Path(place) / "x", inside="quantization_config")
+        folder = case.make(sound.folder, other, Path(place) / "x", inside="quantization_config")
         try:
             model = AutoModelForCausalLM.from_pretrained(folder)
         except RiaError:
@@ -70,13 +80,13 @@ def test_transformers_gets_the_right_weights_or_none(pruned_llama, other, case: 
         if refused(lambda: is_compressed(folder)) or not is_compressed(folder):
             return  # then none of our code ran
         found = model.state_dict()
-        for name in Reader(pruned_llama.folder).sparse_names:
-            assert torch.equal(found[f"{name}.weight"], expected(folder, name, pruned_llama)), name
+        for name in Reader(sound.folder).sparse_names:
+            assert torch.equal(found[f"{name}.weight"], expected(folder, name, sound)), name
 
 
-def expected(folder: Path, name: str, pruned_llama) -> torch.Tensor:
+def expected(folder: Path, name: str, sound) -> torch.Tensor:
     """The reader's weight; if it refuses what transformers does not read (the index), the undamaged one."""
     try:
         return Reader(folder).linear(name).dense()
     except RiaError:
-        return pruned_llama.dense[f"{name}.weight"]
+        return sound.dense[f"{name}.weight"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import Fold, Producer, RiaSchema
+from ria_vllm.schema import INT8_TOKENS, Fold, Producer, RiaSchema
 
 CONFIG = {
     "quant_method": "ria",
@@ -53,11 +53,13 @@ def test_keys_of_a_newer_minor_version_are_kept():
         (("sparsity_config", "sparsity_structure"), "4:8", "sparsity_config.sparsity_structure"),
         (("sparsity_config", "ignore"), ["lm_head", "re:.*"], "sparsity_config.ignore"),
         (("sparsity_config", "ignore"), "lm_head", "sparsity_config.ignore"),
-        (("weights",), {"num_bits": 4}, "weights: .* no weight format with"),
+        (("weights",), {"num_bits": 3}, "weights: .* no weight format with"),
         (("weights",), {"num_bits": "8"}, "weights.num_bits"),
         (("weights",), {"symmetric": "yes"}, "weights.symmetric"),
         (("weights",), {"type": "x" * 5000}, "weights.type"),
         (("weights",), {"group_size": 32}, "weights: .* no weight format with"),
+        (("weights",), {"strategy": "group"}, "weights: .* no weight format with"),
+        (("weights",), {"num_bits": 4, "strategy": "group", "group_size": 16}, "weights: .* no weight format with"),
         (("weights",), {"dtype": "int8"}, "weights.dtype"),
         (("weights",), {"zero_point": True}, "weights.zero_point"),
         (("folds", 0, "coupling"), "magic", "folds.0.coupling"),
@@ -82,6 +84,28 @@ def test_a_wrong_field_is_refused_by_name(path, value, field):
     target[path[-1]] = value
     with pytest.raises(RiaError, match=f"somewhere.json: quantization_config.{field}"):
         RiaSchema.parse(config, "somewhere.json")
+
+
+INPUTS = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
+
+
+def test_inputs_are_rounded_in_exactly_these_words():
+    assert RiaSchema.parse(CONFIG, "config.json").input_dtype is None
+    assert "input_activations" not in RiaSchema.parse(CONFIG, "config.json").model_dump(exclude_none=True)
+    schema = RiaSchema.parse(CONFIG | {"weights": {}, "input_activations": INPUTS}, "config.json")
+    assert schema.input_dtype == torch.int8 and schema.input_activations == INT8_TOKENS
+    assert schema.model_dump(mode="json", exclude_none=True)["input_activations"] == INPUTS
+    others = {"num_bits": 4, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": False}
+    for field, other in others.items():
+        with pytest.raises(RiaError, match=f"quantization_config.input_activations.{field}"):
+            RiaSchema.parse(CONFIG | {"weights": {}, "input_activations": INPUTS | {field: other}}, "config.json")
+        without = {name: value for name, value in INPUTS.items() if name != field}
+        with pytest.raises(RiaError, match=f"quantization_config.input_activations.{field}"):
+            RiaSchema.parse(CONFIG | {"weights": {}, "input_activations": without}, "config.json")
+    with pytest.raises(RiaError, match="input_activations.block_size"):
+        RiaSchema.parse(CONFIG | {"weights": {}, "input_activations": INPUTS | {"block_size": 4}}, "config.json")
+    with pytest.raises(RiaError, match="input_activations without weights"):
+        RiaSchema.parse(CONFIG | {"input_activations": INPUTS}, "config.json")
 
 
 def test_ignored_by_exact_name():

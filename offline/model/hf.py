@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from ria_vllm.checkpoint import Reader, is_compressed, weight_files
 from ria_vllm.errors import RiaError
+from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.offline.model.architecture import model_class, output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
+from ria_vllm.offline.model.names import Names
 
 
 def read_config(folder: str) -> Any:
@@ -49,6 +52,8 @@ def load_tokenizer(folder: str) -> Any:
 def load_model(folder: str, device: torch.device, compute_dtype: str | None = None) -> Any:
     """A transformers model that writes text, in evaluation mode. A compressed folder is decompressed in memory.
 
+    Where the folder asks for it, pruned linears round their inputs.
+
     Args:
         folder: a folder, or the hub id of a dense model.
         compute_dtype: the dtype to compute in, one of `ria_vllm.offline.model.dtypes.CHOICES`; None: as stored.
@@ -78,10 +83,13 @@ def _load(folder: str, device: torch.device, dtype: torch.dtype | str) -> Any:
         if not is_compressed(Path(folder)):
             model, info = architecture.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
         else:
-            state = dense_state(Reader(folder))
+            reader = Reader(folder)
+            state = dense_state(reader)
             del config.quantization_config
             kind = config.dtype or "auto" if dtype == "auto" else dtype
             model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
+            if reader.schema.input_dtype is not None:
+                round_inputs(model, _pruned_parameters(model, reader), folder)
     if output_head(model) is None:
         raise RiaError(
             f"{folder}: the forward pass of a {architecture.__name__} gives no logits of tokens, so there is no "
@@ -98,6 +106,30 @@ def _load(folder: str, device: torch.device, dtype: torch.dtype | str) -> Any:
             f"{folder}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. Get the files again."
         )
     return model.to(device).eval()
+
+
+def _pruned_parameters(model: PreTrainedModel, reader: Reader) -> list[str]:
+    """The names in the model of the weights that hold pruned linears.
+
+    Raises:
+        RiaError: a weight holds dense linears as well, or the model has no place for a pruned one.
+    """
+    names, pruned = Names(model, reader.dense_tensors(), reader.folder), reader.pruned_tensors()
+    found, left = [], set(pruned)
+    for parameter, written in (names.made_of | {name: [one] for name, one in names.direct.items()}).items():
+        sources = {names.files[one] for one in written}
+        if sources & pruned and sources - pruned:
+            raise RiaError(
+                f"{reader.folder}: {min(sources & pruned)} is pruned and {min(sources - pruned)} is not, but in "
+                f"transformers both are {parameter}, whose input cannot be rounded in part."
+            )
+        if sources & pruned:
+            found.append(parameter)
+            left -= sources
+    if left:
+        kind = type(model).__name__
+        raise RiaError(f"{reader.folder}: {min(left)} is pruned, but no part of a {kind}, as transformers has it.")
+    return found
 
 
 def dense_state(reader: Reader) -> dict[str, torch.Tensor]:

@@ -352,13 +352,30 @@ def test_experts_of_an_unknown_form_stay_dense_with_a_warning_and_count_as_weigh
     assert reader.schema.sparsity_config.global_sparsity == pytest.approx(zeros, abs=1e-3)
 
 
-@pytest.mark.parametrize("weights", ["int8"])
-def test_quantized_experts_are_read_as_they_were_written(weights, moe, text, tmp_path):
-    run_small(moe("gpt_oss"), tmp_path / "out", text, weights=weights)
+@pytest.mark.parametrize("size", ["row", 32, 64])
+@pytest.mark.parametrize("kind", ["gpt_oss", "mixtral", "qwen3_moe"])
+def test_quantized_experts_are_read_as_they_were_written(kind, size, moe, text, tmp_path):
+    """Stacked with alternating outputs, or apart, under names that transformers' own patterns match, too."""
+    weights = "int8" if size == "row" else "int4"
+    run_small(moe(kind), tmp_path / "out", text, weights=weights, group_size=size)
     reader = Reader(tmp_path / "out")
+    assert reader.schema.weight_format.name == ("int8" if size == "row" else f"int4-g{size}")
     assert list(reader.problems()) == []
     export_dense(reader, tmp_path / "dense", 1 << 40)
     assert_same_model(tmp_path / "out", tmp_path / "dense")
+
+
+def test_a_group_size_has_to_fit_the_experts_too(moe, text, tmp_path):
+    options = {"weights": "int4", "group_size": 128, "ignore": ("self_attn",)}
+    with pytest.raises(RiaError, match="--group-size 128: model.layers.0.mlp.experts.0.gate_proj has 64 in-features"):
+        run_small(moe("qwen3_moe"), tmp_path / "out", "no such text.txt", **options)
+    assert list(tmp_path.iterdir()) == []
+    source = save_moe(tmp_path / "wide", "qwen3_moe", hidden_size=128)
+    run_small(source, tmp_path / "out", text, weights="int4", ignore=("self_attn",))
+    assert Reader(tmp_path / "out").schema.weight_format.name == "int4-g128"
+    with pytest.raises(RiaError, match="model.layers.0.mlp.experts.0.down_proj has 192 in-features"):
+        source = save_moe(tmp_path / "odd", "qwen3_moe", hidden_size=128, moe_intermediate_size=192)
+        run_small(source, tmp_path / "other", text, **options)
 
 
 def removed(name):

@@ -67,7 +67,14 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(make_model, t
     assert not units.parent.exists()
 
 
-@pytest.mark.parametrize("options", [{}, {"reconstruct": "block"}, {"skip_sensitive": 0.2, "weights": "int8"}], ids=str)
+WAYS = [
+    {},
+    {"reconstruct": "block", "weights": "int8", "group_size": 32},
+    {"skip_sensitive": 0.2, "weights": "int4", "activations": "int8"},
+]
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
 @pytest.mark.parametrize("family", ["gemma3", "phi3", "gpt-neox"])
 def test_stopped_after_a_layer_and_resumed_it_writes_the_same_bytes(family, options, tiny, text, tmp_path):
     run(tiny(family), tmp_path / "whole", text, **options)

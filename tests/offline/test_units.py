@@ -13,9 +13,10 @@ from ria_vllm.offline.units import layer_tensors, pruned_weights
 NAME = "layers.0.q_proj"
 
 
-@pytest.fixture(params=["float", "int8", "int4-g32", "int8-g64"])
+@pytest.fixture(params=["float", "int8", "int4-32", "int8-64"])
 def recipe(request):
-    return Recipe(weights=request.param)
+    weights, _, size = request.param.partition("-")
+    return Recipe(weights=weights, group_size=int(size) if size else None)
 
 
 @pytest.mark.parametrize("permuted", [False, True])

@@ -1,0 +1,305 @@
+"""Integer weights from `compress` to every reader. The oracle reads the files' own bytes, and rounds in float64."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from compressing import WarningRecorder, interrupted_after_a_layer
+from damage import rewrite
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.folder_commands import export, inspect, verify
+from ria_vllm.inventory import take_inventory
+from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.pruning.masks import Pattern
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.schema import INT8_TOKENS
+
+NAME = "model.layers.1.mlp.gate_proj"  # 192 x 128
+DOWN = "model.layers.1.mlp.down_proj"  # 128 x 192
+
+# Options -> bits, columns of a group in this model.
+WAYS = {
+    "int8": ({"weights": "int8"}, 8, None),
+    "int8, rows": ({"weights": "int8", "group_size": "row"}, 8, None),
+    "int8, 64": ({"weights": "int8", "group_size": 64}, 8, 64),
+    "int4": ({"weights": "int4"}, 4, 64),
+    "int4, 32": ({"weights": "int4", "group_size": 32, "activations": "int8"}, 4, 32),
+    "int4, rows": ({"weights": "int4", "group_size": "row"}, 4, None),
+}
+each_way = pytest.mark.parametrize("way", WAYS)
+
+
+def run(model, out, text, settings=Settings(), monitor=None, **options):
+    recipe = Recipe(**{"calibration": str(text), "samples": 4, "seq_len": 32, "method": "magnitude"} | options)
+    compress(str(model), out, recipe, settings, monitor or WarningRecorder())
+    return out
+
+
+@pytest.fixture(scope="module")
+def exact(tiny, text, tmp_path_factory):
+    """The model pruned in float32."""
+    return run(tiny("llama"), tmp_path_factory.mktemp("exact") / "out", text, reconstruct="none")
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny, text, tmp_path_factory):
+    """Way -> the same model pruned alike, with integer weights. Do not write into it."""
+    made: dict[str, Path] = {}
+
+    def get(way: str) -> Path:
+        if way not in made:
+            folder = tmp_path_factory.mktemp("integers") / "out"
+            made[way] = run(tiny("llama"), folder, text, reconstruct="none", **WAYS[way][0])
+        return made[way]
+
+    return get
+
+
+def stored(tensors, name, bits):
+    """The kept integers [out, in/2], float64, by the definition of the format."""
+    compressed = tensors[f"{name}.compressed"]
+    if bits == 8:
+        assert compressed.dtype == torch.int8
+        return compressed.double()
+    assert compressed.dtype == torch.uint8
+    nibbles = compressed.double()
+    low, high = nibbles % 16, (nibbles / 16).floor()
+    return torch.stack([low, high], dim=2).flatten(1) - 8
+
+
+@each_way
+def test_each_weight_is_the_nearest_multiple_of_its_scale(pruned, exact, way):
+    (_, bits, size), exact, rounded = WAYS[way], Reader(exact), Reader(pruned(way))
+    assert list(rounded.problems()) == []
+    assert rounded.dense_names == exact.dense_names
+    largest, tensors = 2 ** (bits - 1) - 1, load_file(rounded.folder / "model.safetensors")
+    for name in exact.sparse_names:
+        want, linear = exact.linear(name), rounded.linear(name)
+        rows, columns = want.shape
+        group = (size or columns) // 2
+        integers, scales = stored(tensors, name, bits), tensors[f"{name}.weight_scale"]
+        assert torch.equal(want.parts["bitmask"], linear.parts["bitmask"]), name
+        assert scales.shape == (rows, columns // 2 // group)
+        assert scales.dtype == (torch.bfloat16 if size else torch.float32) and linear.dtype == torch.float32
+        step = scales.double().repeat_interleave(group, 1)
+        off = (integers * step - want.parts["compressed"].double()).abs() / step
+        inside = integers.abs() < largest  # scales are chosen by error, and may cut the largest
+        assert integers.abs().max() <= largest + (bits == 4)
+        assert off[inside].max() <= 0.5 + 1e-4 and off.max() > 0.4 and (off > 0.5001).double().mean() < 0.1, name
+        # Every reader's answer, from the bytes.
+        decoded = linear.stored()
+        assert torch.equal(decoded.double()[decoded != 0], (integers * step).float().double()[integers != 0]), name
+
+
+def test_int8_by_rows_nearly_reaches_the_largest_weight(pruned, exact):
+    exact, rounded = Reader(exact), Reader(pruned("int8"))
+    for name in exact.sparse_names:
+        step = exact.dense(name).abs().amax(1, keepdim=True).double() / 127
+        ratio = rounded.linear(name).parts["weight_scale"].double() / step
+        assert ratio.max() <= 1 + 1e-6 and ratio.min() > 0.75 and (ratio > 1 - 1e-6).double().mean() > 0.5
+
+
+@each_way
+def test_what_config_json_says(pruned, way):
+    options, bits, size = WAYS[way]
+    config = json.loads((pruned(way) / "config.json").read_text())["quantization_config"]
+    words = {"num_bits": bits, "type": "int", "strategy": "group" if size else "channel", "symmetric": True}
+    assert config["weights"] == words | ({"group_size": size} if size else {}) | {"dtype": "float32"}
+    assert ("input_activations" in config) == ("activations" in options)
+    if "activations" in options:
+        assert config["input_activations"] == INT8_TOKENS.model_dump()
+        assert config["recipe"]["activations"] == "int8"
+    if way in ("int8", "int8, rows"):  # as earlier versions wrote it
+        assert not {"group_size", "activations"} & set(config["recipe"])
+    else:
+        assert config["recipe"]["group_size"] == (size or "row")
+
+
+@each_way
+def test_sizes(pruned, exact, way):
+    _, bits, size = WAYS[way]
+    reader = Reader(pruned(way))
+    wide, inventory = take_inventory(Reader(exact)).totals, take_inventory(reader)
+    assert inventory.totals.linear_dense_bytes == wide.linear_dense_bytes
+    # Instead of 32 bits for every second weight; and the scales.
+    shapes = [reader.linear(name).shape for name in reader.sparse_names]
+    scales = sum(rows * (columns // size * 2 if size else 4) for rows, columns in shapes)
+    saved = sum(rows * columns // 2 * (32 - bits) // 8 for rows, columns in shapes) - scales
+    assert wide.linear_bytes - inventory.totals.linear_bytes == saved
+
+
+@each_way
+def test_what_inspect_and_verify_say(pruned, way):
+    options, bits, size = WAYS[way]
+    folder = str(pruned(way))
+    values = json.loads(CliRunner().invoke(inspect, [folder, "--json"], catch_exceptions=False).output)["values"]
+    assert values["format"] == f"int{bits}" + (f"-g{size}" if size else "") and values["group_size"] == size
+    assert values["inputs"] == ("int8" if "activations" in options else None)
+    stored = bits / 2 + 1 + (16 / size if size else 32 / 128)  # scales by rows of 128 or 192, permutations beside it
+    assert stored - 0.1 < values["bits_per_weight"] < stored + 0.5
+    shown = CliRunner().invoke(inspect, [folder], catch_exceptions=False).output
+    assert f"their values:   {values['format']}, {values['bits_per_weight']:.2f} bits per weight" in shown
+    assert ("a scale for 32 columns of a row; inputs are rounded to int8" in shown) == (way == "int4, 32")
+    assert CliRunner().invoke(verify, [folder], catch_exceptions=False).exit_code == 0
+
+
+@each_way
+def test_export_and_transformers_read_the_same_weights(pruned, way, tmp_path):
+    reader = Reader(pruned(way))
+    done = CliRunner().invoke(export, [str(reader.folder), "-o", str(tmp_path / "dense")], catch_exceptions=False)
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert ("It rounds no inputs." in done.output) == ("this one does not" in card) == ("activations" in WAYS[way][0])
+    exported = load_file(tmp_path / "dense" / "model.safetensors")
+    assert all(torch.equal(exported[f"{name}.weight"], reader.dense(name)) for name in reader.sparse_names)
+    want = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict()
+    found = AutoModelForCausalLM.from_pretrained(pruned(way)).state_dict()
+    assert want.keys() == found.keys()
+    assert all(torch.equal(want[name], found[name]) for name in want)
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("options", [{"weights": "int8"}, {"weights": "int4", "group_size": 32}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_the_layers_saw_is_what_is_stored(dtype, options, make_model, text, tmp_path):
+    """Rounded to the model's own dtype once, and back to the same integers."""
+    model = make_model(tmp_path / "model", "llama", dtype=dtype)
+    reader = Reader(run(model, tmp_path / "out", text, **options))
+    assert list(reader.problems()) == []
+    for name in reader.sparse_names:
+        linear = reader.linear(name)
+        scales = linear.parts["weight_scale"]
+        assert linear.dtype == dtype and scales.dtype == (torch.float32 if options["weights"] == "int8" else dtype)
+        groups = linear.stored().float().unflatten(1, (scales.shape[1], -1))
+        again = (groups / scales.float()[..., None]).round()
+        largest = 127 if options["weights"] == "int8" else 7
+        assert again.abs().max() <= largest + 1 and again.abs().amax(-1).eq(largest).float().mean() > 0.5, name
+        values = linear.format.integers(linear.parts)
+        assert torch.equal(again.flatten(1)[linear.stored() != 0], values[values != 0].float())
+
+
+def test_a_group_size_that_does_not_fit_is_refused_before_any_work(tiny, text, tmp_path):
+    """In this model, down_proj has 192 in-features."""
+    message = "--group-size 128: model.layers.0.mlp.down_proj has 192 in-features.*Give --group-size 32, 64 or row, or"
+    with pytest.raises(RiaError, match=message) as found:
+        run(tiny("llama"), tmp_path / "out", "no such text.txt", weights="int4", group_size=128)
+    assert r"--ignore 'model\.layers\.0\.mlp\.down_proj'" in str(found.value)
+    assert list(tmp_path.iterdir()) == []
+    out = run(tiny("llama"), tmp_path / "out", text, weights="int4", group_size=128, ignore=("down_proj$",))
+    assert Reader(out).schema.weight_format.name == "int4-g128"
+
+
+def test_the_default_group_size_is_the_largest_that_fits(make_model, text, tmp_path):
+    class Said(WarningRecorder):
+        said: list[str] = []
+
+        def say(self, text):
+            self.said.append(text)
+
+    model = make_model(tmp_path / "model", "llama", intermediate_size=256)
+    out = run(model, tmp_path / "out", text, monitor=Said(), reconstruct="none", weights="int4")
+    assert Reader(out).schema.weight_format.name == "int4-g128"
+    assert any("--group-size 128" in line for line in Said.said)
+    out = run(model, tmp_path / "rows", text, reconstruct="none", weights="int4", group_size="row")
+    assert Reader(out).schema.weight_format.name == "int4"
+
+
+@pytest.mark.parametrize(
+    "before, after, what",
+    [
+        ({"weights": "int4"}, {"weights": "int4", "group_size": 32}, r"group-size \(64\)"),
+        ({"weights": "int8", "group_size": 64}, {"weights": "int8"}, r"group-size \(64\)"),
+        ({"weights": "int8", "activations": "int8"}, {"weights": "int8"}, r"activations \(int8\)"),
+        ({"weights": "int8"}, {"weights": "int8", "activations": "int8"}, "activations"),
+    ],
+    ids=["size", "groups or rows", "inputs or none", "none or inputs"],
+)
+def test_an_interrupted_run_is_not_resumed_with_others(before, after, what, tiny, text, tmp_path):
+    with interrupted_after_a_layer():
+        run(tiny("llama"), tmp_path / "out", text, reconstruct="none", **before)
+    with pytest.raises(RiaError, match=f"is from a run with another {what}"):
+        run(tiny("llama"), tmp_path / "out", text, Settings(resume=True), reconstruct="none", **after)
+    run(tiny("llama"), tmp_path / "out", text, Settings(resume=True), reconstruct="none", **before)
+
+
+SCALE, VALUES, MASK = f"{NAME}.weight_scale", f"{NAME}.compressed", f"{NAME}.bitmask"
+DAMAGE = [
+    (lambda t: t.pop(SCALE), "weight_scale is missing"),
+    (lambda t: t.update({SCALE: t[SCALE][:-1].clone()}), "weight_scale has"),
+    (lambda t: t.update({SCALE: t[SCALE].double()}), "weight_scale has"),
+    (lambda t: t[SCALE].fill_(float("nan")), "not positive and finite"),
+    (lambda t: t[SCALE][-1, -1:].neg_(), "not positive and finite"),
+    (lambda t: t[SCALE][7, :1].zero_(), "not positive and finite"),
+    (lambda t: t.update({VALUES: t[VALUES].float()}), "dtype float32, expected"),
+    (lambda t: t.update({VALUES: t[VALUES].short()}), "dtype int16"),
+    (lambda t: t.update({VALUES: t[VALUES][:, 1:].clone()}), "compressed has shape"),
+    (lambda t: t[MASK][3, :1].fill_(255), "row 3, columns 0 to 7: a group of four without"),
+    (lambda t: t.update({f"{NAME}.shape": torch.tensor([[192], [64]])}), "expected 192 x 64"),
+]
+
+
+@pytest.mark.parametrize("change, words", DAMAGE)
+@pytest.mark.parametrize("way", ["int8", "int4"])
+def test_damage_is_found_by_layer(change, words, pruned, way, tmp_path):
+    shutil.copytree(pruned(way), tmp_path / "out")
+    rewrite(tmp_path / "out" / "model.safetensors", change)
+    with pytest.raises(RiaError, match=words) as found:
+        Reader(tmp_path / "out").linear(NAME)
+    assert NAME in str(found.value)
+    assert any(NAME in problem for problem in Reader(tmp_path / "out").problems())
+
+
+def config(**changes):
+    def change(content):
+        content["quantization_config"]["weights"].update(changes)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (config(group_size=32), "weight_scale has shape"),
+        (config(group_size=128), "weight_scale has shape|not a multiple"),
+        (config(num_bits=8), "compressed has dtype uint8"),
+        (lambda content: content["quantization_config"].pop("weights"), "compressed has dtype uint8"),
+    ],
+    ids=["smaller groups", "larger groups", "other bits", "no words"],
+)
+def test_a_config_json_of_another_run_is_found(change, words, pruned, tmp_path):
+    out = shutil.copytree(pruned("int4"), tmp_path / "out")
+    content = json.loads((out / "config.json").read_text())
+    change(content)
+    (out / "config.json").write_text(json.dumps(content))
+    with pytest.raises(RiaError, match=words):
+        Reader(out).linear(DOWN)
+
+
+def test_a_model_that_is_quantized_already_is_refused(pruned, text, tmp_path):
+    with pytest.raises(RiaError, match="compressed"):
+        run(pruned("int4"), tmp_path / "out", text)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"pattern": Pattern.parse("4:8"), "weights": "int8"}, "--weights int8 is for the pattern 2:4"),
+        ({"weights": "int3"}, "choose one of float, int8, int4"),
+        ({"weights": "int4-g64"}, "choose one of float, int8, int4"),
+        ({"weights": "int4", "group_size": 16}, "--group-size 16: choose one of row, 32, 64, 128"),
+        ({"weights": "int4", "group_size": "64"}, "--group-size '64': choose one of row, 32, 64, 128"),
+        ({"group_size": 64}, "--group-size goes with integer weights"),
+        ({"activations": "int8"}, "--activations goes with integer weights"),
+        ({"weights": "int8", "activations": "fp8"}, "--activations 'fp8': choose one of none, int8"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(options, words):
+    with pytest.raises(RiaError, match=words):
+        Recipe(**options)

@@ -1,0 +1,158 @@
+"""Inputs that transformers rounds to int8. The oracle rounds token by token and multiplies in float64."""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from compressing import TOKENS, run_small
+from families import make_model, text  # noqa: F401
+from moe import save_moe
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from wrappers import tiny_wrapper  # noqa: F401
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.export import export_dense
+from ria_vllm.hf_inputs import round_inputs
+from ria_vllm.offline.model.hf import load_model
+
+INT4 = {"weights": "int4", "group_size": 32, "activations": "int8"}
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Each token of x, float64 [tokens, K]."""
+    found = []
+    for token in x.reshape(-1, x.shape[-1]).float().numpy():
+        largest = np.abs(token).max()
+        integers = np.rint(token * (np.float32(127) / largest)) if largest else token
+        found.append(integers.astype(np.float64) * np.float64(largest / np.float32(127)))
+    return torch.from_numpy(np.stack(found))
+
+
+def recorded(model, kind):
+    """Name -> (what modules of a kind read before any other hook, what they give), in one forward pass."""
+    read, given = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            module.register_forward_pre_hook(lambda _, args, n=name: read.update({n: args}), prepend=True)
+            module.register_forward_hook(lambda _, args, y, n=name: given.update({n: y}))
+    with torch.no_grad():
+        model(TOKENS)
+    return {name: (read[name], given[name]) for name in read}
+
+
+@pytest.fixture(scope="module")
+def folder(make_model, text, tmp_path_factory):  # noqa: F811
+    """A Llama with biases, in permuted orders; one linear is left dense."""
+    work = tmp_path_factory.mktemp("inputs")
+    source = make_model(work / "dense", "llama-mha")
+    run_small(source, work / "out", text, ignore=("layers.1.self_attn.o_proj",), **INT4)
+    assert Reader(work / "out").permuted_names
+    return work / "out"
+
+
+def test_pruned_linears_and_no_others_round_each_token(folder):
+    reader, model = Reader(folder), AutoModelForCausalLM.from_pretrained(folder)
+    layers = recorded(model, torch.nn.Linear)
+    assert {"lm_head", "model.layers.1.self_attn.o_proj"} == layers.keys() - set(reader.sparse_names)
+    for name, ((x,), y) in layers.items():
+        module, x = model.get_submodule(name), x[0]
+        pruned = name in reader.sparse_names
+        weight = (reader.dense(name) if pruned else reader.tensor(f"{name}.weight")).double()
+        exact, off = (read @ weight.T for read in (x.double(), rounded(x)))
+        expected = (off if pruned else exact) + (0 if module.bias is None else module.bias.detach().double())
+        torch.testing.assert_close(y[0].double(), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(exact, off, rtol=1e-4, atol=1e-3)
+
+
+def test_eval_measures_the_rounded_model(folder, tmp_path):
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
+        assert torch.equal(load_model(str(folder), torch.device("cpu"))(TOKENS).logits, found)
+        export_dense(Reader(folder), tmp_path / "dense", 1 << 40)
+        unrounded = load_model(str(tmp_path / "dense"), torch.device("cpu"))(TOKENS).logits
+    assert not torch.allclose(found, unrounded, atol=1e-3)
+    torch.testing.assert_close(found, unrounded, rtol=0, atol=0.5 * float(unrounded.std()))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "qwen3_5", "llava", "llama4"])
+def test_wrappers_round_in_their_text_decoder_alone(family, tiny_wrapper, text, tmp_path):  # noqa: F811
+    run_small(tiny_wrapper(family), tmp_path / "out", text, **INT4)
+    model = load_model(str(tmp_path / "out"), torch.device("cpu"))
+    hooked = [name for name, module in model.named_modules() if module._forward_pre_hooks]
+    in_experts = len({n.partition(".experts.")[0] for n in Reader(tmp_path / "out").sparse_names if ".experts." in n})
+    plain = [name for name in Reader(tmp_path / "out").sparse_names if ".experts." not in name]
+    assert len(hooked) == len(plain) + in_experts and not any("vision" in name for name in hooked)
+    other = type(model).from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        found, want = (one(TOKENS).logits for one in (other, model))
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-5)
+
+
+def test_copies_round_and_saved_models_do_not(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    copy = deepcopy(model)
+    del model.model.layers[1:]
+    with torch.no_grad():
+        assert torch.equal(copy(TOKENS).logits, AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits)
+        assert not torch.equal(copy(TOKENS).logits, model(TOKENS).logits)
+        copy.save_pretrained(tmp_path / "saved")
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in copy.state_dict().items())
+        assert not torch.equal(copy(TOKENS).logits, saved(TOKENS).logits)
+
+
+def test_gradients_reach_what_comes_before(folder):
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model(TOKENS).logits.sum().backward()
+    weights = [model.model.embed_tokens.weight, *(layer.mlp.up_proj.weight for layer in model.model.layers)]
+    assert all(bool(weight.grad.abs().sum() > 0) for weight in weights)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "qwen3_moe", "deepseek_v3", "nemotron_h"])
+def test_experts_round_both_of_their_inputs(kind, text, tmp_path):  # noqa: F811
+    hybrid = {
+        "layers_block_type": ["moe", "attention"], "num_hidden_layers": 2, "moe_shared_expert_intermediate_size": 64,
+        "n_groups": 2, "mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16,
+    }  # fmt: skip
+    source = save_moe(tmp_path / "dense", kind, **(hybrid if kind == "nemotron_h" else {}))
+    run_small(source, tmp_path / "out", text, **INT4)
+    reader, model = Reader(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    eager = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager").eval()
+    experts = type(next(m for n, m in model.named_modules() if n.rpartition(".")[2] == "experts"))
+    found = recorded(model, experts)
+    mixtures = {name.partition(".experts.")[0] for name in reader.sparse_names if ".experts." in name}
+    assert len(found) == len(mixtures) > 0
+    for name, ((x, ids, shares), y) in found.items():
+        module = model.get_submodule(name)
+        expected = torch.zeros_like(x, dtype=torch.float64)
+        for expert in range(module.num_experts):
+            weights = [p.detach()[expert].double() for n, p in module.named_parameters() if not n.endswith("_bias")]
+            first, down = [weight.T if module.is_transposed else weight for weight in weights]
+            biases = [p.detach()[expert].double() for n, p in module.named_parameters() if n.endswith("_bias")]
+            first_bias, down_bias = biases or (0, 0)
+            inner = rounded(x) @ first.T + first_bias
+            if kind == "gpt_oss":
+                gate, up = inner[:, ::2].clamp(max=7), inner[:, 1::2].clamp(-7, 7)
+                inner = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+            elif kind == "nemotron_h":
+                inner = inner.clamp(min=0) ** 2
+            else:
+                gate, up = inner.chunk(2, dim=1)
+                inner = torch.nn.functional.silu(gate) * up
+            share = (shares.double() * (ids == expert)).sum(1, keepdim=True)
+            expected += share * (rounded(inner) @ down.T + down_bias)
+        # Numbers of `inner` that lie on the edge of two integers may go to either.
+        step = float(expected.std()) / 127
+        assert (y.double() - expected).abs().max() < step and (y.double() - expected).abs().median() < 1e-2 * step, name
+    with torch.no_grad():
+        want = load_model(str(tmp_path / "out"), torch.device("cpu"))(TOKENS).logits
+        torch.testing.assert_close(model(TOKENS).logits, want)
+        torch.testing.assert_close(eager(TOKENS).logits, want)
+
+
+def test_other_modules_are_refused_by_name(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(RiaError, match="here: model.embed_tokens.weight belongs to a Embedding.*ria-vllm export"):
+        round_inputs(model, ["model.embed_tokens.weight"], "here")

@@ -1,0 +1,49 @@
+"""Tokens rounded to int8: the oracle rounds number by number, in numpy's float32."""
+
+import numpy as np
+import pytest
+import torch
+
+from ria_vllm.sparse24 import VALUE_DTYPES
+from ria_vllm.token_rounding import quantize_tokens, round_tokens
+
+
+def one_by_one(token: np.ndarray) -> tuple[list[int], np.float32]:
+    largest = np.float32(max(abs(number) for number in token))
+    if largest == 0:
+        return [0] * len(token), np.float32(1)
+    factor = np.float32(127) / largest
+    return [int(np.rint(np.float32(number * factor))) for number in token], largest / np.float32(127)
+
+
+@pytest.mark.parametrize("dtype", VALUE_DTYPES)
+def test_each_token_is_rounded_by_its_own_scale(dtype):
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 5)[:, None]
+    x[1, 2] = 0
+    x[2, 0, :4] = torch.tensor([127.0, 2.5, -3.5, 126.5])  # halves go to the even number
+    x[2, 0, 4:] = 0
+    x = x.to(dtype)
+    integers, scales = quantize_tokens(x)
+    assert integers[2, 0, :4].tolist() == [127, 2, -4, 126]
+    for token, found, scale in zip(x.view(-1, 64), integers.view(-1, 64), scales.flatten(), strict=True):
+        expected, its_scale = one_by_one(token.float().numpy())
+        assert found.tolist() == expected and scale.item() == its_scale
+    rounded = round_tokens(x)
+    assert rounded.dtype == dtype and torch.equal(rounded, (integers * scales).to(dtype))
+    assert not rounded[1, 2].any()
+
+
+def test_extremes():
+    """Zeros stay zeros beside the smallest numbers; what is not finite shows."""
+    smallest = torch.tensor([[1e-45, 0.0, -1e-45]])
+    integers, _ = quantize_tokens(smallest)
+    assert integers.isfinite().all() and integers[0, 1] == 0
+    for number in (float("nan"), float("inf")):
+        assert quantize_tokens(torch.tensor([[1.0, number]]))[0].isnan().any()
+    assert round_tokens(torch.empty(0, 64)).shape == (0, 64)
+
+
+def test_gradients_pass():
+    x = torch.randn(2, 8, requires_grad=True)
+    (round_tokens(x) * torch.arange(8.0)).sum().backward()
+    assert torch.equal(x.grad, torch.arange(8.0).expand(2, 8))
