@@ -13,10 +13,8 @@ from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.solve import find_orders, solve
 
 
-class Integers(Recipe):
-    """With four bits and groups of 64."""
-
-    weight_format = formats.INTEGERS[4, 64]
+INT4 = {"weights": "int4", "group_size": 64}
+FORMAT = formats.INTEGERS[4, 64]
 
 
 @pytest.fixture
@@ -47,13 +45,13 @@ def error(V, W, X, D):
 @pytest.mark.parametrize("method", ["ria", "sparsegpt"])
 def test_rounding_is_a_part_of_the_reconstruction(stage, method):
     weights, _, X, D = stage
-    exact, rounded = pruned(stage, Recipe(method=method)), pruned(stage, Integers(method=method))
+    exact, rounded = pruned(stage, Recipe(method=method)), pruned(stage, Recipe(method=method, **INT4))
     for name, W in weights.items():
         linear, p = rounded[name], rounded[name].p
         assert torch.equal(linear.mask, exact[name].mask) and torch.equal(p, exact[name].p)
         stored, back = linear.weight[:, p], torch.argsort(p)
-        assert torch.equal(Integers.weight_format.quantize(stored, torch.bfloat16, linear.scale)[0], stored)
-        plain = Integers.weight_format.quantize(exact[name].weight[:, p], torch.bfloat16)[0][:, back]
+        assert torch.equal(FORMAT.quantize(stored, torch.bfloat16, linear.scale)[0], stored)
+        plain = FORMAT.quantize(exact[name].weight[:, p], torch.bfloat16)[0][:, back]
         best, simple = error(exact[name].weight, W, X, D), error(plain, W, X, D)
         assert error(linear.weight, W, X, D) - best < 0.4 * (simple - best)
         assert linear.record["error_after"] == pytest.approx(error(linear.weight, W, X, D), rel=1e-3)
@@ -61,7 +59,7 @@ def test_rounding_is_a_part_of_the_reconstruction(stage, method):
 
 def test_without_reconstruction_weights_are_the_nearest_by_scales_that_weigh_channels(stage):
     weights, _, X, _ = stage
-    exact, rounded = pruned(stage, Recipe(reconstruct="none")), pruned(stage, Integers(reconstruct="none"))
+    exact, rounded = pruned(stage, Recipe(reconstruct="none")), pruned(stage, Recipe(reconstruct="none", **INT4))
     for name in weights:
         linear, p = rounded[name], rounded[name].p
         stored, wanted = (one.weight[:, p].float() for one in (linear, exact[name]))
@@ -69,6 +67,6 @@ def test_without_reconstruction_weights_are_the_nearest_by_scales_that_weigh_cha
         inside = wanted.abs() < 7.5 * scales
         assert inside.double().mean() > 0.95
         assert ((stored - wanted).abs() <= 0.535 * scales)[inside].all()
-        plain = Integers.weight_format.quantize(wanted, torch.bfloat16)[0].float()
+        plain = FORMAT.quantize(wanted, torch.bfloat16)[0].float()
         cost = X.square().sum(0)[p]
         assert ((stored - wanted).square() * cost).sum() < 0.9 * ((plain - wanted).square() * cost).sum()
