@@ -12,7 +12,6 @@ from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.solve import find_orders, solve
 
-
 INT4 = {"weights": "int4", "group_size": 64}
 FORMAT = formats.INTEGERS[4, 64]
 
