@@ -19,7 +19,7 @@ from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.solve import Pruned, find_orders, score, solve, stored_weight
-from ria_vllm.offline.train import TRAINING_STEPS
+from ria_vllm.offline.train import TRAINING_STEPS, grids_of
 
 # The rows of all experts together have more scores than the search of one order needs, or memory should hold. This many
 # are taken, evenly spread over the linears.
@@ -187,11 +187,12 @@ class ExpertsPruner:
                 seed=recipe.seed,
                 dtype=recipe.matmul_dtype,
                 place=f"{self.place(names[DOWN])} and what is trained with it: ",
+                grids=grids_of({kind: found[name] for kind, name in names.items()}, recipe, self.device),
             )
         trained = {}
         for kind, name in names.items():
             linear = found[name]
-            weight, scale = stored_weight(params[kind].data, linear.p, linear.weight.dtype, recipe)
+            weight, scale = stored_weight(params[kind].data, linear.p, linear.weight.dtype, recipe, linear.scale)
             record = linear.record | {"block_loss": [losses[0], losses[-1]]}
             trained[name] = replace(linear, weight=weight, scale=scale, record=record)
         return trained

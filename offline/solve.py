@@ -10,10 +10,12 @@ import torch
 
 from ria_vllm import permutation
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import IntFormat
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning import masks, permute, scores
-from ria_vllm.offline.pruning.admm import AdmmSolver, Choice, admm_solver, output_error
+from ria_vllm.offline.pruning.admm import ROWS_AT_ONCE, AdmmSolver, Choice, admm_solver, output_error
+from ria_vllm.offline.pruning.rounding import nearest_scales, round_on_mask
 from ria_vllm.offline.pruning.sparsegpt import sparsegpt
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
@@ -50,7 +52,12 @@ def _packed(mask: torch.Tensor) -> torch.Tensor:
 
 
 def stored_weight(
-    weight: torch.Tensor, p: torch.Tensor | None, dtype: torch.dtype, recipe: Recipe
+    weight: torch.Tensor,
+    p: torch.Tensor | None,
+    dtype: torch.dtype,
+    recipe: Recipe,
+    scales: torch.Tensor | None = None,
+    importance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weight as it will be read back, and its scales if its format has any; on the CPU.
 
@@ -58,14 +65,24 @@ def stored_weight(
         weight: [out, in], columns in the model's own order.
         p: int64 [in], the order in which they are stored; None: the model's own.
         dtype: of the checkpoint.
+        scales: those by which it is rounded to the nearest value; None: those by which this costs least.
+        importance: [in], what a squared error in a channel then costs; None: the same in all.
     """
-    if p is None or recipe.weight_format.group_size is None:
-        weight, scale = recipe.weight_format.quantize(weight, dtype)
-    else:
-        p = p.to(weight.device)
-        weight, scale = recipe.weight_format.quantize(weight[:, p], dtype)
-        weight = weight[:, permutation.invert(p)]
-    return weight.cpu(), None if scale is None else scale.cpu()
+    weight_format = recipe.weight_format
+    if not isinstance(weight_format, IntFormat):
+        return weight.to(dtype).cpu(), None
+    p = None if p is None or weight_format.scale_columns is None else p.to(weight.device)
+    back = None if p is None else permutation.invert(p)
+    importance = importance if importance is None or p is None else importance[p]
+    stored, found = torch.empty(weight.shape, dtype=dtype), []
+    for start in range(0, len(weight), ROWS_AT_ONCE):  # so that float32 temporaries stay small beside the weight
+        rows = slice(start, start + ROWS_AT_ONCE)
+        part = weight[rows] if p is None else weight[rows][:, p]
+        given = nearest_scales(part, weight_format, dtype, importance) if scales is None else scales[rows]
+        part, given = weight_format.quantize(part, dtype, given.to(part.device))
+        stored[rows] = (part if back is None else part[:, back]).cpu()
+        found.append(given.cpu())
+    return stored, torch.cat(found)
 
 
 @contextmanager
@@ -249,19 +266,22 @@ def _prune(
         mask = _mask(S, p, recipe)
         record = _retained(S, mask, recipe)
         del S  # as large as the weight, so it would raise the peak memory
-    start = mask
+    start, scales, weight_format = mask, None, recipe.weight_format
     if recipe.reconstruct != "none":
         cross_term = statistics.drift and statistics.drift.cross_term(weight)
         choose = None if recipe.method == "sparsegpt" else _choice(weight, statistics, p, recipe)
         W, mask = solvers.of(statistics.gram).solve(weight, mask, cross_term=cross_term, choose=choose)
+        if isinstance(weight_format, IntFormat):
+            order = None if p is None else p.to(weight.device)
+            W, scales = round_on_mask(weight, W, mask, statistics.gram, weight_format, dtype, cross_term, order)
         del cross_term
     W = weight * mask if W is None else W
-    W, scale = stored_weight(W, p, dtype, recipe)
+    W, scales = stored_weight(W, p, dtype, recipe, scales, statistics.norm**2)
     record |= {"shape": list(weight.shape), "permuted": p is not None}
     if statistics.gram is not None:
         record["error_before"] = output_error(weight, weight * start, statistics.gram, statistics.drift)
         record["error_after"] = output_error(weight, W.to(weight.device), statistics.gram, statistics.drift)
-    return Pruned(W, _packed(mask), p, record, scale)
+    return Pruned(W, _packed(mask), p, record, scales)
 
 
 def _choice(weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None, recipe: Recipe) -> Choice:

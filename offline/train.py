@@ -6,9 +6,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ria_vllm import permutation
+from ria_vllm.formats import IntFormat
 from ria_vllm.offline.calibration.activations import AllChunks
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
-from ria_vllm.offline.pruning.block import train_block
+from ria_vllm.offline.pruning.block import Grid, train_block
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.solve import Pruned, stored_weight
@@ -51,17 +53,32 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
             seed=recipe.seed,
             dtype=recipe.matmul_dtype,
             place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",
+            grids=grids_of(pruned, recipe, runner.device),
         )
     trained = {}
     for name, linear in pruned.items():
         module = runner.linear(name)
-        weight, scale = stored_weight(module.weight.data, linear.p, linear.weight.dtype, recipe)
+        weight, scale = stored_weight(module.weight.data, linear.p, linear.weight.dtype, recipe, linear.scale)
         module.weight.data = weight.to(runner.device, runner.dtype)
         record = linear.record | {"block_loss": [losses[0], losses[-1]]}
         trained[name] = replace(linear, weight=weight, scale=scale, record=record)
     for parameter in runner.layer.parameters():
         parameter.data = parameter.data.to(runner.dtype)
     return trained
+
+
+def grids_of(pruned: Mapping[str, Pruned], recipe: Recipe, device: torch.device) -> dict[str, Grid]:
+    """The grids on which the linears are trained: their scales stay as they are. Empty if weights are not integers."""
+    weight_format, grids = recipe.weight_format, {}
+    if isinstance(weight_format, IntFormat):
+        for name, linear in pruned.items():
+            assert linear.scale is not None
+            width = linear.weight.shape[1]
+            groups = torch.arange(width) // (weight_format.scale_columns or width)  # of the stored columns
+            groups = groups if linear.p is None else groups[permutation.invert(linear.p)]
+            low, high = weight_format.smallest, weight_format.largest
+            grids[name] = Grid(linear.scale.to(device), groups.to(device), low, high)
+    return grids
 
 
 class _Masks(Mapping[str, torch.Tensor]):

@@ -77,8 +77,13 @@ class IntFormat(WeightFormat):
 
     @property
     def largest(self) -> int:
-        """The largest value. The smallest is one further from zero."""
+        """The largest value."""
         return 2 ** (self.num_bits - 1) - 1
+
+    @property
+    def smallest(self) -> int:
+        """The smallest value that is written: -8 or -127. A checkpoint may also hold -128."""
+        return -self.largest - 1 if self.num_bits == 4 else -self.largest
 
     def quantize(
         self, weight: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None = None
@@ -128,7 +133,7 @@ class IntFormat(WeightFormat):
     def _rounded(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """float32 integers [out, n], where n is in or, for compressed weights, in/2."""
         scaled = weight.float() / self._wide(scales, weight.shape[1])
-        return scaled.round().clamp(-self.largest - 1 if self.num_bits == 4 else -self.largest, self.largest)
+        return scaled.round().clamp(self.smallest, self.largest)
 
     def _wide(self, scales: torch.Tensor, count: int) -> torch.Tensor:
         """float32 scales of each of `count` columns of a row: [out, count], or [out, 1] for a row's."""

@@ -6,6 +6,7 @@ model. (See "A free lunch in LLM compression: revisiting retraining after prunin
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -13,6 +14,24 @@ from ria_vllm.errors import RiaError
 
 # Kept weights of a linear that are updated together.
 PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that a weight [out, in] may have: integers times scales.
+
+    scales: [out, groups]; groups: int64 [in], the group of each channel; low, high: of the integers.
+    """
+
+    scales: torch.Tensor
+    groups: torch.Tensor
+    low: int
+    high: int
+
+    def scales_at(self, index: torch.Tensor) -> torch.Tensor:
+        """The scales of the entries at the flat indices `index` [n]."""
+        row, channel = index // len(self.groups), index % len(self.groups)
+        return self.scales.flatten()[row * self.scales.shape[1] + self.groups[channel]]
 
 
 def train_block(
@@ -27,6 +46,7 @@ def train_block(
     betas: tuple[float, float] = (0.9, 0.999),
     dtype: torch.dtype = torch.bfloat16,
     place: str = "",
+    grids: Mapping[str, Grid] | None = None,
 ) -> list[float]:
     """Masked Adam with a cosine schedule, one step per micro-batch, under bf16 autocast or in float32.
 
@@ -34,6 +54,10 @@ def train_block(
     with a thousand times the norm of the others would dominate.
 
     With half of the weights masked, this takes 10 bytes per weight (12 in float32), plus the gradient of one linear.
+
+    A weight with a grid is read, and returned, as the grid's nearest values, while Adam updates the float32 weights
+    behind them with the gradient at these values (a straight-through estimator; Bengio et al., 2013). Its scales take
+    another byte per weight (2 if they are float32).
 
     Args:
         forward: [..., hidden] -> [..., hidden], the residual stream after the sublayer; multiplies with `params`
@@ -46,6 +70,7 @@ def train_block(
         seed: for the order of the micro-batches.
         dtype: of the matrix products, bfloat16 or float32.
         place: what an error begins with.
+        grids: of the parameters that are rounded.
 
     Returns:
         The mean loss of each pass.
@@ -58,7 +83,7 @@ def train_block(
         raise RiaError(f"{place}{found}: block training needs at least one of each, and equally many.")
     order = torch.Generator().manual_seed(seed)
     step, steps = 0, passes * len(inputs)
-    trained = [_Trained(p, masks[name], lr, betas, dtype) for name, p in params.items()]
+    trained = [_Trained(p, masks[name], lr, betas, dtype, (grids or {}).get(name)) for name, p in params.items()]
     losses = []
     try:
         for _ in range(passes):
@@ -94,6 +119,7 @@ class _Trained:
         lr: float,
         betas: tuple[float, float],
         dtype: torch.dtype,
+        grid: Grid | None = None,
     ):
         self.parameter, self.required_grad = parameter, parameter.requires_grad
         # By index, because selecting by a mask of random bits is ten times slower.
@@ -101,6 +127,8 @@ class _Trained:
         self.index = index.split(PIECE)
         flat = parameter.data.reshape(-1)
         self.kept = [torch.nn.Parameter(flat.index_select(0, part).float()) for part in self.index]
+        self.grid = grid
+        self.scales = [] if grid is None else [grid.scales_at(part) for part in self.index]
         self.optimizer = torch.optim.Adam(self.kept, lr=lr, betas=betas, foreach=False)
         parameter.data = parameter.data.mul_(mask).to(dtype).contiguous()
         parameter.requires_grad_(True)
@@ -130,8 +158,14 @@ class _Trained:
 
     def _write(self) -> None:
         flat = self.parameter.data.view(-1)
-        for kept, part in zip(self.kept, self.index, strict=True):
-            flat.scatter_(0, part.long(), kept.data.to(flat.dtype))
+        for number, (kept, part) in enumerate(zip(self.kept, self.index, strict=True)):
+            values = kept.data
+            if self.grid is not None:
+                scales = self.scales[number].float()
+                values = (values / scales).clamp_(self.grid.low, self.grid.high)
+                torch.mul(values, scales, out=kept.data)  # no further than the grid reaches, or it might not come back
+                values.round_().mul_(scales)
+            flat.scatter_(0, part.long(), values.to(flat.dtype))
 
 
 def _relative_error(forward: Callable, inputs: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -66,6 +66,16 @@ class SymmetricMatrix:
                 whole.index_copy_(0, positions[start:stop], rows[:, order])
         return whole
 
+    def rows(self, channels: torch.Tensor) -> torch.Tensor:
+        """S[channels] [n, width], for channels int64 [n]."""
+        found = torch.empty(len(channels), self.width, dtype=self.blocks[0].dtype, device=self.device)
+        for start, stop, block in self.spans():
+            inside = ((channels >= start) & (channels < stop)).nonzero()[:, 0]
+            found[inside, start:] = block[channels[inside] - start]
+            below = (channels >= stop).nonzero()[:, 0]  # their columns from start to stop are in this block
+            found[below, start:stop] = block[:, channels[below] - start].T
+        return found
+
     def normalised(self, scale: torch.Tensor) -> "SymmetricMatrix":
         """S_ij / (scale_i scale_j), a copy; scale is [width]."""
         return SymmetricMatrix(

@@ -90,19 +90,20 @@ def test_each_weight_is_the_nearest_multiple_of_its_scale(pruned, exact, way):
         assert scales.dtype == (torch.bfloat16 if size else torch.float32) and linear.dtype == torch.float32
         step = scales.double().repeat_interleave(group, 1)
         off = (integers * step - want.parts["compressed"].double()).abs() / step
-        inside = integers.abs() < largest  # a scale that was rounded to bfloat16 may cut the largest a little
+        inside = integers.abs() < largest  # scales are chosen by error, and may cut the largest
         assert integers.abs().max() <= largest + (bits == 4)
-        assert off[inside].max() <= 0.5 + 1e-4 and off.max() <= 0.5 + largest * 2**-8 and off.max() > 0.4, name
+        assert off[inside].max() <= 0.5 + 1e-4 and off.max() > 0.4 and (off > 0.5001).double().mean() < 0.1, name
         # Every reader's answer, from the bytes.
         decoded = linear.stored()
         assert torch.equal(decoded.double()[decoded != 0], (integers * step).float().double()[integers != 0]), name
 
 
-def test_int8_by_rows_reaches_the_largest_weight(pruned, exact):
+def test_int8_by_rows_nearly_reaches_the_largest_weight(pruned, exact):
     exact, rounded = Reader(exact), Reader(pruned("int8"))
     for name in exact.sparse_names:
         step = exact.dense(name).abs().amax(1, keepdim=True).double() / 127
-        torch.testing.assert_close(rounded.linear(name).parts["weight_scale"].double(), step, rtol=1e-6, atol=0)
+        ratio = rounded.linear(name).parts["weight_scale"].double() / step
+        assert ratio.max() <= 1 + 1e-6 and ratio.min() > 0.75 and (ratio > 1 - 1e-6).double().mean() > 0.5
 
 
 @each_way

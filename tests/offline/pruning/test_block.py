@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.pruning.block import train_block
+from ria_vllm.offline.pruning.block import Grid, train_block
 from ria_vllm.offline.pruning.masks import Pattern, mask
 
 
@@ -87,6 +87,28 @@ def test_is_adam_on_what_the_masks_keep(problem, dtype):
             step += 1
     for name, p in params.items():
         assert torch.equal(trained[name], p), name
+
+
+def test_what_lies_on_a_grid_stays_there_and_gets_better(problem):
+    model, params, masks, inputs, targets = problem
+    grids = {}
+    for number, (name, p) in enumerate(params.items()):
+        groups = torch.arange(p.shape[1]) % 2 if number else torch.zeros(p.shape[1], dtype=torch.int64)
+        scales = torch.stack([p[:, groups == g].abs().amax(1) / 7 for g in range(1 + int(groups.max()))], 1).bfloat16()
+        grids[name] = Grid(scales, groups, -8, 7)
+        wide = scales.float()[:, groups]
+        p.data = (p / wide).round() * wide
+    del grids["up.weight"]
+    before = loss(model, inputs, targets)
+    start = {name: p.clone() for name, p in params.items()}
+    train_block(model, params, masks, inputs, targets, passes=20, lr=1e-2, grids=grids, dtype=torch.float32)
+    assert loss(model, inputs, targets) < 0.75 * before
+    for name, grid in grids.items():
+        values = params[name] / grid.scales.float()[:, grid.groups]
+        torch.testing.assert_close(values, values.round(), atol=1e-5, rtol=0)
+        assert values.min() >= -8.001 and values.max() <= 7.001
+        assert not torch.equal(params[name], start[name])
+        assert (params[name][~masks[name]] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -57,6 +57,13 @@ def test_product(width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+def test_some_rows(width):
+    _, half = gram_of(width)
+    channels = permutation(width)[: max(1, width // 3)]
+    assert torch.equal(half.rows(channels), half.dense()[channels])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 def test_normalised_is_a_copy(width):
     S, half = gram_of(width)
     scale = torch.rand(width) + 0.5

@@ -1,0 +1,252 @@
+"""Rounding as a part of the reconstruction: kept weights become integers times scales, and make up for each other.
+
+A row q of the rounded weight should minimise q A q^T - 2 b q^T, where A is the damped Gram matrix of the input and b
+the row's target times A: the least squares of `ria_vllm.offline.pruning.admm`, with q on a grid. Coordinate descent
+does this. With all other entries fixed, the best value of entry j on the grid is the one nearest to
+q_j - (q A - b)_j / A_jj; with all integers fixed, the best scale of a group is a quotient. No step raises the error.
+(Coordinate descent for dense weights: Behdin et al., "QuantEase", 2023; Nair and Suggala, "CDQuant", 2024.)
+
+A sweep like GPTQ's passes what the rounding of a column costs on to all later columns. Here half of these are pruned,
+in each row others, so a sweep does worse than plain rounding; see docs/quality.md.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from ria_vllm import permutation
+from ria_vllm.formats import IntFormat
+from ria_vllm.offline.pruning.admm import DAMPING, DENSE_WIDTH
+from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
+
+# Entries of the rows that are rounded together, but no fewer rows than that. Each column is a step: with fewer rows,
+# steps are too short to be fast, most of all on a GPU.
+ENTRIES_AT_ONCE, ENTRIES_AT_ONCE_ON_GPUS, LEAST_ROWS = 1 << 20, 1 << 24, 256
+# Columns of a block if scales are per row. The gradient of the others is updated once for each block.
+BLOCK = 64
+# Measured on SmolLM2: the first pass gains more than nine tenths of what 20 do, 6 nearly all.
+PASSES = 6
+# Scales are searched for from the one that fits the largest magnitude down to this part of it, in so many steps.
+SMALLEST, STEPS = 0.4, 25
+
+
+def round_on_mask(
+    weight: torch.Tensor,
+    solved: torch.Tensor,
+    mask: torch.Tensor,
+    gram: SymmetricMatrix,
+    weight_format: IntFormat,
+    dtype: torch.dtype,
+    cross_term: torch.Tensor | None = None,
+    p: torch.Tensor | None = None,
+    passes: int = PASSES,
+    damping: float = DAMPING,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round the kept weights of a linear so that its output stays closest to its target.
+
+    Besides its arguments it takes some rows' worth of temporaries and, for a narrow input, a dense Gram matrix.
+
+    Args:
+        weight: W [out, in], the dense weight in the model's own order, any floating dtype.
+        solved: W' [out, in], zero outside the mask: where the descent starts.
+        mask: bool [out, in], True = kept.
+        gram: X^T X [in, in].
+        dtype: of the model; scales have the dtype that goes with it.
+        cross_term: [out, in] float32, see `ria_vllm.offline.pruning.admm`; None: the target is X W^T.
+        p: int64 [in], the order in which columns are stored; None: the model's own.
+        damping: added to the diagonal of the Gram matrix, in units of its mean, as ADMM does it.
+
+    Returns:
+        (W'' [out, in] float32, integers times scales, zero outside the mask; the scales [out, 1] or
+        [out, in / scale_columns], as they are stored.) If `solved` is float32, W'' takes its place in memory. No row
+        has a larger damped error than W' rounded to the nearest integers, be it by `nearest_scales` or by the scales
+        that fit its largest magnitudes.
+    """
+    solved = solved.float()
+    columns = weight_format.scale_columns
+    system = _System(gram, p, damping, columns or BLOCK)
+    back = None if p is None else permutation.invert(p)
+    scales = []
+    for rows in _some_rows(weight):
+        target = system.product(_take(weight[rows].float(), p))
+        if cross_term is not None:
+            target += _take(cross_term[rows], p)
+        W, kept = _take(solved[rows], p), _take(mask[rows], p)
+        searched = nearest_scales(W, weight_format, dtype, system.diagonal)
+        found = _Rows.nearest(W, searched, system, target, weight_format)
+        found.replace_where_worse(_Rows.nearest(W, weight_format.scales_of(W, dtype), system, target, weight_format))
+        del W
+        for _ in range(passes):
+            found.descend(kept, system, target)
+        solved[rows] = _take(found.weight(), back)
+        scales.append(found.scales.to(searched.dtype))
+    return solved, torch.cat(scales)
+
+
+def nearest_scales(
+    weight: torch.Tensor, weight_format: IntFormat, dtype: torch.dtype, importance: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The scales by which rounding to the nearest integer costs least; they may clip the largest magnitudes.
+
+    Args:
+        weight: [out, in], columns in the stored order.
+        dtype: of the model.
+        importance: [in], what a squared error in each column costs; None: the same in all.
+
+    Returns:
+        [out, 1] or [out, in / scale_columns], positive, in the dtype that they are stored in.
+    """
+    found = weight_format.scales_of(weight, dtype)
+    groups = (found.shape[1], -1)
+    low, high = weight_format.smallest, weight_format.largest
+    cost = None if importance is None else importance.float().view(groups)
+    for rows in _some_rows(weight):
+        W = weight[rows].float().unflatten(1, groups)
+        fitting = found[rows].float()
+        least = torch.full_like(fitting, torch.inf)
+        for factor in torch.linspace(1.0, SMALLEST, STEPS).tolist():
+            scales = (fitting * factor).to(found.dtype)
+            scales = torch.where(scales > 0, scales, 1.0)
+            wide = scales.float()[..., None]
+            lost = (W / wide).round_().clamp_(low, high).mul_(wide).sub_(W).square_()
+            total = (lost if cost is None else lost.mul_(cost)).sum(-1)
+            better = total < least
+            least = torch.where(better, total, least)
+            found[rows] = torch.where(better, scales, found[rows])
+    return found
+
+
+class _System:
+    """A [in, in]: the Gram matrix, damped and in the stored order, by blocks of rows.
+
+    diagonal: [in]; block: rows of a block.
+    """
+
+    def __init__(self, gram: SymmetricMatrix, p: torch.Tensor | None, damping: float, block: int):
+        mean = gram.diagonal().mean()
+        self.added = damping * torch.where(mean > 0, mean, 1.0)
+        self.diagonal = _take(gram.diagonal()[None], p)[0] + self.added
+        self.gram, self.p, self.block = gram, p, block
+        self.dense = gram.dense(p) if gram.width <= DENSE_WIDTH else None
+        if self.dense is not None:
+            self.dense.diagonal().add_(self.added)
+
+    def blocks(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(first row, row after the last, rows [block, in]), one after the other."""
+        width = self.gram.width
+        for start in range(0, width, self.block):
+            stop = min(start + self.block, width)
+            if self.dense is not None:
+                yield start, stop, self.dense[start:stop]
+                continue
+            channels = torch.arange(start, stop, device=self.gram.device) if self.p is None else self.p[start:stop]
+            rows = _take(self.gram.rows(channels), self.p)
+            rows[:, start:stop].diagonal().add_(self.added)
+            yield start, stop, rows
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """`rows` A, for rows [any, in]."""
+        total = torch.zeros_like(rows)
+        for start, stop, block in self.blocks():
+            total.addmm_(rows[:, start:stop], block)
+        return total
+
+
+class _Rows:
+    """Some rows of the rounded weight, in the stored order.
+
+    values: float32 [rows, in], integers; scales: float32 [rows, 1 or groups], such as can be stored in
+    `scale_dtype`; gradient: half of it, q A - b [rows, in].
+    """
+
+    def __init__(self, values: torch.Tensor, scales: torch.Tensor, weight_format: IntFormat):
+        self.values, self.scales, self.scale_dtype = values, scales.float().clone(), scales.dtype
+        self.low, self.high = weight_format.smallest, weight_format.largest
+        self.per_row = weight_format.scale_columns is None
+        self.gradient = values  # until it is computed
+
+    @classmethod
+    def nearest(
+        cls, W: torch.Tensor, scales: torch.Tensor, system: _System, target: torch.Tensor, weight_format: IntFormat
+    ) -> "_Rows":
+        """W [rows, in], rounded to the nearest integers."""
+        found = cls(W, scales, weight_format)
+        found.values = (W / found._wide()).round_().clamp_(found.low, found.high)
+        found.gradient = system.product(found.weight()).sub_(target)
+        return found
+
+    def weight(self) -> torch.Tensor:
+        """float32 [rows, in]."""
+        return self.values * self._wide()
+
+    def replace_where_worse(self, other: "_Rows") -> None:
+        """Take the rows of `other` that have a smaller error."""
+        # The difference of the two errors, without the parts that would cancel out.
+        change = (other.weight() - self.weight()).mul_(self.gradient + other.gradient).sum(1)
+        better = (change < 0).nonzero()[:, 0]
+        for own, others in zip(self._tensors(), other._tensors(), strict=True):
+            own[better] = others[better]
+
+    def descend(self, kept: torch.Tensor, system: _System, target: torch.Tensor) -> None:
+        """Once over all columns. A group's scale follows its integers; a row's comes at the end."""
+        for start, stop, A in system.blocks():
+            square = A[:, start:stop]
+            group = 0 if self.per_row else start // system.block
+            before = self.values[:, start:stop] * self.scales[:, group, None]
+            self._round_columns(start, stop, square, group, kept)
+            if not self.per_row:
+                q = self.values[:, start:stop] * self.scales[:, group, None]
+                product = q @ square
+                gradient = self.gradient[:, start:stop] + product - before @ square
+                self._fit(group, (q * gradient).sum(1), (q * product).sum(1))
+            change = self.values[:, start:stop] * self.scales[:, group, None] - before
+            self.gradient.addmm_(change, A)
+        if self.per_row:
+            q, product = self.weight(), self.gradient + target
+            fitted = self._fit(0, (q * self.gradient).sum(1), q.mul_(product).sum(1))
+            self.gradient = product.mul_(fitted[:, None]).sub_(target)
+
+    def _round_columns(self, start: int, stop: int, square: torch.Tensor, group: int, kept: torch.Tensor) -> None:
+        """Move the kept integers of one block, column by column, each to its best value."""
+        scales = self.scales[:, group]
+        # By columns, so that each is contiguous.
+        values, gradient = (x[:, start:stop].T.contiguous() for x in (self.values, self.gradient))
+        movable = kept[:, start:stop].T.float()
+        diagonal = square.diagonal()
+        inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)[:, None] / scales
+        for j in range(stop - start):
+            best = torch.addcmul(values[j], gradient[j], inverse[j], value=-1).round_().clamp_(self.low, self.high)
+            change = best.sub_(values[j]).mul_(movable[j])
+            values[j] += change
+            gradient[j + 1 :].addr_(square[j, j + 1 :], change.mul_(scales))
+        self.values[:, start:stop] = values.T
+
+    def _fit(self, group: int, slope: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
+        """Fit a group's scale to its integers: where it is 1 + e times as large, errors change by 2 slope e +
+        curvature e^2; all are [rows]. Returns the factors 1 + e."""
+        scales = self.scales[:, group]
+        fitted = (scales * (1 - slope / curvature)).to(self.scale_dtype).float()
+        e = fitted / scales - 1
+        better = (fitted > 0) & fitted.isfinite() & (e * (2 * slope + e * curvature) < 0)
+        self.scales[:, group] = torch.where(better, fitted, scales)
+        return torch.where(better, e + 1, 1.0)
+
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.values, self.scales, self.gradient
+
+    def _wide(self) -> torch.Tensor:
+        if self.per_row:
+            return self.scales
+        return self.scales.repeat_interleave(self.values.shape[1] // self.scales.shape[1], 1)
+
+
+def _some_rows(weight: torch.Tensor) -> Iterator[slice]:
+    entries = ENTRIES_AT_ONCE if weight.device.type == "cpu" else ENTRIES_AT_ONCE_ON_GPUS
+    count = max(LEAST_ROWS, entries // weight.shape[1])
+    for start in range(0, len(weight), count):
+        yield slice(start, start + count)
+
+
+def _take(rows: torch.Tensor, p: torch.Tensor | None) -> torch.Tensor:
+    """The columns `p` of `rows`."""
+    return rows if p is None else rows[:, p]
