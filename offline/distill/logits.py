@@ -1,0 +1,76 @@
+"""A model's hidden states and its logits, apart, so that the logits of a whole sequence never exist at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.architecture import find_base, find_decoder, output_head
+
+
+class TwoPart:
+    """A causal LM as the function from tokens to hidden states and that from hidden states to logits.
+
+    The second is the model's own forward pass, with the hidden states in the place of what its decoder computes. So
+    whatever the model does to its logits (a bias, a scale, a soft cap) is done.
+
+    Args:
+        model: of transformers.
+        name: what the user calls it, for errors.
+
+    Attributes:
+        layers: the decoder layers.
+
+    Raises:
+        RiaError: no logits, no decoder layers, or logits that come from more than the last hidden states.
+    """
+
+    def __init__(self, model: Any, name: str):
+        if output_head(model) is None:
+            raise RiaError(f"{name}: a {type(model).__name__} gives no logits of tokens, so it cannot be distilled.")
+        decoder, layers = find_decoder(model, name)
+        self.model, self.name = model, name
+        self.base: nn.Module = model.get_submodule(find_base(model, decoder))
+        self.layers: nn.ModuleList = model.get_submodule(layers)
+        if self.base is model:
+            raise RiaError(f"{name}: a {type(model).__name__} has no decoder apart from its head.")
+        self._check()
+
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[batch, tokens, hidden] for int64 [batch, tokens]: what the head reads."""
+        return self.base(input_ids=tokens, use_cache=False)[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [tokens, vocabulary] for [tokens, hidden]."""
+        with _instead(self.base, BaseModelOutputWithPast(last_hidden_state=hidden[None])):
+            # The embeddings are not read, but models ask for some input.
+            return type(self.model).forward(self.model, inputs_embeds=hidden[None], use_cache=False).logits[0].float()
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        tokens = torch.arange(2, 10, device=self.model.device)[None]
+        whole = self.model(input_ids=tokens, use_cache=False).logits[0].float()
+        apart = self.logits(self.hidden(tokens)[0])
+        if whole.shape != apart.shape or not torch.allclose(whole, apart, rtol=1e-3, atol=1e-3):
+            raise RiaError(
+                f"{self.name}: the logits of a {type(self.model).__name__} do not follow from its last hidden states "
+                "alone, which distillation needs."
+            )
+
+
+@contextmanager
+def _instead(module: nn.Module, output: Any) -> Iterator[None]:
+    """Make a module return `output`, whatever it is called with."""
+    before = module.__dict__.get("forward")
+    module.forward = lambda *_, **__: output  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before  # type: ignore[method-assign]
