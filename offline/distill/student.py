@@ -14,15 +14,12 @@ from ria_vllm.errors import RiaError
 from ria_vllm.weight_format import SHAPE
 from ria_vllm.offline.distill.layouts import Kept, Whole
 from ria_vllm.offline.distill.logits import TwoPart
-from ria_vllm.offline.distill.loss import Loss, divergence, in_chunks, next_token, relative_error
+from ria_vllm.offline.distill.loss import Loss, Top, divergence, in_chunks, next_token, relative_error
 from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedParameter
 from ria_vllm.offline.distill.rounding import StraightThrough
 from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.teacher import CHUNK, Answer, Teacher, captured
 from ria_vllm.offline.model.names import Names
-
-ALSO = ("norms", "biases")
-
 
 class Student:
     """A model whose kept weights are trained.
@@ -30,7 +27,7 @@ class Student:
     Args:
         start: the folder that training starts from.
         model: loaded from it; its parameters' data is trained in place.
-        also: of ALSO, what is trained besides pruned linears.
+        also: of `recipe.ALSO`, what is trained besides pruned linears.
         save_memory: keep only the input of each decoder layer in the forward pass, and compute the rest again.
 
     Attributes:
@@ -52,7 +49,6 @@ class Student:
         self.start, self.two = start, model
         model.model.requires_grad_(False)
         self.trained: dict[str, TrainedParameter] = {}
-        dense = [f"{name}.weight" for name in start.linears] + list(start.others)
         names = Names(model.model, start.dense_names(), start.folder)
         parameters = dict(model.model.named_parameters())
         for name in start.linears:
@@ -65,7 +61,6 @@ class Student:
                     "apart, and no experts."
                 )
             self.trained[name] = _trained_linear(linear, parameter, adamw, pace, start)
-        del dense
         for name, parameter in _others(model.model, also):
             written = names.direct.get(name)
             if written in start.others:
@@ -176,10 +171,4 @@ def _of_teacher(answer: Answer, teacher: Teacher | None, rows: slice, loss: Loss
     assert teacher is not None and answer.hidden is not None
     with torch.no_grad():
         logits = teacher.model.logits(answer.hidden[rows])
-        return logits if loss.top_k == 0 else logits_top(logits, loss)
-
-
-def logits_top(logits: torch.Tensor, loss: Loss) -> Any:
-    from ria_vllm.offline.distill.loss import Top
-
-    return Top.of(logits, loss.top_k, loss.temperature)
+        return Top.of(logits, loss.top_k, loss.temperature) if loss.top_k else logits
