@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.architecture import find_base, find_decoder, output_head
@@ -23,6 +22,7 @@ class TwoPart:
         name: what the user calls it, for errors.
 
     Attributes:
+        base: the module that computes the hidden states.
         layers: the decoder layers.
 
     Raises:
@@ -34,11 +34,16 @@ class TwoPart:
             raise RiaError(f"{name}: a {type(model).__name__} gives no logits of tokens, so it cannot be distilled.")
         decoder, layers = find_decoder(model, name)
         self.model, self.name = model, name
-        self.base: nn.Module = model.get_submodule(find_base(model, decoder))
         self.layers: nn.ModuleList = model.get_submodule(layers)
-        if self.base is model:
-            raise RiaError(f"{name}: a {type(model).__name__} has no decoder apart from its head.")
-        self._check()
+        # Most models call the outermost module that has no head; OPT calls the decoder inside it.
+        base, owner = find_base(model, decoder), layers.rpartition(".")[0]
+        paths = [owner[:end] for end in range(len(owner) + 1) if owner[end : end + 1] in (".", "")]
+        paths = [base, *(path for path in paths if path.startswith(f"{base}."))]
+        if not any(path and self._fits(model.get_submodule(path)) for path in paths):
+            raise RiaError(
+                f"{name}: the logits of a {type(model).__name__} do not follow from its last hidden states alone, "
+                "which distillation needs."
+            )
 
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
         """[batch, tokens, hidden] for int64 [batch, tokens]: what the head reads."""
@@ -46,20 +51,18 @@ class TwoPart:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [tokens, vocabulary] for [tokens, hidden]."""
-        with _instead(self.base, BaseModelOutputWithPast(last_hidden_state=hidden[None])):
+        with _instead(self.base, self._output(last_hidden_state=hidden[None])):
             # The embeddings are not read, but models ask for some input.
             return type(self.model).forward(self.model, inputs_embeds=hidden[None], use_cache=False).logits[0].float()
 
     @torch.no_grad()
-    def _check(self) -> None:
+    def _fits(self, base: nn.Module) -> bool:
+        """Whether the model's logits follow from what `base` computes; keeps it if they do."""
         tokens = torch.arange(2, 10, device=self.model.device)[None]
         whole = self.model(input_ids=tokens, use_cache=False).logits[0].float()
+        self.base, self._output = base, type(base(input_ids=tokens, use_cache=False))
         apart = self.logits(self.hidden(tokens)[0])
-        if whole.shape != apart.shape or not torch.allclose(whole, apart, rtol=1e-3, atol=1e-3):
-            raise RiaError(
-                f"{self.name}: the logits of a {type(self.model).__name__} do not follow from its last hidden states "
-                "alone, which distillation needs."
-            )
+        return whole.shape == apart.shape and torch.allclose(whole, apart, rtol=1e-3, atol=1e-3)
 
 
 @contextmanager
