@@ -65,8 +65,10 @@ from ria_vllm.errors import RiaError
 )
 @click.option("--eval-tokens", default=8192, show_default=True, help="Tokens of each --eval-text.")
 @click.option("--evals", default=10, show_default=True, help="How many times to measure.")
-@click.option("--patience", default=3, show_default=True, help="Stop after this many measurements without a better one.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="For the order of the text.")
+@click.option("--patience", default=3, show_default=True, help="Stop after so many measurements without a better one.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="For the order of the text."
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--compute-dtype",
@@ -80,6 +82,9 @@ from ria_vllm.errors import RiaError
     show_default=True,
     help="Compute each layer again in the backward pass instead of keeping what it computed.",
 )
+@click.option(
+    "--shard", is_flag=True, help="Divide the pruned model and its optimizer state among the processes (FSDP2)."
+)
 @click.option("--save-every", default=600.0, show_default=True, help="Seconds between two states for --resume.")
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it exists, once the new one is complete.")
@@ -87,7 +92,7 @@ from ria_vllm.errors import RiaError
 def distill(
     folder, teacher, out, tokens, text, seq_len, batch, micro_batch, passes, lr, warmup, weight_decay, clip, loss,
     temperature, top_k, train, cache_teacher, eval_text, eval_tokens, evals, patience, seed, device, compute_dtype,
-    save_memory, save_every, max_shard_size, overwrite, resume,
+    save_memory, shard, save_every, max_shard_size, overwrite, resume,
 ):  # fmt: skip
     """Train the weights that FOLDER keeps towards the predictions of the dense model, and write a better folder.
 
@@ -109,7 +114,7 @@ def distill(
         eval_tokens=eval_tokens, evals=evals, patience=patience, compute_dtype=compute_dtype, seed=seed,
     )  # fmt: skip
     settings = Settings(
-        choose_device(device), save_memory, save_every, parse_size(max_shard_size), overwrite, resume
+        choose_device(device), save_memory, shard, save_every, parse_size(max_shard_size), overwrite, resume
     )
     monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
     try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ria_vllm.offline.distill.layouts import Kept, Whole
+from ria_vllm.offline.distill.sharding import local
 
 # What the kept values of some rows are rounded to before the forward pass reads them: (values [rows, in/2], rows) ->
 # (rounded values, values as the optimizer goes on with them), both float32.
@@ -37,13 +38,16 @@ class Pace:
     """What all parameters must know of the current step.
 
     number: of the step, from 1. last: whether the gradients of this backward pass are the last of the step.
-    reduce: adds a gradient up over all processes, in place.
+    reduce: adds a gradient up over all processes, in place; nothing to do where each has other rows.
+    total: adds up over all processes what each has summed over its own rows, in place; nothing to do where all have
+        the same.
     """
 
     lr: float = 0.0
     number: int = 0
     last: bool = True
     reduce: Callable[[torch.Tensor], None] = field(default=lambda gradient: None)
+    total: Callable[[torch.Tensor], None] = field(default=lambda sums: None)
 
 
 class TrainedParameter:
@@ -57,7 +61,8 @@ class TrainedParameter:
     with `AdamW`'s defaults), and a quarter of a byte for its place; 4 more where a step has several backward passes.
 
     Args:
-        parameter: of the model; its data is changed in place.
+        parameter: of the model; its data is changed in place. If it is divided among processes, all else here is
+            about the rows of this one.
         layout: where the trained entries lie.
         values: float32, of the layout's shape: the entries to start from.
         rounding: for quantized formats; the gradient passes straight through it.
@@ -96,11 +101,11 @@ class TrainedParameter:
     def write(self) -> None:
         """Put the current entries, rounded, into the model's tensor."""
         for rows in self.layout.rows():
-            self.layout.put(self._rounded(rows), self.parameter.data, rows)
+            self.layout.put(self._rounded(rows), local(self.parameter), rows)
 
     def rounded(self) -> torch.Tensor:
         """The entries as the model reads them, but in float32."""
-        return torch.cat([self._rounded(rows) for rows in self.layout.rows()])
+        return torch.cat([self.values[:0], *(self._rounded(rows) for rows in self.layout.rows())])
 
     def _rounded(self, rows: slice) -> torch.Tensor:
         if self.rounding is None:
@@ -111,9 +116,10 @@ class TrainedParameter:
 
     @torch.no_grad()
     def _arrived(self, parameter: torch.Tensor) -> None:
-        dense, parameter.grad = parameter.grad, None
+        dense, parameter.grad = local(parameter.grad), None
         if self.gradient is None:
-            self.gradient = torch.cat([self.layout.take(dense, rows) for rows in self.layout.rows()])
+            parts = [self.layout.take(dense, rows) for rows in self.layout.rows()]
+            self.gradient = torch.cat([self.values[:0], *parts])
         else:
             for rows in self.layout.rows():
                 self.gradient[rows] += self.layout.take(dense, rows)
@@ -128,17 +134,18 @@ class TrainedParameter:
         self.stepped += 1
         number = self.pace.number
         correct1, correct2 = 1 - beta1**number, 1 - beta2**number
-        ratios = []  # sums of squared gradients over their means
+        ratio = gradient.new_tensor([0.0, gradient.numel()])  # the sum of squared gradients over their means, and of 1
         for rows in self.layout.rows():
             part = gradient[rows]
             second = self.second[rows].float().mul_(beta2).addcmul_(part, part, value=1 - beta2)
             self.second[rows] = second
             if adamw.clip:
-                ratios.append((part.square() / (second / correct2).clamp_(min=adamw.eps**2)).sum())
+                ratio[0] += (part.square() / (second / correct2).clamp_(min=adamw.eps**2)).sum()
         lr = self.pace.lr
         if adamw.clip:
-            rms = math.sqrt(float(torch.stack(ratios).sum()) / gradient.numel())
-            lr /= max(1.0, rms / adamw.clip)
+            self.pace.total(ratio)
+            squares, count = ratio.tolist()
+            lr /= max(1.0, math.sqrt(squares / count) / adamw.clip)
         for rows in self.layout.rows():
             values = self.values[rows]
             values.mul_(1 - self.pace.lr * adamw.weight_decay)
@@ -146,4 +153,4 @@ class TrainedParameter:
             self.first[rows] = first
             root = self.second[rows].float().sqrt().div_(correct2**0.5).add_(adamw.eps)
             values.addcdiv_(first, root, value=-lr / correct1)
-            self.layout.put(self._rounded(rows), self.parameter.data, rows)
+            self.layout.put(self._rounded(rows), local(self.parameter), rows)

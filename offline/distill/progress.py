@@ -1,5 +1,6 @@
 """Where a run is, and how it went so far: all that a resumed run must know besides the parameters."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -48,6 +49,7 @@ class Course:
             found |= {name: total / self.counted for name, total in zip(TERMS, self.sums, strict=True)}
         if scores:
             found["held_out"] = {name: asdict(score) for name, score in scores.items()}
+        found = json.loads(json.dumps(found, sort_keys=True))  # in the order in which a resumed run reads it
         self.curve.append(found)
         self.sums, self.counted = [0.0] * len(TERMS), 0
         return found

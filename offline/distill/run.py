@@ -10,7 +10,6 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.export import companion_files
-from ria_vllm.weight_format import name_of
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill.heldout import HeldOut
@@ -34,6 +33,7 @@ from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.work import work_folder
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import REPORT_FILE
+from ria_vllm.weight_format import name_of
 from ria_vllm.writer import CheckpointWriter, check_place
 
 TEXT_KEY = "text"
@@ -42,10 +42,14 @@ PAGE_FILE = "ria_report.html"  # of an earlier report, which would no longer be 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a distillation runs. Nothing here changes the result, except that devices round differently."""
+    """How a distillation runs. Nothing here changes the result, except that devices round differently.
+
+    shard: divide the student and its optimizer state among the processes, by rows; otherwise each has all of it.
+    """
 
     device: torch.device = torch.device("cpu")
     save_memory: bool = True
+    shard: bool = False
     save_every: float = 600.0
     max_shard_size: int = 5 * 10**9
     overwrite: bool = False
@@ -79,7 +83,7 @@ def distill(
             )
         start = Start(folder)
         kept = (f"{STATE}*", "The steps so far")
-        run = fingerprint(start, teacher, recipe)
+        run = fingerprint(start, teacher, recipe) | {"parts": ranks.size if settings.shard else 1}
         with work_folder(out, run, settings.overwrite, settings.resume, ranks, kept) as writer:
             return _Run(start, teacher, recipe, settings, writer, ranks, monitor).distill()
 
@@ -136,15 +140,18 @@ class _Run:
         del dense
         trim()
         with monitor.phase("loading the pruned model"):
-            pace = Pace(reduce=self.ranks.all_reduce)
+            sharded = self.settings.shard and self.ranks.size > 1
+            add = self.ranks.all_reduce
+            pace = Pace(total=add) if sharded else Pace(reduce=add)
             student = self._student(dtype, pace)
         if output_head(student.two.model).weight.shape[0] != vocabulary:
             raise RiaError(f"{self.start.folder}: predicts another number of tokens than {self.teacher}.")
         held_out = HeldOut(texts, of_held_out, plain)
-        work = Work(self.writer)
+        part = f"-{self.ranks.rank}-of-{self.ranks.size}" if sharded else ""
+        work = Work(self.writer, part, self.ranks.first)
         course = Training(
             recipe, student, pace, answers, plain, windows, held_out, work, self.ranks, monitor,
-            self.settings.save_every,
+            self.settings.save_every, sharded,
         ).run()  # fmt: skip
         report = self._report(course)
         if self.ranks.first:
@@ -201,7 +208,8 @@ class _Run:
         recipe = self.recipe
         model = TwoPart(load_model(str(self.start.folder), self.settings.device, dtype), str(self.start.folder))
         adamw = AdamW(weight_decay=recipe.weight_decay, clip=recipe.clip)
-        return Student(self.start, model, adamw, pace, recipe.train, self.settings.save_memory)
+        processes = self.ranks.size if self.settings.shard else 1
+        return Student(self.start, model, adamw, pace, recipe.train, self.settings.save_memory, processes)
 
     def _report(self, course: Course) -> dict[str, Any]:
         recipe = self.start.schema.recipe

@@ -17,11 +17,12 @@ class Work:
     """The state of a run in the work folder.
 
     Args:
-        part: which part of each parameter this process has, of how many; "" if it has all of it.
+        part: the end of the keys under which this process keeps its rows of the parameters; "" if it has all of them.
+        first: whether this process writes what all have.
     """
 
-    def __init__(self, writer: CheckpointWriter, part: str = ""):
-        self.writer, self.part = writer, part
+    def __init__(self, writer: CheckpointWriter, part: str = "", first: bool = True):
+        self.writer, self.part, self.first = writer, part, first
 
     def save_parameters(self, student: Student, step: int) -> None:
         """The parameters after a step. `save_course` makes them count."""
@@ -44,9 +45,11 @@ class Work:
             trained.restore(self.writer.read(self._key(step, number))[0])
 
     def save_result(self, student: Student, step: int) -> None:
-        """The tensors of a step that is the best so far, or the last."""
+        """The tensors of a step that is the best so far, or the last. All processes must call."""
         for number, name in enumerate(student.trained):
-            self.writer.write(f"{_best(step)}-{number:06d}", student.tensors(name))
+            tensors = student.tensors(name)
+            if self.first:
+                self.writer.write(f"{_best(step)}-{number:06d}", tensors)
 
     def results(self, names: Iterable[str], step: int) -> dict[str, str]:
         """Trained tensor -> the key of what `save_result` wrote for it."""

@@ -11,15 +11,17 @@ from torch.utils.checkpoint import checkpoint
 from ria_vllm import sparse24
 from ria_vllm.checkpoint import SparseLinear
 from ria_vllm.errors import RiaError
-from ria_vllm.weight_format import SHAPE
 from ria_vllm.offline.distill.layouts import Kept, Whole
 from ria_vllm.offline.distill.logits import TwoPart
 from ria_vllm.offline.distill.loss import Loss, Top, divergence, in_chunks, next_token, relative_error
 from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedParameter
 from ria_vllm.offline.distill.rounding import StraightThrough
+from ria_vllm.offline.distill.sharding import gathered, local, rows_here, shard
 from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.teacher import CHUNK, Answer, Teacher, captured
 from ria_vllm.offline.model.names import Names
+from ria_vllm.weight_format import SHAPE
+
 
 class Student:
     """A model whose kept weights are trained.
@@ -29,6 +31,7 @@ class Student:
         model: loaded from it; its parameters' data is trained in place.
         also: of `recipe.ALSO`, what is trained besides pruned linears.
         save_memory: keep only the input of each decoder layer in the forward pass, and compute the rest again.
+        processes: among which the model is divided.
 
     Attributes:
         trained: written name of a linear, or of another tensor -> what is trained.
@@ -45,41 +48,40 @@ class Student:
         pace: Pace,
         also: Iterable[str] = (),
         save_memory: bool = True,
+        processes: int = 1,
     ):
         self.start, self.two = start, model
         model.model.requires_grad_(False)
         self.trained: dict[str, TrainedParameter] = {}
         names = Names(model.model, start.dense_names(), start.folder)
         parameters = dict(model.model.named_parameters())
+        inside: dict[str, str] = {}  # name of a linear -> name of its weight in the model
         for name in start.linears:
-            linear = start.linear(name)
-            parameter = parameters.get(names.inside.get(f"{name}.weight", ""))
-            if parameter is None or f"{name}.weight" in names.converted:
+            inside[name] = names.inside.get(f"{name}.weight", "")
+            if inside[name] not in parameters or f"{name}.weight" in names.converted:
                 raise RiaError(
                     f"{start.folder}: {name}: transformers' {type(model.model).__name__} has no weight of its own for "
                     "it (it merges several), so it cannot be trained. Distillation takes models whose linears are "
                     "apart, and no experts."
                 )
-            self.trained[name] = _trained_linear(linear, parameter, adamw, pace, start)
+            _check_same(start.linear(name), parameters[inside[name]], start)
+        if processes > 1:
+            shard(model, processes)
+            parameters = dict(model.model.named_parameters())
+        for name, place in inside.items():
+            self.trained[name] = _trained_linear(start.linear(name), parameters[place], adamw, pace)
         for name, parameter in _others(model.model, also):
             written = names.direct.get(name)
             if written in start.others:
-                values = parameter.data.float().clone()
+                values = local(parameter).float().clone()
                 self.trained[written] = TrainedParameter(parameter, Whole(values.shape), values, adamw, pace)
         if save_memory:
             for layer in model.layers:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-        model.model.forward = self._loss
 
     def loss(self, tokens: torch.Tensor, answer: Answer, teacher: Any, loss: Loss) -> tuple[torch.Tensor, ...]:
-        """The loss of some windows, summed over their tokens, and its terms: see `_loss`.
+        """The loss of some windows, summed over their tokens, and its terms.
 
-        Through the model's own `__call__`, where wrappers such as FSDP make its parameters whole.
-        """
-        return self.two.model(tokens, answer, teacher, loss)
-
-    def _loss(self, tokens: torch.Tensor, answer: Answer, teacher: Any, loss: Loss) -> tuple[torch.Tensor, ...]:
-        """
         Args:
             tokens: int64 [windows, tokens].
             answer: the teacher's, of these windows.
@@ -115,13 +117,15 @@ class Student:
         return total, terms
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """What is stored of one of `trained`, as it is now, on the CPU: all tensors of a linear, or one."""
+        """What is stored of one of `trained`, as it is now, on the CPU: all tensors of a linear, or one.
+
+        If the model is divided among processes, all of them must call.
+        """
         trained = self.trained[name]
-        values = trained.rounded()
+        values = gathered(trained.rounded(), trained.parameter).cpu()
         if name not in self.start.linears:
-            return {name: values.to(self.start.others[name].dtype).cpu()}
-        linear = self.start.linear(name)
-        return linear_tensors(linear, values.cpu())
+            return {name: values.to(self.start.others[name].dtype)}
+        return linear_tensors(self.start.linear(name), values)
 
 
 def linear_tensors(linear: SparseLinear, values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -136,20 +140,22 @@ def linear_tensors(linear: SparseLinear, values: torch.Tensor) -> dict[str, torc
     return tensors
 
 
-def _trained_linear(
-    linear: SparseLinear, parameter: nn.Parameter, adamw: AdamW, pace: Pace, start: Start
-) -> TrainedParameter:
-    device = parameter.device
+def _check_same(linear: SparseLinear, parameter: nn.Parameter, start: Start) -> None:
+    """Check that transformers has loaded this linear into this parameter, and changed nothing."""
     if parameter.shape != linear.shape or not torch.equal(parameter.data.cpu(), linear.dense().to(parameter.dtype)):
         raise RiaError(
             f"{start.folder}: {linear.name}: transformers' model holds another weight than the folder. Please report "
             "this bug in ria-vllm."
         )
-    scales = linear.parts.get("weight_scale")
-    rounding = None if scales is None else StraightThrough(linear.format, scales.to(device), linear.dtype)
-    values = linear.format.values(linear.parts, torch.float32).to(device)
-    layout = Kept(linear.parts["bitmask"].to(device), linear.input_permutation)
-    return TrainedParameter(parameter, layout, values, adamw, pace, rounding)
+
+
+def _trained_linear(linear: SparseLinear, parameter: nn.Parameter, adamw: AdamW, pace: Pace) -> TrainedParameter:
+    rows, device = rows_here(parameter), local(parameter).device
+    parts = {name: tensor[rows].to(device) for name, tensor in linear.parts.items()}
+    scales = parts.get("weight_scale")
+    rounding = None if scales is None else StraightThrough(linear.format, scales, linear.dtype)
+    values = linear.format.values(parts, torch.float32)
+    return TrainedParameter(parameter, Kept(parts["bitmask"], linear.input_permutation), values, adamw, pace, rounding)
 
 
 def _others(model: nn.Module, also: Iterable[str]) -> list[tuple[str, nn.Parameter]]:

@@ -30,6 +30,7 @@ class Training:
     windows: integers [windows, seq_len].
     answers: `Teacher` or `CachedTeacher`. logits_of: the former, for the logits of its hidden states.
     save_every: seconds between two states in the work folder.
+    sharded: whether each process has only some rows of the parameters.
     """
 
     recipe: Distillation
@@ -43,6 +44,7 @@ class Training:
     ranks: Ranks
     monitor: Monitor
     save_every: float
+    sharded: bool = False
 
     def run(self) -> Course:
         """All steps, or those that an interrupted run has left; the result is in the work folder.
@@ -77,7 +79,7 @@ class Training:
             if self.ranks.broadcast(now - saved > self.save_every) and course.step < recipe.steps:
                 self._save(course)
                 saved = time.monotonic()
-        if course.best is None and self.ranks.first:
+        if course.best is None:
             self.work.save_result(self.student, course.step)
         self._save(course)
         return course
@@ -94,9 +96,11 @@ class Training:
             tokens = self.windows[numbers].to(self.student.two.model.device, torch.int64)
             answer = self.answers.answer(tokens, numbers)
             loss, terms = self.student.loss(tokens, answer, self.logits_of, recipe.loss)
-            if not math.isfinite(float(loss.detach())):
-                raise RiaError(f"step {step + 1}: training diverged (loss {float(loss.detach())}). Give a smaller --lr.")
-            (loss / (recipe.batch * recipe.seq_len)).backward()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise RiaError(f"step {step + 1}: training diverged (loss {value}). Give a smaller --lr.")
+            # FSDP takes the mean of what the processes' losses give; they are parts of a sum.
+            (loss * (self.ranks.size if self.sharded else 1) / (recipe.batch * recipe.seq_len)).backward()
             total += terms
         self.ranks.all_reduce(total)
         return total.tolist()
@@ -110,7 +114,7 @@ class Training:
         self.monitor.say(f"{self._place(course)}: {', '.join(words)}" if words else self._place(course))
         if scores:
             better = course.judge(self._loss_of(next(iter(scores.values()))), self.recipe.patience)
-            if better and self.ranks.first:
+            if better:
                 self.work.save_result(self.student, course.step)
 
     def _loss_of(self, score: Score) -> float:
@@ -120,8 +124,10 @@ class Training:
 
     def _save(self, course: Course) -> None:
         with self.monitor.phase("saving the state"):
-            if self.ranks.first:
+            if self.ranks.first or self.sharded:
                 self.work.save_parameters(self.student, course.step)
+            self.ranks.barrier()
+            if self.ranks.first:
                 self.work.save_course(course)
             self.ranks.barrier()
 

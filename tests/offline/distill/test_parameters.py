@@ -108,7 +108,7 @@ def test_it_goes_on_from_a_state_to_the_same_bits():
 
 def test_small_steps_are_not_lost_in_a_bfloat16_weight():
     pace = Pace(lr=1e-5)
-    mine, dense, mask = trained(AdamW(), pace)
+    mine, dense, _ = trained(AdamW(), pace)
     mine.parameter.data = mine.parameter.data.bfloat16()
     for number in range(1, 101):
         pace.number = number

@@ -19,15 +19,15 @@ from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.offline.distill.train import Training
-from ria_vllm.offline.evaluation.evaluate import perplexity
+from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
 from ria_vllm.offline.model.hf import load_model
 from ria_vllm.progress import Monitor
 
 CPU = torch.device("cpu")
 
 
-def run(dense: Path, folder: Path, out: Path, text: Path, settings: Settings = Settings(), **options) -> dict:
-    fixed = {"tokens": 16 * 64, "seq_len": 64, "batch": 2, "text": str(text), "lr": 1e-4, "evals": 4}
+def run(dense: Path, folder: Path, out: Path, source: Path, settings: Settings = Settings(), **options) -> dict:
+    fixed = {"tokens": 16 * 64, "seq_len": 64, "batch": 2, "text": str(source), "lr": 1e-4, "evals": 4}
     return distill(folder, str(dense), out, Distillation(**fixed | options), settings, Monitor(shown=False))
 
 
@@ -61,28 +61,24 @@ def test_masks_permutations_and_format_stay_and_kept_weights_move(weights, prune
 def test_it_comes_closer_to_the_teacher_on_other_text(pruned, text, tmp_path):
     """Measured by another function than the one that the run measures with."""
     dense, folder = pruned(reconstruct="none")
-    tokens = torch.randint(2, 250, (4, 64), generator=torch.Generator().manual_seed(5))
+    tokens = read_tokens(str(folder), text, 4000)[-512:].view(4, 128)
     reference = load_model(str(dense), CPU)(input_ids=tokens).logits.log_softmax(-1)
 
     def distance(path: Path) -> float:
         mine = load_model(str(path), CPU)(input_ids=tokens).logits.log_softmax(-1)
         return float((reference.exp() * (reference - mine)).sum(-1).mean())
 
-    report = run(
-        dense, folder, tmp_path / "out", text, tokens=64 * 64, text="self", eval_text=(str(text),), eval_tokens=256,
-        lr=3e-4,
-    )  # fmt: skip
-    assert distance(tmp_path / "out") < 0.8 * distance(folder)
+    more = {"tokens": 64 * 64, "eval_text": (str(text),), "eval_tokens": 256, "lr": 1e-3}
+    report = run(dense, folder, tmp_path / "out", text, **more)
+    assert distance(tmp_path / "out") < 0.5 * distance(folder)
     curve = report["distill"][0]["curve"]
     assert [point["step"] for point in curve] == [0, 8, 16, 24, 32]
-    assert curve[-1]["held_out"][text.name]["kl"] < 0.8 * curve[0]["held_out"][text.name]["kl"]
+    assert curve[-1]["held_out"][text.name]["kl"] < 0.5 * curve[0]["held_out"][text.name]["kl"]
 
 
 def test_the_curve_says_what_eval_measures(pruned, text, tmp_path):
     dense, folder = pruned()
-    report = run(dense, folder, tmp_path / "out", text, eval_text=(str(text),), eval_tokens=512, compute_dtype="float32")
-    from ria_vllm.offline.evaluation.evaluate import read_tokens
-
+    report = run(dense, folder, tmp_path / "out", text, eval_text=(str(text),), eval_tokens=512)
     point = next(p for p in report["distill"][0]["curve"] if p["step"] == report["recipe"]["distill"][0]["kept_step"])
     found = perplexity(load_model(str(tmp_path / "out"), CPU), read_tokens(str(folder), text, 512), 128)
     assert point["held_out"][text.name]["perplexity"] == pytest.approx(found.perplexity, rel=1e-5)
@@ -156,19 +152,26 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(pruned, text,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--cache-teacher", "--top-k", "8"]], ids=str)
+@pytest.mark.parametrize("options", [[], ["--cache-teacher", "--top-k", "8"], ["--shard"]], ids=str)
 def test_two_processes_give_what_one_gives(options, pruned, text, tmp_path):
     dense, folder = pruned()
     subprocess.run(
         [sys.executable, *command(dense, folder, tmp_path / "one", text, *options)], check=True, capture_output=True
     )
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          *command(dense, folder, tmp_path / "two", text, *options)],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    if "--shard" not in options:
+        assert digests(tmp_path / "one") == digests(tmp_path / "two")
+        return
+    # FSDP adds gradients up in the weights' dtype before kept entries are taken: the same numbers, rounded otherwise.
+    one, two, before = Reader(tmp_path / "one"), Reader(tmp_path / "two"), Reader(folder)
+    for name in one.files:
+        a, b, first = (reader.tensor(name).double() for reader in (one, two, before))
+        assert torch.allclose(a, b, rtol=1e-3, atol=0.05 * float((a - first).abs().max()) + 1e-9), name
 
 
 def test_another_run_is_not_resumed(pruned, text, tmp_path, monkeypatch):
