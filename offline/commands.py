@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -70,6 +71,12 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     show_default=True,
     help="int8: linears with integer weights also round their inputs, with a scale for each token.",
 )
+@click.option(
+    "--distill",
+    type=click.IntRange(min=2),
+    metavar="TOKENS",
+    help="Then train the kept weights on so many tokens of the calibration text, as `ria-vllm distill` does.",
+)
 @click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears with a matching name dense. Repeatable.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
@@ -92,8 +99,8 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 @click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(
     model, out, method, exponent, permute, permute_scope, pattern, calibration, samples, seq_len, seed, reconstruct,
-    skip_sensitive, weights, group_size, activations, ignore, device, compute_dtype, activation_cache, max_shard_size,
-    overwrite, resume, timings,
+    skip_sensitive, weights, group_size, activations, distill, ignore, device, compute_dtype, activation_cache,
+    max_shard_size, overwrite, resume, timings,
 ):  # fmt: skip
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
 
@@ -126,9 +133,22 @@ def compress(
     if not served:
         monitor.say(f"pattern {parsed}: no kernel serves it, so {out} becomes a plain dense folder with zeros.")
     try:
-        report = run(model, out, recipe, settings, monitor)
+        if distill is None:
+            report = run(model, out, recipe, settings, monitor)
+        else:
+            from ria_vllm.offline.distill.after import compress_and_distill
+            from ria_vllm.offline.distill.recipe import Distillation
+            from ria_vllm.offline.distill.run import Settings as Run
+
+            report = compress_and_distill(
+                lambda pruned: run(model, pruned, recipe, replace(settings, overwrite=True), monitor),
+                model, out, recipe,
+                Distillation(tokens=distill, text=calibration, seq_len=min(seq_len, 512), seed=seed),
+                Run(chosen_device, max_shard_size=settings.max_shard_size, overwrite=overwrite, resume=resume),
+                monitor,
+            )  # fmt: skip
     except KeyboardInterrupt:
-        raise RiaError(f"interrupted. Finished layers are kept in {out}.partial; add --resume to continue.") from None
+        raise RiaError(f"interrupted. What is finished is kept beside {out}; add --resume to continue.") from None
     seconds = {name: round(value, 3) for name, value in monitor.seconds.items()}
     monitor.say("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
     kept = [record["retained_after"] for record in report["linears"].values()]

@@ -43,14 +43,20 @@ def begun_run(out: Path) -> dict[str, Any]:
 
 @contextmanager
 def work_folder(
-    out: Path, run: dict[str, Any], overwrite: bool, resume: bool, ranks: Ranks
+    out: Path,
+    run: dict[str, Any],
+    overwrite: bool,
+    resume: bool,
+    ranks: Ranks,
+    kept: tuple[str, str] = (f"{layer_key(0)}*", "Finished layers and experts"),
 ) -> Iterator[CheckpointWriter]:
     """The work folder: a new one or, with `resume`, that of an interrupted run with the same fingerprint.
 
-    After a RiaError, it is removed unless it holds a finished layer or expert, or the system may have been at fault.
+    After a RiaError, it is removed unless it holds something worth keeping, or the system may have been at fault.
 
     Args:
         run: the fingerprint of this run.
+        kept: a pattern for the keys of what is worth keeping, and what to call it.
 
     Raises:
         RiaError: the interrupted run had other options, another source or other versions.
@@ -71,15 +77,14 @@ def work_folder(
         yield writer
     except RiaError as error:
         # A full disk, an unreachable file or an occupied output folder can be fixed, and the run resumed. Any other
-        # error after the first layer or expert may not happen again, or may be fixed in another version. What is
-        # finished is never lost.
+        # error after hours of work may not happen again, or may be fixed in another version. What is finished is never
+        # lost.
         if ranks.first and not isinstance(error.__cause__, OSError):
-            if any((work / "units").glob(f"{layer_key(0)}*.safetensors")):  # the layer, or some of its experts
-                kept = (
-                    f"Finished layers and experts are kept in {work}: --resume continues from them with the same "
-                    "options. With other options, leave it out."
-                )
-                raise RiaError(f"{error} {kept}") from error.__cause__
+            if any((work / "units").glob(f"{kept[0]}.safetensors")):
+                raise RiaError(
+                    f"{error} {kept[1]} are kept in {work}: --resume continues from them with the same options. With "
+                    "other options, leave it out."
+                ) from error.__cause__
             writer.discard()
         raise
 

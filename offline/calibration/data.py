@@ -40,7 +40,9 @@ DOCUMENT_TOKENS = 256
 KV_CACHE_BYTES = 1 << 30
 
 
-def from_text(source: str, tokenizer: Any, samples: int, seq_len: int, seed: int) -> torch.Tensor:
+def from_text(
+    source: str, tokenizer: Any, samples: int, seq_len: int, seed: int, asked: str | None = None
+) -> torch.Tensor:
     """Samples drawn from a text: windows that do not overlap, chosen and ordered by the seed.
 
     If the tokenizer starts every prompt with special tokens (such as BOS), so does each sample.
@@ -49,6 +51,7 @@ def from_text(source: str, tokenizer: Any, samples: int, seq_len: int, seed: int
         source: path of a text, JSON Lines or parquet file, or a key of DATASETS.
         samples: number of samples.
         seq_len: tokens in a sample, special tokens included.
+        asked: which option asks for so many, for errors; --samples, if it is None.
 
     Returns:
         int64 [samples, seq_len].
@@ -68,9 +71,10 @@ def from_text(source: str, tokenizer: Any, samples: int, seq_len: int, seed: int
             break
     windows = len(tokens) // width
     if windows < samples:
+        asked = asked or f"--samples is {samples}"
         raise RiaError(
-            f"{source}: too little text: {len(tokens)} tokens make {windows} samples of {seq_len}, but --samples "
-            f"is {samples}. Give more text, or a smaller --samples or --seq-len."
+            f"{source}: too little text: {len(tokens)} tokens make {windows} samples of {seq_len}, but {asked}. Give "
+            f"more text, or a smaller {asked.split()[0]} or --seq-len."
         )
     chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
     body = torch.tensor(tokens[: windows * width]).view(windows, width)[chosen]

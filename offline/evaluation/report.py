@@ -127,6 +127,41 @@ def perplexities(measured: Sequence[dict[str, Any]]) -> str:
     return f"<h2>Perplexity</h2><p>{escape(words)}</p>" + bar_chart("perplexity", rows)
 
 
+def recovery(runs: Any) -> str:
+    """How each `ria-vllm distill` went: the loss, and the perplexity of held-out texts, against tokens."""
+    drawn = []
+    for number, run in enumerate(runs if isinstance(runs, list) else [], 1):
+        points = run.get("curve") if isinstance(run, dict) else None
+        points = [point for point in points if isinstance(point, dict)] if isinstance(points, list) else []
+        lines = {"loss": _against_tokens(points, "kl")}
+        names = [name for point in points for name in _held_out(point)]
+        for name in dict.fromkeys(names):
+            scores = [{**_held_out(point).get(name, {}), "tokens": point.get("tokens")} for point in points]
+            lines |= {f"{name}: perplexity": _against_tokens(scores, "perplexity")}
+            lines |= {f"{name}: KL": _against_tokens(scores, "kl")}
+        before = f"run {number}, " if len(runs) > 1 else ""
+        drawn += [
+            line_chart(before + title, [Series(title, "after", line)], "tokens", False)
+            for title, line in lines.items()
+            if line
+        ]
+    if not drawn:
+        return ""
+    words = "Training of the kept weights towards the dense model. KL is the divergence from its predictions, in nats."
+    return f'<h2>Recovery</h2><p>{words}</p><div class="charts">{"".join(drawn)}</div>'
+
+
+def _held_out(point: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    found = point.get("held_out")
+    return {str(k): v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
+
+
+def _against_tokens(points: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    pairs = [(report_number(point, "tokens"), report_number(point, key)) for point in points]
+    finite = [(x, y) for x, y in pairs if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)]
+    return sorted(finite)
+
+
 def recipe_table(recipe: dict[str, Any], dense: Any) -> str:
     rows = {key: value for key, value in recipe.items() if value not in (None, [], "")}
     if isinstance(dense, dict) and dense:
@@ -179,6 +214,7 @@ def page(title: str, content: dict[str, Any], inventory: Inventory | None, measu
         "<h2>Output error</h2><p>Of each linear on the calibration text, relative to its output: what updating the "
         "kept weights gains. Lower is better.</p>",
         charts(linears, "error_before", "error_after", ("before reconstruction", "after"), True),
+        recovery(content.get("distill")),
         recipe_table(recipe, content.get("dense")),
         linear_table(linears, inventory),
     ]

@@ -134,3 +134,32 @@ def test_charts_with_one_point_or_none_at_all():
     Page(line_chart("t", [Series("a", "after", [(0, 0.0)])], "layer"))
     Page(bar_chart("t", [("a", 0.0, "0", "after")]))
     Page(bar_chart("t", []))
+
+
+def curve() -> list[dict]:
+    held_out = [{"brown.txt": {"perplexity": 70 - step, "kl": 0.6 - step / 100}} for step in (0, 8, 16)]
+    points = [{"step": s, "tokens": 512 * s, "held_out": h} for s, h in zip((0, 8, 16), held_out)]
+    return [points[0], points[1] | {"kl": 0.7}, points[2] | {"kl": 0.5}]
+
+
+def test_a_distillation_is_three_curves_against_tokens():
+    found = Page(page("model", {"linears": linears(1), "distill": [{"curve": curve()}]}, None, []))
+    assert "Recovery" in found.text
+    for tip in ("loss, tokens 8192: 0.5", "brown.txt: perplexity, tokens 4096: 62", "brown.txt: KL, tokens 0: 0.6"):
+        assert tip in found.text
+    assert "loss, tokens 0" not in " ".join(found.text)
+    assert "Recovery" not in Page(page("model", {"linears": linears(1)}, None, [])).text
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "x", {}, [1], [{}], [{"curve": "x"}], [{"curve": [1, {}]}], [{"curve": [{"tokens": "<b>", "kl": 1}]}],
+        [{"curve": [{"tokens": 1, "held_out": {"<script>": {"kl": 1.0}}}]}],
+        [{"curve": [{"tokens": 1, "held_out": {"a": 1, "b": {"kl": float("nan")}}}]}],
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_hostile_curve_is_escaped_or_left_out(hostile):
+    found = Page(page("model", {"linears": linears(1), "distill": hostile}, None, []))
+    assert "script" not in found.tags

@@ -1,0 +1,125 @@
+"""`ria-vllm distill`."""
+
+import os
+from pathlib import Path
+
+import click
+
+from ria_vllm.errors import RiaError
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--teacher", required=True, help="The dense model that FOLDER was pruned from: a folder or hub id.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option("--tokens", required=True, type=click.IntRange(min=2), help="How many tokens of text to train on.")
+@click.option(
+    "--calibration",
+    "text",
+    default="self",
+    show_default=True,
+    help="The text: a .txt, .jsonl or .parquet file (field text; in .jsonl also messages), c4, wikitext2 or pile from "
+    "the hub, or self: text that the teacher writes itself.",
+)
+@click.option("--seq-len", default=512, show_default=True, help="Tokens in a sequence.")
+@click.option("--batch", default=2, show_default=True, help="Sequences in a step, of all processes together.")
+@click.option("--micro-batch", default=1, show_default=True, help="Sequences that go through the model together.")
+@click.option("--passes", default=1, show_default=True, help="How many times the text is read.")
+@click.option("--lr", default=5e-4, show_default=True, help="Learning rate; it falls to 0 along half a cosine.")
+@click.option("--warmup", default=0.05, show_default=True, help="Fraction of the steps in which it rises.")
+@click.option("--weight-decay", default=0.0, show_default=True, help="Of AdamW.")
+@click.option(
+    "--clip", default=1.0, show_default=True, help="Limit of a parameter's update, in learning rates; 0: no limit."
+)
+@click.option(
+    "--loss",
+    default="kl",
+    show_default=True,
+    help="Terms and weights, such as kl=1,hidden=0.5. kl: the divergence from the teacher's predictions. hidden: the "
+    "error of each layer's output. text: the cross entropy of the text itself.",
+)
+@click.option("--temperature", default=1.0, show_default=True, help="Divides the logits of both models for kl.")
+@click.option(
+    "--top-k",
+    default=0,
+    show_default=True,
+    help="Compare this many of the teacher's most probable tokens one by one, all others as one; 0: all one by one.",
+)
+@click.option(
+    "--train",
+    default="norms,biases",
+    show_default=True,
+    help="What is trained besides kept weights: norms, biases; nothing if empty.",
+)
+@click.option(
+    "--cache-teacher",
+    is_flag=True,
+    help="Ask the teacher first, keep its --top-k on the disk (6 bytes for each), and free its memory.",
+)
+@click.option(
+    "--eval-text",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="A text file to measure on while training. By the first one, the best step is kept, and training stops when "
+    "it no longer gets better. Repeatable.",
+)
+@click.option("--eval-tokens", default=8192, show_default=True, help="Tokens of each --eval-text.")
+@click.option("--evals", default=10, show_default=True, help="How many times to measure.")
+@click.option("--patience", default=3, show_default=True, help="Stop after so many measurements without a better one.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="For the order of the text."
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--compute-dtype",
+    default="auto",
+    show_default=True,
+    help="The dtype that the models compute in: auto, bfloat16 or float32. Weights are updated in float32 in any case.",
+)
+@click.option(
+    "--save-memory/--no-save-memory",
+    default=True,
+    show_default=True,
+    help="Compute each layer again in the backward pass instead of keeping what it computed.",
+)
+@click.option(
+    "--shard", is_flag=True, help="Divide the pruned model and its optimizer state among the processes (FSDP2)."
+)
+@click.option("--save-every", default=600.0, show_default=True, help="Seconds between two states for --resume.")
+@click.option("--max-shard-size", default="5GB", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace OUT, if it exists, once the new one is complete.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run of the same command.")
+def distill(
+    folder, teacher, out, tokens, text, seq_len, batch, micro_batch, passes, lr, warmup, weight_decay, clip, loss,
+    temperature, top_k, train, cache_teacher, eval_text, eval_tokens, evals, patience, seed, device, compute_dtype,
+    save_memory, shard, save_every, max_shard_size, overwrite, resume,
+):  # fmt: skip
+    """Train the weights that FOLDER keeps towards the predictions of the dense model, and write a better folder.
+
+    FOLDER is what `ria-vllm compress` wrote. Its masks, permutations and format stay. torchrun or accelerate launch
+    divides each step among several processes.
+    """
+    from ria_vllm.offline.distill.loss import Loss
+    from ria_vllm.offline.distill.recipe import Distillation
+    from ria_vllm.offline.distill.run import Settings
+    from ria_vllm.offline.distill.run import distill as run
+    from ria_vllm.offline.runtime.device import choose_device
+    from ria_vllm.progress import Monitor
+    from ria_vllm.sizes import parse_size
+
+    recipe = Distillation(
+        tokens=tokens, text=text, seq_len=seq_len, batch=batch, micro_batch=micro_batch, passes=passes, lr=lr,
+        warmup=warmup, weight_decay=weight_decay, clip=clip, loss=Loss.parse(loss, temperature, top_k),
+        train=tuple(filter(None, train.split(","))), cache_teacher=cache_teacher, eval_text=tuple(eval_text),
+        eval_tokens=eval_tokens, evals=evals, patience=patience, compute_dtype=compute_dtype, seed=seed,
+    )  # fmt: skip
+    settings = Settings(
+        choose_device(device), save_memory, shard, save_every, parse_size(max_shard_size), overwrite, resume
+    )
+    monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
+    try:
+        report = run(folder, teacher, out, recipe, settings, monitor)
+    except KeyboardInterrupt:
+        raise RiaError(f"interrupted. The last state is kept in {out}.partial; add --resume to continue.") from None
+    done = report["recipe"]["distill"][-1]
+    monitor.say(f"{out}: trained for {done['steps']} steps; step {done.get('kept_step', done['steps'])} is kept")

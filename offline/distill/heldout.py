@@ -1,0 +1,57 @@
+"""How well the student predicts text that it is not trained on."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.distill.loss import Loss
+from ria_vllm.offline.distill.student import Student
+from ria_vllm.offline.distill.teacher import Answer
+from ria_vllm.progress import Monitor
+
+
+@dataclass(frozen=True)
+class Score:
+    """On one text: the perplexity, the teacher's KL(teacher, student) in nats a token, and the sum of both that is
+    compared: what the loss would be here."""
+
+    perplexity: float
+    kl: float
+
+
+class HeldOut:
+    """Texts that are measured again and again; the teacher reads them once.
+
+    Args:
+        texts: name -> int64 [windows, tokens].
+        answers: name -> the teacher's, one for each window; its hidden states or most probable tokens.
+        teacher: for the logits of its hidden states.
+    """
+
+    def __init__(self, texts: dict[str, torch.Tensor], answers: dict[str, Sequence[Answer]], teacher: Any):
+        self.texts, self.answers, self.teacher = texts, answers, teacher
+
+    @torch.no_grad()
+    def measure(self, student: Student, monitor: Monitor) -> dict[str, Score]:
+        """Of the student as it is, by the texts' names.
+
+        Raises:
+            RiaError: logits that are not finite.
+        """
+        loss, device = Loss(kl=1.0, text=1.0), student.two.model.device
+        found = {}
+        for name, windows in self.texts.items():
+            total = torch.zeros(3, dtype=torch.float64)
+            pairs = list(zip(windows, self.answers[name], strict=True))
+            for window, answer in monitor.steps(pairs, "measuring", len(pairs)):
+                total += student.loss(window[None].to(device), answer, self.teacher, loss)[1]
+            count, length = windows.shape
+            mean = float(total[2]) / (count * (length - 1))
+            if not math.isfinite(mean):
+                raise RiaError(f"{name}: the student's predictions are not finite. Give a smaller --lr.")
+            found[name] = Score(math.exp(min(mean, 700.0)), float(total[0]) / (count * length))
+        return found

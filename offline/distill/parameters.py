@@ -1,0 +1,156 @@
+"""Sparse parameters: AdamW over kept weights only, stepping while the backward pass goes on."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from ria_vllm.offline.distill.layouts import Kept, Whole
+from ria_vllm.offline.distill.sharding import local
+
+# What the kept values of some rows are rounded to before the forward pass reads them: (values [rows, in/2], rows) ->
+# (rounded values, values as the optimizer goes on with them), both float32.
+Rounding = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The optimizer's constants.
+
+    clip: the root mean square that a parameter's update may have, in units of the learning rate; 0: no limit. The norm
+        of all gradients, by which training is usually clipped, is known only when all of them are, and here no two
+        layers' gradients exist at once. This limit takes its place (as in Adafactor and StableAdamW): the square of
+        each gradient over its running mean, averaged over the parameter, is large exactly when gradients jump.
+    first, second: dtypes of the moments.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    first: torch.dtype = torch.bfloat16
+    second: torch.dtype = torch.float32
+
+
+@dataclass
+class Pace:
+    """What all parameters must know of the current step.
+
+    number: of the step, from 1. last: whether the gradients of this backward pass are the last of the step.
+    reduce: adds a gradient up over all processes, in place; nothing to do where each has other rows.
+    total: adds up over all processes what each has summed over its own rows, in place; nothing to do where all have
+        the same.
+    """
+
+    lr: float = 0.0
+    number: int = 0
+    last: bool = True
+    reduce: Callable[[torch.Tensor], None] = field(default=lambda gradient: None)
+    total: Callable[[torch.Tensor], None] = field(default=lambda sums: None)
+
+
+class TrainedParameter:
+    """A tensor in training: the model reads it in its own dtype, AdamW updates its kept entries in float32.
+
+    As soon as its gradient is there, the kept entries are taken, the gradient is freed, and the tensor takes its step.
+    So only one layer's gradients are alive at a time. If a step has several backward passes, the kept entries of the
+    gradients are added up, in float32.
+
+    Besides the tensor itself this takes 4 bytes for each kept entry (its exact value), those of the two moments (2 + 4
+    with `AdamW`'s defaults), and a quarter of a byte for its place; 4 more where a step has several backward passes.
+
+    Args:
+        parameter: of the model; its data is changed in place. If it is divided among processes, all else here is
+            about the rows of this one.
+        layout: where the trained entries lie.
+        values: float32, of the layout's shape: the entries to start from.
+        rounding: for quantized formats; the gradient passes straight through it.
+    """
+
+    def __init__(
+        self,
+        parameter: torch.nn.Parameter,
+        layout: Kept | Whole,
+        values: torch.Tensor,
+        adamw: AdamW,
+        pace: Pace,
+        rounding: Rounding | None = None,
+    ):
+        self.parameter, self.layout, self.adamw, self.pace, self.rounding = parameter, layout, adamw, pace, rounding
+        self.values = values
+        self.first = torch.zeros_like(values, dtype=adamw.first)
+        self.second = torch.zeros_like(values, dtype=adamw.second)
+        self.gradient: torch.Tensor | None = None
+        self.stepped = 0
+        parameter.requires_grad_(True)
+        parameter.register_post_accumulate_grad_hook(self._arrived)
+        self.write()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that the next steps depend on."""
+        return {"values": self.values, "first": self.first, "second": self.second}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from a `state`."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+        self.write()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Put the current entries, rounded, into the model's tensor."""
+        for rows in self.layout.rows():
+            self.layout.put(self._rounded(rows), local(self.parameter), rows)
+
+    def rounded(self) -> torch.Tensor:
+        """The entries as the model reads them, but in float32."""
+        return torch.cat([self.values[:0], *(self._rounded(rows) for rows in self.layout.rows())])
+
+    def _rounded(self, rows: slice) -> torch.Tensor:
+        if self.rounding is None:
+            return self.values[rows]
+        rounded, values = self.rounding(self.values[rows], rows)
+        self.values[rows] = values
+        return rounded
+
+    @torch.no_grad()
+    def _arrived(self, parameter: torch.Tensor) -> None:
+        dense, parameter.grad = local(parameter.grad), None
+        if self.gradient is None:
+            parts = [self.layout.take(dense, rows) for rows in self.layout.rows()]
+            self.gradient = torch.cat([self.values[:0], *parts])
+        else:
+            for rows in self.layout.rows():
+                self.gradient[rows] += self.layout.take(dense, rows)
+        del dense
+        if self.pace.last:
+            self.pace.reduce(self.gradient)
+            self._step(self.gradient)
+            self.gradient = None
+
+    def _step(self, gradient: torch.Tensor) -> None:
+        adamw, (beta1, beta2) = self.adamw, self.adamw.betas
+        self.stepped += 1
+        number = self.pace.number
+        correct1, correct2 = 1 - beta1**number, 1 - beta2**number
+        ratio = gradient.new_tensor([0.0, gradient.numel()])  # the sum of squared gradients over their means, and of 1
+        for rows in self.layout.rows():
+            part = gradient[rows]
+            second = self.second[rows].float().mul_(beta2).addcmul_(part, part, value=1 - beta2)
+            self.second[rows] = second
+            if adamw.clip:
+                ratio[0] += (part.square() / (second / correct2).clamp_(min=adamw.eps**2)).sum()
+        lr = self.pace.lr
+        if adamw.clip:
+            self.pace.total(ratio)
+            squares, count = ratio.tolist()
+            lr /= max(1.0, math.sqrt(squares / count) / adamw.clip)
+        for rows in self.layout.rows():
+            values = self.values[rows]
+            values.mul_(1 - self.pace.lr * adamw.weight_decay)
+            first = self.first[rows].float().lerp_(gradient[rows], 1 - beta1)
+            self.first[rows] = first
+            root = self.second[rows].float().sqrt().div_(correct2**0.5).add_(adamw.eps)
+            values.addcdiv_(first, root, value=-lr / correct1)
+            self.layout.put(self._rounded(rows), local(self.parameter), rows)

@@ -1,0 +1,101 @@
+"""What a distillation should do: every option that affects the result, checked and written into the checkpoint."""
+
+import math
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ria_vllm import __version__
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.distill.loss import Loss
+from ria_vllm.offline.model import dtypes
+from ria_vllm.offline.publish import published
+
+ALSO = ("norms", "biases")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The options; `ria-vllm distill --help` explains each.
+
+    Raises:
+        RiaError: an invalid value.
+    """
+
+    tokens: int
+    text: str = "self"
+    seq_len: int = 512
+    batch: int = 2
+    micro_batch: int = 1
+    passes: int = 1
+    lr: float = 5e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    loss: Loss = field(default_factory=Loss)
+    train: tuple[str, ...] = ("norms", "biases")
+    cache_teacher: bool = False
+    eval_text: tuple[str, ...] = ()
+    eval_tokens: int = 8192
+    evals: int = 10
+    patience: int = 3
+    compute_dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole = {"tokens": 2, "seq_len": 2, "batch": 1, "micro_batch": 1, "passes": 1, "eval_tokens": 2, "evals": 1}
+        for name, least in (whole | {"patience": 1}).items():
+            if getattr(self, name) < least:
+                raise RiaError(f"--{name.replace('_', '-')} {getattr(self, name)}: give at least {least}.")
+        for name, most in (("lr", 1.0), ("warmup", 1.0), ("weight_decay", 1.0), ("clip", 1e6)):
+            if not (math.isfinite(getattr(self, name)) and 0 <= getattr(self, name) <= most):
+                raise RiaError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number from 0 to {most:g}.")
+        if self.batch % self.micro_batch:
+            raise RiaError(f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch}.")
+        if self.tokens < self.batch * self.seq_len:
+            raise RiaError(
+                f"--tokens {self.tokens}: a single step takes {self.batch * self.seq_len} (--batch {self.batch} "
+                f"sequences of --seq-len {self.seq_len}). Give more tokens, or smaller steps."
+            )
+        for name in self.train:
+            if name not in ALSO:
+                raise RiaError(f"--train {name!r}: choose of {', '.join(ALSO)}, or give nothing to train no more.")
+        if self.compute_dtype not in dtypes.CHOICES:
+            raise RiaError(f"--compute-dtype {self.compute_dtype!r}: choose one of {', '.join(dtypes.CHOICES)}.")
+        if self.cache_teacher and not self.loss.top_k:
+            raise RiaError("--cache-teacher keeps the teacher's most probable tokens: give their number as --top-k.")
+        if self.cache_teacher and self.loss.hidden:
+            raise RiaError("--cache-teacher does not keep hidden states, which --loss hidden needs. Leave one out.")
+
+    @property
+    def windows(self) -> int:
+        """Sequences of text."""
+        return self.tokens // self.seq_len
+
+    @property
+    def steps(self) -> int:
+        return self.windows * self.passes // self.batch
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: a linear warm-up, then half a cosine."""
+        rising = max(1.0, self.warmup * self.steps)
+        return self.lr * min(1.0, (step + 1) / rising) * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
+
+    def measured_after(self, step: int) -> bool:
+        """Whether held-out text is measured after a step, counted from 1: `evals` times, evenly spread."""
+        return step * self.evals // self.steps > (step - 1) * self.evals // self.steps
+
+    def dump(self, teacher: str) -> dict[str, Any]:
+        """For config.json: enough to repeat the run, without local paths."""
+        versions = {"ria-vllm": __version__} | {name: version(name) for name in ("torch", "transformers")}
+        return {
+            "teacher": published(teacher), "tokens": self.tokens, "text": Path(self.text).name,
+            "seq_len": self.seq_len, "batch": self.batch, "micro_batch": self.micro_batch, "passes": self.passes,
+            "lr": self.lr, "warmup": self.warmup, "weight_decay": self.weight_decay, "clip": self.clip,
+            "loss": str(self.loss), "temperature": self.loss.temperature, "top_k": self.loss.top_k,
+            "train": list(self.train), "cache_teacher": self.cache_teacher,
+            "eval_text": [Path(text).name for text in self.eval_text], "eval_tokens": self.eval_tokens,
+            "evals": self.evals, "patience": self.patience, "compute_dtype": self.compute_dtype, "seed": self.seed,
+            "versions": versions,
+        }  # fmt: skip

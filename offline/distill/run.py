@@ -1,0 +1,260 @@
+"""A whole distillation: a pruned folder and its dense parent in, a better folder out."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.export import companion_files
+from ria_vllm.model_card import CARD_FILE, pruned_card
+from ria_vllm.offline.calibration import data
+from ria_vllm.offline.distill.heldout import HeldOut
+from ria_vllm.offline.distill.logits import TwoPart
+from ria_vllm.offline.distill.parameters import AdamW, Pace
+from ria_vllm.offline.distill.processes import joined
+from ria_vllm.offline.distill.progress import Course
+from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.offline.distill.start import Start
+from ria_vllm.offline.distill.state import STATE, Work
+from ria_vllm.offline.distill.student import Student
+from ria_vllm.offline.distill.teacher import Answer, CachedTeacher, Teacher, fill_cache, most_probable
+from ria_vllm.offline.distill.text import check_vocabulary, held_out_windows, same_tokens, training_windows
+from ria_vllm.offline.distill.train import Training
+from ria_vllm.offline.model.architecture import output_head, text_config
+from ria_vllm.offline.model.dtypes import choose_dtype
+from ria_vllm.offline.model.hf import load_model, load_tokenizer, read_config
+from ria_vllm.offline.model.source import stamp_of
+from ria_vllm.offline.runtime.memory import trim
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.offline.work import work_folder
+from ria_vllm.progress import Monitor
+from ria_vllm.schema import REPORT_FILE
+from ria_vllm.weight_format import name_of
+from ria_vllm.writer import CheckpointWriter, check_place
+
+TEXT_KEY = "text"
+PAGE_FILE = "ria_report.html"  # of an earlier report, which would no longer be true
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a distillation runs. Nothing here changes the result, except that devices round differently.
+
+    shard: divide the student and its optimizer state among the processes, by rows; otherwise each has all of it.
+    """
+
+    device: torch.device = torch.device("cpu")
+    save_memory: bool = True
+    shard: bool = False
+    save_every: float = 600.0
+    max_shard_size: int = 5 * 10**9
+    overwrite: bool = False
+    resume: bool = False
+
+
+def distill(
+    folder: Path, teacher: str, out: Path, recipe: Distillation, settings: Settings, monitor: Monitor
+) -> dict[str, Any]:
+    """Train the kept weights of `folder` towards the predictions of `teacher`, and write `out`.
+
+    Returns:
+        The report, as written to `out`.
+
+    Raises:
+        RiaError: bad input. Nothing is left at `out`, nor beside it unless `--resume` can continue from it.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    for place in (folder, Path(teacher)):
+        check_place(out, place)
+    if (out.exists() or out.is_symlink()) and not settings.overwrite:
+        raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
+    with joined(settings.device) as (ranks, device), monitor.live():
+        settings = replace(settings, device=device)
+        if recipe.batch // recipe.micro_batch % ranks.size:
+            raise RiaError(
+                f"--batch {recipe.batch} in micro-batches of {recipe.micro_batch} cannot be divided evenly among "
+                f"{ranks.size} processes. Give a multiple."
+            )
+        start = Start(folder)
+        kept = (f"{STATE}*", "The steps so far")
+        run = fingerprint(start, teacher, recipe) | {"parts": ranks.size if settings.shard else 1}
+        with work_folder(out, run, settings.overwrite, settings.resume, ranks, kept) as writer:
+            return _Run(start, teacher, recipe, settings, writer, ranks, monitor).distill()
+
+
+def fingerprint(start: Start, teacher: str, recipe: Distillation) -> dict[str, Any]:
+    """Everything that the bytes of the result depend on, as read back from JSON."""
+    paths = [start.folder / "config.json", *sorted(set(start.reader.files.values())), *map(Path, recipe.eval_text)]
+    paths += [Path(recipe.text)] if Path(recipe.text).is_file() else []
+    dense = Path(teacher)
+    paths += sorted(dense.glob("*.safetensors")) if dense.is_dir() else []
+    full = {"folder": str(start.folder), "teacher": teacher, "text": recipe.text}  # this stays in the work folder
+    stamps = {"files": [stamp_of(path) for path in paths if path.is_file()]}
+    return json.loads(json.dumps(recipe.dump(teacher) | full | stamps))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One distillation, and what its steps need."""
+
+    start: Start
+    teacher: str
+    recipe: Distillation
+    settings: Settings
+    writer: CheckpointWriter
+    ranks: Ranks
+    monitor: Monitor
+
+    def distill(self) -> dict[str, Any]:
+        recipe, monitor = self.recipe, self.monitor
+        dtype = self._dtype()
+        with monitor.phase("loading the teacher"):
+            dense = TwoPart(load_model(self.teacher, self.settings.device, dtype).requires_grad_(False), self.teacher)
+        vocabulary = output_head(dense.model).weight.shape[0]
+        windows = self._windows(dense)
+        texts = self._held_out()
+        check_vocabulary([windows, *texts.values()], vocabulary, self.teacher)
+        answers: Any = Teacher(dense, layers=bool(recipe.loss.hidden))
+        plain: Teacher | None = Teacher(dense)
+        if recipe.cache_teacher:
+            mine = self.ranks.share(len(windows))
+            k, temperature = recipe.loss.top_k, recipe.loss.temperature
+            fill_cache(self.writer, dense, windows.long(), k, temperature, monitor, mine)
+            self.ranks.barrier()
+            of_held_out = {
+                name: [Answer(top=most_probable(dense, window, k, 1.0)) for window in found]
+                for name, found in texts.items()
+            }
+            answers, plain = CachedTeacher(self.writer, self.settings.device), None
+        else:
+            of_held_out = {
+                name: [plain.answer(window[None].to(dense.model.device), []) for window in found]
+                for name, found in texts.items()
+            }
+        del dense
+        trim()
+        with monitor.phase("loading the pruned model"):
+            sharded = self.settings.shard and self.ranks.size > 1
+            add = self.ranks.all_reduce
+            pace = Pace(total=add) if sharded else Pace(reduce=add)
+            student = self._student(dtype, pace)
+        if output_head(student.two.model).weight.shape[0] != vocabulary:
+            raise RiaError(f"{self.start.folder}: predicts another number of tokens than {self.teacher}.")
+        held_out = HeldOut(texts, of_held_out, plain)
+        part = f"-{self.ranks.rank}-of-{self.ranks.size}" if sharded else ""
+        work = Work(self.writer, part, self.ranks.first)
+        course = Training(
+            recipe, student, pace, answers, plain, windows, held_out, work, self.ranks, monitor,
+            self.settings.save_every, sharded,
+        ).run()  # fmt: skip
+        report = self._report(course)
+        if self.ranks.first:
+            with monitor.phase("writing"):
+                step = course.best[0] if course.best else course.step
+                self._finish(work.results(student.trained, step), report)
+        self.ranks.barrier()
+        return report
+
+    def _dtype(self) -> str:
+        """The dtype to compute in."""
+        schema = self.start.schema
+        stored = self.start.linear(self.start.linears[0]).dtype if schema.weights is None else None
+        stored = stored or getattr(torch, schema.weights.dtype)  # type: ignore[union-attr]
+        chosen = choose_dtype(stored, self.settings.device, self.recipe.compute_dtype)
+        # Gradients in float16 would vanish without a scale for the loss.
+        chosen = torch.float32 if chosen == torch.float16 else chosen
+        if chosen != stored:
+            self.monitor.say(f"computing in {name_of(chosen)}, writing {name_of(stored)}")
+        return name_of(chosen)
+
+    def _windows(self, dense: TwoPart) -> torch.Tensor:
+        recipe, windows = self.recipe, None
+        if self.ranks.first and self.writer.has(TEXT_KEY):
+            windows = self.writer.read(TEXT_KEY)[0]["tokens"]
+        elif self.ranks.first:
+            with self.monitor.phase("reading the text"):
+                if recipe.text == "self":
+                    bos = getattr(text_config(dense.model.config), "bos_token_id", None)
+                    windows = data.from_model(
+                        dense.model, bos, recipe.windows, recipe.seq_len, recipe.seed, self.monitor
+                    ).int()
+                else:
+                    windows = training_windows(recipe, self._tokenizer())
+            self.writer.write(TEXT_KEY, {"tokens": windows})
+        return self.ranks.broadcast(windows)
+
+    def _tokenizer(self) -> Any:
+        mine, dense = load_tokenizer(str(self.start.folder)), load_tokenizer(self.teacher)
+        same_tokens(dense, mine, "The quick brown fox: 12,345 times, naïvely.\n", (self.teacher, self.start.folder))
+        return mine
+
+    def _held_out(self) -> dict[str, torch.Tensor]:
+        recipe, context = self.recipe, getattr(text_config(read_config(self.teacher)), "max_position_embeddings", None)
+        length = min(1024, context or 1024, recipe.eval_tokens)
+        if not recipe.eval_text:
+            return {}
+        tokenizer = self._tokenizer()
+        return {
+            Path(text).name: held_out_windows(text, tokenizer, recipe.eval_tokens, length) for text in recipe.eval_text
+        }
+
+    def _student(self, dtype: str, pace: Pace) -> Student:
+        recipe = self.recipe
+        model = TwoPart(load_model(str(self.start.folder), self.settings.device, dtype), str(self.start.folder))
+        adamw = AdamW(weight_decay=recipe.weight_decay, clip=recipe.clip)
+        processes = self.ranks.size if self.settings.shard else 1
+        return Student(self.start, model, adamw, pace, recipe.train, self.settings.save_memory, processes)
+
+    def _report(self, course: Course) -> dict[str, Any]:
+        recipe = self.start.schema.recipe
+        found: dict[str, Any] = {"recipe": recipe, "linears": {}} | self.start.report()
+        this = self.recipe.dump(self.teacher) | {"steps": course.step}
+        if course.best:
+            this["kept_step"] = course.best[0]
+        earlier = recipe.get("distill")
+        runs = [*(earlier if isinstance(earlier, list) else []), this]
+        curves = found.get("distill") if isinstance(found.get("distill"), list) else []
+        return found | {"recipe": found["recipe"] | {"distill": runs}, "distill": [*curves, {"curve": course.curve}]}
+
+    def _finish(self, results: dict[str, str], report: dict[str, Any]) -> None:
+        """Join the trained tensors and all others into the finished folder."""
+        start, writer = self.start, self.writer
+        keys = []
+        for number, name in enumerate([*start.linears, *start.others]):
+            if name not in results:
+                results[name] = f"other-{number:06d}"
+                writer.write(results[name], {name: start.others[name]})
+            keys.append(results[name])
+        quantization = start.config["quantization_config"]
+        recipe = quantization.get("recipe", {}) | {"distill": report["recipe"]["distill"]}
+        config = start.config | {"quantization_config": quantization | {"recipe": recipe}}
+        copies = [path for path in companion_files(start.folder, self.monitor.warn) if path.name != PAGE_FILE]
+        writer.finish(
+            keys, {"config.json": config, REPORT_FILE: report}, copies, self.settings.max_shard_size,
+            start.schema.permutes, {CARD_FILE: self._card(report)}, start.folder,
+        )  # fmt: skip
+
+    def _card(self, report: dict[str, Any]) -> str:
+        zeros = self.start.schema.sparsity_config.global_sparsity
+        recipe = {key: value for key, value in report["recipe"].items() if key != "distill"}
+        recipe = {"source": self.recipe.dump(self.teacher)["teacher"], "pattern": "2:4"} | recipe
+        card = pruned_card(self.start.folder, report | {"recipe": recipe}, zeros, True, self.monitor.warn)
+        return card + "\n" + recovery_section(report["recipe"]["distill"])
+
+
+def recovery_section(runs: Sequence[dict[str, Any]]) -> str:
+    """The part of a model card that says how the kept weights were trained."""
+    lines = ["## Recovery", "", "After pruning, the kept weights were trained towards the dense model's predictions."]
+    for run in runs:
+        shown = {key: value for key, value in run.items() if value not in (None, [], "", False) and key != "versions"}
+        lines += ["", "| option | value |", "| --- | --- |"]
+        for key, value in shown.items():
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            lines.append(f"| {key} | `{text.replace('`', chr(39)).replace('|', ' ')}` |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,62 @@
+"""The 2:4 checkpoint that training starts from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ria_vllm.checkpoint import Reader, SparseLinear
+from ria_vllm.schema import RiaSchema
+
+
+class Start:
+    """A folder that ria-vllm wrote.
+
+    Attributes:
+        linears: the names of pruned linears, in the order of the files.
+        others: the names of all other tensors -> how to read them.
+        config: config.json.
+        schema: its quantization_config.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.reader = Reader(folder)
+        self.config: dict[str, Any] = self.reader.config
+        self.schema: RiaSchema = self.reader.schema
+        self.linears: list[str] = self.reader.sparse_names
+        self.others: Mapping[str, torch.Tensor] = _Tensors(self.reader)
+
+    def linear(self, name: str) -> SparseLinear:
+        """One pruned linear, checked."""
+        return self.reader.linear(name)
+
+    def dense_names(self) -> list[str]:
+        """The names of the dense model's tensors."""
+        return list(self.reader.dense_tensors())
+
+    def report(self) -> dict[str, Any]:
+        """What `compress` measured."""
+        return self.reader.report()
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    """The tensors of a folder that belong to no pruned linear, each read when it is asked for."""
+
+    def __init__(self, reader: Reader):
+        self.reader, self.names = reader, dict.fromkeys(reader.dense_names)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.reader.tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Any:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

@@ -1,0 +1,180 @@
+"""The pruned model in training: its kept weights, and the tensors that are written when it is finished."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ria_vllm import sparse24
+from ria_vllm.checkpoint import SparseLinear
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.distill.layouts import Kept, Whole
+from ria_vllm.offline.distill.logits import TwoPart
+from ria_vllm.offline.distill.loss import Loss, Top, divergence, in_chunks, next_token, relative_error
+from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedParameter
+from ria_vllm.offline.distill.rounding import StraightThrough
+from ria_vllm.offline.distill.sharding import gathered, local, rows_here, shard
+from ria_vllm.offline.distill.start import Start
+from ria_vllm.offline.distill.teacher import CHUNK, Answer, Teacher, captured
+from ria_vllm.offline.model.names import Names
+from ria_vllm.weight_format import SHAPE
+
+
+class Student:
+    """A model whose kept weights are trained.
+
+    Args:
+        start: the folder that training starts from.
+        model: loaded from it; its parameters' data is trained in place.
+        also: of `recipe.ALSO`, what is trained besides pruned linears.
+        save_memory: keep only the input of each decoder layer in the forward pass, and compute the rest again.
+        processes: among which the model is divided.
+
+    Attributes:
+        trained: written name of a linear, or of another tensor -> what is trained.
+
+    Raises:
+        RiaError: a pruned linear that is not a parameter of its own in transformers' model.
+    """
+
+    def __init__(
+        self,
+        start: Start,
+        model: TwoPart,
+        adamw: AdamW,
+        pace: Pace,
+        also: Iterable[str] = (),
+        save_memory: bool = True,
+        processes: int = 1,
+    ):
+        self.start, self.two = start, model
+        model.model.requires_grad_(False)
+        self.trained: dict[str, TrainedParameter] = {}
+        names = Names(model.model, start.dense_names(), start.folder)
+        parameters = dict(model.model.named_parameters())
+        inside: dict[str, str] = {}  # name of a linear -> name of its weight in the model
+        for name in start.linears:
+            inside[name] = names.inside.get(f"{name}.weight", "")
+            if inside[name] not in parameters or f"{name}.weight" in names.converted:
+                raise RiaError(
+                    f"{start.folder}: {name}: transformers' {type(model.model).__name__} has no weight of its own for "
+                    "it (it merges several), so it cannot be trained. Distillation takes models whose linears are "
+                    "apart, and no experts."
+                )
+            _check_same(start.linear(name), parameters[inside[name]], start)
+        if processes > 1:
+            shard(model, processes)
+            parameters = dict(model.model.named_parameters())
+        for name, place in inside.items():
+            self.trained[name] = _trained_linear(start.linear(name), parameters[place], adamw, pace)
+        for name, parameter in _others(model.model, also):
+            written = names.direct.get(name)
+            if written in start.others:
+                values = local(parameter).float().clone()
+                self.trained[written] = TrainedParameter(parameter, Whole(values.shape), values, adamw, pace)
+        if save_memory:
+            for layer in model.layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+    def loss(self, tokens: torch.Tensor, answer: Answer, teacher: Any, loss: Loss) -> tuple[torch.Tensor, ...]:
+        """The loss of some windows, summed over their tokens, and its terms.
+
+        Args:
+            tokens: int64 [windows, tokens].
+            answer: the teacher's, of these windows.
+            teacher: a `Teacher`, if its logits are to be computed from its hidden states.
+
+        Returns:
+            The weighted sum of the terms, with a gradient; each term without its weight: kl, hidden, text. All are sums
+            over tokens.
+        """
+        with captured(self.two.layers if loss.hidden else []) as layers:
+            hidden = self.two.hidden(tokens).flatten(0, 1)
+        following = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], dim=1).flatten()
+        terms = torch.zeros(3, dtype=torch.float64)
+
+        def compared(part: torch.Tensor, rows: slice) -> torch.Tensor:
+            logits = self.two.logits(part)
+            value = logits.new_zeros(())
+            if loss.kl:
+                kl = divergence(_of_teacher(answer, teacher, rows, loss), logits, loss.temperature).sum()
+                terms[0] += float(kl.detach())
+                value = value + loss.kl * kl
+            if loss.text:
+                text = next_token(logits, following[rows]).sum()
+                terms[2] += float(text.detach())
+                value = value + loss.text * text
+            return value
+
+        total = in_chunks(compared, hidden, CHUNK) if loss.kl or loss.text else hidden.new_zeros(())
+        if loss.hidden:
+            error = relative_error(layers, answer.layers) * tokens.numel()
+            terms[1] = float(error.detach())
+            total = total + loss.hidden * error
+        return total, terms
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """What is stored of one of `trained`, as it is now, on the CPU: all tensors of a linear, or one.
+
+        If the model is divided among processes, all of them must call.
+        """
+        trained = self.trained[name]
+        values = gathered(trained.rounded(), trained.parameter).cpu()
+        if name not in self.start.linears:
+            return {name: values.to(self.start.others[name].dtype)}
+        return linear_tensors(self.start.linear(name), values)
+
+
+def linear_tensors(linear: SparseLinear, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """All tensors of a pruned linear with other kept values: float32 [out, in/2], rounded to what its format holds."""
+    bitmask = linear.parts["bitmask"]
+    stored = sparse24.decompress(values.to(linear.dtype), bitmask)
+    parts = linear.format.encode(stored, sparse24.mask_from_bitmask(bitmask), linear.parts.get("weight_scale"))
+    tensors = {f"{linear.name}.{part}": tensor for part, tensor in parts.items()}
+    tensors[f"{linear.name}.{SHAPE}"] = torch.tensor(linear.shape, dtype=torch.int64).view(2, 1)
+    if linear.input_permutation is not None:
+        tensors[f"{linear.name}.input_permutation"] = linear.input_permutation
+    return tensors
+
+
+def _check_same(linear: SparseLinear, parameter: nn.Parameter, start: Start) -> None:
+    """Check that transformers has loaded this linear into this parameter, and changed nothing."""
+    if parameter.shape != linear.shape or not torch.equal(parameter.data.cpu(), linear.dense().to(parameter.dtype)):
+        raise RiaError(
+            f"{start.folder}: {linear.name}: transformers' model holds another weight than the folder. Please report "
+            "this bug in ria-vllm."
+        )
+
+
+def _trained_linear(linear: SparseLinear, parameter: nn.Parameter, adamw: AdamW, pace: Pace) -> TrainedParameter:
+    rows, device = rows_here(parameter), local(parameter).device
+    parts = {name: tensor[rows].to(device) for name, tensor in linear.parts.items()}
+    scales = parts.get("weight_scale")
+    rounding = None if scales is None else StraightThrough(linear.format, scales, linear.dtype)
+    values = linear.format.values(parts, torch.float32)
+    return TrainedParameter(parameter, Kept(parts["bitmask"], linear.input_permutation), values, adamw, pace, rounding)
+
+
+def _others(model: nn.Module, also: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
+    """The norms' parameters and the linears' biases, as far as they are asked for."""
+    found = []
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        is_norm = bool(own) and not isinstance(module, nn.Linear) and "norm" in type(module).__name__.lower()
+        for name, parameter in own.items():
+            kind = "norms" if is_norm else "biases" if name == "bias" else None
+            if kind in also and parameter.dim() == 1:
+                found.append((f"{path}.{name}", parameter))
+    return found
+
+
+def _of_teacher(answer: Answer, teacher: Teacher | None, rows: slice, loss: Loss) -> Any:
+    if answer.top is not None:
+        return answer.top[rows]
+    assert teacher is not None and answer.hidden is not None
+    with torch.no_grad():
+        logits = teacher.model.logits(answer.hidden[rows])
+        return Top.of(logits, loss.top_k, loss.temperature) if loss.top_k else logits

@@ -1,0 +1,81 @@
+"""The text that a student is trained and measured on, as windows of tokens."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration import data
+from ria_vllm.offline.distill.recipe import Distillation
+
+
+def training_windows(recipe: Distillation, tokenizer: Any) -> torch.Tensor:
+    """Windows of the text, packed without padding, drawn and ordered by the seed.
+
+    Returns:
+        int32 [windows, seq_len].
+
+    Raises:
+        RiaError: no such text, or too little of it.
+    """
+    windows = data.from_text(
+        recipe.text, tokenizer, recipe.windows, recipe.seq_len, recipe.seed, asked=f"--tokens asks for {recipe.windows}"
+    )
+    return windows.int()
+
+
+def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> torch.Tensor:
+    """The first windows of a text: int64 [windows, seq_len], at most `tokens` in all. They follow each other.
+
+    Raises:
+        RiaError: the text cannot be read, or is shorter than a window.
+    """
+    try:
+        # A token is rarely longer than this many characters on average, and a long text is not tokenized in vain.
+        with open(path, encoding="utf-8") as file:
+            content = file.read(tokens * 16)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RiaError(f"--eval-text {path}: not readable as text ({error}).") from None
+    found = torch.tensor(tokenizer(content, verbose=False)["input_ids"][:tokens], dtype=torch.int64)
+    count = len(found) // seq_len
+    if not count:
+        raise RiaError(
+            f"--eval-text {path}: {len(found)} tokens are less than a window of {seq_len}. Give a longer text, or "
+            "more --eval-tokens."
+        )
+    return found[: count * seq_len].view(count, seq_len)
+
+
+def check_vocabulary(windows: Iterable[torch.Tensor], vocabulary: int, name: str) -> None:
+    """Refuse tokens that a model does not know."""
+    largest = max(int(one.max()) for one in windows)
+    if largest >= vocabulary:
+        raise RiaError(f"{name}: its tokenizer produces token {largest}, but the model knows only {vocabulary} tokens.")
+
+
+def batch_of(recipe: Distillation, step: int, micro: int) -> list[int]:
+    """The numbers of the windows of one micro-batch of a step, both counted from 0.
+
+    In each pass the windows have another order, and a window comes again only after all others.
+    """
+    first = step * recipe.batch + micro * recipe.micro_batch
+    return [_window(recipe, place) for place in range(first, first + recipe.micro_batch)]
+
+
+def _window(recipe: Distillation, place: int) -> int:
+    this_pass, number = divmod(place, recipe.windows)
+    if this_pass == 0:
+        return number  # they were drawn in random order
+    order = torch.Generator().manual_seed(recipe.seed * 1_000_003 + this_pass)
+    return int(torch.randperm(recipe.windows, generator=order)[number])
+
+
+def same_tokens(one: Any, other: Any, sample: str, names: tuple[Path | str, Path | str]) -> None:
+    """Check that two tokenizers split a text into the same tokens: otherwise predictions cannot be compared."""
+    if one(sample).input_ids != other(sample).input_ids:
+        raise RiaError(
+            f"{names[1]}: splits a text into other tokens than {names[0]}. Give the model that it was pruned from as "
+            "--teacher."
+        )

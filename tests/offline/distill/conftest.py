@@ -1,0 +1,27 @@
+"""Tiny models and their pruned forms."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.progress import Monitor
+
+
+@pytest.fixture(scope="session")
+def pruned(tiny, text, tmp_path_factory) -> Callable[..., tuple[Path, Path]]:
+    """(family, options of `Recipe`) -> (the dense folder, the pruned one). Do not write into them."""
+    made: dict[str, Path] = {}
+
+    def get(family: str = "llama", **options) -> tuple[Path, Path]:
+        key = f"{family} {options}"
+        if key not in made:
+            out = tmp_path_factory.mktemp("pruned") / "out"
+            recipe = Recipe(**{"calibration": str(text), "samples": 4, "seq_len": 32} | options)
+            compress(str(tiny(family)), out, recipe, Settings(), Monitor(shown=False))
+            made[key] = out
+        return tiny(family), made[key]
+
+    return get

@@ -1,0 +1,47 @@
+"""Kept entries against masks and permutations written out."""
+
+import pytest
+import torch
+
+from ria_vllm import permutation, sparse24
+from ria_vllm.offline.distill import layouts
+from ria_vllm.offline.distill.layouts import Kept, Whole
+
+ROWS, COLUMNS = 24, 64
+
+
+def sparse(permuted: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(a 2:4 weight in the model's own order, its compressed values, its bitmask, the stored order)."""
+    stored = sparse24.decompress(*sparse24.compress(torch.randn(ROWS, COLUMNS)))
+    compressed, bitmask = sparse24.compress(stored)
+    p = torch.randperm(COLUMNS).int() if permuted else None
+    return stored if p is None else stored[:, permutation.invert(p).long()], compressed, bitmask, p
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("block", [1 << 20, 5 * COLUMNS])
+def test_what_is_taken_is_what_is_stored(permuted, block, monkeypatch):
+    monkeypatch.setattr(layouts, "BLOCK", block)
+    weight, compressed, bitmask, p = sparse(permuted)
+    layout = Kept(bitmask, p)
+    assert layout.shape == compressed.shape
+    found = torch.cat([layout.take(weight, rows) for rows in layout.rows()])
+    assert torch.equal(found, compressed)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("block", [1 << 20, 5 * COLUMNS])
+def test_what_is_put_comes_to_the_kept_places_and_to_no_other(permuted, block, monkeypatch):
+    monkeypatch.setattr(layouts, "BLOCK", block)
+    weight, compressed, bitmask, p = sparse(permuted)
+    layout, dense = Kept(bitmask, p), torch.zeros(ROWS, COLUMNS)
+    for rows in layout.rows():
+        layout.put(2 * compressed[rows], dense, rows)
+    assert torch.equal(dense, 2 * weight)
+
+
+def test_a_whole_tensor_is_itself():
+    layout, dense = Whole(torch.Size([7])), torch.zeros(7)
+    (rows,) = layout.rows()
+    layout.put(torch.arange(7.0), dense, rows)
+    assert torch.equal(layout.take(dense, rows), torch.arange(7.0))

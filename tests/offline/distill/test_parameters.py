@@ -1,0 +1,117 @@
+"""Sparse AdamW against torch's own on a dense weight with a mask."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ria_vllm import sparse24
+from ria_vllm.offline.distill import layouts
+from ria_vllm.offline.distill.layouts import Kept
+from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedParameter
+
+EXACT = {"first": torch.float32, "second": torch.float32, "clip": 0.0}
+ROWS, COLUMNS = 16, 64
+
+
+def trained(adamw: AdamW, pace: Pace, seed: int = 0) -> tuple[TrainedParameter, torch.Tensor, torch.Tensor]:
+    """(a parameter in training, its dense weight, its mask)."""
+    torch.manual_seed(seed)
+    compressed, bitmask = sparse24.compress(torch.randn(ROWS, COLUMNS))
+    weight, order = sparse24.decompress(compressed, bitmask), torch.randperm(COLUMNS).int()
+    dense, mask = torch.zeros(ROWS, COLUMNS), torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
+    dense[:, order.long()], mask[:, order.long()] = weight, sparse24.mask_from_bitmask(bitmask)
+    parameter = nn.Parameter(dense.clone())
+    return TrainedParameter(parameter, Kept(bitmask, order), compressed.clone(), adamw, pace), dense, mask
+
+
+def gradients(steps: int) -> list[torch.Tensor]:
+    return list(torch.randn(steps, ROWS, COLUMNS, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("block", [1 << 20, 3 * COLUMNS])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_steps_are_those_of_torchs_adamw_on_a_masked_weight(block, decay, monkeypatch):
+    monkeypatch.setattr(layouts, "BLOCK", block)
+    pace = Pace()
+    mine, dense, mask = trained(AdamW(weight_decay=decay, **EXACT), pace)
+    other = nn.Parameter(dense.clone())
+    optimizer = torch.optim.AdamW([other], lr=1e-2, betas=(0.9, 0.95), weight_decay=decay, foreach=False)
+    for number, gradient in enumerate(gradients(20), 1):
+        pace.number, pace.lr = number, 1e-2 / number
+        (mine.parameter * gradient).sum().backward()
+        other.grad = gradient * mask
+        optimizer.param_groups[0]["lr"] = pace.lr
+        optimizer.step()
+        assert mine.parameter.grad is None
+    assert torch.equal(mine.parameter.data != 0, mask)
+    assert torch.allclose(mine.parameter.data, other.data, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(mine.parameter.data, dense, atol=1e-2)
+
+
+def test_gradients_of_several_passes_are_added_up_before_the_step():
+    first, second = gradients(2)
+    together, apart = Pace(lr=0.1, number=1), Pace(lr=0.1, number=1)
+    one, _, _ = trained(AdamW(), together)
+    other, dense, _ = trained(AdamW(), apart)
+    (one.parameter * (first + second)).sum().backward()
+    apart.last = False
+    (other.parameter * first).sum().backward()
+    assert torch.equal(other.parameter.data, dense) and other.parameter.grad is None
+    apart.last = True
+    (other.parameter * second).sum().backward()
+    assert torch.equal(one.parameter.data, other.parameter.data) and not torch.equal(one.parameter.data, dense)
+
+
+def test_a_jump_of_the_gradient_is_limited():
+    """By the root mean square of gradient over its running mean, as AdamW's step would be divided by it."""
+    small, large = gradients(2)
+    large = 30 * large
+    results = {}
+    for clip in (0.0, 1.0):
+        pace = Pace(lr=0.1, number=1)
+        mine, _, mask = trained(AdamW(**EXACT | {"clip": clip}), pace)
+        (mine.parameter * small).sum().backward()
+        before, pace.number = mine.parameter.data.clone(), 2
+        (mine.parameter * large).sum().backward()
+        results[clip] = mine.parameter.data - before
+    v = (0.95 * 0.05 * small.double() ** 2 + 0.05 * large.double() ** 2) / (1 - 0.95**2)
+    rms = math.sqrt((large.double() ** 2 / v)[mask].mean())
+    assert rms > 1.2
+    assert torch.allclose(results[0.0] / rms, results[1.0], rtol=1e-4, atol=1e-6)
+
+
+def test_ten_bytes_for_each_kept_weight_and_a_quarter_for_its_place():
+    mine, _, mask = trained(AdamW(), Pace())
+    kept = int(mask.sum())
+    assert sum(tensor.nbytes for tensor in mine.state().values()) == 10 * kept
+    assert mine.layout.bitmask.nbytes == kept / 4
+    assert mine.gradient is None
+
+
+def test_it_goes_on_from_a_state_to_the_same_bits():
+    paces = Pace(lr=0.1), Pace(lr=0.1)
+    one, _, _ = trained(AdamW(), paces[0])
+    other, _, _ = trained(AdamW(), paces[1], seed=0)
+    for number, gradient in enumerate(gradients(6), 1):
+        if number == 4:
+            state = {name: tensor.clone() for name, tensor in one.state().items()}
+            other.restore(state)
+        for mine, pace in zip((one, other), paces, strict=True):
+            if mine is one or number >= 4:
+                pace.number = number
+                (mine.parameter * gradient).sum().backward()
+    assert torch.equal(one.parameter.data, other.parameter.data)
+    assert all(torch.equal(a, b) for a, b in zip(one.state().values(), other.state().values(), strict=True))
+
+
+def test_small_steps_are_not_lost_in_a_bfloat16_weight():
+    pace = Pace(lr=1e-5)
+    mine, dense, _ = trained(AdamW(), pace)
+    mine.parameter.data = mine.parameter.data.bfloat16()
+    for number in range(1, 101):
+        pace.number = number
+        mine.parameter.grad = torch.ones_like(mine.parameter.data)
+        mine._arrived(mine.parameter)
+    assert torch.allclose(mine.rounded(), mine.layout.take(dense, slice(None)) - 1e-3, atol=2e-5)

@@ -1,0 +1,34 @@
+"""The course of a run, and that it survives being written."""
+
+import json
+
+from ria_vllm.offline.distill.heldout import Score
+from ria_vllm.offline.distill.progress import Course
+
+
+def test_the_curve_holds_means_since_the_last_point():
+    course = Course()
+    course.add([2.0, 0.0, 4.0], 2)
+    course.add([4.0, 0.0, 2.0], 4)
+    held_out = {"a": {"perplexity": 10.0, "kl": 0.5}}
+    wanted = {"step": 2, "tokens": 6, "kl": 1.0, "hidden": 0.0, "text": 1.0, "held_out": held_out}
+    assert course.point(6, {"a": Score(10.0, 0.5)}) == wanted
+    course.add([3.0, 0.0, 0.0], 1)
+    assert course.point(7, {})["kl"] == 3.0
+
+
+def test_it_stops_after_as_many_worse_measurements_in_a_row_as_allowed():
+    course = Course()
+    found = [course.judge(loss, patience=2) for loss in (3.0, 2.0, 2.5, 1.5, 1.6)]
+    assert found == [True, True, False, True, False] and not course.stopped and course.best == (0, 1.5)
+    assert not course.judge(1.5, patience=2) and course.stopped
+
+
+def test_it_is_the_same_after_it_was_written():
+    course = Course()
+    course.add([1 / 3, 0.0, 2 / 7], 3)
+    course.judge(0.1, 3)
+    course.point(3, {"b": Score(1.5, 0.1), "a": Score(2.5, 0.2)})
+    course.add([1 / 9, 0.1, 0.0], 3)
+    read = Course.restored(json.loads(json.dumps(course.dump(), sort_keys=True)))
+    assert read == course and json.dumps(read.dump()) == json.dumps(course.dump())

@@ -1,0 +1,49 @@
+"""The options of a distillation."""
+
+import math
+
+import pytest
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.distill.loss import Loss
+from ria_vllm.offline.distill.recipe import Distillation
+
+
+def test_steps_and_their_learning_rates():
+    recipe = Distillation(tokens=10_000, seq_len=100, batch=4, passes=2, lr=0.1, warmup=0.1)
+    assert recipe.windows == 100 and recipe.steps == 50
+    rates = [recipe.rate(step) for step in range(50)]
+    assert rates[0] == pytest.approx(0.1 / 5) and max(rates) == rates[4]
+    assert rates[25] == pytest.approx(0.05) and rates[49] == pytest.approx(0.05 * (1 + math.cos(math.pi * 49 / 50)))
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+@pytest.mark.parametrize("steps, evals", [(50, 10), (7, 3), (3, 10)])
+def test_it_is_measured_as_often_as_asked_and_after_the_last_step(steps, evals):
+    recipe = Distillation(tokens=steps * 20, seq_len=10, batch=2, evals=evals)
+    measured = [step for step in range(1, steps + 1) if recipe.measured_after(step)]
+    assert recipe.steps == steps and len(measured) == min(steps, evals) and measured[-1] == steps
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tokens": 100}, "a single step takes 1024"),
+        ({"lr": math.nan}, "--lr nan"),
+        ({"lr": -1.0}, "--lr -1"),
+        ({"batch": 3, "micro_batch": 2}, "--batch 3 is not a multiple of --micro-batch 2"),
+        ({"train": ("masks",)}, "--train 'masks'"),
+        ({"patience": 0}, "--patience 0"),
+        ({"compute_dtype": "int8"}, "--compute-dtype 'int8'"),
+        ({"cache_teacher": True}, "--top-k"),
+        ({"cache_teacher": True, "loss": Loss(hidden=1.0, top_k=4)}, "hidden states"),
+    ],
+)
+def test_invalid_options_are_refused(options, message):
+    with pytest.raises(RiaError, match=message):
+        Distillation(**{"tokens": 10_000} | options)
+
+
+def test_what_is_written_holds_no_path():
+    found = Distillation(tokens=10_000, text="/home/me/a.txt", eval_text=("/home/me/b.txt",)).dump("/home/me/model")
+    assert (found["text"], found["eval_text"], found["teacher"]) == ("a.txt", ["b.txt"], "model")

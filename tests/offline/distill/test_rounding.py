@@ -1,0 +1,65 @@
+"""Training through rounding: the forward pass reads what the format holds, and gradients pass through."""
+
+import pytest
+import torch
+from torch import nn
+
+from ria_vllm import sparse24
+from ria_vllm.formats import FORMATS
+from ria_vllm.offline.distill.layouts import Kept
+from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedParameter
+from ria_vllm.offline.distill.rounding import StraightThrough
+
+QUANTIZED = [name for name in FORMATS if name != "float"]
+
+
+def encoded(name: str) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    weight = sparse24.decompress(*sparse24.compress(torch.randn(16, 128)))
+    weight, scales = FORMATS[name].quantize(weight, torch.bfloat16)
+    return FORMATS[name].encode(weight, None, scales)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_what_is_stored_is_read_back_unchanged(name):
+    parts = encoded(name)
+    values = FORMATS[name].values(parts, torch.float32)
+    rounded, after = StraightThrough(FORMATS[name], parts["weight_scale"], torch.bfloat16)(values, slice(None))
+    assert torch.equal(rounded, FORMATS[name].values(parts, torch.bfloat16).float())
+    assert torch.equal(after, values)
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTIZED if name != "fp8"])
+def test_values_move_in_small_steps_and_the_model_reads_the_nearest_ones(name):
+    """Up to the middle between two representable values, nothing is seen of it."""
+    parts = encoded(name)
+    scales = parts["weight_scale"].float()
+    pace = Pace(lr=float(scales.min()) / 20)
+    values = FORMATS[name].values(parts, torch.float32)
+    parameter = nn.Parameter(torch.zeros(16, 128, dtype=torch.bfloat16))
+    rounding = StraightThrough(FORMATS[name], parts["weight_scale"], torch.bfloat16)
+    mine = TrainedParameter(parameter, Kept(parts["bitmask"]), values.clone(), AdamW(clip=0.0), pace, rounding)
+    first = parameter.data.clone()
+    assert torch.equal(first, FORMATS[name].decode(parts, torch.bfloat16))
+    steps = int(0.8 * float(scales.max()) / pace.lr)
+    for number in range(1, steps + 1):
+        pace.number = number
+        parameter.sum().backward()
+        if number == 8:
+            assert torch.equal(parameter.data, first)
+            assert torch.allclose(mine.values, values - 8 * pace.lr, rtol=1e-3, atol=pace.lr)
+    moved = (mine.rounded() != FORMATS[name].values(parts, torch.bfloat16).float()).float().mean()
+    assert moved > 0.9  # all but the smallest values there are
+    assert torch.equal(parameter.data, sparse24.decompress(mine.rounded(), parts["bitmask"]).bfloat16())
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTIZED if name != "fp8"])
+def test_beyond_the_largest_value_they_stay_within_a_step(name):
+    parts = encoded(name)
+    values = FORMATS[name].values(parts, torch.float32) * 10
+    rounded, after = StraightThrough(FORMATS[name], parts["weight_scale"], torch.float32)(values, slice(None))
+    step = parts["weight_scale"].float().repeat_interleave(values.shape[1] // parts["weight_scale"].shape[1], 1)
+    assert bool(((after - rounded).abs() <= step * 1.001).all())
+    assert bool((rounded.abs() <= step * (8 if "int4" in name else 127) * 1.001).all())
+    again = StraightThrough(FORMATS[name], parts["weight_scale"], torch.float32)(after, slice(None))
+    assert torch.equal(again[0], rounded)

@@ -1,0 +1,129 @@
+"""Training against a plain loop over dense weights with masks, with torch's own AdamW and KL divergence."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+import ria_vllm.hf  # noqa: F401  loads pruned folders
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.distill.logits import TwoPart
+from ria_vllm.offline.distill.loss import Loss
+from ria_vllm.offline.distill.parameters import AdamW, Pace
+from ria_vllm.offline.distill.start import Start
+from ria_vllm.offline.distill.student import Student
+from ria_vllm.offline.distill.teacher import Teacher
+from ria_vllm.offline.model.hf import load_model
+
+EXACT = AdamW(first=torch.float32, second=torch.float32, clip=0.0)
+CPU = torch.device("cpu")
+
+
+def batches(steps: int) -> torch.Tensor:
+    return torch.randint(2, 250, (steps, 2, 48), generator=torch.Generator().manual_seed(0))
+
+
+def plain(folder, dense, also, weights: dict[str, float], lr: float, steps: int) -> dict[str, torch.Tensor]:
+    """The weights after some steps of a dense model with masks, by the names of its parameters."""
+    teacher = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    sparse = {f"{name}.weight" for name in Reader(folder).sparse_names}
+    masks = {name: p.detach() != 0 for name, p in student.named_parameters() if name in sparse}
+    chosen = {n: p for n, p in student.named_parameters() if n in masks or ("norm" in n and "norms" in also)}
+    optimizer = torch.optim.AdamW(chosen.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    for tokens in batches(steps):
+        mine = student(input_ids=tokens, output_hidden_states=True)
+        with torch.no_grad():
+            wanted = teacher(input_ids=tokens, output_hidden_states=True)
+        loss = 0
+        if weights.get("kl"):
+            logs = [torch.log_softmax(one.logits.flatten(0, 1), -1) for one in (wanted, mine)]
+            loss += weights["kl"] * F.kl_div(logs[1], logs[0], log_target=True, reduction="batchmean")
+        if weights.get("text"):
+            logits = mine.logits[:, :-1].flatten(0, 1)
+            total = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum")
+            loss += weights["text"] * total / tokens.numel()
+        if weights.get("hidden"):
+            # transformers' last hidden state is the one after the final norm, so only the first layer is compared here.
+            error = (mine.hidden_states[1] - wanted.hidden_states[1]).square().sum(-1)
+            loss += weights["hidden"] * (error / wanted.hidden_states[1].square().sum(-1)).mean()
+        student.zero_grad()
+        loss.backward()
+        for name, mask in masks.items():
+            chosen[name].grad.mul_(mask)
+        optimizer.step()
+    return {name: p.detach() for name, p in chosen.items()}
+
+
+def ours(folder, dense, also, loss: Loss, lr: float, steps: int, save_memory: bool, layers: int = 2) -> Student:
+    teacher = Teacher(TwoPart(load_model(str(dense), CPU, "float32"), "teacher"), layers=bool(loss.hidden))
+    pace, model = Pace(lr=lr), TwoPart(load_model(str(folder), CPU, "float32"), "student")
+    student = Student(Start(folder), model, EXACT, pace, also, save_memory)
+    teacher.model.layers, student.two.layers = (m.layers[:layers] for m in (teacher.model, student.two))
+    for number, tokens in enumerate(batches(steps), 1):
+        pace.number = number
+        total, _ = student.loss(tokens, teacher.answer(tokens, []), teacher, loss)
+        (total / tokens.numel()).backward()
+    return student
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "llama-mha"])
+@pytest.mark.parametrize("save_memory", [False, True])
+def test_weights_become_those_of_a_plain_loop(family, save_memory, pruned):
+    dense, folder = pruned(family)
+    mine = ours(folder, dense, ("norms",), Loss(), 1e-3, 6, save_memory)
+    wanted = plain(folder, dense, ("norms",), {"kl": 1.0}, 1e-3, 6)
+    start = Start(folder)
+    assert {f"{name}.weight" if name in start.linears else name for name in mine.trained} == set(wanted)
+    parameters = dict(mine.two.model.named_parameters())
+    for name, weight in wanted.items():
+        assert torch.equal(parameters[name] == 0, weight == 0)
+        assert torch.allclose(parameters[name], weight, rtol=1e-3, atol=2e-5), name
+    moved = start.linear(start.linears[0]).dense() - parameters[f"{start.linears[0]}.weight"]
+    assert moved.abs().max() > 1e-3
+
+
+def test_all_terms_of_the_loss(pruned):
+    """The first layer's hidden state, of a model whose other layers are not compared."""
+    dense, folder = pruned()
+    weights = {"kl": 0.5, "text": 0.3, "hidden": 2.0}
+    mine = ours(folder, dense, (), Loss(**weights), 1e-3, 4, True, layers=1)
+    for name, weight in plain(folder, dense, (), weights, 1e-3, 4).items():
+        assert torch.allclose(mine.two.model.get_parameter(name), weight, rtol=1e-3, atol=2e-5), name
+
+
+@pytest.mark.parametrize("weights", ["float", "int8", "int4-g32"])
+def test_what_is_stored_is_what_the_model_reads(weights, pruned):
+    dense, folder = pruned(weights=weights)
+    mine = ours(folder, dense, ("norms",), Loss(), 2e-3, 3, False)
+    start = Start(folder)
+    changed = 0
+    for name in mine.trained:
+        stored = mine.tensors(name)
+        if name not in start.linears:
+            assert torch.equal(stored[name], mine.two.model.get_parameter(name))
+            continue
+        before = start.linear(name)
+        parts = {part: stored[f"{name}.{part}"] for part in before.parts}
+        assert torch.equal(parts["bitmask"], before.parts["bitmask"])
+        assert before.format.check(parts, before.shape) is None
+        after = type(before)(name, before.format, parts, stored[f"{name}.input_permutation"], before.dtype)
+        assert torch.equal(after.dense(), mine.two.model.get_parameter(f"{name}.weight"))
+        changed += int((after.dense() != before.dense()).sum())
+    assert changed > 0
+
+
+def test_the_loss_falls_and_other_tensors_stay(pruned):
+    dense, folder = pruned()
+    before = load_model(str(folder), CPU, "float32").get_input_embeddings().weight
+    mine = ours(folder, dense, ("norms",), Loss(), 1e-3, 1, False)
+    assert torch.equal(mine.two.model.get_input_embeddings().weight, before)
+    assert not mine.two.model.get_input_embeddings().weight.requires_grad
+
+
+def test_experts_that_transformers_stacks_are_refused(pruned):
+    _, folder = pruned("qwen3-moe")
+    model = TwoPart(load_model(str(folder), CPU, "float32"), "student")
+    with pytest.raises(RiaError, match=r"experts\.0\.\w+: transformers' .* has no weight of its own"):
+        Student(Start(folder), model, AdamW(), Pace())

@@ -1,0 +1,52 @@
+"""The teacher's answers, computed or cached."""
+
+import pytest
+import torch
+from decoders import small
+
+from ria_vllm.offline.distill.logits import TwoPart
+from ria_vllm.offline.distill.teacher import CachedTeacher, Teacher, fill_cache
+from ria_vllm.progress import Monitor
+from ria_vllm.writer import CheckpointWriter
+
+K = 8
+
+
+@pytest.fixture
+def model():
+    return TwoPart(small("llama"), "teacher")
+
+
+def windows() -> torch.Tensor:
+    return torch.randint(2, 250, (5, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_cached_answers_are_the_most_probable_tokens(model, temperature, tmp_path, monkeypatch):
+    monkeypatch.setattr("ria_vllm.offline.distill.teacher.CHUNK", 7)
+    writer = CheckpointWriter(tmp_path / "out")
+    fill_cache(writer, model, windows(), K, temperature, Monitor(shown=False), range(5))
+    top = CachedTeacher(writer, torch.device("cpu")).answer(windows()[[3, 1]], [3, 1]).top
+    logits = model.model(input_ids=windows()[[3, 1]]).logits.flatten(0, 1)
+    wanted = (logits.double() / temperature).log_softmax(-1).sort(descending=True)
+    assert torch.equal(top.tokens, wanted.indices[:, :K])
+    assert torch.allclose(top.logs.double(), wanted.values[:, :K], atol=4e-3)
+
+
+def test_a_cache_that_was_interrupted_is_completed(model, tmp_path, monkeypatch):
+    writer = CheckpointWriter(tmp_path / "out")
+    fill_cache(writer, model, windows(), K, 1.0, Monitor(shown=False), range(3))
+    asked = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda tokens: asked.append(1) or hidden(tokens))
+    fill_cache(writer, model, windows(), K, 1.0, Monitor(shown=False), range(5))
+    assert len(asked) == 2 and writer.has("teacher-00000004")
+
+
+def test_layers_are_the_outputs_of_decoder_layers(model):
+    answer = Teacher(model, layers=True).answer(windows(), [])
+    states = model.model(input_ids=windows(), output_hidden_states=True).hidden_states
+    assert torch.equal(answer.layers[0], states[1]) and len(answer.layers) == 2
+    assert torch.equal(model.model.model.norm(answer.layers[1]), states[2])
+    assert torch.equal(answer.hidden, states[2].flatten(0, 1))
+    assert Teacher(model).answer(windows(), []).layers == []
