@@ -107,7 +107,7 @@ struct TokenPanel {
 template <class VecTraits>
 void unpack_chunk(const uint8_t* weights, int64_t strips, const uint32_t (&offsets)[kBlockGroups][4],
                   UnpackedGroup* unpacked) {
-  const int64_t value_bytes = 2 * kStripRows * item_size(VecTraits::kDtype);
+  const int64_t value_bytes = kStripRows * pair_bytes(VecTraits::kDtype);
   const uint8_t* positions = weights + kBlockGroups * strips * value_bytes;
   for (int64_t g = 0; g < kBlockGroups; ++g) {
     for (int64_t row = 0; row < strips * kStripRows; row += kStripRows) {

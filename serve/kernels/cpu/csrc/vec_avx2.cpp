@@ -18,6 +18,15 @@ inline __m256 byte_of(__m256i pairs, int shift) {
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, shift), 24));
 }
 
+// The int4 pairs of 16 rows, a byte each; and one int4 of each pair, the one that `shift` moves to the top nibble.
+inline __m128i rows_in_order(const uint8_t* p) {
+  const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+  return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), order);
+}
+inline __m256 nibble_of(__m256i pairs, int shift) {
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, shift), 28));
+}
+
 inline void store_bits(uint32_t* p, __m256 bits) { _mm256_storeu_ps(reinterpret_cast<float*>(p), bits); }
 
 struct Avx2TokenTraits {
@@ -51,7 +60,7 @@ struct Avx2TokenTraits {
   }
 };
 
-template <class V, Dtype kType>
+template <class V, Dtype kType, bool kGroups = false>
 struct Avx2Traits {
   using Value = V;
   struct Accumulators { __m256 low, high; };
@@ -62,6 +71,7 @@ struct Avx2Traits {
   static constexpr int64_t kBlockTokens = 3;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
+  static constexpr bool kGrouped = kGroups;
   static constexpr bool kExpands = false;
   using TokenVecTraits = Avx2TokenTraits;
 
@@ -74,6 +84,10 @@ struct Avx2Traits {
     } else if constexpr (kType == Dtype::int8) {
       const __m256i low = pairs_of_bytes(p), high = pairs_of_bytes(p + 16);
       return {byte_of(low, 24), byte_of(high, 24), byte_of(low, 16), byte_of(high, 16)};
+    } else if constexpr (kType == Dtype::int4) {
+      const __m128i both = rows_in_order(p);
+      const __m256i low = _mm256_cvtepu8_epi32(both), high = _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(both, both));
+      return {nibble_of(low, 28), nibble_of(high, 28), nibble_of(low, 24), nibble_of(high, 24)};
     } else if constexpr (kType == Dtype::float16) {
       return {halves(p), halves(p + 16), halves(p + 32), halves(p + 48)};
     } else {
@@ -103,6 +117,20 @@ struct Avx2Traits {
     const __m256 high = _mm256_fmadd_ps(w.first_high, pick(x, p.high), sums.high);
     return {_mm256_fmadd_ps(w.second_low, pick(x, _mm256_srli_epi32(p.low, 2)), low),
             _mm256_fmadd_ps(w.second_high, pick(x, _mm256_srli_epi32(p.high, 2)), high)};
+  }
+  static Accumulators load_scales(const uint8_t* p, Dtype dtype) {
+    const __m128i* words = reinterpret_cast<const __m128i*>(p);
+    switch (dtype) {
+      case Dtype::bfloat16: return {wide(_mm_loadu_si128(words)), wide(_mm_loadu_si128(words + 1))};
+      case Dtype::float16: return {halves(p), halves(p + 16)};
+      default: return load(reinterpret_cast<const float*>(p));
+    }
+  }
+  static __m256 wide(__m128i bfloat16) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bfloat16), 16));
+  }
+  static Accumulators scaled(const Accumulators& sums, const Accumulators& scales, const Accumulators& initial) {
+    return {_mm256_fmadd_ps(sums.low, scales.low, initial.low), _mm256_fmadd_ps(sums.high, scales.high, initial.high)};
   }
   static void store_channels(uint8_t* panel, Value a, Value b, Value c, Value d) {
     const float four[4] = {a.to_float(), b.to_float(), c.to_float(), d.to_float()};
@@ -144,4 +172,10 @@ const ria::InstructionSet ria::kAvx2 = {"avx2",
                                         {row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::bfloat16>>(),
                                          row_and_token_kernels<Avx2Traits<Float16, Dtype::float16>>(),
                                          row_and_token_kernels<Avx2Traits<Float32, Dtype::float32>>(),
-                                         row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int8>>()}};
+                                         row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int8>>(),
+                                         row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int4>>()},
+                                        {{},
+                                         {},
+                                         {},
+                                         {row_kernel<Avx2Traits<Bfloat16, Dtype::int8, true>>()},
+                                         {row_kernel<Avx2Traits<Bfloat16, Dtype::int4, true>>()}}};

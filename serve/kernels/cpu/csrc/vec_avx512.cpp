@@ -24,7 +24,7 @@ struct Avx512TokenTraits {
   }
 };
 
-template <class V, Dtype kType>
+template <class V, Dtype kType, bool kGroups = false>
 struct Avx512Traits {
   using Value = V;
   using Accumulators = __m512;
@@ -34,6 +34,7 @@ struct Avx512Traits {
   static constexpr int64_t kBlockTokens = 10;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
+  static constexpr bool kGrouped = kGroups;
   static constexpr bool kExpands = false;
   using TokenVecTraits = Avx512TokenTraits;
 
@@ -46,6 +47,13 @@ struct Avx512Traits {
       const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
       return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24)),
               _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 24))};
+    } else if constexpr (kType == Dtype::int4) {
+      // A table of the 16 values; an index's other bits do not matter.
+      const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+      const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+      const __m128i both = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), order);
+      const __m512i pairs = _mm512_cvtepu8_epi32(both);
+      return {_mm512_permutexvar_ps(pairs, values), _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), values)};
     } else if constexpr (kType == Dtype::float16) {
       const __m256i* halves = reinterpret_cast<const __m256i*>(p);
       return {_mm512_cvtph_ps(_mm256_loadu_si256(halves)), _mm512_cvtph_ps(_mm256_loadu_si256(halves + 1))};
@@ -68,6 +76,18 @@ struct Avx512Traits {
   static Accumulators multiply_add(Accumulators sums, const Weights& w, Positions p, Activations x) {
     sums = _mm512_fmadd_ps(w.first, _mm512_permutevar_ps(x, p), sums);
     return _mm512_fmadd_ps(w.second, _mm512_permutevar_ps(x, _mm512_srli_epi32(p, 2)), sums);
+  }
+  static Accumulators load_scales(const uint8_t* p, Dtype dtype) {
+    const __m256i* words = reinterpret_cast<const __m256i*>(p);
+    switch (dtype) {
+      case Dtype::bfloat16:
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(words)), 16));
+      case Dtype::float16: return _mm512_cvtph_ps(_mm256_loadu_si256(words));
+      default: return _mm512_loadu_ps(p);
+    }
+  }
+  static Accumulators scaled(Accumulators sums, Accumulators scales, Accumulators initial) {
+    return _mm512_fmadd_ps(sums, scales, initial);
   }
   static void store_channels(uint8_t* panel, Value a, Value b, Value c, Value d) {
     const float four[4] = {a.to_float(), b.to_float(), c.to_float(), d.to_float()};
@@ -123,4 +143,10 @@ const ria::InstructionSet ria::kAvx512 = {"avx512",
                                           {row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::bfloat16>>(),
                                            row_and_token_kernels<Avx512Traits<Float16, Dtype::float16>>(),
                                            row_and_token_kernels<Avx512Traits<Float32, Dtype::float32>>(),
-                                           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int8>>()}};
+                                           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int8>>(),
+                                           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int4>>()},
+                                          {{},
+                                           {},
+                                           {},
+                                           {row_kernel<Avx512Traits<Bfloat16, Dtype::int8, true>>()},
+                                           {row_kernel<Avx512Traits<Bfloat16, Dtype::int4, true>>()}}};

@@ -6,8 +6,8 @@
 
 namespace {
 
-// For bfloat16 weights, and for int8 weights, which become bfloat16: it holds every int8 exactly.
-template <Dtype kType>
+// For bfloat16 weights, and for int8 and int4 weights, which become bfloat16: it holds every int8 exactly.
+template <Dtype kType, bool kGroups = false>
 struct Avx512Bf16Traits {
   using Value = Bfloat16;
   using Accumulators = __m512;
@@ -17,14 +17,29 @@ struct Avx512Bf16Traits {
   static constexpr int64_t kBlockTokens = 12;
   static constexpr int64_t kActivationBytes = 8;
   static constexpr Dtype kDtype = kType;
-  static constexpr bool kExpands = kType == Dtype::int8;
+  static constexpr bool kGrouped = kGroups;
+  static constexpr bool kExpands = has_scales(kType);
 
   static Weights weights(const uint8_t* p) {
     if constexpr (kType == Dtype::bfloat16) return _mm512_loadu_si512(p);
+    if constexpr (kType == Dtype::int4) return int4_weights(p);
     const __m128i* bytes = reinterpret_cast<const __m128i*>(p);
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+  }
+  static Weights int4_weights(const uint8_t* p) {
+    // As in `positions`: each word gets eight bits that begin with its nibble. An index into 32 words has five bits, so
+    // the table holds the 16 values twice, and the bit after the nibble does not matter.
+    const __m512i offsets =
+        _mm512_setr_epi64(0x000c000800040000, 0x000c000800040000, 0x001c001800140010, 0x001c001800140010,
+                          0x002c002800240020, 0x002c002800240020, 0x003c003800340030, 0x003c003800340030);
+    const __m512i values = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+        0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, static_cast<short>(0xc100),
+        static_cast<short>(0xc0e0), static_cast<short>(0xc0c0), static_cast<short>(0xc0a0), static_cast<short>(0xc080),
+        static_cast<short>(0xc040), static_cast<short>(0xc000), static_cast<short>(0xbf80)));
+    const __m512i nibbles = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(offsets, nibbles), values);
   }
   static void expand(uint8_t* p, Weights w) { _mm512_store_si512(p, w); }
   static Weights load_expanded(const uint8_t* p) { return _mm512_load_si512(p); }
@@ -44,6 +59,18 @@ struct Avx512Bf16Traits {
   static Accumulators multiply_add(Accumulators sums, Weights w, Positions p, Activations x) {
     const __m512i picked = _mm512_permutexvar_epi16(p, x);
     return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(picked));
+  }
+  static Accumulators load_scales(const uint8_t* p, Dtype dtype) {
+    const __m256i* words = reinterpret_cast<const __m256i*>(p);
+    switch (dtype) {
+      case Dtype::bfloat16:
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(words)), 16));
+      case Dtype::float16: return _mm512_cvtph_ps(_mm256_loadu_si256(words));
+      default: return _mm512_loadu_ps(p);
+    }
+  }
+  static Accumulators scaled(Accumulators sums, Accumulators scales, Accumulators initial) {
+    return _mm512_fmadd_ps(sums, scales, initial);
   }
   static void store_channels(uint8_t* panel, Value a, Value b, Value c, Value d) {
     const uint64_t four = a.bits | static_cast<uint64_t>(b.bits) << 16 | static_cast<uint64_t>(c.bits) << 32 |
@@ -66,3 +93,6 @@ struct Avx512Bf16Traits {
 
 const ria::Kernels ria::kAvx512Bf16 = {row_kernel<Avx512Bf16Traits<Dtype::bfloat16>>()};
 const ria::Kernels ria::kAvx512Int8 = {row_kernel<Avx512Bf16Traits<Dtype::int8>>()};
+const ria::Kernels ria::kAvx512Int4 = {row_kernel<Avx512Bf16Traits<Dtype::int4>>()};
+const ria::Kernels ria::kAvx512GroupedInt8 = {row_kernel<Avx512Bf16Traits<Dtype::int8, true>>()};
+const ria::Kernels ria::kAvx512GroupedInt4 = {row_kernel<Avx512Bf16Traits<Dtype::int4, true>>()};

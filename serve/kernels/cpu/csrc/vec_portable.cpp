@@ -6,7 +6,7 @@
 
 namespace {
 
-template <class V, Dtype kType>
+template <class V, Dtype kType, bool kGroups = false>
 struct PortableTraits {
   using Value = V;
   struct Accumulators { float lane[kStripRows]; };
@@ -16,15 +16,26 @@ struct PortableTraits {
   static constexpr int64_t kBlockTokens = 4;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
+  static constexpr bool kGrouped = kGroups;
   static constexpr bool kExpands = false;
 
   static Weights weights(const uint8_t* p) {
+    if constexpr (kType == Dtype::int4) return int4_weights(p);
     std::conditional_t<kType == Dtype::int8, Int8, Value> values[2 * kStripRows];
     std::memcpy(values, p, sizeof values);
     Weights w;
     for (int r = 0; r < kStripRows; ++r) {
       w.first[r] = values[interleaved(kType) ? 2 * r : r].to_float();
       w.second[r] = values[interleaved(kType) ? 2 * r + 1 : r + kStripRows].to_float();
+    }
+    return w;
+  }
+  static Weights int4_weights(const uint8_t* p) {
+    Weights w;
+    for (int r = 0; r < kStripRows; ++r) {
+      const uint8_t both = p[nibbles_of_row(r)];
+      w.first[r] = static_cast<float>(((both & 15) ^ 8) - 8);  // the sign of a nibble is its bit 3
+      w.second[r] = static_cast<float>(((both >> 4) ^ 8) - 8);
     }
     return w;
   }
@@ -53,6 +64,25 @@ struct PortableTraits {
     for (int r = 0; r < kStripRows; ++r) sums.lane[r] += w.first[r] * x[p.first[r]] + w.second[r] * x[p.second[r]];
     return sums;
   }
+  static Accumulators load_scales(const uint8_t* p, Dtype dtype) {
+    switch (dtype) {
+      case Dtype::bfloat16: return scales_of<Bfloat16>(p);
+      case Dtype::float16: return scales_of<Float16>(p);
+      default: return scales_of<Float32>(p);
+    }
+  }
+  template <class Scale>
+  static Accumulators scales_of(const uint8_t* p) {
+    Scale scales[kStripRows];
+    std::memcpy(scales, p, sizeof scales);
+    Accumulators wide;
+    for (int r = 0; r < kStripRows; ++r) wide.lane[r] = scales[r].to_float();
+    return wide;
+  }
+  static Accumulators scaled(const Accumulators& sums, const Accumulators& scales, Accumulators initial) {
+    for (int r = 0; r < kStripRows; ++r) initial.lane[r] += sums.lane[r] * scales.lane[r];
+    return initial;
+  }
   static void store_channels(uint8_t* panel, Value a, Value b, Value c, Value d) {
     const float four[4] = {a.to_float(), b.to_float(), c.to_float(), d.to_float()};
     std::memcpy(panel, four, sizeof four);
@@ -71,4 +101,10 @@ const ria::InstructionSet ria::kPortable = {"portable",
                                             {{row_kernel<PortableTraits<Bfloat16, Dtype::bfloat16>>()},
                                              {row_kernel<PortableTraits<Float16, Dtype::float16>>()},
                                              {row_kernel<PortableTraits<Float32, Dtype::float32>>()},
-                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int8>>()}}};
+                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int8>>()},
+                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int4>>()}},
+                                            {{},
+                                             {},
+                                             {},
+                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int8, true>>()},
+                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int4, true>>()}}};
