@@ -113,9 +113,14 @@ def random_experts(
         padding = -columns % 64
         parts, dense = [], []
         for e in range(experts):
-            stored, weight = random_parts(rows, columns, format, dtype, seed=seed * 1000 + e * 2 + (rows == hidden))
-            parts.append(format.pad_columns(stored, padding) if padding else stored)
-            dense.append(weight)
+            part_seed = seed * 1000 + e * 2 + (rows == hidden)
+            if padding % format.column_multiple:  # a scale's group ends in the padding, whose weights do not matter
+                stored, weight = random_parts(rows, columns + padding, format, dtype, part_seed)
+            else:
+                stored, weight = random_parts(rows, columns, format, dtype, part_seed)
+                stored = format.pad_columns(stored, padding) if padding else stored
+            parts.append(stored)
+            dense.append(weight[:, :columns])
         weights.append(({name: torch.stack([p[name] for p in parts]) for name in parts[0]}, torch.stack(dense)))
     generator = torch.Generator().manual_seed(seed)
     biases = tuple(torch.randn(experts, rows, generator=generator).to(dtype) for rows in (config.gate_up_rows, hidden))

@@ -5,6 +5,7 @@
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from math import lcm
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ import torch
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, INT8
+from ria_vllm.formats import FLOAT, INT4, INT8, IntFormat
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.weight_format import WeightFormat, name_of
 
@@ -42,16 +43,50 @@ if LOADED:
         return x.new_empty(*x.shape[:-1], out_features)
 
     @torch.library.register_fake("ria::sparse24_pack.cpu")
-    def _fake_pack(compressed, bitmask, scales):
-        weight_format = INT8 if compressed.dtype == torch.int8 else FLOAT
-        return bitmask.new_empty(packed_bytes(bitmask.shape[0], bitmask.shape[1] * 8, weight_format, compressed.dtype))
+    def _fake_pack(compressed, bitmask, scales, group_size):
+        weight_format, dtype = stored_format(compressed, scales, group_size)
+        return bitmask.new_empty(packed_bytes(bitmask.shape[0], bitmask.shape[1] * 8, weight_format, dtype))
+
+
+def stored_format(
+    compressed: torch.Tensor, scales: torch.Tensor | None, group_size: int
+) -> tuple[WeightFormat, torch.dtype]:
+    """The format that the operators take these tensors for, and its dtype for `packed_bytes`."""
+    if scales is None:
+        return FLOAT, compressed.dtype
+    return IntFormat(8 if compressed.dtype == torch.int8 else 4, group_size or None), scales.dtype
 
 
 def packed_bytes(out_features: int, in_features: int, weight_format: WeightFormat, dtype: torch.dtype) -> int:
-    """Size of the packed form: the format's bits, rows rounded up to 16, plus a cache line. dtype: of float weights."""
+    """Size of the packed form: the format's bits, rows rounded up to 16, plus a cache line.
+
+    Args:
+        dtype: of float weights, or of the scales of groups.
+    """
     rows = -(-out_features // 16) * 16
-    scales = 4 * rows if weight_format == INT8 else 0
-    return 64 + round(rows * in_features * weight_format.bits_per_weight(dtype)) // 8 + scales
+    row_scales = 4 * rows if weight_format in (INT8, INT4) else 0
+    return 64 + round(rows * in_features * weight_format.bits_per_weight(dtype)) // 8 + row_scales
+
+
+def unsupported(weight_format: WeightFormat, act_dtype: torch.dtype, input_dtype: torch.dtype | None) -> str | None:
+    """Why no product here takes these weights and activations, or None."""
+    if input_dtype is not None:
+        return f"no {name_of(input_dtype)} inputs"
+    if weight_format != FLOAT and not isinstance(weight_format, IntFormat):
+        return f"no {weight_format.name} weights; {FLOAT.name}, {INT8.name} and {INT4.name} only"
+    if weight_format != FLOAT and act_dtype != torch.bfloat16:
+        return f"{weight_format.name} weights with {name_of(act_dtype)} activations; bfloat16 only"
+    if act_dtype not in sparse24.VALUE_DTYPES:
+        return f"dtype {name_of(act_dtype)}; {', '.join(map(name_of, sparse24.VALUE_DTYPES))} only"
+    return None
+
+
+def stored_scales(weight_format: WeightFormat, parts: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The scales as the operators take them: [..., out] of rows, [..., out, in / group_size] of groups."""
+    if "weight_scale" not in parts:
+        return None
+    scales = parts["weight_scale"]
+    return (scales if weight_format.group_size else scales.squeeze(-1)).contiguous()
 
 
 def instruction_set() -> str:
@@ -70,7 +105,7 @@ def instruction_set() -> str:
 
 
 class CpuKernel:
-    """See `LinearKernel`. int8 weights require bfloat16 activations."""
+    """See `LinearKernel`. int8 and int4 weights require bfloat16 activations."""
 
     name: ClassVar[str] = "cpu"
     is_fallback: ClassVar[bool] = False
@@ -87,17 +122,10 @@ class CpuKernel:
 
     @staticmethod
     def can_implement(config: LinearLayerConfig) -> str | None:
-        if config.input_dtype is not None:
-            return f"no {name_of(config.input_dtype)} inputs"
-        if config.weight_format not in (FLOAT, INT8):
-            return f"no {config.weight_format.name} weights; {FLOAT.name} and {INT8.name} only"
-        if config.weight_format == INT8 and config.act_dtype != torch.bfloat16:
-            return f"int8 weights with {name_of(config.act_dtype)} activations; bfloat16 only"
-        if config.act_dtype not in sparse24.VALUE_DTYPES:
-            return f"dtype {name_of(config.act_dtype)}; {', '.join(map(name_of, sparse24.VALUE_DTYPES))} only"
-        if config.in_features % sparse24.IN_FEATURES_MULTIPLE:
-            return f"in-features {config.in_features} are not a multiple of {sparse24.IN_FEATURES_MULTIPLE}"
-        return None
+        multiple = lcm(sparse24.IN_FEATURES_MULTIPLE, config.group_size or 1)
+        if config.in_features % multiple:
+            return f"in-features {config.in_features} are not a multiple of {multiple}"
+        return unsupported(config.weight_format, config.act_dtype, config.input_dtype)
 
     @staticmethod
     def pack(config: LinearLayerConfig, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -106,10 +134,9 @@ class CpuKernel:
         Raises:
             RuntimeError: shapes or dtypes do not fit, or a group does not keep exactly two values; it is named.
         """
-        scales = parts["weight_scale"].flatten().contiguous() if config.weight_format == INT8 else None
-        return (
-            torch.ops.ria.sparse24_pack.cpu(parts["compressed"].contiguous(), parts["bitmask"].contiguous(), scales),
-        )
+        scales = stored_scales(config.weight_format, parts)
+        compressed, bitmask = parts["compressed"].contiguous(), parts["bitmask"].contiguous()
+        return (torch.ops.ria.sparse24_pack.cpu(compressed, bitmask, scales, config.group_size or 0),)
 
     @staticmethod
     def apply(

@@ -6,11 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT, INT8
 from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.cpu import backend
-from ria_vllm.weight_format import name_of
 
 # Their numbers in csrc/kernels.h.
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglustep")
@@ -22,16 +19,16 @@ if backend.LOADED:
         return x.new_empty(x.shape)
 
     @torch.library.register_fake("ria::sparse24_pack_experts.cpu")
-    def _fake_pack(compressed, bitmask, scales, gated):
-        weight_format = INT8 if compressed.dtype == torch.int8 else FLOAT
+    def _fake_pack(compressed, bitmask, scales, group_size, gated):
+        weight_format, dtype = backend.stored_format(compressed, scales, group_size)
         experts, rows, columns = bitmask.shape
         rows = -(-rows // 32) * 32 if gated else rows
-        size = backend.packed_bytes(rows, columns * 8, weight_format, compressed.dtype)
+        size = backend.packed_bytes(rows, columns * 8, weight_format, dtype)
         return bitmask.new_empty(experts, size)
 
 
 class CpuExpertsKernel:
-    """See `ExpertsKernel`. int8 weights require bfloat16 activations."""
+    """See `ExpertsKernel`. int8 and int4 weights require bfloat16 activations."""
 
     name: ClassVar[str] = "cpu"
     is_fallback: ClassVar[bool] = False
@@ -42,17 +39,9 @@ class CpuExpertsKernel:
 
     @staticmethod
     def can_implement(config: ExpertsLayerConfig) -> str | None:
-        if config.input_dtype is not None:
-            return f"no {name_of(config.input_dtype)} inputs"
-        if config.weight_format not in (FLOAT, INT8):
-            return f"no {config.weight_format.name} weights; {FLOAT.name} and {INT8.name} only"
-        if config.weight_format == INT8 and config.act_dtype != torch.bfloat16:
-            return f"int8 weights with {name_of(config.act_dtype)} activations; bfloat16 only"
-        if config.act_dtype not in sparse24.VALUE_DTYPES:
-            return f"dtype {name_of(config.act_dtype)}; {', '.join(map(name_of, sparse24.VALUE_DTYPES))} only"
         if config.activation.name not in _ACTIVATIONS:
             return f"no activation {config.activation.name}; {', '.join(_ACTIVATIONS)} only"
-        return None
+        return backend.unsupported(config.weight_format, config.act_dtype, config.input_dtype)
 
     @staticmethod
     def pack(
@@ -110,7 +99,6 @@ class CpuExpertsKernel:
 
 
 def _pack(config: ExpertsLayerConfig, parts: Mapping[str, torch.Tensor], gated: bool) -> torch.Tensor:
-    scales = parts["weight_scale"].squeeze(-1).contiguous() if config.weight_format == INT8 else None
-    return torch.ops.ria.sparse24_pack_experts.cpu(
-        parts["compressed"].contiguous(), parts["bitmask"].contiguous(), scales, int(gated)
-    )
+    scales, group_size = backend.stored_scales(config.weight_format, parts), config.weight_format.group_size or 0
+    compressed, bitmask = parts["compressed"].contiguous(), parts["bitmask"].contiguous()
+    return torch.ops.ria.sparse24_pack_experts.cpu(compressed, bitmask, scales, group_size, int(gated))

@@ -10,7 +10,7 @@ import torch
 from packed_layers import pack, random_parts
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, FORMATS, FP8, INT8
+from ria_vllm.formats import FLOAT, FORMATS, FP8, INT8, INTEGERS
 from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel
@@ -189,7 +189,8 @@ def test_each_kernel_multiplies_every_format_that_it_takes(kernel, format, hoppe
         rtol = 2**-4 if format == FP8 and kernel is CutlassKernel else 2**-7
         torch.testing.assert_close(y.double(), want, rtol=rtol, atol=rtol * float(want.abs().max()))
         assert y.dtype == act_dtype
-    expected = {(CutlassKernel, FLOAT): 2, (CutlassKernel, FP8): 2, (CpuKernel, FLOAT): 3, (CpuKernel, INT8): 1}
+    expected = {(CutlassKernel, FLOAT): 2, (CutlassKernel, FP8): 2, (CpuKernel, FLOAT): 3}
+    expected |= {(CpuKernel, integers): 1 for integers in INTEGERS.values()}
     assert taken == (3 if kernel is ReferenceKernel else expected.get((kernel, format), 0))
 
 

@@ -22,7 +22,8 @@ bool has_avx512_bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
 }
 const InstructionSet kAvx512WithBf16 = {"avx512_bf16",
-                                        {kAvx512Bf16, kAvx512.kernels[1], kAvx512.kernels[2], kAvx512Int8}};
+                                        {kAvx512Bf16, kAvx512.kernels[1], kAvx512.kernels[2], kAvx512Int8, kAvx512Int4},
+                                        {{}, {}, {}, kAvx512GroupedInt8, kAvx512GroupedInt4}};
 #endif
 
 struct Candidate {

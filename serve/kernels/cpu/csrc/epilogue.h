@@ -16,7 +16,7 @@ constexpr int64_t kCacheLine = 64;
 template <class VecTraits>
 struct Epilogue {
   using Value = typename VecTraits::Value;
-  static constexpr bool kHasScales = has_scales(VecTraits::kDtype);
+  static constexpr bool kHasScales = has_scales(VecTraits::kDtype) && !VecTraits::kGrouped;  // one per row
   alignas(kCacheLine) float bias[kTileRows] = {}, scales[kTileRows] = {}, initial[kTileRows] = {};
   const GemmArgs& args;
   const int64_t first_row, padded_rows, rows;
@@ -29,7 +29,7 @@ struct Epilogue {
     const Layout& layout = args.layout;
     if (args.bias) VecTraits::load_as_float(static_cast<const Value*>(args.bias) + first_row, bias, rows);
     if constexpr (kHasScales)
-      std::memcpy(scales, args.packed + layout.scales_offset() + first_row * sizeof(float), rows * sizeof(float));
+      std::memcpy(scales, args.packed + layout.row_scales_offset() + first_row * sizeof(float), rows * sizeof(float));
     else
       std::memcpy(initial, bias, sizeof initial);
   }

@@ -39,7 +39,7 @@ struct GemmArgs {
   const float* weights;
 };
 
-// One way to multiply weights of one dtype on one instruction set.
+// One way to multiply weights of one layout on one instruction set.
 struct Kernel {
   int64_t block_tokens;      // most tokens in a token block: as many as the registers hold
   int64_t step;              // token blocks start at multiples of this
@@ -61,14 +61,20 @@ struct Kernels {
 
 struct InstructionSet {
   const char* name;
-  Kernels kernels[kNumDtypes];
+  Kernels kernels[kNumDtypes];  // weights of each dtype that have one scale per row, or none
+  Kernels grouped[kNumDtypes];  // those that have scales for groups of columns: int8 and int4
+
+  const Kernels& kernels_for(const Layout& layout) const {
+    return (layout.group_size ? grouped : kernels)[static_cast<int>(layout.dtype)];
+  }
 };
 
 extern const InstructionSet kPortable;
 #if defined(__x86_64__)
 extern const InstructionSet kAvx2;
 extern const InstructionSet kAvx512;
-extern const Kernels kAvx512Bf16, kAvx512Int8;  // the other dtypes use kAvx512
+// With BF16; float16 and float32 use kAvx512.
+extern const Kernels kAvx512Bf16, kAvx512Int8, kAvx512Int4, kAvx512GroupedInt8, kAvx512GroupedInt4;
 #endif
 
 // Divides the tokens of a pass into blocks of nearly equal size, in whole steps: `remainder` blocks of `small + 1`
@@ -98,9 +104,10 @@ struct TokenBlocks {
 const InstructionSet& instruction_set();
 
 // Throws std::runtime_error, with the row and the columns, if a group does not keep exactly two values.
-// `scales`: [rows] if the dtype has scales, else null. `gates`: 0, or the rows of an expert's gate, which its up's
-// follow: then layout.rows is `gated_rows(gates)`.
-void pack(const Layout&, const void* values, const uint8_t* bitmask, const float* scales, uint8_t* packed,
+// `values`: as in the checkpoint; int4 ones are two to a byte, as value + 8. `scales`: float32 [rows], or
+// [rows, columns / group_size], if the dtype has scales, else null. `gates`: 0, or the rows of an expert's gate, which
+// its up's follow: then layout.rows is `gated_rows(gates)`.
+void pack(const Layout&, const void* values, const uint8_t* bitmask, const void* scales, uint8_t* packed,
           int64_t gates = 0);
 
 // Rows of a packed gate and up that have `gates` rows each: both in whole strips.

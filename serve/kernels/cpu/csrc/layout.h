@@ -8,9 +8,18 @@
 //
 // A row's 4 bits are a | b << 2, where a < b are the kept columns of the group. bfloat16 and int8 values are
 // interleaved: a row's two lie side by side, as the pairwise dot product (VNNI) takes them. float16 and float32 values
-// are not: the 16 first ones, then the 16 second ones. With 16-bit values that makes 9 bits per weight of the dense
-// matrix, with 8-bit values 5, and every block starts on a cache line. int8 weights have one float32 scale per row; the
-// scales follow the last tile.
+// are not: the 16 first ones, then the 16 second ones. That makes 9 bits per weight of the dense matrix with 16-bit
+// values and 5 with int8, and every block starts on a cache line.
+//
+// With int4 values it makes 3 bits, and a block is, for each strip, three cache lines of 32 words of 16 bits. The words
+// 2r and 2r + 1 belong to the first and second values of row r. A value (two's complement) and its position are six
+// bits side by side, so that one shift of a line gives an index into a table of values and an index that picks the
+// activations. `Int4Bits` says where; the groups 2 and 5 find no room for six, and their positions are in the last
+// line.
+//
+// int8 and int4 weights have scales, in one of two ways. One float32 per row: they follow the last tile. Or one for
+// `group_size` columns of a row, whole blocks: such a section of a tile's blocks is followed by its scales, for each
+// strip those of 16 rows, in the dtype in which they were given.
 #pragma once
 #include <cstdint>
 
@@ -22,47 +31,98 @@ constexpr int64_t kTileRows = kStripRows * kTileStrips;
 constexpr int64_t kBlockGroups = 8;
 constexpr int64_t kPositionBytes = 8;  // per strip and group
 
-// The dtype of the weights. Activations have the same, except that int8 weights take bfloat16 activations.
-enum class Dtype : uint32_t { bfloat16 = 0, float16 = 1, float32 = 2, int8 = 3 };
-constexpr int kNumDtypes = 4;
+// The dtype of the weights. Activations have the same, except that int8 and int4 weights take bfloat16 activations.
+enum class Dtype : uint32_t { bfloat16 = 0, float16 = 1, float32 = 2, int8 = 3, int4 = 4 };
+constexpr int kNumDtypes = 5;
 
-constexpr int64_t item_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dtype == Dtype::int8 ? 1 : 2; }
-constexpr int64_t activation_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-constexpr bool interleaved(Dtype dtype) { return dtype == Dtype::bfloat16 || dtype == Dtype::int8; }
-constexpr bool has_scales(Dtype dtype) { return dtype == Dtype::int8; }
+constexpr int64_t bits(Dtype dtype) {
+  return dtype == Dtype::float32 ? 32 : dtype == Dtype::int8 ? 8 : dtype == Dtype::int4 ? 4 : 16;
+}
+constexpr int64_t pair_bytes(Dtype dtype) { return 2 * bits(dtype) / 8; }  // of the two kept values of a group
+constexpr bool has_scales(Dtype dtype) { return dtype == Dtype::int8 || dtype == Dtype::int4; }
+constexpr bool interleaved(Dtype dtype) { return dtype == Dtype::bfloat16 || has_scales(dtype); }
+constexpr Dtype activation_dtype(Dtype dtype) { return has_scales(dtype) ? Dtype::bfloat16 : dtype; }
+constexpr int64_t activation_size(Dtype dtype) { return bits(activation_dtype(dtype)) / 8; }
+
+// Where the words of a block hold the int4 values and the positions of one of its groups.
+struct Int4Bits {
+  int value_line, value_bit, position_line, position_bit;
+
+  static constexpr Int4Bits of(int group) {
+    const int line = group / 3, place = group % 3;
+    return place < 2 ? Int4Bits{line, 6 * place + 2, line, 6 * place} : Int4Bits{line, 12, 2, 12 + 2 * line};
+  }
+};
 
 // The first cache line of a packed tensor. It says what the tensor holds, so that a wrong one is refused.
 struct Header {
-  static constexpr uint64_t kMagic = 0x0002343261697200;  // "\0ria24" and the layout's version
+  static constexpr uint64_t kMagic = 0x0003343261697200;  // "\0ria24" and the layout's version
   uint64_t magic;
   int64_t rows;
   int64_t columns;
-  Dtype dtype;
-  uint32_t reserved[9];
+  Dtype dtype, scale_dtype;
+  uint32_t group_size, int8_activations;
+  uint32_t reserved[6];
 };
 static_assert(sizeof(Header) == 64, "the stream after the header starts on a cache line");
 
 struct Layout {
   int64_t rows, columns;
   Dtype dtype;
+  int64_t group_size = 0;              // columns that share a scale; 0: one scale per row, or none
+  Dtype scale_dtype = Dtype::float32;  // of groups: bfloat16, float16 or float32
+  bool int8_activations = false;  // the kernel rounds activations to int8, and may want the values in another order
 
+  static Layout of(const Header& header) {
+    return {header.rows,       header.columns,     header.dtype,
+            header.group_size, header.scale_dtype, header.int8_activations != 0};
+  }
+  Header header() const {
+    return {Header::kMagic, rows, columns, dtype, scale_dtype, static_cast<uint32_t>(group_size), int8_activations, {}};
+  }
+  // Whether a header is that of a layout.
+  static constexpr bool valid(const Header& header) {
+    const Dtype dtype = header.dtype, scales = header.scale_dtype;
+    return header.magic == Header::kMagic && header.rows > 0 && header.columns > 0 && header.columns % 64 == 0 &&
+           static_cast<int>(dtype) < kNumDtypes && header.int8_activations == 0 &&
+           (header.group_size == 0 ? scales == Dtype::float32
+                                   : has_scales(dtype) && valid_group(header.group_size, header.columns) &&
+                                         static_cast<int>(scales) < static_cast<int>(Dtype::int8));
+  }
+  static constexpr bool valid_group(int64_t group_size, int64_t columns) {
+    return (group_size == 32 || group_size == 64 || group_size == 128) && columns % group_size == 0;
+  }
+
+  constexpr bool has_row_scales() const { return has_scales(dtype) && group_size == 0; }
   constexpr int64_t strips() const { return (rows + kStripRows - 1) / kStripRows; }
   constexpr int64_t tiles() const { return (strips() + kTileStrips - 1) / kTileStrips; }
   constexpr int64_t groups() const { return columns / 4; }
   constexpr int64_t blocks() const { return groups() / kBlockGroups; }
-  constexpr int64_t value_bytes() const { return 2 * kStripRows * item_size(dtype); }  // per strip and group
+  constexpr int64_t value_bytes() const { return kStripRows * pair_bytes(dtype); }  // per strip and group
   constexpr int64_t strip_block_bytes() const { return kBlockGroups * (value_bytes() + kPositionBytes); }
+  // Blocks that share their scales, or all of them.
+  constexpr int64_t section_blocks() const { return group_size ? group_size / (4 * kBlockGroups) : blocks(); }
+  constexpr int64_t strip_scale_bytes() const { return group_size ? kStripRows * bits(scale_dtype) / 8 : 0; }
+  constexpr int64_t strip_section_bytes() const { return section_blocks() * strip_block_bytes() + strip_scale_bytes(); }
+  // Where a block, or the scales of a section, begin in a tile of so many strips.
+  constexpr int64_t block_offset(int64_t block, int64_t strips) const {
+    return strips * (block * strip_block_bytes() + block / section_blocks() * strip_scale_bytes());
+  }
+  constexpr int64_t section_scales_offset(int64_t section, int64_t strips) const {
+    return strips * ((section + 1) * strip_section_bytes() - strip_scale_bytes());
+  }
+  constexpr int64_t strip_bytes() const { return block_offset(blocks(), 1); }
   constexpr int64_t strips_in(int64_t tile) const {
     return strips() - tile * kTileStrips < kTileStrips ? strips() - tile * kTileStrips : kTileStrips;
   }
   constexpr int64_t tile_offset(int64_t tile) const {
-    return static_cast<int64_t>(sizeof(Header)) + tile * kTileStrips * blocks() * strip_block_bytes();
+    return static_cast<int64_t>(sizeof(Header)) + tile * kTileStrips * strip_bytes();
   }
-  constexpr int64_t scales_offset() const {
-    return static_cast<int64_t>(sizeof(Header)) + strips() * blocks() * strip_block_bytes();
+  constexpr int64_t row_scales_offset() const {
+    return static_cast<int64_t>(sizeof(Header)) + strips() * strip_bytes();
   }
   constexpr int64_t bytes() const {
-    return scales_offset() + (has_scales(dtype) ? strips() * kStripRows * static_cast<int64_t>(sizeof(float)) : 0);
+    return row_scales_offset() + (has_row_scales() ? strips() * kStripRows * static_cast<int64_t>(sizeof(float)) : 0);
   }
 };
 

@@ -94,8 +94,8 @@ void linear(GemmArgs args, int64_t tokens, const InstructionSet& set) {
   const Layout& layout = args.layout;
   const bool small = threads() > 1 && layout.bytes() <= kSmallBytes;
   const bool copy_is_cheap = tokens * layout.columns <= kPackGrain;
-  const Kernel& kernel = set.kernels[static_cast<int>(layout.dtype)].fastest(
-      small && !copy_is_cheap ? ceil_div(tokens, threads()) : tokens);
+  const Kernel& kernel =
+      set.kernels_for(layout).fastest(small && !copy_is_cheap ? ceil_div(tokens, threads()) : tokens);
   const int64_t item_bytes = activation_size(layout.dtype), token_bytes = layout.groups() * kernel.activation_bytes;
   const int64_t max_tokens = max_pass_tokens(token_bytes, kernel.block_tokens);
   const int64_t tiles_per_item = std::max<int64_t>(layout.tiles() / (threads() * kItemsPerThread), 1);

@@ -30,6 +30,7 @@ struct Packing {
   Layout layout;
   const uint8_t* values;
   const uint8_t* bitmask;
+  const uint8_t* scales;
   uint8_t* packed;
   int64_t gates;
   std::atomic<int64_t> first_invalid_group{INT64_MAX};  // row * groups + group
@@ -42,20 +43,55 @@ int64_t source_row(const Layout& layout, int64_t gates, int64_t row) {
   return channel < gates ? channel + strip % 2 * gates : -1;
 }
 
+// Puts a row's two values of a group, which lie at `pair`, and their positions into a block.
+void pack_group(const Layout& layout, const uint8_t* pair, uint8_t positions, int64_t group, int64_t strips,
+                int64_t strip, int64_t lane, uint8_t* block) {
+  const int64_t item = bits(layout.dtype) / 8, slot = group * strips + strip;
+  const bool pairs = interleaved(layout.dtype);
+  uint8_t* to = block + slot * layout.value_bytes();
+  std::memcpy(to + (pairs ? 2 * lane : lane) * item, pair, item);
+  std::memcpy(to + (pairs ? 2 * lane + 1 : lane + kStripRows) * item, pair + item, item);
+  uint8_t* all_positions = block + kBlockGroups * strips * layout.value_bytes();
+  all_positions[slot * kPositionBytes + lane / 2] |= positions << (lane % 2 * 4);
+}
+
+// The same of int4, whose two values are one byte.
+void pack_int4_group(const Layout& layout, uint8_t pair, uint8_t positions, int64_t group, int64_t strip, int64_t lane,
+                     uint8_t* block) {
+  const Int4Bits at = Int4Bits::of(static_cast<int>(group));
+  uint16_t* words = reinterpret_cast<uint16_t*>(block + strip * layout.strip_block_bytes()) + 2 * lane;
+  const int values = pair ^ 0x88;  // the checkpoint stores value + 8
+  for (int i = 0; i < 2; ++i) {
+    words[at.value_line * 2 * kStripRows + i] |= (values >> 4 * i & 15) << at.value_bit;
+    words[at.position_line * 2 * kStripRows + i] |= (positions >> 2 * i & 3) << at.position_bit;
+  }
+}
+
+// Puts the scales of a row's groups behind their blocks.
+void pack_group_scales(const Layout& layout, const uint8_t* scales, int64_t strips, int64_t strip, int64_t lane,
+                       uint8_t* stream) {
+  const int64_t item = bits(layout.scale_dtype) / 8, sections = layout.columns / layout.group_size;
+  for (int64_t section = 0; section < sections; ++section)
+    std::memcpy(stream + layout.section_scales_offset(section, strips) + (strip * kStripRows + lane) * item,
+                scales + section * item, item);
+}
+
 void pack_tile(Packing& packing, int64_t tile) {
   const Layout& layout = packing.layout;
-  const int64_t strips = layout.strips_in(tile), groups = layout.groups(), item = item_size(layout.dtype);
-  const bool pairs = interleaved(layout.dtype);
+  const int64_t strips = layout.strips_in(tile), groups = layout.groups(), pair = pair_bytes(layout.dtype);
   uint8_t* stream = packing.packed + layout.tile_offset(tile);
-  const int64_t stream_bytes = strips * layout.blocks() * layout.strip_block_bytes();
-  std::memset(stream, 0, stream_bytes);  // rows that hold none: weights 0, positions 0
+  std::memset(stream, 0, strips * layout.strip_bytes());  // rows that hold none: weights, positions and scales are 0
 
   for (int64_t r = 0; r < strips * kStripRows; ++r) {
     const int64_t row = source_row(layout, packing.gates, tile * kTileRows + r);
     if (row < 0) continue;
     const int64_t strip = r / kStripRows, lane = r % kStripRows;
-    const uint8_t* values = packing.values + row * groups * 2 * item;
+    const uint8_t* values = packing.values + row * groups * pair;
     const uint8_t* bitmask = packing.bitmask + row * groups / 2;
+    if (layout.group_size)
+      pack_group_scales(layout,
+                        packing.scales + row * layout.columns / layout.group_size * bits(layout.scale_dtype) / 8,
+                        strips, strip, lane, stream);
     for (int64_t group = 0; group < groups; ++group) {
       const uint8_t positions = positions_of(bitmask[group / 2] >> (group % 2 * 4) & 15);
       if (positions == kInvalid) {
@@ -65,13 +101,11 @@ void pack_tile(Packing& packing, int64_t tile) {
         }
         return;
       }
-      uint8_t* block = stream + group / kBlockGroups * strips * layout.strip_block_bytes();
-      const int64_t slot = group % kBlockGroups * strips + strip;
-      uint8_t* to = block + slot * layout.value_bytes();
-      std::memcpy(to + (pairs ? 2 * lane : lane) * item, values + 2 * group * item, item);
-      std::memcpy(to + (pairs ? 2 * lane + 1 : lane + kStripRows) * item, values + (2 * group + 1) * item, item);
-      uint8_t* all_positions = block + kBlockGroups * strips * layout.value_bytes();
-      all_positions[slot * kPositionBytes + lane / 2] |= positions << (lane % 2 * 4);
+      uint8_t* block = stream + layout.block_offset(group / kBlockGroups, strips);
+      if (layout.dtype == Dtype::int4)
+        pack_int4_group(layout, values[group], positions, group % kBlockGroups, strip, lane, block);
+      else
+        pack_group(layout, values + group * pair, positions, group % kBlockGroups, strips, strip, lane, block);
     }
   }
 }
@@ -87,19 +121,20 @@ void ask_for_huge_pages(uint8_t* begin, int64_t bytes) {
 #endif
 }
 
-void pack(const Layout& layout, const void* values, const uint8_t* bitmask, const float* scales, uint8_t* packed,
+void pack(const Layout& layout, const void* values, const uint8_t* bitmask, const void* scales, uint8_t* packed,
           int64_t gates) {
-  const Header header = {Header::kMagic, layout.rows, layout.columns, layout.dtype, {}};
+  const Header header = layout.header();
   std::memcpy(packed, &header, sizeof header);
-  if (has_scales(layout.dtype)) {
-    std::memset(packed + layout.scales_offset(), 0, layout.bytes() - layout.scales_offset());
-    float* to = reinterpret_cast<float*>(packed + layout.scales_offset());
+  if (layout.has_row_scales()) {
+    std::memset(packed + layout.row_scales_offset(), 0, layout.bytes() - layout.row_scales_offset());
+    float* to = reinterpret_cast<float*>(packed + layout.row_scales_offset());
     for (int64_t row = 0; row < layout.rows; ++row) {
       const int64_t source = source_row(layout, gates, row);
-      if (source >= 0) to[row] = scales[source];
+      if (source >= 0) to[row] = static_cast<const float*>(scales)[source];
     }
   }
-  Packing packing{layout, static_cast<const uint8_t*>(values), bitmask, packed, gates};
+  Packing packing{layout, static_cast<const uint8_t*>(values), bitmask, static_cast<const uint8_t*>(scales), packed,
+                  gates};
   parallel_for(
       layout.tiles(), 1,
       [](int64_t begin, int64_t end, void* context) {

@@ -12,18 +12,15 @@ Layout layout_of(const Tensor& packed) {
               packed.sizes()[0] > 0 && packed.sizes()[1] >= static_cast<int64_t>(sizeof(Header)),
           "packed experts were not made by sparse24_pack_experts");
   const Header& header = *packed.data<const Header>();
-  require(header.magic == Header::kMagic && static_cast<int>(header.dtype) < kNumDtypes && header.rows > 0 &&
-              header.columns > 0,
-          "packed experts were not made by sparse24_pack_experts");
-  const Layout layout{header.rows, header.columns, header.dtype};
+  require(Layout::valid(header), "packed experts were not made by sparse24_pack_experts");
+  const Layout layout = Layout::of(header);
   require(packed.sizes()[1] == layout.bytes(), "packed experts are truncated");
   return layout;
 }
 
 void check_header(const Tensor& packed, const Layout& layout, int64_t expert) {
-  const Header& header = *reinterpret_cast<const Header*>(packed.data<const uint8_t>() + expert * layout.bytes());
-  require(header.magic == Header::kMagic && header.dtype == layout.dtype && header.rows == layout.rows &&
-              header.columns == layout.columns,
+  const Header header = layout.header();
+  require(std::memcmp(packed.data<const uint8_t>() + expert * layout.bytes(), &header, sizeof header) == 0,
           "an expert was packed unlike the first one");
 }
 
@@ -64,11 +61,13 @@ void experts_op(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t written = args.gate_up.strips() * kStripRows / (args.activation.gated ? 2 : 1);
   require(!args.activation.gated || args.gate_up.strips() % 2 == 0, "gate and up were packed as one matrix");
   require(down.sizes()[0] == args.num_experts && args.down.dtype == args.gate_up.dtype &&
-              args.down.columns >= written && args.gate_up.columns >= args.hidden,
+              args.down.group_size == args.gate_up.group_size &&
+              args.down.int8_activations == args.gate_up.int8_activations && args.down.columns >= written &&
+              args.gate_up.columns >= args.hidden,
           "the packed down does not fit the packed gate and up");
-  const int32_t dtype = torch_dtype(has_scales(args.down.dtype) ? Dtype::bfloat16 : args.down.dtype);
+  const int32_t dtype = torch_dtype(activation_dtype(args.down.dtype));
   require(x.dim() == 2 && x.sizes()[1] == args.hidden && x.dtype() == dtype,
-          "x must be [tokens, hidden] of the weights' dtype, and bfloat16 for int8 weights");
+          "x must be [tokens, hidden] of the weights' dtype, and bfloat16 for int8 and int4 weights");
   args.tokens = x.sizes()[0];
   require(ids.dim() == 2 && ids.sizes()[0] == args.tokens &&
               (ids.dtype() == aoti_torch_dtype_int32() || ids.dtype() == aoti_torch_dtype_int64()),
@@ -120,26 +119,25 @@ void experts_op(StableIValue* stack, uint64_t, uint64_t) {
 
 void pack_experts_op(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor compressed(stack[0]), bitmask(stack[1]), scales = take_optional(stack[2]);
-  const bool gated = stack[3] != 0;
+  const bool gated = stack[4] != 0;
   require(compressed.dim() == 3 && compressed.sizes()[0] > 0, "compressed must be [experts, out, in / 2]");
-  const int64_t count = compressed.sizes()[0], rows = compressed.sizes()[1], columns = compressed.sizes()[2] * 2;
-  const Dtype dtype = check_compressed(compressed, rows, columns);
-  require(bitmask.is(aoti_torch_dtype_uint8(), {count, rows, columns / 8}),
-          "bitmask must be contiguous uint8 [experts, out, in / 8] for compressed [experts, out, in / 2]");
-  require(has_scales(dtype) == (scales.get() != nullptr) &&
-              (!scales.get() || scales.is(aoti_torch_dtype_float32(), {count, rows})),
-          "int8 weights need scales, contiguous float32 [experts, out]; other weights take none");
+  const int64_t count = compressed.sizes()[0];
+  Layout layout = check_weight(compressed, bitmask, scales, static_cast<int64_t>(stack[3]), {count});
+  const int64_t rows = layout.rows, gates = gated ? rows / 2 : 0;
   require(!gated || rows % 2 == 0, "gate and up must have as many rows");
-  const int64_t gates = gated ? rows / 2 : 0;
-  const Layout layout{gated ? gated_rows(gates) : rows, columns, dtype};
+  if (gated) layout.rows = gated_rows(gates);
   Tensor packed = empty({count, layout.bytes()}, aoti_torch_dtype_uint8());
   uint8_t* to = packed.data<uint8_t>();
   ask_for_huge_pages(to, count * layout.bytes());
+  const int64_t value_bytes = rows * layout.groups() * pair_bytes(layout.dtype);
+  const int64_t bitmask_bytes = rows * layout.columns / 8;
+  const int64_t scale_bytes =
+      rows * (layout.group_size ? layout.columns / layout.group_size : 1) * bits(layout.scale_dtype) / 8;
   for (int64_t expert = 0; expert < count; ++expert, to += layout.bytes()) {
     try {
-      pack(layout, compressed.data<const uint8_t>() + expert * rows * columns / 2 * item_size(dtype),
-           bitmask.data<const uint8_t>() + expert * rows * columns / 8,
-           scales.get() ? scales.data<const float>() + expert * rows : nullptr, to, gates);
+      pack(layout, compressed.data<const uint8_t>() + expert * value_bytes,
+           bitmask.data<const uint8_t>() + expert * bitmask_bytes,
+           scales.get() ? scales.data<const uint8_t>() + expert * scale_bytes : nullptr, to, gates);
     } catch (const std::runtime_error& error) {
       throw std::runtime_error("expert " + std::to_string(expert) + ": " + error.what());
     }
@@ -152,7 +150,9 @@ struct Registration {
     TorchLibraryHandle schemas, cpu;
     check(aoti_torch_library_init_fragment("ria", __FILE__, __LINE__, &schemas));
     check(aoti_torch_library_def(
-        schemas, "sparse24_pack_experts.cpu(Tensor compressed, Tensor bitmask, Tensor? scales, int gated) -> Tensor"));
+        schemas,
+        "sparse24_pack_experts.cpu(Tensor compressed, Tensor bitmask, Tensor? scales, int group_size, int gated) "
+        "-> Tensor"));
     check(aoti_torch_library_def(
         schemas,
         "sparse24_experts.cpu(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor down, "

@@ -21,13 +21,12 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
               packed.sizes()[0] >= static_cast<int64_t>(sizeof(Header)),
           "the packed weight was not made by sparse24_pack");
   const Header& header = *packed.data<const Header>();
-  require(header.magic == Header::kMagic && static_cast<int>(header.dtype) < kNumDtypes && header.rows == rows &&
-              header.columns == columns,
+  require(Layout::valid(header) && header.rows == rows && header.columns == columns,
           "the packed weight does not fit out_features or x's last dimension");
-  const Layout layout{rows, columns, header.dtype};
+  const Layout layout = Layout::of(header);
   require(packed.sizes()[0] == layout.bytes(), "the packed weight is truncated");
-  require(x.dtype() == torch_dtype(has_scales(layout.dtype) ? Dtype::bfloat16 : layout.dtype),
-          "x must have the weight's dtype, and bfloat16 for int8 weights");
+  require(x.dtype() == torch_dtype(activation_dtype(layout.dtype)),
+          "x must have the weight's dtype, and bfloat16 for int8 and int4 weights");
   require(!bias.get() || bias.is(x.dtype(), {rows}), "bias must be contiguous, [out_features], of x's dtype");
   if (permutation.get()) check_permutation(permutation, columns);
 
@@ -50,19 +49,11 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
 
 void pack_op(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor compressed(stack[0]), bitmask(stack[1]), scales = take_optional(stack[2]);
-  require(compressed.dim() == 2, "compressed must be a matrix");
-  const int64_t rows = compressed.sizes()[0], columns = compressed.sizes()[1] * 2;
-  const Dtype dtype = check_compressed(compressed, rows, columns);
-  require(bitmask.is(aoti_torch_dtype_uint8(), {rows, columns / 8}),
-          "bitmask must be contiguous uint8 [out, in / 8] for compressed [out, in / 2]");
-  const Layout layout{rows, columns, dtype};
-  require(has_scales(layout.dtype) == (scales.get() != nullptr) &&
-              (!scales.get() || scales.is(aoti_torch_dtype_float32(), {rows})),
-          "int8 weights need scales, contiguous float32 [out]; other weights take none");
+  const Layout layout = check_weight(compressed, bitmask, scales, static_cast<int64_t>(stack[3]), {});
   Tensor packed = empty({layout.bytes()}, aoti_torch_dtype_uint8());
   ask_for_huge_pages(packed.data<uint8_t>(), layout.bytes());
   pack(layout, compressed.data<const void>(), bitmask.data<const uint8_t>(),
-       scales.get() ? scales.data<const float>() : nullptr, packed.data<uint8_t>());
+       scales.get() ? scales.data<const void>() : nullptr, packed.data<uint8_t>());
   stack[0] = packed.release();
 }
 
@@ -70,8 +61,8 @@ struct Registration {
   Registration() {
     TorchLibraryHandle schemas, cpu;
     check(aoti_torch_library_init_fragment("ria", __FILE__, __LINE__, &schemas));
-    check(aoti_torch_library_def(schemas,
-                                 "sparse24_pack.cpu(Tensor compressed, Tensor bitmask, Tensor? scales) -> Tensor"));
+    check(aoti_torch_library_def(
+        schemas, "sparse24_pack.cpu(Tensor compressed, Tensor bitmask, Tensor? scales, int group_size) -> Tensor"));
     check(aoti_torch_library_def(schemas,
                                  "sparse24_linear.cpu(Tensor x, Tensor packed, int out_features, "
                                  "Tensor? input_permutation, Tensor? bias) -> Tensor"));

@@ -61,7 +61,7 @@ class Tensor {
     return contiguous;
   }
   // Whether this is a contiguous tensor of this dtype and shape.
-  bool is(int32_t dtype, std::initializer_list<int64_t> shape) const {
+  bool is(int32_t dtype, const std::vector<int64_t>& shape) const {
     if (this->dtype() != dtype || dim() != static_cast<int64_t>(shape.size()) || !contiguous()) return false;
     const int64_t* size = sizes();
     for (int64_t wanted : shape)
@@ -97,6 +97,7 @@ inline int32_t torch_dtype(Dtype dtype) {
     case Dtype::bfloat16: return aoti_torch_dtype_bfloat16();
     case Dtype::float16: return aoti_torch_dtype_float16();
     case Dtype::int8: return aoti_torch_dtype_int8();
+    case Dtype::int4: return aoti_torch_dtype_uint8();  // two to a byte
     default: return aoti_torch_dtype_float32();
   }
 }
@@ -126,14 +127,42 @@ inline void check_permutation(const Tensor& permutation, int64_t columns) {
   require(largest < columns, "input_permutation has an index that is out of range");
 }
 
-// The dtype of kept values with these dimensions; throws if no kernel multiplies them.
-inline Dtype check_compressed(const Tensor& compressed, int64_t rows, int64_t columns) {
+// The layout of a weight whose `rows` and columns are the last two dimensions of its stored tensors; each may be
+// preceded by `experts`. Throws if no kernel multiplies it. group_size: 0 for one scale per row, or none.
+inline Layout check_weight(const Tensor& compressed, const Tensor& bitmask, const Tensor& scales, int64_t group_size,
+                           std::initializer_list<int64_t> experts) {
+  const int64_t dim = 2 + static_cast<int64_t>(experts.size());
   int kind = 0;
   while (kind < kNumDtypes && compressed.dtype() != torch_dtype(static_cast<Dtype>(kind))) ++kind;
-  require(kind < kNumDtypes, "compressed must be bfloat16, float16, float32 or int8");
+  require(kind < kNumDtypes, "compressed must be bfloat16, float16, float32, int8 or uint8, which holds int4");
+  require(compressed.dim() == dim, "compressed must be [out, in / 2], or [out, in / 4] of int4");
+  const Dtype dtype = static_cast<Dtype>(kind);
+  const int64_t rows = compressed.sizes()[dim - 2];
+  const int64_t columns = compressed.sizes()[dim - 1] * (dtype == Dtype::int4 ? 4 : 2);
   require(columns % 64 == 0 && columns > 0 && rows > 0, "in-features must be a multiple of 64, out-features positive");
-  require(compressed.contiguous(), "compressed must be contiguous");
-  return static_cast<Dtype>(kind);
+  const auto is = [&](const Tensor& tensor, int32_t dtype, std::initializer_list<int64_t> shape) {
+    std::vector<int64_t> whole(experts);
+    whole.insert(whole.end(), shape);
+    return tensor.is(dtype, whole);
+  };
+  require(is(compressed, compressed.dtype(), {rows, compressed.sizes()[dim - 1]}), "compressed must be contiguous");
+  require(is(bitmask, aoti_torch_dtype_uint8(), {rows, columns / 8}),
+          "bitmask must be contiguous uint8 [out, in / 8] for compressed [out, in / 2], or [out, in / 4] of int4");
+  require(has_scales(dtype) == (scales.get() != nullptr), "int8 and int4 weights need scales; others take none");
+  Layout layout{rows, columns, dtype};
+  if (group_size == 0) {
+    require(!scales.get() || is(scales, aoti_torch_dtype_float32(), {rows}),
+            "scales of rows must be contiguous float32 [out]");
+    return layout;
+  }
+  require(has_scales(dtype) && Layout::valid_group(group_size, columns),
+          "only int8 and int4 weights have groups: of 32, 64 or 128 columns, a whole number of them");
+  layout.group_size = group_size;
+  for (Dtype scale : {Dtype::bfloat16, Dtype::float16, Dtype::float32})
+    if (scales.dtype() == torch_dtype(scale)) layout.scale_dtype = scale;
+  require(is(scales, torch_dtype(layout.scale_dtype), {rows, columns / group_size}),
+          "scales of groups must be contiguous bfloat16, float16 or float32 [out, in / group_size]");
+  return layout;
 }
 
 inline Tensor contiguous_copy(const Tensor& tensor) {

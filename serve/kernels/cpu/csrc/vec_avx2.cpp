@@ -18,6 +18,11 @@ inline __m256 byte_of(__m256i pairs, int shift) {
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, shift), 24));
 }
 
+// Eight int4, in 32 bits each, the top four of which are those that `shift` moves there.
+inline __m256 nibble_of(__m256i words, int shift) {
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, shift), 28));
+}
+
 inline void store_bits(uint32_t* p, __m256 bits) { _mm256_storeu_ps(reinterpret_cast<float*>(p), bits); }
 
 struct Avx2TokenTraits {
@@ -51,18 +56,20 @@ struct Avx2TokenTraits {
   }
 };
 
-template <class V, Dtype kType>
+template <class V, Dtype kType, bool kGroups = false>
 struct Avx2Traits {
   using Value = V;
   struct Accumulators { __m256 low, high; };
   struct Weights { __m256 first_low, first_high, second_low, second_high; };
-  // 32 bits per row: the first position in bits 0 and 1, the second in bits 2 and 3.
+  // 32 bits per row: the first position in bits 0 and 1, the second from kSecondPosition on.
   struct Positions { __m256i low, high; };
   using Activations = __m256;  // the four channels, twice
   static constexpr int64_t kBlockTokens = 3;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
-  static constexpr bool kExpands = false;
+  static constexpr bool kGrouped = kGroups;
+  static constexpr bool kExpands = kType == Dtype::int4;
+  static constexpr int kSecondPosition = kType == Dtype::int4 ? 16 : 2;  // the bit where it starts
   using TokenVecTraits = Avx2TokenTraits;
 
   static Weights weights(const uint8_t* p) {
@@ -86,6 +93,29 @@ struct Avx2Traits {
     return {_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(bits)), shift),
             _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(bits >> 32)), shift)};
   }
+  template <int kGroup>
+  static Weights int4_weights(const uint8_t* block) {
+    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    const uint8_t* line = block + at.value_line * kCacheLine;
+    const __m256i low = load_bits(line), high = load_bits(line + 32);
+    return {nibble_of(low, 28 - at.value_bit), nibble_of(high, 28 - at.value_bit), nibble_of(low, 12 - at.value_bit),
+            nibble_of(high, 12 - at.value_bit)};
+  }
+  template <int kGroup>
+  static Positions int4_positions(const uint8_t* block) {
+    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    const uint8_t* line = block + at.position_line * kCacheLine;
+    return {_mm256_srli_epi32(load_bits(line), at.position_bit),
+            _mm256_srli_epi32(load_bits(line + 32), at.position_bit)};
+  }
+  static void expand(uint8_t* p, const Weights& w) {
+    float* to = reinterpret_cast<float*>(p);
+    unpack_weights(w, to, to + kStripRows);
+  }
+  static Weights load_expanded(const uint8_t* p) {
+    const float* f = reinterpret_cast<const float*>(p);
+    return {_mm256_load_ps(f), _mm256_load_ps(f + 8), _mm256_load_ps(f + 16), _mm256_load_ps(f + 24)};
+  }
   static Positions load_positions(const uint8_t* p) { return {load_bits(p), load_bits(p + 32)}; }
   static void store_positions(uint8_t* p, const Positions& positions) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), positions.low);
@@ -101,8 +131,22 @@ struct Avx2Traits {
   static Accumulators multiply_add(const Accumulators& sums, const Weights& w, const Positions& p, Activations x) {
     const __m256 low = _mm256_fmadd_ps(w.first_low, pick(x, p.low), sums.low);
     const __m256 high = _mm256_fmadd_ps(w.first_high, pick(x, p.high), sums.high);
-    return {_mm256_fmadd_ps(w.second_low, pick(x, _mm256_srli_epi32(p.low, 2)), low),
-            _mm256_fmadd_ps(w.second_high, pick(x, _mm256_srli_epi32(p.high, 2)), high)};
+    return {_mm256_fmadd_ps(w.second_low, pick(x, _mm256_srli_epi32(p.low, kSecondPosition)), low),
+            _mm256_fmadd_ps(w.second_high, pick(x, _mm256_srli_epi32(p.high, kSecondPosition)), high)};
+  }
+  static Accumulators load_scales(const uint8_t* p, Dtype dtype) {
+    const __m128i* words = reinterpret_cast<const __m128i*>(p);
+    switch (dtype) {
+      case Dtype::bfloat16: return {wide(_mm_loadu_si128(words)), wide(_mm_loadu_si128(words + 1))};
+      case Dtype::float16: return {halves(p), halves(p + 16)};
+      default: return load(reinterpret_cast<const float*>(p));
+    }
+  }
+  static __m256 wide(__m128i bfloat16) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bfloat16), 16));
+  }
+  static Accumulators scaled(const Accumulators& sums, const Accumulators& scales, const Accumulators& initial) {
+    return {_mm256_fmadd_ps(sums.low, scales.low, initial.low), _mm256_fmadd_ps(sums.high, scales.high, initial.high)};
   }
   static void store_channels(uint8_t* panel, Value a, Value b, Value c, Value d) {
     const float four[4] = {a.to_float(), b.to_float(), c.to_float(), d.to_float()};
@@ -125,8 +169,8 @@ struct Avx2Traits {
     const __m256 four = broadcast(reinterpret_cast<const uint8_t*>(offsets));
     store_bits(first, pick(four, p.low));
     store_bits(first + 8, pick(four, p.high));
-    store_bits(second, pick(four, _mm256_srli_epi32(p.low, 2)));
-    store_bits(second + 8, pick(four, _mm256_srli_epi32(p.high, 2)));
+    store_bits(second, pick(four, _mm256_srli_epi32(p.low, kSecondPosition)));
+    store_bits(second + 8, pick(four, _mm256_srli_epi32(p.high, kSecondPosition)));
   }
 };
 
@@ -144,4 +188,10 @@ const ria::InstructionSet ria::kAvx2 = {"avx2",
                                         {row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::bfloat16>>(),
                                          row_and_token_kernels<Avx2Traits<Float16, Dtype::float16>>(),
                                          row_and_token_kernels<Avx2Traits<Float32, Dtype::float32>>(),
-                                         row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int8>>()}};
+                                         row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int8>>(),
+                                         row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int4>>()},
+                                        {{},
+                                         {},
+                                         {},
+                                         {row_kernel<Avx2Traits<Bfloat16, Dtype::int8, true>>()},
+                                         {row_kernel<Avx2Traits<Bfloat16, Dtype::int4, true>>()}}};

@@ -6,8 +6,8 @@
 
 namespace {
 
-// For bfloat16 weights, and for int8 weights, which become bfloat16: it holds every int8 exactly.
-template <Dtype kType>
+// For bfloat16 weights, and for int8 and int4 weights, which become bfloat16: it holds every int8 exactly.
+template <Dtype kType, bool kGroups = false>
 struct Avx512Bf16Traits {
   using Value = Bfloat16;
   using Accumulators = __m512;
@@ -17,7 +17,8 @@ struct Avx512Bf16Traits {
   static constexpr int64_t kBlockTokens = 12;
   static constexpr int64_t kActivationBytes = 8;
   static constexpr Dtype kDtype = kType;
-  static constexpr bool kExpands = kType == Dtype::int8;
+  static constexpr bool kGrouped = kGroups;
+  static constexpr bool kExpands = has_scales(kType);
 
   static Weights weights(const uint8_t* p) {
     if constexpr (kType == Dtype::bfloat16) return _mm512_loadu_si512(p);
@@ -25,6 +26,30 @@ struct Avx512Bf16Traits {
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+  }
+  // bfloat16 of -8 to 7, each four times: the lowest two bits of an index do not matter.
+  static __m512i int4_table(bool negative) {
+    const __m512i four = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i number = negative ? _mm512_sub_epi64(four, _mm512_set1_epi64(8)) : four;
+    const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(number)), 16);
+    return _mm512_shuffle_epi8(
+        bits, _mm512_set_epi64(0x0908090809080908, 0x0100010001000100, 0x0908090809080908, 0x0100010001000100,
+                               0x0908090809080908, 0x0100010001000100, 0x0908090809080908, 0x0100010001000100));
+  }
+  template <int kGroup>
+  static Weights int4_weights(const uint8_t* block) {
+    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    const __m512i index = shifted<at.value_bit - 2>(block + at.value_line * kCacheLine);
+    return _mm512_permutex2var_epi16(int4_table(false), index, int4_table(true));
+  }
+  template <int kGroup>
+  static Positions int4_positions(const uint8_t* block) {
+    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    return shifted<at.position_bit>(block + at.position_line * kCacheLine);
+  }
+  template <int kBits>
+  static __m512i shifted(const uint8_t* line) {
+    return _mm512_srli_epi16(_mm512_loadu_si512(line), kBits);
   }
   static void expand(uint8_t* p, Weights w) { _mm512_store_si512(p, w); }
   static Weights load_expanded(const uint8_t* p) { return _mm512_load_si512(p); }
@@ -44,6 +69,18 @@ struct Avx512Bf16Traits {
   static Accumulators multiply_add(Accumulators sums, Weights w, Positions p, Activations x) {
     const __m512i picked = _mm512_permutexvar_epi16(p, x);
     return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(picked));
+  }
+  static Accumulators load_scales(const uint8_t* p, Dtype dtype) {
+    const __m256i* words = reinterpret_cast<const __m256i*>(p);
+    switch (dtype) {
+      case Dtype::bfloat16:
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(words)), 16));
+      case Dtype::float16: return _mm512_cvtph_ps(_mm256_loadu_si256(words));
+      default: return _mm512_loadu_ps(p);
+    }
+  }
+  static Accumulators scaled(Accumulators sums, Accumulators scales, Accumulators initial) {
+    return _mm512_fmadd_ps(sums, scales, initial);
   }
   static void store_channels(uint8_t* panel, Value a, Value b, Value c, Value d) {
     const uint64_t four = a.bits | static_cast<uint64_t>(b.bits) << 16 | static_cast<uint64_t>(c.bits) << 32 |
@@ -66,3 +103,6 @@ struct Avx512Bf16Traits {
 
 const ria::Kernels ria::kAvx512Bf16 = {row_kernel<Avx512Bf16Traits<Dtype::bfloat16>>()};
 const ria::Kernels ria::kAvx512Int8 = {row_kernel<Avx512Bf16Traits<Dtype::int8>>()};
+const ria::Kernels ria::kAvx512Int4 = {row_kernel<Avx512Bf16Traits<Dtype::int4>>()};
+const ria::Kernels ria::kAvx512GroupedInt8 = {row_kernel<Avx512Bf16Traits<Dtype::int8, true>>()};
+const ria::Kernels ria::kAvx512GroupedInt4 = {row_kernel<Avx512Bf16Traits<Dtype::int4, true>>()};

@@ -6,7 +6,7 @@
 
 namespace {
 
-template <class V, Dtype kType>
+template <class V, Dtype kType, bool kGroups = false>
 struct PortableTraits {
   using Value = V;
   struct Accumulators { float lane[kStripRows]; };
@@ -16,7 +16,8 @@ struct PortableTraits {
   static constexpr int64_t kBlockTokens = 4;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
-  static constexpr bool kExpands = false;
+  static constexpr bool kGrouped = kGroups;
+  static constexpr bool kExpands = kType == Dtype::int4;
 
   static Weights weights(const uint8_t* p) {
     std::conditional_t<kType == Dtype::int8, Int8, Value> values[2 * kStripRows];
@@ -26,6 +27,38 @@ struct PortableTraits {
       w.first[r] = values[interleaved(kType) ? 2 * r : r].to_float();
       w.second[r] = values[interleaved(kType) ? 2 * r + 1 : r + kStripRows].to_float();
     }
+    return w;
+  }
+  static uint16_t word(const uint8_t* block, int line, int place) {
+    uint16_t word;
+    std::memcpy(&word, block + line * kCacheLine + place * sizeof word, sizeof word);
+    return word;
+  }
+  template <int kGroup>
+  static Weights int4_weights(const uint8_t* block) {
+    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    Weights w;
+    for (int r = 0; r < kStripRows; ++r) {
+      w.first[r] = int4_value(word(block, at.value_line, 2 * r) >> at.value_bit);
+      w.second[r] = int4_value(word(block, at.value_line, 2 * r + 1) >> at.value_bit);
+    }
+    return w;
+  }
+  static float int4_value(int bits) { return static_cast<float>(((bits & 15) ^ 8) - 8); }  // bit 3 is the sign
+  template <int kGroup>
+  static Positions int4_positions(const uint8_t* block) {
+    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    Positions p;
+    for (int r = 0; r < kStripRows; ++r) {
+      p.first[r] = word(block, at.position_line, 2 * r) >> at.position_bit & 3;
+      p.second[r] = word(block, at.position_line, 2 * r + 1) >> at.position_bit & 3;
+    }
+    return p;
+  }
+  static void expand(uint8_t* p, const Weights& w) { std::memcpy(p, &w, sizeof w); }
+  static Weights load_expanded(const uint8_t* p) {
+    Weights w;
+    std::memcpy(&w, p, sizeof w);
     return w;
   }
   static Positions positions(uint64_t bits) {
@@ -53,6 +86,25 @@ struct PortableTraits {
     for (int r = 0; r < kStripRows; ++r) sums.lane[r] += w.first[r] * x[p.first[r]] + w.second[r] * x[p.second[r]];
     return sums;
   }
+  static Accumulators load_scales(const uint8_t* p, Dtype dtype) {
+    switch (dtype) {
+      case Dtype::bfloat16: return scales_of<Bfloat16>(p);
+      case Dtype::float16: return scales_of<Float16>(p);
+      default: return scales_of<Float32>(p);
+    }
+  }
+  template <class Scale>
+  static Accumulators scales_of(const uint8_t* p) {
+    Scale scales[kStripRows];
+    std::memcpy(scales, p, sizeof scales);
+    Accumulators wide;
+    for (int r = 0; r < kStripRows; ++r) wide.lane[r] = scales[r].to_float();
+    return wide;
+  }
+  static Accumulators scaled(const Accumulators& sums, const Accumulators& scales, Accumulators initial) {
+    for (int r = 0; r < kStripRows; ++r) initial.lane[r] += sums.lane[r] * scales.lane[r];
+    return initial;
+  }
   static void store_channels(uint8_t* panel, Value a, Value b, Value c, Value d) {
     const float four[4] = {a.to_float(), b.to_float(), c.to_float(), d.to_float()};
     std::memcpy(panel, four, sizeof four);
@@ -71,4 +123,10 @@ const ria::InstructionSet ria::kPortable = {"portable",
                                             {{row_kernel<PortableTraits<Bfloat16, Dtype::bfloat16>>()},
                                              {row_kernel<PortableTraits<Float16, Dtype::float16>>()},
                                              {row_kernel<PortableTraits<Float32, Dtype::float32>>()},
-                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int8>>()}}};
+                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int8>>()},
+                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int4>>()}},
+                                            {{},
+                                             {},
+                                             {},
+                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int8, true>>()},
+                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int4, true>>()}}};

@@ -13,8 +13,9 @@ import torch
 from random_experts import ACTIVATIONS, SILU, random_experts, random_routing
 from sweep_experts import KINDS, check_case, nans_stay_in_their_token, same_bits, sweep
 
-from ria_vllm.formats import FLOAT, FP8, INT8
+from ria_vllm.formats import FLOAT, FP8, INT4, INT8, IntFormat
 from ria_vllm.serve.kernels import reference_experts
+from ria_vllm.serve.kernels.cpu.backend import stored_scales
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 
@@ -174,13 +175,16 @@ def test_weights_that_do_not_fit_are_refused_by_name():
     compressed, bitmask = experts.gate_up["compressed"], experts.gate_up["bitmask"]
     scales = torch.ones(3, 64)
     for weight in (
-        (compressed[0], bitmask[0], None, 1),
-        (compressed, bitmask[:2], None, 1),
-        (compressed[:, :63].contiguous(), bitmask[:, :63].contiguous(), None, 1),
-        (compressed.double(), bitmask, None, 1),
-        (compressed, bitmask, scales, 1),
-        (compressed.to(torch.int8), bitmask, None, 1),
-        (compressed.to(torch.int8), bitmask, scales[:2], 1),
+        (compressed[0], bitmask[0], None, 0, 1),
+        (compressed, bitmask[:2], None, 0, 1),
+        (compressed[:, :63].contiguous(), bitmask[:, :63].contiguous(), None, 0, 1),
+        (compressed.double(), bitmask, None, 0, 1),
+        (compressed, bitmask, scales, 0, 1),
+        (compressed.to(torch.int8), bitmask, None, 0, 1),
+        (compressed.to(torch.int8), bitmask, scales[:2], 0, 1),
+        (compressed.to(torch.int8), bitmask, scales, 32, 1),
+        (compressed.to(torch.int8), bitmask, torch.ones(2, 64, 2), 32, 1),
+        (compressed.to(torch.int8), bitmask, torch.ones(3, 64, 2), 64, 1),
     ):
         with pytest.raises(RuntimeError, match="ria::sparse24"):
             torch.ops.ria.sparse24_pack_experts.cpu(*weight)
@@ -214,14 +218,12 @@ def test_compiles_whole_with_dynamic_tokens(kernel, biased):
         assert torch.equal(compiled(*inputs), layer(*inputs))
 
 
-@pytest.mark.parametrize("format", (FLOAT, INT8), ids=lambda format: format.name)
+@pytest.mark.parametrize("format", (FLOAT, INT8, INT4, IntFormat(4, 64)), ids=lambda format: format.name)
 def test_operators_pass_opcheck(format):
     experts = random_experts(3, 64, 40, biased=True, format=format)
     weights, ids = random_routing(4, 2, 3)
     arguments = (torch.randn(4, 64).bfloat16(), weights, ids, *experts.packed(CpuExpertsKernel), None, None)
     torch.library.opcheck(torch.ops.ria.sparse24_experts.cpu, (*arguments, 0, 1, 1.0, 0.0, 7.0))
     for parts, gated in ((experts.gate_up, 1), (experts.down, 0)):
-        scales = parts["weight_scale"].squeeze(-1) if format == INT8 else None
-        torch.library.opcheck(
-            torch.ops.ria.sparse24_pack_experts.cpu, (parts["compressed"], parts["bitmask"], scales, gated)
-        )
+        arguments = parts["compressed"], parts["bitmask"], stored_scales(format, parts), format.group_size or 0
+        torch.library.opcheck(torch.ops.ria.sparse24_pack_experts.cpu, (*arguments, gated))

@@ -7,20 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from sweep import (
-    DTYPES,
-    assert_close_to_float64,
-    nans_stay_in_their_token_and_row,
-    packed_by,
-    random_pair,
-    same_bits,
-    sweep,
-)
+from sweep import KINDS, assert_close_to_float64, nans_stay_in_their_token_and_row, random_weight, same_bits, sweep
 
 from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT, INT8
+from ria_vllm.formats import FLOAT, GROUP_SIZES, INT4, INT8, IntFormat
 from ria_vllm.serve.kernels import reference
-from ria_vllm.serve.kernels.cpu.backend import CpuKernel, packed_bytes
+from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel, packed_bytes, stored_scales
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
@@ -56,8 +49,8 @@ def test_reference_in_small_blocks_of_rows(monkeypatch):
 @pytest.mark.parametrize("kernel", (CpuKernel, ReferenceKernel), ids=lambda kernel: kernel.name)
 def test_any_leading_dimensions_and_strides(kernel, dtype):
     torch.manual_seed(1)
-    compressed, bitmask = random_pair(37, 128, dtype)
-    layer = packed_by(kernel, compressed, bitmask)
+    weight = random_weight(37, 128, dtype=dtype)
+    layer = weight.packed_by(kernel)
     permutation = torch.randperm(128, dtype=torch.int32)
     wide = torch.randn(6, 5, 256).to(dtype)
     inputs = {
@@ -74,39 +67,42 @@ def test_any_leading_dimensions_and_strides(kernel, dtype):
     for name, x in inputs.items():
         y = layer(x, permutation)
         try:
-            assert_close_to_float64(y, x, compressed, bitmask, permutation, None)
+            assert_close_to_float64(y, x, weight, permutation)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0].name} {kind[1]}")
 @pytest.mark.parametrize("rows", (208, 2080), ids=("threads share tokens", "threads share rows"))
-def test_same_bits_for_any_threads_and_any_batch(dtype, rows):
+def test_same_bits_for_any_threads_and_any_batch(kind, rows):
     torch.manual_seed(2)
-    same_bits(dtype, rows)
+    same_bits(kind, rows)
 
 
 @pytest.mark.parametrize("tokens", (15, 60))
 def test_infinities_and_nans_stay_in_their_token_and_row(tokens):
     torch.manual_seed(3)
-    nans_stay_in_their_token_and_row(torch.bfloat16, tokens)
+    for format in (FLOAT, INT4, IntFormat(4, 32)):
+        nans_stay_in_their_token_and_row((format, torch.bfloat16), tokens)
 
 
 @pytest.mark.parametrize("bits", (0b0000, 0b0001, 0b0111, 0b1111))
 @pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES)
 def test_a_bitmask_that_is_not_2_of_4_is_refused_by_name(dtype, bits):
-    compressed, bitmask = random_pair(45, 192, dtype)
+    weight = random_weight(45, 192, dtype=dtype)
+    bitmask = weight.parts["bitmask"]
     bitmask[41, 7] = (bits << 4) | 0b0011
     with pytest.raises(RuntimeError, match="row 41, columns 60 to 63"):
-        packed_by(CpuKernel, compressed, bitmask)
+        weight.packed_by(CpuKernel)
     bitmask[3, 0] = bits | 0b11000000
     with pytest.raises(RuntimeError, match="row 3, columns 0 to 3"):
-        packed_by(CpuKernel, compressed, bitmask)
+        weight.packed_by(CpuKernel)
 
 
 def test_wrong_arguments_are_refused():
-    compressed, bitmask = random_pair(32, 128, torch.bfloat16)
-    (packed,) = packed_by(CpuKernel, compressed, bitmask).packed
+    weight = random_weight(32, 128)
+    (packed,) = weight.packed_by(CpuKernel).packed
+    compressed, bitmask = weight.parts["compressed"], weight.parts["bitmask"]
     x = torch.randn(4, 128, dtype=torch.bfloat16)
     call = torch.ops.ria.sparse24_linear.cpu
     wrong = [
@@ -126,40 +122,87 @@ def test_wrong_arguments_are_refused():
         with pytest.raises(RuntimeError, match="ria::sparse24"):
             call(*arguments)
     scales, int8 = torch.ones(32), compressed.to(torch.int8)
-    for weight in (
-        (compressed[:, :32], bitmask, None),
-        (compressed, bitmask[:16], None),
-        (compressed.double(), bitmask, None),
-        (compressed, bitmask, scales),
-        (int8, bitmask, None),
-        (int8, bitmask, scales[:31]),
-        (int8, bitmask, scales.double()),
-        (int8, bitmask, scales[:, None]),
+    grouped, int4 = torch.ones(32, 4), int8[:, ::2].contiguous().view(torch.uint8)
+    for refused in (
+        (compressed[:, :32], bitmask, None, 0),
+        (compressed, bitmask[:16], None, 0),
+        (compressed.double(), bitmask, None, 0),
+        (compressed, bitmask, scales, 0),
+        (compressed, bitmask, grouped, 32),
+        (compressed, bitmask, None, 32),
+        (int8, bitmask, None, 0),
+        (int8, bitmask, scales[:31], 0),
+        (int8, bitmask, scales.double(), 0),
+        (int8, bitmask, scales.half(), 0),
+        (int8, bitmask, scales[:, None], 0),
+        (int8, bitmask, grouped, 0),
+        (int8, bitmask, scales, 32),
+        (int8, bitmask, grouped, 64),
+        (int8, bitmask, grouped.double(), 32),
+        (int8, bitmask, grouped.T.contiguous().T, 32),
+        (int8, bitmask, torch.ones(32, 8), 16),
+        (int8, bitmask, torch.ones(32, 1), 256),
+        (int8, bitmask, grouped, -32),
+        (int4, bitmask, None, 0),
+        (int4, bitmask[:, :8].contiguous(), scales, 0),
+        (int4[:, ::2].contiguous(), bitmask, scales, 0),
+        (int4, bitmask, grouped[:31], 32),
+        (int4.view(torch.bool), bitmask, scales, 0),
     ):
         with pytest.raises(RuntimeError, match="ria::sparse24"):
-            torch.ops.ria.sparse24_pack.cpu(*weight)
-    (packed,) = packed_by(CpuKernel, int8, bitmask, scales).packed
-    call(torch.zeros(1, 128, dtype=torch.bfloat16), packed, 32, None, None)
-    with pytest.raises(RuntimeError, match="bfloat16 for int8"):
-        call(torch.zeros(1, 128), packed, 32, None, None)
+            torch.ops.ria.sparse24_pack.cpu(*refused)
+    for good in ((int8, bitmask, scales, 0), (int4, bitmask, scales, 0), (int4, bitmask, grouped, 32)):
+        packed = torch.ops.ria.sparse24_pack.cpu(*good)
+        call(torch.zeros(1, 128, dtype=torch.bfloat16), packed, 32, None, None)
+        with pytest.raises(RuntimeError, match="bfloat16 for int8"):
+            call(torch.zeros(1, 128), packed, 32, None, None)
 
 
-def test_int8_packed_is_five_bits_a_weight():
-    compressed, bitmask = random_pair(576, 1536, torch.bfloat16)
-    (packed,) = packed_by(CpuKernel, compressed.to(torch.int8), bitmask, torch.ones(576)).packed
-    assert packed.numel() == packed_bytes(576, 1536, INT8, torch.bfloat16) == 576 * 1536 * 5 // 8 + 576 * 4 + 64
+@pytest.mark.parametrize(
+    "changes",
+    [{0: 1}, {4: 128}, {6: -2}, {6: 1}, {6: -4, 7: -1}, {8: 32}, {8: 32, 7: 3}, {8: 16, 7: -2}, {9: 2}],
+    ids=str,
+)
+def test_a_damaged_header_is_refused(changes):
+    """What is added to its int32s: 0 magic, 4 columns, 6 dtype, 7 dtype of scales, 8 group size, 9 activations."""
+    (packed,) = random_weight(32, 128, INT4).packed_by(CpuKernel).packed
+    x = torch.zeros(1, 128, dtype=torch.bfloat16)
+    torch.ops.ria.sparse24_linear.cpu(x, packed, 32, None, None)
+    for place, change in changes.items():
+        packed[:64].view(torch.int32)[place] += change
+    with pytest.raises(RuntimeError, match="does not fit|truncated"):
+        torch.ops.ria.sparse24_linear.cpu(x, packed, 32, None, None)
+
+
+@pytest.mark.parametrize("bits, format", [(5, INT8), (3, INT4)], ids=lambda value: getattr(value, "name", value))
+def test_packed_size_with_scales_of_rows(bits, format):
+    (packed,) = random_weight(576, 1536, format).packed_by(CpuKernel).packed
+    assert packed.numel() == packed_bytes(576, 1536, format, torch.bfloat16) == 576 * 1536 * bits // 8 + 576 * 4 + 64
+
+
+@pytest.mark.parametrize("scale_dtype", sparse24.VALUE_DTYPES)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("num_bits", (4, 8))
+def test_packed_size_with_scales_of_groups(num_bits, group_size, scale_dtype):
+    format = IntFormat(num_bits, group_size)
+    (packed,) = random_weight(576, 1536, format, scale_dtype=scale_dtype).packed_by(CpuKernel).packed
+    size = 576 * 1536 * (num_bits // 2 + 1) // 8 + 576 * 1536 // group_size * scale_dtype.itemsize + 64
+    assert packed.numel() == packed_bytes(576, 1536, format, scale_dtype) == size
 
 
 def test_packed_size_is_nine_bits_a_weight():
-    compressed, bitmask = random_pair(576, 1536, torch.bfloat16)
-    (packed,) = packed_by(CpuKernel, compressed, bitmask).packed
+    (packed,) = random_weight(576, 1536).packed_by(CpuKernel).packed
     assert packed.numel() == packed_bytes(576, 1536, FLOAT, torch.bfloat16) == 576 * 1536 * 9 // 8 + 64
+
+
+def test_groups_must_be_whole():
+    config = LinearLayerConfig(torch.device("cpu"), torch.bfloat16, IntFormat(4, 128), 16, 192)
+    assert CpuKernel.can_implement(config) == "in-features 192 are not a multiple of 128"
 
 
 @pytest.mark.parametrize("kernel", (CpuKernel, ReferenceKernel), ids=lambda kernel: kernel.name)
 def test_operator_passes_opcheck(kernel):
-    compressed, bitmask = random_pair(24, 64, torch.bfloat16)
-    packed = packed_by(kernel, compressed, bitmask).packed
+    packed = random_weight(24, 64).packed_by(kernel).packed
     weight = (packed[0], 24) if kernel is CpuKernel else (list(packed), "float", 24)
     operator = getattr(torch.ops.ria.sparse24_linear, kernel.name)
     permutation = torch.randperm(64, dtype=torch.int32)
@@ -167,14 +210,17 @@ def test_operator_passes_opcheck(kernel):
         torch.library.opcheck(operator, (x, *weight, permutation, torch.randn(24, dtype=torch.bfloat16)))
         torch.library.opcheck(operator, (x, *weight, None, None))
     if kernel is CpuKernel:
-        torch.library.opcheck(torch.ops.ria.sparse24_pack.cpu, (compressed, bitmask, None))
+        for format in (FLOAT, INT8, INT4, IntFormat(4, 32), IntFormat(8, 64)):
+            parts = random_weight(24, 64, format).parts
+            scales = stored_scales(format, parts)
+            arguments = parts["compressed"], parts["bitmask"], scales, format.group_size or 0
+            torch.library.opcheck(torch.ops.ria.sparse24_pack.cpu, arguments)
 
 
 @pytest.mark.parametrize("kernel", (CpuKernel, ReferenceKernel), ids=lambda kernel: kernel.name)
 def test_compiles_whole_with_dynamic_tokens(kernel):
     torch.manual_seed(4)
-    compressed, bitmask = random_pair(48, 64, torch.bfloat16)
-    packed = packed_by(kernel, compressed, bitmask)
+    packed = random_weight(48, 64).packed_by(kernel)
     permutation, bias = torch.randperm(64, dtype=torch.int32), torch.randn(48, dtype=torch.bfloat16)
 
     def layer(x):
