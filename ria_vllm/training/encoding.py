@@ -57,7 +57,9 @@ class Encoder:
             )
         old = before.stored()
         parts = before.parts if torch.equal(stored.to(old.dtype), old) else self._encoded(before, stored, mask)
-        self._count(old, stored, before.format.decode(parts, before.dtype))
+        # In a wider dtype, integers times scales are not those products rounded to the folder's.
+        dtype = weight.dtype
+        self._count(before.format.decode(before.parts, dtype), stored, before.format.decode(parts, dtype))
         found = {f"{name}.{part}": tensor for part, tensor in parts.items()}
         found[f"{name}.{SHAPE}"] = torch.tensor(before.shape, dtype=torch.int64).view(2, 1)
         if p is not None:

@@ -26,7 +26,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
+from ria_vllm.placement import ORIGIN_ATTRIBUTE
 from ria_vllm.training.masks import holder, mask_of, origin_of
+from ria_vllm.training.ranks import together
 
 ATTRIBUTE = "_ria_kept"
 PIECE = 1 << 22
@@ -36,7 +38,8 @@ PIECE = 1 << 22
 def keep_sparse(model: nn.Module, like: str | Path | None = None) -> None:
     """From now on, optimizers change only the kept weights of the model's pruned linears. A second call does nothing.
 
-    Copies of the model made by `copy.deepcopy` are kept sparse, too.
+    Copies of the model made by `copy.deepcopy` are kept sparse, too. Where torch.distributed is initialized, all ranks
+    must call this; what one of them finds, all raise.
 
     Args:
         model: what `from_pretrained` made of a compressed folder, wrapped or sharded or not.
@@ -47,6 +50,10 @@ def keep_sparse(model: nn.Module, like: str | Path | None = None) -> None:
         RiaError: the folder is not there any more, or does not belong to the model; a weight outside a mask is not
             zero; a trainer has flattened the weights (FSDP1, DeepSpeed ZeRO-3).
     """
+    together(lambda: _keep_sparse(model, like), alone=not dist.is_initialized())
+
+
+def _keep_sparse(model: nn.Module, like: str | Path | None) -> None:
     base, origin = origin_of(model, like)
     if getattr(base, ATTRIBUTE, None) is not None:
         return
@@ -62,12 +69,13 @@ def keep_sparse(model: nn.Module, like: str | Path | None = None) -> None:
         if not torch.equal(twin.packed, weight.packed):
             raise RiaError(f"{name}: one parameter with {twin.name}, but pruned differently. Untie them first.")
         # Other ranks may have no weights yet (FSDP's cpu_ram_efficient_loading).
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if not dist.is_initialized() or dist.get_rank() == 0 or isinstance(parameter, DTensor):
             weight.check_zeros(origin.folder)
         weights.append(weight)
     kept = KeptWeights(weights)
     kept.mask_gradients()
     setattr(base, ATTRIBUTE, kept)
+    setattr(base, ORIGIN_ATTRIBUTE, origin)  # known now, if it was found by `like`
     base.register_forward_pre_hook(kept.before_forward)
 
 

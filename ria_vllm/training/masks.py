@@ -32,7 +32,7 @@ def origin_of(model: nn.Module, like: str | Path | None) -> tuple[nn.Module, Ori
             loaded a second time, to see where transformers puts its linears.
 
     Raises:
-        RiaError: the model was not loaded from a compressed folder, and `like` is None.
+        RiaError: the model was not loaded from a compressed folder, and `like` is None or not such a folder.
     """
     for module in model.modules():
         origin = vars(module).get(ORIGIN_ATTRIBUTE)  # not getattr, which wrappers pass on

@@ -1,5 +1,6 @@
 """Writes a trained model as a compressed folder, with the masks, orders, folds and format of the one it came from."""
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ from ria_vllm.placement import Origin, Placement
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import REPORT_FILE
 from ria_vllm.training.encoding import Encoder
-from ria_vllm.training.masks import holder, origin_of
+from ria_vllm.training.gathering import clean_name, gathered, ready
+from ria_vllm.training.ranks import together
+from ria_vllm.training.settings import GENERATION_FILE, changed_settings, write_tokenizer
 from ria_vllm.writer import CheckpointWriter, check_place
 
 UNIT_BYTES = 1 << 28
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 STALE = ("error_before", "error_after")
 """What the report says of a linear, and training has changed."""
 
@@ -35,6 +37,8 @@ class Saved:
     relative_change: of the pruned linears' weights, ||after - before|| / ||before||.
     rounding: what rounding to the folder's format has cost, ||written - trained|| / ||trained||, in the same weights.
     kept: tensors of the folder that the model does not have (a vision tower, say); they stay as they were.
+    settings: what the model has changed in config.json and generation_config.json, such as
+        "generation_config.eos_token_id".
     """
 
     linears: int
@@ -42,6 +46,7 @@ class Saved:
     relative_change: float
     rounding: float
     kept: list[str]
+    settings: list[str]
 
 
 def save(
@@ -51,6 +56,7 @@ def save(
     overwrite: bool = False,
     note: str = "",
     max_shard_size: int = 5 * 10**9,
+    tokenizer: Any = None,
 ) -> Saved | None:
     """Write `new`, a compressed folder that `vllm serve` takes. It appears whole or not at all.
 
@@ -58,93 +64,40 @@ def save(
     writes and returns; the others return None.
 
     Args:
-        like: the compressed folder that the model was loaded from. Its masks, permutations, folds, weight format,
-            tokenizer and other files are those of `new`. In an integer format the weights are rounded, by the old
-            scales or by ones that fit the largest magnitudes, whichever are closer.
+        like: the compressed folder that the model was loaded from. Its masks, permutations, folds, weight format and
+            other files are those of `new`, but for what has changed in `model.config` and `model.generation_config`. In
+            an integer format the weights are rounded, by the old scales or by ones that fit the largest magnitudes,
+            whichever are closer.
         overwrite: replace `new`.
         note: what the training was, for the recipe and the model card.
         max_shard_size: bytes.
+        tokenizer: the trainer's tokenizer or processor (`processing_class`), whose files and chat template go to `new`;
+            None: those of `like` do.
 
     Raises:
         RiaError: a weight outside its mask is not zero; a tensor is not finite, of another shape, or has no place in
-            the folder; the model has adapters; `new` exists or is `like`; the disk is full.
+            the folder; a setting of the model cannot be written; the tokenizer has more tokens than the model; the
+            model has adapters; `new` exists or is `like`; the disk is full.
     """
-    _refuse_adapters(model)
-    base, origin = origin_of(model, like)
     first = not dist.is_initialized() or dist.get_rank() == 0
-    sharded = dist.is_initialized() and any(isinstance(parameter, DTensor) for parameter in base.parameters())
-    if not first and not sharded:
+    alone = not dist.is_initialized() or not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    base, origin = together(lambda: ready(model, like), alone)
+    if not first and alone:
         return None
-    tensors = _gathered(base, origin, first)
-    error: BaseException | None = None
-    saved = None
-    try:
-        if first:
-            saved = _write(base, origin, tensors, Reader(like), Path(new), overwrite, note, max_shard_size)
-    except BaseException as raised:
-        error = raised
-    for _ in tensors:  # also where writing has failed: the other ranks wait
-        pass
-    if sharded:
-        message: list[Any] = [error and (str(error) or type(error).__name__)]
-        dist.broadcast_object_list(message, src=0)
-        if message[0] and not first:
-            raise RiaError(f"The first rank could not save the model: {message[0]}")
-    if error is not None:
-        raise error
-    return saved
+    tensors = gathered(base, origin, first)
 
-
-def _refuse_adapters(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__):
-            raise RiaError(
-                f"{name or type(model).__name__}: the model has adapters ({type(module).__name__}), which a "
-                "compressed folder does not hold. Save them by `model.save_pretrained(ADAPTER)` and serve them beside "
-                "the folder: `vllm serve OUT --enable-lora --lora-modules NAME=ADAPTER`. If kept weights were trained "
-                "as well, save these from `model.unload()`."
-            )
-
-
-def _clean(name: str) -> str:
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
-def _gathered(
-    base: nn.Module, origin: Origin, first: bool
-) -> Iterator[tuple[str, Placement | None, torch.Tensor | None]]:
-    """Each tensor of the model: its name, the pruned linears in it, and the whole of it on the CPU (first rank only).
-
-    Those without pruned linears come first. A tensor with several names is one object.
-    """
-    state = {_clean(name): tensor for name, tensor in base.state_dict(keep_vars=True).items()}
-    found: dict[int, torch.Tensor | None] = {}
-    for name, tensor in state.items():
-        if name not in origin.placements and isinstance(tensor, torch.Tensor):
-            if id(tensor) not in found:
-                found[id(tensor)] = _whole(name, tensor, first)
-            yield name, None, found[id(tensor)]
-    for name, placement in origin.placements.items():
-        module, leaf = holder(base, name)
-        parameter = module._parameters.get(leaf)
-        if parameter is None:
-            raise RiaError(f"{name}: the model has no such parameter any more.")
-        yield name, placement, _whole(name, parameter, first)
-
-
-def _whole(name: str, tensor: torch.Tensor, first: bool) -> torch.Tensor | None:
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
-    if not first:
+    def write() -> Saved | None:
+        try:
+            if first:
+                return _write(
+                    base, origin, tensors, Reader(like), Path(new), overwrite, note, max_shard_size, tokenizer
+                )
+        finally:
+            for _ in tensors:  # also where writing has failed: the other ranks wait
+                pass
         return None
-    if tensor.is_meta:
-        raise RiaError(
-            f"{name}: its weights are not in memory (they are on the device meta). Load the model without it."
-        )
-    return tensor.cpu()
+
+    return together(write, alone)
 
 
 class _Units:
@@ -176,15 +129,21 @@ def _write(
     overwrite: bool,
     note: str,
     max_shard_size: int,
+    tokenizer: Any,
 ) -> Saved:
     _check_names(origin, reader)
     check_place(out, reader.folder)
+    settings, generation, changed = changed_settings(base, reader)
     monitor = Monitor(shown=False)
-    copies = companion_files(reader.folder, monitor.warn)
+    copies, copied_from = companion_files(reader.folder, monitor.warn), reader.folder
     encoder = Encoder(reader)
     writer = CheckpointWriter(out, overwrite=overwrite)
     units = _Units(writer)
+    temporary = tempfile.TemporaryDirectory()
     try:
+        if tokenizer is not None:
+            copied_from = Path(temporary.name)
+            copies = write_tokenizer(tokenizer, base, copies, reader.folder, copied_from)
         others: dict[str, torch.Tensor] = {}
         kept: list[str] | None = None
         for name, placement, tensor in tensors:
@@ -198,16 +157,20 @@ def _write(
             for linear, weight in placement.split(tensor):
                 units.add(encoder.linear(linear, weight))
         units.flush()
-        saved = Saved(len(reader.sparse_names), encoder.changed, encoder.relative_change, encoder.rounding, kept or [])
-        config, report, card = _texts(reader, saved, note, str(next(base.parameters()).dtype), monitor)
+        saved = Saved(
+            len(reader.sparse_names), encoder.changed, encoder.relative_change, encoder.rounding, kept or [], changed
+        )
+        files, card = _texts(reader, settings, saved, note, str(next(base.parameters()).dtype), monitor)
         writer.finish(
-            units.keys, {"config.json": config} | report, copies, max_shard_size,
-            permuted=reader.schema.permutes, text_files={CARD_FILE: card}, copied_from=reader.folder,
+            units.keys, files | ({GENERATION_FILE: generation} if generation else {}), copies, max_shard_size,
+            permuted=reader.schema.permutes, text_files={CARD_FILE: card}, copied_from=copied_from,
         )  # fmt: skip
     except BaseException as error:
         if not isinstance(error.__cause__, FileExistsError):  # then the result is whole, but someone has created `out`
             writer.discard()
         raise
+    finally:
+        temporary.cleanup()
     return saved
 
 
@@ -238,7 +201,7 @@ def _write_others(base: nn.Module, others: dict[str, torch.Tensor], encoder: Enc
     stored |= {name: tensor for name, tensor in others.items() if name in names - stored.keys()}
     # A tied tensor has two names, of which the files may have one. Buffers need not be stored at all.
     written = {tensor.data_ptr() for name, tensor in stored.items() if name in names}
-    computed = {_clean(name) for name, _ in base.named_buffers()}
+    computed = {clean_name(name) for name, _ in base.named_buffers()}
     for name, tensor in stored.items():
         if name not in names and name not in computed and tensor.data_ptr() not in written:
             known = ", ".join(map(str, reader.config.get("architectures") or ["none"]))
@@ -257,15 +220,15 @@ def _write_others(base: nn.Module, others: dict[str, torch.Tensor], encoder: Enc
 
 
 def _texts(
-    reader: Reader, saved: Saved, note: str, dtype: str, monitor: Monitor
-) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """config.json, the report if there is one, and the model card."""
+    reader: Reader, settings: dict[str, Any], saved: Saved, note: str, dtype: str, monitor: Monitor
+) -> tuple[dict[str, Any], str]:
+    """config.json (from `settings`) and the report if there is one, by their names, and the model card."""
     numbers = {key: value for key, value in asdict(saved).items() if key not in ("kept", "linears")}
     entry = {"note": printable(note), "dtype": dtype.removeprefix("torch.")} | numbers
     before = reader.schema.recipe.get("training")
     recipe = reader.schema.recipe | {"training": [*(before if isinstance(before, list) else []), entry]}
     quantization = reader.config["quantization_config"] | {"recipe": recipe}
-    config = reader.config | {"quantization_config": quantization}
+    files = {"config.json": settings | {"quantization_config": quantization}}
     report = reader.report()
     if report:
         linears = report.get("linears")
@@ -277,4 +240,5 @@ def _texts(
                 for name, record in linears.items()
             }
         report["recipe"] = recipe
-    return config, {REPORT_FILE: report} if report else {}, trained_card(reader, recipe, note, monitor.warn)
+        files[REPORT_FILE] = report
+    return files, trained_card(reader, recipe, note, monitor.warn)

@@ -1,8 +1,12 @@
 """Trains a pruned model in several processes: `torchrun ranks.py FOLDER OUT KIND`.
 
-KIND is fsdp, ddp or accelerate, or fsdp1 or fsdp1-original (with `use_orig_params`), which are refused. Every rank
-checks after every backward and every step that nothing outside the masks has changed, saves to OUT/new, and then fails
-to save there again. Rank 0 writes the gathered weights to OUT/state.safetensors.
+KIND is fsdp, ddp or accelerate; fsdp-one (one group for the whole model), fsdp-bf16 (computes in bfloat16) or
+fsdp-accumulated (gradients of two backward passes, summed before they are shared). Every rank checks after every
+backward and every step that nothing outside the masks has changed, saves to OUT/new, and then fails to save there
+again. Rank 0 writes the gathered weights to OUT/state.safetensors.
+
+Or KIND is fsdp1 or fsdp1-original (with `use_orig_params`), which are refused, or failures: what is wrong on one rank
+is raised on both.
 """
 
 import sys
@@ -13,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from sparse_llama import TOKENS, load, loss_of, masks
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ria_vllm.errors import RiaError
@@ -26,10 +30,40 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded(model) -> None:
+def sharded(model, kind="fsdp") -> None:
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if kind == "fsdp-bf16" else MixedPrecisionPolicy()
+    for layer in [] if kind == "fsdp-one" else model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def fails(work, message: str) -> None:
+    try:
+        work()
+    except RiaError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(f"no error: {message}")
+
+
+def failures(folder: Path, out: Path) -> None:
+    rank = dist.get_rank()
+    for where in (0, 1):  # a whole weight on the first rank, a shard on the second
+        model = load(folder)
+        if where == 1:
+            sharded(model)
+        weight = model.model.layers[1].mlp.up_proj.weight
+        if rank == where:
+            with torch.no_grad():
+                (weight.to_local() if isinstance(weight, DTensor) else weight).add_(1)
+        fails(lambda: keep_sparse(model), "layers.1.mlp.up_proj.weight: not zero everywhere")
+    model = load(folder)
     for layer in model.model.layers:
         fully_shard(layer)
-    fully_shard(model)
+    keep_sparse(model)
+    if rank == 0:
+        model.model.norm.to("meta")
+    fails(lambda: save(model, out / "new", like=folder), "model.norm.weight: its weights are not in memory")
 
 
 def flattened(model, original: bool) -> None:
@@ -37,13 +71,12 @@ def flattened(model, original: bool) -> None:
     keep_sparse(model)
     wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-    try:
+
+    def step():
         loss_of(wrapped).backward()
         optimizer.step()
-    except RiaError as error:
-        assert "use FSDP2" in str(error)
-    else:
-        raise AssertionError("FSDP1 was not refused")
+
+    fails(step, "use FSDP2")
 
 
 def prepared(model, optimizer, kind):
@@ -61,7 +94,7 @@ def prepared(model, optimizer, kind):
         )  # fmt: skip
         model = fsdp2_prepare_model(accelerator, model)
         return model, optimizer(model.parameters())
-    wrapped = model if kind == "fsdp" else torch.nn.parallel.DistributedDataParallel(model)
+    wrapped = model if kind.startswith("fsdp") else torch.nn.parallel.DistributedDataParallel(model)
     return wrapped, optimizer(wrapped.parameters())
 
 
@@ -90,8 +123,10 @@ def main(folder: str, out: str, kind: str) -> None:
     model, kept = load(Path(folder)), masks(Path(folder))
     if kind.startswith("fsdp1"):
         return flattened(model, kind.endswith("original"))
-    if kind == "fsdp":
-        sharded(model)
+    if kind == "failures":
+        return failures(Path(folder), Path(out))
+    if kind.startswith("fsdp"):
+        sharded(model, kind)
     keep_sparse(model)  # before or after sharding
     optimizer = lambda p: MovesEverything(p, lr=0.1, momentum=0.9, weight_decay=0.1)  # noqa: E731
     model, optimizer = prepared(model, optimizer, kind)
@@ -99,7 +134,14 @@ def main(folder: str, out: str, kind: str) -> None:
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss_of(model, TOKENS[step : step + 4][rank::size]).backward()
+        batch = TOKENS[step : step + 4][rank::size]
+        if kind == "fsdp-accumulated":
+            model.set_requires_gradient_sync(False)
+            (loss_of(model, batch[:1]) / 2).backward()
+            model.set_requires_gradient_sync(True)
+            (loss_of(model, batch[1:]) / 2).backward()
+        else:
+            loss_of(model, batch).backward()
         check(model, kept, lambda parameter: parameter.grad)
         optimizer.step()
         check(model, kept, lambda parameter: parameter)

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 
 from ria_vllm.errors import RiaError
-from ria_vllm.training import keep, keep_sparse
+from ria_vllm.training import keep, keep_sparse, save
 
 
 class MovesEverything(torch.optim.Optimizer):
@@ -256,7 +256,7 @@ def test_a_model_that_is_dense_already(pruned_llama):
         keep_sparse(model)
 
 
-def test_a_dense_checkpoint_goes_on_with_the_masks_of_the_folder(pruned_llama, tmp_path):
+def test_a_dense_checkpoint_goes_on_with_the_masks_of_the_folder(pruned_llama, tmp_path, monkeypatch):
     model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
     model.save_pretrained(tmp_path / "checkpoint-1")
     again = load(tmp_path / "checkpoint-1")
@@ -264,6 +264,10 @@ def test_a_dense_checkpoint_goes_on_with_the_masks_of_the_folder(pruned_llama, t
         keep_sparse(again)
     keep_sparse(again, like=pruned_llama.folder)
     train(again, MovesEverything(again.parameters()), after=lambda: check_zeros(again, kept))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(again), "from_pretrained", None)  # the folder is known by now
+        save(again, tmp_path / "new", like=pruned_llama.folder)
+    assert list(outside(load(tmp_path / "new"), kept)) == []
 
 
 def test_reached_from_the_package():

@@ -45,13 +45,18 @@ def torchrun(*arguments: object) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fsdp", "ddp", "accelerate"])
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp-one", "fsdp-bf16", "fsdp-accumulated", "ddp", "accelerate"])
 def test_two_processes_do_what_one_does(pruned_llama, tmp_path, kind):
     torchrun(pruned_llama.folder, tmp_path, kind)
     found, want = load_file(tmp_path / "state.safetensors"), alone(pruned_llama.folder)
+    before = load(pruned_llama.folder).state_dict()
     assert found.keys() == want.keys()
     for name, tensor in found.items():
-        torch.testing.assert_close(tensor, want[name], rtol=1e-4, atol=1e-5)
+        if kind == "fsdp-bf16":
+            off, moved = tensor - want[name], want[name] - before[name]
+            assert off.norm() < 0.05 * moved.norm(), name
+        else:
+            torch.testing.assert_close(tensor, want[name], rtol=1e-4, atol=1e-5)
     assert list(Reader(tmp_path / "new").problems()) == []
     again = load(tmp_path / "new", torch.bfloat16)
     assert list(outside(again, masks(pruned_llama.folder))) == []
@@ -62,3 +67,8 @@ def test_two_processes_do_what_one_does(pruned_llama, tmp_path, kind):
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp1-original"])
 def test_fsdp1_is_refused(pruned_llama, tmp_path, kind):
     torchrun(pruned_llama.folder, tmp_path, kind)
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_rank_fails_on_all(pruned_llama, tmp_path):
+    torchrun(pruned_llama.folder, tmp_path, "failures")

@@ -188,6 +188,13 @@ def test_another_class(pruned_llama, tmp_path):
         save(model, tmp_path / "new", like=pruned_llama.folder)
 
 
+def test_weights_that_are_not_in_memory(pruned_llama, tmp_path):
+    model = load(pruned_llama.folder)
+    model.model.norm.to("meta")
+    with pytest.raises(RiaError, match=r"model.norm.weight: .*not in memory"):
+        save(model, tmp_path / "new", like=pruned_llama.folder)
+
+
 def test_fewer_layers(pruned_llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(pruned_llama.folder, num_hidden_layers=1)
     with pytest.raises(RiaError, match=r"model.layers.1.* is not in the model"):

@@ -6,6 +6,7 @@ import tiny
 import torch
 from compressing import run_small
 from moe import save_moe
+from quantized import quantized
 from transformers import AutoModelForCausalLM
 
 from ria_vllm.training import keep_sparse, save
@@ -25,15 +26,18 @@ def trained(folder, steps=3):
 
 @pytest.mark.slow
 def test_vllm_computes_what_the_trained_model_does(tmp_path):
-    """A dense model with folds and gathers, and a mixture whose experts transformers has stacked."""
+    """A dense model with folds and gathers, in floats and integers, and a mixture whose experts are stacked."""
     tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "llama")
+    quantized(tmp_path / "llama", tmp_path / "int4", "int4-g32")
     text = tmp_path / "text.txt"
     text.write_text("Many words are written here, and then some more of them. " * 40)
     run_small(save_moe(tmp_path / "moe", "qwen3_moe", head_dim=32), tmp_path / "mixture", text)
     models, jobs = [], []
-    for name in ("llama", "mixture"):
+    for name in ("llama", "int4", "mixture"):
         models.append(trained(tmp_path / name))
         save(models[-1], tmp_path / f"{name}-new", like=tmp_path / name)
+        if name == "int4":  # rounded, as test_formats checks
+            models[-1] = AutoModelForCausalLM.from_pretrained(tmp_path / "int4-new", dtype=torch.float32)
         prompts = [[token % 250 for token in prompt] for prompt in compare.prompts()]
         engine = {"dtype": "float32", "max_model_len": 64}
         jobs.append({"model": str(tmp_path / f"{name}-new"), "prompts": prompts, "engine": engine})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from sparse_llama import TOKENS, load, loss_of, masks, outside
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -66,6 +66,27 @@ def test_the_documented_example(folder, capsys):
     assert losses[1] < losses[0] - 0.05
     trained = {name: tensor.to(torch.bfloat16) for name, tensor in names["model"].state_dict().items()}
     assert all(torch.equal(tensor.to(torch.bfloat16), trained[name]) for name, tensor in after.state_dict().items())
+
+
+@pytest.mark.slow
+def test_the_token_that_ends_answers(folder, tmp_path):
+    """What SFTConfig changes in the model's settings and the tokenizer is in the folder, where vLLM reads it."""
+    token = AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(77)
+    model = load(folder)
+    keep_sparse(model)
+    trainer = trl.SFTTrainer(
+        model,
+        args=trl.SFTConfig(
+            "sft", max_steps=1, max_length=64, eos_token=token, report_to="none", use_cpu=True, save_strategy="no"
+        ),
+        train_dataset=Dataset.from_json("chats.jsonl"), processing_class=AutoTokenizer.from_pretrained(folder),
+    )  # fmt: skip
+    trainer.train()
+    saved = save(trainer.model, tmp_path / "new", like=folder, tokenizer=trainer.processing_class)
+    assert {"eos_token_id", "generation_config.eos_token_id"} <= set(saved.settings)
+    assert AutoTokenizer.from_pretrained(tmp_path / "new").eos_token == token
+    assert AutoConfig.from_pretrained(tmp_path / "new").eos_token_id == 77
+    assert 77 in GenerationConfig.from_pretrained(tmp_path / "new").eos_token_id
 
 
 @pytest.mark.slow
