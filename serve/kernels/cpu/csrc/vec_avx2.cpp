@@ -178,4 +178,5 @@ const ria::InstructionSet ria::kAvx2 = {"avx2",
                                          {},
                                          {},
                                          {row_kernel<Avx2Traits<Bfloat16, Dtype::int8, true>>()},
-                                         {row_kernel<Avx2Traits<Bfloat16, Dtype::int4, true>>()}}};
+                                         {row_kernel<Avx2Traits<Bfloat16, Dtype::int4, true>>()}},
+                                        &ria::kAvx2Int8};

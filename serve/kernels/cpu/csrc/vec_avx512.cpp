@@ -149,4 +149,5 @@ const ria::InstructionSet ria::kAvx512 = {"avx512",
                                            {},
                                            {},
                                            {row_kernel<Avx512Traits<Bfloat16, Dtype::int8, true>>()},
-                                           {row_kernel<Avx512Traits<Bfloat16, Dtype::int4, true>>()}}};
+                                           {row_kernel<Avx512Traits<Bfloat16, Dtype::int4, true>>()}},
+                                          &ria::kAvx2Int8};
