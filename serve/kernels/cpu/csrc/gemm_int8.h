@@ -14,6 +14,7 @@
 //   struct VecTraits {
 //     using Weights, Positions, Activations, Accumulators;             // registers
 //     static constexpr int64_t kBlockTokens;                           // accumulators that fit: tokens x 2 strips
+//     static constexpr int64_t kSectionTokens;                         // with floating-point sums besides
 //     static constexpr int64_t kStreamTokens;                          // with those of the weights' sums beside them
 //     static constexpr int kOffset;                                    // 128 or 0: what the panel adds to activations
 //     static Weights weights8(const uint8_t*), weights4(const uint8_t*);  // a strip and unit of the packed form
@@ -28,6 +29,7 @@
 //     static Accumulators multiply_add(Accumulators, const Weights&, const Positions&, const Activations&);
 //     static Accumulators add_weights(Accumulators, const Weights&);   // kOffset times each of a row's; if it is not 0
 //     static Accumulators subtract(Accumulators, Accumulators);
+//     static void add_scaled(float* sums, Accumulators, const float* scales);
 //     static void halves_to_float(const uint8_t*, float*, int64_t count);  // float16, anywhere
 //     static void floats_to_half(const float*, uint16_t*, int64_t count);  // from a cache line on; whole strips
 //   };
@@ -41,6 +43,10 @@ namespace {
 
 // How many bytes ahead the weights are prefetched into L2.
 constexpr int64_t kInt8PrefetchBytes = 4096;
+
+// The most tokens in a token block.
+template <class VecTraits, bool kSections>
+constexpr int64_t block_tokens = kSections ? VecTraits::kSectionTokens : VecTraits::kBlockTokens;
 
 template <int kBits, int S>
 struct UnitStream {  // a tile of S strips, block by block
@@ -64,51 +70,25 @@ typename VecTraits::Weights weights_of(const uint8_t* values) {
     return VecTraits::weights4(values);
 }
 
-// A chunk of a tile, prepared for many tokens.
-template <int S>
-struct PreparedChunk {
-  alignas(kCacheLine) uint8_t units[kInt8ChunkBlocks * UnitStream<8, S>::prepared_bytes];
-  alignas(kCacheLine) int32_t weight_sums[kInt8ChunkBlocks][S * kStripRows];  // of each section, times -kOffset
-  alignas(kCacheLine) float scales[kInt8ChunkBlocks][S * kStripRows];
-};
+// The sums of a tile and pass: integers, or with sections float32.
+template <bool kSections>
+using Sum = std::conditional_t<kSections, float, int32_t>;
 
-// Prepares `blocks` blocks from `stream` on, in sections of `section_blocks`. Returns the end.
-template <class VecTraits, int kBits, int S, bool kSections>
-const uint8_t* prepare(const Layout& layout, const uint8_t* stream, int64_t blocks, int64_t section_blocks,
-                       PreparedChunk<S>& chunk) {
-  using Stream = UnitStream<kBits, S>;
-  typename VecTraits::Accumulators zero = VecTraits::load_sums(kZeros);
-  uint8_t* to = chunk.units;
-  for (int64_t section = 0; section * section_blocks < blocks; ++section) {
-    typename VecTraits::Accumulators sums[S];
-    for (int s = 0; s < S; ++s) sums[s] = zero;
-    for (int64_t block = 0; block < section_blocks; ++block, stream += Stream::block_bytes)
-      for (int64_t slot = 0; slot < kBlockUnits * S; ++slot, to += 2 * kPreparedBytes) {
-        const auto weights = weights_of<VecTraits, kBits>(Stream::values(stream, slot));
-        VecTraits::store_positions(to, VecTraits::positions(Stream::positions(stream, slot)));
-        VecTraits::store_weights(to + kPreparedBytes, weights);
-        if constexpr (VecTraits::kOffset != 0) sums[slot % S] = VecTraits::add_weights(sums[slot % S], weights);
-      }
-    for (int s = 0; s < S; ++s)
-      VecTraits::store_sums(chunk.weight_sums[section] + s * kStripRows, VecTraits::subtract(zero, sums[s]));
-    if constexpr (kSections) {
-      load_floats<VecTraits>(layout.scale_dtype, stream, chunk.scales[section], S * kStripRows);
-      stream += S * layout.strip_scale_bytes();
-    }
-  }
-  return stream;
-}
-
-// sums[token][strip] = initial + the product over some prepared units, for T tokens. `initial` advances by
-// `initial_stride` from token to token, and may be `sums`.
-template <class VecTraits, int S, int T>
-void accumulate_prepared(const uint8_t* prepared, const uint8_t* panel, int64_t units, const int32_t* initial,
-                         int64_t initial_stride, int32_t* sums) {
+// sums[token][strip] += the product over some prepared units, for T tokens. The units of a section start with its
+// `weight_sums`, and its scales multiply the product.
+template <class VecTraits, int S, int T, bool kSections>
+void accumulate_prepared(const uint8_t* prepared, const uint8_t* panel, int64_t units, const int32_t* weight_sums,
+                         const float* scales, Sum<kSections>* sums) {
   typename VecTraits::Accumulators acc[T][S];
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
-    for (int s = 0; s < S; ++s) acc[t][s] = VecTraits::load_sums(initial + t * initial_stride + s * kStripRows);
+    for (int s = 0; s < S; ++s) {
+      if constexpr (kSections)
+        acc[t][s] = VecTraits::load_sums(weight_sums + s * kStripRows);
+      else
+        acc[t][s] = VecTraits::load_sums(sums + (t * kTileStrips + s) * kStripRows);
+    }
   for (int64_t unit = 0; unit < units; ++unit) {
     typename VecTraits::Weights w[S];
     typename VecTraits::Positions p[S];
@@ -127,7 +107,12 @@ void accumulate_prepared(const uint8_t* prepared, const uint8_t* panel, int64_t 
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
-    for (int s = 0; s < S; ++s) VecTraits::store_sums(sums + (t * kTileStrips + s) * kStripRows, acc[t][s]);
+    for (int s = 0; s < S; ++s) {
+      if constexpr (kSections)
+        VecTraits::add_scaled(sums + (t * kTileStrips + s) * kStripRows, acc[t][s], scales + s * kStripRows);
+      else
+        VecTraits::store_sums(sums + (t * kTileStrips + s) * kStripRows, acc[t][s]);
+    }
 }
 
 // sums[token][strip] = the product over some blocks, for T tokens, which are all there are: the tile is read once, from
@@ -171,12 +156,15 @@ void accumulate_stream(const uint8_t* stream, const uint8_t* panel, int64_t bloc
       VecTraits::store_sums(sums + (t * kTileStrips + s) * kStripRows, VecTraits::subtract(acc[t][s], weight_sums[s]));
 }
 
-using AccumulatePrepared = void (*)(const uint8_t*, const uint8_t*, int64_t, const int32_t*, int64_t, int32_t*);
+template <bool kSections>
+using AccumulatePrepared = void (*)(const uint8_t*, const uint8_t*, int64_t, const int32_t*, const float*,
+                                    Sum<kSections>*);
 using AccumulateStream = void (*)(const uint8_t*, const uint8_t*, int64_t, int32_t*);
 
-template <class VecTraits, int S, size_t... T>
-AccumulatePrepared accumulate_prepared_for(int64_t tokens, std::index_sequence<T...>) {
-  static constexpr AccumulatePrepared table[] = {accumulate_prepared<VecTraits, S, static_cast<int>(T) + 1>...};
+template <class VecTraits, int S, bool kSections, size_t... T>
+AccumulatePrepared<kSections> accumulate_prepared_for(int64_t tokens, std::index_sequence<T...>) {
+  static constexpr AccumulatePrepared<kSections> table[] = {
+      accumulate_prepared<VecTraits, S, static_cast<int>(T) + 1, kSections>...};
   return table[tokens - 1];
 }
 
@@ -186,15 +174,55 @@ AccumulateStream accumulate_stream_for(int64_t tokens, std::index_sequence<T...>
   return table[tokens - 1];
 }
 
-// The sums of a tile and pass: integers, or with sections float32.
-template <bool kSections>
-using Sum = std::conditional_t<kSections, float, int32_t>;
-
 // sums += a section's integers times its scales, for `tokens` tokens of S strips.
-template <int S>
-void add_section(const int32_t* integers, int64_t tokens, int shift, const float* scales, float* __restrict sums) {
+template <class VecTraits, int S>
+void add_section(const int32_t* integers, int64_t tokens, const float* scales, float* sums) {
   for (int64_t t = 0; t < tokens; ++t, integers += kTileRows, sums += kTileRows)
-    for (int64_t r = 0; r < S * kStripRows; ++r) sums[r] += static_cast<float>(integers[r] >> shift) * scales[r];
+    for (int64_t r = 0; r < S * kStripRows; r += kStripRows)
+      VecTraits::add_scaled(sums + r, VecTraits::load_sums(integers + r), scales + r);
+}
+
+// The scales of a section of a tile. int4 weights are 16 times too large.
+template <class VecTraits, int kBits>
+void load_scales(const Layout& layout, const uint8_t* from, int64_t count, float* to) {
+  load_floats<VecTraits>(layout.scale_dtype, from, to, count);
+  if constexpr (kBits == 4)
+    for (int64_t i = 0; i < count; ++i) to[i] *= 1.0f / 16;
+}
+
+// A chunk of a tile, prepared for many tokens.
+template <int S>
+struct PreparedChunk {
+  alignas(kCacheLine) uint8_t units[kInt8ChunkBlocks * UnitStream<8, S>::prepared_bytes];
+  alignas(kCacheLine) int32_t weight_sums[kInt8ChunkBlocks][S * kStripRows];  // of each section, times -kOffset
+  alignas(kCacheLine) float scales[kInt8ChunkBlocks][S * kStripRows];
+};
+
+// Prepares `blocks` blocks from `stream` on, in sections of `section_blocks`. Returns the end.
+template <class VecTraits, int kBits, int S, bool kSections>
+const uint8_t* prepare(const Layout& layout, const uint8_t* stream, int64_t blocks, int64_t section_blocks,
+                       PreparedChunk<S>& chunk) {
+  using Stream = UnitStream<kBits, S>;
+  typename VecTraits::Accumulators zero = VecTraits::load_sums(kZeros);
+  uint8_t* to = chunk.units;
+  for (int64_t section = 0; section * section_blocks < blocks; ++section) {
+    typename VecTraits::Accumulators sums[S];
+    for (int s = 0; s < S; ++s) sums[s] = zero;
+    for (int64_t block = 0; block < section_blocks; ++block, stream += Stream::block_bytes)
+      for (int64_t slot = 0; slot < kBlockUnits * S; ++slot, to += 2 * kPreparedBytes) {
+        const auto weights = weights_of<VecTraits, kBits>(Stream::values(stream, slot));
+        VecTraits::store_positions(to, VecTraits::positions(Stream::positions(stream, slot)));
+        VecTraits::store_weights(to + kPreparedBytes, weights);
+        if constexpr (VecTraits::kOffset != 0) sums[slot % S] = VecTraits::add_weights(sums[slot % S], weights);
+      }
+    for (int s = 0; s < S; ++s)
+      VecTraits::store_sums(chunk.weight_sums[section] + s * kStripRows, VecTraits::subtract(zero, sums[s]));
+    if constexpr (kSections) {
+      load_scales<VecTraits, kBits>(layout, stream, S * kStripRows, chunk.scales[section]);
+      stream += S * layout.strip_scale_bytes();
+    }
+  }
+  return stream;
 }
 
 // What becomes of a tile's sums: y = (sum * scale of the row) * scale of the token + bias, rounded.
@@ -241,9 +269,9 @@ void multiply_stream(const GemmArgs& args, const uint8_t* stream, Sum<kSections>
       stream += blocks * UnitStream<kBits, S>::block_bytes;
       for (int64_t byte = 0; byte < S * layout.strip_scale_bytes(); byte += kCacheLine)
         __builtin_prefetch(stream + kInt8PrefetchBytes + byte, 0, 2);
-      load_floats<VecTraits>(layout.scale_dtype, stream, scales, S * kStripRows);
+      load_scales<VecTraits, kBits>(layout, stream, S * kStripRows, scales);
       stream += S * layout.strip_scale_bytes();
-      add_section<S>(integers, args.tokens, UnitStream<kBits, S>::shift, scales, sums);
+      add_section<VecTraits, S>(integers, args.tokens, scales, sums);
     }
   }
 }
@@ -252,7 +280,7 @@ void multiply_stream(const GemmArgs& args, const uint8_t* stream, Sum<kSections>
 template <class VecTraits, int kBits, int S, bool kSections>
 void multiply_chunks(const GemmArgs& args, const uint8_t* stream, int32_t* weight_sums, Sum<kSections>* sums) {
   const Layout& layout = args.layout;
-  const TokenBlocks tokens(args.tokens, VecTraits::kBlockTokens);
+  const TokenBlocks tokens(args.tokens, block_tokens<VecTraits, kSections>);
   alignas(kCacheLine) PreparedChunk<S> chunk;
   for (int64_t first = 0; first < layout.blocks(); first += kInt8ChunkBlocks) {
     const int64_t left = layout.blocks() - first, blocks = left < kInt8ChunkBlocks ? left : kInt8ChunkBlocks;
@@ -262,23 +290,15 @@ void multiply_chunks(const GemmArgs& args, const uint8_t* stream, int32_t* weigh
     stream = end;
     if constexpr (!kSections)
       for (int64_t r = 0; r < S * kStripRows; ++r) weight_sums[r] += chunk.weight_sums[0][r];
+    const int64_t units = section_blocks * kBlockUnits;
     for (int64_t b = 0; b < tokens.count; ++b) {
-      const auto accumulate =
-          accumulate_prepared_for<VecTraits, S>(tokens.size(b), std::make_index_sequence<VecTraits::kBlockTokens>());
+      const auto accumulate = accumulate_prepared_for<VecTraits, S, kSections>(
+          tokens.size(b), std::make_index_sequence<block_tokens<VecTraits, kSections>>());
       const uint8_t* panel = args.panel + int8_panel_offset(args.tokens, first, blocks, tokens.first(b));
-      Sum<kSections>* to = sums + tokens.first(b) * kTileRows;
-      if constexpr (!kSections) {
-        accumulate(chunk.units, panel, blocks * kBlockUnits, to, kTileRows, to);
-      } else {
-        alignas(kCacheLine) int32_t integers[VecTraits::kBlockTokens * kTileRows];
-        const int64_t units = section_blocks * kBlockUnits;
-        for (int64_t section = 0; section * section_blocks < blocks; ++section) {
-          accumulate(chunk.units + section * units * S * 2 * kPreparedBytes,
-                     panel + section * units * kUnitChannels * tokens.size(b), units, chunk.weight_sums[section], 0,
-                     integers);
-          add_section<S>(integers, tokens.size(b), UnitStream<kBits, S>::shift, chunk.scales[section], to);
-        }
-      }
+      for (int64_t section = 0; section * section_blocks < blocks; ++section)
+        accumulate(chunk.units + section * units * S * 2 * kPreparedBytes,
+                   panel + section * units * kUnitChannels * tokens.size(b), units, chunk.weight_sums[section],
+                   chunk.scales[section], sums + tokens.first(b) * kTileRows);
     }
   }
 }
@@ -306,29 +326,18 @@ void multiply_int8_tiles(const GemmArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-template <class VecTraits, int kBits>
-void multiply_int8(const GemmArgs& args, int64_t begin, int64_t end) {
-  if (args.layout.group_size)
-    multiply_int8_tiles<VecTraits, kBits, true>(args, begin, end);
-  else
-    multiply_int8_tiles<VecTraits, kBits, false>(args, begin, end);
-}
-
-template <class VecTraits, int kBits>
-constexpr Kernel int8_kernel() {
-  return {VecTraits::kBlockTokens,
-          1,
-          VecTraits::kBlockTokens,
-          kUnitChannels / 2,
-          quantize_tokens<VecTraits>,
-          multiply_int8<VecTraits, kBits>,
-          nullptr,
-          sizeof(float)};
+template <class VecTraits, int kBits, bool kSections>
+constexpr Kernels int8_kernel() {
+  constexpr int64_t tokens = block_tokens<VecTraits, kSections>;
+  static_assert(VecTraits::kStreamTokens <= tokens, "a pass from memory is one token block");
+  return {{tokens, 1, tokens, kUnitChannels / 2, quantize_tokens<VecTraits, tokens>,
+           multiply_int8_tiles<VecTraits, kBits, kSections>, nullptr, sizeof(float)}};
 }
 
 template <class VecTraits>
 constexpr Int8Kernels int8_kernels() {
-  return {{int8_kernel<VecTraits, 8>()}, {int8_kernel<VecTraits, 4>()}};
+  return {int8_kernel<VecTraits, 8, false>(), int8_kernel<VecTraits, 4, false>(), int8_kernel<VecTraits, 8, true>(),
+          int8_kernel<VecTraits, 4, true>()};
 }
 
 }  // namespace

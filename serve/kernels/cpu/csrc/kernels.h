@@ -63,7 +63,12 @@ struct Kernels {
 
 // For activations that are rounded to int8 (gemm_int8.h), with scales for rows or for groups of columns.
 struct Int8Kernels {
-  Kernels int8, int4;  // weights
+  Kernels int8, int4, grouped_int8, grouped_int4;  // weights
+
+  const Kernels& kernels_for(const Layout& layout) const {
+    if (layout.dtype == Dtype::int8) return layout.group_size ? grouped_int8 : int8;
+    return layout.group_size ? grouped_int4 : int4;
+  }
 };
 
 struct InstructionSet {
@@ -73,7 +78,7 @@ struct InstructionSet {
   const Int8Kernels* int8_activations;
 
   const Kernels& kernels_for(const Layout& layout) const {
-    if (layout.int8_activations) return layout.dtype == Dtype::int8 ? int8_activations->int8 : int8_activations->int4;
+    if (layout.int8_activations) return int8_activations->kernels_for(layout);
     return (layout.group_size ? grouped : kernels)[static_cast<int>(layout.dtype)];
   }
 };

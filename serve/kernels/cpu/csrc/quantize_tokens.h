@@ -166,9 +166,9 @@ void for_each_chunk(const GemmArgs& args, int64_t first_token, const Copy& copy)
 }
 
 // Rounds the tokens of some token blocks and copies them to the panel.
-template <class VecTraits>
+template <class VecTraits, int64_t kBlockTokens>
 void quantize_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
-  const TokenBlocks tokens(args.tokens, VecTraits::kBlockTokens);
+  const TokenBlocks tokens(args.tokens, kBlockTokens);
   const int64_t columns = args.layout.columns, item = bits(args.act_dtype) / 8;
   const int64_t stride = columns + kCacheLine;  // not a power of two: all tokens would fall into one set of the cache
   uint8_t* rounded = quantized_scratch(kTransposedTokens * (stride + columns));

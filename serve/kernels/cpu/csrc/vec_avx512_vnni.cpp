@@ -12,6 +12,7 @@ struct Avx512VnniTraits {
   using Activations = __m512i;  // the eight channels, eight times
   using Accumulators = __m512i;
   static constexpr int64_t kBlockTokens = 12;
+  static constexpr int64_t kSectionTokens = 8;
   static constexpr int64_t kStreamTokens = 8;
   static constexpr int kOffset = 128;  // vpdpbusd takes the activations as unsigned
 
@@ -46,6 +47,10 @@ struct Avx512VnniTraits {
     return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(static_cast<char>(kOffset)), w);
   }
   static Accumulators subtract(Accumulators a, Accumulators b) { return _mm512_sub_epi32(a, b); }
+  static void add_scaled(float* sums, Accumulators acc, const float* scales) {
+    const __m512 products = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_load_ps(scales));
+    _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), products));
+  }
   static void halves_to_float(const uint8_t* from, float* to, int64_t count) {
     for (int64_t i = 0; i < count; i += kStripRows) {
       const int64_t left = count - i;

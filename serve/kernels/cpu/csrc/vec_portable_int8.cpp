@@ -9,6 +9,7 @@ struct PortableInt8Traits {
   using Activations = const uint8_t*;
   struct Accumulators { int32_t row[kStripRows]; };
   static constexpr int64_t kBlockTokens = 4;
+  static constexpr int64_t kSectionTokens = 4;
   static constexpr int64_t kStreamTokens = 4;
   static constexpr int kOffset = 0;
 
@@ -54,6 +55,9 @@ struct PortableInt8Traits {
   static Accumulators subtract(Accumulators a, const Accumulators& b) {
     for (int r = 0; r < kStripRows; ++r) a.row[r] -= b.row[r];
     return a;
+  }
+  static void add_scaled(float* sums, const Accumulators& acc, const float* scales) {
+    for (int r = 0; r < kStripRows; ++r) sums[r] += static_cast<float>(acc.row[r]) * scales[r];
   }
   static void halves_to_float(const uint8_t* from, float* to, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = half_to_float(from + 2 * i);

@@ -13,6 +13,7 @@ struct YmmInt8Traits {
   using Activations = __m256i;  // the eight channels, four times
   using Accumulators = Two;
   static constexpr int64_t kBlockTokens = 3;
+  static constexpr int64_t kSectionTokens = 3;
   static constexpr int64_t kStreamTokens = 3;
 #if defined(__AVXVNNI__)
   static constexpr int kOffset = 128;  // vpdpbusd takes the activations as unsigned
@@ -67,6 +68,12 @@ struct YmmInt8Traits {
   }
   static Accumulators subtract(const Accumulators& a, const Accumulators& b) {
     return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)};
+  }
+  static void add_scaled(float* sums, const Accumulators& acc, const float* scales) {
+    const __m256 low = _mm256_mul_ps(_mm256_cvtepi32_ps(acc.low), _mm256_loadu_ps(scales));
+    const __m256 high = _mm256_mul_ps(_mm256_cvtepi32_ps(acc.high), _mm256_loadu_ps(scales + 8));
+    _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), low));
+    _mm256_storeu_ps(sums + 8, _mm256_add_ps(_mm256_loadu_ps(sums + 8), high));
   }
   static void halves_to_float(const uint8_t* from, float* to, int64_t count) {
     int64_t i = 0;
