@@ -20,6 +20,8 @@
 //     static void expand(uint8_t*, Weights);                           // for load_expanded; both only if kExpands
 //     static Weights load_expanded(const uint8_t*);
 //     static Positions positions(uint64_t);
+//     template <int kGroup> static Weights int4_weights(const uint8_t* block);  // of one strip; both if kDtype is int4
+//     template <int kGroup> static Positions int4_positions(const uint8_t* block);
 //     static Positions load_positions(const uint8_t*);
 //     static void store_positions(uint8_t*, Positions);
 //     static Activations broadcast(const uint8_t*);
@@ -42,8 +44,12 @@ namespace {
 
 using namespace ria;
 
-constexpr int64_t kDecodedBytes = 64;   // positions of one strip and group, as the shuffle takes them
-constexpr int64_t kExpandedBytes = 64;  // weights of one strip and group, if they are expanded beforehand
+constexpr int64_t kDecodedBytes = 64;  // positions of one strip and group, as the shuffle takes them
+// Of the weights of one strip and group, if they are expanded beforehand.
+template <class VecTraits>
+constexpr int64_t kExpandedBytes = sizeof(typename VecTraits::Weights);
+// From memory, int4 blocks of up to so many tokens are unpacked into registers; for more they are prepared, too.
+constexpr int kUnpackedTokens = 4;
 // Blocks of columns in a chunk. Its decoded positions, weights and activations stay in L1 for all tokens of a pass.
 // Columns that share a scale are never in two chunks.
 constexpr int64_t kChunkBlocks = 4;
@@ -66,6 +72,33 @@ int64_t panel_offset(const GemmArgs& args, int64_t chunk, int64_t chunk_blocks, 
   return (chunk * args.tokens + first_token * chunk_blocks) * kBlockGroups * VecTraits::kActivationBytes;
 }
 
+// The weights and positions of one strip and group of a block.
+template <class VecTraits>
+struct Unpacked {
+  typename VecTraits::Weights weights;
+  typename VecTraits::Positions positions;
+};
+
+template <class VecTraits, int kGroup>
+[[gnu::always_inline]] inline Unpacked<VecTraits> unpack(const uint8_t* block, int64_t strips, int64_t strip) {
+  constexpr int64_t value_bytes = kStripRows * pair_bytes(VecTraits::kDtype);
+  if constexpr (VecTraits::kDtype == Dtype::int4) {
+    block += strip * kBlockGroups * (value_bytes + kPositionBytes);
+    return {VecTraits::template int4_weights<kGroup>(block), VecTraits::template int4_positions<kGroup>(block)};
+  } else {
+    const int64_t slot = kGroup * strips + strip;
+    const uint8_t* positions = block + kBlockGroups * strips * value_bytes + slot * kPositionBytes;
+    return {VecTraits::weights(block + slot * value_bytes), VecTraits::positions(load_u64(positions))};
+  }
+}
+
+// body(group) for each group of a block, whose number is a constant.
+template <class Body, size_t... kGroups>
+[[gnu::always_inline]] inline void for_each_group(const Body& body, std::index_sequence<kGroups...>) {
+  (body(std::integral_constant<int, kGroups>()), ...);
+}
+constexpr auto kGroupsOfBlock = std::make_index_sequence<kBlockGroups>();
+
 template <class VecTraits, int S>
 struct TileStream {  // a tile of S strips, block by block
   static constexpr int64_t value_bytes = kStripRows * pair_bytes(VecTraits::kDtype);
@@ -74,7 +107,7 @@ struct TileStream {  // a tile of S strips, block by block
   static constexpr int64_t decoded_bytes = S * kBlockGroups * kDecodedBytes;
   // A block that is used more than once is prepared: decoded positions, then expanded weights.
   static constexpr int64_t prepared_bytes =
-      decoded_bytes + (VecTraits::kExpands ? S * kBlockGroups * kExpandedBytes : 0);
+      decoded_bytes + (VecTraits::kExpands ? S * kBlockGroups * kExpandedBytes<VecTraits> : 0);
 
   static void decode(const uint8_t* block, uint8_t* decoded) {
     for (int64_t i = 0; i < S * kBlockGroups; ++i)
@@ -82,12 +115,28 @@ struct TileStream {  // a tile of S strips, block by block
                                  VecTraits::positions(load_u64(block + positions_offset + i * kPositionBytes)));
   }
   static void prepare(const uint8_t* block, uint8_t* prepared) {
-    decode(block, prepared);
-    if constexpr (VecTraits::kExpands)
-      for (int64_t i = 0; i < S * kBlockGroups; ++i)
-        VecTraits::expand(prepared + decoded_bytes + i * kExpandedBytes, VecTraits::weights(block + i * value_bytes));
+    if constexpr (VecTraits::kExpands) {
+      for_each_group(
+          [&](auto group) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+            for (int64_t s = 0; s < S; ++s) {
+              const auto unpacked = unpack<VecTraits, group>(block, S, s);
+              const int64_t slot = group * S + s;
+              VecTraits::store_positions(prepared + slot * kDecodedBytes, unpacked.positions);
+              VecTraits::expand(prepared + decoded_bytes + slot * kExpandedBytes<VecTraits>, unpacked.weights);
+            }
+          },
+          kGroupsOfBlock);
+    } else {
+      decode(block, prepared);
+    }
   }
 };
+
+template <class VecTraits, int S, int T>
+constexpr int64_t bytes_ahead() {
+  return prefetch_blocks(T, VecTraits::kExpands) * TileStream<VecTraits, S>::block_bytes;
+}
 
 // The next blocks of a tile, in turn, as the loops over them advance.
 struct Stream {
@@ -101,37 +150,62 @@ template <class VecTraits, int S, int T, bool kFromMemory>
 [[gnu::always_inline]] inline void accumulate_blocks(Stream& stream, int64_t blocks,
                                                      typename VecTraits::Accumulators (&acc)[T][S]) {
   using Tile = TileStream<VecTraits, S>;
+  constexpr bool kInt4 = VecTraits::kDtype == Dtype::int4;
+  constexpr bool kUnpacks = kInt4 && kFromMemory && T <= kUnpackedTokens;
+  constexpr bool kPrepared = !kFromMemory || (kInt4 && !kUnpacks);
   auto [weights, prepared, panel] = stream;
-  alignas(kCacheLine) uint8_t decoded_block[kFromMemory ? Tile::decoded_bytes : 1];
-  for (int64_t block = 0; block < blocks; ++block, weights += Tile::block_bytes) {
-    const uint8_t* decoded = prepared;
-    const uint8_t* ahead = weights + prefetch_blocks(T, VecTraits::kExpands) * Tile::block_bytes;
-    if constexpr (kFromMemory) {
-      Tile::decode(weights, decoded_block);
-      decoded = decoded_block;
-    }
-    for (int64_t g = 0; g < kBlockGroups; ++g) {
-      if constexpr (kFromMemory) {
-        constexpr int64_t group_bytes = Tile::block_bytes / kBlockGroups;
-#pragma GCC unroll 5
-        for (int64_t byte = 0; byte < group_bytes; byte += kCacheLine)
-          __builtin_prefetch(ahead + g * group_bytes + byte, 0, 2);
-      }
-      typename VecTraits::Weights w[S];
-      typename VecTraits::Positions p[S];
-#pragma GCC unroll 2
-      for (int s = 0; s < S; ++s, decoded += kDecodedBytes) {
-        if constexpr (VecTraits::kExpands && !kFromMemory)
-          w[s] = VecTraits::load_expanded(prepared + Tile::decoded_bytes + (g * S + s) * kExpandedBytes);
-        else
-          w[s] = VecTraits::weights(weights + (g * S + s) * Tile::value_bytes);
-        p[s] = VecTraits::load_positions(decoded);
-      }
+  alignas(kCacheLine) uint8_t own[kUnpacks || !kFromMemory ? 1 : kInt4 ? Tile::prepared_bytes : Tile::decoded_bytes];
+
+  const auto multiply = [&](const typename VecTraits::Weights(&w)[S], const typename VecTraits::Positions(&p)[S])
+                            __attribute__((always_inline)) {
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t, panel += VecTraits::kActivationBytes) {
-        const typename VecTraits::Activations x = VecTraits::broadcast(panel);
+                              for (int t = 0; t < T; ++t, panel += VecTraits::kActivationBytes) {
+                                const typename VecTraits::Activations x = VecTraits::broadcast(panel);
 #pragma GCC unroll 2
-        for (int s = 0; s < S; ++s) acc[t][s] = VecTraits::multiply_add(acc[t][s], w[s], p[s], x);
+                                for (int s = 0; s < S; ++s)
+                                  acc[t][s] = VecTraits::multiply_add(acc[t][s], w[s], p[s], x);
+                              }
+                            };
+  const auto prefetch_group = [&](int64_t g) __attribute__((always_inline)) {
+    constexpr int64_t group_bytes = Tile::block_bytes / kBlockGroups;
+#pragma GCC unroll 5
+    for (int64_t byte = 0; byte < group_bytes; byte += kCacheLine)
+      __builtin_prefetch(weights + bytes_ahead<VecTraits, S, T>() + g * group_bytes + byte, 0, 2);
+  };
+
+  for (int64_t block = 0; block < blocks; ++block, weights += Tile::block_bytes) {
+    if constexpr (kUnpacks) {
+      for_each_group(
+          [&](auto group) __attribute__((always_inline)) {
+            prefetch_group(group);
+            typename VecTraits::Weights w[S];
+            typename VecTraits::Positions p[S];
+#pragma GCC unroll 2
+            for (int s = 0; s < S; ++s) {
+              const auto unpacked = unpack<VecTraits, group>(weights, S, s);
+              w[s] = unpacked.weights;
+              p[s] = unpacked.positions;
+            }
+            multiply(w, p);
+          },
+          kGroupsOfBlock);
+    } else {
+      const uint8_t* decoded = kFromMemory ? own : prepared;
+      if constexpr (kFromMemory) kInt4 ? Tile::prepare(weights, own) : Tile::decode(weights, own);
+      const uint8_t* expanded = decoded + Tile::decoded_bytes;
+      for (int64_t g = 0; g < kBlockGroups; ++g) {
+        if constexpr (kFromMemory) prefetch_group(g);
+        typename VecTraits::Weights w[S];
+        typename VecTraits::Positions p[S];
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s, decoded += kDecodedBytes) {
+          if constexpr (VecTraits::kExpands && kPrepared)
+            w[s] = VecTraits::load_expanded(expanded + (g * S + s) * kExpandedBytes<VecTraits>);
+          else
+            w[s] = VecTraits::weights(weights + (g * S + s) * Tile::value_bytes);
+          p[s] = VecTraits::load_positions(decoded);
+        }
+        multiply(w, p);
       }
     }
     if constexpr (!kFromMemory) prepared += Tile::prepared_bytes;
@@ -154,6 +228,9 @@ void accumulate(const Layout& layout, Stream stream, int64_t blocks, float* sums
                                         : VecTraits::load(sums + (t * kTileStrips + s) * kStripRows);
     accumulate_blocks<VecTraits, S, T, kFromMemory>(stream, section_blocks, acc);
     if constexpr (VecTraits::kGrouped) {
+      if constexpr (kFromMemory)  // the blocks' prefetches have left out the next section's scales
+        for (int64_t byte = 0; byte < S * layout.strip_scale_bytes(); byte += kCacheLine)
+          __builtin_prefetch(stream.weights + bytes_ahead<VecTraits, S, T>() + byte, 0, 2);
       typename VecTraits::Accumulators scales[S];
 #pragma GCC unroll 2
       for (int s = 0; s < S; ++s, stream.weights += layout.strip_scale_bytes())

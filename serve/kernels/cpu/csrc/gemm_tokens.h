@@ -107,17 +107,17 @@ struct TokenPanel {
 template <class VecTraits>
 void unpack_chunk(const uint8_t* weights, int64_t strips, const uint32_t (&offsets)[kBlockGroups][4],
                   UnpackedGroup* unpacked) {
-  const int64_t value_bytes = kStripRows * pair_bytes(VecTraits::kDtype);
-  const uint8_t* positions = weights + kBlockGroups * strips * value_bytes;
-  for (int64_t g = 0; g < kBlockGroups; ++g) {
-    for (int64_t row = 0; row < strips * kStripRows; row += kStripRows) {
-      VecTraits::unpack_weights(VecTraits::weights(weights), unpacked[g].first + row, unpacked[g].second + row);
-      VecTraits::unpack_offsets(VecTraits::positions(load_u64(positions)), offsets[g], unpacked[g].first_offset + row,
-                                unpacked[g].second_offset + row);
-      weights += value_bytes;
-      positions += kPositionBytes;
-    }
-  }
+  for_each_group(
+      [&](auto g) __attribute__((always_inline)) {
+        for (int64_t strip = 0; strip < strips; ++strip) {
+          const int64_t row = strip * kStripRows;
+          const Unpacked<VecTraits> rows = unpack<VecTraits, g>(weights, strips, strip);
+          VecTraits::unpack_weights(rows.weights, unpacked[g].first + row, unpacked[g].second + row);
+          VecTraits::unpack_offsets(rows.positions, offsets[g], unpacked[g].first_offset + row,
+                                    unpacked[g].second_offset + row);
+        }
+      },
+      kGroupsOfBlock);
 }
 
 // Multiplies some tiles: for each chunk of columns, all of them and all tokens of the pass.

@@ -8,9 +8,14 @@
 //
 // A row's 4 bits are a | b << 2, where a < b are the kept columns of the group. bfloat16 and int8 values are
 // interleaved: a row's two lie side by side, as the pairwise dot product (VNNI) takes them. float16 and float32 values
-// are not: the 16 first ones, then the 16 second ones. int4 values are interleaved, too: a row's two are the nibbles of
-// a byte (two's complement, the first in the low one), at `nibbles_of_row`. That makes 9 bits per weight of the dense
-// matrix with 16-bit values, 5 with int8 and 3 with int4.
+// are not: the 16 first ones, then the 16 second ones. That makes 9 bits per weight of the dense matrix with 16-bit
+// values and 5 with int8, and every block starts on a cache line.
+//
+// With int4 values it makes 3 bits, and a block is, for each strip, three cache lines of 32 words of 16 bits. The words
+// 2r and 2r + 1 belong to the first and second values of row r. A value (two's complement) and its position are six
+// bits side by side, so that one shift of a line gives an index into a table of values and an index that picks the
+// activations. `Int4Bits` says where; the groups 2 and 5 find no room for six, and their positions are in the last
+// line.
 //
 // int8 and int4 weights have scales, in one of two ways. One float32 per row: they follow the last tile. Or one for
 // `group_size` columns of a row, whole blocks: such a section of a tile's blocks is followed by its scales, for each
@@ -40,9 +45,15 @@ constexpr bool interleaved(Dtype dtype) { return dtype == Dtype::bfloat16 || has
 constexpr Dtype activation_dtype(Dtype dtype) { return has_scales(dtype) ? Dtype::bfloat16 : dtype; }
 constexpr int64_t activation_size(Dtype dtype) { return bits(activation_dtype(dtype)) / 8; }
 
-// Where the byte of a row lies among a strip's 16 bytes of int4 values. Pairs of rows are in turn in the two halves: if
-// the 16 bytes are repeated in a vector, each 64 bits hold the values that they expand to.
-constexpr int64_t nibbles_of_row(int64_t row) { return row / 2 % 2 * 8 + row / 4 * 2 + row % 2; }
+// Where the words of a block hold the int4 values and the positions of one of its groups.
+struct Int4Bits {
+  int value_line, value_bit, position_line, position_bit;
+
+  static constexpr Int4Bits of(int group) {
+    const int line = group / 3, place = group % 3;
+    return place < 2 ? Int4Bits{line, 6 * place + 2, line, 6 * place} : Int4Bits{line, 12, 2, 12 + 2 * line};
+  }
+};
 
 // The first cache line of a packed tensor. It says what the tensor holds, so that a wrong one is refused.
 struct Header {

@@ -44,22 +44,34 @@ int64_t source_row(const Layout& layout, int64_t gates, int64_t row) {
   return channel < gates ? channel + strip % 2 * gates : -1;
 }
 
-// Puts the two values of a group and row, which lie at `pair`, into the strip's values of the group.
-void pack_pair(Dtype dtype, const uint8_t* pair, int64_t lane, uint8_t* to) {
-  if (dtype == Dtype::int4) {
-    to[nibbles_of_row(lane)] = *pair ^ 0x88;  // the checkpoint stores value + 8
-    return;
-  }
-  const int64_t item = bits(dtype) / 8;
-  const bool pairs = interleaved(dtype);
+// Puts a row's two values of a group, which lie at `pair`, and their positions into a block.
+void pack_group(const Layout& layout, const uint8_t* pair, uint8_t positions, int64_t group, int64_t strips,
+                int64_t strip, int64_t lane, uint8_t* block) {
+  const int64_t item = bits(layout.dtype) / 8, slot = group * strips + strip;
+  const bool pairs = interleaved(layout.dtype);
+  uint8_t* to = block + slot * layout.value_bytes();
   std::memcpy(to + (pairs ? 2 * lane : lane) * item, pair, item);
   std::memcpy(to + (pairs ? 2 * lane + 1 : lane + kStripRows) * item, pair + item, item);
+  uint8_t* all_positions = block + kBlockGroups * strips * layout.value_bytes();
+  all_positions[slot * kPositionBytes + lane / 2] |= positions << (lane % 2 * 4);
 }
 
-// The same for kernels that round activations to int8, with the positions a | b << 2.
+// The same of int4, whose two values are one byte.
+void pack_int4_group(const Layout& layout, uint8_t pair, uint8_t positions, int64_t group, int64_t strip, int64_t lane,
+                     uint8_t* block) {
+  const Int4Bits at = Int4Bits::of(static_cast<int>(group));
+  uint16_t* words = reinterpret_cast<uint16_t*>(block + strip * layout.strip_block_bytes()) + 2 * lane;
+  const int values = pair ^ 0x88;  // the checkpoint stores value + 8
+  for (int i = 0; i < 2; ++i) {
+    words[at.value_line * 2 * kStripRows + i] |= (values >> 4 * i & 15) << at.value_bit;
+    words[at.position_line * 2 * kStripRows + i] |= (positions >> 2 * i & 3) << at.position_bit;
+  }
+}
+
+// The same for kernels that round activations to int8.
 void pack_unit(const Layout& layout, const uint8_t* pair, uint8_t positions, int64_t group, int64_t strips,
                int64_t strip, int64_t lane, uint8_t* block) {
-  const int64_t slot = group % kBlockGroups / 2 * strips + strip;
+  const int64_t slot = group / 2 * strips + strip;
   uint8_t* values = block + slot * 2 * layout.value_bytes();
   uint8_t* all_positions = block + kBlockGroups * strips * layout.value_bytes();
   for (int64_t i = 0; i < 2; ++i) {
@@ -104,14 +116,12 @@ void pack_tile(Packing& packing, int64_t tile) {
         return;
       }
       uint8_t* block = stream + layout.block_offset(group / kBlockGroups, strips);
-      if (layout.int8_activations) {
-        pack_unit(layout, values + group * pair, positions, group, strips, strip, lane, block);
-        continue;
-      }
-      const int64_t slot = group % kBlockGroups * strips + strip;
-      pack_pair(layout.dtype, values + group * pair, lane, block + slot * layout.value_bytes());
-      uint8_t* all_positions = block + kBlockGroups * strips * layout.value_bytes();
-      all_positions[slot * kPositionBytes + lane / 2] |= positions << (lane % 2 * 4);
+      if (layout.int8_activations)
+        pack_unit(layout, values + group * pair, positions, group % kBlockGroups, strips, strip, lane, block);
+      else if (layout.dtype == Dtype::int4)
+        pack_int4_group(layout, values[group], positions, group % kBlockGroups, strip, lane, block);
+      else
+        pack_group(layout, values + group * pair, positions, group % kBlockGroups, strips, strip, lane, block);
     }
   }
 }

@@ -18,13 +18,9 @@ inline __m256 byte_of(__m256i pairs, int shift) {
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, shift), 24));
 }
 
-// The int4 pairs of 16 rows, a byte each; and one int4 of each pair, the one that `shift` moves to the top nibble.
-inline __m128i rows_in_order(const uint8_t* p) {
-  const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
-  return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), order);
-}
-inline __m256 nibble_of(__m256i pairs, int shift) {
-  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, shift), 28));
+// Eight int4, in 32 bits each, the top four of which are those that `shift` moves there.
+inline __m256 nibble_of(__m256i words, int shift) {
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, shift), 28));
 }
 
 inline void store_bits(uint32_t* p, __m256 bits) { _mm256_storeu_ps(reinterpret_cast<float*>(p), bits); }
@@ -65,14 +61,15 @@ struct Avx2Traits {
   using Value = V;
   struct Accumulators { __m256 low, high; };
   struct Weights { __m256 first_low, first_high, second_low, second_high; };
-  // 32 bits per row: the first position in bits 0 and 1, the second in bits 2 and 3.
+  // 32 bits per row: the first position in bits 0 and 1, the second from kSecondPosition on.
   struct Positions { __m256i low, high; };
   using Activations = __m256;  // the four channels, twice
   static constexpr int64_t kBlockTokens = 3;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
-  static constexpr bool kExpands = false;
+  static constexpr bool kExpands = kType == Dtype::int4;
+  static constexpr int kSecondPosition = kType == Dtype::int4 ? 16 : 2;  // the bit where it starts
   using TokenVecTraits = Avx2TokenTraits;
 
   static Weights weights(const uint8_t* p) {
@@ -84,10 +81,6 @@ struct Avx2Traits {
     } else if constexpr (kType == Dtype::int8) {
       const __m256i low = pairs_of_bytes(p), high = pairs_of_bytes(p + 16);
       return {byte_of(low, 24), byte_of(high, 24), byte_of(low, 16), byte_of(high, 16)};
-    } else if constexpr (kType == Dtype::int4) {
-      const __m128i both = rows_in_order(p);
-      const __m256i low = _mm256_cvtepu8_epi32(both), high = _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(both, both));
-      return {nibble_of(low, 28), nibble_of(high, 28), nibble_of(low, 24), nibble_of(high, 24)};
     } else if constexpr (kType == Dtype::float16) {
       return {halves(p), halves(p + 16), halves(p + 32), halves(p + 48)};
     } else {
@@ -99,6 +92,29 @@ struct Avx2Traits {
     const __m256i shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
     return {_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(bits)), shift),
             _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(bits >> 32)), shift)};
+  }
+  template <int kGroup>
+  static Weights int4_weights(const uint8_t* block) {
+    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    const uint8_t* line = block + at.value_line * kCacheLine;
+    const __m256i low = load_bits(line), high = load_bits(line + 32);
+    return {nibble_of(low, 28 - at.value_bit), nibble_of(high, 28 - at.value_bit), nibble_of(low, 12 - at.value_bit),
+            nibble_of(high, 12 - at.value_bit)};
+  }
+  template <int kGroup>
+  static Positions int4_positions(const uint8_t* block) {
+    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    const uint8_t* line = block + at.position_line * kCacheLine;
+    return {_mm256_srli_epi32(load_bits(line), at.position_bit),
+            _mm256_srli_epi32(load_bits(line + 32), at.position_bit)};
+  }
+  static void expand(uint8_t* p, const Weights& w) {
+    float* to = reinterpret_cast<float*>(p);
+    unpack_weights(w, to, to + kStripRows);
+  }
+  static Weights load_expanded(const uint8_t* p) {
+    const float* f = reinterpret_cast<const float*>(p);
+    return {_mm256_load_ps(f), _mm256_load_ps(f + 8), _mm256_load_ps(f + 16), _mm256_load_ps(f + 24)};
   }
   static Positions load_positions(const uint8_t* p) { return {load_bits(p), load_bits(p + 32)}; }
   static void store_positions(uint8_t* p, const Positions& positions) {
@@ -115,8 +131,8 @@ struct Avx2Traits {
   static Accumulators multiply_add(const Accumulators& sums, const Weights& w, const Positions& p, Activations x) {
     const __m256 low = _mm256_fmadd_ps(w.first_low, pick(x, p.low), sums.low);
     const __m256 high = _mm256_fmadd_ps(w.first_high, pick(x, p.high), sums.high);
-    return {_mm256_fmadd_ps(w.second_low, pick(x, _mm256_srli_epi32(p.low, 2)), low),
-            _mm256_fmadd_ps(w.second_high, pick(x, _mm256_srli_epi32(p.high, 2)), high)};
+    return {_mm256_fmadd_ps(w.second_low, pick(x, _mm256_srli_epi32(p.low, kSecondPosition)), low),
+            _mm256_fmadd_ps(w.second_high, pick(x, _mm256_srli_epi32(p.high, kSecondPosition)), high)};
   }
   static Accumulators load_scales(const uint8_t* p, Dtype dtype) {
     const __m128i* words = reinterpret_cast<const __m128i*>(p);
@@ -153,8 +169,8 @@ struct Avx2Traits {
     const __m256 four = broadcast(reinterpret_cast<const uint8_t*>(offsets));
     store_bits(first, pick(four, p.low));
     store_bits(first + 8, pick(four, p.high));
-    store_bits(second, pick(four, _mm256_srli_epi32(p.low, 2)));
-    store_bits(second + 8, pick(four, _mm256_srli_epi32(p.high, 2)));
+    store_bits(second, pick(four, _mm256_srli_epi32(p.low, kSecondPosition)));
+    store_bits(second + 8, pick(four, _mm256_srli_epi32(p.high, kSecondPosition)));
   }
 };
 

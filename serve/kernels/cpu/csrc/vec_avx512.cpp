@@ -29,13 +29,14 @@ struct Avx512Traits {
   using Value = V;
   using Accumulators = __m512;
   struct Weights { __m512 first, second; };
-  using Positions = __m512i;   // 32 bits per row: the first position in bits 0 and 1, the second in bits 2 and 3
+  using Positions = __m512i;   // 32 bits per row: the first position in bits 0 and 1, the second at kSecondPosition
   using Activations = __m512;  // the four channels, four times
   static constexpr int64_t kBlockTokens = 10;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
-  static constexpr bool kExpands = false;
+  static constexpr bool kExpands = kType == Dtype::int4;
+  static constexpr int kSecondPosition = kType == Dtype::int4 ? 16 : 2;  // the bit where it starts
   using TokenVecTraits = Avx512TokenTraits;
 
   static Weights weights(const uint8_t* p) {
@@ -47,13 +48,6 @@ struct Avx512Traits {
       const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
       return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24)),
               _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 24))};
-    } else if constexpr (kType == Dtype::int4) {
-      // A table of the 16 values; an index's other bits do not matter.
-      const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
-      const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
-      const __m128i both = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), order);
-      const __m512i pairs = _mm512_cvtepu8_epi32(both);
-      return {_mm512_permutexvar_ps(pairs, values), _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), values)};
     } else if constexpr (kType == Dtype::float16) {
       const __m256i* halves = reinterpret_cast<const __m256i*>(p);
       return {_mm512_cvtph_ps(_mm256_loadu_si256(halves)), _mm512_cvtph_ps(_mm256_loadu_si256(halves + 1))};
@@ -66,6 +60,25 @@ struct Avx512Traits {
                                             _mm256_set1_epi32(static_cast<int>(bits >> 32)), 1);
     return _mm512_srlv_epi32(both, _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28));
   }
+  template <int kGroup>
+  static Weights int4_weights(const uint8_t* block) {
+    // A table of the 16 values; an index's other bits do not matter.
+    const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    const __m512i words = _mm512_loadu_si512(block + at.value_line * kCacheLine);
+    return {_mm512_permutexvar_ps(_mm512_srli_epi32(words, at.value_bit), values),
+            _mm512_permutexvar_ps(_mm512_srli_epi32(words, at.value_bit + 16), values)};
+  }
+  template <int kGroup>
+  static Positions int4_positions(const uint8_t* block) {
+    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    return _mm512_srli_epi32(_mm512_loadu_si512(block + at.position_line * kCacheLine), at.position_bit);
+  }
+  static void expand(uint8_t* p, const Weights& w) {
+    _mm512_store_ps(p, w.first);
+    _mm512_store_ps(p + 64, w.second);
+  }
+  static Weights load_expanded(const uint8_t* p) { return {_mm512_load_ps(p), _mm512_load_ps(p + 64)}; }
   static Positions load_positions(const uint8_t* p) { return _mm512_load_si512(p); }
   static void store_positions(uint8_t* p, Positions positions) { _mm512_store_si512(p, positions); }
   static Activations broadcast(const uint8_t* p) {
@@ -75,7 +88,7 @@ struct Avx512Traits {
   static void store(float* p, Accumulators sums) { _mm512_store_ps(p, sums); }
   static Accumulators multiply_add(Accumulators sums, const Weights& w, Positions p, Activations x) {
     sums = _mm512_fmadd_ps(w.first, _mm512_permutevar_ps(x, p), sums);
-    return _mm512_fmadd_ps(w.second, _mm512_permutevar_ps(x, _mm512_srli_epi32(p, 2)), sums);
+    return _mm512_fmadd_ps(w.second, _mm512_permutevar_ps(x, _mm512_srli_epi32(p, kSecondPosition)), sums);
   }
   static Accumulators load_scales(const uint8_t* p, Dtype dtype) {
     const __m256i* words = reinterpret_cast<const __m256i*>(p);
@@ -125,7 +138,7 @@ struct Avx512Traits {
   static void unpack_offsets(Positions p, const uint32_t (&offsets)[4], uint32_t* first, uint32_t* second) {
     const __m512 four = broadcast(reinterpret_cast<const uint8_t*>(offsets));
     _mm512_storeu_ps(first, _mm512_permutevar_ps(four, p));
-    _mm512_storeu_ps(second, _mm512_permutevar_ps(four, _mm512_srli_epi32(p, 2)));
+    _mm512_storeu_ps(second, _mm512_permutevar_ps(four, _mm512_srli_epi32(p, kSecondPosition)));
   }
 };
 

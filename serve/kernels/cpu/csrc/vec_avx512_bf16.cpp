@@ -22,24 +22,34 @@ struct Avx512Bf16Traits {
 
   static Weights weights(const uint8_t* p) {
     if constexpr (kType == Dtype::bfloat16) return _mm512_loadu_si512(p);
-    if constexpr (kType == Dtype::int4) return int4_weights(p);
     const __m128i* bytes = reinterpret_cast<const __m128i*>(p);
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
   }
-  static Weights int4_weights(const uint8_t* p) {
-    // As in `positions`: each word gets eight bits that begin with its nibble. An index into 32 words has five bits, so
-    // the table holds the 16 values twice, and the bit after the nibble does not matter.
-    const __m512i offsets =
-        _mm512_setr_epi64(0x000c000800040000, 0x000c000800040000, 0x001c001800140010, 0x001c001800140010,
-                          0x002c002800240020, 0x002c002800240020, 0x003c003800340030, 0x003c003800340030);
-    const __m512i values = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-        0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, static_cast<short>(0xc100),
-        static_cast<short>(0xc0e0), static_cast<short>(0xc0c0), static_cast<short>(0xc0a0), static_cast<short>(0xc080),
-        static_cast<short>(0xc040), static_cast<short>(0xc000), static_cast<short>(0xbf80)));
-    const __m512i nibbles = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(offsets, nibbles), values);
+  // bfloat16 of -8 to 7, each four times: the lowest two bits of an index do not matter.
+  static __m512i int4_table(bool negative) {
+    const __m512i four = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i number = negative ? _mm512_sub_epi64(four, _mm512_set1_epi64(8)) : four;
+    const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(number)), 16);
+    return _mm512_shuffle_epi8(
+        bits, _mm512_set_epi64(0x0908090809080908, 0x0100010001000100, 0x0908090809080908, 0x0100010001000100,
+                               0x0908090809080908, 0x0100010001000100, 0x0908090809080908, 0x0100010001000100));
+  }
+  template <int kGroup>
+  static Weights int4_weights(const uint8_t* block) {
+    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    const __m512i index = shifted<at.value_bit - 2>(block + at.value_line * kCacheLine);
+    return _mm512_permutex2var_epi16(int4_table(false), index, int4_table(true));
+  }
+  template <int kGroup>
+  static Positions int4_positions(const uint8_t* block) {
+    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    return shifted<at.position_bit>(block + at.position_line * kCacheLine);
+  }
+  template <int kBits>
+  static __m512i shifted(const uint8_t* line) {
+    return _mm512_srli_epi16(_mm512_loadu_si512(line), kBits);
   }
   static void expand(uint8_t* p, Weights w) { _mm512_store_si512(p, w); }
   static Weights load_expanded(const uint8_t* p) { return _mm512_load_si512(p); }

@@ -17,10 +17,9 @@ struct PortableTraits {
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
-  static constexpr bool kExpands = false;
+  static constexpr bool kExpands = kType == Dtype::int4;
 
   static Weights weights(const uint8_t* p) {
-    if constexpr (kType == Dtype::int4) return int4_weights(p);
     std::conditional_t<kType == Dtype::int8, Int8, Value> values[2 * kStripRows];
     std::memcpy(values, p, sizeof values);
     Weights w;
@@ -30,13 +29,36 @@ struct PortableTraits {
     }
     return w;
   }
-  static Weights int4_weights(const uint8_t* p) {
+  static uint16_t word(const uint8_t* block, int line, int place) {
+    uint16_t word;
+    std::memcpy(&word, block + line * kCacheLine + place * sizeof word, sizeof word);
+    return word;
+  }
+  template <int kGroup>
+  static Weights int4_weights(const uint8_t* block) {
+    constexpr Int4Bits at = Int4Bits::of(kGroup);
     Weights w;
     for (int r = 0; r < kStripRows; ++r) {
-      const uint8_t both = p[nibbles_of_row(r)];
-      w.first[r] = static_cast<float>(((both & 15) ^ 8) - 8);  // the sign of a nibble is its bit 3
-      w.second[r] = static_cast<float>(((both >> 4) ^ 8) - 8);
+      w.first[r] = int4_value(word(block, at.value_line, 2 * r) >> at.value_bit);
+      w.second[r] = int4_value(word(block, at.value_line, 2 * r + 1) >> at.value_bit);
     }
+    return w;
+  }
+  static float int4_value(int bits) { return static_cast<float>(((bits & 15) ^ 8) - 8); }  // bit 3 is the sign
+  template <int kGroup>
+  static Positions int4_positions(const uint8_t* block) {
+    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    Positions p;
+    for (int r = 0; r < kStripRows; ++r) {
+      p.first[r] = word(block, at.position_line, 2 * r) >> at.position_bit & 3;
+      p.second[r] = word(block, at.position_line, 2 * r + 1) >> at.position_bit & 3;
+    }
+    return p;
+  }
+  static void expand(uint8_t* p, const Weights& w) { std::memcpy(p, &w, sizeof w); }
+  static Weights load_expanded(const uint8_t* p) {
+    Weights w;
+    std::memcpy(&w, p, sizeof w);
     return w;
   }
   static Positions positions(uint64_t bits) {
