@@ -2,8 +2,9 @@
 
 The dense baselines are bfloat16, float32, W4A16 (int4 weights with a scale for 128 columns, or for 64 where the
 columns are no multiple of 128) and W8A8 (int8 weights; each call quantizes its activations), each built by vLLM's own
-code. Our kernel runs in bfloat16, in float32, and with int8 and int4 weights, the latter with scales for as many
-columns. Every speedup names the baseline that was the fastest for that shape and number of tokens.
+code. Our kernel runs in bfloat16, in float32, with int8 and int4 weights, the latter with scales for as many columns,
+and with activations that it quantizes to int8 itself: W8A8 and W4A8. Every speedup names the baseline that was the
+fastest for that shape and number of tokens.
 
 All variants take turns in one process, and medians are compared. Each variant cycles through copies of its weight that
 together exceed every cache, as the layers of a model do. The sparse variants include an activation permutation. Each
@@ -50,15 +51,18 @@ ROTATED_BYTES = 96 << 20
 # A dense baseline that is this many times slower than the fastest one is measured only twice.
 SLOW_FACTOR = 4
 DENSE = ("bfloat16", "float32", "W8A8", "W4A16")
-SPARSE = ("bfloat16", "float32", "int8", "int4")
-# The dense baseline whose weights are as precise as ours.
-COUNTERPART = {"bfloat16": "bfloat16", "float32": "float32", "int8": "W8A8", "int4": "W4A16"}
+SPARSE = ("bfloat16", "float32", "int8", "int4", "W8A8", "W4A8")
+# The dense baseline that ours is meant for: of the same precision, or for W4A8, which vLLM does not have, bfloat16.
+COUNTERPART = {"bfloat16": "bfloat16", "float32": "float32", "int8": "W8A8", "int4": "W4A16", "W8A8": "W8A8",
+               "W4A8": "bfloat16"}  # fmt: skip
 
 
-def sparse(parts: Parts, weight_format: WeightFormat, act_dtype: torch.dtype) -> Linear:
+def sparse(
+    parts: Parts, weight_format: WeightFormat, act_dtype: torch.dtype, input_dtype: torch.dtype | None = None
+) -> Linear:
     """Our kernel, with an input permutation."""
     out_features, in_features = parts["bitmask"].shape[0], parts["bitmask"].shape[1] * 8
-    config = LinearLayerConfig(torch.device("cpu"), act_dtype, weight_format, out_features, in_features)
+    config = LinearLayerConfig(torch.device("cpu"), act_dtype, weight_format, out_features, in_features, input_dtype)
     packed = CpuKernel.pack(config, parts)
     permutation = torch.randperm(in_features, dtype=torch.int32)
     return lambda x: CpuKernel.apply(config, x, packed, permutation, None)
@@ -94,6 +98,13 @@ def variants_of(weight: torch.Tensor) -> dict[tuple[str, str], tuple[torch.dtype
         )
     variants["dense", "W4A16"] = torch.bfloat16, copies(lambda: cpu_dense.w4a16(weight, group_size), 4)
     dtype = fast_dtype()
+    for name, integers in (("W8A8", INT8), ("W4A8", IntFormat(4, group_size))):
+        rounded, scales = integers.quantize(weight, torch.float32)
+        parts, bits = integers.encode(rounded, None, scales), integers.bits_per_weight(torch.bfloat16)
+        variants["sparse", name] = (
+            dtype,
+            copies(lambda parts=parts, one=integers: sparse(parts, one, dtype, torch.int8), bits),
+        )
     variants["dense", "W8A8"] = dtype, copies(lambda: cpu_dense.w8a8(weight, dtype), 8)
     return variants
 

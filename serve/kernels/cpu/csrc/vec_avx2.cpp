@@ -195,4 +195,5 @@ const ria::InstructionSet ria::kAvx2 = {"avx2",
                                          {},
                                          {},
                                          row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int8, true>>(),
-                                         row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int4, true>>()}};
+                                         row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int4, true>>()},
+                                        &ria::kAvx2Int8};

@@ -163,4 +163,5 @@ const ria::InstructionSet ria::kAvx512 = {"avx512",
                                            {},
                                            {},
                                            row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int8, true>>(),
-                                           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int4, true>>()}};
+                                           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int4, true>>()},
+                                          &ria::kAvx2Int8};

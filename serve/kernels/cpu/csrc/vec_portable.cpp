@@ -130,4 +130,5 @@ const ria::InstructionSet ria::kPortable = {"portable",
                                              {},
                                              {},
                                              {row_kernel<PortableTraits<Bfloat16, Dtype::int8, true>>()},
-                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int4, true>>()}}};
+                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int4, true>>()}},
+                                            &ria::kPortableInt8};

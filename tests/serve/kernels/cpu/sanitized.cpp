@@ -97,6 +97,7 @@ static void check(const Kind& kind, int64_t tokens, int64_t rows, int64_t column
   args.permutation = permutation.data();
   args.bias = bias.data();
   args.y = y.data();
+  args.act_dtype = activation_dtype(dtype);
   linear(args, tokens, instruction_set());
 
   for (int64_t t = 0; t < tokens; ++t)
