@@ -15,6 +15,7 @@
 //     static constexpr int64_t kActivationBytes;                       // of four channels of one token, in the panel
 //     static constexpr Dtype kDtype;
 //     static constexpr int64_t kTokensWithSums;                        // if kGrouped: fit twice, sums and accumulators
+//     static constexpr int kUnpackedTokens;  // int4 read from memory: for up to so many it is unpacked into registers
 //     static constexpr bool kGrouped;                                  // scales belong to groups of columns
 //     static constexpr bool kExpands;                                  // weights() does more than load: see `expand`
 //     static Weights weights(const uint8_t*);                          // one strip and group of the packed form
@@ -49,8 +50,6 @@ constexpr int64_t kDecodedBytes = 64;  // positions of one strip and group, as t
 // Of the weights of one strip and group, if they are expanded beforehand.
 template <class VecTraits>
 constexpr int64_t kExpandedBytes = sizeof(typename VecTraits::Weights);
-// From memory, int4 blocks of up to so many tokens are unpacked into registers; for more they are prepared, too.
-constexpr int kUnpackedTokens = 4;
 // Blocks of columns in a chunk. Its decoded positions, weights and activations stay in L1 for all tokens of a pass.
 // Columns that share a scale are never in two chunks.
 constexpr int64_t kChunkBlocks = 4;
@@ -118,7 +117,7 @@ struct TileStream {  // a tile of S strips, block by block
       VecTraits::store_positions(decoded + i * kDecodedBytes,
                                  VecTraits::positions(load_u64(block + positions_offset + i * kPositionBytes)));
   }
-  static void prepare(const uint8_t* block, uint8_t* prepared) {
+  [[gnu::noinline]] static void prepare(const uint8_t* block, uint8_t* prepared) {
     if constexpr (VecTraits::kExpands) {
       for_each_group(
           [&](auto group) __attribute__((always_inline)) {
@@ -155,7 +154,7 @@ template <class VecTraits, int S, int T, bool kFromMemory>
                                                      typename VecTraits::Accumulators (&acc)[T][S]) {
   using Tile = TileStream<VecTraits, S>;
   constexpr bool kInt4 = VecTraits::kDtype == Dtype::int4;
-  constexpr bool kUnpacks = kInt4 && kFromMemory && T <= kUnpackedTokens;
+  constexpr bool kUnpacks = kInt4 && kFromMemory && T <= VecTraits::kUnpackedTokens;
   constexpr bool kPrepared = !kFromMemory || (kInt4 && !kUnpacks);
   auto [weights, prepared, panel] = stream;
   alignas(kCacheLine) uint8_t own[kUnpacks || !kFromMemory ? 1 : kInt4 ? Tile::prepared_bytes : Tile::decoded_bytes];

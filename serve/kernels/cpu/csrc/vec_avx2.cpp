@@ -65,6 +65,7 @@ struct Avx2Traits {
   struct Positions { __m256i low, high; };
   using Activations = __m256;  // the four channels, twice
   static constexpr int64_t kBlockTokens = 3;
+  static constexpr int kUnpackedTokens = 4;
   static constexpr int64_t kTokensWithSums = 1;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;

@@ -14,6 +14,7 @@ struct PortableTraits {
   struct Positions { uint8_t first[kStripRows], second[kStripRows]; };
   using Activations = const float*;
   static constexpr int64_t kBlockTokens = 4;
+  static constexpr int kUnpackedTokens = 0;
   static constexpr int64_t kTokensWithSums = 0;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
