@@ -46,12 +46,18 @@ def load_tokenizer(folder: str) -> Any:
         raise RiaError(f"{folder}: no tokenizer that transformers can load ({reason_of(error)}).") from error
 
 
-def load_model(folder: str, device: torch.device, compute_dtype: str | None = None) -> Any:
+def load_model(
+    folder: str,
+    device: torch.device,
+    compute_dtype: str | None = None,
+    state: dict[str, torch.Tensor] | None = None,
+) -> Any:
     """A transformers model that writes text, in evaluation mode. A compressed folder is decompressed in memory.
 
     Args:
         folder: a folder, or the hub id of a dense model.
         compute_dtype: the dtype to compute in, one of `ria_vllm.offline.model.dtypes.CHOICES`; None: as stored.
+        state: all tensors, if transformers is not to read them from the folder itself.
 
     Raises:
         RiaError: not a model that writes text, a damaged compressed one, or a `compute_dtype` that would round its
@@ -59,14 +65,16 @@ def load_model(folder: str, device: torch.device, compute_dtype: str | None = No
     """
     stored = None if compute_dtype is None else configured_dtype(read_config(folder))
     if stored is not None:
-        return _load(folder, device, choose_dtype(stored, device, compute_dtype))
-    model = _load(folder, device, "auto")
+        return _load(folder, device, choose_dtype(stored, device, compute_dtype), state)
+    model = _load(folder, device, "auto", state)
     dtype = model.dtype if compute_dtype is None else choose_dtype(model.dtype, device, compute_dtype)
     # Loaded again, not cast: what the model computes for itself during loading was rounded to the first dtype.
-    return model if dtype == model.dtype else _load(folder, device, dtype)
+    return model if dtype == model.dtype else _load(folder, device, dtype, state)
 
 
-def _load(folder: str, device: torch.device, dtype: torch.dtype | str) -> Any:
+def _load(
+    folder: str, device: torch.device, dtype: torch.dtype | str, state: dict[str, torch.Tensor] | None = None
+) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -75,10 +83,10 @@ def _load(folder: str, device: torch.device, dtype: torch.dtype | str) -> Any:
     # Weights that do not fit are refused below, by name; transformers' own message only says which flag ignores them.
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _loading(folder):
-        if not is_compressed(Path(folder)):
+        if state is None and not is_compressed(Path(folder)):
             model, info = architecture.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
         else:
-            state = dense_state(Reader(folder))
+            state = dense_state(Reader(folder)) if state is None else state
             del config.quantization_config
             kind = config.dtype or "auto" if dtype == "auto" else dtype
             model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
