@@ -51,10 +51,13 @@ class ForeignStart:
         own = {f"{name}.{part}" for name in self.linears for part in (*FLOAT.tensor_names, "weight")}
         self.others: Mapping[str, torch.Tensor] = _Others(self, [name for name in self.files if name not in own])
         kept = [name for name in dense if name not in set(self.linears)]
+        head = ["lm_head"] if "lm_head.weight" in self.files else []
         sizes = {name: torch.Size(self._linear_shape(name)).numel() for name in self.linears}
         total = sum(sizes.values()) + sum(torch.Size(self._shape(f"{name}.weight")).numel() for name in kept)
         self.schema = RiaSchema(
-            sparsity_config=SparsityConfig(ignore=kept, global_sparsity=round(0.5 * sum(sizes.values()) / total, 6)),
+            sparsity_config=SparsityConfig(
+                ignore=head + kept, global_sparsity=round(0.5 * sum(sizes.values()) / total, 6)
+            ),
             recipe={
                 "method": "another program's",
                 "pattern": "2:4",
