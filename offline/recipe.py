@@ -95,10 +95,10 @@ class Recipe:
         if self.weights == "float":
             return formats.FLOAT
         assert self.weights != "int4" or self.group_size is not None
-        return formats.INTEGERS[int(self.weights.removeprefix("int")), self._scale_columns]
+        return formats.INTEGERS[int(self.weights.removeprefix("int")), self._columns]
 
     @property
-    def _scale_columns(self) -> int | None:
+    def _columns(self) -> int | None:
         return self.group_size if isinstance(self.group_size, int) else None
 
     @property
@@ -135,7 +135,7 @@ class Recipe:
             RiaError: the one asked for does not.
         """
         fitting = [size for size in formats.GROUP_SIZES if not any(width % size for width in widths.values())]
-        size = self._scale_columns
+        size = self._columns
         if size is not None and size not in fitting:
             name, width = next((name, width) for name, width in widths.items() if width % size)
             raise RiaError(
