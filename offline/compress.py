@@ -108,7 +108,7 @@ def _fitting(recipe: Recipe, model: StreamedModel, monitor: Monitor) -> Recipe:
         return recipe
     found = recipe.fitting(widths(model, recipe))
     if found.group_size != recipe.group_size:
-        monitor.say(f"--group-size {found.group_size}: the largest that divides the in-features of each pruned linear")
+        monitor.say(f"--group-size {found.group_size}: what fits the in-features of all linears that may be pruned")
     return found
 
 

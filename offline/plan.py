@@ -121,7 +121,7 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sens
 
 
 def widths(model: StreamedModel, recipe: Recipe) -> dict[str, int]:
-    """Written name -> in-features, of all linears that are pruned unless experiments or their sensitivity forbid it."""
+    """Written name -> in-features, of all linears that may be pruned. Experiments or sensitivity keep some dense."""
     found = {}
     for index, layer in enumerate(model.layers):
         dense = served_dense(layer)

@@ -23,9 +23,9 @@ INPUT_NAMES = ("input", "hidden_states")
 def round_inputs(model: nn.Module, weights: Iterable[str], where: object) -> None:
     """Let the linears and experts with these weights round each token of their inputs to int8.
 
-    Saving the model does not keep this: it writes plain dense weights. A linear rounds what it is called with; code that
-    multiplies with its `weight` does not. Mamba's fused kernels do so in training, and then the forward pass raises
-    RiaError.
+    Saving the model does not keep this: it writes plain dense weights. A linear rounds what it is called with, and code
+    that multiplies with its `weight` instead goes past that. Mamba's fused kernels do so in training; then the forward
+    pass raises RiaError.
 
     Args:
         weights: names of parameters of the model.
@@ -87,9 +87,9 @@ def _check_calls(children: list[str], where: str, mixer: nn.Module, *_: object) 
     for child in children:
         if not mixer.get_submodule(child).rounded_its_input:
             raise RiaError(
-                f"{where}.{child}: {type(mixer).__name__} multiplies with its weight and does not call it, so its input "
-                "is not rounded to int8, as config.json asks. In training, load the model without Mamba's kernels; or "
-                "use the dense folder that `ria-vllm export` writes, which rounds no inputs."
+                f"{where}.{child}: {type(mixer).__name__} multiplies with its weight without calling it, so its "
+                "input is not rounded to int8, as config.json asks. In training, load the model without Mamba's kernels; or use "
+                "the dense folder that `ria-vllm export` writes, which rounds no inputs."
             )
 
 
