@@ -79,7 +79,7 @@ def _round_first(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _expect_calls(children: list[str], mixer: nn.Module, _: object) -> None:
     """A forward hook: none of the children has been called yet."""
     for child in children:
-        mixer.get_submodule(child).rounded_its_input = False  # type: ignore[assignment]
+        mixer.get_submodule(child).rounded_its_input = False
 
 
 def _check_calls(children: list[str], where: str, mixer: nn.Module, *_: object) -> None:
@@ -88,8 +88,8 @@ def _check_calls(children: list[str], where: str, mixer: nn.Module, *_: object) 
         if not mixer.get_submodule(child).rounded_its_input:
             raise RiaError(
                 f"{where}.{child}: {type(mixer).__name__} multiplies with its weight without calling it, so its "
-                "input is not rounded to int8, as config.json asks. In training, load the model without Mamba's kernels; or use "
-                "the dense folder that `ria-vllm export` writes, which rounds no inputs."
+                "input is not rounded to int8, as config.json asks. In training, load the model without Mamba's "
+                "kernels; or use the dense folder that `ria-vllm export` writes, which rounds no inputs."
             )
 
 

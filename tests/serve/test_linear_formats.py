@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FORMATS, INTEGERS
-from ria_vllm.schema import Fold, Producer
+from ria_vllm.layer_schema import Fold, Producer
 from ria_vllm.serve import packing
 
 HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 512
