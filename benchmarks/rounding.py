@@ -58,7 +58,7 @@ def ways(problem: dict[str, Any], f: IntFormat) -> dict[str, float]:
 
     damped = A + DAMPING * A.diagonal().mean() * torch.eye(len(A))
     target += W @ (damped - A)
-    fitting, searched = f.scales_of(V, torch.bfloat16), nearest_scales(V, f, torch.bfloat16, damped.diagonal())
+    fitting, searched = f.scales_of(V), nearest_scales(V, f, torch.bfloat16, damped.diagonal())
     wide = searched.float().repeat_interleave(V.shape[1] // searched.shape[1], 1)
 
     def descent(passes: int) -> torch.Tensor:
