@@ -20,13 +20,12 @@ from ria_vllm.serve.weight_scheme import TensorSpec
 
 # `shape` repeats what the bitmask says. `input_permutation` was read before, but vLLM streams every safetensors file of
 # a folder without an index. Activations are not rounded, or get a scale for each token, so a scale from the checkpoint
-# is not needed. Zero points are zero.
+# is not needed.
 # These parameters stay on the layer, because a reload streams the tensors again, some after the layer is complete.
 IGNORED_TENSORS = {
     "shape": (2, torch.int64),
     "input_permutation": (1, torch.int32),
     "input_scale": (1, torch.float32),
-    "weight_zero_point": (1, torch.int8),
     "input_zero_point": (1, torch.int8),
 }
 
