@@ -185,7 +185,9 @@ def _stored(where: str, group: Mapping[str, Any], of_all: Any, dense: bool) -> t
             f"{where}: weights of {_shown(weights)} are not served in the format {form}. It is for integers."
         )
     by_tensor: Literal["tensor", "channel"] = "tensor" if strategy == "tensor" else "channel"
-    scheme = WeightScheme(weight_format, dense and form != MARLIN, by_tensor, _rounded_inputs(inputs))
+    # The writer of marlin-24 rounds scales to float16. Others have the dtype of the model that was quantized.
+    scales = torch.float16 if form == MARLIN and weight_format.group_size else torch.float32
+    scheme = WeightScheme(weight_format, dense and form != MARLIN, by_tensor, _rounded_inputs(inputs), scales)
     if form == MARLIN:
         return scheme, Marlin24(integers)
     if form == PACKED:
