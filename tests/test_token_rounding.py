@@ -34,6 +34,15 @@ def test_each_token_is_rounded_by_its_own_scale(dtype):
     assert not rounded[1, 2].any()
 
 
+def test_many_tokens():
+    """A quotient that is rounded twice moves an integer in one of eight such tokens."""
+    x = torch.randn(1000, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
+    given, (integers, scales) = x.float().numpy(), quantize_tokens(x)
+    largest = np.abs(given).max(1, keepdims=True)
+    assert np.array_equal(integers.numpy(), np.rint(given * (np.float32(127) / largest)))
+    assert np.array_equal(scales.numpy(), largest / np.float32(127))
+
+
 def test_extremes():
     """Numbers too small for their inverse, with zeros beside them; what is not finite shows."""
     for tiny in (1e-45, 1e-38, 3.7e-37, 3.8e-37):
