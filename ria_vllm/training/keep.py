@@ -12,6 +12,7 @@ looked up anew at each step: FSDP2 and `to("meta")` put another parameter into i
 weight, beside it; if the weight is sharded (DTensor), the whole mask is on the CPU, and its shard beside the weight's.
 """
 
+import functools
 import sys
 import weakref
 from pathlib import Path
@@ -28,6 +29,8 @@ from ria_vllm.errors import RiaError
 from ria_vllm.training.masks import holder, mask_of, origin_of
 
 ATTRIBUTE = "_ria_kept"
+PIECE = 1 << 22
+"""Elements that are masked at once."""
 
 
 def keep_sparse(model: nn.Module, like: str | Path | None = None) -> None:
@@ -80,10 +83,9 @@ class KeptWeight:
         self.shape = mask.shape
         self.packed = _packed(mask)
         self.local: tuple[Any, torch.Tensor] | None = None  # how the weight was sharded, and its part of the mask
-        self.masked: int | None = None  # id of the gradient that was masked last
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"local": None, "masked": None}  # a device mesh belongs to its process
+        return self.__dict__ | {"local": None}  # a device mesh belongs to its process
 
     def parameter(self) -> torch.Tensor:
         """The parameter that is in the place of the weight by now.
@@ -104,9 +106,9 @@ class KeptWeight:
         """Zero a tensor like the weight, or sharded as it is, outside the mask, in place."""
         if isinstance(tensor, DTensor):
             local = tensor.to_local()
-            local.masked_fill_(self._dropped_locally(tensor, local), 0)
+            _zero_dropped(local, self._packed_locally(tensor, local))
         else:
-            tensor.masked_fill_(_dropped(self._on(tensor.device), self.shape), 0)
+            _zero_dropped(tensor, self._on(tensor.device))
 
     def check_zeros(self, folder: Path) -> None:
         """Check that the weight is zero outside the mask, as far as this process holds it.
@@ -129,7 +131,6 @@ class KeptWeight:
     def mask_gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
             self.zero_outside(parameter.grad)
-            self.masked = id(parameter.grad)
 
     def hook(self, parameter: torch.Tensor) -> None:
         """Have the gradient of `parameter` masked whenever it has been accumulated."""
@@ -142,7 +143,7 @@ class KeptWeight:
             self.packed = self.packed.to(device)
         return self.packed.to(device)
 
-    def _dropped_locally(self, tensor: DTensor, local: torch.Tensor) -> torch.Tensor:
+    def _packed_locally(self, tensor: DTensor, local: torch.Tensor) -> torch.Tensor:
         sharding = (tensor.device_mesh, tensor.placements, local.device)
         if self.local is None or self.local[0] != sharding:
             mesh_type = tensor.device_mesh.device_type
@@ -154,7 +155,7 @@ class KeptWeight:
                 )
             self.packed = self.packed.cpu()
             self.local = (sharding, _packed(part.to(local.device)))
-        return _dropped(self.local[1], local.shape)
+        return self.local[1]
 
 
 class KeptWeights:
@@ -202,11 +203,10 @@ _HANDLES: list[Any] = []
 
 @torch.no_grad()
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Gradients may have come from elsewhere than a backward pass with hooks."""
+    """Gradients may have come from elsewhere than a backward pass with hooks, or been changed after it."""
     for kept in list(_ALIVE):
         for weight, parameter in kept.in_optimizer(optimizer):
-            if weight.masked != id(parameter.grad):
-                weight.mask_gradient(parameter)
+            weight.mask_gradient(parameter)
             weight.hook(parameter)
 
 
@@ -229,10 +229,24 @@ def _packed(mask: torch.Tensor) -> torch.Tensor:
 def _dropped(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """bool of this shape, True where the mask that was `_packed` is False."""
     # Eight bits become the eight bytes of an integer in one lookup.
-    return _EIGHT_BYTES.to(packed.device)[packed.int()].view(torch.bool)[: shape.numel()].view(shape)
+    return _eight_bytes(packed.device)[packed.int()].view(torch.bool)[: shape.numel()].view(shape)
 
 
-_EIGHT_BYTES = torch.tensor(
-    [int.from_bytes(bytes(1 - (byte >> i & 1) for i in range(8)), sys.byteorder) for byte in range(256)]
-)
-"""For each byte the integer whose bytes are 1 where its bits, the least significant first, are 0."""
+def _zero_dropped(tensor: torch.Tensor, packed: torch.Tensor) -> None:
+    """Zero `tensor` where the mask that was `_packed` is False, in pieces, each of which needs few bytes beside it."""
+    if not tensor.numel():  # a rank's share of a small weight
+        return
+    rows = tensor.view(-1) if tensor.is_contiguous() else tensor
+    width = rows[0].numel()
+    step = 8 * max(1, PIECE // (8 * width))  # a piece of the mask begins with a whole byte
+    for start in range(0, len(rows), step):
+        piece = rows[start : start + step]
+        bits = packed[start * width // 8 :][: -(-piece.numel() // 8)]
+        piece.masked_fill_(_dropped(bits, piece.shape), 0)
+
+
+@functools.cache
+def _eight_bytes(device: torch.device) -> torch.Tensor:
+    """For each byte the integer whose bytes are 1 where its bits, the least significant first, are 0."""
+    table = [int.from_bytes(bytes(1 - (byte >> i & 1) for i in range(8)), sys.byteorder) for byte in range(256)]
+    return torch.tensor(table, device=device)

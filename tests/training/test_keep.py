@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 
 from ria_vllm.errors import RiaError
-from ria_vllm.training import keep_sparse
+from ria_vllm.training import keep, keep_sparse
 
 
 class MovesEverything(torch.optim.Optimizer):
@@ -156,6 +156,42 @@ def test_gradients_that_overflow_where_weights_are_pruned(pruned_llama):
     weight.grad = torch.where(mask, 1.0, torch.inf)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert weight.isfinite().all() and not weight[~mask].any()
+
+
+@pytest.mark.parametrize("changed", ["replaced", "in place"])
+def test_gradients_that_someone_else_has_changed_since(pruned_llama, changed):
+    """At every step: momentum would remember what was outside the mask once."""
+    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
+    keep_sparse(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        loss_of(model).backward()
+        for name in kept:
+            weight = model.get_parameter(name)
+            if changed == "in place":
+                weight.grad.add_(1.0)
+            else:
+                weight.grad = None  # so that the next one may be in the same place
+                weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        for name, mask in kept.items():
+            momentum = optimizer.state[model.get_parameter(name)]["momentum_buffer"]
+            assert not momentum[~mask].any() and momentum[mask].any(), name
+
+
+@pytest.mark.parametrize("piece", [8, 64, 1000])
+@pytest.mark.parametrize("shape", [(24, 40), (9, 5), (3, 8, 12), (0, 8)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_masking_in_pieces(monkeypatch, piece, shape, turned):
+    """Shards and gradients may be empty, of odd sizes, and not contiguous."""
+    monkeypatch.setattr(keep, "PIECE", piece)
+    draw = torch.Generator().manual_seed(0)
+    mask = torch.rand(shape, generator=draw) < 0.5
+    tensor = torch.rand(shape, generator=draw) + 1
+    tensor = tensor.mT.contiguous().mT if turned else tensor
+    want = tensor * mask
+    keep._zero_dropped(tensor, keep._packed(mask))
+    assert torch.equal(tensor, want)
 
 
 def test_a_kept_weight_may_be_zero(damage):
