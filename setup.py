@@ -24,10 +24,15 @@ SOURCES = Path("serve/kernels/cpu/csrc")
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-ignored-attributes"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+EXACT = ["-ffp-contract=off"]  # a product is rounded before it is added, on every machine
 INSTRUCTION_SETS = {
     "vec_portable.cpp": [],
+    "vec_portable_int8.cpp": EXACT,
     "vec_avx2.cpp": AVX2,
+    "vec_avx2_int8.cpp": [*AVX2, *EXACT],
+    "vec_avx_vnni.cpp": [*AVX2, "-mavxvnni", *EXACT],
     "vec_avx512.cpp": AVX512,
+    "vec_avx512_vnni.cpp": [*AVX512, "-mavx512vnni", *EXACT],
     "vec_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
 }
 
@@ -37,7 +42,7 @@ def sources_and_flags() -> dict[Path, list[str]]:
     return {
         path: INSTRUCTION_SETS.get(path.name, [])
         for path in sorted(SOURCES.glob("*.cpp"))
-        if x86 or not INSTRUCTION_SETS.get(path.name)
+        if x86 or not any(flag.startswith("-m") for flag in INSTRUCTION_SETS.get(path.name, []))
     }
 
 

@@ -67,3 +67,32 @@ def w8a8(weight: torch.Tensor, dtype: torch.dtype) -> Linear:
     finally:
         torch.set_default_dtype(before)
     return lambda x: kernel.apply_weights(layer, x)
+
+
+def w4a16(weight: torch.Tensor, group_size: int) -> Linear:
+    """A linear whose weight [out, in] is rounded to int4 with a scale for `group_size` columns, as GPTQ stores it.
+
+    Its inputs and outputs are bfloat16. By the kernel that vLLM chooses: `cpu_gemm_wna16`. If zentorch is installed, it
+    is zentorch's, which rounds its inputs to int8.
+    """
+    from vllm.model_executor.kernels.linear import choose_mp_linear_kernel
+    from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
+    from vllm.scalar_type import scalar_types
+
+    shape = (weight.shape[1], weight.shape[0])
+    config = MPLinearLayerConfig(shape, shape, scalar_types.uint4b8, torch.bfloat16, group_size, zero_points=False)
+    groups = weight.unflatten(1, (-1, group_size))
+    scales = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16()
+    nibbles = (groups / scales.float()).round().clamp(-8, 7).flatten(1).int() + 8
+    packed = torch.zeros(len(weight), weight.shape[1] // 8, dtype=torch.int32)
+    for i in range(8):
+        packed |= nibbles[:, i::8] << 4 * i
+    layer = torch.nn.Module()
+    layer.bias = None
+    for name, tensor in (("weight_packed", packed), ("weight_scale", scales.squeeze(-1))):
+        parameter = torch.nn.Parameter(tensor, requires_grad=False)
+        parameter.output_dim, parameter.input_dim, parameter.packed_dim = 0, 1, 1
+        setattr(layer, name, parameter)
+    kernel = choose_mp_linear_kernel(config)(config, "weight_packed", "weight_scale")
+    kernel.process_weights_after_loading(layer)
+    return lambda x: kernel.apply_weights(layer, x)

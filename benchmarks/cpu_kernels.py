@@ -1,8 +1,10 @@
 """The CPU kernel against vLLM's dense linears on the same machine: `python -m benchmarks.cpu_kernels`.
 
-The dense baselines are bfloat16, float32 and W8A8 (int8 weights; each call quantizes its activations), each built by
-vLLM's own code. Our kernel runs in bfloat16, in float32 and with int8 weights. Every speedup names the baseline that
-was the fastest for that shape and number of tokens.
+The dense baselines are bfloat16, float32, W4A16 (int4 weights with a scale for 128 columns, or for 64 where the
+columns are no multiple of 128) and W8A8 (int8 weights; each call quantizes its activations), each built by vLLM's own
+code. Our kernel runs in bfloat16, in float32, with int8 and int4 weights, the latter with scales for as many columns,
+and with activations that it quantizes to int8 itself: W8A8 and W4A8. Every speedup names the baseline that was the
+fastest for that shape and number of tokens.
 
 All variants take turns in one process, and medians are compared. Each variant cycles through copies of its weight that
 together exceed every cache, as the layers of a model do. The sparse variants include an activation permutation. Each
@@ -27,7 +29,7 @@ import torch
 
 from benchmarks import cpu_dense
 from benchmarks.cpu_dense import Linear
-from ria_vllm.formats import FLOAT, INT8
+from ria_vllm.formats import FLOAT, INT8, IntFormat
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set, packed_bytes
 from ria_vllm.weight_format import Parts, WeightFormat
@@ -48,16 +50,19 @@ TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
 ROTATED_BYTES = 96 << 20
 # A dense baseline that is this many times slower than the fastest one is measured only twice.
 SLOW_FACTOR = 4
-DENSE = ("bfloat16", "float32", "W8A8")
-SPARSE = ("bfloat16", "float32", "int8")
-# The dense baseline whose weights are as precise as ours.
-COUNTERPART = {"bfloat16": "bfloat16", "float32": "float32", "int8": "W8A8"}
+DENSE = ("bfloat16", "float32", "W8A8", "W4A16")
+SPARSE = ("bfloat16", "float32", "int8", "int4", "W8A8", "W4A8")
+# The dense baseline that ours is meant for: of the same precision, or for W4A8, which vLLM does not have, bfloat16.
+COUNTERPART = {"bfloat16": "bfloat16", "float32": "float32", "int8": "W8A8", "int4": "W4A16", "W8A8": "W8A8",
+               "W4A8": "bfloat16"}  # fmt: skip
 
 
-def sparse(parts: Parts, weight_format: WeightFormat, act_dtype: torch.dtype) -> Linear:
+def sparse(
+    parts: Parts, weight_format: WeightFormat, act_dtype: torch.dtype, input_dtype: torch.dtype | None = None
+) -> Linear:
     """Our kernel, with an input permutation."""
     out_features, in_features = parts["bitmask"].shape[0], parts["bitmask"].shape[1] * 8
-    config = LinearLayerConfig(torch.device("cpu"), act_dtype, weight_format, out_features, in_features)
+    config = LinearLayerConfig(torch.device("cpu"), act_dtype, weight_format, out_features, in_features, input_dtype)
     packed = CpuKernel.pack(config, parts)
     permutation = torch.randperm(in_features, dtype=torch.int32)
     return lambda x: CpuKernel.apply(config, x, packed, permutation, None)
@@ -83,11 +88,23 @@ def variants_of(weight: torch.Tensor) -> dict[tuple[str, str], tuple[torch.dtype
             dtype,
             copies(lambda parts=parts, dtype=dtype: sparse(parts, FLOAT, dtype), FLOAT.bits_per_weight(dtype)),
         )
-    rounded, scales = INT8.quantize(weight, torch.float32)
-    int8 = INT8.encode(rounded, None, scales)
-    bits = INT8.bits_per_weight(torch.bfloat16)
-    variants["sparse", "int8"] = torch.bfloat16, copies(lambda: sparse(int8, INT8, torch.bfloat16), bits)
+    group_size = math.gcd(weight.shape[1], 128)
+    for name, integers in (("int8", INT8), ("int4", IntFormat(4, group_size))):
+        rounded, scales = integers.quantize(weight, torch.bfloat16)
+        parts, bits = integers.encode(rounded, None, scales), integers.bits_per_weight(torch.bfloat16)
+        variants["sparse", name] = (
+            torch.bfloat16,
+            copies(lambda parts=parts, integers=integers: sparse(parts, integers, torch.bfloat16), bits),
+        )
+    variants["dense", "W4A16"] = torch.bfloat16, copies(lambda: cpu_dense.w4a16(weight, group_size), 4)
     dtype = fast_dtype()
+    for name, integers in (("W8A8", INT8), ("W4A8", IntFormat(4, group_size))):
+        rounded, scales = integers.quantize(weight, torch.float32)
+        parts, bits = integers.encode(rounded, None, scales), integers.bits_per_weight(torch.bfloat16)
+        variants["sparse", name] = (
+            dtype,
+            copies(lambda parts=parts, one=integers: sparse(parts, one, dtype, torch.int8), bits),
+        )
     variants["dense", "W8A8"] = dtype, copies(lambda: cpu_dense.w8a8(weight, dtype), 8)
     return variants
 

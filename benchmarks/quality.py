@@ -36,9 +36,12 @@ def options_of(way: str) -> dict[str, Any]:
     for entry in way.split():
         name, separator, value = entry.partition("=")
         known = Recipe.__dataclass_fields__.get(name)
-        if not separator or known is None or known.type not in (str, int, float):
+        kind = known and known.type
+        if name == "group_size":  # a number, or "row"
+            kind = int if value.isdigit() else str
+        if not separator or kind not in (str, int, float):
             raise RiaError(f"{entry!r} in {way!r}: write NAME=VALUE, where NAME is an option of `ria-vllm compress`.")
-        options[name] = known.type(value)
+        options[name] = kind(value)
     return options
 
 

@@ -71,7 +71,7 @@ def stored_weight(
     weight_format = recipe.weight_format
     if not isinstance(weight_format, IntFormat):
         return weight.to(dtype).cpu(), None
-    p = None if p is None or weight_format.scale_columns is None else p.to(weight.device)
+    p = None if p is None or weight_format.group_size is None else p.to(weight.device)
     back = None if p is None else permutation.invert(p)
     importance = importance if importance is None or p is None else importance[p]
     stored, found = torch.empty(weight.shape, dtype=dtype), []

@@ -74,7 +74,7 @@ def grids_of(pruned: Mapping[str, Pruned], recipe: Recipe, device: torch.device)
         for name, linear in pruned.items():
             assert linear.scale is not None
             width = linear.weight.shape[1]
-            groups = torch.arange(width) // (weight_format.scale_columns or width)  # of the stored columns
+            groups = torch.arange(width) // (weight_format.group_size or width)  # of the stored columns
             groups = groups if linear.p is None else groups[permutation.invert(linear.p)]
             low, high = weight_format.smallest, weight_format.largest
             grids[name] = Grid(linear.scale.to(device), groups.to(device), low, high)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.utils import is_match, match_name
+from compressed_tensors.utils import is_match, match_targets
 
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FP8, GROUP_SIZES, INTEGERS, IntFormat
@@ -14,7 +14,7 @@ from ria_vllm.serve import marlin24
 from ria_vllm.serve.packed_forms import BytesOfFourBits, Marlin24, PackedForm, PackQuantized
 from ria_vllm.serve.patterns import compile_pattern
 from ria_vllm.serve.weight_scheme import WeightScheme
-from ria_vllm.weight_format import WeightFormat
+from ria_vllm.weight_format import WeightFormat, name_of
 
 WHERE = "config.json: quantization_config"
 SPARSE_FORMATS = ("sparse-24-bitmask", "dense")
@@ -28,6 +28,8 @@ SERVED += [
     ((bits, "int", strategy, None), INTEGERS[bits, None]) for bits in (4, 8) for strategy in ("tensor", "channel")
 ]
 SERVED += [((bits, "int", "group", size), INTEGERS[bits, size]) for bits in (4, 8) for size in GROUP_SIZES]
+# Values of `actorder` under which the columns of a group are neighbours.
+ORDERS = (None, False, "weight", "static")
 SHOWN = ("num_bits", "type", "strategy", "group_size", "symmetric")
 
 LONGEST_NAME = 300
@@ -72,10 +74,6 @@ class Selection:
             raise RiaError(f"{name[:60]}...: a module's name of {len(name)} characters. The checkpoint is damaged.")
         return is_match(name, LINEAR, self.targets, self.ignore)
 
-    def by_name(self, name: str) -> bool:
-        """Whether a target other than a class matches."""
-        return any(match_name(name, target) for target in self.targets)
-
 
 @dataclass(frozen=True)
 class Group:
@@ -90,6 +88,12 @@ class Group:
     selection: Selection
     scheme: WeightScheme
     form: PackedForm | None
+
+    def __str__(self) -> str:
+        inputs = "unrounded inputs" if self.scheme.activations is None else f"{name_of(self.scheme.activations)} inputs"
+        form = "" if self.form is None else f" as {type(self.form).__name__}"
+        per = self.scheme.strategy if self.scheme.format.group_size is None else "group"
+        return f"{self.scheme.format.name} weights{form} (a scale per {per}) and {inputs}"
 
 
 @dataclass(frozen=True)
@@ -143,10 +147,22 @@ class CompressedTensorsConfig:
         group = self._group(name)
         return None if group is None else group.form
 
+    def weight_format(self, name: str) -> WeightFormat | None:
+        """What the values of the linear `name` are; None if it is not quantized."""
+        group = self._group(name)
+        return None if group is None else group.scheme.format
+
     def _group(self, name: str) -> Group | None:
-        """A group that names a linear goes before one that takes all linears."""
-        found = [group for group in self.groups if name in group.selection]
-        return next((group for group in found if group.selection.by_name(name)), found[0] if found else None)
+        """Of the groups that select a linear, the one that compressed-tensors takes.
+
+        That is the group of the most specific target: an exact name, then the alphabetically first pattern, then a
+        class. Of groups that share the target, it is the last.
+        """
+        found = {
+            target: group for group in self.groups if name in group.selection for target in group.selection.targets
+        }
+        matched = match_targets(name, LINEAR, found)
+        return found[matched[0]] if matched else None
 
 
 def _stored(where: str, group: Mapping[str, Any], of_all: Any, dense: bool) -> tuple[WeightScheme, PackedForm | None]:
@@ -169,7 +185,9 @@ def _stored(where: str, group: Mapping[str, Any], of_all: Any, dense: bool) -> t
             f"{where}: weights of {_shown(weights)} are not served in the format {form}. It is for integers."
         )
     by_tensor: Literal["tensor", "channel"] = "tensor" if strategy == "tensor" else "channel"
-    scheme = WeightScheme(weight_format, dense and form != MARLIN, by_tensor, _rounded_inputs(inputs))
+    # The writer of marlin-24 rounds scales to float16. Others have the dtype of the model that was quantized.
+    scales = torch.float16 if form == MARLIN and weight_format.group_size else torch.float32
+    scheme = WeightScheme(weight_format, dense and form != MARLIN, by_tensor, _rounded_inputs(inputs), scales)
     if form == MARLIN:
         return scheme, Marlin24(integers)
     if form == PACKED:
@@ -191,6 +209,12 @@ def _weight_format(where: str, weights: Mapping[str, Any]) -> WeightFormat:
             f"{where}: 2:4 weights of {_shown(weights)} are not served, only symmetric ones: fp8 by tensor or by "
             f"channel, int4 and int8 also in groups of {', '.join(map(str, GROUP_SIZES))}. Quantize the model again "
             "with one of these."
+        )
+    order = weights.get("actorder")
+    if (order.lower() if isinstance(order, str) else order) not in ORDERS:
+        raise RiaError(
+            f"{where}.weights.actorder: {reprlib.repr(order)} is not served: it groups columns in the order of their "
+            'activations. Quantize the model again with actorder: "weight", or without it.'
         )
     return found
 

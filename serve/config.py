@@ -85,7 +85,7 @@ class RiaConfig(QuantizationConfig):
         self.folding = Folding()
         self.report = LoadReport()
         self.stream = WeightStream()
-        self.translation = compressed_tensors and Translation(compressed_tensors.form)
+        self.translation = compressed_tensors and Translation(compressed_tensors.form, compressed_tensors.weight_format)
         self.required: set[str] = set()
         self.experts: dict[str, StoredExperts] = {}
         self.expert_linears: set[str] = set()
@@ -269,7 +269,7 @@ class RiaConfig(QuantizationConfig):
         return not self.schema.ignored(name)
 
     def _is_quantized(self, name: str) -> bool:
-        """Whether compressed-tensors stored int8 or fp8 values for this linear, which then may be dense."""
+        """Whether compressed-tensors stored integers or fp8 values for this linear, which then may be dense."""
         return self.compressed_tensors is not None and self.compressed_tensors.scheme(name).quantized
 
     def scheme(self, name: str) -> WeightScheme:

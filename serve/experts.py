@@ -23,6 +23,7 @@ from ria_vllm.serve.kernels import experts_registry
 from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
 from ria_vllm.serve.load_report import LoadReport
+from ria_vllm.serve.parameters import PackedTensors
 from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts
 from ria_vllm.serve.weight_scheme import Weights, WeightScheme, uneven_cut
 
@@ -76,6 +77,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         self.scheme = scheme
         self.orders = orders
         self.report = report
+        self.packed = PackedTensors()
         moe, name = layer.moe_config, experts.name
         if moe.is_lora_enabled:
             raise RiaError(
@@ -209,6 +211,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             layer.ria_experts = None
         else:
             layer.ria_experts = pack_experts(layer, self.choice, loaded)
+            self.packed.check(self.experts.name, layer, layer.ria_experts.parameters)
         if first:
             self._report(layer, layer.ria_experts)
 

@@ -72,6 +72,11 @@ class PackedExperts:
     packed: tuple[str, ...]
     input_permutation: str | None
 
+    @property
+    def parameters(self) -> list[str]:
+        """The names of all parameters of the layer that it needs."""
+        return [name for name in (*self.packed, self.input_permutation) if name is not None]
+
     def apply(
         self, layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:

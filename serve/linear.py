@@ -1,5 +1,6 @@
 """Sparse24LinearMethod: one of vLLM's linear layers with 2:4 weights."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from ria_vllm.serve.loading import LayerLoader, Loader, TensorChecks, unwrapped
 from ria_vllm.serve.packing import PackedLinear, RowGroup, pack_linear
 from ria_vllm.serve.parameters import (
     Creation,
+    PackedTensors,
     create_parameters,
     set_parameter,
     take_parameters,
@@ -82,6 +84,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.report = report
         self.stream = stream
         self.dense: UnquantizedLinearMethod | None = None
+        self.packed = PackedTensors()
 
     def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
         self.creation = Creation.record(self._create_weights, layer, *args, **kwargs)
@@ -127,11 +130,12 @@ class Sparse24LinearMethod(LinearMethodBase):
         if not loaded:
             return
         self._check_permutations(layer)
+        scales = frozenset(self.layer_loader.scale_dtypes)
         try:
             dummy = self._check_complete()
         finally:
             self.layer_loader.clear()  # a reload starts from nothing, even if this load failed
-        weights = self._weights(loaded, dummy)
+        weights = self._weights(loaded, dummy, scales)
         first = not hasattr(layer, "ria_packed")
         if not first:
             self._check_reload(layer.ria_packed, weights)
@@ -139,6 +143,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             self._serve_dense(layer, self.scheme.dense_weight(loaded, self.output_sizes, self.dtype))
         else:
             layer.ria_packed = pack_linear(layer, weights, self._groups(), self.dtype, self.scheme.input_dtype)
+            self.packed.check(self.prefix, layer, layer.ria_packed.parameters)
         if first:
             self._report(layer, weights)
 
@@ -165,14 +170,14 @@ class Sparse24LinearMethod(LinearMethodBase):
             raise RiaError(f"{missing} is in none of the weight files. Get them again.")
         return missing is not None
 
-    def _weights(self, loaded: dict[str, torch.Tensor], dummy: bool) -> Weights | None:
+    def _weights(self, loaded: dict[str, torch.Tensor], dummy: bool, scales: Collection[torch.dtype]) -> Weights | None:
         """What a kernel packs; None if the layer is not 2:4.
 
         Raises:
             RiaError: damaged scales or a damaged bitmask.
         """
         try:
-            return self.scheme.weights(loaded, self.output_sizes, self.dtype, dummy)
+            return self.scheme.weights(loaded, self.output_sizes, self.dtype, dummy, scales)
         except ValueError as error:
             raise RiaError(f"{' + '.join(self.names)}: {error}. The weight file is damaged; get it again.") from None
 

@@ -84,6 +84,7 @@ class LayerLoader:
 
     Attributes:
         loaded: (last part of the name, output of the layer) of every tensor loaded since the last `clear`.
+        scale_dtypes: those of the `weight_scale`s among them.
     """
 
     def __init__(self, checks: TensorChecks, row_orders: Sequence[Sequence[RowOrder]]):
@@ -91,6 +92,7 @@ class LayerLoader:
         self.shards = checks.shards
         self.row_orders = dict(zip(self.shards.linears, row_orders))
         self.loaded: set[tuple[str, ShardId]] = set()
+        self.scale_dtypes: set[torch.dtype] = set()
         self._loading = False
 
     @property
@@ -128,6 +130,8 @@ class LayerLoader:
         self.checks.check(part, tensor, shard)
         if part in self.checks.specs:
             self.loaded.update((part, output) for output in self.shards.outputs_of(shard))
+            if part == "weight_scale":
+                self.scale_dtypes.add(tensor.dtype)
         rows = self._row_order(part, tensor, shard)
         return tensor if rows is None else ReorderedRows.of(tensor, rows)
 
@@ -164,6 +168,7 @@ class LayerLoader:
     def clear(self) -> None:
         """Forget what was loaded, before the next load."""
         self.loaded.clear()
+        self.scale_dtypes.clear()
 
 
 def unwrapped(loader: Loader) -> Loader:

@@ -14,12 +14,15 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import IntFormat
 from ria_vllm.serve import marlin24
+from ria_vllm.weight_format import WeightFormat
 
 Named = tuple[str, torch.Tensor]
 
-# Symmetric weights have zero points of zero, if any; columns that are not reordered have indices in order, if any.
-# The shape repeats what other tensors say.
+# Of any quantized linear. Symmetric weights have zero points of zero, if any; columns that are not reordered have
+# indices in order, if any. The shape repeats what other tensors say.
 DROPPED = ("weight_shape", "weight_g_idx", "weight_zero_point")
+# Tensors that only a packed linear has.
+UNMISTAKABLE = ("weight_packed", "scale_packed")
 
 
 class PackedForm(Protocol):
@@ -101,30 +104,37 @@ class BytesOfFourBits:
 
 @dataclass
 class Translation:
-    """The stream of a checkpoint's tensors, with those of packed linears as the model's layers expect them.
+    """The stream of a checkpoint's tensors, with those of quantized linears as the model's layers expect them.
 
     Attributes:
         form_of: how a linear is packed; None if it is not.
+        format_of: what the values of a linear are; None if it is not quantized.
         waiting: linear -> those of its tensors that have arrived, until all have.
     """
 
     form_of: Callable[[str], PackedForm | None]
+    format_of: Callable[[str], WeightFormat | None]
     waiting: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def names(self, names: Iterable[str]) -> list[str]:
         """What the tensors called `names` will be called.
 
         Raises:
-            RiaError: a packed linear lacks a tensor.
+            RiaError: a packed linear lacks a tensor, or config.json does not say how it is packed.
         """
         found: dict[str, set[str]] = {}
         translated = []
         for name in names:
             linear, form, part = self._split(name)
-            if form is None:
-                translated.append(name)
-            elif part in form.takes:
+            if form is not None:
                 found.setdefault(linear, set()).add(part)
+            elif part in UNMISTAKABLE:
+                raise RiaError(
+                    f"{name}: no group of config.json's quantization_config.config_groups says how this linear is "
+                    "packed. config.json belongs to another model; get the files again."
+                )
+            elif not self._is_dropped(linear, part):
+                translated.append(name)
         for linear, parts in found.items():
             form = self.form_of(linear)
             assert form is not None
@@ -145,28 +155,38 @@ class Translation:
         try:
             for name, tensor in weights:
                 linear, form, part = self._split(name)
-                if form is None:
-                    yield name, tensor
-                elif part in DROPPED:
-                    _check_dropped(name, part, tensor, form)
-                else:
+                if form is not None:
                     yield from self._unpacked(linear, form, part, tensor)
-            if whole and self.waiting:
-                linear, parts = next(iter(self.waiting.items()))
-                form = self.form_of(linear)
-                assert form is not None
-                raise _absent(linear, next(part for part in form.takes if part not in parts))
+                elif self._is_dropped(linear, part):
+                    _check_dropped(name, part, tensor, self.format_of(linear))
+                else:
+                    yield name, tensor
+            if whole:
+                self.finish()
         except BaseException:  # also if the reader stops early: the next load starts from nothing
             self.waiting.clear()
             raise
 
+    def finish(self) -> None:
+        """Check, once all weights of a load have come, that no tensor waits for another. The next starts from nothing.
+
+        Raises:
+            RiaError: one does.
+        """
+        waiting, self.waiting = self.waiting, {}
+        for linear, parts in waiting.items():
+            form = self.form_of(linear)
+            assert form is not None
+            raise _absent(linear, next(part for part in form.takes if part not in parts))
+
     def _split(self, name: str) -> tuple[str, PackedForm | None, str]:
-        """Linear, how it is packed, and part; None in the middle for a tensor that stays as it is."""
+        """Linear, how it is packed, and part; None in the middle for a tensor that is no part of a packed weight."""
         linear, _, part = name.rpartition(".")
-        if part not in _PARTS:
-            return linear, None, part
-        form = self.form_of(linear)
-        return linear, form if form and part in (*form.takes, *DROPPED) else None, part
+        form = self.form_of(linear) if part in _PACKED else None
+        return linear, form if form and part in form.takes else None, part
+
+    def _is_dropped(self, linear: str, part: str) -> bool:
+        return part in DROPPED and self.format_of(linear) is not None
 
     def _unpacked(self, linear: str, form: PackedForm, part: str, tensor: torch.Tensor) -> Iterator[Named]:
         parts = self.waiting.pop(linear, {}) | {part: tensor}
@@ -181,19 +201,20 @@ class Translation:
             yield f"{linear}.{given}", values
 
 
-_PARTS = frozenset((*Marlin24.takes, *PackQuantized.takes, *BytesOfFourBits.takes, *DROPPED))
+_PACKED = frozenset((*Marlin24.takes, *PackQuantized.takes, *BytesOfFourBits.takes))
 
 
 def _absent(linear: str, part: str) -> RiaError:
     return RiaError(f"{linear}.{part} is in none of the weight files. Get them again.")
 
 
-def _check_dropped(name: str, part: str, tensor: torch.Tensor, form: PackedForm) -> None:
-    if part == "weight_zero_point" and bool((tensor != 0).any()):
+def _check_dropped(name: str, part: str, tensor: torch.Tensor, weight_format: WeightFormat | None) -> None:
+    if part == "weight_zero_point" and bool((tensor.float() != 0).any()):  # torch compares no fp8
         raise RiaError(f"{name}: asymmetric weights are not served. Quantize the model again with symmetric: true.")
     if part == "weight_g_idx" and not bool((tensor < 0).any()):  # as in compressed-tensors, -1 stands for none
         columns = torch.arange(tensor.numel(), device=tensor.device)
-        if not torch.equal(tensor.flatten().long(), columns // (form.format.group_size or max(1, len(columns)))):
+        group_size = weight_format and weight_format.group_size
+        if not torch.equal(tensor.flatten().long(), columns // (group_size or max(1, len(columns)))):
             raise RiaError(
                 f"{name}: groups of columns in the order of their activations are not served. Quantize the model again "
                 'with actorder: "weight", or without it.'

@@ -81,6 +81,12 @@ class PackedLinear:
         outputs = [call.apply(layer, x, bias) for call in self.calls]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
+    @property
+    def parameters(self) -> list[str]:
+        """The names of all parameters of the layer that it needs."""
+        names = [name for call in self.calls for name in (*call.packed, call.input_permutation)]
+        return [name for name in (*names, self.input_channels) if name is not None]
+
     def packed_bytes(self, layer: torch.nn.Module) -> int:
         return sum(getattr(layer, name).nbytes for call in self.calls for name in call.packed)
 

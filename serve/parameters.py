@@ -1,6 +1,6 @@
 """The parameters of a layer: created in the form that the checkpoint stores, replaced, and removed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +14,19 @@ from vllm.model_executor.parameter import (
     PerTensorScaleParameter,
 )
 
+from ria_vllm.errors import RiaError
 from ria_vllm.serve.loading import LayerLoader, Loader, rows_of_mamba2, unwrapped
 from ria_vllm.serve.shards import ShardId
 from ria_vllm.serve.weight_scheme import TensorSpec
 
 # `shape` repeats what the bitmask says. `input_permutation` was read before, but vLLM streams every safetensors file of
 # a folder without an index. Activations are not rounded, or get a scale for each token, so a scale from the checkpoint
-# is not needed. Zero points are zero.
+# is not needed.
 # These parameters stay on the layer, because a reload streams the tensors again, some after the layer is complete.
 IGNORED_TENSORS = {
     "shape": (2, torch.int64),
     "input_permutation": (1, torch.int32),
     "input_scale": (1, torch.float32),
-    "weight_zero_point": (1, torch.int8),
     "input_zero_point": (1, torch.int8),
 }
 
@@ -160,3 +160,37 @@ def take_parameters(layer: LinearBase, specs: Mapping[str, TensorSpec]) -> dict[
 def set_parameter(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Register a tensor as a parameter, so that vLLM counts it, moves it and refills it on a reload."""
     layer.register_parameter(name, Parameter(tensor.contiguous(), requires_grad=False))
+
+
+@dataclass
+class PackedTensors:
+    """What a kernel computes a layer with. A reload copies new tensors into the old ones, and torch would cast them.
+
+    Attributes:
+        known: (name, shape, dtype) of each; None until the layer has weights.
+    """
+
+    known: list[tuple[str, tuple[int, ...], torch.dtype]] | None = None
+
+    def check(self, name: str, layer: torch.nn.Module, packed: Iterable[str]) -> None:
+        """Check that the packed tensors are like those before; the first ones are remembered.
+
+        Args:
+            name: the layer's, for errors.
+            packed: the names of its parameters.
+
+        Raises:
+            RiaError: they differ in number, shape or dtype.
+        """
+        tensors = [(part, getattr(layer, part)) for part in packed]
+        found = [(part, tuple(tensor.shape), tensor.dtype) for part, tensor in tensors]
+        if self.known is not None and found != self.known:
+            new, old = (
+                ", ".join(f"{part} {dtype} {shape}" for part, shape, dtype in one if (part, shape, dtype) not in other)
+                for one, other in ((found, self.known), (self.known, found))
+            )
+            raise RiaError(
+                f"{name}: its new weights are packed as {new or 'fewer tensors'}, unlike those that this server "
+                f"started with ({old or 'fewer tensors'}). Start a server of the new weights instead of reloading."
+            )
+        self.known = found

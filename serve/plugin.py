@@ -3,6 +3,7 @@
 import functools
 import inspect
 from types import CodeType
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ def register() -> None:
     if QUANT_METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(QUANT_METHOD)(RiaConfig)
         watch_models()
+        watch_reloads()
 
 
 def watch_models() -> None:
@@ -58,6 +60,25 @@ def watch_models() -> None:
         record(model)
 
     utils.record_metadata_for_reloading = record_metadata_for_reloading
+
+
+def watch_reloads() -> None:
+    """Have each of our models learn that a reload has ended, when a trainer has sent all that it will send.
+
+    vLLM has no hook for that. It leaves the old weights where a layer's new ones are incomplete, with a warning.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    finalize = layerwise.finalize_layerwise_processing
+
+    @functools.wraps(finalize)
+    def finalize_layerwise_processing(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        finalize(model, *args, **kwargs)
+        finish = getattr(model, "ria_finish_reload", None)
+        if finish is not None:
+            finish()
+
+    layerwise.finalize_layerwise_processing = finalize_layerwise_processing
 
 
 def _depth_of(code: CodeType) -> int:

@@ -1,13 +1,18 @@
 """Whether weights may be reloaded into a running server, which has folded the permutations of its present weights."""
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 from vllm.config import ModelConfig
 
 from ria_vllm.checkpoint import is_compressed, read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import RiaSchema
 from ria_vllm.serve.checkpoint_files import WeightHeaders, check_weight_files, locate, permutations_of, stored_modules
+from ria_vllm.serve.compressed_tensors import CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.engine import EngineOptions
+from ria_vllm.weight_format import name_of
 
 
 def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: bool) -> None:
@@ -33,30 +38,22 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
     path = locate(model, "config.json", revision)
     if path is None:
         return  # the weights come from elsewhere, by their names
-    if is_compressed(path.parent) != (config.compressed_tensors is None):
-        raise RiaError(
-            f"{model}: its weights are stored in another form than those that this server was started with. Start a "
-            "server of that folder instead of reloading."
-        )
+    content = read_json(path)
     if config.compressed_tensors is not None:
+        _check_compressed_tensors(config, config.compressed_tensors, content, model, revision)
         return
-    schema = RiaSchema.parse(read_json(path)["quantization_config"], str(path))
+    if not is_compressed(path.parent):
+        raise _another_form(model)
+    schema = RiaSchema.parse(content["quantization_config"], str(path))
     permutations_of(model, revision, schema)
     headers = WeightHeaders(model, revision)
     check_weight_files(headers, schema)
-    pruned = {name for name, sparse in stored_modules(headers.names or []).items() if sparse}
-    if config.pruned is not None and pruned != config.pruned:
-        raise RiaError(
-            f"{model}: {min(pruned ^ config.pruned)} is pruned in the folder or on this server, but not on both. Start "
-            "a server of that folder instead of reloading."
-        )
-    stored, present_form = (
-        (one.weight_format, getattr(one, "input_activations", None)) for one in (schema, config.schema)
-    )
+    _check_pruned(config, set(headers.names or []), model)
+    stored, present_form = _form(schema), _form(config.schema)
     if stored != present_form:
         raise RiaError(
-            f"{model}: its weights are {stored[0].name}, or its activations are rounded, unlike those that this server "
-            f"was started with ({present_form[0].name}). Start a server of that folder instead of reloading."
+            f"{model}: its linears are stored with {stored}, but this server was started with {present_form}. Start a "
+            "server of that folder instead of reloading."
         )
     orders, present = ((one.permutations_digest, one.folds, one.experts) for one in (schema, config.schema))
     if orders != present:
@@ -64,3 +61,63 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
             f"{model}: its weights are stored in other channel orders than those that this server has folded. Start "
             "a server of that folder instead of reloading."
         )
+
+
+def _form(schema: RiaSchema) -> str:
+    """How the pruned linears of a folder are stored."""
+    inputs = schema.input_dtype
+    return f"{schema.weight_format.name} weights and {'unrounded' if inputs is None else name_of(inputs)} inputs"
+
+
+def _check_pruned(config: RiaConfig, names: Collection[str], model: str) -> None:
+    pruned = {name for name, sparse in stored_modules(list(names)).items() if sparse}
+    if config.pruned is not None and pruned != config.pruned:
+        raise RiaError(
+            f"{model}: {min(pruned ^ config.pruned)} is pruned in the folder or on this server, but not on both. Start "
+            "a server of that folder instead of reloading."
+        )
+
+
+def _check_compressed_tensors(
+    config: RiaConfig, present: CompressedTensorsConfig, content: Mapping[str, Any], model: str, revision: str | None
+) -> None:
+    """Check that config.json describes the same quantization of the same linears as when the server was started."""
+    stored = _quantization_of(content)
+    if not is_24_checkpoint(stored):
+        raise _another_form(model)
+    new = CompressedTensorsConfig.parse(stored)
+    if new != present:
+        raise RiaError(
+            f"{model}: its quantization_config differs from the one that this server was started with: "
+            f"{_difference(new, present)}. Start a server of that folder instead of reloading."
+        )
+    names = WeightHeaders(model, revision).names
+    if names is not None and config.translation is not None:
+        _check_pruned(config, config.translation.names(names), model)
+
+
+def _quantization_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where vLLM looks for it: the model's own, its text decoder's, or under the name that it had at first."""
+    text = content.get("text_config")
+    places = (content, "quantization_config"), (text, "quantization_config"), (content, "compression_config")
+    found = (place.get(key) for place, key in places if isinstance(place, Mapping))
+    return next((one for one in found if isinstance(one, Mapping)), {})
+
+
+def _difference(new: CompressedTensorsConfig, present: CompressedTensorsConfig) -> str:
+    """The first of the differences."""
+    if len(new.groups) != len(present.groups):
+        return f"it has {len(new.groups)} config_groups there and {len(present.groups)} here"
+    for theirs, ours in zip(new.groups, present.groups):
+        if theirs.selection != ours.selection:
+            return f"the targets of a group, or ignore, are {theirs.selection} there and {ours.selection} here"
+        if theirs != ours:
+            return f"{', '.join(ours.selection.targets[:3])} has {theirs} there and {ours} here"
+    return "kv_cache_scheme" if new.kv_cache_scheme != present.kv_cache_scheme else "sparsity_config"
+
+
+def _another_form(model: str) -> RiaError:
+    return RiaError(
+        f"{model}: its weights are stored in another form than those that this server was started with. Start a server "
+        "of that folder instead of reloading."
+    )

@@ -83,6 +83,8 @@ class WeightStream:
                 self.recent.clear()
 
         model.load_weights = load_weights
+        if translation is not None:
+            model.ria_finish_reload = translation.finish
 
     @staticmethod
     def _check(model: torch.nn.Module, before_reload: Callable[[], None]) -> None:

@@ -3,7 +3,7 @@
 vLLM calls this a scheme. It says which tensors arrive, and turns them into the parts of a weight format.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -94,7 +94,7 @@ class WeightScheme:
         strategy: for a format with one scale per row: "channel" if the checkpoint stores them so, "tensor" if it stores
             one for the whole linear.
         activations: dtype to which the checkpoint wants the linear's input rounded; None for no rounding.
-        scale_dtype: of the scales of groups in the checkpoint; float32 if it is not known, which holds the others.
+        scale_dtype: of scales of groups in the checkpoint; float32, which holds the others, if only its tensors tell.
     """
 
     format: WeightFormat = FLOAT
@@ -108,10 +108,9 @@ class WeightScheme:
         """That of all pruned linears of a checkpoint of ours."""
         weight_format = schema.weight_format
         activations = schema.input_dtype
-        if schema.weights is None or not isinstance(weight_format, IntFormat):
+        if not isinstance(weight_format, IntFormat):
             return cls(weight_format, activations=activations)
-        scale_dtype = weight_format.scale_dtype(getattr(torch, schema.weights.dtype))
-        return cls(weight_format, activations=activations, scale_dtype=scale_dtype)
+        return cls(weight_format, activations=activations, scale_dtype=weight_format.scale_dtype)
 
     @property
     def quantized(self) -> bool:
@@ -153,7 +152,12 @@ class WeightScheme:
         return TensorSpec(replace(part, dtypes=dtypes), self.scale_dtype)
 
     def weights(
-        self, loaded: Mapping[str, torch.Tensor], sizes: Sequence[int], served: torch.dtype, dummy: bool = False
+        self,
+        loaded: Mapping[str, torch.Tensor],
+        sizes: Sequence[int],
+        served: torch.dtype,
+        dummy: bool = False,
+        stored_scales: Collection[torch.dtype] = (),
     ) -> Weights | None:
         """The loaded tensors as the parts of a format that a kernel may multiply.
 
@@ -162,6 +166,8 @@ class WeightScheme:
             sizes: rows of each output of the layer.
             served: dtype of the model in vLLM.
             dummy: nothing was loaded; the values are random, and any 2:4 pattern will do.
+            stored_scales: the dtypes that the checkpoint's scales have. Scales of groups keep theirs if it is one, so
+                that their dtype does not depend on their values. Dummies are as if it were `served`.
 
         Returns:
             None if the linear was stored plain and is not 2:4, see `dense_weight`.
@@ -178,7 +184,8 @@ class WeightScheme:
             if not bool(parts["weight_scale"].isfinite().all()):
                 raise ValueError("a weight_scale is not a finite number")
             if self.format.group_size is not None and self.scale_dtype == torch.float32:
-                parts["weight_scale"] = narrowed(parts["weight_scale"], served, dummy)
+                dtypes = {served} if dummy else set(stored_scales)
+                parts["weight_scale"] = parts["weight_scale"].to(*(dtypes if len(dtypes) == 1 else ()))
         if self.dense:
             values = loaded["weight"]
             if isinstance(self.format, IntFormat):
@@ -223,17 +230,6 @@ def uneven_cut(weight_format: WeightFormat, columns: int, ranks: int) -> str | N
         f"{left}: a group of {weight_format.group_size} channels has one scale ({weight_format.name}). Use a smaller "
         "--tensor-parallel-size, or compress with a smaller --group-size."
     )
-
-
-def narrowed(scales: torch.Tensor, served: torch.dtype, dummy: bool = False) -> torch.Tensor:
-    """The same numbers in 16 bits, in the dtype `served` if possible; as they are if neither 16-bit dtype holds all.
-
-    Dummies are rounded, so that real scales may take their place.
-    """
-    for dtype in (served, torch.bfloat16, torch.float16):
-        if dtype.itemsize == 2 and (dummy or torch.equal(scales.to(dtype).float(), scales)):
-            return scales.to(dtype)
-    return scales
 
 
 def row_scales(scale: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:

@@ -23,10 +23,13 @@ class PackedLayer:
         return self.kernel.apply(self.config, x, self.packed, input_permutation, bias)
 
 
-def pack(kernel, parts: Mapping[str, torch.Tensor], format: WeightFormat = FLOAT, act_dtype=None) -> PackedLayer:
+def pack(
+    kernel, parts: Mapping[str, torch.Tensor], format: WeightFormat = FLOAT, act_dtype=None, input_dtype=None
+) -> PackedLayer:
     """`act_dtype`: by default that of float weights."""
     rows, columns = parts["bitmask"].shape[0], parts["bitmask"].shape[1] * 8
-    config = LinearLayerConfig(parts["bitmask"].device, act_dtype or parts["compressed"].dtype, format, rows, columns)
+    act_dtype = act_dtype or parts["compressed"].dtype
+    config = LinearLayerConfig(parts["bitmask"].device, act_dtype, format, rows, columns, input_dtype)
     return PackedLayer(kernel, config, kernel.pack(config, parts))
 
 

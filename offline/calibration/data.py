@@ -7,11 +7,13 @@ columns beside the text.
 
 import itertools
 import json
+from array import array
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ria_vllm.errors import RiaError
@@ -41,7 +43,13 @@ KV_CACHE_BYTES = 1 << 30
 
 
 def from_text(
-    source: str, tokenizer: Any, samples: int, seq_len: int, seed: int, asked: str | None = None
+    source: str,
+    tokenizer: Any,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    asked: str | None = None,
+    most: int | None = None,
 ) -> torch.Tensor:
     """Samples drawn from a text: windows that do not overlap, chosen and ordered by the seed.
 
@@ -52,6 +60,7 @@ def from_text(
         samples: number of samples.
         seq_len: tokens in a sample, special tokens included.
         asked: which option asks for so many, for errors; --samples, if it is None.
+        most: read no more tokens than this beyond those that are asked for; None: OVERSAMPLING decides alone.
 
     Returns:
         int64 [samples, seq_len].
@@ -64,10 +73,11 @@ def from_text(
     if width < 1:
         raise RiaError(f"--seq-len {seq_len} is too short: the tokenizer alone puts {len(start)} tokens before a text.")
     wanted = samples * width
-    tokens: list[int] = []
+    tokens = array("i")
+    enough = wanted * OVERSAMPLING if most is None else min(wanted * OVERSAMPLING, wanted + most)
     for text in documents(source, tokenizer):
-        tokens += tokenizer(text, add_special_tokens=False).input_ids
-        if len(tokens) >= wanted * OVERSAMPLING:
+        tokens.extend(tokenizer(text, add_special_tokens=False).input_ids)
+        if len(tokens) >= enough:
             break
     windows = len(tokens) // width
     if windows < samples:
@@ -77,7 +87,8 @@ def from_text(
             f"more text, or a smaller {asked.split()[0]} or --seq-len."
         )
     chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
-    body = torch.tensor(tokens[: windows * width]).view(windows, width)[chosen]
+    read = torch.from_numpy(np.frombuffer(tokens, dtype=np.intc)[: windows * width].reshape(windows, width).copy())
+    body = read[chosen].long()
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(samples, -1), body], dim=1)
 
 

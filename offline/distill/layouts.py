@@ -5,8 +5,8 @@ from functools import lru_cache
 
 import torch
 
-# Entries of a dense weight that are handled at a time; the indices have eight bytes each.
-BLOCK = 1 << 20
+# Entries of a dense weight that are handled at a time; the indices have eight bytes each. GPUs need more to do at once.
+BLOCK, GPU_BLOCK = 1 << 20, 1 << 24
 
 
 class Kept:
@@ -31,7 +31,7 @@ class Kept:
     def rows(self) -> Iterator[slice]:
         """Blocks of rows."""
         count, columns = self.bitmask.shape[0], self.bitmask.shape[1] * 8
-        step = max(1, BLOCK // columns)
+        step = max(1, (BLOCK if self.bitmask.device.type == "cpu" else GPU_BLOCK) // columns)
         return (slice(first, min(first + step, count)) for first in range(0, count, step))
 
     def take(self, dense: torch.Tensor, rows: slice) -> torch.Tensor:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from ria_vllm.checkpoint import is_compressed
 from ria_vllm.errors import RiaError
 from ria_vllm.export import companion_files
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline.calibration import data
+from ria_vllm.offline.distill.foreign import ForeignStart
 from ria_vllm.offline.distill.heldout import HeldOut
 from ria_vllm.offline.distill.logits import TwoPart
 from ria_vllm.offline.distill.parameters import AdamW, Pace
@@ -81,16 +83,28 @@ def distill(
                 f"--batch {recipe.batch} in micro-batches of {recipe.micro_batch} cannot be divided evenly among "
                 f"{ranks.size} processes. Give a multiple."
             )
-        start = Start(folder)
+        start = Start(folder) if is_compressed(folder) else ForeignStart(folder)
+        recipe = replace(recipe, compute_dtype=_compute_dtype(start, recipe.compute_dtype, device, monitor))
         kept = (f"{STATE}*", "The steps so far")
         run = fingerprint(start, teacher, recipe) | {"parts": ranks.size if settings.shard else 1}
         with work_folder(out, run, settings.overwrite, settings.resume, ranks, kept) as writer:
             return _Run(start, teacher, recipe, settings, writer, ranks, monitor).distill()
 
 
-def fingerprint(start: Start, teacher: str, recipe: Distillation) -> dict[str, Any]:
+def _compute_dtype(start: Start | ForeignStart, asked: str, device: torch.device, monitor: Monitor) -> str:
+    """The dtype to compute in."""
+    stored = start.linear(start.linears[0]).dtype
+    chosen = choose_dtype(stored, device, asked)
+    # Gradients in float16 would vanish without a scale for the loss.
+    chosen = torch.float32 if chosen == torch.float16 else chosen
+    if chosen != stored:
+        monitor.say(f"computing in {name_of(chosen)}, writing {name_of(stored)}")
+    return name_of(chosen)
+
+
+def fingerprint(start: Start | ForeignStart, teacher: str, recipe: Distillation) -> dict[str, Any]:
     """Everything that the bytes of the result depend on, as read back from JSON."""
-    paths = [start.folder / "config.json", *sorted(set(start.reader.files.values())), *map(Path, recipe.eval_text)]
+    paths = [start.folder / "config.json", *sorted(set(start.files.values())), *map(Path, recipe.eval_text)]
     paths += [Path(recipe.text)] if Path(recipe.text).is_file() else []
     dense = Path(teacher)
     paths += sorted(dense.glob("*.safetensors")) if dense.is_dir() else []
@@ -103,7 +117,7 @@ def fingerprint(start: Start, teacher: str, recipe: Distillation) -> dict[str, A
 class _Run:
     """One distillation, and what its steps need."""
 
-    start: Start
+    start: Start | ForeignStart
     teacher: str
     recipe: Distillation
     settings: Settings
@@ -113,7 +127,7 @@ class _Run:
 
     def distill(self) -> dict[str, Any]:
         recipe, monitor = self.recipe, self.monitor
-        dtype = self._dtype()
+        dtype = recipe.compute_dtype
         with monitor.phase("loading the teacher"):
             dense = TwoPart(load_model(self.teacher, self.settings.device, dtype).requires_grad_(False), self.teacher)
         vocabulary = output_head(dense.model).weight.shape[0]
@@ -161,18 +175,6 @@ class _Run:
         self.ranks.barrier()
         return report
 
-    def _dtype(self) -> str:
-        """The dtype to compute in."""
-        schema = self.start.schema
-        stored = self.start.linear(self.start.linears[0]).dtype if schema.weights is None else None
-        stored = stored or getattr(torch, schema.weights.dtype)  # type: ignore[union-attr]
-        chosen = choose_dtype(stored, self.settings.device, self.recipe.compute_dtype)
-        # Gradients in float16 would vanish without a scale for the loss.
-        chosen = torch.float32 if chosen == torch.float16 else chosen
-        if chosen != stored:
-            self.monitor.say(f"computing in {name_of(chosen)}, writing {name_of(stored)}")
-        return name_of(chosen)
-
     def _windows(self, dense: TwoPart) -> torch.Tensor:
         recipe, windows = self.recipe, None
         if self.ranks.first and self.writer.has(TEXT_KEY):
@@ -206,7 +208,8 @@ class _Run:
 
     def _student(self, dtype: str, pace: Pace) -> Student:
         recipe = self.recipe
-        model = TwoPart(load_model(str(self.start.folder), self.settings.device, dtype), str(self.start.folder))
+        name = str(self.start.folder)
+        model = TwoPart(load_model(name, self.settings.device, dtype, self.start.state()), name)
         adamw = AdamW(weight_decay=recipe.weight_decay, clip=recipe.clip)
         processes = self.ranks.size if self.settings.shard else 1
         return Student(self.start, model, adamw, pace, recipe.train, self.settings.save_memory, processes)

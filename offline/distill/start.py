@@ -1,4 +1,4 @@
-"""The 2:4 checkpoint that training starts from."""
+"""The 2:4 checkpoint that training starts from: one of our own. See `foreign` for others."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +14,7 @@ class Start:
     """A folder that ria-vllm wrote.
 
     Attributes:
+        files: tensor name -> file.
         linears: the names of pruned linears, in the order of the files.
         others: the names of all other tensors -> how to read them.
         config: config.json.
@@ -23,6 +24,7 @@ class Start:
     def __init__(self, folder: Path):
         self.folder = folder
         self.reader = Reader(folder)
+        self.files = self.reader.files
         self.config: dict[str, Any] = self.reader.config
         self.schema: RiaSchema = self.reader.schema
         self.linears: list[str] = self.reader.sparse_names
@@ -35,6 +37,10 @@ class Start:
     def dense_names(self) -> list[str]:
         """The names of the dense model's tensors."""
         return list(self.reader.dense_tensors())
+
+    def state(self) -> dict[str, torch.Tensor] | None:
+        """All tensors of the dense model, if transformers cannot read the folder by itself."""
+        return None
 
     def report(self) -> dict[str, Any]:
         """What `compress` measured."""

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ria_vllm import sparse24
 from ria_vllm.checkpoint import SparseLinear
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.distill.foreign import ForeignStart
 from ria_vllm.offline.distill.layouts import Kept, Whole
 from ria_vllm.offline.distill.logits import TwoPart
 from ria_vllm.offline.distill.loss import Loss, Top, divergence, in_chunks, next_token, relative_error
@@ -42,7 +43,7 @@ class Student:
 
     def __init__(
         self,
-        start: Start,
+        start: Start | ForeignStart,
         model: TwoPart,
         adamw: AdamW,
         pace: Pace,
@@ -140,7 +141,7 @@ def linear_tensors(linear: SparseLinear, values: torch.Tensor) -> dict[str, torc
     return tensors
 
 
-def _check_same(linear: SparseLinear, parameter: nn.Parameter, start: Start) -> None:
+def _check_same(linear: SparseLinear, parameter: nn.Parameter, start: Start | ForeignStart) -> None:
     """Check that transformers has loaded this linear into this parameter, and changed nothing."""
     if parameter.shape != linear.shape or not torch.equal(parameter.data.cpu(), linear.dense().to(parameter.dtype)):
         raise RiaError(
@@ -158,10 +159,12 @@ def _trained_linear(linear: SparseLinear, parameter: nn.Parameter, adamw: AdamW,
     return TrainedParameter(parameter, Kept(parts["bitmask"], linear.input_permutation), values, adamw, pace, rounding)
 
 
-def _others(model: nn.Module, also: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
-    """The norms' parameters and the linears' biases, as far as they are asked for."""
-    found = []
+def _others(model: Any, also: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
+    """The norms' parameters and the linears' biases, as far as they are asked for. The head's own get no gradients."""
+    found, head = [], model.get_output_embeddings()
     for path, module in model.named_modules():
+        if module is head:
+            continue
         own = dict(module.named_parameters(recurse=False))
         is_norm = bool(own) and not isinstance(module, nn.Linear) and "norm" in type(module).__name__.lower()
         for name, parameter in own.items():

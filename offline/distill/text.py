@@ -10,6 +10,9 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill.recipe import Distillation
 
+# Windows are drawn from more text than is needed, but not from more than so many tokens beyond.
+MOST_BEYOND = 1 << 24
+
 
 def training_windows(recipe: Distillation, tokenizer: Any) -> torch.Tensor:
     """Windows of the text, packed without padding, drawn and ordered by the seed.
@@ -20,10 +23,9 @@ def training_windows(recipe: Distillation, tokenizer: Any) -> torch.Tensor:
     Raises:
         RiaError: no such text, or too little of it.
     """
-    windows = data.from_text(
-        recipe.text, tokenizer, recipe.windows, recipe.seq_len, recipe.seed, asked=f"--tokens asks for {recipe.windows}"
-    )
-    return windows.int()
+    asked = f"--tokens asks for {recipe.windows}"
+    found = data.from_text(recipe.text, tokenizer, recipe.windows, recipe.seq_len, recipe.seed, asked, MOST_BEYOND)
+    return found.int()
 
 
 def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> torch.Tensor:

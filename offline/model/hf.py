@@ -49,7 +49,12 @@ def load_tokenizer(folder: str) -> Any:
         raise RiaError(f"{folder}: no tokenizer that transformers can load ({reason_of(error)}).") from error
 
 
-def load_model(folder: str, device: torch.device, compute_dtype: str | None = None) -> Any:
+def load_model(
+    folder: str,
+    device: torch.device,
+    compute_dtype: str | None = None,
+    state: dict[str, torch.Tensor] | None = None,
+) -> Any:
     """A transformers model that writes text, in evaluation mode. A compressed folder is decompressed in memory.
 
     Where the folder asks for it, pruned linears round their inputs.
@@ -57,6 +62,7 @@ def load_model(folder: str, device: torch.device, compute_dtype: str | None = No
     Args:
         folder: a folder, or the hub id of a dense model.
         compute_dtype: the dtype to compute in, one of `ria_vllm.offline.model.dtypes.CHOICES`; None: as stored.
+        state: all tensors, if transformers is not to read them from the folder itself.
 
     Raises:
         RiaError: not a model that writes text, a damaged compressed one, or a `compute_dtype` that would round its
@@ -64,14 +70,16 @@ def load_model(folder: str, device: torch.device, compute_dtype: str | None = No
     """
     stored = None if compute_dtype is None else configured_dtype(read_config(folder))
     if stored is not None:
-        return _load(folder, device, choose_dtype(stored, device, compute_dtype))
-    model = _load(folder, device, "auto")
+        return _load(folder, device, choose_dtype(stored, device, compute_dtype), state)
+    model = _load(folder, device, "auto", state)
     dtype = model.dtype if compute_dtype is None else choose_dtype(model.dtype, device, compute_dtype)
     # Loaded again, not cast: what the model computes for itself during loading was rounded to the first dtype.
-    return model if dtype == model.dtype else _load(folder, device, dtype)
+    return model if dtype == model.dtype else _load(folder, device, dtype, state)
 
 
-def _load(folder: str, device: torch.device, dtype: torch.dtype | str) -> Any:
+def _load(
+    folder: str, device: torch.device, dtype: torch.dtype | str, state: dict[str, torch.Tensor] | None = None
+) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -80,15 +88,15 @@ def _load(folder: str, device: torch.device, dtype: torch.dtype | str) -> Any:
     # Weights that do not fit are refused below, by name; transformers' own message only says which flag ignores them.
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _loading(folder):
-        if not is_compressed(Path(folder)):
+        reader = Reader(folder) if is_compressed(Path(folder)) else None
+        if state is None and reader is None:
             model, info = architecture.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
         else:
-            reader = Reader(folder)
-            state = dense_state(reader)
+            state = dense_state(reader) if state is None else state
             del config.quantization_config
             kind = config.dtype or "auto" if dtype == "auto" else dtype
             model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
-            if reader.schema.input_dtype is not None:
+            if reader is not None and reader.schema.input_dtype is not None:
                 round_inputs(model, _pruned_parameters(model, reader), folder)
     if output_head(model) is None:
         raise RiaError(

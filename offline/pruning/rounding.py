@@ -58,12 +58,12 @@ def round_on_mask(
 
     Returns:
         (W'' [out, in] float32, integers times scales, zero outside the mask; the scales [out, 1] or
-        [out, in / scale_columns], as they are stored.) If `solved` is float32, W'' takes its place in memory. No row
+        [out, in / group_size], as they are stored.) If `solved` is float32, W'' takes its place in memory. No row
         has a larger damped error than W' rounded to the nearest integers, be it by `nearest_scales` or by the scales
         that fit its largest magnitudes.
     """
     solved = solved.float()
-    columns = weight_format.scale_columns
+    columns = weight_format.group_size
     system = _System(gram, p, damping, columns or BLOCK)
     back = None if p is None else permutation.invert(p)
     scales = []
@@ -74,7 +74,7 @@ def round_on_mask(
         W, kept = _take(solved[rows], p), _take(mask[rows], p)
         searched = nearest_scales(W, weight_format, dtype, system.diagonal)
         found = _Rows.nearest(W, searched, system, target, weight_format)
-        found.replace_where_worse(_Rows.nearest(W, weight_format.scales_of(W, dtype), system, target, weight_format))
+        found.replace_where_worse(_Rows.nearest(W, weight_format.scales_of(W), system, target, weight_format))
         del W
         for _ in range(passes):
             found.descend(kept, system, target)
@@ -94,9 +94,9 @@ def nearest_scales(
         importance: [in], what a squared error in each column costs; None: the same in all.
 
     Returns:
-        [out, 1] or [out, in / scale_columns], positive, in the dtype that they are stored in.
+        [out, 1] or [out, in / group_size], positive, in the dtype that they are stored in.
     """
-    found = weight_format.scales_of(weight, dtype)
+    found = weight_format.scales_of(weight)
     groups = (found.shape[1], -1)
     low, high = weight_format.smallest, weight_format.largest
     cost = None if importance is None else importance.float().view(groups)
@@ -162,7 +162,7 @@ class _Rows:
     def __init__(self, values: torch.Tensor, scales: torch.Tensor, weight_format: IntFormat):
         self.values, self.scales, self.scale_dtype = values, scales.float().clone(), scales.dtype
         self.low, self.high = weight_format.smallest, weight_format.largest
-        self.per_row = weight_format.scale_columns is None
+        self.per_row = weight_format.group_size is None
         self.gradient = values  # until it is computed
 
     @classmethod

@@ -85,7 +85,8 @@ class Encoder:
             # Scales that calibration has chosen may round better than those of the largest magnitudes.
             old = before.parts["weight_scale"]
             closer = _errors(before.format.quantize(stored, before.dtype, old)[0], stored, old)
-            scales = torch.where(closer <= _errors(rounded, stored, old), old, scales.to(old.dtype))
+            scales = scales.to(old.dtype).clamp_min(torch.finfo(old.dtype).tiny)  # float16 has fewer exponents
+            scales = torch.where(closer <= _errors(rounded, stored, old), old, scales)
             rounded, scales = before.format.quantize(stored, before.dtype, scales)
         self._check(before.name, rounded, before.shape)
         parts = before.format.encode(rounded, mask, scales)

@@ -19,8 +19,8 @@ RESULT = {
             "in_features": 64,
             "threads": 1,
             "tokens": tokens,
-            "dense_seconds": {"bfloat16": 8.0, "float32": 4.0, "W8A8": w8a8},
-            "sparse_seconds": {"bfloat16": 2.0, "float32": 1.0, "int8": 4.0},
+            "dense_seconds": {"bfloat16": 8.0, "float32": 4.0, "W8A8": w8a8, "W4A16": 9.0},
+            "sparse_seconds": {"bfloat16": 2.0, "float32": 1.0, "int8": 4.0, "int4": 0.5},
         }
         for tokens, w8a8 in ((1, 6.0), (64, 3.0))
     ]
@@ -31,13 +31,14 @@ def test_tables_name_the_fastest_dense_baseline():
     cells = cpu_kernels.table(RESULT, "bfloat16").splitlines()[-1]
     assert cells == "| some (8 x 64) | 1 | 2.00 (float32) | 1.50 (W8A8) |"
     assert cpu_kernels.table(RESULT, "int8", "W8A8").splitlines()[-1] == "| some (8 x 64) | 1 | 1.50 | 0.75 |"
+    assert cpu_kernels.table(RESULT, "int4", "W4A16").splitlines()[-1] == "| some (8 x 64) | 1 | 18.00 | 18.00 |"
     line = cpu_kernels.describe(RESULT["rows"][1], 1e9)
     assert "best W8A8" in line and "float32 1000.000 (3.00x best, 4.00x float32)" in line
 
 
 def test_every_dense_baseline_is_correct():
     torch.manual_seed(0)
-    weight, x = torch.randn(48, 128), torch.randn(5, 128)
+    weight, x = torch.randn(64, 128), torch.randn(5, 128)
     exact = x.double() @ weight.double().T
     size = x.double().abs() @ weight.double().abs().T
     for dtype in (torch.bfloat16, torch.float32):
@@ -46,10 +47,14 @@ def test_every_dense_baseline_is_correct():
         y = cpu_dense.w8a8(weight, dtype)(x.to(dtype))
         # Two roundings, each by up to half of 1/127 of the largest value, which is below four times the mean.
         assert y.dtype == dtype and ((y.double() - exact).abs() <= 4 / 127 * size).all()
+    y = cpu_dense.w4a16(weight, 64)(x.bfloat16())
+    # Weights are rounded by up to half of 1/7 of the largest in a group, which is below four times the mean.
+    assert y.dtype == torch.bfloat16 and ((y.double() - exact).abs() <= 2 / 7 * size).all()
+    assert ((y.double() - exact).norm() <= 0.15 * exact.norm()).all()
 
 
 def test_every_variant_is_measured_and_a_slow_baseline_only_twice(monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "SHAPES", {"small": (48, 128)})
+    monkeypatch.setattr(cpu_kernels, "SHAPES", {"small": (64, 128)})
     monkeypatch.setattr(cpu_kernels, "ROTATED_BYTES", 1)
     monkeypatch.setattr(cpu_kernels, "read_bandwidth", lambda: 1e9)
     calls = []

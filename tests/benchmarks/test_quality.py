@@ -33,6 +33,11 @@ def test_every_way_has_a_row_and_finished_rows_are_kept(tiny, text, tmp_path, mo
     assert run(tiny, text, tmp_path, *ways) == first
 
 
+def test_a_group_size_is_a_number_or_a_row():
+    assert options_of("weights=int4 group_size=64") == {"weights": "int4", "group_size": 64}
+    assert options_of("group_size=row") == {"group_size": "row"}
+
+
 @pytest.mark.parametrize("way", ["method", "pattern=2:4", "speed=9"])
 def test_an_option_that_compress_does_not_have(way):
     with pytest.raises(RiaError, match="NAME=VALUE"):

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import compressed_tensors_checkpoints
 import pytest
+import tiny
 import torch
 from compare import check, generate, prompts
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from safetensors.torch import load_file
 
 from ria_vllm import formats, sparse24
@@ -220,6 +222,26 @@ def test_a_group_that_names_a_linear_goes_first():
     chosen = RiaConfig.from_config(config(config_groups=groups))
     assert chosen.scheme("model.layers.0.mlp.down_proj").strategy == "tensor"
     assert chosen.scheme("model.layers.0.mlp.up_proj").strategy == "channel"
+
+
+def test_overlapping_groups_go_to_the_most_specific_target():
+    """As compressed-tensors itself decides when it applies the config to a model."""
+    down = "re:model.*down_proj", "re:.*[13].mlp.down_proj", "model.layers.0.mlp.down_proj"
+    targets = ["Linear", *down, "re:.*o_proj", "re:.*o_proj"]
+    sizes = [32, 64, 128]
+    ways = [{"strategy": "tensor"}, {"strategy": "channel"}, *({"strategy": "group", "group_size": g} for g in sizes)]
+    ways = [{"num_bits": bits, "type": "int"} | way for bits in (4, 8) for way in ways]
+    of_groups = {str(i): {"targets": [one], "weights": way} for i, (one, way) in enumerate(zip(targets, ways))}
+    chosen = RiaConfig.from_config(config(sparsity={"format": "dense"}, config_groups=of_groups))
+    model = tiny.model_of(tiny.FAMILIES["llama-gqa"], num_hidden_layers=3)
+    apply_quantization_config(model, QuantizationConfig(config_groups=of_groups, quantization_status="initialized"))
+    taken = set()
+    for name in tiny.linears(model):
+        scheme, args = chosen.scheme(name), model.get_submodule(name).quantization_scheme.weights
+        theirs = (args.num_bits, args.group_size, args.strategy == "tensor")
+        assert (scheme.format.num_bits, scheme.format.group_size, scheme.strategy == "tensor") == theirs, name
+        taken.add(theirs)
+    assert len(taken) == len(targets) - 1  # of two groups with one target, the last is taken
 
 
 def test_targets_and_ignore():

@@ -83,6 +83,9 @@ GROUP = ("config_groups", "group_0")
         ((*GROUP, "weights", "type"), None, r"group_0: .*are not served"),
         ((*GROUP, "weights", "strategy"), {}, r"group_0: .*are not served"),
         ((*GROUP, "weights", "symmetric"), "yes", r"group_0: .*are not served"),
+        ((*GROUP, "weights", "actorder"), "group", r"group_0\.weights\.actorder: 'group' is not served"),
+        ((*GROUP, "weights", "actorder"), "Dynamic", r"group_0\.weights\.actorder: 'Dynamic' is not served"),
+        ((*GROUP, "weights", "actorder"), ["weight"], r"group_0\.weights\.actorder: \['weight'\] is not served"),
         ((*GROUP, "input_activations"), "fp8", r"group_0\.input_activations is 'fp8'"),
         ((*GROUP, "format"), "pack-quantized", r"group_0\.format: 'pack-quantized' is not served"),
         (("kv_cache_scheme",), "fp8", r"kv_cache_scheme is 'fp8'"),
@@ -104,6 +107,11 @@ def test_the_wrong_key_is_named(path, value, message):
 @pytest.mark.parametrize("path", [("ignore",), ("config_groups",), ("kv_cache_scheme",), ("sparsity_config", "ignore")])
 def test_null_means_absent(path):
     CompressedTensorsConfig.parse(changed(path, None))
+
+
+@pytest.mark.parametrize("order", [None, "weight", "static", False])
+def test_orders_that_do_not_matter(order):
+    CompressedTensorsConfig.parse(changed((*GROUP, "weights", "actorder"), order))
 
 
 def test_a_name_that_is_too_long():

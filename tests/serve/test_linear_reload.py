@@ -6,6 +6,8 @@ import pytest
 import torch
 from compressed_tensors_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
 from stored import Stored
+from test_marlin24 import tensors as marlin_tensors
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -14,6 +16,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from ria_vllm.errors import RiaError
+from ria_vllm.serve.config import RiaConfig
 
 pytestmark = pytest.mark.usefixtures("ranks")
 
@@ -43,8 +46,8 @@ QUANTIZED = pytest.mark.parametrize(
     [
         {"weights": FLOAT, "inputs": BY_TOKEN},
         {"weights": FLOAT, "inputs": BY_TENSOR, "strategy": "tensor"},
-        {"weights": INT, "inputs": INT},
-        {"weights": INT, "inputs": INT, "strategy": "tensor"},
+        {"weights": INT, "inputs": None},
+        {"weights": INT, "inputs": None, "strategy": "tensor"},
     ],
 )
 
@@ -127,3 +130,65 @@ def test_a_reload_that_lacks_a_tensor_is_refused():
     torch.testing.assert_close(layer(x).double(), other.apply(x, "fc"), rtol=0, atol=2e-5)
     with pytest.raises(RiaError, match=r"fc\.compressed is in none of the weight files"):
         reload(model, lambda: stream(first, "bitmask"))
+
+
+FOUR_BITS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+
+
+def in_groups(form, group_size):
+    config = RiaConfig.from_config(
+        {
+            "quant_method": "compressed-tensors", "format": form,
+            "sparsity_config": {"format": "dense", "sparsity_structure": "2:4", "targets": ["Linear"]},
+            "config_groups": {"0": {"targets": ["Linear"], "weights": FOUR_BITS | {"group_size": group_size}}},
+        }
+    )  # fmt: skip
+    layer = ReplicatedLinear(
+        256, 64, bias=False, quant_config=config, prefix="fc", params_dtype=torch.bfloat16, return_bias=False
+    )
+    model = torch.nn.Sequential(layer)
+    record_metadata_for_reloading(model)
+    for parameter in layer.parameters():
+        parameter.data = torch.randint(0, 100, parameter.shape).to(parameter.dtype)
+    return model, config
+
+
+def stream_packed(model, config, tensors):
+    for name, tensor in config.translation.translate([(f"fc.{n}", t) for n, t in tensors.items()], whole=True):
+        parameter = getattr(model[0], name.removeprefix("fc."))
+        parameter.weight_loader(parameter, tensor)
+
+
+@pytest.fixture
+def dummies(ranks):
+    get_current_vllm_config().load_config.load_format = "dummy"
+
+
+def test_dummies_of_marlin_have_the_scales_of_real_weights(dummies):
+    model, config = in_groups("marlin-24", 128)
+    model[0].quant_method.process_weights_after_loading(model[0])
+    stored = marlin_tensors(bits=4, size=128, rows=64, columns=256)
+    stored["weight_packed"] = torch.randint(-(2**31), 2**31, stored["weight_packed"].shape).int()
+    stored["scale_packed"] = torch.rand(2, 64).half() / 100
+    reload(model, lambda: stream_packed(model, config, stored))
+    other, config = in_groups("marlin-24", 128)
+    stream_packed(other, config, stored)
+    other[0].quant_method.process_weights_after_loading(other[0])
+    x = torch.randn(3, 256).bfloat16()
+    assert torch.equal(model[0](x), other[0](x))
+    for name in other[0].ria_packed.parameters:
+        assert torch.equal(getattr(model[0], name), getattr(other[0], name))
+
+
+@pytest.mark.parametrize("real", [torch.bfloat16, torch.float16, torch.float32])
+def test_dummies_whose_scales_cannot_hold_the_real_ones_are_refused(dummies, real):
+    """torch would round them as it copies them."""
+    model, config = in_groups("pack-quantized", 64)
+    model[0].quant_method.process_weights_after_loading(model[0])
+    words = torch.full((64, 32), 0x8F858F85 - 2**32, dtype=torch.int32)  # -3, 0, 7, 0 and again
+    stored = {"weight_packed": words, "weight_scale": torch.ones(64, 4, dtype=real)}
+    if real == torch.bfloat16:
+        reload(model, lambda: stream_packed(model, config, stored))
+        return
+    with pytest.raises(RiaError, match=r"fc: its new weights are packed as .*, unlike those .*Start a server"):
+        reload(model, lambda: stream_packed(model, config, stored))

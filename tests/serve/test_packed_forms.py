@@ -6,15 +6,17 @@ from compressed_tensors_writer import Writer, needs_writer, random_24, scales_of
 from test_marlin24 import arguments, tensors
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import INTEGERS
+from ria_vllm.formats import FP8, INTEGERS
 from ria_vllm.serve.packed_forms import BytesOfFourBits, Marlin24, PackQuantized, Translation
 from ria_vllm.serve.weight_scheme import WeightScheme
 
 PLAIN = {"norm.weight": torch.ones(4), "fc.bias": torch.ones(64)}
 
 
-def translation(form):
-    return Translation(lambda name: form if name.startswith("fc") else None)
+def translation(form, weight_format=None):
+    """`fc...` are quantized: in `form`, or stored as they are in `weight_format`."""
+    weight_format = form.format if form else weight_format
+    return Translation(*(lambda name, it=it: it if name.startswith("fc") else None for it in (form, weight_format)))
 
 
 def marlin(**shape):
@@ -65,9 +67,17 @@ def test_names():
     packed = translation(PackQuantized(INTEGERS[4, 128]))
     stored = [*PLAIN, "fc.weight_packed", "fc.weight_scale", "fc.weight_shape"]
     assert sorted(packed.names(stored)) == sorted([*PLAIN, "fc.weight", "fc.weight_scale"])
-    assert translation(None).names(names) == names
+    unpacked = [*PLAIN, "fc.weight", "fc.weight_scale", "fc.weight_zero_point", "fc.meta"]
+    assert translation(None).names(unpacked) == unpacked
+    unpacked.remove("fc.weight_zero_point")
+    assert (
+        translation(None, INTEGERS[8, None]).names([*unpacked, "fc.weight_zero_point", "fc.weight_g_idx"]) == unpacked
+    )
     with pytest.raises(RiaError, match=r"fc\.meta is in none of the weight files"):
         translation(Marlin24(INTEGERS[4, 128])).names(["fc.weight_packed", "fc.scale_packed"])
+    for part in ("weight_packed", "scale_packed"):
+        with pytest.raises(RiaError, match=rf"gate\.{part}: no group of .* says how this linear is packed"):
+            translation(Marlin24(INTEGERS[4, 128])).names([*names, f"gate.{part}"])
 
 
 @pytest.mark.parametrize(
@@ -88,6 +98,22 @@ def test_damage_is_named(form, stored, message):
     weights = [(f"fc.{name}", tensor) for name, tensor in stored.items()]
     with pytest.raises(RiaError, match=message):
         list(translation(form(INTEGERS[4, 128])).translate(weights, whole=True))
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "stored", "message"),
+    [
+        (INTEGERS[8, None], {"weight_zero_point": torch.tensor([[0], [3]], dtype=torch.int8)}, "asymmetric"),
+        (FP8, {"weight_zero_point": torch.tensor([0.5]).to(torch.float8_e4m3fn)}, "asymmetric"),
+        (INTEGERS[8, 32], {"weight_g_idx": torch.tensor([0, 1] * 32)}, ".*actorder"),
+    ],
+)
+def test_linears_that_are_not_packed_may_not_be_asymmetric_either(weight_format, stored, message):
+    weights = [(f"fc.{name}", tensor) for name, tensor in stored.items()]
+    with pytest.raises(RiaError, match=rf"{weights[0][0]}: {message}"):
+        list(translation(None, weight_format).translate(weights, whole=True))
+    harmless = [(name, torch.zeros_like(tensor)) for name, tensor in weights if name.endswith("zero_point")]
+    assert not list(translation(None, weight_format).translate(harmless, whole=True))
 
 
 @pytest.mark.parametrize("index", [torch.arange(256) // 128, torch.full((256,), -1)])
@@ -138,7 +164,7 @@ def test_it_is_what_compressed_tensors_wrote(written, case, spoiled):
         part: spec.shape(96, 256) for part, spec in specs.items()
     }
     loaded = {part: torch.zeros(tensor.shape, dtype=specs[part].dtype).copy_(tensor) for part, tensor in got.items()}
-    weights = scheme.weights(loaded, [96], torch.bfloat16)
+    weights = scheme.weights(loaded, [96], torch.bfloat16, stored_scales={got["weight_scale"].dtype})
     if spoiled:
         assert weights is None
         assert torch.equal(scheme.dense_weight(loaded, [96], torch.float32), written[f"{name}.exact"])

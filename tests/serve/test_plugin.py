@@ -1,10 +1,18 @@
 """When the plugin sees a model that vLLM builds."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from gated_model import Model, stored_model
+from test_marlin24 import tensors
 from vllm.config import get_current_vllm_config
 
+from ria_vllm.errors import RiaError
+from ria_vllm.formats import INTEGERS
 from ria_vllm.serve import layer_matching, plugin
+from ria_vllm.serve.packed_forms import Marlin24, Translation
+from ria_vllm.serve.stream import WeightStream
 
 
 def test_models_inside_a_model_wait_for_the_outermost(ranks, monkeypatch):
@@ -37,3 +45,34 @@ def test_models_inside_a_model_wait_for_the_outermost(ranks, monkeypatch):
         utils.initialize_model(config, model_class=Failing, model_config=config.model_config)
     utils.initialize_model(config, model_class=Outer, model_config=config.model_config)
     assert matched == [Outer]
+
+
+def test_pieces_of_an_update_that_ended_do_not_go_into_the_next(engine, monkeypatch):
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+        layerwise,
+    )
+
+    monkeypatch.setattr(layerwise, "finalize_layerwise_processing", layerwise.finalize_layerwise_processing)
+    plugin.watch_reloads()
+    form, loaded = Marlin24(INTEGERS[4, 128]), []
+    model = torch.nn.Linear(4, 4)
+    model.load_weights = lambda weights: loaded.extend(name for name, _ in weights)
+    translation = Translation(lambda name: form, lambda name: form.format)
+    WeightStream().attach(model, lambda from_files: None, translation=translation)
+    layerwise.record_metadata_for_reloading(model)
+
+    def update(*pieces):
+        initialize_layerwise_reload(model)
+        for piece in pieces:
+            model.load_weights([(f"fc.{piece}", tensors()[piece])])
+        finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
+
+    with pytest.raises(RiaError, match=r"fc\.scale_packed is in none of the weight files"):
+        update("weight_packed")
+    with pytest.raises(RiaError, match=r"fc\.weight_packed is in none of the weight files"):
+        update("scale_packed", "meta")
+    assert not loaded
+    update("scale_packed", "weight_packed", "meta")
+    assert len(loaded) == 3

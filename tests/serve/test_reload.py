@@ -1,8 +1,10 @@
 """Which weights a running server may load: those that are stored as the ones that it started with."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
+import compressed_tensors_checkpoints
 import pytest
 import tiny
 import torch
@@ -49,11 +51,13 @@ def test_a_reload_in_another_format(copy):
     """`compress --overwrite --weights int4` under a running server."""
     config = config_of(copy)
     tiny.write(tiny.FAMILIES["llama-gqa"], copy, weights="int4-g64")
-    with pytest.raises(RiaError, match=r"its weights are int4-g64, .*unlike those .*\(float\)\. Start a server"):
+    with pytest.raises(
+        RiaError, match="int4-g64 weights and unrounded inputs, .* float weights and unrounded inputs. S"
+    ):
         reload_from(config, copy)
     config = config_of(copy)
     tiny.write(tiny.FAMILIES["llama-gqa"], copy, weights="int4-g64", rounded=True)
-    with pytest.raises(RiaError, match="or its activations are rounded, unlike"):
+    with pytest.raises(RiaError, match="int4-g64 weights and int8 inputs, .* int4-g64 weights and unrounded inputs"):
         reload_from(config, copy)
 
 
@@ -79,6 +83,61 @@ def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):
         (copy / "config.json").write_text(json.dumps(content | {"quantization_config": quantization}))
         with pytest.raises(RiaError, match="stored in another form"):
             reload_from(ours, copy)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A folder of compressed-tensors: int8 by channel, inputs by token."""
+    folder = tmp_path_factory.mktemp("theirs")
+    compressed_tensors_checkpoints.write(folder, "sparse-24-bitmask", "int")
+    return folder
+
+
+def by_tensor(groups):
+    groups["group_0"]["weights"]["strategy"] = "tensor"
+
+
+def unrounded(groups):
+    groups["group_0"]["input_activations"] = None
+
+
+def narrower(groups):
+    groups["group_0"]["targets"] = ["re:.*down_proj"]
+
+
+def another(groups):
+    groups["group_1"] = groups["group_0"] | {"targets": ["re:.*down_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            unrounded,
+            r"Linear has int8 weights \(a scale per channel\) and unrounded inputs there and .* and int8 inputs",
+        ),
+        (by_tensor, r"Linear has int8 weights \(a scale per tensor\) and int8 inputs there and .*channel"),
+        (narrower, "the targets of a group, or ignore, are .*down_proj"),
+        (another, "2 config_groups there and 1 here"),
+    ],
+)
+def test_a_reload_of_other_peoples_weights_that_are_quantized_otherwise(theirs, tmp_path, change, message):
+    config = config_of(theirs)
+    reload_from(config, theirs)
+    folder = shutil.copytree(theirs, tmp_path / "other")
+    content = json.loads((folder / "config.json").read_text())
+    change(content["quantization_config"]["config_groups"])
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(RiaError, match=f"{message}.*Start a server"):
+        reload_from(config, folder)
+
+
+def test_a_reload_of_other_peoples_weights_that_prunes_other_linears(theirs, tmp_path):
+    config = config_of(theirs)
+    compressed_tensors_checkpoints.write(tmp_path, "sparse-24-bitmask", "int", spoiled="1.mlp.down_proj")
+    shutil.copyfile(theirs / "config.json", tmp_path / "config.json")
+    with pytest.raises(RiaError, match=r"model\.layers\.1\.mlp\.down_proj is pruned in the folder or on this server"):
+        reload_from(config, tmp_path)
 
 
 def test_a_reload_is_checked_against_the_present_folder(checkpoint, copy):

@@ -5,7 +5,7 @@ import torch
 
 from ria_vllm import sparse24
 from ria_vllm.formats import INTEGERS
-from ria_vllm.serve.weight_scheme import WeightScheme, narrowed, row_scales
+from ria_vllm.serve.weight_scheme import WeightScheme, row_scales
 
 
 def test_dummies_get_a_valid_bitmask():
@@ -21,14 +21,19 @@ def test_scales_of_rows():
     assert row_scales(torch.tensor([[2.0], [5.0]]), (1, 1)).tolist() == [[2.0], [5.0]]
 
 
-def test_scales_are_narrowed_without_loss():
-    scales = {dtype: torch.tensor([[1 / 3, 2e-6]]).to(dtype).float() for dtype in (torch.bfloat16, torch.float16)}
-    for stored, numbers in scales.items():
-        for served in (torch.bfloat16, torch.float16, torch.float32):
-            assert narrowed(numbers, served).dtype == stored
-    odd = torch.tensor([[1 / 3]])
-    assert narrowed(odd, torch.bfloat16) is odd
-    assert narrowed(odd, torch.float16, dummy=True).dtype == torch.float16
+def test_scales_of_groups_keep_their_dtype_whatever_their_values():
+    scheme = WeightScheme(INTEGERS[4, 32])
+    for numbers in (torch.tensor([[1 / 3, 2e-6]] * 8), torch.ones(8, 2)):
+        loaded = {"compressed": torch.zeros(8, 16, dtype=torch.uint8), "bitmask": torch.full((8, 8), 0b00110011).byte()}
+        for stored in (torch.bfloat16, torch.float16, torch.float32):
+            loaded["weight_scale"] = numbers.to(stored).float()
+            weights = scheme.weights(loaded, (8,), torch.bfloat16, stored_scales={stored})
+            assert weights.parts["weight_scale"].dtype == stored
+            assert torch.equal(weights.parts["weight_scale"].float(), loaded["weight_scale"])
+        mixed = scheme.weights(loaded, (8,), torch.bfloat16, stored_scales={torch.float16, torch.bfloat16})
+        assert mixed.parts["weight_scale"].dtype == torch.float32
+        dummies = scheme.weights(loaded, (8,), torch.float16, dummy=True)
+        assert dummies.parts["weight_scale"].dtype == torch.float16
 
 
 @pytest.mark.parametrize(("bits", "size"), [(4, 64), (8, None)])

@@ -1,6 +1,6 @@
 """The product on CPUs: our own C++ kernels (csrc), the instruction set chosen at run time.
 
-`RIA_VLLM_CPU_ISA` forces a lower set: avx512_bf16, avx512, avx2 or portable.
+`RIA_VLLM_CPU_ISA` forces a lower set: avx512_bf16, avx512_vnni, avx512, avx_vnni, avx2 or portable.
 """
 
 import ctypes
@@ -43,7 +43,7 @@ if LOADED:
         return x.new_empty(*x.shape[:-1], out_features)
 
     @torch.library.register_fake("ria::sparse24_pack.cpu")
-    def _fake_pack(compressed, bitmask, scales, group_size):
+    def _fake_pack(compressed, bitmask, scales, group_size, int8_activations=False):
         weight_format, dtype = stored_format(compressed, scales, group_size)
         return bitmask.new_empty(packed_bytes(bitmask.shape[0], bitmask.shape[1] * 8, weight_format, dtype))
 
@@ -70,11 +70,11 @@ def packed_bytes(out_features: int, in_features: int, weight_format: WeightForma
 
 def unsupported(weight_format: WeightFormat, act_dtype: torch.dtype, input_dtype: torch.dtype | None) -> str | None:
     """Why no product here takes these weights and activations, or None."""
-    if input_dtype is not None:
-        return f"no {name_of(input_dtype)} inputs"
+    if input_dtype not in (None, torch.int8) or (input_dtype and weight_format == FLOAT):
+        return f"no {name_of(input_dtype)} inputs with {weight_format.name} weights"
     if weight_format != FLOAT and not isinstance(weight_format, IntFormat):
         return f"no {weight_format.name} weights; {FLOAT.name}, {INT8.name} and {INT4.name} only"
-    if weight_format != FLOAT and act_dtype != torch.bfloat16:
+    if weight_format != FLOAT and input_dtype is None and act_dtype != torch.bfloat16:
         return f"{weight_format.name} weights with {name_of(act_dtype)} activations; bfloat16 only"
     if act_dtype not in sparse24.VALUE_DTYPES:
         return f"dtype {name_of(act_dtype)}; {', '.join(map(name_of, sparse24.VALUE_DTYPES))} only"
@@ -105,7 +105,7 @@ def instruction_set() -> str:
 
 
 class CpuKernel:
-    """See `LinearKernel`. int8 and int4 weights require bfloat16 activations."""
+    """See `LinearKernel`. int8 and int4 weights require bfloat16 activations, or any that are rounded to int8."""
 
     name: ClassVar[str] = "cpu"
     is_fallback: ClassVar[bool] = False
@@ -134,9 +134,9 @@ class CpuKernel:
         Raises:
             RuntimeError: shapes or dtypes do not fit, or a group does not keep exactly two values; it is named.
         """
-        scales = stored_scales(config.weight_format, parts)
+        scales, to_int8 = stored_scales(config.weight_format, parts), config.input_dtype == torch.int8
         compressed, bitmask = parts["compressed"].contiguous(), parts["bitmask"].contiguous()
-        return (torch.ops.ria.sparse24_pack.cpu(compressed, bitmask, scales, config.group_size or 0),)
+        return (torch.ops.ria.sparse24_pack.cpu(compressed, bitmask, scales, config.group_size or 0, to_int8),)
 
     @staticmethod
     def apply(

@@ -8,6 +8,7 @@ import torch
 
 from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.cpu import backend
+from ria_vllm.weight_format import name_of
 
 # Their numbers in csrc/kernels.h.
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglustep")
@@ -41,7 +42,9 @@ class CpuExpertsKernel:
     def can_implement(config: ExpertsLayerConfig) -> str | None:
         if config.activation.name not in _ACTIVATIONS:
             return f"no activation {config.activation.name}; {', '.join(_ACTIVATIONS)} only"
-        return backend.unsupported(config.weight_format, config.act_dtype, config.input_dtype)
+        if config.input_dtype is not None:
+            return f"no {name_of(config.input_dtype)} inputs"
+        return backend.unsupported(config.weight_format, config.act_dtype, None)
 
     @staticmethod
     def pack(

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from compressing import digests
@@ -172,6 +173,30 @@ def test_two_processes_give_what_one_gives(options, pruned, text, tmp_path):
     for name in one.files:
         a, b, first = (reader.tensor(name).double() for reader in (one, two, before))
         assert torch.allclose(a, b, rtol=1e-3, atol=0.05 * float((a - first).abs().max()) + 1e-9), name
+
+
+@pytest.mark.slow
+def test_a_divided_run_that_was_killed_is_resumed(pruned, text, tmp_path):
+    dense, folder = pruned()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole = [*torchrun, *command(dense, folder, tmp_path / "whole", text, "--shard")]
+    subprocess.run(whole, check=True, capture_output=True, env=environment)
+    out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
+    again = [*torchrun, *command(dense, folder, out, text, "--shard", "--resume")]
+    process = subprocess.Popen(
+        again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=environment
+    )
+    while process.poll() is None and not list(units.glob("state-000000006-*-1-of-2*")):
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for worker in [p for p in psutil.process_iter(["cmdline"]) if str(out) in (p.info["cmdline"] or [])]:
+        worker.kill()
+        worker.wait()
+    assert not out.exists()
+    subprocess.run(again, check=True, capture_output=True, env=environment)
+    assert digests(tmp_path / "whole") == digests(out)
 
 
 def test_another_run_is_not_resumed(pruned, text, tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def test_against_every_point_of_the_grid(seed):
 def test_each_pass_lowers_the_error_of_every_row(weight_format, tokens):
     W, X, keep, p, R = layer(40, 256, tokens)
     solved = admm(W, X.T @ X, keep, cross_term=R.T @ X)
-    scales = [None, weight_format.scales_of(solved[:, p], torch.bfloat16)]
+    scales = [None, weight_format.scales_of(solved[:, p])]
     scales[0] = nearest_scales(solved[:, p], weight_format, torch.bfloat16, damped(X, R, 0.1)[0].square().sum(0)[p])
     plain = torch.stack([errors(in_order(solved, p, weight_format, s), W, *damped(X, R, 0.1)) for s in scales])
     last, first = plain.amin(0), None
@@ -92,7 +92,7 @@ def test_each_pass_lowers_the_error_of_every_row(weight_format, tokens):
 def test_the_result_is_what_is_read_back(weight_format, dtype):
     W, X, keep, p, R = layer(24, 128, 300)
     V, scales = round_on_mask(W.to(dtype), admm(W, X.T @ X, keep), keep, gram_of(X), weight_format, dtype, R.T @ X, p)
-    assert scales.dtype == weight_format.scale_dtype(dtype)
+    assert scales.dtype == weight_format.scale_dtype
     stored, same = weight_format.quantize(V[:, p], dtype, scales)
     assert same is scales and torch.equal(stored, V[:, p].to(dtype))
     parts = weight_format.encode(stored, keep[:, p], scales)
@@ -140,7 +140,7 @@ def test_dead_channels_and_empty_rows(weight_format, damping):
     W[3] = 0
     R[:, 3] = 0
     solved = admm(W, X.T @ X, keep)
-    plain = in_order(solved, p, weight_format, weight_format.scales_of(solved[:, p], torch.bfloat16))
+    plain = in_order(solved, p, weight_format, weight_format.scales_of(solved[:, p]))
     V, scales = round_on_mask(W, solved, keep, gram_of(X), weight_format, torch.bfloat16, R.T @ X, p, damping=damping)
     assert V.isfinite().all() and (scales > 0).all() and scales.isfinite().all()
     assert (V[3] == 0).all()
@@ -164,13 +164,13 @@ def test_scales_by_error_cost_less_than_any_other_of_the_range(weight_format, dt
     W = (W * keep)[:, p]
     cost = X.square().sum(0)[p]
     found = nearest_scales(W, weight_format, dtype, cost)
-    assert found.dtype == weight_format.scale_dtype(dtype)
+    assert found.dtype == weight_format.scale_dtype
 
     def lost(scales):
         off = weight_format.quantize(W, torch.float32, scales)[0] - W
         return (off.square() * cost).view(20, found.shape[1], -1).sum(-1)
 
-    fitting = weight_format.scales_of(W, dtype)
+    fitting = weight_format.scales_of(W)
     assert (lost(found) <= lost(fitting)).all()
     assert lost(found).sum() < (0.9 if weight_format.num_bits == 4 else 0.999) * lost(fitting).sum()
     for factor in (0.5, 0.6, 0.7, 0.8, 0.9, 1.1):

@@ -18,12 +18,23 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+bool has_avx_vnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool has_avx512_bf16() {
-  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
 }
+
+// A set with other kernels for int8 activations.
+InstructionSet with_int8(InstructionSet set, const char* name, const Int8Kernels& kernels) {
+  set.name = name;
+  set.int8_activations = &kernels;
+  return set;
+}
+
 const InstructionSet kAvx512WithBf16 = {"avx512_bf16",
                                         {kAvx512Bf16, kAvx512.kernels[1], kAvx512.kernels[2], kAvx512Int8, kAvx512Int4},
-                                        {{}, {}, {}, kAvx512GroupedInt8, kAvx512GroupedInt4}};
+                                        {{}, {}, {}, kAvx512GroupedInt8, kAvx512GroupedInt4},
+                                        &kAvx512VnniInt8};
 #endif
 
 struct Candidate {
@@ -32,10 +43,16 @@ struct Candidate {
 };
 
 const InstructionSet& choose() {
+#if defined(__x86_64__)
+  static const InstructionSet avx512_vnni = with_int8(kAvx512, "avx512_vnni", kAvx512VnniInt8);
+  static const InstructionSet avx_vnni = with_int8(kAvx2, "avx_vnni", kAvxVnniInt8);
+#endif
   const Candidate candidates[] = {
 #if defined(__x86_64__)
       {&kAvx512WithBf16, has_avx512_bf16()},
+      {&avx512_vnni, has_avx512_vnni()},
       {&kAvx512, has_avx512()},
+      {&avx_vnni, has_avx_vnni()},
       {&kAvx2, has_avx2()},
 #endif
       {&kPortable, true},

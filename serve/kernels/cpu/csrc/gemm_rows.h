@@ -14,6 +14,8 @@
 //     static constexpr int64_t kBlockTokens;                           // accumulators that fit: tokens x 2 strips
 //     static constexpr int64_t kActivationBytes;                       // of four channels of one token, in the panel
 //     static constexpr Dtype kDtype;
+//     static constexpr int64_t kTokensWithSums;                        // if kGrouped: fit twice, sums and accumulators
+//     static constexpr int kUnpackedTokens;  // int4 read from memory: for up to so many it is unpacked into registers
 //     static constexpr bool kGrouped;                                  // scales belong to groups of columns
 //     static constexpr bool kExpands;                                  // weights() does more than load: see `expand`
 //     static Weights weights(const uint8_t*);                          // one strip and group of the packed form
@@ -48,16 +50,17 @@ constexpr int64_t kDecodedBytes = 64;  // positions of one strip and group, as t
 // Of the weights of one strip and group, if they are expanded beforehand.
 template <class VecTraits>
 constexpr int64_t kExpandedBytes = sizeof(typename VecTraits::Weights);
-// From memory, int4 blocks of up to so many tokens are unpacked into registers; for more they are prepared, too.
-constexpr int kUnpackedTokens = 4;
 // Blocks of columns in a chunk. Its decoded positions, weights and activations stay in L1 for all tokens of a pass.
 // Columns that share a scale are never in two chunks.
 constexpr int64_t kChunkBlocks = 4;
 
 // How many blocks ahead the weights are prefetched into L2. One token consumes the stream as fast as it arrives; with
 // more tokens each block takes longer, and memory can work further ahead. int8 blocks are nearly half as long, and take
-// longer for their length.
-constexpr int64_t prefetch_blocks(int tokens, bool expands) { return tokens == 1 && !expands ? 2 : 8; }
+// longer for their length. int4 blocks are a third as long: with half of the distance one token took 1.4 times as long.
+template <class VecTraits>
+constexpr int64_t prefetch_blocks(int tokens) {
+  return VecTraits::kDtype == Dtype::int4 ? 16 : tokens == 1 && !VecTraits::kExpands ? 2 : 8;
+}
 
 inline uint64_t load_u64(const uint8_t* p) {
   uint64_t v;
@@ -114,7 +117,7 @@ struct TileStream {  // a tile of S strips, block by block
       VecTraits::store_positions(decoded + i * kDecodedBytes,
                                  VecTraits::positions(load_u64(block + positions_offset + i * kPositionBytes)));
   }
-  static void prepare(const uint8_t* block, uint8_t* prepared) {
+  [[gnu::noinline]] static void prepare(const uint8_t* block, uint8_t* prepared) {
     if constexpr (VecTraits::kExpands) {
       for_each_group(
           [&](auto group) __attribute__((always_inline)) {
@@ -135,7 +138,7 @@ struct TileStream {  // a tile of S strips, block by block
 
 template <class VecTraits, int S, int T>
 constexpr int64_t bytes_ahead() {
-  return prefetch_blocks(T, VecTraits::kExpands) * TileStream<VecTraits, S>::block_bytes;
+  return prefetch_blocks<VecTraits>(T) * TileStream<VecTraits, S>::block_bytes;
 }
 
 // The next blocks of a tile, in turn, as the loops over them advance.
@@ -151,7 +154,7 @@ template <class VecTraits, int S, int T, bool kFromMemory>
                                                      typename VecTraits::Accumulators (&acc)[T][S]) {
   using Tile = TileStream<VecTraits, S>;
   constexpr bool kInt4 = VecTraits::kDtype == Dtype::int4;
-  constexpr bool kUnpacks = kInt4 && kFromMemory && T <= kUnpackedTokens;
+  constexpr bool kUnpacks = kInt4 && kFromMemory && T <= VecTraits::kUnpackedTokens;
   constexpr bool kPrepared = !kFromMemory || (kInt4 && !kUnpacks);
   auto [weights, prepared, panel] = stream;
   alignas(kCacheLine) uint8_t own[kUnpacks || !kFromMemory ? 1 : kInt4 ? Tile::prepared_bytes : Tile::decoded_bytes];
@@ -213,48 +216,71 @@ template <class VecTraits, int S, int T, bool kFromMemory>
   stream = {weights, prepared, panel};
 }
 
+template <class VecTraits, int S, int T>
+[[gnu::always_inline]] inline void load_sums(const float* sums, typename VecTraits::Accumulators (&acc)[T][S]) {
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) acc[t][s] = VecTraits::load(sums + (t * kTileStrips + s) * kStripRows);
+}
+template <class VecTraits, int S, int T>
+[[gnu::always_inline]] inline void store_sums(float* sums, const typename VecTraits::Accumulators (&acc)[T][S]) {
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) VecTraits::store(sums + (t * kTileStrips + s) * kStripRows, acc[t][s]);
+}
+
 // sums[token][strip] += the product over `blocks` blocks, for T tokens. If there is only one token block, the tile is
 // read once, from memory, and its positions are decoded here (kFromMemory); else `stream.prepared` holds them.
 template <class VecTraits, int S, int T, bool kFromMemory>
-void accumulate(const Layout& layout, Stream stream, int64_t blocks, float* sums) {
+void accumulate(const Layout&, Stream stream, int64_t blocks, float* sums) {
   typename VecTraits::Accumulators acc[T][S];
-  const int64_t section_blocks = VecTraits::kGrouped ? layout.section_blocks() : blocks;
-  for (int64_t block = 0; block < blocks; block += section_blocks) {
+  load_sums<VecTraits, S, T>(sums, acc);
+  accumulate_blocks<VecTraits, S, T, kFromMemory>(stream, blocks, acc);
+  store_sums<VecTraits, S, T>(sums, acc);
+}
+
+// The same with scales of groups: each section of blocks is summed up by itself and then multiplied by its scales.
+template <class VecTraits, int S, int T, bool kFromMemory>
+void accumulate_sections(const Layout& layout, Stream stream, int64_t blocks, float* sums) {
+  constexpr bool kKeepsSums = T <= VecTraits::kTokensWithSums;  // in registers, beside the accumulators
+  typename VecTraits::Accumulators acc[T][S], total[T][S];
+  if constexpr (kKeepsSums) load_sums<VecTraits, S, T>(sums, total);
+  for (int64_t block = 0; block < blocks; block += layout.section_blocks()) {
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
-      for (int s = 0; s < S; ++s)
-        acc[t][s] = VecTraits::kGrouped ? typename VecTraits::Accumulators{}
-                                        : VecTraits::load(sums + (t * kTileStrips + s) * kStripRows);
-    accumulate_blocks<VecTraits, S, T, kFromMemory>(stream, section_blocks, acc);
-    if constexpr (VecTraits::kGrouped) {
-      if constexpr (kFromMemory)  // the blocks' prefetches have left out the next section's scales
-        for (int64_t byte = 0; byte < S * layout.strip_scale_bytes(); byte += kCacheLine)
-          __builtin_prefetch(stream.weights + bytes_ahead<VecTraits, S, T>() + byte, 0, 2);
-      typename VecTraits::Accumulators scales[S];
+      for (int s = 0; s < S; ++s) acc[t][s] = typename VecTraits::Accumulators{};
+    accumulate_blocks<VecTraits, S, T, kFromMemory>(stream, layout.section_blocks(), acc);
+    if constexpr (kFromMemory)  // the blocks' prefetches have left out the scales
+      for (int64_t byte = 0; byte < S * layout.strip_scale_bytes(); byte += kCacheLine)
+        __builtin_prefetch(stream.weights + bytes_ahead<VecTraits, S, T>() + byte, 0, 2);
+    typename VecTraits::Accumulators scales[S];
 #pragma GCC unroll 2
-      for (int s = 0; s < S; ++s, stream.weights += layout.strip_scale_bytes())
-        scales[s] = VecTraits::load_scales(stream.weights, layout.scale_dtype);
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-        for (int s = 0; s < S; ++s)
-          acc[t][s] =
-              VecTraits::scaled(acc[t][s], scales[s], VecTraits::load(sums + (t * kTileStrips + s) * kStripRows));
-    }
+    for (int s = 0; s < S; ++s, stream.weights += layout.strip_scale_bytes())
+      scales[s] = VecTraits::load_scales(stream.weights, layout.scale_dtype);
+    if constexpr (!kKeepsSums) load_sums<VecTraits, S, T>(sums, total);
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
-      for (int s = 0; s < S; ++s) VecTraits::store(sums + (t * kTileStrips + s) * kStripRows, acc[t][s]);
+      for (int s = 0; s < S; ++s) total[t][s] = VecTraits::scaled(acc[t][s], scales[s], total[t][s]);
+    if constexpr (!kKeepsSums) store_sums<VecTraits, S, T>(sums, total);
   }
+  if constexpr (kKeepsSums) store_sums<VecTraits, S, T>(sums, total);
 }
 
 using Accumulate = void (*)(const Layout&, Stream, int64_t, float*);
 
 template <class VecTraits, int S, bool kFromMemory, size_t... T>
 Accumulate accumulate_for(int64_t tokens, std::index_sequence<T...>) {
-  static constexpr Accumulate table[] = {accumulate<VecTraits, S, static_cast<int>(T) + 1, kFromMemory>...};
-  return table[tokens - 1];
+  if constexpr (VecTraits::kGrouped) {
+    static constexpr Accumulate table[] = {accumulate_sections<VecTraits, S, static_cast<int>(T) + 1, kFromMemory>...};
+    return table[tokens - 1];
+  } else {
+    static constexpr Accumulate table[] = {accumulate<VecTraits, S, static_cast<int>(T) + 1, kFromMemory>...};
+    return table[tokens - 1];
+  }
 }
 
 // A pass of more tokens than the registers hold: for each chunk of columns, all tokens.

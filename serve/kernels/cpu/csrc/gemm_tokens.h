@@ -48,18 +48,30 @@ constexpr int rows_beside() {
   return rows;
 }
 
-// sums[row][token] += the product over a chunk's groups, for V vectors of tokens.
+// Where a chunk lies among those that share their scales.
+struct Section {
+  bool first;
+  float* partial;       // like the sums, of the chunks before this one
+  const float* scales;  // of the tile's rows; null unless this chunk is the last one
+};
+
+// sums[row][token] += the product over a chunk's groups, for V vectors of tokens. section: null without scales of
+// groups.
 template <class TokenVecTraits, int V>
-void accumulate_unpacked(const UnpackedGroup* unpacked, int64_t rows, const uint8_t* panel, float* sums) {
+void accumulate_unpacked(const UnpackedGroup* unpacked, int64_t rows, const uint8_t* panel, float* sums,
+                         const Section* section) {
   constexpr int R = rows_beside<TokenVecTraits, V>();
   constexpr int64_t width = TokenVecTraits::kTokens;
   using Vector = typename TokenVecTraits::Vector;
-  for (int64_t row = 0; row < rows; row += R, sums += R * V * width) {
+  float* partial = section ? section->partial : sums;
+  for (int64_t row = 0; row < rows; row += R, sums += R * V * width, partial += R * V * width) {
     Vector acc[R][V];
+    const bool from_zero = section && section->first;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 12
-      for (int v = 0; v < V; ++v) acc[r][v] = TokenVecTraits::load(sums + (r * V + v) * width);
+      for (int v = 0; v < V; ++v)
+        acc[r][v] = from_zero ? Vector{} : TokenVecTraits::load(partial + (r * V + v) * width);
     for (int64_t g = 0; g < kBlockGroups; ++g) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
@@ -75,14 +87,23 @@ void accumulate_unpacked(const UnpackedGroup* unpacked, int64_t rows, const uint
           acc[r][v] = TokenVecTraits::multiply_add(second, TokenVecTraits::load(x_second + v * width), acc[r][v]);
       }
     }
+    const bool scales = section && section->scales;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 12
-      for (int v = 0; v < V; ++v) TokenVecTraits::store(sums + (r * V + v) * width, acc[r][v]);
+      for (int v = 0; v < V; ++v) {
+        const int64_t at = (r * V + v) * width;
+        if (scales)
+          TokenVecTraits::store(
+              sums + at, TokenVecTraits::multiply_add(TokenVecTraits::broadcast(section->scales + row + r), acc[r][v],
+                                                      TokenVecTraits::load(sums + at)));
+        else
+          TokenVecTraits::store(partial + at, acc[r][v]);
+      }
   }
 }
 
-using AccumulateUnpacked = void (*)(const UnpackedGroup*, int64_t, const uint8_t*, float*);
+using AccumulateUnpacked = void (*)(const UnpackedGroup*, int64_t, const uint8_t*, float*, const Section*);
 
 template <class TokenVecTraits, size_t... V>
 AccumulateUnpacked accumulate_unpacked_for(int64_t vectors, std::index_sequence<V...>) {
@@ -126,6 +147,8 @@ void multiply_tile_batch(const GemmArgs& args, int64_t first_tile, int64_t tiles
   constexpr int64_t width = VecTraits::TokenVecTraits::kTokens;
   constexpr auto sizes = std::make_index_sequence<kBlockVectors>();
   alignas(kCacheLine) float all_sums[kTileBatch][kMaxPassTokens * kTileRows];
+  alignas(kCacheLine) float all_partial[VecTraits::kGrouped ? kTileBatch : 1][kMaxPassTokens * kTileRows];
+  alignas(kCacheLine) float scales[kTileRows];
   alignas(kCacheLine) UnpackedGroup unpacked[kBlockGroups];
   uint32_t offsets[kBlockGroups][4];  // of a chunk's channels in the panel
   const Layout& layout = args.layout;
@@ -133,6 +156,11 @@ void multiply_tile_batch(const GemmArgs& args, int64_t first_tile, int64_t tiles
   const TokenBlocks& tokens = panel.tokens;
   const auto sums_of = [&](int64_t tile, int64_t block) {
     return all_sums[tile - first_tile] + block * tokens.max_size() * kTileRows;
+  };
+  const auto section_of = [&](int64_t chunk, int64_t tile, int64_t block) -> Section {
+    return {chunk % layout.section_blocks() == 0,
+            all_partial[tile - first_tile] + block * tokens.max_size() * kTileRows,
+            (chunk + 1) % layout.section_blocks() == 0 ? scales : nullptr};
   };
 
   for (uint32_t c = 0; c < kBlockGroups * 4; ++c)
@@ -147,12 +175,21 @@ void multiply_tile_batch(const GemmArgs& args, int64_t first_tile, int64_t tiles
   for (int64_t chunk = 0; chunk < layout.blocks(); ++chunk)
     for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile) {
       const int64_t strips = layout.strips_in(tile), bytes = strips * layout.strip_block_bytes();
-      const uint8_t* weights = args.packed + layout.tile_offset(tile) + chunk * bytes;
+      const uint8_t* weights = args.packed + layout.tile_offset(tile) + layout.block_offset(chunk, strips);
       for (int64_t byte = 0; byte < bytes; byte += kCacheLine) __builtin_prefetch(weights + bytes + byte, 0, 2);
       unpack_chunk<VecTraits>(weights, strips, offsets, unpacked);
-      for (int64_t b = 0; b < tokens.count; ++b)
+      if constexpr (VecTraits::kGrouped)
+        if ((chunk + 1) % layout.section_blocks() == 0)
+          for (int64_t s = 0; s < strips; ++s)
+            VecTraits::store(
+                scales + s * kStripRows,
+                VecTraits::load_scales(weights + bytes + s * layout.strip_scale_bytes(), layout.scale_dtype));
+      for (int64_t b = 0; b < tokens.count; ++b) {
+        const Section section = section_of(chunk, tile, b);
         accumulate_unpacked_for<typename VecTraits::TokenVecTraits>(tokens.padded_size(b) / width, sizes)(
-            unpacked, strips * kStripRows, args.panel + panel.offset(chunk, b), sums_of(tile, b));
+            unpacked, strips * kStripRows, args.panel + panel.offset(chunk, b), sums_of(tile, b),
+            VecTraits::kGrouped ? &section : nullptr);
+      }
     }
   for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile) {
     const Epilogue<VecTraits> epilogue(args, tile);

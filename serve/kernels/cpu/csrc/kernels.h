@@ -27,6 +27,7 @@ struct GemmArgs {
   const void* bias;            // [rows] or null
   void* y;                     // first token of the pass, [tokens, rows] contiguous
   int64_t tokens;              // at most kMaxPassTokens
+  Dtype act_dtype;             // of x, bias and y
   uint8_t* panel;              // the tokens' activations, packed in the order in which the kernel reads them
 
   const int32_t* x_rows;         // [tokens], where each token is in x, if it has no permutation; null: in order
@@ -48,6 +49,7 @@ struct Kernel {
   void (*pack_tokens)(const GemmArgs&, int64_t begin, int64_t end);     // [begin, end) of the token blocks
   void (*multiply_tiles)(const GemmArgs&, int64_t begin, int64_t end);  // [begin, end) of the tiles
   void (*round)(const float* from, void* to, int64_t count);            // to activations; `from` on a cache line
+  int64_t token_bytes = 0;                                              // per token in the panel, besides
 };
 
 // Vectors over rows (gemm_rows.h) and over tokens (gemm_tokens.h). Both give the same bits.
@@ -59,20 +61,34 @@ struct Kernels {
   const Kernel& fastest(int64_t tokens) const { return tokens < min_tokens ? by_rows : by_tokens; }
 };
 
+// For activations that are rounded to int8 (gemm_int8.h), with scales for rows or for groups of columns.
+struct Int8Kernels {
+  Kernels int8, int4, grouped_int8, grouped_int4;  // weights
+
+  const Kernels& kernels_for(const Layout& layout) const {
+    if (layout.dtype == Dtype::int8) return layout.group_size ? grouped_int8 : int8;
+    return layout.group_size ? grouped_int4 : int4;
+  }
+};
+
 struct InstructionSet {
   const char* name;
   Kernels kernels[kNumDtypes];  // weights of each dtype that have one scale per row, or none
   Kernels grouped[kNumDtypes];  // those that have scales for groups of columns: int8 and int4
+  const Int8Kernels* int8_activations;
 
   const Kernels& kernels_for(const Layout& layout) const {
+    if (layout.int8_activations) return int8_activations->kernels_for(layout);
     return (layout.group_size ? grouped : kernels)[static_cast<int>(layout.dtype)];
   }
 };
 
 extern const InstructionSet kPortable;
+extern const Int8Kernels kPortableInt8;
 #if defined(__x86_64__)
 extern const InstructionSet kAvx2;
 extern const InstructionSet kAvx512;
+extern const Int8Kernels kAvx2Int8, kAvxVnniInt8, kAvx512VnniInt8;
 // With BF16; float16 and float32 use kAvx512.
 extern const Kernels kAvx512Bf16, kAvx512Int8, kAvx512Int4, kAvx512GroupedInt8, kAvx512GroupedInt4;
 #endif
@@ -115,6 +131,9 @@ constexpr int64_t gated_rows(int64_t gates) { return (gates + kStripRows - 1) / 
 
 // Asks for large pages. Every token reads the whole weight, so they save TLB misses, if the system grants them.
 void ask_for_huge_pages(uint8_t* begin, int64_t bytes);
+
+// The calling thread's buffer for tokens on their way into the panel.
+uint8_t* quantized_scratch(int64_t bytes);
 
 // y for any number of tokens. `args` points at the first token; its `tokens` and `panel` are set here.
 void linear(GemmArgs args, int64_t tokens, const InstructionSet&);

@@ -31,7 +31,8 @@ constexpr int64_t kTileRows = kStripRows * kTileStrips;
 constexpr int64_t kBlockGroups = 8;
 constexpr int64_t kPositionBytes = 8;  // per strip and group
 
-// The dtype of the weights. Activations have the same, except that int8 and int4 weights take bfloat16 activations.
+// The dtype of the weights. Activations have the same, except that int8 and int4 weights take bfloat16 activations,
+// and any floating-point ones if the kernel rounds them to int8.
 enum class Dtype : uint32_t { bfloat16 = 0, float16 = 1, float32 = 2, int8 = 3, int4 = 4 };
 constexpr int kNumDtypes = 5;
 
@@ -71,7 +72,7 @@ struct Layout {
   Dtype dtype;
   int64_t group_size = 0;              // columns that share a scale; 0: one scale per row, or none
   Dtype scale_dtype = Dtype::float32;  // of groups: bfloat16, float16 or float32
-  bool int8_activations = false;  // the kernel rounds activations to int8, and may want the values in another order
+  bool int8_activations = false;       // the kernel rounds activations to int8: units.h has the order
 
   static Layout of(const Header& header) {
     return {header.rows,       header.columns,     header.dtype,
@@ -84,7 +85,7 @@ struct Layout {
   static constexpr bool valid(const Header& header) {
     const Dtype dtype = header.dtype, scales = header.scale_dtype;
     return header.magic == Header::kMagic && header.rows > 0 && header.columns > 0 && header.columns % 64 == 0 &&
-           static_cast<int>(dtype) < kNumDtypes && header.int8_activations == 0 &&
+           static_cast<int>(dtype) < kNumDtypes && header.int8_activations <= has_scales(dtype) &&
            (header.group_size == 0 ? scales == Dtype::float32
                                    : has_scales(dtype) && valid_group(header.group_size, header.columns) &&
                                          static_cast<int>(scales) < static_cast<int>(Dtype::int8));

@@ -43,15 +43,17 @@ struct Round {
   int64_t tiles_per_item;
   std::atomic<int64_t> next_item{0};
 
-  int64_t token_bytes() const { return all.layout.groups() * kernel.activation_bytes; }
+  int64_t token_bytes() const { return all.layout.groups() * kernel.activation_bytes + kernel.token_bytes; }
   int64_t passes() const { return ceil_div(all.tokens, pass_tokens); }
   int64_t items_per_pass() const { return ceil_div(all.layout.tiles(), tiles_per_item); }
   TokenBlocks blocks_of(int64_t tokens) const { return {tokens, kernel.block_tokens, kernel.step}; }
-  int64_t blocks() const { return blocks_of(pass_tokens).count; }                           // of a full pass
-  int64_t pass_bytes() const { return blocks_of(pass_tokens).capacity() * token_bytes(); }  // in the panel
+  int64_t blocks() const { return blocks_of(pass_tokens).count; }  // of a full pass
+  int64_t pass_bytes() const {                                     // in the panel, in whole cache lines
+    return ceil_div(blocks_of(pass_tokens).capacity() * token_bytes(), 64) * 64;
+  }
 
   GemmArgs pass(int64_t i) const {
-    const int64_t first = i * pass_tokens, left = all.tokens - first, item_bytes = activation_size(all.layout.dtype);
+    const int64_t first = i * pass_tokens, left = all.tokens - first, item_bytes = bits(all.act_dtype) / 8;
     GemmArgs args = all;
     args.tokens = left < pass_tokens ? left : pass_tokens;
     args.x = static_cast<const uint8_t*>(all.x) + first * all.x_stride * item_bytes;
@@ -85,6 +87,11 @@ struct Round {
 
 }  // namespace
 
+uint8_t* quantized_scratch(int64_t bytes) {
+  thread_local Scratch scratch;
+  return scratch.bytes(bytes);
+}
+
 int64_t max_pass_tokens(int64_t token_bytes, int64_t block_tokens) {
   const int64_t tokens = std::clamp(kPassBytes / token_bytes, kMinPassTokens, kMaxPassTokens);
   return std::max(tokens / block_tokens, int64_t{1}) * block_tokens;
@@ -96,7 +103,8 @@ void linear(GemmArgs args, int64_t tokens, const InstructionSet& set) {
   const bool copy_is_cheap = tokens * layout.columns <= kPackGrain;
   const Kernel& kernel =
       set.kernels_for(layout).fastest(small && !copy_is_cheap ? ceil_div(tokens, threads()) : tokens);
-  const int64_t item_bytes = activation_size(layout.dtype), token_bytes = layout.groups() * kernel.activation_bytes;
+  const int64_t item_bytes = bits(args.act_dtype) / 8;
+  const int64_t token_bytes = layout.groups() * kernel.activation_bytes + kernel.token_bytes;
   const int64_t max_tokens = max_pass_tokens(token_bytes, kernel.block_tokens);
   const int64_t tiles_per_item = std::max<int64_t>(layout.tiles() / (threads() * kItemsPerThread), 1);
   const auto multiply = [](int64_t, int64_t, void* round) { static_cast<Round*>(round)->multiply(); };

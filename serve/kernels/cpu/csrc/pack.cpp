@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "units.h"
 
 namespace ria {
 namespace {
@@ -67,6 +68,19 @@ void pack_int4_group(const Layout& layout, uint8_t pair, uint8_t positions, int6
   }
 }
 
+// The same for kernels that round activations to int8.
+void pack_unit(const Layout& layout, const uint8_t* pair, uint8_t positions, int64_t group, int64_t strips,
+               int64_t strip, int64_t lane, uint8_t* block) {
+  const int64_t slot = group / 2 * strips + strip;
+  uint8_t* values = block + slot * 2 * layout.value_bytes();
+  uint8_t* all_positions = block + kBlockGroups * strips * layout.value_bytes();
+  for (int64_t i = 0; i < 2; ++i) {
+    const uint8_t value = layout.dtype == Dtype::int8 ? pair[i] : (*pair >> (4 * i) & 15) ^ 8;
+    put_unit_value(layout.dtype, values, lane, group % 2 * 2 + i, value);
+    put_unit_position(all_positions + slot * kUnitPositionBytes, lane, group % 2 * 2 + i, positions >> (2 * i) & 3);
+  }
+}
+
 // Puts the scales of a row's groups behind their blocks.
 void pack_group_scales(const Layout& layout, const uint8_t* scales, int64_t strips, int64_t strip, int64_t lane,
                        uint8_t* stream) {
@@ -102,7 +116,9 @@ void pack_tile(Packing& packing, int64_t tile) {
         return;
       }
       uint8_t* block = stream + layout.block_offset(group / kBlockGroups, strips);
-      if (layout.dtype == Dtype::int4)
+      if (layout.int8_activations)
+        pack_unit(layout, values + group * pair, positions, group % kBlockGroups, strips, strip, lane, block);
+      else if (layout.dtype == Dtype::int4)
         pack_int4_group(layout, values[group], positions, group % kBlockGroups, strip, lane, block);
       else
         pack_group(layout, values + group * pair, positions, group % kBlockGroups, strips, strip, lane, block);

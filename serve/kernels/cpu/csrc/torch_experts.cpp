@@ -12,7 +12,7 @@ Layout layout_of(const Tensor& packed) {
               packed.sizes()[0] > 0 && packed.sizes()[1] >= static_cast<int64_t>(sizeof(Header)),
           "packed experts were not made by sparse24_pack_experts");
   const Header& header = *packed.data<const Header>();
-  require(Layout::valid(header), "packed experts were not made by sparse24_pack_experts");
+  require(Layout::valid(header) && !header.int8_activations, "packed experts were not made by sparse24_pack_experts");
   const Layout layout = Layout::of(header);
   require(packed.sizes()[1] == layout.bytes(), "packed experts are truncated");
   return layout;

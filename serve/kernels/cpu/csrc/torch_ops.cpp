@@ -25,8 +25,13 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
           "the packed weight does not fit out_features or x's last dimension");
   const Layout layout = Layout::of(header);
   require(packed.sizes()[0] == layout.bytes(), "the packed weight is truncated");
-  require(x.dtype() == torch_dtype(activation_dtype(layout.dtype)),
-          "x must have the weight's dtype, and bfloat16 for int8 and int4 weights");
+  Dtype act_dtype = activation_dtype(layout.dtype);
+  if (layout.int8_activations)
+    for (Dtype dtype : {Dtype::bfloat16, Dtype::float16, Dtype::float32})
+      if (x.dtype() == torch_dtype(dtype)) act_dtype = dtype;
+  require(x.dtype() == torch_dtype(act_dtype),
+          "x must have the weight's dtype, and bfloat16 for int8 and int4 weights; if it is rounded to int8, bfloat16, "
+          "float16 or float32");
   require(!bias.get() || bias.is(x.dtype(), {rows}), "bias must be contiguous, [out_features], of x's dtype");
   if (permutation.get()) check_permutation(permutation, columns);
 
@@ -42,6 +47,7 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
     args.permutation = permutation.get() ? permutation.data<const int32_t>() : nullptr;
     args.bias = bias.get() ? bias.data<const void>() : nullptr;
     args.y = y.data<void>();
+    args.act_dtype = act_dtype;
     linear(args, tokens, instruction_set());
   }
   stack[0] = y.release();
@@ -49,7 +55,9 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
 
 void pack_op(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor compressed(stack[0]), bitmask(stack[1]), scales = take_optional(stack[2]);
-  const Layout layout = check_weight(compressed, bitmask, scales, static_cast<int64_t>(stack[3]), {});
+  Layout layout = check_weight(compressed, bitmask, scales, static_cast<int64_t>(stack[3]), {});
+  layout.int8_activations = stack[4] != 0;
+  require(has_scales(layout.dtype) || !layout.int8_activations, "only int8 and int4 weights take int8 activations");
   Tensor packed = empty({layout.bytes()}, aoti_torch_dtype_uint8());
   ask_for_huge_pages(packed.data<uint8_t>(), layout.bytes());
   pack(layout, compressed.data<const void>(), bitmask.data<const uint8_t>(),
@@ -61,8 +69,10 @@ struct Registration {
   Registration() {
     TorchLibraryHandle schemas, cpu;
     check(aoti_torch_library_init_fragment("ria", __FILE__, __LINE__, &schemas));
-    check(aoti_torch_library_def(
-        schemas, "sparse24_pack.cpu(Tensor compressed, Tensor bitmask, Tensor? scales, int group_size) -> Tensor"));
+    check(aoti_torch_library_def(schemas,
+                                 "sparse24_pack.cpu(Tensor compressed, Tensor bitmask, Tensor? scales, int group_size, "
+                                 "bool int8_activations=False) "
+                                 "-> Tensor"));
     check(aoti_torch_library_def(schemas,
                                  "sparse24_linear.cpu(Tensor x, Tensor packed, int out_features, "
                                  "Tensor? input_permutation, Tensor? bias) -> Tensor"));

@@ -65,6 +65,8 @@ struct Avx2Traits {
   struct Positions { __m256i low, high; };
   using Activations = __m256;  // the four channels, twice
   static constexpr int64_t kBlockTokens = 3;
+  static constexpr int kUnpackedTokens = 4;
+  static constexpr int64_t kTokensWithSums = 1;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
@@ -193,5 +195,6 @@ const ria::InstructionSet ria::kAvx2 = {"avx2",
                                         {{},
                                          {},
                                          {},
-                                         {row_kernel<Avx2Traits<Bfloat16, Dtype::int8, true>>()},
-                                         {row_kernel<Avx2Traits<Bfloat16, Dtype::int4, true>>()}}};
+                                         row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int8, true>>(),
+                                         row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int4, true>>()},
+                                        &ria::kAvx2Int8};

@@ -32,6 +32,8 @@ struct Avx512Traits {
   using Positions = __m512i;   // 32 bits per row: the first position in bits 0 and 1, the second at kSecondPosition
   using Activations = __m512;  // the four channels, four times
   static constexpr int64_t kBlockTokens = 10;
+  static constexpr int kUnpackedTokens = 4;
+  static constexpr int64_t kTokensWithSums = 5;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
@@ -161,5 +163,6 @@ const ria::InstructionSet ria::kAvx512 = {"avx512",
                                           {{},
                                            {},
                                            {},
-                                           {row_kernel<Avx512Traits<Bfloat16, Dtype::int8, true>>()},
-                                           {row_kernel<Avx512Traits<Bfloat16, Dtype::int4, true>>()}}};
+                                           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int8, true>>(),
+                                           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int4, true>>()},
+                                          &ria::kAvx2Int8};

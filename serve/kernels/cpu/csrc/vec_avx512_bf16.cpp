@@ -14,6 +14,8 @@ struct Avx512Bf16Traits {
   using Weights = __m512i;      // 16 pairs
   using Positions = __m512i;    // word index of each weight's activation; only the low two bits are defined
   using Activations = __m512i;  // the four channels, eight times, so that an index's other bits do not matter
+  static constexpr int kUnpackedTokens = 4;
+  static constexpr int64_t kTokensWithSums = 6;
   static constexpr int64_t kBlockTokens = 12;
   static constexpr int64_t kActivationBytes = 8;
   static constexpr Dtype kDtype = kType;

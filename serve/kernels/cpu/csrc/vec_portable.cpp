@@ -14,6 +14,8 @@ struct PortableTraits {
   struct Positions { uint8_t first[kStripRows], second[kStripRows]; };
   using Activations = const float*;
   static constexpr int64_t kBlockTokens = 4;
+  static constexpr int kUnpackedTokens = 0;
+  static constexpr int64_t kTokensWithSums = 0;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
@@ -129,4 +131,5 @@ const ria::InstructionSet ria::kPortable = {"portable",
                                              {},
                                              {},
                                              {row_kernel<PortableTraits<Bfloat16, Dtype::int8, true>>()},
-                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int4, true>>()}}};
+                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int4, true>>()}},
+                                            &ria::kPortableInt8};

@@ -32,67 +32,35 @@ struct Aligned {
   std::unique_ptr<uint8_t, void (*)(void*)> data;
 };
 
-template <class Weight, class Value = Weight>
-static void check(Dtype dtype, int64_t tokens, int64_t rows, int64_t columns) {
-  const Layout layout{rows, columns, dtype};
-  std::vector<Weight> values(rows * columns / 2);
-  std::vector<Value> x(tokens * columns), bias(rows), y(tokens * rows);
-  std::vector<float> scales(rows);
-  std::vector<uint8_t> bitmask(rows * columns / 8);
-  std::vector<int32_t> permutation(columns);
-  for (Weight& value : values) value = Weight::from_float(has_scales(dtype) ? 8 * random_value() : random_value());
-  for (auto* list : {&x, &bias})
-    for (Value& value : *list) value = Value::from_float(random_value());
-  for (float& scale : scales) scale = has_scales(dtype) ? (1 + random_bits() % 4) / 64.0f : 1.0f;
-  for (uint8_t& byte : bitmask) byte = kLegal[random_bits() % 6] | kLegal[random_bits() % 6] << 4;
-  for (int64_t c = 0; c < columns; ++c) permutation[c] = static_cast<int32_t>(columns - 1 - c);
-  Aligned packed(layout.bytes());
-  pack(layout, values.data(), bitmask.data(), scales.data(), packed.data.get());
-
-  GemmArgs args{};
-  args.layout = layout;
-  args.packed = packed.data.get();
-  args.x = x.data();
-  args.x_stride = columns;
-  args.permutation = permutation.data();
-  args.bias = bias.data();
-  args.y = y.data();
-  linear(args, tokens, instruction_set());
-
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t r = 0; r < rows; ++r) {
-      double sum = bias[r].to_float();
-      for (int64_t c = 0, kept = r * columns / 2; c < columns; ++c)
-        if (bitmask[(r * columns + c) / 8] >> (c % 8) & 1)
-          sum +=
-              static_cast<double>(values[kept++].to_float()) * scales[r] * x[t * columns + permutation[c]].to_float();
-      const double error = std::fabs(y[t * rows + r].to_float() - sum);
-      if (!(error <= std::fabs(sum) / 250 + 1e-3)) {
-        std::printf("dtype %d tokens %ld %ld x %ld: row %ld is off by %g\n", static_cast<int>(dtype), (long)tokens,
-                    (long)rows, (long)columns, (long)r, error);
-        std::exit(1);
-      }
-    }
-}
-
-// A 2:4 matrix [rows, columns], as numbers and packed.
+// A 2:4 matrix [rows, columns], as numbers and packed. `gates`: as `pack` takes them; the layout has the packed rows.
 struct Matrix {
   std::vector<double> dense;
   template <class Weight>
   static Matrix random(const Layout& layout, int64_t rows, int64_t gates, uint8_t* packed, Weight) {
-    const int64_t columns = layout.columns;
+    const int64_t columns = layout.columns, shared = layout.group_size ? layout.group_size : columns;
+    const bool scaled = has_scales(layout.dtype);
     Matrix matrix{std::vector<double>(rows * columns)};
     std::vector<Weight> values(rows * columns / 2);
     std::vector<uint8_t> bitmask(rows * columns / 8);
-    std::vector<float> scales(rows);
-    for (Weight& value : values) value = Weight::from_float(random_value());
+    std::vector<float> scales(rows * columns / shared);
+    for (Weight& value : values)
+      value = Weight::from_float(scaled ? static_cast<float>(random_bits() % 16) - 8 : random_value());
     for (uint8_t& byte : bitmask) byte = kLegal[random_bits() % 6] | kLegal[random_bits() % 6] << 4;
-    for (float& scale : scales) scale = has_scales(layout.dtype) ? (1 + random_bits() % 4) / 64.0f : 1 / 16.0f;
+    for (float& scale : scales) scale = scaled ? static_cast<float>(random_bits() % 4) / 64.0f : 1.0f;
     for (int64_t i = 0, kept = 0; i < rows * columns; ++i)
       if (bitmask[i / 8] >> (i % 8) & 1)
-        matrix.dense[i] =
-            values[kept++].to_float() * (has_scales(layout.dtype) ? static_cast<double>(scales[i / columns]) : 1.0);
-    pack(layout, values.data(), bitmask.data(), scales.data(), packed, gates);
+        matrix.dense[i] = values[kept++].to_float() * static_cast<double>(scales[i / shared]);
+    std::vector<uint8_t> pairs(values.size() / 2);  // of int4
+    if (layout.dtype == Dtype::int4)
+      for (size_t i = 0; i < pairs.size(); ++i)
+        pairs[i] = static_cast<uint8_t>(static_cast<int>(values[2 * i].to_float()) + 8 +
+                                        16 * (static_cast<int>(values[2 * i + 1].to_float()) + 8));
+    std::vector<Bfloat16> short_scales;
+    for (float scale : scales) short_scales.push_back(Bfloat16::from_float(scale));
+    const void* stored = layout.dtype == Dtype::int4 ? static_cast<void*>(pairs.data()) : values.data();
+    const void* stored_scales =
+        layout.scale_dtype == Dtype::bfloat16 ? static_cast<void*>(short_scales.data()) : scales.data();
+    pack(layout, stored, bitmask.data(), scaled ? stored_scales : nullptr, packed, gates);
     return matrix;
   }
   double product(int64_t row, const double* x, int64_t columns) const {
@@ -102,12 +70,56 @@ struct Matrix {
   }
 };
 
+// What a weight is made of, besides its shape.
+struct Kind {
+  Dtype dtype;
+  int64_t group_size = 0;
+  Dtype scale_dtype = Dtype::float32;
+  Layout layout(int64_t rows, int64_t columns) const { return {rows, columns, dtype, group_size, scale_dtype}; }
+};
+
 template <class Weight, class Value = Weight>
-static void check_experts(Dtype dtype, int64_t tokens, int64_t hidden, int64_t inner, Activation activation) {
+static void check(const Kind& kind, int64_t tokens, int64_t rows, int64_t columns) {
+  const Layout layout = kind.layout(rows, columns);
+  std::vector<Value> x(tokens * columns), bias(rows), y(tokens * rows);
+  std::vector<int32_t> permutation(columns);
+  for (auto* list : {&x, &bias})
+    for (Value& value : *list) value = Value::from_float(random_value());
+  for (int64_t c = 0; c < columns; ++c) permutation[c] = static_cast<int32_t>(columns - 1 - c);
+  Aligned packed(layout.bytes());
+  const Matrix weight = Matrix::random(layout, rows, 0, packed.data.get(), Weight{});
+
+  GemmArgs args{};
+  args.layout = layout;
+  args.packed = packed.data.get();
+  args.x = x.data();
+  args.x_stride = columns;
+  args.permutation = permutation.data();
+  args.bias = bias.data();
+  args.y = y.data();
+  args.act_dtype = activation_dtype(dtype);
+  linear(args, tokens, instruction_set());
+
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = 0; r < rows; ++r) {
+      double sum = bias[r].to_float();
+      for (int64_t c = 0; c < columns; ++c)
+        sum += weight.dense[r * columns + c] * x[t * columns + permutation[c]].to_float();
+      const double error = std::fabs(y[t * rows + r].to_float() - sum);
+      if (!(error <= std::fabs(sum) / 250 + 1e-3)) {
+        std::printf("dtype %d group %ld tokens %ld %ld x %ld: row %ld is off by %g\n", static_cast<int>(kind.dtype),
+                    (long)kind.group_size, (long)tokens, (long)rows, (long)columns, (long)r, error);
+        std::exit(1);
+      }
+    }
+}
+
+template <class Weight, class Value = Weight>
+static void check_experts(const Kind& kind, int64_t tokens, int64_t hidden, int64_t inner, Activation activation) {
   constexpr int64_t kExperts = 3, kTop = 2;
   const bool gated = activation.gated;
   const int64_t first_rows = inner * (gated ? 2 : 1), in = (hidden + 63) / 64 * 64, middle = (inner + 63) / 64 * 64;
-  const Layout gate_up{gated ? gated_rows(inner) : inner, in, dtype}, down{hidden, middle, dtype};
+  const Layout gate_up = kind.layout(gated ? gated_rows(inner) : inner, in), down = kind.layout(hidden, middle);
   Aligned first(kExperts * gate_up.bytes()), second(kExperts * down.bytes());
   std::vector<Matrix> firsts, seconds;
   for (int64_t e = 0; e < kExperts; ++e) {
@@ -175,7 +187,7 @@ static void check_experts(Dtype dtype, int64_t tokens, int64_t hidden, int64_t i
     for (int64_t r = 0; r < hidden; ++r) {
       const double error = std::fabs(y[t * hidden + r].to_float() - wanted[r]);
       if (!(error <= std::fabs(wanted[r]) / 250 + size[r] / 250 + 1e-3)) {
-        std::printf("experts: dtype %d tokens %ld %ld x %ld: row %ld is off by %g\n", static_cast<int>(dtype),
+        std::printf("experts: dtype %d tokens %ld %ld x %ld: row %ld is off by %g\n", static_cast<int>(kind.dtype),
                     (long)tokens, (long)hidden, (long)inner, (long)r, error);
         std::exit(1);
       }
@@ -207,10 +219,15 @@ int main() {
   for (int64_t rows : {1, 16, 17, 33, 65, 161})
     for (int64_t tokens : {1, 2, 3, 4, 5, 7, 11, 12, 13, 21, 25, 41, 64, 65, 97, 200, 257}) {
       const int64_t columns = tokens % 2 ? 64 : 192;
-      check<Bfloat16>(Dtype::bfloat16, tokens, rows, columns);
-      check<Float16>(Dtype::float16, tokens, rows, columns);
-      check<Float32>(Dtype::float32, tokens, rows, columns);
-      check<Int8, Bfloat16>(Dtype::int8, tokens, rows, columns);
+      check<Bfloat16>({Dtype::bfloat16}, tokens, rows, columns);
+      check<Float16>({Dtype::float16}, tokens, rows, columns);
+      check<Float32>({Dtype::float32}, tokens, rows, columns);
+      for (Dtype dtype : {Dtype::int8, Dtype::int4}) {
+        check<Int8, Bfloat16>({dtype}, tokens, rows, columns);
+        check<Int8, Bfloat16>({dtype, 32, Dtype::bfloat16}, tokens, rows, columns);
+        check<Int8, Bfloat16>({dtype, 64}, tokens, rows, columns);
+        check<Int8, Bfloat16>({dtype, 128, Dtype::bfloat16}, tokens, rows, 256);
+      }
     }
   const Activation swiglu = {Activation::silu, true, 1.702f, 1.0f, INFINITY},
                    relu = {Activation::relu2, false, 1, 0, 0};
@@ -218,11 +235,14 @@ int main() {
     for (int64_t tokens : {1, 2, 7, 40, 130})
       for (int64_t inner : {8, 64, 104}) {
         const int64_t hidden = tokens % 2 ? 72 : 128;
-        check_experts<Bfloat16>(Dtype::bfloat16, tokens, hidden, inner, activation);
-        check_experts<Float16>(Dtype::float16, tokens, hidden, inner, activation);
-        check_experts<Float32>(Dtype::float32, tokens, hidden, inner, activation);
-        check_experts<Int8, Bfloat16>(Dtype::int8, tokens, hidden, inner, activation);
+        check_experts<Bfloat16>({Dtype::bfloat16}, tokens, hidden, inner, activation);
+        check_experts<Float16>({Dtype::float16}, tokens, hidden, inner, activation);
+        check_experts<Float32>({Dtype::float32}, tokens, hidden, inner, activation);
+        for (Dtype dtype : {Dtype::int8, Dtype::int4}) {
+          check_experts<Int8, Bfloat16>({dtype}, tokens, hidden, inner, activation);
+          check_experts<Int8, Bfloat16>({dtype, 64, Dtype::bfloat16}, tokens, hidden, inner, activation);
+        }
       }
-  check_experts<Bfloat16>(Dtype::bfloat16, 500, 64, 16, swiglu);  // several passes of an expert
+  check_experts<Bfloat16>({Dtype::bfloat16}, 500, 64, 16, swiglu);  // several passes of an expert
   std::printf("ok %s\n", instruction_set().name);
 }

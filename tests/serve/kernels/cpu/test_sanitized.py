@@ -13,8 +13,13 @@ SOURCES = ROOT / "serve" / "kernels" / "cpu" / "csrc"
 DRIVER = Path(__file__).with_name("sanitized.cpp")
 SANITIZE = ["-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}"]
 AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+EXACT = "-ffp-contract=off"
 FLAGS = {
+    "vec_portable_int8.cpp": [EXACT],
     "vec_avx2.cpp": AVX512[:3],
+    "vec_avx2_int8.cpp": [*AVX512[:3], EXACT],
+    "vec_avx_vnni.cpp": [*AVX512[:3], "-mavxvnni", EXACT],
+    "vec_avx512_vnni.cpp": [*AVX512, "-mavx512vnni", EXACT],
     "vec_avx512.cpp": AVX512,
     "vec_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
 }

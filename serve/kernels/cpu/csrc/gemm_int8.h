@@ -1,0 +1,343 @@
+// The product with activations that are rounded to int8, written once over a `VecTraits` type that names the
+// instructions. Everything here has internal linkage, like gemm_rows.h.
+//
+// A vector holds 16 rows of one token. Its lanes are 32 bits: the exact sum of a row's products so far. A unit is two
+// groups of four columns. The token's eight bytes of a unit are repeated through a vector, one byte shuffle gives each
+// row the four that it keeps, and one instruction multiplies them by the row's four weights and adds the products:
+// half the multiplications of a dense product.
+//
+// The sums are exact, so they depend on no order. They become float32 where the scale changes: after each section of
+// columns that shares its scales, or at the end. int4 weights are multiplied by 16, which saves moving their bits, and
+// the sums are divided by 16 again. What multiplies unsigned by signed bytes gets the activations plus 128; 128 times
+// the weights is then subtracted from the sums.
+//
+//   struct VecTraits {
+//     using Weights, Positions, Activations, Accumulators;             // registers
+//     static constexpr int64_t kBlockTokens;                           // accumulators that fit: tokens x 2 strips
+//     static constexpr int64_t kSectionTokens;                         // with floating-point sums besides
+//     static constexpr int64_t kStreamTokens;                          // with those of the weights' sums beside them
+//     static constexpr int kOffset;                                    // 128 or 0: what the panel adds to activations
+//     static Weights weights8(const uint8_t*), weights4(const uint8_t*);  // a strip and unit of the packed form
+//     static void store_weights(uint8_t*, Weights);                    // kPreparedBytes, for load_weights
+//     static Weights load_weights(const uint8_t*);
+//     static Positions positions(const uint8_t*);
+//     static void store_positions(uint8_t*, Positions);                // kPreparedBytes, for load_positions
+//     static Positions load_positions(const uint8_t*);
+//     static Activations broadcast(const uint8_t*);                    // the eight bytes of a unit
+//     static Accumulators load_sums(const int32_t*);
+//     static void store_sums(int32_t*, Accumulators);
+//     static Accumulators multiply_add(Accumulators, const Weights&, const Positions&, const Activations&);
+//     static Accumulators add_weights(Accumulators, const Weights&);   // kOffset times each of a row's; if it is not 0
+//     static Accumulators subtract(Accumulators, Accumulators);
+//     static void add_scaled(float* sums, Accumulators, const float* scales);
+//     static void halves_to_float(const uint8_t*, float*, int64_t count);  // float16, anywhere
+//     static void floats_to_half(const float*, uint16_t*, int64_t count);  // from a cache line on; whole strips
+//   };
+#pragma once
+#include <type_traits>
+#include <utility>
+
+#include "quantize_tokens.h"
+
+namespace {
+
+// How many bytes ahead the weights are prefetched into L2.
+constexpr int64_t kInt8PrefetchBytes = 4096;
+
+// The most tokens in a token block.
+template <class VecTraits, bool kSections>
+constexpr int64_t block_tokens = kSections ? VecTraits::kSectionTokens : VecTraits::kBlockTokens;
+
+template <int kBits, int S>
+struct UnitStream {  // a tile of S strips, block by block
+  static constexpr int64_t value_bytes = kUnitWeights * kBits / 8;
+  static constexpr int64_t positions_offset = S * kBlockUnits * value_bytes;
+  static constexpr int64_t block_bytes = positions_offset + S * kBlockUnits * kUnitPositionBytes;
+  static constexpr int64_t prepared_bytes = kBlockUnits * S * 2 * kPreparedBytes;
+  static constexpr int shift = kBits == 4 ? 4 : 0;
+
+  static const uint8_t* values(const uint8_t* block, int64_t slot) { return block + slot * value_bytes; }
+  static const uint8_t* positions(const uint8_t* block, int64_t slot) {
+    return block + positions_offset + slot * kUnitPositionBytes;
+  }
+};
+
+template <class VecTraits, int kBits>
+typename VecTraits::Weights weights_of(const uint8_t* values) {
+  if constexpr (kBits == 8)
+    return VecTraits::weights8(values);
+  else
+    return VecTraits::weights4(values);
+}
+
+// The sums of a tile and pass: integers, or with sections float32.
+template <bool kSections>
+using Sum = std::conditional_t<kSections, float, int32_t>;
+
+// sums[token][strip] += the product over some prepared units, for T tokens. The units of a section start with its
+// `weight_sums`, and its scales multiply the product.
+template <class VecTraits, int S, int T, bool kSections>
+void accumulate_prepared(const uint8_t* prepared, const uint8_t* panel, int64_t units, const int32_t* weight_sums,
+                         const float* scales, Sum<kSections>* sums) {
+  typename VecTraits::Accumulators acc[T][S];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) {
+      if constexpr (kSections)
+        acc[t][s] = VecTraits::load_sums(weight_sums + s * kStripRows);
+      else
+        acc[t][s] = VecTraits::load_sums(sums + (t * kTileStrips + s) * kStripRows);
+    }
+  for (int64_t unit = 0; unit < units; ++unit) {
+    typename VecTraits::Weights w[S];
+    typename VecTraits::Positions p[S];
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s, prepared += 2 * kPreparedBytes) {
+      p[s] = VecTraits::load_positions(prepared);
+      w[s] = VecTraits::load_weights(prepared + kPreparedBytes);
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t, panel += kUnitChannels) {
+      const typename VecTraits::Activations x = VecTraits::broadcast(panel);
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s) acc[t][s] = VecTraits::multiply_add(acc[t][s], w[s], p[s], x);
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) {
+      if constexpr (kSections)
+        VecTraits::add_scaled(sums + (t * kTileStrips + s) * kStripRows, acc[t][s], scales + s * kStripRows);
+      else
+        VecTraits::store_sums(sums + (t * kTileStrips + s) * kStripRows, acc[t][s]);
+    }
+}
+
+// sums[token][strip] = the product over some blocks, for T tokens, which are all there are: the tile is read once, from
+// memory, and unpacked on the way.
+template <class VecTraits, int kBits, int S, int T>
+void accumulate_stream(const uint8_t* stream, const uint8_t* panel, int64_t blocks, int32_t* sums) {
+  using Stream = UnitStream<kBits, S>;
+  const typename VecTraits::Accumulators zero = VecTraits::load_sums(kZeros);
+  typename VecTraits::Accumulators acc[T][S], weight_sums[S];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) acc[t][s] = zero;
+#pragma GCC unroll 2
+  for (int s = 0; s < S; ++s) weight_sums[s] = zero;
+  for (int64_t block = 0; block < blocks; ++block, stream += Stream::block_bytes) {
+#pragma GCC unroll 10
+    for (int64_t byte = 0; byte < Stream::block_bytes; byte += kCacheLine)
+      __builtin_prefetch(stream + kInt8PrefetchBytes + byte, 0, 2);
+    for (int64_t slot = 0; slot < kBlockUnits * S; slot += S) {
+      typename VecTraits::Weights w[S];
+      typename VecTraits::Positions p[S];
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s) {
+        w[s] = weights_of<VecTraits, kBits>(Stream::values(stream, slot + s));
+        p[s] = VecTraits::positions(Stream::positions(stream, slot + s));
+        if constexpr (VecTraits::kOffset != 0) weight_sums[s] = VecTraits::add_weights(weight_sums[s], w[s]);
+      }
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t, panel += kUnitChannels) {
+        const typename VecTraits::Activations x = VecTraits::broadcast(panel);
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) acc[t][s] = VecTraits::multiply_add(acc[t][s], w[s], p[s], x);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s)
+      VecTraits::store_sums(sums + (t * kTileStrips + s) * kStripRows, VecTraits::subtract(acc[t][s], weight_sums[s]));
+}
+
+template <bool kSections>
+using AccumulatePrepared = void (*)(const uint8_t*, const uint8_t*, int64_t, const int32_t*, const float*,
+                                    Sum<kSections>*);
+using AccumulateStream = void (*)(const uint8_t*, const uint8_t*, int64_t, int32_t*);
+
+template <class VecTraits, int S, bool kSections, size_t... T>
+AccumulatePrepared<kSections> accumulate_prepared_for(int64_t tokens, std::index_sequence<T...>) {
+  static constexpr AccumulatePrepared<kSections> table[] = {
+      accumulate_prepared<VecTraits, S, static_cast<int>(T) + 1, kSections>...};
+  return table[tokens - 1];
+}
+
+template <class VecTraits, int kBits, int S, size_t... T>
+AccumulateStream accumulate_stream_for(int64_t tokens, std::index_sequence<T...>) {
+  static constexpr AccumulateStream table[] = {accumulate_stream<VecTraits, kBits, S, static_cast<int>(T) + 1>...};
+  return table[tokens - 1];
+}
+
+// sums += a section's integers times its scales, for `tokens` tokens of S strips.
+template <class VecTraits, int S>
+void add_section(const int32_t* integers, int64_t tokens, const float* scales, float* sums) {
+  for (int64_t t = 0; t < tokens; ++t, integers += kTileRows, sums += kTileRows)
+    for (int64_t r = 0; r < S * kStripRows; r += kStripRows)
+      VecTraits::add_scaled(sums + r, VecTraits::load_sums(integers + r), scales + r);
+}
+
+// The scales of a section of a tile. int4 weights are 16 times too large.
+template <class VecTraits, int kBits>
+void load_scales(const Layout& layout, const uint8_t* from, int64_t count, float* to) {
+  load_floats<VecTraits>(layout.scale_dtype, from, to, count);
+  if constexpr (kBits == 4)
+    for (int64_t i = 0; i < count; ++i) to[i] *= 1.0f / 16;
+}
+
+// A chunk of a tile, prepared for many tokens.
+template <int S>
+struct PreparedChunk {
+  alignas(kCacheLine) uint8_t units[kInt8ChunkBlocks * UnitStream<8, S>::prepared_bytes];
+  alignas(kCacheLine) int32_t weight_sums[kInt8ChunkBlocks][S * kStripRows];  // of each section, times -kOffset
+  alignas(kCacheLine) float scales[kInt8ChunkBlocks][S * kStripRows];
+};
+
+// Prepares `blocks` blocks from `stream` on, in sections of `section_blocks`. Returns the end.
+template <class VecTraits, int kBits, int S, bool kSections>
+const uint8_t* prepare(const Layout& layout, const uint8_t* stream, int64_t blocks, int64_t section_blocks,
+                       PreparedChunk<S>& chunk) {
+  using Stream = UnitStream<kBits, S>;
+  typename VecTraits::Accumulators zero = VecTraits::load_sums(kZeros);
+  uint8_t* to = chunk.units;
+  for (int64_t section = 0; section * section_blocks < blocks; ++section) {
+    typename VecTraits::Accumulators sums[S];
+    for (int s = 0; s < S; ++s) sums[s] = zero;
+    for (int64_t block = 0; block < section_blocks; ++block, stream += Stream::block_bytes)
+      for (int64_t slot = 0; slot < kBlockUnits * S; ++slot, to += 2 * kPreparedBytes) {
+        const auto weights = weights_of<VecTraits, kBits>(Stream::values(stream, slot));
+        VecTraits::store_positions(to, VecTraits::positions(Stream::positions(stream, slot)));
+        VecTraits::store_weights(to + kPreparedBytes, weights);
+        if constexpr (VecTraits::kOffset != 0) sums[slot % S] = VecTraits::add_weights(sums[slot % S], weights);
+      }
+    for (int s = 0; s < S; ++s)
+      VecTraits::store_sums(chunk.weight_sums[section] + s * kStripRows, VecTraits::subtract(zero, sums[s]));
+    if constexpr (kSections) {
+      load_scales<VecTraits, kBits>(layout, stream, S * kStripRows, chunk.scales[section]);
+      stream += S * layout.strip_scale_bytes();
+    }
+  }
+  return stream;
+}
+
+// What becomes of a tile's sums: y = (sum * scale of the row) * scale of the token + bias, rounded.
+template <class VecTraits, int kBits, bool kSections>
+void finish_tile(const GemmArgs& args, int64_t tile, const int32_t* weight_sums, const Sum<kSections>* sums) {
+  const Layout& layout = args.layout;
+  const int64_t first = tile * kTileRows, left = layout.rows - first, rows = left < kTileRows ? left : kTileRows;
+  alignas(kCacheLine) float bias[kTileRows] = {}, scales[kTileRows] = {}, y[kTileRows];
+  if (args.bias)
+    load_floats<VecTraits>(args.act_dtype, static_cast<const uint8_t*>(args.bias) + first * bits(args.act_dtype) / 8,
+                           bias, rows);
+  if constexpr (!kSections)
+    std::memcpy(scales, args.packed + layout.row_scales_offset() + first * sizeof(float), rows * sizeof(float));
+  const float* token_scales = token_scales_of(args);
+  for (int64_t t = 0; t < args.tokens; ++t, sums += kTileRows) {
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      float sum;
+      if constexpr (kSections)
+        sum = sums[r];
+      else
+        sum = static_cast<float>((sums[r] + weight_sums[r]) >> UnitStream<kBits, 1>::shift) * scales[r];
+      y[r] = sum * token_scales[t] + bias[r];
+    }
+    store_floats<VecTraits>(args.act_dtype, y,
+                            static_cast<uint8_t*>(args.y) + (t * layout.rows + first) * bits(args.act_dtype) / 8, rows);
+  }
+}
+
+// A pass of few tokens: the tile comes from memory, section by section.
+template <class VecTraits, int kBits, int S, bool kSections>
+void multiply_stream(const GemmArgs& args, const uint8_t* stream, Sum<kSections>* sums) {
+  const Layout& layout = args.layout;
+  const auto accumulate =
+      accumulate_stream_for<VecTraits, kBits, S>(args.tokens, std::make_index_sequence<VecTraits::kStreamTokens>());
+  if constexpr (!kSections) {
+    accumulate(stream, args.panel, layout.blocks(), sums);
+  } else {
+    alignas(kCacheLine) int32_t integers[VecTraits::kStreamTokens * kTileRows];
+    alignas(kCacheLine) float scales[S * kStripRows];
+    const int64_t blocks = layout.section_blocks(), panel_bytes = blocks * kBlockUnits * kUnitChannels * args.tokens;
+    const uint8_t* panel = args.panel;
+    for (int64_t left = layout.blocks(); left > 0; left -= blocks, panel += panel_bytes) {
+      accumulate(stream, panel, blocks, integers);
+      stream += blocks * UnitStream<kBits, S>::block_bytes;
+      for (int64_t byte = 0; byte < S * layout.strip_scale_bytes(); byte += kCacheLine)
+        __builtin_prefetch(stream + kInt8PrefetchBytes + byte, 0, 2);
+      load_scales<VecTraits, kBits>(layout, stream, S * kStripRows, scales);
+      stream += S * layout.strip_scale_bytes();
+      add_section<VecTraits, S>(integers, args.tokens, scales, sums);
+    }
+  }
+}
+
+// A pass of many tokens: each chunk of the tile is prepared, then multiplies one block of tokens after another.
+template <class VecTraits, int kBits, int S, bool kSections>
+void multiply_chunks(const GemmArgs& args, const uint8_t* stream, int32_t* weight_sums, Sum<kSections>* sums) {
+  const Layout& layout = args.layout;
+  const TokenBlocks tokens(args.tokens, block_tokens<VecTraits, kSections>);
+  alignas(kCacheLine) PreparedChunk<S> chunk;
+  for (int64_t first = 0; first < layout.blocks(); first += kInt8ChunkBlocks) {
+    const int64_t left = layout.blocks() - first, blocks = left < kInt8ChunkBlocks ? left : kInt8ChunkBlocks;
+    const int64_t section_blocks = kSections ? layout.section_blocks() : blocks;
+    const uint8_t* end = prepare<VecTraits, kBits, S, kSections>(layout, stream, blocks, section_blocks, chunk);
+    for (const uint8_t* next = end; next < end + (end - stream); next += kCacheLine) __builtin_prefetch(next, 0, 2);
+    stream = end;
+    if constexpr (!kSections)
+      for (int64_t r = 0; r < S * kStripRows; ++r) weight_sums[r] += chunk.weight_sums[0][r];
+    const int64_t units = section_blocks * kBlockUnits;
+    for (int64_t b = 0; b < tokens.count; ++b) {
+      const auto accumulate = accumulate_prepared_for<VecTraits, S, kSections>(
+          tokens.size(b), std::make_index_sequence<block_tokens<VecTraits, kSections>>());
+      const uint8_t* panel = args.panel + int8_panel_offset(args.tokens, first, blocks, tokens.first(b));
+      for (int64_t section = 0; section * section_blocks < blocks; ++section)
+        accumulate(chunk.units + section * units * S * 2 * kPreparedBytes,
+                   panel + section * units * kUnitChannels * tokens.size(b), units, chunk.weight_sums[section],
+                   chunk.scales[section], sums + tokens.first(b) * kTileRows);
+    }
+  }
+}
+
+template <class VecTraits, int kBits, int S, bool kSections>
+void multiply_tile(const GemmArgs& args, int64_t tile) {
+  alignas(kCacheLine) Sum<kSections> sums[kMaxPassTokens * kTileRows];
+  alignas(kCacheLine) int32_t weight_sums[kTileRows] = {};
+  std::memset(sums, 0, args.tokens * kTileRows * sizeof *sums);
+  const uint8_t* stream = args.packed + args.layout.tile_offset(tile);
+  if (args.tokens <= VecTraits::kStreamTokens)
+    multiply_stream<VecTraits, kBits, S, kSections>(args, stream, sums);
+  else
+    multiply_chunks<VecTraits, kBits, S, kSections>(args, stream, weight_sums, sums);
+  finish_tile<VecTraits, kBits, kSections>(args, tile, weight_sums, sums);
+}
+
+template <class VecTraits, int kBits, bool kSections>
+void multiply_int8_tiles(const GemmArgs& args, int64_t begin, int64_t end) {
+  for (int64_t tile = begin; tile < end; ++tile) {
+    if (args.layout.strips_in(tile) == kTileStrips)
+      multiply_tile<VecTraits, kBits, kTileStrips, kSections>(args, tile);
+    else
+      multiply_tile<VecTraits, kBits, 1, kSections>(args, tile);
+  }
+}
+
+template <class VecTraits, int kBits, bool kSections>
+constexpr Kernels int8_kernel() {
+  constexpr int64_t tokens = block_tokens<VecTraits, kSections>;
+  static_assert(VecTraits::kStreamTokens <= tokens, "a pass from memory is one token block");
+  return {{tokens, 1, tokens, kUnitChannels / 2, quantize_tokens<VecTraits, tokens>,
+           multiply_int8_tiles<VecTraits, kBits, kSections>, nullptr, sizeof(float)}};
+}
+
+template <class VecTraits>
+constexpr Int8Kernels int8_kernels() {
+  return {int8_kernel<VecTraits, 8, false>(), int8_kernel<VecTraits, 4, false>(), int8_kernel<VecTraits, 8, true>(),
+          int8_kernel<VecTraits, 4, true>()};
+}
+
+}  // namespace

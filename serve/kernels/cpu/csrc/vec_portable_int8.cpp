@@ -1,0 +1,72 @@
+// Any machine: int8 activations in plain loops over 16 rows.
+#include "gemm_int8.h"
+
+namespace {
+
+struct PortableInt8Traits {
+  struct Weights { int8_t value[kStripRows][4]; };
+  struct Positions { uint8_t channel[kStripRows][4]; };  // within the eight
+  using Activations = const uint8_t*;
+  struct Accumulators { int32_t row[kStripRows]; };
+  static constexpr int64_t kBlockTokens = 4;
+  static constexpr int64_t kSectionTokens = 4;
+  static constexpr int64_t kStreamTokens = 4;
+  static constexpr int kOffset = 0;
+
+  static Weights weights8(const uint8_t* p) { return load_weights(p); }
+  static Weights weights4(const uint8_t* p) {
+    Weights w;
+    for (int r = 0; r < kStripRows; ++r)
+      for (int i = 0; i < 4; ++i)
+        w.value[r][i] = static_cast<int8_t>(r < 8 ? p[r * 4 + i] & 0xf0 : p[(r - 8) * 4 + i] << 4);
+    return w;
+  }
+  static void store_weights(uint8_t* p, const Weights& w) { std::memcpy(p, &w, sizeof w); }
+  static Weights load_weights(const uint8_t* p) {
+    Weights w;
+    std::memcpy(&w, p, sizeof w);
+    return w;
+  }
+  static Positions positions(const uint8_t* p) {
+    Positions positions;
+    for (int r = 0; r < kStripRows; ++r)
+      for (int i = 0; i < 4; ++i)
+        positions.channel[r][i] = static_cast<uint8_t>((p[r % 4 * 4 + i] >> (r / 4 * 2) & 3) | (i < 2 ? 0 : 4));
+    return positions;
+  }
+  static void store_positions(uint8_t* p, const Positions& positions) { std::memcpy(p, &positions, sizeof positions); }
+  static Positions load_positions(const uint8_t* p) {
+    Positions positions;
+    std::memcpy(&positions, p, sizeof positions);
+    return positions;
+  }
+  static Activations broadcast(const uint8_t* p) { return p; }
+  static Accumulators load_sums(const int32_t* p) {
+    Accumulators sums;
+    std::memcpy(&sums, p, sizeof sums);
+    return sums;
+  }
+  static void store_sums(int32_t* p, const Accumulators& sums) { std::memcpy(p, &sums, sizeof sums); }
+  static Accumulators multiply_add(Accumulators sums, const Weights& w, const Positions& p, Activations x) {
+    for (int r = 0; r < kStripRows; ++r)
+      for (int i = 0; i < 4; ++i) sums.row[r] += w.value[r][i] * static_cast<int8_t>(x[p.channel[r][i]]);
+    return sums;
+  }
+  static Accumulators subtract(Accumulators a, const Accumulators& b) {
+    for (int r = 0; r < kStripRows; ++r) a.row[r] -= b.row[r];
+    return a;
+  }
+  static void add_scaled(float* sums, const Accumulators& acc, const float* scales) {
+    for (int r = 0; r < kStripRows; ++r) sums[r] += static_cast<float>(acc.row[r]) * scales[r];
+  }
+  static void halves_to_float(const uint8_t* from, float* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = half_to_float(from + 2 * i);
+  }
+  static void floats_to_half(const float* from, uint16_t* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = Float16::from_float(from[i]).bits;
+  }
+};
+
+}  // namespace
+
+const ria::Int8Kernels ria::kPortableInt8 = int8_kernels<PortableInt8Traits>();

@@ -1,0 +1,91 @@
+// int8 activations in 256-bit vectors, 16 rows in two of them: with AVX-VNNI, or with AVX2 alone.
+#pragma once
+#include <immintrin.h>
+
+#include "gemm_int8.h"
+
+namespace {
+
+struct YmmInt8Traits {
+  struct Two { __m256i low, high; };  // rows 0 to 7, and 8 to 15
+  using Weights = Two;
+  using Positions = Two;        // selectors of bytes within the eight
+  using Activations = __m256i;  // the eight channels, four times
+  using Accumulators = Two;
+  static constexpr int64_t kBlockTokens = 3;
+  static constexpr int64_t kSectionTokens = 3;
+  static constexpr int64_t kStreamTokens = 3;
+#if defined(__AVXVNNI__)
+  static constexpr int kOffset = 128;  // vpdpbusd takes the activations as unsigned
+#else
+  static constexpr int kOffset = 0;
+#endif
+
+  static __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+  static Weights weights8(const uint8_t* p) { return {load(p), load(p + 32)}; }
+  static Weights weights4(const uint8_t* p) {
+    const __m256i both = load(p), mask = _mm256_set1_epi8(static_cast<char>(0xf0));
+    return {_mm256_and_si256(both, mask), _mm256_and_si256(_mm256_slli_epi32(both, 4), mask)};
+  }
+  static void store_weights(uint8_t* p, const Weights& w) { store(p, w.low), store(p + 32, w.high); }
+  static Weights load_weights(const uint8_t* p) { return {load(p), load(p + 32)}; }
+  static __m256i selectors(__m256i bits) {  // (bits & 3) | 4 for the second group
+    return _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi8(3)), _mm256_set1_epi32(0x04040000));
+  }
+  static Positions positions(const uint8_t* p) {
+    const __m256i four = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {selectors(_mm256_srlv_epi32(four, _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2))),
+            selectors(_mm256_srlv_epi32(four, _mm256_setr_epi32(4, 4, 4, 4, 6, 6, 6, 6)))};
+  }
+  static void store_positions(uint8_t* p, const Positions& positions) { store_weights(p, positions); }
+  static Positions load_positions(const uint8_t* p) { return load_weights(p); }
+  static Activations broadcast(const uint8_t* p) {
+    int64_t eight;
+    std::memcpy(&eight, p, sizeof eight);
+    return _mm256_set1_epi64x(eight);
+  }
+  static Accumulators load_sums(const int32_t* p) { return {load(p), load(p + 8)}; }
+  static void store_sums(int32_t* p, const Accumulators& sums) { store(p, sums.low), store(p + 8, sums.high); }
+  // Adds the four products of each row.
+  static __m256i dot(__m256i sums, __m256i x, __m256i w) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(sums, x, w);
+#else
+    // Unsigned by signed: |w| <= 128 and x with the sign of w, |x| <= 127. Two products fit 16 bits: 2 * 128 * 127.
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+  }
+  static Accumulators multiply_add(const Accumulators& sums, const Weights& w, const Positions& p, Activations x) {
+    return {dot(sums.low, _mm256_shuffle_epi8(x, p.low), w.low),
+            dot(sums.high, _mm256_shuffle_epi8(x, p.high), w.high)};
+  }
+  static Accumulators add_weights(const Accumulators& sums, const Weights& w) {
+    const __m256i offset = _mm256_set1_epi8(static_cast<char>(kOffset));
+    return {dot(sums.low, offset, w.low), dot(sums.high, offset, w.high)};
+  }
+  static Accumulators subtract(const Accumulators& a, const Accumulators& b) {
+    return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)};
+  }
+  static void add_scaled(float* sums, const Accumulators& acc, const float* scales) {
+    const __m256 low = _mm256_mul_ps(_mm256_cvtepi32_ps(acc.low), _mm256_loadu_ps(scales));
+    const __m256 high = _mm256_mul_ps(_mm256_cvtepi32_ps(acc.high), _mm256_loadu_ps(scales + 8));
+    _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), low));
+    _mm256_storeu_ps(sums + 8, _mm256_add_ps(_mm256_loadu_ps(sums + 8), high));
+  }
+  static void halves_to_float(const uint8_t* from, float* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * i))));
+    for (const int64_t end = i + count % 8; i < end; ++i) to[i] = half_to_float(from + 2 * i);
+  }
+  static void floats_to_half(const float* from, uint16_t* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+
+}  // namespace

@@ -1,0 +1,147 @@
+"""Compares the kernel cpu, where it rounds its inputs to int8, with a formula: every bit of the result must be equal.
+
+A module, and a program for the instruction set that RIA_VLLM_CPU_ISA names: it fails at the first deviation.
+"""
+
+import torch
+from packed_layers import PackedLayer, pack
+from sweep import EDGES, RandomWeight, random_weight
+
+from ria_vllm import sparse24
+from ria_vllm.formats import GROUP_SIZES, IntFormat
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
+
+FORMATS = tuple(IntFormat(bits, size) for bits in (8, 4) for size in (None, *GROUP_SIZES))
+
+
+def formula(weight: RandomWeight, x, permutation=None, bias=None) -> torch.Tensor:
+    """What kernels promise of x, [tokens, in], rounded to int8. float64 holds all integers exactly."""
+    values = x.float() if permutation is None else x.float()[:, permutation.long()]
+    largest = values.abs().amax(1, keepdim=True)
+    scale = torch.where(largest == 0, 1.0, largest / 127)
+    inverse = torch.where(largest == 0, 0.0, torch.tensor(127.0) / largest)  # `127 / largest` multiplies by 1 / largest
+    inverse = inverse.clamp(max=torch.finfo(torch.float32).max)
+    rounded = (values * inverse).round().clamp(-127, 127).double()
+    integers = sparse24.decompress(weight.format.integers(weight.parts), weight.parts["bitmask"]).double()
+    scales = weight.parts["weight_scale"].float()
+    sums = torch.zeros(len(x), len(integers))
+    sections = scales.shape[1]
+    for x_section, section, of_rows in zip(
+        rounded.chunk(sections, 1), integers.chunk(sections, 1), scales.T, strict=True
+    ):
+        sums = sums + (x_section @ section.T).float() * of_rows
+    y = sums * scale
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def packed(weight: RandomWeight) -> PackedLayer:
+    return pack(CpuKernel, weight.parts, weight.format, weight.act_dtype, torch.int8)
+
+
+def assert_equal(y, want, case: str) -> None:
+    assert y.dtype == want.dtype and y.shape == want.shape, case
+    wrong = ~((y == want) | (y.isnan() & want.isnan()))
+    assert not wrong.any(), f"{case}: {int(wrong.sum())} of {wrong.numel()} differ, first at {wrong.nonzero()[0]}"
+
+
+def check_case(format, dtype, tokens, out_features, in_features, permuted, biased, scale_dtype=None) -> None:
+    weight = random_weight(out_features, in_features, format, dtype, scale_dtype)
+    permutation = torch.randperm(in_features, dtype=torch.int32) if permuted else None
+    bias = weight.bias() if biased else None
+    x = weight.x(tokens)
+    x[tokens // 2, : in_features // 2] *= 40
+    y = packed(weight)(x, permutation, bias)
+    case = f"{format.name}, {dtype}, tokens {tokens}, {out_features} x {in_features}, {permuted}, {biased}"
+    assert_equal(y, formula(weight, x, permutation, bias), case)
+
+
+def columns_of(format, columns: int) -> int:
+    """Whole groups."""
+    return -(-columns // (format.group_size or 64)) * (format.group_size or 64)
+
+
+def sweep() -> None:
+    for tokens in range(1, 201):
+        format = FORMATS[tokens % len(FORMATS)]
+        check_case(format, torch.bfloat16, tokens, 49, 128, permuted=tokens % 2 == 0, biased=tokens % 3 == 0)
+    for format in FORMATS:
+        for dtype in sparse24.VALUE_DTYPES:
+            for out_features in (1, 16, 17, 32, 33, 63):
+                for tokens in (1, 5, 13, 50):
+                    check_case(format, dtype, tokens, out_features, columns_of(format, 64), True, True)
+        for tokens in EDGES:
+            check_case(format, torch.bfloat16, tokens, 65, columns_of(format, 576), tokens % 2 == 0, tokens % 3 == 0)
+        for scale_dtype in sparse24.VALUE_DTYPES if format.group_size else ():
+            check_case(format, torch.float16, 9, 50, 256, True, True, scale_dtype)
+            check_case(format, torch.float32, 30, 50, 256, True, False, scale_dtype)
+        check_case(format, torch.float32, 14, 40, columns_of(format, 4160), True, False)
+
+
+def extremes(format, dtype) -> None:
+    """The largest and smallest integers on both sides, which 16-bit sums of products could not hold."""
+    weight = random_weight(40, columns_of(format, 512), format, dtype)
+    columns = weight.dense.shape[1]
+    for smallest in (True, False):
+        integer = -(2 ** (format.num_bits - 1)) if smallest else 2 ** (format.num_bits - 1) - 1
+        byte = integer if format.num_bits == 8 else (integer + 8) * 17
+        weight.parts["compressed"].fill_(byte)
+        layer = packed(weight)
+        for tokens in (1, 5, 40):
+            x = torch.full((tokens, columns), 3.0).to(dtype)
+            x[::3] *= -1
+            x[1::4, ::2] *= -1
+            assert_equal(layer(x), formula(weight, x), f"{format.name}, {dtype}, {tokens} tokens, all {integer}")
+
+
+def special_tokens(format, dtype, tokens: int) -> None:
+    """Zeros, tiny and huge values; a NaN or an infinity makes all outputs of its own token NaN, and no others."""
+    weight = random_weight(33, columns_of(format, 128), format, dtype)
+    layer, bias = packed(weight), weight.bias()
+    x = weight.x(tokens)
+    clean = layer(x, None, bias)
+    finfo = torch.finfo(dtype)
+    x[0] = 0
+    x[1] = x[1].sign() * finfo.tiny
+    x[2] = x[2].sign() * finfo.max
+    x[3] = torch.where(torch.arange(x.shape[1]) % 3 == 0, finfo.smallest_normal * finfo.eps, 0)  # subnormal
+    x[4, 5], x[5, 9], x[6, 11] = float("nan"), float("inf"), float("-inf")
+    x[7, 1:] = 0
+    y = layer(x, None, bias)
+    want = formula(weight, x, None, bias)
+    name = f"{format.name}, {dtype}, {tokens} tokens"
+    for token in (0, 1, 2, 3, 7):
+        assert_equal(y[token], want[token], f"{name}, token {token}")
+    assert torch.equal(y[0], bias), name
+    assert y[4:7].isnan().all(), name
+    assert torch.equal(y[8:], clean[8:]), name
+
+
+def same_bits(format, rows: int) -> None:
+    """A token's result has the same bits alone, in any batch and with any number of threads. So has the packed form."""
+    weight = random_weight(rows, columns_of(format, 1088), format)
+    layer, permutation = packed(weight), torch.randperm(weight.dense.shape[1], dtype=torch.int32)
+    x, bias = weight.x(203), weight.bias()
+    want = formula(weight, x, permutation, bias)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            assert_equal(layer(x, permutation, bias), want, f"{format.name}, {count} threads")
+            for first, last in [(0, 1), (7, 9), (5, 17), (11, 60), (100, 203)]:
+                y = layer(x[first:last], permutation, bias)
+                assert_equal(y, want[first:last], f"{format.name}, {count} threads, tokens {first} to {last}")
+            assert torch.equal(packed(weight).packed[0], layer.packed[0])
+    finally:
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    sweep()
+    for format in FORMATS:
+        for dtype in sparse24.VALUE_DTYPES:
+            extremes(format, dtype)
+            for tokens in (8, 15, 60):
+                special_tokens(format, dtype, tokens)
+        same_bits(format, 208)
+    print(instruction_set())

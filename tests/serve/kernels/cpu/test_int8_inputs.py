@@ -1,0 +1,123 @@
+"""The kernel cpu with inputs that it rounds to int8, in every instruction set that this machine can run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from packed_layers import pack
+from sweep import random_weight
+from sweep_int8 import FORMATS, assert_equal, extremes, formula, packed, same_bits, special_tokens
+
+from ria_vllm import sparse24
+from ria_vllm.formats import FLOAT, INT4, INT8, IntFormat
+from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel, packed_bytes, stored_scales
+
+INSTRUCTION_SETS = ("avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2", "portable")
+SHARED = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_every_bit_is_that_of_the_formula(instruction_set):
+    environment = {**os.environ, "RIA_VLLM_CPU_ISA": instruction_set, "PYTHONPATH": str(SHARED)}
+    program = [sys.executable, str(Path(__file__).with_name("sweep_int8.py"))]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    if "this machine lacks these instructions" in done.stderr:
+        pytest.skip(f"this machine has no {instruction_set}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [instruction_set]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+@pytest.mark.parametrize("rows", (208, 2080), ids=("threads share tokens", "threads share rows"))
+def test_same_bits_for_any_threads_and_any_batch(format, rows):
+    torch.manual_seed(2)
+    same_bits(format, rows)
+
+
+@pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES)
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_no_sum_saturates(format, dtype):
+    torch.manual_seed(3)
+    extremes(format, dtype)
+
+
+@pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES)
+@pytest.mark.parametrize("tokens", (8, 60))
+def test_zeros_nans_and_the_ends_of_the_range(tokens, dtype):
+    torch.manual_seed(4)
+    for format in (INT8, INT4, IntFormat(4, 32)):
+        special_tokens(format, dtype, tokens)
+
+
+def test_any_leading_dimensions_and_strides():
+    torch.manual_seed(5)
+    weight = random_weight(37, 128, IntFormat(4, 64))
+    layer, permutation = packed(weight), torch.randperm(128, dtype=torch.int32)
+    wide = torch.randn(6, 5, 256).to(torch.bfloat16)
+    for x in (wide[0, 0, :128], wide[..., 64:192], wide[::2, 0, :128], wide[..., ::2], wide[:0, :, :128]):
+        want = formula(weight, x.reshape(-1, 128), permutation).reshape(*x.shape[:-1], 37)
+        assert_equal(layer(x, permutation), want, str(x.shape))
+
+
+def test_a_bitmask_that_is_not_2_of_4_is_refused_by_name():
+    weight = random_weight(45, 192, INT4)
+    weight.parts["bitmask"][41, 7] = 0b01110011
+    with pytest.raises(RuntimeError, match="row 41, columns 60 to 63"):
+        packed(weight)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_packed_in_as_many_bytes_as_for_other_inputs(format):
+    weight = random_weight(49, 256, format)
+    (rounded,), (other,) = packed(weight).packed, weight.packed_by(CpuKernel).packed
+    assert rounded.numel() == other.numel() == packed_bytes(49, 256, format, torch.bfloat16)
+    assert not torch.equal(rounded, other)
+
+
+def test_the_packed_weight_says_which_inputs_it_is_for():
+    weight = random_weight(16, 64, INT8, torch.float32)
+    x = torch.randn(2, 64)
+    (rounded,) = packed(weight).packed
+    (other,) = pack(CpuKernel, weight.parts, INT8, torch.bfloat16).packed
+    call = torch.ops.ria.sparse24_linear.cpu
+    assert_equal(call(x, rounded, 16, None, None), formula(weight, x), "float32")
+    for refused in ((x, other), (x.double(), rounded), (x.to(torch.int8), rounded)):
+        with pytest.raises(RuntimeError, match="x must have"):
+            call(*refused, 16, None, None)
+    with pytest.raises(RuntimeError, match="bias must be"):
+        call(x, rounded, 16, None, torch.zeros(16, dtype=torch.bfloat16))
+    compressed, bitmask = sparse24.compress(torch.randn(16, 64))
+    with pytest.raises(RuntimeError, match="only int8 and int4"):
+        torch.ops.ria.sparse24_pack.cpu(compressed, bitmask, None, 0, True)
+
+
+def test_which_layers_are_taken():
+    def reason(format, act_dtype, input_dtype, columns=128):
+        config = LinearLayerConfig(torch.device("cpu"), act_dtype, format, 16, columns, input_dtype)
+        return CpuKernel.can_implement(config)
+
+    for dtype in sparse24.VALUE_DTYPES:
+        assert reason(INT8, dtype, torch.int8) is None and reason(INT4, dtype, torch.int8) is None
+        assert "no int8 inputs with float weights" in reason(FLOAT, dtype, torch.int8)
+    assert "bfloat16 only" in reason(INT8, torch.float16, None)
+    assert "no float8_e4m3fn inputs" in reason(INT8, torch.bfloat16, torch.float8_e4m3fn)
+    assert "not a multiple of 128" in reason(IntFormat(4, 128), torch.float16, torch.int8, columns=64)
+
+
+def test_operators_pass_opcheck_and_compile():
+    torch.manual_seed(6)
+    weight = random_weight(24, 64, IntFormat(4, 32), torch.float16)
+    layer, permutation, bias = packed(weight), torch.randperm(64, dtype=torch.int32), weight.bias()
+    arguments = weight.x(3), layer.packed[0], 24, permutation, bias
+    torch.library.opcheck(torch.ops.ria.sparse24_linear.cpu, arguments)
+    scales = stored_scales(weight.format, weight.parts)
+    packing = weight.parts["compressed"], weight.parts["bitmask"], scales, 32, True
+    torch.library.opcheck(torch.ops.ria.sparse24_pack.cpu, packing)
+    compiled = torch.compile(lambda x: layer(x, permutation, bias), fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (2, 5, 40):
+        x = weight.x(tokens)
+        assert torch.equal(compiled(x), layer(x, permutation, bias))
