@@ -272,9 +272,10 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
                 "Pruned experts are served dense: their weights were decompressed, because no kernel of ria-vllm "
                 "serves them as they are on %s. The answers are right, without the savings.", moe.device,
             )  # fmt: skip
+            self.report.warn_of_inputs(self.scheme.activations, "the experts are served dense", self.scheme.format)
             kernel, bytes_here = f"dense experts ({type(self.moe_kernel.fused_experts).__name__})", dense_bytes
         else:
-            self.report.warn_of_choice(packed.choice)
+            self.report.warn_of_choice(packed.choice, self.scheme.activations)
             kernel = f"{packed.choice} experts"
             bytes_here = sum(getattr(layer, name).nbytes for name in packed.packed)
         gathered = packed is not None and packed.input_permutation is not None

@@ -216,9 +216,11 @@ class Sparse24LinearMethod(LinearMethodBase):
         packed = layer.ria_packed
         if weights is None:
             self.report.leave_out(self.prefix, self.linears[0].claims_24)
+            reason = f"{self.prefix} and others like it are not 2:4 and served dense"
+            self.report.warn_of_inputs(self.scheme.activations, reason, self.scheme.format)
             return
         for call in packed.calls:
-            self.report.warn_of_choice(call.choice)
+            self.report.warn_of_choice(call.choice, self.scheme.activations)
         kernels = [str(call.choice) for call in packed.calls]
         gathered = sum(linear.input_permutation is not None for linear in self.linears)
         permuted = sum(linear.permutation is not None for linear in self.linears)
