@@ -25,7 +25,7 @@ from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
 from ria_vllm.serve.load_report import LoadReport
 from ria_vllm.serve.parameters import PackedTensors
 from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts
-from ria_vllm.serve.weight_scheme import Weights, WeightScheme, uneven_cut
+from ria_vllm.serve.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
 
 logger = init_logger("vllm.ria")
 
@@ -107,8 +107,9 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         self.sizes = ExpertSizes(
             moe.num_local_experts, moe.hidden_dim_unpadded, moe.intermediate_size, moe.tp_rank, moe.tp_size
         )
-        if reason := uneven_cut(scheme.format, self.sizes.hidden, 1):
-            raise RiaError(f"{name}: {reason}")
+        for columns in (self.sizes.hidden, moe.intermediate_size):
+            if reason := misfit(scheme.format, columns):
+                raise RiaError(f"{name}: {reason}")
         if reason := uneven_cut(scheme.format, moe.intermediate_size, moe.tp_size):
             raise RiaError(f"{name}: {reason} Or start with --enable-expert-parallel.")
         orders.check(experts, self.sizes.hidden, self.sizes.intermediate)

@@ -29,7 +29,7 @@ from ria_vllm.serve.parameters import (
 )
 from ria_vllm.serve.shards import ShardMap
 from ria_vllm.serve.stream import WeightStream
-from ria_vllm.serve.weight_scheme import Weights, WeightScheme, uneven_cut
+from ria_vllm.serve.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         self.scheme = self.linears[0].scheme
-        if reason := uneven_cut(self.scheme.format, input_size, input_size // input_size_per_partition):
+        weight_format, ranks = self.scheme.format, input_size // input_size_per_partition
+        if reason := misfit(weight_format, input_size) or uneven_cut(weight_format, input_size, ranks):
             raise RiaError(f"{self.prefix}: {reason}")
         if any(linear.scheme != self.scheme for linear in self.linears):
             raise RiaError(f"{self.prefix}: vLLM fuses {', '.join(self.names)}, but they are not quantized alike.")
