@@ -15,12 +15,13 @@ import torch
 
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, FORMATS
+from ria_vllm.formats import FLOAT, FORMATS, IntFormat
 from ria_vllm.serve.kernels import experts_registry, registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
 from ria_vllm.serve.kernels.cuda.architectures import CudaBuildError
 from ria_vllm.serve.kernels.cuda.build import find_nvcc
+from ria_vllm.serve.weight_scheme import misfit
 
 VECTOR_FLAGS = (
     "avx2",
@@ -264,6 +265,10 @@ def doctor(device: str, dtype: str, shape: str, weights: str, activations: str) 
     sizes = (out_features, in_features)
     if not all(size.isascii() and size.isdecimal() and len(size) <= 9 and int(size) for size in sizes):
         raise RiaError(f"--shape {shape!r}: give OUTxIN, such as 4096x4096.")
+    if reason := misfit(FORMATS[weights], int(in_features)):
+        raise RiaError(f"--shape {shape}: {reason.partition('. ')[0]}.")
+    if activations == "int8" and not isinstance(FORMATS[weights], IntFormat):
+        raise RiaError(f"--activations int8: inputs are rounded for integer --weights only, not for {weights} ones.")
     if device == "cuda" and not torch.cuda.is_available():
         raise RiaError(
             "--device cuda: torch sees no CUDA device here (nvidia-smi and torch.cuda.is_available() say more)."

@@ -25,7 +25,7 @@ from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
 from ria_vllm.serve.load_report import LoadReport
 from ria_vllm.serve.parameters import PackedTensors
 from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts
-from ria_vllm.serve.weight_scheme import Weights, WeightScheme, uneven_cut
+from ria_vllm.serve.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
 
 logger = init_logger("vllm.ria")
 
@@ -107,8 +107,9 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         self.sizes = ExpertSizes(
             moe.num_local_experts, moe.hidden_dim_unpadded, moe.intermediate_size, moe.tp_rank, moe.tp_size
         )
-        if reason := uneven_cut(scheme.format, self.sizes.hidden, 1):
-            raise RiaError(f"{name}: {reason}")
+        for columns in (self.sizes.hidden, moe.intermediate_size):
+            if reason := misfit(scheme.format, columns):
+                raise RiaError(f"{name}: {reason}")
         if reason := uneven_cut(scheme.format, moe.intermediate_size, moe.tp_size):
             raise RiaError(f"{name}: {reason} Or start with --enable-expert-parallel.")
         orders.check(experts, self.sizes.hidden, self.sizes.intermediate)
@@ -272,9 +273,10 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
                 "Pruned experts are served dense: their weights were decompressed, because no kernel of ria-vllm "
                 "serves them as they are on %s. The answers are right, without the savings.", moe.device,
             )  # fmt: skip
+            self.report.warn_of_inputs(self.scheme.activations, "the experts are served dense", self.scheme.format)
             kernel, bytes_here = f"dense experts ({type(self.moe_kernel.fused_experts).__name__})", dense_bytes
         else:
-            self.report.warn_of_choice(packed.choice)
+            self.report.warn_of_choice(packed.choice, self.scheme.activations)
             kernel = f"{packed.choice} experts"
             bytes_here = sum(getattr(layer, name).nbytes for name in packed.packed)
         gathered = packed is not None and packed.input_permutation is not None

@@ -119,9 +119,14 @@ def _check_all_served(
             reason = f"vLLM's layer {dense[lost[0]]} takes dense weights only"
         else:
             reason = f"no layer of vLLM's {type(model).__name__} takes it"
+        way_out = "Compress the model again with these in --ignore, or make a dense folder with `ria-vllm export`."
+        if config.compressed_tensors is not None:
+            way_out = (
+                "Of compressed-tensors' checkpoints, those are served whose quantized linears all have a linear layer "
+                "in vLLM, so no mixtures of experts. Compress the dense original with `ria-vllm compress`."
+            )
         raise RiaError(
-            f"{config.where}: pruned linears that would not be served: {_shorten(lost)}. {lost[0]}: "
-            f"{reason}. Compress the model again with these in --ignore, or make a dense folder with `ria-vllm export`."
+            f"{config.where}: pruned linears that would not be served: {_shorten(lost)}. {lost[0]}: {reason}. {way_out}"
         )
 
 

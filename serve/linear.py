@@ -29,7 +29,7 @@ from ria_vllm.serve.parameters import (
 )
 from ria_vllm.serve.shards import ShardMap
 from ria_vllm.serve.stream import WeightStream
-from ria_vllm.serve.weight_scheme import Weights, WeightScheme, uneven_cut
+from ria_vllm.serve.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         self.scheme = self.linears[0].scheme
-        if reason := uneven_cut(self.scheme.format, input_size, input_size // input_size_per_partition):
+        weight_format, ranks = self.scheme.format, input_size // input_size_per_partition
+        if reason := misfit(weight_format, input_size) or uneven_cut(weight_format, input_size, ranks):
             raise RiaError(f"{self.prefix}: {reason}")
         if any(linear.scheme != self.scheme for linear in self.linears):
             raise RiaError(f"{self.prefix}: vLLM fuses {', '.join(self.names)}, but they are not quantized alike.")
@@ -216,9 +217,11 @@ class Sparse24LinearMethod(LinearMethodBase):
         packed = layer.ria_packed
         if weights is None:
             self.report.leave_out(self.prefix, self.linears[0].claims_24)
+            reason = f"{self.prefix} and others like it are not 2:4 and served dense"
+            self.report.warn_of_inputs(self.scheme.activations, reason, self.scheme.format)
             return
         for call in packed.calls:
-            self.report.warn_of_choice(call.choice)
+            self.report.warn_of_choice(call.choice, self.scheme.activations)
         kernels = [str(call.choice) for call in packed.calls]
         gathered = sum(linear.input_permutation is not None for linear in self.linears)
         permuted = sum(linear.permutation is not None for linear in self.linears)

@@ -5,12 +5,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
+from ria_vllm.formats import FP8
 from ria_vllm.serve.kernels.choice import Choice
-from ria_vllm.weight_format import name_of
+from ria_vllm.weight_format import WeightFormat, name_of
 
 # vLLM configures the handlers of its own loggers only.
 logger = init_logger("vllm.ria")
@@ -95,22 +97,36 @@ class LoadReport:
                 "which is correct but slow. A smaller --tensor-parallel-size, or compressing with folds, avoids it."
             )
 
-    def warn_of_choice(self, choice: Choice[Any, Any]) -> None:
-        """Say once for each way of serving a layer what it costs, or what it does not do, if that is unexpected."""
-        if get_tensor_model_parallel_rank() != 0:
-            return
+    def warn_of_choice(self, choice: Choice[Any, Any], activations: torch.dtype | None) -> None:
+        """Say once for each way of serving a layer what it costs, or what it does not do, if that is unexpected.
+
+        Args:
+            activations: to which the checkpoint wants the inputs rounded; None for no rounding.
+        """
         config = choice.config
-        if choice.widened_from is not None:
+        stored = choice.widened_from or config.weight_format
+        if choice.widened_from is not None and get_tensor_model_parallel_rank() == 0:
             logger.warning_once(
                 "Weights in %s are widened to %s 2:4, because no kernel for %s multiplies them as the checkpoint "
                 "wants: the answers are right, but the weights take the memory of %s.",
                 choice.widened_from.name, name_of(config.act_dtype), config.device.type, name_of(config.act_dtype),
             )  # fmt: skip
-        if choice.unrounded is not None:
+        rounded = torch.float8_e4m3fn if config.weight_format == FP8 else config.input_dtype
+        if rounded != activations:
+            self.warn_of_inputs(
+                activations, f"no fast kernel for {config.device.type} does it with these weights", stored
+            )
+
+    def warn_of_inputs(self, activations: torch.dtype | None, reason: str, stored: WeightFormat) -> None:
+        """Say once that inputs are not rounded to `activations`, if that is a dtype, and why.
+
+        Args:
+            stored: the format of the weights in the checkpoint.
+        """
+        if activations is not None and get_tensor_model_parallel_rank() == 0:
             logger.warning_once(
-                "Inputs are not rounded to %s, because no fast kernel for %s does it with these weights: the answers "
-                "are those of weights in %s alone.",
-                name_of(choice.unrounded), config.device.type, (choice.widened_from or config.weight_format).name,
+                "Inputs are not rounded to %s, because %s: the answers are those of weights in %s alone.",
+                name_of(activations), reason, stored.name,
             )  # fmt: skip
 
     def log(self) -> None:

@@ -173,7 +173,8 @@ class WeightScheme:
             None if the linear was stored plain and is not 2:4, see `dense_weight`.
 
         Raises:
-            ValueError: a scale that is not finite, or a bitmask that is not 2:4.
+            ValueError: a scale that is not finite, or a bitmask that is not 2:4. Scales of zero or less are as good as
+                others: a value is multiplied by them.
         """
         parts = {name: tensor for name, tensor in loaded.items() if name != "weight"}
         if dummy and "bitmask" in parts:
@@ -213,22 +214,28 @@ class WeightScheme:
         return self.format.values(parts, served)
 
 
+def misfit(weight_format: WeightFormat, columns: int) -> str | None:
+    """Why a linear with `columns` input channels cannot be stored in a format, with the way out; or None."""
+    multiple = weight_format.column_multiple
+    if columns % multiple == 0:
+        return None
+    return (
+        f"{columns} input channels are not a multiple of {multiple}, which {weight_format.name} needs. config.json and "
+        "the weights do not belong together; get both again."
+    )
+
+
 def uneven_cut(weight_format: WeightFormat, columns: int, ranks: int) -> str | None:
-    """Why a rank cannot have its part of the input of a linear with `columns` channels, or None."""
+    """Why a rank cannot have its part of the input of a linear that fits as a whole, with the way out; or None."""
     multiple, here = weight_format.column_multiple, columns // ranks
     if here % multiple == 0:
         return None
-    if columns % multiple:
-        return (
-            f"{columns} input channels are not a multiple of {multiple}, which {weight_format.name} needs. "
-            "config.json belongs to another model; get the files again."
-        )
     left = f"{columns} input channels over {ranks} ranks leave {here} each, which is not a multiple of {multiple}"
     if weight_format.group_size is None:
         return f"{left}. Use a smaller --tensor-parallel-size."
     return (
         f"{left}: a group of {weight_format.group_size} channels has one scale ({weight_format.name}). Use a smaller "
-        "--tensor-parallel-size, or compress with a smaller --group-size."
+        "--tensor-parallel-size, or a checkpoint with smaller groups (`ria-vllm compress --group-size`)."
     )
 
 

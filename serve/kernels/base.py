@@ -30,8 +30,9 @@ class LinearLayerConfig:
         out_features: N.
         in_features: K, with its padding.
         input_dtype: torch.int8 if the kernel rounds each token of the input to int8, with a scale of its own, as
-            `ria_vllm.serve.kernels.int8_inputs` defines it; then the weights are integers. None: inputs are not
-            rounded. Kernels round the inputs of fp8 weights to fp8 in any case.
+            `ria_vllm.serve.kernels.int8_inputs` defines it; then the weights are integers. Where tensor parallelism
+            cuts the input, each rank rounds its own channels by their largest. None: inputs are not rounded. Kernels
+            round the inputs of fp8 weights to fp8 in any case.
     """
 
     device: torch.device

@@ -35,7 +35,7 @@ class Choice(Generic[Kernel, Config]):
 
     @property
     def how(self) -> str:
-        """In what way the kernel serves the layer; empty if it has float weights, or they stay as they are."""
+        """In what way the kernel serves the layer; empty if the weights stay as they are and nobody rounds inputs."""
         notes = []
         if self.widened_from is not None:
             notes.append(f"{self.widened_from.name} widened to {name_of(self.config.act_dtype)}")

@@ -23,7 +23,10 @@ from safetensors.torch import load_file, save_file
 VERSION = "0.12.2"
 FOLDER = Path(__file__).parents[2] / ".work" / f"compressed-tensors-{VERSION}"
 
-needs_writer = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"compressed-tensors {VERSION} is not in .work; run make")
+# In CI (which sets this variable everywhere) the comparison must not vanish: without the writer, its tests fail there.
+needs_writer = pytest.mark.skipif(
+    not FOLDER.is_dir() and not os.environ.get("CI"), reason=f"compressed-tensors {VERSION} is not in .work; run make"
+)
 
 
 @dataclass

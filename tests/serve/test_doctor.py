@@ -46,6 +46,19 @@ def test_quantized_weights_and_rounded_inputs():
         assert re.search("cpu +chosen with fp8 widened to bfloat16: the first that can serve this layer", lines)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--activations", "int8"), "integer --weights only, not for float ones"),
+        (("--weights", "fp8", "--activations", "int8"), "integer --weights only, not for fp8 ones"),
+        (("--shape", "64x192", "--weights", "int4-g128"), "192 input channels are not a multiple of 128, which int4-g"),
+    ],
+)
+def test_layers_that_no_checkpoint_has(options, message):
+    with pytest.raises(RiaError, match=message):
+        run_doctor("--device", "cpu", *options)
+
+
 def test_forced_kernel():
     assert re.search(
         r"reference\s+chosen: RIA_VLLM_BACKEND", run_doctor("--device", "cpu", env={"RIA_VLLM_BACKEND": "reference"})

@@ -136,7 +136,7 @@ def test_a_cut_through_a_group_is_refused(ranks, name):
     words = (
         rf"down: {inner} input channels over 2 ranks leave {inner // 2} each.*a group of {format.group_size}.*{name}"
     )
-    with pytest.raises(RiaError, match=words + ".*smaller --tensor-parallel-size, or compress with a smaller --group"):
+    with pytest.raises(RiaError, match=words + ".*smaller --tensor-parallel-size, or a checkpoint with smaller groups"):
         row_parallel(stored.config(), inner)
 
 

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from compressed_tensors_layers import INT, Checkpoint
+from mixture_layers import StoredMixture, served
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import ReplicatedLinear
 
-from ria_vllm.formats import FLOAT, FORMATS
+from ria_vllm.formats import FLOAT, FORMATS, FP8, INT8
 from ria_vllm.serve import load_report
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.choice import Choice
@@ -15,6 +18,13 @@ from ria_vllm.serve.load_report import LoadReport
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch):
     monkeypatch.setattr(load_report, "get_tensor_model_parallel_rank", lambda: 0)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    words = []
+    monkeypatch.setattr(load_report.logger, "warning_once", lambda text, *values: words.append(text % values))
+    return words
 
 
 def load(*graphs, report=None):
@@ -71,22 +81,53 @@ def test_a_layer_that_is_served_dense_is_in_the_key():
     assert len(set(keys)) == 3
 
 
+INT4, FP8_INPUTS = FORMATS["int4-g64"], torch.float8_e4m3fn
+
+
 @pytest.mark.parametrize(
-    "widened_from, unrounded, expected",
+    "stored, kept, activations, applied, expected",
     [
-        (None, None, []),
-        ("int4-g64", None, ["Weights in int4-g64 are widened to bfloat16 2:4, because no kernel for cuda multiplies"]),
+        (FLOAT, FLOAT, None, None, []),
         (
-            "int4-g64",
-            torch.int8,
-            ["Weights in int4-g64 are widened", "Inputs are not rounded to int8, because no fast"],
+            INT4,
+            FLOAT,
+            None,
+            None,
+            ["Weights in int4-g64 are widened to bfloat16 2:4, because no kernel for cuda multi"],
         ),
-        (None, torch.int8, ["Inputs are not rounded to int8"]),
+        (INT4, FLOAT, torch.int8, None, ["Weights in int4-g64 are widened", "Inputs are not rounded to int8, because"]),
+        (
+            INT4,
+            INT4,
+            torch.int8,
+            None,
+            ["Inputs are not rounded to int8, because no fast kernel for cuda does it with"],
+        ),
+        (INT4, INT4, torch.int8, torch.int8, []),
+        (INT4, INT4, FP8_INPUTS, None, ["Inputs are not rounded to float8_e4m3fn, because no fast kernel for cuda"]),
+        (FP8, FP8, FP8_INPUTS, None, []),
+        (FP8, FLOAT, FP8_INPUTS, None, ["Weights in fp8 are widened", "Inputs are not rounded to float8_e4m3fn"]),
     ],
 )
-def test_what_a_kernel_does_not_do_is_said(monkeypatch, widened_from, unrounded, expected):
-    said = []
-    monkeypatch.setattr(load_report.logger, "warning_once", lambda words, *values: said.append(words % values))
-    config = LinearLayerConfig(torch.device("cuda"), torch.bfloat16, FLOAT, 64, 64)
-    LoadReport().warn_of_choice(Choice(CutlassKernel, config, widened_from and FORMATS[widened_from], unrounded))
+def test_what_a_kernel_does_not_do_is_said(said, stored, kept, activations, applied, expected):
+    config = LinearLayerConfig(torch.device("cuda"), torch.bfloat16, kept, 64, 64, applied)
+    LoadReport().warn_of_choice(Choice(CutlassKernel, config, None if stored == kept else stored), activations)
     assert len(said) == len(expected) and all(words.startswith(start) for words, start in zip(said, expected))
+
+
+def test_dense_layers_do_not_round_their_inputs_and_say_so(ranks, said):
+    checkpoint = Checkpoint(weights=INT, inputs=INT | {"strategy": "token"}, dense=True)
+    layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc", return_bias=False)
+    checkpoint.load(layer, {"fc": (None, 64)}, two_of_four=False)
+    assert said == [
+        "Inputs are not rounded to int8, because fc and others like it are not 2:4 and served dense: the answers are "
+        "those of weights in int8 alone."
+    ]
+
+
+def test_dense_experts_do_not_round_their_inputs_and_say_so(ranks, said):
+    model = served(StoredMixture(weight_format=INT8, rounded=True))
+    assert model.experts.ria_experts is None
+    assert [
+        words for words in said if words.startswith("Inputs are not rounded to int8, because the experts are served")
+    ]

@@ -7,7 +7,7 @@ import torch
 from random_experts import ACTIVATIONS, random_experts
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FP8, INT8
+from ria_vllm.formats import FP8, INT8, INTEGERS
 from ria_vllm.serve.kernels import choice, experts_registry
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
@@ -86,6 +86,19 @@ def test_a_kernel_that_is_wrong_is_passed_over(monkeypatch, pack, reason):
     monkeypatch.setattr(experts_registry, "KERNELS", (Wrong, ReferenceExpertsKernel))
     assert experts_registry.choose(CONFIG).kernel is ReferenceExpertsKernel
     assert dict(experts_registry.explain(CONFIG)) == {"cpu": reason, "reference": None}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("format", [INT8, INTEGERS[4, 32]], ids=lambda one: one.name)
+def test_a_kernel_that_does_not_round_its_inputs_is_passed_over(format, activation):
+    class Unrounded(ReferenceExpertsKernel):
+        @staticmethod
+        def apply(config, *arguments):
+            return ReferenceExpertsKernel.apply(replace(config, input_dtype=None), *arguments)
+
+    config = replace(CONFIG, weight_format=format, activation=activation, input_dtype=torch.int8)
+    assert experts_registry.reason_against(ReferenceExpertsKernel, config) is None
+    assert experts_registry.reason_against(Unrounded, config) == "a few small experts come out wrong on this device"
 
 
 @pytest.mark.parametrize("ignored", ["biases", "input_permutation", "expert_map"])
