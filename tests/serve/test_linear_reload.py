@@ -182,7 +182,7 @@ def test_dummies_of_marlin_have_the_scales_of_real_weights(dummies):
 
 @pytest.mark.parametrize("real", [torch.bfloat16, torch.float16, torch.float32])
 def test_dummies_whose_scales_cannot_hold_the_real_ones_are_refused(dummies, monkeypatch, real):
-    """torch would round them as it copies them. (The CPU kernel's packed bytes say which dtype of 16 bits they hold.)"""
+    """torch would round them as it copies them. (The packed bytes of the CPU kernel say what they hold.)"""
     monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
     model, config = in_groups("pack-quantized", 64)
     model[0].quant_method.process_weights_after_loading(model[0])
