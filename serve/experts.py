@@ -1,6 +1,5 @@
 """Sparse24MoEMethod: the routed experts of one of vLLM's mixture layers, with 2:4 weights."""
 
-import os
 from typing import Any
 
 import torch
@@ -10,18 +9,15 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.engine import EngineOptions
+from ria_vllm.serve.experts_choice import choose, layer_config
 from ria_vllm.serve.experts_dense import DenseExpertsMethod
 from ria_vllm.serve.experts_loading import BIAS, DOWN, GATE_UP, ExpertSizes, ExpertsLoader
 from ria_vllm.serve.experts_packing import (
     LoadedExperts,
     PackedExperts,
-    activation_of,
     fill_dense,
     pack_experts,
 )
-from ria_vllm.serve.kernels import experts_registry
-from ria_vllm.serve.kernels.base import ExpertsLayerConfig
-from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
 from ria_vllm.serve.load_report import LoadReport
 from ria_vllm.serve.parameters import PackedTensors
 from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts
@@ -113,52 +109,9 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         if reason := uneven_cut(scheme.format, moe.intermediate_size, moe.tp_size):
             raise RiaError(f"{name}: {reason} Or start with --enable-expert-parallel.")
         orders.check(experts, self.sizes.hidden, self.sizes.intermediate)
-        self._choose(layer)
-
-    def _choose(self, layer: RoutedExperts) -> None:
-        """Decide who computes: a kernel if there is a fast one or one is forced, else vLLM if it can, else a slow one.
-
-        Raises:
-            RiaError: none can.
-        """
-        self.dense: DenseExpertsMethod | None = None
-        self.choice: experts_registry.Choice | None = None
-        config = self._layer_config(layer)
-        if isinstance(config, ExpertsLayerConfig):
-            self.choice = experts_registry.choose(config)
-            kernel = self.choice.kernel
-            if not kernel.is_fallback or os.environ.get(KERNEL_VARIABLE) == kernel.name:
-                return
-        dense = DenseExpertsMethod(layer)
-        if dense.unserved is None:
-            self.dense, self.choice, self.experts_cls = dense, None, dense.experts_cls
-        elif not isinstance(config, ExpertsLayerConfig):
-            raise RiaError(
-                f"{self.experts.name}: no kernel serves these experts {config}, and they cannot be served dense "
-                f"either: {dense.unserved}. `ria-vllm export` makes a dense folder for where they can."
-            )
-
-    def _layer_config(self, layer: RoutedExperts) -> ExpertsLayerConfig | str:
-        """The layer as kernels know it; or because of what no kernel serves it."""
-        moe, activation = self.moe, activation_of(layer)
-        if activation is None:
-            return f"with the activation {layer.activation.value}"
-        if moe.dp_size > 1 or moe.pcp_size > 1 or moe.is_sequence_parallel:
-            return "with data, sequence or context parallel"
-        if not self.orders.shared_input:
-            return "in different channel orders (compress with --permute-scope shared)"
-        return ExpertsLayerConfig(
-            device=torch.device(moe.device),
-            act_dtype=moe.in_dtype,
-            weight_format=self.scheme.format,
-            num_experts=self.sizes.local,
-            hidden_size=self.sizes.hidden,
-            intermediate_size=self.sizes.here,
-            activation=activation,
-            has_bias=moe.has_bias,
-            router_weight_on_input=layer.apply_router_weight_on_input,
-            input_dtype=self.scheme.input_dtype,
-        )
+        self.choice, self.dense = choose(layer, experts.name, layer_config(layer, scheme, orders, self.sizes))
+        if self.dense is not None:
+            self.experts_cls = self.dense.experts_cls
 
     def maybe_roundup_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         if self.dense is not None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from stored import Stored
 from torch.utils._python_dispatch import TorchDispatchMode
-from vllm.config import LoadConfig, LoRAConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
+from vllm.config import LoRAConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -317,65 +317,6 @@ def test_no_folds_with_lora(ranks):
     close(stored.load(up, {"gate": 0, "up": 1})(x), torch.cat([stored.apply(x, "gate"), stored.apply(x, "up")], -1))
     assert np.array_equal(config.stored_linear("down", lora=True).input_permutation, stored.orders["down"])
     close(stored.load(down, {"down": None})(y), stored.apply(y, "down"))
-
-
-def damaged(change):
-    stored = Stored()
-    stored.add("fc", 64, HIDDEN)
-    change(stored.tensors["fc"])
-    stored.load(ReplicatedLinear(HIDDEN, 64, quant_config=stored.config(), prefix="fc"), {"fc": None})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t["bitmask"].__setitem__((3, 1), 0b01110011), r"fc: row 3, columns 8 to 15: .*damaged"),
-        (lambda t: t.pop("bitmask"), r"fc\.bitmask is in none of the weight files"),
-        (lambda t: t.pop("compressed"), r"fc\.compressed is in none of the weight files"),
-        (lambda t: t.update(compressed=t["compressed"].int()), r"fc\.compressed is torch.int32"),
-        (
-            lambda t: t.update(bitmask=t["bitmask"][:, :-1]),
-            r"fc\.bitmask is torch.uint8 \(64, 15\), .*needs torch.uint8 \(64, 16\)",
-        ),
-        (lambda t: t.update(compressed=torch.cat([t["compressed"]] * 2)), r"fc\.compressed is .*\(128, 64\)"),
-    ],
-)
-def test_damage_names_the_layer(ranks, change, message):
-    with pytest.raises(RiaError, match=message):
-        damaged(change)
-
-
-def test_fused_layer_that_is_partly_dense(ranks):
-    stored = Stored()
-    stored.add("gate", INNER, HIDDEN)
-    with pytest.raises(RiaError, match=r"gate_up: vLLM fuses gate, up, but up is dense"):
-        MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=stored.config(), prefix="gate_up")
-
-
-def test_permutation_of_another_size(ranks):
-    stored = Stored()
-    stored.add("fc", 64, HIDDEN)
-    stored.orders["fc"] = np.arange(64, dtype=np.int32)
-    layer = ReplicatedLinear(HIDDEN, 64, quant_config=stored.config(), prefix="fc")
-    with pytest.raises(RiaError, match="fc: its permutation has 64 channels, its input 128"):
-        stored.load(layer, {"fc": None})
-
-
-def test_too_many_ranks(ranks):
-    stored = Stored()
-    stored.add("down", HIDDEN, 64 * 3)
-    ranks(0, 48)
-    with pytest.raises(RiaError, match="leave 4 each"):
-        RowParallelLinear(64 * 3, HIDDEN, quant_config=stored.config(), prefix="down")
-
-
-@pytest.mark.parametrize("load_format", ["sharded_state", "runai_streamer_sharded"])
-def test_weights_that_another_kernel_packed_are_refused(ranks, load_format):
-    stored = Stored()
-    stored.add("down", HIDDEN, INNER)
-    with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format=load_format))):
-        with pytest.raises(RiaError, match=f"--load-format {load_format} .*without this option"):
-            RowParallelLinear(INNER, HIDDEN, quant_config=stored.config(), prefix="down")
 
 
 def test_compile_cache_is_keyed_by_the_kernels(ranks, monkeypatch):

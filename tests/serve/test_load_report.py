@@ -9,9 +9,11 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from ria_vllm.formats import FLOAT, FORMATS, FP8, INT8
 from ria_vllm.serve import load_report
+from ria_vllm.serve.kernels import experts_registry
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.choice import Choice
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
+from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 from ria_vllm.serve.load_report import LoadReport
 
 
@@ -125,7 +127,8 @@ def test_dense_layers_do_not_round_their_inputs_and_say_so(ranks, said):
     ]
 
 
-def test_dense_experts_do_not_round_their_inputs_and_say_so(ranks, said):
+def test_dense_experts_do_not_round_their_inputs_and_say_so(ranks, said, monkeypatch):
+    monkeypatch.setattr(experts_registry, "KERNELS", (ReferenceExpertsKernel,))  # too slow if vLLM has its own
     model = served(StoredMixture(weight_format=INT8, rounded=True))
     assert model.experts.ria_experts is None
     assert [
