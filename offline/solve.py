@@ -1,5 +1,6 @@
 """Prune the linears of one stage: the order of their input channels, their masks and their kept weights."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,10 +172,9 @@ def solve(
     """
     owners = ranks.partition_by_cost([weights[n].shape[1] * weights[n].numel() for n in names])
     solved: dict[str, Pruned] = {}
-    solvers = _Solvers()
-    for name, owner in zip(names, owners, strict=True):
-        if owner != ranks.rank:
-            continue
+    own = [name for name, owner in zip(names, owners, strict=True) if owner == ranks.rank]
+    solvers = _Solvers(statistics[name].gram for name in own)
+    for name in own:
         solved[name] = _prune(weights[name], statistics[name], orders[name], dtype, recipe, solvers)
         if not bool(solved[name].weight.isfinite().all()):
             raise RiaError(f"{place(name)}: NaN or infinite values after pruning; give --reconstruct none.")
@@ -182,9 +182,11 @@ def solve(
 
 
 class _Solvers:
-    """Keeps the solver for the current Gram matrix; it is freed before another is made, because both are large."""
+    """Keeps the solver for a Gram matrix until its last linear; no two are in memory at once, because they are large."""
 
-    def __init__(self) -> None:
+    def __init__(self, grams: Iterable[SymmetricMatrix | None]) -> None:
+        """`grams`: those of the linears, in the order in which they are solved; equal ones follow each other."""
+        self.uses = Counter(map(id, grams))
         self.gram: SymmetricMatrix | None = None
         self.last: AdmmSolver | None = None
 
@@ -193,7 +195,11 @@ class _Solvers:
             self.gram, self.last = gram, None
             with one_thread():
                 self.last = admm_solver(gram)
-        return self.last
+        found = self.last
+        self.uses[id(gram)] -= 1
+        if not self.uses[id(gram)]:
+            self.gram = self.last = None
+        return found
 
 
 def score(weight: torch.Tensor, statistics: Statistics, recipe: Recipe) -> torch.Tensor:

@@ -44,7 +44,7 @@ def round_on_mask(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round the kept weights of a linear so that its output stays closest to its target.
 
-    Besides its arguments it takes some rows' worth of temporaries and, for a narrow input, a dense Gram matrix.
+    Besides its arguments it takes some rows' worth of temporaries and a copy of the Gram matrix, in the stored order.
 
     Args:
         weight: W [out, in], the dense weight in the model's own order, any floating dtype.
@@ -124,25 +124,21 @@ class _System:
 
     def __init__(self, gram: SymmetricMatrix, p: torch.Tensor | None, damping: float, block: int):
         mean = gram.diagonal().mean()
-        self.added = damping * torch.where(mean > 0, mean, 1.0)
-        self.diagonal = _take(gram.diagonal()[None], p)[0] + self.added
-        self.gram, self.p, self.block = gram, p, block
-        self.dense = gram.dense(p) if gram.width <= DENSE_WIDTH else None
-        if self.dense is not None:
-            self.dense.diagonal().add_(self.added)
+        added = damping * torch.where(mean > 0, mean, 1.0)
+        self.width, self.block = gram.width, block
+        self.matrix = gram.dense(p) if gram.width <= DENSE_WIDTH else gram.copy(p)
+        if isinstance(self.matrix, SymmetricMatrix):
+            self.matrix.add_to_diagonal(added.expand(gram.width))
+        else:
+            self.matrix.diagonal().add_(added)
+        self.diagonal = self.matrix.diagonal()
 
     def blocks(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(first row, row after the last, rows [block, in]), one after the other."""
-        width = self.gram.width
-        for start in range(0, width, self.block):
-            stop = min(start + self.block, width)
-            if self.dense is not None:
-                yield start, stop, self.dense[start:stop]
-                continue
-            channels = torch.arange(start, stop, device=self.gram.device) if self.p is None else self.p[start:stop]
-            rows = _take(self.gram.rows(channels), self.p)
-            rows[:, start:stop].diagonal().add_(self.added)
-            yield start, stop, rows
+        for start in range(0, self.width, self.block):
+            stop = min(start + self.block, self.width)
+            dense = not isinstance(self.matrix, SymmetricMatrix)
+            yield start, stop, self.matrix[start:stop] if dense else self.matrix.neighbours(start, stop)
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         """`rows` A, for rows [any, in]."""
