@@ -61,7 +61,7 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 @click.option(
     "--group-size",
     type=click.Choice(["128", "64", "32", "row"]),
-    show_default="row for int8; for int4 128, or 64 if that does not fit",
+    show_default="row for int8; for int4 128 if that fits 8 tensor-parallel ranks, else 64",
     help="Columns of an integer weight that share a scale. Smaller groups are more exact: 16/SIZE bits a weight more.",
 )
 @click.option(

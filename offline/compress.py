@@ -1,6 +1,5 @@
 """The whole compression: a dense model in, a compressed checkpoint out, with one decoder layer in memory at a time."""
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.source import Source, opened
 from ria_vllm.offline.model.streaming import StreamedModel, stored_dtype
 from ria_vllm.offline.model.topology import Topologies
+from ria_vllm.offline.nothing_lost import check_nothing_lost, planned
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive, widths
 from ria_vllm.offline.plan_experts import describe_experts
 from ria_vllm.offline.prune_experts import counts_of
@@ -29,7 +29,7 @@ from ria_vllm.offline.units import layer_key, layer_tensors, pruned_weights
 from ria_vllm.offline.work import begun_run, fingerprint, work_folder
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import INT8_TOKENS, REPORT_FILE, RiaSchema, SparsityConfig, WeightQuantization
-from ria_vllm.weight_format import WeightFormat, name_of
+from ria_vllm.weight_format import name_of
 from ria_vllm.writer import CheckpointWriter, check_place
 
 CALIBRATION_KEY = "calibration"
@@ -108,7 +108,7 @@ def _fitting(recipe: Recipe, model: StreamedModel, monitor: Monitor) -> Recipe:
         return recipe
     found = recipe.fitting(widths(model, recipe))
     if found.group_size != recipe.group_size:
-        monitor.say(f"--group-size {found.group_size}: the largest that divides the in-features of each pruned linear")
+        monitor.say(f"--group-size {found.group_size}: what fits the in-features of all linears that may be pruned")
     return found
 
 
@@ -127,7 +127,7 @@ class _Run:
     def compress(self) -> dict[str, Any]:
         """Run every step, from the calibration tokens to the finished folder; returns the report."""
         others = _other_files(self.source)  # first, so that an error in them shows at once, not after hours
-        _check_nothing_lost(self.model, set(), _planned(self.model), self.recipe.weight_format)
+        check_nothing_lost(self.model, set(), planned(self.model), self.recipe.weight_format)
         tokens = self._tokens()
         cache = self.writer.work / "activations" if self.settings.activation_cache == "disk" else None
         sensitive, topologies = self._sensitive(tokens, cache, self._kept_topologies())
@@ -265,7 +265,7 @@ class _Run:
         for index in range(len(model.layers)):
             keys += [layer_key(index), *store.written(index, plan.experts[index])]
         written = [name for key in keys for name in writer.names(key)]
-        _check_nothing_lost(model, set(report["linears"]), written, recipe.weight_format)
+        check_nothing_lost(model, set(report["linears"]), written, recipe.weight_format)
         json_files, copies = others
         pruned = sum(record["shape"][0] * record["shape"][1] for record in report["linears"].values())
         zeros = round((1 - recipe.pattern.density) * pruned / model.linear_weights, 6)
@@ -318,41 +318,3 @@ def _other_files(source: Source) -> tuple[dict[str, Any], list[Path]]:
         json_files[path.name] = without_paths(read_json(path))
         copies.remove(path)
     return json_files, copies
-
-
-def _planned(model: StreamedModel) -> list[str]:
-    """The written names of all tensors that will be copied or pruned."""
-    layers = (model.names_in_layer(index) for index in range(len(model.layers)))
-    return [*model.names_outside_layers(), *(name for names in layers for name in names)]
-
-
-def _check_nothing_lost(
-    model: StreamedModel, pruned: set[str], written: list[str], weight_format: WeightFormat
-) -> None:
-    """Check that each tensor of the source is written exactly once, under its own name, unchanged or compressed.
-
-    A tensor that stacks experts is there if each of its linears is. Tensors left out on purpose (`names.LEFT_OUT`) are
-    exempt.
-
-    Args:
-        pruned: the written names of pruned linears.
-        written: the names of all tensors that are written.
-        weight_format: of the pruned linears.
-    """
-    counts = Counter(written)
-    first = weight_format.parts[0].name
-    stacks = {
-        tensor: linears for layer in model.experts for f in layer.values() for tensor, linears in f.in_stack.items()
-    }
-    for name in model.files:
-        mine = model.names.written(name)
-        if mine is None:
-            continue
-        linear = mine.removesuffix(".weight")
-        there = counts[mine] + (counts[f"{linear}.{first}"] if linear in pruned else 0)
-        if pruned & set(stacks.get(mine, ())):
-            times = [counts[f"{one}.{first}"] for one in stacks[mine]]
-            there += max(times) if 1 <= min(times) else 0
-        if there != 1:
-            wrong = {0: "missing in the output", 2: "in the output twice"}.get(there, f"in the output {there} times")
-            raise RiaError(f"{model.files[name]}: {name} would be {wrong}. Please report this bug in ria-vllm.")

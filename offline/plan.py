@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 
 from ria_vllm.errors import RiaError
+from ria_vllm.layer_schema import Fold
 from ria_vllm.offline.model.architecture import output_heads
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topologies, linears_of, rank_blocks
 from ria_vllm.offline.model.vllm_quirks import fused_sets, served_dense
 from ria_vllm.offline.plan_experts import check_alike, experts_left_dense, plan_experts, widths_of_experts
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.schema import Fold
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
 
 
@@ -121,7 +121,7 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sens
 
 
 def widths(model: StreamedModel, recipe: Recipe) -> dict[str, int]:
-    """Written name -> in-features, of all linears that are pruned unless experiments or their sensitivity forbid it."""
+    """Written name -> in-features, of all linears that may be pruned. Experiments or sensitivity keep some dense."""
     found = {}
     for index, layer in enumerate(model.layers):
         dense = served_dense(layer)

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from ria_vllm.errors import RiaError
+from ria_vllm.layer_schema import Experts, Fold, Producer, Stacked
 from ria_vllm.offline.model.expert_files import ExpertFiles
 from ria_vllm.offline.model.experts import DOWN
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Topologies, Topology
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.schema import Experts, Fold, Producer, Stacked
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
 
 ROUTER = "chooses experts"

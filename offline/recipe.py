@@ -95,10 +95,10 @@ class Recipe:
         if self.weights == "float":
             return formats.FLOAT
         assert self.weights != "int4" or self.group_size is not None
-        return formats.INTEGERS[int(self.weights.removeprefix("int")), self._scale_columns]
+        return formats.INTEGERS[int(self.weights.removeprefix("int")), self._columns]
 
     @property
-    def _scale_columns(self) -> int | None:
+    def _columns(self) -> int | None:
         return self.group_size if isinstance(self.group_size, int) else None
 
     @property
@@ -126,7 +126,7 @@ class Recipe:
         return replace(self, compute_dtype=dtype)
 
     def fitting(self, widths: Mapping[str, int]) -> "Recipe":
-        """The recipe with a group size that divides the in-features of the linears to be pruned.
+        """The recipe with a group size that divides the in-features of the linears that may be pruned.
 
         Args:
             widths: linear -> in-features, a multiple of 64.
@@ -134,17 +134,21 @@ class Recipe:
         Raises:
             RiaError: the one asked for does not.
         """
-        fitting = [size for size in formats.GROUP_SIZES if not any(width % size for width in widths.values())]
-        size = self._scale_columns
-        if size is not None and size not in fitting:
-            name, width = next((name, width) for name, width in widths.items() if width % size)
+        size = self._columns
+        misfits = [] if size is None else [name for name, width in widths.items() if width % size]
+        if misfits:
+            fitting = [str(one) for one in formats.GROUP_SIZES if _whole_groups(widths, one)]
+            # One expression for all layers and experts.
+            patterns = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\\\.)", "[0-9]+", re.escape(name)) for name in misfits)
             raise RiaError(
-                f"--group-size {size}: {name} has {width} in-features, which do not divide into such groups. Give "
-                f"--group-size {', '.join(map(str, fitting))} or {ROW}, or leave it dense: --ignore '{re.escape(name)}'"
+                f"--group-size {size}: {misfits[0]} has {widths[misfits[0]]} in-features, which do not divide into "
+                f"such groups. Give --group-size {', '.join(fitting)} or {ROW}, or leave all that do not fit dense: "
+                + " ".join(f"--ignore '{pattern}'" for pattern in patterns)
             )
         if self.weights != "int4" or self.group_size is not None:
             return self
-        return replace(self, group_size=max(fitting))
+        # Tensor parallelism needs whole groups on each rank. Where 128 does not fit 8, 64 fits twice as many as 128.
+        return replace(self, group_size=128 if _whole_groups(widths, 128, ranks=8) else 64)
 
     def ignores(self, name: str) -> bool:
         return any(re.search(expression, name) for expression in self.ignore)
@@ -162,3 +166,7 @@ class Recipe:
         if self.compute_dtype == "auto":
             del options["compute_dtype"]  # not chosen yet
         return options | {"source": published(source), "versions": versions}
+
+
+def _whole_groups(widths: Mapping[str, int], size: int, ranks: int = 1) -> bool:
+    return not any(width % (size * ranks) for width in widths.values())

@@ -12,16 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from ria_vllm import permutation
 from ria_vllm.errors import RiaError
+from ria_vllm.layer_schema import Producer
 from ria_vllm.open_files import OpenFiles
-from ria_vllm.schema import (
-    DIGEST_KEY,
-    PERMUTATION_SUFFIX,
-    PERMUTATIONS_FILE,
-    QUANT_METHOD,
-    REPORT_FILE,
-    Producer,
-    RiaSchema,
-)
+from ria_vllm.schema import DIGEST_KEY, PERMUTATION_SUFFIX, PERMUTATIONS_FILE, QUANT_METHOD, REPORT_FILE, RiaSchema
 from ria_vllm.stacks import problems_of_experts, stack_experts, stacked_tensors
 from ria_vllm.weight_format import SHAPE, WeightFormat
 

@@ -55,24 +55,28 @@ class FloatFormat(WeightFormat):
 class IntFormat(WeightFormat):
     """Symmetric integers: weight ~ value * scale, off by at most half a scale if the scale fits the largest magnitude.
 
+    That is before the product is rounded to the model's dtype.
+
     Four bits are stored two to a byte, the first value in the low one; n stands for n - 8. So the bytes, read as
     little-endian int32, are what compressed-tensors' `pack_to_int32` makes of the kept values.
 
     Attributes:
         num_bits: 4 or 8.
-        scale_columns: stored columns that share a scale, see `GROUP_SIZES`; None: a scale belongs to a whole row. A
-            row's is float32; those of groups have the model's dtype, or bfloat16 if that is float32.
+        scale_dtype: of the scales that `quantize` makes: float32 for rows. Those of groups are bfloat16, which has the
+            exponents of float32: in float16, those of small weights would be subnormal, or zero.
     """
 
-    def __init__(self, num_bits: int, scale_columns: int | None = None):
-        self.num_bits, self.scale_columns = num_bits, scale_columns
-        self.name = f"int{num_bits}" + (f"-g{scale_columns}" if scale_columns else "")
+    def __init__(self, num_bits: int, group_size: int | None = None):
+        """`group_size`: one of `GROUP_SIZES`; None: a scale belongs to a whole row."""
+        self.num_bits = num_bits
+        self.name = f"int{num_bits}" + (f"-g{group_size}" if group_size else "")
         compressed = (
             Part("compressed", (torch.int8,), 2) if num_bits == 8 else Part("compressed", (torch.uint8,), 4, fill=0x88)
         )
-        scale = Part("weight_scale", sparse24.VALUE_DTYPES, scale_columns, fill=1) if scale_columns else ROW_SCALE
+        scale = Part("weight_scale", sparse24.VALUE_DTYPES, group_size, fill=1) if group_size else ROW_SCALE
         self.parts = (compressed, BITMASK, scale)
-        strategy = {"strategy": "group", "group_size": scale_columns} if scale_columns else {"strategy": "channel"}
+        self.scale_dtype = torch.bfloat16 if group_size else torch.float32
+        strategy = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
         self.quantization = strategy | {"symmetric": True, "num_bits": num_bits, "type": "int"}
 
     @property
@@ -88,33 +92,31 @@ class IntFormat(WeightFormat):
     def quantize(
         self, weight: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        scales = self.scales_of(weight, dtype) if scales is None else scales
-        return (self._rounded(weight, scales) * self._wide(scales, weight.shape[1])).to(dtype), scales
+        scales = self.scales_of(weight) if scales is None else scales
+        wide = self._wide(scales, self.group_size)
+        return (self._rounded(weight, wide) * wide).to(dtype), scales
 
-    def scales_of(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The scales that fit the largest magnitudes, [out, 1] or [out, in / scale_columns], positive.
+    def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """The scales that fit the largest magnitudes, [out, 1] or [out, in / group_size], positive.
 
         Args:
             weight: [out, in], in the stored order.
-            dtype: of the model.
         """
-        scales = weight.float().unflatten(1, (-1, self.scale_columns or weight.shape[1])).abs().amax(-1) / self.largest
-        scales = scales.to(self.scale_dtype(dtype))
+        scales = weight.float().unflatten(1, (-1, self.group_size or weight.shape[1])).abs().amax(-1) / self.largest
+        scales = scales.to(self.scale_dtype)
         return torch.where(scales > 0, scales, 1.0)
 
-    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of the scales of a model in `dtype`."""
-        if self.scale_columns is None:
-            return torch.float32
-        return dtype if dtype.itemsize == 2 else torch.bfloat16
+    def written_dtype(self, part: Part, dtype: torch.dtype) -> torch.dtype:
+        return self.scale_dtype if part.name == "weight_scale" else super().written_dtype(part, dtype)
 
     def encode(
         self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         assert scales is not None
         compressed, bitmask = sparse24.compress(weight, mask)
-        # Exact: rounding to the model's dtype moved no weight by as much as half a step.
-        values = self._rounded(compressed, scales).to(torch.int8)
+        # `values` gives the same weights back: where they are so small that rounding to float16 moved them by more than
+        # half a step, steps are smaller than the distances between numbers of float16, and the nearest one will do.
+        values = self._rounded(compressed, self._wide_kept(scales)).to(torch.int8)
         return {"compressed": self.pack(values), "bitmask": bitmask, "weight_scale": scales}
 
     def pack(self, integers: torch.Tensor) -> torch.Tensor:
@@ -127,18 +129,21 @@ class IntFormat(WeightFormat):
         return stored if self.num_bits == 8 else _unpacked(stored)
 
     def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        values = self.integers(parts).float()
-        return (values * self._wide(parts["weight_scale"], values.shape[1])).to(dtype)
+        return (self.integers(parts).float() * self._wide_kept(parts["weight_scale"])).to(dtype)
 
     def _rounded(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """float32 integers [out, n], where n is in or, for compressed weights, in/2."""
-        scaled = weight.float() / self._wide(scales, weight.shape[1])
+        """float32 integers [out, n], with scales as `_wide` gives them."""
+        scaled = weight.float() / scales
         return scaled.round().clamp(self.smallest, self.largest)
 
-    def _wide(self, scales: torch.Tensor, count: int) -> torch.Tensor:
-        """float32 scales of each of `count` columns of a row: [out, count], or [out, 1] for a row's."""
+    def _wide(self, scales: torch.Tensor, columns: int | None) -> torch.Tensor:
+        """float32 scales of each column, if `columns` of them share one; [out, 1] if a row does."""
         scales = scales.float()
-        return scales if self.scale_columns is None else scales.repeat_interleave(count // scales.shape[1], 1)
+        return scales if columns is None else scales.repeat_interleave(columns, 1)
+
+    def _wide_kept(self, scales: torch.Tensor) -> torch.Tensor:
+        """float32 scales of each kept value of a row, [out, in/2], or [out, 1]."""
+        return self._wide(scales, self.group_size and self.group_size // 2)
 
 
 def _packed(values: torch.Tensor) -> torch.Tensor:
@@ -192,7 +197,7 @@ GROUP_SIZES = (32, 64, 128)
 INTEGERS: dict[tuple[int, int | None], IntFormat] = {
     (bits, size): IntFormat(bits, size) for bits in (8, 4) for size in (None, *GROUP_SIZES)
 }
-"""By `num_bits` and `scale_columns`."""
+"""By `num_bits` and `group_size`."""
 
 WRITTEN: dict[str, WeightFormat] = {one.name: one for one in (FLOAT, *INTEGERS.values())}
 """Those that `compress` writes, by name."""

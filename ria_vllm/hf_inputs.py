@@ -16,12 +16,16 @@ from ria_vllm.errors import RiaError
 from ria_vllm.token_rounding import round_tokens
 
 EXPERTS_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+INPUT_NAMES = ("input", "hidden_states")
+"""What nn.Linear and experts call their input."""
 
 
 def round_inputs(model: nn.Module, weights: Iterable[str], where: object) -> None:
     """Let the linears and experts with these weights round each token of their inputs to int8.
 
-    Saving the model does not keep this: it writes plain dense weights.
+    Saving the model does not keep this: it writes plain dense weights. A linear rounds what it is called with, and code
+    that multiplies with its `weight` instead goes past that. Mamba's fused kernels do so in training; then the forward
+    pass raises RiaError.
 
     Args:
         weights: names of parameters of the model.
@@ -31,12 +35,16 @@ def round_inputs(model: nn.Module, weights: Iterable[str], where: object) -> Non
         RiaError: a weight belongs to a module of another kind.
     """
     experts: dict[str, set[str]] = {}
+    mixers: dict[str, list[str]] = {}
     for name in sorted(set(weights)):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(_round_first, with_kwargs=True)
-        elif leaf in EXPERTS_WEIGHTS and hasattr(module, "_apply_gate"):
+            parent, _, child = path.rpartition(".")
+            if hasattr(model.get_submodule(parent), "A_log"):
+                mixers.setdefault(parent, []).append(child)
+        elif leaf in EXPERTS_WEIGHTS and _are_experts(module):
             experts.setdefault(path, set()).add(leaf)
         else:
             raise _not_rounded(where, name, module)
@@ -45,18 +53,52 @@ def round_inputs(model: nn.Module, weights: Iterable[str], where: object) -> Non
         if found != {"gate_up_proj" if module.has_gate else "up_proj", "down_proj"}:
             raise _not_rounded(where, f"{path}.{min(found)}", module)
         _round_in_experts(module)
+    for path, children in mixers.items():
+        mixer = model.get_submodule(path)
+        mixer.register_forward_pre_hook(partial(_expect_calls, children))
+        mixer.register_forward_hook(partial(_check_calls, children, f"{where}: {path}"))
 
 
-def _round_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A forward hook: the first argument, which is the input."""
+def _are_experts(module: Any) -> bool:
+    """Whether transformers' `use_experts_implementation` has decorated the module's class."""
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+    return all(isinstance(getattr(module, flag, None), bool) for flag in flags) and hasattr(module, "_apply_gate")
+
+
+def _round_first(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward hook: the input, which is the first argument or has one of `INPUT_NAMES`."""
+    module.rounded_its_input = True
     if args:
         return (round_tokens(args[0]), *args[1:]), kwargs
-    name, x = next(iter(kwargs.items()))
-    return args, kwargs | {name: round_tokens(x)}
+    name = next((name for name in INPUT_NAMES if name in kwargs), None)
+    if name is None:
+        raise TypeError(f"{type(module).__name__}: the input is neither the first argument nor {INPUT_NAMES}")
+    return args, kwargs | {name: round_tokens(kwargs[name])}
+
+
+def _expect_calls(children: list[str], mixer: nn.Module, _: object) -> None:
+    """A forward hook: none of the children has been called yet."""
+    for child in children:
+        mixer.get_submodule(child).rounded_its_input = False
+
+
+def _check_calls(children: list[str], where: str, mixer: nn.Module, *_: object) -> None:
+    """A forward hook: all of the children have been called."""
+    for child in children:
+        if not mixer.get_submodule(child).rounded_its_input:
+            raise RiaError(
+                f"{where}.{child}: {type(mixer).__name__} multiplies with its weight without calling it, so its "
+                "input is not rounded to int8, as config.json asks. In training, load the model without Mamba's "
+                "kernels; or use the dense folder that `ria-vllm export` writes, which rounds no inputs."
+            )
 
 
 def _round_in_experts(experts: Any) -> None:
-    """Round what gate and up read, and what down reads. Not all of transformers' functions for experts let us."""
+    """Round what gate and up read, and what down reads.
+
+    `forward` is replaced because transformers' eager experts, and some other functions, compute the gate without
+    calling `_apply_gate`.
+    """
     experts.register_forward_pre_hook(_round_first, with_kwargs=True)
     if experts.has_gate:
         experts._apply_gate = partial(_rounded, experts._apply_gate)

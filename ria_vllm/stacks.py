@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import Experts, RiaSchema, Stacked, filled, numbers_in
+from ria_vllm.layer_schema import Experts, Stacked, filled, numbers_in
+from ria_vllm.schema import RiaSchema
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ LARGEST = 127
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The integers of each token and its scale, all computed in float32: x ~ integers * scale.
 
-    A token is multiplied by 127 / its largest magnitude and rounded, halves to even.
+    A token is multiplied by 127 / its largest magnitude (at most the largest float32) and rounded, halves to even.
 
     Args:
         x: [..., K], any floating dtype.
@@ -21,7 +21,7 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True)
-    # Finite, so that no zero becomes NaN beside numbers too small for their inverse.
+    # 127 / largest overflows for tiny tokens, and 0 * inf would be NaN.
     factor = (LARGEST / largest).clamp(max=torch.finfo(torch.float32).max)
     integers = (x * torch.where(largest == 0, 0.0, factor)).round().clamp(-LARGEST, LARGEST)
     return integers, torch.where(largest == 0, 1.0, largest / LARGEST)

@@ -38,6 +38,7 @@ class Part:
     fill: int = 0
 
     def shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """That of the tensor; `in_features` is a multiple of `channels`."""
         return out_features, 1 if self.channels is None else in_features // self.channels
 
 
@@ -85,8 +86,11 @@ class WeightFormat(ABC):
 
     def bits_per_weight(self, dtype: torch.dtype) -> float:
         """Bits for each weight of the dense matrix, of a model in `dtype`. One scale per row is not counted."""
-        dtypes = {part: dtype if dtype in part.dtypes else part.dtypes[0] for part in self.parts}
-        return sum(8 * dtypes[part].itemsize / part.channels for part in self.parts if part.channels)
+        return sum(8 * self.written_dtype(part, dtype).itemsize / part.channels for part in self.parts if part.channels)
+
+    def written_dtype(self, part: Part, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a part as `encode` gives it, of a model in `dtype`."""
+        return dtype if dtype in part.dtypes else part.dtypes[0]
 
     @abstractmethod
     def quantize(
@@ -147,6 +151,8 @@ class WeightFormat(ABC):
         if wrong:
             return wrong
         rows, columns = parts["bitmask"].shape[0], parts["bitmask"].shape[1] * 8
+        if columns % self.column_multiple:
+            return f"the matrix has {columns} columns, not a multiple of {self.column_multiple} as in {self.name}"
         for part in self.parts:
             found, wanted = tuple(parts[part.name].shape), part.shape(rows, columns)
             if found != wanted:

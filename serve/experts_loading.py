@@ -13,7 +13,7 @@ import torch
 from torch.nn import Parameter
 
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import Stacked
+from ria_vllm.layer_schema import Stacked
 from ria_vllm.serve.stored_experts import StoredExperts
 from ria_vllm.serve.weight_scheme import TensorSpec
 from ria_vllm.weight_format import SHAPE

@@ -8,7 +8,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import Stacked
+from ria_vllm.layer_schema import Stacked
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.experts import Sparse24MoEMethod
 from ria_vllm.serve.experts_dense import DenseExpertsMethod

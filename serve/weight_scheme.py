@@ -108,10 +108,9 @@ class WeightScheme:
         """That of all pruned linears of a checkpoint of ours."""
         weight_format = schema.weight_format
         activations = schema.input_dtype
-        if schema.weights is None or not isinstance(weight_format, IntFormat):
+        if not isinstance(weight_format, IntFormat):
             return cls(weight_format, activations=activations)
-        scale_dtype = weight_format.scale_dtype(getattr(torch, schema.weights.dtype))
-        return cls(weight_format, activations=activations, scale_dtype=scale_dtype)
+        return cls(weight_format, activations=activations, scale_dtype=weight_format.scale_dtype)
 
     @property
     def quantized(self) -> bool:

@@ -33,16 +33,49 @@ def test_decodes_to_what_was_quantized(format, dtype):
     assert torch.equal(sparse24.mask_from_bitmask(parts["bitmask"]), mask) and not decoded[~mask].any()
 
 
-@pytest.mark.parametrize("format", INTEGERS.values(), ids=lambda format: format.name)
-def test_quantizing_is_off_by_at_most_half_a_step(format):
-    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    rounded, _ = format.quantize(weight, torch.float32)
-    shared = weight.unflatten(1, (-1, format.group_size or COLUMNS))
-    step = (shared.abs().amax(-1, keepdim=True) / {8: 127, 4: 7}[format.num_bits]).expand_as(shared).flatten(1)
-    # The scales of groups are bfloat16: the largest step of a group is off by up to 2^-9 of it, which is what counts
-    # for its largest values.
-    slack = 1e-4 if format.group_size is None else format.largest * 2**-9
-    assert ((rounded.double() - weight).abs() / step).max() <= 0.5 + slack
+each_integer = pytest.mark.parametrize("format", INTEGERS.values(), ids=lambda format: format.name)
+
+
+@each_integer
+@pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES)
+def test_quantizing_is_off_by_at_most_half_a_step(format, dtype):
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+    rounded, scales = format.quantize(weight, torch.float32)
+    off = (rounded.double() - weight.double()).abs().unflatten(1, (scales.shape[1], -1)) / scales.double()[..., None]
+    assert off.max() <= 0.5 + 1e-4
+    # bfloat16 holds a scale to half of its last bit, 2^-9 of it.
+    wanted = weight.double().unflatten(1, (-1, format.group_size or COLUMNS)).abs().amax(-1) / (
+        2**format.num_bits // 2 - 1
+    )
+    torch.testing.assert_close(scales.double(), wanted, rtol=1e-6 if format.group_size is None else 2**-8, atol=0)
+
+
+@each_integer
+@pytest.mark.parametrize("largest", [1e-5, 3e-6, 2e-7])
+def test_small_weights_of_float16(format, largest):
+    """float16 holds such weights in steps of 2^-24; their scales are finer, and rounding to float16 comes last."""
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3))
+    weight = (weight / weight.abs().unflatten(1, (-1, 32)).amax(-1).repeat_interleave(32, 1) * largest).half()
+    mask = sparse24.mask_from_bitmask(sparse24.compress(weight)[1])
+    rounded, scales = format.quantize(weight * mask, torch.float16)
+    step = scales.double().repeat_interleave(COLUMNS // scales.shape[1], 1)
+    assert scales.dtype == (torch.float32 if format.group_size is None else torch.bfloat16)
+    assert ((rounded.double() - (weight * mask).double()).abs() <= step / 2 * 1.0001 + 2**-25).all() and rounded.any()
+    parts = format.encode(rounded, mask, scales)
+    assert format.check(parts) is None and torch.equal(format.decode(parts, torch.float16), rounded)
+
+
+@each_integer
+@pytest.mark.parametrize("columns", [64, 192, 320, 448, 576])
+def test_columns_that_are_not_whole_groups_are_refused(format, columns):
+    size = format.group_size or 8
+    parts = {part.name: torch.ones(part.shape(16, columns)).to(part.dtypes[0]) for part in format.parts}
+    parts["bitmask"].fill_(0b00110011)
+    wrong = format.check(parts)
+    if columns % size:
+        assert wrong == f"the matrix has {columns} columns, not a multiple of {size} as in {format.name}"
+    else:
+        assert wrong is None and format.decode(parts, torch.float32).shape == (16, columns)
 
 
 def test_fp8_is_off_by_at_most_half_its_last_bit():
@@ -96,7 +129,7 @@ def test_padding_adds_zeros(format):
     "format, dtype, bits",
     [(FLOAT, torch.bfloat16, 9), (FLOAT, torch.float32, 17), (INT8, torch.bfloat16, 5), (FP8, torch.float16, 5),
      (INT4, torch.bfloat16, 3), (INTEGERS[4, 64], torch.bfloat16, 3.25), (INTEGERS[4, 128], torch.float16, 3.125),
-     (INTEGERS[8, 32], torch.bfloat16, 5.5)],
+     (INTEGERS[8, 32], torch.bfloat16, 5.5), (INTEGERS[4, 64], torch.float32, 3.25)],
 )  # fmt: skip
 def test_bits_per_weight_are_those_of_the_stored_tensors(format, dtype, bits):
     assert format.bits_per_weight(dtype) == bits

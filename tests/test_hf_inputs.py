@@ -80,7 +80,9 @@ def test_eval_measures_the_rounded_model(folder, tmp_path):
 def test_wrappers_round_in_their_text_decoder_alone(family, tiny_wrapper, text, tmp_path):  # noqa: F811
     run_small(tiny_wrapper(family), tmp_path / "out", text, **INT4)
     model = load_model(str(tmp_path / "out"), torch.device("cpu"))
-    hooked = [name for name, module in model.named_modules() if module._forward_pre_hooks]
+    # Mixers, which have A_log, only watch their linears.
+    modules = model.named_modules()
+    hooked = [name for name, module in modules if module._forward_pre_hooks and not hasattr(module, "A_log")]
     in_experts = len({n.partition(".experts.")[0] for n in Reader(tmp_path / "out").sparse_names if ".experts." in n})
     plain = [name for name in Reader(tmp_path / "out").sparse_names if ".experts." not in name]
     assert len(hooked) == len(plain) + in_experts and not any("vision" in name for name in hooked)
@@ -156,3 +158,65 @@ def test_other_modules_are_refused_by_name(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(RiaError, match="here: model.embed_tokens.weight belongs to a Embedding.*ria-vllm export"):
         round_inputs(model, ["model.embed_tokens.weight"], "here")
+
+
+@pytest.mark.parametrize("weights", [["down_proj"], ["gate_up_proj"], ["up_proj", "down_proj"]], ids=str)
+def test_experts_of_which_only_some_are_pruned_are_refused(weights, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_moe(tmp_path, "qwen3_moe"))
+    experts = "model.layers.1.mlp.experts"
+    model.get_submodule(experts).up_proj = torch.nn.Parameter(torch.ones(4, 128, 64))
+    with pytest.raises(RiaError, match=f"here: {experts}.{min(weights)} belongs to a Qwen3MoeExperts.*ria-vllm export"):
+        round_inputs(model, [f"{experts}.{name}" for name in weights], "here")
+
+
+def test_what_only_looks_like_experts_is_refused(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    module = model.model.layers[0].mlp.lookalike = torch.nn.Module()
+    module.down_proj, module._apply_gate = torch.nn.Parameter(torch.ones(4, 64, 64)), torch.nn.functional.silu
+    with pytest.raises(RiaError, match="lookalike.down_proj belongs to a Module"):
+        round_inputs(model, ["model.layers.0.mlp.lookalike.down_proj"], "here")
+
+
+def test_inputs_by_keyword():
+    x = torch.randn(3, 64)
+    for model, call in (
+        (torch.nn.ModuleDict({"linear": torch.nn.Linear(64, 8)}), {"input": x}),
+        (torch.nn.ModuleDict({"linear": Other(64, 8)}), {"scale": torch.tensor(2.0), "hidden_states": x}),
+    ):
+        exact = model["linear"](**call)
+        round_inputs(model, ["linear.weight"], "here")
+        expected = rounded(x) @ model["linear"].weight.detach().double().T + model["linear"].bias.detach().double()
+        expected = expected * float(call.get("scale", 1))
+        torch.testing.assert_close(model["linear"](**call).double(), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(exact, model["linear"](**call), atol=1e-3)
+    with pytest.raises(TypeError, match="Other: the input is neither"):
+        model["linear"](scale=x)
+
+
+class Other(torch.nn.Linear):
+    def forward(self, scale, hidden_states):
+        return super().forward(hidden_states) * scale
+
+
+def test_mixers_whose_fused_kernel_takes_the_weight_are_refused_in_training(make_model, tmp_path, monkeypatch):  # noqa: F811
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model", "nemotron-h")).eval()
+    name = next(name for name, _ in model.named_modules() if name.endswith(".out_proj"))
+    with torch.no_grad():
+        exact = model(TOKENS).logits
+    round_inputs(model, [f"{name}.weight"], "here")
+    model = deepcopy(model)
+    found = recorded(model, torch.nn.Linear)[name]
+    weight = model.get_submodule(name).weight.detach().double()
+    torch.testing.assert_close(found[1].double()[0], rounded(found[0][0]) @ weight.T, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(exact, model(TOKENS).logits)
+    model.train()
+    assert model(TOKENS, use_cache=False).logits.isfinite().all()
+
+    def fused(*args, outproj_weight, **kwargs):
+        return torch.zeros(1, TOKENS.shape[1], len(outproj_weight))
+
+    monkeypatch.setattr("transformers.models.nemotron_h.modeling_nemotron_h.mamba2_split_conv1d_scan_combined", fused)
+    with pytest.raises(RiaError, match=f"here: {name}: NemotronHMamba2Mixer multiplies with its weight"):
+        model(TOKENS, use_cache=False)
+    with torch.no_grad():
+        model.eval()(TOKENS)

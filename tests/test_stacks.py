@@ -5,7 +5,8 @@ import torch
 
 from ria_vllm import stacks
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import Experts, RiaSchema, SparsityConfig, Stacked
+from ria_vllm.layer_schema import Experts, Stacked
+from ria_vllm.schema import RiaSchema, SparsityConfig
 from ria_vllm.stacks import _in_layer, layers_of_experts, problems_of_experts, stack_experts, stacked_tensors
 
 

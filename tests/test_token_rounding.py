@@ -12,7 +12,8 @@ def one_by_one(token: np.ndarray) -> tuple[list[int], np.float32]:
     largest = np.float32(max(abs(number) for number in token))
     if largest == 0:
         return [0] * len(token), np.float32(1)
-    factor = np.float32(127) / largest
+    with np.errstate(over="ignore"):
+        factor = min(np.float32(127) / largest, np.finfo(np.float32).max)
     return [int(np.rint(np.float32(number * factor))) for number in token], largest / np.float32(127)
 
 
@@ -34,10 +35,12 @@ def test_each_token_is_rounded_by_its_own_scale(dtype):
 
 
 def test_extremes():
-    """Zeros stay zeros beside the smallest numbers; what is not finite shows."""
-    smallest = torch.tensor([[1e-45, 0.0, -1e-45]])
-    integers, _ = quantize_tokens(smallest)
-    assert integers.isfinite().all() and integers[0, 1] == 0
+    """Numbers too small for their inverse, with zeros beside them; what is not finite shows."""
+    for tiny in (1e-45, 1e-38, 3.7e-37, 3.8e-37):
+        token = torch.tensor([tiny, 0.0, -tiny, tiny / 3])
+        integers, scale = quantize_tokens(token[None])
+        expected, its_scale = one_by_one(token.numpy())
+        assert integers[0].tolist() == expected and scale.item() == its_scale and expected[1] == 0
     for number in (float("nan"), float("inf")):
         assert quantize_tokens(torch.tensor([[1.0, number]]))[0].isnan().any()
     assert round_tokens(torch.empty(0, 64)).shape == (0, 64)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
-from ria_vllm.schema import Fold, Producer
+from ria_vllm.layer_schema import Fold, Producer
 
 # What modules and configurations call the number of query heads, and the width of one.
 NUM_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_q_heads")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ria_vllm.layer_schema import Fold
 from ria_vllm.offline.model.embedding import LayerCall
 from ria_vllm.offline.model.experiment import Batch, Experiment, Seen, watch
 from ria_vllm.offline.model.experts import experts_modules
@@ -24,7 +25,6 @@ from ria_vllm.offline.model.folds import confirmed, find_folds
 from ria_vllm.offline.model.split import find_cut, is_sum
 from ria_vllm.offline.model.topology import Group, Heads, Sublayer, Topology, linears_of, rank_blocks
 from ria_vllm.offline.model.vllm_quirks import served_dense
-from ria_vllm.schema import Fold
 
 
 def describe(config: Any, layer: nn.Module, short: Batch, long: Batch) -> Topology:

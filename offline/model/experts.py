@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 GATE, UP, DOWN = KINDS = ("gate", "up", "down")
-"""The linears of an expert. `schema.Experts` has the same names."""
+"""The linears of an expert. `layer_schema.Experts` has the same names."""
 
 _VIRTUAL = re.compile(r"(?P<path>.+)\.(?P<expert>[0-9]+)\.(?P<kind>gate|up|down)_proj")
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from ria_vllm import permutation
+from ria_vllm.layer_schema import Fold, Producer
 from ria_vllm.offline.model.candidates import candidates, head_counts
 from ria_vllm.offline.model.experiment import SEED, Batch, Experiment
 from ria_vllm.offline.model.experts import DOWN, ExpertsLayout, experts_modules
-from ria_vllm.schema import Fold, Producer
 
 DRAWS = 3
 # Rows or columns that are reordered at once.

@@ -88,9 +88,7 @@ class SymmetricMatrix:
         """S, or S[order][:, order] for a permutation of the channels (int64 [width])."""
         if order is None:
             return SymmetricMatrix([block.clone() for block in self.blocks])
-        return SymmetricMatrix(
-            [self.rows(order[start:stop])[:, order[start:]] for start, stop, _ in self.spans()]
-        )
+        return SymmetricMatrix([self.rows(order[start:stop])[:, order[start:]] for start, stop, _ in self.spans()])
 
     def normalised(self, scale: torch.Tensor) -> "SymmetricMatrix":
         """S_ij / (scale_i scale_j), a copy; scale is [width]."""

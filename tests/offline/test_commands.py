@@ -71,7 +71,7 @@ def test_options_of_integers(size, tiny, text, tmp_path):
     options += ["--weights", "int4", *(["--group-size", size] if size else [])]
     result = invoke(tiny("llama"), "-o", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
-    assert ("--group-size 64: the largest that divides" in result.stderr) == (size is None)
+    assert ("--group-size 64: what fits the in-features" in result.stderr) == (size is None)
     schema = Reader(tmp_path / "out").schema
     assert schema.weight_format.name == {"row": "int4", "32": "int4-g32", None: "int4-g64"}[size]
     assert schema.input_dtype == torch.int8

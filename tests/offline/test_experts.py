@@ -371,7 +371,7 @@ def test_a_group_size_has_to_fit_the_experts_too(moe, text, tmp_path):
         run_small(moe("qwen3_moe"), tmp_path / "out", "no such text.txt", **options)
     assert list(tmp_path.iterdir()) == []
     source = save_moe(tmp_path / "wide", "qwen3_moe", hidden_size=128)
-    run_small(source, tmp_path / "out", text, weights="int4", ignore=("self_attn",))
+    run_small(source, tmp_path / "out", text, **options)
     assert Reader(tmp_path / "out").schema.weight_format.name == "int4-g128"
     with pytest.raises(RiaError, match="model.layers.0.mlp.experts.0.down_proj has 192 in-features"):
         source = save_moe(tmp_path / "odd", "qwen3_moe", hidden_size=128, moe_intermediate_size=192)

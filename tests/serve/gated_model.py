@@ -8,7 +8,7 @@ from stored import Stored
 from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
-from ria_vllm.schema import Fold, Producer
+from ria_vllm.layer_schema import Fold, Producer
 from ria_vllm.serve.layer_matching import match_layers
 from ria_vllm.serve.reload import check_reload
 

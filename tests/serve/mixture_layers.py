@@ -8,7 +8,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from ria_vllm import permutation
 from ria_vllm.formats import FLOAT
-from ria_vllm.schema import INT8_TOKENS, Experts, Fold, Producer, RiaSchema, SparsityConfig, Stacked, WeightQuantization
+from ria_vllm.layer_schema import Experts, Fold, Producer, Stacked
+from ria_vllm.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.experts_matching import takers
 from ria_vllm.serve.folding import fold

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm import permutation
 from ria_vllm.formats import FORMATS
-from ria_vllm.schema import Experts, Fold, Producer, RiaSchema, SparsityConfig, Stacked, WeightQuantization
+from ria_vllm.layer_schema import Experts, Fold, Producer, Stacked
+from ria_vllm.schema import RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.sparse24 import compress, mask_from_bitmask
 from ria_vllm.weight_format import SHAPE, name_of
 from ria_vllm.writer import CheckpointWriter

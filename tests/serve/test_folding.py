@@ -8,7 +8,8 @@ import torch
 from ria_vllm import permutation
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import Fold, Producer, RiaSchema, SparsityConfig
+from ria_vllm.layer_schema import Fold, Producer
+from ria_vllm.schema import RiaSchema, SparsityConfig
 from ria_vllm.serve.folding import RowOrder, fold
 
 

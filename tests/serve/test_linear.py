@@ -21,7 +21,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import Fold, Producer
+from ria_vllm.layer_schema import Fold, Producer
 from ria_vllm.serve import packing
 
 HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 256

@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FLOAT, FORMATS, INTEGERS
-from ria_vllm.schema import Fold, Producer
+from ria_vllm.layer_schema import Fold, Producer
 from ria_vllm.serve import packing
 from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.reference import ReferenceKernel
@@ -272,9 +272,9 @@ def test_scales_are_not_rounded_when_they_are_loaded(ranks):
     """Served in another dtype than the model's own."""
     stored = Stored(weight_format=FORMATS["int4-g32"])
     stored.add("fc", 64, HIDDEN)
-    stored.tensors["fc"]["weight_scale"] = stored.tensors["fc"]["weight_scale"].half() * 1.001
+    stored.tensors["fc"]["weight_scale"] *= 1e-6  # subnormal in float16
     config = stored.config()
     config.schema.weights.dtype = "float16"
-    layer = ReplicatedLinear(HIDDEN, 64, quant_config=config, prefix="fc", params_dtype=torch.bfloat16)
+    layer = ReplicatedLinear(HIDDEN, 64, quant_config=config, prefix="fc", params_dtype=torch.float16)
     layer.weight_scale.weight_loader(layer.weight_scale, stored.tensors["fc"]["weight_scale"])
     assert torch.equal(layer.weight_scale, stored.tensors["fc"]["weight_scale"])

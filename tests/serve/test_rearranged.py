@@ -15,7 +15,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 from ria_vllm import permutation, sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import INT8
-from ria_vllm.schema import Fold, Producer, WeightQuantization
+from ria_vllm.layer_schema import Fold, Producer
+from ria_vllm.schema import WeightQuantization
 from ria_vllm.serve.layer_matching import match_layers
 from ria_vllm.serve.rearranged import takers
 

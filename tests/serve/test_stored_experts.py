@@ -2,7 +2,8 @@ import pytest
 from mixture_layers import AT, EXPERTS, LAYER, StoredMixture
 
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import Experts, RiaSchema, SparsityConfig
+from ria_vllm.layer_schema import Experts
+from ria_vllm.schema import RiaSchema, SparsityConfig
 from ria_vllm.serve.stored_experts import named_experts, stored_experts
 
 

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from ria_vllm import permutation, sparse24
 from ria_vllm.checkpoint import Reader
 from ria_vllm.formats import FORMATS
-from ria_vllm.schema import INT8_TOKENS, Fold, Producer, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.layer_schema import Fold, Producer
+from ria_vllm.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.weight_format import name_of
 from ria_vllm.writer import CheckpointWriter
 

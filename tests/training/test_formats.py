@@ -103,7 +103,7 @@ def test_scales_that_were_chosen_well_are_kept(pruned_llama, tmp_path):
         weight[3] *= 3  # the old scale would clip it
     save(model, tmp_path / "new", like=tmp_path / "out")
     old, new = (Reader(tmp_path / folder).linear(name) for folder in ("out", "new"))
-    largest = WRITTEN["int4"].scales_of(weight.detach(), torch.bfloat16)
+    largest = WRITTEN["int4"].scales_of(weight.detach())
     for scales in (old.parts["weight_scale"], largest):
         other, _ = WRITTEN["int4"].quantize(weight.detach(), torch.bfloat16, scales)
         errors = [(one.float() - weight.detach()).square().sum(1) for one in (new.stored(), other)]

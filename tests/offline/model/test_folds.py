@@ -5,10 +5,10 @@ import torch
 from decoders import calls_of, described, layers_of, small
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from ria_vllm.layer_schema import Fold, Producer
 from ria_vllm.offline.model.candidates import head_counts
 from ria_vllm.offline.model.experiment import Experiment
 from ria_vllm.offline.model.folds import holds
-from ria_vllm.schema import Fold, Producer
 
 TOKENS = torch.arange(40, 70).view(2, 15)
 # One family for each kind of fold.

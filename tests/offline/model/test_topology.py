@@ -7,8 +7,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ria_vllm.errors import RiaError
+from ria_vllm.layer_schema import Fold, Producer
 from ria_vllm.offline.model.topology import Group, Sublayer, Topologies, Topology, decoder_layers, kinds_of
-from ria_vllm.schema import Fold, Producer
 
 FOLD = Fold(consumer="mlp.down", producers=[Producer(name="mlp.up")], coupling="elementwise")
 OTHER = Fold(consumer="mlp.down", producers=[Producer(name="mlp.up", rows=(0, 8))], coupling="elementwise")

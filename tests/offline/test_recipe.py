@@ -1,0 +1,63 @@
+"""The options: which make sense, and the size of groups that fits a model."""
+
+import re
+
+import pytest
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.pruning.masks import Pattern
+from ria_vllm.offline.recipe import Recipe
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"pattern": Pattern.parse("4:8"), "weights": "int8"}, "--weights int8 is for the pattern 2:4"),
+        ({"weights": "int3"}, "choose one of float, int8, int4"),
+        ({"weights": "int4-g64"}, "choose one of float, int8, int4"),
+        ({"weights": "int4", "group_size": 16}, "--group-size 16: choose one of row, 32, 64, 128"),
+        ({"weights": "int4", "group_size": "64"}, "--group-size '64': choose one of row, 32, 64, 128"),
+        ({"group_size": 64}, "--group-size goes with integer weights"),
+        ({"activations": "int8"}, "--activations goes with integer weights"),
+        ({"weights": "int8", "activations": "fp8"}, "--activations 'fp8': choose one of none, int8"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(options, words):
+    with pytest.raises(RiaError, match=words):
+        Recipe(**options)
+
+
+@pytest.mark.parametrize(
+    "widths, size",
+    [
+        ((4096, 14336), 128),  # Llama 3 8B on 8 ranks
+        ((4096, 11008), 64),  # Llama 2 7B: 43 groups on each of 4, where 128 fits 2
+        ((3584, 18944), 64),  # Qwen2.5 7B on 8, where 128 fits 4
+        ((896, 4864), 64),  # Qwen2.5 0.5B on 2, where 128 fits 1
+        ((384, 576), 64),  # on 1
+        ((64,), 64),
+    ],
+    ids=str,
+)
+def test_the_default_group_size_lets_ranks_have_whole_groups(widths, size):
+    widths = {f"model.layers.0.{number}": width for number, width in enumerate(widths)}
+    assert Recipe(weights="int4").fitting(widths).group_size == size
+    assert Recipe(weights="int8").fitting(widths).group_size is None
+    assert Recipe(weights="int4", group_size=32).fitting(widths).group_size == 32
+
+
+def test_the_way_out_covers_every_layer_and_expert():
+    down = [f"model.layers.{layer}.mlp.experts.{expert}.down_proj" for layer in range(12) for expert in (0, 3)]
+    odd = ["model.layers.1.mamba.x_proj", "lm2.head"]
+    widths = {"model.layers.0.self_attn.q_proj": 1024, "other": 128} | dict.fromkeys([*down, *odd], 192)
+    with pytest.raises(
+        RiaError, match=r"--group-size 128: model\.layers\.0.* 192 in-features.*Give .* 32, 64 or"
+    ) as it:
+        Recipe(weights="int8", group_size=128).fitting(widths)
+    patterns = tuple(re.findall("--ignore '(.*?)'", str(it.value)))
+    assert len(patterns) == 3
+    without = Recipe(weights="int8", group_size=128, ignore=patterns)
+    left = {name: width for name, width in widths.items() if not without.ignores(name)}
+    assert sorted(left.values()) == [128, 1024]
+    assert without.fitting(left) == without
