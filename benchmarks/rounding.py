@@ -58,11 +58,11 @@ def ways(problem: dict[str, Any], f: IntFormat) -> dict[str, float]:
 
     damped = A + DAMPING * A.diagonal().mean() * torch.eye(len(A))
     target += W @ (damped - A)
-    fitting, searched = f.scales_of(V), nearest_scales(V, f, torch.bfloat16, damped.diagonal())
+    fitting, searched = f.scales_of(V), nearest_scales(V, f, damped.diagonal())
     wide = searched.float().repeat_interleave(V.shape[1] // searched.shape[1], 1)
 
     def descent(passes: int) -> torch.Tensor:
-        return round_on_mask(W, V.clone(), mask, gram, f, torch.bfloat16, cross_term, passes=passes)[0]
+        return round_on_mask(W, V.clone(), mask, gram, f, cross_term, passes=passes)[0]
 
     results: dict[str, Callable[[], torch.Tensor]] = {
         "nearest, scales by the largest magnitude": lambda: f.quantize(V, torch.float32, fitting)[0],

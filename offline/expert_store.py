@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.pruned import Pruned
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.solve import Pruned
 from ria_vllm.offline.units import expert_key, linear_tensors, order_key, pruned_weights
 from ria_vllm.stacks import stack_linears
 from ria_vllm.writer import CheckpointWriter, disk_errors

@@ -20,10 +20,12 @@ from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topologies
 from ria_vllm.offline.plan import Plan
 from ria_vllm.offline.prune_experts import ExpertsPruner
+from ria_vllm.offline.pruned import Pruned
+from ria_vllm.offline.pruning.rounding import PASSES
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.solve import Pruned, find_orders, retained_without_blocks, solve
+from ria_vllm.offline.solve import find_orders, retained_without_blocks, solve
 from ria_vllm.offline.train import train_sublayer
 from ria_vllm.progress import Monitor
 
@@ -82,6 +84,8 @@ class LayerPass:
     def measure(self, index: int, plan: Plan) -> dict[str, dict[str, Any]]:
         """What pruning would do to each linear of layer `index`, which stays dense.
 
+        Integers are rounded in one pass, which comes close enough to rank linears.
+
         Returns:
             Written name -> record of the report.
         """
@@ -90,7 +94,9 @@ class LayerPass:
         with self._reads_removed():
             for sublayer_pass in sublayer_passes:
                 for number, stage in enumerate(sublayer_pass.stages):
-                    found, of_experts = self._solve_stage(index, sublayer_pass, number, plan.groups(index, stage), {})
+                    found, of_experts = self._solve_stage(
+                        index, sublayer_pass, number, plan.groups(index, stage), {}, passes=1
+                    )
                     records |= {name: linear.record for name, linear in found.items()} | of_experts
                 sublayer_pass.advance(self.streams.pruned)
         self._free(index)
@@ -186,12 +192,14 @@ class LayerPass:
         groups: Sequence[Group],
         dense: Mapping[str, Reads],
         compared: bool = False,
+        passes: int = PASSES,
     ) -> tuple[dict[str, Pruned], dict[str, dict[str, Any]]]:
         """Prune the linears and experts of one stage.
 
         Args:
             dense: path of experts -> what they read in the dense model; empty if it is not followed.
             compared: also record what orders without blocks would retain, where the orders have to keep to blocks.
+            passes: of rounding to integers.
 
         Returns:
             (linear -> result; an expert's linear -> record). What is pruned of the experts goes to the store.
@@ -212,7 +220,7 @@ class LayerPass:
         for group in groups:
             if not group.experts:
                 continue
-            pruner = self._pruner(index, sublayer_pass, group.experts, dense.get(group.experts))
+            pruner = self._pruner(index, sublayer_pass, group.experts, dense.get(group.experts), passes)
             order = None
             if shared:
                 beside = {name: weights[name] for name in group.linears}
@@ -224,7 +232,7 @@ class LayerPass:
         with self.monitor.phase("masks and weights"):
             trim()
             dtype, place = self.model.stored_dtype, sublayer_pass.place
-            solved = solve(names, weights, statistics, orders, dtype, self.recipe, self.ranks, place)
+            solved = solve(names, weights, statistics, orders, dtype, self.recipe, self.ranks, place, passes)
         if compared and self.ranks.first:
             with self.monitor.phase("permutations"):
                 for name, share in retained_without_blocks(plain, weights, statistics, self.recipe).items():
@@ -235,7 +243,9 @@ class LayerPass:
             records |= self._prune_experts(index, path, pruner, order)
         return solved, records
 
-    def _pruner(self, index: int, sublayer_pass: SublayerPass, path: str, dense: Reads | None) -> ExpertsPruner:
+    def _pruner(
+        self, index: int, sublayer_pass: SublayerPass, path: str, dense: Reads | None, passes: int
+    ) -> ExpertsPruner:
         runner, layout = sublayer_pass.runner, self.model.experts[index][path].layout
         pruned = self._read_by(index, sublayer_pass, path, self.streams.pruned)
         total = RoutedTokens.count(pruned, layout.num_experts)
@@ -250,6 +260,7 @@ class LayerPass:
             device=runner.device,
             compute_dtype=runner.dtype,
             place=sublayer_pass.place,
+            passes=passes,
         )
 
     def _prune_experts(

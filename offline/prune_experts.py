@@ -13,13 +13,14 @@ from ria_vllm.offline.calibration.statistics import Statistics, StatisticsSum
 from ria_vllm.offline.model.experts import DOWN, ExpertsLayout
 from ria_vllm.offline.model.run_experts import Weights, inner, output
 from ria_vllm.offline.model.topology import Group
+from ria_vllm.offline.pruned import Pruned
 from ria_vllm.offline.pruning import permute
 from ria_vllm.offline.pruning.block import train_block
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.solve import Pruned, find_orders, score, solve, stored_weight
-from ria_vllm.offline.train import TRAINING_STEPS, grids_of
+from ria_vllm.offline.solve import find_orders, score, solve
+from ria_vllm.offline.train import TRAINING_STEPS, after_training, grids_of
 
 # The rows of all experts together have more scores than the search of one order needs, or memory should hold. This many
 # are taken, evenly spread over the linears.
@@ -35,6 +36,7 @@ class ExpertsPruner:
     tokens: that they read.
     dtype: of the checkpoint.
     place: a linear's name relative to the layer -> what an error about it begins with.
+    passes: of rounding to integers.
     """
 
     experts: nn.Module
@@ -46,6 +48,7 @@ class ExpertsPruner:
     device: torch.device
     compute_dtype: torch.dtype
     place: Callable[[str], str]
+    passes: int
 
     @property
     def layout(self) -> ExpertsLayout:
@@ -100,13 +103,13 @@ class ExpertsPruner:
             orders = dict.fromkeys(first, order)
         else:
             orders = find_orders([Group(tuple(first))], weights, statistics, recipe, self.ranks)
-        found = solve(first, weights, statistics, orders, self.dtype, recipe, self.ranks, self.place)
+        found = solve(first, weights, statistics, orders, self.dtype, recipe, self.ranks, self.place, self.passes)
         del statistics
         trim()
         pruned = {kind: found[layout.linear(expert, kind)].weight.to(self.device) for kind in layout.first}
         statistics = {down: self._reads_of_down(expert, dense, pruned | {DOWN: dense[DOWN]})}
         orders = find_orders([Group((down,))], weights, statistics, recipe, self.ranks)
-        found |= solve([down], weights, statistics, orders, self.dtype, recipe, self.ranks, self.place)
+        found |= solve([down], weights, statistics, orders, self.dtype, recipe, self.ranks, self.place, self.passes)
         del statistics
         trim()
         if train:
@@ -189,13 +192,7 @@ class ExpertsPruner:
                 place=f"{self.place(names[DOWN])} and what is trained with it: ",
                 grids=grids_of({kind: found[name] for kind, name in names.items()}, recipe, self.device),
             )
-        trained = {}
-        for kind, name in names.items():
-            linear = found[name]
-            weight, scale = stored_weight(params[kind].data, linear.p, linear.weight.dtype, recipe, linear.scale)
-            record = linear.record | {"block_loss": [losses[0], losses[-1]]}
-            trained[name] = replace(linear, weight=weight, scale=scale, record=record)
-        return trained
+        return {name: after_training(found[name], params[kind].data, losses, recipe) for kind, name in names.items()}
 
 
 @dataclass(frozen=True)

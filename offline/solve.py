@@ -1,11 +1,10 @@
 """Prune the linears of one stage: the order of their input channels, their masks and their kept weights."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from ria_vllm import permutation
@@ -13,76 +12,14 @@ from ria_vllm.errors import RiaError
 from ria_vllm.formats import IntFormat
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.model.topology import Group
+from ria_vllm.offline.pruned import Pruned, packed, stored_weight
 from ria_vllm.offline.pruning import masks, permute, scores
-from ria_vllm.offline.pruning.admm import ROWS_AT_ONCE, AdmmSolver, Choice, admm_solver, output_error
-from ria_vllm.offline.pruning.rounding import nearest_scales, round_on_mask
+from ria_vllm.offline.pruning.admm import AdmmSolver, Choice, admm_solver, output_error
+from ria_vllm.offline.pruning.rounding import PASSES, round_on_mask
 from ria_vllm.offline.pruning.sparsegpt import sparsegpt
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """One pruned linear, with its channels in the model's own order.
-
-    weight: [out, in] in the checkpoint's dtype, zero outside the mask.
-    packed_mask: uint8, one bit per entry of the mask, row by row (all masks of a layer are in memory until it is
-        written).
-    p: int64 [in], the order of the input channels in which the mask has its pattern; None: the model's own.
-    record: the report's entry.
-    scale: the scales, if the weight's format has any; `weight` is rounded to what the format can hold.
-    """
-
-    weight: torch.Tensor
-    packed_mask: torch.Tensor
-    p: torch.Tensor | None
-    record: dict[str, Any]
-    scale: torch.Tensor | None = None
-
-    @property
-    def mask(self) -> torch.Tensor:
-        """bool [out, in], True = kept."""
-        bits = np.unpackbits(self.packed_mask.numpy(), count=self.weight.numel(), bitorder="little")
-        return torch.from_numpy(bits.view(np.bool_)).view(self.weight.shape)
-
-
-def _packed(mask: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=None, bitorder="little"))
-
-
-def stored_weight(
-    weight: torch.Tensor,
-    p: torch.Tensor | None,
-    dtype: torch.dtype,
-    recipe: Recipe,
-    scales: torch.Tensor | None = None,
-    importance: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight as it will be read back, and its scales if its format has any; on the CPU.
-
-    Args:
-        weight: [out, in], columns in the model's own order.
-        p: int64 [in], the order in which they are stored; None: the model's own.
-        dtype: of the checkpoint.
-        scales: those by which it is rounded to the nearest value; None: those by which this costs least.
-        importance: [in], what a squared error in a channel then costs; None: the same in all.
-    """
-    weight_format = recipe.weight_format
-    if not isinstance(weight_format, IntFormat):
-        return weight.to(dtype).cpu(), None
-    p = None if p is None or weight_format.group_size is None else p.to(weight.device)
-    back = None if p is None else permutation.invert(p)
-    importance = importance if importance is None or p is None else importance[p]
-    stored, found = torch.empty(weight.shape, dtype=dtype), []
-    for start in range(0, len(weight), ROWS_AT_ONCE):  # so that float32 temporaries stay small beside the weight
-        rows = slice(start, start + ROWS_AT_ONCE)
-        part = weight[rows] if p is None else weight[rows][:, p]
-        given = nearest_scales(part, weight_format, dtype, importance) if scales is None else scales[rows]
-        part, given = weight_format.quantize(part, dtype, given.to(part.device))
-        stored[rows] = (part if back is None else part[:, back]).cpu()
-        found.append(given.cpu())
-    return stored, torch.cat(found)
 
 
 @contextmanager
@@ -155,6 +92,7 @@ def solve(
     recipe: Recipe,
     ranks: Ranks,
     place: Callable[[str], str],
+    passes: int = PASSES,
 ) -> dict[str, Pruned]:
     """Prune and reconstruct the linears `names`, which are divided among the ranks.
 
@@ -162,6 +100,7 @@ def solve(
         weights, statistics, orders: as for, and from, `find_orders`.
         dtype: of the result, the checkpoint's.
         place: linear -> what an error about it begins with.
+        passes: of rounding to integers; fewer are faster and less exact.
 
     Returns:
         linear -> result, on the CPU and on all ranks.
@@ -171,20 +110,21 @@ def solve(
     """
     owners = ranks.partition_by_cost([weights[n].shape[1] * weights[n].numel() for n in names])
     solved: dict[str, Pruned] = {}
-    solvers = _Solvers()
-    for name, owner in zip(names, owners, strict=True):
-        if owner != ranks.rank:
-            continue
-        solved[name] = _prune(weights[name], statistics[name], orders[name], dtype, recipe, solvers)
+    own = [name for name, owner in zip(names, owners, strict=True) if owner == ranks.rank]
+    solvers = _Solvers(statistics[name].gram for name in own)
+    for name in own:
+        solved[name] = _prune(weights[name], statistics[name], orders[name], dtype, recipe, solvers, passes)
         if not bool(solved[name].weight.isfinite().all()):
             raise RiaError(f"{place(name)}: NaN or infinite values after pruning; give --reconstruct none.")
     return {name: ranks.broadcast(solved.get(name), owner) for name, owner in zip(names, owners, strict=True)}
 
 
 class _Solvers:
-    """Keeps the solver for the current Gram matrix; it is freed before another is made, because both are large."""
+    """Keeps the solver for a Gram matrix until its last linear; they are large, so no two are in memory at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, grams: Iterable[SymmetricMatrix | None]) -> None:
+        """`grams`: those of the linears, in the order in which they are solved; equal ones follow each other."""
+        self.uses = Counter(map(id, grams))
         self.gram: SymmetricMatrix | None = None
         self.last: AdmmSolver | None = None
 
@@ -193,7 +133,11 @@ class _Solvers:
             self.gram, self.last = gram, None
             with one_thread():
                 self.last = admm_solver(gram)
-        return self.last
+        found = self.last
+        self.uses[id(gram)] -= 1
+        if not self.uses[id(gram)]:
+            self.gram = self.last = None
+        return found
 
 
 def score(weight: torch.Tensor, statistics: Statistics, recipe: Recipe) -> torch.Tensor:
@@ -256,6 +200,7 @@ def _prune(
     dtype: torch.dtype,
     recipe: Recipe,
     solvers: _Solvers,
+    passes: int,
 ) -> Pruned:
     W = None
     if recipe.method == "sparsegpt":
@@ -273,7 +218,7 @@ def _prune(
         W, mask = solvers.of(statistics.gram).solve(weight, mask, cross_term=cross_term, choose=choose)
         if isinstance(weight_format, IntFormat):
             order = None if p is None else p.to(weight.device)
-            W, scales = round_on_mask(weight, W, mask, statistics.gram, weight_format, dtype, cross_term, order)
+            W, scales = round_on_mask(weight, W, mask, statistics.gram, weight_format, cross_term, order, passes)
         del cross_term
     W = weight * mask if W is None else W
     W, scales = stored_weight(W, p, dtype, recipe, scales, statistics.norm**2)
@@ -281,7 +226,7 @@ def _prune(
     if statistics.gram is not None:
         record["error_before"] = output_error(weight, weight * start, statistics.gram, statistics.drift)
         record["error_after"] = output_error(weight, W.to(weight.device), statistics.gram, statistics.drift)
-    return Pruned(W, _packed(mask), p, record, scales)
+    return Pruned(W, packed(mask), p, record, scales)
 
 
 def _choice(weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None, recipe: Recipe) -> Choice:

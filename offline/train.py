@@ -1,6 +1,6 @@
 """Block reconstruction of one sublayer: train the weights that its masks keep, on the chunks of all ranks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,10 +10,10 @@ from ria_vllm import permutation
 from ria_vllm.formats import IntFormat
 from ria_vllm.offline.calibration.activations import AllChunks
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
+from ria_vllm.offline.pruned import Pruned, stored_weight
 from ria_vllm.offline.pruning.block import Grid, train_block
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
-from ria_vllm.offline.solve import Pruned, stored_weight
 
 # About how many steps block training takes, one per chunk: up to 8 passes over few chunks, fewer over many, but at
 # least 2.
@@ -28,7 +28,7 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
         pruned: name relative to the layer -> pruned linear.
 
     Returns:
-        The same linears with their trained weights, which are also in the layer.
+        The same linears, see `after_training`; their weights are also in the layer.
 
     Raises:
         RiaError: training diverges.
@@ -58,13 +58,23 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
     trained = {}
     for name, linear in pruned.items():
         module = runner.linear(name)
-        weight, scale = stored_weight(module.weight.data, linear.p, linear.weight.dtype, recipe, linear.scale)
-        module.weight.data = weight.to(runner.device, runner.dtype)
-        record = linear.record | {"block_loss": [losses[0], losses[-1]]}
-        trained[name] = replace(linear, weight=weight, scale=scale, record=record)
+        trained[name] = after_training(linear, module.weight.data, losses, recipe)
+        module.weight.data = trained[name].weight.to(runner.device, runner.dtype)
     for parameter in runner.layer.parameters():
         parameter.data = parameter.data.to(runner.dtype)
     return trained
+
+
+def after_training(linear: Pruned, weight: torch.Tensor, losses: Sequence[float], recipe: Recipe) -> Pruned:
+    """The linear with its trained weight [out, in], or as it was if it has integers and the loss did not fall.
+
+    The steps of training can be too short to reach the next integer, or take too many there at once.
+    """
+    record = linear.record | {"block_loss": [losses[0], losses[-1]]}
+    if linear.scale is not None and losses[-1] >= losses[0]:
+        return replace(linear, record=record)
+    weight, scale = stored_weight(weight, linear.p, linear.weight.dtype, recipe, linear.scale)
+    return replace(linear, weight=weight, scale=scale, record=record)
 
 
 def grids_of(pruned: Mapping[str, Pruned], recipe: Recipe, device: torch.device) -> dict[str, Grid]:

@@ -6,8 +6,8 @@ import torch
 
 from ria_vllm import permutation
 from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.pruned import Pruned
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.solve import Pruned
 from ria_vllm.weight_format import SHAPE
 
 

@@ -133,7 +133,8 @@ class IntFormat(WeightFormat):
 
     def _rounded(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """float32 integers [out, n], with scales as `_wide` gives them."""
-        return (weight.float() / scales).round().clamp(self.smallest, self.largest)
+        scaled = weight.float() / scales
+        return scaled.round().clamp(self.smallest, self.largest)
 
     def _wide(self, scales: torch.Tensor, columns: int | None) -> torch.Tensor:
         """float32 scales of each column, if `columns` of them share one; [out, 1] if a row does."""

@@ -130,7 +130,9 @@ class _Trained:
         self.grid = grid
         self.scales = [] if grid is None else [grid.scales_at(part) for part in self.index]
         self.optimizer = torch.optim.Adam(self.kept, lr=lr, betas=betas, foreach=False)
-        parameter.data = parameter.data.mul_(mask).to(dtype).contiguous()
+        # Who trains integers may want to go back; a copy of the others would raise the peak.
+        start = parameter.data.mul_(mask) if grid is None else parameter.data * mask
+        parameter.data = start.to(dtype).contiguous()
         parameter.requires_grad_(True)
         self.hook = parameter.register_post_accumulate_grad_hook(self._step)
 

@@ -6,11 +6,12 @@ does this. With all other entries fixed, the best value of entry j on the grid i
 q_j - (q A - b)_j / A_jj; with all integers fixed, the best scale of a group is a quotient. No step raises the error.
 (Coordinate descent for dense weights: Behdin et al., "QuantEase", 2023; Nair and Suggala, "CDQuant", 2024.)
 
-A sweep like GPTQ's passes what the rounding of a column costs on to all later columns. Here half of these are pruned,
-in each row others, so a sweep does worse than plain rounding; see docs/quality.md.
+A GPTQ sweep makes all later columns compensate for each rounded one. Here half of these are pruned, in each row others,
+so a sweep can do worse than plain rounding. docs/quality.md has the figures for this and for the number of passes.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -24,7 +25,6 @@ from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 ENTRIES_AT_ONCE, ENTRIES_AT_ONCE_ON_GPUS, LEAST_ROWS = 1 << 20, 1 << 24, 256
 # Columns of a block if scales are per row. The gradient of the others is updated once for each block.
 BLOCK = 64
-# Measured on SmolLM2: the first pass gains more than nine tenths of what 20 do, 6 nearly all.
 PASSES = 6
 # Scales are searched for from the one that fits the largest magnitude down to this part of it, in so many steps.
 SMALLEST, STEPS = 0.4, 25
@@ -36,7 +36,6 @@ def round_on_mask(
     mask: torch.Tensor,
     gram: SymmetricMatrix,
     weight_format: IntFormat,
-    dtype: torch.dtype,
     cross_term: torch.Tensor | None = None,
     p: torch.Tensor | None = None,
     passes: int = PASSES,
@@ -44,27 +43,25 @@ def round_on_mask(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round the kept weights of a linear so that its output stays closest to its target.
 
-    Besides its arguments it takes some rows' worth of temporaries and, for a narrow input, a dense Gram matrix.
+    Besides its arguments it takes some rows' worth of temporaries and a copy of the Gram matrix, in the stored order.
 
     Args:
         weight: W [out, in], the dense weight in the model's own order, any floating dtype.
         solved: W' [out, in], zero outside the mask: where the descent starts.
         mask: bool [out, in], True = kept.
         gram: X^T X [in, in].
-        dtype: of the model; scales have the dtype that goes with it.
         cross_term: [out, in] float32, see `ria_vllm.offline.pruning.admm`; None: the target is X W^T.
         p: int64 [in], the order in which columns are stored; None: the model's own.
         damping: added to the diagonal of the Gram matrix, in units of its mean, as ADMM does it.
 
     Returns:
         (W'' [out, in] float32, integers times scales, zero outside the mask; the scales [out, 1] or
-        [out, in / group_size], as they are stored.) If `solved` is float32, W'' takes its place in memory. No row
-        has a larger damped error than W' rounded to the nearest integers, be it by `nearest_scales` or by the scales
-        that fit its largest magnitudes.
+        [out, in / group_size], in the format's `scale_dtype`.) If `solved` is float32, W'' takes its place in memory.
+        No row has a larger damped error than W' rounded to the nearest integers, be it by `nearest_scales` or by the
+        scales that fit its largest magnitudes.
     """
     solved = solved.float()
-    columns = weight_format.group_size
-    system = _System(gram, p, damping, columns or BLOCK)
+    system = _System(gram, p, damping, weight_format.group_size or BLOCK)
     back = None if p is None else permutation.invert(p)
     scales = []
     for rows in _some_rows(weight):
@@ -72,9 +69,9 @@ def round_on_mask(
         if cross_term is not None:
             target += _take(cross_term[rows], p)
         W, kept = _take(solved[rows], p), _take(mask[rows], p)
-        searched = nearest_scales(W, weight_format, dtype, system.diagonal)
-        found = _Rows.nearest(W, searched, system, target, weight_format)
-        found.replace_where_worse(_Rows.nearest(W, weight_format.scales_of(W), system, target, weight_format))
+        searched = nearest_scales(W, weight_format, system.diagonal)
+        found = _Rows(W, searched, system, target, weight_format)
+        found.replace_where_worse(_Rows(W, weight_format.scales_of(W), system, target, weight_format))
         del W
         for _ in range(passes):
             found.descend(kept, system, target)
@@ -84,35 +81,32 @@ def round_on_mask(
 
 
 def nearest_scales(
-    weight: torch.Tensor, weight_format: IntFormat, dtype: torch.dtype, importance: torch.Tensor | None = None
+    weight: torch.Tensor, weight_format: IntFormat, importance: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The scales by which rounding to the nearest integer costs least; they may clip the largest magnitudes.
 
     Args:
-        weight: [out, in], columns in the stored order.
-        dtype: of the model.
+        weight: [out, in], columns in the stored order. Temporaries are several times as large, in float32.
         importance: [in], what a squared error in each column costs; None: the same in all.
 
     Returns:
-        [out, 1] or [out, in / group_size], positive, in the dtype that they are stored in.
+        [out, 1] or [out, in / group_size], positive, in the format's `scale_dtype`.
     """
-    found = weight_format.scales_of(weight)
-    groups = (found.shape[1], -1)
+    fitting = weight_format.scales_of(weight)
     low, high = weight_format.smallest, weight_format.largest
+    groups = (fitting.shape[1], -1)
     cost = None if importance is None else importance.float().view(groups)
-    for rows in _some_rows(weight):
-        W = weight[rows].float().unflatten(1, groups)
-        fitting = found[rows].float()
-        least = torch.full_like(fitting, torch.inf)
-        for factor in torch.linspace(1.0, SMALLEST, STEPS).tolist():
-            scales = (fitting * factor).to(found.dtype)
-            scales = torch.where(scales > 0, scales, 1.0)
-            wide = scales.float()[..., None]
-            lost = (W / wide).round_().clamp_(low, high).mul_(wide).sub_(W).square_()
-            total = (lost if cost is None else lost.mul_(cost)).sum(-1)
-            better = total < least
-            least = torch.where(better, total, least)
-            found[rows] = torch.where(better, scales, found[rows])
+    W = weight.float().unflatten(1, groups)
+    found, least = fitting, torch.full(fitting.shape, torch.inf, device=fitting.device)
+    for factor in torch.linspace(1.0, SMALLEST, STEPS).tolist():
+        scales = (fitting.float() * factor).to(fitting.dtype)
+        scales = torch.where(scales > 0, scales, 1.0)
+        wide = scales.float()[..., None]
+        lost = (W / wide).round_().clamp_(low, high).mul_(wide).sub_(W).square_()
+        total = (lost if cost is None else lost.mul_(cost)).sum(-1)
+        better = total < least
+        least = torch.where(better, total, least)
+        found = torch.where(better, scales, found)
     return found
 
 
@@ -124,25 +118,21 @@ class _System:
 
     def __init__(self, gram: SymmetricMatrix, p: torch.Tensor | None, damping: float, block: int):
         mean = gram.diagonal().mean()
-        self.added = damping * torch.where(mean > 0, mean, 1.0)
-        self.diagonal = _take(gram.diagonal()[None], p)[0] + self.added
-        self.gram, self.p, self.block = gram, p, block
-        self.dense = gram.dense(p) if gram.width <= DENSE_WIDTH else None
-        if self.dense is not None:
-            self.dense.diagonal().add_(self.added)
+        added = damping * torch.where(mean > 0, mean, 1.0)
+        self.width, self.block = gram.width, block
+        self.matrix: Any = gram.dense(p) if gram.width <= DENSE_WIDTH else gram.copy(p)
+        if isinstance(self.matrix, SymmetricMatrix):
+            self.matrix.add_to_diagonal(added.expand(gram.width))
+        else:
+            self.matrix.diagonal().add_(added)
+        self.diagonal = self.matrix.diagonal()
 
     def blocks(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(first row, row after the last, rows [block, in]), one after the other."""
-        width = self.gram.width
-        for start in range(0, width, self.block):
-            stop = min(start + self.block, width)
-            if self.dense is not None:
-                yield start, stop, self.dense[start:stop]
-                continue
-            channels = torch.arange(start, stop, device=self.gram.device) if self.p is None else self.p[start:stop]
-            rows = _take(self.gram.rows(channels), self.p)
-            rows[:, start:stop].diagonal().add_(self.added)
-            yield start, stop, rows
+        for start in range(0, self.width, self.block):
+            stop = min(start + self.block, self.width)
+            half = isinstance(self.matrix, SymmetricMatrix)
+            yield start, stop, self.matrix.neighbours(start, stop) if half else self.matrix[start:stop]
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         """`rows` A, for rows [any, in]."""
@@ -159,21 +149,14 @@ class _Rows:
     `scale_dtype`; gradient: half of it, q A - b [rows, in].
     """
 
-    def __init__(self, values: torch.Tensor, scales: torch.Tensor, weight_format: IntFormat):
-        self.values, self.scales, self.scale_dtype = values, scales.float().clone(), scales.dtype
-        self.low, self.high = weight_format.smallest, weight_format.largest
-        self.per_row = weight_format.group_size is None
-        self.gradient = values  # until it is computed
-
-    @classmethod
-    def nearest(
-        cls, W: torch.Tensor, scales: torch.Tensor, system: _System, target: torch.Tensor, weight_format: IntFormat
-    ) -> "_Rows":
-        """W [rows, in], rounded to the nearest integers."""
-        found = cls(W, scales, weight_format)
-        found.values = (W / found._wide()).round_().clamp_(found.low, found.high)
-        found.gradient = system.product(found.weight()).sub_(target)
-        return found
+    def __init__(
+        self, W: torch.Tensor, scales: torch.Tensor, system: _System, target: torch.Tensor, weight_format: IntFormat
+    ):
+        """At first they are W [rows, in], rounded to the nearest integers."""
+        self.low, self.high, self.columns = weight_format.smallest, weight_format.largest, weight_format.group_size
+        self.scales, self.scale_dtype = scales.float().clone(), scales.dtype
+        self.values = (W / self._wide()).round_().clamp_(self.low, self.high)
+        self.gradient = system.product(self.weight()).sub_(target)
 
     def weight(self) -> torch.Tensor:
         """float32 [rows, in]."""
@@ -191,17 +174,17 @@ class _Rows:
         """Once over all columns. A group's scale follows its integers; a row's comes at the end."""
         for start, stop, A in system.blocks():
             square = A[:, start:stop]
-            group = 0 if self.per_row else start // system.block
+            group = 0 if self.columns is None else start // self.columns
             before = self.values[:, start:stop] * self.scales[:, group, None]
             self._round_columns(start, stop, square, group, kept)
-            if not self.per_row:
+            if self.columns is not None:
                 q = self.values[:, start:stop] * self.scales[:, group, None]
                 product = q @ square
                 gradient = self.gradient[:, start:stop] + product - before @ square
                 self._fit(group, (q * gradient).sum(1), (q * product).sum(1))
             change = self.values[:, start:stop] * self.scales[:, group, None] - before
             self.gradient.addmm_(change, A)
-        if self.per_row:
+        if self.columns is None:
             q, product = self.weight(), self.gradient + target
             fitted = self._fit(0, (q * self.gradient).sum(1), q.mul_(product).sum(1))
             self.gradient = product.mul_(fitted[:, None]).sub_(target)
@@ -235,9 +218,7 @@ class _Rows:
         return self.values, self.scales, self.gradient
 
     def _wide(self) -> torch.Tensor:
-        if self.per_row:
-            return self.scales
-        return self.scales.repeat_interleave(self.values.shape[1] // self.scales.shape[1], 1)
+        return self.scales if self.columns is None else self.scales.repeat_interleave(self.columns, 1)
 
 
 def _some_rows(weight: torch.Tensor) -> Iterator[slice]:

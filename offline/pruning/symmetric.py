@@ -1,7 +1,7 @@
 """Symmetric matrices of which half is stored, and their inverses in the same memory.
 
 The Gram matrix of a wide input is several times larger than its layer. It is stored as blocks of rows, each from the
-diagonal on; only `dense` ever makes the other half.
+diagonal on; only `dense` makes all of the other half.
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,11 +55,8 @@ class SymmetricMatrix:
         """S [width, width], or S[order][:, order] for a permutation of the channels (int64 [width])."""
         whole = torch.empty(self.width, self.width, dtype=self.blocks[0].dtype, device=self.device)
         positions = None if order is None else torch.argsort(order)
-        spans = list(self.spans())
-        for number, (start, stop, block) in enumerate(spans):
-            # The columns to the left of the block are in the blocks above it.
-            left = [above[:, start - first : stop - first].T for first, _, above in spans[:number]]
-            rows = torch.cat([*left, block], dim=1)
+        for start, stop, _ in self.spans():
+            rows = self.neighbours(start, stop)
             if positions is None:
                 whole[start:stop] = rows
             else:
@@ -75,6 +72,23 @@ class SymmetricMatrix:
             below = (channels >= stop).nonzero()[:, 0]  # their columns from start to stop are in this block
             found[below, start:stop] = block[:, channels[below] - start].T
         return found
+
+    def neighbours(self, start: int, stop: int) -> torch.Tensor:
+        """S[start:stop] [stop - start, width], for rows that all lie in one block."""
+        parts = []
+        for first, after, block in self.spans():
+            if after <= start:  # the columns to the left of a block are in the blocks above it
+                parts.append(block[:, start - first : stop - first].T)
+                continue
+            parts.append(block[start - first : stop - first])
+            break
+        return torch.cat(parts, dim=1)
+
+    def copy(self, order: torch.Tensor | None = None) -> "SymmetricMatrix":
+        """S, or S[order][:, order] for a permutation of the channels (int64 [width])."""
+        if order is None:
+            return SymmetricMatrix([block.clone() for block in self.blocks])
+        return SymmetricMatrix([self.rows(order[start:stop])[:, order[start:]] for start, stop, _ in self.spans()])
 
     def normalised(self, scale: torch.Tensor) -> "SymmetricMatrix":
         """S_ij / (scale_i scale_j), a copy; scale is [width]."""

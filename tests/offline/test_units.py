@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ria_vllm import sparse24
+from ria_vllm.offline.pruned import Pruned, packed, stored_weight
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.solve import Pruned, _packed, stored_weight
 from ria_vllm.offline.units import layer_tensors, pruned_weights
 
 NAME = "layers.0.q_proj"
@@ -29,12 +29,12 @@ def test_a_pruned_weight_is_read_back_as_it_was_stored(permuted, recipe):
     p = torch.randperm(192, generator=draw) if permuted else None
     back = slice(None) if p is None else p.argsort()
     weight, scale = stored_weight(stored[:, back], p, torch.float32, recipe)
-    pruned = Pruned(weight, _packed(mask[:, back]), p, {}, scale)
+    pruned = Pruned(weight, packed(mask[:, back]), p, {}, scale)
     model = SimpleNamespace(names_in_layer=lambda index: [f"{NAME}.weight"])
 
     tensors = layer_tensors(model, 0, {NAME: pruned}, recipe)
     assert torch.equal(pruned_weights(tensors, [NAME], torch.float32, recipe)[NAME], weight)
-    # No group is much further off than by its own largest magnitude; by that of another it would be, by far.
+    # No group loses much more than with a scale of its own; with another's it would lose far more.
     if recipe.weights == "float":
         assert torch.equal(weight, stored[:, back])
         return

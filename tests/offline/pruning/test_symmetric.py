@@ -64,6 +64,21 @@ def test_some_rows(width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("permuted", [False, True])
+def test_a_copy_in_another_order(width, permuted):
+    _, half = gram_of(width)
+    order, before = permutation(width) if permuted else None, half.dense()
+    copy = half.copy(order)
+    close(copy.dense(), before.double() if order is None else before.double()[order][:, order])
+    for start, stop, _ in half.spans():
+        middle = (start + stop) // 2
+        for part in (start, middle), (middle, stop), (start, stop):
+            assert torch.equal(copy.neighbours(*part), copy.dense()[slice(*part)])
+    copy.add_to_diagonal(torch.ones(width))
+    assert torch.equal(half.dense(), before)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 def test_normalised_is_a_copy(width):
     S, half = gram_of(width)
     scale = torch.rand(width) + 0.5
