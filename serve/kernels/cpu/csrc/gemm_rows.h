@@ -56,7 +56,7 @@ constexpr int64_t kChunkBlocks = 4;
 
 // How many blocks ahead the weights are prefetched into L2. One token consumes the stream as fast as it arrives; with
 // more tokens each block takes longer, and memory can work further ahead. int8 blocks are nearly half as long, and take
-// longer for their length. int4 blocks are a third as long: with half of the distance one token took 1.4 times as long.
+// longer for their length. int4 blocks are a third as long.
 template <class VecTraits>
 constexpr int64_t prefetch_blocks(int tokens) {
   return VecTraits::kDtype == Dtype::int4 ? 16 : tokens == 1 && !VecTraits::kExpands ? 2 : 8;

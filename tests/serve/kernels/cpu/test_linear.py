@@ -203,7 +203,7 @@ def test_groups_must_be_whole():
 @pytest.mark.parametrize("kernel", (CpuKernel, ReferenceKernel), ids=lambda kernel: kernel.name)
 def test_operator_passes_opcheck(kernel):
     packed = random_weight(24, 64).packed_by(kernel).packed
-    weight = (packed[0], 24) if kernel is CpuKernel else (list(packed), "float", 24)
+    weight = (packed[0], 24) if kernel is CpuKernel else (list(packed), "float", False, 24)
     operator = getattr(torch.ops.ria.sparse24_linear, kernel.name)
     permutation = torch.randperm(64, dtype=torch.int32)
     for x in (torch.randn(3, 64, dtype=torch.bfloat16), torch.randn(2, 3, 128, dtype=torch.bfloat16)[..., ::2]):
