@@ -11,6 +11,7 @@ from ria_vllm import sparse24
 from ria_vllm.checkpoint import SparseLinear, checked_linear, read_json, weight_files
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FLOAT
+from ria_vllm.model_card import ANOTHER_PROGRAM
 from ria_vllm.offline.publish import published
 from ria_vllm.open_files import OpenFiles
 from ria_vllm.schema import FORMAT, RiaSchema, SparsityConfig
@@ -59,7 +60,7 @@ class ForeignStart:
                 ignore=head + kept, global_sparsity=round(0.5 * sum(sizes.values()) / total, 6)
             ),
             recipe={
-                "method": "another program's",
+                "method": ANOTHER_PROGRAM,
                 "pattern": "2:4",
                 "permute": "none",
                 "source": published(str(folder)),
