@@ -92,7 +92,7 @@ def _checked_run(model: str, out: Path, recipe: Recipe, distillation: Distillati
         outline(str(source.folder))
         if distillation.text != "self":
             training_windows(fitting(distillation, (str(source.folder),), monitor), load_tokenizer(str(source.folder)))
-        return json.loads(json.dumps(fingerprint(recipe, source) | {"files": stamps_of(source.folder)}))
+        return json.loads(json.dumps(fingerprint(recipe, source) | {"state of the model": stamps_of(source.folder)}))
 
 
 def _check_ours(place: Path) -> None:

@@ -112,9 +112,9 @@ def fingerprint(start: Start | ForeignStart, teacher: str, recipe: Distillation)
     """Everything that the bytes of the result depend on, as read back from JSON."""
     paths = [*map(Path, recipe.eval_text), Path(recipe.text)]
     stamps = {
-        "files": [stamp_of(path) for path in paths if path.is_file()],
-        "files of the folder": stamps_of(start.folder),
-        "files of the teacher": stamps_of(Path(teacher)),
+        "state of the texts": [stamp_of(path) for path in paths if path.is_file()],
+        "state of the folder": stamps_of(start.folder),
+        "state of the teacher": stamps_of(Path(teacher)),
     }
     full = {"folder": str(start.folder), "teacher": teacher, "text": recipe.text}  # this stays in the work folder
     return json.loads(json.dumps(recipe.dump(teacher) | full | stamps))

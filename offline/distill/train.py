@@ -84,7 +84,10 @@ class Training:
         return course
 
     def _step(self, step: int) -> list[float]:
-        """One step; the sums of the loss's terms over its tokens, of all processes."""
+        """One step; the sums of the loss's terms over its tokens, of all processes.
+
+        That of the text is extrapolated from the tokens with a next one to all, so that its mean is the text's loss.
+        """
         recipe, pace = self.recipe, self.pace
         pace.lr, pace.number = recipe.rate(step), step + 1
         mine = range(self.ranks.rank, recipe.batch // recipe.micro_batch, self.ranks.size)
@@ -103,6 +106,7 @@ class Training:
             (loss * (self.ranks.size if self.sharded else 1) / (recipe.batch * recipe.seq_len)).backward()
             total += terms.to(total.device)
         self.ranks.all_reduce(total)
+        total[TERMS.index("text")] *= recipe.seq_len / (recipe.seq_len - 1)
         return total.tolist()
 
     def _measure(self, course: Course, rate: float = 0.0) -> None:

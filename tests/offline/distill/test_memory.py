@@ -11,7 +11,7 @@ from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
 
-# Peaks above what the process holds after the same run over a model with fewer layers, or with fewer words.
+# Prints how far the memory of one step rises above what the process holds before it.
 PROBE = """
 import json, sys, threading, time
 from pathlib import Path

@@ -20,9 +20,10 @@ from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.distill.parameters import TrainedParameter
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
+from ria_vllm.offline.distill.text import training_windows
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
-from ria_vllm.offline.model.hf import load_model
+from ria_vllm.offline.model.hf import load_model, load_tokenizer
 from ria_vllm.progress import Monitor
 
 CPU = torch.device("cpu")
@@ -84,6 +85,17 @@ def test_the_curve_says_what_eval_measures(pruned, text, tmp_path):
     point = next(p for p in report["distill"][0]["curve"] if p["step"] == report["recipe"]["distill"][0]["kept_step"])
     found = perplexity(load_model(str(tmp_path / "out"), CPU), read_tokens(str(folder), text, 512), 128)
     assert point["held_out"][text.name]["perplexity"] == pytest.approx(found.perplexity, rel=1e-5)
+
+
+def test_the_curve_holds_the_texts_own_loss(pruned, text, tmp_path):
+    """With a learning rate of 0: the mean over the tokens that have a next one, of what is trained on."""
+    dense, folder = pruned()
+    report = run(dense, folder, tmp_path / "out", text, lr=0.0, evals=1, loss=Loss(kl=1.0, text=1.0))
+    recipe = Distillation(tokens=16 * 64, seq_len=64, text=str(text))
+    windows = training_windows(recipe, load_tokenizer(str(folder))).long()
+    with torch.no_grad():
+        wanted = load_model(str(folder), CPU)(input_ids=windows, labels=windows).loss
+    assert report["distill"][0]["curve"][-1]["text"] == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_it_stops_when_it_gets_no_better_and_keeps_the_best(pruned, text, tmp_path):
@@ -316,7 +328,7 @@ def test_a_run_whose_teacher_has_another_configuration_by_now_is_not_resumed(pru
         patch.setattr(Training, "_step", lambda *_: 1 / 0)
         run(teacher, folder, tmp_path / "out", text)
     edit_config(teacher, rope_theta=5000.0)
-    with pytest.raises(RiaError, match="from a run with another files of the teacher"):
+    with pytest.raises(RiaError, match="from a run with another state of the teacher"):
         run(teacher, folder, tmp_path / "out", text, Settings(resume=True))
 
 
