@@ -143,7 +143,9 @@ def compress(
             report = compress_and_distill(
                 lambda pruned: run(model, pruned, recipe, replace(settings, overwrite=True), monitor),
                 model, out, recipe,
-                Distillation(tokens=distill, text=calibration, seq_len=min(seq_len, 512), seed=seed),
+                Distillation(
+                    tokens=distill, text=calibration, seq_len=min(seq_len, 512), seed=seed, compute_dtype=compute_dtype
+                ),
                 Run(chosen_device, max_shard_size=settings.max_shard_size, overwrite=overwrite, resume=resume),
                 monitor,
             )  # fmt: skip

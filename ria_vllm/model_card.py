@@ -43,6 +43,7 @@ _METHODS = {
     "magnitude": "magnitude pruning",
     "sparsegpt": "SparseGPT",
 }
+ANOTHER_PROGRAM = "another program's"  # the method in the recipe of a folder that somebody else pruned
 _UNROUNDED = "The compressed model rounds the inputs of pruned linears to int8; this one does not, and is more exact."
 _USE = [
     "## Serve",
@@ -196,6 +197,8 @@ def _origin(recipe: dict[str, Any], identity: str | None) -> str:
     source = _name(recipe["source"])
     origin = _code(source) if identity is None else f"[{identity}](https://huggingface.co/{identity})"
     method = str(recipe.get("method"))
+    if method == ANOTHER_PROGRAM:
+        return f"{origin}, pruned by another program."
     return f"{origin}, pruned by ria-vllm with {_METHODS.get(method, _plain(method))}."
 
 

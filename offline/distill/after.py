@@ -1,17 +1,31 @@
 """`ria-vllm compress --distill`: a compression, and a distillation of what it has written."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ria_vllm.checkpoint import Reader
+import torch
+
+from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.distill.checks import fitting, outline
 from ria_vllm.offline.distill.recipe import Distillation
-from ria_vllm.offline.distill.run import Settings, distill
+from ria_vllm.offline.distill.run import Settings, distill, stamps_of
+from ria_vllm.offline.distill.text import training_windows
+from ria_vllm.offline.model.hf import load_tokenizer
+from ria_vllm.offline.model.source import opened
+from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.offline.work import fingerprint
 from ria_vllm.progress import Monitor
+from ria_vllm.writer import check_place, disk_errors
+
+# In the folder OUT.pruned: which compression it is for, and what that writes.
+RUN_FILE, MODEL_FOLDER = "ria_vllm_run.json", "model"
 
 
 def compress_and_distill(
@@ -23,10 +37,10 @@ def compress_and_distill(
     settings: Settings,
     monitor: Monitor,
 ) -> dict[str, Any]:
-    """Write the pruned folder beside `out`, distil it into `out`, and delete it.
+    """Prune into the folder OUT.pruned, distil what is there into `out`, and delete it.
 
     Args:
-        compress: writes the pruned folder.
+        compress: writes the pruned folder; it continues an interrupted run if there is one.
         model: the dense model, a folder or hub id.
         recipe: what `compress` follows.
 
@@ -44,24 +58,70 @@ def compress_and_distill(
         raise RiaError("--distill runs in one process. Compress first, then start `ria-vllm distill` with torchrun.")
     if (out.exists() or out.is_symlink()) and not settings.overwrite:
         raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
-    pruned = out.with_name(out.name + ".pruned")
-    if pruned.exists() and settings.resume:
-        _check_recipe(pruned, recipe, model)
-    else:
-        compress(pruned)
-    report = distill(pruned, model, out, distillation, settings, monitor)
-    shutil.rmtree(pruned)
+    place = out.with_name(out.name + ".pruned")
+    for written in (out, place):
+        check_place(written, Path(model))
+    _check_ours(place)
+    pruned = place / MODEL_FOLDER
+    _begin(place, _checked_run(model, out, recipe, distillation, monitor), settings.resume)
+    try:
+        if not pruned.exists():
+            compress(pruned)
+    except RiaError:
+        if not pruned.with_name(f"{MODEL_FOLDER}.partial").exists():
+            _delete(place)
+        raise
+    try:
+        report = distill(pruned, model, out, distillation, settings, monitor)
+    except RiaError as error:
+        raise RiaError(f"{error} The pruned model is kept in {pruned}: --resume does not prune again.") from (
+            error.__cause__
+        )
+    _delete(place)
     return report
 
 
-def _check_recipe(pruned: Path, recipe: Recipe, model: str) -> None:
-    """Check that an earlier command has pruned as this one asks for."""
-    found, asked = Reader(pruned).schema.recipe, recipe.dump(model)
-    for key in ("compute_dtype", "seq_len"):  # these depend on the machine, and on the model's context
-        asked.pop(key, None)
-    differing = next((key for key in asked if found.get(key) != asked[key]), None)
-    if differing is not None:
+def _checked_run(model: str, out: Path, recipe: Recipe, distillation: Distillation, monitor: Monitor) -> dict[str, Any]:
+    """What the pruned model depends on. What only training would stumble over is refused before anything is pruned."""
+    with opened(model, out.parent, Ranks(), monitor) as source:
+        streamed = StreamedModel(source.folder, source.config, torch.device("cpu"))
+        if any(streamed.experts):
+            raise RiaError(
+                f"--distill: {model} has experts, which cannot be trained. Leave out --distill to prune them only."
+            )
+        outline(str(source.folder))
+        if distillation.text != "self":
+            training_windows(fitting(distillation, (str(source.folder),), monitor), load_tokenizer(str(source.folder)))
+        return json.loads(json.dumps(fingerprint(recipe, source) | {"state of the model": stamps_of(source.folder)}))
+
+
+def _check_ours(place: Path) -> None:
+    free = not place.exists() or (place.is_dir() and ((place / RUN_FILE).is_file() or not any(place.iterdir())))
+    if place.is_symlink() or not free:
         raise RiaError(
-            f"--resume: {pruned} is from a run with another {differing.replace('_', '-')}. Give the same one, or leave "
-            "out --resume."
+            f"{place}: needed for the pruned model, but it holds something else. Move it away, or choose another --out."
         )
+
+
+def _begin(place: Path, run: dict[str, Any], resume: bool) -> None:
+    """Make the folder, or check that what is there is from the same command."""
+    if (place / RUN_FILE).exists() and resume:
+        found = read_json(place / RUN_FILE)
+        differing = next((key for key in run | found if found.get(key) != run.get(key)), None)
+        if differing is not None:
+            raise RiaError(
+                f"--resume: {place} is from a run with another {differing.replace('_', '-')}. Give the same one, or "
+                "leave out --resume."
+            )
+        return
+    with disk_errors(place):
+        _delete(place)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / RUN_FILE).write_text(json.dumps(run))
+
+
+def _delete(place: Path) -> None:
+    """Delete the folder, last of all what says that it is ours."""
+    for path in [path for path in (place.iterdir() if place.is_dir() else []) if path.name != RUN_FILE]:
+        shutil.rmtree(path)
+    shutil.rmtree(place, ignore_errors=True)

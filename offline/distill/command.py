@@ -96,8 +96,8 @@ def distill(
 ):  # fmt: skip
     """Train the weights that FOLDER keeps towards the predictions of the dense model, and write a better folder.
 
-    FOLDER is what `ria-vllm compress` wrote. Its masks, permutations and format stay. torchrun or accelerate launch
-    divides each step among several processes.
+    FOLDER is what `ria-vllm compress` wrote, or another unquantized 2:4 model. Its masks, permutations and format stay.
+    torchrun or accelerate launch divides each step among several processes.
     """
     from ria_vllm.offline.distill.loss import Loss
     from ria_vllm.offline.distill.recipe import Distillation

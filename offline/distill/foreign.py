@@ -1,7 +1,7 @@
 """Another program's 2:4 checkpoint as something to start from: dense with zeros, or compressed-tensors' bitmasks."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from ria_vllm import sparse24
 from ria_vllm.checkpoint import SparseLinear, checked_linear, read_json, weight_files
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FLOAT
+from ria_vllm.model_card import ANOTHER_PROGRAM
+from ria_vllm.offline.distill.start import Tensors
 from ria_vllm.offline.publish import published
 from ria_vllm.open_files import OpenFiles
 from ria_vllm.schema import FORMAT, RiaSchema, SparsityConfig
@@ -49,7 +51,9 @@ class ForeignStart:
                 f"{folder}: no linear of a decoder layer is 2:4. Prune the model first (`ria-vllm compress`)."
             )
         own = {f"{name}.{part}" for name in self.linears for part in (*FLOAT.tensor_names, "weight")}
-        self.others: Mapping[str, torch.Tensor] = _Others(self, [name for name in self.files if name not in own])
+        self.others: Mapping[str, torch.Tensor] = Tensors(
+            [name for name in self.files if name not in own], self._tensor
+        )
         kept = [name for name in dense if name not in set(self.linears)]
         head = ["lm_head"] if "lm_head.weight" in self.files else []
         sizes = {name: torch.Size(self._linear_shape(name)).numel() for name in self.linears}
@@ -59,7 +63,7 @@ class ForeignStart:
                 ignore=head + kept, global_sparsity=round(0.5 * sum(sizes.values()) / total, 6)
             ),
             recipe={
-                "method": "another program's",
+                "method": ANOTHER_PROGRAM,
                 "pattern": "2:4",
                 "permute": "none",
                 "source": published(str(folder)),
@@ -102,27 +106,6 @@ class ForeignStart:
             return self._shape(f"{name}.weight")
         rows, bytes_ = self._shape(f"{name}.bitmask")
         return rows, bytes_ * 8
-
-
-class _Others(Mapping[str, torch.Tensor]):
-    """Tensors by name, each read when it is asked for."""
-
-    def __init__(self, start: ForeignStart, names: list[str]):
-        self.start, self.names = start, dict.fromkeys(names)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self.names:
-            raise KeyError(name)
-        return self.start._tensor(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def _check_only_sparse(quantization: Any, folder: Path) -> None:

@@ -16,8 +16,7 @@ from ria_vllm.progress import Monitor
 
 @dataclass(frozen=True)
 class Score:
-    """On one text: the perplexity, the teacher's KL(teacher, student) in nats a token, and the sum of both that is
-    compared: what the loss would be here."""
+    """On one text: the student's perplexity, and KL(teacher, student) in nats a token."""
 
     perplexity: float
     kl: float

@@ -22,6 +22,7 @@ class TwoPart:
         name: what the user calls it, for errors.
 
     Attributes:
+        decoder: the path of the text decoder.
         base: the module that computes the hidden states.
         layers: the decoder layers.
 
@@ -33,7 +34,7 @@ class TwoPart:
         if output_head(model) is None:
             raise RiaError(f"{name}: a {type(model).__name__} gives no logits of tokens, so it cannot be distilled.")
         decoder, layers = find_decoder(model, name)
-        self.model, self.name = model, name
+        self.model, self.name, self.decoder = model, name, decoder
         self.layers: nn.ModuleList = model.get_submodule(layers)
         # Most models call the outermost module that has no head; OPT calls the decoder inside it.
         base, owner = find_base(model, decoder), layers.rpartition(".")[0]

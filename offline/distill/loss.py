@@ -94,14 +94,20 @@ def divergence(teacher: torch.Tensor | Top, student: torch.Tensor, temperature: 
     scale = temperature**2
     if isinstance(teacher, torch.Tensor):
         wanted = torch.log_softmax(teacher.float() / temperature, -1)
-        return (wanted.exp() * (wanted - torch.log_softmax(student.float() / temperature, -1))).sum(-1) * scale
+        return _weighted(wanted, torch.log_softmax(student.float() / temperature, -1)).sum(-1) * scale
     logs = torch.log_softmax(student.float() / temperature, -1)
-    top = (teacher.logs.exp() * (teacher.logs - logs.gather(-1, teacher.tokens))).sum(-1)
+    top = _weighted(teacher.logs, logs.gather(-1, teacher.tokens)).sum(-1)
     left = (1 - teacher.logs.exp().sum(-1)).clamp(min=0)
     if teacher.tokens.shape[-1] == student.shape[-1]:
         return top * scale
     others = logs.scatter(-1, teacher.tokens, -math.inf).logsumexp(-1)
     return (top + torch.where(left > 0, left * (left.clamp(min=1e-30).log() - others), 0.0)) * scale
+
+
+def _weighted(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """The terms of a divergence, from logarithmic probabilities. What the teacher excludes (-inf) counts as nothing."""
+    probable = teacher.exp()
+    return torch.where(probable > 0, probable * (teacher - student), 0.0)
 
 
 def relative_error(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.layouts import Kept, Whole
 from ria_vllm.offline.distill.sharding import local
 
@@ -50,6 +51,11 @@ class Pace:
     total: Callable[[torch.Tensor], None] = field(default=lambda sums: None)
 
 
+def diverged(step: int, what: str) -> RiaError:
+    """The error of training that diverges in a step, counted from 1."""
+    return RiaError(f"step {step}: training diverged ({what}). Give a smaller --lr.")
+
+
 class TrainedParameter:
     """A tensor in training: the model reads it in its own dtype, AdamW updates its kept entries in float32.
 
@@ -82,7 +88,6 @@ class TrainedParameter:
         self.first = torch.zeros_like(values, dtype=adamw.first)
         self.second = torch.zeros_like(values, dtype=adamw.second)
         self.gradient: torch.Tensor | None = None
-        self.stepped = 0
         parameter.requires_grad_(True)
         parameter.register_post_accumulate_grad_hook(self._arrived)
         self.write()
@@ -131,7 +136,6 @@ class TrainedParameter:
 
     def _step(self, gradient: torch.Tensor) -> None:
         adamw, (beta1, beta2) = self.adamw, self.adamw.betas
-        self.stepped += 1
         number = self.pace.number
         correct1, correct2 = 1 - beta1**number, 1 - beta2**number
         ratio = gradient.new_tensor([0.0, gradient.numel()])  # the sum of squared gradients over their means, and of 1
@@ -139,12 +143,13 @@ class TrainedParameter:
             part = gradient[rows]
             second = self.second[rows].float().mul_(beta2).addcmul_(part, part, value=1 - beta2)
             self.second[rows] = second
-            if adamw.clip:
-                ratio[0] += (part.square() / (second / correct2).clamp_(min=adamw.eps**2)).sum()
+            ratio[0] += (part.square() / (second / correct2).clamp_(min=adamw.eps**2)).sum()
         lr = self.pace.lr
+        self.pace.total(ratio)
+        squares, count = ratio.tolist()
+        if not math.isfinite(squares):
+            raise diverged(number, "a gradient is not finite")
         if adamw.clip:
-            self.pace.total(ratio)
-            squares, count = ratio.tolist()
             lr /= max(1.0, math.sqrt(squares / count) / adamw.clip)
         for rows in self.layout.rows():
             values = self.values[rows]

@@ -13,6 +13,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.export import companion_files
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline.calibration import data
+from ria_vllm.offline.distill.checks import check_models, check_names, context_of, fitting
 from ria_vllm.offline.distill.foreign import ForeignStart
 from ria_vllm.offline.distill.heldout import HeldOut
 from ria_vllm.offline.distill.logits import TwoPart
@@ -21,14 +22,14 @@ from ria_vllm.offline.distill.processes import joined
 from ria_vllm.offline.distill.progress import Course
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.start import Start
-from ria_vllm.offline.distill.state import STATE, Work
+from ria_vllm.offline.distill.state import Work
 from ria_vllm.offline.distill.student import Student
 from ria_vllm.offline.distill.teacher import Answer, CachedTeacher, Teacher, fill_cache, most_probable
-from ria_vllm.offline.distill.text import check_vocabulary, held_out_windows, same_tokens, training_windows
+from ria_vllm.offline.distill.text import check_vocabulary, held_out_windows, training_windows
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
-from ria_vllm.offline.model.hf import load_model, load_tokenizer, read_config
+from ria_vllm.offline.model.hf import load_model, load_tokenizer
 from ria_vllm.offline.model.source import stamp_of
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
@@ -39,6 +40,7 @@ from ria_vllm.weight_format import name_of
 from ria_vllm.writer import CheckpointWriter, check_place
 
 TEXT_KEY = "text"
+STAMPED = (".safetensors", ".json", ".model", ".jinja", ".txt", ".tiktoken")
 PAGE_FILE = "ria_report.html"  # of an earlier report, which would no longer be true
 
 
@@ -74,6 +76,7 @@ def distill(
     logging.disable_progress_bar()
     for place in (folder, Path(teacher)):
         check_place(out, place)
+    check_names(recipe.eval_text)
     if (out.exists() or out.is_symlink()) and not settings.overwrite:
         raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
     with joined(settings.device) as (ranks, device), monitor.live():
@@ -85,8 +88,11 @@ def distill(
             )
         start = Start(folder) if is_compressed(folder) else ForeignStart(folder)
         recipe = replace(recipe, compute_dtype=_compute_dtype(start, recipe.compute_dtype, device, monitor))
-        kept = (f"{STATE}*", "The steps so far")
-        run = fingerprint(start, teacher, recipe) | {"parts": ranks.size if settings.shard else 1}
+        recipe = fitting(recipe, (str(folder), teacher), monitor)
+        check_models(start, teacher, recipe)
+        kept = ("*", "The text and the steps so far")
+        # Sums over processes are rounded otherwise than sums in one.
+        run = fingerprint(start, teacher, recipe) | {"processes": ranks.size, "shard": settings.shard}
         with work_folder(out, run, settings.overwrite, settings.resume, ranks, kept) as writer:
             return _Run(start, teacher, recipe, settings, writer, ranks, monitor).distill()
 
@@ -104,13 +110,20 @@ def _compute_dtype(start: Start | ForeignStart, asked: str, device: torch.device
 
 def fingerprint(start: Start | ForeignStart, teacher: str, recipe: Distillation) -> dict[str, Any]:
     """Everything that the bytes of the result depend on, as read back from JSON."""
-    paths = [start.folder / "config.json", *sorted(set(start.files.values())), *map(Path, recipe.eval_text)]
-    paths += [Path(recipe.text)] if Path(recipe.text).is_file() else []
-    dense = Path(teacher)
-    paths += sorted(dense.glob("*.safetensors")) if dense.is_dir() else []
+    paths = [*map(Path, recipe.eval_text), Path(recipe.text)]
+    stamps = {
+        "state of the texts": [stamp_of(path) for path in paths if path.is_file()],
+        "state of the folder": stamps_of(start.folder),
+        "state of the teacher": stamps_of(Path(teacher)),
+    }
     full = {"folder": str(start.folder), "teacher": teacher, "text": recipe.text}  # this stays in the work folder
-    stamps = {"files": [stamp_of(path) for path in paths if path.is_file()]}
     return json.loads(json.dumps(recipe.dump(teacher) | full | stamps))
+
+
+def stamps_of(folder: Path) -> list[list[Any]]:
+    """Those of the weights, the configuration and the tokenizer in a folder; of a hub id none."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [stamp_of(path) for path in found if path.is_file() and path.suffix in STAMPED]
 
 
 @dataclass(frozen=True)
@@ -128,11 +141,13 @@ class _Run:
     def distill(self) -> dict[str, Any]:
         recipe, monitor = self.recipe, self.monitor
         dtype = recipe.compute_dtype
+        # First, so that an error in them shows at once.
+        copies = [path for path in companion_files(self.start.folder, monitor.warn) if path.name != PAGE_FILE]
+        texts, text = self._held_out(), self._text()
         with monitor.phase("loading the teacher"):
             dense = TwoPart(load_model(self.teacher, self.settings.device, dtype).requires_grad_(False), self.teacher)
         vocabulary = output_head(dense.model).weight.shape[0]
-        windows = self._windows(dense)
-        texts = self._held_out()
+        windows = self._written(dense) if text is None else text
         check_vocabulary([windows, *texts.values()], vocabulary, self.teacher)
         answers: Any = Teacher(dense, layers=bool(recipe.loss.hidden))
         plain: Teacher | None = Teacher(dense)
@@ -158,8 +173,6 @@ class _Run:
             add = self.ranks.all_reduce
             pace = Pace(total=add) if sharded else Pace(reduce=add)
             student = self._student(dtype, pace)
-        if output_head(student.two.model).weight.shape[0] != vocabulary:
-            raise RiaError(f"{self.start.folder}: predicts another number of tokens than {self.teacher}.")
         held_out = HeldOut(texts, of_held_out, plain)
         part = f"-{self.ranks.rank}-of-{self.ranks.size}" if sharded else ""
         work = Work(self.writer, part, self.ranks.first)
@@ -171,37 +184,38 @@ class _Run:
         if self.ranks.first:
             with monitor.phase("writing"):
                 step = course.best[0] if course.best else course.step
-                self._finish(work.results(student.trained, step), report)
+                self._finish(work.results(student.trained, step), report, copies)
         self.ranks.barrier()
         return report
 
-    def _windows(self, dense: TwoPart) -> torch.Tensor:
-        recipe, windows = self.recipe, None
+    def _text(self) -> torch.Tensor | None:
+        """The windows to train on; None if the teacher has yet to write them."""
+        windows = None
         if self.ranks.first and self.writer.has(TEXT_KEY):
             windows = self.writer.read(TEXT_KEY)[0]["tokens"]
-        elif self.ranks.first:
+        elif self.ranks.first and self.recipe.text != "self":
             with self.monitor.phase("reading the text"):
-                if recipe.text == "self":
-                    bos = getattr(text_config(dense.model.config), "bos_token_id", None)
-                    windows = data.from_model(
-                        dense.model, bos, recipe.windows, recipe.seq_len, recipe.seed, self.monitor
-                    ).int()
-                else:
-                    windows = training_windows(recipe, self._tokenizer())
+                windows = training_windows(self.recipe, load_tokenizer(str(self.start.folder)))
             self.writer.write(TEXT_KEY, {"tokens": windows})
         return self.ranks.broadcast(windows)
 
-    def _tokenizer(self) -> Any:
-        mine, dense = load_tokenizer(str(self.start.folder)), load_tokenizer(self.teacher)
-        same_tokens(dense, mine, "The quick brown fox: 12,345 times, naïvely.\n", (self.teacher, self.start.folder))
-        return mine
+    def _written(self, dense: TwoPart) -> torch.Tensor:
+        """The windows to train on, as the teacher writes them."""
+        recipe, windows = self.recipe, None
+        if self.ranks.first:
+            with self.monitor.phase("writing the text"):
+                bos = getattr(text_config(dense.model.config), "bos_token_id", None)
+                found = data.from_model(dense.model, bos, recipe.windows, recipe.seq_len, recipe.seed, self.monitor)
+                windows = found.int()
+            self.writer.write(TEXT_KEY, {"tokens": windows})
+        return self.ranks.broadcast(windows)
 
     def _held_out(self) -> dict[str, torch.Tensor]:
-        recipe, context = self.recipe, getattr(text_config(read_config(self.teacher)), "max_position_embeddings", None)
-        length = min(1024, context or 1024, recipe.eval_tokens)
+        recipe = self.recipe
+        length = min(1024, context_of((str(self.start.folder), self.teacher)) or 1024, recipe.eval_tokens)
         if not recipe.eval_text:
             return {}
-        tokenizer = self._tokenizer()
+        tokenizer = load_tokenizer(str(self.start.folder))
         return {
             Path(text).name: held_out_windows(text, tokenizer, recipe.eval_tokens, length) for text in recipe.eval_text
         }
@@ -225,7 +239,7 @@ class _Run:
         curves = found.get("distill") if isinstance(found.get("distill"), list) else []
         return found | {"recipe": found["recipe"] | {"distill": runs}, "distill": [*curves, {"curve": course.curve}]}
 
-    def _finish(self, results: dict[str, str], report: dict[str, Any]) -> None:
+    def _finish(self, results: dict[str, str], report: dict[str, Any], copies: list[Path]) -> None:
         """Join the trained tensors and all others into the finished folder."""
         start, writer = self.start, self.writer
         keys = []
@@ -237,7 +251,6 @@ class _Run:
         quantization = start.config["quantization_config"]
         recipe = quantization.get("recipe", {}) | {"distill": report["recipe"]["distill"]}
         config = start.config | {"quantization_config": quantization | {"recipe": recipe}}
-        copies = [path for path in companion_files(start.folder, self.monitor.warn) if path.name != PAGE_FILE]
         writer.finish(
             keys, {"config.json": config, REPORT_FILE: report}, copies, self.settings.max_shard_size,
             start.schema.permutes, {CARD_FILE: self._card(report)}, start.folder,

@@ -1,6 +1,6 @@
 """The 2:4 checkpoint that training starts from: one of our own. See `foreign` for others."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Start:
         self.config: dict[str, Any] = self.reader.config
         self.schema: RiaSchema = self.reader.schema
         self.linears: list[str] = self.reader.sparse_names
-        self.others: Mapping[str, torch.Tensor] = _Tensors(self.reader)
+        self.others: Mapping[str, torch.Tensor] = Tensors(self.reader.dense_names, self.reader.tensor)
 
     def linear(self, name: str) -> SparseLinear:
         """One pruned linear, checked."""
@@ -47,21 +47,21 @@ class Start:
         return self.reader.report()
 
 
-class _Tensors(Mapping[str, torch.Tensor]):
-    """The tensors of a folder that belong to no pruned linear, each read when it is asked for."""
+class Tensors(Mapping[str, torch.Tensor]):
+    """Tensors by name, each read when it is asked for."""
 
-    def __init__(self, reader: Reader):
-        self.reader, self.names = reader, dict.fromkeys(reader.dense_names)
+    def __init__(self, names: Iterable[str], read: Callable[[str], torch.Tensor]):
+        self.read, self.names = read, dict.fromkeys(names)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.names:
             raise KeyError(name)
-        return self.reader.tensor(name)
+        return self.read(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:

@@ -6,8 +6,12 @@ until that file is in place. So do the tensors of the best step so far, which ar
 
 from collections.abc import Iterable
 
+import torch
+
+from ria_vllm.offline.distill.parameters import diverged
 from ria_vllm.offline.distill.progress import Course
 from ria_vllm.offline.distill.student import Student
+from ria_vllm.weight_format import name_of
 from ria_vllm.writer import CheckpointWriter
 
 STATE = "state"
@@ -27,7 +31,9 @@ class Work:
     def save_parameters(self, student: Student, step: int) -> None:
         """The parameters after a step. `save_course` makes them count."""
         for number, trained in enumerate(student.trained.values()):
-            self.writer.write(self._key(step, number), trained.state())
+            state = trained.state()
+            _check_finite(state, step)
+            self.writer.write(self._key(step, number), state)
 
     def save_course(self, course: Course) -> None:
         """Make what was saved for this step count, and delete what no longer does."""
@@ -48,6 +54,7 @@ class Work:
         """The tensors of a step that is the best so far, or the last. All processes must call."""
         for number, name in enumerate(student.trained):
             tensors = student.tensors(name)
+            _check_finite(tensors, step)
             if self.first:
                 self.writer.write(f"{_best(step)}-{number:06d}", tensors)
 
@@ -63,6 +70,13 @@ class Work:
             kind, _, rest = path.stem.partition("-")
             if kind in (STATE, "best") and rest and f"{kind}-{rest[:9]}" not in beginnings:
                 path.unlink()
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], step: int) -> None:
+    """Refuse what cannot be gone on from, or served."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise diverged(step, f"{name} is not finite in {name_of(tensor.dtype)}")
 
 
 def _best(step: int) -> str:

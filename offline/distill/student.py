@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ria_vllm import sparse24
 from ria_vllm.checkpoint import SparseLinear
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.distill.checks import places_of
 from ria_vllm.offline.distill.foreign import ForeignStart
 from ria_vllm.offline.distill.layouts import Kept, Whole
 from ria_vllm.offline.distill.logits import TwoPart
@@ -56,25 +57,19 @@ class Student:
         self.trained: dict[str, TrainedParameter] = {}
         names = Names(model.model, start.dense_names(), start.folder)
         parameters = dict(model.model.named_parameters())
-        inside: dict[str, str] = {}  # name of a linear -> name of its weight in the model
-        for name in start.linears:
-            inside[name] = names.inside.get(f"{name}.weight", "")
-            if inside[name] not in parameters or f"{name}.weight" in names.converted:
-                raise RiaError(
-                    f"{start.folder}: {name}: transformers' {type(model.model).__name__} has no weight of its own for "
-                    "it (it merges several), so it cannot be trained. Distillation takes models whose linears are "
-                    "apart, and no experts."
-                )
-            _check_same(start.linear(name), parameters[inside[name]], start)
+        inside = places_of(model.model, start, names)
+        for name, place in inside.items():
+            _check_same(start.linear(name), parameters[place], start)
         if processes > 1:
             shard(model, processes)
             parameters = dict(model.model.named_parameters())
         for name, place in inside.items():
             self.trained[name] = _trained_linear(start.linear(name), parameters[place], adamw, pace)
-        for name, parameter in _others(model.model, also):
+        for name, parameter in _others(model, also):
             written = names.direct.get(name)
             if written in start.others:
-                values = local(parameter).float().clone()
+                # From the file: the model may hold them rounded to the dtype that it computes in.
+                values = start.others[written][rows_here(parameter)].to(local(parameter).device, torch.float32).clone()
                 self.trained[written] = TrainedParameter(parameter, Whole(values.shape), values, adamw, pace)
         if save_memory:
             for layer in model.layers:
@@ -159,11 +154,14 @@ def _trained_linear(linear: SparseLinear, parameter: nn.Parameter, adamw: AdamW,
     return TrainedParameter(parameter, Kept(parts["bitmask"], linear.input_permutation), values, adamw, pace, rounding)
 
 
-def _others(model: Any, also: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
-    """The norms' parameters and the linears' biases, as far as they are asked for. The head's own get no gradients."""
-    found, head = [], model.get_output_embeddings()
-    for path, module in model.named_modules():
-        if module is head:
+def _others(model: TwoPart, also: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
+    """The norms' parameters and the biases of the text decoder, as far as they are asked for.
+
+    Nothing of the head, which is called outside of the backward pass, or of other towers, which no text goes through.
+    """
+    found, head = [], model.model.get_output_embeddings()
+    for path, module in model.model.named_modules():
+        if module is head or (model.decoder and not f"{path}.".startswith(f"{model.decoder}.")):
             continue
         own = dict(module.named_parameters(recurse=False))
         is_norm = bool(own) and not isinstance(module, nn.Linear) and "norm" in type(module).__name__.lower()

@@ -12,6 +12,13 @@ from ria_vllm.offline.distill.recipe import Distillation
 
 # Windows are drawn from more text than is needed, but not from more than so many tokens beyond.
 MOST_BEYOND = 1 << 24
+# Two tokenizers with one vocabulary may still differ in what they do before they look into it.
+SAMPLES = (
+    "The quick brown fox: 12,345 times, naïvely.\n",
+    "def f(x):\n\treturn  {'a': x**2}  # 3.14e-10\n\n",
+    "Съешь же ещё этих мягких булок. Ξεσκεπάζω. שלום עולם. مرحبا بالعالم.",
+    "你好,世界。こんにちは、セカイ。안녕하세요. नमस्ते दुनिया। สวัสดี 👩‍💻🇫🇷 ﬁ Å",
+)
 
 
 def training_windows(recipe: Distillation, tokenizer: Any) -> torch.Tensor:
@@ -74,9 +81,12 @@ def _window(recipe: Distillation, place: int) -> int:
     return int(torch.randperm(recipe.windows, generator=order)[number])
 
 
-def same_tokens(one: Any, other: Any, sample: str, names: tuple[Path | str, Path | str]) -> None:
-    """Check that two tokenizers split a text into the same tokens: otherwise predictions cannot be compared."""
-    if one(sample).input_ids != other(sample).input_ids:
+def same_tokens(one: Any, other: Any, names: tuple[Path | str, Path | str]) -> None:
+    """Check that two tokenizers have the same tokens, and split texts into the same: otherwise predictions cannot be
+    compared. Special tokens may be known to one of them only."""
+    special = set(one.all_special_tokens) ^ set(other.all_special_tokens)
+    mine, theirs = ({t: i for t, i in each.get_vocab().items() if t not in special} for each in (one, other))
+    if mine != theirs or any(one(text).input_ids != other(text).input_ids for text in SAMPLES):
         raise RiaError(
             f"{names[1]}: splits a text into other tokens than {names[0]}. Give the model that it was pruned from as "
             "--teacher."

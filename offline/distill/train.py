@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.heldout import HeldOut, Score
 from ria_vllm.offline.distill.loss import TERMS
-from ria_vllm.offline.distill.parameters import Pace
+from ria_vllm.offline.distill.parameters import Pace, diverged
 from ria_vllm.offline.distill.progress import Course
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.state import Work
@@ -57,7 +56,7 @@ class Training:
         if course.step:
             self.monitor.say(f"resuming after step {course.step} of {recipe.steps}")
             self.work.restore(self.student, course.step)
-        elif not course.curve:
+        else:
             self._measure(course)
         saved = said = time.monotonic()
         begun, before = said, course.step
@@ -85,11 +84,15 @@ class Training:
         return course
 
     def _step(self, step: int) -> list[float]:
-        """One step; the sums of the loss's terms over its tokens, of all processes."""
+        """One step; the sums of the loss's terms over its tokens, of all processes.
+
+        That of the text is extrapolated from the tokens with a next one to all, so that its mean is the text's loss.
+        """
         recipe, pace = self.recipe, self.pace
         pace.lr, pace.number = recipe.rate(step), step + 1
         mine = range(self.ranks.rank, recipe.batch // recipe.micro_batch, self.ranks.size)
-        total = torch.zeros(len(TERMS), dtype=torch.float64)
+        # On the device: the processes' group on GPUs takes nothing else.
+        total = torch.zeros(len(TERMS), dtype=torch.float64, device=self.student.two.model.device)
         for micro in mine:
             pace.last = micro == mine[-1]
             numbers = batch_of(recipe, step, micro)
@@ -98,15 +101,17 @@ class Training:
             loss, terms = self.student.loss(tokens, answer, self.logits_of, recipe.loss)
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise RiaError(f"step {step + 1}: training diverged (loss {value}). Give a smaller --lr.")
+                raise diverged(step + 1, f"loss {value}")
             # FSDP takes the mean of what the processes' losses give; they are parts of a sum.
             (loss * (self.ranks.size if self.sharded else 1) / (recipe.batch * recipe.seq_len)).backward()
-            total += terms
+            total += terms.to(total.device)
         self.ranks.all_reduce(total)
+        total[TERMS.index("text")] *= recipe.seq_len / (recipe.seq_len - 1)
         return total.tolist()
 
     def _measure(self, course: Course, rate: float = 0.0) -> None:
         scores = self.held_out.measure(self.student, self.monitor) if self.held_out.texts else {}
+        scores = self.ranks.broadcast(scores)  # all go on and stop together, though devices round differently
         point = course.point(course.step * self.recipe.batch * self.recipe.seq_len, scores)
         words = [_terms([point[name] for name in TERMS], 1)] if "kl" in point else []
         words += [f"{rate:.0f} tokens/s"] if rate else []

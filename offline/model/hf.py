@@ -93,7 +93,8 @@ def _load(
             model, info = architecture.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
         else:
             state = dense_state(reader) if state is None else state
-            del config.quantization_config
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
             kind = config.dtype or "auto" if dtype == "auto" else dtype
             model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
             if reader is not None and reader.schema.input_dtype is not None:

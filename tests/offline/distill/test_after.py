@@ -1,6 +1,10 @@
 """compress --distill."""
 
+import os
+import shutil
+
 import pytest
+import torch
 from click.testing import CliRunner
 
 from ria_vllm.checkpoint import Reader
@@ -38,6 +42,60 @@ def test_interrupted_in_training_it_does_not_prune_again(tiny, text, tmp_path, m
         run(tiny("llama"), out, text, "--distill", "512", "--resume", "--exponent", "1")
     run(tiny("llama"), out, text, "--distill", "512", "--resume")
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",), ("--resume",)], ids=str)
+def test_a_folder_that_is_not_ours_is_not_touched(options, tiny, text, tmp_path):
+    mine = tmp_path / "out.pruned" / "model" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    with pytest.raises(RiaError, match="out.pruned: needed for the pruned model, but it holds something else"):
+        run(tiny("llama"), tmp_path / "out", text, "--distill", "512", *options)
+    assert mine.read_text() == "years of work" and [path.name for path in tmp_path.iterdir()] == ["out.pruned"]
+
+
+@pytest.mark.parametrize("changed", ["weights", "text", "compute_dtype"])
+def test_what_was_pruned_from_something_else_is_not_resumed(changed, tiny, text, tmp_path, monkeypatch):
+    """Though all that config.json says of it is the same."""
+    model, words, out = shutil.copytree(tiny("llama"), tmp_path / "in"), tmp_path / "text.txt", tmp_path / "out"
+    words.write_text(text.read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr("ria_vllm.offline.distill.train.Training._step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model, out, words, "--distill", "512")
+    more = ["--compute-dtype", "float32"] if changed == "compute_dtype" else []
+    if not more:
+        os.utime(model / "model.safetensors" if changed == "weights" else words, (1, 1))
+    with pytest.raises(RiaError, match=r"out\.pruned is from a run with another"):
+        run(model, out, words, "--distill", "512", "--resume", *more)
+
+
+def test_it_trains_in_the_dtype_that_is_asked_for(make_model, text, tmp_path):
+    model = make_model(tmp_path / "in", "llama", dtype=torch.bfloat16)
+    run(model, tmp_path / "out", text, "--distill", "512", "--compute-dtype", "float32")
+    (story,) = Reader(tmp_path / "out").schema.recipe["distill"]
+    assert story["compute_dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--distill", "10000000"), "--tokens asks for 312500"),
+        (("--distill", "512", "-o", "{model}"), "this is the folder being read"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_pruning(options, why, tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("ria_vllm.offline.compress.compress", lambda *_: 1 / 0)
+    model = shutil.copytree(tiny("llama"), tmp_path / "in")
+    with pytest.raises(RiaError, match=why):
+        run(model, tmp_path / "out", text, *(one.format(model=model) for one in options), "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_experts_are_refused_before_pruning(tiny, text, tmp_path):
+    with pytest.raises(RiaError, match="has experts, which cannot be trained"):
+        run(tiny("qwen3-moe"), tmp_path / "out", text, "--distill", "512")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_patterns_are_refused(tiny, text, tmp_path):

@@ -50,6 +50,8 @@ def test_the_result_is_that_of_our_own_folder_with_the_same_weights(form, pruned
             linear = name.removesuffix(".bitmask")
             assert torch.equal(ours.dense(linear) != 0, found.dense(linear) != 0)
         assert torch.equal(one, other), name
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pruned by another program." in card and "pruned by ria-vllm" not in card
     assert sorted(found.schema.sparsity_config.ignore) == sorted(ours.schema.sparsity_config.ignore)
     assert found.schema.sparsity_config.global_sparsity == ours.schema.sparsity_config.global_sparsity
 

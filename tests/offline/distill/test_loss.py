@@ -48,6 +48,17 @@ def test_a_certain_teacher_leaves_nothing_to_the_others():
     assert bool(student.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("k", [0, 8])
+def test_tokens_that_the_teacher_excludes_count_as_nothing(k):
+    teacher, student = logits(0), logits(1).requires_grad_(True)
+    teacher[:, 5:] = -torch.inf
+    p, q = torch.softmax(teacher.double(), -1)[:, :5], torch.softmax(student.double(), -1)[:, :5]
+    found = divergence(Top.of(teacher, k, 1.0) if k else teacher, student)
+    assert torch.allclose(found.double(), (p * (p / q).log()).sum(-1), rtol=1e-4)
+    found.sum().backward()
+    assert bool(student.grad.isfinite().all())
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_in_chunks_the_sum_and_its_gradient_are_those_of_the_whole(chunk):
     hidden = torch.randn(TOKENS, 16).requires_grad_(True)

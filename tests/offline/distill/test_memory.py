@@ -11,7 +11,7 @@ from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
 
-# Peaks above what the process holds after the same run over a model with fewer layers, or with fewer words.
+# Prints how far the memory of one step rises above what the process holds before it.
 PROBE = """
 import json, sys, threading, time
 from pathlib import Path
@@ -73,5 +73,6 @@ def test_a_step_holds_the_gradients_of_one_layer_and_the_logits_of_some_tokens(m
     found = probe(tmp_path / "out", 1024)
     assert found["state"] == 10 * found["kept"]
     assert found["kept"] > 9e6
+    # 175 MB were measured; one of those sums more is beyond the limit.
     # What is left to hold: a chunk of logits in float32, some copies (20 MB each), a layer's activations and gradients.
     assert found["peak"] < 200e6, found["peak"]

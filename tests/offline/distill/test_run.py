@@ -12,16 +12,18 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from compressing import digests
+from compressing import WarningRecorder, digests, edit_config
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.loss import Loss
+from ria_vllm.offline.distill.parameters import TrainedParameter
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
+from ria_vllm.offline.distill.text import training_windows
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
-from ria_vllm.offline.model.hf import load_model
+from ria_vllm.offline.model.hf import load_model, load_tokenizer
 from ria_vllm.progress import Monitor
 
 CPU = torch.device("cpu")
@@ -85,6 +87,17 @@ def test_the_curve_says_what_eval_measures(pruned, text, tmp_path):
     assert point["held_out"][text.name]["perplexity"] == pytest.approx(found.perplexity, rel=1e-5)
 
 
+def test_the_curve_holds_the_texts_own_loss(pruned, text, tmp_path):
+    """With a learning rate of 0: the mean over the tokens that have a next one, of what is trained on."""
+    dense, folder = pruned()
+    report = run(dense, folder, tmp_path / "out", text, lr=0.0, evals=1, loss=Loss(kl=1.0, text=1.0))
+    recipe = Distillation(tokens=16 * 64, seq_len=64, text=str(text))
+    windows = training_windows(recipe, load_tokenizer(str(folder))).long()
+    with torch.no_grad():
+        wanted = load_model(str(folder), CPU)(input_ids=windows, labels=windows).loss
+    assert report["distill"][0]["curve"][-1]["text"] == pytest.approx(float(wanted), rel=1e-4)
+
+
 def test_it_stops_when_it_gets_no_better_and_keeps_the_best(pruned, text, tmp_path):
     dense, folder = pruned()
     report = run(
@@ -137,7 +150,7 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(pruned, text,
     dense, folder = pruned()
     subprocess.run([sys.executable, *command(dense, folder, tmp_path / "whole", text)], check=True, capture_output=True)
     out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
-    for seen in ("state-000000001-", "state-000000006-", "best-"):
+    for seen in ("state-000000001-", "best-000000004-", "state-000000006-"):
         process = subprocess.Popen(
             [sys.executable, *command(dense, folder, out, text, "--resume")],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -215,7 +228,8 @@ def test_another_run_is_not_resumed(pruned, text, tmp_path, monkeypatch):
         run(dense, folder, tmp_path / "out", text, Settings(resume=True), lr=2e-4)
 
 
-def test_a_teacher_with_other_tokens_is_refused(pruned, text, tmp_path):
+@pytest.mark.parametrize("source", ["file", "self"])
+def test_a_teacher_with_other_tokens_is_refused(source, pruned, text, tmp_path):
     dense, folder = pruned()
     other = Path(shutil.copytree(dense, tmp_path / "other"))
     content = json.loads((other / "tokenizer.json").read_text())
@@ -223,8 +237,99 @@ def test_a_teacher_with_other_tokens_is_refused(pruned, text, tmp_path):
     vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(RiaError, match="splits a text into other tokens"):
-        run(other, folder, tmp_path / "out", text)
+        run(other, folder, tmp_path / "out", Path("self") if source == "self" else text)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_held_out_texts_with_one_name_are_refused(pruned, text, tmp_path):
+    dense, folder = pruned()
+    other = tmp_path / "other" / text.name
+    other.parent.mkdir()
+    other.write_text(text.read_text())
+    with pytest.raises(RiaError, match=f"two files are called {text.name}"):
+        run(dense, folder, tmp_path / "out", text, eval_text=(str(text), str(other)))
+
+
+def test_sequences_are_no_longer_than_the_models_context(pruned, text, tmp_path):
+    """Of the teacher, or of the student, whichever is shorter."""
+    dense, folder = pruned()
+    short = Path(shutil.copytree(dense, tmp_path / "short"))
+    edit_config(short, max_position_embeddings=48)
+    monitor = WarningRecorder()
+    recipe = Distillation(tokens=512, seq_len=64, text=str(text))
+    report = distill(folder, str(short), tmp_path / "out", recipe, Settings(), monitor)
+    assert report["recipe"]["distill"][0]["seq_len"] == 48
+    assert any("at most 48 tokens" in warning for warning in monitor.warnings)
+
+
+def test_hidden_states_of_another_depth_are_refused(make_model, pruned, text, tmp_path):
+    _, folder = pruned()
+    deeper = make_model(tmp_path / "deeper", "llama", num_hidden_layers=3)
+    with pytest.raises(RiaError, match="--loss hidden: .*num_hidden_layers 3, .* has 2"):
+        run(deeper, folder, tmp_path / "out", text, loss=Loss(hidden=1.0))
+
+
+def test_a_gradient_that_is_not_a_number_stops_the_run_and_nothing_of_it_is_kept(pruned, text, tmp_path, monkeypatch):
+    """The loss is finite in that step; what was saved before it stays, and is what a new run goes on from."""
+    dense, folder = pruned()
+    run(dense, folder, tmp_path / "whole", text)
+    step = TrainedParameter._step
+
+    def broken(self, gradient):
+        if self.pace.number == 3:
+            gradient.view(-1)[0] = float("nan")
+        return step(self, gradient)
+
+    for clip in (1.0, 0.0):
+        monkeypatch.setattr(TrainedParameter, "_step", broken)
+        with pytest.raises(RiaError, match=r"step 3: training diverged \(a gradient is not finite\).*--resume"):
+            run(dense, folder, tmp_path / "out", text, Settings(save_every=0), clip=clip)
+    with pytest.raises(RiaError, match="training diverged"):
+        run(dense, folder, tmp_path / "out", text, Settings(save_every=0))
+    monkeypatch.setattr(TrainedParameter, "_step", step)
+    run(dense, folder, tmp_path / "out", text, Settings(resume=True))
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_weights_that_are_not_numbers_are_not_written(pruned, text, tmp_path, monkeypatch):
+    dense, folder = pruned()
+    put = TrainedParameter._step
+
+    def broken(self, gradient):
+        put(self, gradient)
+        if self.pace.number == 8:  # the last, after which nothing measures a loss
+            self.values[0] = float("nan")
+
+    monkeypatch.setattr(TrainedParameter, "_step", broken)
+    with pytest.raises(RiaError, match="step 8: training diverged .*not finite"):
+        run(dense, folder, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_best_step_is_kept_though_it_is_neither_the_first_nor_the_last(pruned, text, tmp_path, monkeypatch):
+    dense, folder = pruned()
+    losses = iter([3.0, 2.0, 1.0, 2.5, 2.0])
+    monkeypatch.setattr(Training, "_loss_of", lambda *_: next(losses))
+    more = {"eval_text": (str(text),), "eval_tokens": 128, "passes": 1}
+    report = run(dense, folder, tmp_path / "out", text, **more)
+    story = report["recipe"]["distill"][0]
+    assert (story["kept_step"], story["steps"]) == (4, 8)
+    monkeypatch.undo()
+    found = perplexity(load_model(str(tmp_path / "out"), CPU), read_tokens(str(folder), text, 128), 128)
+    of_step = {p["step"]: p["held_out"][text.name]["perplexity"] for p in report["distill"][0]["curve"]}
+    assert found.perplexity == pytest.approx(of_step[4], rel=1e-5)
+    assert len({round(value, 4) for value in of_step.values()}) == 5
+
+
+def test_a_run_whose_teacher_has_another_configuration_by_now_is_not_resumed(pruned, text, tmp_path, monkeypatch):
+    dense, folder = pruned()
+    teacher = Path(shutil.copytree(dense, tmp_path / "dense"))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Training, "_step", lambda *_: 1 / 0)
+        run(teacher, folder, tmp_path / "out", text)
+    edit_config(teacher, rope_theta=5000.0)
+    with pytest.raises(RiaError, match="from a run with another state of the teacher"):
+        run(teacher, folder, tmp_path / "out", text, Settings(resume=True))
 
 
 def test_too_little_text_is_refused(pruned, text, tmp_path):

@@ -1,9 +1,15 @@
 """Training against a plain loop over dense weights with masks, with torch's own AdamW and KL divergence."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
+from compressing import run_small
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from wrappers import tiny_wrapper  # noqa: F401
 
 import ria_vllm.hf  # noqa: F401  loads pruned folders
 from ria_vllm.checkpoint import Reader
@@ -114,12 +120,62 @@ def test_what_is_stored_is_what_the_model_reads(weights, pruned):
     assert changed > 0
 
 
+@torch.no_grad()
+def divergence_from(dense, student) -> float:
+    """Over the tokens of ten batches."""
+    tokens = batches(10).flatten(0, 1)
+    wanted, mine = (model(input_ids=tokens).logits.log_softmax(-1) for model in (dense, student))
+    return float((wanted.exp() * (wanted - mine)).sum(-1).mean())
+
+
 def test_the_loss_falls_and_other_tensors_stay(pruned):
-    dense, folder = pruned()
-    before = load_model(str(folder), CPU, "float32").get_input_embeddings().weight
-    mine = ours(folder, dense, ("norms",), Loss(), 1e-3, 1, False)
+    dense, folder = pruned(reconstruct="none")
+    first = load_model(str(folder), CPU, "float32")
+    before, teacher = first.get_input_embeddings().weight, load_model(str(dense), CPU, "float32")
+    mine = ours(folder, dense, ("norms",), Loss(), 1e-3, 10, False)
+    assert divergence_from(teacher, mine.two.model) < 0.85 * divergence_from(teacher, first)
     assert torch.equal(mine.two.model.get_input_embeddings().weight, before)
     assert not mine.two.model.get_input_embeddings().weight.requires_grad
+
+
+def test_norms_start_from_the_file_and_not_from_what_the_model_holds(pruned, tmp_path):
+    """A folder whose norms are more exact than the dtype that the model computes in."""
+    _, folder = pruned()
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    name, file = "model.layers.0.input_layernorm.weight", copy / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    exact = torch.full_like(tensors[name], 1 + 2**-12)
+    save_file(tensors | {name: exact}, file, metadata=metadata)
+    model = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.bfloat16).eval()
+    assert not torch.equal(model.get_parameter(name).float(), exact)
+    student = Student(Start(copy), TwoPart(model, "student"), AdamW(), Pace(), ("norms",), False)
+    assert torch.equal(student.tensors(name)[name], exact)
+
+
+def test_towers_that_no_text_goes_through_are_not_trained(tiny_wrapper, text, tmp_path):  # noqa: F811
+    folder = tmp_path / "out"
+    run_small(tiny_wrapper("llava"), folder, text)
+    model = load_model(str(folder), CPU, "float32")
+    student = Student(Start(folder), TwoPart(model, "student"), AdamW(), Pace(), ("norms", "biases"), False)
+    of_tower = [name for name, _ in model.named_parameters() if "vision" in name and "norm" in name]
+    assert of_tower and not [name for name in student.trained if "vision" in name or "projector" in name]
+    assert any("norm" in name for name in student.trained)
+
+
+def test_gradients_pass_through_rounded_inputs(pruned):
+    """The inputs of pruned linears are rounded in the forward pass, and the loss still falls."""
+    dense, folder = pruned(weights="int8", activations="int8", reconstruct="none")
+    first, teacher = load_model(str(folder), CPU, "float32"), load_model(str(dense), CPU, "float32")
+    unrounded = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    for name in Start(folder).linears:
+        unrounded.get_parameter(f"{name}.weight").data.copy_(first.get_parameter(f"{name}.weight").data)
+    tokens = batches(1)[0]
+    assert not torch.equal(first(input_ids=tokens).logits, unrounded(input_ids=tokens).logits)
+    mine = ours(folder, dense, ("norms",), Loss(), 1e-3, 10, True)
+    assert divergence_from(teacher, mine.two.model) < 0.85 * divergence_from(teacher, first)
+    assert all(bool((trained.second > 0).any()) for trained in mine.trained.values())
 
 
 def test_experts_that_transformers_stacks_are_refused(pruned):

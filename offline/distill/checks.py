@@ -1,0 +1,99 @@
+"""What is checked before the first hour: that teacher, student and options go together, and that training can begin."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.distill.foreign import ForeignStart
+from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.offline.distill.start import Start
+from ria_vllm.offline.distill.text import same_tokens
+from ria_vllm.offline.model.architecture import model_class, output_head, text_config
+from ria_vllm.offline.model.hf import explained, load_tokenizer, read_config
+from ria_vllm.offline.model.names import Names
+from ria_vllm.progress import Monitor
+
+
+def outline(name: str) -> Any:
+    """The model of a folder or hub id on the meta device, without weights.
+
+    Raises:
+        RiaError: transformers cannot build it, or it gives no logits.
+    """
+    config = read_config(name)
+    kind = model_class(name, config)
+    with explained(f"{name}: transformers cannot build this model"), torch.device("meta"):
+        model: Any = kind._from_config(config)
+    if output_head(model) is None:
+        raise RiaError(f"{name}: a {kind.__name__} gives no logits of tokens, so it cannot be distilled.")
+    return model
+
+
+def places_of(model: Any, start: Start | ForeignStart, names: Names) -> dict[str, str]:
+    """Pruned linear -> the parameter of the model that it is.
+
+    Raises:
+        RiaError: a pruned linear that is not a parameter of its own in transformers' model.
+    """
+    parameters, found = {name for name, _ in model.named_parameters()}, {}
+    for name in start.linears:
+        found[name] = names.inside.get(f"{name}.weight", "")
+        if found[name] not in parameters or f"{name}.weight" in names.converted:
+            raise RiaError(
+                f"{start.folder}: {name}: transformers' {type(model).__name__} has no weight of its own for it (it "
+                "merges several), so it cannot be trained. Distillation takes models whose linears are apart, and no "
+                "experts."
+            )
+    return found
+
+
+def check_models(start: Start | ForeignStart, teacher: str, recipe: Distillation) -> None:
+    """Check that the teacher's predictions mean the same tokens as the student's, and that the student can be trained.
+
+    Raises:
+        RiaError: other tokens, another number of them, other hidden states if the loss compares them, or a linear that
+            cannot be trained.
+    """
+    mine, dense = outline(str(start.folder)), outline(teacher)
+    places_of(mine, start, Names(mine, start.dense_names(), start.folder))
+    if output_head(mine).weight.shape[0] != output_head(dense).weight.shape[0]:
+        raise RiaError(
+            f"{start.folder}: predicts another number of tokens than {teacher}. Give the model that it was pruned from "
+            "as --teacher."
+        )
+    if recipe.loss.hidden:
+        for key in ("num_hidden_layers", "hidden_size"):
+            one, other = (getattr(text_config(model.config), key, None) for model in (mine, dense))
+            if one != other:
+                raise RiaError(
+                    f"--loss hidden: {teacher} has {key} {other}, {start.folder} has {one}, so their hidden states "
+                    "cannot be compared. Leave hidden out."
+                )
+    same_tokens(load_tokenizer(teacher), load_tokenizer(str(start.folder)), (teacher, start.folder))
+
+
+def context_of(names: Sequence[str]) -> int | None:
+    """How many tokens all of these models can read; None if none of them says."""
+    found = [getattr(text_config(read_config(name)), "max_position_embeddings", None) for name in names]
+    return min((one for one in found if one), default=None)
+
+
+def fitting(recipe: Distillation, models: Sequence[str], monitor: Monitor) -> Distillation:
+    """The recipe with sequences that the models can read."""
+    longest = context_of(models)
+    if longest is None or recipe.seq_len <= longest:
+        return recipe
+    monitor.warn(f"--seq-len {recipe.seq_len}: these models read at most {longest} tokens, so sequences are as long.")
+    return replace(recipe, seq_len=longest)
+
+
+def check_names(texts: Sequence[str]) -> None:
+    """Refuse held-out texts that the report could not tell apart."""
+    names = [Path(text).name for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise RiaError(f"--eval-text: two files are called {name}, but the report names texts so. Rename one.")
