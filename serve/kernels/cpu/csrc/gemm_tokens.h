@@ -185,7 +185,7 @@ void multiply_tile_batch(const GemmArgs& args, int64_t first_tile, int64_t tiles
                 scales + s * kStripRows,
                 VecTraits::load_scales(weights + bytes + s * layout.strip_scale_bytes(), layout.scale_dtype));
       for (int64_t b = 0; b < tokens.count; ++b) {
-        const Section section = section_of(chunk, tile, b);
+        const Section section = VecTraits::kGrouped ? section_of(chunk, tile, b) : Section{};
         accumulate_unpacked_for<typename VecTraits::TokenVecTraits>(tokens.padded_size(b) / width, sizes)(
             unpacked, strips * kStripRows, args.panel + panel.offset(chunk, b), sums_of(tile, b),
             VecTraits::kGrouped ? &section : nullptr);

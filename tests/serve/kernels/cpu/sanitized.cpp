@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <vector>
 
@@ -28,7 +29,12 @@ static float random_value() { return static_cast<int>(random_bits() % 33) / 8.0f
 static const int kLegal[] = {0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100};
 
 struct Aligned {
-  explicit Aligned(int64_t bytes) : data(static_cast<uint8_t*>(std::aligned_alloc(64, bytes)), std::free) {}
+  explicit Aligned(int64_t bytes) : data(allocate(bytes), std::free) {}
+  static uint8_t* allocate(int64_t bytes) {  // std::aligned_alloc takes only multiples of 64
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, bytes)) throw std::bad_alloc();
+    return static_cast<uint8_t*>(memory);
+  }
   std::unique_ptr<uint8_t, void (*)(void*)> data;
 };
 
@@ -97,7 +103,7 @@ static void check(const Kind& kind, int64_t tokens, int64_t rows, int64_t column
   args.permutation = permutation.data();
   args.bias = bias.data();
   args.y = y.data();
-  args.act_dtype = activation_dtype(dtype);
+  args.act_dtype = activation_dtype(kind.dtype);
   linear(args, tokens, instruction_set());
 
   for (int64_t t = 0; t < tokens; ++t)
