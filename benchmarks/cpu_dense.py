@@ -72,8 +72,8 @@ def w8a8(weight: torch.Tensor, dtype: torch.dtype) -> Linear:
 def w4a16(weight: torch.Tensor, group_size: int) -> Linear:
     """A linear whose weight [out, in] is rounded to int4 with a scale for `group_size` columns, as GPTQ stores it.
 
-    Its inputs and outputs are bfloat16. By the kernel that vLLM chooses: `cpu_gemm_wna16`. If zentorch is installed, it
-    is zentorch's, which rounds its inputs to int8.
+    Its inputs and outputs are bfloat16. By the kernel that vLLM chooses: `cpu_gemm_wna16`, which rounds its inputs to
+    int8 on a CPU with AMX, unless VLLM_CPU_INT4_W4A8=0. If zentorch is installed, it is zentorch's, which rounds them.
     """
     from vllm.model_executor.kernels.linear import choose_mp_linear_kernel
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
@@ -93,6 +93,6 @@ def w4a16(weight: torch.Tensor, group_size: int) -> Linear:
         parameter = torch.nn.Parameter(tensor, requires_grad=False)
         parameter.output_dim, parameter.input_dim, parameter.packed_dim = 0, 1, 1
         setattr(layer, name, parameter)
-    kernel = choose_mp_linear_kernel(config)(config, "weight_packed", "weight_scale")
+    kernel = choose_mp_linear_kernel(config)(config, "weight_packed", "weight_scale", "weight_zero_point")
     kernel.process_weights_after_loading(layer)
     return lambda x: kernel.apply_weights(layer, x)

@@ -159,7 +159,7 @@ class Recipe:
         plain = {"pattern": str(self.pattern), "ignore": list(self.ignore), "calibration": Path(self.calibration).name}
         options = asdict(self) | plain
         # Options of later versions are named where they were given.
-        if self.weights == "float" or self.weight_format == formats.INT8:
+        if self.weights == "float" or (self.weights == "int8" and self._columns is None):
             del options["group_size"]
         if self.activations == "none":
             del options["activations"]

@@ -23,7 +23,9 @@ def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
     text = Path(recipe.calibration)
     stamps = {"model": source.stamp, "calibration text": stamp_of(text) if text.is_file() else None}
     names = {"source": source.name, "calibration": recipe.calibration}  # full paths: this stays in the work folder
-    return json.loads(json.dumps(recipe.dump(source.name) | names | stamps))
+    # Earlier versions rounded to the nearest integers, and did not write this.
+    rounding = {} if recipe.weights == "float" else {"rounding": "descent"}
+    return json.loads(json.dumps(recipe.dump(source.name) | names | stamps | rounding))
 
 
 def begun_run(out: Path) -> dict[str, Any]:

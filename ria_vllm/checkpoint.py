@@ -441,3 +441,16 @@ def _row_problem(consumer: str, producer: Producer, rows: int, size: int) -> str
     if len(places) != size:
         return f"{consumer}: its fold reorders {size} rows, but {producer.name} gives it {len(places)}"
     return None
+
+
+def without_errors(report: dict[str, Any]) -> dict[str, Any]:
+    """ria_report.json without the errors of the linears' outputs, which training their weights has changed."""
+    linears = report.get("linears")
+    if not isinstance(linears, dict):
+        return report
+    stale = ("error_before", "error_after")
+    kept = {
+        name: {key: value for key, value in record.items() if key not in stale} if isinstance(record, dict) else record
+        for name, record in linears.items()
+    }
+    return report | {"linears": kept}

@@ -7,10 +7,10 @@ from ria_vllm.checkpoint import INDEX_FILE, Reader
 from ria_vllm.companions import leads_out, left_where_it_is, nested_companions
 from ria_vllm.model_card import CARD_FILE, exported_card
 from ria_vllm.progress import Monitor
-from ria_vllm.schema import PERMUTATIONS_FILE, REPORT_FILE
+from ria_vllm.schema import PAGE_FILE, PERMUTATIONS_FILE, REPORT_FILE
 from ria_vllm.writer import CheckpointWriter, check_place
 
-OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE, CARD_FILE}
+OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE, PAGE_FILE, CARD_FILE}
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 

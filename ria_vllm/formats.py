@@ -119,6 +119,11 @@ class IntFormat(WeightFormat):
         values = self._rounded(compressed, self._wide_kept(scales)).to(torch.int8)
         return {"compressed": self.pack(values), "bitmask": bitmask, "weight_scale": scales}
 
+    def round_kept(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """float32 [out, in/2]: kept values, rounded to the nearest ones that these scales can hold."""
+        wide = self._wide_kept(scales)
+        return self._rounded(values, wide) * wide
+
     def pack(self, integers: torch.Tensor) -> torch.Tensor:
         """`compressed` of kept values, int8 [out, in/2], all of them within the format's bits."""
         return integers if self.num_bits == 8 else _packed(integers)

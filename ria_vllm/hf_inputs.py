@@ -13,6 +13,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ria_vllm.errors import RiaError
+from ria_vllm.placement import inside_adapters
 from ria_vllm.token_rounding import round_tokens
 
 EXPERTS_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -79,13 +80,13 @@ def _round_first(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _expect_calls(children: list[str], mixer: nn.Module, _: object) -> None:
     """A forward hook: none of the children has been called yet."""
     for child in children:
-        mixer.get_submodule(child).rounded_its_input = False
+        inside_adapters(mixer.get_submodule(child)).rounded_its_input = False
 
 
 def _check_calls(children: list[str], where: str, mixer: nn.Module, *_: object) -> None:
     """A forward hook: all of the children have been called."""
     for child in children:
-        if not mixer.get_submodule(child).rounded_its_input:
+        if not inside_adapters(mixer.get_submodule(child)).rounded_its_input:
             raise RiaError(
                 f"{where}.{child}: {type(mixer).__name__} multiplies with its weight without calling it, so its "
                 "input is not rounded to int8, as config.json asks. In training, load the model without Mamba's "

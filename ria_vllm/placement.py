@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,3 +80,10 @@ class Origin:
 
 ORIGIN_ATTRIBUTE = "_ria_origin"
 """The attribute under which a model that transformers loaded from a compressed folder has its `Origin`."""
+
+
+def inside_adapters(module: Any) -> Any:
+    """The module itself, or the one that adapters of PEFT stand around."""
+    while isinstance(getattr(module, "base_layer", None), torch.nn.Module):
+        module = module.base_layer
+    return module

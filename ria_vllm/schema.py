@@ -33,6 +33,7 @@ FORMAT_VERSION: Final = 1
 QUANT_METHOD: Final = "ria"
 PERMUTATIONS_FILE = "permutations.safetensors"
 REPORT_FILE = "ria_report.json"
+PAGE_FILE = "ria_report.html"  # made from it; not copied into folders made from this one
 PERMUTATION_SUFFIX = ".input_permutation"
 DIGEST_KEY = "ria_permutations_digest"
 

@@ -30,7 +30,9 @@ VECTOR_FLAGS = (
     "avx512bw",
     "avx512vl",
     "avx512_vbmi2",
+    "avx512_vnni",
     "avx512_bf16",
+    "avx_vnni",
     "avx512_fp16",
     "amx_bf16",
 )
@@ -164,7 +166,10 @@ class Facts:
 
 X86 = ("x86_64", "AMD64")
 BETTER_CPU = {
+    "avx512_vnni": "a CPU with AVX-512 BF16 (this kernel computes in float32, or with inputs rounded to int8)",
     "avx512": "a CPU with AVX-512 BF16 (this kernel computes in float32)",
+    "avx_vnni": "a CPU with AVX-512, best with its BF16 (this kernel computes in float32, in vectors half as wide, or "
+    "with inputs rounded to int8)",
     "avx2": "a CPU with AVX-512, best with its BF16 (this kernel computes in float32, in vectors half as wide)",
     "portable": "a CPU with AVX2 or AVX-512 (this kernel uses no vectors)",
 }

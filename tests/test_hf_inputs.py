@@ -198,6 +198,16 @@ class Other(torch.nn.Linear):
         return super().forward(hidden_states) * scale
 
 
+class Adapted(torch.nn.Module):
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.weight = base_layer.weight
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
 def test_mixers_whose_fused_kernel_takes_the_weight_are_refused_in_training(make_model, tmp_path, monkeypatch):  # noqa: F811
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model", "nemotron-h")).eval()
     name = next(name for name, _ in model.named_modules() if name.endswith(".out_proj"))
@@ -214,6 +224,11 @@ def test_mixers_whose_fused_kernel_takes_the_weight_are_refused_in_training(make
 
     def fused(*args, outproj_weight, **kwargs):
         return torch.zeros(1, TOKENS.shape[1], len(outproj_weight))
+
+    parent, _, child = name.rpartition(".")
+    adapted = deepcopy(model)  # as PEFT puts an adapter around a linear
+    setattr(adapted.get_submodule(parent), child, Adapted(adapted.get_submodule(name)))
+    torch.testing.assert_close(adapted(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
 
     monkeypatch.setattr("transformers.models.nemotron_h.modeling_nemotron_h.mamba2_split_conv1d_scan_combined", fused)
     with pytest.raises(RiaError, match=f"here: {name}: NemotronHMamba2Mixer multiplies with its weight"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ria_vllm.checkpoint import is_compressed
+from ria_vllm.checkpoint import is_compressed, without_errors
 from ria_vllm.errors import RiaError
 from ria_vllm.export import companion_files
 from ria_vllm.model_card import CARD_FILE, pruned_card
@@ -41,7 +41,6 @@ from ria_vllm.writer import CheckpointWriter, check_place
 
 TEXT_KEY = "text"
 STAMPED = (".safetensors", ".json", ".model", ".jinja", ".txt", ".tiktoken")
-PAGE_FILE = "ria_report.html"  # of an earlier report, which would no longer be true
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class _Run:
         recipe, monitor = self.recipe, self.monitor
         dtype = recipe.compute_dtype
         # First, so that an error in them shows at once.
-        copies = [path for path in companion_files(self.start.folder, monitor.warn) if path.name != PAGE_FILE]
+        copies = companion_files(self.start.folder, monitor.warn)
         texts, text = self._held_out(), self._text()
         with monitor.phase("loading the teacher"):
             dense = TwoPart(load_model(self.teacher, self.settings.device, dtype).requires_grad_(False), self.teacher)
@@ -230,7 +229,7 @@ class _Run:
 
     def _report(self, course: Course) -> dict[str, Any]:
         recipe = self.start.schema.recipe
-        found: dict[str, Any] = {"recipe": recipe, "linears": {}} | self.start.report()
+        found: dict[str, Any] = {"recipe": recipe, "linears": {}} | without_errors(self.start.report())
         this = self.recipe.dump(self.teacher) | {"steps": course.step}
         if course.best:
             this["kept_step"] = course.best[0]

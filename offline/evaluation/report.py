@@ -13,7 +13,7 @@ from ria_vllm.checkpoint import Reader, is_compressed, read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.inventory import Inventory, natural_order, report_linears, report_number, take_inventory
 from ria_vllm.offline.evaluation.charts import Series, bar_chart, line_chart
-from ria_vllm.schema import REPORT_FILE
+from ria_vllm.schema import PAGE_FILE, REPORT_FILE
 from ria_vllm.sizes import human_size
 from ria_vllm.writer import check_file_place, disk_errors
 
@@ -233,7 +233,7 @@ def page(title: str, content: dict[str, Any], inventory: Inventory | None, measu
 )
 def report(out: Path, output: Path | None, perplexity: tuple[Path, ...]) -> None:
     """Write an HTML page that shows what compressing OUT did. It needs no network."""
-    target = output or out / "ria_report.html"
+    target = output or out / PAGE_FILE
     if output:
         check_file_place(output)
     if not (out / REPORT_FILE).is_file():

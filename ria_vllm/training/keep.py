@@ -26,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
+from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.placement import ORIGIN_ATTRIBUTE
 from ria_vllm.training.masks import holder, mask_of, origin_of
 from ria_vllm.training.ranks import together
@@ -72,6 +73,8 @@ def _keep_sparse(model: nn.Module, like: str | Path | None) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0 or isinstance(parameter, DTensor):
             weight.check_zeros(origin.folder)
         weights.append(weight)
+    if reader.schema.input_dtype is not None and getattr(base, ORIGIN_ATTRIBUTE, None) is None:
+        round_inputs(base, origin.placements, origin.folder)  # as loading the folder itself would have done
     kept = KeptWeights(weights)
     kept.mask_gradients()
     setattr(base, ATTRIBUTE, kept)

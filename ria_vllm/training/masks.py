@@ -9,7 +9,7 @@ from torch import nn
 from ria_vllm import permutation, sparse24
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.placement import ORIGIN_ATTRIBUTE, Origin
+from ria_vllm.placement import ORIGIN_ATTRIBUTE, Origin, inside_adapters
 
 
 def mask_of(reader: Reader, name: str) -> torch.Tensor:
@@ -66,13 +66,6 @@ def holder(base: nn.Module, name: str) -> tuple[nn.Module, str]:
     if not isinstance(module, nn.Module):
         raise RiaError(f"{name}: the model has no such parameter any more. Call keep_sparse before changing the model.")
     return module, leaf
-
-
-def inside_adapters(module: Any) -> Any:
-    """The module itself, or the one that adapters of PEFT stand around."""
-    while isinstance(getattr(module, "base_layer", None), nn.Module):
-        module = module.base_layer
-    return module
 
 
 def _pretrained(model: nn.Module) -> Any:

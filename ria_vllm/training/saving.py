@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint import Reader, without_errors
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.export import companion_files
 from ria_vllm.model_card import CARD_FILE, trained_card
@@ -25,8 +25,6 @@ from ria_vllm.training.settings import GENERATION_FILE, changed_settings, write_
 from ria_vllm.writer import CheckpointWriter, check_place
 
 UNIT_BYTES = 1 << 28
-STALE = ("error_before", "error_after")
-"""What the report says of a linear, and training has changed."""
 
 
 @dataclass(frozen=True)
@@ -231,14 +229,5 @@ def _texts(
     files = {"config.json": settings | {"quantization_config": quantization}}
     report = reader.report()
     if report:
-        linears = report.get("linears")
-        if isinstance(linears, dict):
-            report["linears"] = {
-                name: {key: value for key, value in record.items() if key not in STALE}
-                if isinstance(record, dict)
-                else record
-                for name, record in linears.items()
-            }
-        report["recipe"] = recipe
-        files[REPORT_FILE] = report
+        files[REPORT_FILE] = without_errors(report) | {"recipe": recipe}
     return files, trained_card(reader, recipe, note, monitor.warn)

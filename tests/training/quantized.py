@@ -5,12 +5,13 @@ import torch
 from ria_vllm import sparse24
 from ria_vllm.checkpoint import Reader
 from ria_vllm.formats import WRITTEN
-from ria_vllm.schema import RiaSchema
+from ria_vllm.schema import INT8_TOKENS, RiaSchema
 from ria_vllm.writer import CheckpointWriter
 
 
-def quantized(like, out, name, shrink=1.0):
-    """`like` with its weights in another format; `shrink`: scales smaller than those of the largest magnitudes."""
+def quantized(like, out, name, shrink=1.0, activations=False):
+    """`like` with its weights in another format; `shrink`: scales smaller than those of the largest magnitudes.
+    activations: inputs are rounded to int8."""
     reader, chosen = Reader(like), WRITTEN[name]
     units = {other: reader.tensor(other) for other in reader.dense_names}
     for linear in reader.sparse_names:
@@ -23,6 +24,8 @@ def quantized(like, out, name, shrink=1.0):
         if before.input_permutation is not None:
             units[f"{linear}.input_permutation"] = before.input_permutation
     content = reader.config["quantization_config"] | {"weights": dict(chosen.quantization) | {"dtype": "bfloat16"}}
+    if activations:
+        content["input_activations"] = INT8_TOKENS.model_dump()
     config = reader.config | {"quantization_config": RiaSchema.parse(content, "").model_dump(exclude_none=True)}
     writer = CheckpointWriter(out)
     writer.write("all", units)

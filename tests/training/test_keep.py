@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from quantized import quantized
 from sparse_llama import TOKENS, load, loss_of, masks, outside, train
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -268,6 +269,18 @@ def test_a_dense_checkpoint_goes_on_with_the_masks_of_the_folder(pruned_llama, t
         patch.setattr(type(again), "from_pretrained", None)  # the folder is known by now
         save(again, tmp_path / "new", like=pruned_llama.folder)
     assert list(outside(load(tmp_path / "new"), kept)) == []
+
+
+def test_a_dense_checkpoint_rounds_its_inputs_as_the_folder_does(pruned_llama, tmp_path):
+    folder = quantized(pruned_llama.folder, tmp_path / "int8", "int8", activations=True)
+    whole = load(folder).eval()
+    whole.save_pretrained(tmp_path / "checkpoint-1")
+    again = load(tmp_path / "checkpoint-1").eval()
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        rounded, unrounded = whole(tokens).logits, again(tokens).logits
+        keep_sparse(again, like=folder)
+        assert torch.equal(again(tokens).logits, rounded) and not torch.equal(unrounded, rounded)
 
 
 def test_reached_from_the_package():

@@ -57,6 +57,10 @@ def stored_format(
     return IntFormat(8 if compressed.dtype == torch.int8 else 4, group_size or None), scales.dtype
 
 
+MAX_INT8_COLUMNS = 131_072
+"""Of a weight whose inputs are rounded to int8. Sums of more could leave 32 bits."""
+
+
 def packed_bytes(out_features: int, in_features: int, weight_format: WeightFormat, dtype: torch.dtype) -> int:
     """Size of the packed form: the format's bits, rows rounded up to 16, plus a cache line.
 
@@ -64,8 +68,11 @@ def packed_bytes(out_features: int, in_features: int, weight_format: WeightForma
         dtype: of float weights, or of the scales of groups.
     """
     rows = -(-out_features // 16) * 16
-    row_scales = 4 * rows if weight_format in (INT8, INT4) else 0
-    return 64 + round(rows * in_features * weight_format.bits_per_weight(dtype)) // 8 + row_scales
+    weights = rows * in_features
+    if not isinstance(weight_format, IntFormat):
+        return 64 + round(weights * weight_format.bits_per_weight(dtype)) // 8
+    size, group_size = weights * (weight_format.num_bits // 2 + 1) // 8, weight_format.group_size
+    return 64 + size + (weights // group_size * dtype.itemsize if group_size else 4 * rows)
 
 
 def unsupported(weight_format: WeightFormat, act_dtype: torch.dtype, input_dtype: torch.dtype | None) -> str | None:
@@ -125,6 +132,8 @@ class CpuKernel:
         multiple = lcm(sparse24.IN_FEATURES_MULTIPLE, config.group_size or 1)
         if config.in_features % multiple:
             return f"in-features {config.in_features} are not a multiple of {multiple}"
+        if config.input_dtype is not None and config.in_features > MAX_INT8_COLUMNS:
+            return f"in-features {config.in_features} with inputs rounded to int8; at most {MAX_INT8_COLUMNS}"
         return unsupported(config.weight_format, config.act_dtype, config.input_dtype)
 
     @staticmethod

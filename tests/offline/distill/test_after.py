@@ -102,3 +102,18 @@ def test_other_patterns_are_refused(tiny, text, tmp_path):
     with pytest.raises(RiaError, match="--distill is for the pattern 2:4"):
         run(tiny("llama"), tmp_path / "out", text, "--distill", "512", "--pattern", "4:8")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [("--weights", "int4"), ("--weights", "int4", "--group-size", "32"),
+                                     ("--weights", "int8", "--activations", "int8")], ids=" ".join)  # fmt: skip
+def test_integers_are_trained_through_their_rounding(options, tiny, text, tmp_path):
+    run(tiny("llama"), tmp_path / "pruned", text, *options)
+    run(tiny("llama"), tmp_path / "out", text, *options, "--distill", "512")
+    before, after = Reader(tmp_path / "pruned"), Reader(tmp_path / "out")
+    assert after.schema.weight_format == before.schema.weight_format
+    assert after.schema.input_activations == before.schema.input_activations
+    for name in before.sparse_names:
+        one, other = before.linear(name), after.linear(name)
+        assert torch.equal(one.parts["weight_scale"], other.parts["weight_scale"])
+    errors = [key for record in after.report()["linears"].values() for key in record if key.startswith("error")]
+    assert not errors

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from ria_vllm import sparse24
-from ria_vllm.formats import FORMATS
+from ria_vllm.formats import FORMATS, INTEGERS
 from ria_vllm.offline.distill.layouts import Kept
 from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedParameter
 from ria_vllm.offline.distill.rounding import StraightThrough
 
-QUANTIZED = [name for name in FORMATS if name != "float"]
+QUANTIZED = [one.name for one in INTEGERS.values()]
 
 
 def encoded(name: str) -> dict[str, torch.Tensor]:
@@ -29,7 +29,7 @@ def test_what_is_stored_is_read_back_unchanged(name):
     assert torch.equal(after, values)
 
 
-@pytest.mark.parametrize("name", [name for name in QUANTIZED if name != "fp8"])
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_values_move_in_small_steps_and_the_model_reads_the_nearest_ones(name):
     """Up to the middle between two representable values, nothing is seen of it."""
     parts = encoded(name)
@@ -53,7 +53,7 @@ def test_values_move_in_small_steps_and_the_model_reads_the_nearest_ones(name):
     assert torch.equal(parameter.data, sparse24.decompress(mine.rounded(), parts["bitmask"]).bfloat16())
 
 
-@pytest.mark.parametrize("name", [name for name in QUANTIZED if name != "fp8"])
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_beyond_the_largest_value_they_stay_within_a_step(name):
     parts = encoded(name)
     values = FORMATS[name].values(parts, torch.float32) * 10

@@ -34,6 +34,9 @@ constexpr int64_t kPositionBytes = 8;  // per strip and group
 // The dtype of the weights. Activations have the same, except that int8 and int4 weights take bfloat16 activations,
 // and any floating-point ones if the kernel rounds them to int8.
 enum class Dtype : uint32_t { bfloat16 = 0, float16 = 1, float32 = 2, int8 = 3, int4 = 4 };
+// With int8 activations, int32 holds the sums of so many columns: half of them, each at most 2^15, and the same again
+// for the offset of unsigned activations.
+constexpr int64_t kMaxInt8Columns = 131072;
 constexpr int kNumDtypes = 5;
 
 constexpr int64_t bits(Dtype dtype) {
@@ -85,10 +88,10 @@ struct Layout {
   static constexpr bool valid(const Header& header) {
     const Dtype dtype = header.dtype, scales = header.scale_dtype;
     return header.magic == Header::kMagic && header.rows > 0 && header.columns > 0 && header.columns % 64 == 0 &&
-           static_cast<int>(dtype) < kNumDtypes && header.int8_activations <= has_scales(dtype) &&
+           static_cast<uint32_t>(dtype) < kNumDtypes && header.int8_activations <= has_scales(dtype) &&
            (header.group_size == 0 ? scales == Dtype::float32
                                    : has_scales(dtype) && valid_group(header.group_size, header.columns) &&
-                                         static_cast<int>(scales) < static_cast<int>(Dtype::int8));
+                                         static_cast<uint32_t>(scales) < static_cast<uint32_t>(Dtype::int8));
   }
   static constexpr bool valid_group(int64_t group_size, int64_t columns) {
     return (group_size == 32 || group_size == 64 || group_size == 128) && columns % group_size == 0;

@@ -160,7 +160,8 @@ def test_wrong_arguments_are_refused():
 
 @pytest.mark.parametrize(
     "changes",
-    [{0: 1}, {4: 128}, {6: -2}, {6: 1}, {6: -4, 7: -1}, {8: 32}, {8: 32, 7: 3}, {8: 16, 7: -2}, {9: 2}],
+    # The last one has the right size: a group of 32 columns, and scales in a dtype of -1.
+    [{0: 1}, {4: 128}, {6: -2}, {6: 1}, {6: -4, 7: -1}, {8: 32}, {8: 32, 7: 3}, {8: 16, 7: -2}, {9: 2}, {8: 32, 7: -3}],
     ids=str,
 )
 def test_a_damaged_header_is_refused(changes):
@@ -188,6 +189,16 @@ def test_packed_size_with_scales_of_groups(num_bits, group_size, scale_dtype):
     (packed,) = random_weight(576, 1536, format, scale_dtype=scale_dtype).packed_by(CpuKernel).packed
     size = 576 * 1536 * (num_bits // 2 + 1) // 8 + 576 * 1536 // group_size * scale_dtype.itemsize + 64
     assert packed.numel() == packed_bytes(576, 1536, format, scale_dtype) == size
+
+
+@pytest.mark.parametrize("dtype", [-1, 1 << 31, (1 << 32) - 1])
+def test_a_dtype_that_no_int_is_is_refused(dtype):
+    """Whichever dtype the input has."""
+    (packed,) = random_weight(32, 128).packed_by(CpuKernel).packed
+    packed[24:28] = torch.tensor([dtype % (1 << 32)], dtype=torch.int64).view(torch.uint8)[:4]
+    for act_dtype in sparse24.VALUE_DTYPES:
+        with pytest.raises(RuntimeError, match="does not fit|truncated"):
+            torch.ops.ria.sparse24_linear.cpu(torch.zeros(1, 128, dtype=act_dtype), packed, 32, None, None)
 
 
 def test_packed_size_is_nine_bits_a_weight():
