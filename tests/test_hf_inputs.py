@@ -202,7 +202,7 @@ class Adapted(torch.nn.Module):
     def __init__(self, base_layer):
         super().__init__()
         self.base_layer = base_layer
-        self.weight = base_layer.weight
+        self.weight, self.bias = base_layer.weight, base_layer.bias
 
     def forward(self, x):
         return self.base_layer(x)
