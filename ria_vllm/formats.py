@@ -136,6 +136,10 @@ class IntFormat(WeightFormat):
     def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         return (self.integers(parts).float() * self._wide_kept(parts["weight_scale"])).to(dtype)
 
+    def plain_values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        """[out, in] in `dtype`, of a linear whose `compressed` holds all of its values, not only the kept ones."""
+        return (self.integers(parts).float() * self._wide(parts["weight_scale"], self.group_size)).to(dtype)
+
     def _rounded(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """float32 integers [out, n], with scales as `_wide` gives them."""
         scaled = weight.float() / scales

@@ -1,6 +1,7 @@
 """A tiny Llama, pruned and stored by hand with the writer and plain torch, without the offline stage."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from safetensors.torch import load_file
 from ria_vllm import sparse24
 from ria_vllm.permutation import invert
 from ria_vllm.writer import CheckpointWriter
+
+# TRL, once it is imported, would set it to ERROR for all tests after it.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, LAYERS = 128, 192, 4, 2, 2
 HEAD_DIM = HIDDEN // HEADS
