@@ -23,7 +23,7 @@ def quantize(values: torch.Tensor, kind: str, strategy: str) -> tuple[torch.Tens
 
 def write(
     out: Path, sparse_format: str, kind: str | None = None, strategy: str = "channel", static: bool = False,
-    spoiled: str = "",
+    spoiled: str = "", rounded: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
     """Write a checkpoint at `out`; returns the model that it stands for, in float32.
 
@@ -31,6 +31,7 @@ def write(
         sparse_format: "sparse-24-bitmask" or "dense".
         kind: "int" or "float" for 8-bit weights, None for plain ones.
         static: the config has static activation scales; otherwise dynamic, per token.
+        rounded: inputs of int8 layers are rounded to int8, too; those of fp8 layers always are, in the config.
         spoiled: ending of a linear that is not 2:4. The dense format claims that it is, the packed one ignores it.
     """
     model = tiny.write(tiny.FAMILIES["llama-gqa"], out, scope="none")
@@ -74,8 +75,7 @@ def write(
             "group_0": {
                 "targets": ["Linear"],
                 "weights": {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": False},
-                # Inputs rounded to int8 are tested in test_packed_checkpoints.py; fp8 ones stay unrounded here.
-                "input_activations": None if kind == "int" else {
+                "input_activations": None if kind == "int" and not rounded else {
                     "num_bits": 8, "type": kind, "symmetric": True, "dynamic": not static,
                     "strategy": "tensor" if static else "token",
                 },
