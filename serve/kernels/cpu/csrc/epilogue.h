@@ -9,8 +9,6 @@ namespace {
 
 using namespace ria;
 
-constexpr int64_t kCacheLine = 64;
-
 // The initial value of a tile's sums (the bias), and their way to y (scales, bias, activation or combination,
 // rounding).
 template <class VecTraits>

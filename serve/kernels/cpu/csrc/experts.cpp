@@ -89,12 +89,12 @@ struct Round {
   int64_t add_passes(int64_t expert, int64_t first, int64_t end, int64_t panel_bytes) {
     if (first == end) return panel_bytes;
     const Kernel& kernel = kernels.fastest(end - first);
-    const int64_t groups = std::max(all.gate_up.groups(), all.down.groups());
-    const int64_t count = ceil_div(end - first, max_pass_tokens(groups * kernel.activation_bytes, kernel.block_tokens));
+    const int64_t token_bytes = std::max(kernel.panel_bytes(all.gate_up), kernel.panel_bytes(all.down));
+    const int64_t count = ceil_div(end - first, max_pass_tokens(token_bytes, kernel.block_tokens));
     const int64_t pass_tokens = ceil_div(ceil_div(end - first, count), kernel.pass_step) * kernel.pass_step;
     for (; first < end; first += pass_tokens) {
       const Pass pass = {expert, first, std::min(pass_tokens, end - first), &kernel, panel_bytes, 1};
-      panel_bytes += ceil_div(blocks_of(pass).capacity() * all.down.groups() * kernel.activation_bytes, 64) * 64;
+      panel_bytes += ceil_div(blocks_of(pass).capacity() * kernel.panel_bytes(all.down), 64) * 64;
       passes.push_back(pass);
     }
     return panel_bytes;
@@ -145,7 +145,7 @@ struct Round {
       args.y = intermediate_of(pass);
       if (packed != item.pass) {
         const TokenBlocks blocks = blocks_of(pass);
-        args.panel = scratch.bytes(blocks.capacity() * args.layout.groups() * pass.kernel->activation_bytes);
+        args.panel = scratch.bytes(blocks.capacity() * pass.kernel->panel_bytes(args.layout));
         pass.kernel->pack_tokens(args, 0, blocks.count);
         packed = item.pass;
       }

@@ -70,6 +70,19 @@ typename VecTraits::Weights weights_of(const uint8_t* values) {
     return VecTraits::weights4(values);
 }
 
+// acc += the product over one unit, for T tokens, whose activations follow each other in the panel.
+template <class VecTraits, int S, int T>
+[[gnu::always_inline]] inline void multiply_unit(typename VecTraits::Accumulators (&acc)[T][S],
+                                                 const typename VecTraits::Weights (&w)[S],
+                                                 const typename VecTraits::Positions (&p)[S], const uint8_t* panel) {
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) {
+    const typename VecTraits::Activations x = VecTraits::broadcast(panel + t * kUnitChannels);
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) acc[t][s] = VecTraits::multiply_add(acc[t][s], w[s], p[s], x);
+  }
+}
+
 // The sums of a tile and pass: integers, or with sections float32.
 template <bool kSections>
 using Sum = std::conditional_t<kSections, float, int32_t>;
@@ -97,12 +110,8 @@ void accumulate_prepared(const uint8_t* prepared, const uint8_t* panel, int64_t 
       p[s] = VecTraits::load_positions(prepared);
       w[s] = VecTraits::load_weights(prepared + kPreparedBytes);
     }
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t, panel += kUnitChannels) {
-      const typename VecTraits::Activations x = VecTraits::broadcast(panel);
-#pragma GCC unroll 2
-      for (int s = 0; s < S; ++s) acc[t][s] = VecTraits::multiply_add(acc[t][s], w[s], p[s], x);
-    }
+    multiply_unit<VecTraits, S, T>(acc, w, p, panel);
+    panel += T * kUnitChannels;
   }
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t)
@@ -141,12 +150,8 @@ void accumulate_stream(const uint8_t* stream, const uint8_t* panel, int64_t bloc
         p[s] = VecTraits::positions(Stream::positions(stream, slot + s));
         if constexpr (VecTraits::kOffset != 0) weight_sums[s] = VecTraits::add_weights(weight_sums[s], w[s]);
       }
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t, panel += kUnitChannels) {
-        const typename VecTraits::Activations x = VecTraits::broadcast(panel);
-#pragma GCC unroll 2
-        for (int s = 0; s < S; ++s) acc[t][s] = VecTraits::multiply_add(acc[t][s], w[s], p[s], x);
-      }
+      multiply_unit<VecTraits, S, T>(acc, w, p, panel);
+      panel += T * kUnitChannels;
     }
   }
 #pragma GCC unroll 16

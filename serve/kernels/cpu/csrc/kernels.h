@@ -50,6 +50,9 @@ struct Kernel {
   void (*multiply_tiles)(const GemmArgs&, int64_t begin, int64_t end);  // [begin, end) of the tiles
   void (*round)(const float* from, void* to, int64_t count);            // to activations; `from` on a cache line
   int64_t token_bytes = 0;                                              // per token in the panel, besides
+
+  // Of one token, in the panel.
+  int64_t panel_bytes(const Layout& layout) const { return layout.groups() * activation_bytes + token_bytes; }
 };
 
 // Vectors over rows (gemm_rows.h) and over tokens (gemm_tokens.h). Both give the same bits.

@@ -25,6 +25,7 @@
 
 namespace ria {
 
+constexpr int64_t kCacheLine = 64;
 constexpr int64_t kStripRows = 16;
 constexpr int64_t kTileStrips = 2;
 constexpr int64_t kTileRows = kStripRows * kTileStrips;

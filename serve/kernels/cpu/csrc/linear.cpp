@@ -43,13 +43,12 @@ struct Round {
   int64_t tiles_per_item;
   std::atomic<int64_t> next_item{0};
 
-  int64_t token_bytes() const { return all.layout.groups() * kernel.activation_bytes + kernel.token_bytes; }
   int64_t passes() const { return ceil_div(all.tokens, pass_tokens); }
   int64_t items_per_pass() const { return ceil_div(all.layout.tiles(), tiles_per_item); }
   TokenBlocks blocks_of(int64_t tokens) const { return {tokens, kernel.block_tokens, kernel.step}; }
   int64_t blocks() const { return blocks_of(pass_tokens).count; }  // of a full pass
   int64_t pass_bytes() const {                                     // in the panel, in whole cache lines
-    return ceil_div(blocks_of(pass_tokens).capacity() * token_bytes(), 64) * 64;
+    return ceil_div(blocks_of(pass_tokens).capacity() * kernel.panel_bytes(all.layout), 64) * 64;
   }
 
   GemmArgs pass(int64_t i) const {
@@ -104,7 +103,7 @@ void linear(GemmArgs args, int64_t tokens, const InstructionSet& set) {
   const Kernel& kernel =
       set.kernels_for(layout).fastest(small && !copy_is_cheap ? ceil_div(tokens, threads()) : tokens);
   const int64_t item_bytes = bits(args.act_dtype) / 8;
-  const int64_t token_bytes = layout.groups() * kernel.activation_bytes + kernel.token_bytes;
+  const int64_t token_bytes = kernel.panel_bytes(layout);
   const int64_t max_tokens = max_pass_tokens(token_bytes, kernel.block_tokens);
   const int64_t tiles_per_item = std::max<int64_t>(layout.tiles() / (threads() * kItemsPerThread), 1);
   const auto multiply = [](int64_t, int64_t, void* round) { static_cast<Round*>(round)->multiply(); };

@@ -15,7 +15,6 @@ namespace {
 
 using namespace ria;
 
-constexpr int64_t kCacheLine = 64;
 constexpr int64_t kPreparedBytes = 64;  // weights, or positions, of a strip and unit, as the instructions take them
 // Blocks of columns in a chunk: whole sections. Its prepared weights and its activations stay in L1 for all tokens of
 // a pass.
@@ -67,39 +66,37 @@ template <class VecTraits>
 void store_floats(Dtype dtype, const float* from, uint8_t* to, int64_t count) {
   if (dtype == Dtype::float32) {
     copy_rows(from, to, count);
-  } else if (dtype == Dtype::bfloat16) {
-    alignas(kCacheLine) uint16_t rounded[kTileRows];
+    return;
+  }
+  alignas(kCacheLine) uint16_t rounded[kTileRows];
+  if (dtype == Dtype::bfloat16) {
     for (int64_t i = 0; i < kTileRows; ++i) {
       const uint32_t b = bits_of(from[i]), up = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
       rounded[i] = static_cast<uint16_t>(from[i] == from[i] ? up : 0x7fc0);
     }
-    copy_rows(rounded, to, count);
   } else {
-    alignas(kCacheLine) uint16_t rounded[kTileRows];
     VecTraits::floats_to_half(from, rounded, kTileRows);
-    copy_rows(rounded, to, count);
   }
+  copy_rows(rounded, to, count);
 }
 
-// The largest magnitude. The bits of magnitudes are in the order of the magnitudes, with NaNs above infinity.
-inline float largest_magnitude(Dtype dtype, const uint8_t* x, int64_t count) {
-  if (dtype == Dtype::float32) {
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, x + 4 * i, sizeof bits);
-      bits &= 0x7fffffff;
-      largest = bits > largest ? bits : largest;
-    }
-    return float_from_bits(largest);
-  }
-  uint16_t largest = 0;
+// The bits of the largest magnitude. They are in the order of the magnitudes, with NaNs above infinity.
+template <class Bits>
+Bits largest_bits(const uint8_t* x, int64_t count) {
+  constexpr Bits magnitude = static_cast<Bits>(-1) >> 1;
+  Bits largest = 0;
   for (int64_t i = 0; i < count; ++i) {
-    uint16_t bits;
-    std::memcpy(&bits, x + 2 * i, sizeof bits);
-    bits &= 0x7fff;
+    Bits bits;
+    std::memcpy(&bits, x + i * sizeof bits, sizeof bits);
+    bits &= magnitude;
     largest = bits > largest ? bits : largest;
   }
+  return largest;
+}
+
+inline float largest_magnitude(Dtype dtype, const uint8_t* x, int64_t count) {
+  if (dtype == Dtype::float32) return float_from_bits(largest_bits<uint32_t>(x, count));
+  const uint16_t largest = largest_bits<uint16_t>(x, count);
   return dtype == Dtype::bfloat16 ? Bfloat16{largest}.to_float() : Float16{largest}.to_float();
 }
 

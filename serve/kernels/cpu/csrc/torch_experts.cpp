@@ -61,8 +61,7 @@ void experts_op(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t written = args.gate_up.strips() * kStripRows / (args.activation.gated ? 2 : 1);
   require(!args.activation.gated || args.gate_up.strips() % 2 == 0, "gate and up were packed as one matrix");
   require(down.sizes()[0] == args.num_experts && args.down.dtype == args.gate_up.dtype &&
-              args.down.group_size == args.gate_up.group_size &&
-              args.down.int8_activations == args.gate_up.int8_activations && args.down.columns >= written &&
+              args.down.group_size == args.gate_up.group_size && args.down.columns >= written &&
               args.gate_up.columns >= args.hidden,
           "the packed down does not fit the packed gate and up");
   const int32_t dtype = torch_dtype(activation_dtype(args.down.dtype));

@@ -25,10 +25,8 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
           "the packed weight does not fit out_features or x's last dimension");
   const Layout layout = Layout::of(header);
   require(packed.sizes()[0] == layout.bytes(), "the packed weight is truncated");
-  Dtype act_dtype = activation_dtype(layout.dtype);
-  if (layout.int8_activations)
-    for (Dtype dtype : {Dtype::bfloat16, Dtype::float16, Dtype::float32})
-      if (x.dtype() == torch_dtype(dtype)) act_dtype = dtype;
+  const Dtype usual = activation_dtype(layout.dtype);
+  const Dtype act_dtype = layout.int8_activations ? float_dtype(x, usual) : usual;
   require(x.dtype() == torch_dtype(act_dtype),
           "x must have the weight's dtype, and bfloat16 for int8 and int4 weights; if it is rounded to int8, bfloat16, "
           "float16 or float32");

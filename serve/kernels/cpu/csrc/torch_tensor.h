@@ -127,6 +127,13 @@ inline void check_permutation(const Tensor& permutation, int64_t columns) {
   require(largest < columns, "input_permutation has an index that is out of range");
 }
 
+// The tensor's dtype if it is one of floating-point numbers, else `otherwise`.
+inline Dtype float_dtype(const Tensor& tensor, Dtype otherwise) {
+  for (Dtype dtype : {Dtype::bfloat16, Dtype::float16, Dtype::float32})
+    if (tensor.dtype() == torch_dtype(dtype)) return dtype;
+  return otherwise;
+}
+
 // The layout of a weight whose `rows` and columns are the last two dimensions of its stored tensors; each may be
 // preceded by `experts`. Throws if no kernel multiplies it. group_size: 0 for one scale per row, or none.
 inline Layout check_weight(const Tensor& compressed, const Tensor& bitmask, const Tensor& scales, int64_t group_size,
@@ -158,8 +165,7 @@ inline Layout check_weight(const Tensor& compressed, const Tensor& bitmask, cons
   require(has_scales(dtype) && Layout::valid_group(group_size, columns),
           "only int8 and int4 weights have groups: of 32, 64 or 128 columns, a whole number of them");
   layout.group_size = group_size;
-  for (Dtype scale : {Dtype::bfloat16, Dtype::float16, Dtype::float32})
-    if (scales.dtype() == torch_dtype(scale)) layout.scale_dtype = scale;
+  layout.scale_dtype = float_dtype(scales, layout.scale_dtype);
   require(is(scales, torch_dtype(layout.scale_dtype), {rows, columns / group_size}),
           "scales of groups must be contiguous bfloat16, float16 or float32 [out, in / group_size]");
   return layout;

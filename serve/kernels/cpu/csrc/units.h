@@ -20,12 +20,12 @@ constexpr int64_t kUnitWeights = kStripRows * kUnitChannels / 2;
 constexpr int64_t kUnitPositionBytes = 2 * kPositionBytes;
 constexpr int64_t kBlockUnits = kBlockGroups / 2;
 
-// Puts the value `i` of a row's four of a unit: an int8, or the low four bits of an int4.
+// Puts the value `i` of a row's four of a unit: an int8, or the four bits of an int4.
 inline void put_unit_value(Dtype dtype, uint8_t* unit, int64_t row, int64_t i, uint8_t value) {
   if (dtype == Dtype::int8)
     unit[row * 4 + i] = value;
   else
-    unit[row % 8 * 4 + i] |= static_cast<uint8_t>((value & 15) << (row < 8 ? 4 : 0));
+    unit[row % 8 * 4 + i] |= static_cast<uint8_t>(value << (row < 8 ? 4 : 0));
 }
 
 inline void put_unit_position(uint8_t* unit, int64_t row, int64_t i, int position) {
