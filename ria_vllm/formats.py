@@ -93,8 +93,7 @@ class IntFormat(WeightFormat):
         self, weight: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scales = self.scales_of(weight) if scales is None else scales
-        wide = self._wide(scales, self.group_size)
-        return (self._rounded(weight, wide) * wide).to(dtype), scales
+        return self.nearest(weight, scales).to(dtype), scales
 
     def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
         """The scales that fit the largest magnitudes, [out, 1] or [out, in / group_size], positive.
@@ -116,12 +115,12 @@ class IntFormat(WeightFormat):
         compressed, bitmask = sparse24.compress(weight, mask)
         # `values` gives the same weights back: where they are so small that rounding to float16 moved them by more than
         # half a step, steps are smaller than the distances between numbers of float16, and the nearest one will do.
-        values = self._rounded(compressed, self._wide_kept(scales)).to(torch.int8)
+        values = self._rounded(compressed, wide_scales(scales, compressed.shape[1])).to(torch.int8)
         return {"compressed": self.pack(values), "bitmask": bitmask, "weight_scale": scales}
 
-    def round_kept(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """float32 [out, in/2]: kept values, rounded to the nearest ones that these scales can hold."""
-        wide = self._wide_kept(scales)
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """float32: all values of a matrix, or only the kept ones, rounded to the nearest that these scales can hold."""
+        wide = wide_scales(scales, values.shape[1])
         return self._rounded(values, wide) * wide
 
     def pack(self, integers: torch.Tensor) -> torch.Tensor:
@@ -134,25 +133,24 @@ class IntFormat(WeightFormat):
         return stored if self.num_bits == 8 else _unpacked(stored)
 
     def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        return (self.integers(parts).float() * self._wide_kept(parts["weight_scale"])).to(dtype)
-
-    def plain_values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        """[out, in] in `dtype`, of a linear whose `compressed` holds all of its values, not only the kept ones."""
-        return (self.integers(parts).float() * self._wide(parts["weight_scale"], self.group_size)).to(dtype)
+        integers = self.integers(parts)
+        return (integers.float() * wide_scales(parts["weight_scale"], integers.shape[1])).to(dtype)
 
     def _rounded(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """float32 integers [out, n], with scales as `_wide` gives them."""
+        """float32 integers [out, n], with scales as `wide_scales` gives them."""
         scaled = weight.float() / scales
         return scaled.round().clamp(self.smallest, self.largest)
 
-    def _wide(self, scales: torch.Tensor, columns: int | None) -> torch.Tensor:
-        """float32 scales of each column, if `columns` of them share one; [out, 1] if a row does."""
-        scales = scales.float()
-        return scales if columns is None else scales.repeat_interleave(columns, 1)
 
-    def _wide_kept(self, scales: torch.Tensor) -> torch.Tensor:
-        """float32 scales of each kept value of a row, [out, in/2], or [out, 1]."""
-        return self._wide(scales, self.group_size and self.group_size // 2)
+def wide_scales(scales: torch.Tensor, columns: int) -> torch.Tensor:
+    """float32 scales of each of a row's `columns`, [out, columns]; or [out, 1] if the whole row has one.
+
+    Args:
+        scales: [out, 1] or [out, groups], of any floating dtype. The columns are all of the row's or only its kept
+            ones: each group has equally many.
+    """
+    scales = scales.float()
+    return scales if scales.shape[1] == 1 else scales.repeat_interleave(columns // scales.shape[1], 1)
 
 
 def _packed(values: torch.Tensor) -> torch.Tensor:

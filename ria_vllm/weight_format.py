@@ -123,7 +123,10 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        """The kept values in `dtype`, [out, in/2]."""
+        """The values that `compressed` holds, in `dtype`: the kept ones, [out, in/2].
+
+        A checkpoint of compressed-tensors may store all values of a linear in it, zeros too: then [out, in].
+        """
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         """Dense [out, in] in `dtype`, columns in the stored order. The parts must have passed `check`."""

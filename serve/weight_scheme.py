@@ -211,8 +211,6 @@ class WeightScheme:
         parts = {"compressed": loaded["weight"]}
         if "weight_scale" in loaded:
             parts["weight_scale"] = row_scales(loaded["weight_scale"], sizes)
-        if isinstance(self.format, IntFormat):
-            return self.format.plain_values(parts, served)
         return self.format.values(parts, served)
 
 

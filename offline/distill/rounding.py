@@ -2,7 +2,7 @@
 
 import torch
 
-from ria_vllm.formats import IntFormat
+from ria_vllm.formats import IntFormat, wide_scales
 
 
 class StraightThrough:
@@ -21,7 +21,7 @@ class StraightThrough:
 
     def __call__(self, values: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         scales = self.scales[rows]
-        rounded = self.format.round_kept(values, scales).to(self.dtype).float()
-        step = scales.float().repeat_interleave(values.shape[1] // scales.shape[1], 1)
+        rounded = self.format.nearest(values, scales).to(self.dtype).float()
+        step = wide_scales(scales, values.shape[1])
         gap = values - rounded
         return rounded, torch.where(gap.abs() > step, rounded + gap.clamp(-step, step), values)

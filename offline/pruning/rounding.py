@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ria_vllm import permutation
-from ria_vllm.formats import IntFormat
+from ria_vllm.formats import IntFormat, wide_scales
 from ria_vllm.offline.pruning.admm import DAMPING, DENSE_WIDTH
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 
@@ -155,12 +155,12 @@ class _Rows:
         """At first they are W [rows, in], rounded to the nearest integers."""
         self.low, self.high, self.columns = weight_format.smallest, weight_format.largest, weight_format.group_size
         self.scales, self.scale_dtype = scales.float().clone(), scales.dtype
-        self.values = (W / self._wide()).round_().clamp_(self.low, self.high)
+        self.values = (W / wide_scales(self.scales, W.shape[1])).round_().clamp_(self.low, self.high)
         self.gradient = system.product(self.weight()).sub_(target)
 
     def weight(self) -> torch.Tensor:
         """float32 [rows, in]."""
-        return self.values * self._wide()
+        return self.values * wide_scales(self.scales, self.values.shape[1])
 
     def replace_where_worse(self, other: "_Rows") -> None:
         """Take the rows of `other` that have a smaller error."""
@@ -216,9 +216,6 @@ class _Rows:
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         return self.values, self.scales, self.gradient
-
-    def _wide(self) -> torch.Tensor:
-        return self.scales if self.columns is None else self.scales.repeat_interleave(self.columns, 1)
 
 
 def _some_rows(weight: torch.Tensor) -> Iterator[slice]:
