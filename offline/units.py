@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ria_vllm import permutation
+from ria_vllm.checkpoint import SparseLinear
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.pruned import Pruned
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.weight_format import SHAPE
 
 
 def layer_key(index: int) -> str:
@@ -56,12 +56,9 @@ def linear_tensors(pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, to
         if not recipe.served:
             tensors[f"{name}.weight"] = linear.weight
             continue
-        if linear.p is not None:
-            tensors[f"{name}.input_permutation"] = linear.p.to(torch.int32)
         order = slice(None) if linear.p is None else linear.p
         parts = recipe.weight_format.encode(linear.weight[:, order], linear.mask[:, order], linear.scale)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        tensors[f"{name}.{SHAPE}"] = torch.tensor(linear.weight.shape, dtype=torch.int64).view(2, 1)
+        tensors |= SparseLinear(name, recipe.weight_format, parts, linear.p, linear.weight.dtype).tensors()
     return tensors
 
 

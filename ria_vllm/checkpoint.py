@@ -55,6 +55,14 @@ class SparseLinear:
         stored, p = self.stored(), self.input_permutation
         return stored if p is None else stored[:, permutation.invert(p).long()]
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that stores it, by full names; the permutation, int32, as `CheckpointWriter.finish` expects it."""
+        found = {f"{self.name}.{part}": tensor for part, tensor in self.parts.items()}
+        found[f"{self.name}.{SHAPE}"] = torch.tensor(self.shape, dtype=torch.int64).view(2, 1)
+        if self.input_permutation is not None:
+            found[f"{self.name}{PERMUTATION_SUFFIX}"] = self.input_permutation.to(torch.int32)
+        return found
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
@@ -367,11 +375,9 @@ class Reader:
         """The tensors of the dense model that hold pruned linears, by their names in its files.
 
         Raises:
-            RiaError: an expert is missing.
+            RiaError: an expert is missing, or a tensor is there twice.
         """
-        stacks = stacked_tensors(self.schema, set(self.sparse_names), self.folder)
-        inside = {name for layer, stack in stacks.values() for name in layer.rows(stack)}
-        return {*stacks, *(f"{name}.weight" for name in self.sparse_names if name not in inside)}
+        return self.dense_tensors().keys() - set(self.dense_names)
 
     def dense(self, name: str) -> torch.Tensor:
         """The weight of a pruned linear [out, in], in the model's own order."""

@@ -42,11 +42,10 @@ class FloatFormat(WeightFormat):
     ) -> tuple[torch.Tensor, None]:
         return weight.to(dtype), None
 
-    def encode(
-        self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
+    def encode_kept(
+        self, values: torch.Tensor, bitmask: torch.Tensor, scales: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        compressed, bitmask = sparse24.compress(weight, mask)
-        return {"compressed": compressed, "bitmask": bitmask}
+        return {"compressed": values, "bitmask": bitmask}
 
     def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         return parts["compressed"].to(dtype)
@@ -108,15 +107,14 @@ class IntFormat(WeightFormat):
     def written_dtype(self, part: Part, dtype: torch.dtype) -> torch.dtype:
         return self.scale_dtype if part.name == "weight_scale" else super().written_dtype(part, dtype)
 
-    def encode(
-        self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
+    def encode_kept(
+        self, values: torch.Tensor, bitmask: torch.Tensor, scales: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         assert scales is not None
-        compressed, bitmask = sparse24.compress(weight, mask)
         # `values` gives the same weights back: where they are so small that rounding to float16 moved them by more than
         # half a step, steps are smaller than the distances between numbers of float16, and the nearest one will do.
-        values = self._rounded(compressed, wide_scales(scales, compressed.shape[1])).to(torch.int8)
-        return {"compressed": self.pack(values), "bitmask": bitmask, "weight_scale": scales}
+        integers = self._rounded(values, wide_scales(scales, values.shape[1])).to(torch.int8)
+        return {"compressed": self.pack(integers), "bitmask": bitmask, "weight_scale": scales}
 
     def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """float32: all values of a matrix, or only the kept ones, rounded to the nearest that these scales can hold."""
@@ -182,12 +180,11 @@ class Fp8Format(WeightFormat):
             scales = torch.where(scales > 0, scales, 1.0)
         return (self._rounded(weight, scales).float() * scales).to(dtype), scales
 
-    def encode(
-        self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
+    def encode_kept(
+        self, values: torch.Tensor, bitmask: torch.Tensor, scales: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         assert scales is not None
-        compressed, bitmask = sparse24.compress(weight, mask)
-        return {"compressed": self._rounded(compressed, scales), "bitmask": bitmask, "weight_scale": scales}
+        return {"compressed": self._rounded(values, scales), "bitmask": bitmask, "weight_scale": scales}
 
     def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         return (parts["compressed"].float() * parts["weight_scale"]).to(dtype)

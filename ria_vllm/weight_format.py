@@ -107,7 +107,6 @@ class WeightFormat(ABC):
             The weight as `decode` gives it back, in `dtype`, and its scales, or None.
         """
 
-    @abstractmethod
     def encode(
         self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
@@ -119,6 +118,18 @@ class WeightFormat(ABC):
 
         Raises:
             ValueError: a wrong shape, or a mask that is not 2:4.
+        """
+        return self.encode_kept(*sparse24.compress(weight, mask), scales)
+
+    @abstractmethod
+    def encode_kept(
+        self, values: torch.Tensor, bitmask: torch.Tensor, scales: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """The parts of a matrix whose kept values are known. A part may be the same tensor as an argument.
+
+        Args:
+            values: [out, in/2], such as `quantize` returned.
+            bitmask: uint8 [out, in/8], which has passed `sparse24.check_bitmask`.
         """
 
     @abstractmethod

@@ -33,6 +33,16 @@ def test_decodes_to_what_was_quantized(format, dtype):
     assert torch.equal(sparse24.mask_from_bitmask(parts["bitmask"]), mask) and not decoded[~mask].any()
 
 
+@each_format
+@pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES)
+def test_kept_values_are_encoded_without_their_zeros(format, dtype):
+    weight, mask, parts = stored(format, dtype)
+    kept = torch.stack([row[of_row] for row, of_row in zip(weight, mask, strict=True)])
+    found = format.encode_kept(kept, parts["bitmask"], parts.get("weight_scale"))
+    assert found.keys() == parts.keys()
+    assert all(torch.equal(found[name].view(torch.uint8), part.view(torch.uint8)) for name, part in parts.items())
+
+
 each_integer = pytest.mark.parametrize("format", INTEGERS.values(), ids=lambda format: format.name)
 
 

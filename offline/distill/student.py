@@ -1,6 +1,7 @@
 """The pruned model in training: its kept weights, and the tensors that are written when it is finished."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ria_vllm import sparse24
 from ria_vllm.checkpoint import SparseLinear
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.checks import places_of
@@ -22,7 +22,6 @@ from ria_vllm.offline.distill.sharding import gathered, local, rows_here, shard
 from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.teacher import CHUNK, Answer, Teacher, captured
 from ria_vllm.offline.model.names import Names
-from ria_vllm.weight_format import SHAPE
 
 
 class Student:
@@ -126,14 +125,8 @@ class Student:
 
 def linear_tensors(linear: SparseLinear, values: torch.Tensor) -> dict[str, torch.Tensor]:
     """All tensors of a pruned linear with other kept values: float32 [out, in/2], rounded to what its format holds."""
-    bitmask = linear.parts["bitmask"]
-    stored = sparse24.decompress(values.to(linear.dtype), bitmask)
-    parts = linear.format.encode(stored, sparse24.mask_from_bitmask(bitmask), linear.parts.get("weight_scale"))
-    tensors = {f"{linear.name}.{part}": tensor for part, tensor in parts.items()}
-    tensors[f"{linear.name}.{SHAPE}"] = torch.tensor(linear.shape, dtype=torch.int64).view(2, 1)
-    if linear.input_permutation is not None:
-        tensors[f"{linear.name}.input_permutation"] = linear.input_permutation
-    return tensors
+    bitmask, scales = linear.parts["bitmask"], linear.parts.get("weight_scale")
+    return replace(linear, parts=linear.format.encode_kept(values.to(linear.dtype), bitmask, scales)).tensors()
 
 
 def _check_same(linear: SparseLinear, parameter: nn.Parameter, start: Start | ForeignStart) -> None:

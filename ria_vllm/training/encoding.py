@@ -1,14 +1,13 @@
 """Trained weights in the format of a compressed folder, and how far they are from what it holds."""
 
 import math
+from dataclasses import replace
 
 import torch
 
 from ria_vllm import sparse24
 from ria_vllm.checkpoint import Reader, SparseLinear, not_finite
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import PERMUTATION_SUFFIX
-from ria_vllm.weight_format import SHAPE
 
 
 class Encoder:
@@ -55,16 +54,12 @@ class Encoder:
                 "Save the adapter instead (before merging: `model.save_pretrained(ADAPTER)`) and serve it beside the "
                 "folder (`vllm serve OUT --enable-lora --lora-modules NAME=ADAPTER`), or prune the merged model anew."
             )
-        old = before.stored()
-        parts = before.parts if torch.equal(stored.to(old.dtype), old) else self._encoded(before, stored, mask)
+        kept, dtype = stored[mask].view(len(mask), -1), weight.dtype
+        same = torch.equal(kept.to(before.dtype), before.format.values(before.parts, before.dtype))
+        parts = before.parts if same else self._encoded(before, stored, mask)
         # In a wider dtype, integers times scales are not those products rounded to the folder's.
-        dtype = weight.dtype
-        self._count(before.format.decode(before.parts, dtype), stored, before.format.decode(parts, dtype))
-        found = {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        found[f"{name}.{SHAPE}"] = torch.tensor(before.shape, dtype=torch.int64).view(2, 1)
-        if p is not None:
-            found[f"{name}{PERMUTATION_SUFFIX}"] = p.to(torch.int32)
-        return found
+        self._count(before.format.values(before.parts, dtype), kept, before.format.values(parts, dtype))
+        return replace(before, parts=parts).tensors()
 
     def other(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that is not pruned, in the dtype that it has in the folder.
