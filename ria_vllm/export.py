@@ -8,7 +8,7 @@ from ria_vllm.companions import leads_out, left_where_it_is, nested_companions
 from ria_vllm.model_card import CARD_FILE, exported_card
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import PAGE_FILE, PERMUTATIONS_FILE, REPORT_FILE
-from ria_vllm.writer import CheckpointWriter, check_place
+from ria_vllm.writer import CheckpointWriter, check_place, discarded_on_failure
 
 OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE, PAGE_FILE, CARD_FILE}
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
@@ -53,7 +53,7 @@ def export_dense(
     check_place(out, reader.folder)
     writer = CheckpointWriter(out, overwrite=overwrite)
     keys = []
-    try:
+    with discarded_on_failure(writer):
         tensors = reader.dense_tensors()
         for number, name in enumerate(monitor.steps(list(tensors), "exporting", len(tensors))):
             keys.append(f"{number:06d}")
@@ -64,7 +64,3 @@ def export_dense(
         with monitor.phase("writing"):
             files, folder = {"config.json": config}, reader.folder
             writer.finish(keys, files, copies, max_shard_size, text_files=cards, copied_from=folder)
-    except BaseException as error:
-        if not isinstance(error.__cause__, FileExistsError):  # then the result is whole, but someone has created `out`
-            writer.discard()
-        raise

@@ -185,8 +185,19 @@ class CheckpointWriter:
         shutil.rmtree(self.work)
 
     def discard(self) -> None:
-        """Delete the work folder, for callers whose runs are too short to be resumed."""
+        """Delete the work folder."""
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+@contextmanager
+def discarded_on_failure(writer: CheckpointWriter) -> Iterator[None]:
+    """Delete the work folder after any error, for callers whose runs are too short to be resumed."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error.__cause__, FileExistsError):  # then the result is whole, but someone has created `out`
+            writer.discard()
+        raise
 
 
 Entry = tuple[str, dict[str, Any], Path, int]  # name, header entry, file, where its bytes begin

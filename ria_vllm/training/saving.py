@@ -22,7 +22,7 @@ from ria_vllm.training.encoding import Encoder
 from ria_vllm.training.gathering import clean_name, gathered, ready
 from ria_vllm.training.ranks import together
 from ria_vllm.training.settings import GENERATION_FILE, changed_settings, write_tokenizer
-from ria_vllm.writer import CheckpointWriter, check_place
+from ria_vllm.writer import CheckpointWriter, check_place, discarded_on_failure
 
 UNIT_BYTES = 1 << 28
 
@@ -137,10 +137,9 @@ def _write(
     encoder = Encoder(reader)
     writer = CheckpointWriter(out, overwrite=overwrite)
     units = _Units(writer)
-    temporary = tempfile.TemporaryDirectory()
-    try:
+    with discarded_on_failure(writer), tempfile.TemporaryDirectory() as temporary:
         if tokenizer is not None:
-            copied_from = Path(temporary.name)
+            copied_from = Path(temporary)
             copies = write_tokenizer(tokenizer, base, copies, reader.folder, copied_from)
         others: dict[str, torch.Tensor] = {}
         kept: list[str] | None = None
@@ -163,12 +162,6 @@ def _write(
             units.keys, files | ({GENERATION_FILE: generation} if generation else {}), copies, max_shard_size,
             permuted=reader.schema.permutes, text_files={CARD_FILE: card}, copied_from=copied_from,
         )  # fmt: skip
-    except BaseException as error:
-        if not isinstance(error.__cause__, FileExistsError):  # then the result is whole, but someone has created `out`
-            writer.discard()
-        raise
-    finally:
-        temporary.cleanup()
     return saved
 
 
