@@ -1,14 +1,11 @@
 """The calibration tokens of a run."""
 
-from pathlib import Path
-
 import torch
 
-from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.model.architecture import output_head, text_config
-from ria_vllm.offline.model.hf import explained, load_tokenizer
+from ria_vllm.offline.model.hf import explained, text_tokenizer
 from ria_vllm.offline.model.source import Source
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
@@ -26,11 +23,9 @@ def calibration_tokens(source: Source, model: StreamedModel, recipe: Recipe, mon
     if recipe.calibration == "self":
         return _sample_model(source, model, recipe, monitor)
     try:
-        tokenizer = load_tokenizer(str(source.folder))
+        tokenizer = text_tokenizer(source.folder)
     except RiaError as error:
         raise RiaError(f"{error} Use --calibration self.") from None
-    if getattr(tokenizer, "chat_template", None) is None:
-        tokenizer.chat_template = _processors_template(source.folder)
     tokens = data.from_text(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
     vocabulary = model.model.get_submodule(model.base_path).get_input_embeddings().num_embeddings
     if int(tokens.max()) >= vocabulary:
@@ -39,13 +34,6 @@ def calibration_tokens(source: Source, model: StreamedModel, recipe: Recipe, mon
             f"{vocabulary} tokens."
         )
     return tokens
-
-
-def _processors_template(folder: Path) -> str | None:
-    """The chat template in the file in which older processors keep it; None if there is none."""
-    path = folder / "chat_template.json"
-    found = read_json(path).get("chat_template") if path.is_file() else None
-    return found if isinstance(found, str) else None
 
 
 def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from ria_vllm.offline.distill.checks import fitting, outline
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill, stamps_of
 from ria_vllm.offline.distill.text import training_windows
-from ria_vllm.offline.model.hf import load_tokenizer
+from ria_vllm.offline.model.hf import text_tokenizer
 from ria_vllm.offline.model.source import opened
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
@@ -63,7 +63,8 @@ def compress_and_distill(
         check_place(written, Path(model))
     _check_ours(place)
     pruned = place / MODEL_FOLDER
-    _begin(place, _checked_run(model, out, recipe, distillation, monitor), settings.resume)
+    run, windows = _checked_run(model, out, recipe, distillation, monitor)
+    _begin(place, run, settings.resume)
     try:
         if not pruned.exists():
             compress(pruned)
@@ -72,7 +73,7 @@ def compress_and_distill(
             _delete(place)
         raise
     try:
-        report = distill(pruned, model, out, distillation, settings, monitor)
+        report = distill(pruned, model, out, distillation, settings, monitor, windows)
     except RiaError as error:
         raise RiaError(f"{error} The pruned model is kept in {pruned}: --resume does not prune again.") from (
             error.__cause__
@@ -81,8 +82,13 @@ def compress_and_distill(
     return report
 
 
-def _checked_run(model: str, out: Path, recipe: Recipe, distillation: Distillation, monitor: Monitor) -> dict[str, Any]:
-    """What the pruned model depends on. What only training would stumble over is refused before anything is pruned."""
+def _checked_run(
+    model: str, out: Path, recipe: Recipe, distillation: Distillation, monitor: Monitor
+) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """What the pruned model depends on, and the windows to train on, or None if the teacher has yet to write them.
+
+    What only training would stumble over is refused before anything is pruned.
+    """
     with opened(model, out.parent, Ranks(), monitor) as source:
         streamed = StreamedModel(source.folder, source.config, torch.device("cpu"))
         if any(streamed.experts):
@@ -90,9 +96,12 @@ def _checked_run(model: str, out: Path, recipe: Recipe, distillation: Distillati
                 f"--distill: {model} has experts, which cannot be trained. Leave out --distill to prune them only."
             )
         outline(str(source.folder))
+        windows = None
         if distillation.text != "self":
-            training_windows(fitting(distillation, (str(source.folder),), monitor), load_tokenizer(str(source.folder)))
-        return json.loads(json.dumps(fingerprint(recipe, source) | {"state of the model": stamps_of(source.folder)}))
+            fitted = fitting(distillation, (str(source.folder),), monitor)
+            windows = training_windows(fitted, text_tokenizer(source.folder))
+        run = fingerprint(recipe, source) | {"state of the model": stamps_of(source.folder)}
+        return json.loads(json.dumps(run)), windows
 
 
 def _check_ours(place: Path) -> None:

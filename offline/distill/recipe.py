@@ -1,7 +1,7 @@
 """What a distillation should do: every option that affects the result, checked and written into the checkpoint."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,13 @@ class Distillation:
     def dump(self, teacher: str) -> dict[str, Any]:
         """For config.json: enough to repeat the run, without local paths."""
         versions = {"ria-vllm": __version__} | {name: version(name) for name in ("torch", "transformers")}
-        return {
-            "teacher": published(teacher), "tokens": self.tokens, "text": Path(self.text).name,
-            "seq_len": self.seq_len, "batch": self.batch, "micro_batch": self.micro_batch, "passes": self.passes,
-            "lr": self.lr, "warmup": self.warmup, "weight_decay": self.weight_decay, "clip": self.clip,
-            "loss": str(self.loss), "temperature": self.loss.temperature, "top_k": self.loss.top_k,
-            "train": list(self.train), "cache_teacher": self.cache_teacher,
-            "eval_text": [Path(text).name for text in self.eval_text], "eval_tokens": self.eval_tokens,
-            "evals": self.evals, "patience": self.patience, "compute_dtype": self.compute_dtype, "seed": self.seed,
-            "versions": versions,
-        }  # fmt: skip
+        loss = {"loss": str(self.loss), "temperature": self.loss.temperature, "top_k": self.loss.top_k}
+        shown = {
+            "text": Path(self.text).name,
+            "train": list(self.train),
+            "eval_text": [Path(text).name for text in self.eval_text],
+        }
+        found: dict[str, Any] = {"teacher": published(teacher)}
+        for name in (option.name for option in fields(self)):
+            found |= loss if name == "loss" else {name: shown.get(name, getattr(self, name))}
+        return found | {"versions": versions}

@@ -29,7 +29,7 @@ from ria_vllm.offline.distill.text import check_vocabulary, held_out_windows, tr
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
-from ria_vllm.offline.model.hf import load_model, load_tokenizer
+from ria_vllm.offline.model.hf import load_model, load_tokenizer, text_tokenizer
 from ria_vllm.offline.model.source import stamp_of
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
@@ -60,9 +60,18 @@ class Settings:
 
 
 def distill(
-    folder: Path, teacher: str, out: Path, recipe: Distillation, settings: Settings, monitor: Monitor
+    folder: Path,
+    teacher: str,
+    out: Path,
+    recipe: Distillation,
+    settings: Settings,
+    monitor: Monitor,
+    windows: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """Train the kept weights of `folder` towards the predictions of `teacher`, and write `out`.
+
+    Args:
+        windows: what `training_windows` makes of the text, if the caller has it already.
 
     Returns:
         The report, as written to `out`.
@@ -93,7 +102,7 @@ def distill(
         # Sums over processes are rounded otherwise than sums in one.
         run = fingerprint(start, teacher, recipe) | {"processes": ranks.size, "shard": settings.shard}
         with work_folder(out, run, settings.overwrite, settings.resume, ranks, kept) as writer:
-            return _Run(start, teacher, recipe, settings, writer, ranks, monitor).distill()
+            return _Run(start, teacher, recipe, settings, writer, ranks, monitor, windows).distill()
 
 
 def _compute_dtype(start: Start | ForeignStart, asked: str, device: torch.device, monitor: Monitor) -> str:
@@ -136,6 +145,7 @@ class _Run:
     writer: CheckpointWriter
     ranks: Ranks
     monitor: Monitor
+    windows: torch.Tensor | None
 
     def distill(self) -> dict[str, Any]:
         recipe, monitor = self.recipe, self.monitor
@@ -153,7 +163,7 @@ class _Run:
         if recipe.cache_teacher:
             mine = self.ranks.share(len(windows))
             k, temperature = recipe.loss.top_k, recipe.loss.temperature
-            fill_cache(self.writer, dense, windows.long(), k, temperature, monitor, mine)
+            fill_cache(self.writer, dense, windows, k, temperature, monitor, mine)
             self.ranks.barrier()
             of_held_out = {
                 name: [Answer(top=most_probable(dense, window, k, 1.0)) for window in found]
@@ -189,12 +199,13 @@ class _Run:
 
     def _text(self) -> torch.Tensor | None:
         """The windows to train on; None if the teacher has yet to write them."""
-        windows = None
+        windows = self.windows
         if self.ranks.first and self.writer.has(TEXT_KEY):
             windows = self.writer.read(TEXT_KEY)[0]["tokens"]
         elif self.ranks.first and self.recipe.text != "self":
-            with self.monitor.phase("reading the text"):
-                windows = training_windows(self.recipe, load_tokenizer(str(self.start.folder)))
+            if windows is None:
+                with self.monitor.phase("reading the text"):
+                    windows = training_windows(self.recipe, text_tokenizer(self.start.folder))
             self.writer.write(TEXT_KEY, {"tokens": windows})
         return self.ranks.broadcast(windows)
 

@@ -75,13 +75,13 @@ def fill_cache(
     What is there already stays, so an interrupted pass goes on where it was.
 
     Args:
-        windows: int64 [windows, tokens].
+        windows: integers [windows, tokens].
         mine: the windows that this process writes.
     """
     for number in monitor.steps(mine, "asking the teacher", len(mine)):
         if writer.has(_key(number)):
             continue
-        top = most_probable(model, windows[number], k, temperature)
+        top = most_probable(model, windows[number].long(), k, temperature)
         writer.write(_key(number), {"tokens": top.tokens.int().cpu(), "logs": top.logs.half().cpu()})
 
 

@@ -55,12 +55,14 @@ class Training:
         course = self.ranks.broadcast(self.work.course() if self.ranks.first else None) or Course()
         if course.step:
             self.monitor.say(f"resuming after step {course.step} of {recipe.steps}")
+            if course.stopped or course.step == recipe.steps:
+                return course
             self.work.restore(self.student, course.step)
         else:
             self._measure(course)
         saved = said = time.monotonic()
         begun, before = said, course.step
-        left = range(course.step, recipe.steps) if not course.stopped else range(0)
+        left = range(course.step, recipe.steps)
         for step in self.monitor.steps(left, "training", len(left)):
             terms = self._step(step)
             tokens = recipe.batch * recipe.seq_len
@@ -80,7 +82,7 @@ class Training:
                 saved = time.monotonic()
         if course.best is None:
             self.work.save_result(self.student, course.step)
-        self._save(course)
+        self._save(course, over=True)
         return course
 
     def _step(self, step: int) -> list[float]:
@@ -127,9 +129,10 @@ class Training:
         kl, text = self.recipe.loss.kl, self.recipe.loss.text
         return kl * score.kl + text * math.log(score.perplexity) if kl or text else score.kl
 
-    def _save(self, course: Course) -> None:
+    def _save(self, course: Course, over: bool = False) -> None:
+        """Save what a resumed run needs. If training is `over`, it needs no parameters: the result is saved already."""
         with self.monitor.phase("saving the state"):
-            if self.ranks.first or self.sharded:
+            if not over and (self.ranks.first or self.sharded):
                 self.work.save_parameters(self.student, course.step)
             self.ranks.barrier()
             if self.ranks.first:

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ria_vllm.checkpoint import Reader, is_compressed, weight_files
+from ria_vllm.checkpoint import Reader, is_compressed, read_json, weight_files
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.offline.model.architecture import model_class, output_head, text_config
@@ -47,6 +47,19 @@ def load_tokenizer(folder: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise RiaError(f"{folder}: no tokenizer that transformers can load ({reason_of(error)}).") from error
+
+
+def text_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, with the chat template that an older processor keeps in a file of its own.
+
+    Raises:
+        RiaError: see `load_tokenizer`; or that file is not JSON.
+    """
+    tokenizer, path = load_tokenizer(str(folder)), folder / "chat_template.json"
+    if getattr(tokenizer, "chat_template", None) is None and path.is_file():
+        template = read_json(path).get("chat_template")
+        tokenizer.chat_template = template if isinstance(template, str) else None
+    return tokenizer
 
 
 def load_model(

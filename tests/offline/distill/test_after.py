@@ -17,8 +17,10 @@ def run(model, out, text, *options: str) -> None:
     CliRunner().invoke(compress, [str(model), "-o", str(out), *fixed, *options], catch_exceptions=False)
 
 
-def test_what_was_pruned_is_trained_and_only_the_result_stays(tiny, text, tmp_path):
+def test_what_was_pruned_is_trained_and_only_the_result_stays(tiny, text, tmp_path, monkeypatch):
     run(tiny("llama"), tmp_path / "pruned", text)
+    # The text was tokenized already, in the check before pruning.
+    monkeypatch.setattr("ria_vllm.offline.distill.run.training_windows", lambda *_: 1 / 0)
     run(tiny("llama"), tmp_path / "out", text, "--distill", "512")
     before, after = Reader(tmp_path / "pruned"), Reader(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pruned"]

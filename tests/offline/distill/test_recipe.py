@@ -18,6 +18,20 @@ def test_steps_and_their_learning_rates():
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
+def test_all_options_are_dumped_without_local_paths():
+    loss = Loss(temperature=2.0, top_k=8)
+    recipe = Distillation(tokens=2048, text="/mine/a.txt", loss=loss, eval_text=("/mine/b.txt",))
+    found = recipe.dump("org/model")
+    assert list(found) == [
+        "teacher", "tokens", "text", "seq_len", "batch", "micro_batch", "passes", "lr", "warmup", "weight_decay",
+        "clip", "loss", "temperature", "top_k", "train", "cache_teacher", "eval_text", "eval_tokens", "evals",
+        "patience", "compute_dtype", "seed", "versions",
+    ]  # fmt: skip
+    assert (found["teacher"], found["text"], found["eval_text"]) == ("org/model", "a.txt", ["b.txt"])
+    assert (found["tokens"], found["temperature"], found["top_k"], found["train"]) == (2048, 2.0, 8, ["norms", "biases"])
+    assert isinstance(found["loss"], str)
+
+
 @pytest.mark.parametrize("steps, evals", [(50, 10), (7, 3), (3, 10)])
 def test_it_is_measured_as_often_as_asked_and_after_the_last_step(steps, evals):
     recipe = Distillation(tokens=steps * 20, seq_len=10, batch=2, evals=evals)

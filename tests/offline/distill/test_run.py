@@ -139,6 +139,25 @@ def test_stopped_after_any_step_and_resumed_it_writes_the_same_bytes(options, pr
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("options", [{}, {"patience": 1}], ids=str)
+def test_stopped_while_it_writes_the_result_and_resumed_it_writes_the_same_bytes(
+    options, pruned, text, tmp_path, monkeypatch
+):
+    """It does not train again, and needs no parameters for it."""
+    dense, folder = pruned(weights="int8")
+    more = options | ({"eval_text": (str(text),), "eval_tokens": 256, "lr": 0.5} if options else {})
+    run(dense, folder, tmp_path / "whole", text, **more)
+    with monkeypatch.context() as patch:
+        patch.setattr("ria_vllm.offline.distill.run.CheckpointWriter.finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(dense, folder, tmp_path / "out", text, **more)
+    left = [path.stem for path in (tmp_path / "out.partial" / "units").iterdir()]
+    assert "state" in left and not [key for key in left if key.startswith("state-")]
+    monkeypatch.setattr(Training, "_step", lambda *_: 1 / 0)
+    run(dense, folder, tmp_path / "out", text, Settings(resume=True), **more)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
 def command(dense: Path, folder: Path, out: Path, text: Path, *options: str) -> list[str]:
     fixed = ["--tokens", "2048", "--seq-len", "64", "--calibration", str(text), "--eval-text", str(text)]
     fixed += ["--eval-tokens", "256", "--evals", "4", "--save-every", "0", "--lr", "1e-4"]
@@ -330,6 +349,20 @@ def test_a_run_whose_teacher_has_another_configuration_by_now_is_not_resumed(pru
     edit_config(teacher, rope_theta=5000.0)
     with pytest.raises(RiaError, match="from a run with another state of the teacher"):
         run(teacher, folder, tmp_path / "out", text, Settings(resume=True))
+
+
+def test_conversations_are_read_through_the_template_of_an_older_processor(pruned, text, tmp_path):
+    """Which lies in chat_template.json."""
+    dense, folder = pruned()
+    folder = shutil.copytree(folder, tmp_path / "in")
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "word " * 300}]}) + "\n")
+    with pytest.raises(RiaError, match="no chat template"):
+        run(dense, folder, tmp_path / "out", tmp_path / "chat.jsonl")
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    run(dense, folder, tmp_path / "out", tmp_path / "chat.jsonl")
+    (story,) = Reader(tmp_path / "out").schema.recipe["distill"]
+    assert story["text"] == "chat.jsonl"
 
 
 def test_too_little_text_is_refused(pruned, text, tmp_path):
