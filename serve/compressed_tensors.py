@@ -9,7 +9,7 @@ import torch
 from compressed_tensors.utils import is_match, match_targets
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FP8, GROUP_SIZES, INTEGERS, IntFormat
+from ria_vllm.formats import FORMATS, GROUP_SIZES, IntFormat
 from ria_vllm.serve import marlin24
 from ria_vllm.serve.packed_forms import BytesOfFourBits, Marlin24, PackedForm, PackQuantized
 from ria_vllm.serve.patterns import compile_pattern
@@ -23,11 +23,12 @@ MARLIN, PACKED, WHOLE, MIXED = "marlin-24", "pack-quantized", "int-quantized", "
 WEIGHT_FORMATS = (None, "dense", "sparse-24-bitmask", WHOLE, "float-quantized", "naive-quantized", MARLIN, PACKED)
 
 # How config.json describes the weights: (type, number of bits, strategy, group size) -> the format of the values.
-SERVED = [((8, "float", strategy, None), FP8) for strategy in ("tensor", "channel")]
-SERVED += [
-    ((bits, "int", strategy, None), INTEGERS[bits, None]) for bits in (4, 8) for strategy in ("tensor", "channel")
+SERVED = [
+    ((words["num_bits"], words["type"], strategy, one.group_size), one)
+    for one in FORMATS.values()
+    if (words := one.quantization)
+    for strategy in (("group",) if one.group_size else ("tensor", "channel"))
 ]
-SERVED += [((bits, "int", "group", size), INTEGERS[bits, size]) for bits in (4, 8) for size in GROUP_SIZES]
 # Values of `actorder` under which the columns of a group are neighbours.
 ORDERS = (None, False, "weight", "static")
 SHOWN = ("num_bits", "type", "strategy", "group_size", "symmetric")

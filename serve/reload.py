@@ -51,16 +51,10 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
     _check_pruned(config, set(headers.names or []), model)
     stored, present_form = _form(schema), _form(config.schema)
     if stored != present_form:
-        raise RiaError(
-            f"{model}: its linears are stored with {stored}, but this server was started with {present_form}. Start a "
-            "server of that folder instead of reloading."
-        )
+        raise _refusal(model, f"its linears are stored with {stored}, but this server was started with {present_form}")
     orders, present = ((one.permutations_digest, one.folds, one.experts) for one in (schema, config.schema))
     if orders != present:
-        raise RiaError(
-            f"{model}: its weights are stored in other channel orders than those that this server has folded. Start "
-            "a server of that folder instead of reloading."
-        )
+        raise _refusal(model, "its weights are stored in other channel orders than those that this server has folded")
 
 
 def _form(schema: RiaSchema) -> str:
@@ -72,10 +66,8 @@ def _form(schema: RiaSchema) -> str:
 def _check_pruned(config: RiaConfig, names: Collection[str], model: str) -> None:
     pruned = {name for name, sparse in stored_modules(list(names)).items() if sparse}
     if config.pruned is not None and pruned != config.pruned:
-        raise RiaError(
-            f"{model}: {min(pruned ^ config.pruned)} is pruned in the folder or on this server, but not on both. Start "
-            "a server of that folder instead of reloading."
-        )
+        name = min(pruned ^ config.pruned)
+        raise _refusal(model, f"{name} is pruned in the folder or on this server, but not on both")
 
 
 def _check_compressed_tensors(
@@ -87,9 +79,9 @@ def _check_compressed_tensors(
         raise _another_form(model)
     new = CompressedTensorsConfig.parse(stored)
     if new != present:
-        raise RiaError(
-            f"{model}: its quantization_config differs from the one that this server was started with: "
-            f"{_difference(new, present)}. Start a server of that folder instead of reloading."
+        difference = _difference(new, present)
+        raise _refusal(
+            model, f"its quantization_config differs from the one that this server was started with: {difference}"
         )
     names = WeightHeaders(model, revision).names
     if names is not None and config.translation is not None:
@@ -117,7 +109,8 @@ def _difference(new: CompressedTensorsConfig, present: CompressedTensorsConfig) 
 
 
 def _another_form(model: str) -> RiaError:
-    return RiaError(
-        f"{model}: its weights are stored in another form than those that this server was started with. Start a server "
-        "of that folder instead of reloading."
-    )
+    return _refusal(model, "its weights are stored in another form than those that this server was started with")
+
+
+def _refusal(model: str, why: str) -> RiaError:
+    return RiaError(f"{model}: {why}. Start a server of that folder instead of reloading.")

@@ -135,7 +135,7 @@ class WeightScheme:
         """The tensors of a linear, by the last part of their names; `served` is the dtype of the model in vLLM."""
         found = {}
         for part in self.format.parts:
-            dtype = served if served in part.dtypes else part.dtypes[0]
+            dtype = self.format.written_dtype(part, served)
             if part.name == "weight_scale":
                 found[part.name] = self._scales(part)
             elif not self.dense:

@@ -5,7 +5,6 @@ from functools import lru_cache
 import torch
 
 from ria_vllm import sparse24
-from ria_vllm.formats import IntFormat
 from ria_vllm.serve.kernels import choice, int8_inputs, registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsKernel, ExpertsLayerConfig
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
@@ -100,10 +99,7 @@ def self_test(
 
         def product(given: torch.Tensor, which: int, expert: int) -> torch.Tensor:
             bias, parts = biases[which][expert], {name: part[expert] for name, part in (gate_up, down)[which].items()}
-            if input_dtype is None:
-                return given.float() @ weight_format.decode(parts, torch.float32).T + bias.float()
-            assert isinstance(weight_format, IntFormat)
-            return int8_inputs.linear(given, weight_format, parts, bias)
+            return int8_inputs.product(given, weight_format, parts, bias, input_dtype is not None)
 
         expected = torch.zeros(8, _HIDDEN, device=device)
         for number, expert in enumerate(expert_map.tolist()):

@@ -27,6 +27,22 @@ from torch.nn.functional import pad
 from ria_vllm import sparse24
 from ria_vllm.formats import IntFormat
 from ria_vllm.token_rounding import quantize_tokens
+from ria_vllm.weight_format import WeightFormat
+
+
+def product(
+    x: torch.Tensor,
+    weight_format: WeightFormat,
+    parts: Mapping[str, torch.Tensor],
+    bias: torch.Tensor | None,
+    rounds_input: bool,
+) -> torch.Tensor:
+    """The product in float32, [..., N], with or without rounding its input; see `linear` for the arguments."""
+    if rounds_input:
+        assert isinstance(weight_format, IntFormat)
+        return linear(x, weight_format, parts, bias)
+    weight = weight_format.decode(parts, torch.float32)[:, : x.shape[-1]]
+    return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
 
 
 def linear(

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from ria_vllm.formats import FORMATS, IntFormat
+from ria_vllm.formats import FORMATS
 from ria_vllm.serve.kernels import int8_inputs
 from ria_vllm.serve.kernels.base import LinearLayerConfig, cannot_decode
 
@@ -36,12 +36,8 @@ def _linear(
     x = x.float()
     for first in range(0, out_features, _BLOCK_ROWS):
         rows = slice(first, first + _BLOCK_ROWS)
-        block, of_rows = weight_format.take_rows(parts, rows), None if bias is None else bias[rows].float()
-        if rounds_input:
-            assert isinstance(weight_format, IntFormat)
-            y[..., rows] = int8_inputs.linear(x, weight_format, block, of_rows)
-        else:
-            y[..., rows] = torch.nn.functional.linear(x, weight_format.decode(block, torch.float32), of_rows)
+        block, of_rows = weight_format.take_rows(parts, rows), None if bias is None else bias[rows]
+        y[..., rows] = int8_inputs.product(x, weight_format, block, of_rows, rounds_input)
     return y
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
-from ria_vllm.formats import FORMATS, IntFormat
+from ria_vllm.formats import FORMATS
 from ria_vllm.serve.kernels import int8_inputs
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, cannot_decode
 
@@ -87,12 +87,8 @@ def _experts(
     def product(inputs: torch.Tensor, which: int, expert: int) -> torch.Tensor:
         tensors = packed[which * len(names) : (which + 1) * len(names)]
         parts = {name: tensor[expert] for name, tensor in zip(names, tensors, strict=True)}
-        bias = biases[which][expert].float() if biases else None
-        if rounds_input:
-            assert isinstance(weight_format, IntFormat)
-            return int8_inputs.linear(inputs, weight_format, parts, bias)
-        weight = weight_format.decode(parts, torch.float32)
-        return functional.linear(inputs.float(), weight[:, : inputs.shape[1]], bias)
+        bias = biases[which][expert] if biases else None
+        return int8_inputs.product(inputs, weight_format, parts, bias, rounds_input)
 
     for expert in range(num_experts):
         chosen = ids == expert

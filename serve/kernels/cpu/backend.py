@@ -88,12 +88,17 @@ def unsupported(weight_format: WeightFormat, act_dtype: torch.dtype, input_dtype
     return None
 
 
-def stored_scales(weight_format: WeightFormat, parts: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """The scales as the operators take them: [..., out] of rows, [..., out, in / group_size] of groups."""
-    if "weight_scale" not in parts:
-        return None
-    scales = parts["weight_scale"]
-    return (scales if weight_format.group_size else scales.squeeze(-1)).contiguous()
+def packing_arguments(
+    weight_format: WeightFormat, parts: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
+    """`compressed`, `bitmask`, scales and group size (0: rows) as the operators that pack take them.
+
+    Scales are [..., out] of rows, [..., out, in / group_size] of groups, None if the format has none.
+    """
+    group_size, scales = weight_format.group_size or 0, parts.get("weight_scale")
+    if scales is not None:
+        scales = (scales if group_size else scales.squeeze(-1)).contiguous()
+    return parts["compressed"].contiguous(), parts["bitmask"].contiguous(), scales, group_size
 
 
 def instruction_set() -> str:
@@ -143,9 +148,8 @@ class CpuKernel:
         Raises:
             RuntimeError: shapes or dtypes do not fit, or a group does not keep exactly two values; it is named.
         """
-        scales, to_int8 = stored_scales(config.weight_format, parts), config.input_dtype == torch.int8
-        compressed, bitmask = parts["compressed"].contiguous(), parts["bitmask"].contiguous()
-        return (torch.ops.ria.sparse24_pack.cpu(compressed, bitmask, scales, config.group_size or 0, to_int8),)
+        arguments = packing_arguments(config.weight_format, parts)
+        return (torch.ops.ria.sparse24_pack.cpu(*arguments, config.input_dtype == torch.int8),)
 
     @staticmethod
     def apply(

@@ -102,6 +102,5 @@ class CpuExpertsKernel:
 
 
 def _pack(config: ExpertsLayerConfig, parts: Mapping[str, torch.Tensor], gated: bool) -> torch.Tensor:
-    scales, group_size = backend.stored_scales(config.weight_format, parts), config.weight_format.group_size or 0
-    compressed, bitmask = parts["compressed"].contiguous(), parts["bitmask"].contiguous()
-    return torch.ops.ria.sparse24_pack_experts.cpu(compressed, bitmask, scales, group_size, int(gated))
+    arguments = backend.packing_arguments(config.weight_format, parts)
+    return torch.ops.ria.sparse24_pack_experts.cpu(*arguments, int(gated))

@@ -14,7 +14,7 @@ from sweep_int8 import FORMATS, assert_equal, extremes, formula, packed, same_bi
 from ria_vllm import sparse24
 from ria_vllm.formats import FLOAT, INT4, INT8, IntFormat
 from ria_vllm.serve.kernels.base import LinearLayerConfig
-from ria_vllm.serve.kernels.cpu.backend import CpuKernel, packed_bytes, stored_scales
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel, packed_bytes, packing_arguments
 
 INSTRUCTION_SETS = ("avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2", "portable")
 SHARED = Path(__file__).parents[3]
@@ -114,9 +114,8 @@ def test_operators_pass_opcheck_and_compile():
     layer, permutation, bias = packed(weight), torch.randperm(64, dtype=torch.int32), weight.bias()
     arguments = weight.x(3), layer.packed[0], 24, permutation, bias
     torch.library.opcheck(torch.ops.ria.sparse24_linear.cpu, arguments)
-    scales = stored_scales(weight.format, weight.parts)
-    packing = weight.parts["compressed"], weight.parts["bitmask"], scales, 32, True
-    torch.library.opcheck(torch.ops.ria.sparse24_pack.cpu, packing)
+    packing = packing_arguments(weight.format, weight.parts)
+    torch.library.opcheck(torch.ops.ria.sparse24_pack.cpu, (*packing, True))
     compiled = torch.compile(lambda x: layer(x, permutation, bias), fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (2, 5, 40):
         x = weight.x(tokens)

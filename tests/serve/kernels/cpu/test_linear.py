@@ -13,7 +13,7 @@ from ria_vllm import sparse24
 from ria_vllm.formats import FLOAT, GROUP_SIZES, INT4, INT8, IntFormat
 from ria_vllm.serve.kernels import reference
 from ria_vllm.serve.kernels.base import LinearLayerConfig
-from ria_vllm.serve.kernels.cpu.backend import CpuKernel, packed_bytes, stored_scales
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel, packed_bytes, packing_arguments
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
@@ -223,9 +223,7 @@ def test_operator_passes_opcheck(kernel):
     if kernel is CpuKernel:
         for format in (FLOAT, INT8, INT4, IntFormat(4, 32), IntFormat(8, 64)):
             parts = random_weight(24, 64, format).parts
-            scales = stored_scales(format, parts)
-            arguments = parts["compressed"], parts["bitmask"], scales, format.group_size or 0
-            torch.library.opcheck(torch.ops.ria.sparse24_pack.cpu, arguments)
+            torch.library.opcheck(torch.ops.ria.sparse24_pack.cpu, packing_arguments(format, parts))
 
 
 @pytest.mark.parametrize("kernel", (CpuKernel, ReferenceKernel), ids=lambda kernel: kernel.name)
