@@ -4,15 +4,14 @@ import mixtures
 import pytest
 import torch
 from compare import check, generate, prompts
+from runs import ONE_THREAD_EACH, TWO_RANKS
 from transformers import AutoModelForCausalLM
 
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 
 pytestmark = pytest.mark.slow
 
-TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 TWO_STAGES = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False}
-ONE_THREAD_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 # Name of the run: (family, how the checkpoint is written, job)
 # Of these, vLLM and transformers give other logprobs for the same dense toy. vLLM's dense model is the oracle.

@@ -5,6 +5,7 @@ import tiny
 from compare import check, differences, generate, prompts
 from compressed_tensors_writer import needs_writer
 from packed_checkpoints import Packed, write
+from runs import ONE_THREAD_EACH, TWO_RANKS
 from test_marlin24 import arguments
 
 pytestmark = [pytest.mark.slow, needs_writer]
@@ -12,7 +13,6 @@ pytestmark = [pytest.mark.slow, needs_writer]
 SPARSE = {"format": "dense", "sparsity_structure": "2:4", "global_sparsity": 0.5, "targets": ["Linear"], "ignore": []}
 MARLIN = Packed("marlin-24", arguments(4, 128))
 PACK = Packed("pack-quantized", arguments(4, 128), sparsity=SPARSE)
-TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 # Name of the run: (how the checkpoint is written, changes to the job)
 RUNS = {
@@ -65,8 +65,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def as_stored(tmp_path_factory):
-    one_thread_each = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    return run(tmp_path_factory.mktemp("as-stored"), AS_STORED, RIA_VLLM_BACKEND="reference", **one_thread_each)
+    return run(tmp_path_factory.mktemp("as-stored"), AS_STORED, RIA_VLLM_BACKEND="reference", **ONE_THREAD_EACH)
 
 
 @pytest.mark.parametrize("name", RUNS)

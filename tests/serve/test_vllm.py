@@ -4,11 +4,10 @@ import pytest
 import tiny
 import torch
 from compare import check
-from runs import ONE_THREAD_EACH, Runs
+from runs import ONE_THREAD_EACH, TWO_RANKS, Runs
 
 pytestmark = pytest.mark.slow
 
-TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 # Name of the run: (family, how the checkpoint is written, engine arguments)
 EAGER = {name: (name, {}, {}) for name in tiny.FAMILIES} | {

@@ -7,14 +7,13 @@ int8, for which Hugging Face's model rounds the inputs of its pruned linears.
 import pytest
 import torch
 from compare import check, differences
-from runs import ONE_THREAD_EACH, Runs
+from runs import ONE_THREAD_EACH, TWO_RANKS, Runs
 
 from ria_vllm.formats import INTEGERS
 
 pytestmark = pytest.mark.slow
 
 HALF = {"dtype": torch.bfloat16}, {"dtype": "bfloat16"}
-TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 # Name of the run: (family, how the checkpoint is written, engine arguments)
 ALONE = {one.name: ("llama-gqa", {"weights": one.name} | HALF[0], HALF[1]) for one in INTEGERS.values()} | {
