@@ -237,12 +237,18 @@ def _options(recipe: dict[str, Any]) -> list[str]:
             continue
         if key == "calibration":
             value = Path(str(value)).name
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {item}" for name, item in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value))
-        rows.append((_plain(key), _code(value)))
+        if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):  # one run after another
+            rows += [(f"{_plain(key)}, {number}", _code(_shown(entry))) for number, entry in enumerate(value, 1)]
+        else:
+            rows.append((_plain(key), _code(_shown(value))))
     return ["## Options", _table(("option", "value"), rows)] if rows else []
+
+
+def _shown(value: Any) -> str:
+    """An option's value; of a dictionary, the entries that say something."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items() if item not in (None, "", [], {}))
+    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

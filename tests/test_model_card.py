@@ -106,6 +106,20 @@ def test_it_says_how_integers_are_stored_and_read(tmp_path):
     assert "| weights | `int8` |" in text and "| weights | int8" not in text
 
 
+def test_each_run_of_training_has_a_row_of_its_own(tmp_path):
+    runs = [
+        {"note": "SFT|x", "dtype": "float32", "settings": ["a", "b"], "none": None},
+        {"note": "DPO", "settings": []},
+    ]
+    card = pruned_card(tmp_path, REPORT | {"recipe": RECIPE | {"training": runs}}, 0.5, True, print)
+    rows = [line for line in card.splitlines() if line.startswith("| training")]
+    assert rows == [
+        r"| training, 1 | `note SFT\|x, dtype float32, settings a, b` |",
+        "| training, 2 | `note DPO` |",
+    ]
+    assert "| versions | `ria-vllm 0.1.0, torch 2.13` |" in card
+
+
 def test_a_pattern_that_is_not_served_claims_nothing_of_serving(tmp_path):
     text = card(tmp_path, served=False, report=REPORT | {"recipe": RECIPE | {"pattern": "4:8"}})
     assert "# Base-1B, pruned to 4:8\n" in text and "No kernel serves the pattern 4:8" in text
