@@ -28,6 +28,14 @@ class Statistics:
     gram: SymmetricMatrix | None
     drift: Drift | None = None
 
+    def divided(self, scales: torch.Tensor) -> "Statistics":
+        """What they are once the channels of X are divided by `scales`, float32 [in]."""
+        return Statistics(
+            self.norm / scales,
+            None if self.gram is None else self.gram.normalised(scales),
+            None if self.drift is None else self.drift.divided(scales),
+        )
+
 
 class GramSum(SymmetricMatrix):
     """The running Gram matrix X^T X [width, width], float64."""

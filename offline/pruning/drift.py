@@ -24,6 +24,10 @@ class Drift(Protocol):
         """||Y - X W^T||_F^2, for W [out, in]."""
         ...
 
+    def divided(self, scales: torch.Tensor) -> "Drift":
+        """What it is once the channels of X, and of the dense model's input, are divided by `scales` [in]."""
+        ...
+
 
 @dataclass(frozen=True)
 class InputDrift:
@@ -41,6 +45,10 @@ class InputDrift:
     def squared_residual(self, weight: torch.Tensor) -> float:
         W = weight.float()
         return float(((W @ self.gram) * W).sum(dtype=torch.float64))
+
+    def divided(self, scales: torch.Tensor) -> "InputDrift":
+        gram = self.gram if isinstance(self.gram, SymmetricMatrix) else SymmetricMatrix.of(self.gram)
+        return InputDrift((self.cross / scales[:, None]).div_(scales), gram.normalised(scales))
 
 
 @dataclass(frozen=True)
@@ -60,3 +68,6 @@ class OutputDrift:
 
     def squared_residual(self, weight: torch.Tensor) -> float:
         return self.squared_norm
+
+    def divided(self, scales: torch.Tensor) -> "OutputDrift":
+        return OutputDrift(self.cross / scales, self.squared_norm)
