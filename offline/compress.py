@@ -249,6 +249,12 @@ class _Run:
             "dense": dict(plan.dense),
             "topology": topologies.dump(),
         }
+        if self.recipe.migration_strength:
+            count = sum("smoothed" in record for record in linears.values())
+            found["smoothed"] = {"linears": count, "left": len(linears) - count}
+            self.monitor.say(
+                f"scales of inputs migrated for {count} of {len(linears)} linears; nothing absorbs those of the others"
+            )
         copied = self.model.copied()
         return found | {"copied": copied} if copied else found
 

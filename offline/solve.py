@@ -146,7 +146,21 @@ def score(weight: torch.Tensor, statistics: Statistics, recipe: Recipe) -> torch
     RIA's for SparseGPT, which scores weights itself, but needs scores to order the channels.
     """
     method = "ria" if recipe.method == "sparsegpt" else recipe.method
-    return scores.score(method, weight, statistics.norm, recipe.exponent)
+    return _score(method, weight, statistics, recipe)
+
+
+def _score(
+    method: str,
+    weight: torch.Tensor,
+    statistics: Statistics,
+    recipe: Recipe,
+    column_sums: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The scores of the model's own weights, whatever scales have migrated into them: RIA's would change."""
+    norm, scales = statistics.norm, statistics.scales
+    if scales is not None:
+        weight, norm = weight.float() / scales, norm * scales
+    return scores.score(method, weight, norm, recipe.exponent, column_sums)
 
 
 def _keeps_to_blocks(group: Group, width: int, m: int) -> bool:
@@ -232,9 +246,11 @@ def _prune(
 def _choice(weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None, recipe: Recipe) -> Choice:
     """Chooses the masks of some rows by the method's own score, with the column sums of the dense weight."""
     column_sums = weight.abs().float().sum(0)
+    if statistics.scales is not None:
+        column_sums = column_sums / statistics.scales
 
     def choose(rows: torch.Tensor) -> torch.Tensor:
-        return _mask(scores.score(recipe.method, rows, statistics.norm, recipe.exponent, column_sums), p, recipe)
+        return _mask(_score(recipe.method, rows, statistics, recipe, column_sums), p, recipe)
 
     return choose
 

@@ -22,11 +22,13 @@ class Statistics:
     norm: ||X_j|| [in] float32, the l2 norm of each input channel.
     gram: X^T X [in, in] float32; None if only norms were asked for.
     drift: how far X is from the dense model's input; None if the dense model is not followed.
+    scales: [in] float32, by which the channels of X were divided, and those of the weights multiplied; None: by none.
     """
 
     norm: torch.Tensor
     gram: SymmetricMatrix | None
     drift: Drift | None = None
+    scales: torch.Tensor | None = None
 
     def divided(self, scales: torch.Tensor) -> "Statistics":
         """What they are once the channels of X are divided by `scales`, float32 [in]."""
@@ -34,6 +36,7 @@ class Statistics:
             self.norm / scales,
             None if self.gram is None else self.gram.normalised(scales),
             None if self.drift is None else self.drift.divided(scales),
+            scales if self.scales is None else self.scales * scales,
         )
 
 

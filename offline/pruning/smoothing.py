@@ -44,7 +44,8 @@ def divided(gain: torch.Tensor, scales: torch.Tensor, offset: int = 0) -> tuple[
     new = (before / scales - offset).to(gain.dtype)
     after = new.double() + offset
     exact = torch.where(after == 0, 1.0, before / torch.where(after == 0, 1.0, after))
-    good = (exact > 0) & exact.isfinite() & (before != 0)
+    # A gain that rounding moves far has almost no digits left.
+    good = (before != 0) & (after != 0) & (exact > scales / 2) & (exact < scales * 2)
     if not offset:
         good &= exact == scales
     return torch.where(good, new, gain), torch.where(good, exact, 1.0)
