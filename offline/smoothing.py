@@ -4,7 +4,7 @@ The dense function stays the same: what a norm or a producer no longer multiplie
 read its output do. Scales are chosen from what the pruned model reads.
 """
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,15 +54,16 @@ class Smoother:
     def scale(
         self,
         groups: Iterable[Group],
-        statistics: MutableMapping[str, Statistics],
+        statistics: Mapping[str, Statistics],
         weights: MutableMapping[str, torch.Tensor],
-        pruned: MutableMapping[str, Pruned],
+        pruned: Mapping[str, Pruned],
     ) -> None:
         """Migrate the scales of what the linears of a stage read, in their statistics and weights.
 
         Args:
             groups: with only the linears that are pruned.
-            statistics, weights: of these linears; entries are replaced.
+            statistics: linear -> what its group shares; changed in place.
+            weights: linear -> [out, in]; entries are replaced, because the layer has to stay dense for now.
             pruned: the linears of earlier stages.
         """
         for group in groups:
@@ -70,7 +71,7 @@ class Smoother:
                 if group.linears and group.linears[0] in migration.consumers:
                     self._scale(group, migration, statistics, weights, pruned)
 
-    def apply(self, found: MutableMapping[str, Pruned], pruned: MutableMapping[str, Pruned]) -> None:
+    def apply(self, found: Mapping[str, Pruned], pruned: MutableMapping[str, Pruned]) -> None:
         """Change the layer accordingly, now that the stage is solved.
 
         Args:
@@ -93,9 +94,9 @@ class Smoother:
         self,
         group: Group,
         migration: Migration,
-        statistics: MutableMapping[str, Statistics],
+        statistics: Mapping[str, Statistics],
         weights: MutableMapping[str, torch.Tensor],
-        pruned: MutableMapping[str, Pruned],
+        pruned: Mapping[str, Pruned],
     ) -> None:
         layer, read = self.model.layers[self.index], statistics[group.linears[0]]
         columns = [layer.get_submodule(name).weight.data.abs().amax(0).cpu() for name in migration.consumers]
@@ -115,9 +116,8 @@ class Smoother:
         by_column = migration.columns(scales)
         tensors |= {f"{name}.weight": times(self._stored(f"{name}.weight"), by_column)[0] for name in dense}
         of_input = by_column.float().to(read.norm.device)
-        shared = read.divided(of_input)
+        read.divide(of_input)  # which all linears of the group share
         for name in group.linears:
-            statistics[name] = shared
             product = weights[name].float() * of_input
             fits = torch.equal(product.to(weights[name].dtype).float(), product)
             weights[name] = product.to(weights[name].dtype) if fits else product
@@ -125,7 +125,7 @@ class Smoother:
         self._next.append(_Change(record, group.linears, tensors, replaced))
 
     def _absorbed(
-        self, migration: Migration, scales: torch.Tensor, pruned: MutableMapping[str, Pruned]
+        self, migration: Migration, scales: torch.Tensor, pruned: Mapping[str, Pruned]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, Pruned]]:
         """What the norm or the producer becomes: (the scales that it absorbs exactly, its new parameters, the producer
         if it is pruned). Where a channel cannot, its scale is 1."""

@@ -30,14 +30,14 @@ class Statistics:
     drift: Drift | None = None
     scales: torch.Tensor | None = None
 
-    def divided(self, scales: torch.Tensor) -> "Statistics":
-        """What they are once the channels of X are divided by `scales`, float32 [in]."""
-        return Statistics(
-            self.norm / scales,
-            None if self.gram is None else self.gram.normalised(scales),
-            None if self.drift is None else self.drift.divided(scales),
-            scales if self.scales is None else self.scales * scales,
-        )
+    def divide(self, scales: torch.Tensor) -> None:
+        """Divide the channels of X, and of the dense model's input, by `scales` float32 [in]; in place."""
+        self.norm /= scales
+        if self.gram is not None:
+            self.gram.divide(scales)
+        if self.drift is not None:
+            self.drift.divide(scales)
+        self.scales = scales if self.scales is None else self.scales * scales
 
 
 class GramSum(SymmetricMatrix):

@@ -24,8 +24,8 @@ class Drift(Protocol):
         """||Y - X W^T||_F^2, for W [out, in]."""
         ...
 
-    def divided(self, scales: torch.Tensor) -> "Drift":
-        """What it is once the channels of X, and of the dense model's input, are divided by `scales` [in]."""
+    def divide(self, scales: torch.Tensor) -> None:
+        """Divide the channels of X, and of the dense model's input, by `scales` [in]; in place."""
         ...
 
 
@@ -46,9 +46,10 @@ class InputDrift:
         W = weight.float()
         return float(((W @ self.gram) * W).sum(dtype=torch.float64))
 
-    def divided(self, scales: torch.Tensor) -> "InputDrift":
+    def divide(self, scales: torch.Tensor) -> None:
+        self.cross.div_(scales[:, None]).div_(scales)
         gram = self.gram if isinstance(self.gram, SymmetricMatrix) else SymmetricMatrix.of(self.gram)
-        return InputDrift((self.cross / scales[:, None]).div_(scales), gram.normalised(scales))
+        gram.divide(scales)
 
 
 @dataclass(frozen=True)
@@ -69,5 +70,5 @@ class OutputDrift:
     def squared_residual(self, weight: torch.Tensor) -> float:
         return self.squared_norm
 
-    def divided(self, scales: torch.Tensor) -> "OutputDrift":
-        return OutputDrift(self.cross / scales, self.squared_norm)
+    def divide(self, scales: torch.Tensor) -> None:
+        self.cross.div_(scales)

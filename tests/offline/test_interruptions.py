@@ -71,6 +71,7 @@ WAYS = [
     {},
     {"reconstruct": "block", "weights": "int8", "group_size": 32},
     {"skip_sensitive": 0.2, "weights": "int4", "activations": "int8"},
+    {"reconstruct": "block", "weights": "int8", "activations": "int8"},
 ]
 
 
