@@ -5,7 +5,7 @@ read its output do. Scales are chosen from what the pruned model reads.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,22 +17,6 @@ from ria_vllm.offline.model.topology import Group, Migration, Topology
 from ria_vllm.offline.pruned import Pruned
 from ria_vllm.offline.pruning.smoothing import divided, migration_scales, times
 from ria_vllm.offline.runtime.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class _Change:
-    """What is to be changed in a layer once a stage is pruned.
-
-    record: the written name of the module that absorbs the scales.
-    linears: that were solved with multiplied columns.
-    tensors: parameter, relative to the layer -> its new value in the dtype of the file, on the CPU.
-    pruned: linear of an earlier stage -> what it becomes.
-    """
-
-    record: str
-    linears: tuple[str, ...]
-    tensors: dict[str, torch.Tensor]
-    pruned: dict[str, Pruned]
 
 
 class Smoother:
@@ -49,7 +33,10 @@ class Smoother:
         self.model, self.index, self.strength, self.ranks = model, index, strength, ranks
         self.migrations = [one for one in topology.migrations if is_possible(model, index, one)]
         self.changed: dict[str, torch.Tensor] = {}
-        self._next: list[_Change] = []
+        # What `apply` will do: the absorber of each linear, changed parameters, changed linears of earlier stages.
+        self._absorbers: dict[str, str] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._pruned: dict[str, Pruned] = {}
 
     def scale(
         self,
@@ -79,16 +66,15 @@ class Smoother:
             pruned: the linears of earlier stages; entries are replaced.
         """
         layer = self.model.layers[self.index]
-        while self._next:
-            change = self._next.pop(0)
-            for name in change.linears:
-                found[name].record["smoothed"] = change.record
-            for name, tensor in change.tensors.items():
-                set_parameter(layer, name, tensor)
-            for name, linear in change.pruned.items():
-                pruned[name] = linear
-                set_parameter(layer, f"{name}.weight", linear.weight)
-            self.changed |= change.tensors
+        for name, absorber in self._absorbers.items():
+            found[name].record["smoothed"] = absorber
+        for name, tensor in self._tensors.items():
+            set_parameter(layer, name, tensor)
+        for name, linear in self._pruned.items():
+            pruned[name] = linear
+            set_parameter(layer, f"{name}.weight", linear.weight)
+        self.changed |= self._tensors
+        self._absorbers, self._tensors, self._pruned = {}, {}, {}
 
     def _scale(
         self,
@@ -121,8 +107,9 @@ class Smoother:
             product = weights[name].float() * of_input
             fits = torch.equal(product.to(weights[name].dtype).float(), product)
             weights[name] = product.to(weights[name].dtype) if fits else product
-        record = self.model.written_linear(self.index, migration.absorber)
-        self._next.append(_Change(record, group.linears, tensors, replaced))
+        self._absorbers |= dict.fromkeys(group.linears, self.model.written_linear(self.index, migration.absorber))
+        self._tensors |= tensors
+        self._pruned |= replaced
 
     def _absorbed(
         self, migration: Migration, scales: torch.Tensor, pruned: Mapping[str, Pruned]
@@ -136,11 +123,12 @@ class Smoother:
         linear = self.model.layers[self.index].get_submodule(name)
         rows = producer_rows(linear, migration.producer)
         parts: dict[str, torch.Tensor] = {}
-        if name in pruned:
-            parts["pruned"] = pruned[name].weight
-            scale = pruned[name].scale
-            if scale is not None:
-                parts["scale"] = scale
+        # Two inputs of a stage can come from rows of one linear.
+        before = self._pruned.get(name, pruned.get(name))
+        if before is not None:
+            parts["pruned"] = before.weight
+            if before.scale is not None:
+                parts["scale"] = before.scale
         else:
             parts["weight"] = self._stored(f"{name}.weight")
         if linear.bias is not None:
@@ -155,8 +143,8 @@ class Smoother:
             factors[rows] = 1 / scales
             parts[key] = times(part, factors.view(-1, *[1] * (part.dim() - 1)))[0]
         replaced = {}
-        if name in pruned:
-            replaced[name] = replace(pruned[name], weight=parts.pop("pruned"), scale=parts.pop("scale", None))
+        if before is not None:
+            replaced[name] = replace(before, weight=parts.pop("pruned"), scale=parts.pop("scale", None))
         return scales, {f"{name}.{key}": part for key, part in parts.items()}, replaced
 
     def _absorbed_by_norm(
@@ -174,9 +162,10 @@ class Smoother:
         return scales, {f"{name}.weight": new} | found, {}
 
     def _stored(self, parameter: str) -> torch.Tensor:
-        """A parameter as it is in the file, or as an earlier stage has changed it."""
-        if parameter in self.changed:
-            return self.changed[parameter]
+        """A parameter as it is in the file, or as it has been changed."""
+        for changed in (self._tensors, self.changed):
+            if parameter in changed:
+                return changed[parameter]
         return self.model.read(self.model.names.direct[self.model.layer_prefix(self.index) + parameter])
 
 

@@ -14,6 +14,7 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.export import export_dense
 from ria_vllm.folder_commands import inspect, verify
 from ria_vllm.offline.compress import Settings
+from ria_vllm.offline.recipe import Recipe
 
 INT8 = {"weights": "int8", "activations": "int8"}
 LAYER = "model.layers.1."
@@ -167,3 +168,18 @@ def test_what_is_said_of_it(model, text, tmp_path):
     assert "activations int8, smooth 0.5" in shown
     assert CliRunner().invoke(verify, [str(tmp_path / "out")], catch_exceptions=False).exit_code == 0
     assert "scales migrated by SmoothQuant, strength 0.5 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt-neox", "opt", "llama-mqa", "deepseek-v3", "qwen3.5"])
+def test_the_function_of_the_pruned_model_is_the_same(family, tiny, text, tmp_path, monkeypatch):
+    """With weights that are not rounded, which `compress` does not offer, and the orders and masks of before."""
+    logits = []
+    for strength in (0.0, 0.8):
+        monkeypatch.setattr(Recipe, "migration_strength", strength)
+        out, dense = tmp_path / f"out-{strength}", tmp_path / f"dense-{strength}"
+        report, _ = run_small(tiny(family), out, text)
+        assert ("smoothed" in report) == bool(strength)
+        export_dense(Reader(out), dense, 10**9)
+        logits.append(logits_of(dense))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
+    assert report["smoothed"]["linears"] >= 4
