@@ -128,11 +128,11 @@ class _Solvers:
         self.gram: SymmetricMatrix | None = None
         self.last: AdmmSolver | None = None
 
-    def of(self, gram: SymmetricMatrix) -> AdmmSolver:
+    def of(self, gram: SymmetricMatrix, scales: torch.Tensor | None) -> AdmmSolver:
         if self.last is None or self.gram is not gram:
             self.gram, self.last = gram, None
             with one_thread():
-                self.last = admm_solver(gram)
+                self.last = admm_solver(gram, scales=scales)
         found = self.last
         self.uses[id(gram)] -= 1
         if not self.uses[id(gram)]:
@@ -229,10 +229,14 @@ def _prune(
     if recipe.reconstruct != "none":
         cross_term = statistics.drift and statistics.drift.cross_term(weight)
         choose = None if recipe.method == "sparsegpt" else _choice(weight, statistics, p, recipe)
-        W, mask = solvers.of(statistics.gram).solve(weight, mask, cross_term=cross_term, choose=choose)
+        solver = solvers.of(statistics.gram, statistics.scales)
+        W, mask = solver.solve(weight, mask, cross_term=cross_term, choose=choose)
+        del solver
         if isinstance(weight_format, IntFormat):
             order = None if p is None else p.to(weight.device)
-            W, scales = round_on_mask(weight, W, mask, statistics.gram, weight_format, cross_term, order, passes)
+            W, scales = round_on_mask(
+                weight, W, mask, statistics.gram, weight_format, cross_term, order, passes, divided_by=statistics.scales
+            )
         del cross_term
     W = weight * mask if W is None else W
     W, scales = stored_weight(W, p, dtype, recipe, scales, statistics.norm**2)
