@@ -72,6 +72,13 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     help="int8: linears with integer weights also round their inputs, with a scale for each token.",
 )
 @click.option(
+    "--smooth",
+    type=float,
+    metavar="STRENGTH",
+    show_default="0.5 with rounded inputs",
+    help="Migrate outliers of inputs into the weights, as SmoothQuant does, by this strength; 0: do not.",
+)
+@click.option(
     "--distill",
     type=click.IntRange(min=2),
     metavar="TOKENS",
@@ -99,7 +106,7 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 @click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(
     model, out, method, exponent, permute, permute_scope, pattern, calibration, samples, seq_len, seed, reconstruct,
-    skip_sensitive, weights, group_size, activations, distill, ignore, device, compute_dtype, activation_cache,
+    skip_sensitive, weights, group_size, activations, smooth, distill, ignore, device, compute_dtype, activation_cache,
     max_shard_size, overwrite, resume, timings,
 ):  # fmt: skip
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
@@ -123,7 +130,7 @@ def compress(
         pattern=parsed, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, ignore=tuple(ignore),
         reconstruct=reconstruct, skip_sensitive=skip_sensitive, weights=weights,
         group_size=int(group_size) if group_size and group_size.isdigit() else group_size, activations=activations,
-        compute_dtype=compute_dtype,
+        smooth=smooth, compute_dtype=compute_dtype,
     )  # fmt: skip
     if timings and timings.parent.resolve() != out.resolve():  # OUT itself does not exist yet
         check_file_place(timings)

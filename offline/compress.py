@@ -24,6 +24,7 @@ from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import map_large_blocks
 from ria_vllm.offline.runtime.ranks import Ranks, joined
+from ria_vllm.offline.smoothing import changeable
 from ria_vllm.offline.tokens import calibration_tokens
 from ria_vllm.offline.units import layer_key, layer_tensors, pruned_weights
 from ria_vllm.offline.work import begun_run, fingerprint, work_folder
@@ -215,21 +216,24 @@ class _Run:
                 stored, _ = self.writer.read(layer_key(index))
                 names = {self.model.written_linear(index, name): name for name in sorted(plan.pruned[index])}
                 weights = pruned_weights(stored, list(names), self.model.stored_dtype, self.recipe)
-                found = {names[written]: weight for written, weight in weights.items()}
+                found = {f"{names[written]}.weight": weight for written, weight in weights.items()}
+                if self.recipe.migration_strength:
+                    changed = changeable(self.model, index, layers.topologies.of(index), plan.pruned[index])
+                    found |= {name: stored[written] for name, written in changed.items()}
                 layers.replay(index, found, plan.experts[index])
         return finished
 
     def _prune_layers(self, layers: LayerPass, plan: Plan, finished: int, store: ExpertStore) -> None:
         total = len(self.model.layers)
         for index in self.monitor.layers(range(finished, total), total):
-            pruned = layers.prune(index, plan, last=index == total - 1)
+            pruned, changed = layers.prune(index, plan, last=index == total - 1)
             records = {name: linear.record for name, linear in pruned.items()}
             if self.ranks.first:
                 with self.monitor.phase("writing"):
-                    tensors = layer_tensors(self.model, index, pruned, self.recipe, plan.experts[index])
+                    tensors = layer_tensors(self.model, index, pruned, self.recipe, plan.experts[index], changed)
                     self.writer.write(layer_key(index), tensors, records)
                     del tensors
-            del pruned  # before the next layer is loaded
+            del pruned, changed  # before the next layer is loaded
             _say_layer(records, self.monitor)
             for path in sorted(plan.experts[index]):
                 _say_experts(self.model.experts[index][path].module, store.records(index, [path]), self.monitor)
@@ -245,6 +249,12 @@ class _Run:
             "dense": dict(plan.dense),
             "topology": topologies.dump(),
         }
+        if self.recipe.migration_strength:
+            count = sum("smoothed" in record for record in linears.values())
+            found["smoothed"] = {"linears": count, "left": len(linears) - count}
+            self.monitor.say(
+                f"scales of inputs migrated for {count} of {len(linears)} linears; nothing absorbs those of the others"
+            )
         copied = self.model.copied()
         return found | {"copied": copied} if copied else found
 

@@ -1,17 +1,17 @@
 """One pass over the decoder layers: the embedded calibration tokens go in, pruned layers come out one by one."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.embed import embed
 from ria_vllm.offline.calibration.routing import Reads, RoutedTokens, read_by
+from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.expert_store import ExpertStore
@@ -25,6 +25,7 @@ from ria_vllm.offline.pruning.rounding import PASSES
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.offline.smoothing import Smoother, set_parameter
 from ria_vllm.offline.solve import find_orders, retained_without_blocks, solve
 from ria_vllm.offline.train import train_sublayer
 from ria_vllm.progress import Monitor
@@ -65,21 +66,26 @@ class LayerPass:
         self.embedded = embed(model, tokens, cache, follow_dense, ranks, monitor, topologies)
         self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
 
-    def prune(self, index: int, plan: Plan, last: bool) -> dict[str, Pruned]:
+    def prune(self, index: int, plan: Plan, last: bool) -> tuple[dict[str, Pruned], dict[str, torch.Tensor]]:
         """Prune layer `index` and, unless it is the last one, take the activations through it.
 
         Returns:
-            Written name -> pruned linear, without the experts: these are in the store.
+            (written name -> pruned linear, without the experts: these are in the store; written name of another tensor
+            -> what has to be written instead of the source's).
         """
         pruned: dict[str, Pruned] = {}
         sublayer_passes = self._load(index)
+        strength, topology = self.recipe.migration_strength, self.topologies.of(index)
+        smoother = Smoother(self.model, index, topology, strength, self.ranks) if strength else None
         with self._reads_removed():
             for sublayer_pass in sublayer_passes:
-                pruned |= self._prune_sublayer(index, sublayer_pass, plan)
+                pruned |= self._prune_sublayer(index, sublayer_pass, plan, smoother)
                 if not last or sublayer_pass is not sublayer_passes[-1]:
                     sublayer_pass.advance(self.streams.pruned)
         self._free(index)
-        return self._written(index, pruned)
+        changed = {} if smoother is None else smoother.changed
+        prefix, direct = self.model.layer_prefix(index), self.model.names.direct
+        return self._written(index, pruned), {direct[prefix + name]: tensor for name, tensor in changed.items()}
 
     def measure(self, index: int, plan: Plan) -> dict[str, dict[str, Any]]:
         """What pruning would do to each linear of layer `index`, which stays dense.
@@ -102,19 +108,19 @@ class LayerPass:
         self._free(index)
         return self._written(index, records)
 
-    def replay(self, index: int, weights: Mapping[str, torch.Tensor], experts: Iterable[str] = ()) -> None:
+    def replay(self, index: int, parameters: Mapping[str, torch.Tensor], experts: Iterable[str] = ()) -> None:
         """Take the activations through a layer that was pruned earlier.
 
         Args:
-            weights: name relative to the layer -> pruned weight [out, in].
+            parameters: name relative to the layer -> what pruning has made of it.
             experts: paths of the experts that were pruned.
         """
         sublayer_passes = self._load(index)
         if self.streams.dense is not None:
             for sublayer_pass in sublayer_passes:
                 sublayer_pass.advance(self.streams.dense)
-        for name, weight in weights.items():
-            _set_weight(self.model.layers[index], name, weight)
+        for name, value in parameters.items():
+            set_parameter(self.model.layers[index], name, value)
         for path in experts:
             self._use_pruned(index, path)
         for sublayer_pass in sublayer_passes:
@@ -137,18 +143,23 @@ class LayerPass:
             for sublayer in self.topologies.of(index).sublayers
         ]
 
-    def _prune_sublayer(self, index: int, sublayer_pass: SublayerPass, plan: Plan) -> dict[str, Pruned]:
+    def _prune_sublayer(
+        self, index: int, sublayer_pass: SublayerPass, plan: Plan, smoother: Smoother | None
+    ) -> dict[str, Pruned]:
         """Prune one stage after the other, so that each sees what those before it produce; then train if asked."""
         pruned: dict[str, Pruned] = {}
         stages = [plan.groups(index, stage) for stage in sublayer_pass.stages]
         dense = self._dense_reads(index, sublayer_pass, stages)
         compared = self.topologies.is_first(index)  # a second search in every layer would take too long
         for number, groups in enumerate(stages):
-            found, _ = self._solve_stage(index, sublayer_pass, number, groups, dense, compared)
+            scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
+            found, _ = self._solve_stage(index, sublayer_pass, number, groups, dense, compared, scale=scale)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 sublayer_pass.advance(self.streams.dense)
             for name, linear in found.items():
-                _set_weight(sublayer_pass.runner.layer, name, linear.weight)
+                set_parameter(sublayer_pass.runner.layer, f"{name}.weight", linear.weight)
+            if smoother is not None:
+                smoother.apply(found, pruned)
             for group in groups:
                 if group.experts:
                     self._use_pruned(index, group.experts)
@@ -193,6 +204,7 @@ class LayerPass:
         dense: Mapping[str, Reads],
         compared: bool = False,
         passes: int = PASSES,
+        scale: Callable[[Sequence[Group], dict[str, Statistics], dict[str, torch.Tensor]], None] | None = None,
     ) -> tuple[dict[str, Pruned], dict[str, dict[str, Any]]]:
         """Prune the linears and experts of one stage.
 
@@ -200,6 +212,7 @@ class LayerPass:
             dense: path of experts -> what they read in the dense model; empty if it is not followed.
             compared: also record what orders without blocks would retain, where the orders have to keep to blocks.
             passes: of rounding to integers.
+            scale: migrates scales in the statistics and weights of the groups' linears.
 
         Returns:
             (linear -> result; an expert's linear -> record). What is pruned of the experts goes to the store.
@@ -212,6 +225,8 @@ class LayerPass:
         names = [name for group in plain for name in group.linears]
         statistics = {name: stats for group, stats in zip(plain, found, strict=True) for name in group.linears}
         weights = {name: sublayer_pass.runner.linear(name).weight.data for name in names}
+        if scale is not None:
+            scale(plain, statistics, weights)
         shared = self.recipe.permute_scope == "shared"
         with self.monitor.phase("permutations"):
             alone = [group for group in plain if not (group.experts and shared)]
@@ -298,8 +313,3 @@ class LayerPass:
 
     def _written(self, index: int, found: Mapping[str, T]) -> dict[str, T]:
         return {self.model.written_linear(index, name): value for name, value in found.items()}
-
-
-def _set_weight(layer: nn.Module, name: str, weight: torch.Tensor) -> None:
-    module = layer.get_submodule(name)
-    module.weight = nn.Parameter(weight.to(module.weight.device, module.weight.dtype), requires_grad=False)

@@ -23,6 +23,7 @@ RECONSTRUCTIONS = ("none", "admm", "block")
 WEIGHTS = ("float", "int8", "int4")
 ROW = "row"
 ACTIVATIONS = ("none", "int8")
+SMOOTH = 0.5
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Recipe:
 
     group_size: stored columns of a row that share a scale, "row", or None for the default: of int8 a row; of int4 what
         `fitting` makes of it.
+    smooth: SmoothQuant's migration strength, 0 for none of it, or None for the default: see `migration_strength`.
 
     Raises:
         RiaError: an invalid value.
@@ -51,6 +53,7 @@ class Recipe:
     weights: str = "float"
     group_size: int | str | None = None
     activations: str = "none"
+    smooth: float | None = None
     compute_dtype: str = "auto"
 
     def __post_init__(self) -> None:
@@ -64,6 +67,10 @@ class Recipe:
         if self.weights == "float" and (self.group_size is not None or self.activations != "none"):
             option = "--activations" if self.group_size is None else "--group-size"
             raise RiaError(f"{option} goes with integer weights; give --weights int8 or int4 as well.")
+        if self.smooth and self.activations == "none":
+            raise RiaError("--smooth is for rounded inputs; give --activations int8 as well.")
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
+            raise RiaError(f"--smooth {self.smooth}: choose a number from 0 (off) to 1; the paper's is 0.5.")
         if self.weights != "float" and not self.served:
             raise RiaError(
                 f"--weights {self.weights} is for the pattern 2:4; {self.pattern} is written as plain dense weights."
@@ -100,6 +107,12 @@ class Recipe:
     @property
     def _columns(self) -> int | None:
         return self.group_size if isinstance(self.group_size, int) else None
+
+    @property
+    def migration_strength(self) -> float:
+        """How much of an input's outliers go into the weights; 0 if their scales stay where they are."""
+        default = SMOOTH if self.activations != "none" else 0.0
+        return default if self.smooth is None else self.smooth
 
     @property
     def follows_dense(self) -> bool:
@@ -162,7 +175,9 @@ class Recipe:
         if self.weights == "float" or (self.weights == "int8" and self._columns is None):
             del options["group_size"]
         if self.activations == "none":
-            del options["activations"]
+            del options["activations"], options["smooth"]
+        else:
+            options["smooth"] = self.migration_strength
         if self.compute_dtype == "auto":
             del options["compute_dtype"]  # not chosen yet
         return options | {"source": published(source), "versions": versions}

@@ -128,11 +128,11 @@ class _Solvers:
         self.gram: SymmetricMatrix | None = None
         self.last: AdmmSolver | None = None
 
-    def of(self, gram: SymmetricMatrix) -> AdmmSolver:
+    def of(self, gram: SymmetricMatrix, scales: torch.Tensor | None) -> AdmmSolver:
         if self.last is None or self.gram is not gram:
             self.gram, self.last = gram, None
             with one_thread():
-                self.last = admm_solver(gram)
+                self.last = admm_solver(gram, scales=scales)
         found = self.last
         self.uses[id(gram)] -= 1
         if not self.uses[id(gram)]:
@@ -146,7 +146,21 @@ def score(weight: torch.Tensor, statistics: Statistics, recipe: Recipe) -> torch
     RIA's for SparseGPT, which scores weights itself, but needs scores to order the channels.
     """
     method = "ria" if recipe.method == "sparsegpt" else recipe.method
-    return scores.score(method, weight, statistics.norm, recipe.exponent)
+    return _score(method, weight, statistics, recipe)
+
+
+def _score(
+    method: str,
+    weight: torch.Tensor,
+    statistics: Statistics,
+    recipe: Recipe,
+    column_sums: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The scores of the model's own weights, whatever scales have migrated into them: RIA's would change."""
+    norm, scales = statistics.norm, statistics.scales
+    if scales is not None:
+        weight, norm = weight.float() / scales, norm * scales
+    return scores.score(method, weight, norm, recipe.exponent, column_sums)
 
 
 def _keeps_to_blocks(group: Group, width: int, m: int) -> bool:
@@ -215,10 +229,14 @@ def _prune(
     if recipe.reconstruct != "none":
         cross_term = statistics.drift and statistics.drift.cross_term(weight)
         choose = None if recipe.method == "sparsegpt" else _choice(weight, statistics, p, recipe)
-        W, mask = solvers.of(statistics.gram).solve(weight, mask, cross_term=cross_term, choose=choose)
+        solver = solvers.of(statistics.gram, statistics.scales)
+        W, mask = solver.solve(weight, mask, cross_term=cross_term, choose=choose)
+        del solver
         if isinstance(weight_format, IntFormat):
             order = None if p is None else p.to(weight.device)
-            W, scales = round_on_mask(weight, W, mask, statistics.gram, weight_format, cross_term, order, passes)
+            W, scales = round_on_mask(
+                weight, W, mask, statistics.gram, weight_format, cross_term, order, passes, divided_by=statistics.scales
+            )
         del cross_term
     W = weight * mask if W is None else W
     W, scales = stored_weight(W, p, dtype, recipe, scales, statistics.norm**2)
@@ -232,9 +250,11 @@ def _prune(
 def _choice(weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None, recipe: Recipe) -> Choice:
     """Chooses the masks of some rows by the method's own score, with the column sums of the dense weight."""
     column_sums = weight.abs().float().sum(0)
+    if statistics.scales is not None:
+        column_sums = column_sums / statistics.scales
 
     def choose(rows: torch.Tensor) -> torch.Tensor:
-        return _mask(scores.score(recipe.method, rows, statistics.norm, recipe.exponent, column_sums), p, recipe)
+        return _mask(_score(recipe.method, rows, statistics, recipe, column_sums), p, recipe)
 
     return choose
 

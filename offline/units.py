@@ -1,6 +1,7 @@
 """How a decoder layer is stored in the work folder: its pruned experts one by one, then everything else as one unit."""
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -31,17 +32,24 @@ def order_key(index: int, path: str) -> str:
 
 
 def layer_tensors(
-    model: StreamedModel, index: int, pruned: Mapping[str, Pruned], recipe: Recipe, experts: Iterable[str] = ()
+    model: StreamedModel,
+    index: int,
+    pruned: Mapping[str, Pruned],
+    recipe: Recipe,
+    experts: Iterable[str] = (),
+    changed: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> dict[str, torch.Tensor]:
     """All tensors of a layer in the checkpoint but its pruned experts. Dense tensors are as in the source.
 
     Args:
         pruned: written name -> pruned linear.
         experts: paths of the experts that are pruned.
+        changed: written name of a tensor that is not pruned -> what is written instead of the source's.
     """
     replaced = {f"{name}.weight" for name in pruned}
     replaced.update(name for path in experts for name in model.experts[index][path].sources)
-    tensors = {name: model.read(name) for name in model.names_in_layer(index) if name not in replaced}
+    kept = [name for name in model.names_in_layer(index) if name not in replaced]
+    tensors = {name: changed[name] if name in changed else model.read(name) for name in kept}
     return tensors | linear_tensors(pruned, recipe)
 
 

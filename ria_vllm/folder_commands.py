@@ -73,6 +73,7 @@ def print_inventory(inventory: Inventory) -> None:
         "weights",
         "group_size",
         "activations",
+        "smooth",
         "calibration",
         "samples",
         "seq_len",

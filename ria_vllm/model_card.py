@@ -213,7 +213,9 @@ def _what_was_pruned(report: dict[str, Any], zeros: float) -> list[str]:
         of_each = "a row" if size == "row" else f"{size} columns of a row"
         rows.append(("weights", f"{_plain(report['recipe']['weights'])}, with a scale for {_plain(of_each)}"))
     if inputs is not None:
-        rows.append(("inputs of pruned linears", f"rounded to {_plain(inputs)}, token by token"))
+        smooth = report["recipe"].get("smooth")
+        how = f"; scales migrated by SmoothQuant, strength {_plain(smooth)}" if smooth else ""
+        rows.append(("inputs of pruned linears", f"rounded to {_plain(inputs)}, token by token{how}"))
     scores = {name: report_number(entry, "retained_after") for name, entry in linears.items()}
     finite = {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}
     if finite:

@@ -100,6 +100,8 @@ def test_it_says_how_integers_are_stored_and_read(tmp_path):
     text = card(tmp_path, report=REPORT | {"recipe": RECIPE | options})
     assert "| weights | int4, with a scale for 64 columns of a row |" in text and "| group_size | `64` |" in text
     assert "| inputs of pruned linears | rounded to int8, token by token |" in text
+    text = card(tmp_path, report=REPORT | {"recipe": RECIPE | options | {"smooth": 0.5}})
+    assert "rounded to int8, token by token; scales migrated by SmoothQuant, strength 0.5 |" in text
     text = card(tmp_path, report=REPORT | {"recipe": RECIPE | {"weights": "int4", "group_size": "row"}})
     assert "| weights | int4, with a scale for a row |" in text and "inputs of" not in text
     text = card(tmp_path, report=REPORT | {"recipe": RECIPE | {"weights": "int8"}})

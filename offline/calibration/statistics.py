@@ -22,11 +22,22 @@ class Statistics:
     norm: ||X_j|| [in] float32, the l2 norm of each input channel.
     gram: X^T X [in, in] float32; None if only norms were asked for.
     drift: how far X is from the dense model's input; None if the dense model is not followed.
+    scales: [in] float32, by which the channels of X were divided, and those of the weights multiplied; None: by none.
     """
 
     norm: torch.Tensor
     gram: SymmetricMatrix | None
     drift: Drift | None = None
+    scales: torch.Tensor | None = None
+
+    def divide(self, scales: torch.Tensor) -> None:
+        """Divide the channels of X, and of the dense model's input, by `scales` float32 [in]; in place."""
+        self.norm /= scales
+        if self.gram is not None:
+            self.gram.divide(scales)
+        if self.drift is not None:
+            self.drift.divide(scales)
+        self.scales = scales if self.scales is None else self.scales * scales
 
 
 class GramSum(SymmetricMatrix):

@@ -5,7 +5,8 @@ One layer of each kind is run by itself in float64, with random parameters. That
 - which linears read the same tensor, and which depend on which;
 - where the residual stream can be cut: the layer, run from the stream there with what comes before returning zeros,
   must give the same output;
-- which folds hold: random permutations must change nothing but rounding.
+- which folds hold: random permutations must change nothing but rounding;
+- what can absorb the scales of an input's channels: random scales must change nothing but rounding.
 
 What cannot be shown is not claimed. At worst a linear then gathers its own input, or a layer is one sublayer.
 """
@@ -22,6 +23,7 @@ from ria_vllm.offline.model.embedding import LayerCall
 from ria_vllm.offline.model.experiment import Batch, Experiment, Seen, watch
 from ria_vllm.offline.model.experts import experts_modules
 from ria_vllm.offline.model.folds import confirmed, find_folds
+from ria_vllm.offline.model.migrations import find_migrations
 from ria_vllm.offline.model.split import find_cut, is_sum
 from ria_vllm.offline.model.topology import Group, Heads, Sublayer, Topology, linears_of, rank_blocks
 from ria_vllm.offline.model.vllm_quirks import served_dense
@@ -51,7 +53,8 @@ def describe(config: Any, layer: nn.Module, short: Batch, long: Batch) -> Topolo
     sublayers = _sublayers(experiment, groups, depends, seen)
     folds = confirmed(experiment, folds, long)
     sublayers = tuple(_constrained(sublayer, layer, folds, experiment.stream.shape[-1]) for sublayer in sublayers)
-    return Topology(sublayers, tuple(folds), _all_dense(layer, dense, order), _together(groups))
+    migrations = find_migrations(experiment, seen, groups, folds, long)
+    return Topology(sublayers, tuple(folds), _all_dense(layer, dense, order), _together(groups), migrations)
 
 
 def describe_as_it_is(layer: nn.Module, call: LayerCall, stream: torch.Tensor) -> Topology:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 from torch import nn
 from transformers import PreTrainedModel
 
 from ria_vllm.errors import RiaError
-from ria_vllm.layer_schema import Fold
+from ria_vllm.layer_schema import Fold, Producer
 from ria_vllm.offline.model.vllm_quirks import fused_sets
 
 # With up to this many ranks of tensor parallelism, a permutation that no fold absorbs stays within each rank.
@@ -51,6 +52,50 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Migration:
+    """A tensor whose channels can be divided by scales in what makes it, and multiplied in what reads it.
+
+    Names are relative to the layer. Either a norm or a producer absorbs the scales.
+
+    consumers: all linears that read the tensor, those that stay dense, too.
+    norm: the module that makes it. Its weight plus `offset` is divided by the scales, and so is its bias.
+    producer: the rows of a linear that are divided by the scales, with their biases.
+    heads: there is one row for each channel of a key-value head, and all query heads that share it have its scale.
+    """
+
+    consumers: tuple[str, ...]
+    norm: str | None = None
+    offset: int = 0
+    producer: Producer | None = None
+    heads: Heads | None = None
+
+    @property
+    def absorber(self) -> str:
+        """The module that absorbs the scales."""
+        return self.norm or (self.producer.name if self.producer is not None else "")
+
+    def rows_of(self, width: int) -> int:
+        """How many scales there are for an input with `width` channels."""
+        return width if self.heads is None else width // self.heads.num_heads * self.heads.num_kv_heads
+
+    def columns(self, scales: torch.Tensor) -> torch.Tensor:
+        """The scale of each input channel [width], from those of the rows."""
+        return scales if self.heads is None else self._shared(scales).flatten()
+
+    def largest(self, channels: torch.Tensor) -> torch.Tensor:
+        """For each row, the largest entry of `channels` [width] over those that have its scale."""
+        if self.heads is None:
+            return channels
+        kv, size = self.heads.num_kv_heads, self.heads.head_dim
+        return channels.view(kv, -1, size).amax(1).flatten()
+
+    def _shared(self, scales: torch.Tensor) -> torch.Tensor:
+        assert self.heads is not None
+        kv, share = self.heads.num_kv_heads, self.heads.num_heads // self.heads.num_kv_heads
+        return scales.view(kv, 1, -1).expand(kv, share, self.heads.head_dim)
+
+
+@dataclass(frozen=True)
 class Sublayer:
     """A part of a layer that maps the residual stream to the residual stream: attention, MLP, or the whole layer.
 
@@ -81,12 +126,14 @@ class Topology:
     folds: names of single experts have `{e}` for the expert's number.
     dense: linears that must stay dense -> why.
     together: sets of linears, besides those in `vllm_quirks.FUSED`, of which all are pruned or none.
+    migrations: where the scales of inputs can be moved to.
     """
 
     sublayers: tuple[Sublayer, ...]
     folds: tuple[Fold, ...] = ()
     dense: Mapping[str, str] = field(default_factory=dict)
     together: tuple[frozenset[str], ...] = ()
+    migrations: tuple[Migration, ...] = ()
 
     @property
     def linears(self) -> list[str]:
@@ -110,7 +157,8 @@ class Topology:
         """As JSON, for the report."""
         sublayers = [asdict(sublayer) for sublayer in self.sublayers]
         folds = [fold.model_dump(mode="json", exclude_none=True) for fold in self.folds]
-        return {"sublayers": sublayers, "folds": folds, "dense": dict(self.dense)}
+        migrations = [{"from": list(one.consumers), "to": one.absorber} for one in self.migrations]
+        return {"sublayers": sublayers, "folds": folds, "dense": dict(self.dense), "migrations": migrations}
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,25 @@ class AdmmSolver:
         return ((change if cross_term is None else change - 2 * cross_term) * D).sum(1)
 
 
-def admm_solver(gram: torch.Tensor | SymmetricMatrix, damping: float = DAMPING, rho: float = 1.0) -> AdmmSolver:
+def damping_of(diagonal: torch.Tensor, damping: float, scales: torch.Tensor | None = None) -> torch.Tensor:
+    """What is added to the diagonal of a Gram matrix X^T X: [in], or one number for all channels.
+
+    Args:
+        diagonal: [in], that of the matrix.
+        damping: in units of its mean.
+        scales: [in], by which the channels of X were divided. Units are those of before, so that this changes nothing.
+    """
+    mean = (diagonal if scales is None else diagonal * scales**2).mean()
+    added = damping * torch.where(mean > 0, mean, 1.0)  # without any input, any weights will do
+    return added if scales is None else added / scales**2
+
+
+def admm_solver(
+    gram: torch.Tensor | SymmetricMatrix,
+    damping: float = DAMPING,
+    rho: float = 1.0,
+    scales: torch.Tensor | None = None,
+) -> AdmmSolver:
     """Prepare the reconstruction of all linears that read one input.
 
     For a wide input the solver takes, besides `gram`, half the memory of a dense [in, in] matrix, and no more while it
@@ -109,7 +127,7 @@ def admm_solver(gram: torch.Tensor | SymmetricMatrix, damping: float = DAMPING, 
 
     Args:
         gram: [in, in] X^T X; channels that are always zero are allowed.
-        damping: added to the diagonal, in units of its mean.
+        damping, scales: see `damping_of`.
         rho: ADMM's penalty, in units of a normalised channel.
 
     Raises:
@@ -117,8 +135,7 @@ def admm_solver(gram: torch.Tensor | SymmetricMatrix, damping: float = DAMPING, 
     """
     gram = _suitable(gram)
     diagonal = gram.diagonal()
-    mean = diagonal.mean()
-    added = damping * (mean if mean > 0 else 1.0)  # without any input, any weights will do
+    added = damping_of(diagonal, damping, scales)
     scale = (diagonal + added).sqrt()
     # Without damping a dead channel has scale 0; it does not matter for the output either.
     scale = torch.where(scale > 0, scale, 1.0)

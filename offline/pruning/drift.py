@@ -24,6 +24,10 @@ class Drift(Protocol):
         """||Y - X W^T||_F^2, for W [out, in]."""
         ...
 
+    def divide(self, scales: torch.Tensor) -> None:
+        """Divide the channels of X, and of the dense model's input, by `scales` [in]; in place."""
+        ...
+
 
 @dataclass(frozen=True)
 class InputDrift:
@@ -41,6 +45,11 @@ class InputDrift:
     def squared_residual(self, weight: torch.Tensor) -> float:
         W = weight.float()
         return float(((W @ self.gram) * W).sum(dtype=torch.float64))
+
+    def divide(self, scales: torch.Tensor) -> None:
+        self.cross.div_(scales[:, None]).div_(scales)
+        gram = self.gram if isinstance(self.gram, SymmetricMatrix) else SymmetricMatrix.of(self.gram)
+        gram.divide(scales)
 
 
 @dataclass(frozen=True)
@@ -60,3 +69,6 @@ class OutputDrift:
 
     def squared_residual(self, weight: torch.Tensor) -> float:
         return self.squared_norm
+
+    def divide(self, scales: torch.Tensor) -> None:
+        self.cross.div_(scales)

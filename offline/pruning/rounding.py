@@ -17,7 +17,7 @@ import torch
 
 from ria_vllm import permutation
 from ria_vllm.formats import IntFormat, wide_scales
-from ria_vllm.offline.pruning.admm import DAMPING, DENSE_WIDTH
+from ria_vllm.offline.pruning.admm import DAMPING, DENSE_WIDTH, damping_of
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 
 # Entries of the rows that are rounded together, but no fewer rows than that. Each column is a step: with fewer rows,
@@ -40,6 +40,7 @@ def round_on_mask(
     p: torch.Tensor | None = None,
     passes: int = PASSES,
     damping: float = DAMPING,
+    divided_by: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round the kept weights of a linear so that its output stays closest to its target.
 
@@ -52,7 +53,7 @@ def round_on_mask(
         gram: X^T X [in, in].
         cross_term: [out, in] float32, see `ria_vllm.offline.pruning.admm`; None: the target is X W^T.
         p: int64 [in], the order in which columns are stored; None: the model's own.
-        damping: added to the diagonal of the Gram matrix, in units of its mean, as ADMM does it.
+        damping, divided_by: of the Gram matrix, as ADMM does it; see `damping_of`, where the latter is `scales`.
 
     Returns:
         (W'' [out, in] float32, integers times scales, zero outside the mask; the scales [out, 1] or
@@ -61,7 +62,8 @@ def round_on_mask(
         scales that fit its largest magnitudes.
     """
     solved = solved.float()
-    system = _System(gram, p, damping, weight_format.group_size or BLOCK)
+    added = damping_of(gram.diagonal(), damping, divided_by).expand(gram.width)
+    system = _System(gram, p, added, weight_format.group_size or BLOCK)
     back = None if p is None else permutation.invert(p)
     scales = []
     for rows in _some_rows(weight):
@@ -113,16 +115,15 @@ def nearest_scales(
 class _System:
     """A [in, in]: the Gram matrix, damped and in the stored order, by blocks of rows.
 
-    diagonal: [in]; block: rows of a block.
+    diagonal: [in]; block: rows of a block; added: [in], to the diagonal, in the model's own order.
     """
 
-    def __init__(self, gram: SymmetricMatrix, p: torch.Tensor | None, damping: float, block: int):
-        mean = gram.diagonal().mean()
-        added = damping * torch.where(mean > 0, mean, 1.0)
+    def __init__(self, gram: SymmetricMatrix, p: torch.Tensor | None, added: torch.Tensor, block: int):
+        added = added if p is None else added[p]
         self.width, self.block = gram.width, block
         self.matrix: Any = gram.dense(p) if gram.width <= DENSE_WIDTH else gram.copy(p)
         if isinstance(self.matrix, SymmetricMatrix):
-            self.matrix.add_to_diagonal(added.expand(gram.width))
+            self.matrix.add_to_diagonal(added)
         else:
             self.matrix.diagonal().add_(added)
         self.diagonal = self.matrix.diagonal()

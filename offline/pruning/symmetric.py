@@ -96,6 +96,11 @@ class SymmetricMatrix:
             [(block / scale[start:stop, None]).div_(scale[start:]) for start, stop, block in self.spans()]
         )
 
+    def divide(self, scale: torch.Tensor) -> None:
+        """Divide S_ij by scale_i scale_j, in place; scale is [width]."""
+        for start, stop, block in self.spans():
+            block.div_(scale[start:stop, None]).div_(scale[start:])
+
     def add_to_diagonal(self, added: torch.Tensor) -> None:
         """Add `added` [width], in place."""
         for start, stop, block in self.spans():

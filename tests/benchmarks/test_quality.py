@@ -35,6 +35,7 @@ def test_every_way_has_a_row_and_finished_rows_are_kept(tiny, text, tmp_path, mo
 
 def test_a_group_size_is_a_number_or_a_row():
     assert options_of("weights=int4 group_size=64") == {"weights": "int4", "group_size": 64}
+    assert options_of("weights=int8 smooth=0.5") == {"weights": "int8", "smooth": 0.5}
     assert options_of("group_size=row") == {"group_size": "row"}
 
 

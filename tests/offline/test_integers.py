@@ -30,7 +30,7 @@ WAYS = {
     "int8, rows": ({"weights": "int8", "group_size": "row"}, 8, None),
     "int8, 64": ({"weights": "int8", "group_size": 64}, 8, 64),
     "int4": ({"weights": "int4"}, 4, 64),
-    "int4, 32": ({"weights": "int4", "group_size": 32, "activations": "int8"}, 4, 32),
+    "int4, 32": ({"weights": "int4", "group_size": 32, "activations": "int8", "smooth": 0.0}, 4, 32),
     "int4, rows": ({"weights": "int4", "group_size": "row"}, 4, None),
 }
 each_way = pytest.mark.parametrize("way", WAYS)

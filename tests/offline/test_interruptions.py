@@ -71,6 +71,7 @@ WAYS = [
     {},
     {"reconstruct": "block", "weights": "int8", "group_size": 32},
     {"skip_sensitive": 0.2, "weights": "int4", "activations": "int8"},
+    {"reconstruct": "block", "weights": "int8", "activations": "int8"},
 ]
 
 
@@ -213,7 +214,8 @@ def test_a_result_is_kept_if_its_folder_appears_meanwhile(tiny, text, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("--permute-scope", "linear"), ("--reconstruct", "block")], ids=" ".join)
+@pytest.mark.parametrize("options", [("--permute-scope", "linear"), ("--reconstruct", "block"),
+                                     ("--weights", "int8", "--activations", "int8")], ids=" ".join)  # fmt: skip
 def test_two_processes_write_what_one_writes(options, make_model, text, tmp_path):
     model = make_model(tmp_path / "in", "llama")
     one = {**os.environ, "OMP_NUM_THREADS": "2"}

@@ -19,6 +19,9 @@ from ria_vllm.offline.recipe import Recipe
         ({"weights": "int4", "group_size": "64"}, "--group-size '64': choose one of row, 32, 64, 128"),
         ({"group_size": 64}, "--group-size goes with integer weights"),
         ({"activations": "int8"}, "--activations goes with integer weights"),
+        ({"smooth": 0.5, "weights": "int8"}, "--smooth is for rounded inputs; give --activations int8"),
+        ({"smooth": 1.5, "weights": "int8", "activations": "int8"}, "--smooth 1.5: choose a number from 0"),
+        ({"smooth": float("nan"), "weights": "int8", "activations": "int8"}, "--smooth nan: choose a number from 0"),
         ({"weights": "int8", "activations": "fp8"}, "--activations 'fp8': choose one of none, int8"),
     ],
     ids=str,
@@ -61,3 +64,10 @@ def test_the_way_out_covers_every_layer_and_expert():
     left = {name: width for name, width in widths.items() if not without.ignores(name)}
     assert sorted(left.values()) == [128, 1024]
     assert without.fitting(left) == without
+
+
+def test_scales_migrate_by_default_where_inputs_are_rounded():
+    rounded = {"weights": "int8", "activations": "int8"}
+    assert Recipe(**rounded).migration_strength == Recipe(**rounded).dump("x")["smooth"] == 0.5
+    assert Recipe(**rounded, smooth=0.0).dump("x")["smooth"] == 0
+    assert Recipe(weights="int8").migration_strength == 0 and "smooth" not in Recipe(weights="int8").dump("x")

@@ -44,6 +44,28 @@ def test_sums_over_chunks_are_those_of_all_tokens(with_gram, kind):
     assert found.drift.squared_residual(W) == pytest.approx((D @ W64.T).square().sum().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["input", "output"])
+def test_divided_statistics_are_those_of_divided_inputs(kind):
+    draw = torch.Generator().manual_seed(0)
+    X, other, W = (torch.randn(size, generator=draw) for size in ((90, 300), (90, 300), (10, 300)))
+    scales = torch.exp2(torch.randint(-3, 4, (300,), generator=draw).float())
+    found = []
+    for divisor in (torch.ones(300), scales):
+        total = StatisticsSum(300, True, torch.device("cpu"))
+        total.add(X / divisor)
+        if kind == "input":
+            total.add_input_drift(X / divisor, other / divisor)
+        else:
+            total.add_output_drift(X / divisor, (other - X) @ W.T)
+        found.append(total.finish(Ranks(), "x", torch.float32))
+    before, want = found
+    before.divide(scales)
+    assert torch.equal(before.norm, want.norm) and torch.equal(before.scales, scales) and want.scales is None
+    assert torch.equal(before.gram.dense(), want.gram.dense())
+    assert torch.equal(before.drift.cross_term(W), want.drift.cross_term(W))
+    assert before.drift.squared_residual(W) == want.drift.squared_residual(W)
+
+
 @pytest.mark.parametrize(
     ("dtype", "advice"), [(torch.bfloat16, "Give --compute-dtype float32"), (torch.float32, "Check that")]
 )

@@ -121,3 +121,15 @@ def test_output_error_is_the_relative_error_of_the_output():
     expected = objective(W, W * keep, X) / objective(W, torch.zeros_like(W), X)
     assert output_error(W, W * keep, X.T @ X) == pytest.approx(expected, rel=1e-4)
     assert output_error(W, W, X.T @ X) == 0.0
+
+
+def test_scales_that_have_migrated_change_nothing():
+    """Damping is that of the inputs before. With powers of two, nothing is rounded otherwise."""
+    W, X, keep = layer(40, 64, 300)
+    scales = torch.exp2(torch.randint(-3, 4, (64,), generator=torch.Generator().manual_seed(1)).float())
+    want, _ = admm_solver(X.T @ X).solve(W, keep)
+    gram = (X / scales).T @ (X / scales)
+    found, _ = admm_solver(gram, scales=scales).solve(W * scales, keep)
+    torch.testing.assert_close(found / scales, want, rtol=1e-5, atol=1e-5)
+    without, _ = admm_solver(gram).solve(W * scales, keep)
+    assert (without / scales - want).norm() > 1e-2 * want.norm()

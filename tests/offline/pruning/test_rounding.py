@@ -169,3 +169,15 @@ def test_scales_by_error_cost_less_than_any_other_of_the_range(weight_format):
     for factor in (0.5, 0.6, 0.7, 0.8, 0.9, 1.1):
         other = (fitting.float() * factor).to(fitting.dtype)
         assert lost(found).sum() < lost(other).sum()
+
+
+def test_the_damping_of_divided_inputs_is_that_of_before():
+    """The damped matrix is the one of the undivided inputs, divided; in any order."""
+    X = layer(8, 128, 300)[1]
+    scales = torch.exp2(torch.randint(-3, 4, (128,), generator=torch.Generator().manual_seed(1)).float())
+    p = torch.randperm(128, generator=torch.Generator().manual_seed(2))
+    found = rounding._System(
+        gram_of(X / scales), p, rounding.damping_of(gram_of(X / scales).diagonal(), 0.1, scales), 64
+    )
+    want = (X.T @ X + 0.1 * (X.T @ X).diagonal().mean() * torch.eye(128)) / scales / scales[:, None]
+    torch.testing.assert_close(found.matrix, want[p][:, p], rtol=1e-4, atol=1e-4)
