@@ -81,12 +81,14 @@ class Topology:
     folds: names of single experts have `{e}` for the expert's number.
     dense: linears that must stay dense -> why.
     together: sets of linears, besides those in `vllm_quirks.FUSED`, of which all are pruned or none.
+    found_on: what was run to find this out, for the report.
     """
 
     sublayers: tuple[Sublayer, ...]
     folds: tuple[Fold, ...] = ()
     dense: Mapping[str, str] = field(default_factory=dict)
     together: tuple[frozenset[str], ...] = ()
+    found_on: str = field(default="a copy with the layer's own widths", compare=False)
 
     @property
     def linears(self) -> list[str]:
@@ -110,7 +112,7 @@ class Topology:
         """As JSON, for the report."""
         sublayers = [asdict(sublayer) for sublayer in self.sublayers]
         folds = [fold.model_dump(mode="json", exclude_none=True) for fold in self.folds]
-        return {"sublayers": sublayers, "folds": folds, "dense": dict(self.dense)}
+        return {"sublayers": sublayers, "folds": folds, "dense": dict(self.dense), "found_on": self.found_on}
 
 
 @dataclass(frozen=True)
