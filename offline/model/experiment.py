@@ -67,7 +67,7 @@ class Experiment:
         self.dtype = torch.float32 if light else torch.float64
         self.layer = _random_copy(layer, draw, self.dtype)
         self._begin(call, stream, draw)
-        if not self.same(self.run(self.stream)):
+        if not light and not self.same(self.run(self.stream)):
             raise RiaError(f"{call.place}: with random parameters, it does not compute the same values twice.")
 
     def _begin(self, call: LayerCall, stream: torch.Tensor, draw: torch.Generator) -> None:
@@ -254,7 +254,7 @@ def _random(like: torch.Tensor, draw: torch.Generator, stacked: bool, dtype: tor
         return torch.empty(shape, dtype=dtype).uniform_(0.25, 1.25, generator=draw)
     bound = math.sqrt(3 / max(shape[-1], 1))
     own = _stored_shape(like, stacked)
-    if dtype == torch.float32 and len(shape) == 2:
+    if dtype == torch.float32 and len(shape) == 2 and not stacked:
         rows, columns = shape
         vector = torch.empty(APART * rows + columns).uniform_(-bound, bound, generator=draw)
         return vector.as_strided(shape, (APART, 1))

@@ -15,6 +15,7 @@ Code that computes the layer then takes the same branches, unless it compares a 
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from typing import Any
 
@@ -79,7 +80,8 @@ def changed(config: PretrainedConfig, changes: Mapping[Field, int]) -> Pretraine
 def likeness(layer: nn.Module) -> tuple:
     """What a layer and a smaller copy of it must have in common. See the module's docstring."""
     modules = tuple((name, type(module), _switches(module)) for name, module in layer.named_modules())
-    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    # Buffers follow from parameters, and some only exist once the whole model has computed them.
+    tensors = list(layer.named_parameters())
     first: dict[int, int] = {}
     same = [(size <= 1, first.setdefault(size, len(first))) for _, tensor in tensors for size in tensor.shape]
     names = tuple((name, tensor.dim()) for name, tensor in tensors)
@@ -105,7 +107,7 @@ class _Search:
     def __init__(self, config: PretrainedConfig, layer: nn.Module, index: int, enough: int):
         self.config, self.layer, self.index, self.enough = config, layer, index, enough
         self.wanted = likeness(layer)
-        self.real = _numbers(config, layer)
+        self.real = _numbers(layer, config)
         self.values = dict(_integers(config.to_dict()))
         # What only says the width of heads once more, for parts of the model outside of this layer.
         self.echoes: list[Field] = []
@@ -117,9 +119,9 @@ class _Search:
         There are none if the layer cannot be built by itself.
         """
         if self._widths is None:
-            made = self._built({})
-            possible = made is not None and self._is_alike(made)
-            self._widths = self._find_widths() if possible and _numbers(self.config, made) == self.real else []
+            built = self._built({})
+            possible = built is not None and self._is_alike(built[0]) and _numbers(*built) == self.real
+            self._widths = self._find_widths() if possible else []
         return self._widths
 
     def _find_widths(self) -> list[Field]:
@@ -145,10 +147,10 @@ class _Search:
 
     def _moved(self, changes: Mapping[Field, int]) -> bool | None:
         """Whether these changes are of widths; None if the layer cannot be built with them."""
-        made = self._built(changes)
-        if made is None:
+        built = self._built(changes)
+        if built is None:
             return None
-        numbers = _numbers(changed(self.config, changes), made)
+        numbers = _numbers(*built)
         moved = {key for key in self.real if numbers.get(key) != self.real[key]}
         heads = {key for key in moved if HEADS in key}
         own = {key for key in moved - heads if isinstance(key[-1], str)}
@@ -210,23 +212,21 @@ class _Search:
     def _weights(self, values: dict[Field, int]) -> int | None:
         """The weights of the layer's copy; None if the layer is not like the real one."""
         changes = self._changes(values)
-        made = self._built(changes)
-        if made is None:
+        built = self._built(changes)
+        if built is None:
             return None
-        config = changed(self.config, changes)
-        numbers = _numbers(config, made)
+        numbers = _numbers(*built)
         if any(numbers.get(key, 0) < _least(old) for key, old in self.real.items() if HEADS not in key):
             return None
-        return weights_of_copy(made) if self._is_alike(made) else None
+        return weights_of_copy(built[0]) if self._is_alike(built[0]) else None
 
-    def _built(self, changes: Mapping[Field, int]) -> nn.Module | None:
-        for rest in ((self.index,), ()):
-            try:
-                config = changed(self.config, changes)
-                with torch.device("meta"):
-                    return type(self.layer)(config, *rest)
-            except Exception:  # noqa: S112 - whatever a layer says against these numbers
-                continue
+    def _built(self, changes: Mapping[Field, int]) -> tuple[nn.Module, Any] | None:
+        """The layer with these changes, and its configuration; None if either refuses them, in whatever way."""
+        with suppress(Exception):
+            config = changed(self.config, changes)
+            for rest in ((self.index,), ()):
+                with suppress(Exception), torch.device("meta"):
+                    return type(self.layer)(config, *rest), config
         return None
 
     def _is_alike(self, made: nn.Module) -> bool:
@@ -251,10 +251,10 @@ def _quotients(values: dict[Field, int], fields: Iterable[Field], divisor: int) 
     return smaller
 
 
-def _numbers(config: Any, layer: nn.Module) -> dict[tuple, int]:
-    """The dimensions of a layer's tensors, the numbers of its heads, and the other numbers that its modules have."""
+def _numbers(layer: nn.Module, config: Any) -> dict[tuple, int]:
+    """The dimensions of a layer's parameters, the numbers of its heads, and the other numbers that its modules have."""
     found: dict[tuple, int] = {}
-    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+    for name, tensor in layer.named_parameters():
         found |= {(name, dim): size for dim, size in enumerate(tensor.shape)}
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear):
