@@ -143,9 +143,7 @@ def constrained(sublayer: Sublayer, layer: nn.Module, folds: Sequence[Fold], hid
         return group if fold is not None or number == 0 else _with_blocks(group, layer, hidden)
 
     stages = enumerate(sublayer.stages)
-    return replace(
-        sublayer, stages=tuple(tuple(within(group, number) for group in stage) for number, stage in stages)
-    )
+    return replace(sublayer, stages=tuple(tuple(within(group, number) for group in stage) for number, stage in stages))
 
 
 def _with_blocks(group: Group, layer: nn.Module, hidden: int) -> Group:

@@ -224,8 +224,22 @@ def weights_of_copy(layer: nn.Module) -> int:
     return sum(sizes.values())
 
 
+def light_weights(layer: nn.Module) -> int:
+    """How many weights a light experiment has in memory at once: the experts, and the matrix that is multiplied."""
+    experts = experts_modules(layer)
+    sizes = [
+        (path in experts, math.prod(_stored_shape(parameter, path in experts)))
+        for path, module in layer.named_modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    ]
+    return sum(size for stacked, size in sizes if stacked) + max(
+        (size for stacked, size in sizes if not stacked), default=0
+    )
+
+
 def _random_copy(layer: nn.Module, draw: torch.Generator, dtype: torch.dtype) -> nn.Module:
-    on_meta = {id(p): p.to("meta") for p in layer.parameters()}
+    on_meta = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in layer.parameters()}
     made = copy.deepcopy(layer, dict(on_meta)).eval()
     experts = experts_modules(made)
     known: dict[int, nn.Parameter] = {}

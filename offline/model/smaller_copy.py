@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from ria_vllm.offline.model.architecture import outside_decoder, text_config
 from ria_vllm.offline.model.buffers import compute_buffers
 from ria_vllm.offline.model.describe import describe
 from ria_vllm.offline.model.embedding import Embedder
-from ria_vllm.offline.model.experiment import Batch, Experiment, weights_of_copy
+from ria_vllm.offline.model.experiment import Batch, Experiment, light_weights
 from ria_vllm.offline.model.folds import hold_together
 from ria_vllm.offline.model.shrink import smaller_configs
 from ria_vllm.offline.model.topology import Topology
@@ -118,8 +117,7 @@ def _batches(small: Whole, embedder: Embedder, index: int, texts: Sequence[torch
 
 def _checked(topology: Topology, layer: nn.Module, short: Batch) -> Topology | None:
     """The same, after a try of all folds on the layer's own widths, if there is memory for it."""
-    # A product makes a copy of its matrix, and experts are held as they are.
-    needed, free = 2 * torch.float32.itemsize * max(parameter[:1].numel() if parameter.dim() > 2 else parameter.numel() for parameter in layer.parameters()), available(CPU)
+    needed, free = torch.float32.itemsize * light_weights(layer), available(CPU)
     if not topology.folds or (free is not None and needed > free):
         return replace(topology, found_on="a smaller copy")
     try:
