@@ -44,15 +44,22 @@ def candidates(
                     yield _attention(consumer, num_heads, num_kv_heads, value, gate)
 
 
-def head_counts(width: int, *described: Any) -> list[int]:
-    """The numbers of heads that `width` channels may make, by what modules and configurations say; ascending."""
-    found = set()
-    for one in described:
-        counts = [_number(one, name) for name in NUM_HEADS]
-        widths = [_number(one, name) for name in HEAD_WIDTH]
-        found |= {count for count in counts if count is not None}
-        found |= {width // size for size in widths if size and width % size == 0}
-    return sorted(count for count in found if count > 1 and width % count == 0 and width > count)
+def head_counts(width: int, *described: Any) -> dict[int, set[tuple[int, str]]]:
+    """The numbers of heads that `width` channels may make, by what modules and configurations say.
+
+    Returns:
+        number, ascending -> who says so: the place among `described`, and the name there.
+    """
+    found: dict[int, set[tuple[int, str]]] = {}
+    for place, one in enumerate(described):
+        counts = {name: _number(one, name) for name in NUM_HEADS}
+        for name in HEAD_WIDTH:
+            size = _number(one, name)
+            counts[name] = width // size if size and width % size == 0 else None
+        for name, count in counts.items():
+            if count is not None and 1 < count < width and width % count == 0:
+                found.setdefault(count, set()).add((place, name))
+    return dict(sorted(found.items()))
 
 
 def _number(described: Any, name: str) -> int | None:

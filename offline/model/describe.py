@@ -52,7 +52,7 @@ def describe(config: Any, layer: nn.Module, short: Batch, long: Batch) -> Topolo
     folds = find_folds(experiment, order, sets, config)
     sublayers = _sublayers(experiment, groups, depends, seen)
     folds = confirmed(experiment, folds, long)
-    sublayers = tuple(_constrained(sublayer, layer, folds, experiment.stream.shape[-1]) for sublayer in sublayers)
+    sublayers = tuple(constrained(sublayer, layer, folds, experiment.stream.shape[-1]) for sublayer in sublayers)
     migrations = find_migrations(experiment, seen, groups, folds, long)
     return Topology(sublayers, tuple(folds), _all_dense(layer, dense, order), _together(groups), migrations)
 
@@ -71,7 +71,8 @@ def describe_as_it_is(layer: nn.Module, call: LayerCall, stream: torch.Tensor) -
     order = [name for group in groups for name in group.linears]
     first, rest = groups[:1], groups[1:]
     stages = (tuple(first + [_with_blocks(group, layer, stream.shape[-1]) for group in rest]),)
-    return Topology((Sublayer("layer", stages),), (), _all_dense(layer, dense, order), _together(groups))
+    dense = _all_dense(layer, dense, order)
+    return Topology((Sublayer("layer", stages),), (), dense, _together(groups), found_on="the layer itself, run once")
 
 
 def _all_dense(layer: nn.Module, dense: dict[str, str], pruned: Sequence[str]) -> dict[str, str]:
@@ -132,11 +133,11 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
-def _constrained(sublayer: Sublayer, layer: nn.Module, folds: Sequence[Fold], hidden: int) -> Sublayer:
+def constrained(sublayer: Sublayer, layer: nn.Module, folds: Sequence[Fold], hidden: int) -> Sublayer:
     """The sublayer's groups with the structure that their permutations need."""
     of = {fold.consumer: fold for fold in folds}
 
-    def constrained(group: Group, number: int) -> Group:
+    def within(group: Group, number: int) -> Group:
         fold = of.get(group.linears[0]) if len(group.linears) == 1 else None
         if fold is not None and fold.coupling == "heads":
             size = layer.get_submodule(fold.consumer).in_features // fold.num_heads
@@ -145,9 +146,7 @@ def _constrained(sublayer: Sublayer, layer: nn.Module, folds: Sequence[Fold], hi
         return group if fold is not None or number == 0 else _with_blocks(group, layer, hidden)
 
     stages = enumerate(sublayer.stages)
-    return replace(
-        sublayer, stages=tuple(tuple(constrained(group, number) for group in stage) for number, stage in stages)
-    )
+    return replace(sublayer, stages=tuple(tuple(within(group, number) for group in stage) for number, stage in stages))
 
 
 def _with_blocks(group: Group, layer: nn.Module, hidden: int) -> Group:

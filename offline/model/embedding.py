@@ -113,28 +113,34 @@ class Embedder:
             RiaError: the model does not run, does not call its layers one after another, or changes the stream between
                 them.
         """
-        model, calls, streams = self.model, [], []
-        layers = list(model.layers)
-        shells = [
-            _Shell(layer, calls, streams, layer is layers[-1], self._form, self._place(index))
-            for index, layer in enumerate(layers)
-        ]
-        for index, shell in enumerate(shells):
-            model.layers[index] = shell
+        return self.calls(self.base, self.model.layers, tokens.to(self.model.device))
+
+    def calls(
+        self, base: nn.Module, layers: nn.ModuleList, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, list[LayerCall]]:
+        """The same for another model of the same class.
+
+        Args:
+            base: the model without its head; what is outside its layers is on the device of `tokens`.
+            layers: within it. None of them is called.
+        """
+        calls, streams, own = [], [], list(layers)
+        for index, layer in enumerate(own):
+            layers[index] = _Shell(layer, calls, streams, layer is own[-1], self._form, self._place(index))
         try:
             with explained(self.unusable):
-                self.base(input_ids=tokens.to(model.device), use_cache=False)
+                base(input_ids=tokens, use_cache=False)
         except Reached:
             pass
         finally:
-            for index, layer in enumerate(layers):
-                model.layers[index] = layer
-        if len(calls) != len(layers):
+            for index, layer in enumerate(own):
+                layers[index] = layer
+        if len(calls) != len(own):
             raise self._uncalled()
         for index, stream in enumerate(streams):
             if stream is not streams[0]:
                 raise RiaError(
-                    f"{self._place(index)}: {type(model.model).__name__} changes the residual stream before this "
+                    f"{self._place(index)}: {type(self.model.model).__name__} changes the residual stream before this "
                     "layer, so its layers cannot be pruned one by one."
                 )
         return streams[0], calls

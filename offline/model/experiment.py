@@ -1,4 +1,4 @@
-"""A decoder layer with random parameters in float64, to find out by experiment what its parts do.
+"""A decoder layer with random parameters, mostly in float64, to find out by experiment what its parts do.
 
 All parameters are random, those of norms and biases, too: nothing then holds just because some are one or zero.
 """
@@ -6,7 +6,7 @@ All parameters are random, those of norms and biases, too: nothing then holds ju
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +20,12 @@ from ria_vllm.offline.model.embedding import LayerCall, first_tensor
 from ria_vllm.offline.model.experts import experts_modules
 
 # How far apart two outputs may be that are equal but for rounding, relative to the largest value.
-TOLERANCE = 1e-9
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 # Stacks of experts with more weights than this hold the same random expert many times, in the memory of one.
 DISTINCT_WEIGHTS = 1 << 21
 SEED = 0
+# How far apart in memory the rows of a light experiment's matrices begin.
+APART = 7
 
 LOWER = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,28 +48,34 @@ class Seen:
 
 
 class Experiment:
-    """One layer in float64 with random parameters, on the CPU.
+    """One layer with random parameters, on the CPU.
 
     Args:
         layer: its parameters may be on the meta device; it is left as it is.
         call: how the model calls it.
         stream: any residual stream [1, tokens, hidden] that fits the call.
+        light: compute in float32, with matrices whose rows overlap in memory: there they are vectors. They
+            cannot be changed.
 
     Raises:
         RiaError: the copy does not run, or not twice in the same way.
     """
 
-    def __init__(self, layer: nn.Module, call: LayerCall, stream: torch.Tensor):
+    def __init__(self, layer: nn.Module, call: LayerCall, stream: torch.Tensor, light: bool = False):
         draw = torch.Generator().manual_seed(SEED)
-        self.layer = _random_copy(layer, draw)
+        self.is_light = light
+        self.dtype = torch.float32 if light else torch.float64
+        self.layer = _random_copy(layer, draw, self.dtype)
         self._begin(call, stream, draw)
-        if not self.same(self.run(self.stream)):
+        if not light and not self.same(self.run(self.stream)):
             raise RiaError(f"{call.place}: with random parameters, it does not compute the same values twice.")
 
     def _begin(self, call: LayerCall, stream: torch.Tensor, draw: torch.Generator) -> None:
-        args, kwargs = tree_map_only(torch.Tensor, _wide, (call.args, call.kwargs))
+        args, kwargs = tree_map_only(
+            torch.Tensor, lambda tensor: _converted(tensor, self.dtype), (call.args, call.kwargs)
+        )
         self.call = replace(call, args=args, kwargs=kwargs)
-        self.stream = torch.randn(stream.shape, dtype=torch.float64, generator=draw)
+        self.stream = torch.randn(stream.shape, dtype=self.dtype, generator=draw)
         self.output = self.run(self.stream)
         if not bool(self.output.isfinite().all()):
             raise RiaError(
@@ -88,7 +96,7 @@ class Experiment:
         """The stream after the layer."""
         # Some layers write into what they read, and some calls share tensors.
         call = replace(self.call, kwargs=dict(self.call.kwargs))
-        with torch.no_grad(), _all_in_float64():
+        with torch.no_grad(), _all_in_float64() if self.dtype == torch.float64 else nullcontext():
             return call(self.layer, stream.clone())
 
     def same(self, output: torch.Tensor) -> bool:
@@ -124,7 +132,7 @@ def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors are the same but for rounding."""
     if one.shape != other.shape:
         return False
-    return bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
+    return bool((one - other).abs().max() <= TOLERANCE[other.dtype] * other.abs().max())
 
 
 def watch(layer: nn.Module, run: Any) -> list[Seen]:
@@ -200,9 +208,8 @@ def _all_in_float64() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach().cpu()
-    return tensor.double() if tensor.is_floating_point() else tensor.clone()
+def _converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def weights_of_copy(layer: nn.Module) -> int:
@@ -217,8 +224,22 @@ def weights_of_copy(layer: nn.Module) -> int:
     return sum(sizes.values())
 
 
-def _random_copy(layer: nn.Module, draw: torch.Generator) -> nn.Module:
-    on_meta = {id(p): p.to("meta") for p in layer.parameters()}
+def light_weights(layer: nn.Module) -> int:
+    """How many weights a light experiment has in memory at once: the experts, and the matrix that is multiplied."""
+    experts = experts_modules(layer)
+    sizes = [
+        (path in experts, math.prod(_stored_shape(parameter, path in experts)))
+        for path, module in layer.named_modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    ]
+    return sum(size for stacked, size in sizes if stacked) + max(
+        (size for stacked, size in sizes if not stacked), default=0
+    )
+
+
+def _random_copy(layer: nn.Module, draw: torch.Generator, dtype: torch.dtype) -> nn.Module:
+    on_meta = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in layer.parameters()}
     made = copy.deepcopy(layer, dict(on_meta)).eval()
     experts = experts_modules(made)
     known: dict[int, nn.Parameter] = {}
@@ -228,23 +249,30 @@ def _random_copy(layer: nn.Module, draw: torch.Generator) -> nn.Module:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in known:
-                    known[id(parameter)] = nn.Parameter(_random(parameter, draw, path in experts), requires_grad=False)
+                    known[id(parameter)] = nn.Parameter(
+                        _random(parameter, draw, path in experts, dtype), requires_grad=False
+                    )
                 module._parameters[name] = known[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = _random(buffer, draw, False) if buffer.is_meta else _wide(buffer)
+                own = _random(buffer, draw, False, dtype) if buffer.is_meta else _converted(buffer, dtype)
+                module._buffers[name] = own
     return made
 
 
-def _random(like: torch.Tensor, draw: torch.Generator, stacked: bool) -> torch.Tensor:
+def _random(like: torch.Tensor, draw: torch.Generator, stacked: bool, dtype: torch.dtype) -> torch.Tensor:
     shape = tuple(like.shape)
     if not like.is_floating_point():
         return torch.zeros(shape, dtype=like.dtype)
     if len(shape) < 2:
-        return torch.empty(shape, dtype=torch.float64).uniform_(0.25, 1.25, generator=draw)
+        return torch.empty(shape, dtype=dtype).uniform_(0.25, 1.25, generator=draw)
     bound = math.sqrt(3 / max(shape[-1], 1))
     own = _stored_shape(like, stacked)
-    return torch.empty(own, dtype=torch.float64).uniform_(-bound, bound, generator=draw).expand(shape)
+    if dtype == torch.float32 and len(shape) == 2 and not stacked:
+        rows, columns = shape
+        vector = torch.empty(APART * rows + columns).uniform_(-bound, bound, generator=draw)
+        return vector.as_strided(shape, (APART, 1))
+    return torch.empty(own, dtype=dtype).uniform_(-bound, bound, generator=draw).expand(shape)
 
 
 def _stored_shape(like: torch.Tensor, stacked: bool) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Which folds a layer has. A fold holds if and only if random permutations change nothing but rounding."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -36,10 +36,10 @@ def find_folds(experiment: Experiment, order: Sequence[str], groups: Sequence[se
         producers = [(name, experiment.layer.get_submodule(name).out_features) for name in before]
         around = experiment.layer.get_submodule(consumer.rpartition(".")[0])
         heads = head_counts(linear.in_features, around, config)
-        for fold in candidates(consumer, linear.in_features, producers, groups, heads):
-            if _is_free(experiment.layer, fold, taken, found) and holds(experiment, fold):
+        for fold in candidates(consumer, linear.in_features, producers, groups, list(heads)):
+            if is_free(experiment.layer, fold, taken, found) and holds(experiment, fold):
                 found.append(fold)
-                _take(experiment.layer, fold, taken)
+                take(experiment.layer, fold, taken)
                 break
     return found + [
         fold for layout in experts_modules(experiment.layer).values() for fold in _experts(experiment, layout)
@@ -61,16 +61,18 @@ def confirmed(experiment: Experiment, folds: Sequence[Fold], long: Batch) -> lis
     if not folds:
         return []
     experiment = experiment.with_batch(*long)
-    if _hold_together(experiment, folds):
+    if hold_together(experiment, folds):
         return list(folds)
     kept: list[Fold] = []
     for fold in folds:
-        if _hold_together(experiment, [*kept, fold]):
+        if hold_together(experiment, [*kept, fold]):
             kept.append(fold)
     return kept
 
 
-def _hold_together(experiment: Experiment, folds: Iterable[Fold]) -> bool:
+def hold_together(experiment: Experiment, folds: Iterable[Fold]) -> bool:
+    """Whether the layer's output stays the same when all of them are permuted at once."""
+    change = permuted_calls if experiment.is_light else permuted
     layer, draw = experiment.layer, torch.Generator().manual_seed(SEED)
     layouts = experts_modules(layer)
     with ExitStack() as changes:
@@ -80,7 +82,7 @@ def _hold_together(experiment: Experiment, folds: Iterable[Fold]) -> bool:
                 changes.enter_context(_permuted_experts(experiment, layouts[path], layouts[path].kinds, draw))
             else:
                 p = random_order(fold, layer.get_submodule(fold.consumer).in_features, draw)
-                changes.enter_context(permuted(layer, fold, p))
+                changes.enter_context(change(layer, fold, p))
         return experiment.same(experiment.run(experiment.stream))
 
 
@@ -108,13 +110,8 @@ def random_order(fold: Fold, width: int, draw: torch.Generator) -> torch.Tensor:
 @contextmanager
 def permuted(layer: nn.Module, fold: Fold, p: torch.Tensor) -> Iterator[None]:
     """Permute the consumer's columns by `p`, and the producers' rows and biases as the fold says."""
-    orders = fold.row_orders(p)
-    assert not isinstance(orders, str)
     changes = []
-    for producer, order in zip(fold.producers, orders, strict=True):
-        linear = layer.get_submodule(producer.name)
-        index, places = torch.arange(linear.out_features), _places(linear, producer)
-        index[places] = places[order]
+    for linear, index in _row_orders(layer, fold, p):
         changes += [(part, 0, index) for part in (linear.weight, linear.bias) if part is not None]
     changes.append((layer.get_submodule(fold.consumer).weight, 1, p))
     for tensor, dim, index in changes:
@@ -124,6 +121,37 @@ def permuted(layer: nn.Module, fold: Fold, p: torch.Tensor) -> Iterator[None]:
     finally:
         for tensor, dim, index in changes[::-1]:
             _reorder(tensor, dim, permutation.invert(index))
+
+
+@contextmanager
+def permuted_calls(layer: nn.Module, fold: Fold, p: torch.Tensor) -> Iterator[None]:
+    """The same for weights that cannot be changed: reorder what the consumer reads and the producers return."""
+    back = permutation.invert(p)
+
+    def read(_: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (args[0][..., back],)
+
+    def returned(index: torch.Tensor) -> Callable[..., torch.Tensor]:
+        return lambda _, __, output: output[..., index]
+
+    hooks = [layer.get_submodule(fold.consumer).register_forward_pre_hook(read)]
+    hooks += [linear.register_forward_hook(returned(index)) for linear, index in _row_orders(layer, fold, p)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _row_orders(layer: nn.Module, fold: Fold, p: torch.Tensor) -> Iterator[tuple[nn.Linear, torch.Tensor]]:
+    """Each producer's linear, and the order int64 [out-features] of its rows."""
+    orders = fold.row_orders(p)
+    assert not isinstance(orders, str)
+    for producer, order in zip(fold.producers, orders, strict=True):
+        linear = layer.get_submodule(producer.name)
+        index, places = torch.arange(linear.out_features), _places(linear, producer)
+        index[places] = places[order]
+        yield linear, index
 
 
 def _reorder(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> None:
@@ -156,7 +184,7 @@ def _masks(layer: nn.Module, fold: Fold) -> Iterator[tuple[str, torch.Tensor]]:
         yield producer.name, mask
 
 
-def _is_free(layer: nn.Module, fold: Fold, taken: dict[str, torch.Tensor], found: Sequence[Fold]) -> bool:
+def is_free(layer: nn.Module, fold: Fold, taken: dict[str, torch.Tensor], found: Sequence[Fold]) -> bool:
     """Whether no other fold reorders the same rows, or divides the same producer into other blocks.
 
     Serving knows no numbers of rows when it reads folds, so it takes other blocks for an overlap.
@@ -167,7 +195,8 @@ def _is_free(layer: nn.Module, fold: Fold, taken: dict[str, torch.Tensor], found
     return not any(name in taken and bool((taken[name] & mask).any()) for name, mask in _masks(layer, fold))
 
 
-def _take(layer: nn.Module, fold: Fold, taken: dict[str, torch.Tensor]) -> None:
+def take(layer: nn.Module, fold: Fold, taken: dict[str, torch.Tensor]) -> None:
+    """Add the rows that a fold reorders to those that others do."""
     for name, mask in _masks(layer, fold):
         taken[name] = taken[name] | mask if name in taken else mask
 

@@ -44,6 +44,15 @@ def find_migrations(
     return tuple(one for one in found if _changes_nothing(experiment, one))
 
 
+def into_producer(consumers: tuple[str, ...], fold: Fold, producer: Producer, layer: nn.Module) -> Migration:
+    """The migration of what a fold's consumer reads into one of its producers."""
+    width, heads = layer.get_submodule(fold.consumer).in_features, None
+    rows = len(producer_rows(layer.get_submodule(producer.name), producer))
+    if fold.num_heads and fold.num_kv_heads and rows != width:
+        heads = Heads(fold.num_heads, fold.num_kv_heads, width // fold.num_heads)
+    return Migration(consumers, producer=producer, heads=heads)
+
+
 def producer_rows(linear: nn.Linear, producer: Producer) -> torch.Tensor:
     """Where a producer's rows are in its linear: int64, ascending."""
     places = permutation.places(linear.out_features, *(producer.rows or (0, linear.out_features)), producer.blocks)
@@ -64,11 +73,7 @@ def _candidates(layer: nn.Module, seen: Sequence[Seen], group: Group, folds: Seq
                 yield Migration(consumers, norm=call.name, offset=offset)
     for fold in (fold for fold in folds if len(consumers) == 1 and fold.consumer == consumers[0]):
         for producer in fold.producers:
-            rows = len(producer_rows(layer.get_submodule(producer.name), producer))
-            heads = None
-            if fold.num_heads and fold.num_kv_heads and rows != width:
-                heads = Heads(fold.num_heads, fold.num_kv_heads, width // fold.num_heads)
-            yield Migration(consumers, producer=producer, heads=heads)
+            yield into_producer(consumers, fold, producer, layer)
 
 
 def _changes_nothing(experiment: Experiment, migration: Migration) -> bool:

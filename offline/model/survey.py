@@ -8,6 +8,7 @@ from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.describe import describe, describe_as_it_is
 from ria_vllm.offline.model.embedding import Embedder
 from ria_vllm.offline.model.experiment import Batch, weights_of_copy
+from ria_vllm.offline.model.smaller_copy import Whole, describe_smaller
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Topologies, Topology, kinds_of
 from ria_vllm.offline.runtime.memory import available
@@ -28,18 +29,23 @@ def survey(model: StreamedModel, embedder: Embedder, tokens: torch.Tensor) -> To
     Raises:
         RiaError: a layer that does not run by itself.
     """
-    batches = [embedder(tokens[:, :count]) for count in (TOKENS, MANY_TOKENS)]
+    texts = [tokens[:, :count] for count in (TOKENS, MANY_TOKENS)]
+    batches = [embedder(text) for text in texts]
+    whole = Whole(model.model, model.decoder_path, model.base_path, model.layers_path, model.folder)
     kinds = kinds_of(model.layers)
     found, warnings = [], []
     for index in [kinds.index(kind) for kind in range(max(kinds) + 1)]:
         short, long = ((calls[index], stream) for stream, calls in batches)
-        topology, warning = _describe(model, index, short, long)
+        topology = describe_smaller(whole, embedder, index, texts, short)
+        if topology is None:
+            topology, warning = _describe(model, index, short, long)
+            warnings += warning
         found.append(topology)
-        warnings += warning
     return Topologies.of_kinds(found, kinds, warnings)
 
 
 def _describe(model: StreamedModel, index: int, short: Batch, long: Batch) -> tuple[Topology, list[str]]:
+    """The topology of a layer that has no smaller copy."""
     try:
         _check_memory(model.layers[index])
         return describe(text_config(model.config), model.layers[index], short, long), []

@@ -127,6 +127,7 @@ class Topology:
     dense: linears that must stay dense -> why.
     together: sets of linears, besides those in `vllm_quirks.FUSED`, of which all are pruned or none.
     migrations: where the scales of inputs can be moved to.
+    found_on: what was run to find this out, for the report.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -134,6 +135,7 @@ class Topology:
     dense: Mapping[str, str] = field(default_factory=dict)
     together: tuple[frozenset[str], ...] = ()
     migrations: tuple[Migration, ...] = ()
+    found_on: str = field(default="a copy with the layer's own widths", compare=False)
 
     @property
     def linears(self) -> list[str]:
@@ -158,7 +160,10 @@ class Topology:
         sublayers = [asdict(sublayer) for sublayer in self.sublayers]
         folds = [fold.model_dump(mode="json", exclude_none=True) for fold in self.folds]
         migrations = [{"from": list(one.consumers), "to": one.absorber} for one in self.migrations]
-        return {"sublayers": sublayers, "folds": folds, "dense": dict(self.dense), "migrations": migrations}
+        return {
+            "sublayers": sublayers, "folds": folds, "dense": dict(self.dense), "migrations": migrations,
+            "found_on": self.found_on,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)

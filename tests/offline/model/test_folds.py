@@ -201,8 +201,9 @@ def test_head_counts_come_from_modules_and_configurations():
 
         num_attention_heads = 4
 
-    assert head_counts(192, Module(), Refuses()) == [4, 6]
-    assert head_counts(128, Module(), Refuses()) == [4]
+    module, config = (0, "head_dim"), (1, "num_attention_heads")
+    assert head_counts(192, Module(), Refuses()) == {4: {config}, 6: {module, (0, "num_heads")}}
+    assert head_counts(128, Module(), Refuses()) == {4: {module, config}}
 
 
 def test_an_experiment_leaves_the_layer_as_it_is():
