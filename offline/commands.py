@@ -75,7 +75,7 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     "--smooth",
     type=float,
     metavar="STRENGTH",
-    show_default="0.5 with rounded inputs",
+    show_default="0.5 for int8 weights with rounded inputs",
     help="Migrate outliers of inputs into the weights, as SmoothQuant does, by this strength; 0: do not.",
 )
 @click.option(

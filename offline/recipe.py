@@ -111,7 +111,7 @@ class Recipe:
     @property
     def migration_strength(self) -> float:
         """How much of an input's outliers go into the weights; 0 if their scales stay where they are."""
-        default = SMOOTH if self.activations != "none" else 0.0
+        default = SMOOTH if self.activations != "none" and self.weights == "int8" else 0.0
         return default if self.smooth is None else self.smooth
 
     @property

@@ -70,7 +70,7 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(make_model, t
 WAYS = [
     {},
     {"reconstruct": "block", "weights": "int8", "group_size": 32},
-    {"skip_sensitive": 0.2, "weights": "int4", "activations": "int8"},
+    {"skip_sensitive": 0.2, "weights": "int4", "activations": "int8", "smooth": 0.5},
     {"reconstruct": "block", "weights": "int8", "activations": "int8"},
 ]
 

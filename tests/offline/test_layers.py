@@ -13,9 +13,9 @@ from ria_vllm.progress import Monitor
 def test_measuring_rounds_in_one_pass_and_pruning_in_all(family, tiny, text, tmp_path, monkeypatch):
     passes, round_on_mask = [], solve.round_on_mask
 
-    def watched(*args):
+    def watched(*args, **kwargs):
         passes.append(args[-1])
-        return round_on_mask(*args)
+        return round_on_mask(*args, **kwargs)
 
     monkeypatch.setattr(solve, "round_on_mask", watched)
     recipe = Recipe(calibration=str(text), samples=4, seq_len=32, weights="int4", group_size=32, skip_sensitive=0.2)

@@ -70,4 +70,5 @@ def test_scales_migrate_by_default_where_inputs_are_rounded():
     rounded = {"weights": "int8", "activations": "int8"}
     assert Recipe(**rounded).migration_strength == Recipe(**rounded).dump("x")["smooth"] == 0.5
     assert Recipe(**rounded, smooth=0.0).dump("x")["smooth"] == 0
+    assert Recipe(weights="int4", activations="int8").migration_strength == 0
     assert Recipe(weights="int8").migration_strength == 0 and "smooth" not in Recipe(weights="int8").dump("x")
