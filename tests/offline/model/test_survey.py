@@ -1,5 +1,6 @@
 """One experiment for each kind of layer of a stored model, and what happens if one is impossible."""
 
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -63,3 +64,19 @@ def test_one_experiment_for_each_kind_and_no_weights_are_read(tiny, text, tmp_pa
     run_small(tiny("llama"), tmp_path / "out", text)
     assert described == ["LlamaDecoderLayer"]
     assert loaded == [(0, 0), (0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
+def test_layers_of_a_stored_model_have_smaller_copies(family, tiny, text, tmp_path, monkeypatch):
+    """With them, the same is found."""
+    reports = []
+    for name in ("own", "smaller"):
+        report, warnings = run_small(tiny(family), tmp_path / name, text)
+        assert not [text for text in warnings if "without folds" in text]
+        reports.append(report["topology"])
+        monkeypatch.setattr(survey, "describe_smaller", partial(survey.describe_smaller, enough=1))
+        monkeypatch.setattr(survey, "describe", Mock(side_effect=AssertionError("not with its own widths")))
+    found_on = [[kind.pop("found_on") for kind in report] for report in reports]
+    assert reports[0] == reports[1]
+    assert set(found_on[0]) == {"a copy with the layer's own widths"}
+    assert set(found_on[1]) == {"a smaller copy, then tried on the layer's own widths"}
