@@ -209,6 +209,8 @@ class RiaConfig(QuantizationConfig):
                 f"--load-format {engine.load_format} reads weights that a kernel has packed, for one kernel on one "
                 "machine. Serve the folder that `ria-vllm compress` wrote without this option."
             )
+        if engine.lora and self.schema.recipe.get("smooth"):
+            self.report.warn_of_adapters()
 
     def _mixture_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
         from ria_vllm.serve.experts_dense import DenseExpertsMethod
