@@ -40,8 +40,9 @@ Field = tuple[str, ...]
 def smaller_configs(config: PretrainedConfig, layer: nn.Module, index: int, enough: int = ENOUGH) -> Iterator[Any]:
     """Configurations of a model whose layer `index` is like `layer`, but smaller.
 
-    After the first, each keeps one width that the first has changed: some fields have to fit others that are no
-    widths, such as the sections of a rotary embedding, which only shows when the layer runs.
+    After the first, one keeps the width of heads, and each other one keeps one width that the first has changed: some
+    fields have to fit others that are no widths, such as the sections of a rotary embedding, which only shows when the
+    layer runs.
 
     Args:
         config: of the text model. It is left as it is.
@@ -54,6 +55,12 @@ def smaller_configs(config: PretrainedConfig, layer: nn.Module, index: int, enou
     if not first:
         return
     yield changed(config, first)
+    search.heads_stay_wide = True
+    other = search.smallest(search.widths())
+    if other and other not in tried:
+        tried.append(other)
+        yield changed(config, other)
+    search.heads_stay_wide = False
     for kept in first:
         other = search.smallest([field for field in search.widths() if field != kept])
         if other and other not in tried:
@@ -109,6 +116,7 @@ class _Search:
         self.wanted = likeness(layer)
         self.real = _numbers(layer, config)
         self.values = dict(_integers(config.to_dict()))
+        self.heads_stay_wide = False
         # What only says the width of heads once more, for parts of the model outside of this layer.
         self.echoes: list[Field] = []
         self._widths: list[Field] | None = None
@@ -217,6 +225,10 @@ class _Search:
             return None
         numbers = _numbers(*built)
         if any(numbers.get(key, 0) < _least(old) for key, old in self.real.items() if HEADS not in key):
+            return None
+        if self.heads_stay_wide and any(
+            numbers.get(key) != self.real[key] for key in self.real if key[-1] in HEAD_WIDTH
+        ):
             return None
         return weights_of_copy(built[0]) if self._is_alike(built[0]) else None
 

@@ -146,3 +146,10 @@ def test_without_memory_for_the_layers_own_widths_the_copy_is_believed(monkeypat
     monkeypatch.setattr(smaller_copy, "available", lambda device: 1000)
     (topology,) = from_smaller_copies(wide("llama"))
     assert topology.found_on == "a smaller copy" and len(topology.folds) == 2
+
+
+def test_the_width_of_heads_is_kept_in_the_second_try():
+    """What has to fit it, such as the sections of a rotary embedding, may be no width."""
+    model = wide("qwen3")
+    first, second, *_ = smaller_configs(model.config, model.get_submodule("model.layers")[0], 0, 1)
+    assert first.head_dim < 32 == second.head_dim and second.hidden_size < 256
