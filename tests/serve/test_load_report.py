@@ -138,7 +138,7 @@ def test_dense_experts_do_not_round_their_inputs_and_say_so(ranks, said, monkeyp
 
 
 @pytest.mark.parametrize(("smooth", "lora", "warned"), [(0.5, True, 1), (0.0, True, 0), (0.5, False, 0)])
-def test_adapters_for_a_folder_with_migrated_scales(said, smooth, lora, warned):
+def test_adapters_for_a_folder_with_migrated_scales(ranks, said, smooth, lora, warned):
     current = VllmConfig()
     current.lora_config = LoRAConfig(max_lora_rank=8) if lora else None
     stored = Stored()
@@ -146,5 +146,5 @@ def test_adapters_for_a_folder_with_migrated_scales(said, smooth, lora, warned):
     config = stored.config()
     config.schema.recipe["smooth"] = smooth
     with set_current_vllm_config(current):
-        config.get_quant_method(ReplicatedLinear(16, 8, bias=False, disable_tp=True), "proj")
+        config.get_quant_method(ReplicatedLinear(16, 8, bias=False), "proj")
     assert len([words for words in said if "must have been trained on this folder" in words]) == warned
