@@ -24,6 +24,8 @@ LIMITS = {
         "ATEN_CPU_CAPABILITY": "avx512",
     },
 }
+# vLLM chooses its library by CPUID alone (`CpuPlatform.import_kernels`), and the one for AVX2 lacks the kernel.
+W4A16_HAS_NO_LIMIT = "no variable limits the instructions of vLLM's cpu_gemm_wna16"
 
 
 def limit() -> str | None:

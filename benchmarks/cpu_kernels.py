@@ -2,9 +2,9 @@
 
 The dense baselines are bfloat16, float32, W4A16 (int4 weights with a scale for 128 columns, or for 64 where the
 columns are no multiple of 128) and W8A8 (int8 weights; each call quantizes its activations), each built by vLLM's own
-code. Our kernel runs in bfloat16, in float32, with int8 and int4 weights, the latter with scales for as many columns,
-and with activations that it quantizes to int8 itself: W8A8 and W4A8. Every speedup names the baseline that was the
-fastest for that shape and number of tokens.
+code. `--limit` leaves W4A16 out. Our kernel runs in bfloat16, in float32, with int8 and int4 weights, the latter with
+scales for as many columns, and with activations that it quantizes to int8 itself: W8A8 and W4A8. Every speedup names
+the baseline that was the fastest for that shape and number of tokens.
 
 All variants take turns in one process, and medians are compared. Each variant cycles through copies of its weight that
 together exceed every cache, as the layers of a model do. The sparse variants include an activation permutation. Each
@@ -96,7 +96,8 @@ def variants_of(weight: torch.Tensor) -> dict[tuple[str, str], tuple[torch.dtype
             torch.bfloat16,
             copies(lambda parts=parts, integers=integers: sparse(parts, integers, torch.bfloat16), bits),
         )
-    variants["dense", "W4A16"] = torch.bfloat16, copies(lambda: cpu_dense.w4a16(weight, group_size), 4)
+    if not cpu_dense.limit():
+        variants["dense", "W4A16"] = torch.bfloat16, copies(lambda: cpu_dense.w4a16(weight, group_size), 4)
     dtype = fast_dtype()
     for name, integers in (("W8A8", INT8), ("W4A8", IntFormat(4, group_size))):
         rounded, scales = integers.quantize(weight, torch.float32)
@@ -158,6 +159,8 @@ def measure(names: list[str], tokens: list[int], budget: float) -> dict:
     limit = cpu_dense.limit()
     limited = f", limited to {limit}" if limit else ""
     print(f"{threads} thread(s){limited}: streaming read {bandwidth / 1e9:.1f} GB/s", flush=True)
+    if limit:
+        print(f"dense W4A16 left out: {cpu_dense.W4A16_HAS_NO_LIMIT}", flush=True)
     rows = []
     for name in names:
         out_features, in_features = SHAPES[name]
@@ -170,7 +173,7 @@ def measure(names: list[str], tokens: list[int], budget: float) -> dict:
                 "in_features": in_features,
                 "threads": threads,
                 "tokens": m,
-                "dense_seconds": {kind: seconds["dense", kind] for kind in DENSE},
+                "dense_seconds": {kind: seconds["dense", kind] for kind in DENSE if ("dense", kind) in seconds},
                 "sparse_seconds": {kind: seconds["sparse", kind] for kind in SPARSE},
             }
             rows.append(row)
@@ -196,6 +199,11 @@ def speedup(row: dict, ours: str, dense: str) -> float:
     return row["dense_seconds"][dense] / row["sparse_seconds"][ours]
 
 
+def has_counterpart(row: dict, ours: str) -> bool:
+    """Whether the dense baseline that ours is meant for was measured."""
+    return COUNTERPART[ours] in row["dense_seconds"]
+
+
 def measure_each(threads: list[int], limits: dict[str, str], arguments: list[str]) -> dict:
     """The merged measurements of one process for each number of threads, pinned to cores as vLLM pins its own."""
     results = []
@@ -217,18 +225,19 @@ def measure_each(threads: list[int], limits: dict[str, str], arguments: list[str
 def describe(row: dict, bandwidth: float) -> str:
     best, m = best_dense(row), row["tokens"]
     dense = "  ".join(f"{kind} {seconds * 1e3:.3f}" for kind, seconds in row["dense_seconds"].items())
-    ours = "  ".join(
-        f"{kind} {seconds * 1e3:.3f} ({speedup(row, kind, best):.2f}x best,"
-        f" {speedup(row, kind, COUNTERPART[kind]):.2f}x {COUNTERPART[kind]})"
-        for kind, seconds in row["sparse_seconds"].items()
-    )
+    ours = []
+    for kind, seconds in row["sparse_seconds"].items():
+        counterpart = ""
+        if has_counterpart(row, kind):
+            counterpart = f", {speedup(row, kind, COUNTERPART[kind]):.2f}x {COUNTERPART[kind]}"
+        ours.append(f"{kind} {seconds * 1e3:.3f} ({speedup(row, kind, best):.2f}x best{counterpart})")
     note = ""
     if m == 1:
         read = packed_bytes(row["out_features"], row["in_features"], FLOAT, torch.bfloat16)
         note = f"  bfloat16 at {read / row['sparse_seconds']['bfloat16'] / bandwidth:.0%} of read bandwidth"
     return (
         f"{row['name']:22s} {row['out_features']:5d}x{row['in_features']:<5d} {row['threads']} thr  M={m:<5d}"
-        f" dense ms: {dense}, best {best}; ours ms: {ours}{note}"
+        f" dense ms: {dense}, best {best}; ours ms: {'  '.join(ours)}{note}"
     )
 
 
@@ -237,7 +246,8 @@ def table(result: dict, ours: str, dense: str | None = None) -> str:
 
     Args:
         ours: one of SPARSE.
-        dense: the baseline, one of DENSE; None for the fastest one, which is then named beside each speedup.
+        dense: the baseline, one of DENSE that was measured; None for the fastest one, which is then named beside
+            each speedup.
     """
     tokens = sorted({row["tokens"] for row in result["rows"]})
     lines = [
@@ -260,7 +270,9 @@ def tables(result: dict) -> str:
     parts = []
     for ours in SPARSE:
         parts.append(f"Ours in {ours} against the fastest dense baseline:\n\n{table(result, ours)}")
-        parts.append(f"Ours in {ours} against dense {COUNTERPART[ours]}:\n\n{table(result, ours, COUNTERPART[ours])}")
+        if all(has_counterpart(row, ours) for row in result["rows"]):
+            dense = COUNTERPART[ours]
+            parts.append(f"Ours in {ours} against dense {dense}:\n\n{table(result, ours, dense)}")
     return "\n\n".join(parts)
 
 

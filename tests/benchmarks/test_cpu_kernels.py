@@ -36,6 +36,24 @@ def test_tables_name_the_fastest_dense_baseline():
     assert "best W8A8" in line and "float32 1000.000 (3.00x best, 4.00x float32)" in line
 
 
+def test_a_baseline_that_was_left_out_is_in_no_table():
+    row = RESULT["rows"][0] | {"dense_seconds": {"bfloat16": 8.0, "float32": 4.0, "W8A8": 6.0}}
+    row |= {"sparse_seconds": dict.fromkeys(cpu_kernels.SPARSE, 1.0)}
+    assert "int4 1000.000 (4.00x best)" in cpu_kernels.describe(row, 1e9)
+    assert "int8 1000.000 (4.00x best, 6.00x W8A8)" in cpu_kernels.describe(row, 1e9)
+    tables = cpu_kernels.tables({"rows": [row]})
+    assert "int4 against the fastest dense baseline" in tables and "dense W4A16" not in tables
+    assert "int8 against dense W8A8" in tables
+
+
+@pytest.mark.parametrize("limit", cpu_dense.LIMITS)
+def test_no_limit_applies_to_w4a16(limit, monkeypatch):
+    monkeypatch.setattr(cpu_dense, "limit", lambda: limit)  # oneDNN would keep the variables for all tests after this
+    monkeypatch.setattr(cpu_kernels, "ROTATED_BYTES", 1)
+    dense = [kind for side, kind in cpu_kernels.variants_of(torch.randn(64, 128)) if side == "dense"]
+    assert dense == ["bfloat16", "float32", "W8A8"]
+
+
 def test_every_dense_baseline_is_correct():
     torch.manual_seed(0)
     weight, x = torch.randn(64, 128), torch.randn(5, 128)

@@ -14,7 +14,6 @@
 //   struct VecTraits {
 //     using Weights, Positions, Activations, Accumulators;             // registers
 //     static constexpr int64_t kBlockTokens;                           // accumulators that fit: tokens x 2 strips
-//     static constexpr int64_t kSectionTokens;                         // with floating-point sums besides
 //     static constexpr int64_t kStreamTokens;                          // with those of the weights' sums beside them
 //     static constexpr int kOffset;                                    // 128 or 0: what the panel adds to activations
 //     static Weights weights8(const uint8_t*), weights4(const uint8_t*);  // a strip and unit of the packed form
@@ -43,10 +42,6 @@ namespace {
 
 // How many bytes ahead the weights are prefetched into L2.
 constexpr int64_t kInt8PrefetchBytes = 4096;
-
-// The most tokens in a token block.
-template <class VecTraits, bool kSections>
-constexpr int64_t block_tokens = kSections ? VecTraits::kSectionTokens : VecTraits::kBlockTokens;
 
 template <int kBits, int S>
 struct UnitStream {  // a tile of S strips, block by block
@@ -285,21 +280,25 @@ void multiply_stream(const GemmArgs& args, const uint8_t* stream, Sum<kSections>
 template <class VecTraits, int kBits, int S, bool kSections>
 void multiply_chunks(const GemmArgs& args, const uint8_t* stream, int32_t* weight_sums, Sum<kSections>* sums) {
   const Layout& layout = args.layout;
-  const TokenBlocks tokens(args.tokens, block_tokens<VecTraits, kSections>);
+  const TokenBlocks tokens(args.tokens, VecTraits::kBlockTokens);
   alignas(kCacheLine) PreparedChunk<S> chunk;
   for (int64_t first = 0; first < layout.blocks(); first += kInt8ChunkBlocks) {
     const int64_t left = layout.blocks() - first, blocks = left < kInt8ChunkBlocks ? left : kInt8ChunkBlocks;
     const int64_t section_blocks = kSections ? layout.section_blocks() : blocks;
     const uint8_t* end = prepare<VecTraits, kBits, S, kSections>(layout, stream, blocks, section_blocks, chunk);
-    for (const uint8_t* next = end; next < end + (end - stream); next += kCacheLine) __builtin_prefetch(next, 0, 2);
+    // The next chunk is prefetched little by little: at once, it would hold up the loads of the first token block.
+    const int64_t bytes = end - stream, share = (bytes / tokens.count / kCacheLine + 1) * kCacheLine;
+    const uint8_t *next = end, *const next_end = end + bytes;
     stream = end;
     if constexpr (!kSections)
       for (int64_t r = 0; r < S * kStripRows; ++r) weight_sums[r] += chunk.weight_sums[0][r];
     const int64_t units = section_blocks * kBlockUnits;
     for (int64_t b = 0; b < tokens.count; ++b) {
       const auto accumulate = accumulate_prepared_for<VecTraits, S, kSections>(
-          tokens.size(b), std::make_index_sequence<block_tokens<VecTraits, kSections>>());
+          tokens.size(b), std::make_index_sequence<VecTraits::kBlockTokens>());
       const uint8_t* panel = args.panel + int8_panel_offset(args.tokens, first, blocks, tokens.first(b));
+      for (const uint8_t* stop = next_end - next < share ? next_end : next + share; next < stop; next += kCacheLine)
+        __builtin_prefetch(next, 0, 2);
       for (int64_t section = 0; section * section_blocks < blocks; ++section)
         accumulate(chunk.units + section * units * S * 2 * kPreparedBytes,
                    panel + section * units * kUnitChannels * tokens.size(b), units, chunk.weight_sums[section],
@@ -333,7 +332,7 @@ void multiply_int8_tiles(const GemmArgs& args, int64_t begin, int64_t end) {
 
 template <class VecTraits, int kBits, bool kSections>
 constexpr Kernels int8_kernel() {
-  constexpr int64_t tokens = block_tokens<VecTraits, kSections>;
+  constexpr int64_t tokens = VecTraits::kBlockTokens;
   static_assert(VecTraits::kStreamTokens <= tokens, "a pass from memory is one token block");
   return {{tokens, 1, tokens, kUnitChannels / 2, quantize_tokens<VecTraits, tokens>,
            multiply_int8_tiles<VecTraits, kBits, kSections>, nullptr, sizeof(float)}};

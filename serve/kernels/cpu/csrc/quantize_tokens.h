@@ -18,8 +18,8 @@ using namespace ria;
 constexpr int64_t kPreparedBytes = 64;  // weights, or positions, of a strip and unit, as the instructions take them
 // Blocks of columns in a chunk: whole sections. Its prepared weights and its activations stay in L1 for all tokens of
 // a pass.
-constexpr int64_t kInt8ChunkBlocks = 4;
-static_assert(kInt8ChunkBlocks * kBlockGroups * 4 >= 128, "a chunk holds a whole section");
+constexpr int64_t kInt8ChunkBlocks = 8;
+static_assert(kInt8ChunkBlocks * kBlockGroups * 4 % 128 == 0, "a chunk holds whole sections");
 
 alignas(kCacheLine) constexpr int32_t kZeros[kStripRows] = {};
 

@@ -12,7 +12,6 @@ struct Avx512VnniTraits {
   using Activations = __m512i;  // the eight channels, eight times
   using Accumulators = __m512i;
   static constexpr int64_t kBlockTokens = 12;
-  static constexpr int64_t kSectionTokens = 8;
   static constexpr int64_t kStreamTokens = 8;
   static constexpr int kOffset = 128;  // vpdpbusd takes the activations as unsigned
 

@@ -9,7 +9,6 @@ struct PortableInt8Traits {
   using Activations = const uint8_t*;
   struct Accumulators { int32_t row[kStripRows]; };
   static constexpr int64_t kBlockTokens = 4;
-  static constexpr int64_t kSectionTokens = 4;
   static constexpr int64_t kStreamTokens = 4;
   static constexpr int kOffset = 0;
 

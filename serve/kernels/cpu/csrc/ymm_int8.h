@@ -13,7 +13,6 @@ struct YmmInt8Traits {
   using Activations = __m256i;  // the eight channels, four times
   using Accumulators = Two;
   static constexpr int64_t kBlockTokens = 3;
-  static constexpr int64_t kSectionTokens = 3;
   static constexpr int64_t kStreamTokens = 3;
 #if defined(__AVXVNNI__)
   static constexpr int kOffset = 128;  // vpdpbusd takes the activations as unsigned

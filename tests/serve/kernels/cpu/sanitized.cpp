@@ -1,6 +1,6 @@
 // The C++ beneath the operators, under sanitizers: one instruction set over shapes with partial tiles and blocks, in
-// buffers of exactly the promised size, against double precision: products and layers of experts. Then bitmasks that
-// are not 2:4.
+// buffers of exactly the promised size, against double precision: products, with inputs rounded to int8 or not, and
+// layers of experts. Then bitmasks that are not 2:4.
 // Prints "ok" and the name of the instruction set, which RIA_VLLM_CPU_ISA chooses.
 #include <cmath>
 #include <cstdio>
@@ -9,6 +9,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -81,8 +82,23 @@ struct Kind {
   Dtype dtype;
   int64_t group_size = 0;
   Dtype scale_dtype = Dtype::float32;
-  Layout layout(int64_t rows, int64_t columns) const { return {rows, columns, dtype, group_size, scale_dtype}; }
+  bool int8_activations = false;
+  Layout layout(int64_t rows, int64_t columns) const {
+    return {rows, columns, dtype, group_size, scale_dtype, int8_activations};
+  }
 };
+
+// A token as the kernel rounds it to int8.
+static std::vector<double> rounded(const std::vector<double>& x) {
+  float largest = 0;
+  for (double value : x) largest = std::fmax(largest, static_cast<float>(std::fabs(value)));
+  std::vector<double> integers(x);
+  if (largest == 0) return integers;
+  const float factor = 127.0f / largest;
+  for (double& value : integers)
+    value = std::nearbyint(static_cast<float>(value) * factor) * static_cast<double>(largest / 127.0f);
+  return integers;
+}
 
 template <class Weight, class Value = Weight>
 static void check(const Kind& kind, int64_t tokens, int64_t rows, int64_t columns) {
@@ -103,21 +119,26 @@ static void check(const Kind& kind, int64_t tokens, int64_t rows, int64_t column
   args.permutation = permutation.data();
   args.bias = bias.data();
   args.y = y.data();
-  args.act_dtype = activation_dtype(kind.dtype);
+  args.act_dtype = std::is_same_v<Value, Float32>   ? Dtype::float32
+                   : std::is_same_v<Value, Float16> ? Dtype::float16
+                                                    : Dtype::bfloat16;
   linear(args, tokens, instruction_set());
 
-  for (int64_t t = 0; t < tokens; ++t)
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::vector<double> given(columns);
+    for (int64_t c = 0; c < columns; ++c) given[c] = x[t * columns + permutation[c]].to_float();
+    if (kind.int8_activations) given = rounded(given);
     for (int64_t r = 0; r < rows; ++r) {
-      double sum = bias[r].to_float();
-      for (int64_t c = 0; c < columns; ++c)
-        sum += weight.dense[r * columns + c] * x[t * columns + permutation[c]].to_float();
+      const double sum = weight.product(r, given.data(), columns) + bias[r].to_float();
       const double error = std::fabs(y[t * rows + r].to_float() - sum);
       if (!(error <= std::fabs(sum) / 250 + 1e-3)) {
-        std::printf("dtype %d group %ld tokens %ld %ld x %ld: row %ld is off by %g\n", static_cast<int>(kind.dtype),
-                    (long)kind.group_size, (long)tokens, (long)rows, (long)columns, (long)r, error);
+        std::printf("dtype %d group %ld int8 inputs %d tokens %ld %ld x %ld: row %ld is off by %g\n",
+                    static_cast<int>(kind.dtype), (long)kind.group_size, kind.int8_activations, (long)tokens,
+                    (long)rows, (long)columns, (long)r, error);
         std::exit(1);
       }
     }
+  }
 }
 
 template <class Weight, class Value = Weight>
@@ -233,6 +254,11 @@ int main() {
         check<Int8, Bfloat16>({dtype, 32, Dtype::bfloat16}, tokens, rows, columns);
         check<Int8, Bfloat16>({dtype, 64}, tokens, rows, columns);
         check<Int8, Bfloat16>({dtype, 128, Dtype::bfloat16}, tokens, rows, 256);
+        check<Int8, Bfloat16>({dtype, 0, Dtype::float32, true}, tokens, rows, columns);
+        check<Int8, Float16>({dtype, 0, Dtype::float32, true}, tokens, rows, 320);
+        check<Int8, Float32>({dtype, 32, Dtype::bfloat16, true}, tokens, rows, columns);
+        check<Int8, Bfloat16>({dtype, 64, Dtype::float32, true}, tokens, rows, columns);
+        check<Int8, Float16>({dtype, 128, Dtype::bfloat16, true}, tokens, rows, 384);
       }
     }
   const Activation swiglu = {Activation::silu, true, 1.702f, 1.0f, INFINITY},

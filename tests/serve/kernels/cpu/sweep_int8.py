@@ -93,6 +93,34 @@ def extremes(format, dtype) -> None:
             assert_equal(layer(x), formula(weight, x), f"{format.name}, {dtype}, {tokens} tokens, all {integer}")
 
 
+def large_sums(bits: int, tokens: int) -> None:
+    """Integer sums above 2**24, which float32 must round."""
+    columns = 8192 if bits == 8 else 65536
+    weight = random_weight(35, columns, IntFormat(bits, None), torch.float32)
+    if bits == 8:
+        weight.parts["compressed"].random_(90, 128)
+    else:
+        weight.parts["compressed"].fill_((7 + 8) * 17)
+    x = torch.rand(tokens, columns) + 1
+    layer = packed(weight)
+    want = formula(weight, x)
+    scales = weight.parts["weight_scale"].float().flatten()
+    integers = sparse24.decompress(weight.format.integers(weight.parts), weight.parts["bitmask"]).double()
+    sums = (x * (127 / x.amax(1, keepdim=True))).round().double() @ integers.T
+    assert (sums > 2**24).all() and (sums != sums.float()).any() and scales.any(), "the case has no such sums"
+    assert_equal(layer(x), want, f"int{bits}, {tokens} tokens, sums above 2**24")
+
+
+def largest_sums(bits: int, tokens: int) -> None:
+    """The most columns that are taken, all integers at their ends: the sums just fit into int32."""
+    weight = random_weight(17, 131072, IntFormat(bits, None), torch.float32)
+    for byte in (-128, 127) if bits == 8 else (0, 255):
+        weight.parts["compressed"].fill_(byte)
+        x = torch.full((tokens, 131072), 3.0)
+        x[1::2] *= -1
+        assert_equal(packed(weight)(x), formula(weight, x), f"int{bits}, {tokens} tokens, all {byte}")
+
+
 def special_tokens(format, dtype, tokens: int) -> None:
     """Zeros, tiny and huge values; a NaN or an infinity makes all outputs of its own token NaN, and no others."""
     weight = random_weight(33, columns_of(format, 128), format, dtype)
@@ -144,4 +172,8 @@ if __name__ == "__main__":
             for tokens in (8, 15, 60):
                 special_tokens(format, dtype, tokens)
         same_bits(format, 208)
+    for bits in (8, 4):
+        for tokens in (1, 15):
+            large_sums(bits, tokens)
+            largest_sums(bits, tokens)
     print(instruction_set())

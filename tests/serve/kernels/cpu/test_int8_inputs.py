@@ -9,7 +9,17 @@ import pytest
 import torch
 from packed_layers import pack
 from sweep import random_weight
-from sweep_int8 import FORMATS, assert_equal, extremes, formula, packed, same_bits, special_tokens
+from sweep_int8 import (
+    FORMATS,
+    assert_equal,
+    extremes,
+    formula,
+    large_sums,
+    largest_sums,
+    packed,
+    same_bits,
+    special_tokens,
+)
 
 from ria_vllm import sparse24
 from ria_vllm.formats import FLOAT, INT4, INT8, IntFormat
@@ -120,3 +130,16 @@ def test_operators_pass_opcheck_and_compile():
     for tokens in (2, 5, 40):
         x = weight.x(tokens)
         assert torch.equal(compiled(x), layer(x, permutation, bias))
+
+
+@pytest.mark.parametrize("bits", (8, 4))
+@pytest.mark.parametrize("tokens", (1, 15))
+def test_sums_that_float32_must_round_and_the_largest_ones(tokens, bits):
+    torch.manual_seed(7)
+    large_sums(bits, tokens)
+    largest_sums(bits, tokens)
+
+
+def test_more_columns_than_the_sums_can_hold_are_refused():
+    with pytest.raises(RuntimeError, match="too many columns"):
+        packed(random_weight(1, 131072 + 64, INT8))

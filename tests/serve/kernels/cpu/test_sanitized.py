@@ -44,7 +44,7 @@ def program(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("instruction_set", ("avx512_bf16", "avx512", "avx2", "portable"))
+@pytest.mark.parametrize("instruction_set", ("avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2", "portable"))
 def test_no_bad_access_and_right_products(program, instruction_set):
     # vLLM may have set LD_PRELOAD in this process; the sanitizer's runtime wants to be the first library.
     inherited = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
