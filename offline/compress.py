@@ -253,7 +253,7 @@ class _Run:
             count = sum("smoothed" in record for record in linears.values())
             found["smoothed"] = {"linears": count, "left": len(linears) - count}
             self.monitor.say(
-                f"scales of inputs migrated for {count} of {len(linears)} linears; nothing absorbs those of the others"
+                f"scales of inputs migrated for {count} of {len(linears)} linears; those of the others stay"
             )
         copied = self.model.copied()
         return found | {"copied": copied} if copied else found

@@ -85,7 +85,7 @@ class Smoother:
         pruned: Mapping[str, Pruned],
     ) -> None:
         layer, read = self.model.layers[self.index], statistics[group.linears[0]]
-        columns = [layer.get_submodule(name).weight.data.abs().amax(0).cpu() for name in migration.consumers]
+        columns = [_largest(layer.get_submodule(name).weight.data) for name in migration.consumers]
         scales = migration_scales(
             migration.largest(read.norm.cpu()), migration.largest(torch.stack(columns).amax(0)), self.strength
         )
@@ -212,3 +212,8 @@ def _parameters_of(layer: nn.Module, modules: Iterable[str]) -> list[str]:
         for leaf, parameter in layer.get_submodule(name).named_parameters(recurse=False)
         if parameter is not None
     ]
+
+
+def _largest(weight: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each column [in], on the CPU."""
+    return torch.maximum(weight.amax(0), -weight.amin(0)).cpu()

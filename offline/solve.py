@@ -159,7 +159,7 @@ def _score(
     """The scores of the model's own weights, whatever scales have migrated into them: RIA's would change."""
     norm, scales = statistics.norm, statistics.scales
     if scales is not None:
-        weight, norm = weight.float() / scales, norm * scales
+        weight, norm = weight.to(torch.float32, copy=True).div_(scales), norm * scales
     return scores.score(method, weight, norm, recipe.exponent, column_sums)
 
 
@@ -218,7 +218,7 @@ def _prune(
 ) -> Pruned:
     W = None
     if recipe.method == "sparsegpt":
-        W, mask = _sparsegpt(weight, statistics.gram, p, recipe)
+        W, mask = _sparsegpt(weight, statistics, p, recipe)
         record = _retained(score(weight, statistics, recipe), mask, recipe)
     else:
         S = score(weight, statistics, recipe)
@@ -268,13 +268,14 @@ def _mask(S: torch.Tensor, p: torch.Tensor | None, recipe: Recipe) -> torch.Tens
 
 
 def _sparsegpt(
-    weight: torch.Tensor, gram: SymmetricMatrix, p: torch.Tensor | None, recipe: Recipe
+    weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None, recipe: Recipe
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    gram, scales = statistics.gram, statistics.scales
     with one_thread():
         if p is None:
-            return sparsegpt(weight, gram, recipe.pattern)
+            return sparsegpt(weight, gram, recipe.pattern, scales=scales)
         p = p.to(weight.device)
-        W, mask = sparsegpt(weight[:, p], gram, recipe.pattern, order=p)
+        W, mask = sparsegpt(weight[:, p], gram, recipe.pattern, order=p, scales=scales)
     back = permutation.invert(p)
     return W[:, back], mask[:, back]
 

@@ -55,6 +55,9 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
     orders, present = ((one.permutations_digest, one.folds, one.experts) for one in (schema, config.schema))
     if orders != present:
         raise _refusal(model, "its weights are stored in other channel orders than those that this server has folded")
+    smooth, present_smooth = (one.recipe.get("smooth") or 0 for one in (schema, config.schema))
+    if EngineOptions.current().lora and smooth != present_smooth:
+        raise _refusal(model, "its inputs have other scales (--smooth), which the adapters of this server do not have")
 
 
 def _form(schema: RiaSchema) -> str:

@@ -83,10 +83,14 @@ def _changes_nothing(experiment: Experiment, migration: Migration) -> bool:
 
 @contextmanager
 def _migrated(layer: nn.Module, migration: Migration) -> Iterator[None]:
-    """Migrate random scales. They are powers of two, so that linears need not be copied to be restored exactly."""
+    """Migrate random scales. They are powers of two, so that linears need not be copied to be restored exactly.
+
+    They reach far, so that a limit of what a producer returns comes into effect.
+    """
     width = layer.get_submodule(migration.consumers[0]).in_features
     draw = torch.Generator().manual_seed(SEED)
-    scales = 2.0 ** torch.randint(-2, 3, (migration.rows_of(width),), generator=draw).double()
+    scales = 2.0 ** torch.randint(-10, 11, (migration.rows_of(width),), generator=draw).double()
+    scales[0] = 2.0**-10
     columns = migration.columns(scales)
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     multiplied = [(layer.get_submodule(name).weight.data, columns) for name in migration.consumers]

@@ -62,8 +62,11 @@ def describe_smaller(
             copied = small.model.get_submodule(small.layers)[index]
             sized = Sized(copied, text_config(small.model.config))
             found = describe(sized.config, copied, *batches)
-            topology = transferred(found, sized, Sized(layer, config), short[1].shape[-1])
         except Exception:  # whatever code of transformers says against such widths
+            continue
+        try:
+            topology = transferred(found, sized, Sized(layer, config), short[1].shape[-1])
+        except RiaError:
             continue
         return _checked(topology, layer, short)
     return None
@@ -99,7 +102,9 @@ def _materialize(small: Whole) -> None:
                 inside = full.startswith(decoder) and not full.startswith(layers)
                 # Wrappers take the device and dtype of the first for their own.
                 if tensor is not None and tensor.is_meta and (inside or full == first):
-                    ones = torch.ones(tensor.shape, dtype=tensor.dtype)
+                    # Embeddings are large, so matrices are one number.
+                    shape = () if tensor.dim() > 1 and own is module._parameters else tensor.shape
+                    ones = torch.ones(shape, dtype=tensor.dtype).expand(tensor.shape)
                     own[name] = nn.Parameter(ones, requires_grad=False) if own is module._parameters else ones
 
 
@@ -122,8 +127,10 @@ def _checked(topology: Topology, layer: nn.Module, short: Batch) -> Topology | N
         return replace(topology, found_on="a smaller copy")
     try:
         held = hold_together(Experiment(layer, *short, light=True), topology.folds)
-    except MemoryError:
-        return replace(topology, found_on="a smaller copy")
     except RiaError:
         held = False
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        return replace(topology, found_on="a smaller copy")
     return replace(topology, found_on="a smaller copy, then tried on the layer's own widths") if held else None

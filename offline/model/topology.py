@@ -278,14 +278,15 @@ def _signature(layer: nn.Module) -> tuple:
 
 
 def _switches(module: nn.Module) -> frozenset[tuple[str, str]]:
-    """What a module does or does not do, such as reading another layer's keys and values, and its counts of heads."""
+    """What a module does or does not do, such as reading another layer's keys and values, its counts of heads, and
+    limits."""
     own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
     return frozenset(
         (name, repr(value))
         for name, value in own.items()
         if isinstance(value, (bool, str))
         or value is None
-        or (isinstance(value, int) and not any(part in name for part in LAYER_NUMBER))
+        or (isinstance(value, (int, float)) and not any(part in name for part in LAYER_NUMBER))
     )
 
 

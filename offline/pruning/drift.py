@@ -48,8 +48,10 @@ class InputDrift:
 
     def divide(self, scales: torch.Tensor) -> None:
         self.cross.div_(scales[:, None]).div_(scales)
-        gram = self.gram if isinstance(self.gram, SymmetricMatrix) else SymmetricMatrix.of(self.gram)
-        gram.divide(scales)
+        if isinstance(self.gram, SymmetricMatrix):
+            self.gram.divide(scales)
+        else:
+            self.gram.div_(scales[:, None]).div_(scales)
 
 
 @dataclass(frozen=True)

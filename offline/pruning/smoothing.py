@@ -8,6 +8,9 @@ multiplies and divides exactly.
 
 import torch
 
+# Temporaries are in float64: they are those of so many rows.
+ROWS_AT_ONCE = 1024
+
 
 def migration_scales(inputs: torch.Tensor, weights: torch.Tensor, strength: float) -> torch.Tensor:
     """The scale of each channel, a power of two; their geometric mean is about 1.
@@ -53,6 +56,11 @@ def divided(gain: torch.Tensor, scales: torch.Tensor, offset: int = 0) -> tuple[
 
 def times(tensor: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`tensor` times `factors` (float64, broadcast) in its dtype, and a mask of where the product is exact."""
-    wanted = tensor.double() * factors
-    product = wanted.to(tensor.dtype)
-    return product, product.double() == wanted
+    product, exact = torch.empty_like(tensor), torch.empty_like(tensor, dtype=torch.bool)
+    factors = factors.expand(tensor.shape)
+    for start in range(0, len(tensor), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        wanted = tensor[rows].double() * factors[rows]
+        product[rows] = wanted.to(tensor.dtype)
+        exact[rows] = product[rows].double() == wanted
+    return product, exact

@@ -2,6 +2,7 @@
 
 import torch
 
+from ria_vllm.offline.pruning.admm import damping_of
 from ria_vllm.offline.pruning.masks import Pattern, mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix, inverted_in_place
 
@@ -13,6 +14,7 @@ def sparsegpt(
     block: int = 128,
     damping: float = 0.01,
     order: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prune and update one linear.
 
@@ -26,6 +28,7 @@ def sparsegpt(
         block: columns within a block are updated after each column, those behind it after each block.
         damping: added to the diagonal of the Gram matrix, in units of its mean.
         order: int64 [in], the channel of `gram` that each column of the weight reads; None: the same order.
+        scales: [in], by which the channels of X were divided, for the damping; see `damping_of`.
 
     Returns:
         (W' [out, in] float32, mask bool [out, in], True = kept); W' is zero outside the mask.
@@ -40,7 +43,7 @@ def sparsegpt(
     dead = gram.diagonal() == 0
     # Weights of a channel that is always zero are pruned first.
     W[:, dead if order is None else dead[order]] = 0
-    R = _inverse_factor(gram, damping, order)
+    R = _inverse_factor(gram, damping, order, scales)
     kept = torch.ones(rows, columns, dtype=torch.bool, device=W.device)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
@@ -59,12 +62,15 @@ def sparsegpt(
     return W * kept, kept
 
 
-def _inverse_factor(gram: torch.Tensor | SymmetricMatrix, damping: float, order: torch.Tensor | None) -> torch.Tensor:
+def _inverse_factor(
+    gram: torch.Tensor | SymmetricMatrix, damping: float, order: torch.Tensor | None, scales: torch.Tensor | None
+) -> torch.Tensor:
     """The upper Cholesky factor of the inverse [in, in] float32, in the memory of one such matrix."""
     H = (gram if isinstance(gram, SymmetricMatrix) else SymmetricMatrix.of(gram.float())).dense(order)
     diagonal = H.diagonal()
-    mean = diagonal.mean()
-    diagonal += damping * (mean if mean > 0 else 1.0)
+    if scales is not None and order is not None:
+        scales = scales[order]
+    diagonal += damping_of(diagonal, damping, scales)
     diagonal[diagonal == 0] = 1.0
     H = inverted_in_place(H)
     return torch.linalg.cholesky(H, upper=True, out=H)

@@ -43,10 +43,16 @@ def sides_of(baselines: Sequence[str], outs: Sequence[str], arguments: Sequence[
 
 
 def named_model(text: str) -> tuple[str | None, str]:
-    """(NAME, MODEL) of NAME=MODEL; a path that exists is a model even with "=" in it."""
+    """(NAME, MODEL) of NAME=MODEL; a path that exists, or a slash before "=", is a model even with "=" in it.
+
+    Raises:
+        RiaError: no side can be called NAME.
+    """
     name, separator, model = text.partition("=")
-    if not separator or Path(text).exists() or not NAME.fullmatch(name):
+    if not separator or Path(text).exists() or "/" in name:
         return None, text
+    if not NAME.fullmatch(name):
+        raise RiaError(f"{name!r} cannot be the name of {model}: NAME has letters, digits, '_', '.', '+' and '-'.")
     return name, model
 
 

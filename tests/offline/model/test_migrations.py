@@ -119,8 +119,12 @@ class Beside(nn.Module):
 
 
 class Clipped(nn.Module):
+    def __init__(self, limit):
+        super().__init__()
+        self.limit = limit
+
     def forward(self, x):
-        return x.clamp(-0.5, 0.5)
+        return x.clamp(-self.limit, self.limit)
 
 
 def test_nothing_migrates_into_a_norm_that_others_read():
@@ -131,7 +135,9 @@ def test_nothing_migrates_into_a_norm_that_others_read():
     assert found == {"input_layernorm", "self_attn.v_proj", "mlp.up_proj"}
 
 
-def test_nothing_migrates_through_what_is_not_linear():
+@pytest.mark.parametrize("limit", [0.5, 10.0, 16.0, 100.0])
+def test_nothing_migrates_through_what_is_not_linear(limit):
+    """There are models that limit what down reads, to 7 or 10."""
     assert "mlp.up_proj" not in found_with(
-        lambda layer: setattr(layer.mlp, "down_proj", nn.Sequential(Clipped(), layer.mlp.down_proj))
+        lambda layer: setattr(layer.mlp, "down_proj", nn.Sequential(Clipped(limit), layer.mlp.down_proj))
     )

@@ -33,6 +33,11 @@ def test_a_path_may_contain_an_equals_sign(tmp_path):
     assert names(["x/a=b", "y"], ["z"])[0] == ("a=b", "x/a=b")
 
 
+def test_a_name_that_no_side_can_have():
+    with pytest.raises(RiaError, match="'2:4' cannot be the name of org/model"):
+        names(["2:4=org/model"], ["out"])
+
+
 def test_two_of_one_name():
     with pytest.raises(RiaError, match="x/a and y/a would both be called a.*NAME=y/a"):
         sides_of(["x/a", "y/a"], ["z"])
