@@ -12,7 +12,7 @@ PANELS = {
 }
 GREY, ORANGE = "#7a7a7a", "#c2410c"
 # Of the sides after the reference, which is grey.
-PALETTE = (ORANGE, "#1d4ed8", "#15803d", "#a21caf", "#b45309", "#0e7490", "#be123c", "#4d7c0f", "#6d28d9")
+PALETTE = (ORANGE, "#1d4ed8", "#15803d", "#a21caf", "#06b6d4", "#facc15", "#be123c", "#4d7c0f", "#6d28d9")
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import tiny
 import torch
 from checkpoint_folder import config_of, rebind
 from safetensors.torch import load_file, save_file
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE
@@ -83,6 +83,21 @@ def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):
         (copy / "config.json").write_text(json.dumps(content | {"quantization_config": quantization}))
         with pytest.raises(RiaError, match="stored in another form"):
             reload_from(ours, copy)
+
+
+def test_a_reload_of_other_scales_under_adapters(checkpoint, copy):
+    """Adapters that fit the inputs of this server's linears do not fit those that `--smooth` has divided."""
+    config = config_of(checkpoint)
+    content = json.loads((copy / "config.json").read_text())
+    content["quantization_config"]["recipe"]["smooth"] = 0.5
+    (copy / "config.json").write_text(json.dumps(content))
+    reload_from(config, copy)
+    current = VllmConfig()
+    current.lora_config = LoRAConfig(max_lora_rank=8)
+    with set_current_vllm_config(current):
+        reload_from(config, checkpoint)
+        with pytest.raises(RiaError, match="its inputs have other scales"):
+            reload_from(config, copy)
 
 
 @pytest.fixture(scope="module")
