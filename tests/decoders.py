@@ -90,6 +90,18 @@ def calls_of(model: PreTrainedModel, tokens: torch.Tensor) -> list[tuple[LayerCa
     return calls
 
 
+def in_float64(model: PreTrainedModel) -> None:
+    """Make a model compute in float64, as far as transformers does."""
+    model.double()
+    model.config._experts_implementation = "eager"  # the others do not compute in float64
+
+
+def check_same(logits: torch.Tensor, before: torch.Tensor) -> None:
+    """Check that a change of a model in float64 has changed nothing."""
+    # transformers computes norms, softmax and some mixers in float32, whatever the model's dtype is.
+    torch.testing.assert_close(logits, before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
+
+
 def described(model: PreTrainedModel) -> Topologies:
     """The topologies of the model's layers, found by experiment."""
     layers = layers_of(model)

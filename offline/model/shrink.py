@@ -49,23 +49,11 @@ def smaller_configs(config: PretrainedConfig, layer: nn.Module, index: int, enou
         layer: on the meta device, or any other.
         enough: a layer with this many weights in its copy is not made smaller.
     """
-    search = _Search(config, layer, index, enough)
-    first = search.smallest(search.widths())
-    tried = [first]
-    if not first:
-        return
-    yield changed(config, first)
-    search.heads_stay_wide = True
-    other = search.smallest(search.widths())
-    if other and other not in tried:
-        tried.append(other)
-        yield changed(config, other)
-    search.heads_stay_wide = False
-    for kept in first:
-        other = search.smallest([field for field in search.widths() if field != kept])
-        if other and other not in tried:
-            tried.append(other)
-            yield changed(config, other)
+    tried: list[dict[Field, int]] = [{}]
+    for changes in _Search(config, layer, index, enough).variants():
+        if changes not in tried:
+            tried.append(changes)
+            yield changed(config, changes)
 
 
 def changed(config: PretrainedConfig, changes: Mapping[Field, int]) -> PretrainedConfig:
@@ -120,6 +108,18 @@ class _Search:
         # What only says the width of heads once more, for parts of the model outside of this layer.
         self.echoes: list[Field] = []
         self._widths: list[Field] | None = None
+
+    def variants(self) -> Iterator[dict[Field, int]]:
+        """The changes of `smaller_configs`, in its order; some may be equal, or empty."""
+        first = self.smallest(self.widths())
+        yield first
+        if not first:
+            return
+        self.heads_stay_wide = True
+        yield self.smallest(self.widths())
+        self.heads_stay_wide = False
+        for kept in first:
+            yield self.smallest([field for field in self.widths() if field != kept])
 
     def widths(self) -> list[Field]:
         """The fields that change widths or numbers of heads, and not the modules.
