@@ -19,7 +19,7 @@ from ria_vllm.offline.model.folds import hold_together
 from ria_vllm.offline.model.shrink import smaller_configs
 from ria_vllm.offline.model.topology import Topology
 from ria_vllm.offline.model.transfer import Sized, transferred
-from ria_vllm.offline.runtime.memory import available
+from ria_vllm.offline.runtime.memory import available, is_out_of_memory
 
 CPU = torch.device("cpu")
 
@@ -130,7 +130,7 @@ def _checked(topology: Topology, layer: nn.Module, short: Batch) -> Topology | N
     except RiaError:
         held = False
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         return replace(topology, found_on="a smaller copy")
     return replace(topology, found_on="a smaller copy, then tried on the layer's own widths") if held else None

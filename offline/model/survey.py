@@ -11,7 +11,7 @@ from ria_vllm.offline.model.experiment import Batch, weights_of_copy
 from ria_vllm.offline.model.smaller_copy import Whole, describe_smaller
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Topologies, Topology, kinds_of
-from ria_vllm.offline.runtime.memory import available
+from ria_vllm.offline.runtime.memory import available, is_out_of_memory
 
 # Enough for attention and convolutions to mix them.
 TOKENS = 8
@@ -50,7 +50,7 @@ def _describe(model: StreamedModel, index: int, short: Batch, long: Batch) -> tu
         _check_memory(model.layers[index])
         return describe(text_config(model.config), model.layers[index], short, long), []
     except (RiaError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, (RiaError, MemoryError)) and "memory" not in str(error):
+        if not isinstance(error, RiaError) and not is_out_of_memory(error):
             raise
         why = str(error) or "there is not enough memory."
     topology = describe_as_it_is(model.load_layer(index), *short)
