@@ -19,6 +19,7 @@ from types import ModuleType
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = Path("serve/kernels/cpu/csrc")
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-ignored-attributes"]
@@ -60,26 +61,34 @@ class BuildCpuLibrary(build_ext):
 
         def compile_one(source: Path, flags: list[str]) -> str:
             target = str(objects / f"{source.stem}.o")
-            subprocess.run([*compiler, *COMMON, *flags, "-c", str(source), "-o", target], check=True)
+            run([*compiler, *COMMON, *flags, "-c", str(source), "-o", target])
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             object_files = list(pool.map(lambda item: compile_one(*item), sources_and_flags().items()))
 
         # Link to an empty library of torch's name: the dynamic loader then binds to the torch that is already loaded.
-        stub = objects / "libtorch_cpu.so"
-        name = f"-Wl,-soname,{stub.name}"
-        subprocess.run([*compiler, "-shared", "-nostdlib", name, "-x", "c", os.devnull, "-o", str(stub)], check=True)
+        stub, nothing = objects / "libtorch_cpu.so", objects / "nothing.cpp"
+        nothing.write_text("")
+        run([*compiler, "-shared", "-nostdlib", f"-Wl,-soname,{stub.name}", str(nothing), "-o", str(stub)])
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         linked = objects / target.name
         link = ["-shared", *object_files, "-Wl,--no-as-needed", str(stub), "-Wl,-z,relro,-z,now", "-o", str(linked)]
-        subprocess.run([*compiler, *link], check=True)
+        run([*compiler, *link])
         # Replace the file as a whole: a running process keeps the library that it has mapped.
         unfinished = target.with_suffix(".unfinished")
         shutil.copyfile(linked, unfinished)
         unfinished.replace(target)
         load_cuda_build().at_install(target.parents[1] / "cuda")
+
+
+def run(command: list[str]) -> None:
+    """Runs a compiler. Raises CompileError with the compiler's own words, which pip prints last."""
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        raise CompileError(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stderr}")
 
 
 def load_cuda_build() -> ModuleType:
