@@ -36,6 +36,7 @@ INSTRUCTION_SETS = {
     # GCC 12 otherwise moves conversions of the sums into the inner loop, and half of the sums onto the stack.
     "vec_avx512_vnni.cpp": [*AVX512, "-mavx512vnni", "-fno-tree-pre", *EXACT],
     "vec_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
+    "vec_amx.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"],
 }
 
 

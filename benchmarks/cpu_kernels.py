@@ -68,9 +68,13 @@ def sparse(
     return lambda x: CpuKernel.apply(config, x, packed, permutation, None)
 
 
+BFLOAT16_SETS = ("amx", "avx512_bf16")
+"""Instruction sets that multiply bfloat16."""
+
+
 def fast_dtype() -> torch.dtype:
     """The dtype to serve a model in on this machine: bfloat16 where the CPU has instructions for it."""
-    return torch.bfloat16 if instruction_set() == "avx512_bf16" else torch.float32
+    return torch.bfloat16 if instruction_set() in BFLOAT16_SETS else torch.float32
 
 
 def variants_of(weight: torch.Tensor) -> dict[tuple[str, str], tuple[torch.dtype, list[Linear]]]:
@@ -282,7 +286,7 @@ def plot(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ours = "bfloat16" if result["instruction_set"] == "avx512_bf16" else "float32"
+    ours = "bfloat16" if result["instruction_set"] in BFLOAT16_SETS else "float32"
     threads = sorted({row["threads"] for row in result["rows"]})
     figure, axes = plt.subplots(1, len(threads), figsize=(6 * len(threads), 4.2), sharey=True, squeeze=False)
     for axis, count in zip(axes[0], threads, strict=True):

@@ -35,6 +35,7 @@ VECTOR_FLAGS = (
     "avx_vnni",
     "avx512_fp16",
     "amx_bf16",
+    "amx_int8",
 )
 EXPERTS = (32, 2048, 768)
 """The layer of experts for which kernels are shown: how many, channels of a token and channels of an expert."""

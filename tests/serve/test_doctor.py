@@ -106,6 +106,7 @@ UNBUILT = ("cutlass", "_cuda_sm90a.so was not built; run `ria-vllm build-kernels
 @pytest.mark.parametrize(
     ("facts", "expected"),
     [
+        (ON_CPU | {"instruction_set": "amx", "cpus": (2, 2)}, "cpu with amx; nothing is missing"),
         (ON_CPU | {"instruction_set": "avx512_bf16", "cpus": (2, 2)}, "cpu with avx512_bf16; nothing is missing"),
         (
             ON_CPU | {"instruction_set": "avx512"},

@@ -1,6 +1,6 @@
 """The product on CPUs: our own C++ kernels (csrc), the instruction set chosen at run time.
 
-`RIA_VLLM_CPU_ISA` forces a lower set: avx512_bf16, avx512_vnni, avx512, avx_vnni, avx2 or portable.
+`RIA_VLLM_CPU_ISA` forces a lower set: amx, avx512_bf16, avx512_vnni, avx512, avx_vnni, avx2 or portable.
 """
 
 import ctypes

@@ -1,4 +1,12 @@
 // Chooses the instruction set, once per process.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -24,6 +32,23 @@ bool has_avx512_bf16() {
   return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
 }
 
+// Whether this process may use tile registers. Linux saves them for a process that has asked for them; threads that
+// start later inherit the permission, and it does no harm to processes that do not use it.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+  return (d & needed) == needed && may_use_tiles();
+}
+
 // A set with other kernels for int8 activations.
 InstructionSet with_int8(InstructionSet set, const char* name, const Int8Kernels& kernels) {
   set.name = name;
@@ -35,6 +60,10 @@ const InstructionSet kAvx512WithBf16 = {"avx512_bf16",
                                         {kAvx512Bf16, kAvx512.kernels[1], kAvx512.kernels[2], kAvx512Int8, kAvx512Int4},
                                         {{}, {}, {}, kAvx512GroupedInt8, kAvx512GroupedInt4},
                                         &kAvx512VnniInt8};
+const InstructionSet kAmx = {"amx",
+                             {kAmxBf16, kAvx512.kernels[1], kAvx512.kernels[2], kAmxInt8, kAmxInt4},
+                             {{}, {}, {}, kAmxGroupedInt8, kAmxGroupedInt4},
+                             &kAvx512VnniInt8};
 #endif
 
 struct Candidate {
@@ -49,11 +78,8 @@ const InstructionSet& choose() {
 #endif
   const Candidate candidates[] = {
 #if defined(__x86_64__)
-      {&kAvx512WithBf16, has_avx512_bf16()},
-      {&avx512_vnni, has_avx512_vnni()},
-      {&kAvx512, has_avx512()},
-      {&avx_vnni, has_avx_vnni()},
-      {&kAvx2, has_avx2()},
+      {&kAmx, has_amx()},       {&kAvx512WithBf16, has_avx512_bf16()}, {&avx512_vnni, has_avx512_vnni()},
+      {&kAvx512, has_avx512()}, {&avx_vnni, has_avx_vnni()},           {&kAvx2, has_avx2()},
 #endif
       {&kPortable, true},
   };

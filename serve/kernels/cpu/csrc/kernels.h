@@ -94,6 +94,7 @@ extern const InstructionSet kAvx512;
 extern const Int8Kernels kAvx2Int8, kAvxVnniInt8, kAvx512VnniInt8;
 // With BF16; float16 and float32 use kAvx512.
 extern const Kernels kAvx512Bf16, kAvx512Int8, kAvx512Int4, kAvx512GroupedInt8, kAvx512GroupedInt4;
+extern const Kernels kAmxBf16, kAmxInt8, kAmxInt4, kAmxGroupedInt8, kAmxGroupedInt4;
 #endif
 
 // Divides the tokens of a pass into blocks of nearly equal size, in whole steps: `remainder` blocks of `small + 1`

@@ -19,7 +19,7 @@ from ria_vllm.serve.kernels.cpu.backend import packing_arguments
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 
-INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 SHARED = Path(__file__).parents[3]
 KERNELS = (CpuExpertsKernel, ReferenceExpertsKernel)
 

@@ -26,7 +26,7 @@ from ria_vllm.formats import FLOAT, INT4, INT8, IntFormat
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, packed_bytes, packing_arguments
 
-INSTRUCTION_SETS = ("avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2", "portable")
+INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2", "portable")
 SHARED = Path(__file__).parents[3]
 
 

@@ -13,10 +13,10 @@ from ria_vllm import sparse24
 from ria_vllm.formats import FLOAT, GROUP_SIZES, INT4, INT8, IntFormat
 from ria_vllm.serve.kernels import reference
 from ria_vllm.serve.kernels.base import LinearLayerConfig
-from ria_vllm.serve.kernels.cpu.backend import CpuKernel, packed_bytes, packing_arguments
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set, packed_bytes, packing_arguments
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 
-INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 SHARED = Path(__file__).parents[3]
 
 
@@ -239,6 +239,25 @@ def test_compiles_whole_with_dynamic_tokens(kernel):
     for tokens in (2, 5, 40):
         x = torch.randn(tokens, 64, dtype=torch.bfloat16)
         assert torch.equal(compiled(x), layer(x))
+
+
+def test_tile_registers_are_left_as_they_were():
+    """oneDNN configures AMX's tile registers once per thread and shape, and does not look again."""
+    if instruction_set() != "amx":
+        pytest.skip(f"this process uses {instruction_set()}, not amx")
+    torch.manual_seed(8)
+    weight = random_weight(80, 256)
+    layer, narrow, wide = weight.packed_by(CpuKernel), weight.x(7), weight.x(100)
+    dense, x = torch.randn(96, 160).bfloat16(), torch.randn(40, 160).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        before = torch.nn.functional.linear(x, dense)
+        for ours in (narrow, wide):
+            layer(ours)
+            assert torch.equal(torch.nn.functional.linear(x, dense), before)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_forced_instruction_set_must_exist():

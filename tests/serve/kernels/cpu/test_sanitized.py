@@ -22,6 +22,7 @@ FLAGS = {
     "vec_avx512_vnni.cpp": [*AVX512, "-mavx512vnni", EXACT],
     "vec_avx512.cpp": AVX512,
     "vec_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
+    "vec_amx.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"],
 }
 
 
@@ -44,7 +45,9 @@ def program(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("instruction_set", ("avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2", "portable"))
+@pytest.mark.parametrize(
+    "instruction_set", ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2", "portable")
+)
 def test_no_bad_access_and_right_products(program, instruction_set):
     # vLLM may have set LD_PRELOAD in this process; the sanitizer's runtime wants to be the first library.
     inherited = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
