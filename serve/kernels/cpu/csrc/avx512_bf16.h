@@ -22,6 +22,7 @@ struct Avx512Bf16Traits {
   static constexpr int64_t kActivationBytes = 8;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
+  static constexpr bool kSumsBlocks = false;
   static constexpr bool kExpands = has_scales(kType);
 
   static Weights weights(const uint8_t* p) {

@@ -10,6 +10,8 @@
 // take its blocks of channels in order, each block by one instruction, which adds the products of a row in a fixed
 // order. So a token's result depends neither on its batch nor on the number of threads.
 //
+// One or two tokens are not worth the zeros: AVX-512 multiplies them, with the same additions (FewTokensTraits).
+//
 // A zero that is written out would make NaN of an infinite activation. So tokens that are not finite are marked where
 // they are packed, and multiplied by themselves.
 #pragma once
@@ -25,10 +27,12 @@ constexpr int64_t kBlockColumns = 4 * kBlockGroups;
 // Blocks of columns in a chunk: whole sections. Its tiles of weights stay in L1 for all tokens of the pass.
 constexpr int64_t kAmxChunkBlocks = 8;
 static_assert(kAmxChunkBlocks * kBlockColumns % 128 == 0, "a chunk holds whole sections");
-// How many bytes ahead of what is expanded the weights are prefetched into L2.
-constexpr int64_t kAmxPrefetchBytes = 8192;
+// How many bytes ahead of what is expanded the weights are prefetched into L2: with one tile of tokens, and with more,
+// whose first tiles go through the next chunk faster than it is used.
+constexpr int64_t kAmxPrefetchBytes[] = {2304, 9216};
 
-// How a pass lies in the panel: [tokens / 32][block of columns][token][32 channels], then a mark for each token. Up to
+// How a pass lies in the panel: [tokens / 32][block of columns][token][32 channels], then a mark for each token. The
+// channels of a group are in the order 2, 3, 0, 1. Up to
 // 16 tokens are not padded, so that one token takes no more room than it needs; more are padded to whole tiles, with
 // zeros.
 struct AmxPanel {
@@ -76,7 +80,7 @@ struct SelectorTable {
 };
 constexpr SelectorTable kSelectorTable;
 
-// Writes the two rows of a tile that a strip and group become: their channels 0 and 1, then 2 and 3. `kept`: a | b << 2
+// Writes the two rows of a tile that a strip and group become: their channels 2 and 3, then 0 and 1. `kept`: a | b << 2
 // in the low four bits of each row's 32.
 [[gnu::always_inline]] inline void expand_group(__m512i weights, __m512i kept, uint8_t* to) {
   const __m512i mask = _mm512_set1_epi8(static_cast<char>(0x82));
@@ -85,8 +89,8 @@ constexpr SelectorTable kSelectorTable;
   const __m512i both = _mm512_permutexvar_epi32(kept, table);
   const __m512i low = _mm512_ternarylogic_epi32(both, mask, bytes, 0xea);  // (both & mask) | bytes
   const __m512i high = _mm512_ternarylogic_epi32(_mm512_slli_epi32(both, 1), mask, bytes, 0xea);
-  _mm512_store_si512(to, _mm512_shuffle_epi8(weights, low));
-  _mm512_store_si512(to + kCacheLine, _mm512_shuffle_epi8(weights, high));
+  _mm512_store_si512(to, _mm512_shuffle_epi8(weights, high));
+  _mm512_store_si512(to + kCacheLine, _mm512_shuffle_epi8(weights, low));
 }
 
 // What `expand_group` takes, of one group of a block.
@@ -100,9 +104,9 @@ template <class VecTraits, int kGroup>
   } else {
     constexpr int64_t value_bytes = kStripRows * pair_bytes(VecTraits::kDtype);
     const uint8_t* positions = block + kBlockGroups * strips * value_bytes + (kGroup * strips + strip) * kPositionBytes;
-    const __m128i rows = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(positions));
-    const __m128i upper = _mm_loadu_si32(positions + 4);
-    return _mm512_srlv_epi32(_mm512_mask_broadcastd_epi32(_mm512_broadcastd_epi32(rows), 0xff00, upper),
+    // Two broadcasts from memory, which take no shuffle.
+    const __m512i lower = _mm512_broadcastd_epi32(_mm_loadu_si32(positions));
+    return _mm512_srlv_epi32(_mm512_mask_broadcastd_epi32(lower, 0xff00, _mm_loadu_si32(positions + 4)),
                              _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28));
   }
 }
@@ -117,9 +121,13 @@ template <class VecTraits, int kGroup>
 }
 
 // Expands the groups from kFirst on of a block of S strips to [strip][tile].
-template <class VecTraits, int S, int kFirst, size_t... kGroups>
+template <class VecTraits, int S, int T, int kFirst, size_t... kGroups>
 [[gnu::always_inline]] inline void expand_groups(const uint8_t* block, uint8_t* to, std::index_sequence<kGroups...>) {
+  constexpr int64_t lines =
+      S * kBlockGroups * (kStripRows * pair_bytes(VecTraits::kDtype) + kPositionBytes) / kCacheLine;
   const auto expand = [&](auto group) __attribute__((always_inline)) {
+    for (int64_t line = group * lines / kBlockGroups; line < (group + 1) * lines / kBlockGroups; ++line)
+      __builtin_prefetch(block + kAmxPrefetchBytes[T - 1] + line * kCacheLine, 0, 2);
 #pragma GCC unroll 2
     for (int s = 0; s < S; ++s)
       expand_group(weights_of<VecTraits, group>(block, S, s), kept_channels<VecTraits, group>(block, S, s),
@@ -154,14 +162,10 @@ struct AmxTile {  // a tile of S strips, block by block
       return chunk + block * block_bytes;
   }
   // Expands the part kPart of kParts of a block.
-  template <int kPart, int kParts>
+  template <int kPart, int kParts, int T = 1>
   [[gnu::always_inline]] static void expand(const uint8_t* block, uint8_t* to) {
     constexpr int count = static_cast<int>(kBlockGroups) / kParts;
-    if constexpr (kPart == 0)
-#pragma GCC unroll 18
-      for (int64_t byte = 0; byte < block_bytes; byte += kCacheLine)
-        __builtin_prefetch(block + kAmxPrefetchBytes + byte, 0, 2);
-    expand_groups<VecTraits, S, kPart * count>(block, to, std::make_index_sequence<count>());
+    expand_groups<VecTraits, S, T, kPart * count>(block, to, std::make_index_sequence<count>());
   }
   static void expand_scales(const Layout& layout, const ChunkSource& source, AmxChunk<S>& to) {
     if constexpr (VecTraits::kGrouped)
@@ -258,7 +262,7 @@ void accumulate_block(const BlockJob<S>& job, float* sums) {
     multiply_block<T, S>(tokens, kCacheLine, job.chunk.tiles[b]);
     if constexpr (kParts > 0)
       if (b < next_blocks)
-        Tile::template expand<kPart, kParts>(Tile::block(job.layout, job.next_source.weights, b), job.next.tiles[b]);
+        Tile::template expand<kPart, kParts, T>(Tile::block(job.layout, job.next_source.weights, b), job.next.tiles[b]);
     if constexpr (VecTraits::kGrouped)
       if ((b + 1) % section_blocks == 0) {
         store_tile_sums<T, S>(products);
@@ -269,7 +273,7 @@ void accumulate_block(const BlockJob<S>& job, float* sums) {
   }
   if constexpr (kParts > 0)
     for (int64_t b = job.blocks; b < next_blocks; ++b)
-      Tile::template expand<kPart, kParts>(Tile::block(job.layout, job.next_source.weights, b), job.next.tiles[b]);
+      Tile::template expand<kPart, kParts, T>(Tile::block(job.layout, job.next_source.weights, b), job.next.tiles[b]);
   if constexpr (!VecTraits::kGrouped) store_tile_sums<T, S>(sums);
 }
 
@@ -447,23 +451,57 @@ inline void pack_amx_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
           channels = _mm512_loadu_si512(x + c);
         }
         not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(channels, exponent), exponent);
-        _mm512_storeu_si512(to, channels);
+        _mm512_storeu_si512(to, _mm512_rol_epi64(channels, 32));
       }
       panel.not_finite()[t] = not_finite != 0;
     }
   }
 }
 
-template <class VecTraits>
-constexpr Kernel amx_kernel() {
-  return {kBlockTokens,
-          kTileTokens,
-          kBlockTokens,
-          4 * sizeof(uint16_t),
-          pack_amx_tokens,
-          multiply_amx_tiles<VecTraits>,
-          round_values<VecTraits>,
-          sizeof(int32_t)};
+// Few tokens by gemm_rows.h, with the additions of `tdpbf16ps`: it adds the products of a block's even channels and
+// those of its odd ones, each with one rounding, in the order of the tile's rows; then both sums, and then the result
+// to the sum so far. vdpbf16ps does the same with the pairs of two vectors of activations, of which one has zeros for
+// the odd channels and one for the even ones. Of a pair it takes the second first: that is why the channels of a group
+// are in the order 2, 3, 0, 1.
+template <Dtype kType, bool kGroups = false>
+struct FewTokensTraits : Avx512Bf16Traits<kType, kGroups> {
+  using Base = Avx512Bf16Traits<kType, kGroups>;
+  using Value = typename Base::Value;
+  struct Accumulators { __m512 sums{}, even{}, odd{}; };
+  struct Activations { __m512i even, odd; };
+  static constexpr int64_t kTokensWithSums = 2;
+  static constexpr int64_t kBlockTokens = 2;
+  static constexpr int64_t kActivationBytes = 16;
+  static constexpr bool kSumsBlocks = true;
+
+  static void store_channels(uint8_t* panel, Value a, Value b, Value c, Value d) {
+    const uint64_t halves[2] = {a.bits | static_cast<uint64_t>(c.bits) << 32,
+                                static_cast<uint64_t>(b.bits) << 16 | static_cast<uint64_t>(d.bits) << 48};
+    std::memcpy(panel, halves, sizeof halves);
+  }
+  static Activations broadcast(const uint8_t* p) { return {Base::broadcast(p), Base::broadcast(p + 8)}; }
+  static Accumulators load(const float* p) { return {Base::load(p)}; }
+  static void store(float* p, const Accumulators& acc) { Base::store(p, acc.sums); }
+  static Accumulators multiply_add(const Accumulators& acc, __m512i w, __m512i p, const Activations& x) {
+    return {acc.sums, Base::multiply_add(acc.even, w, p, x.even), Base::multiply_add(acc.odd, w, p, x.odd)};
+  }
+  static Accumulators add_block(const Accumulators& acc) {
+    return {_mm512_add_ps(acc.sums, _mm512_add_ps(acc.even, acc.odd))};
+  }
+  static Accumulators load_scales(const uint8_t* p, Dtype dtype) { return {Base::load_scales(p, dtype)}; }
+  static Accumulators scaled(const Accumulators& acc, const Accumulators& scales, const Accumulators& initial) {
+    return {Base::scaled(acc.sums, scales.sums, initial.sums)};
+  }
+};
+
+template <Dtype kType, bool kGroups = false>
+constexpr Kernels amx_kernels() {
+  using VecTraits = Avx512Bf16Traits<kType, kGroups>;
+  using FewTokens = FewTokensTraits<kType, kGroups>;
+  return {row_kernel<FewTokens>(),
+          FewTokens::kBlockTokens + 1,
+          {kBlockTokens, kTileTokens, kBlockTokens, 4 * sizeof(uint16_t), pack_amx_tokens,
+           multiply_amx_tiles<VecTraits>, round_values<VecTraits>, sizeof(int32_t)}};
 }
 
 }  // namespace

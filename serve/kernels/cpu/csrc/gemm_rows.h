@@ -30,6 +30,8 @@
 //     static Accumulators load(const float*);
 //     static void store(float*, Accumulators);
 //     static Accumulators multiply_add(Accumulators, const Weights&, const Positions&, const Activations&);
+//     static constexpr bool kSumsBlocks;                               // each block of columns is summed up by itself
+//     static Accumulators add_block(Accumulators);                     // its sum to those before, if kSumsBlocks
 //     static Accumulators load_scales(const uint8_t*, Dtype);          // of 16 rows; this and `scaled` if kGrouped
 //     static Accumulators scaled(const Accumulators& sums, const Accumulators& scales, const Accumulators& initial);
 //     static void store_channels(uint8_t* panel, Value, Value, Value, Value);  // four channels of one token
@@ -212,6 +214,11 @@ template <class VecTraits, int S, int T, bool kFromMemory>
       }
     }
     if constexpr (!kFromMemory) prepared += Tile::prepared_bytes;
+    if constexpr (VecTraits::kSumsBlocks)
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) acc[t][s] = VecTraits::add_block(acc[t][s]);
   }
   stream = {weights, prepared, panel};
 }

@@ -70,6 +70,7 @@ struct Avx2Traits {
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
+  static constexpr bool kSumsBlocks = false;
   static constexpr bool kExpands = kType == Dtype::int4;
   static constexpr int kSecondPosition = kType == Dtype::int4 ? 16 : 2;  // the bit where it starts
   using TokenVecTraits = Avx2TokenTraits;

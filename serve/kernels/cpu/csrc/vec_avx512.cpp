@@ -37,6 +37,7 @@ struct Avx512Traits {
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
+  static constexpr bool kSumsBlocks = false;
   static constexpr bool kExpands = kType == Dtype::int4;
   static constexpr int kSecondPosition = kType == Dtype::int4 ? 16 : 2;  // the bit where it starts
   using TokenVecTraits = Avx512TokenTraits;

@@ -19,6 +19,7 @@ struct PortableTraits {
   static constexpr int64_t kActivationBytes = 16;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
+  static constexpr bool kSumsBlocks = false;
   static constexpr bool kExpands = kType == Dtype::int4;
 
   static Weights weights(const uint8_t* p) {
