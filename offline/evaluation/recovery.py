@@ -66,13 +66,15 @@ def average(model: Mapping[str, TaskScores], dense: Mapping[str, TaskScores]) ->
 
 
 def lines(rows: Sequence[Score], mean: Average | None) -> str:
-    """For a terminal: a line for each metric, and one for the mean."""
+    """For a terminal: a line for each metric, and one for the mean. Columns without an entry are left out."""
     cells = [("task", "metric", "examples", "model", "baseline", "recovery")]
     cells += [row.cells() for row in rows]
     if mean is not None:
         cells.append(mean.cells())
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
+    columns = [column for column in zip(*cells, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    filled = zip(*columns, strict=True)
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in filled)
 
 
 def comparison(model: Mapping[str, TaskScores], dense: Mapping[str, TaskScores], name: str) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_lines_for_readers():
         "mean of 3 tasks  acc, acc_norm, exact_match,strict              0.2833            0.3667            77.3%",
     ]
     assert lines(table({"b": PRUNED["endings"]}, None), None).splitlines() == [
-        "task  metric    examples    model   baseline  recovery",
+        "task  metric    examples    model",
         "b     acc       80, 0-shot  0.4000",
         "b     acc_norm  80, 0-shot  0.4500",
     ]
