@@ -51,7 +51,7 @@ _USE = [
     f"```sh\n{SERVE_HERE}\n```",
     "transformers loads it as well, after `import ria_vllm`.",
 ]
-_PERPLEXITY, _END = "<!-- ria-vllm: perplexity -->", "<!-- ria-vllm: end of perplexity -->"
+_PERPLEXITY, END_OF_PERPLEXITY = "<!-- ria-vllm: perplexity -->", "<!-- ria-vllm: end of perplexity -->"
 _PERPLEXITY_HEAD = "| text | tokens | window | perplexity | base model |\n| --- | --- | --- | --- | --- |"
 
 
@@ -72,7 +72,7 @@ def pruned_card(folder: Path, report: dict[str, Any], zeros: float, served: bool
         # Of the Hub's relations (adapter, merge, quantized, finetune) the one closest to compressed weights.
         if served:
             base["base_model_relation"] = "quantized"
-    pattern = _plain(recipe["pattern"])
+    pattern = plain(recipe["pattern"])
     if served:
         use = _USE
     else:
@@ -125,7 +125,7 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
         base["base_model_relation"] = "quantized"
     body = [
         _origin(recipe | {"source": source}, identity),
-        "Its kept weights were trained after that, with the masks fixed" + (f": {_plain(note)}" if note else "") + ".",
+        "Its kept weights were trained after that, with the masks fixed" + (f": {plain(note)}" if note else "") + ".",
         *_USE,
         *_perplexity_section(),
         *_options(recipe),
@@ -199,11 +199,11 @@ def _origin(recipe: dict[str, Any], identity: str | None) -> str:
     method = str(recipe.get("method"))
     if method == ANOTHER_PROGRAM:
         return f"{origin}, pruned by another program."
-    return f"{origin}, pruned by ria-vllm with {_METHODS.get(method, _plain(method))}."
+    return f"{origin}, pruned by ria-vllm with {_METHODS.get(method, plain(method))}."
 
 
 def _what_was_pruned(report: dict[str, Any], zeros: float) -> list[str]:
-    linears, pattern = report_linears(report), _plain(report["recipe"]["pattern"])
+    linears, pattern = report_linears(report), plain(report["recipe"]["pattern"])
     rows = [
         ("pruned linears", f"{len(linears)}"),
         ("sparsity", f"{pattern}; {zeros:.1%} of the weights of the decoder layers' linears are zero"),
@@ -211,11 +211,11 @@ def _what_was_pruned(report: dict[str, Any], zeros: float) -> list[str]:
     size, inputs = (report["recipe"].get(key) for key in ("group_size", "activations"))
     if size is not None:
         of_each = "a row" if size == "row" else f"{size} columns of a row"
-        rows.append(("weights", f"{_plain(report['recipe']['weights'])}, with a scale for {_plain(of_each)}"))
+        rows.append(("weights", f"{plain(report['recipe']['weights'])}, with a scale for {plain(of_each)}"))
     if inputs is not None:
         smooth = report["recipe"].get("smooth")
-        how = f"; scales migrated by SmoothQuant, strength {_plain(smooth)}" if smooth else ""
-        rows.append(("inputs of pruned linears", f"rounded to {_plain(inputs)}, token by token{how}"))
+        how = f"; scales migrated by SmoothQuant, strength {plain(smooth)}" if smooth else ""
+        rows.append(("inputs of pruned linears", f"rounded to {plain(inputs)}, token by token{how}"))
     scores = {name: report_number(entry, "retained_after") for name, entry in linears.items()}
     finite = {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}
     if finite:
@@ -229,7 +229,7 @@ def _what_was_pruned(report: dict[str, Any], zeros: float) -> list[str]:
         more = f" and {len(dense) - 8} more" if len(dense) > 8 else ""
         rows.append(("left dense", ", ".join(dense[:8]) + more))
     meaning = "The retained score is the share of a linear's importance that the kept weights hold."
-    return ["## What was pruned", _table(("", ""), rows), meaning]
+    return ["## What was pruned", card_table(("", ""), rows), meaning]
 
 
 def _options(recipe: dict[str, Any]) -> list[str]:
@@ -240,10 +240,10 @@ def _options(recipe: dict[str, Any]) -> list[str]:
         if key == "calibration":
             value = Path(str(value)).name
         if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):  # one run after another
-            rows += [(f"{_plain(key)}, {number}", _code(_shown(entry))) for number, entry in enumerate(value, 1)]
+            rows += [(f"{plain(key)}, {number}", _code(_shown(entry))) for number, entry in enumerate(value, 1)]
         else:
-            rows.append((_plain(key), _code(_shown(value))))
-    return ["## Options", _table(("option", "value"), rows)] if rows else []
+            rows.append((plain(key), _code(_shown(value))))
+    return ["## Options", card_table(("option", "value"), rows)] if rows else []
 
 
 def _shown(value: Any) -> str:
@@ -253,16 +253,16 @@ def _shown(value: Any) -> str:
     return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def card_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
 
 
 def _name(source: Any) -> str:
     """The last part of a hub id or a path. Where a folder lies on somebody's disk must not be published."""
-    return _plain(Path(str(source)).name)
+    return plain(Path(str(source)).name)
 
 
-def _plain(text: Any) -> str:
+def plain(text: Any) -> str:
     """Text on one line, without the characters that Markdown and HTML interpret."""
     return re.sub(r"[`|<>\[\]\\]", " ", _line(text))
 
@@ -292,13 +292,13 @@ class Measured:
 
     def row(self) -> tuple[str, ...]:
         dense = "" if self.dense is None else f"{self.dense:.2f}"
-        return _plain(self.text), str(self.tokens), str(self.window), f"{self.perplexity:.2f}", dense
+        return plain(self.text), str(self.tokens), str(self.window), f"{self.perplexity:.2f}", dense
 
 
 def _perplexity_section(rows: str = "") -> list[str]:
     hint = "Not measured. `ria-vllm eval . --text FILE --update-card` measures it and notes it here."
     content = f"{_PERPLEXITY_HEAD}\n{rows}" if rows else hint
-    return ["## Perplexity", f"{_PERPLEXITY}\n{content}\n{_END}"]
+    return ["## Perplexity", f"{_PERPLEXITY}\n{content}\n{END_OF_PERPLEXITY}"]
 
 
 def check_card(folder: Path) -> None:
@@ -307,20 +307,42 @@ def check_card(folder: Path) -> None:
         raise RiaError(f"{folder / CARD_FILE}: no model card to note it in. `ria-vllm compress` writes one.")
 
 
+def read_card(folder: Path) -> str:
+    """The card's text.
+
+    Raises:
+        RiaError: there is no card, or it cannot be read as text.
+    """
+    check_card(folder)
+    path = folder / CARD_FILE
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RiaError(f"{path}: not readable as text ({error}).") from None
+
+
+def write_card(folder: Path, card: str) -> None:
+    """Replace the card, at once.
+
+    Raises:
+        RiaError: it cannot be written.
+    """
+    path = folder / CARD_FILE
+    temporary = path.with_name(CARD_FILE + ".tmp")
+    with disk_errors(path):
+        temporary.write_text(card, encoding="utf-8")
+        os.replace(temporary, path)
+
+
 def note_perplexity(folder: Path, measured: Measured) -> None:
     """Add a row to the card's table of perplexities, or replace the one on the same text. The rest of the card stays.
 
     Raises:
         RiaError: there is no card, or it cannot be read or replaced.
     """
-    check_card(folder)
-    path = folder / CARD_FILE
-    try:
-        card = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RiaError(f"{path}: not readable as text ({error}).") from None
+    card = read_card(folder)
     before, marked, rest = card.partition(_PERPLEXITY)
-    section, ended, after = rest.partition(_END)
+    section, ended, after = rest.partition(END_OF_PERPLEXITY)
     if not marked or not ended:
         before, section, after = card.rstrip("\n") + "\n\n## Perplexity\n\n", "", "\n"
     row = measured.row()
@@ -328,7 +350,4 @@ def note_perplexity(folder: Path, measured: Measured) -> None:
     rows = [line for line in section.splitlines() if re.match(r"\| .* \| \d+ \| \d+ \|", line)]
     rows = [line for line in rows if not line.startswith(same)]
     rows.append(f"| {' | '.join(row)} |")
-    temporary = path.with_name(CARD_FILE + ".tmp")
-    with disk_errors(path):
-        temporary.write_text(before + _perplexity_section("\n".join(rows))[1] + after, encoding="utf-8")
-        os.replace(temporary, path)
+    write_card(folder, before + _perplexity_section("\n".join(rows))[1] + after)

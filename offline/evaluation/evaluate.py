@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.model_card import Measured, check_card, note_perplexity
+from ria_vllm.offline.evaluation.recovery import average, comparison, lines, table
 from ria_vllm.offline.evaluation.tasks import run_tasks
 from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.hf import configured_dtype, load_model, load_tokenizer, read_config
 from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.progress import Monitor
+from ria_vllm.task_card import note_tasks
 from ria_vllm.weight_format import name_of
 
 
@@ -89,9 +92,13 @@ def perplexity(model: Any, tokens: torch.Tensor, seq_len: int, monitor: Monitor 
 @click.option(
     "--max-tokens", type=click.IntRange(min=2), help="Use at most this many tokens, from the start of the text."
 )
-@click.option("--baseline", help="Also measure this model, the dense one that MODEL was pruned from, on the same text.")
 @click.option(
-    "--update-card", is_flag=True, help="Add the perplexity to MODEL's README.md; MODEL must then be a folder."
+    "--baseline",
+    help="Also measure this model, the dense one that MODEL was pruned from, on the same text or tasks; with --tasks, "
+    "also say how many percent of its scores MODEL has recovered.",
+)
+@click.option(
+    "--update-card", is_flag=True, help="Add what was measured to MODEL's README.md; MODEL must then be a folder."
 )
 @click.option("--tasks", help="Comma-separated tasks for lm-evaluation-harness (needs lm_eval).")
 @click.option(
@@ -131,17 +138,15 @@ def evaluate(
     if (text is None) == (tasks is None):
         raise RiaError("eval: give --text FILE for perplexity, or --tasks NAMES for lm-evaluation-harness.")
     if tasks is not None:
-        if baseline is not None or update_card:
-            raise RiaError(
-                "eval: --baseline and --update-card are for perplexity. Give --text FILE instead of --tasks."
-            )
         if engine == "vllm" and compute_dtype != "auto":
             raise RiaError(
                 "eval: --compute-dtype is for --engine hf; vLLM takes the model's own. Leave one of them out."
             )
         chosen_device = choose_device(device)
-        results = run_tasks(model, tasks.split(","), engine, limit, chosen_device, include_path, compute_dtype)
-        click.echo(json.dumps(results, indent=2) if as_json else task_lines(results))
+        evaluate_tasks(
+            model, baseline, tasks.split(","), engine, limit, chosen_device, include_path, compute_dtype, update_card,
+            as_json,
+        )  # fmt: skip
         return
     assert text is not None
     if update_card:
@@ -207,9 +212,37 @@ def common_dtype(configs: Sequence[Any], device: torch.device, asked: str) -> st
     return name_of(functools.reduce(torch.promote_types, [choose_dtype(dtype, device, asked) for dtype in stored]))
 
 
-def task_lines(results: dict[str, Any]) -> str:
-    """The results of `run_tasks`, one line per task."""
-    return "\n".join(
-        f"{task}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
-        for task, metrics in results["tasks"].items()
-    )
+def evaluate_tasks(
+    model: str,
+    baseline: str | None,
+    tasks: list[str],
+    engine: str,
+    limit: int | None,
+    device: torch.device,
+    folder: Path | None,
+    compute_dtype: str,
+    update_card: bool,
+    as_json: bool,
+) -> None:
+    """`eval --tasks`; see `run_tasks` for what the arguments mean."""
+    if update_card:
+        check_card(Path(model))
+    if baseline is not None and engine == "hf":
+        compute_dtype = common_dtype([read_config(name) for name in (model, baseline)], device, compute_dtype)
+    found = run_tasks(model, tasks, engine, limit, device, folder, compute_dtype)
+    dense = None if baseline is None else run_tasks(baseline, tasks, engine, limit, device, folder, compute_dtype)
+    harness = f"lm-evaluation-harness {version('lm_eval')}"
+    rows, mean = table(found, dense), None if dense is None else average(found, dense)
+    if as_json:
+        about = {
+            "model": model,
+            "engine": engine,
+            "harness": harness,
+            "tasks": {task: scores.metrics for task, scores in found.items()},
+            "examples": {task: scores.examples for task, scores in found.items()},
+        }
+        click.echo(json.dumps(about | ({} if dense is None else comparison(found, dense, str(baseline))), indent=2))
+    else:
+        click.echo(lines(rows, mean))
+    if update_card:
+        note_tasks(Path(model), rows, mean, harness)

@@ -1,6 +1,12 @@
 """Benchmark tasks through lm-evaluation-harness, an optional extra."""
 
+import contextlib
+import gc
+import math
 import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +14,28 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.hf import load_model, load_tokenizer
+
+BOOTSTRAP = 1000  # resamples for a standard error that has no formula; the harness's 100,000 take minutes
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What the harness says of one task, or of a group of tasks.
+
+    Attributes:
+        metrics: all its numbers, standard errors (`acc_stderr`) among them. "acc,none" is `acc` here; a metric of
+            another filter keeps its name, such as `exact_match,strict-match`.
+        rising: those of the metrics where the task says that higher is better, in the task's order.
+        examples: how many were asked; None for a group.
+        shots: examples in each prompt; None if a group's tasks differ.
+        in_group: whether a group among the results already averages it.
+    """
+
+    metrics: dict[str, float]
+    rising: tuple[str, ...] = ()
+    examples: int | None = None
+    shots: int | None = None
+    in_group: bool = False
 
 
 def run_tasks(
@@ -18,7 +46,7 @@ def run_tasks(
     device: torch.device,
     folder: Path | None = None,
     compute_dtype: str = "auto",
-) -> dict[str, Any]:
+) -> dict[str, TaskScores]:
     """Run lm-evaluation-harness.
 
     Args:
@@ -28,10 +56,10 @@ def run_tasks(
         compute_dtype: for the engine `hf`; see `load_model`.
 
     Returns:
-        {"model", "engine", "tasks": {task: {metric: number}}}.
+        Scores by task, and by group if tasks of a group were asked for.
 
     Raises:
-        RiaError: the harness is not installed, or knows no such task.
+        RiaError: the harness is not installed, or knows no such task; or the model gives an answer NaN for likelihood.
     """
     try:
         import lm_eval
@@ -50,16 +78,70 @@ def run_tasks(
     else:
         harness_model = HFLM(pretrained=load_model(model, device, compute_dtype), tokenizer=load_tokenizer(model))
         arguments = {}
-    output = lm_eval.simple_evaluate(
-        model=harness_model, model_args=arguments, tasks=tasks, limit=limit, task_manager=manager
-    )
-    return {"model": model, "engine": engine, "tasks": {t: numbers(m) for t, m in output["results"].items()}}
+    with contextlib.redirect_stdout(sys.stderr):  # the harness prints as it computes standard errors
+        output = lm_eval.simple_evaluate(
+            model=harness_model,
+            model_args=arguments,
+            tasks=tasks,
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=BOOTSTRAP,
+        )
+    assert output is not None  # only ranks other than the first get None
+    refuse_nan(model, output.get("samples", {}))
+    del harness_model
+    gc.collect()  # the weights, before another model is loaded
+    return scores(output)
 
 
-def numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The harness's metrics without its text fields; "acc,none" becomes "acc"."""
+def scores(output: Mapping[str, Any]) -> dict[str, TaskScores]:
+    """The harness's output, without what it says of itself."""
+    results = {task: numbers(entry) for task, entry in output["results"].items()}
+    parts = output.get("group_subtasks", {})
+    in_group = {task for group, tasks in parts.items() if results.get(group) for task in tasks}
+    found = {}
+    for task, metrics in results.items():
+        higher = output.get("higher_is_better", {}).get(task, {})
+        found[task] = TaskScores(
+            metrics,
+            tuple(metric for metric in metrics if higher.get(metric.split(",")[0]) is True),
+            output.get("n-samples", {}).get(task, {}).get("effective"),
+            output.get("n-shot", {}).get(task),
+            task in in_group,
+        )
+    return found
+
+
+def numbers(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics in the harness's entry for a task; "acc,none" becomes "acc".
+
+    Metrics have a filter's name after a comma. What has none, such as the task's alias or `sample_len`, is no metric.
+    """
     return {
         key.removesuffix(",none"): float(value)
-        for key, value in metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        for key, value in entry.items()
+        if "," in key and isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+def refuse_nan(model: str, samples: Mapping[str, Any]) -> None:
+    """An argmax over NaN is a number, so the accuracy of a broken model looks like any other.
+
+    Raises:
+        RiaError: a log-likelihood is NaN.
+    """
+    for task, examples in samples.items():
+        for example in examples:
+            if any(math.isnan(value) for value in _floats(example.get("filtered_resps"))):
+                raise RiaError(
+                    f"{model}: {task}, example {example.get('doc_id')}: the model's log-likelihood is NaN. Check the "
+                    "folder with `ria-vllm verify`, or give --compute-dtype float32."
+                )
+
+
+def _floats(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _floats(item)

@@ -145,7 +145,8 @@ def test_nothing_is_measured_that_cannot_be_recorded_or_compared(pruned_llama, t
     monkeypatch.setattr("ria_vllm.offline.evaluation.evaluate.load_model", lambda *_: pytest.fail("measured"))
     with pytest.raises(RiaError, match="no model card"):
         run(pruned_llama.folder, "--text", text, "--update-card")
-    with pytest.raises(RiaError, match="--baseline and --update-card are for perplexity"):
+    monkeypatch.setattr("ria_vllm.offline.evaluation.evaluate.run_tasks", lambda *_: pytest.fail("measured"))
+    with pytest.raises(RiaError, match="no model card"):
         run(pruned_llama.folder, "--tasks", "x", "--update-card")
     other = tmp_path / "other"
     shutil.copytree(pruned_llama.source, other)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 import yaml
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.evaluation.evaluate import task_lines
-from ria_vllm.offline.evaluation.tasks import numbers, run_tasks
+from ria_vllm.offline.evaluation.evaluate import evaluate
+from ria_vllm.offline.evaluation.tasks import numbers, refuse_nan, run_tasks, scores
 
 
 def test_without_the_harness_the_message_says_how_to_get_it(monkeypatch, pruned_llama):
@@ -22,13 +23,49 @@ def test_without_the_harness_the_message_says_how_to_get_it(monkeypatch, pruned_
         run_tasks(str(pruned_llama.folder), ["arc_easy"], "hf", None, torch.device("cpu"))
 
 
-def test_only_numbers_are_kept():
-    metrics = {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": "N/A", "exact,strict": 1, "flag": True}
-    assert numbers(metrics) == {"acc": 0.5, "exact,strict": 1.0}
+def test_only_metrics_are_kept():
+    entry = {
+        "alias": "arc",
+        "acc,none": 0.5,
+        "acc_stderr,none": "N/A",
+        "exact,strict": 1,
+        "flag": True,
+        "sample_len": 9,
+    }
+    assert numbers(entry) == {"acc": 0.5, "exact,strict": 1.0}
 
 
-def test_lines_for_readers():
-    assert task_lines({"tasks": {"arc": {"acc": 0.5}, "b": {"f1": 0.25}}}) == "arc: acc 0.5000\nb: f1 0.2500"
+def test_what_the_harness_says_of_its_tasks():
+    output = {
+        "results": {
+            "both": {"acc,none": 0.5, "alias": "both"},
+            "easy": {"perplexity,none": 3.0, "acc,none": 0.75, "acc_stderr,none": 0.1},
+            "hard": {"acc,none": 0.25},
+            "tag": {"alias": "tag"},
+            "own": {"exact_match,strict": 0.5, "odd,none": 1.0},
+        },
+        "group_subtasks": {"both": ["easy", "hard"], "tag": ["own"]},
+        "higher_is_better": {
+            "both": {"acc": True}, "easy": {"perplexity": False, "acc": True}, "hard": {"acc": True},
+            "own": {"exact_match": True, "odd": None},
+        },
+        "n-samples": {"easy": {"original": 40, "effective": 4}, "hard": {"original": 4, "effective": 4}},
+        "n-shot": {"easy": 0, "hard": 5},
+    }  # fmt: skip
+    found = scores(output)
+    assert {task: entry.rising for task, entry in found.items()} == {
+        "both": ("acc",), "easy": ("acc",), "hard": ("acc",), "tag": (), "own": ("exact_match,strict",),
+    }  # fmt: skip
+    assert [task for task, entry in found.items() if entry.in_group] == ["easy", "hard"]  # `tag` has no mean
+    assert (found["easy"].examples, found["hard"].shots, found["both"].examples) == (4, 5, None)
+
+
+def test_an_answer_without_a_likelihood_is_no_answer():
+    fine = {"doc_id": 6, "filtered_resps": [(-1.5, False), (-math.inf, True)]}
+    text = {"doc_id": 7, "filtered_resps": ["nan"]}
+    refuse_nan("folder", {"arc": [fine, text]})
+    with pytest.raises(RiaError, match="folder: arc, example 8: .*log-likelihood is NaN.*verify"):
+        refuse_nan("folder", {"arc": [fine, {"doc_id": 8, "filtered_resps": [(-1.5, False), (math.nan, False)]}]})
 
 
 QUESTIONS = [{"question": f"item {i} is", "choices": [" red", " green", " blue"], "answer": i % 3} for i in range(8)]
@@ -75,12 +112,45 @@ def right_answers(folder: Path, source: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
-def test_a_task_on_either_engine(pruned_llama, own_tasks, engine):
-    command = [sys.executable, "-m", "ria_vllm", "eval", str(pruned_llama.folder), "--json", "--device", "cpu"]
+def test_a_task_on_either_engine_with_what_is_recovered(pruned_llama, own_tasks, tmp_path, engine):
+    out = shutil.copytree(pruned_llama.folder, tmp_path / "out")
+    (out / "README.md").write_text("# Mine\n")
+    command = [sys.executable, "-m", "ria_vllm", "eval", str(out), "--json", "--device", "cpu", "--update-card"]
     command += ["--tasks", "colours", "--include-path", str(own_tasks), "--engine", engine]
+    command += ["--baseline", str(pruned_llama.source)]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
-    assert found["engine"] == engine
-    assert math.isclose(found["tasks"]["colours"]["acc"], right_answers(pruned_llama.folder, pruned_llama.source) / 8)
+    assert found["engine"] == engine and found["examples"] == {"colours": 8}
+    right, dense = (right_answers(folder, pruned_llama.source) for folder in (pruned_llama.folder, pruned_llama.source))
+    assert math.isclose(found["tasks"]["colours"]["acc"], right / 8)
+    assert math.isclose(found["baseline"]["tasks"]["colours"]["acc"], dense / 8)
+    assert math.isclose(found["recovery"]["colours"]["acc"], 100 * right / dense)
+    assert math.isclose(found["average"]["recovery"], 100 * right / dense)
+    rows = [line.split(" | ") for line in (out / "README.md").read_text().splitlines()]
+    assert [row[-1] for row in rows if row[0] == "| colours"] == [f"{100 * right / dense:.1f}% |"]
+
+
+def test_perplexity_of_a_word_has_no_recovery(pruned_llama, tmp_path, monkeypatch, capsys):
+    """And nothing but the results is on standard output, though the harness prints there."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps({"text": q["question"]}) + "\n" for q in QUESTIONS))
+    task = {
+        "task": "words",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "words.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": " red",
+        "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
+    }
+    (tmp_path / "words.yaml").write_text(yaml.safe_dump(task))
+    arguments = [str(pruned_llama.folder), "--tasks", "words", "--include-path", str(tmp_path), "--device", "cpu"]
+    arguments += ["--baseline", str(pruned_llama.source), "--json"]
+    evaluate.main(arguments, standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert found["tasks"]["words"]["perplexity"] != found["baseline"]["tasks"]["words"]["perplexity"]
+    assert found["recovery"] == {"words": {}} and found["average"] is None

@@ -1,0 +1,178 @@
+"""`python -m benchmarks.text_tasks`: what its examples are, and the harness's scores on them against plain torch."""
+
+import json
+import math
+import random
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from benchmarks.text_tasks import main, read_documents, sentences
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.evaluation.tasks import run_tasks
+from ria_vllm.offline.model.hf import load_model, load_tokenizer
+
+NAMES = [
+    first + last for first in ("Anna", "Bertha", "Clara", "Doris") for last in ("", "line", "bell", "mary", "rose")
+]
+VERBS = ["sees", "knows", "likes", "follows", "greets"]
+DAYS = ["yesterday", "today", "in the morning", "before dinner", "on some other day"]
+
+
+def paragraph(generator: random.Random) -> str:
+    """Sentences whose words occur again and again."""
+    pick = generator.choice
+    return " ".join(f"Then {pick(NAMES)} {pick(VERBS)} her friend {pick(DAYS)} with {pick(NAMES)}." for _ in range(3))
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory) -> Path:
+    """Four documents of 30 paragraphs with three sentences each."""
+    generator = random.Random(1)
+    path = tmp_path_factory.mktemp("prose") / "My text.txt"
+    documents = ["\n".join(paragraph(generator) for _ in range(30)) for _ in range(4)]
+    path.write_text("\n\n".join(documents) + "\n")
+    return path
+
+
+def make(text: Path, out: Path, *options: str) -> dict[str, list[dict]]:
+    done = CliRunner().invoke(main, [str(text), "-o", str(out), *options], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in out.glob("*.jsonl")}
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[A-Za-z]+", text)
+
+
+def test_the_last_word_stands_earlier_in_the_passage(prose, tmp_path):
+    found = make(prose, tmp_path, "--examples", "20")["my_text_last_word"]
+    whole = prose.read_text()
+    assert len(found) == 20 == len({example["context"] for example in found})
+    for example in found:
+        assert f"{example['context']} {example['word']}." in whole  # the passage as it stands in the text
+        earlier, _, last = example["context"].rpartition(".")  # up to the last sentence
+        assert example["word"] in words_of(earlier) and 50 <= len(earlier.split()) <= 120 and "." not in last
+
+
+def test_the_others_stand_elsewhere_in_the_same_document(prose, tmp_path):
+    found = make(prose, tmp_path, "--examples", "60")["my_text_continuation"]
+    documents, gaps = prose.read_text().split("\n\n"), []
+    for example in found:
+        right = example["choices"][example["answer"]]
+        home = [d for d in documents if f"{example['context']} {right}" in d or f"{example['context']}\n{right}" in d]
+        assert len(home) == 1 and len(set(example["choices"])) == 4
+        gaps += [abs(len(choice) - len(right)) for choice in example["choices"] if choice != right]
+        for choice in set(example["choices"]) - {right}:
+            assert choice in home[0] and choice not in example["context"]
+            assert len(choice.split()) > 7  # headings and exclamations are not offered
+    assert {example["answer"] for example in found} == {0, 1, 2, 3}
+    assert statistics.median(gaps) <= 2  # of sentences with 40 to 80 characters
+
+
+def test_the_same_seed_gives_the_same_bytes(prose, tmp_path):
+    for folder, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        make(prose, tmp_path / folder, "--examples", "10", "--seed", seed)
+    for name in ("my_text_last_word.jsonl", "my_text_continuation.jsonl"):
+        a, b, c = ((tmp_path / folder / name).read_bytes() for folder in "abc")
+        assert a == b != c
+
+
+def test_documents_of_the_calibration_text_are_left_out(prose, tmp_path):
+    documents = prose.read_text().strip().split("\n\n")
+    other = tmp_path / "calibration.txt"
+    other.write_text("Anna.\n" + documents[2].splitlines()[7] + "\n")
+    kept = read_documents(prose, [other])
+    assert len(kept) == 3 and len(read_documents(prose, [])) == 4
+    found = make(prose, tmp_path / "out", "--examples", "20", "--apart-from", str(other))
+    for example in [*found["my_text_last_word"], *found["my_text_continuation"]]:
+        assert example["context"] not in documents[2] and example["context"] in prose.read_text()
+    with pytest.raises(RiaError, match="0 passages for last_word"):
+        make(prose, tmp_path / "none", "--apart-from", str(prose))
+
+
+def test_too_short_and_unreadable_texts(prose, tmp_path):
+    with pytest.raises(RiaError, match="passages for .*--examples of at most that"):
+        make(prose, tmp_path / "out", "--examples", "100000")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RiaError, match="nowhere.txt: not readable"):
+        make(tmp_path / "nowhere.txt", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("He went home. It was late.", ["He went home.", "It was late."]),
+        ("`` Go '' ! ! He left . '' So did she .", ["`` Go '' ! !", "He left . ''", "So did she ."]),
+        ("Gov. Price spoke to Mr. Hale. Nobody heard.", ["Gov. Price spoke to Mr. Hale. Nobody heard."]),
+        ("On Aug. 31 it rained in 3.5 hours. Then not.", ["On Aug. 31 it rained in 3.5 hours.", "Then not."]),
+        ("no end", ["no end"]),
+    ],
+)
+def test_sentences(text, found):
+    assert sentences(text) == found
+
+
+def log_likelihood(model, tokenizer, context: str, continuation: str) -> tuple[float, bool]:
+    """By definition, and whether every token of it is the likeliest."""
+    start, ids = len(tokenizer(context)["input_ids"]), tokenizer(context + continuation)["input_ids"]
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    steps = range(start, len(ids))
+    return sum(float(log_p[i - 1, ids[i]]) for i in steps), all(int(log_p[i - 1].argmax()) == ids[i] for i in steps)
+
+
+@pytest.fixture(scope="module")
+def long_llama(tiny_llama, tmp_path_factory) -> Path:
+    """A random model whose context holds a passage, a token for each byte."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("long")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.config.max_position_embeddings = 2048
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_harness_scores_them_as_they_are_meant(long_llama, prose, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    examples = make(prose, tmp_path, "--examples", "60")
+    names = ["my_text_last_word", "my_text_continuation"]
+    found = run_tasks(str(long_llama), names, "hf", None, torch.device("cpu"), tmp_path, "float32")
+    model, tokenizer = load_model(str(long_llama), torch.device("cpu")), load_tokenizer(str(long_llama))
+    words = [log_likelihood(model, tokenizer, e["context"], f" {e['word']}") for e in examples[names[0]]]
+    metrics = found[names[0]].metrics
+    assert metrics["perplexity"] == pytest.approx(math.exp(-sum(value for value, _ in words) / 60), rel=1e-4)
+    assert metrics["acc"] == pytest.approx(sum(greedy for _, greedy in words) / 60)
+    assert found[names[0]].rising == ("acc",) and found[names[0]].examples == 60
+    right = {"acc": 0, "acc_norm": 0}
+    for example in examples[names[1]]:
+        values = [log_likelihood(model, tokenizer, example["context"], f" {c}")[0] for c in example["choices"]]
+        by_length = [value / len(choice) for value, choice in zip(values, example["choices"], strict=True)]
+        right["acc"] += values.index(max(values)) == example["answer"]
+        right["acc_norm"] += by_length.index(max(by_length)) == example["answer"]
+    metrics = found[names[1]].metrics
+    assert {name: metrics[name] for name in right} == pytest.approx({name: n / 60 for name, n in right.items()})
+    # A random model guesses: 60 guesses with a chance of 1/4 are almost never outside of these.
+    assert 0.05 < metrics["acc_norm"] < 0.5
+
+
+def test_no_position_of_the_right_answer_is_favoured(prose, tmp_path):
+    found = make(prose, tmp_path, "--examples", "120")["my_text_continuation"]
+    for position in range(4):
+        assert 15 < sum(example["answer"] == position for example in found) < 45  # 30 are expected
+
+
+def test_the_files_say_what_the_harness_needs(prose, tmp_path):
+    make(prose, tmp_path, "--examples", "5", "--name", "Half B")
+    settings = yaml.safe_load((tmp_path / "half_b_continuation.yaml").read_text())
+    assert settings["task"] == "half_b_continuation"
+    assert settings["dataset_kwargs"]["data_files"]["test"] == str(tmp_path / "half_b_continuation.jsonl")
