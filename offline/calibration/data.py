@@ -9,6 +9,7 @@ import itertools
 import json
 from array import array
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,27 @@ DOCUMENT_TOKENS = 256
 KV_CACHE_BYTES = 1 << 30
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Samples that `from_text` once drew from a text, with these arguments."""
+
+    samples: int
+    seq_len: int
+    seed: int
+
+    def enough(self, special: int) -> int:
+        """The tokens after which reading stopped; `special`: how many special tokens start a sample."""
+        return self.samples * max(1, self.seq_len - special) * OVERSAMPLING
+
+    def used(self, read: int, total: int, special: int) -> torch.Tensor:
+        """bool [total]: which tokens of a text are in the samples, if they were drawn from its first `read` ones."""
+        width = max(1, self.seq_len - special)
+        windows = read // width
+        used = torch.zeros(total, dtype=torch.bool)
+        used[: windows * width].view(windows, width)[_order(windows, self.seed)[: self.samples]] = True
+        return used
+
+
 def from_text(
     source: str,
     tokenizer: Any,
@@ -50,6 +72,7 @@ def from_text(
     seed: int,
     asked: str | None = None,
     most: int | None = None,
+    earlier: Drawn | None = None,
 ) -> torch.Tensor:
     """Samples drawn from a text: windows that do not overlap, chosen and ordered by the seed.
 
@@ -61,6 +84,7 @@ def from_text(
         seq_len: tokens in a sample, special tokens included.
         asked: which option asks for so many, for errors; --samples, if it is None.
         most: read no more tokens than this beyond those that are asked for; None: OVERSAMPLING decides alone.
+        earlier: samples that were drawn from the same text; windows that have tokens in common with them come last.
 
     Returns:
         int64 [samples, seq_len].
@@ -75,9 +99,12 @@ def from_text(
     wanted = samples * width
     tokens = array("i")
     enough = wanted * OVERSAMPLING if most is None else min(wanted * OVERSAMPLING, wanted + most)
+    read_earlier = None
     for text in documents(source, tokenizer):
         tokens.extend(tokenizer(text, add_special_tokens=False).input_ids)
-        if len(tokens) >= enough:
+        if earlier and read_earlier is None and len(tokens) >= earlier.enough(len(start)):
+            read_earlier = len(tokens)
+        if len(tokens) >= enough and not (earlier and read_earlier is None):
             break
     windows = len(tokens) // width
     if windows < samples:
@@ -86,10 +113,20 @@ def from_text(
             f"{source}: too little text: {len(tokens)} tokens make {windows} samples of {seq_len}, but {asked}. Give "
             f"more text, or a smaller {asked.split()[0]} or --seq-len."
         )
-    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
+    order = _order(windows, seed)
+    if earlier:
+        used = earlier.used(len(tokens) if read_earlier is None else read_earlier, len(tokens), len(start))
+        again = used[: windows * width].view(windows, width).any(1)[order]
+        order = torch.cat([order[~again], order[again]])
+    chosen = order[:samples]
     read = torch.from_numpy(np.frombuffer(tokens, dtype=np.intc)[: windows * width].reshape(windows, width).copy())
     body = read[chosen].long()
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(samples, -1), body], dim=1)
+
+
+def _order(windows: int, seed: int) -> torch.Tensor:
+    """int64 [windows]: the order in which a seed draws them."""
+    return torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
 
 
 def documents(source: str, tokenizer: Any = None) -> Iterator[str]:

@@ -99,7 +99,7 @@ def _checked_run(
         windows = None
         if distillation.text != "self":
             fitted = fitting(distillation, (str(source.folder),), monitor)
-            windows = training_windows(fitted, text_tokenizer(source.folder))
+            windows = training_windows(fitted, text_tokenizer(source.folder), recipe.dump(model))
         run = fingerprint(recipe, source) | {"state of the model": stamps_of(source.folder)}
         return json.loads(json.dumps(run)), windows
 

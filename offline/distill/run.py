@@ -205,7 +205,7 @@ class _Run:
         elif self.ranks.first and self.recipe.text != "self":
             if windows is None:
                 with self.monitor.phase("reading the text"):
-                    windows = training_windows(self.recipe, text_tokenizer(self.start.folder))
+                    windows = training_windows(self.recipe, text_tokenizer(self.start.folder), self.start.schema.recipe)
             self.writer.write(TEXT_KEY, {"tokens": windows})
         return self.ranks.broadcast(windows)
 

@@ -1,7 +1,8 @@
 """The text that a student is trained and measured on, as windows of tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,8 +22,15 @@ SAMPLES = (
 )
 
 
-def training_windows(recipe: Distillation, tokenizer: Any) -> torch.Tensor:
+def training_windows(
+    recipe: Distillation, tokenizer: Any, calibrated: Mapping[str, Any] = MappingProxyType({})
+) -> torch.Tensor:
     """Windows of the text, packed without padding, drawn and ordered by the seed.
+
+    Windows that the model was calibrated on come last: it already predicts them better than other text.
+
+    Args:
+        calibrated: the recipe by which the model was pruned.
 
     Returns:
         int32 [windows, seq_len].
@@ -31,8 +39,19 @@ def training_windows(recipe: Distillation, tokenizer: Any) -> torch.Tensor:
         RiaError: no such text, or too little of it.
     """
     asked = f"--tokens asks for {recipe.windows}"
-    found = data.from_text(recipe.text, tokenizer, recipe.windows, recipe.seq_len, recipe.seed, asked, MOST_BEYOND)
-    return found.int()
+    earlier = _calibration(calibrated) if Path(recipe.text).name == calibrated.get("calibration") else None
+    return data.from_text(
+        recipe.text, tokenizer, recipe.windows, recipe.seq_len, recipe.seed, asked, MOST_BEYOND, earlier
+    ).int()
+
+
+def _calibration(recipe: Mapping[str, Any]) -> data.Drawn | None:
+    """What `compress` drew, or None if this recipe, which another program may have written, does not say."""
+    samples, seq_len, seed = (recipe.get(name) for name in ("samples", "seq_len", "seed"))
+    if not all(type(number) is int for number in (samples, seq_len, seed)):
+        return None
+    known = 0 < samples <= MOST_BEYOND and 16 <= seq_len <= MOST_BEYOND and 0 <= seed < 1 << 63
+    return data.Drawn(samples, seq_len, seed) if known else None
 
 
 def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> torch.Tensor:

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration.data import from_text
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.text import batch_of, check_vocabulary, held_out_windows, training_windows
 from ria_vllm.offline.model.hf import load_tokenizer
+from ria_vllm.offline.recipe import Recipe
 
 
 def test_each_pass_reads_every_window_once_in_another_order():
@@ -24,6 +26,18 @@ def test_training_windows_are_parts_of_the_text(tiny, text):
     content = text.read_text()
     assert all(tokenizer.decode(window) in content for window in windows)
     assert len({tuple(window.tolist()) for window in windows}) == 20
+
+
+def test_training_windows_are_not_those_of_the_calibration(tiny, text):
+    """Though both draw with the same seed, by default."""
+    tokenizer = load_tokenizer(str(tiny("llama")))
+    calibration = Recipe(samples=16, seq_len=32, calibration=str(text)).dump("model")
+    used = from_text(str(text), tokenizer, 16, 32, 0)
+    recipe = Distillation(tokens=16 * 32, seq_len=32, text=str(text))
+    windows = training_windows(recipe, tokenizer, calibration)
+    assert not {*map(tuple, used.tolist())} & {*map(tuple, windows.tolist())}
+    for other in ({"calibration": "other.txt"}, {"samples": "16"}, {"seq_len": 1 << 70}, {"seed": None}):
+        assert torch.equal(training_windows(recipe, tokenizer, calibration | other), used.int())
 
 
 def test_held_out_windows_follow_each_other_from_the_start(tiny, text):
