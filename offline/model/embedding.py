@@ -4,7 +4,9 @@
 """
 
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,7 +169,7 @@ class Embedder:
             noise = torch.rand(before.shape, generator=draw).to(before.device, before.dtype)
             return before * (1 + noise)
 
-        passed = self._run(self.base, self.model.layers, others.to(self.model.device), _Forward(self._form, disturb))
+        passed = self._disturbed(others, disturb)
         for index, (call, other) in enumerate(zip(passed.calls, expected, strict=True)):
             for slot in call.differences(other):
                 raise RiaError(
@@ -176,6 +178,14 @@ class Embedder:
                     "be compressed."
                 )
         self.varying = frozenset(varying)
+
+    def _disturbed(self, tokens: torch.Tensor, disturb: Callable[[torch.Tensor], torch.Tensor]) -> _Forward:
+        """A pass in which layers change the stream, and return something besides it, too."""
+        run = partial(self._run, self.base, self.model.layers, tokens.to(self.model.device))
+        if self.tupled:
+            with suppress(RiaError):  # not every model takes just anything there
+                return run(_Forward(lambda stream: (stream,) * (self.tupled or 1), disturb))
+        return run(_Forward(self._form, disturb))
 
     def _unlike(self, index: int, slot: Slot) -> RiaError:
         return RiaError(

@@ -128,6 +128,32 @@ def test_an_input_made_from_earlier_layers_is_refused():
         chain(lambda first, stream: [first]).learn_varying(TOKENS, TOKENS.flip(1))
 
 
+class Passing(nn.Module):
+    """A model that passes each layer what the one before it has returned beside the stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(258, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    def forward(self, input_ids, use_cache=False):
+        stream, beside = self.embed(input_ids), None
+        for layer in self.layers:
+            stream, beside = layer(stream, beside=beside)
+        return stream
+
+
+@torch.no_grad()
+def test_what_layers_return_besides_the_stream_must_go_nowhere():
+    embedder = chain(None)
+    embedder.base = embedder.model.model = model = Passing()
+    embedder.model.layers, embedder.tupled = model.layers, 2
+    with pytest.raises(
+        RiaError, match=r"toy: layers\.1: Passing makes its argument beside of this layer from what earl"
+    ):
+        embedder.learn_varying(TOKENS, TOKENS.flip(1))
+
+
 class Writer(nn.Module):
     """Reads what the layer before it has put into a mapping, in one way or another."""
 
