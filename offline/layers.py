@@ -129,16 +129,22 @@ class LayerPass:
 
     def _free(self, index: int) -> None:
         self.model.free_layer(index)
+        self.embedded.arguments.free(index)
         if self.store is not None:
             self.store.forget_dense()
 
     def _load(self, index: int) -> list[SublayerPass]:
         """Load a layer; a pass for each of its sublayers, in order."""
-        layer, calls = self.model.load_layer(index), self.embedded.calls_of(index)
+        layer, arguments = self.model.load_layer(index), self.embedded.arguments.of(index)
         place = partial(self._place, index)
         return [
             SublayerPass(
-                SublayerRunner(layer, sublayer, calls, self.model.dtype), self.streams, self.ranks, self.monitor, place
+                SublayerRunner(layer, sublayer, self.model.dtype),
+                arguments,
+                self.streams,
+                self.ranks,
+                self.monitor,
+                place,
             )
             for sublayer in self.topologies.of(index).sublayers
         ]

@@ -38,16 +38,14 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
     others = [module for module in runner.layer.modules() if not isinstance(module, nn.Linear)]
     for parameter in (p for module in others for p in module.parameters(recurse=False)):
         parameter.data = parameter.data.float()
-    inputs, targets = (
-        AllChunks(own, streams.total, sublayer_pass.ranks, runner.device) for own in (streams.pruned, streams.dense)
-    )
+    targets = AllChunks(streams.dense, streams.total, sublayer_pass.ranks, runner.device)
     trim()
     with sublayer_pass.monitor.phase("block training"), torch.enable_grad():
         losses = train_block(
             runner.run,
             {name: runner.linear(name).weight for name in pruned},
             _Masks(pruned, runner.device),
-            inputs,
+            sublayer_pass.inputs_and_calls(),
             targets,
             passes=min(8, max(2, TRAINING_STEPS // streams.total)),
             seed=recipe.seed,

@@ -40,6 +40,15 @@ def config_of(family: str, **changes: Any) -> Any:
         "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 64,
         "global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
     }  # fmt: skip
+    # The last two layers read the keys and values of the first two.
+    shared = {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 64, "head_dim": 32,
+        "vocab_size_per_layer_input": 258, "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }  # fmt: skip
+    altup = {
+        "intermediate_size": [192] * 4, "laurel_rank": 64, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+    }  # fmt: skip
     hybrid = {
         "layers_block_type": ["mamba", "attention", "mlp", "moe"], "mamba_num_heads": 8, "mamba_head_dim": 32,
         "ssm_state_size": 16, "n_groups": 2, "n_routed_experts": 4, "moe_intermediate_size": 64, "head_dim": 32,
@@ -61,6 +70,8 @@ def config_of(family: str, **changes: Any) -> Any:
         "olmo2": (t.Olmo2Config, {}),
         "cohere2": (t.Cohere2Config, {"sliding_window": 16}),
         "gemma4": (t.Gemma4TextConfig, gemma4 | {"enable_moe_block": False, "global_head_dim": 64}),
+        "gemma4-e2b": (t.Gemma4TextConfig, shared | {"use_double_wide_mlp": True, "global_head_dim": 64}),
+        "gemma3n": (t.Gemma3nTextConfig, shared | altup),
         "qwen3-moe": (t.Qwen3MoeConfig, moe),
         "deepseek-v3": (t.DeepseekV3Config, deepseek),
         "gemma4-moe": (t.Gemma4TextConfig, gemma4),

@@ -107,6 +107,11 @@ class AllChunks(Sequence[torch.Tensor]):
     def __getitem__(self, index: int) -> torch.Tensor:
         if not 0 <= index < self.total:
             raise IndexError(index)
-        owner = next(rank for rank in range(self.ranks.size) if index in self.ranks.share(self.total, rank))
-        chunk = self.own[index - self.ranks.share(self.total).start] if owner == self.ranks.rank else None
+        owner, own = self.place(index)
+        chunk = None if own is None else self.own[own]
         return self.ranks.broadcast(chunk, owner).to(self.device, torch.float32)
+
+    def place(self, index: int) -> tuple[int, int | None]:
+        """The rank that holds a chunk, and its number among those of this rank if that is the one."""
+        owner = next(rank for rank in range(self.ranks.size) if index in self.ranks.share(self.total, rank))
+        return owner, index - self.ranks.share(self.total).start if owner == self.ranks.rank else None

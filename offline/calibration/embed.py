@@ -3,15 +3,19 @@
 The forward pass of one batch is in `ria_vllm.offline.model.embedding`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.activations import Activations, Streams
-from ria_vllm.offline.model.embedding import Embedder, LayerCall
+from ria_vllm.offline.calibration.arguments import AllArguments, LeftBehind
+from ria_vllm.offline.model.architecture import text_config
+from ria_vllm.offline.model.embedding import Embedder
+from ria_vllm.offline.model.sharing import Sharing, find_sharing
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.survey import survey
 from ria_vllm.offline.model.topology import Topologies
@@ -26,16 +30,12 @@ CHUNK_TOKENS = 2048
 class Embedded:
     """What a pass over the layers starts from.
 
-    streams: those into layer 0; topologies: of the decoder layers; calls: of each layer, by the shape of the stream.
+    streams: those into layer 0; topologies: of the decoder layers; arguments: what layers read besides the stream.
     """
 
     streams: Streams
     topologies: Topologies
-    calls: Mapping[torch.Size, list[LayerCall]]
-
-    def calls_of(self, layer: int) -> dict[torch.Size, LayerCall]:
-        """How the model calls one layer, by the shape of the stream."""
-        return {shape: calls[layer] for shape, calls in self.calls.items()}
+    arguments: AllArguments
 
 
 def embed(
@@ -67,27 +67,65 @@ def embed(
     # The stream of a bf16 model holds no more than bf16 can, and takes half as much space in it.
     stored_dtype = torch.bfloat16 if model.stored_dtype == torch.bfloat16 else model.dtype
 
-    def empty(name: str) -> Activations:
+    def empty(name: str, dtypes: bool = True) -> Activations:
         folder = None if cache is None else cache / f"{name}-{ranks.rank}"
-        return Activations(folder, model.dtype, stored_dtype)
+        return Activations(folder, model.dtype, stored_dtype) if dtypes else Activations(folder)
 
     streams = Streams(empty("pruned"), empty("dense") if follow_dense else None, len(chunks))
+    left = {dense: LeftBehind(partial(_named, empty, f"left-{dense}")) for dense in (False, True)}
     with monitor.phase("embedding"):
         embedder = Embedder(model)
         embedder.learn_form(chunks[0][:1])
+        embedder.learn_varying(chunks[0][:1], _another(chunks))
+        # The last chunk may be shorter; every rank has to know how layers are called for it.
+        known = {stream.shape: (calls, stream) for stream, calls in map(embedder, (chunks[0], chunks[-1]))}
+        first, stream = next(iter(known.values()))
+        made = [
+            {slot: empty(f"{index}-{slot}", call[slot].is_floating_point()) for slot in sorted(call.varying, key=str)}
+            for index, call in enumerate(first)
+        ]
+        calls = {shape: calls for shape, (calls, _) in known.items()}
+        sharing = find_sharing(model.layers, first, stream)
+        _check_shared(model, sharing)
+        arguments = AllArguments(calls, made, sharing, left)
+        del known, stream
         # By one rank, because each copy of a layer in float64 takes as much memory as four layers.
         if topologies is None:
             topologies = ranks.broadcast(survey(model, embedder, chunks[0][:1]) if ranks.first else None)
-        # The last chunk may be shorter; every rank has to know how layers are called for it.
-        known = {stream.shape: calls for stream, calls in map(embedder, (chunks[0], chunks[-1]))}
         share = ranks.share(len(chunks))
         for index in monitor.steps(share, "embedding", len(share)):
-            stream, calls = embedder(chunks[index])
-            if not all(one.same_as(other) for one, other in zip(known[stream.shape], calls, strict=True)):
-                raise RiaError(
-                    f"{model.folder}: {type(model.model).__name__} passes its layers inputs besides the residual "
-                    "stream that differ between texts, so they cannot be pruned one by one."
-                )
+            stream, found = embedder(chunks[index])
+            for call, other, own in zip(calls[stream.shape], found, made, strict=True):
+                if set(call.differences(other)) - own.keys():
+                    raise RiaError(
+                        f"{model.folder}: {type(model.model).__name__} passes its layers inputs besides the residual "
+                        "stream that differ between texts, so they cannot be pruned one by one."
+                    )
+                for slot, stored in own.items():
+                    stored.append(other[slot])
             streams.append(stream)
         embedder.close()
-    return Embedded(streams, topologies, known)
+    return Embedded(streams, topologies, arguments)
+
+
+def _check_shared(model: StreamedModel, sharing: Sharing) -> None:
+    """Refuse a model whose layers read each other's keys and values in another way than through a mapping."""
+    count = getattr(text_config(model.config), "num_kv_shared_layers", None) or 0
+    found = sum(map(bool, sharing.read))
+    if found < count:
+        raise RiaError(
+            f"{model.folder}: {type(model.model).__name__}: config.json says that its last {count} layers read the "
+            f"keys and values of earlier ones (num_kv_shared_layers), but {found} were seen to do so, so its layers "
+            "cannot be pruned one by one. Another version of transformers may pass them on in a way that is understood."
+        )
+
+
+def _another(chunks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A text [1, tokens] as long as the first one, with other tokens, unless all have the same ones."""
+    first = chunks[0][:1]
+    others = (text[None] for chunk in chunks for text in chunk)
+    return next((text for text in (first.flip(1), *others) if not torch.equal(text, first)), first)
+
+
+def _named(make: Callable[[str], Activations], begin: str, name: str) -> Activations:
+    return make(f"{begin}-{name}")

@@ -53,11 +53,10 @@ def read_by(experts: nn.Module, sublayer_pass: SublayerPass, stream: Activations
         raise Reached
 
     set_watcher(experts, watch)
-    runner = sublayer_pass.runner
     try:
         for index in sublayer_pass.monitor.steps(range(len(stream)), "calibration passes", len(stream)):
             try:
-                runner.run(stream[index].to(runner.device))
+                sublayer_pass.run(stream, index)
             except Reached:
                 continue
             raise RiaError(f"{place}: not used in this layer, but in others like it. Leave them dense by --ignore.")

@@ -1,6 +1,6 @@
 """How one sublayer of a decoder layer is run by itself on a chunk of the residual stream."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.embedding import LayerCall, Reached, first_tensor
+from ria_vllm.offline.model.embedding import Reached, first_tensor
+from ria_vllm.offline.model.layer_call import LayerCall, Left
 from ria_vllm.offline.model.split import zeroed
 from ria_vllm.offline.model.topology import Sublayer
 
@@ -19,13 +20,11 @@ class SublayerRunner:
 
     layer: the decoder layer, with its weights.
     sublayer: the part of it to run.
-    calls: how the model calls the layer, by the shape of the stream.
     dtype: that the layer computes in.
     """
 
     layer: nn.Module
     sublayer: Sublayer
-    calls: Mapping[torch.Size, LayerCall]
     dtype: torch.dtype
 
     @property
@@ -36,25 +35,29 @@ class SublayerRunner:
         """The linear with this name relative to the layer."""
         return self.layer.get_submodule(name)
 
-    def run(self, stream: torch.Tensor) -> torch.Tensor:
+    def run(self, stream: torch.Tensor, call: LayerCall, left: Left | None = None) -> torch.Tensor:
         """The residual stream after the sublayer, from the one before it.
+
+        Args:
+            call: how the model calls the layer for this stream.
+            left: what the sublayer leaves for later layers is added here.
 
         Raises:
             RiaError: the layer does not run by itself, or runs without the module that the sublayer ends before.
         """
-        call = self.calls[stream.shape]
         with zeroed(self.layer, self.sublayer.zeroed, self.sublayer.zeroed_returns, stream):
             if self.sublayer.ends_before is None:
-                return call(self.layer, stream)
+                return call(self.layer, stream, left)
             end = self.layer.get_submodule(self.sublayer.ends_before)
-            return _input_of(end, lambda: call(self.layer, stream)).view_as(stream)
+            return _input_of(end, lambda: call(self.layer, stream, left)).view_as(stream)
 
     def watch(
-        self, stream: torch.Tensor, linears: Sequence[str], to_the_end: bool = False
+        self, stream: torch.Tensor, call: LayerCall, linears: Sequence[str], to_the_end: bool = False
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
         """Run the sublayer and look at what some of its linears read.
 
         Args:
+            call: how the model calls the layer for this stream.
             linears: their names, relative to the layer.
             to_the_end: run the whole sublayer. Otherwise the pass stops as soon as all of them have been reached.
 
@@ -74,7 +77,7 @@ class SublayerRunner:
 
         hooks = [self.linear(name).register_forward_pre_hook(watcher(name)) for name in linears]
         try:
-            return self.run(stream), inputs
+            return self.run(stream, call), inputs
         except Reached:
             return None, inputs
         finally:

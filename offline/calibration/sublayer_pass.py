@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.calibration.activations import Activations, Streams
+from ria_vllm.offline.calibration.activations import Activations, AllChunks, Streams
+from ria_vllm.offline.calibration.arguments import Arguments
 from ria_vllm.offline.calibration.statistics import Statistics, StatisticsSum
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
+from ria_vllm.offline.model.layer_call import LayerCall, Left
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
@@ -18,11 +20,13 @@ from ria_vllm.progress import Monitor
 class SublayerPass:
     """Takes the residual streams through one sublayer.
 
+    arguments: what the layer reads besides them.
     streams: those before the sublayer; `advance` replaces one by the stream after it.
     place: a linear's name relative to the layer -> what an error about it begins with.
     """
 
     runner: SublayerRunner
+    arguments: Arguments
     streams: Streams
     ranks: Ranks
     monitor: Monitor
@@ -61,7 +65,33 @@ class SublayerPass:
     def advance(self, stream: Activations) -> None:
         """Replace the stream before the sublayer by the one after it."""
         for index in self._chunks(stream):
-            stream[index] = self.runner.run(stream[index].to(self.runner.device))
+            left: Left = {}
+            stream[index] = self.run(stream, index, left)
+            self.arguments.put(self._is_dense(stream), index, left)
+
+    def run(self, stream: Activations, index: int, left: Left | None = None) -> torch.Tensor:
+        """One chunk of a stream after the sublayer.
+
+        Args:
+            stream: one of the two before it.
+            left: what the sublayer leaves for later layers is added here.
+        """
+        return self.runner.run(*self._read(stream, index), left)
+
+    def _read(self, stream: Activations, index: int) -> tuple[torch.Tensor, LayerCall]:
+        """A chunk of a stream, and how the model calls the layer for it."""
+        chunk = stream[index].to(self.runner.device)
+        return chunk, self.arguments.call(chunk, self.arguments.given(self._is_dense(stream), index))
+
+    def _is_dense(self, stream: Activations) -> bool:
+        return stream is self.streams.dense
+
+    def inputs_and_calls(self) -> Sequence[tuple[torch.Tensor, LayerCall]]:
+        """The chunks of all ranks of the pruned stream, float32 on the device, each with how the layer is called.
+
+        All ranks have to ask for the same chunk at the same time.
+        """
+        return _InputsAndCalls(self.streams, self.arguments, self.ranks, self.runner.device)
 
     def _chunks(self, stream: Activations) -> Iterator[int]:
         return self.monitor.steps(range(len(stream)), "calibration passes", len(stream))
@@ -81,12 +111,13 @@ class SublayerPass:
             sums: by the first linear of each group.
             alone: the linears that are the only one of their group.
         """
-        stream = self.streams.pruned[index].to(self.runner.device)
-        after, inputs = self.runner.watch(stream, list(sums), to_the_end=dense_after is not None)
+        after, inputs = self.runner.watch(
+            *self._read(self.streams.pruned, index), list(sums), to_the_end=dense_after is not None
+        )
         self._check_used(sums, inputs)
         dense: dict[str, torch.Tensor] = {}
         if dense_before is not None:
-            _, dense = self.runner.watch(dense_before[index].to(self.runner.device), list(sums))
+            _, dense = self.runner.watch(*self._read(dense_before, index), list(sums))
         with self.monitor.phase("statistics"):
             for name, total in sums.items():
                 X, linear = _tokens(inputs.pop(name)), self.runner.linear(name)
@@ -107,6 +138,23 @@ class SublayerPass:
                 raise RiaError(
                     f"{place}: not used in this layer, but in others like it. Leave it dense: --ignore {ending}"
                 )
+
+
+class _InputsAndCalls(Sequence[tuple[torch.Tensor, LayerCall]]):
+    def __init__(self, streams: Streams, arguments: Arguments, ranks: Ranks, device: torch.device):
+        self.chunks = AllChunks(streams.pruned, streams.total, ranks, device)
+        self.arguments, self.ranks = arguments, ranks
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, LayerCall]:
+        stream = self.chunks[index]
+        if self.arguments.is_the_same:
+            return stream, self.arguments.call(stream)
+        owner, own = self.chunks.place(index)
+        given = None if own is None else self.arguments.given(False, own)
+        return stream, self.arguments.call(stream, self.ranks.broadcast(given, owner))
 
 
 def _tokens(stream: torch.Tensor) -> torch.Tensor:

@@ -114,11 +114,6 @@ def find_decoder(model: PreTrainedModel, folder: Path) -> tuple[str, str]:
             residual stream.
     """
     text, kind = text_config(model.config), type(model).__name__
-    if getattr(text, "num_kv_shared_layers", None):
-        raise RiaError(
-            f"{folder}: {kind}: its last {text.num_kv_shared_layers} layers read the keys and values of earlier ones, "
-            "so its layers cannot be pruned one by one. Such a model cannot be compressed."
-        )
     layers = getattr(text, "num_hidden_layers", None) or 0
     paths = {id(module): path for path, module in model.named_modules()}
     if text is model.config:

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from ria_vllm.layer_schema import Fold
-from ria_vllm.offline.model.embedding import LayerCall
 from ria_vllm.offline.model.experiment import Batch, Experiment, Seen, watch
 from ria_vllm.offline.model.experts import experts_modules
 from ria_vllm.offline.model.folds import confirmed, find_folds
+from ria_vllm.offline.model.layer_call import LayerCall
 from ria_vllm.offline.model.migrations import find_migrations
 from ria_vllm.offline.model.split import find_cut, is_sum
 from ria_vllm.offline.model.topology import Group, Heads, Sublayer, Topology, linears_of, rank_blocks

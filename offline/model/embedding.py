@@ -4,8 +4,9 @@
 """
 
 from collections.abc import Callable, Mapping, MutableMapping
-from copy import copy
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,35 +14,8 @@ from torch import nn
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.hf import explained
+from ria_vllm.offline.model.layer_call import LayerCall, Slot
 from ria_vllm.offline.model.streaming import StreamedModel
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """How the model calls a decoder layer for one batch shape: all arguments but the residual stream.
-
-    by_name: the stream is passed as the keyword argument `hidden_states`.
-    place: the model's folder and the layer, for errors.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    by_name: bool
-    place: str = ""
-
-    def __call__(self, layer: nn.Module, stream: torch.Tensor) -> torch.Tensor:
-        kind = type(layer).__name__
-        args, kwargs = _own((self.args, self.kwargs))
-        with explained(f"{self.place}: transformers cannot run {kind} by itself; another version of it may"):
-            if self.by_name:
-                out = layer(*args, hidden_states=stream, **kwargs)
-            else:
-                out = layer(stream, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
-
-    def same_as(self, other: "LayerCall") -> bool:
-        """Whether both calls pass the same arguments, tensors compared by value."""
-        return _equal((self.args, self.kwargs), (other.args, other.kwargs))
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
@@ -53,24 +27,52 @@ class Reached(BaseException):
     """Stops a forward pass that has reached the point of interest. Not an Exception, so that no handler catches it."""
 
 
+class _Forward:
+    """What the shells of one forward pass have in common.
+
+    calls: how the model calls each layer.
+    streams: into each layer.
+    form: stream -> what the model takes for a layer's output.
+    disturb: changes the stream behind each layer; None: it is passed on.
+    """
+
+    def __init__(self, form: Callable, disturb: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        self.form, self.disturb = form, disturb
+        self.calls: list[LayerCall] = []
+        self.streams: list[torch.Tensor] = []
+        self.returned: list[torch.Tensor] = []
+        self._mappings: list[MutableMapping] = []
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], place: str, finish: bool) -> Any:
+        by_name = "hidden_states" in kwargs
+        stream = kwargs.pop("hidden_states") if by_name else args[0]
+        args = args if by_name else args[1:]
+        self.streams.append(stream)
+        given = {**dict(enumerate(args)), **kwargs}
+        mappings = {slot: self._number(value) for slot, value in given.items() if isinstance(value, MutableMapping)}
+        call = LayerCall(args, kwargs, by_name, place, mappings=mappings)
+        self.calls.append(call.mapped(lambda tensor: tensor))  # what is in mappings now, whatever comes into them later
+        if finish:
+            raise Reached
+        self.returned.append(stream if self.disturb is None else self.disturb(stream))
+        return self.form(self.returned[-1])
+
+    def _number(self, mapping: MutableMapping) -> int:
+        """The same for the same mapping."""
+        known = [number for number, other in enumerate(self._mappings) if other is mapping]
+        if not known:
+            self._mappings.append(mapping)
+        return known[0] if known else len(self._mappings) - 1
+
+
 class _Shell(nn.Module):
     """Stands in for a decoder layer: records how the model calls it, and passes the stream on."""
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        calls: list[LayerCall],
-        streams: list[torch.Tensor],
-        finish: bool,
-        form: Callable,
-        place: str,
-    ):
+    def __init__(self, layer: nn.Module, forward: _Forward, finish: bool, place: str):
         super().__init__()
         self.__dict__["layer"] = layer
-        self.calls = calls
-        self.streams = streams
+        self.pass_on = forward
         self.finish = finish
-        self.form = form
         self.place = place
 
     def __getattr__(self, name: str) -> Any:
@@ -80,21 +82,16 @@ class _Shell(nn.Module):
             return getattr(self.__dict__["layer"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        by_name = "hidden_states" in kwargs
-        stream = kwargs.pop("hidden_states") if by_name else args[0]
-        self.streams.append(stream)
-        args, kwargs = _own((args if by_name else args[1:], kwargs))
-        self.calls.append(LayerCall(args, kwargs, by_name, self.place))
-        if self.finish:
-            raise Reached
-        return self.form(stream)
+        return self.pass_on(args, kwargs, self.place, self.finish)
 
 
 class Embedder:
     """Runs the model up to its first decoder layer, and records how the model's own forward calls each layer.
 
-    Call `learn_form` before anything else, and `close` at the end.
+    Call `learn_form` and `learn_varying` before anything else, and `close` at the end.
     """
+
+    varying: frozenset[Slot] = frozenset()  # the arguments of layers that depend on the text
 
     def __init__(self, model: StreamedModel):
         self.model = model
@@ -124,9 +121,14 @@ class Embedder:
             base: the model without its head; what is outside its layers is on the device of `tokens`.
             layers: within it. None of them is called.
         """
-        calls, streams, own = [], [], list(layers)
+        passed = self._run(base, layers, tokens, _Forward(self._form))
+        calls = [replace(call, varying=self.varying.intersection(call.slots())) for call in passed.calls]
+        return passed.streams[0], calls
+
+    def _run(self, base: nn.Module, layers: nn.ModuleList, tokens: torch.Tensor, passed: _Forward) -> _Forward:
+        own = list(layers)
         for index, layer in enumerate(own):
-            layers[index] = _Shell(layer, calls, streams, layer is own[-1], self._form, self._place(index))
+            layers[index] = _Shell(layer, passed, layer is own[-1], self._place(index))
         try:
             with explained(self.unusable):
                 base(input_ids=tokens, use_cache=False)
@@ -135,15 +137,61 @@ class Embedder:
         finally:
             for index, layer in enumerate(own):
                 layers[index] = layer
-        if len(calls) != len(own):
+        if len(passed.calls) != len(own):
             raise self._uncalled()
-        for index, stream in enumerate(streams):
-            if stream is not streams[0]:
+        for index, (stream, before) in enumerate(zip(passed.streams[1:], passed.returned, strict=True), 1):
+            if stream is not before:
                 raise RiaError(
                     f"{self._place(index)}: {type(self.model.model).__name__} changes the residual stream before this "
                     "layer, so its layers cannot be pruned one by one."
                 )
-        return streams[0], calls
+        return passed
+
+    def learn_varying(self, tokens: torch.Tensor, others: torch.Tensor) -> None:
+        """Find out which arguments of layers depend on the text, such as Gemma's per-layer inputs.
+
+        Args:
+            tokens, others: two texts of the same shape.
+
+        Raises:
+            RiaError: one that is not a tensor, or that depends on what earlier layers compute.
+        """
+        calls, expected = self(tokens)[1], self(others)[1]
+        varying = {slot for call, other in zip(calls, expected, strict=True) for slot in call.differences(other)}
+        for index, (call, other) in enumerate(zip(calls, expected, strict=True)):
+            for slot in varying.intersection([*call.slots(), *other.slots()]):
+                both = [one.slots().count(slot) and one[slot] for one in (call, other)]
+                if not all(isinstance(value, torch.Tensor) for value in both) or both[0].shape != both[1].shape:
+                    raise self._unlike(index, slot)
+        draw = torch.Generator().manual_seed(0)
+
+        def disturb(before: torch.Tensor) -> torch.Tensor:
+            noise = torch.rand(before.shape, generator=draw).to(before.device, before.dtype)
+            return before * (1 + noise)
+
+        passed = self._disturbed(others, disturb)
+        for index, (call, other) in enumerate(zip(passed.calls, expected, strict=True)):
+            for slot in call.differences(other):
+                raise RiaError(
+                    f"{self._place(index)}: {type(self.model.model).__name__} makes {_argument(slot)} of this layer "
+                    "from what earlier layers compute, so its layers cannot be pruned one by one. Such a model cannot "
+                    "be compressed."
+                )
+        self.varying = frozenset(varying)
+
+    def _disturbed(self, tokens: torch.Tensor, disturb: Callable[[torch.Tensor], torch.Tensor]) -> _Forward:
+        """A pass in which layers change the stream, and return something besides it, too."""
+        run = partial(self._run, self.base, self.model.layers, tokens.to(self.model.device))
+        if self.tupled:
+            with suppress(RiaError):  # not every model takes just anything there
+                return run(_Forward(lambda stream: (stream,) * (self.tupled or 1), disturb))
+        return run(_Forward(self._form, disturb))
+
+    def _unlike(self, index: int, slot: Slot) -> RiaError:
+        return RiaError(
+            f"{self._place(index)}: {type(self.model.model).__name__} passes its layers {_argument(slot)} that differs "
+            "between texts and is no tensor of one shape, so they cannot be pruned one by one."
+        )
 
     def _uncalled(self) -> RiaError:
         return RiaError(
@@ -157,10 +205,8 @@ class Embedder:
         Raises:
             RiaError: the model does not run, or does not call layer 0.
         """
-        layer = self.model.load_layer(0)
-        first: list[LayerCall] = []
-        streams: list[torch.Tensor] = []
-        self.model.layers[0] = _Shell(layer, first, streams, True, self._form, self._place(0))
+        layer, passed = self.model.load_layer(0), _Forward(self._form)
+        self.model.layers[0] = _Shell(layer, passed, True, self._place(0))
         try:
             with explained(self.unusable):
                 self.base(input_ids=tokens.to(self.model.device), use_cache=False)
@@ -168,12 +214,12 @@ class Embedder:
             pass
         finally:
             self.model.layers[0] = layer
-        if not first:
+        if not passed.calls:
             raise self._uncalled()
-        call = first[0]
-        kwargs = {**call.kwargs, "hidden_states": streams[0]} if call.by_name else call.kwargs
+        call, stream = passed.calls[0], passed.streams[0]
+        kwargs = {**call.kwargs, "hidden_states": stream} if call.by_name else call.kwargs
         with explained(self.unusable):
-            out = layer(*(call.args if call.by_name else (streams[0], *call.args)), **kwargs)
+            out = layer(*(call.args if call.by_name else (stream, *call.args)), **kwargs)
         self.tupled = len(out) if isinstance(out, tuple) else 0
         self.model.free_layer(0)
 
@@ -188,22 +234,5 @@ class Embedder:
         self.model.free_base()
 
 
-def _own(value: Any) -> Any:
-    """The same with mappings of its own: what a layer puts into them for later layers depends on the text."""
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(map(_own, value))
-    if isinstance(value, MutableMapping):
-        own = copy(value)
-        own.update({key: _own(item) for key, item in value.items()})
-        return own
-    return value
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    return True
+def _argument(slot: Slot) -> str:
+    return f"its argument {slot}" if isinstance(slot, str) else f"its argument number {slot + 1}"

@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.embedding import LayerCall, first_tensor
+from ria_vllm.offline.model.embedding import first_tensor
 from ria_vllm.offline.model.experts import experts_modules
+from ria_vllm.offline.model.layer_call import LayerCall, Left, tensors_of
 
 # How far apart two outputs may be that are equal but for rounding, relative to the largest value.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -67,16 +68,18 @@ class Experiment:
         self.dtype = torch.float32 if light else torch.float64
         self.layer = _random_copy(layer, draw, self.dtype)
         self._begin(call, stream, draw)
-        if not light and not self.same(self.run(self.stream)):
+        if not light and not self.unchanged():
             raise RiaError(f"{call.place}: with random parameters, it does not compute the same values twice.")
 
     def _begin(self, call: LayerCall, stream: torch.Tensor, draw: torch.Generator) -> None:
-        args, kwargs = tree_map_only(
-            torch.Tensor, lambda tensor: _converted(tensor, self.dtype), (call.args, call.kwargs)
-        )
-        self.call = replace(call, args=args, kwargs=kwargs)
+        call = call.mapped(lambda tensor: _converted(tensor, self.dtype))
+        # What the text makes is as random as the parameters: a smaller copy's embeddings are all the same.
+        made = {slot: call[slot] for slot in sorted(call.varying, key=str) if call[slot].is_floating_point()}
+        drawn = {slot: torch.randn(made[slot].shape, dtype=self.dtype, generator=draw) for slot in made}
+        self.call = call.replaced(drawn)
         self.stream = torch.randn(stream.shape, dtype=self.dtype, generator=draw)
-        self.output = self.run(self.stream)
+        self.left: Left = {}
+        self.output = self.run(self.stream, self.left)
         if not bool(self.output.isfinite().all()):
             raise RiaError(
                 f"{call.place}: with random parameters and {stream.shape[1]} tokens, it does not compute finite values."
@@ -92,16 +95,31 @@ class Experiment:
         other._begin(call, stream, torch.Generator().manual_seed(SEED))
         return other
 
-    def run(self, stream: torch.Tensor) -> torch.Tensor:
-        """The stream after the layer."""
+    def run(self, stream: torch.Tensor, left: Left | None = None) -> torch.Tensor:
+        """The stream after the layer.
+
+        Args:
+            left: what it leaves for later layers is added here.
+        """
         # Some layers write into what they read, and some calls share tensors.
         call = replace(self.call, kwargs=dict(self.call.kwargs))
         with torch.no_grad(), _all_in_float64() if self.dtype == torch.float64 else nullcontext():
-            return call(self.layer, stream.clone())
+            return call(self.layer, stream.clone(), left)
 
-    def same(self, output: torch.Tensor) -> bool:
-        """Whether an output is the layer's own."""
-        return equal(output, self.output)
+    def unchanged(self) -> bool:
+        """Whether the layer still computes the same, and leaves the same for later layers."""
+        left: Left = {}
+        return self.same(self.run(self.stream, left), left)
+
+    def same(self, output: torch.Tensor, left: Left) -> bool:
+        """Whether an output is the layer's own, and so is what is left for later layers."""
+        if not equal(output, self.output) or left.keys() != self.left.keys():
+            return False
+        pairs = (map(list, (self._tensors(left[entry]), self._tensors(own))) for entry, own in self.left.items())
+        return all(len(one) == len(own) and all(map(equal, one, own)) for one, own in pairs)
+
+    def _tensors(self, left: Any) -> Iterator[torch.Tensor]:
+        return tensors_of(left, self.call.place)
 
     def watch(self) -> list[Seen]:
         """Every call of a module within the layer, in the order in which they begin."""

@@ -83,7 +83,7 @@ def hold_together(experiment: Experiment, folds: Iterable[Fold]) -> bool:
             else:
                 p = random_order(fold, layer.get_submodule(fold.consumer).in_features, draw)
                 changes.enter_context(change(layer, fold, p))
-        return experiment.same(experiment.run(experiment.stream))
+        return experiment.unchanged()
 
 
 def holds(experiment: Experiment, fold: Fold) -> bool:
@@ -92,7 +92,7 @@ def holds(experiment: Experiment, fold: Fold) -> bool:
     width = experiment.layer.get_submodule(fold.consumer).in_features
     for _ in range(DRAWS):
         with permuted(experiment.layer, fold, random_order(fold, width, draw)):
-            if not experiment.same(experiment.run(experiment.stream)):
+            if not experiment.unchanged():
                 return False
     return True
 
@@ -165,7 +165,7 @@ def _matters(experiment: Experiment, consumer: nn.Linear) -> bool:
     p = torch.randperm(consumer.in_features, generator=torch.Generator().manual_seed(SEED))
     _reorder(consumer.weight, 1, p)
     try:
-        return not experiment.same(experiment.run(experiment.stream))
+        return not experiment.unchanged()
     finally:
         _reorder(consumer.weight, 1, permutation.invert(p))
 
@@ -206,7 +206,7 @@ def _experts(experiment: Experiment, layout: ExpertsLayout) -> list[Fold]:
     draw = torch.Generator().manual_seed(SEED)
     for kinds, holds_for in [((DOWN,), False), *[(layout.kinds, True)] * DRAWS]:
         with _permuted_experts(experiment, layout, kinds, draw):
-            if experiment.same(experiment.run(experiment.stream)) != holds_for:
+            if experiment.unchanged() != holds_for:
                 return []
     producers = [Producer(name=f"{layout.path}.{{e}}.{kind}_proj") for kind in layout.first]
     return [Fold(consumer=f"{layout.path}.{{e}}.{DOWN}_proj", producers=producers, coupling="elementwise")]

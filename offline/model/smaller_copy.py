@@ -16,6 +16,7 @@ from ria_vllm.offline.model.describe import describe
 from ria_vllm.offline.model.embedding import Embedder
 from ria_vllm.offline.model.experiment import Batch, Experiment, light_weights
 from ria_vllm.offline.model.folds import hold_together
+from ria_vllm.offline.model.sharing import with_what_is_left
 from ria_vllm.offline.model.shrink import smaller_configs
 from ria_vllm.offline.model.topology import Topology
 from ria_vllm.offline.model.transfer import Sized, transferred
@@ -116,7 +117,7 @@ def _batches(small: Whole, embedder: Embedder, index: int, texts: Sequence[torch
     base, layers = small.model.get_submodule(small.base), small.model.get_submodule(small.layers)
     for tokens in texts:
         with torch.no_grad():
-            stream, calls = embedder.calls(base, layers, tokens.to(CPU))
+            stream, calls = with_what_is_left(layers, *embedder.calls(base, layers, tokens.to(CPU)))
         yield calls[index], stream
 
 

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.embedding import Reached
 from ria_vllm.offline.model.experiment import Experiment, Seen, equal
+from ria_vllm.offline.model.layer_call import Left
 from ria_vllm.offline.model.topology import Group
 
 
@@ -55,8 +57,9 @@ def find_cut(experiment: Experiment, seen: Sequence[Seen], linears: Sequence[str
             continue
         for call in seen[:number]:
             if _may_be_zeroed(experiment, call, end):
+                left = _left_before(experiment, end.name)
                 with zeroed(experiment.layer, call.name, call.form, stream):
-                    if _gives_output(experiment, stream):
+                    if _gives_output(experiment, stream, left):
                         return Cut(end.name, call.name, call.form, frozenset(before), stream)
     return None
 
@@ -111,8 +114,29 @@ def _may_be_zeroed(experiment: Experiment, call: Seen, end: Seen) -> bool:
     return has_linears and same_shape and not f"{end.name}.".startswith(f"{call.name}.")
 
 
-def _gives_output(experiment: Experiment, stream: torch.Tensor) -> bool:
+def _left_before(experiment: Experiment, end: str) -> Left:
+    """What the layer has left for later ones when it comes to the module `end`."""
+    left: Left = {}
+    if not experiment.left:
+        return left
+
+    def stop(*_: object) -> None:
+        raise Reached
+
+    hook = experiment.layer.get_submodule(end).register_forward_pre_hook(stop)
     try:
-        return experiment.same(experiment.run(stream))
+        experiment.run(experiment.stream, left)
+    except Reached:
+        pass
+    finally:
+        hook.remove()
+    return left
+
+
+def _gives_output(experiment: Experiment, stream: torch.Tensor, left: Left) -> bool:
+    """Whether the rest of the layer gives its own output, and leaves the rest of what it leaves."""
+    left = dict(left)
+    try:
+        return experiment.same(experiment.run(stream, left), left)
     except RiaError:  # a layer that needs what the module really returns
         return False

@@ -8,6 +8,7 @@ from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.describe import describe, describe_as_it_is
 from ria_vllm.offline.model.embedding import Embedder
 from ria_vllm.offline.model.experiment import Batch, weights_of_copy
+from ria_vllm.offline.model.sharing import with_what_is_left
 from ria_vllm.offline.model.smaller_copy import Whole, describe_smaller
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Topologies, Topology, kinds_of
@@ -30,7 +31,7 @@ def survey(model: StreamedModel, embedder: Embedder, tokens: torch.Tensor) -> To
         RiaError: a layer that does not run by itself.
     """
     texts = [tokens[:, :count] for count in (TOKENS, MANY_TOKENS)]
-    batches = [embedder(text) for text in texts]
+    batches = [with_what_is_left(model.layers, *embedder(text)) for text in texts]
     whole = Whole(model.model, model.decoder_path, model.base_path, model.layers_path, model.folder)
     kinds = kinds_of(model.layers)
     found, warnings = [], []

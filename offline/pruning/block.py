@@ -35,10 +35,10 @@ class Grid:
 
 
 def train_block(
-    forward: Callable[[torch.Tensor], torch.Tensor],
+    forward: Callable[..., torch.Tensor],
     params: Mapping[str, torch.nn.Parameter],
     masks: Mapping[str, torch.Tensor],
-    inputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor | tuple],
     targets: Sequence[torch.Tensor],
     passes: int = 8,
     lr: float = 1e-3,
@@ -65,7 +65,8 @@ def train_block(
         params: the linears' weights, of any floating dtype; float32 and zero outside their masks on return.
         masks: one bool mask per parameter, of its shape; True = may change.
         inputs, targets: micro-batches [..., hidden], the same number of each, on one device; the sequences may load an
-            item only when it is asked for.
+            item only when it is asked for. An input may also be a tuple of a micro-batch and more arguments of
+            `forward`.
         lr: the learning rate of the first step.
         seed: for the order of the micro-batches.
         dtype: of the matrix products, bfloat16 or float32.
@@ -170,8 +171,11 @@ class _Trained:
             flat.scatter_(0, part.long(), values.to(flat.dtype))
 
 
-def _relative_error(forward: Callable, inputs: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        outputs = forward(inputs.float())
+def _relative_error(
+    forward: Callable, inputs: torch.Tensor | tuple, targets: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    stream, *others = inputs if isinstance(inputs, tuple) else (inputs,)
+    with torch.autocast(stream.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        outputs = forward(stream.float(), *others)
     targets = targets.float()
     return ((outputs.float() - targets).square().sum(-1) / targets.square().sum(-1).clamp(min=1e-12)).mean()

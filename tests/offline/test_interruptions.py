@@ -14,6 +14,7 @@ import pytest
 from compressing import digests, interrupted_after_a_layer
 from transformers.utils import logging
 
+from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.compress import Settings, _Run, compress
 from ria_vllm.offline.model import streaming
@@ -84,6 +85,25 @@ def test_stopped_after_a_layer_and_resumed_it_writes_the_same_bytes(family, opti
     assert not (tmp_path / "out").exists()
     run(tiny(family), tmp_path / "out", text, Settings(resume=True, activation_cache="disk"), **options)
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gemma4-e2b", {"reconstruct": "block"}),
+        ("gemma4-e2b", {"skip_sensitive": 0.2, "weights": "int4", "activations": "int8", "smooth": 0.5}),
+        ("gemma3n", {"reconstruct": "block"}),
+    ],
+    ids=str,
+)
+def test_what_layers_read_of_earlier_ones_is_there_again(family, options, tiny, text, tmp_path):
+    """Stopped where the keys and values of the first layer are left, and resumed with them on disk."""
+    run(tiny(family), tmp_path / "whole", text, samples=4, **options)
+    with interrupted_after_a_layer():
+        run(tiny(family), tmp_path / "out", text, samples=4, **options)
+    run(tiny(family), tmp_path / "out", text, Settings(resume=True, activation_cache="disk"), samples=4, **options)
+    assert digests(tmp_path / "whole") == digests(tmp_path / "out")
+    assert list(Reader(tmp_path / "out").problems()) == []
 
 
 def test_resume_refuses_other_options(tiny, text, tmp_path):
@@ -216,8 +236,9 @@ def test_a_result_is_kept_if_its_folder_appears_meanwhile(tiny, text, tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [("--permute-scope", "linear"), ("--reconstruct", "block"),
                                      ("--weights", "int8", "--activations", "int8")], ids=" ".join)  # fmt: skip
-def test_two_processes_write_what_one_writes(options, make_model, text, tmp_path):
-    model = make_model(tmp_path / "in", "llama")
+@pytest.mark.parametrize("family", ["llama", "gemma4-e2b"])
+def test_two_processes_write_what_one_writes(family, options, make_model, text, tmp_path):
+    model = make_model(tmp_path / "in", family)
     one = {**os.environ, "OMP_NUM_THREADS": "2"}
     subprocess.run(
         [sys.executable, *command(model, tmp_path / "one", text, *options)], check=True, capture_output=True, env=one

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressing import check_complete, run_small
+from compressing import check_complete, edit_weights, run_small
 from safetensors.torch import load_file, save_file
-from wrappers import PROCESSOR, WRAPPERS
+from wrappers import PROCESSOR, VOCABULARY, WRAPPERS, save_wrapper
 
 import ria_vllm  # noqa: F401  (from_pretrained reads compressed folders)
 from ria_vllm.export import export_dense
@@ -61,6 +61,36 @@ def test_the_text_decoder_is_pruned_and_nothing_else(family, tiny_wrapper, text,
     assert not torch.allclose(logits(source), expected, atol=1e-2)
     for name, content in PROCESSOR.items():
         assert (tmp_path / "out" / name).read_text() == (tmp_path / "dense" / name).read_text() == content
+
+
+def test_layers_that_read_keys_and_values_of_earlier_ones(text, tmp_path):
+    """With the projections that the folders on the hub have in these layers, too, and that no one reads."""
+    source = save_wrapper(
+        tmp_path / "in", "gemma4", num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2, hidden_size_per_layer_input=64, vocab_size_per_layer_input=VOCABULARY,
+    )  # fmt: skip
+    layers = "model.language_model.layers"
+    read = [f"{layers}.{index}.self_attn.{kind}" for index in (0, 1) for kind in ("k_proj", "v_proj", "k_norm")]
+
+    def with_unread(tensors):
+        for name in read:
+            unread = name.replace("layers.0", "layers.2").replace("layers.1", "layers.3")
+            tensors[f"{unread}.weight"] = tensors[f"{name}.weight"] + 1
+
+    edit_weights(source, with_unread)
+    report, _ = run_small(source, tmp_path / "out", text)
+    reader = check_complete(source, tmp_path / "out")
+    assert {name.rpartition("layers.3.")[2] for name in report["linears"] if f"{layers}.3." in name} == {
+        "self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+        "per_layer_input_gate", "per_layer_projection",
+    }  # fmt: skip
+    assert {name for name in report["dense"] if layers in name} == {
+        f"{layers}.{index}.self_attn.{kind}" for index in (2, 3) for kind in ("k_proj", "v_proj")
+    }
+    export_dense(reader, tmp_path / "dense", 1 << 40)
+    expected = logits(tmp_path / "dense")
+    assert torch.equal(logits(tmp_path / "out"), expected)
+    assert not torch.allclose(logits(source), expected, atol=1e-2)
 
 
 def test_the_report_names_what_is_copied(tiny_wrapper, text, tmp_path):

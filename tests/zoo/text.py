@@ -1,11 +1,16 @@
 """Text models whose layers are all attention and a dense MLP."""
 
-from zoo.toy import Toy
+from zoo.toy import VOCABULARY, Toy
 
 MHA = {"num_key_value_heads": 4}
 # vLLM's window for Cohere is wider by one token than transformers'. So it holds all of the prompts.
 WIDE = {"sliding_window": 96, "layer_types": ["sliding_attention", "full_attention"]}
 WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+# The last two layers read the keys and values of the first two.
+SHARED = {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 16, "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": VOCABULARY,
+}  # fmt: skip
 # The only latent that vLLM's CPU attention takes has 512 + 64 channels.
 LATENT = {
     "q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64,
@@ -26,6 +31,20 @@ TEXT = {
     "gemma2": Toy(WINDOW | {"query_pre_attn_scalar": 32}),
     "gemma3_text": Toy(WINDOW | {"query_pre_attn_scalar": 32}),
     "gemma4_text": Toy(WINDOW | {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}),
+    "gemma4_text_e2b": Toy(
+        SHARED | {"global_head_dim": 64, "use_double_wide_mlp": True},
+        model_type="gemma4_text",
+        mechanism="keys and values of earlier layers, and inputs of each layer",
+    ),
+    "gemma3n_text": Toy(
+        SHARED
+        | {
+            "intermediate_size": [256] * 4,
+            "laurel_rank": 64,
+            "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+        },
+        unlike="vLLM's text model leaves out the embeddings of each layer",
+    ),
     "glm": Toy(),
     "glm4": Toy(),
     "gpt_bigcode": Toy(

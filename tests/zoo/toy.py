@@ -58,6 +58,7 @@ class Toy:
     """One model type of the zoo.
 
     Attributes:
+        model_type: if it is not the toy's name in the zoo.
         settings: of its config, on top of `BASE`; None leaves a key of `BASE` out.
         mechanism: what it stands for in the tests that CI runs; "" if only `make test-zoo` runs it.
         not_served: why vLLM's CPU build cannot run even the dense model; such a toy is only pruned and exported.
@@ -87,13 +88,14 @@ class Toy:
     renames: dict[str, str] = field(default_factory=dict)
     unbiased: bool = False
     processor: Processor | None = None
+    model_type: str = ""
 
 
 def config_of(model_type: str, toy: Toy) -> Any:
     from transformers import AutoConfig
 
     settings = BASE | toy.settings
-    return AutoConfig.for_model(model_type, **{k: v for k, v in settings.items() if v is not None})
+    return AutoConfig.for_model(toy.model_type or model_type, **{k: v for k, v in settings.items() if v is not None})
 
 
 def auto_class(toy: Toy) -> Any:

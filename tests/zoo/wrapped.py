@@ -5,7 +5,7 @@ from typing import Any
 
 from zoo.experts import EXPERTS, FIRST_DENSE, OWN_CODE, PLAIN
 from zoo.hybrids import CONVOLUTION, GATED_DELTA
-from zoo.text import WIDE, WINDOW
+from zoo.text import SHARED, WIDE, WINDOW
 from zoo.toy import BASE, Processor, Toy
 
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
@@ -49,7 +49,7 @@ GLM = Processor(
 GLM_SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}}
 LINES = {f"line{n}_token": "\n" * n for n in range(1, 5)}
 TOWER_NAMES = {"vision_tower.": "vision_tower.vision_model."}
-GEMMA4 = WINDOW | {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+GEMMA4 = SHARED | {"global_head_dim": 64}
 LLAVA = Processor(
     {"image_token": "<image>"},
     "<image>",

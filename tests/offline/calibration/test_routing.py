@@ -79,8 +79,8 @@ def test_what_is_borrowed_is_counted_as_taken():
 
 
 def test_a_sublayer_that_does_not_reach_its_experts():
-    runner = SimpleNamespace(run=lambda stream: stream, device=torch.device("cpu"))
+    sublayer_pass = SimpleNamespace(run=lambda stream, index: stream[index], monitor=Monitor(shown=False))
     stream = Activations()
     stream.append(torch.zeros(1, 4, 8))
     with pytest.raises(RiaError, match="here: not used in this layer"):
-        read_by(nn.Module(), SimpleNamespace(runner=runner, monitor=Monitor(shown=False)), stream, reads(), "here")
+        read_by(nn.Module(), sublayer_pass, stream, reads(), "here")

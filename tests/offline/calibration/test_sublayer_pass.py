@@ -115,6 +115,51 @@ def test_every_stage_sees_what_the_pruned_layers_before_it_produce(family, tiny,
         assert no_drift_yet or missing.norm() > 0.01 * size, name
 
 
+@pytest.mark.parametrize("family", ["gemma4-e2b", "gemma3n"])
+def test_layers_that_read_keys_and_values_get_those_of_the_pruned_layers(family, tiny, text, tmp_path, monkeypatch):
+    """Their inputs are those of the whole model with what is pruned so far, and their drift is from the dense model."""
+    found, tokens = statistics_of(tiny(family), text, tmp_path / "out", monkeypatch)
+    dense = AutoModelForCausalLM.from_pretrained(tiny(family)).double().eval()
+    model = pruned_in_full(tiny(family), tmp_path / "out", tmp_path / "full")
+    expected, undrifted = (dict(seen_by(one, tokens, found)[0]) for one in (model, dense))
+    mixed, layers = seen_by(with_shared_from(dense, model), tokens, found)[0], range(4)
+    for name, X in expected.items():
+        gram = X.T @ X
+        scale = gram.diagonal().sqrt()
+        assert ((found[name].gram.dense() - gram).abs() <= 1e-4 * scale[:, None] * scale + 1e-6).all(), name
+        torch.testing.assert_close(found[name].norm.double(), scale, rtol=1e-4, atol=1e-5)
+    assert len(expected) == len(found) == 4 * (6 if family == "gemma4-e2b" else 7)
+    for index in layers:
+        name = next(name for name in found if f"layers.{index}." in name and name.endswith(("q_proj", "linear_left")))
+        linear, X = dense.get_submodule(name).requires_grad_(False), expected[name]
+        missing = (undrifted[name] - X) @ linear.weight.T
+        assert_drift(found[name].drift, linear.weight, X, missing, linear(X).norm(), name)
+    for index in (2, 3):  # what they would read with the dense model's keys and values is something else
+        name = f"model.layers.{index}.self_attn.o_proj"
+        assert (mixed[name] - expected[name]).norm() > 0.01 * expected[name].norm()
+
+
+def with_shared_from(dense, model):
+    """The pruned model, whose last layers read the dense one's keys and values."""
+    kept = {}
+
+    def keep(_, args, kwargs):
+        kept.update(kwargs["shared_kv_states"])
+
+    def give(_, args, kwargs):
+        return args, kwargs | {"shared_kv_states": dict(kept)}
+
+    def run_dense(_, args, kwargs):
+        hook = dense.model.layers[2].register_forward_pre_hook(keep, with_kwargs=True)
+        dense(input_ids=kwargs["input_ids"], use_cache=False)
+        hook.remove()
+
+    model.register_forward_pre_hook(run_dense, with_kwargs=True)
+    for layer in model.model.layers[2:]:
+        layer.register_forward_pre_hook(give, with_kwargs=True)
+    return model
+
+
 def test_layers_without_an_experiment_aim_at_the_dense_models_outputs(tiny, text, tmp_path, monkeypatch):
     """The whole layer is one stage there. A linear with fewer outputs than inputs has no [in, in] matrix of drift."""
 

@@ -74,7 +74,7 @@ def ours(folder, dense, also, loss: Loss, lr: float, steps: int, save_memory: bo
     return student
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "llama-mha"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "llama-mha", "gemma4-e2b"])
 @pytest.mark.parametrize("save_memory", [False, True])
 def test_weights_become_those_of_a_plain_loop(family, save_memory, pruned):
     dense, folder = pruned(family)

@@ -144,11 +144,20 @@ def test_a_text_decoder_without_linears(text, tmp_path):
         run_small(source, tmp_path / "out", text)
 
 
-def test_layers_that_read_other_layers(text, tmp_path):
-    shared = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
-    source = save_wrapper(tmp_path / "in", "gemma4", num_kv_shared_layers=1, **shared)
-    with pytest.raises(RiaError, match="its last 1 layers read the keys and values of earlier ones"):
-        run_small(source, tmp_path / "out", text)
+def test_layers_that_read_keys_and_values_in_an_unknown_way(make_model, text, tmp_path, monkeypatch):
+    """Here through a variable that is not among the arguments of a layer."""
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextAttention
+
+    kept = {}
+
+    def forward(self, *args, **kwargs):
+        return real(self, *args, **kwargs | {"shared_kv_states": kept})
+
+    real = Gemma4TextAttention.forward
+    monkeypatch.setattr(Gemma4TextAttention, "forward", forward)
+    message = "config.json says that its last 2 layers read the keys .* 0 were seen to do so.* Another version of tran"
+    with pytest.raises(RiaError, match=message):
+        run_small(make_model(tmp_path / "in", "gemma4-e2b"), tmp_path / "out", text)
 
 
 def test_a_layer_that_reads_what_another_one_left_is_never_given_something_else(

@@ -38,11 +38,11 @@ def check_sublayers(model, topologies):
         result = stream
         for sublayer in topologies.of(index).sublayers:
             before = result
-            runner = SublayerRunner(layer, sublayer, {stream.shape: call}, torch.float32)
+            runner = SublayerRunner(layer, sublayer, torch.float32)
             last = sublayer.stages[-1][0].linears[0] if sublayer.additive else None
             added = []
             hook = last and layer.get_submodule(last).register_forward_hook(lambda _, __, out, a=added: a.append(out))
-            result = runner.run(before)
+            result = runner.run(before, call)
             if hook:
                 hook.remove()
                 if not added:  # the pass stops before the linear of the next part

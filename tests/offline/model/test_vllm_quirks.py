@@ -71,3 +71,11 @@ def test_shared_experts_and_what_is_beside_experts_are_not_dense():
         small("gemma4_text", enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32)
     )[0]
     assert hasattr(layer, "experts") and set(served_dense(layer)) == {"router.proj"}
+
+
+def test_the_tiny_linears_of_alternating_updates():
+    altup = {"num_hidden_layers": 2, "intermediate_size": [96] * 2, "activation_sparsity_pattern": [0.0] * 2}
+    altup |= {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}
+    layer = layers_of(small("gemma3n_text", **altup))[0]
+    widths = {name for name in linears_of(layer) if 4 in layer.get_submodule(name).weight.shape}
+    assert set(served_dense(layer)) == widths and len(widths) == 3

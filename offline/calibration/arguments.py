@@ -1,0 +1,157 @@
+"""What layers read besides the residual stream, for this rank's chunks: tensors made from the text, and what earlier
+layers have left."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration.activations import Activations
+from ria_vllm.offline.model.layer_call import Entry, LayerCall, Left, Slot, tensors_of, with_tensors
+from ria_vllm.offline.model.sharing import Sharing
+
+# What one call of a layer needs besides what all calls of its shape have in common.
+Given = tuple[dict[Slot, torch.Tensor], Left]
+
+
+class LeftBehind:
+    """What layers leave for later ones, for this rank's chunks of one residual stream.
+
+    Args:
+        make: makes an empty `Activations` from a name.
+    """
+
+    def __init__(self, make: Callable[[str], Activations]):
+        self.make = make
+        self.forms: dict[Entry, Any] = {}
+        self.stored: dict[Entry, list[Activations]] = {}
+
+    def of(self, chunk: int, entries: Sequence[Entry]) -> Left:
+        """These entries, as they were left for a chunk."""
+        return {
+            entry: with_tensors(self.forms[entry], [part[chunk] for part in self.stored[entry]]) for entry in entries
+        }
+
+    def put(self, chunk: int, left: Mapping[Entry, Any], place: str) -> None:
+        """Keep what a layer has left for a chunk; chunks come in order.
+
+        Args:
+            place: of the layer, for the error.
+
+        Raises:
+            RiaError: it is not of the same form for all chunks.
+        """
+        for entry, value in left.items():
+            tensors = list(tensors_of(value, place))
+            if entry not in self.stored:
+                names = [f"{entry[0]}-{len(self.stored)}-{number}" for number in range(len(tensors))]
+                self.forms[entry] = with_tensors(value, [torch.empty(0)] * len(tensors))
+                self.stored[entry] = [self.make(name) for name in names]
+            parts = self.stored[entry]
+            if len(parts) != len(tensors) or any(len(part) < chunk for part in parts):
+                raise RiaError(
+                    f"{place}: leaves other things for later layers from one text to the next, so its layers cannot be "
+                    "pruned one by one. Such a model cannot be compressed."
+                )
+            for part, tensor in zip(parts, tensors, strict=True):
+                if len(part) == chunk:
+                    part.append(tensor)
+                else:
+                    part[chunk] = tensor
+
+    def drop(self, entries: set[Entry]) -> None:
+        """Free what no layer reads any more."""
+        for entry in entries & self.stored.keys():
+            del self.forms[entry]
+            for part in self.stored.pop(entry):
+                part.remove()
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """How one layer is called, for each of this rank's chunks.
+
+    calls: by the shape of the stream.
+    made: what is made from the text, for each argument.
+    reads, leaves: what the layer reads of earlier layers, and what it leaves that later ones read.
+    left: what earlier layers have left, for the pruned stream and the dense one.
+    """
+
+    calls: Mapping[torch.Size, LayerCall]
+    made: Mapping[Slot, Activations] = field(default_factory=dict)
+    reads: Sequence[Entry] = ()
+    leaves: Sequence[Entry] = ()
+    left: Mapping[bool, LeftBehind] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        return next(iter(self.calls.values())).place
+
+    @property
+    def is_the_same(self) -> bool:
+        """Whether all chunks of one shape have the same arguments."""
+        return not self.made and not self.reads
+
+    def given(self, dense: bool, chunk: int) -> Given:
+        """What a chunk has of its own.
+
+        Args:
+            dense: in the dense model, or in the pruned one.
+        """
+        made = {slot: stored[chunk] for slot, stored in self.made.items()}
+        return made, self.left[dense].of(chunk, self.reads) if self.reads else {}
+
+    def call(self, stream: torch.Tensor, given: Given | None = None) -> LayerCall:
+        """The call for one stream, on its device; what is given has its dtype.
+
+        Args:
+            given: of the same chunk; None: nothing.
+        """
+        call = self.calls[stream.shape]
+        if given is None or self.is_the_same:
+            return call
+
+        def fitting(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(stream.device, stream.dtype if tensor.is_floating_point() else tensor.dtype)
+
+        made, left = given
+        return call.replaced({slot: fitting(tensor) for slot, tensor in made.items()}).with_left(
+            {entry: with_tensors(value, map(fitting, tensors_of(value, call.place))) for entry, value in left.items()}
+        )
+
+    def put(self, dense: bool, chunk: int, left: Mapping[Entry, Any]) -> None:
+        """Keep what the layer has left for a chunk, as far as later layers read it."""
+        kept = {entry: value for entry, value in left.items() if entry in self.leaves}
+        if kept:
+            self.left[dense].put(chunk, kept, self.place)
+
+
+@dataclass(frozen=True)
+class AllArguments:
+    """The arguments of all layers.
+
+    calls: of each layer, by the shape of the stream.
+    made: for each layer, what is made from the text.
+    sharing: what layers leave for later ones.
+    left: what they have left so far, for the pruned stream (False) and the dense one (True).
+    """
+
+    calls: Mapping[torch.Size, Sequence[LayerCall]]
+    made: Sequence[Mapping[Slot, Activations]]
+    sharing: Sharing
+    left: Mapping[bool, LeftBehind]
+
+    def of(self, index: int) -> Arguments:
+        """Those of layer `index`."""
+        calls = {shape: calls[index] for shape, calls in self.calls.items()}
+        reads = sorted(self.sharing.before(index), key=str)
+        return Arguments(calls, self.made[index], reads, self.sharing.kept(index), self.left)
+
+    def free(self, index: int) -> None:
+        """Free what no layer needs after layer `index`."""
+        for stored in self.made[index].values():
+            stored.remove()
+        for left in self.left.values():
+            left.drop(self.sharing.done(index))

@@ -1,0 +1,120 @@
+"""What layers read besides the residual stream: kept for each chunk and each of the two streams, and freed."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration.activations import Activations, Streams
+from ria_vllm.offline.calibration.arguments import AllArguments, Arguments, LeftBehind
+from ria_vllm.offline.calibration.sublayer_pass import _InputsAndCalls
+from ria_vllm.offline.model.layer_call import LayerCall
+from ria_vllm.offline.model.sharing import Sharing
+from ria_vllm.offline.runtime.ranks import Ranks
+
+ENTRY, OTHER = (0, "full"), (0, "sliding")
+
+
+def make(folder, name) -> Activations:
+    return Activations(folder and folder / name)
+
+
+def pair(number: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.full((1, 2, 3), number, dtype=dtype), torch.full((1, 2, 3), -number, dtype=dtype)
+
+
+def same(one: tuple, other: tuple) -> bool:
+    return type(one) is type(other) and all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_is_left_is_kept_replaced_and_dropped(on_disk, tmp_path):
+    left = LeftBehind(partial(make, tmp_path if on_disk else None))
+    for chunk in range(3):
+        left.put(chunk, {ENTRY: pair(chunk + 1), OTHER: torch.full((2,), float(chunk))}, "here")
+    for chunk in range(3):  # a later layer replaces it
+        left.put(chunk, {ENTRY: pair(chunk + 11)}, "here")
+        found = left.of(chunk, [ENTRY, OTHER])
+        assert same(found[ENTRY], pair(chunk + 11)) and torch.equal(found[OTHER], torch.full((2,), float(chunk)))
+    left.drop({ENTRY, (5, "never left")})
+    assert set(left.stored) == {OTHER}
+    assert len(list(tmp_path.iterdir())) == (1 if on_disk else 0)
+
+
+def test_what_changes_its_form_is_refused():
+    left = LeftBehind(partial(make, None))
+    left.put(0, {ENTRY: pair(1)}, "here")
+    with pytest.raises(RiaError, match="here: leaves other things for later layers from one text to the next"):
+        left.put(1, {ENTRY: pair(1)[:1]}, "here")
+    with pytest.raises(RiaError, match="here: leaves other things"):
+        left.put(2, {ENTRY: pair(1)}, "here")  # nothing for chunk 1
+    with pytest.raises(RiaError, match="here: leaves a str for later layers"):
+        left.put(0, {OTHER: "text"}, "here")
+
+
+def arguments(streams: int = 3) -> tuple[AllArguments, LayerCall]:
+    """Layer 0 leaves ENTRY, which layer 1 reads; both have an input that is made from the text."""
+    call = LayerCall((torch.zeros(1, 4),), {"kept": {}}, False, "here", frozenset([0]), {"kept": 0})
+    made = [{0: Activations()} for _ in range(2)]
+    for index, own in enumerate(made):
+        for chunk in range(streams):
+            own[0].append(torch.full((1, 4), float(10 * index + chunk)))
+    meta = torch.empty(0, device="meta")
+    sharing = Sharing(({ENTRY: (meta, meta)}, {}), (frozenset(), frozenset([ENTRY])))
+    left = {dense: LeftBehind(partial(make, None)) for dense in (False, True)}
+    return AllArguments({torch.Size([1, 4, 8]): [call, call]}, made, sharing, left), call
+
+
+def test_each_chunk_of_each_stream_has_its_own():
+    found, call = arguments()
+    first, second = found.of(0), found.of(1)
+    for dense in (False, True):
+        for chunk in range(3):
+            first.put(dense, chunk, {ENTRY: pair(100 * dense + chunk), OTHER: "not read, so not kept"})
+    stream = torch.zeros(1, 4, 8, dtype=torch.float64)
+    for dense in (False, True):
+        for chunk in range(3):
+            made = second.call(stream, second.given(dense, chunk))
+            assert torch.equal(made[0], torch.full((1, 4), 10.0 + chunk, dtype=torch.float64))
+            assert same(made["kept"]["full"], pair(100 * dense + chunk, torch.float64))
+            assert first.call(stream, first.given(dense, chunk))["kept"] == {}
+    assert call["kept"] == {} and not call[0].any()  # what all chunks have in common is as it was
+    found.free(0)
+    assert not len(found.made[0][0]) and len(found.made[1][0]) and set(found.left[False].stored) == {ENTRY}
+    found.free(1)
+    assert not found.left[False].stored and not found.left[True].stored
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_get_the_arguments_of_the_rank_that_holds_the_chunk(rank, monkeypatch):
+    """Chunk 0 is rank 0's, chunks 1 and 2 are rank 1's."""
+    found, _ = arguments(streams=3)
+    left, sent = found.left[False], {}
+    for chunk in range(3):
+        left.put(chunk, {ENTRY: pair(chunk)}, "here")
+    whole = Activations()
+    for chunk in range(3):
+        whole.append(torch.full((1, 4, 8), float(chunk)))
+    alone = list(_InputsAndCalls(Streams(whole, None, 3), found.of(1), Ranks(), torch.device("cpu")))
+    own = Activations()
+    for chunk in ((0,), (1, 2))[rank]:
+        own.append(whole[chunk])
+    mine = Arguments(found.of(1).calls, {0: Activations()}, [ENTRY], [], {False: LeftBehind(partial(make, None))})
+    for number, chunk in enumerate(((0,), (1, 2))[rank]):
+        mine.made[0].append(torch.full((1, 4), 10.0 + chunk))
+        mine.left[False].put(number, {ENTRY: pair(chunk)}, "here")
+
+    def broadcast(self, value, src):
+        assert (value is not None) == (src == rank)
+        others = [(whole[at], found.of(1).given(False, at)) for at in range(3)]
+        at = sent.setdefault("calls", 0) // 2
+        sent["calls"] += 1
+        return others[at][sent["calls"] % 2 == 0] if value is None else value
+
+    monkeypatch.setattr(Ranks, "broadcast", broadcast)
+    both = list(_InputsAndCalls(Streams(own, None, 3), mine, Ranks(rank, 2), torch.device("cpu")))
+    for (stream, call), (expected, wanted) in zip(both, alone, strict=True):
+        assert torch.equal(stream, expected) and torch.equal(call[0], wanted[0])
+        assert same(call["kept"]["full"], wanted["kept"]["full"])
+    assert sent["calls"] == 6
