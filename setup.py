@@ -37,6 +37,7 @@ INSTRUCTION_SETS = {
     "vec_avx512_vnni.cpp": [*AVX512, "-mavx512vnni", "-fno-tree-pre", *EXACT],
     "vec_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
     "vec_amx.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"],
+    "vec_amx_int8.cpp": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8", "-fno-tree-pre", *EXACT],
 }
 
 

@@ -63,7 +63,7 @@ const InstructionSet kAvx512WithBf16 = {"avx512_bf16",
 const InstructionSet kAmx = {"amx",
                              {kAmxBf16, kAvx512.kernels[1], kAvx512.kernels[2], kAmxInt8, kAmxInt4},
                              {{}, {}, {}, kAmxGroupedInt8, kAmxGroupedInt4},
-                             &kAvx512VnniInt8};
+                             &kAmxInt8Activations};
 #endif
 
 struct Candidate {

@@ -227,7 +227,8 @@ const uint8_t* prepare(const Layout& layout, const uint8_t* stream, int64_t bloc
 
 // What becomes of a tile's sums: y = (sum * scale of the row) * scale of the token + bias, rounded.
 template <class VecTraits, int kBits, bool kSections>
-void finish_tile(const GemmArgs& args, int64_t tile, const int32_t* weight_sums, const Sum<kSections>* sums) {
+void finish_tile(const GemmArgs& args, int64_t tile, const float* token_scales, const int32_t* weight_sums,
+                 const Sum<kSections>* sums) {
   const Layout& layout = args.layout;
   const int64_t first = tile * kTileRows, left = layout.rows - first, rows = left < kTileRows ? left : kTileRows;
   alignas(kCacheLine) float bias[kTileRows] = {}, scales[kTileRows] = {}, y[kTileRows];
@@ -236,7 +237,6 @@ void finish_tile(const GemmArgs& args, int64_t tile, const int32_t* weight_sums,
                            bias, rows);
   if constexpr (!kSections)
     std::memcpy(scales, args.packed + layout.row_scales_offset() + first * sizeof(float), rows * sizeof(float));
-  const float* token_scales = token_scales_of(args);
   for (int64_t t = 0; t < args.tokens; ++t, sums += kTileRows) {
     for (int64_t r = 0; r < kTileRows; ++r) {
       float sum;
@@ -317,7 +317,7 @@ void multiply_tile(const GemmArgs& args, int64_t tile) {
     multiply_stream<VecTraits, kBits, S, kSections>(args, stream, sums);
   else
     multiply_chunks<VecTraits, kBits, S, kSections>(args, stream, weight_sums, sums);
-  finish_tile<VecTraits, kBits, kSections>(args, tile, weight_sums, sums);
+  finish_tile<VecTraits, kBits, kSections>(args, tile, token_scales_of(args), weight_sums, sums);
 }
 
 template <class VecTraits, int kBits, bool kSections>

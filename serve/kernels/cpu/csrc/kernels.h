@@ -91,7 +91,7 @@ extern const Int8Kernels kPortableInt8;
 #if defined(__x86_64__)
 extern const InstructionSet kAvx2;
 extern const InstructionSet kAvx512;
-extern const Int8Kernels kAvx2Int8, kAvxVnniInt8, kAvx512VnniInt8;
+extern const Int8Kernels kAvx2Int8, kAvxVnniInt8, kAvx512VnniInt8, kAmxInt8Activations;
 // With BF16; float16 and float32 use kAvx512.
 extern const Kernels kAvx512Bf16, kAvx512Int8, kAvx512Int4, kAvx512GroupedInt8, kAvx512GroupedInt4;
 extern const Kernels kAmxBf16, kAmxInt8, kAmxInt4, kAmxGroupedInt8, kAmxGroupedInt4;

@@ -181,7 +181,7 @@ void quantize_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
     if (args.permutation && can_transpose(size)) {
       transpose(rounded, stride, columns, transposed);
       for_each_chunk(args, first_token, [&](int64_t first, int64_t last, uint8_t* to) {
-        gather_units(transposed, args.permutation, first, last, size, to);
+        gather_units(transposed, args.permutation, first, last, size, size * kUnitChannels, kUnitChannels, to);
       });
     } else {
       for_each_chunk(args, first_token, [&](int64_t first, int64_t last, uint8_t* to) {

@@ -39,10 +39,12 @@ inline void transpose(const uint8_t* x, int64_t stride, int64_t channels, uint8_
   }
 }
 
-// Copies the units of the channels [first, last), in the order of the permutation: to[unit][token][8].
-inline void gather_units(const uint8_t* x, const int32_t* permutation, int64_t first, int64_t last, int64_t tokens,
-                         uint8_t* to) {
-  for (int64_t c = first; c < last; c += kUnitChannels, to += tokens * kUnitChannels) {
+// Copies the units of the channels [first, last), in the order of the permutation, each unit `unit_stride` after the
+// one before and each of its tokens `token_stride`.
+[[gnu::always_inline]] inline void gather_units(const uint8_t* x, const int32_t* permutation, int64_t first,
+                                                int64_t last, int64_t tokens, int64_t unit_stride, int64_t token_stride,
+                                                uint8_t* to) {
+  for (int64_t c = first; c < last; c += kUnitChannels, to += unit_stride) {
     __m128i a[8], b[8];
     for (int i = 0; i < 8; ++i) a[i] = load_bytes(x + permutation[c + i] * kTransposedTokens);
     const auto step = [](const __m128i* from, __m128i* into) {
@@ -55,17 +57,20 @@ inline void gather_units(const uint8_t* x, const int32_t* permutation, int64_t f
     step(a, b), step(b, a), step(a, b);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {  // two tokens each
-      if (2 * i + 1 < tokens)
+      if (token_stride == kUnitChannels && 2 * i + 1 < tokens) {
         store_bytes(to + i * 2 * kUnitChannels, b[i]);
-      else if (2 * i < tokens)
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(to + i * 2 * kUnitChannels), b[i]);
+        continue;
+      }
+      if (2 * i < tokens) _mm_storel_epi64(reinterpret_cast<__m128i*>(to + 2 * i * token_stride), b[i]);
+      if (2 * i + 1 < tokens)
+        _mm_storeh_pd(reinterpret_cast<double*>(to + (2 * i + 1) * token_stride), _mm_castsi128_pd(b[i]));
     }
   }
 }
 #else
 constexpr bool can_transpose(int64_t) { return false; }
 inline void transpose(const uint8_t*, int64_t, int64_t, uint8_t*) {}
-inline void gather_units(const uint8_t*, const int32_t*, int64_t, int64_t, int64_t, uint8_t*) {}
+inline void gather_units(const uint8_t*, const int32_t*, int64_t, int64_t, int64_t, int64_t, int64_t, uint8_t*) {}
 #endif
 
 }  // namespace

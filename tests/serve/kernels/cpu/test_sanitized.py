@@ -23,6 +23,7 @@ FLAGS = {
     "vec_avx512.cpp": AVX512,
     "vec_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
     "vec_amx.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"],
+    "vec_amx_int8.cpp": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8", EXACT],
 }
 
 

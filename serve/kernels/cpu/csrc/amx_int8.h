@@ -1,0 +1,134 @@
+// AMX with activations that are rounded to int8, for gemm_amx.h: a step is two blocks of the packed form, 64 columns. A
+// unit of it, two groups of four columns, becomes two rows of a tile. Both sides are signed, so nothing is offset.
+//
+// The sums are exact, as those of gemm_int8.h. So both give the same bits, and few tokens take that one.
+#pragma once
+#include "avx512_vnni.h"
+#include "gemm_amx.h"
+
+namespace {
+
+// For each of the 16 ways to keep two of four columns (a | b << 2), a row's selectors of the bytes of its two weights.
+struct ByteSelectorTable {
+  alignas(kCacheLine) uint32_t rows[16] = {};
+  constexpr ByteSelectorTable() {
+    for (int i = 0; i < 16; ++i)
+      for (int column = 0; column < 4; ++column)
+        rows[i] |= (column == (i & 3) ? 0u : column == i >> 2 ? 1u : 0x80u) << 8 * column;
+  }
+};
+constexpr ByteSelectorTable kByteSelectorTable;
+
+// Writes the two rows of a tile that a strip and unit become. `kept`: the positions of each row's four weights, in the
+// lowest two bits of its four bytes.
+[[gnu::always_inline]] inline void expand_unit(__m512i weights, __m512i kept, uint8_t* to) {
+  const __m512i table = _mm512_load_si512(kByteSelectorTable.rows);
+  const __m512i first_two = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+  const __m512i last_two = _mm512_set4_epi32(0x0e0e0e0e, 0x0a0a0a0a, 0x06060606, 0x02020202);
+  // a | b << 2 of the first group in the lowest four bits, of the second from bit 16 on
+  const __m512i groups =
+      _mm512_ternarylogic_epi32(kept, _mm512_srli_epi32(kept, 6), _mm512_set1_epi32(0x00030003), 0xe4);
+  const __m512i first = _mm512_permutexvar_epi32(groups, table);
+  const __m512i second = _mm512_permutexvar_epi32(_mm512_srli_epi32(groups, 16), table);
+  _mm512_store_si512(to, _mm512_shuffle_epi8(weights, _mm512_or_si512(first, first_two)));
+  _mm512_store_si512(to + kCacheLine, _mm512_shuffle_epi8(weights, _mm512_or_si512(second, last_two)));
+}
+
+// int4 weights are multiplied by 16, as in gemm_int8.h.
+template <int kBits>
+struct Int8Operands {
+  using Sum = int32_t;
+  static constexpr Dtype kDtype = kBits == 8 ? Dtype::int8 : Dtype::int4;
+  static constexpr bool kGrouped = false;
+  static constexpr int64_t kStepBlocks = 2;
+
+  template <int S, int T, int kPart, int kParts>
+  [[gnu::always_inline]] static void expand(const uint8_t* step, uint8_t* to) {
+    using Stream = UnitStream<kBits, S>;
+    constexpr int64_t units = kStepBlocks * kBlockUnits, lines = kStepBlocks * Stream::block_bytes / kCacheLine;
+#pragma GCC unroll 8
+    for (int64_t unit = kPart * units / kParts; unit < (kPart + 1) * units / kParts; ++unit) {
+      const uint8_t* block = step + unit / kBlockUnits * Stream::block_bytes;
+#pragma GCC unroll 4
+      for (int64_t line = unit * lines / units; line < (unit + 1) * lines / units; ++line)
+        __builtin_prefetch(step + kAmxPrefetchBytes[T - 1] + line * kCacheLine, 0, 2);
+#pragma GCC unroll 2
+      for (int64_t s = 0; s < S; ++s) {
+        const int64_t slot = unit % kBlockUnits * S + s;
+        const __m512i four =
+            _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(Stream::positions(block, slot))));
+        const __m512i kept = _mm512_srlv_epi32(four, _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6));
+        expand_unit(weights_of<Avx512VnniTraits, kBits>(Stream::values(block, slot)), kept,
+                    to + s * kTileBytes + unit * 2 * kCacheLine);
+      }
+    }
+  }
+  [[gnu::always_inline]] static void multiply_00() { _tile_dpbssd(0, 4, 6); }
+  [[gnu::always_inline]] static void multiply_01() { _tile_dpbssd(1, 4, 7); }
+  [[gnu::always_inline]] static void multiply_10() { _tile_dpbssd(2, 5, 6); }
+  [[gnu::always_inline]] static void multiply_11() { _tile_dpbssd(3, 5, 7); }
+
+  class Tile {
+   public:
+    Tile(const GemmArgs& args, int64_t tile) : args_(args), tile_(tile) {}
+    const int32_t* initial() const { return kNothing; }
+    template <int S>
+    void finish(const AmxPanel& panel, const int32_t* sums) const {
+      finish_tile<Avx512VnniTraits, kBits, false>(args_, tile_, reinterpret_cast<const float*>(panel.of_tokens()),
+                                                  kNothing, sums);
+    }
+
+   private:
+    alignas(kCacheLine) static constexpr int32_t kNothing[kTileRows] = {};
+    const GemmArgs& args_;
+    const int64_t tile_;
+  };
+};
+
+struct SignedBytes : Avx512VnniTraits {
+  static constexpr int kOffset = 0;  // of the rounded activations
+};
+
+// Rounds the tokens of some token blocks and copies them to the panel, with their channels in the order of the weight's
+// columns.
+inline void quantize_amx_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
+  const int64_t columns = args.layout.columns, item = bits(args.act_dtype) / 8;
+  const AmxPanel panel(args, kStepBytes);
+  const TokenBlocks blocks = panel.blocks();
+  const int64_t stride = columns + kCacheLine;  // not a power of two: all tokens would fall into one set of the cache
+  uint8_t* rounded = quantized_scratch(kTransposedTokens * (stride + columns));
+  uint8_t* transposed = rounded + kTransposedTokens * stride;
+  float* scales = reinterpret_cast<float*>(panel.of_tokens());
+  for (int64_t b = begin; b < end; ++b)
+    for (int64_t first = blocks.first(b); first < blocks.first(b) + blocks.size(b); first += kTileTokens) {
+      const int64_t left = blocks.first(b) + blocks.size(b) - first, size = left < kTileTokens ? left : kTileTokens;
+      const int64_t padded = panel.tile_tokens(), step_stride = panel.step_stride(b);
+      for (int64_t t = 0; t < size; ++t) {
+        const int64_t row = args.x_rows ? args.x_rows[first + t] : first + t;
+        const uint8_t* x = static_cast<const uint8_t*>(args.x) + row * args.x_stride * item;
+        scales[first + t] = quantize_token<SignedBytes>(args.act_dtype, x, columns, rounded + t * stride);
+      }
+      const bool transposes = args.permutation && can_transpose(size);
+      if (transposes) transpose(rounded, stride, columns, transposed);
+      uint8_t* to = panel.token(first, b);
+      for (int64_t c = 0; c < columns; c += kStepBytes, to += step_stride) {
+        if (transposes)
+          gather_units(transposed, args.permutation, c, c + kStepBytes, size, kUnitChannels, kStepBytes, to);
+        else if (args.permutation)
+          for (int64_t t = 0; t < size; ++t)
+            for (int64_t i = 0; i < kStepBytes; ++i)
+              to[t * kStepBytes + i] = rounded[t * stride + args.permutation[c + i]];
+        else
+          for (int64_t t = 0; t < size; ++t) std::memcpy(to + t * kStepBytes, rounded + t * stride + c, kStepBytes);
+        std::memset(to + size * kStepBytes, 0, (padded - size) * kStepBytes);
+      }
+    }
+}
+
+template <int kBits>
+constexpr Kernels amx_int8_kernels(int64_t min_tokens) {
+  return {int8_kernel<Avx512VnniTraits, kBits, false>().by_rows, min_tokens,
+          amx_kernel<Int8Operands<kBits>>(kUnitChannels / 2, quantize_amx_tokens, nullptr)};
+}
+
+}  // namespace

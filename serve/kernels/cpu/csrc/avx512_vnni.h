@@ -1,0 +1,68 @@
+// What AVX-512 F, BW, VL, DQ and VNNI do with int8 activations: the traits of gemm_int8.h. The kernels for AMX
+// (amx_int8.h) round tokens and finish tiles with them, too.
+#pragma once
+#include <immintrin.h>
+
+#include "gemm_int8.h"
+
+namespace {
+
+struct Avx512VnniTraits {
+  using Weights = __m512i;
+  using Positions = __m512i;    // selectors of bytes within the eight
+  using Activations = __m512i;  // the eight channels, eight times
+  using Accumulators = __m512i;
+  static constexpr int64_t kBlockTokens = 12;
+  static constexpr int64_t kStreamTokens = 8;
+  static constexpr int kOffset = 128;  // vpdpbusd takes the activations as unsigned
+
+  static Weights weights8(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static Weights weights4(const uint8_t* p) {
+    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(4), 1);
+    return _mm512_and_si512(_mm512_sllv_epi32(twice, shifts), _mm512_set1_epi8(static_cast<char>(0xf0)));
+  }
+  static void store_weights(uint8_t* p, Weights w) { _mm512_store_si512(p, w); }
+  static Weights load_weights(const uint8_t* p) { return _mm512_load_si512(p); }
+  static Positions positions(const uint8_t* p) {
+    const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i shifts = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
+    // (shifted & 3) | 4 for the second group
+    return _mm512_ternarylogic_epi32(_mm512_srlv_epi32(four, shifts), _mm512_set1_epi8(3),
+                                     _mm512_set1_epi32(0x04040000), 0xea);
+  }
+  static void store_positions(uint8_t* p, Positions positions) { _mm512_store_si512(p, positions); }
+  static Positions load_positions(const uint8_t* p) { return _mm512_load_si512(p); }
+  static Activations broadcast(const uint8_t* p) {
+    int64_t eight;
+    std::memcpy(&eight, p, sizeof eight);
+    return _mm512_set1_epi64(eight);
+  }
+  static Accumulators load_sums(const int32_t* p) { return _mm512_load_si512(p); }
+  static void store_sums(int32_t* p, Accumulators sums) { _mm512_store_si512(p, sums); }
+  static Accumulators multiply_add(Accumulators sums, Weights w, Positions p, Activations x) {
+    return _mm512_dpbusd_epi32(sums, _mm512_shuffle_epi8(x, p), w);
+  }
+  static Accumulators add_weights(Accumulators sums, Weights w) {
+    return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(static_cast<char>(kOffset)), w);
+  }
+  static Accumulators subtract(Accumulators a, Accumulators b) { return _mm512_sub_epi32(a, b); }
+  static void add_scaled(float* sums, Accumulators acc, const float* scales) {
+    const __m512 products = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_load_ps(scales));
+    _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), products));
+  }
+  static void halves_to_float(const uint8_t* from, float* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += kStripRows) {
+      const int64_t left = count - i;
+      const __mmask16 lanes = static_cast<__mmask16>(left < kStripRows ? (1u << left) - 1 : 0xffff);
+      _mm512_mask_storeu_ps(to + i, lanes, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, from + 2 * i)));
+    }
+  }
+  static void floats_to_half(const float* from, uint16_t* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += kStripRows)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                          _mm512_cvtps_ph(_mm512_load_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+
+}  // namespace
