@@ -6,7 +6,7 @@
 // One or two tokens are not worth the zeros: AVX-512 multiplies them, with the same additions (FewTokensTraits).
 #pragma once
 #include "avx512_bf16.h"
-#include "gemm_amx.h"
+#include "pack_bf16_tokens.h"
 
 namespace {
 
@@ -84,8 +84,6 @@ template <class VecTraits, int S, int T, int kFirst, size_t... kGroups>
   };
   (expand(std::integral_constant<int, kFirst + static_cast<int>(kGroups)>()), ...);
 }
-
-constexpr int64_t kStepColumns = 4 * kBlockGroups;
 
 template <Dtype kType, bool kGroups = false>
 struct Bf16Operands {
@@ -185,44 +183,7 @@ struct Bf16Operands {
     const int64_t tile_;
     const Epilogue<VecTraits> epilogue_;
   };
-
-  static int32_t* is_not_finite(const AmxPanel& panel) { return reinterpret_cast<int32_t*>(panel.of_tokens()); }
 };
-
-// 32 channels of a token.
-inline __m512i gather_channels(const uint16_t* x, const int32_t* channels) {
-  alignas(kCacheLine) uint16_t gathered[kStepColumns];
-  for (int64_t i = 0; i < kStepColumns; ++i) gathered[i] = x[channels[i]];
-  return _mm512_load_si512(gathered);
-}
-
-// Copies the tokens of some token blocks to the panel, with their channels in the order of the weight's columns, and
-// those of a group in the order 2, 3, 0, 1. Marks tokens that are not finite.
-inline void pack_bf16_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
-  const AmxPanel panel(args, kStepColumns);
-  const TokenBlocks blocks = panel.blocks();
-  const __m512i exponent = _mm512_set1_epi16(0x7f80);
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t first = blocks.first(b), stride = panel.step_stride(b);
-    for (int64_t t = first; t < first + panel.block_size(b); ++t) {
-      uint8_t* to = panel.token(t, b);
-      if (t >= args.tokens) {
-        for (int64_t step = 0; step < panel.steps; ++step, to += stride)
-          _mm512_storeu_si512(to, _mm512_setzero_si512());
-        continue;
-      }
-      const uint16_t* x = static_cast<const uint16_t*>(args.x) + (args.x_rows ? args.x_rows[t] : t) * args.x_stride;
-      __mmask32 not_finite = 0;
-      for (int64_t c = 0; c < args.layout.columns; c += kStepColumns, to += stride) {
-        const __m512i channels =
-            args.permutation ? gather_channels(x, args.permutation + c) : _mm512_loadu_si512(x + c);
-        not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(channels, exponent), exponent);
-        _mm512_storeu_si512(to, _mm512_rol_epi64(channels, 32));
-      }
-      Bf16Operands<Dtype::bfloat16>::is_not_finite(panel)[t] = not_finite != 0;
-    }
-  }
-}
 
 // Few tokens by gemm_rows.h, with the additions of `tdpbf16ps`: it adds the products of a block's even channels and
 // those of its odd ones, each with one rounding, in the order of the tile's rows; then both sums, and then the result

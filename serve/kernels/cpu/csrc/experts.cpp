@@ -90,7 +90,7 @@ struct Round {
     if (first == end) return panel_bytes;
     const Kernel& kernel = kernels.fastest(end - first);
     const int64_t token_bytes = std::max(kernel.panel_bytes(all.gate_up), kernel.panel_bytes(all.down));
-    const int64_t count = ceil_div(end - first, max_pass_tokens(token_bytes, kernel.block_tokens));
+    const int64_t count = ceil_div(end - first, max_pass_tokens(token_bytes, kernel));
     const int64_t pass_tokens = ceil_div(ceil_div(end - first, count), kernel.pass_step) * kernel.pass_step;
     for (; first < end; first += pass_tokens) {
       const Pass pass = {expert, first, std::min(pass_tokens, end - first), &kernel, panel_bytes, 1};

@@ -36,6 +36,8 @@ constexpr int64_t kTileTokens = 16;
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kAmxBlockTokens = 2 * kTileTokens;
 constexpr int64_t kStepBytes = 64;  // of a token's channels
+// Two token blocks hide the expansion of the weights. More of long tokens would not stay in the L2 cache.
+constexpr int64_t kMinPassTokens = 2 * kAmxBlockTokens;
 // Steps in a chunk: whole sections. Its tiles of weights stay in L1 for all tokens of the pass.
 constexpr int64_t kChunkSteps = 8;
 // How many bytes ahead of what is expanded the weights are prefetched into L2: with one tile of tokens, and with more,
@@ -278,10 +280,8 @@ template <class Operands>
 constexpr Kernel amx_kernel(int64_t activation_bytes, void (*pack_tokens)(const GemmArgs&, int64_t, int64_t),
                             void (*round)(const float*, void*, int64_t)) {
   static_assert(kMaxPassTokens % kAmxBlockTokens == 0, "a pass's sums must hold whole tiles");
-  return {kAmxBlockTokens, kTileTokens,
-          kAmxBlockTokens, activation_bytes,
-          pack_tokens,     multiply_amx_tiles<Operands>,
-          round,           4};
+  return {kAmxBlockTokens, kTileTokens, kAmxBlockTokens, activation_bytes, pack_tokens, multiply_amx_tiles<Operands>,
+          round,           4,           kMinPassTokens};
 }
 
 }  // namespace

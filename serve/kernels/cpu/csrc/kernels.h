@@ -50,6 +50,8 @@ struct Kernel {
   void (*multiply_tiles)(const GemmArgs&, int64_t begin, int64_t end);  // [begin, end) of the tiles
   void (*round)(const float* from, void* to, int64_t count);            // to activations; `from` on a cache line
   int64_t token_bytes = 0;                                              // per token in the panel, besides
+  // A pass is not made smaller than this, because every pass reads all weights.
+  int64_t min_pass_tokens = 96;
 
   // Of one token, in the panel.
   int64_t panel_bytes(const Layout& layout) const { return layout.groups() * activation_bytes + token_bytes; }
@@ -158,8 +160,8 @@ struct ExpertsArgs {
 };
 void experts(const ExpertsArgs&, const InstructionSet&);
 
-// The most tokens of a pass that packs `token_bytes` for each.
-int64_t max_pass_tokens(int64_t token_bytes, int64_t block_tokens);
+// The most tokens of a kernel's pass that packs `token_bytes` for each.
+int64_t max_pass_tokens(int64_t token_bytes, const Kernel&);
 
 // The number of threads that parallel_for uses.
 int64_t threads();

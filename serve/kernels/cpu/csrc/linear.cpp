@@ -11,8 +11,6 @@ namespace {
 // Bytes of packed activations in a pass. Every tile reads all of them, so they must fit the L2 cache beside the stream
 // of weights.
 constexpr int64_t kPassBytes = 640 << 10;
-// A pass is not made smaller than this, because every pass reads all weights.
-constexpr int64_t kMinPassTokens = 96;
 // Bytes of packed activations in a round, over all its passes. More tokens take several rounds.
 constexpr int64_t kPanelBytes = 16 << 20;
 // Activations that a thread copies in about 10 microseconds. Up to this many, every thread copies all of them for
@@ -91,9 +89,9 @@ uint8_t* quantized_scratch(int64_t bytes) {
   return scratch.bytes(bytes);
 }
 
-int64_t max_pass_tokens(int64_t token_bytes, int64_t block_tokens) {
-  const int64_t tokens = std::clamp(kPassBytes / token_bytes, kMinPassTokens, kMaxPassTokens);
-  return std::max(tokens / block_tokens, int64_t{1}) * block_tokens;
+int64_t max_pass_tokens(int64_t token_bytes, const Kernel& kernel) {
+  const int64_t tokens = std::clamp(kPassBytes / token_bytes, kernel.min_pass_tokens, kMaxPassTokens);
+  return std::max(tokens / kernel.block_tokens, int64_t{1}) * kernel.block_tokens;
 }
 
 void linear(GemmArgs args, int64_t tokens, const InstructionSet& set) {
@@ -104,7 +102,7 @@ void linear(GemmArgs args, int64_t tokens, const InstructionSet& set) {
       set.kernels_for(layout).fastest(small && !copy_is_cheap ? ceil_div(tokens, threads()) : tokens);
   const int64_t item_bytes = bits(args.act_dtype) / 8;
   const int64_t token_bytes = kernel.panel_bytes(layout);
-  const int64_t max_tokens = max_pass_tokens(token_bytes, kernel.block_tokens);
+  const int64_t max_tokens = max_pass_tokens(token_bytes, kernel);
   const int64_t tiles_per_item = std::max<int64_t>(layout.tiles() / (threads() * kItemsPerThread), 1);
   const auto multiply = [](int64_t, int64_t, void* round) { static_cast<Round*>(round)->multiply(); };
 
