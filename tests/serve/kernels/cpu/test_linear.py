@@ -1,6 +1,8 @@
 """Every kernel that this machine can run: its results against float64, and what its operator promises."""
 
+import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -241,22 +243,42 @@ def test_compiles_whole_with_dynamic_tokens(kernel):
         assert torch.equal(compiled(x), layer(x))
 
 
-def test_tile_registers_are_left_as_they_were():
-    """oneDNN configures AMX's tile registers once per thread and shape, and does not look again."""
+TILE_CONFIGURATION = """
+void load_tiles(const void* p) { __asm__ volatile("ldtilecfg (%0)" : : "r"(p) : "memory"); }
+void store_tiles(void* p) { __asm__ volatile("sttilecfg (%0)" : : "r"(p) : "memory"); }
+"""
+
+
+def test_tile_configuration_is_restored(tmp_path):
+    """Another library's configuration of AMX's tile registers, and its results, are the same after our product."""
     if instruction_set() != "amx":
         pytest.skip(f"this process uses {instruction_set()}, not amx")
+    if not shutil.which("gcc"):
+        pytest.skip("needs gcc")
+    (tmp_path / "tiles.c").write_text(TILE_CONFIGURATION)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "tiles.so", tmp_path / "tiles.c"], check=True)
+    tiles = ctypes.CDLL(str(tmp_path / "tiles.so"))
+    theirs = bytearray(64)  # palette 1: two tiles of 5 and 9 rows of 48 and 32 bytes
+    theirs[0], theirs[16], theirs[18], theirs[48], theirs[49] = 1, 48, 32, 5, 9
     torch.manual_seed(8)
     weight = random_weight(80, 256)
-    layer, narrow, wide = weight.packed_by(CpuKernel), weight.x(7), weight.x(100)
+    layer = weight.packed_by(CpuKernel)
     dense, x = torch.randn(96, 160).bfloat16(), torch.randn(40, 160).bfloat16()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         before = torch.nn.functional.linear(x, dense)
-        for ours in (narrow, wide):
-            layer(ours)
-            assert torch.equal(torch.nn.functional.linear(x, dense), before)
+        for configuration in (theirs, bytearray(64)):  # all zeros: none
+            for tokens in (7, 100):
+                loaded = ctypes.create_string_buffer(bytes(configuration), 64)
+                tiles.load_tiles(loaded)
+                layer(weight.x(tokens))
+                after = ctypes.create_string_buffer(64)
+                tiles.store_tiles(after)
+                assert after.raw == bytes(configuration)
+                assert torch.equal(torch.nn.functional.linear(x, dense), before)
     finally:
+        tiles.load_tiles(ctypes.create_string_buffer(64))
         torch.set_num_threads(threads)
 
 
