@@ -13,6 +13,8 @@ from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.publish import published
 
 ALSO = ("norms", "biases")
+# `compress` draws its text by the seed itself. By the same number, as many windows of a text would be the same ones.
+TEXT_SEED = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class Distillation:
             raise RiaError("--cache-teacher keeps the teacher's most probable tokens: give their number as --top-k.")
         if self.cache_teacher and self.loss.hidden:
             raise RiaError("--cache-teacher does not keep hidden states, which --loss hidden needs. Leave one out.")
+
+    @property
+    def text_seed(self) -> int:
+        """What the text is drawn by."""
+        return self.seed + TEXT_SEED
 
     @property
     def windows(self) -> int:

@@ -31,7 +31,8 @@ def training_windows(recipe: Distillation, tokenizer: Any) -> torch.Tensor:
         RiaError: no such text, or too little of it.
     """
     asked = f"--tokens asks for {recipe.windows}"
-    found = data.from_text(recipe.text, tokenizer, recipe.windows, recipe.seq_len, recipe.seed, asked, MOST_BEYOND)
+    count, seed = recipe.windows, recipe.text_seed
+    found = data.from_text(recipe.text, tokenizer, count, recipe.seq_len, seed, asked, MOST_BEYOND)
     return found.int()
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.text import batch_of, check_vocabulary, held_out_windows, training_windows
 from ria_vllm.offline.model.hf import load_tokenizer
@@ -24,6 +25,15 @@ def test_training_windows_are_parts_of_the_text(tiny, text):
     content = text.read_text()
     assert all(tokenizer.decode(window) in content for window in windows)
     assert len({tuple(window.tolist()) for window in windows}) == 20
+
+
+def test_the_windows_are_not_those_that_the_model_was_calibrated_on(tiny, text):
+    """With the same text and seed. Two draws of 10 from 100 have 10 windows in common with a chance of 6e-14."""
+    tokenizer = load_tokenizer(str(tiny("llama")))
+    width = len(tokenizer(text.read_text()).input_ids) // 100
+    calibration = data.from_text(str(text), tokenizer, 10, width, 0)
+    windows = training_windows(Distillation(tokens=10 * width, seq_len=width, batch=2, text=str(text)), tokenizer)
+    assert sum(bool((calibration == window).all(1).any()) for window in windows) < 8
 
 
 def test_held_out_windows_follow_each_other_from_the_start(tiny, text):
