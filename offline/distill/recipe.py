@@ -12,7 +12,7 @@ from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.publish import published
 
-ALSO = ("norms", "biases")
+ALSO = ("norms", "biases", "scales")
 # `compress` draws its text by the seed itself. By the same number, as many windows of a text would be the same ones.
 TEXT_SEED = 1_000_003
 
@@ -36,7 +36,7 @@ class Distillation:
     weight_decay: float = 0.0
     clip: float = 1.0
     loss: Loss = field(default_factory=Loss)
-    train: tuple[str, ...] = ("norms", "biases")
+    train: tuple[str, ...] = ("norms", "biases", "scales")
     cache_teacher: bool = False
     eval_text: tuple[str, ...] = ()
     eval_tokens: int = 8192
