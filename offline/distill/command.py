@@ -47,9 +47,9 @@ from ria_vllm.errors import RiaError
 )
 @click.option(
     "--train",
-    default="norms,biases",
+    default="norms,biases,scales",
     show_default=True,
-    help="What is trained besides kept weights: norms, biases; nothing if empty.",
+    help="What is trained besides kept weights: norms, biases, and scales of quantized formats; nothing if empty.",
 )
 @click.option(
     "--cache-teacher",

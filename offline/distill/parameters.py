@@ -8,6 +8,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.layouts import Kept, Whole
+from ria_vllm.offline.distill.rounding import StraightThrough
 from ria_vllm.offline.distill.sharding import local
 
 # What the kept values of some rows are rounded to before the forward pass reads them: (values [rows, in/2], rows) ->
@@ -24,6 +25,7 @@ class AdamW:
         layers' gradients exist at once. This limit takes its place (as in Adafactor and StableAdamW): the square of
         each gradient over its running mean, averaged over the parameter, is large exactly when gradients jump.
     first, second: dtypes of the moments.
+    speed: multiplies the learning rate.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -32,6 +34,7 @@ class AdamW:
     clip: float = 1.0
     first: torch.dtype = torch.bfloat16
     second: torch.dtype = torch.float32
+    speed: float = 1.0
 
 
 @dataclass
@@ -72,6 +75,7 @@ class TrainedParameter:
         layout: where the trained entries lie.
         values: float32, of the layout's shape: the entries to start from.
         rounding: for quantized formats; the gradient passes straight through it.
+        scales: those that `rounding` reads, if they are trained too; they take their steps with this parameter.
     """
 
     def __init__(
@@ -82,8 +86,10 @@ class TrainedParameter:
         adamw: AdamW,
         pace: Pace,
         rounding: Rounding | None = None,
+        scales: "TrainedParameter | None" = None,
     ):
         self.parameter, self.layout, self.adamw, self.pace, self.rounding = parameter, layout, adamw, pace, rounding
+        self.scales = scales
         self.values = values
         self.first = torch.zeros_like(values, dtype=adamw.first)
         self.second = torch.zeros_like(values, dtype=adamw.second)
@@ -94,12 +100,16 @@ class TrainedParameter:
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that the next steps depend on."""
-        return {"values": self.values, "first": self.first, "second": self.second}
+        mine = {"values": self.values, "first": self.first, "second": self.second}
+        scales = {} if self.scales is None else self.scales.state()
+        return mine | {f"scales.{name}": tensor for name, tensor in scales.items()}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from a `state`."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
+        if self.scales is not None:
+            self.scales.write()
         self.write()
 
     @torch.no_grad()
@@ -131,6 +141,11 @@ class TrainedParameter:
         del dense
         if self.pace.last:
             self.pace.reduce(self.gradient)
+            if self.scales is not None:
+                assert isinstance(self.rounding, StraightThrough)
+                blocks = list(self.layout.rows())
+                parts = [self.rounding.of_scales(self.values[rows], self.gradient[rows], rows) for rows in blocks]
+                self.scales._step(torch.cat([self.scales.values[:0], *parts]))
             self._step(self.gradient)
             self.gradient = None
 
@@ -144,7 +159,7 @@ class TrainedParameter:
             second = self.second[rows].float().mul_(beta2).addcmul_(part, part, value=1 - beta2)
             self.second[rows] = second
             ratio[0] += (part.square() / (second / correct2).clamp_(min=adamw.eps**2)).sum()
-        lr = self.pace.lr
+        lr = self.pace.lr * adamw.speed
         self.pace.total(ratio)
         squares, count = ratio.tolist()
         if not math.isfinite(squares):

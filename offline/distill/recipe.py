@@ -12,7 +12,9 @@ from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.publish import published
 
-ALSO = ("norms", "biases")
+ALSO = ("norms", "biases", "scales")
+# By the seed itself, the dense model writes the text that `compress` calibrates on.
+TEXT_SEED = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Distillation:
     weight_decay: float = 0.0
     clip: float = 1.0
     loss: Loss = field(default_factory=Loss)
-    train: tuple[str, ...] = ("norms", "biases")
+    train: tuple[str, ...] = ("norms", "biases", "scales")
     cache_teacher: bool = False
     eval_text: tuple[str, ...] = ()
     eval_tokens: int = 8192
@@ -67,6 +69,11 @@ class Distillation:
             raise RiaError("--cache-teacher keeps the teacher's most probable tokens: give their number as --top-k.")
         if self.cache_teacher and self.loss.hidden:
             raise RiaError("--cache-teacher does not keep hidden states, which --loss hidden needs. Leave one out.")
+
+    @property
+    def text_seed(self) -> int:
+        """What the teacher writes the text by."""
+        return self.seed + TEXT_SEED
 
     @property
     def windows(self) -> int:

@@ -215,7 +215,9 @@ class _Run:
         if self.ranks.first:
             with self.monitor.phase("writing the text"):
                 bos = getattr(text_config(dense.model.config), "bos_token_id", None)
-                found = data.from_model(dense.model, bos, recipe.windows, recipe.seq_len, recipe.seed, self.monitor)
+                found = data.from_model(
+                    dense.model, bos, recipe.windows, recipe.seq_len, recipe.text_seed, self.monitor
+                )
                 windows = found.int()
             self.writer.write(TEXT_KEY, {"tokens": windows})
         return self.ranks.broadcast(windows)

@@ -17,11 +17,14 @@ from ria_vllm.offline.distill.layouts import Kept, Whole
 from ria_vllm.offline.distill.logits import TwoPart
 from ria_vllm.offline.distill.loss import Loss, Top, divergence, in_chunks, next_token, relative_error
 from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedParameter
-from ria_vllm.offline.distill.rounding import StraightThrough
+from ria_vllm.offline.distill.rounding import StraightThrough, scaled
 from ria_vllm.offline.distill.sharding import gathered, local, rows_here, shard
 from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.teacher import CHUNK, Answer, Teacher, captured
 from ria_vllm.offline.model.names import Names
+
+# The learning rate of the logarithms of scales, in that of weights, which are some hundredths large.
+SCALES_SPEED = 10.0
 
 
 class Student:
@@ -63,7 +66,8 @@ class Student:
             shard(model, processes)
             parameters = dict(model.model.named_parameters())
         for name, place in inside.items():
-            self.trained[name] = _trained_linear(start.linear(name), parameters[place], adamw, pace)
+            linear = start.linear(name)
+            self.trained[name] = _trained_linear(linear, parameters[place], adamw, pace, "scales" in also)
         for name, parameter in _others(model, also):
             written = names.direct.get(name)
             if written in start.others:
@@ -120,7 +124,11 @@ class Student:
         values = gathered(trained.rounded(), trained.parameter).cpu()
         if name not in self.start.linears:
             return {name: values.to(self.start.others[name].dtype)}
-        return linear_tensors(self.start.linear(name), values)
+        linear, scales = self.start.linear(name), trained.scales
+        if scales is None:
+            return linear_tensors(linear, values)
+        found = gathered(scales.parameter.detach(), trained.parameter).cpu()
+        return linear_tensors(replace(linear, parts={**linear.parts, "weight_scale": found}), values)
 
 
 def linear_tensors(linear: SparseLinear, values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -138,13 +146,25 @@ def _check_same(linear: SparseLinear, parameter: nn.Parameter, start: Start | Fo
         )
 
 
-def _trained_linear(linear: SparseLinear, parameter: nn.Parameter, adamw: AdamW, pace: Pace) -> TrainedParameter:
+def _trained_linear(
+    linear: SparseLinear, parameter: nn.Parameter, adamw: AdamW, pace: Pace, train_scales: bool
+) -> TrainedParameter:
     rows, device = rows_here(parameter), local(parameter).device
     parts = {name: tensor[rows].to(device) for name, tensor in linear.parts.items()}
-    scales = parts.get("weight_scale")
-    rounding = None if scales is None else StraightThrough(linear.format, scales, linear.dtype)
-    values = linear.format.values(parts, torch.float32)
-    return TrainedParameter(parameter, Kept(parts["bitmask"], linear.input_permutation), values, adamw, pace, rounding)
+    values, scales = linear.format.values(parts, torch.float32), parts.get("weight_scale")
+    layout = Kept(parts["bitmask"], linear.input_permutation)
+    if scales is None:
+        return TrainedParameter(parameter, layout, values, adamw, pace)
+    trained = _trained_scales(scales, adamw, pace) if train_scales else None
+    rounding = StraightThrough(linear.format, scales if trained is None else trained.parameter.data, linear.dtype)
+    return TrainedParameter(parameter, layout, values, adamw, pace, rounding, trained)
+
+
+def _trained_scales(scales: torch.Tensor, adamw: AdamW, pace: Pace) -> TrainedParameter:
+    first = scales.float()
+    adamw = replace(adamw, speed=SCALES_SPEED, weight_decay=0.0)
+    read = nn.Parameter(scales.clone())
+    return TrainedParameter(read, Whole(scales.shape), torch.zeros_like(first), adamw, pace, partial(scaled, first))
 
 
 def _others(model: TwoPart, also: Iterable[str]) -> list[tuple[str, nn.Parameter]]:

@@ -63,3 +63,20 @@ def test_beyond_the_largest_value_they_stay_within_a_step(name):
     assert bool((rounded.abs() <= step * (8 if "int4" in name else 127) * 1.001).all())
     again = StraightThrough(FORMATS[name], parts["weight_scale"], torch.float32)(after, slice(None))
     assert torch.equal(again[0], rounded)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_gradient_of_scales_is_that_of_autograd_through_a_straight_rounding(name):
+    parts, generator = encoded(name), torch.Generator().manual_seed(1)
+    weight_format, scales = FORMATS[name], parts["weight_scale"].float()
+    values = FORMATS[name].values(parts, torch.float32)
+    values += 0.4 * values.std() * torch.randn(values.shape, generator=generator)  # some lie out of range
+    gradient = torch.randn(values.shape, generator=generator)
+    changes = torch.zeros_like(scales, dtype=torch.float64, requires_grad=True)
+    wide = (scales.double() * changes.exp()).repeat_interleave(values.shape[1] // scales.shape[1], 1)
+    steps = (values.double() / wide).clamp(weight_format.smallest, weight_format.largest)
+    steps = steps + (steps.round() - steps).detach()
+    (steps * wide * gradient).sum().backward()
+    found = StraightThrough(weight_format, scales, torch.float32).of_scales(values, gradient, slice(None))
+    assert torch.allclose(found.double(), changes.grad, rtol=1e-4, atol=1e-4 * float(changes.grad.abs().max()))
+    assert bool((steps.abs() > weight_format.largest - 0.5).any())

@@ -99,10 +99,11 @@ def test_all_terms_of_the_loss(pruned):
         assert torch.allclose(mine.two.model.get_parameter(name), weight, rtol=1e-3, atol=2e-5), name
 
 
+@pytest.mark.parametrize("also", [("norms",), ("norms", "scales")], ids=str)
 @pytest.mark.parametrize("weights", ["float", "int8", "int4-g32"])
-def test_what_is_stored_is_what_the_model_reads(weights, pruned):
+def test_what_is_stored_is_what_the_model_reads(weights, also, pruned):
     dense, folder = pruned(weights=weights)
-    mine = ours(folder, dense, ("norms",), Loss(), 2e-3, 3, False)
+    mine = ours(folder, dense, also, Loss(), 2e-3, 3, False)
     start = Start(folder)
     changed = 0
     for name in mine.trained:
@@ -117,6 +118,8 @@ def test_what_is_stored_is_what_the_model_reads(weights, pruned):
         after = type(before)(name, before.format, parts, stored[f"{name}.input_permutation"], before.dtype)
         assert torch.equal(after.dense(), mine.two.model.get_parameter(f"{name}.weight"))
         changed += int((after.dense() != before.dense()).sum())
+        scales = [one.parts["weight_scale"] for one in (before, after) if "weight_scale" in one.parts]
+        assert not scales or torch.equal(*scales) == ("scales" not in also)
     assert changed > 0
 
 
