@@ -95,12 +95,12 @@ def _compute_dtype(
 
 def _clipped(recipe: Recipe, source: Source, monitor: Monitor) -> Recipe:
     longest = getattr(text_config(source.config), "max_position_embeddings", None)
-    if longest and recipe.seq_len > longest:
+    clipped = recipe.within(longest)
+    if clipped != recipe:
         monitor.warn(
             f"--seq-len {recipe.seq_len}: this model reads at most {longest} tokens, so samples have that length."
         )
-        recipe = recipe.with_seq_len(longest)
-    return recipe
+    return clipped
 
 
 def _fitting(recipe: Recipe, model: StreamedModel, monitor: Monitor) -> Recipe:

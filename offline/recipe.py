@@ -132,8 +132,9 @@ class Recipe:
         """The linears of a group, divided into those that share a channel order."""
         return [linears] if self.permute_scope == "shared" else [(name,) for name in linears]
 
-    def with_seq_len(self, seq_len: int) -> "Recipe":
-        return replace(self, seq_len=seq_len)
+    def within(self, longest: int | None) -> "Recipe":
+        """With samples that a model can read, if `longest` tokens are the most; None: any number."""
+        return self if not longest or self.seq_len <= longest else replace(self, seq_len=longest)
 
     def with_compute_dtype(self, dtype: str) -> "Recipe":
         return replace(self, compute_dtype=dtype)

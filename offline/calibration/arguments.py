@@ -1,6 +1,7 @@
 """What layers read besides the residual stream, for this rank's chunks: tensors made from the text, and what earlier
 layers have left."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class LeftBehind:
         self.make = make
         self.forms: dict[Entry, Any] = {}
         self.stored: dict[Entry, list[Activations]] = {}
+        self.numbers = itertools.count()  # a name is never given again, because its files may be in use
 
     def of(self, chunk: int, entries: Sequence[Entry]) -> Left:
         """These entries, as they were left for a chunk."""
@@ -46,7 +48,8 @@ class LeftBehind:
         for entry, value in left.items():
             tensors = list(tensors_of(value, place))
             if entry not in self.stored:
-                names = [f"{entry[0]}-{len(self.stored)}-{number}" for number in range(len(tensors))]
+                entry_number = next(self.numbers)
+                names = [f"{entry_number}-{number}" for number in range(len(tensors))]
                 self.forms[entry] = with_tensors(value, [torch.empty(0)] * len(tensors))
                 self.stored[entry] = [self.make(name) for name in names]
             parts = self.stored[entry]

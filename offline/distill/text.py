@@ -50,7 +50,7 @@ def _calibration(recipe: Mapping[str, Any]) -> data.Drawn | None:
     samples, seq_len, seed = (recipe.get(name) for name in ("samples", "seq_len", "seed"))
     if not all(type(number) is int for number in (samples, seq_len, seed)):
         return None
-    known = 0 < samples <= MOST_BEYOND and 16 <= seq_len <= MOST_BEYOND and 0 <= seed < 1 << 63
+    known = samples > 0 and seq_len > 1 and samples * seq_len <= MOST_BEYOND and 0 <= seed < 1 << 63
     return data.Drawn(samples, seq_len, seed) if known else None
 
 

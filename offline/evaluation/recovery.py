@@ -50,13 +50,14 @@ def average(model: Mapping[str, TaskScores], dense: Mapping[str, TaskScores]) ->
     """Mean scores over tasks, and the recovery of the mean: the ratio of both means, not the mean of the ratios.
 
     A task counts once, with `acc_norm` if it has it, otherwise with its first metric where higher is better. A task
-    that is part of a group counts within the group. None if no task has such a metric.
+    that is part of a group counts within the group. Scores above 1, such as BLEU's, are on another scale and do not
+    count. None if no task is left.
     """
-    chosen = {
-        task: "acc_norm" if "acc_norm" in found.rising else found.rising[0]
-        for task, found in model.items()
-        if found.rising and not found.in_group
-    }
+    chosen = {}
+    for task, found in model.items():
+        rising = [name for name in found.rising if max(found.metrics[name], dense[task].metrics[name]) <= 1]
+        if rising and not found.in_group:
+            chosen[task] = "acc_norm" if "acc_norm" in rising else rising[0]
     if not chosen:
         return None
     score, base = (

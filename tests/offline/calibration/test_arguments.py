@@ -40,6 +40,9 @@ def test_what_is_left_is_kept_replaced_and_dropped(on_disk, tmp_path):
     left.drop({ENTRY, (5, "never left")})
     assert set(left.stored) == {OTHER}
     assert len(list(tmp_path.iterdir())) == (1 if on_disk else 0)
+    left.put(0, {ENTRY: pair(7)}, "here")  # left anew, beside what is still there
+    found = left.of(0, [ENTRY, OTHER])
+    assert same(found[ENTRY], pair(7)) and torch.equal(found[OTHER], torch.zeros(2))
 
 
 def test_what_changes_its_form_is_refused():

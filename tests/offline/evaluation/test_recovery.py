@@ -48,6 +48,8 @@ def test_the_mean_is_a_ratio_of_means_over_one_metric_of_each_task():
     assert mean.metrics == {"words": "acc", "endings": "acc_norm", "sums": "exact_match,strict"}
     assert mean.score == pytest.approx((0.3 + 0.45 + 0.1) / 3) and mean.dense == pytest.approx((0.4 + 0.5 + 0.2) / 3)
     assert mean.recovery == pytest.approx(100 * 0.85 / 1.1)  # the mean of the ratios is 71.7
+    other_scale = {"summaries": TaskScores({"bleu": 31.0}, ("bleu",))}
+    assert average(PRUNED | other_scale, DENSE | other_scale) == mean
     falling = {"words": TaskScores({"perplexity": 3.0})}
     assert average(falling, falling) is None
 

@@ -13,6 +13,7 @@ class TileConfiguration {
  public:
   // `tokens`: the rows of the tiles 0 to 5, which hold sums and activations. 6 and 7 hold weights.
   explicit TileConfiguration(int64_t tokens) {
+    asm volatile("" ::: "memory");  // or the zeros in `previous_` might be written after it
     _tile_storeconfig(&previous_);
     asm volatile("" ::: "memory");
     Registers registers;
