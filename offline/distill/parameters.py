@@ -67,8 +67,8 @@ class TrainedParameter:
     gradients are added up, in float32.
 
     Besides the tensor itself this takes 4 bytes for each kept entry (its exact value), those of the two moments (2 + 4
-    with `AdamW`'s defaults), and a quarter of a byte for its place; 4 more where a step has several backward passes, and
-    16 for each scale that is trained.
+    with `AdamW`'s defaults), and a quarter of a byte for its place; 4 more where a step has several backward passes.
+    Each scale that is trained takes 16.
 
     Args:
         parameter: of the model; its data is changed in place. If it is divided among processes, all else here is
