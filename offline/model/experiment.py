@@ -99,12 +99,17 @@ class Experiment:
         """The stream after the layer.
 
         Args:
-            left: what it leaves for later layers is added here.
+            left: what it leaves for later layers, and they read, is added here, even if the layer is interrupted.
         """
+        everything: Left = {}
         # Some layers write into what they read, and some calls share tensors.
         call = replace(self.call, kwargs=dict(self.call.kwargs))
         with torch.no_grad(), _all_in_float64() if self.dtype == torch.float64 else nullcontext():
-            return call(self.layer, stream.clone(), left)
+            try:
+                return call(self.layer, stream.clone(), everything)
+            finally:
+                if left is not None:
+                    left.update({entry: value for entry, value in everything.items() if entry in call.leaves})
 
     def unchanged(self) -> bool:
         """Whether the layer still computes the same, and leaves the same for later layers."""

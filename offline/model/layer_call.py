@@ -28,6 +28,7 @@ class LayerCall:
     varying: the arguments that are tensors made from the text, such as Gemma's per-layer inputs.
     mappings: the arguments that are mappings, into which layers may put something for later ones -> the number of the
         mapping. Calls that get the same mapping have the same number.
+    leaves: what the layer puts into them that later layers read, if that is known.
     """
 
     args: tuple[Any, ...]
@@ -36,6 +37,7 @@ class LayerCall:
     place: str = ""
     varying: frozenset[Slot] = frozenset()
     mappings: Mapping[Slot, int] = field(default_factory=dict)
+    leaves: frozenset[Entry] = frozenset()
 
     def __call__(self, layer: nn.Module, stream: torch.Tensor, left: Left | None = None) -> torch.Tensor:
         """The stream after the layer.

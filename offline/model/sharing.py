@@ -7,7 +7,7 @@ found out by running all of them, one after the other, on the meta device, which
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,10 +89,10 @@ def find_sharing(layers: Sequence[nn.Module], calls: Sequence[LayerCall], stream
 def with_what_is_left(
     layers: Sequence[nn.Module], stream: torch.Tensor, calls: Sequence[LayerCall]
 ) -> tuple[torch.Tensor, list[LayerCall]]:
-    """The stream, and the calls with random tensors in the place of what earlier layers leave."""
+    """The stream, and the calls with random tensors in the place of what earlier layers leave; `leaves` is known."""
     sharing, draw = find_sharing(layers, calls, stream), torch.Generator().manual_seed(0)
     filled = [call.with_left(random_like(sharing.before(index), draw, stream)) for index, call in enumerate(calls)]
-    return stream, filled
+    return stream, [replace(call, leaves=frozenset(sharing.kept(index))) for index, call in enumerate(filled)]
 
 
 class _OnMeta:
