@@ -108,7 +108,7 @@ def test_other_patterns_are_refused(tiny, text, tmp_path):
 
 @pytest.mark.parametrize("options", [("--weights", "int4"), ("--weights", "int4", "--group-size", "32"),
                                      ("--weights", "int8", "--activations", "int8")], ids=" ".join)  # fmt: skip
-def test_integers_are_trained_through_their_rounding(options, tiny, text, tmp_path):
+def test_integers_and_their_scales_are_trained(options, tiny, text, tmp_path):
     run(tiny("llama"), tmp_path / "pruned", text, *options)
     run(tiny("llama"), tmp_path / "out", text, *options, "--distill", "512")
     before, after = Reader(tmp_path / "pruned"), Reader(tmp_path / "out")
@@ -116,6 +116,7 @@ def test_integers_are_trained_through_their_rounding(options, tiny, text, tmp_pa
     assert after.schema.input_activations == before.schema.input_activations
     for name in before.sparse_names:
         one, other = before.linear(name), after.linear(name)
-        assert torch.equal(one.parts["weight_scale"], other.parts["weight_scale"])
+        assert torch.equal(one.parts["bitmask"], other.parts["bitmask"])
+        assert not torch.equal(one.parts["weight_scale"], other.parts["weight_scale"])
     errors = [key for record in after.report()["linears"].values() for key in record if key.startswith("error")]
     assert not errors
