@@ -11,11 +11,10 @@ import torch
 
 from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.distill.checks import fitting, outline
+from ria_vllm.offline.distill.checks import context_of, fitting, outline
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill, stamps_of
 from ria_vllm.offline.distill.text import training_windows
-from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.hf import text_tokenizer
 from ria_vllm.offline.model.source import opened
 from ria_vllm.offline.model.streaming import StreamedModel
@@ -100,8 +99,7 @@ def _checked_run(
         windows = None
         if distillation.text != "self":
             fitted = fitting(distillation, (str(source.folder),), monitor)
-            longest = getattr(text_config(source.config), "max_position_embeddings", None)
-            calibrated = recipe.within(longest).dump(model)
+            calibrated = recipe.within(context_of([str(source.folder)])).dump(model)
             windows = training_windows(fitted, text_tokenizer(source.folder), calibrated)
         run = fingerprint(recipe, source) | {"state of the model": stamps_of(source.folder)}
         return json.loads(json.dumps(run)), windows

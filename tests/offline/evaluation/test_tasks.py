@@ -71,22 +71,25 @@ def test_an_answer_without_a_likelihood_is_no_answer():
 QUESTIONS = [{"question": f"item {i} is", "choices": [" red", " green", " blue"], "answer": i % 3} for i in range(8)]
 
 
+def save_task(folder: Path, name: str, examples: list[dict], asked: dict) -> None:
+    """A task for the harness, with its examples in a local file."""
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}, "test_split": "test"}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | data | asked))
+
+
 @pytest.fixture
 def own_tasks(tmp_path: Path) -> Path:
     """A folder with the task `colours`, its examples in a local file."""
-    (tmp_path / "colours.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    task = {
-        "task": "colours",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "colours.jsonl")}},
-        "test_split": "test",
+    choice = {
         "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{answer}}",
         "metric_list": [{"metric": "acc"}],
     }
-    (tmp_path / "colours.yaml").write_text(yaml.safe_dump(task))
+    save_task(tmp_path, "colours", QUESTIONS, choice)
     return tmp_path
 
 
@@ -136,18 +139,13 @@ def test_perplexity_of_a_word_has_no_recovery(pruned_llama, tmp_path, monkeypatc
     """And nothing but the results is on standard output, though the harness prints there."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "words.jsonl").write_text("".join(json.dumps({"text": q["question"]}) + "\n" for q in QUESTIONS))
-    task = {
-        "task": "words",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "words.jsonl")}},
-        "test_split": "test",
+    word = {
         "output_type": "loglikelihood",
         "doc_to_text": "{{text}}",
         "doc_to_target": " red",
         "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
     }
-    (tmp_path / "words.yaml").write_text(yaml.safe_dump(task))
+    save_task(tmp_path, "words", [{"text": question["question"]} for question in QUESTIONS], word)
     arguments = [str(pruned_llama.folder), "--tasks", "words", "--include-path", str(tmp_path), "--device", "cpu"]
     arguments += ["--baseline", str(pruned_llama.source), "--json"]
     evaluate.main(arguments, standalone_mode=False)

@@ -47,8 +47,7 @@ template <class VecTraits, int kGroup>
 [[gnu::always_inline]] inline __m512i kept_channels(const uint8_t* block, int64_t strips, int64_t strip) {
   if constexpr (VecTraits::kDtype == Dtype::int4) {
     // Words: the lowest two bits of each are a position.
-    const __m512i words =
-        VecTraits::template int4_positions<kGroup>(block + strip * kBlockGroups * (kStripRows + kPositionBytes));
+    const __m512i words = unpack<VecTraits, kGroup>(block, strips, strip).positions;
     return _mm512_ternarylogic_epi32(words, _mm512_srli_epi32(words, 14), _mm512_set1_epi32(3), 0xe4);
   } else {
     constexpr int64_t value_bytes = kStripRows * pair_bytes(VecTraits::kDtype);
@@ -58,15 +57,6 @@ template <class VecTraits, int kGroup>
     return _mm512_srlv_epi32(_mm512_mask_broadcastd_epi32(lower, 0xff00, _mm_loadu_si32(positions + 4)),
                              _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28));
   }
-}
-
-template <class VecTraits, int kGroup>
-[[gnu::always_inline]] inline __m512i weights_of(const uint8_t* block, int64_t strips, int64_t strip) {
-  constexpr int64_t value_bytes = kStripRows * pair_bytes(VecTraits::kDtype);
-  if constexpr (VecTraits::kDtype == Dtype::int4)
-    return VecTraits::template int4_weights<kGroup>(block + strip * kBlockGroups * (value_bytes + kPositionBytes));
-  else
-    return VecTraits::weights(block + (kGroup * strips + strip) * value_bytes);
 }
 
 // Expands the groups from kFirst on of a block of S strips to [strip][tile].
@@ -79,7 +69,7 @@ template <class VecTraits, int S, int T, int kFirst, size_t... kGroups>
       __builtin_prefetch(block + kAmxPrefetchBytes[T - 1] + line * kCacheLine, 0, 2);
 #pragma GCC unroll 2
     for (int s = 0; s < S; ++s)
-      expand_group(weights_of<VecTraits, group>(block, S, s), kept_channels<VecTraits, group>(block, S, s),
+      expand_group(unpack<VecTraits, group>(block, S, s).weights, kept_channels<VecTraits, group>(block, S, s),
                    to + s * kTileBytes + group * 2 * kCacheLine);
   };
   (expand(std::integral_constant<int, kFirst + static_cast<int>(kGroups)>()), ...);

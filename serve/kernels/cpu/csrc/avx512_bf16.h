@@ -3,6 +3,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "avx512_floats.h"
 #include "gemm_rows.h"
 #include "scalar.h"
 
@@ -75,15 +76,7 @@ struct Avx512Bf16Traits {
     const __m512i picked = _mm512_permutexvar_epi16(p, x);
     return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(picked));
   }
-  static Accumulators load_scales(const uint8_t* p, Dtype dtype) {
-    const __m256i* words = reinterpret_cast<const __m256i*>(p);
-    switch (dtype) {
-      case Dtype::bfloat16:
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(words)), 16));
-      case Dtype::float16: return _mm512_cvtph_ps(_mm256_loadu_si256(words));
-      default: return _mm512_loadu_ps(p);
-    }
-  }
+  static Accumulators load_scales(const uint8_t* p, Dtype dtype) { return load_16_floats(p, dtype); }
   static Accumulators scaled(Accumulators sums, Accumulators scales, Accumulators initial) {
     return _mm512_fmadd_ps(sums, scales, initial);
   }

@@ -1,6 +1,7 @@
 // AVX-512 F, BW, VL, DQ: fp32 arithmetic, 16 rows in one vector.
 #include <immintrin.h>
 
+#include "avx512_floats.h"
 #include "gemm_tokens.h"
 #include "scalar.h"
 
@@ -93,15 +94,7 @@ struct Avx512Traits {
     sums = _mm512_fmadd_ps(w.first, _mm512_permutevar_ps(x, p), sums);
     return _mm512_fmadd_ps(w.second, _mm512_permutevar_ps(x, _mm512_srli_epi32(p, kSecondPosition)), sums);
   }
-  static Accumulators load_scales(const uint8_t* p, Dtype dtype) {
-    const __m256i* words = reinterpret_cast<const __m256i*>(p);
-    switch (dtype) {
-      case Dtype::bfloat16:
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(words)), 16));
-      case Dtype::float16: return _mm512_cvtph_ps(_mm256_loadu_si256(words));
-      default: return _mm512_loadu_ps(p);
-    }
-  }
+  static Accumulators load_scales(const uint8_t* p, Dtype dtype) { return load_16_floats(p, dtype); }
   static Accumulators scaled(Accumulators sums, Accumulators scales, Accumulators initial) {
     return _mm512_fmadd_ps(sums, scales, initial);
   }
