@@ -46,6 +46,9 @@ def unquantized(weight: torch.Tensor) -> Linear:
 def w8a8(weight: torch.Tensor, dtype: torch.dtype) -> Linear:
     """A linear whose weight [out, in] is rounded to int8 by row. Each call quantizes its input by token.
 
+    By the kernel that vLLM chooses: oneDNN's, or on a CPU with AMX its own, which takes no float32. Where LIMITS apply it
+    is oneDNN's, which they reach.
+
     Args:
         dtype: of inputs and outputs.
     """
@@ -65,7 +68,11 @@ def w8a8(weight: torch.Tensor, dtype: torch.dtype) -> Linear:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # vLLM sets it to the model's dtype, and its kernel takes it for the output
     try:
-        kernel.process_weights_after_loading(layer)
+        if limit():
+            kernel.linear_method = kernel._apply_weights_onednn
+            kernel.process_weights_for_onednn(layer)
+        else:
+            kernel.process_weights_after_loading(layer)
     finally:
         torch.set_default_dtype(before)
     return lambda x: kernel.apply_weights(layer, x)

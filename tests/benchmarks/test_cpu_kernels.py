@@ -54,7 +54,9 @@ def test_no_limit_applies_to_w4a16(limit, monkeypatch):
     assert dense == ["bfloat16", "float32", "W8A8"]
 
 
-def test_every_dense_baseline_is_correct():
+@pytest.mark.parametrize("limit", [None, "avx2"])
+def test_every_dense_baseline_is_correct(limit, monkeypatch):
+    monkeypatch.setattr(cpu_dense, "limit", lambda: limit)
     torch.manual_seed(0)
     weight, x = torch.randn(64, 128), torch.randn(5, 128)
     exact = x.double() @ weight.double().T
@@ -62,6 +64,10 @@ def test_every_dense_baseline_is_correct():
     for dtype in (torch.bfloat16, torch.float32):
         y = cpu_dense.unquantized(weight.to(dtype))(x.to(dtype))
         assert y.dtype == dtype and ((y.double() - exact).abs() <= 4 * torch.finfo(dtype).eps * size).all()
+        if dtype == torch.float32 and not limit and torch.cpu._is_amx_tile_supported():
+            with pytest.raises(RuntimeError, match="expect A to be bfloat16 or half"):
+                cpu_dense.w8a8(weight, dtype)(x.to(dtype))
+            continue
         y = cpu_dense.w8a8(weight, dtype)(x.to(dtype))
         # Two roundings, each by up to half of 1/127 of the largest value, which is below four times the mean.
         assert y.dtype == dtype and ((y.double() - exact).abs() <= 4 / 127 * size).all()
