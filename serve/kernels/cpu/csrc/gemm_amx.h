@@ -280,6 +280,17 @@ AccumulateBlock<Operands, S> accumulate_block_for(int64_t parts, int64_t part) {
   return part < parts ? table[parts - 1 + part] : accumulate_block<Operands, S, T, 0, 0>;
 }
 
+// Prefetches where a tile's rows of some tokens in y will be. Each token's are on another page, and storing them would
+// wait for memory every time.
+inline void prefetch_output(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end) {
+  if (args.activation || args.combined) return;
+  const int64_t item = bits(args.act_dtype) / 8;
+  const uint8_t* y = static_cast<const uint8_t*>(args.y) + tile * kTileRows * item;
+  for (int64_t t = begin; t < end; ++t)
+    for (int64_t byte = 0; byte < kTileRows * item; byte += kCacheLine)
+      __builtin_prefetch(y + t * args.layout.rows * item + byte, 1, 2);
+}
+
 // Multiplies some tiles of S strips, chunk by chunk.
 template <class Operands, int S>
 void multiply_tiles_of(const GemmArgs& args, const AmxPanel& panel, int64_t begin, int64_t end) {
@@ -310,13 +321,15 @@ void multiply_tiles_of(const GemmArgs& args, const AmxPanel& panel, int64_t begi
       AmxTile<Operands, S>::expand_scales(layout, next, chunks[turn ^ 1]);
       tile_barrier();
       for (int64_t b = 0; b < blocks.count; ++b) {
-        const int64_t size = panel.block_size(b);
+        const int64_t size = panel.block_size(b), tokens = blocks.size(b), first = blocks.first(b);
+        prefetch_output(args, tile, first + tokens * chunk / chunks_of_tile,
+                        first + tokens * (chunk + 1) / chunks_of_tile);
         const BlockJob<S> job = {layout,          panel.block(b, chunk * kChunkSteps), size,
                                  chunks[turn],    source(tile, chunk).steps,           next,
                                  chunks[turn ^ 1]};
         const auto accumulate = size > kTileTokens ? accumulate_block_for<Operands, S, 2>(parts, b)
                                                    : accumulate_block_for<Operands, S, 1>(parts, b);
-        accumulate(job, sums + blocks.first(b) * kTileRows, pending);
+        accumulate(job, sums + first * kTileRows, pending);
       }
       if constexpr (Operands::kGrouped) pending.add(pending.left());  // its scales are in the chunk
     }
