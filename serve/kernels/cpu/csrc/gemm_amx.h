@@ -47,7 +47,7 @@ constexpr int64_t kMaxSlices = 2;
 // Two token blocks hide the expansion of the weights. More of long tokens would not stay in the L2 cache.
 constexpr int64_t kMinPassTokens = 2 * kAmxBlockTokens;
 // Steps in a chunk: whole sections. Its tiles of weights stay in L1 for all tokens of the pass.
-constexpr int64_t kChunkSteps = 8;
+constexpr int64_t kChunkSteps = 4;
 // How many bytes ahead of what is expanded the weights are prefetched into L2: with one tile of tokens, and with more,
 // whose first tiles go through the next chunk faster than it is used.
 constexpr int64_t kAmxPrefetchBytes[] = {2304, 9216};
