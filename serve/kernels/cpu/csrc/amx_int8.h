@@ -143,18 +143,17 @@ inline void quantize_amx_tokens(const GemmArgs& args, int64_t begin, int64_t end
     }
 }
 
-template <int kBits, bool kSections>
-void multiply_int8_amx_tiles(const GemmArgs& args, int64_t begin, int64_t end) {
-  if constexpr (kSections)
-    if (args.layout.section_blocks() < Int8Operands<kBits>::kStepBlocks)
-      return multiply_amx_tiles<Int8Operands<kBits, true, true>>(args, begin, end);
-  multiply_amx_tiles<Int8Operands<kBits, kSections>>(args, begin, end);
+// Takes over from the loop of few tokens at `min_tokens`.
+template <class Operands, int kBits>
+constexpr Kernels amx_int8_kernels(int64_t min_tokens) {
+  return {int8_kernel<Avx512VnniTraits, kBits, Operands::kGrouped>().by_rows, min_tokens,
+          amx_kernel(kUnitChannels / 2, quantize_amx_tokens, multiply_amx_tiles<Operands>, nullptr)};
 }
 
-template <int kBits, bool kSections>
-constexpr Kernels amx_int8_kernels(int64_t min_tokens) {
-  return {int8_kernel<Avx512VnniTraits, kBits, kSections>().by_rows, min_tokens,
-          amx_kernel(kUnitChannels / 2, quantize_amx_tokens, multiply_int8_amx_tiles<kBits, kSections>, nullptr)};
+template <int kBits>
+constexpr Int8Kernels::ByScales amx_int8_kernels_by_scales() {  // measured
+  return {amx_int8_kernels<Int8Operands<kBits>, kBits>(12), amx_int8_kernels<Int8Operands<kBits, true>, kBits>(18),
+          amx_int8_kernels<Int8Operands<kBits, true, true>, kBits>(44)};
 }
 
 }  // namespace
