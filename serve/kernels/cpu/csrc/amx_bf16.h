@@ -78,13 +78,15 @@ template <class VecTraits, int S, int T, int kFirst, size_t... kGroups>
 template <Dtype kType, bool kGroups = false>
 struct Bf16Operands {
   using VecTraits = Avx512Bf16Traits<kType, kGroups>;
+  using Product = float;
   using Sum = float;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
   static constexpr int64_t kStepBlocks = 1;
+  static constexpr int64_t kSlices = 1;
 
   template <int S, int T, int kPart, int kParts>
-  [[gnu::always_inline]] static void expand(const uint8_t* step, uint8_t* to) {
+  [[gnu::always_inline]] static void expand(const Layout&, const uint8_t* step, uint8_t* to) {
     constexpr int count = static_cast<int>(kBlockGroups) / kParts;
     expand_groups<VecTraits, S, T, kPart * count>(step, to, std::make_index_sequence<count>());
   }
@@ -92,8 +94,11 @@ struct Bf16Operands {
   [[gnu::always_inline]] static void multiply_01() { _tile_dpbf16ps(1, 4, 7); }
   [[gnu::always_inline]] static void multiply_10() { _tile_dpbf16ps(2, 5, 6); }
   [[gnu::always_inline]] static void multiply_11() { _tile_dpbf16ps(3, 5, 7); }
-  static void load_scales(const uint8_t* from, Dtype dtype, float* to) {
-    VecTraits::store(to, VecTraits::load_scales(from, dtype));
+  static void load_scales(const Layout& layout, const uint8_t* from, float* to) {
+    VecTraits::store(to, VecTraits::load_scales(from, layout.scale_dtype));
+  }
+  [[gnu::always_inline]] static __m512 scaled(const float* products, __m512 scales, __m512 sums) {
+    return VecTraits::scaled(_mm512_load_ps(products), scales, sums);
   }
 
   class Tile {
@@ -126,12 +131,12 @@ struct Bf16Operands {
       alignas(kCacheLine) constexpr float zeros[kTileRows] = {};
       begin(kGrouped ? zeros : sums);
       for (int64_t step = 0; step < panel.steps; ++step, token += panel.step_stride(token_block)) {
-        multiply_channels<S>(Steps::step(layout, weights, step), token, products, others);
+        multiply_channels<S>(layout, Steps::step(layout, weights, step), token, products, others);
         if constexpr (kGrouped)
-          if ((step + 1) % Steps::section_steps(layout) == 0) {
-            Steps::load_scales(layout, weights, step / Steps::section_steps(layout), scales);
+          if ((step + 1) % Steps::section_slices(layout) == 0) {
+            Steps::load_scales(layout, weights, step / Steps::section_slices(layout), scales);
             for (int64_t r = 0; r < S * kStripRows; ++r) products[r] += others[r];
-            add_scaled_sums<S>(products, scales, 1, sums);
+            add_scaled<Bf16Operands, S>(products, scales, 0, 1, sums);
             begin(zeros);
           }
       }
@@ -140,12 +145,13 @@ struct Bf16Operands {
     }
     // One step: the first row of `products` takes the finite channels, `others` take the rest.
     template <int S>
-    static void multiply_channels(const uint8_t* step, const uint8_t* token, float* products, float* others) {
+    static void multiply_channels(const Layout& layout, const uint8_t* step, const uint8_t* token, float* products,
+                                  float* others) {
       alignas(kCacheLine) uint16_t x[kStepColumns], finite[kStepColumns];
       alignas(kCacheLine) uint8_t expanded[S * kTileBytes], kept[S * kTileBytes];
       std::memcpy(x, token, sizeof x);
       for (int64_t c = 0; c < kStepColumns; ++c) finite[c] = (x[c] & 0x7f80) == 0x7f80 ? 0 : x[c];
-      expand<S, 1, 0, 1>(step, expanded);
+      expand<S, 1, 0, 1>(layout, step, expanded);
       tile_barrier();
       load_tile_sums<1, S>(products);
       multiply_step<Bf16Operands, 1, S>(reinterpret_cast<const uint8_t*>(finite), 0, expanded);  // in every row
@@ -215,7 +221,8 @@ template <Dtype kType, bool kGroups = false>
 constexpr Kernels amx_bf16_kernels() {
   using FewTokens = FewTokensTraits<kType, kGroups>;
   return {row_kernel<FewTokens>(), FewTokens::kBlockTokens + 1,
-          amx_kernel<Bf16Operands<kType, kGroups>>(4 * sizeof(uint16_t), pack_bf16_tokens, round_values<FewTokens>)};
+          amx_kernel(4 * sizeof(uint16_t), pack_bf16_tokens, multiply_amx_tiles<Bf16Operands<kType, kGroups>>,
+                     round_values<FewTokens>)};
 }
 
 }  // namespace

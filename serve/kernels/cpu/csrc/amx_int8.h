@@ -1,7 +1,8 @@
 // AMX with activations that are rounded to int8, for gemm_amx.h: a step is two blocks of the packed form, 64 columns. A
 // unit of it, two groups of four columns, becomes two rows of a tile. Both sides are signed, so nothing is offset.
 //
-// The sums are exact, as those of gemm_int8.h. So both give the same bits, and few tokens take that one.
+// The sums are exact, as those of gemm_int8.h, and those of sections are scaled and added up in the same way. So both
+// give the same bits, and few tokens take that one.
 #pragma once
 #include "avx512_vnni.h"
 #include "gemm_amx.h"
@@ -34,21 +35,24 @@ constexpr ByteSelectorTable kByteSelectorTable;
   _mm512_store_si512(to + kCacheLine, _mm512_shuffle_epi8(weights, _mm512_or_si512(second, last_two)));
 }
 
-// int4 weights are multiplied by 16, as in gemm_int8.h.
-template <int kBits>
+// int4 weights are multiplied by 16, as in gemm_int8.h. `kHalves`: sections are half a step.
+template <int kBits, bool kSections = false, bool kHalves = false>
 struct Int8Operands {
-  using Sum = int32_t;
+  using Product = int32_t;
+  using Sum = ::Sum<kSections>;
   static constexpr Dtype kDtype = kBits == 8 ? Dtype::int8 : Dtype::int4;
-  static constexpr bool kGrouped = false;
+  static constexpr bool kGrouped = kSections;
   static constexpr int64_t kStepBlocks = 2;
+  static constexpr int64_t kSlices = kHalves ? 2 : 1;
 
   template <int S, int T, int kPart, int kParts>
-  [[gnu::always_inline]] static void expand(const uint8_t* step, uint8_t* to) {
+  [[gnu::always_inline]] static void expand(const Layout& layout, const uint8_t* step, uint8_t* to) {
     using Stream = UnitStream<kBits, S>;
+    const int64_t block_bytes = Stream::block_bytes + (kHalves ? S * layout.strip_scale_bytes() : 0);
     constexpr int64_t units = kStepBlocks * kBlockUnits, lines = kStepBlocks * Stream::block_bytes / kCacheLine;
 #pragma GCC unroll 8
     for (int64_t unit = kPart * units / kParts; unit < (kPart + 1) * units / kParts; ++unit) {
-      const uint8_t* block = step + unit / kBlockUnits * Stream::block_bytes;
+      const uint8_t* block = step + unit / kBlockUnits * block_bytes;
 #pragma GCC unroll 4
       for (int64_t line = unit * lines / units; line < (unit + 1) * lines / units; ++line)
         __builtin_prefetch(step + kAmxPrefetchBytes[T - 1] + line * kCacheLine, 0, 2);
@@ -68,18 +72,26 @@ struct Int8Operands {
   [[gnu::always_inline]] static void multiply_10() { _tile_dpbssd(2, 5, 6); }
   [[gnu::always_inline]] static void multiply_11() { _tile_dpbssd(3, 5, 7); }
 
+  static void load_scales(const Layout& layout, const uint8_t* from, float* to) {
+    ::load_scales<Avx512VnniTraits, kBits>(layout, from, kStripRows, to);
+  }
+  [[gnu::always_inline]] static __m512 scaled(const int32_t* products, __m512 scales, __m512 sums) {
+    return Avx512VnniTraits::scaled(Avx512VnniTraits::load_sums(products), scales, sums);
+  }
+
   class Tile {
    public:
     Tile(const GemmArgs& args, int64_t tile) : args_(args), tile_(tile) {}
-    const int32_t* initial() const { return kNothing; }
+    const Sum* initial() const { return kZeroSums; }
     template <int S>
-    void finish(const AmxPanel& panel, const int32_t* sums) const {
-      finish_tile<Avx512VnniTraits, kBits, false>(args_, tile_, reinterpret_cast<const float*>(panel.of_tokens()),
-                                                  kNothing, sums);
+    void finish(const AmxPanel& panel, const Sum* sums) const {
+      finish_tile<Avx512VnniTraits, kBits, kSections>(args_, tile_, reinterpret_cast<const float*>(panel.of_tokens()),
+                                                      kNoOffsets, sums);
     }
 
    private:
-    alignas(kCacheLine) static constexpr int32_t kNothing[kTileRows] = {};
+    alignas(kCacheLine) static constexpr Sum kZeroSums[kTileRows] = {};
+    static constexpr int32_t kNoOffsets[kTileRows] = {};
     const GemmArgs& args_;
     const int64_t tile_;
   };
@@ -99,13 +111,19 @@ inline void quantize_amx_tokens(const GemmArgs& args, int64_t begin, int64_t end
   uint8_t* rounded = quantized_scratch(kTransposedTokens * (stride + columns));
   uint8_t* transposed = rounded + kTransposedTokens * stride;
   float* scales = reinterpret_cast<float*>(panel.of_tokens());
+  const auto token_at = [&](int64_t token) {
+    return static_cast<const uint8_t*>(args.x) + (args.x_rows ? args.x_rows[token] : token) * args.x_stride * item;
+  };
   for (int64_t b = begin; b < end; ++b)
     for (int64_t first = blocks.first(b); first < blocks.first(b) + blocks.size(b); first += kTileTokens) {
       const int64_t left = blocks.first(b) + blocks.size(b) - first, size = left < kTileTokens ? left : kTileTokens;
       const int64_t padded = panel.tile_tokens(), step_stride = panel.step_stride(b);
       for (int64_t t = 0; t < size; ++t) {
-        const int64_t row = args.x_rows ? args.x_rows[first + t] : first + t;
-        const uint8_t* x = static_cast<const uint8_t*>(args.x) + row * args.x_stride * item;
+        const uint8_t* x = token_at(first + t);
+        if (first + t + 1 < args.tokens) {  // while this one is rounded
+          const uint8_t* next = token_at(first + t + 1);
+          for (int64_t byte = 0; byte < columns * item; byte += kCacheLine) __builtin_prefetch(next + byte, 0, 2);
+        }
         scales[first + t] = quantize_token<SignedBytes>(args.act_dtype, x, columns, rounded + t * stride);
       }
       const bool transposes = args.permutation && can_transpose(size);
@@ -125,10 +143,17 @@ inline void quantize_amx_tokens(const GemmArgs& args, int64_t begin, int64_t end
     }
 }
 
-template <int kBits>
+// Takes over from the loop of few tokens at `min_tokens`.
+template <class Operands, int kBits>
 constexpr Kernels amx_int8_kernels(int64_t min_tokens) {
-  return {int8_kernel<Avx512VnniTraits, kBits, false>().by_rows, min_tokens,
-          amx_kernel<Int8Operands<kBits>>(kUnitChannels / 2, quantize_amx_tokens, nullptr)};
+  return {int8_kernel<Avx512VnniTraits, kBits, Operands::kGrouped>().by_rows, min_tokens,
+          amx_kernel(kUnitChannels / 2, quantize_amx_tokens, multiply_amx_tiles<Operands>, nullptr)};
+}
+
+template <int kBits>
+constexpr Int8Kernels::ByScales amx_int8_kernels_by_scales() {  // measured
+  return {amx_int8_kernels<Int8Operands<kBits>, kBits>(12), amx_int8_kernels<Int8Operands<kBits, true>, kBits>(18),
+          amx_int8_kernels<Int8Operands<kBits, true, true>, kBits>(44)};
 }
 
 }  // namespace

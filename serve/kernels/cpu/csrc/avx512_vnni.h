@@ -47,9 +47,11 @@ struct Avx512VnniTraits {
     return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(static_cast<char>(kOffset)), w);
   }
   static Accumulators subtract(Accumulators a, Accumulators b) { return _mm512_sub_epi32(a, b); }
+  static __m512 scaled(Accumulators acc, __m512 scales, __m512 sums) {
+    return _mm512_add_ps(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(acc), scales));
+  }
   static void add_scaled(float* sums, Accumulators acc, const float* scales) {
-    const __m512 products = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_load_ps(scales));
-    _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), products));
+    _mm512_store_ps(sums, scaled(acc, _mm512_load_ps(scales), _mm512_load_ps(sums)));
   }
   static void halves_to_float(const uint8_t* from, float* to, int64_t count) {
     for (int64_t i = 0; i < count; i += kStripRows) {

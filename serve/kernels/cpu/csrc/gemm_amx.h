@@ -10,14 +10,21 @@
 // unit multiplies by those of the chunk before. A token's sums take its steps in order, and one instruction adds the
 // products of a step in a fixed order. So a token's result depends neither on its batch nor on the number of threads.
 //
+// Scales of groups multiply the products of a section of columns, which leave the tiles for that: vectors scale one
+// section and add it to the sums while the matrix unit multiplies by the next one.
+//
 //   struct Operands {
-//     using Sum;                                                       // of a tile: float or int32_t
+//     using Product;                                                   // in a tile: float or int32_t
+//     using Sum;                                                       // float if kGrouped, else as Product
 //     static constexpr Dtype kDtype;                                   // of the weights
 //     static constexpr bool kGrouped;                                  // scales belong to groups of columns
 //     static constexpr int64_t kStepBlocks;                            // blocks of the packed form in a step
-//     template <int S, int T, int kPart, int kParts> static void expand(const uint8_t* step, uint8_t* to);
+//     static constexpr int64_t kSlices;                                // of a step: 2 if a section is half a step
+//     template <int S, int T, int kPart, int kParts>
+//     static void expand(const Layout&, const uint8_t* step, uint8_t* to);
 //     static void multiply_00(), multiply_01(), multiply_10(), multiply_11();  // sums of tokens and strip 0 or 1
-//     static void load_scales(const uint8_t*, Dtype, float*);          // of 16 rows, if kGrouped
+//     static void load_scales(const Layout&, const uint8_t*, float*);  // of 16 rows; this and `scaled` if kGrouped
+//     static __m512 scaled(const Product*, __m512 scales, __m512 sums);  // sums + 16 products * scales
 //     class Tile {                                                     // of a pass
 //       Tile(const GemmArgs&, int64_t tile);
 //       const Sum* initial() const;                                    // [kTileRows], of every token
@@ -36,10 +43,11 @@ constexpr int64_t kTileTokens = 16;
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kAmxBlockTokens = 2 * kTileTokens;
 constexpr int64_t kStepBytes = 64;  // of a token's channels
+constexpr int64_t kMaxSlices = 2;
 // Two token blocks hide the expansion of the weights. More of long tokens would not stay in the L2 cache.
 constexpr int64_t kMinPassTokens = 2 * kAmxBlockTokens;
 // Steps in a chunk: whole sections. Its tiles of weights stay in L1 for all tokens of the pass.
-constexpr int64_t kChunkSteps = 8;
+constexpr int64_t kChunkSteps = 4;
 // How many bytes ahead of what is expanded the weights are prefetched into L2: with one tile of tokens, and with more,
 // whose first tiles go through the next chunk faster than it is used.
 constexpr int64_t kAmxPrefetchBytes[] = {2304, 9216};
@@ -74,7 +82,7 @@ struct AmxPanel {
 template <int S>
 struct AmxChunk {
   alignas(kCacheLine) uint8_t tiles[kChunkSteps][S * kTileBytes];
-  alignas(kCacheLine) float scales[kChunkSteps][S * kStripRows];  // of each section
+  alignas(kCacheLine) float scales[kChunkSteps * kMaxSlices][S * kStripRows];  // of each section
 };
 
 // Where the packed form of a chunk is.
@@ -94,20 +102,22 @@ struct AmxTile {  // a tile of S strips, step by step
     else
       return chunk + step * step_bytes;
   }
-  static int64_t section_steps(const Layout& layout) { return layout.section_blocks() / Operands::kStepBlocks; }
+  static int64_t section_slices(const Layout& layout) {
+    return layout.section_blocks() * Operands::kSlices / Operands::kStepBlocks;
+  }
   static void load_scales(const Layout& layout, const uint8_t* weights, int64_t section, float* to) {
     for (int s = 0; s < S; ++s)
-      Operands::load_scales(weights + layout.section_scales_offset(section, S) + s * layout.strip_scale_bytes(),
-                            layout.scale_dtype, to + s * kStripRows);
+      Operands::load_scales(layout, weights + layout.section_scales_offset(section, S) + s * layout.strip_scale_bytes(),
+                            to + s * kStripRows);
   }
   static void expand_scales(const Layout& layout, const ChunkSource& source, AmxChunk<S>& to) {
     if constexpr (Operands::kGrouped)
-      for (int64_t section = 0; section * section_steps(layout) < source.steps; ++section)
+      for (int64_t section = 0; section * section_slices(layout) < source.steps * Operands::kSlices; ++section)
         load_scales(layout, source.weights, section, to.scales[section]);
   }
   [[gnu::noinline]] static void expand_all(const Layout& layout, const ChunkSource& source, AmxChunk<S>& to) {
     for (int64_t i = 0; i < source.steps; ++i)
-      Operands::template expand<S, 1, 0, 1>(step(layout, source.weights, i), to.tiles[i]);
+      Operands::template expand<S, 1, 0, 1>(layout, step(layout, source.weights, i), to.tiles[i]);
     expand_scales(layout, source, to);
   }
 };
@@ -155,15 +165,51 @@ template <class Operands, int T, int S>
   }
 }
 
-// sums += the products of a section, times its scales.
-template <int S>
-void add_scaled_sums(const float* products, const float* scales, int64_t tokens, float* sums) {
-  for (int64_t t = 0; t < tokens; ++t, sums += kTileRows, products += kTileRows)
+// sums += the products of a section, times its scales, for the tokens [first, last).
+template <class Operands, int S>
+[[gnu::always_inline]] inline void add_scaled(const typename Operands::Product* products, const float* scales,
+                                              int64_t first, int64_t last, float* sums) {
+  __m512 of_strips[S];
 #pragma GCC unroll 2
-    for (int s = 0; s < S * kStripRows; s += kStripRows)
-      _mm512_store_ps(sums + s, _mm512_fmadd_ps(_mm512_load_ps(products + s), _mm512_load_ps(scales + s),
-                                                _mm512_load_ps(sums + s)));
+  for (int s = 0; s < S; ++s) of_strips[s] = _mm512_load_ps(scales + s * kStripRows);
+  for (int64_t t = first; t < last; ++t)
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) {
+      const int64_t at = t * kTileRows + s * kStripRows;
+      _mm512_store_ps(sums + at, Operands::scaled(products + at, of_strips[s], _mm512_load_ps(sums + at)));
+    }
 }
+
+// The products of a section that have left the tiles. They are scaled and added to the sums of their tokens little by
+// little, while the next section is multiplied.
+template <class Operands, int S>
+class PendingSection {
+ public:
+  using Product = typename Operands::Product;
+
+  // Where the next section's products go. `set` then says whose they are.
+  Product* products() { return products_[turn_ ^ 1]; }
+  void set(int64_t tokens, const float* scales, float* sums) {
+    turn_ ^= 1;
+    left_ = tokens;
+    scales_ = scales;
+    sums_ = sums;
+  }
+  int64_t left() const { return left_; }  // tokens
+  [[gnu::always_inline]] void add(int64_t tokens) {
+    if (left_ == 0) return;
+    const int64_t rest = tokens < left_ ? left_ - tokens : 0;
+    add_scaled<Operands, S>(products_[turn_], scales_, rest, left_, sums_);
+    left_ = rest;
+  }
+
+ private:
+  alignas(kCacheLine) Product products_[2][Operands::kGrouped ? kAmxBlockTokens * kTileRows : 1];
+  int turn_ = 0;
+  int64_t left_ = 0;
+  const float* scales_ = nullptr;
+  float* sums_ = nullptr;
+};
 
 // One token block and chunk.
 template <int S>
@@ -177,40 +223,51 @@ struct BlockJob {
   AmxChunk<S>& next;
 };
 
-// sums += the product of T x 16 tokens and a chunk. Meanwhile expands the part kPart of each step of the next one, if
-// there are kParts parts, or nothing if there are none.
+// sums += the product of T x 16 tokens and a chunk, the last section of which is left pending. Meanwhile expands the
+// part kPart of each step of the next one, if there are kParts parts, or nothing if there are none.
 template <class Operands, int S, int T, int kParts, int kPart>
-void accumulate_block(const BlockJob<S>& job, typename Operands::Sum* sums) {
+void accumulate_block(const BlockJob<S>& job, typename Operands::Sum* sums, PendingSection<Operands, S>& pending) {
   using Tile = AmxTile<Operands, S>;
-  alignas(kCacheLine) typename Operands::Sum products[Operands::kGrouped ? T * kTileTokens * kTileRows : 1];
-  const int64_t section_steps = Operands::kGrouped ? Tile::section_steps(job.layout) : job.steps;
+  constexpr int64_t slices = Operands::kSlices;
+  const int64_t section_slices = Operands::kGrouped ? Tile::section_slices(job.layout) : 0;
   const int64_t next_steps = kParts == 0 ? 0 : job.next_source.steps;
   const uint8_t* tokens = job.tokens;
   const auto expand = [&](int64_t step) __attribute__((always_inline)) {
     if constexpr (kParts > 0)
-      Operands::template expand<S, T, kPart, kParts>(Tile::step(job.layout, job.next_source.weights, step),
+      Operands::template expand<S, T, kPart, kParts>(job.layout, Tile::step(job.layout, job.next_source.weights, step),
                                                      job.next.tiles[step]);
   };
   if constexpr (!Operands::kGrouped) load_tile_sums<T, S>(sums);
+  int64_t left = 0, section = 0, share = 0;  // slices of the section; tokens of the pending one for each
   for (int64_t step = 0; step < job.steps; ++step, tokens += job.size * kStepBytes) {
-    if constexpr (Operands::kGrouped)
-      if (step % section_steps == 0) zero_tile_sums<T, S>();
-    multiply_step<Operands, T, S>(tokens, kStepBytes, job.chunk.tiles[step]);
-    if (step < next_steps) expand(step);
-    if constexpr (Operands::kGrouped)
-      if ((step + 1) % section_steps == 0) {
-        store_tile_sums<T, S>(products);
-        tile_barrier();
-        add_scaled_sums<S>(products, job.chunk.scales[step / section_steps], job.size, sums);
-        tile_barrier();
+#pragma GCC unroll 2
+    for (int64_t slice = 0; slice < slices; ++slice) {
+      if constexpr (Operands::kGrouped)
+        if (left == 0) {
+          zero_tile_sums<T, S>();
+          left = section_slices;
+          share = (pending.left() + section_slices - 1) / section_slices;
+        }
+      multiply_step<Operands, T, S>(tokens + slice * kStepBytes / slices, kStepBytes,
+                                    job.chunk.tiles[step] + slice * kTileBytes / slices);
+      if constexpr (Operands::kGrouped) {
+        pending.add(share);
+        if (--left == 0) {
+          tile_barrier();
+          store_tile_sums<T, S>(pending.products());
+          tile_barrier();
+          pending.set(job.size, job.chunk.scales[section++], sums);
+        }
       }
+    }
+    if (step < next_steps) expand(step);
   }
   for (int64_t step = job.steps; step < next_steps; ++step) expand(step);
   if constexpr (!Operands::kGrouped) store_tile_sums<T, S>(sums);
 }
 
 template <class Operands, int S>
-using AccumulateBlock = void (*)(const BlockJob<S>&, typename Operands::Sum*);
+using AccumulateBlock = void (*)(const BlockJob<S>&, typename Operands::Sum*, PendingSection<Operands, S>&);
 
 // `part` of `parts`: 1, 2 or 4 parts; none if `part` is beyond them.
 template <class Operands, int S, int T>
@@ -223,12 +280,24 @@ AccumulateBlock<Operands, S> accumulate_block_for(int64_t parts, int64_t part) {
   return part < parts ? table[parts - 1 + part] : accumulate_block<Operands, S, T, 0, 0>;
 }
 
+// Prefetches where a tile's rows of some tokens in y will be. Each token's are on another page, and storing them would
+// wait for memory every time.
+inline void prefetch_output(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end) {
+  if (args.activation || args.combined) return;
+  const int64_t item = bits(args.act_dtype) / 8;
+  const uint8_t* y = static_cast<const uint8_t*>(args.y) + tile * kTileRows * item;
+  for (int64_t t = begin; t < end; ++t)
+    for (int64_t byte = 0; byte < kTileRows * item; byte += kCacheLine)
+      __builtin_prefetch(y + t * args.layout.rows * item + byte, 1, 2);
+}
+
 // Multiplies some tiles of S strips, chunk by chunk.
 template <class Operands, int S>
 void multiply_tiles_of(const GemmArgs& args, const AmxPanel& panel, int64_t begin, int64_t end) {
   if (begin == end) return;
   alignas(kCacheLine) typename Operands::Sum sums[kMaxPassTokens * kTileRows];
   AmxChunk<S> chunks[2];
+  PendingSection<Operands, S> pending;
   const Layout& layout = args.layout;
   const TokenBlocks blocks = panel.blocks();
   const int64_t chunks_of_tile = (panel.steps + kChunkSteps - 1) / kChunkSteps;
@@ -252,14 +321,17 @@ void multiply_tiles_of(const GemmArgs& args, const AmxPanel& panel, int64_t begi
       AmxTile<Operands, S>::expand_scales(layout, next, chunks[turn ^ 1]);
       tile_barrier();
       for (int64_t b = 0; b < blocks.count; ++b) {
-        const int64_t size = panel.block_size(b);
+        const int64_t size = panel.block_size(b), tokens = blocks.size(b), first = blocks.first(b);
+        prefetch_output(args, tile, first + tokens * chunk / chunks_of_tile,
+                        first + tokens * (chunk + 1) / chunks_of_tile);
         const BlockJob<S> job = {layout,          panel.block(b, chunk * kChunkSteps), size,
                                  chunks[turn],    source(tile, chunk).steps,           next,
                                  chunks[turn ^ 1]};
         const auto accumulate = size > kTileTokens ? accumulate_block_for<Operands, S, 2>(parts, b)
                                                    : accumulate_block_for<Operands, S, 1>(parts, b);
-        accumulate(job, sums + blocks.first(b) * kTileRows);
+        accumulate(job, sums + first * kTileRows, pending);
       }
+      if constexpr (Operands::kGrouped) pending.add(pending.left());  // its scales are in the chunk
     }
     tile_barrier();
     finisher.template finish<S>(panel, sums);
@@ -269,18 +341,18 @@ void multiply_tiles_of(const GemmArgs& args, const AmxPanel& panel, int64_t begi
 template <class Operands>
 void multiply_amx_tiles(const GemmArgs& args, int64_t begin, int64_t end) {
   const AmxPanel panel(args, Operands::kStepBlocks * 4 * kBlockGroups);
-  const TileConfiguration configuration(panel.tile_tokens());
+  const TileConfiguration configuration(panel.tile_tokens(), Operands::kSlices);
   const int64_t whole = begin < end && args.layout.strips_in(end - 1) < kTileStrips ? end - 1 : end;
   multiply_tiles_of<Operands, kTileStrips>(args, panel, begin, whole);
   multiply_tiles_of<Operands, 1>(args, panel, whole, end);
 }
 
 // `activation_bytes`: of a group's four channels.
-template <class Operands>
 constexpr Kernel amx_kernel(int64_t activation_bytes, void (*pack_tokens)(const GemmArgs&, int64_t, int64_t),
+                            void (*multiply_tiles)(const GemmArgs&, int64_t, int64_t),
                             void (*round)(const float*, void*, int64_t)) {
   static_assert(kMaxPassTokens % kAmxBlockTokens == 0, "a pass's sums must hold whole tiles");
-  return {kAmxBlockTokens, kTileTokens, kAmxBlockTokens, activation_bytes, pack_tokens, multiply_amx_tiles<Operands>,
+  return {kAmxBlockTokens, kTileTokens, kAmxBlockTokens, activation_bytes, pack_tokens, multiply_tiles,
           round,           4,           kMinPassTokens};
 }
 

@@ -338,10 +338,15 @@ constexpr Kernels int8_kernel() {
            multiply_int8_tiles<VecTraits, kBits, kSections>, nullptr, sizeof(float)}};
 }
 
+template <class VecTraits, int kBits>
+constexpr Int8Kernels::ByScales int8_kernels_by_scales() {
+  return {int8_kernel<VecTraits, kBits, false>(), int8_kernel<VecTraits, kBits, true>(),
+          int8_kernel<VecTraits, kBits, true>()};
+}
+
 template <class VecTraits>
 constexpr Int8Kernels int8_kernels() {
-  return {int8_kernel<VecTraits, 8, false>(), int8_kernel<VecTraits, 4, false>(), int8_kernel<VecTraits, 8, true>(),
-          int8_kernel<VecTraits, 4, true>()};
+  return {int8_kernels_by_scales<VecTraits, 8>(), int8_kernels_by_scales<VecTraits, 4>()};
 }
 
 }  // namespace

@@ -68,11 +68,14 @@ struct Kernels {
 
 // For activations that are rounded to int8 (gemm_int8.h), with scales for rows or for groups of columns.
 struct Int8Kernels {
-  Kernels int8, int4, grouped_int8, grouped_int4;  // weights
+  struct ByScales {
+    Kernels rows, groups, blocks;  // a scale for each row, for some blocks of it, or for every block
+  };
+  ByScales int8, int4;  // weights
 
   const Kernels& kernels_for(const Layout& layout) const {
-    if (layout.dtype == Dtype::int8) return layout.group_size ? grouped_int8 : int8;
-    return layout.group_size ? grouped_int4 : int4;
+    const ByScales& kernels = layout.dtype == Dtype::int8 ? int8 : int4;
+    return !layout.group_size ? kernels.rows : layout.section_blocks() > 1 ? kernels.groups : kernels.blocks;
   }
 };
 
