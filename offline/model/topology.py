@@ -3,7 +3,7 @@
 `ria_vllm.offline.model.describe` finds it out by experiment.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -263,13 +263,18 @@ def _pattern(names: Mapping[int, str]) -> str | None:
 LAYER_NUMBER = ("layer", "idx", "index")
 
 
-def kinds_of(layers: Sequence[nn.Module]) -> tuple[int, ...]:
+def kinds_of(layers: Sequence[nn.Module], shared: Sequence[Hashable] | None = None) -> tuple[int, ...]:
     """A number for the kind of each layer.
 
     Layers are of one kind if they have the same modules, with the same switches, and parameters of the same shapes.
+
+    Args:
+        shared: what must be the same in layers of one kind, too: what each of them leaves for others, and reads.
     """
     known: dict[tuple, int] = {}
-    return tuple(known.setdefault(_signature(layer), len(known)) for layer in layers)
+    also = shared or [None] * len(layers)
+    signatures = [(_signature(layer), own) for layer, own in zip(layers, also, strict=True)]
+    return tuple(known.setdefault(signature, len(known)) for signature in signatures)
 
 
 def _signature(layer: nn.Module) -> tuple:

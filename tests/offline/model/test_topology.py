@@ -75,6 +75,10 @@ def test_kinds(model_type, changes, kinds):
     assert kinds_of(layers_of(small(model_type, **changes))) == kinds
 
 
+def test_layers_that_leave_something_for_others_are_of_a_kind_of_their_own():
+    assert kinds_of(layers_of(small("llama", num_hidden_layers=4)), [(0, 0), (1, 0), (0, 0), (0, 1)]) == (0, 1, 0, 2)
+
+
 def test_a_layer_that_reads_the_values_of_another_is_of_a_kind_of_its_own():
     """Its modules and shapes are the same, but its own value projection feeds nothing."""
     layers = layers_of(small("llama"))
