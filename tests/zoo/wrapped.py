@@ -6,7 +6,7 @@ from typing import Any
 from zoo.experts import EXPERTS, FIRST_DENSE, OWN_CODE, PLAIN
 from zoo.hybrids import CONVOLUTION, GATED_DELTA
 from zoo.text import SHARED, WIDE, WINDOW
-from zoo.toy import BASE, Processor, Toy
+from zoo.toy import BASE, UNLIKE, Processor, Toy
 
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [4, 6, 6], "type": "default"}}
@@ -93,6 +93,7 @@ WRAPPED = {
             "num_key_value_heads": 2, "position_embedding_size": 256, "pooling_kernel_size": 2,
         }, image_token_id=258, boi_token_id=259, eoi_token_id=260, audio_token_id=261, boa_token_id=262,
             eoa_token_index=263, video_token_id=264),
+        edits={"vision_config": {"default_output_length": 70}},
         processor=Processor(
             {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>",
              "boa_token": "<|audio>", "eoa_token": "<audio|>", "video_token": "<|video|>"},
@@ -130,6 +131,7 @@ WRAPPED = {
                TOWER | {"num_patches": 16, "model_type": "siglip2_vision_model"}, image_token_id=258,
                projector_hidden_size=128, tie_word_embeddings=True),
         edits={"text_config": CONVOLUTION},
+        unlike=UNLIKE,
         processor=Processor({"image_token": "<image>", "image_start_token": "<|image_start|>",
                              "image_end_token": "<|image_end|>", "image_thumbnail": "<|img_thumbnail|>"},
                             "<image>",
