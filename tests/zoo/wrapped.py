@@ -28,6 +28,8 @@ QWEN_TOKENS = {
     "vision_eos_token": "<|vision_end|>",
 }  # fmt: skip
 QWEN_IDS = {"image_token_id": 258, "video_token_id": 259, "vision_start_token_id": 260, "vision_end_token_id": 261}
+# The tokenizer that transformers has for Qwen 3.5 adds <|endoftext|> before them.
+QWEN3_5_IDS = {name: number + 1 for name, number in QWEN_IDS.items()}
 QWEN = Processor(
     QWEN_TOKENS,
     "<|vision_start|><|image_pad|><|vision_end|>",
@@ -49,7 +51,8 @@ GLM = Processor(
 GLM_SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}}
 LINES = {f"line{n}_token": "\n" * n for n in range(1, 5)}
 TOWER_NAMES = {"vision_tower.": "vision_tower.vision_model."}
-GEMMA4 = SHARED | {"global_head_dim": 64}
+# vLLM takes the inputs of each layer for an image from token 0, which pads in the configs on the hub.
+GEMMA4 = SHARED | {"global_head_dim": 64, "pad_token_id": 0}
 LLAVA = Processor(
     {"image_token": "<image>"},
     "<image>",
@@ -204,10 +207,10 @@ WRAPPED = {
         processor=QWEN,
     ),
     "qwen3_5": Toy(behind("qwen3_5_text", GATED_DELTA | PARTIAL, QWEN_TOWER | {"deepstack_visual_indexes": []},
-                          **QWEN_IDS), dtype="bfloat16", processor=QWEN),
+                          **QWEN3_5_IDS), dtype="bfloat16", processor=QWEN),
     "qwen3_5_moe": Toy(
         behind("qwen3_5_moe_text", GATED_DELTA | EXPERTS | PARTIAL, QWEN_TOWER | {"deepstack_visual_indexes": []},
-               **QWEN_IDS),
+               **QWEN3_5_IDS),
         dtype="bfloat16", processor=QWEN,
     ),
     "qwen3_vl": Toy(behind("qwen3_vl_text", INTERLEAVED, QWEN_TOWER, **QWEN_IDS), processor=QWEN),
