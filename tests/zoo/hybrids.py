@@ -13,6 +13,10 @@ MAMBA = {
     "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2,
     "mamba_chunk_size": 16,
 }  # fmt: skip
+NEMOTRON = EXPERTS | {
+    "mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16,
+    "moe_shared_expert_intermediate_size": 128,
+}  # fmt: skip
 # In the configs on the hub. transformers does without.
 CONVOLUTION = {"conv_dim": 128, "block_dim": 128}
 
@@ -37,11 +41,10 @@ HYBRIDS = {
     }, unbiased=True, unlike=UNLIKE),
     "mamba2": Toy({"state_size": 16, "num_heads": 8, "n_groups": 1, "chunk_size": 16},
                   no_fold="each consumer has a convolution and a norm before it"),
-    "nemotron_h": Toy(EXPERTS | {
-        "layers_block_type": ["mamba", "attention", "moe", "mlp"], "num_hidden_layers": 4, "mamba_num_heads": 8,
-        "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "moe_shared_expert_intermediate_size": 128,
-        "chunk_size": 16,
-    }),
+    "nemotron_h": Toy(NEMOTRON | {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3}),
+    "nemotron_h_moe": Toy(NEMOTRON | {
+        "layers_block_type": ["mamba", "attention", "moe", "mlp"], "num_hidden_layers": 4,
+    }, model_type="nemotron_h", not_served="vLLM's CPU build has no experts without a gate"),
     "olmo_hybrid": Toy(GATED_DELTA | {"linear_num_key_heads": 4}, dtype="bfloat16",
                        not_served="vLLM's kernel of it needs Triton"),
     "qwen3_5_text": Toy(GATED_DELTA, dtype="bfloat16"),
