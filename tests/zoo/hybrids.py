@@ -41,7 +41,8 @@ HYBRIDS = {
     }, unbiased=True, unlike=UNLIKE),
     "mamba2": Toy({"state_size": 16, "num_heads": 8, "n_groups": 1, "chunk_size": 16},
                   no_fold="each consumer has a convolution and a norm before it"),
-    "nemotron_h": Toy(NEMOTRON | {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3}),
+    "nemotron_h": Toy(NEMOTRON | {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3},
+                      unlike="transformers raises Mamba's time steps to 0.001, vLLM does not"),
     "nemotron_h_moe": Toy(NEMOTRON | {
         "layers_block_type": ["mamba", "attention", "moe", "mlp"], "num_hidden_layers": 4,
     }, model_type="nemotron_h", not_served="vLLM's CPU build has no experts without a gate"),
@@ -52,6 +53,7 @@ HYBRIDS = {
     "qwen3_next": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16"),
     "zamba2": Toy({
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_d_state": 16,
-        "n_mamba_heads": 8, "mamba_headdim": 32, "num_key_value_heads": 4, "num_mem_blocks": 1,
-    }, stays_dense={".shared_transformer.": "several layers share its weights"}),
+        "n_mamba_heads": 8, "mamba_headdim": 32, "num_key_value_heads": 4, "num_mem_blocks": 1, "head_dim": None,
+    }, stays_dense={".shared_transformer.": "several layers share its weights"},
+                  no_fold="each consumer that is pruned has a convolution and a norm before it"),
 }  # fmt: skip

@@ -53,6 +53,7 @@ LINES = {f"line{n}_token": "\n" * n for n in range(1, 5)}
 TOWER_NAMES = {"vision_tower.": "vision_tower.vision_model."}
 # vLLM takes the inputs of each layer for an image from token 0, which pads in the configs on the hub.
 GEMMA4 = SHARED | {"global_head_dim": 64, "pad_token_id": 0}
+PINPOINTS = [[32, 64], [64, 32]]
 LLAVA = Processor(
     {"image_token": "<image>"},
     "<image>",
@@ -134,6 +135,7 @@ WRAPPED = {
                TOWER | {"num_patches": 16, "model_type": "siglip2_vision_model"}, image_token_id=258,
                projector_hidden_size=128, tie_word_embeddings=True),
         edits={"text_config": CONVOLUTION},
+        renames={f"model.{old}": f"model.{new}" for old, new in TOWER_NAMES.items()},
         unlike=UNLIKE,
         processor=Processor({"image_token": "<image>", "image_start_token": "<|image_start|>",
                              "image_end_token": "<|image_end|>", "image_thumbnail": "<|img_thumbnail|>"},
@@ -161,9 +163,9 @@ WRAPPED = {
     ),
     "llava_next": Toy(
         behind("llama", {}, TOWER | {"model_type": "clip_vision_model"}, image_token_index=258, image_seq_length=16,
-               image_grid_pinpoints=[[32, 64], [64, 32]]),
+               image_grid_pinpoints=PINPOINTS),
         renames=TOWER_NAMES,
-        processor=LLAVA,
+        processor=replace(LLAVA, image=LLAVA.image | {"image_grid_pinpoints": PINPOINTS}),
     ),
     "llava_onevision": Toy(
         behind("qwen2", {}, TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False},
