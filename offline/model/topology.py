@@ -156,13 +156,13 @@ class Topology:
         return any(fold.consumer.startswith(f"{path}.{{e}}.") for fold in self.folds)
 
     def dump(self) -> dict[str, Any]:
-        """As JSON, for the report."""
+        """As JSON, for the report: the same text, whether the topology was found in this run or kept by an earlier one."""
         sublayers = [asdict(sublayer) for sublayer in self.sublayers]
         folds = [fold.model_dump(mode="json", exclude_none=True) for fold in self.folds]
         migrations = [{"from": list(one.consumers), "to": one.absorber} for one in self.migrations]
         return {
-            "sublayers": sublayers, "folds": folds, "dense": dict(self.dense), "migrations": migrations,
-            "found_on": self.found_on,
+            "sublayers": sublayers, "folds": folds, "dense": dict(sorted(self.dense.items())),
+            "migrations": migrations, "found_on": self.found_on,
         }  # fmt: skip
 
 

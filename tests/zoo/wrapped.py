@@ -132,7 +132,8 @@ WRAPPED = {
     ),
     "lfm2_vl": Toy(
         behind("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-               TOWER | {"num_patches": 16, "model_type": "siglip2_vision_model"}, image_token_id=258,
+               TOWER | {"num_patches": 16, "model_type": "siglip2_vision_model", "vision_use_head": False},
+               image_token_id=258,
                projector_hidden_size=128, tie_word_embeddings=True),
         edits={"text_config": CONVOLUTION},
         renames={f"model.{old}": f"model.{new}" for old, new in TOWER_NAMES.items()},

@@ -1,5 +1,7 @@
 """What topologies say of layers, and which layers are of one kind."""
 
+import json
+
 import pytest
 import torch
 from decoders import layers_of, small
@@ -51,6 +53,13 @@ def test_kinds_with_the_same_topology_become_one():
     same, other = Topology(SUBLAYERS, (FOLD,)), Topology(SUBLAYERS)
     topologies = Topologies.of_kinds([same, other, Topology(SUBLAYERS, (FOLD,))], (0, 1, 2, 1, 0))
     assert topologies == Topologies((same, other), (0, 1, 0, 1, 0))
+
+
+def test_what_was_kept_makes_the_same_report():
+    """The work folder has it with sorted keys."""
+    topologies = Topologies((Topology(SUBLAYERS, (FOLD,), {"z.proj": "tiny", "a.proj": "tiny"}),), (0, 0), ("one",))
+    kept = json.loads(json.dumps(topologies.kept(), sort_keys=True))
+    assert json.dumps(Topologies.restored(kept).dump()) == json.dumps(topologies.dump())
 
 
 def test_the_dump_says_which_layers_are_of_a_kind():
