@@ -69,8 +69,9 @@ MIXTURES = {
         "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16, "v_head_dim": 32,
     }, edits={
         "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "layernorm_epsilon": 1e-5, "swa_head_dim": 32,
-        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_v_head_dim": 32, "sliding_window_size": 16,
-        "swa_rope_theta": 10000.0, "rope_theta": 5000000.0,
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_v_head_dim": 32, "sliding_window_size": 16,
+        "swa_rope_theta": 10000.0, "rope_theta": 5000000.0, "partial_rotary_factor": 0.334,
+        "add_swa_attention_sink_bias": True,
     }),
     "minimax_m2": Toy(PLAIN, edits={"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
                       not_served=NO_SIGMOID),
