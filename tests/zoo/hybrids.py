@@ -13,6 +13,8 @@ MAMBA = {
     "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2,
     "mamba_chunk_size": 16,
 }  # fmt: skip
+# With 1e-8 for `time_step_min`, they agree in float32.
+STEPS = "transformers raises Mamba's time steps to 0.001, vLLM does not"
 NEMOTRON = EXPERTS | {
     "mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16,
     "moe_shared_expert_intermediate_size": 128,
@@ -42,7 +44,7 @@ HYBRIDS = {
     "mamba2": Toy({"state_size": 16, "num_heads": 8, "n_groups": 1, "chunk_size": 16},
                   no_fold="each consumer has a convolution and a norm before it"),
     "nemotron_h": Toy(NEMOTRON | {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3},
-                      unlike="transformers raises Mamba's time steps to 0.001, vLLM does not"),
+                      unlike=STEPS),
     "nemotron_h_moe": Toy(NEMOTRON | {
         "layers_block_type": ["mamba", "attention", "moe", "mlp"], "num_hidden_layers": 4,
     }, model_type="nemotron_h", not_served="vLLM's CPU build has no experts without a gate"),
@@ -55,5 +57,5 @@ HYBRIDS = {
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_d_state": 16,
         "n_mamba_heads": 8, "mamba_headdim": 32, "num_key_value_heads": 4, "num_mem_blocks": 1, "head_dim": None,
     }, stays_dense={".shared_transformer.": "several layers share its weights"},
-                  no_fold="each consumer that is pruned has a convolution and a norm before it"),
+                  no_fold="each consumer that is pruned has a convolution and a norm before it", unlike=STEPS),
 }  # fmt: skip
