@@ -51,6 +51,7 @@ GLM = Processor(
 GLM_SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}}
 LINES = {f"line{n}_token": "\n" * n for n in range(1, 5)}
 TOWER_NAMES = {"vision_tower.": "vision_tower.vision_model."}
+INNER_TOWER_NAMES = {f"model.{old}": f"model.{new}" for old, new in TOWER_NAMES.items()}
 # vLLM takes the inputs of each layer for an image from token 0, which pads in the configs on the hub.
 GEMMA4 = SHARED | {"global_head_dim": 64, "pad_token_id": 0}
 PINPOINTS = [[32, 64], [64, 32]]
@@ -73,11 +74,11 @@ WRAPPED = {
     "cohere2_vision": Toy(
         behind("cohere2", WIDE | {"logit_scale": 0.5}, TOWER | {"model_type": "siglip_vision_model"},
                image_token_id=258, downsample_factor=2, alignment_intermediate_size=128, tie_word_embeddings=True),
-        renames=TOWER_NAMES,
+        renames=INNER_TOWER_NAMES,
         processor=Processor(
             {"image_token": "<image>", "boi_token": "<img>", "eoi_token": "</img>", "img_line_break_token": "<br>"},
             "<image>",
-            {"size": {"height": 32, "width": 32}, "patch_size": 8},
+            {"size": {"height": 32, "width": 32}, "patch_size": 2},  # the square of it is the tokens for an image
         ),
     ),
     # One token for an image, since vLLM's CPU attention is causal among them.
@@ -136,7 +137,7 @@ WRAPPED = {
                image_token_id=258,
                projector_hidden_size=128, tie_word_embeddings=True),
         edits={"text_config": CONVOLUTION},
-        renames={f"model.{old}": f"model.{new}" for old, new in TOWER_NAMES.items()},
+        renames=INNER_TOWER_NAMES,
         unlike=UNLIKE,
         processor=Processor({"image_token": "<image>", "image_start_token": "<|image_start|>",
                              "image_end_token": "<|image_end|>", "image_thumbnail": "<|img_thumbnail|>"},
@@ -199,6 +200,7 @@ WRAPPED = {
             "d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 128,
             "num_mel_bins": 16, "max_source_positions": 32,
         }),
+        renames={"language_model.model.model.": "language_model.model."},
         processor=Processor(
             {"audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}, "",
             sound={"feature_size": 16, "chunk_length": 1},
