@@ -21,10 +21,10 @@ class LeftBehind:
     """What layers leave for later ones, for this rank's chunks of one residual stream.
 
     Args:
-        make: makes an empty `Activations` from a name.
+        make: makes an empty `Activations` from a name, and from whether it is for floats.
     """
 
-    def __init__(self, make: Callable[[str], Activations]):
+    def __init__(self, make: Callable[[str, bool], Activations]):
         self.make = make
         self.forms: dict[Entry, Any] = {}
         self.stored: dict[Entry, list[Activations]] = {}
@@ -51,7 +51,8 @@ class LeftBehind:
                 entry_number = next(self.numbers)
                 names = [f"{entry_number}-{number}" for number in range(len(tensors))]
                 self.forms[entry] = with_tensors(value, [torch.empty(0)] * len(tensors))
-                self.stored[entry] = [self.make(name) for name in names]
+                kinds = [tensor.is_floating_point() for tensor in tensors]
+                self.stored[entry] = [self.make(name, floats) for name, floats in zip(names, kinds, strict=True)]
             parts = self.stored[entry]
             if len(parts) != len(tensors) or any(len(part) < chunk for part in parts):
                 raise RiaError(

@@ -67,9 +67,9 @@ def embed(
     # The stream of a bf16 model holds no more than bf16 can, and takes half as much space in it.
     stored_dtype = torch.bfloat16 if model.stored_dtype == torch.bfloat16 else model.dtype
 
-    def empty(name: str, dtypes: bool = True) -> Activations:
+    def empty(name: str, floats: bool = True) -> Activations:
         folder = None if cache is None else cache / f"{name}-{ranks.rank}"
-        return Activations(folder, model.dtype, stored_dtype) if dtypes else Activations(folder)
+        return Activations(folder, model.dtype, stored_dtype) if floats else Activations(folder)
 
     streams = Streams(empty("pruned"), empty("dense") if follow_dense else None, len(chunks))
     left = {dense: LeftBehind(partial(_named, empty, f"left-{dense}")) for dense in (False, True)}
@@ -127,5 +127,5 @@ def _another(chunks: Sequence[torch.Tensor]) -> torch.Tensor:
     return next((text for text in (first.flip(1), *others) if not torch.equal(text, first)), first)
 
 
-def _named(make: Callable[[str], Activations], begin: str, name: str) -> Activations:
-    return make(f"{begin}-{name}")
+def _named(make: Callable[[str, bool], Activations], begin: str, name: str, floats: bool) -> Activations:
+    return make(f"{begin}-{name}", floats)

@@ -3,10 +3,8 @@
 `ria_vllm.offline.calibration.embed` runs it on all calibration tokens.
 """
 
-from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +12,12 @@ from torch import nn
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.hf import explained
-from ria_vllm.offline.model.layer_call import LayerCall, Slot
+from ria_vllm.offline.model.layer_call import LayerCall, Slot, tensors_mapped
 from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.model.topology import kinds_of
+
+# How far apart two outputs of one layer may be that are equal but for the order of sums, relative to the largest value.
+TOLERANCE = 1e-5
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
@@ -99,6 +101,7 @@ class Embedder:
         kind = type(model.model).__name__
         self.unusable = f"{model.folder}: transformers cannot run {kind} as config.json describes it"
         self.tupled: int | None = None  # length of the tuple that a layer returns; 0: it returns a bare tensor
+        self.beside: tuple[Any, ...] = ()  # what else is in it, from layer 0
 
     def __call__(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
         """Embed token ids [samples, tokens].
@@ -154,7 +157,7 @@ class Embedder:
             tokens, others: two texts of the same shape.
 
         Raises:
-            RiaError: one that is not a tensor, or that depends on what earlier layers compute.
+            RiaError: one that is not a tensor, or that depends on what earlier layers compute and that a layer reads.
         """
         calls, expected = self(tokens)[1], self(others)[1]
         varying = {slot for call, other in zip(calls, expected, strict=True) for slot in call.differences(other)}
@@ -170,22 +173,53 @@ class Embedder:
             return before * (1 + noise)
 
         passed = self._disturbed(others, disturb)
-        for index, (call, other) in enumerate(zip(passed.calls, expected, strict=True)):
-            for slot in call.differences(other):
-                raise RiaError(
-                    f"{self._place(index)}: {type(self.model.model).__name__} makes {_argument(slot)} of this layer "
-                    "from what earlier layers compute, so its layers cannot be pruned one by one. Such a model cannot "
-                    "be compressed."
-                )
+        self._check_unread(passed, expected)
         self.varying = frozenset(varying)
 
     def _disturbed(self, tokens: torch.Tensor, disturb: Callable[[torch.Tensor], torch.Tensor]) -> _Forward:
         """A pass in which layers change the stream, and return something besides it, too."""
-        run = partial(self._run, self.base, self.model.layers, tokens.to(self.model.device))
-        if self.tupled:
-            with suppress(RiaError):  # not every model takes just anything there
-                return run(_Forward(lambda stream: (stream,) * (self.tupled or 1), disturb))
-        return run(_Forward(self._form, disturb))
+
+        def form(stream: torch.Tensor) -> Any:
+            if not self.tupled:
+                return stream
+            beside = tuple(stream if value is None else value for value in self.beside)
+            return (stream, *tensors_mapped(beside, lambda one: disturb(one) if one.is_floating_point() else one))
+
+        try:
+            return self._run(self.base, self.model.layers, tokens.to(self.model.device), _Forward(form, disturb))
+        except RiaError as error:
+            raise RiaError(
+                f"{self.model.folder}: {type(self.model.model).__name__} does not run on what its layers return with "
+                f"other numbers in it, so nothing shows whether they can be pruned one by one: {error}"
+            ) from error
+
+    def _check_unread(self, passed: _Forward, expected: Sequence[LayerCall]) -> None:
+        """Refuse a layer that computes something else with what the model has made from earlier layers' results."""
+        kinds = kinds_of(self.model.layers)
+        tried: set[tuple[int, tuple[Slot, ...]]] = set()
+        for index, (call, other) in enumerate(zip(passed.calls, expected, strict=True)):
+            slots = tuple(call.differences(other))
+            if not slots or (kinds[index], slots) in tried:
+                continue
+            tried.add((kinds[index], slots))
+            if self._depends(index, passed.streams[index], call, other):
+                raise RiaError(
+                    f"{self._place(index)}: {type(self.model.model).__name__} makes {_argument(slots[0])} of this "
+                    "layer from what earlier layers compute, so its layers cannot be pruned one by one. Such a model "
+                    "cannot be compressed."
+                )
+
+    def _depends(self, index: int, stream: torch.Tensor, call: LayerCall, other: LayerCall) -> bool:
+        """Whether a layer, with its own weights, does not run or returns another stream in the two calls."""
+        layer = self.model.load_layer(index)
+        try:
+            with torch.no_grad():
+                one, two = (either(layer, stream.clone()) for either in (call, other))
+        except RiaError:
+            return True
+        finally:
+            self.model.free_layer(index)
+        return one.shape != two.shape or not bool((one - two).abs().max() <= TOLERANCE * two.abs().max())
 
     def _unlike(self, index: int, slot: Slot) -> RiaError:
         return RiaError(
@@ -221,6 +255,7 @@ class Embedder:
         with explained(self.unusable):
             out = layer(*(call.args if call.by_name else (stream, *call.args)), **kwargs)
         self.tupled = len(out) if isinstance(out, tuple) else 0
+        self.beside = out[1:] if isinstance(out, tuple) else ()
         self.model.free_layer(0)
 
     def _place(self, index: int) -> str:

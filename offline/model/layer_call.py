@@ -47,7 +47,7 @@ class LayerCall:
         """
         kind = type(layer).__name__
         own = replace(self, args=_own(self.args), kwargs=_own(self.kwargs))
-        before, nothing = own._entries(), object()
+        before, nothing = own.entries(), object()
         try:
             with explained(f"{self.place}: transformers cannot run {kind} by itself; another version of it may"):
                 if self.by_name:
@@ -56,11 +56,12 @@ class LayerCall:
                     out = layer(stream, *own.args, **own.kwargs)
         finally:
             if left is not None:
-                now = own._entries()
+                now = own.entries()
                 left.update({entry: value for entry, value in now.items() if before.get(entry, nothing) is not value})
         return out[0] if isinstance(out, tuple) else out
 
-    def _entries(self) -> Left:
+    def entries(self) -> Left:
+        """What is in its mappings."""
         found: Left = {}
         for slot, number in self.mappings.items():
             found |= {(number, key): value for key, value in self[slot].items()}
@@ -98,13 +99,15 @@ class LayerCall:
 
 
 def random_like(left: Mapping[Entry, Any], draw: torch.Generator, like: torch.Tensor) -> Left:
-    """Random tensors of the same shapes, with the dtype and device of `like`.
+    """Random tensors of the same shapes, with the dtype and device of `like`; zeros for integers, which may be places.
 
     Args:
         left: tensors on any device, the meta device too.
     """
 
     def drawn(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return torch.zeros(tensor.shape, dtype=tensor.dtype, device=like.device)
         return torch.randn(tensor.shape, generator=draw).to(like.device, like.dtype)
 
     return {entry: tensors_mapped(value, drawn) for entry, value in left.items()}
@@ -160,4 +163,6 @@ def _equal(one: Any, other: Any) -> bool:
         return isinstance(other, (tuple, list)) and len(one) == len(other) and all(map(_equal, one, other))
     if isinstance(one, Mapping):
         return isinstance(other, Mapping) and one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
-    return True
+    if isinstance(one, (bool, int, float, str)):
+        return type(one) is type(other) and one == other
+    return type(one) is type(other)  # None, or an object that the model makes anew in each pass

@@ -4,7 +4,7 @@ The model passes its layers a mapping, into which some put tensors and out of wh
 found out by running all of them, one after the other, on the meta device, which takes no memory and no time.
 """
 
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -77,7 +77,7 @@ def find_sharing(layers: Sequence[nn.Module], calls: Sequence[LayerCall], stream
             stream = own(on_meta, stream, left)
         put.append(left)
         read.append(frozenset(on_meta.read & there.keys()))
-        there |= left
+        there = {entry: value for entry, value in there.items() if entry not in on_meta.removed} | left
     later = [frozenset().union(*read[index + 1 :]) for index in range(len(layers))]
     kept = [{entry: value for entry, value in left.items() if entry in after} for left, after in zip(put, later)]
     for left, call in zip(kept, calls, strict=True):
@@ -103,16 +103,19 @@ class _OnMeta:
         named = [*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)]
         self.tensors = {name: tensor.detach().to(META) for name, tensor in named}
         self.read: set[Entry] = set()
+        self.removed: set[Entry] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watched = [value for value in (*args, *kwargs.values()) if isinstance(value, _Watched)]
+        before = [mapping.numbered() for mapping in watched]
         for mapping in watched:
             mapping.read = self.read
         try:
             return functional_call(self.layer, self.tensors, args, kwargs)
         finally:
-            for mapping in watched:
+            for mapping, entries in zip(watched, before, strict=True):
                 mapping.read = None
+                self.removed |= entries - mapping.numbered()
 
 
 @contextmanager
@@ -131,44 +134,54 @@ def _experts_skipped(layer: nn.Module) -> Iterator[None]:
                 module.forward = forward
 
 
+def _noting_one(name: str) -> Any:
+    """The method `name` of a mapping, whose first argument is a key."""
+
+    def method(self: Any, key: Any, *others: Any, **named: Any) -> Any:
+        self._note(key)
+        return getattr(super(_Watched, self), name)(key, *others, **named)
+
+    return method
+
+
+def _noting_all(name: str) -> Any:
+    """The method `name` of a mapping, which reads all of it."""
+
+    def method(self: Any, *others: Any) -> Any:
+        self._note_all()
+        return getattr(super(_Watched, self), name)(*others)
+
+    return method
+
+
 class _Watched:
     """Mixed into a mapping: adds the entries that are read to a set, if it has one."""
 
     number: int
     read: set[Entry] | None = None
 
-    def _note(self, keys: Iterable[Any]) -> None:
+    def numbered(self) -> set[Entry]:
+        """The entries that are there now."""
+        return {(self.number, key) for key in super().__iter__()}  # type: ignore[misc]
+
+    def _note(self, key: Any) -> None:
         if self.read is not None:
-            self.read.update((self.number, key) for key in keys)
+            self.read.add((self.number, key))
 
-    def __getitem__(self, key: Any) -> Any:
-        self._note([key])
-        return super().__getitem__(key)  # type: ignore[misc]
-
-    def __contains__(self, key: Any) -> bool:
-        self._note([key])
-        return super().__contains__(key)  # type: ignore[misc]
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        self._note([key])
-        return super().get(key, default)  # type: ignore[misc]
+    def _note_all(self) -> None:
+        if self.read is not None:
+            self.read |= self.numbered()
 
     def __iter__(self) -> Iterator[Any]:
         keys = list(super().__iter__())  # type: ignore[misc]
-        self._note(keys)
+        self._note_all()
         return iter(keys)
 
-    def keys(self) -> Any:
-        self._note(super().__iter__())  # type: ignore[misc]
-        return super().keys()  # type: ignore[misc]
-
-    def values(self) -> Any:
-        self._note(super().__iter__())  # type: ignore[misc]
-        return super().values()  # type: ignore[misc]
-
-    def items(self) -> Any:
-        self._note(super().__iter__())  # type: ignore[misc]
-        return super().items()  # type: ignore[misc]
+    __getitem__, __contains__ = _noting_one("__getitem__"), _noting_one("__contains__")
+    get, pop, setdefault = _noting_one("get"), _noting_one("pop"), _noting_one("setdefault")
+    keys, values, items = _noting_all("keys"), _noting_all("values"), _noting_all("items")
+    popitem, copy, __reversed__ = _noting_all("popitem"), _noting_all("copy"), _noting_all("__reversed__")
+    __or__, __ror__ = _noting_all("__or__"), _noting_all("__ror__")
 
 
 def _watched(mapping: MutableMapping, number: int) -> MutableMapping:

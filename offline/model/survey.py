@@ -8,6 +8,7 @@ from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.describe import describe, describe_as_it_is
 from ria_vllm.offline.model.embedding import Embedder
 from ria_vllm.offline.model.experiment import Batch, weights_of_copy
+from ria_vllm.offline.model.layer_call import LayerCall
 from ria_vllm.offline.model.sharing import with_what_is_left
 from ria_vllm.offline.model.smaller_copy import Whole, describe_smaller
 from ria_vllm.offline.model.streaming import StreamedModel
@@ -33,7 +34,7 @@ def survey(model: StreamedModel, embedder: Embedder, tokens: torch.Tensor) -> To
     texts = [tokens[:, :count] for count in (TOKENS, MANY_TOKENS)]
     batches = [with_what_is_left(model.layers, *embedder(text)) for text in texts]
     whole = Whole(model.model, model.decoder_path, model.base_path, model.layers_path, model.folder)
-    kinds = kinds_of(model.layers)
+    kinds = kinds_of(model.layers, [_shared(call) for call in batches[0][1]])
     found, warnings = [], []
     for index in [kinds.index(kind) for kind in range(max(kinds) + 1)]:
         short, long = ((calls[index], stream) for stream, calls in batches)
@@ -43,6 +44,11 @@ def survey(model: StreamedModel, embedder: Embedder, tokens: torch.Tensor) -> To
             warnings += warning
         found.append(topology)
     return Topologies.of_kinds(found, kinds, warnings)
+
+
+def _shared(call: LayerCall) -> tuple[int, int]:
+    """How much a layer leaves for later ones, and how much it reads of earlier ones."""
+    return len(call.leaves), len(call.entries())
 
 
 def _describe(model: StreamedModel, index: int, short: Batch, long: Batch) -> tuple[Topology, list[str]]:

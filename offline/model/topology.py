@@ -3,7 +3,7 @@
 `ria_vllm.offline.model.describe` finds it out by experiment.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -156,13 +156,13 @@ class Topology:
         return any(fold.consumer.startswith(f"{path}.{{e}}.") for fold in self.folds)
 
     def dump(self) -> dict[str, Any]:
-        """As JSON, for the report."""
+        """As JSON, for the report: the same text, whether found in this run or kept by an earlier one."""
         sublayers = [asdict(sublayer) for sublayer in self.sublayers]
         folds = [fold.model_dump(mode="json", exclude_none=True) for fold in self.folds]
         migrations = [{"from": list(one.consumers), "to": one.absorber} for one in self.migrations]
         return {
-            "sublayers": sublayers, "folds": folds, "dense": dict(self.dense), "migrations": migrations,
-            "found_on": self.found_on,
+            "sublayers": sublayers, "folds": folds, "dense": dict(sorted(self.dense.items())),
+            "migrations": migrations, "found_on": self.found_on,
         }  # fmt: skip
 
 
@@ -263,13 +263,18 @@ def _pattern(names: Mapping[int, str]) -> str | None:
 LAYER_NUMBER = ("layer", "idx", "index")
 
 
-def kinds_of(layers: Sequence[nn.Module]) -> tuple[int, ...]:
+def kinds_of(layers: Sequence[nn.Module], shared: Sequence[Hashable] | None = None) -> tuple[int, ...]:
     """A number for the kind of each layer.
 
     Layers are of one kind if they have the same modules, with the same switches, and parameters of the same shapes.
+
+    Args:
+        shared: what must be the same in layers of one kind, too: what each of them leaves for others, and reads.
     """
     known: dict[tuple, int] = {}
-    return tuple(known.setdefault(_signature(layer), len(known)) for layer in layers)
+    also = shared or [None] * len(layers)
+    signatures = [(_signature(layer), own) for layer, own in zip(layers, also, strict=True)]
+    return tuple(known.setdefault(signature, len(known)) for signature in signatures)
 
 
 def _signature(layer: nn.Module) -> tuple:

@@ -91,6 +91,7 @@ def test_stopped_after_a_layer_and_resumed_it_writes_the_same_bytes(family, opti
     ("family", "options"),
     [
         ("gemma4-e2b", {"reconstruct": "block"}),
+        ("gemma3n", {"reconstruct": "block"}),
         ("gemma4-e2b", {"skip_sensitive": 0.2, "weights": "int4", "activations": "int8", "smooth": 0.5}),
     ],
     ids=str,

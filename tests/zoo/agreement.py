@@ -65,7 +65,7 @@ def agreement(results: list[dict[str, Any]], folder: Path, toy: Toy) -> dict[str
             text=[text_with_image(toy)], images=[Image.open(picture(folder.parent))], return_tensors="pt"
         )
         ids = inputs.pop("input_ids")[0].tolist()
-        assert ids == result["prompt_ids"], f"transformers' processor reads {ids}, vLLM {result['ids']}"
+        assert ids == result["prompt_ids"], f"transformers' processor reads {ids}, vLLM {result['prompt_ids']}"
         found["image"] = _numbers([_compare(result, model, dict(inputs))])
     return found
 

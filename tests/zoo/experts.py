@@ -19,6 +19,8 @@ GROUPS = {"n_group": 2, "topk_group": 1}
 # In the configs on the hub. transformers takes them for granted, vLLM does not.
 NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
+# The backend that vLLM prefers on a CPU with AMX takes no float32.
+MLA = {"attention_backend": "CPU_MLA"}
 NO_SIGMOID = "vLLM's CPU router takes sigmoids only with groups"
 OWN_CODE = {".experts.": "transformers runs these experts with code of their own"}
 
@@ -32,14 +34,15 @@ MIXTURES = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 128},
     }, not_served="vLLM's loader does not know the names of its experts", stays_dense=OWN_CODE),
-    "deepseek_v2": Toy(FIRST_DENSE | LATENT | {"topk_method": "greedy", "n_group": 1, "topk_group": 1}),
-    "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, unlike=UNLIKE),
+    "deepseek_v2": Toy(FIRST_DENSE | LATENT | {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
+                       unlike=UNLIKE, engine=MLA),
+    "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, unlike=UNLIKE, engine=MLA),
     "dots1": Toy(FIRST_DENSE | {"layer_types": ["full_attention", "full_attention"]}),
     "ernie4_5_moe": Toy(FIRST_DENSE, unbiased=True),
     "exaone_moe": Toy(FIRST_DENSE | WINDOW | {"sliding_window_pattern": 2}),
     "flex_olmo": Toy(PLAIN),
     "glm4_moe": Toy(FIRST_DENSE),
-    "glm4_moe_lite": Toy(FIRST_DENSE | LATENT | NOAUX),
+    "glm4_moe_lite": Toy(FIRST_DENSE | LATENT | NOAUX, unlike=UNLIKE, engine=MLA),
     "gpt_oss": Toy(PLAIN | WINDOW, mechanism="interleaved experts with biases"),
     "granitemoe": Toy(PLAIN | {"attention_multiplier": 0.18}, mechanism="experts stacked on disk"),
     "granitemoe_swa": Toy(PLAIN | WINDOW | {
@@ -66,14 +69,16 @@ MIXTURES = {
         "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16, "v_head_dim": 32,
     }, edits={
         "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "layernorm_epsilon": 1e-5, "swa_head_dim": 32,
-        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_v_head_dim": 32, "sliding_window_size": 16,
-        "swa_rope_theta": 10000.0, "rope_theta": 5000000.0,
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_v_head_dim": 32, "sliding_window_size": 16,
+        "swa_rope_theta": 10000.0, "rope_theta": 5000000.0, "partial_rotary_factor": 0.334,
+        "add_swa_attention_sink_bias": True,
     }),
-    "minimax_m2": Toy(PLAIN, edits={"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True}),
+    "minimax_m2": Toy(PLAIN, edits={"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
+                      not_served=NO_SIGMOID),
     "mixtral": Toy(PLAIN),
     "olmoe": Toy(PLAIN),
     "phimoe": Toy(PLAIN | {"lm_head_bias": True, "attention_bias": True},
-                  edits={"architectures": ["PhiMoEForCausalLM"]}),
+                  edits={"architectures": ["PhiMoEForCausalLM"]}, unlike=UNLIKE),
     "qwen2_moe": Toy(EXPERTS),
     "qwen3_moe": Toy(EXPERTS | {"shared_expert_intermediate_size": None}),
     "solar_open": Toy(EXPERTS),

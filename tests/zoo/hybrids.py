@@ -13,6 +13,12 @@ MAMBA = {
     "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2,
     "mamba_chunk_size": 16,
 }  # fmt: skip
+# With 1e-8 for `time_step_min`, they agree in float32.
+STEPS = "transformers raises Mamba's time steps to 0.001, vLLM does not"
+NEMOTRON = EXPERTS | {
+    "mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16,
+    "moe_shared_expert_intermediate_size": 128,
+}  # fmt: skip
 # In the configs on the hub. transformers does without.
 CONVOLUTION = {"conv_dim": 128, "block_dim": 128}
 
@@ -27,20 +33,21 @@ HYBRIDS = {
         "expert_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 8, "use_mamba_kernels": False,
     }, not_served="vLLM's CPU build has no selective scan",
                  stays_dense={".mamba.": "vLLM serves a Mamba-1 mixer dense only"}),
-    "kimi_linear": Toy(FIRST_DENSE | LATENT | GATED_DELTA | {"q_lora_rank": None}, dtype="bfloat16"),
+    "kimi_linear": Toy(FIRST_DENSE | LATENT | GATED_DELTA | {"q_lora_rank": None}, dtype="bfloat16",
+                       not_served="vLLM has it for GPUs only"),
     "lfm2": Toy({"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
                 edits=CONVOLUTION, unlike=UNLIKE),
     "lfm2_moe": Toy(FIRST_DENSE | {
         "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3,
         "mlp_layer_types": ["dense", "sparse", "sparse"],
-    }, unbiased=True),
+    }, unbiased=True, unlike=UNLIKE),
     "mamba2": Toy({"state_size": 16, "num_heads": 8, "n_groups": 1, "chunk_size": 16},
                   no_fold="each consumer has a convolution and a norm before it"),
-    "nemotron_h": Toy(EXPERTS | {
-        "layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3, "mamba_num_heads": 8,
-        "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "moe_shared_expert_intermediate_size": 128,
-        "chunk_size": 16,
-    }),
+    "nemotron_h": Toy(NEMOTRON | {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3},
+                      unlike=STEPS),
+    "nemotron_h_moe": Toy(NEMOTRON | {
+        "layers_block_type": ["mamba", "attention", "moe", "mlp"], "num_hidden_layers": 4,
+    }, model_type="nemotron_h", not_served="vLLM's CPU build has no experts without a gate"),
     "olmo_hybrid": Toy(GATED_DELTA | {"linear_num_key_heads": 4}, dtype="bfloat16",
                        not_served="vLLM's kernel of it needs Triton"),
     "qwen3_5_text": Toy(GATED_DELTA, dtype="bfloat16"),
@@ -48,6 +55,7 @@ HYBRIDS = {
     "qwen3_next": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16"),
     "zamba2": Toy({
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_d_state": 16,
-        "n_mamba_heads": 8, "mamba_headdim": 32, "num_key_value_heads": 4, "num_mem_blocks": 1,
-    }, stays_dense={".shared_transformer.": "several layers share its weights"}),
+        "n_mamba_heads": 8, "mamba_headdim": 32, "num_key_value_heads": 4, "num_mem_blocks": 1, "head_dim": None,
+    }, stays_dense={".shared_transformer.": "several layers share its weights"},
+                  no_fold="each consumer that is pruned has a convolution and a norm before it", unlike=STEPS),
 }  # fmt: skip

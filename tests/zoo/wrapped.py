@@ -6,7 +6,7 @@ from typing import Any
 from zoo.experts import EXPERTS, FIRST_DENSE, OWN_CODE, PLAIN
 from zoo.hybrids import CONVOLUTION, GATED_DELTA
 from zoo.text import SHARED, WIDE, WINDOW
-from zoo.toy import BASE, Processor, Toy
+from zoo.toy import BASE, UNLIKE, Processor, Toy
 
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [4, 6, 6], "type": "default"}}
@@ -28,6 +28,8 @@ QWEN_TOKENS = {
     "vision_eos_token": "<|vision_end|>",
 }  # fmt: skip
 QWEN_IDS = {"image_token_id": 258, "video_token_id": 259, "vision_start_token_id": 260, "vision_end_token_id": 261}
+# The tokenizer that transformers has for Qwen 3.5 adds <|endoftext|> before them.
+QWEN3_5_IDS = {name: number + 1 for name, number in QWEN_IDS.items()}
 QWEN = Processor(
     QWEN_TOKENS,
     "<|vision_start|><|image_pad|><|vision_end|>",
@@ -49,7 +51,10 @@ GLM = Processor(
 GLM_SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}}
 LINES = {f"line{n}_token": "\n" * n for n in range(1, 5)}
 TOWER_NAMES = {"vision_tower.": "vision_tower.vision_model."}
-GEMMA4 = SHARED | {"global_head_dim": 64}
+INNER_TOWER_NAMES = {f"model.{old}": f"model.{new}" for old, new in TOWER_NAMES.items()}
+# vLLM takes the inputs of each layer for an image from token 0, which pads in the configs on the hub.
+GEMMA4 = SHARED | {"global_head_dim": 64, "pad_token_id": 0}
+PINPOINTS = [[32, 64], [64, 32]]
 LLAVA = Processor(
     {"image_token": "<image>"},
     "<image>",
@@ -69,11 +74,11 @@ WRAPPED = {
     "cohere2_vision": Toy(
         behind("cohere2", WIDE | {"logit_scale": 0.5}, TOWER | {"model_type": "siglip_vision_model"},
                image_token_id=258, downsample_factor=2, alignment_intermediate_size=128, tie_word_embeddings=True),
-        renames=TOWER_NAMES,
+        renames=INNER_TOWER_NAMES,
         processor=Processor(
             {"image_token": "<image>", "boi_token": "<img>", "eoi_token": "</img>", "img_line_break_token": "<br>"},
             "<image>",
-            {"size": {"height": 32, "width": 32}, "patch_size": 8},
+            {"size": {"height": 32, "width": 32}, "patch_size": 2},  # the square of it is the tokens for an image
         ),
     ),
     # One token for an image, since vLLM's CPU attention is causal among them.
@@ -93,6 +98,7 @@ WRAPPED = {
             "num_key_value_heads": 2, "position_embedding_size": 256, "pooling_kernel_size": 2,
         }, image_token_id=258, boi_token_id=259, eoi_token_id=260, audio_token_id=261, boa_token_id=262,
             eoa_token_index=263, video_token_id=264),
+        edits={"vision_config": {"default_output_length": 70}},
         processor=Processor(
             {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>",
              "boa_token": "<|audio>", "eoa_token": "<audio|>", "video_token": "<|video|>"},
@@ -127,9 +133,12 @@ WRAPPED = {
     ),
     "lfm2_vl": Toy(
         behind("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-               TOWER | {"num_patches": 16, "model_type": "siglip2_vision_model"}, image_token_id=258,
+               TOWER | {"num_patches": 16, "model_type": "siglip2_vision_model", "vision_use_head": False},
+               image_token_id=258,
                projector_hidden_size=128, tie_word_embeddings=True),
         edits={"text_config": CONVOLUTION},
+        renames=INNER_TOWER_NAMES,
+        unlike=UNLIKE,
         processor=Processor({"image_token": "<image>", "image_start_token": "<|image_start|>",
                              "image_end_token": "<|image_end|>", "image_thumbnail": "<|img_thumbnail|>"},
                             "<image>",
@@ -156,9 +165,9 @@ WRAPPED = {
     ),
     "llava_next": Toy(
         behind("llama", {}, TOWER | {"model_type": "clip_vision_model"}, image_token_index=258, image_seq_length=16,
-               image_grid_pinpoints=[[32, 64], [64, 32]]),
+               image_grid_pinpoints=PINPOINTS),
         renames=TOWER_NAMES,
-        processor=LLAVA,
+        processor=replace(LLAVA, image=LLAVA.image | {"image_grid_pinpoints": PINPOINTS}),
     ),
     "llava_onevision": Toy(
         behind("qwen2", {}, TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False},
@@ -191,6 +200,7 @@ WRAPPED = {
             "d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 128,
             "num_mel_bins": 16, "max_source_positions": 32,
         }),
+        renames={"language_model.model.model.": "language_model.model."},
         processor=Processor(
             {"audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}, "",
             sound={"feature_size": 16, "chunk_length": 1},
@@ -202,10 +212,10 @@ WRAPPED = {
         processor=QWEN,
     ),
     "qwen3_5": Toy(behind("qwen3_5_text", GATED_DELTA | PARTIAL, QWEN_TOWER | {"deepstack_visual_indexes": []},
-                          **QWEN_IDS), dtype="bfloat16", processor=QWEN),
+                          **QWEN3_5_IDS), dtype="bfloat16", processor=QWEN),
     "qwen3_5_moe": Toy(
         behind("qwen3_5_moe_text", GATED_DELTA | EXPERTS | PARTIAL, QWEN_TOWER | {"deepstack_visual_indexes": []},
-               **QWEN_IDS),
+               **QWEN3_5_IDS),
         dtype="bfloat16", processor=QWEN,
     ),
     "qwen3_vl": Toy(behind("qwen3_vl_text", INTERLEAVED, QWEN_TOWER, **QWEN_IDS), processor=QWEN),

@@ -16,8 +16,9 @@ from ria_vllm.offline.runtime.ranks import Ranks
 ENTRY, OTHER = (0, "full"), (0, "sliding")
 
 
-def make(folder, name) -> Activations:
-    return Activations(folder and folder / name)
+def make(folder, name, floats) -> Activations:
+    """As for a model in bfloat16."""
+    return Activations(folder and folder / name, *([torch.float32, torch.bfloat16] if floats else []))
 
 
 def pair(number: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,6 +44,14 @@ def test_what_is_left_is_kept_replaced_and_dropped(on_disk, tmp_path):
     left.put(0, {ENTRY: pair(7)}, "here")  # left anew, beside what is still there
     found = left.of(0, [ENTRY, OTHER])
     assert same(found[ENTRY], pair(7)) and torch.equal(found[OTHER], torch.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool])
+def test_what_is_left_keeps_its_dtype_unless_it_is_a_float(dtype):
+    left, wide = LeftBehind(partial(make, None)), torch.arange(1000, 1008)
+    left.put(0, {ENTRY: (wide.to(dtype), wide.double())}, "here")
+    one, two = left.of(0, [ENTRY])[ENTRY]
+    assert one.dtype == dtype and torch.equal(one, wide.to(dtype)) and two.dtype == torch.float32
 
 
 def test_what_changes_its_form_is_refused():

@@ -29,7 +29,7 @@ class Calls(Embedder):
     def __init__(self, model: nn.Module):
         self.model = SimpleNamespace(
             folder=Path("toy"), model=model, layers=layers_of(model), layer_prefix="layers.{}.".format,
-            device=torch.device("cpu"),
+            device=torch.device("cpu"), load_layer=layers_of(model).__getitem__, free_layer=lambda index: None,
         )  # fmt: skip
         self.base, self.unusable, self.tupled = model.model, "toy", 0
 
@@ -92,66 +92,119 @@ def test_inputs_made_from_the_text_are_told_from_the_others(model):
     assert [call[slot].shape for slot in call.varying] == [(1, 40, 16)]
 
 
-class Chain(nn.Module):
-    """A model that passes its layers what `between` makes of the embedding and of the stream."""
+class Adding(nn.Module):
+    """A layer that adds what it gets beside the stream, `times` as often."""
 
-    def __init__(self, between):
+    def __init__(self, times=0.0, returned=None):
+        super().__init__()
+        self.linear, self.times, self.returned = nn.Linear(8, 8), times, returned
+
+    def forward(self, stream, beside):
+        out = self.linear(stream)
+        out = out + self.times * beside if self.times and beside is not None else out
+        return out if self.returned is None else (out, self.returned(stream))
+
+
+class Chain(nn.Module):
+    """A model that passes its layers what `between` makes of the embedding, the stream and what the layer before it has
+    returned beside it."""
+
+    def __init__(self, layers, between):
         super().__init__()
         self.embed = nn.Embedding(258, 8)
-        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+        self.layers = nn.ModuleList(layers)
         self.between = between
 
     def forward(self, input_ids, use_cache=False):
-        first = stream = self.embed(input_ids)
+        first, out = self.embed(input_ids), None
+        stream = first
         for layer in self.layers:
-            stream = layer(stream, beside=self.between(first, stream))
+            beside = out[1] if isinstance(out, tuple) else None
+            out = layer(stream, beside=self.between(first, stream, beside))
+            stream = out[0] if isinstance(out, tuple) else out
         return stream
 
 
-def chain(between) -> Calls:
-    model = Chain(between)
-    embedder = Calls.__new__(Calls)
-    embedder.model = SimpleNamespace(
-        folder=Path("toy"), model=model, layers=model.layers, layer_prefix="layers.{}.".format,
-        device=torch.device("cpu"),
-    )  # fmt: skip
-    embedder.base, embedder.unusable, embedder.tupled = model, "toy", 0
-    return embedder
+class ChainCalls(Calls):
+    """How a `Chain` calls its layers."""
+
+    def __init__(self, between, **settings):
+        torch.manual_seed(0)
+        model = Chain([Adding(**settings) for _ in range(3)], between)
+        self.loaded = []
+        self.model = SimpleNamespace(
+            folder=Path("toy"), model=model, layers=model.layers, layer_prefix="layers.{}.".format,
+            device=torch.device("cpu"), load_layer=self.load, free_layer=lambda index: None,
+        )  # fmt: skip
+        self.base, self.unusable = model, "toy"
+
+    def load(self, index):
+        self.loaded.append(index)
+        return self.model.layers[index]
+
+    def learn(self):
+        with torch.no_grad():
+            self.learn_form(TOKENS)
+            self.loaded.clear()
+            self.learn_varying(TOKENS, TOKENS.flip(1))
 
 
-@torch.no_grad()
+REFUSED = r"toy: layers\.1: Chain makes its argument beside of this layer from what earl"
+
+
 def test_an_input_made_from_earlier_layers_is_refused():
-    chain(lambda first, stream: first * 2).learn_varying(TOKENS, TOKENS.flip(1))
-    with pytest.raises(RiaError, match=r"toy: layers\.1: Chain makes its argument beside of this layer from what earl"):
-        chain(lambda first, stream: stream * 2).learn_varying(TOKENS, TOKENS.flip(1))
+    ChainCalls(lambda first, stream, beside: first * 2, times=1.0).learn()
+    with pytest.raises(RiaError, match=REFUSED):
+        ChainCalls(lambda first, stream, beside: stream * 2, times=1.0).learn()
     with pytest.raises(RiaError, match=r"toy: layers\.0: Chain passes its layers its argument beside that differs"):
-        chain(lambda first, stream: [first]).learn_varying(TOKENS, TOKENS.flip(1))
+        ChainCalls(lambda first, stream, beside: [first]).learn()
 
 
-class Passing(nn.Module):
-    """A model that passes each layer what the one before it has returned beside the stream."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(258, 8)
-        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
-
-    def forward(self, input_ids, use_cache=False):
-        stream, beside = self.embed(input_ids), None
-        for layer in self.layers:
-            stream, beside = layer(stream, beside=beside)
-        return stream
+@pytest.mark.parametrize("value", [lambda stream: 2 * stream, lambda stream: stream[0].sum(0).long()])
+def test_what_layers_return_besides_the_stream_must_change_no_other_layer(value):
+    read = ChainCalls(lambda first, stream, beside: beside, times=1.0, returned=value)
+    with pytest.raises(RiaError, match=REFUSED):
+        read.learn()
+    unread = ChainCalls(lambda first, stream, beside: beside, returned=value)
+    unread.learn()
+    assert unread.loaded == [1]  # one layer of a kind
+    assert not unread.varying and [call["beside"] for call in unread(TOKENS)[1]] == [None] * 3
 
 
-@torch.no_grad()
-def test_what_layers_return_besides_the_stream_must_go_nowhere():
-    embedder = chain(None)
-    embedder.base = embedder.model.model = model = Passing()
-    embedder.model.layers, embedder.tupled = model.layers, 2
-    with pytest.raises(
-        RiaError, match=r"toy: layers\.1: Passing makes its argument beside of this layer from what earl"
-    ):
-        embedder.learn_varying(TOKENS, TOKENS.flip(1))
+def test_a_model_that_does_not_run_on_other_numbers_is_refused():
+    def strict(first, stream, beside):
+        assert beside is None or bool((beside == 1).all()), "only ones"
+
+    with pytest.raises(RiaError, match=r"toy: Chain does not run on what its layers return with other num.*only ones"):
+        ChainCalls(strict, returned=torch.ones_like).learn()
+
+
+def test_an_input_that_only_one_text_has_is_refused():
+    def sometimes(first, stream, beside):
+        return None if seen.append(0) or len(seen) < 5 else torch.zeros_like(first)
+
+    seen = []
+    with pytest.raises(RiaError, match=r"toy: layers\.0: Chain passes its layers its argument beside that differs"):
+        ChainCalls(sometimes).learn()
+
+
+@pytest.mark.parametrize("changes", [{}, {"indexer_types": ["full", "shared", "full"]}])
+def test_layers_of_glm_5_may_read_the_choice_of_tokens_of_another(changes):
+    """All get it, and those that choose on their own do not read it."""
+    latent = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+    index = {"index_topk": 8, "index_head_dim": 32, "index_n_heads": 2, "num_key_value_heads": 4}
+    model = small("glm_moe_dsa", num_hidden_layers=3, **latent, **experts, **index, **changes)
+    embedder = Calls(model)
+    with torch.no_grad():
+        embedder.learn_form(TOKENS)
+        assert embedder.tupled == 2
+        if not changes:
+            embedder.learn_varying(TOKENS, TOKENS.flip(1))
+            assert not embedder.varying
+        else:
+            with pytest.raises(RiaError, match=r"toy: .*layers\.1: .* makes its argument prev_topk_indices of this"):
+                embedder.learn_varying(TOKENS, TOKENS.flip(1))
 
 
 class Writer(nn.Module):
@@ -174,6 +227,13 @@ READS = {
     "all values": lambda kept: list(kept.values()),
     "all items": lambda kept: [value for _, value in kept.items()],
     "each key": lambda kept: [kept[key] for key in kept],
+    "a default": lambda kept: [kept.setdefault("it", None)] if len(kept) else [],
+    "a copy": lambda kept: list(dict(kept.copy()).values()),
+    "a union": lambda kept: list(dict(kept | {}).values()),
+    "a union from the right": lambda kept: list(dict({} | kept).values()),
+    "unpacked": lambda kept: list({**kept}.values()),
+    "removed": lambda kept: [kept.pop("it")] if len(kept) else [],
+    "the last one removed": lambda kept: [kept.popitem()[1]] if len(kept) else [],
 }
 
 
@@ -188,6 +248,36 @@ def test_every_way_to_read_a_mapping_counts(read, kind):
     stream, (first, second, _) = with_what_is_left(layers, torch.zeros(1, 5, 8), calls)
     assert torch.equal(first(layers[0], stream), stream) and len(first[0]) == 0
     assert float(second(layers[1], stream).std()) > 0.5  # random
+
+
+class Remover(Writer):
+    """Removes what it reads, and leaves nothing."""
+
+    def forward(self, stream, kept):
+        for (found,) in self.read(kept):
+            stream = stream + found
+        return stream
+
+
+def test_what_a_layer_has_removed_no_later_one_reads():
+    leaves, removes = Writer(READS["get"]), Remover(READS["removed"])
+    layers = [leaves, removes, removes, leaves, removes]
+    calls = [LayerCall(({},), {}, False, "toy", mappings={0: 0}) for _ in layers]
+    sharing = find_sharing(layers, calls, torch.zeros(1, 5, 8))
+    it = (0, "it")
+    assert [sharing.kept(index) for index in range(5)] == [[it], [], [], [it], []]
+    assert [set(sharing.before(index)) for index in range(5)] == [set(), {it}, set(), set(), {it}]
+
+
+def test_integers_that_layers_leave_stay_integers():
+    def value(stream):
+        return (stream[0, :, :1].long(),)
+
+    layers = [Writer(READS["get"], value) for _ in range(2)]
+    calls = [LayerCall(({},), {}, False, "toy", mappings={0: 0}) for _ in layers]
+    _, (_, second) = with_what_is_left(layers, torch.randn(1, 5, 8), calls)
+    (found,) = second[0]["it"]
+    assert found.dtype == torch.int64 and found.shape == (5, 1) and not found.any()
 
 
 def test_mappings_of_their_own_share_nothing():

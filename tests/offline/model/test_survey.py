@@ -6,10 +6,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 from compressing import check_complete, check_export, run_small
+from torch import nn
 from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
 
 from ria_vllm.offline.model import survey
+from ria_vllm.offline.model.layer_call import LayerCall
 from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.model.topology import Sublayer, Topology
 
 
 def test_a_kind_without_an_experiment_is_pruned_without_folds(tiny, text, tmp_path, monkeypatch):
@@ -80,3 +83,28 @@ def test_layers_of_a_stored_model_have_smaller_copies(family, tiny, text, tmp_pa
     assert reports[0] == reports[1]
     assert set(found_on[0]) == {"a copy with the layer's own widths"}
     assert set(found_on[1]) == {"a smaller copy, then tried on the layer's own widths"}
+
+
+class Passing(nn.Module):
+    """The first one leaves something for all the others."""
+
+    def forward(self, stream, kept):
+        stream = stream + kept.get("it", 0)
+        kept.setdefault("it", stream)
+        return stream
+
+
+def test_layers_are_of_two_kinds_if_only_one_leaves_something_for_others(monkeypatch):
+    """The folds of one might change what the other leaves."""
+
+    def found(whole, embedder, index, texts, short):
+        return Topology((Sublayer(f"of layer {index}", ()),))
+
+    monkeypatch.setattr(survey, "describe_smaller", found)
+    layers = nn.ModuleList([Passing() for _ in range(3)])
+    calls = [LayerCall(({},), {}, False, "toy", mappings={0: 0}) for _ in layers]
+    topologies = survey.survey(
+        Mock(layers=layers), lambda text: (torch.zeros(*text.shape, 8), calls), torch.zeros(1, 8, dtype=torch.int64)
+    )
+    assert topologies.layers == (0, 1, 1)
+    assert [topologies.of(index).sublayers[0].name for index in range(3)] == ["of layer 0", "of layer 1", "of layer 1"]

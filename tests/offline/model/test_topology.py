@@ -1,5 +1,7 @@
 """What topologies say of layers, and which layers are of one kind."""
 
+import json
+
 import pytest
 import torch
 from decoders import layers_of, small
@@ -53,6 +55,13 @@ def test_kinds_with_the_same_topology_become_one():
     assert topologies == Topologies((same, other), (0, 1, 0, 1, 0))
 
 
+def test_what_was_kept_makes_the_same_report():
+    """The work folder has it with sorted keys."""
+    topologies = Topologies((Topology(SUBLAYERS, (FOLD,), {"z.proj": "tiny", "a.proj": "tiny"}),), (0, 0), ("one",))
+    kept = json.loads(json.dumps(topologies.kept(), sort_keys=True))
+    assert json.dumps(Topologies.restored(kept).dump()) == json.dumps(topologies.dump())
+
+
 def test_the_dump_says_which_layers_are_of_a_kind():
     first, second = Topologies((Topology(SUBLAYERS, (FOLD,)), Topology(SUBLAYERS)), (0, 1, 0)).dump()
     assert (first["layers"], second["layers"]) == ([0, 2], [1])
@@ -73,6 +82,10 @@ def test_the_dump_says_which_layers_are_of_a_kind():
 )
 def test_kinds(model_type, changes, kinds):
     assert kinds_of(layers_of(small(model_type, **changes))) == kinds
+
+
+def test_layers_that_leave_something_for_others_are_of_a_kind_of_their_own():
+    assert kinds_of(layers_of(small("llama", num_hidden_layers=4)), [(0, 0), (1, 0), (0, 0), (0, 1)]) == (0, 1, 0, 2)
 
 
 def test_a_layer_that_reads_the_values_of_another_is_of_a_kind_of_its_own():
