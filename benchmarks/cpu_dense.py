@@ -46,8 +46,8 @@ def unquantized(weight: torch.Tensor) -> Linear:
 def w8a8(weight: torch.Tensor, dtype: torch.dtype) -> Linear:
     """A linear whose weight [out, in] is rounded to int8 by row. Each call quantizes its input by token.
 
-    By the kernel that vLLM chooses: oneDNN's, or on a CPU with AMX its own, which takes no float32. Where LIMITS apply it
-    is oneDNN's, which they reach.
+    By the kernel that vLLM chooses: oneDNN's, or on a CPU with AMX its own, which takes no float32. Where LIMITS apply
+    it is oneDNN's, which they reach.
 
     Args:
         dtype: of inputs and outputs.
