@@ -37,10 +37,11 @@ def test_loads_as_the_plain_model_and_saves_as_one(name, tmp_path):
     assert torch.equal(logits(again), logits(loaded))
 
 
+@pytest.mark.parametrize("weights", ["float", "int8", "int4-g32"])
 @pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
-def test_a_wrapper_loads(name, tmp_path):
+def test_a_wrapper_loads(name, weights, tmp_path):
     """Its files have other names than its modules."""
-    pruned, tokens = image_models.write(name, tmp_path / "out"), torch.arange(3, 20)[None]
+    pruned, tokens = image_models.write(name, tmp_path / "out", weights=weights), torch.arange(3, 20)[None]
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", attn_implementation="eager")
     kinds = {"token_type_ids": torch.zeros_like(tokens)} if name == "gemma3" else {}
     with torch.no_grad():
