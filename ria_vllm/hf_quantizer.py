@@ -24,6 +24,7 @@ from ria_vllm.checkpoint import check_digests, check_prefix, checked_linear, loa
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_experts import ExpertsConverter, expert_converters
 from ria_vllm.hf_inputs import round_inputs
+from ria_vllm.hf_unread import refuse_unread_weights
 from ria_vllm.placement import ORIGIN_ATTRIBUTE, Origin, Placement
 from ria_vllm.schema import PERMUTATIONS_FILE, QUANT_METHOD, RiaSchema
 
@@ -159,6 +160,16 @@ class RiaQuantizer(HfQuantizer):
         """transformers compares no shapes where this says yes. `Loading.close` does, and its errors name the file."""
         return True
 
+    def update_tp_plan(self, config: Any) -> Any:
+        """Refuse a model that is divided among processes: transformers divides tensors before it converts them."""
+        if getattr(config, "distributed_config", None) is not None:
+            raise RiaError(
+                "transformers divides a model's tensors among processes (`tp_plan`, `distributed_config`) before they "
+                "are decompressed, which compressed weights do not allow. Load the model without that, for example "
+                "with a `device_map`, or divide the dense folder that `ria-vllm export` writes."
+            )
+        return super().update_tp_plan(config)
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.loading.dtype = dtype
         return dtype
@@ -264,3 +275,4 @@ def _single(input_dict: dict[str, Any], part: str) -> torch.Tensor:
 if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(QUANT_METHOD)(RiaQuantizationConfig)
     register_quantizer(QUANT_METHOD)(RiaQuantizer)
+    refuse_unread_weights()

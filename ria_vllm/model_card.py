@@ -105,6 +105,7 @@ def exported_card(reader: Reader, warn: Warn) -> str:
         "This is the plain dense form: the model's own channel order, with zeros where weights were pruned. "
         "transformers loads it without ria-vllm; it takes as much memory as the base model, and is no faster.",
         *([] if reader.schema.input_dtype is None else [_UNROUNDED]),
+        *_what_was_pruned(*_of_folder(reader, warn)),
         *_options(recipe),
     ]
     return _front(base, ["pruned"]) + f"\n# {_name(source)}, pruned to 2:4, dense form\n\n" + "\n\n".join(body) + "\n"
@@ -127,6 +128,7 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
         _origin(recipe | {"source": source}, identity),
         "Its kept weights were trained after that, with the masks fixed" + (f": {plain(note)}" if note else "") + ".",
         *_USE,
+        *_what_was_pruned(*_of_folder(reader, warn)),
         *_perplexity_section(),
         *_options(recipe),
     ]
@@ -202,6 +204,19 @@ def _origin(recipe: dict[str, Any], identity: str | None) -> str:
     return f"{origin}, pruned by ria-vllm with {_METHODS.get(method, plain(method))}."
 
 
+def _of_folder(reader: Reader, warn: Warn) -> tuple[dict[str, Any], float]:
+    """What `_what_was_pruned` takes, of a compressed folder, whose report and recipe may hold anything."""
+    try:
+        report = reader.report()
+    except RiaError as error:
+        warn(f"{error} The new card has no retained scores.")
+        report = {}
+    reported = report_linears(report)
+    linears = {name: reported.get(name, {}) for name in reader.sparse_names}
+    recipe = {"pattern": "2:4"} | reader.schema.recipe
+    return report | {"recipe": recipe, "linears": linears}, reader.schema.sparsity_config.global_sparsity
+
+
 def _what_was_pruned(report: dict[str, Any], zeros: float) -> list[str]:
     linears, pattern = report_linears(report), plain(report["recipe"]["pattern"])
     rows = [
@@ -211,7 +226,7 @@ def _what_was_pruned(report: dict[str, Any], zeros: float) -> list[str]:
     size, inputs = (report["recipe"].get(key) for key in ("group_size", "activations"))
     if size is not None:
         of_each = "a row" if size == "row" else f"{size} columns of a row"
-        rows.append(("weights", f"{plain(report['recipe']['weights'])}, with a scale for {plain(of_each)}"))
+        rows.append(("weights", f"{plain(report['recipe'].get('weights'))}, with a scale for {plain(of_each)}"))
     if inputs is not None:
         smooth = report["recipe"].get("smooth")
         how = f"; scales migrated by SmoothQuant, strength {plain(smooth)}" if smooth else ""
@@ -224,7 +239,8 @@ def _what_was_pruned(report: dict[str, Any], zeros: float) -> list[str]:
             ("retained score, mean", f"{sum(finite.values()) / len(finite):.4f}"),
             ("retained score, worst", f"{finite[worst]:.4f}, {_code(worst)}"),
         ]
-    dense = [_code(name) for name in report.get("dense", {})]
+    left = report.get("dense")
+    dense = [_code(name) for name in left] if isinstance(left, dict) else []
     if dense:
         more = f" and {len(dense) - 8} more" if len(dense) > 8 else ""
         rows.append(("left dense", ", ".join(dense[:8]) + more))

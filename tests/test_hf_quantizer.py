@@ -290,3 +290,18 @@ def test_a_tensor_in_two_files(damage):
 def test_a_key_of_the_config_that_is_a_word_of_pythons(damage):
     damage.edit_json("config.json", lambda config: config["quantization_config"].update(self=1))
     AutoModelForCausalLM.from_pretrained(damage.folder)
+
+
+def test_a_configuration_that_does_not_say_that_weights_are_compressed(pruned_llama):
+    """transformers would give the model random ones."""
+    config = AutoConfig.from_pretrained(pruned_llama.folder)
+    del config.quantization_config
+    with pytest.raises(RiaError, match="proj is stored compressed, but the LlamaConfig .* has no quantization_config"):
+        AutoModelForCausalLM.from_pretrained(pruned_llama.folder, config=config)
+
+
+def test_a_model_that_transformers_divides_among_processes(pruned_llama):
+    config = AutoConfig.from_pretrained(pruned_llama.folder)
+    config.distributed_config = {"tp_plan": "auto"}
+    with pytest.raises(RiaError, match="before they are decompressed.*ria-vllm export"):
+        AutoModelForCausalLM.from_pretrained(pruned_llama.folder, config=config)

@@ -212,6 +212,9 @@ def test_an_exported_folder_has_a_card_of_its_own(damage, tmp_path):
     front = "license: mit\nbase_model: org/Base-1B\nbase_model_relation: quantized"
     (damage.folder / "README.md").write_text(f"---\n{front}\n---\n# Mine\n")
     (damage.folder / "LICENSE").write_text("MIT")
+    scores = {f"model.layers.{i}.mlp.up_proj": {"retained_after": score} for i, score in enumerate((0.5, 0.75))}
+    report = {"linears": scores | {"elsewhere": {"retained_after": 0.1}}, "dense": 5}  # a stranger's, perhaps
+    (damage.folder / "ria_report.json").write_text(json.dumps(report))
     done = CliRunner().invoke(export, [str(damage.folder), "-o", str(tmp_path / "dense")], catch_exceptions=False)
     text = (tmp_path / "dense" / "README.md").read_text()
     assert done.exit_code == 0 and (tmp_path / "dense" / "LICENSE").read_text() == "MIT"
@@ -221,13 +224,17 @@ def test_an_exported_folder_has_a_card_of_its_own(damage, tmp_path):
         "# Base-1B, pruned to 2:4, dense form" in text and "[org/Base-1B](https://huggingface.co/org/Base-1B)" in text
     )
     assert "vllm serve" not in text and "loads it without ria-vllm" in text
+    assert "| pruned linears | 14 |" in text and "| sparsity | 2:4; 50.0% of the weights" in text
+    assert "| retained score, mean | 0.6250 |" in text and "worst | 0.5000, `model.layers.0.mlp.up_proj` |" in text
 
 
 def test_exporting_a_folder_with_a_broken_card_warns(pruned_llama, tmp_path):
     shutil.copytree(pruned_llama.folder, tmp_path / "in")
     (tmp_path / "in" / "README.md").write_text("---\nlicense: [mit\n---\n")
+    (tmp_path / "in" / "ria_report.json").write_text("{")
     done = CliRunner().invoke(export, [str(tmp_path / "in"), "-o", str(tmp_path / "dense")], catch_exceptions=False)
-    assert "warning: " in done.stderr and "README.md" in done.stderr and (tmp_path / "dense" / "config.json").is_file()
+    assert done.stderr.count("warning: ") == 2 and "README.md" in done.stderr and "ria_report.json" in done.stderr
+    assert (tmp_path / "dense" / "config.json").is_file()
 
 
 def test_perplexities_are_noted_one_row_a_text(tmp_path):

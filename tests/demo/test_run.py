@@ -1,6 +1,8 @@
 """`make demo` with a tiny model instead of SmolLM2."""
 
 import json
+import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -83,6 +85,28 @@ def test_a_folder_that_cannot_be_read_is_made_again(demo, pruned_llama, monkeypa
     demo.compress()
     said = capfd.readouterr().out
     assert "exists already" not in said and "'--overwrite'" in said and "permutations_digest" in said
+
+
+def test_compress_gets_the_terminal_where_there_is_one(demo, monkeypatch, capfd):
+    """It shows bars there. Elsewhere its lines are passed on, one for each decoder layer and all of the progress."""
+    said = ["... decoder layers 1/2 (0:20)", "model.layers.0.self_attn.q_proj x", "model.layers.0.mlp.down_proj x"]
+    program = f"import sys; print(*{said!r}, sep='\\n', file=sys.stderr); sys.exit(3 * sys.stderr.isatty())"
+    demo.RIA_VLLM = [sys.executable, "-c", program]
+    demo.compress()
+    assert [line for line in capfd.readouterr().out.splitlines() if line in said] == [said[0], said[2]]
+    main, side = pty.openpty()
+    before = os.dup(2)
+    try:
+        with os.fdopen(side, "w") as terminal:
+            os.dup2(side, 2)
+            monkeypatch.setattr(sys, "stderr", terminal)
+            with pytest.raises(SystemExit) as ended:
+                demo.compress()
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(main)
+    assert ended.value.code == 3
 
 
 def test_the_error_of_inspect_is_shown(demo, capfd):

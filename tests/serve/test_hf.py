@@ -9,7 +9,13 @@ import pytest
 import tiny
 import torch
 from damage import rewrite
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3TextModel,
+    Llama4ForCausalLM,
+)
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE
@@ -31,15 +37,28 @@ def test_loads_as_the_plain_model_and_saves_as_one(name, tmp_path):
     assert torch.equal(logits(again), logits(loaded))
 
 
+@pytest.mark.parametrize("weights", ["float", "int8", "int4-g32"])
 @pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
-def test_a_wrapper_loads(name, tmp_path):
+def test_a_wrapper_loads(name, weights, tmp_path):
     """Its files have other names than its modules."""
-    pruned, tokens = image_models.write(name, tmp_path / "out"), torch.arange(3, 20)[None]
+    pruned, tokens = image_models.write(name, tmp_path / "out", weights=weights), torch.arange(3, 20)[None]
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", attn_implementation="eager")
     kinds = {"token_type_ids": torch.zeros_like(tokens)} if name == "gemma3" else {}
     with torch.no_grad():
         got, want = loaded(input_ids=tokens, **kinds).logits, pruned(input_ids=tokens, **kinds).logits
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_the_text_decoder_of_a_wrapper(tmp_path):
+    """transformers takes its configuration out of the wrapper's, and leaves `quantization_config` behind."""
+    for name, kind in (("gemma3", Gemma3TextModel), ("llama4", Llama4ForCausalLM)):
+        pruned = image_models.write(name, tmp_path / name)
+        with pytest.raises(RiaError, match=f"is stored compressed, but the .*Text.* that this {kind.__name__} is load"):
+            kind.from_pretrained(tmp_path / name)
+        whole = AutoModel.from_pretrained(tmp_path / name)
+        inside = {name: tensor for name, tensor in whole.state_dict().items() if name.startswith("language_model.")}
+        want = pruned.state_dict()
+        assert inside and all(torch.equal(t, want.get(n, want.get(f"model.{n}"))) for n, t in inside.items())
 
 
 @pytest.mark.parametrize(("asked", "given"), [(torch.float32, torch.float32), (None, torch.bfloat16)])
@@ -84,13 +103,15 @@ def test_permutations_of_another_run(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("first", ["ria_vllm", "transformers.quantizers.auto"])
+@pytest.mark.parametrize("first", ["ria_vllm", "transformers.quantizers.auto", "transformers.modeling_utils"])
 def test_import_is_light_and_in_any_order(first):
     code = (
         f"import sys, {first}\n"
         "assert sys.modules.get('ria_vllm') is None or 'torch' not in sys.modules\n"
         "import ria_vllm, transformers.quantizers.auto as auto\n"
         "assert 'ria' in auto.AUTO_QUANTIZER_MAPPING\n"
+        "import transformers.modeling_utils as loading\n"
+        "assert loading.convert_and_load_state_dict_in_model.ria_checks\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -197,10 +197,10 @@ def test_unrounded_where_no_kernel_rounds(ranks, monkeypatch):
     close(layer(x), torch.cat([stored.apply(x, name)[:, order] for name in ("gate", "up")], -1))
 
 
-@pytest.mark.parametrize("name", ["int4-g64", "int8"])
-def test_no_folds_with_lora(ranks, name):
+@EVERY
+def test_no_folds_with_lora(ranks, format):
     """vLLM adds the adapter's product to that of the layer, so channels have the model's own order."""
-    stored = feed_forward(FORMATS[name])
+    stored = feed_forward(format)
     config = stored.config([FOLD])
     with set_current_vllm_config(VllmConfig()):
         get_current_vllm_config().lora_config = LoRAConfig(max_lora_rank=8)

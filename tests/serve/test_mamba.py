@@ -11,7 +11,7 @@ from vllm.model_executor.layers.mamba import mamba_mixer2
 
 from ria_vllm import permutation, sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import INT8
+from ria_vllm.formats import FLOAT, INT8, WRITTEN
 from ria_vllm.schema import RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.layer_matching import match_layers
@@ -21,21 +21,20 @@ OUTPUTS = {"gate": INNER, "x": INNER, "B": STATE, "C": STATE, "dt": HEADS}
 ROWS = sum(OUTPUTS.values())
 
 
-def stored(int8=False):
+def stored(weight_format=FLOAT):
     """The tensors of the projection, its plain matrix, its order."""
     generator = torch.Generator().manual_seed(3)
-    compressed, bitmask = sparse24.compress(torch.randn(ROWS, HIDDEN, generator=generator))
-    tensors = {"compressed": compressed, "bitmask": bitmask}
-    if int8:
-        compressed, scales = INT8.quantize(compressed, torch.float32)
-        tensors |= {"compressed": (compressed / scales).round().to(torch.int8), "weight_scale": scales}
+    weight = torch.randn(ROWS, HIDDEN, generator=generator)
+    mask = sparse24.mask_from_bitmask(sparse24.compress(weight)[1])
+    weight, scales = weight_format.quantize(weight * mask, torch.float32)
+    tensors = weight_format.encode(weight, mask, scales)
     order = torch.randperm(HIDDEN, generator=generator).int()
-    plain = sparse24.decompress(compressed, bitmask)[:, permutation.invert(order).long()]
-    return tensors, plain.double(), order.numpy()
+    return tensors, weight.double()[:, permutation.invert(order).long()], order.numpy()
 
 
-def in_proj(order, int8=False):
-    schema = RiaSchema(sparsity_config=SparsityConfig(), weights=WeightQuantization() if int8 else None)
+def in_proj(order, weight_format=FLOAT):
+    words = weight_format.quantization
+    schema = RiaSchema(sparsity_config=SparsityConfig(), weights=words and WeightQuantization(**words))
     config = RiaConfig(schema)
     config.permutations = {"mixer.in_proj": order}
     return in_proj_of(config)
@@ -61,14 +60,14 @@ def load(layer, tensors):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("int8", [False, True])
-def test_one_group_on_several_ranks(ranks, size, int8):
-    tensors, plain, order = stored(int8)
+@pytest.mark.parametrize("weight_format", WRITTEN.values(), ids=lambda one: one.name)
+def test_one_group_on_several_ranks(ranks, size, weight_format):
+    tensors, plain, order = stored(weight_format)
     x = torch.randn(3, HIDDEN)
     want = dict(zip(OUTPUTS, (x.double() @ plain.T).split(list(OUTPUTS.values()), -1)))
     for rank in range(size):
         ranks(rank, size)
-        layer = in_proj(order, int8)
+        layer = in_proj(order, weight_format)
         load(layer, tensors)
         mine = [want[output] if output in "BC" else want[output].chunk(size, -1)[rank] for output in OUTPUTS]
         torch.testing.assert_close(layer(x)[0].double(), torch.cat(mine, -1), rtol=0, atol=1e-4)
@@ -78,10 +77,10 @@ def test_one_group_on_several_ranks(ranks, size, int8):
 @pytest.mark.parametrize("part", ["compressed", "bitmask", "weight_scale"])
 def test_what_is_missing_is_named(ranks, part):
     ranks(0, 2)
-    tensors, _, order = stored(int8=True)
+    tensors, _, order = stored(INT8)
     del tensors[part]
     with pytest.raises(RiaError, match=rf"mixer\.in_proj\.{part} is in none of the weight files"):
-        load(in_proj(order, int8=True), tensors)
+        load(in_proj(order, INT8), tensors)
 
 
 @pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: torch.cat([t, t[:8]]), lambda t: t[:, :-1]])

@@ -71,20 +71,25 @@ def test_float_weights_come_back_as_they_were_trained(pruned_llama, tmp_path):
     assert saved.relative_change == pytest.approx(want, rel=1e-6) and want > 0.01
 
 
+UP = "model.layers.0.mlp.up_proj"
+
+
 def test_the_recipe_and_the_card_say_what_happened(pruned_llama, tmp_path):
     folder = tmp_path / "like"
     shutil.copytree(pruned_llama.folder, folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\nperplexity 12.34\n")
-    (folder / "ria_report.json").write_text(json.dumps({"linears": {"a": {"retained_after": 1, "error_after": 2}}}))
+    (folder / "ria_report.json").write_text(json.dumps({"linears": {UP: {"retained_after": 0.9, "error_after": 2}}}))
     save(trained(folder), tmp_path / "once", like=folder, note="SFT | on 3 chats")
     save(load(tmp_path / "once"), tmp_path / "twice", like=tmp_path / "once")
     story = Reader(tmp_path / "twice").schema.recipe["training"]
     assert [entry["note"] for entry in story] == ["SFT | on 3 chats", ""]
     assert [entry["changed"] for entry in story] == [14, 0] and story[0]["dtype"] == "float32"
     card = (tmp_path / "once" / "README.md").read_text()
+    assert "| pruned linears | 14 |" in card and "| sparsity | 2:4; 50.0% of the weights" in card
+    assert "| retained score, mean | 0.9000 |" in card and f"worst | 0.9000, `{UP}` |" in card
     assert "license: mit" in card and "12.34" not in card and "trained after that, with the masks fixed: SFT" in card
     report = json.loads((tmp_path / "once" / "ria_report.json").read_text())
-    assert report["linears"] == {"a": {"retained_after": 1}} and report["recipe"]["training"][0]["changed"] == 14
+    assert report["linears"] == {UP: {"retained_after": 0.9}} and report["recipe"]["training"][0]["changed"] == 14
     names = {path.name for path in folder.iterdir() if "safetensors" not in path.name}
     assert names == {path.name for path in (tmp_path / "once").iterdir() if "safetensors" not in path.name}
     assert (tmp_path / "once" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
