@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-# Entries of a dense weight that are handled at a time; the indices have eight bytes each. GPUs need more to do at once.
+# Entries of a dense weight that are handled at a time; the indices have four bytes each. GPUs need more to do at once.
 BLOCK, GPU_BLOCK = 1 << 20, 1 << 24
 # The most bytes of indices of a whole weight that stay in memory from taking its gradient to putting its new values.
 REMEMBERED = 32 << 20
@@ -25,7 +25,7 @@ class Kept:
 
     def __init__(self, bitmask: torch.Tensor, order: torch.Tensor | None = None):
         self.bitmask = bitmask
-        self.order = None if order is None else order.to(bitmask.device, torch.int64)
+        self.order = None if order is None else order.to(bitmask.device, torch.int32)
         self._known: dict[tuple[int, int], torch.Tensor] | None = None
 
     @property
@@ -41,7 +41,7 @@ class Kept:
     @contextmanager
     def remembered(self) -> Iterator[None]:
         """While this lasts, positions are computed only once, unless the weight is large."""
-        self._known = {} if self.bitmask.numel() * 32 <= REMEMBERED else None
+        self._known = {} if self.bitmask.numel() * 16 <= REMEMBERED else None
         try:
             yield
         finally:
@@ -53,25 +53,26 @@ class Kept:
         Args:
             dense: [out, in], columns in the model's own order.
         """
-        return dense[rows].take(self._places(rows)).float()
+        return dense[rows].reshape(-1).index_select(0, self._places(rows)).view(-1, self.shape[1]).float()
 
     def put(self, values: torch.Tensor, dense: torch.Tensor, rows: slice) -> None:
         """Write kept entries into a dense weight, which has zeros elsewhere."""
-        dense[rows].put_(self._places(rows), values.to(dense.dtype))
+        dense[rows].put_(self._places(rows).long(), values.to(dense.dtype).flatten())
 
     def _places(self, rows: slice) -> torch.Tensor:
-        """int64 [rows, in/2]: where the kept entries are in these rows of the dense weight, counted from their first
+        """int32 [rows * in/2]: where the kept entries are in these rows of the dense weight, counted from their first
         entry, row by row."""
         key = (rows.start, rows.stop)
         if self._known is not None and key in self._known:
             return self._known[key]
         bitmask = self.bitmask[rows]
-        first = torch.arange(0, bitmask.shape[1] * 8, 8, device=bitmask.device)
-        bits = _kept(bitmask.device).index_select(0, bitmask.flatten().int()).view(torch.uint8)
-        places = (bits.view(*bitmask.shape, 4) + first[:, None]).flatten(1)
-        places = places if self.order is None else self.order.take(places)
         count, columns = bitmask.shape[0], bitmask.shape[1] * 8
-        places += torch.arange(0, count * columns, columns, device=bitmask.device)[:, None]
+        first = torch.arange(0, columns, 8, dtype=torch.int32, device=bitmask.device)
+        row = torch.arange(0, count * columns, columns, dtype=torch.int32, device=bitmask.device)
+        bits = _kept(bitmask.device).index_select(0, bitmask.flatten().int()).view(torch.uint8)
+        places = (bits.view(*bitmask.shape, 4) + first[:, None]).flatten()
+        places = places if self.order is None else self.order.index_select(0, places)
+        places.view(count, -1).add_(row[:, None])
         if self._known is not None:
             self._known[key] = places
         return places
