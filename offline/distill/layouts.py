@@ -1,12 +1,15 @@
 """Where the numbers that are trained lie in the dense weight that the forward pass reads."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
 import torch
 
-# Entries of a dense weight that are handled at a time; the indices have eight bytes each. GPUs need more to do at once.
+# Entries of a dense weight that are handled at a time; the indices have four bytes each. GPUs need more to do at once.
 BLOCK, GPU_BLOCK = 1 << 20, 1 << 24
+# The most bytes of indices of a whole weight that stay in memory from taking its gradient to putting its new values.
+REMEMBERED = 32 << 20
 
 
 class Kept:
@@ -22,7 +25,8 @@ class Kept:
 
     def __init__(self, bitmask: torch.Tensor, order: torch.Tensor | None = None):
         self.bitmask = bitmask
-        self.order = None if order is None else order.to(bitmask.device)
+        self.order = None if order is None else order.to(bitmask.device, torch.int32)
+        self._known: dict[tuple[int, int], torch.Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -34,24 +38,44 @@ class Kept:
         step = max(1, (BLOCK if self.bitmask.device.type == "cpu" else GPU_BLOCK) // columns)
         return (slice(first, min(first + step, count)) for first in range(0, count, step))
 
+    @contextmanager
+    def remembered(self) -> Iterator[None]:
+        """While this lasts, positions are computed only once, unless the weight is large."""
+        self._known = {} if self.bitmask.numel() * 16 <= REMEMBERED else None
+        try:
+            yield
+        finally:
+            self._known = None
+
     def take(self, dense: torch.Tensor, rows: slice) -> torch.Tensor:
         """The kept entries of some rows, float32.
 
         Args:
             dense: [out, in], columns in the model's own order.
         """
-        return dense[rows].gather(1, self._columns(rows)).float()
+        return dense[rows].reshape(-1).index_select(0, self._places(rows)).view(-1, self.shape[1]).float()
 
     def put(self, values: torch.Tensor, dense: torch.Tensor, rows: slice) -> None:
         """Write kept entries into a dense weight, which has zeros elsewhere."""
-        dense[rows].scatter_(1, self._columns(rows), values.to(dense.dtype))
+        dense[rows].put_(self._places(rows).long(), values.to(dense.dtype).flatten())
 
-    def _columns(self, rows: slice) -> torch.Tensor:
-        """int64 [rows, in/2]: the columns of the kept entries, in the model's own order."""
+    def _places(self, rows: slice) -> torch.Tensor:
+        """int32 [rows * in/2]: where the kept entries are in these rows of the dense weight, counted from their first
+        entry, row by row."""
+        key = (rows.start, rows.stop)
+        if self._known is not None and key in self._known:
+            return self._known[key]
         bitmask = self.bitmask[rows]
-        first = torch.arange(0, bitmask.shape[1] * 8, 8, device=bitmask.device)
-        columns = (_places(bitmask.device)[bitmask.int()] + first[:, None]).flatten(1)
-        return columns if self.order is None else self.order[columns].long()
+        count, columns = bitmask.shape[0], bitmask.shape[1] * 8
+        first = torch.arange(0, columns, 8, dtype=torch.int32, device=bitmask.device)
+        row = torch.arange(0, count * columns, columns, dtype=torch.int32, device=bitmask.device)
+        bits = _kept(bitmask.device).index_select(0, bitmask.flatten().int()).view(torch.uint8)
+        places = (bits.view(*bitmask.shape, 4) + first[:, None]).flatten()
+        places = places if self.order is None else self.order.index_select(0, places)
+        places.view(count, -1).add_(row[:, None])
+        if self._known is not None:
+            self._known[key] = places
+        return places
 
 
 class Whole:
@@ -63,6 +87,10 @@ class Whole:
     def rows(self) -> Iterator[slice]:
         return iter([slice(None)])
 
+    def remembered(self) -> AbstractContextManager[None]:
+        """Nothing: there are no positions."""
+        return nullcontext()
+
     def take(self, dense: torch.Tensor, rows: slice) -> torch.Tensor:
         return dense[rows].float()
 
@@ -71,8 +99,9 @@ class Whole:
 
 
 @lru_cache(maxsize=8)
-def _places(device: torch.device) -> torch.Tensor:
-    """int64 [256, 4]: for each byte of a bitmask, which of its eight columns are kept. (Zeros for illegal bytes.)"""
+def _kept(device: torch.device) -> torch.Tensor:
+    """int32 [256], each four bytes: for each byte of a bitmask, which of its eight columns are kept. (Zeros for illegal
+    bytes.)"""
     bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
     places = [row.nonzero().flatten() if int(row.sum()) == 4 else torch.zeros(4, dtype=torch.int64) for row in bits]
-    return torch.stack(places).to(device)
+    return torch.stack(places).to(torch.uint8).view(torch.int32).flatten().to(device)

@@ -51,10 +51,11 @@ class TwoPart:
         return self.base(input_ids=tokens, use_cache=False)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [tokens, vocabulary] for [tokens, hidden]."""
+        """[tokens, vocabulary] for [tokens, hidden], in the dtype that the model gives them."""
         with _instead(self.base, self._output(last_hidden_state=hidden[None])):
             # The embeddings are not read, but models ask for some input.
-            return type(self.model).forward(self.model, inputs_embeds=hidden[None], use_cache=False).logits[0].float()
+            logits = type(self.model).forward(self.model, inputs_embeds=hidden[None], use_cache=False).logits
+        return logits.squeeze(0)  # by [0], the gradient would be copied into zeros
 
     @torch.no_grad()
     def _fits(self, base: nn.Module) -> bool:
@@ -62,7 +63,7 @@ class TwoPart:
         tokens = torch.arange(2, 10, device=self.model.device)[None]
         whole = self.model(input_ids=tokens, use_cache=False).logits[0].float()
         self.base, self._output = base, type(base(input_ids=tokens, use_cache=False))
-        apart = self.logits(self.hidden(tokens)[0])
+        apart = self.logits(self.hidden(tokens)[0]).float()
         return whole.shape == apart.shape and torch.allclose(whole, apart, rtol=1e-3, atol=1e-3)
 
 

@@ -65,51 +65,6 @@ class Loss:
         return ",".join(f"{name}={getattr(self, name):g}" for name in TERMS if getattr(self, name))
 
 
-@dataclass(frozen=True)
-class Top:
-    """A teacher's most probable tokens: int64 and float32 [tokens, k]; their logarithmic probabilities at the
-    temperature of the loss, and the probability of all others is what they leave."""
-
-    tokens: torch.Tensor
-    logs: torch.Tensor
-
-    @classmethod
-    def of(cls, logits: torch.Tensor, k: int, temperature: float) -> "Top":
-        """The `k` most probable, from logits [tokens, vocabulary]."""
-        logs = torch.log_softmax(logits.float() / temperature, -1)
-        values, tokens = logs.topk(min(k, logits.shape[-1]), dim=-1)
-        return cls(tokens, values)
-
-    def __getitem__(self, rows: slice) -> "Top":
-        return Top(self.tokens[rows], self.logs[rows])
-
-
-def divergence(teacher: torch.Tensor | Top, student: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """KL(teacher, student) of each token in nats, times the square of the temperature: float32 [tokens].
-
-    Args:
-        teacher: logits [tokens, vocabulary]; or the most probable tokens, and all others are compared as one.
-        student: logits [tokens, vocabulary].
-    """
-    scale = temperature**2
-    if isinstance(teacher, torch.Tensor):
-        wanted = torch.log_softmax(teacher.float() / temperature, -1)
-        return _weighted(wanted, torch.log_softmax(student.float() / temperature, -1)).sum(-1) * scale
-    logs = torch.log_softmax(student.float() / temperature, -1)
-    top = _weighted(teacher.logs, logs.gather(-1, teacher.tokens)).sum(-1)
-    left = (1 - teacher.logs.exp().sum(-1)).clamp(min=0)
-    if teacher.tokens.shape[-1] == student.shape[-1]:
-        return top * scale
-    others = logs.scatter(-1, teacher.tokens, -math.inf).logsumexp(-1)
-    return (top + torch.where(left > 0, left * (left.clamp(min=1e-30).log() - others), 0.0)) * scale
-
-
-def _weighted(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """The terms of a divergence, from logarithmic probabilities. What the teacher excludes (-inf) counts as nothing."""
-    probable = teacher.exp()
-    return torch.where(probable > 0, probable * (teacher - student), 0.0)
-
-
 def relative_error(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
     """Of hidden states [..., hidden]: the mean over tokens and layers of a token's squared error, relative to the
     teacher's squared norm."""

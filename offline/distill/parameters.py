@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.distill.layouts import Kept, Whole
+from ria_vllm.offline.distill.layouts import GPU_BLOCK, Kept, Whole
 from ria_vllm.offline.distill.rounding import StraightThrough
 from ria_vllm.offline.distill.sharding import local
+
+# Numbers that AdamW handles at a time on a CPU: all that it reads and writes of them stays in a core's cache.
+CHUNK = 1 << 16
 
 # What the kept values of some rows are rounded to before the forward pass reads them: (values [rows, in/2], rows) ->
 # (rounded values, values as the optimizer goes on with them), both float32.
@@ -133,45 +136,52 @@ class TrainedParameter:
     @torch.no_grad()
     def _arrived(self, parameter: torch.Tensor) -> None:
         dense, parameter.grad = local(parameter.grad), None
-        if self.gradient is None:
-            parts = [self.layout.take(dense, rows) for rows in self.layout.rows()]
-            self.gradient = torch.cat([self.values[:0], *parts])
-        else:
-            for rows in self.layout.rows():
-                self.gradient[rows] += self.layout.take(dense, rows)
-        del dense
-        if self.pace.last:
-            self.pace.reduce(self.gradient)
-            if self.scales is not None:
-                assert isinstance(self.rounding, StraightThrough)
-                blocks = list(self.layout.rows())
-                parts = [self.rounding.of_scales(self.values[rows], self.gradient[rows], rows) for rows in blocks]
-                self.scales._step(torch.cat([self.scales.values[:0], *parts]))
-            self._step(self.gradient)
-            self.gradient = None
+        with self.layout.remembered():
+            if self.gradient is None:
+                self.gradient = torch.empty_like(self.values)
+                for rows in self.layout.rows():
+                    self.gradient[rows] = self.layout.take(dense, rows)
+            else:
+                for rows in self.layout.rows():
+                    self.gradient[rows] += self.layout.take(dense, rows)
+            del dense
+            if self.pace.last:
+                self.pace.reduce(self.gradient)
+                if self.scales is not None:
+                    assert isinstance(self.rounding, StraightThrough)
+                    blocks = list(self.layout.rows())
+                    parts = [self.rounding.of_scales(self.values[rows], self.gradient[rows], rows) for rows in blocks]
+                    self.scales._step(torch.cat([self.scales.values[:0], *parts]))
+                self._step(self.gradient)
+                self.gradient = None
 
     def _step(self, gradient: torch.Tensor) -> None:
         adamw, (beta1, beta2) = self.adamw, self.adamw.betas
         number = self.pace.number
         correct1, correct2 = 1 - beta1**number, 1 - beta2**number
-        ratio = gradient.new_tensor([0.0, gradient.numel()])  # the sum of squared gradients over their means, and of 1
-        for rows in self.layout.rows():
-            part = gradient[rows]
-            second = self.second[rows].float().mul_(beta2).addcmul_(part, part, value=1 - beta2)
-            self.second[rows] = second
-            ratio[0] += (part.square() / (second / correct2).clamp_(min=adamw.eps**2)).sum()
+        values, first, second, gradient = (
+            tensor.view(-1).split(CHUNK if tensor.device.type == "cpu" else GPU_BLOCK)
+            for tensor in (self.values, self.first, self.second, gradient)
+        )
+        ratio = self.values.new_tensor([0.0, self.values.numel()])  # sums of squared gradients over their means, of 1
+        for mean, part in zip(second, gradient, strict=True):
+            wide = mean.float().mul_(beta2).addcmul_(part, part, value=1 - beta2)
+            mean.copy_(wide)
+            ratio[0] += part.square().div_(wide.clamp(min=adamw.eps**2 * correct2)).sum()
         lr = self.pace.lr * adamw.speed
         self.pace.total(ratio)
         squares, count = ratio.tolist()
         if not math.isfinite(squares):
             raise diverged(number, "a gradient is not finite")
         if adamw.clip:
-            lr /= max(1.0, math.sqrt(squares / count) / adamw.clip)
+            lr /= max(1.0, math.sqrt(squares * correct2 / count) / adamw.clip)
+        for value, mean, square, part in zip(values, first, second, gradient, strict=True):
+            if adamw.weight_decay:
+                value.mul_(1 - self.pace.lr * adamw.weight_decay)
+            wide = mean.float().lerp_(part, 1 - beta1)
+            mean.copy_(wide)
+            # The corrections are numbers, and need no pass of their own: m / correct1 / (sqrt(v / correct2) + eps).
+            root = square.float().sqrt().add_(adamw.eps * correct2**0.5)
+            value.addcdiv_(wide, root, value=-lr * correct2**0.5 / correct1)
         for rows in self.layout.rows():
-            values = self.values[rows]
-            values.mul_(1 - self.pace.lr * adamw.weight_decay)
-            first = self.first[rows].float().lerp_(gradient[rows], 1 - beta1)
-            self.first[rows] = first
-            root = self.second[rows].float().sqrt().div_(correct2**0.5).add_(adamw.eps)
-            values.addcdiv_(first, root, value=-lr / correct1)
             self.layout.put(self._rounded(rows), local(self.parameter), rows)

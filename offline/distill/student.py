@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from ria_vllm.checkpoint import SparseLinear
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.checks import places_of
+from ria_vllm.offline.distill.divergence import Top, divergence
 from ria_vllm.offline.distill.foreign import ForeignStart
 from ria_vllm.offline.distill.layouts import Kept, Whole
 from ria_vllm.offline.distill.logits import TwoPart
-from ria_vllm.offline.distill.loss import Loss, Top, divergence, in_chunks, next_token, relative_error
+from ria_vllm.offline.distill.loss import Loss, in_chunks, next_token, relative_error
 from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedParameter
 from ria_vllm.offline.distill.rounding import StraightThrough, scaled
 from ria_vllm.offline.distill.sharding import gathered, local, rows_here, shard
@@ -97,7 +98,9 @@ class Student:
 
         def compared(part: torch.Tensor, rows: slice) -> torch.Tensor:
             logits = self.two.logits(part)
-            value = logits.new_zeros(())
+            if loss.kl and loss.text:
+                logits = logits.float()  # so that two gradients are added up in float32
+            value = torch.zeros((), device=logits.device)
             if loss.kl:
                 kl = divergence(_of_teacher(answer, teacher, rows, loss), logits, loss.temperature).sum()
                 terms[0] += float(kl.detach())

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ria_vllm.offline.distill.divergence import Top
 from ria_vllm.offline.distill.logits import TwoPart
-from ria_vllm.offline.distill.loss import Top
 from ria_vllm.progress import Monitor
 from ria_vllm.writer import CheckpointWriter
 
