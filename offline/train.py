@@ -60,12 +60,12 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
 
 
 def after_training(linear: Pruned, weight: torch.Tensor, losses: Sequence[float], recipe: Recipe) -> Pruned:
-    """The linear with its trained weight [out, in], or as it was if it has integers and the loss did not fall.
+    """The linear with its trained weight [out, in], or as it was if the loss did not fall.
 
-    The steps of training can be too short to reach the next integer, or take too many there at once.
+    Steps can be too long for a model. Those of integers can also be too short to reach the next one.
     """
     record = linear.record | {"block_loss": [losses[0], losses[-1]]}
-    if linear.scale is not None and losses[-1] >= losses[0]:
+    if losses[-1] >= losses[0]:
         return replace(linear, record=record)
     weight, scale = stored_weight(weight, linear.p, linear.weight.dtype, recipe, linear.scale)
     return replace(linear, weight=weight, scale=scale, record=record)
