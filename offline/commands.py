@@ -42,9 +42,10 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="For all random choices.")
 @click.option(
     "--reconstruct",
-    default="admm",
+    default="short",
     show_default=True,
-    help="How kept weights are updated: none, admm, or block (best, but slow).",
+    help="How kept weights are updated: none; admm; short: admm, and then a short training of each layer, but not of "
+    "experts or integers; or block: a longer training of all (best, but slow).",
 )
 @click.option(
     "--skip-sensitive",

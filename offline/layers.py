@@ -293,7 +293,7 @@ class LayerPass:
         for expert in self.monitor.steps(experts, "experts", len(experts)):
             if self.store is not None and self.ranks.broadcast(self.store.has(index, path, expert)):
                 continue
-            pruned = pruner.prune(expert, order, train=self.recipe.trains and self.store is not None)
+            pruned = pruner.prune(expert, order, train=self.recipe.trains_experts and self.store is not None)
             records |= {name: linear.record for name, linear in pruned.items()}
             if self.store is not None:
                 self.store.write(index, path, expert, self._written(index, pruned))

@@ -20,7 +20,7 @@ from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.solve import find_orders, score, solve
-from ria_vllm.offline.train import TRAINING_STEPS, after_training, grids_of
+from ria_vllm.offline.train import after_training, grids_of
 
 # The rows of all experts together have more scores than the search of one order needs, or memory should hold. This many
 # are taken, evenly spread over the linears.
@@ -186,7 +186,7 @@ class ExpertsPruner:
                 {kind: found[name].mask.to(self.device) for kind, name in names.items()},
                 _Made(chunks, lambda X, _: X),
                 _Made(chunks, target),
-                passes=min(8, max(2, TRAINING_STEPS // len(chunks))),
+                passes=recipe.training_passes(len(chunks)),
                 seed=recipe.seed,
                 dtype=recipe.matmul_dtype,
                 place=f"{self.place(names[DOWN])} and what is trained with it: ",

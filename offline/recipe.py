@@ -19,7 +19,8 @@ from ria_vllm.weight_format import WeightFormat
 
 METHODS = (*scores.METHODS, "sparsegpt")
 SCOPES = ("shared", "linear")
-RECONSTRUCTIONS = ("none", "admm", "block")
+# How kept weights are updated -> the steps of training that each sublayer then takes, see `train.train_sublayer`.
+RECONSTRUCTIONS = {"none": 0, "admm": 0, "short": 48, "block": 128}
 WEIGHTS = ("float", "int8", "int4")
 ROW = "row"
 ACTIVATIONS = ("none", "int8")
@@ -48,7 +49,7 @@ class Recipe:
     seq_len: int = 2048
     seed: int = 0
     ignore: tuple[str, ...] = ()
-    reconstruct: str = "admm"
+    reconstruct: str = "short"
     skip_sensitive: float = 0.0
     weights: str = "float"
     group_size: int | str | None = None
@@ -58,7 +59,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         choices = (("method", METHODS), ("permute", permute.METHODS), ("permute_scope", SCOPES))
-        more = (("reconstruct", RECONSTRUCTIONS), ("weights", WEIGHTS), ("compute_dtype", dtypes.CHOICES))
+        more = (("reconstruct", (*RECONSTRUCTIONS,)), ("weights", WEIGHTS), ("compute_dtype", dtypes.CHOICES))
         of_integers = (("group_size", (None, ROW, *formats.GROUP_SIZES)), ("activations", ACTIVATIONS))
         for name, allowed in (*choices, *more, *of_integers):
             if getattr(self, name) not in allowed:
@@ -121,7 +122,18 @@ class Recipe:
 
     @property
     def trains(self) -> bool:
+        """Whether sublayers are trained. What a short training does to integers has not been measured."""
+        return self.trains_experts or (self.reconstruct == "short" and self.weights == "float")
+
+    @property
+    def trains_experts(self) -> bool:
+        """Whether each expert is trained. With few tokens in a step, that takes too long for a short training."""
         return self.reconstruct == "block"
+
+    def training_passes(self, chunks: int) -> int:
+        """How many passes of training there are over so many chunks, with a step for each: about as many steps as
+        RECONSTRUCTIONS says, in 2 to 8 passes."""
+        return min(8, max(2, RECONSTRUCTIONS[self.reconstruct] // chunks))
 
     @property
     def matmul_dtype(self) -> torch.dtype:

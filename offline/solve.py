@@ -263,8 +263,8 @@ def _mask(S: torch.Tensor, p: torch.Tensor | None, recipe: Recipe) -> torch.Tens
     """The mask bool [out, in], in the model's own order, that has the recipe's pattern in order p."""
     if p is None:
         return masks.mask(S, recipe.pattern)
-    p = p.to(S.device)
-    return masks.mask(S[:, p], recipe.pattern)[:, permutation.invert(p)]
+    p = p.to(S.device)  # index_select is several times faster than indexing, and ADMM chooses masks often
+    return masks.mask(S.index_select(1, p), recipe.pattern).index_select(1, permutation.invert(p))
 
 
 def _sparsegpt(

@@ -13,11 +13,7 @@ from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.pruned import Pruned, stored_weight
 from ria_vllm.offline.pruning.block import Grid, train_block
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.runtime.memory import trim
-
-# About how many steps block training takes, one per chunk: up to 8 passes over few chunks, fewer over many, but at
-# least 2.
-TRAINING_STEPS = 128
+from ria_vllm.offline.runtime.memory import blocks_kept, trim
 
 
 def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, Pruned]:
@@ -40,14 +36,14 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
         parameter.data = parameter.data.float()
     targets = AllChunks(streams.dense, streams.total, sublayer_pass.ranks, runner.device)
     trim()
-    with sublayer_pass.monitor.phase("block training"), torch.enable_grad():
+    with sublayer_pass.monitor.phase("block training"), blocks_kept(), torch.enable_grad():
         losses = train_block(
             runner.run,
             {name: runner.linear(name).weight for name in pruned},
             _Masks(pruned, runner.device),
             sublayer_pass.inputs_and_calls(),
             targets,
-            passes=min(8, max(2, TRAINING_STEPS // streams.total)),
+            passes=recipe.training_passes(streams.total),
             seed=recipe.seed,
             dtype=recipe.matmul_dtype,
             place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",
@@ -64,12 +60,12 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
 
 
 def after_training(linear: Pruned, weight: torch.Tensor, losses: Sequence[float], recipe: Recipe) -> Pruned:
-    """The linear with its trained weight [out, in], or as it was if it has integers and the loss did not fall.
+    """The linear with its trained weight [out, in], or as it was if the loss did not fall.
 
-    The steps of training can be too short to reach the next integer, or take too many there at once.
+    Steps can be too long for a model. Those of integers can also be too short to reach the next one.
     """
     record = linear.record | {"block_loss": [losses[0], losses[-1]]}
-    if linear.scale is not None and losses[-1] >= losses[0]:
+    if losses[-1] >= losses[0]:
         return replace(linear, record=record)
     weight, scale = stored_weight(weight, linear.p, linear.weight.dtype, recipe, linear.scale)
     return replace(linear, weight=weight, scale=scale, record=record)

@@ -14,6 +14,9 @@ from ria_vllm.errors import RiaError
 
 # Kept weights of a linear that are updated together.
 PIECE = 1 << 20
+# Learning rate, in units of a weight's root mean square, which differs tenfold between models. Measured on SmolLM2: a
+# third of it leaves 7% more error on held-out text after five layers.
+LR = 0.015
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def train_block(
     inputs: Sequence[torch.Tensor | tuple],
     targets: Sequence[torch.Tensor],
     passes: int = 8,
-    lr: float = 1e-3,
+    lr: float = LR,
     seed: int = 0,
     betas: tuple[float, float] = (0.9, 0.999),
     dtype: torch.dtype = torch.bfloat16,
@@ -67,7 +70,7 @@ def train_block(
         inputs, targets: micro-batches [..., hidden], the same number of each, on one device; the sequences may load an
             item only when it is asked for. An input may also be a tuple of a micro-batch and more arguments of
             `forward`.
-        lr: the learning rate of the first step.
+        lr: the learning rate of the first step, in units of the root mean square of what a weight keeps.
         seed: for the order of the micro-batches.
         dtype: of the matrix products, bfloat16 or float32.
         place: what an error begins with.
@@ -130,7 +133,9 @@ class _Trained:
         self.kept = [torch.nn.Parameter(flat.index_select(0, part).float()) for part in self.index]
         self.grid = grid
         self.scales = [] if grid is None else [grid.scales_at(part) for part in self.index]
-        self.optimizer = torch.optim.Adam(self.kept, lr=lr, betas=betas, foreach=False)
+        squares = sum(float(part.detach().square().sum(dtype=torch.float64)) for part in self.kept)
+        self.unit = math.sqrt(squares / max(1, sum(map(len, self.kept))))
+        self.optimizer = torch.optim.Adam(self.kept, lr=lr * self.unit, betas=betas, foreach=False)
         # Who trains integers may want to go back; a copy of the others would raise the peak.
         start = parameter.data.mul_(mask) if grid is None else parameter.data * mask
         parameter.data = start.to(dtype).contiguous()
@@ -138,7 +143,8 @@ class _Trained:
         self.hook = parameter.register_post_accumulate_grad_hook(self._step)
 
     def set_lr(self, lr: float) -> None:
-        self.optimizer.param_groups[0]["lr"] = lr
+        """Set the learning rate, in units of the weight's root mean square at the start."""
+        self.optimizer.param_groups[0]["lr"] = lr * self.unit
 
     def finish(self) -> None:
         """Put the trained weight into the parameter, in float32."""

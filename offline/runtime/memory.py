@@ -6,13 +6,18 @@ needs, these would add up to the weights of several layers.
 
 import ctypes
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 # Blocks of this size or more are mapped one by one, so the system gets them back as soon as they are freed.
 MAPPED_BLOCK = 4 << 20
-_M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
+# glibc maps larger ones in any case.
+LARGEST_KEPT_BLOCK = 32 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+_DEFAULT_TRIM_THRESHOLD = 128 << 10
 
 
 def map_large_blocks() -> None:
@@ -20,6 +25,27 @@ def map_large_blocks() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, MAPPED_BLOCK)
+
+
+@contextmanager
+def blocks_kept() -> Iterator[None]:
+    """Let the C library keep freed blocks of up to LARGEST_KEPT_BLOCK until the end; afterwards as `map_large_blocks`.
+
+    For loops whose steps need the same blocks again: the system clears each block that it maps anew, which takes longer
+    than many an operation on it. No effect if the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK)
+    mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, MAPPED_BLOCK)
+        mallopt(_M_TRIM_THRESHOLD, _DEFAULT_TRIM_THRESHOLD)
+        trim()
 
 
 def trim() -> None:

@@ -21,13 +21,13 @@ def test_with_nothing_but_a_model_it_writes_its_own_text(tiny, tmp_path):
     result = invoke(tiny("llama"), "-o", tmp_path / "out", "--samples", 2, "--timings", tmp_path / "out" / "t.json")
     assert result.exit_code == 0, result.output
     recipe = Reader(tmp_path / "out").schema.recipe
-    assert recipe["calibration"] == "self" and recipe["reconstruct"] == "admm" and recipe["permute"] == "lsa"
+    assert recipe["calibration"] == "self" and recipe["reconstruct"] == "short" and recipe["permute"] == "lsa"
     assert recipe["seq_len"] == 128  # as long as this model reads, not the 2048 of the default
     assert "at most 128 tokens" in result.stderr
     assert "model.layers.1.mlp.down_proj: retained score" in result.stderr
     seconds = json.loads((tmp_path / "out" / "t.json").read_text())
     phases = {"reading the headers", "loading the whole model", "sampling the model", "embedding", "calibration passes"}
-    assert phases | {"permutations", "masks and weights", "writing"} <= set(seconds)
+    assert phases | {"permutations", "masks and weights", "block training", "writing"} <= set(seconds)
 
 
 def test_a_pattern_without_a_kernel_says_so_and_stays_in_the_models_order(tiny, text, tmp_path):

@@ -72,3 +72,24 @@ def test_scales_migrate_by_default_where_inputs_are_rounded():
     assert Recipe(**rounded, smooth=0.0).dump("x")["smooth"] == 0
     assert Recipe(weights="int4", activations="int8").migration_strength == 0
     assert Recipe(weights="int8").migration_strength == 0 and "smooth" not in Recipe(weights="int8").dump("x")
+
+
+@pytest.mark.parametrize(
+    ("reconstruct", "chunks", "passes"),
+    [("short", 1, 8), ("short", 8, 6), ("short", 128, 2), ("block", 8, 8), ("block", 32, 4), ("block", 128, 2)],
+)
+def test_training_takes_as_many_steps_as_asked_for_in_two_to_eight_passes(reconstruct, chunks, passes):
+    assert Recipe(reconstruct=reconstruct).training_passes(chunks) == passes
+
+
+def test_a_short_training_leaves_integers_and_experts_to_admm():
+    trained = {
+        (name, weights): (recipe.trains, recipe.trains_experts)
+        for name in ("none", "admm", "short", "block")
+        for weights in ("float", "int8", "int4")
+        for recipe in [Recipe(reconstruct=name, weights=weights)]
+    }
+    assert {key for key, (sublayers, _) in trained.items() if sublayers} == {
+        ("short", "float"), *(("block", weights) for weights in ("float", "int8", "int4"))
+    }  # fmt: skip
+    assert {name for (name, _), (_, experts) in trained.items() if experts} == {"block"}

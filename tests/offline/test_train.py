@@ -7,7 +7,7 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.pruned import Pruned, packed, stored_weight
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.train import grids_of
+from ria_vllm.offline.train import after_training, grids_of
 from ria_vllm.progress import Monitor
 
 
@@ -50,3 +50,11 @@ def test_grids_have_the_scales_of_the_stored_columns(group_size, permuted):
     on_grid = (other / scales).round().clamp(grid.low, grid.high) * scales
     assert torch.equal(on_grid[:, p], recipe.weight_format.quantize(other[:, p], torch.float32, scale)[0])
     assert on_grid[:, p].ne(other[:, p]).any()
+
+
+@pytest.mark.parametrize(("losses", "is_trained"), [([2.0, 3.0, 1.0], True), ([2.0, 1.0, 2.0], False)])
+def test_a_weight_whose_loss_did_not_fall_stays_as_it_was(losses, is_trained):
+    start = Pruned(torch.zeros(2, 4, dtype=torch.bfloat16), packed(torch.ones(2, 4, dtype=torch.bool)), None, {"a": 1})
+    found = after_training(start, torch.ones(2, 4), losses, Recipe())
+    assert torch.equal(found.weight, torch.full((2, 4), float(is_trained), dtype=torch.bfloat16))
+    assert found.record == {"a": 1, "block_loss": [losses[0], losses[-1]]} and start.record == {"a": 1}

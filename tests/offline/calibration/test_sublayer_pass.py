@@ -73,7 +73,7 @@ def statistics_of(source, text, out, monkeypatch):
     monkeypatch.setattr(SublayerPass, "statistics", keeping)
     # 5 samples of 60 tokens make two chunks of unequal size.
     monkeypatch.setattr(embed, "CHUNK_TOKENS", 180)
-    recipe = Recipe(calibration=str(text), samples=5, seq_len=60)
+    recipe = Recipe(calibration=str(text), samples=5, seq_len=60, reconstruct="admm")
     compress(str(source), out, recipe, Settings(), Monitor(shown=False))
     return found, from_text(str(text), AutoTokenizer.from_pretrained(source), 5, 60, 0)
 

@@ -1,6 +1,8 @@
 """Peak memory, with a model several times larger than the limit."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +124,38 @@ def test_peak_memory_is_bounded_by_one_layer(small, large, text, tmp_path, shape
     whole = LAYERS * shape.layer_bytes * (2 if compute_dtype == "float32" else 1)
     assert whole > 3 * limit  # the whole model, in the dtype it is computed in, is three times larger than the limit
     assert peak < limit
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_blocks_are_kept_while_asked_for_and_returned_then():
+    """In a process of its own, because the C library's settings hold for a whole one."""
+    program = """
+import resource
+import torch
+from ria_vllm.offline.runtime import memory
+
+def pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+def loop():
+    before = pages()
+    for _ in range(20):
+        torch.ones(4 << 20)  # 16 MB
+    return (pages() - before) * resource.getpagesize() / (20 * 16 * 2**20)
+
+memory.map_large_blocks()
+loop()
+before = resident()
+with memory.blocks_kept():
+    kept = loop()
+print(kept, loop(), (resident() - before) / 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    kept, after, grown = map(float, done.stdout.split())
+    assert kept < 0.1 and after > 0.5 and grown < 8
 
 
 def test_free_memory_in_a_container_is_what_its_limits_leave(monkeypatch):
