@@ -14,6 +14,7 @@ from ria_vllm import formats, sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.compressed_tensors import is_24_checkpoint
 from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.layer_matching import match_layers
 
 # Name of the run: how the checkpoint is written
 RUNS = {
@@ -251,3 +252,21 @@ def test_targets_and_ignore():
     assert chosen._is_pruned("model.layers.0.q_proj")
     assert not chosen._is_pruned("model.layers.0.o_proj")
     assert not chosen._is_pruned("lm_head")
+
+
+def test_quantized_experts_are_refused_by_name(ranks):
+    """No layer of ours serves them, and vLLM's would take their integers for weights. Ignored ones stay vLLM's."""
+    experts = [f"model.layers.0.mlp.experts.{e}.up_proj" for e in (0, 1)]
+    int8 = groups({"num_bits": 8, "strategy": "channel"})
+    tensors = [f"{name}.{part}" for name in experts for part in ("weight", "weight_scale")]
+    for ignore, refused in (([], True), (["re:.*experts.*"], False)):
+        chosen = RiaConfig.from_config(
+            config(format="int-quantized", sparsity={"format": "dense"}, **int8, ignore=ignore)
+        )
+        chosen._read_names(tensors)
+        assert (chosen.required == set(experts)) == refused
+        if refused:
+            with pytest.raises(RiaError, match=rf"not be served: {experts[0]}, {experts[1]}.*no mixtures of experts"):
+                match_layers(chosen, torch.nn.Module())
+        else:
+            match_layers(chosen, torch.nn.Module())

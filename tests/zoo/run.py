@@ -18,7 +18,7 @@ from zoo.agreement import agreement, between, job
 from zoo.check import problems
 from zoo.family import dense_folder, pruned_folders
 from zoo.serving import serve
-from zoo.toys import ALL, TOYS
+from zoo.toys import TOYS
 
 BATCH = 16  # toys for each process of vLLM, whose start takes as long as several of them
 
@@ -41,7 +41,7 @@ def run_batch(names: list[str], work: Path, dense_only: bool) -> dict[str, Any]:
     records: dict[str, Any] = {name: {} for name in names}
     jobs: list[tuple[str, str, Path, dict[str, Any]]] = []  # (name, step, transformers' folder, what vLLM runs)
     for name, record in records.items():
-        toy = ALL[name]
+        toy = TOYS[name]
         dense = attempt(record, "build", lambda: dense_folder(name, toy, work))
         if dense is None:
             continue
@@ -64,7 +64,7 @@ def run_batch(names: list[str], work: Path, dense_only: bool) -> dict[str, Any]:
         if step == "served" and reference and "error" not in reference:
             found = attempt(records[name], step, lambda: between(result, reference))
         elif step != "reference":
-            found = attempt(records[name], step, lambda: agreement(result, folder, ALL[name]))
+            found = attempt(records[name], step, lambda: agreement(result, folder, TOYS[name]))
         else:
             continue
         if found is not None:
@@ -98,11 +98,11 @@ def main() -> None:
         for name, record in run_batch(left[first : first + BATCH], options.work, options.dense).items():
             record_of(options.work, name).write_text(json.dumps(record))
             shutil.rmtree(options.work / name, ignore_errors=True)
-            print(name, json.dumps(record) if options.dense else problems(ALL[name], record) or "good", flush=True)
+            print(name, json.dumps(record) if options.dense else problems(TOYS[name], record) or "good", flush=True)
     records = {name: json.loads(record_of(options.work, name).read_text()) for name in names}
     keep_results(options.results, records)
     shutil.rmtree(options.work)
-    wrong = [name for name, record in records.items() if problems(ALL[name], record)]
+    wrong = [name for name, record in records.items() if problems(TOYS[name], record)]
     print(
         f"{len(records)} types, {len(wrong)} not as promised: {', '.join(wrong)}" if wrong else f"{len(records)} types"
     )

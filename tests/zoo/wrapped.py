@@ -75,6 +75,7 @@ WRAPPED = {
         behind("cohere2", WIDE | {"logit_scale": 0.5}, TOWER | {"model_type": "siglip_vision_model"},
                image_token_id=258, downsample_factor=2, alignment_intermediate_size=128, tie_word_embeddings=True),
         renames=INNER_TOWER_NAMES,
+        unlike="transformers leaves out the scale of the logits, vLLM does not",
         processor=Processor(
             {"image_token": "<image>", "boi_token": "<img>", "eoi_token": "</img>", "img_line_break_token": "<br>"},
             "<image>",
