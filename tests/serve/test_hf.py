@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import image_models
+import mixtures
 import pytest
 import tiny
 import torch
@@ -47,6 +48,19 @@ def test_a_wrapper_loads(name, weights, tmp_path):
     with torch.no_grad():
         got, want = loaded(input_ids=tokens, **kinds).logits, pruned(input_ids=tokens, **kinds).logits
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("mixtral", "float"), ("gpt_oss", "int4-g32"), ("granitemoe", "int8"), ("glm4_moe", "int4")]
+)
+def test_experts_without_a_head(name, weights, tmp_path):
+    """transformers strips the base model's prefix from the names of experts, too."""
+    folder, dense = mixtures.write(mixtures.FAMILIES[name], tmp_path, weights=weights)
+    want = AutoModel.from_pretrained(dense, dtype=torch.float32).state_dict()
+    found = AutoModel.from_pretrained(folder, dtype=torch.float32).state_dict()
+    assert want.keys() == found.keys() and any("experts" in name for name in want)
+    for name, tensor in want.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
 
 
 def test_the_text_decoder_of_a_wrapper(tmp_path):

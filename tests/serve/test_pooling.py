@@ -18,12 +18,18 @@ FAMILIES = tiny.FAMILIES
 # Name of the run: (family, settings of the model, engine arguments)
 EMBED = {
     "a causal model": (FAMILIES["qwen3"], {}, {"convert": "embed"}),
+    "a causal model, int4-g64": (FAMILIES["llama-gqa"], {"weights": "int4-g64"}, {"convert": "embed"}),
     "Qwen3Model": (replace(FAMILIES["qwen3"], **BARE), {}, {}),
     "LlamaModel": (replace(FAMILIES["llama-gqa"], **BARE), {}, {}),
     "Gemma3TextModel": (replace(FAMILIES["gemma3"], **BARE), {"use_bidirectional_attention": True}, {}),
 }
 CLASSIFY = {
     "Qwen3ForSequenceClassification": (replace(FAMILIES["qwen3"], **CLASSIFIER), {"num_labels": 3}, {}),
+    "Qwen3ForSequenceClassification, int8": (
+        replace(FAMILIES["qwen3"], **CLASSIFIER),
+        {"num_labels": 3, "weights": "int8"},
+        {},
+    ),
     "LlamaForSequenceClassification": (replace(FAMILIES["llama-gqa"], **CLASSIFIER), {"num_labels": 1}, {}),
     "a reranker that is a causal model": (FAMILIES["qwen3"], {}, {"hf_overrides": RERANKER}),
 }
