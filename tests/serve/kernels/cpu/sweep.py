@@ -20,8 +20,8 @@ KINDS = (*FLOATS, (INT8, torch.bfloat16), (INT4, torch.bfloat16), *GROUPED)
 """Formats, each with the dtype of its activations."""
 
 # Numbers of tokens around the sizes of vectors and blocks, and around the switch from one algorithm to the other.
-EDGES = (1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 15, 16, 17, 20, 21, 22, 24, 25, 31, 32, 33, 40, 41, 42, 48, 49, 63, 64, 65)
-EDGES += (95, 96, 97, 112, 191, 192, 193, 200, 255, 256, 257, 300)
+EDGES = (1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 15, 16, 17, 18, 20, 21, 22, 24, 25, 31, 32, 33, 40, 41, 42, 43, 44, 48, 49)
+EDGES += (63, 64, 65, 95, 96, 97, 112, 191, 192, 193, 200, 255, 256, 257, 300)
 
 
 @dataclass(frozen=True)

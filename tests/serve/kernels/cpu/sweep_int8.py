@@ -86,7 +86,7 @@ def extremes(format, dtype) -> None:
         byte = integer if format.num_bits == 8 else (integer + 8) * 17
         weight.parts["compressed"].fill_(byte)
         layer = packed(weight)
-        for tokens in (1, 5, 40):
+        for tokens in (1, 5, 50):
             x = torch.full((tokens, columns), 3.0).to(dtype)
             x[::3] *= -1
             x[1::4, ::2] *= -1
