@@ -130,6 +130,12 @@ class Recipe:
         """Whether each expert is trained. With few tokens in a step, that takes too long for a short training."""
         return self.reconstruct == "block"
 
+    def training_chunks(self, total: int) -> list[int]:
+        """Which of `total` chunks training reads: all; or of many, for a short training, half as many as it has steps,
+        evenly spread."""
+        count = min(total, RECONSTRUCTIONS["short"] // 2) if self.reconstruct == "short" else total
+        return [i * total // count for i in range(count)]
+
     def training_passes(self, chunks: int) -> int:
         """How many passes of training there are over so many chunks, with a step for each: about as many steps as
         RECONSTRUCTIONS says, in 2 to 8 passes."""

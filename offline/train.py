@@ -1,7 +1,8 @@
 """Block reconstruction of one sublayer: train the weights that its masks keep, on the chunks of all ranks."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from ria_vllm.formats import IntFormat
 from ria_vllm.offline.calibration.activations import AllChunks
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.pruned import Pruned, stored_weight
-from ria_vllm.offline.pruning.block import Grid, train_block
+from ria_vllm.offline.pruning.block import Diverged, Grid, train_block
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import blocks_kept, trim
 
@@ -27,7 +28,7 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
         The same linears, see `after_training`; their weights are also in the layer.
 
     Raises:
-        RiaError: training diverges.
+        Diverged: of a recipe that asks for `block`. A short training that diverges leaves the linears as they were.
     """
     runner, streams = sublayer_pass.runner, sublayer_pass.streams
     # Linears are multiplied in the dtype that they are trained in; everything else computes in float32.
@@ -35,20 +36,26 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
     for parameter in (p for module in others for p in module.parameters(recurse=False)):
         parameter.data = parameter.data.float()
     targets = AllChunks(streams.dense, streams.total, sublayer_pass.ranks, runner.device)
+    chunks = recipe.training_chunks(streams.total)
     trim()
     with sublayer_pass.monitor.phase("block training"), blocks_kept(), torch.enable_grad():
-        losses = train_block(
-            runner.run,
-            {name: runner.linear(name).weight for name in pruned},
-            _Masks(pruned, runner.device),
-            sublayer_pass.inputs_and_calls(),
-            targets,
-            passes=recipe.training_passes(streams.total),
-            seed=recipe.seed,
-            dtype=recipe.matmul_dtype,
-            place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",
-            grids=grids_of(pruned, recipe, runner.device),
-        )
+        try:
+            losses = train_block(
+                runner.run,
+                {name: runner.linear(name).weight for name in pruned},
+                _Masks(pruned, runner.device),
+                _Some(sublayer_pass.inputs_and_calls(), chunks),
+                _Some(targets, chunks),
+                passes=recipe.training_passes(len(chunks)),
+                seed=recipe.seed,
+                dtype=recipe.matmul_dtype,
+                place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",
+                grids=grids_of(pruned, recipe, runner.device),
+            )
+        except Diverged:
+            if recipe.reconstruct == "block":
+                raise
+            losses = []
     trained = {}
     for name, linear in pruned.items():
         module = runner.linear(name)
@@ -63,9 +70,13 @@ def after_training(linear: Pruned, weight: torch.Tensor, losses: Sequence[float]
     """The linear with its trained weight [out, in], or as it was if the loss did not fall.
 
     Steps can be too long for a model. Those of integers can also be too short to reach the next one.
+
+    Args:
+        losses: the mean loss of each pass; empty if training diverged.
     """
-    record = linear.record | {"block_loss": [losses[0], losses[-1]]}
-    if losses[-1] >= losses[0]:
+    better = len(losses) > 0 and losses[-1] < losses[0]
+    record = linear.record | {"block_loss": [losses[0], losses[-1]] if losses else None, "trained": better}
+    if not better:
         return replace(linear, record=record)
     weight, scale = stored_weight(weight, linear.p, linear.weight.dtype, recipe, linear.scale)
     return replace(linear, weight=weight, scale=scale, record=record)
@@ -83,6 +94,23 @@ def grids_of(pruned: Mapping[str, Pruned], recipe: Recipe, device: torch.device)
             low, high = weight_format.smallest, weight_format.largest
             grids[name] = Grid(linear.scale.to(device), groups.to(device), low, high)
     return grids
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Some(Sequence[T]):
+    """Some items of a sequence, each loaded only when it is asked for."""
+
+    items: Sequence[T]
+    chosen: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> T:  # type: ignore[override]
+        return self.items[self.chosen[index]]
 
 
 class _Masks(Mapping[str, torch.Tensor]):

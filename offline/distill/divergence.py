@@ -64,9 +64,10 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factors: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        gradient = ctx.gradient
+        gradient, ctx.gradient = ctx.gradient, None  # not to be alive longer than this
         if not bool((factors == 1).all()):
-            gradient = gradient * factors[:, None].to(gradient.dtype)
+            for rows in _blocks(gradient):
+                gradient[rows] = gradient[rows].to(factors.dtype).mul_(factors[rows, None])
         return gradient, None, None
 
 

@@ -14,7 +14,6 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.hf import explained
 from ria_vllm.offline.model.layer_call import LayerCall, Slot, tensors_mapped
 from ria_vllm.offline.model.streaming import StreamedModel
-from ria_vllm.offline.model.topology import kinds_of
 
 # How far apart two outputs of one layer may be that are equal but for the order of sums, relative to the largest value.
 TOLERANCE = 1e-5
@@ -174,16 +173,22 @@ class Embedder:
 
         passed = self._disturbed(others, disturb)
         self._check_unread(passed, expected)
-        self.varying = frozenset(varying)
+        self.varying, self.beside = frozenset(varying), ()
 
     def _disturbed(self, tokens: torch.Tensor, disturb: Callable[[torch.Tensor], torch.Tensor]) -> _Forward:
         """A pass in which layers change the stream, and return something besides it, too."""
+
+        def other(value: torch.Tensor) -> torch.Tensor:
+            if value.is_floating_point():
+                return disturb(value)
+            # Integers may be the numbers of tokens, of which 0 is one, and all zeros another choice than any layer's.
+            return value if value.dtype == torch.bool else torch.zeros_like(value)
 
         def form(stream: torch.Tensor) -> Any:
             if not self.tupled:
                 return stream
             beside = tuple(stream if value is None else value for value in self.beside)
-            return (stream, *tensors_mapped(beside, lambda one: disturb(one) if one.is_floating_point() else one))
+            return (stream, *tensors_mapped(beside, other))
 
         try:
             return self._run(self.base, self.model.layers, tokens.to(self.model.device), _Forward(form, disturb))
@@ -195,14 +200,10 @@ class Embedder:
 
     def _check_unread(self, passed: _Forward, expected: Sequence[LayerCall]) -> None:
         """Refuse a layer that computes something else with what the model has made from earlier layers' results."""
-        kinds = kinds_of(self.model.layers)
-        tried: set[tuple[int, tuple[Slot, ...]]] = set()
         for index, (call, other) in enumerate(zip(passed.calls, expected, strict=True)):
             slots = tuple(call.differences(other))
-            if not slots or (kinds[index], slots) in tried:
-                continue
-            tried.add((kinds[index], slots))
-            if self._depends(index, passed.streams[index], call, other):
+            # Layers that are alike may still differ in what they read: some go by their own number.
+            if slots and self._depends(index, passed.streams[index], call, other):
                 raise RiaError(
                     f"{self._place(index)}: {type(self.model.model).__name__} makes {_argument(slots[0])} of this "
                     "layer from what earlier layers compute, so its layers cannot be pruned one by one. Such a model "

@@ -19,6 +19,10 @@ PIECE = 1 << 20
 LR = 0.015
 
 
+class Diverged(RiaError):
+    """A loss is not finite."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """The values that a weight [out, in] may have: integers times scales.
@@ -80,7 +84,8 @@ def train_block(
         The mean loss of each pass.
 
     Raises:
-        RiaError: micro-batches that do not pair up, or a loss that is not finite.
+        RiaError: micro-batches that do not pair up.
+        Diverged: a loss that is not finite. The parameters are no longer of use.
     """
     if len(inputs) != len(targets) or not len(inputs):
         found = f"{len(inputs)} inputs and {len(targets)} targets"
@@ -102,7 +107,7 @@ def train_block(
             losses.append(total / len(inputs))
             if not math.isfinite(losses[-1]):
                 found = f"loss {losses[-1]} in pass {len(losses)}"
-                raise RiaError(f"{place}block training diverged ({found}). Give --reconstruct admm.")
+                raise Diverged(f"{place}block training diverged ({found}). Give --reconstruct admm.")
     finally:
         while trained:
             trained.pop().finish()

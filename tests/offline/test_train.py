@@ -52,9 +52,10 @@ def test_grids_have_the_scales_of_the_stored_columns(group_size, permuted):
     assert on_grid[:, p].ne(other[:, p]).any()
 
 
-@pytest.mark.parametrize(("losses", "is_trained"), [([2.0, 3.0, 1.0], True), ([2.0, 1.0, 2.0], False)])
+@pytest.mark.parametrize(("losses", "is_trained"), [([2.0, 3.0, 1.0], True), ([2.0, 1.0, 2.0], False), ([], False)])
 def test_a_weight_whose_loss_did_not_fall_stays_as_it_was(losses, is_trained):
     start = Pruned(torch.zeros(2, 4, dtype=torch.bfloat16), packed(torch.ones(2, 4, dtype=torch.bool)), None, {"a": 1})
     found = after_training(start, torch.ones(2, 4), losses, Recipe())
     assert torch.equal(found.weight, torch.full((2, 4), float(is_trained), dtype=torch.bfloat16))
-    assert found.record == {"a": 1, "block_loss": [losses[0], losses[-1]]} and start.record == {"a": 1}
+    loss = [losses[0], losses[-1]] if losses else None
+    assert found.record == {"a": 1, "block_loss": loss, "trained": is_trained} and start.record == {"a": 1}

@@ -171,6 +171,49 @@ def test_what_layers_return_besides_the_stream_must_change_no_other_layer(value)
     assert not unread.varying and [call["beside"] for call in unread(TOKENS)[1]] == [None] * 3
 
 
+class AddingSometimes(Adding):
+    """As the layers before and after it, but for its number: whether it reads what it gets besides the stream."""
+
+    def __init__(self, layer_idx, reads):
+        super().__init__(times=0.0, returned=lambda stream: 2 * stream)
+        self.layer_idx, self.reads = layer_idx, reads
+
+    def forward(self, stream, beside):
+        out, *others = super().forward(stream, beside)
+        return (out + beside if beside is not None and self.layer_idx in self.reads else out), *others
+
+
+@pytest.mark.parametrize("reads", [[], [1], [2]])
+def test_layers_that_are_alike_may_differ_in_what_they_read(reads):
+    calls = ChainCalls(lambda first, stream, beside: beside)
+    for index in range(3):
+        calls.model.layers[index] = AddingSometimes(index, reads)
+    if not reads:
+        return calls.learn()
+    with pytest.raises(RiaError, match=rf"toy: layers\.{reads[0]}: Chain makes its argument beside of this layer from"):
+        calls.learn()
+
+
+class Choosing(nn.Module):
+    """A layer that sums up tokens, by default all of them, and returns which."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, stream, beside):
+        chosen = torch.arange(stream.shape[1]) if beside is None else beside
+        return stream + self.linear(stream[:, chosen]).mean(1, keepdim=True), chosen
+
+
+def test_a_choice_of_all_tokens_is_still_a_choice():
+    calls = ChainCalls(lambda first, stream, beside: beside)
+    for index in range(3):
+        calls.model.layers[index] = Choosing()
+    with pytest.raises(RiaError, match=REFUSED):
+        calls.learn()
+
+
 def test_a_model_that_does_not_run_on_other_numbers_is_refused():
     def strict(first, stream, beside):
         assert beside is None or bool((beside == 1).all()), "only ones"
