@@ -258,8 +258,8 @@ class _Run:
         left = sum(record.get("trained") is False for record in linears.values())
         if left:
             self.monitor.warn(
-                f"{left} of {len(linears)} linears keep the weights that ADMM gave them, because training did not lower "
-                "the error of their part of a layer. ria_report.json names them."
+                f"{left} of {len(linears)} linears keep the weights that ADMM gave them, because training did not "
+                "lower the error of their part of a layer. ria_report.json names them."
             )
         copied = self.model.copied()
         return found | {"copied": copied} if copied else found

@@ -20,7 +20,7 @@ from ria_vllm.weight_format import WeightFormat
 METHODS = (*scores.METHODS, "sparsegpt")
 SCOPES = ("shared", "linear")
 # How kept weights are updated -> the steps of training that each sublayer then takes, see `train.train_sublayer`.
-RECONSTRUCTIONS = {"none": 0, "admm": 0, "short": 32, "block": 128}
+RECONSTRUCTIONS = {"none": 0, "admm": 0, "short": 48, "block": 128}
 WEIGHTS = ("float", "int8", "int4")
 ROW = "row"
 ACTIVATIONS = ("none", "int8")

@@ -93,6 +93,7 @@ class Embedder:
     """
 
     varying: frozenset[Slot] = frozenset()  # the arguments of layers that depend on the text
+    beside: tuple[Any, ...] = ()  # what layer 0 returns besides the stream, until `learn_varying` has read it
 
     def __init__(self, model: StreamedModel):
         self.model = model
@@ -100,7 +101,6 @@ class Embedder:
         kind = type(model.model).__name__
         self.unusable = f"{model.folder}: transformers cannot run {kind} as config.json describes it"
         self.tupled: int | None = None  # length of the tuple that a layer returns; 0: it returns a bare tensor
-        self.beside: tuple[Any, ...] = ()  # what else is in it, from layer 0
 
     def __call__(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
         """Embed token ids [samples, tokens].
@@ -171,18 +171,25 @@ class Embedder:
             noise = torch.rand(before.shape, generator=draw).to(before.device, before.dtype)
             return before * (1 + noise)
 
-        passed = self._disturbed(others, disturb)
-        self._check_unread(passed, expected)
+        found: list[torch.Tensor] = []
+        tensors_mapped(self.beside, lambda one: found.append(one) or one)
+        # Integers are tried as they are, and as zeros: a layer may add them, or they are the numbers of tokens, of
+        # which 0 is one.
+        integers = any(not one.is_floating_point() and one.dtype != torch.bool for one in found)
+        for zeros in (False, True)[: 1 + integers]:
+            self._check_unread(self._disturbed(others, disturb, zeros), expected)
         self.varying, self.beside = frozenset(varying), ()
 
-    def _disturbed(self, tokens: torch.Tensor, disturb: Callable[[torch.Tensor], torch.Tensor]) -> _Forward:
-        """A pass in which layers change the stream, and return something besides it, too."""
+    def _disturbed(
+        self, tokens: torch.Tensor, disturb: Callable[[torch.Tensor], torch.Tensor], zeros: bool
+    ) -> _Forward:
+        """A pass in which layers change the stream, and return something besides it, too: its numbers disturbed, its
+        integers as they are or all zeros."""
 
         def other(value: torch.Tensor) -> torch.Tensor:
             if value.is_floating_point():
                 return disturb(value)
-            # Integers may be the numbers of tokens, of which 0 is one, and all zeros another choice than any layer's.
-            return value if value.dtype == torch.bool else torch.zeros_like(value)
+            return torch.zeros_like(value) if zeros and value.dtype != torch.bool else value
 
         def form(stream: torch.Tensor) -> Any:
             if not self.tupled:

@@ -167,7 +167,7 @@ def test_what_layers_return_besides_the_stream_must_change_no_other_layer(value)
         read.learn()
     unread = ChainCalls(lambda first, stream, beside: beside, returned=value)
     unread.learn()
-    assert unread.loaded == [1]  # one layer of a kind
+    assert set(unread.loaded) == {1, 2}
     assert not unread.varying and [call["beside"] for call in unread(TOKENS)[1]] == [None] * 3
 
 

@@ -105,10 +105,10 @@ def large(small, tmp_path_factory) -> Callable[[Shape], Path]:
     [
         (LLAMA, "admm", "1|20", "bfloat16"),
         (LLAMA, "block", "1", "bfloat16"),
-        (QWEN, "admm", "1", "bfloat16"),
+        (QWEN, "short", "1", "bfloat16"),
         (LLAMA, "admm", "1", "float32"),
         (LLAMA, "block", "1", "float32"),
-        (QWEN, "admm", "1", "float32"),
+        (QWEN, "short", "1", "float32"),
     ],
     ids=["admm", "block", "wide MLP", "admm, float32", "block, float32", "wide MLP, float32"],
 )
