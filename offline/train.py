@@ -1,6 +1,7 @@
 """Block reconstruction of one sublayer: train the weights that its masks keep, on the chunks of all ranks."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.pruned import Pruned, stored_weight
 from ria_vllm.offline.pruning.block import Diverged, Grid, train_block
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.runtime.memory import blocks_kept, trim
+from ria_vllm.offline.runtime.memory import MAPPED_BLOCK, blocks_kept, trim
 
 
 def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, Pruned]:
@@ -38,11 +39,15 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
     targets = AllChunks(streams.dense, streams.total, sublayer_pass.ranks, runner.device)
     chunks = recipe.training_chunks(streams.total)
     trim()
-    with sublayer_pass.monitor.phase("block training"), blocks_kept(), torch.enable_grad():
+    weights = {name: runner.linear(name).weight for name in pruned}
+    # Kept blocks lie apart, which takes memory. Only a small layer's, whose steps are short, are worth it.
+    small = max(weight.nbytes for weight in weights.values()) < MAPPED_BLOCK
+    kept = blocks_kept() if small else nullcontext()
+    with sublayer_pass.monitor.phase("block training"), kept, torch.enable_grad():
         try:
             losses = train_block(
                 runner.run,
-                {name: runner.linear(name).weight for name in pruned},
+                weights,
                 _Masks(pruned, runner.device),
                 _Some(sublayer_pass.inputs_and_calls(), chunks),
                 _Some(targets, chunks),
