@@ -138,7 +138,7 @@ class _Trained:
         self.kept = [torch.nn.Parameter(flat.index_select(0, part).float()) for part in self.index]
         self.grid = grid
         self.scales = [] if grid is None else [grid.scales_at(part) for part in self.index]
-        squares = sum(float(part.detach().square().sum(dtype=torch.float64)) for part in self.kept)
+        squares = sum(float(torch.linalg.vector_norm(part.detach())) ** 2 for part in self.kept)
         self.unit = math.sqrt(squares / max(1, sum(map(len, self.kept))))
         self.optimizer = torch.optim.Adam(self.kept, lr=lr * self.unit, betas=betas, foreach=False)
         # Who trains integers may want to go back; a copy of the others would raise the peak.

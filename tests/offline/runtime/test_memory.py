@@ -46,7 +46,7 @@ class Shape:
 
 
 # The limit for everything but the embedding and the activations, in layers of a bf16 model.
-LAYERS_IN_MEMORY = {"bfloat16": 6, "float32": 8.5}
+LAYERS_IN_MEMORY = {"bfloat16": 6.5, "float32": 8.5}
 # In the proportions of Llama-2-7B, except for its vocabulary, and of Qwen2.5-7B.
 LLAMA, QWEN = Shape(1536, 4096, 16, 16, 258), Shape(1344, 7168, 12, 2, 57024)
 
