@@ -171,12 +171,17 @@ class Embedder:
             noise = torch.rand(before.shape, generator=draw).to(before.device, before.dtype)
             return before * (1 + noise)
 
-        found: list[torch.Tensor] = []
-        tensors_mapped(self.beside, lambda one: found.append(one) or one)
+        integers: list[torch.Tensor] = []
+
+        def noted(value: torch.Tensor) -> torch.Tensor:
+            if _has_integers(value):
+                integers.append(value)
+            return value
+
+        tensors_mapped(self.beside, noted)
         # Integers are tried as they are, and as zeros: a layer may add them, or they are the numbers of tokens, of
         # which 0 is one.
-        integers = any(not one.is_floating_point() and one.dtype != torch.bool for one in found)
-        for zeros in (False, True)[: 1 + integers]:
+        for zeros in (False, True) if integers else (False,):
             self._check_unread(self._disturbed(others, disturb, zeros), expected)
         self.varying, self.beside = frozenset(varying), ()
 
@@ -189,7 +194,7 @@ class Embedder:
         def other(value: torch.Tensor) -> torch.Tensor:
             if value.is_floating_point():
                 return disturb(value)
-            return torch.zeros_like(value) if zeros and value.dtype != torch.bool else value
+            return torch.zeros_like(value) if zeros and _has_integers(value) else value
 
         def form(stream: torch.Tensor) -> Any:
             if not self.tupled:
@@ -275,6 +280,10 @@ class Embedder:
     def close(self) -> None:
         """Free the weights outside the layers."""
         self.model.free_base()
+
+
+def _has_integers(value: torch.Tensor) -> bool:
+    return not value.is_floating_point() and value.dtype != torch.bool
 
 
 def _argument(slot: Slot) -> str:

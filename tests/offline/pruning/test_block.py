@@ -63,7 +63,7 @@ def test_lowers_the_loss_and_keeps_the_zeros(problem):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_is_adam_on_what_the_masks_keep(problem, dtype):
-    """What torch's Adam does on dense float32 weights with masked gradients, in units of each weight's size."""
+    """Bit by bit what torch's Adam does on dense float32 weights with masked gradients, in units of a weight's size."""
     model, params, masks, inputs, targets = problem
     start = {name: p.clone() for name, p in params.items()}
     train_block(model, params, masks, inputs, targets, passes=3, lr=0.01, seed=5, dtype=dtype)
@@ -72,13 +72,16 @@ def test_is_adam_on_what_the_masks_keep(problem, dtype):
     for name, p in params.items():
         p.data = start[name]
         p.requires_grad_(True)
-    rates = [1e-2 * math.sqrt(float(p.detach()[masks[name]].double().square().mean())) for name, p in params.items()]
-    adam = torch.optim.Adam([{"params": [p], "lr": lr} for p, lr in zip(params.values(), rates, strict=True)])
+    kept = [p.detach()[masks[name]] for name, p in params.items()]
+    units = [math.sqrt(float(torch.linalg.vector_norm(weights)) ** 2 / len(weights)) for weights in kept]
+    for weights, unit in zip(kept, units, strict=True):
+        assert unit == pytest.approx(float(weights.double().square().mean().sqrt()), rel=1e-6)
+    adam = torch.optim.Adam([{"params": [p]} for p in params.values()])
     order, step = torch.Generator().manual_seed(5), 0
     for _ in range(3):
         for i in torch.randperm(len(inputs), generator=order).tolist():
-            for group, lr in zip(adam.param_groups, rates, strict=True):
-                group["lr"] = lr * (1 + math.cos(math.pi * step / 18)) / 2
+            for group, unit in zip(adam.param_groups, units, strict=True):
+                group["lr"] = 1e-2 * (1 + math.cos(math.pi * step / 18)) / 2 * unit
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 missing = model(inputs[i]).float() - targets[i]
             adam.zero_grad()
@@ -88,7 +91,7 @@ def test_is_adam_on_what_the_masks_keep(problem, dtype):
             adam.step()
             step += 1
     for name, p in params.items():
-        torch.testing.assert_close(trained[name], p, rtol=1e-5, atol=1e-7, msg=name)
+        assert torch.equal(trained[name], p), name
 
 
 def test_steps_are_as_large_as_the_weights(problem):
