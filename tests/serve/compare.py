@@ -53,6 +53,18 @@ def differences(model, results, given: list[list[int]] | None = None) -> torch.T
     return torch.cat(found)
 
 
+def recomputed(model, results, given: list[list[int]]) -> list[dict]:
+    """The results with the logprobs that this model gives the same tokens, in its own dtype."""
+    found = []
+    for prompt, result in zip(given, results, strict=True):
+        sequence = torch.tensor([prompt + result["tokens"]])
+        with torch.no_grad():
+            logprobs = model(sequence).logits.float().log_softmax(-1)[0, :-1]
+        mine, first = logprobs.gather(-1, sequence[0, 1:, None])[:, 0].tolist(), len(prompt) - 1
+        found.append(result | {"prompt": mine[:first][-len(result["prompt"]) :], "logprobs": mine[first:]})
+    return found
+
+
 def check(model, results, half: bool = False, given: list[list[int]] | None = None) -> None:
     off = differences(model, results, given)
     if half:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from compare import check, differences, generate, prompts
+from compare import check, differences, generate, prompts, recomputed
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 pytestmark = pytest.mark.slow
@@ -65,8 +65,8 @@ class Made:
     said: str
     answers: dict[str, list]
 
-    def exported(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.dense, dtype=torch.float32)
+    def exported(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.dense, dtype=dtype)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +103,12 @@ def test_a_real_model(made):
     model = found.exported()
     # The same float32 sums in another order, through 30 layers; a wrong order of channels is off by whole units.
     assert differences(model, found.answers["float32"], found.given).max() < 1e-3
-    # Activations with 8 bits of mantissa, through 30 layers: on average a few hundredths of a logprob.
-    assert differences(model, found.answers["bfloat16"], found.given).mean() < 0.1
+    # Activations with 8 bits of mantissa, through 30 layers. What that costs depends on the weights: the first token,
+    # whose activations are huge, is off by 1.7 in transformers, too. So its own bfloat16 is the measure.
+    answers = found.answers["bfloat16"]
+    rounded = recomputed(found.exported(torch.bfloat16), answers, found.given)
+    off, usual = differences(model, answers, found.given), differences(model, rounded, found.given)
+    assert off.mean() < 2 * usual.mean() and off.median() < 2 * usual.median()
 
 
 def test_int8_weights(made):

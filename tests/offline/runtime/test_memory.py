@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ria_vllm.offline.runtime import memory
 
-LAYERS = 26
+LAYERS = 28
 # One chunk of 768 tokens is for these widths what one of 2048 tokens is for those of a 7B model.
 SAMPLES, SEQ_LEN = 6, 128
 
