@@ -40,6 +40,7 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
     chunks = recipe.training_chunks(streams.total)
     trim()
     weights = {name: runner.linear(name).weight for name in pruned}
+    before = {name: linear.weight[linear.mask] for name, linear in pruned.items()}  # half of a copy
     # Kept blocks lie apart, which takes memory. Only a small layer's, whose steps are short, are worth it.
     small = max(weight.nbytes for weight in weights.values()) < MAPPED_BLOCK
     kept = blocks_kept() if small else nullcontext()
@@ -65,6 +66,9 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
     for name, linear in pruned.items():
         module = runner.linear(name)
         trained[name] = after_training(linear, module.weight.data, losses, recipe)
+        if not trained[name].record["trained"]:
+            # The layer may have had the same tensor, which training then changed.
+            trained[name].weight[linear.mask] = before[name]
         module.weight.data = trained[name].weight.to(runner.device, runner.dtype)
     for parameter in runner.layer.parameters():
         parameter.data = parameter.data.to(runner.dtype)

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from ria_vllm.checkpoint import Reader
+from ria_vllm.offline import train, train_experts
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.pruned import Pruned, packed, stored_weight
+from ria_vllm.offline.pruning.block import train_block
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.train import after_training, grids_of
 from ria_vllm.progress import Monitor
@@ -59,3 +61,27 @@ def test_a_weight_whose_loss_did_not_fall_stays_as_it_was(losses, is_trained):
     assert torch.equal(found.weight, torch.full((2, 4), float(is_trained), dtype=torch.bfloat16))
     loss = [losses[0], losses[-1]] if losses else None
     assert found.record == {"a": 1, "block_loss": loss, "trained": is_trained} and start.record == {"a": 1}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "reconstruct"), [("llama", "short"), ("llama", "block"), ("qwen3-moe", "block")])
+def test_what_training_did_not_better_is_what_admm_wrote(
+    family, reconstruct, dtype, make_model, text, tmp_path, monkeypatch
+):
+    """In a checkpoint of the dtype that is computed in, whose weights need no copy to be trained."""
+
+    def worse(*arguments, **options):
+        train_block(*arguments, **options)
+        return [1.0, 2.0]
+
+    for module in (train, train_experts):
+        monkeypatch.setattr(module, "train_block", worse)
+    source = make_model(tmp_path / "dense", family, dtype=getattr(torch, dtype))
+    found = {}
+    for name in ("admm", reconstruct):
+        recipe = Recipe(calibration=str(text), samples=8, seq_len=32, reconstruct=name, compute_dtype=dtype)
+        compress(str(source), tmp_path / name, recipe, Settings(), Monitor(shown=False))
+        found[name] = Reader(tmp_path / name)
+    assert found["admm"].sparse_names == found[reconstruct].sparse_names
+    for name in found["admm"].sparse_names:
+        assert torch.equal(found["admm"].dense(name), found[reconstruct].dense(name)), name
