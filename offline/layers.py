@@ -60,7 +60,7 @@ class LayerPass:
         topologies: Topologies | None = None,
     ):
         self.store = store
-        self._reads: list[Reads] = []
+        self._stored: list[Reads | Activations] = []  # beside the streams, for the current layer
         self.model, self.recipe, self.ranks, self.monitor = model, recipe, ranks, monitor
         follow_dense = follow_dense and recipe.follows_dense
         self.embedded = embed(model, tokens, cache, follow_dense, ranks, monitor, topologies)
@@ -77,7 +77,7 @@ class LayerPass:
         sublayer_passes = self._load(index)
         strength, topology = self.recipe.migration_strength, self.topologies.of(index)
         smoother = Smoother(self.model, index, topology, strength, self.ranks) if strength else None
-        with self._reads_removed():
+        with self._stored_removed():
             for sublayer_pass in sublayer_passes:
                 pruned |= self._prune_sublayer(index, sublayer_pass, plan, smoother)
                 if not last or sublayer_pass is not sublayer_passes[-1]:
@@ -97,7 +97,7 @@ class LayerPass:
         """
         records: dict[str, dict[str, Any]] = {}
         sublayer_passes = self._load(index)
-        with self._reads_removed():
+        with self._stored_removed():
             for sublayer_pass in sublayer_passes:
                 for number, stage in enumerate(sublayer_pass.stages):
                     found, of_experts = self._solve_stage(
@@ -187,19 +187,19 @@ class LayerPass:
 
     def _read_by(self, index: int, sublayer_pass: SublayerPass, path: str, stream: Activations) -> Reads:
         experts, reads = sublayer_pass.runner.layer.get_submodule(path), Reads(stream, f"{index}-{path}")
-        self._reads.append(reads)
+        self._stored.append(reads)
         place = f"{self.model.folder}: {self.model.experts[index][path].module}"
         read_by(experts, sublayer_pass, stream, reads, place)
         return reads
 
     @contextmanager
-    def _reads_removed(self) -> Iterator[None]:
-        """What experts read is needed only until their layer is pruned, and takes as much space as a stream."""
+    def _stored_removed(self) -> Iterator[None]:
+        """What is kept for experts is needed only until their layer is pruned, and takes as much space as a stream."""
         try:
             yield
         finally:
-            while self._reads:
-                self._reads.pop().remove()
+            while self._stored:
+                self._stored.pop().remove()
 
     def _solve_stage(
         self,
@@ -290,17 +290,32 @@ class LayerPass:
         """Prune all experts that the store does not have; the records of all, by names relative to the layer."""
         records: dict[str, dict[str, Any]] = {}
         experts = range(pruner.layout.num_experts)
+        store = self.store
+        kept = self.ranks.broadcast([store is not None and store.has(index, path, expert) for expert in experts])
+        trainer = None
+        if store is not None and self.recipe.trains_experts and not all(kept):
+            trainer = pruner.trainer(self._lacking_folder(index, path), self.monitor)
         for expert in self.monitor.steps(experts, "experts", len(experts)):
-            if self.store is not None and self.ranks.broadcast(self.store.has(index, path, expert)):
-                continue
-            pruned = pruner.prune(expert, order, train=self.recipe.trains_experts and self.store is not None)
-            records |= {name: linear.record for name, linear in pruned.items()}
-            if self.store is not None:
-                self.store.write(index, path, expert, self._written(index, pruned))
-            del pruned
-            trim()
+            if not kept[expert]:
+                pruned = pruner.prune(expert, order, trainer)
+                records |= {name: linear.record for name, linear in pruned.items()}
+                if store is not None:
+                    store.write(index, path, expert, self._written(index, pruned))
+                del pruned
+                trim()
+            if trainer is not None and store is not None and not all(kept[expert + 1 :]):
+                trainer.account(expert, store.weights(index, path, expert))
         self.ranks.barrier()  # before the others read what the first one has written
         return records
+
+    def _lacking_folder(self, index: int, path: str) -> Path | None:
+        """Where the streams are in files: a folder of this rank for what the experts' output lacks."""
+        stream = self.streams.pruned
+        if stream.folder is None:
+            return None
+        lacking = Activations(stream.folder.with_name(f"{stream.folder.name}-{index}-{path}-lacking"))
+        self._stored.append(lacking)
+        return lacking.folder
 
     def _use_pruned(self, index: int, path: str) -> None:
         """Let the experts of a loaded layer be run with the weights in the store."""

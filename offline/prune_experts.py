@@ -1,26 +1,27 @@
 """Prune the routed experts of one layer, one by one: no more than one of them is in memory."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ria_vllm import permutation
-from ria_vllm.offline.calibration.routing import ExpertChunks, RoutedTokens
+from ria_vllm.offline.calibration.routing import RoutedTokens
 from ria_vllm.offline.calibration.statistics import Statistics, StatisticsSum
 from ria_vllm.offline.model.experts import DOWN, ExpertsLayout
-from ria_vllm.offline.model.run_experts import Weights, inner, output
+from ria_vllm.offline.model.run_experts import Weights, inner
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruned import Pruned
 from ria_vllm.offline.pruning import permute
-from ria_vllm.offline.pruning.block import train_block
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.solve import find_orders, score, solve
-from ria_vllm.offline.train import after_training, grids_of
+from ria_vllm.offline.train_experts import MixtureTrainer
+from ria_vllm.progress import Monitor
 
 # The rows of all experts together have more scores than the search of one order needs, or memory should hold. This many
 # are taken, evenly spread over the linears.
@@ -83,12 +84,24 @@ class ExpertsPruner:
             p = None if permutation.is_identity(p) else p.cpu()
         return self.ranks.broadcast(p)
 
-    def prune(self, expert: int, order: torch.Tensor | None, train: bool) -> dict[str, Pruned]:
+    def trainer(self, folder: Path | None, monitor: Monitor) -> MixtureTrainer:
+        """For `prune`, while all experts are dense.
+
+        Args:
+            folder: for files that it needs; None: it takes memory.
+        """
+        return MixtureTrainer(
+            self.experts, self.dense, self.tokens, self.recipe, self.ranks, self.device, self.place, folder, monitor
+        )
+
+    def prune(
+        self, expert: int, order: torch.Tensor | None, trainer: MixtureTrainer | None = None
+    ) -> dict[str, Pruned]:
         """Prune one expert: gate and up, then down, which sees what the pruned gate and up produce.
 
         Args:
             order: from `order`; ignored if each linear has an order of its own.
-            train: also train the kept weights of all three.
+            trainer: also trains the kept weights of all three.
 
         Returns:
             Name relative to the layer -> pruned linear.
@@ -112,8 +125,8 @@ class ExpertsPruner:
         found |= solve([down], weights, statistics, orders, self.dtype, recipe, self.ranks, self.place, self.passes)
         del statistics
         trim()
-        if train:
-            found = self._trained(expert, found, dense)
+        if trainer is not None:
+            found = trainer.train(expert, found, dense)
         counts = {"tokens": self.tokens.counts[expert]}
         if self.tokens.missing(expert):
             borrowed = torch.tensor(self.tokens.borrowed(expert))
@@ -162,51 +175,6 @@ class ExpertsPruner:
                 total.add_input_drift(nothing, nothing)
         place = self.place(self.layout.linear(expert, kind))
         return total.finish(self.ranks, place, self.compute_dtype)
-
-    def _trained(
-        self, expert: int, found: Mapping[str, Pruned], dense: Mapping[str, torch.Tensor]
-    ) -> dict[str, Pruned]:
-        """Train the kept weights of one expert towards its own output in the dense model."""
-        layout, recipe = self.layout, self.recipe
-        names = {kind: layout.linear(expert, kind) for kind in layout.kinds}
-        params = {kind: nn.Parameter(found[name].weight.to(self.device, torch.float32)) for kind, name in names.items()}
-        chunks = ExpertChunks(self.tokens, expert, self.ranks, self.device)
-
-        def target(_: torch.Tensor, in_dense: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():
-                return output(self.experts, expert, inner(self.experts, expert, in_dense, dense), dense)
-
-        def forward(X: torch.Tensor) -> torch.Tensor:
-            return output(self.experts, expert, inner(self.experts, expert, X, params), params)
-
-        with torch.enable_grad():
-            losses = train_block(
-                forward,
-                params,
-                {kind: found[name].mask.to(self.device) for kind, name in names.items()},
-                _Made(chunks, lambda X, _: X),
-                _Made(chunks, target),
-                passes=recipe.training_passes(len(chunks)),
-                seed=recipe.seed,
-                dtype=recipe.matmul_dtype,
-                place=f"{self.place(names[DOWN])} and what is trained with it: ",
-                grids=grids_of({kind: found[name] for kind, name in names.items()}, recipe, self.device),
-            )
-        return {name: after_training(found[name], params[kind].data, losses, recipe) for kind, name in names.items()}
-
-
-@dataclass(frozen=True)
-class _Made(Sequence[torch.Tensor]):
-    """What `make` makes of each chunk, when it is asked for: no more than one is in memory."""
-
-    chunks: ExpertChunks
-    make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.make(*self.chunks[index])
 
 
 def counts_of(records: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:

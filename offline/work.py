@@ -25,7 +25,9 @@ def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
     names = {"source": source.name, "calibration": recipe.calibration}  # full paths: this stays in the work folder
     # Earlier versions rounded to the nearest integers, and did not write this.
     rounding = {} if recipe.weights == "float" else {"rounding": "descent"}
-    return json.loads(json.dumps(recipe.dump(source.name) | names | stamps | rounding))
+    # And they trained each expert by itself.
+    training = {"experts": "together"} if recipe.trains_experts else {}
+    return json.loads(json.dumps(recipe.dump(source.name) | names | stamps | rounding | training))
 
 
 def begun_run(out: Path) -> dict[str, Any]:

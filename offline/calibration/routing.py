@@ -1,6 +1,6 @@
-"""What the experts of a layer read, and which tokens the layer's own router sends to each of them."""
+"""What the experts of a layer read, which tokens its router sends to each of them, and with which weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -10,7 +10,6 @@ from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.embedding import Reached
 from ria_vllm.offline.model.run_experts import set_watcher
-from ria_vllm.offline.runtime.ranks import Ranks
 
 
 class Reads:
@@ -18,12 +17,13 @@ class Reads:
 
     inputs: [tokens, width] each.
     choices: int16 [tokens, top_k] each: the experts that a token goes to.
+    shares: float32 [tokens, top_k] each: the router's weights of these choices.
     """
 
     def __init__(self, like: Activations, name: str):
         folder = None if like.folder is None else like.folder.with_name(f"{like.folder.name}-{name}")
         self.inputs = Activations(folder, None, like.stored_dtype)
-        self.choices = Activations(None)
+        self.choices, self.shares = Activations(None), Activations(None)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -32,6 +32,7 @@ class Reads:
         """Free the memory or the files that they take."""
         self.inputs.remove()
         self.choices.remove()
+        self.shares.remove()
 
 
 def read_by(experts: nn.Module, sublayer_pass: SublayerPass, stream: Activations, reads: Reads, place: str) -> None:
@@ -47,9 +48,10 @@ def read_by(experts: nn.Module, sublayer_pass: SublayerPass, stream: Activations
         RiaError: the sublayer does not reach them.
     """
 
-    def watch(X: torch.Tensor, choices: torch.Tensor) -> None:
+    def watch(X: torch.Tensor, choices: torch.Tensor, shares: torch.Tensor) -> None:
         reads.inputs.append(X.reshape(-1, X.shape[-1]))
         reads.choices.append(choices.reshape(-1, choices.shape[-1]).to(torch.int16))
+        reads.shares.append(shares.reshape(-1, choices.shape[-1]).float())
         raise Reached
 
     set_watcher(experts, watch)
@@ -107,15 +109,16 @@ class RoutedTokens:
 
     def chunks(self, expert: int) -> list[int]:
         """The numbers of this rank's chunks in which the expert reads something."""
-        return [index for index in range(len(self.pruned)) if bool(self._chosen(index, expert).any())]
+        return [index for index in range(len(self.pruned)) if bool(self.chosen(index, expert).any())]
 
     def chunk(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One of the chunks that `of` gives."""
-        chosen = self._chosen(index, expert)
+        chosen = self.chosen(index, expert)
         dense = None if self.dense is None else self.dense.inputs[index][chosen].float()
         return self.pruned.inputs[index][chosen].float(), dense
 
-    def _chosen(self, index: int, expert: int) -> torch.Tensor:
+    def chosen(self, index: int, expert: int) -> torch.Tensor:
+        """bool [tokens]: which tokens of a chunk the expert reads, those of others that it takes included."""
         choices = self.pruned.choices[index]
         chosen = (choices == expert).any(1)
         chosen[self._borrowed(choices, expert)] = True
@@ -127,25 +130,3 @@ class RoutedTokens:
         share = -(-self.missing(expert) * len(choices) // self.tokens)  # rounded up
         count = min(share, len(others))
         return others[torch.arange(count) * len(others) // max(count, 1)]
-
-
-class ExpertChunks(Sequence[tuple[torch.Tensor, torch.Tensor]]):
-    """What one expert reads in the pruned and in the dense model, in chunks: those of all ranks, on the device.
-
-    Where the dense model is not followed, both are the same. All ranks have to ask for the same chunk at the same time:
-    the one that holds it broadcasts it.
-    """
-
-    def __init__(self, tokens: RoutedTokens, expert: int, ranks: Ranks, device: torch.device):
-        self.tokens, self.expert, self.ranks, self.device = tokens, expert, ranks, device
-        own = tokens.chunks(expert)
-        self.places = [(rank, index) for rank in range(ranks.size) for index in ranks.broadcast(own, rank)]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        owner, index = self.places[number]
-        own = self.tokens.chunk(index, self.expert) if owner == self.ranks.rank else None
-        X, dense = self.ranks.broadcast(own, owner)
-        return X.to(self.device), (X if dense is None else dense).to(self.device)

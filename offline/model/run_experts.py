@@ -23,8 +23,9 @@ TOKENS_MULTIPLE = 64
 # Expert's number -> linear ("gate", "up", "down") -> weight [out, in].
 Weights = Callable[[int], Mapping[str, torch.Tensor]]
 
-# Told what the experts read [tokens, width], and int [tokens, choices]: which of them each token goes to.
-Watcher = Callable[[torch.Tensor, torch.Tensor], None]
+# Told what the experts read [tokens, width]; int [tokens, choices], which of them each token goes to; and the router's
+# weight of each choice [tokens, choices].
+Watcher = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def run_one_by_one(layer: nn.Module) -> None:
@@ -81,23 +82,28 @@ def output(experts: nn.Module, expert: int, read: torch.Tensor, weights: Mapping
     return functional.linear(read, weights[DOWN].to(read.dtype), _like(biases(experts, expert).get(DOWN), read))
 
 
+def output_of(
+    experts: nn.Module, expert: int, X: torch.Tensor, rows: torch.Tensor, weights: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """The output of an expert [rows, width] for some rows of X [tokens, width]."""
+    padded = torch.cat([rows, rows.new_zeros(-len(rows) % TOKENS_MULTIPLE)])
+    return output(experts, expert, inner(experts, expert, X[padded], weights), weights)[: len(rows)]
+
+
 def experts_forward(
     experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """In the place of an experts module's own forward, with the same arguments and result."""
     watcher = experts.__dict__.get("watcher")
     if watcher is not None:
-        watcher(hidden_states, top_k_index)
+        watcher(hidden_states, top_k_index, top_k_weights)
     weights_of = experts.__dict__.get("weights") or own_weights(experts)
     out = torch.zeros_like(hidden_states)
     for expert in range(experts.layout.num_experts):
         token, choice = torch.where(top_k_index == expert)
         if len(token) == 0:
             continue
-        weights = weights_of(expert)
-        padded = torch.cat([token, token.new_zeros(-len(token) % TOKENS_MULTIPLE)])
-        computed = output(experts, expert, inner(experts, expert, hidden_states[padded], weights), weights)
-        computed = computed[: len(token)]
+        computed = output_of(experts, expert, hidden_states, token, weights_of(expert))
         # Some routers give weights in another dtype.
         weighted = computed * top_k_weights[token, choice, None]
         out.index_add_(0, token, weighted.to(out.dtype))

@@ -54,11 +54,12 @@ def train_block(
     dtype: torch.dtype = torch.bfloat16,
     place: str = "",
     grids: Mapping[str, Grid] | None = None,
+    relative: bool = True,
 ) -> list[float]:
     """Masked Adam with a cosine schedule, one step per micro-batch, under bf16 autocast or in float32.
 
-    The loss of a token is its squared error divided by its own squared norm. With a plain mean square, a few tokens
-    with a thousand times the norm of the others would dominate.
+    The loss of a token is its squared error divided by its own squared norm, unless `relative` is False. With a plain
+    mean square, a few tokens with a thousand times the norm of the others would dominate.
 
     With half of the weights masked, this takes 10 bytes per weight (12 in float32), plus the gradient of one linear.
 
@@ -79,6 +80,7 @@ def train_block(
         dtype: of the matrix products, bfloat16 or float32.
         place: what an error begins with.
         grids: of the parameters that are rounded.
+        relative: False: the caller has scaled outputs and targets instead.
 
     Returns:
         The mean loss of each pass.
@@ -100,7 +102,7 @@ def train_block(
             for i in torch.randperm(len(inputs), generator=order).tolist():
                 for weight in trained:
                     weight.set_lr(lr * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
-                loss = _relative_error(forward, inputs[i], targets[i], dtype)
+                loss = _error(forward, inputs[i], targets[i], dtype, relative)
                 loss.backward()
                 step += 1
                 total += loss.item()
@@ -182,11 +184,12 @@ class _Trained:
             flat.scatter_(0, part.long(), values.to(flat.dtype))
 
 
-def _relative_error(
-    forward: Callable, inputs: torch.Tensor | tuple, targets: torch.Tensor, dtype: torch.dtype
+def _error(
+    forward: Callable, inputs: torch.Tensor | tuple, targets: torch.Tensor, dtype: torch.dtype, relative: bool
 ) -> torch.Tensor:
     stream, *others = inputs if isinstance(inputs, tuple) else (inputs,)
     with torch.autocast(stream.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         outputs = forward(stream.float(), *others)
     targets = targets.float()
-    return ((outputs.float() - targets).square().sum(-1) / targets.square().sum(-1).clamp(min=1e-12)).mean()
+    errors = (outputs.float() - targets).square().sum(-1)
+    return (errors / targets.square().sum(-1).clamp(min=1e-12) if relative else errors).mean()

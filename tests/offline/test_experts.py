@@ -25,7 +25,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.folder_commands import inspect
 from ria_vllm.inventory import take_inventory
-from ria_vllm.offline import compress, prune_experts
+from ria_vllm.offline import compress, train_experts
 from ria_vllm.offline.compress import Settings
 from ria_vllm.offline.expert_store import ExpertStore
 from ria_vllm.offline.model.expert_files import ExpertFiles
@@ -166,7 +166,7 @@ def test_only_the_streams_stay_in_the_cache_of_activations(fails, moe, text, tmp
     monkeypatch.setattr(CheckpointWriter, "write", write)
     settings = Settings(activation_cache="disk")
     with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
-        run_small(moe("qwen3_moe"), tmp_path / "out", text, settings, reconstruct="admm")
+        run_small(moe("qwen3_moe"), tmp_path / "out", text, settings, reconstruct="block")
     if fails:
         left.append({path.name for path in (tmp_path / "out.partial" / "activations").iterdir()})
     assert left == [{"pruned-0", "dense-0"}] * 2
@@ -216,7 +216,7 @@ def test_killed_in_the_middle_of_the_experts_and_resumed(text, tmp_path):
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(moe, text, tmp_path):
     command = ["-m", "ria_vllm", "compress", str(moe("qwen2_moe")), "--calibration", str(text), "--samples", "48"]
-    command += ["--seq-len", "128", "-o"]
+    command += ["--seq-len", "128", "--reconstruct", "block", "-o"]
     subprocess.run([sys.executable, *command, str(tmp_path / "one")], check=True, capture_output=True)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([sys.executable, *torchrun, *command, str(tmp_path / "two")], check=True, capture_output=True)
@@ -289,8 +289,8 @@ def test_experts_are_ignored_by_their_modules_or_tensors_name(kind, ignored, moe
 
 
 def test_measuring_does_not_train(moe, text, tmp_path, monkeypatch):
-    trained, train = [], prune_experts.train_block
-    monkeypatch.setattr(prune_experts, "train_block", lambda *a, **k: trained.append(k["place"]) or train(*a, **k))
+    trained, train = [], train_experts.train_block
+    monkeypatch.setattr(train_experts, "train_block", lambda *a, **k: trained.append(k["place"]) or train(*a, **k))
     run_small(moe("qwen3_moe"), tmp_path / "out", text, reconstruct="block", skip_sensitive=0.01)
     assert len(trained) == 2 * 4
 
@@ -299,13 +299,13 @@ def test_training_holds_one_chunk_in_memory(moe, text, tmp_path, monkeypatch):
     seen = []
 
     def trained(forward, params, masks, inputs, targets, **_):
-        for chunks in (inputs, targets):
-            chunk = weakref.ref(chunks[0])
-            assert chunk() is None and chunks[0].dtype == torch.float32
+        for chunk in (lambda: inputs[0][0], lambda: targets[0]):
+            held = weakref.ref(chunk())
+            assert held() is None and chunk().dtype == torch.float32
         seen.append(len(inputs))
         return [1.0]
 
-    monkeypatch.setattr(prune_experts, "train_block", trained)
+    monkeypatch.setattr(train_experts, "train_block", trained)
     run_small(moe("qwen3_moe"), tmp_path / "out", text, reconstruct="block")
     assert len(seen) == 2 * 4 and min(seen) > 0
 

@@ -73,7 +73,7 @@ def test_a_pruned_experts_product_in_float64(kind, gated, tmp_path):
             down = weights[e]["down"] @ gated(gate, up) + bias["down"][e]
             expected[token] += shares[token, choice] * down
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    assert seen[0][0] is X and seen[0][1] is choices
+    assert seen[0][0] is X and seen[0][1] is choices and seen[0][2] is shares
 
 
 @pytest.mark.parametrize(("kind", "interleaved"), [("mixtral", False), ("gpt_oss", True)])
