@@ -63,7 +63,7 @@ class LayerPass:
         self._stored: list[Reads | Activations] = []  # beside the streams, for the current layer
         self.model, self.recipe, self.ranks, self.monitor = model, recipe, ranks, monitor
         follow_dense = follow_dense and recipe.follows_dense
-        self.embedded = embed(model, tokens, cache, follow_dense, ranks, monitor, topologies)
+        self.embedded = embed(model, tokens, recipe.chunk_tokens, cache, follow_dense, ranks, monitor, topologies)
         self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
 
     def prune(self, index: int, plan: Plan, last: bool) -> tuple[dict[str, Pruned], dict[str, torch.Tensor]]:

@@ -19,8 +19,8 @@ from ria_vllm.weight_format import WeightFormat
 
 METHODS = (*scores.METHODS, "sparsegpt")
 SCOPES = ("shared", "linear")
-# How kept weights are updated -> the steps of training that each sublayer then takes, see `train.train_sublayer`.
-RECONSTRUCTIONS = {"none": 0, "admm": 0, "short": 48, "block": 128}
+# How kept weights are updated -> the tokens on which each sublayer is then trained, see `train.train_sublayer`.
+RECONSTRUCTIONS = {"none": 0, "admm": 0, "short": 48 * 2048, "block": 128 * 2048}
 WEIGHTS = ("float", "int8", "int4")
 ROW = "row"
 ACTIVATIONS = ("none", "int8")
@@ -130,16 +130,27 @@ class Recipe:
         """Whether each expert is trained. With few tokens in a step, that takes too long for a short training."""
         return self.reconstruct == "block"
 
+    @property
+    def chunk_tokens(self) -> int:
+        """How many tokens are in one forward pass of a layer, and in one step of training, unless one sample has more.
+        On the same tokens, twice as many steps make `block` better, but not a short training: docs/quality.md."""
+        return 1024 if self.reconstruct == "block" else 2048
+
+    @property
+    def _training_steps(self) -> int:
+        """About how many steps of training there are, with a chunk for each."""
+        return RECONSTRUCTIONS[self.reconstruct] // max(self.chunk_tokens, self.seq_len)
+
     def training_chunks(self, total: int) -> list[int]:
         """Which of `total` chunks training reads: all; or of many, for a short training, half as many as it has steps,
         evenly spread."""
-        count = min(total, RECONSTRUCTIONS["short"] // 2) if self.reconstruct == "short" else total
+        count = min(total, max(1, self._training_steps // 2)) if self.reconstruct == "short" else total
         return [i * total // count for i in range(count)]
 
     def training_passes(self, chunks: int) -> int:
-        """How many passes of training there are over so many chunks, with a step for each: about as many steps as
-        RECONSTRUCTIONS says, in 2 to 8 passes."""
-        return min(8, max(2, RECONSTRUCTIONS[self.reconstruct] // chunks))
+        """How many passes of training there are over so many chunks, with a step for each: as many as the tokens of
+        RECONSTRUCTIONS allow, but 2 to 8."""
+        return min(8, max(2, self._training_steps // chunks))
 
     @property
     def matmul_dtype(self) -> torch.dtype:

@@ -22,9 +22,6 @@ from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
-# Tokens in one forward pass of a layer. Chunks do not depend on the number of ranks, so neither do results.
-CHUNK_TOKENS = 2048
-
 
 @dataclass(frozen=True)
 class Embedded:
@@ -41,6 +38,7 @@ class Embedded:
 def embed(
     model: StreamedModel,
     tokens: torch.Tensor,
+    chunk_tokens: int,
     cache: Path | None,
     follow_dense: bool,
     ranks: Ranks,
@@ -51,6 +49,8 @@ def embed(
 
     Args:
         tokens: int64 [samples, seq_len], the same on all ranks.
+        chunk_tokens: at most so many, but one sample at least, are in one forward pass of a layer. Chunks do not
+            depend on the number of ranks, so neither do results.
         cache: a folder for activations; None: they stay in memory.
         follow_dense: also keep a stream for the dense model on its own path.
         topologies: found in an earlier pass; None: they are found now.
@@ -58,7 +58,7 @@ def embed(
     Raises:
         RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
     """
-    chunks = tokens.split(max(1, CHUNK_TOKENS // tokens.shape[1]))
+    chunks = tokens.split(max(1, chunk_tokens // tokens.shape[1]))
     if len(chunks) < ranks.size:
         raise RiaError(
             f"{len(tokens)} samples of {tokens.shape[1]} tokens make only {len(chunks)} chunks, too few for "

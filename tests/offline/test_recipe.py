@@ -76,20 +76,25 @@ def test_scales_migrate_by_default_where_inputs_are_rounded():
 
 
 @pytest.mark.parametrize(
-    ("reconstruct", "chunks", "passes"),
-    [("short", 1, 8), ("short", 8, 6), ("short", 24, 2), ("block", 8, 8), ("block", 32, 4), ("block", 128, 2)],
-)
-def test_training_takes_as_many_steps_as_asked_for_in_two_to_eight_passes(reconstruct, chunks, passes):
-    assert Recipe(reconstruct=reconstruct).training_passes(chunks) == passes
+    ("reconstruct", "seq_len", "chunks", "passes"),
+    [
+        ("short", 2048, 1, 8), ("short", 2048, 8, 6), ("short", 2048, 24, 2), ("short", 512, 8, 6),
+        ("short", 4096, 8, 3),
+        ("block", 2048, 8, 8), ("block", 2048, 32, 4), ("block", 2048, 128, 2), ("block", 512, 64, 4),
+    ],
+)  # fmt: skip
+def test_training_reads_as_many_tokens_as_asked_for_in_two_to_eight_passes(reconstruct, seq_len, chunks, passes):
+    assert Recipe(reconstruct=reconstruct, seq_len=seq_len).training_passes(chunks) == passes
 
 
+@pytest.mark.parametrize("seq_len", [64, 1024, 2048, 8192])
 @pytest.mark.parametrize("chunks", [1, 8, 15, 16, 17, 100, 128, 4096])
-def test_a_short_training_stays_short(chunks):
-    recipe = Recipe(reconstruct="short")
+def test_a_short_training_stays_short(chunks, seq_len):
+    recipe, tokens = Recipe(reconstruct="short", seq_len=seq_len), max(2048, seq_len)
     read = recipe.training_chunks(chunks)
     assert read == sorted(set(read)) and 0 <= read[0] <= read[-1] < chunks
-    assert 8 <= len(read) * recipe.training_passes(len(read)) <= 48
-    assert max((b - a for a, b in itertools.pairwise(read)), default=0) <= -(-chunks // 24)
+    assert 8 * 2048 <= len(read) * recipe.training_passes(len(read)) * tokens <= 96 * 1024
+    assert max((b - a for a, b in itertools.pairwise(read)), default=0) <= -(-chunks // (48 * 1024 // tokens))
     assert Recipe(reconstruct="block").training_chunks(chunks) == list(range(chunks))
 
 

@@ -18,7 +18,7 @@ def test_training_moves_integers_and_leaves_their_scales_or_changes_nothing(fami
     found = {}
     for reconstruct in ("admm", "block"):
         recipe = Recipe(
-            calibration=str(text), samples=64, seq_len=32, weights="int8", reconstruct=reconstruct, ignore=("layers.1",)
+            calibration=str(text), samples=32, seq_len=32, weights="int8", reconstruct=reconstruct, ignore=("layers.1",)
         )
         report = compress(str(tiny(family)), tmp_path / reconstruct, recipe, Settings(), Monitor(shown=False))
         reader = found[reconstruct] = Reader(tmp_path / reconstruct)

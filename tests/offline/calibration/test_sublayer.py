@@ -20,7 +20,7 @@ def runners(request, tiny):
     folder = tiny(request.param)
     model = StreamedModel(folder, AutoConfig.from_pretrained(folder), torch.device("cpu"), torch.float32)
     with torch.no_grad():
-        embedded = embed(model, TOKENS, None, False, Ranks(), Monitor(shown=False))
+        embedded = embed(model, TOKENS, 2048, None, False, Ranks(), Monitor(shown=False))
         layer, stream = model.load_layer(0), embedded.streams.pruned[0]
         runners = [SublayerRunner(layer, one, torch.float32) for one in embedded.topologies.of(0).sublayers]
         yield runners, stream, embedded.arguments.of(0).call(stream)

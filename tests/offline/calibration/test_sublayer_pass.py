@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.calibration import embed
 from ria_vllm.offline.calibration.data import from_text
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.compress import Settings, compress
@@ -72,7 +71,7 @@ def statistics_of(source, text, out, monkeypatch):
     gather = SublayerPass.statistics
     monkeypatch.setattr(SublayerPass, "statistics", keeping)
     # 5 samples of 60 tokens make two chunks of unequal size.
-    monkeypatch.setattr(embed, "CHUNK_TOKENS", 180)
+    monkeypatch.setattr(Recipe, "chunk_tokens", 180)
     recipe = Recipe(calibration=str(text), samples=5, seq_len=60, reconstruct="admm")
     compress(str(source), out, recipe, Settings(), Monitor(shown=False))
     return found, from_text(str(text), AutoTokenizer.from_pretrained(source), 5, 60, 0)
