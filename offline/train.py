@@ -40,7 +40,7 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
     chunks = recipe.training_chunks(streams.total)
     trim()
     weights = {name: runner.linear(name).weight for name in pruned}
-    before = {name: linear.weight[linear.mask] for name, linear in pruned.items()}  # half of a copy
+    before = {name: linear.weight[linear.mask] for name, linear in pruned.items()}  # to go back: half of a copy
     # Kept blocks lie apart, which takes memory. Only a small layer's, whose steps are short, are worth it.
     small = max(weight.nbytes for weight in weights.values()) < MAPPED_BLOCK
     kept = blocks_kept() if small else nullcontext()

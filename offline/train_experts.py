@@ -98,7 +98,7 @@ class MixtureTrainer:
         """
         layout, recipe = self.experts.layout, self.recipe
         names = {kind: layout.linear(expert, kind) for kind in layout.kinds}
-        # Copies, because training changes them in place, and may have to give back what was there.
+        # Copies, to go back.
         params = {
             kind: nn.Parameter(found[name].weight.to(self.device, torch.float32, copy=True))
             for kind, name in names.items()
@@ -127,27 +127,25 @@ class MixtureTrainer:
 
     def _input(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the expert reads in a chunk [tokens, width], and the factor of its output for each token."""
-        X, _, scale = self._read(index, expert)
-        return X, scale
+        chosen, _, scale = self._read(index, expert)
+        return self.tokens.pruned.inputs[index][chosen].float(), scale
 
     def _target(self, index: int, expert: int, dense: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What the expert's output for these tokens should be, times the same factor."""
-        X, own, scale = self._read(index, expert)
-        if self.tokens.dense is not None and not bool(own.all()):
-            # Nothing says what is lacking for tokens that the expert only leans on.
-            _, in_dense = self.tokens.chunk(index, expert)
+        chosen, own, scale = self._read(index, expert)
+        X, in_dense = self.tokens.chunk(index, expert)
+        if in_dense is not None:  # nothing says what is lacking for tokens that the expert only leans on
             X = torch.where(own[:, None], X, in_dense)
-        chosen = self.tokens.chosen(index, expert)
         lacking = own[:, None] * self.lacking[index][chosen] / self.norms[index][chosen, None]
         with torch.no_grad():
             return self._output(expert, X.to(self.device), dense).cpu() * scale[:, None] + lacking
 
     def _read(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the tokens that the expert reads in a chunk: their inputs, which go to it, the factor of its output."""
+        """Which tokens of a chunk the expert reads; of those, which go to it, and the factor of its output."""
         chosen, (own, shares) = self.tokens.chosen(index, expert), _shares(self.tokens.pruned, index, expert)
         # A token that the expert takes though it went to others counts as if it had been sent here, too.
         shares = torch.where(own, shares, self.tokens.pruned.shares[index].mean(1)) / self.norms[index]
-        return self.tokens.pruned.inputs[index][chosen].float(), own[chosen], shares[chosen]
+        return chosen, own[chosen], shares[chosen]
 
     def _output(self, expert: int, X: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return output(self.experts, expert, inner(self.experts, expert, X, weights), weights)

@@ -70,7 +70,8 @@ def train_block(
     Args:
         forward: [..., hidden] -> [..., hidden], the residual stream after the sublayer; multiplies with `params`
             (under autocast, if `dtype` is bfloat16). Everything else in it is float32.
-        params: the linears' weights, of any floating dtype; float32 and zero outside their masks on return.
+        params: the linears' weights, of any floating dtype; float32 and zero outside their masks on return. The
+            tensors that they had are changed, too: who may want to go back has to keep a copy.
         masks: one bool mask per parameter, of its shape; True = may change.
         inputs, targets: micro-batches [..., hidden], the same number of each, on one device; the sequences may load an
             item only when it is asked for. An input may also be a tuple of a micro-batch and more arguments of
@@ -143,9 +144,7 @@ class _Trained:
         squares = sum(float(torch.linalg.vector_norm(part.detach())) ** 2 for part in self.kept)
         self.unit = math.sqrt(squares / max(1, sum(map(len, self.kept))))
         self.optimizer = torch.optim.Adam(self.kept, lr=lr * self.unit, betas=betas, foreach=False)
-        # Who trains integers may want to go back; a copy of the others would raise the peak.
-        start = parameter.data.mul_(mask) if grid is None else parameter.data * mask
-        parameter.data = start.to(dtype).contiguous()
+        parameter.data = parameter.data.mul_(mask).to(dtype).contiguous()  # in place: a copy would raise the peak
         parameter.requires_grad_(True)
         self.hook = parameter.register_post_accumulate_grad_hook(self._step)
 
