@@ -52,3 +52,9 @@ def save_moe(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **chan
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+def gpt_oss_gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """What the down projection of an expert of gpt-oss reads."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)

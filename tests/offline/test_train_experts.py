@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compressing import run_small
-from moe import save_moe
+from moe import gpt_oss_gated, save_moe
 from torch.nn.functional import silu
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -43,11 +43,6 @@ def draw_reads(width: int, seed: int) -> Reads:
         made.choices.append(choices.to(torch.int16))
         made.shares.append(torch.rand(size, 2, generator=draw) + 0.1)
     return made
-
-
-def gpt_oss(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ def mixture(request, tmp_path) -> SimpleNamespace:
         bias = {kind: torch.randn(4, layout.shape(kind)[0], generator=draw) for kind in layout.kinds}
         experts.gate_up_proj_bias = torch.nn.Parameter(torch.stack([bias["gate"], bias["up"]], 2).flatten(1))
         experts.down_proj_bias = torch.nn.Parameter(bias["down"])
-        formula = Formula(gpt_oss, bias)
+        formula = Formula(gpt_oss_gated, bias)
     return SimpleNamespace(
         experts=experts, layout=layout, formula=formula, dense=draw_weights(layout, 1), pruned=draw_weights(layout, 2),
         reads=draw_reads(layout.width, 3), in_dense=draw_reads(layout.width, 4),

@@ -37,18 +37,23 @@ def generate(folder: Path, jobs: list[dict], **environment: str) -> list:
     return json.loads((folder / "results.json").read_text())
 
 
+def predicted(model, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's logprobs [tokens - 1, vocabulary] after each token but the last, and those of the next tokens."""
+    sequence = torch.tensor([tokens])
+    with torch.no_grad():
+        logprobs = model(sequence).logits.float().log_softmax(-1)[0, :-1]
+    return logprobs, logprobs.gather(-1, sequence[0, 1:, None])[:, 0]
+
+
 def differences(model, results, given: list[list[int]] | None = None) -> torch.Tensor:
     """|logprob of vLLM - logprob of Hugging Face| of each token of all prompts and of vLLM's continuations."""
     assert "error" not in results, results
     found = []
     for prompt, result in zip(given or prompts(), results, strict=True):
-        sequence = torch.tensor([prompt + result["tokens"]])
-        with torch.no_grad():
-            logprobs = model(sequence).logits.log_softmax(-1)[0]
-        want = logprobs[:-1].gather(-1, sequence[0, 1:, None])[:, 0]
+        logprobs, want = predicted(model, prompt + result["tokens"])
         got = torch.tensor(result["prompt"] + result["logprobs"])
         found.append((want[-len(got) :] - got).abs())
-        greedy = logprobs[len(prompt) - 1 : -1].max(-1).values
+        greedy = logprobs[len(prompt) - 1 :].max(-1).values
         assert (greedy - want[len(prompt) - 1 :]).max() < 0.2  # greedy, except for ties that rounding decides
     return torch.cat(found)
 
@@ -57,11 +62,9 @@ def recomputed(model, results, given: list[list[int]]) -> list[dict]:
     """The results with the logprobs that this model gives the same tokens, in its own dtype."""
     found = []
     for prompt, result in zip(given, results, strict=True):
-        sequence = torch.tensor([prompt + result["tokens"]])
-        with torch.no_grad():
-            logprobs = model(sequence).logits.float().log_softmax(-1)[0, :-1]
-        mine, first = logprobs.gather(-1, sequence[0, 1:, None])[:, 0].tolist(), len(prompt) - 1
-        found.append(result | {"prompt": mine[:first][-len(result["prompt"]) :], "logprobs": mine[first:]})
+        _, mine = predicted(model, prompt + result["tokens"])
+        before, after = mine.split([len(prompt) - 1, len(result["tokens"])])
+        found.append(result | {"prompt": before[-len(result["prompt"]) :].tolist(), "logprobs": after.tolist()})
     return found
 
 

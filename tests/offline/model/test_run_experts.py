@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe import KINDS, save_moe
+from moe import KINDS, gpt_oss_gated, save_moe
 from torch.nn.functional import silu
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -35,12 +35,7 @@ def test_streamed_from_the_files_they_compute_what_transformers_does(kind, tmp_p
         streamed.free_layer(index)
 
 
-def gpt_oss(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
-
-
-@pytest.mark.parametrize(("kind", "gated"), [("mixtral", lambda g, u: silu(g) * u), ("gpt_oss", gpt_oss)])
+@pytest.mark.parametrize(("kind", "gated"), [("mixtral", lambda g, u: silu(g) * u), ("gpt_oss", gpt_oss_gated)])
 def test_a_pruned_experts_product_in_float64(kind, gated, tmp_path):
     """With the routing fixed, and other weights than the module's own."""
     config = AutoConfig.from_pretrained(save_moe(tmp_path / "dense", kind))
