@@ -33,6 +33,7 @@
 //   };
 #pragma once
 #include "kernels.h"
+#include "prefetch_output.h"
 #include "tile_configuration.h"
 
 namespace {
@@ -280,17 +281,6 @@ AccumulateBlock<Operands, S> accumulate_block_for(int64_t parts, int64_t part) {
   return part < parts ? table[parts - 1 + part] : accumulate_block<Operands, S, T, 0, 0>;
 }
 
-// Prefetches where a tile's rows of some tokens in y will be. Each token's are on another page, and storing them would
-// wait for memory every time.
-inline void prefetch_output(const GemmArgs& args, int64_t tile, int64_t begin, int64_t end) {
-  if (args.activation || args.combined) return;
-  const int64_t item = bits(args.act_dtype) / 8;
-  const uint8_t* y = static_cast<const uint8_t*>(args.y) + tile * kTileRows * item;
-  for (int64_t t = begin; t < end; ++t)
-    for (int64_t byte = 0; byte < kTileRows * item; byte += kCacheLine)
-      __builtin_prefetch(y + t * args.layout.rows * item + byte, 1, 2);
-}
-
 // Multiplies some tiles of S strips, chunk by chunk.
 template <class Operands, int S>
 void multiply_tiles_of(const GemmArgs& args, const AmxPanel& panel, int64_t begin, int64_t end) {
@@ -322,8 +312,7 @@ void multiply_tiles_of(const GemmArgs& args, const AmxPanel& panel, int64_t begi
       tile_barrier();
       for (int64_t b = 0; b < blocks.count; ++b) {
         const int64_t size = panel.block_size(b), tokens = blocks.size(b), first = blocks.first(b);
-        prefetch_output(args, tile, first + tokens * chunk / chunks_of_tile,
-                        first + tokens * (chunk + 1) / chunks_of_tile);
+        prefetch_output(args, tile, {first, tokens}, chunk, chunk + 1, chunks_of_tile);
         const BlockJob<S> job = {layout,          panel.block(b, chunk * kChunkSteps), size,
                                  chunks[turn],    source(tile, chunk).steps,           next,
                                  chunks[turn ^ 1]};

@@ -36,6 +36,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "prefetch_output.h"
 #include "quantize_tokens.h"
 
 namespace {
@@ -278,7 +279,8 @@ void multiply_stream(const GemmArgs& args, const uint8_t* stream, Sum<kSections>
 
 // A pass of many tokens: each chunk of the tile is prepared, then multiplies one block of tokens after another.
 template <class VecTraits, int kBits, int S, bool kSections>
-void multiply_chunks(const GemmArgs& args, const uint8_t* stream, int32_t* weight_sums, Sum<kSections>* sums) {
+void multiply_chunks(const GemmArgs& args, int64_t tile, const uint8_t* stream, int32_t* weight_sums,
+                     Sum<kSections>* sums) {
   const Layout& layout = args.layout;
   const TokenBlocks tokens(args.tokens, VecTraits::kBlockTokens);
   alignas(kCacheLine) PreparedChunk<S> chunk;
@@ -299,6 +301,7 @@ void multiply_chunks(const GemmArgs& args, const uint8_t* stream, int32_t* weigh
       const uint8_t* panel = args.panel + int8_panel_offset(args.tokens, first, blocks, tokens.first(b));
       for (const uint8_t* stop = next_end - next < share ? next_end : next + share; next < stop; next += kCacheLine)
         __builtin_prefetch(next, 0, 2);
+      prefetch_output(args, tile, {tokens.first(b), tokens.size(b)}, first, first + blocks, layout.blocks());
       for (int64_t section = 0; section * section_blocks < blocks; ++section)
         accumulate(chunk.units + section * units * S * 2 * kPreparedBytes,
                    panel + section * units * kUnitChannels * tokens.size(b), units, chunk.weight_sums[section],
@@ -316,7 +319,7 @@ void multiply_tile(const GemmArgs& args, int64_t tile) {
   if (args.tokens <= VecTraits::kStreamTokens)
     multiply_stream<VecTraits, kBits, S, kSections>(args, stream, sums);
   else
-    multiply_chunks<VecTraits, kBits, S, kSections>(args, stream, weight_sums, sums);
+    multiply_chunks<VecTraits, kBits, S, kSections>(args, tile, stream, weight_sums, sums);
   finish_tile<VecTraits, kBits, kSections>(args, tile, token_scales_of(args), weight_sums, sums);
 }
 

@@ -43,6 +43,7 @@
 #include <utility>
 
 #include "epilogue.h"
+#include "prefetch_output.h"
 
 namespace {
 
@@ -292,7 +293,8 @@ Accumulate accumulate_for(int64_t tokens, std::index_sequence<T...>) {
 
 // A pass of more tokens than the registers hold: for each chunk of columns, all tokens.
 template <class VecTraits, int S>
-void accumulate_chunks(const GemmArgs& args, const TokenBlocks& tokens, const uint8_t* weights, float* sums) {
+void accumulate_chunks(const GemmArgs& args, int64_t tile, const TokenBlocks& tokens, const uint8_t* weights,
+                       float* sums) {
   using Tile = TileStream<VecTraits, S>;
   constexpr auto sizes = std::make_index_sequence<VecTraits::kBlockTokens>();
   alignas(kCacheLine) uint8_t prepared[kChunkBlocks * Tile::prepared_bytes];
@@ -304,6 +306,7 @@ void accumulate_chunks(const GemmArgs& args, const TokenBlocks& tokens, const ui
     for (int64_t block = 0; block < blocks; ++block)
       Tile::prepare(weights + layout.block_offset(chunk + block, S), prepared + block * Tile::prepared_bytes);
     for (int64_t b = 0; b < tokens.count; ++b) {
+      prefetch_output(args, tile, {tokens.first(b), tokens.size(b)}, chunk, chunk + blocks, layout.blocks());
       const uint8_t* panel = args.panel + panel_offset<VecTraits>(args, chunk, blocks, tokens.first(b));
       accumulate_for<VecTraits, S, false>(tokens.size(b), sizes)(layout, {weights + offset, prepared, panel}, blocks,
                                                                  sums + tokens.first(b) * kTileRows);
@@ -324,7 +327,7 @@ void multiply_tile(const GemmArgs& args, int64_t tile) {
     accumulate_for<VecTraits, S, true>(args.tokens, std::make_index_sequence<VecTraits::kBlockTokens>())(
         args.layout, {weights, nullptr, args.panel}, args.layout.blocks(), sums);
   else
-    accumulate_chunks<VecTraits, S>(args, tokens, weights, sums);
+    accumulate_chunks<VecTraits, S>(args, tile, tokens, weights, sums);
   epilogue.apply(sums, 0, args.tokens);
 }
 

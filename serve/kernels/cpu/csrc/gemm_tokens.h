@@ -40,6 +40,19 @@ struct UnpackedGroup {
   uint32_t first_offset[kTileRows], second_offset[kTileRows];
 };
 
+// What the loop over tokens needs for a row and a group. It is loaded one group ahead: the addresses of the activations
+// come from memory, and a processor's queue is full of multiply-adds that wait for them.
+template <class TokenVecTraits>
+struct RowOfGroup {
+  typename TokenVecTraits::Vector first, second;
+  const float *x_first, *x_second;
+  RowOfGroup(const UnpackedGroup& group, int64_t row, const uint8_t* panel)
+      : first(TokenVecTraits::broadcast(group.first + row)),
+        second(TokenVecTraits::broadcast(group.second + row)),
+        x_first(reinterpret_cast<const float*>(panel + group.first_offset[row])),
+        x_second(reinterpret_cast<const float*>(panel + group.second_offset[row])) {}
+};
+
 // Rows for which the registers hold accumulators beside V vectors of tokens.
 template <class TokenVecTraits, int V>
 constexpr int rows_beside() {
@@ -72,19 +85,20 @@ void accumulate_unpacked(const UnpackedGroup* unpacked, int64_t rows, const uint
 #pragma GCC unroll 12
       for (int v = 0; v < V; ++v)
         acc[r][v] = from_zero ? Vector{} : TokenVecTraits::load(partial + (r * V + v) * width);
+    RowOfGroup<TokenVecTraits> next(unpacked[0], row, panel);
     for (int64_t g = 0; g < kBlockGroups; ++g) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const Vector first = TokenVecTraits::broadcast(unpacked[g].first + row + r);
-        const Vector second = TokenVecTraits::broadcast(unpacked[g].second + row + r);
-        const float* x_first = reinterpret_cast<const float*>(panel + unpacked[g].first_offset[row + r]);
-        const float* x_second = reinterpret_cast<const float*>(panel + unpacked[g].second_offset[row + r]);
+        const RowOfGroup<TokenVecTraits> now = next;
+        next = r + 1 < R ? RowOfGroup<TokenVecTraits>(unpacked[g], row + r + 1, panel)
+                         : RowOfGroup<TokenVecTraits>(unpacked[g + 1], row, panel);
 #pragma GCC unroll 12
         for (int v = 0; v < V; ++v)
-          acc[r][v] = TokenVecTraits::multiply_add(first, TokenVecTraits::load(x_first + v * width), acc[r][v]);
+          acc[r][v] = TokenVecTraits::multiply_add(now.first, TokenVecTraits::load(now.x_first + v * width), acc[r][v]);
 #pragma GCC unroll 12
         for (int v = 0; v < V; ++v)
-          acc[r][v] = TokenVecTraits::multiply_add(second, TokenVecTraits::load(x_second + v * width), acc[r][v]);
+          acc[r][v] =
+              TokenVecTraits::multiply_add(now.second, TokenVecTraits::load(now.x_second + v * width), acc[r][v]);
       }
     }
     const bool scales = section && section->scales;
@@ -149,8 +163,8 @@ void multiply_tile_batch(const GemmArgs& args, int64_t first_tile, int64_t tiles
   alignas(kCacheLine) float all_sums[kTileBatch][kMaxPassTokens * kTileRows];
   alignas(kCacheLine) float all_partial[VecTraits::kGrouped ? kTileBatch : 1][kMaxPassTokens * kTileRows];
   alignas(kCacheLine) float scales[kTileRows];
-  alignas(kCacheLine) UnpackedGroup unpacked[kBlockGroups];
-  uint32_t offsets[kBlockGroups][4];  // of a chunk's channels in the panel
+  alignas(kCacheLine) UnpackedGroup unpacked[kBlockGroups + 1] = {};  // the last one is only loaded
+  uint32_t offsets[kBlockGroups][4];                                  // of a chunk's channels in the panel
   const Layout& layout = args.layout;
   const TokenPanel<VecTraits> panel(args.tokens);
   const TokenBlocks& tokens = panel.tokens;
@@ -185,6 +199,7 @@ void multiply_tile_batch(const GemmArgs& args, int64_t first_tile, int64_t tiles
                 scales + s * kStripRows,
                 VecTraits::load_scales(weights + bytes + s * layout.strip_scale_bytes(), layout.scale_dtype));
       for (int64_t b = 0; b < tokens.count; ++b) {
+        prefetch_output(args, tile, {tokens.first(b), tokens.size(b)}, chunk, chunk + 1, layout.blocks());
         const Section section = VecTraits::kGrouped ? section_of(chunk, tile, b) : Section{};
         accumulate_unpacked_for<typename VecTraits::TokenVecTraits>(tokens.padded_size(b) / width, sizes)(
             unpacked, strips * kStripRows, args.panel + panel.offset(chunk, b), sums_of(tile, b),

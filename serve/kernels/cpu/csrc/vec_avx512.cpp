@@ -106,23 +106,21 @@ struct Avx512Traits {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i].to_float();
   }
   static void store_from_float(Value* to, const float* from, int64_t count) {
-    if constexpr (kType == Dtype::float32) {
-      std::memcpy(to, from, count * sizeof(float));
-    } else {
-      for (int64_t i = 0; i < count; i += kStripRows) {
-        const __m512 sums = _mm512_load_ps(from + i);
-        const __mmask16 lanes = first_lanes(count - i < kStripRows ? count - i : kStripRows);
-        if constexpr (kType == Dtype::float16) {
-          _mm256_mask_storeu_epi16(to + i, lanes, _mm512_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
-        } else {
-          const __m512i bits = _mm512_castps_si512(sums);
-          const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-          const __m512i rounded =
-              _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-          const __mmask16 nan = _mm512_cmp_ps_mask(sums, sums, _CMP_UNORD_Q);
-          _mm256_mask_storeu_epi16(
-              to + i, lanes, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0))));
-        }
+    for (int64_t i = 0; i < count; i += kStripRows) {
+      const __m512 sums = _mm512_load_ps(from + i);
+      const __mmask16 lanes = first_lanes(count - i < kStripRows ? count - i : kStripRows);
+      if constexpr (kType == Dtype::float32) {
+        _mm512_mask_storeu_ps(to + i, lanes, sums);
+      } else if constexpr (kType == Dtype::float16) {
+        _mm256_mask_storeu_epi16(to + i, lanes, _mm512_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
+      } else {
+        const __m512i bits = _mm512_castps_si512(sums);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded =
+            _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+        const __mmask16 nan = _mm512_cmp_ps_mask(sums, sums, _CMP_UNORD_Q);
+        _mm256_mask_storeu_epi16(to + i, lanes,
+                                 _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0))));
       }
     }
   }
