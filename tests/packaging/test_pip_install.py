@@ -267,7 +267,8 @@ def test_pips_own_log_says_what_is_missing(tmp_path, constraint):
     (tmp_path / "constraint").write_text("torchlike==2.0\n")
     command = [sys.executable, ROOT / "packaging" / "pip_install.py", "--no-index", "--find-links", ".", *constraint]
     found = subprocess.run([*command, "needy"], cwd=tmp_path, env=pips_environment(), capture_output=True, text=True)
-    assert found.returncode and "No index that pip knows has torchlike==2.0+cpu. Trying uv" in found.stdout, found.stderr
+    assert found.returncode, found.stdout
+    assert "No index that pip knows has torchlike==2.0+cpu. Trying uv" in found.stdout, found.stderr
 
 
 def test_without_a_terminal_lines_say_that_pip_still_runs(program, installers, monkeypatch, capfd):
