@@ -96,7 +96,7 @@ test-versions: .venv/ready $(OLDER_VERSIONS:%=.venv-%/ready) $(OLD_WRITER)
 		.venv-$$version/bin/python -m $(PYTEST) tests/serve --ignore=tests/serve/kernels $(PYTEST_ARGS) || exit 1; \
 	done
 	mkdir -p .work/wheels
-	$(BIN)/python packaging/pip_command.py download -q --no-deps --dest .work/wheels $(PIP_ARGS) "vllm==$(CUDA_VERSION)"
+	$(BIN)/python packaging/pip_command.py download --no-deps --dest .work/wheels $(PIP_ARGS) "vllm==$(CUDA_VERSION)"
 	$(BIN)/python packaging/check_vllm.py .work/wheels/vllm-$(CUDA_VERSION)-*.whl
 
 .venv-%/ready: pyproject.toml $(KERNEL_SOURCES) packaging/vllm-metadata/pyproject.toml

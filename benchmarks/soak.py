@@ -19,6 +19,7 @@ from pathlib import Path
 
 import click
 
+from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark.process import wait_until
 from ria_vllm.serve.benchmark.server import Server, get, running_server
 
@@ -162,8 +163,10 @@ def soak(server: Server, users: int, seconds: float, longest: int, patience: flo
 @click.option("--max-model-len", default=1024, show_default=True)
 @click.option("--log", default="soak.log", show_default=True, type=click.Path(path_type=Path))
 def main(model: str, minutes: float, users: int, max_model_len: int, log: Path) -> None:
-    with running_server(model, log, ["--max-model-len", str(max_model_len)], say=click.echo) as server:
-        found = soak(server, users, minutes * 60, max_model_len)
+    monitor, arguments = Monitor(), ["--max-model-len", str(max_model_len)]
+    with monitor.live(), running_server(model, log, arguments, monitor=monitor) as server:
+        with monitor.phase(f"{minutes:g} minutes of traffic"):
+            found = soak(server, users, minutes * 60, max_model_len)
     click.echo(re.sub(r"\[\s+([\d.]+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(found, indent=2)))
     sys.exit(bool(found["problems"]))
 

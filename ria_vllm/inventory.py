@@ -8,6 +8,7 @@ import torch
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.formats import FLOAT
+from ria_vllm.progress import Monitor
 from ria_vllm.stacks import layers_of_experts
 from ria_vllm.weight_format import name_of
 
@@ -109,12 +110,13 @@ def report_linears(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {n: e for n, e in linears.items() if isinstance(e, dict)} if isinstance(linears, dict) else {}
 
 
-def take_inventory(reader: Reader) -> Inventory:
-    """Read every pruned linear once, one at a time.
+def take_inventory(reader: Reader, monitor: Monitor | None = None) -> Inventory:
+    """Read every tensor once, one linear at a time.
 
     Raises:
         RiaError: a linear is damaged.
     """
+    monitor = monitor or Monitor(shown=False)
     reported = report_linears(reader.report())
     sparse = set(reader.sparse_names)
     folded = {name for name, _, _ in reader.schema.active_folds(reader.permuted_names, sparse)}
@@ -126,7 +128,8 @@ def take_inventory(reader: Reader) -> Inventory:
         for kind in layer.linears
     }
     entries, zeros = [], 0
-    for name in sorted(reader.sparse_names, key=natural_order):
+    names = sorted(reader.sparse_names, key=natural_order)
+    for name in monitor.steps(names, "reading pruned linears", len(names)):
         linear = reader.linear(name)
         rows, columns = linear.shape
         stored = (*linear.parts.values(), linear.input_permutation)
@@ -147,7 +150,8 @@ def take_inventory(reader: Reader) -> Inventory:
                 experts=experts.get(name),
             )
         )
-    other = sum(reader.tensor(name).nbytes for name in reader.dense_names)
+    dense = reader.dense_names
+    other = sum(reader.tensor(name).nbytes for name in monitor.steps(dense, "reading other tensors", len(dense)))
     linear_bytes = sum(e.bytes for e in entries)
     linear_dense = sum(e.dense_bytes for e in entries)
     totals = Totals(

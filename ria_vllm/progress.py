@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
-# Without a terminal: seconds between two lines, and between two looks at the clock.
+# Seconds between two lines where there is no terminal, and between two looks at the clock. The bars of a terminal are
+# drawn that often, too: more often would cost a server that is being measured more than 1 % of a core.
 EVERY, POLL = 10.0, 1.0
 
 
@@ -65,7 +66,9 @@ class Monitor:
         columns = (TextColumn("{task.description:<34}", markup=False), BarColumn(24), MofNCompleteColumn())
         self.bars = Progress(
             *columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=self.console,
-            disable=not shown or not self.console.has_bars, transient=True,
+            disable=not shown or not self.console.has_bars, transient=True, refresh_per_second=1 / POLL,
+            # What is printed above the bars: rich would send it to standard error, even if it is for a file.
+            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
         )  # fmt: skip
         self._stack: list[_Stage] = []
         self._since = clock()

@@ -12,6 +12,7 @@ from ria_vllm.checkpoint import INDEX_FILE, Reader, is_compressed
 from ria_vllm.companions import is_companion, nested_companions
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.model_card import CARD_FILE, SERVE_HERE
+from ria_vllm.progress import Monitor
 from ria_vllm.schema import PERMUTATIONS_FILE
 from ria_vllm.sizes import human_size
 
@@ -56,7 +57,9 @@ def checked(out: Path) -> Reader:
     if (out / "config.json").is_file() and not is_compressed(out):
         raise RiaError(f"{out}: not a compressed folder. `hf upload REPO {out}` uploads a plain dense one.")
     reader = Reader(out)
-    problems = list(reader.problems())
+    monitor = Monitor()
+    with monitor.live():
+        problems = list(reader.problems(monitor))
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise RiaError(

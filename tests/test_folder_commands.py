@@ -1,6 +1,8 @@
 """`inspect`, `verify` and `export`, called as a user calls them."""
 
 import json
+import re
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -8,11 +10,14 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from ria_vllm import progress
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.folder_commands import export, inspect, verify
+from ria_vllm.offline.evaluation.report import report
 from ria_vllm.progress import Monitor
+from ria_vllm.push import checked
 
 Q, DOWN, GATE = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj"
 
@@ -219,3 +224,34 @@ def test_export_never_touches_what_exists(damage, tmp_path):
     with pytest.raises(RiaError, match="holds what is being read"):
         run(export, damage.folder, "-o", tmp_path, "--overwrite")
     assert (damage.folder / "config.json").exists()
+
+
+@pytest.fixture
+def slow_reader(monkeypatch):
+    """Tensors come slowly, and lines of progress fast."""
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setattr(progress, "POLL", 0.005)
+    tensor = Reader.tensor
+    monkeypatch.setattr(Reader, "tensor", lambda self, name: (time.sleep(0.02), tensor(self, name))[1])
+
+
+def test_commands_that_read_all_weights_say_how_far_they_are(pruned_llama, damage, slow_reader):
+    dense = len(Reader(pruned_llama.folder).dense_names)
+    (damage.folder / "ria_report.json").write_text(json.dumps({"linears": {Q: {"retained_after": 0.5}}}))
+    for command, folder, linears, others in (
+        (verify, pruned_llama.folder, "checking pruned linears", "checking other tensors"),
+        (inspect, pruned_llama.folder, "reading pruned linears", "reading other tensors"),
+        (report, damage.folder, "reading pruned linears", "reading other tensors"),
+    ):
+        found = run(command, folder)
+        assert found.exit_code == 0
+        shown = found.stderr.splitlines()
+        for line in shown:
+            assert re.fullmatch(rf"\.\.\. ({linears} \d+/14|{others} \d+/{dense}) \([^()]*\)", line)
+        assert any(linears in line for line in shown) and any(others in line for line in shown)
+        assert "..." not in found.stdout
+
+
+def test_push_says_how_far_its_check_is(pruned_llama, slow_reader, capsys):
+    checked(pruned_llama.folder)
+    assert "... checking pruned linears " in capsys.readouterr().err

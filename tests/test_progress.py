@@ -156,6 +156,23 @@ def test_on_a_terminal_there_are_bars_for_long_single_steps_too():
         assert word in text
 
 
+def test_bars_leave_alone_what_is_printed_into_a_file_meanwhile(tmp_path):
+    script = """
+import time
+from ria_vllm import progress
+monitor = progress.Monitor()
+with monitor.live(), monitor.phase("checking"):
+    print("a result", flush=True)
+    time.sleep(0.2)
+"""
+    main, side = pty.openpty()
+    command, environment = [sys.executable, "-c", script], os.environ | {"TERM": "xterm"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=side, text=True, timeout=60, env=environment)
+    os.close(side)
+    assert done.stdout == "a result\n" and "checking" in os.read(main, 4096).decode()
+    os.close(main)
+
+
 def test_a_dumb_terminal_gets_lines():
     main, side = pty.openpty()
     environment = os.environ | {"TERM": "dumb"}

@@ -13,6 +13,7 @@ from ria_vllm.checkpoint import Reader, is_compressed, read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.inventory import Inventory, natural_order, report_linears, report_number, take_inventory
 from ria_vllm.offline.evaluation.charts import Series, bar_chart, line_chart
+from ria_vllm.progress import Monitor
 from ria_vllm.schema import PAGE_FILE, REPORT_FILE
 from ria_vllm.sizes import human_size
 from ria_vllm.writer import check_file_place, disk_errors
@@ -241,7 +242,10 @@ def report(out: Path, output: Path | None, perplexity: tuple[Path, ...]) -> None
     content = read_json(out / REPORT_FILE)
     if not report_linears(content):
         raise RiaError(f"{out / REPORT_FILE}: lists no linear. Compress the model again.")
-    inventory = take_inventory(Reader(out)) if is_compressed(out) else None
+    inventory, monitor = None, Monitor()
+    if is_compressed(out):
+        with monitor.live():
+            inventory = take_inventory(Reader(out), monitor)
     measured = []
     for path in perplexity:
         entry = read_json(path)

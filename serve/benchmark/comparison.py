@@ -9,6 +9,7 @@ import click
 import psutil
 
 from ria_vllm.errors import RiaError
+from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark import load, table
 from ria_vllm.serve.benchmark.load import Outcome, Workload
 from ria_vllm.serve.benchmark.machine import machine
@@ -48,6 +49,7 @@ class Comparison:
     urls: dict[str, str] = field(default_factory=dict)
     startup_timeout: float = 1800
     say: Callable[[str], None] = click.echo
+    monitor: Monitor = field(default_factory=Monitor)
     measured: Measured = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,8 +63,9 @@ class Comparison:
         """
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         self._save(complete=False)
-        if not (self.keep_servers and self.concurrency and self._all_alive()):
-            self._one_alive()
+        with self.monitor.live():
+            if not (self.keep_servers and self.concurrency and self._all_alive()):
+                self._one_alive()
         self._save(complete=True)
 
     def _order(self, repetition: int) -> list[Side]:
@@ -146,7 +149,8 @@ class Comparison:
         """
         name = self._name(side, repetition)
         self.say(f"{name}: {'using ' + self.urls[side.name] if side.name in self.urls else 'starting vllm serve'}")
-        server = stack.enter_context(self._server(side, repetition))
+        with self.monitor.phase(name):
+            server = stack.enter_context(self._server(side, repetition))
         if server.startup is not None:
             self.say(f"{name}: ready after {server.startup:.0f} s")
         if self.text is not None and repetition == 0:
@@ -157,7 +161,8 @@ class Comparison:
         # Each load has its own prompts, or the prefix cache would answer them. All sides get the same ones.
         users, seed = self.concurrency[number], self.seed + 1000 * repetition + number
         log = self._log(f"{side.name}-{repetition + 1}-users{users}")
-        outcome = load.online(server, self.tokenizer, self.workload, users, seed, log)
+        with self.monitor.phase(self._name(side, repetition)):
+            outcome = load.online(server, self.tokenizer, self.workload, users, seed, log, self.monitor)
         self._record(Run(side.name, repetition, users, outcome), f"{self._name(side, repetition)}, {users} users")
 
     def _quality(self, server: Server, side: Side) -> None:
@@ -165,7 +170,8 @@ class Comparison:
         if self.text is None:
             return
         try:
-            found = self.text.measure(side.name, server)
+            with self.monitor.phase(f"{side.name}: perplexity"):
+                found = self.text.measure(side.name, server, self.monitor)
         except RiaError as error:
             self.measured.quality_failures[side.name] = str(error)
             self.say(f"{side.name}: perplexity FAILED")
@@ -181,7 +187,8 @@ class Comparison:
         log = self._log(f"{side.name}-{repetition + 1}-offline")
         requests, seed = self.workload.requests_per_user, self.seed + 1000 * repetition
         arguments = [*self.serve_arguments, *side.arguments]
-        outcome = load.offline(side.model, self.workload, requests, seed, log, arguments)
+        with self.monitor.phase(name):
+            outcome = load.offline(side.model, self.workload, requests, seed, log, arguments, self.monitor)
         self._record(Run(side.name, repetition, None, outcome), name)
 
     def _server(self, side: Side, repetition: int) -> AbstractContextManager[Server]:
@@ -189,7 +196,7 @@ class Comparison:
             return borrowed(self.urls[side.name])
         log = self._log(f"{side.name}-{repetition + 1}-server")
         arguments = [*self.serve_arguments, *side.arguments]
-        return running_server(side.model, log, arguments, self.startup_timeout, self.say)
+        return running_server(side.model, log, arguments, self.startup_timeout, self.monitor)
 
     def _name(self, side: Side, repetition: int) -> str:
         return f"repetition {repetition + 1}/{self.repetitions}, {side.name}"

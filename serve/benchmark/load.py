@@ -2,11 +2,14 @@
 
 import json
 import os
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ria_vllm.progress import POLL, Monitor
 from ria_vllm.serve.benchmark.process import PeakMemory, SupervisedProcess
 from ria_vllm.serve.benchmark.server import VLLM, Server
 
@@ -19,6 +22,10 @@ ONLINE_FIGURES = {
     "tpot_p50_ms": "p50_tpot_ms",
     "tpot_p99_ms": "p99_tpot_ms",
 }
+
+
+# The progress bar of `vllm bench serve` after its warm-up: requests that are answered, of all.
+MAIN_RUN, ANSWERED = b"Starting main benchmark run", re.compile(rb"(\d+)/\d+ \[")
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,9 @@ class Workload:
     output_len: int
     requests_per_user: int
     data: Path | None = None
+
+    def requests(self, users: int) -> int:
+        return users * self.requests_per_user
 
     def dataset_arguments(self) -> list[str]:
         if self.data is not None:
@@ -61,10 +71,17 @@ def failed(reason: str, process: SupervisedProcess | None = None) -> Outcome:
 
 
 def online(
-    server: Server, tokenizer: str, workload: Workload, concurrency: int, seed: int, log: Path, timeout: float = 3600
+    server: Server,
+    tokenizer: str,
+    workload: Workload,
+    concurrency: int,
+    seed: int,
+    log: Path,
+    monitor: Monitor,
+    timeout: float = 3600,
 ) -> Outcome:
     """Load a server with `concurrency` users, each of whom sends the next request when the last one is answered."""
-    requests = concurrency * workload.requests_per_user
+    requests = workload.requests(concurrency)
     result = log.with_suffix(".json")
     result.unlink(missing_ok=True)
     command = [*VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url]
@@ -72,16 +89,22 @@ def online(
     command += ["--model", tokenizer, "--served-model-name", server.model_name, "--tokenizer", tokenizer]
     command += [*workload.dataset_arguments(), "--num-prompts", str(requests), "--seed", str(seed), "--ignore-eos"]
     command += ["--max-concurrency", str(concurrency), "--num-warmups", str(concurrency), "--temperature", "0"]
-    command += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99", "--disable-tqdm"]
+    command += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99"]
     command += ["--save-result", "--save-detailed", "--result-dir", str(result.parent)]
     command += ["--result-filename", result.name]
     memory = None
-    with SupervisedProcess(command, log, no_proxy_on_this_machine()) as client:
+    # Its lines come at once, and its bar moves once a second: it costs the measurement nothing.
+    environment = {**no_proxy_on_this_machine(), "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "1"}
+    users = f"{concurrency} user{'s' * (concurrency > 1)}"
+    with (
+        SupervisedProcess(command, log, environment) as client,
+        monitor.phase(f"requests of {users} answered", requests) as advance,
+    ):
         if server.process is None:
-            status = client.wait(timeout)
+            status = wait(client, timeout, advance)
         else:
             with PeakMemory(server.process) as sampled:
-                status = client.wait(timeout)
+                status = wait(client, timeout, advance)
             memory = sampled.peak
             if not server.process.running:
                 return failed(f"the server ended during the run (see {server.process.log})")
@@ -94,6 +117,26 @@ def online(
         if wrong:
             return failed(wrong, client)
     return Outcome(figures, None, memory)
+
+
+def wait(client: SupervisedProcess, timeout: float, advance: Callable[[], None]) -> int | None:
+    """What `client.wait` returns; meanwhile `advance` is called once for each request that has been answered."""
+    deadline, counted = time.monotonic() + timeout, 0
+    while True:
+        left = deadline - time.monotonic()
+        status = client.wait(max(0.0, min(left, POLL)))
+        if status is not None or left <= 0:
+            return status
+        found = answered(client.log)
+        for _ in range(found - counted):
+            advance()
+        counted = max(counted, found)
+
+
+def answered(log: Path) -> int:
+    """How many requests have been answered, as the log of `vllm bench serve` has it; 0 if it does not say."""
+    found = ANSWERED.findall(log.read_bytes().partition(MAIN_RUN)[2])
+    return int(found[-1]) if found else 0
 
 
 def no_proxy_on_this_machine() -> dict[str, str]:
@@ -135,7 +178,14 @@ def numbers(content: dict[str, Any], names: dict[str, str]) -> tuple[str | None,
 
 
 def offline(
-    model: str, workload: Workload, requests: int, seed: int, log: Path, arguments: Sequence[str], timeout: float = 7200
+    model: str,
+    workload: Workload,
+    requests: int,
+    seed: int,
+    log: Path,
+    arguments: Sequence[str],
+    monitor: Monitor,
+    timeout: float = 7200,
 ) -> Outcome:
     """Run all requests at once by `vllm bench throughput`, without a server."""
     result = log.with_suffix(".json")
@@ -147,7 +197,7 @@ def offline(
         command += ["--dataset-name", "sharegpt", "--dataset-path", str(workload.data)]
         command += ["--output-len", str(workload.output_len)]
     command += ["--output-json", str(result), *arguments]
-    with SupervisedProcess(command, log) as process:
+    with SupervisedProcess(command, log) as process, monitor.phase("waiting for vllm bench throughput"):
         with PeakMemory(process) as sampled:
             status = process.wait(timeout)
         if status is None:

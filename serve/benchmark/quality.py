@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ria_vllm.errors import RiaError
+from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark.divergence import SMALLEST_REST, Listed, divergences
 from ria_vllm.serve.benchmark.server import Server, post
 
@@ -104,7 +105,7 @@ class TextQuality:
                 "comparable. Compare models with the same tokenizer, or leave out --text."
             )
 
-    def measure(self, name: str, server: Server) -> Quality:
+    def measure(self, name: str, server: Server, monitor: Monitor) -> Quality:
         """Perplexity and divergence of a side that `check` has passed.
 
         Raises:
@@ -113,7 +114,8 @@ class TextQuality:
         assert self._tokens is not None
         tokens, size = self._tokens[1], self._seq_len
         windows = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
-        listed = [position for window in windows for position in self._positions(name, server, window)]
+        shown = monitor.steps(windows, "windows of text", len(windows))
+        listed = [position for window in shown for position in self._positions(name, server, window)]
         mean = -math.fsum(position.target for position in listed) / len(listed)
         if mean > 700:  # vLLM writes -9999 for the logarithm of 0
             raise RiaError(f"{name}: gives the text no probability. Check the folder with `ria-vllm verify`.")
@@ -122,7 +124,8 @@ class TextQuality:
             self._dense = listed
         elif self._dense is not None:
             parts = [slice(start, start + POSITIONS) for start in range(0, len(listed), POSITIONS)]
-            found = [divergences(self._dense[part], listed[part]) for part in parts]
+            shown_parts = monitor.steps(parts, "divergence", len(parts))
+            found = [divergences(self._dense[part], listed[part]) for part in shown_parts]
             kl, unlisted = (float(np.concatenate(column).mean()) for column in zip(*found, strict=True))
         return Quality(math.exp(mean), len(listed), len(windows), size, self._top, kl, unlisted)
 

@@ -1,6 +1,7 @@
 """Runs become medians and ratios. A point with a failed run has no figures."""
 
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -176,6 +177,15 @@ def point_json(point: Point, names: Sequence[str]) -> dict[str, Any]:
 def write_json(
     folder: Path, measured: Measured, machine: dict[str, Any], options: dict[str, Any], complete: bool
 ) -> None:
-    """Write bench.json."""
+    """Write bench.json, whole or not at all."""
     content = as_json(measured, machine, options, complete)
-    (folder / "bench.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    unfinished = folder / "bench.json.unfinished"
+    unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    os.replace(unfinished, folder / "bench.json")
+
+
+def read_runs(folder: Path) -> tuple[list[Run], str]:
+    """The runs that `write_json` wrote, and its date, as in `machine`."""
+    content = json.loads((folder / "bench.json").read_text())
+    runs = [Run(**run | {"outcome": Outcome(**run["outcome"])}) for run in content["runs"]]
+    return runs, content["machine"]["date"]

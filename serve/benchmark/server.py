@@ -6,13 +6,14 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ria_vllm.errors import RiaError
+from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark.process import SupervisedProcess, wait_until
 
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
@@ -86,7 +87,7 @@ def running_server(
     log: Path,
     arguments: Sequence[str] = (),
     timeout: float = 1800,
-    say: Callable[[str], None] = lambda line: None,
+    monitor: Monitor | None = None,
 ) -> Iterator[Server]:
     """`vllm serve MODEL`: healthy when the block starts, gone when it ends.
 
@@ -94,26 +95,20 @@ def running_server(
         log: file for the server's output.
         arguments: more of `vllm serve`.
         timeout: seconds to wait until it is healthy.
-        say: called with a line of progress now and then.
+        monitor: shows that the server is starting.
 
     Raises:
         RiaError: the server ended or was not healthy in time; quotes the end of its log.
     """
+    monitor = monitor or Monitor(shown=False)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [*VLLM, "serve", model, "--host", "127.0.0.1", "--port", str(port), *arguments]
     began = time.monotonic()
     with SupervisedProcess(command, log) as process:
-        reported = began
-
-        def ready() -> bool:
-            nonlocal reported
-            if time.monotonic() - reported > 15:
-                reported = time.monotonic()
-                say(f"still starting after {reported - began:.0f} s")
-            return healthy(url)
-
-        if not wait_until(ready, process, timeout):
+        with monitor.phase("waiting for the server to start"):
+            ready = wait_until(lambda: healthy(url), process, timeout)
+        if not ready:
             state = f"was not healthy after {timeout:.0f} s" if process.running else "ended while starting"
             raise RiaError(f"vllm serve {model} {state}. The end of {log}:\n{process.log_tail()}")
         yield Server(url, served_name(url), process, time.monotonic() - began)

@@ -15,7 +15,9 @@ import openai
 import pytest
 
 from ria_vllm.checkpoint import Reader
+from ria_vllm.serve.benchmark import load, server
 from ria_vllm.serve.benchmark.load import Outcome, Workload
+from ria_vllm.serve.benchmark.machine import machine
 from ria_vllm.serve.benchmark.results import Run, Side
 
 PROGRAM = Path(__file__).parents[2] / "demo" / "run.py"
@@ -147,7 +149,7 @@ def test_the_message_about_a_server_that_does_not_answer_names_its_log(demo, mon
 
     monkeypatch.setattr(demo, "running_server", server)
     monkeypatch.setattr(demo, "talk", talk)
-    monkeypatch.setattr(demo, "everything", lambda: demo.serve("sparse", demo.SPARSE, demo.WORK))
+    monkeypatch.setattr(demo, "everything", lambda: demo.serve("sparse", demo.SPARSE, demo.WORK, [], print))
     with pytest.raises(SystemExit, match=r"Connection error.*logs/sparse-server\.log"):
         demo.main()
 
@@ -174,6 +176,121 @@ def test_options_of_pip_install_alone_do_not_break_the_download(demo, monkeypatc
         demo.main()
     said = capfd.readouterr().err
     assert "no such option" not in said and "No matching distribution found for llm-" in said
+
+
+class StandIns:
+    """A demo whose models are ready and whose commands are replaced: `vllm` by tests/serve/vllm_stand_in.py, `ria-vllm`
+    by a few lines of `inspect` and a perplexity."""
+
+    def __init__(self, demo, pruned_llama, monkeypatch, capfd):
+        self.demo, self.events, self.capfd = demo, demo.WORK / "events", capfd
+        shutil.copytree(pruned_llama.source, demo.DENSE)
+        shutil.copytree(pruned_llama.folder, demo.SPARSE)
+        program = "import sys; print('{\"perplexity\": 20}' if sys.argv[1] == 'eval' else 'linear\\n\\ntotals')"
+        demo.RIA_VLLM = [sys.executable, "-c", program]
+        vllm = [sys.executable, str(PROGRAM.parents[1] / "tests" / "serve" / "vllm_stand_in.py")]
+        monkeypatch.setattr(load, "VLLM", vllm)
+        monkeypatch.setattr(server, "VLLM", vllm)
+        monkeypatch.setenv("STAND_IN_EVENTS", str(self.events))
+
+    def run(self) -> tuple[list[str], str, str]:
+        """The demo: vLLM's commands that it started (such as "serve tiny" and "bench 8"), what it printed, and its last
+        step."""
+        self.events.write_text("")
+        self.demo.main()
+        said = self.capfd.readouterr().out
+        return self.started(), said, said[said.rindex("\n===") :].partition("\n")[2].partition("\n")[2]
+
+    def started(self) -> list[str]:
+        started = []
+        for words in map(str.split, self.events.read_text().splitlines()):
+            served = words[0] == "serve"
+            started.append(f"serve {Path(words[1]).name}" if served else f"bench {words[words.index(USERS) + 1]}")
+        return started
+
+
+USERS = "--max-concurrency"
+EVERYTHING = ["serve tiny-2of4", "bench 1", "bench 8", "serve tiny", "bench 1", "bench 8"]
+
+
+@pytest.fixture
+def stand_ins(demo, pruned_llama, monkeypatch, capfd):
+    return StandIns(demo, pruned_llama, monkeypatch, capfd)
+
+
+def test_a_second_run_prints_the_same_and_starts_nothing(stand_ins):
+    started, said, last = stand_ins.run()
+    assert started == EVERYTHING and "measured before" not in said
+    (folder,) = stand_ins.demo.WORK.glob("bench-*")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    started, again, last_again = stand_ins.run()
+    assert started == [] and before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert again.count(" was measured before\n") == 2
+    date = json.loads((folder / "bench.json").read_text())["machine"]["date"].replace("T", " at ")
+    note = f"(measured before, on {date}; again after `rm -r {folder}`)\n"
+    assert note in last_again and last_again.replace(note, "") == last
+    assert f"plot: {folder / 'bench.png'}" in last
+    for text in ("assistant: Paris.", "completion  The sun rises in the[east]"):
+        assert text in said and text in again
+    shutil.rmtree(folder)
+    assert stand_ins.run()[0] == EVERYTHING
+
+
+def test_what_may_change_the_figures_gets_measurements_of_its_own(stand_ins, monkeypatch):
+    demo, here = stand_ins.demo, machine()
+    first = demo.measurements(here)
+    assert first == demo.measurements(here | {"date": "another"}) and first.parent == demo.WORK
+    found = {first, demo.measurements(here | {"processor": "another"})}
+    monkeypatch.setenv("RIA_VLLM_CPU_ISA", "avx2")
+    found.add(demo.measurements(here))
+    demo.SERVE_ARGUMENTS = ["--max-model-len", "256"]
+    found.add(demo.measurements(here))
+    demo.WORKLOAD = Workload(16, 8, 1)
+    found.add(demo.measurements(here))
+    demo.USERS = (1, 2)
+    found.add(demo.measurements(here))
+    for path in (next(demo.SPARSE.glob("model*.safetensors")), demo.DENSE / "config.json"):
+        os.utime(path, (0, 0))
+        found.add(demo.measurements(here))
+    kernel = demo.WORK / "kernels" / "cpu.so"
+    kernel.parent.mkdir()
+    demo.PROGRAMS = [kernel.parent]
+    found.add(demo.measurements(here))
+    kernel.touch()
+    found.add(demo.measurements(here))
+    assert len(found) == 10
+
+
+def test_what_was_measured_before_an_interruption_is_kept(stand_ins, monkeypatch):
+    """Between the two servers, between two loads, and where a load failed."""
+    demo, start, load_it = stand_ins.demo, stand_ins.demo.running_server, load.online
+
+    def running_server(model, *rest, **more):
+        if model == str(demo.DENSE):
+            raise KeyboardInterrupt
+        return start(model, *rest, **more)
+
+    def online(server, tokenizer, workload, users, *rest):
+        if users == 8:
+            raise KeyboardInterrupt
+        return load_it(server, tokenizer, workload, users, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(demo, "running_server", running_server)
+        stand_ins.run()
+    assert stand_ins.started() == EVERYTHING[:3]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(load, "online", online)
+        stand_ins.run()
+    assert stand_ins.started() == ["serve tiny", "bench 1"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="Some measurements failed"):
+        patch.setenv("STAND_IN_BREAK", "8")
+        stand_ins.run()
+    assert stand_ins.started() == ["serve tiny", "bench 8"]
+    started, _, last = stand_ins.run()
+    assert started == ["serve tiny", "bench 8"] and "(measured before, in part, on " in last
+    assert rows(last)["tokens/s, 8 users"] == ["80.0", "80.0", "1.00"]
+    assert stand_ins.run()[0] == []
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def pretend(monkeypatch):
     state = SimpleNamespace(events=[], broken=set(), alive=[])
 
     @contextmanager
-    def running_server(model, log, arguments, timeout, say):
+    def running_server(model, log, arguments, timeout, monitor):
         if model in state.broken:
             raise RiaError(f"vllm serve {model} ended while starting. The end of {log}:\nsecret")
         state.events.append(f"start {model} {' '.join(arguments)}".strip())
@@ -61,7 +61,7 @@ def pretend(monkeypatch):
             state.alive.remove(model)
             state.events.append(f"end {model}")
 
-    def online(running, tokenizer, workload, users, seed, log):
+    def online(running, tokenizer, workload, users, seed, log, monitor):
         state.events.append(f"{running.model_name}{users}, seed {seed}")
         return Outcome({"output_tokens_per_s": 10.0, "requests_per_s": 1.0, "tpot_p50_ms": 3.0}, None, 10)
 
@@ -124,7 +124,7 @@ def text_of(measured, checked=lambda name: None):
     """A text whose measurements are `measured`: name -> Quality or the error."""
     text = SimpleNamespace(check=lambda name, running: checked(name), events=[])
 
-    def measure(name, running):
+    def measure(name, running, monitor):
         text.events.append(name)
         if isinstance(measured[name], Exception):
             raise measured[name]

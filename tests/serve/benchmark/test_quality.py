@@ -11,6 +11,7 @@ import torch
 from server_stand_in import VOCABULARY, StandIn, serving
 
 from ria_vllm.errors import RiaError
+from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark.divergence import Listed, divergences
 from ria_vllm.serve.benchmark.process import SupervisedProcess
 from ria_vllm.serve.benchmark.quality import Incomparable, TextQuality
@@ -36,7 +37,7 @@ def measure(quality: TextQuality, **sides: StandIn):
     for name, side in sides.items():
         with serving(side) as server:
             quality.check(name, server)
-            found[name] = quality.measure(name, server)
+            found[name] = quality.measure(name, server, Monitor(shown=False))
     return found
 
 
@@ -179,4 +180,4 @@ def test_a_server_that_dies_is_named_with_its_log(text, tmp_path):
         quality.check("W8A8", server)
         side.answer = lambda *_: (200, None)
         with pytest.raises(RiaError, match="(?s)W8A8: the server ended.*log:.*out of memory"):
-            quality.measure("W8A8", server)
+            quality.measure("W8A8", server, Monitor(shown=False))
