@@ -1,6 +1,6 @@
 """Text models with mixtures of experts."""
 
-from zoo.text import LATENT, WIDE, WINDOW
+from zoo.text import GEMMA4, LATENT, WIDE, WINDOW
 from zoo.toy import UNLIKE, Toy
 
 # Each config reads the keys it knows.
@@ -9,6 +9,10 @@ EXPERTS = {
     "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "num_experts_per_token": 2,
     "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128,
     "n_shared_experts": 1, "num_shared_experts": 1, "moe_num_shared_experts": 1,
+}  # fmt: skip
+# Beside the dense MLP; keys serve as values in layers of full attention.
+GEMMA4_EXPERTS = EXPERTS | {
+    "enable_moe_block": True, "top_k_experts": 2, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
 }  # fmt: skip
 FIRST_DENSE = EXPERTS | {
     "first_k_dense_replace": 1, "num_dense_layers": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 1,
@@ -41,6 +45,8 @@ MIXTURES = {
     "ernie4_5_moe": Toy(FIRST_DENSE, unbiased=True),
     "exaone_moe": Toy(FIRST_DENSE | WINDOW | {"sliding_window_pattern": 2}),
     "flex_olmo": Toy(PLAIN),
+    "gemma4_text_moe": Toy(GEMMA4 | GEMMA4_EXPERTS, model_type="gemma4_text",
+                           mechanism="experts beside the dense MLP, with a router of the model's own"),
     "glm4_moe": Toy(FIRST_DENSE),
     "glm4_moe_lite": Toy(FIRST_DENSE | LATENT | NOAUX, unlike=UNLIKE, engine=MLA),
     "glm_moe_dsa": Toy(

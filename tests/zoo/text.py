@@ -11,6 +11,7 @@ SHARED = {
     "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
     "sliding_window": 16, "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": VOCABULARY,
 }  # fmt: skip
+GEMMA4 = WINDOW | {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
 # The only latent that vLLM's CPU attention takes has 512 + 64 channels.
 LATENT = {
     "q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64,
@@ -30,7 +31,7 @@ TEXT = {
     "gemma": Toy(),
     "gemma2": Toy(WINDOW | {"query_pre_attn_scalar": 32}),
     "gemma3_text": Toy(WINDOW | {"query_pre_attn_scalar": 32}),
-    "gemma4_text": Toy(WINDOW | {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}),
+    "gemma4_text": Toy(GEMMA4),
     "gemma4_text_e2b": Toy(
         SHARED | {"global_head_dim": 64, "use_double_wide_mlp": True},
         model_type="gemma4_text",

@@ -95,7 +95,7 @@ def config_of(model_type: str, toy: Toy) -> Any:
     from transformers import AutoConfig
 
     settings = BASE | toy.settings
-    return AutoConfig.for_model(toy.model_type or model_type, **{k: v for k, v in settings.items() if v is not None})
+    return AutoConfig.for_model(model_type, **{k: v for k, v in settings.items() if v is not None})
 
 
 def auto_class(toy: Toy) -> Any:
