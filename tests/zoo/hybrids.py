@@ -1,7 +1,7 @@
 """Text models whose layers are of several kinds: linear attention, Mamba or convolutions beside attention."""
 
 from zoo.experts import EXPERTS, FIRST_DENSE, PLAIN
-from zoo.text import LATENT
+from zoo.text import LATENT, LATENT_VALUES
 from zoo.toy import UNLIKE, Toy
 
 # vLLM's CPU code takes heads of 128 channels in bfloat16 only.
@@ -34,7 +34,7 @@ HYBRIDS = {
     }, not_served="vLLM's CPU build has no selective scan",
                  stays_dense={".mamba.": "vLLM serves a Mamba-1 mixer dense only"}),
     "kimi_linear": Toy(FIRST_DENSE | LATENT | GATED_DELTA | {"q_lora_rank": None}, dtype="bfloat16",
-                       not_served="vLLM has it for GPUs only"),
+                       gathers=LATENT_VALUES, not_served="vLLM has it for GPUs only"),
     "lfm2": Toy({"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
                 edits=CONVOLUTION, unlike=UNLIKE),
     "lfm2_moe": Toy(FIRST_DENSE | {
@@ -57,5 +57,6 @@ HYBRIDS = {
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_d_state": 16,
         "n_mamba_heads": 8, "mamba_headdim": 32, "num_key_value_heads": 4, "num_mem_blocks": 1, "head_dim": None,
     }, stays_dense={".shared_transformer.": "several layers share its weights"},
+                  gathers={"linear": "the linears before it are shared by layers, and stay dense"},
                   no_fold="each consumer that is pruned has a convolution and a norm before it", unlike=STEPS),
 }  # fmt: skip

@@ -17,6 +17,8 @@ LATENT = {
     "q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64,
     "num_key_value_heads": 4, "head_dim": 64,
 }  # fmt: skip
+LATENT_VALUES = {"self_attn.o_proj": "kv_b_proj, which makes the values, stays dense"}
+SHARED_VALUES = {"self_attn.o_proj": "the last layers read the values of earlier ones"}
 
 TEXT = {
     "apertus": Toy(),
@@ -35,6 +37,7 @@ TEXT = {
     "gemma4_text_e2b": Toy(
         SHARED | {"global_head_dim": 64, "use_double_wide_mlp": True},
         model_type="gemma4_text",
+        gathers=SHARED_VALUES,
         mechanism="keys and values of earlier layers, and inputs of each layer",
     ),
     "gemma3n_text": Toy(
@@ -45,6 +48,7 @@ TEXT = {
             "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
         },
         unlike="vLLM's text model leaves out the embeddings of each layer",
+        gathers=SHARED_VALUES,
     ),
     "glm": Toy(),
     "glm4": Toy(),
@@ -60,7 +64,10 @@ TEXT = {
     "hyperclovax": Toy(),
     "jais2": Toy(),
     "llama": Toy(),
-    "minicpm3": Toy(LATENT | {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}),
+    "minicpm3": Toy(
+        LATENT | {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32},
+        gathers=LATENT_VALUES,
+    ),
     "ministral": Toy(WINDOW),
     "ministral3": Toy(),
     "mistral": Toy(),
@@ -78,5 +85,5 @@ TEXT = {
     "stablelm": Toy(),
     "starcoder2": Toy(),
     "vaultgemma": Toy(WINDOW | {"query_pre_attn_scalar": 32}),
-    "youtu": Toy(LATENT, not_served="vLLM's CPU attention has no such latent"),
+    "youtu": Toy(LATENT, gathers=LATENT_VALUES, not_served="vLLM's CPU attention has no such latent"),
 }

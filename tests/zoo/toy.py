@@ -67,6 +67,8 @@ class Toy:
             is what vLLM on the compressed one is compared with.
         stays_dense: part of the names of matrices that are not pruned -> why not.
         no_fold: why none is possible.
+        gathers: end of the names of linears that bring their input into their order themselves, though they do not read
+            the residual stream, in some layers at least -> why no fold does it. Beside those in `check.GATHERS`.
         engine: arguments of vLLM's `LLM` that the dense model needs too.
         dtype: of the stored weights, and the one that vLLM computes in.
         edits: keys of config.json that transformers' config lacks, but the folders on the hub have, and vLLM reads.
@@ -82,6 +84,7 @@ class Toy:
     unlike: str = ""
     stays_dense: dict[str, str] = field(default_factory=dict)
     no_fold: str = ""
+    gathers: dict[str, str] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     edits: dict[str, Any] = field(default_factory=dict)

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from zoo.experts import EXPERTS, FIRST_DENSE, GEMMA4_EXPERTS, OWN_CODE, PLAIN
+from zoo.experts import EXPERTS, FIRST_DENSE, GEMMA4_EXPERTS, KEYS_AS_VALUES, OWN_CODE, PLAIN
 from zoo.hybrids import CONVOLUTION, GATED_DELTA
-from zoo.text import GEMMA4, SHARED, WIDE, WINDOW
+from zoo.text import GEMMA4, SHARED, SHARED_VALUES, WIDE, WINDOW
 from zoo.toy import BASE, UNLIKE, Processor, Toy
 
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
@@ -52,6 +52,10 @@ GLM_SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "partial_
 LINES = {f"line{n}_token": "\n" * n for n in range(1, 5)}
 TOWER_NAMES = {"vision_tower.": "vision_tower.vision_model."}
 INNER_TOWER_NAMES = {f"model.{old}": f"model.{new}" for old, new in TOWER_NAMES.items()}
+GEMMA4_IDS = {
+    "image_token_id": 258, "boi_token_id": 259, "eoi_token_id": 260, "audio_token_id": 261, "boa_token_id": 262,
+    "eoa_token_index": 263, "video_token_id": 264,
+}  # fmt: skip
 PINPOINTS = [[32, 64], [64, 32]]
 LLAVA = Processor(
     {"image_token": "<image>"},
@@ -68,13 +72,12 @@ def behind(text: str, decoder: dict[str, Any], vision: dict[str, Any] | None, **
     return dict.fromkeys(BASE) | {"text_config": inner, "tie_word_embeddings": False} | tower | own
 
 
-def _gemma4(decoder: dict[str, Any]) -> Toy:
+def _gemma4(decoder: dict[str, Any], gathers: dict[str, str]) -> Toy:
     tower = TOWER | {"num_key_value_heads": 2, "position_embedding_size": 256, "pooling_kernel_size": 2}
     # vLLM takes the inputs of each layer for an image from token 0, which pads in the configs on the hub.
-    settings = behind("gemma4_text", decoder | {"pad_token_id": 0}, tower, image_token_id=258, boi_token_id=259,
-                      eoi_token_id=260, audio_token_id=261, boa_token_id=262, eoa_token_index=263, video_token_id=264)
     return Toy(
-        settings,
+        behind("gemma4_text", decoder | {"pad_token_id": 0}, tower, **GEMMA4_IDS),
+        gathers=gathers,
         edits={"vision_config": {"default_output_length": 70}},
         processor=Processor(
             {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>",
@@ -108,8 +111,8 @@ WRAPPED = {
             {"size": {"height": 32, "width": 32}}, {"image_seq_length": 1},
         ),
     ),
-    "gemma4": _gemma4(SHARED | {"global_head_dim": 64}),
-    "gemma4_moe": replace(_gemma4(GEMMA4 | GEMMA4_EXPERTS), model_type="gemma4"),
+    "gemma4": _gemma4(SHARED | {"global_head_dim": 64}, SHARED_VALUES),
+    "gemma4_moe": replace(_gemma4(GEMMA4 | GEMMA4_EXPERTS, KEYS_AS_VALUES), model_type="gemma4"),
     "glm4v": Toy(behind("glm4v_text", GLM_SECTIONS, QWEN_TOWER | {"image_size": 32}, **GLM_IDS),
                  edits={"text_config": {"attention_bias": True}}, processor=GLM),
     "glm4v_moe": Toy(
