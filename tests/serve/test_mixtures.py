@@ -42,6 +42,7 @@ ALONE = {name: (name, {}, ENGINES.get(name, {})) for name in mixtures.FAMILIES} 
 }
 SPREAD = {
     "tensor parallel": ("qwen3_moe", {}, {"engine": TWO_RANKS}),
+    "tensor parallel, with a router of the model's own": ("gemma4_text", {}, {"engine": TWO_RANKS}),
     "tensor parallel with biases": ("gpt_oss", {}, {"engine": TWO_RANKS}),
     "expert parallel": ("mixtral", {}, {"engine": TWO_RANKS | {"enable_expert_parallel": True}}),
     "expert parallel with biases": ("gpt_oss", {}, {"engine": TWO_RANKS | {"enable_expert_parallel": True}}),
