@@ -149,7 +149,9 @@ def save_dense(family: Mixture, folder: Path, layers: int = 2, seed: int = 0) ->
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2 and "conv" not in name:
+            if name == "lm_head.bias":  # vLLM's PhiMoE leaves it out of the logits
+                parameter.zero_()
+            elif parameter.dim() >= 2 and "conv" not in name:
                 fan_in = HIDDEN
                 parameter.normal_(std=fan_in**-0.5 * 1.5)
                 if ".gate.weight" in name or "router" in name:

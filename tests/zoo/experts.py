@@ -26,6 +26,8 @@ NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 # The backend that vLLM prefers on a CPU with AMX takes no float32.
 MLA = {"attention_backend": "CPU_MLA"}
+CORRECTION = ("e_score_correction_bias", "expert_bias")
+UNCORRECTED = "without a correction in the router, which vLLM's CPU build ignores"
 NO_SIGMOID = "vLLM's CPU router takes sigmoids only with groups"
 OWN_CODE = {".experts.": "transformers runs these experts with code of their own"}
 
@@ -44,7 +46,7 @@ MIXTURES = {
                        unlike=UNLIKE, gathers=LATENT_VALUES, engine=MLA),
     "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, unlike=UNLIKE, gathers=LATENT_VALUES, engine=MLA),
     "dots1": Toy(FIRST_DENSE | {"layer_types": ["full_attention", "full_attention"]}),
-    "ernie4_5_moe": Toy(FIRST_DENSE, unbiased=True),
+    "ernie4_5_moe": Toy(FIRST_DENSE, zeros=CORRECTION, shaped=UNCORRECTED),
     "exaone_moe": Toy(FIRST_DENSE | WINDOW | {"sliding_window_pattern": 2}),
     "flex_olmo": Toy(PLAIN),
     "gemma4_text_moe": Toy(GEMMA4 | GEMMA4_EXPERTS, model_type="gemma4_text", gathers=KEYS_AS_VALUES,
@@ -92,7 +94,8 @@ MIXTURES = {
     "mixtral": Toy(PLAIN),
     "olmoe": Toy(PLAIN),
     "phimoe": Toy(PLAIN | {"lm_head_bias": True, "attention_bias": True},
-                  edits={"architectures": ["PhiMoEForCausalLM"]}, unlike=UNLIKE),
+                  edits={"architectures": ["PhiMoEForCausalLM"]},
+                  zeros=("lm_head.bias",), shaped="without the bias of lm_head, which vLLM leaves out of the logits"),
     "qwen2_moe": Toy(EXPERTS),
     "qwen3_moe": Toy(EXPERTS | {"shared_expert_intermediate_size": None}),
     "solar_open": Toy(EXPERTS),

@@ -74,6 +74,11 @@ def test_the_table_is_put_between_its_marks():
     assert page(written, results) == written
 
 
+def test_the_table_says_how_a_toy_is_shaped():
+    results = {"versions": {"vllm": "1"}, "types": {"phimoe": GOOD}}
+    assert "| 1e-05 (without the bias of lm_head, which" in page(f"{BEGIN}{END}", results)
+
+
 def test_a_toy_says_what_it_cannot_do():
     unfolded = GOOD | {"compress": GOOD["compress"] | {"folded": []}}
     assert not problems(Toy(no_fold="a convolution"), unfolded)

@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from zoo.experts import EXPERTS, FIRST_DENSE, GEMMA4_EXPERTS, KEYS_AS_VALUES, OWN_CODE, PLAIN
-from zoo.hybrids import CONVOLUTION, GATED_DELTA
+from zoo.hybrids import CONVOLUTION, GATED_DELTA, LFM2, UNROTATED
 from zoo.text import GEMMA4, SHARED, SHARED_VALUES, WIDE, WINDOW
-from zoo.toy import BASE, UNLIKE, Processor, Toy
+from zoo.toy import BASE, Processor, Toy
 
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [4, 6, 6], "type": "default"}}
@@ -89,10 +89,10 @@ def _gemma4(decoder: dict[str, Any], gathers: dict[str, str]) -> Toy:
 
 WRAPPED = {
     "cohere2_vision": Toy(
-        behind("cohere2", WIDE | {"logit_scale": 0.5}, TOWER | {"model_type": "siglip_vision_model"},
+        behind("cohere2", WIDE | {"logit_scale": 1.0}, TOWER | {"model_type": "siglip_vision_model"},
                image_token_id=258, downsample_factor=2, alignment_intermediate_size=128, tie_word_embeddings=True),
         renames=INNER_TOWER_NAMES,
-        unlike="transformers leaves out the scale of the logits, vLLM does not",
+        shaped="with a scale of 1 for the logits, which transformers leaves out, and vLLM does not",
         processor=Processor(
             {"image_token": "<image>", "boi_token": "<img>", "eoi_token": "</img>", "img_line_break_token": "<br>"},
             "<image>",
@@ -140,13 +140,12 @@ WRAPPED = {
         ),
     ),
     "lfm2_vl": Toy(
-        behind("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        behind("lfm2", LFM2,
                TOWER | {"num_patches": 16, "model_type": "siglip2_vision_model", "vision_use_head": False},
-               image_token_id=258,
-               projector_hidden_size=128, tie_word_embeddings=True),
+               image_token_id=258, projector_hidden_size=128, tie_word_embeddings=True),
         edits={"text_config": CONVOLUTION},
         renames=INNER_TOWER_NAMES,
-        unlike=UNLIKE,
+        shaped=UNROTATED,
         processor=Processor({"image_token": "<image>", "image_start_token": "<|image_start|>",
                              "image_end_token": "<|image_end|>", "image_thumbnail": "<|img_thumbnail|>"},
                             "<image>",
@@ -228,9 +227,10 @@ WRAPPED = {
     ),
     "qwen3_vl": Toy(behind("qwen3_vl_text", INTERLEAVED, QWEN_TOWER, **QWEN_IDS), processor=QWEN),
     "qwen3_vl_moe": Toy(
-        behind("qwen3_vl_moe_text", EXPERTS | {"shared_expert_intermediate_size": None} | INTERLEAVED, QWEN_TOWER,
-               **QWEN_IDS),
-        unlike="vLLM's loader expects these experts transposed",
+        behind("qwen3_vl_moe_text", EXPERTS | INTERLEAVED | {
+            "shared_expert_intermediate_size": None, "moe_intermediate_size": 192,
+        }, QWEN_TOWER, **QWEN_IDS),
+        transposed=".experts.",
         edits={"text_config": {"norm_topk_prob": True}},
         processor=replace(QWEN, like="qwen3_vl"),
     ),
