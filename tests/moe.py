@@ -32,6 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "glm4_moe": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
+    "nemotron_h": {"layers_block_type": ["moe", "moe"], "n_groups": 2, "moe_shared_expert_intermediate_size": 64},
     "gpt_oss": {"layer_types": ["full_attention", "full_attention"], "intermediate_size": 64},
 }
 
