@@ -33,11 +33,13 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": MAMBA | {"attn_layer_indices": [1]},
     "deepseek_v3": EXPERTS | LATENT | {"n_routed_experts": 4},
     "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "mamba_d_head": 8},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 96},
     "gemma2": {"sliding_window": 16},
     "gemma4_text": {
         "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 32, "sliding_window": 16,
         "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
     },
+    "gpt_bigcode": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 96},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "granitemoehybrid": MAMBA | {
         "layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2,
@@ -45,6 +47,9 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "nemotron_h": EXPERTS | {
+        "layers_block_type": ["moe", "attention"], "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 32,
+    },
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "qwen2_moe": EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 64},
     "qwen3_5_text": LINEAR_ATTENTION,

@@ -119,6 +119,34 @@ layer
   self_attention.dense <- self_attention.query_key_value[16:24]x8 8/8
   mlp.dense_4h_to_h <- mlp.dense_h_to_4h
 """,
+    "falcon": """
+layer
+  self_attention.query_key_value | mlp.dense_h_to_4h
+  self_attention.dense heads 4/2x16 | mlp.dense_4h_to_h
+  self_attention.dense <- self_attention.query_key_value[48:64]x2 4/2
+  mlp.dense_4h_to_h <- mlp.dense_h_to_4h
+""",
+    "gpt_bigcode": """
+attention until ln_2 +
+  attn.c_attn
+  attn.c_proj heads 4/1x16
+mlp without attn/2 +
+  mlp.c_fc
+  mlp.c_proj
+  attn.c_proj <- attn.c_attn[80:96] 4/1
+  mlp.c_proj <- mlp.c_fc
+""",
+    "nemotron_h": """
+layer
+  mixer.shared_experts.up_proj experts mixer.experts
+  mixer.shared_experts.down_proj
+  mixer.shared_experts.down_proj <- mixer.shared_experts.up_proj
+  mixer.experts.{e}.down_proj <- mixer.experts.{e}.up_proj
+layer +
+  mixer.q_proj mixer.k_proj mixer.v_proj
+  mixer.o_proj heads 4/2x16
+  mixer.o_proj <- mixer.v_proj 4/2
+""",
     # Norms come before o_proj and down_proj, and their weights differ between channels.
     "bitnet": """
 attention until post_attention_layernorm +

@@ -36,10 +36,7 @@ def config_of(family: str, **changes: Any) -> Any:
         "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
         "linear_key_head_dim": 32, "linear_value_head_dim": 32, "head_dim": 32,
     }  # fmt: skip
-    gemma4 = window | {
-        "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 64,
-        "global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
-    }  # fmt: skip
+    gemma4 = window | {"global_head_dim": 64, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
     # The last two layers read the keys and values of the first two.
     shared = {
         "num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 64, "head_dim": 32,
@@ -69,12 +66,11 @@ def config_of(family: str, **changes: Any) -> Any:
         "gpt-neox": (t.GPTNeoXConfig, {}),
         "olmo2": (t.Olmo2Config, {}),
         "cohere2": (t.Cohere2Config, {"sliding_window": 16}),
-        "gemma4": (t.Gemma4TextConfig, gemma4 | {"enable_moe_block": False, "global_head_dim": 64}),
+        "gemma4": (t.Gemma4TextConfig, gemma4),
         "gemma4-e2b": (t.Gemma4TextConfig, shared | {"use_double_wide_mlp": True, "global_head_dim": 64}),
         "gemma3n": (t.Gemma3nTextConfig, shared | altup),
         "qwen3-moe": (t.Qwen3MoeConfig, moe),
         "deepseek-v3": (t.DeepseekV3Config, deepseek),
-        "gemma4-moe": (t.Gemma4TextConfig, gemma4),
         "lfm2": (t.Lfm2Config, {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
         "qwen3.5": (t.Qwen3_5TextConfig, linear_attention),
         "nemotron-h": (t.NemotronHConfig, hybrid),

@@ -20,6 +20,11 @@ LINEAR_ATTENTION = {
     "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "shared_expert_intermediate_size": 64,
 }  # fmt: skip
+GEMMA_4 = {
+    "enable_moe_block": True, "top_k_experts": 2, "layer_types": ["sliding_attention", "full_attention"],
+    "attention_k_eq_v": True, "num_global_key_value_heads": 1, "global_head_dim": 16,
+    "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+}  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "qwen2_moe": {"shared_expert_intermediate_size": 64},
@@ -32,6 +37,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "glm4_moe": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
+    "gemma4_text": GEMMA_4,
+    "nemotron_h": {"layers_block_type": ["moe", "moe"], "n_groups": 2, "moe_shared_expert_intermediate_size": 64},
     "gpt_oss": {"layer_types": ["full_attention", "full_attention"], "intermediate_size": 64},
 }
 

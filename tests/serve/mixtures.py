@@ -50,6 +50,7 @@ class Mixture:
 
 QWEN = (("num_experts", EXPERTS), ("num_experts_per_tok", 2), ("moe_intermediate_size", INNER))
 SHARED = ("shared_expert_intermediate_size", 96)
+GEMMA_4 = "model.layers.{i}.experts"  # beside the dense MLP
 GPT_OSS = "model.layers.{i}.mlp.experts"
 FAMILIES = {
     "mixtral": Mixture(
@@ -73,6 +74,19 @@ FAMILIES = {
             Stacked(tensor="model.layers.{i}.block_sparse_moe.output_linear.weight", linears=["down"]),
         ),
         settings=(("num_local_experts", EXPERTS), ("num_experts_per_tok", 2), ("head_dim", None)),
+    ),
+    "gemma4_text": Mixture(
+        "gemma4_text", GEMMA_4,
+        stacked=(
+            Stacked(tensor=f"{GEMMA_4}.gate_up_proj", linears=["gate", "up"]),
+            Stacked(tensor=f"{GEMMA_4}.down_proj", linears=["down"]),
+        ),
+        settings=(
+            ("num_experts", EXPERTS), ("top_k_experts", 2), ("moe_intermediate_size", INNER),
+            ("enable_moe_block", True), ("layer_types", ["sliding_attention", "full_attention"]),
+            ("attention_k_eq_v", True), ("num_global_key_value_heads", 1), ("global_head_dim", 32),
+            ("hidden_size_per_layer_input", 0), ("num_kv_shared_layers", 0),
+        ),
     ),
     "glm4_moe": Mixture(
         "glm4_moe",
@@ -135,7 +149,9 @@ def save_dense(family: Mixture, folder: Path, layers: int = 2, seed: int = 0) ->
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2 and "conv" not in name:
+            if name == "lm_head.bias":  # vLLM's PhiMoE leaves it out of the logits
+                parameter.zero_()
+            elif parameter.dim() >= 2 and "conv" not in name:
                 fan_in = HIDDEN
                 parameter.normal_(std=fan_in**-0.5 * 1.5)
                 if ".gate.weight" in name or "router" in name:

@@ -15,7 +15,7 @@ TWO_STAGES = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp",
 
 # Name of the run: (family, how the checkpoint is written, job)
 # Of these, vLLM and transformers give other logprobs for the same dense toy. vLLM's dense model is the oracle.
-UNLIKE_TRANSFORMERS = ("phimoe", "deepseek_v2", "deepseek_v2 in bfloat16")
+UNLIKE_TRANSFORMERS = ("deepseek_v2", "deepseek_v2 in bfloat16")
 HALF = {"engine": {"dtype": "bfloat16"}}
 ENGINES = {
     "qwen3_next": HALF,  # the only dtype of vLLM's linear attention on CPUs
@@ -42,6 +42,7 @@ ALONE = {name: (name, {}, ENGINES.get(name, {})) for name in mixtures.FAMILIES} 
 }
 SPREAD = {
     "tensor parallel": ("qwen3_moe", {}, {"engine": TWO_RANKS}),
+    "tensor parallel, with a router of the model's own": ("gemma4_text", {}, {"engine": TWO_RANKS}),
     "tensor parallel with biases": ("gpt_oss", {}, {"engine": TWO_RANKS}),
     "expert parallel": ("mixtral", {}, {"engine": TWO_RANKS | {"enable_expert_parallel": True}}),
     "expert parallel with biases": ("gpt_oss", {}, {"engine": TWO_RANKS | {"enable_expert_parallel": True}}),

@@ -1,10 +1,29 @@
 """What must hold for every model type of the zoo."""
 
+import re
 from typing import Any
 
 from zoo.toy import Toy
 
 SHARE = 0.95
+# What reads the residual stream has no producers to fold into. It shares one gather with all that reads it.
+READS_STREAM = re.compile(
+    r"([qkvabg]_proj|qkv_proj|Wqkv|c_attn|query_key_value|q_a_proj|kv_a_proj_with_mqa|[fg]_a_proj|in_proj(_\w+)?|"
+    r"gate_proj|up_proj|gate_up_proj|input_linear|w1|w3|fc1|fc_in|c_fc|dense_h_to_4h|linear_left|per_layer_input_gate)"
+)
+CONVOLUTION = "a convolution before it has weights for each channel"
+NORM = "a norm before it has a weight for each channel"
+# Consumers that gather in every model type that has them -> why.
+GATHERS = {
+    "mamba.out_proj": CONVOLUTION,
+    "mixer.out_proj": CONVOLUTION,
+    "conv.out_proj": CONVOLUTION,
+    "linear_attn.out_proj": CONVOLUTION,
+    "linear_attn.o_proj": CONVOLUTION,
+    "self_attn.q_b_proj": NORM,
+    "self_attn.indexer.wq_b": NORM,
+    "per_layer_projection": "its input is multiplied by a layer's own part of the embedding",
+}
 # The largest median and maximum of |difference| of log probabilities, and the smallest share of tokens chosen alike.
 # In bfloat16, each activation is rounded to 8 bits.
 LIMITS = {"float32": (1e-3, 1e-2, 0.95), "bfloat16": (0.05, 0.5, 0.7)}
@@ -26,6 +45,20 @@ def disagreement(found: dict[str, Any], dtype: str) -> str:
     return ""
 
 
+def gather_problems(toy: Toy, gathered: list[str]) -> list[str]:
+    """The consumers that gather their input for no reason that is known, and the reasons that nothing needs."""
+    consumers = [name for name in gathered if not READS_STREAM.fullmatch(name, name.rfind(".") + 1)]
+    known = [*GATHERS, *toy.gathers]
+    wrong = [f"{name} gathers its input: why?" for name in consumers if not any(_ends(name, end) for end in known)]
+    return wrong + [
+        f"{end} gathers no longer" for end in toy.gathers if not any(_ends(name, end) for name in consumers)
+    ]
+
+
+def _ends(name: str, end: str) -> bool:
+    return f".{name}".endswith(f".{end}")
+
+
 def problems(toy: Toy, record: dict[str, Any]) -> list[str]:
     """Everything in a type's record that is not as promised."""
     wrong = [f"{step}: {record[step]['error']}" for step in ("build", "compress") if "error" in record.get(step, {})]
@@ -36,6 +69,7 @@ def problems(toy: Toy, record: dict[str, Any]) -> list[str]:
         wrong.append(f"only {pruned['share']:.1%} of the decoder is pruned, without {pruned['dense']}")
     if not pruned["folded"] and not toy.no_fold:
         wrong.append("no fold was found")
+    wrong += gather_problems(toy, pruned["gathered"])
     if not toy.not_served:
         for step, what in (("dense", "vLLM and transformers differ on the dense toy"), ("served", "served is wrong")):
             if step == "dense" and toy.unlike:

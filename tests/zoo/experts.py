@@ -1,6 +1,6 @@
 """Text models with mixtures of experts."""
 
-from zoo.text import LATENT, WIDE, WINDOW
+from zoo.text import GEMMA4, LATENT, LATENT_VALUES, WIDE, WINDOW
 from zoo.toy import UNLIKE, Toy
 
 # Each config reads the keys it knows.
@@ -10,6 +10,11 @@ EXPERTS = {
     "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128,
     "n_shared_experts": 1, "num_shared_experts": 1, "moe_num_shared_experts": 1,
 }  # fmt: skip
+# Beside the dense MLP; keys serve as values in layers of full attention.
+GEMMA4_EXPERTS = EXPERTS | {
+    "enable_moe_block": True, "top_k_experts": 2, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+}  # fmt: skip
+KEYS_AS_VALUES = {"self_attn.o_proj": "where keys serve as values, rotary embeddings pair their channels"}
 FIRST_DENSE = EXPERTS | {
     "first_k_dense_replace": 1, "num_dense_layers": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 1,
     "mlp_layer_types": ["dense", "sparse"],
@@ -21,13 +26,16 @@ NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 # The backend that vLLM prefers on a CPU with AMX takes no float32.
 MLA = {"attention_backend": "CPU_MLA"}
+CORRECTION = ("e_score_correction_bias", "expert_bias")
+UNCORRECTED = "without a correction in the router, which vLLM's CPU build ignores"
 NO_SIGMOID = "vLLM's CPU router takes sigmoids only with groups"
 OWN_CODE = {".experts.": "transformers runs these experts with code of their own"}
 
 MIXTURES = {
     "afmoe": Toy(FIRST_DENSE | WINDOW | {"global_attn_every_n_layers": 2},
                  edits={"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}),
-    "axk1": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, not_served="vLLM expects another norm"),
+    "axk1": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, gathers=LATENT_VALUES,
+                not_served="vLLM expects another norm"),
     "cohere2_moe": Toy(EXPERTS | WIDE | {"logit_scale": 0.5, "mlp_layer_types": ["sparse", "sparse"]}),
     "dbrx": Toy({
         "d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
@@ -35,16 +43,19 @@ MIXTURES = {
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 128},
     }, not_served="vLLM's loader does not know the names of its experts", stays_dense=OWN_CODE),
     "deepseek_v2": Toy(FIRST_DENSE | LATENT | {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
-                       unlike=UNLIKE, engine=MLA),
-    "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, unlike=UNLIKE, engine=MLA),
+                       unlike=UNLIKE, gathers=LATENT_VALUES, engine=MLA),
+    "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, unlike=UNLIKE, gathers=LATENT_VALUES, engine=MLA),
     "dots1": Toy(FIRST_DENSE | {"layer_types": ["full_attention", "full_attention"]}),
-    "ernie4_5_moe": Toy(FIRST_DENSE, unbiased=True),
+    "ernie4_5_moe": Toy(FIRST_DENSE, zeros=CORRECTION, shaped=UNCORRECTED),
     "exaone_moe": Toy(FIRST_DENSE | WINDOW | {"sliding_window_pattern": 2}),
     "flex_olmo": Toy(PLAIN),
+    "gemma4_text_moe": Toy(GEMMA4 | GEMMA4_EXPERTS, model_type="gemma4_text", gathers=KEYS_AS_VALUES,
+                           mechanism="experts beside the dense MLP, with a router of the model's own"),
     "glm4_moe": Toy(FIRST_DENSE),
-    "glm4_moe_lite": Toy(FIRST_DENSE | LATENT | NOAUX, unlike=UNLIKE, engine=MLA),
+    "glm4_moe_lite": Toy(FIRST_DENSE | LATENT | NOAUX, unlike=UNLIKE, gathers=LATENT_VALUES, engine=MLA),
     "glm_moe_dsa": Toy(
         FIRST_DENSE | LATENT | NOAUX | {"index_topk": 8, "index_head_dim": 128, "index_n_heads": 2},
+        gathers=LATENT_VALUES,
         not_served="vLLM has no sparse attention for CPUs",
         stays_dense=dict.fromkeys(("indexer.wk", "indexer.weights_proj"), "vLLM serves it dense only"),
     ),
@@ -83,7 +94,8 @@ MIXTURES = {
     "mixtral": Toy(PLAIN),
     "olmoe": Toy(PLAIN),
     "phimoe": Toy(PLAIN | {"lm_head_bias": True, "attention_bias": True},
-                  edits={"architectures": ["PhiMoEForCausalLM"]}, unlike=UNLIKE),
+                  edits={"architectures": ["PhiMoEForCausalLM"]},
+                  zeros=("lm_head.bias",), shaped="without the bias of lm_head, which vLLM leaves out of the logits"),
     "qwen2_moe": Toy(EXPERTS),
     "qwen3_moe": Toy(EXPERTS | {"shared_expert_intermediate_size": None}),
     "solar_open": Toy(EXPERTS),

@@ -106,8 +106,8 @@ def calibration(work: Path) -> Path:
     return path
 
 
-def dense_folder(model_type: str, toy: Toy, work: Path) -> Path:
-    return build(model_type, toy, work / model_type / "dense")
+def dense_folder(name: str, toy: Toy, work: Path) -> Path:
+    return build(toy.model_type or name, toy, work / name / "dense")
 
 
 def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -122,13 +122,13 @@ def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
     assert torch.allclose(first, second, atol=1e-4), f"their logits differ by {(first - second).abs().max():.2g}"
 
 
-def pruned_folders(model_type: str, toy: Toy, work: Path) -> tuple[Path, Path, dict[str, Any]]:
+def pruned_folders(name: str, toy: Toy, work: Path) -> tuple[Path, Path, dict[str, Any]]:
     """Compress, verify, export, and compare transformers on both folders.
 
     Returns:
         The compressed folder, the exported one, and what `describe` says.
     """
-    dense, out, exported = (work / model_type / kind for kind in ("dense", "pruned", "exported"))
+    dense, out, exported = (work / name / kind for kind in ("dense", "pruned", "exported"))
     recipe = Recipe(calibration=str(calibration(work)), samples=8, seq_len=64, reconstruct="none")
     monitor = Warnings()
     compress(str(dense), out, recipe, Settings(overwrite=True), monitor)

@@ -1,8 +1,8 @@
 """Text models whose layers are of several kinds: linear attention, Mamba or convolutions beside attention."""
 
-from zoo.experts import EXPERTS, FIRST_DENSE, PLAIN
-from zoo.text import LATENT
-from zoo.toy import UNLIKE, Toy
+from zoo.experts import CORRECTION, EXPERTS, FIRST_DENSE, PLAIN, UNCORRECTED
+from zoo.text import LATENT, LATENT_VALUES
+from zoo.toy import Toy
 
 # vLLM's CPU code takes heads of 128 channels in bfloat16 only.
 GATED_DELTA = {
@@ -13,14 +13,25 @@ MAMBA = {
     "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2,
     "mamba_chunk_size": 16,
 }  # fmt: skip
-# With 1e-8 for `time_step_min`, they agree in float32.
-STEPS = "transformers raises Mamba's time steps to 0.001, vLLM does not"
-NEMOTRON = EXPERTS | {
+STEPS = {"time_step_min": 1e-8}
+ANY_STEPS = "without a least time step, to which transformers raises Mamba's, and vLLM does not"
+NEMOTRON = EXPERTS | STEPS | {
     "mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16,
     "moe_shared_expert_intermediate_size": 128,
 }  # fmt: skip
 # In the configs on the hub. transformers does without.
 CONVOLUTION = {"conv_dim": 128, "block_dim": 128}
+
+# So slow that positions make no difference to attention.
+NO_ROTATION = {"rope_parameters": {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 1e9, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1,
+}}  # fmt: skip
+UNROTATED = (
+    "without positions in attention: given [tokens, heads, width], vLLM's CPU kernel rotates only as many heads as "
+    "there are tokens"
+)
+LFM2 = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False} | NO_ROTATION
 
 HYBRIDS = {
     "bamba": Toy(MAMBA | {"attn_layer_indices": [1]}, not_served="vLLM has dropped it"),
@@ -34,17 +45,16 @@ HYBRIDS = {
     }, not_served="vLLM's CPU build has no selective scan",
                  stays_dense={".mamba.": "vLLM serves a Mamba-1 mixer dense only"}),
     "kimi_linear": Toy(FIRST_DENSE | LATENT | GATED_DELTA | {"q_lora_rank": None}, dtype="bfloat16",
-                       not_served="vLLM has it for GPUs only"),
-    "lfm2": Toy({"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-                edits=CONVOLUTION, unlike=UNLIKE),
-    "lfm2_moe": Toy(FIRST_DENSE | {
+                       gathers=LATENT_VALUES, not_served="vLLM has it for GPUs only"),
+    "lfm2": Toy(LFM2, edits=CONVOLUTION, shaped=UNROTATED),
+    "lfm2_moe": Toy(FIRST_DENSE | NO_ROTATION | {
         "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3,
         "mlp_layer_types": ["dense", "sparse", "sparse"],
-    }, unbiased=True, unlike=UNLIKE),
+    }, zeros=CORRECTION, shaped=f"{UNROTATED}; {UNCORRECTED}"),
     "mamba2": Toy({"state_size": 16, "num_heads": 8, "n_groups": 1, "chunk_size": 16},
                   no_fold="each consumer has a convolution and a norm before it"),
     "nemotron_h": Toy(NEMOTRON | {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3},
-                      unlike=STEPS),
+                      shaped=ANY_STEPS),
     "nemotron_h_moe": Toy(NEMOTRON | {
         "layers_block_type": ["mamba", "attention", "moe", "mlp"], "num_hidden_layers": 4,
     }, model_type="nemotron_h", not_served="vLLM's CPU build has no experts without a gate"),
@@ -53,9 +63,10 @@ HYBRIDS = {
     "qwen3_5_text": Toy(GATED_DELTA, dtype="bfloat16"),
     "qwen3_5_moe_text": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16"),
     "qwen3_next": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16"),
-    "zamba2": Toy({
+    "zamba2": Toy(STEPS | {
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_d_state": 16,
         "n_mamba_heads": 8, "mamba_headdim": 32, "num_key_value_heads": 4, "num_mem_blocks": 1, "head_dim": None,
     }, stays_dense={".shared_transformer.": "several layers share its weights"},
-                  no_fold="each consumer that is pruned has a convolution and a norm before it", unlike=STEPS),
+                  gathers={"linear": "the linears before it are shared by layers, and stay dense"},
+                  no_fold="each consumer that is pruned has a convolution and a norm before it", shaped=ANY_STEPS),
 }  # fmt: skip

@@ -38,8 +38,9 @@ def row(name: str, record: dict[str, Any]) -> str:
     dense = "; ".join(f"{reason}: {short(names)}" for reason, names in pruned["dense"].items())
     steps = [difference(record.get(step)) for step in ("dense", "served")]
     served = ["not served: " + toy.not_served, "-"] if toy.not_served else steps
-    if toy.unlike or toy.text_only:
-        served[0] += f" ({toy.unlike or toy.text_only})"
+    notes = "; ".join(filter(None, (toy.unlike, toy.text_only, toy.shaped)))
+    if notes:
+        served[0] += f" ({notes})"
     if toy.unlike and "reference" not in record:  # else it failed, and transformers is what it is compared with
         served[1] += " from vLLM's dense model"
     share = f"{pruned['share']:.0%} ({pruned['share_of_all']:.0%})"

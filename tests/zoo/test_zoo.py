@@ -52,6 +52,8 @@ GOOD = {
         ({"compress": {"error": "RiaError: refused"}}, "refused"),
         ({"compress": GOOD["compress"] | {"share": 0.94}}, "only 94.0%"),
         ({"compress": GOOD["compress"] | {"folded": []}}, "no fold"),
+        ({"compress": GOOD["compress"] | {"gathered": ["layers.*.mlp.experts.*.down_proj"]}}, "down_proj gathers"),
+        ({"compress": GOOD["compress"] | {"gathered": ["layers.*.linear_attn.q_proj", "h.*.mamba.out_proj"]}}, None),
         ({"dense": {"text": {"median": 0.5, "largest": 2.0, "same": 0.1}}}, "dense toy"),
         ({"served": {"text": {"median": 0.0, "largest": 0.02, "same": 1.0}}}, "served is wrong"),
         ({"served": {"text": {"median": float("nan"), "largest": 0.0, "same": 1.0}}}, "served is wrong"),
@@ -72,9 +74,17 @@ def test_the_table_is_put_between_its_marks():
     assert page(written, results) == written
 
 
+def test_the_table_says_how_a_toy_is_shaped():
+    results = {"versions": {"vllm": "1"}, "types": {"phimoe": GOOD}}
+    assert "| 1e-05 (without the bias of lm_head, which" in page(f"{BEGIN}{END}", results)
+
+
 def test_a_toy_says_what_it_cannot_do():
     unfolded = GOOD | {"compress": GOOD["compress"] | {"folded": []}}
     assert not problems(Toy(no_fold="a convolution"), unfolded)
+    gathered = GOOD | {"compress": GOOD["compress"] | {"gathered": ["layers.*.self_attn.o_proj"]}}
+    named = Toy(gathers={"self_attn.o_proj": "a norm"})
+    assert problems(Toy(), gathered) and not problems(named, gathered) and problems(named, GOOD)
     alone = {"compress": GOOD["compress"]}
     assert problems(Toy(), alone) and not problems(Toy(not_served="no kernel"), alone)
     far = {"text": {"median": 0.5, "largest": 2.0, "same": 0.1}}

@@ -11,11 +11,14 @@ SHARED = {
     "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
     "sliding_window": 16, "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": VOCABULARY,
 }  # fmt: skip
+GEMMA4 = WINDOW | {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
 # The only latent that vLLM's CPU attention takes has 512 + 64 channels.
 LATENT = {
     "q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64,
     "num_key_value_heads": 4, "head_dim": 64,
 }  # fmt: skip
+LATENT_VALUES = {"self_attn.o_proj": "kv_b_proj, which makes the values, stays dense"}
+SHARED_VALUES = {"self_attn.o_proj": "the last layers read the values of earlier ones"}
 
 TEXT = {
     "apertus": Toy(),
@@ -30,10 +33,11 @@ TEXT = {
     "gemma": Toy(),
     "gemma2": Toy(WINDOW | {"query_pre_attn_scalar": 32}),
     "gemma3_text": Toy(WINDOW | {"query_pre_attn_scalar": 32}),
-    "gemma4_text": Toy(WINDOW | {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}),
+    "gemma4_text": Toy(GEMMA4),
     "gemma4_text_e2b": Toy(
         SHARED | {"global_head_dim": 64, "use_double_wide_mlp": True},
         model_type="gemma4_text",
+        gathers=SHARED_VALUES,
         mechanism="keys and values of earlier layers, and inputs of each layer",
     ),
     "gemma3n_text": Toy(
@@ -43,7 +47,9 @@ TEXT = {
             "laurel_rank": 64,
             "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
         },
-        unlike="vLLM's text model leaves out the embeddings of each layer",
+        zeros=("embed_tokens_per_layer.weight",),
+        shaped="without the embeddings of each layer, which vLLM's text model leaves out",
+        gathers=SHARED_VALUES,
     ),
     "glm": Toy(),
     "glm4": Toy(),
@@ -59,7 +65,10 @@ TEXT = {
     "hyperclovax": Toy(),
     "jais2": Toy(),
     "llama": Toy(),
-    "minicpm3": Toy(LATENT | {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}),
+    "minicpm3": Toy(
+        LATENT | {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32},
+        gathers=LATENT_VALUES,
+    ),
     "ministral": Toy(WINDOW),
     "ministral3": Toy(),
     "mistral": Toy(),
@@ -77,5 +86,5 @@ TEXT = {
     "stablelm": Toy(),
     "starcoder2": Toy(),
     "vaultgemma": Toy(WINDOW | {"query_pre_attn_scalar": 32}),
-    "youtu": Toy(LATENT, not_served="vLLM's CPU attention has no such latent"),
+    "youtu": Toy(LATENT, gathers=LATENT_VALUES, not_served="vLLM's CPU attention has no such latent"),
 }

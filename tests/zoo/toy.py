@@ -23,6 +23,7 @@ BASE = {
 # The logits of a router, relative to those of other linears: so far apart that rounding changes no choice of experts.
 ROUTER_SCALE = 4.0
 ROUTERS = ("router", "gate.weight", "block_sparse_moe.gate", "mlp.gate.", "feed_forward.gate.")
+BUFFERS = ("e_score_correction_bias", "expert_bias", "layer_scalar")  # with values of their own in the files
 # A processor's parts, and where transformers' Auto classes have their names.
 PARTS = {
     "image_processor": ("image_processing_auto", "IMAGE_PROCESSOR_MAPPING_NAMES"),
@@ -67,11 +68,15 @@ class Toy:
             is what vLLM on the compressed one is compared with.
         stays_dense: part of the names of matrices that are not pruned -> why not.
         no_fold: why none is possible.
+        gathers: end of the names of linears that bring their input into their order themselves, though they do not read
+            the residual stream, in some layers at least -> why no fold does it. Beside those in `check.GATHERS`.
         engine: arguments of vLLM's `LLM` that the dense model needs too.
         dtype: of the stored weights, and the one that vLLM computes in.
         edits: keys of config.json that transformers' config lacks, but the folders on the hub have, and vLLM reads.
         renames: beginning of names in the files that transformers saves -> what the folders on the hub have.
-        unbiased: the router's correction is 0, because vLLM's CPU build ignores it.
+        transposed: part of the names of stacked tensors that the folders on the hub have as [experts, in, out].
+        zeros: ends of the names of parameters that are 0; `shaped` says why.
+        shaped: how the toy differs from the models on the hub, since vLLM and transformers disagree about those.
         processor: of images, behind a wrapper.
     """
 
@@ -82,11 +87,14 @@ class Toy:
     unlike: str = ""
     stays_dense: dict[str, str] = field(default_factory=dict)
     no_fold: str = ""
+    gathers: dict[str, str] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     edits: dict[str, Any] = field(default_factory=dict)
     renames: dict[str, str] = field(default_factory=dict)
-    unbiased: bool = False
+    transposed: str = ""
+    zeros: tuple[str, ...] = ()
+    shaped: str = ""
     processor: Processor | None = None
     model_type: str = ""
 
@@ -95,7 +103,7 @@ def config_of(model_type: str, toy: Toy) -> Any:
     from transformers import AutoConfig
 
     settings = BASE | toy.settings
-    return AutoConfig.for_model(toy.model_type or model_type, **{k: v for k, v in settings.items() if v is not None})
+    return AutoConfig.for_model(model_type, **{k: v for k, v in settings.items() if v is not None})
 
 
 def auto_class(toy: Toy) -> Any:
@@ -104,18 +112,23 @@ def auto_class(toy: Toy) -> Any:
     return AutoModelForMultimodalLM if toy.processor else AutoModelForCausalLM
 
 
-def randomize(model: torch.nn.Module, unbiased: bool) -> None:
-    """Draw every parameter so that the logits depend on it: none keeps a tiny or neutral initial value."""
+def randomize(model: torch.nn.Module, zeros: tuple[str, ...]) -> None:
+    """Draw every parameter so that the logits depend on it: none keeps a tiny or neutral initial value.
+
+    Args:
+        zeros: ends of the names of parameters that become 0 instead.
+    """
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-            correction = name.endswith(("e_score_correction_bias", "expert_bias"))
-            if not parameter.is_floating_point() or "inv_freq" in name or (correction and unbiased):
+            if not parameter.is_floating_point() or "inv_freq" in name:
                 continue
-            if parameter.dim() >= 2 and parameter.squeeze().dim() >= 2:
+            if name.endswith(zeros):
+                parameter.zero_()
+            elif parameter.dim() >= 2 and parameter.squeeze().dim() >= 2:
                 inputs = parameter.shape[1] if "experts" in name and parameter.dim() == 3 else parameter[0].numel()
                 scale = ROUTER_SCALE if any(part in name for part in ROUTERS) else 1.5
                 parameter.normal_(std=inputs**-0.5 * scale)
-            elif correction or isinstance(parameter, torch.nn.Parameter):
+            elif isinstance(parameter, torch.nn.Parameter) or name.endswith(BUFFERS):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
 
 
@@ -125,9 +138,12 @@ def merged(config: dict[str, Any], edits: dict[str, Any]) -> dict[str, Any]:
     return config | edits | nested
 
 
-def rename(path: Path, renames: dict[str, str]) -> None:
+def as_on_the_hub(path: Path, toy: Toy) -> None:
+    """Give the tensors of a file the names and layouts that the folders on the hub have."""
     tensors = load_file(path)
-    for old, new in renames.items():
+    if toy.transposed:
+        tensors = {n: t.mT.contiguous() if toy.transposed in n else t for n, t in tensors.items()}
+    for old, new in toy.renames.items():
         tensors = {new + n.removeprefix(old) if n.startswith(old) else n: tensor for n, tensor in tensors.items()}
     save_file(tensors, path, {"format": "pt"})
 
@@ -139,9 +155,9 @@ def build(model_type: str, toy: Toy, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
     model = auto_class(toy).from_config(config_of(model_type, toy), dtype=torch.float32).eval()
-    randomize(model, toy.unbiased)
+    randomize(model, toy.zeros)
     model.to(getattr(torch, toy.dtype)).save_pretrained(folder)
-    rename(folder / "model.safetensors", toy.renames)
+    as_on_the_hub(folder / "model.safetensors", toy)
     path = folder / "config.json"
     path.write_text(json.dumps(merged(json.loads(path.read_text()), toy.edits)))
     if toy.processor is None:

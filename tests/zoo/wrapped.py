@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from zoo.experts import EXPERTS, FIRST_DENSE, OWN_CODE, PLAIN
-from zoo.hybrids import CONVOLUTION, GATED_DELTA
-from zoo.text import SHARED, WIDE, WINDOW
-from zoo.toy import BASE, UNLIKE, Processor, Toy
+from zoo.experts import EXPERTS, FIRST_DENSE, GEMMA4_EXPERTS, KEYS_AS_VALUES, OWN_CODE, PLAIN
+from zoo.hybrids import CONVOLUTION, GATED_DELTA, LFM2, UNROTATED
+from zoo.text import GEMMA4, SHARED, SHARED_VALUES, WIDE, WINDOW
+from zoo.toy import BASE, Processor, Toy
 
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [4, 6, 6], "type": "default"}}
@@ -52,8 +52,10 @@ GLM_SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "partial_
 LINES = {f"line{n}_token": "\n" * n for n in range(1, 5)}
 TOWER_NAMES = {"vision_tower.": "vision_tower.vision_model."}
 INNER_TOWER_NAMES = {f"model.{old}": f"model.{new}" for old, new in TOWER_NAMES.items()}
-# vLLM takes the inputs of each layer for an image from token 0, which pads in the configs on the hub.
-GEMMA4 = SHARED | {"global_head_dim": 64, "pad_token_id": 0}
+GEMMA4_IDS = {
+    "image_token_id": 258, "boi_token_id": 259, "eoi_token_id": 260, "audio_token_id": 261, "boa_token_id": 262,
+    "eoa_token_index": 263, "video_token_id": 264,
+}  # fmt: skip
 PINPOINTS = [[32, 64], [64, 32]]
 LLAVA = Processor(
     {"image_token": "<image>"},
@@ -70,12 +72,27 @@ def behind(text: str, decoder: dict[str, Any], vision: dict[str, Any] | None, **
     return dict.fromkeys(BASE) | {"text_config": inner, "tie_word_embeddings": False} | tower | own
 
 
+def _gemma4(decoder: dict[str, Any], gathers: dict[str, str]) -> Toy:
+    tower = TOWER | {"num_key_value_heads": 2, "position_embedding_size": 256, "pooling_kernel_size": 2}
+    # vLLM takes the inputs of each layer for an image from token 0, which pads in the configs on the hub.
+    return Toy(
+        behind("gemma4_text", decoder | {"pad_token_id": 0}, tower, **GEMMA4_IDS),
+        gathers=gathers,
+        edits={"vision_config": {"default_output_length": 70}},
+        processor=Processor(
+            {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>",
+             "boa_token": "<|audio>", "eoa_token": "<audio|>", "video_token": "<|video|>"},
+            "<|image|>", {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
+        ),
+    )  # fmt: skip
+
+
 WRAPPED = {
     "cohere2_vision": Toy(
-        behind("cohere2", WIDE | {"logit_scale": 0.5}, TOWER | {"model_type": "siglip_vision_model"},
+        behind("cohere2", WIDE | {"logit_scale": 1.0}, TOWER | {"model_type": "siglip_vision_model"},
                image_token_id=258, downsample_factor=2, alignment_intermediate_size=128, tie_word_embeddings=True),
         renames=INNER_TOWER_NAMES,
-        unlike="transformers leaves out the scale of the logits, vLLM does not",
+        shaped="with a scale of 1 for the logits, which transformers leaves out, and vLLM does not",
         processor=Processor(
             {"image_token": "<image>", "boi_token": "<img>", "eoi_token": "</img>", "img_line_break_token": "<br>"},
             "<image>",
@@ -94,18 +111,8 @@ WRAPPED = {
             {"size": {"height": 32, "width": 32}}, {"image_seq_length": 1},
         ),
     ),
-    "gemma4": Toy(
-        behind("gemma4_text", GEMMA4, TOWER | {
-            "num_key_value_heads": 2, "position_embedding_size": 256, "pooling_kernel_size": 2,
-        }, image_token_id=258, boi_token_id=259, eoi_token_id=260, audio_token_id=261, boa_token_id=262,
-            eoa_token_index=263, video_token_id=264),
-        edits={"vision_config": {"default_output_length": 70}},
-        processor=Processor(
-            {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>",
-             "boa_token": "<|audio>", "eoa_token": "<audio|>", "video_token": "<|video|>"},
-            "<|image|>", {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
-        ),
-    ),
+    "gemma4": _gemma4(SHARED | {"global_head_dim": 64}, SHARED_VALUES),
+    "gemma4_moe": replace(_gemma4(GEMMA4 | GEMMA4_EXPERTS, KEYS_AS_VALUES), model_type="gemma4"),
     "glm4v": Toy(behind("glm4v_text", GLM_SECTIONS, QWEN_TOWER | {"image_size": 32}, **GLM_IDS),
                  edits={"text_config": {"attention_bias": True}}, processor=GLM),
     "glm4v_moe": Toy(
@@ -133,13 +140,12 @@ WRAPPED = {
         ),
     ),
     "lfm2_vl": Toy(
-        behind("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        behind("lfm2", LFM2,
                TOWER | {"num_patches": 16, "model_type": "siglip2_vision_model", "vision_use_head": False},
-               image_token_id=258,
-               projector_hidden_size=128, tie_word_embeddings=True),
+               image_token_id=258, projector_hidden_size=128, tie_word_embeddings=True),
         edits={"text_config": CONVOLUTION},
         renames=INNER_TOWER_NAMES,
-        unlike=UNLIKE,
+        shaped=UNROTATED,
         processor=Processor({"image_token": "<image>", "image_start_token": "<|image_start|>",
                              "image_end_token": "<|image_end|>", "image_thumbnail": "<|img_thumbnail|>"},
                             "<image>",
@@ -221,9 +227,10 @@ WRAPPED = {
     ),
     "qwen3_vl": Toy(behind("qwen3_vl_text", INTERLEAVED, QWEN_TOWER, **QWEN_IDS), processor=QWEN),
     "qwen3_vl_moe": Toy(
-        behind("qwen3_vl_moe_text", EXPERTS | {"shared_expert_intermediate_size": None} | INTERLEAVED, QWEN_TOWER,
-               **QWEN_IDS),
-        unlike="vLLM's loader expects these experts transposed",
+        behind("qwen3_vl_moe_text", EXPERTS | INTERLEAVED | {
+            "shared_expert_intermediate_size": None, "moe_intermediate_size": 192,
+        }, QWEN_TOWER, **QWEN_IDS),
+        transposed=".experts.",
         edits={"text_config": {"norm_topk_prob": True}},
         processor=replace(QWEN, like="qwen3_vl"),
     ),

@@ -29,6 +29,9 @@ FAMILIES = {
     "granitemoehybrid": {},
     "mixtral": {},
     "gpt_oss": {},
+    "falcon": {},
+    "gpt_bigcode": {},
+    "nemotron_h": {},
 }
 
 
@@ -70,13 +73,13 @@ def apply_to_experts(module, draw: torch.Generator) -> None:
     inner = module.down_proj.shape[1 if module.is_transposed else 2]
     for expert in range(len(module.down_proj)):
         p = torch.randperm(inner, generator=draw)
-        gate_up, down = module.gate_up_proj[expert], module.down_proj[expert]
-        gate_up, down = (gate_up.T, down.T) if module.is_transposed else (gate_up, down)
-        halves = [torch.arange(inner), torch.arange(inner) + inner]
+        first, down = (module.gate_up_proj if module.has_gate else module.up_proj)[expert], module.down_proj[expert]
+        first, down = (first.T, down.T) if module.is_transposed else (first, down)
+        parts = [torch.arange(inner), torch.arange(inner) + inner] if module.has_gate else [torch.arange(inner)]
         if not module.is_concatenated:
-            halves = [2 * torch.arange(inner), 2 * torch.arange(inner) + 1]
-        for rows in halves:
-            gate_up[rows] = gate_up[rows[p]]
+            parts = [2 * torch.arange(inner), 2 * torch.arange(inner) + 1]
+        for rows in parts:
+            first[rows] = first[rows[p]]
             if module.has_bias:
                 module.gate_up_proj_bias[expert, rows] = module.gate_up_proj_bias[expert, rows[p]]
         down.copy_(down[:, p])
@@ -129,6 +132,13 @@ def attention(producer: Producer, heads: int = 4, kv_heads: int = 2, consumer: s
             "gpt_neox", {},
             attention(Producer(name="attention.query_key_value", rows=(128, 192)), 4, 4, "attention.dense"),
         ),  # as if v followed q and k
+        (
+            "falcon", {},
+            attention(Producer(name="self_attention.query_key_value", rows=(96, 128)), consumer="self_attention.dense"),
+        ),  # the same
+        (
+            "gpt_bigcode", {}, attention(Producer(name="attn.c_attn", rows=(64, 80)), 4, 1, "attn.c_proj"),
+        ),  # the keys
         ("qwen3_next", {"layer_types": ["full_attention"] * 2}, attention(Producer(name="self_attn.v_proj"))),  # gated
         *(
             ("llama", {}, Fold(consumer="mlp.down_proj", producers=[Producer(name=f"mlp.{x}")], coupling="elementwise"))

@@ -26,7 +26,7 @@ def test_streamed_from_the_files_they_compute_what_transformers_does(kind, tmp_p
         (path,) = experts_modules(layer)
         hook = layer.get_submodule(path).register_forward_hook(lambda m, args, out: reads.append((args, out)))
         with torch.no_grad():
-            model(TOKENS)
+            model(TOKENS, use_cache=False)
         hook.remove()
         args, expected = reads.pop()
         experts = streamed.load_layer(index).get_submodule(path)
@@ -35,7 +35,10 @@ def test_streamed_from_the_files_they_compute_what_transformers_does(kind, tmp_p
         streamed.free_layer(index)
 
 
-@pytest.mark.parametrize(("kind", "gated"), [("mixtral", lambda g, u: silu(g) * u), ("gpt_oss", gpt_oss_gated)])
+GATED = {"mixtral": lambda g, u: silu(g) * u, "gpt_oss": gpt_oss_gated, "nemotron_h": lambda _, u: u.relu() ** 2}
+
+
+@pytest.mark.parametrize(("kind", "gated"), GATED.items())
 def test_a_pruned_experts_product_in_float64(kind, gated, tmp_path):
     """With the routing fixed, and other weights than the module's own."""
     config = AutoConfig.from_pretrained(save_moe(tmp_path / "dense", kind))
@@ -44,8 +47,8 @@ def test_a_pruned_experts_product_in_float64(kind, gated, tmp_path):
     draw = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(shape, generator=draw, dtype=torch.float64)  # noqa: E731
     run_one_by_one(layer)
-    experts = layer.mlp.experts
-    layout = experts_modules(layer)["mlp.experts"]
+    ((path, layout),) = experts_modules(layer).items()
+    experts = layer.get_submodule(path)
     weights = [{k: normal(*layout.shape(k)) * (normal(*layout.shape(k)) > 0) for k in layout.kinds} for _ in range(4)]
     set_weights(experts, weights.__getitem__)
     bias = {"gate": normal(4, layout.inner), "up": normal(4, layout.inner), "down": normal(4, layout.width)}
@@ -64,8 +67,8 @@ def test_a_pruned_experts_product_in_float64(kind, gated, tmp_path):
     for token in range(100):
         for choice in range(2):
             e = int(choices[token, choice])
-            gate, up = (weights[e][kind] @ X[token] + bias[kind][e] for kind in ("gate", "up"))
-            down = weights[e]["down"] @ gated(gate, up) + bias["down"][e]
+            read = {kind: weights[e][kind] @ X[token] + bias[kind][e] for kind in layout.first}
+            down = weights[e]["down"] @ gated(read.get("gate"), read["up"]) + bias["down"][e]
             expected[token] += shares[token, choice] * down
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     assert seen[0][0] is X and seen[0][1] is choices and seen[0][2] is shares
