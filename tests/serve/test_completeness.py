@@ -21,7 +21,7 @@ from ria_vllm.serve.layer_matching import match_layers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_dense_weight_that_never_came_is_named(ranks, dtype):
     config = RiaConfig(RiaSchema(sparsity_config=SparsityConfig()))
-    config.stored = {"first", "second"}
+    config.stored, config.pruned = {"first", "second"}, {"third"}
     model = torch.nn.Module()
     settings = {"bias": False, "params_dtype": dtype, "quant_config": config}
     model.first = ReplicatedLinear(64, 32, prefix="first", **settings)
