@@ -111,15 +111,13 @@ def weight_files(folder: Path) -> dict[str, Path]:
     index = folder / INDEX_FILE
     if not index.is_file():
         if not (folder / SINGLE_FILE).is_file():
-            raise RiaError(f"{folder}: no weights here (neither {SINGLE_FILE} nor {INDEX_FILE}).")
+            shards = unindexed_files(folder)
+            beside = f", but {shards[0]}; if it is one of its shards, get the index, too" if shards else ""
+            raise RiaError(f"{folder}: no weights here (neither {SINGLE_FILE} nor {INDEX_FILE}){beside}.")
         return dict.fromkeys(tensor_names(folder / SINGLE_FILE), folder / SINGLE_FILE)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
-        raise RiaError(f"{index}: no usable weight_map. Get the file again.")
+    weight_map = read_index(index, folder)
     present: dict[str, set[str]] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or not file.isprintable() or len(file.encode()) > 255:
-            raise RiaError(f"{index}: shard {file!r} lies outside the folder. Do not use this checkpoint.")
         if not (folder / file).is_file():
             lost = next(name for name, shard in weight_map.items() if shard == file)
             raise RiaError(f"{folder / file}: shard missing (it holds {lost}). Get the file again.")
@@ -128,6 +126,37 @@ def weight_files(folder: Path) -> dict[str, Path]:
         if name not in present[file]:
             raise RiaError(f"{folder / file}: tensor {name} missing, though the index names it. Get the file again.")
     return {name: folder / file for name, file in weight_map.items()}
+
+
+def unindexed_files(folder: Path) -> list[str]:
+    """Names of the files that vLLM takes for a folder's weights where there is no index."""
+    return weights_among(path.name for path in folder.iterdir())
+
+
+def weights_among(files: Iterable[str]) -> list[str]:
+    """Those of a folder's or repository's files that vLLM takes for weights where there is no index, sorted."""
+    return sorted(
+        name
+        for name in files
+        if name.endswith(".safetensors") and "/" not in name and not name.startswith(".") and name != PERMUTATIONS_FILE
+    )
+
+
+def read_index(path: Path, where: str | Path) -> dict[str, str]:
+    """Tensor name -> name of its shard, from an index of weight files; `where` names the folder or repository.
+
+    Raises:
+        RiaError: the index is damaged, or names a shard outside the folder.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise RiaError(f"{where}: no usable weight_map in {INDEX_FILE}. Get the file again.")
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or not file.isprintable() or len(file.encode()) > 255:
+            raise RiaError(
+                f"{where}: {INDEX_FILE}: shard {file!r} lies outside the folder. Do not use this checkpoint."
+            )
+    return weight_map
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -302,6 +331,7 @@ class Reader:
             raise RiaError(f"{self.folder}: not a folder that `ria-vllm compress` wrote.")
         self.schema = RiaSchema.parse(quantization, str(self.folder / "config.json"))
         self.files = weight_files(self.folder)
+        self._check_strays()
         self.sparse_names = [n.removesuffix(".compressed") for n in self.files if n.endswith(".compressed")]
         for name in self.files:
             layer, _, part = name.rpartition(".")
@@ -331,6 +361,20 @@ class Reader:
     @property
     def permuted_names(self) -> list[str]:
         return list(self.permutations)
+
+    def _check_strays(self) -> None:
+        """Refuse files of other weights that would be loaded along with ours, or in their place.
+
+        Without an index, vLLM reads all files. transformers prefers the single file to an index.
+        """
+        indexed = (self.folder / INDEX_FILE).is_file()
+        own = {path.name for path in self.files.values()}
+        for name in unindexed_files(self.folder):
+            if name not in own and (name == SINGLE_FILE or not indexed):
+                raise RiaError(
+                    f"{self.folder / name}: does not belong to {INDEX_FILE if indexed else SINGLE_FILE}, but would be "
+                    "loaded. Remove it, or get all files of one run."
+                )
 
     @property
     def dense_names(self) -> list[str]:

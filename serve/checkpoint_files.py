@@ -1,6 +1,8 @@
 """What must be known about a checkpoint before its weights stream in: a local folder, or on the hub or ModelScope."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,11 @@ from ria_vllm.checkpoint import (
     check_file_digest,
     file_metadata,
     load_permutations,
-    read_json,
+    read_index,
     tensor_names,
+    unindexed_files,
     weight_files,
+    weights_among,
 )
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE, RiaSchema
@@ -60,40 +64,50 @@ def locate(model: str, name: str, revision: str | None) -> Path | None:
 
 
 class WeightHeaders:
-    """What the headers of a model's weight files say.
+    """What the headers of a model's weight files say: of those that vLLM loads, which are all where there is no index.
 
     Of files that are on the hub and not in its cache, only the header is fetched. vLLM downloads the rest, perhaps into
     another cache (`--download-dir`).
 
     Attributes:
-        names: of all tensors; None for a local folder without weights, as `--load-format dummy` takes.
+        names: of all tensors; None without weight files, as `--load-format dummy` takes a model.
+        files: names of the weight files.
     """
 
     def __init__(self, model: str, revision: str | None):
         """Read the names of the tensors.
 
         Raises:
-            RiaError: a file is missing or damaged; OutOfReach if it cannot be read.
+            RiaError: a file is missing or damaged, or two hold the same tensor; OutOfReach if it cannot be read.
         """
         self.model = model
         self.revision = revision
-        folder = Path(model)
-        if folder.is_dir():
-            if not (folder / INDEX_FILE).is_file() and not (folder / SINGLE_FILE).is_file():
-                self.names: list[str] | None = None
-                self.files: list[str] = []
-                return
-            stored = weight_files(folder)
-            self.names, self.files = list(stored), sorted({path.name for path in stored.values()})
-            return
+        self.names: list[str] | None = None
+        self.files: list[str] = []
         index = self._index()
         if index is None:
-            self.names, self.files = self._header(SINGLE_FILE)[0], [SINGLE_FILE]
+            self._read_unindexed()
             return
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise RiaError(f"{model}: no usable weight_map in {INDEX_FILE}. Get the file again.")
-        self.names, self.files = list(weight_map), sorted(set(weight_map.values()))
+        shards = read_index(index, model)
+        if Path(model).is_dir():
+            if not any((Path(model) / file).is_file() for file in set(shards.values())):
+                return
+            weight_files(Path(model))
+        self.names, self.files = list(shards), sorted(set(shards.values()))
+
+    def _read_unindexed(self) -> None:
+        found: dict[str, str] = {}
+        self.files = self._unindexed()
+        _check_complete(self.files, self.model)
+        for file in self.files:
+            for name in self._header(file)[0]:
+                other = found.setdefault(name, file)
+                if other != file:
+                    raise RiaError(
+                        f"{self.model}: {name} is in {other} and in {file}, and vLLM loads both, because there is no "
+                        f"{INDEX_FILE}. Remove the one that does not belong there."
+                    )
+        self.names = list(found) if self.files else None
 
     def metadata(self) -> Iterator[tuple[str, Mapping[str, str]]]:
         """(file, the `__metadata__` of its header) of each weight file."""
@@ -104,9 +118,32 @@ class WeightHeaders:
         try:
             return locate(self.model, INDEX_FILE, self.revision)
         except OutOfReach:
-            if self._cached(SINGLE_FILE) is not None:
-                return None  # the cache has the single weight file of a repository without an index
+            if self._unindexed_in_cache():
+                return None  # the cache has the weights of a repository without an index
             raise
+
+    def _unindexed(self) -> list[str]:
+        """Names of all weight files."""
+        if Path(self.model).is_dir():
+            return unindexed_files(Path(self.model))
+        if envs.VLLM_USE_MODELSCOPE:
+            from vllm.model_executor.model_loader.weight_utils import maybe_download_from_modelscope
+
+            folder = maybe_download_from_modelscope(self.model, self.revision, allow_patterns=["*.safetensors"])
+            return unindexed_files(Path(folder or self.model))
+        from huggingface_hub import list_repo_files
+
+        try:
+            files = list_repo_files(self.model, revision=self.revision)
+        except Exception as error:  # as in `_header`
+            if found := self._unindexed_in_cache():
+                return found
+            raise self._out_of_reach("the list of its files", error) from error
+        return weights_among(files)
+
+    def _unindexed_in_cache(self) -> list[str]:
+        path = self._cached("config.json") or self._cached(SINGLE_FILE)
+        return [] if path is None else [name for name in unindexed_files(path.parent) if self._cached(name)]
 
     def _cached(self, file: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
@@ -128,12 +165,30 @@ class WeightHeaders:
         try:
             header = parse_safetensors_file_metadata(self.model, file, revision=self.revision)
         except Exception as error:  # the hub's library and HTTP raise a dozen types if it is out of reach
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise OutOfReach(
-                f"{self.model}: the header of {file} cannot be read from the hub ({reason}). Download the "
-                "whole repository first. If it is not in the hub's own cache (--download-dir), give its local folder."
-            ) from error
+            raise self._out_of_reach(f"the header of {file}", error) from error
         return list(header.tensors), header.metadata or {}
+
+    def _out_of_reach(self, what: str, error: Exception) -> OutOfReach:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return OutOfReach(
+            f"{self.model}: {what} cannot be read from the hub ({reason}). Download the whole repository first. If it "
+            "is not in the hub's own cache (--download-dir), give its local folder."
+        )
+
+
+def _check_complete(files: Sequence[str], model: str) -> None:
+    """Check that all shards are there, by the numbers in their names.
+
+    Raises:
+        RiaError: some are missing.
+    """
+    shards = [found for file in files if (found := re.fullmatch(r"(.*)-[0-9]+-of-([0-9]{1,6})\.safetensors", file))]
+    for (stem, total), count in Counter(shard.groups() for shard in shards).items():
+        if count != int(total):
+            raise RiaError(
+                f"{model}: {count} of the {total} files {stem}-*-of-{total}.safetensors, and no {INDEX_FILE}. Get the "
+                "others and the index, or remove these if they are of another model."
+            )
 
 
 def stored_modules(names: list[str]) -> dict[str, bool]:
@@ -156,7 +211,7 @@ def permutations_of(model: str, revision: str | None, schema: RiaSchema) -> dict
     if path is None:
         raise RiaError(
             f"{model}: {PERMUTATIONS_FILE} is missing, though the model was compressed with permutations. Get the file "
-            "again. A model on an object store has to be served from a local copy."
+            "again."
         )
     permutations = load_permutations(path)
     check_digests(schema, permutations, (), model)

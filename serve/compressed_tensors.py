@@ -1,12 +1,12 @@
 """2:4 checkpoints of compressed-tensors, which vLLM itself no longer serves."""
 
+import functools
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.utils import is_match, match_targets
 
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FORMATS, GROUP_SIZES, IntFormat
@@ -36,8 +36,11 @@ SHOWN = ("num_bits", "type", "strategy", "group_size", "symmetric")
 LONGEST_NAME = 300
 """Characters of a module's name; a pattern may take long to match a longer one."""
 
-LINEAR = torch.nn.Linear(1, 1, device="meta")
-"""compressed-tensors matches targets such as "Linear" by a module's class. Only linears are looked up here."""
+ALL_PATTERNS = 20_000
+"""Characters of all patterns of a configuration together."""
+
+CLASSES = ("Linear", "Module")
+"""compressed-tensors also matches targets by a module's class. Only linears are looked up here."""
 
 
 def is_24_checkpoint(config: Mapping[str, Any]) -> bool:
@@ -60,20 +63,37 @@ def is_24_checkpoint(config: Mapping[str, Any]) -> bool:
     )
 
 
+def matches(name: str, entry: str) -> bool:
+    """Whether the linear `name` is meant by an entry of `targets` or `ignore`: its name, its class, or re:REGEX.
+
+    Raises:
+        RiaError: the name is too long for a pattern.
+    """
+    if not entry.startswith("re:"):
+        return entry == name or entry in CLASSES
+    if len(name) > LONGEST_NAME:
+        raise RiaError(f"{name[:60]}...: a module's name of {len(name)} characters. The checkpoint is damaged.")
+    return _matches(name, entry[3:])
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _matches(name: str, pattern: str) -> bool:
+    return compile_pattern(pattern, WHERE).match(name)
+
+
 @dataclass(frozen=True)
 class Selection:
-    """Linears that `targets` choose ("Linear", a name, or re:REGEX) and `ignore` does not.
-
-    The patterns come from the checkpoint; `_entries` has refused those that may run for ever.
-    """
+    """Linears that an entry of `targets` means, and none of `ignore`, see `matches`."""
 
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
 
     def __contains__(self, name: str) -> bool:
-        if len(name) > LONGEST_NAME and any(entry.startswith("re:") for entry in self.targets + self.ignore):
-            raise RiaError(f"{name[:60]}...: a module's name of {len(name)} characters. The checkpoint is damaged.")
-        return is_match(name, LINEAR, self.targets, self.ignore)
+        return self._any(name, self.targets) and not self._any(name, self.ignore)
+
+    @staticmethod
+    def _any(name: str, entries: tuple[str, ...]) -> bool:
+        return any(matches(name, entry) for entry in entries)
 
 
 @dataclass(frozen=True)
@@ -136,6 +156,7 @@ class CompressedTensorsConfig:
         tiled = tuple(target for one in groups if isinstance(one.form, Marlin24) for target in one.selection.targets)
         where = f"{WHERE}.sparsity_config"
         pruned = Selection(_entries(sparsity, "targets", where), _entries(sparsity, "ignore", where))
+        _check_length((*ignore, *pruned.targets, *pruned.ignore, *(t for one in groups for t in one.selection.targets)))
         return cls(Selection(tiled, ignore) if tiled else pruned, dense, tuple(groups), _kv_cache_scheme(config))
 
     def scheme(self, name: str) -> WeightScheme:
@@ -160,10 +181,14 @@ class CompressedTensorsConfig:
         class. Of groups that share the target, it is the last.
         """
         found = {
-            target: group for group in self.groups if name in group.selection for target in group.selection.targets
+            target: group
+            for group in self.groups
+            if name in group.selection
+            for target in group.selection.targets
+            if matches(name, target)
         }
-        matched = match_targets(name, LINEAR, found)
-        return found[matched[0]] if matched else None
+        first = min(found, key=lambda target: (target in CLASSES, target.startswith("re:"), target), default=None)
+        return None if first is None else found[first]
 
 
 def _stored(where: str, group: Mapping[str, Any], of_all: Any, dense: bool) -> tuple[WeightScheme, PackedForm | None]:
@@ -257,6 +282,15 @@ def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, An
     if value is not None and not isinstance(value, Mapping):
         raise RiaError(f"{where}.{key} is {reprlib.repr(value)}, expected an object.")
     return value or {}
+
+
+def _check_length(entries: Sequence[str]) -> None:
+    length = sum(len(entry) for entry in entries if entry.startswith("re:"))
+    if length > ALL_PATTERNS:
+        raise RiaError(
+            f"{WHERE}.config_groups, ignore and sparsity_config: patterns of {length} characters; {ALL_PATTERNS} are "
+            "allowed. Give names in the place of some."
+        )
 
 
 def _entries(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:

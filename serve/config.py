@@ -8,6 +8,7 @@ import torch
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import QUANT_METHOD, RiaSchema, SparsityConfig
 from ria_vllm.serve.checkpoint_files import (
@@ -57,6 +58,7 @@ class RiaConfig(QuantizationConfig):
         pruned: those that are stored compressed; None if there are none, or if no weight file could tell.
         required: linears whose tensors vLLM's own layers would misread, so that one of our layers must serve each.
         names: vLLM's name of a module, as far as its mappers tell -> the checkpoint's.
+        weightless: the model has no weight files here.
         unread: why files could not be read; dummy weights do not need them.
         permutations: linear -> int32 [in], the order in which its input channels are stored.
         folding: the permutations that the row orders of other linears absorb.
@@ -80,6 +82,7 @@ class RiaConfig(QuantizationConfig):
         self.pruned: set[str] | None = None
         self.stored: set[str] | None = None
         self.names: dict[str, str] = {}
+        self.weightless = False
         self.unread: str | None = None
         self.permutations: dict[str, np.ndarray] = {}
         self.folding = Folding()
@@ -134,6 +137,7 @@ class RiaConfig(QuantizationConfig):
             # Dummy weights do not need the headers; the load format is not known here.
             self.unread = str(error)
             return
+        self.weightless = headers.names is None
         if headers.names is not None:
             self._read_names(headers.names)
         if self.compressed_tensors is None:
@@ -202,6 +206,11 @@ class RiaConfig(QuantizationConfig):
 
     def _check_engine(self) -> None:
         engine = EngineOptions.current()
+        if self.weightless and not engine.dummy_weights:
+            raise RiaError(
+                f"{self.where}: no weights here ({SINGLE_FILE}, or shards with {INDEX_FILE}). Get these files, too. A "
+                "model on an object store has to be served from a local copy."
+            )
         if self.unread is not None and not engine.dummy_weights:
             raise RiaError(self.unread)
         if engine.packed_weights:

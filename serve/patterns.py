@@ -1,132 +1,225 @@
-"""Regular expressions from untrusted files: compiled only if matching a name cannot take long."""
+"""Regular expressions from untrusted files, matched in bounded time.
 
+`re` tries one way to match after another, and a short pattern may have millions. Here a pattern takes all ways at once:
+each of its parts turns the set of places in a name that the parts before it may have reached into those that it
+reaches itself. Only whether a pattern matches is asked, so it does not matter which way comes first.
+"""
+
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ria_vllm.errors import RiaError
 
 try:
+    from re import _compiler as compiler
     from re import _constants as ops
     from re import _parser as parser
 except ImportError:  # Python 3.10
+    import sre_compile as compiler
     import sre_constants as ops
     import sre_parse as parser
 
 LONGEST = 500
 """Characters of a pattern."""
 
-NAME = 100
-"""Characters of a name, for the estimate of `_ways`."""
-
-MOST_WAYS = 10_000_000
-"""The most ways to match such a name that may be tried; `.*` three times before the end of a pattern is 1,000,000."""
+MOST_STEPS = 20_000
+"""Parts of a pattern that one match may take, each time that a repeat comes to them; ordinary ones take a few dozen."""
 
 
-def compile_pattern(text: str, where: str) -> re.Pattern[str]:
-    """The regular expression `text`, for `match` on module names; `where` names its file and key in the error.
+class Walk:
+    """A name on its way through a pattern. A set of places is an int: bit i is the place before character i.
 
-    Raises:
-        RiaError: it is not a regular expression, is longer than `LONGEST`, refers back to a group, or may try too many
-            ways before it fails, as `(a+)+b` does.
-    """
-    shown = repr(text if len(text) <= 60 else text[:57] + "...")
-    if len(text) > LONGEST:
-        raise RiaError(f"{where}: the pattern {shown} has {len(text)} characters; {LONGEST} are allowed. Shorten it.")
-    try:
-        parsed = list(parser.parse(text))
-        pattern = re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise RiaError(f"{where}: {shown} is not a regular expression ({error}). Correct it.") from None
-    # A repeat at the very end takes what it can: nothing follows that could fail.
-    if parsed and parsed[-1][0] in REPEATS and _width_one(parsed[-1][1][2]):
-        parsed = parsed[:-1]
-    try:
-        ways = _ways(parsed)
-    except KeyError as error:
-        raise RiaError(f"{where}: the pattern {shown} has a part ({error.args[0]}) that is not allowed here.") from None
-    if ways > MOST_WAYS:
-        raise RiaError(
-            f"{where}: the pattern {shown} may take forever to match a name. Use fewer repeats (`.*`), and none "
-            "inside another."
-        )
-    return pattern
-
-
-ASCII = 127
-REPEATS = {ops.MAX_REPEAT, ops.MIN_REPEAT, getattr(ops, "POSSESSIVE_REPEAT", None)}
-
-
-def _ways(items: Sequence[tuple[Any, Any]]) -> int:
-    """An upper bound on the ways to match the start of a name; beyond `MOST_WAYS`, any number above it.
+    Attributes:
+        chars: character -> the places before it.
+        found: what is known of the parts that match one character: the places before those that they match.
 
     Raises:
-        KeyError: an operation that has no such bound.
+        RiaError: from `step`, if there were more than `MOST_STEPS`.
     """
-    ways = 1
-    for (operation, argument), following in zip(items, [*items[1:], None]):
-        if operation in (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN, ops.AT):
-            continue
-        if operation is ops.SUBPATTERN:
-            ways *= _ways(list(argument[3]))
-        elif operation in (ops.ASSERT, ops.ASSERT_NOT):
-            ways *= _ways(list(argument[1]))
-        elif operation is ops.BRANCH:
-            branches = [list(branch) for branch in argument[1]]
-            starts = {_start(branch) for branch in branches}
-            disjoint = None not in starts and len(starts) == len(branches)
-            ways *= (max if disjoint else sum)(_ways(branch) for branch in branches)
-        elif operation in REPEATS:
-            ways *= _ways_of_repeat(*argument, following)
-        elif operation is getattr(ops, "ATOMIC_GROUP", None):
-            ways *= _ways(list(argument))
-        else:
-            raise KeyError(str(operation).lower())
-        if ways > MOST_WAYS:
-            break
-    return ways
+
+    def __init__(self, name: str):
+        self.name = name
+        self.chars = _places_of(name)
+        self.found: dict[re.Pattern[str], int] = {}
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps > MOST_STEPS:
+            raise RiaError("takes too long to match a name. Use fewer repeats inside others")
 
 
-def _start(branch: Sequence[tuple[Any, Any]]) -> str | None:
-    """The character that a branch begins with, in lower case; None if in doubt."""
-    operation, argument = branch[0] if branch else (None, None)
-    return chr(argument).lower() if operation is ops.LITERAL and argument <= ASCII else None
+@functools.lru_cache(maxsize=16)
+def _places_of(name: str) -> dict[str, int]:
+    places: dict[str, int] = {}
+    for place, char in enumerate(name):
+        places[char] = places.get(char, 0) | 1 << place
+    return places
 
 
-def _ways_of_repeat(low: int, high: int, repeated: Sequence, following: tuple[Any, Any] | None) -> int:
-    if _width_one(repeated) and following is not None and following[0] is ops.LITERAL:
-        if not _may_match(repeated[0], following[1]):
-            return 1  # it can end in one place only
-    once = _ways(list(repeated))
-    times = int(high) if high != ops.MAXREPEAT else max(int(low), NAME)
-    if once == 1:
-        return times + 1
-    # With two or more ways each time, thirty times are too many already.
-    return sum(once**i for i in range(min(times, 30) + 1))
+Part = Callable[[Walk, int], int]
+"""From the places before it to those after it."""
 
 
-def _width_one(repeated: Sequence) -> bool:
-    return len(repeated) == 1 and repeated[0][0] in (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN)
+class Pattern:
+    """A regular expression that is matched from the start of a name, as by `re.match`.
+
+    Args:
+        text: the pattern.
+        where: its file and key, for errors.
+
+    Raises:
+        RiaError: from the constructor and from `match`: it is no regular expression, is longer than `LONGEST`, takes
+            too long, or has a part whose result depends on the order of trying, such as a reference to a group.
+    """
+
+    def __init__(self, text: str, where: str):
+        shown = repr(text if len(text) <= 60 else text[:57] + "...")
+        self._shown = f"{where}: the pattern {shown}"
+        if len(text) > LONGEST:
+            raise RiaError(f"{self._shown} has {len(text)} characters; {LONGEST} are allowed. Shorten it.")
+        try:
+            parsed = parser.parse(text)
+            re.compile(text)
+            self._part = _sequence(parsed, parsed.state.flags)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise RiaError(f"{where}: {shown} is not a regular expression ({error}). Correct it.") from None
+        except KeyError as error:
+            raise RiaError(f"{self._shown} has a part ({error.args[0]}) that is not allowed here.") from None
+
+    def match(self, name: str) -> bool:
+        """Whether it matches the start of `name`."""
+        try:
+            return bool(self._part(Walk(name), 1))
+        except RiaError as error:
+            raise RiaError(f"{self._shown} {error}.") from None
 
 
-def _may_match(item: tuple[Any, Any], literal: int) -> bool:
-    """Whether the one-character `item` matches the character `literal`, in upper or lower case; True if in doubt."""
-    operation, argument = item
-    same = {ord(case) for case in (chr(literal), chr(literal).lower(), chr(literal).upper()) if len(case) == 1}
-    if literal > ASCII:
-        return True
-    if operation is ops.LITERAL:
-        return argument in same or argument > ASCII
-    if operation is ops.RANGE:
-        return any(argument[0] <= code <= argument[1] for code in same) or argument[1] > ASCII
-    if operation is ops.CATEGORY and argument is ops.CATEGORY_DIGIT:
-        return chr(literal).isdigit()
-    if operation is ops.CATEGORY and argument is ops.CATEGORY_WORD:
-        return chr(literal).isalnum() or chr(literal) == "_"
-    if operation is ops.IN and argument[0][0] is not ops.NEGATE:
-        return any(_may_match(choice, literal) for choice in argument)
-    if operation is ops.NOT_LITERAL:
-        return same != {argument}
-    if operation is ops.IN and len(argument) == 2 and argument[1][0] is ops.LITERAL:
-        return same != {argument[1][1]}
-    return True
+def _sequence(items: Sequence[tuple[Any, Any]], flags: int) -> Part:
+    parts = [_part(operation, argument, flags) for operation, argument in items]
+
+    def follow(walk: Walk, places: int) -> int:
+        for part in parts:
+            if not places:
+                break
+            walk.step()
+            places = part(walk, places)
+        return places
+
+    return follow
+
+
+def _part(operation: Any, argument: Any, flags: int) -> Part:
+    """
+    Raises:
+        KeyError: an operation whose result depends on the order of trying.
+    """
+    if operation in WIDTH_ONE:
+        before = _before((operation, argument), flags)
+        return lambda walk, places: (places & before(walk)) << 1
+    if operation is ops.AT:
+        at = _compiled((operation, argument), flags)
+        return _each(lambda walk, place: at.match(walk.name, place.bit_length() - 1) is not None)
+    if operation is ops.FAILURE:
+        return lambda walk, places: 0
+    if operation is ops.SUBPATTERN:
+        _, added, removed, items = argument
+        return _sequence(items, (flags | added) & ~removed)
+    if operation is ops.BRANCH:
+        branches = [_sequence(items, flags) for items in argument[1]]
+        return lambda walk, places: functools.reduce(int.__or__, [branch(walk, places) for branch in branches])
+    if operation in (ops.ASSERT, ops.ASSERT_NOT):
+        (direction, items), wanted = argument, operation is ops.ASSERT
+        inner = _sequence(items, flags)
+        back = items.getwidth()[0] if direction < 0 else 0  # `re` takes only what has one width there
+        return _each(lambda walk, place: bool(inner(walk, place >> back)) == wanted)
+    if operation in (ops.MAX_REPEAT, ops.MIN_REPEAT):
+        low, high, items = argument
+        if high != ops.MAXREPEAT:
+            return _repeat(low, high, _sequence(items, flags))
+        run = _run(items[0], flags) if len(items) == 1 and items[0][0] in WIDTH_ONE else None
+        return _repeat(low, None, _sequence(items, flags), run)
+    raise KeyError(str(operation).lower())
+
+
+WIDTH_ONE = (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN)
+
+
+def _compiled(item: tuple[Any, Any], flags: int) -> re.Pattern[str]:
+    """One part of a pattern by itself, with the meaning that `re` gives it."""
+    state = parser.State()
+    state.flags = flags
+    return compiler.compile(parser.SubPattern(state, [item]))
+
+
+def _before(item: tuple[Any, Any], flags: int) -> Callable[[Walk], int]:
+    """The places before characters that the one-character `item` matches."""
+    if item[0] is ops.LITERAL and not flags & re.IGNORECASE:
+        char = chr(item[1])
+        return lambda walk: walk.chars.get(char, 0)
+    one = _compiled(item, flags)
+
+    def before(walk: Walk) -> int:
+        if one not in walk.found:
+            walk.found[one] = sum(places for char, places in walk.chars.items() if one.match(char))
+        return walk.found[one]
+
+    return before
+
+
+def _run(item: tuple[Any, Any], flags: int) -> Part:
+    """Any number of characters that `item` matches."""
+    before = _before(item, flags)
+
+    def run(walk: Walk, places: int) -> int:
+        # Adding a place to the row of ones that it is in carries to the end of the row.
+        ones = before(walk)
+        return ((places & ones) + ones ^ ones) | places
+
+    return run
+
+
+def _each(holds: Callable[[Walk, int], bool]) -> Part:
+    """The places where `holds` is true of the place by itself."""
+
+    def each(walk: Walk, places: int) -> int:
+        kept = 0
+        while places:
+            walk.step()
+            place = places & -places
+            places ^= place
+            kept |= place if holds(walk, place) else 0
+        return kept
+
+    return each
+
+
+def _repeat(low: int, high: int | None, inner: Part, run: Part | None = None) -> Part:
+    """`inner`, from `low` times to `high` times, or any number of times. `run` is the latter at once from 0 times."""
+
+    def repeat(walk: Walk, places: int) -> int:
+        for _ in range(low):
+            walk.step()
+            before, places = places, inner(walk, places)
+            if places in (0, before):  # one more time changes nothing
+                break
+        if run is not None:
+            return run(walk, places)
+        reached = new = places
+        more = 0
+        while new and (high is None or more < high - low):
+            walk.step()
+            new = inner(walk, new) & ~reached
+            reached |= new
+            more += 1
+        return reached
+
+    return repeat
+
+
+@functools.lru_cache(maxsize=1024)
+def compile_pattern(text: str, where: str) -> Pattern:
+    """The regular expression `text`; see `Pattern`."""
+    return Pattern(text, where)

@@ -30,6 +30,7 @@ def watch_models() -> None:
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader import utils
 
+    from ria_vllm.serve.completeness import check_loaded, empty_weights
     from ria_vllm.serve.config import RiaConfig
     from ria_vllm.serve.engine import EngineOptions
     from ria_vllm.serve.layer_matching import match_layers
@@ -54,9 +55,9 @@ def watch_models() -> None:
                 from ria_vllm.serve import experts_matching
 
                 taken |= experts_matching.takers(config, model)
-            config.stream.attach(
-                model, check, loaded=engine.dummy_weights, takers=taken, translation=config.translation
-            )
+            empty_weights(model)
+            complete = functools.partial(check_loaded, model, config.where)
+            config.stream.attach(model, check, complete, engine.dummy_weights, taken, config.translation)
         record(model)
 
     utils.record_metadata_for_reloading = record_metadata_for_reloading

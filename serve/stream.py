@@ -14,6 +14,7 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+from ria_vllm.errors import RiaError
 from ria_vllm.serve.packed_forms import Translation
 
 # How many of the last tensors are kept to recognize copies. vLLM makes a copy as soon as it gets the tensor.
@@ -50,6 +51,7 @@ class WeightStream:
         self,
         model: torch.nn.Module,
         before_reload: Callable[[bool], None],
+        after_load: Callable[[], None] = lambda: None,
         loaded: bool = False,
         takers: Mapping[str, Taker | None] = MappingProxyType({}),
         translation: Translation | None = None,
@@ -59,6 +61,7 @@ class WeightStream:
         Args:
             before_reload: raises a RiaError if the weights must not be loaded into this model. Its argument is whether
                 vLLM reads them from the model's files.
+            after_load: raises a RiaError if the model's files lack weights. It comes after the first load from them.
             loaded: the model has weights already: dummies.
             takers: linears, or whole names of tensors, that the model must not see -> who takes their tensors; None if
                 nobody here needs them.
@@ -69,18 +72,24 @@ class WeightStream:
         @functools.wraps(load)
         def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: object, **kwargs: object) -> object:
             nonlocal loaded
+            first = not loaded
             # vLLM's loaders read files lazily. A list is a piece of what a trainer sends; it comes from no file.
             from_files = not isinstance(weights, list | tuple)
             if loaded:
                 self._check(model, functools.partial(before_reload, from_files))
             loaded = self.active = True
+            if from_files:
+                weights = once(weights)
             if translation is not None:
                 weights = translation.translate(weights, whole=from_files)
             try:
-                return load(self.named(weights, takers), *args, **kwargs)
+                result = load(self.named(weights, takers), *args, **kwargs)
             finally:
                 self.active = False
                 self.recent.clear()
+            if first and from_files:
+                after_load()
+            return result
 
         model.load_weights = load_weights
         if translation is not None:
@@ -125,6 +134,23 @@ class WeightStream:
             # A reload asks again, when the recent tensors are gone.
             set_name(tensor, next((name for name in names if name in wanted), names[0]))
         return getattr(tensor, _NAME)
+
+
+def once(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same weights, each of which comes from one file.
+
+    Raises:
+        RiaError: vLLM has read a second tensor of the same name, which would replace the first.
+    """
+    seen: set[str] = set()
+    for name, tensor in weights:
+        if name in seen:
+            raise RiaError(
+                f"{name} is in two of the weight files that vLLM loads. Remove the files that do not belong to the "
+                "model, or get all files of one run."
+            )
+        seen.add(name)
+        yield name, tensor
 
 
 def _is_copy(tensor: torch.Tensor, other: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from damage import bind, rewrite
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ria_vllm.checkpoint import Reader, is_compressed, weight_files
@@ -292,6 +293,33 @@ def test_no_weights(damage):
     for path in damage.folder.glob("model*"):
         path.unlink()
     assert "no weights here" in problems(damage.folder)[0]
+
+
+def test_a_second_set_of_weights(damage, tmp_path):
+    """transformers prefers a single file to an index; without an index, vLLM loads all files."""
+    folder, shard = damage.folder, next(iter(damage.folder.glob("model-*")))
+    shutil.copyfile(shard, folder / "other.safetensors")
+    assert not problems(folder)
+    shutil.copyfile(shard, folder / "model.safetensors")
+    assert f"model.safetensors: does not belong to {INDEX}, but would be loaded" in problems(folder)[0]
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).unlink()
+    assert f"neither model.safetensors nor {INDEX}), but model-00001" in problems(folder)[0]
+
+
+def test_a_stray_file_beside_the_single_one(damage):
+    folder = damage.folder
+    tensors = {}
+    for path in sorted(folder.glob("model-*")):
+        tensors |= load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        path.unlink()
+    (folder / INDEX).unlink()
+    save_file(tensors, folder / "model.safetensors", metadata)
+    assert not problems(folder)
+    save_file({"model.embed_tokens.weight": torch.zeros(4, 4)}, folder / "adapter_model.safetensors")
+    assert "adapter_model.safetensors: does not belong to model.safetensors, but would be" in problems(folder)[0]
 
 
 def test_a_pruned_linear_that_the_config_calls_dense(damage):

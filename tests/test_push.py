@@ -194,6 +194,13 @@ def test_a_folder_with_problems_stays(damage, hub):
     assert hub.requests == []
 
 
+def test_a_folder_with_two_sets_of_weights_stays(folder, hub):
+    shutil.copyfile(next(iter(folder.glob("model-*"))), folder / "model.safetensors")
+    with pytest.raises(RiaError, match="model.safetensors: does not belong to model.safetensors.index.json"):
+        run(folder, "user/model")
+    assert hub.requests == []
+
+
 def test_only_finished_compressed_folders(folder, tiny_llama, hub, tmp_path):
     with pytest.raises(RiaError, match="not a compressed folder. `hf upload REPO"):
         run(tiny_llama, "user/model")

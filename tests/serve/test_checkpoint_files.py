@@ -20,6 +20,7 @@ from ria_vllm.schema import PERMUTATIONS_FILE
 from ria_vllm.serve.checkpoint_files import locate
 from ria_vllm.serve.config import RiaConfig, rearranged_by_vllm
 from ria_vllm.serve.linear import Sparse24LinearMethod
+from ria_vllm.serve.reload import check_reload
 
 
 def test_local_folder(checkpoint):
@@ -99,6 +100,94 @@ def test_a_folder_without_weights_is_read_by_its_ignore_list(copy):
     assert not config._is_pruned("lm_head") and config._is_pruned("model.layers.0.mlp.up_proj")
 
 
+def split(folder, index=True):
+    """Two shards in place of the single weight file; returns their paths."""
+    with safe_open(folder / SINGLE_FILE, framework="pt") as file:
+        metadata = file.metadata()
+    stored = load_file(folder / SINGLE_FILE)
+    (folder / SINGLE_FILE).unlink()
+    shards = [folder / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for shard, names in zip(shards, (list(stored)[::2], list(stored)[1::2])):
+        save_file({name: stored[name] for name in names}, shard, metadata)
+    if index:
+        weight_map = {name: shard.name for shard in shards for name in load_file(shard)}
+        (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    return shards
+
+
+@pytest.fixture(scope="module")
+def other_run(tmp_path_factory):
+    """A model of the same sizes, in other channel orders."""
+    folder = tmp_path_factory.mktemp("files of") / "another run"
+    tiny.write(tiny.FAMILIES["llama-gqa"], folder, seed=1)
+    return folder
+
+
+def test_shards_without_an_index(checkpoint, copy):
+    """What `hf download --include "*.safetensors" config.json` leaves. vLLM loads all of them, so all are read."""
+    split(copy, index=False)
+    config, whole = config_of(copy), config_of(checkpoint)
+    assert config.pruned == whole.pruned and config.stored == whole.stored
+    assert set(config.permutations) == set(whole.permutations)
+
+
+def test_shards_of_another_run_without_an_index(copy, other_run, tmp_path):
+    split(copy, index=False)
+    theirs = split(shutil.copytree(other_run, tmp_path / "other"), index=False)
+    shutil.copy(theirs[1], copy)
+    with pytest.raises(RiaError, match="model-00002-of-00002.safetensors: its weights are not stored under"):
+        config_of(copy)
+
+
+def test_a_missing_shard_without_an_index(copy):
+    split(copy, index=False)[1].unlink()
+    with pytest.raises(RiaError, match="1 of the 00002 files model-.*no model.safetensors.index.json. Get the others"):
+        config_of(copy)
+
+
+@pytest.mark.parametrize("place", ["folder", "reload", "hub"])
+def test_a_second_weight_file_without_an_index(checkpoint, copy, hub, other_run, place):
+    """vLLM would load both, and the tensors of the second would replace those of the first."""
+    config = config_of(checkpoint)
+
+    def read():
+        if place == "hub":
+            hub.config()
+        elif place == "reload":
+            check_reload(config, SimpleNamespace(model=str(copy), revision=None), from_files=True)
+        else:
+            config_of(copy)
+
+    shutil.copy(other_run / SINGLE_FILE, copy / "old.safetensors")
+    with pytest.raises(RiaError, match="is in model.safetensors and in old.safetensors, and vLLM loads both"):
+        read()
+    save_file({"lm_head.bias": torch.zeros(8)}, copy / "old.safetensors")
+    with pytest.raises(RiaError, match="old.safetensors: its weights are not stored under the permutations"):
+        read()
+    (copy / "old.safetensors").rename(copy / ".old.safetensors")  # vLLM does not see it
+    (copy / "original").mkdir()
+    shutil.copy(copy / ".old.safetensors", copy / "original" / "old.safetensors")
+    read()
+
+
+def test_a_second_weight_file_beside_an_index(copy, other_run):
+    """vLLM leaves it out."""
+    split(copy)
+    shutil.copy(other_run / SINGLE_FILE, copy / "consolidated.safetensors")
+    assert len(config_of(copy).permutations) == 14
+
+
+@pytest.mark.parametrize("left", ["nothing", "an index"])
+def test_a_folder_without_weights_is_for_dummy_weights_only(copy, left):
+    for shard in split(copy, index=left == "an index"):
+        shard.unlink()
+    config = config_of(copy)
+    with pytest.raises(RiaError, match="no weights here .*object store has to be served from a local copy"):
+        config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
+    with dummy_weights():
+        assert isinstance(config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj"), Sparse24LinearMethod)
+
+
 class Hub:
     """A stand-in for the hub: the repository who/what is a folder, and some of its files are in the cache."""
 
@@ -107,6 +196,7 @@ class Hub:
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
         monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", self.from_cache)
         monkeypatch.setattr(huggingface_hub, "parse_safetensors_file_metadata", self.header)
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", self.list)
 
     def path(self, name):
         return self.folder / name
@@ -119,6 +209,12 @@ class Hub:
         if not self.path(name).is_file():
             raise EntryNotFoundError("404")
         return str(self.path(name))
+
+    def list(self, repo, revision=None):
+        self.revisions.add(revision)
+        if not self.reachable:
+            raise ConnectionError("no route to host")
+        return [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
 
     def from_cache(self, repo, name, revision=None):
         self.revisions.add(revision)
@@ -188,6 +284,15 @@ def test_hub_repository_with_an_index(hub):
         hub.config()
 
 
+@pytest.mark.parametrize("reachable", [True, False])
+def test_shards_without_an_index_on_the_hub(hub, reachable):
+    """They were uploaded without it, or only the index is not in the cache."""
+    shards = {shard.name for shard in split(hub.folder, index=False)}
+    hub.reachable, hub.cached = reachable, set() if reachable else shards | {PERMUTATIONS_FILE, "config.json"}
+    config = hub.config()
+    assert len(config.pruned) == 14 and len(config.permutations) == 14 and config.unread is None
+
+
 def test_hub_without_permutations(hub):
     hub.path(PERMUTATIONS_FILE).unlink()
     with pytest.raises(RiaError, match="who/what: permutations.safetensors is missing"):
@@ -243,8 +348,9 @@ def test_modelscope(copy, monkeypatch):
 
 def test_an_object_store(copy):
     """vLLM copies the small files of s3:// to a folder, but not the permutations. They must not be taken for absent."""
+    for shard in split(copy):
+        shard.unlink()
     (copy / PERMUTATIONS_FILE).unlink()
-    (copy / SINGLE_FILE).unlink()
     config = config_of(copy)
     with pytest.raises(RiaError, match="object store has to be served from a local copy"):
         config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")

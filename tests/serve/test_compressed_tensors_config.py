@@ -5,6 +5,8 @@ import json
 import time
 
 import pytest
+import torch
+from compressed_tensors.utils import is_match, match_targets
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -68,7 +70,8 @@ GROUP = ("config_groups", "group_0")
         (("ignore",), "lm_head", r"quantization_config\.ignore is 'lm_head', expected a list"),
         (("ignore",), [1], r"quantization_config\.ignore is \[1\]"),
         (("ignore",), ["re:("], r"quantization_config\.ignore: '\(' is not a regular expression"),
-        (("ignore",), ["re:(a+)+b"], r"quantization_config\.ignore: .*forever"),
+        (("ignore",), [r"re:(a+)\1b"], r"quantization_config\.ignore: .*a part \(groupref\) that is not allowed"),
+        (("ignore",), ["re:" + "a" * 490] * 50, r"quantization_config\..*: patterns of 24\d+ characters; 20000 are"),
         (("sparsity_config", "targets"), "Linear", r"sparsity_config\.targets is 'Linear'"),
         (("sparsity_config", "targets"), {"Linear": 1}, r"sparsity_config\.targets is"),
         (("sparsity_config", "ignore"), ["re:" + "a" * 600], r"sparsity_config\.ignore: .*characters"),
@@ -118,6 +121,39 @@ def test_a_name_that_is_too_long():
     selected = CompressedTensorsConfig.parse(VALID).pruned
     with pytest.raises(RiaError, match="name of 301 characters"):
         assert "a" * (LONGEST_NAME + 1) in selected
+
+
+ENTRIES = ["Linear", "Module", "Conv2d", "lm_head", "re:.*lm_head", "re:.*mlp.*", "re:model.layers.0", NAMES[1]]
+SELECTED = st.lists(st.sampled_from(ENTRIES), max_size=3)
+
+
+@settings(deadline=None)
+@given(st.lists(SELECTED, min_size=1, max_size=3), SELECTED)
+def test_linears_are_selected_as_by_compressed_tensors(targets, ignore):
+    linear = torch.nn.Linear(1, 1, device="meta")
+    groups = {
+        f"group_{i}": VALID["config_groups"]["group_0"] | {"targets": one, "weights": {"num_bits": 8, "type": kind}}
+        for i, (one, kind) in enumerate(zip(targets, ("float", "int", "int"), strict=False))
+    }
+    for group, strategy in zip(groups.values(), ("channel", "tensor", "channel"), strict=False):
+        group["weights"] |= {"strategy": strategy, "symmetric": True}
+    parsed = CompressedTensorsConfig.parse(VALID | {"config_groups": groups, "ignore": ignore})
+    for name in NAMES:
+        chosen = [group for group, one in zip(parsed.groups, targets) if is_match(name, linear, one, ignore)]
+        found = {target: group for group in chosen for target in group.selection.targets}
+        matched = match_targets(name, linear, found)
+        assert parsed.form(name) is None
+        assert parsed.weight_format(name) == (found[matched[0]].scheme.format if matched else None)
+        assert [group for group in parsed.groups if name in group.selection] == chosen
+
+
+def test_patterns_of_many_names_are_looked_up_soon():
+    """Millions of ways to match, for each name and each of the many entries of a crafted config."""
+    config = changed(("ignore",), [r"re:(?:\d?){2}\d*1\d*1\d*1\d*x" + "y" * i for i in range(100)])
+    parsed, started = CompressedTensorsConfig.parse(config), time.process_time()
+    for i in range(20):
+        parsed.scheme(f"{i}".ljust(LONGEST_NAME, "1"))
+    assert time.process_time() - started < 5
 
 
 def paths(value, path=()):

@@ -8,10 +8,14 @@ import pytest
 import torch
 from compare import generate, prompts
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM has no fp8 cache on this CPU and says so"),
-]
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import RiaSchema, SparsityConfig
+from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.kv_cache import KVCacheScales
+
+served = pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM has no fp8 cache on this CPU and says so"
+)
 SCALES = {"k_scale": 16.0, "v_scale": 64.0}  # coarse enough to make most values subnormal
 
 
@@ -48,6 +52,8 @@ def prompt_logprobs(results):
     return torch.tensor([logprob for result in results for logprob in result["prompt"]])
 
 
+@served
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pruned", "reloaded"])
 def test_scales_are_used(runs, name):
     want = prompt_logprobs(runs["dense"])
@@ -55,9 +61,39 @@ def test_scales_are_used(runs, name):
     assert (prompt_logprobs(runs["other"]) - want).abs().mean() > 0.05
 
 
+@served
+@pytest.mark.slow
 def test_a_scale_that_is_missing_is_named(runs):
     assert "RiaError: model.layers.0.self_attn.attn.v_scale is in none of the weight files" in runs["half"]["error"]
 
 
+@served
+@pytest.mark.slow
 def test_dummy_weights_need_none(runs):
     assert [len(result["tokens"]) for result in runs["dummy"]] == [6, 6, 6]
+
+
+def a_layer(config, **parts):
+    """An attention layer's scales on any CPU, before and after `parts` were loaded."""
+    layer = torch.nn.Module()
+    layer.layer_name, layer.kv_cache_dtype, layer.calculate_kv_scales = "model.layers.3.attn", "fp8", False
+    layer.q_range = layer.k_range = layer.v_range = torch.tensor(1.0)
+    method = KVCacheScales(config)
+    method.create_weights(layer)
+    for part, value in parts.items():
+        getattr(layer, part).data.fill_(value)
+    return method, layer
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        ({"k_scale": 0.5}, r"model\.layers\.3\.attn\.v_scale is in none of the weight files.*kv_cache_scheme"),
+        ({"k_scale": 0.0, "v_scale": 0.5}, r"model\.layers\.3\.attn\.k_scale is 0\.0, but"),
+        ({"k_scale": 0.5, "v_scale": float("inf")}, r"model\.layers\.3\.attn\.v_scale is inf, but"),
+    ],
+)
+def test_scales_that_no_cache_can_have_are_refused(scales, message):
+    method, layer = a_layer(RiaConfig(RiaSchema(sparsity_config=SparsityConfig())), **scales)
+    with pytest.raises(RiaError, match=message):
+        method.process_weights_after_loading(layer)

@@ -104,6 +104,16 @@ def test_a_reload_is_checked_before_any_tensor_is_loaded(ranks, stored):
     assert checked == [False]
 
 
+def test_a_tensor_of_two_files_is_refused(ranks, stored):
+    """Some of vLLM's ways to load take files that the index does not name, and the last tensor would count."""
+    config = stored.config()
+    model = attached(config, Model(config))
+    name = "model.layers.0.up.compressed"
+    twice = ((n, t) for pair in tensors(stored) for n, t in ([pair] if pair[0] != name else [pair, pair]))
+    with pytest.raises(RiaError, match=f"{name} is in two of the weight files"):
+        model.load_weights(twice)
+
+
 def test_a_load_after_dummy_weights_is_checked(ranks, stored):
     config = stored.config()
     model = Model(config)

@@ -1,0 +1,97 @@
+"""Weight files that do not hold what config.json describes, or hold it twice, are refused by vLLM's own commands."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from compare import check, generate, prompts
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
+
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import RiaSchema, SparsityConfig
+from ria_vllm.serve.completeness import check_loaded, empty_weights
+from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.layer_matching import match_layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_dense_weight_that_never_came_is_named(ranks, dtype):
+    config = RiaConfig(RiaSchema(sparsity_config=SparsityConfig()))
+    config.stored, config.pruned = {"first", "second"}, {"third"}
+    model = torch.nn.Module()
+    settings = {"bias": False, "params_dtype": dtype, "quant_config": config}
+    model.first = ReplicatedLinear(64, 32, prefix="first", **settings)
+    model.second = ColumnParallelLinear(64, 32, prefix="second", **settings)
+    match_layers(config, model)
+    empty_weights(model)
+    with pytest.raises(RiaError, match="^here: the weight of vLLM's layer first is in none of the weight files"):
+        check_loaded(model, "here")
+    model.first.weight.data.zero_()
+    with pytest.raises(RiaError, match="vLLM's layer second"):
+        check_loaded(model, "here")
+    model.second.weight.data[3] = 1  # a part of a fused weight; some models leave out what they do not use
+    check_loaded(model, "here")
+
+
+def shards_without_index(folder, out, keep=2):
+    shutil.copytree(folder, out)
+    whole = out / "model.safetensors"
+    with safe_open(whole, "pt") as file:
+        metadata = file.metadata()
+    stored = load_file(whole)
+    whole.unlink()
+    for number in range(keep):
+        names = list(stored)[number::2]
+        save_file({n: stored[n] for n in names}, out / f"model-{number + 1:05d}-of-00002.safetensors", metadata)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("completeness")
+    model = tiny.write(tiny.FAMILIES["llama-gqa"], folder / "out")
+    plain = tiny.write(tiny.FAMILIES["llama-gqa"], folder / "plain", scope="none", dense=("1.mlp.down_proj",))
+    shards_without_index(folder / "out", folder / "shards")
+    shards_without_index(folder / "plain", folder / "one shard", keep=1)
+    shutil.copytree(folder / "out", folder / "stray")
+    tiny.write(tiny.FAMILIES["llama-gqa"], folder / "other", seed=1)
+    shutil.copy(folder / "other" / "model.safetensors", folder / "stray" / "old.safetensors")
+    shutil.copytree(folder / "plain", folder / "longer")
+    config = json.loads((folder / "longer" / "config.json").read_text())
+    (folder / "longer" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    shutil.copytree(folder / "plain", folder / "without dense")
+    path = folder / "without dense" / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({n: t for n, t in load_file(path).items() if "1.mlp.down_proj" not in n}, path, metadata)
+    names = ["shards", "plain", "one shard", "stray", "longer", "without dense"]
+    jobs = [
+        {"model": str(folder / name), "prompts": prompts(), "tokens": 4, "engine": {"dtype": "float32"}}
+        for name in names
+    ]
+    results = generate(folder / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    return {"shards": model, "plain": plain}, dict(zip(names, results, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shards", "plain"])
+def test_what_is_complete_is_served(runs, name):
+    models, results = runs
+    check(models[name], results[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("one shard", "1 of the 00002 files model-*-of-00002.safetensors, and no model.safetensors.index.json"),
+        ("stray", "in model.safetensors and in old.safetensors, and vLLM loads both"),
+        ("longer", "the weight of vLLM's layer model.layers.2.self_attn.qkv_proj is in none of the weight files"),
+        ("without dense", "the weight of vLLM's layer model.layers.1.mlp.down_proj is in none of the weight files"),
+    ],
+)
+def test_what_is_not_complete_is_refused(runs, name, message):
+    assert message in runs[1][name]["error"]
