@@ -131,6 +131,16 @@ def test_names_that_the_caller_maps(tmp_path, auto, format):
     assert torch.equal(hidden(loaded), hidden(model))
 
 
+def test_saved_under_the_names_of_the_files(tmp_path):
+    model = tiny_model("llama")
+    store(model, tmp_path / "out", linears_of(model), [("model.layers", "h")])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", key_mapping={r"^h\.": "model.layers."})
+    loaded.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == {name.replace("model.layers", "h") for name in model.state_dict()}
+    assert torch.equal(saved["h.1.mlp.up_proj.weight"], model.model.layers[1].mlp.up_proj.weight)
+
+
 @each_format
 def test_the_body_alone_is_stored(tmp_path, format):
     """Here transformers adds the prefix that it strips elsewhere."""
@@ -259,8 +269,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def cached(pruned_llama, tmp_path):
-    """The hub's cache after transformers has asked for user/model's weights: subfolder -> the folder with them."""
+def cached(pruned_llama, tmp_path, monkeypatch):
+    """The hub's cache after transformers has asked for user/model's weights: subfolder -> the folder with them.
+
+    The hub is not asked: transformers would look there for an adapter, for all that `local_files_only` says.
+    """
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def put(subfolder: str):
         repository = tmp_path / "cache" / "models--user--model"
