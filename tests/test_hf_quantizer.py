@@ -389,6 +389,14 @@ def test_another_quantizer_than_ours(pruned_llama, monkeypatch, place):
     AutoModelForCausalLM.from_pretrained(pruned_llama.source, config=config, **options)
 
 
+def test_what_later_versions_ask_the_quantizer(pruned_llama):
+    """From 5.21 on, transformers gives conversions with the model, and asks for the dtype in which tensors arrive."""
+    content = json.loads((pruned_llama.folder / "config.json").read_text())["quantization_config"]
+    quantizer = quantizers.AutoHfQuantizer.from_config(content, pre_quantized=True)
+    (converter,) = quantizer.update_weight_conversions([], None)
+    assert quantizer.get_new_dtype(converter, torch.ones(1), torch.bfloat16) is None
+
+
 def test_a_model_that_transformers_divides_among_processes(pruned_llama):
     config = AutoConfig.from_pretrained(pruned_llama.folder)
     config.distributed_config = {"tp_plan": "auto"}
