@@ -2,7 +2,8 @@
 # make test   the whole test suite
 # make test-zoo  compress and serve a tiny model of every family, and write the table in docs/model-families.md (an hour)
 # make lint   ruff, mypy, clang-format, and the contracts on which module may import which
-# make test-versions  the serving tests under each older vLLM that is supported, and a check of the newest CUDA wheel
+# make test-versions  the serving tests under each older vLLM that is supported, a check of the newest CUDA wheel, and
+#                the tests of transformers' reader under a newer transformers than vLLM allows
 # make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel.
 #                GPU_PYTHON names the Python with that torch; GPU_ARGS="--checkpoint FOLDER" adds real weights
 # make wheel  dist/*.whl, for any Python on any Linux that is not older; no compiler is needed to install it
@@ -90,11 +91,17 @@ lint: .venv-lint/ready
 # CUDA wheel is not installed: its sources are searched for every name that ria-vllm imports.
 OLDER_VERSIONS := 0.30.0 0.31.0
 CUDA_VERSION := 0.33.0
+NEWER_TRANSFORMERS := .work/transformers-5.24.0
 
-test-versions: .venv/ready $(OLDER_VERSIONS:%=.venv-%/ready) $(OLD_WRITER)
+$(NEWER_TRANSFORMERS): | .venv/bin/python
+	$(INSTALL) -q --no-deps --target $@.partial $(notdir $(subst -,==,$@)) && mv $@.partial $@
+
+test-versions: .venv/ready $(OLDER_VERSIONS:%=.venv-%/ready) $(OLD_WRITER) $(NEWER_TRANSFORMERS)
 	for version in $(OLDER_VERSIONS); do \
 		.venv-$$version/bin/python -m $(PYTEST) tests/serve --ignore=tests/serve/kernels $(PYTEST_ARGS) || exit 1; \
 	done
+	PYTHONPATH=$(CURDIR)/$(NEWER_TRANSFORMERS) $(BIN)/python -m $(PYTEST) tests/test_hf_quantizer.py tests/test_hf_inputs.py \
+		tests/serve/test_hf.py tests/training $(PYTEST_ARGS)
 	mkdir -p .work/wheels
 	$(BIN)/python packaging/pip_command.py download --no-deps --dest .work/wheels $(PIP_ARGS) "vllm==$(CUDA_VERSION)"
 	$(BIN)/python packaging/check_vllm.py .work/wheels/vllm-$(CUDA_VERSION)-*.whl

@@ -144,6 +144,8 @@ def _reason(model: StreamedModel, index: int, name: str, module: nn.Linear, reci
         return "its weights are another layer's, too"
     if not model.names.is_own(full):
         return "its weights are stored as a part of others"
+    if not model.names.is_found_compressed(full):
+        return "transformers renames its weight, and would not find it compressed"
     if recipe.ignores(model.written_linear(index, name)):
         return "--ignore"
     if recipe.served and width % IN_FEATURES_MULTIPLE:

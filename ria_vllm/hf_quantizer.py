@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -53,7 +53,7 @@ class Loading:
         self.pruned: set[str] = set()
         self.claimed: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
-        self.missing: Collection[str] = ()
+        self.renamings: list[WeightRenaming] = []
         self.placements: dict[str, Placement] = {}  # parameter of the model -> what it holds
         self.errors: list[RiaError] = []
         self.dtype: torch.dtype | None = None
@@ -65,9 +65,15 @@ class Loading:
         """Read what must be known before the first tensor arrives.
 
         Raises:
-            RiaError: a file is missing, or the files do not belong together.
+            RiaError: a file is missing, or the files do not belong together, or the model is divided among processes.
         """
         name = model.config._name_or_path
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise RiaError(
+                f"{name}: transformers divides a model's tensors among processes (`tp_plan`, `distributed_config`) "
+                "before they are decompressed, which compressed weights do not allow. Load the model without that, for "
+                "example with a `device_map`, or divide the dense folder that `ria-vllm export` writes."
+            )
         self.where = files[0].parent if files else name
         path = _permutations_file(files[0].parent, self.schema.permutes) if files else None
         if path is None and self.schema.permutes:
@@ -90,17 +96,15 @@ class Loading:
         """Check that all of it was used.
 
         Raises:
-            RiaError: a damaged linear, one that was not used where the model wanted it, a tensor of a wrong shape.
+            RiaError: a damaged linear, one that was not used though the model has its layer, a tensor of a wrong shape.
         """
         if self.errors:
             raise self.errors[0]
-        left = sorted(self.pruned - self.claimed)
-        wanted = [] if not left else self._without_weights(model)
-        if wanted or (left and not self.claimed):
-            what = f": its {wanted[0]} got no weights" if wanted else ", nor for any other pruned linear"
+        left = next((name for name in sorted(self.pruned - self.claimed) if not self._is_beyond(model, name)), None)
+        if left is not None:
             raise RiaError(
-                f"{self.where}: {left[0]} is stored compressed, but transformers found no place for it in a "
-                f"{type(model).__name__}{what}. `ria-vllm export` writes a dense folder, which it may be able to read."
+                f"{self.where}: {left} is stored compressed, but transformers found no place for it in a "
+                f"{type(model).__name__}. `ria-vllm export` writes a dense folder, which it may be able to read."
             )
         for name, tensor in model.state_dict().items():
             if name in self.shapes and tensor.shape != self.shapes[name]:
@@ -112,11 +116,11 @@ class Loading:
         if self.schema.input_dtype is not None:
             round_inputs(model, list(self.placements), self.where)
 
-    def _without_weights(self, model: torch.nn.Module) -> list[str]:
-        """Parameters of the base model that got no weights. (A head for another task has none anyway.)"""
-        base = getattr(model, model.base_model_prefix, model)
-        inside = {id(parameter) for parameter in base.parameters() if parameter.dim() > 1}
-        return sorted(name for name, p in model.named_parameters() if name in self.missing and id(p) in inside)
+    def _is_beyond(self, model: torch.nn.Module, name: str) -> bool:
+        """Whether a pruned linear belongs to a layer that the model was built without (`num_hidden_layers`)."""
+        renamed = rename_source_key(f"{name}.compressed", self.renamings, [])[0]
+        prefix = f"{model.base_model_prefix}."
+        return any(_is_beyond(model, path) for path in (renamed, prefix + renamed, renamed.removeprefix(prefix)))
 
     def linear(self, sources: Collection[str], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """One dense weight in the model's own order, from the tensors that the checkpoint calls `sources`."""
@@ -145,12 +149,14 @@ class RiaQuantizer(HfQuantizer):
     ) -> None:
         self.loading.open(model, [Path(file) for file in checkpoint_files or ()])
 
-    def _process_model_after_weight_loading(self, model: torch.nn.Module, **_: Any) -> None:
+    def postprocess_model(self, model: torch.nn.Module, **kwargs: Any) -> None:
+        """Here, because transformers 5.24 drops the conversions on the way to `_process_model_after_weight_loading`."""
+        conversions = getattr(model, "_weight_conversions", None) or []
+        super().postprocess_model(model, **kwargs)
         self.loading.close(model)
         # HF keeps the conversions to undo them on saving, but a plain dense model is saved as it is.
-        kept = [c for c in getattr(model, "_weight_conversions", None) or [] if not isinstance(c, OURS)]
-        model._weight_conversions = kept or None
-        # With a quantizer, HF leaves the tensors that it renamed or converted in the stored dtype.
+        model._weight_conversions = [c for c in conversions if not isinstance(c, OURS)] or None
+        # With a quantizer, HF may leave the tensors that it renamed or converted in the stored dtype.
         in_float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and not any(part in name for part in in_float32):
@@ -160,15 +166,9 @@ class RiaQuantizer(HfQuantizer):
         """transformers compares no shapes where this says yes. `Loading.close` does, and its errors name the file."""
         return True
 
-    def update_tp_plan(self, config: Any) -> Any:
-        """Refuse a model that is divided among processes: transformers divides tensors before it converts them."""
-        if getattr(config, "distributed_config", None) is not None:
-            raise RiaError(
-                "transformers divides a model's tensors among processes (`tp_plan`, `distributed_config`) before they "
-                "are decompressed, which compressed weights do not allow. Load the model without that, for example "
-                "with a `device_map`, or divide the dense folder that `ria-vllm export` writes."
-            )
-        return super().update_tp_plan(config)
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype in which a tensor of the file arrives. What we decompress stays as it is stored: scales, too."""
+        return None if isinstance(converter, OURS) else super().get_new_dtype(converter, param, dtype)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.loading.dtype = dtype
@@ -180,8 +180,9 @@ class RiaQuantizer(HfQuantizer):
         experts = expert_converters(loading.schema, loading.linear, loading.errors.append, loading.placements)
         return [*experts, LinearConverter(parts, ".weight", operations=[Decompress(loading)])]
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Ours first: some models' own patterns for an expert's `.weight` match its `.weight_scale`, too."""
+        self.loading.renamings = [entry for entry in weight_conversions if isinstance(entry, WeightRenaming)]
         return [*self.get_weight_conversions(), *weight_conversions]
 
     def is_serializable(self) -> bool:
@@ -203,14 +204,7 @@ class Decompress(ConversionOps):
         self.loading = loading
         self.sources: list[str] = []
 
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        full_layer_name: str = "",
-        missing_keys: Collection[str] | None = None,
-        **_: Any,
-    ) -> dict[str, torch.Tensor]:
-        self.loading.missing = missing_keys or ()
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **_: Any) -> dict[str, torch.Tensor]:
         tensors = {
             part: _single(input_dict, part)
             for part in self.loading.schema.tensor_names
@@ -236,6 +230,15 @@ class LinearConverter(WeightConverter):
 
 # Saving a loaded model writes plain dense weights, so these conversions are not to be undone.
 OURS = (LinearConverter, ExpertsConverter)
+
+
+def _is_beyond(module: Any, path: str) -> bool:
+    """Whether the first number in a path inside a model is that of a layer after the last one."""
+    for part in path.split("."):
+        if isinstance(module, torch.nn.ModuleList) and part.isdecimal():
+            return int(part) >= len(module)
+        module = getattr(module, part, None)
+    return False
 
 
 def _permutations_file(folder: Path, ask: bool) -> Path | None:
@@ -275,4 +278,4 @@ def _single(input_dict: dict[str, Any], part: str) -> torch.Tensor:
 if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(QUANT_METHOD)(RiaQuantizationConfig)
     register_quantizer(QUANT_METHOD)(RiaQuantizer)
-    refuse_unread_weights()
+    refuse_unread_weights(RiaQuantizer)

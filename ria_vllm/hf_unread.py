@@ -1,8 +1,8 @@
 """Keeps transformers from giving a model random weights because it does not see that its files are compressed.
 
 transformers asks the configuration which quantizer to use. It leaves `quantization_config` out where a class of the
-text decoder alone reads the folder of a wrapper, and a caller may pass a configuration that has none. Then it would
-find none of the pruned weights, list them in a table, and go on.
+text decoder alone reads the folder of a wrapper, and a caller may pass a configuration that has none, perhaps with
+another quantizer. Then it would find none of the pruned weights, list them in a table, and go on.
 """
 
 import functools
@@ -19,9 +19,14 @@ LOADER = "convert_and_load_state_dict_in_model"
 # Modules of transformers that import the loader by its name, and may have done so already.
 USERS = ("transformers.modeling_utils", "transformers.modeling_layers")
 
+UNKNOWN = object()
 
-def refuse_unread_weights() -> None:
-    """Have transformers' loader of tensors refuse compressed ones if no quantizer reads them. May be called again."""
+
+def refuse_unread_weights(reader: type) -> None:
+    """Have transformers' loader of tensors refuse compressed ones without the quantizer `reader`. May be called again.
+
+    No other quantizer reads them: compressed-tensors' own has dropped sparse formats.
+    """
     load = getattr(core_model_loading, LOADER, None)
     if load is None or hasattr(load, "ria_checks"):  # None: another version; reading must not fail because of that
         return
@@ -30,7 +35,8 @@ def refuse_unread_weights() -> None:
     @functools.wraps(load)
     def checked(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
-        if getattr(given.get("load_config"), "hf_quantizer", "unknown") is None:
+        quantizer = getattr(given.get("load_config"), "hf_quantizer", UNKNOWN)
+        if quantizer is not UNKNOWN and not isinstance(quantizer, reader):
             _check_dense(given.get("model"), given.get("state_dict") or ())
         return load(*args, **kwargs)
 
@@ -47,7 +53,8 @@ def _check_dense(model: Any, names: Collection[str]) -> None:
         kind = type(getattr(model, "config", None)).__name__
         raise RiaError(
             f"{found} is stored compressed, but the {kind} that this {type(model).__name__} is loaded with has no "
-            "quantization_config, so its weights would be random. (transformers leaves it out where a text decoder's "
-            "class reads the folder of a model that also reads images or sound.) Load the whole model by its Auto "
-            "class, and take the text decoder from it; or load the dense folder that `ria-vllm export` writes."
+            "quantization_config of ria-vllm, so its weights would be random. (transformers leaves it out where a text "
+            "decoder's class reads the folder of a model that also reads images or sound.) Load the whole model by its "
+            "Auto class, and take the text decoder from it; or load the dense folder that `ria-vllm export` writes, "
+            "which other quantizers read, too."
         )

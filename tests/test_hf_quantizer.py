@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from transformers import (
     AutoModelForTokenClassification,
     LlamaModel,
 )
+from transformers.quantizers import auto as quantizers
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -51,7 +55,10 @@ each_format = pytest.mark.parametrize("format", [FLOAT, INT8, INTEGERS[4, 32]], 
 
 
 def store(model, out, pruned, renames=(), format=FLOAT) -> None:
-    """Prune the linears `pruned` of `model` in place, in random orders; store it under names changed by `renames`."""
+    """Prune the linears `pruned` of `model` in place, in random orders; store it under names changed by `renames`.
+
+    Its weights then are as `format` quantizes them for its dtype.
+    """
     from ria_vllm import sparse24
     from ria_vllm.permutation import invert
     from ria_vllm.schema import RiaSchema, SparsityConfig, WeightQuantization
@@ -62,19 +69,19 @@ def store(model, out, pruned, renames=(), format=FLOAT) -> None:
             name = name.replace(old, new)
         return name
 
-    unit = {}
+    unit, dtype = {}, model.dtype
     for name in pruned:
         weight = model.get_submodule(name).weight
         p = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(len(unit)))
         mask = sparse24.mask_from_bitmask(sparse24.compress(weight.data[:, p])[1])
-        stored, scales = format.quantize(weight.data[:, p] * mask, torch.float32)
+        stored, scales = format.quantize(weight.data[:, p] * mask, dtype)
         parts = format.encode(stored, mask, scales) | {"shape": torch.tensor(weight.shape).view(2, 1)}
         parts["input_permutation"] = p.int()
         unit |= {f"{on_disk(name)}.{part}": tensor for part, tensor in parts.items()}
         weight.data = stored[:, invert(p)]
     left = {name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in pruned}
     unit |= {on_disk(name): tensor.contiguous() for name, tensor in left.items()}
-    words = format.quantization and WeightQuantization(**format.quantization, dtype="float32")
+    words = format.quantization and WeightQuantization(**format.quantization, dtype=str(dtype).removeprefix("torch."))
     schema = RiaSchema(sparsity_config=SparsityConfig(ignore=["lm_head"]), weights=words, recipe={"permute": "lsa"})
     config = model.config.to_dict() | {
         "architectures": [type(model).__name__],
@@ -124,6 +131,16 @@ def test_names_that_the_caller_maps(tmp_path, auto, format):
     assert torch.equal(hidden(loaded), hidden(model))
 
 
+def test_saved_under_the_names_of_the_files(tmp_path):
+    model = tiny_model("llama")
+    store(model, tmp_path / "out", linears_of(model), [("model.layers", "h")])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", key_mapping={r"^h\.": "model.layers."})
+    loaded.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == {name.replace("model.layers", "h") for name in model.state_dict()}
+    assert torch.equal(saved["h.1.mlp.up_proj.weight"], model.model.layers[1].mlp.up_proj.weight)
+
+
 @each_format
 def test_the_body_alone_is_stored(tmp_path, format):
     """Here transformers adds the prefix that it strips elsewhere."""
@@ -134,10 +151,49 @@ def test_the_body_alone_is_stored(tmp_path, format):
     assert torch.equal(hidden(loaded), hidden(body))
 
 
+@pytest.mark.parametrize("format", [INT8, INTEGERS[4, None], INTEGERS[4, 32]], ids=lambda format: format.name)
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_scales_are_read_as_they_are_stored(tmp_path, format, auto, dtype):
+    """Whatever the dtype of the model. These are so small that float16 would round them."""
+    model = tiny_model("llama", initializer_range=1e-4).bfloat16()
+    store(model, tmp_path / "out", linears_of(model), format=format)
+    reader = Reader(tmp_path / "out")
+    loaded = auto.from_pretrained(tmp_path / "out", dtype=dtype).base_model
+    for name in linears_of(model):
+        exact = replace(reader.linear(name), dtype=torch.float64).dense()
+        assert torch.equal(loaded.get_submodule(name.removeprefix("model.")).weight, exact.to(dtype))
+
+
 def test_fewer_layers_than_are_stored(pruned_llama):
     """Layers that the model lacks do no harm: transformers lists their tensors as unexpected and loads the rest."""
-    loaded = AutoModel.from_pretrained(pruned_llama.folder, num_hidden_layers=1)
-    assert torch.equal(loaded.layers[0].mlp.down_proj.weight, pruned_llama.dense["model.layers.0.mlp.down_proj.weight"])
+    for auto in (AutoModel, AutoModelForCausalLM):
+        loaded = auto.from_pretrained(pruned_llama.folder, num_hidden_layers=1)
+        weight = loaded.base_model.layers[0].mlp.down_proj.weight
+        assert torch.equal(weight, pruned_llama.dense["model.layers.0.mlp.down_proj.weight"])
+
+
+def test_fewer_layers_than_are_stored_under_other_names(tmp_path):
+    model = tiny_model("llama")
+    store(model, tmp_path / "out", linears_of(model), [("model.layers", "h")])
+    options = {"key_mapping": {r"^h\.": "model.layers."}, "num_hidden_layers": 1}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
+    assert torch.equal(loaded.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize(
+    "place", ["model.layers.0.mlp.other_proj", "model.layers.one.mlp.up_proj", "model.others.5.mlp.up_proj", "h.5.q"]
+)
+def test_a_pruned_linear_more_than_the_model_has_places_for(damage, place):
+    """In the layers that it has. All of its own weights are there."""
+
+    def double(tensors):
+        tensors.update({f"{place}{n.removeprefix(Q)}": t.clone() for n, t in tensors.items() if n.startswith(f"{Q}.")})
+
+    rewrite(damage.file_of(f"{Q}.bitmask"), double)
+    for options in ({}, {"num_hidden_layers": 1}):
+        with pytest.raises(RiaError, match=f"{place} is stored compressed, but .* no place .* LlamaForCausalLM"):
+            AutoModelForCausalLM.from_pretrained(damage.folder, **options)
 
 
 def test_linears_that_transformers_merges(tmp_path):
@@ -153,14 +209,14 @@ def test_linears_that_transformers_merges(tmp_path):
     changes = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 2}
     config = json.loads((tmp_path / "out" / "config.json").read_text()) | changes
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RiaError, match=f"{linear} is stored compressed.*experts.* got no weights.*ria-vllm export"):
+    with pytest.raises(RiaError, match=f"{linear} is stored compressed, but .* no place .*ria-vllm export"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_names_that_nothing_maps(tmp_path):
     model = tiny_model("llama")
     store(model, tmp_path / "out", linears_of(model), [("model.layers", "h")])
-    with pytest.raises(RiaError, match="h.0.mlp.down_proj is stored compressed.*LM, nor for any other pruned linear"):
+    with pytest.raises(RiaError, match="h.0.mlp.down_proj is stored compressed, but .* no place .*ria-vllm export"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
@@ -213,8 +269,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def cached(pruned_llama, tmp_path):
-    """The hub's cache after transformers has asked for user/model's weights: subfolder -> the folder with them."""
+def cached(pruned_llama, tmp_path, monkeypatch):
+    """The hub's cache after transformers has asked for user/model's weights: subfolder -> the folder with them.
+
+    The hub is not asked: transformers would look there for an adapter, for all that `local_files_only` says.
+    """
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def put(subfolder: str):
         repository = tmp_path / "cache" / "models--user--model"
@@ -298,6 +358,43 @@ def test_a_configuration_that_does_not_say_that_weights_are_compressed(pruned_ll
     del config.quantization_config
     with pytest.raises(RiaError, match="proj is stored compressed, but the LlamaConfig .* has no quantization_config"):
         AutoModelForCausalLM.from_pretrained(pruned_llama.folder, config=config)
+
+
+class OtherConfig(QuantizationConfigMixin):
+    def __init__(self, quant_method="other"):
+        self.quant_method = quant_method
+
+
+class OtherQuantizer(HfQuantizer):
+    """Leaves all weights as they are; `bitsandbytes` would round them as they load."""
+
+    is_trainable = True
+
+    def is_serializable(self):
+        return True
+
+
+@pytest.mark.parametrize("place", ["argument", "configuration"])
+def test_another_quantizer_than_ours(pruned_llama, monkeypatch, place):
+    """transformers takes it if the configuration has lost ours. The model's weights would be random."""
+    monkeypatch.setitem(quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING, "other", OtherConfig)
+    monkeypatch.setitem(quantizers.AUTO_QUANTIZER_MAPPING, "other", OtherQuantizer)
+    config = AutoConfig.from_pretrained(pruned_llama.folder)
+    del config.quantization_config
+    options = {"quantization_config": OtherConfig()} if place == "argument" else {}
+    if place == "configuration":
+        config.quantization_config = {"quant_method": "other"}
+    with pytest.raises(RiaError, match="proj is stored compressed, but the LlamaConfig .* no quantization_config of"):
+        AutoModelForCausalLM.from_pretrained(pruned_llama.folder, config=config, **options)
+    AutoModelForCausalLM.from_pretrained(pruned_llama.source, config=config, **options)
+
+
+def test_what_later_versions_ask_the_quantizer(pruned_llama):
+    """From 5.21 on, transformers gives conversions with the model, and asks for the dtype in which tensors arrive."""
+    content = json.loads((pruned_llama.folder / "config.json").read_text())["quantization_config"]
+    quantizer = quantizers.AutoHfQuantizer.from_config(content, pre_quantized=True)
+    (converter,) = quantizer.update_weight_conversions([], None)
+    assert quantizer.get_new_dtype(converter, torch.ones(1), torch.bfloat16) is None
 
 
 def test_a_model_that_transformers_divides_among_processes(pruned_llama):

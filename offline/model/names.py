@@ -50,10 +50,10 @@ class Names:
     def __init__(self, model: PreTrainedModel, in_files: Iterable[str], folder: Path):
         # In the order in which transformers renames: some renamings depend on what they have seen before.
         in_files = sorted(in_files, key=lambda name: _natural_order(name, folder))
-        known = model.state_dict()
-        prefix = model.base_model_prefix
+        self._known = known = model.state_dict()
+        self._prefix = prefix = model.base_model_prefix
         self.mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
+        self._renamings = renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
         self.files: dict[str, str] = {}
         self.inside: dict[str, str] = {}
@@ -112,6 +112,15 @@ class Names:
     def is_own(self, name: str) -> bool:
         """Whether the linear with this name in the model has a weight of its own in the files."""
         return self.direct.get(f"{name}.weight", "").endswith(".weight")
+
+    def is_found_compressed(self, name: str) -> bool:
+        """Whether transformers finds the linear with this name in the model by any tensor of its module in the files.
+
+        Some of its renamings match the name of the weight only, and so none of a compressed linear's tensors.
+        """
+        renamed, _ = rename_source_key(f"{self.linear(name)}.compressed", self._renamings, [])
+        weight = renamed.removesuffix("compressed") + "weight"
+        return rename_source_key(weight, [], [], self._prefix, self._known)[0] == f"{name}.weight"
 
 
 def _two_of(name: str, other: str, folder: Path) -> RiaError:

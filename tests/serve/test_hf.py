@@ -9,7 +9,7 @@ import mixtures
 import pytest
 import tiny
 import torch
-from damage import rewrite
+from damage import bind, rewrite
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -61,6 +61,22 @@ def test_experts_without_a_head(name, weights, tmp_path):
     assert want.keys() == found.keys() and any("experts" in name for name in want)
     for name, tensor in want.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_experts_that_nothing_maps(tmp_path):
+    """Nothing else is pruned here, and transformers would give the layer random ones."""
+    folder, _ = mixtures.write(mixtures.FAMILIES["qwen3_moe"], tmp_path)
+    renamed = ("layers.1.mlp.experts.", "layers.1.mlp.others.")
+
+    def rename(tensors):
+        for name in [name for name in tensors if renamed[0] in name]:
+            tensors[name.replace(*renamed)] = tensors.pop(name)
+
+    for path in folder.glob("*.safetensors"):
+        rewrite(path, rename)
+    bind(folder)
+    with pytest.raises(RiaError, match="model.layers.1.mlp.others.0.down_proj is stored compressed, but .* no place"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_the_text_decoder_of_a_wrapper(tmp_path):

@@ -15,6 +15,7 @@ from compressing import (
     under_language_model,
 )
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import WeightRenaming
 
 from ria_vllm.checkpoint import Reader
@@ -95,6 +96,33 @@ def test_folds_and_permutations_have_the_names_of_the_files(renamed, tiny, text,
     assert two["linears"] == {rename(name): record for name, record in one["linears"].items()}
     for name in plain.sparse_names:
         assert torch.equal(plain.linear(name).dense(), other.linear(rename(name)).dense())
+
+
+@pytest.mark.parametrize(
+    ("patterns", "left"),
+    [
+        ({"mlp.w2_md.weight": "mlp.down_proj.weight"}, ["mlp.w2_md"]),  # as Inkling's
+        # transformers leaves a name as it is if the new one is not the model's. vLLM fuses gate with up.
+        ({"mlp.up_proj": "mlp.w1_md", "mlp.down_proj.weight": "mlp.w2"}, ["mlp.up_proj", "mlp.gate_proj"]),
+    ],
+)
+def test_a_renaming_that_would_not_find_a_compressed_linear(patterns, left, tiny, text, tmp_path, monkeypatch):
+    real = names.get_model_conversion_mapping
+    ours = [WeightRenaming(*entry) for entry in patterns.items()]
+    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model: [*ours, *real(model)])
+    down = "mlp.w2_md" if "mlp.w2_md" in left else "mlp.down_proj"
+    source = edited(tiny("llama"), tmp_path / "in", lambda t: {n.replace("mlp.down_proj", down): t[n] for n in t})
+    report, _ = run_small(source, tmp_path / "out", text)
+    dense = {name: why for name, why in report["dense"].items() if ".layers." in name}
+    assert dense.keys() == {f"model.layers.{i}.{name}" for i in range(2) for name in left}
+    assert dense[f"model.layers.1.{left[0]}"] == "transformers renames its weight, and would not find it compressed"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", key_mapping=patterns)
+    reader = Reader(tmp_path / "out")
+    for name, module in loaded.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            stored = name.replace("mlp.down_proj", down)
+            weight = reader.dense(stored) if stored in reader.sparse_names else reader.tensor(f"{stored}.weight")
+            assert torch.equal(module.weight, weight)
 
 
 def test_a_renamed_model_is_resumed(renamed, text, tmp_path):
