@@ -157,8 +157,8 @@ def test_neither_here_nor_on_the_hub(monkeypatch, text, tmp_path):
 def test_a_hub_id_is_fetched_without_pickles_and_code(monkeypatch, tiny, text, tmp_path):
     asked = {}
 
-    def snapshot_download(name, allow_patterns):
-        asked[name] = allow_patterns
+    def snapshot_download(name, allow_patterns, ignore_patterns):
+        asked[name] = [allow_patterns, ignore_patterns]
         return str(tiny("llama"))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
