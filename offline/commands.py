@@ -112,6 +112,7 @@ def compress(
 ):  # fmt: skip
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
 
+    What MODEL has in MXFP4 or FP8 is dequantized as it is read.
     Decoder layers are in memory one at a time. torchrun --nproc-per-node N -m ria_vllm compress ... divides the
     calibration samples and the permutation searches among N processes.
     """

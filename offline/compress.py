@@ -72,6 +72,9 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
             dtype = _compute_dtype(out, source, recipe, settings, ranks, monitor)
             with monitor.phase("reading the headers"):
                 streamed = StreamedModel(source.folder, source.config, settings.device, dtype)
+            if streamed.tensors.scheme is not None:
+                count, method = len(streamed.tensors.quantized), streamed.tensors.scheme.method
+                monitor.say(f"{count} tensors are quantized ({method}), and dequantized as they are read")
             recipe = _clipped(recipe, source, monitor).with_compute_dtype(name_of(dtype))
             recipe = _fitting(recipe, streamed, monitor)
             run = fingerprint(recipe, source)
@@ -238,13 +241,18 @@ class _Run:
             for path in sorted(plan.experts[index]):
                 _say_experts(self.model.experts[index][path].module, store.records(index, [path]), self.monitor)
 
+    def _dumped_recipe(self) -> dict[str, Any]:
+        scheme = self.model.tensors.scheme
+        dequantized = {} if scheme is None else {"dequantized_from": scheme.method}
+        return self.recipe.dump(self.source.name) | dequantized
+
     def _report(self, topologies: Topologies, plan: Plan, store: ExpertStore) -> dict[str, Any]:
         linears: dict[str, Any] = {}
         for index in range(len(self.model.layers)):
             linears |= dict(sorted(self.writer.record(layer_key(index)).items()))
             linears |= store.records(index, plan.experts[index])
         found = {
-            "recipe": self.recipe.dump(self.source.name),
+            "recipe": self._dumped_recipe(),
             "linears": linears,
             "dense": dict(plan.dense),
             "topology": topologies.dump(),
@@ -294,7 +302,7 @@ class _Run:
             schema = RiaSchema(
                 sparsity_config=sparsity, weights=weights, folds=folds, experts=experts,
                 input_activations=None if recipe.activations == "none" else INT8_TOKENS,
-                recipe=recipe.dump(source.name),
+                recipe=self._dumped_recipe(),
             )  # fmt: skip
             json_files["config.json"]["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
         json_files = json_files | {REPORT_FILE: report}

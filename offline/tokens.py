@@ -5,7 +5,7 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.model.architecture import output_head, text_config
-from ria_vllm.offline.model.hf import explained, text_tokenizer
+from ria_vllm.offline.model.hf import explained, load_dense, text_tokenizer
 from ria_vllm.offline.model.source import Source
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
@@ -48,9 +48,7 @@ def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, monitor:
         explained(f"{source.name}: transformers cannot load the model"),
     ):
         # Eager attention, because for one token at a time a CPU's fused kernels are much slower.
-        whole = type(model.model).from_pretrained(
-            source.folder, dtype=model.dtype, attn_implementation="eager", trust_remote_code=False
-        )
+        whole = load_dense(type(model.model), source.folder, model.dtype, attn_implementation="eager")
         whole = whole.to(model.device).eval()
     bos = getattr(text_config(source.config), "bos_token_id", None)  # GLM-4V's configuration has none
     return data.from_model(whole, bos, recipe.samples, recipe.seq_len, recipe.seed, monitor)
@@ -58,15 +56,18 @@ def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, monitor:
 
 def _check_whole_fits(source: Source, model: StreamedModel) -> None:
     """Refuse to load a dense model that does not fit into memory: the system would kill the process without a word."""
-    needed = sum(parameter.numel() for parameter in model.model.parameters()) * model.dtype.itemsize
+    weights = sum(parameter.numel() for parameter in model.model.parameters())
+    needed = weights * model.dtype.itemsize
+    if model.tensors.scheme is not None:
+        needed += weights * model.stored_dtype.itemsize  # see `load_dense`
     devices = {model.device, torch.device("cpu")}  # it is read into the host's memory first
     room = {device: free for device in devices if (free := available(device)) is not None}
     for device, free in room.items():
         if needed > free:
-            smaller, least = "", needed * model.stored_dtype.itemsize // model.dtype.itemsize
+            smaller, least = "", needed - weights * (model.dtype.itemsize - model.stored_dtype.itemsize)
             if least < needed and least <= min(room.values()):
                 narrow = name_of(model.stored_dtype)
-                smaller = f" Or give --compute-dtype {narrow}, which takes half the memory and more time."
+                smaller = f" Or give --compute-dtype {narrow}, which takes less memory and more time."
             raise RiaError(
                 f"{source.name}: --calibration self runs the whole dense model in {name_of(model.dtype)}, which takes "
                 f"{needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free ({device}). Give a text file "

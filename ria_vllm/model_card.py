@@ -31,8 +31,8 @@ _CARD_BYTES, _FRONT_MATTER_LENGTH = 1 << 20, 1 << 17
 _ENTRIES, _LENGTH = 100, 300  # the longest list, the longest string
 # Tags that name a file format of the base model's weights, or a program that runs it.
 _FORMAT_TAGS = {
-    "awq", "coreml", "exl2", "flax", "ggml", "gguf", "gptq", "jax", "keras", "llama-cpp", "mlx", "onnx", "openvino",
-    "pytorch", "rust", "tensorflow", "tf", "tflite", "transformers.js",
+    "awq", "compressed-tensors", "coreml", "exl2", "flax", "fp8", "ggml", "gguf", "gptq", "jax", "keras", "llama-cpp",
+    "mlx", "mxfp4", "onnx", "openvino", "pytorch", "rust", "tensorflow", "tf", "tflite", "transformers.js",
 }  # fmt: skip
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _PAPER = "https://openreview.net/forum?id=Tr0lPx9woF"

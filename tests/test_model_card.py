@@ -39,7 +39,7 @@ license_link: LICENSE
 language:
 - en
 - no
-tags: [chat, onnx, GGUF, "base_model:x/y", "arxiv:2402.1"]
+tags: [chat, onnx, GGUF, mxfp4, "base_model:x/y", "arxiv:2402.1"]
 pipeline_tag: text-generation
 library_name: transformers
 datasets: [their/data]

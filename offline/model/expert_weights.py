@@ -1,6 +1,6 @@
 """Reads the weights of a model's routed experts from its files, one expert at a time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,8 +9,8 @@ from torch import nn
 from ria_vllm.offline.model.expert_files import ExpertFiles, find_expert_files
 from ria_vllm.offline.model.experts import experts_modules, other_experts
 from ria_vllm.offline.model.names import Names
-from ria_vllm.offline.model.tensors import check_values, each_in_its_file, reading
-from ria_vllm.open_files import OpenFiles
+from ria_vllm.offline.model.source_tensors import SourceTensors
+from ria_vllm.offline.model.tensors import check_values
 
 
 class ExpertWeights:
@@ -20,8 +20,8 @@ class ExpertWeights:
         layers: their weights may be on the meta device.
         layers_path: of the list of these layers in the model.
         width: of the residual stream.
-        names, files: of the tensors in the folder.
-        open_files: reads them.
+        names: of the tensors in the folder.
+        tensors: reads them.
 
     Attributes:
         experts: for each layer, path of experts relative to it -> where they are in the files.
@@ -38,11 +38,10 @@ class ExpertWeights:
         layers_path: str,
         width: int,
         names: Names,
-        files: Mapping[str, Path],
-        open_files: OpenFiles,
+        tensors: SourceTensors,
         folder: Path,
     ):
-        self.names, self.files, self._open = names, files, open_files
+        self.names, self.tensors = names, tensors
         self.experts: list[dict[str, ExpertFiles]] = []
         self.dense: list[dict[str, str]] = []
         self.parameters: set[str] = set()
@@ -60,7 +59,7 @@ class ExpertWeights:
                 self.parameters |= {f"{prefix}{path}.{name}" for name in layout.parameters}
 
     def read(self, index: int, path: str, expert: int) -> dict[str, torch.Tensor]:
-        """One expert of layer `index`: linear ("gate", "up", "down") -> [out, in], as in the files, on the CPU.
+        """One expert of layer `index`: linear ("gate", "up", "down") -> [out, in] on the CPU, stored or dequantized.
 
         Args:
             path: of the experts, relative to the layer; one of `experts[index]`.
@@ -83,9 +82,8 @@ class ExpertWeights:
         return weights
 
     def _read(self, written: str, index: int | None = None) -> torch.Tensor:
-        with reading(self._file_of(written)):
-            # A copy, because the file stays mapped for as long as any of its tensors is alive.
-            return self._open.read(self._file_of(written), self.names.files[written], index).clone()
+        # A copy, because the file stays mapped for as long as any of its tensors is alive.
+        return self.tensors.read(self.names.files[written], index).clone()
 
     def _check(self, key: str, written: str, tensor: torch.Tensor) -> None:
         if key not in self._checked:
@@ -93,12 +91,10 @@ class ExpertWeights:
             self._checked.add(key)
 
     def _file_of(self, written: str) -> Path:
-        return self.files[self.names.files[written]]
+        return self.tensors.files[self.names.files[written]]
 
     def _shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors from which the parameters under `prefix` are made, by their written names."""
-        found = (written for written, inside in self.names.inside.items() if inside.startswith(prefix))
-        return {
-            written: tuple(file.get_slice(self.names.files[written]).get_shape())
-            for written, file in each_in_its_file({written: self._file_of(written) for written in found})
-        }
+        names = self.names
+        found = {names.files[written]: written for written, at in names.inside.items() if at.startswith(prefix)}
+        return {found[name]: shape for name, shape in self.tensors.shapes(found)}

@@ -10,11 +10,19 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ria_vllm.checkpoint import Reader, is_compressed, read_json, weight_files
+from ria_vllm.companions import LEGAL_PATTERNS, SUFFIXES
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_inputs import round_inputs
+from ria_vllm.model_card import CARD_FILE
 from ria_vllm.offline.model.architecture import model_class, output_head, text_config
+from ria_vllm.offline.model.dequantize import is_readable
 from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.names import Names
+from ria_vllm.offline.model.source_tensors import SourceTensors
+
+HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FILE, *LEGAL_PATTERNS]
+# The same weights once more, in their publisher's own format: gpt-oss, Llama and Mistral have such files.
+HUB_COPIES = ["original/*", "consolidated*.safetensors"]
 
 
 def read_config(folder: str) -> Any:
@@ -62,6 +70,51 @@ def text_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def from_hub(model: str) -> Path:
+    """The folder in the hub's cache with all that is read of a model, fetched if it is not there.
+
+    Raises:
+        RiaError: it cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_COPIES))
+    except Exception as error:
+        raise RiaError(
+            f"{model}: no such folder or file here, and it could not be fetched from the hub either "
+            f"({first_line(error)}). Check the name; gated models need `hf auth login`."
+        ) from None
+
+
+def without_quantization(config: Any) -> None:
+    """Let a configuration not say how the weights are quantized in the files."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
+def load_dense(architecture: Any, folder: Path, dtype: torch.dtype | str, **options: Any) -> Any:
+    """What `architecture.from_pretrained` makes of a dense folder; quantized weights are dequantized by us.
+
+    For them, a second copy of the weights, in the model's own dtype, is in memory while the model is loaded.
+
+    Args:
+        dtype: "auto": as stored.
+        options: of `from_pretrained`.
+
+    Raises:
+        RiaError: see `SourceTensors`.
+    """
+    config = read_config(str(folder))
+    if getattr(config, "quantization_config", None) is None:
+        return architecture.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
+    tensors = SourceTensors(folder, configured_dtype(config))
+    without_quantization(config)
+    state = {name: tensors.read(name) for name in tensors.files}
+    kind = tensors.dtype if dtype == "auto" else dtype
+    return architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
+
+
 def load_model(
     folder: str,
     device: torch.device,
@@ -102,12 +155,14 @@ def _load(
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _loading(folder):
         reader = Reader(folder) if is_compressed(Path(folder)) else None
-        if state is None and reader is None:
+        if state is None and reader is None and is_readable(getattr(config, "quantization_config", None)):
+            place = Path(folder) if Path(folder).is_dir() else from_hub(folder)
+            model, info = load_dense(architecture, place, dtype, **options)
+        elif state is None and reader is None:
             model, info = architecture.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
         else:
             state = dense_state(reader) if state is None else state
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config
+            without_quantization(config)
             kind = config.dtype or "auto" if dtype == "auto" else dtype
             model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
             if reader is not None and reader.schema.input_dtype is not None:

@@ -10,18 +10,11 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, is_compressed, read_json, weight_files
-from ria_vllm.companions import (
-    LEGAL_PATTERNS,
-    SUFFIXES,
-    is_companion,
-    leads_out,
-    left_where_it_is,
-    nested_companions,
-)
+from ria_vllm.companions import is_companion, leads_out, left_where_it_is, nested_companions
 from ria_vllm.errors import RiaError
-from ria_vllm.model_card import CARD_FILE
 from ria_vllm.offline.model.architecture import model_class
-from ria_vllm.offline.model.hf import first_line, reason_of
+from ria_vllm.offline.model.dequantize import scheme_of
+from ria_vllm.offline.model.hf import from_hub, reason_of, without_quantization
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 from ria_vllm.writer import disk_errors
@@ -32,12 +25,13 @@ NEEDED = (
     "tokenizer", "vocab", "merges", "special_tokens", "chat_template", "generation_config", "processor_config",
     "preprocessor_config", "video_preprocessor_config",
 )  # fmt: skip
-HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FILE, *LEGAL_PATTERNS]
 
 
 @dataclass(frozen=True)
 class Source:
     """A checked folder. `name` is what the user called it; `raw_config` is the content of config.json.
+
+    Neither `config` nor `raw_config` says how the weights are quantized in the files.
 
     stamp: tells these weights from others without reading them.
     """
@@ -95,7 +89,7 @@ def opened(model: str, work: Path, ranks: Ranks, monitor: Monitor) -> Iterator[S
         )
     else:
         with monitor.phase("fetching the model from the hub"):
-            folder = _from_hub(model) if ranks.first else None
+            folder = from_hub(model) if ranks.first else None
         yield _checked(model, ranks.broadcast(folder))
 
 
@@ -123,34 +117,18 @@ def convert_gguf(path: Path, folder: Path) -> None:
         raise RiaError(f"{path}: {error} Install them with: pip install gguf accelerate") from None
     except Exception as error:
         raise RiaError(f"{path}: transformers cannot read this GGUF file ({error}).") from error
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    without_quantization(model.config)
     model = model.to(torch.bfloat16)
     with disk_errors(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def _from_hub(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
-    except Exception as error:
-        raise RiaError(
-            f"{model}: no such folder or file here, and it could not be fetched from the hub either "
-            f"({first_line(error)}). Check the name; gated models need `hf auth login`."
-        ) from None
-
-
 def _checked(name: str, folder: Path) -> Source:
     raw = read_json(folder / "config.json")
     if is_compressed(folder):
         raise RiaError(f"{name}: already compressed by ria-vllm. Give the original model.")
-    quantization = raw.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "something") if isinstance(quantization, dict) else "something"
-        raise RiaError(f"{name}: its weights are quantized ({method}). Give the original, unquantized model.")
+    scheme_of(raw.pop("quantization_config", None), name)
     if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX_FILE).is_file():
         found = [path.name for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.gguf"))]
         if found and found[0].endswith(".gguf"):
@@ -168,6 +146,7 @@ def _checked(name: str, folder: Path) -> Source:
     except Exception as error:
         path = folder / "config.json"
         raise RiaError(f"{path}: transformers does not know this model ({reason_of(error)}).") from None
+    without_quantization(config)
     model_class(name, config)
     return Source(name, folder, config, raw, [stamp_of(path) for path in files])
 

@@ -1,6 +1,5 @@
 """A causal LM whose weights stay in their files; parts of it are loaded, used and freed."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,10 +24,10 @@ from ria_vllm.offline.model.expert_files import ExpertFiles
 from ria_vllm.offline.model.expert_weights import ExpertWeights
 from ria_vllm.offline.model.experts import expert_of, experts_modules, other_experts, other_weights
 from ria_vllm.offline.model.hf import configured_dtype, explained
-from ria_vllm.offline.model.names import Names, find_tensors
+from ria_vllm.offline.model.names import Names
 from ria_vllm.offline.model.run_experts import Weights, run_one_by_one, set_weights
-from ria_vllm.offline.model.tensors import MOST_BYTES, check_values, each_in_its_file, opened, reading
-from ria_vllm.open_files import OpenFiles
+from ria_vllm.offline.model.source_tensors import SourceTensors
+from ria_vllm.offline.model.tensors import check_values
 from ria_vllm.sparse24 import VALUE_DTYPES
 
 
@@ -39,10 +38,10 @@ class StreamedModel:
     when tokens reach it.
 
     Modules are called by their names in the model, tensors by the names that they are written under (see `Names`).
-    stored_dtype is the checkpoint's; dtype is the one that layers are computed in.
+    stored_dtype is the checkpoint's, and that of what is dequantized; dtype is the one that layers are computed in.
 
     Args:
-        folder: a Hugging Face folder with safetensors.
+        folder: a Hugging Face folder with safetensors, see `SourceTensors`.
         config: its configuration.
         dtype: the dtype to compute in; None: as chosen by `choose_dtype`.
 
@@ -54,8 +53,9 @@ class StreamedModel:
         self.folder = folder
         self.device = device
         self.config = config
-        self.files = find_tensors(folder)
-        self.stored_dtype = stored_dtype(folder, config)
+        self.tensors = SourceTensors(folder, configured_dtype(config))
+        self.files = self.tensors.files
+        self.stored_dtype = _writable(self.tensors.dtype, folder)
         self.dtype = choose_dtype(self.stored_dtype, device) if dtype is None else dtype
         text = text_config(config)
         architecture = model_class(str(folder), config)
@@ -70,9 +70,8 @@ class StreamedModel:
         self.base_path = find_base(self.model, self.decoder_path)
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
         self.names = Names(self.model, self.files, folder)
-        self._open = OpenFiles(MOST_BYTES)
         self._expert_weights = ExpertWeights(
-            self.layers, self.layers_path, self._width, self.names, self.files, self._open, folder
+            self.layers, self.layers_path, self._width, self.names, self.tensors, folder
         )
         self._streamed = self._expert_weights.parameters
         for index, layer in enumerate(self.layers):
@@ -142,9 +141,8 @@ class StreamedModel:
         return [written.removesuffix(".weight") for written in names if written in matrices]
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor with this written name as it is in the file, on the CPU."""
-        with reading(self._file_of(name)):
-            return self._open.read(self._file_of(name), self.names.files[name])
+        """The tensor with this written name, on the CPU: as it is in the file, or dequantized."""
+        return self.tensors.read(self.names.files[name])
 
     def from_files(self, index: int, path: str) -> Weights:
         """The weights of the experts at `path` in layer `index`, as in the files, on the device."""
@@ -307,16 +305,15 @@ class StreamedModel:
     def _file_of(self, written: str) -> Path:
         return self.files[self.names.files[written]]
 
-    def _files_of(self, names: Iterable[str]) -> dict[str, Path]:
-        return {name: self._file_of(name) for name in names}
-
     def _read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, file in each_in_its_file(self._files_of(names)):
-            yield name, file.get_tensor(self.names.files[name])
+        """Each tensor by its written name, file by file."""
+        for name in sorted(names, key=self._file_of):
+            yield name, self.read(name)
 
-    def _shapes(self, names: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
-        for name, file in each_in_its_file(self._files_of(names)):
-            yield name, file.get_slice(self.names.files[name]).get_shape()
+    def _shapes(self, names: Iterable[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        stored = {self.names.files[name]: name for name in names}
+        for name, shape in self.tensors.shapes(stored):
+            yield stored[name], shape
 
     def _load_converted(self, prefix: str, without: str | None) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -370,18 +367,16 @@ def _prefix(path: str) -> str:
 
 
 def stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
-    """The dtype that config.json names; if it names none, that of the largest tensor.
+    """The dtype that config.json names; if it names none, that of the largest tensor that is not quantized.
 
     Raises:
         RiaError: a dtype in which no checkpoint is written.
     """
     dtype = configured_dtype(config)
-    if dtype is None:
-        files = find_tensors(folder)
-        sizes = {name: math.prod(file.get_slice(name).get_shape()) for name, file in each_in_its_file(files)}
-        largest = max(files, key=sizes.__getitem__)
-        with opened(files[largest]) as file:
-            dtype = file.get_tensor(largest).dtype
+    return _writable(SourceTensors(folder, None).dtype if dtype is None else dtype, folder)
+
+
+def _writable(dtype: torch.dtype, folder: Path) -> torch.dtype:
     if dtype not in VALUE_DTYPES:
         raise RiaError(f"{folder}: dtype {dtype}; compress needs bfloat16, float16 or float32 weights.")
     return dtype

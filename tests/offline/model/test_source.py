@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compressing import edit_config, edit_weights, run_small
+from huggingface_hub.utils import filter_repo_objects
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -155,10 +156,11 @@ def test_neither_here_nor_on_the_hub(monkeypatch, text, tmp_path):
 
 
 def test_a_hub_id_is_fetched_without_pickles_and_code(monkeypatch, tiny, text, tmp_path):
-    asked = {}
+    asked, ignored = {}, []
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, allow_patterns, ignore_patterns):
         asked[name] = allow_patterns
+        ignored.extend(ignore_patterns)
         return str(tiny("llama"))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -167,6 +169,10 @@ def test_a_hub_id_is_fetched_without_pickles_and_code(monkeypatch, tiny, text, t
     assert list(asked) == ["some/model"] and not any(p.endswith((".bin", ".py")) for p in asked["some/model"])
     wanted = ("README.md", "LICENSE", "LICENSE.md", "Licence.txt", "NOTICE", "USE_POLICY.md")
     assert all(any(fnmatch.fnmatchcase(name, p) for p in asked["some/model"]) for name in wanted)
+    weights = ["model-00001-of-00002.safetensors", "2_Dense/model.safetensors"]
+    copies = ["original/model.safetensors", "original/dtypes.json", "consolidated-00001-of-00002.safetensors"]
+    found = filter_repo_objects([*weights, *copies], allow_patterns=asked["some/model"], ignore_patterns=ignored)
+    assert list(found) == weights
     assert Reader(tmp_path / "some" / "model").schema.recipe["source"] == "some/model"
     assert "\nbase_model: some/model\n" in (tmp_path / "some" / "model" / "README.md").read_text()
 

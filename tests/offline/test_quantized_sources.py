@@ -1,0 +1,292 @@
+"""Models that are published quantized only: each is pruned, run and copied as its plain twin is, bit by bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from compressing import edit_config, run_small
+from damage import rewrite
+from moe import save_moe
+from peak_memory import peak_memory
+from quantized_sources import fp8_pair, from_fp8, mxfp4_pair, save_pair, to_fp8
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.offline.distill.run import Settings as DistillSettings
+from ria_vllm.offline.distill.run import distill
+from ria_vllm.offline.model.hf import load_model
+from ria_vllm.offline.model.source_tensors import SourceTensors
+from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.pruning.masks import Pattern
+from ria_vllm.progress import Monitor
+
+CPU = torch.device("cpu")
+# Two blocks of 128 rows or columns, the second one smaller; one layer with experts and one without.
+UNEVEN = {
+    "hidden_size": 192, "intermediate_size": 320, "moe_intermediate_size": 128, "first_k_dense_replace": 1,
+    "q_lora_rank": 64, "kv_lora_rank": 64,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """kind -> (the quantized folder, its plain twin). Do not write into them."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def get(kind: str) -> tuple[Path, Path]:
+        if kind not in made:
+            dense = tmp_path_factory.mktemp(kind) / "dense"
+            if kind == "gpt_oss":
+                made[kind] = mxfp4_pair(save_moe(dense, kind, torch.bfloat16))
+            else:
+                made[kind] = fp8_pair(save_moe(dense, kind, torch.bfloat16, **UNEVEN))
+        return made[kind]
+
+    return get
+
+
+KINDS = ("gpt_oss", "deepseek_v3")
+FROM = {"gpt_oss": "mxfp4", "deepseek_v3": "fp8"}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    """Bit by bit, those of permutations too."""
+    mine, wanted = tensors(one), tensors(other)
+    assert mine.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert mine[name].dtype == tensor.dtype and mine[name].shape == tensor.shape
+        assert torch.equal(mine[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reconstruct": "admm"},
+        {"calibration": "self"},
+        {"ignore": ("experts",)},
+        {"pattern": Pattern(n=4, m=8)},
+        {"weights": "int8", "activations": "int8"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_compressed_as_the_plain_twin_is(kind, options, pair, text, tmp_path):
+    quantized, plain = pair(kind)
+    report, _ = run_small(quantized, tmp_path / "out", text, **options)
+    expected, _ = run_small(plain, tmp_path / "twin", text, **options)
+    assert_same_tensors(tmp_path / "out", tmp_path / "twin")
+    assert report["linears"] == expected["linears"] and report["dense"] == expected["dense"]
+    assert report["recipe"]["dequantized_from"] == FROM[kind] and "dequantized_from" not in expected["recipe"]
+    config, twin = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "twin"))
+    mine, wanted = (content.pop("quantization_config", None) for content in (config, twin))
+    assert config == twin
+    for words in filter(None, (mine, wanted)):
+        del words["recipe"]
+    assert mine == wanted
+    if "pattern" not in options:
+        assert list(Reader(tmp_path / "out").problems()) == []
+        assert Reader(tmp_path / "out").schema.recipe["dequantized_from"] == FROM[kind]
+        assert f"| dequantized_from | `{FROM[kind]}` |" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("compute_dtype", [None, "auto", "float32"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loaded_whole_as_the_plain_twin_is(kind, compute_dtype, pair):
+    """As `eval` and `distill --teacher` load it. transformers itself refuses blocks of different sizes."""
+    one, other = (load_model(str(folder), CPU, compute_dtype) for folder in pair(kind))
+    assert one.dtype == other.dtype and not hasattr(one.config, "quantization_config")
+    mine, wanted = one.state_dict(), other.state_dict()
+    assert mine.keys() == wanted.keys() and all(torch.equal(mine[name], wanted[name]) for name in wanted)
+    tokens = torch.arange(2, 60)[None]
+    with torch.no_grad():
+        assert torch.equal(one(tokens).logits, other(tokens).logits)
+
+
+def test_a_quantized_model_of_the_hub_is_loaded_from_the_hubs_cache(pair, monkeypatch):
+    quantized, plain = pair("deepseek_v3")
+    asked = []
+
+    def snapshot_download(name, allow_patterns, ignore_patterns):
+        asked.append(name)
+        return str(quantized)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("ria_vllm.offline.model.hf.read_config", lambda name: AutoConfig.from_pretrained(quantized))
+    state = load_model("some/model", CPU).state_dict()
+    wanted = load_file(plain / "model.safetensors")["lm_head.weight"]
+    assert asked == ["some/model"] and torch.equal(state["lm_head.weight"], wanted)
+
+
+def test_a_quantized_teacher_teaches_what_its_plain_twin_does(tiny, text, tmp_path):
+    dense = tmp_path / "dense"
+    shutil.copytree(tiny("llama"), dense)
+    rewrite(dense / "model.safetensors", lambda t: t.update({name: one.bfloat16() for name, one in t.items()}))
+    edit_config(dense, dtype="bfloat16")
+    quantized, plain = fp8_pair(dense, block=(96, 80))
+    run_small(plain, tmp_path / "pruned", text)
+    for teacher, out in ((quantized, "one"), (plain, "other")):
+        recipe = Distillation(text=str(text), tokens=256, seq_len=64, batch=2)
+        distill(tmp_path / "pruned", str(teacher), tmp_path / out, recipe, DistillSettings(), Monitor(shown=False))
+    assert_same_tensors(tmp_path / "one", tmp_path / "other")
+
+
+PER_TENSOR = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+PER_ROW = {
+    "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
+    "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "suffix"), [(PER_TENSOR, "_scale_inv"), (PER_TENSOR, "_scale"), (PER_ROW, "_scale")])
+def test_fp8_with_scales_for_a_tensor_or_its_rows(words, suffix, tiny, text, tmp_path):
+    """As Ministral 3, AutoFP8 and compressed-tensors write it, with scales of inputs, which are left out."""
+    dense = tmp_path / "dense"
+    shutil.copytree(tiny("llama"), dense)
+    rewrite(dense / "model.safetensors", lambda t: t.update({name: one.bfloat16() for name, one in t.items()}))
+
+    def there(weight):
+        rows = 1 if words is PER_ROW else len(weight)
+        parts = to_fp8(weight, (rows, weight.shape[1]), suffix)
+        return {"": parts[""], suffix: parts[suffix] if words is PER_ROW else parts[suffix].view(())}
+
+    def back(parts):
+        scales = parts[suffix].reshape(-1, 1)
+        rows = 1 if words is PER_ROW else len(parts[""])
+        return from_fp8({"": parts[""], suffix: scales}, (rows, parts[""].shape[1]), suffix)
+
+    quantized, plain = save_pair(
+        dense, lambda name, one: ".layers." in name and one.dim() == 2, there, back, words, dtype="bfloat16"
+    )
+    file = quantized / "model-00002-of-00002.safetensors"
+    scale = "model.layers.0.mlp.up_proj.weight" + suffix
+    inputs = "model.layers.0.mlp.up_proj." + ("activation_scale" if suffix == "_scale_inv" else "input_scale")
+    rewrite(file, lambda t: t.update({inputs: torch.ones(()), "model.layers.0.self_attn.k_scale": torch.ones(1)}))
+    assert scale in load_file(file)
+    run_small(quantized, tmp_path / "out", text)
+    run_small(plain, tmp_path / "twin", text)
+    assert_same_tensors(tmp_path / "out", tmp_path / "twin")
+
+
+def damaged(source: Path, folder: Path, **changes) -> Path:
+    """A copy in which each tensor that `changes` names is what its function makes of it; None: it is not there."""
+    shutil.copytree(source, folder)
+
+    def apply(tensors):
+        for name in tensors.keys() & changes.keys():
+            tensor, change = tensors.pop(name), changes[name]
+            if change is not None:
+                tensors[name] = change(tensor.clone()).contiguous()
+
+    for path in folder.glob("*.safetensors"):
+        rewrite(path, apply)
+    index, lost = folder / "model.safetensors.index.json", {name for name, change in changes.items() if change is None}
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {name: weight_map[name] for name in weight_map.keys() - lost}}))
+    return folder
+
+
+UP, DOWN = "model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.1.mlp.experts.down_proj"
+BLOCKS, SCALES, INVERSE = f"{DOWN}_blocks", f"{DOWN}_scales", f"{UP}_scale_inv"
+FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+DAMAGE = [
+    ({INVERSE: None}, rf"{FIRST}: {UP} has no scales: {INVERSE} is in no file"),
+    ({UP: None}, rf"{SECOND}: {INVERSE} is in the files, but not the fp8 weight that it scales"),
+    ({UP: torch.Tensor.bfloat16}, rf"{SECOND}: {INVERSE} is in the files, but not the fp8 weight that it scales"),
+    (
+        {INVERSE: lambda t: t[:, :1]},
+        rf"{SECOND}: {INVERSE} is F32 \[1, 1\]; by quantization_config .* should be F32 or BF16 or F16 \[1, 2\]",
+    ),
+    ({INVERSE: lambda t: t[0]}, rf"{INVERSE} is F32 \[2\]"),
+    ({INVERSE: torch.Tensor.int}, rf"{INVERSE} is I32 \[1, 2\]"),
+    ({UP: lambda t: t.view(torch.int8), INVERSE: None}, rf"{UP} is I8 .* should be a plain tensor or part of an fp8"),
+    ({UP: torch.Tensor.flatten}, rf"{UP} is F8_E4M3 \[24576\]; .* should be a matrix"),
+    ({UP: torch.Tensor.t, INVERSE: torch.Tensor.t}, rf"{UP} has shape .192, 128., config.json asks for .128, 192."),
+    ({SCALES: None}, rf"{FIRST}: {BLOCKS} has no scales: {SCALES} is in no file"),
+    ({BLOCKS: None}, rf"{SECOND}: {SCALES} is in the files, but not the mxfp4 weight that it scales"),
+    ({BLOCKS: lambda t: t.flatten(2)}, rf"{BLOCKS} is U8 \[4, 64, 32\]; .* uint8 \[experts, out, groups, 16\]"),
+    ({BLOCKS: lambda t: t.view(torch.int8)}, rf"{BLOCKS} is I8"),
+    ({SCALES: lambda t: t[..., :1]}, rf"{SCALES} is U8 \[4, 64, 1\]; .* should be U8 \[4, 64, 2\]"),
+    ({SCALES: torch.Tensor.bfloat16}, rf"{SCALES} is BF16"),
+    (
+        {BLOCKS: lambda t: t[:, :, :1], SCALES: lambda t: t[:, :, :1]},
+        rf"{DOWN} has shape .4, 32, 64., config.json asks for .4, 64, 64.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), DAMAGE)
+def test_values_and_scales_that_do_not_go_together(changes, message, pair, tmp_path):
+    """The headers tell."""
+    kind = "gpt_oss" if DOWN in message else "deepseek_v3"
+    folder = damaged(pair(kind)[0], tmp_path / "in", **changes)
+    with pytest.raises(RiaError, match=message):
+        StreamedModel(folder, AutoConfig.from_pretrained(folder), CPU)
+
+
+def first(value):
+    def change(tensor):
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("deepseek_v3", {INVERSE: first(float("nan"))}, f"{INVERSE}: NaN or infinite values in the scales of {UP}"),
+        ("deepseek_v3", {INVERSE: first(float("inf"))}, f"{INVERSE}: NaN or infinite values in the scales of {UP}"),
+        ("deepseek_v3", {UP: first(float("nan"))}, f"{UP}: NaN or infinite values in the weights"),
+        ("gpt_oss", {SCALES: first(255)}, f"{SCALES}: NaN or infinite values in the scales of {DOWN}"),
+        ("gpt_oss", {SCALES: first(254), BLOCKS: first(7)}, f"{DOWN}: NaN or infinite values in the weights"),
+    ],
+)
+def test_values_and_scales_that_are_no_numbers(kind, changes, message, pair, text, tmp_path):
+    folder = damaged(pair(kind)[0], tmp_path / "in", **changes)
+    with pytest.raises(RiaError, match=f"safetensors: {message}"):
+        run_small(folder, tmp_path / "out", text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_of_the_files_is_read_once_or_is_a_scale(kind, pair):
+    quantized, plain = pair(kind)
+    found, wanted = SourceTensors(quantized, None), load_file(plain / "model.safetensors")
+    assert found.dtype == torch.bfloat16 and set(found.files) == set(wanted) and found.quantized
+    assert all(torch.equal(found.read(name), wanted[name]) for name in wanted)
+    parts = {part for one in found.quantized.values() for part in (one.values, one.scales)}
+    assert set(tensors(quantized)) == parts | (set(wanted) - set(found.quantized))
+    assert dict(found.shapes(wanted)) == {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
+def test_the_experts_of_a_layer_are_dequantized_one_by_one(compute_dtype, text, tmp_path):
+    """A layer of 128 experts, which a quarter of them in bfloat16 would already take beyond the limit."""
+    size, times = 512, 32
+    shape = {"hidden_size": size, "intermediate_size": size, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    small, _ = mxfp4_pair(save_moe(tmp_path / "dense", "gpt_oss", torch.bfloat16, **shape))
+    large = shutil.copytree(small, tmp_path / "large")
+    edit_config(large, num_local_experts=4 * times)
+
+    def enlarge(tensors):
+        for name in [name for name in tensors if ".mlp." in name]:
+            tensors[name] = torch.cat([tensors[name]] * times)
+
+    for path in large.glob("*.safetensors"):
+        rewrite(path, enlarge)
+    options = {"samples": 2, "seq_len": 64, "reconstruct": "none", "permute": "none", "compute_dtype": compute_dtype}
+    peak = peak_memory(small, large, tmp_path / "out", calibration=str(text), **options)
+    stacks = 4 * times * 3 * size * size * 2
+    print(f"peak {peak / 1e6:.0f} MB; the layer's experts in bfloat16 {stacks / 1e6:.0f} MB")
+    assert peak < stacks / 4
