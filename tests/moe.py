@@ -33,6 +33,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "gpt_oss": {"layer_types": ["full_attention", "full_attention"], "intermediate_size": 64},
+    "llama4_text": {
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 128,
+        "intermediate_size": 128,
+    },
 }
 
 

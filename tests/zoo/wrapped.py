@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from zoo.experts import EXPERTS, FIRST_DENSE, OWN_CODE, PLAIN
+from zoo.experts import EXPERTS, FIRST_DENSE, PLAIN
 from zoo.hybrids import CONVOLUTION, GATED_DELTA
 from zoo.text import SHARED, WIDE, WINDOW
 from zoo.toy import BASE, UNLIKE, Processor, Toy
@@ -153,7 +153,7 @@ WRAPPED = {
             "attention_chunk_size": 128,
         }, TOWER | {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
             image_token_index=258, boi_token_index=259, eoi_token_index=260),
-        text_only="vLLM's vision tower needs another matrix product", stays_dense=OWN_CODE,
+        text_only="vLLM's vision tower needs another matrix product",
         processor=Processor({"image_token": "<|patch|>", "boi_token": "<|image_start|>", "eoi_token": "<|image_end|>",
                              "fake_image_token": "<|image|>"},
                             "<|image|>",
