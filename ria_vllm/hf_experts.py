@@ -8,6 +8,7 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from ria_vllm.errors import RiaError
+from ria_vllm.experts_form import form_of
 from ria_vllm.placement import Placement
 from ria_vllm.schema import RiaSchema
 
@@ -65,7 +66,13 @@ class StackExperts(ConversionOps):
             tuple(self._name(linears[expert, kind]) for kind in kinds) for expert in range(module.num_experts)
         )
         linears.clear()  # `stored` lets go of each linear as soon as it is dense
-        placement = Placement(names, True, not module.is_concatenated, module.is_transposed)
+        form = form_of(module)
+        if form is None:
+            raise RiaError(
+                f"{first} and others: {type(module).__name__} holds its experts in a way that ria-vllm does not know. "
+                "`ria-vllm export` writes a dense folder, which transformers may be able to read."
+            )
+        placement = Placement(names, True, form.interleaved, form.transposed)
         return placement.join(lambda name: self._dense(stored.pop(name))), placement
 
     def _linears(self, found: Mapping[str, list[torch.Tensor]]) -> dict[tuple[int, str], dict[str, torch.Tensor]]:

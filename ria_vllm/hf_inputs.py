@@ -13,6 +13,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ria_vllm.errors import RiaError
+from ria_vllm.experts_form import ExpertsForm, form_of
 from ria_vllm.placement import inside_adapters
 from ria_vllm.token_rounding import round_tokens
 
@@ -45,25 +46,26 @@ def round_inputs(model: nn.Module, weights: Iterable[str], where: object) -> Non
             parent, _, child = path.rpartition(".")
             if hasattr(model.get_submodule(parent), "A_log"):
                 mixers.setdefault(parent, []).append(child)
-        elif leaf in EXPERTS_WEIGHTS and _are_experts(module):
+        elif leaf in EXPERTS_WEIGHTS and _form(module) is not None:
             experts.setdefault(path, set()).add(leaf)
         else:
             raise _not_rounded(where, name, module)
     for path, found in experts.items():
         module = model.get_submodule(path)
-        if found != {"gate_up_proj" if module.has_gate else "up_proj", "down_proj"}:
+        form = _form(module)
+        if form is None or found != form.weights:
             raise _not_rounded(where, f"{path}.{min(found)}", module)
-        _round_in_experts(module)
+        _round_in_experts(module, form)
     for path, children in mixers.items():
         mixer = model.get_submodule(path)
         mixer.register_forward_pre_hook(partial(_expect_calls, children))
         mixer.register_forward_hook(partial(_check_calls, children, f"{where}: {path}"))
 
 
-def _are_experts(module: Any) -> bool:
-    """Whether transformers' `use_experts_implementation` has decorated the module's class."""
-    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-    return all(isinstance(getattr(module, flag, None), bool) for flag in flags) and hasattr(module, "_apply_gate")
+def _form(module: Any) -> ExpertsForm | None:
+    """The form of experts whose inputs can be rounded; None for any other module."""
+    form = form_of(module)
+    return form if form is not None and (form.weighted_inputs or hasattr(module, "_apply_gate")) else None
 
 
 def _round_first(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -94,18 +96,28 @@ def _check_calls(children: list[str], where: str, mixer: nn.Module, *_: object) 
             )
 
 
-def _round_in_experts(experts: Any) -> None:
+def _round_in_experts(experts: Any, form: ExpertsForm) -> None:
     """Round what gate and up read, and what down reads.
 
     `forward` is replaced because transformers' eager experts, and some other functions, compute the gate without
     calling `_apply_gate`.
     """
     experts.register_forward_pre_hook(_round_first, with_kwargs=True)
-    if experts.has_gate:
+    if form.weighted_inputs:
+        experts.forward = partial(_weighted_forward, experts)
+        return
+    if form.has_gate:
         experts._apply_gate = partial(_rounded, experts._apply_gate)
     else:
         experts.act_fn = _RoundedFunction(experts.act_fn)
     experts.forward = partial(ALL_EXPERTS_FUNCTIONS["grouped_mm"], experts)
+
+
+def _weighted_forward(experts: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """What Llama 4's experts do with weighted tokens [experts * tokens, width], but what down reads is rounded."""
+    X = hidden_states.view(experts.num_experts, -1, hidden_states.shape[-1])
+    gate, up = torch.bmm(X, experts.gate_up_proj).chunk(2, dim=-1)
+    return torch.bmm(round_tokens(up * experts.act_fn(gate)), experts.down_proj).view_as(hidden_states)
 
 
 def _rounded(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "gemma4_text": GEMMA_4,
     "nemotron_h": {"layers_block_type": ["moe", "moe"], "n_groups": 2, "moe_shared_expert_intermediate_size": 64},
     "gpt_oss": {"layer_types": ["full_attention", "full_attention"], "intermediate_size": 64},
+    "llama4_text": {
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 128,
+        "intermediate_size": 128,
+    },
 }
 
 

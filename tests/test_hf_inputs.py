@@ -155,6 +155,30 @@ def test_experts_round_both_of_their_inputs(kind, text, tmp_path):  # noqa: F811
         torch.testing.assert_close(eager(TOKENS).logits, want)
 
 
+def test_llama_4s_experts_round_weighted_tokens_and_what_down_reads(text, tmp_path):  # noqa: F811
+    run_small(save_moe(tmp_path / "dense", "llama4_text"), tmp_path / "out", text, **INT4)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    found = recorded(model, type(model.model.layers[0].feed_forward.experts))
+    assert len(found) == 2
+    for name, ((x,), y) in found.items():
+        module = model.get_submodule(name)
+        assert int((x != 0).any(1).sum()) == TOKENS.numel()  # one expert reads each
+        expected = []
+        for expert, read in enumerate(x.double().chunk(4)):
+            gate, up = (rounded(read) @ module.gate_up_proj[expert].detach().double()).chunk(2, dim=1)
+            inner = torch.nn.functional.silu(gate) * up
+            expected.append(rounded(inner) @ module.down_proj[expert].detach().double())
+        off = (y.double() - torch.cat(expected)).abs()
+        # Numbers of `inner` that lie on the edge of two integers may go to either.
+        step = float(torch.cat(expected).std()) / 127
+        assert off.max() < step and off.median() < 1e-2 * step
+    copy = deepcopy(model)
+    with torch.no_grad():
+        logits = model(TOKENS).logits
+        model.model.layers[0].feed_forward.experts.down_proj.zero_()
+        torch.testing.assert_close(copy(TOKENS).logits, logits)
+
+
 def test_other_modules_are_refused_by_name(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(RiaError, match="here: model.embed_tokens.weight belongs to a Embedding.*ria-vllm export"):

@@ -19,6 +19,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.embedding import first_tensor
 from ria_vllm.offline.model.experts import experts_modules
 from ria_vllm.offline.model.layer_call import LayerCall, Left, tensors_of
+from ria_vllm.offline.model.run_experts import set_weights
 
 # How far apart two outputs may be that are equal but for rounding, relative to the largest value.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -271,6 +272,8 @@ def _random_copy(layer: nn.Module, draw: torch.Generator, dtype: torch.dtype) ->
     for path, module in made.named_modules():
         if hasattr(getattr(module, "config", None), "_experts_implementation"):
             module.config._experts_implementation = "eager"
+        if path in experts:
+            set_weights(module, None)
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in known:

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
+from ria_vllm.experts_form import form_of
+
 GATE, UP, DOWN = KINDS = ("gate", "up", "down")
 """The linears of an expert. `layer_schema.Experts` has the same names."""
 
@@ -31,6 +33,8 @@ class ExpertsLayout:
     has_bias: each linear has a bias, in `gate_up_proj_bias` (or `up_proj_bias`) and `down_proj_bias`.
     interleaved: outputs of gate and up alternate, instead of following each other.
     transposed: the weights are stacked as [experts, in, out].
+    weighted_inputs: the experts read tokens that are multiplied by the router's weights, and nothing multiplies their
+        outputs.
     """
 
     path: str
@@ -41,6 +45,7 @@ class ExpertsLayout:
     has_bias: bool = False
     interleaved: bool = False
     transposed: bool = False
+    weighted_inputs: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -101,8 +106,8 @@ class ExpertsLayout:
 def experts_modules(layer: nn.Module) -> dict[str, ExpertsLayout]:
     """The modules of routed experts in a decoder layer whose layout is known: path relative to the layer -> layout.
 
-    These are the modules that transformers' `use_experts_implementation` decorates. Parameters may be on the meta
-    device.
+    These are the modules that transformers' `use_experts_implementation` decorates, and those of Llama 4. Parameters
+    may be on the meta device.
     """
     found = {}
     for path, module in layer.named_modules():
@@ -143,18 +148,19 @@ def expert_of(name: str) -> tuple[str, int, str] | None:
 
 
 def _layout(path: str, module: Any) -> ExpertsLayout | None:
-    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-    if not path or not all(isinstance(getattr(module, flag, None), bool) for flag in flags):
+    form = form_of(module)
+    if not path or form is None:
         return None
-    first = getattr(module, "gate_up_proj" if module.has_gate else "up_proj", None)
+    first = getattr(module, "gate_up_proj" if form.has_gate else "up_proj", None)
     down = getattr(module, "down_proj", None)
     if not all(isinstance(p, nn.Parameter) and p.dim() == 3 for p in (first, down)):
         return None
     experts, *shape = down.shape
-    width, inner = reversed(shape) if module.is_transposed else shape
+    width, inner = reversed(shape) if form.transposed else shape
     layout = ExpertsLayout(
-        path, experts, width, inner, module.has_gate, module.has_bias, not module.is_concatenated, module.is_transposed
-    )
+        path, experts, width, inner, form.has_gate, form.has_bias, form.interleaved, form.transposed,
+        form.weighted_inputs,
+    )  # fmt: skip
     rows = len(layout.first) * inner
     wanted = (experts, width, rows) if layout.transposed else (experts, rows, width)
     return layout if tuple(first.shape) == wanted else None

@@ -5,6 +5,7 @@ time, and shows which tokens the router sends where.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.experts import DOWN, ExpertsLayout, experts_modules
 
 IMPLEMENTATION = "ria_one_by_one"
@@ -23,8 +25,8 @@ TOKENS_MULTIPLE = 64
 # Expert's number -> linear ("gate", "up", "down") -> weight [out, in].
 Weights = Callable[[int], Mapping[str, torch.Tensor]]
 
-# Told what the experts read [tokens, width]; int [tokens, choices], which of them each token goes to; and the router's
-# weight of each choice [tokens, choices].
+# Told what the experts read [tokens, width]; int [tokens, choices], which of them each token goes to; and the weight of
+# each choice [tokens, choices] in the output. In Llama 4 the tokens are weighted, and each has one choice of weight 1.
 Watcher = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
@@ -32,9 +34,14 @@ def run_one_by_one(layer: nn.Module) -> None:
     """Let the experts of a decoder layer be run by `experts_forward`."""
     for path, layout in experts_modules(layer).items():
         experts = layer.get_submodule(path)
-        experts.config._experts_implementation = IMPLEMENTATION
         experts.__dict__["layout"] = layout
         set_weights(experts, None)
+        if layout.weighted_inputs:
+            router = layer.get_submodule(path.rpartition(".")[0]).router
+            router.register_forward_hook(partial(_keep_choices, experts))
+            experts.forward = partial(_weighted_forward, experts)
+        else:
+            experts.config._experts_implementation = IMPLEMENTATION
 
 
 def set_weights(experts: nn.Module, weights: Weights | None) -> None:
@@ -73,6 +80,9 @@ def inner(experts: nn.Module, expert: int, X: torch.Tensor, weights: Mapping[str
     """What an expert's down projection reads, [tokens, inner], where the expert reads X [tokens, width]."""
     layout, bias = experts.layout, biases(experts, expert)
     outputs = [functional.linear(X, weights[kind].to(X.dtype), _like(bias.get(kind), X)) for kind in layout.first]
+    if layout.weighted_inputs:
+        gate, up = outputs
+        return up * experts.act_fn(gate)
     joined = layout.joined(outputs)
     return experts._apply_gate(joined) if layout.has_gate else experts.act_fn(joined)
 
@@ -108,6 +118,35 @@ def experts_forward(
         weighted = computed * top_k_weights[token, choice, None]
         out.index_add_(0, token, weighted.to(out.dtype))
     return out
+
+
+def _keep_choices(
+    experts: nn.Module, router: Any, _: object, output: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A forward hook of Llama 4's router, which returns scores [tokens, experts], zeros for those not chosen.
+
+    The block makes one weighted copy of all tokens for each column of the scores. With the chosen ones' columns alone
+    [tokens, choices], it makes only those that an expert reads.
+    """
+    scores, logits = output
+    chosen, experts.__dict__["choices"] = scores.topk(router.top_k, dim=1)
+    return chosen, logits
+
+
+def _weighted_forward(experts: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """In the place of the forward of Llama 4's experts: weighted tokens [choices * tokens, width] -> their outputs.
+
+    Raises:
+        RiaError: the block does not call them right after the router, with what `_keep_choices` leaves.
+    """
+    choices = experts.__dict__.pop("choices", None)
+    if choices is None or choices.numel() != len(hidden_states):
+        raise RiaError(
+            f"{experts.layout.path}: this version of transformers gives a {type(experts).__name__} other tokens than "
+            "those that its router has just chosen it for. Try another version."
+        )
+    choices = choices.T.reshape(-1, 1)
+    return experts_forward(experts, hidden_states, choices, hidden_states.new_ones(choices.shape))
 
 
 def _like(bias: torch.Tensor | None, X: torch.Tensor) -> torch.Tensor | None:

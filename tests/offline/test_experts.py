@@ -20,6 +20,7 @@ from moe import KINDS, save_moe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from ria_vllm import hf_experts
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
@@ -45,6 +46,7 @@ NAMES = {
     "granitemoe": "model.layers.1.block_sparse_moe.experts.3.gate_proj",
     "gemma4_text": "model.layers.1.experts.3.gate_proj",
     "nemotron_h": "backbone.layers.1.mixer.experts.3.up_proj",
+    "llama4_text": "model.layers.1.feed_forward.experts.3.gate_proj",
 }
 
 
@@ -116,7 +118,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("family", KINDS)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "granitemoe", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["mixtral", "granitemoe", "gpt_oss", "llama4_text"])
 def test_a_pattern_without_a_kernel_is_written_as_the_dense_model_was(kind, moe, text, tmp_path, monkeypatch):
     finish = CheckpointWriter.finish
 
@@ -224,6 +226,30 @@ def test_two_processes_write_what_one_writes(moe, text, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([sys.executable, *torchrun, *command, str(tmp_path / "two")], check=True, capture_output=True)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_llama_4s_experts_have_the_statistics_of_weighted_tokens(text, tmp_path, monkeypatch):
+    """In the first layer, where nothing is pruned before them; the oracle is transformers' own block in float64."""
+    source = save_moe(tmp_path / "in", "llama4_text", num_hidden_layers=1, intermediate_size=64)
+    tokens = torch.randint(2, 258, (32, 64), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(compress, "calibration_tokens", lambda *_: tokens)
+    norms, prune = {}, ExpertsPruner.prune
+    monkeypatch.setattr(
+        ExpertsPruner,
+        "prune",
+        lambda pruner, e, *rest: norms.update({e: pruner._reads(e, True).norm}) or prune(pruner, e, *rest),
+    )
+    ignore = ("self_attn", "shared_expert")
+    report, _ = run_small(source, tmp_path / "out", text, ignore=ignore, reconstruct="admm", compute_dtype="float32")
+    model, seen = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).double().eval(), []
+    block = model.model.layers[0].feed_forward
+    block.experts.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(tokens)
+    for expert, read in enumerate(seen[0].chunk(4)):  # zeros where a token does not go to an expert
+        record = report["linears"][f"model.layers.0.feed_forward.experts.{expert}.up_proj"]
+        assert record["tokens"] == int((read != 0).any(1).sum()) > 64 and "borrowed" not in record
+        torch.testing.assert_close(norms[expert].double(), read.square().sum(0).sqrt(), rtol=1e-4, atol=1e-5)
 
 
 def test_experts_that_get_few_tokens_or_none_lean_on_the_others(moe, text, tmp_path):
@@ -337,7 +363,6 @@ UNKNOWN = {
         },
         "transformer.blocks.0.ffn.experts.mlp",
     ),
-    "llama4_text": ({"intermediate_size_mlp": 64}, "model.layers.1.feed_forward.experts"),
 }  # fmt: skip
 
 
@@ -356,7 +381,7 @@ def test_experts_of_an_unknown_form_stay_dense_with_a_warning_and_count_as_weigh
 
 
 @pytest.mark.parametrize("size", ["row", 32, 64])
-@pytest.mark.parametrize("kind", ["gpt_oss", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text", "mixtral", "qwen3_moe"])
 def test_quantized_experts_are_read_as_they_were_written(kind, size, moe, text, tmp_path):
     """Stacked with alternating outputs, or apart, under names that transformers' own patterns match, too."""
     weights = "int8" if size == "row" else "int4"
@@ -437,6 +462,14 @@ def test_a_compressed_expert_that_is_missing(kind, moe, text, tmp_path):
         Reader(folder).dense_tensors()
     with pytest.raises(RiaError, match="4 experts"):
         logits(folder)
+
+
+def test_a_module_that_holds_its_experts_in_another_way(moe, text, tmp_path, monkeypatch):
+    """As another version of transformers might."""
+    run_small(moe("llama4_text"), tmp_path / "out", text)
+    monkeypatch.setattr(hf_experts, "form_of", lambda _: None)
+    with pytest.raises(RiaError, match="experts.0.* and others: Llama4TextExperts holds .*`ria-vllm export"):
+        logits(tmp_path / "out")
 
 
 def test_inspect_shows_the_experts_of_a_layer_in_one_row(moe, text, tmp_path):

@@ -52,6 +52,7 @@ QWEN = (("num_experts", EXPERTS), ("num_experts_per_tok", 2), ("moe_intermediate
 SHARED = ("shared_expert_intermediate_size", 96)
 GEMMA_4 = "model.layers.{i}.experts"  # beside the dense MLP
 GPT_OSS = "model.layers.{i}.mlp.experts"
+LLAMA4 = "model.layers.{i}.feed_forward.experts"
 FAMILIES = {
     "mixtral": Mixture(
         "mixtral", "model.layers.{i}.block_sparse_moe.experts", ("w1", "w3", "w2"),
@@ -133,6 +134,18 @@ FAMILIES = {
             ),
         ),
         settings=(("num_local_experts", EXPERTS), ("num_experts_per_tok", 2), ("quantization_config", None)),
+    ),
+    # The router's weight multiplies what the one expert of a token reads.
+    "llama4": Mixture(
+        "llama4_text", LLAMA4,
+        stacked=(
+            Stacked(tensor=f"{LLAMA4}.gate_up_proj", linears=["gate", "up"], transposed=True),
+            Stacked(tensor=f"{LLAMA4}.down_proj", linears=["down"], transposed=True),
+        ),
+        settings=(
+            ("num_local_experts", EXPERTS), ("num_experts_per_tok", 1), ("interleave_moe_layer_step", 1),
+            ("intermediate_size_mlp", INNER), ("attention_chunk_size", 256),
+        ),
     ),
 }  # fmt: skip
 

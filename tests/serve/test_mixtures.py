@@ -26,6 +26,7 @@ ALONE = {name: (name, {}, ENGINES.get(name, {})) for name in mixtures.FAMILIES} 
     "deepseek_v2 in bfloat16": ("deepseek_v2", {"dtype": torch.bfloat16}, HALF),
     "int8": ("qwen3_moe", {"weights": "int8"}, {}),
     "int4": ("mixtral", {"weights": "int4"}, {}),
+    "int8, weighted inputs": ("llama4", {"weights": "int8"}, {}),
     "int4-g32 with biases": ("gpt_oss", {"weights": "int4-g32"}, {}),
     "int4-g64": ("qwen2_moe", {"weights": "int4-g64"}, {}),
     "int4-g64, an order for each linear": ("olmoe", {"weights": "int4-g64", "scope": "linear", "folds": False}, {}),
@@ -43,8 +44,10 @@ ALONE = {name: (name, {}, ENGINES.get(name, {})) for name in mixtures.FAMILIES} 
 SPREAD = {
     "tensor parallel": ("qwen3_moe", {}, {"engine": TWO_RANKS}),
     "tensor parallel, with a router of the model's own": ("gemma4_text", {}, {"engine": TWO_RANKS}),
+    "tensor parallel, weighted inputs": ("llama4", {}, {"engine": TWO_RANKS}),
     "tensor parallel with biases": ("gpt_oss", {}, {"engine": TWO_RANKS}),
     "expert parallel": ("mixtral", {}, {"engine": TWO_RANKS | {"enable_expert_parallel": True}}),
+    "expert parallel, weighted inputs": ("llama4", {}, {"engine": TWO_RANKS | {"enable_expert_parallel": True}}),
     "expert parallel with biases": ("gpt_oss", {}, {"engine": TWO_RANKS | {"enable_expert_parallel": True}}),
     "two stages": ("qwen3_moe", {}, {"engine": TWO_STAGES}),
     "tensor parallel, int4-g32": ("qwen3_moe", {"weights": "int4-g32"}, {"engine": TWO_RANKS}),

@@ -116,7 +116,7 @@ def test_a_wrapper(name, tmp_path):
     assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "granitemoe", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "granitemoe", "gpt_oss", "llama4_text"])
 def test_experts_are_stored_one_by_one_again(kind, tmp_path, tmp_path_factory):
     text = tmp_path / "text.txt"
     text.write_text("Many words are written here, and then some more of them. " * 40)

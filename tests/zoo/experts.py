@@ -29,7 +29,6 @@ MLA = {"attention_backend": "CPU_MLA"}
 CORRECTION = ("e_score_correction_bias", "expert_bias")
 UNCORRECTED = "without a correction in the router, which vLLM's CPU build ignores"
 NO_SIGMOID = "vLLM's CPU router takes sigmoids only with groups"
-OWN_CODE = {".experts.": "transformers runs these experts with code of their own"}
 
 MIXTURES = {
     "afmoe": Toy(FIRST_DENSE | WINDOW | {"global_attn_every_n_layers": 2},
@@ -41,7 +40,8 @@ MIXTURES = {
         "d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 128},
-    }, not_served="vLLM's loader does not know the names of its experts", stays_dense=OWN_CODE),
+    }, not_served="vLLM's loader does not know the names of its experts",
+       stays_dense={".experts.": "transformers runs these experts with code of their own"}),
     "deepseek_v2": Toy(FIRST_DENSE | LATENT | {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
                        unlike=UNLIKE, gathers=LATENT_VALUES, engine=MLA),
     "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, unlike=UNLIKE, gathers=LATENT_VALUES, engine=MLA),
@@ -76,7 +76,7 @@ MIXTURES = {
     "llama4_text": Toy(PLAIN | {
         "intermediate_size_mlp": 256, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
         "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0], "attention_chunk_size": 128,
-    }, stays_dense=OWN_CODE),
+    }, mechanism="experts that read weighted tokens"),
     "mellum": Toy(EXPERTS | {
         "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16,
         "mlp_layer_types": ["sparse", "sparse"],

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from zoo.experts import EXPERTS, FIRST_DENSE, GEMMA4_EXPERTS, KEYS_AS_VALUES, OWN_CODE, PLAIN
+from zoo.experts import EXPERTS, FIRST_DENSE, GEMMA4_EXPERTS, KEYS_AS_VALUES, PLAIN
 from zoo.hybrids import CONVOLUTION, GATED_DELTA, LFM2, UNROTATED
 from zoo.text import GEMMA4, SHARED, SHARED_VALUES, WIDE, WINDOW
 from zoo.toy import BASE, Processor, Toy
@@ -159,7 +159,7 @@ WRAPPED = {
             "attention_chunk_size": 128,
         }, TOWER | {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
             image_token_index=258, boi_token_index=259, eoi_token_index=260),
-        text_only="vLLM's vision tower needs another matrix product", stays_dense=OWN_CODE,
+        text_only="vLLM's vision tower needs another matrix product",
         processor=Processor({"image_token": "<|patch|>", "boi_token": "<|image_start|>", "eoi_token": "<|image_end|>",
                              "fake_image_token": "<|image|>"},
                             "<|image|>",

@@ -1,5 +1,6 @@
 """Experts run one by one: what transformers computes, and the formula in float64."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from moe import KINDS, gpt_oss_gated, save_moe
 from torch.nn.functional import silu
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.experts import expert_of, experts_modules, other_experts
-from ria_vllm.offline.model.run_experts import IMPLEMENTATION, own_weights, run_one_by_one, set_watcher, set_weights
+from ria_vllm.offline.model.run_experts import own_weights, run_one_by_one, set_watcher, set_weights
 from ria_vllm.offline.model.streaming import StreamedModel
 
 TOKENS = torch.arange(2, 60)[None]
@@ -17,21 +19,26 @@ TOKENS = torch.arange(2, 60)[None]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_streamed_from_the_files_they_compute_what_transformers_does(kind, tmp_path):
-    """Each expert is read by itself, fused or apart in the files; the module's own parameters stay empty."""
+    """Each expert is read by itself, fused or apart in the files; the module's own parameters stay empty.
+
+    The block around the experts is run, with its router: Llama 4 weights what each of its experts reads.
+    """
     folder = save_moe(tmp_path / "dense", kind)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     streamed = StreamedModel(folder, AutoConfig.from_pretrained(folder), torch.device("cpu"))
     reads = []
     for index, layer in enumerate(model.model.layers):
         (path,) = experts_modules(layer)
-        hook = layer.get_submodule(path).register_forward_hook(lambda m, args, out: reads.append((args, out)))
+        block = path.rpartition(".")[0]
+        hook = layer.get_submodule(block).register_forward_hook(lambda m, args, out: reads.append((args, out)))
         with torch.no_grad():
             model(TOKENS, use_cache=False)
         hook.remove()
         args, expected = reads.pop()
-        experts = streamed.load_layer(index).get_submodule(path)
-        assert experts.down_proj.is_meta and experts.config._experts_implementation == IMPLEMENTATION
-        torch.testing.assert_close(experts(*args), expected, rtol=1e-5, atol=1e-5)
+        loaded = streamed.load_layer(index)
+        assert loaded.get_submodule(path).down_proj.is_meta
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.get_submodule(block)(*args), expected, rtol=1e-5, atol=1e-5)
         streamed.free_layer(index)
 
 
@@ -74,15 +81,72 @@ def test_a_pruned_experts_product_in_float64(kind, gated, tmp_path):
     assert seen[0][0] is X and seen[0][1] is choices and seen[0][2] is shares
 
 
-@pytest.mark.parametrize(("kind", "interleaved"), [("mixtral", False), ("gpt_oss", True)])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_llama_4s_experts_read_weighted_tokens(top_k, tmp_path):
+    """Its block in float64, with pruned weights, against the formula; what the experts are told they read."""
+    folder = save_moe(tmp_path / "dense", "llama4_text", num_experts_per_tok=top_k)
+    layer = AutoModelForCausalLM.from_pretrained(folder).model.layers[1].double()
+    run_one_by_one(layer)
+    block, layout = layer.feed_forward, experts_modules(layer)["feed_forward.experts"]
+    assert layout.transposed and not layout.interleaved and not layout.has_bias and layout.has_gate
+    draw = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    weights = [{k: normal(*layout.shape(k)) * (normal(*layout.shape(k)) > 0) for k in layout.kinds} for _ in range(4)]
+    set_weights(block.experts, weights.__getitem__)
+    seen: list[tuple] = []
+    set_watcher(block.experts, lambda *args: seen.append(args))
+    X = normal(2, 50, layout.width)
+    with torch.no_grad():
+        found, logits = block(X)
+        X = X.flatten(0, 1)
+        expected, chosen = block.shared_expert(X), []
+        factors = torch.sigmoid(logits.float()).double()  # transformers computes them in float32
+        for token in range(100):
+            scores = block.router.weight @ X[token]
+            torch.testing.assert_close(logits[token], scores)
+            for expert in scores.argsort(descending=True)[:top_k].tolist():
+                read = X[token] * factors[token, expert]
+                gate, up = (weights[expert][kind] @ read for kind in ("gate", "up"))
+                expected[token] += weights[expert]["down"] @ (silu(gate) * up)
+                chosen.append((expert, read))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    ((reads, choices, shares),) = seen
+    assert choices.shape == shares.shape == (100 * top_k, 1) and bool((shares == 1).all())
+    for expert in range(4):
+        own = reads[choices[:, 0] == expert]
+        wanted = torch.stack([read for number, read in chosen if number == expert])
+        assert len(own) == len(wanted)
+        torch.testing.assert_close(own.sort(0).values, wanted.sort(0).values, rtol=1e-12, atol=1e-12)
+
+
+def test_a_copy_of_a_layer_runs_its_own_experts(tmp_path):
+    layer = AutoModelForCausalLM.from_pretrained(save_moe(tmp_path / "dense", "llama4_text")).model.layers[0]
+    X = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = layer.feed_forward(X)[0]
+        run_one_by_one(layer)
+        copied = deepcopy(layer)
+        layer.feed_forward.experts.down_proj.zero_()
+        torch.testing.assert_close(copied.feed_forward(X)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_llama_4s_experts_cannot_be_run_without_their_block(tmp_path):
+    layer = AutoModelForCausalLM.from_pretrained(save_moe(tmp_path / "dense", "llama4_text")).model.layers[0]
+    run_one_by_one(layer)
+    with pytest.raises(RiaError, match="feed_forward.experts: this version of transformers .*Try another version"):
+        layer.feed_forward.experts(torch.ones(4 * 20, 64))
+
+
+@pytest.mark.parametrize(("kind", "interleaved"), [("mixtral", False), ("gpt_oss", True), ("llama4_text", False)])
 def test_an_experts_linears_in_its_modules_parameters(kind, interleaved, tmp_path: Path):
     model = AutoModelForCausalLM.from_pretrained(save_moe(tmp_path / "dense", kind), dtype=torch.float32)
     layer = model.model.layers[0]
     run_one_by_one(layer)
-    experts, layout = layer.mlp.experts, experts_modules(layer)["mlp.experts"]
-    assert layout.interleaved == layout.transposed == layout.has_bias == interleaved
+    ((path, layout),) = experts_modules(layer).items()
+    experts, transposed = layer.get_submodule(path), kind != "mixtral"
+    assert layout.transposed == transposed and layout.interleaved == layout.has_bias == interleaved
     found = own_weights(experts)(3)
-    whole = experts.gate_up_proj[3].T if interleaved else experts.gate_up_proj[3]
+    whole = experts.gate_up_proj[3].T if transposed else experts.gate_up_proj[3]
     for kind_of, rows in zip(("gate", "up"), (slice(0, None, 2), slice(1, None, 2)), strict=True):
         half = slice(None, layout.inner) if kind_of == "gate" else slice(layout.inner, None)
         assert torch.equal(found[kind_of], whole[rows if interleaved else half])
@@ -98,8 +162,8 @@ def test_names_of_experts():
 
 
 def test_experts_that_are_run_in_another_way_are_named():
-    config = AutoConfig.for_model("llama4_text", hidden_size=64, intermediate_size=64, num_hidden_layers=2)
+    config = AutoConfig.for_model("jetmoe", hidden_size=64, intermediate_size=64, num_hidden_layers=2, kv_channels=32)
     with torch.device("meta"):
         layer = AutoModelForCausalLM.from_config(config).model.layers[1]
     assert experts_modules(layer) == {}
-    assert "Llama4TextExperts" in other_experts(layer, 64)["feed_forward.experts"]
+    assert "JetMoeParallelExperts" in other_experts(layer, 64)["mlp.input_linear"]
