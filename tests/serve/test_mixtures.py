@@ -4,6 +4,7 @@ import mixtures
 import pytest
 import torch
 from compare import check, generate, prompts
+from families import LATENT_ATTENTION, ROTARY
 from runs import ONE_THREAD_EACH, TWO_RANKS
 from transformers import AutoModelForCausalLM
 
@@ -15,15 +16,15 @@ TWO_STAGES = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp",
 
 # Name of the run: (family, how the checkpoint is written, job)
 # Of these, vLLM and transformers give other logprobs for the same dense toy. vLLM's dense model is the oracle.
-UNLIKE_TRANSFORMERS = ("phimoe", "deepseek_v2", "deepseek_v2 in bfloat16")
+UNLIKE_TRANSFORMERS = ("phimoe",)
 HALF = {"engine": {"dtype": "bfloat16"}}
 ENGINES = {
     "qwen3_next": HALF,  # the only dtype of vLLM's linear attention on CPUs
     "qwen3_5_moe_text": HALF,
-    "deepseek_v2": {"engine": {"attention_backend": "CPU_MLA"}},  # the other one, for AMX, takes no float32
+    "deepseek_v2": {"engine": LATENT_ATTENTION},
 }
 ALONE = {name: (name, {}, ENGINES.get(name, {})) for name in mixtures.FAMILIES} | {
-    "deepseek_v2 in bfloat16": ("deepseek_v2", {"dtype": torch.bfloat16}, HALF),
+    "deepseek_v2 in bfloat16": ("deepseek_v2", {"dtype": torch.bfloat16}, {"engine": ROTARY | {"dtype": "bfloat16"}}),
     "int8": ("qwen3_moe", {"weights": "int8"}, {}),
     "int4": ("mixtral", {"weights": "int4"}, {}),
     "int4-g32 with biases": ("gpt_oss", {"weights": "int4-g32"}, {}),
@@ -82,7 +83,7 @@ def spread(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ALONE)
 def test_one_process(alone, name):
-    half = ALONE[name][2] == HALF
+    half = ALONE[name][2].get("engine", {}).get("dtype") == "bfloat16"
     if name not in UNLIKE_TRANSFORMERS:
         check(*alone[name], half)
         return

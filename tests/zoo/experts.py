@@ -1,5 +1,6 @@
 """Text models with mixtures of experts."""
 
+from families import LATENT_ATTENTION
 from zoo.text import LATENT, WIDE, WINDOW
 from zoo.toy import UNLIKE, Toy
 
@@ -19,8 +20,6 @@ GROUPS = {"n_group": 2, "topk_group": 1}
 # In the configs on the hub. transformers takes them for granted, vLLM does not.
 NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
-# The backend that vLLM prefers on a CPU with AMX takes no float32.
-MLA = {"attention_backend": "CPU_MLA"}
 NO_SIGMOID = "vLLM's CPU router takes sigmoids only with groups"
 OWN_CODE = {".experts.": "transformers runs these experts with code of their own"}
 
@@ -35,14 +34,14 @@ MIXTURES = {
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 128},
     }, not_served="vLLM's loader does not know the names of its experts", stays_dense=OWN_CODE),
     "deepseek_v2": Toy(FIRST_DENSE | LATENT | {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
-                       unlike=UNLIKE, engine=MLA),
-    "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, unlike=UNLIKE, engine=MLA),
+                       engine=LATENT_ATTENTION),
+    "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, engine=LATENT_ATTENTION),
     "dots1": Toy(FIRST_DENSE | {"layer_types": ["full_attention", "full_attention"]}),
     "ernie4_5_moe": Toy(FIRST_DENSE, unbiased=True),
     "exaone_moe": Toy(FIRST_DENSE | WINDOW | {"sliding_window_pattern": 2}),
     "flex_olmo": Toy(PLAIN),
     "glm4_moe": Toy(FIRST_DENSE),
-    "glm4_moe_lite": Toy(FIRST_DENSE | LATENT | NOAUX, unlike=UNLIKE, engine=MLA),
+    "glm4_moe_lite": Toy(FIRST_DENSE | LATENT | NOAUX, engine=LATENT_ATTENTION),
     "glm_moe_dsa": Toy(
         FIRST_DENSE | LATENT | NOAUX | {"index_topk": 8, "index_head_dim": 128, "index_n_heads": 2},
         not_served="vLLM has no sparse attention for CPUs",
