@@ -121,6 +121,8 @@ def pack_linear(
             permutation = None
         choice, packed = choose_and_pack(weights.rows(group.start, group.count), dtype, input_dtype)
         start = group.start
+        # vLLM's latent attention looks for this name in kv_b_proj, and then multiplies the layer by the identity to get
+        # the plain weight, in the order of rows that folds have given it.
         names = [f"weight_packed_{start}_{i}" if start or i else "weight_packed" for i in range(len(packed))]
         for name, tensor in zip(names, packed):
             set_parameter(layer, name, tensor)

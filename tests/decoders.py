@@ -26,7 +26,7 @@ MAMBA = {
 }  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LATENT = {
-    "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+    "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 24,
     "v_head_dim": 16, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
 }  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
@@ -46,6 +46,7 @@ OWN: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 64,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "minicpm3": LATENT,
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "nemotron_h": EXPERTS | {
         "layers_block_type": ["moe", "attention"], "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 32,

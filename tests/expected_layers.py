@@ -54,14 +54,16 @@ layer
   self_attn.o_proj <- self_attn.v_proj 4/2
   mlp.down_proj <- mlp.gate_proj, mlp.up_proj
 """
-DENSE_LAYER = """
+# The rows of kv_b_proj are each head's 24 keys and 16 values.
+LATENT = """
 attention until post_attention_layernorm +
   self_attn.q_a_proj self_attn.kv_a_proj_with_mqa
-  self_attn.q_b_proj
-  self_attn.o_proj blocks 8
+  self_attn.q_b_proj | self_attn.kv_b_proj
+  self_attn.o_proj heads 4/4x16
 mlp without self_attn/2 +
   mlp.gate_proj mlp.up_proj
   mlp.down_proj
+  self_attn.o_proj <- self_attn.kv_b_proj[24:40]x4 4/4
   mlp.down_proj <- mlp.gate_proj, mlp.up_proj
 """
 SHARED_EXPERT = """
@@ -217,9 +219,13 @@ mlp without self_attn/2"""
     + SHARED_EXPERT
     + "  self_attn.o_proj <- self_attn.v_proj, self_attn.q_proj[16:32]x4 4/2\n"
     + SHARED_FOLDS,
-    "deepseek_v3": DENSE_LAYER
-    + DENSE_LAYER.partition("mlp without")[0]
-    + ("mlp without self_attn/2" + SHARED_EXPERT + SHARED_FOLDS).replace("shared_expert", "shared_experts"),
+    "deepseek_v3": LATENT
+    + LATENT.partition("mlp without")[0]
+    + ("mlp without self_attn/2" + SHARED_EXPERT).replace("shared_expert", "shared_experts")
+    + LATENT.splitlines()[-2]
+    + "\n"
+    + SHARED_FOLDS.replace("shared_expert", "shared_experts"),
+    "minicpm3": LATENT.replace(" +", ""),
     "granitemoehybrid": "".join(
         f"""
 attention until post_attention_layernorm +

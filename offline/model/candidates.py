@@ -92,6 +92,9 @@ def _values(name: str, rows: int, width: int, num_heads: int) -> Iterator[tuple[
     """The rows of a linear that may be the values of an attention whose output has `width` channels, and the number of
     its key-value heads."""
     head_dim = width // num_heads
+    block, rest = divmod(rows, num_heads)
+    if not rest and block > head_dim:  # each head's values behind its keys, which may have another width
+        yield Producer(name=name, rows=(block - head_dim, block), blocks=num_heads), num_heads
     if rows % head_dim:
         return
     heads = rows // head_dim
@@ -102,7 +105,7 @@ def _values(name: str, rows: int, width: int, num_heads: int) -> Iterator[tuple[
         return
     yield Producer(name=name, rows=(rows - num_kv_heads * head_dim, rows)), num_kv_heads
     block = rows // num_kv_heads  # each key-value head with the queries that read it
-    if num_kv_heads > 1:
+    if 1 < num_kv_heads < num_heads:
         yield Producer(name=name, rows=(block - head_dim, block), blocks=num_kv_heads), num_kv_heads
 
 

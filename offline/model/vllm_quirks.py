@@ -14,11 +14,11 @@ MAMBA_1 = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
 # Linears that choose experts. vLLM passes them no quantization method.
 ROUTERS = ("router", "gate", "shared_expert_gate")
 
-# Other linears to which vLLM passes no quantization method, or whose weights it reads directly: in latent attention, in
-# DeepSeek's sparse attention and compressors, in Qwen's hyper-connections, in Gemma 3n's alternating
-# updates (the last two are tiny, too).
+# Other linears to which vLLM passes no quantization method, or whose weights it reads directly: in DeepSeek's sparse
+# attention and compressors, in Qwen's hyper-connections, in Gemma 3n's alternating updates (the last two are tiny,
+# too).
 DENSE_ONLY = {
-    "kv_b_proj", "weights_proj", "compressor", "o_a_proj",
+    "weights_proj", "compressor", "o_a_proj",
     "input_mix_weight_down", "input_mix_weight_up", "block_inject_weight",
     "modality_router", "prediction_coefs", "correction_coefs",
 }  # fmt: skip

@@ -9,6 +9,7 @@ import tiny
 import torch
 import vllm
 from compare import check, generate
+from families import LATENT_ATTENTION
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.slow
@@ -54,6 +55,7 @@ def runs(tmp_path_factory):
     merged = write_adapter(model, folder / "adapter")
     quantized = tiny.write(tiny.FAMILIES["llama-gqa"], folder / "int4", weights="int4-g64")
     merged_quantized = write_adapter(quantized, folder / "adapter of int4")
+    latent = tiny.write(tiny.FAMILIES["deepseek-v3"], folder / "latent")
     draft = {"method": "draft_model", "model": str(folder / "draft"), "num_speculative_tokens": 2}
     lora = {"enable_lora": True, "max_lora_rank": 8}
     jobs = {
@@ -64,6 +66,11 @@ def runs(tmp_path_factory):
         # vLLM's LoRA on CPUs cannot give logprobs of prompts, for any base model
         "lora, base": {"engine": lora, "prompt_logprobs": False},
         "lora, adapter": {"engine": lora, "lora": str(folder / "adapter"), "prompt_logprobs": False},
+        "weight reload, latent attention": {
+            "model": str(folder / "latent"),
+            "engine": LATENT_ATTENTION,
+            "first": "reload",
+        },
         "weight reload, int4-g64": {"model": str(folder / "int4"), "first": "reload"},
         "lora, adapter on int4-g64": {
             "model": str(folder / "int4"),
@@ -85,8 +92,9 @@ def runs(tmp_path_factory):
     results = dict(zip(jobs, results, strict=True))
     int4 = {name: results.pop(name) for name in list(results) if "int4" in name}
     return SimpleNamespace(
-        model=model, merged=merged, results=results, quantized=quantized, merged_quantized=merged_quantized, int4=int4
-    )
+        model=model, merged=merged, results=results, quantized=quantized, merged_quantized=merged_quantized, int4=int4,
+        latent=latent,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -97,6 +105,10 @@ def test_same_logprobs(runs, name):
     if name.startswith("speculative") and vllm.__version__.startswith("0.30."):
         pytest.skip("vLLM 0.30 cannot run a draft model on CPUs, dense ones included")
     check(runs.model, runs.results[name], given=prompts())
+
+
+def test_latent_attention_takes_its_own_weights_anew(runs):
+    check(runs.latent, runs.results["weight reload, latent attention"], given=prompts())
 
 
 def test_prefix_cache_was_used(runs):

@@ -18,9 +18,11 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
+from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import FORMATS, INTEGERS
 from ria_vllm.layer_schema import Fold, Producer
 from ria_vllm.serve import packing
 
@@ -230,6 +232,33 @@ def test_fused_on_disk_with_row_ranges(ranks):
         )
         got = stored.load(layer, {"gate_up": None})(x)
         close(got, torch.cat([half[:, order].chunk(2, -1)[rank] for half in want], -1))
+
+
+@pytest.mark.parametrize(
+    ("name", "rounded"),
+    [("float", False), *((one.name, rounded) for one in INTEGERS.values() for rounded in (False, True))],
+)
+@pytest.mark.parametrize("size", [1, 2])
+def test_latent_attention_asks_for_the_plain_weight(ranks, size, name, rounded):
+    """vLLM multiplies by what it takes out of kv_b_proj: each head's 48 keys, and behind them its values."""
+    stored = Stored(weight_format=FORMATS[name], rounded=rounded)
+    stored.add("kv_b", HEADS * (48 + HEAD), HIDDEN, stored.order(HIDDEN))
+    order = torch.cat([stored.order(HEAD) + HEAD * head for head in range(HEADS)])
+    stored.add("o", HIDDEN, HEADS * HEAD, order)
+    values = Producer(name="kv_b", rows=(48, 48 + HEAD), blocks=HEADS)
+    rule = Fold(consumer="o", producers=[values], coupling="heads", num_heads=HEADS, num_kv_heads=HEADS)
+    config = stored.config([rule])
+    assert config.folding.folded == {"o"}
+    want = stored.plain["kv_b"].clone().view(HEADS, 48 + HEAD, HIDDEN)
+    for head, inner in enumerate(order.view(HEADS, HEAD).long() % HEAD):
+        want[head, 48:] = want[head, 48 + inner]
+    for rank in range(size):
+        ranks(rank, size)
+        layer = ColumnParallelLinear(HIDDEN, HEADS * (48 + HEAD), quant_config=config, prefix="kv_b")
+        layer.quant_method.finish_creation(layer, None)
+        stored.load(layer, {"kv_b": None})
+        got = get_and_maybe_dequant_weights(layer, out_dtype=torch.float32)
+        torch.testing.assert_close(got, want.chunk(size)[rank].flatten(0, 1), rtol=1e-6, atol=1e-7)
 
 
 def test_a_piece_of_a_fused_linear_cannot_be_reordered(ranks):

@@ -4,13 +4,15 @@ import pytest
 import tiny
 import torch
 from compare import check
+from families import LATENT_ATTENTION, ROTARY
 from runs import ONE_THREAD_EACH, TWO_RANKS, Runs
 
 pytestmark = pytest.mark.slow
 
 
 # Name of the run: (family, how the checkpoint is written, engine arguments)
-EAGER = {name: (name, {}, {}) for name in tiny.FAMILIES} | {
+EAGER = {name: (name, {}, LATENT_ATTENTION if name == "deepseek-v3" else {}) for name in tiny.FAMILIES} | {
+    "latent attention that gathers": ("deepseek-v3", {"dense": ("kv_b_proj",)}, LATENT_ATTENTION),
     "a permutation for each of q, k, v, gate, up": ("llama-gqa", {"scope": "linear"}, {}),
     "no permutations": ("llama-gqa", {"scope": "none"}, {}),
     "no folds": ("qwen2", {"folds": False}, {}),
@@ -24,10 +26,12 @@ EAGER = {name: (name, {}, {}) for name in tiny.FAMILIES} | {
     ),
     "bfloat16": ("llama-gqa", {"dtype": torch.bfloat16}, {"dtype": "bfloat16"}),
     "float16": ("qwen3", {"dtype": torch.float16}, {"dtype": "float16"}),
+    "bfloat16, latent attention": ("deepseek-v3", {"dtype": torch.bfloat16}, {"dtype": "bfloat16"} | ROTARY),
     "bfloat16 served as float32": ("llama-gqa", {"dtype": torch.bfloat16}, {}),
 }
 COMPILED = {
     "compiled": ("llama-gqa", {"scope": "linear"}, {"enforce_eager": False}),
+    "compiled, latent attention": ("deepseek-v3", {}, {"enforce_eager": False} | LATENT_ATTENTION),
     "compiled with biases": ("opt", {}, {"enforce_eager": False}),
 }
 SPREAD = {
@@ -41,6 +45,7 @@ SPREAD = {
         {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False},
     ),
     "two ranks, values in blocks": ("gpt-neox", {}, TWO_RANKS),
+    "two ranks, latent attention": ("deepseek-v3", {}, TWO_RANKS | LATENT_ATTENTION),
     "two ranks, no folds, permutations that keep to blocks": (
         "llama-gqa",
         {"folds": False, "blocks": 8},
@@ -58,7 +63,7 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("name", EAGER)
 def test_eager(runs, name):
     model, results = runs.get(EAGER, name, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    check(model, results, half=name in ("bfloat16", "float16"))
+    check(model, results, half="dtype" in EAGER[name][2])
 
 
 @pytest.mark.parametrize("name", COMPILED)

@@ -1,7 +1,8 @@
 """Text models with mixtures of experts."""
 
-from zoo.text import GEMMA4, LATENT, LATENT_VALUES, WIDE, WINDOW
-from zoo.toy import UNLIKE, Toy
+from families import LATENT_ATTENTION
+from zoo.text import GEMMA4, LATENT, WIDE, WINDOW
+from zoo.toy import Toy
 
 # Each config reads the keys it knows.
 EXPERTS = {
@@ -24,8 +25,6 @@ GROUPS = {"n_group": 2, "topk_group": 1}
 # In the configs on the hub. transformers takes them for granted, vLLM does not.
 NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
-# The backend that vLLM prefers on a CPU with AMX takes no float32.
-MLA = {"attention_backend": "CPU_MLA"}
 CORRECTION = ("e_score_correction_bias", "expert_bias")
 UNCORRECTED = "without a correction in the router, which vLLM's CPU build ignores"
 NO_SIGMOID = "vLLM's CPU router takes sigmoids only with groups"
@@ -33,7 +32,7 @@ NO_SIGMOID = "vLLM's CPU router takes sigmoids only with groups"
 MIXTURES = {
     "afmoe": Toy(FIRST_DENSE | WINDOW | {"global_attn_every_n_layers": 2},
                  edits={"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}),
-    "axk1": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, gathers=LATENT_VALUES,
+    "axk1": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX,
                 not_served="vLLM expects another norm"),
     "cohere2_moe": Toy(EXPERTS | WIDE | {"logit_scale": 0.5, "mlp_layer_types": ["sparse", "sparse"]}),
     "dbrx": Toy({
@@ -43,8 +42,8 @@ MIXTURES = {
     }, not_served="vLLM's loader does not know the names of its experts",
        stays_dense={".experts.": "transformers runs these experts with code of their own"}),
     "deepseek_v2": Toy(FIRST_DENSE | LATENT | {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
-                       unlike=UNLIKE, gathers=LATENT_VALUES, engine=MLA),
-    "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, unlike=UNLIKE, gathers=LATENT_VALUES, engine=MLA),
+                       engine=LATENT_ATTENTION),
+    "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, engine=LATENT_ATTENTION),
     "dots1": Toy(FIRST_DENSE | {"layer_types": ["full_attention", "full_attention"]}),
     "ernie4_5_moe": Toy(FIRST_DENSE, zeros=CORRECTION, shaped=UNCORRECTED),
     "exaone_moe": Toy(FIRST_DENSE | WINDOW | {"sliding_window_pattern": 2}),
@@ -52,10 +51,9 @@ MIXTURES = {
     "gemma4_text_moe": Toy(GEMMA4 | GEMMA4_EXPERTS, model_type="gemma4_text", gathers=KEYS_AS_VALUES,
                            mechanism="experts beside the dense MLP, with a router of the model's own"),
     "glm4_moe": Toy(FIRST_DENSE),
-    "glm4_moe_lite": Toy(FIRST_DENSE | LATENT | NOAUX, unlike=UNLIKE, gathers=LATENT_VALUES, engine=MLA),
+    "glm4_moe_lite": Toy(FIRST_DENSE | LATENT | NOAUX, engine=LATENT_ATTENTION),
     "glm_moe_dsa": Toy(
         FIRST_DENSE | LATENT | NOAUX | {"index_topk": 8, "index_head_dim": 128, "index_n_heads": 2},
-        gathers=LATENT_VALUES,
         not_served="vLLM has no sparse attention for CPUs",
         stays_dense=dict.fromkeys(("indexer.wk", "indexer.weights_proj"), "vLLM serves it dense only"),
     ),

@@ -52,8 +52,6 @@ def exempt(toy: Toy, name: str, shape: torch.Size) -> str:
         return "convolution"
     if "embed" in name:
         return "embedding"
-    if "kv_b_proj" in name:
-        return "vLLM serves it dense only"
     if min(shape[-2:]) < IN_FEATURES_MULTIPLE:
         return "tiny"
     return "odd-sized" if shape[-1] % IN_FEATURES_MULTIPLE else ""

@@ -1,7 +1,7 @@
 """Text models whose layers are of several kinds: linear attention, Mamba or convolutions beside attention."""
 
 from zoo.experts import CORRECTION, EXPERTS, FIRST_DENSE, PLAIN, UNCORRECTED
-from zoo.text import LATENT, LATENT_VALUES
+from zoo.text import LATENT
 from zoo.toy import Toy
 
 # vLLM's CPU code takes heads of 128 channels in bfloat16 only.
@@ -45,7 +45,7 @@ HYBRIDS = {
     }, not_served="vLLM's CPU build has no selective scan",
                  stays_dense={".mamba.": "vLLM serves a Mamba-1 mixer dense only"}),
     "kimi_linear": Toy(FIRST_DENSE | LATENT | GATED_DELTA | {"q_lora_rank": None}, dtype="bfloat16",
-                       gathers=LATENT_VALUES, not_served="vLLM has it for GPUs only"),
+                       not_served="vLLM has it for GPUs only"),
     "lfm2": Toy(LFM2, edits=CONVOLUTION, shaped=UNROTATED),
     "lfm2_moe": Toy(FIRST_DENSE | NO_ROTATION | {
         "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3,

@@ -17,7 +17,6 @@ LATENT = {
     "q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64,
     "num_key_value_heads": 4, "head_dim": 64,
 }  # fmt: skip
-LATENT_VALUES = {"self_attn.o_proj": "kv_b_proj, which makes the values, stays dense"}
 SHARED_VALUES = {"self_attn.o_proj": "the last layers read the values of earlier ones"}
 
 TEXT = {
@@ -67,7 +66,6 @@ TEXT = {
     "llama": Toy(),
     "minicpm3": Toy(
         LATENT | {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32},
-        gathers=LATENT_VALUES,
     ),
     "ministral": Toy(WINDOW),
     "ministral3": Toy(),
@@ -86,5 +84,5 @@ TEXT = {
     "stablelm": Toy(),
     "starcoder2": Toy(),
     "vaultgemma": Toy(WINDOW | {"query_pre_attn_scalar": 32}),
-    "youtu": Toy(LATENT, gathers=LATENT_VALUES, not_served="vLLM's CPU attention has no such latent"),
+    "youtu": Toy(LATENT, not_served="vLLM's CPU attention has no such latent"),
 }

@@ -30,7 +30,6 @@ PARTS = {
     "video_processor": ("video_processing_auto", "VIDEO_PROCESSOR_MAPPING_NAMES"),
     "feature_extractor": ("feature_extraction_auto", "FEATURE_EXTRACTOR_MAPPING_NAMES"),
 }
-UNLIKE = "vLLM and transformers differ before pruning"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ FAMILIES = {
     "olmo2": {"o_proj": "v_proj", "down_proj": "up_proj"},  # its norms come after the linears
     "mixtral": {"q_proj": "input_layernorm", "o_proj": "v_proj"},  # experts and a router read the other norm
     "qwen2_moe": {"q_proj": "input_layernorm", "o_proj": "v_proj", "down_proj": "up_proj"},  # the shared expert's
-    "deepseek_v3": {"q_a_proj": "input_layernorm", "q_b_proj": "q_a_layernorm", "down_proj": "up_proj"},
+    "deepseek_v3": {"q_a_proj": "input_layernorm", "q_b_proj": "q_a_layernorm", "kv_b_proj": "kv_a_layernorm",
+                    "o_proj": "kv_b_proj", "down_proj": "up_proj"},
 }  # fmt: skip
 # Norms that multiply by their weight plus one.
 PLUS_ONE = ("gemma2", "nemotron")

@@ -31,6 +31,7 @@ WIDE = {
 }  # fmt: skip
 OWN = {
     "opt": {"num_key_value_heads": 8},
+    "minicpm3": {"num_key_value_heads": 8},
     "deepseek_v3": {"num_key_value_heads": 8, "head_dim": 16, "v_head_dim": 32, "qk_nope_head_dim": 32},
 }
 # Layers that are not built from a configuration and a number alone are run as they are.

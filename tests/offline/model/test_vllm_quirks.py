@@ -51,7 +51,8 @@ def test_routers_stay_dense_in_every_mixture_of_experts(model_type):
         }
         routers = {name for name, width in widths.items() if width in (1, EXPERTS)}
         assert routers <= set(served_dense(layer)), routers
-        attention = {name for name in widths if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        projections = ("q_proj", "k_proj", "v_proj", "o_proj", "kv_b_proj")
+        attention = {name for name in widths if name.rpartition(".")[2] in projections}
         assert not attention & set(served_dense(layer))
         found += any("expert" in name for name, _ in layer.named_parameters())
     assert found
