@@ -109,17 +109,6 @@ def compress() -> None:
         sys.exit(status)
 
 
-def inspect() -> None:
-    """Print what `ria-vllm inspect` says of the first layer and in total."""
-    print(f"$ ria-vllm inspect {shown(SPARSE)}")
-    found = subprocess.run([*RIA_VLLM, "inspect", str(SPARSE)], stdout=subprocess.PIPE, text=True)
-    if found.returncode:
-        sys.exit(found.returncode)
-    lines = found.stdout.splitlines()
-    first_layer, totals = lines[:9], lines[lines.index("") :]
-    print("\n".join([*first_layer, f" ... {len(lines) - len(first_layer) - len(totals)} more", *totals]))
-
-
 def files_of(folder: Path, pattern: str) -> list[tuple[str, int, int]]:
     """What changes when one of the files does: names, sizes, and times of the last change."""
     found = [(path, path.stat()) for path in sorted(folder.rglob(pattern))]
@@ -133,6 +122,20 @@ def model_files(model: Path) -> list[object]:
 def key(*parts: object) -> str:
     """16 digits that change when a part does. Parts: what json can write."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def inspect() -> None:
+    """Print what `ria-vllm inspect` says of the first layer and in total. It is asked once: it reads all weights."""
+    print(f"$ ria-vllm inspect {shown(SPARSE)}")
+    file = WORK / f"inspect-{SPARSE.name}-{key(model_files(SPARSE), files_of(ROOT / 'ria_vllm', '*.py'))}.txt"
+    if not file.exists():
+        found = subprocess.run([*RIA_VLLM, "inspect", str(SPARSE)], stdout=subprocess.PIPE, text=True)
+        if found.returncode:
+            sys.exit(found.returncode)
+        file.write_text(found.stdout)
+    lines = file.read_text().splitlines()
+    first_layer, totals = lines[:9], lines[lines.index("") :]
+    print("\n".join([*first_layer, f" ... {len(lines) - len(first_layer) - len(totals)} more", *totals]))
 
 
 def perplexity_file(model: Path) -> Path:

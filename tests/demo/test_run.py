@@ -111,11 +111,17 @@ def test_compress_gets_the_terminal_where_there_is_one(demo, monkeypatch, capfd)
     assert ended.value.code == 3
 
 
-def test_the_error_of_inspect_is_shown(demo, capfd):
+def test_the_error_of_inspect_is_shown_and_not_kept(demo, capfd):
+    demo.SPARSE.mkdir()
+    (demo.SPARSE / "config.json").write_text("{}")
     demo.RIA_VLLM = [sys.executable, "-c", "import sys; sys.exit('its reason')"]
     with pytest.raises(SystemExit):
         demo.inspect()
     assert "its reason" in capfd.readouterr().err
+    for program in ("print('linear\\n\\ntotals')", "raise SystemExit('called again')"):
+        demo.RIA_VLLM = [sys.executable, "-c", program]
+        demo.inspect()
+        assert "linear\n" in capfd.readouterr().out
 
 
 def test_a_perplexity_is_reused_for_the_same_text_arguments_and_model(demo, capfd):
