@@ -37,8 +37,9 @@ class ExpertsForm:
 def form_of(module: Any) -> ExpertsForm | None:
     """The form of a module of experts; None if it is none, or one of another kind."""
     flags = [getattr(module, flag, None) for flag in FLAGS]
-    if all(isinstance(flag, bool) for flag in flags):
-        has_gate, has_bias, transposed, concatenated = flags
+    known = [flag for flag in flags if isinstance(flag, bool)]
+    if len(known) == len(FLAGS):
+        has_gate, has_bias, transposed, concatenated = known
         return ExpertsForm(has_gate, has_bias, transposed, not concatenated)
     if type(module).__name__ == LLAMA4:
         return ExpertsForm(transposed=True, weighted_inputs=True)
