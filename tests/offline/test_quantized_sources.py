@@ -272,7 +272,7 @@ def test_every_tensor_of_the_files_is_read_once_or_is_a_scale(kind, pair):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
 def test_the_experts_of_a_layer_are_dequantized_one_by_one(compute_dtype, text, tmp_path):
-    """A layer of 128 experts, which a quarter of them in bfloat16 would already take beyond the limit."""
+    """A layer of 128 experts, of which a third in bfloat16 would already be beyond the limit."""
     size, times = 512, 32
     shape = {"hidden_size": size, "intermediate_size": size, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
     small, _ = mxfp4_pair(save_moe(tmp_path / "dense", "gpt_oss", torch.bfloat16, **shape))
@@ -289,4 +289,4 @@ def test_the_experts_of_a_layer_are_dequantized_one_by_one(compute_dtype, text, 
     peak = peak_memory(small, large, tmp_path / "out", calibration=str(text), **options)
     stacks = 4 * times * 3 * size * size * 2
     print(f"peak {peak / 1e6:.0f} MB; the layer's experts in bfloat16 {stacks / 1e6:.0f} MB")
-    assert peak < stacks / 4
+    assert peak < stacks / 3
