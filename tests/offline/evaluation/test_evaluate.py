@@ -51,7 +51,7 @@ def test_command_on_both_kinds_of_folder(pruned_llama, text):
     for folder in (pruned_llama.source, pruned_llama.folder):
         found[folder] = json.loads(run(folder, "--text", text, "--seq-len", 64, "--max-tokens", 200, "--json").stdout)
         assert found[folder]["tokens"] == 3 * 63
-        model = load_model(str(folder), CPU)
+        model = load_model(str(folder), CPU, found[folder]["compute_dtype"])
         tokens = read_tokens(str(folder), text, 200)
         assert found[folder]["perplexity"] == pytest.approx(perplexity(model, tokens, 64).perplexity)
     assert found[pruned_llama.source]["perplexity"] != found[pruned_llama.folder]["perplexity"]
