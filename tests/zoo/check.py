@@ -21,6 +21,7 @@ GATHERS = {
     "linear_attn.out_proj": CONVOLUTION,
     "linear_attn.o_proj": CONVOLUTION,
     "self_attn.q_b_proj": NORM,
+    "self_attn.kv_b_proj": NORM,
     "self_attn.indexer.wq_b": NORM,
     "per_layer_projection": "its input is multiplied by a layer's own part of the embedding",
 }

@@ -45,6 +45,7 @@ HYBRIDS = {
     }, not_served="vLLM's CPU build has no selective scan",
                  stays_dense={".mamba.": "vLLM serves a Mamba-1 mixer dense only"}),
     "kimi_linear": Toy(FIRST_DENSE | LATENT | GATED_DELTA | {"q_lora_rank": None}, dtype="bfloat16",
+                       gathers={"self_attn.o_proj": "a norm of linear attention has a weight for each channel"},
                        not_served="vLLM has it for GPUs only"),
     "lfm2": Toy(LFM2, edits=CONVOLUTION, shaped=UNROTATED),
     "lfm2_moe": Toy(FIRST_DENSE | NO_ROTATION | {
