@@ -6,6 +6,7 @@ from torch import nn
 
 from ria_vllm.errors import RiaError
 from ria_vllm.layer_schema import Experts, Fold, Producer, Stacked
+from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.expert_files import ExpertFiles
 from ria_vllm.offline.model.experts import DOWN
 from ria_vllm.offline.model.streaming import StreamedModel
@@ -35,7 +36,7 @@ def plan_experts(
         dense[model.layer_prefix(index) + path] = why
     for path, files in model.experts[index].items():
         dense |= dict.fromkeys(_routers(model, index, path), ROUTER)
-        reason = _reason(files, path in reached, recipe, sensitive)
+        reason = _reason(model, files, path in reached, recipe, sensitive)
         if reason is None:
             pruned.add(path)
         else:
@@ -50,7 +51,7 @@ def widths_of_experts(model: StreamedModel, index: int, recipe: Recipe) -> dict[
     """
     found = {}
     for files in model.experts[index].values():
-        if _reason(files, True, recipe, set()) is None:
+        if _reason(model, files, True, recipe, set()) is None:
             for kind in files.layout.kinds:
                 found[files.linear(0, kind)] = files.layout.inner if kind == DOWN else files.layout.width
     return found
@@ -108,11 +109,15 @@ def describe_experts(
     return experts, folds
 
 
-def _reason(files: ExpertFiles, reached: bool, recipe: Recipe, sensitive: set[str]) -> str | None:
+def _reason(
+    model: StreamedModel, files: ExpertFiles, reached: bool, recipe: Recipe, sensitive: set[str]
+) -> str | None:
     """Why the experts stay dense; None if they do not."""
     layout = files.layout
     if not reached:
         return "no tokens reached them in the run of a layer by which the others are described"
+    if recipe.served and layout.weighted_inputs and text_config(model.config).num_experts_per_tok != 1:
+        return "the router weights their inputs, which vLLM serves only with one expert for each token"
     named = [files.module, *files.linears, *(name.removesuffix(".weight") for name in files.sources), *files.sources]
     if any(map(recipe.ignores, named)):
         return "--ignore"

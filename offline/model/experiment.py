@@ -273,7 +273,7 @@ def _random_copy(layer: nn.Module, draw: torch.Generator, dtype: torch.dtype) ->
         if hasattr(getattr(module, "config", None), "_experts_implementation"):
             module.config._experts_implementation = "eager"
         if path in experts:
-            set_weights(module, None)
+            set_weights(module, None)  # else the copy's forward would read the model's own weights, not the random ones
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in known:

@@ -463,6 +463,15 @@ def test_a_compressed_expert_that_is_missing(kind, moe, text, tmp_path):
         logits(folder)
 
 
+def test_weighted_inputs_of_several_experts_for_each_token(text, tmp_path):
+    """vLLM would weight them together, and serving refuses that."""
+    report, _ = run_small(save_moe(tmp_path / "in", "llama4_text", num_experts_per_tok=2), tmp_path / "out", text)
+    why = "the router weights their inputs, which vLLM serves only with one expert for each token"
+    assert [name for name, reason in report["dense"].items() if reason == why] == [
+        f"model.layers.{index}.feed_forward.experts" for index in (0, 1)
+    ]
+
+
 def test_a_module_that_holds_its_experts_in_another_way(moe, text, tmp_path, monkeypatch):
     """As another version of transformers might."""
     run_small(moe("llama4_text"), tmp_path / "out", text)
