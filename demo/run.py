@@ -124,6 +124,13 @@ def key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
+def whole_text(file: Path, text: str) -> None:
+    """Write a file that an interruption does not leave with a part of the text."""
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(file)
+
+
 def inspect() -> None:
     """Print what `ria-vllm inspect` says of the first layer and in total. It is asked once: it reads all weights."""
     print(f"$ ria-vllm inspect {shown(SPARSE)}")
@@ -132,7 +139,7 @@ def inspect() -> None:
         found = subprocess.run([*RIA_VLLM, "inspect", str(SPARSE)], stdout=subprocess.PIPE, text=True)
         if found.returncode:
             sys.exit(found.returncode)
-        file.write_text(found.stdout)
+        whole_text(file, found.stdout)
     lines = file.read_text().splitlines()
     first_layer, totals = lines[:9], lines[lines.index("") :]
     print("\n".join([*first_layer, f" ... {len(lines) - len(first_layer) - len(totals)} more", *totals]))
@@ -168,7 +175,7 @@ def perplexity(model: Path) -> float:
         if found.returncode:
             sys.exit(found.returncode)
         value = json.loads(found.stdout)["perplexity"]
-        file.write_text(found.stdout)
+        whole_text(file, found.stdout)
     print(f"{shown(model)}: perplexity {value:.2f}{again}")
     return value
 
@@ -310,7 +317,7 @@ def everything() -> None:
         print("(the dense model in float32, which is faster than bfloat16 on this processor)")
     if earlier:
         part = "" if len(runs) == len(earlier) else ", in part"
-        print(f"(measured before{part}, on {date.replace('T', ' at ')}; again after `rm -r {shown(folder)}`)")
+        print(f"(measured before{part}, last on {date.replace('T', ' at ')}; again after `rm -r {shown(folder)}`)")
     print(f"\nplot: {shown(folder / 'bench.png')}; all figures and logs are in the same folder")
     if any(run.outcome.failure for run in runs):
         sys.exit("Some measurements failed; see above.")

@@ -109,9 +109,7 @@ def describe_experts(
     return experts, folds
 
 
-def _reason(
-    model: StreamedModel, files: ExpertFiles, reached: bool, recipe: Recipe, sensitive: set[str]
-) -> str | None:
+def _reason(model: StreamedModel, files: ExpertFiles, reached: bool, recipe: Recipe, sensitive: set[str]) -> str | None:
     """Why the experts stay dense; None if they do not."""
     layout = files.layout
     if not reached:

@@ -28,7 +28,8 @@ def options(arguments: list[str], with_value: Collection[str]) -> Iterator[tuple
     """(option, the arguments that it takes up) for each of pip's arguments; what is no option stands for itself.
 
     Args:
-        with_value: the options that take a value. Others' values are listed as if they were no part of them.
+        with_value: the options that take a value. The values of other options come as entries of
+            their own.
     """
     left = iter(arguments)
     for argument in left:

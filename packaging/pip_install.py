@@ -9,6 +9,7 @@ library only.
 """
 
 import ast
+import math
 import os
 import re
 import ssl
@@ -85,8 +86,10 @@ def missing_build(log: str) -> str | None:
 def variables(key: str, value: str) -> dict[str, str]:
     """What tells uv a setting of pip: its values are separated by blanks, but uv separates folders by commas."""
     if "timeout" in key:  # uv takes whole seconds only
-        value = str(round(float(value)))
-    return dict.fromkeys(UV_VARIABLES[key], ("," if key == "find-links" else " ").join(value.split()))
+        value = str(math.ceil(float(value)))
+    if key in ("extra-index-url", "find-links", "constraint", "trusted-host"):
+        value = ("," if key == "find-links" else " ").join(value.split())
+    return dict.fromkeys(UV_VARIABLES[key], value)
 
 
 def configuration_of_pip() -> tuple[list[str], dict[str, str]]:

@@ -233,7 +233,7 @@ def test_a_second_run_prints_the_same_and_starts_nothing(stand_ins):
     assert started == [] and before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert again.count(" was measured before\n") == 2
     date = json.loads((folder / "bench.json").read_text())["machine"]["date"].replace("T", " at ")
-    note = f"(measured before, on {date}; again after `rm -r {folder}`)\n"
+    note = f"(measured before, last on {date}; again after `rm -r {folder}`)\n"
     assert note in last_again and last_again.replace(note, "") == last
     assert f"plot: {folder / 'bench.png'}" in last
     for text in ("assistant: Paris.", "completion  The sun rises in the[east]"):
@@ -294,7 +294,7 @@ def test_what_was_measured_before_an_interruption_is_kept(stand_ins, monkeypatch
         stand_ins.run()
     assert stand_ins.started() == ["serve tiny", "bench 8"]
     started, _, last = stand_ins.run()
-    assert started == ["serve tiny", "bench 8"] and "(measured before, in part, on " in last
+    assert started == ["serve tiny", "bench 8"] and "(measured before, in part, last on " in last
     assert rows(last)["tokens/s, 8 users"] == ["80.0", "80.0", "1.00"]
     assert stand_ins.run()[0] == []
 

@@ -157,7 +157,7 @@ def test_uv_is_told_everything_that_it_knows_under_its_own_names(installers):
     ]  # fmt: skip
     assert calls[2][2] == {
         "HTTPS_PROXY": "http://proxy.example:3128", "HTTP_PROXY": "http://proxy.example:3128",
-        "SSL_CERT_FILE": "/ca.pem", "SSL_CLIENT_CERT": "/me.pem", "UV_HTTP_TIMEOUT": "60", "UV_HTTP_RETRIES": "9",
+        "SSL_CERT_FILE": "/ca.pem", "SSL_CLIENT_CERT": "/me.pem", "UV_HTTP_TIMEOUT": "61", "UV_HTTP_RETRIES": "9",
     }  # fmt: skip
     assert "Not passed to uv, which has no such option: --root-user-action, --progress-bar\n" in found.stdout
 

@@ -40,8 +40,9 @@ struct UnpackedGroup {
   uint32_t first_offset[kTileRows], second_offset[kTileRows];
 };
 
-// What the loop over tokens needs for a row and a group. It is loaded one group ahead: the addresses of the activations
-// come from memory, and a processor's queue is full of multiply-adds that wait for them.
+// What the loop over tokens needs for a row and a group. It is loaded one row ahead, the first row of a group during
+// the last one of the group before: the addresses of the activations come from memory, and a processor's queue is full
+// of multiply-adds that wait for them.
 template <class TokenVecTraits>
 struct RowOfGroup {
   typename TokenVecTraits::Vector first, second;
@@ -163,8 +164,8 @@ void multiply_tile_batch(const GemmArgs& args, int64_t first_tile, int64_t tiles
   alignas(kCacheLine) float all_sums[kTileBatch][kMaxPassTokens * kTileRows];
   alignas(kCacheLine) float all_partial[VecTraits::kGrouped ? kTileBatch : 1][kMaxPassTokens * kTileRows];
   alignas(kCacheLine) float scales[kTileRows];
-  alignas(kCacheLine) UnpackedGroup unpacked[kBlockGroups + 1] = {};  // the last one is only loaded
-  uint32_t offsets[kBlockGroups][4];                                  // of a chunk's channels in the panel
+  alignas(kCacheLine) UnpackedGroup unpacked[kBlockGroups + 1];  // the last one is only loaded
+  uint32_t offsets[kBlockGroups][4];                             // of a chunk's channels in the panel
   const Layout& layout = args.layout;
   const TokenPanel<VecTraits> panel(args.tokens);
   const TokenBlocks& tokens = panel.tokens;
@@ -177,6 +178,7 @@ void multiply_tile_batch(const GemmArgs& args, int64_t first_tile, int64_t tiles
             (chunk + 1) % layout.section_blocks() == 0 ? scales : nullptr};
   };
 
+  unpacked[kBlockGroups] = {};
   for (uint32_t c = 0; c < kBlockGroups * 4; ++c)
     offsets[c / 4][c % 4] = c * static_cast<uint32_t>(panel.channel_bytes());
   for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile) {

@@ -14,10 +14,11 @@ struct TokenRange { int64_t first, count; };
 inline void prefetch_output(const GemmArgs& args, int64_t tile, TokenRange tokens, int64_t begin, int64_t end,
                             int64_t parts) {
   if (args.activation || args.combined) return;
-  const int64_t item = bits(args.act_dtype) / 8, stride = args.layout.rows * item;
-  const uint8_t* y = static_cast<const uint8_t*>(args.y) + tile * kTileRows * item + tokens.first * stride;
+  const int64_t item = bits(args.act_dtype) / 8, stride = args.layout.rows * item, first = tile * kTileRows * item;
+  const int64_t bytes = stride - first < kTileRows * item ? stride - first : kTileRows * item;
+  const uint8_t* y = static_cast<const uint8_t*>(args.y) + first + tokens.first * stride;
   for (int64_t t = tokens.count * begin / parts; t < tokens.count * end / parts; ++t)
-    for (int64_t byte = 0; byte < kTileRows * item; byte += kCacheLine) __builtin_prefetch(y + t * stride + byte, 1, 2);
+    for (int64_t byte = 0; byte < bytes; byte += kCacheLine) __builtin_prefetch(y + t * stride + byte, 1, 2);
 }
 
 }  // namespace
