@@ -87,7 +87,7 @@ def test_what_is_complete_is_served(runs, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("one shard", "1 of the 00002 files model-*-of-00002.safetensors, and no model.safetensors.index.json"),
+        ("one shard", "1 of the 2 files model-*-of-00002.safetensors, and no model.safetensors.index.json"),
         ("stray", "in model.safetensors and in old.safetensors, and vLLM loads both"),
         ("longer", "the weight of vLLM's layer model.layers.2.self_attn.qkv_proj is in none of the weight files"),
         ("without dense", "the weight of vLLM's layer model.layers.1.mlp.down_proj is in none of the weight files"),
