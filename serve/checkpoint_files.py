@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +247,13 @@ def stored_modules(names: list[str]) -> dict[str, bool]:
     """Module with a weight -> whether it is stored compressed. `names`: of tensors."""
     found = {name.removesuffix(".weight"): False for name in names if name.endswith(".weight")}
     return found | {name.removesuffix(".compressed"): True for name in names if name.endswith(".compressed")}
+
+
+def dense_tensors(names: Iterable[str]) -> set[str]:
+    """Those of the tensors called `names` that store no pruned weight; biases of pruned linears are among them."""
+    names = list(names)
+    pruned = {name.removesuffix(".compressed") for name in names if name.endswith(".compressed")}
+    return {name for name in names if name.endswith(".bias") or name.rpartition(".")[0] not in pruned}
 
 
 def permutations_of(model: str, revision: str | None, schema: RiaSchema) -> dict[str, np.ndarray]:

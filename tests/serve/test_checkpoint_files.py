@@ -489,6 +489,16 @@ def test_dummy_weights_need_no_permutations(copy):
     assert isinstance(method, Sparse24LinearMethod)
 
 
+def test_weights_that_a_kernel_has_packed_are_named_as_such(copy):
+    """Even where no weights of another kind are, or the hub is out of reach."""
+    (copy / SINGLE_FILE).unlink()
+    config = config_of(copy)
+    config.unread = "out of reach"
+    with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="sharded_state"))):
+        with pytest.raises(RiaError, match="--load-format sharded_state reads weights that a kernel has packed"):
+            config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
+
+
 def dummy_weights():
     return set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy")))
 
