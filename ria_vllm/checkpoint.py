@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ria_vllm.weight_format import SHAPE, WeightFormat
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+MISTRAL_FILES = "consolidated*.safetensors"
 LONGEST_NAME = 1000
 DEEPEST_JSON = 50  # levels; code that walks through it may recurse
 
@@ -112,8 +114,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if not index.is_file():
         if not (folder / SINGLE_FILE).is_file():
             shards = unindexed_files(folder)
-            beside = f", but {shards[0]}; if it is one of its shards, get the index, too" if shards else ""
-            raise RiaError(f"{folder}: no weights here (neither {SINGLE_FILE} nor {INDEX_FILE}){beside}.")
+            beside = f" There is {shards[0]}: if it is a shard of this model, get {INDEX_FILE}, too." if shards else ""
+            raise RiaError(f"{folder}: no weights here (neither {SINGLE_FILE} nor {INDEX_FILE}).{beside}")
         return dict.fromkeys(tensor_names(folder / SINGLE_FILE), folder / SINGLE_FILE)
     weight_map = read_index(index, folder)
     present: dict[str, set[str]] = {}
@@ -140,6 +142,33 @@ def weights_among(files: Iterable[str]) -> list[str]:
         for name in files
         if name.endswith(".safetensors") and "/" not in name and not name.startswith(".") and name != PERMUTATIONS_FILE
     )
+
+
+def files_below(folder: Path) -> list[str]:
+    """Paths of all files of a folder, relative to it."""
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def check_mistral_files(files: Iterable[str], own: Iterable[str], where: str | Path) -> None:
+    """Check that vLLM does not take a folder or repository for one in Mistral's own format.
+
+    It does so if any file has the name of such weights. It then loads only those, whatever the index says.
+
+    Args:
+        files: paths of all files, relative to the folder or repository.
+        own: names of the weight files.
+
+    Raises:
+        RiaError: it does, and they are not all of the weight files.
+    """
+    found = sorted(name for name in files if fnmatchcase(name.rpartition("/")[2], MISTRAL_FILES))
+    if found and set(found) != set(own):
+        name = next((name for name in found if name not in set(own)), found[0])
+        raise RiaError(
+            f"{where}: vLLM would load {name} in place of the model: it takes files of this name for weights in "
+            "Mistral's own format, and reads no others beside them. Remove it, or download the model without it (`hf "
+            'download --exclude "*consolidated*"`) and give that folder.'
+        )
 
 
 def read_index(path: Path, where: str | Path) -> dict[str, str]:
@@ -369,6 +398,7 @@ class Reader:
         """
         indexed = (self.folder / INDEX_FILE).is_file()
         own = {path.name for path in self.files.values()}
+        check_mistral_files(files_below(self.folder), own, self.folder)
         for name in unindexed_files(self.folder):
             if name not in own and (name == SINGLE_FILE or not indexed):
                 raise RiaError(

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,13 @@ import vllm.envs as envs
 
 from ria_vllm.checkpoint import (
     INDEX_FILE,
+    MISTRAL_FILES,
     SINGLE_FILE,
     check_digests,
     check_file_digest,
+    check_mistral_files,
     file_metadata,
+    files_below,
     load_permutations,
     read_index,
     tensor_names,
@@ -24,9 +27,29 @@ from ria_vllm.checkpoint import (
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE, RiaSchema
 
+# Types of errors, of several HTTP libraries, that say that no server has answered.
+NO_ANSWER = ("ConnectionError", "TimeoutError", "Timeout", "TransportError")
+
 
 class OutOfReach(RiaError):
-    """The hub cannot be reached, and its cache does not have the file."""
+    """A file cannot be got from the hub, for any reason but that there is none."""
+
+
+class Offline(OutOfReach):
+    """The hub cannot be reached, or must not be (HF_HUB_OFFLINE), and its cache does not have the file."""
+
+
+def is_offline(error: BaseException) -> bool:
+    """Whether an error of the hub's library says that the hub has not answered; otherwise it has refused something."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):
+        return error.__cause__ is None or is_offline(error.__cause__)
+    return any(base.__name__ in NO_ANSWER for base in type(error).__mro__)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def locate(model: str, name: str, revision: str | None) -> Path | None:
@@ -36,7 +59,7 @@ def locate(model: str, name: str, revision: str | None) -> Path | None:
         None if the folder or the repository has no such file.
 
     Raises:
-        OutOfReach: the hub cannot be reached and the file is not in the cache.
+        OutOfReach: the hub refuses it; Offline: it cannot be reached and the file is not in the cache.
     """
     if Path(model).is_dir():
         path = Path(model) / name
@@ -52,15 +75,18 @@ def locate(model: str, name: str, revision: str | None) -> Path | None:
 
     try:
         return Path(hf_hub_download(model, name, revision=revision))
-    except LocalEntryNotFoundError:
-        raise OutOfReach(
+    except EntryNotFoundError as error:
+        if not isinstance(error, LocalEntryNotFoundError):
+            return None
+        if not is_offline(error):
+            raise OutOfReach(f"{model}: cannot get {name} from the hub ({_reason(error)}).") from error
+        raise Offline(
             f"{model}: {name} is not in the local cache and the hub cannot be reached. Download the whole repository "
             "first, or give a local folder."
         ) from None
-    except EntryNotFoundError:
-        return None
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise OutOfReach(f"{model}: cannot get {name} from the hub ({error}).") from error
+        kind = Offline if is_offline(error) else OutOfReach
+        raise kind(f"{model}: cannot get {name} from the hub ({_reason(error)}).") from error
 
 
 class WeightHeaders:
@@ -78,17 +104,21 @@ class WeightHeaders:
         """Read the names of the tensors.
 
         Raises:
-            RiaError: a file is missing or damaged, or two hold the same tensor; OutOfReach if it cannot be read.
+            RiaError: a file is missing or damaged, two hold the same tensor, or vLLM would read other files than these;
+                OutOfReach if a file cannot be read.
         """
         self.model = model
         self.revision = revision
         self.names: list[str] | None = None
         self.files: list[str] = []
+        self._headers: dict[str, tuple[list[str], Mapping[str, str]]] = {}
+        self._listed: list[str] | None = None
         index = self._index()
         if index is None:
             self._read_unindexed()
             return
         shards = read_index(index, model)
+        check_mistral_files(self._all_files(), shards.values(), model)
         if Path(model).is_dir():
             if not any((Path(model) / file).is_file() for file in set(shards.values())):
                 return
@@ -98,6 +128,7 @@ class WeightHeaders:
     def _read_unindexed(self) -> None:
         found: dict[str, str] = {}
         self.files = self._unindexed()
+        check_mistral_files(self._all_files(), self.files, self.model)
         _check_complete(self.files, self.model)
         for file in self.files:
             for name in self._header(file)[0]:
@@ -117,8 +148,8 @@ class WeightHeaders:
     def _index(self) -> Path | None:
         try:
             return locate(self.model, INDEX_FILE, self.revision)
-        except OutOfReach:
-            if self._unindexed_in_cache():
+        except Offline:
+            if weights_among(self._in_cache()):
                 return None  # the cache has the weights of a repository without an index
             raise
 
@@ -127,23 +158,38 @@ class WeightHeaders:
         if Path(self.model).is_dir():
             return unindexed_files(Path(self.model))
         if envs.VLLM_USE_MODELSCOPE:
-            from vllm.model_executor.model_loader.weight_utils import maybe_download_from_modelscope
+            return weights_among(self._from_modelscope("*.safetensors"))
+        return weights_among(self._all_files())
 
-            folder = maybe_download_from_modelscope(self.model, self.revision, allow_patterns=["*.safetensors"])
-            return unindexed_files(Path(folder or self.model))
-        from huggingface_hub import list_repo_files
+    def _all_files(self) -> list[str]:
+        """Paths of all files of the folder or repository; of ModelScope's, those of weights in Mistral's own format."""
+        if Path(self.model).is_dir():
+            return files_below(Path(self.model))
+        if envs.VLLM_USE_MODELSCOPE:
+            return self._from_modelscope(MISTRAL_FILES)
+        if self._listed is None:
+            from huggingface_hub import list_repo_files
 
-        try:
-            files = list_repo_files(self.model, revision=self.revision)
-        except Exception as error:  # as in `_header`
-            if found := self._unindexed_in_cache():
-                return found
-            raise self._out_of_reach("the list of its files", error) from error
-        return weights_among(files)
+            try:
+                self._listed = list(list_repo_files(self.model, revision=self.revision))
+            except Exception as error:  # as in `_header`
+                found = self._in_cache()
+                if not is_offline(error) or not found:
+                    raise self._out_of_reach("the list of its files", error) from error
+                self._listed = found
+        return self._listed
 
-    def _unindexed_in_cache(self) -> list[str]:
-        path = self._cached("config.json") or self._cached(SINGLE_FILE)
-        return [] if path is None else [name for name in unindexed_files(path.parent) if self._cached(name)]
+    def _from_modelscope(self, pattern: str) -> list[str]:
+        """Paths of all files in the folder to which those of a repository are downloaded whose names match."""
+        from vllm.model_executor.model_loader.weight_utils import maybe_download_from_modelscope
+
+        folder = maybe_download_from_modelscope(self.model, self.revision, allow_patterns=[pattern])
+        return files_below(Path(folder or self.model))
+
+    def _in_cache(self) -> list[str]:
+        """Paths of the repository's files that are in the hub's cache."""
+        path = self._cached("config.json") or self._cached(INDEX_FILE) or self._cached(SINGLE_FILE)
+        return [] if path is None else [name for name in files_below(path.parent) if self._cached(name)]
 
     def _cached(self, file: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
@@ -152,7 +198,12 @@ class WeightHeaders:
         return Path(found) if isinstance(found, str) else None
 
     def _header(self, file: str) -> tuple[list[str], Mapping[str, str]]:
-        """Names of the tensors of a weight file, and its metadata."""
+        """Names of the tensors of a weight file, and its metadata. It is read once."""
+        if file not in self._headers:
+            self._headers[file] = self._read_header(file)
+        return self._headers[file]
+
+    def _read_header(self, file: str) -> tuple[list[str], Mapping[str, str]]:
         path = Path(self.model) / file if Path(self.model).is_dir() else self._cached(file)
         if path is None and envs.VLLM_USE_MODELSCOPE:
             path = locate(self.model, file, self.revision)
@@ -169,10 +220,11 @@ class WeightHeaders:
         return list(header.tensors), header.metadata or {}
 
     def _out_of_reach(self, what: str, error: Exception) -> OutOfReach:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return OutOfReach(
-            f"{self.model}: {what} cannot be read from the hub ({reason}). Download the whole repository first. If it "
-            "is not in the hub's own cache (--download-dir), give its local folder."
+        if not is_offline(error):
+            return OutOfReach(f"{self.model}: {what} cannot be read from the hub ({_reason(error)}).")
+        return Offline(
+            f"{self.model}: {what} cannot be read from the hub ({_reason(error)}). Download the whole repository "
+            "first. If it is not in the hub's own cache (--download-dir), give its local folder."
         )
 
 
@@ -186,8 +238,8 @@ def _check_complete(files: Sequence[str], model: str) -> None:
     for (stem, total), count in Counter(shard.groups() for shard in shards).items():
         if count != int(total):
             raise RiaError(
-                f"{model}: {count} of the {total} files {stem}-*-of-{total}.safetensors, and no {INDEX_FILE}. Get the "
-                "others and the index, or remove these if they are of another model."
+                f"{model}: {count} of the {int(total)} files {stem}-*-of-{total}.safetensors, and no {INDEX_FILE}. Get "
+                "the others and the index, or remove these if they are of another model."
             )
 
 
@@ -195,6 +247,13 @@ def stored_modules(names: list[str]) -> dict[str, bool]:
     """Module with a weight -> whether it is stored compressed. `names`: of tensors."""
     found = {name.removesuffix(".weight"): False for name in names if name.endswith(".weight")}
     return found | {name.removesuffix(".compressed"): True for name in names if name.endswith(".compressed")}
+
+
+def dense_tensors(names: Iterable[str]) -> set[str]:
+    """Those of the tensors called `names` that store no pruned weight; biases of pruned linears are among them."""
+    names = list(names)
+    pruned = {name.removesuffix(".compressed") for name in names if name.endswith(".compressed")}
+    return {name for name in names if name.endswith(".bias") or name.rpartition(".")[0] not in pruned}
 
 
 def permutations_of(model: str, revision: str | None, schema: RiaSchema) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from ria_vllm.serve.checkpoint_files import (
     OutOfReach,
     WeightHeaders,
     check_weight_files,
+    dense_tensors,
     permutations_of,
     stored_modules,
 )
@@ -55,6 +56,7 @@ class RiaConfig(QuantizationConfig):
         compressed_tensors: the configuration of a checkpoint that compressed-tensors wrote; None for one of ours.
         where: folder or repository.
         stored: linears and other modules with a weight, pruned or not; None if no weight file could tell.
+        dense_tensors: all tensors but those that store pruned weights; None if no weight file could tell.
         pruned: those that are stored compressed; None if there are none, or if no weight file could tell.
         required: linears whose tensors vLLM's own layers would misread, so that one of our layers must serve each.
         names: vLLM's name of a module, as far as its mappers tell -> the checkpoint's.
@@ -81,6 +83,7 @@ class RiaConfig(QuantizationConfig):
         self.where = "this model"
         self.pruned: set[str] | None = None
         self.stored: set[str] | None = None
+        self.dense_tensors: set[str] | None = None
         self.names: dict[str, str] = {}
         self.weightless = False
         self.unread: str | None = None
@@ -150,6 +153,7 @@ class RiaConfig(QuantizationConfig):
         stored = stored_modules(tensors)
         self.stored = set(stored)
         self.pruned = {name for name, pruned in stored.items() if pruned} or None
+        self.dense_tensors = dense_tensors(tensors)
         scaled = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
         self.experts = stored_experts(self.schema, self.pruned or (), self.where)
         self.expert_linears = {name for experts in self.experts.values() for name, _, _ in experts.linears()}
@@ -206,6 +210,11 @@ class RiaConfig(QuantizationConfig):
 
     def _check_engine(self) -> None:
         engine = EngineOptions.current()
+        if engine.packed_weights:
+            raise RiaError(
+                f"--load-format {engine.load_format} reads weights that a kernel has packed, for one kernel on one "
+                "machine. Serve the folder that `ria-vllm compress` wrote without this option."
+            )
         if self.weightless and not engine.dummy_weights:
             raise RiaError(
                 f"{self.where}: no weights here ({SINGLE_FILE}, or shards with {INDEX_FILE}). Get these files, too. A "
@@ -213,11 +222,6 @@ class RiaConfig(QuantizationConfig):
             )
         if self.unread is not None and not engine.dummy_weights:
             raise RiaError(self.unread)
-        if engine.packed_weights:
-            raise RiaError(
-                f"--load-format {engine.load_format} reads weights that a kernel has packed, for one kernel on one "
-                "machine. Serve the folder that `ria-vllm compress` wrote without this option."
-            )
         if engine.lora and self.schema.recipe.get("smooth"):
             self.report.warn_of_adapters()
 

@@ -84,7 +84,8 @@ class Pattern:
             parsed = parser.parse(text)
             re.compile(text)
             self._part = _sequence(parsed, parsed.state.flags)
-        except (re.error, OverflowError, RecursionError) as error:
+        # A ValueError: flags that exclude each other.
+        except (re.error, OverflowError, RecursionError, ValueError) as error:
             raise RiaError(f"{where}: {shown} is not a regular expression ({error}). Correct it.") from None
         except KeyError as error:
             raise RiaError(f"{self._shown} has a part ({error.args[0]}) that is not allowed here.") from None
@@ -126,6 +127,8 @@ def _part(operation: Any, argument: Any, flags: int) -> Part:
         return lambda walk, places: 0
     if operation is ops.SUBPATTERN:
         _, added, removed, items = argument
+        if added & (re.ASCII | re.UNICODE):
+            flags &= ~(re.ASCII | re.UNICODE)  # each replaces the other
         return _sequence(items, (flags | added) & ~removed)
     if operation is ops.BRANCH:
         branches = [_sequence(items, flags) for items in argument[1]]

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -30,7 +31,7 @@ def watch_models() -> None:
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader import utils
 
-    from ria_vllm.serve.completeness import check_loaded, empty_weights
+    from ria_vllm.serve.completeness import check_loaded, check_reloaded, empty_weights
     from ria_vllm.serve.config import RiaConfig
     from ria_vllm.serve.engine import EngineOptions
     from ria_vllm.serve.layer_matching import match_layers
@@ -41,8 +42,8 @@ def watch_models() -> None:
 
     @functools.wraps(record)
     def record_metadata_for_reloading(model: torch.nn.Module) -> None:
-        config = get_current_vllm_config().quant_config
-        if isinstance(config, RiaConfig) and _depth_of(building) == 1:
+        config, calls = get_current_vllm_config().quant_config, _calls_of(building)
+        if isinstance(config, RiaConfig) and len(calls) == 1:
             engine = EngineOptions.current()
             match_layers(config, model)
             check = functools.partial(check_reload, config, engine.model_config)
@@ -55,9 +56,19 @@ def watch_models() -> None:
                 from ria_vllm.serve import experts_matching
 
                 taken |= experts_matching.takers(config, model)
-            empty_weights(model)
-            complete = functools.partial(check_loaded, model, config.where)
-            config.stream.attach(model, check, complete, engine.dummy_weights, taken, config.translation)
+            # A draft may be built with the configuration of its target, but has files of its own.
+            built_from = calls[0].get("model_config") or engine.model_config
+            where = str(built_from.model) if built_from is not None else config.where
+            embeddings = built_from is engine.model_config
+            model.ria_embeddings = embeddings
+            empty_weights(model, embeddings)
+            complete = functools.partial(check_loaded, model, where, embeddings)
+
+            def after_reload(left: Sequence[str]) -> None:
+                present = EngineOptions.current().model_config if embeddings else None
+                check_reloaded(left, where if present is None else str(present.model))
+
+            config.stream.attach(model, check, complete, engine.dummy_weights, taken, config.translation, after_reload)
         record(model)
 
     utils.record_metadata_for_reloading = record_metadata_for_reloading
@@ -70,22 +81,26 @@ def watch_reloads() -> None:
     """
     from vllm.model_executor.model_loader.reload import layerwise
 
+    from ria_vllm.serve.completeness import left_out
+
     finalize = layerwise.finalize_layerwise_processing
 
     @functools.wraps(finalize)
     def finalize_layerwise_processing(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        finalize(model, *args, **kwargs)
         finish = getattr(model, "ria_finish_reload", None)
+        left = [] if finish is None else left_out(model, getattr(model, "ria_embeddings", True))
+        finalize(model, *args, **kwargs)
         if finish is not None:
-            finish()
+            finish(left)
 
     layerwise.finalize_layerwise_processing = finalize_layerwise_processing
 
 
-def _depth_of(code: CodeType) -> int:
-    """How many calls of a function are on the stack."""
-    count, frame = 0, inspect.currentframe()
+def _calls_of(code: CodeType) -> list[Mapping[str, Any]]:
+    """The local variables of each call of a function on the stack, the innermost first."""
+    calls, frame = [], inspect.currentframe()
     while frame is not None:
-        count += frame.f_code is code
+        if frame.f_code is code:
+            calls.append(dict(frame.f_locals))
         frame = frame.f_back
-    return count
+    return calls

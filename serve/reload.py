@@ -8,7 +8,14 @@ from vllm.config import ModelConfig
 from ria_vllm.checkpoint import is_compressed, read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import RiaSchema
-from ria_vllm.serve.checkpoint_files import WeightHeaders, check_weight_files, locate, permutations_of, stored_modules
+from ria_vllm.serve.checkpoint_files import (
+    WeightHeaders,
+    check_weight_files,
+    dense_tensors,
+    locate,
+    permutations_of,
+    stored_modules,
+)
 from ria_vllm.serve.compressed_tensors import CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.engine import EngineOptions
@@ -55,6 +62,7 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
     orders, present = ((one.permutations_digest, one.folds, one.experts) for one in (schema, config.schema))
     if orders != present:
         raise _refusal(model, "its weights are stored in other channel orders than those that this server has folded")
+    _check_dense(config, headers.names, model)
     smooth, present_smooth = (one.recipe.get("smooth") or 0 for one in (schema, config.schema))
     if EngineOptions.current().lora and smooth != present_smooth:
         raise _refusal(model, "its inputs have other scales (--smooth), which the adapters of this server do not have")
@@ -73,6 +81,22 @@ def _check_pruned(config: RiaConfig, names: Collection[str], model: str) -> None
         raise _refusal(model, f"{name} is pruned in the folder or on this server, but not on both")
 
 
+def _check_dense(config: RiaConfig, names: Collection[str] | None, model: str) -> None:
+    """Check that the files have the same dense tensors as those that the server was started with.
+
+    vLLM would keep the old values, or dummies, of one that is missing, and drop one that it has no place for.
+    """
+    if names is None:
+        return  # no files, so the weights come from elsewhere
+    if config.dense_tensors is None:
+        raise RiaError(
+            f"{model}: this server was started with dummy weights in a folder without any, so nothing shows which "
+            "weights it needs. Start it again instead of reloading."
+        )
+    if different := dense_tensors(names) ^ config.dense_tensors:
+        raise _refusal(model, f"{min(different)} is in the folder or on this server, but not on both")
+
+
 def _check_compressed_tensors(
     config: RiaConfig, present: CompressedTensorsConfig, content: Mapping[str, Any], model: str, revision: str | None
 ) -> None:
@@ -88,7 +112,9 @@ def _check_compressed_tensors(
         )
     names = WeightHeaders(model, revision).names
     if names is not None and config.translation is not None:
-        _check_pruned(config, config.translation.names(names), model)
+        names = config.translation.names(names)
+        _check_pruned(config, names, model)
+        _check_dense(config, names, model)
 
 
 def _quantization_of(content: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ way, and compressed tensors allow no change.
 
 import functools
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -55,6 +55,7 @@ class WeightStream:
         loaded: bool = False,
         takers: Mapping[str, Taker | None] = MappingProxyType({}),
         translation: Translation | None = None,
+        after_reload: Callable[[Sequence[str]], None] = lambda left_out: None,
     ) -> None:
         """Stand between vLLM's loaders and `model`, now and on every reload.
 
@@ -66,18 +67,22 @@ class WeightStream:
             takers: linears, or whole names of tensors, that the model must not see -> who takes their tensors; None if
                 nobody here needs them.
             translation: of tensors that are stored in a form that no layer takes. It comes before everything else.
+            after_reload: raises a RiaError if a reload from files has left layers out, whose paths it is given.
         """
         load = model.load_weights
+        whole = False  # the last load was one of all weights
 
         @functools.wraps(load)
         def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: object, **kwargs: object) -> object:
-            nonlocal loaded
+            nonlocal loaded, whole
+            whole = False
             first = not loaded
             # vLLM's loaders read files lazily. A list is a piece of what a trainer sends; it comes from no file.
             from_files = not isinstance(weights, list | tuple)
             if loaded:
                 self._check(model, functools.partial(before_reload, from_files))
             loaded = self.active = True
+            whole = from_files
             if from_files:
                 weights = once(weights)
             if translation is not None:
@@ -91,9 +96,14 @@ class WeightStream:
                 after_load()
             return result
 
+        def finish_reload(left_out: Sequence[str]) -> None:
+            if translation is not None:
+                translation.finish()
+            if whole:
+                after_reload(left_out)
+
         model.load_weights = load_weights
-        if translation is not None:
-            model.ria_finish_reload = translation.finish
+        model.ria_finish_reload = finish_reload
 
     @staticmethod
     def _check(model: torch.nn.Module, before_reload: Callable[[], None]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from checkpoint_folder import config_of, rebind
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
@@ -17,7 +17,8 @@ from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE
-from ria_vllm.serve.checkpoint_files import locate
+from ria_vllm.serve import checkpoint_files
+from ria_vllm.serve.checkpoint_files import is_offline, locate
 from ria_vllm.serve.config import RiaConfig, rearranged_by_vllm
 from ria_vllm.serve.linear import Sparse24LinearMethod
 from ria_vllm.serve.reload import check_reload
@@ -141,7 +142,7 @@ def test_shards_of_another_run_without_an_index(copy, other_run, tmp_path):
 
 def test_a_missing_shard_without_an_index(copy):
     split(copy, index=False)[1].unlink()
-    with pytest.raises(RiaError, match="1 of the 00002 files model-.*no model.safetensors.index.json. Get the others"):
+    with pytest.raises(RiaError, match="1 of the 2 files model-.*no model.safetensors.index.json. Get the others"):
         config_of(copy)
 
 
@@ -173,7 +174,56 @@ def test_a_second_weight_file_without_an_index(checkpoint, copy, hub, other_run,
 def test_a_second_weight_file_beside_an_index(copy, other_run):
     """vLLM leaves it out."""
     split(copy)
-    shutil.copy(other_run / SINGLE_FILE, copy / "consolidated.safetensors")
+    shutil.copy(other_run / SINGLE_FILE, copy / "old.safetensors")
+    assert len(config_of(copy).permutations) == 14
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_what_vllm_itself_takes_for_weights_in_mistrals_format(copy, name, indexed):
+    """The reason for the tests below: vLLM reads that file, and no other."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    split(copy, index=indexed)
+    save_file({"norm.weight": torch.zeros(8)}, copy / name)
+    _, files, *_ = DefaultModelLoader(LoadConfig())._prepare_weights(str(copy), None, None, False, None)
+    assert files == [str(copy / name)]
+
+
+@pytest.mark.parametrize(
+    "name", ["consolidated.safetensors", "consolidated-2.safetensors", "sub/consolidated.safetensors"]
+)
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("place", ["folder", "reload", "hub", "cache", "modelscope"])
+def test_weights_in_mistrals_format_are_refused(checkpoint, copy, hub, monkeypatch, place, indexed, name):
+    """vLLM would load only those, and ignore the index."""
+    config = config_of(checkpoint)
+    if indexed:
+        split(copy)
+
+    def read():
+        if place == "reload":
+            check_reload(config, SimpleNamespace(model=str(copy), revision=None), from_files=True)
+        elif place == "folder":
+            config_of(copy)
+        else:
+            hub.config()
+
+    if place == "cache":
+        hub.reachable = False
+    if place == "modelscope":
+        on_modelscope(monkeypatch, copy)
+    hub.cached = {path.relative_to(copy).as_posix() for path in copy.rglob("*")} if place == "cache" else set()
+    read()
+    (copy / name).parent.mkdir(exist_ok=True)
+    save_file({"norm.weight": torch.zeros(8)}, copy / name)
+    hub.cached |= {name} if place == "cache" else set()
+    with pytest.raises(RiaError, match=f"vLLM would load {name} in place of the model.*Remove it"):
+        read()
+
+
+def test_weights_that_are_all_in_files_with_mistrals_names(copy):
+    (copy / SINGLE_FILE).rename(copy / "consolidated.safetensors")
     assert len(config_of(copy).permutations) == 14
 
 
@@ -193,6 +243,7 @@ class Hub:
 
     def __init__(self, monkeypatch, folder):
         self.folder, self.cached, self.reachable, self.revisions = folder, set(), True, set()
+        self.refusal, self.headers = None, []
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
         monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", self.from_cache)
         monkeypatch.setattr(huggingface_hub, "parse_safetensors_file_metadata", self.header)
@@ -204,14 +255,20 @@ class Hub:
     def download(self, repo, name, revision=None):
         self.revisions.add(revision)
         assert name != SINGLE_FILE  # vLLM downloads the weights, to where its options say
+        self.refuse()
         if name not in self.cached and not self.reachable:
             raise LocalEntryNotFoundError("offline")
         if not self.path(name).is_file():
             raise EntryNotFoundError("404")
         return str(self.path(name))
 
+    def refuse(self):
+        if self.refusal is not None:
+            raise self.refusal
+
     def list(self, repo, revision=None):
         self.revisions.add(revision)
+        self.refuse()
         if not self.reachable:
             raise ConnectionError("no route to host")
         return [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
@@ -222,6 +279,7 @@ class Hub:
 
     def header(self, repo, name, revision=None):
         self.revisions.add(revision)
+        self.headers.append(name)
         if not self.reachable:
             raise ConnectionError("no route to host")
         with safe_open(self.path(name), framework="pt") as file:
@@ -293,6 +351,64 @@ def test_shards_without_an_index_on_the_hub(hub, reachable):
     assert len(config.pruned) == 14 and len(config.permutations) == 14 and config.unread is None
 
 
+@pytest.mark.parametrize("indexed", [True, False])
+def test_the_headers_are_fetched_once(hub, indexed):
+    shards = split(hub.folder, index=indexed)
+    assert hub.config().unread is None
+    assert sorted(hub.headers) == [shard.name for shard in shards]
+
+
+def answer(status):
+    """What the hub's library raises when the hub refuses something."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    kinds = {401: RepositoryNotFoundError, 403: GatedRepoError, 503: HfHubHTTPError}
+    request = SimpleNamespace(method="GET", url="https://hub", headers={})
+    response = SimpleNamespace(status_code=status, headers={}, request=request, history=[])
+    return kinds[status](f"{status} Client Error.\n\nAccess to model who/what is restricted.", response=response)
+
+
+@pytest.mark.parametrize("status", [401, 403, 503])
+@pytest.mark.parametrize("step", ["index", "list"])
+def test_what_the_hub_refuses_is_not_taken_from_the_cache(hub, monkeypatch, status, step):
+    """The cache may have files of an older state of the repository."""
+    hub.cached, hub.refusal = {SINGLE_FILE, PERMUTATIONS_FILE, "config.json"}, answer(status)
+    if step == "list":
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(hub.path("config.json")))
+        monkeypatch.setattr(checkpoint_files, "read_index", lambda *_: {"lm_head.weight": SINGLE_FILE})
+    config = hub.config()
+    with pytest.raises(RiaError, match="who/what: .*from the hub .*Access to model who/what is restricted"):
+        config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("error", "offline"),
+    [
+        (OfflineModeIsEnabled("HF_HUB_OFFLINE=1"), True),
+        (ConnectionError("no route to host"), True),
+        (TimeoutError("timed out"), True),
+        (LocalEntryNotFoundError("local_files_only"), True),
+        (answer(401), False),
+        (answer(503), False),
+        (ValueError("not a repository"), False),
+    ],
+)
+def test_what_being_offline_is(error, offline):
+    assert is_offline(error) is offline
+    missing = LocalEntryNotFoundError("not in the cache")
+    missing.__cause__ = error
+    assert is_offline(missing) is offline
+
+
+def test_an_http_librarys_error_of_an_unreachable_host_is_being_offline(monkeypatch):
+    """The type of error that the hub's library really raises, whatever HTTP library it uses."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    api = huggingface_hub.HfApi(endpoint="http://127.0.0.1:9")
+    with pytest.raises(Exception) as raised:
+        api.list_repo_files("who/what")
+    assert is_offline(raised.value)
+
+
 def test_hub_without_permutations(hub):
     hub.path(PERMUTATIONS_FILE).unlink()
     with pytest.raises(RiaError, match="who/what: permutations.safetensors is missing"):
@@ -324,8 +440,8 @@ def test_weights_of_another_run_on_the_hub(hub, reachable, tmp_path):
         hub.config()
 
 
-def test_modelscope(copy, monkeypatch):
-    """vLLM downloads weights from ModelScope itself. The permutations come the same way."""
+def on_modelscope(monkeypatch, folder):
+    """Let a folder be what vLLM downloads from ModelScope; returns the arguments of each download."""
     from vllm import envs
     from vllm.model_executor.model_loader import weight_utils
 
@@ -333,10 +449,16 @@ def test_modelscope(copy, monkeypatch):
 
     def download(model, revision=None, allow_patterns=None):
         asked.append((model, revision, allow_patterns))
-        return str(copy)
+        return str(folder)
 
     monkeypatch.setattr(envs, "VLLM_USE_MODELSCOPE", True, raising=False)
     monkeypatch.setattr(weight_utils, "maybe_download_from_modelscope", download)
+    return asked
+
+
+def test_modelscope(copy, monkeypatch):
+    """vLLM downloads weights from ModelScope itself. The permutations come the same way."""
+    asked = on_modelscope(monkeypatch, copy)
     config = RiaConfig.from_config(json.loads((copy / "config.json").read_text())["quantization_config"])
     config.maybe_update_config("who/what", revision="v2")
     assert len(config.permutations) == 14 and len(config.pruned) == 14
@@ -365,6 +487,16 @@ def test_dummy_weights_need_no_permutations(copy):
     with dummy_weights():
         method = config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
     assert isinstance(method, Sparse24LinearMethod)
+
+
+def test_weights_that_a_kernel_has_packed_are_named_as_such(copy):
+    """Even where no weights of another kind are, or the hub is out of reach."""
+    (copy / SINGLE_FILE).unlink()
+    config = config_of(copy)
+    config.unread = "out of reach"
+    with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="sharded_state"))):
+        with pytest.raises(RiaError, match="--load-format sharded_state reads weights that a kernel has packed"):
+            config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
 
 
 def dummy_weights():

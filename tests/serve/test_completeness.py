@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -10,10 +11,16 @@ from compare import check, generate, prompts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import RiaSchema, SparsityConfig
-from ria_vllm.serve.completeness import check_loaded, empty_weights
+from ria_vllm.serve.completeness import check_loaded, check_reloaded, empty_weights, left_out
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.layer_matching import match_layers
 
@@ -35,6 +42,71 @@ def test_a_dense_weight_that_never_came_is_named(ranks, dtype):
         check_loaded(model, "here")
     model.second.weight.data[3] = 1  # a part of a fused weight; some models leave out what they do not use
     check_loaded(model, "here")
+
+
+def embedded(tied):
+    """A model of an embedding and a head."""
+    model = torch.nn.Module()
+    model.embed = VocabParallelEmbedding(96, 64, params_dtype=torch.float32, prefix="embed")
+    head = ParallelLMHead(96, 64, params_dtype=torch.float32, prefix="head")
+    model.head = head.tie_weights(model.embed) if tied else head
+    return model
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """vLLM's embeddings ask for their rank."""
+    from vllm.model_executor.layers import vocab_parallel_embedding as embeddings
+
+    monkeypatch.setattr(embeddings, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(embeddings, "get_tensor_model_parallel_world_size", lambda: 1)
+
+
+def load(layer):
+    layer.weight.weight_loader(layer.weight, torch.zeros(96, 64))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_or_a_head_that_never_came_is_named(ranks, one_rank, tied):
+    model = embedded(tied)
+    empty_weights(model)
+    with pytest.raises(RiaError, match="the weight of vLLM's layer embed is in none"):
+        check_loaded(model, "here")
+    load(model.embed)
+    if not tied:
+        with pytest.raises(RiaError, match="the weight of vLLM's layer head is in none"):
+            check_loaded(model, "here")
+        load(model.head)
+    check_loaded(model, "here")
+    draft = embedded(tied)  # it has them from its target, once it is loaded
+    empty_weights(draft, embeddings=False)
+    check_loaded(draft, "here", embeddings=False)
+
+
+@pytest.mark.parametrize("tied", ["by vLLM", "by the model", "not"])
+def test_what_a_reload_leaves_out(ranks, one_rank, tied):
+    model = embedded(tied == "by vLLM")
+    model.fc = ReplicatedLinear(64, 32, bias=False, params_dtype=torch.float32, prefix="fc")
+    if tied == "by the model":
+        model.head.weight = model.embed.weight
+    record_metadata_for_reloading(model)
+    model.fc.quant_method.process_weights_after_loading(model.fc)
+    for names, missing in (
+        (["embed", "head", "fc"], []),
+        (["embed", "fc"], ["head"] if tied == "not" else []),
+        (["embed", "head"], ["fc"]),
+        (["fc"], ["embed", "head"]),
+    ):
+        initialize_layerwise_reload(model)
+        for name in names:
+            layer = getattr(model, name)
+            layer.weight.weight_loader(layer.weight, torch.zeros(layer.weight.shape if name == "fc" else (96, 64)))
+        assert left_out(model) == missing
+        assert left_out(model, embeddings=False) == [name for name in missing if name == "fc"]
+        finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
+        assert left_out(model) == []
+    with pytest.raises(RiaError, match="^here: the weight of vLLM's layer fc is in none of the weight files"):
+        check_reloaded(["fc"], "here")
 
 
 def shards_without_index(folder, out, keep=2):
@@ -59,6 +131,8 @@ def runs(tmp_path_factory):
     shutil.copytree(folder / "out", folder / "stray")
     tiny.write(tiny.FAMILIES["llama-gqa"], folder / "other", seed=1)
     shutil.copy(folder / "other" / "model.safetensors", folder / "stray" / "old.safetensors")
+    shutil.copytree(folder / "plain", folder / "mistral")
+    shutil.copy(folder / "other" / "model.safetensors", folder / "mistral" / "consolidated.safetensors")
     shutil.copytree(folder / "plain", folder / "longer")
     config = json.loads((folder / "longer" / "config.json").read_text())
     (folder / "longer" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
@@ -67,7 +141,10 @@ def runs(tmp_path_factory):
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     save_file({n: t for n, t in load_file(path).items() if "1.mlp.down_proj" not in n}, path, metadata)
-    names = ["shards", "plain", "one shard", "stray", "longer", "without dense"]
+    shutil.copytree(folder / "plain", folder / "without head")
+    path = folder / "without head" / "model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if n != "lm_head.weight"}, path, metadata)
+    names = ["shards", "plain", "one shard", "stray", "mistral", "longer", "without dense", "without head"]
     jobs = [
         {"model": str(folder / name), "prompts": prompts(), "tokens": 4, "engine": {"dtype": "float32"}}
         for name in names
@@ -87,8 +164,10 @@ def test_what_is_complete_is_served(runs, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("one shard", "1 of the 00002 files model-*-of-00002.safetensors, and no model.safetensors.index.json"),
+        ("one shard", "1 of the 2 files model-*-of-00002.safetensors, and no model.safetensors.index.json"),
         ("stray", "in model.safetensors and in old.safetensors, and vLLM loads both"),
+        ("mistral", "vLLM would load consolidated.safetensors in place of the model"),
+        ("without head", "the weight of vLLM's layer lm_head is in none of the weight files"),
         ("longer", "the weight of vLLM's layer model.layers.2.self_attn.qkv_proj is in none of the weight files"),
         ("without dense", "the weight of vLLM's layer model.layers.1.mlp.down_proj is in none of the weight files"),
     ],

@@ -69,6 +69,18 @@ HARD = [
     r"(?:(?!a*a*a*x)a)*y",
     r"(?i)(?:a|A|b|B|d|D|\.|0|1)*!",
 ]
+FLAGS = [
+    r"(?a:\w)",
+    r"(?a:\w)\w",
+    r"(?a:(?u:\w)\w)",
+    r"(?a)(?u:\w)\w",
+    r"(?a:\b)\W",
+    r"(?ai:k)k",
+    r"(?i:(?a:[k-z]))",
+    r"(?a)(?iu:s)",
+    r"(?a-i:\W)",
+    r"(?a:(?:\w|x)+)é",
+]
 LONG = ["a" * LONGEST_NAME, "ab" * (LONGEST_NAME // 2), "a" * (LONGEST_NAME - 1) + "c", "1" * LONGEST_NAME]
 SHORT = ["", "a", "b", "ab", "aab", "abc", "ba", "aaaab", "A.b", "1x", "111x", "11", "aé", "éx!", "aa c", "sx", "abab!"]
 
@@ -95,6 +107,11 @@ def test_patterns_with_millions_of_ways_match_soon(text):
     assert seconds(text, LONG) < 0.5
 
 
+@pytest.mark.parametrize("text", FLAGS)
+def test_flags_of_a_part_replace_those_around_it(text):
+    as_re_does(text, ["é", "éé", "aé", "éa", "aa", "k", "\u212a", "\u212ak", "kk", "K\u212a", "s", "ſ", "S", "!", "xé"])
+
+
 def test_repeats_of_nothing_match_soon():
     """`re` itself needs hours and all of the memory."""
     assert seconds("(?:(?:){65535}){65535}", LONG) < 0.5
@@ -113,7 +130,9 @@ def test_parts_that_depend_on_the_order_of_trying_are_refused(text, part):
         compile_pattern(text, "config.json")
 
 
-@pytest.mark.parametrize("text", ["(", "[", "*", "a{99999999999999999999}", "(?P<a", "(" * 240 + ")" * 240 + "("])
+@pytest.mark.parametrize(
+    "text", ["(", "[", "*", "a{99999999999999999999}", "(?P<a", "(" * 240 + ")" * 240 + "(", "(?au)a", "(?a)(?u)a"]
+)
 def test_what_is_not_a_pattern_is_named(text):
     with pytest.raises(RiaError, match=r"^config\.json, ignore: .* is not a regular expression"):
         compile_pattern(text, "config.json, ignore")
@@ -144,6 +163,9 @@ PIECES = st.sampled_from(
         "(?<!",
         "(?i:",
         "(?-i:",
+        "(?a:",
+        "(?u:",
+        "(?a)",
         ")",
         "|",
         "*",

@@ -4,13 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gated_model import Model, stored_model
+from gated_model import Model, finished, stored_model
+from gated_model import tensors as tensors_of
 from test_marlin24 import tensors
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import INTEGERS
-from ria_vllm.serve import layer_matching, plugin
+from ria_vllm.serve import layer_matching, plugin, reload
 from ria_vllm.serve.packed_forms import Marlin24, Translation
 from ria_vllm.serve.stream import WeightStream
 
@@ -45,6 +47,73 @@ def test_models_inside_a_model_wait_for_the_outermost(ranks, monkeypatch):
         utils.initialize_model(config, model_class=Failing, model_config=config.model_config)
     utils.initialize_model(config, model_class=Outer, model_config=config.model_config)
     assert matched == [Outer]
+
+
+class WithDense(Model):
+    """A model with a layer that stays dense."""
+
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__(vllm_config.quant_config)
+        self.fc = ReplicatedLinear(16, 8, bias=False, quant_config=vllm_config.quant_config, prefix="fc")
+
+
+@pytest.fixture
+def built(ranks, monkeypatch):
+    """(what vLLM builds as the plugin sees it, what its checkpoint holds); call the first with the model's folder."""
+    from vllm.model_executor.model_loader import utils
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    for module, name in (
+        (utils, "record_metadata_for_reloading"),
+        (layerwise, "finalize_layerwise_processing"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(reload, "check_reload", lambda *_: None)
+    plugin.watch_models()
+    plugin.watch_reloads()
+    config, stored = get_current_vllm_config(), stored_model()
+    monkeypatch.setattr(config, "quant_config", stored.config())
+    config.quant_config.where = "the target"
+    config.quant_config.stored.add("fc")
+
+    def build(folder):
+        own = folder and SimpleNamespace(model=folder)
+        return utils.initialize_model(config, model_class=WithDense, model_config=own)
+
+    return build, stored
+
+
+def test_weights_that_a_draft_lacks_are_looked_for_in_its_own_folder(built):
+    """A draft may be built with the configuration of its target."""
+    build, stored = built
+    model = build("the draft")
+    with pytest.raises(RiaError, match="^the draft: the weight of vLLM's layer fc is in none of the weight files"):
+        model.load_weights(tensors_of(stored))
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_reload_that_leaves_a_dense_layer_out(built, load_format):
+    """Also the first load after a start with dummy weights. vLLM would keep what the layer had, and only warn."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    build, stored = built
+    get_current_vllm_config().load_config.load_format = load_format
+    dense = [("fc.weight", torch.ones(8, 16))]
+    model = build("the folder")
+    if load_format == "auto":
+        model.load_weights(iter([*tensors_of(stored), *dense]))
+    finished(model)
+
+    def reload(weights):
+        initialize_layerwise_reload(model)
+        model.load_weights(weights)
+        finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
+
+    reload(iter([*tensors_of(stored), *dense]))
+    with pytest.raises(RiaError, match="^the folder: the weight of vLLM's layer fc is in none of the weight files"):
+        reload(tensors_of(stored))
+    reload(list(tensors_of(stored)))  # somebody sends what has changed
+    reload(iter([*tensors_of(stored), *dense]))
 
 
 def test_pieces_of_an_update_that_ended_do_not_go_into_the_next(engine, monkeypatch):

@@ -9,9 +9,11 @@ import pytest
 import tiny
 import torch
 from checkpoint_folder import config_of, rebind
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
 
+from ria_vllm.checkpoint import SINGLE_FILE
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE
 from ria_vllm.serve.config import RiaConfig
@@ -66,6 +68,43 @@ def test_a_reload_that_prunes_other_linears(checkpoint, copy):
     tiny.write(tiny.FAMILIES["llama-gqa"], copy, dense=("1.mlp.down_proj",))
     with pytest.raises(RiaError, match=r"model\.layers\.1\.mlp\.down_proj is pruned in the folder or on this server"):
         reload_from(config, copy)
+
+
+def change(folder, tensors):
+    """Add tensors to the weight file of a folder, or remove those that are None."""
+    path = folder / SINGLE_FILE
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    stored = load_file(path) | tensors
+    save_file({name: tensor for name, tensor in stored.items() if tensor is not None}, path, metadata)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"model.layers.1.input_layernorm.weight": None},
+        {"model.embed_tokens.weight": None},
+        {"lm_head.weight": torch.zeros(8, 8)},
+        {"model.layers.0.mlp.down_proj.bias": torch.zeros(8)},
+    ],
+)
+def test_a_reload_with_other_dense_tensors(checkpoint, copy, theirs, tmp_path, tensors):
+    """vLLM would keep the old values of one that is missing, and drop one that it has no place for."""
+    (name,) = tensors
+    for folder in (checkpoint, theirs):
+        other = shutil.copytree(folder, tmp_path / folder.name)
+        present = name in load_file(folder / SINGLE_FILE)
+        change(other, {name: None if present else torch.zeros(8)})
+        with pytest.raises(RiaError, match=f"{name} is in the folder or on this server, but not on both"):
+            reload_from(config_of(folder), other)
+
+
+def test_a_reload_of_a_server_that_was_started_without_files(checkpoint, copy):
+    (copy / SINGLE_FILE).unlink()
+    config = config_of(copy)
+    reload_from(config, copy)  # the weights come from elsewhere
+    with pytest.raises(RiaError, match="started with dummy weights in a folder without any"):
+        reload_from(config, checkpoint)
 
 
 def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):

@@ -28,8 +28,8 @@ NO_ROTATION = {"rope_parameters": {
     "original_max_position_embeddings": 1,
 }}  # fmt: skip
 UNROTATED = (
-    "without positions in attention: given [tokens, heads, width], vLLM's CPU kernel rotates only as many heads as "
-    "there are tokens"
+    "without positions in attention: given [tokens, heads, width], vLLM's CPU kernel, which serves without "
+    "compilation, rotates only as many heads as there are tokens"
 )
 LFM2 = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False} | NO_ROTATION
 
