@@ -130,7 +130,8 @@ class _Run:
 
     def compress(self) -> dict[str, Any]:
         """Run every step, from the calibration tokens to the finished folder; returns the report."""
-        others = _other_files(self.source)  # first, so that an error in them shows at once, not after hours
+        # First, so that an error in them shows at once, not after hours.
+        others = _other_files(self.source, self.model.stored_dtype)
         check_nothing_lost(self.model, set(), planned(self.model), self.recipe.weight_format)
         tokens = self._tokens()
         cache = self.writer.work / "activations" if self.settings.activation_cache == "disk" else None
@@ -145,7 +146,7 @@ class _Run:
         for warning in plan.warnings:
             self.monitor.warn(warning)
         if copied := self.model.copied():
-            self.monitor.say(f"copied unchanged, beside the text decoder: {', '.join(copied)}")
+            self.monitor.say(f"{self.model.how_copied()}, beside the text decoder: {', '.join(copied)}")
         self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
         self.ranks.barrier()
         report = self._report(layers.topologies, plan, store)
@@ -335,9 +336,16 @@ def _say_experts(module: str, records: dict[str, dict[str, Any]], monitor: Monit
         monitor.warn(f"{module}: {which} fewer calibration tokens than channels. {LEANING}")
 
 
-def _other_files(source: Source) -> tuple[dict[str, Any], list[Path]]:
-    """The files that go with the weights: (name -> content of JSON files, without local paths; files to copy)."""
-    json_files, copies = {"config.json": without_paths(source.raw_config)}, source.small_files()
+def _other_files(source: Source, dtype: torch.dtype) -> tuple[dict[str, Any], list[Path]]:
+    """The files that go with the weights: (name -> content of JSON files, without local paths; files to copy).
+
+    Where config.json names no dtype, each reader derives one from the tensors in a way of its own: vLLM takes the
+    widest one, transformers the first one. So it then gets `dtype`, that of the weights.
+    """
+    config = without_paths(source.raw_config)
+    if not any(isinstance(getattr(torch, str(config.get(key)), None), torch.dtype) for key in ("dtype", "torch_dtype")):
+        config["dtype"] = name_of(dtype)
+    json_files, copies = {"config.json": config}, source.small_files()
     for path in [path for path in copies if path == source.folder / TOKENIZER_FILE]:
         json_files[path.name] = without_paths(read_json(path))
         copies.remove(path)

@@ -56,20 +56,27 @@ def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, monitor:
 
 def _check_whole_fits(source: Source, model: StreamedModel) -> None:
     """Refuse to load a dense model that does not fit into memory: the system would kill the process without a word."""
-    weights = sum(parameter.numel() for parameter in model.model.parameters())
-    needed = weights * model.dtype.itemsize
-    if model.tensors.scheme is not None:
-        needed += weights * model.stored_dtype.itemsize  # see `load_dense`
-    devices = {model.device, torch.device("cpu")}  # it is read into the host's memory first
-    room = {device: free for device in devices if (free := available(device)) is not None}
+    needed = _needed(model, model.dtype)
+    room = {device: free for device in needed if (free := available(device)) is not None}
     for device, free in room.items():
-        if needed > free:
-            smaller, least = "", needed - weights * (model.dtype.itemsize - model.stored_dtype.itemsize)
-            if least < needed and least <= min(room.values()):
+        if needed[device] > free:
+            smaller, least = "", _needed(model, model.stored_dtype)
+            if least[device] < needed[device] and all(least[one] <= room[one] for one in room):
                 narrow = name_of(model.stored_dtype)
                 smaller = f" Or give --compute-dtype {narrow}, which takes less memory and more time."
             raise RiaError(
                 f"{source.name}: --calibration self runs the whole dense model in {name_of(model.dtype)}, which takes "
-                f"{needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free ({device}). Give a text file "
-                f"to --calibration; then decoder layers are in memory one at a time.{smaller}"
+                f"{needed[device] / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free ({device}). Give a "
+                f"text file to --calibration; then decoder layers are in memory one at a time.{smaller}"
             )
+
+
+def _needed(model: StreamedModel, dtype: torch.dtype) -> dict[torch.device, int]:
+    """The bytes that the dense model takes in `dtype`: on its device, and on the CPU while it is loaded."""
+    sizes = {name: parameter.numel() for name, parameter in model.model.named_parameters()}
+    weights = sum(sizes.values()) * dtype.itemsize
+    second = 0
+    if model.tensors.scheme is not None:  # see `load_dense`
+        twice = sizes if dtype != model.stored_dtype else sizes.keys() & model.names.made
+        second = sum(sizes[name] for name in twice) * model.stored_dtype.itemsize
+    return {model.device: weights} | {torch.device("cpu"): weights + second}

@@ -18,7 +18,7 @@ from ria_vllm.offline.evaluation.recovery import average, comparison, lines, tab
 from ria_vllm.offline.evaluation.tasks import run_tasks
 from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
-from ria_vllm.offline.model.hf import configured_dtype, load_model, load_tokenizer, read_config
+from ria_vllm.offline.model.hf import configured_dtype, dequantized_from, load_model, load_tokenizer, read_config
 from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.progress import Monitor
 from ria_vllm.task_card import note_tasks
@@ -174,9 +174,13 @@ def evaluate(
                 loaded = load_model(baseline, chosen_device, dtype)
             dense = perplexity(loaded, tokens, seq_len, monitor)
     if as_json:
-        about = {"model": model, "text": str(text), "compute_dtype": dtype, **asdict(found)}
-        click.echo(json.dumps(about | ({"baseline": {"model": baseline, **asdict(dense)}} if dense else {}), indent=2))
+        about = {"model": model, "text": str(text), "compute_dtype": dtype, **_dequantized(configs[model])}
+        about |= asdict(found)
+        if dense is not None:
+            about["baseline"] = {"model": baseline, **_dequantized(configs[str(baseline)]), **asdict(dense)}
+        click.echo(json.dumps(about, indent=2))
     else:
+        _say_dequantized(configs)
         windows = f"{found.windows} windows of {found.seq_len}"
         click.echo(f"perplexity {found.perplexity:.4f} ({found.tokens} tokens, {windows}, computed in {dtype})")
         if dense is not None:
@@ -184,6 +188,18 @@ def evaluate(
     if update_card:
         other = None if dense is None else dense.perplexity
         note_perplexity(Path(model), Measured(text.name, found.tokens, found.seq_len, found.perplexity, other))
+
+
+def _dequantized(config: Any) -> dict[str, str]:
+    """For --json: how the weights of a model are quantized, if they were dequantized to measure it."""
+    method = dequantized_from(config)
+    return {} if method is None else {"dequantized_from": method}
+
+
+def _say_dequantized(configs: Mapping[str, Any]) -> None:
+    for name, config in configs.items():
+        if method := dequantized_from(config):
+            click.echo(f"{name}: its weights are quantized ({method}), and were dequantized to be measured")
 
 
 def window_length(configs: Mapping[str, Any], asked: int | None) -> int:
@@ -227,8 +243,10 @@ def evaluate_tasks(
     """`eval --tasks`; see `run_tasks` for what the arguments mean."""
     if update_card:
         check_card(Path(model))
-    if baseline is not None and engine == "hf":
-        compute_dtype = common_dtype([read_config(name) for name in (model, baseline)], device, compute_dtype)
+    # vLLM serves quantized weights as they are.
+    configs = {name: read_config(name) for name in (model, baseline) if name is not None} if engine == "hf" else {}
+    if baseline is not None and configs:
+        compute_dtype = common_dtype(list(configs.values()), device, compute_dtype)
     found = run_tasks(model, tasks, engine, limit, device, folder, compute_dtype)
     dense = None if baseline is None else run_tasks(baseline, tasks, engine, limit, device, folder, compute_dtype)
     harness = f"lm-evaluation-harness {version('lm_eval')}"
@@ -238,11 +256,16 @@ def evaluate_tasks(
             "model": model,
             "engine": engine,
             "harness": harness,
+            **(_dequantized(configs[model]) if configs else {}),
             "tasks": {task: scores.metrics for task, scores in found.items()},
             "examples": {task: scores.examples for task, scores in found.items()},
         }
-        click.echo(json.dumps(about | ({} if dense is None else comparison(found, dense, str(baseline))), indent=2))
+        compared = {} if dense is None else comparison(found, dense, str(baseline))
+        if compared and configs:
+            compared["baseline"] |= _dequantized(configs[str(baseline)])
+        click.echo(json.dumps(about | compared, indent=2))
     else:
+        _say_dequantized(configs)
         click.echo(lines(rows, mean))
     if update_card:
         note_tasks(Path(model), rows, mean, harness)

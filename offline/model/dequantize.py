@@ -3,6 +3,7 @@
 The files hold such a weight as two tensors, its values and their scales. Nothing in them is trusted.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,18 @@ STRIP = 128
 # In safetensors' words.
 FP8, FP8_SCALES, PLAIN = "F8_E4M3", ("F32", "BF16", "F16"), ("F64", "F32", "BF16", "F16", "I64", "I32", "BOOL")
 SUFFIXES = ("_scale_inv", "_scale")
-UNUSED = ("input_scale", "activation_scale", "output_scale", "q_scale", "k_scale", "v_scale")
+OF_ACTIVATIONS = ("input_scale", "activation_scale", "output_scale")
+# No model of transformers has such parameters. vLLM looks for all of them.
+OF_KV_CACHE = re.compile(r"(?:.*\.)?(?:[qkv]_scale|kv_scale|[kv]_cache\.scale)")
 
-READABLE = "mxfp4, fp8 and compressed-tensors' float-quantized"
+READABLE = "mxfp4, fp8 and compressed-tensors' float-quantized (a scale for each tensor, row or block)"
+# Dtypes, in safetensors' words, that quantized weights of other kinds have.
+OTHERS = {
+    "F8_E5M2": "fp8 of another kind",
+    "F8_E8M0": "as with scale_fmt ue8m0 or in MXFP8",
+    "U8": "as in MXFP8, or packed as in FP4 and NVFP4",
+    "I8": "integers, or packed as in FP4",
+}
 
 
 @dataclass(frozen=True)
@@ -73,14 +83,21 @@ class Mxfp4:
             name, header = values.removesuffix("_blocks"), headers[values]
             experts, rows, groups, half = header.shape if len(header.shape) == 4 else (0, 0, 0, 0)
             if header.dtype != "U8" or half != GROUP // 2 or 0 in header.shape:
-                raise _unlike(header, values, f"uint8 [experts, out, groups, {GROUP // 2}]")
+                raise _unlike(header, values, f"U8 [experts, out, groups, {GROUP // 2}]")
             _check_scales(headers, values, f"{name}_scales", ("U8",), [(experts, rows, groups)])
             found[name] = Quantized(values, f"{name}_scales", (experts, groups * GROUP, rows))
         return found
 
     def unused(self, names: Iterable[str], found: Iterable[str]) -> set[str]:
-        """Those of `names` that a plain model has no use for. found: the weights that are quantized."""
+        """Those of `names` that scale what the weights `found` are multiplied with: a plain model has no use for them.
+
+        Those of the KV cache are not among them.
+        """
         return set()
+
+    def is_scale(self, name: str) -> bool:
+        """Whether a tensor of this name can only be the scales of a quantized weight."""
+        return name.endswith("_scales")
 
     def is_damaged(self, scales: torch.Tensor) -> bool:
         """Whether a scale is NaN or infinite."""
@@ -111,7 +128,8 @@ class Fp8:
     """Weights in float8_e4m3fn as NAME, and what they are multiplied by as NAME_scale_inv or NAME_scale.
 
     block: rows and columns that share a scale, of which the last ones may be fewer; None: a scale belongs to a whole
-        matrix or to each row, as the shape of the scales says.
+        matrix or to each row, as the shape of the scales says. In a stack of experts it may also belong to each column,
+        or to gate and up each.
     """
 
     method: str
@@ -125,7 +143,11 @@ class Fp8:
             if len(shape) not in (2, 3) or 0 in shape:
                 raise _unlike(headers[name], name, "a matrix, or a stack of experts' matrices")
             *experts, rows, columns = shape
-            wanted: list[tuple[int, ...]] = [(*experts, rows, 1), (*experts, 1, 1), *([] if experts else [(1,), ()])]
+            wanted: list[tuple[int, ...]] = [(*experts, rows, 1), (*experts, 1, 1)]
+            if experts:
+                wanted += [(*experts, 1, columns), (*experts,), *_of_halves(name, headers)]
+            else:
+                wanted += [(1,), ()]
             if self.block is not None:
                 wanted = [(*experts, -(-rows // self.block[0]), -(-columns // self.block[1]))]
             scales = next(
@@ -136,11 +158,17 @@ class Fp8:
         return found
 
     def unused(self, names: Iterable[str], found: Iterable[str]) -> set[str]:
-        """See `Mxfp4.unused`. Here these are the scales of rounded inputs, and those of the KV cache."""
+        """See `Mxfp4.unused`. Such scales have the name of a linear, or that of a stack of experts."""
+        found = set(found)
         linears = {name.rpartition(".")[0] for name in found}
         modules = linears | {linear.rpartition(".")[0] for linear in linears}
-        pairs = ((name, name.rpartition(".")) for name in names)
-        return {name for name, (module, _, leaf) in pairs if module in modules and leaf in UNUSED}
+        wanted = {f"{weight}_{leaf}" for weight in found for leaf in OF_ACTIVATIONS}
+        wanted |= {f"{module}.{leaf}" for module in modules for leaf in OF_ACTIVATIONS}
+        return wanted.intersection(names)
+
+    def is_scale(self, name: str) -> bool:
+        """See `Mxfp4.is_scale`."""
+        return name.endswith("_scale_inv") or name.rpartition(".")[2] == "weight_scale"
 
     def is_damaged(self, scales: torch.Tensor) -> bool:
         """Whether a scale is NaN or infinite."""
@@ -151,7 +179,8 @@ class Fp8:
 
         Args:
             values: float8_e4m3fn [out, in].
-            scales: one for each block, row by row; for each row, [out, 1]; or one.
+            scales: one for each block, row by row; without blocks, [parts of out, parts of in], such as [out, 1], where
+                all parts are equal; or one.
 
         Returns:
             [out, in] in `dtype`.
@@ -160,13 +189,14 @@ class Fp8:
         if self.block is not None:
             height, width = self.block
         else:
-            height, width = (1 if scales.numel() > 1 else rows), columns
+            down, across = scales.shape if scales.dim() == 2 else (1, 1)
+            height, width = rows // down, columns // across
         grid = scales.float().reshape(-(-rows // height), -1)
-        down, across = torch.arange(rows) // height, torch.arange(columns) // width
+        row, column = torch.arange(rows) // height, torch.arange(columns) // width
         plain = torch.empty(rows, columns, dtype=dtype)
         for start in range(0, rows, STRIP):
             strip = slice(start, start + STRIP)
-            plain[strip] = values[strip].float() * grid[down[strip]].index_select(1, across)
+            plain[strip] = values[strip].float() * grid[row[strip]].index_select(1, column)
         return plain
 
 
@@ -195,21 +225,28 @@ def scheme_of(words: Any, where: str | Path) -> Scheme | None:
         return Fp8("fp8", _block(words.get("weight_block_size"), where))
     if method == "compressed-tensors":
         found = _float_quantized(words, where)
-        if found is not None:
+        if isinstance(found, Fp8):
             return found
-        method = f"{method}, {words.get('format')}"
+        method = f"{method}, {found}"
+    elif isinstance(words, dict):
+        inner = words.get("quantization")  # where ModelOpt says it
+        algorithm = words.get("quant_algo", inner.get("quant_algo") if isinstance(inner, dict) else None)
+        method = f"{method}, {algorithm}" if isinstance(algorithm, str) else method
     raise RiaError(
-        f"{where}: its weights are quantized ({method}); of such models, only {READABLE} are read. Give the original, "
-        "unquantized model."
+        f"{where}: its weights are quantized ({method}), says config.json; of such models, only {READABLE} are read. "
+        "Give the original, unquantized model."
     )
 
 
-def is_readable(words: Any) -> bool:
-    """Whether `scheme_of` knows how these weights are quantized."""
+def method_of(words: Any) -> str | None:
+    """The method of what `scheme_of` makes of `words`; None: the weights are not quantized, or in a way that is not
+    read here.
+    """
     try:
-        return scheme_of(words, "") is not None
+        scheme = scheme_of(words, "")
     except RiaError:
-        return False
+        return None
+    return None if scheme is None else scheme.method
 
 
 def find_quantized(scheme: Scheme, headers: Mapping[str, Header]) -> tuple[dict[str, Quantized], set[str]]:
@@ -226,12 +263,13 @@ def find_quantized(scheme: Scheme, headers: Mapping[str, Header]) -> tuple[dict[
             a dtype as in a quantized model.
     """
     found = scheme.find(headers)
-    unused = scheme.unused(headers, found)
-    known = unused.union(*((one.values, one.scales) for one in found.values()))
+    parts = {part for one in found.values() for part in (one.values, one.scales)}
+    unused = scheme.unused(headers, found) | {name for name in headers if OF_KV_CACHE.fullmatch(name)} - parts
+    known = unused | parts
     for name, header in headers.items():
         if name in known:
             continue
-        if name.endswith(("_scales", *SUFFIXES)):
+        if scheme.is_scale(name) or _is_named_after_another(name, headers):
             raise RiaError(
                 f"{header.file}: {name} is in the files, but not the {scheme.method} weight that it scales. Get the "
                 "model again."
@@ -252,21 +290,54 @@ def _block(words: Any, where: str | Path) -> tuple[int, int] | None:
     return words[0], words[1]
 
 
-def _float_quantized(words: Mapping[str, Any], where: str | Path) -> Fp8 | None:
-    """The scheme of a compressed-tensors model whose quantized linears are all fp8, and none 2:4; or None."""
-    groups, sparsity = words.get("config_groups"), words.get("sparsity_config") or {"format": "dense"}
-    if words.get("format") != "float-quantized" or not isinstance(groups, dict) or not isinstance(sparsity, dict):
-        return None
-    kinds = [group.get("weights") if isinstance(group, dict) else None for group in groups.values()]
-    if sparsity.get("format") != "dense" or not kinds or not all(isinstance(kind, dict) for kind in kinds):
-        return None
-    if any((k.get("num_bits"), k.get("type"), k.get("symmetric", True)) != (8, "float", True) for k in kinds):
-        return None
-    if all(kind.get("strategy") in ("tensor", "channel") for kind in kinds):
-        return Fp8("float-quantized", None)
-    blocks = {_block(kind.get("block_structure"), where) for kind in kinds if kind.get("strategy") == "block"}
-    alike = len(blocks) == 1 and None not in blocks and all(kind.get("strategy") == "block" for kind in kinds)
-    return Fp8("float-quantized", blocks.pop()) if alike else None
+def _float_quantized(words: Mapping[str, Any], where: str | Path) -> Fp8 | str:
+    """The scheme of a compressed-tensors model whose quantized linears are all fp8, and none 2:4; or what it is."""
+    kind, groups = words.get("format"), words.get("config_groups")
+    sparsity = words.get("sparsity_config") or {"format": "dense"}
+    if kind != "float-quantized":
+        return str(kind)
+    if words.get("transform_config"):  # what reads the weights turns its inputs, too
+        return f"{kind}, with transforms"
+    if not isinstance(sparsity, dict) or sparsity.get("format") != "dense":
+        return f"{kind}, {sparsity.get('format') if isinstance(sparsity, dict) else 'sparse'}"
+    if not isinstance(groups, dict) or not groups:
+        return f"{kind}, without groups of linears"
+    weights: list[Any] = [group.get("weights") if isinstance(group, dict) else None for group in groups.values()]
+    for one in weights:
+        if not isinstance(one, dict):
+            return f"{kind}, without weights in a group of linears"
+        if (one.get("num_bits"), one.get("type")) != (8, "float"):
+            return f"{kind}, {one.get('num_bits')}-bit {one.get('type')}"
+        if one.get("symmetric", True) is not True:
+            return f"{kind}, asymmetric"
+        if one.get("strategy") not in ("tensor", "channel", "block"):
+            return f"{kind}, strategy {one.get('strategy')}"
+    with_blocks = [one for one in weights if one["strategy"] == "block"]
+    if not with_blocks:
+        return Fp8(kind, None)
+    if len(with_blocks) < len(weights):
+        return f"{kind}, blocks in some groups of linears only"
+    blocks = {_block(one.get("block_structure"), where) for one in with_blocks}
+    if None in blocks:
+        return f"{kind}, blocks without a size"
+    return Fp8(kind, blocks.pop()) if len(blocks) == 1 else f"{kind}, blocks of several sizes"
+
+
+def _of_halves(name: str, headers: Mapping[str, Header]) -> list[tuple[int, ...]]:
+    """The shape of scales that belong to gate and up each, if a stack has gate's rows before those of up.
+
+    A stack that is [experts, in, out] has not. What its experts' down looks like tells both apart.
+    """
+    base, experts, rows, columns = name.removesuffix("gate_up_proj"), *headers[name].shape
+    down = headers.get(f"{base}down_proj")
+    is_gate_and_up = base != name and down is not None and down.shape == (experts, columns, rows // 2) and rows % 2 == 0
+    return [(experts, 2, 1)] if is_gate_and_up else []
+
+
+def _is_named_after_another(name: str, headers: Mapping[str, Header]) -> bool:
+    """Whether a tensor is called the scales of another. Else it is a parameter, like Gemma 4's `per_expert_scale`."""
+    weights = (name.removesuffix(suffix) for suffix in ("_scales", *SUFFIXES) if name.endswith(suffix))
+    return any(weight in headers or f"{weight}_blocks" in headers for weight in weights)
 
 
 def _check_scales(
@@ -283,7 +354,8 @@ def _check_scales(
 
 
 def _unlike(header: Header, name: str, wanted: str) -> RiaError:
+    other = f" ({OTHERS[header.dtype]})" if header.dtype in OTHERS and header.dtype not in wanted else ""
     return RiaError(
-        f"{header.file}: {name} is {header.dtype} {[*header.shape]}; by quantization_config in config.json, it should "
-        f"be {wanted}. Get the model again."
+        f"{header.file}: {name} is {header.dtype} {[*header.shape]}{other}; by quantization_config in config.json, it "
+        f"should be {wanted}. Get the model again, or an unquantized one."
     )

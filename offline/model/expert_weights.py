@@ -82,8 +82,7 @@ class ExpertWeights:
         return weights
 
     def _read(self, written: str, index: int | None = None) -> torch.Tensor:
-        # A copy, because the file stays mapped for as long as any of its tensors is alive.
-        return self.tensors.read(self.names.files[written], index).clone()
+        return self.tensors.read(self.names.files[written], index, owned=True)
 
     def _check(self, key: str, written: str, tensor: torch.Tensor) -> None:
         if key not in self._checked:

@@ -15,7 +15,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.model_card import CARD_FILE
 from ria_vllm.offline.model.architecture import model_class, output_head, text_config
-from ria_vllm.offline.model.dequantize import is_readable
+from ria_vllm.offline.model.dequantize import method_of
 from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.names import Names
 from ria_vllm.offline.model.source_tensors import SourceTensors
@@ -96,7 +96,8 @@ def without_quantization(config: Any) -> None:
 def load_dense(architecture: Any, folder: Path, dtype: torch.dtype | str, **options: Any) -> Any:
     """What `architecture.from_pretrained` makes of a dense folder; quantized weights are dequantized by us.
 
-    For them, a second copy of the weights, in the model's own dtype, is in memory while the model is loaded.
+    While the model is loaded, what is dequantized is on the CPU a second time, in the model's own dtype: all weights
+    where `dtype` is another one, else those that transformers merges, such as experts that are stored one by one.
 
     Args:
         dtype: "auto": as stored.
@@ -134,13 +135,31 @@ def load_model(
         RiaError: not a model that writes text, a damaged compressed one, or a `compute_dtype` that would round its
             weights.
     """
-    stored = None if compute_dtype is None else configured_dtype(read_config(folder))
+    stored = None if compute_dtype is None else _stored_dtype(folder, state)
     if stored is not None:
         return _load(folder, device, choose_dtype(stored, device, compute_dtype), state)
     model = _load(folder, device, "auto", state)
     dtype = model.dtype if compute_dtype is None else choose_dtype(model.dtype, device, compute_dtype)
     # Loaded again, not cast: what the model computes for itself during loading was rounded to the first dtype.
     return model if dtype == model.dtype else _load(folder, device, dtype, state)
+
+
+def _stored_dtype(folder: str, state: dict[str, torch.Tensor] | None) -> torch.dtype | None:
+    """The dtype that the weights are stored in, or are dequantized to; None: only loading them tells."""
+    config = read_config(folder)
+    dtype = configured_dtype(config)
+    if dtype is None and state is None and dequantized_from(config) is not None:
+        return SourceTensors(_place(folder), None).dtype
+    return dtype
+
+
+def _place(folder: str) -> Path:
+    return Path(folder) if Path(folder).is_dir() else from_hub(folder)
+
+
+def dequantized_from(config: Any) -> str | None:
+    """How the weights of a model are quantized that `load_model` dequantizes; None: it does not."""
+    return method_of(getattr(config, "quantization_config", None))
 
 
 def _load(
@@ -155,9 +174,8 @@ def _load(
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _loading(folder):
         reader = Reader(folder) if is_compressed(Path(folder)) else None
-        if state is None and reader is None and is_readable(getattr(config, "quantization_config", None)):
-            place = Path(folder) if Path(folder).is_dir() else from_hub(folder)
-            model, info = load_dense(architecture, place, dtype, **options)
+        if state is None and reader is None and dequantized_from(config) is not None:
+            model, info = load_dense(architecture, _place(folder), dtype, **options)
         elif state is None and reader is None:
             model, info = architecture.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
         else:

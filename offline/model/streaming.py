@@ -108,13 +108,29 @@ class StreamedModel:
     def copied(self) -> dict[str, int]:
         """The parts of a wrapper beside its text decoder, by their names in the files -> how many weights they have."""
         found = {}
-        for path, module in towers(self.model, self.decoder_path).items() if self.is_wrapper else ():
-            inside = {w: n.removeprefix(path) for w, n in self.names.inside.items() if n.startswith(f"{path}.")}
+        for path, module in self._beside().items():
+            inside = {w: n.removeprefix(path) for w, n in self._inside(path).items()}
             named = {written.removesuffix(rest) for written, rest in inside.items() if written.endswith(rest)}
             found[named.pop() if len(named) == 1 else path] = sum(
                 parameter.numel() for parameter in module.parameters()
             )
         return found
+
+    def how_copied(self, names: Iterable[str] | None = None) -> str:
+        """For messages: how tensors with these written names get into the checkpoint; None: those of `copied`."""
+        if names is None:
+            names = (written for path in self._beside() for written in self._inside(path))
+        return "dequantized and copied" if any(map(self._is_dequantized, names)) else "copied unchanged"
+
+    def _beside(self) -> dict[str, nn.Module]:
+        return towers(self.model, self.decoder_path) if self.is_wrapper else {}
+
+    def _inside(self, path: str) -> dict[str, str]:
+        """Written name -> name in the model, of the tensors of a module."""
+        return {written: name for written, name in self.names.inside.items() if name.startswith(f"{path}.")}
+
+    def _is_dequantized(self, written: str) -> bool:
+        return self.names.files[written] in self.tensors.quantized
 
     def names_in_layer(self, index: int) -> list[str]:
         """The written names of a layer's tensors."""
@@ -244,8 +260,9 @@ class StreamedModel:
                 wanted = getattr(owner, name.rpartition(".")[2])
                 self._check_shape(written, tensor.shape, wanted.shape)
                 self._check_values(written, tensor, wanted.is_floating_point())
-                # A copy, because the file stays mapped for as long as any of its tensors is alive.
-                self._set(name, tensor.to(self.device, wanted.dtype, copy=True))
+                # A copy, because the file stays mapped for as long as any of its tensors is alive, and for each taker.
+                owned = self._is_dequantized(written) and len(takers[written]) == 1
+                self._set(name, tensor.to(self.device, wanted.dtype, copy=not owned))
 
     def _check_all(self) -> None:
         """Refuse now what would otherwise only show after hours, or in the finished checkpoint.

@@ -6,20 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from compressing import edit_config, run_small
 from damage import rewrite
 from moe import save_moe
 from peak_memory import peak_memory
 from quantized_sources import fp8_pair, from_fp8, mxfp4_pair, save_pair, to_fp8
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
+from ria_vllm.offline import tokens as offline_tokens
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings as DistillSettings
 from ria_vllm.offline.distill.run import distill
+from ria_vllm.offline.evaluation.evaluate import evaluate
+from ria_vllm.offline.model import hf
 from ria_vllm.offline.model.hf import load_model
+from ria_vllm.offline.model.source import Source
 from ria_vllm.offline.model.source_tensors import SourceTensors
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.pruning.masks import Pattern
@@ -112,6 +117,65 @@ def test_loaded_whole_as_the_plain_twin_is(kind, compute_dtype, pair):
         assert torch.equal(one(tokens).logits, other(tokens).logits)
 
 
+@pytest.mark.parametrize("compute_dtype", ["auto", "float32"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_loaded_once(kind, compute_dtype, pair, monkeypatch):
+    """gpt-oss's config.json names no dtype; what the headers say is enough."""
+    loaded = []
+    load_dense = hf.load_dense
+    monkeypatch.setattr(hf, "load_dense", lambda *args, **kw: (loaded.append(args[2]), load_dense(*args, **kw))[1])
+    load_model(str(pair(kind)[0]), CPU, compute_dtype)
+    assert len(loaded) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eval_says_that_weights_were_dequantized(kind, pair, text):
+    quantized, plain = map(str, pair(kind))
+    options = ["--text", str(text), "--max-tokens", "64", "--baseline"]
+    run = CliRunner()
+    found = json.loads(run.invoke(evaluate, [quantized, *options, plain, "--json"], catch_exceptions=False).stdout)
+    assert found["dequantized_from"] == FROM[kind] and "dequantized_from" not in found["baseline"]
+    assert found["perplexity"] == found["baseline"]["perplexity"]
+    said = run.invoke(evaluate, [plain, *options, quantized], catch_exceptions=False).stdout
+    assert f"{quantized}: its weights are quantized ({FROM[kind]}), and were dequantized to be measured" in said
+    assert f"{plain}: its weights" not in said
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_so_does_eval_with_tasks_unless_vllm_serves_them_as_they_are(engine, pair, monkeypatch):
+    from ria_vllm.offline.evaluation.tasks import TaskScores
+
+    scores = {"task": TaskScores({"acc": 0.5}, ("acc",), 10, 0)}
+    monkeypatch.setattr("ria_vllm.offline.evaluation.evaluate.run_tasks", lambda *_: scores)
+    quantized, plain = map(str, pair("gpt_oss"))
+    options = ["--tasks", "task", "--engine", engine, "--baseline", quantized, "--json"]
+    found = json.loads(CliRunner().invoke(evaluate, [plain, *options], catch_exceptions=False).stdout)
+    assert "dequantized_from" not in found
+    assert found["baseline"].get("dequantized_from") == ("mxfp4" if engine == "hf" else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_second_copy_is_counted_on_the_cpu_only(kind, dtype, pair, monkeypatch):
+    """It is there while transformers loads the model, and smaller if transformers takes the tensors over."""
+    quantized, _ = pair(kind)
+    model = StreamedModel(quantized, AutoConfig.from_pretrained(quantized), CPU, dtype)
+    model.device = torch.device("cuda")  # nothing is put there
+    sizes = {name: one.numel() for name, one in model.model.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if "mlp.experts." in name)
+    twice = sum(sizes.values()) if dtype == torch.float32 else {"gpt_oss": 0, "deepseek_v3": experts}[kind]
+    on_gpu = sum(sizes.values()) * dtype.itemsize
+    wanted = {"cuda": on_gpu, "cpu": on_gpu + 2 * twice}
+    source = Source("name", quantized, model.config, {}, [])
+    room = dict(wanted)
+    monkeypatch.setattr(offline_tokens, "available", lambda device: room[device.type])
+    offline_tokens._check_whole_fits(source, model)
+    for device in wanted:
+        room = wanted | {device: wanted[device] - 1}
+        with pytest.raises(RiaError, match=rf"are free \({device}\)"):
+            offline_tokens._check_whole_fits(source, model)
+
+
 def test_a_quantized_model_of_the_hub_is_loaded_from_the_hubs_cache(pair, monkeypatch):
     quantized, plain = pair("deepseek_v3")
     asked = []
@@ -177,6 +241,65 @@ def test_fp8_with_scales_for_a_tensor_or_its_rows(words, suffix, tiny, text, tmp
     assert_same_tensors(tmp_path / "out", tmp_path / "twin")
 
 
+def test_stacks_of_experts_with_a_scale_for_gate_and_up_each(text, tmp_path):
+    """As Mistral 4's, with scales of inputs, in a Gemma 4, which has parameters that are called scales."""
+    dense = save_moe(tmp_path / "dense", "gemma4_text", torch.bfloat16)
+
+    def parts_of(weight):
+        return 2 if weight.dim() == 3 and weight.shape[1] == 256 else 1
+
+    def there(weight):
+        block = (weight.shape[-2] // parts_of(weight), weight.shape[-1])
+        if weight.dim() == 2:
+            return to_fp8(weight, block)
+        each = [to_fp8(one, block) for one in weight]
+        found = {suffix: torch.stack([one[suffix] for one in each]) for suffix in each[0]}
+        return found | {"_activation_scale": torch.ones(len(weight))}
+
+    def back(parts):
+        block = (parts[""].shape[-2] // parts["_scale_inv"].shape[-2], parts[""].shape[-1])
+        if parts[""].dim() == 2:
+            return from_fp8(parts, block)
+        pairs = zip(parts[""], parts["_scale_inv"], strict=True)
+        return torch.stack([from_fp8({"": values, "_scale_inv": scales}, block) for values, scales in pairs])
+
+    def is_quantized(name, one):
+        return ".experts." in name or (".mlp." in name and one.dim() == 2)
+
+    quantized, plain = save_pair(dense, is_quantized, there, back, PER_TENSOR, dtype="bfloat16")
+    scales = load_file(quantized / SECOND)
+    assert scales["model.layers.0.experts.gate_up_proj_scale_inv"].shape == (4, 2, 1)
+    rewrite(quantized / SECOND, lambda t: t.update({"model.layers.0.self_attn.k_scale": torch.ones(())}))
+    assert any(name.endswith("router.per_expert_scale") for name in load_file(plain / "model.safetensors"))
+    run_small(quantized, tmp_path / "out", text)
+    run_small(plain, tmp_path / "twin", text)
+    assert_same_tensors(tmp_path / "out", tmp_path / "twin")
+
+
+def test_what_is_copied_is_said_to_be_dequantized(pair, text, tmp_path):
+    """A layer for multi-token prediction, which transformers does not build."""
+    folder = shutil.copytree(pair("deepseek_v3")[0], tmp_path / "in")
+    torch.manual_seed(0)
+    parts = to_fp8(torch.randn(192, 384))
+    name = "model.layers.9.eh_proj.weight"
+    for suffix, part in parts.items():
+        rewrite(folder / (SECOND if suffix else FIRST), lambda t, key=name + suffix, one=part: t.update({key: one}))
+    _, warnings = run_small(folder, tmp_path / "out", text, reconstruct="none")
+    assert f"dequantized and copied: {name}, not part of DeepseekV3ForCausalLM as transformers builds it." in warnings
+    assert torch.equal(tensors(tmp_path / "out")[name], from_fp8(parts))
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_the_dtype_is_written_where_the_source_names_none(served, pair, text, tmp_path):
+    """transformers would take that of the first tensor, and vLLM the widest one; both are another one here."""
+    folder = shutil.copytree(pair("gpt_oss")[0], tmp_path / "in")
+    rewrite(folder / FIRST, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
+    run_small(folder, tmp_path / "out", text, **({} if served else {"pattern": Pattern(n=4, m=8)}))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    assert load_model(str(tmp_path / "out"), CPU).dtype == torch.bfloat16
+
+
 def damaged(source: Path, folder: Path, **changes) -> Path:
     """A copy in which each tensor that `changes` names is what its function makes of it; None: it is not there."""
     shutil.copytree(source, folder)
@@ -213,7 +336,7 @@ DAMAGE = [
     ({UP: torch.Tensor.t, INVERSE: torch.Tensor.t}, rf"{UP} has shape .192, 128., config.json asks for .128, 192."),
     ({SCALES: None}, rf"{FIRST}: {BLOCKS} has no scales: {SCALES} is in no file"),
     ({BLOCKS: None}, rf"{SECOND}: {SCALES} is in the files, but not the mxfp4 weight that it scales"),
-    ({BLOCKS: lambda t: t.flatten(2)}, rf"{BLOCKS} is U8 \[4, 64, 32\]; .* uint8 \[experts, out, groups, 16\]"),
+    ({BLOCKS: lambda t: t.flatten(2)}, rf"{BLOCKS} is U8 \[4, 64, 32\]; .* be U8 \[experts, out, groups, 16\]"),
     ({BLOCKS: lambda t: t.view(torch.int8)}, rf"{BLOCKS} is I8"),
     ({SCALES: lambda t: t[..., :1]}, rf"{SCALES} is U8 \[4, 64, 1\]; .* should be U8 \[4, 64, 2\]"),
     ({SCALES: torch.Tensor.bfloat16}, rf"{SCALES} is BF16"),
@@ -266,6 +389,27 @@ def test_every_tensor_of_the_files_is_read_once_or_is_a_scale(kind, pair):
     parts = {part for one in found.quantized.values() for part in (one.values, one.scales)}
     assert set(tensors(quantized)) == parts | (set(wanted) - set(found.quantized))
     assert dict(found.shapes(wanted)) == {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_owned_tensors_are_not_mapped_and_those_dequantized_not_copied(pair, monkeypatch):
+    def is_mapped(tensor):
+        at = tensor.data_ptr()
+        lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
+        return any(int(begin, 16) <= at < int(end, 16) for begin, end in (line[0].split("-") for line in lines))
+
+    found = SourceTensors(pair("gpt_oss")[0], None)
+    plain, stack = "lm_head.weight", DOWN
+    assert is_mapped(found.read(plain)) and not is_mapped(found.read(plain, owned=True))
+    assert not is_mapped(found.read(plain, 3, owned=True))
+
+    def clone(*_, **__):
+        raise AssertionError("copied")
+
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+    with pytest.raises(AssertionError, match="copied"):
+        found.read(plain, owned=True)
+    assert not is_mapped(found.read(stack, owned=True)) and not is_mapped(found.read(stack, 1, owned=True))
 
 
 @pytest.mark.slow

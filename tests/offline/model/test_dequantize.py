@@ -1,11 +1,13 @@
 """Quantized weights become the numbers that a formula in float64, or transformers, makes of them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from quantized_sources import E2M1, from_fp8, from_mxfp4, grid_of, to_fp8, to_mxfp4
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.dequantize import Fp8, Mxfp4, is_readable, scheme_of
+from ria_vllm.offline.model.dequantize import Fp8, Header, Mxfp4, find_quantized, method_of, scheme_of
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -80,33 +82,153 @@ BLOCK = {"strategy": "block", "block_structure": [128, 64]}
     ],
 )
 def test_how_weights_are_quantized(words, expected):
-    assert scheme_of(words, "m") == expected and is_readable(words) == (expected is not None)
+    assert scheme_of(words, "m") == expected
+    assert method_of(words) == (None if expected is None else expected.method)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"quant_method": "gptq"}, r"m: its weights are quantized \(gptq\); of such models, only mxfp4, fp8 and"),
+        (
+            {"quant_method": "gptq"},
+            r"m: its weights are quantized \(gptq\), says config.json; of such models, only mxfp4, fp8 and",
+        ),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"quantized \(modelopt, NVFP4\)"),
+        ({"quant_method": "modelopt", "quantization": {"quant_algo": "FP8"}}, r"quantized \(modelopt, FP8\)"),
+        ({"quant_method": "modelopt", "quantization": ["FP8"], "quant_algo": 8}, r"quantized \(modelopt\)"),
         ({"quant_method": ["x"]}, r"quantized \(\['x'\]\)"),
         (["junk"], r"quantized \(something\)"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "m: config.json: .* not two positive whole numbers"),
         ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "not two positive whole numbers"),
         ({"quant_method": "fp8", "weight_block_size": [True, 2.0]}, "not two positive whole numbers"),
         (compressed_tensors({}, format="pack-quantized"), r"quantized \(compressed-tensors, pack-quantized\)"),
-        (compressed_tensors(), r"quantized \(compressed-tensors, float-quantized\)"),
-        (compressed_tensors({"num_bits": 4}), "quantized"),
-        (compressed_tensors({"type": "int"}), "quantized"),
-        (compressed_tensors({"symmetric": False}), "quantized"),
-        (compressed_tensors({"strategy": "group"}), "quantized"),
-        (compressed_tensors(BLOCK, {}), "quantized"),
-        (compressed_tensors({"strategy": "block"}), "quantized"),
-        (compressed_tensors(BLOCK, BLOCK | {"block_structure": [64, 64]}), "quantized"),
-        (compressed_tensors({}, sparsity_config={"format": "sparse-24-bitmask"}), "quantized"),
-        (compressed_tensors({}, config_groups={"0": {"weights": None}}), "quantized"),
-        (compressed_tensors({}, config_groups=[]), "quantized"),
+        (compressed_tensors({}, format="nvfp4-pack-quantized"), r"\(compressed-tensors, nvfp4-pack-quantized\)"),
+        (compressed_tensors(), r"quantized \(compressed-tensors, float-quantized, without groups of linears\)"),
+        (compressed_tensors({"num_bits": 4}), r"float-quantized, 4-bit float\)"),
+        (compressed_tensors({"type": "int"}), r"float-quantized, 8-bit int\)"),
+        (compressed_tensors({"symmetric": False}), r"float-quantized, asymmetric\)"),
+        (compressed_tensors({"strategy": "group"}), r"float-quantized, strategy group\)"),
+        (compressed_tensors({"strategy": None}), r"float-quantized, strategy None\)"),
+        (compressed_tensors(BLOCK, {}), r"float-quantized, blocks in some groups of linears only\)"),
+        (compressed_tensors({"strategy": "block"}), r"float-quantized, blocks without a size\)"),
+        (compressed_tensors(BLOCK, BLOCK | {"block_structure": [64, 64]}), r"quantized, blocks of several sizes\)"),
+        (
+            compressed_tensors({}, sparsity_config={"format": "sparse-24-bitmask"}),
+            r"float-quantized, sparse-24-bitmask",
+        ),
+        (compressed_tensors({}, config_groups={"0": {"weights": None}}), "without weights in a group of linears"),
+        (compressed_tensors({}, config_groups=[]), "without groups of linears"),
+        # Rotations: the stored weights are another model's without them.
+        (compressed_tensors({}, transform_config={"config_groups": {"u": {}}}), r"quantized, with transforms\)"),
     ],
 )
 def test_other_ways_are_refused_by_name(words, message):
     with pytest.raises(RiaError, match=message):
         scheme_of(words, "m")
-    assert not is_readable(words)
+    assert method_of(words) is None
+
+
+def headers_of(tensors):
+    return {name: Header(dtype, tuple(shape), Path("f.safetensors")) for name, (dtype, shape) in tensors.items()}
+
+
+LINEAR = {"l.up.weight": ("F8_E4M3", (64, 32)), "l.up.weight_scale": ("F32", (1,))}
+KV = ["l.attn.k_scale", "l.self_attn.attn.v_scale", "l.self_attn.q_scale", "l.self_attn.kv_scale", "x.k_scale"]
+KV += ["l.self_attn.qkv_proj.k_scale", "l.self_attn.k_proj.k_scale", "l.self_attn.k_cache.scale", "k_scale"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "weight"),
+    [
+        (Fp8("fp8", None), LINEAR),
+        (Fp8("float-quantized", None), LINEAR),
+        (Mxfp4(), {"e.down_proj_blocks": ("U8", (2, 64, 1, 16)), "e.down_proj_scales": ("U8", (2, 64, 1))}),
+    ],
+)
+def test_scales_of_the_kv_cache_are_dropped_wherever_they_are(scheme, weight):
+    """In vLLM's words, from `maybe_remap_kv_scale_name`. Attention itself need not be quantized."""
+    headers = headers_of(weight | dict.fromkeys(KV, ("F32", ())))
+    found, unused = find_quantized(scheme, headers)
+    assert len(found) == 1 and unused == set(KV)
+
+
+# Gemma 4, Gemma 3n, Zaya, DeepSeek-V4 and a tower of CLIP have such parameters.
+PARAMETERS = ["l.router.per_expert_scale", "l.attn.per_dim_scale", "l.altup.correct_output_scale", "logit_scale"]
+PARAMETERS += ["l.residual_scale", "l.hc_scale", "l.router.scale", "v.layer_scale", "l.up_scales"]
+
+
+@pytest.mark.parametrize("scheme", [Fp8("fp8", None), Fp8("float-quantized", None)])
+def test_parameters_that_are_called_scales_are_the_models(scheme):
+    headers = headers_of(LINEAR | dict.fromkeys(PARAMETERS, ("BF16", (8,))))
+    assert find_quantized(scheme, headers)[1] == set()
+
+
+@pytest.mark.parametrize(
+    "name", ["l.down.weight_scale", "l.down.weight_scale_inv", "e.down_proj_scale_inv", "l.n_scale"]
+)
+def test_scales_without_a_weight_are_refused(name):
+    """By what they are called, or because they are called after a tensor that is not quantized."""
+    headers = headers_of(LINEAR | {name: ("F32", (1,)), "l.n": ("BF16", (8,))})
+    with pytest.raises(RiaError, match=f"f.safetensors: {name} is in the files, but not the fp8 weight that it scales"):
+        find_quantized(Fp8("fp8", None), headers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"l.up.weight_scale": ("F8_E8M0", (1,))},
+            r"weight_scale is F8_E8M0 \[1\] \(as with scale_fmt ue8m0 or in MXFP8",
+        ),
+        ({"l.up.weight_scale": ("U8", (1,))}, r"weight_scale is U8 \[1\] \(as in MXFP8, or packed as in FP4"),
+        ({"l.down.weight": ("F8_E5M2", (8, 8))}, r"l.down.weight is F8_E5M2 \[8, 8\] \(fp8 of another kind\)"),
+        ({"l.down.weight": ("I8", (8, 8))}, r"l.down.weight is I8 \[8, 8\] \(integers, or packed as in FP4"),
+        ({"l.up.weight_scale": ("F32", (3,))}, r"weight_scale is F32 \[3\]; by quantization_config"),
+    ],
+)
+def test_variants_of_fp8_that_are_not_read_are_named(changes, message):
+    with pytest.raises(RiaError, match=f"f.safetensors: .*{message}.*Get the model again, or an unquantized one."):
+        find_quantized(Fp8("fp8", None), headers_of(LINEAR | changes))
+
+
+def stack(gate_up, down, scales):
+    return headers_of(
+        {
+            "e.gate_up_proj": ("F8_E4M3", gate_up),
+            "e.gate_up_proj_scale_inv": ("F32", scales),
+            "e.gate_up_proj_activation_scale": ("F32", gate_up[:1]),
+            "e.down_proj": ("BF16", down),
+        }
+    )
+
+
+@pytest.mark.parametrize("scales", [(4,), (4, 1, 1), (4, 2, 1), (4, 64, 1), (4, 1, 48)])
+def test_scales_of_a_stack_of_experts(scales):
+    """One for each expert, for gate and up each, for each row, or for each column; scales of inputs are left out."""
+    found, unused = find_quantized(Fp8("fp8", None), stack((4, 64, 48), (4, 48, 32), scales))
+    assert found["e.gate_up_proj"].shape == (4, 64, 48) and unused == {"e.gate_up_proj_activation_scale"}
+
+
+@pytest.mark.parametrize(
+    ("gate_up", "down", "scales"),
+    [
+        ((4, 48, 64), (4, 32, 48), (4, 2, 1)),  # [experts, in, out]: halves of the rows are not gate and up
+        ((4, 64, 48), (4, 64, 48), (4, 2, 1)),
+        ((4, 64, 48), (4, 48, 32), (4, 1, 2)),
+        ((4, 64, 48), (4, 48, 32), (4, 3, 1)),
+        ((4, 64, 48), (4, 48, 32), (1,)),
+    ],
+)
+def test_scales_of_a_stack_that_mean_nothing_known(gate_up, down, scales):
+    with pytest.raises(RiaError, match="f.safetensors: e.gate_up_proj_scale_inv is F32 .* Get the model again, or an"):
+        find_quantized(Fp8("fp8", None), stack(gate_up, down, scales))
+
+
+@pytest.mark.parametrize("scales", [(), (1, 1), (2, 1), (64, 1), (1, 48)])
+def test_each_scale_belongs_to_an_equal_part_as_in_transformers(scales):
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    torch.manual_seed(0)
+    values, scale = torch.randn(64, 48).to(torch.float8_e4m3fn), torch.rand(scales) + 0.5
+    found = Fp8("fp8", None).dequantized(values, scale, torch.bfloat16)
+    assert torch.equal(found, Fp8Dequantize(None)._dequantize_one(values, scale, torch.bfloat16))
