@@ -78,8 +78,8 @@ def fetch_model() -> None:
     unfinished.mkdir(exist_ok=True)
     with monitor.live(), monitor.phase("converting"):
         convert_gguf(gguf, unfinished)
-    # What it imports sets variables of OpenMP and of torch. A later run, which converts nothing, would not find what was
-    # measured with them.
+    # What it imports sets variables of OpenMP and of torch. A later run, which converts nothing, would not find what
+    # was measured with them.
     os.environ.clear()
     os.environ.update(environment)
     unfinished.rename(DENSE)
