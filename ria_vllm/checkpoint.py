@@ -149,26 +149,24 @@ def files_below(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
-def check_mistral_files(files: Iterable[str], own: Iterable[str], where: str | Path) -> None:
-    """Check that vLLM does not take a folder or repository for one in Mistral's own format.
+def mistral_files(files: Iterable[str], own: Iterable[str], where: str | Path) -> str | None:
+    """Why vLLM would not read the weight files of a folder or repository; None if it would.
 
-    It does so if any file has the name of such weights. It then loads only those, whatever the index says.
+    With `--load-format auto`, it takes it for one in Mistral's own format if any file has the name of such weights. It
+    then reads only those, whatever the index says.
 
     Args:
         files: paths of all files, relative to the folder or repository.
-        own: names of the weight files.
-
-    Raises:
-        RiaError: it does, and they are not all of the weight files.
+        own: names of the weight files. If all of them have such names, vLLM reads them.
     """
     found = sorted(name for name in files if fnmatchcase(name.rpartition("/")[2], MISTRAL_FILES))
-    if found and set(found) != set(own):
-        name = next((name for name in found if name not in set(own)), found[0])
-        raise RiaError(
-            f"{where}: vLLM would load {name} in place of the model: it takes files of this name for weights in "
-            "Mistral's own format, and reads no others beside them. Remove it, or download the model without it (`hf "
-            'download --exclude "*consolidated*"`) and give that folder.'
-        )
+    if not found or set(found) == set(own):
+        return None
+    name = next((name for name in found if name not in set(own)), found[0])
+    return (
+        f"{where}: {name} makes vLLM take this model for one in Mistral's own format: it would read only files of such "
+        'names. Remove it, or download the model without it (`hf download --exclude "*consolidated*"`).'
+    )
 
 
 def read_index(path: Path, where: str | Path) -> dict[str, str]:
@@ -398,7 +396,8 @@ class Reader:
         """
         indexed = (self.folder / INDEX_FILE).is_file()
         own = {path.name for path in self.files.values()}
-        check_mistral_files(files_below(self.folder), own, self.folder)
+        if taken := mistral_files(files_below(self.folder), own, self.folder):
+            raise RiaError(taken)
         for name in unindexed_files(self.folder):
             if name not in own and (name == SINGLE_FILE or not indexed):
                 raise RiaError(

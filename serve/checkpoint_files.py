@@ -10,14 +10,13 @@ import vllm.envs as envs
 
 from ria_vllm.checkpoint import (
     INDEX_FILE,
-    MISTRAL_FILES,
     SINGLE_FILE,
     check_digests,
     check_file_digest,
-    check_mistral_files,
     file_metadata,
     files_below,
     load_permutations,
+    mistral_files,
     read_index,
     tensor_names,
     unindexed_files,
@@ -40,15 +39,26 @@ class Offline(OutOfReach):
 
 
 def is_offline(error: BaseException) -> bool:
-    """Whether an error of the hub's library says that the hub has not answered; otherwise it has refused something."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    """Whether an error of the hub's library says that the hub is not there; otherwise it has refused something.
+
+    It is not there either if it is down or asks to come back later. The hub's library then takes cached files, too.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if isinstance(error, LocalEntryNotFoundError):
         return error.__cause__ is None or is_offline(error.__cause__)
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return status == 429 or status >= 500
     return any(base.__name__ in NO_ANSWER for base in type(error).__mro__)
 
 
 def _reason(error: BaseException) -> str:
+    """What has happened; the hub's library says of a file that could not be got only that it is not in the cache."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__ or error
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -67,7 +77,11 @@ def locate(model: str, name: str, revision: str | None) -> Path | None:
     if envs.VLLM_USE_MODELSCOPE:
         from vllm.model_executor.model_loader.weight_utils import maybe_download_from_modelscope
 
-        folder = maybe_download_from_modelscope(model, revision, allow_patterns=[name])
+        try:
+            folder = maybe_download_from_modelscope(model, revision, allow_patterns=[name])
+        except Exception as error:  # as in `_header`
+            kind = Offline if is_offline(error) else OutOfReach
+            raise kind(f"{model}: cannot get {name} from ModelScope ({_reason(error)}).") from error
         path = Path(folder or model) / name
         return path if path.is_file() else None
     from huggingface_hub import hf_hub_download
@@ -98,19 +112,21 @@ class WeightHeaders:
     Attributes:
         names: of all tensors; None without weight files, as `--load-format dummy` takes a model.
         files: names of the weight files.
+        mistral: why vLLM would read others than an index names, with `--load-format auto`; None if it would not.
     """
 
     def __init__(self, model: str, revision: str | None):
         """Read the names of the tensors.
 
         Raises:
-            RiaError: a file is missing or damaged, two hold the same tensor, or vLLM would read other files than these;
-                OutOfReach if a file cannot be read.
+            RiaError: a file is missing or damaged, two hold the same tensor, or vLLM would read other files than these
+                in any case; OutOfReach if a file cannot be read.
         """
         self.model = model
         self.revision = revision
         self.names: list[str] | None = None
         self.files: list[str] = []
+        self.mistral: str | None = None
         self._headers: dict[str, tuple[list[str], Mapping[str, str]]] = {}
         self._listed: list[str] | None = None
         index = self._index()
@@ -118,7 +134,9 @@ class WeightHeaders:
             self._read_unindexed()
             return
         shards = read_index(index, model)
-        check_mistral_files(self._all_files(), shards.values(), model)
+        self.mistral = mistral_files(self._all_files(), shards.values(), model)
+        if self.mistral is not None:
+            self.mistral += " Or serve it with --load-format safetensors."
         if Path(model).is_dir():
             if not any((Path(model) / file).is_file() for file in set(shards.values())):
                 return
@@ -128,7 +146,8 @@ class WeightHeaders:
     def _read_unindexed(self) -> None:
         found: dict[str, str] = {}
         self.files = self._unindexed()
-        check_mistral_files(self._all_files(), self.files, self.model)
+        if taken := mistral_files(self._all_files(), self.files, self.model):
+            raise RiaError(taken)  # with another load format, vLLM reads them together with the model's own
         _check_complete(self.files, self.model)
         for file in self.files:
             for name in self._header(file)[0]:
@@ -157,21 +176,15 @@ class WeightHeaders:
         """Names of all weight files."""
         if Path(self.model).is_dir():
             return unindexed_files(Path(self.model))
-        if envs.VLLM_USE_MODELSCOPE:
-            return weights_among(self._from_modelscope("*.safetensors"))
         return weights_among(self._all_files())
 
     def _all_files(self) -> list[str]:
-        """Paths of all files of the folder or repository; of ModelScope's, those of weights in Mistral's own format."""
+        """Paths of all files of the folder or repository."""
         if Path(self.model).is_dir():
             return files_below(Path(self.model))
-        if envs.VLLM_USE_MODELSCOPE:
-            return self._from_modelscope(MISTRAL_FILES)
         if self._listed is None:
-            from huggingface_hub import list_repo_files
-
             try:
-                self._listed = list(list_repo_files(self.model, revision=self.revision))
+                self._listed = self._list()
             except Exception as error:  # as in `_header`
                 found = self._in_cache()
                 if not is_offline(error) or not found:
@@ -179,15 +192,25 @@ class WeightHeaders:
                 self._listed = found
         return self._listed
 
-    def _from_modelscope(self, pattern: str) -> list[str]:
-        """Paths of all files in the folder to which those of a repository are downloaded whose names match."""
-        from vllm.model_executor.model_loader.weight_utils import maybe_download_from_modelscope
+    def _list(self) -> list[str]:
+        if envs.VLLM_USE_MODELSCOPE:
+            from vllm.transformers_utils.utils import modelscope_list_repo_files
 
-        folder = maybe_download_from_modelscope(self.model, self.revision, allow_patterns=[pattern])
-        return files_below(Path(folder or self.model))
+            return list(modelscope_list_repo_files(self.model, revision=self.revision))
+        from huggingface_hub import list_repo_files
+
+        return list(list_repo_files(self.model, revision=self.revision))
 
     def _in_cache(self) -> list[str]:
         """Paths of the repository's files that are in the hub's cache."""
+        if envs.VLLM_USE_MODELSCOPE:
+            from vllm.model_executor.model_loader.weight_utils import maybe_download_from_modelscope
+
+            try:
+                folder = maybe_download_from_modelscope(self.model, self.revision, allow_patterns=["*.safetensors"])
+            except Exception:  # of any type, if it is out of reach
+                return []
+            return files_below(Path(folder or self.model))
         path = self._cached("config.json") or self._cached(INDEX_FILE) or self._cached(SINGLE_FILE)
         return [] if path is None else [name for name in files_below(path.parent) if self._cached(name)]
 

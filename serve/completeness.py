@@ -68,13 +68,16 @@ def check_loaded(model: torch.nn.Module, where: str, embeddings: bool = True) ->
 
 
 def check_reloaded(left_out: Sequence[str], where: str) -> None:
-    """Check, once a reload has ended, that nothing was `left_out` of it.
+    """Check, once a reload from files has ended, that nothing was `left_out` of it.
 
     Raises:
         RiaError: names the first layer that got nothing, and still has its old weights, or dummies.
     """
     if left_out:
-        raise _absent(left_out[0], where)
+        raise RiaError(
+            f"{where}: vLLM's layer {left_out[0]} got no weights in this reload and has its old ones, or dummies, "
+            "while others are new. Start the server again, with all files of one model."
+        )
 
 
 def left_out(model: torch.nn.Module, embeddings: bool = True) -> list[str]:
@@ -83,16 +86,20 @@ def left_out(model: torch.nn.Module, embeddings: bool = True) -> list[str]:
     vLLM will give them their old ones, and warns only. Weights that are tied to loaded ones are not among them.
     """
     loaded: set[int] = set()
-    waiting: list[tuple[str, int]] = []
+    for module in model.modules():
+        info = get_layerwise_info(module)
+        if not info.can_load() or info.load_numel > 0:
+            tensors = module._parameters if info.kernel_tensors is None else info.kernel_tensors[0]
+            loaded |= {tensor.data_ptr() for tensor in tensors.values() if tensor is not None}
+    left = []
     for path, layer in dense_layers(model, embeddings):
         info = get_layerwise_info(layer)
-        weight = info.kernel_tensors[0].get("weight") if info.kernel_tensors is not None else layer.weight
-        place = weight.data_ptr() if weight is not None else 0  # 0, too, where a kernel has packed it
-        if info.can_load() and info.kernel_tensors is not None and info.load_numel <= 0 < info.load_numel_total:
-            waiting.append((path, place))
-        elif place:
-            loaded.add(place)
-    return [path for path, place in waiting if place not in loaded]
+        if info.can_load() and info.kernel_tensors is not None and info.load_numel <= 0 < (info.load_numel_total or 0):
+            weight = info.kernel_tensors[0].get("weight")
+            place = 0 if weight is None else weight.data_ptr()  # 0, too, where a kernel has packed it
+            if not place or place not in loaded:
+                left.append(path)
+    return left
 
 
 def _absent(path: str, where: str) -> RiaError:

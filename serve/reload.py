@@ -53,7 +53,7 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
         raise _another_form(model)
     schema = RiaSchema.parse(content["quantization_config"], str(path))
     permutations_of(model, revision, schema)
-    headers = WeightHeaders(model, revision)
+    headers = _headers(model, revision)
     check_weight_files(headers, schema)
     _check_pruned(config, set(headers.names or []), model)
     stored, present_form = _form(schema), _form(config.schema)
@@ -66,6 +66,13 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
     smooth, present_smooth = (one.recipe.get("smooth") or 0 for one in (schema, config.schema))
     if EngineOptions.current().lora and smooth != present_smooth:
         raise _refusal(model, "its inputs have other scales (--smooth), which the adapters of this server do not have")
+
+
+def _headers(model: str, revision: str | None) -> WeightHeaders:
+    headers = WeightHeaders(model, revision)
+    if headers.mistral is not None and EngineOptions.current().takes_mistral:
+        raise RiaError(headers.mistral)
+    return headers
 
 
 def _form(schema: RiaSchema) -> str:
@@ -110,7 +117,7 @@ def _check_compressed_tensors(
         raise _refusal(
             model, f"its quantization_config differs from the one that this server was started with: {difference}"
         )
-    names = WeightHeaders(model, revision).names
+    names = _headers(model, revision).names
     if names is not None and config.translation is not None:
         names = config.translation.names(names)
         _check_pruned(config, names, model)

@@ -6,12 +6,15 @@ way, and compressed tensors allow no change.
 """
 
 import functools
+import inspect
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor import model_loader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
 from ria_vllm.errors import RiaError
@@ -24,6 +27,9 @@ PARTS = (".compressed", ".bitmask", ".weight", ".weight_scale", ".bias")
 
 # Scales of the key-value cache, which are stored beside a linear and belong to attention.
 CACHE_SCALES = ("k_scale", "v_scale", "output_scale")
+
+# Where vLLM reads files.
+LOADERS = Path(model_loader.__file__).parent
 
 _NAME = "ria_checkpoint_name"
 
@@ -70,19 +76,18 @@ class WeightStream:
             after_reload: raises a RiaError if a reload from files has left layers out, whose paths it is given.
         """
         load = model.load_weights
-        whole = False  # the last load was one of all weights
+        complete = False  # the last load was one of all files
 
         @functools.wraps(load)
         def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: object, **kwargs: object) -> object:
-            nonlocal loaded, whole
-            whole = False
-            first = not loaded
+            nonlocal loaded, complete
+            complete = False
+            first, all_files = not loaded, are_files(weights)
             # vLLM's loaders read files lazily. A list is a piece of what a trainer sends; it comes from no file.
             from_files = not isinstance(weights, list | tuple)
             if loaded:
                 self._check(model, functools.partial(before_reload, from_files))
             loaded = self.active = True
-            whole = from_files
             if from_files:
                 weights = once(weights)
             if translation is not None:
@@ -94,12 +99,15 @@ class WeightStream:
                 self.recent.clear()
             if first and from_files:
                 after_load()
+            complete = all_files
             return result
 
         def finish_reload(left_out: Sequence[str]) -> None:
+            nonlocal complete
+            check, complete = complete, False
             if translation is not None:
                 translation.finish()
-            if whole:
+            if check:
                 after_reload(left_out)
 
         model.load_weights = load_weights
@@ -144,6 +152,11 @@ class WeightStream:
             # A reload asks again, when the recent tensors are gone.
             set_name(tensor, next((name for name in names if name in wanted), names[0]))
         return getattr(tensor, _NAME)
+
+
+def are_files(weights: Iterable[tuple[str, torch.Tensor]]) -> bool:
+    """Whether they are what a loader of vLLM reads from files, and not what somebody sends, perhaps lazily, too."""
+    return inspect.isgenerator(weights) and Path(weights.gi_code.co_filename).is_relative_to(LOADERS)
 
 
 def once(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

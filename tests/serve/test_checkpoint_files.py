@@ -1,5 +1,6 @@
 """What is read before the weights, from a folder and from a stand-in for the hub."""
 
+import contextlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE
 from ria_vllm.serve import checkpoint_files
-from ria_vllm.serve.checkpoint_files import is_offline, locate
+from ria_vllm.serve.checkpoint_files import Offline, OutOfReach, is_offline, locate
 from ria_vllm.serve.config import RiaConfig, rearranged_by_vllm
 from ria_vllm.serve.linear import Sparse24LinearMethod
 from ria_vllm.serve.reload import check_reload
@@ -196,7 +197,7 @@ def test_what_vllm_itself_takes_for_weights_in_mistrals_format(copy, name, index
 @pytest.mark.parametrize("indexed", [True, False])
 @pytest.mark.parametrize("place", ["folder", "reload", "hub", "cache", "modelscope"])
 def test_weights_in_mistrals_format_are_refused(checkpoint, copy, hub, monkeypatch, place, indexed, name):
-    """vLLM would load only those, and ignore the index."""
+    """vLLM would read only those, and ignore the index."""
     config = config_of(checkpoint)
     if indexed:
         split(copy)
@@ -204,10 +205,9 @@ def test_weights_in_mistrals_format_are_refused(checkpoint, copy, hub, monkeypat
     def read():
         if place == "reload":
             check_reload(config, SimpleNamespace(model=str(copy), revision=None), from_files=True)
-        elif place == "folder":
-            config_of(copy)
         else:
-            hub.config()
+            built = config_of(copy) if place == "folder" else hub.config()
+            built.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
 
     if place == "cache":
         hub.reachable = False
@@ -218,8 +218,23 @@ def test_weights_in_mistrals_format_are_refused(checkpoint, copy, hub, monkeypat
     (copy / name).parent.mkdir(exist_ok=True)
     save_file({"norm.weight": torch.zeros(8)}, copy / name)
     hub.cached |= {name} if place == "cache" else set()
-    with pytest.raises(RiaError, match=f"vLLM would load {name} in place of the model.*Remove it"):
-        read()
+    for options in (contextlib.nullcontext(), loading("auto"), loading("mistral")):
+        with options, pytest.raises(RiaError, match=f"{name} makes vLLM take this model for one in Mistral's own"):
+            read()
+
+
+@pytest.mark.parametrize("place", ["folder", "reload"])
+@pytest.mark.parametrize("load_format", ["hf", "safetensors", "dummy"])
+def test_other_load_formats_leave_weights_in_mistrals_format_alone(checkpoint, copy, place, load_format):
+    """With an index, vLLM then reads what the index names, and dummy weights come from nowhere."""
+    config = config_of(checkpoint)
+    split(copy)
+    save_file({"norm.weight": torch.zeros(8)}, copy / "consolidated.safetensors")
+    with loading(load_format):
+        if place == "reload":
+            check_reload(config, SimpleNamespace(model=str(copy), revision=None), from_files=True)
+        else:
+            config_of(copy).get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
 
 
 def test_weights_that_are_all_in_files_with_mistrals_names(copy):
@@ -255,7 +270,8 @@ class Hub:
     def download(self, repo, name, revision=None):
         self.revisions.add(revision)
         assert name != SINGLE_FILE  # vLLM downloads the weights, to where its options say
-        self.refuse()
+        if name not in self.cached or not isinstance(self.refusal, LocalEntryNotFoundError):
+            self.refuse()
         if name not in self.cached and not self.reachable:
             raise LocalEntryNotFoundError("offline")
         if not self.path(name).is_file():
@@ -362,13 +378,14 @@ def answer(status):
     """What the hub's library raises when the hub refuses something."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    kinds = {401: RepositoryNotFoundError, 403: GatedRepoError, 503: HfHubHTTPError}
+    kinds = {401: RepositoryNotFoundError, 403: GatedRepoError}
     request = SimpleNamespace(method="GET", url="https://hub", headers={})
     response = SimpleNamespace(status_code=status, headers={}, request=request, history=[])
-    return kinds[status](f"{status} Client Error.\n\nAccess to model who/what is restricted.", response=response)
+    kind = kinds.get(status, HfHubHTTPError)
+    return kind(f"{status} Client Error.\n\nAccess to model who/what is restricted.", response=response)
 
 
-@pytest.mark.parametrize("status", [401, 403, 503])
+@pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("step", ["index", "list"])
 def test_what_the_hub_refuses_is_not_taken_from_the_cache(hub, monkeypatch, status, step):
     """The cache may have files of an older state of the repository."""
@@ -381,6 +398,20 @@ def test_what_the_hub_refuses_is_not_taken_from_the_cache(hub, monkeypatch, stat
         config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_hub_that_is_down_or_too_busy_is_not_needed_for_what_is_cached(hub, status):
+    """The hub's own library takes cached files then, too."""
+    hub.cached = {path.name for path in hub.folder.iterdir()}
+    expected = hub.config().permutations
+    error = LocalEntryNotFoundError("An error happened while trying to locate the file.")
+    error.__cause__, hub.refusal = answer(status), error
+    config = hub.config()
+    assert config.unread is None and config.permutations.keys() == expected.keys()
+    hub.cached = set()
+    with pytest.raises(Offline, match="the hub cannot be reached"):
+        locate("who/what", PERMUTATIONS_FILE, None)
+
+
 @pytest.mark.parametrize(
     ("error", "offline"),
     [
@@ -389,7 +420,9 @@ def test_what_the_hub_refuses_is_not_taken_from_the_cache(hub, monkeypatch, stat
         (TimeoutError("timed out"), True),
         (LocalEntryNotFoundError("local_files_only"), True),
         (answer(401), False),
-        (answer(503), False),
+        (answer(404), False),
+        (answer(429), True),
+        (answer(503), True),
         (ValueError("not a repository"), False),
     ],
 )
@@ -444,6 +477,7 @@ def on_modelscope(monkeypatch, folder):
     """Let a folder be what vLLM downloads from ModelScope; returns the arguments of each download."""
     from vllm import envs
     from vllm.model_executor.model_loader import weight_utils
+    from vllm.transformers_utils import utils
 
     asked = []
 
@@ -451,9 +485,34 @@ def on_modelscope(monkeypatch, folder):
         asked.append((model, revision, allow_patterns))
         return str(folder)
 
+    def names(model, revision=None):
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
     monkeypatch.setattr(envs, "VLLM_USE_MODELSCOPE", True, raising=False)
     monkeypatch.setattr(weight_utils, "maybe_download_from_modelscope", download)
+    monkeypatch.setattr(utils, "modelscope_list_repo_files", names)
     return asked
+
+
+def test_modelscope_out_of_reach(copy, monkeypatch):
+    """What it has in its cache is enough."""
+    from vllm.model_executor.model_loader import weight_utils
+    from vllm.transformers_utils import utils
+
+    def fail(*_, **__):
+        raise ConnectionError("no route to host")
+
+    on_modelscope(monkeypatch, copy)
+    monkeypatch.setattr(utils, "modelscope_list_repo_files", fail)
+    config = RiaConfig.from_config(json.loads((copy / "config.json").read_text())["quantization_config"])
+    config.maybe_update_config("who/what")
+    assert config.unread is None and len(config.permutations) == 14
+    monkeypatch.setattr(weight_utils, "maybe_download_from_modelscope", fail)
+    config.maybe_update_config("who/what")
+    assert "cannot get model.safetensors.index.json from ModelScope (no route to host)" in config.unread
+    monkeypatch.setattr(weight_utils, "maybe_download_from_modelscope", lambda *_, **__: 1 / 0)
+    with pytest.raises(OutOfReach, match="from ModelScope .division by zero"):
+        locate("who/what", PERMUTATIONS_FILE, None)
 
 
 def test_modelscope(copy, monkeypatch):
@@ -499,8 +558,13 @@ def test_weights_that_a_kernel_has_packed_are_named_as_such(copy):
             config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
 
 
+def loading(load_format):
+    """An engine with this `--load-format`."""
+    return set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format=load_format)))
+
+
 def dummy_weights():
-    return set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy")))
+    return loading("dummy")
 
 
 def a_linear():

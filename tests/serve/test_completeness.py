@@ -105,8 +105,22 @@ def test_what_a_reload_leaves_out(ranks, one_rank, tied):
         assert left_out(model, embeddings=False) == [name for name in missing if name == "fc"]
         finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
         assert left_out(model) == []
-    with pytest.raises(RiaError, match="^here: the weight of vLLM's layer fc is in none of the weight files"):
+    with pytest.raises(RiaError, match="^here: vLLM's layer fc got no weights in this reload"):
         check_reloaded(["fc"], "here")
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_reload_of_a_head_that_is_tied_to_a_plain_embedding(ranks, one_rank, given):
+    model = torch.nn.Module()
+    model.embed = torch.nn.Embedding(96, 64)
+    model.head = ParallelLMHead(96, 64, params_dtype=torch.float32, prefix="head")
+    model.head.weight = model.embed.weight
+    record_metadata_for_reloading(model)
+    initialize_layerwise_reload(model)
+    if given:
+        model.embed.weight.weight_loader(model.embed.weight, torch.zeros(96, 64))
+    assert left_out(model) == ([] if given else ["head"])
+    finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
 
 
 def shards_without_index(folder, out, keep=2):
@@ -166,7 +180,7 @@ def test_what_is_complete_is_served(runs, name):
     [
         ("one shard", "1 of the 2 files model-*-of-00002.safetensors, and no model.safetensors.index.json"),
         ("stray", "in model.safetensors and in old.safetensors, and vLLM loads both"),
-        ("mistral", "vLLM would load consolidated.safetensors in place of the model"),
+        ("mistral", "consolidated.safetensors makes vLLM take this model for one in Mistral's own format"),
         ("without head", "the weight of vLLM's layer lm_head is in none of the weight files"),
         ("longer", "the weight of vLLM's layer model.layers.2.self_attn.qkv_proj is in none of the weight files"),
         ("without dense", "the weight of vLLM's layer model.layers.1.mlp.down_proj is in none of the weight files"),

@@ -94,6 +94,8 @@ def test_weights_that_a_draft_lacks_are_looked_for_in_its_own_folder(built):
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
 def test_a_reload_that_leaves_a_dense_layer_out(built, load_format):
     """Also the first load after a start with dummy weights. vLLM would keep what the layer had, and only warn."""
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     build, stored = built
@@ -104,16 +106,24 @@ def test_a_reload_that_leaves_a_dense_layer_out(built, load_format):
         model.load_weights(iter([*tensors_of(stored), *dense]))
     finished(model)
 
-    def reload(weights):
+    def files(tensors):
+        loader = DefaultModelLoader(LoadConfig())
+        loader._get_weights_iterator = lambda source: iter(tensors)
+        return loader.get_all_weights(SimpleNamespace(model="the folder", revision=None), model)
+
+    def reload(*weights):
         initialize_layerwise_reload(model)
-        model.load_weights(weights)
+        for part in weights:
+            model.load_weights(part)
         finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
 
-    reload(iter([*tensors_of(stored), *dense]))
-    with pytest.raises(RiaError, match="^the folder: the weight of vLLM's layer fc is in none of the weight files"):
-        reload(tensors_of(stored))
+    reload(files([*tensors_of(stored), *dense]))
+    with pytest.raises(RiaError, match="^the folder: vLLM's layer fc got no weights in this reload"):
+        reload(files(tensors_of(stored)))
+    reload()  # an update of nothing
     reload(list(tensors_of(stored)))  # somebody sends what has changed
-    reload(iter([*tensors_of(stored), *dense]))
+    reload(one for one in tensors_of(stored))
+    reload(files([*tensors_of(stored), *dense]))
 
 
 def test_pieces_of_an_update_that_ended_do_not_go_into_the_next(engine, monkeypatch):
