@@ -46,9 +46,13 @@ class OpenFiles:
         tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
         self._bytes += tensor.nbytes
         if self._bytes > self._most_bytes:
-            self._open.clear()
-            self._bytes = 0
+            self.close()
         return tensor
+
+    def close(self) -> None:
+        """Close all files. What was read of them stays mapped only where a tensor of theirs is alive."""
+        self._open.clear()
+        self._bytes = 0
 
     def _file(self, path: Path) -> Any:
         found = os.stat(path)

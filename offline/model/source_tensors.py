@@ -77,6 +77,10 @@ class SourceTensors:
             )
         return self.scheme.dequantized(self._read(found.values, index), scales, self.dtype)
 
+    def close(self) -> None:
+        """Close all files: what was read of an open one counts as memory of the process."""
+        self._open.close()
+
     def shapes(self, names: Iterable[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Each name with the shape of its tensor, from the headers."""
         names = list(names)

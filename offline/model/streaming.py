@@ -323,9 +323,12 @@ class StreamedModel:
         return self.files[self.names.files[written]]
 
     def _read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each tensor by its written name, file by file."""
-        for name in sorted(names, key=self._file_of):
-            yield name, self.read(name)
+        """Each tensor by its written name, file by file. No file is left open, and so mapped."""
+        try:
+            for name in sorted(names, key=self._file_of):
+                yield name, self.read(name)
+        finally:
+            self.tensors.close()
 
     def _shapes(self, names: Iterable[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
         stored = {self.names.files[name]: name for name in names}

@@ -29,7 +29,7 @@ def test_streamed_from_the_files_they_compute_what_transformers_does(kind, tmp_p
     reads = []
     for index, layer in enumerate(model.model.layers):
         (path,) = experts_modules(layer)
-        block = path.rpartition(".")[0]
+        block = path.rpartition(".")[0] or path  # Gemma 4's are in the layer itself
         hook = layer.get_submodule(block).register_forward_hook(lambda m, args, out: reads.append((args, out)))
         with torch.no_grad():
             model(TOKENS, use_cache=False)

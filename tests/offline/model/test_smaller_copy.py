@@ -30,6 +30,7 @@ WIDE = {
     "n_routed_experts": 8,
 }  # fmt: skip
 OWN = {
+    "falcon": {"num_kv_heads": 4, "ffn_hidden_size": 384},
     "opt": {"num_key_value_heads": 8},
     "minicpm3": {"num_key_value_heads": 8},
     "deepseek_v3": {"num_key_value_heads": 8, "head_dim": 16, "v_head_dim": 32, "qk_nope_head_dim": 32},
