@@ -36,7 +36,7 @@ class KVCacheScales(CompressedTensorsKVCacheMethod):
             if dummy_weights:
                 scale.data.fill_(1)
             elif layer.ria_needs_scales and not bool(((scale > 0) & scale.isfinite()).all()):
-                fault = "is in none of the weight files" if scale.isnan().all() else f"is {scale.tolist()}"
+                fault = "is in none of the weight files" if scale.isnan().all() else f"is {scale.squeeze().tolist()}"
                 raise RiaError(
                     f"{layer.layer_name}.{part} {fault}, but config.json has a kv_cache_scheme. Get the model again, "
                     "or remove that key from config.json to serve with a cache in the model's dtype."
