@@ -102,7 +102,7 @@ FAMILIES = {
         settings=(
             ("n_routed_experts", EXPERTS), ("num_experts_per_tok", 2), ("moe_intermediate_size", INNER),
             ("first_k_dense_replace", 1), ("n_group", 1), ("topk_group", 1), ("n_shared_experts", 1),
-            ("topk_method", "greedy"), ("norm_topk_prob", True), ("routed_scaling_factor", 1.0), ("q_lora_rank", None),
+            ("topk_method", "greedy"), ("norm_topk_prob", False), ("routed_scaling_factor", 1.0), ("q_lora_rank", None),
             ("kv_lora_rank", 512), ("qk_nope_head_dim", 32), ("qk_rope_head_dim", 64), ("v_head_dim", 32),
             ("head_dim", None),
         ),
