@@ -62,6 +62,13 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _failure(error: BaseException, what: str, way_out: str = "") -> OutOfReach:
+    """The error to raise where the hub's library has raised one; `way_out`: what helps where the hub is not there."""
+    offline = is_offline(error)
+    kind = Offline if offline else OutOfReach
+    return kind(f"{what} ({_reason(error)}).{way_out if offline else ''}")
+
+
 def locate(model: str, name: str, revision: str | None) -> Path | None:
     """The file `name` of a local folder, or of a repository on the hub or ModelScope, downloaded into the cache.
 
@@ -80,8 +87,7 @@ def locate(model: str, name: str, revision: str | None) -> Path | None:
         try:
             folder = maybe_download_from_modelscope(model, revision, allow_patterns=[name])
         except Exception as error:  # as in `_header`
-            kind = Offline if is_offline(error) else OutOfReach
-            raise kind(f"{model}: cannot get {name} from ModelScope ({_reason(error)}).") from error
+            raise _failure(error, f"{model}: cannot get {name} from ModelScope") from error
         path = Path(folder or model) / name
         return path if path.is_file() else None
     from huggingface_hub import hf_hub_download
@@ -89,18 +95,16 @@ def locate(model: str, name: str, revision: str | None) -> Path | None:
 
     try:
         return Path(hf_hub_download(model, name, revision=revision))
-    except EntryNotFoundError as error:
-        if not isinstance(error, LocalEntryNotFoundError):
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        in_cache_only = isinstance(error, LocalEntryNotFoundError)
+        if isinstance(error, EntryNotFoundError) and not in_cache_only:
             return None
-        if not is_offline(error):
-            raise OutOfReach(f"{model}: cannot get {name} from the hub ({_reason(error)}).") from error
-        raise Offline(
-            f"{model}: {name} is not in the local cache and the hub cannot be reached. Download the whole repository "
-            "first, or give a local folder."
-        ) from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        kind = Offline if is_offline(error) else OutOfReach
-        raise kind(f"{model}: cannot get {name} from the hub ({_reason(error)}).") from error
+        if in_cache_only and is_offline(error):
+            raise Offline(
+                f"{model}: {name} is not in the local cache and the hub cannot be reached. Download the whole "
+                "repository first, or give a local folder."
+            ) from None
+        raise _failure(error, f"{model}: cannot get {name} from the hub") from error
 
 
 class WeightHeaders:
@@ -243,12 +247,11 @@ class WeightHeaders:
         return list(header.tensors), header.metadata or {}
 
     def _out_of_reach(self, what: str, error: Exception) -> OutOfReach:
-        if not is_offline(error):
-            return OutOfReach(f"{self.model}: {what} cannot be read from the hub ({_reason(error)}).")
-        return Offline(
-            f"{self.model}: {what} cannot be read from the hub ({_reason(error)}). Download the whole repository "
-            "first. If it is not in the hub's own cache (--download-dir), give its local folder."
+        way_out = (
+            " Download the whole repository first. If it is not in the hub's own cache (--download-dir), give its "
+            "local folder."
         )
+        return _failure(error, f"{self.model}: {what} cannot be read from the hub", way_out)
 
 
 def _check_complete(files: Sequence[str], model: str) -> None:
