@@ -31,7 +31,7 @@ def watch_models() -> None:
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader import utils
 
-    from ria_vllm.serve.completeness import check_loaded, check_reloaded, empty_weights
+    from ria_vllm.serve.completeness import check_loaded, check_reloaded, empty_weights, left_out
     from ria_vllm.serve.config import RiaConfig
     from ria_vllm.serve.engine import EngineOptions
     from ria_vllm.serve.layer_matching import match_layers
@@ -60,7 +60,7 @@ def watch_models() -> None:
             built_from = calls[0].get("model_config") or engine.model_config
             where = str(built_from.model) if built_from is not None else config.where
             embeddings = built_from is engine.model_config
-            model.ria_embeddings = embeddings
+            model.ria_left_out = functools.partial(left_out, model, embeddings)
             empty_weights(model, embeddings)
             complete = functools.partial(check_loaded, model, where, embeddings)
 
@@ -81,14 +81,12 @@ def watch_reloads() -> None:
     """
     from vllm.model_executor.model_loader.reload import layerwise
 
-    from ria_vllm.serve.completeness import left_out
-
     finalize = layerwise.finalize_layerwise_processing
 
     @functools.wraps(finalize)
     def finalize_layerwise_processing(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         finish = getattr(model, "ria_finish_reload", None)
-        left = [] if finish is None else left_out(model, getattr(model, "ria_embeddings", True))
+        left = getattr(model, "ria_left_out", list)()
         finalize(model, *args, **kwargs)
         if finish is not None:
             finish(left)
