@@ -13,6 +13,9 @@ from pathlib import Path
 
 OURS = [Path(__file__).parent.parent / folder for folder in ("ria_vllm", "offline", "serve", "benchmarks")]
 
+# What Python gives every module.
+OF_EVERY_MODULE = {"__doc__", "__file__", "__name__"}
+
 # A path such as "vllm/config/__init__.py" -> the file's text; None if there is no such file.
 Read = Callable[[str], "str | None"]
 
@@ -53,7 +56,7 @@ def _has(module: str, name: str, read: Read) -> bool:
     if _source(f"{module}.{name}" if module else name, read)[1] is not None:
         return True
     body = ast.parse(source).body
-    if name in _bound(body):
+    if name in OF_EVERY_MODULE | _bound(body):
         return True
     starred = [node for node in body if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
     package = module if path.endswith("__init__.py") else module.rpartition(".")[0]

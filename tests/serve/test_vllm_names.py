@@ -40,6 +40,10 @@ def test_a_package_that_has_everything():
     assert check.missing([("vllm", "LLM")], PACKAGE.get) == []
 
 
+def test_what_every_module_has():
+    assert check.missing([("vllm.ops", "__file__"), ("vllm.none", "__file__")], PACKAGE.get) == ["vllm.none.__file__"]
+
+
 @pytest.mark.parametrize(
     "file, text, absent",
     [
