@@ -5,7 +5,7 @@ import tiny
 import torch
 from compare import check
 from families import LATENT_ATTENTION, ROTARY
-from runs import ONE_THREAD_EACH, TWO_RANKS, Runs
+from runs import ONE_THREAD_EACH, TWO_PROCESSES, TWO_RANKS, Runs
 
 pytestmark = pytest.mark.slow
 
@@ -35,9 +35,9 @@ COMPILED = {
     "compiled with biases": ("opt", {}, {"enforce_eager": False}),
 }
 SPREAD = {
-    "two ranks": ("llama-gqa", {}, TWO_RANKS),
+    "two ranks": ("llama-gqa", {}, TWO_PROCESSES),
     "two ranks, fewer key-value heads, no folds": ("llama-mqa", {"folds": False}, TWO_RANKS),
-    "four ranks, fewer key-value heads": ("llama-gqa", {}, TWO_RANKS | {"tensor_parallel_size": 4}),
+    "four ranks, fewer key-value heads": ("llama-gqa", {}, TWO_PROCESSES | {"tensor_parallel_size": 4}),
     # compiled, because vLLM's eager CPU worker has no buffers for the second stage
     "two stages": (
         "llama-gqa",

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from ria_vllm.offline.runtime import memory
 
 LAYERS = 28
-# One chunk of 768 tokens is for these widths what one of 2048 tokens is for those of a 7B model.
-SAMPLES, SEQ_LEN = 6, 128
+# One chunk of 640 tokens is for these widths what one of 2048 tokens is for those of a 7B model.
+SAMPLES, SEQ_LEN = 5, 128
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Shape:
 # The limit for everything but the embedding and the activations, in layers of a bf16 model.
 LAYERS_IN_MEMORY = {"bfloat16": 6.5, "float32": 8.5}
 # In the proportions of Llama-2-7B, except for its vocabulary, and of Qwen2.5-7B.
-LLAMA, QWEN = Shape(1536, 4096, 16, 16, 258), Shape(1344, 7168, 12, 2, 57024)
+LLAMA, QWEN = Shape(1280, 3456, 16, 16, 258), Shape(1008, 5376, 12, 2, 42768)
 
 
 def save_large(folder: Path, small: Path, shape: Shape) -> None:
