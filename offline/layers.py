@@ -27,7 +27,7 @@ from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.smoothing import Smoother, set_parameter
 from ria_vllm.offline.solve import find_orders, retained_without_blocks, solve
-from ria_vllm.offline.train import train_sublayer
+from ria_vllm.offline.train import round_sublayer, train_sublayer
 from ria_vllm.progress import Monitor
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ class LayerPass:
             for sublayer_pass in sublayer_passes:
                 for number, stage in enumerate(sublayer_pass.stages):
                     found, of_experts = self._solve_stage(
-                        index, sublayer_pass, number, plan.groups(index, stage), {}, passes=1
+                        index, sublayer_pass, number, plan.groups(index, stage), {}, self.recipe, passes=1
                     )
                     records |= {name: linear.record for name, linear in found.items()} | of_experts
                 sublayer_pass.advance(self.streams.pruned)
@@ -152,14 +152,16 @@ class LayerPass:
     def _prune_sublayer(
         self, index: int, sublayer_pass: SublayerPass, plan: Plan, smoother: Smoother | None
     ) -> dict[str, Pruned]:
-        """Prune one stage after the other, so that each sees what those before it produce; then train if asked."""
+        """Prune one stage after the other, so that each sees what those before it produce. Then train if asked, and
+        round what was trained."""
+        recipe = self.recipe.before_rounding
         pruned: dict[str, Pruned] = {}
         stages = [plan.groups(index, stage) for stage in sublayer_pass.stages]
         dense = self._dense_reads(index, sublayer_pass, stages)
         compared = self.topologies.is_first(index)  # a second search in every layer would take too long
         for number, groups in enumerate(stages):
             scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
-            found, _ = self._solve_stage(index, sublayer_pass, number, groups, dense, compared, scale=scale)
+            found, _ = self._solve_stage(index, sublayer_pass, number, groups, dense, recipe, compared, scale=scale)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 sublayer_pass.advance(self.streams.dense)
             for name, linear in found.items():
@@ -170,7 +172,11 @@ class LayerPass:
                 if group.experts:
                     self._use_pruned(index, group.experts)
             pruned |= found
-        return train_sublayer(sublayer_pass, pruned, self.recipe) if self.recipe.trains and pruned else pruned
+        if recipe.trains and pruned:
+            pruned = train_sublayer(sublayer_pass, pruned, recipe)
+            if self.recipe.weights != "float":
+                pruned = round_sublayer(sublayer_pass, pruned, stages, self.recipe, self.model.stored_dtype)
+        return pruned
 
     def _dense_reads(
         self, index: int, sublayer_pass: SublayerPass, stages: Sequence[Sequence[Group]]
@@ -208,6 +214,7 @@ class LayerPass:
         number: int,
         groups: Sequence[Group],
         dense: Mapping[str, Reads],
+        recipe: Recipe,
         compared: bool = False,
         passes: int = PASSES,
         scale: Callable[[Sequence[Group], dict[str, Statistics], dict[str, torch.Tensor]], None] | None = None,
@@ -216,6 +223,7 @@ class LayerPass:
 
         Args:
             dense: path of experts -> what they read in the dense model; empty if it is not followed.
+            recipe: of the linears. Experts are always pruned by the whole recipe.
             compared: also record what orders without blocks would retain, where the orders have to keep to blocks.
             passes: of rounding to integers.
             scale: migrates scales in the statistics and weights of the groups' linears.
@@ -253,7 +261,7 @@ class LayerPass:
         with self.monitor.phase("masks and weights"):
             trim()
             dtype, place = self.model.stored_dtype, sublayer_pass.place
-            solved = solve(names, weights, statistics, orders, dtype, self.recipe, self.ranks, place, passes)
+            solved = solve(names, weights, statistics, orders, dtype, recipe, self.ranks, place, passes)
         if compared and self.ranks.first:
             with self.monitor.phase("permutations"):
                 for name, share in retained_without_blocks(plain, weights, statistics, self.recipe).items():

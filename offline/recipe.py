@@ -122,8 +122,13 @@ class Recipe:
 
     @property
     def trains(self) -> bool:
-        """Whether sublayers are trained. What a short training does to integers has not been measured."""
-        return self.trains_experts or (self.reconstruct == "short" and self.weights == "float")
+        """Whether sublayers are trained."""
+        return RECONSTRUCTIONS[self.reconstruct] > 0
+
+    @property
+    def before_rounding(self) -> "Recipe":
+        """How linears outside of experts are pruned at first: those that are trained are rounded after that."""
+        return replace(self, weights="float", group_size=None, activations="none", smooth=None) if self.trains else self
 
     @property
     def trains_experts(self) -> bool:

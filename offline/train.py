@@ -1,4 +1,6 @@
-"""Block reconstruction of one sublayer: train the weights that its masks keep, on the chunks of all ranks."""
+"""Block reconstruction of one sublayer: train the weights that its masks keep, on the chunks of all ranks, and then
+round them, if they are to become integers.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -8,12 +10,15 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ria_vllm import permutation
 from ria_vllm.formats import IntFormat
 from ria_vllm.offline.calibration.activations import AllChunks
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
+from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruned import Pruned, stored_weight
-from ria_vllm.offline.pruning.block import Diverged, Grid, train_block
+from ria_vllm.offline.pruning.admm import output_error
+from ria_vllm.offline.pruning.block import Diverged, train_block
+from ria_vllm.offline.pruning.rounding import round_on_mask
+from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import MAPPED_BLOCK, blocks_kept, trim
 
@@ -56,7 +61,6 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
                 seed=recipe.seed,
                 dtype=recipe.matmul_dtype,
                 place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",
-                grids=grids_of(pruned, recipe, runner.device),
             )
         except Diverged:
             if recipe.reconstruct == "block":
@@ -91,18 +95,57 @@ def after_training(linear: Pruned, weight: torch.Tensor, losses: Sequence[float]
     return replace(linear, weight=weight, scale=scale, record=record)
 
 
-def grids_of(pruned: Mapping[str, Pruned], recipe: Recipe, device: torch.device) -> dict[str, Grid]:
-    """The grids on which the linears are trained: their scales stay as they are. Empty if weights are not integers."""
-    weight_format, grids = recipe.weight_format, {}
-    if isinstance(weight_format, IntFormat):
-        for name, linear in pruned.items():
-            assert linear.scale is not None
-            width = linear.weight.shape[1]
-            groups = torch.arange(width) // (weight_format.group_size or width)  # of the stored columns
-            groups = groups if linear.p is None else groups[permutation.invert(linear.p)]
-            low, high = weight_format.smallest, weight_format.largest
-            grids[name] = Grid(linear.scale.to(device), groups.to(device), low, high)
-    return grids
+def round_sublayer(
+    sublayer_pass: SublayerPass,
+    pruned: Mapping[str, Pruned],
+    stages: Sequence[Sequence[Group]],
+    recipe: Recipe,
+    dtype: torch.dtype,
+) -> dict[str, Pruned]:
+    """Round the trained linears of a sublayer to the recipe's integers, so that each outputs what it did before.
+
+    They are taken stage by stage: what a linear reads has been rounded already.
+
+    Args:
+        sublayer_pass: with the trained weights in place.
+        pruned: name relative to the layer -> linear whose weight is not rounded.
+        stages: of the sublayer, with only the linears that are pruned.
+        dtype: of the result, the checkpoint's.
+
+    Returns:
+        The same linears; their weights are also in the layer. The records say how much the rounding changed the output:
+        `rounding_error`, relative as `error_after` is.
+    """
+    runner, ranks = sublayer_pass.runner, sublayer_pass.ranks
+    rounded: dict[str, Pruned] = {}
+    for number, stage in enumerate(stages):
+        groups = [group for group in stage if group.linears]
+        found = sublayer_pass.statistics(number, groups, with_gram=True, with_drift=False) if groups else []
+        trim()
+        names = [name for group in groups for name in group.linears]
+        grams = {name: read.gram for group, read in zip(groups, found, strict=True) for name in group.linears}
+        owners = ranks.partition_by_cost([pruned[n].weight.shape[1] * pruned[n].weight.numel() for n in names])
+        for name, owner in zip(names, owners, strict=True):
+            linear = None
+            if owner == ranks.rank:
+                with sublayer_pass.monitor.phase("masks and weights"):
+                    linear = _rounded(pruned[name], grams[name], recipe, dtype, runner.device)
+            rounded[name] = linear = ranks.broadcast(linear, owner)
+            runner.linear(name).weight.data = linear.weight.to(runner.device, runner.dtype)
+        del found, grams
+        trim()
+    return rounded
+
+
+def _rounded(linear: Pruned, gram: SymmetricMatrix, recipe: Recipe, dtype: torch.dtype, device: torch.device) -> Pruned:
+    weight_format = recipe.weight_format
+    assert isinstance(weight_format, IntFormat)
+    exact, p = linear.weight.to(device), None if linear.p is None else linear.p.to(device)
+    start = exact.to(torch.float32, copy=True)  # whose memory the result takes
+    W, scale = round_on_mask(exact, start, linear.mask.to(device), gram, weight_format, p=p)
+    W, scale = stored_weight(W, linear.p, dtype, recipe, scale)
+    error = output_error(exact, W.to(device), gram)
+    return replace(linear, weight=W, scale=scale, record=linear.record | {"rounding_error": error})
 
 
 T = TypeVar("T")

@@ -15,14 +15,16 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ria_vllm import permutation
+from ria_vllm.formats import IntFormat
 from ria_vllm.offline.calibration.routing import Reads, RoutedTokens
 from ria_vllm.offline.model.experts import DOWN
 from ria_vllm.offline.model.run_experts import Weights, inner, output, output_of
 from ria_vllm.offline.pruned import Pruned
-from ria_vllm.offline.pruning.block import train_block
+from ria_vllm.offline.pruning.block import Grid, train_block
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.train import after_training, grids_of
+from ria_vllm.offline.train import after_training
 from ria_vllm.progress import Monitor
 from ria_vllm.writer import disk_errors
 
@@ -149,6 +151,20 @@ class MixtureTrainer:
 
     def _output(self, expert: int, X: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return output(self.experts, expert, inner(self.experts, expert, X, weights), weights)
+
+
+def grids_of(pruned: Mapping[str, Pruned], recipe: Recipe, device: torch.device) -> dict[str, Grid]:
+    """The grids on which the linears are trained: their scales stay as they are. Empty if weights are not integers."""
+    weight_format, grids = recipe.weight_format, {}
+    if isinstance(weight_format, IntFormat):
+        for name, linear in pruned.items():
+            assert linear.scale is not None
+            width = linear.weight.shape[1]
+            groups = torch.arange(width) // (weight_format.group_size or width)  # of the stored columns
+            groups = groups if linear.p is None else groups[permutation.invert(linear.p)]
+            low, high = weight_format.smallest, weight_format.largest
+            grids[name] = Grid(linear.scale.to(device), groups.to(device), low, high)
+    return grids
 
 
 def _shares(reads: Reads, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,6 +25,8 @@ def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
     names = {"source": source.name, "calibration": recipe.calibration}  # full paths: this stays in the work folder
     # Earlier versions rounded to the nearest integers, and did not write this.
     rounding = {} if recipe.weights == "float" else {"rounding": "descent"}
+    # Then they did that before they trained, if at all.
+    rounding |= {"rounded": "last"} if rounding and recipe.trains else {}
     # And they trained in longer steps, and each expert by itself.
     training = {"steps": recipe.chunk_tokens, "experts": "together"} if recipe.trains_experts else {}
     return json.loads(json.dumps(recipe.dump(source.name) | names | stamps | rounding | training))

@@ -530,7 +530,7 @@ def without_errors(report: dict[str, Any]) -> dict[str, Any]:
     linears = report.get("linears")
     if not isinstance(linears, dict):
         return report
-    stale = ("error_before", "error_after")
+    stale = ("error_before", "error_after", "rounding_error")
     kept = {
         name: {key: value for key, value in record.items() if key not in stale} if isinstance(record, dict) else record
         for name, record in linears.items()

@@ -36,12 +36,14 @@ class SublayerPass:
     def stages(self) -> tuple[tuple[Group, ...], ...]:
         return self.runner.sublayer.stages
 
-    def statistics(self, number: int, groups: Sequence[Group], with_gram: bool) -> list[Statistics]:
+    def statistics(
+        self, number: int, groups: Sequence[Group], with_gram: bool, with_drift: bool = True
+    ) -> list[Statistics]:
         """The statistics of the groups of one stage, over the chunks of all ranks.
 
-        Where the dense model is followed, two stages have a drift. For the first one, ask before anything of the
-        sublayer is pruned and before the dense stream is advanced. For the last one, if its linear adds to the stream,
-        ask when everything else of the sublayer is pruned and the dense stream is advanced.
+        Where the dense model is followed, two stages have a drift, unless none is asked for. For the first one, ask
+        before anything of the sublayer is pruned and before the dense stream is advanced. For the last one, if its
+        linear adds to the stream, ask when everything else of the sublayer is pruned and the dense stream is advanced.
 
         Args:
             number: of the stage, counted from 0.
@@ -50,7 +52,7 @@ class SublayerPass:
         Raises:
             RiaError: NaN or infinite activations, or a linear that the layer does not use.
         """
-        dense = self.streams.dense
+        dense = self.streams.dense if with_drift else None
         dense_before = dense if number == 0 else None
         dense_after = dense if self.runner.sublayer.additive and number == len(self.stages) - 1 else None
         linears = [group.linears[0] for group in groups]

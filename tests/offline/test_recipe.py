@@ -98,14 +98,16 @@ def test_a_short_training_stays_short(chunks, seq_len):
     assert Recipe(reconstruct="block").training_chunks(chunks) == list(range(chunks))
 
 
-def test_a_short_training_leaves_integers_and_experts_to_admm():
-    trained = {
-        (name, weights): (recipe.trains, recipe.trains_experts)
-        for name in ("none", "admm", "short", "block")
-        for weights in ("float", "int8", "int4")
-        for recipe in [Recipe(reconstruct=name, weights=weights)]
-    }
-    assert {key for key, (sublayers, _) in trained.items() if sublayers} == {
-        ("short", "float"), *(("block", weights) for weights in ("float", "int8", "int4"))
-    }  # fmt: skip
-    assert {name for (name, _), (_, experts) in trained.items() if experts} == {"block"}
+@pytest.mark.parametrize("weights", ["float", "int8", "int4"])
+def test_a_short_training_leaves_experts_to_admm(weights):
+    names = ("none", "admm", "short", "block")
+    recipes = {name: Recipe(reconstruct=name, weights=weights) for name in names}
+    assert {name for name, recipe in recipes.items() if recipe.trains} == {"short", "block"}
+    assert {name for name, recipe in recipes.items() if recipe.trains_experts} == {"block"}
+
+
+@pytest.mark.parametrize("reconstruct", ["none", "admm", "short", "block"])
+def test_what_is_trained_is_rounded_last(reconstruct):
+    recipe = Recipe(reconstruct=reconstruct, weights="int4", group_size=64, activations="int8", smooth=0.5)
+    trained = reconstruct in ("short", "block")
+    assert recipe.before_rounding == (Recipe(reconstruct=reconstruct) if trained else recipe)

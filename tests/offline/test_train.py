@@ -1,32 +1,112 @@
-"""Block reconstruction of integer weights, from `compress` to the reader."""
+"""Training of sublayers, and of integer weights, from `compress` to the reader."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ria_vllm.checkpoint import Reader
+from ria_vllm.formats import IntFormat
+from ria_vllm.offline import compress as compressing
 from ria_vllm.offline import train, train_experts
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.pruned import Pruned, packed, stored_weight
 from ria_vllm.offline.pruning.block import train_block
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.train import after_training, grids_of
+from ria_vllm.offline.train import after_training
+from ria_vllm.offline.train_experts import grids_of
 from ria_vllm.progress import Monitor
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
-def test_training_moves_integers_and_leaves_their_scales_or_changes_nothing(family, tiny, text, tmp_path):
-    found = {}
-    for reconstruct in ("admm", "block"):
-        recipe = Recipe(
-            calibration=str(text), samples=32, seq_len=32, weights="int8", reconstruct=reconstruct, ignore=("layers.1",)
-        )
-        report = compress(str(tiny(family)), tmp_path / reconstruct, recipe, Settings(), Monitor(shown=False))
-        reader = found[reconstruct] = Reader(tmp_path / reconstruct)
-        assert list(reader.problems()) == []
-    started, trained = found["admm"], found["block"]
-    losses = {name: record["block_loss"] for name, record in report["linears"].items()}
-    in_order = sorted(started.sparse_names, key=lambda name: ".mlp." in name)
-    assert set(in_order) == set(losses) and min(map(min, losses.values())) > 0
+def compressed(source, out, text, **options):
+    recipe = Recipe(calibration=str(text), **({"samples": 32, "seq_len": 32} | options))
+    report = compress(str(source), out, recipe, Settings(), Monitor(shown=False))
+    reader = Reader(out)
+    assert list(reader.problems()) == []
+    return reader, report["linears"]
+
+
+@pytest.fixture
+def rounding(monkeypatch):
+    """What a run calibrates on, and what it rounds, in order."""
+    seen = SimpleNamespace(tokens=None, grams=[], exact=[])
+    real, texts = train.round_on_mask, compressing.calibration_tokens
+
+    def read(*arguments):
+        seen.tokens = texts(*arguments)
+        return seen.tokens
+
+    def watched(weight, solved, mask, gram, *arguments, **options):
+        seen.grams.append(gram.dense())
+        seen.exact.append(weight.clone())
+        return real(weight, solved, mask, gram, *arguments, **options)
+
+    monkeypatch.setattr(compressing, "calibration_tokens", read)
+    monkeypatch.setattr(train, "round_on_mask", watched)
+    return seen
+
+
+IN_ORDER = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize("reconstruct", ["short", "block"])
+@pytest.mark.parametrize(
+    "options",
+    [{"weights": "int8"}, {"weights": "int4", "group_size": 64}, {"weights": "int8", "activations": "int8"}],
+    ids=["int8", "int4-g64", "int8, inputs too"],
+)
+def test_what_was_trained_is_rounded_on_what_the_rounded_model_reads(
+    options, reconstruct, tiny, text, tmp_path, rounding
+):
+    """The oracle is transformers' forward pass of the result on the calibration text, in float32."""
+    source = tiny("llama")
+    common = {"reconstruct": reconstruct, "permute_scope": "linear"}
+    reader, records = compressed(source, tmp_path / "int", text, **common, **options)
+    names = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in IN_ORDER]
+    assert len(rounding.grams) == len(names) == len(records)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "int", dtype=torch.float32)
+    inputs = {}
+    for name in names:
+        module = model.get_submodule(name)
+        module._forward_pre_hooks.clear()  # what rounds inputs
+        module.register_forward_pre_hook(lambda _, read, name=name: inputs.__setitem__(name, read[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(rounding.tokens)
+    weight_format = reader.linear(names[0]).format
+    assert isinstance(weight_format, IntFormat)
+    for name, gram, exact in zip(names, rounding.grams, rounding.exact, strict=True):
+        X = inputs[name].double()
+        assert torch.allclose(gram.double(), X.T @ X, rtol=1e-3, atol=1e-3 * float(gram.diagonal().max())), name
+        stored, p = reader.dense(name).double(), reader.linear(name).input_permutation
+        wanted = X @ exact.double().T
+        off = float((X @ stored.T - wanted).norm() / wanted.norm())
+        assert records[name]["rounding_error"] == pytest.approx(off, rel=0.02), name
+        p = torch.arange(exact.shape[1]) if p is None else p.long()
+        plain = weight_format.quantize(exact[:, p], torch.float32)[0][:, p.argsort()]
+        nearest = float((X @ plain.double().T - wanted).norm() / wanted.norm())
+        assert 0 < off < nearest, name
+
+
+def test_float_and_integer_weights_are_trained_alike(tiny, text, tmp_path, rounding):
+    """In the first sublayer, before which nothing differs."""
+    floats, _ = compressed(tiny("llama"), tmp_path / "float", text)
+    integers, records = compressed(tiny("llama"), tmp_path / "int", text, weights="int8")
+    for name, exact in zip(IN_ORDER[:4], rounding.exact[:4], strict=True):
+        name = f"model.layers.0.{name}"
+        assert records[name]["trained"]
+        assert torch.equal(floats.dense(name), exact.to(floats.dense(name).dtype)), name
+        assert torch.equal(floats.dense(name) != 0, exact != 0)
+        assert integers.linear(name).parts["bitmask"].equal(floats.linear(name).parts["bitmask"])
+
+
+def test_training_moves_the_integers_of_experts_and_leaves_their_scales_or_changes_nothing(tiny, text, tmp_path):
+    source, options = tiny("qwen3-moe"), {"weights": "int8", "ignore": ("layers.1", "self_attn")}
+    started, _ = compressed(source, tmp_path / "admm", text, reconstruct="admm", **options)
+    trained, records = compressed(source, tmp_path / "block", text, reconstruct="block", **options)
+    losses = {name: record["block_loss"] for name, record in records.items()}
+    assert set(started.sparse_names) == set(losses) and min(map(min, losses.values())) > 0
+    in_order = list(started.sparse_names)
     first = next(number for number, name in enumerate(in_order) if losses[name][1] < losses[name][0])
     for name in in_order[: first + 1]:  # nothing before these was trained
         parts, before = trained.linear(name).parts, started.linear(name).parts
