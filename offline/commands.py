@@ -45,7 +45,7 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     default="short",
     show_default=True,
     help="How kept weights are updated: none; admm; short: admm, and then a short training of each layer, but not of "
-    "experts or integers; or block: a longer training of all (best, but slow).",
+    "experts; or block: a longer training of all (best, but slow). Linears are rounded to integers after that.",
 )
 @click.option(
     "--skip-sensitive",

@@ -51,7 +51,7 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
     kept = blocks_kept() if small else nullcontext()
     with sublayer_pass.monitor.phase("block training"), kept, torch.enable_grad():
         try:
-            losses = train_block(
+            losses: tuple[float, float] | None = train_block(
                 runner.run,
                 weights,
                 _Masks(pruned, runner.device),
@@ -65,7 +65,7 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
         except Diverged:
             if recipe.reconstruct == "block":
                 raise
-            losses = []
+            losses = None
     trained = {}
     for name, linear in pruned.items():
         module = runner.linear(name)
@@ -79,16 +79,16 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
     return trained
 
 
-def after_training(linear: Pruned, weight: torch.Tensor, losses: Sequence[float], recipe: Recipe) -> Pruned:
+def after_training(linear: Pruned, weight: torch.Tensor, losses: tuple[float, float] | None, recipe: Recipe) -> Pruned:
     """The linear with its trained weight [out, in], or as it was if the loss did not fall.
 
     Steps can be too long for a model. Those of integers can also be too short to reach the next one.
 
     Args:
-        losses: the mean loss of each pass; empty if training diverged.
+        losses: before and after; None if training diverged.
     """
-    better = len(losses) > 0 and losses[-1] < losses[0]
-    record = linear.record | {"block_loss": [losses[0], losses[-1]] if losses else None, "trained": better}
+    better = losses is not None and losses[1] < losses[0]
+    record = linear.record | {"block_loss": losses and list(losses), "trained": better}
     if not better:
         return replace(linear, record=record)
     weight, scale = stored_weight(weight, linear.p, linear.weight.dtype, recipe, linear.scale)

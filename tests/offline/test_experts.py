@@ -331,7 +331,7 @@ def test_training_holds_one_chunk_in_memory(moe, text, tmp_path, monkeypatch):
             held = weakref.ref(chunk())
             assert held() is None and chunk().dtype == torch.float32
         seen.append(len(inputs))
-        return [1.0]
+        return 1.0, 1.0
 
     monkeypatch.setattr(train_experts, "train_block", trained)
     run_small(moe("qwen3_moe"), tmp_path / "out", text, reconstruct="block")

@@ -127,7 +127,7 @@ def test_each_expert_is_trained_towards_what_the_others_leave(mixture, follows_d
     now[0] = mixture.pruned[0]
     trainer.account(0, now[0])
     calls = []
-    monkeypatch.setattr(train_experts, "train_block", lambda *args, **more: calls.append((args, more)) or [2.0, 1.0])
+    monkeypatch.setattr(train_experts, "train_block", lambda *args, **more: calls.append((args, more)) or (2.0, 1.0))
     formula, reads = mixture.formula, mixture.reads
     for expert, leans in ((2, False), (3, True)):
         found = {
