@@ -20,6 +20,7 @@ from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
 from ria_vllm.offline.model.hf import load_model
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.device import choose_device
+from ria_vllm.offline.work import ways_of_this_version
 from ria_vllm.progress import Monitor
 
 WAYS = tuple(
@@ -95,7 +96,8 @@ def main(
     recipes = {way: Recipe(**common | options_of(way)) for way in ways or WAYS}
     click.echo("| options | perplexity | time | calibration passes | weights |\n| --- | --- | --- | --- | --- |")
     for way, recipe in recipes.items():
-        key = json.dumps(recipe.dump(model) | {"text": str(text), "windows": windows}, sort_keys=True)
+        measured = {"text": str(text), "windows": windows} | ways_of_this_version(recipe)
+        key = json.dumps(recipe.dump(model) | measured, sort_keys=True)
         if key not in known:
             known[key] = measure(model, recipe, tokens, 1024, place)
             results.write_text(json.dumps(known, indent=2) + "\n")

@@ -23,13 +23,18 @@ def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
     text = Path(recipe.calibration)
     stamps = {"model": source.stamp, "calibration text": stamp_of(text) if text.is_file() else None}
     names = {"source": source.name, "calibration": recipe.calibration}  # full paths: this stays in the work folder
-    # Earlier versions rounded to the nearest integers, and did not write this.
+    return json.loads(json.dumps(recipe.dump(source.name) | names | stamps | ways_of_this_version(recipe)))
+
+
+def ways_of_this_version(recipe: Recipe) -> dict[str, Any]:
+    """What earlier versions of the same number did otherwise with this recipe, and did not write down."""
+    # They rounded to the nearest integers; then, before they trained, if at all.
     rounding = {} if recipe.weights == "float" else {"rounding": "descent"}
-    # Then they did that before they trained, if at all.
     rounding |= {"rounded": "last"} if rounding and recipe.trains else {}
-    # And they trained in longer steps, and each expert by itself.
+    # They trained in longer steps, and each expert by itself; and kept what had only got better after the first pass.
     training = {"steps": recipe.chunk_tokens, "experts": "together"} if recipe.trains_experts else {}
-    return json.loads(json.dumps(recipe.dump(source.name) | names | stamps | rounding | training))
+    training |= {"kept": "if better than at first"} if recipe.trains else {}
+    return rounding | training
 
 
 def begun_run(out: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ria_vllm.errors import RiaError
 @click.option("--batch", default=2, show_default=True, help="Sequences in a step, of all processes together.")
 @click.option("--micro-batch", default=1, show_default=True, help="Sequences that go through the model together.")
 @click.option("--passes", default=1, show_default=True, help="How many times the text is read.")
-@click.option("--lr", default=5e-4, show_default=True, help="Learning rate; it falls to 0 along half a cosine.")
+@click.option("--lr", default=3e-4, show_default=True, help="Learning rate; it falls to 0 along half a cosine.")
 @click.option("--warmup", default=0.05, show_default=True, help="Fraction of the steps in which it rises.")
 @click.option("--weight-decay", default=0.0, show_default=True, help="Of AdamW.")
 @click.option(

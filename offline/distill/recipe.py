@@ -31,7 +31,7 @@ class Distillation:
     batch: int = 2
     micro_batch: int = 1
     passes: int = 1
-    lr: float = 5e-4
+    lr: float = 3e-4
     warmup: float = 0.05
     weight_decay: float = 0.0
     clip: float = 1.0
