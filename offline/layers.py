@@ -175,7 +175,8 @@ class LayerPass:
         if recipe.trains and pruned:
             pruned = train_sublayer(sublayer_pass, pruned, recipe)
             if self.recipe.weights != "float":
-                pruned = round_sublayer(sublayer_pass, pruned, stages, self.recipe, self.model.stored_dtype)
+                scales = {} if smoother is None else smoother.scales
+                pruned = round_sublayer(sublayer_pass, pruned, stages, scales, self.recipe, self.model.stored_dtype)
         return pruned
 
     def _dense_reads(

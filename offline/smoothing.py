@@ -27,12 +27,14 @@ class Smoother:
 
     Attributes:
         changed: parameter, relative to the layer -> what has to be written instead of the source's.
+        scales: linear -> [in] float32, by which its input was divided.
     """
 
     def __init__(self, model: StreamedModel, index: int, topology: Topology, strength: float, ranks: Ranks):
         self.model, self.index, self.strength, self.ranks = model, index, strength, ranks
         self.migrations = [one for one in topology.migrations if is_possible(model, index, one)]
         self.changed: dict[str, torch.Tensor] = {}
+        self.scales: dict[str, torch.Tensor] = {}
         # What `apply` will do: the absorber of each linear, changed parameters, changed linears of earlier stages.
         self._absorbers: dict[str, str] = {}
         self._tensors: dict[str, torch.Tensor] = {}
@@ -104,6 +106,7 @@ class Smoother:
         of_input = by_column.float().to(read.norm.device)
         read.divide(of_input)  # which all linears of the group share
         for name in group.linears:
+            self.scales[name] = of_input * self.scales.get(name, 1)
             product = weights[name].float() * of_input
             fits = torch.equal(product.to(weights[name].dtype).float(), product)
             weights[name] = product.to(weights[name].dtype) if fits else product

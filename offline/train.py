@@ -99,6 +99,7 @@ def round_sublayer(
     sublayer_pass: SublayerPass,
     pruned: Mapping[str, Pruned],
     stages: Sequence[Sequence[Group]],
+    scales: Mapping[str, torch.Tensor],
     recipe: Recipe,
     dtype: torch.dtype,
 ) -> dict[str, Pruned]:
@@ -110,6 +111,7 @@ def round_sublayer(
         sublayer_pass: with the trained weights in place.
         pruned: name relative to the layer -> linear whose weight is not rounded.
         stages: of the sublayer, with only the linears that are pruned.
+        scales: linear -> [in], by which what it reads was divided; without those that read their input as it was.
         dtype: of the result, the checkpoint's.
 
     Returns:
@@ -129,7 +131,7 @@ def round_sublayer(
             linear = None
             if owner == ranks.rank:
                 with sublayer_pass.monitor.phase("masks and weights"):
-                    linear = _rounded(pruned[name], grams[name], recipe, dtype, runner.device)
+                    linear = _rounded(pruned[name], grams[name], scales.get(name), recipe, dtype, runner.device)
             rounded[name] = linear = ranks.broadcast(linear, owner)
             runner.linear(name).weight.data = linear.weight.to(runner.device, runner.dtype)
         del found, grams
@@ -137,12 +139,19 @@ def round_sublayer(
     return rounded
 
 
-def _rounded(linear: Pruned, gram: SymmetricMatrix, recipe: Recipe, dtype: torch.dtype, device: torch.device) -> Pruned:
+def _rounded(
+    linear: Pruned,
+    gram: SymmetricMatrix,
+    divided_by: torch.Tensor | None,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Pruned:
     weight_format = recipe.weight_format
     assert isinstance(weight_format, IntFormat)
     exact, p = linear.weight.to(device), None if linear.p is None else linear.p.to(device)
     start = exact.to(torch.float32, copy=True)  # whose memory the result takes
-    W, scale = round_on_mask(exact, start, linear.mask.to(device), gram, weight_format, p=p)
+    W, scale = round_on_mask(exact, start, linear.mask.to(device), gram, weight_format, p=p, divided_by=divided_by)
     W, scale = stored_weight(W, linear.p, dtype, recipe, scale)
     error = output_error(exact, W.to(device), gram)
     return replace(linear, weight=W, scale=scale, record=linear.record | {"rounding_error": error})

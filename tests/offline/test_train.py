@@ -31,7 +31,7 @@ def compressed(source, out, text, **options):
 @pytest.fixture
 def rounding(monkeypatch):
     """What a run calibrates on, and what it rounds, in order."""
-    seen = SimpleNamespace(tokens=None, grams=[], exact=[])
+    seen = SimpleNamespace(tokens=None, grams=[], exact=[], scales=[])
     real, texts = train.round_on_mask, compressing.calibration_tokens
 
     def read(*arguments):
@@ -41,6 +41,7 @@ def rounding(monkeypatch):
     def watched(weight, solved, mask, gram, *arguments, **options):
         seen.grams.append(gram.dense())
         seen.exact.append(weight.clone())
+        seen.scales.append(options["divided_by"])
         return real(weight, solved, mask, gram, *arguments, **options)
 
     monkeypatch.setattr(compressing, "calibration_tokens", read)
@@ -74,6 +75,9 @@ def test_what_was_trained_is_rounded_on_what_the_rounded_model_reads(
         module.register_forward_pre_hook(lambda _, read, name=name: inputs.__setitem__(name, read[0].flatten(0, 1)))
     with torch.no_grad():
         model(rounding.tokens)
+    smoothed = [name for name, scales in zip(names, rounding.scales, strict=True) if scales is not None]
+    assert smoothed == [name for name in names if "smoothed" in records[name]]
+    assert bool(smoothed) == ("activations" in options)
     weight_format = reader.linear(names[0]).format
     assert isinstance(weight_format, IntFormat)
     for name, gram, exact in zip(names, rounding.grams, rounding.exact, strict=True):
