@@ -72,12 +72,12 @@ def run(folder, group, **environment):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("mixtures"), ALONE, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    return run(tmp_path_factory.mktemp("alone"), ALONE, VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("mixtures"), SPREAD, **ONE_THREAD_EACH)
+    return run(tmp_path_factory.mktemp("spread"), SPREAD, **ONE_THREAD_EACH)
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -115,7 +115,7 @@ def test_dummy_weights(tmp_path):
 
 
 def test_the_log_says_who_serves_the_experts(alone, tmp_path_factory):
-    log = next(tmp_path_factory.getbasetemp().glob("mixtures*/run/log")).read_text()
+    log = next(tmp_path_factory.getbasetemp().glob("alone*/run/log")).read_text()
     served_dense = CpuExpertsKernel.is_supported(torch.device("cpu")) is not None
     assert ("cpu experts (2)" in log) != served_dense
     # Without a kernel, or if gate and up of the experts read their input in different orders: each model says how many
