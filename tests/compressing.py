@@ -23,11 +23,15 @@ TOKENS = torch.arange(2, 60)[None]
 
 
 class WarningRecorder(Monitor):
-    """Shows nothing, and keeps the warnings."""
+    """Shows nothing, and keeps the warnings and what else is said."""
 
     def __init__(self):
         super().__init__(shown=False)
         self.warnings: list[str] = []
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ria_vllm.cli import COMMANDS
+from ria_vllm.installing import FOR_CPUS, FOR_GPUS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = "benchmarks|demo|docs|offline|packaging|ria_vllm|serve|tests"
@@ -41,3 +42,12 @@ def test_files_modules_and_commands_exist(page):
     code = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL) + re.findall(r"`([^`\n]+)`", text)
     for command in re.findall(r"^ria-vllm ([a-z-]+)", "\n".join(code), re.MULTILINE):
         assert command in COMMANDS, command
+
+
+def test_commands_and_cards_name_the_steps_of_an_installation_that_the_readme_has():
+    readme = (ROOT / "README.md").read_text()
+    block = re.search(r"```\n(python3 -m venv .*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert block is not None and f"`{FOR_GPUS}`" in block[1]
+    lines = [re.split(r"\s+#", line)[0] for line in block[1].splitlines()]
+    assert lines[1 : 1 + len(FOR_CPUS)] == list(FOR_CPUS)
+    assert lines[1 + len(FOR_CPUS)].startswith("ria-vllm compress")

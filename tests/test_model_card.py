@@ -91,6 +91,8 @@ def test_what_it_says(tmp_path):
     assert "| retained score, worst | 0.6000, `layers.0.o_proj` |" in text and "| left dense | `lm_head` |" in text
     assert "| samples | `128` |" in text and "| calibration | `text.txt` |" in text and r"`a\|b`" in text
     assert '`pip install ".[cuda]"`' in text and "clone of its repository" in text and "\nvllm serve .\n" in text
+    assert '\nuv pip install --torch-backend cpu ".[cpu]"\n' in text and '`".[cpu]"`' not in text
+    assert "\nuv pip install --no-deps ./packaging/vllm-metadata\n" in text
     assert "ria-vllm[" not in text  # no index has a package of this name
     assert "/home" not in text and "private" not in text and "Not measured" in text
 

@@ -136,11 +136,11 @@ def test_the_thread_keeps_no_process_alive():
     assert done.returncode == 3
 
 
-def test_on_a_terminal_there_are_bars_for_long_single_steps_too():
+def on_a_terminal(script: str, term: str = "xterm") -> str:
+    """What a program writes to a standard error that is a terminal."""
     main, side = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], stdout=subprocess.DEVNULL, stderr=side, env=os.environ | {"TERM": "xterm"}
-    )
+    environment = os.environ | {"TERM": term}
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=side, env=environment)
     os.close(side)
     shown = b""
     try:
@@ -150,10 +150,35 @@ def test_on_a_terminal_there_are_bars_for_long_single_steps_too():
         pass
     os.close(main)
     assert process.wait(60) == 0
-    text = shown.decode()
+    return shown.decode()
+
+
+def test_on_a_terminal_there_are_bars_for_long_single_steps_too():
+    text = on_a_terminal(SCRIPT)
     assert "━" in text and "\x1b[" in text and "..." not in text
     for word in ("loading the model", "decoder layers", "calibration passes", "layer 2 x"):
         assert word in text
+
+
+def test_on_a_terminal_another_program_has_its_bars_for_itself():
+    """Between two phases with bars of ours. Elsewhere there are lines."""
+    script = """
+import sys, time
+from ria_vllm import progress
+progress.EVERY, progress.POLL = 0.05, 0.01
+monitor = progress.Monitor()
+for name in ("loading the model", "tasks", "loading the baseline"):
+    with monitor.live(bars=name != "tasks"), monitor.phase(name):
+        time.sleep(0.4)
+        print(f"{name} is over", file=sys.stderr)
+"""
+    text = on_a_terminal(script)
+    first, between, last = re.fullmatch("(.*)model is over(.*)tasks is over(.*)", text, re.DOTALL).groups()
+    assert "━" in first and "loading the model" in first and "━" in last and "loading the baseline" in last
+    assert "tasks" not in first + last and "tasks" not in between and "..." not in text
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    for name in ("loading the model", "tasks", "loading the baseline"):
+        assert re.search(rf"^\.\.\. {name} \(0:0\d\)$", done.stderr, re.MULTILINE)
 
 
 def test_bars_leave_alone_what_is_printed_into_a_file_meanwhile(tmp_path):
@@ -174,19 +199,8 @@ with monitor.live(), monitor.phase("checking"):
 
 
 def test_a_dumb_terminal_gets_lines():
-    main, side = pty.openpty()
-    environment = os.environ | {"TERM": "dumb"}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.DEVNULL, stderr=side, env=environment)
-    os.close(side)
-    shown = b""
-    try:
-        while piece := os.read(main, 4096):
-            shown += piece
-    except OSError:
-        pass
-    os.close(main)
-    assert process.wait(60) == 0
-    assert b"... loading the model" in shown and "━" not in shown.decode()
+    text = on_a_terminal(SCRIPT, "dumb")
+    assert "... loading the model" in text and "━" not in text
 
 
 def test_forced_colours_through_a_pipe_bring_no_bars():

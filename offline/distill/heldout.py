@@ -1,7 +1,7 @@
 """How well the student predicts text that it is not trained on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class HeldOut:
         teacher: for the logits of its hidden states.
     """
 
-    def __init__(self, texts: dict[str, torch.Tensor], answers: dict[str, Sequence[Answer]], teacher: Any):
+    def __init__(self, texts: dict[str, torch.Tensor], answers: Mapping[str, Sequence[Answer]], teacher: Any):
         self.texts, self.answers, self.teacher = texts, answers, teacher
 
     @torch.no_grad()

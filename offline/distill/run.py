@@ -165,16 +165,8 @@ class _Run:
             k, temperature = recipe.loss.top_k, recipe.loss.temperature
             fill_cache(self.writer, dense, windows, k, temperature, monitor, mine)
             self.ranks.barrier()
-            of_held_out = {
-                name: [Answer(top=most_probable(dense, window, k, 1.0)) for window in found]
-                for name, found in texts.items()
-            }
             answers, plain = CachedTeacher(self.writer, self.settings.device), None
-        else:
-            of_held_out = {
-                name: [plain.answer(window[None].to(dense.model.device), []) for window in found]
-                for name, found in texts.items()
-            }
+        of_held_out = self._of_held_out(texts, dense)
         del dense
         trim()
         with monitor.phase("loading the pruned model"):
@@ -231,6 +223,18 @@ class _Run:
         return {
             Path(text).name: held_out_windows(text, tokenizer, recipe.eval_tokens, length) for text in recipe.eval_text
         }
+
+    def _of_held_out(self, texts: dict[str, torch.Tensor], dense: TwoPart) -> dict[str, list[Answer]]:
+        """What the teacher says of each window of the held-out texts."""
+        answers: dict[str, list[Answer]] = {name: [] for name in texts}
+        windows = [(name, window) for name, found in texts.items() for window in found]
+        for name, window in self.monitor.steps(windows, "asking about held-out text", len(windows)):
+            if self.recipe.cache_teacher:
+                answer = Answer(top=most_probable(dense, window, self.recipe.loss.top_k, 1.0))
+            else:
+                answer = Teacher(dense).answer(window[None].to(dense.model.device), [])
+            answers[name].append(answer)
+        return answers
 
     def _student(self, dtype: str, pace: Pace) -> Student:
         recipe = self.recipe

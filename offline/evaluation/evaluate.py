@@ -247,8 +247,9 @@ def evaluate_tasks(
     configs = {name: read_config(name) for name in (model, baseline) if name is not None} if engine == "hf" else {}
     if baseline is not None and configs:
         compute_dtype = common_dtype(list(configs.values()), device, compute_dtype)
-    found = run_tasks(model, tasks, engine, limit, device, folder, compute_dtype)
-    dense = None if baseline is None else run_tasks(baseline, tasks, engine, limit, device, folder, compute_dtype)
+    same = (tasks, engine, limit, device, folder, compute_dtype, Monitor())
+    found = run_tasks(model, *same)
+    dense = None if baseline is None else run_tasks(baseline, *same, "the baseline")
     harness = f"lm-evaluation-harness {version('lm_eval')}"
     rows, mean = table(found, dense), None if dense is None else average(found, dense)
     if as_json:

@@ -18,6 +18,7 @@ from ria_vllm.schema import PAGE_FILE, REPORT_FILE
 from ria_vllm.sizes import human_size
 from ria_vllm.writer import check_file_place, disk_errors
 
+WITHOUT_BLOCKS = "retained_without_blocks"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #667; --grid: #e3e5ea; --back: #fff; --panel: #f6f7f9;
         --before: #8a8f99; --after: #c2410c; }
@@ -182,21 +183,29 @@ def plain(value: Any) -> str:
 
 def linear_table(linears: dict[str, dict[str, Any]], inventory: Inventory | None) -> str:
     stored = {} if inventory is None else {e.name: e for e in inventory.linears}
-    keys = ("retained_before", "retained_after", "error_before", "error_after")
-    titles = ("linear", "out x in", "size", "permutation", "retained before", "after", "error before", "after")
+    columns = {"retained_before": "retained before", "retained_after": "after"}
+    note = ""
+    if any(report_number(record, WITHOUT_BLOCKS) is not None for record in linears.values()):
+        columns[WITHOUT_BLOCKS] = "without blocks"
+        note = (
+            "<p>Without blocks: what would be retained if the order did not have to keep to blocks of channels, which "
+            "tensor parallelism then divides. Measured in the first layer of each kind.</p>"
+        )
+    columns |= {"error_before": "error before", "error_after": "after"}
+    titles = ("linear", "out x in", "size", "permutation", *columns.values())
     rows = []
     for name in sorted(linears, key=natural_order):
         entry = stored.get(name)
         shape = " x ".join(map(str, entry.shape if entry else linears[name].get("shape") or []))
         cells = [name, shape, human_size(entry.bytes) if entry else "", entry.permutation if entry else ""]
-        for key in keys:
+        for key in columns:
             value = report_number(linears[name], key)
             cells.append("" if value is None else f"{value:.4f}")
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{title}</th>" for title in titles)
     table = f"<table><tr>{head}</tr>{''.join(rows)}</table>"
     summary = f"<summary>All {len(rows)}</summary>"
-    return f'<h2>Linears</h2><details>{summary}<div class="wide">{table}</div></details>'
+    return f'<h2>Linears</h2><details>{summary}{note}<div class="wide">{table}</div></details>'
 
 
 def page(title: str, content: dict[str, Any], inventory: Inventory | None, measured: Sequence[dict[str, Any]]) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.hf import load_model, load_tokenizer
+from ria_vllm.progress import Monitor
 
 BOOTSTRAP = 1000  # resamples for a standard error that has no formula; the harness's 100,000 take minutes
 
@@ -46,14 +47,18 @@ def run_tasks(
     device: torch.device,
     folder: Path | None = None,
     compute_dtype: str = "auto",
+    monitor: Monitor | None = None,
+    words: str = "the model",
 ) -> dict[str, TaskScores]:
-    """Run lm-evaluation-harness.
+    """Run lm-evaluation-harness. On a terminal it draws bars of its own.
 
     Args:
         model: folder or hub id. The engine `hf` decompresses a compressed folder, `vllm` serves it as it is.
         limit: examples per task; None: all.
         folder: with tasks of the user's own, besides those of the harness.
         compute_dtype: for the engine `hf`; see `load_model`.
+        monitor: not live yet.
+        words: what progress calls the model.
 
     Returns:
         Scores by task, and by group if tasks of a group were asked for.
@@ -61,24 +66,33 @@ def run_tasks(
     Raises:
         RiaError: the harness is not installed, or knows no such task; or the model gives an answer NaN for likelihood.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise RiaError(f"--tasks needs lm-evaluation-harness ({error}). Install it: pip install lm_eval") from None
-    manager = TaskManager(include_path=None if folder is None else str(folder))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        raise RiaError(f"lm-evaluation-harness knows no task {', '.join(unknown)}. `lm_eval ls tasks` lists them.")
+    monitor = monitor or Monitor(shown=False)
+    with monitor.live(), monitor.phase("loading lm-evaluation-harness"):
+        try:
+            import lm_eval
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise RiaError(f"--tasks needs lm-evaluation-harness ({error}). Install it: pip install lm_eval") from None
+        manager = TaskManager(include_path=None if folder is None else str(folder))
+        unknown = [task for task in tasks if not manager.match_tasks([task])]
+        if unknown:
+            raise RiaError(f"lm-evaluation-harness knows no task {', '.join(unknown)}. `lm_eval ls tasks` lists them.")
     if engine == "vllm":
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for the results
         harness_model: Any = "vllm"
         arguments = {"pretrained": model}
     else:
-        harness_model = HFLM(pretrained=load_model(model, device, compute_dtype), tokenizer=load_tokenizer(model))
+        with monitor.live(), monitor.phase(f"loading {words}"):
+            loaded = load_model(model, device, compute_dtype)
+        harness_model = HFLM(pretrained=loaded, tokenizer=load_tokenizer(model))
+        del loaded
         arguments = {}
-    with contextlib.redirect_stdout(sys.stderr):  # the harness prints as it computes standard errors
+    with (
+        monitor.live(bars=False),
+        monitor.phase(f"tasks for {words}"),
+        contextlib.redirect_stdout(sys.stderr),  # the harness prints as it computes standard errors
+    ):
         output = lm_eval.simple_evaluate(
             model=harness_model,
             model_args=arguments,

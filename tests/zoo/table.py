@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from zoo.check import SHARE
+from zoo.toy import Toy
 from zoo.toys import TOYS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -33,6 +35,15 @@ def difference(found: dict[str, Any] | None) -> str:
     )
 
 
+def share(pruned: dict[str, Any], toy: Toy) -> str:
+    """How much is pruned. If what stays dense for good weighs much, that comes first: the rest is not the model."""
+    of_all, of_rest = f"{pruned['share_of_all']:.0%}", f"{pruned['share']:.0%}"
+    if pruned["share_of_all"] >= SHARE:
+        return f"{of_rest} ({of_all})"
+    fixed = [reason for reason in pruned["dense"] if reason in toy.stays_dense.values()]
+    return f"{of_all} (stays dense: {', '.join(fixed or pruned['dense'])}; {of_rest} of the rest)"
+
+
 def row(name: str, record: dict[str, Any]) -> str:
     pruned, toy = record["compress"], TOYS[name]
     dense = "; ".join(f"{reason}: {short(names)}" for reason, names in pruned["dense"].items())
@@ -43,8 +54,7 @@ def row(name: str, record: dict[str, Any]) -> str:
         served[0] += f" ({notes})"
     if toy.unlike and "reference" not in record:  # else it failed, and transformers is what it is compared with
         served[1] += " from vLLM's dense model"
-    share = f"{pruned['share']:.0%} ({pruned['share_of_all']:.0%})"
-    cells = [f"`{name}`", share, short(pruned["folded"]), short(pruned["gathered"]), dense, *served]
+    cells = [f"`{name}`", share(pruned, toy), short(pruned["folded"]), short(pruned["gathered"]), dense, *served]
     return "| " + " | ".join(cells) + " |"
 
 

@@ -6,7 +6,7 @@ import pytest
 from zoo.agreement import LENGTHS, between
 from zoo.check import problems
 from zoo.run import run_batch
-from zoo.table import BEGIN, END, PAGE, RESULTS, page
+from zoo.table import BEGIN, END, PAGE, RESULTS, page, table
 from zoo.toy import Toy, merged
 from zoo.toys import TOYS
 
@@ -38,7 +38,7 @@ def test_a_mechanism(records, name):
 
 
 GOOD = {
-    "compress": {"share": 1.0, "share_of_all": 0.9, "folded": ["o_proj"], "gathered": [], "dense": {}},
+    "compress": {"share": 1.0, "share_of_all": 0.96, "folded": ["o_proj"], "gathered": [], "dense": {}},
     "dense": {"text": {"median": 1e-6, "largest": 1e-5, "same": 1.0}},
     "served": {"text": {"median": 1e-6, "largest": 1e-5, "same": 1.0}},
 }  # fmt: skip
@@ -70,8 +70,20 @@ def test_the_table_is_put_between_its_marks():
     results = {"versions": {"vllm": "1"}, "types": {"llama": GOOD}}
     written = page(f"before\n{BEGIN}stale\n{END}after\n", results)
     assert written.startswith(f"before\n{BEGIN}") and written.endswith(f"{END}after\n") and "stale" not in written
-    assert "| `llama` | 100% (90%) | `o_proj` |" in written
+    assert "| `llama` | 100% (96%) | `o_proj` |" in written
     assert page(written, results) == written
+
+
+def test_the_table_does_not_call_a_model_pruned_whole_of_which_much_stays_dense():
+    def cell(name, of_all, dense):
+        record = GOOD | {"compress": GOOD["compress"] | {"share": 0.98, "share_of_all": of_all, "dense": dense}}
+        (row,) = table({name: record}).splitlines()[2:]
+        return row.split(" | ")[1]
+
+    shared = {"convolution": ["layers.*.conv1d"], "several layers share its weights": ["layers.*.shared.q_proj"]}
+    assert cell("zamba2", 0.47, shared) == "47% (stays dense: several layers share its weights; 98% of the rest)"
+    assert cell("zamba2", 0.949, shared).startswith("95% (stays dense") and cell("zamba2", 0.95, shared) == "98% (95%)"
+    assert cell("llama", 0.5, {"odd-sized": ["layers.*.q_proj"]}) == "50% (stays dense: odd-sized; 98% of the rest)"
 
 
 def test_the_table_says_how_a_toy_is_shaped():

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from ria_vllm.errors import RiaError
+from ria_vllm.progress import Monitor
 from ria_vllm.serve.kernels.cuda import build
 from ria_vllm.serve.kernels.cuda.architectures import CudaBuildError, find_architecture
 from ria_vllm.serve.kernels.cuda.bindings import LIBRARY_FOLDER_VARIABLE, library_folder
@@ -37,7 +38,7 @@ from ria_vllm.serve.kernels.cuda.bindings import LIBRARY_FOLDER_VARIABLE, librar
 )
 def build_kernels(names: tuple[str, ...], tiles: str, jobs: int | None, output: Path | None) -> None:
     """Compile the CUDA kernels. Needs nvcc and `pip install nvidia-cutlass==4.2.0`, but no GPU."""
-    folder = output or library_folder()
+    folder, monitor = output or library_folder(), Monitor()
     try:
         targets = [find_architecture(name) for name in names] or build.visible_architectures()
         if not targets:
@@ -45,7 +46,8 @@ def build_kernels(names: tuple[str, ...], tiles: str, jobs: int | None, output: 
         for target in targets:
             start = time.monotonic()
             chosen = {"default": target.default_tiles, "all": target.tiles, "small": target.small_tiles}[tiles]
-            path = build.compile_library(target, folder, chosen, click.echo, jobs)
+            with monitor.live(), monitor.phase(f"compiling sm_{target.name}"):
+                path = build.compile_library(target, folder, chosen, click.echo, jobs)
             click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.0f} s")
     except (CudaBuildError, OSError) as error:
         raise RiaError(str(error)) from error

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,7 +17,9 @@ from compressing import WarningRecorder, digests, edit_config
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.distill.loss import Loss
+from ria_vllm.offline.calibration import data
+from ria_vllm.offline.distill import train
+from ria_vllm.offline.distill.loss import TERMS, Loss
 from ria_vllm.offline.distill.parameters import TrainedParameter
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
@@ -29,9 +32,18 @@ from ria_vllm.progress import Monitor
 CPU = torch.device("cpu")
 
 
-def run(dense: Path, folder: Path, out: Path, source: Path, settings: Settings = Settings(), **options) -> dict:
+def run(
+    dense: Path,
+    folder: Path,
+    out: Path,
+    source: Path,
+    settings: Settings = Settings(),
+    monitor: Monitor | None = None,
+    **options,
+) -> dict:
     fixed = {"tokens": 16 * 64, "seq_len": 64, "batch": 2, "text": str(source), "lr": 1e-4, "evals": 4}
-    return distill(folder, str(dense), out, Distillation(**fixed | options), settings, Monitor(shown=False))
+    monitor = monitor or Monitor(shown=False)
+    return distill(folder, str(dense), out, Distillation(**fixed | options), settings, monitor)
 
 
 @pytest.mark.parametrize("train", [("norms",), ("norms", "scales")], ids=str)
@@ -101,6 +113,72 @@ def test_the_curve_holds_the_texts_own_loss(pruned, text, tmp_path):
     assert report["distill"][0]["curve"][-1]["text"] == pytest.approx(float(wanted), rel=1e-4)
 
 
+@pytest.fixture
+def steps(monkeypatch) -> dict:
+    """Training by a clock that stands still but in its steps, of which the first takes 0.1 seconds, the second 0.2 and
+    so on: number of a step -> the sums of the loss's terms over its 128 tokens."""
+    now, found, step = [1000.0], {}, Training._step
+
+    def timed(self, number):
+        found[number + 1] = step(self, number)
+        now[0] += (number + 1) / 10
+        return found[number + 1]
+
+    monkeypatch.setattr(Training, "_step", timed)
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(train, "EVERY", 0.35)
+    return found
+
+
+def test_what_is_printed_while_it_trains(steps, pruned, text, tmp_path):
+    """Held-out text at each of the curve's points; between them the last step's loss, but not too often."""
+    dense, folder = pruned()
+    monitor, more = WarningRecorder(), {"eval_text": (str(text),), "eval_tokens": 256, "loss": Loss(kl=1.0, text=0.5)}
+    report = run(dense, folder, tmp_path / "out", text, monitor=monitor, **more)
+
+    def terms(numbers: range) -> str:
+        kl, _, own = (sum(steps[number][term] for number in numbers) / (128 * len(numbers)) for term in range(3))
+        return f"kl {kl:.4f}, text {own:.4f}"
+
+    def held_out(number: int) -> str:
+        score = next(p for p in report["distill"][0]["curve"] if p["step"] == number)["held_out"][text.name]
+        return f"{text.name}: perplexity {score['perplexity']:.2f}, KL {score['kl']:.4f}"
+
+    # 0.1 seconds after the first step, and 0.6, 1.5 and 2.8 after the others that are no points.
+    assert [line for line in monitor.said if line.startswith("step ")] == [
+        f"step 0 of 8: {held_out(0)}",
+        f"step 2 of 8: {terms(range(1, 3))}, {2 * 128 / 0.3:.0f} tokens/s, {held_out(2)}",
+        f"step 3 of 8: {terms(range(3, 4))}, {3 * 128 / 0.6:.0f} tokens/s",
+        f"step 4 of 8: {terms(range(3, 5))}, {4 * 128 / 1.0:.0f} tokens/s, {held_out(4)}",
+        f"step 5 of 8: {terms(range(5, 6))}, {5 * 128 / 1.5:.0f} tokens/s",
+        f"step 6 of 8: {terms(range(5, 7))}, {6 * 128 / 2.1:.0f} tokens/s, {held_out(6)}",
+        f"step 7 of 8: {terms(range(7, 8))}, {7 * 128 / 2.8:.0f} tokens/s",
+        f"step 8 of 8: {terms(range(7, 9))}, {8 * 128 / 3.6:.0f} tokens/s, {held_out(8)}",
+    ]
+    phases = ["loading the teacher", "asking about held-out text", "loading the pruned model", "measuring", "training"]
+    assert [name for name in monitor.seconds if name in phases] == phases
+
+
+def test_a_resumed_run_counts_its_own_tokens_per_second(steps, pruned, text, tmp_path, monkeypatch):
+    dense, folder = pruned()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        timed = Training._step
+
+        def stopping(self, number):
+            if number == 5:
+                raise KeyboardInterrupt
+            return timed(self, number)
+
+        patch.setattr(Training, "_step", stopping)
+        run(dense, folder, tmp_path / "out", text, Settings(save_every=0))
+    monitor = WarningRecorder()
+    run(dense, folder, tmp_path / "out", text, Settings(resume=True), monitor)
+    lines = [line for line in monitor.said if "step" in line]
+    assert lines[0] == "resuming after step 5 of 8"
+    rates = [128 / 0.6, 2 * 128 / 1.3, 3 * 128 / 2.1]
+    assert [line.rpartition(", ")[2] for line in lines[1:]] == [f"{rate:.0f} tokens/s" for rate in rates]
+
+
 def test_it_stops_when_it_gets_no_better_and_keeps_the_best(pruned, text, tmp_path):
     dense, folder = pruned()
     report = run(
@@ -121,7 +199,9 @@ def test_a_second_run_adds_to_the_story(pruned, text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"cache_teacher": True, "loss": Loss(top_k=8)}, {"passes": 2}, {"train": ("scales",)}], ids=str
+    "options",
+    [{}, {"text": "self"}, {"cache_teacher": True, "loss": Loss(top_k=8)}, {"passes": 2}, {"train": ("scales",)}],
+    ids=str,
 )
 def test_stopped_after_any_step_and_resumed_it_writes_the_same_bytes(options, pruned, text, tmp_path, monkeypatch):
     dense, folder = pruned(weights="int8")
@@ -142,6 +222,24 @@ def test_stopped_after_any_step_and_resumed_it_writes_the_same_bytes(options, pr
     monkeypatch.setattr(Training, "_step", step)
     run(dense, folder, tmp_path / "out", text, Settings(resume=True), **more)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_by_default_it_trains_on_text_that_the_teacher_writes(pruned, text, tmp_path, monkeypatch):
+    """With the seed of its own for text, at temperature 1: what the teacher's sampling function gives."""
+    dense, folder = pruned()
+    trained_on = []
+    monkeypatch.setattr(Training, "_step", lambda self, number: trained_on.append(self.windows) or [0.0] * len(TERMS))
+    recipe = Distillation(tokens=16 * 64, seq_len=64, batch=2)
+    assert recipe.text == "self"
+    distill(folder, str(dense), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
+    teacher = load_model(str(dense), CPU)
+    bos, seed = teacher.config.bos_token_id, recipe.text_seed
+    written = data.from_model(teacher, bos, recipe.windows, 64, seed, Monitor(shown=False))
+    assert written.shape == (16, 64) and len(trained_on) == recipe.steps == 8
+    assert all(torch.equal(windows.long(), written) for windows in trained_on)
+    # It is the teacher's: one that the student had written would be other text.
+    student = data.from_model(load_model(str(folder), CPU), bos, recipe.windows, 64, seed, Monitor(shown=False))
+    assert not torch.equal(student, written)
 
 
 @pytest.mark.parametrize("options", [{}, {"patience": 1}], ids=str)

@@ -64,6 +64,18 @@ def test_every_linear_is_a_point_of_its_chart_and_a_row():
     assert "pruned from hub/model" in found.text
 
 
+def test_what_blocks_of_an_order_cost_is_a_column_where_it_was_measured():
+    content = {"linears": linears(2)}
+    assert "without blocks" not in Page(page("model", content, None, [])).text
+    content["linears"]["model.layers.0.mlp.down_proj"]["retained_without_blocks"] = 0.8125
+    found = Page(page("model", content, None, []))
+    assert found.tags.count("th") == 9 and found.tags.count("td") == 4 * 9
+    start = found.text.index("model.layers.0.mlp.down_proj", found.text.index("without blocks"))
+    assert found.text[start + 1 :][:6] == ["64 x 128", "0.7000", "0.8000", "0.8125", "0.3000", "0.2000"]
+    content["linears"]["model.layers.0.mlp.down_proj"]["retained_without_blocks"] = "<b>"  # nothing there is trusted
+    assert "without blocks" not in Page(page("model", content, None, [])).text
+
+
 def test_it_is_self_contained(damage):
     (damage.folder / "ria_report.json").write_text(json.dumps({"linears": linears(2)}))
     assert run(damage.folder).exit_code == 0

