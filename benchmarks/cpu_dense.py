@@ -9,6 +9,8 @@ from ria_vllm.formats import INT8
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
+W4A16_OPERATOR = "cpu_gemm_wna16"
+
 # Environment variables that limit the dense libraries and our kernels to the instructions of an older CPU.
 LIMITS = {
     "avx2": {
@@ -24,13 +26,34 @@ LIMITS = {
         "ATEN_CPU_CAPABILITY": "avx512",
     },
 }
-# vLLM chooses its library by CPUID alone (`CpuPlatform.import_kernels`), and the one for AVX2 lacks the kernel.
-W4A16_HAS_NO_LIMIT = "no variable limits the instructions of vLLM's cpu_gemm_wna16"
 
 
 def limit() -> str | None:
     """The key of LIMITS whose variables are set in this process, if any."""
     return next((name for name, variables in LIMITS.items() if variables.items() <= os.environ.items()), None)
+
+
+def missing(*operators: str) -> str | None:
+    """Which of these operators vLLM does not have on this CPU, as a sentence; None if it has them all.
+
+    vLLM has one library each for AVX2, AVX-512 and AVX-512 with BF16, with fewer operators for older CPUs, and loads
+    one by CPUID alone (`CpuPlatform.import_kernels`).
+    """
+    from vllm import _custom_ops  # noqa: F401  (loads the library)
+
+    lacking = [name for name in operators if not hasattr(torch.ops._C, name)]
+    return f"vLLM's library for this CPU has no {' and no '.join(lacking)}" if lacking else None
+
+
+def w4a16_missing() -> str | None:
+    """Why vLLM cannot multiply W4A16 on this CPU; None if it can."""
+    return missing(W4A16_OPERATOR)
+
+
+def w4a16_left_out() -> str | None:
+    """Why W4A16 is not measured in this process; None if it is."""
+    unlimited = f"no variable limits the instructions of vLLM's {W4A16_OPERATOR}" if limit() else None
+    return w4a16_missing() or unlimited
 
 
 def unquantized(weight: torch.Tensor) -> Linear:

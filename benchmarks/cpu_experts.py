@@ -2,8 +2,8 @@
 
 Dense experts are what vLLM runs for an unquantized checkpoint (`cpu_fused_moe`, with the instructions that vLLM chooses
 on this machine), and the other operator for experts in its library (`fused_experts_cpu`), which vLLM itself calls for
-quantized checkpoints only. Both sides get the same 2:4
-values in bfloat16 and the same routing, random for each call, and ours takes its input through a permutation.
+quantized checkpoints only. It is left out where vLLM does not have it: on x86 without AVX-512 BF16. All sides get the
+same 2:4 values in bfloat16 and the same routing, random for each call, and ours takes its input through a permutation.
 
 The sides take turns in one process, and medians are compared: of wall-clock seconds, or with one thread of its
 processor time, which other processes disturb less. A layer's experts exceed every cache. Each number of threads gets a
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import cpu_dense
 from benchmarks.cpu_kernels import clock
 from ria_vllm.formats import FLOAT
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig
@@ -35,6 +36,8 @@ SHAPES = {  # experts, hidden, intermediate, top k
 }
 TOKENS = (1, 8, 64, 512)
 DENSE = ("cpu_fused_moe", "fused_experts_cpu")
+NOT_EVERYWHERE = ("convert_weight_packed", "fused_experts_cpu")
+"""The operators of `fused_experts_cpu`."""
 
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """x [T, H], router weights float32 [T, k], expert numbers int32 [T, k] -> [T, H]"""
@@ -63,7 +66,6 @@ def variants(experts: int, hidden: int, intermediate: int) -> dict[str, Experts]
     permutation = torch.randperm(hidden, dtype=torch.int32)
     isa = vllm_instructions()
     plain = [ops.cpu_prepack_moe_weight(weight, isa) for weight in (w13, w2)]
-    vnni = [torch.ops._C.convert_weight_packed(weight) for weight in (w13, w2)]
 
     def ours(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return CpuExpertsKernel.apply(config, x, weights, ids, packed, permutation, None)
@@ -73,13 +75,18 @@ def variants(experts: int, hidden: int, intermediate: int) -> dict[str, Experts]
         ops.cpu_fused_moe(out, x, *plain, None, None, weights, ids, "silu", isa)
         return out
 
-    def fused_experts_cpu(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        out, method = torch.empty_like(x), ops.CPUQuantMethod.UNQUANT
-        ops.fused_experts_cpu(out, x, *vnni, weights, ids, method, None, None, None, None, None)
-        return out
+    sides = {"ours": ours, "cpu_fused_moe": cpu_fused_moe}
+    if not cpu_dense.missing(*NOT_EVERYWHERE):
+        vnni = [torch.ops._C.convert_weight_packed(weight) for weight in (w13, w2)]
 
-    check([ours, cpu_fused_moe, fused_experts_cpu], permutation, experts)
-    return {"ours": ours, "cpu_fused_moe": cpu_fused_moe, "fused_experts_cpu": fused_experts_cpu}
+        def fused_experts_cpu(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            out, method = torch.empty_like(x), ops.CPUQuantMethod.UNQUANT
+            ops.fused_experts_cpu(out, x, *vnni, weights, ids, method, None, None, None, None, None)
+            return out
+
+        sides["fused_experts_cpu"] = fused_experts_cpu
+    check(list(sides.values()), permutation, experts)
+    return sides
 
 
 def vllm_instructions() -> str:
@@ -121,6 +128,8 @@ def medians(sides: dict[str, Experts], tokens: int, shape: tuple[int, ...], budg
 
 def measure(names: list[str], tokens: list[int], budget: float) -> list[dict]:
     """Measurements with this process's threads; prints each at once."""
+    if reason := cpu_dense.missing(*NOT_EVERYWHERE):
+        print(f"dense fused_experts_cpu left out: {reason}", flush=True)
     rows = []
     for name in names:
         sides = variants(*SHAPES[name][:3])
@@ -131,15 +140,20 @@ def measure(names: list[str], tokens: list[int], budget: float) -> list[dict]:
     return rows
 
 
+def dense_of(row: dict) -> list[str]:
+    """Those of DENSE that were measured."""
+    return [name for name in DENSE if name in row["seconds"]]
+
+
 def describe(row: dict) -> str:
     seconds = row["seconds"]
     times = "  ".join(f"{name} {taken * 1e3:.2f}" for name, taken in seconds.items())
-    against = "  ".join(f"{seconds[name] / seconds['ours']:.2f}x {name}" for name in DENSE)
+    against = "  ".join(f"{seconds[name] / seconds['ours']:.2f}x {name}" for name in dense_of(row))
     return f"{row['name']:14s} {row['threads']} thr  T={row['tokens']:<4d} ms: {times}  speedup: {against}"
 
 
 def table(rows: list[dict], dense: str) -> str:
-    """A Markdown table of speedups over one of DENSE, with a row for each shape and number of threads."""
+    """A Markdown table of speedups over one of DENSE that was measured, a row for each shape and number of threads."""
     tokens = sorted({row["tokens"] for row in rows})
     lines = ["| layer | threads | " + " | ".join(f"T={count}" for count in tokens) + " |"]
     lines.append("| --- | --- | " + " | ".join("---" for _ in tokens) + " |")
@@ -152,6 +166,11 @@ def table(rows: list[dict], dense: str) -> str:
         layer = f"{name} ({experts} of {hidden} x {intermediate}, top {top_k})"
         lines.append(f"| {layer} | {threads} | " + " | ".join(by_tokens[count] for count in tokens) + " |")
     return "\n".join(lines)
+
+
+def tables(rows: list[dict]) -> str:
+    """A table for each of DENSE that was measured, under its title."""
+    return "\n\n".join(f"Ours against {dense}:\n\n{table(rows, dense)}" for dense in dense_of(rows[0]))
 
 
 def main() -> None:
@@ -181,8 +200,7 @@ def main() -> None:
             command = [sys.executable, "-m", __spec__.name, *arguments]
             subprocess.run(command, env={**os.environ, **pinned}, check=True)
             rows += json.loads(path.read_text())
-    for dense in DENSE:
-        print(f"\nOurs against {dense}:\n\n{table(rows, dense)}")
+    print(f"\n{tables(rows)}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import int8_products
 import pytest
 import torch
 
@@ -54,23 +55,38 @@ def test_no_limit_applies_to_w4a16(limit, monkeypatch):
     assert dense == ["bfloat16", "float32", "W8A8"]
 
 
+def product(weight, x):
+    """In float64, and that of the magnitudes."""
+    return x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+
+
 @pytest.mark.parametrize("limit", [None, "avx2"])
-def test_every_dense_baseline_is_correct(limit, monkeypatch):
+def test_every_dense_baseline_but_w4a16_is_correct(limit, monkeypatch):
     monkeypatch.setattr(cpu_dense, "limit", lambda: limit)
     torch.manual_seed(0)
     weight, x = torch.randn(64, 128), torch.randn(5, 128)
-    exact = x.double() @ weight.double().T
-    size = x.double().abs() @ weight.double().abs().T
+    one_of_two = torch.nn.functional.one_hot(torch.randint(2, (64,)), 2).flatten()
     for dtype in (torch.bfloat16, torch.float32):
+        exact, size = product(weight, x)
         y = cpu_dense.unquantized(weight.to(dtype))(x.to(dtype))
         assert y.dtype == dtype and ((y.double() - exact).abs() <= 4 * torch.finfo(dtype).eps * size).all()
         if dtype == torch.float32 and not limit and torch.cpu._is_amx_tile_supported():
             with pytest.raises(RuntimeError, match="expect A to be bfloat16 or half"):
                 cpu_dense.w8a8(weight, dtype)(x.to(dtype))
             continue
-        y = cpu_dense.w8a8(weight, dtype)(x.to(dtype))
+        columns = one_of_two if int8_products.saturate(dtype) else 1
+        exact, size = product(weight * columns, x * columns)
+        y = cpu_dense.w8a8(weight * columns, dtype)((x * columns).to(dtype))
         # Two roundings, each by up to half of 1/127 of the largest value, which is below four times the mean.
         assert y.dtype == dtype and ((y.double() - exact).abs() <= 4 / 127 * size).all()
+
+
+def test_w4a16_is_correct():
+    if reason := cpu_dense.w4a16_missing():
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    weight, x = torch.randn(64, 128), torch.randn(5, 128)
+    exact, size = product(weight, x)
     y = cpu_dense.w4a16(weight, 64)(x.bfloat16())
     # Weights are rounded by up to half of 1/7 of the largest in a group, which is below four times the mean.
     assert y.dtype == torch.bfloat16 and ((y.double() - exact).abs() <= 2 / 7 * size).all()
@@ -90,7 +106,8 @@ def test_every_variant_is_measured_and_a_slow_baseline_only_twice(monkeypatch):
 
     monkeypatch.setattr(cpu_kernels.cpu_dense, "w8a8", lambda *arguments: slow)
     (row,) = cpu_kernels.measure(["small"], [3], 0.0)["rows"]
-    assert set(row["dense_seconds"]) == set(cpu_kernels.DENSE) and set(row["sparse_seconds"]) == set(cpu_kernels.SPARSE)
+    dense = set(cpu_kernels.DENSE) - ({"W4A16"} if cpu_dense.w4a16_missing() else set())
+    assert set(row["dense_seconds"]) == dense and set(row["sparse_seconds"]) == set(cpu_kernels.SPARSE)
     assert all(seconds > 0 for kind in ("dense_seconds", "sparse_seconds") for seconds in row[kind].values())
     assert len(calls) == 2 and cpu_kernels.best_dense(row) != "W8A8"
 

@@ -1,43 +1,52 @@
-"""Four ways to serve a tiny model, two of them written by compressed-tensors, against transformers in float32."""
+"""Four ways to serve a tiny model, two of them written by compressed-tensors, against transformers in float32.
+
+Three where vLLM cannot multiply W4A16: on x86 without AVX-512.
+"""
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import int8_products
 import pytest
 import quantized_checkpoints
 import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import cpu_dense
 from ria_vllm.serve.benchmark.command import bench
 
 TEXT = Path(__file__).parents[3] / "demo" / "a-case-of-identity.txt"
 SEQ_LEN, TOKENS = 128, 512
 VOCABULARY = 258
-WAYS = ("dense", "W8A8", "W4A16", "2of4")
+WAYS = ("dense", "W8A8", "W4A16", "2of4")  # in the order of quality
 # Relative tolerances of perplexities and absolute ones of divergences. The servers compute in bfloat16, and W8A8 also
-# rounds activations to int8, which transformers' model does not.
+# rounds activations to int8, which transformers' model does not. Where its sums saturate, that costs 0.03.
 TOLERANCE = {"dense": (0.01, 0), "W8A8": (0.02, 0.01), "W4A16": (0.01, 0.01), "2of4": (0.01, 0.02)}
 
 
 @pytest.fixture(scope="module")
 def served(pruned_llama, tmp_path_factory):
-    """The results of a bench of all ways, and each way's model in float32."""
+    """The results of a bench of all ways that vLLM has, and each one's model in float32."""
     folder = tmp_path_factory.mktemp("ways")
+    ways = [way for way in WAYS if way != "W4A16" or not cpu_dense.w4a16_missing()]
     models = {
         "dense": AutoModelForCausalLM.from_pretrained(pruned_llama.source, dtype=torch.float32),
         "W8A8": quantized_checkpoints.write(pruned_llama.source, folder / "W8A8", "W8A8"),
-        "W4A16": quantized_checkpoints.write(pruned_llama.source, folder / "W4A16", "W4A16", group_size=64),
         "2of4": AutoModelForCausalLM.from_pretrained(pruned_llama.source, dtype=torch.float32),
     }
+    if "W4A16" in ways:
+        models["W4A16"] = quantized_checkpoints.write(pruned_llama.source, folder / "W4A16", "W4A16", group_size=64)
     models["2of4"].load_state_dict({name: tensor.float() for name, tensor in pruned_llama.dense.items()}, strict=False)
     arguments = [
-        f"2of4={pruned_llama.folder}", "--baseline", f"dense={pruned_llama.source}", "--baseline", folder / "W8A8",
-        "--baseline", folder / "W4A16", "-o", folder / "out", "--concurrency", "2", "--input-len", "16",
-        "--output-len", "8", "--requests", "2", "--repetitions", "1", "--text", TEXT, "--seq-len", SEQ_LEN,
-        "--max-tokens", TOKENS, "--top-logprobs", VOCABULARY, "--serve-args", "--max-model-len 256 --enforce-eager",
+        f"2of4={pruned_llama.folder}", "--baseline", f"dense={pruned_llama.source}",
+        *(part for way in ways if way.startswith("W") for part in ("--baseline", folder / way)), "-o", folder / "out",
+        "--concurrency", "2", "--input-len", "16", "--output-len", "8", "--requests", "2", "--repetitions", "1",
+        "--text", TEXT, "--seq-len", SEQ_LEN, "--max-tokens", TOKENS, "--top-logprobs", VOCABULARY,
+        "--serve-args", "--max-model-len 256 --enforce-eager",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -45,7 +54,12 @@ def served(pruned_llama, tmp_path_factory):
         found = CliRunner().invoke(bench, [str(a) for a in arguments], catch_exceptions=False)
     assert found.exit_code == 0, found.output
     content = json.loads((folder / "out" / "bench.json").read_text())
-    return SimpleNamespace(content=content, models=models, folder=folder / "out", source=pruned_llama.source)
+    return SimpleNamespace(content=content, ways=ways, models=models, folder=folder / "out", source=pruned_llama.source)
+
+
+def skip_unless_served(served, way: str) -> None:
+    if way not in served.ways:
+        pytest.skip(cpu_dense.w4a16_missing())
 
 
 @torch.inference_mode()
@@ -56,12 +70,15 @@ def logprobs_of(model, windows: torch.Tensor) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_perplexity_and_divergence_are_those_of_transformers(served, way):
+    skip_unless_served(served, way)
     tokens = AutoTokenizer.from_pretrained(served.source)(TEXT.read_text())["input_ids"][:TOKENS]
     windows = torch.tensor(tokens).view(-1, SEQ_LEN)
     dense, own = (logprobs_of(served.models[name], windows) for name in ("dense", way))
     quality = served.content["quality"][way]
     expected = math.exp(-own.gather(2, windows[:, 1:, None]).mean())
     relative, absolute = TOLERANCE[way]
+    if way == "W8A8" and int8_products.saturate(torch.bfloat16):
+        absolute = 0.05
     assert quality["perplexity"] == pytest.approx(expected, rel=relative)
     assert quality["kl"] == pytest.approx((dense.exp() * (dense - own)).sum(-1).mean().item(), abs=absolute)
     assert (quality["tokens"], quality["windows"]) == (TOKENS // SEQ_LEN * (SEQ_LEN - 1), TOKENS // SEQ_LEN)
@@ -70,18 +87,21 @@ def test_perplexity_and_divergence_are_those_of_transformers(served, way):
 @pytest.mark.slow
 def test_each_way_has_its_speed_memory_and_place_in_the_order_of_quality(served):
     (point,) = served.content["points"]
-    for way in WAYS:
+    for way in served.ways:
         assert point["figures"][way]["output_tokens_per_s"] > 0 and point["memory"][way] > 1e8
-    kl = {way: served.content["quality"][way]["kl"] for way in WAYS}
-    assert kl["dense"] == 0 < kl["W8A8"] < kl["W4A16"] < kl["2of4"]
-    assert set(point["ratios_by_side"]) == set(WAYS) - {"dense"}
+    kl = [served.content["quality"][way]["kl"] for way in served.ways]
+    assert kl[0] == 0 and all(better < worse for better, worse in pairwise(kl))
+    assert set(point["ratios_by_side"]) == set(served.ways) - {"dense"}
     sizes = {way: side["bytes"] for way, side in served.content["sides"].items()}
-    assert sizes["dense"] > max(sizes["W8A8"], sizes["W4A16"], sizes["2of4"])
+    assert set(sizes) == set(served.ways) and sizes.pop("dense") > max(sizes.values())
     assert {"bench.md", "bench.png", "quality.png"} <= {path.name for path in served.folder.iterdir()}
 
 
 @pytest.mark.slow
-def test_vllm_serves_the_quantized_ways_quantized(served):
-    """Not widened to bfloat16: its log names the kernels."""
-    logs = {way: (served.folder / "logs" / f"{way}-1-server.log").read_text() for way in ("W8A8", "W4A16")}
-    assert "CPUInt8ScaledMMLinearKernel" in logs["W8A8"] and "CPUWNA16LinearKernel" in logs["W4A16"]
+@pytest.mark.parametrize(
+    ("way", "kernel"), [("W8A8", "CPUInt8ScaledMMLinearKernel"), ("W4A16", "CPUWNA16LinearKernel")]
+)
+def test_vllm_serves_the_quantized_ways_quantized(served, way, kernel):
+    """Not widened to bfloat16: its log names the kernel."""
+    skip_unless_served(served, way)
+    assert kernel in (served.folder / "logs" / f"{way}-1-server.log").read_text()
