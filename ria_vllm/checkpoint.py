@@ -257,7 +257,7 @@ def load_permutations(path: Path) -> dict[str, torch.Tensor]:
 def check_digests(
     schema: RiaSchema, permutations: permutation.Orders, files: Iterable[Path], where: str | Path
 ) -> None:
-    """Check that config.json, permutations and weight files come from one run. Otherwise weights would be
+    """Check that config.json, permutations and weight files have the same channel orders. Otherwise weights would be
     read in the wrong order.
 
     Args:
@@ -286,10 +286,10 @@ def check_digests(
 
 
 def check_file_digest(schema: RiaSchema, metadata: Mapping[str, str], where: str | Path) -> None:
-    """Check by the `__metadata__` of its header that a weight file comes from the run that wrote config.json.
+    """Check by the `__metadata__` of its header that a weight file has the channel orders of config.json.
 
     Raises:
-        RiaError: it is not; `where` names the file.
+        RiaError: it has not; `where` names the file.
     """
     if metadata.get(DIGEST_KEY) != schema.permutations_digest:
         raise RiaError(

@@ -107,6 +107,15 @@ def locate(model: str, name: str, revision: str | None) -> Path | None:
         raise _failure(error, f"{model}: cannot get {name} from the hub") from error
 
 
+def is_fixed(model: str, revision: str | None) -> bool:
+    """Whether `revision` is a commit of a repository on the hub, whose files never change.
+
+    vLLM 0.32 finds out the commit of a branch once, and passes it on with the branch's name.
+    """
+    commit = getattr(revision, "resolved", revision)
+    return not Path(model).is_dir() and re.fullmatch("[0-9a-f]{40}", str(commit)) is not None
+
+
 class WeightHeaders:
     """What the headers of a model's weight files say: of those that vLLM loads, which are all where there is no index.
 

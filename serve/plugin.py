@@ -35,7 +35,7 @@ def watch_models() -> None:
     from ria_vllm.serve.config import RiaConfig
     from ria_vllm.serve.engine import EngineOptions
     from ria_vllm.serve.layer_matching import match_layers
-    from ria_vllm.serve.reload import check_reload
+    from ria_vllm.serve.reload import check_first_load, check_reload
     from ria_vllm.serve.stream import Taker
 
     record, building = utils.record_metadata_for_reloading, inspect.unwrap(utils.initialize_model).__code__
@@ -68,7 +68,10 @@ def watch_models() -> None:
                 present = EngineOptions.current().model_config if embeddings else None
                 check_reloaded(left, where if present is None else str(present.model))
 
-            config.stream.attach(model, check, complete, engine.dummy_weights, taken, config.translation, after_reload)
+            config.stream.attach(
+                model, check, complete, engine.dummy_weights, taken, config.translation, after_reload,
+                functools.partial(check_first_load, config, built_from),
+            )  # fmt: skip
         record(model)
 
     utils.record_metadata_for_reloading = record_metadata_for_reloading

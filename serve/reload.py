@@ -1,4 +1,8 @@
-"""Whether weights may be reloaded into a running server, which has folded the permutations of its present weights."""
+"""Whether files are stored as those that a server was started with, whose permutations it has folded.
+
+A running server may be told to reload others. And between reading the permutations and the first load, a folder may be
+replaced, or a branch on the hub get another state.
+"""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -12,6 +16,7 @@ from ria_vllm.serve.checkpoint_files import (
     WeightHeaders,
     check_weight_files,
     dense_tensors,
+    is_fixed,
     locate,
     permutations_of,
     stored_modules,
@@ -39,9 +44,36 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
             "instead of loading other weights."
         )
     model_config = EngineOptions.current().model_config or built_from
-    if model_config is None or not from_files:
+    if model_config is not None and from_files:
+        _check_files(config, str(model_config.model), model_config.revision, permutations=True)
+
+
+def check_first_load(config: RiaConfig, built_from: ModelConfig | None) -> None:
+    """Check that the files of a model's first load are still those that `config` was read from.
+
+    Args:
+        config: of the model.
+        built_from: vLLM's configuration of the model. A draft that is built with the configuration of its target has
+            other files, to which nothing here applies.
+
+    Raises:
+        RiaError: they are not, or do not belong together.
+    """
+    if built_from is None or str(built_from.model) != config.where or is_fixed(config.where, built_from.revision):
         return
-    model, revision = str(model_config.model), model_config.revision
+    overrides = getattr(built_from, "hf_overrides", None)
+    if isinstance(overrides, Mapping) and "quantization_config" in overrides:
+        return  # the user has replaced what the folder says
+    _check_files(config, config.where, built_from.revision, permutations=False)
+
+
+def _check_files(config: RiaConfig, model: str, revision: str | None, permutations: bool) -> None:
+    """Check that the files of a folder or repository store the same linears as `config` has, in the same orders.
+
+    Args:
+        permutations: check also that its permutations are there and belong to them. They may be large, and those that
+            `config` has are used in any case.
+    """
     path = locate(model, "config.json", revision)
     if path is None:
         return  # the weights come from elsewhere, by their names
@@ -52,7 +84,8 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
     if not is_compressed(path.parent):
         raise _another_form(model)
     schema = RiaSchema.parse(content["quantization_config"], str(path))
-    permutations_of(model, revision, schema)
+    if permutations:
+        permutations_of(model, revision, schema)
     headers = _headers(model, revision)
     check_weight_files(headers, schema)
     _check_pruned(config, set(headers.names or []), model)
@@ -149,4 +182,4 @@ def _another_form(model: str) -> RiaError:
 
 
 def _refusal(model: str, why: str) -> RiaError:
-    return RiaError(f"{model}: {why}. Start a server of that folder instead of reloading.")
+    return RiaError(f"{model}: {why}. Start a server of that folder anew; this one has begun with other files.")

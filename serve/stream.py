@@ -62,6 +62,7 @@ class WeightStream:
         takers: Mapping[str, Taker | None] = MappingProxyType({}),
         translation: Translation | None = None,
         after_reload: Callable[[Sequence[str]], None] = lambda left_out: None,
+        check_files: Callable[[], None] = lambda: None,
     ) -> None:
         """Stand between vLLM's loaders and `model`, now and on every reload.
 
@@ -74,6 +75,9 @@ class WeightStream:
                 nobody here needs them.
             translation: of tensors that are stored in a form that no layer takes. It comes before everything else.
             after_reload: raises a RiaError if a reload from files has left layers out, whose paths it is given.
+            check_files: raises a RiaError if the model's files are not those that it was built for. It comes before the
+                first tensor of the first load by one of vLLM's loaders, which then has downloaded the files, and after
+                the last one, because it opens one file after the other.
         """
         load = model.load_weights
         complete = False  # the last load was one of all files
@@ -87,6 +91,8 @@ class WeightStream:
             from_files = not isinstance(weights, list | tuple)
             if loaded:
                 self._check(model, functools.partial(before_reload, from_files))
+            elif all_files:
+                weights = checked(weights, check_files)
             loaded = self.active = True
             if from_files:
                 weights = once(weights)
@@ -97,6 +103,8 @@ class WeightStream:
             finally:
                 self.active = False
                 self.recent.clear()
+            if first and all_files:
+                check_files()
             if first and from_files:
                 after_load()
             complete = all_files
@@ -157,6 +165,18 @@ class WeightStream:
 def are_files(weights: Iterable[tuple[str, torch.Tensor]]) -> bool:
     """Whether they are what a loader of vLLM reads from files, and not what somebody sends, perhaps lazily, too."""
     return inspect.isgenerator(weights) and Path(weights.gi_code.co_filename).is_relative_to(LOADERS)
+
+
+def checked(
+    weights: Iterable[tuple[str, torch.Tensor]], check: Callable[[], None]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same weights; `check` is called when the first one is there."""
+    done = False
+    for one in weights:
+        if not done:
+            check()
+            done = True
+        yield one
 
 
 def once(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ from ria_vllm.serve import checkpoint_files
 from ria_vllm.serve.checkpoint_files import Offline, OutOfReach, is_offline, locate
 from ria_vllm.serve.config import RiaConfig, rearranged_by_vllm
 from ria_vllm.serve.linear import Sparse24LinearMethod
-from ria_vllm.serve.reload import check_reload
+from ria_vllm.serve.reload import check_first_load, check_reload
 
 
 def test_local_folder(checkpoint):
@@ -471,6 +471,42 @@ def test_weights_of_another_run_on_the_hub(hub, reachable, tmp_path):
     shutil.copy(tmp_path / "other" / SINGLE_FILE, hub.path(SINGLE_FILE))
     with pytest.raises(RiaError, match="model.safetensors: its weights are not stored under the permutations"):
         hub.config()
+
+
+def first_load(config):
+    check_first_load(config, SimpleNamespace(model="who/what", revision="v2"))
+
+
+def test_a_first_load_from_the_cache_needs_no_hub(hub):
+    hub.reachable, hub.cached = False, {path.name for path in hub.folder.iterdir()}
+    first_load(hub.config())
+    assert not hub.headers
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_push_between_the_configuration_and_the_first_load(hub, cached):
+    """vLLM downloads the weights of the new state, which may by now be in the cache."""
+    config = hub.config()
+    first_load(config)
+    hub.path(PERMUTATIONS_FILE).unlink()  # those that the server holds count
+    first_load(config)
+    torch.manual_seed(3)
+    tiny.write(tiny.FAMILIES["llama-gqa"], hub.folder, seed=1)
+    hub.cached = {path.name for path in hub.folder.iterdir()} if cached else set()
+    with pytest.raises(RiaError, match="who/what: its weights are stored in other channel orders"):
+        first_load(config)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_files_of_a_commit_are_not_looked_at_again(hub, named):
+    """vLLM 0.32 finds out the commit of a branch once."""
+    if named and not hasattr(huggingface_hub, "ResolvedRevision"):
+        pytest.skip("this version of the hub's library does not find it out")
+    config = hub.config()
+    hub.folder.rename(hub.folder.with_name("gone"))
+    commit = "0123456789abcdef" * 2 + "01234567"
+    revision = huggingface_hub.ResolvedRevision(commit, repo_id="who/what") if named else commit
+    check_first_load(config, SimpleNamespace(model="who/what", revision=revision))
 
 
 def on_modelscope(monkeypatch, folder):

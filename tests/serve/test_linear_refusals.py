@@ -3,19 +3,21 @@
 import numpy as np
 import pytest
 import torch
+from compressed_tensors_layers import INT, Checkpoint
 from stored import Stored
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import FLOAT, FORMATS
 
 HIDDEN, INNER = 128, 256
 
 pytestmark = pytest.mark.usefixtures("engine")
 
 
-def damaged(change):
-    stored = Stored()
+def damaged(change, weight_format=FLOAT):
+    stored = Stored(weight_format=weight_format)
     stored.add("fc", 64, HIDDEN)
     change(stored.tensors["fc"])
     stored.load(ReplicatedLinear(HIDDEN, 64, quant_config=stored.config(), prefix="fc"), {"fc": None})
@@ -38,6 +40,21 @@ def damaged(change):
 def test_damage_names_the_layer(ranks, change, message):
     with pytest.raises(RiaError, match=message):
         damaged(change)
+
+
+ONE_SCALE = r"fc\.weight_scale is torch.float32 \(\), but the model needs .*torch.float32 \(64, 1\)\. The file"
+
+
+def test_one_number_where_each_row_has_a_scale(ranks):
+    with pytest.raises(RiaError, match=ONE_SCALE):
+        damaged(lambda t: t.update(weight_scale=t["weight_scale"][0, 0]), FORMATS["int8"])
+
+
+def test_one_number_where_each_row_has_a_scale_in_other_peoples_folders(ranks):
+    """config.json says `channel`, and the file has the scale of a whole tensor."""
+    layer = ReplicatedLinear(HIDDEN, 64, quant_config=Checkpoint(INT).config(), prefix="fc")
+    with pytest.raises(RiaError, match=ONE_SCALE):
+        layer.weight_scale.weight_loader(layer.weight_scale, torch.tensor(0.5))
 
 
 def test_fused_layer_that_is_partly_dense(ranks):

@@ -17,7 +17,7 @@ from ria_vllm.checkpoint import SINGLE_FILE
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE
 from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.reload import check_reload
+from ria_vllm.serve.reload import check_first_load, check_reload
 
 
 def reload_from(config, folder):
@@ -183,6 +183,20 @@ def test_a_reload_of_other_peoples_weights_that_are_quantized_otherwise(theirs, 
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(RiaError, match=f"{message}.*Start a server"):
         reload_from(config, folder)
+
+
+def test_a_first_load_with_a_quantization_config_of_the_users_own(theirs, tmp_path):
+    """`--hf-overrides` replaces what the folder says."""
+    folder = shutil.copytree(theirs, tmp_path / "other")
+    config = config_of(folder)
+    content = json.loads((folder / "config.json").read_text())
+    narrower(content["quantization_config"]["config_groups"])
+    (folder / "config.json").write_text(json.dumps(content))
+    built_from = SimpleNamespace(model=str(folder), revision=None, hf_overrides={})
+    with pytest.raises(RiaError, match="Start a server"):
+        check_first_load(config, built_from)
+    built_from.hf_overrides["quantization_config"] = content["quantization_config"]
+    check_first_load(config, built_from)
 
 
 def test_a_reload_of_other_peoples_weights_that_prunes_other_linears(theirs, tmp_path):

@@ -1,0 +1,98 @@
+"""The files of the first load must still be those whose permutations the server holds, which it read long before."""
+
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from checkpoint_folder import config_of
+from vllm.config import LoadConfig, get_current_vllm_config
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve import layer_matching, plugin
+
+OTHER_ORDERS = "other channel orders than those that this server has folded. Start a server"
+
+
+def replace(folder):
+    """What `compress --overwrite` leaves: another run's folder, consistent in itself."""
+    torch.manual_seed(9)
+    tiny.write(tiny.FAMILIES["llama-gqa"], folder, seed=1)
+
+
+class Collecting(torch.nn.Module):
+    """Stands in for a model: it keeps what it loads, and calls `meanwhile` after the first tensor."""
+
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__()
+        self.loaded, self.meanwhile = [], lambda: None
+
+    def load_weights(self, weights):
+        for name, _ in weights:
+            if not self.loaded:
+                self.meanwhile()
+            self.loaded.append(name)
+
+
+@pytest.fixture
+def build(engine, monkeypatch):
+    """Call with a folder and perhaps the model's own one: the model, as vLLM builds it and our plugin sees it."""
+    from vllm.model_executor.model_loader import utils
+
+    monkeypatch.setattr(layer_matching, "match_layers", lambda *_: None)
+    monkeypatch.setattr(utils, "record_metadata_for_reloading", lambda model: None)
+    plugin.watch_models()
+    current = get_current_vllm_config()
+
+    def build(folder, own=None):
+        monkeypatch.setattr(current, "quant_config", config_of(folder))
+        model_config = SimpleNamespace(model=str(own or folder), revision=None)
+        return utils.initialize_model(current, model_class=Collecting, model_config=model_config)
+
+    return build
+
+
+def files(model, folder):
+    """What vLLM reads from a folder, lazily."""
+    loader = DefaultModelLoader(LoadConfig(use_tqdm_on_load=False))
+    return loader.get_all_weights(SimpleNamespace(model=str(folder), revision=None), model)
+
+
+def test_files_that_are_still_the_same(build, copy):
+    model = build(copy)
+    model.load_weights(files(model, copy))
+    assert "model.layers.1.mlp.down_proj.compressed" in model.loaded
+
+
+def test_a_folder_that_was_replaced_before_the_first_load(build, copy):
+    model = build(copy)
+    replace(copy)
+    with pytest.raises(RiaError, match=f"^{copy}/?: its weights are stored in {OTHER_ORDERS}"):
+        model.load_weights(files(model, copy))
+    assert not model.loaded
+
+
+def test_a_folder_that_is_replaced_while_it_is_loaded(build, copy):
+    """vLLM opens one file after the other, and downloads them from the hub only now."""
+    model = build(copy)
+    model.meanwhile = lambda: replace(copy)
+    with pytest.raises(RiaError, match=OTHER_ORDERS):
+        model.load_weights(files(model, copy))
+    assert model.loaded
+
+
+def test_a_first_load_of_what_somebody_sends(build, copy):
+    """It comes from no file, by its names, as in a reload."""
+    model = build(copy)
+    replace(copy)
+    model.load_weights([("lm_head.weight", torch.zeros(2))])
+    assert model.loaded == ["lm_head.weight"]
+
+
+def test_a_draft_that_is_built_with_the_configuration_of_its_target(build, checkpoint, copy):
+    """Its files are its own, and their orders not those of the target."""
+    replace(copy)
+    model = build(checkpoint, own=copy)
+    model.load_weights(files(model, copy))
+    assert model.loaded
