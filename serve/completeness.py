@@ -1,12 +1,13 @@
 """Whether the layers that stay dense got their weights. vLLM checks that of unquantized models only.
 
-Covered are the weights of linear layers, of embeddings and of the head that vLLM serves dense: matrices in its own
-unquantized classes. Not covered are biases, norms, dense experts, and layers of other classes. A reload also compares
-the names of all tensors, see `ria_vllm.serve.reload`.
+Covered are the weights of linear layers, of embeddings, of the head and of experts that vLLM serves dense: matrices in
+its own unquantized classes. So are the biases of all linear layers, pruned ones included. Not covered are the head's
+bias, layers of other classes, and what vLLM does not leave uninitialized, such as norms and the biases of experts. A
+reload also compares the names of all tensors, see `ria_vllm.serve.reload`.
 
-What a model's `load_weights` returns does not tell for all families. So every such weight, which vLLM leaves
+What a model's `load_weights` returns does not tell for all families. So every such tensor, which vLLM leaves
 uninitialized, is filled with one number before it is loaded; where it still is that number everywhere, nothing came.
-When weights are reloaded, vLLM itself counts what comes for each layer.
+When weights are reloaded, vLLM itself counts what comes for each layer. Dense experts are not covered there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,32 +40,69 @@ def dense_layers(model: torch.nn.Module, embeddings: bool = True) -> Iterator[tu
             yield path, layer
 
 
-def dense_weights(model: torch.nn.Module, embeddings: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-    """(path of the layer, weight) of `dense_layers`, those without storage left out."""
-    for path, layer in dense_layers(model, embeddings):
-        weight = getattr(layer, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.dtype.itemsize > 1 and weight.numel() and not weight.is_meta:
-            yield path, weight.data
+def dense_tensors(model: torch.nn.Module, embeddings: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    """(what it is, tensor) of the weights of `dense_layers`, and of the biases of all linear layers."""
+    found = [(path, layer, "weight") for path, layer in dense_layers(model, embeddings)]
+    found += [(path, layer, "bias") for path, layer in model.named_modules() if isinstance(layer, LinearBase)]
+    for path, layer, name in found:
+        tensor = getattr(layer, name, None)
+        if isinstance(tensor, torch.Tensor) and _is_stored(tensor):
+            yield f"the {name} of vLLM's layer {path}", tensor.data
+
+
+def first_rows(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, torch.Tensor]]:
+    """(path, layer, projection, its first row [experts of this rank, in]) of all dense experts.
+
+    Whatever way a model loads a projection, it fills this row.
+    """
+    for path, layer in model.named_modules():
+        if "w13_weight" not in layer._parameters:
+            continue
+        # Models without experts do not import it.
+        from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+        w13, w2 = layer.w13_weight, layer.w2_weight
+        if not isinstance(layer.quant_method, UnquantizedFusedMoEMethod) or not (_is_stored(w13) and _is_stored(w2)):
+            continue
+        if layer.moe_config.is_act_and_mul:
+            yield path, layer, "gate", w13.data[:, 0]
+        yield path, layer, "up", w13.data[:, w13.shape[1] // 2 if layer.moe_config.is_act_and_mul else 0]
+        yield path, layer, "down", w2.data[:, 0]
+
+
+def _is_stored(tensor: torch.Tensor) -> bool:
+    return tensor.dtype.itemsize > 1 and tensor.numel() > 0 and not tensor.is_meta
 
 
 def empty_weights(model: torch.nn.Module, embeddings: bool = True) -> None:
     """Prepare `check_loaded`, before any weight is loaded."""
-    for _, weight in dense_weights(model, embeddings):
-        weight.fill_(EMPTY)
+    for _, tensor in dense_tensors(model, embeddings):
+        tensor.fill_(EMPTY)
+    for *_, rows in first_rows(model):
+        rows.fill_(EMPTY)
 
 
 def check_loaded(model: torch.nn.Module, where: str, embeddings: bool = True) -> None:
-    """Check that each layer's weight was loaded, or a part of it.
+    """Check that each tensor was loaded, or a part of it; of dense experts, each projection of each expert.
 
     Args:
         where: the model's folder or repository.
 
     Raises:
-        RiaError: names the first layer that got nothing.
+        RiaError: names the first one that got nothing.
     """
-    for path, weight in dense_weights(model, embeddings):
-        if weight[(0,) * weight.dim()] == EMPTY and bool((weight == EMPTY).all()):
-            raise _absent(path, where)
+    for what, tensor in dense_tensors(model, embeddings):
+        if tensor[(0,) * tensor.dim()] == EMPTY and bool((tensor == EMPTY).all()):
+            raise _absent(what, where)
+    for path, layer, projection, rows in first_rows(model):
+        if empty := (rows == EMPTY).all(1).nonzero().flatten().tolist():
+            expert = _number_over_all_ranks(layer, empty[0])
+            raise _absent(f"the {projection} projection of expert {expert} of vLLM's layer {path}", where)
+
+
+def _number_over_all_ranks(layer: torch.nn.Module, here: int) -> int:
+    local = map(layer._map_global_expert_id_to_local_expert_id, range(layer.moe_config.num_experts))
+    return next((expert for expert, number in enumerate(local) if number == here), here)
 
 
 def check_reloaded(left_out: Sequence[str], where: str) -> None:
@@ -102,8 +140,7 @@ def left_out(model: torch.nn.Module, embeddings: bool = True) -> list[str]:
     return left
 
 
-def _absent(path: str, where: str) -> RiaError:
+def _absent(what: str, where: str) -> RiaError:
     return RiaError(
-        f"{where}: the weight of vLLM's layer {path} is in none of the weight files, though config.json describes it. "
-        "Get all files of one model."
+        f"{where}: {what} is in none of the weight files, though config.json describes it. Get all files of one model."
     )

@@ -4,12 +4,17 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import mixtures
 import pytest
 import tiny
 import torch
 from compare import check, generate, prompts
+from mixture_layers import EXPERTS, HIDDEN, INNER, Model, StoredMixture, attached, play_rank
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stored import Stored
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import (
@@ -66,6 +71,22 @@ def load(layer):
     layer.weight.weight_loader(layer.weight, torch.zeros(96, 64))
 
 
+def test_the_bias_of_a_dense_or_a_pruned_linear_that_never_came_is_named(ranks):
+    stored = Stored()
+    stored.add("fc", 64, 128)
+    model = torch.nn.Module()
+    for name in ("fc", "dense"):
+        setattr(model, name, ReplicatedLinear(128, 64, quant_config=stored.config(), prefix=name))
+    match_layers(stored.config(), model)
+    empty_weights(model)
+    model.dense.weight.data.zero_()
+    for name in ("fc", "dense"):
+        with pytest.raises(RiaError, match=f"^here: the bias of vLLM's layer {name} is in none of the weight files"):
+            check_loaded(model, "here")
+        getattr(model, name).bias.data[3] = 1  # a part of a fused one
+    check_loaded(model, "here")
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_embedding_or_a_head_that_never_came_is_named(ranks, one_rank, tied):
     model = embedded(tied)
@@ -81,6 +102,65 @@ def test_an_embedding_or_a_head_that_never_came_is_named(ranks, one_rank, tied):
     draft = embedded(tied)  # it has them from its target, once it is loaded
     empty_weights(draft, embeddings=False)
     check_loaded(draft, "here", embeddings=False)
+
+
+def dense_experts(**settings):
+    """A model whose only mixture layer, layers.1.mlp.experts, was left dense, ready to be loaded."""
+    config = StoredMixture().config()
+    config.experts, config.expert_layers, config.required = {}, {}, set()
+    model = attached(config, Model(config, **settings))
+    empty_weights(model)
+    return model
+
+
+def load_experts(model, absent=(None, None)):
+    """Load the weights of all experts, but that of (expert, part)."""
+    layer = model.experts
+    for expert in range(EXPERTS):
+        for part in ("w1", "w3", "w2") if layer.moe_config.is_act_and_mul else ("w1", "w2"):
+            weight = torch.zeros((HIDDEN, INNER) if part == "w2" else (INNER, HIDDEN))
+            parameter = layer.w2_weight if part == "w2" else layer.w13_weight
+            if (expert, part) != absent:
+                layer.weight_loader(parameter, weight, "weight", shard_id=part, expert_id=expert)
+
+
+@pytest.mark.parametrize(("part", "projection"), [("w1", "gate"), ("w3", "up"), ("w2", "down")])
+def test_a_weight_of_a_dense_expert_that_never_came_is_named(ranks, part, projection):
+    model = dense_experts()
+    load_experts(model, absent=(2, part))
+    what = rf"the {projection} projection of expert 2 of vLLM's layer layers\.1\.mlp\.experts\S*"
+    with pytest.raises(RiaError, match=f"^here: {what} is in none of the weight files.*Get all files of one model"):
+        check_loaded(model, "here")
+    load_experts(model)
+    check_loaded(model, "here")
+
+
+@pytest.mark.parametrize(("part", "projection"), [("w1", "up"), ("w2", "down")])
+def test_a_weight_of_a_dense_expert_without_a_gate(ranks, part, projection):
+    """vLLM has these for GPUs only."""
+    model = dense_experts()
+    model.experts.moe_config.activation = MoEActivation.RELU2_NO_MUL
+    model.experts.w13_weight.data = model.experts.w13_weight.data[:, :INNER].contiguous()
+    empty_weights(model)
+    load_experts(model, absent=(2, part))
+    with pytest.raises(RiaError, match=f"the {projection} projection of expert 2"):
+        check_loaded(model, "here")
+    load_experts(model)
+    check_loaded(model, "here")
+
+
+def test_a_dense_expert_is_named_by_its_number_over_all_ranks(ranks, monkeypatch):
+    play_rank(monkeypatch, 1, 2)
+    current = VllmConfig()
+    current.parallel_config.enable_expert_parallel = True
+    with set_current_vllm_config(current):
+        model = dense_experts(tp_size=2)
+    load_experts(model, absent=(0, "w2"))  # the other rank's
+    check_loaded(model, "here")
+    empty_weights(model)
+    load_experts(model, absent=(3, "w2"))
+    with pytest.raises(RiaError, match="the down projection of expert 3 of"):
+        check_loaded(model, "here")
 
 
 @pytest.mark.parametrize("tied", ["by vLLM", "by the model", "not"])
@@ -158,7 +238,15 @@ def runs(tmp_path_factory):
     shutil.copytree(folder / "plain", folder / "without head")
     path = folder / "without head" / "model.safetensors"
     save_file({n: t for n, t in load_file(path).items() if n != "lm_head.weight"}, path, metadata)
+    mixture, _ = mixtures.write(mixtures.FAMILIES["qwen3_moe"], folder / "mixture", dense_layer=1)
+    path = mixture / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    absent = "model.layers.1.mlp.experts.2.up_proj.weight"
+    save_file({n: t for n, t in load_file(path).items() if n != absent}, path, metadata)
+    mixture.rename(folder / "without up")
     names = ["shards", "plain", "one shard", "stray", "mistral", "longer", "without dense", "without head"]
+    names.append("without up")
     jobs = [
         {"model": str(folder / name), "prompts": prompts(), "tokens": 4, "engine": {"dtype": "float32"}}
         for name in names
@@ -184,6 +272,7 @@ def test_what_is_complete_is_served(runs, name):
         ("without head", "the weight of vLLM's layer lm_head is in none of the weight files"),
         ("longer", "the weight of vLLM's layer model.layers.2.self_attn.qkv_proj is in none of the weight files"),
         ("without dense", "the weight of vLLM's layer model.layers.1.mlp.down_proj is in none of the weight files"),
+        ("without up", "the up projection of expert 2 of vLLM's layer model.layers.1.mlp.experts"),
     ],
 )
 def test_what_is_not_complete_is_refused(runs, name, message):
