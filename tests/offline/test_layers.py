@@ -1,8 +1,10 @@
 """The pass over the decoder layers."""
 
+from inspect import signature
+
 import pytest
 
-from ria_vllm.offline import solve
+from ria_vllm.offline import solve, train
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.pruning.rounding import PASSES
 from ria_vllm.offline.recipe import Recipe
@@ -12,12 +14,14 @@ from ria_vllm.progress import Monitor
 @pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
 def test_measuring_rounds_in_one_pass_and_pruning_in_all(family, tiny, text, tmp_path, monkeypatch):
     passes, round_on_mask = [], solve.round_on_mask
+    given = signature(round_on_mask)
 
     def watched(*args, **kwargs):
-        passes.append(args[-1])
+        passes.append(given.bind(*args, **kwargs).arguments.get("passes", PASSES))
         return round_on_mask(*args, **kwargs)
 
-    monkeypatch.setattr(solve, "round_on_mask", watched)
+    for module in (solve, train):  # what is trained is rounded after that
+        monkeypatch.setattr(module, "round_on_mask", watched)
     recipe = Recipe(calibration=str(text), samples=4, seq_len=32, weights="int4", group_size=32, skip_sensitive=0.2)
     compress(str(tiny(family)), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
     measured = passes.count(1)
