@@ -12,6 +12,7 @@ many prompt tokens came from the cache; or "error".
 
 import gc
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -64,10 +65,21 @@ def run(job: dict[str, Any]) -> list[Any]:
     return results
 
 
+def name_by_port() -> None:
+    """Let ranks that are launched from outside meet by their port. vLLM 0.32 names their shared memory after the place
+    where they meet, and so alike in all runs at once if that comes from the environment."""
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    address, rank = f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}", int(os.environ["RANK"])
+    ExecutorWithExternalLauncher._distributed_args = lambda executor: (address, rank, rank)
+
+
 def main(jobs_path: str, results_path: str, *options: str) -> None:
     from vllm import LLM  # noqa: F401
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    if "RANK" in os.environ:
+        name_by_port()
     results: list[Any] = []
     for job in json.loads(Path(jobs_path).read_text()):
         gc.freeze()  # vLLM collects garbage ten times for each model, and that takes as long as the rest
