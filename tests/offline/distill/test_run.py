@@ -46,6 +46,18 @@ def run(
     return distill(folder, str(dense), out, Distillation(**fixed | options), settings, monitor)
 
 
+def stop_at(patch: pytest.MonkeyPatch, last: int) -> None:
+    """Let training be interrupted as its step `last`, counted from 0, begins."""
+    step = Training._step
+
+    def stopping(self, number):
+        if number == last:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    patch.setattr(Training, "_step", stopping)
+
+
 @pytest.mark.parametrize("train", [("norms",), ("norms", "scales")], ids=str)
 @pytest.mark.parametrize("weights", ["float", "int8", "int4-g32"])
 def test_masks_permutations_and_format_stay_and_kept_weights_move(weights, train, pruned, text, tmp_path):
@@ -162,14 +174,7 @@ def test_what_is_printed_while_it_trains(steps, pruned, text, tmp_path):
 def test_a_resumed_run_counts_its_own_tokens_per_second(steps, pruned, text, tmp_path, monkeypatch):
     dense, folder = pruned()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        timed = Training._step
-
-        def stopping(self, number):
-            if number == 5:
-                raise KeyboardInterrupt
-            return timed(self, number)
-
-        patch.setattr(Training, "_step", stopping)
+        stop_at(patch, 5)
         run(dense, folder, tmp_path / "out", text, Settings(save_every=0))
     monitor = WarningRecorder()
     run(dense, folder, tmp_path / "out", text, Settings(resume=True), monitor)
@@ -341,14 +346,7 @@ def test_a_divided_run_that_was_killed_is_resumed(pruned, text, tmp_path):
 
 def test_another_run_is_not_resumed(pruned, text, tmp_path, monkeypatch):
     dense, folder = pruned()
-    step = Training._step
-
-    def stopping(self, number):
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    monkeypatch.setattr(Training, "_step", stopping)
+    stop_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run(dense, folder, tmp_path / "out", text, Settings(save_every=0))
     with pytest.raises(RiaError, match=r"is from a run with another lr \(0.0001\)"):
