@@ -28,6 +28,8 @@ GATHERS = {
 # The largest median and maximum of |difference| of log probabilities, and the smallest share of tokens chosen alike.
 # In bfloat16, each activation is rounded to 8 bits.
 LIMITS = {"float32": (1e-3, 1e-2, 0.95), "bfloat16": (0.05, 0.5, 0.7)}
+# The pruned model may be so many times as far from transformers as the dense one, plus so much: median and maximum.
+FURTHER, MARGIN = 4, (5e-6, 2e-5)
 
 
 def disagreement(found: dict[str, Any], dtype: str) -> str:
@@ -43,6 +45,16 @@ def disagreement(found: dict[str, Any], dtype: str) -> str:
         near = numbers["median"] < median and numbers["largest"] < largest and numbers["same"] >= same
         if not near:  # NaN is not near either
             return f"{kind}: {numbers}"
+    return ""
+
+
+def further_than_dense(served: dict[str, Any], dense: dict[str, Any]) -> str:
+    """Where the pruned model is further from transformers than rounding alone makes the dense one; "" if nowhere."""
+    for kind in served.keys() & dense.keys():
+        for what, margin in zip(("median", "largest"), MARGIN):
+            found, limit = served[kind][what], FURTHER * dense[kind][what] + margin
+            if not found <= limit:
+                return f"{kind}: its {what} is {found:.1e}, the dense toy's {dense[kind][what]:.1e}"
     return ""
 
 
@@ -76,5 +88,7 @@ def problems(toy: Toy, record: dict[str, Any]) -> list[str]:
             if step == "dense" and toy.unlike:
                 continue
             reason = disagreement(record.get(step, {"error": "not run"}), toy.dtype)
+            if not reason and step == "served" and not toy.unlike:
+                reason = further_than_dense(record["served"], record.get("dense", {}))
             wrong += [f"{what}: {reason}"] if reason else []
     return wrong

@@ -18,6 +18,7 @@ from zoo.agreement import agreement, between, job
 from zoo.check import problems
 from zoo.family import dense_folder, pruned_folders
 from zoo.serving import serve
+from zoo.toy import fingerprint
 from zoo.toys import TOYS
 
 BATCH = 16  # toys for each process of vLLM, whose start takes as long as several of them
@@ -38,7 +39,7 @@ def attempt(record: dict[str, Any], step: str, run: Callable[[], Any]) -> Any:
 
 def run_batch(names: list[str], work: Path, dense_only: bool) -> dict[str, Any]:
     """model type -> its record."""
-    records: dict[str, Any] = {name: {} for name in names}
+    records: dict[str, Any] = {name: {"toy": fingerprint(name, TOYS[name]), "versions": versions()} for name in names}
     jobs: list[tuple[str, str, Path, dict[str, Any]]] = []  # (name, step, transformers' folder, what vLLM runs)
     for name, record in records.items():
         toy = TOYS[name]
@@ -72,16 +73,25 @@ def run_batch(names: list[str], work: Path, dense_only: bool) -> dict[str, Any]:
     return records
 
 
+def versions() -> dict[str, str]:
+    return {"transformers": version("transformers"), "vllm": version("vllm")}
+
+
 def record_of(work: Path, name: str) -> Path:
     return work / f"{name}.json"
+
+
+def has_run(work: Path, name: str) -> bool:
+    """Whether an interrupted run has left a record of the toy as it is now."""
+    path = record_of(work, name)
+    return path.exists() and json.loads(path.read_text())["toy"] == fingerprint(name, TOYS[name])
 
 
 def keep_results(path: Path, records: dict[str, Any]) -> None:
     """Put the records into the results file, beside those of other types that it has."""
     known = json.loads(path.read_text())["types"] if path.exists() else {}
     types = dict(sorted((known | records).items()))
-    versions = {"transformers": version("transformers"), "vllm": version("vllm")}
-    path.write_text(json.dumps({"versions": versions, "types": types}, indent=1) + "\n")
+    path.write_text(json.dumps({"versions": versions(), "types": types}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -93,7 +103,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     options.work.mkdir(parents=True, exist_ok=True)
     names = options.names or list(TOYS)
-    left = options.names or [name for name in names if not record_of(options.work, name).exists()]
+    left = options.names or [name for name in names if not has_run(options.work, name)]
     for first in range(0, len(left), BATCH):
         for name, record in run_batch(left[first : first + BATCH], options.work, options.dense).items():
             record_of(options.work, name).write_text(json.dumps(record))

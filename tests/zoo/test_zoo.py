@@ -7,7 +7,7 @@ from zoo.agreement import LENGTHS, between
 from zoo.check import problems
 from zoo.run import run_batch
 from zoo.table import BEGIN, END, PAGE, RESULTS, page, table
-from zoo.toy import Toy, merged
+from zoo.toy import Toy, fingerprint, merged
 from zoo.toys import TOYS
 
 REPRESENTATIVE = [name for name, toy in TOYS.items() if toy.mechanism]
@@ -24,6 +24,31 @@ def test_every_type_has_run():
 @pytest.mark.parametrize("name", TOYS)
 def test_the_results_are_as_promised(name):
     assert not problems(TOYS[name], json.loads(RESULTS.read_text())["types"][name])
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_the_results_are_of_this_toy_and_of_the_versions_that_the_page_names(name):
+    results = json.loads(RESULTS.read_text())
+    record = results["types"][name]
+    assert record["toy"] == fingerprint(name, TOYS[name]), f"the toy has changed: make test-zoo ZOO={name}"
+    assert record["versions"] == results["versions"], f"other libraries than other types: make test-zoo ZOO={name}"
+
+
+@pytest.mark.parametrize(
+    "changed, other",
+    [
+        ({"settings": {"hidden_size": 256}}, True),
+        ({"model_type": "mistral"}, True),
+        ({"dtype": "bfloat16"}, True),
+        ({"unlike": "rounding"}, True),
+        ({"stays_dense": {"conv": "odd-sized"}}, True),
+        ({"mechanism": "as the rest"}, False),
+        ({"shaped": "without biases"}, False),
+    ],
+)
+def test_a_fingerprint_changes_with_what_can_come_out_differently(changed, other):
+    assert (fingerprint("llama", Toy(**changed)) != fingerprint("llama", Toy())) == other
+    assert fingerprint("llama", Toy(unlike="one reason")) == fingerprint("llama", Toy(unlike="the other"))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +81,8 @@ GOOD = {
         ({"compress": GOOD["compress"] | {"gathered": ["layers.*.linear_attn.q_proj", "h.*.mamba.out_proj"]}}, None),
         ({"dense": {"text": {"median": 0.5, "largest": 2.0, "same": 0.1}}}, "dense toy"),
         ({"served": {"text": {"median": 0.0, "largest": 0.02, "same": 1.0}}}, "served is wrong"),
+        ({"served": {"text": {"median": 2e-5, "largest": 2e-5, "same": 1.0}}}, "dense toy's 1.0e-06"),
+        ({"served": {"text": {"median": 1e-6, "largest": 2e-4, "same": 1.0}}}, "its largest is 2.0e-04"),
         ({"served": {"text": {"median": float("nan"), "largest": 0.0, "same": 1.0}}}, "served is wrong"),
         ({"served": GOOD["served"] | {"image": {"median": 0.5, "largest": 2.0, "same": 0.1}}}, "image"),
         ({"served": {"error": "RuntimeError: ended"}}, "ended"),

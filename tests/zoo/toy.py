@@ -3,9 +3,10 @@
 Widths are multiples of 64, which 2:4 needs, on each of two ranks too.
 """
 
+import hashlib
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,18 @@ class Toy:
     shaped: str = ""
     processor: Processor | None = None
     model_type: str = ""
+
+
+# What a toy says about itself to readers. The rest decides what comes out when it runs.
+PROSE = ("mechanism", "not_served", "text_only", "unlike", "stays_dense", "no_fold", "gathers", "shaped")
+
+
+def fingerprint(name: str, toy: Toy) -> str:
+    """Another one for each toy that can come out differently: other settings, another way to run it."""
+    runs = {key: value for key, value in asdict(toy).items() if key not in PROSE}
+    ways = [bool(toy.not_served), bool(toy.text_only), bool(toy.unlike), sorted(toy.stays_dense)]
+    content = json.dumps([toy.model_type or name, BASE, ROUTER_SCALE, runs, ways], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def config_of(model_type: str, toy: Toy) -> Any:
