@@ -1,12 +1,20 @@
 """vLLM's pooling runner on pruned models: embeddings and classes are those of transformers on the pruned weights."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from compare import generate, prompts
-from transformers import AutoModel, AutoModelForSequenceClassification
+from compressing import run_small
+from families import TEXT
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.export import export_dense
 
 pytestmark = pytest.mark.slow
 
@@ -14,6 +22,8 @@ BARE = {"block": "layers.{i}.", "auto": AutoModel}
 CLASSIFIER = {"auto": AutoModelForSequenceClassification}
 TWO_WAYS = {"classifier_from_token": ["a", "b"], "method": "from_2_way_softmax"}
 RERANKER = {"architectures": ["Qwen3ForSequenceClassification"]} | TWO_WAYS
+ONE_WAY = {"classifier_from_token": ["b"], "method": "no_post_processing"}
+GEMMA_RERANKER = {"architectures": ["GemmaForSequenceClassification"]} | ONE_WAY
 FAMILIES = tiny.FAMILIES
 # Name of the run: (family, settings of the model, engine arguments)
 EMBED = {
@@ -32,7 +42,15 @@ CLASSIFY = {
     ),
     "LlamaForSequenceClassification": (replace(FAMILIES["llama-gqa"], **CLASSIFIER), {"num_labels": 1}, {}),
     "a reranker that is a causal model": (FAMILIES["qwen3"], {}, {"hf_overrides": RERANKER}),
+    "a reranker that is a causal Gemma": (
+        replace(FAMILIES["llama-mqa"], model_type="gemma", settings=(("tie_word_embeddings", True),)),
+        {},
+        {"hf_overrides": GEMMA_RERANKER},
+    ),
 }
+# What sentence-transformers puts behind a model, as in EmbeddingGemma: the mean over tokens, and two matrices.
+MODULES = ("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense"), ("3_Dense", "Dense"), ("4_Normalize", "")
+INSIDE = 64
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +66,50 @@ def served(tmp_path_factory):
             "model": str(place), "prompts": prompts(), "call": "embed" if name in EMBED else "classify",
             "engine": {"dtype": "float32", "runner": "pooling", "skip_tokenizer_init": False} | engine,
         })  # fmt: skip
+    name = "EmbeddingGemma"
+    models[name] = compress_with_modules(folder / name)
+    engine = {"dtype": "float32", "runner": "pooling", "skip_tokenizer_init": False}
+    jobs.append({"model": str(folder / name / "out"), "prompts": prompts(), "call": "embed", "engine": engine})
     results = generate(folder / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     return {name: (models[name], result) for name, result in zip(models, results)}
+
+
+def compress_with_modules(place: Path) -> tuple[PreTrainedModel, list[torch.Tensor]]:
+    """`compress` an embedding model to `place`/out; transformers' model on its export, and the matrices behind it."""
+    dense, out = place / "dense", place / "out"
+    tiny.model_of(replace(FAMILIES["gemma3"], **BARE), use_bidirectional_attention=True).save_pretrained(dense)
+    tiny.add_tokenizer(dense)
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind or path[2:]}"}
+        for i, (path, kind) in enumerate(MODULES)
+    ]
+    (dense / "modules.json").write_text(json.dumps(modules))
+    (dense / "config_sentence_transformers.json").write_text(json.dumps({"similarity_fn_name": "cosine"}))
+    (dense / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": tiny.HIDDEN, "pooling_mode_mean_tokens": True}
+    (dense / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    matrices = [torch.randn(INSIDE, tiny.HIDDEN), torch.randn(tiny.HIDDEN, INSIDE)]
+    for path, matrix in zip(("2_Dense", "3_Dense"), matrices):
+        (dense / path).mkdir()
+        shape = {"in_features": matrix.shape[1], "out_features": matrix.shape[0], "bias": False}
+        activation = {"activation_function": "torch.nn.modules.linear.Identity"}
+        (dense / path / "config.json").write_text(json.dumps(shape | activation))
+        save_file({"linear.weight": matrix}, dense / path / "model.safetensors")
+    text = place / "text.txt"
+    text.write_text(TEXT * 20)
+    run_small(dense, out, text)
+    export_dense(Reader(out), place / "export", 1 << 40)
+    return AutoModel.from_pretrained(place / "export", dtype=torch.float32).eval(), matrices
+
+
+def test_an_embedding_model_with_sentence_transformers_modules(served):
+    (model, matrices), results = served["EmbeddingGemma"]
+    assert "error" not in results, results
+    for prompt, embedding in zip(prompts(), results, strict=True):
+        with torch.no_grad():
+            mean = model(torch.tensor([prompt])).last_hidden_state[0].mean(0)
+        want = matrices[1] @ (matrices[0] @ mean)
+        torch.testing.assert_close(torch.tensor(embedding), want / want.norm(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", EMBED)
@@ -71,7 +131,8 @@ def test_classes(served, name):
             logits = model(torch.tensor([prompt])).logits[0]
         if name.startswith("a reranker"):
             no, yes = (3 + letter_of(token) for token in "ab")
-            want = logits[-1, [no, yes]].softmax(-1)[1:]
+            one_way = name.endswith("Gemma")
+            want = logits[-1, [yes]].sigmoid() if one_way else logits[-1, [no, yes]].softmax(-1)[1:]
         else:
             want = logits.softmax(-1) if len(logits) > 1 else logits.sigmoid()
         torch.testing.assert_close(torch.tensor(probabilities), want, rtol=0, atol=1e-5)
