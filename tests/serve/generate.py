@@ -74,10 +74,19 @@ def name_by_port() -> None:
     ExecutorWithExternalLauncher._distributed_args = lambda executor: (address, rank, rank)
 
 
+def inspect_here() -> None:
+    """Let vLLM look at a model's class in this process. It takes a new one for each class that it has not seen on this
+    machine, which imports all of vLLM, so that nothing runs on a GPU too early."""
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()
+
+
 def main(jobs_path: str, results_path: str, *options: str) -> None:
     from vllm import LLM  # noqa: F401
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    inspect_here()
     if "RANK" in os.environ:
         name_by_port()
     results: list[Any] = []
