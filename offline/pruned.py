@@ -1,6 +1,6 @@
 """One pruned linear, and its weight as it is stored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ class Pruned:
     p: int64 [in], the order of the input channels in which the mask has its pattern; None: the model's own.
     record: the report's entry.
     scale: the scales, if the weight's format has any; `weight` is rounded to what the format can hold.
+    exact: [kept] in the dtype of `weight`, what it keeps, row by row, before it was rounded; None if nothing needs it.
     """
 
     weight: torch.Tensor
@@ -30,6 +31,14 @@ class Pruned:
     p: torch.Tensor | None
     record: dict[str, Any]
     scale: torch.Tensor | None = None
+    exact: torch.Tensor | None = None
+
+    @property
+    def before_rounding(self) -> "Pruned":
+        """The same linear with its exact weight."""
+        assert self.exact is not None
+        weight = torch.zeros_like(self.weight).masked_scatter_(self.mask, self.exact)
+        return replace(self, weight=weight, scale=None, exact=None)
 
     @property
     def mask(self) -> torch.Tensor:

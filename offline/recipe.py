@@ -131,6 +131,15 @@ class Recipe:
         return replace(self, weights="float", group_size=None, activations="none", smooth=None) if self.trains else self
 
     @property
+    def continues_exactly(self) -> bool:
+        """Whether what comes after a trained sublayer is pruned for its weights as they were before they were rounded.
+
+        int8 rounds so little that nothing has to make up for it, and so the masks and the training are those of float
+        weights. What int4 has changed, later layers see and correct.
+        """
+        return self.trains and self.weights == "int8"
+
+    @property
     def trains_experts(self) -> bool:
         """Whether each expert is trained. With few tokens in a step, that takes too long for a short training."""
         return self.reconstruct == "block"

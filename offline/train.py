@@ -115,8 +115,9 @@ def round_sublayer(
         dtype: of the result, the checkpoint's.
 
     Returns:
-        The same linears; their weights are also in the layer. The records say how much the rounding changed the output:
-        `rounding_error`, relative as `error_after` is.
+        The same linears. The records say how much the rounding changed the output: `rounding_error`, relative as
+        `error_after` is. The layer has their weights; or the exact ones, and so have they, if the recipe continues with
+        those.
     """
     runner, ranks = sublayer_pass.runner, sublayer_pass.ranks
     rounded: dict[str, Pruned] = {}
@@ -136,6 +137,10 @@ def round_sublayer(
             runner.linear(name).weight.data = linear.weight.to(runner.device, runner.dtype)
         del found, grams
         trim()
+    if recipe.continues_exactly:
+        for name, linear in pruned.items():
+            rounded[name] = replace(rounded[name], exact=linear.weight[linear.mask])
+            runner.linear(name).weight.data = linear.weight.to(runner.device, runner.dtype)
     return rounded
 
 

@@ -17,6 +17,12 @@ def layer_key(index: int) -> str:
     return f"layer-{index:05d}"
 
 
+def exact_key(index: int) -> str:
+    """The key of the linears of layer `index` before they were rounded, which a resumed run needs; no part of the
+    result."""
+    return f"exact-{index:05d}"
+
+
 def expert_key(index: int, path: str, expert: int) -> str:
     """The key of one expert.
 
