@@ -70,7 +70,7 @@ def served(tmp_path_factory):
     models[name] = compress_with_modules(folder / name)
     engine = {"dtype": "float32", "runner": "pooling", "skip_tokenizer_init": False}
     jobs.append({"model": str(folder / name / "out"), "prompts": prompts(), "call": "embed", "engine": engine})
-    results = generate(folder / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    results = generate(folder / "run", jobs)
     return {name: (models[name], result) for name, result in zip(models, results)}
 
 
