@@ -9,10 +9,9 @@ logprobs by whole units.
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import tiny
 import torch
 
@@ -28,45 +27,48 @@ def generate(folder: Path, jobs: list[dict], **environment: str) -> list:
     """The results of generate.py for the jobs.
 
     Jobs whose ranks are launched from outside run one after another in a process for each rank, which takes a fifth of
-    the time that vLLM takes to start processes for each of them. All other jobs run in one process.
+    the time that vLLM takes to start processes for each of them. All other jobs run in one process, with the engine.
     """
-    launched = [job.get("engine", {}).get("distributed_executor_backend") == "external_launcher" for job in jobs]
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment
+    ranks = [_ranks(job.get("engine", {})) for job in jobs]
     results = {}
-    for outside in set(launched):
-        chosen = [job for job, other in zip(jobs, launched, strict=True) if other is outside]
-        ranks = _ranks(folder, chosen[0]["engine"]["tensor_parallel_size"]) if outside else {folder: {}}
-        first, *others = _run(chosen, {place: environment | more for place, more in ranks.items()})
+    for size in set(ranks):
+        chosen = [job for job, other in zip(jobs, ranks, strict=True) if other == size]
+        places = _places(folder, size) if size else {folder: {}}
+        first, *others = _run(chosen, {place: environment | more for place, more in places.items()})
         assert all(other == first for other in others)
-        results[outside] = iter(first)
-    return [next(results[outside]) for outside in launched]
+        results[size] = iter(first)
+    return [next(results[size]) for size in ranks]
 
 
-def _ranks(folder: Path, size: int) -> dict[Path, dict[str, str]]:
+def _ranks(engine: dict) -> int:
+    """How many ranks of an engine are to be launched from outside."""
+    if engine.get("distributed_executor_backend") != "external_launcher":
+        return 0
+    return engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
+
+
+def _places(folder: Path, size: int) -> dict[Path, dict[str, str]]:
     """The folder of each rank -> its environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    shared = address | {"WORLD_SIZE": str(size), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    return {folder / f"rank{rank}": shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)}
+    shared = address | {"WORLD_SIZE": str(size)}
+    return {folder / f"rank{i}of{size}": shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(size)}
 
 
 def _run(jobs: list[dict], places: dict[Path, dict[str, str]]) -> list[list]:
     """The results of the same jobs in a process for each folder, with its environment, all at the same time."""
-    started = []
+    runs = []
     for folder, environment in places.items():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        with open(folder / "log", "w") as log:
-            started.append(subprocess.Popen(
-                [sys.executable, str(GENERATE), str(folder / "jobs.json"), str(folder / "results.json")],
-                env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment, stdout=log, stderr=subprocess.STDOUT,
-            ))  # fmt: skip
-    try:
-        for process, folder in zip(started, places, strict=True):
-            assert process.wait(timeout=900) == 0, (folder / "log").read_text()[-5000:]
-    finally:
-        for process in started:
-            process.kill()
+        arguments = [str(folder / name) for name in ("jobs.json", "results.json")]
+        runs.append({
+            "arguments": arguments, "environment": dict(os.environ) | environment, "log": str(folder / "log"),
+        })  # fmt: skip
+    statuses = forked.run(runs, timeout=900)
+    assert not any(statuses), (statuses, *((folder / "log").read_text()[-5000:] for folder in places))
     return [json.loads((folder / "results.json").read_text()) for folder in places]
 
 

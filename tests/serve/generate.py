@@ -18,6 +18,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+KV_CACHE = 64 * 2**20  # bytes. vLLM fills all of it with zeros.
+
 
 def image(path: str) -> Any:
     from PIL import Image
@@ -29,7 +31,10 @@ def run(job: dict[str, Any]) -> list[Any]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    settings = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8}
+    settings = {
+        "skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8,
+        "kv_cache_memory_bytes": KV_CACHE,
+    }  # fmt: skip
     llm = LLM(job["model"], **(settings | job.get("engine", {})))
     prompts: list[dict[str, Any]] = [{"prompt_token_ids": p} for p in job["prompts"]]
     for prompt, path in zip(prompts, job.get("images", [])):
@@ -74,15 +79,39 @@ def name_by_port() -> None:
     ExecutorWithExternalLauncher._distributed_args = lambda executor: (address, rank, rank)
 
 
+def prepare() -> None:
+    """What takes long and is the same for all jobs."""
+    from vllm.platforms import current_platform
+
+    # Functions of the sampler would be compiled in each process.
+    current_platform.simple_compile_backend = "eager"
+
+    import vllm.entrypoints.llm
+    import vllm.v1.engine.core
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.model_executor.layers.quantization import get_quantization_config
+    from vllm.model_executor.models import registry
+
+    # The first that is asked for imports them all.
+    get_quantization_config("compressed-tensors")
+    # vLLM looks at each class of models in a process of its own, which imports vLLM, and keeps what it finds in the
+    # user's cache.
+    registry._run_in_subprocess = lambda look: look()
+
+
 def main(jobs_path: str, results_path: str, *options: str) -> None:
-    from vllm import LLM  # noqa: F401
+    prepare()
     from vllm.distributed import cleanup_dist_env_and_memory
 
     if "RANK" in os.environ:
         name_by_port()
+    # vLLM looks for garbage ten times for each model, and among all modules too, because it unfreezes what is frozen.
+    # That takes several times as long as the rest. So it gets no say in what is frozen: what is there before a model.
+    freeze = gc.freeze
+    gc.freeze = gc.unfreeze = lambda: None
     results: list[Any] = []
     for job in json.loads(Path(jobs_path).read_text()):
-        gc.freeze()  # vLLM collects garbage ten times for each model, and that takes as long as the rest
+        freeze()
         try:
             results.append(run(job))
         except Exception as error:  # the test decides whether it was expected

@@ -8,7 +8,13 @@ from compare import generate, prompts
 ONE_THREAD_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 # vLLM starts the second rank as `vllm serve` does, or it finds both started, which is faster (see `compare.generate`).
 TWO_PROCESSES = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-TWO_RANKS = TWO_PROCESSES | {"distributed_executor_backend": "external_launcher"}
+LAUNCHED = {"distributed_executor_backend": "external_launcher"}
+TWO_RANKS = LAUNCHED | {"tensor_parallel_size": 2}
+# vLLM's eager CPU worker has no buffers for the second stage. So both are traced as for torch.compile, and run as that.
+# Stages that are launched from outside cannot give the prompts' logprobs.
+TWO_STAGES = LAUNCHED | {
+    "pipeline_parallel_size": 2, "enforce_eager": False, "compilation_config": {"backend": "eager"},
+}  # fmt: skip
 
 
 class Runs:
@@ -31,7 +37,7 @@ class Runs:
                 models[run] = tiny.write(tiny.FAMILIES[family], place / f"model{number}", **written)
                 jobs.append({
                     "model": str(place / f"model{number}"), "prompts": prompts(), "tokens": 6,
-                    "engine": {"dtype": "float32"} | engine,
+                    "engine": {"dtype": "float32"} | engine, "prompt_logprobs": "pipeline_parallel_size" not in engine,
                 })  # fmt: skip
             results = generate(place, jobs, **environment)
             self.groups[id(group)] = {run: (models[run], result) for run, result in zip(models, results)}

@@ -251,7 +251,7 @@ def runs(tmp_path_factory):
         {"model": str(folder / name), "prompts": prompts(), "tokens": 4, "engine": {"dtype": "float32"}}
         for name in names
     ]
-    results = generate(folder / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    results = generate(folder / "run", jobs)
     return {"shards": model, "plain": plain}, dict(zip(names, results, strict=True))
 
 

@@ -49,7 +49,7 @@ def runs(tmp_path_factory):
         }
         for i, name in enumerate(RUNS)
     ]  # fmt: skip
-    results = generate(folder / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    results = generate(folder / "run", jobs)
     return dict(zip(RUNS, zip(models, results, strict=True), strict=True))
 
 

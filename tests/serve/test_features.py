@@ -88,7 +88,7 @@ def runs(tmp_path_factory):
     }
     common = {"model": str(folder / "out"), "prompts": prompts(), "tokens": 6}
     todo = [common | job | {"engine": {"dtype": "float32"} | job.get("engine", {})} for job in jobs.values()]
-    results = generate(folder / "run", todo, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    results = generate(folder / "run", todo)
     results = dict(zip(jobs, results, strict=True))
     int4 = {name: results.pop(name) for name in list(results) if "int4" in name}
     return SimpleNamespace(

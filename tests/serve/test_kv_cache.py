@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
         | {"model": str(folder / job.get("model", name)), "engine": {"dtype": "float32"} | job.get("engine", {})}
         for name, job in jobs.items()
     ]
-    return dict(zip(jobs, generate(folder / "run", todo, VLLM_ENABLE_V1_MULTIPROCESSING="0"), strict=True))
+    return dict(zip(jobs, generate(folder / "run", todo), strict=True))
 
 
 def prompt_logprobs(results):

@@ -93,7 +93,7 @@ def served(tmp_path_factory):
         jobs.append({
             "model": str(folder / name), "prompts": prompts(), "tokens": 6, "engine": {"dtype": "float32"},
         })  # fmt: skip
-    results = generate(folder / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    results = generate(folder / "run", jobs)
     return {name: (models[name], result) for name, result in zip(CASES, results)}
 
 

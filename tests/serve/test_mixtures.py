@@ -5,7 +5,7 @@ import pytest
 import torch
 from compare import check, differences, generate, prompts
 from families import LATENT_ATTENTION, ROTARY
-from runs import ONE_THREAD_EACH, TWO_RANKS
+from runs import ONE_THREAD_EACH, TWO_RANKS, TWO_STAGES
 from transformers import AutoModelForCausalLM
 
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
@@ -13,7 +13,6 @@ from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 pytestmark = pytest.mark.slow
 
 SERVED_DENSE = "Pruned experts are served dense"
-TWO_STAGES = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False}
 
 # Name of the run: (family, how the checkpoint is written, job)
 HALF = {"engine": {"dtype": "bfloat16"}}
@@ -48,7 +47,7 @@ SPREAD = {
     "expert parallel": ("mixtral", {}, {"engine": TWO_RANKS | {"enable_expert_parallel": True}}),
     "expert parallel, weighted inputs": ("llama4", {}, {"engine": TWO_RANKS | {"enable_expert_parallel": True}}),
     "expert parallel with biases": ("gpt_oss", {}, {"engine": TWO_RANKS | {"enable_expert_parallel": True}}),
-    "two stages": ("qwen3_moe", {}, {"engine": TWO_STAGES}),
+    "two stages": ("qwen3_moe", {}, {"engine": TWO_STAGES, "prompt_logprobs": False}),
     "tensor parallel, int4-g32": ("qwen3_moe", {"weights": "int4-g32"}, {"engine": TWO_RANKS}),
     "expert parallel, int4-g64": (
         "mixtral",
@@ -72,7 +71,7 @@ def run(folder, group, **environment):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("alone"), ALONE, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    return run(tmp_path_factory.mktemp("alone"), ALONE)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +94,7 @@ def test_latent_attention_in_bfloat16(tmp_path):
     folders = mixtures.write(mixtures.FAMILIES["deepseek_v2"], tmp_path, dtype=torch.bfloat16)
     engine = ROTARY | {"dtype": "bfloat16"}
     jobs = [{"model": str(folder), "prompts": prompts(), "tokens": 1, "engine": engine} for folder in folders]
-    results = generate(tmp_path / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    results = generate(tmp_path / "run", jobs)
     assert not [result["error"] for result in results if "error" in result]
     ours, theirs = (torch.cat([torch.tensor(one["prompt"]) for one in result]) for result in results)
     off = (ours - theirs).abs()
@@ -107,7 +106,7 @@ def test_latent_attention_in_bfloat16(tmp_path):
 def test_dummy_weights(tmp_path):
     compressed, _ = mixtures.write(mixtures.FAMILIES["qwen3_moe"], tmp_path)
     job = {"model": str(compressed), "prompts": prompts(), "tokens": 2, "engine": {"load_format": "dummy"}}
-    (results,) = generate(tmp_path / "run", [job], VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    (results,) = generate(tmp_path / "run", [job])
     assert [len(result["tokens"]) for result in results] == [2, 2, 2]
     log = (tmp_path / "run/log").read_text()
     # Though the model has two layers of experts.

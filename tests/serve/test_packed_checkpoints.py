@@ -60,7 +60,7 @@ def run(folder, group, **environment):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("packed"), RUNS, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    return run(tmp_path_factory.mktemp("packed"), RUNS)
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def made(tmp_path_factory) -> dict[str, Made]:
         tokenizer = AutoTokenizer.from_pretrained(dense) if name == "smollm2" else None
         given[name] = [tokenizer(text).input_ids for text in TEXTS] if tokenizer else prompts()
         jobs += [{"model": str(sparse), "prompts": given[name], "tokens": 8, "engine": {"dtype": d}} for d in dtypes]
-    answers = iter(generate(folder / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0"))
+    answers = iter(generate(folder / "run", jobs))
     return {
         name: Made(folder / f"{name}-dense", given[name], said[name], {dtype: next(answers) for dtype in dtypes})
         for name, (_, _, dtypes) in plans.items()

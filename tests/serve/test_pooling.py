@@ -48,7 +48,7 @@ def served(tmp_path_factory):
             "model": str(place), "prompts": prompts(), "call": "embed" if name in EMBED else "classify",
             "engine": {"dtype": "float32", "runner": "pooling", "skip_tokenizer_init": False} | engine,
         })  # fmt: skip
-    results = generate(folder / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    results = generate(folder / "run", jobs)
     return {name: (models[name], result) for name, result in zip(models, results)}
 
 

@@ -5,7 +5,7 @@ import tiny
 import torch
 from compare import check
 from families import LATENT_ATTENTION, ROTARY
-from runs import ONE_THREAD_EACH, TWO_PROCESSES, TWO_RANKS, Runs
+from runs import ONE_THREAD_EACH, TWO_PROCESSES, TWO_RANKS, TWO_STAGES, Runs
 
 pytestmark = pytest.mark.slow
 
@@ -37,13 +37,8 @@ COMPILED = {
 SPREAD = {
     "two ranks": ("llama-gqa", {}, TWO_PROCESSES),
     "two ranks, fewer key-value heads, no folds": ("llama-mqa", {"folds": False}, TWO_RANKS),
-    "four ranks, fewer key-value heads": ("llama-gqa", {}, TWO_PROCESSES | {"tensor_parallel_size": 4}),
-    # compiled, because vLLM's eager CPU worker has no buffers for the second stage
-    "two stages": (
-        "llama-gqa",
-        {},
-        {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False},
-    ),
+    "four ranks, fewer key-value heads": ("llama-gqa", {}, TWO_RANKS | {"tensor_parallel_size": 4}),
+    "two stages": ("llama-gqa", {}, TWO_STAGES),
     "two ranks, values in blocks": ("gpt-neox", {}, TWO_RANKS),
     "two ranks, latent attention": ("deepseek-v3", {}, TWO_RANKS | LATENT_ATTENTION),
     "two ranks, no folds, permutations that keep to blocks": (
@@ -62,13 +57,13 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", EAGER)
 def test_eager(runs, name):
-    model, results = runs.get(EAGER, name, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    model, results = runs.get(EAGER, name)
     check(model, results, half="dtype" in EAGER[name][2])
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(runs, name):
-    check(*runs.get(COMPILED, name, VLLM_ENABLE_V1_MULTIPROCESSING="0"))
+    check(*runs.get(COMPILED, name))
 
 
 @pytest.mark.parametrize("name", SPREAD)
@@ -77,6 +72,6 @@ def test_several_processes(runs, name):
 
 
 def test_tensor_parallel_gives_the_tokens_of_one_rank(runs):
-    _, one = runs.get(EAGER, "llama-gqa", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    _, one = runs.get(EAGER, "llama-gqa")
     _, two = runs.get(SPREAD, "two ranks", **ONE_THREAD_EACH)
     assert [r["tokens"] for r in one] == [r["tokens"] for r in two]

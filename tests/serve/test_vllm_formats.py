@@ -18,6 +18,7 @@ HALF = {"dtype": torch.bfloat16}, {"dtype": "bfloat16"}
 # Name of the run: (family, how the checkpoint is written, engine arguments)
 ALONE = {one.name: ("llama-gqa", {"weights": one.name} | HALF[0], HALF[1]) for one in INTEGERS.values()} | {
     "int4-g32 in float32": ("llama-gqa", {"weights": "int4-g32"}, {}),
+    "int4-g64 in float32": ("llama-gqa", {"weights": "int4-g64"}, {}),
     "int4-g128 in float32": ("llama-gqa", {"weights": "int4-g128"}, {}),
     "int8-g64, an order for each linear": ("qwen2", {"weights": "int8-g64", "scope": "linear", "folds": False}, {}),
     "int4-g64, fused on disk": ("phi3", {"weights": "int4-g64"}, {}),
@@ -36,7 +37,6 @@ SPREAD = {
     "int4": ("gpt-neox", {"weights": "int4"}, TWO_RANKS),
     "int4-g128": ("llama-gqa", {"weights": "int4-g128"}, TWO_RANKS),
 }
-ALIKE = {"int4-g64": ("llama-gqa", {"weights": "int4-g64"}, {})}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ALONE)
 def test_alone(runs, name):
-    check(*runs.get(ALONE, name, VLLM_ENABLE_V1_MULTIPROCESSING="0"), half=ALONE[name][1].get("dtype") is not None)
+    check(*runs.get(ALONE, name), half=ALONE[name][1].get("dtype") is not None)
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -56,13 +56,13 @@ def test_rounded_inputs(runs, name):
     That happens to few tokens, whose logprobs move by up to 0.06. If only one side rounded, all would, by 0.04 on
     average.
     """
-    model, results = runs.get(ROUNDED, name, VLLM_ENABLE_V1_MULTIPROCESSING="0", RIA_VLLM_BACKEND="reference")
+    model, results = runs.get(ROUNDED, name, RIA_VLLM_BACKEND="reference")
     off = differences(model, results)
     assert off.median() < 1e-5 and off.mean() < 5e-3
 
 
 def test_the_log_says_that_inputs_are_rounded(runs):
-    runs.get(ROUNDED, "int8", VLLM_ENABLE_V1_MULTIPROCESSING="0", RIA_VLLM_BACKEND="reference")
+    runs.get(ROUNDED, "int8", RIA_VLLM_BACKEND="reference")
     log = (runs.place(ROUNDED) / "log").read_text()
     assert log.count("kernels: reference with inputs rounded to int8 (8)") == len(ROUNDED)
 
@@ -79,6 +79,6 @@ def test_a_cut_through_a_group_is_refused(runs):
 
 
 def test_two_ranks_give_the_tokens_of_one(runs):
-    _, one = runs.get(ALIKE, "int4-g64", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    _, one = runs.get(ALONE, "int4-g64 in float32")
     _, two = runs.get(SPREAD, "int4-g64", **ONE_THREAD_EACH)
     assert [r["tokens"] for r in one] == [r["tokens"] for r in two]

@@ -49,7 +49,7 @@ def served(tmp_path_factory, picture):
                 "limit_mm_per_prompt": {"image": int(sees), "video": 0},
             },
         })  # fmt: skip
-    results = generate(folder / "run", jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    results = generate(folder / "run", jobs)
     return {name: (models[name], result) for name, result in zip(models, results)}
 
 

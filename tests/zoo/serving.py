@@ -5,12 +5,11 @@ Not in the process that runs transformers: vLLM changes classes of transformers 
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-GENERATE = Path(__file__).parents[1] / "serve/generate.py"
+import forked
+
 SECONDS_EACH = 300
 Job = dict[str, Any]
 
@@ -23,23 +22,18 @@ def serve(jobs: list[Job], place: Path) -> list[Any]:
     """
     place.mkdir(parents=True, exist_ok=True)
     given, found, log = place / "jobs.json", place / "results.json", place / "log"
-    environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+    environment = dict(os.environ) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     results: list[Any] = []
     while len(results) < len(jobs):
         left = jobs[len(results) :]
         given.write_text(json.dumps(left))
         found.unlink(missing_ok=True)
-        with open(log, "w") as file:
-            command = [sys.executable, str(GENERATE), str(given), str(found), "--stop"]
-            try:
-                status: int | str = subprocess.run(
-                    command, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=SECONDS_EACH * len(left)
-                ).returncode
-            except subprocess.TimeoutExpired:
-                status = "too slow"
+        arguments = [str(given), str(found), "--stop"]
+        one = {"arguments": arguments, "environment": environment, "log": str(log)}
+        try:
+            status: int | str = forked.run([one], SECONDS_EACH * len(left))[0]
+        except TimeoutError:
+            status = "too slow"
         new = json.loads(found.read_text()) if found.exists() else []
         failed = next((place for place, result in enumerate(new) if "error" in result), len(new))
         if failed == 0:
