@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import int8_products
+import psutil
 import pytest
 import quantized_checkpoints
 import torch
@@ -50,6 +51,7 @@ def served(pruned_llama, tmp_path_factory):
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no worker process beside the engine's
         patch.setenv("HF_HUB_OFFLINE", "1")
         found = CliRunner().invoke(bench, [str(a) for a in arguments], catch_exceptions=False)
     assert found.exit_code == 0, found.output
@@ -88,13 +90,19 @@ def test_perplexity_and_divergence_are_those_of_transformers(served, way):
 def test_each_way_has_its_speed_memory_and_place_in_the_order_of_quality(served):
     (point,) = served.content["points"]
     for way in served.ways:
-        assert point["figures"][way]["output_tokens_per_s"] > 0 and point["memory"][way] > 1e8
+        figures = point["figures"][way]
+        assert figures["output_tokens_per_s"] == pytest.approx(8 * figures["requests_per_s"], rel=1e-3)
+        assert 0 < figures["tpot_p50_ms"] <= figures["tpot_p99_ms"] and point["memory"][way] > 1e8
     kl = [served.content["quality"][way]["kl"] for way in served.ways]
     assert kl[0] == 0 and all(better < worse for better, worse in pairwise(kl))
-    assert set(point["ratios_by_side"]) == set(served.ways) - {"dense"}
+    speeds = {way: point["figures"][way]["output_tokens_per_s"] for way in served.ways}
+    ratios = {way: ratio["output_tokens_per_s"]["median"] for way, ratio in point["ratios_by_side"].items()}
+    assert ratios == pytest.approx({way: speed / speeds["dense"] for way, speed in speeds.items() if way != "dense"})
     sizes = {way: side["bytes"] for way, side in served.content["sides"].items()}
     assert set(sizes) == set(served.ways) and sizes.pop("dense") > max(sizes.values())
     assert {"bench.md", "bench.png", "quality.png"} <= {path.name for path in served.folder.iterdir()}
+    commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if str(served.source) in command or str(served.folder) in command]
 
 
 @pytest.mark.slow
