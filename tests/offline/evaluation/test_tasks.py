@@ -123,6 +123,7 @@ def test_a_task_on_either_engine_with_what_is_recovered(pruned_llama, own_tasks,
     command += ["--tasks", "colours", "--include-path", str(own_tasks), "--engine", engine]
     command += ["--baseline", str(pruned_llama.source)]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
