@@ -108,7 +108,7 @@ def test_a_url_without_a_server(pruned_llama, tmp_path):
 @pytest.mark.slow
 def test_a_server_that_runs_already(pruned_llama, tmp_path):
     """It is measured and left running, and its memory is unknown; the other side is started and ended."""
-    arguments = ["--concurrency", "2", "--input-len", "16", "--output-len", "8", "--requests", "2", "--repetitions", "1"]
+    arguments = "--concurrency 2 --input-len 16 --output-len 8 --requests 2 --repetitions 1".split()
     with server.running_server(str(pruned_llama.folder), tmp_path / "server.log", SERVE.split()) as theirs:
         found = run(
             pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path / "b", *arguments,

@@ -146,12 +146,13 @@ void mma_sparse(Warp& warp, uint32_t lanes, Instruction const& i) {
     metadata[g][t % 2] = half(bits, 0);
     metadata[g + 8][t % 2] = half(bits, 1);
   }
+  std::array<std::array<Kept, 8>, 16> groups;
+  for (int row = 0; row < 16; ++row)
+    for (int group = 0; group < 8; ++group) groups[row][group] = kept(metadata[row][group / 4], group % 4);
   for (Thread& thread : warp.threads)
     for (int k = 0; k < 4; ++k) {
       int const row = thread.lane / 4 + k / 2 * 8, column = thread.lane % 4 * 2 + k % 2;
-      std::array<Kept, 8> groups;
-      for (int group = 0; group < 8; ++group) groups[group] = kept(metadata[row][group / 4], group % 4);
-      double const sum = sparse_dot(a[row], groups, b[column]);
+      double const sum = sparse_dot(a[row], groups[row], b[column]);
       put<float>(thread, i.operands[0].parts[k], float(sum + get<float>(thread, i.operands[3].parts[k])));
     }
 }
