@@ -111,6 +111,8 @@ class _Search:
 
     def variants(self) -> Iterator[dict[Field, int]]:
         """The changes of `smaller_configs`, in its order; some may be equal, or empty."""
+        if weights_of_copy(self.layer) <= self.enough:
+            return  # without a search for the widths, which takes longer than to describe a small layer
         first = self.smallest(self.widths())
         yield first
         if not first:
