@@ -1,9 +1,9 @@
 """Mixtures of experts: pruned, written, read back, exported, and interrupted in the middle of a layer's experts."""
 
 import json
+import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import preloaded
 import pytest
 import torch
 from click.testing import CliRunner
@@ -200,30 +201,31 @@ def test_a_resumed_layer_keeps_the_order_that_its_experts_share(moe, text, tmp_p
 @pytest.mark.slow
 def test_killed_in_the_middle_of_the_experts_and_resumed(text, tmp_path):
     model = save_moe(tmp_path / "in", "qwen3_moe", num_experts=32, num_local_experts=32, num_hidden_layers=3)
-    command = ["-m", "ria_vllm", "compress", str(model), "--calibration", str(text), "--samples", "8"]
-    command += ["--seq-len", "64", "-o"]
-    subprocess.run([sys.executable, *command, str(tmp_path / "whole")], check=True, capture_output=True)
+    command = ["compress", model, "--calibration", text, "--samples", 8, "--seq-len", 64, "-o"]
+    log = tmp_path / "log"
+    preloaded.run(log, preloaded.ria_vllm, *command, tmp_path / "whole")
     out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
     for seen in (5, 45):
-        process = subprocess.Popen(
-            [sys.executable, *command, str(out), "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and len(list(units.glob("layer-*-experts-*.safetensors"))) < seen:
+        (process,) = preloaded.start(log, preloaded.ria_vllm, *command, out, "--resume")
+        while process.is_alive() and len(list(units.glob("layer-*-experts-*.safetensors"))) < seen:
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        preloaded.kill([process])
         assert not out.exists() and seen <= len(list(units.glob("layer-*-experts-*.safetensors"))) < 96
-    subprocess.run([sys.executable, *command, str(out), "--resume"], check=True, capture_output=True)
+    preloaded.run(log, preloaded.ria_vllm, *command, out, "--resume")
     assert digests(tmp_path / "whole") == digests(out)
 
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(moe, text, tmp_path):
-    command = ["-m", "ria_vllm", "compress", str(moe("qwen2_moe")), "--calibration", str(text), "--samples", "48"]
-    command += ["--seq-len", "128", "--reconstruct", "block", "-o"]
-    subprocess.run([sys.executable, *command, str(tmp_path / "one")], check=True, capture_output=True)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([sys.executable, *torchrun, *command, str(tmp_path / "two")], check=True, capture_output=True)
+    """Two that torchrun starts."""
+    command = ["compress", str(moe("qwen2_moe")), "--calibration", str(text), "--samples", "24", "--seq-len", "128"]
+    command += ["--reconstruct", "block", "-o"]
+    preloaded.run(tmp_path / "log", preloaded.ria_vllm, *command, tmp_path / "one")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ria_vllm"]
+    subprocess.run(
+        [sys.executable, *torchrun, *command, str(tmp_path / "two")], check=True, capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 

@@ -5,11 +5,10 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import preloaded
 import pytest
 from compressing import digests, interrupted_after_a_layer
 from transformers.utils import logging
@@ -24,8 +23,8 @@ from ria_vllm.progress import Monitor
 
 
 def command(model: Path, out: Path, text: Path, *options: str) -> list[str]:
-    fixed = ["--calibration", str(text), "--samples", "48", "--seq-len", "128"]
-    return ["-m", "ria_vllm", "compress", str(model), "-o", str(out), *fixed, *options]
+    fixed = ["--calibration", str(text), "--samples", "20", "--seq-len", "128"]
+    return ["compress", str(model), "-o", str(out), *fixed, *options]
 
 
 def run(model: Path, out: Path, text: Path, settings: Settings = Settings(), **options) -> None:
@@ -47,23 +46,17 @@ def test_a_resumed_run_keeps_what_was_found_out_about_the_layers(skip_sensitive,
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(make_model, text, tmp_path):
     model = make_model(tmp_path / "in", "llama", num_hidden_layers=6)
-    subprocess.run([sys.executable, *command(model, tmp_path / "whole", text)], check=True, capture_output=True)
+    log = tmp_path / "log"
+    preloaded.run(log, preloaded.ria_vllm, *command(model, tmp_path / "whole", text))
     out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
     for seen in (1, 3, 5):
-        process = subprocess.Popen(
-            [sys.executable, *command(model, out, text, "--resume")],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        while process.poll() is None and len(list(units.glob("layer-*.safetensors"))) < seen:
+        (process,) = preloaded.start(log, preloaded.ria_vllm, *command(model, out, text, "--resume"))
+        while process.is_alive() and len(list(units.glob("layer-*.safetensors"))) < seen:
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        preloaded.kill([process])
         assert not out.exists()
-    done = subprocess.run(
-        [sys.executable, *command(model, out, text, "--resume")], check=True, capture_output=True, text=True
-    )
-    assert "resuming: " in done.stderr
+    printed = preloaded.run(tmp_path / "last", preloaded.ria_vllm, *command(model, out, text, "--resume"))
+    assert "resuming: " in printed
     assert digests(tmp_path / "whole") == digests(out)
     assert not units.parent.exists()
 
@@ -243,13 +236,7 @@ def test_a_result_is_kept_if_its_folder_appears_meanwhile(tiny, text, tmp_path, 
 @pytest.mark.parametrize("family", ["llama", "gemma4-e2b"])
 def test_two_processes_write_what_one_writes(family, options, make_model, text, tmp_path):
     model = make_model(tmp_path / "in", family)
-    each = {**os.environ, "OMP_NUM_THREADS": "1"}  # some processors' libraries add up in an order that threads decide
-    subprocess.run(
-        [sys.executable, *command(model, tmp_path / "one", text, *options)], check=True, capture_output=True, env=each
-    )
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [sys.executable, *torchrun, *command(model, tmp_path / "two", text, *options)], check=True, capture_output=True,
-        env=each,
-    )  # fmt: skip
+    for name, ranks in (("one", 1), ("two", 2)):
+        arguments = command(model, tmp_path / name, text, *options)
+        preloaded.run(tmp_path / f"{name}.log", preloaded.ria_vllm, *arguments, ranks=ranks)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")

@@ -1,15 +1,14 @@
-"""Trains a pruned model in several processes: `torchrun ranks.py FOLDER OUT KIND`.
+"""Trains a pruned model in several processes, of which each calls `main` with a kind.
 
-KIND is fsdp, ddp or accelerate; fsdp-one (one group for the whole model), fsdp-bf16 (computes in bfloat16) or
+Kinds are fsdp, ddp or accelerate; fsdp-one (one group for the whole model), fsdp-bf16 (computes in bfloat16) or
 fsdp-accumulated (gradients of two backward passes, summed before they are shared). Every rank checks after every
 backward and every step that nothing outside the masks has changed, saves to OUT/new, and then fails to save there
 again. Rank 0 writes the gathered weights to OUT/state.safetensors.
 
-Or KIND is fsdp1 or fsdp1-original (with `use_orig_params`), which are refused, or failures: what is wrong on one rank
+Or it is fsdp1 or fsdp1-original (with `use_orig_params`), which are refused, or failures: what is wrong on one rank
 is raised on both.
 """
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,14 +116,14 @@ class MovesEverything(torch.optim.SGD):
                 local.add_(0.01)
 
 
-def main(folder: str, out: str, kind: str) -> None:
+def main(folder: Path, out: Path, kind: str) -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    model, kept = load(Path(folder)), masks(Path(folder))
+    model, kept = load(folder), masks(folder)
     if kind.startswith("fsdp1"):
         return flattened(model, kind.endswith("original"))
     if kind == "failures":
-        return failures(Path(folder), Path(out))
+        return failures(folder, out)
     if kind.startswith("fsdp"):
         sharded(model, kind)
     keep_sparse(model)  # before or after sharding
@@ -146,19 +145,15 @@ def main(folder: str, out: str, kind: str) -> None:
         optimizer.step()
         check(model, kept, lambda parameter: parameter)
     state = {name.removeprefix("module."): whole(tensor).contiguous() for name, tensor in model.state_dict().items()}
-    saved = save(model, Path(out) / "new", like=folder)
+    saved = save(model, out / "new", like=folder)
     assert (saved is None) == (rank > 0)
     dist.barrier()
     try:
-        save(model, Path(out) / "new", like=folder)
+        save(model, out / "new", like=folder)
     except RiaError as error:
         assert "exists already" in str(error)
     else:
         assert kind == "ddp" and rank > 0  # nothing is gathered there, so the first rank is alone
     if rank == 0:
-        save_file(state, Path(out) / "state.safetensors")
+        save_file(state, out / "state.safetensors")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

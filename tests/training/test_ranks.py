@@ -1,19 +1,16 @@
 """Several processes (gloo, CPU): FSDP2, alone and by accelerate, and DDP train and save what one process does."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import preloaded
 import pytest
+import ranks
 import torch
 from ranks import STEPS, MovesEverything
 from safetensors.torch import load_file
 from sparse_llama import TOKENS, load, loss_of, masks, outside
 
 from ria_vllm.checkpoint import Reader
-
-SCRIPT = Path(__file__).with_name("ranks.py")
 
 
 def alone(folder: Path) -> dict[str, torch.Tensor]:
@@ -33,21 +30,10 @@ def alone(folder: Path) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def torchrun(*arguments: object) -> None:
-    paths = [str(SCRIPT.parent), str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT),
-         *map(str, arguments)],
-        capture_output=True, text=True, timeout=600,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp", "fsdp-one", "fsdp-bf16", "fsdp-accumulated", "ddp", "accelerate"])
 def test_two_processes_do_what_one_does(pruned_llama, tmp_path, kind):
-    torchrun(pruned_llama.folder, tmp_path, kind)
+    preloaded.run(tmp_path / "log", ranks.main, pruned_llama.folder, tmp_path, kind, ranks=2)
     found, want = load_file(tmp_path / "state.safetensors"), alone(pruned_llama.folder)
     before = load(pruned_llama.folder).state_dict()
     assert found.keys() == want.keys()
@@ -66,9 +52,9 @@ def test_two_processes_do_what_one_does(pruned_llama, tmp_path, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp1-original"])
 def test_fsdp1_is_refused(pruned_llama, tmp_path, kind):
-    torchrun(pruned_llama.folder, tmp_path, kind)
+    preloaded.run(tmp_path / "log", ranks.main, pruned_llama.folder, tmp_path, kind, ranks=2)
 
 
 @pytest.mark.slow
 def test_what_fails_on_one_rank_fails_on_all(pruned_llama, tmp_path):
-    torchrun(pruned_llama.folder, tmp_path, "failures")
+    preloaded.run(tmp_path / "log", ranks.main, pruned_llama.folder, tmp_path, "failures", ranks=2)

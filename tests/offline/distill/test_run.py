@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
+import preloaded
 import pytest
 import torch
 from compressing import WarningRecorder, digests, edit_config
@@ -269,25 +268,23 @@ def test_stopped_while_it_writes_the_result_and_resumed_it_writes_the_same_bytes
 def command(dense: Path, folder: Path, out: Path, text: Path, *options: str) -> list[str]:
     fixed = ["--tokens", "2048", "--seq-len", "64", "--calibration", str(text), "--eval-text", str(text)]
     fixed += ["--eval-tokens", "256", "--evals", "4", "--save-every", "0", "--lr", "1e-4"]
-    return ["-m", "ria_vllm", "distill", str(folder), "--teacher", str(dense), "-o", str(out), *fixed, *options]
+    return ["distill", str(folder), "--teacher", str(dense), "-o", str(out), *fixed, *options]
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(pruned, text, tmp_path):
     dense, folder = pruned()
-    subprocess.run([sys.executable, *command(dense, folder, tmp_path / "whole", text)], check=True, capture_output=True)
+    log = tmp_path / "log"
+    preloaded.run(log, preloaded.ria_vllm, *command(dense, folder, tmp_path / "whole", text))
     out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
+    again = command(dense, folder, out, text, "--resume")
     for seen in ("state-000000001-", "best-000000004-", "state-000000006-"):
-        process = subprocess.Popen(
-            [sys.executable, *command(dense, folder, out, text, "--resume")],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        while process.poll() is None and not list(units.glob(f"{seen}*")):
+        (process,) = preloaded.start(log, preloaded.ria_vllm, *again)
+        while process.is_alive() and not list(units.glob(f"{seen}*")):
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        preloaded.kill([process])
         assert not out.exists()
-    subprocess.run([sys.executable, *command(dense, folder, out, text, "--resume")], check=True, capture_output=True)
+    preloaded.run(log, preloaded.ria_vllm, *again)
     assert digests(tmp_path / "whole") == digests(out)
     assert not units.parent.exists()
 
@@ -298,15 +295,9 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(pruned, text,
 )
 def test_two_processes_give_what_one_gives(options, pruned, text, tmp_path):
     dense, folder = pruned(weights="int8") if "scales" in options else pruned()
-    subprocess.run(
-        [sys.executable, *command(dense, folder, tmp_path / "one", text, *options)], check=True, capture_output=True
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         *command(dense, folder, tmp_path / "two", text, *options)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    for name, ranks in (("one", 1), ("two", 2)):
+        arguments = command(dense, folder, tmp_path / name, text, *options)
+        preloaded.run(tmp_path / "log", preloaded.ria_vllm, *arguments, ranks=ranks)
     if "--shard" not in options:
         assert digests(tmp_path / "one") == digests(tmp_path / "two")
         return
@@ -323,24 +314,18 @@ def test_two_processes_give_what_one_gives(options, pruned, text, tmp_path):
 @pytest.mark.slow
 def test_a_divided_run_that_was_killed_is_resumed(pruned, text, tmp_path):
     dense, folder = pruned()
+    log, whole = tmp_path / "log", command(dense, folder, tmp_path / "whole", text, "--shard")
+    preloaded.run(log, preloaded.ria_vllm, *whole, ranks=2)
+    out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
+    again = command(dense, folder, out, text, "--shard", "--resume")
+    processes = preloaded.start(log, preloaded.ria_vllm, *again, ranks=2)
+    while processes[1].is_alive() and not list(units.glob("state-000000006-*-1-of-2*")):
+        time.sleep(0.002)
+    preloaded.kill(processes)
+    assert not out.exists()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    whole = [*torchrun, *command(dense, folder, tmp_path / "whole", text, "--shard")]
-    subprocess.run(whole, check=True, capture_output=True, env=environment)
-    out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
-    again = [*torchrun, *command(dense, folder, out, text, "--shard", "--resume")]
-    process = subprocess.Popen(
-        again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=environment
-    )
-    while process.poll() is None and not list(units.glob("state-000000006-*-1-of-2*")):
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for worker in [p for p in psutil.process_iter(["cmdline"]) if str(out) in (p.info["cmdline"] or [])]:
-        worker.kill()
-        worker.wait()
-    assert not out.exists()
-    subprocess.run(again, check=True, capture_output=True, env=environment)
+    subprocess.run([*torchrun, "-m", "ria_vllm", *again], check=True, capture_output=True, env=environment)
     assert digests(tmp_path / "whole") == digests(out)
 
 
