@@ -54,7 +54,7 @@ LAYERS_IN_MEMORY = {"bfloat16": 6.5, "float32": 8.5}
 # In the proportions of Llama-2-7B, except for its vocabulary, and of Qwen2.5-7B. Training finds its limit in a model
 # that is not too small, because some of what it takes does not grow with the model.
 WIDE, LLAMA = Shape(1536, 4096, 16, 16, 258, 22), Shape(1152, 3072, 12, 12, 258, 22)
-QWEN = Shape(1008, 5376, 12, 2, 42768, 28)
+QWEN = Shape(1024, 5376, 16, 2, 42768, 28)
 
 
 def save_large(folder: Path, small: Path, shape: Shape) -> None:
