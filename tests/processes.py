@@ -12,21 +12,21 @@ import pytest
 # The files that take longest start first, so that none of them is still running alone at the end.
 LONGEST = (
     "tests/serve/kernels/cuda/test_emulated_kernels.py",
-    "tests/serve/test_vllm.py",
     "tests/offline/runtime/test_memory.py",
+    "tests/serve/test_vllm.py",
     "tests/serve/benchmark/test_command.py",
-    "tests/zoo/test_zoo.py",
-    "tests/serve/test_wrappers.py",
-    "tests/serve/test_pooling.py",
-    "tests/serve/test_pipeline.py",
-    "tests/serve/test_server.py",
-    "tests/serve/test_wheel.py",
+    "tests/serve/benchmark/test_served_quality.py",
     "tests/offline/test_interruptions.py",
-    "tests/serve/test_features.py",
-    "tests/serve/test_layer_matching.py",
-    "tests/serve/test_compressed_tensors.py",
+    "tests/demo/test_run.py",
     "tests/offline/evaluation/test_tasks.py",
+    "tests/serve/test_wheel.py",
+    "tests/serve/test_mixtures.py",
     "tests/serve/kernels/cpu/test_sanitized.py",
+    "tests/offline/test_experts.py",
+    "tests/offline/distill/test_run.py",
+    "tests/serve/test_pipeline.py",
+    "tests/serve/test_vllm_formats.py",
+    "tests/offline/test_expert_store.py",
 )
 GIBIBYTES_EACH = 6  # memory for each process: enough for a tiny model on four ranks
 # The variable that names the folder the processes share. The first process creates it and hands it down.
