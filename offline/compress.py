@@ -150,6 +150,9 @@ class _Run:
             self.monitor.say(f"{self.model.how_copied()}, beside the text decoder: {', '.join(copied)}")
         self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
         self.ranks.barrier()
+        if self.ranks.first:  # no run will go through these layers again
+            for index in range(len(self.model.layers)):
+                self.writer.remove(exact_key(index))
         report = self._report(layers.topologies, plan, store)
         self.ranks.barrier()  # all ranks have read the work folder before the first one removes it
         if self.ranks.first:
@@ -238,7 +241,7 @@ class _Run:
             records = {name: linear.record for name, linear in pruned.items()}
             if self.ranks.first:
                 with self.monitor.phase("writing"):
-                    if self.recipe.continues_exactly:
+                    if self.recipe.continues_exactly and index < total - 1:
                         self.writer.write(exact_key(index), self._exact_tensors(pruned))
                     tensors = layer_tensors(self.model, index, pruned, self.recipe, plan.experts[index], changed)
                     self.writer.write(layer_key(index), tensors, records)

@@ -134,8 +134,8 @@ class Recipe:
     def continues_exactly(self) -> bool:
         """Whether what comes after a trained sublayer is pruned for its weights as they were before they were rounded.
 
-        int8 rounds so little that nothing has to make up for it, and so the masks and the training are those of float
-        weights. What int4 has changed, later layers see and correct.
+        int8 rounds so little that nothing has to make up for it; so masks and training are those of float weights, but
+        for what migrated scales change. What int4 has changed, later layers see and correct.
         """
         return self.trains and self.weights == "int8"
 

@@ -139,7 +139,8 @@ def round_sublayer(
         trim()
     if recipe.continues_exactly:
         for name, linear in pruned.items():
-            rounded[name] = replace(rounded[name], exact=linear.weight[linear.mask])
+            exact = linear.weight[linear.mask] if ranks.first else None  # which writes it
+            rounded[name] = replace(rounded[name], exact=exact)
             runner.linear(name).weight.data = linear.weight.to(runner.device, runner.dtype)
     return rounded
 

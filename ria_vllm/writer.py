@@ -112,6 +112,10 @@ class CheckpointWriter:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path(key))
 
+    def remove(self, key: str) -> None:
+        """Remove a unit that is no part of the result, if it is there."""
+        self.path(key).unlink(missing_ok=True)
+
     def read(self, key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The tensors and the record of a finished unit."""
         with safe_open(self.path(key), framework="pt") as file:

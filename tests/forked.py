@@ -2,7 +2,7 @@
 
 That import takes as long as twenty small models. `python forked.py` is the process that has done it: it reads a line of
 JSON for each call of `run`, and writes one when these runs are over. There is one for each process of pytest, and it
-ends with that.
+ends with that. (`preloaded` has processes without vLLM.)
 """
 
 import atexit
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def run(runs: list[dict[str, Any]], timeout: float) -> list[int]:
     """
     threads = runs[0]["environment"].get("OMP_NUM_THREADS")  # which is read as torch is imported
     if threads not in _servers:
-        _servers[threads] = Server(runs[0]["environment"])
+        _servers[threads] = Server({} if threads is None else {"OMP_NUM_THREADS": threads})
     try:
         return _servers[threads].ask(runs, timeout)
     except BaseException:
@@ -40,7 +41,7 @@ class Server:
     def __init__(self, environment: dict[str, str]) -> None:
         self.log = tempfile.TemporaryFile("w+")
         # All models are folders here, and this is read as huggingface_hub is imported.
-        environment = environment | {"HF_HUB_OFFLINE": "1"}
+        environment = os.environ | environment | {"HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, __file__], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self.log,
@@ -49,18 +50,19 @@ class Server:
 
     def ask(self, runs: list[dict[str, Any]], timeout: float) -> list[int]:
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(runs) + "\n")
-        self.process.stdin.flush()
-        in_time, _, _ = select.select([self.process.stdout], [], [], timeout)
-        answer = self.process.stdout.readline() if in_time else "null"
+        answer = ""
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(runs) + "\n")
+            self.process.stdin.flush()
+            in_time, _, _ = select.select([self.process.stdout], [], [], timeout)
+            if not in_time:
+                logs = "\n".join(Path(one["log"]).read_text()[-5000:] for one in runs)
+                raise TimeoutError(f"vLLM runs for more than {timeout:.0f} s: {logs}")
+            answer = self.process.stdout.readline()
         if not answer:
             self.log.seek(0)
             raise RuntimeError(f"the process with vLLM has ended: {self.log.read()[-5000:]}")
-        statuses = json.loads(answer)
-        if statuses is None:
-            logs = "\n".join(Path(one["log"]).read_text()[-5000:] for one in runs)
-            raise TimeoutError(f"vLLM runs for more than {timeout:.0f} s: {logs}")
-        return statuses
+        return json.loads(answer)
 
     def end(self) -> None:
         atexit.unregister(self.end)
@@ -104,8 +106,10 @@ def serve() -> list[str]:
 def statuses(processes: list[int]) -> list[int]:
     """Their exit statuses, once all have ended."""
     found: dict[int, int] = {}
-    while len(found) < len(processes):
+    while set(processes) - set(found):
         process, status = os.wait()
+        if process not in processes:  # something that the imports have started
+            continue
         found[process] = os.waitstatus_to_exitcode(status)
         if status:
             for other in set(processes) - set(found):

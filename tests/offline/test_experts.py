@@ -136,7 +136,9 @@ def test_a_pattern_without_a_kernel_is_written_as_the_dense_model_was(kind, moe,
         assert float((pruned[name] == 0).float().mean()) == 0.5
 
 
-@pytest.mark.parametrize("options", [{}, {"reconstruct": "admm"}, {"reconstruct": "block"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reconstruct": "admm"}, {"reconstruct": "block"}, {"weights": "int8"}], ids=str
+)
 def test_stopped_in_the_middle_of_the_experts_and_resumed(options, moe, text, tmp_path, monkeypatch):
     run_small(moe("qwen2_moe"), tmp_path / "whole", text, **options)
     write, done = ExpertStore.write, []
@@ -206,10 +208,9 @@ def test_killed_in_the_middle_of_the_experts_and_resumed(text, tmp_path):
     preloaded.run(log, preloaded.ria_vllm, *command, tmp_path / "whole")
     out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
     for seen in (5, 45):
-        (process,) = preloaded.start(log, preloaded.ria_vllm, *command, out, "--resume")
-        while process.is_alive() and len(list(units.glob("layer-*-experts-*.safetensors"))) < seen:
-            time.sleep(0.001)
-        preloaded.kill([process])
+        with preloaded.started(log, preloaded.ria_vllm, *command, out, "--resume") as (process,):
+            while process.is_alive() and len(list(units.glob("layer-*-experts-*.safetensors"))) < seen:
+                time.sleep(0.001)
         assert not out.exists() and seen <= len(list(units.glob("layer-*-experts-*.safetensors"))) < 96
     preloaded.run(log, preloaded.ria_vllm, *command, out, "--resume")
     assert digests(tmp_path / "whole") == digests(out)

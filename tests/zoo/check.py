@@ -50,7 +50,9 @@ def disagreement(found: dict[str, Any], dtype: str) -> str:
 
 def further_than_dense(served: dict[str, Any], dense: dict[str, Any]) -> str:
     """Where the pruned model is further from transformers than rounding alone makes the dense one; "" if nowhere."""
-    for kind in served.keys() & dense.keys():
+    for kind in served:
+        if kind not in dense:
+            return f"{kind}: the dense toy was not asked"
         for what, margin in zip(("median", "largest"), MARGIN):
             found, limit = served[kind][what], FURTHER * dense[kind][what] + margin
             if not found <= limit:

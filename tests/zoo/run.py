@@ -21,7 +21,7 @@ from zoo.serving import serve
 from zoo.toy import fingerprint
 from zoo.toys import TOYS
 
-BATCH = 16  # toys for each process of vLLM, whose start takes as long as several of them
+BATCH = 16  # toys whose folders are there at the same time, and that one process of vLLM serves
 
 
 def attempt(record: dict[str, Any], step: str, run: Callable[[], Any]) -> Any:
@@ -82,9 +82,10 @@ def record_of(work: Path, name: str) -> Path:
 
 
 def has_run(work: Path, name: str) -> bool:
-    """Whether an interrupted run has left a record of the toy as it is now."""
+    """Whether an interrupted run has left a record of the toy as it is now, with the same versions."""
     path = record_of(work, name)
-    return path.exists() and json.loads(path.read_text())["toy"] == fingerprint(name, TOYS[name])
+    record = json.loads(path.read_text()) if path.exists() else {}
+    return record.get("toy") == fingerprint(name, TOYS[name]) and record.get("versions") == versions()
 
 
 def keep_results(path: Path, records: dict[str, Any]) -> None:

@@ -100,13 +100,13 @@ class Toy:
 
 
 # What a toy says about itself to readers. The rest decides what comes out when it runs.
-PROSE = ("mechanism", "not_served", "text_only", "unlike", "stays_dense", "no_fold", "gathers", "shaped")
+PROSE = ("mechanism", "not_served", "text_only", "unlike", "no_fold", "gathers", "shaped")
 
 
 def fingerprint(name: str, toy: Toy) -> str:
     """Another one for each toy that can come out differently: other settings, another way to run it."""
     runs = {key: value for key, value in asdict(toy).items() if key not in PROSE}
-    ways = [bool(toy.not_served), bool(toy.text_only), bool(toy.unlike), sorted(toy.stays_dense)]
+    ways = [bool(toy.not_served), bool(toy.text_only), bool(toy.unlike)]
     content = json.dumps([toy.model_type or name, BASE, ROUTER_SCALE, runs, ways], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -279,10 +279,9 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(pruned, text,
     out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
     again = command(dense, folder, out, text, "--resume")
     for seen in ("state-000000001-", "best-000000004-", "state-000000006-"):
-        (process,) = preloaded.start(log, preloaded.ria_vllm, *again)
-        while process.is_alive() and not list(units.glob(f"{seen}*")):
-            time.sleep(0.002)
-        preloaded.kill([process])
+        with preloaded.started(log, preloaded.ria_vllm, *again) as (process,):
+            while process.is_alive() and not list(units.glob(f"{seen}*")):
+                time.sleep(0.002)
         assert not out.exists()
     preloaded.run(log, preloaded.ria_vllm, *again)
     assert digests(tmp_path / "whole") == digests(out)
@@ -318,10 +317,9 @@ def test_a_divided_run_that_was_killed_is_resumed(pruned, text, tmp_path):
     preloaded.run(log, preloaded.ria_vllm, *whole, ranks=2)
     out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
     again = command(dense, folder, out, text, "--shard", "--resume")
-    processes = preloaded.start(log, preloaded.ria_vllm, *again, ranks=2)
-    while processes[1].is_alive() and not list(units.glob("state-000000006-*-1-of-2*")):
-        time.sleep(0.002)
-    preloaded.kill(processes)
+    with preloaded.started(log, preloaded.ria_vllm, *again, ranks=2) as (_, second):
+        while second.is_alive() and not list(units.glob("state-000000006-*-1-of-2*")):
+            time.sleep(0.002)
     assert not out.exists()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -78,6 +78,7 @@ def wait(seconds: float) -> None:
     """On the second rank, for the first one, which takes 3 seconds."""
     ranks.TIMEOUT = timedelta(seconds=seconds)
     with joined(torch.device("cpu")) as joint:
+        print("joined", flush=True)
         time.sleep(3 if joint.first else 0)
         assert joint.broadcast("tokens" if joint.first else None) == "tokens"
 
@@ -85,6 +86,8 @@ def wait(seconds: float) -> None:
 @pytest.mark.slow
 def test_torch_respects_the_timeout(tmp_path):
     """A waiting rank fails if the timeout is short, and not if it is long."""
+    short = tmp_path / "short"
     with pytest.raises(AssertionError, match="(?i)timed? ?out"):
-        preloaded.run(tmp_path / "short", wait, 1.0, ranks=2)
+        preloaded.run(short, wait, 1.0, ranks=2)
+    assert short.read_text().count("joined") == 2  # so it was the broadcast
     preloaded.run(tmp_path / "long", wait, 600.0, ranks=2)
