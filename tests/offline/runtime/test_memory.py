@@ -111,17 +111,20 @@ def large(small, tmp_path_factory) -> Callable[[Shape], Path]:
     [
         (LLAMA, "admm", "1|20", "bfloat16"),
         (WIDE, "block", "1", "bfloat16"),
+        (WIDE, "block, int8", "1", "bfloat16"),
         (QWEN, "short", "1", "bfloat16"),
         (LLAMA, "admm", "1", "float32"),
         (WIDE, "block", "1", "float32"),
         (QWEN, "short", "1", "float32"),
     ],
-    ids=["admm", "block", "wide MLP", "admm, float32", "block, float32", "wide MLP, float32"],
+    ids=["admm", "block", "block, int8", "wide MLP", "admm, float32", "block, float32", "wide MLP, float32"],
 )
 def test_peak_memory_is_bounded_by_one_layer(small, large, text, tmp_path, shape, reconstruct, pruned, compute_dtype):
+    reconstruct, _, weights = reconstruct.partition(", ")
     peak = peak_memory(
         small, large(shape), tmp_path / "out", calibration=str(text), samples=SAMPLES, seq_len=shape.seq_len,
         ignore=(rf"layers[.](?!({pruned})[.])",), reconstruct=reconstruct, compute_dtype=compute_dtype,
+        weights=weights or "float",
     )  # fmt: skip
     activations = 2 * 2 * SAMPLES * shape.seq_len * shape.hidden  # for the pruned and for the dense model
     layers, embedding = LAYERS_IN_MEMORY[compute_dtype], 2 * shape.vocabulary * shape.hidden
