@@ -20,14 +20,13 @@ from ria_vllm.offline.nothing_lost import check_nothing_lost, planned
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive, widths
 from ria_vllm.offline.plan_experts import describe_experts
 from ria_vllm.offline.prune_experts import counts_of
-from ria_vllm.offline.pruned import Pruned
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import map_large_blocks
 from ria_vllm.offline.runtime.ranks import Ranks, joined
 from ria_vllm.offline.smoothing import changeable
 from ria_vllm.offline.tokens import calibration_tokens
-from ria_vllm.offline.units import exact_key, layer_key, layer_tensors, linear_tensors, pruned_weights
+from ria_vllm.offline.units import exact_key, exact_tensors, layer_key, layer_tensors, pruned_weights
 from ria_vllm.offline.work import begun_run, fingerprint, work_folder
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import INT8_TOKENS, REPORT_FILE, RiaSchema, SparsityConfig, WeightQuantization
@@ -242,7 +241,7 @@ class _Run:
             if self.ranks.first:
                 with self.monitor.phase("writing"):
                     if self.recipe.continues_exactly and index < total - 1:
-                        self.writer.write(exact_key(index), self._exact_tensors(pruned))
+                        self.writer.write(exact_key(index), exact_tensors(pruned, self.recipe))
                     tensors = layer_tensors(self.model, index, pruned, self.recipe, plan.experts[index], changed)
                     self.writer.write(layer_key(index), tensors, records)
                     del tensors
@@ -250,12 +249,6 @@ class _Run:
             _say_layer(records, self.monitor)
             for path in sorted(plan.experts[index]):
                 _say_experts(self.model.experts[index][path].module, store.records(index, [path]), self.monitor)
-
-    def _exact_tensors(self, pruned: dict[str, Pruned]) -> dict[str, torch.Tensor]:
-        tensors: dict[str, torch.Tensor] = {}
-        for name, linear in pruned.items():  # one at a time: they are dense for a moment
-            tensors |= linear_tensors({name: linear.before_rounding}, self.recipe.before_rounding)
-        return tensors
 
     def _dumped_recipe(self) -> dict[str, Any]:
         scheme = self.model.tensors.scheme

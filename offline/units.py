@@ -76,6 +76,18 @@ def linear_tensors(pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, to
     return tensors
 
 
+def exact_tensors(pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, torch.Tensor]:
+    """The tensors of `exact_key`, in the format of float weights. One linear at a time is dense.
+
+    Args:
+        pruned: written name -> pruned linear with its exact weight.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, linear in pruned.items():
+        tensors |= linear_tensors({name: linear.before_rounding}, recipe.before_rounding)
+    return tensors
+
+
 def pruned_weights(
     tensors: Mapping[str, torch.Tensor], names: list[str], dtype: torch.dtype, recipe: Recipe
 ) -> dict[str, torch.Tensor]:

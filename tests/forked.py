@@ -25,8 +25,11 @@ _servers: dict[str | None, "Server"] = {}
 def run(runs: list[dict[str, Any]], timeout: float) -> list[int]:
     """The exit statuses of runs that happen at the same time. If one fails, the others are killed.
 
-    A run: {"arguments": of generate.py, "environment": all of it, "log": path}.
+    A run: {"arguments": of generate.py, "environment": what it has besides this one, "log": path}. The engine is in its
+    process.
     """
+    common = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    runs = [one | {"environment": common | one["environment"]} for one in runs]
     threads = runs[0]["environment"].get("OMP_NUM_THREADS")  # which is read as torch is imported
     if threads not in _servers:
         _servers[threads] = Server({} if threads is None else {"OMP_NUM_THREADS": threads})

@@ -7,7 +7,6 @@ logprobs by whole units.
 """
 
 import json
-import os
 import socket
 from pathlib import Path
 
@@ -31,7 +30,6 @@ def generate(folder: Path, jobs: list[dict], **environment: str) -> list:
     Jobs whose ranks are launched from outside run one after another in a process for each rank, which takes a fifth of
     the time that vLLM takes to start processes for each of them. All other jobs run in one process, with the engine.
     """
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment
     ranks = [_ranks(job.get("engine", {})) for job in jobs]
     results = {}
     for size in set(ranks):
@@ -66,9 +64,7 @@ def _run(jobs: list[dict], places: dict[Path, dict[str, str]]) -> list[list]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "jobs.json").write_text(json.dumps(jobs))
         arguments = [str(folder / name) for name in ("jobs.json", "results.json")]
-        runs.append({
-            "arguments": arguments, "environment": dict(os.environ) | environment, "log": str(folder / "log"),
-        })  # fmt: skip
+        runs.append({"arguments": arguments, "environment": environment, "log": str(folder / "log")})
     statuses = forked.run(runs, timeout=900)
     assert not any(statuses), (statuses, *((folder / "log").read_text()[-5000:] for folder in places))
     return [json.loads((folder / "results.json").read_text()) for folder in places]

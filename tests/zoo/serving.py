@@ -4,7 +4,6 @@ Not in the process that runs transformers: vLLM changes classes of transformers 
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,13 @@ def serve(jobs: list[Job], place: Path) -> list[Any]:
     """
     place.mkdir(parents=True, exist_ok=True)
     given, found, log = place / "jobs.json", place / "results.json", place / "log"
-    environment = dict(os.environ) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     results: list[Any] = []
     while len(results) < len(jobs):
         left = jobs[len(results) :]
         given.write_text(json.dumps(left))
         found.unlink(missing_ok=True)
         arguments = [str(given), str(found), "--stop"]
-        one = {"arguments": arguments, "environment": environment, "log": str(log)}
+        one = {"arguments": arguments, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}, "log": str(log)}
         try:
             status: int | str = forked.run([one], SECONDS_EACH * len(left))[0]
         except TimeoutError:
