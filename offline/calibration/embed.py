@@ -91,7 +91,8 @@ def embed(
         del known, stream
         # By one rank, because each copy of a layer in float64 takes as much memory as four layers.
         if topologies is None:
-            topologies = ranks.broadcast(survey(model, embedder, chunks[0][:1]) if ranks.first else None)
+            with monitor.phase("structure of the layers"):
+                topologies = ranks.broadcast(survey(model, embedder, chunks[0][:1]) if ranks.first else None)
         share = ranks.share(len(chunks))
         for index in monitor.steps(share, "embedding", len(share)):
             stream, found = embedder(chunks[index])
