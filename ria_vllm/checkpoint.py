@@ -16,7 +16,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.layer_schema import Producer
 from ria_vllm.open_files import OpenFiles
 from ria_vllm.progress import Monitor
-from ria_vllm.schema import DIGEST_KEY, PERMUTATION_SUFFIX, PERMUTATIONS_FILE, QUANT_METHOD, REPORT_FILE, RiaSchema
+from ria_vllm.schema import DIGESTS, PERMUTATION_SUFFIX, PERMUTATIONS_FILE, QUANT_METHOD, REPORT_FILE, RiaSchema
 from ria_vllm.stacks import problems_of_experts, stack_experts, stacked_tensors
 from ria_vllm.weight_format import SHAPE, WeightFormat
 
@@ -257,8 +257,8 @@ def load_permutations(path: Path) -> dict[str, torch.Tensor]:
 def check_digests(
     schema: RiaSchema, permutations: permutation.Orders, files: Iterable[Path], where: str | Path
 ) -> None:
-    """Check that config.json, permutations and weight files have the same channel orders. Otherwise weights would be
-    read in the wrong order.
+    """Check that config.json, permutations and weight files are of one run. Otherwise weights would be read in the
+    wrong order, or be those of two models.
 
     Args:
         permutations: linear's name -> order, all that the checkpoint has; each has passed `permutation.check`.
@@ -286,15 +286,19 @@ def check_digests(
 
 
 def check_file_digest(schema: RiaSchema, metadata: Mapping[str, str], where: str | Path) -> None:
-    """Check by the `__metadata__` of its header that a weight file has the channel orders of config.json.
+    """Check by the `__metadata__` of its header that a weight file is of the run that wrote config.json.
 
     Raises:
-        RiaError: it has not; `where` names the file.
+        RiaError: it is not; `where` names the file.
     """
-    if metadata.get(DIGEST_KEY) != schema.permutations_digest:
+    if metadata.get(DIGESTS["permutations_digest"]) != schema.permutations_digest:
         raise RiaError(
             f"{where}: its weights are not stored under the permutations that config.json names. Get all files of one "
             "run, or compress the model again."
+        )
+    if metadata.get(DIGESTS["weights_digest"]) != schema.weights_digest:
+        raise RiaError(
+            f"{where}: it is from another run than config.json. Get all files of one run, or compress the model again."
         )
 
 

@@ -4,8 +4,8 @@ The folder is an ordinary Hugging Face folder in the manner of compressed-tensor
 linear NAME the weight files hold NAME.compressed, NAME.bitmask, NAME.shape and whatever else its format has (see
 `ria_vllm.formats`); rows are in the model's own order, columns in the permuted one. `permutations.safetensors` holds
 NAME.input_permutation where the order is not the model's own. Where the recipe permutes, that file is there even if it
-is empty. `permutations_digest` here, and the same in each weight file's header (`DIGEST_KEY`), bind weights and
-permutations.
+is empty. `permutations_digest` here, and the same in each weight file's header, bind weights and permutations;
+`weights_digest` binds weight files to each other (`DIGESTS`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -35,7 +35,8 @@ PERMUTATIONS_FILE = "permutations.safetensors"
 REPORT_FILE = "ria_report.json"
 PAGE_FILE = "ria_report.html"  # made from it; not copied into folders made from this one
 PERMUTATION_SUFFIX = ".input_permutation"
-DIGEST_KEY = "ria_permutations_digest"
+# A digest in `quantization_config` -> its key in the `__metadata__` of each weight file.
+DIGESTS = {"permutations_digest": "ria_permutations_digest", "weights_digest": "ria_weights_digest"}
 
 
 class SparsityConfig(BaseModel):
@@ -109,6 +110,7 @@ class RiaSchema(BaseModel):
     folds: list[Fold] = Field(default=[], max_length=1000)
     experts: list[Experts] = Field(default=[], max_length=1000)
     permutations_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    weights_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     recipe: dict[str, Any] = {}
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ in place by a rename. When all units are there, their bytes are copied into shar
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from ria_vllm import permutation
 from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, load_permutations
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import DIGEST_KEY, PERMUTATION_SUFFIX, PERMUTATIONS_FILE
+from ria_vllm.schema import DIGESTS, PERMUTATION_SUFFIX, PERMUTATIONS_FILE
 
 
 @contextmanager
@@ -166,12 +167,11 @@ class CheckpointWriter:
             entries = [entry for key in keys for entry in _entries(self.path(key))]
             permutations = [e for e in entries if e[0].endswith(PERMUTATION_SUFFIX)]
             weights = [e for e in entries if not e[0].endswith(PERMUTATION_SUFFIX)]
-            metadata = {}
+            digests = {"weights_digest": _weights_digest(weights)}
             if permutations or permuted:
                 _copy_tensors(permutations, final / PERMUTATIONS_FILE)
-                digest = permutation.digest(load_permutations(final / PERMUTATIONS_FILE))
-                metadata = {DIGEST_KEY: digest}
-                json_files = _with_digest(json_files, digest)
+                digests["permutations_digest"] = permutation.digest(load_permutations(final / PERMUTATIONS_FILE))
+            json_files, metadata = _with_digests(json_files, digests)
             for name, content in json_files.items():
                 (final / name).write_text(json.dumps(content, indent=2) + "\n")
             _write_shards(weights, final, max_shard_size, metadata)
@@ -221,13 +221,28 @@ def _size(entry: dict[str, Any]) -> int:
     return entry["data_offsets"][1] - entry["data_offsets"][0]
 
 
-def _with_digest(json_files: dict[str, Any], digest: str) -> dict[str, Any]:
-    """`json_files` with the permutations' digest in config.json, if its weights are compressed."""
+def _with_digests(json_files: dict[str, Any], digests: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """`json_files` with the digests in config.json, and the metadata of weight files; of compressed weights only."""
     config = json_files.get("config.json", {})
     if "quantization_config" not in config:
-        return json_files
-    quantization = config["quantization_config"] | {"permutations_digest": digest}
-    return json_files | {"config.json": config | {"quantization_config": quantization}}
+        return json_files, {}
+    quantization = config["quantization_config"] | digests
+    metadata = {DIGESTS[name]: digest for name, digest in digests.items()}
+    return json_files | {"config.json": config | {"quantization_config": quantization}}, metadata
+
+
+def _weights_digest(entries: Sequence[Entry]) -> str:
+    """SHA-256 which tells the weights of one run from those of another, however they are divided into files.
+
+    Hashed are, for each tensor in sorted order of the names, the name as UTF-8, a zero byte and the tensor's first
+    65,536 bytes: reading all would take as long as copying it.
+    """
+    found = hashlib.sha256()
+    for name, entry, path, start in sorted(entries, key=lambda e: e[0]):
+        with open(path, "rb") as file:
+            file.seek(start)
+            found.update(name.encode() + b"\0" + file.read(min(_size(entry), 1 << 16)))
+    return found.hexdigest()
 
 
 def _copy_tensors(entries: Sequence[Entry], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -76,6 +76,31 @@ def test_permutations_get_their_own_file(tmp_path):
     assert set(load_file(tmp_path / "out" / "permutations.safetensors")) == {"a.input_permutation"}
 
 
+def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
+    beginnings = {name: tensor.numpy().tobytes()[:65536] for name, tensor in tensors.items()}
+    return hashlib.sha256(b"".join(name.encode() + b"\0" + beginnings[name] for name in sorted(beginnings))).hexdigest()
+
+
+@pytest.mark.parametrize("units", [[["a", "b"], ["c"]], [["c", "b"], ["a"]]])
+def test_the_digest_of_weights_is_that_of_their_beginnings_in_any_order(tmp_path, units):
+    tensors = {"a": torch.arange(100_000, dtype=torch.int32), "b": torch.ones(3), "c": torch.tensor(2)}
+    writer = CheckpointWriter(tmp_path / "out")
+    for number, names in enumerate(units):
+        writer.write(str(number), {name: tensors[name] for name in names})
+    writer.finish(["0", "1"], {"config.json": {"quantization_config": {}}}, [], 10**9)
+    digest = weights_digest(tensors)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "ria_weights_digest": digest}
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {"quantization_config": {"weights_digest": digest}}
+
+
+def test_dense_weights_have_no_digest(tmp_path):
+    written(tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
 @pytest.mark.parametrize("orders", [{"a": [1, 0, 2], "b": [0, 2, 1]}, {}])
 def test_one_digest_binds_config_shards_and_permutations(tmp_path, orders):
     """Also where the recipe permutes and no order turned out to be worth storing."""
@@ -87,12 +112,13 @@ def test_one_digest_binds_config_shards_and_permutations(tmp_path, orders):
     content = b"".join(name.encode() + b"\0" + struct.pack("<3i", *p) for name, p in sorted(orders.items()))
     digest = hashlib.sha256(content).hexdigest()
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written["quantization_config"] == {"quant_method": "ria", "permutations_digest": digest}
+    digests = {"permutations_digest": digest, "weights_digest": weights_digest(TENSORS)}
+    assert written["quantization_config"] == {"quant_method": "ria"} | digests
     shards = list((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) == 3
     for shard in shards:
         with safe_open(shard, "pt") as file:
-            assert file.metadata() == {"format": "pt", "ria_permutations_digest": digest}
+            assert file.metadata() == {"format": "pt"} | {f"ria_{name}": found for name, found in digests.items()}
 
 
 def test_an_existing_folder_is_refused_before_any_work(tmp_path):

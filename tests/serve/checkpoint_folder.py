@@ -2,11 +2,12 @@
 
 import json
 
-from safetensors.torch import load_file, save_file
+from damage import rewrite
+from safetensors.torch import load_file
 
 from ria_vllm import permutation
 from ria_vllm.checkpoint import SINGLE_FILE
-from ria_vllm.schema import DIGEST_KEY, PERMUTATIONS_FILE
+from ria_vllm.schema import DIGESTS, PERMUTATIONS_FILE
 from ria_vllm.serve.config import RiaConfig
 
 
@@ -20,7 +21,7 @@ def rebind(folder):
     """Give a folder with changed permutations the digest of these."""
     stored = load_file(folder / PERMUTATIONS_FILE)
     digest = permutation.digest({name.removesuffix(".input_permutation"): p for name, p in stored.items()})
-    save_file(load_file(folder / SINGLE_FILE), folder / SINGLE_FILE, {"format": "pt", DIGEST_KEY: digest})
+    rewrite(folder / SINGLE_FILE, lambda tensors: None, **{DIGESTS["permutations_digest"]: digest})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["permutations_digest"] = digest
     (folder / "config.json").write_text(json.dumps(config))
