@@ -1,5 +1,8 @@
 """The wheel of `make wheel`, in a fresh environment without a compiler, serves what the checkout serves."""
 
+import ast
+import email
+import importlib.metadata
 import json
 import os
 import re
@@ -65,6 +68,27 @@ def test_one_wheel_for_every_python_and_many_linuxes(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if ".so" in name] == ["ria_vllm/serve/kernels/cpu/_cpu.so"]
     assert "ria_vllm/serve/kernels/cuda/csrc/library.cu" in names  # which build-kernels compiles
+
+
+def test_it_requires_what_it_imports(wheel):
+    """The environment above has all packages, so it cannot show that one is missing among the wheel's requirements."""
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    required = email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist")
+    required = {re.match(r"[\w.-]+", entry)[0].lower().replace("_", "-") for entry in required}
+    imported = set()
+    for name in archive.namelist():
+        if name.endswith(".py"):
+            for node in ast.walk(ast.parse(archive.read(name))):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    imported.add(node.module.partition(".")[0])
+    packages = importlib.metadata.packages_distributions()
+    others = imported - sys.stdlib_module_names - {"ria_vllm"}
+    assert {"torch", "pydantic", "vllm"} <= others
+    missing = {name for name in others if not required & {p.lower().replace("_", "-") for p in packages.get(name, ())}}
+    assert missing == set()
 
 
 def test_serves_without_a_compiler(python, tmp_path):
