@@ -49,6 +49,10 @@ def test_quantized_weights_and_rounded_inputs():
         "--device", "cpu", "--weights", "int8", "--activations", "int8", env={"RIA_VLLM_BACKEND": "reference"}
     )
     assert output.count("chosen with inputs rounded to int8: RIA_VLLM_BACKEND asks for it") == 2
+    output = run_doctor("--device", "cpu", "--weights", "int4", "--dtype", "float16")
+    linears, experts = output.split("kernels for ")[1:]
+    assert re.search("^  cpu +chosen: the first", linears, re.M)
+    assert re.search("^  cpu +chosen with int4 widened to float16", experts, re.M)
     output = run_doctor("--device", "cpu", "--weights", "fp8")
     linears, experts = output.split("kernels for ")[1:]
     for lines in (linears, experts):

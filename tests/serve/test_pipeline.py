@@ -116,7 +116,7 @@ def test_a_real_model(made):
 
 
 def test_int8_weights(made):
-    """With bfloat16 activations the int8 kernel runs; with float32 ones the weights are dequantized."""
+    """Integers stay what they are, with bfloat16 and with float32 activations."""
     found = made["int8"]
     model = found.exported()
     # the export rounds its weights to bfloat16, serving does not

@@ -1,7 +1,7 @@
 """vLLM on small checkpoints with integer weights against Hugging Face on the weights that these stand for.
 
-In bfloat16, on whichever kernel is fastest here; in float32 exactly; and by the reference kernel with inputs rounded to
-int8, for which Hugging Face's model rounds the inputs of its pruned linears.
+In bfloat16 and float16, on whichever kernel is fastest here; in float32 exactly; and by the reference kernel with
+inputs rounded to int8, for which Hugging Face's model rounds the inputs of its pruned linears.
 """
 
 import pytest
@@ -25,6 +25,7 @@ ALONE = {one.name: ("llama-gqa", {"weights": one.name} | HALF[0], HALF[1]) for o
     "int4, values in blocks": ("gpt-neox", {"weights": "int4"}, {}),
     "int4-g64, some linears dense": ("llama-gqa", {"weights": "int4-g64", "dense": ("1.mlp.down_proj",)}, {}),
     "int4-g64 compiled": ("llama-gqa", {"weights": "int4-g64"} | HALF[0], HALF[1] | {"enforce_eager": False}),
+    "int4-g64 in float16": ("llama-gqa", {"weights": "int4-g64", "dtype": torch.float16}, {"dtype": "float16"}),
 }
 ROUNDED = {
     name: ("llama-gqa", {"weights": name, "rounded": True}, {})
@@ -47,6 +48,14 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("name", ALONE)
 def test_alone(runs, name):
     check(*runs.get(ALONE, name), half=ALONE[name][1].get("dtype") is not None)
+
+
+def test_float16_is_more_exact_than_bfloat16(runs):
+    """Its activations have three more bits, and integers stay what they are: nothing is rounded to bfloat16."""
+    names = [f"int4-g64{dtype}" for dtype in ("", " in float16")]
+    coarse, fine = (differences(*runs.get(ALONE, name)).mean() for name in names)
+    assert fine < coarse / 4
+    assert " widened" not in (runs.place(ALONE) / "log").read_text()
 
 
 @pytest.mark.parametrize("name", ROUNDED)

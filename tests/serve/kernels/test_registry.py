@@ -69,9 +69,11 @@ def test_a_forced_kernel(monkeypatch):
     "format, act_dtype, chosen",
     [
         (INT8, BF16, "cpu"),
-        (INT8, FP16, "cpu with int8 widened to float16"),
-        (INT8, torch.float32, "cpu with int8 widened to float32"),
+        (INT8, FP16, "cpu"),
+        (FORMATS["int4-g32"], FP16, "cpu"),
+        (INT8, torch.float32, "cpu"),
         (FP8, BF16, "cpu with fp8 widened to bfloat16"),
+        (FP8, FP16, "cpu with fp8 widened to float16"),
     ],
 )
 def test_weights_are_widened_only_where_no_kernel_keeps_them(format, act_dtype, chosen):
@@ -190,7 +192,7 @@ def test_each_kernel_multiplies_every_format_that_it_takes(kernel, format, hoppe
         torch.testing.assert_close(y.double(), want, rtol=rtol, atol=rtol * float(want.abs().max()))
         assert y.dtype == act_dtype
     expected = {(CutlassKernel, FLOAT): 2, (CutlassKernel, FP8): 2, (CpuKernel, FLOAT): 3}
-    expected |= {(CpuKernel, integers): 1 for integers in INTEGERS.values()}
+    expected |= {(CpuKernel, integers): 3 for integers in INTEGERS.values()}
     assert taken == (3 if kernel is ReferenceKernel else expected.get((kernel, format), 0))
 
 

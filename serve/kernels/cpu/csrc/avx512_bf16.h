@@ -13,6 +13,7 @@ namespace {
 template <Dtype kType, bool kGroups = false>
 struct Avx512Bf16Traits {
   using Value = Bfloat16;
+  static constexpr bool kAnyActivations = false;
   using Accumulators = __m512;
   using Weights = __m512i;      // 16 pairs
   using Positions = __m512i;    // word index of each weight's activation; only the low two bits are defined
@@ -84,9 +85,6 @@ struct Avx512Bf16Traits {
     const uint64_t four = a.bits | static_cast<uint64_t>(b.bits) << 16 | static_cast<uint64_t>(c.bits) << 32 |
                           static_cast<uint64_t>(d.bits) << 48;
     std::memcpy(panel, &four, sizeof four);
-  }
-  static void load_as_float(const Value* from, float* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i].to_float();
   }
   static void store_from_float(Value* to, const float* from, int64_t count) {
     for (int64_t i = 0; i < count; i += kStripRows) {

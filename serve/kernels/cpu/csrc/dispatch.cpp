@@ -59,11 +59,13 @@ InstructionSet with_int8(InstructionSet set, const char* name, const Int8Kernels
 const InstructionSet kAvx512WithBf16 = {"avx512_bf16",
                                         {kAvx512Bf16, kAvx512.kernels[1], kAvx512.kernels[2], kAvx512Int8, kAvx512Int4},
                                         {{}, {}, {}, kAvx512GroupedInt8, kAvx512GroupedInt4},
-                                        &kAvx512VnniInt8};
+                                        &kAvx512VnniInt8,
+                                        &kAvx512};
 const InstructionSet kAmx = {"amx",
                              {kAmxBf16, kAvx512.kernels[1], kAvx512.kernels[2], kAmxInt8, kAmxInt4},
                              {{}, {}, {}, kAmxGroupedInt8, kAmxGroupedInt4},
-                             &kAmxInt8Activations};
+                             &kAmxInt8Activations,
+                             &kAvx512};
 #endif
 
 struct Candidate {

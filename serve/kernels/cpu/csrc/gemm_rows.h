@@ -9,7 +9,8 @@
 // tokens take another path with the same additions: gemm_tokens.h.
 //
 //   struct VecTraits {
-//     using Value;                                                     // activations, bias and y
+//     using Value;                                                     // activations, bias and y, unless
+//     static constexpr bool kAnyActivations;                           // args.act_dtype says what they are
 //     using Weights, Positions, Activations, Accumulators;             // registers
 //     static constexpr int64_t kBlockTokens;                           // accumulators that fit: tokens x 2 strips
 //     static constexpr int64_t kActivationBytes;                       // of four channels of one token, in the panel
@@ -35,8 +36,7 @@
 //     static Accumulators load_scales(const uint8_t*, Dtype);          // of 16 rows; this and `scaled` if kGrouped
 //     static Accumulators scaled(const Accumulators& sums, const Accumulators& scales, const Accumulators& initial);
 //     static void store_channels(uint8_t* panel, Value, Value, Value, Value);  // four channels of one token
-//     static void load_as_float(const Value*, float*, int64_t count);
-//     static void store_from_float(Value*, const float*, int64_t count);
+//     static void store_from_float(Value*, const float*, int64_t count);       // both for any, if kAnyActivations
 //   };
 #pragma once
 #include <cstring>
@@ -343,7 +343,7 @@ void multiply_tiles(const GemmArgs& args, int64_t begin, int64_t end) {
 
 // Copies four channels of `tokens` tokens to the panel. The pointers are locals because the panel's bytes may alias
 // anything.
-template <class VecTraits, class Value = typename VecTraits::Value>
+template <class VecTraits, class Value>
 void pack_group(const Value* x, int64_t stride, const int32_t* c, int64_t tokens, uint8_t* panel) {
   const Value *x0 = x + c[0], *x1 = x + c[1], *x2 = x + c[2], *x3 = x + c[3];
   for (int64_t t = 0, i = 0; t < tokens; ++t, i += stride, panel += VecTraits::kActivationBytes)
@@ -351,7 +351,7 @@ void pack_group(const Value* x, int64_t stride, const int32_t* c, int64_t tokens
 }
 
 // Copies the channels [first, last) of `tokens` tokens to the panel, in the order in which they are.
-template <class VecTraits, class Value = typename VecTraits::Value>
+template <class VecTraits, class Value>
 void pack_in_order(const Value* x, int64_t stride, const int32_t* x_rows, int64_t first, int64_t last, int64_t tokens,
                    uint8_t* panel) {
   for (int64_t t = 0; t < tokens; ++t) {
@@ -362,13 +362,12 @@ void pack_in_order(const Value* x, int64_t stride, const int32_t* x_rows, int64_
   }
 }
 
-// Copies the tokens of some token blocks to the panel, with their channels in the order of the weight's columns.
-template <class VecTraits>
-void pack_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
+template <class VecTraits, class Value>
+void pack_tokens_of(const GemmArgs& args, int64_t begin, int64_t end) {
   const TokenBlocks tokens(args.tokens, VecTraits::kBlockTokens);
   const int64_t all_blocks = args.layout.blocks(), stride = args.x_stride;
   for (int64_t b = begin; b < end; ++b) {
-    const auto* x = static_cast<const typename VecTraits::Value*>(args.x);
+    const auto* x = static_cast<const Value*>(args.x);
     const int32_t* x_rows = args.x_rows ? args.x_rows + tokens.first(b) : nullptr;
     if (!x_rows) x += tokens.first(b) * stride;
     const int64_t size = tokens.size(b);
@@ -383,6 +382,13 @@ void pack_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
         pack_in_order<VecTraits>(x, stride, x_rows, first, last, size, panel);
     }
   }
+}
+
+// Copies the tokens of some token blocks to the panel, with their channels in the order of the weight's columns.
+template <class VecTraits>
+void pack_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
+  with_activation<VecTraits>(args.act_dtype,
+                             [&](auto value) { pack_tokens_of<VecTraits, decltype(value)>(args, begin, end); });
 }
 
 template <class VecTraits>

@@ -230,9 +230,8 @@ void multiply_tiles_by_tokens(const GemmArgs& args, int64_t begin, int64_t end) 
 // Copies the tokens of some token blocks to the panel, with their channels in the order of the weight's columns. A
 // vector that is only partly filled ends with zeros. It goes one vector of tokens at a time: if the number of channels
 // is a power of two, all tokens' values of a channel fall into the same set of the cache, which holds eight lines.
-template <class VecTraits>
-void pack_vectors(const GemmArgs& args, int64_t begin, int64_t end) {
-  using Value = typename VecTraits::Value;
+template <class VecTraits, class Value>
+void pack_vectors_of(const GemmArgs& args, int64_t begin, int64_t end) {
   constexpr int64_t width = VecTraits::TokenVecTraits::kTokens;
   const TokenPanel<VecTraits> panel(args.tokens);
   const int64_t stride = args.x_stride, capacity = panel.tokens.max_size();
@@ -255,6 +254,12 @@ void pack_vectors(const GemmArgs& args, int64_t begin, int64_t end) {
         }
       }
     }
+}
+
+template <class VecTraits>
+void pack_vectors(const GemmArgs& args, int64_t begin, int64_t end) {
+  with_activation<VecTraits>(args.act_dtype,
+                             [&](auto value) { pack_vectors_of<VecTraits, decltype(value)>(args, begin, end); });
 }
 
 template <class VecTraits>

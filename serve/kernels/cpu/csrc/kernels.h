@@ -84,9 +84,12 @@ struct InstructionSet {
   Kernels kernels[kNumDtypes];  // weights of each dtype that have one scale per row, or none
   Kernels grouped[kNumDtypes];  // those that have scales for groups of columns: int8 and int4
   const Int8Kernels* int8_activations;
+  // Whose kernels multiply integer weights by float16 and float32 activations; null: these, which use fp32 lanes.
+  const InstructionSet* fp32_lanes = nullptr;
 
-  const Kernels& kernels_for(const Layout& layout) const {
+  const Kernels& kernels_for(const Layout& layout, Dtype act_dtype = Dtype::bfloat16) const {
     if (layout.int8_activations) return int8_activations->kernels_for(layout);
+    if (fp32_lanes && has_scales(layout.dtype) && act_dtype != Dtype::bfloat16) return fp32_lanes->kernels_for(layout);
     return (layout.group_size ? grouped : kernels)[static_cast<int>(layout.dtype)];
   }
 };
@@ -97,7 +100,7 @@ extern const Int8Kernels kPortableInt8;
 extern const InstructionSet kAvx2;
 extern const InstructionSet kAvx512;
 extern const Int8Kernels kAvx2Int8, kAvxVnniInt8, kAvx512VnniInt8, kAmxInt8Activations;
-// With BF16; float16 and float32 use kAvx512.
+// With BF16; float16 and float32 weights use kAvx512, and so do these activations of integer weights.
 extern const Kernels kAvx512Bf16, kAvx512Int8, kAvx512Int4, kAvx512GroupedInt8, kAvx512GroupedInt4;
 extern const Kernels kAmxBf16, kAmxInt8, kAmxInt4, kAmxGroupedInt8, kAmxGroupedInt4;
 #endif

@@ -32,8 +32,8 @@ constexpr int64_t kTileRows = kStripRows * kTileStrips;
 constexpr int64_t kBlockGroups = 8;
 constexpr int64_t kPositionBytes = 8;  // per strip and group
 
-// The dtype of the weights. Activations have the same, except that int8 and int4 weights take bfloat16 activations,
-// and any floating-point ones if the kernel rounds them to int8.
+// The dtype of the weights. Activations have the same, except that int8 and int4 weights take any floating-point ones;
+// those of experts are bfloat16.
 enum class Dtype : uint32_t { bfloat16 = 0, float16 = 1, float32 = 2, int8 = 3, int4 = 4 };
 // With int8 activations, int32 holds the sums of so many columns: half of them, each at most 2^15, and the same again
 // for the offset of unsigned activations.

@@ -99,7 +99,7 @@ void linear(GemmArgs args, int64_t tokens, const InstructionSet& set) {
   const bool small = threads() > 1 && layout.bytes() <= kSmallBytes;
   const bool copy_is_cheap = tokens * layout.columns <= kPackGrain;
   const Kernel& kernel =
-      set.kernels_for(layout).fastest(small && !copy_is_cheap ? ceil_div(tokens, threads()) : tokens);
+      set.kernels_for(layout, args.act_dtype).fastest(small && !copy_is_cheap ? ceil_div(tokens, threads()) : tokens);
   const int64_t item_bytes = bits(args.act_dtype) / 8;
   const int64_t token_bytes = kernel.panel_bytes(layout);
   const int64_t max_tokens = max_pass_tokens(token_bytes, kernel);

@@ -25,11 +25,9 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
           "the packed weight does not fit out_features or x's last dimension");
   const Layout layout = Layout::of(header);
   require(packed.sizes()[0] == layout.bytes(), "the packed weight is truncated");
-  const Dtype usual = activation_dtype(layout.dtype);
-  const Dtype act_dtype = layout.int8_activations ? float_dtype(x, usual) : usual;
+  const Dtype act_dtype = has_scales(layout.dtype) ? float_dtype(x, Dtype::bfloat16) : layout.dtype;
   require(x.dtype() == torch_dtype(act_dtype),
-          "x must have the weight's dtype, and bfloat16 for int8 and int4 weights; if it is rounded to int8, bfloat16, "
-          "float16 or float32");
+          "x must have the weight's dtype, and bfloat16, float16 or float32 for int8 and int4 weights");
   require(!bias.get() || bias.is(x.dtype(), {rows}), "bias must be contiguous, [out_features], of x's dtype");
   if (permutation.get()) check_permutation(permutation, columns);
 

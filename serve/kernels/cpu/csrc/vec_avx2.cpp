@@ -59,6 +59,7 @@ struct Avx2TokenTraits {
 template <class V, Dtype kType, bool kGroups = false>
 struct Avx2Traits {
   using Value = V;
+  static constexpr bool kAnyActivations = has_scales(kType);
   struct Accumulators { __m256 low, high; };
   struct Weights { __m256 first_low, first_high, second_low, second_high; };
   // 32 bits per row: the first position in bits 0 and 1, the second from kSecondPosition on.
@@ -151,15 +152,14 @@ struct Avx2Traits {
   static Accumulators scaled(const Accumulators& sums, const Accumulators& scales, const Accumulators& initial) {
     return {_mm256_fmadd_ps(sums.low, scales.low, initial.low), _mm256_fmadd_ps(sums.high, scales.high, initial.high)};
   }
-  static void store_channels(uint8_t* panel, Value a, Value b, Value c, Value d) {
+  template <class Channel>
+  static void store_channels(uint8_t* panel, Channel a, Channel b, Channel c, Channel d) {
     const float four[4] = {a.to_float(), b.to_float(), c.to_float(), d.to_float()};
     std::memcpy(panel, four, sizeof four);
   }
-  static void load_as_float(const Value* from, float* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i].to_float();
-  }
-  static void store_from_float(Value* to, const float* from, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = Value::from_float(from[i]);
+  template <class Result>
+  static void store_from_float(Result* to, const float* from, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = Result::from_float(from[i]);
   }
 
   static void unpack_weights(const Weights& w, float* first, float* second) {

@@ -1,6 +1,8 @@
 // AVX-512 F, BW, VL, DQ: fp32 arithmetic, 16 rows in one vector.
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "avx512_floats.h"
 #include "gemm_tokens.h"
 #include "scalar.h"
@@ -28,6 +30,7 @@ struct Avx512TokenTraits {
 template <class V, Dtype kType, bool kGroups = false>
 struct Avx512Traits {
   using Value = V;
+  static constexpr bool kAnyActivations = has_scales(kType);
   using Accumulators = __m512;
   struct Weights { __m512 first, second; };
   using Positions = __m512i;   // 32 bits per row: the first position in bits 0 and 1, the second at kSecondPosition
@@ -98,20 +101,19 @@ struct Avx512Traits {
   static Accumulators scaled(Accumulators sums, Accumulators scales, Accumulators initial) {
     return _mm512_fmadd_ps(sums, scales, initial);
   }
-  static void store_channels(uint8_t* panel, Value a, Value b, Value c, Value d) {
+  template <class Channel>
+  static void store_channels(uint8_t* panel, Channel a, Channel b, Channel c, Channel d) {
     const float four[4] = {a.to_float(), b.to_float(), c.to_float(), d.to_float()};
     std::memcpy(panel, four, sizeof four);
   }
-  static void load_as_float(const Value* from, float* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i].to_float();
-  }
-  static void store_from_float(Value* to, const float* from, int64_t count) {
+  template <class Result>
+  static void store_from_float(Result* to, const float* from, int64_t count) {
     for (int64_t i = 0; i < count; i += kStripRows) {
       const __m512 sums = _mm512_load_ps(from + i);
       const __mmask16 lanes = first_lanes(count - i < kStripRows ? count - i : kStripRows);
-      if constexpr (kType == Dtype::float32) {
+      if constexpr (std::is_same_v<Result, Float32>) {
         _mm512_mask_storeu_ps(to + i, lanes, sums);
-      } else if constexpr (kType == Dtype::float16) {
+      } else if constexpr (std::is_same_v<Result, Float16>) {
         _mm256_mask_storeu_epi16(to + i, lanes, _mm512_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
       } else {
         const __m512i bits = _mm512_castps_si512(sums);

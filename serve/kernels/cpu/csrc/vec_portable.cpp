@@ -9,6 +9,7 @@ namespace {
 template <class V, Dtype kType, bool kGroups = false>
 struct PortableTraits {
   using Value = V;
+  static constexpr bool kAnyActivations = has_scales(kType);
   struct Accumulators { float lane[kStripRows]; };
   struct Weights { float first[kStripRows], second[kStripRows]; };
   struct Positions { uint8_t first[kStripRows], second[kStripRows]; };
@@ -108,15 +109,14 @@ struct PortableTraits {
     for (int r = 0; r < kStripRows; ++r) initial.lane[r] += sums.lane[r] * scales.lane[r];
     return initial;
   }
-  static void store_channels(uint8_t* panel, Value a, Value b, Value c, Value d) {
+  template <class Channel>
+  static void store_channels(uint8_t* panel, Channel a, Channel b, Channel c, Channel d) {
     const float four[4] = {a.to_float(), b.to_float(), c.to_float(), d.to_float()};
     std::memcpy(panel, four, sizeof four);
   }
-  static void load_as_float(const Value* from, float* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i].to_float();
-  }
-  static void store_from_float(Value* to, const float* from, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = Value::from_float(from[i]);
+  template <class Result>
+  static void store_from_float(Result* to, const float* from, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = Result::from_float(from[i]);
   }
 };
 

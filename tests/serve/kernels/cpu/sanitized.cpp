@@ -253,6 +253,8 @@ int main() {
         check<Int8, Bfloat16>({dtype}, tokens, rows, columns);
         check<Int8, Bfloat16>({dtype, 32, Dtype::bfloat16}, tokens, rows, columns);
         check<Int8, Bfloat16>({dtype, 64}, tokens, rows, columns);
+        check<Int8, Float16>({dtype, 64, Dtype::bfloat16}, tokens, rows, columns);
+        check<Int8, Float32>({dtype}, tokens, rows, columns);
         check<Int8, Bfloat16>({dtype, 128, Dtype::bfloat16}, tokens, rows, 256);
         check<Int8, Bfloat16>({dtype, 0, Dtype::float32, true}, tokens, rows, columns);
         check<Int8, Float16>({dtype, 0, Dtype::float32, true}, tokens, rows, 320);

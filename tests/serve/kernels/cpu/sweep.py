@@ -16,7 +16,14 @@ from ria_vllm.weight_format import WeightFormat
 
 FLOATS = tuple((FLOAT, dtype) for dtype in sparse24.VALUE_DTYPES)
 GROUPED = tuple((IntFormat(bits, size), torch.bfloat16) for bits in (4, 8) for size in GROUP_SIZES)
-KINDS = (*FLOATS, (INT8, torch.bfloat16), (INT4, torch.bfloat16), *GROUPED)
+UNROUNDED = (
+    (INT8, torch.float16),
+    (INT4, torch.float32),
+    (IntFormat(4, 128), torch.float16),
+    (IntFormat(8, 32), torch.float16),
+    (IntFormat(8, 64), torch.float32),
+)
+KINDS = (*FLOATS, (INT8, torch.bfloat16), (INT4, torch.bfloat16), *GROUPED, *UNROUNDED)
 """Formats, each with the dtype of its activations."""
 
 # Numbers of tokens around the sizes of vectors and blocks, and around the switch from one algorithm to the other.

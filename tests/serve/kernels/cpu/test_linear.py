@@ -157,9 +157,12 @@ def test_wrong_arguments_are_refused():
             torch.ops.ria.sparse24_pack.cpu(*refused)
     for good in ((int8, bitmask, scales, 0), (int4, bitmask, scales, 0), (int4, bitmask, grouped, 32)):
         packed = torch.ops.ria.sparse24_pack.cpu(*good)
-        call(torch.zeros(1, 128, dtype=torch.bfloat16), packed, 32, None, None)
-        with pytest.raises(RuntimeError, match="bfloat16 for int8"):
-            call(torch.zeros(1, 128), packed, 32, None, None)
+        for dtype in sparse24.VALUE_DTYPES:
+            assert call(torch.zeros(1, 128, dtype=dtype), packed, 32, None, None).dtype == dtype
+            with pytest.raises(RuntimeError, match="bias must be"):
+                call(torch.zeros(1, 128, dtype=dtype), packed, 32, None, torch.zeros(32, dtype=torch.float64))
+        with pytest.raises(RuntimeError, match="bfloat16, float16 or float32 for int8"):
+            call(torch.zeros(1, 128, dtype=torch.float64), packed, 32, None, None)
 
 
 @pytest.mark.parametrize(
