@@ -20,7 +20,7 @@ from ria_vllm.serve.checkpoint_files import (
     stored_modules,
 )
 from ria_vllm.serve.compressed_tensors import CompressedTensorsConfig, is_24_checkpoint
-from ria_vllm.serve.engine import EngineOptions
+from ria_vllm.serve.engine import ADAPTERS_VARIABLE, EngineOptions
 from ria_vllm.serve.folding import Folding, fold
 from ria_vllm.serve.linear import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
 from ria_vllm.serve.load_report import LoadReport
@@ -226,8 +226,12 @@ class RiaConfig(QuantizationConfig):
             raise RiaError(self.unread)
         if self.mistral is not None and engine.takes_mistral:
             raise RiaError(self.mistral)
-        if engine.lora and self.schema.recipe.get("smooth"):
-            self.report.warn_of_adapters()
+        if engine.lora and self.schema.recipe.get("smooth") and not engine.own_adapters:
+            raise RiaError(
+                f"{self.where}: the inputs of this folder's linears have other scales than the dense model's "
+                "(`compress --smooth`), so LoRA adapters of the dense model would give wrong answers. For those, "
+                f"compress with --smooth 0. If yours were trained on this folder, set {ADAPTERS_VARIABLE}=1."
+            )
 
     def _mixture_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
         from ria_vllm.serve.experts_dense import DenseExpertsMethod

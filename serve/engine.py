@@ -1,11 +1,15 @@
 """The options of vLLM's engine that pruned layers depend on."""
 
+import os
 from dataclasses import dataclass
 
 from vllm.config import ModelConfig, get_current_vllm_config_or_none
 
 # These formats hold weights that a kernel has packed already.
 PACKED_FORMATS = ("sharded_state", "runai_streamer_sharded", "tensorizer")
+
+ADAPTERS_VARIABLE = "RIA_VLLM_OWN_ADAPTERS"
+"""1 says that the LoRA adapters were trained on the folder that is served, not on the dense model."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,11 @@ class EngineOptions:
         if config is None:
             return cls()
         return cls(str(config.load_config.load_format), config.lora_config is not None, config.model_config)
+
+    @property
+    def own_adapters(self) -> bool:
+        """Whether the user says that the adapters were trained on the folder that is served."""
+        return os.environ.get(ADAPTERS_VARIABLE) == "1"
 
     @property
     def dummy_weights(self) -> bool:

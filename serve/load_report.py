@@ -97,14 +97,6 @@ class LoadReport:
                 "which is correct but slow. A smaller --tensor-parallel-size, or compressing with folds, avoids it."
             )
 
-    def warn_of_adapters(self) -> None:
-        """Say once that adapters of the dense model would give wrong answers, because scales of its inputs migrated."""
-        if get_tensor_model_parallel_rank() == 0:
-            logger.warning_once(
-                "This folder's inputs have other scales than the dense model's (`compress --smooth`). LoRA adapters "
-                "must have been trained on this folder: for those of the dense model, compress with --smooth 0."
-            )
-
     def warn_of_choice(self, choice: Choice[Any, Any], activations: torch.dtype | None) -> None:
         """Say once for each way of serving a layer what it costs, or what it does not do, if that is unexpected.
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from compressed_tensors_layers import INT, Checkpoint
 from stored import Stored
-from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
+from vllm.config import LoadConfig, LoRAConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 
 from ria_vllm.errors import RiaError
@@ -88,3 +88,33 @@ def test_weights_that_another_kernel_packed_are_refused(ranks, load_format):
     with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format=load_format))):
         with pytest.raises(RiaError, match=f"--load-format {load_format} .*without this option"):
             RowParallelLinear(INNER, HIDDEN, quant_config=stored.config(), prefix="down")
+
+
+@pytest.mark.parametrize(
+    ("smooth", "lora", "variable", "refused"),
+    [
+        (0.5, True, None, True),
+        (0.5, True, "0", True),
+        (0.5, True, "1", False),
+        (0.0, True, None, False),
+        (None, True, None, False),
+        (0.5, False, None, False),
+    ],
+)
+def test_adapters_for_a_folder_with_migrated_scales(ranks, monkeypatch, smooth, lora, variable, refused):
+    """Those of the dense model would give wrong answers; those of the folder itself are right."""
+    if variable is not None:
+        monkeypatch.setenv("RIA_VLLM_OWN_ADAPTERS", variable)
+    current = VllmConfig()
+    current.lora_config = LoRAConfig(max_lora_rank=8) if lora else None
+    stored = Stored()
+    stored.add("proj", 8, 16)
+    config = stored.config()
+    if smooth is not None:
+        config.schema.recipe["smooth"] = smooth
+    with set_current_vllm_config(current):
+        if refused:
+            with pytest.raises(RiaError, match=r"other scales .*compress with --smooth 0\. .*RIA_VLLM_OWN_ADAPTERS=1"):
+                config.get_quant_method(ReplicatedLinear(16, 8, bias=False), "proj")
+        else:
+            assert config.get_quant_method(ReplicatedLinear(16, 8, bias=False), "proj") is not None

@@ -4,8 +4,7 @@ import pytest
 import torch
 from compressed_tensors_layers import INT, Checkpoint
 from mixture_layers import StoredMixture, served
-from stored import Stored
-from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from ria_vllm.formats import FLOAT, FORMATS, FP8, INT8
@@ -135,16 +134,3 @@ def test_dense_experts_do_not_round_their_inputs_and_say_so(ranks, said, monkeyp
     assert [
         words for words in said if words.startswith("Inputs are not rounded to int8, because the experts are served")
     ]
-
-
-@pytest.mark.parametrize(("smooth", "lora", "warned"), [(0.5, True, 1), (0.0, True, 0), (0.5, False, 0)])
-def test_adapters_for_a_folder_with_migrated_scales(ranks, said, smooth, lora, warned):
-    current = VllmConfig()
-    current.lora_config = LoRAConfig(max_lora_rank=8) if lora else None
-    stored = Stored()
-    stored.add("proj", 8, 16)
-    config = stored.config()
-    config.schema.recipe["smooth"] = smooth
-    with set_current_vllm_config(current):
-        config.get_quant_method(ReplicatedLinear(16, 8, bias=False), "proj")
-    assert len([words for words in said if "must have been trained on this folder" in words]) == warned
