@@ -150,11 +150,12 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         stored = {name: layer._parameters[name].data for name in names}
         for name in names:
             delattr(layer, name)
+        scales = frozenset(self.loader.scale_dtypes)
         try:
             dummy = self._check_complete(layer)
         finally:
             self.loader.clear()  # a reload starts from nothing, even if this load failed
-        loaded = self._loaded(layer, stored, dummy)
+        loaded = self._loaded(layer, stored, dummy, scales)
         first = not hasattr(layer, "ria_experts")
         if self.choice is None:
             # A new one each time: vLLM's own packs the weights for the CPU on its first load only.
@@ -191,17 +192,22 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             raise RiaError(f"{missing} is in none of the weight files. Get them again.")
         return missing is not None
 
-    def _loaded(self, layer: RoutedExperts, stored: dict[str, torch.Tensor], dummy: bool) -> LoadedExperts:
+    def _loaded(
+        self, layer: RoutedExperts, stored: dict[str, torch.Tensor], dummy: bool, scales: frozenset[torch.dtype]
+    ) -> LoadedExperts:
+        """What was loaded, as kernels take it. `scales`: the dtypes that the checkpoint's scales have."""
         inputs = [self.orders.inputs[expert] for expert, _ in self._local_experts(layer)]
         return LoadedExperts(
-            self._weights(stored, GATE_UP, dummy),
-            self._weights(stored, DOWN, dummy),
+            self._weights(stored, GATE_UP, dummy, scales),
+            self._weights(stored, DOWN, dummy, scales),
             stored.get(GATE_UP + BIAS),
             stored.get(DOWN + BIAS),
             inputs,
         )
 
-    def _weights(self, stored: dict[str, torch.Tensor], prefix: str, dummy: bool) -> Weights:
+    def _weights(
+        self, stored: dict[str, torch.Tensor], prefix: str, dummy: bool, scales: frozenset[torch.dtype]
+    ) -> Weights:
         """The experts' matrices below each other, as one.
 
         Raises:
@@ -209,7 +215,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         """
         parts = {part: stored[prefix + part].flatten(0, 1) for part in self.loader.specs}
         try:
-            weights = self.scheme.weights(parts, [len(parts["bitmask"])], self.moe.in_dtype, dummy)
+            weights = self.scheme.weights(parts, [len(parts["bitmask"])], self.moe.in_dtype, dummy, scales)
         except ValueError as error:
             raise RiaError(
                 f"{self.experts.name}, {prefix.strip('_')}: {error}. The weight file is damaged; get it again."

@@ -65,6 +65,7 @@ class ExpertsLoader:
 
     Attributes:
         loaded: (part, kind, number on this rank) of every tensor loaded since the last `clear`.
+        scale_dtypes: those of the `weight_scale`s among them.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class ExpertsLoader:
         self.row_orders = row_orders
         self.has_bias = has_bias
         self.loaded: set[tuple[str, str, int]] = set()
+        self.scale_dtypes: set[torch.dtype] = set()
 
     @property
     def outputs(self) -> int:
@@ -167,6 +169,8 @@ class ExpertsLoader:
         """Check a tensor of an expert's linear and copy this rank's part of it into `param` [E, ...]."""
         self._check(tensor, part, kind, expert)
         self.loaded.add((part, kind, local_expert))
+        if part == "weight_scale":
+            self.scale_dtypes.add(tensor.dtype)
         sizes = self.sizes
         target = param.data[local_expert]
         if kind == "down":
@@ -219,3 +223,4 @@ class ExpertsLoader:
     def clear(self) -> None:
         """Forget what was loaded, before the next load."""
         self.loaded.clear()
+        self.scale_dtypes.clear()

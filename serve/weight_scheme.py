@@ -106,11 +106,7 @@ class WeightScheme:
     @classmethod
     def of(cls, schema: RiaSchema) -> "WeightScheme":
         """That of all pruned linears of a checkpoint of ours."""
-        weight_format = schema.weight_format
-        activations = schema.input_dtype
-        if not isinstance(weight_format, IntFormat):
-            return cls(weight_format, activations=activations)
-        return cls(weight_format, activations=activations, scale_dtype=weight_format.scale_dtype)
+        return cls(schema.weight_format, activations=schema.input_dtype)
 
     @property
     def quantized(self) -> bool:

@@ -49,6 +49,18 @@ def test_widened_weights(monkeypatch):
     close(run(model, x, weights, ids), stored.expected(x, weights, ids))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_scales_of_groups_keep_the_dtype_of_the_checkpoint(experts_path, dtype):
+    stored = StoredMixture("none", FORMATS["int8-g32"])
+    for name in stored.plain:
+        parts = {part: stored.tensors[f"{name}.{part}"] for part in ("compressed", "bitmask", "weight_scale")}
+        parts["weight_scale"] = (parts["weight_scale"].float() * 1.0013).to(dtype)  # more digits than bfloat16 has
+        stored.tensors[f"{name}.weight_scale"] = parts["weight_scale"]
+        stored.plain[name] = stored.weight_format.decode(parts, torch.float32).double()
+    x, weights, ids = route()
+    close(run(served(stored), x, weights, ids), stored.expected(x, weights, ids))
+
+
 @pytest.mark.parametrize("folds", [True, False])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_tensor_parallel(experts_path, monkeypatch, size, folds):

@@ -19,6 +19,7 @@ from vllm.model_executor.model_loader.reload import (
     record_metadata_for_reloading,
 )
 
+from ria_vllm import permutation
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FLOAT, FORMATS, INTEGERS
 from ria_vllm.layer_schema import Fold, Producer
@@ -258,7 +259,7 @@ def damaged(change, format="int4-g64", dtype="float32"):
     [
         (lambda t: t.pop("weight_scale"), r"down\.weight_scale is in none of the weight files"),
         (lambda t: t.update(weight_scale=t["weight_scale"][:, ::2]), r"down\.weight_scale is .* \(128, 4\), but .*8\)"),
-        (lambda t: t.update(weight_scale=t["weight_scale"].half()), r"is torch.float16 .*needs torch.bfloat16 \(128"),
+        (lambda t: t.update(weight_scale=t["weight_scale"].double()), r"is torch.float64 .*needs torch.bfloat16 or "),
         (lambda t: t["weight_scale"].__setitem__((3, 1), float("nan")), "down: a weight_scale is not a finite number"),
         (lambda t: t.update(compressed=t["compressed"].view(torch.int8)), r"down\.compressed is torch.int8"),
     ],
@@ -277,4 +278,22 @@ def test_scales_are_not_rounded_when_they_are_loaded(ranks):
     config.schema.weights.dtype = "float16"
     layer = ReplicatedLinear(HIDDEN, 64, quant_config=config, prefix="fc", params_dtype=torch.float16)
     layer.weight_scale.weight_loader(layer.weight_scale, stored.tensors["fc"]["weight_scale"])
-    assert torch.equal(layer.weight_scale, stored.tensors["fc"]["weight_scale"])
+    assert torch.equal(layer.weight_scale, stored.tensors["fc"]["weight_scale"].float())
+
+
+@pytest.mark.parametrize("dtypes", [("float16", "float16"), ("float32", "float32"), ("float16", "bfloat16")], ids=str)
+@BACKENDS
+def test_scales_of_groups_keep_the_dtype_of_the_checkpoint(ranks, monkeypatch, backend, dtypes):
+    """`compress` writes bfloat16, and other writers what they like. A fused layer may get two of them."""
+    monkeypatch.setenv("RIA_VLLM_BACKEND", backend)
+    stored = feed_forward(FORMATS["int4-g64"])
+    for name, dtype in zip(("gate", "up"), dtypes):
+        parts, order = stored.tensors[name], stored.orders.get(name)
+        # More digits than bfloat16 has: a reader that rounds them is off by far more than `close` allows.
+        parts["weight_scale"] = (parts["weight_scale"].float() * 1.0013).to(getattr(torch, dtype))
+        plain = stored.weight_format.decode(parts, torch.float32)
+        inverse = slice(None) if order is None else permutation.invert(torch.from_numpy(order)).long()
+        stored.plain[name] = plain[:, inverse]
+    layer = stored.load(gate_up(stored.config()), {"gate": 0, "up": 1})
+    x = torch.randn(3, HIDDEN)
+    close(layer(x), torch.cat([stored.apply(x, "gate"), stored.apply(x, "up")], -1))
