@@ -346,6 +346,16 @@ def checked_linear(
     return SparseLinear(name, weight_format, stored, p, dtype)
 
 
+def _what_works(quantization: Any) -> str:
+    """What can be done with a folder that another program wrote, in one sentence or none."""
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return ""
+    return (
+        " It is one of compressed-tensors: `vllm serve` takes it with ria-vllm's plugin, if it is 2:4 in a format that "
+        "README.md lists, but `inspect`, `verify` and `export` do not read it."
+    )
+
+
 class Reader:
     """A compressed checkpoint folder. Opening it reads only headers and the permutations.
 
@@ -359,7 +369,7 @@ class Reader:
         self.config = read_json(self.folder / "config.json")
         quantization = self.config.get("quantization_config")
         if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-            raise RiaError(f"{self.folder}: not a folder that `ria-vllm compress` wrote.")
+            raise RiaError(f"{self.folder}: not a folder that `ria-vllm compress` wrote.{_what_works(quantization)}")
         self.schema = RiaSchema.parse(quantization, str(self.folder / "config.json"))
         self.files = weight_files(self.folder)
         self._check_strays()

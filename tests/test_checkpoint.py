@@ -286,7 +286,16 @@ def test_files_that_are_not_json_objects(damage, file, content):
 
 def test_a_missing_or_foreign_folder(tmp_path, pruned_llama):
     assert "no such file" in problems(tmp_path / "nowhere")[0]
-    assert "not a folder that" in problems(pruned_llama.source)[0]
+    assert problems(pruned_llama.source)[0].endswith("not a folder that `ria-vllm compress` wrote.")
+
+
+@pytest.mark.parametrize("form", ["marlin-24", "pack-quantized", "sparse-24-bitmask"])
+def test_a_folder_of_compressed_tensors(tmp_path, form):
+    quantization = {"quant_method": "compressed-tensors", "format": form, "config_groups": {}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    assert "`vllm serve` takes it with ria-vllm's plugin, if it is 2:4" in problems(tmp_path)[0]
+    with pytest.raises(RiaError, match="`inspect`, `verify` and `export` do not read it"):
+        Reader(tmp_path)
 
 
 def test_no_weights(damage):
