@@ -39,7 +39,7 @@ class TwoPart:
         # Most models call the outermost module that has no head; OPT calls the decoder inside it.
         base, owner = find_base(model, decoder), layers.rpartition(".")[0]
         paths = [owner[:end] for end in range(len(owner) + 1) if owner[end : end + 1] in (".", "")]
-        paths = [base, *(path for path in paths if path.startswith(f"{base}."))]
+        paths = [base, *(path for path in paths if not base or path.startswith(f"{base}."))]
         if not any(path and self._fits(model.get_submodule(path)) for path in paths):
             raise RiaError(
                 f"{name}: the logits of a {type(model).__name__} do not follow from its last hidden states alone, "

@@ -9,6 +9,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.logits import TwoPart
 
 FAMILIES = ["llama", "gemma2", "cohere2", "granite", "opt", "bloom", "gpt_neox", "phi3", "qwen3", "qwen2_moe"]
+FAMILIES += ["llama4_text"]  # which does not say where its decoder is
 
 
 @pytest.mark.parametrize("family", FAMILIES)
