@@ -55,15 +55,18 @@ class Placement:
                 f"{self.experts[0][0]} and others: their parameter has shape {tuple(parameter.shape)}, but the "
                 f"checkpoint has {len(self.experts)} experts."
             )
-        for linears, joined in zip(self.experts, parameter, strict=True):
-            rows = joined.T if self.transposed else joined
-            count = len(linears)
-            if len(rows) % count:
-                raise RiaError(f"{linears[0]}: {len(rows)} rows are not those of {count} linears of one size.")
-            rows = (
-                rows.unflatten(0, (-1, count)).transpose(0, 1) if self.interleaved else rows.unflatten(0, (count, -1))
-            )
-            yield from zip(linears, rows, strict=True)
+        for expert, linears in enumerate(self.experts):
+            rows, count = parameter.shape[2 if self.transposed else 1], len(linears)
+            if rows % count:
+                raise RiaError(f"{linears[0]}: {rows} rows are not those of {count} linears of one size.")
+            yield from ((name, self.part(parameter, expert, number)) for number, name in enumerate(linears))
+
+    def part(self, parameter: torch.Tensor, expert: int, number: int) -> torch.Tensor:
+        """A view [out, in] of the linear `number` of an expert, for a parameter that `split` accepts."""
+        if not self.stacked:
+            return parameter
+        rows, count = parameter[expert].T if self.transposed else parameter[expert], len(self.experts[expert])
+        return rows[number::count] if self.interleaved else rows.chunk(count)[number]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from ria_vllm.offline.distill.run import Settings, distill, stamps_of
 from ria_vllm.offline.distill.text import training_windows
 from ria_vllm.offline.model.hf import text_tokenizer
 from ria_vllm.offline.model.source import opened
-from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.work import fingerprint
@@ -90,11 +89,6 @@ def _checked_run(
     What only training would stumble over is refused before anything is pruned.
     """
     with opened(model, out.parent, Ranks(), monitor) as source:
-        streamed = StreamedModel(source.folder, source.config, torch.device("cpu"))
-        if any(streamed.experts):
-            raise RiaError(
-                f"--distill: {model} has experts, which cannot be trained. Leave out --distill to prune them only."
-            )
         outline(str(source.folder))
         windows = None
         if distillation.text != "self":

@@ -9,6 +9,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.foreign import ForeignStart
+from ria_vllm.offline.distill.places import places_of
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.text import same_tokens
@@ -33,33 +34,24 @@ def outline(name: str) -> Any:
     return model
 
 
-def places_of(model: Any, start: Start | ForeignStart, names: Names) -> dict[str, str]:
-    """Pruned linear -> the parameter of the model that it is.
-
-    Raises:
-        RiaError: a pruned linear that is not a parameter of its own in transformers' model.
-    """
-    parameters, found = {name for name, _ in model.named_parameters()}, {}
-    for name in start.linears:
-        found[name] = names.inside.get(f"{name}.weight", "")
-        if found[name] not in parameters or f"{name}.weight" in names.converted:
-            raise RiaError(
-                f"{start.folder}: {name}: transformers' {type(model).__name__} has no weight of its own for it (it "
-                "merges several), so it cannot be trained. Distillation takes models whose linears are apart, and no "
-                "experts."
-            )
-    return found
-
-
-def check_models(start: Start | ForeignStart, teacher: str, recipe: Distillation) -> None:
+def check_models(start: Start | ForeignStart, teacher: str, recipe: Distillation, sharded: bool = False) -> None:
     """Check that the teacher's predictions mean the same tokens as the student's, and that the student can be trained.
+
+    Args:
+        sharded: whether the student is to be divided among processes.
 
     Raises:
         RiaError: other tokens, another number of them, other hidden states if the loss compares them, or a linear that
             cannot be trained.
     """
     mine, dense = outline(str(start.folder)), outline(teacher)
-    places_of(mine, start, Names(mine, start.dense_names(), start.folder))
+    places = places_of(mine, start, Names(mine, start.dense_names(), start.folder))
+    experts = next((place.names[0] for place in places.values() if place.stacked), None)
+    if sharded and experts is not None:
+        raise RiaError(
+            f"--shard: {start.folder} has pruned experts ({experts} and others), which are not divided among "
+            "processes. Leave out --shard: each process then has the whole model."
+        )
     if output_head(mine).weight.shape[0] != output_head(dense).weight.shape[0]:
         raise RiaError(
             f"{start.folder}: predicts another number of tokens than {teacher}. Give the model that it was pruned from "

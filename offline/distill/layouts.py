@@ -1,6 +1,6 @@
 """Where the numbers that are trained lie in the dense weight that the forward pass reads."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
@@ -10,6 +10,8 @@ import torch
 BLOCK, GPU_BLOCK = 1 << 20, 1 << 24
 # The most bytes of indices of a whole weight that stay in memory from taking its gradient to putting its new values.
 REMEMBERED = 32 << 20
+
+Part = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Kept:
@@ -21,10 +23,12 @@ class Kept:
     Args:
         bitmask: uint8 [out, in/8], columns in the stored order; it must have passed `sparse24.check_bitmask`.
         order: integers [in], the stored order of the columns; None: the model's own.
+        part: gives a view of the weight in the tensor that holds it; None: that is the weight itself.
     """
 
-    def __init__(self, bitmask: torch.Tensor, order: torch.Tensor | None = None):
+    def __init__(self, bitmask: torch.Tensor, order: torch.Tensor | None = None, part: Part | None = None):
         self.bitmask = bitmask
+        self.part: Part = part or (lambda dense: dense)
         self.order = None if order is None else order.to(bitmask.device, torch.int32)
         self._known: dict[tuple[int, int], torch.Tensor] | None = None
 
@@ -51,13 +55,13 @@ class Kept:
         """The kept entries of some rows, float32.
 
         Args:
-            dense: [out, in], columns in the model's own order.
+            dense: [out, in], columns in the model's own order; or what it is a `part` of.
         """
-        return dense[rows].reshape(-1).index_select(0, self._places(rows)).view(-1, self.shape[1]).float()
+        return self.part(dense)[rows].reshape(-1).index_select(0, self._places(rows)).view(-1, self.shape[1]).float()
 
     def put(self, values: torch.Tensor, dense: torch.Tensor, rows: slice) -> None:
         """Write kept entries into a dense weight, which has zeros elsewhere."""
-        dense[rows].put_(self._places(rows).long(), values.to(dense.dtype).flatten())
+        self.part(dense)[rows].put_(self._places(rows).long(), values.to(dense.dtype).flatten())
 
     def _places(self, rows: slice) -> torch.Tensor:
         """int32 [rows * in/2]: where the kept entries are in these rows of the dense weight, counted from their first

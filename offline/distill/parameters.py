@@ -1,8 +1,9 @@
 """Sparse parameters: AdamW over kept weights only, stepping while the backward pass goes on."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -65,17 +66,16 @@ def diverged(step: int, what: str) -> RiaError:
 class TrainedParameter:
     """A tensor in training: the model reads it in its own dtype, AdamW updates its kept entries in float32.
 
-    As soon as its gradient is there, the kept entries are taken, the gradient is freed, and the tensor takes its step.
-    So only one layer's gradients are alive at a time. If a step has several backward passes, the kept entries of the
-    gradients are added up, in float32.
+    As soon as its gradient is there (see `step_in_backward`), the kept entries are taken, and the tensor takes its
+    step. If a step has several backward passes, the kept entries of the gradients are added up, in float32.
 
     Besides the tensor itself this takes 4 bytes for each kept entry (its exact value), those of the two moments (2 + 4
     with `AdamW`'s defaults), and a quarter of a byte for its place; 4 more where a step has several backward passes.
     Each scale that is trained takes 16.
 
     Args:
-        parameter: of the model; its data is changed in place. If it is divided among processes, all else here is
-            about the rows of this one.
+        parameter: of the model; its data is changed in place, where the layout says. If it is divided among processes,
+            all else here is about the rows of this one.
         layout: where the trained entries lie.
         values: float32, of the layout's shape: the entries to start from.
         rounding: for quantized formats; the gradient passes straight through it.
@@ -98,8 +98,6 @@ class TrainedParameter:
         self.first = torch.zeros_like(values, dtype=adamw.first)
         self.second = torch.zeros_like(values, dtype=adamw.second)
         self.gradient: torch.Tensor | None = None
-        parameter.requires_grad_(True)
-        parameter.register_post_accumulate_grad_hook(self._arrived)
         self.write()
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -134,8 +132,8 @@ class TrainedParameter:
         return rounded
 
     @torch.no_grad()
-    def _arrived(self, parameter: torch.Tensor) -> None:
-        dense, parameter.grad = local(parameter.grad), None
+    def arrived(self, dense: torch.Tensor) -> None:
+        """Take the kept entries of a gradient of the parameter, and the step, if no more gradients belong to it."""
         with self.layout.remembered():
             if self.gradient is None:
                 self.gradient = torch.empty_like(self.values)
@@ -144,20 +142,27 @@ class TrainedParameter:
             else:
                 for rows in self.layout.rows():
                     self.gradient[rows] += self.layout.take(dense, rows)
-            del dense
             if self.pace.last:
                 self.pace.reduce(self.gradient)
-                if self.scales is not None:
-                    assert isinstance(self.rounding, StraightThrough)
-                    blocks = list(self.layout.rows())
-                    parts = [self.rounding.of_scales(self.values[rows], self.gradient[rows], rows) for rows in blocks]
-                    self.scales._step(torch.cat([self.scales.values[:0], *parts]))
-                self._step(self.gradient)
+                self._step_all(self.gradient)
                 self.gradient = None
+
+    def _step_all(self, gradient: torch.Tensor) -> None:
+        """The step of the scales, if they are trained, and of the values."""
+        if self.scales is not None:
+            assert isinstance(self.rounding, StraightThrough)
+            blocks = list(self.layout.rows())
+            parts = [self.rounding.of_scales(self.values[rows], gradient[rows], rows) for rows in blocks]
+            self.scales._step(torch.cat([self.scales.values[:0], *parts]))
+        self._step(gradient)
+
+    def _number(self) -> int:
+        """Of the step that is being taken, from 1."""
+        return self.pace.number
 
     def _step(self, gradient: torch.Tensor) -> None:
         adamw, (beta1, beta2) = self.adamw, self.adamw.betas
-        number = self.pace.number
+        number = self._number()
         correct1, correct2 = 1 - beta1**number, 1 - beta2**number
         values, first, second, gradient = (
             tensor.view(-1).split(CHUNK if tensor.device.type == "cpu" else GPU_BLOCK)
@@ -172,7 +177,7 @@ class TrainedParameter:
         self.pace.total(ratio)
         squares, count = ratio.tolist()
         if not math.isfinite(squares):
-            raise diverged(number, "a gradient is not finite")
+            raise diverged(self.pace.number, "a gradient is not finite")
         if adamw.clip:
             lr /= max(1.0, math.sqrt(squares * correct2 / count) / adamw.clip)
         for value, mean, square, part in zip(values, first, second, gradient, strict=True):
@@ -185,3 +190,45 @@ class TrainedParameter:
             value.addcdiv_(wide, root, value=-lr * correct2**0.5 / correct1)
         for rows in self.layout.rows():
             self.layout.put(self._rounded(rows), local(self.parameter), rows)
+
+
+class TrainedExpert(TrainedParameter):
+    """A linear of an expert, or its scales, in training.
+
+    A step in which no token reaches the expert gives it no gradient, and leaves it and its moments as they are. So it
+    counts its own steps, in 8 bytes, as torch's AdamW does for each of its parameters.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.steps = torch.zeros((), dtype=torch.int64)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return super().state() | {"steps": self.steps}
+
+    def _step_all(self, gradient: torch.Tensor) -> None:
+        low, high = gradient.aminmax()  # NaN if there is any
+        if low != 0 or high != 0:
+            super()._step_all(gradient)
+
+    def _step(self, gradient: torch.Tensor) -> None:
+        self.steps += 1
+        super()._step(gradient)
+
+    def _number(self) -> int:
+        return int(self.steps)
+
+
+def step_in_backward(parameter: torch.nn.Parameter, parts: Sequence[TrainedParameter]) -> None:
+    """From now on, what is trained of a parameter takes its steps as soon as the parameter's gradient is there.
+
+    The gradient is freed then. So only one layer's gradients are alive at a time.
+    """
+
+    def arrived(parameter: torch.Tensor) -> None:
+        dense, parameter.grad = local(parameter.grad), None
+        for part in parts:
+            part.arrived(dense)
+
+    parameter.requires_grad_(True)
+    parameter.register_post_accumulate_grad_hook(arrived)

@@ -97,7 +97,7 @@ def distill(
         start = Start(folder) if is_compressed(folder) else ForeignStart(folder)
         recipe = replace(recipe, compute_dtype=_compute_dtype(start, recipe.compute_dtype, device, monitor))
         recipe = fitting(recipe, (str(folder), teacher), monitor)
-        check_models(start, teacher, recipe)
+        check_models(start, teacher, recipe, settings.shard and ranks.size > 1)
         kept = ("*", "The text and the steps so far")
         # Sums over processes are rounded otherwise than sums in one.
         run = fingerprint(start, teacher, recipe) | {"processes": ranks.size, "shard": settings.shard}

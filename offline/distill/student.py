@@ -11,18 +11,19 @@ from torch.utils.checkpoint import checkpoint
 
 from ria_vllm.checkpoint import SparseLinear
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.distill.checks import places_of
 from ria_vllm.offline.distill.divergence import Top, divergence
 from ria_vllm.offline.distill.foreign import ForeignStart
 from ria_vllm.offline.distill.layouts import Kept, Whole
 from ria_vllm.offline.distill.logits import TwoPart
 from ria_vllm.offline.distill.loss import Loss, in_chunks, next_token, relative_error
-from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedParameter
+from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedExpert, TrainedParameter, step_in_backward
+from ria_vllm.offline.distill.places import places_of, routers
 from ria_vllm.offline.distill.rounding import StraightThrough, scaled
 from ria_vllm.offline.distill.sharding import gathered, local, rows_here, shard
 from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.teacher import CHUNK, Answer, Teacher, captured
 from ria_vllm.offline.model.names import Names
+from ria_vllm.placement import Placement
 
 # The learning rate of the logarithms of scales, in that of weights, which are some hundredths large.
 SCALES_SPEED = 10.0
@@ -42,7 +43,7 @@ class Student:
         trained: written name of a linear, or of another tensor -> what is trained.
 
     Raises:
-        RiaError: a pruned linear that is not a parameter of its own in transformers' model.
+        RiaError: see `places_of`.
     """
 
     def __init__(
@@ -59,22 +60,24 @@ class Student:
         model.model.requires_grad_(False)
         self.trained: dict[str, TrainedParameter] = {}
         names = Names(model.model, start.dense_names(), start.folder)
-        parameters = dict(model.model.named_parameters())
-        inside = places_of(model.model, start, names)
-        for name, place in inside.items():
-            _check_same(start.linear(name), parameters[place], start)
+        places = places_of(model.model, start, names)
+        for inside, placement in places.items():
+            for name, weight in placement.split(model.model.get_parameter(inside).detach()):
+                _check_same(start.linear(name), weight, start)
         if processes > 1:
             shard(model, processes)
-            parameters = dict(model.model.named_parameters())
-        for name, place in inside.items():
-            linear = start.linear(name)
-            self.trained[name] = _trained_linear(linear, parameters[place], adamw, pace, "scales" in also)
-        for name, parameter in _others(model, also):
+        for inside, placement in places.items():
+            parameter = model.model.get_parameter(inside)
+            parts = _trained_linears(start, placement, parameter, adamw, pace, "scales" in also)
+            step_in_backward(parameter, list(parts.values()))
+            self.trained |= parts
+        for name, parameter in _others(model, also, routers(model.model, places)):
             written = names.direct.get(name)
             if written in start.others:
                 # From the file: the model may hold them rounded to the dtype that it computes in.
                 values = start.others[written][rows_here(parameter)].to(local(parameter).device, torch.float32).clone()
                 self.trained[written] = TrainedParameter(parameter, Whole(values.shape), values, adamw, pace)
+                step_in_backward(parameter, [self.trained[written]])
         if save_memory:
             for layer in model.layers:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
@@ -140,44 +143,61 @@ def linear_tensors(linear: SparseLinear, values: torch.Tensor) -> dict[str, torc
     return replace(linear, parts=linear.format.encode_kept(values.to(linear.dtype), bitmask, scales)).tensors()
 
 
-def _check_same(linear: SparseLinear, parameter: nn.Parameter, start: Start | ForeignStart) -> None:
-    """Check that transformers has loaded this linear into this parameter, and changed nothing."""
-    if parameter.shape != linear.shape or not torch.equal(parameter.data.cpu(), linear.dense().to(parameter.dtype)):
+def _check_same(linear: SparseLinear, weight: torch.Tensor, start: Start | ForeignStart) -> None:
+    """Check that transformers has loaded this linear into this weight, and changed nothing."""
+    if weight.shape != linear.shape or not torch.equal(weight.cpu(), linear.dense().to(weight.dtype)):
         raise RiaError(
             f"{start.folder}: {linear.name}: transformers' model holds another weight than the folder. Please report "
             "this bug in ria-vllm."
         )
 
 
-def _trained_linear(
-    linear: SparseLinear, parameter: nn.Parameter, adamw: AdamW, pace: Pace, train_scales: bool
-) -> TrainedParameter:
-    rows, device = rows_here(parameter), local(parameter).device
-    parts = {name: tensor[rows].to(device) for name, tensor in linear.parts.items()}
-    values, scales = linear.format.values(parts, torch.float32), parts.get("weight_scale")
-    layout = Kept(parts["bitmask"], linear.input_permutation)
-    if scales is None:
-        return TrainedParameter(parameter, layout, values, adamw, pace)
-    trained = _trained_scales(scales, adamw, pace) if train_scales else None
-    rounding = StraightThrough(linear.format, scales if trained is None else trained.parameter.data, linear.dtype)
-    return TrainedParameter(parameter, layout, values, adamw, pace, rounding, trained)
+def _trained_linears(
+    start: Start | ForeignStart,
+    placement: Placement,
+    parameter: nn.Parameter,
+    adamw: AdamW,
+    pace: Pace,
+    train_scales: bool,
+) -> dict[str, TrainedParameter]:
+    """Name -> what is trained, for the linears in one parameter."""
+    kind = TrainedExpert if placement.stacked else TrainedParameter
+    rows = slice(None) if placement.stacked else rows_here(parameter)
+    found: dict[str, TrainedParameter] = {}
+    for expert, names in enumerate(placement.experts):
+        for number, name in enumerate(names):
+            linear, device = start.linear(name), local(parameter).device
+            parts = {part: tensor[rows].to(device) for part, tensor in linear.parts.items()}
+            values, scales = linear.format.values(parts, torch.float32), parts.get("weight_scale")
+            place = partial(placement.part, expert=expert, number=number)
+            layout = Kept(parts["bitmask"], linear.input_permutation, place)
+            trained = _trained_scales(kind, scales, adamw, pace) if scales is not None and train_scales else None
+            rounding = None
+            if scales is not None:
+                read = scales if trained is None else trained.parameter.data
+                rounding = StraightThrough(linear.format, read, linear.dtype)
+            found[name] = kind(parameter, layout, values, adamw, pace, rounding, trained)
+    return found
 
 
-def _trained_scales(scales: torch.Tensor, adamw: AdamW, pace: Pace) -> TrainedParameter:
+def _trained_scales(kind: type[TrainedParameter], scales: torch.Tensor, adamw: AdamW, pace: Pace) -> TrainedParameter:
     first = scales.float()
     adamw = replace(adamw, speed=SCALES_SPEED, weight_decay=0.0)
-    read = nn.Parameter(scales.clone())
-    return TrainedParameter(read, Whole(scales.shape), torch.zeros_like(first), adamw, pace, partial(scaled, first))
+    read = nn.Parameter(scales.clone(), requires_grad=False)
+    return kind(read, Whole(scales.shape), torch.zeros_like(first), adamw, pace, partial(scaled, first))
 
 
-def _others(model: TwoPart, also: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
+def _others(model: TwoPart, also: Iterable[str], left: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
     """The norms' parameters and the biases of the text decoder, as far as they are asked for.
 
-    Nothing of the head, which is called outside of the backward pass, or of other towers, which no text goes through.
+    Nothing of the head, which is called outside of the backward pass, or of other towers, which no text goes through,
+    or of the modules `left` as they are.
     """
     found, head = [], model.model.get_output_embeddings()
     for path, module in model.model.named_modules():
         if module is head or (model.decoder and not f"{path}.".startswith(f"{model.decoder}.")):
+            continue
+        if any(f"{path}.".startswith(f"{one}.") for one in left):
             continue
         own = dict(module.named_parameters(recurse=False))
         is_norm = bool(own) and not isinstance(module, nn.Linear) and "norm" in type(module).__name__.lower()

@@ -94,10 +94,15 @@ def test_what_training_would_refuse_is_refused_before_pruning(options, why, tiny
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_experts_are_refused_before_pruning(tiny, text, tmp_path):
-    with pytest.raises(RiaError, match="has experts, which cannot be trained"):
-        run(tiny("qwen3-moe"), tmp_path / "out", text, "--distill", "512")
-    assert list(tmp_path.iterdir()) == []
+def test_experts_are_pruned_and_trained(tiny, text, tmp_path):
+    run(tiny("qwen3-moe"), tmp_path / "pruned", text)
+    run(tiny("qwen3-moe"), tmp_path / "out", text, "--distill", "512")
+    before, after = Reader(tmp_path / "pruned"), Reader(tmp_path / "out")
+    assert after.schema.experts == before.schema.experts and set(after.files) == set(before.files)
+    for name in before.sparse_names:
+        one, other = before.linear(name), after.linear(name)
+        assert torch.equal(one.parts["bitmask"], other.parts["bitmask"])
+        assert not torch.equal(one.parts["compressed"], other.parts["compressed"])
 
 
 def test_other_patterns_are_refused(tiny, text, tmp_path):

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from ria_vllm import sparse24
+from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill import layouts
 from ria_vllm.offline.distill.layouts import Kept
-from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedParameter
+from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedExpert, TrainedParameter, step_in_backward
 
 EXACT = {"first": torch.float32, "second": torch.float32, "clip": 0.0}
 ROWS, COLUMNS = 16, 64
@@ -23,7 +24,9 @@ def trained(adamw: AdamW, pace: Pace, seed: int = 0) -> tuple[TrainedParameter, 
     dense, mask = torch.zeros(ROWS, COLUMNS), torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
     dense[:, order.long()], mask[:, order.long()] = weight, sparse24.mask_from_bitmask(bitmask)
     parameter = nn.Parameter(dense.clone())
-    return TrainedParameter(parameter, Kept(bitmask, order), compressed.clone(), adamw, pace), dense, mask
+    mine = TrainedParameter(parameter, Kept(bitmask, order), compressed.clone(), adamw, pace)
+    step_in_backward(parameter, [mine])
+    return mine, dense, mask
 
 
 def gradients(steps: int) -> list[torch.Tensor]:
@@ -112,6 +115,45 @@ def test_small_steps_are_not_lost_in_a_bfloat16_weight():
     mine.parameter.data = mine.parameter.data.bfloat16()
     for number in range(1, 101):
         pace.number = number
-        mine.parameter.grad = torch.ones_like(mine.parameter.data)
-        mine._arrived(mine.parameter)
+        mine.arrived(torch.ones_like(mine.parameter.data))
     assert torch.allclose(mine.rounded(), mine.layout.take(dense, slice(None)) - 1e-3, atol=2e-5)
+
+
+def test_an_expert_without_a_gradient_rests_and_goes_on_as_in_torch():
+    """Three experts in one tensor. torch skips a parameter whose gradient is None, and counts its steps by itself."""
+    torch.manual_seed(0)
+    masks, weights, mine = [], [], []
+    stack, pace = nn.Parameter(torch.zeros(3, ROWS, COLUMNS)), Pace(lr=1e-2)
+    for expert in range(3):
+        compressed, bitmask = sparse24.compress(torch.randn(ROWS, COLUMNS))
+        masks.append(sparse24.mask_from_bitmask(bitmask))
+        weights.append(nn.Parameter(sparse24.decompress(compressed, bitmask)))
+        layout = Kept(bitmask, part=lambda stack, expert=expert: stack[expert])
+        mine.append(TrainedExpert(stack, layout, compressed.clone(), AdamW(weight_decay=0.1, **EXACT), pace))
+    step_in_backward(stack, mine)
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, foreach=False)
+    reached = [[True, False, False], [True, True, False], [False, True, False], [True, True, False]]
+    for number, (gradient, now) in enumerate(zip(gradients(4), reached), 1):
+        pace.number = number
+        shared = gradient * torch.tensor(now).view(3, 1, 1)
+        (stack * shared).sum().backward()
+        for expert, weight in enumerate(weights):
+            weight.grad = gradient * masks[expert] if now[expert] else None
+        optimizer.step()
+        assert stack.grad is None
+        assert torch.allclose(stack.data, torch.stack([weight.data for weight in weights]), rtol=1e-6, atol=1e-7)
+    assert [int(one.steps) for one in mine] == [3, 3, 0]
+    assert not mine[2].first.any() and not mine[2].second.any()
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_an_experts_gradient_that_is_not_a_number_is_not_taken_for_none(place):
+    compressed, bitmask = sparse24.compress(torch.randn(ROWS, COLUMNS))
+    stack = nn.Parameter(torch.zeros(1, ROWS, COLUMNS))
+    layout = Kept(bitmask, part=lambda stack: stack[0])
+    expert = TrainedExpert(stack, layout, compressed, AdamW(), Pace(number=7))
+    kept = sparse24.mask_from_bitmask(bitmask).nonzero()[place]
+    gradient = torch.zeros(1, ROWS, COLUMNS)
+    gradient[0, kept[0], kept[1]] = float("nan")
+    with pytest.raises(RiaError, match="step 7: training diverged"):
+        expert.arrived(gradient)

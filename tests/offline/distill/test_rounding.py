@@ -7,7 +7,7 @@ from torch import nn
 from ria_vllm import sparse24
 from ria_vllm.formats import FORMATS, INTEGERS
 from ria_vllm.offline.distill.layouts import Kept
-from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedParameter
+from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedParameter, step_in_backward
 from ria_vllm.offline.distill.rounding import StraightThrough
 
 QUANTIZED = [one.name for one in INTEGERS.values()]
@@ -39,6 +39,7 @@ def test_values_move_in_small_steps_and_the_model_reads_the_nearest_ones(name):
     parameter = nn.Parameter(torch.zeros(16, 128, dtype=torch.bfloat16))
     rounding = StraightThrough(FORMATS[name], parts["weight_scale"], torch.bfloat16)
     mine = TrainedParameter(parameter, Kept(parts["bitmask"]), values.clone(), AdamW(clip=0.0), pace, rounding)
+    step_in_backward(parameter, [mine])
     first = parameter.data.clone()
     assert torch.equal(first, FORMATS[name].decode(parts, torch.bfloat16))
     steps = int(0.8 * float(scales.max()) / pace.lr)

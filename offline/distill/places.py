@@ -1,0 +1,87 @@
+"""Where the pruned linears of a folder are in transformers' model: which of its parameters are trained."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.distill.foreign import ForeignStart
+from ria_vllm.offline.distill.start import Start
+from ria_vllm.offline.model.experts import experts_modules
+from ria_vllm.offline.model.names import Names
+from ria_vllm.placement import Placement
+from ria_vllm.stacks import LayerExperts, layers_of_experts
+
+
+def places_of(model: Any, start: Start | ForeignStart, names: Names) -> dict[str, Placement]:
+    """Parameter of the model -> the pruned linears in it: one, or those of all experts of a layer.
+
+    Args:
+        model: may be on the meta device.
+        names: of the model, with the tensors of `start.dense_names()`.
+
+    Raises:
+        RiaError: a pruned linear shares a parameter with others in a way that is not known.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    stacks = _stacks(model, start, names)
+    in_stack = {linear: parameter for parameter, stack in stacks.items() for linear in stack.names}
+    found: dict[str, Placement] = {}
+    for name in start.linears:
+        inside = in_stack.get(name) or names.inside.get(f"{name}.weight", "")
+        if inside in stacks:
+            found[inside] = stacks[inside]
+        elif inside in parameters and f"{name}.weight" not in names.converted:
+            found[inside] = Placement(((name,),))
+        else:
+            raise RiaError(
+                f"{start.folder}: {name}: transformers' {type(model).__name__} has no weight of its own for it (it "
+                "merges several), so it cannot be trained. Distillation takes models whose linears are apart, and "
+                "experts of folders that `ria-vllm compress` wrote."
+            )
+    return found
+
+
+def routers(model: Any, pruned: Iterable[str]) -> set[str]:
+    """The paths of modules that choose experts.
+
+    These are the modules beside experts that have a weight with a row for each expert, and no pruned linear.
+
+    Args:
+        pruned: names of the model's parameters with pruned linears.
+    """
+    pruned, found = list(pruned), set()
+    for path, layout in experts_modules(model).items():
+        block = path.rpartition(".")[0]
+        for name, module in model.get_submodule(block).named_children():
+            inside = f"{block}.{name}" if block else name
+            chooses = any(one.dim() == 2 and len(one) == layout.num_experts for one in module.parameters())
+            if chooses and inside != path and not any(one.startswith(f"{inside}.") for one in pruned):
+                found.add(inside)
+    return found
+
+
+def _stacks(model: Any, start: Start | ForeignStart, names: Names) -> dict[str, Placement]:
+    """Parameter of the model -> the linears of all experts of a layer that are stacked in it.
+
+    `start.dense_names` has made sure that none of them is missing.
+    """
+    modules, found = experts_modules(model), {}
+    for layer in layers_of_experts(start.schema, start.linears):
+        path = names.inside.get(_tensor_of_downs(layer), "").rpartition(".")[0]
+        layout = modules.get(path)
+        if layout is None or (layout.num_experts, set(layout.kinds)) != (layer.num_experts, set(layer.linears)):
+            raise RiaError(
+                f"{start.folder}: {layer.module}: transformers' {type(model).__name__} does not hold these "
+                f"{layer.num_experts} experts in a way that ria-vllm knows, so they cannot be trained. Install the "
+                "version of transformers that the model was compressed with."
+            )
+        for parameter, kinds in layout.parameters.items():
+            experts = tuple(tuple(layer.linear(e, kind) for kind in kinds) for e in range(layer.num_experts))
+            found[f"{path}.{parameter}"] = Placement(experts, True, layout.interleaved, layout.transposed)
+    return found
+
+
+def _tensor_of_downs(layer: LayerExperts) -> str:
+    """The tensor of the dense model that holds the first expert's down projection."""
+    stacked = next((stack.tensor for stack in layer.stacked if "down" in stack.linears), None)
+    return stacked or f"{layer.linear(0, 'down')}.weight"
