@@ -12,6 +12,7 @@ import click
 from ria_vllm.checkpoint import Reader, is_compressed, read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.inventory import Inventory, natural_order, report_linears, report_number, take_inventory
+from ria_vllm.offline.distill.loss import TERMS
 from ria_vllm.offline.evaluation.charts import Series, bar_chart, line_chart
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import PAGE_FILE, REPORT_FILE
@@ -130,12 +131,14 @@ def perplexities(measured: Sequence[dict[str, Any]]) -> str:
 
 
 def recovery(runs: Any) -> str:
-    """How each `ria-vllm distill` went: the loss, and the perplexity of held-out texts, against tokens."""
+    """How each `ria-vllm distill` went: the terms of the loss, and the perplexity of held-out texts, against tokens."""
     drawn = []
     for number, run in enumerate(runs if isinstance(runs, list) else [], 1):
         points = run.get("curve") if isinstance(run, dict) else None
         points = [point for point in points if isinstance(point, dict)] if isinstance(points, list) else []
-        lines = {"loss": _against_tokens(points, "kl")}
+        # A term with the weight 0 is not computed: it is 0 throughout.
+        terms = {f"loss: {term}": _against_tokens(points, term) for term in TERMS}
+        lines = {title: line for title, line in terms.items() if any(value for _, value in line)}
         names = [name for point in points for name in _held_out(point)]
         for name in dict.fromkeys(names):
             scores = [{**_held_out(point).get(name, {}), "tokens": point.get("tokens")} for point in points]

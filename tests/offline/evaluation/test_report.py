@@ -151,16 +151,25 @@ def test_charts_with_one_point_or_none_at_all():
 def curve() -> list[dict]:
     held_out = [{"brown.txt": {"perplexity": 70 - step, "kl": 0.6 - step / 100}} for step in (0, 8, 16)]
     points = [{"step": s, "tokens": 512 * s, "held_out": h} for s, h in zip((0, 8, 16), held_out)]
-    return [points[0], points[1] | {"kl": 0.7}, points[2] | {"kl": 0.5}]
+    zero = {"hidden": 0.0, "text": 0.0}
+    return [points[0], points[1] | zero | {"kl": 0.7}, points[2] | zero | {"kl": 0.5}]
 
 
 def test_a_distillation_is_three_curves_against_tokens():
     found = Page(page("model", {"linears": linears(1), "distill": [{"curve": curve()}]}, None, []))
     assert "Recovery" in found.text
-    for tip in ("loss, tokens 8192: 0.5", "brown.txt: perplexity, tokens 4096: 62", "brown.txt: KL, tokens 0: 0.6"):
+    for tip in ("loss: kl, tokens 8192: 0.5", "brown.txt: perplexity, tokens 4096: 62", "brown.txt: KL, tokens 0: 0.6"):
         assert tip in found.text
-    assert "loss, tokens 0" not in " ".join(found.text)
+    assert "loss: kl, tokens 0" not in " ".join(found.text)
     assert "Recovery" not in Page(page("model", {"linears": linears(1)}, None, [])).text
+
+
+def test_each_term_of_the_loss_that_counts_is_a_curve():
+    """Those of other weights are 0 throughout, and are left out."""
+    points = [point | {"text": 3.0 - number, "kl": 0.0, "hidden": 0.0} for number, point in enumerate(curve())]
+    found = Page(page("model", {"linears": linears(1), "distill": [{"curve": points}]}, None, []))
+    assert "loss: text, tokens 8192: 1" in found.text
+    assert [text for text in found.text if text.startswith("loss: ") and "," not in text] == ["loss: text"]
 
 
 @pytest.mark.parametrize(
