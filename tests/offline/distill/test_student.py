@@ -35,7 +35,8 @@ def plain(folder, dense, also, weights: dict[str, float], lr: float, steps: int)
     student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     sparse = {f"{name}.weight" for name in Reader(folder).sparse_names}
     masks = {name: p.detach() != 0 for name, p in student.named_parameters() if name in sparse}
-    chosen = {n: p for n, p in student.named_parameters() if n in masks or ("norm" in n and "norms" in also)}
+    kinds = {name: _kind(name) for name, _ in student.named_parameters()}
+    chosen = {n: p for n, p in student.named_parameters() if n in masks or kinds[n] in also}
     optimizer = torch.optim.AdamW(chosen.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     for tokens in batches(steps):
         mine = student(input_ids=tokens, output_hidden_states=True)
@@ -61,6 +62,11 @@ def plain(folder, dense, also, weights: dict[str, float], lr: float, steps: int)
     return {name: p.detach() for name, p in chosen.items()}
 
 
+def _kind(name: str) -> str | None:
+    """What --train calls a parameter."""
+    return "norms" if "norm" in name else "biases" if name.endswith(".bias") else None
+
+
 def ours(folder, dense, also, loss: Loss, lr: float, steps: int, save_memory: bool, layers: int = 2) -> Student:
     teacher = Teacher(TwoPart(load_model(str(dense), CPU, "float32"), "teacher"), layers=bool(loss.hidden))
     pace, model = Pace(lr=lr), TwoPart(load_model(str(folder), CPU, "float32"), "student")
@@ -73,12 +79,16 @@ def ours(folder, dense, also, loss: Loss, lr: float, steps: int, save_memory: bo
     return student
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "llama-mha", "gemma4-e2b"])
+@pytest.mark.parametrize(
+    ("family", "also"),
+    [("llama", ("norms",)), ("gemma2", ("norms",)), ("llama-mha", ("norms", "biases")), ("gemma4-e2b", ("norms",))],
+    ids=str,
+)
 @pytest.mark.parametrize("save_memory", [False, True])
-def test_weights_become_those_of_a_plain_loop(family, save_memory, pruned):
+def test_weights_become_those_of_a_plain_loop(family, also, save_memory, pruned):
     dense, folder = pruned(family)
-    mine = ours(folder, dense, ("norms",), Loss(), 1e-3, 6, save_memory)
-    wanted = plain(folder, dense, ("norms",), {"kl": 1.0}, 1e-3, 6)
+    mine = ours(folder, dense, also, Loss(), 1e-3, 6, save_memory)
+    wanted = plain(folder, dense, also, {"kl": 1.0}, 1e-3, 6)
     start = Start(folder)
     assert {f"{name}.weight" if name in start.linears else name for name in mine.trained} == set(wanted)
     parameters = dict(mine.two.model.named_parameters())
@@ -89,6 +99,15 @@ def test_weights_become_those_of_a_plain_loop(family, save_memory, pruned):
         assert far.sum() <= far.numel() / 10_000 and (parameters[name] - weight).abs().max() < 1e-3, name
     moved = start.linear(start.linears[0]).dense() - parameters[f"{start.linears[0]}.weight"]
     assert moved.abs().max() > 1e-3
+    assert ("biases" in also) == any(name.endswith(".bias") for name in wanted)
+
+
+def test_biases_stay_unless_they_are_asked_for(pruned):
+    dense, folder = pruned("llama-mha")
+    mine, before = ours(folder, dense, ("norms",), Loss(), 1e-3, 2, False), Reader(folder)
+    biases = [name for name in before.dense_names if name.endswith(".bias")]
+    assert biases and not set(biases) & set(mine.trained)
+    assert all(torch.equal(mine.two.model.get_parameter(name), before.tensor(name)) for name in biases)
 
 
 def test_all_terms_of_the_loss(pruned):
