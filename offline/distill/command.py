@@ -74,7 +74,8 @@ from ria_vllm.errors import RiaError
     "--compute-dtype",
     default="auto",
     show_default=True,
-    help="The dtype that the models compute in: auto, bfloat16 or float32. Weights are updated in float32 in any case.",
+    help="The dtype that the models compute in: auto, bfloat16 or float32. auto: the folder's own (for float16 "
+    "bfloat16), unless the device computes slowly in it; then float32. Weights are updated in float32 in any case.",
 )
 @click.option(
     "--save-memory/--no-save-memory",

@@ -108,9 +108,7 @@ def distill(
 def _compute_dtype(start: Start | ForeignStart, asked: str, device: torch.device, monitor: Monitor) -> str:
     """The dtype to compute in."""
     stored = start.linear(start.linears[0]).dtype
-    chosen = choose_dtype(stored, device, asked)
-    # Gradients in float16 would vanish without a scale for the loss.
-    chosen = torch.float32 if chosen == torch.float16 else chosen
+    chosen = choose_dtype(stored, device, asked, training=True)
     if chosen != stored:
         monitor.say(f"computing in {name_of(chosen)}, writing {name_of(stored)}")
     return name_of(chosen)
@@ -154,7 +152,8 @@ class _Run:
         copies = companion_files(self.start.folder, monitor.warn)
         texts, text = self._held_out(), self._text()
         with monitor.phase("loading the teacher"):
-            dense = TwoPart(load_model(self.teacher, self.settings.device, dtype).requires_grad_(False), self.teacher)
+            dense = load_model(self.teacher, self.settings.device, dtype, training=True)
+            dense = TwoPart(dense.requires_grad_(False), self.teacher)
         vocabulary = output_head(dense.model).weight.shape[0]
         windows = self._written(dense) if text is None else text
         check_vocabulary([windows, *texts.values()], vocabulary, self.teacher)
@@ -239,7 +238,7 @@ class _Run:
     def _student(self, dtype: str, pace: Pace) -> Student:
         recipe = self.recipe
         name = str(self.start.folder)
-        model = TwoPart(load_model(name, self.settings.device, dtype, self.start.state()), name)
+        model = TwoPart(load_model(name, self.settings.device, dtype, self.start.state(), training=True), name)
         adamw = AdamW(weight_decay=recipe.weight_decay, clip=recipe.clip)
         processes = self.ranks.size if self.settings.shard else 1
         return Student(self.start, model, adamw, pace, recipe.train, self.settings.save_memory, processes)

@@ -19,15 +19,21 @@ BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 ISA_WITHOUT_BF16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"})
 
 
-def choose_dtype(stored: torch.dtype, device: torch.device, asked: str = "auto") -> torch.dtype:
+def choose_dtype(stored: torch.dtype, device: torch.device, asked: str = "auto", training: bool = False) -> torch.dtype:
     """The dtype to compute in on a device, for a checkpoint stored in `stored`.
 
     Args:
         asked: one of CHOICES. auto: as stored, unless the device computes slowly in that dtype; then float32.
+        training: float16 is not computed in, because small gradients would vanish in it. Where float16 is stored,
+            bfloat16 takes its place, though it rounds what the forward pass reads; with `auto` only on devices that
+            are fast in it.
 
     Raises:
         RiaError: `asked` cannot hold every value of `stored`, so weights and rotary frequencies would be rounded.
     """
+    if training and stored == torch.float16:
+        narrow = asked == "bfloat16" or (asked == "auto" and fast_bf16(device))
+        return torch.bfloat16 if narrow else torch.float32
     if asked != "auto":
         dtype = getattr(torch, asked)
         if torch.promote_types(stored, dtype) != dtype:

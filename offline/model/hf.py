@@ -121,6 +121,7 @@ def load_model(
     device: torch.device,
     compute_dtype: str | None = None,
     state: dict[str, torch.Tensor] | None = None,
+    training: bool = False,
 ) -> Any:
     """A transformers model that writes text, in evaluation mode. A compressed folder is decompressed in memory.
 
@@ -130,6 +131,7 @@ def load_model(
         folder: a folder, or the hub id of a dense model.
         compute_dtype: the dtype to compute in, one of `ria_vllm.offline.model.dtypes.CHOICES`; None: as stored.
         state: all tensors, if transformers is not to read them from the folder itself.
+        training: see `choose_dtype`.
 
     Raises:
         RiaError: not a model that writes text, a damaged compressed one, or a `compute_dtype` that would round its
@@ -137,9 +139,9 @@ def load_model(
     """
     stored = None if compute_dtype is None else _stored_dtype(folder, state)
     if stored is not None:
-        return _load(folder, device, choose_dtype(stored, device, compute_dtype), state)
+        return _load(folder, device, choose_dtype(stored, device, compute_dtype, training), state)
     model = _load(folder, device, "auto", state)
-    dtype = model.dtype if compute_dtype is None else choose_dtype(model.dtype, device, compute_dtype)
+    dtype = model.dtype if compute_dtype is None else choose_dtype(model.dtype, device, compute_dtype, training)
     # Loaded again, not cast: what the model computes for itself during loading was rounded to the first dtype.
     return model if dtype == model.dtype else _load(folder, device, dtype, state)
 

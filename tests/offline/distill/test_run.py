@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import preloaded
 import pytest
 import torch
-from compressing import WarningRecorder, digests, edit_config
+from compressing import WarningRecorder, digests, edit_config, run_small
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -85,6 +85,31 @@ def test_masks_permutations_and_format_stay_and_kept_weights_move(weights, train
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
     assert "## Recovery" in (tmp_path / "out" / "README.md").read_text()
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_float16_is_computed_in_bfloat16_and_loses_no_bits(weights, make_model, text, tmp_path):
+    """What does not move keeps its bytes, though bfloat16 holds fewer: kept weights, norms and biases too."""
+    dense, folder = make_model(tmp_path / "dense", "llama-mha", dtype=torch.float16), tmp_path / "pruned"
+    run_small(dense, folder, text, weights=weights)
+    run(dense, folder, tmp_path / "still", text, lr=0.0, tokens=128, compute_dtype="bfloat16")
+    before, still = Reader(folder), Reader(tmp_path / "still")
+    assert set(still.files) == set(before.files)
+    for name in before.files:
+        assert torch.equal(still.tensor(name).view(torch.uint8), before.tensor(name).view(torch.uint8)), name
+    more = {"eval_text": (str(text),), "eval_tokens": 256, "evals": 1, "compute_dtype": "bfloat16", "lr": 3e-3}
+    report = run(dense, folder, tmp_path / "out", text, **more)
+    after = Reader(tmp_path / "out")
+    assert {after.linear(name).dtype for name in after.sparse_names} == {torch.float16}
+    untrained = [name for name in before.dense_names if "embed" in name or "lm_head" in name]
+    assert len(untrained) == 2
+    for name in untrained:
+        rounded = before.tensor(name).bfloat16().to(torch.float16)
+        assert torch.equal(before.tensor(name), after.tensor(name)) and not torch.equal(rounded, after.tensor(name))
+    assert all(before.tensor(name).dtype == after.tensor(name).dtype for name in before.files)
+    assert report["recipe"]["distill"][0]["compute_dtype"] == "bfloat16"
+    first, *_, last = report["distill"][0]["curve"]
+    assert last["held_out"][text.name]["kl"] < 0.9 * first["held_out"][text.name]["kl"]
 
 
 def test_it_comes_closer_to_the_teacher_on_other_text(pruned, text, tmp_path):

@@ -104,6 +104,22 @@ def test_choices(slow, monkeypatch):
     assert choose_dtype(BF16, CUDA) == FP32  # before 8.0
 
 
+def test_choices_for_training(slow, monkeypatch):
+    """Never float16; bfloat16 for it where that is fast, or asked for. What else is stored is not rounded."""
+    assert choose_dtype(FP16, CPU, training=True) == FP32
+    assert choose_dtype(FP16, CPU, "bfloat16", training=True) == BF16
+    monkeypatch.setattr(dtypes, "_cpu_flags", lambda: FAST)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert choose_dtype(FP16, CPU, training=True) == BF16
+    assert choose_dtype(FP16, CPU, "float32", training=True) == FP32
+    assert choose_dtype(FP16, CPU, "float16", training=True) == FP32
+    assert choose_dtype(FP32, CPU, training=True) == FP32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+    assert choose_dtype(FP16, CUDA, training=True) == BF16
+    with pytest.raises(RiaError, match="the weights are float32"):
+        choose_dtype(FP32, CPU, "bfloat16", training=True)
+
+
 @pytest.mark.parametrize(
     ("stored", "asked"), [(FP32, "bfloat16"), (FP32, "float16"), (BF16, "float16"), (FP16, "bfloat16")]
 )
