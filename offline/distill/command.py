@@ -23,7 +23,13 @@ from ria_vllm.errors import RiaError
 )
 @click.option("--seq-len", default=512, show_default=True, help="Tokens in a sequence.")
 @click.option("--batch", default=2, show_default=True, help="Sequences in a step, of all processes together.")
-@click.option("--micro-batch", default=1, show_default=True, help="Sequences that go through the model together.")
+@click.option(
+    "--micro-batch",
+    type=click.IntRange(min=1),
+    show_default="all that a process has of a step",
+    help="Sequences that go through the model together. Fewer take less memory for activations, but 4 bytes for each "
+    "kept weight, for gradients that are added up.",
+)
 @click.option("--passes", default=1, show_default=True, help="How many times the text is read.")
 @click.option("--lr", default=3e-4, show_default=True, help="Learning rate; it falls to 0 along half a cosine.")
 @click.option("--warmup", default=0.05, show_default=True, help="Fraction of the steps in which it rises.")

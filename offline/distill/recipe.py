@@ -1,7 +1,7 @@
 """What a distillation should do: every option that affects the result, checked and written into the checkpoint."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ TEXT_SEED = 1_000_003
 class Distillation:
     """The options; `ria-vllm distill --help` explains each.
 
+    micro_batch: None: as `among` says.
+
     Raises:
         RiaError: an invalid value.
     """
@@ -29,7 +31,7 @@ class Distillation:
     text: str = "self"
     seq_len: int = 512
     batch: int = 2
-    micro_batch: int = 1
+    micro_batch: int | None = None
     passes: int = 1
     lr: float = 3e-4
     warmup: float = 0.05
@@ -48,12 +50,12 @@ class Distillation:
     def __post_init__(self) -> None:
         whole = {"tokens": 2, "seq_len": 2, "batch": 1, "micro_batch": 1, "passes": 1, "eval_tokens": 2, "evals": 1}
         for name, least in (whole | {"patience": 1}).items():
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise RiaError(f"--{name.replace('_', '-')} {getattr(self, name)}: give at least {least}.")
         for name, most in (("lr", 1.0), ("warmup", 1.0), ("weight_decay", 1.0), ("clip", 1e6)):
             if not (math.isfinite(getattr(self, name)) and 0 <= getattr(self, name) <= most):
                 raise RiaError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number from 0 to {most:g}.")
-        if self.batch % self.micro_batch:
+        if self.batch % (self.micro_batch or 1):
             raise RiaError(f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch}.")
         if self.tokens < self.batch * self.seq_len:
             raise RiaError(
@@ -69,6 +71,21 @@ class Distillation:
             raise RiaError("--cache-teacher keeps the teacher's most probable tokens: give their number as --top-k.")
         if self.cache_teacher and self.loss.hidden:
             raise RiaError("--cache-teacher does not keep hidden states, which --loss hidden needs. Leave one out.")
+
+    def among(self, processes: int) -> "Distillation":
+        """The recipe for so many processes. Where no micro-batch is given, a process's sequences of a step are one, so
+        that it has no gradients to add up.
+
+        Raises:
+            RiaError: the micro-batches of a step cannot be divided evenly.
+        """
+        micro = self.micro_batch or max(1, self.batch // processes)
+        if self.batch // micro % processes or self.batch % micro:
+            raise RiaError(
+                f"--batch {self.batch} in micro-batches of {micro} cannot be divided evenly among {processes} "
+                "processes. Give a multiple."
+            )
+        return replace(self, micro_batch=micro)
 
     @property
     def text_seed(self) -> int:

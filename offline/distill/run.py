@@ -89,11 +89,7 @@ def distill(
         raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
     with joined(settings.device) as (ranks, device), monitor.live():
         settings = replace(settings, device=device)
-        if recipe.batch // recipe.micro_batch % ranks.size:
-            raise RiaError(
-                f"--batch {recipe.batch} in micro-batches of {recipe.micro_batch} cannot be divided evenly among "
-                f"{ranks.size} processes. Give a multiple."
-            )
+        recipe = recipe.among(ranks.size)
         start = Start(folder) if is_compressed(folder) else ForeignStart(folder)
         recipe = replace(recipe, compute_dtype=_compute_dtype(start, recipe.compute_dtype, device, monitor))
         recipe = fitting(recipe, (str(folder), teacher), monitor)

@@ -25,7 +25,7 @@ def test_what_was_pruned_is_trained_and_only_the_result_stays(tiny, text, tmp_pa
     before, after = Reader(tmp_path / "pruned"), Reader(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pruned"]
     (story,) = after.schema.recipe["distill"]
-    assert story["tokens"] == 512 and story["text"] == text.name
+    assert story["tokens"] == 512 and story["text"] == text.name and story["micro_batch"] == 2
     for name in before.sparse_names:
         one, other = before.linear(name), after.linear(name)
         assert (one.parts["bitmask"] == other.parts["bitmask"]).all()

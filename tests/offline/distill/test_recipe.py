@@ -59,6 +59,21 @@ def test_invalid_options_are_refused(options, message):
         Distillation(**{"tokens": 10_000} | options)
 
 
+@pytest.mark.parametrize(
+    ("batch", "given", "processes", "found"), [(8, None, 1, 8), (8, None, 4, 2), (8, 1, 4, 1), (8, 2, 2, 2)]
+)
+def test_a_micro_batch_is_all_that_a_process_has_of_a_step(batch, given, processes, found):
+    recipe = Distillation(tokens=10_000, batch=batch, micro_batch=given)
+    assert recipe.among(processes).micro_batch == found
+
+
+@pytest.mark.parametrize(("batch", "given", "processes"), [(8, None, 3), (2, None, 3), (8, 4, 4), (6, 2, 2)])
+def test_steps_that_processes_cannot_share_are_refused(batch, given, processes):
+    recipe = Distillation(tokens=10_000, batch=batch, micro_batch=given)
+    with pytest.raises(RiaError, match=f"cannot be divided evenly among {processes} processes"):
+        recipe.among(processes)
+
+
 def test_what_is_written_holds_no_path():
     found = Distillation(tokens=10_000, text="/home/me/a.txt", eval_text=("/home/me/b.txt",)).dump("/home/me/model")
     assert (found["text"], found["eval_text"], found["teacher"]) == ("a.txt", ["b.txt"], "model")

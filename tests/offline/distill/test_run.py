@@ -219,6 +219,23 @@ def test_it_stops_when_it_gets_no_better_and_keeps_the_best(pruned, text, tmp_pa
         assert torch.equal(Reader(folder).tensor(name), Reader(tmp_path / "out").tensor(name))
 
 
+def test_by_default_no_gradients_are_added_up(pruned, text, tmp_path, monkeypatch):
+    """Each arrives once in a step, and takes no memory until the next one."""
+    dense, folder = pruned()
+    arrived, last = TrainedParameter.arrived, []
+
+    def watched(self, dense):
+        arrived(self, dense)
+        last.append((self.pace.last, self.gradient is None))
+
+    monkeypatch.setattr(TrainedParameter, "arrived", watched)
+    report = run(dense, folder, tmp_path / "out", text)
+    assert report["recipe"]["distill"][0]["micro_batch"] == 2 and set(last) == {(True, True)}
+    last.clear()
+    run(dense, folder, tmp_path / "other", text, micro_batch=1)
+    assert set(last) == {(True, True), (False, False)}
+
+
 def test_a_second_run_adds_to_the_story(pruned, text, tmp_path):
     dense, folder = pruned()
     run(dense, folder, tmp_path / "one", text)
@@ -229,7 +246,13 @@ def test_a_second_run_adds_to_the_story(pruned, text, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"text": "self"}, {"cache_teacher": True, "loss": Loss(top_k=8)}, {"passes": 2}, {"train": ("scales",)}],
+    [
+        {},
+        {"text": "self"},
+        {"cache_teacher": True, "loss": Loss(top_k=8)},
+        {"passes": 2, "micro_batch": 1},
+        {"train": ("scales",)},
+    ],
     ids=str,
 )
 def test_stopped_after_any_step_and_resumed_it_writes_the_same_bytes(options, pruned, text, tmp_path, monkeypatch):
@@ -325,7 +348,8 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(pruned, text,
 def test_two_processes_give_what_one_gives(options, pruned, text, tmp_path):
     dense, folder = pruned(weights="int8") if "scales" in options else pruned()
     for name, ranks in (("one", 1), ("two", 2)):
-        arguments = command(dense, folder, tmp_path / name, text, *options)
+        # One process has two micro-batches, whose gradients it adds up; of two, each has one by default.
+        arguments = command(dense, folder, tmp_path / name, text, *options, *(["--micro-batch", "1"] * (ranks == 1)))
         preloaded.run(tmp_path / "log", preloaded.ria_vllm, *arguments, ranks=ranks)
     if "--shard" not in options:
         assert digests(tmp_path / "one") == digests(tmp_path / "two")
