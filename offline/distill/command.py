@@ -89,9 +89,7 @@ from ria_vllm.errors import RiaError
     show_default=True,
     help="Compute each layer again in the backward pass instead of keeping what it computed.",
 )
-@click.option(
-    "--shard", is_flag=True, help="Divide the pruned model and its optimizer state among the processes (FSDP2)."
-)
+@click.option("--shard", is_flag=True, help="Divide both models and the optimizer state among the processes (FSDP2).")
 @click.option("--save-every", default=600.0, show_default=True, help="Seconds between two states for --resume.")
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it exists, once the new one is complete.")

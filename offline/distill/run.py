@@ -21,6 +21,7 @@ from ria_vllm.offline.distill.parameters import AdamW, Pace
 from ria_vllm.offline.distill.processes import joined
 from ria_vllm.offline.distill.progress import Course
 from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.offline.distill.sharding import shard
 from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.state import Work
 from ria_vllm.offline.distill.student import Student
@@ -47,7 +48,7 @@ STAMPED = (".safetensors", ".json", ".model", ".jinja", ".txt", ".tiktoken")
 class Settings:
     """How a distillation runs. Nothing here changes the result, except that devices round differently.
 
-    shard: divide the student and its optimizer state among the processes, by rows; otherwise each has all of it.
+    shard: divide the models and the optimizer state among the processes, by rows; otherwise each has all of them.
     """
 
     device: torch.device = torch.device("cpu")
@@ -143,13 +144,14 @@ class _Run:
 
     def distill(self) -> dict[str, Any]:
         recipe, monitor = self.recipe, self.monitor
-        dtype = recipe.compute_dtype
         # First, so that an error in them shows at once.
         copies = companion_files(self.start.folder, monitor.warn)
         texts, text = self._held_out(), self._text()
         with monitor.phase("loading the teacher"):
-            dense = load_model(self.teacher, self.settings.device, dtype, training=True)
-            dense = TwoPart(dense.requires_grad_(False), self.teacher)
+            dense = self._loaded(self.teacher)
+            dense.model.requires_grad_(False)
+            if self.sharded:
+                shard(dense, self.settings.device)
         vocabulary = output_head(dense.model).weight.shape[0]
         windows = self._written(dense) if text is None else text
         check_vocabulary([windows, *texts.values()], vocabulary, self.teacher)
@@ -158,23 +160,23 @@ class _Run:
         if recipe.cache_teacher:
             mine = self.ranks.share(len(windows))
             k, temperature = recipe.loss.top_k, recipe.loss.temperature
-            fill_cache(self.writer, dense, windows, k, temperature, monitor, mine)
+            most = self.ranks.largest if self.sharded else None
+            fill_cache(self.writer, dense, windows, k, temperature, monitor, mine, most)
             self.ranks.barrier()
             answers, plain = CachedTeacher(self.writer, self.settings.device), None
         of_held_out = self._of_held_out(texts, dense)
         del dense
         trim()
         with monitor.phase("loading the pruned model"):
-            sharded = self.settings.shard and self.ranks.size > 1
             add = self.ranks.all_reduce
-            pace = Pace(total=add) if sharded else Pace(reduce=add)
-            student = self._student(dtype, pace)
+            pace = Pace(total=add) if self.sharded else Pace(reduce=add)
+            student = self._student(pace)
         held_out = HeldOut(texts, of_held_out, plain)
-        part = f"-{self.ranks.rank}-of-{self.ranks.size}" if sharded else ""
+        part = f"-{self.ranks.rank}-of-{self.ranks.size}" if self.sharded else ""
         work = Work(self.writer, part, self.ranks.first)
         course = Training(
             recipe, student, pace, answers, plain, windows, held_out, work, self.ranks, monitor,
-            self.settings.save_every, sharded,
+            self.settings.save_every, self.sharded,
         ).run()  # fmt: skip
         report = self._report(course)
         if self.ranks.first:
@@ -183,6 +185,16 @@ class _Run:
                 self._finish(work.results(student.trained, step), report, copies)
         self.ranks.barrier()
         return report
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has only some rows of the models."""
+        return self.settings.shard and self.ranks.size > 1
+
+    def _loaded(self, name: str, state: dict[str, torch.Tensor] | None = None) -> TwoPart:
+        """A model on its device; on the CPU if it is yet to be divided."""
+        device = torch.device("cpu") if self.sharded else self.settings.device
+        return TwoPart(load_model(name, device, self.recipe.compute_dtype, state, training=True), name)
 
     def _text(self) -> torch.Tensor | None:
         """The windows to train on; None if the teacher has yet to write them."""
@@ -197,15 +209,16 @@ class _Run:
         return self.ranks.broadcast(windows)
 
     def _written(self, dense: TwoPart) -> torch.Tensor:
-        """The windows to train on, as the teacher writes them."""
+        """The windows to train on, as the teacher writes them. If it is divided, it takes all processes to ask it."""
         recipe, windows = self.recipe, None
-        if self.ranks.first:
+        if self.ranks.first or self.sharded:
             with self.monitor.phase("writing the text"):
                 bos = getattr(text_config(dense.model.config), "bos_token_id", None)
                 found = data.from_model(
                     dense.model, bos, recipe.windows, recipe.seq_len, recipe.text_seed, self.monitor
                 )
                 windows = found.int()
+        if self.ranks.first:
             self.writer.write(TEXT_KEY, {"tokens": windows})
         return self.ranks.broadcast(windows)
 
@@ -231,13 +244,12 @@ class _Run:
             answers[name].append(answer)
         return answers
 
-    def _student(self, dtype: str, pace: Pace) -> Student:
+    def _student(self, pace: Pace) -> Student:
         recipe = self.recipe
-        name = str(self.start.folder)
-        model = TwoPart(load_model(name, self.settings.device, dtype, self.start.state(), training=True), name)
+        model = self._loaded(str(self.start.folder), self.start.state())
         adamw = AdamW(weight_decay=recipe.weight_decay, clip=recipe.clip)
-        processes = self.ranks.size if self.settings.shard else 1
-        return Student(self.start, model, adamw, pace, recipe.train, self.settings.save_memory, processes)
+        rows_on = self.settings.device if self.sharded else None
+        return Student(self.start, model, adamw, pace, recipe.train, self.settings.save_memory, rows_on)
 
     def _report(self, course: Course) -> dict[str, Any]:
         recipe = self.start.schema.recipe

@@ -1,4 +1,4 @@
-"""The student divided among processes by FSDP2: each has some rows of every trained tensor, and their optimizer state.
+"""Models divided among processes by FSDP2: each has some rows of all weights, and of the student's optimizer state.
 
 The embedding and the head, which are not trained, stay whole in every process: the loss calls the head chunk by chunk
 outside of what FSDP sees.
@@ -10,19 +10,30 @@ from torch import nn
 from ria_vllm.offline.distill.logits import TwoPart
 
 
-def shard(model: TwoPart, processes: int) -> None:
-    """Divide all weights but those of the embedding and the head among the processes of the default group."""
+def shard(model: TwoPart, device: torch.device) -> None:
+    """Divide all weights but those of the embedding and the head among the processes of the default group.
+
+    Args:
+        model: on the CPU, or on `device`.
+        device: of this process. The layers move there one at a time, so it never holds the whole model.
+    """
+    from torch.distributed import get_world_size
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(model.model.device.type, (processes,))
+    mesh = init_device_mesh(device.type, (get_world_size(),))
+    of_layers = {tensor for layer in model.layers for tensor in (*layer.parameters(), *layer.buffers())}
+    for tensor in (*model.model.parameters(), *model.model.buffers()):
+        if tensor not in of_layers:
+            tensor.data = tensor.data.to(device)
     whole = {
         parameter
         for module in (model.model.get_input_embeddings(), model.model.get_output_embeddings())
         for parameter in module.parameters()
     }
-    for module in (*model.layers, model.base):
-        fully_shard(module, mesh=mesh, ignored_params=whole)
+    for layer in model.layers:
+        fully_shard(layer.to(device), mesh=mesh, ignored_params=whole)
+    fully_shard(model.base, mesh=mesh, ignored_params=whole)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ class Student:
         model: loaded from it; its parameters' data is trained in place.
         also: of `recipe.ALSO`, what is trained besides pruned linears.
         save_memory: keep only the input of each decoder layer in the forward pass, and compute the rest again.
-        processes: among which the model is divided.
+        rows_on: the device of this process's rows, if the model is to be divided among processes.
 
     Attributes:
         trained: written name of a linear, or of another tensor -> what is trained.
@@ -54,7 +54,7 @@ class Student:
         pace: Pace,
         also: Iterable[str] = (),
         save_memory: bool = True,
-        processes: int = 1,
+        rows_on: torch.device | None = None,
     ):
         self.start, self.two = start, model
         model.model.requires_grad_(False)
@@ -64,8 +64,8 @@ class Student:
         for inside, placement in places.items():
             for name, weight in placement.split(model.model.get_parameter(inside).detach()):
                 _check_same(start.linear(name), weight, start)
-        if processes > 1:
-            shard(model, processes)
+        if rows_on is not None:
+            shard(model, rows_on)
         for inside, placement in places.items():
             parameter = model.model.get_parameter(inside)
             parts = _trained_linears(start, placement, parameter, adamw, pace, "scales" in also)

@@ -1,6 +1,6 @@
 """What the teacher says of a text: computed when it is asked, or read from where an earlier pass has put it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -69,6 +69,7 @@ def fill_cache(
     temperature: float,
     monitor: Monitor,
     mine: range,
+    most: Callable[[int], int] | None = None,
 ) -> None:
     """Write the `k` most probable tokens after each token of each window: 6 bytes for each (int32 and float16).
 
@@ -77,12 +78,16 @@ def fill_cache(
     Args:
         windows: integers [windows, tokens].
         mine: the windows that this process writes.
+        most: the largest of all processes' numbers, if the model is divided among them: then all must ask it equally
+            often, and those that have less to write ask in vain.
     """
-    for number in monitor.steps(mine, "asking the teacher", len(mine)):
-        if writer.has(_key(number)):
-            continue
+    missing = [number for number in mine if not writer.has(_key(number))]
+    turns = len(missing) if most is None else most(len(missing))
+    for turn in monitor.steps(range(turns), "asking the teacher", turns):
+        number = missing[turn] if turn < len(missing) else 0
         top = most_probable(model, windows[number].long(), k, temperature)
-        writer.write(_key(number), {"tokens": top.tokens.int().cpu(), "logs": top.logs.half().cpu()})
+        if turn < len(missing):
+            writer.write(_key(number), {"tokens": top.tokens.int().cpu(), "logs": top.logs.half().cpu()})
 
 
 @torch.no_grad()

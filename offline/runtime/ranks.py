@@ -40,6 +40,10 @@ class Ranks:
         dist.broadcast_object_list(holder, src=src)
         return holder[0]
 
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values, on every rank."""
+        return max(self.broadcast(value, src) for src in range(self.size))
+
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         if self.size > 1:

@@ -13,6 +13,7 @@ import preloaded
 import pytest
 import torch
 from compressing import WarningRecorder, digests, edit_config, run_small
+from torch.distributed.tensor import DTensor
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -22,6 +23,7 @@ from ria_vllm.offline.distill.loss import TERMS, Loss
 from ria_vllm.offline.distill.parameters import TrainedParameter
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
+from ria_vllm.offline.distill.teacher import Teacher
 from ria_vllm.offline.distill.text import training_windows
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
@@ -341,16 +343,37 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(pruned, text,
     assert not units.parent.exists()
 
 
+def ask_in_parts(*arguments: object) -> None:
+    """The command; it fails if the teacher is asked while a process has the whole of a layer."""
+    answer = Teacher.answer
+
+    def checked(self, tokens, numbers):
+        assert all(isinstance(parameter, DTensor) for parameter in self.model.layers.parameters())
+        return answer(self, tokens, numbers)
+
+    Teacher.answer = checked
+    preloaded.ria_vllm(*arguments)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [[], ["--cache-teacher", "--top-k", "8"], ["--shard"], ["--train", "scales", "--shard"]], ids=str
+    "options",
+    [
+        [],
+        ["--cache-teacher", "--top-k", "8"],
+        ["--shard", "--calibration", "self"],
+        ["--train", "scales", "--shard"],
+        ["--shard", "--cache-teacher", "--top-k", "8", "--tokens", "2112"],  # 33 windows to ask about
+    ],
+    ids=str,
 )
 def test_two_processes_give_what_one_gives(options, pruned, text, tmp_path):
     dense, folder = pruned(weights="int8") if "scales" in options else pruned()
     for name, ranks in (("one", 1), ("two", 2)):
         # One process has two micro-batches, whose gradients it adds up; of two, each has one by default.
         arguments = command(dense, folder, tmp_path / name, text, *options, *(["--micro-batch", "1"] * (ranks == 1)))
-        preloaded.run(tmp_path / "log", preloaded.ria_vllm, *arguments, ranks=ranks)
+        command_line = ask_in_parts if "--shard" in options and ranks == 2 else preloaded.ria_vllm
+        preloaded.run(tmp_path / "log", command_line, *arguments, ranks=ranks)
     if "--shard" not in options:
         assert digests(tmp_path / "one") == digests(tmp_path / "two")
         return
