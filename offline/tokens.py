@@ -33,7 +33,7 @@ def calibration_tokens(source: Source, model: StreamedModel, recipe: Recipe, mon
             f"{source.name}: its tokenizer produces token {int(tokens.max())}, but the model knows only "
             f"{vocabulary} tokens."
         )
-    return tokens
+    return tokens.long()
 
 
 def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor) -> torch.Tensor:

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ria_vllm.errors import RiaError
@@ -87,7 +86,7 @@ def from_text(
         earlier: samples that were drawn from the same text; windows that have tokens in common with them come last.
 
     Returns:
-        int64 [samples, seq_len].
+        int32 [samples, seq_len]. Besides them, the tokens that are read are in memory, in 4 bytes each.
 
     Raises:
         RiaError: the text does not exist, cannot be read, or is too short.
@@ -119,9 +118,12 @@ def from_text(
         again = used[: windows * width].view(windows, width).any(1)[order]
         order = torch.cat([order[~again], order[again]])
     chosen = order[:samples]
-    read = torch.from_numpy(np.frombuffer(tokens, dtype=np.intc)[: windows * width].reshape(windows, width).copy())
-    body = read[chosen].long()
-    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(samples, -1), body], dim=1)
+    read = torch.frombuffer(tokens, dtype=torch.int32, count=windows * width).view(windows, width)
+    found = torch.empty(samples, seq_len, dtype=torch.int32)
+    found[:, : len(start)] = torch.tensor(start, dtype=torch.int32)
+    for first in range(0, samples, 1024):  # so few at a time are in memory twice
+        found[first : first + 1024, len(start) :] = read[chosen[first : first + 1024]]
+    return found
 
 
 def _order(windows: int, seed: int) -> torch.Tensor:

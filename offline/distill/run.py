@@ -198,29 +198,31 @@ class _Run:
 
     def _text(self) -> torch.Tensor | None:
         """The windows to train on; None if the teacher has yet to write them."""
-        windows = self.windows
-        if self.ranks.first and self.writer.has(TEXT_KEY):
-            windows = self.writer.read(TEXT_KEY)[0]["tokens"]
-        elif self.ranks.first and self.recipe.text != "self":
+        if self.ranks.first and self.recipe.text != "self" and not self.writer.has(TEXT_KEY):
+            windows = self.windows
             if windows is None:
                 with self.monitor.phase("reading the text"):
                     windows = training_windows(self.recipe, text_tokenizer(self.start.folder), self.start.schema.recipe)
             self.writer.write(TEXT_KEY, {"tokens": windows})
-        return self.ranks.broadcast(windows)
+        return self._stored_text() if self.ranks.broadcast(self.writer.has(TEXT_KEY)) else None
+
+    def _stored_text(self) -> torch.Tensor:
+        """The windows in the work folder: a part of the file, which is in memory as far as there is room."""
+        return self.writer.read(TEXT_KEY)[0]["tokens"]
 
     def _written(self, dense: TwoPart) -> torch.Tensor:
         """The windows to train on, as the teacher writes them. If it is divided, it takes all processes to ask it."""
-        recipe, windows = self.recipe, None
+        recipe = self.recipe
         if self.ranks.first or self.sharded:
             with self.monitor.phase("writing the text"):
                 bos = getattr(text_config(dense.model.config), "bos_token_id", None)
                 found = data.from_model(
                     dense.model, bos, recipe.windows, recipe.seq_len, recipe.text_seed, self.monitor
                 )
-                windows = found.int()
-        if self.ranks.first:
-            self.writer.write(TEXT_KEY, {"tokens": windows})
-        return self.ranks.broadcast(windows)
+            if self.ranks.first:
+                self.writer.write(TEXT_KEY, {"tokens": found.int()})
+        self.ranks.barrier()
+        return self._stored_text()
 
     def _held_out(self) -> dict[str, torch.Tensor]:
         recipe = self.recipe

@@ -42,7 +42,7 @@ def training_windows(
     earlier = _calibration(calibrated) if Path(recipe.text).name == calibrated.get("calibration") else None
     return data.from_text(
         recipe.text, tokenizer, recipe.windows, recipe.seq_len, recipe.seed, asked, MOST_BEYOND, earlier
-    ).int()
+    )
 
 
 def _calibration(recipe: Mapping[str, Any]) -> data.Drawn | None:

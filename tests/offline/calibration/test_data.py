@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import os
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.calibration.data import Drawn, from_model, from_text
+from ria_vllm.offline.runtime.memory import map_large_blocks
 from ria_vllm.progress import Monitor
 
 # No window of these occurs twice.
@@ -43,7 +48,7 @@ def test_samples_are_windows_of_the_text_without_overlap(kind, tokenizer, tmp_pa
     tokens = from_text(str(path), tokenizer, samples=20, seq_len=50, seed=3)
     whole = "".join(f"{text}\n\n" for text in DOCUMENTS)
     starts = [whole.index(tokenizer.decode(row)) for row in tokens]
-    assert tokens.shape == (20, 50) and tokens.dtype == torch.int64
+    assert tokens.shape == (20, 50) and tokens.dtype == torch.int32
     assert len(set(starts)) == 20 and all(start % 50 == 0 for start in starts)
     assert torch.equal(tokens, from_text(str(path), tokenizer, 20, 50, 3))
     assert not torch.equal(tokens, from_text(str(path), tokenizer, 20, 50, 4))
@@ -246,3 +251,39 @@ def test_nan_predictions_are_an_error(model):
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(RiaError, match="NaN"):
         from_model(model, 0, 1, 8, 0, Monitor(shown=False))
+
+
+class Bytes:
+    """A tokenizer with a token for each byte of a text."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> types.SimpleNamespace:
+        return types.SimpleNamespace(input_ids=list(text.encode()))
+
+
+def print_peak(small: Path, large: Path, samples: int) -> None:
+    """Bytes that reading `large` takes at its peak, more than the process holds after `small`."""
+    map_large_blocks()
+    from_text(str(small), Bytes(), 1000, 512, 0)
+    base, peak = held(), 0
+
+    def watch() -> None:
+        nonlocal peak
+        while True:
+            peak = max(peak, held())
+            time.sleep(0.001)
+
+    threading.Thread(target=watch, daemon=True).start()
+    from_text(str(large), Bytes(), samples, 512, 0, earlier=Drawn(1000, 512, 0))
+    print(peak - base, flush=True)
+
+
+def held() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_text_takes_four_bytes_for_each_token_read_and_for_each_drawn(tmp_path):
+    small, large = tmp_path / "small.txt", tmp_path / "large.txt"
+    for path, samples in ((small, 2000), (large, 12_000)):
+        path.write_text((63 * "a" + "\n") * (samples * 8))
+    peak = int(preloaded.run(tmp_path / "log", print_peak, small, large, 12_000).split()[-1])
+    assert peak < 12 * 12_000 * 512  # in int64, it would be 16 for the drawn ones alone
