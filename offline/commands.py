@@ -83,7 +83,15 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     "--distill",
     type=click.IntRange(min=2),
     metavar="TOKENS",
-    help="Then train the kept weights on so many tokens of the calibration text, as `ria-vllm distill` does.",
+    help="Then train the kept weights on so many tokens of the calibration text, with the defaults of `ria-vllm "
+    "distill`; in one process, so not with torchrun, and not if MODEL is a .gguf file.",
+)
+@click.option(
+    "--eval-text",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="With --distill: a text file to measure on while training. By the first one, the best step is kept, and "
+    "training stops when it no longer gets better. Repeatable.",
 )
 @click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears with a matching name dense. Repeatable.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -107,8 +115,8 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 @click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(
     model, out, method, exponent, permute, permute_scope, pattern, calibration, samples, seq_len, seed, reconstruct,
-    skip_sensitive, weights, group_size, activations, smooth, distill, ignore, device, compute_dtype, activation_cache,
-    max_shard_size, overwrite, resume, timings,
+    skip_sensitive, weights, group_size, activations, smooth, distill, eval_text, ignore, device, compute_dtype,
+    activation_cache, max_shard_size, overwrite, resume, timings,
 ):  # fmt: skip
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
 
@@ -125,6 +133,10 @@ def compress(
     from ria_vllm.sizes import parse_size
     from ria_vllm.writer import check_file_place, disk_errors
 
+    if eval_text and distill is None:
+        raise RiaError(
+            "--eval-text measures while --distill trains: give both. `ria-vllm eval` measures a finished model."
+        )
     parsed = Pattern.parse(pattern)
     served = (parsed.n, parsed.m) == (2, 4)
     recipe = Recipe(
@@ -153,7 +165,8 @@ def compress(
                 lambda pruned: run(model, pruned, recipe, replace(settings, overwrite=True), monitor),
                 model, out, recipe,
                 Distillation(
-                    tokens=distill, text=calibration, seq_len=min(seq_len, 512), seed=seed, compute_dtype=compute_dtype
+                    tokens=distill, text=calibration, seq_len=min(seq_len, 512), seed=seed,
+                    compute_dtype=compute_dtype, eval_text=tuple(eval_text),
                 ),
                 Run(chosen_device, max_shard_size=settings.max_shard_size, overwrite=overwrite, resume=resume),
                 monitor,

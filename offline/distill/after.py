@@ -11,11 +11,11 @@ import torch
 
 from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.distill.checks import context_of, fitting, outline
+from ria_vllm.offline.distill.checks import check_names, context_of, fitting, outline
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill, stamps_of
-from ria_vllm.offline.distill.text import training_windows
-from ria_vllm.offline.model.hf import text_tokenizer
+from ria_vllm.offline.distill.text import held_out_texts, training_windows
+from ria_vllm.offline.model.hf import load_tokenizer, text_tokenizer
 from ria_vllm.offline.model.source import opened
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
@@ -55,6 +55,7 @@ def compress_and_distill(
         raise RiaError(f"--distill: the teacher must be a Hugging Face folder or hub id, not {model}.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RiaError("--distill runs in one process. Compress first, then start `ria-vllm distill` with torchrun.")
+    check_names(distillation.eval_text)
     if (out.exists() or out.is_symlink()) and not settings.overwrite:
         raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
     place = out.with_name(out.name + ".pruned")
@@ -90,10 +91,11 @@ def _checked_run(
     """
     with opened(model, out.parent, Ranks(), monitor) as source:
         outline(str(source.folder))
-        windows = None
+        windows, longest = None, context_of([str(source.folder)])
+        held_out_texts(distillation, load_tokenizer(str(source.folder)), longest)
         if distillation.text != "self":
             fitted = fitting(distillation, (str(source.folder),), monitor)
-            calibrated = recipe.within(context_of([str(source.folder)])).dump(model)
+            calibrated = recipe.within(longest).dump(model)
             windows = training_windows(fitted, text_tokenizer(source.folder), calibrated)
         run = fingerprint(recipe, source) | {"state of the model": stamps_of(source.folder)}
         return json.loads(json.dumps(run)), windows

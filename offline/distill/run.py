@@ -26,7 +26,7 @@ from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.state import Work
 from ria_vllm.offline.distill.student import Student
 from ria_vllm.offline.distill.teacher import Answer, CachedTeacher, Teacher, fill_cache, most_probable
-from ria_vllm.offline.distill.text import check_vocabulary, held_out_windows, training_windows
+from ria_vllm.offline.distill.text import check_vocabulary, held_out_texts, training_windows
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
@@ -225,14 +225,8 @@ class _Run:
         return self._stored_text()
 
     def _held_out(self) -> dict[str, torch.Tensor]:
-        recipe = self.recipe
-        length = min(1024, context_of((str(self.start.folder), self.teacher)) or 1024, recipe.eval_tokens)
-        if not recipe.eval_text:
-            return {}
-        tokenizer = load_tokenizer(str(self.start.folder))
-        return {
-            Path(text).name: held_out_windows(text, tokenizer, recipe.eval_tokens, length) for text in recipe.eval_text
-        }
+        folder = str(self.start.folder)
+        return held_out_texts(self.recipe, load_tokenizer(folder), context_of((folder, self.teacher)))
 
     def _of_held_out(self, texts: dict[str, torch.Tensor], dense: TwoPart) -> dict[str, list[Answer]]:
         """What the teacher says of each window of the held-out texts."""

@@ -54,6 +54,19 @@ def _calibration(recipe: Mapping[str, Any]) -> data.Drawn | None:
     return data.Drawn(samples, seq_len, seed) if known else None
 
 
+def held_out_texts(recipe: Distillation, tokenizer: Any, longest: int | None) -> dict[str, torch.Tensor]:
+    """The windows of each `--eval-text`, by the file's name.
+
+    Args:
+        longest: how many tokens the models can read; None: that is not known.
+
+    Raises:
+        RiaError: see `held_out_windows`.
+    """
+    length = min(1024, longest or 1024, recipe.eval_tokens)
+    return {Path(text).name: held_out_windows(text, tokenizer, recipe.eval_tokens, length) for text in recipe.eval_text}
+
+
 def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> torch.Tensor:
     """The first windows of a text: int64 [windows, seq_len], at most `tokens` in all. They follow each other.
 

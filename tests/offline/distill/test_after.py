@@ -79,9 +79,25 @@ def test_it_trains_in_the_dtype_that_is_asked_for(make_model, text, tmp_path):
     assert story["compute_dtype"] == "float32"
 
 
+def test_the_best_step_on_held_out_text_is_kept(tiny, text, tmp_path, monkeypatch):
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text())
+    losses = iter([3.0, 1.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr("ria_vllm.offline.distill.train.Training._loss_of", lambda *_: next(losses))
+    more = ("--distill", "512", "--eval-text", str(text), "--eval-text", str(other))
+    run(tiny("llama"), tmp_path / "out", text, *more)
+    after = Reader(tmp_path / "out")
+    (story,) = after.schema.recipe["distill"]
+    assert story["eval_text"] == [text.name, "other.txt"] and story["steps"] == 4 and story["kept_step"] == 1
+    assert set(after.report()["distill"][0]["curve"][1]["held_out"]) == {text.name, "other.txt"}
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
+        (("--distill", "512", "--eval-text", "{model}/short.txt"), "short.txt: 2 tokens are less than a window"),
+        (("--distill", "512", *2 * ("--eval-text", "{model}/short.txt")), "two files are called short.txt"),
+        (("--eval-text", "{model}/short.txt"), "give both"),
         (("--distill", "10000000"), "--tokens asks for 312500"),
         (("--distill", "512", "-o", "{model}"), "this is the folder being read"),
     ],
@@ -89,6 +105,7 @@ def test_it_trains_in_the_dtype_that_is_asked_for(make_model, text, tmp_path):
 def test_what_training_would_refuse_is_refused_before_pruning(options, why, tiny, text, tmp_path, monkeypatch):
     monkeypatch.setattr("ria_vllm.offline.compress.compress", lambda *_: 1 / 0)
     model = shutil.copytree(tiny("llama"), tmp_path / "in")
+    (model / "short.txt").write_text("it")
     with pytest.raises(RiaError, match=why):
         run(model, tmp_path / "out", text, *(one.format(model=model) for one in options), "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -103,6 +120,17 @@ def test_experts_are_pruned_and_trained(tiny, text, tmp_path):
         one, other = before.linear(name), after.linear(name)
         assert torch.equal(one.parts["bitmask"], other.parts["bitmask"])
         assert not torch.equal(one.parts["compressed"], other.parts["compressed"])
+
+
+def test_several_processes_and_gguf_files_are_refused(tiny, text, tmp_path, monkeypatch):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(RiaError, match="the teacher must be a Hugging Face folder or hub id"):
+        run(file, tmp_path / "out", text, "--distill", "512")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RiaError, match="Compress first, then start `ria-vllm distill` with torchrun"):
+        run(tiny("llama"), tmp_path / "out", text, "--distill", "512")
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_other_patterns_are_refused(tiny, text, tmp_path):
