@@ -113,10 +113,16 @@ def _check_only_sparse(quantization: Any, folder: Path) -> None:
     found = quantization if isinstance(quantization, dict) else {}
     sparsity = found.get("sparsity_config")
     sparse = isinstance(sparsity, dict) and sparsity.get("format") in (FORMAT, "dense")
-    if found.get("quant_method") != "compressed-tensors" or not sparse or found.get("config_groups"):
+    groups = found.get("config_groups")
+    if found.get("quant_method") != "compressed-tensors" or not sparse or groups:
+        of_groups = groups.values() if isinstance(groups, dict) else []
+        forms = [entry.get("format") for entry in (found, *of_groups) if isinstance(entry, dict)]
+        form = next(filter(None, [*forms, found.get("quant_method")]), "without a name")
         raise RiaError(
-            f"{folder}: config.json describes quantized weights, or sparse ones in another form than {FORMAT}. Give a "
-            "folder that `ria-vllm compress` wrote, or one with unquantized 2:4 weights."
+            f"{folder}: config.json describes quantized weights, or another form of 2:4 ones ({form}). Distillation "
+            f"takes others' 2:4 weights only unquantized, dense with zeros or in {FORMAT}: give the model from before "
+            "it was quantized. Or prune the dense model with `ria-vllm compress --weights int8` (or int4), and distil "
+            "that."
         )
 
 

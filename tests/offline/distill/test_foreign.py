@@ -1,6 +1,5 @@
 """Others' 2:4 folders: training from them is training from ours with the same weights."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ria_vllm.export import export_dense
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.progress import Monitor
+from ria_vllm.schema import FORMAT
 
 
 def run(dense: Path, folder: Path, out: Path, text: Path) -> None:
@@ -61,10 +61,27 @@ def test_a_dense_folder_is_refused(tiny, text, tmp_path):
         run(tiny("llama"), tiny("llama"), tmp_path / "out", text)
 
 
-def test_quantized_weights_of_others_are_refused(pruned, text, tmp_path):
+COMPRESSED_TENSORS, SPARSE = {"quant_method": "compressed-tensors"}, {"sparsity_config": {"format": "dense"}}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "form"),
+    [
+        ({"format": "marlin-24", "config_groups": {"group_0": {}}}, "marlin-24"),
+        (SPARSE | {"format": "pack-quantized", "config_groups": {"group_0": {}}}, "pack-quantized"),
+        (SPARSE | {"config_groups": {"group_0": {"format": "int-quantized"}}}, "int-quantized"),
+        ({"sparsity_config": {"format": FORMAT}, "format": "float-quantized", "config_groups": {"group_0": {}}},
+         "float-quantized"),
+        ({"format": "naive-quantized"}, "naive-quantized"),
+        (SPARSE | {"config_groups": {"group_0": {}}}, "compressed-tensors"),
+        (SPARSE | {"config_groups": [1]}, "compressed-tensors"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_quantized_weights_of_others_are_refused_with_the_way_out(quantization, form, pruned, text, tmp_path):
     dense, folder = pruned(permute="none")
     theirs = with_bitmasks(folder, tmp_path / "theirs")
-    config = json.loads((theirs / "config.json").read_text())["quantization_config"]
-    edit_config(theirs, quantization_config=config | {"config_groups": {"group_0": {}}})
-    with pytest.raises(RiaError, match="quantized weights"):
+    edit_config(theirs, quantization_config=COMPRESSED_TENSORS | quantization)
+    with pytest.raises(RiaError, match=rf"\({form}\).* only unquantized.*ria-vllm compress --weights int8"):
         run(dense, theirs, tmp_path / "out", text)
