@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from math import lcm
 
 import torch
 from packed_layers import random_parts
@@ -104,13 +105,13 @@ def random_experts(
     biased: bool = False,
     seed: int = 0,
 ) -> RandomExperts:
-    """Columns are padded to multiples of 64. The tensors are shared by all who ask for the same."""
+    """Columns are padded to multiples of 64 and to whole groups. The tensors are shared by all who ask for the same."""
     config = ExpertsLayerConfig(
         torch.device("cpu"), dtype, format, experts, hidden, intermediate, activation, has_bias=biased
     )
     weights = []
     for rows, columns in ((config.gate_up_rows, hidden), (hidden, intermediate)):
-        padding = -columns % 64
+        padding = -columns % lcm(64, format.column_multiple)
         parts, dense = [], []
         for e in range(experts):
             part_seed = seed * 1000 + e * 2 + (rows == hidden)

@@ -16,7 +16,7 @@ from ria_vllm.serve.folding import fold
 from ria_vllm.serve.layer_matching import match_layers
 from ria_vllm.sparse24 import compress, mask_from_bitmask
 
-HIDDEN, INNER, EXPERTS, TOP = 64, 128, 4, 2
+HIDDEN, INNER, EXPERTS, TOP = 128, 128, 4, 2
 AT = "model.layers.{i}.mlp.experts"
 LAYER = "model.layers.1.mlp.experts"
 KINDS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}

@@ -7,15 +7,12 @@ kernel promises about batches, threads and NaNs, and fails at the first deviatio
 import torch
 from random_experts import ACTIVATIONS, SILU, random_experts, random_routing
 
-from ria_vllm.formats import FLOAT, INT4, INT8, IntFormat
+from ria_vllm.formats import FLOAT, INTEGERS
 from ria_vllm.serve.kernels.cpu.backend import instruction_set
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 
 FLOATS = ((FLOAT, torch.bfloat16), (FLOAT, torch.float16), (FLOAT, torch.float32))
-INTEGERS = tuple(
-    (format, torch.bfloat16) for format in (INT8, INT4, IntFormat(4, 32), IntFormat(4, 64), IntFormat(8, 64))
-)
-KINDS = FLOATS + INTEGERS
+KINDS = FLOATS + tuple((format, torch.bfloat16) for format in INTEGERS.values())
 
 
 def check_case(kernel, tokens, top_k=2, permuted=True, mapped=False, **layer) -> None:
