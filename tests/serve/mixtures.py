@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ria_vllm import permutation
 from ria_vllm.formats import FORMATS
 from ria_vllm.layer_schema import Experts, Fold, Producer, Stacked
-from ria_vllm.schema import RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.sparse24 import compress, mask_from_bitmask
 from ria_vllm.weight_format import SHAPE, name_of
 from ria_vllm.writer import CheckpointWriter
@@ -205,6 +205,7 @@ def write(
     seed: int = 0,
     dense_layer: int | None = None,
     dtype: torch.dtype = torch.float32,
+    rounded: bool = False,
 ) -> tuple[Path, Path]:
     """Write a dense folder and the compressed one with the same weights; returns (compressed, dense).
 
@@ -213,6 +214,7 @@ def write(
         scope: "shared": gate and up of a layer's experts share an order; "linear": each has its own; "none".
         dense_layer: its experts are not pruned.
         dtype: of the model that the weights are quantized for.
+        rounded: config.json says that what experts read is rounded to int8.
     """
     dense, out = folder / "dense", folder / "compressed"
     tensors = save_dense(family, dense, seed=seed)
@@ -255,6 +257,7 @@ def write(
     schema = RiaSchema(
         sparsity_config=SparsityConfig(ignore=sorted(modules)),
         weights=None if quantization is None else WeightQuantization(**quantization, dtype=name_of(dtype)),
+        input_activations=INT8_TOKENS if rounded else None,
         folds=[fold] if folds and scope != "none" else [], experts=[experts],
         recipe={"method": "magnitude", "permute": "none" if scope == "none" else "lsa", "permute_scope": scope},
     )  # fmt: skip

@@ -100,8 +100,9 @@ def test_expert_parallel_with_scales(experts_path, monkeypatch, name):
     close(total, stored.expected(x, weights, ids))
 
 
-@pytest.mark.parametrize("name", ["int4-g32", "int4", "int8"])
-def test_rounded_inputs(monkeypatch, name):
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["int4-g32", "int4", "int8", "int8-g128"])
+def test_rounded_inputs(monkeypatch, name, kernel):
     """The config says so, and the kernel rounds; where none can, the layer is more exact."""
     stored = StoredMixture(weight_format=FORMATS[name], rounded=True)
     x, weights, ids = route()
@@ -111,9 +112,10 @@ def test_rounded_inputs(monkeypatch, name):
         model = served(stored)
         assert str(model.experts.ria_experts.choice).endswith("inputs not rounded to int8")
         close(run(model, x, weights, ids), want)
-    monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
+    if kernel == "reference":
+        monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
     model = served(stored)
-    assert str(model.experts.ria_experts.choice) == "reference with inputs rounded to int8"
+    assert str(model.experts.ria_experts.choice) == f"{kernel} with inputs rounded to int8"
     off = (run(model, x, weights, ids).double() - want).norm() / want.norm()
     assert 1e-3 < off < 3e-2
 

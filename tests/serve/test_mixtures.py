@@ -39,6 +39,14 @@ ALONE = {name: (name, {}, ENGINES.get(name, {})) for name in mixtures.FAMILIES} 
     "reload": ("mixtral", {}, {"first": "reload"}),
     "reload with biases": ("gpt_oss", {}, {"first": "reload"}),
 }
+# The oracle is the compressed folder in transformers, which rounds in the same places.
+ROUNDED = {
+    "W8A8": ("qwen3_moe", {"weights": "int8"}, {}),
+    "W8A8, weighted inputs": ("llama4", {"weights": "int8"}, {}),
+    "W4A8": ("qwen2_moe", {"weights": "int4"}, {}),
+    "W4A8 with groups": ("mixtral", {"weights": "int4-g32"}, {"engine": {"enforce_eager": False}}),
+    "W4A8 with biases": ("gpt_oss", {"weights": "int4-g64"}, {}),
+}
 SPREAD = {
     "tensor parallel": ("qwen3_moe", {}, {"engine": TWO_RANKS}),
     "tensor parallel, with a router of the model's own": ("gemma4_text", {}, {"engine": TWO_RANKS}),
@@ -62,7 +70,8 @@ def run(folder, group, **environment):
     models, jobs = {}, []
     for number, (name, (family, written, job)) in enumerate(group.items()):
         compressed, dense = mixtures.write(mixtures.FAMILIES[family], folder / str(number), **written)
-        models[name] = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, attn_implementation="eager")
+        oracle = compressed if written.get("rounded") else dense
+        models[name] = AutoModelForCausalLM.from_pretrained(oracle, dtype=torch.float32, attn_implementation="eager")
         engine = {"dtype": "float32"} | job.get("engine", {})
         jobs.append({"model": str(compressed), "prompts": prompts(), "tokens": 6} | job | {"engine": engine})
     results = generate(folder / "run", jobs, **environment)
@@ -79,6 +88,12 @@ def spread(tmp_path_factory):
     return run(tmp_path_factory.mktemp("spread"), SPREAD, **ONE_THREAD_EACH)
 
 
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    group = {name: (family, written | {"rounded": True}, job) for name, (family, written, job) in ROUNDED.items()}
+    return run(tmp_path_factory.mktemp("rounded"), group)
+
+
 @pytest.mark.parametrize("name", ALONE)
 def test_one_process(alone, name):
     check(*alone[name], half=ALONE[name][2].get("engine", {}).get("dtype") == "bfloat16")
@@ -87,6 +102,19 @@ def test_one_process(alone, name):
 @pytest.mark.parametrize("name", SPREAD)
 def test_several_processes(spread, name):
     check(*spread[name])
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_inputs(rounded, name):
+    """The bounds are those of linears, see test_vllm_formats.py: few tokens round a channel to another integer."""
+    off = differences(*rounded[name])
+    assert off.median() < 1e-5 and off.mean() < 5e-3
+
+
+def test_the_log_says_that_inputs_of_experts_are_rounded(rounded, tmp_path_factory):
+    log = next(tmp_path_factory.getbasetemp().glob("rounded*/run/log")).read_text()
+    assert log.count("cpu with inputs rounded to int8 experts (2)") == len(ROUNDED)
+    assert "not rounded" not in log
 
 
 def test_latent_attention_in_bfloat16(tmp_path):

@@ -8,7 +8,6 @@ import torch
 
 from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.cpu import backend
-from ria_vllm.weight_format import name_of
 
 # Their numbers in csrc/kernels.h.
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglustep")
@@ -20,7 +19,7 @@ if backend.LOADED:
         return x.new_empty(x.shape)
 
     @torch.library.register_fake("ria::sparse24_pack_experts.cpu")
-    def _fake_pack(compressed, bitmask, scales, group_size, gated):
+    def _fake_pack(compressed, bitmask, scales, group_size, gated, int8_activations=False):
         weight_format, dtype = backend.stored_format(compressed, scales, group_size)
         experts, rows, columns = bitmask.shape
         rows = -(-rows // 32) * 32 if gated else rows
@@ -29,7 +28,7 @@ if backend.LOADED:
 
 
 class CpuExpertsKernel:
-    """See `ExpertsKernel`. int8 and int4 weights require bfloat16 activations."""
+    """See `ExpertsKernel`. int8 and int4 weights require bfloat16 activations, or any that are rounded to int8."""
 
     name: ClassVar[str] = "cpu"
     is_fallback: ClassVar[bool] = False
@@ -42,9 +41,10 @@ class CpuExpertsKernel:
     def can_implement(config: ExpertsLayerConfig) -> str | None:
         if config.activation.name not in _ACTIVATIONS:
             return f"no activation {config.activation.name}; {', '.join(_ACTIVATIONS)} only"
-        if config.input_dtype is not None:
-            return f"no {name_of(config.input_dtype)} inputs"
-        return backend.unsupported(config.weight_format, config.act_dtype, None)
+        columns = max(config.hidden_size, config.intermediate_size)
+        if config.input_dtype is not None and columns > backend.MAX_INT8_COLUMNS:
+            return f"{columns} columns with inputs rounded to int8; at most {backend.MAX_INT8_COLUMNS}"
+        return backend.unsupported(config.weight_format, config.act_dtype, config.input_dtype)
 
     @staticmethod
     def pack(
@@ -103,4 +103,4 @@ class CpuExpertsKernel:
 
 def _pack(config: ExpertsLayerConfig, parts: Mapping[str, torch.Tensor], gated: bool) -> torch.Tensor:
     arguments = backend.packing_arguments(config.weight_format, parts)
-    return torch.ops.ria.sparse24_pack_experts.cpu(*arguments, int(gated))
+    return torch.ops.ria.sparse24_pack_experts.cpu(*arguments, int(gated), config.input_dtype == torch.int8)

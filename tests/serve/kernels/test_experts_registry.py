@@ -35,6 +35,14 @@ def test_weights_are_widened_only_where_no_kernel_keeps_them():
     assert str(experts_registry.choose(replace(CONFIG, weight_format=FP8))) == "cpu with fp8 widened to bfloat16"
 
 
+def test_inputs_are_rounded_where_a_kernel_does_it():
+    for format in INTEGERS.values():
+        config = replace(CONFIG, weight_format=format, input_dtype=torch.int8)
+        assert str(experts_registry.choose(config)) == "cpu with inputs rounded to int8"
+    float8 = replace(CONFIG, weight_format=INT8, input_dtype=torch.float8_e4m3fn)
+    assert str(experts_registry.choose(float8)) == "cpu with inputs not rounded to float8_e4m3fn"
+
+
 def test_a_forced_kernel(monkeypatch):
     monkeypatch.setenv(choice.KERNEL_VARIABLE, "reference")
     assert experts_registry.choose(CONFIG).kernel is ReferenceExpertsKernel
@@ -54,8 +62,13 @@ def test_a_forced_kernel_of_linears_leaves_the_choice_free(monkeypatch):
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("kernel", experts_registry.KERNELS, ids=lambda kernel: kernel.name)
 def test_each_kernel_passes_the_self_test(kernel, activation):
-    for dtype, format in ((torch.bfloat16, INT8), (torch.float16, CONFIG.weight_format)):
-        assert experts_registry.self_test(kernel, CONFIG.device, dtype, format, activation) is None
+    for dtype, format, inputs in (
+        (torch.bfloat16, INT8, None),
+        (torch.float16, CONFIG.weight_format, None),
+        (torch.float16, INT8, torch.int8),
+        (torch.bfloat16, INTEGERS[4, 128], torch.int8),
+    ):
+        assert experts_registry.self_test(kernel, CONFIG.device, dtype, format, activation, inputs) is None
 
 
 def wrong_rows(config, gate_up, down, *biases):

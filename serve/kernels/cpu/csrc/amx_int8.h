@@ -97,34 +97,27 @@ struct Int8Operands {
   };
 };
 
-struct SignedBytes : Avx512VnniTraits {
-  static constexpr int kOffset = 0;  // of the rounded activations
-};
-
 // Rounds the tokens of some token blocks and copies them to the panel, with their channels in the order of the weight's
 // columns.
 inline void quantize_amx_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
-  const int64_t columns = args.layout.columns, item = bits(args.act_dtype) / 8;
+  const int64_t columns = args.layout.columns;
+  const int64_t token_bytes = columns * (args.x_scales ? 1 : bits(args.act_dtype) / 8);
   const AmxPanel panel(args, kStepBytes);
   const TokenBlocks blocks = panel.blocks();
   const int64_t stride = columns + kCacheLine;  // not a power of two: all tokens would fall into one set of the cache
   uint8_t* rounded = quantized_scratch(kTransposedTokens * (stride + columns));
   uint8_t* transposed = rounded + kTransposedTokens * stride;
   float* scales = reinterpret_cast<float*>(panel.of_tokens());
-  const auto token_at = [&](int64_t token) {
-    return static_cast<const uint8_t*>(args.x) + (args.x_rows ? args.x_rows[token] : token) * args.x_stride * item;
-  };
   for (int64_t b = begin; b < end; ++b)
     for (int64_t first = blocks.first(b); first < blocks.first(b) + blocks.size(b); first += kTileTokens) {
       const int64_t left = blocks.first(b) + blocks.size(b) - first, size = left < kTileTokens ? left : kTileTokens;
       const int64_t padded = panel.tile_tokens(), step_stride = panel.step_stride(b);
       for (int64_t t = 0; t < size; ++t) {
-        const uint8_t* x = token_at(first + t);
         if (first + t + 1 < args.tokens) {  // while this one is rounded
-          const uint8_t* next = token_at(first + t + 1);
-          for (int64_t byte = 0; byte < columns * item; byte += kCacheLine) __builtin_prefetch(next + byte, 0, 2);
+          const uint8_t* next = token_of(args, first + t + 1);
+          for (int64_t byte = 0; byte < token_bytes; byte += kCacheLine) __builtin_prefetch(next + byte, 0, 2);
         }
-        scales[first + t] = quantize_token<SignedBytes>(args.act_dtype, x, columns, rounded + t * stride);
+        scales[first + t] = quantized_token<Avx512VnniTraits, 0>(args, first + t, rounded + t * stride);
       }
       const bool transposes = args.permutation && can_transpose(size);
       if (transposes) transpose(rounded, stride, columns, transposed);

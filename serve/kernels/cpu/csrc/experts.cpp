@@ -43,7 +43,7 @@ struct Item { int64_t pass, begin, end; };
 // `all`: of this round's tokens.
 struct Round {
   const ExpertsArgs& all;
-  const int64_t item_bytes = activation_size(all.gate_up.dtype);
+  const int64_t item_bytes = bits(all.act_dtype) / 8;
   const Kernels& kernels;
   const int64_t tokens = all.tokens;
   std::vector<int32_t> rows;   // of x, grouped by expert
@@ -131,8 +131,10 @@ struct Round {
     int64_t packed = -1;
     GemmArgs args{};
     args.layout = all.gate_up;
+    args.act_dtype = all.act_dtype;
     args.x = all.x;
     args.x_stride = all.x_stride;
+    args.x_scales = all.x_scales;
     args.activation = &all.activation;
     args.y_stride = all.down.columns;
     for (int64_t i; (i = next_item.fetch_add(1, std::memory_order_relaxed)) < static_cast<int64_t>(items.size());) {
@@ -162,6 +164,7 @@ struct Round {
                     (all.down.columns - written) * item_bytes);
     GemmArgs args{};
     args.layout = all.down;
+    args.act_dtype = all.act_dtype;
     args.x = values;
     args.x_stride = all.down.columns;
     args.tokens = pass.tokens;
@@ -176,6 +179,7 @@ struct Round {
     float* combined = reinterpret_cast<float*>(scratch.bytes(bytes));
     GemmArgs args{};
     args.layout = all.down;
+    args.act_dtype = all.act_dtype;
     args.combined = combined;
     args.combined_stride = stride;
     for (int64_t i; (i = next_down.fetch_add(1, std::memory_order_relaxed)) < count;) {
@@ -193,46 +197,76 @@ struct Round {
       }
       const int64_t columns = std::min(stride, all.hidden - args.combined_begin);
       for (int64_t t = 0; t < tokens; ++t)
-        kernels.by_rows.round(combined + t * stride,
+        kernels.by_rows.round(all.act_dtype, combined + t * stride,
                               static_cast<uint8_t*>(all.y) + (t * all.hidden + args.combined_begin) * item_bytes,
                               columns);
     }
   }
 };
 
-// Copies tokens with their channels in the order of the weight's columns, and zeros after them. Every expert reads the
-// copy; each by itself would take its channels from all over a token.
-struct Reordering {
+// A round's tokens as every expert reads them: with their channels in the order of the weight's columns, zeros after
+// them, and rounded to int8 if the kernels do that. Each expert by itself would take its channels from all over a
+// token, and round them once more.
+struct Preparation {
   const ExpertsArgs& args;
-  uint8_t* to;  // [tokens, columns of gate and up]
+  const Int8Kernels* rounding;  // null: tokens are not rounded
+  uint8_t* to = nullptr;        // [tokens, columns of gate and up], int8 or as x
+  float* scales = nullptr;      // [tokens], if they are rounded
+
+  bool reorders() const { return args.permutation || args.hidden < args.gate_up.columns; }
+  int64_t row_bytes() const { return args.gate_up.columns * (rounding ? 1 : bits(args.act_dtype) / 8); }
 
   template <class Bits>
-  void copy(int64_t begin, int64_t end) const {
+  void copy(const Bits* from, Bits* row) const {
+    if (args.permutation)
+      for (int64_t c = 0; c < args.hidden; ++c) row[c] = from[args.permutation[c]];
+    else
+      std::memcpy(row, from, args.hidden * sizeof(Bits));
+    std::memset(row + args.hidden, 0, (args.gate_up.columns - args.hidden) * sizeof(Bits));
+  }
+  void copy(const uint8_t* from, uint8_t* row) const {
+    if (bits(args.act_dtype) == 16)
+      copy(reinterpret_cast<const uint16_t*>(from), reinterpret_cast<uint16_t*>(row));
+    else
+      copy(reinterpret_cast<const uint32_t*>(from), reinterpret_cast<uint32_t*>(row));
+  }
+  void prepare(int64_t begin, int64_t end) const {
+    const int64_t columns = args.gate_up.columns, item = bits(args.act_dtype) / 8;
+    thread_local Scratch scratch;
+    uint8_t* copied = rounding && reorders() ? scratch.bytes(columns * item) : nullptr;
     for (int64_t t = begin; t < end; ++t) {
-      const Bits* from = static_cast<const Bits*>(args.x) + t * args.x_stride;
-      Bits* row = reinterpret_cast<Bits*>(to) + t * args.gate_up.columns;
-      if (args.permutation)
-        for (int64_t c = 0; c < args.hidden; ++c) row[c] = from[args.permutation[c]];
-      else
-        std::memcpy(row, from, args.hidden * sizeof(Bits));
-      std::memset(row + args.hidden, 0, (args.gate_up.columns - args.hidden) * sizeof(Bits));
+      const uint8_t* from = static_cast<const uint8_t*>(args.x) + t * args.x_stride * item;
+      uint8_t* row = to + t * row_bytes();
+      if (reorders()) copy(from, rounding ? copied : row);
+      if (rounding) scales[t] = rounding->quantize(args.act_dtype, reorders() ? copied : from, columns, row);
     }
   }
-  static void run(int64_t begin, int64_t end, void* reordering) {
-    const auto& self = *static_cast<const Reordering*>(reordering);
-    if (activation_size(self.args.gate_up.dtype) == 2)
-      self.copy<uint16_t>(begin, end);
-    else
-      self.copy<uint32_t>(begin, end);
-  }
 };
+
+// The same tokens, prepared.
+ExpertsArgs prepared(const ExpertsArgs& args, const InstructionSet& set) {
+  thread_local Scratch tokens, scales;
+  Preparation preparation{args, args.gate_up.int8_activations ? set.int8_activations : nullptr};
+  if (!preparation.reorders() && !preparation.rounding) return args;
+  preparation.to = tokens.bytes(args.tokens * preparation.row_bytes());
+  if (preparation.rounding)
+    preparation.scales = reinterpret_cast<float*>(scales.bytes(args.tokens * static_cast<int64_t>(sizeof(float))));
+  parallel_for(
+      args.tokens, ceil_div(kCopyGrain, args.hidden),
+      [](int64_t begin, int64_t end, void* self) { static_cast<Preparation*>(self)->prepare(begin, end); },
+      &preparation);
+  ExpertsArgs changed = args;
+  changed.x = preparation.to;
+  changed.x_stride = args.gate_up.columns;
+  changed.x_scales = preparation.scales;
+  changed.permutation = nullptr;
+  return changed;
+}
 
 }  // namespace
 
 void experts(const ExpertsArgs& all, const InstructionSet& set) {
-  thread_local Scratch scratch;
-  const bool reorders = all.permutation || all.hidden < all.gate_up.columns;
-  const int64_t item_bytes = activation_size(all.gate_up.dtype);
+  const int64_t item_bytes = bits(all.act_dtype) / 8;
   const int64_t round_tokens = ceil_div(all.tokens, ceil_div(all.tokens, kRoundTokens));
   for (int64_t first = 0; first < all.tokens; first += round_tokens) {
     ExpertsArgs args = all;
@@ -241,15 +275,8 @@ void experts(const ExpertsArgs& all, const InstructionSet& set) {
     args.y = static_cast<uint8_t*>(all.y) + first * all.hidden * item_bytes;
     args.ids = all.ids + first * all.top_k;
     args.weights = all.weights + first * all.top_k;
-    if (reorders) {
-      const ExpertsArgs stored = args;
-      Reordering reordering{stored, scratch.bytes(args.tokens * args.gate_up.columns * item_bytes)};
-      parallel_for(args.tokens, ceil_div(kCopyGrain, args.hidden), Reordering::run, &reordering);
-      args.x = reordering.to;
-      args.x_stride = args.gate_up.columns;
-      args.permutation = nullptr;
-    }
-    Round round(args, set);
+    const ExpertsArgs ready = prepared(args, set);
+    Round round(ready, set);
     parallel_for(
         threads(), 1, [](int64_t, int64_t, void* round) { static_cast<Round*>(round)->multiply_gate_up(); }, &round);
     parallel_for(

@@ -339,7 +339,7 @@ void multiply_amx_tiles(const GemmArgs& args, int64_t begin, int64_t end) {
 // `activation_bytes`: of a group's four channels.
 constexpr Kernel amx_kernel(int64_t activation_bytes, void (*pack_tokens)(const GemmArgs&, int64_t, int64_t),
                             void (*multiply_tiles)(const GemmArgs&, int64_t, int64_t),
-                            void (*round)(const float*, void*, int64_t)) {
+                            void (*round)(Dtype, const float*, void*, int64_t)) {
   static_assert(kMaxPassTokens % kAmxBlockTokens == 0, "a pass's sums must hold whole tiles");
   return {kAmxBlockTokens, kTileTokens, kAmxBlockTokens, activation_bytes, pack_tokens, multiply_tiles,
           round,           4,           kMinPassTokens};

@@ -36,6 +36,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "epilogue.h"
 #include "prefetch_output.h"
 #include "quantize_tokens.h"
 
@@ -226,29 +227,39 @@ const uint8_t* prepare(const Layout& layout, const uint8_t* stream, int64_t bloc
   return stream;
 }
 
-// What becomes of a tile's sums: y = (sum * scale of the row) * scale of the token + bias, rounded.
+// Tokens whose results finish_tile has at a time.
+constexpr int64_t kFinishedTokens = 8;
+
+// What becomes of a tile's sums: (sum * scale of the row) * scale of the token + bias, then as finish_sums says.
 template <class VecTraits, int kBits, bool kSections>
 void finish_tile(const GemmArgs& args, int64_t tile, const float* token_scales, const int32_t* weight_sums,
                  const Sum<kSections>* sums) {
-  const Layout& layout = args.layout;
-  const int64_t first = tile * kTileRows, left = layout.rows - first, rows = left < kTileRows ? left : kTileRows;
-  alignas(kCacheLine) float bias[kTileRows] = {}, scales[kTileRows] = {}, y[kTileRows];
+  const TileRows rows(args.layout, tile);
+  const int64_t item = bits(args.act_dtype) / 8;
+  alignas(kCacheLine) float bias[kTileRows] = {}, scales[kTileRows] = {}, results[kFinishedTokens * kTileRows];
   if (args.bias)
-    load_floats<VecTraits>(args.act_dtype, static_cast<const uint8_t*>(args.bias) + first * bits(args.act_dtype) / 8,
-                           bias, rows);
+    load_floats<VecTraits>(args.act_dtype, static_cast<const uint8_t*>(args.bias) + rows.first * item, bias,
+                           rows.count);
   if constexpr (!kSections)
-    std::memcpy(scales, args.packed + layout.row_scales_offset() + first * sizeof(float), rows * sizeof(float));
-  for (int64_t t = 0; t < args.tokens; ++t, sums += kTileRows) {
-    for (int64_t r = 0; r < kTileRows; ++r) {
-      float sum;
-      if constexpr (kSections)
-        sum = sums[r];
-      else
-        sum = static_cast<float>((sums[r] + weight_sums[r]) >> UnitStream<kBits, 1>::shift) * scales[r];
-      y[r] = sum * token_scales[t] + bias[r];
-    }
-    store_floats<VecTraits>(args.act_dtype, y,
-                            static_cast<uint8_t*>(args.y) + (t * layout.rows + first) * bits(args.act_dtype) / 8, rows);
+    std::memcpy(scales, args.packed + args.layout.row_scales_offset() + rows.first * sizeof(float),
+                rows.count * sizeof(float));
+  for (int64_t first_token = 0; first_token < args.tokens; first_token += kFinishedTokens) {
+    const int64_t left = args.tokens - first_token, tokens = left < kFinishedTokens ? left : kFinishedTokens;
+    for (int64_t t = 0; t < tokens; ++t, sums += kTileRows)
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        float sum;
+        if constexpr (kSections)
+          sum = sums[r];
+        else
+          sum = static_cast<float>((sums[r] + weight_sums[r]) >> UnitStream<kBits, 1>::shift) * scales[r];
+        results[t * kTileRows + r] = sum * token_scales[first_token + t] + bias[r];
+      }
+    finish_sums(args, rows, results, first_token, tokens,
+                [&](const float* from, int64_t tokens, int64_t first, int64_t stride, int64_t count) {
+                  uint8_t* y = static_cast<uint8_t*>(args.y) + first * item;
+                  for (int64_t t = 0; t < tokens; ++t)
+                    store_floats<VecTraits>(args.act_dtype, from + t * kTileRows, y + t * stride * item, count);
+                });
   }
 }
 
@@ -338,7 +349,7 @@ constexpr Kernels int8_kernel() {
   constexpr int64_t tokens = VecTraits::kBlockTokens;
   static_assert(VecTraits::kStreamTokens <= tokens, "a pass from memory is one token block");
   return {{tokens, 1, tokens, kUnitChannels / 2, quantize_tokens<VecTraits, tokens>,
-           multiply_int8_tiles<VecTraits, kBits, kSections>, nullptr, sizeof(float)}};
+           multiply_int8_tiles<VecTraits, kBits, kSections>, store_all_floats<VecTraits>, sizeof(float)}};
 }
 
 template <class VecTraits, int kBits>
@@ -349,7 +360,7 @@ constexpr Int8Kernels::ByScales int8_kernels_by_scales() {
 
 template <class VecTraits>
 constexpr Int8Kernels int8_kernels() {
-  return {int8_kernels_by_scales<VecTraits, 8>(), int8_kernels_by_scales<VecTraits, 4>()};
+  return {int8_kernels_by_scales<VecTraits, 8>(), int8_kernels_by_scales<VecTraits, 4>(), quantize_token<VecTraits, 0>};
 }
 
 }  // namespace

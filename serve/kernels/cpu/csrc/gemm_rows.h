@@ -392,7 +392,7 @@ void pack_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
 }
 
 template <class VecTraits>
-void round_values(const float* from, void* to, int64_t count) {
+void round_values(Dtype, const float* from, void* to, int64_t count) {
   VecTraits::store_from_float(static_cast<typename VecTraits::Value*>(to), from, count);
 }
 

@@ -184,7 +184,7 @@ void multiply_tile_batch(const GemmArgs& args, int64_t first_tile, int64_t tiles
   for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile) {
     const Epilogue<VecTraits> epilogue(args, tile);
     for (int64_t b = 0; b < tokens.count; ++b)
-      for (int64_t r = 0; r < epilogue.padded_rows; ++r)
+      for (int64_t r = 0; r < epilogue.rows.padded; ++r)
         for (int64_t t = 0; t < tokens.padded_size(b); ++t)
           sums_of(tile, b)[r * tokens.padded_size(b) + t] = epilogue.initial[r];
   }
@@ -213,7 +213,7 @@ void multiply_tile_batch(const GemmArgs& args, int64_t first_tile, int64_t tiles
     for (int64_t b = 0; b < tokens.count; ++b)
       for (int64_t t = 0; t < tokens.size(b); t += width) {
         alignas(kCacheLine) float by_token[width * kTileRows];
-        for (int64_t r = 0; r < epilogue.padded_rows; r += width)
+        for (int64_t r = 0; r < epilogue.rows.padded; r += width)
           VecTraits::TokenVecTraits::transpose(sums_of(tile, b) + r * tokens.padded_size(b) + t, tokens.padded_size(b),
                                                by_token + r, kTileRows);
         epilogue.apply(by_token, tokens.first(b) + t, min_of(tokens.size(b) - t, width));

@@ -27,10 +27,11 @@ struct GemmArgs {
   const void* bias;            // [rows] or null
   void* y;                     // first token of the pass, [tokens, rows] contiguous
   int64_t tokens;              // at most kMaxPassTokens
-  Dtype act_dtype;             // of x, bias and y
+  Dtype act_dtype;             // of x, bias and y; as the weights say, or any if the kernel rounds x to int8
   uint8_t* panel;              // the tokens' activations, packed in the order in which the kernel reads them
 
   const int32_t* x_rows;         // [tokens], where each token is in x, if it has no permutation; null: in order
+  const float* x_scales;         // not null: x is rounded already, to int8 with these scales, one for each row of x
   const Activation* activation;  // not null: y gets the activations, each token y_stride elements after the last one
   int64_t y_stride;
   float* combined;          // not null: the sums, times [tokens] `weights`, are added to rows `combined_rows` of
@@ -48,8 +49,9 @@ struct Kernel {
   int64_t activation_bytes;  // per token and group, in the panel
   void (*pack_tokens)(const GemmArgs&, int64_t begin, int64_t end);     // [begin, end) of the token blocks
   void (*multiply_tiles)(const GemmArgs&, int64_t begin, int64_t end);  // [begin, end) of the tiles
-  void (*round)(const float* from, void* to, int64_t count);            // to activations; `from` on a cache line
-  int64_t token_bytes = 0;                                              // per token in the panel, besides
+  // To activations, which are of `dtype` if the kernel takes any. `from` is on a cache line, in whole tiles of rows.
+  void (*round)(Dtype dtype, const float* from, void* to, int64_t count);
+  int64_t token_bytes = 0;  // per token in the panel, besides
   // A pass is not made smaller than this, because every pass reads all weights.
   int64_t min_pass_tokens = 96;
 
@@ -72,6 +74,8 @@ struct Int8Kernels {
     Kernels rows, groups, blocks;  // a scale for each row, for some blocks of it, or for every block
   };
   ByScales int8, int4;  // weights
+  // Rounds the channels of a token, a multiple of 64, to int8 and returns its scale.
+  float (*quantize)(Dtype dtype, const uint8_t* x, int64_t columns, uint8_t* to);
 
   const Kernels& kernels_for(const Layout& layout) const {
     const ByScales& kernels = layout.dtype == Dtype::int8 ? int8 : int4;
@@ -154,10 +158,12 @@ void linear(GemmArgs args, int64_t tokens, const InstructionSet&);
 struct ExpertsArgs {
   int64_t num_experts, tokens, top_k, hidden;
   Layout gate_up, down;                         // of each expert
+  Dtype act_dtype;                              // of x, the biases and y
   const uint8_t *gate_up_packed, *down_packed;  // one expert after another
   const void *gate_up_bias, *down_bias;         // [experts, rows], or both null
   const void* x;                                // [tokens, hidden]; the channels of a token are contiguous
   int64_t x_stride;                             // elements between tokens
+  const float* x_scales;                        // not null: as in GemmArgs
   const int32_t* permutation;                   // [hidden], already checked; null for the identity
   Activation activation;
   const int32_t* ids;    // [tokens, top_k], already checked; -1 for none

@@ -33,7 +33,7 @@ constexpr int64_t kBlockGroups = 8;
 constexpr int64_t kPositionBytes = 8;  // per strip and group
 
 // The dtype of the weights. Activations have the same, except that int8 and int4 weights take any floating-point ones;
-// those of experts are bfloat16.
+// those of experts are bfloat16, or any that the kernel rounds to int8.
 enum class Dtype : uint32_t { bfloat16 = 0, float16 = 1, float32 = 2, int8 = 3, int4 = 4 };
 // With int8 activations, int32 holds the sums of so many columns: half of them, each at most 2^15, and the same again
 // for the offset of unsigned activations.
@@ -47,7 +47,6 @@ constexpr int64_t pair_bytes(Dtype dtype) { return 2 * bits(dtype) / 8; }  // of
 constexpr bool has_scales(Dtype dtype) { return dtype == Dtype::int8 || dtype == Dtype::int4; }
 constexpr bool interleaved(Dtype dtype) { return dtype == Dtype::bfloat16 || has_scales(dtype); }
 constexpr Dtype activation_dtype(Dtype dtype) { return has_scales(dtype) ? Dtype::bfloat16 : dtype; }
-constexpr int64_t activation_size(Dtype dtype) { return bits(activation_dtype(dtype)) / 8; }
 
 // Where the words of a block hold the int4 values and the positions of one of its groups.
 struct Int4Bits {

@@ -61,7 +61,7 @@ void copy_rows(const T* from, uint8_t* to, int64_t count) {
     std::memcpy(to, from, count * sizeof(T));
 }
 
-// Rounds the first `count` of a tile's rows. `from` is on a cache line.
+// Rounds the first `count` of a tile's rows. `from` is on a cache line and has all of them.
 template <class VecTraits>
 void store_floats(Dtype dtype, const float* from, uint8_t* to, int64_t count) {
   if (dtype == Dtype::float32) {
@@ -78,6 +78,14 @@ void store_floats(Dtype dtype, const float* from, uint8_t* to, int64_t count) {
     VecTraits::floats_to_half(from, rounded, kTileRows);
   }
   copy_rows(rounded, to, count);
+}
+
+// The same for any number of rows; `from` has whole tiles of them.
+template <class VecTraits>
+void store_all_floats(Dtype dtype, const float* from, void* to, int64_t count) {
+  for (int64_t first = 0; first < count; first += kTileRows)
+    store_floats<VecTraits>(dtype, from + first, static_cast<uint8_t*>(to) + first * bits(dtype) / 8,
+                            count - first < kTileRows ? count - first : kTileRows);
 }
 
 // The bits of the largest magnitude. They are in the order of the magnitudes, with NaNs above infinity.
@@ -101,7 +109,7 @@ inline float largest_magnitude(Dtype dtype, const uint8_t* x, int64_t count) {
 }
 
 // Rounds a token's channels, a multiple of 64, to int8 and adds kOffset. Returns the token's scale.
-template <class VecTraits>
+template <class VecTraits, int kOffset = VecTraits::kOffset>
 float quantize_token(Dtype dtype, const uint8_t* x, int64_t columns, uint8_t* to) {
   constexpr int64_t step = 64;
   constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
@@ -111,10 +119,24 @@ float quantize_token(Dtype dtype, const uint8_t* x, int64_t columns, uint8_t* to
   alignas(kCacheLine) float values[step];
   for (int64_t c = 0; c < columns; c += step) {
     load_floats<VecTraits>(dtype, x + c * bits(dtype) / 8, values, step);
-    for (int64_t i = 0; i < step; ++i)
-      to[c + i] = static_cast<uint8_t>(bits_of(values[i] * factor + round) ^ VecTraits::kOffset);
+    for (int64_t i = 0; i < step; ++i) to[c + i] = static_cast<uint8_t>(bits_of(values[i] * factor + round) ^ kOffset);
   }
   return largest == 0 ? 1.0f : largest / 127.0f;
+}
+
+// A token of the pass.
+inline const uint8_t* token_of(const GemmArgs& args, int64_t token) {
+  const int64_t item = args.x_scales ? 1 : bits(args.act_dtype) / 8;
+  return static_cast<const uint8_t*>(args.x) + (args.x_rows ? args.x_rows[token] : token) * args.x_stride * item;
+}
+
+// Its channels as quantize_token gives them, even if they are rounded already.
+template <class VecTraits, int kOffset = VecTraits::kOffset>
+float quantized_token(const GemmArgs& args, int64_t token, uint8_t* to) {
+  const uint8_t* x = token_of(args, token);
+  if (!args.x_scales) return quantize_token<VecTraits, kOffset>(args.act_dtype, x, args.layout.columns, to);
+  for (int64_t c = 0; c < args.layout.columns; ++c) to[c] = static_cast<uint8_t>(x[c] ^ kOffset);
+  return args.x_scales[args.x_rows ? args.x_rows[token] : token];
 }
 
 // Byte offset, in the panel, of a token block's activations for a chunk that starts at the block `first` of columns.
@@ -166,18 +188,15 @@ void for_each_chunk(const GemmArgs& args, int64_t first_token, const Copy& copy)
 template <class VecTraits, int64_t kBlockTokens>
 void quantize_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
   const TokenBlocks tokens(args.tokens, kBlockTokens);
-  const int64_t columns = args.layout.columns, item = bits(args.act_dtype) / 8;
+  const int64_t columns = args.layout.columns;
   const int64_t stride = columns + kCacheLine;  // not a power of two: all tokens would fall into one set of the cache
   uint8_t* rounded = quantized_scratch(kTransposedTokens * (stride + columns));
   uint8_t* transposed = rounded + kTransposedTokens * stride;
   float* scales = token_scales_of(args);
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first_token = tokens.first(b), size = tokens.size(b);
-    for (int64_t t = 0; t < size; ++t) {
-      const int64_t row = args.x_rows ? args.x_rows[first_token + t] : first_token + t;
-      const uint8_t* x = static_cast<const uint8_t*>(args.x) + row * args.x_stride * item;
-      scales[first_token + t] = quantize_token<VecTraits>(args.act_dtype, x, columns, rounded + t * stride);
-    }
+    for (int64_t t = 0; t < size; ++t)
+      scales[first_token + t] = quantized_token<VecTraits>(args, first_token + t, rounded + t * stride);
     if (args.permutation && can_transpose(size)) {
       transpose(rounded, stride, columns, transposed);
       for_each_chunk(args, first_token, [&](int64_t first, int64_t last, uint8_t* to) {

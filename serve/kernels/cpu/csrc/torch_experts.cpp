@@ -12,7 +12,7 @@ Layout layout_of(const Tensor& packed) {
               packed.sizes()[0] > 0 && packed.sizes()[1] >= static_cast<int64_t>(sizeof(Header)),
           "packed experts were not made by sparse24_pack_experts");
   const Header& header = *packed.data<const Header>();
-  require(Layout::valid(header) && !header.int8_activations, "packed experts were not made by sparse24_pack_experts");
+  require(Layout::valid(header), "packed experts were not made by sparse24_pack_experts");
   const Layout layout = Layout::of(header);
   require(packed.sizes()[1] == layout.bytes(), "packed experts are truncated");
   return layout;
@@ -61,12 +61,17 @@ void experts_op(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t written = args.gate_up.strips() * kStripRows / (args.activation.gated ? 2 : 1);
   require(!args.activation.gated || args.gate_up.strips() % 2 == 0, "gate and up were packed as one matrix");
   require(down.sizes()[0] == args.num_experts && args.down.dtype == args.gate_up.dtype &&
-              args.down.group_size == args.gate_up.group_size && args.down.columns >= written &&
+              args.down.group_size == args.gate_up.group_size &&
+              args.down.int8_activations == args.gate_up.int8_activations && args.down.columns >= written &&
               args.gate_up.columns >= args.hidden,
           "the packed down does not fit the packed gate and up");
-  const int32_t dtype = torch_dtype(activation_dtype(args.down.dtype));
-  require(x.dim() == 2 && x.sizes()[1] == args.hidden && x.dtype() == dtype,
-          "x must be [tokens, hidden] of the weights' dtype, and bfloat16 for int8 and int4 weights");
+  args.act_dtype = activation_dtype(args.down.dtype);
+  if (args.down.int8_activations) args.act_dtype = float_dtype(x, args.act_dtype);
+  const int32_t dtype = torch_dtype(args.act_dtype);
+  require(
+      x.dim() == 2 && x.sizes()[1] == args.hidden && x.dtype() == dtype,
+      "x must be [tokens, hidden] of the weights' dtype, and for int8 and int4 weights bfloat16, or any float if it "
+      "is rounded to int8");
   args.tokens = x.sizes()[0];
   require(ids.dim() == 2 && ids.sizes()[0] == args.tokens &&
               (ids.dtype() == aoti_torch_dtype_int32() || ids.dtype() == aoti_torch_dtype_int64()),
@@ -122,6 +127,8 @@ void pack_experts_op(StableIValue* stack, uint64_t, uint64_t) {
   require(compressed.dim() == 3 && compressed.sizes()[0] > 0, "compressed must be [experts, out, in / 2]");
   const int64_t count = compressed.sizes()[0];
   Layout layout = check_weight(compressed, bitmask, scales, static_cast<int64_t>(stack[3]), {count});
+  layout.int8_activations = stack[5] != 0;
+  require_int8_activations(layout);
   const int64_t rows = layout.rows, gates = gated ? rows / 2 : 0;
   require(!gated || rows % 2 == 0, "gate and up must have as many rows");
   if (gated) layout.rows = gated_rows(gates);
@@ -150,8 +157,8 @@ struct Registration {
     check(aoti_torch_library_init_fragment("ria", __FILE__, __LINE__, &schemas));
     check(aoti_torch_library_def(
         schemas,
-        "sparse24_pack_experts.cpu(Tensor compressed, Tensor bitmask, Tensor? scales, int group_size, int gated) "
-        "-> Tensor"));
+        "sparse24_pack_experts.cpu(Tensor compressed, Tensor bitmask, Tensor? scales, int group_size, int gated, "
+        "bool int8_activations=False) -> Tensor"));
     check(aoti_torch_library_def(
         schemas,
         "sparse24_experts.cpu(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor down, "

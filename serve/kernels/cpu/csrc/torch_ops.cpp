@@ -53,8 +53,7 @@ void pack_op(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor compressed(stack[0]), bitmask(stack[1]), scales = take_optional(stack[2]);
   Layout layout = check_weight(compressed, bitmask, scales, static_cast<int64_t>(stack[3]), {});
   layout.int8_activations = stack[4] != 0;
-  require(has_scales(layout.dtype) || !layout.int8_activations, "only int8 and int4 weights take int8 activations");
-  require(!layout.int8_activations || layout.columns <= kMaxInt8Columns, "too many columns for int8 activations");
+  require_int8_activations(layout);
   Tensor packed = empty({layout.bytes()}, aoti_torch_dtype_uint8());
   ask_for_huge_pages(packed.data<uint8_t>(), layout.bytes());
   pack(layout, compressed.data<const void>(), bitmask.data<const uint8_t>(),

@@ -171,6 +171,12 @@ inline Layout check_weight(const Tensor& compressed, const Tensor& bitmask, cons
   return layout;
 }
 
+// Throws if `layout` asks for int8 activations and no kernel has them with its weight.
+inline void require_int8_activations(const Layout& layout) {
+  require(has_scales(layout.dtype) || !layout.int8_activations, "only int8 and int4 weights take int8 activations");
+  require(!layout.int8_activations || layout.columns <= kMaxInt8Columns, "too many columns for int8 activations");
+}
+
 inline Tensor contiguous_copy(const Tensor& tensor) {
   Tensor copy = empty(std::vector<int64_t>(tensor.sizes(), tensor.sizes() + tensor.dim()), tensor.dtype());
   check(aoti_torch_copy_(copy.get(), tensor.get(), 0));

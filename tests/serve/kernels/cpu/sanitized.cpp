@@ -100,6 +100,12 @@ static std::vector<double> rounded(const std::vector<double>& x) {
   return integers;
 }
 
+template <class Value>
+constexpr Dtype dtype_of() {
+  if (std::is_same_v<Value, Float32>) return Dtype::float32;
+  return std::is_same_v<Value, Float16> ? Dtype::float16 : Dtype::bfloat16;
+}
+
 template <class Weight, class Value = Weight>
 static void check(const Kind& kind, int64_t tokens, int64_t rows, int64_t columns) {
   const Layout layout = kind.layout(rows, columns);
@@ -119,9 +125,7 @@ static void check(const Kind& kind, int64_t tokens, int64_t rows, int64_t column
   args.permutation = permutation.data();
   args.bias = bias.data();
   args.y = y.data();
-  args.act_dtype = std::is_same_v<Value, Float32>   ? Dtype::float32
-                   : std::is_same_v<Value, Float16> ? Dtype::float16
-                                                    : Dtype::bfloat16;
+  args.act_dtype = dtype_of<Value>();
   linear(args, tokens, instruction_set());
 
   for (int64_t t = 0; t < tokens; ++t) {
@@ -175,6 +179,7 @@ static void check_experts(const Kind& kind, int64_t tokens, int64_t hidden, int6
   args.hidden = hidden;
   args.gate_up = gate_up;
   args.down = down;
+  args.act_dtype = dtype_of<Value>();
   args.gate_up_packed = first.data.get();
   args.down_packed = second.data.get();
   args.gate_up_bias = biases.data();
@@ -191,6 +196,7 @@ static void check_experts(const Kind& kind, int64_t tokens, int64_t hidden, int6
   for (int64_t t = 0; t < tokens; ++t) {
     std::vector<double> given(in), wanted(hidden), size(hidden);
     for (int64_t c = 0; c < hidden; ++c) given[c] = x[t * hidden + (args.permutation ? permutation[c] : c)].to_float();
+    if (kind.int8_activations) given = rounded(given);
     for (int64_t k = 0; k < kTop; ++k) {
       const int32_t e = ids[t * kTop + k];
       if (e < 0) continue;
@@ -205,17 +211,22 @@ static void check_experts(const Kind& kind, int64_t tokens, int64_t hidden, int6
         const double g = sum_of(i, 0), f = gated ? g / (1 + std::exp(-activation.alpha * g)) : g > 0 ? g * g : 0;
         h[i] = gated ? f * (sum_of(i, 1) + activation.beta) : f;
       }
+      double rounding = 0;  // what rounding to int8 may change, times 254
+      if (kind.int8_activations)
+        for (double value : h) rounding = std::fmax(rounding, std::fabs(value));
       for (int64_t r = 0; r < hidden; ++r) {
         const double sum = seconds[e].product(r, h.data(), middle) + down_biases[e * hidden + r].to_float();
         wanted[r] += weights[t * kTop + k] * sum;
-        for (int64_t i = 0; i < middle; ++i) size[r] += std::fabs(seconds[e].dense[r * middle + i] * h[i]);
+        for (int64_t i = 0; i < middle; ++i)
+          size[r] += std::fabs(seconds[e].dense[r * middle + i]) * (std::fabs(h[i]) + rounding);
       }
     }
     for (int64_t r = 0; r < hidden; ++r) {
       const double error = std::fabs(y[t * hidden + r].to_float() - wanted[r]);
       if (!(error <= std::fabs(wanted[r]) / 250 + size[r] / 250 + 1e-3)) {
-        std::printf("experts: dtype %d tokens %ld %ld x %ld: row %ld is off by %g\n", static_cast<int>(kind.dtype),
-                    (long)tokens, (long)hidden, (long)inner, (long)r, error);
+        std::printf("experts: dtype %d int8 inputs %d tokens %ld %ld x %ld: row %ld is off by %g\n",
+                    static_cast<int>(kind.dtype), kind.int8_activations, (long)tokens, (long)hidden, (long)inner,
+                    (long)r, error);
         std::exit(1);
       }
     }
@@ -275,6 +286,9 @@ int main() {
         for (Dtype dtype : {Dtype::int8, Dtype::int4}) {
           check_experts<Int8, Bfloat16>({dtype}, tokens, hidden, inner, activation);
           check_experts<Int8, Bfloat16>({dtype, 64, Dtype::bfloat16}, tokens, hidden, inner, activation);
+          check_experts<Int8, Bfloat16>({dtype, 0, Dtype::float32, true}, tokens, hidden, inner, activation);
+          check_experts<Int8, Float16>({dtype, 64, Dtype::float32, true}, tokens, hidden, inner, activation);
+          check_experts<Int8, Float32>({dtype, 32, Dtype::bfloat16, true}, tokens, hidden, inner, activation);
         }
       }
   check_experts<Bfloat16>({Dtype::bfloat16}, 500, 64, 16, swiglu);  // several passes of an expert

@@ -6,6 +6,7 @@ A module, and a program for the instruction set that RIA_VLLM_CPU_ISA names: it 
 import torch
 from packed_layers import PackedLayer, pack
 from sweep import EDGES, RandomWeight, random_weight
+from torch.nn.functional import pad
 
 from ria_vllm import sparse24
 from ria_vllm.formats import GROUP_SIZES, IntFormat
@@ -14,24 +15,33 @@ from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
 FORMATS = tuple(IntFormat(bits, size) for bits in (8, 4) for size in (None, *GROUP_SIZES))
 
 
-def formula(weight: RandomWeight, x, permutation=None, bias=None) -> torch.Tensor:
-    """What kernels promise of x, [tokens, in], rounded to int8. float64 holds all integers exactly."""
-    values = x.float() if permutation is None else x.float()[:, permutation.long()]
+def product(values: torch.Tensor, format: IntFormat, parts, bias=None) -> torch.Tensor:
+    """What kernels promise of `values`, float32 [tokens, in], rounded to int8: float32 [tokens, out].
+
+    Columns of the weight beyond `in` are padding. float64 holds all integers exactly.
+    """
     largest = values.abs().amax(1, keepdim=True)
     scale = torch.where(largest == 0, 1.0, largest / 127)
     inverse = torch.where(largest == 0, 0.0, torch.tensor(127.0) / largest)  # `127 / largest` multiplies by 1 / largest
     inverse = inverse.clamp(max=torch.finfo(torch.float32).max)
     rounded = (values * inverse).round().clamp(-127, 127).double()
-    integers = sparse24.decompress(weight.format.integers(weight.parts), weight.parts["bitmask"]).double()
-    scales = weight.parts["weight_scale"].float()
-    sums = torch.zeros(len(x), len(integers))
+    integers = sparse24.decompress(format.integers(parts), parts["bitmask"]).double()
+    rounded = pad(rounded, (0, integers.shape[1] - rounded.shape[1]))
+    scales = parts["weight_scale"].float()
+    sums = torch.zeros(len(values), len(integers))
     sections = scales.shape[1]
     for x_section, section, of_rows in zip(
         rounded.chunk(sections, 1), integers.chunk(sections, 1), scales.T, strict=True
     ):
         sums = sums + (x_section @ section.T).float() * of_rows
     y = sums * scale
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    return y if bias is None else y + bias.float()
+
+
+def formula(weight: RandomWeight, x, permutation=None, bias=None) -> torch.Tensor:
+    """What kernels promise of x, [tokens, in], rounded to int8."""
+    values = x.float() if permutation is None else x.float()[:, permutation.long()]
+    return product(values, weight.format, weight.parts, bias).to(x.dtype)
 
 
 def packed(weight: RandomWeight) -> PackedLayer:
