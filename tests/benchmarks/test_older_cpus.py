@@ -54,12 +54,12 @@ def test_linears_are_measured_without_w4a16(lacking, monkeypatch, capsys):
 def test_experts_are_measured_without_fused_experts_cpu(lacking, monkeypatch, capsys):
     lacking("convert_weight_packed", "fused_experts_cpu")
     monkeypatch.setattr(cpu_experts, "SHAPES", {"small": (4, 64, 64, 2)})
-    rows = cpu_experts.measure(["small"], [3], 0.0)
+    rows = cpu_experts.measure(["small"], ["bfloat16", "W8A8"], [3], 0.0)
     out = capsys.readouterr().out
     assert NO_FUSED_EXPERTS in out and "x cpu_fused_moe\n" in out
-    assert list(rows[0]["seconds"]) == ["ours", "cpu_fused_moe"]
+    assert all(list(row["seconds"]) == ["ours", "cpu_fused_moe"] for row in rows)
     tables = cpu_experts.tables(rows)
-    assert "Ours against cpu_fused_moe:" in tables and "fused_experts_cpu" not in tables
+    assert "Ours in W8A8 against cpu_fused_moe:" in tables and "fused_experts_cpu" not in tables
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
@@ -85,7 +85,8 @@ from benchmarks import cpu_experts, cpu_kernels
 cpu_kernels.SHAPES, cpu_kernels.ROTATED_BYTES = {"small": (64, 128)}, 1
 cpu_kernels.read_bandwidth = lambda: 1e9
 cpu_experts.SHAPES = {"small": (4, 64, 64, 2)}
-linears, experts = cpu_kernels.measure(["small"], [3], 0.0)["rows"], cpu_experts.measure(["small"], [3], 0.0)
+linears = cpu_kernels.measure(["small"], [3], 0.0)["rows"]
+experts = cpu_experts.measure(["small"], ["bfloat16"], [3], 0.0)
 print(*linears[0]["dense_seconds"], *experts[0]["seconds"])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
