@@ -95,7 +95,10 @@ def test_the_packed_weight_says_which_inputs_it_is_for():
     (other,) = pack(CpuKernel, weight.parts, INT8, torch.bfloat16).packed
     call = torch.ops.ria.sparse24_linear.cpu
     assert_equal(call(x, rounded, 16, None, None), formula(weight, x), "float32")
-    for refused in ((x, other), (x.double(), rounded), (x.to(torch.int8), rounded)):
+    unrounded = call(x, other, 16, None, None)
+    assert not torch.equal(unrounded, call(x, rounded, 16, None, None))
+    assert torch.allclose(unrounded.double(), x.double() @ weight.dense.T, atol=1e-4)
+    for refused in ((x.double(), other), (x.double(), rounded), (x.to(torch.int8), rounded)):
         with pytest.raises(RuntimeError, match="x must have"):
             call(*refused, 16, None, None)
     with pytest.raises(RuntimeError, match="bias must be"):
@@ -113,7 +116,7 @@ def test_which_layers_are_taken():
     for dtype in sparse24.VALUE_DTYPES:
         assert reason(INT8, dtype, torch.int8) is None and reason(INT4, dtype, torch.int8) is None
         assert "no int8 inputs with float weights" in reason(FLOAT, dtype, torch.int8)
-    assert "bfloat16 only" in reason(INT8, torch.float16, None)
+        assert reason(INT8, dtype, None) is None
     assert "no float8_e4m3fn inputs" in reason(INT8, torch.bfloat16, torch.float8_e4m3fn)
     assert "not a multiple of 128" in reason(IntFormat(4, 128), torch.float16, torch.int8, columns=64)
 
