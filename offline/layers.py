@@ -1,6 +1,6 @@
 """One pass over the decoder layers: the embedded calibration tokens go in, pruned layers come out one by one."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -158,8 +158,10 @@ class LayerPass:
         pruned: dict[str, Pruned] = {}
         stages = [plan.groups(index, stage) for stage in sublayer_pass.stages]
         dense = self._dense_reads(index, sublayer_pass, stages)
-        compared = self.topologies.is_first(index)  # a second search in every layer would take too long
+        earlier = self.topologies.earlier(index)
         for number, groups in enumerate(stages):
+            # A second search in every layer would take too long.
+            compared = plan.first_in_blocks(index, sublayer_pass.stages[number], earlier)
             scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
             found, _ = self._solve_stage(index, sublayer_pass, number, groups, dense, recipe, compared, scale=scale)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
@@ -216,7 +218,7 @@ class LayerPass:
         groups: Sequence[Group],
         dense: Mapping[str, Reads],
         recipe: Recipe,
-        compared: bool = False,
+        compared: Collection[str] = (),
         passes: int = PASSES,
         scale: Callable[[Sequence[Group], dict[str, Statistics], dict[str, torch.Tensor]], None] | None = None,
     ) -> tuple[dict[str, Pruned], dict[str, dict[str, Any]]]:
@@ -225,7 +227,8 @@ class LayerPass:
         Args:
             dense: path of experts -> what they read in the dense model; empty if it is not followed.
             recipe: of the linears. Experts are always pruned by the whole recipe.
-            compared: also record what orders without blocks would retain, where the orders have to keep to blocks.
+            compared: also record what orders without blocks would retain for these linears, whose orders have to keep
+                to blocks.
             passes: of rounding to integers.
             scale: migrates scales in the statistics and weights of the groups' linears.
 
@@ -265,7 +268,8 @@ class LayerPass:
             solved = solve(names, weights, statistics, orders, dtype, recipe, self.ranks, place, passes)
         if compared and self.ranks.first:
             with self.monitor.phase("permutations"):
-                for name, share in retained_without_blocks(plain, weights, statistics, self.recipe).items():
+                kept = [group for group in plain if group.linears[0] in compared]
+                for name, share in retained_without_blocks(kept, weights, statistics, self.recipe).items():
                     solved[name].record["retained_without_blocks"] = share
         del found, statistics
         trim()

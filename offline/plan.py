@@ -1,6 +1,6 @@
 """Which linears are pruned, and which stay dense, and why."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +50,20 @@ class Plan:
             for group in stage
         ]
         return [group for group in left if group.linears or group.experts]
+
+    def first_in_blocks(self, index: int, stage: Sequence[Group], earlier: Iterable[int]) -> set[str]:
+        """Linears of a stage whose permutation keeps to blocks in layer `index`, and in none of the `earlier` layers.
+
+        Args:
+            stage: its groups in the topology.
+            earlier: layers of the same kind.
+        """
+
+        def in_blocks(layer: int) -> set[str]:
+            groups = self.groups(layer, stage)
+            return {group.linears[0] for group in groups if group.linears and group.blocks > 1}
+
+        return in_blocks(index).difference(*map(in_blocks, earlier))
 
 
 def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sensitive: Iterable[str] = ()) -> Plan:

@@ -192,7 +192,7 @@ def linear_table(linears: dict[str, dict[str, Any]], inventory: Inventory | None
         columns[WITHOUT_BLOCKS] = "without blocks"
         note = (
             "<p>Without blocks: what would be retained if the order did not have to keep to blocks of channels, which "
-            "tensor parallelism then divides. Measured in the first layer of each kind.</p>"
+            "tensor parallelism then divides. Measured in the first layer of each kind that has to.</p>"
         )
     columns |= {"error_before": "error before", "error_after": "after"}
     titles = ("linear", "out x in", "size", "permutation", *columns.values())

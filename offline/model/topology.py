@@ -192,9 +192,9 @@ class Topologies:
         """The topology of layer `index`."""
         return self.kinds[self.layers[index]]
 
-    def is_first(self, index: int) -> bool:
-        """Whether layer `index` is the first of its kind."""
-        return self.layers.index(self.layers[index]) == index
+    def earlier(self, index: int) -> list[int]:
+        """The layers before layer `index` that are of its kind."""
+        return [other for other in range(index) if self.layers[other] == self.layers[index]]
 
     def dump(self) -> list[dict[str, Any]]:
         """As JSON, for the report: each kind, and its layers."""
