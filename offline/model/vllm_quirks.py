@@ -1,4 +1,8 @@
-"""What vLLM does with some linears, whatever the model's own layers look like. Nothing else here knows of vLLM."""
+"""What vLLM does with some linears, whatever the model's own layers look like.
+
+No other module of the offline stage lists families or linears for vLLM's sake. Serving has a list of its own,
+`REARRANGED_BY_VLLM` (serve/config.py): families of which vLLM's models rearrange the rows of attention heads.
+"""
 
 from collections.abc import Iterable
 
