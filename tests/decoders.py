@@ -30,6 +30,10 @@ LATENT = {
     "v_head_dim": 16, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
 }  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
+    "afmoe": EXPERTS | {
+        "num_experts": 4, "num_shared_experts": 1, "num_dense_layers": 1, "sliding_window": 16,
+        "global_attn_every_n_layers": 2,
+    },
     "bamba": MAMBA | {"attn_layer_indices": [1]},
     "deepseek_v3": EXPERTS | LATENT | {"n_routed_experts": 4},
     "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "mamba_d_head": 8},

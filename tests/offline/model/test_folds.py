@@ -36,6 +36,7 @@ FAMILIES = {
     "deepseek_v3-as-wide-keys": {"qk_nope_head_dim": 16},
     "deepseek_v3-twice-as-wide-values": {"v_head_dim": 32, "qk_nope_head_dim": 16},
     "minicpm3": {},
+    "afmoe": {},
 }
 
 
