@@ -70,20 +70,6 @@ def agreement(results: list[dict[str, Any]], folder: Path, toy: Toy) -> dict[str
     return found
 
 
-def between(results: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The same numbers for vLLM on two folders, up to the first token that they choose differently."""
-    pairs = [_compare_two(*pair) for pair in zip(results, reference, strict=True)]
-    text, image = pairs[: len(LENGTHS)], pairs[len(LENGTHS) :]
-    return {"text": _numbers(text)} | ({"image": _numbers(image)} if image else {})
-
-
-def _compare_two(one: dict[str, Any], other: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    same = torch.tensor(one["tokens"]) == torch.tensor(other["tokens"])
-    alike = len(one["prompt"]) + int(same.int().cumprod(0).sum())
-    first, second = (torch.tensor(r["prompt"] + r["logprobs"])[:alike] for r in (one, other))
-    return (first - second).abs(), same
-
-
 @torch.no_grad()
 def _compare(
     result: dict[str, Any], model: torch.nn.Module, inputs: dict[str, torch.Tensor]

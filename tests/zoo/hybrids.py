@@ -4,7 +4,8 @@ from zoo.experts import CORRECTION, EXPERTS, FIRST_DENSE, PLAIN, UNCORRECTED
 from zoo.text import LATENT
 from zoo.toy import Toy
 
-# vLLM's CPU code takes heads of 128 channels in bfloat16 only.
+BFLOAT16 = "in bfloat16, the only dtype of vLLM's linear attention on CPUs"
+# vLLM's CPU code takes heads of 128 channels only.
 GATED_DELTA = {
     "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_head_dim": 128, "linear_num_heads": 4,
@@ -61,9 +62,9 @@ HYBRIDS = {
     }, model_type="nemotron_h", not_served="vLLM's CPU build has no experts without a gate"),
     "olmo_hybrid": Toy(GATED_DELTA | {"linear_num_key_heads": 4}, dtype="bfloat16",
                        not_served="vLLM's kernel of it needs Triton"),
-    "qwen3_5_text": Toy(GATED_DELTA, dtype="bfloat16"),
-    "qwen3_5_moe_text": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16"),
-    "qwen3_next": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16"),
+    "qwen3_5_text": Toy(GATED_DELTA, dtype="bfloat16", differs=BFLOAT16),
+    "qwen3_5_moe_text": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16", differs=BFLOAT16),
+    "qwen3_next": Toy(GATED_DELTA | EXPERTS, dtype="bfloat16", differs=BFLOAT16),
     "zamba2": Toy(STEPS | {
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_d_state": 16,
         "n_mamba_heads": 8, "mamba_headdim": 32, "num_key_value_heads": 4, "num_mem_blocks": 1, "head_dim": None,

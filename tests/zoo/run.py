@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from zoo.agreement import agreement, between, job
+from zoo.agreement import agreement, job
 from zoo.check import problems
 from zoo.family import dense_folder, pruned_folders
 from zoo.serving import serve
@@ -53,21 +53,12 @@ def run_batch(names: list[str], work: Path, dense_only: bool) -> dict[str, Any]:
             out, exported, record["compress"] = found
             if not toy.not_served:
                 jobs.append((name, "served", exported, job(out, toy)))
-            if toy.unlike and not toy.not_served:
-                jobs.append((name, "reference", exported, job(exported, toy)))
     results = serve([given for *_, given in jobs], work / "vllm")
-    of = {(name, step): result for (name, step, *_), result in zip(jobs, results, strict=True)}
-    for name, step, folder, _ in jobs:
-        result, reference = of[name, step], of.get((name, "reference"))
+    for (name, step, folder, _), result in zip(jobs, results, strict=True):
         if "error" in result:
             records[name][step] = {"error": result["error"][:1000]}
             continue
-        if step == "served" and reference and "error" not in reference:
-            found = attempt(records[name], step, lambda: between(result, reference))
-        elif step != "reference":
-            found = attempt(records[name], step, lambda: agreement(result, folder, TOYS[name]))
-        else:
-            continue
+        found = attempt(records[name], step, lambda: agreement(result, folder, TOYS[name]))
         if found is not None:
             records[name][step] = found
     return records

@@ -1,16 +1,19 @@
-"""Write the table of docs/model-families.md from docs/model-families.json: `python -m zoo.table`."""
+"""Write the tables of docs/model-families.md from docs/model-families.json: `python -m zoo.table`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.check import SHARE
+from zoo.check import SHARE, consumers_that_gather, reasons
 from zoo.toy import Toy
 from zoo.toys import TOYS
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, RESULTS = DOCS / "model-families.md", DOCS / "model-families.json"
-BEGIN, END = "<!-- `make test-zoo` writes what follows -->\n", "<!-- end of what `make test-zoo` writes -->\n"
+# What stands before and after each table.
+FAMILIES = "<!-- `make test-zoo` writes what follows -->\n", "<!-- end of what `make test-zoo` writes -->\n"
+GATHERING = "<!-- `make test-zoo` writes this table -->\n", "<!-- end of this table -->\n"
 HEADER = ("model_type", "pruned", "folded", "gathers", "stays dense", "dense", "pruned and served")
 
 
@@ -49,27 +52,50 @@ def row(name: str, record: dict[str, Any]) -> str:
     dense = "; ".join(f"{reason}: {short(names)}" for reason, names in pruned["dense"].items())
     steps = [difference(record.get(step)) for step in ("dense", "served")]
     served = ["not served: " + toy.not_served, "-"] if toy.not_served else steps
-    notes = "; ".join(filter(None, (toy.unlike, toy.text_only, toy.shaped)))
+    notes = "; ".join(filter(None, (toy.text_only, toy.shaped, toy.differs)))
     if notes:
         served[0] += f" ({notes})"
-    if toy.unlike and "reference" not in record:  # else it failed, and transformers is what it is compared with
-        served[1] += " from vLLM's dense model"
     cells = [f"`{name}`", share(pruned, toy), short(pruned["folded"]), short(pruned["gathered"]), dense, *served]
     return "| " + " | ".join(cells) + " |"
 
 
 def table(records: dict[str, Any]) -> str:
     """The table in Markdown, with a row for each type that was compressed."""
-    rows = [row(name, r) for name, r in sorted(records.items()) if name in TOYS and "share" in r.get("compress", {})]
-    return "\n".join(["| " + " | ".join(HEADER) + " |", "| --- " * len(HEADER) + "|", *rows]) + "\n"
+    return _markdown(HEADER, [row(name, record) for name, record in _compressed(records)])
+
+
+def gathering(records: dict[str, Any]) -> str:
+    """The table, in Markdown, of the linears that gather though they do not read the residual stream."""
+    types: dict[tuple[str, str], list[str]] = {}
+    for name, record in _compressed(records):
+        toy = TOYS[name]
+        ends = set(consumers_that_gather(toy, record["compress"]["gathered"]).values()) - {None}
+        for end in ends:
+            types.setdefault((end, reasons(toy)[end]), []).append(f"`{name}`")
+    rows = [f"| `{end}` | {why} | {', '.join(found)} |" for (end, why), found in sorted(types.items())]
+    return _markdown(("consumer", "why", "model_type"), rows)
+
+
+def _compressed(records: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(n, r) for n, r in sorted(records.items()) if n in TOYS and "share" in r.get("compress", {})]
+
+
+def _markdown(header: Sequence[str], rows: list[str]) -> str:
+    return "\n".join(["| " + " | ".join(header) + " |", "| --- " * len(header) + "|", *rows]) + "\n"
 
 
 def page(text: str, results: dict[str, Any]) -> str:
-    """The page with its table written anew; the text around the table stays."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    """The page with its tables written anew; the text around them stays."""
     versions = ", ".join(f"{name} {number}" for name, number in sorted(results["versions"].items()))
-    return f"{before}{BEGIN}\nMeasured with {versions}.\n\n{table(results['types'])}\n{END}{after}"
+    text = _put(text, GATHERING, gathering(results["types"]))
+    return _put(text, FAMILIES, f"Measured with {versions}.\n\n{table(results['types'])}")
+
+
+def _put(text: str, marks: tuple[str, str], content: str) -> str:
+    """The text with this content between the marks."""
+    before, _, rest = text.partition(marks[0])
+    _, _, after = rest.partition(marks[1])
+    return f"{before}{marks[0]}\n{content}\n{marks[1]}{after}"
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from zoo.agreement import LENGTHS, between
 from zoo.check import problems
 from zoo.run import run_batch
-from zoo.table import BEGIN, END, PAGE, RESULTS, page, table
+from zoo.table import FAMILIES, GATHERING, PAGE, RESULTS, gathering, page, table
 from zoo.toy import Toy, fingerprint, merged
 from zoo.toys import TOYS
 
@@ -40,15 +39,16 @@ def test_the_results_are_of_this_toy_and_of_the_versions_that_the_page_names(nam
         ({"settings": {"hidden_size": 256}}, True),
         ({"model_type": "mistral"}, True),
         ({"dtype": "bfloat16"}, True),
-        ({"unlike": "rounding"}, True),
         ({"stays_dense": {"conv": "odd-sized"}}, True),
         ({"mechanism": "as the rest"}, False),
         ({"shaped": "without biases"}, False),
+        ({"differs": "in bfloat16"}, False),
+        ({"not_served": "no kernel"}, True),
     ],
 )
 def test_a_fingerprint_changes_with_what_can_come_out_differently(changed, other):
     assert (fingerprint("llama", Toy(**changed)) != fingerprint("llama", Toy())) == other
-    assert fingerprint("llama", Toy(unlike="one reason")) == fingerprint("llama", Toy(unlike="the other"))
+    assert fingerprint("llama", Toy(not_served="one reason")) == fingerprint("llama", Toy(not_served="the other"))
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,10 @@ def test_what_is_wrong_is_said(change, said):
 
 def test_the_table_is_put_between_its_marks():
     results = {"versions": {"vllm": "1"}, "types": {"llama": GOOD}}
-    written = page(f"before\n{BEGIN}stale\n{END}after\n", results)
-    assert written.startswith(f"before\n{BEGIN}") and written.endswith(f"{END}after\n") and "stale" not in written
+    first, second = ("stale\n".join(marks) for marks in (GATHERING, FAMILIES))
+    written = page(f"before\n{first}between\n{second}after\n", results)
+    assert written.startswith(f"before\n{GATHERING[0]}") and written.endswith(f"{FAMILIES[1]}after\n")
+    assert f"{GATHERING[1]}between\n{FAMILIES[0]}" in written and "stale" not in written
     assert "| `llama` | 100% (96%) | `o_proj` |" in written
     assert page(written, results) == written
 
@@ -114,8 +116,18 @@ def test_the_table_does_not_call_a_model_pruned_whole_of_which_much_stays_dense(
 
 
 def test_the_table_says_how_a_toy_is_shaped():
-    results = {"versions": {"vllm": "1"}, "types": {"phimoe": GOOD}}
-    assert "| 1e-05 (without the bias of lm_head, which" in page(f"{BEGIN}{END}", results)
+    assert "| 1e-05 (without the bias of lm_head, which" in table({"phimoe": GOOD})
+    assert "| 1e-05 (vLLM keeps the two parameters of xIELU" in table({"apertus": GOOD})
+
+
+def test_the_table_of_those_that_gather():
+    """It names each consumer once for each reason, and not what reads the residual stream."""
+    gathered = ["model.layers.*.self_attn.q_proj", "model.layers.*.self_attn.o_proj", "model.layers.*.mamba.out_proj"]
+    record = {"compress": GOOD["compress"] | {"gathered": gathered}}
+    rows = gathering(dict.fromkeys(("gemma4_text_e2b", "gemma4"), record)).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| `mamba.out_proj`", "| `self_attn.o_proj`"]
+    assert all(row.endswith(" | `gemma4`, `gemma4_text_e2b` |") for row in rows)
+    assert "values of earlier ones" in rows[1] and "convolution" in rows[0]
 
 
 def test_a_toy_says_what_it_cannot_do():
@@ -126,19 +138,18 @@ def test_a_toy_says_what_it_cannot_do():
     assert problems(Toy(), gathered) and not problems(named, gathered) and problems(named, GOOD)
     alone = {"compress": GOOD["compress"]}
     assert problems(Toy(), alone) and not problems(Toy(not_served="no kernel"), alone)
+
+
+def test_a_toy_says_why_it_differs_from_transformers():
+    def dense(largest):
+        return GOOD | {"dense": {"text": {"median": 1e-6, "largest": largest, "same": 1.0}}}
+
+    assert "differs" in problems(Toy(), dense(2e-4))[0] and not problems(Toy(differs="rounding"), dense(2e-4))
+    assert "no longer" in problems(Toy(differs="rounding"), dense(9e-5))[0] and not problems(Toy(), dense(9e-5))
     far = {"text": {"median": 0.5, "largest": 2.0, "same": 0.1}}
-    assert problems(Toy(), GOOD | {"dense": far}) and not problems(Toy(unlike="rounding"), GOOD | {"dense": far})
-    assert problems(Toy(unlike="rounding"), GOOD | {"served": far})
+    assert problems(Toy(differs="rounding"), GOOD | {"dense": far})
 
 
 def test_edits_reach_nested_configs():
     config = {"a": 1, "text_config": {"b": 2, "c": 3}}
     assert merged(config, {"d": 4, "text_config": {"c": 5}}) == {"a": 1, "d": 4, "text_config": {"b": 2, "c": 5}}
-
-
-def test_vllm_with_itself_counts_until_tokens_differ():
-    one = {"prompt": [-1.0, -2.0], "tokens": [7, 8, 9], "logprobs": [-0.5, -0.25, -3.0]}
-    other = {"prompt": [-1.0, -2.5], "tokens": [7, 3, 9], "logprobs": [-0.5, -9.0, -9.0]}
-    found = between([one] * (len(LENGTHS) + 1), [one] * len(LENGTHS) + [other])
-    assert found["text"] == {"median": 0.0, "largest": 0.0, "same": 1.0}
-    assert found["image"] == {"median": 0.0, "largest": 0.5, "same": 0.67}

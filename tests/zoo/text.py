@@ -20,9 +20,13 @@ LATENT = {
 SHARED_VALUES = {"self_attn.o_proj": "the last layers read the values of earlier ones"}
 
 TEXT = {
-    "apertus": Toy(),
+    "apertus": Toy(differs="vLLM keeps the two parameters of xIELU in bfloat16"),
     "arcee": Toy(),
-    "bloom": Toy({"n_layer": 2, "n_head": 4}, mechanism="fused qkv by head"),
+    "bloom": Toy(
+        {"n_layer": 2, "n_head": 4},
+        mechanism="fused qkv by head",
+        differs="vLLM computes GELU exactly, transformers approximates it with tanh",
+    ),
     "cohere": Toy({"logit_scale": 0.5}),
     "cohere2": Toy(WIDE | {"logit_scale": 0.5}, mechanism="parallel attention and MLP"),
     "cwm": Toy(WINDOW),

@@ -64,8 +64,6 @@ class Toy:
         mechanism: what it stands for in the tests that CI runs; "" if only `make test-zoo` runs it.
         not_served: why vLLM's CPU build cannot run even the dense model; such a toy is only pruned and exported.
         text_only: why vLLM's CPU build cannot run the dense model with an image; such a toy is served with text.
-        unlike: why vLLM's dense model gives other log probabilities than transformers. Then vLLM on the exported folder
-            is what vLLM on the compressed one is compared with.
         stays_dense: part of the names of matrices that are not pruned -> why not.
         no_fold: why none is possible.
         gathers: end of the names of linears that bring their input into their order themselves, though they do not read
@@ -77,6 +75,7 @@ class Toy:
         transposed: part of the names of stacked tensors that the folders on the hub have as [experts, in, out].
         zeros: ends of the names of parameters that are 0; `shaped` says why.
         shaped: how the toy differs from the models on the hub, since vLLM and transformers disagree about those.
+        differs: why vLLM's dense model and transformers differ by more than the order of sums in float32 makes them.
         processor: of images, behind a wrapper.
     """
 
@@ -84,7 +83,6 @@ class Toy:
     mechanism: str = ""
     not_served: str = ""
     text_only: str = ""
-    unlike: str = ""
     stays_dense: dict[str, str] = field(default_factory=dict)
     no_fold: str = ""
     gathers: dict[str, str] = field(default_factory=dict)
@@ -95,18 +93,19 @@ class Toy:
     transposed: str = ""
     zeros: tuple[str, ...] = ()
     shaped: str = ""
+    differs: str = ""
     processor: Processor | None = None
     model_type: str = ""
 
 
 # What a toy says about itself to readers. The rest decides what comes out when it runs.
-PROSE = ("mechanism", "not_served", "text_only", "unlike", "no_fold", "gathers", "shaped")
+PROSE = ("mechanism", "not_served", "text_only", "no_fold", "gathers", "shaped", "differs")
 
 
 def fingerprint(name: str, toy: Toy) -> str:
     """Another one for each toy that can come out differently: other settings, another way to run it."""
     runs = {key: value for key, value in asdict(toy).items() if key not in PROSE}
-    ways = [bool(toy.not_served), bool(toy.text_only), bool(toy.unlike)]
+    ways = [bool(toy.not_served), bool(toy.text_only)]
     content = json.dumps([toy.model_type or name, BASE, ROUTER_SCALE, runs, ways], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

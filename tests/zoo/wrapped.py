@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from zoo.experts import EXPERTS, FIRST_DENSE, GEMMA4_EXPERTS, KEYS_AS_VALUES, PLAIN
-from zoo.hybrids import CONVOLUTION, GATED_DELTA, LFM2, UNROTATED
+from zoo.hybrids import BFLOAT16, CONVOLUTION, GATED_DELTA, LFM2, UNROTATED
 from zoo.text import GEMMA4, SHARED, SHARED_VALUES, WIDE, WINDOW
 from zoo.toy import BASE, Processor, Toy
 
@@ -219,11 +219,11 @@ WRAPPED = {
         processor=QWEN,
     ),
     "qwen3_5": Toy(behind("qwen3_5_text", GATED_DELTA | PARTIAL, QWEN_TOWER | {"deepstack_visual_indexes": []},
-                          **QWEN3_5_IDS), dtype="bfloat16", processor=QWEN),
+                          **QWEN3_5_IDS), dtype="bfloat16", differs=BFLOAT16, processor=QWEN),
     "qwen3_5_moe": Toy(
         behind("qwen3_5_moe_text", GATED_DELTA | EXPERTS | PARTIAL, QWEN_TOWER | {"deepstack_visual_indexes": []},
                **QWEN3_5_IDS),
-        dtype="bfloat16", processor=QWEN,
+        dtype="bfloat16", differs=BFLOAT16, processor=QWEN,
     ),
     "qwen3_vl": Toy(behind("qwen3_vl_text", INTERLEAVED, QWEN_TOWER, **QWEN_IDS), processor=QWEN),
     "qwen3_vl_moe": Toy(
