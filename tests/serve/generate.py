@@ -4,10 +4,10 @@
 
 A job: {"model", "prompts": lists of token ids, "tokens": how many to generate, "engine": arguments of `LLM`,
 "first": "generate" or "reload" before the generation that counts, "lora": folder of an adapter,
-"prompt_logprobs": false to leave them out, "call": "embed" or "classify" instead, "images": for each prompt the path of
-an image or null, "texts" with "image", the file that each of them shows, after the prompts}. A result: for each prompt
-the prompt as the model read it, its logprobs (from the second token on), the generated tokens, their logprobs and how
-many prompt tokens came from the cache; or "error".
+"prompt_logprobs": false to leave them out, "call": "embed" or "classify" instead, or "load" (see `zoo.built`),
+"images": for each prompt the path of an image or null, "texts" with "image", the file that each of them shows, after
+the prompts}. A result: for each prompt the prompt as the model read it, its logprobs (from the second token on), the
+generated tokens, their logprobs and how many prompt tokens came from the cache; or "error".
 """
 
 import gc
@@ -27,7 +27,11 @@ def image(path: str) -> Any:
     return Image.open(path).convert("RGB")
 
 
-def run(job: dict[str, Any]) -> list[Any]:
+def run(job: dict[str, Any]) -> Any:
+    if job.get("call") == "load":
+        from zoo.built import load
+
+        return load(job["model"], job["engine"])
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

@@ -23,6 +23,14 @@ NEMOTRON = EXPERTS | STEPS | {
 # In the configs on the hub. transformers does without.
 CONVOLUTION = {"conv_dim": 128, "block_dim": 128}
 
+# In the configs on the hub, as vLLM reads them: layers are counted from 1.
+KIMI = {
+    "mla_use_nope": True, "moe_router_activation_func": "sigmoid",
+    "linear_attn_config": {
+        "kda_layers": [1], "full_attn_layers": [2], "head_dim": 128, "num_heads": 4, "short_conv_kernel_size": 4,
+    },
+}  # fmt: skip
+
 # So slow that positions make no difference to attention.
 NO_ROTATION = {"rope_parameters": {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 1e9, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -46,6 +54,7 @@ HYBRIDS = {
     }, not_served="vLLM's CPU build has no selective scan",
                  stays_dense={".mamba.": "vLLM serves a Mamba-1 mixer dense only"}),
     "kimi_linear": Toy(FIRST_DENSE | LATENT | GATED_DELTA | {"q_lora_rank": None}, dtype="bfloat16",
+                       edits=KIMI, renames={"model.layers.0.block_sparse_moe.": "model.layers.0.mlp."},
                        gathers={"self_attn.o_proj": "a norm of linear attention has a weight for each channel"},
                        not_served="vLLM has it for GPUs only"),
     "lfm2": Toy(LFM2, edits=CONVOLUTION, shaped=UNROTATED),
