@@ -10,6 +10,11 @@ import torch
 from compare import differences, generate, prompts
 from PIL import Image
 from test_server import serving
+from transformers import AutoProcessor
+from zoo.agreement import load
+from zoo.agreement import picture as picture_in
+from zoo.family import dense_folder, pruned_folders
+from zoo.toys import TOYS
 
 pytestmark = pytest.mark.slow
 
@@ -18,6 +23,10 @@ SEEING = [name for name in image_models.FAMILIES if name != "llama4"]
 # How their weights are stored; the others' are plain. vLLM's Llama 4 rearranges rows, and so their scales.
 WEIGHTS = {"mistral3": "int4-g64", "llama4": "int4-g32", "qwen2_5_vl": "int8"}
 SAYS = [{"type": "text", "text": "hello there"}]
+TEMPLATE = (
+    "{%% for message in messages %%}{%% for part in message['content'] %%}{%% if part['type'] == 'image' %%}%s"
+    "{%% else %%}{{ part['text'] }}{%% endif %%}{%% endfor %%}{%% endfor %%}"
+)
 
 
 def chat(image: dict) -> list[dict]:
@@ -58,15 +67,19 @@ def logprobs(name: str, model: torch.nn.Module, picture: Path, tokens: list[int]
     processor = image_models.processor(name)
     text = processor.apply_chat_template(chat({"type": "image"}))
     inputs = processor(images=[Image.open(picture)], text=[text], return_tensors="pt").to(torch.float32)
-    ids = inputs.pop("input_ids")
-    inputs.pop("attention_mask")
-    for kind in [kind for kind in inputs if "token_type_ids" in kind]:
-        # On a CPU, vLLM's attention shows parts of an image only earlier ones, also in Gemma 3, dense or not.
-        seen = inputs[kind] * 0 if name == "gemma3" else inputs[kind]
-        inputs[kind] = torch.nn.functional.pad(seen, (0, len(tokens)))
+    if name == "gemma3":  # on a CPU, vLLM's attention shows parts of an image only earlier ones, dense or not
+        inputs["token_type_ids"] *= 0
+    return continued(model, inputs, tokens)
+
+
+@torch.no_grad()
+def continued(model: torch.nn.Module, inputs: dict, tokens: list[int]) -> tuple[list[int], torch.Tensor]:
+    """The ids that a processor gives, and transformers' logprob of each from the second on, `tokens` too."""
+    ids, others = inputs["input_ids"], {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    for kind in [kind for kind in others if "token_type_ids" in kind]:
+        others[kind] = torch.nn.functional.pad(others[kind], (0, len(tokens)))
     sequence = torch.cat([ids, torch.tensor([tokens])], -1)
-    with torch.no_grad():
-        found = model(input_ids=sequence, **inputs).logits.log_softmax(-1)[0]
+    found = model(input_ids=sequence, **others).logits.log_softmax(-1)[0]
     return ids[0].tolist(), found[:-1].gather(-1, sequence[0, 1:, None])[:, 0]
 
 
@@ -87,18 +100,30 @@ def test_an_image(served, picture, name):
     assert (torch.tensor(result["prompt"] + result["logprobs"]) - want).abs().max() < 1e-4
 
 
-def test_an_image_through_the_api(tmp_path, picture):
-    model = image_models.write("qwen3_vl", tmp_path / "out")
-    url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
-    options = ("--dtype", "float32", "--enforce-eager", "--served-model-name", "small")
-    with serving(tmp_path / "out", tmp_path / "log", *options) as base:
+@pytest.mark.parametrize("name", ["mistral3", "qwen3_vl_moe"])
+def test_what_compress_writes_through_the_api(tmp_path, name):
+    """With an image and with text alone, against transformers on what `export` makes of the folder."""
+    toy = TOYS[name]
+    (dense_folder(name, toy, tmp_path) / "chat_template.jinja").write_text(TEMPLATE % toy.processor.placeholder)
+    out, exported, _ = pruned_folders(name, toy, tmp_path)
+    file = picture_in(tmp_path)
+    url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+    asked = [chat({"type": "image_url", "image_url": {"url": url}}), [{"role": "user", "content": SAYS}]]
+    options = ("--dtype", toy.dtype, "--enforce-eager", "--served-model-name", "small")
+    with serving(out, tmp_path / "log", *options) as base:
         client = openai.OpenAI(base_url=f"{base}/v1", api_key="none")
-        answer = client.chat.completions.create(
-            model="small", messages=chat({"type": "image_url", "image_url": {"url": url}}), max_tokens=6, temperature=0,
-            logprobs=True, extra_body={"return_token_ids": True, "ignore_eos": True},
-        )  # fmt: skip
-    tokens = answer.choices[0].model_extra["token_ids"]
-    ids, want = logprobs("qwen3_vl", model, picture, tokens)
-    assert answer.model_extra["prompt_token_ids"] == ids
-    got = torch.tensor([entry.logprob for entry in answer.choices[0].logprobs.content])
-    assert (got - want[-len(tokens) :]).abs().max() < 1e-4
+        answers = [
+            client.chat.completions.create(
+                model="small", messages=messages, max_tokens=6, temperature=0, logprobs=True,
+                extra_body={"return_token_ids": True, "ignore_eos": True},
+            )
+            for messages in asked
+        ]  # fmt: skip
+    model, processor = load(exported, toy), AutoProcessor.from_pretrained(exported)
+    for answer, messages, images in zip(answers, (chat({"type": "image"}), asked[1]), ([Image.open(file)], None)):
+        tokens = answer.choices[0].model_extra["token_ids"]
+        text = processor.apply_chat_template(messages)
+        ids, want = continued(model, processor(images=images, text=[text], return_tensors="pt"), tokens)
+        assert answer.model_extra["prompt_token_ids"] == ids
+        got = torch.tensor([entry.logprob for entry in answer.choices[0].logprobs.content])
+        assert len(got) == 6 and (got - want[-6:]).abs().max() < 1e-4
