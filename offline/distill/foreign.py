@@ -27,7 +27,7 @@ class ForeignStart:
     each group of four. All others stay dense.
 
     Raises:
-        RiaError: no linear is 2:4, or weights are quantized.
+        RiaError: no linear is 2:4, weights are quantized, or stacked experts are 2:4.
     """
 
     def __init__(self, folder: Path):
@@ -42,6 +42,7 @@ class ForeignStart:
         if self.linears and quantization is None:
             raise RiaError(f"{folder}: weights are compressed, but config.json does not say how. Get both again.")
         self.stored = bool(self.linears)
+        self._check_stacks()
         dense = [n.removesuffix(".weight") for n in self.files if n.endswith(".weight") and LAYER.search(n)]
         dense = [name for name in dense if len(self._shape(f"{name}.weight")) == 2]
         if not self.stored:
@@ -95,6 +96,17 @@ class ForeignStart:
         linears = {name: {"shape": list(self._linear_shape(name))} for name in self.linears}
         return {"recipe": self.schema.recipe, "linears": linears, "dense": {}}
 
+    def _check_stacks(self) -> None:
+        """Refuse pruned experts in stacks, [experts, out, in] or [experts, in, out], as they could not be trained."""
+        for name in filter(LAYER.search, self.files):
+            stack = self._tensor(name)
+            if stack.dim() == 3 and any(_is_sparse(one) or _is_sparse(one.T) for one in stack if bool(one.any())):
+                raise RiaError(
+                    f"{self.folder}: {name}: another program has pruned these experts, so they cannot be trained. "
+                    "Distillation takes experts of folders that `ria-vllm compress` wrote: prune the dense model with "
+                    "it, and distil that."
+                )
+
     def _tensor(self, name: str) -> torch.Tensor:
         return self._open.tensor(self.files[name], name)
 
@@ -112,12 +124,14 @@ def _check_only_sparse(quantization: Any, folder: Path) -> None:
     """Refuse what is quantized, or stored in another way than in `sparse-24-bitmask` or with zeros."""
     found = quantization if isinstance(quantization, dict) else {}
     sparsity = found.get("sparsity_config")
-    sparse = isinstance(sparsity, dict) and sparsity.get("format") in (FORMAT, "dense")
+    stored = sparsity.get("format") if isinstance(sparsity, dict) else None
+    sparse = stored in (FORMAT, "dense")
     groups = found.get("config_groups")
     if found.get("quant_method") != "compressed-tensors" or not sparse or groups:
         of_groups = groups.values() if isinstance(groups, dict) else []
         forms = [entry.get("format") for entry in (found, *of_groups) if isinstance(entry, dict)]
-        form = next(filter(None, [*forms, found.get("quant_method")]), "without a name")
+        named = [*([] if sparse else [stored]), *forms, found.get("quant_method")]
+        form = next((one for one in named if one and one != "dense"), "without a name")
         raise RiaError(
             f"{folder}: config.json describes quantized weights, or another form of 2:4 ones ({form}). Distillation "
             f"takes others' 2:4 weights only unquantized, dense with zeros or in {FORMAT}: give the model from before "
@@ -129,4 +143,4 @@ def _check_only_sparse(quantization: Any, folder: Path) -> None:
 def _is_sparse(weight: torch.Tensor) -> bool:
     if weight.dtype not in sparse24.VALUE_DTYPES or weight.shape[1] % sparse24.IN_FEATURES_MULTIPLE:
         return False
-    return bool(((weight != 0).view(len(weight), -1, 4).sum(-1) <= 2).all())
+    return bool(((weight != 0).reshape(len(weight), -1, 4).sum(-1) <= 2).all())

@@ -73,6 +73,7 @@ COMPRESSED_TENSORS, SPARSE = {"quant_method": "compressed-tensors"}, {"sparsity_
         ({"sparsity_config": {"format": FORMAT}, "format": "float-quantized", "config_groups": {"group_0": {}}},
          "float-quantized"),
         ({"format": "naive-quantized"}, "naive-quantized"),
+        ({"format": "dense", "sparsity_config": {"format": "sparse-bitmask"}}, "sparse-bitmask"),
         (SPARSE | {"config_groups": {"group_0": {}}}, "compressed-tensors"),
         (SPARSE | {"config_groups": [1]}, "compressed-tensors"),
         ({"quant_method": "gptq", "bits": 4}, "gptq"),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from compressing import digests, run_small
 from moe import save_moe
+from safetensors.torch import load_file, save_file
 from sparse_llama import masks
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -19,6 +20,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.offline.distill import places
 from ria_vllm.offline.distill.checks import check_models
+from ria_vllm.offline.distill.foreign import ForeignStart
 from ria_vllm.offline.distill.logits import TwoPart
 from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedExpert
@@ -246,12 +248,46 @@ def test_experts_are_not_divided_among_processes(mixture, text):
         check_models(Start(folder), str(dense), recipe, sharded=True)
 
 
-def test_experts_of_others_folders_are_refused(mixture, text, tmp_path):
-    dense, folder = mixture("mixtral", permute="none")
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("mixtral", r"experts\.0\.w\d"),
+        ("gpt_oss", r"layers\.0\.mlp\.experts\.\w+_proj"),
+        ("llama4_text", r"layers\.0\.feed_forward\.experts\.\w+_proj"),
+    ],
+)
+def test_experts_of_others_folders_are_refused(kind, name, mixture, text, tmp_path):
+    dense, folder = mixture(kind, permute="none")
     export_dense(Reader(folder), tmp_path / "theirs", 10**9)
-    with pytest.raises(RiaError, match=r"experts\.0\.w\d: .* experts of folders that `ria-vllm compress` wrote"):
+    with pytest.raises(RiaError, match=rf"{name}: .* experts of folders that `ria-vllm compress` wrote"):
         run(dense, tmp_path / "theirs", tmp_path / "out", text)
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all of them", "one of them"])
+def test_stacked_experts_of_others_are_found_in_either_orientation(some, mixture, text, tmp_path):
+    """[experts, in, out] is how gpt-oss stores them, [experts, out, in] how most others do."""
+    _, folder = mixture("gpt_oss", permute="none")
+    export_dense(Reader(folder), tmp_path / "theirs", 10**9)
+    path, name = tmp_path / "theirs" / "model.safetensors", "model.layers.1.mlp.experts.down_proj"
+    tensors = load_file(path)
+    stacks = [key for key, tensor in tensors.items() if ".experts." in key and tensor.dim() == 3]
+    pruned = tensors[name].mT.contiguous()
+    if some:
+        pruned[torch.arange(EXPERTS) != 3] = 1.0
+    save_file(tensors | {key: torch.ones_like(tensors[key]) for key in stacks} | {name: pruned}, path)
+    with pytest.raises(RiaError, match=f"{name}: "):
+        ForeignStart(tmp_path / "theirs")
+
+
+def test_stacked_experts_of_others_that_stayed_dense_are_left_as_they_are(mixture, text, tmp_path):
+    dense, folder = mixture("gpt_oss", permute="none", ignore=(".experts",))
+    export_dense(Reader(folder), tmp_path / "theirs", 10**9)
+    run(dense, tmp_path / "theirs", tmp_path / "out", text)
+    before, after = Reader(folder), Reader(tmp_path / "out")
+    assert list(after.problems()) == [] and after.sparse_names == before.sparse_names
+    stacks = [name for name in before.files if ".experts." in name and before.tensor(name).dim() == 3]
+    assert len(stacks) == 4 and all(torch.equal(before.tensor(name), after.tensor(name)) for name in stacks)
 
 
 def test_experts_that_stay_dense_are_not_trained(mixture, students, text, tmp_path):
