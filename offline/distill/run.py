@@ -30,7 +30,7 @@ from ria_vllm.offline.distill.text import check_vocabulary, held_out_texts, trai
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
-from ria_vllm.offline.model.hf import load_model, load_tokenizer, text_tokenizer
+from ria_vllm.offline.model.hf import load_model, load_tokenizer, stored_dtype, text_tokenizer
 from ria_vllm.offline.model.source import stamp_of
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
@@ -92,7 +92,7 @@ def distill(
         settings = replace(settings, device=device)
         recipe = recipe.among(ranks.size)
         start = Start(folder) if is_compressed(folder) else ForeignStart(folder)
-        recipe = replace(recipe, compute_dtype=_compute_dtype(start, recipe.compute_dtype, device, monitor))
+        recipe = replace(recipe, compute_dtype=_compute_dtype(start, teacher, recipe.compute_dtype, device, monitor))
         recipe = fitting(recipe, (str(folder), teacher), monitor)
         check_models(start, teacher, recipe, settings.shard and ranks.size > 1)
         kept = ("*", "The text and the steps so far")
@@ -102,9 +102,13 @@ def distill(
             return _Run(start, teacher, recipe, settings, writer, ranks, monitor, windows).distill()
 
 
-def _compute_dtype(start: Start | ForeignStart, asked: str, device: torch.device, monitor: Monitor) -> str:
-    """The dtype to compute in."""
+def _compute_dtype(
+    start: Start | ForeignStart, teacher: str, asked: str, device: torch.device, monitor: Monitor
+) -> str:
+    """The dtype to compute in: by default one that rounds no weight of a teacher in float32."""
     stored = start.linear(start.linears[0]).dtype
+    if asked == "auto" and stored_dtype(teacher) == torch.float32:
+        asked = "float32"
     chosen = choose_dtype(stored, device, asked, training=True)
     if chosen != stored:
         monitor.say(f"computing in {name_of(chosen)}, writing {name_of(stored)}")

@@ -137,7 +137,7 @@ def load_model(
         RiaError: not a model that writes text, a damaged compressed one, or a `compute_dtype` that would round its
             weights.
     """
-    stored = None if compute_dtype is None else _stored_dtype(folder, state)
+    stored = None if compute_dtype is None else stored_dtype(folder, state)
     if stored is not None:
         return _load(folder, device, choose_dtype(stored, device, compute_dtype, training), state)
     model = _load(folder, device, "auto", state)
@@ -146,8 +146,12 @@ def load_model(
     return model if dtype == model.dtype else _load(folder, device, dtype, state)
 
 
-def _stored_dtype(folder: str, state: dict[str, torch.Tensor] | None) -> torch.dtype | None:
-    """The dtype that the weights are stored in, or are dequantized to; None: only loading them tells."""
+def stored_dtype(folder: str, state: dict[str, torch.Tensor] | None = None) -> torch.dtype | None:
+    """The dtype that the weights of a folder or hub id are stored in, or are dequantized to; None: only loading tells.
+
+    Args:
+        state: see `load_model`.
+    """
     config = read_config(folder)
     dtype = configured_dtype(config)
     if dtype is None and state is None and dequantized_from(config) is not None:

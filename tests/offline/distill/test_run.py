@@ -13,9 +13,10 @@ import preloaded
 import pytest
 import torch
 from compressing import WarningRecorder, digests, edit_config, run_small
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint import Reader, file_metadata
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill import train
@@ -27,6 +28,7 @@ from ria_vllm.offline.distill.teacher import Teacher
 from ria_vllm.offline.distill.text import training_windows
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
+from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.model.hf import load_model, load_tokenizer
 from ria_vllm.progress import Monitor
 
@@ -113,6 +115,25 @@ def test_float16_is_computed_in_bfloat16_and_loses_no_bits(weights, make_model, 
     assert report["recipe"]["distill"][0]["compute_dtype"] == "bfloat16"
     first, *_, last = report["distill"][0]["curve"]
     assert last["held_out"][text.name]["kl"] < 0.9 * first["held_out"][text.name]["kl"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_teacher_in_float32_is_not_rounded_by_default(dtype, pruned, text, tmp_path, monkeypatch):
+    """On devices that are fast in bfloat16, too, where a narrower folder alone would be computed in it."""
+    monkeypatch.setattr(dtypes, "fast_bf16", lambda _: True)
+    teacher, whole = pruned()
+    folder = tmp_path / "narrow"
+    shutil.copytree(whole, folder)
+    narrow = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(narrow, folder / "model.safetensors", file_metadata(folder / "model.safetensors"))
+    edit_config(folder, dtype=str(dtype).removeprefix("torch."))
+    report = run(teacher, folder, tmp_path / "out", text, tokens=128)
+    assert report["recipe"]["distill"][0]["compute_dtype"] == "float32"
+    after = Reader(tmp_path / "out")
+    assert {after.linear(name).dtype for name in after.sparse_names} == {dtype}
 
 
 def test_it_comes_closer_to_the_teacher_on_other_text(pruned, text, tmp_path):
