@@ -32,7 +32,7 @@ from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.hf import load_model, load_tokenizer, stored_dtype, text_tokenizer
 from ria_vllm.offline.model.source import stamp_of
-from ria_vllm.offline.runtime.memory import trim
+from ria_vllm.offline.runtime.memory import release
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.work import work_folder
 from ria_vllm.progress import Monitor
@@ -170,7 +170,7 @@ class _Run:
             answers, plain = CachedTeacher(self.writer, self.settings.device), None
         of_held_out = self._of_held_out(texts, dense)
         del dense
-        trim()
+        release(self.settings.device)
         with monitor.phase("loading the pruned model"):
             add = self.ranks.all_reduce
             pace = Pace(total=add) if self.sharded else Pace(reduce=add)

@@ -1,11 +1,13 @@
 """Whole runs: what stays of a folder, what becomes better, and that interruptions and processes change no byte."""
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ from ria_vllm.offline.distill import train
 from ria_vllm.offline.distill.loss import TERMS, Loss
 from ria_vllm.offline.distill.parameters import TrainedParameter
 from ria_vllm.offline.distill.recipe import Distillation
-from ria_vllm.offline.distill.run import Settings, distill
+from ria_vllm.offline.distill.run import Settings, _Run, distill
 from ria_vllm.offline.distill.teacher import Teacher
 from ria_vllm.offline.distill.text import training_windows
 from ria_vllm.offline.distill.train import Training
@@ -134,6 +136,31 @@ def test_a_teacher_in_float32_is_not_rounded_by_default(dtype, pruned, text, tmp
     assert report["recipe"]["distill"][0]["compute_dtype"] == "float32"
     after = Reader(tmp_path / "out")
     assert {after.linear(name).dtype for name in after.sparse_names} == {dtype}
+
+
+def test_a_cached_teacher_is_freed_before_the_student_is_loaded(pruned, text, tmp_path, monkeypatch):
+    """Also where it refers to itself, as models that FSDP2 has divided do."""
+    dense, folder = pruned()
+    loaded, alive, load, create = [], [], _Run._loaded, _Run._student
+
+    def loading(self, *args):
+        found = load(self, *args)
+        found.model.itself = [found.model]
+        loaded.append(weakref.ref(found.model))
+        return found
+
+    def creating(self, pace):
+        alive.append(loaded[0]() is not None)
+        return create(self, pace)
+
+    monkeypatch.setattr(_Run, "_loaded", loading)
+    monkeypatch.setattr(_Run, "_student", creating)
+    gc.disable()
+    try:
+        run(dense, folder, tmp_path / "out", text, tokens=128, cache_teacher=True, loss=Loss(top_k=8))
+    finally:
+        gc.enable()
+    assert alive == [False]
 
 
 def test_it_comes_closer_to_the_teacher_on_other_text(pruned, text, tmp_path):
