@@ -211,7 +211,16 @@ class _Run:
         return self._stored_text() if self.ranks.broadcast(self.writer.has(TEXT_KEY)) else None
 
     def _stored_text(self) -> torch.Tensor:
-        """The windows in the work folder: a part of the file, which is in memory as far as there is room."""
+        """The windows in the work folder: a part of the file, which is in memory as far as there is room.
+
+        Raises:
+            RiaError: this process does not see what the first one has written.
+        """
+        if not self.writer.has(TEXT_KEY):
+            raise RiaError(
+                f"{self.writer.path(TEXT_KEY)}: not found by process {self.ranks.rank}, though the first one has "
+                "written it. All processes must see the same folder: give an -o on a file system that they share."
+            )
         return self.writer.read(TEXT_KEY)[0]["tokens"]
 
     def _written(self, dense: TwoPart) -> torch.Tensor:

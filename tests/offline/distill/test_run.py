@@ -32,6 +32,7 @@ from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
 from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.model.hf import load_model, load_tokenizer
+from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 CPU = torch.device("cpu")
@@ -161,6 +162,14 @@ def test_a_cached_teacher_is_freed_before_the_student_is_loaded(pruned, text, tm
     finally:
         gc.enable()
     assert alive == [False]
+
+
+def test_a_process_that_does_not_see_the_text_says_so(pruned, text, tmp_path, monkeypatch):
+    """Such as on another machine, with a file system of its own."""
+    dense, folder = pruned()
+    monkeypatch.setattr(Ranks, "broadcast", lambda self, value, src=0: True)
+    with pytest.raises(RiaError, match=r"text\.safetensors: not found by process 0.*All processes must see the same"):
+        distill(folder, str(dense), tmp_path / "out", Distillation(tokens=1024, seq_len=64), Settings(), Monitor(False))
 
 
 def test_it_comes_closer_to_the_teacher_on_other_text(pruned, text, tmp_path):
