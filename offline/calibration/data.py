@@ -117,6 +117,7 @@ def from_text(
         used = earlier.used(len(tokens) if read_earlier is None else read_earlier, len(tokens), len(start))
         again = used[: windows * width].view(windows, width).any(1)[order]
         order = torch.cat([order[~again], order[again]])
+        del used, again
     chosen = order[:samples]
     read = torch.frombuffer(tokens, dtype=torch.int32, count=windows * width).view(windows, width)
     found = torch.empty(samples, seq_len, dtype=torch.int32)

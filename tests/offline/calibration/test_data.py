@@ -286,4 +286,4 @@ def test_a_text_takes_four_bytes_for_each_token_read_and_for_each_drawn(tmp_path
     for path, samples in ((small, 2000), (large, 12_000)):
         path.write_text((63 * "a" + "\n") * (samples * 8))
     peak = int(preloaded.run(tmp_path / "log", print_peak, small, large, 12_000).split()[-1])
-    assert peak < 12 * 12_000 * 512  # in int64, it would be 16 for the drawn ones alone
+    assert peak < 10 * 12_000 * 512  # in int64, it would be 16 for the drawn ones alone
