@@ -81,9 +81,12 @@ class Distillation:
         """
         micro = self.micro_batch or max(1, self.batch // processes)
         if self.batch // micro % processes or self.batch % micro:
+            way_out = f"Give a multiple of {processes} as --batch."
+            if self.micro_batch:
+                way_out = f"Give a multiple of {micro * processes} as --batch, or a smaller --micro-batch."
+            in_parts = f" in micro-batches of {micro}" if self.micro_batch else ""
             raise RiaError(
-                f"--batch {self.batch} in micro-batches of {micro} cannot be divided evenly among {processes} "
-                "processes. Give a multiple."
+                f"--batch {self.batch}{in_parts} cannot be divided evenly among {processes} processes. {way_out}"
             )
         return replace(self, micro_batch=micro)
 

@@ -67,11 +67,16 @@ def test_a_micro_batch_is_all_that_a_process_has_of_a_step(batch, given, process
     assert recipe.among(processes).micro_batch == found
 
 
-@pytest.mark.parametrize(("batch", "given", "processes"), [(8, None, 3), (2, None, 3), (8, 4, 4), (6, 2, 2)])
-def test_steps_that_processes_cannot_share_are_refused(batch, given, processes):
+@pytest.mark.parametrize(
+    ("batch", "given", "processes", "multiple"), [(8, None, 3, 3), (2, None, 3, 3), (8, 4, 4, 16), (6, 2, 2, 4)]
+)
+def test_steps_that_processes_cannot_share_are_refused(batch, given, processes, multiple):
+    """What the error asks for can be shared."""
     recipe = Distillation(tokens=10_000, batch=batch, micro_batch=given)
-    with pytest.raises(RiaError, match=f"cannot be divided evenly among {processes} processes"):
+    message = f"cannot be divided evenly among {processes} processes. Give a multiple of {multiple} as --batch"
+    with pytest.raises(RiaError, match=message):
         recipe.among(processes)
+    assert Distillation(tokens=10_000, batch=multiple, micro_batch=given).among(processes)
 
 
 def test_what_is_written_holds_no_path():
