@@ -1,6 +1,6 @@
 """The whole compression: a dense model in, a compressed checkpoint out, with one decoder layer in memory at a time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -250,24 +250,26 @@ class _Run:
             for path in sorted(plan.experts[index]):
                 _say_experts(self.model.experts[index][path].module, store.records(index, [path]), self.monitor)
 
-    def _dumped_recipe(self) -> dict[str, Any]:
+    def _dumped_recipe(self, smoothed: int) -> dict[str, Any]:
+        """What the folder says. `smoothed`: linears whose scales migrated; if there are none, `smooth` is 0."""
         scheme = self.model.tensors.scheme
         dequantized = {} if scheme is None else {"dequantized_from": scheme.method}
-        return self.recipe.dump(self.source.name) | dequantized
+        recipe = self.recipe if smoothed else replace(self.recipe, smooth=0.0)
+        return recipe.dump(self.source.name) | dequantized
 
     def _report(self, topologies: Topologies, plan: Plan, store: ExpertStore) -> dict[str, Any]:
         linears: dict[str, Any] = {}
         for index in range(len(self.model.layers)):
             linears |= dict(sorted(self.writer.record(layer_key(index)).items()))
             linears |= store.records(index, plan.experts[index])
+        count = sum("smoothed" in record for record in linears.values())
         found = {
-            "recipe": self._dumped_recipe(),
+            "recipe": self._dumped_recipe(count),
             "linears": linears,
             "dense": dict(plan.dense),
             "topology": topologies.dump(),
         }
         if self.recipe.migration_strength:
-            count = sum("smoothed" in record for record in linears.values())
             found["smoothed"] = {"linears": count, "left": len(linears) - count}
             self.monitor.say(
                 f"scales of inputs migrated for {count} of {len(linears)} linears; those of the others stay"
@@ -311,7 +313,7 @@ class _Run:
             schema = RiaSchema(
                 sparsity_config=sparsity, weights=weights, folds=folds, experts=experts,
                 input_activations=None if recipe.activations == "none" else INT8_TOKENS,
-                recipe=self._dumped_recipe(),
+                recipe=report["recipe"],
             )  # fmt: skip
             json_files["config.json"]["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
         json_files = json_files | {REPORT_FILE: report}

@@ -153,6 +153,15 @@ def test_mixtures_count_what_nothing_absorbs(tiny, text, tmp_path):
     assert report["smoothed"] == {"linears": len(report["linears"]) - len(left), "left": len(left)}
 
 
+def test_a_recipe_says_so_where_no_scale_could_migrate(tiny, text, tmp_path):
+    """So a server takes adapters of the dense model."""
+    report, _ = run_small(tiny("qwen3-moe"), tmp_path / "out", text, ignore=("self_attn",), **INT8)
+    recipe = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["recipe"]
+    assert report["smoothed"] == {"linears": 0, "left": len(report["linears"])} and report["linears"]
+    assert recipe["smooth"] == report["recipe"]["smooth"] == 0
+    assert "SmoothQuant" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_without_it_every_other_tensor_is_the_sources(model, text, tmp_path):
     report, _ = run_small(model, tmp_path / "out", text, smooth=0.0, **INT8)
     dense, found = load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")

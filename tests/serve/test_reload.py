@@ -127,15 +127,19 @@ def test_a_reload_of_other_scales_under_adapters(checkpoint, copy):
     """Adapters that fit the inputs of this server's linears do not fit those that `--smooth` has divided."""
     config = config_of(checkpoint)
     content = json.loads((copy / "config.json").read_text())
-    content["quantization_config"]["recipe"]["smooth"] = 0.5
-    (copy / "config.json").write_text(json.dumps(content))
-    reload_from(config, copy)
     current = VllmConfig()
     current.lora_config = LoRAConfig(max_lora_rank=8)
-    with set_current_vllm_config(current):
-        reload_from(config, checkpoint)
-        with pytest.raises(RiaError, match="its inputs have other scales"):
-            reload_from(config, copy)
+    for smooth in (0.0, 0.5):
+        content["quantization_config"]["recipe"]["smooth"] = smooth
+        (copy / "config.json").write_text(json.dumps(content))
+        reload_from(config, copy)
+        with set_current_vllm_config(current):
+            reload_from(config, checkpoint)
+            if smooth:
+                with pytest.raises(RiaError, match="its inputs have other scales"):
+                    reload_from(config, copy)
+            else:
+                reload_from(config, copy)
 
 
 @pytest.fixture(scope="module")
