@@ -46,14 +46,20 @@ def test_widened_weights(monkeypatch):
     close(run(model, x, weights, ids), stored.expected(x, weights, ids))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_scales_of_groups_keep_the_dtype_of_the_checkpoint(experts_path, dtype):
-    stored = StoredMixture("none", FORMATS["int8-g32"])
+def with_scales_of(dtype, rounded=False):
+    """Experts whose scales of groups have more digits than bfloat16 has."""
+    stored = StoredMixture("none", FORMATS["int8-g32"], rounded=rounded)
     for name in stored.plain:
         parts = {part: stored.tensors[f"{name}.{part}"] for part in ("compressed", "bitmask", "weight_scale")}
-        parts["weight_scale"] = (parts["weight_scale"].float() * 1.0013).to(dtype)  # more digits than bfloat16 has
+        parts["weight_scale"] = (parts["weight_scale"].float() * 1.0013).to(dtype)
         stored.tensors[f"{name}.weight_scale"] = parts["weight_scale"]
         stored.plain[name] = stored.weight_format.decode(parts, torch.float32).double()
+    return stored
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_scales_of_groups_keep_the_dtype_of_the_checkpoint(experts_path, dtype):
+    stored = with_scales_of(dtype)
     x, weights, ids = route()
     close(run(served(stored), x, weights, ids), stored.expected(x, weights, ids))
 
@@ -116,6 +122,18 @@ def test_rounded_inputs(monkeypatch, name, kernel):
         monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
     model = served(stored)
     assert str(model.experts.ria_experts.choice) == f"{kernel} with inputs rounded to int8"
+    off = (run(model, x, weights, ids).double() - want).norm() / want.norm()
+    assert 1e-3 < off < 3e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_rounded_inputs_with_scales_of_groups_in_the_dtype_of_the_checkpoint(dtype):
+    """The kernel multiplies the integers themselves with such scales."""
+    stored = with_scales_of(dtype, rounded=True)
+    model = served(stored)
+    assert str(model.experts.ria_experts.choice) == "cpu with inputs rounded to int8"
+    x, weights, ids = route()
+    want = stored.expected(x, weights, ids)
     off = (run(model, x, weights, ids).double() - want).norm() / want.norm()
     assert 1e-3 < off < 3e-2
 

@@ -88,7 +88,10 @@ def unsupported(
     if weight_format != FLOAT and not isinstance(weight_format, IntFormat):
         return f"no {weight_format.name} weights; {FLOAT.name}, {INT8.name} and {INT4.name} only"
     if weight_format != FLOAT and input_dtype is None and act_dtype != torch.bfloat16 and not linear:
-        return f"{weight_format.name} weights with {name_of(act_dtype)} activations; bfloat16 only"
+        return (
+            f"{weight_format.name} weights with {name_of(act_dtype)} activations; experts take bfloat16 only, or "
+            "inputs rounded to int8"
+        )
     if act_dtype not in sparse24.VALUE_DTYPES:
         return f"dtype {name_of(act_dtype)}; {', '.join(map(name_of, sparse24.VALUE_DTYPES))} only"
     return None
