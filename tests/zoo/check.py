@@ -64,7 +64,9 @@ def further_than_dense(served: dict[str, Any], dense: dict[str, Any]) -> str:
 
 def difference_problems(toy: Toy, dense: dict[str, Any]) -> list[str]:
     """A difference on the dense toy that nothing explains, or an explanation that nothing needs."""
-    largest = max((numbers["largest"] for numbers in dense.values() if isinstance(numbers, dict)), default=0.0)
+    if not dense or "error" in dense:
+        return []
+    largest = max(numbers["largest"] for numbers in dense.values())
     if largest > ALIKE and not toy.differs:
         return [f"the dense toy differs by {largest:.1e}: why?"]
     return ["the dense toy differs no longer"] if toy.differs and largest <= ALIKE else []

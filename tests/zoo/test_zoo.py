@@ -148,6 +148,8 @@ def test_a_toy_says_why_it_differs_from_transformers():
     assert "no longer" in problems(Toy(differs="rounding"), dense(9e-5))[0] and not problems(Toy(), dense(9e-5))
     far = {"text": {"median": 0.5, "largest": 2.0, "same": 0.1}}
     assert problems(Toy(differs="rounding"), GOOD | {"dense": far})
+    ended = GOOD | {"dense": {"error": "RuntimeError: ended"}}
+    assert not any("no longer" in problem for problem in problems(Toy(differs="rounding"), ended))
 
 
 def test_edits_reach_nested_configs():
