@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,23 @@ def _measure(small: Path, large: Path, out: Path, options: dict[str, Any]) -> No
     permute.WORTHWHILE = 1.0
     recipe = Recipe(**options)
     compress(str(small), Path(f"{out}-small"), recipe, Settings(), Monitor(shown=False))
+    print(peak_of(lambda: compress(str(large), out, recipe, Settings(), Monitor(shown=False))), flush=True)
+    os._exit(0)
+
+
+def peak_of(work: Callable[[], Any]) -> int:
+    """Bytes that this process holds at the peak of `work`, more than before it."""
     base, peak = _held(), 0
 
     def watch() -> None:
         nonlocal peak
         while True:
             peak = max(peak, _held())
-            time.sleep(0.002)
+            time.sleep(0.001)
 
     threading.Thread(target=watch, daemon=True).start()
-    compress(str(large), out, recipe, Settings(), Monitor(shown=False))
-    print(peak - base, flush=True)
-    os._exit(0)
+    work()
+    return peak - base
 
 
 def _held() -> int:

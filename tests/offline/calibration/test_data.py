@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import os
 import sys
-import threading
-import time
 import types
 from pathlib import Path
 
 import preloaded
 import pytest
 import torch
+from peak_memory import peak_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ria_vllm.errors import RiaError
@@ -264,21 +262,7 @@ def print_peak(small: Path, large: Path, samples: int) -> None:
     """Bytes that reading `large` takes at its peak, more than the process holds after `small`."""
     map_large_blocks()
     from_text(str(small), Bytes(), 1000, 512, 0)
-    base, peak = held(), 0
-
-    def watch() -> None:
-        nonlocal peak
-        while True:
-            peak = max(peak, held())
-            time.sleep(0.001)
-
-    threading.Thread(target=watch, daemon=True).start()
-    from_text(str(large), Bytes(), samples, 512, 0, earlier=Drawn(1000, 512, 0))
-    print(peak - base, flush=True)
-
-
-def held() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    print(peak_of(lambda: from_text(str(large), Bytes(), samples, 512, 0, earlier=Drawn(1000, 512, 0))), flush=True)
 
 
 def test_a_text_takes_four_bytes_for_each_token_read_and_for_each_drawn(tmp_path):

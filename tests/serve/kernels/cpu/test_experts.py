@@ -1,15 +1,12 @@
 """Every kernel for experts that this machine can run: its results against float64, and what its operator promises."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from instruction_sets import said_by
 from random_experts import ACTIVATIONS, SILU, random_experts, random_routing
 from sweep_experts import KINDS, check_case, nans_stay_in_their_token, same_bits, sweep
 
@@ -20,19 +17,12 @@ from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 
 INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
-SHARED = Path(__file__).parents[3]
 KERNELS = (CpuExpertsKernel, ReferenceExpertsKernel)
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_instruction_set_against_float64(instruction_set):
-    environment = {**os.environ, "RIA_VLLM_CPU_ISA": instruction_set, "PYTHONPATH": str(SHARED)}
-    program = [sys.executable, str(Path(__file__).with_name("sweep_experts.py"))]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True)
-    if "this machine lacks these instructions" in done.stderr:
-        pytest.skip(f"this machine has no {instruction_set}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == [instruction_set]
+    assert said_by("sweep_experts.py", instruction_set) == [instruction_set]
 
 
 def test_reference_against_float64():

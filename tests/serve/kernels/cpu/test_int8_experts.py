@@ -1,13 +1,10 @@
 """The kernel cpu for experts whose inputs it rounds to int8, in every instruction set that this machine can run."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from instruction_sets import said_by
 from random_experts import ACTIVATIONS, SILU, random_experts, random_routing
 from sweep_int8 import FORMATS, assert_equal
 from sweep_int8_experts import EXACT, digest, extremes, formula, random_x, rounding_experts, same_bits, special_tokens
@@ -19,18 +16,11 @@ from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 from ria_vllm.sparse24 import VALUE_DTYPES
 
 INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2", "portable")
-SHARED = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_every_bit_is_that_of_the_formula(instruction_set):
-    environment = {**os.environ, "RIA_VLLM_CPU_ISA": instruction_set, "PYTHONPATH": str(SHARED)}
-    program = [sys.executable, str(Path(__file__).with_name("sweep_int8_experts.py"))]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True)
-    if "this machine lacks these instructions" in done.stderr:
-        pytest.skip(f"this machine has no {instruction_set}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == [instruction_set, digest()]
+    assert said_by("sweep_int8_experts.py", instruction_set) == [instruction_set, digest()]
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)

@@ -2,14 +2,12 @@
 
 import ctypes
 import itertools
-import os
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from instruction_sets import run_with, said_by
 from packed_layers import pack
 from sweep import KINDS, assert_close_to_float64, nans_stay_in_their_token_and_row, random_weight, same_bits, sweep
 
@@ -21,21 +19,11 @@ from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set, packe
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 
 INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
-SHARED = Path(__file__).parents[3]
-
-
-def run_with(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "RIA_VLLM_CPU_ISA": instruction_set, "PYTHONPATH": str(SHARED)}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_instruction_set_against_float64(instruction_set):
-    done = run_with(instruction_set, str(Path(__file__).with_name("sweep.py")))
-    if "this machine lacks these instructions" in done.stderr:
-        pytest.skip(f"this machine has no {instruction_set}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == [instruction_set]
+    assert said_by("sweep.py", instruction_set) == [instruction_set]
 
 
 def test_reference_against_float64():
