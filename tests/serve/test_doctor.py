@@ -50,9 +50,7 @@ def test_quantized_weights_and_rounded_inputs():
     )
     assert output.count("chosen with inputs rounded to int8: RIA_VLLM_BACKEND asks for it") == 2
     output = run_doctor("--device", "cpu", "--weights", "int4", "--dtype", "float16")
-    linears, experts = output.split("kernels for ")[1:]
-    assert re.search("^  cpu +chosen: the first", linears, re.M)
-    assert re.search("^  cpu +chosen with int4 widened to float16", experts, re.M)
+    assert len(re.findall("^  cpu +chosen: the first", output, re.M)) == 2  # linears and experts
     output = run_doctor("--device", "cpu", "--weights", "fp8")
     linears, experts = output.split("kernels for ")[1:]
     for lines in (linears, experts):

@@ -75,23 +75,12 @@ def packed_bytes(out_features: int, in_features: int, weight_format: WeightForma
     return 64 + size + (weights // group_size * dtype.itemsize if group_size else 4 * rows)
 
 
-def unsupported(
-    weight_format: WeightFormat, act_dtype: torch.dtype, input_dtype: torch.dtype | None, linear: bool = False
-) -> str | None:
-    """Why no product here takes these weights and activations, or None.
-
-    Args:
-        linear: of one linear. Unless inputs are rounded, experts with integer weights take bfloat16 activations only.
-    """
+def unsupported(weight_format: WeightFormat, act_dtype: torch.dtype, input_dtype: torch.dtype | None) -> str | None:
+    """Why no product here takes these weights and activations, or None."""
     if input_dtype not in (None, torch.int8) or (input_dtype and weight_format == FLOAT):
         return f"no {name_of(input_dtype)} inputs with {weight_format.name} weights"
     if weight_format != FLOAT and not isinstance(weight_format, IntFormat):
         return f"no {weight_format.name} weights; {FLOAT.name}, {INT8.name} and {INT4.name} only"
-    if weight_format != FLOAT and input_dtype is None and act_dtype != torch.bfloat16 and not linear:
-        return (
-            f"{weight_format.name} weights with {name_of(act_dtype)} activations; experts take bfloat16 only, or "
-            "inputs rounded to int8"
-        )
     if act_dtype not in sparse24.VALUE_DTYPES:
         return f"dtype {name_of(act_dtype)}; {', '.join(map(name_of, sparse24.VALUE_DTYPES))} only"
     return None
@@ -148,7 +137,7 @@ class CpuKernel:
             return f"in-features {config.in_features} are not a multiple of {multiple}"
         if config.input_dtype is not None and config.in_features > MAX_INT8_COLUMNS:
             return f"in-features {config.in_features} with inputs rounded to int8; at most {MAX_INT8_COLUMNS}"
-        return unsupported(config.weight_format, config.act_dtype, config.input_dtype, linear=True)
+        return unsupported(config.weight_format, config.act_dtype, config.input_dtype)
 
     @staticmethod
     def pack(config: LinearLayerConfig, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -28,7 +28,7 @@ if backend.LOADED:
 
 
 class CpuExpertsKernel:
-    """See `ExpertsKernel`. int8 and int4 weights require bfloat16 activations, or any that are rounded to int8."""
+    """See `ExpertsKernel`. int8 and int4 weights take activations of any dtype."""
 
     name: ClassVar[str] = "cpu"
     is_fallback: ClassVar[bool] = False

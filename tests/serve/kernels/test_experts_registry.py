@@ -65,6 +65,7 @@ def test_each_kernel_passes_the_self_test(kernel, activation):
     for dtype, format, inputs in (
         (torch.bfloat16, INT8, None),
         (torch.float16, CONFIG.weight_format, None),
+        (torch.float16, INT8, None),
         (torch.float16, INT8, torch.int8),
         (torch.bfloat16, INTEGERS[4, 128], torch.int8),
     ):

@@ -55,7 +55,8 @@ struct Round {
   int64_t down_tiles;
   std::atomic<int64_t> next_item{0}, next_down{0};
 
-  Round(const ExpertsArgs& all, const InstructionSet& set) : all(all), kernels(set.kernels_for(all.down)) {
+  Round(const ExpertsArgs& all, const InstructionSet& set)
+      : all(all), kernels(set.kernels_for(all.down, all.act_dtype)) {
     group();
     divide();
     const int64_t row_bytes = tokens * kTileRows * static_cast<int64_t>(sizeof(float));

@@ -392,8 +392,9 @@ void pack_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
 }
 
 template <class VecTraits>
-void round_values(Dtype, const float* from, void* to, int64_t count) {
-  VecTraits::store_from_float(static_cast<typename VecTraits::Value*>(to), from, count);
+void round_values(Dtype dtype, const float* from, void* to, int64_t count) {
+  with_activation<VecTraits>(
+      dtype, [&](auto value) { VecTraits::store_from_float(static_cast<decltype(value)*>(to), from, count); });
 }
 
 template <class VecTraits>

@@ -27,8 +27,7 @@ struct GemmArgs {
   const void* bias;            // [rows] or null
   void* y;                     // first token of the pass, [tokens, rows] contiguous
   int64_t tokens;              // at most kMaxPassTokens
-  Dtype act_dtype;             // of x, bias and y; as float weights say; any with int8 and int4 weights (experts:
-                               // bfloat16, unless x is rounded to int8)
+  Dtype act_dtype;             // of x, bias and y; as float weights say; any with int8 and int4 weights
   uint8_t* panel;              // the tokens' activations, packed in the order in which the kernel reads them
 
   const int32_t* x_rows;         // [tokens], where each token is in x, if it has no permutation; null: in order
@@ -50,8 +49,7 @@ struct Kernel {
   int64_t activation_bytes;  // per token and group, in the panel
   void (*pack_tokens)(const GemmArgs&, int64_t begin, int64_t end);     // [begin, end) of the token blocks
   void (*multiply_tiles)(const GemmArgs&, int64_t begin, int64_t end);  // [begin, end) of the tiles
-  // To activations of experts: of `dtype` if the kernel rounds x to int8, else of its own dtype, whatever `dtype` is.
-  // `from` is on a cache line, in whole tiles of rows.
+  // To activations of experts, of `dtype`. `from` is on a cache line, in whole tiles of rows.
   void (*round)(Dtype dtype, const float* from, void* to, int64_t count);
   int64_t token_bytes = 0;  // per token in the panel, besides
   // A pass is not made smaller than this, because every pass reads all weights.
@@ -93,10 +91,11 @@ struct InstructionSet {
   // Whose kernels multiply integer weights by float16 and float32 activations; null: these, which use fp32 lanes.
   const InstructionSet* fp32_lanes = nullptr;
 
-  const Kernels& kernels_for(const Layout& layout, Dtype act_dtype = Dtype::bfloat16) const {
+  const Kernels& kernels_for(const Layout& layout, Dtype act_dtype) const {
     if (layout.int8_activations) return int8_activations->kernels_for(layout);
-    if (fp32_lanes && has_scales(layout.dtype) && act_dtype != Dtype::bfloat16) return fp32_lanes->kernels_for(layout);
-    return (layout.group_size ? grouped : kernels)[static_cast<int>(layout.dtype)];
+    const bool converts = fp32_lanes && has_scales(layout.dtype) && act_dtype != Dtype::bfloat16;
+    const InstructionSet& set = converts ? *fp32_lanes : *this;
+    return (layout.group_size ? set.grouped : set.kernels)[static_cast<int>(layout.dtype)];
   }
 };
 

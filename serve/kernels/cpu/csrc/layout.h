@@ -46,7 +46,6 @@ constexpr int64_t bits(Dtype dtype) {
 constexpr int64_t pair_bytes(Dtype dtype) { return 2 * bits(dtype) / 8; }  // of the two kept values of a group
 constexpr bool has_scales(Dtype dtype) { return dtype == Dtype::int8 || dtype == Dtype::int4; }
 constexpr bool interleaved(Dtype dtype) { return dtype == Dtype::bfloat16 || has_scales(dtype); }
-constexpr Dtype activation_dtype(Dtype dtype) { return has_scales(dtype) ? Dtype::bfloat16 : dtype; }
 
 // Where the words of a block hold the int4 values and the positions of one of its groups.
 struct Int4Bits {

@@ -65,13 +65,10 @@ void experts_op(StableIValue* stack, uint64_t, uint64_t) {
               args.down.int8_activations == args.gate_up.int8_activations && args.down.columns >= written &&
               args.gate_up.columns >= args.hidden,
           "the packed down does not fit the packed gate and up");
-  args.act_dtype = activation_dtype(args.down.dtype);
-  if (args.down.int8_activations) args.act_dtype = float_dtype(x, args.act_dtype);
+  args.act_dtype = has_scales(args.down.dtype) ? float_dtype(x, Dtype::bfloat16) : args.down.dtype;
   const int32_t dtype = torch_dtype(args.act_dtype);
-  require(
-      x.dim() == 2 && x.sizes()[1] == args.hidden && x.dtype() == dtype,
-      "x must be [tokens, hidden] of the weights' dtype, and for int8 and int4 weights bfloat16, or any float if it "
-      "is rounded to int8");
+  require(x.dim() == 2 && x.sizes()[1] == args.hidden && x.dtype() == dtype,
+          "x must be [tokens, hidden] of the weights' dtype, and for int8 and int4 weights of any float dtype");
   args.tokens = x.sizes()[0];
   require(ids.dim() == 2 && ids.sizes()[0] == args.tokens &&
               (ids.dtype() == aoti_torch_dtype_int32() || ids.dtype() == aoti_torch_dtype_int64()),

@@ -286,6 +286,8 @@ int main() {
         for (Dtype dtype : {Dtype::int8, Dtype::int4}) {
           check_experts<Int8, Bfloat16>({dtype}, tokens, hidden, inner, activation);
           check_experts<Int8, Bfloat16>({dtype, 64, Dtype::bfloat16}, tokens, hidden, inner, activation);
+          check_experts<Int8, Float16>({dtype}, tokens, hidden, inner, activation);
+          check_experts<Int8, Float32>({dtype, 32, Dtype::bfloat16}, tokens, hidden, inner, activation);
           check_experts<Int8, Bfloat16>({dtype, 0, Dtype::float32, true}, tokens, hidden, inner, activation);
           check_experts<Int8, Float16>({dtype, 64, Dtype::float32, true}, tokens, hidden, inner, activation);
           check_experts<Int8, Float32>({dtype, 32, Dtype::bfloat16, true}, tokens, hidden, inner, activation);

@@ -12,7 +12,13 @@ from ria_vllm.serve.kernels.cpu.backend import instruction_set
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 
 FLOATS = ((FLOAT, torch.bfloat16), (FLOAT, torch.float16), (FLOAT, torch.float32))
-KINDS = FLOATS + tuple((format, torch.bfloat16) for format in INTEGERS.values())
+# bfloat16 activations with all integers; the others share the kernels that convert them, so each has some.
+KINDS = (
+    *FLOATS,
+    *((format, torch.bfloat16) for format in INTEGERS.values()),
+    *((INTEGERS[bits, size], torch.float16) for bits, size in ((8, None), (4, 64))),
+    *((INTEGERS[bits, size], torch.float32) for bits, size in ((4, None), (8, 32))),
+)
 
 
 def check_case(kernel, tokens, top_k=2, permuted=True, mapped=False, **layer) -> None:

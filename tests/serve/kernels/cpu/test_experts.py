@@ -184,9 +184,6 @@ def test_what_the_cpu_kernel_does_not_take():
     config = random_experts(2, 64, 32).config
     assert CpuExpertsKernel.can_implement(config) is None
     assert "no fp8 weights" in CpuExpertsKernel.can_implement(replace(config, weight_format=FP8))
-    assert "bfloat16 only" in CpuExpertsKernel.can_implement(
-        replace(config, weight_format=INT8, act_dtype=torch.float16)
-    )
     assert "dtype float64" in CpuExpertsKernel.can_implement(replace(config, act_dtype=torch.float64))
     other = replace(config, activation=replace(SILU, name="tanh"))
     assert "no activation tanh" in CpuExpertsKernel.can_implement(other)
