@@ -127,8 +127,11 @@ def lines(topologies: Topologies) -> Iterator[str]:
     for topology in topologies.kinds:
         for part in topology.sublayers:
             ends = f" until {part.ends_before}" if part.ends_before else ""
-            zeroed = f" without {part.zeroed}/{part.zeroed_returns}" if part.zeroed else ""
-            yield f"{part.name}{ends}{zeroed}{' +' if part.additive else ''}"
+            without = "".join(
+                f" without {one.module}/{one.returns}{' but the stream' if one.passes_stream else ''}"
+                for one in part.stand_ins
+            )
+            yield f"{part.name}{ends}{without}{' +' if part.additive else ''}"
             for stage in part.stages:
                 yield "  " + " | ".join(_group(group) for group in stage)
         for fold in topology.folds:

@@ -113,9 +113,10 @@ layer
   mlp.dense_4h_to_h <- mlp.dense_h_to_4h
 """,
     "bloom": """
-layer
+attention until post_attention_layernorm +
   self_attention.query_key_value
   self_attention.dense heads 8/8x8
+mlp without self_attention/2 but the stream +
   mlp.dense_h_to_4h
   mlp.dense_4h_to_h
   self_attention.dense <- self_attention.query_key_value[16:24]x8 8/8
@@ -187,9 +188,10 @@ mlp without mamba/0 +
 """
     + LLAMA.replace("mlp.", "feed_forward.").replace("post_attention_layernorm", "pre_ff_layernorm"),
     "falcon_h1": """
-layer
+attention until pre_ff_layernorm
   mamba.in_proj | self_attn.q_proj self_attn.k_proj self_attn.v_proj
   mamba.out_proj blocks 8 | self_attn.o_proj heads 4/2x16
+mlp without mamba/0 without self_attn/2 +
   feed_forward.up_proj feed_forward.gate_proj
   feed_forward.down_proj
   self_attn.o_proj <- self_attn.v_proj 4/2
@@ -230,12 +232,12 @@ mlp without self_attn/2"""
         f"""
 attention until post_attention_layernorm +
 {attention}
-mlp without {zeroed}
+mlp without {absent}
   shared_mlp.input_linear experts block_sparse_moe.experts
   shared_mlp.output_linear
 {fold}  shared_mlp.output_linear <- shared_mlp.input_linear[0:64], shared_mlp.input_linear[64:128]
 {EXPERTS_FOLD.replace("mlp.experts", "block_sparse_moe.experts")}"""
-        for attention, zeroed, fold in (
+        for attention, absent, fold in (
             ("  mamba.in_proj\n  mamba.out_proj blocks 8", "mamba/0", ""),
             (*LLAMA.partition("+\n")[2].partition("\nmlp")[:1], "self_attn/2", LLAMA.splitlines()[-2] + "\n"),
         )

@@ -10,7 +10,7 @@ from torch import nn
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.embedding import Reached, first_tensor
 from ria_vllm.offline.model.layer_call import LayerCall, Left
-from ria_vllm.offline.model.split import zeroed
+from ria_vllm.offline.model.split import replaced
 from ria_vllm.offline.model.topology import Sublayer
 
 
@@ -45,7 +45,7 @@ class SublayerRunner:
         Raises:
             RiaError: the layer does not run by itself, or runs without the module that the sublayer ends before.
         """
-        with zeroed(self.layer, self.sublayer.zeroed, self.sublayer.zeroed_returns, stream):
+        with replaced(self.layer, self.sublayer.stand_ins, stream):
             if self.sublayer.ends_before is None:
                 return call(self.layer, stream, left)
             end = self.layer.get_submodule(self.sublayer.ends_before)

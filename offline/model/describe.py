@@ -171,13 +171,7 @@ def _sublayers(
     )
     return (
         Sublayer("attention", first, cut.ends_before, additive=is_sum(experiment, seen, first, None, cut)),
-        Sublayer(
-            "mlp",
-            second,
-            zeroed=cut.zeroed,
-            zeroed_returns=cut.zeroed_returns,
-            additive=is_sum(experiment, seen, second, cut, None),
-        ),
+        Sublayer("mlp", second, stand_ins=cut.stand_ins, additive=is_sum(experiment, seen, second, cut, None)),
     )
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.embedding import Reached
 from ria_vllm.offline.model.experiment import Experiment, Seen, equal
 from ria_vllm.offline.model.layer_call import Left
-from ria_vllm.offline.model.topology import Group
+from ria_vllm.offline.model.topology import Group, StandIn
 
 
 @dataclass(frozen=True)
@@ -19,21 +20,19 @@ class Cut:
     """A place between two parts of a layer.
 
     ends_before: the module whose input is the residual stream there.
-    zeroed: the module of the first part that returns zeros while the second part runs.
-    zeroed_returns: the length of the tuple that it returns; 0: a bare tensor.
+    stand_ins: for modules of the first part, while the second part runs.
     before: every module that is called in the first part.
     stream: there, in the experiment [1, tokens, hidden].
     """
 
     ends_before: str
-    zeroed: str
-    zeroed_returns: int
+    stand_ins: tuple[StandIn, ...]
     before: frozenset[str]
     stream: torch.Tensor
 
 
 def find_cut(experiment: Experiment, seen: Sequence[Seen], linears: Sequence[str]) -> Cut | None:
-    """The first place with linears on both sides from which the layer, with one module zeroed, gives its own output.
+    """The first place with linears on both sides from which the layer, with stand-ins before it, gives its own output.
 
     The first part is run until the first call of a module. So one that was called before the place cannot mark it.
 
@@ -55,12 +54,11 @@ def find_cut(experiment: Experiment, seen: Sequence[Seen], linears: Sequence[str
         stream = end.read.reshape(experiment.stream.shape)  # OPT's MLP has all tokens in one dimension
         if torch.equal(stream, experiment.stream):
             continue
-        for call in seen[:number]:
-            if _may_be_zeroed(experiment, call, end):
-                left = _left_before(experiment, end.name)
-                with zeroed(experiment.layer, call.name, call.form, stream):
-                    if _gives_output(experiment, stream, left):
-                        return Cut(end.name, call.name, call.form, frozenset(before), stream)
+        for stand_ins in _possible_stand_ins(experiment, seen[:number], end):
+            left = _left_before(experiment, end.name)
+            with replaced(experiment.layer, stand_ins, stream):
+                if _gives_output(experiment, stream, left):
+                    return Cut(end.name, stand_ins, frozenset(before), stream)
     return None
 
 
@@ -85,29 +83,36 @@ def is_sum(
 
 
 @contextmanager
-def zeroed(layer: nn.Module, name: str | None, returns: int, stream: torch.Tensor) -> Iterator[None]:
-    """Let the module `name` return zeros of the stream's shape; None: no module.
-
-    Args:
-        returns: the length of the tuple that it returns, in which everything else is None; 0: a bare tensor.
-    """
-    if name is None:
-        yield
-        return
-    module = layer.get_submodule(name)
-
-    def forward(*args: object, **kwargs: object) -> object:
-        zeros = torch.zeros_like(stream)
-        return (zeros, *[None] * (returns - 1)) if returns else zeros
-
-    module.forward = forward
+def replaced(layer: nn.Module, stand_ins: Sequence[StandIn], stream: torch.Tensor) -> Iterator[None]:
+    """Let modules of the layer return what their stand-ins say, in the shape of `stream`, which the layer is run on."""
+    modules = [layer.get_submodule(one.module) for one in stand_ins]
+    for module, stand_in in zip(modules, stand_ins, strict=True):
+        module.forward = partial(_returned, stand_in, stream)
     try:
         yield
     finally:
-        del module.forward
+        for module in modules:
+            del module.forward
 
 
-def _may_be_zeroed(experiment: Experiment, call: Seen, end: Seen) -> bool:
+def _returned(stand_in: StandIn, stream: torch.Tensor, *_: object, **__: object) -> object:
+    tensor = stream.clone() if stand_in.passes_stream else torch.zeros_like(stream)
+    return (tensor, *[None] * (stand_in.returns - 1)) if stand_in.returns else tensor
+
+
+def _possible_stand_ins(experiment: Experiment, before: Sequence[Seen], end: Seen) -> Iterator[tuple[StandIn, ...]]:
+    """For one module that was called before `end`, or for several that run side by side."""
+    calls = {call.name: call.form for call in before if _may_be_replaced(experiment, call, end)}
+    zeros = [StandIn(name, form) for name, form in calls.items()]
+    for one in zeros:
+        yield (one,)
+        yield (replace(one, passes_stream=True),)
+    outermost = [one for one in zeros if not any(one.module.startswith(f"{other}.") for other in calls)]
+    if len(outermost) > 1:
+        yield tuple(outermost)
+
+
+def _may_be_replaced(experiment: Experiment, call: Seen, end: Seen) -> bool:
     module = experiment.layer.get_submodule(call.name)
     has_linears = not isinstance(module, nn.Linear) and any(isinstance(m, nn.Linear) for m in module.modules())
     same_shape = call.returned is not None and call.returned.shape == experiment.stream.shape

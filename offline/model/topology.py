@@ -96,22 +96,33 @@ class Migration:
 
 
 @dataclass(frozen=True)
+class StandIn:
+    """What a module returns while a later part of its layer is run by itself.
+
+    module: its name, relative to the layer; usually attention.
+    returns: the length of the tuple that it returns, in which everything else is None; 0: it returns a bare tensor.
+    passes_stream: it returns the residual stream, because it adds that itself; otherwise zeros.
+    """
+
+    module: str
+    returns: int = 0
+    passes_stream: bool = False
+
+
+@dataclass(frozen=True)
 class Sublayer:
     """A part of a layer that maps the residual stream to the residual stream: attention, MLP, or the whole layer.
 
     stages: groups whose statistics are gathered together; a later stage sees what the earlier ones pruned.
     ends_before: the submodule whose input is the stream after this sublayer; None: the layer's output is.
-    zeroed: the module that comes before this sublayer in the layer, usually attention, and whose output has to be zero
-        when this sublayer is run by itself.
-    zeroed_returns: the length of the tuple that it returns; 0: it returns a bare tensor.
+    stand_ins: for modules that come before this sublayer in the layer, when this sublayer is run by itself.
     additive: the stream after the sublayer is the one before it plus the output of the last stage's only linear.
     """
 
     name: str
     stages: tuple[tuple[Group, ...], ...]
     ends_before: str | None = None
-    zeroed: str | None = None
-    zeroed_returns: int = 0
+    stand_ins: tuple[StandIn, ...] = ()
     additive: bool = False
 
     @property
