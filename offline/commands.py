@@ -80,6 +80,13 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     help="Migrate outliers of inputs into the weights, as SmoothQuant does, by this strength; 0: do not.",
 )
 @click.option(
+    "--rotate",
+    type=click.Choice(["none", "heads"]),
+    show_default="heads with --reconstruct short and block, else none",
+    help="heads: first turn the channels of attention's heads, in v and o, so that pruning loses less. Adapters (LoRA) "
+    "of the dense model then do not fit; none, if you want to serve them.",
+)
+@click.option(
     "--distill",
     type=click.IntRange(min=2),
     metavar="TOKENS",
@@ -115,8 +122,8 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 @click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(
     model, out, method, exponent, permute, permute_scope, pattern, calibration, samples, seq_len, seed, reconstruct,
-    skip_sensitive, weights, group_size, activations, smooth, distill, eval_text, ignore, device, compute_dtype,
-    activation_cache, max_shard_size, overwrite, resume, timings,
+    skip_sensitive, weights, group_size, activations, smooth, rotate, distill, eval_text, ignore, device,
+    compute_dtype, activation_cache, max_shard_size, overwrite, resume, timings,
 ):  # fmt: skip
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
 
@@ -144,7 +151,7 @@ def compress(
         pattern=parsed, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, ignore=tuple(ignore),
         reconstruct=reconstruct, skip_sensitive=skip_sensitive, weights=weights,
         group_size=int(group_size) if group_size and group_size.isdigit() else group_size, activations=activations,
-        smooth=smooth, compute_dtype=compute_dtype,
+        smooth=smooth, rotate=rotate, compute_dtype=compute_dtype,
     )  # fmt: skip
     if timings and timings.parent.resolve() != out.resolve():  # OUT itself does not exist yet
         check_file_place(timings)

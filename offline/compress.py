@@ -15,13 +15,14 @@ from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.source import Source, opened
 from ria_vllm.offline.model.streaming import StreamedModel, stored_dtype
-from ria_vllm.offline.model.topology import Topologies
+from ria_vllm.offline.model.topology import Topologies, Topology
 from ria_vllm.offline.nothing_lost import check_nothing_lost, planned
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive, widths
 from ria_vllm.offline.plan_experts import describe_experts
 from ria_vllm.offline.prune_experts import counts_of
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.rotating import turned_biases
 from ria_vllm.offline.runtime.memory import map_large_blocks
 from ria_vllm.offline.runtime.ranks import Ranks, joined
 from ria_vllm.offline.smoothing import changeable
@@ -227,11 +228,19 @@ class _Run:
                     tensors, recipe = self.writer.read(exact_key(index))[0], recipe.before_rounding
                 weights = pruned_weights(tensors, list(names), self.model.stored_dtype, recipe)
                 found = {f"{names[written]}.weight": weight for written, weight in weights.items()}
-                if self.recipe.migration_strength:
-                    changed = changeable(self.model, index, layers.topologies.of(index), plan.pruned[index])
-                    found |= {name: stored[written] for name, written in changed.items()}
+                changed = self._changed(index, layers.topologies.of(index), plan)
+                found |= {name: stored[written] for name, written in changed.items()}
                 layers.replay(index, found, plan.experts[index])
         return finished
+
+    def _changed(self, index: int, topology: Topology, plan: Plan) -> dict[str, str]:
+        """What is not pruned in a layer, and may have been changed: name relative to the layer -> written name."""
+        pruned, found = plan.pruned[index], {}
+        if self.recipe.migration_strength:
+            found |= changeable(self.model, index, topology, pruned)
+        if self.recipe.rotates_heads:
+            found |= turned_biases(self.model, index, topology, pruned)
+        return found
 
     def _prune_layers(self, layers: LayerPass, plan: Plan, finished: int, store: ExpertStore) -> None:
         total = len(self.model.layers)
@@ -250,11 +259,17 @@ class _Run:
             for path in sorted(plan.experts[index]):
                 _say_experts(self.model.experts[index][path].module, store.records(index, [path]), self.monitor)
 
-    def _dumped_recipe(self, smoothed: int) -> dict[str, Any]:
-        """What the folder says. `smoothed`: linears whose scales migrated; if there are none, `smooth` is 0."""
+    def _dumped_recipe(self, smoothed: int, rotated: int) -> dict[str, Any]:
+        """What the folder says.
+
+        Args:
+            smoothed: linears whose scales migrated; if there are none, `smooth` is 0.
+            rotated: those that read turned heads; if there are none, `rotate` is none.
+        """
         scheme = self.model.tensors.scheme
         dequantized = {} if scheme is None else {"dequantized_from": scheme.method}
         recipe = self.recipe if smoothed else replace(self.recipe, smooth=0.0)
+        recipe = recipe if rotated else replace(recipe, rotate="none")
         return recipe.dump(self.source.name) | dequantized
 
     def _report(self, topologies: Topologies, plan: Plan, store: ExpertStore) -> dict[str, Any]:
@@ -262,9 +277,9 @@ class _Run:
         for index in range(len(self.model.layers)):
             linears |= dict(sorted(self.writer.record(layer_key(index)).items()))
             linears |= store.records(index, plan.experts[index])
-        count = sum("smoothed" in record for record in linears.values())
+        count, rotated = (sum(key in record for record in linears.values()) for key in ("smoothed", "rotated"))
         found = {
-            "recipe": self._dumped_recipe(count),
+            "recipe": self._dumped_recipe(count, rotated),
             "linears": linears,
             "dense": dict(plan.dense),
             "topology": topologies.dump(),
@@ -274,6 +289,8 @@ class _Run:
             self.monitor.say(
                 f"scales of inputs migrated for {count} of {len(linears)} linears; those of the others stay"
             )
+        if self.recipe.rotates_heads:
+            self.monitor.say(f"heads rotated before {rotated} of {len(linears)} linears")
         left = sum(record.get("trained") is False for record in linears.values())
         if left:
             self.monitor.warn(

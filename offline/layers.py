@@ -1,7 +1,7 @@
 """One pass over the decoder layers: the embedded calibration tokens go in, pruned layers come out one by one."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from ria_vllm.offline.prune_experts import ExpertsPruner
 from ria_vllm.offline.pruned import Pruned
 from ria_vllm.offline.pruning.rounding import PASSES
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.rotating import Rotator
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.smoothing import Smoother, set_parameter
@@ -74,16 +75,18 @@ class LayerPass:
             -> what has to be written instead of the source's).
         """
         pruned: dict[str, Pruned] = {}
+        changed: dict[str, torch.Tensor] = {}
         sublayer_passes = self._load(index)
-        strength, topology = self.recipe.migration_strength, self.topologies.of(index)
-        smoother = Smoother(self.model, index, topology, strength, self.ranks) if strength else None
+        recipe, topology = self.recipe, self.topologies.of(index)
+        strength, turns = recipe.migration_strength, recipe.rotates_heads
+        smoother = Smoother(self.model, index, topology, strength, self.ranks, changed) if strength else None
+        rotator = Rotator(self.model, index, topology, plan.pruned[index], recipe, changed) if turns else None
         with self._stored_removed():
             for sublayer_pass in sublayer_passes:
-                pruned |= self._prune_sublayer(index, sublayer_pass, plan, smoother)
+                pruned |= self._prune_sublayer(index, sublayer_pass, plan, smoother, rotator)
                 if not last or sublayer_pass is not sublayer_passes[-1]:
                     sublayer_pass.advance(self.streams.pruned)
         self._free(index)
-        changed = {} if smoother is None else smoother.changed
         prefix, direct = self.model.layer_prefix(index), self.model.names.direct
         return self._written(index, pruned), {direct[prefix + name]: tensor for name, tensor in changed.items()}
 
@@ -150,10 +153,17 @@ class LayerPass:
         ]
 
     def _prune_sublayer(
-        self, index: int, sublayer_pass: SublayerPass, plan: Plan, smoother: Smoother | None
+        self,
+        index: int,
+        sublayer_pass: SublayerPass,
+        plan: Plan,
+        smoother: Smoother | None,
+        rotator: Rotator | None,
     ) -> dict[str, Pruned]:
         """Prune one stage after the other, so that each sees what those before it produce. Then train if asked, and
         round what was trained."""
+        if rotator is not None:
+            rotator.turn(sublayer_pass)
         recipe = self.recipe.before_rounding
         pruned: dict[str, Pruned] = {}
         stages = [plan.groups(index, stage) for stage in sublayer_pass.stages]
@@ -165,8 +175,11 @@ class LayerPass:
             scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
             found, _ = self._solve_stage(index, sublayer_pass, number, groups, dense, recipe, compared, scale=scale)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
-                sublayer_pass.advance(self.streams.dense)
+                with nullcontext() if rotator is None else rotator.undone():
+                    sublayer_pass.advance(self.streams.dense)
             for name, linear in found.items():
+                if rotator is not None and name in rotator.turned:
+                    linear.record["rotated"] = True
                 set_parameter(sublayer_pass.runner.layer, f"{name}.weight", linear.weight)
             if smoother is not None:
                 smoother.apply(found, pruned)

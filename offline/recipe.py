@@ -24,6 +24,7 @@ RECONSTRUCTIONS = {"none": 0, "admm": 0, "short": 48 * 2048, "block": 128 * 2048
 WEIGHTS = ("float", "int8", "int4")
 ROW = "row"
 ACTIVATIONS = ("none", "int8")
+ROTATIONS = ("none", "heads")
 SMOOTH = 0.5
 
 
@@ -34,6 +35,7 @@ class Recipe:
     group_size: stored columns of a row that share a scale, "row", or None for the default: of int8 a row; of int4 what
         `fitting` makes of it.
     smooth: SmoothQuant's migration strength, 0 for none of it, or None for the default: see `migration_strength`.
+    rotate: "heads", "none", or None for the default: see `rotates_heads`.
 
     Raises:
         RiaError: an invalid value.
@@ -55,11 +57,17 @@ class Recipe:
     group_size: int | str | None = None
     activations: str = "none"
     smooth: float | None = None
+    rotate: str | None = None
     compute_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         choices = (("method", METHODS), ("permute", permute.METHODS), ("permute_scope", SCOPES))
-        more = (("reconstruct", (*RECONSTRUCTIONS,)), ("weights", WEIGHTS), ("compute_dtype", dtypes.CHOICES))
+        more = (
+            ("reconstruct", (*RECONSTRUCTIONS,)),
+            ("weights", WEIGHTS),
+            ("compute_dtype", dtypes.CHOICES),
+            ("rotate", (None, *ROTATIONS)),
+        )
         of_integers = (("group_size", (None, ROW, *formats.GROUP_SIZES)), ("activations", ACTIVATIONS))
         for name, allowed in (*choices, *more, *of_integers):
             if getattr(self, name) not in allowed:
@@ -76,6 +84,8 @@ class Recipe:
             raise RiaError(
                 f"--weights {self.weights} is for the pattern 2:4; {self.pattern} is written as plain dense weights."
             )
+        if self.rotate == "heads" and not self.pattern.structured:
+            raise RiaError(f"--rotate {self.rotate} is for patterns N:M, not for {self.pattern}.")
         if self.samples < 1 or self.seq_len < 2:
             raise RiaError("--samples takes at least 1, --seq-len at least 2.")
         if not 0 <= self.skip_sensitive < 1:
@@ -114,6 +124,12 @@ class Recipe:
         """How much of an input's outliers go into the weights; 0 if their scales stay where they are."""
         default = SMOOTH if self.activations != "none" and self.weights == "int8" else 0.0
         return default if self.smooth is None else self.smooth
+
+    @property
+    def rotates_heads(self) -> bool:
+        """Whether the channels of heads are turned first. By default they are where weights are trained anyway."""
+        default = self.trains and self.pattern.structured
+        return default if self.rotate is None else self.rotate == "heads"
 
     @property
     def follows_dense(self) -> bool:
@@ -222,6 +238,9 @@ class Recipe:
             del options["activations"], options["smooth"]
         else:
             options["smooth"] = self.migration_strength
+        del options["rotate"]
+        if self.rotates_heads:
+            options["rotate"] = "heads"
         if self.compute_dtype == "auto":
             del options["compute_dtype"]  # not chosen yet
         return options | {"source": published(source), "versions": versions}

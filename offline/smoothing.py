@@ -24,16 +24,25 @@ class Smoother:
 
     Args:
         strength: SmoothQuant's.
+        changed: parameter that is not pruned, relative to the layer -> what has to be written instead of the source's;
+            added to.
 
     Attributes:
-        changed: parameter, relative to the layer -> what has to be written instead of the source's.
         scales: linear -> [in] float32, by which its input was divided.
     """
 
-    def __init__(self, model: StreamedModel, index: int, topology: Topology, strength: float, ranks: Ranks):
+    def __init__(
+        self,
+        model: StreamedModel,
+        index: int,
+        topology: Topology,
+        strength: float,
+        ranks: Ranks,
+        changed: MutableMapping[str, torch.Tensor],
+    ):
         self.model, self.index, self.strength, self.ranks = model, index, strength, ranks
         self.migrations = [one for one in topology.migrations if is_possible(model, index, one)]
-        self.changed: dict[str, torch.Tensor] = {}
+        self.changed = changed
         self.scales: dict[str, torch.Tensor] = {}
         # What `apply` will do: the absorber of each linear, changed parameters, changed linears of earlier stages.
         self._absorbers: dict[str, str] = {}
@@ -75,7 +84,7 @@ class Smoother:
         for name, linear in self._pruned.items():
             pruned[name] = linear
             set_parameter(layer, f"{name}.weight", linear.weight)
-        self.changed |= self._tensors
+        self.changed.update(self._tensors)
         self._absorbers, self._tensors, self._pruned = {}, {}, {}
 
     def _scale(

@@ -76,6 +76,7 @@ def print_inventory(inventory: Inventory) -> None:
         "group_size",
         "activations",
         "smooth",
+        "rotate",
         "calibration",
         "samples",
         "seq_len",

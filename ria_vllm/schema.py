@@ -140,6 +140,13 @@ class RiaSchema(BaseModel):
         return self.recipe.get("permute", "none") != "none"
 
     @property
+    def unlike_dense(self) -> dict[str, Any]:
+        """The options that `compress` was given by which linears read or return other channels than in the dense
+        model: --smooth has scaled them, --rotate turned them. Adapters of the dense model do not fit these."""
+        found = {"smooth": self.recipe.get("smooth") or 0, "rotate": self.recipe.get("rotate") or "none"}
+        return {name: value for name, value in found.items() if value not in (0, "none")}
+
+    @property
     def tensor_names(self) -> tuple[str, ...]:
         """The tensors of a pruned linear, by the last part of their names."""
         return self.weight_format.tensor_names

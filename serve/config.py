@@ -226,11 +226,14 @@ class RiaConfig(QuantizationConfig):
             raise RiaError(self.unread)
         if self.mistral is not None and engine.takes_mistral:
             raise RiaError(self.mistral)
-        if engine.lora and self.schema.recipe.get("smooth") and not engine.own_adapters:
+        if engine.lora and self.schema.unlike_dense and not engine.own_adapters:
+            options = {"smooth": "--smooth 0", "rotate": "--rotate none"}
+            instead = " ".join(options[name] for name in self.schema.unlike_dense)
             raise RiaError(
-                f"{self.where}: the inputs of this folder's linears have other scales than the dense model's "
-                "(`compress --smooth`), so LoRA adapters of the dense model would give wrong answers. For those, "
-                f"compress with --smooth 0. If yours were trained on this folder, set {ADAPTERS_VARIABLE}=1."
+                f"{self.where}: this folder's linears read other channels than the dense model's do (`compress "
+                f"{' '.join(f'--{name} {value}' for name, value in self.schema.unlike_dense.items())}`), so LoRA "
+                "adapters of the dense model would give wrong answers. For those, compress with "
+                f"{instead}. If yours were trained on this folder, set {ADAPTERS_VARIABLE}=1."
             )
 
     def _mixture_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:

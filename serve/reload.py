@@ -96,9 +96,10 @@ def _check_files(config: RiaConfig, model: str, revision: str | None, permutatio
     if orders != present:
         raise _refusal(model, "its weights are stored in other channel orders than those that this server has folded")
     _check_dense(config, headers.names, model)
-    smooth, present_smooth = (one.recipe.get("smooth") or 0 for one in (schema, config.schema))
-    if EngineOptions.current().lora and smooth != present_smooth:
-        raise _refusal(model, "its inputs have other scales (--smooth), which the adapters of this server do not have")
+    if EngineOptions.current().lora and schema.unlike_dense != config.schema.unlike_dense:
+        raise _refusal(
+            model, "its linears read other channels (--smooth, --rotate) than the adapters of this server do"
+        )
 
 
 def _headers(model: str, revision: str | None) -> WeightHeaders:

@@ -6,7 +6,8 @@ One layer of each kind is run by itself in float64, with random parameters. That
 - where the residual stream can be cut: the layer, run from the stream there with what comes before returning zeros,
   must give the same output;
 - which folds hold: random permutations must change nothing but rounding;
-- what can absorb the scales of an input's channels: random scales must change nothing but rounding.
+- what can absorb the scales of an input's channels: random scales must change nothing but rounding;
+- where the channels of heads can be turned: random orthogonal matrices must change nothing but rounding.
 
 What cannot be shown is not claimed. At worst a linear then gathers its own input, or a layer is one sublayer.
 """
@@ -24,6 +25,7 @@ from ria_vllm.offline.model.experts import experts_modules
 from ria_vllm.offline.model.folds import confirmed, find_folds
 from ria_vllm.offline.model.layer_call import LayerCall
 from ria_vllm.offline.model.migrations import find_migrations
+from ria_vllm.offline.model.rotations import find_rotations
 from ria_vllm.offline.model.split import find_cut, is_sum
 from ria_vllm.offline.model.topology import Group, Heads, Sublayer, Topology, linears_of, rank_blocks
 from ria_vllm.offline.model.vllm_quirks import served_dense
@@ -54,7 +56,8 @@ def describe(config: Any, layer: nn.Module, short: Batch, long: Batch) -> Topolo
     folds = confirmed(experiment, folds, long)
     sublayers = tuple(constrained(sublayer, layer, folds, experiment.stream.shape[-1]) for sublayer in sublayers)
     migrations = find_migrations(experiment, seen, groups, folds, long)
-    return Topology(sublayers, tuple(folds), _all_dense(layer, dense, order), _together(groups), migrations)
+    rotations = find_rotations(experiment, folds, long)
+    return Topology(sublayers, tuple(folds), _all_dense(layer, dense, order), _together(groups), migrations, rotations)
 
 
 def describe_as_it_is(layer: nn.Module, call: LayerCall, stream: torch.Tensor) -> Topology:

@@ -138,6 +138,7 @@ class Topology:
     dense: linears that must stay dense -> why.
     together: sets of linears, besides those in `vllm_quirks.FUSED`, of which all are pruned or none.
     migrations: where the scales of inputs can be moved to.
+    rotations: the consumers of folds whose heads can be turned.
     found_on: what was run to find this out, for the report.
     """
 
@@ -146,6 +147,7 @@ class Topology:
     dense: Mapping[str, str] = field(default_factory=dict)
     together: tuple[frozenset[str], ...] = ()
     migrations: tuple[Migration, ...] = ()
+    rotations: tuple[str, ...] = ()
     found_on: str = field(default="a copy with the layer's own widths", compare=False)
 
     @property
@@ -173,7 +175,7 @@ class Topology:
         migrations = [{"from": list(one.consumers), "to": one.absorber} for one in self.migrations]
         return {
             "sublayers": sublayers, "folds": folds, "dense": dict(sorted(self.dense.items())),
-            "migrations": migrations, "found_on": self.found_on,
+            "migrations": migrations, "rotations": list(self.rotations), "found_on": self.found_on,
         }  # fmt: skip
 
 

@@ -183,7 +183,8 @@ def test_what_training_did_not_better_is_what_admm_wrote(
     source = make_model(tmp_path / "dense", family, dtype=getattr(torch, dtype))
     found = {}
     for name in ("admm", reconstruct):
-        recipe = Recipe(calibration=str(text), samples=8, seq_len=32, reconstruct=name, compute_dtype=dtype)
+        options = {"reconstruct": name, "compute_dtype": dtype, "rotate": "heads"}
+        recipe = Recipe(calibration=str(text), samples=8, seq_len=32, **options)
         compress(str(source), tmp_path / name, recipe, Settings(), Monitor(shown=False))
         found[name] = Reader(tmp_path / name)
     assert found["admm"].sparse_names == found[reconstruct].sparse_names

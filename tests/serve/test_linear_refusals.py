@@ -91,17 +91,21 @@ def test_weights_that_another_kernel_packed_are_refused(ranks, load_format):
 
 
 @pytest.mark.parametrize(
-    ("smooth", "lora", "variable", "refused"),
+    ("options", "lora", "variable", "instead"),
     [
-        (0.5, True, None, True),
-        (0.5, True, "0", True),
-        (0.5, True, "1", False),
-        (0.0, True, None, False),
-        (None, True, None, False),
-        (0.5, False, None, False),
+        ({"smooth": 0.5}, True, None, "--smooth 0"),
+        ({"smooth": 0.5}, True, "0", "--smooth 0"),
+        ({"smooth": 0.5}, True, "1", None),
+        ({"smooth": 0.5}, False, None, None),
+        ({"smooth": 0.0}, True, None, None),
+        ({"rotate": "heads"}, True, None, "--rotate none"),
+        ({"rotate": "heads"}, True, "1", None),
+        ({"rotate": "none"}, True, None, None),
+        ({"smooth": 0.5, "rotate": "heads"}, True, None, "--smooth 0 --rotate none"),
+        ({}, True, None, None),
     ],
 )
-def test_adapters_for_a_folder_with_migrated_scales(ranks, monkeypatch, smooth, lora, variable, refused):
+def test_adapters_for_a_folder_with_other_channels(ranks, monkeypatch, options, lora, variable, instead):
     """Those of the dense model would give wrong answers; those of the folder itself are right."""
     if variable is not None:
         monkeypatch.setenv("RIA_VLLM_OWN_ADAPTERS", variable)
@@ -110,11 +114,12 @@ def test_adapters_for_a_folder_with_migrated_scales(ranks, monkeypatch, smooth, 
     stored = Stored()
     stored.add("proj", 8, 16)
     config = stored.config()
-    if smooth is not None:
-        config.schema.recipe["smooth"] = smooth
+    config.schema.recipe |= options
     with set_current_vllm_config(current):
-        if refused:
-            with pytest.raises(RiaError, match=r"other scales .*compress with --smooth 0\. .*RIA_VLLM_OWN_ADAPTERS=1"):
+        if instead:
+            with pytest.raises(
+                RiaError, match=rf"other channels .*compress with {instead}\. .*RIA_VLLM_OWN_ADAPTERS=1"
+            ):
                 config.get_quant_method(ReplicatedLinear(16, 8, bias=False), "proj")
         else:
             assert config.get_quant_method(ReplicatedLinear(16, 8, bias=False), "proj") is not None

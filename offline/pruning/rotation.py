@@ -1,0 +1,120 @@
+"""Orthogonal matrices between two linears, learned before pruning so that a pattern N:M loses less.
+
+Attention mixes the tokens of v's output, head by head, and never its channels. So an orthogonal matrix on the rows of v
+that belong to a key-value head, and its transpose on the columns of o that read this head, change nothing. Which matrix
+is best for pruning is learned, after "DenoiseRotator" (arXiv 2505.23049). There, the entropy of the scores falls. Here
+it is what the pattern loses: the sum of w^2 / [H^-1]_jj over the entries it removes, H the damped Gram matrix of a
+linear's input. That is the output error that remains for a removed weight if the others make up for it.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
+
+STEPS = 64
+RATE = 0.01
+DAMPING = 0.1
+# Rows of o, and columns of v, that a step looks at; all if there are fewer.
+SAMPLED = 1024
+# Draws of groups by which the result is judged.
+JUDGED = 8
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The weights on both sides of the heads of attention, and what they read; all float32 on one device.
+
+    values: [kv heads, d, in], the rows of v by key-value head.
+    values_cost: [in], the diagonal of the inverse Gram matrix of what v reads.
+    outputs: [out, heads, d], the columns of o by head; each key-value head has as many neighbouring heads.
+    outputs_cost: [heads, d, d], the diagonal blocks of the inverse Gram matrix of what o reads.
+    """
+
+    values: torch.Tensor
+    values_cost: torch.Tensor
+    outputs: torch.Tensor
+    outputs_cost: torch.Tensor
+
+    @property
+    def share(self) -> int:
+        """How many heads read a key-value head."""
+        return self.outputs.shape[1] // len(self.values)
+
+    def rotated(self, rotations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """v's rows and o's columns, in the same shapes.
+
+        Args:
+            rotations: [kv heads, d, d], orthogonal.
+        """
+        of_heads = rotations.repeat_interleave(self.share, 0)
+        return rotations @ self.values, torch.einsum("ohd,hed->ohe", self.outputs, of_heads)
+
+
+def inverse_of(gram: SymmetricMatrix) -> torch.Tensor:
+    """The inverse of a Gram matrix, damped by a share of its mean diagonal entry; float32 [width, width].
+
+    An input that is always zero has the identity.
+    """
+    H = gram.dense().float()
+    mean = float(H.diagonal().mean())
+    H.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    return torch.cholesky_inverse(torch.linalg.cholesky(H))
+
+
+def learned(heads: Heads, n: int, m: int, seed: int) -> torch.Tensor | None:
+    """The matrix of each key-value head: float64 [kv heads, d, d] on the CPU, orthogonal.
+
+    None if what is learned loses no less than the model's own channels do.
+    """
+    kv, d = heads.values.shape[:2]
+    device = heads.values.device
+    draw = torch.Generator().manual_seed(seed)
+    identity = torch.eye(d, device=device).expand(kv, d, d)
+    free = torch.zeros(kv, d, d, device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([free], lr=RATE)
+    with torch.enable_grad():
+        for _ in range(STEPS):
+            loss = _lost(heads, _orthogonal(free, identity), n, m, draw)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    found = _orthogonal(free.detach().double(), identity.double())
+    before, after = (
+        sum(float(_lost(heads, one, n, m, torch.Generator().manual_seed(seed + 1 + i))) for i in range(JUDGED))
+        for one in (identity, found.float())
+    )
+    return found.cpu() if after < before else None
+
+
+def _orthogonal(free: torch.Tensor, identity: torch.Tensor) -> torch.Tensor:
+    """Cayley's parametrisation; zeros give the identity."""
+    skew = free - free.mT
+    return torch.linalg.solve(identity + skew, identity - skew)
+
+
+def _lost(heads: Heads, rotations: torch.Tensor, n: int, m: int, draw: torch.Generator) -> torch.Tensor:
+    """The share of the scores that n:m loses, of v plus of o, in groups of channels that are drawn at random."""
+    rows = _some(len(heads.outputs), SAMPLED, draw).to(rotations.device)
+    values, outputs = replace(heads, outputs=heads.outputs[rows]).rotated(rotations)
+    of_heads = rotations.repeat_interleave(heads.share, 0)
+    outputs_cost = torch.einsum("hed,hdf,hef->he", of_heads, heads.outputs_cost, of_heads)
+    of_v, of_o = (values.square() / heads.values_cost).flatten(0, 1), (outputs.square() / outputs_cost).flatten(1)
+    lost = [
+        _share_lost(of_v[:, _some(of_v.shape[1], SAMPLED, draw).to(of_v.device)], n, m),
+        _share_lost(of_o[:, _some(of_o.shape[1], of_o.shape[1], draw).to(of_o.device)], n, m),
+    ]
+    return torch.stack(lost).sum()
+
+
+def _share_lost(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """Of scores [rows, columns], in groups of m neighbours."""
+    groups = scores[:, : scores.shape[1] // m * m].unflatten(1, (-1, m))
+    lost = groups.sort(-1).values[..., : m - n].sum()
+    return lost / groups.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _some(count: int, most: int, draw: torch.Generator) -> torch.Tensor:
+    """Numbers below `count` in random order, at most `most` of them."""
+    return torch.randperm(count, generator=draw)[:most]

@@ -1,0 +1,122 @@
+"""Turns the heads of a layer before it is pruned, where its topology says that they can be.
+
+The dense function stays the same: v's rows and o's columns are multiplied by the same orthogonal matrix, one for each
+key-value head.
+"""
+
+from collections.abc import Collection, Iterator, MutableMapping
+from contextlib import contextmanager
+
+import torch
+
+from ria_vllm.layer_schema import Fold
+from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
+from ria_vllm.offline.model.migrations import producer_rows
+from ria_vllm.offline.model.rotations import turn
+from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.model.topology import Group, Topology
+from ria_vllm.offline.pruning import rotation
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.smoothing import set_parameter
+from ria_vllm.offline.solve import one_thread
+
+
+class Rotator:
+    """The rotations of one loaded layer.
+
+    Args:
+        pruned: the layer's linears that will be pruned. What stays dense is not turned.
+        changed: parameter that is not pruned, relative to the layer -> what has to be written instead of the source's;
+            added to.
+
+    Attributes:
+        turned: the consumers of the folds whose heads were turned.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        index: int,
+        topology: Topology,
+        pruned: Collection[str],
+        recipe: Recipe,
+        changed: MutableMapping[str, torch.Tensor],
+    ):
+        self.model, self.index, self.recipe, self.changed = model, index, recipe, changed
+        self.folds = rotatable(model, index, topology, pruned)
+        self.turned: set[str] = set()
+        self._dense: dict[str, torch.Tensor] = {}
+
+    def turn(self, sublayer_pass: SublayerPass) -> None:
+        """Turn the heads of a sublayer of which nothing is pruned yet."""
+        for fold in self.folds:
+            if fold.consumer in sublayer_pass.runner.sublayer.linears:
+                self._turn(sublayer_pass, fold)
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """The layer with its own weights, so that the dense stream does not depend on how others were rounded."""
+        layer = self.model.layers[self.index]
+        turned = {name: layer.get_parameter(name).data for name in self._dense}
+        for name, tensor in self._dense.items():
+            set_parameter(layer, name, tensor)
+        try:
+            yield
+        finally:
+            for name, tensor in turned.items():
+                set_parameter(layer, name, tensor)
+
+    def _turn(self, sublayer_pass: SublayerPass, fold: Fold) -> None:
+        layer, pattern = self.model.layers[self.index], self.recipe.pattern
+        groups = [Group((fold.producers[0].name,)), Group((fold.consumer,))]
+        of_values, of_outputs = sublayer_pass.statistics(0, groups, with_gram=True, with_drift=False)
+        producer, consumer = (layer.get_submodule(group.linears[0]) for group in groups)
+        heads = fold.num_heads or 1
+        d = consumer.in_features // heads
+        rotations = None
+        if sublayer_pass.ranks.first:
+            with sublayer_pass.monitor.phase("rotations"), one_thread():
+                values_cost = rotation.inverse_of(of_values.gram).diagonal().clone()
+                inverse = rotation.inverse_of(of_outputs.gram).view(heads, d, heads, d)
+                rows = producer.weight.data[producer_rows(producer, fold.producers[0]).to(producer.weight.device)]
+                both = rotation.Heads(
+                    rows.float().view(fold.num_kv_heads or 1, d, -1),
+                    values_cost,
+                    consumer.weight.data.float().view(-1, heads, d),
+                    torch.stack([inverse[head, :, head] for head in range(heads)]),
+                )
+                rotations = rotation.learned(both, pattern.n, pattern.m, self.recipe.seed)
+        rotations = sublayer_pass.ranks.broadcast(rotations)
+        if rotations is None:
+            return
+        self.turned.add(fold.consumer)
+        bias = f"{fold.producers[0].name}.bias"
+        for name, tensor in turn(layer, fold, rotations.to(sublayer_pass.runner.device)).items():
+            self._dense[name] = layer.get_parameter(name).data
+            set_parameter(layer, name, tensor)
+            if name == bias:
+                written = self.model.names.direct[self.model.layer_prefix(self.index) + name]
+                self.changed[name] = tensor.to("cpu", self.model.read(written).dtype)
+
+
+def rotatable(model: StreamedModel, index: int, topology: Topology, pruned: Collection[str]) -> list[Fold]:
+    """The folds of a layer whose heads can be turned: both linears are pruned, and a bias is the layer's own."""
+    tied = model.model.all_tied_weights_keys
+    found = []
+    for fold in (fold for fold in topology.folds if fold.consumer in topology.rotations):
+        producer = fold.producers[0].name
+        bias = model.layer_prefix(index) + f"{producer}.bias"
+        own = model.layers[index].get_submodule(producer).bias is None or (
+            bias in model.names.direct and bias not in {*tied, *tied.values()}
+        )
+        if own and {producer, fold.consumer} <= set(pruned):
+            found.append(fold)
+    return found
+
+
+def turned_biases(model: StreamedModel, index: int, topology: Topology, pruned: Collection[str]) -> dict[str, str]:
+    """The biases of a layer that rotations may have changed: name relative to the layer -> written name."""
+    layer = model.layers[index]
+    producers = [fold.producers[0].name for fold in rotatable(model, index, topology, pruned)]
+    names = [f"{name}.bias" for name in producers if layer.get_submodule(name).bias is not None]
+    return {name: model.names.direct[model.layer_prefix(index) + name] for name in names}
