@@ -20,7 +20,8 @@ TEXT = """\
 the compressed folder with transformers on the exported one. It writes this page, and docs/model-families.json with all
 numbers. What `compress` prunes, and how it finds folds, is in [layers.md](layers.md).
 
-Measured with {versions}.
+Measured with {versions}: {toys} toys of {types} model types. vLLM's CPU build serves {served}
+of the toys.
 
 ## What gathers
 
@@ -41,7 +42,8 @@ Linears that do not read the residual stream, but have to gather their input, in
 
 Where vLLM and transformers disagree about a dense model on the hub, the toy is shaped, or vLLM is run, so that they
 agree. In brackets, the column **dense** says how, and why the difference is more than {alike:.0e}, where it is. What
-vLLM does wrong with a dense model, it does wrong with a pruned one, too.
+vLLM does wrong with a dense model, it does wrong with a pruned one, too. Where there is a way out,
+[troubleshooting](troubleshooting.md#serving) has it.
 
 {table}"""
 HEADER = ("model_type", "pruned", "folded", "gathers", "stays dense", "dense", "pruned and served")
@@ -82,7 +84,7 @@ def row(name: str, record: dict[str, Any]) -> str:
     dense = "; ".join(f"{reason}: {short(names)}" for reason, names in pruned["dense"].items())
     steps = [difference(record.get(step)) for step in ("dense", "served")]
     served = ["not served: " + toy.not_served, "-"] if toy.not_served else steps
-    notes = "; ".join(filter(None, (toy.text_only, toy.shaped, toy.differs)))
+    notes = "; ".join(filter(None, (toy.text_only, toy.shaped, toy.run, toy.differs)))
     if notes:
         served[0] += f" ({notes})"
     cells = [f"`{name}`", share(pruned, toy), short(pruned["folded"]), short(pruned["gathered"]), dense, *served]
@@ -122,8 +124,17 @@ def page(results: dict[str, Any]) -> str:
     """
     records = results["types"]
     versions = ", ".join(f"{name} {number}" for name, number in sorted(results["versions"].items()))
-    tables = {"gathering": gathering(records), "table": table(records)}
-    return TEXT.format(versions=versions, share=SHARE, alike=ALIKE, **tables)
+    toys = {name: TOYS[name] for name, _ in _compressed(records)}
+    return TEXT.format(
+        versions=versions,
+        toys=len(toys),
+        types=len({toy.model_type or name for name, toy in toys.items()}),
+        served=sum(not toy.not_served for toy in toys.values()),
+        share=SHARE,
+        alike=ALIKE,
+        gathering=gathering(records),
+        table=table(records),
+    )
 
 
 if __name__ == "__main__":
