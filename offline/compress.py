@@ -19,7 +19,7 @@ from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.nothing_lost import check_nothing_lost, planned
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive, widths
 from ria_vllm.offline.plan_experts import describe_experts
-from ria_vllm.offline.prune_experts import counts_of
+from ria_vllm.offline.prune_experts import named, short_of_tokens
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import map_large_blocks
@@ -339,13 +339,12 @@ def _say_experts(module: str, records: dict[str, dict[str, Any]], monitor: Monit
     text = f"{module}: {len(records)} linears, retained score {before:.4f} -> {after:.4f} on average"
     errors = [record["error_after"] for record in records.values() if "error_after" in record]
     monitor.say(text + (f", output error up to {max(errors):.4f}" if errors else ""))
-    unused, few = counts_of(records)
+    unused, few = short_of_tokens(records)
     if unused:
-        which = "1 expert" if unused == 1 else f"{unused} experts"
-        monitor.warn(f"{module}: the router sends no calibration token to {which}. {LEANING}")
+        monitor.warn(f"{module}: the router sends no calibration token to {named(unused)}. {LEANING}")
     if few:
-        which = "1 expert gets" if few == 1 else f"{few} experts get"
-        monitor.warn(f"{module}: {which} fewer calibration tokens than channels. {LEANING}")
+        get = "gets" if len(few) == 1 else "get"
+        monitor.warn(f"{module}: {named(few)} {get} fewer calibration tokens than channels. {LEANING}")
 
 
 def _other_files(source: Source, dtype: torch.dtype) -> tuple[dict[str, Any], list[Path]]:
