@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ria_vllm.errors import RiaError
 from ria_vllm.layer_schema import Fold, Producer
-from ria_vllm.offline.model.vllm_quirks import fused_sets
+from ria_vllm.vllm_quirks import fused_sets
 
 # With up to this many ranks of tensor parallelism, a permutation that no fold absorbs stays within each rank.
 BLOCKS = (8, 4, 2)
