@@ -29,7 +29,7 @@ from ria_vllm.offline.tokens import calibration_tokens
 from ria_vllm.offline.units import exact_key, exact_tensors, layer_key, layer_tensors, pruned_weights
 from ria_vllm.offline.work import begun_run, fingerprint, work_folder
 from ria_vllm.progress import Monitor
-from ria_vllm.schema import INT8_TOKENS, REPORT_FILE, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.schema import INT8_TOKENS, REPORT_FILE, TOPOLOGY, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.weight_format import name_of
 from ria_vllm.writer import CheckpointWriter, check_place
 
@@ -250,12 +250,12 @@ class _Run:
             for path in sorted(plan.experts[index]):
                 _say_experts(self.model.experts[index][path].module, store.records(index, [path]), self.monitor)
 
-    def _dumped_recipe(self, smoothed: int) -> dict[str, Any]:
+    def _dumped_recipe(self, topologies: Topologies, smoothed: int) -> dict[str, Any]:
         """What the folder says. `smoothed`: linears whose scales migrated; if there are none, `smooth` is 0."""
         scheme = self.model.tensors.scheme
         dequantized = {} if scheme is None else {"dequantized_from": scheme.method}
         recipe = self.recipe if smoothed else replace(self.recipe, smooth=0.0)
-        return recipe.dump(self.source.name) | dequantized
+        return recipe.dump(self.source.name) | dequantized | {TOPOLOGY: topologies.dump()}
 
     def _report(self, topologies: Topologies, plan: Plan, store: ExpertStore) -> dict[str, Any]:
         linears: dict[str, Any] = {}
@@ -263,12 +263,7 @@ class _Run:
             linears |= dict(sorted(self.writer.record(layer_key(index)).items()))
             linears |= store.records(index, plan.experts[index])
         count = sum("smoothed" in record for record in linears.values())
-        found = {
-            "recipe": self._dumped_recipe(count),
-            "linears": linears,
-            "dense": dict(plan.dense),
-            "topology": topologies.dump(),
-        }
+        found = {"recipe": self._dumped_recipe(topologies, count), "linears": linears, "dense": dict(plan.dense)}
         if self.recipe.migration_strength:
             found["smoothed"] = {"linears": count, "left": len(linears) - count}
             self.monitor.say(

@@ -127,7 +127,7 @@ class Topology:
     dense: linears that must stay dense -> why.
     together: sets of linears, besides those in `vllm_quirks.FUSED`, of which all are pruned or none.
     migrations: where the scales of inputs can be moved to.
-    found_on: what was run to find this out, for the report.
+    found_on: what was run to find this out, for the recipe.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -156,7 +156,7 @@ class Topology:
         return any(fold.consumer.startswith(f"{path}.{{e}}.") for fold in self.folds)
 
     def dump(self) -> dict[str, Any]:
-        """As JSON, for the report: the same text, whether found in this run or kept by an earlier one."""
+        """As JSON, for the recipe: the same text, whether found in this run or kept by an earlier one."""
         sublayers = [asdict(sublayer) for sublayer in self.sublayers]
         folds = [fold.model_dump(mode="json", exclude_none=True) for fold in self.folds]
         migrations = [{"from": list(one.consumers), "to": one.absorber} for one in self.migrations]
@@ -197,7 +197,7 @@ class Topologies:
         return [other for other in range(index) if self.layers[other] == self.layers[index]]
 
     def dump(self) -> list[dict[str, Any]]:
-        """As JSON, for the report: each kind, and its layers."""
+        """As JSON, for the recipe: each kind, and its layers."""
         numbers = range(len(self.layers))
         return [
             {"layers": [index for index in numbers if self.layers[index] == kind], **topology.dump()}
