@@ -1,7 +1,6 @@
 # make demo   a pruned model from nothing to `vllm serve`
 # make test   the whole test suite
-# make test-zoo  compress and serve a tiny model of every family, and write the tables in docs/model-families.md (six
-#                minutes)
+# make test-zoo  compress and serve a tiny model of every family, and write docs/model-families.md (six minutes)
 # make lint   ruff, mypy, clang-format, and the contracts on which module may import which
 # make test-versions  the serving tests under each older vLLM that is supported, a check of the newest CUDA wheel, and
 #                the tests of transformers' reader under a newer transformers than vLLM allows

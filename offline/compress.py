@@ -19,7 +19,7 @@ from ria_vllm.offline.model.topology import Topologies, Topology
 from ria_vllm.offline.nothing_lost import check_nothing_lost, planned
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive, widths
 from ria_vllm.offline.plan_experts import describe_experts
-from ria_vllm.offline.prune_experts import counts_of
+from ria_vllm.offline.prune_experts import named, short_of_tokens
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.rotating import turned_biases
@@ -30,7 +30,7 @@ from ria_vllm.offline.tokens import calibration_tokens
 from ria_vllm.offline.units import exact_key, exact_tensors, layer_key, layer_tensors, pruned_weights
 from ria_vllm.offline.work import begun_run, fingerprint, work_folder
 from ria_vllm.progress import Monitor
-from ria_vllm.schema import INT8_TOKENS, REPORT_FILE, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.schema import INT8_TOKENS, REPORT_FILE, TOPOLOGY, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.weight_format import name_of
 from ria_vllm.writer import CheckpointWriter, check_place
 
@@ -259,7 +259,7 @@ class _Run:
             for path in sorted(plan.experts[index]):
                 _say_experts(self.model.experts[index][path].module, store.records(index, [path]), self.monitor)
 
-    def _dumped_recipe(self, smoothed: int, rotated: int) -> dict[str, Any]:
+    def _dumped_recipe(self, topologies: Topologies, smoothed: int, rotated: int) -> dict[str, Any]:
         """What the folder says.
 
         Args:
@@ -270,7 +270,7 @@ class _Run:
         dequantized = {} if scheme is None else {"dequantized_from": scheme.method}
         recipe = self.recipe if smoothed else replace(self.recipe, smooth=0.0)
         recipe = recipe if rotated else replace(recipe, rotate="none")
-        return recipe.dump(self.source.name) | dequantized
+        return recipe.dump(self.source.name) | dequantized | {TOPOLOGY: topologies.dump()}
 
     def _report(self, topologies: Topologies, plan: Plan, store: ExpertStore) -> dict[str, Any]:
         linears: dict[str, Any] = {}
@@ -278,12 +278,8 @@ class _Run:
             linears |= dict(sorted(self.writer.record(layer_key(index)).items()))
             linears |= store.records(index, plan.experts[index])
         count, rotated = (sum(key in record for record in linears.values()) for key in ("smoothed", "rotated"))
-        found = {
-            "recipe": self._dumped_recipe(count, rotated),
-            "linears": linears,
-            "dense": dict(plan.dense),
-            "topology": topologies.dump(),
-        }
+        recipe = self._dumped_recipe(topologies, count, rotated)
+        found = {"recipe": recipe, "linears": linears, "dense": dict(plan.dense)}
         if self.recipe.migration_strength:
             found["smoothed"] = {"linears": count, "left": len(linears) - count}
             self.monitor.say(
@@ -356,13 +352,12 @@ def _say_experts(module: str, records: dict[str, dict[str, Any]], monitor: Monit
     text = f"{module}: {len(records)} linears, retained score {before:.4f} -> {after:.4f} on average"
     errors = [record["error_after"] for record in records.values() if "error_after" in record]
     monitor.say(text + (f", output error up to {max(errors):.4f}" if errors else ""))
-    unused, few = counts_of(records)
+    unused, few = short_of_tokens(records)
     if unused:
-        which = "1 expert" if unused == 1 else f"{unused} experts"
-        monitor.warn(f"{module}: the router sends no calibration token to {which}. {LEANING}")
+        monitor.warn(f"{module}: the router sends no calibration token to {named(unused)}. {LEANING}")
     if few:
-        which = "1 expert gets" if few == 1 else f"{few} experts get"
-        monitor.warn(f"{module}: {which} fewer calibration tokens than channels. {LEANING}")
+        get = "gets" if len(few) == 1 else "get"
+        monitor.warn(f"{module}: {named(few)} {get} fewer calibration tokens than channels. {LEANING}")
 
 
 def _other_files(source: Source, dtype: torch.dtype) -> tuple[dict[str, Any], list[Path]]:

@@ -11,10 +11,10 @@ from ria_vllm.layer_schema import Fold
 from ria_vllm.offline.model.architecture import output_heads
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topologies, linears_of, rank_blocks
-from ria_vllm.offline.model.vllm_quirks import fused_sets, served_dense
 from ria_vllm.offline.plan_experts import check_alike, experts_left_dense, plan_experts, widths_of_experts
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
+from ria_vllm.vllm_quirks import fused_sets, served_dense
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Prune the routed experts of one layer, one by one: no more than one of them is in memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from ria_vllm.progress import Monitor
 # The rows of all experts together have more scores than the search of one order needs, or memory should hold. This many
 # are taken, evenly spread over the linears.
 SEARCHED_ROWS = 8192
+# As many experts as a warning names.
+NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,23 @@ class ExpertsPruner:
         return total.finish(self.ranks, place, self.compute_dtype)
 
 
-def counts_of(records: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
-    """(experts that got no token, experts that got too few and took others' besides), from the records of a report."""
-    downs = {name.rpartition(".")[0]: record for name, record in records.items() if "tokens" in record}
-    unused = sum(record["tokens"] == 0 for record in downs.values())
-    return unused, sum(bool(record.get("borrowed")) for record in downs.values()) - unused
+def short_of_tokens(records: Mapping[str, Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    """From a report's records of the experts of one layer, the numbers of those that got too few tokens.
+
+    Returns:
+        (those that got none, those that got some and took others' besides), each in ascending order.
+    """
+    of_experts = [(name, record) for name, record in records.items() if "tokens" in record]
+    experts = {int(name.rpartition(".")[0].rpartition(".")[2]): record for name, record in of_experts}
+    unused = [number for number in sorted(experts) if experts[number]["tokens"] == 0]
+    return unused, [n for n in sorted(experts) if experts[n].get("borrowed") and n not in unused]
+
+
+def named(experts: Sequence[int]) -> str:
+    """As "expert 3", "experts 3 and 5" or, if there are more than `NAMED`, "20 experts (0, 1, ... and 12 more)"."""
+    if len(experts) == 1:
+        return f"expert {experts[0]}"
+    shown, more = [str(number) for number in experts[:NAMED]], len(experts) - NAMED
+    if more > 0:
+        return f"{len(experts)} experts ({', '.join(shown)} and {more} more)"
+    return f"experts {', '.join(shown[:-1])} and {shown[-1]}"

@@ -18,6 +18,7 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.installing import FOR_CPUS, FOR_GPUS
 from ria_vllm.inventory import report_linears, report_number
+from ria_vllm.schema import TOPOLOGY
 from ria_vllm.writer import disk_errors
 
 CARD_FILE = "README.md"
@@ -256,7 +257,7 @@ def _what_was_pruned(report: dict[str, Any], zeros: float) -> list[str]:
 def _options(recipe: dict[str, Any]) -> list[str]:
     rows = []
     for key, value in recipe.items():
-        if key == "source" or value in (None, "", [], {}):
+        if key in ("source", TOPOLOGY) or value in (None, "", [], {}):
             continue
         if key == "calibration":
             value = Path(str(value)).name

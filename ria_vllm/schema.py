@@ -35,6 +35,8 @@ PERMUTATIONS_FILE = "permutations.safetensors"
 REPORT_FILE = "ria_report.json"
 PAGE_FILE = "ria_report.html"  # made from it; not copied into folders made from this one
 PERMUTATION_SUFFIX = ".input_permutation"
+# The recipe's entry that has what experiments found out about the layers: for programs, too long for a card or a table.
+TOPOLOGY: Final = "topology"
 # A digest in `quantization_config` -> its key in the `__metadata__` of each weight file.
 DIGESTS = {"permutations_digest": "ria_permutations_digest", "weights_digest": "ria_weights_digest"}
 

@@ -8,6 +8,7 @@ import torch
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from ria_vllm import vllm_quirks
 from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import QUANT_METHOD, RiaSchema, SparsityConfig
@@ -29,20 +30,8 @@ from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts, named_exp
 from ria_vllm.serve.stream import WeightStream
 from ria_vllm.serve.weight_scheme import WeightScheme
 
-# vLLM's models of these families change the order of attention's rows as they load them, see
-# `ria_vllm.serve.rearranged`. GPT-NeoX's does so before vLLM 0.32; later versions run the model of transformers.
-REARRANGED_BY_VLLM = ("bloom", "falcon", "gpt_neox", "llama4", "llama4_text")
-
 # vLLM puts this before the names of a draft model in speculative decoding. The names in its checkpoint do not have it.
 DRAFT_PREFIX = "draft_model."
-
-
-def rearranged_by_vllm(hf_config: Any) -> bool:
-    """Whether vLLM's model of this config, or of the text decoder in it, changes the order of rows."""
-    if hf_config is None:
-        return False
-    configs = (hf_config, getattr(hf_config, "text_config", None))
-    return any(getattr(config, "model_type", None) in REARRANGED_BY_VLLM for config in configs)
 
 
 class RiaConfig(QuantizationConfig):
@@ -135,7 +124,7 @@ class RiaConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read what producers must know before the first weight arrives: names and permutations."""
         self.where = str(model_name)
-        self.rearranged = rearranged_by_vllm(hf_config)
+        self.rearranged = vllm_quirks.rearranged(hf_config)
         try:
             headers = WeightHeaders(self.where, revision)
         except OutOfReach as error:

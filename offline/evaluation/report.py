@@ -15,7 +15,7 @@ from ria_vllm.inventory import Inventory, natural_order, report_linears, report_
 from ria_vllm.offline.distill.loss import TERMS
 from ria_vllm.offline.evaluation.charts import Series, bar_chart, line_chart
 from ria_vllm.progress import Monitor
-from ria_vllm.schema import PAGE_FILE, REPORT_FILE
+from ria_vllm.schema import PAGE_FILE, REPORT_FILE, TOPOLOGY
 from ria_vllm.sizes import human_size
 from ria_vllm.writer import check_file_place, disk_errors
 
@@ -168,7 +168,7 @@ def _against_tokens(points: Sequence[dict[str, Any]], key: str) -> list[tuple[fl
 
 
 def recipe_table(recipe: dict[str, Any], dense: Any) -> str:
-    rows = {key: value for key, value in recipe.items() if value not in (None, [], "")}
+    rows = {key: value for key, value in recipe.items() if key != TOPOLOGY and value not in (None, [], "")}
     if isinstance(dense, dict) and dense:
         rows["left dense"] = ", ".join(f"{name} ({reason})" for name, reason in dense.items())
     cells = "".join(

@@ -28,7 +28,7 @@ from ria_vllm.offline.model.migrations import find_migrations
 from ria_vllm.offline.model.rotations import find_rotations
 from ria_vllm.offline.model.split import find_cut, is_sum
 from ria_vllm.offline.model.topology import Group, Heads, Sublayer, Topology, linears_of, rank_blocks
-from ria_vllm.offline.model.vllm_quirks import served_dense
+from ria_vllm.vllm_quirks import served_dense
 
 
 def describe(config: Any, layer: nn.Module, short: Batch, long: Batch) -> Topology:

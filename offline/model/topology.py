@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ria_vllm.errors import RiaError
 from ria_vllm.layer_schema import Fold, Producer
-from ria_vllm.offline.model.vllm_quirks import fused_sets
+from ria_vllm.vllm_quirks import fused_sets
 
 # With up to this many ranks of tensor parallelism, a permutation that no fold absorbs stays within each rank.
 BLOCKS = (8, 4, 2)
@@ -139,7 +139,7 @@ class Topology:
     together: sets of linears, besides those in `vllm_quirks.FUSED`, of which all are pruned or none.
     migrations: where the scales of inputs can be moved to.
     rotations: the consumers of folds whose heads can be turned.
-    found_on: what was run to find this out, for the report.
+    found_on: what was run to find this out, for the recipe.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -169,7 +169,7 @@ class Topology:
         return any(fold.consumer.startswith(f"{path}.{{e}}.") for fold in self.folds)
 
     def dump(self) -> dict[str, Any]:
-        """As JSON, for the report: the same text, whether found in this run or kept by an earlier one."""
+        """As JSON, for the recipe: the same text, whether found in this run or kept by an earlier one."""
         sublayers = [asdict(sublayer) for sublayer in self.sublayers]
         folds = [fold.model_dump(mode="json", exclude_none=True) for fold in self.folds]
         migrations = [{"from": list(one.consumers), "to": one.absorber} for one in self.migrations]
@@ -210,7 +210,7 @@ class Topologies:
         return [other for other in range(index) if self.layers[other] == self.layers[index]]
 
     def dump(self) -> list[dict[str, Any]]:
-        """As JSON, for the report: each kind, and its layers."""
+        """As JSON, for the recipe: each kind, and its layers."""
         numbers = range(len(self.layers))
         return [
             {"layers": [index for index in numbers if self.layers[index] == kind], **topology.dump()}

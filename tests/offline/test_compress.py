@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from compressing import digests
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ria_vllm.checkpoint import Reader, tensor_names
 from ria_vllm.errors import RiaError
+from ria_vllm.folder_commands import inspect
 from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.evaluation.report import report as make_page
 from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
@@ -77,9 +80,28 @@ def test_an_order_that_nothing_absorbs_keeps_to_blocks(tiny, text, tmp_path, mon
     lines = [line for line in said if ": retained score " in line]
     assert f"{name}: retained score {before:.4f} -> {after:.4f}{ending}" in lines
     assert len(lines) == len(report["linears"]) and sum(ending in line for line in lines) == 1
-    first, second = report["topology"]
+    first, second = Reader(tmp_path / "out").schema.recipe["topology"]
     assert (first["layers"], second["layers"]) == ([0], [1])
     assert first["sublayers"][0]["stages"][1][0]["blocks"] == 8
+
+
+def test_the_recipe_keeps_what_experiments_found_and_only_programs_see_it(tiny, text, tmp_path):
+    run(tiny("llama"), tmp_path / "out", text, reconstruct="none", samples=4)
+    (kind,) = Reader(tmp_path / "out").schema.recipe["topology"]
+    assert kind["layers"] == [0, 1] and kind["dense"] == {} and "copy" in kind["found_on"]
+    stages = [[group["linears"] for group in stage] for part in kind["sublayers"] for stage in part["stages"]]
+    assert stages == [
+        [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]], [["self_attn.o_proj"]],
+        [["mlp.gate_proj", "mlp.up_proj"]], [["mlp.down_proj"]],
+    ]  # fmt: skip
+    folds = {fold["consumer"]: [producer["name"] for producer in fold["producers"]] for fold in kind["folds"]}
+    assert folds == {"self_attn.o_proj": ["self_attn.v_proj"], "mlp.down_proj": ["mlp.gate_proj", "mlp.up_proj"]}
+    assert json.loads((tmp_path / "out" / "ria_report.json").read_text())["recipe"]["topology"] == [kind]
+    for command in (inspect, make_page):
+        result = CliRunner().invoke(command, [str(tmp_path / "out")], catch_exceptions=False)
+        assert result.exit_code == 0 and "topology" not in result.output
+    card, page = ((tmp_path / "out" / name).read_text() for name in ("README.md", "ria_report.html"))
+    assert "topology" not in card + page and "| seed |" in card and ">seed</td>" in page
 
 
 @pytest.mark.parametrize("family", ["gpt-neox", "qwen3.5", "olmo2", "cohere2", "gemma4", "gemma4-e2b", "gemma3n"])

@@ -1,4 +1,4 @@
-"""Peak memory: a model whose experts are several times larger than the limit is compressed under it."""
+"""Peak memory: a model whose experts, as they are stored, take twice the limit is compressed under it."""
 
 import json
 from pathlib import Path

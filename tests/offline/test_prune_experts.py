@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.offline import compress
-from ria_vllm.offline.prune_experts import counts_of
+from ria_vllm.offline.prune_experts import named, short_of_tokens
 
 # Enough that each expert of layer 0 gets more tokens than it has channels.
 TOKENS = torch.randint(2, 258, (16, 128), generator=torch.Generator().manual_seed(1))
@@ -106,9 +106,16 @@ def test_reconstruction_brings_an_expert_closer_to_its_dense_output(mixtral, pru
         assert admm < 0.95 * none and block < admm
 
 
-def test_experts_without_tokens_are_counted_once():
+def test_experts_with_too_few_tokens_are_named_once_and_in_order():
     records = {
-        "a.0.w1": {"tokens": 0, "borrowed": 9}, "a.0.w2": {"tokens": 0, "borrowed": 9}, "a.1.w1": {"tokens": 5},
-        "a.2.w1": {"tokens": 5, "borrowed": 4}, "q_proj": {},
+        "a.10.w1": {"tokens": 0, "borrowed": 9}, "a.9.w1": {"tokens": 0, "borrowed": 9},
+        "a.9.w2": {"tokens": 0, "borrowed": 9}, "a.1.w1": {"tokens": 5}, "a.2.w1": {"tokens": 5, "borrowed": 4},
+        "q_proj": {},
     }  # fmt: skip
-    assert counts_of(records) == (1, 1)
+    assert short_of_tokens(records) == ([9, 10], [2])
+
+
+def test_a_warning_names_experts_but_not_all_of_many():
+    assert named([3]) == "expert 3" and named([3, 5]) == "experts 3 and 5"
+    assert named(range(8)) == "experts 0, 1, 2, 3, 4, 5, 6 and 7"
+    assert named([*range(8), 40, 90]) == "10 experts (0, 1, 2, 3, 4, 5, 6, 7 and 2 more)"

@@ -20,7 +20,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE
 from ria_vllm.serve import checkpoint_files
 from ria_vllm.serve.checkpoint_files import Offline, OutOfReach, is_offline, locate
-from ria_vllm.serve.config import RiaConfig, rearranged_by_vllm
+from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.linear import Sparse24LinearMethod
 from ria_vllm.serve.reload import check_first_load, check_reload
 
@@ -607,13 +607,6 @@ def a_linear():
     from vllm.model_executor.layers.linear import LinearBase
 
     return object.__new__(LinearBase)
-
-
-def test_rearranged_rows_are_expected_of_a_decoder_behind_a_wrapper_too():
-    wrapper = SimpleNamespace(model_type="a wrapper", text_config=SimpleNamespace(model_type="llama4_text"))
-    for config, expected in ((SimpleNamespace(model_type="bloom"), True), (wrapper, True), (None, False)):
-        assert rearranged_by_vllm(config) == expected
-    assert not rearranged_by_vllm(SimpleNamespace(model_type="llama"))
 
 
 def test_a_missing_value_projection_is_the_keys(checkpoint):

@@ -1,7 +1,7 @@
 """Text models with mixtures of experts."""
 
 from families import LATENT_ATTENTION
-from zoo.text import GEMMA4, LATENT, WIDE, WINDOW
+from zoo.text import GEMMA4, LATENT, WHOLE, WIDE, WINDOW
 from zoo.toy import Toy
 
 # Each config reads the keys it knows.
@@ -27,6 +27,10 @@ NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 CORRECTION = ("e_score_correction_bias", "expert_bias")
 UNCORRECTED = "without a correction in the router, which vLLM's CPU build ignores"
+LATENT_RUN = (
+    "run with the attention `CPU_MLA`, since vLLM's for AMX takes no float32, and with the custom operators `all` but "
+    "`-rotary_embedding`, since vLLM's own kernel of that is wrong for these queries"
+)
 NO_SIGMOID = "vLLM's CPU router takes sigmoids only with groups"
 
 MIXTURES = {
@@ -34,7 +38,7 @@ MIXTURES = {
                  edits={"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}),
     "axk1": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX,
                 not_served="vLLM expects another norm"),
-    "cohere2_moe": Toy(EXPERTS | WIDE | {"logit_scale": 0.5, "mlp_layer_types": ["sparse", "sparse"]}),
+    "cohere2_moe": Toy(EXPERTS | WIDE | {"logit_scale": 0.5, "mlp_layer_types": ["sparse", "sparse"]}, shaped=WHOLE),
     "dbrx": Toy({
         "d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -42,8 +46,8 @@ MIXTURES = {
     }, not_served="vLLM's loader does not know the names of its experts",
        stays_dense={".experts.": "transformers runs these experts with code of their own"}),
     "deepseek_v2": Toy(FIRST_DENSE | LATENT | {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
-                       engine=LATENT_ATTENTION),
-    "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, engine=LATENT_ATTENTION),
+                       engine=LATENT_ATTENTION, run=LATENT_RUN),
+    "deepseek_v3": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX, engine=LATENT_ATTENTION, run=LATENT_RUN),
     "dots1": Toy(FIRST_DENSE | {"layer_types": ["full_attention", "full_attention"]}),
     "ernie4_5_moe": Toy(FIRST_DENSE, zeros=CORRECTION, shaped=UNCORRECTED),
     "exaone_moe": Toy(FIRST_DENSE | WINDOW | {"sliding_window_pattern": 2}),
@@ -51,7 +55,7 @@ MIXTURES = {
     "gemma4_text_moe": Toy(GEMMA4 | GEMMA4_EXPERTS, model_type="gemma4_text", gathers=KEYS_AS_VALUES,
                            mechanism="experts beside the dense MLP, with a router of the model's own"),
     "glm4_moe": Toy(FIRST_DENSE),
-    "glm4_moe_lite": Toy(FIRST_DENSE | LATENT | NOAUX, engine=LATENT_ATTENTION),
+    "glm4_moe_lite": Toy(FIRST_DENSE | LATENT | NOAUX, engine=LATENT_ATTENTION, run=LATENT_RUN),
     "glm_moe_dsa": Toy(
         FIRST_DENSE | LATENT | NOAUX | {"index_topk": 8, "index_head_dim": 128, "index_n_heads": 2},
         not_served="vLLM has no sparse attention for CPUs",

@@ -1,19 +1,51 @@
-"""Write the tables of docs/model-families.md from docs/model-families.json: `python -m zoo.table`."""
+"""Write docs/model-families.md from docs/model-families.json and the toys: `python -m zoo.table`."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.check import SHARE, consumers_that_gather, reasons
+from zoo.check import ALIKE, SHARE, consumers_that_gather, reasons
 from zoo.toy import Toy
 from zoo.toys import TOYS
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, RESULTS = DOCS / "model-families.md", DOCS / "model-families.json"
-# What stands before and after each table.
-FAMILIES = "<!-- `make test-zoo` writes what follows -->\n", "<!-- end of what `make test-zoo` writes -->\n"
-GATHERING = "<!-- `make test-zoo` writes this table -->\n", "<!-- end of this table -->\n"
+TEXT = """\
+<!-- `make test-zoo` writes this page from docs/model-families.json and tests/zoo. -->
+
+# Model families, measured
+
+`make test-zoo` builds a tiny random model of each type below, compresses, verifies and exports it, and compares vLLM on
+the compressed folder with transformers on the exported one. It writes this page, and docs/model-families.json with all
+numbers. What `compress` prunes, and how it finds folds, is in [layers.md](layers.md).
+
+Measured with {versions}: {toys} toys of {types} model types. vLLM's CPU build serves {served}
+of the toys.
+
+## What gathers
+
+Linears that do not read the residual stream, but have to gather their input, in some layers at least:
+
+{gathering}
+## Every family
+
+- **pruned**: the share of the matrices in the decoder's layers that are pruned, not counting those under *stays dense*;
+  in brackets, the share of all, in the toy's proportions. Where that is less than {share:.0%}, it comes first, with the
+  reason.
+- **folded**, **gathers**: linears whose input arrives in their order because other linears' rows have it, and linears
+  that bring their input into it themselves.
+- **dense**, **pruned and served**: the largest difference between vLLM and transformers of any token's log probability,
+  before and after pruning. Where vLLM's CPU build does not run the dense model, the toy is only compressed, verified
+  and exported. Of those with pruned experts, `make test` builds and loads vLLM's model all the same, and compares the
+  output of its experts with a product in float64.
+
+Where vLLM and transformers disagree about a dense model on the hub, the toy is shaped, or vLLM is run, so that they
+agree. In brackets, the column **dense** says how, and why the difference is more than {alike:.0e}, where it is. What
+vLLM does wrong with a dense model, it does wrong with a pruned one, too. Where there is a way out,
+[troubleshooting](troubleshooting.md#serving) has it.
+
+{table}"""
 HEADER = ("model_type", "pruned", "folded", "gathers", "stays dense", "dense", "pruned and served")
 
 
@@ -52,7 +84,7 @@ def row(name: str, record: dict[str, Any]) -> str:
     dense = "; ".join(f"{reason}: {short(names)}" for reason, names in pruned["dense"].items())
     steps = [difference(record.get(step)) for step in ("dense", "served")]
     served = ["not served: " + toy.not_served, "-"] if toy.not_served else steps
-    notes = "; ".join(filter(None, (toy.text_only, toy.shaped, toy.differs)))
+    notes = "; ".join(filter(None, (toy.text_only, toy.shaped, toy.run, toy.differs)))
     if notes:
         served[0] += f" ({notes})"
     cells = [f"`{name}`", share(pruned, toy), short(pruned["folded"]), short(pruned["gathered"]), dense, *served]
@@ -84,19 +116,26 @@ def _markdown(header: Sequence[str], rows: list[str]) -> str:
     return "\n".join(["| " + " | ".join(header) + " |", "| --- " * len(header) + "|", *rows]) + "\n"
 
 
-def page(text: str, results: dict[str, Any]) -> str:
-    """The page with its tables written anew; the text around them stays."""
+def page(results: dict[str, Any]) -> str:
+    """All of docs/model-families.md.
+
+    Args:
+        results: the content of docs/model-families.json.
+    """
+    records = results["types"]
     versions = ", ".join(f"{name} {number}" for name, number in sorted(results["versions"].items()))
-    text = _put(text, GATHERING, gathering(results["types"]))
-    return _put(text, FAMILIES, f"Measured with {versions}.\n\n{table(results['types'])}")
-
-
-def _put(text: str, marks: tuple[str, str], content: str) -> str:
-    """The text with this content between the marks."""
-    before, _, rest = text.partition(marks[0])
-    _, _, after = rest.partition(marks[1])
-    return f"{before}{marks[0]}\n{content}\n{marks[1]}{after}"
+    toys = {name: TOYS[name] for name, _ in _compressed(records)}
+    return TEXT.format(
+        versions=versions,
+        toys=len(toys),
+        types=len({toy.model_type or name for name, toy in toys.items()}),
+        served=sum(not toy.not_served for toy in toys.values()),
+        share=SHARE,
+        alike=ALIKE,
+        gathering=gathering(records),
+        table=table(records),
+    )
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text(), json.loads(RESULTS.read_text())))
+    PAGE.write_text(page(json.loads(RESULTS.read_text())))

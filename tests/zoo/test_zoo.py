@@ -5,15 +5,15 @@ import json
 import pytest
 from zoo.check import problems
 from zoo.run import run_batch
-from zoo.table import FAMILIES, GATHERING, PAGE, RESULTS, gathering, page, table
+from zoo.table import PAGE, RESULTS, gathering, page, table
 from zoo.toy import Toy, fingerprint, merged
 from zoo.toys import TOYS
 
 REPRESENTATIVE = [name for name, toy in TOYS.items() if toy.mechanism]
 
 
-def test_the_page_shows_the_results():
-    assert PAGE.read_text() == page(PAGE.read_text(), json.loads(RESULTS.read_text()))
+def test_the_page_is_what_the_results_and_the_toys_say():
+    assert PAGE.read_text() == page(json.loads(RESULTS.read_text())), "PYTHONPATH=tests python -m zoo.table"
 
 
 def test_every_type_has_run():
@@ -42,6 +42,7 @@ def test_the_results_are_of_this_toy_and_of_the_versions_that_the_page_names(nam
         ({"stays_dense": {"conv": "odd-sized"}}, True),
         ({"mechanism": "as the rest"}, False),
         ({"shaped": "without biases"}, False),
+        ({"run": "with CPU_MLA"}, False),
         ({"differs": "in bfloat16"}, False),
         ({"not_served": "no kernel"}, True),
     ],
@@ -93,14 +94,12 @@ def test_what_is_wrong_is_said(change, said):
     assert not found if said is None else said in found[0]
 
 
-def test_the_table_is_put_between_its_marks():
-    results = {"versions": {"vllm": "1"}, "types": {"llama": GOOD}}
-    first, second = ("stale\n".join(marks) for marks in (GATHERING, FAMILIES))
-    written = page(f"before\n{first}between\n{second}after\n", results)
-    assert written.startswith(f"before\n{GATHERING[0]}") and written.endswith(f"{FAMILIES[1]}after\n")
-    assert f"{GATHERING[1]}between\n{FAMILIES[0]}" in written and "stale" not in written
-    assert "| `llama` | 100% (96%) | `o_proj` |" in written
-    assert page(written, results) == written
+def test_the_page_has_the_versions_and_both_tables():
+    gathered = GOOD["compress"] | {"gathered": ["model.layers.*.mamba.out_proj"]}
+    written = page({"versions": {"vllm": "1"}, "types": {"bamba": GOOD | {"compress": gathered}, "llama": GOOD}})
+    assert "Measured with vllm 1: 2 toys of 2 model types. vLLM's CPU build serves 1\n" in written
+    assert "| `mamba.out_proj` | a convolution before it" in written
+    assert written.endswith("| `llama` | 100% (96%) | `o_proj` |  |  | 1e-05 | 1e-05 |\n")
 
 
 def test_the_table_does_not_call_a_model_pruned_whole_of_which_much_stays_dense():
@@ -115,7 +114,16 @@ def test_the_table_does_not_call_a_model_pruned_whole_of_which_much_stays_dense(
     assert cell("llama", 0.5, {"odd-sized": ["layers.*.q_proj"]}) == "50% (stays dense: odd-sized; 98% of the rest)"
 
 
-def test_the_table_says_how_a_toy_is_shaped():
+@pytest.mark.parametrize("name", TOYS)
+def test_a_toy_says_why_it_needs_what_the_models_on_the_hub_do_not(name):
+    toy = TOYS[name]
+    assert bool(toy.engine) == bool(toy.run)
+    assert toy.shaped or not toy.zeros
+
+
+def test_the_table_says_how_a_toy_is_shaped_and_run():
+    assert "| 1e-05 (run with the attention `CPU_MLA`, since" in table({"deepseek_v3": GOOD})
+    assert "| 1e-05 (with one token for an image, since" in table({"gemma3": GOOD})
     assert "| 1e-05 (without the bias of lm_head, which" in table({"phimoe": GOOD})
     assert "| 1e-05 (vLLM keeps the two parameters of xIELU" in table({"apertus": GOOD})
 

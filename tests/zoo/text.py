@@ -3,8 +3,8 @@
 from zoo.toy import VOCABULARY, Toy
 
 MHA = {"num_key_value_heads": 4}
-# vLLM's window for Cohere is wider by one token than transformers'. So it holds all of the prompts.
 WIDE = {"sliding_window": 96, "layer_types": ["sliding_attention", "full_attention"]}
+WHOLE = "with a window as wide as all of a prompt, since vLLM's window is one token wider than transformers'"
 WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 # The last two layers read the keys and values of the first two.
 SHARED = {
@@ -28,7 +28,7 @@ TEXT = {
         differs="vLLM computes GELU exactly, transformers approximates it with tanh",
     ),
     "cohere": Toy({"logit_scale": 0.5}),
-    "cohere2": Toy(WIDE | {"logit_scale": 0.5}, mechanism="parallel attention and MLP"),
+    "cohere2": Toy(WIDE | {"logit_scale": 0.5}, mechanism="parallel attention and MLP", shaped=WHOLE),
     "cwm": Toy(WINDOW),
     "ernie4_5": Toy(),
     "exaone4": Toy(WINDOW | {"sliding_window_pattern": 2}),

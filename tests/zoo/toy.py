@@ -69,13 +69,14 @@ class Toy:
         no_fold: why none is possible.
         gathers: end of the names of linears that bring their input into their order themselves, though they do not read
             the residual stream, in some layers at least -> why no fold does it. Beside those in `check.GATHERS`.
-        engine: arguments of vLLM's `LLM` that the dense model needs too.
+        engine: arguments of vLLM's `LLM` that the dense model needs too; `run` says why.
         dtype: of the stored weights, and the one that vLLM computes in.
         edits: keys of config.json that transformers' config lacks, but the folders on the hub have, and vLLM reads.
         renames: beginning of names in the files that transformers saves -> what the folders on the hub have.
         transposed: part of the names of stacked tensors that the folders on the hub have as [experts, in, out].
         zeros: ends of the names of parameters that are 0; `shaped` says why.
         shaped: how the toy differs from the models on the hub, since vLLM and transformers disagree about those.
+        run: what `engine` asks for, and why.
         differs: why vLLM's dense model and transformers differ by more than the order of sums in float32 makes them.
         processor: of images, behind a wrapper.
     """
@@ -94,13 +95,14 @@ class Toy:
     transposed: str = ""
     zeros: tuple[str, ...] = ()
     shaped: str = ""
+    run: str = ""
     differs: str = ""
     processor: Processor | None = None
     model_type: str = ""
 
 
 # What a toy says about itself to readers. The rest decides what comes out when it runs.
-PROSE = ("mechanism", "not_served", "text_only", "no_fold", "gathers", "shaped", "differs")
+PROSE = ("mechanism", "not_served", "text_only", "no_fold", "gathers", "shaped", "run", "differs")
 
 
 def fingerprint(name: str, toy: Toy) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from zoo.experts import EXPERTS, FIRST_DENSE, GEMMA4_EXPERTS, KEYS_AS_VALUES, PLAIN
 from zoo.hybrids import BFLOAT16, CONVOLUTION, GATED_DELTA, LFM2, UNROTATED
-from zoo.text import GEMMA4, SHARED, SHARED_VALUES, WIDE, WINDOW
+from zoo.text import GEMMA4, SHARED, SHARED_VALUES, WHOLE, WIDE, WINDOW
 from zoo.toy import BASE, Processor, Toy
 
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
@@ -92,18 +92,18 @@ WRAPPED = {
         behind("cohere2", WIDE | {"logit_scale": 1.0}, TOWER | {"model_type": "siglip_vision_model"},
                image_token_id=258, downsample_factor=2, alignment_intermediate_size=128, tie_word_embeddings=True),
         renames=INNER_TOWER_NAMES,
-        shaped="with a scale of 1 for the logits, which transformers leaves out, and vLLM does not",
+        shaped=f"{WHOLE}; with a scale of 1 for the logits, which transformers leaves out, and vLLM does not",
         processor=Processor(
             {"image_token": "<image>", "boi_token": "<img>", "eoi_token": "</img>", "img_line_break_token": "<br>"},
             "<image>",
             {"size": {"height": 32, "width": 32}, "patch_size": 2},  # the square of it is the tokens for an image
         ),
     ),
-    # One token for an image, since vLLM's CPU attention is causal among them.
     "gemma3": Toy(
         behind("gemma3_text", WINDOW | {"query_pre_attn_scalar": 32}, TOWER | {"model_type": "siglip_vision_model"},
                image_token_index=258, boi_token_index=259, eoi_token_index=260, mm_tokens_per_image=1),
         renames=TOWER_NAMES,
+        shaped="with one token for an image, since vLLM's CPU attention is causal among an image's tokens",
         processor=Processor(
             {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
             | LINES,

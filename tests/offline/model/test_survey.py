@@ -44,7 +44,7 @@ def test_a_layer_too_large_for_memory_is_pruned_without_folds(refused, tiny, tex
     report, warnings = run_small(tiny("llama"), tmp_path / "out", text)
     (warning,) = [text for text in warnings if "without folds" in text]
     assert "memory" in warning or "GB are free" in warning
-    assert report["topology"][0]["folds"] == [] and len(report["linears"]) == 14
+    assert report["recipe"]["topology"][0]["folds"] == [] and len(report["linears"]) == 14
     check_complete(tiny("llama"), tmp_path / "out")
 
 
@@ -76,7 +76,7 @@ def test_layers_of_a_stored_model_have_smaller_copies(family, tiny, text, tmp_pa
     for name in ("own", "smaller"):
         report, warnings = run_small(tiny(family), tmp_path / name, text)
         assert not [text for text in warnings if "without folds" in text]
-        reports.append(report["topology"])
+        reports.append(report["recipe"]["topology"])
         monkeypatch.setattr(survey, "describe_smaller", partial(survey.describe_smaller, enough=1))
         monkeypatch.setattr(survey, "describe", Mock(side_effect=AssertionError("not with its own widths")))
     found_on = [[kind.pop("found_on") for kind in report] for report in reports]

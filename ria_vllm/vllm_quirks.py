@@ -1,10 +1,10 @@
 """What vLLM does with some linears, whatever the model's own layers look like.
 
-No other module of the offline stage lists families or linears for vLLM's sake. Serving has a list of its own,
-`REARRANGED_BY_VLLM` (serve/config.py): families of which vLLM's models rearrange the rows of attention heads.
+No other module, offline or in serving, lists families or linears for vLLM's sake.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -26,6 +26,16 @@ DENSE_ONLY = {
     "input_mix_weight_down", "input_mix_weight_up", "block_inject_weight",
     "modality_router", "prediction_coefs", "correction_coefs",
 }  # fmt: skip
+
+# vLLM's models of these families change the order of attention's rows as they load them, see
+# `ria_vllm.serve.rearranged`. GPT-NeoX's does so before vLLM 0.32; later versions run the model of transformers.
+REARRANGED = ("bloom", "falcon", "gpt_neox", "llama4", "llama4_text")
+
+
+def rearranged(hf_config: Any) -> bool:
+    """Whether vLLM's model of this config, or of the text decoder in it, changes the order of rows; of None, False."""
+    configs = (hf_config, getattr(hf_config, "text_config", None))
+    return any(getattr(config, "model_type", None) in REARRANGED for config in configs)
 
 
 def fused_sets(linears: Iterable[str]) -> list[set[str]]:

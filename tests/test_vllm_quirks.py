@@ -1,4 +1,6 @@
-"""Which linears vLLM serves dense only."""
+"""Which linears vLLM serves dense only, and of which families it rearranges rows."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from decoders import layers_of, small
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm.offline.model.topology import decoder_layers, linears_of
-from ria_vllm.offline.model.vllm_quirks import served_dense
+from ria_vllm.vllm_quirks import rearranged, served_dense
 
 MIXTURES = (
     "afmoe", "aria_text", "axk1", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots1",
@@ -80,3 +82,9 @@ def test_the_tiny_linears_of_alternating_updates():
     layer = layers_of(small("gemma3n_text", **altup))[0]
     widths = {name for name in linears_of(layer) if 4 in layer.get_submodule(name).weight.shape}
     assert set(served_dense(layer)) == widths and len(widths) == 3
+
+
+def test_rearranged_rows_are_expected_of_a_decoder_behind_a_wrapper_too():
+    wrapper = SimpleNamespace(model_type="a wrapper", text_config=SimpleNamespace(model_type="llama4_text"))
+    assert rearranged(SimpleNamespace(model_type="bloom")) and rearranged(wrapper)
+    assert not rearranged(SimpleNamespace(model_type="llama")) and not rearranged(None)
