@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.stored_experts import StoredExperts
 from ria_vllm.serve.weight_scheme import WeightScheme
+from ria_vllm.weight_format import name_of
 
 EXPERTS = "experts"
 NUMBER = re.compile("0|[1-9][0-9]{0,5}")
@@ -87,7 +88,9 @@ def experts_by_name(
             _check_plain(names, linears, where)
         kinds = next((one for one in KINDS if set(one.values()) == {linear for _, linear in linears}), None)
         if kinds is None and not plain:
-            raise RiaError(f"{where}: {first}: experts with a linear of this name are not served. {WAY_OUT}")
+            has = " and ".join(sorted({linear for _, linear in linears}))
+            known = ", or ".join(" and ".join(one.values()) for one in KINDS)
+            raise RiaError(f"{where}: {layer}: experts of {has} are not served, only of {known}. {WAY_OUT}")
         if kinds is not None and (claimed or not plain):
             found[layer] = _experts(layer, kinds, linears, claimed, where)
     return found
@@ -121,7 +124,9 @@ def _experts(layer: str, kinds: dict[str, str], linears: Linears, claimed: bool,
 
 
 def _shown(scheme: WeightScheme) -> str:
+    values = f"{scheme.format.name} weights{' with their zeros' if scheme.dense else ''}"
     if not scheme.quantized:
-        return "a plain weight" if scheme.dense else "a compressed weight"
-    form = " with their zeros" if scheme.dense else ""
-    return f"{scheme.format.name} weights{form}, a scale per {scheme.strategy}"
+        return values
+    per = scheme.strategy if scheme.format.group_size is None else "group"
+    inputs = "" if scheme.activations is None else f" and {name_of(scheme.activations)} inputs"
+    return f"{values} (a scale per {per}){inputs}"

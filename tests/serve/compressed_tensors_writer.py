@@ -3,10 +3,10 @@
 vLLM requires a newer one. `make` puts the old one into a folder of its own, and it runs in a process of its own:
 `python compressed_tensors_writer.py JOBS.json IN.safetensors OUT.safetensors` with that folder first on PYTHONPATH.
 
-A job: {"name", "format", "weights": arguments of QuantizationArgs, or null for a weight that is not quantized, "sparse":
-whether it is stored as sparse-24-bitmask}. For each, IN has NAME.weight and perhaps NAME.weight_scale. OUT has what a
-checkpoint has, and the weight that it stands for as compressed-tensors dequantizes it: NAME.dense in the dtype of the
-scales, and NAME.exact in float32.
+A job: {"name", "format", "weights": arguments of QuantizationArgs, null if it is not quantized, "sparse": whether it is
+stored as sparse-24-bitmask}. For each, IN has NAME.weight and perhaps NAME.weight_scale. OUT has what a checkpoint has,
+and the weight that it stands for as compressed-tensors dequantizes it: NAME.dense in the dtype of the scales, and
+NAME.exact in float32.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""vLLM on small mixtures that compressed-tensors 0.12 stored, against Hugging Face on the weights that they stand for."""
+"""vLLM on small mixtures that compressed-tensors 0.12 stored, against Hugging Face on what their weights stand for."""
 
 import foreign_mixtures
 import pytest
@@ -36,10 +36,10 @@ ALONE = {
     "pack-quantized, int4 in groups of 32, with a shared expert": (
         "qwen2_moe", Packed("pack-quantized", arguments(4, 32), sparsity=SPARSE, **ROUTERS), {},
     ),
-    "pack-quantized, int8, one expert not 2:4, reloaded": (
+    "pack-quantized, int8, one expert not 2:4, compiled": (
         "mixtral",
         Packed("pack-quantized", arguments(8), sparsity=SPARSE, spoiled="0.block_sparse_moe.experts.3.w2", **ROUTERS),
-        RELOADED,
+        {"engine": {"enforce_eager": False}},
     ),
     "fp8": (
         "qwen3_moe", Packed("float-quantized", arguments(8, kind="float"), sparsity=BITMASK, **ROUTERS), {},
@@ -59,21 +59,22 @@ SPREAD = {
     ),
     "plain, one expert not 2:4, another layer ignored, expert parallel": (
         "mixtral",
-        Packed("dense", None, sparsity=SPARSE, spoiled="0.block_sparse_moe.experts.3.w2", dtype=torch.float32,
-               **ONE_LAYER_DENSE),
+        Packed("dense", None, sparsity=SPARSE | {"ignore": ONE_LAYER_DENSE["ignored"]},
+               spoiled="0.block_sparse_moe.experts.3.w2", dtype=torch.float32, **ONE_LAYER_DENSE),
         EXPERT_PARALLEL,
     ),
 }  # fmt: skip
 
 
+def job_of(model, changes):
+    engine = {"dtype": "float32"} | changes.get("engine", {})
+    return {"model": str(model), "prompts": prompts(), "tokens": 6} | changes | {"engine": engine}
+
+
 def run(folder, group, **environment):
     """Name of the run -> (Hugging Face's model, vLLM's results)."""
     written = foreign_mixtures.write(folder, {name: case[:2] for name, case in group.items()})
-    jobs = [
-        {"model": str(written[name][0]), "prompts": prompts(), "tokens": 6}
-        | job | {"engine": {"dtype": "float32"} | job.get("engine", {})}
-        for name, (_, _, job) in group.items()
-    ]  # fmt: skip
+    jobs = [job_of(written[name][0], job) for name, (_, _, job) in group.items()]
     results = generate(folder / "run", jobs, **environment)
     models = [
         AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, attn_implementation="eager")
@@ -106,3 +107,13 @@ def test_the_log_says_what_is_not_2_of_4(alone, tmp_path_factory):
     log = next(tmp_path_factory.getbasetemp().glob("alone*/run/log")).read_text()
     for layer in ("model.layers.1.mlp.experts", "model.layers.0.block_sparse_moe.experts"):
         assert f"{layer}: config.json says 2:4, but some groups of four have more than two non-zeros" in log
+    assert log.count("cpu experts (2)") == 4 and log.count("cpu with fp8 widened to float32 experts (2)") == 1
+
+
+def test_dummy_weights(tmp_path):
+    names = ("plain, one expert not 2:4, reloaded", "int8 by tensor, the experts of one layer ignored")
+    written = foreign_mixtures.write(tmp_path, {name: ALONE[name][:2] for name in names})
+    jobs = [job_of(folder, {"engine": {"load_format": "dummy"}}) for folder, _ in written.values()]
+    for results in generate(tmp_path / "run", jobs):
+        assert [len(result["tokens"]) for result in results] == [6, 6, 6]
+    assert (tmp_path / "run/log").read_text().count("cpu experts (2)") == 2
