@@ -22,6 +22,7 @@ from ria_vllm.serve.checkpoint_files import (
 )
 from ria_vllm.serve.compressed_tensors import CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.serve.engine import ADAPTERS_VARIABLE, EngineOptions
+from ria_vllm.serve.experts_names import check_stacked, experts_by_name, has_experts
 from ria_vllm.serve.folding import Folding, fold
 from ria_vllm.serve.linear import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
 from ria_vllm.serve.load_report import LoadReport
@@ -56,7 +57,8 @@ class RiaConfig(QuantizationConfig):
         folding: the permutations that the row orders of other linears absorb.
         stream: knows the checkpoint's names of the tensors that arrive.
         translation: of tensors in forms that only compressed-tensors has; the names here are those after it.
-        experts: name of a mixture layer's experts -> these, if they are pruned.
+        has_experts: the model is a mixture, pruned or not, as far as config.json or the names of tensors tell.
+        experts: name of a mixture layer's experts -> these, if they are pruned, or quantized by compressed-tensors.
         expert_linears: their linears.
         expert_layers: vLLM's name of such experts, as far as its mappers tell -> the checkpoint's.
         served_by: linear, or experts -> the class of the model that serves it, see `ria_vllm.serve.layer_matching`.
@@ -84,6 +86,7 @@ class RiaConfig(QuantizationConfig):
         self.stream = WeightStream()
         self.translation = compressed_tensors and Translation(compressed_tensors.form, compressed_tensors.weight_format)
         self.required: set[str] = set()
+        self.has_experts = bool(schema.experts)
         self.experts: dict[str, StoredExperts] = {}
         self.expert_linears: set[str] = set()
         self.expert_layers: dict[str, str] = {}
@@ -140,13 +143,18 @@ class RiaConfig(QuantizationConfig):
 
     def _read_names(self, tensors: list[str]) -> None:
         if self.translation is not None:
+            check_stacked(tensors, self.where)
             tensors = self.translation.names(tensors)
         stored = stored_modules(tensors)
         self.stored = set(stored)
         self.pruned = {name for name, pruned in stored.items() if pruned} or None
         self.dense_tensors = dense_tensors(tensors)
         scaled = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
-        self.experts = stored_experts(self.schema, self.pruned or (), self.where)
+        if self.compressed_tensors is None:
+            self.experts = stored_experts(self.schema, self.pruned or (), self.where)
+        else:
+            self.has_experts = has_experts(tensors)
+            self.experts = experts_by_name(tensors, self.scheme, self._is_pruned, self.where)
         self.expert_linears = {name for experts in self.experts.values() for name, _, _ in experts.linears()}
         self.expert_layers = {name: name for name in self.experts}
         self.required = (self.pruned or set()) | {name for name in scaled if self._is_quantized(name)}
@@ -180,7 +188,7 @@ class RiaConfig(QuantizationConfig):
         self.names = {new: name for known, name in self.names.items() for new in hf_to_vllm_mapper.apply_list([known])}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if self.schema.experts:
+        if self.has_experts:
             from ria_vllm.serve.experts import RoutedExperts  # only models with experts need vLLM's layers of them
 
             if isinstance(layer, RoutedExperts):
@@ -237,9 +245,10 @@ class RiaConfig(QuantizationConfig):
         """The method by which vLLM's mixture `layer` serves the pruned experts `name`."""
         from ria_vllm.serve.experts import Sparse24MoEMethod, check_count
 
-        check_count(layer, self.experts[name])  # first, because the number in config.json may be anything
-        orders = ExpertOrders.of(self.experts[name], self.permutations, self.folding)
-        return Sparse24MoEMethod(layer, self.experts[name], WeightScheme.of(self.schema), orders, self.report)
+        experts = self.experts[name]
+        check_count(layer, experts)  # first, because the number in config.json may be anything
+        orders = ExpertOrders.of(experts, self.permutations, self.folding)
+        return Sparse24MoEMethod(layer, experts, self.scheme(experts.linear("up", 0)), orders, self.report)
 
     def sparse_method(self, layer: str, linears: tuple[str, ...]) -> Sparse24LinearMethod:
         """The method by which vLLM's layer called `layer` serves these linears."""

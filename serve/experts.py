@@ -1,5 +1,6 @@
 """Sparse24MoEMethod: the routed experts of one of vLLM's mixture layers, with 2:4 weights."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import FP8
 from ria_vllm.serve.engine import EngineOptions
 from ria_vllm.serve.experts_choice import choose, layer_config
 from ria_vllm.serve.experts_dense import DenseExpertsMethod
@@ -27,7 +29,7 @@ logger = init_logger("vllm.ria")
 
 
 def check_count(layer: RoutedExperts, experts: StoredExperts) -> None:
-    """Check that vLLM's layer has as many experts as config.json says.
+    """Check that vLLM's layer has as many experts as the checkpoint.
 
     Raises:
         RiaError: it has not.
@@ -35,7 +37,7 @@ def check_count(layer: RoutedExperts, experts: StoredExperts) -> None:
     moe = layer.moe_config
     if moe.num_logical_experts != experts.num_experts or moe.num_experts != experts.num_experts:
         raise RiaError(
-            f"{experts.name}: config.json names {experts.num_experts} pruned experts, but vLLM's layer has "
+            f"{experts.name}: the checkpoint has {experts.num_experts} pruned experts, but vLLM's layer has "
             f"{moe.num_experts}. Redundant experts (--enable-eplb) are not served pruned."
         )
 
@@ -78,7 +80,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         if moe.is_lora_enabled:
             raise RiaError(
                 f"{name}: vLLM puts LoRA adapters on the experts, too, which is not served for pruned ones. Serve "
-                "without --enable-lora, or a dense folder that `ria-vllm export` makes."
+                "without --enable-lora, or serve the dense model."
             )
         if layer.expert_map_manager.num_fused_shared_experts:
             raise RiaError(
@@ -109,7 +111,9 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         if reason := uneven_cut(scheme.format, moe.intermediate_size, moe.tp_size):
             raise RiaError(f"{name}: {reason} Or start with --enable-expert-parallel.")
         orders.check(experts, self.sizes.hidden, self.sizes.intermediate)
-        self.choice, self.dense = choose(layer, experts.name, layer_config(layer, scheme, orders, self.sizes))
+        self.choice, self.dense = choose(layer, experts, layer_config(layer, scheme, orders, self.sizes))
+        if self.choice is not None and scheme.format == FP8:
+            self.choice = replace(self.choice, widened_from=FP8)
         if self.dense is not None:
             self.experts_cls = self.dense.experts_cls
 
@@ -157,18 +161,41 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             self.loader.clear()  # a reload starts from nothing, even if this load failed
         loaded = self._loaded(layer, stored, dummy, scales)
         first = not hasattr(layer, "ria_experts")
-        if self.choice is None:
-            # A new one each time: vLLM's own packs the weights for the CPU on its first load only.
-            self.dense = DenseExpertsMethod(layer)
-            fill_dense(layer, self.dense, loaded, self.sizes)
-            self.dense.process_weights_after_loading(layer)
-            self.moe_kernel, self.moe_quant_config = self.dense.moe_kernel, self.dense.moe_quant_config
-            layer.ria_experts = None
+        dense = self.choice is None or not loaded.is_24
+        if not first and dense != (layer.ria_experts is None):
+            raise RiaError(
+                f"{self.experts.name}: its new weights are {'2:4' if loaded.is_24 else 'not 2:4'}, unlike those that "
+                "this server started with. Start the server again instead of reloading."
+            )
+        if dense:
+            self._serve_dense(layer, loaded)
         else:
             layer.ria_experts = pack_experts(layer, self.choice, loaded)
             self.packed.check(self.experts.name, layer, layer.ria_experts.parameters)
-        if first:
+        if first and loaded.is_24:
             self._report(layer, layer.ria_experts)
+        elif first:
+            self.report.leave_out(self.experts.name, self.experts.claims_24)
+            reason = f"{self.experts.name} and others like it are not 2:4 and served dense"
+            self.report.warn_of_inputs(self.scheme.activations, reason, self.scheme.format)
+
+    def _serve_dense(self, layer: RoutedExperts, loaded: LoadedExperts) -> None:
+        """Serve with vLLM's own method.
+
+        Raises:
+            RiaError: it cannot.
+        """
+        # A new one each time: vLLM's own packs the weights for the CPU on its first load only.
+        self.dense = DenseExpertsMethod(layer)
+        if self.dense.unserved is not None:
+            raise RiaError(
+                f"{self.experts.name}: these experts are not 2:4, and cannot be served dense here: "
+                f"{self.dense.unserved}. {self.experts.way_out}"
+            )
+        fill_dense(layer, self.dense, loaded, self.sizes)
+        self.dense.process_weights_after_loading(layer)
+        self.moe_kernel, self.moe_quant_config = self.dense.moe_kernel, self.dense.moe_quant_config
+        layer.ria_experts = None
 
     def _local_experts(self, layer: RoutedExperts) -> list[tuple[int, int]]:
         """(expert, its number on this rank) of this rank's experts, by the latter."""
@@ -207,21 +234,22 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
 
     def _weights(
         self, stored: dict[str, torch.Tensor], prefix: str, dummy: bool, scales: frozenset[torch.dtype]
-    ) -> Weights:
-        """The experts' matrices below each other, as one.
+    ) -> Weights | torch.Tensor:
+        """The experts' matrices below each other, as one; a plain matrix if the checkpoint stores one that is not 2:4.
 
         Raises:
             RiaError: damaged scales or a damaged bitmask.
         """
         parts = {part: stored[prefix + part].flatten(0, 1) for part in self.loader.specs}
+        sizes = [len(next(iter(parts.values())))]
+        # A checkpoint with one scale per tensor has one for each expert, so the parameter has one for each row.
         try:
-            weights = self.scheme.weights(parts, [len(parts["bitmask"])], self.moe.in_dtype, dummy, scales)
+            weights = self.scheme.weights(parts, sizes, self.moe.in_dtype, dummy, scales)
         except ValueError as error:
             raise RiaError(
                 f"{self.experts.name}, {prefix.strip('_')}: {error}. The weight file is damaged; get it again."
             ) from None
-        assert weights is not None  # experts are never stored plain
-        return weights
+        return self.scheme.dense_weight(parts, sizes, self.moe.in_dtype) if weights is None else weights
 
     def _report(self, layer: RoutedExperts, packed: PackedExperts | None) -> None:
         moe, sizes = self.moe, self.sizes

@@ -6,13 +6,14 @@ import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import FLOAT, FP8
 from ria_vllm.serve.experts_dense import DenseExpertsMethod
 from ria_vllm.serve.experts_loading import ExpertSizes
 from ria_vllm.serve.experts_packing import activation_of
 from ria_vllm.serve.kernels import experts_registry
 from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
-from ria_vllm.serve.stored_experts import ExpertOrders
+from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts
 from ria_vllm.serve.weight_scheme import WeightScheme
 
 
@@ -30,7 +31,8 @@ def layer_config(
     return ExpertsLayerConfig(
         device=torch.device(moe.device),
         act_dtype=moe.in_dtype,
-        weight_format=scheme.format,
+        # With fp8 weights, kernels for linears round the input, too. None for experts does.
+        weight_format=FLOAT if scheme.format == FP8 else scheme.format,
         num_experts=sizes.local,
         hidden_size=sizes.hidden,
         intermediate_size=sizes.here,
@@ -42,12 +44,12 @@ def layer_config(
 
 
 def choose(
-    layer: RoutedExperts, name: str, config: ExpertsLayerConfig | str
+    layer: RoutedExperts, experts: StoredExperts, config: ExpertsLayerConfig | str
 ) -> tuple[experts_registry.Choice | None, DenseExpertsMethod | None]:
     """A kernel if there is a fast one or one is forced, else vLLM's method if it can, else a slow kernel.
 
     Args:
-        name: of the experts, for errors.
+        experts: those that the layer serves, for errors.
         config: see `layer_config`.
 
     Returns:
@@ -67,7 +69,7 @@ def choose(
         return None, dense
     if choice is None:
         raise RiaError(
-            f"{name}: no kernel serves these experts {config}, and they cannot be served dense either: "
-            f"{dense.unserved}. `ria-vllm export` makes a dense folder for where they can."
+            f"{experts.name}: no kernel serves these experts {config}, and they cannot be served dense either: "
+            f"{dense.unserved}. {experts.way_out}"
         )
     return choice, None

@@ -23,7 +23,7 @@ BIAS = "bias"
 """The parameters that experts are loaded into are called gate_up_PART and down_PART, PART being one of the format."""
 
 # What the files may hold besides, see `parameters.IGNORED_TENSORS`.
-IGNORED_PARTS = (SHAPE, "input_permutation")
+IGNORED_PARTS = (SHAPE, "input_permutation", "input_scale", "input_zero_point")
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,8 @@ class ExpertsLoader:
         if part == "weight_scale":
             self.scale_dtypes.add(tensor.dtype)
         sizes = self.sizes
+        if part in self.specs and self.specs[part].per_tensor:
+            tensor = tensor.reshape(1, 1).expand(sizes.shape(kind)[0], 1)  # one for each row, as the parameter has it
         target = param.data[local_expert]
         if kind == "down":
             channels = self.specs[part].part.channels if part != BIAS else None
@@ -198,7 +200,7 @@ class ExpertsLoader:
             fits, dtypes = tensor.is_floating_point(), "floating point"
         else:
             spec = self.specs[part]
-            shape = spec.part.shape(rows, columns)
+            shape = spec.shape(rows, columns) if tensor.dim() or not spec.per_tensor else ()
             fits, dtypes = tensor.dtype in spec.part.dtypes, spec.dtypes
         if not fits or tuple(tensor.shape) != shape:
             raise RiaError(

@@ -44,14 +44,14 @@ def match_experts(config: RiaConfig, model: torch.nn.Module) -> set[str]:
         elif len(paths) == 1:
             raise RiaError(
                 f"{config.where}: the experts {by_path[paths[0]]} and {name} both belong to vLLM's layer {paths[0]}. "
-                "`ria-vllm export` makes a dense folder."
+                f"{experts.way_out}"
             )
         elif not config.model_built:  # a second model need not use all of them
             others = [path for path in layers if path not in by_path]
             raise RiaError(
                 f"{config.where}: the pruned experts {name} would not be served: vLLM's {type(model).__name__} has "
                 f"{'no layer' if not paths else 'the layers ' + ', '.join(paths)} at this path (left are: "
-                f"{', '.join(others) or 'none'}). `ria-vllm export` makes a dense folder."
+                f"{', '.join(others) or 'none'}). {experts.way_out}"
             )
     for path, layer in layers.items():
         _serve(config, layer, by_path.get(path))
@@ -85,7 +85,7 @@ def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
     elif not isinstance(method, DenseExpertsMethod):
         raise RiaError(
             f"{config.where}: vLLM's layer {layer.layer_name} takes dense experts only, but {name} are pruned. "
-            "`ria-vllm export` makes a dense folder."
+            f"{config.experts[name].way_out}"
         )
     for parameter in method.created:
         delattr(layer, parameter)

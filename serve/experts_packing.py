@@ -45,17 +45,21 @@ class LoadedExperts:
 
     Attributes:
         gate_up: of a weight [E * rows, H]; an expert's rows of gate are followed by those of up, both in the order in
-            which its down projection takes them.
-        down: of a weight [E * H, I].
+            which its down projection takes them. A matrix if the checkpoint stores plain weights that are not 2:4.
+        down: of a weight [E * H, I], or the matrix itself.
         gate_up_bias, down_bias: [E, rows] and [E, H], or None.
         input_orders: for each expert of this rank, int32 [H] of gate (if there is one) and of up; None: the model's.
     """
 
-    gate_up: Weights
-    down: Weights
+    gate_up: Weights | torch.Tensor
+    down: Weights | torch.Tensor
     gate_up_bias: torch.Tensor | None
     down_bias: torch.Tensor | None
     input_orders: Sequence[tuple[np.ndarray | None, ...]]
+
+    @property
+    def is_24(self) -> bool:
+        return isinstance(self.gate_up, Weights) and isinstance(self.down, Weights)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class PackedExperts:
 
 
 def pack_experts(layer: RoutedExperts, choice: Choice, experts: LoadedExperts) -> PackedExperts:
-    """Pack `experts`, which all take their input in one order, and register what the kernel needs on `layer`."""
+    """Pack `experts`, which are 2:4 and all take their input in one order, and register what the kernel needs."""
     config = choice.config
     gate_up, down = (
         {name: part.unflatten(0, (config.num_experts, -1)) for name, part in _in_format(weights, choice).items()}
@@ -155,7 +159,9 @@ def _rows_of_w13(layer: RoutedExperts, here: int, rows: int, device: torch.devic
     return [index, rows // 2 + index]
 
 
-def _dense(weights: Weights, expert: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
+def _dense(weights: Weights | torch.Tensor, expert: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
     """[rows, in] of an expert, columns in the stored order, without their padding."""
+    if isinstance(weights, torch.Tensor):
+        return weights[expert * rows : (expert + 1) * rows]
     matrix = weights.format.decode(weights.rows(expert * rows, rows).parts, dtype)
     return matrix[:, : weights.in_features - weights.padding]

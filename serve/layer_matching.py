@@ -13,6 +13,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.experts_names import WAY_OUT
 from ria_vllm.serve.linear import ProvisionalDenseMethod, Sparse24LinearMethod
 from ria_vllm.serve.model_paths import destinations
 from ria_vllm.serve.parameters import Creation
@@ -38,7 +39,7 @@ def match_layers(config: RiaConfig, model: torch.nn.Module) -> None:
     placed = {name for linears in found.values() for name in linears} | taken
     served: Counter[str] = Counter()
     of_experts: set[str] = set()
-    if config.schema.experts:
+    if config.has_experts:
         from ria_vllm.serve.experts_matching import match_experts  # needs vLLM's layers of experts
 
         names = match_experts(config, model)
@@ -123,7 +124,7 @@ def _check_all_served(
         if config.compressed_tensors is not None:
             way_out = (
                 "Of compressed-tensors' checkpoints, those are served whose quantized linears all have a linear layer "
-                "in vLLM, so no mixtures of experts. Compress the dense original with `ria-vllm compress`."
+                f"or a place among a layer's experts in vLLM. {WAY_OUT}"
             )
         raise RiaError(
             f"{config.where}: pruned linears that would not be served: {_shorten(lost)}. {lost[0]}: {reason}. {way_out}"

@@ -22,12 +22,16 @@ class StoredExperts:
         num_experts: E.
         patterns: "gate" (if there is one), "up" and "down" -> the name of an expert's linear, with {e} for its number.
         biases: name of a tensor with biases [E, out] -> how it is stacked.
+        claims_24: config.json says that they are 2:4.
+        way_out: what to do where they cannot be served, for errors.
     """
 
     name: str
     num_experts: int
     patterns: Mapping[str, str]
     biases: Mapping[str, Stacked]
+    claims_24: bool = True
+    way_out: str = "`ria-vllm export` makes a dense folder."
 
     @classmethod
     def of(cls, experts: Experts, numbers: Mapping[str, str]) -> "StoredExperts":

@@ -3,9 +3,10 @@
 vLLM requires a newer one. `make` puts the old one into a folder of its own, and it runs in a process of its own:
 `python compressed_tensors_writer.py JOBS.json IN.safetensors OUT.safetensors` with that folder first on PYTHONPATH.
 
-A job: {"name", "format", "weights": arguments of QuantizationArgs}. For each, IN has NAME.weight and NAME.weight_scale.
-OUT has what a checkpoint has, and the weight that it stands for as compressed-tensors dequantizes it: NAME.dense in the
-dtype of the scales, and NAME.exact in float32.
+A job: {"name", "format", "weights": arguments of QuantizationArgs, null if it is not quantized, "sparse": whether it is
+stored as sparse-24-bitmask}. For each, IN has NAME.weight and perhaps NAME.weight_scale. OUT has what a checkpoint has,
+and the weight that it stands for as compressed-tensors dequantizes it: NAME.dense in the dtype of the scales, and
+NAME.exact in float32.
 """
 
 import json
@@ -36,9 +37,14 @@ class Writer:
     jobs: list[dict[str, Any]] = field(default_factory=list)
     given: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def add(self, name: str, form: str, weights: dict[str, Any], weight: torch.Tensor, scale: torch.Tensor) -> None:
-        self.jobs.append({"name": name, "format": form, "weights": weights})
-        self.given |= {f"{name}.weight": weight.clone(), f"{name}.weight_scale": scale.clone()}
+    def add(
+        self, name: str, form: str, weights: dict[str, Any] | None, weight: torch.Tensor, scale: torch.Tensor | None,
+        sparse: bool = False,
+    ) -> None:  # fmt: skip
+        self.jobs.append({"name": name, "format": form, "weights": weights, "sparse": sparse})
+        self.given[f"{name}.weight"] = weight.clone()
+        if scale is not None:
+            self.given[f"{name}.weight_scale"] = scale.clone()
 
     def run(self, folder: Path) -> dict[str, torch.Tensor]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +67,7 @@ def random_24(rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch
 
 def scales_of(weight: torch.Tensor, weights: dict[str, Any]) -> torch.Tensor:
     """The scales that fit the largest magnitudes: [out, 1], [out, in/group_size], or one."""
-    largest = 2 ** (weights["num_bits"] - 1) - 0.5
+    largest = 448 if weights["type"] == "float" else 2 ** (weights["num_bits"] - 1) - 0.5
     groups = weight.float().unflatten(1, (-1, weights.get("group_size") or weight.shape[1])).abs().amax(-1)
     return ((groups.amax()[None] if weights["strategy"] == "tensor" else groups) / largest).to(weight.dtype)
 
@@ -69,23 +75,49 @@ def scales_of(weight: torch.Tensor, weights: dict[str, Any]) -> torch.Tensor:
 def main(jobs: str, given: str, out: str) -> None:
     import compressed_tensors
     from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+    from compressed_tensors.config import Sparse24BitMaskConfig
 
     assert compressed_tensors.__version__ == VERSION, compressed_tensors.__version__
     tensors, stored = load_file(given), {}
     for job in json.loads(Path(jobs).read_text()):
-        name, args = job["name"], QuantizationArgs(**job["weights"])
-        state = {part: tensors[f"{name}.{part}"] for part in ("weight", "weight_scale")}
-        if job["format"] == "marlin-24":  # it rounds scales to float16 first
-            state = {part: tensor.half() for part, tensor in state.items()}
-        compressor = BaseCompressor.load_from_registry(job["format"])
-        scheme = {name: QuantizationScheme(targets=["Linear"], weights=args)}
-        stored |= compressor.compress({f"{name}.{part}": tensor.clone() for part, tensor in state.items()}, scheme)
-        integers = quantize(x=state["weight"], scale=state["weight_scale"], zero_point=None, args=args)
-        stored[f"{name}.dense"] = dequantize(x_q=integers, scale=state["weight_scale"], args=args)
-        stored[f"{name}.exact"] = dequantize(x_q=integers, scale=state["weight_scale"].float(), args=args)
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, out)
+        name = job["name"]
+        if job["weights"] is None:
+            weight = tensors[f"{name}.weight"]
+            made, meant = {f"{name}.weight": weight}, {"dense": weight, "exact": weight.float()}
+        else:
+            made, meant = quantized(job, tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"])
+        if job["sparse"]:
+            config = Sparse24BitMaskConfig(sparsity_structure="2:4")
+            sparse = BaseCompressor.load_from_registry("sparse-24-bitmask", config=config)
+            made = sparse.compress(made)
+            # It loses -128, which is its own magnitude in int8. What counts is what it reads.
+            parts = {part: made[f"{name}.{part}"] for part in ("shape", "compressed", "bitmask")}
+            zeros = sparse.decompress_weight(parts).float() == 0
+            meant = {part: tensor.masked_fill(zeros, 0) for part, tensor in meant.items()}
+        stored |= made | {f"{name}.{part}": tensor for part, tensor in meant.items()}
+    save_file({name: tensor.contiguous().clone() for name, tensor in stored.items()}, out)
+
+
+def quantized(
+    job: dict[str, Any], weight: torch.Tensor, scale: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors of a linear by their whole names, and what they stand for."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+
+    name, args = job["name"], QuantizationArgs(**job["weights"])
+    if job["format"] == "marlin-24":  # it rounds scales to float16 first
+        weight, scale = weight.half(), scale.half()
+    compressor = BaseCompressor.load_from_registry(job["format"])
+    scheme = {name: QuantizationScheme(targets=["Linear"], weights=args)}
+    state = {f"{name}.weight": weight.clone(), f"{name}.weight_scale": scale.clone()}
+    values = quantize(x=weight, scale=scale, zero_point=None, args=args)
+    meant = {
+        "dense": dequantize(x_q=values, scale=scale, args=args),
+        "exact": dequantize(x_q=values, scale=scale.float(), args=args),
+    }
+    return compressor.compress(state, scheme), meant
 
 
 if __name__ == "__main__":

@@ -145,7 +145,9 @@ class Model(torch.nn.Module):
 def attached(config, model):
     """`model` as vLLM's plugin leaves it."""
     match_layers(config, model)
-    config.stream.attach(model, lambda from_files: None, takers=takers(config, model))
+    config.stream.attach(
+        model, lambda from_files: None, takers=takers(config, model), translation=config.translation
+    )  # fmt: skip
     return model
 
 

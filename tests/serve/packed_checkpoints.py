@@ -1,4 +1,4 @@
-"""Small models whose linears compressed-tensors 0.12 itself stored, in a packed form."""
+"""Small models whose linears compressed-tensors 0.12 itself stored."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 # Rows in multiples of 64; half of any linear's columns are whole groups of 128.
 SIZES = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
-IGNORED = ["lm_head", "re:.*lm_head"]
+IGNORED = ("lm_head", "re:.*lm_head")
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,31 @@ class Packed:
 
     Attributes:
         form: `format` in config.json.
-        weights: what QuantizationArgs takes.
+        weights: what QuantizationArgs takes; None: they are not quantized.
         inputs: the same for activations; None: they are not rounded.
         dtype: of the dense weights and of their scales.
         spoiled: ending of a linear that is not 2:4.
         sparsity: config.json's `sparsity_config`.
+        ignored: config.json's `ignore`.
     """
 
     form: str
-    weights: dict[str, Any]
+    weights: dict[str, Any] | None
     inputs: dict[str, Any] | None = None
     dtype: torch.dtype = torch.bfloat16
     spoiled: str = "\0"
     sparsity: dict[str, Any] | None = None
+    ignored: tuple[str, ...] = IGNORED
+
+    def add(self, writer: Writer, name: str, shape: torch.Size, seed: int) -> None:
+        """Have a random linear stored under this name, whose weights have about the size of 1/sqrt(in)."""
+        weight = random_24(*shape, seed=seed, dtype=torch.float32)
+        if name.endswith(self.spoiled):
+            weight += 0.1
+        weight = (weight / weight.shape[1] ** 0.5).to(self.dtype)
+        scale = None if self.weights is None else scales_of(weight, self.weights)
+        sparse = (self.sparsity or {}).get("format") == "sparse-24-bitmask"
+        writer.add(name, self.form, self.weights, weight, scale, sparse)
 
 
 def write(folders: dict[Path, Packed]) -> list[PreTrainedModel]:
@@ -43,11 +55,7 @@ def write(folders: dict[Path, Packed]) -> list[PreTrainedModel]:
     models = [tiny.model_of(tiny.FAMILIES["llama-gqa"], **SIZES) for _ in folders]
     for number, (how, model) in enumerate(zip(folders.values(), models)):
         for seed, (name, module) in enumerate(tiny.linears(model).items()):
-            weight = random_24(*module.weight.shape, seed=seed, dtype=torch.float32)
-            if name.endswith(how.spoiled):
-                weight += 0.1
-            weight = (weight / weight.shape[1] ** 0.5).to(how.dtype)
-            writer.add(f"{number}/{name}", how.form, how.weights, weight, scales_of(weight, how.weights))
+            how.add(writer, f"{number}/{name}", module.weight.shape, seed)
     stored = writer.run(next(iter(folders)).parent / "written")
     for number, ((out, how), model) in enumerate(zip(folders.items(), models)):
         model.save_pretrained(out)
@@ -69,15 +77,15 @@ def write(folders: dict[Path, Packed]) -> list[PreTrainedModel]:
 def quantization_config(how: Packed) -> dict[str, Any]:
     """As llm-compressor wrote it with compressed-tensors 0.12."""
     unused = {"actorder": None, "block_structure": None, "observer": "minmax", "observer_kwargs": {}}
-    weights = unused | {"dynamic": False, "group_size": None} | how.weights
+    weights = unused | {"dynamic": False, "group_size": None} | (how.weights or {})
     return {
         "quant_method": "compressed-tensors",
         "format": how.form,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "ignore": IGNORED,
+        "ignore": list(how.ignored),
         "kv_cache_scheme": None,
-        "config_groups": {
+        "config_groups": {} if how.weights is None else {
             "group_0": {
                 "targets": ["Linear"], "weights": weights, "input_activations": how.inputs,
                 "output_activations": None, "format": how.form,

@@ -254,19 +254,19 @@ def test_targets_and_ignore():
     assert not chosen._is_pruned("lm_head")
 
 
-def test_quantized_experts_are_refused_by_name(ranks):
+def test_quantized_linears_without_a_layer_are_refused_by_name(ranks):
     """No layer of ours serves them, and vLLM's would take their integers for weights. Ignored ones stay vLLM's."""
-    experts = [f"model.layers.0.mlp.experts.{e}.up_proj" for e in (0, 1)]
+    linears = [f"model.layers.0.mlp.blocks.{e}.up_proj" for e in (0, 1)]
     int8 = groups({"num_bits": 8, "strategy": "channel"})
-    tensors = [f"{name}.{part}" for name in experts for part in ("weight", "weight_scale")]
-    for ignore, refused in (([], True), (["re:.*experts.*"], False)):
+    tensors = [f"{name}.{part}" for name in linears for part in ("weight", "weight_scale")]
+    for ignore, refused in (([], True), (["re:.*blocks.*"], False)):
         chosen = RiaConfig.from_config(
             config(format="int-quantized", sparsity={"format": "dense"}, **int8, ignore=ignore)
         )
         chosen._read_names(tensors)
-        assert (chosen.required == set(experts)) == refused
+        assert (chosen.required == set(linears)) == refused
         if refused:
-            with pytest.raises(RiaError, match=rf"not be served: {experts[0]}, {experts[1]}.*no mixtures of experts"):
+            with pytest.raises(RiaError, match=rf"not be served: {linears[0]}, {linears[1]}.*among a layer's experts"):
                 match_layers(chosen, torch.nn.Module())
         else:
             match_layers(chosen, torch.nn.Module())

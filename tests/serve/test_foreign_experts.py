@@ -1,0 +1,210 @@
+"""Experts that compressed-tensors 0.12 stored, in one of vLLM's mixture layers, against a float64 product of the
+weights that it dequantizes itself."""
+
+import foreign_mixtures
+import pytest
+import torch
+from compressed_tensors_writer import needs_writer
+from foreign_mixtures import BITMASK, SPARSE
+from mixture_layers import LAYER, Model, attached, play_rank, route, run, served
+from packed_checkpoints import Packed
+from vllm.config import VllmConfig, set_current_vllm_config
+
+from ria_vllm.errors import RiaError
+
+pytestmark = [pytest.mark.usefixtures("ranks"), needs_writer]
+
+
+def arguments(bits, size=None, kind="int", strategy="channel"):
+    how = {"strategy": strategy} if size is None else {"strategy": "group", "group_size": size}
+    return {"num_bits": bits, "type": kind, "symmetric": True} | how
+
+
+FLOATS = {"dtype": torch.float32}
+BY_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+CASES = {
+    "bitmask": Packed("dense", None, sparsity=BITMASK, **FLOATS),
+    "plain": Packed("dense", None, sparsity=SPARSE, **FLOATS),
+    "bitmask, int8": Packed("int-quantized", arguments(8), sparsity=BITMASK),
+    "bitmask, int8 by tensor": Packed("int-quantized", arguments(8, strategy="tensor"), sparsity=BITMASK),
+    "bitmask, fp8": Packed("float-quantized", arguments(8, kind="float"), sparsity=BITMASK),
+    "int8": Packed("int-quantized", arguments(8), sparsity=SPARSE),
+    "int8 by tensor": Packed("int-quantized", arguments(8, strategy="tensor"), sparsity=SPARSE, **FLOATS),
+    "int8 in groups of 64": Packed("int-quantized", arguments(8, 64), sparsity=SPARSE),
+    "int4 in groups of 32": Packed("int-quantized", arguments(4, 32), sparsity=SPARSE),
+    "naive int8": Packed("naive-quantized", arguments(8), sparsity=SPARSE),
+    "fp8 by tensor": Packed("float-quantized", arguments(8, kind="float", strategy="tensor"), sparsity=SPARSE),
+    "pack, int4": Packed("pack-quantized", arguments(4), sparsity=SPARSE),
+    "pack, int4 in groups of 64": Packed("pack-quantized", arguments(4, 64), sparsity=SPARSE, **FLOATS),
+    "pack, int8": Packed("pack-quantized", arguments(8), sparsity=SPARSE),
+    "marlin, int4": Packed("marlin-24", arguments(4)),
+    "marlin, int4 in groups": Packed("marlin-24", arguments(4, 128)),
+    "marlin, int8": Packed("marlin-24", arguments(8)),
+    "marlin, int8 in groups": Packed("marlin-24", arguments(8, 128)),
+}  # fmt: skip
+ROUNDED = {
+    "int8": Packed("int-quantized", arguments(8), BY_TOKEN, sparsity=SPARSE),
+    "bitmask, int8 by tensor": Packed("int-quantized", arguments(8, strategy="tensor"), BY_TOKEN, sparsity=BITMASK),
+    "pack, int4 in groups of 32": Packed("pack-quantized", arguments(4, 32), BY_TOKEN, sparsity=SPARSE),
+    "marlin, int4": Packed("marlin-24", arguments(4), BY_TOKEN),
+}
+NOT_24 = {
+    "plain": Packed("dense", None, sparsity=SPARSE, spoiled="2.down_proj", **FLOATS),
+    "int8 by tensor": Packed("int-quantized", arguments(8, strategy="tensor"), sparsity=SPARSE, spoiled="1.up_proj"),
+    "int4 in groups of 32": Packed("pack-quantized", arguments(4, 32), sparsity=SPARSE, spoiled="proj"),
+    "fp8": Packed("float-quantized", arguments(8, kind="float"), sparsity=SPARSE, spoiled="0.gate_proj"),
+}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    return foreign_mixtures.layers(tmp_path_factory.mktemp("experts"), CASES)
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    return foreign_mixtures.layers(tmp_path_factory.mktemp("rounded"), ROUNDED)
+
+
+@pytest.fixture(scope="module")
+def not_24(tmp_path_factory):
+    return foreign_mixtures.layers(tmp_path_factory.mktemp("not-24"), NOT_24)
+
+
+def close(got, want):
+    assert want.std() > 0.05
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_form(stored, experts_path, name):
+    model = served(stored[name])
+    x, weights, ids = route()
+    close(run(model, x, weights, ids), stored[name].expected(x, weights, ids))
+    assert (model.experts.ria_experts is not None) == (experts_path != "vllm")
+
+
+WHOLE = [name for name in CASES if not name.startswith("marlin") or "in groups" not in name]  # half of 128 columns
+
+
+def over_ranks(monkeypatch, mixture, expert_parallel=False):
+    """The sum over two ranks, and what it must be."""
+    x, weights, ids = route()
+    current, total = VllmConfig(), 0
+    current.parallel_config.enable_expert_parallel = expert_parallel
+    for rank in range(2):
+        play_rank(monkeypatch, rank, 2)
+        with set_current_vllm_config(current):
+            model = served(mixture, tp_size=2)
+        assert model.experts.local_num_experts == (2 if expert_parallel else 4)
+        total = total + run(model, x, weights, ids)
+    return total, mixture.expected(x, weights, ids)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_tensor_parallel(stored, experts_path, monkeypatch, name):
+    close(*over_ranks(monkeypatch, stored[name]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_expert_parallel(stored, experts_path, monkeypatch, name):
+    close(*over_ranks(monkeypatch, stored[name], expert_parallel=True))
+
+
+def test_channels_that_are_not_whole_groups_are_refused(stored, monkeypatch):
+    play_rank(monkeypatch, 0, 2)
+    with pytest.raises(RiaError, match=f"{LAYER}: 128 input .* leave 64 each.*a group of 128.*enable-expert-parallel"):
+        served(stored["marlin, int4 in groups"], tp_size=2)
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_inputs_that_config_json_wants_rounded(rounded, name):
+    model = served(rounded[name])
+    assert str(model.experts.ria_experts.choice) == "cpu with inputs rounded to int8"
+    x, weights, ids = route()
+    want = rounded[name].expected(x, weights, ids)
+    off = (run(model, x, weights, ids).double() - want).norm() / want.norm()
+    assert 1e-3 < off < 3e-2
+
+
+@pytest.mark.parametrize("name", NOT_24)
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_experts_that_are_not_24_are_served_dense(not_24, experts_path, monkeypatch, name, expert_parallel):
+    """By vLLM's own method, if one linear of the layer is not."""
+    mixture = not_24[name]
+    x, weights, ids = route()
+    model = served(mixture)
+    assert model.experts.ria_experts is None and model.experts.w13_weight.dtype == torch.float32
+    report = model.experts.quant_method.report
+    assert report.expected == report.loaded == 0
+    close(run(model, x, weights, ids), mixture.expected(x, weights, ids))
+    close(*over_ranks(monkeypatch, mixture, expert_parallel))
+
+
+def test_experts_that_are_not_24_and_that_vllm_does_not_have(not_24):
+    """A kernel would take them if they were 2:4; vLLM's own for CPUs ignore the limit."""
+    with pytest.raises(RiaError, match=f"{LAYER}: these experts are not 2:4, .*swiglu_limit.*`ria-vllm compress`"):
+        served(not_24["plain"], swiglu_limit=0.7)
+
+
+def test_a_reload_with_other_experts(stored, not_24):
+    """The layer stays as it was built: by a kernel, or dense."""
+    for before, after, message in ((stored, not_24, "not 2:4"), (not_24, stored, "2:4")):
+        config = before["plain"].config()
+        model = attached(config, Model(config))
+        experts = model.experts
+        model.load_weights(iter(before["plain"].tensors.items()))
+        experts.quant_method.process_weights_after_loading(experts)
+        experts.quant_method.loader.create_parameters(experts, torch.float32)  # as vLLM puts them back
+        model.load_weights(iter(after["plain"].tensors.items()))
+        with pytest.raises(RiaError, match=f"{LAYER}: its new weights are {message}, unlike"):
+            experts.quant_method.process_weights_after_loading(experts)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("marlin, int4", lambda t: t.pop(f"{LAYER}.3.down_proj.meta"), "3.down_proj.meta is in none"),
+        ("marlin, int4", lambda t: t[f"{LAYER}.3.down_proj.meta"].zero_(), "3.down_proj.meta: row .* damaged"),
+        ("int8", lambda t: t.pop(f"{LAYER}.1.up_proj.weight_scale"), "1.up_proj.weight_scale is in none"),
+        ("int8", lambda t: t.update({f"{LAYER}.1.up_proj.weight": torch.zeros(128, 128)}), "1.up_proj.weight is torch"),
+        ("int8", lambda t: t[f"{LAYER}.1.up_proj.weight_scale"].fill_(torch.nan), "gate_up: a weight_scale is not"),
+        ("int8 by tensor", lambda t: t.update({f"{LAYER}.1.up_proj.weight_scale": torch.zeros(2)}), r"32 \(2,\), but"),
+        ("pack, int4", lambda t: t.update({f"{LAYER}.0.up_proj.weight_zero_point": torch.ones(128, 1)}), "asymmetric"),
+        ("pack, int4", lambda t: t.update({f"{LAYER}.0.up_proj.weight_packed": torch.zeros(128, 8).int()}), "but the"),
+        ("bitmask", lambda t: t[f"{LAYER}.2.up_proj.bitmask"].fill_(255), "gate_up: .* damaged"),
+        ("plain", lambda t: t.update({f"{LAYER}.2.up_proj.zero": torch.zeros(2)}), "2.up_proj.zero: .* no place"),
+    ],
+)  # fmt: skip
+def test_damaged_tensors(stored, name, change, message):
+    mixture = stored[name]
+    config = mixture.config()
+    model = attached(config, Model(config))
+    tensors = {name: tensor.clone() for name, tensor in mixture.tensors.items()}
+    change(tensors)
+    with pytest.raises(RiaError, match=message):
+        model.load_weights(iter(tensors.items()))
+        model.experts.quant_method.process_weights_after_loading(model.experts)
+
+
+def test_scales_by_tensor_may_have_no_dimension(stored):
+    mixture = stored["int8 by tensor"]
+    config = mixture.config()
+    model = attached(config, Model(config))
+    model.load_weights((name, t[0] if t.shape == (1,) else t) for name, t in mixture.tensors.items())
+    model.experts.quant_method.process_weights_after_loading(model.experts)
+    x, weights, ids = route()
+    close(run(model, x, weights, ids), mixture.expected(x, weights, ids))
+
+
+def test_another_number_of_experts(stored):
+    with pytest.raises(RiaError, match="the checkpoint has 4 pruned experts, but vLLM's layer has 8"):
+        Model(stored["plain"].config(), num_experts=8)
+
+
+def test_experts_without_a_layer(stored):
+    config = stored["plain"].config()
+    model = Model(config)
+    model.layers[1].mlp = torch.nn.Identity()
+    with pytest.raises(RiaError, match=f"experts {LAYER} would not be served.*no layer.*`ria-vllm compress`"):
+        attached(config, model)
