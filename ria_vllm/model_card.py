@@ -236,7 +236,7 @@ def _what_was_pruned(report: dict[str, Any], zeros: float) -> list[str]:
         how = f"; scales migrated by SmoothQuant, strength {plain(smooth)}" if smooth else ""
         rows.append(("inputs of pruned linears", f"rounded to {plain(inputs)}, token by token{how}"))
     if report["recipe"].get("rotate") == "heads":
-        rows.append(("before pruning", "the channels of attention's heads were turned by orthogonal matrices"))
+        rows.append(("before pruning", "attention's heads were turned; adapters (LoRA) of the dense model do not fit"))
     scores = {name: report_number(entry, "retained_after") for name, entry in linears.items()}
     finite = {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}
     if finite:

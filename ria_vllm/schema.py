@@ -143,8 +143,8 @@ class RiaSchema(BaseModel):
 
     @property
     def unlike_dense(self) -> dict[str, Any]:
-        """The options that `compress` was given by which linears read or return other channels than in the dense
-        model: --smooth has scaled them, --rotate turned them. Adapters of the dense model do not fit these."""
+        """The options by which linears read or return scaled (`smooth`) or rotated (`rotate`) channels of the dense
+        model's. Adapters that were trained on the dense model do not fit these linears."""
         found = {"smooth": self.recipe.get("smooth") or 0, "rotate": self.recipe.get("rotate") or "none"}
         return {name: value for name, value in found.items() if value not in (0, "none")}
 

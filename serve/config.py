@@ -227,7 +227,7 @@ class RiaConfig(QuantizationConfig):
             options = {"smooth": "--smooth 0", "rotate": "--rotate none"}
             instead = " ".join(options[name] for name in self.schema.unlike_dense)
             raise RiaError(
-                f"{self.where}: this folder's linears read other channels than the dense model's do (`compress "
+                f"{self.where}: this folder's linears read scaled or rotated inputs (`compress "
                 f"{' '.join(f'--{name} {value}' for name, value in self.schema.unlike_dense.items())}`), so LoRA "
                 "adapters of the dense model would give wrong answers. For those, compress with "
                 f"{instead}. If yours were trained on this folder, set {ADAPTERS_VARIABLE}=1."

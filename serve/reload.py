@@ -96,9 +96,22 @@ def _check_files(config: RiaConfig, model: str, revision: str | None, permutatio
     if orders != present:
         raise _refusal(model, "its weights are stored in other channel orders than those that this server has folded")
     _check_dense(config, headers.names, model)
-    if EngineOptions.current().lora and schema.unlike_dense != config.schema.unlike_dense:
+    if EngineOptions.current().lora:
+        check_adapters(schema, config.schema, model)
+
+
+def check_adapters(schema: RiaSchema, present: RiaSchema, model: str) -> None:
+    """Check that adapters that fit the folder which this server has loaded also fit another one, `schema`'s.
+
+    Scales and rotations are not stored. Where channels are permuted, their orders tell runs apart.
+
+    Raises:
+        RiaError: they may not fit.
+    """
+    changes = schema.unlike_dense
+    if changes != present.unlike_dense or (changes and schema.permutations_digest is None):
         raise _refusal(
-            model, "its linears read other channels (--smooth, --rotate) than the adapters of this server do"
+            model, "its linears may read inputs that are scaled or rotated (--smooth, --rotate) otherwise than here"
         )
 
 

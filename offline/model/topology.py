@@ -139,7 +139,7 @@ class Topology:
     together: sets of linears, besides those in `vllm_quirks.FUSED`, of which all are pruned or none.
     migrations: where the scales of inputs can be moved to.
     rotations: the consumers of folds whose heads can be turned.
-    found_on: what was run to find this out, for the recipe.
+    found_on: what was run to find this out, for the report.
     """
 
     sublayers: tuple[Sublayer, ...]

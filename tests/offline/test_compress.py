@@ -88,7 +88,9 @@ def test_an_order_that_nothing_absorbs_keeps_to_blocks(tiny, text, tmp_path, mon
 def test_the_recipe_keeps_what_experiments_found_and_only_programs_see_it(tiny, text, tmp_path):
     run(tiny("llama"), tmp_path / "out", text, reconstruct="none", samples=4)
     (kind,) = Reader(tmp_path / "out").schema.recipe["topology"]
-    assert kind["layers"] == [0, 1] and kind["dense"] == {} and "copy" in kind["found_on"]
+    assert kind["layers"] == [0, 1] and kind["dense"] == {} and "found_on" not in kind
+    report = json.loads((tmp_path / "out" / "ria_report.json").read_text())
+    assert "copy" in report["found_on"][0]  # it depends on the machine's memory
     stages = [[group["linears"] for group in stage] for part in kind["sublayers"] for stage in part["stages"]]
     assert stages == [
         [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]], [["self_attn.o_proj"]],

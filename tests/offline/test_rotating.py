@@ -71,15 +71,17 @@ def test_kept_weights_are_those_of_the_turned_model(family, by_hand, make_model,
 
 @pytest.mark.parametrize("options", [
     {"reconstruct": "admm"},
-    {"reconstruct": "short"},
+    {"reconstruct": "short", "compute_dtype": "float32"},
     {"weights": "int8", "activations": "int8", "reconstruct": "short"},
 ], ids=lambda options: "-".join(options.values()))  # fmt: skip
-def test_a_resumed_run_gives_the_same_bytes(options, tiny, text, tmp_path):
-    """The family has biases, which rotations and scales change."""
-    run_small(tiny("opt"), tmp_path / "whole", text, rotate="heads", **options)
+def test_a_resumed_run_gives_the_same_bytes(options, make_model, text, tmp_path):
+    """The family has biases, which rotations and scales change. Those in the file may have fewer digits than those that
+    are computed with."""
+    source = make_model(tmp_path / "model", "opt", dtype=torch.bfloat16)
+    run_small(source, tmp_path / "whole", text, rotate="heads", **options)
     with interrupted_after_a_layer():
-        run_small(tiny("opt"), tmp_path / "out", text, rotate="heads", **options)
-    run_small(tiny("opt"), tmp_path / "out", text, Settings(resume=True), rotate="heads", **options)
+        run_small(source, tmp_path / "out", text, rotate="heads", **options)
+    run_small(source, tmp_path / "out", text, Settings(resume=True), rotate="heads", **options)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 

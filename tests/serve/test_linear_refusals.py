@@ -118,7 +118,7 @@ def test_adapters_for_a_folder_with_other_channels(ranks, monkeypatch, options, 
     with set_current_vllm_config(current):
         if instead:
             with pytest.raises(
-                RiaError, match=rf"other channels .*compress with {instead}\. .*RIA_VLLM_OWN_ADAPTERS=1"
+                RiaError, match=rf"scaled or rotated .*compress with {instead}\. .*RIA_VLLM_OWN_ADAPTERS=1"
             ):
                 config.get_quant_method(ReplicatedLinear(16, 8, bias=False), "proj")
         else:

@@ -17,7 +17,7 @@ from ria_vllm.checkpoint import SINGLE_FILE
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import PERMUTATIONS_FILE
 from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.reload import check_first_load, check_reload
+from ria_vllm.serve.reload import check_adapters, check_first_load, check_reload
 
 
 def reload_from(config, folder):
@@ -123,23 +123,38 @@ def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):
             reload_from(ours, copy)
 
 
-def test_a_reload_of_other_scales_under_adapters(checkpoint, copy):
-    """Adapters that fit the inputs of this server's linears do not fit those that `--smooth` has divided."""
+@pytest.mark.parametrize(
+    ("option", "off", "on"), [("smooth", 0.0, 0.5), ("smooth", None, 0.5), ("rotate", "none", "heads")]
+)
+def test_a_reload_of_other_inputs_under_adapters(option, off, on, checkpoint, copy):
+    """Adapters that fit the inputs of this server's linears do not fit those that were scaled or rotated."""
     config = config_of(checkpoint)
     content = json.loads((copy / "config.json").read_text())
     current = VllmConfig()
     current.lora_config = LoRAConfig(max_lora_rank=8)
-    for smooth in (0.0, 0.5):
-        content["quantization_config"]["recipe"]["smooth"] = smooth
+    for value in (off, on):
+        content["quantization_config"]["recipe"][option] = value
         (copy / "config.json").write_text(json.dumps(content))
         reload_from(config, copy)
         with set_current_vllm_config(current):
             reload_from(config, checkpoint)
-            if smooth:
-                with pytest.raises(RiaError, match="its linears read other channels"):
+            if value == on:
+                with pytest.raises(RiaError, match="scaled or rotated .* otherwise than here"):
                     reload_from(config, copy)
+                reload_from(config_of(copy), copy)  # the orders of channels show that it is the same run
             else:
                 reload_from(config, copy)
+
+
+def test_a_reload_that_orders_do_not_tell_from_another_run(checkpoint, copy):
+    content = json.loads((copy / "config.json").read_text())
+    content["quantization_config"]["recipe"]["rotate"] = "heads"
+    (copy / "config.json").write_text(json.dumps(content))
+    schema = config_of(copy).schema
+    check_adapters(schema, schema, str(copy))
+    without_orders = schema.model_copy(update={"permutations_digest": None})
+    with pytest.raises(RiaError, match="otherwise than here"):
+        check_adapters(without_orders, without_orders, str(copy))
 
 
 @pytest.fixture(scope="module")

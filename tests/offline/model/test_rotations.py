@@ -19,6 +19,7 @@ FAMILIES = {
     "bloom": ("query_key_value", "dense"),
     "falcon": ("query_key_value", "dense"),
     "mixtral": ("v_proj", "o_proj"),
+    "gemma4_text": ("v_proj", "o_proj"),  # with a norm of the values, which has no weight
     "deepseek_v3": ("kv_b_proj", "o_proj"),
 }
 
@@ -67,13 +68,14 @@ def test_rotations_change_nothing(family):
         assert (model(TOKENS).logits - before).abs().max() > 1e-4 * before.abs().max()
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "gemma4_text"])
-def test_what_lets_permutations_through_only(family):
+def test_what_lets_permutations_through_only():
     """A gate on attention's output multiplies channel by channel."""
-    for topology in described(small(family)).kinds:
-        found = {fold.consumer for fold in topology.folds if fold.coupling == "heads"}
-        gated = {fold.consumer for fold in topology.folds if len(fold.producers) > 1}
-        assert not gated & set(topology.rotations) and set(topology.rotations) <= found
+    gated = [
+        topology
+        for topology in described(small("qwen3_next")).kinds
+        if any(fold.coupling == "heads" and len(fold.producers) == 2 for fold in topology.folds)
+    ]
+    assert gated and not any(topology.rotations for topology in gated)
 
 
 class Halved(nn.Module):
