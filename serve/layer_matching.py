@@ -123,8 +123,8 @@ def _check_all_served(
         way_out = "Compress the model again with these in --ignore, or make a dense folder with `ria-vllm export`."
         if config.compressed_tensors is not None:
             way_out = (
-                "Of compressed-tensors' checkpoints, those are served whose quantized linears all have a linear layer "
-                f"or a place among a layer's experts in vLLM. {WAY_OUT}"
+                "In a checkpoint of compressed-tensors, every quantized linear needs a layer in vLLM, or a place among "
+                f"its experts. {WAY_OUT}"
             )
         raise RiaError(
             f"{config.where}: pruned linears that would not be served: {_shorten(lost)}. {lost[0]}: {reason}. {way_out}"

@@ -31,8 +31,8 @@ Linears that do not read the residual stream, but have to gather their input, in
 ## Every family
 
 - **pruned**: the share of the matrices in the decoder's layers that are pruned, not counting those under *stays dense*;
-  in brackets, the share of all, in the toy's proportions. Where that is less than {share:.0%}, it comes first, with the
-  reason.
+  in brackets, the share of all, in the toy's proportions. If the share of all is less than {share:.0%}, it stands first,
+  and the reason after it.
 - **folded**, **gathers**: linears whose input arrives in their order because other linears' rows have it, and linears
   that bring their input into it themselves.
 - **dense**, **pruned and served**: the largest difference between vLLM and transformers of any token's log probability,
@@ -41,8 +41,8 @@ Linears that do not read the residual stream, but have to gather their input, in
   output of its experts with a product in float64.
 
 Where vLLM and transformers disagree about a dense model on the hub, the toy is shaped, or vLLM is run, so that they
-agree. In brackets, the column **dense** says how, and why the difference is more than {alike:.0e}, where it is. What
-vLLM does wrong with a dense model, it does wrong with a pruned one, too. Where there is a way out,
+agree. In brackets, the column **dense** says how. If the difference is still more than {alike:.0e}, it says why. What vLLM
+does wrong with a dense model, it does wrong with a pruned one, too. Where there is a way out,
 [troubleshooting](troubleshooting.md#serving) has it.
 
 {table}"""
