@@ -1,14 +1,19 @@
 """The zoo: a few toys, one for each mechanism, and the results of all that `make test-zoo` has written."""
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
+import transformers
 from zoo.check import problems
-from zoo.run import run_batch
+from zoo.run import run_batch, versions
 from zoo.table import FAMILIES, GATHERING, PAGE, RESULTS, gathering, page, table
 from zoo.toy import Toy, fingerprint, merged
 from zoo.toys import TOYS
 
+MAKEFILE = Path(__file__).parents[2] / "Makefile"
 REPRESENTATIVE = [name for name, toy in TOYS.items() if toy.mechanism]
 
 
@@ -31,6 +36,18 @@ def test_the_results_are_of_this_toy_and_of_the_versions_that_the_page_names(nam
     record = results["types"][name]
     assert record["toy"] == fingerprint(name, TOYS[name]), f"the toy has changed: make test-zoo ZOO={name}"
     assert record["versions"] == results["versions"], f"other libraries than other types: make test-zoo ZOO={name}"
+
+
+def test_the_results_are_of_the_installed_versions():
+    """That includes torch, of which vLLM requires one version. transformers' bug fixes count as the same."""
+    vllm = re.search(r"^VLLM_VERSION := (\S+)$", MAKEFILE.read_text(), re.MULTILINE)[1]
+    installed, recorded = versions(), json.loads(RESULTS.read_text())["versions"]
+    if installed["vllm"].partition("+")[0] != vllm:
+        pytest.skip(f"not the vLLM of `make test`, which is {vllm}: make test-versions has others on purpose")
+    if not Path(transformers.__file__).is_relative_to(sys.prefix):
+        pytest.skip(f"transformers is in {transformers.__file__}: make test-versions puts another one there")
+    minor = installed["transformers"].rpartition(".")[0]
+    assert recorded["vllm"] == installed["vllm"] and recorded["transformers"].startswith(f"{minor}."), "make test-zoo"
 
 
 @pytest.mark.parametrize(
