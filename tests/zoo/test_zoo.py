@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from zoo.agreement import agreement_of_two
 from zoo.check import problems
 from zoo.run import run_batch, versions
 from zoo.table import FAMILIES, GATHERING, PAGE, RESULTS, gathering, page, table
@@ -167,6 +168,23 @@ def test_a_toy_says_why_it_differs_from_transformers():
     assert problems(Toy(differs="rounding"), GOOD | {"dense": far})
     ended = GOOD | {"dense": {"error": "RuntimeError: ended"}}
     assert not any("no longer" in problem for problem in problems(Toy(differs="rounding"), ended))
+
+
+def test_a_toy_in_bfloat16_is_compared_within_vllm_too():
+    toy, far = Toy(dtype="bfloat16", differs="rounding"), {"text": {"median": 0.01, "largest": 0.04, "same": 1.0}}
+    record = GOOD | {"dense": far, "served": far}
+    assert not problems(toy, record | {"exported": GOOD["dense"]})
+    assert "not run" in problems(toy, record)[0]
+    assert "pruned folder and the exported one: text" in problems(toy, record | {"exported": far})[0]
+
+
+def test_two_runs_of_vllm_are_compared_until_they_choose_another_token():
+    def results(tokens, logprobs):
+        return [{"prompt_ids": [3, 4, 5], "prompt": [-1.0, -2.0], "tokens": tokens, "logprobs": logprobs}] * 4
+
+    found = agreement_of_two(results([6, 7, 8], [-1.0, -3.0, -1.0]), results([6, 9, 8], [-1.0, -3.5, -9.0]))
+    numbers = {"median": 0.0, "largest": 0.5, "same": 0.33}
+    assert found == {"text": numbers, "image": numbers}
 
 
 def test_edits_reach_nested_configs():
