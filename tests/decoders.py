@@ -43,11 +43,21 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 32, "sliding_window": 16,
         "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
     },
+    "gemma3n_text": {
+        "intermediate_size": [96] * 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16,
+        "laurel_rank": 32, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 258,
+        "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.5, 0.0],
+    },
     "gpt_bigcode": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 96},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "granitemoehybrid": MAMBA | {
         "layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2,
         "shared_intermediate_size": 64,
+    },
+    "kimi_linear": EXPERTS | LATENT | {
+        "q_lora_rank": None, "num_experts": 4, "num_experts_per_token": 2, "num_expert_group": 1,
+        "num_shared_experts": 1, "layer_types": ["linear_attention", "full_attention"], "linear_head_dim": 16,
+        "linear_num_heads": 4, "mlp_layer_types": ["dense", "sparse"],
     },
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "minicpm3": LATENT,

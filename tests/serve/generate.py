@@ -4,10 +4,12 @@
 
 A job: {"model", "prompts": lists of token ids, "tokens": how many to generate, "engine": arguments of `LLM`,
 "first": "generate" or "reload" before the generation that counts, "lora": folder of an adapter,
-"prompt_logprobs": false to leave them out, "call": "embed" or "classify" instead, or "load" (see `zoo.built`),
-"images": for each prompt the path of an image or null, "texts" with "image", the file that each of them shows, after
-the prompts}. A result: for each prompt the prompt as the model read it, its logprobs (from the second token on), the
-generated tokens, their logprobs and how many prompt tokens came from the cache; or "error".
+"prompt_logprobs": false to leave them out, "call": "embed" or "classify" instead, "score" each of "documents" for
+"query" (joined by "template", or null), or "load" (see `zoo.built`), "images": for each prompt the path of an image or
+null, "texts" with "image", the file that each of them shows, after the prompts}.
+
+A result: for each prompt the prompt as the model read it, its logprobs (from the second token on), the generated
+tokens, their logprobs and how many prompt tokens came from the cache; or "error".
 """
 
 import gc
@@ -40,7 +42,7 @@ def run(job: dict[str, Any]) -> Any:
         "kv_cache_memory_bytes": KV_CACHE,
     }  # fmt: skip
     llm = LLM(job["model"], **(settings | job.get("engine", {})))
-    prompts: list[dict[str, Any]] = [{"prompt_token_ids": p} for p in job["prompts"]]
+    prompts: list[dict[str, Any]] = [{"prompt_token_ids": p} for p in job.get("prompts", [])]
     for prompt, path in zip(prompts, job.get("images", [])):
         if path:
             prompt["multi_modal_data"] = {"image": image(path)}
@@ -48,6 +50,9 @@ def run(job: dict[str, Any]) -> Any:
         prompts.append({"prompt": text, "multi_modal_data": {"image": image(job["image"])}})
     if job.get("call") == "embed":
         return [output.outputs.embedding for output in llm.embed(prompts, use_tqdm=False)]
+    if job.get("call") == "score":
+        scored = llm.score(job["query"], job["documents"], chat_template=job["template"], use_tqdm=False)
+        return [output.outputs.score for output in scored]
     if job.get("call") == "classify":
         return [output.outputs.probs for output in llm.classify(prompts, use_tqdm=False)]
     sampling = SamplingParams(

@@ -10,6 +10,7 @@ ONE_THREAD_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"
 TWO_PROCESSES = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 LAUNCHED = {"distributed_executor_backend": "external_launcher"}
 TWO_RANKS = LAUNCHED | {"tensor_parallel_size": 2}
+ALL_GATHER = "crosses tensor-parallel ranks"  # in the warning that a layer gathers its input across ranks
 # vLLM's eager CPU worker has no buffers for the second stage. So both are traced as for torch.compile, and run as that.
 # Stages that are launched from outside cannot give the prompts' logprobs.
 TWO_STAGES = LAUNCHED | {

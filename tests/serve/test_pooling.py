@@ -11,6 +11,7 @@ from compare import generate, prompts
 from compressing import run_small
 from families import TEXT
 from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from ria_vllm.checkpoint import Reader
@@ -48,6 +49,17 @@ CLASSIFY = {
         {"hf_overrides": GEMMA_RERANKER},
     ),
 }
+# Reranking models that `compress` writes. Name of the run: (family, settings of the model, engine arguments, template)
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}. {% endfor %}?"
+SCORE = {
+    "a reranker that is a causal model": (FAMILIES["qwen3"], {}, {"hf_overrides": RERANKER}, TEMPLATE),
+    "LlamaForSequenceClassification": (replace(FAMILIES["llama-gqa"], **CLASSIFIER), {"num_labels": 1}, {}, None),
+}
+QUERY, DOCUMENTS = "Which fox is brown?", ["The quick one", "The sun", "None of the lazy dogs behind the hills"]
+# The number of a byte's token in the vocabulary that `tiny.add_tokenizer` writes, after three special ones.
+TOKEN_OF = {letter: 3 + i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+TOKEN_OF[" "] = TOKEN_OF["Ġ"]
+NO, YES = TOKEN_OF["a"], TOKEN_OF["b"]
 # What sentence-transformers puts behind a model, as in EmbeddingGemma: the mean over tokens, and two matrices.
 MODULES = ("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense"), ("3_Dense", "Dense"), ("4_Normalize", "")
 INSIDE = 64
@@ -70,13 +82,37 @@ def served(tmp_path_factory):
     models[name] = compress_with_modules(folder / name)
     engine = {"dtype": "float32", "runner": "pooling", "skip_tokenizer_init": False}
     jobs.append({"model": str(folder / name / "out"), "prompts": prompts(), "call": "embed", "engine": engine})
+    for number, (name, (family, settings, engine, template)) in enumerate(SCORE.items()):
+        place = folder / f"score{number}"
+        models[f"score: {name}"] = compress_reranker(family, place, **settings)
+        jobs.append({
+            "model": str(place / "out"), "call": "score", "query": QUERY, "documents": DOCUMENTS, "template": template,
+            "engine": {"dtype": "float32", "runner": "pooling", "skip_tokenizer_init": False} | engine,
+        })  # fmt: skip
     results = generate(folder / "run", jobs)
     return {name: (models[name], result) for name, result in zip(models, results)}
 
 
+def compress(place: Path) -> Path:
+    """`compress` `place`/dense to `place`/out; the folder of its export."""
+    text = place / "text.txt"
+    text.write_text(TEXT * 20)
+    run_small(place / "dense", place / "out", text)
+    export_dense(Reader(place / "out"), place / "export", 1 << 40)
+    return place / "export"
+
+
+def compress_reranker(family: tiny.Family, place: Path, **settings: object) -> PreTrainedModel:
+    """`compress` a reranking model to `place`/out; transformers' model on its export."""
+    dense = place / "dense"
+    tiny.model_of(family, pad_token_id=0, **settings).save_pretrained(dense)
+    tiny.add_tokenizer(dense)
+    return family.auto.from_pretrained(compress(place), dtype=torch.float32).eval()
+
+
 def compress_with_modules(place: Path) -> tuple[PreTrainedModel, list[torch.Tensor]]:
     """`compress` an embedding model to `place`/out; transformers' model on its export, and the matrices behind it."""
-    dense, out = place / "dense", place / "out"
+    dense = place / "dense"
     tiny.model_of(replace(FAMILIES["gemma3"], **BARE), use_bidirectional_attention=True).save_pretrained(dense)
     tiny.add_tokenizer(dense)
     modules = [
@@ -95,11 +131,7 @@ def compress_with_modules(place: Path) -> tuple[PreTrainedModel, list[torch.Tens
         activation = {"activation_function": "torch.nn.modules.linear.Identity"}
         (dense / path / "config.json").write_text(json.dumps(shape | activation))
         save_file({"linear.weight": matrix}, dense / path / "model.safetensors")
-    text = place / "text.txt"
-    text.write_text(TEXT * 20)
-    run_small(dense, out, text)
-    export_dense(Reader(out), place / "export", 1 << 40)
-    return AutoModel.from_pretrained(place / "export", dtype=torch.float32).eval(), matrices
+    return AutoModel.from_pretrained(compress(place), dtype=torch.float32).eval(), matrices
 
 
 def test_an_embedding_model_with_sentence_transformers_modules(served):
@@ -130,16 +162,20 @@ def test_classes(served, name):
         with torch.no_grad():
             logits = model(torch.tensor([prompt])).logits[0]
         if name.startswith("a reranker"):
-            no, yes = (3 + letter_of(token) for token in "ab")
-            one_way = name.endswith("Gemma")
-            want = logits[-1, [yes]].sigmoid() if one_way else logits[-1, [no, yes]].softmax(-1)[1:]
+            want = logits[-1, [YES]].sigmoid() if name.endswith("Gemma") else logits[-1, [NO, YES]].softmax(-1)[1:]
         else:
             want = logits.softmax(-1) if len(logits) > 1 else logits.sigmoid()
         torch.testing.assert_close(torch.tensor(probabilities), want, rtol=0, atol=1e-5)
 
 
-def letter_of(token: str) -> int:
-    """The place of a byte's token in the vocabulary that `tiny.add_tokenizer` writes, after three special ones."""
-    from tokenizers import pre_tokenizers
-
-    return sorted(pre_tokenizers.ByteLevel.alphabet()).index(token)
+@pytest.mark.parametrize("name", SCORE)
+def test_scores(served, name):
+    model, scores = served[f"score: {name}"]
+    assert "error" not in scores, scores
+    for document, score in zip(DOCUMENTS, scores, strict=True):
+        text = f"query: {QUERY}. document: {document}. ?" if SCORE[name][3] else QUERY + document
+        with torch.no_grad():
+            logits = model(torch.tensor([[TOKEN_OF[letter] for letter in text]])).logits[0]
+        want = logits[-1, [NO, YES]].softmax(-1)[1] if SCORE[name][3] else logits[0].sigmoid()
+        torch.testing.assert_close(torch.tensor(score), want, rtol=0, atol=1e-5)
+    assert max(scores) - min(scores) > 1e-3  # the documents count

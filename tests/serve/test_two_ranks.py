@@ -2,11 +2,13 @@
 
 import pytest
 from compare import generate
-from runs import ONE_THREAD_EACH, TWO_RANKS
+from runs import ALL_GATHER, ONE_THREAD_EACH, TWO_RANKS
 from zoo.agreement import agreement, job
 from zoo.check import disagreement
 from zoo.family import dense_folder, pruned_folders
 from zoo.toys import TOYS
+
+from ria_vllm.checkpoint import Reader
 
 pytestmark = pytest.mark.slow
 
@@ -24,10 +26,22 @@ RUNS = {
 }
 
 
+# Consumers that tensor parallelism cuts along their input, and into whose producers no fold goes.
+BLOCKS = {
+    "qwen3_next": "layers.0.linear_attn.out_proj",
+    "lfm2": "layers.0.conv.out_proj",
+    "granitemoehybrid": "layers.0.mamba.out_proj",
+}
+
+
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("two-ranks")
+
+
+@pytest.fixture(scope="module")
+def served(place):
     """Name of the run -> (the exported folder, vLLM's results)."""
-    place = tmp_path_factory.mktemp("two-ranks")
     folders = {}
     for name in dict.fromkeys(name for name, _ in RUNS.values()):
         dense_folder(name, TOYS[name], place)
@@ -46,3 +60,14 @@ def test_as_transformers(served, run):
     toy = TOYS[RUNS[run][0]]
     assert "error" not in result, result
     assert not disagreement(agreement(result, exported, toy), toy.dtype)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_no_rank_gathers_from_another(served, place, name):
+    """A consumer that reorders its input itself does so inside blocks. `test_vllm` has runs that warn."""
+    reader = Reader(place / name / "pruned")
+    consumer = f"model.{BLOCKS[name]}"
+    folded = {fold for fold, _, _ in reader.schema.active_folds(reader.permuted_names, set(reader.sparse_names))}
+    order = reader.permutations[consumer].tolist()
+    assert consumer not in folded and order != sorted(order)
+    assert ALL_GATHER not in (place / "run" / "rank0of2" / "log").read_text()

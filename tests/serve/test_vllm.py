@@ -5,7 +5,7 @@ import tiny
 import torch
 from compare import check
 from families import LATENT_ATTENTION, ROTARY
-from runs import ONE_THREAD_EACH, TWO_PROCESSES, TWO_RANKS, TWO_STAGES, Runs
+from runs import ALL_GATHER, ONE_THREAD_EACH, TWO_PROCESSES, TWO_RANKS, TWO_STAGES, Runs
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +69,11 @@ def test_compiled(runs, name):
 @pytest.mark.parametrize("name", SPREAD)
 def test_several_processes(runs, name):
     check(*runs.get(SPREAD, name, **ONE_THREAD_EACH))
+
+
+def test_permutations_that_cross_ranks_are_warned_of(runs):
+    runs.get(SPREAD, "two ranks, fewer key-value heads, no folds", **ONE_THREAD_EACH)
+    assert ALL_GATHER in (runs.place(SPREAD) / "rank0of2" / "log").read_text()
 
 
 def test_tensor_parallel_gives_the_tokens_of_one_rank(runs):

@@ -1,4 +1,4 @@
-"""How far the log probabilities of vLLM on one folder are from those of transformers on another."""
+"""How far the log probabilities of vLLM on one folder are from those of transformers or vLLM on another."""
 
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,24 @@ def agreement(results: list[dict[str, Any]], folder: Path, toy: Toy) -> dict[str
         assert ids == result["prompt_ids"], f"transformers' processor reads {ids}, vLLM {result['prompt_ids']}"
         found["image"] = _numbers([_compare(result, model, dict(inputs))])
     return found
+
+
+def agreement_of_two(results: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """As `agreement`, between vLLM's results on two folders.
+
+    `same`: the share of generated tokens until the continuations part. What follows is not compared.
+    """
+    pairs = [_compare_two(*pair) for pair in zip(results, others, strict=True)]
+    parts = {"text": pairs[: len(LENGTHS)], "image": pairs[len(LENGTHS) :]}
+    return {kind: _numbers(compared) for kind, compared in parts.items() if compared}
+
+
+def _compare_two(result: dict[str, Any], other: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    assert result["prompt_ids"] == other["prompt_ids"]
+    same = torch.tensor(result["tokens"]).eq(torch.tensor(other["tokens"])).cumprod(0).bool()
+    upto = int(same.sum()) + 1  # where they part, both chosen tokens must be about as likely
+    first, second = (torch.tensor(one["prompt"] + one["logprobs"][:upto]) for one in (result, other))
+    return (first - second).abs(), same
 
 
 @torch.no_grad()

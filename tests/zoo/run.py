@@ -10,15 +10,16 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from zoo.agreement import agreement, job
-from zoo.check import problems
+from zoo.agreement import agreement, agreement_of_two, job
+from zoo.check import is_loose, problems
 from zoo.family import dense_folder, pruned_folders
 from zoo.serving import serve
-from zoo.toy import fingerprint
+from zoo.toy import Toy, fingerprint
 from zoo.toys import TOYS
 
 BATCH = 16  # toys whose folders are there at the same time, and that one process of vLLM serves
@@ -53,15 +54,27 @@ def run_batch(names: list[str], work: Path, dense_only: bool) -> dict[str, Any]:
             out, exported, record["compress"] = found
             if not toy.not_served:
                 jobs.append((name, "served", exported, job(out, toy)))
+                if is_loose(toy):
+                    jobs.append((name, "exported", exported, job(exported, toy)))
     results = serve([given for *_, given in jobs], work / "vllm")
+    served: dict[str, Any] = {}
     for (name, step, folder, _), result in zip(jobs, results, strict=True):
+        if step == "served":
+            served[name] = result
         if "error" in result:
             records[name][step] = {"error": result["error"][:1000]}
             continue
-        found = attempt(records[name], step, lambda: agreement(result, folder, TOYS[name]))
+        found = attempt(records[name], step, partial(compare, step, result, served.get(name), folder, TOYS[name]))
         if found is not None:
             records[name][step] = found
     return records
+
+
+def compare(step: str, result: Any, served: Any, folder: Path, toy: Toy) -> dict[str, Any] | None:
+    """The agreement of a step's result with transformers on `folder`; of "exported" with what vLLM served pruned."""
+    if step != "exported":
+        return agreement(result, folder, toy)
+    return None if "error" in served else agreement_of_two(result, served)
 
 
 def versions() -> dict[str, str]:

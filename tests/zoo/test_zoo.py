@@ -1,14 +1,20 @@
 """The zoo: a few toys, one for each mechanism, and the results of all that `make test-zoo` has written."""
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
+import transformers
+from zoo.agreement import agreement_of_two
 from zoo.check import problems
-from zoo.run import run_batch
+from zoo.run import run_batch, versions
 from zoo.table import PAGE, RESULTS, gathering, page, table
 from zoo.toy import Toy, fingerprint, merged
 from zoo.toys import TOYS
 
+MAKEFILE = Path(__file__).parents[2] / "Makefile"
 REPRESENTATIVE = [name for name, toy in TOYS.items() if toy.mechanism]
 
 
@@ -31,6 +37,18 @@ def test_the_results_are_of_this_toy_and_of_the_versions_that_the_page_names(nam
     record = results["types"][name]
     assert record["toy"] == fingerprint(name, TOYS[name]), f"the toy has changed: make test-zoo ZOO={name}"
     assert record["versions"] == results["versions"], f"other libraries than other types: make test-zoo ZOO={name}"
+
+
+def test_the_results_are_of_the_installed_versions():
+    """That includes torch, of which vLLM requires one version. transformers' bug fixes count as the same."""
+    vllm = re.search(r"^VLLM_VERSION := (\S+)$", MAKEFILE.read_text(), re.MULTILINE)[1]
+    installed, recorded = versions(), json.loads(RESULTS.read_text())["versions"]
+    if installed["vllm"].partition("+")[0] != vllm:
+        pytest.skip(f"not the vLLM of `make test`, which is {vllm}: make test-versions has others on purpose")
+    if not Path(transformers.__file__).is_relative_to(sys.prefix):
+        pytest.skip(f"transformers is in {transformers.__file__}: make test-versions puts another one there")
+    minor = installed["transformers"].rpartition(".")[0]
+    assert recorded["vllm"] == installed["vllm"] and recorded["transformers"].startswith(f"{minor}."), "make test-zoo"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +176,23 @@ def test_a_toy_says_why_it_differs_from_transformers():
     assert problems(Toy(differs="rounding"), GOOD | {"dense": far})
     ended = GOOD | {"dense": {"error": "RuntimeError: ended"}}
     assert not any("no longer" in problem for problem in problems(Toy(differs="rounding"), ended))
+
+
+def test_a_toy_in_bfloat16_is_compared_within_vllm_too():
+    toy, far = Toy(dtype="bfloat16", differs="rounding"), {"text": {"median": 0.01, "largest": 0.04, "same": 1.0}}
+    record = GOOD | {"dense": far, "served": far}
+    assert not problems(toy, record | {"exported": GOOD["dense"]})
+    assert "not run" in problems(toy, record)[0]
+    assert "pruned folder and the exported one: text" in problems(toy, record | {"exported": far})[0]
+
+
+def test_two_runs_of_vllm_are_compared_until_they_choose_another_token():
+    def results(tokens, logprobs):
+        return [{"prompt_ids": [3, 4, 5], "prompt": [-1.0, -2.0], "tokens": tokens, "logprobs": logprobs}] * 4
+
+    found = agreement_of_two(results([6, 7, 8], [-1.0, -3.0, -1.0]), results([6, 9, 8], [-1.0, -3.5, -9.0]))
+    numbers = {"median": 0.0, "largest": 0.5, "same": 0.33}
+    assert found == {"text": numbers, "image": numbers}
 
 
 def test_edits_reach_nested_configs():

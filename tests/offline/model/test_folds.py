@@ -37,6 +37,16 @@ FAMILIES = {
     "deepseek_v3-twice-as-wide-values": {"v_head_dim": 32, "qk_nope_head_dim": 16},
     "minicpm3": {},
     "afmoe": {},
+    "bloom": {},
+    "gemma3n_text": {},
+    "kimi_linear": {},
+}
+
+# Folds that no other family has: values in a fused tensor, head by head; low-rank pairs beside attention and inside.
+OWN = {
+    "bloom": {"self_attention.dense"},
+    "gemma3n_text": {"laurel.linear_right"},
+    "kimi_linear": {"self_attn.forget_gate.f_b_proj", "self_attn.g_b_proj"},
 }
 
 
@@ -95,6 +105,7 @@ def test_a_fold_changes_nothing(family):
     model = small(family.partition("-")[0], **FAMILIES[family])
     topologies = described(model)
     in_float64(model)
+    assert OWN.get(family, set()) <= {fold.consumer for kind in topologies.kinds for fold in kind.folds}
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
         before = model(TOKENS).logits
