@@ -31,8 +31,8 @@ Linears that do not read the residual stream, but have to gather their input, in
 ## Every family
 
 - **pruned**: the share of the matrices in the decoder's layers that are pruned, not counting those under *stays dense*;
-  in brackets, the share of all, in the toy's proportions. If the share of all is less than {share:.0%}, it stands first,
-  and the reason after it.
+  in brackets, the share of all, in the toy's proportions. If the share of all is less than {share:.0%}, it stands
+  first, and the reason after it.
 - **folded**, **gathers**: linears whose input arrives in their order because other linears' rows have it, and linears
   that bring their input into it themselves.
 - **dense**, **pruned and served**: the largest difference between vLLM and transformers of any token's log probability,
@@ -40,13 +40,13 @@ Linears that do not read the residual stream, but have to gather their input, in
   and exported. Of those with pruned experts, `make test` builds and loads vLLM's model all the same, and compares the
   output of its experts with a product in float64.
 
-Where vLLM computes in bfloat16 only, its rounding could hide small errors in these differences. So vLLM on the compressed
-folder is also compared with vLLM on the exported one: most log probabilities are equal bit by bit, and the median
-difference may not exceed 1e-3.
+Where vLLM computes in bfloat16 only, its rounding could hide small errors in these differences. So vLLM on the
+compressed folder is also compared with vLLM on the exported one: most log probabilities are equal bit by bit, and the
+median difference may not exceed 1e-3.
 
 Where vLLM and transformers disagree about a dense model on the hub, the toy is shaped, or vLLM is run, so that they
-agree. In brackets, the column **dense** says how. If the difference is still more than {alike:.0e}, it says why. What vLLM
-does wrong with a dense model, it does wrong with a pruned one, too. Where there is a way out,
+agree. In brackets, the column **dense** says how. If the difference is still more than {alike:.0e}, it says why. What
+vLLM does wrong with a dense model, it does wrong with a pruned one, too. Where there is a way out,
 [troubleshooting](troubleshooting.md#serving) has it.
 
 {table}"""
