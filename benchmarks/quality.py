@@ -42,6 +42,8 @@ def options_of(way: str) -> dict[str, Any]:
             kind = int if value.isdigit() else str
         if name == "smooth":
             kind = float
+        if name == "rotate":
+            kind = str
         if not separator or kind not in (str, int, float):
             raise RiaError(f"{entry!r} in {way!r}: write NAME=VALUE, where NAME is an option of `ria-vllm compress`.")
         options[name] = kind(value)

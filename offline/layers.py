@@ -167,7 +167,9 @@ class LayerPass:
         recipe = self.recipe.before_rounding
         pruned: dict[str, Pruned] = {}
         stages = [plan.groups(index, stage) for stage in sublayer_pass.stages]
-        dense = self._dense_reads(index, sublayer_pass, stages)
+        undone = nullcontext if rotator is None else rotator.undone
+        with undone():
+            dense = self._dense_reads(index, sublayer_pass, stages)
         earlier = self.topologies.earlier(index)
         for number, groups in enumerate(stages):
             # A second search in every layer would take too long.
@@ -175,8 +177,10 @@ class LayerPass:
             scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
             found, _ = self._solve_stage(index, sublayer_pass, number, groups, dense, recipe, compared, scale=scale)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
-                with nullcontext() if rotator is None else rotator.undone():
+                with undone():
                     sublayer_pass.advance(self.streams.dense)
+            if rotator is not None:
+                rotator.forget()
             for name, linear in found.items():
                 if rotator is not None and name in rotator.turned:
                     linear.record["rotated"] = True

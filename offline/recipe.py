@@ -127,8 +127,9 @@ class Recipe:
 
     @property
     def rotates_heads(self) -> bool:
-        """Whether the channels of heads are turned first. By default they are where weights are trained anyway."""
-        default = self.trains and self.pattern.structured
+        """Whether the channels of heads are turned first. By default they are where weights are trained anyway, but not
+        for patterns that are written as plain weights: nothing would tell that adapters of the dense model do not fit."""
+        default = self.trains and self.served
         return default if self.rotate is None else self.rotate == "heads"
 
     @property
@@ -239,8 +240,8 @@ class Recipe:
         else:
             options["smooth"] = self.migration_strength
         del options["rotate"]
-        if self.rotates_heads:
-            options["rotate"] = "heads"
+        if self.rotates_heads or replace(self, rotate=None).rotates_heads:
+            options["rotate"] = "heads" if self.rotates_heads else "none"
         if self.compute_dtype == "auto":
             del options["compute_dtype"]  # not chosen yet
         return options | {"source": published(source), "versions": versions}

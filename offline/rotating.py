@@ -10,9 +10,10 @@ from contextlib import contextmanager
 import torch
 
 from ria_vllm.layer_schema import Fold
+from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.migrations import producer_rows
-from ria_vllm.offline.model.rotations import turn
+from ria_vllm.offline.model.rotations import turn, turned_parameters
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topology
 from ria_vllm.offline.pruning import rotation
@@ -66,37 +67,53 @@ class Rotator:
             for name, tensor in turned.items():
                 set_parameter(layer, name, tensor)
 
+    def forget(self) -> None:
+        """Free the layer's own weights, once the dense stream has gone through them."""
+        self._dense.clear()
+
     def _turn(self, sublayer_pass: SublayerPass, fold: Fold) -> None:
-        layer, pattern = self.model.layers[self.index], self.recipe.pattern
         groups = [Group((fold.producers[0].name,)), Group((fold.consumer,))]
-        of_values, of_outputs = sublayer_pass.statistics(0, groups, with_gram=True, with_drift=False)
-        producer, consumer = (layer.get_submodule(group.linears[0]) for group in groups)
-        heads = fold.num_heads or 1
-        d = consumer.in_features // heads
+        statistics = sublayer_pass.statistics(0, groups, with_gram=True, with_drift=False)
         rotations = None
         if sublayer_pass.ranks.first:
+            # With more threads, sums are rounded in another way, and learning would go elsewhere.
             with sublayer_pass.monitor.phase("rotations"), one_thread():
-                values_cost = rotation.inverse_of(of_values.gram).diagonal().clone()
-                inverse = rotation.inverse_of(of_outputs.gram).view(heads, d, heads, d)
-                rows = producer.weight.data[producer_rows(producer, fold.producers[0]).to(producer.weight.device)]
-                both = rotation.Heads(
-                    rows.float().view(fold.num_kv_heads or 1, d, -1),
-                    values_cost,
-                    consumer.weight.data.float().view(-1, heads, d),
-                    torch.stack([inverse[head, :, head] for head in range(heads)]),
-                )
-                rotations = rotation.learned(both, pattern.n, pattern.m, self.recipe.seed)
+                rotations = self._learned(fold, *statistics)
         rotations = sublayer_pass.ranks.broadcast(rotations)
         if rotations is None:
             return
-        self.turned.add(fold.consumer)
-        bias = f"{fold.producers[0].name}.bias"
-        for name, tensor in turn(layer, fold, rotations.to(sublayer_pass.runner.device)).items():
-            self._dense[name] = layer.get_parameter(name).data
-            set_parameter(layer, name, tensor)
-            if name == bias:
+        layer = self.model.layers[self.index]
+        names = turned_parameters(layer, fold)
+        for name in names:
+            own = layer.get_parameter(name).data
+            self._dense.setdefault(name, own)
+            set_parameter(layer, name, own.clone())
+        turn(layer, fold, rotations.to(sublayer_pass.runner.device))
+        for name in names:
+            if name.endswith(".bias"):  # it is no weight that is pruned, so it is stored as it is now
                 written = self.model.names.direct[self.model.layer_prefix(self.index) + name]
-                self.changed[name] = tensor.to("cpu", self.model.read(written).dtype)
+                stored = layer.get_parameter(name).data.to(self.model.read(written).dtype)
+                set_parameter(layer, name, stored)
+                self.changed[name] = stored.cpu()
+        self.turned.add(fold.consumer)
+
+    def _learned(self, fold: Fold, of_values: Statistics, of_outputs: Statistics) -> torch.Tensor | None:
+        """float64 [kv heads, d, d] on the CPU; None if nothing is gained, or a Gram matrix cannot be inverted."""
+        layer, pattern = self.model.layers[self.index], self.recipe.pattern
+        producer, consumer = layer.get_submodule(fold.producers[0].name), layer.get_submodule(fold.consumer)
+        num_heads, num_kv_heads = fold.num_heads or 1, fold.num_kv_heads or 1
+        d = consumer.in_features // num_heads
+        rows = producer_rows(producer, fold.producers[0]).to(producer.weight.device)
+        try:
+            heads = rotation.Heads(
+                producer.weight.data[rows].float().view(num_kv_heads, d, -1),
+                rotation.inverse_of(of_values.gram).diagonal().clone(),
+                consumer.weight.data.float().view(-1, num_heads, d),
+                rotation.blocks_of(rotation.inverse_of(of_outputs.gram), d),
+            )
+        except torch.linalg.LinAlgError:
+            return None
+        return rotation.learned(heads, pattern.n, pattern.m, self.recipe.seed)
 
 
 def rotatable(model: StreamedModel, index: int, topology: Topology, pruned: Collection[str]) -> list[Fold]:

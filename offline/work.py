@@ -28,13 +28,15 @@ def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
 
 def ways_of_this_version(recipe: Recipe) -> dict[str, Any]:
     """What earlier versions of the same number did otherwise with this recipe, and did not write down."""
+    # They cut fewer layers in two, and kept what they had found out about layers in another form.
+    layers = {"cut": "with stand-ins"}
     # They rounded to the nearest integers; then, before they trained, if at all; then, before they went on.
     rounding = {} if recipe.weights == "float" else {"rounding": "descent"}
     rounding |= {"rounded": "apart" if recipe.continues_exactly else "last"} if rounding and recipe.trains else {}
     # They trained in longer steps, and each expert by itself; and kept what had only got better after the first pass.
     training = {"steps": recipe.chunk_tokens, "experts": "together"} if recipe.trains_experts else {}
     training |= {"kept": "if better than at first"} if recipe.trains else {}
-    return rounding | training
+    return layers | rounding | training
 
 
 def begun_run(out: Path) -> dict[str, Any]:

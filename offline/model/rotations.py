@@ -20,7 +20,7 @@ def find_rotations(experiment: Experiment, folds: Sequence[Fold], long: Batch) -
     """The consumers of those folds by heads whose heads may be turned.
 
     They may if and only if random orthogonal matrices leave the layer's output as it is, with few and with many tokens.
-    A gate on attention's output or a norm of the values lets permutations through, but no rotations.
+    A gate on attention's output lets permutations through, but no rotations.
 
     Args:
         folds: of the layer.
@@ -35,26 +35,30 @@ def find_rotations(experiment: Experiment, folds: Sequence[Fold], long: Batch) -
     return tuple(fold.consumer for fold in found if _turns(experiment, fold))
 
 
-def turn(layer: nn.Module, fold: Fold, rotations: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The parameters of a layer after its heads were turned: name -> tensor in the dtype of `rotations`.
+def turned_parameters(layer: nn.Module, fold: Fold) -> list[str]:
+    """The parameters that `turn` changes."""
+    producer = fold.producers[0].name
+    bias = [] if layer.get_submodule(producer).bias is None else [f"{producer}.bias"]
+    return [f"{producer}.weight", *bias, f"{fold.consumer}.weight"]
+
+
+def turn(layer: nn.Module, fold: Fold, rotations: torch.Tensor) -> None:
+    """Turn the heads of a layer, in place and head by head: linears are large.
 
     Args:
         fold: by heads, with one producer.
-        rotations: [kv heads, d, d], orthogonal, on the layer's device.
+        rotations: [kv heads, d, d], orthogonal, on the layer's device; their dtype is that of the products.
     """
     producer, consumer = layer.get_submodule(fold.producers[0].name), layer.get_submodule(fold.consumer)
     rows = producer_rows(producer, fold.producers[0]).to(rotations.device)
-    kv, d = rotations.shape[:2]
-    changed = {}
-    for name, parameter in (("weight", producer.weight), ("bias", producer.bias)):
-        if parameter is not None:
-            whole = parameter.data.to(rotations.dtype, copy=True)
-            whole[rows] = (rotations @ whole[rows].view(kv, d, -1)).view(whole[rows].shape)
-            changed[f"{fold.producers[0].name}.{name}"] = whole
-    columns = consumer.weight.data.to(rotations.dtype).unflatten(1, (-1, d))
-    of_heads = rotations.repeat_interleave(columns.shape[1] // kv, 0)
-    changed[f"{fold.consumer}.weight"] = torch.einsum("ohd,hed->ohe", columns, of_heads).flatten(1)
-    return changed
+    for own, matrix in zip(rows.view(len(rotations), -1), rotations, strict=True):
+        for parameter in (producer.weight, producer.bias):
+            if parameter is not None:
+                parameter.data[own] = (matrix @ parameter.data[own].to(matrix.dtype)).to(parameter.dtype)
+    columns = consumer.weight.data.split(rotations.shape[1], 1)
+    for head, part in enumerate(columns):
+        matrix = rotations[head * len(rotations) // len(columns)]
+        part.copy_(part.to(matrix.dtype) @ matrix.T)
 
 
 def _turns(experiment: Experiment, fold: Fold) -> bool:
@@ -70,10 +74,8 @@ def _turns(experiment: Experiment, fold: Fold) -> bool:
 
 @contextmanager
 def _turned(layer: nn.Module, fold: Fold, rotations: torch.Tensor) -> Iterator[None]:
-    changed = turn(layer, fold, rotations)
-    kept = {name: layer.get_parameter(name).data.clone() for name in changed}
-    for name, tensor in changed.items():
-        layer.get_parameter(name).data.copy_(tensor)
+    kept = {name: layer.get_parameter(name).data.clone() for name in turned_parameters(layer, fold)}
+    turn(layer, fold, rotations)
     try:
         yield
     finally:

@@ -42,6 +42,11 @@ class Heads:
         """How many heads read a key-value head."""
         return self.outputs.shape[1] // len(self.values)
 
+    @property
+    def width(self) -> int:
+        """What v reads."""
+        return self.values.shape[2]
+
     def rotated(self, rotations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """v's rows and o's columns, in the same shapes.
 
@@ -61,6 +66,11 @@ def inverse_of(gram: SymmetricMatrix) -> torch.Tensor:
     mean = float(H.diagonal().mean())
     H.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
     return torch.cholesky_inverse(torch.linalg.cholesky(H))
+
+
+def blocks_of(matrix: torch.Tensor, size: int) -> torch.Tensor:
+    """The diagonal blocks [count, size, size] of a matrix [count * size, count * size]."""
+    return torch.stack([matrix[i : i + size, i : i + size] for i in range(0, len(matrix), size)])
 
 
 def learned(heads: Heads, n: int, m: int, seed: int) -> torch.Tensor | None:
@@ -96,16 +106,19 @@ def _orthogonal(free: torch.Tensor, identity: torch.Tensor) -> torch.Tensor:
 
 def _lost(heads: Heads, rotations: torch.Tensor, n: int, m: int, draw: torch.Generator) -> torch.Tensor:
     """The share of the scores that n:m loses, of v plus of o, in groups of channels that are drawn at random."""
-    rows = _some(len(heads.outputs), SAMPLED, draw).to(rotations.device)
-    values, outputs = replace(heads, outputs=heads.outputs[rows]).rotated(rotations)
+    rows, columns = (_some(count, SAMPLED, draw).to(rotations.device) for count in (len(heads.outputs), heads.width))
+    some = replace(
+        heads,
+        values=heads.values[..., columns],
+        values_cost=heads.values_cost[columns],
+        outputs=heads.outputs[rows],
+    )
+    values, outputs = some.rotated(rotations)
     of_heads = rotations.repeat_interleave(heads.share, 0)
     outputs_cost = torch.einsum("hed,hdf,hef->he", of_heads, heads.outputs_cost, of_heads)
-    of_v, of_o = (values.square() / heads.values_cost).flatten(0, 1), (outputs.square() / outputs_cost).flatten(1)
-    lost = [
-        _share_lost(of_v[:, _some(of_v.shape[1], SAMPLED, draw).to(of_v.device)], n, m),
-        _share_lost(of_o[:, _some(of_o.shape[1], of_o.shape[1], draw).to(of_o.device)], n, m),
-    ]
-    return torch.stack(lost).sum()
+    of_v, of_o = (values.square() / some.values_cost).flatten(0, 1), (outputs.square() / outputs_cost).flatten(1)
+    order = _some(of_o.shape[1], of_o.shape[1], draw).to(of_o.device)
+    return _share_lost(of_v, n, m) + _share_lost(of_o[:, order], n, m)
 
 
 def _share_lost(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
