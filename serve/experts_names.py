@@ -31,11 +31,6 @@ Linears = dict[tuple[int, str], set[str]]
 """(expert, LINEAR) -> the PARTs that the files hold."""
 
 
-def has_experts(tensors: Iterable[str]) -> bool:
-    """Whether some of the tensors belong to experts, stored in any way."""
-    return any(EXPERTS in name.split(".") for name in tensors)
-
-
 def check_stacked(tensors: Iterable[str], where: str) -> None:
     """Check that no tensor holds several experts in a form that only compressed-tensors has.
 
