@@ -303,6 +303,16 @@ class RiaConfig(QuantizationConfig):
             return scheme if self._is_pruned(name) else replace(scheme, dense=True)
         return WeightScheme.of(self.schema)
 
+    def is_plain(self, experts: StoredExperts) -> bool:
+        """Whether they are stored in plain floating point, so that vLLM can load them, too."""
+        return self.scheme(experts.linear("up", 0)) == WeightScheme(dense=True)
+
+    def leave_to_vllm(self, experts: StoredExperts) -> None:
+        """Forget that these plain experts may be 2:4; vLLM's model gets their tensors."""
+        del self.experts[experts.name]
+        self.expert_linears -= {linear for linear, _, _ in experts.linears()}
+        self.expert_layers = {layer: name for layer, name in self.expert_layers.items() if name != experts.name}
+
     def stored_linear(self, name: str, lora: bool) -> StoredLinear:
         """The linear `name`, as a layer loads it.
 

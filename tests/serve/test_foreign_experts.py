@@ -6,11 +6,13 @@ import pytest
 import torch
 from compressed_tensors_writer import needs_writer
 from foreign_mixtures import BITMASK, SPARSE
-from mixture_layers import LAYER, Model, attached, play_rank, route, run, served
+from mixture_layers import EXPERTS, HIDDEN, INNER, LAYER, Model, attached, play_rank, route, run, served
 from packed_checkpoints import Packed
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from ria_vllm.errors import RiaError
+from ria_vllm.serve.experts_dense import DenseExpertsMethod
 
 pytestmark = [pytest.mark.usefixtures("ranks"), needs_writer]
 
@@ -202,9 +204,63 @@ def test_another_number_of_experts(stored):
         Model(stored["plain"].config(), num_experts=8)
 
 
-def test_experts_without_a_layer(stored):
-    config = stored["plain"].config()
-    model = Model(config)
+class Skipping(Model):
+    """Takes note of the tensors that reach vLLM's model."""
+
+    def load_weights(self, weights):
+        self.got = {name for name, _ in weights}
+        return self.got
+
+
+def without_experts(config):
+    model = Skipping(config)
     model.layers[1].mlp = torch.nn.Identity()
-    with pytest.raises(RiaError, match=f"experts {LAYER} would not be served.*no layer.*`ria-vllm compress`"):
-        attached(config, model)
+    return model
+
+
+def without_our_config(config):
+    return Skipping(config, quant_config=None)
+
+
+BUILDS = {without_experts: "experts {} would not be served.*no layer", without_our_config: "dense experts only, but {}"}
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("name", ["int8", "bitmask", "marlin, int4"])
+def test_experts_without_a_layer(stored, build, name):
+    config = stored[name].config()
+    with pytest.raises(RiaError, match=BUILDS[build].format(LAYER) + ".*`ria-vllm compress`"):
+        attached(config, build(config))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_plain_experts_without_a_layer_stay_with_vllm(stored, build):
+    """As those of an MTP layer, which vLLM's model of the others skips."""
+    mixture = stored["plain"]
+    config = mixture.config()
+    model = attached(config, build(config))
+    model.load_weights(iter(mixture.tensors.items()))
+    assert model.got == set(mixture.tensors)
+    assert config.experts == config.expert_layers == {} and not config.expert_linears
+    assert type(Model(config).experts.quant_method) is DenseExpertsMethod  # a draft's
+
+
+def test_plain_experts_that_vllm_has_as_linears(stored):
+    """Then each of them is served as one."""
+    mixture = stored["plain"]
+    config = mixture.config()
+    model = Model(config)
+    linears = {"up_proj": (HIDDEN, INNER), "gate_proj": (HIDDEN, INNER), "down_proj": (INNER, HIDDEN)}
+    model.layers[1].mlp.experts = torch.nn.ModuleList(
+        torch.nn.ModuleDict({
+            end: ReplicatedLinear(*shape, bias=False, quant_config=config, prefix=f"layers.1.mlp.experts.{e}.{end}")
+            for end, shape in linears.items()
+        })
+        for e in range(EXPERTS)
+    )  # fmt: skip
+    attached(config, model).load_weights(iter(mixture.tensors.items()))
+    layer = model.layers[1].mlp.experts[2]["up_proj"]
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(5, HIDDEN)
+    close(layer.quant_method.apply(layer, x), x.double() @ mixture.plain[f"{LAYER}.2.up_proj"].T)
+    assert layer.ria_packed is not None
