@@ -34,11 +34,21 @@ def check_count(layer: RoutedExperts, experts: StoredExperts) -> None:
     Raises:
         RiaError: it has not.
     """
-    moe = layer.moe_config
-    if moe.num_logical_experts != experts.num_experts or moe.num_experts != experts.num_experts:
+    moe, count = layer.moe_config, experts.num_experts
+    if count < moe.num_logical_experts:
         raise RiaError(
-            f"{experts.name}: the checkpoint has {experts.num_experts} pruned experts, but vLLM's layer has "
-            f"{moe.num_experts}. Redundant experts (--enable-eplb) are not served pruned."
+            f"{experts.linear('up', count)} is in none of the weight files: they hold {count} experts of this layer, "
+            f"and vLLM's has {moe.num_logical_experts}. Get the files again."
+        )
+    if count > moe.num_logical_experts:
+        raise RiaError(
+            f"{experts.name}: the checkpoint has {count} experts, but vLLM's layer has {moe.num_logical_experts}. "
+            "config.json belongs to another model; get the files again."
+        )
+    if moe.num_experts > count:
+        raise RiaError(
+            f"{experts.name}: the checkpoint has {count} experts, but vLLM's layer has {moe.num_experts}. Redundant "
+            "experts (--enable-eplb) are not served pruned."
         )
 
 
