@@ -185,7 +185,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         if first and loaded.is_24:
             self._report(layer, layer.ria_experts)
         elif first:
-            self.report.leave_out(self.experts.name, self.experts.claims_24)
+            self.report.leave_out(self.experts.name, self.experts.claims_24, self.scheme.format)
             reason = f"{self.experts.name} and others like it are not 2:4 and served dense"
             self.report.warn_of_inputs(self.scheme.activations, reason, self.scheme.format)
 
