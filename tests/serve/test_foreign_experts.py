@@ -2,6 +2,7 @@
 weights that it dequantizes itself."""
 
 import copy
+from dataclasses import replace
 
 import foreign_mixtures
 import pytest
@@ -58,6 +59,18 @@ NOT_24 = {
     "int4 in groups of 32": Packed("pack-quantized", arguments(4, 32), sparsity=SPARSE, spoiled="proj"),
     "fp8": Packed("float-quantized", arguments(8, kind="float"), sparsity=SPARSE, spoiled="0.gate_proj"),
 }
+ROUNDED_NOT_24 = {
+    "int8": replace(ROUNDED["int8"], spoiled="3.gate_proj"),
+    "int4": replace(ROUNDED["pack, int4 in groups of 32"], spoiled="0.down_proj"),
+}
+# Of two ranks, the first has 2:4 experts only, by tensor and by expert parallel.
+ONE_ROW = {"spoiled": "2.up_proj", "spoiled_row": 100}
+NOT_24_ON_ONE_RANK = {
+    "plain": Packed("dense", None, sparsity=SPARSE, **ONE_ROW, **FLOATS),
+    "int8 by tensor": Packed("int-quantized", arguments(8, strategy="tensor"), sparsity=SPARSE, **ONE_ROW),
+    "int4 in groups of 32": Packed("pack-quantized", arguments(4, 32), sparsity=SPARSE, **ONE_ROW),
+    "fp8": Packed("float-quantized", arguments(8, kind="float"), sparsity=SPARSE, **ONE_ROW),
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +86,16 @@ def rounded(tmp_path_factory):
 @pytest.fixture(scope="module")
 def not_24(tmp_path_factory):
     return foreign_mixtures.layers(tmp_path_factory.mktemp("not-24"), NOT_24)
+
+
+@pytest.fixture(scope="module")
+def rounded_not_24(tmp_path_factory):
+    return foreign_mixtures.layers(tmp_path_factory.mktemp("rounded-not-24"), ROUNDED_NOT_24)
+
+
+@pytest.fixture(scope="module")
+def not_24_on_one_rank(tmp_path_factory):
+    return foreign_mixtures.layers(tmp_path_factory.mktemp("one-rank"), NOT_24_ON_ONE_RANK)
 
 
 def close(got, want):
@@ -91,8 +114,8 @@ def test_every_form(stored, experts_path, name):
 WHOLE = [name for name in CASES if not name.startswith("marlin") or "in groups" not in name]  # half of 128 columns
 
 
-def over_ranks(monkeypatch, mixture, expert_parallel=False):
-    """The sum over two ranks, and what it must be."""
+def over_ranks(monkeypatch, mixture, expert_parallel=False, dense=None):
+    """The sum over two ranks, and what it must be. `dense`: whether vLLM's own method serves each, if not None."""
     x, weights, ids = route()
     current, total = VllmConfig(), 0
     current.parallel_config.enable_expert_parallel = expert_parallel
@@ -101,6 +124,7 @@ def over_ranks(monkeypatch, mixture, expert_parallel=False):
         with set_current_vllm_config(current):
             model = served(mixture, tp_size=2)
         assert model.experts.local_num_experts == (2 if expert_parallel else 4)
+        assert dense is None or (model.experts.ria_experts is None) == dense[rank]
         total = total + run(model, x, weights, ids)
     return total, mixture.expected(x, weights, ids)
 
@@ -126,9 +150,20 @@ def test_inputs_that_config_json_wants_rounded(rounded, name):
     model = served(rounded[name])
     assert str(model.experts.ria_experts.choice) == "cpu with inputs rounded to int8"
     x, weights, ids = route()
-    want = rounded[name].expected(x, weights, ids)
-    off = (run(model, x, weights, ids).double() - want).norm() / want.norm()
-    assert 1e-3 < off < 3e-2
+    assert_rounded(run(model, x, weights, ids), rounded[name].expected(x, weights, ids))
+
+
+def assert_rounded(got, want):
+    assert 1e-3 < (got.double() - want).norm() / want.norm() < 3e-2
+
+
+@pytest.mark.parametrize("name", ROUNDED_NOT_24)
+def test_experts_that_are_not_24_do_not_round_their_inputs(rounded_not_24, monkeypatch, name):
+    mixture = rounded_not_24[name]
+    x, weights, ids = route()
+    close(run(served(mixture), x, weights, ids), mixture.expected(x, weights, ids))
+    close(*over_ranks(monkeypatch, mixture))
+    assert_rounded(*over_ranks(monkeypatch, mixture, expert_parallel=True))  # the other rank's experts are 2:4
 
 
 @pytest.mark.parametrize("name", NOT_24)
@@ -143,6 +178,14 @@ def test_experts_that_are_not_24_are_served_dense(not_24, experts_path, monkeypa
     assert report.expected == report.loaded == 0
     close(run(model, x, weights, ids), mixture.expected(x, weights, ids))
     close(*over_ranks(monkeypatch, mixture, expert_parallel))
+
+
+@pytest.mark.parametrize("name", NOT_24_ON_ONE_RANK)
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_experts_that_are_not_24_on_one_rank(not_24_on_one_rank, experts_path, monkeypatch, name, expert_parallel):
+    """Each rank decides by its own part of the weights."""
+    dense = (experts_path == "vllm", True)
+    close(*over_ranks(monkeypatch, not_24_on_one_rank[name], expert_parallel, dense))
 
 
 def test_experts_that_are_not_24_and_that_vllm_does_not_have(not_24):
