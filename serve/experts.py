@@ -1,4 +1,4 @@
-"""Sparse24MoEMethod: the routed experts of one of vLLM's mixture layers, with 2:4 weights."""
+"""Sparse24MoEMethod: the routed experts of one of vLLM's mixture layers, pruned or quantized."""
 
 from dataclasses import replace
 from typing import Any
@@ -53,7 +53,9 @@ def check_count(layer: RoutedExperts, experts: StoredExperts) -> None:
 
 
 class Sparse24MoEMethod(FusedMoEMethodBase):
-    """Loads pruned experts in stored form. A kernel serves them so; without one, vLLM's own method serves them dense.
+    """Loads experts in stored form. A kernel serves them so if all of them on this rank are 2:4.
+
+    Without a kernel, or if they are not 2:4, vLLM's own method serves them dense.
 
     vLLM's router chooses the experts. Its model does not see their weights, see `experts_loading`.
 
@@ -65,8 +67,8 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         report: where the layer is counted.
 
     Attributes:
-        choice: the kernel that serves the layer; None for vLLM's own method, whose weights are dense.
-        dense: vLLM's method, in the latter case.
+        choice: the kernel that serves the layer if its weights are 2:4; None if there is none.
+        dense: vLLM's method if it serves the layer, which without a kernel is known from the start; else None.
 
     Raises:
         RiaError: vLLM's layer is not that of these experts, or does something that is not served.
