@@ -14,7 +14,7 @@ from ria_vllm.serve import marlin24
 from ria_vllm.serve.packed_forms import BytesOfFourBits, Marlin24, PackedForm, PackQuantized
 from ria_vllm.serve.patterns import compile_pattern
 from ria_vllm.serve.weight_scheme import WeightScheme
-from ria_vllm.weight_format import WeightFormat, name_of
+from ria_vllm.weight_format import WeightFormat
 
 WHERE = "config.json: quantization_config"
 SPARSE_FORMATS = ("sparse-24-bitmask", "dense")
@@ -111,10 +111,7 @@ class Group:
     form: PackedForm | None
 
     def __str__(self) -> str:
-        inputs = "unrounded inputs" if self.scheme.activations is None else f"{name_of(self.scheme.activations)} inputs"
-        form = "" if self.form is None else f" as {type(self.form).__name__}"
-        per = self.scheme.strategy if self.scheme.format.group_size is None else "group"
-        return f"{self.scheme.format.name} weights{form} (a scale per {per}) and {inputs}"
+        return str(self.scheme) if self.form is None else f"{type(self.form).__name__} {self.scheme}"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ria_vllm.serve.checkpoint_files import (
 )
 from ria_vllm.serve.compressed_tensors import CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.serve.engine import ADAPTERS_VARIABLE, EngineOptions
-from ria_vllm.serve.experts_names import check_stacked, experts_by_name, has_experts
+from ria_vllm.serve.experts_names import check_stacked, experts_by_name
 from ria_vllm.serve.folding import Folding, fold
 from ria_vllm.serve.linear import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
 from ria_vllm.serve.load_report import LoadReport
@@ -57,7 +57,6 @@ class RiaConfig(QuantizationConfig):
         folding: the permutations that the row orders of other linears absorb.
         stream: knows the checkpoint's names of the tensors that arrive.
         translation: of tensors in forms that only compressed-tensors has; the names here are those after it.
-        has_experts: the model is a mixture, pruned or not, as far as config.json or the names of tensors tell.
         experts: name of a mixture layer's experts -> these, if they are pruned, or quantized by compressed-tensors.
         expert_linears: their linears.
         expert_layers: vLLM's name of such experts, as far as its mappers tell -> the checkpoint's.
@@ -86,7 +85,6 @@ class RiaConfig(QuantizationConfig):
         self.stream = WeightStream()
         self.translation = compressed_tensors and Translation(compressed_tensors.form, compressed_tensors.weight_format)
         self.required: set[str] = set()
-        self.has_experts = bool(schema.experts)
         self.experts: dict[str, StoredExperts] = {}
         self.expert_linears: set[str] = set()
         self.expert_layers: dict[str, str] = {}
@@ -153,7 +151,6 @@ class RiaConfig(QuantizationConfig):
         if self.compressed_tensors is None:
             self.experts = stored_experts(self.schema, self.pruned or (), self.where)
         else:
-            self.has_experts = has_experts(tensors)
             self.experts = experts_by_name(tensors, self.scheme, self._is_pruned, self.where)
         self.expert_linears = {name for experts in self.experts.values() for name, _, _ in experts.linears()}
         self.expert_layers = {name: name for name in self.experts}
@@ -188,24 +185,27 @@ class RiaConfig(QuantizationConfig):
         self.names = {new: name for known, name in self.names.items() for new in hf_to_vllm_mapper.apply_list([known])}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if self.has_experts:
-            from ria_vllm.serve.experts import RoutedExperts  # only models with experts need vLLM's layers of them
-
-            if isinstance(layer, RoutedExperts):
-                self._check_engine()
-                return self._mixture_method(layer, prefix.removeprefix(DRAFT_PREFIX))
         if not isinstance(layer, LinearBase):
-            if self.kv_cache_scheme is None:
-                return None
-            from ria_vllm.serve.kv_cache import kv_cache_method  # imports all of vLLM's compressed-tensors
-
-            return kv_cache_method(layer, self)
+            return self._method_of_others(layer, prefix)
         self._check_engine()
         prefix = prefix.removeprefix(DRAFT_PREFIX)
         linears = self.linears_of(prefix)
         if not self.serves_sparse(prefix, linears):
             return ProvisionalDenseMethod()
         return self.sparse_method(prefix, linears)
+
+    def _method_of_others(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of a layer that is not linear. All experts get one of ours, whatever their tensors are called."""
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  # imports kernels for them
+
+        if isinstance(layer, RoutedExperts):
+            self._check_engine()
+            return self._mixture_method(layer, prefix.removeprefix(DRAFT_PREFIX))
+        if self.kv_cache_scheme is None:
+            return None
+        from ria_vllm.serve.kv_cache import kv_cache_method  # imports all of vLLM's compressed-tensors
+
+        return kv_cache_method(layer, self)
 
     def _check_engine(self) -> None:
         engine = EngineOptions.current()
@@ -302,6 +302,16 @@ class RiaConfig(QuantizationConfig):
             scheme = self.compressed_tensors.scheme(name)
             return scheme if self._is_pruned(name) else replace(scheme, dense=True)
         return WeightScheme.of(self.schema)
+
+    def is_plain(self, experts: StoredExperts) -> bool:
+        """Whether they are stored in plain floating point, so that vLLM can load them, too."""
+        return self.scheme(experts.linear("up", 0)) == WeightScheme(dense=True)
+
+    def leave_to_vllm(self, experts: StoredExperts) -> None:
+        """Forget that these plain experts may be 2:4; vLLM's model gets their tensors."""
+        del self.experts[experts.name]
+        self.expert_linears -= {linear for linear, _, _ in experts.linears()}
+        self.expert_layers = {layer: name for layer, name in self.expert_layers.items() if name != experts.name}
 
     def stored_linear(self, name: str, lora: bool) -> StoredLinear:
         """The linear `name`, as a layer loads it.

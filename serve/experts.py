@@ -1,4 +1,4 @@
-"""Sparse24MoEMethod: the routed experts of one of vLLM's mixture layers, with 2:4 weights."""
+"""Sparse24MoEMethod: the routed experts of one of vLLM's mixture layers, pruned or quantized."""
 
 from dataclasses import replace
 from typing import Any
@@ -34,16 +34,28 @@ def check_count(layer: RoutedExperts, experts: StoredExperts) -> None:
     Raises:
         RiaError: it has not.
     """
-    moe = layer.moe_config
-    if moe.num_logical_experts != experts.num_experts or moe.num_experts != experts.num_experts:
+    moe, count = layer.moe_config, experts.num_experts
+    if count < moe.num_logical_experts:
         raise RiaError(
-            f"{experts.name}: the checkpoint has {experts.num_experts} pruned experts, but vLLM's layer has "
-            f"{moe.num_experts}. Redundant experts (--enable-eplb) are not served pruned."
+            f"{experts.linear('up', count)} is in none of the weight files: they hold {count} experts of this layer, "
+            f"and vLLM's has {moe.num_logical_experts}. Get the files again."
+        )
+    if count > moe.num_logical_experts:
+        raise RiaError(
+            f"{experts.name}: the checkpoint has {count} experts, but vLLM's layer has {moe.num_logical_experts}. "
+            "config.json belongs to another model; get the files again."
+        )
+    if moe.num_experts > count:
+        raise RiaError(
+            f"{experts.name}: the checkpoint has {count} experts, but vLLM's layer has {moe.num_experts}. Redundant "
+            "experts (--enable-eplb) are not served pruned."
         )
 
 
 class Sparse24MoEMethod(FusedMoEMethodBase):
-    """Loads pruned experts in stored form. A kernel serves them so; without one, vLLM's own method serves them dense.
+    """Loads experts in stored form. A kernel serves them so if all of them on this rank are 2:4.
+
+    Without a kernel, or if they are not 2:4, vLLM's own method serves them dense.
 
     vLLM's router chooses the experts. Its model does not see their weights, see `experts_loading`.
 
@@ -55,8 +67,8 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         report: where the layer is counted.
 
     Attributes:
-        choice: the kernel that serves the layer; None for vLLM's own method, whose weights are dense.
-        dense: vLLM's method, in the latter case.
+        choice: the kernel that serves the layer if its weights are 2:4; None if there is none.
+        dense: vLLM's method if it serves the layer, which without a kernel is known from the start; else None.
 
     Raises:
         RiaError: vLLM's layer is not that of these experts, or does something that is not served.
@@ -175,7 +187,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         if first and loaded.is_24:
             self._report(layer, layer.ria_experts)
         elif first:
-            self.report.leave_out(self.experts.name, self.experts.claims_24)
+            self.report.leave_out(self.experts.name, self.experts.claims_24, self.scheme.format)
             reason = f"{self.experts.name} and others like it are not 2:4 and served dense"
             self.report.warn_of_inputs(self.scheme.activations, reason, self.scheme.format)
 

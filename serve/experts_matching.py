@@ -20,10 +20,11 @@ from ria_vllm.serve.stream import Taker
 def match_experts(config: RiaConfig, model: torch.nn.Module) -> set[str]:
     """Give every mixture layer of a model that was just built the experts that belong to its path.
 
-    Must be called before any weight is loaded.
+    Must be called before any weight is loaded. Experts in plain floating point for which the model has no layer that
+    takes them (those of an MTP layer, say) are taken out of `config` and stay vLLM's own.
 
     Returns:
-        The names of the experts that the model serves, or that belong to a part of it that is elsewhere.
+        The names of the experts that our layers serve, or that belong to a part of the model that is elsewhere.
 
     Raises:
         RiaError: pruned experts that no layer serves, or that more than one layer might; or the reverse.
@@ -32,12 +33,14 @@ def match_experts(config: RiaConfig, model: torch.nn.Module) -> set[str]:
     taken = {name for name, model_class in config.served_by.items() if model_class is not type(model)}
     served: set[str] = set()
     by_path: dict[str, str] = {}
-    for name, experts in config.experts.items():
+    for name, experts in list(config.experts.items()):
         if name in taken:
             continue
         paths = layers_of(model, experts, layers)
         if paths is None:
             served.add(name)
+        elif config.is_plain(experts) and not (len(paths) == 1 and _takes_pruned(layers[paths[0]])):
+            config.leave_to_vllm(experts)
         elif len(paths) == 1 and paths[0] not in by_path:
             by_path[paths[0]] = name
             served.add(name)
@@ -70,6 +73,11 @@ def layers_of(model: torch.nn.Module, experts: StoredExperts, layers: dict[str, 
     return [name for name in layers if name == path or name.startswith(f"{path}.") or not path]
 
 
+def _takes_pruned(layer: RoutedExperts) -> bool:
+    """Whether vLLM's model gave the layer its quantization config."""
+    return isinstance(layer.quant_method, Sparse24MoEMethod | DenseExpertsMethod)
+
+
 def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
     """Make `layer` serve the experts `name`, or dense ones. It keeps its method if that does so already."""
     method = layer.quant_method
@@ -82,7 +90,7 @@ def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
         if isinstance(method, DenseExpertsMethod):
             method.check(layer.layer_name)
         return
-    elif not isinstance(method, DenseExpertsMethod):
+    elif not _takes_pruned(layer):
         raise RiaError(
             f"{config.where}: vLLM's layer {layer.layer_name} takes dense experts only, but {name} are pruned. "
             f"{config.experts[name].way_out}"

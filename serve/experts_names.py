@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.stored_experts import StoredExperts
 from ria_vllm.serve.weight_scheme import WeightScheme
-from ria_vllm.weight_format import name_of
 
 EXPERTS = "experts"
 NUMBER = re.compile("0|[1-9][0-9]{0,5}")
@@ -29,11 +28,6 @@ ENDINGS = ("compressed", "bitmask", "packed", "meta", "scale", "scale_inv", "sca
 
 Linears = dict[tuple[int, str], set[str]]
 """(expert, LINEAR) -> the PARTs that the files hold."""
-
-
-def has_experts(tensors: Iterable[str]) -> bool:
-    """Whether some of the tensors belong to experts, stored in any way."""
-    return any(EXPERTS in name.split(".") for name in tensors)
 
 
 def check_stacked(tensors: Iterable[str], where: str) -> None:
@@ -61,7 +55,8 @@ def experts_by_name(
 ) -> dict[str, StoredExperts]:
     """The layers whose experts our layers serve, by the name of their experts.
 
-    Those in plain floating point are among them if config.json says that they are 2:4. Others are vLLM's own.
+    These are all quantized ones, and those in plain floating point that config.json calls 2:4; `match_experts` gives
+    the latter back to vLLM if the model has no layer for them. Whether the weights are 2:4 shows when they are loaded.
 
     Args:
         tensors: all names, after `packed_forms.Translation.names`.
@@ -81,7 +76,7 @@ def experts_by_name(
         if other := next((name for name in others if scheme_of(name) != scheme), None):
             raise RiaError(
                 f"{where}: {layer}: the linears of a layer's experts must be stored alike, but {first} has "
-                f"{_shown(scheme)}, and {other} has {_shown(scheme_of(other))}. {WAY_OUT}"
+                f"{scheme}, and {other} has {scheme_of(other)}. {WAY_OUT}"
             )
         plain, claimed = scheme == WeightScheme(dense=True), any(map(claims_24, names.values()))
         if plain:
@@ -121,12 +116,3 @@ def _experts(layer: str, kinds: dict[str, str], linears: Linears, claimed: bool,
         raise RiaError(f"{where}: {layer}.{missing[0]}.{missing[1]} is in none of the weight files. Get them again.")
     patterns = {kind: f"{layer}.{{e}}.{linear}" for kind, linear in kinds.items()}
     return StoredExperts(layer, count, patterns, {}, claimed, WAY_OUT)
-
-
-def _shown(scheme: WeightScheme) -> str:
-    values = f"{scheme.format.name} weights{' with their zeros' if scheme.dense else ''}"
-    if not scheme.quantized:
-        return values
-    per = scheme.strategy if scheme.format.group_size is None else "group"
-    inputs = "" if scheme.activations is None else f" and {name_of(scheme.activations)} inputs"
-    return f"{values} (a scale per {per}){inputs}"

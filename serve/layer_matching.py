@@ -32,18 +32,20 @@ def match_layers(config: RiaConfig, model: torch.nn.Module) -> None:
     Raises:
         RiaError: no layer serves a pruned linear, or more than one does; or a layer is partly dense.
     """
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  # imports kernels for them
+
     layers = {path: module for path, module in model.named_modules() if isinstance(module, LinearBase)}
+    of_experts: set[str] = set()
+    if config.experts or any(isinstance(module, RoutedExperts) for module in model.modules()):
+        from ria_vllm.serve.experts_matching import match_experts  # imports our kernels for them
+
+        names = match_experts(config, model)
+        of_experts = names | {linear for name in names for linear, _, _ in config.experts[name].linears()}
     # A draft may give its layers the target's paths, but the linears that the target serves are not the draft's.
     taken = {name for name, model_class in config.served_by.items() if model_class is not type(model)}
     found = linears_by_path(config, model, layers, taken) if config.stored is not None else {}
     placed = {name for linears in found.values() for name in linears} | taken
     served: Counter[str] = Counter()
-    of_experts: set[str] = set()
-    if config.has_experts:
-        from ria_vllm.serve.experts_matching import match_experts  # needs vLLM's layers of experts
-
-        names = match_experts(config, model)
-        of_experts = names | {linear for name in names for linear, _, _ in config.experts[name].linears()}
     unquantized: dict[str, tuple[str, ...]] = {}
     for path, layer in layers.items():
         method = layer.quant_method

@@ -216,7 +216,7 @@ class Sparse24LinearMethod(LinearMethodBase):
     def _report(self, layer: LinearBase, weights: Weights | None) -> None:
         packed = layer.ria_packed
         if weights is None:
-            self.report.leave_out(self.prefix, self.linears[0].claims_24)
+            self.report.leave_out(self.prefix, self.linears[0].claims_24, self.scheme.format)
             reason = f"{self.prefix} and others like it are not 2:4 and served dense"
             self.report.warn_of_inputs(self.scheme.activations, reason, self.scheme.format)
             return

@@ -60,12 +60,22 @@ class LoadReport:
         self.graph = hashlib.sha256((self.graph + graph).encode()).hexdigest()
         self._finish()
 
-    def leave_out(self, prefix: str, claims_24: bool) -> None:
-        """Leave out a layer that turned out not to be 2:4. `claims_24`: config.json says that it is."""
+    def leave_out(self, prefix: str, claims_24: bool, stored: WeightFormat) -> None:
+        """Leave out a layer that turned out not to be 2:4 on this rank, perhaps on no other.
+
+        Args:
+            claims_24: config.json says that it is.
+            stored: the format of its weights in the checkpoint.
+        """
         if claims_24:
             logger.warning(
                 "%s: config.json says 2:4, but some groups of four have more than two non-zeros: served dense", prefix
             )
+        elif stored.quantization is not None:
+            logger.warning_once(
+                "Weights in %s that are not 2:4, and that config.json does not call so, are dequantized and served "
+                "dense: the answers are right, but the weights take the memory of a dense model.", stored.name,
+            )  # fmt: skip
         self.expected -= 1
         self.graph = hashlib.sha256(f"{self.graph} {prefix} dense".encode()).hexdigest()
         self._finish()
@@ -112,7 +122,7 @@ class LoadReport:
                 choice.widened_from.name, name_of(config.act_dtype), config.device.type, name_of(config.act_dtype),
             )  # fmt: skip
         rounded = torch.float8_e4m3fn if config.weight_format == FP8 else config.input_dtype
-        if rounded != activations:
+        if rounded != activations and get_tensor_model_parallel_rank() == 0:
             self.warn_of_inputs(
                 activations, f"no fast kernel for {config.device.type} does it with these weights", stored
             )
@@ -120,10 +130,12 @@ class LoadReport:
     def warn_of_inputs(self, activations: torch.dtype | None, reason: str, stored: WeightFormat) -> None:
         """Say once that inputs are not rounded to `activations`, if that is a dtype, and why.
 
+        To be called on every rank if the reason may hold on one of them alone, as that its weights are not 2:4.
+
         Args:
             stored: the format of the weights in the checkpoint.
         """
-        if activations is not None and get_tensor_model_parallel_rank() == 0:
+        if activations is not None:
             logger.warning_once(
                 "Inputs are not rounded to %s, because %s: the answers are those of weights in %s alone.",
                 name_of(activations), reason, stored.name,

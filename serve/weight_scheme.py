@@ -13,7 +13,7 @@ from ria_vllm import sparse24
 from ria_vllm.formats import FLOAT, FP8, IntFormat
 from ria_vllm.schema import RiaSchema
 from ria_vllm.serve import plain24
-from ria_vllm.weight_format import BITMASK, Part, WeightFormat
+from ria_vllm.weight_format import BITMASK, Part, WeightFormat, name_of
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,14 @@ class WeightScheme:
     strategy: Literal["tensor", "channel"] = "channel"
     activations: torch.dtype | None = None
     scale_dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        values = f"{self.format.name} weights{' with their zeros' if self.dense else ''}"
+        if not self.quantized:
+            return values
+        per = self.strategy if self.format.group_size is None else "group"
+        inputs = "unrounded" if self.activations is None else name_of(self.activations)
+        return f"{values} (a scale per {per}) and {inputs} inputs"
 
     @classmethod
     def of(cls, schema: RiaSchema) -> "WeightScheme":

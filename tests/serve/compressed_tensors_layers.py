@@ -14,10 +14,13 @@ BY_TENSOR = FLOAT | {"strategy": "tensor", "dynamic": False}
 
 
 class Checkpoint:
-    """One group of quantized linears of compressed-tensors; `plain` is what each stands for, in float64."""
+    """One group of quantized linears of compressed-tensors; `plain` is what each stands for, in float64.
 
-    def __init__(self, weights=FLOAT, inputs=BY_TOKEN, strategy="channel", dense=False):
-        self.weights, self.strategy, self.dense = weights, strategy, dense
+    `sparse`: which linears config.json calls 2:4.
+    """
+
+    def __init__(self, weights=FLOAT, inputs=BY_TOKEN, strategy="channel", dense=False, sparse="Linear"):
+        self.weights, self.strategy, self.dense, self.sparse = weights, strategy, dense, sparse
         weights = weights | {"strategy": strategy}
         self.group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
         self.plain = {}
@@ -29,7 +32,7 @@ class Checkpoint:
                 "sparsity_config": {
                     "format": "dense" if self.dense else "sparse-24-bitmask",
                     "sparsity_structure": "2:4",
-                    "targets": ["Linear"],
+                    "targets": [self.sparse],
                 },
                 "config_groups": groups or {"group_0": self.group},
             }

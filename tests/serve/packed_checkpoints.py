@@ -26,6 +26,7 @@ class Packed:
         inputs: the same for activations; None: they are not rounded.
         dtype: of the dense weights and of their scales.
         spoiled: ending of a linear that is not 2:4.
+        spoiled_row: the only row of it that is not; None: none is.
         sparsity: config.json's `sparsity_config`.
         ignored: config.json's `ignore`.
     """
@@ -35,6 +36,7 @@ class Packed:
     inputs: dict[str, Any] | None = None
     dtype: torch.dtype = torch.bfloat16
     spoiled: str = "\0"
+    spoiled_row: int | None = None
     sparsity: dict[str, Any] | None = None
     ignored: tuple[str, ...] = IGNORED
 
@@ -42,7 +44,7 @@ class Packed:
         """Have a random linear stored under this name, whose weights have about the size of 1/sqrt(in)."""
         weight = random_24(*shape, seed=seed, dtype=torch.float32)
         if name.endswith(self.spoiled):
-            weight += 0.1
+            weight[slice(None) if self.spoiled_row is None else self.spoiled_row] += 0.1
         weight = (weight / weight.shape[1] ** 0.5).to(self.dtype)
         scale = None if self.weights is None else scales_of(weight, self.weights)
         sparse = (self.sparsity or {}).get("format") == "sparse-24-bitmask"

@@ -104,8 +104,16 @@ def test_experts_that_are_partly_pruned():
 
 
 def test_another_number_of_experts():
-    with pytest.raises(RiaError, match=f"{EXPERTS} pruned experts, but vLLM's layer has {2 * EXPERTS}"):
+    message = f"{LAYER}.{EXPERTS}.up_proj is in none of the weight files: .*{EXPERTS} experts .* has {2 * EXPERTS}"
+    with pytest.raises(RiaError, match=message):
         Model(StoredMixture().config(), num_experts=2 * EXPERTS)
+    with pytest.raises(RiaError, match=f"has {EXPERTS} experts, but vLLM's layer has 2. config.json belongs"):
+        Model(StoredMixture().config(), num_experts=2)
+
+
+def test_redundant_experts():
+    with pytest.raises(RiaError, match=f"{EXPERTS} experts, but vLLM's layer has {EXPERTS + 2}. .*--enable-eplb"):
+        Model(StoredMixture().config(), num_redundant_experts=2, enable_eplb=True)
 
 
 def test_an_absurd_number_of_experts():
@@ -113,7 +121,7 @@ def test_an_absurd_number_of_experts():
     config = StoredMixture().config()
     config.schema.experts[0].num_experts, config.stored, config.experts = 10**15, None, {}
     config.expert_layers = {}
-    with pytest.raises(RiaError, match=f"{10**15} pruned experts, but vLLM's layer has {EXPERTS}"):
+    with pytest.raises(RiaError, match=f"{10**15} experts, but vLLM's layer has {EXPERTS}"):
         Model(config, prefix=LAYER)
 
 

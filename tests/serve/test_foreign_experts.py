@@ -1,16 +1,21 @@
 """Experts that compressed-tensors 0.12 stored, in one of vLLM's mixture layers, against a float64 product of the
 weights that it dequantizes itself."""
 
+import copy
+from dataclasses import replace
+
 import foreign_mixtures
 import pytest
 import torch
 from compressed_tensors_writer import needs_writer
 from foreign_mixtures import BITMASK, SPARSE
-from mixture_layers import LAYER, Model, attached, play_rank, route, run, served
+from mixture_layers import EXPERTS, HIDDEN, INNER, LAYER, Model, attached, play_rank, route, run, served
 from packed_checkpoints import Packed
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from ria_vllm.errors import RiaError
+from ria_vllm.serve.experts_dense import DenseExpertsMethod
 
 pytestmark = [pytest.mark.usefixtures("ranks"), needs_writer]
 
@@ -54,6 +59,18 @@ NOT_24 = {
     "int4 in groups of 32": Packed("pack-quantized", arguments(4, 32), sparsity=SPARSE, spoiled="proj"),
     "fp8": Packed("float-quantized", arguments(8, kind="float"), sparsity=SPARSE, spoiled="0.gate_proj"),
 }
+ROUNDED_NOT_24 = {
+    "int8": replace(ROUNDED["int8"], spoiled="3.gate_proj"),
+    "int4": replace(ROUNDED["pack, int4 in groups of 32"], spoiled="0.down_proj"),
+}
+# Of two ranks, the first has 2:4 experts only, by tensor and by expert parallel.
+ONE_ROW = {"spoiled": "2.up_proj", "spoiled_row": 100}
+NOT_24_ON_ONE_RANK = {
+    "plain": Packed("dense", None, sparsity=SPARSE, **ONE_ROW, **FLOATS),
+    "int8 by tensor": Packed("int-quantized", arguments(8, strategy="tensor"), sparsity=SPARSE, **ONE_ROW),
+    "int4 in groups of 32": Packed("pack-quantized", arguments(4, 32), sparsity=SPARSE, **ONE_ROW),
+    "fp8": Packed("float-quantized", arguments(8, kind="float"), sparsity=SPARSE, **ONE_ROW),
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +86,16 @@ def rounded(tmp_path_factory):
 @pytest.fixture(scope="module")
 def not_24(tmp_path_factory):
     return foreign_mixtures.layers(tmp_path_factory.mktemp("not-24"), NOT_24)
+
+
+@pytest.fixture(scope="module")
+def rounded_not_24(tmp_path_factory):
+    return foreign_mixtures.layers(tmp_path_factory.mktemp("rounded-not-24"), ROUNDED_NOT_24)
+
+
+@pytest.fixture(scope="module")
+def not_24_on_one_rank(tmp_path_factory):
+    return foreign_mixtures.layers(tmp_path_factory.mktemp("one-rank"), NOT_24_ON_ONE_RANK)
 
 
 def close(got, want):
@@ -87,8 +114,8 @@ def test_every_form(stored, experts_path, name):
 WHOLE = [name for name in CASES if not name.startswith("marlin") or "in groups" not in name]  # half of 128 columns
 
 
-def over_ranks(monkeypatch, mixture, expert_parallel=False):
-    """The sum over two ranks, and what it must be."""
+def over_ranks(monkeypatch, mixture, expert_parallel=False, dense=None):
+    """The sum over two ranks, and what it must be. `dense`: whether vLLM's own method serves each, if not None."""
     x, weights, ids = route()
     current, total = VllmConfig(), 0
     current.parallel_config.enable_expert_parallel = expert_parallel
@@ -97,6 +124,7 @@ def over_ranks(monkeypatch, mixture, expert_parallel=False):
         with set_current_vllm_config(current):
             model = served(mixture, tp_size=2)
         assert model.experts.local_num_experts == (2 if expert_parallel else 4)
+        assert dense is None or (model.experts.ria_experts is None) == dense[rank]
         total = total + run(model, x, weights, ids)
     return total, mixture.expected(x, weights, ids)
 
@@ -122,9 +150,20 @@ def test_inputs_that_config_json_wants_rounded(rounded, name):
     model = served(rounded[name])
     assert str(model.experts.ria_experts.choice) == "cpu with inputs rounded to int8"
     x, weights, ids = route()
-    want = rounded[name].expected(x, weights, ids)
-    off = (run(model, x, weights, ids).double() - want).norm() / want.norm()
-    assert 1e-3 < off < 3e-2
+    assert_rounded(run(model, x, weights, ids), rounded[name].expected(x, weights, ids))
+
+
+def assert_rounded(got, want):
+    assert 1e-3 < (got.double() - want).norm() / want.norm() < 3e-2
+
+
+@pytest.mark.parametrize("name", ROUNDED_NOT_24)
+def test_experts_that_are_not_24_do_not_round_their_inputs(rounded_not_24, monkeypatch, name):
+    mixture = rounded_not_24[name]
+    x, weights, ids = route()
+    close(run(served(mixture), x, weights, ids), mixture.expected(x, weights, ids))
+    close(*over_ranks(monkeypatch, mixture))
+    assert_rounded(*over_ranks(monkeypatch, mixture, expert_parallel=True))  # the other rank's experts are 2:4
 
 
 @pytest.mark.parametrize("name", NOT_24)
@@ -139,6 +178,14 @@ def test_experts_that_are_not_24_are_served_dense(not_24, experts_path, monkeypa
     assert report.expected == report.loaded == 0
     close(run(model, x, weights, ids), mixture.expected(x, weights, ids))
     close(*over_ranks(monkeypatch, mixture, expert_parallel))
+
+
+@pytest.mark.parametrize("name", NOT_24_ON_ONE_RANK)
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_experts_that_are_not_24_on_one_rank(not_24_on_one_rank, experts_path, monkeypatch, name, expert_parallel):
+    """Each rank decides by its own part of the weights."""
+    dense = (experts_path == "vllm", True)
+    close(*over_ranks(monkeypatch, not_24_on_one_rank[name], expert_parallel, dense))
 
 
 def test_experts_that_are_not_24_and_that_vllm_does_not_have(not_24):
@@ -197,14 +244,70 @@ def test_scales_by_tensor_may_have_no_dimension(stored):
     close(run(model, x, weights, ids), mixture.expected(x, weights, ids))
 
 
-def test_another_number_of_experts(stored):
-    with pytest.raises(RiaError, match="the checkpoint has 4 pruned experts, but vLLM's layer has 8"):
-        Model(stored["plain"].config(), num_experts=8)
+def test_the_last_expert_is_in_no_file(stored):
+    mixture = copy.copy(stored["int8"])
+    mixture.tensors = {name: tensor for name, tensor in mixture.tensors.items() if f"{LAYER}.3." not in name}
+    with pytest.raises(RiaError, match=f"{LAYER}.3.up_proj is in none of the weight files: they hold 3 experts"):
+        Model(mixture.config())
 
 
-def test_experts_without_a_layer(stored):
-    config = stored["plain"].config()
-    model = Model(config)
+class Skipping(Model):
+    """Takes note of the tensors that reach vLLM's model."""
+
+    def load_weights(self, weights):
+        self.got = {name for name, _ in weights}
+        return self.got
+
+
+def without_experts(config):
+    model = Skipping(config)
     model.layers[1].mlp = torch.nn.Identity()
-    with pytest.raises(RiaError, match=f"experts {LAYER} would not be served.*no layer.*`ria-vllm compress`"):
-        attached(config, model)
+    return model
+
+
+def without_our_config(config):
+    return Skipping(config, quant_config=None)
+
+
+BUILDS = {without_experts: "experts {} would not be served.*no layer", without_our_config: "dense experts only, but {}"}
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("name", ["int8", "bitmask", "marlin, int4"])
+def test_experts_without_a_layer(stored, build, name):
+    config = stored[name].config()
+    with pytest.raises(RiaError, match=BUILDS[build].format(LAYER) + ".*`ria-vllm compress`"):
+        attached(config, build(config))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_plain_experts_without_a_layer_stay_with_vllm(stored, build):
+    """As those of an MTP layer, which vLLM's model of the others skips."""
+    mixture = stored["plain"]
+    config = mixture.config()
+    model = attached(config, build(config))
+    model.load_weights(iter(mixture.tensors.items()))
+    assert model.got == set(mixture.tensors)
+    assert config.experts == config.expert_layers == {} and not config.expert_linears
+    assert type(Model(config).experts.quant_method) is DenseExpertsMethod  # a draft's
+
+
+def test_plain_experts_that_vllm_has_as_linears(stored):
+    """Then each of them is served as one."""
+    mixture = stored["plain"]
+    config = mixture.config()
+    model = Model(config)
+    linears = {"up_proj": (HIDDEN, INNER), "gate_proj": (HIDDEN, INNER), "down_proj": (INNER, HIDDEN)}
+    model.layers[1].mlp.experts = torch.nn.ModuleList(
+        torch.nn.ModuleDict({
+            end: ReplicatedLinear(*shape, bias=False, quant_config=config, prefix=f"layers.1.mlp.experts.{e}.{end}")
+            for end, shape in linears.items()
+        })
+        for e in range(EXPERTS)
+    )  # fmt: skip
+    attached(config, model).load_weights(iter(mixture.tensors.items()))
+    layer = model.layers[1].mlp.experts[2]["up_proj"]
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(5, HIDDEN)
+    close(layer.quant_method.apply(layer, x), x.double() @ mixture.plain[f"{LAYER}.2.up_proj"].T)
+    assert layer.ria_packed is not None

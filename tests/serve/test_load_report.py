@@ -77,7 +77,7 @@ def test_a_layer_that_is_served_dense_is_in_the_key():
             report = LoadReport()
             if left_out:
                 report.expected += 1
-                report.leave_out(left_out, claims_24=True)
+                report.leave_out(left_out, True, FLOAT)
             load("a", report=report)
         keys.append(config.compute_hash())
     assert len(set(keys)) == 3
@@ -117,7 +117,10 @@ def test_what_a_kernel_does_not_do_is_said(said, stored, kept, activations, appl
     assert len(said) == len(expected) and all(words.startswith(start) for words, start in zip(said, expected))
 
 
-def test_dense_layers_do_not_round_their_inputs_and_say_so(ranks, said):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_dense_layers_do_not_round_their_inputs_and_say_so(ranks, said, rank):
+    """On any rank, because the weights of the others may be 2:4."""
+    ranks(rank, 2)
     checkpoint = Checkpoint(weights=INT, inputs=INT | {"strategy": "token"}, dense=True)
     layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc", return_bias=False)
     checkpoint.load(layer, {"fc": (None, 64)}, two_of_four=False)
@@ -125,6 +128,15 @@ def test_dense_layers_do_not_round_their_inputs_and_say_so(ranks, said):
         "Inputs are not rounded to int8, because fc and others like it are not 2:4 and served dense: the answers are "
         "those of weights in int8 alone."
     ]
+
+
+@pytest.mark.parametrize("two_of_four", [True, False])
+def test_dequantized_weights_that_nobody_calls_24(ranks, said, two_of_four):
+    checkpoint = Checkpoint(weights=INT, inputs=None, dense=True, sparse="another")
+    layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc", return_bias=False)
+    checkpoint.load(layer, {"fc": (None, 64)}, two_of_four=two_of_four)
+    start = "Weights in int8 that are not 2:4, and that config.json does not call so, are dequantized"
+    assert [words.startswith(start) for words in said] == ([] if two_of_four else [True])
 
 
 def test_dense_experts_do_not_round_their_inputs_and_say_so(ranks, said, monkeypatch):
