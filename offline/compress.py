@@ -270,11 +270,7 @@ class _Run:
         dequantized = {} if scheme is None else {"dequantized_from": scheme.method}
         recipe = self.recipe if smoothed else replace(self.recipe, smooth=0.0)
         recipe = recipe if rotated else replace(recipe, rotate="none")
-        return (
-            recipe.dump(self.source.name)
-            | dequantized
-            | {TOPOLOGY: [_without_found_on(kind) for kind in topologies.dump()]}
-        )
+        return recipe.dump(self.source.name) | dequantized | {TOPOLOGY: topologies.dump()}
 
     def _report(self, topologies: Topologies, plan: Plan, store: ExpertStore) -> dict[str, Any]:
         linears: dict[str, Any] = {}
@@ -338,11 +334,6 @@ class _Run:
         permuted = recipe.served and recipe.permute != "none"
         cards = {CARD_FILE: pruned_card(source.folder, report, zeros, recipe.served, self.monitor.warn)}
         writer.finish(keys, json_files, copies, self.settings.max_shard_size, permuted, cards, source.folder)
-
-
-def _without_found_on(kind: dict[str, Any]) -> dict[str, Any]:
-    """What the folder says of a kind of layer: what was run to find it out depends on the machine's free memory."""
-    return {key: value for key, value in kind.items() if key != "found_on"}
 
 
 def _say_layer(records: dict[str, dict[str, Any]], monitor: Monitor) -> None:

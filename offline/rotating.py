@@ -18,7 +18,7 @@ from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topology
 from ria_vllm.offline.pruning import rotation
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.smoothing import set_parameter
+from ria_vllm.offline.smoothing import are_own, set_parameter
 from ria_vllm.offline.solve import one_thread
 
 
@@ -83,18 +83,16 @@ class Rotator:
         if rotations is None:
             return
         layer = self.model.layers[self.index]
-        names = turned_parameters(layer, fold)
-        for name in names:
+        for name in turned_parameters(layer, fold):
             own = layer.get_parameter(name).data
             self._dense.setdefault(name, own)
             set_parameter(layer, name, own.clone())
         turn(layer, fold, rotations.to(sublayer_pass.runner.device))
-        for name in names:
-            if name.endswith(".bias"):  # it is no weight that is pruned, so it is stored as it is now
-                written = self.model.names.direct[self.model.layer_prefix(self.index) + name]
-                stored = layer.get_parameter(name).data.to(self.model.read(written).dtype)
-                set_parameter(layer, name, stored)
-                self.changed[name] = stored.cpu()
+        for name in _biases(self.model, self.index, fold):  # stored as they are now
+            written = self.model.names.direct[self.model.layer_prefix(self.index) + name]
+            stored = layer.get_parameter(name).data.to(self.model.read(written).dtype)
+            set_parameter(layer, name, stored)
+            self.changed[name] = stored.cpu()
         self.turned.add(fold.consumer)
 
     def _learned(self, fold: Fold, of_values: Statistics, of_outputs: Statistics) -> torch.Tensor | None:
@@ -118,22 +116,21 @@ class Rotator:
 
 def rotatable(model: StreamedModel, index: int, topology: Topology, pruned: Collection[str]) -> list[Fold]:
     """The folds of a layer whose heads can be turned: both linears are pruned, and a bias is the layer's own."""
-    tied = model.model.all_tied_weights_keys
-    found = []
-    for fold in (fold for fold in topology.folds if fold.consumer in topology.rotations):
-        producer = fold.producers[0].name
-        bias = model.layer_prefix(index) + f"{producer}.bias"
-        own = model.layers[index].get_submodule(producer).bias is None or (
-            bias in model.names.direct and bias not in {*tied, *tied.values()}
-        )
-        if own and {producer, fold.consumer} <= set(pruned):
-            found.append(fold)
-    return found
+    return [
+        fold
+        for fold in topology.folds
+        if fold.consumer in topology.rotations
+        and {fold.producers[0].name, fold.consumer} <= set(pruned)
+        and are_own(model, index, _biases(model, index, fold))
+    ]
 
 
 def turned_biases(model: StreamedModel, index: int, topology: Topology, pruned: Collection[str]) -> dict[str, str]:
     """The biases of a layer that rotations may have changed: name relative to the layer -> written name."""
-    layer = model.layers[index]
-    producers = [fold.producers[0].name for fold in rotatable(model, index, topology, pruned)]
-    names = [f"{name}.bias" for name in producers if layer.get_submodule(name).bias is not None]
+    names = [name for fold in rotatable(model, index, topology, pruned) for name in _biases(model, index, fold)]
     return {name: model.names.direct[model.layer_prefix(index) + name] for name in names}
+
+
+def _biases(model: StreamedModel, index: int, fold: Fold) -> list[str]:
+    """The parameters that turning changes and that are no weights of pruned linears: a bias, if there is one."""
+    return [name for name in turned_parameters(model.layers[index], fold) if name.endswith(".bias")]

@@ -183,8 +183,13 @@ class Smoother:
 
 def is_possible(model: StreamedModel, index: int, migration: Migration) -> bool:
     """Whether all parameters that would change are the layer's own, and are in the files as they are."""
+    return are_own(model, index, _changeable(model.layers[index], migration))
+
+
+def are_own(model: StreamedModel, index: int, parameters: Iterable[str]) -> bool:
+    """Whether these parameters, relative to a layer, are the layer's own, and are in the files as they are."""
     tied = model.model.all_tied_weights_keys
-    full = [model.layer_prefix(index) + name for name in _changeable(model.layers[index], migration)]
+    full = [model.layer_prefix(index) + name for name in parameters]
     return all(name in model.names.direct and name not in {*tied, *tied.values()} for name in full)
 
 

@@ -169,13 +169,16 @@ class Topology:
         return any(fold.consumer.startswith(f"{path}.{{e}}.") for fold in self.folds)
 
     def dump(self) -> dict[str, Any]:
-        """As JSON, for the recipe: the same text, whether found in this run or kept by an earlier one."""
+        """As JSON, for the recipe: the same text, whether found in this run or kept by an earlier one.
+
+        Without `found_on`, which depends on the machine's free memory.
+        """
         sublayers = [asdict(sublayer) for sublayer in self.sublayers]
         folds = [fold.model_dump(mode="json", exclude_none=True) for fold in self.folds]
         migrations = [{"from": list(one.consumers), "to": one.absorber} for one in self.migrations]
         return {
             "sublayers": sublayers, "folds": folds, "dense": dict(sorted(self.dense.items())),
-            "migrations": migrations, "rotations": list(self.rotations), "found_on": self.found_on,
+            "migrations": migrations, "rotations": list(self.rotations),
         }  # fmt: skip
 
 
