@@ -9,6 +9,7 @@ logprobs by whole units.
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import forked
 import tiny
@@ -22,6 +23,12 @@ GENERATE = Path(__file__).with_name("generate.py")
 def prompts() -> list[list[int]]:
     rng = torch.Generator().manual_seed(1)
     return [torch.randint(3, tiny.VOCAB, (n,), generator=rng).tolist() for n in (5, 17, 33)]
+
+
+def job_of(model: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """A job for `generate`: six tokens after each of `prompts`, in float32 unless `changes` say otherwise."""
+    engine = {"dtype": "float32"} | changes.get("engine", {})
+    return {"model": str(model), "prompts": prompts(), "tokens": 6} | changes | {"engine": engine}
 
 
 def generate(folder: Path, jobs: list[dict], **environment: str) -> list:

@@ -3,7 +3,7 @@
 import foreign_mixtures
 import pytest
 import torch
-from compare import check, generate, prompts
+from compare import check, generate, job_of
 from compressed_tensors_writer import needs_writer
 from foreign_mixtures import BITMASK, SPARSE
 from packed_checkpoints import Packed
@@ -64,11 +64,6 @@ SPREAD = {
         EXPERT_PARALLEL,
     ),
 }  # fmt: skip
-
-
-def job_of(model, changes):
-    engine = {"dtype": "float32"} | changes.get("engine", {})
-    return {"model": str(model), "prompts": prompts(), "tokens": 6} | changes | {"engine": engine}
 
 
 def run(folder, group, **environment):

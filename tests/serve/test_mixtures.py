@@ -3,7 +3,7 @@
 import mixtures
 import pytest
 import torch
-from compare import check, differences, generate, prompts
+from compare import check, differences, generate, job_of, prompts
 from families import LATENT_ATTENTION, ROTARY
 from runs import ONE_THREAD_EACH, TWO_RANKS, TWO_STAGES
 from transformers import AutoModelForCausalLM
@@ -72,8 +72,7 @@ def run(folder, group, **environment):
         compressed, dense = mixtures.write(mixtures.FAMILIES[family], folder / str(number), **written)
         oracle = compressed if written.get("rounded") else dense
         models[name] = AutoModelForCausalLM.from_pretrained(oracle, dtype=torch.float32, attn_implementation="eager")
-        engine = {"dtype": "float32"} | job.get("engine", {})
-        jobs.append({"model": str(compressed), "prompts": prompts(), "tokens": 6} | job | {"engine": engine})
+        jobs.append(job_of(compressed, job))
     results = generate(folder / "run", jobs, **environment)
     return {name: (model, result) for (name, model), result in zip(models.items(), results, strict=True)}
 

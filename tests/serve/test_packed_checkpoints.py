@@ -2,7 +2,7 @@
 
 import pytest
 import tiny
-from compare import check, differences, generate, prompts
+from compare import check, differences, generate, job_of
 from compressed_tensors_writer import needs_writer
 from packed_checkpoints import Packed, write
 from runs import ONE_THREAD_EACH, TWO_RANKS
@@ -47,13 +47,7 @@ AS_STORED = {
 
 def run(folder, group, **environment):
     models = write({folder / str(i): how for i, (how, _) in enumerate(group.values())})
-    jobs = [
-        {
-            "model": str(folder / str(i)), "prompts": prompts(), "tokens": 6,
-            **changes, "engine": {"dtype": "float32"} | changes.get("engine", {}),
-        }
-        for i, (_, changes) in enumerate(group.values())
-    ]  # fmt: skip
+    jobs = [job_of(folder / str(i), changes) for i, (_, changes) in enumerate(group.values())]
     results = generate(folder / "run", jobs, **environment)
     return dict(zip(group, zip(models, results, strict=True), strict=True))
 
