@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -184,6 +185,7 @@ class LayerPass:
             for name, linear in found.items():
                 if rotator is not None and name in rotator.turned:
                     linear.record["rotated"] = True
+                    found[name] = replace(linear, rotations=rotator.turned[name])
                 set_parameter(sublayer_pass.runner.layer, f"{name}.weight", linear.weight)
             if smoother is not None:
                 smoother.apply(found, pruned)

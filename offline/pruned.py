@@ -25,6 +25,8 @@ class Pruned:
     scale: the scales, if the weight's format has any; `weight` is rounded to what the format can hold.
     exact: [kept] in the dtype of `weight`, what it keeps, row by row, before it was rounded; None if this rank does
         not need it.
+    rotations: float32 [kv heads, d, d], how the heads that it reads were turned before it was pruned; None: they were
+        not.
     """
 
     weight: torch.Tensor
@@ -33,13 +35,14 @@ class Pruned:
     record: dict[str, Any]
     scale: torch.Tensor | None = None
     exact: torch.Tensor | None = None
+    rotations: torch.Tensor | None = None
 
     @property
     def before_rounding(self) -> "Pruned":
         """The same linear with its exact weight."""
         assert self.exact is not None
         weight = torch.zeros_like(self.weight).masked_scatter_(self.mask, self.exact)
-        return replace(self, weight=weight, scale=None, exact=None)
+        return replace(self, weight=weight, scale=None, exact=None, rotations=None)
 
     @property
     def mask(self) -> torch.Tensor:

@@ -31,7 +31,7 @@ class Rotator:
             added to.
 
     Attributes:
-        turned: the consumers of the folds whose heads were turned.
+        turned: consumer of a fold whose heads were turned -> how, float32 [kv heads, d, d] on the CPU.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Rotator:
     ):
         self.model, self.index, self.recipe, self.changed = model, index, recipe, changed
         self.folds = rotatable(model, index, topology, pruned)
-        self.turned: set[str] = set()
+        self.turned: dict[str, torch.Tensor] = {}
         self._dense: dict[str, torch.Tensor] = {}
 
     def turn(self, sublayer_pass: SublayerPass) -> None:
@@ -93,7 +93,7 @@ class Rotator:
             stored = layer.get_parameter(name).data.to(self.model.read(written).dtype)
             set_parameter(layer, name, stored)
             self.changed[name] = stored.cpu()
-        self.turned.add(fold.consumer)
+        self.turned[fold.consumer] = rotations.cpu().float()
 
     def _learned(self, fold: Fold, of_values: Statistics, of_outputs: Statistics) -> torch.Tensor | None:
         """float64 [kv heads, d, d] on the CPU; None if nothing is gained, or a Gram matrix cannot be inverted."""

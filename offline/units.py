@@ -72,7 +72,8 @@ def linear_tensors(pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, to
             continue
         order = slice(None) if linear.p is None else linear.p
         parts = recipe.weight_format.encode(linear.weight[:, order], linear.mask[:, order], linear.scale)
-        tensors |= SparseLinear(name, recipe.weight_format, parts, linear.p, linear.weight.dtype).tensors()
+        dtype = linear.weight.dtype
+        tensors |= SparseLinear(name, recipe.weight_format, parts, linear.p, dtype, linear.rotations).tensors()
     return tensors
 
 

@@ -36,7 +36,9 @@ def ways_of_this_version(recipe: Recipe) -> dict[str, Any]:
     # They trained in longer steps, and each expert by itself; and kept what had only got better after the first pass.
     training = {"steps": recipe.chunk_tokens, "experts": "together"} if recipe.trains_experts else {}
     training |= {"kept": "if better than at first"} if recipe.trains else {}
-    return layers | rounding | training
+    # They did not store how heads were turned.
+    rotations = {"rotations": "stored"} if recipe.rotates_heads and recipe.served else {}
+    return layers | rounding | training | rotations
 
 
 def begun_run(out: Path) -> dict[str, Any]:

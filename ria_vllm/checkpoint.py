@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -11,12 +11,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ria_vllm import permutation
+from ria_vllm import permutation, rotation
 from ria_vllm.errors import RiaError
 from ria_vllm.layer_schema import Producer
 from ria_vllm.open_files import OpenFiles
 from ria_vllm.progress import Monitor
-from ria_vllm.schema import DIGESTS, PERMUTATION_SUFFIX, PERMUTATIONS_FILE, QUANT_METHOD, REPORT_FILE, RiaSchema
+from ria_vllm.schema import (
+    DIGESTS,
+    PERMUTATION_SUFFIX,
+    PERMUTATIONS_FILE,
+    QUANT_METHOD,
+    REPORT_FILE,
+    ROTATIONS_FILE,
+    ROTATIONS_SUFFIX,
+    RiaSchema,
+)
 from ria_vllm.stacks import problems_of_experts, stack_experts, stacked_tensors
 from ria_vllm.weight_format import SHAPE, WeightFormat
 
@@ -36,6 +45,7 @@ class SparseLinear:
         parts: its stored tensors by the last part of their names, `shape` left out.
         input_permutation: integers [in], the order of its columns; None: the model's own.
         dtype: of the dense weight.
+        rotations: float32 [kv heads, d, d], how the heads that it reads are turned; None: they are not.
     """
 
     name: str
@@ -43,6 +53,7 @@ class SparseLinear:
     parts: Mapping[str, torch.Tensor]
     input_permutation: torch.Tensor | None
     dtype: torch.dtype
+    rotations: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,11 +70,14 @@ class SparseLinear:
         return stored if p is None else stored[:, permutation.invert(p).long()]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that stores it, by full names; the permutation, int32, as `CheckpointWriter.finish` expects it."""
+        """All that stores it, by full names; the permutation, int32, and rotations as `CheckpointWriter.finish` expects
+        them."""
         found = {f"{self.name}.{part}": tensor for part, tensor in self.parts.items()}
         found[f"{self.name}.{SHAPE}"] = torch.tensor(self.shape, dtype=torch.int64).view(2, 1)
         if self.input_permutation is not None:
             found[f"{self.name}{PERMUTATION_SUFFIX}"] = self.input_permutation.to(torch.int32)
+        if self.rotations is not None:
+            found[f"{self.name}{ROTATIONS_SUFFIX}"] = self.rotations
         return found
 
 
@@ -254,6 +268,56 @@ def load_permutations(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def load_rotations(path: Path) -> dict[str, torch.Tensor]:
+    """Linear that reads turned heads -> float32 [kv heads, d, d], see `ria_vllm.rotation`.
+
+    Raises:
+        RiaError: file and layer named.
+    """
+    found: dict[str, torch.Tensor] = {}
+    files = OpenFiles()
+    for stored in tensor_names(path):
+        name = stored.removesuffix(ROTATIONS_SUFFIX)
+        if name == stored:
+            raise RiaError(f"{path}: {stored}: unknown name. Get the file again.")
+        found[name] = files.tensor(path, stored)
+        wrong = rotation.check(found[name])
+        if wrong:
+            raise RiaError(f"{path}: {name}: not rotations: {wrong}. Get the file again.")
+    return found
+
+
+def checked_rotations(
+    path: Path | None, schema: RiaSchema, is_pruned: Callable[[str], bool], where: str | Path
+) -> dict[str, torch.Tensor]:
+    """`load_rotations`, checked against config.json.
+
+    Args:
+        path: None if the file is not there.
+        where: the folder or repository, for messages.
+
+    Raises:
+        RiaError: the file is missing, damaged or of another run, or has rotations of what is no pair of pruned linears.
+    """
+    again = "Get all files of one run, or compress the model again."
+    if path is None:
+        raise RiaError(f"{where}: {ROTATIONS_FILE} is missing, though config.json says that heads were turned. {again}")
+    found = load_rotations(path)
+    if rotation.digest(found) != schema.rotations_digest:
+        raise RiaError(f"{where}: {ROTATIONS_FILE} is from another run than config.json. {again}")
+    for name, rotations in found.items():
+        fold = schema.fold_of(name)
+        pair = [] if fold is None else [name, *(producer.name for producer in fold.producers_of(name))]
+        if fold is None or fold.coupling != "heads" or len(pair) != 2 or not all(map(is_pruned, pair)):
+            raise RiaError(f"{path}: {name}: config.json has no fold by heads between it and one pruned linear. {again}")
+        if len(rotations) != fold.num_kv_heads:
+            raise RiaError(
+                f"{path}: {name}: {len(rotations)} rotations, but its fold has {fold.num_kv_heads} key-value heads. "
+                f"{again}"
+            )
+    return found
+
+
 def check_digests(
     schema: RiaSchema, permutations: permutation.Orders, files: Iterable[Path], where: str | Path
 ) -> None:
@@ -398,6 +462,14 @@ class Reader:
         for name in sorted(set(self.permutations) - set(self.sparse_names)):
             raise RiaError(f"{path}: a permutation for {name}, which is not a pruned linear of this model.")
         check_digests(self.schema, self.permutations, self.files.values(), self.folder)
+        self.rotations = self._rotations()
+
+    def _rotations(self) -> dict[str, torch.Tensor]:
+        if self.schema.rotations_digest is None:
+            return {}
+        path = self.folder / ROTATIONS_FILE
+        is_pruned = set(self.sparse_names).__contains__
+        return checked_rotations(path if path.is_file() else None, self.schema, is_pruned, self.folder)
 
     @property
     def permuted_names(self) -> list[str]:
@@ -433,7 +505,8 @@ class Reader:
         stored = {part: f"{name}.{part}" for part in self.schema.tensor_names}
         parts = {part: self.tensor(key) for part, key in stored.items() if key in self.files}
         where = self.files.get(stored["compressed"], self.folder)
-        return checked_linear(name, parts, self.permutations.get(name), self.schema, where)
+        linear = checked_linear(name, parts, self.permutations.get(name), self.schema, where)
+        return replace(linear, rotations=self.rotations.get(name))
 
     def dense_tensors(self) -> dict[str, Callable[[], torch.Tensor]]:
         """Name -> what makes it, for every tensor of the dense model: in the model's own channel order, experts stacked
@@ -501,6 +574,7 @@ class Reader:
                 if wrong:
                     yield f"{self.files[f'{name}.{part}']}: {name}: {wrong}"
         yield from problems_of_experts(self.schema, shapes, sparse)
+        yield from self._problems_of_rotations(shapes)
         for name, fold, producers in self.schema.active_folds(permutations, sparse):
             orders = fold.row_orders(permutations[name])
             if isinstance(orders, str):
@@ -525,6 +599,20 @@ class Reader:
             wrong = not_finite(self.tensor(name))
             if wrong:
                 yield f"{self.files[name]}: {name}: {wrong}"
+
+
+    def _problems_of_rotations(self, shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+        """Rotations that do not fit the linears: `shapes` [out, in] by name, of those that are sound."""
+        for name, rotations in self.rotations.items():
+            fold = self.schema.fold_of(name)
+            assert fold is not None  # as `checked_rotations` has seen
+            (producer,), (kv, d, _) = fold.producers_of(name), rotations.shape
+            if name in shapes and producer.name in shapes:
+                if shapes[name][1] != d * (fold.num_heads or 0):
+                    heads = f"{fold.num_heads} heads with {shapes[name][1]} channels in all"
+                    yield f"{name}: its rotations are for heads of {d} channels, but it reads {heads}"
+                elif wrong := _row_problem(name, producer, shapes[producer.name][0], kv * d):
+                    yield wrong
 
 
 def _row_problem(consumer: str, producer: Producer, rows: int, size: int) -> str | None:

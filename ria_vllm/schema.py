@@ -5,7 +5,8 @@ linear NAME the weight files hold NAME.compressed, NAME.bitmask, NAME.shape and 
 `ria_vllm.formats`); rows are in the model's own order, columns in the permuted one. `permutations.safetensors` holds
 NAME.input_permutation where the order is not the model's own. Where the recipe permutes, that file is there even if it
 is empty. `permutations_digest` here, and the same in each weight file's header, bind weights and permutations;
-`weights_digest` binds weight files to each other (`DIGESTS`).
+`weights_digest` binds weight files to each other (`DIGESTS`). Where heads were turned, `rotations/heads.safetensors`
+holds NAME.rotations of each NAME that reads them; `rotations_digest` here binds that file to this one.
 """
 
 from collections.abc import Iterable, Iterator
@@ -32,9 +33,12 @@ FORMAT: Final = "sparse-24-bitmask"
 FORMAT_VERSION: Final = 1
 QUANT_METHOD: Final = "ria"
 PERMUTATIONS_FILE = "permutations.safetensors"
+# Not beside the weights: vLLM loads every *.safetensors there if there is no index.
+ROTATIONS_FILE = "rotations/heads.safetensors"
 REPORT_FILE = "ria_report.json"
 PAGE_FILE = "ria_report.html"  # made from it; not copied into folders made from this one
 PERMUTATION_SUFFIX = ".input_permutation"
+ROTATIONS_SUFFIX = ".rotations"
 # The recipe's entry that has what experiments found out about the layers: for programs, too long for a card or a table.
 TOPOLOGY: Final = "topology"
 # A digest in `quantization_config` -> its key in the `__metadata__` of each weight file.
@@ -113,6 +117,7 @@ class RiaSchema(BaseModel):
     experts: list[Experts] = Field(default=[], max_length=1000)
     permutations_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     weights_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    rotations_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     recipe: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -144,9 +149,16 @@ class RiaSchema(BaseModel):
     @property
     def unlike_dense(self) -> dict[str, Any]:
         """The options by which linears read or return scaled (`smooth`) or rotated (`rotate`) channels of the dense
-        model's. Adapters that were trained on the dense model do not fit these linears."""
+        model's. Adapters that were trained on the dense model do not fit these linears as they are."""
         found = {"smooth": self.recipe.get("smooth") or 0, "rotate": self.recipe.get("rotate") or "none"}
         return {name: value for name, value in found.items() if value not in (0, "none")}
+
+    @property
+    def unfit_for_adapters(self) -> dict[str, Any]:
+        """Those of `unlike_dense` that cannot be done to adapters of the dense model, too, as nothing stored says how.
+        """
+        stored = {} if self.rotations_digest is None else {"rotate": "heads"}
+        return {name: value for name, value in self.unlike_dense.items() if stored.get(name) != value}
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -182,6 +194,10 @@ class RiaSchema(BaseModel):
         """Whether the linear `name` is dense."""
         return name in self.sparsity_config.ignore
 
+    def fold_of(self, consumer: str) -> Fold | None:
+        """The fold of this linear; None if there is none."""
+        return next((fold for fold in self.folds if fold.numbers(consumer) is not None), None)
+
     def active_folds(
         self, permuted: Iterable[str], sparse: "set[str] | frozenset[str]"
     ) -> Iterator[tuple[str, Fold, list[Producer]]]:
@@ -190,10 +206,7 @@ class RiaSchema(BaseModel):
         Where a producer was left dense the consumer gathers its own input instead; both stages follow this rule.
         """
         for name in permuted:
-            for fold in self.folds:
-                if fold.numbers(name) is None:
-                    continue
-                producers = fold.producers_of(name)
-                if all(producer.name in sparse for producer in producers):
-                    yield name, fold, producers
-                break
+            fold = self.fold_of(name)
+            producers = [] if fold is None else fold.producers_of(name)
+            if fold is not None and all(producer.name in sparse for producer in producers):
+                yield name, fold, producers

@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ria_vllm import permutation
-from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, load_permutations
+from ria_vllm import permutation, rotation
+from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, load_permutations, load_rotations
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import DIGESTS, PERMUTATION_SUFFIX, PERMUTATIONS_FILE
+from ria_vllm.schema import DIGESTS, PERMUTATION_SUFFIX, PERMUTATIONS_FILE, ROTATIONS_FILE, ROTATIONS_SUFFIX
 
 
 @contextmanager
@@ -101,7 +101,8 @@ class CheckpointWriter:
         return self.path(key).is_file()
 
     def write(self, key: str, tensors: dict[str, torch.Tensor], record: dict[str, Any] | None = None) -> None:
-        """Finish a unit. `finish` moves `NAME.input_permutation` tensors to the permutations file; `record` is kept."""
+        """Finish a unit. `finish` moves `NAME.input_permutation` and `NAME.rotations` to files of their own; `record`
+        is kept."""
         temporary = self.path(key).with_suffix(".tmp")
         with disk_errors(temporary):
             save_file(
@@ -166,11 +167,16 @@ class CheckpointWriter:
                 (final / name).write_text(text, encoding="utf-8")
             entries = [entry for key in keys for entry in _entries(self.path(key))]
             permutations = [e for e in entries if e[0].endswith(PERMUTATION_SUFFIX)]
-            weights = [e for e in entries if not e[0].endswith(PERMUTATION_SUFFIX)]
+            rotations = [e for e in entries if e[0].endswith(ROTATIONS_SUFFIX)]
+            weights = [e for e in entries if not e[0].endswith((PERMUTATION_SUFFIX, ROTATIONS_SUFFIX))]
             digests = {"weights_digest": _weights_digest(weights)}
             if permutations or permuted:
                 _copy_tensors(permutations, final / PERMUTATIONS_FILE)
                 digests["permutations_digest"] = permutation.digest(load_permutations(final / PERMUTATIONS_FILE))
+            if rotations:
+                (final / ROTATIONS_FILE).parent.mkdir()
+                _copy_tensors(rotations, final / ROTATIONS_FILE)
+                digests["rotations_digest"] = rotation.digest(load_rotations(final / ROTATIONS_FILE))
             json_files, metadata = _with_digests(json_files, digests)
             for name, content in json_files.items():
                 (final / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -227,7 +233,7 @@ def _with_digests(json_files: dict[str, Any], digests: dict[str, str]) -> tuple[
     if "quantization_config" not in config:
         return json_files, {}
     quantization = config["quantization_config"] | digests
-    metadata = {DIGESTS[name]: digest for name, digest in digests.items()}
+    metadata = {key: digests[name] for name, key in DIGESTS.items() if name in digests}
     return json_files | {"config.json": config | {"quantization_config": quantization}}, metadata
 
 

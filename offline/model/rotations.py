@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ria_vllm import rotation
 from ria_vllm.layer_schema import Fold
 from ria_vllm.offline.model.experiment import SEED, Batch, Experiment
 from ria_vllm.offline.model.migrations import producer_rows
@@ -43,7 +44,7 @@ def turned_parameters(layer: nn.Module, fold: Fold) -> list[str]:
 
 
 def turn(layer: nn.Module, fold: Fold, rotations: torch.Tensor) -> None:
-    """Turn the heads of a layer, in place and head by head: linears are large.
+    """Turn the heads of a layer, in place.
 
     Args:
         fold: by heads, with one producer.
@@ -51,14 +52,10 @@ def turn(layer: nn.Module, fold: Fold, rotations: torch.Tensor) -> None:
     """
     producer, consumer = layer.get_submodule(fold.producers[0].name), layer.get_submodule(fold.consumer)
     rows = producer_rows(producer, fold.producers[0]).to(rotations.device)
-    for own, matrix in zip(rows.view(len(rotations), -1), rotations, strict=True):
-        for parameter in (producer.weight, producer.bias):
-            if parameter is not None:
-                parameter.data[own] = (matrix @ parameter.data[own].to(matrix.dtype)).to(parameter.dtype)
-    columns = consumer.weight.data.split(rotations.shape[1], 1)
-    for head, part in enumerate(columns):
-        matrix = rotations[head * len(rotations) // len(columns)]
-        part.copy_(part.to(matrix.dtype) @ matrix.T)
+    for parameter in (producer.weight, producer.bias):
+        if parameter is not None:
+            rotation.turn_rows(parameter.data, rotations, rows)
+    rotation.turn_columns(consumer.weight.data, rotations)
 
 
 def _turns(experiment: Experiment, fold: Fold) -> bool:
