@@ -83,8 +83,8 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     "--rotate",
     type=click.Choice(["none", "heads"]),
     show_default="heads for 2:4 with --reconstruct short and block, else none",
-    help="heads: first turn the channels of attention's heads, in v and o, so that pruning loses less. Adapters (LoRA) "
-    "of the dense model then do not fit; none, if you want to serve them.",
+    help="heads: first turn the channels of attention's heads, in v and o, so that pruning loses less. vLLM then turns "
+    "adapters (LoRA) of the dense model, too; none, if you want to use them elsewhere.",
 )
 @click.option(
     "--distill",

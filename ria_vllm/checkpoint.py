@@ -309,7 +309,7 @@ def checked_rotations(
         fold = schema.fold_of(name)
         pair = [] if fold is None else [name, *(producer.name for producer in fold.producers_of(name))]
         if fold is None or fold.coupling != "heads" or len(pair) != 2 or not all(map(is_pruned, pair)):
-            raise RiaError(f"{path}: {name}: config.json has no fold by heads between it and one pruned linear. {again}")
+            raise RiaError(f"{path}: {name}: config.json has no fold by heads from one pruned linear to it. {again}")
         if len(rotations) != fold.num_kv_heads:
             raise RiaError(
                 f"{path}: {name}: {len(rotations)} rotations, but its fold has {fold.num_kv_heads} key-value heads. "
@@ -599,7 +599,6 @@ class Reader:
             wrong = not_finite(self.tensor(name))
             if wrong:
                 yield f"{self.files[name]}: {name}: {wrong}"
-
 
     def _problems_of_rotations(self, shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
         """Rotations that do not fit the linears: `shapes` [out, in] by name, of those that are sound."""

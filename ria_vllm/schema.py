@@ -155,8 +155,7 @@ class RiaSchema(BaseModel):
 
     @property
     def unfit_for_adapters(self) -> dict[str, Any]:
-        """Those of `unlike_dense` that cannot be done to adapters of the dense model, too, as nothing stored says how.
-        """
+        """Those of `unlike_dense` that cannot be done to adapters of the dense model, too: nothing stored says how."""
         stored = {} if self.rotations_digest is None else {"rotate": "heads"}
         return {name: value for name, value in self.unlike_dense.items() if stored.get(name) != value}
 

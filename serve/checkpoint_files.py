@@ -2,10 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 import vllm.envs as envs
 
 from ria_vllm.checkpoint import (
@@ -13,6 +14,7 @@ from ria_vllm.checkpoint import (
     SINGLE_FILE,
     check_digests,
     check_file_digest,
+    checked_rotations,
     file_metadata,
     files_below,
     load_permutations,
@@ -24,7 +26,7 @@ from ria_vllm.checkpoint import (
     weights_among,
 )
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import PERMUTATIONS_FILE, RiaSchema
+from ria_vllm.schema import PERMUTATIONS_FILE, ROTATIONS_FILE, RiaSchema
 
 # Types of errors, of several HTTP libraries, that say that no server has answered.
 NO_ANSWER = ("ConnectionError", "TimeoutError", "Timeout", "TransportError")
@@ -310,6 +312,17 @@ def permutations_of(model: str, revision: str | None, schema: RiaSchema) -> dict
     permutations = load_permutations(path)
     check_digests(schema, permutations, (), model)
     return {name: p.int().numpy() for name, p in permutations.items()}
+
+
+def rotations_of(
+    model: str, revision: str | None, schema: RiaSchema, is_pruned: Callable[[str], bool]
+) -> dict[str, torch.Tensor]:
+    """`ria_vllm.checkpoint.checked_rotations` of a checkpoint that has some.
+
+    Raises:
+        RiaError: they are missing or damaged, or belong to another run than config.json.
+    """
+    return checked_rotations(locate(model, ROTATIONS_FILE, revision), schema, is_pruned, model)
 
 
 def check_weight_files(headers: WeightHeaders, schema: RiaSchema) -> None:

@@ -151,7 +151,7 @@ class RiaConfig(QuantizationConfig):
         if self.compressed_tensors is None:
             self.experts = stored_experts(self.schema, self.pruned or (), self.where)
         else:
-            self.experts = experts_by_name(tensors, self.scheme, self._is_pruned, self.where)
+            self.experts = experts_by_name(tensors, self.scheme, self.is_pruned, self.where)
         self.expert_linears = {name for experts in self.experts.values() for name, _, _ in experts.linears()}
         self.expert_layers = {name: name for name in self.experts}
         self.required = (self.pruned or set()) | {name for name in scaled if self._is_quantized(name)}
@@ -169,9 +169,9 @@ class RiaConfig(QuantizationConfig):
         except OutOfReach as error:
             self.unread = str(error)
         for name in permutations:
-            if not self._is_pruned(name):
+            if not self.is_pruned(name):
                 raise RiaError(f"{self.where}: a permutation for {name}, which is not a pruned linear of this model.")
-        self.folding = fold(self.schema, permutations, self._is_pruned, self.where)
+        self.folding = fold(self.schema, permutations, self.is_pruned, self.where)
         self.permutations = permutations
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -223,14 +223,14 @@ class RiaConfig(QuantizationConfig):
             raise RiaError(self.unread)
         if self.mistral is not None and engine.takes_mistral:
             raise RiaError(self.mistral)
-        if engine.lora and self.schema.unlike_dense and not engine.own_adapters:
+        unfit = self.schema.unfit_for_adapters
+        if engine.lora and unfit and not engine.own_adapters:
             options = {"smooth": "--smooth 0", "rotate": "--rotate none"}
-            instead = " ".join(options[name] for name in self.schema.unlike_dense)
             raise RiaError(
                 f"{self.where}: this folder's linears read scaled or rotated inputs (`compress "
-                f"{' '.join(f'--{name} {value}' for name, value in self.schema.unlike_dense.items())}`), so LoRA "
-                "adapters of the dense model would give wrong answers. For those, compress with "
-                f"{instead}. If yours were trained on this folder, set {ADAPTERS_VARIABLE}=1."
+                f"{' '.join(f'--{name} {value}' for name, value in unfit.items())}`), so LoRA adapters of the dense "
+                f"model would give wrong answers. For those, compress with {' '.join(options[name] for name in unfit)}."
+                f" If yours were trained on this folder, set {ADAPTERS_VARIABLE}=1."
             )
 
     def _mixture_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
@@ -262,7 +262,7 @@ class RiaConfig(QuantizationConfig):
         Raises:
             RiaError: that holds for some of them, but not for all.
         """
-        ours = [self._is_pruned(linear) or self._is_quantized(linear) for linear in linears]
+        ours = [self.is_pruned(linear) or self._is_quantized(linear) for linear in linears]
         if any(ours) and not all(ours):
             dense = next(linear for linear, is_ours in zip(linears, ours) if not is_ours)
             raise RiaError(
@@ -285,7 +285,8 @@ class RiaConfig(QuantizationConfig):
             linears[2] = linears[1]  # no v_proj: the values are the keys, as in Gemma 4, and vLLM loads k_proj twice
         return tuple(self.names.get(name, name) for name in linears)
 
-    def _is_pruned(self, name: str) -> bool:
+    def is_pruned(self, name: str) -> bool:
+        """Whether the checkpoint's linear `name` is stored compressed."""
         if self.pruned is not None:
             return name in self.pruned
         if self.compressed_tensors is not None:
@@ -300,7 +301,7 @@ class RiaConfig(QuantizationConfig):
         """How the linear `name` is stored."""
         if self.compressed_tensors is not None:
             scheme = self.compressed_tensors.scheme(name)
-            return scheme if self._is_pruned(name) else replace(scheme, dense=True)
+            return scheme if self.is_pruned(name) else replace(scheme, dense=True)
         return WeightScheme.of(self.schema)
 
     def is_plain(self, experts: StoredExperts) -> bool:

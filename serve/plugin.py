@@ -31,6 +31,7 @@ def watch_models() -> None:
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader import utils
 
+    from ria_vllm.serve.adapters import turn_adapters
     from ria_vllm.serve.completeness import check_loaded, check_reloaded, empty_weights, left_out
     from ria_vllm.serve.config import RiaConfig
     from ria_vllm.serve.engine import EngineOptions
@@ -59,6 +60,7 @@ def watch_models() -> None:
             # A draft may be built with the configuration of its target, but has files of its own.
             built_from = calls[0].get("model_config") or engine.model_config
             where = str(built_from.model) if built_from is not None else config.where
+            turn_adapters(config, model, getattr(built_from, "revision", None))
             embeddings = built_from is engine.model_config
             model.ria_left_out = functools.partial(left_out, model, embeddings)
             empty_weights(model, embeddings)

@@ -103,13 +103,15 @@ def _check_files(config: RiaConfig, model: str, revision: str | None, permutatio
 def check_adapters(schema: RiaSchema, present: RiaSchema, model: str) -> None:
     """Check that adapters that fit the folder which this server has loaded also fit another one, `schema`'s.
 
-    Scales and rotations are not stored. Where channels are permuted, their orders tell runs apart.
+    Those of the dense model have been turned by this server's rotations. Scales are not stored, nor were rotations by
+    older versions: then the orders of channels tell runs apart.
 
     Raises:
         RiaError: they may not fit.
     """
-    changes = schema.unlike_dense
-    if changes != present.unlike_dense or (changes and schema.permutations_digest is None):
+    changes, same = schema.unlike_dense, schema.rotations_digest == present.rotations_digest
+    told = schema.permutations_digest is not None or schema.rotations_digest is not None
+    if changes != present.unlike_dense or not same or (changes and not told):
         raise _refusal(
             model, "its linears may read inputs that are scaled or rotated (--smooth, --rotate) otherwise than here"
         )

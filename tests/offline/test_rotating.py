@@ -8,13 +8,21 @@ import torch
 from click.testing import CliRunner
 from compressing import digests, interrupted_after_a_layer, run_small
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.folder_commands import inspect, verify
 from ria_vllm.offline.compress import Settings
+from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.offline.distill.run import Settings as DistillSettings
+from ria_vllm.offline.distill.run import distill
 from ria_vllm.offline.pruning.masks import Pattern
+from ria_vllm.progress import Monitor
+from ria_vllm.push import files_to_push
+from ria_vllm.schema import ROTATIONS_FILE
+from ria_vllm.training import save
 
 # Family -> (key-value heads, heads), and the names of v and o.
 FAMILIES = {"llama": (2, 4, "v_proj", "o_proj"), "opt": (4, 4, "v_proj", "out_proj")}
@@ -67,6 +75,12 @@ def test_kept_weights_are_those_of_the_turned_model(family, by_hand, make_model,
     others = [name for name in dense if dense[name].dim() == 1 and name not in turned]
     assert others and all(torch.equal(found[name], dense[name]) for name in others)
     assert recipe_of(tmp_path / "out")["rotate"] == "heads"
+    stored = load_file(tmp_path / "out" / ROTATIONS_FILE)
+    consumers = sorted(name.removesuffix(".weight") for name in dense if name.endswith(f"{o_name}.weight"))
+    assert sorted(stored) == [f"{name}.rotations" for name in consumers]
+    for name, rotations in zip(consumers, by_hand, strict=True):
+        assert torch.equal(stored[f"{name}.rotations"], rotations.float())
+    assert not (tmp_path / "dense" / ROTATIONS_FILE).exists()
 
 
 @pytest.mark.parametrize("options", [
@@ -83,6 +97,7 @@ def test_a_resumed_run_gives_the_same_bytes(options, make_model, text, tmp_path)
         run_small(source, tmp_path / "out", text, rotate="heads", **options)
     run_small(source, tmp_path / "out", text, Settings(resume=True), rotate="heads", **options)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert digests((tmp_path / "out" / ROTATIONS_FILE).parent) == digests((tmp_path / "whole" / ROTATIONS_FILE).parent)
 
 
 def test_less_is_lost(tiny, text, tmp_path):
@@ -102,7 +117,31 @@ def test_what_stays_dense_is_not_turned(ignored, model, text, tmp_path):
     run_small(model, tmp_path / "without", text, ignore=(ignored,))
     found, want = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "without"))
     assert found.keys() == want.keys() and all(torch.equal(found[name], want[name]) for name in want)
-    assert "rotate" not in recipe_of(tmp_path / "out")  # so that servers take adapters of the dense model
+    assert "rotate" not in recipe_of(tmp_path / "out") and not (tmp_path / "out" / ROTATIONS_FILE).exists()
+
+
+def test_what_is_made_of_the_folder_keeps_the_rotations(model, text, tmp_path):
+    run_small(model, tmp_path / "out", text, rotate="heads")
+    recipe = Distillation(tokens=128, seq_len=64, batch=2, text=str(text), evals=1)
+    distill(tmp_path / "out", str(model), tmp_path / "distilled", recipe, DistillSettings(), Monitor(shown=False))
+    save(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tmp_path / "saved", like=tmp_path / "out")
+    want = (tmp_path / "out" / ROTATIONS_FILE).read_bytes()
+    for name in ("distilled", "saved"):
+        found = Reader(tmp_path / name)
+        assert (tmp_path / name / ROTATIONS_FILE).read_bytes() == want
+        assert found.schema.rotations_digest == Reader(tmp_path / "out").schema.rotations_digest
+        assert list(found.problems()) == []
+    assert files_to_push(Reader(tmp_path / "saved"))[ROTATIONS_FILE] == tmp_path / "saved" / ROTATIONS_FILE
+
+
+def test_what_an_interrupted_run_of_an_older_version_has_not_stored(model, text, tmp_path):
+    with interrupted_after_a_layer():
+        run_small(model, tmp_path / "out", text, rotate="heads")
+    path = tmp_path / "out.partial" / "run.json"
+    older = {key: value for key, value in json.loads(path.read_text()).items() if key != "rotations"}
+    path.write_text(json.dumps(older))
+    with pytest.raises(RiaError, match="another rotations"):
+        run_small(model, tmp_path / "out", text, Settings(resume=True), rotate="heads")
 
 
 def test_what_is_said_of_it(model, text, tmp_path):
@@ -110,6 +149,17 @@ def test_what_is_said_of_it(model, text, tmp_path):
     shown = CliRunner().invoke(inspect, [str(tmp_path / "out")], catch_exceptions=False).output
     assert "rotate heads" in shown
     assert CliRunner().invoke(verify, [str(tmp_path / "out")], catch_exceptions=False).exit_code == 0
+    export_dense(Reader(tmp_path / "out"), tmp_path / "dense", 10**9)
+    for name, fit in (("out", "fit only in vLLM with ria-vllm"), ("dense", "do not fit")):
+        assert f"adapters (LoRA) of the dense model {fit}" in (tmp_path / name / "README.md").read_text()
+
+
+def test_a_pattern_that_is_not_served_stores_no_rotations(model, text, tmp_path):
+    """vLLM would load them as weights, and nothing there turns adapters."""
+    run_small(model, tmp_path / "out", text, rotate="heads", pattern=Pattern.parse("4:8"))
+    assert not (tmp_path / "out" / ROTATIONS_FILE).exists()
+    assert not any("rotations" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    assert "adapters (LoRA) of the dense model do not fit" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_pattern_without_groups(model, text, tmp_path):

@@ -99,7 +99,7 @@ def test_a_folder_without_weights_is_read_by_its_ignore_list(copy):
         path.unlink()
     config = config_of(copy)
     assert config.pruned is None
-    assert not config._is_pruned("lm_head") and config._is_pruned("model.layers.0.mlp.up_proj")
+    assert not config.is_pruned("lm_head") and config.is_pruned("model.layers.0.mlp.up_proj")
 
 
 def split(folder, index=True):

@@ -249,9 +249,9 @@ def test_targets_and_ignore():
     chosen = RiaConfig.from_config(
         config(sparsity={"targets": ["re:model.layers.*proj"], "ignore": ["model.layers.0.o_proj"]})
     )
-    assert chosen._is_pruned("model.layers.0.q_proj")
-    assert not chosen._is_pruned("model.layers.0.o_proj")
-    assert not chosen._is_pruned("lm_head")
+    assert chosen.is_pruned("model.layers.0.q_proj")
+    assert not chosen.is_pruned("model.layers.0.o_proj")
+    assert not chosen.is_pruned("lm_head")
 
 
 def test_quantized_linears_without_a_layer_are_refused_by_name(ranks):

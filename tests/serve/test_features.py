@@ -1,7 +1,5 @@
 """vLLM's features on a pruned model: each gives the pruned model's logprobs, or is refused with a message."""
 
-import copy
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 import vllm
 from compare import check, generate
 from families import LATENT_ATTENTION
-from safetensors.torch import save_file
+from lora import merged, write_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -21,40 +19,15 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, tiny.VOCAB, (n,), generator=rng).tolist() for n in (5, 17, 70)]
 
 
-def write_adapter(model, folder) -> torch.nn.Module:
-    """A LoRA adapter on every linear; returns the model with it merged."""
-    merged = copy.deepcopy(model)
-    tensors = {}
-    torch.manual_seed(7)
-    for name, linear in tiny.linears(merged).items():
-        down, up = torch.randn(8, linear.in_features) * 0.1, torch.randn(linear.out_features, 8) * 0.1
-        tensors[f"base_model.model.{name}.lora_A.weight"] = down
-        tensors[f"base_model.model.{name}.lora_B.weight"] = up
-        linear.weight.data += up @ down
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    targets = sorted({name.rpartition(".")[2] for name in tiny.linears(merged)})
-    config = {
-        "peft_type": "LORA",
-        "r": 8,
-        "lora_alpha": 8,
-        "target_modules": targets,
-        "bias": "none",
-        "task_type": "CAUSAL_LM",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return merged
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("features")
     model = tiny.write(tiny.FAMILIES["llama-gqa"], folder / "out")
     tiny.write(tiny.FAMILIES["llama-gqa"], folder / "draft", layers=1)
     tiny.add_tokenizer(folder / "out")
-    merged = write_adapter(model, folder / "adapter")
+    with_adapter = merged(model, write_adapter(model, folder / "adapter"))
     quantized = tiny.write(tiny.FAMILIES["llama-gqa"], folder / "int4", weights="int4-g64")
-    merged_quantized = write_adapter(quantized, folder / "adapter of int4")
+    merged_quantized = merged(quantized, write_adapter(quantized, folder / "adapter of int4"))
     latent = tiny.write(tiny.FAMILIES["deepseek-v3"], folder / "latent")
     draft = {"method": "draft_model", "model": str(folder / "draft"), "num_speculative_tokens": 2}
     lora = {"enable_lora": True, "max_lora_rank": 8}
@@ -92,8 +65,8 @@ def runs(tmp_path_factory):
     results = dict(zip(jobs, results, strict=True))
     int4 = {name: results.pop(name) for name in list(results) if "int4" in name}
     return SimpleNamespace(
-        model=model, merged=merged, results=results, quantized=quantized, merged_quantized=merged_quantized, int4=int4,
-        latent=latent,
+        model=model, merged=with_adapter, results=results, quantized=quantized, merged_quantized=merged_quantized,
+        int4=int4, latent=latent,
     )  # fmt: skip
 
 

@@ -102,11 +102,15 @@ def test_weights_that_another_kernel_packed_are_refused(ranks, load_format):
         ({"rotate": "heads"}, True, "1", None),
         ({"rotate": "none"}, True, None, None),
         ({"smooth": 0.5, "rotate": "heads"}, True, None, "--smooth 0 --rotate none"),
+        ({"rotate": "heads", "stored": True}, True, None, None),
+        ({"rotate": "in another way", "stored": True}, True, None, "--rotate none"),
+        ({"smooth": 0.5, "rotate": "heads", "stored": True}, True, None, "--smooth 0"),
         ({}, True, None, None),
     ],
 )
 def test_adapters_for_a_folder_with_other_channels(ranks, monkeypatch, options, lora, variable, instead):
-    """Those of the dense model would give wrong answers; those of the folder itself are right."""
+    """Those of the dense model would give wrong answers, unless it is stored how heads were turned; those of the folder
+    itself are right."""
     if variable is not None:
         monkeypatch.setenv("RIA_VLLM_OWN_ADAPTERS", variable)
     current = VllmConfig()
@@ -114,6 +118,7 @@ def test_adapters_for_a_folder_with_other_channels(ranks, monkeypatch, options, 
     stored = Stored()
     stored.add("proj", 8, 16)
     config = stored.config()
+    config.schema.rotations_digest = "0" * 64 if options.get("stored") else None
     config.schema.recipe |= options
     with set_current_vllm_config(current):
         if instead:

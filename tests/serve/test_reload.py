@@ -157,6 +157,17 @@ def test_a_reload_that_orders_do_not_tell_from_another_run(checkpoint, copy):
         check_adapters(without_orders, without_orders, str(copy))
 
 
+def test_a_reload_of_other_rotations_under_adapters(checkpoint):
+    """Adapters of the dense model were turned by this server's. `distill` leaves them as they are."""
+    present = config_of(checkpoint).schema.model_copy(
+        update={"permutations_digest": None, "rotations_digest": "0" * 64, "recipe": {"rotate": "heads"}}
+    )
+    check_adapters(present, present, "here")
+    for digest in ("1" * 64, None):
+        with pytest.raises(RiaError, match="otherwise than here"):
+            check_adapters(present.model_copy(update={"rotations_digest": digest}), present, "here")
+
+
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """A folder of compressed-tensors: int8 by channel, inputs by token."""

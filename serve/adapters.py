@@ -1,0 +1,161 @@
+"""LoRA adapters of the dense model, for a folder whose heads are turned.
+
+`compress --rotate heads` turns the rows of v and the columns of o (`ria_vllm.rotation`). An adapter adds B A x to what
+v returns, and B A z to what o makes of its input z, so on such a folder the rows of v's B and the columns of o's A have
+to be turned, too. That is done as soon as vLLM has read an adapter: its tensors are whole, and have the names of the
+adapter's file after the model's own rules. Later, vLLM joins those of q, k and v, and cuts them for tensor parallel.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.model_executor.utils import get_packed_modules_mapping
+
+from ria_vllm import permutation, rotation
+from ria_vllm.errors import RiaError
+from ria_vllm.layer_schema import Producer
+from ria_vllm.serve.checkpoint_files import rotations_of
+from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.engine import ADAPTERS_VARIABLE, EngineOptions
+from ria_vllm.serve.linear import Sparse24LinearMethod
+
+WAY_OUT = (
+    "To serve adapters of the dense model, compress with --rotate none. If yours were trained on this folder, set "
+    f"{ADAPTERS_VARIABLE}=1."
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How the adapter of one linear is turned.
+
+    Attributes:
+        rotations: float64 [kv heads, d, d].
+        num_heads: how many query heads there are.
+        producer: the rows of the linear that make the key-value heads; None: the linear reads all query heads.
+    """
+
+    rotations: torch.Tensor
+    num_heads: int
+    producer: Producer | None
+
+    def apply(self, lora_a: Any, lora_b: Any) -> None:
+        """Turn an adapter's A [rank, in] or B [out, rank], in place.
+
+        Raises:
+            ValueError: it is missing, or has another shape.
+        """
+        kv, d, _ = self.rotations.shape
+        name, tensor = ("lora_A", lora_a) if self.producer is None else ("lora_B", lora_b)
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
+            raise ValueError(f"it has no {name} that is a matrix")
+        if self.producer is None:
+            if tensor.shape[1] != self.num_heads * d:
+                raise ValueError(f"{name} has {tensor.shape[1]} columns, expected {self.num_heads} heads of {d}")
+            rotation.turn_columns(tensor, self.rotations)
+            return
+        rows = permutation.places(len(tensor), *(self.producer.rows or (0, len(tensor))), self.producer.blocks)
+        if isinstance(rows, str) or len(rows) != kv * d:
+            wrong = rows if isinstance(rows, str) else f"{len(rows)} of them for values"
+            raise ValueError(f"{name} has {len(tensor)} rows ({wrong}), expected {kv} key-value heads of {d}")
+        rotation.turn_rows(tensor, self.rotations, rows)
+
+
+def turn_adapters(config: RiaConfig, model: torch.nn.Module, revision: str | None) -> None:
+    """Have adapters turned that vLLM loads for a model that was just built, if its folder's heads are turned.
+
+    Raises:
+        RiaError: the rotations are missing or damaged, or it is not known how to turn an adapter for this model.
+    """
+    engine = EngineOptions.current()
+    if not engine.lora or engine.own_adapters or config.schema.rotations_digest is None:
+        return
+    rotations = rotations_of(config.where, revision, config.schema, config.is_pruned)
+    model.ria_turns = _by_adapter_name(config, model, _by_linear(config, rotations))
+    _watch_adapters()
+
+
+def turn(loras: Mapping[str, Any], turns: Mapping[str, Sequence[Turn]], adapter: str) -> None:
+    """Turn what an adapter adds to each linear that is turned, in place; the others stay as they are.
+
+    Args:
+        loras: module -> an object with its `lora_a` [rank, in] and `lora_b` [out, rank].
+        turns: module -> how what is added to it has to be turned.
+        adapter: its name, for messages.
+
+    Raises:
+        RiaError: a tensor is missing or has another shape.
+    """
+    for module, lora in loras.items():
+        for one in turns.get(module, ()):
+            try:
+                one.apply(lora.lora_a, lora.lora_b)
+            except ValueError as error:
+                raise RiaError(f"adapter {adapter}: {module}: {error}. {WAY_OUT}") from None
+
+
+def _by_linear(config: RiaConfig, rotations: Mapping[str, torch.Tensor]) -> dict[str, list[Turn]]:
+    """Linear of the checkpoint -> how its adapter is turned."""
+    found: dict[str, list[Turn]] = {}
+    for name, matrices in rotations.items():
+        fold = config.schema.fold_of(name)
+        assert fold is not None  # as `checked_rotations` has seen
+        (producer,) = fold.producers_of(name)
+        for linear, rows in ((name, None), (producer.name, producer)):
+            found.setdefault(linear, []).append(Turn(matrices.double(), fold.num_heads or 0, rows))
+    return found
+
+
+def _by_adapter_name(
+    config: RiaConfig, model: torch.nn.Module, turns: Mapping[str, list[Turn]]
+) -> dict[str, list[Turn]]:
+    """Module that an adapter may name -> how what it adds there is turned.
+
+    Raises:
+        RiaError: it is not known which linear of the checkpoint a module is.
+    """
+    packed = get_packed_modules_mapping(model)
+    found: dict[str, list[Turn]] = {}
+    for path, layer in model.named_modules():
+        method = getattr(layer, "quant_method", None)
+        if not isinstance(method, Sparse24LinearMethod) or not turns.keys() & set(method.names):
+            continue
+        names = _adapter_names(path, packed)
+        if len(names) != len(method.names):
+            raise RiaError(
+                f"{config.where}: {', '.join(method.names)}: vLLM's layer {path} takes adapters for "
+                f"{', '.join(names)} instead, so it is not known how to turn them. {WAY_OUT}"
+            )
+        for name, linear in zip(names, method.names):
+            found[name] = turns.get(linear, [])
+            if getattr(model, "is_pooling_model", False):  # these take names of a decoder without a head, too
+                found[name.removeprefix("model.")] = found[name]
+    return found
+
+
+def _adapter_names(path: str, packed: Mapping[str, list[str]]) -> list[str]:
+    """The modules whose adapters vLLM gives to its layer `path`, in the order of the outputs."""
+    parent, _, leaf = path.rpartition(".")
+    parts = packed.get(leaf, [])
+    return [f"{parent}.{part}" if parent else part for part in parts] if len(parts) > 1 else [path]
+
+
+def _watch_adapters() -> None:
+    """Turn each adapter that vLLM reads for a model that has `ria_turns`. vLLM has no hook for that."""
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    load = WorkerLoRAManager._load_adapter
+    if hasattr(load, "ria_turns"):
+        return
+
+    @functools.wraps(load)
+    def _load_adapter(self: Any, lora_request: Any) -> Any:
+        adapter = load(self, lora_request)
+        turn(adapter.loras, getattr(self._adapter_manager.model, "ria_turns", {}), lora_request.lora_name)
+        return adapter
+
+    _load_adapter.ria_turns = True  # type: ignore[attr-defined]
+    WorkerLoRAManager._load_adapter = _load_adapter
