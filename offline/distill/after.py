@@ -11,7 +11,8 @@ import torch
 
 from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.distill.checks import check_names, context_of, fitting, outline
+from ria_vllm.offline.distill.checks import check_names, context_of, fitting
+from ria_vllm.offline.distill.outline import outline
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill, stamps_of
 from ria_vllm.offline.distill.text import held_out_texts, training_windows

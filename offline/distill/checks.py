@@ -3,35 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.foreign import ForeignStart
+from ria_vllm.offline.distill.outline import outline
 from ria_vllm.offline.distill.places import places_of
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.text import same_tokens
-from ria_vllm.offline.model.architecture import model_class, output_head, text_config
-from ria_vllm.offline.model.hf import explained, load_tokenizer, read_config
+from ria_vllm.offline.model.architecture import output_head, text_config
+from ria_vllm.offline.model.hf import load_tokenizer, read_config
 from ria_vllm.offline.model.names import Names
 from ria_vllm.progress import Monitor
-
-
-def outline(name: str) -> Any:
-    """The model of a folder or hub id on the meta device, without weights.
-
-    Raises:
-        RiaError: transformers cannot build it, or it gives no logits.
-    """
-    config = read_config(name)
-    kind = model_class(name, config)
-    with explained(f"{name}: transformers cannot build this model"), torch.device("meta"):
-        model: Any = kind._from_config(config)
-    if output_head(model) is None:
-        raise RiaError(f"{name}: a {kind.__name__} gives no logits of tokens, so it cannot be distilled.")
-    return model
 
 
 def check_models(start: Start | ForeignStart, teacher: str, recipe: Distillation, sharded: bool = False) -> None:
