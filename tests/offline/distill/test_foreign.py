@@ -71,7 +71,9 @@ def test_what_vllm_could_not_fuse_is_refused_before_anything_is_trained(form, fa
         tensors[f"{name}.weight"] = load_file(dense / "model.safetensors")[f"{name}.weight"]
 
     edit_weights(theirs, restore)
-    with pytest.raises(RiaError, match=rf"theirs: {name} is dense, but model\.layers\.1\.\S+ is 2:4. vLLM fuses .*, or"):
+    with pytest.raises(
+        RiaError, match=rf"theirs: {name} is dense, but model\.layers\.1\.\S+ is 2:4. vLLM fuses .*, or"
+    ):
         run(dense, theirs, tmp_path / "out", text)
     assert not (tmp_path / "out.partial").exists()
 
