@@ -48,7 +48,8 @@ STAMPED = (".safetensors", ".json", ".model", ".jinja", ".txt", ".tiktoken")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a distillation runs. Nothing here changes the result, except that devices round differently.
+    """How a distillation runs. Nothing here changes the result, except that devices round differently, and so do sums
+    over the parts of a divided model.
 
     shard: divide the models and the optimizer state among the processes, by rows; otherwise each has all of them.
     """
@@ -103,8 +104,7 @@ def distill(
         recipe = fitting(recipe, (str(folder), files), monitor)
         check_models(start, origin, recipe, settings.shard and ranks.size > 1)
         kept = ("*", "The text and the steps so far")
-        # Sums over processes are rounded otherwise than sums in one.
-        run = fingerprint(start, origin, recipe) | {"processes": ranks.size, "shard": settings.shard}
+        run = fingerprint(start, origin, recipe) | rounding_of(settings, ranks)
         with work_folder(out, run, settings.overwrite, settings.resume, ranks, kept) as writer:
             return _Run(start, origin, recipe, settings, writer, ranks, monitor, windows).distill()
 
@@ -132,6 +132,19 @@ def fingerprint(start: Start | ForeignStart, origin: Origin, recipe: Distillatio
     }
     full = {"folder": str(start.folder), "teacher": origin.name, "text": recipe.text}  # this stays in the work folder
     return json.loads(json.dumps(recipe.dump(origin.name, origin.revision) | full | stamps))
+
+
+def rounding_of(settings: Settings, ranks: Ranks) -> dict[str, Any]:
+    """What results are rounded by besides the recipe's options: sums over processes have another order."""
+    shard = settings.shard and ranks.size > 1
+    return {"processes": ranks.size, "shard": shard, "device": settings.device.type}
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What kernels are chosen by, which round differently too; a resumed run may have another."""
+    if device.type == "cuda":
+        return {"hardware": torch.cuda.get_device_name(device)}
+    return {"hardware": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
 
 
 def stamps_of(folder: Path) -> list[list[Any]]:
@@ -269,7 +282,8 @@ class _Run:
     def _report(self, course: Course) -> dict[str, Any]:
         recipe = self.start.schema.recipe
         found: dict[str, Any] = {"recipe": recipe, "linears": {}} | without_errors(self.start.report())
-        this = self.recipe.dump(self.teacher.name, self.teacher.revision) | {"steps": course.step}
+        this = self.recipe.dump(self.teacher.name, self.teacher.revision)
+        this |= rounding_of(self.settings, self.ranks) | hardware(self.settings.device) | {"steps": course.step}
         if course.best:
             this["kept_step"] = course.best[0]
         earlier = recipe.get("distill")

@@ -49,3 +49,12 @@ def test_a_held_out_divergence_is_named_after_what_it_compares(cached, pruned, t
     assert set(score) == {"perplexity", name} and score[name] == pytest.approx(wanted, rel=1e-4)
     first = next(line for line in monitor.said if line.startswith("step 0 of"))
     assert first.endswith(f", {words} {score[name]:.4f}")
+
+
+def test_the_recipe_says_what_rounds_the_weights(pruned, text, tmp_path):
+    dense, folder = pruned()
+    (story,) = run(dense, folder, tmp_path / "out", text, Monitor(shown=False))["recipe"]["distill"]
+    found = {key: story[key] for key in ("processes", "shard", "device", "hardware", "threads")}
+    capability = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    assert found == {"processes": 1, "shard": False, "device": "cpu", "hardware": capability, "threads": threads}
