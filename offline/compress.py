@@ -267,10 +267,12 @@ class _Run:
             rotated: those that read turned heads; if there are none, `rotate` is none.
         """
         scheme = self.model.tensors.scheme
-        dequantized = {} if scheme is None else {"dequantized_from": scheme.method}
+        found = {} if scheme is None else {"dequantized_from": scheme.method}
+        if self.source.revision is not None:
+            found["source_revision"] = self.source.revision
         recipe = self.recipe if smoothed else replace(self.recipe, smooth=0.0)
         recipe = recipe if rotated else replace(recipe, rotate="none")
-        return recipe.dump(self.source.name) | dequantized | {TOPOLOGY: topologies.dump()}
+        return recipe.dump(self.source.name) | found | {TOPOLOGY: topologies.dump()}
 
     def _report(self, topologies: Topologies, plan: Plan, store: ExpertStore) -> dict[str, Any]:
         linears: dict[str, Any] = {}

@@ -64,6 +64,11 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def weight_digests(folder: Path) -> dict[str, str]:
+    """Those of the files with tensors."""
+    return {name: digest for name, digest in digests(folder).items() if name.endswith(".safetensors")}
+
+
 @pytest.fixture
 def model(tiny, tmp_path) -> Path:
     """A private copy of a tiny Llama."""

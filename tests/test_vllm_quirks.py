@@ -1,5 +1,8 @@
 """Which linears vLLM serves dense only, and of which families it rearranges rows."""
 
+import ast
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +11,7 @@ from decoders import layers_of, small
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm.offline.model.topology import decoder_layers, linears_of
-from ria_vllm.vllm_quirks import rearranged, served_dense
+from ria_vllm.vllm_quirks import FUSED, FUSED_IN_FAMILIES, fused_sets, rearranged, served_dense
 
 MIXTURES = (
     "afmoe", "aria_text", "axk1", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots1",
@@ -88,3 +91,22 @@ def test_rearranged_rows_are_expected_of_a_decoder_behind_a_wrapper_too():
     wrapper = SimpleNamespace(model_type="a wrapper", text_config=SimpleNamespace(model_type="llama4_text"))
     assert rearranged(SimpleNamespace(model_type="bloom")) and rearranged(wrapper)
     assert not rearranged(SimpleNamespace(model_type="llama")) and not rearranged(None)
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="reads vLLM's models")
+def test_what_is_fused_in_some_families_is_what_vllm_says():
+    """In the mappings of these models, which are lists of names in their sources."""
+    folder = Path(find_spec("vllm").origin).parent / "model_executor" / "models"
+    found = set()
+    for name in ("llama", "lfm2", "qwen3_5", "deepseek_v2"):
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
+            if isinstance(node, ast.List) and all(isinstance(one, ast.Constant) for one in node.elts):
+                found.add(tuple(one.value for one in node.elts))
+    assert {*FUSED, *FUSED_IN_FAMILIES} <= found
+
+
+def test_fused_sets_are_those_of_the_modules_that_are_there():
+    linears = ["layers.0.mlp.up_proj", "layers.0.mlp.down_proj", "w3"]
+    found = fused_sets(linears, families=True)
+    assert {"layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"} in found and {"w1", "w3"} in found
+    assert {"w1", "w3"} not in fused_sets(linears) and not any("layers.0.w1" in one for one in found)

@@ -3,48 +3,33 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.foreign import ForeignStart
+from ria_vllm.offline.distill.origin import Origin
+from ria_vllm.offline.distill.outline import outline
 from ria_vllm.offline.distill.places import places_of
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.text import same_tokens
-from ria_vllm.offline.model.architecture import model_class, output_head, text_config
-from ria_vllm.offline.model.hf import explained, load_tokenizer, read_config
+from ria_vllm.offline.model.architecture import output_head, text_config
+from ria_vllm.offline.model.hf import load_tokenizer, read_config
 from ria_vllm.offline.model.names import Names
 from ria_vllm.progress import Monitor
 
 
-def outline(name: str) -> Any:
-    """The model of a folder or hub id on the meta device, without weights.
-
-    Raises:
-        RiaError: transformers cannot build it, or it gives no logits.
-    """
-    config = read_config(name)
-    kind = model_class(name, config)
-    with explained(f"{name}: transformers cannot build this model"), torch.device("meta"):
-        model: Any = kind._from_config(config)
-    if output_head(model) is None:
-        raise RiaError(f"{name}: a {kind.__name__} gives no logits of tokens, so it cannot be distilled.")
-    return model
-
-
-def check_models(start: Start | ForeignStart, teacher: str, recipe: Distillation, sharded: bool = False) -> None:
+def check_models(start: Start | ForeignStart, origin: Origin, recipe: Distillation, sharded: bool = False) -> None:
     """Check that the teacher's predictions mean the same tokens as the student's, and that the student can be trained.
 
     Args:
+        origin: the teacher.
         sharded: whether the student is to be divided among processes.
 
     Raises:
         RiaError: other tokens, another number of them, other hidden states if the loss compares them, or a linear that
             cannot be trained.
     """
-    mine, dense = outline(str(start.folder)), outline(teacher)
+    teacher, mine, dense = origin.name, outline(str(start.folder)), outline(str(origin.folder))
     places = places_of(mine, start, Names(mine, start.dense_names(), start.folder))
     experts = next((place.names[0] for place in places.values() if place.stacked), None)
     if sharded and experts is not None:
@@ -65,7 +50,7 @@ def check_models(start: Start | ForeignStart, teacher: str, recipe: Distillation
                     f"--loss hidden: {teacher} has {key} {other}, {start.folder} has {one}, so their hidden states "
                     "cannot be compared. Leave hidden out."
                 )
-    same_tokens(load_tokenizer(teacher), load_tokenizer(str(start.folder)), (teacher, start.folder))
+    same_tokens(load_tokenizer(str(origin.folder)), load_tokenizer(str(start.folder)), (teacher, start.folder))
 
 
 def context_of(names: Sequence[str]) -> int | None:

@@ -10,7 +10,11 @@ from ria_vllm.errors import RiaError
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--teacher", required=True, help="The dense model that FOLDER was pruned from: a folder or hub id.")
+@click.option(
+    "--teacher",
+    required=True,
+    help="The dense model that FOLDER was pruned from: a folder, or a hub id or ID@REVISION (a branch, tag or commit).",
+)
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
 @click.option("--tokens", required=True, type=click.IntRange(min=2), help="How many tokens of text to train on.")
 @click.option(

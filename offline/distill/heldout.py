@@ -16,10 +16,23 @@ from ria_vllm.progress import Monitor
 
 @dataclass(frozen=True)
 class Score:
-    """On one text: the student's perplexity, and KL(teacher, student) in nats a token."""
+    """On one text: the student's perplexity, and KL(teacher, student) in nats a token.
+
+    top_k: how many of the teacher's most probable tokens `kl` compares one by one, and all others as one, which makes
+        it smaller; 0: all of the vocabulary.
+    """
 
     perplexity: float
     kl: float
+    top_k: int = 0
+
+    def dump(self) -> dict[str, float]:
+        """For the report: divergences that cannot be compared have different names."""
+        return {"perplexity": self.perplexity, "kl_top_k" if self.top_k else "kl": self.kl}
+
+    def __str__(self) -> str:
+        of = f" of the top {self.top_k}" if self.top_k else ""
+        return f"perplexity {self.perplexity:.2f}, KL{of} {self.kl:.4f}"
 
 
 class HeldOut:
@@ -52,5 +65,7 @@ class HeldOut:
             mean = float(total[2]) / (count * (length - 1))
             if not math.isfinite(mean):
                 raise RiaError(f"{name}: the student's predictions are not finite. Give a smaller --lr.")
-            found[name] = Score(math.exp(min(mean, 700.0)), float(total[0]) / (count * length))
+            top = pairs[0][1].top
+            kl = float(total[0]) / (count * length)
+            found[name] = Score(math.exp(min(mean, 700.0)), kl, 0 if top is None else top.tokens.shape[-1])
         return found

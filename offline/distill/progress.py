@@ -48,7 +48,7 @@ class Course:
         if self.counted:
             found |= {name: total / self.counted for name, total in zip(TERMS, self.sums, strict=True)}
         if scores:
-            found["held_out"] = {name: asdict(score) for name, score in scores.items()}
+            found["held_out"] = {name: score.dump() for name, score in scores.items()}
         found = json.loads(json.dumps(found, sort_keys=True))  # in the order in which a resumed run reads it
         self.curve.append(found)
         self.sums, self.counted = [0.0] * len(TERMS), 0

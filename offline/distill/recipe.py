@@ -113,8 +113,12 @@ class Distillation:
         """Whether held-out text is measured after a step, counted from 1: `evals` times, evenly spread."""
         return step * self.evals // self.steps > (step - 1) * self.evals // self.steps
 
-    def dump(self, teacher: str) -> dict[str, Any]:
-        """For config.json: enough to repeat the run, without local paths."""
+    def dump(self, teacher: str, revision: str | None = None) -> dict[str, Any]:
+        """For config.json: enough to repeat the run, without local paths.
+
+        Args:
+            revision: the teacher's commit on the hub; None: a folder.
+        """
         versions = {"ria-vllm": __version__} | {name: version(name) for name in ("torch", "transformers")}
         loss = {"loss": str(self.loss), "temperature": self.loss.temperature, "top_k": self.loss.top_k}
         shown = {
@@ -123,6 +127,8 @@ class Distillation:
             "eval_text": [Path(text).name for text in self.eval_text],
         }
         found: dict[str, Any] = {"teacher": published(teacher)}
+        if revision is not None:
+            found["teacher_revision"] = revision
         for name in (option.name for option in fields(self)):
             found |= loss if name == "loss" else {name: shown.get(name, getattr(self, name))}
         return found | {"versions": versions}

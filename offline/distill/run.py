@@ -17,6 +17,7 @@ from ria_vllm.offline.distill.checks import check_models, check_names, context_o
 from ria_vllm.offline.distill.foreign import ForeignStart
 from ria_vllm.offline.distill.heldout import HeldOut
 from ria_vllm.offline.distill.logits import TwoPart
+from ria_vllm.offline.distill.origin import Origin, located
 from ria_vllm.offline.distill.parameters import AdamW, Pace
 from ria_vllm.offline.distill.processes import joined
 from ria_vllm.offline.distill.progress import Course
@@ -32,9 +33,10 @@ from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.hf import load_model, load_tokenizer, stored_dtype, text_tokenizer
 from ria_vllm.offline.model.source import stamp_of
+from ria_vllm.offline.publish import published
 from ria_vllm.offline.runtime.memory import release
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.work import work_folder
+from ria_vllm.offline.work import begun_run, work_folder
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import REPORT_FILE
 from ria_vllm.weight_format import name_of
@@ -46,7 +48,8 @@ STAMPED = (".safetensors", ".json", ".model", ".jinja", ".txt", ".tiktoken")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a distillation runs. Nothing here changes the result, except that devices round differently.
+    """How a distillation runs. Nothing here changes the result, except that devices round differently, and so do sums
+    over the parts of a divided model.
 
     shard: divide the models and the optimizer state among the processes, by rows; otherwise each has all of them.
     """
@@ -92,14 +95,18 @@ def distill(
         settings = replace(settings, device=device)
         recipe = recipe.among(ranks.size)
         start = Start(folder) if is_compressed(folder) else ForeignStart(folder)
-        recipe = replace(recipe, compute_dtype=_compute_dtype(start, teacher, recipe.compute_dtype, device, monitor))
-        recipe = fitting(recipe, (str(folder), teacher), monitor)
-        check_models(start, teacher, recipe, settings.shard and ranks.size > 1)
+        origin = located(teacher, ranks, monitor)
+        origin.check_pruned_from(folder, start.schema.recipe)
+        if settings.resume and ranks.first:
+            origin.check_resumed(begun_run(out))
+        files = str(origin.folder)
+        recipe = replace(recipe, compute_dtype=_compute_dtype(start, files, recipe.compute_dtype, device, monitor))
+        recipe = fitting(recipe, (str(folder), files), monitor)
+        check_models(start, origin, recipe, settings.shard and ranks.size > 1)
         kept = ("*", "The text and the steps so far")
-        # Sums over processes are rounded otherwise than sums in one.
-        run = fingerprint(start, teacher, recipe) | {"processes": ranks.size, "shard": settings.shard}
+        run = fingerprint(start, origin, recipe) | rounding_of(settings, ranks)
         with work_folder(out, run, settings.overwrite, settings.resume, ranks, kept) as writer:
-            return _Run(start, teacher, recipe, settings, writer, ranks, monitor, windows).distill()
+            return _Run(start, origin, recipe, settings, writer, ranks, monitor, windows).distill()
 
 
 def _compute_dtype(
@@ -115,22 +122,34 @@ def _compute_dtype(
     return name_of(chosen)
 
 
-def fingerprint(start: Start | ForeignStart, teacher: str, recipe: Distillation) -> dict[str, Any]:
+def fingerprint(start: Start | ForeignStart, origin: Origin, recipe: Distillation) -> dict[str, Any]:
     """Everything that the bytes of the result depend on, as read back from JSON."""
     paths = [*map(Path, recipe.eval_text), Path(recipe.text)]
     stamps = {
         "state of the texts": [stamp_of(path) for path in paths if path.is_file()],
         "state of the folder": stamps_of(start.folder),
-        "state of the teacher": stamps_of(Path(teacher)),
+        "state of the teacher": stamps_of(origin.folder) if origin.revision is None else [],
     }
-    full = {"folder": str(start.folder), "teacher": teacher, "text": recipe.text}  # this stays in the work folder
-    return json.loads(json.dumps(recipe.dump(teacher) | full | stamps))
+    full = {"folder": str(start.folder), "teacher": origin.name, "text": recipe.text}  # this stays in the work folder
+    return json.loads(json.dumps(recipe.dump(origin.name, origin.revision) | full | stamps))
+
+
+def rounding_of(settings: Settings, ranks: Ranks) -> dict[str, Any]:
+    """What results are rounded by besides the recipe's options: sums over processes have another order."""
+    shard = settings.shard and ranks.size > 1
+    return {"processes": ranks.size, "shard": shard, "device": settings.device.type}
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What kernels are chosen by, which round differently too; a resumed run may have another."""
+    if device.type == "cuda":
+        return {"hardware": torch.cuda.get_device_name(device)}
+    return {"hardware": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
 
 
 def stamps_of(folder: Path) -> list[list[Any]]:
-    """Those of the weights, the configuration and the tokenizer in a folder; of a hub id none."""
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [stamp_of(path) for path in found if path.is_file() and path.suffix in STAMPED]
+    """Those of the weights, the configuration and the tokenizer in a folder."""
+    return [stamp_of(path) for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in STAMPED]
 
 
 @dataclass(frozen=True)
@@ -138,7 +157,7 @@ class _Run:
     """One distillation, and what its steps need."""
 
     start: Start | ForeignStart
-    teacher: str
+    teacher: Origin
     recipe: Distillation
     settings: Settings
     writer: CheckpointWriter
@@ -152,13 +171,13 @@ class _Run:
         copies = companion_files(self.start.folder, monitor.warn)
         texts, text = self._held_out(), self._text()
         with monitor.phase("loading the teacher"):
-            dense = self._loaded(self.teacher)
+            dense = self._loaded(str(self.teacher.folder))
             dense.model.requires_grad_(False)
             if self.sharded:
                 shard(dense, self.settings.device)
         vocabulary = output_head(dense.model).weight.shape[0]
         windows = self._written(dense) if text is None else text
-        check_vocabulary([windows, *texts.values()], vocabulary, self.teacher)
+        check_vocabulary([windows, *texts.values()], vocabulary, self.teacher.name)
         answers: Any = Teacher(dense, layers=bool(recipe.loss.hidden))
         plain: Teacher | None = Teacher(dense)
         if recipe.cache_teacher:
@@ -239,7 +258,7 @@ class _Run:
 
     def _held_out(self) -> dict[str, torch.Tensor]:
         folder = str(self.start.folder)
-        return held_out_texts(self.recipe, load_tokenizer(folder), context_of((folder, self.teacher)))
+        return held_out_texts(self.recipe, load_tokenizer(folder), context_of((folder, str(self.teacher.folder))))
 
     def _of_held_out(self, texts: dict[str, torch.Tensor], dense: TwoPart) -> dict[str, list[Answer]]:
         """What the teacher says of each window of the held-out texts."""
@@ -263,7 +282,8 @@ class _Run:
     def _report(self, course: Course) -> dict[str, Any]:
         recipe = self.start.schema.recipe
         found: dict[str, Any] = {"recipe": recipe, "linears": {}} | without_errors(self.start.report())
-        this = self.recipe.dump(self.teacher) | {"steps": course.step}
+        this = self.recipe.dump(self.teacher.name, self.teacher.revision)
+        this |= rounding_of(self.settings, self.ranks) | hardware(self.settings.device) | {"steps": course.step}
         if course.best:
             this["kept_step"] = course.best[0]
         earlier = recipe.get("distill")
@@ -291,7 +311,7 @@ class _Run:
     def _card(self, report: dict[str, Any]) -> str:
         zeros = self.start.schema.sparsity_config.global_sparsity
         recipe = {key: value for key, value in report["recipe"].items() if key != "distill"}
-        recipe = {"source": self.recipe.dump(self.teacher)["teacher"], "pattern": "2:4"} | recipe
+        recipe = {"source": published(self.teacher.name), "pattern": "2:4"} | recipe
         card = pruned_card(self.start.folder, report | {"recipe": recipe}, zeros, True, self.monitor.warn)
         return card + "\n" + recovery_section(report["recipe"]["distill"])
 

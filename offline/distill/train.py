@@ -117,7 +117,7 @@ class Training:
         point = course.point(course.step * self.recipe.batch * self.recipe.seq_len, scores)
         words = [_terms([point[name] for name in TERMS], 1)] if "kl" in point else []
         words += [f"{rate:.0f} tokens/s"] if rate else []
-        words += [f"{name}: perplexity {score.perplexity:.2f}, KL {score.kl:.4f}" for name, score in scores.items()]
+        words += [f"{name}: {score}" for name, score in scores.items()]
         self.monitor.say(f"{self._place(course)}: {', '.join(words)}" if words else self._place(course))
         if scores:
             better = course.judge(self._loss_of(next(iter(scores.values()))), self.recipe.patience)

@@ -132,7 +132,8 @@ def perplexities(measured: Sequence[dict[str, Any]]) -> str:
 
 def recovery(runs: Any) -> str:
     """How each `ria-vllm distill` went: the terms of the loss, and the perplexity of held-out texts, against tokens."""
-    drawn = []
+    drawn: list[str] = []
+    titles: list[str] = []
     for number, run in enumerate(runs if isinstance(runs, list) else [], 1):
         points = run.get("curve") if isinstance(run, dict) else None
         points = [point for point in points if isinstance(point, dict)] if isinstance(points, list) else []
@@ -144,6 +145,8 @@ def recovery(runs: Any) -> str:
             scores = [{**_held_out(point).get(name, {}), "tokens": point.get("tokens")} for point in points]
             lines |= {f"{name}: perplexity": _against_tokens(scores, "perplexity")}
             lines |= {f"{name}: KL": _against_tokens(scores, "kl")}
+            lines |= {f"{name}: KL of the top k": _against_tokens(scores, "kl_top_k")}
+        titles += [title for title, line in lines.items() if line]
         before = f"run {number}, " if len(runs) > 1 else ""
         drawn += [
             line_chart(before + title, [Series(title, "after", line)], "tokens", False)
@@ -153,6 +156,8 @@ def recovery(runs: Any) -> str:
     if not drawn:
         return ""
     words = "Training of the kept weights towards the dense model. KL is the divergence from its predictions, in nats."
+    if any(title.endswith("KL of the top k") for title in titles):
+        words += " That of the top k counts all but its k most probable tokens as one, and is smaller for that."
     return f'<h2>Recovery</h2><p>{words}</p><div class="charts">{"".join(drawn)}</div>'
 
 

@@ -1,5 +1,6 @@
 """What we need from transformers: configurations, tokenizers and whole models, and its errors in our own words."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,21 +71,33 @@ def text_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def from_hub(model: str) -> Path:
+def from_hub(model: str, revision: str | None = None) -> Path:
     """The folder in the hub's cache with all that is read of a model, fetched if it is not there.
+
+    Args:
+        revision: a branch, tag or commit; None: the main branch.
 
     Raises:
         RiaError: it cannot be fetched.
     """
     from huggingface_hub import snapshot_download
 
+    which = {} if revision is None else {"revision": revision}
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_COPIES))
+        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_COPIES, **which))
     except Exception as error:
+        shown = model if revision is None else f"{model}@{revision}"
         raise RiaError(
-            f"{model}: no such folder or file here, and it could not be fetched from the hub either "
+            f"{shown}: no such folder or file here, and it could not be fetched from the hub either "
             f"({first_line(error)}). Check the name; gated models need `hf auth login`."
         ) from None
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit whose files a folder of the hub's cache holds, CACHE/models--USER--NAME/snapshots/COMMIT; None: it is
+    no such folder."""
+    in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    return folder.name if in_cache and re.fullmatch("[0-9a-f]{40}", folder.name) else None
 
 
 def without_quantization(config: Any) -> None:

@@ -14,7 +14,7 @@ from ria_vllm.companions import is_companion, leads_out, left_where_it_is, neste
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.architecture import model_class
 from ria_vllm.offline.model.dequantize import scheme_of
-from ria_vllm.offline.model.hf import from_hub, reason_of, without_quantization
+from ria_vllm.offline.model.hf import commit_of, from_hub, reason_of, without_quantization
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 from ria_vllm.writer import disk_errors
@@ -34,6 +34,7 @@ class Source:
     Neither `config` nor `raw_config` says how the weights are quantized in the files.
 
     stamp: tells these weights from others without reading them.
+    revision: the commit of a hub id's files.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Source:
     config: PretrainedConfig
     raw_config: dict[str, Any]
     stamp: list[list[Any]]
+    revision: str | None = None
 
     def small_files(self) -> list[Path]:
         """Tokenizer, processor, generation config, chat template, license; not if they are links out of the folder."""
@@ -89,8 +91,8 @@ def opened(model: str, work: Path, ranks: Ranks, monitor: Monitor) -> Iterator[S
         )
     else:
         with monitor.phase("fetching the model from the hub"):
-            folder = from_hub(model) if ranks.first else None
-        yield _checked(model, ranks.broadcast(folder))
+            folder = ranks.broadcast(from_hub(model) if ranks.first else None)
+        yield replace(_checked(model, folder), revision=commit_of(folder))
 
 
 def convert_gguf(path: Path, folder: Path) -> None:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressing import edit_config
+from compressing import edit_config, edit_weights, run_small
 from safetensors.torch import load_file, save_file
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint import Reader, SparseLinear
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
+from ria_vllm.formats import FLOAT
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.progress import Monitor
@@ -54,6 +55,62 @@ def test_the_result_is_that_of_our_own_folder_with_the_same_weights(form, pruned
     assert "pruned by another program." in card and "pruned by ria-vllm" not in card
     assert sorted(found.schema.sparsity_config.ignore) == sorted(ours.schema.sparsity_config.ignore)
     assert found.schema.sparsity_config.global_sparsity == ours.schema.sparsity_config.global_sparsity
+
+
+@pytest.mark.parametrize(
+    ("family", "linear"), [("llama", "self_attn.v_proj"), ("llama", "mlp.gate_proj"), ("lfm2", "feed_forward.w3")]
+)
+@pytest.mark.parametrize("form", [with_zeros, with_bitmasks])
+def test_what_vllm_could_not_fuse_is_refused_before_anything_is_trained(form, family, linear, pruned, text, tmp_path):
+    dense, folder = pruned(family, permute="none")
+    theirs, name = form(folder, tmp_path / "theirs"), f"model.layers.1.{linear}"
+
+    def restore(tensors: dict) -> None:
+        for part in ("compressed", "bitmask", "shape"):
+            tensors.pop(f"{name}.{part}", None)
+        tensors[f"{name}.weight"] = load_file(dense / "model.safetensors")[f"{name}.weight"]
+
+    edit_weights(theirs, restore)
+    with pytest.raises(
+        RiaError, match=rf"theirs: {name} is dense, but model\.layers\.1\.\S+ is 2:4. vLLM fuses .*, or"
+    ):
+        run(dense, theirs, tmp_path / "out", text)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def pruned_tower(tensors: dict) -> set[str]:
+    """Make the matrices of a vision tower's layers 2:4, dense with zeros; their names."""
+    names = {n for n, one in tensors.items() if ".blocks." in n and n.endswith(".weight") and one.dim() == 2}
+    for name in names:
+        tensors[name][:, 2::4] = tensors[name][:, 3::4] = 0
+    return names
+
+
+@pytest.mark.parametrize("form", [with_zeros, with_bitmasks])
+def test_pruned_linears_of_a_vision_tower_stay_as_they_are(form, tiny_wrapper, text, tmp_path):
+    """They are not trained, do not count as pruned, and are written dense, as `compress` leaves them."""
+    dense, folder = tiny_wrapper("qwen2_5_vl"), tmp_path / "pruned"
+    run_small(dense, folder, text, permute="none")
+    theirs, tower = form(folder, tmp_path / "theirs"), {}
+
+    def prune(tensors: dict) -> None:
+        names = pruned_tower(tensors)
+        tower.update({name: tensors[name].clone() for name in names})
+        for name in names if form is with_bitmasks else ():
+            parts = FLOAT.encode(tower[name], None, None)
+            stored = SparseLinear(name.removesuffix(".weight"), FLOAT, parts, None, tower[name].dtype)
+            tensors.update(stored.tensors())
+            del tensors[name]
+
+    edit_weights(theirs, prune)
+    run(dense, theirs, tmp_path / "out", text)
+    before, after = Reader(folder), Reader(tmp_path / "out")
+    assert len(tower) > 5 and list(after.problems()) == []
+    assert all(torch.equal(after.tensor(name), wanted) for name, wanted in tower.items())
+    assert after.sparse_names == before.sparse_names and set(after.files) == set(before.files)
+    assert any(not torch.equal(before.dense(name), after.dense(name)) for name in after.sparse_names)
+    one, other = (reader.schema.sparsity_config for reader in (before, after))
+    assert sorted(one.ignore) == sorted(other.ignore) and one.global_sparsity == other.global_sparsity
 
 
 def test_a_dense_folder_is_refused(tiny, text, tmp_path):

@@ -164,6 +164,17 @@ def test_a_distillation_is_three_curves_against_tokens():
     assert "Recovery" not in Page(page("model", {"linears": linears(1)}, None, [])).text
 
 
+def test_a_divergence_of_the_top_k_is_another_curve():
+    """Beside that of a run whose divergence is over the whole vocabulary."""
+    other = [{"tokens": 1, "held_out": {"brown.txt": {"perplexity": 70.0, "kl_top_k": 0.25}}}]
+    runs = [{"curve": curve()}, {"curve": other}]
+    found = Page(page("model", {"linears": linears(1), "distill": runs}, None, []))
+    assert "brown.txt: KL of the top k, tokens 1: 0.25" in found.text
+    assert any("counts all but its k most probable tokens as one" in text for text in found.text)
+    alone = Page(page("model", {"linears": linears(1), "distill": runs[:1]}, None, []))
+    assert not any("most probable tokens" in text for text in alone.text)
+
+
 def test_each_term_of_the_loss_that_counts_is_a_curve():
     """Those of other weights are 0 throughout, and are left out."""
     points = [point | {"text": 3.0 - number, "kl": 0.0, "hidden": 0.0} for number, point in enumerate(curve())]

@@ -1,0 +1,128 @@
+"""A teacher on the hub is one commit, whatever becomes of the repository: huggingface_hub reads its own cache here."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from compressing import digests, edit_weights, run_small
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.commands import compress
+from ria_vllm.offline.distill import after
+from ria_vllm.offline.distill.origin import located
+from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.offline.distill.run import Settings, distill
+from ria_vllm.offline.distill.train import Training
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.progress import Monitor
+
+OLD, NEW = "0" * 39 + "a", "0" * 39 + "b"
+NAME = "org/model"
+
+
+class Cache:
+    """The hub's cache of one repository with two commits."""
+
+    def __init__(self, folder: Path, dense: Path):
+        self.folder = folder / "models--org--model"
+        (self.folder / "refs").mkdir(parents=True)
+        for commit in (OLD, NEW):
+            shutil.copytree(dense, self.commit(commit))
+        edit_weights(self.commit(NEW), lambda tensors: {n: 0.5 * t if t.dim() == 2 else t for n, t in tensors.items()})
+        self.move_to(OLD)
+
+    def commit(self, commit: str) -> Path:
+        return self.folder / "snapshots" / commit
+
+    def move_to(self, commit: str) -> None:
+        """Let the main branch be at a commit."""
+        (self.folder / "refs" / "main").write_text(commit)
+
+
+@pytest.fixture
+def hub(tiny, tmp_path, monkeypatch) -> Cache:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return Cache(tmp_path / "cache", tiny("llama"))
+
+
+def run(folder: Path, teacher: str | Path, out: Path, text: Path, settings: Settings = Settings()) -> dict:
+    recipe = Distillation(tokens=512, seq_len=64, text=str(text), lr=1e-3)
+    (story,) = distill(folder, str(teacher), out, recipe, settings, Monitor(shown=False))["recipe"]["distill"]
+    return story
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = Reader(one), Reader(other)
+    return all(torch.equal(a.tensor(name), b.tensor(name)) for name in a.files)
+
+
+def interrupt(patch: pytest.MonkeyPatch) -> None:
+    step = Training._step
+    patch.setattr(Training, "_step", lambda self, number: 1 / 0 if number == 2 else step(self, number))
+
+
+def test_the_recipe_names_the_commit_that_taught(hub, pruned, text, tmp_path):
+    _, folder = pruned()
+    assert "teacher_revision" not in run(folder, hub.commit(NEW), tmp_path / "local", text)
+    hub.move_to(NEW)
+    story = run(folder, NAME, tmp_path / "out", text)
+    assert (story["teacher"], story["teacher_revision"]) == (NAME, NEW)
+    assert same_weights(tmp_path / "out", tmp_path / "local")
+    story = run(folder, f"{NAME}@{OLD}", tmp_path / "old", text)
+    assert (story["teacher"], story["teacher_revision"]) == (NAME, OLD)
+    assert not same_weights(tmp_path / "out", tmp_path / "old")
+
+
+def test_a_run_goes_on_with_its_own_commit_only(hub, pruned, text, tmp_path, monkeypatch):
+    _, folder = pruned()
+    run(folder, NAME, tmp_path / "whole", text)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        interrupt(patch)
+        run(folder, NAME, tmp_path / "out", text, Settings(save_every=0))
+    hub.move_to(NEW)
+    for teacher in (NAME, f"{NAME}@{NEW}"):
+        with pytest.raises(
+            RiaError, match=rf"--resume: .* at commit {OLD}, .* from {NEW}\. Give --teacher {NAME}@{OLD},"
+        ):
+            run(folder, teacher, tmp_path / "out", text, Settings(resume=True))
+    run(folder, f"{NAME}@{OLD}", tmp_path / "out", text, Settings(resume=True))
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_another_commit_than_the_pruned_one_teaches_only_if_it_is_named(hub, text, tmp_path):
+    run_small(NAME, tmp_path / "pruned", text)
+    assert Reader(tmp_path / "pruned").schema.recipe["source_revision"] == OLD
+    hub.move_to(NEW)
+    with pytest.raises(RiaError, match=rf"pruned: pruned from {NAME} at commit {OLD}, but the hub is at {NEW} by now"):
+        run(tmp_path / "pruned", NAME, tmp_path / "out", text)
+    assert run(tmp_path / "pruned", f"{NAME}@{NEW}", tmp_path / "out", text)["teacher_revision"] == NEW
+
+
+def test_what_was_pruned_at_the_end_of_a_compression_is_taught_by_its_own_commit(hub, text, tmp_path, monkeypatch):
+    def moved(*arguments):
+        hub.move_to(NEW)
+        return distill(*arguments)
+
+    monkeypatch.setattr(after, "distill", moved)
+    options = ["--calibration", str(text), "--samples", "4", "--seq-len", "32", "--reconstruct", "none"]
+    options = [NAME, "-o", str(tmp_path / "out"), *options, "--distill", "512"]
+    CliRunner().invoke(compress, options, catch_exceptions=False)
+    recipe = Reader(tmp_path / "out").schema.recipe
+    assert recipe["source_revision"] == recipe["distill"][0]["teacher_revision"] == OLD
+
+
+def test_all_processes_get_the_commit_of_the_first(hub, monkeypatch):
+    """Though the main branch has moved on where a later one looks."""
+    monkeypatch.setattr(Ranks, "broadcast", lambda self, value, src=0: OLD)
+    hub.move_to(NEW)
+    found = located(NAME, Ranks(1, 2), Monitor(shown=False))
+    assert (found.folder, found.revision) == (hub.commit(OLD), OLD)
+
+
+def test_a_revision_that_is_not_there_is_refused(hub, pruned, text, tmp_path):
+    with pytest.raises(RiaError, match=f"{NAME}@v2: no such folder or file here, and it could not be fetched"):
+        run(pruned()[1], f"{NAME}@v2", tmp_path / "out", text)
