@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from compressing import digests, interrupted_after_a_layer, run_small
+from compressing import TOKENS, digests, edited, interrupted_after_a_layer, run_small
+from decoders import check_same, in_float64
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from turning import FAMILIES, WITH_BIAS
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -16,57 +19,42 @@ from ria_vllm.folder_commands import inspect, verify
 from ria_vllm.offline.compress import Settings
 from ria_vllm.offline.pruning.masks import Pattern
 
-# Family -> (key-value heads, heads), and the names of v and o.
-FAMILIES = {"llama": (2, 4, "v_proj", "o_proj"), "opt": (4, 4, "v_proj", "out_proj")}
-
-
 def recipe_of(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())["quantization_config"]["recipe"]
 
 
-@pytest.fixture
-def by_hand(monkeypatch) -> list[torch.Tensor]:
-    """Random matrices in the place of learned ones, in the order of the layers."""
-    given: list[torch.Tensor] = []
-
-    def random(heads, n, m, seed):
-        kv, d = heads.values.shape[:2]
-        draw = torch.Generator().manual_seed(len(given))
-        given.append(torch.linalg.qr(torch.randn(kv, d, d, dtype=torch.float64, generator=draw)).Q)
-        return given[-1]
-
-    monkeypatch.setattr("ria_vllm.offline.pruning.rotation.learned", random)
-    return given
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kept_weights_are_those_of_the_turned_model(family, by_hand, make_model, text, tmp_path):
-    source = make_model(tmp_path / "model", family, dtype=torch.float32)
+    attention = FAMILIES[family]
+    source = make_model(tmp_path / "model", family, **dict(attention.settings))
     report, _ = run_small(source, tmp_path / "out", text, rotate="heads")
     dense = load_file(source / "model.safetensors")
+    turned = attention.turned(dense, by_hand)
+    check_same(*(logits_in_float64(source, tmp_path / name, change) for name, change in (("a", turned), ("b", {}))))
     export_dense(Reader(tmp_path / "out"), tmp_path / "dense", 10**9)
     found = load_file(tmp_path / "dense" / "model.safetensors")
-    kv, heads, v_name, o_name = FAMILIES[family]
-    turned = set()
-    for index, rotations in enumerate(by_hand):
-        (v,) = (n for n in dense if f".{index}." in n and n.endswith(f"{v_name}.weight"))
-        (o,) = (n for n in dense if f".{index}." in n and n.endswith(f"{o_name}.weight"))
-        rows = torch.block_diag(*rotations)
-        columns = torch.block_diag(*rotations.repeat_interleave(heads // kv, 0))
-        for name, want in ((v, rows @ dense[v].double()), (o, dense[o].double() @ columns.T)):
-            kept = found[name] != 0
-            assert 0.45 < kept.double().mean() <= 0.5
-            torch.testing.assert_close(found[name][kept].double(), want[kept], rtol=1e-5, atol=1e-6)
-        bias = v.replace("weight", "bias")
-        if bias in dense:
-            torch.testing.assert_close(found[bias].double(), rows @ dense[bias].double(), rtol=1e-5, atol=1e-6)
-            assert not torch.equal(found[bias], dense[bias])
-            turned.add(bias)
-        assert report["linears"][o.removesuffix(".weight")]["rotated"] is True
-    assert len(by_hand) == 2 and bool(turned) == (family == "opt")
-    others = [name for name in dense if dense[name].dim() == 1 and name not in turned]
-    assert others and all(torch.equal(found[name], dense[name]) for name in others)
+    assert found.keys() == dense.keys()
+    for name, tensor in found.items():
+        kept = tensor != 0 if name.removesuffix(".weight") in report["linears"] else torch.ones_like(tensor).bool()
+        if name in turned:
+            torch.testing.assert_close(tensor[kept].double(), turned[name][kept], rtol=1e-5, atol=1e-6)
+            assert not torch.allclose(tensor[kept], dense[name][kept], atol=1e-2)
+        else:
+            assert torch.equal(tensor[kept], dense[name][kept]), name
+        assert name.removesuffix(".weight") not in report["linears"] or 0.45 < kept.double().mean() <= 0.5
+    assert any(name.endswith(".bias") for name in turned) == (family in WITH_BIAS)
+    of_layers = {attention.names(index)[1] for index in attention.layers}
+    assert {name for name, record in report["linears"].items() if "rotated" in record} == of_layers
     assert recipe_of(tmp_path / "out")["rotate"] == "heads"
+
+
+def logits_in_float64(source: Path, folder: Path, changed: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of a copy of a model in which some tensors are others."""
+    edited(source, folder, lambda tensors: {name: tensors[name].double() for name in tensors} | changed)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    in_float64(model)
+    with torch.no_grad():
+        return model(TOKENS, use_cache=False).logits
 
 
 @pytest.mark.parametrize("options", [
