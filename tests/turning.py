@@ -95,8 +95,9 @@ def by_hand(monkeypatch) -> list[torch.Tensor]:
     return given
 
 
-def run_and_keep_rotations(model: Path, out: Path, text: Path, folder: Path, **options: Any) -> None:
-    """Compress, as one of the processes of a torchrun; `folder` gets the matrices that this rank turns by."""
+def run_and_keep_rotations(model: Path, out: Path, text: Path, folder: Path, options: dict[str, Any]) -> None:
+    """Compress, as one of the processes of a torchrun; `folder` gets a file with the matrices that this rank turns
+    by."""
     kept: list[torch.Tensor] = []
     turn = rotating.turn
 

@@ -42,11 +42,14 @@ def find_rotations(experiment: Experiment, folds: Sequence[Fold], long: Batch) -
 def turns(experiment: Experiment, fold: Fold) -> bool:
     """Whether random orthogonal matrices leave the layer's output as it is, with values of any size.
 
+    A light experiment tries no large values: limits do not depend on widths, and its runs take long.
+
     Args:
         fold: by heads, with one producer.
     """
-    if not _stays(experiment, fold):
-        return False
+    stays = _stays(experiment, fold)
+    if not stays or experiment.is_light:
+        return stays
     with _values_changed(experiment.layer, fold, lambda values: values * FAR):
         try:
             experiment = experiment.with_batch(experiment.call, experiment.stream)  # what this layer computes
