@@ -108,4 +108,4 @@ def run_and_keep_rotations(model: Path, out: Path, text: Path, folder: Path, opt
     rotating.turn = keep
     run_small(model, out, text, **options)
     folder.mkdir(exist_ok=True)
-    save_file({str(number): one for number, one in enumerate(kept)}, folder / os.environ.get("RANK", "alone"))
+    save_file({str(number): one.contiguous() for number, one in enumerate(kept)}, folder / os.environ.get("RANK", "alone"))

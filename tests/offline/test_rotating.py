@@ -72,7 +72,7 @@ INT8, INT4 = ({"weights": weights, "activations": "int8", "smooth": 0.5} for wei
     ("opt", {"reconstruct": "short", "compute_dtype": "float32"}),
     ("opt", {"reconstruct": "short"} | INT8),
     ("qwen2", {"reconstruct": "admm"} | INT4),
-    ("gemma3n", {"reconstruct": "admm"}),
+    ("gemma4-e2b", {"reconstruct": "admm"}),
 ], ids=str)  # fmt: skip
 def test_a_resumed_run_gives_the_same_bytes(family, options, make_model, text, tmp_path):
     """OPT and Qwen 2 have biases, which rotations and scales change. Those in the file may have fewer digits than those
@@ -91,7 +91,7 @@ def test_a_resumed_run_gives_the_same_bytes(family, options, make_model, text, t
 @pytest.mark.slow
 @pytest.mark.parametrize("family, options", [("opt", {}), ("phi3", INT8)], ids=str)
 def test_two_processes_turn_alike_and_write_what_one_writes(family, options, make_model, text, tmp_path):
-    """With three chunks, so that sums could differ. OPT's v and o are solved by different processes."""
+    """With three chunks, so that sums could differ. The second process solves some of OPT's linears."""
     model = make_model(tmp_path / "model", family, dtype=torch.bfloat16)
     options = {"rotate": "heads", "reconstruct": "admm", "samples": 40, "seq_len": 128} | options
     for name, ranks in (("one", 1), ("two", 2)):
@@ -105,7 +105,7 @@ def test_two_processes_turn_alike_and_write_what_one_writes(family, options, mak
 
 
 @pytest.mark.parametrize("family, options", [
-    ("llama", {}), ("cohere2", {}), ("opt", INT8), ("gemma3n", {}), ("qwen3-moe", INT8),
+    ("llama", {}), ("cohere2", {}), ("opt", INT8), ("qwen3-moe", INT8),
 ], ids=str)  # fmt: skip
 def test_the_dense_models_stream_does_not_know_of_it(family, options, by_hand, make_model, text, tmp_path, monkeypatch):
     """Also where weights have so few digits that turned ones are rounded."""
@@ -118,8 +118,7 @@ def test_the_dense_models_stream_does_not_know_of_it(family, options, by_hand, m
         return found
 
     monkeypatch.setattr(LayerPass, "prune", kept)
-    settings = dict(FAMILIES[family].settings) if family in FAMILIES else {}
-    source = make_model(tmp_path / "model", family, dtype=torch.bfloat16, **settings)
+    source = make_model(tmp_path / "model", family, dtype=torch.bfloat16)
     options = {"reconstruct": "admm", "compute_dtype": "bfloat16"} | options
     for rotate in ("none", "heads"):
         run_small(source, tmp_path / rotate, text, rotate=rotate, **options)
@@ -140,7 +139,7 @@ def test_scales_that_migrate_leave_the_function_of_turned_weights(
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("options, limit", [(INT8, 0.02), (INT4, 0.3)], ids=["int8", "int4"])
+@pytest.mark.parametrize("options, limit", [(INT8, 0.04), (INT4, 0.4)], ids=["int8", "int4"])
 def test_integers_are_those_of_turned_weights(options, limit, family, by_hand, make_model, text, tmp_path):
     _, found, want, wrong = exported_and_by_hand(family, by_hand, make_model, text, tmp_path, **options)
     error, otherwise = ((one - want).norm() / want.norm() for one in (found, wrong))

@@ -18,7 +18,7 @@ from ria_vllm.offline.pruning import rotation
 pytestmark = pytest.mark.slow
 
 # vLLM's attention for latent keys and values on CPUs takes these widths only. No layer has experts.
-LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "first_k_dense_replace": 2}
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "first_k_dense_replace": 2}
 # Family -> (changes of the model's configuration, options of compress, engine arguments).
 WAYS = {
     "llama": ({}, {"reconstruct": "short"}, {}),

@@ -145,19 +145,28 @@ def test_what_only_the_layers_own_widths_do_is_seen(monkeypatch):
     assert [fold.consumer for fold in topology.folds] == ["self_attn.o_proj"]
 
 
+class Halved(nn.Module):
+    """A linear whose positive outputs are halved, if it has many."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        y = self.linear(x)
+        return torch.where(y > 0, y / 2, y) if y.shape[-1] > 100 else y
+
+
 @pytest.mark.parametrize("linear, kind", [("v_proj", "llama.LlamaAttention"), ("qkv_proj", "phi3.Phi3Attention")])
 def test_heads_that_the_layers_own_widths_do_not_let_turn(linear, kind, monkeypatch):
-    """What a linear with many channels returns is halved where it is positive, which permutations do not mind."""
+    """Permutations do not mind what is halved."""
     family, _, name = kind.partition(".")
     attention = getattr(import_module(f"transformers.models.{family}.modeling_{family}"), name)
     made = attention.__init__
 
-    def halved(_, __, output):
-        return torch.where(output > 0, output / 2, output) if output.shape[-1] > 100 else output
-
     def init(self, *arguments, **named):
         made(self, *arguments, **named)
-        getattr(self, linear).register_forward_hook(halved)
+        setattr(self, linear, Halved(getattr(self, linear)))
 
     monkeypatch.setattr(attention, "__init__", init)
     (topology,) = from_smaller_copies(wide(family))
