@@ -16,6 +16,7 @@ from ria_vllm.offline.model.describe import describe
 from ria_vllm.offline.model.embedding import Embedder
 from ria_vllm.offline.model.experiment import Batch, Experiment, light_weights
 from ria_vllm.offline.model.folds import hold_together
+from ria_vllm.offline.model.rotations import turns
 from ria_vllm.offline.model.sharing import with_what_is_left
 from ria_vllm.offline.model.shrink import smaller_configs
 from ria_vllm.offline.model.topology import Topology
@@ -122,16 +123,21 @@ def _batches(small: Whole, embedder: Embedder, index: int, texts: Sequence[torch
 
 
 def _checked(topology: Topology, layer: nn.Module, short: Batch) -> Topology | None:
-    """The same, after a try of all folds on the layer's own widths, if there is memory for it."""
+    """The same, after a try of all folds on the layer's own widths, if there is memory for it; without the rotations
+    that do not hold there."""
     needed, free = torch.float32.itemsize * light_weights(layer), available(CPU)
     if not topology.folds or (free is not None and needed > free):
         return replace(topology, found_on="a smaller copy")
     try:
-        held = hold_together(Experiment(layer, *short, light=True), topology.folds)
+        experiment = Experiment(layer, *short, light=True)
+        held = hold_together(experiment, topology.folds)
+        turned = [fold for fold in topology.folds if held and fold.consumer in topology.rotations]
+        rotations = tuple(fold.consumer for fold in turned if turns(experiment, fold))
     except RiaError:
         held = False
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         return replace(topology, found_on="a smaller copy")
-    return replace(topology, found_on="a smaller copy, then tried on the layer's own widths") if held else None
+    found_on = "a smaller copy, then tried on the layer's own widths"
+    return replace(topology, rotations=rotations, found_on=found_on) if held else None

@@ -6,8 +6,8 @@ names. Nothing else has numbers that depend on widths, but for the structure of 
 linears tell.
 
 The copy and the layer are computed by the same code with the same switches, so widths can make a difference only where
-that code compares one with a number. This is why folds are also tried on the layer's own widths, in float32, if there
-is memory for it.
+that code compares one with a number. This is why folds and rotations are also tried on the layer's own widths, in
+float32, if there is memory for it.
 """
 
 from collections.abc import Sequence

@@ -3,12 +3,16 @@
 import json
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
+import turning
 from click.testing import CliRunner
-from compressing import digests, interrupted_after_a_layer, run_small
+from compressing import TOKENS, digests, edited, interrupted_after_a_layer, logits, run_small
+from decoders import check_same, in_float64
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from turning import FAMILIES, WITH_BIAS
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -18,86 +22,163 @@ from ria_vllm.offline.compress import Settings
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings as DistillSettings
 from ria_vllm.offline.distill.run import distill
+from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.pruning.masks import Pattern
+from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
 from ria_vllm.push import files_to_push
 from ria_vllm.schema import ROTATIONS_FILE
 from ria_vllm.training import save
 
-# Family -> (key-value heads, heads), and the names of v and o.
-FAMILIES = {"llama": (2, 4, "v_proj", "o_proj"), "opt": (4, 4, "v_proj", "out_proj")}
+
+def rotated(report: dict) -> set[str]:
+    return {name for name, record in report["linears"].items() if "rotated" in record}
 
 
 def recipe_of(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())["quantization_config"]["recipe"]
 
 
-@pytest.fixture
-def by_hand(monkeypatch) -> list[torch.Tensor]:
-    """Random matrices in the place of learned ones, in the order of the layers."""
-    given: list[torch.Tensor] = []
-
-    def random(heads, n, m, seed):
-        kv, d = heads.values.shape[:2]
-        draw = torch.Generator().manual_seed(len(given))
-        given.append(torch.linalg.qr(torch.randn(kv, d, d, dtype=torch.float64, generator=draw)).Q)
-        return given[-1]
-
-    monkeypatch.setattr("ria_vllm.offline.pruning.rotation.learned", random)
-    return given
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kept_weights_are_those_of_the_turned_model(family, by_hand, make_model, text, tmp_path):
-    source = make_model(tmp_path / "model", family, dtype=torch.float32)
+    attention = FAMILIES[family]
+    source = make_model(tmp_path / "model", family, **dict(attention.settings))
     report, _ = run_small(source, tmp_path / "out", text, rotate="heads")
     dense = load_file(source / "model.safetensors")
+    turned = attention.turned(dense, by_hand)
+    check_same(*(logits_in_float64(source, tmp_path / name, change) for name, change in (("a", turned), ("b", {}))))
     export_dense(Reader(tmp_path / "out"), tmp_path / "dense", 10**9)
     found = load_file(tmp_path / "dense" / "model.safetensors")
-    kv, heads, v_name, o_name = FAMILIES[family]
-    turned = set()
-    for index, rotations in enumerate(by_hand):
-        (v,) = (n for n in dense if f".{index}." in n and n.endswith(f"{v_name}.weight"))
-        (o,) = (n for n in dense if f".{index}." in n and n.endswith(f"{o_name}.weight"))
-        rows = torch.block_diag(*rotations)
-        columns = torch.block_diag(*rotations.repeat_interleave(heads // kv, 0))
-        for name, want in ((v, rows @ dense[v].double()), (o, dense[o].double() @ columns.T)):
-            kept = found[name] != 0
-            assert 0.45 < kept.double().mean() <= 0.5
-            torch.testing.assert_close(found[name][kept].double(), want[kept], rtol=1e-5, atol=1e-6)
-        bias = v.replace("weight", "bias")
-        if bias in dense:
-            torch.testing.assert_close(found[bias].double(), rows @ dense[bias].double(), rtol=1e-5, atol=1e-6)
-            assert not torch.equal(found[bias], dense[bias])
-            turned.add(bias)
-        assert report["linears"][o.removesuffix(".weight")]["rotated"] is True
-    assert len(by_hand) == 2 and bool(turned) == (family == "opt")
-    others = [name for name in dense if dense[name].dim() == 1 and name not in turned]
-    assert others and all(torch.equal(found[name], dense[name]) for name in others)
+    assert found.keys() == dense.keys()
+    for name, tensor in found.items():
+        kept = tensor != 0 if name.removesuffix(".weight") in report["linears"] else torch.ones_like(tensor).bool()
+        if name in turned:
+            torch.testing.assert_close(tensor[kept].double(), turned[name][kept], rtol=1e-5, atol=1e-6)
+            assert not torch.allclose(tensor[kept], dense[name][kept], atol=1e-2)
+        else:
+            assert torch.equal(tensor[kept], dense[name][kept]), name
+        assert name.removesuffix(".weight") not in report["linears"] or 0.45 < kept.double().mean() <= 0.5
+    assert any(name.endswith(".bias") for name in turned) == (family in WITH_BIAS)
+    assert rotated(report) == {attention.names(index)[1] for index in attention.layers}
     assert recipe_of(tmp_path / "out")["rotate"] == "heads"
     stored = load_file(tmp_path / "out" / ROTATIONS_FILE)
-    consumers = sorted(name.removesuffix(".weight") for name in dense if name.endswith(f"{o_name}.weight"))
-    assert sorted(stored) == [f"{name}.rotations" for name in consumers]
+    consumers = [attention.names(index)[1] for index in attention.layers]
+    assert sorted(stored) == sorted(f"{name}.rotations" for name in consumers)
     for name, rotations in zip(consumers, by_hand, strict=True):
         assert torch.equal(stored[f"{name}.rotations"], rotations.float())
     assert not (tmp_path / "dense" / ROTATIONS_FILE).exists()
 
 
-@pytest.mark.parametrize("options", [
-    {"reconstruct": "admm"},
-    {"reconstruct": "short", "compute_dtype": "float32"},
-    {"weights": "int8", "activations": "int8", "reconstruct": "short"},
-], ids=lambda options: "-".join(options.values()))  # fmt: skip
-def test_a_resumed_run_gives_the_same_bytes(options, make_model, text, tmp_path):
-    """The family has biases, which rotations and scales change. Those in the file may have fewer digits than those that
-    are computed with."""
-    source = make_model(tmp_path / "model", "opt", dtype=torch.bfloat16)
-    run_small(source, tmp_path / "whole", text, rotate="heads", **options)
+def logits_in_float64(source: Path, folder: Path, changed: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of a copy of a model in which some tensors are others."""
+    edited(source, folder, lambda tensors: {name: tensors[name].double() for name in tensors} | changed)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    in_float64(model)
+    with torch.no_grad():
+        return model(TOKENS, use_cache=False).logits
+
+
+INT8, INT4 = ({"weights": weights, "activations": "int8", "smooth": 0.5} for weights in ("int8", "int4"))
+
+
+@pytest.mark.parametrize("family, options", [
+    ("opt", {"reconstruct": "admm"}),
+    ("opt", {"reconstruct": "short", "compute_dtype": "float32"}),
+    ("opt", {"reconstruct": "short"} | INT8),
+    ("qwen2", {"reconstruct": "admm"} | INT4),
+    ("gemma4-e2b", {"reconstruct": "admm"}),
+], ids=str)  # fmt: skip
+def test_a_resumed_run_gives_the_same_bytes(family, options, make_model, text, tmp_path):
+    """OPT and Qwen 2 have biases, which rotations and scales change. Those in the file may have fewer digits than those
+    that are computed with."""
+    attention = FAMILIES[family]
+    source = make_model(tmp_path / "model", family, dtype=torch.bfloat16, **dict(attention.settings))
+    report, _ = run_small(source, tmp_path / "whole", text, rotate="heads", **options)
+    assert rotated(report) == {attention.names(index)[1] for index in attention.layers}
     with interrupted_after_a_layer():
         run_small(source, tmp_path / "out", text, rotate="heads", **options)
-    run_small(source, tmp_path / "out", text, Settings(resume=True), rotate="heads", **options)
+    resumed = Settings(resume=True, activation_cache="disk")
+    run_small(source, tmp_path / "out", text, resumed, rotate="heads", **options)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
     assert digests((tmp_path / "out" / ROTATIONS_FILE).parent) == digests((tmp_path / "whole" / ROTATIONS_FILE).parent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, options", [("opt", {}), ("phi3", INT8)], ids=str)
+def test_two_processes_turn_alike_and_write_what_one_writes(family, options, make_model, text, tmp_path):
+    """With three chunks, so that sums could differ. The second process solves some of OPT's linears."""
+    model = make_model(tmp_path / "model", family, dtype=torch.bfloat16)
+    options = {"rotate": "heads", "reconstruct": "admm", "samples": 40, "seq_len": 128} | options
+    for name, ranks in (("one", 1), ("two", 2)):
+        places = (model, tmp_path / name, text, tmp_path / "matrices")
+        preloaded.run(tmp_path / "log", turning.run_and_keep_rotations, *places, options, ranks=ranks)
+    alone, *both = (load_file(tmp_path / "matrices" / name) for name in ("alone", "0", "1"))
+    assert len(alone) == 2
+    for rank in both:
+        assert rank.keys() == alone.keys() and all(torch.equal(rank[name], alone[name]) for name in alone)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+@pytest.mark.parametrize("family, options", [
+    ("llama", {}), ("cohere2", {}), ("opt", INT8), ("qwen3-moe", INT8),
+], ids=str)  # fmt: skip
+def test_the_dense_models_stream_does_not_know_of_it(family, options, by_hand, make_model, text, tmp_path, monkeypatch):
+    """Also where weights have so few digits that turned ones are rounded."""
+    streams: list[torch.Tensor] = []
+    prune = LayerPass.prune
+
+    def kept(layers, *arguments, **named):
+        found = prune(layers, *arguments, **named)
+        streams.extend(layers.streams.dense[index].clone() for index in range(len(layers.streams.dense)))
+        return found
+
+    monkeypatch.setattr(LayerPass, "prune", kept)
+    source = make_model(tmp_path / "model", family, dtype=torch.bfloat16)
+    options = {"reconstruct": "admm", "compute_dtype": "bfloat16"} | options
+    for rotate in ("none", "heads"):
+        run_small(source, tmp_path / rotate, text, rotate=rotate, **options)
+    assert by_hand
+    without, turned = streams[: len(streams) // 2], streams[len(streams) // 2 :]
+    assert len(turned) >= 2 and all(map(torch.equal, without, turned))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2", "phi3", "deepseek-v3"])
+def test_scales_that_migrate_leave_the_function_of_turned_weights(
+    family, by_hand, make_model, text, tmp_path, monkeypatch
+):
+    """With weights that are not rounded, which `compress` does not offer."""
+    monkeypatch.setattr(Recipe, "migration_strength", 0.5)
+    report, found, want, _ = exported_and_by_hand(family, by_hand, make_model, text, tmp_path)
+    assert all(record["smoothed"] for name, record in report["linears"].items() if name in rotated(report))
+    torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("options, limit", [(INT8, 0.04), (INT4, 0.4)], ids=["int8", "int4"])
+def test_integers_are_those_of_turned_weights(options, limit, family, by_hand, make_model, text, tmp_path):
+    _, found, want, wrong = exported_and_by_hand(family, by_hand, make_model, text, tmp_path, **options)
+    error, otherwise = ((one - want).norm() / want.norm() for one in (found, wrong))
+    assert error < limit and error < otherwise / 3, (error, otherwise)
+
+
+def exported_and_by_hand(family: str, given: list[torch.Tensor], make_model, text: Path, folder: Path, **options):
+    """The report of a run, and logits: what it exports, the dense model with turned weights and the same zeros, the
+    same without turning."""
+    attention = FAMILIES[family]
+    source = make_model(folder / "model", family)
+    report, _ = run_small(source, folder / "out", text, rotate="heads", **options)
+    assert rotated(report) == {attention.names(index)[1] for index in attention.layers}
+    export_dense(Reader(folder / "out"), folder / "dense", 10**9)
+    found, dense = load_file(folder / "dense" / "model.safetensors"), load_file(source / "model.safetensors")
+    made = []
+    for number, changed in enumerate((attention.turned(dense, given), {})):
+        masked = {
+            f"{name}.weight": (dense | changed)[f"{name}.weight"] * (found[f"{name}.weight"] != 0)
+            for name in report["linears"]
+        }
+        changed = {name: tensor.float() for name, tensor in (changed | masked).items()}
+        made.append(logits(edited(source, folder / str(number), lambda tensors: tensors | changed)))
+    return report, logits(folder / "dense"), *made
 
 
 def test_less_is_lost(tiny, text, tmp_path):

@@ -90,6 +90,14 @@ class Halved(nn.Module):
         return torch.where(y > 0, y / 2, y)
 
 
+@pytest.mark.parametrize("family", ["olmo", "olmoe"])
+def test_values_that_are_cut_at_a_limit(family):
+    """Far beyond what random weights give. In OLMo 7B it is 8."""
+    (without,), (limited,) = (described(small(family, clip_qkv=limit)).kinds for limit in (None, 100.0))
+    assert any(fold.coupling == "heads" for fold in limited.folds)
+    assert without.rotations and not limited.rotations
+
+
 def test_values_that_are_not_linear():
     model = small("llama")
     layer = layers_of(model)[0]

@@ -1,5 +1,6 @@
 """What a smaller copy of a layer says is what the layer itself says, and widths are found without a list of them."""
 
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,8 +80,8 @@ def test_a_smaller_copy_says_what_the_layer_says(model_type):
     kinds = kinds_of(model.get_submodule(find_decoder(model, Path("toy"))[1]))
     real = described(model)
     assert list(lines(Topologies.of_kinds(found, kinds))) == list(lines(real))
-    assert [topology.migrations for topology in Topologies.of_kinds(found, kinds).kinds] == [
-        topology.migrations for topology in real.kinds
+    assert [(topology.migrations, topology.rotations) for topology in Topologies.of_kinds(found, kinds).kinds] == [
+        (topology.migrations, topology.rotations) for topology in real.kinds
     ]
     assert all("smaller copy" in topology.found_on for topology in found)
 
@@ -142,6 +143,37 @@ def test_what_only_the_layers_own_widths_do_is_seen(monkeypatch):
     assert from_smaller_copies(wide("llama")) == [None]
     (topology,) = described(wide("llama")).kinds
     assert [fold.consumer for fold in topology.folds] == ["self_attn.o_proj"]
+
+
+class Halved(nn.Module):
+    """A linear whose positive outputs are halved, if it has many."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        y = self.linear(x)
+        return torch.where(y > 0, y / 2, y) if y.shape[-1] > 100 else y
+
+
+@pytest.mark.parametrize("linear, kind", [("v_proj", "llama.LlamaAttention"), ("qkv_proj", "phi3.Phi3Attention")])
+def test_heads_that_the_layers_own_widths_do_not_let_turn(linear, kind, monkeypatch):
+    """Permutations do not mind what is halved."""
+    family, _, name = kind.partition(".")
+    attention = getattr(import_module(f"transformers.models.{family}.modeling_{family}"), name)
+    made = attention.__init__
+
+    def init(self, *arguments, **named):
+        made(self, *arguments, **named)
+        setattr(self, linear, Halved(getattr(self, linear)))
+
+    monkeypatch.setattr(attention, "__init__", init)
+    (topology,) = from_smaller_copies(wide(family))
+    assert topology.rotations == () and len(topology.folds) == 2 and "own widths" in topology.found_on
+    monkeypatch.setattr(smaller_copy, "available", lambda device: 1000)
+    (believed,) = from_smaller_copies(wide(family))
+    assert believed.rotations == ("self_attn.o_proj",)
 
 
 def test_without_memory_for_the_layers_own_widths_the_copy_is_believed(monkeypatch):
