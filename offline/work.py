@@ -114,6 +114,11 @@ def _check_same_run(work: Path, begun: dict[str, Any], run: dict[str, Any]) -> N
         raise RiaError(f"--resume: {work} is from a run with {_other_versions(begun['versions'], run['versions'])}")
     if differing:
         what, before = differing[0].replace("_", "-"), begun.get(differing[0])
+        if differing[0] not in begun:
+            raise RiaError(
+                f"--resume: {work} is from a run without {what}: its options were others, or an earlier version wrote "
+                "it. Give the same options, or leave out --resume."
+            )
         shown = f" ({before})" if isinstance(before, str | int | float) else ""
         raise RiaError(
             f"--resume: {work} is from a run with another {what}{shown}. Give the same one, or leave out --resume."

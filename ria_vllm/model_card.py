@@ -109,7 +109,7 @@ def exported_card(reader: Reader, warn: Warn) -> str:
         "This is the plain dense form: the model's own channel order, with zeros where weights were pruned. "
         "transformers loads it without ria-vllm; it takes as much memory as the base model, and is no faster.",
         *([] if reader.schema.input_dtype is None else [_UNROUNDED]),
-        *_what_was_pruned(*_of_folder(reader, warn), served=False),
+        *_what_was_pruned(*_of_folder(reader, warn), rotations=False),
         *_options(recipe),
     ]
     return _front(base, ["pruned"]) + f"\n# {_name(source)}, pruned to 2:4, dense form\n\n" + "\n\n".join(body) + "\n"
@@ -132,7 +132,7 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
         _origin(recipe | {"source": source}, identity),
         "Its kept weights were trained after that, with the masks fixed" + (f": {plain(note)}" if note else "") + ".",
         *_USE,
-        *_what_was_pruned(*_of_folder(reader, warn), served=True),
+        *_what_was_pruned(*_of_folder(reader, warn), rotations=bool(reader.rotations)),
         *_perplexity_section(),
         *_options(recipe),
     ]
@@ -221,7 +221,7 @@ def _of_folder(reader: Reader, warn: Warn) -> tuple[dict[str, Any], float]:
     return report | {"recipe": recipe, "linears": linears}, reader.schema.sparsity_config.global_sparsity
 
 
-def _what_was_pruned(report: dict[str, Any], zeros: float, served: bool) -> list[str]:
+def _what_was_pruned(report: dict[str, Any], zeros: float, rotations: bool) -> list[str]:
     linears, pattern = report_linears(report), plain(report["recipe"]["pattern"])
     rows = [
         ("pruned linears", f"{len(linears)}"),
@@ -236,7 +236,7 @@ def _what_was_pruned(report: dict[str, Any], zeros: float, served: bool) -> list
         how = f"; scales migrated by SmoothQuant, strength {plain(smooth)}" if smooth else ""
         rows.append(("inputs of pruned linears", f"rounded to {plain(inputs)}, token by token{how}"))
     if report["recipe"].get("rotate") == "heads":
-        fit = served and not report["recipe"].get("smooth")
+        fit = rotations and not report["recipe"].get("smooth")
         turned = "fit only in vLLM with ria-vllm, which turns them, too" if fit else "do not fit"
         rows.append(("before pruning", f"attention's heads were turned; adapters (LoRA) of the dense model {turned}"))
     scores = {name: report_number(entry, "retained_after") for name, entry in linears.items()}

@@ -7,20 +7,26 @@ adapter's file after the model's own rules. Later, vLLM joins those of q, k and 
 """
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.utils import get_packed_modules_mapping
 
 from ria_vllm import permutation, rotation
+from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.layer_schema import Producer
 from ria_vllm.serve.checkpoint_files import rotations_of
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.engine import ADAPTERS_VARIABLE, EngineOptions
 from ria_vllm.serve.linear import Sparse24LinearMethod
+
+logger = init_logger("vllm.ria")
 
 WAY_OUT = (
     "To serve adapters of the dense model, compress with --rotate none. If yours were trained on this folder, set "
@@ -33,7 +39,7 @@ class Turn:
     """How the adapter of one linear is turned.
 
     Attributes:
-        rotations: float64 [kv heads, d, d].
+        rotations: float32 [kv heads, d, d].
         num_heads: how many query heads there are.
         producer: the rows of the linear that make the key-value heads; None: the linear reads all query heads.
     """
@@ -48,20 +54,21 @@ class Turn:
         Raises:
             ValueError: it is missing, or has another shape.
         """
-        kv, d, _ = self.rotations.shape
+        rotations = self.rotations.double()
+        kv, d, _ = rotations.shape
         name, tensor = ("lora_A", lora_a) if self.producer is None else ("lora_B", lora_b)
         if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
             raise ValueError(f"it has no {name} that is a matrix")
         if self.producer is None:
             if tensor.shape[1] != self.num_heads * d:
                 raise ValueError(f"{name} has {tensor.shape[1]} columns, expected {self.num_heads} heads of {d}")
-            rotation.turn_columns(tensor, self.rotations)
+            rotation.turn_columns(tensor, rotations)
             return
         rows = permutation.places(len(tensor), *(self.producer.rows or (0, len(tensor))), self.producer.blocks)
         if isinstance(rows, str) or len(rows) != kv * d:
             wrong = rows if isinstance(rows, str) else f"{len(rows)} of them for values"
             raise ValueError(f"{name} has {len(tensor)} rows ({wrong}), expected {kv} key-value heads of {d}")
-        rotation.turn_rows(tensor, self.rotations, rows)
+        rotation.turn_rows(tensor, rotations, rows)
 
 
 def turn_adapters(config: RiaConfig, model: torch.nn.Module, revision: str | None) -> None:
@@ -71,11 +78,38 @@ def turn_adapters(config: RiaConfig, model: torch.nn.Module, revision: str | Non
         RiaError: the rotations are missing or damaged, or it is not known how to turn an adapter for this model.
     """
     engine = EngineOptions.current()
-    if not engine.lora or engine.own_adapters or config.schema.rotations_digest is None:
+    if not engine.lora or engine.own_adapters or engine.dummy_weights or config.schema.rotations_digest is None:
         return
     rotations = rotations_of(config.where, revision, config.schema, config.is_pruned)
     model.ria_turns = _by_adapter_name(config, model, _by_linear(config, rotations))
+    model.ria_folder = config.where
+    logger.info_once(
+        "Heads are turned in this folder. LoRA adapters are taken for those of the dense model, and turned, too; for "
+        f"adapters that were trained on this folder, set {ADAPTERS_VARIABLE}=1."
+    )
     _watch_adapters()
+
+
+def check_base(adapter: Path, where: str, name: str) -> None:
+    """Refuse an adapter of which PEFT has written down that it was trained on the folder that is served.
+
+    Args:
+        adapter: its folder.
+        where: the folder that is served, or a hub id.
+        name: the adapter's, for messages.
+
+    Raises:
+        RiaError: it would be turned, though it fits as it is.
+    """
+    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        return
+    there = os.path.exists(base) and os.path.exists(where)
+    if base == where or (there and os.path.samefile(base, where)):
+        raise RiaError(
+            f"adapter {name}: {adapter / 'adapter_config.json'} says that it was trained on {where}, but adapters are "
+            f"taken for those of the dense model. Set {ADAPTERS_VARIABLE}=1; it holds for all adapters of the server."
+        )
 
 
 def turn(loras: Mapping[str, Any], turns: Mapping[str, Sequence[Turn]], adapter: str) -> None:
@@ -105,7 +139,7 @@ def _by_linear(config: RiaConfig, rotations: Mapping[str, torch.Tensor]) -> dict
         assert fold is not None  # as `checked_rotations` has seen
         (producer,) = fold.producers_of(name)
         for linear, rows in ((name, None), (producer.name, producer)):
-            found.setdefault(linear, []).append(Turn(matrices.double(), fold.num_heads or 0, rows))
+            found.setdefault(linear, []).append(Turn(matrices, fold.num_heads or 0, rows))
     return found
 
 
@@ -145,6 +179,7 @@ def _adapter_names(path: str, packed: Mapping[str, list[str]]) -> list[str]:
 
 def _watch_adapters() -> None:
     """Turn each adapter that vLLM reads for a model that has `ria_turns`. vLLM has no hook for that."""
+    from vllm.lora.utils import get_adapter_absolute_path
     from vllm.lora.worker_manager import WorkerLoRAManager
 
     load = WorkerLoRAManager._load_adapter
@@ -153,8 +188,12 @@ def _watch_adapters() -> None:
 
     @functools.wraps(load)
     def _load_adapter(self: Any, lora_request: Any) -> Any:
-        adapter = load(self, lora_request)
-        turn(adapter.loras, getattr(self._adapter_manager.model, "ria_turns", {}), lora_request.lora_name)
+        adapter, model = load(self, lora_request), self._adapter_manager.model
+        if hasattr(model, "ria_turns"):
+            check_base(
+                Path(get_adapter_absolute_path(lora_request.lora_path)), model.ria_folder, lora_request.lora_name
+            )
+            turn(adapter.loras, model.ria_turns, lora_request.lora_name)
         return adapter
 
     _load_adapter.ria_turns = True  # type: ignore[attr-defined]

@@ -225,12 +225,13 @@ class RiaConfig(QuantizationConfig):
             raise RiaError(self.mistral)
         unfit = self.schema.unfit_for_adapters
         if engine.lora and unfit and not engine.own_adapters:
-            options = {"smooth": "--smooth 0", "rotate": "--rotate none"}
+            # A later version stores how heads were turned.
+            again = "with --smooth 0" if "smooth" in unfit else "again"
             raise RiaError(
                 f"{self.where}: this folder's linears read scaled or rotated inputs (`compress "
                 f"{' '.join(f'--{name} {value}' for name, value in unfit.items())}`), so LoRA adapters of the dense "
-                f"model would give wrong answers. For those, compress with {' '.join(options[name] for name in unfit)}."
-                f" If yours were trained on this folder, set {ADAPTERS_VARIABLE}=1."
+                f"model would give wrong answers. For those, compress the model {again}. If yours were trained on this "
+                f"folder, set {ADAPTERS_VARIABLE}=1."
             )
 
     def _mixture_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:

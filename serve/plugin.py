@@ -60,8 +60,9 @@ def watch_models() -> None:
             # A draft may be built with the configuration of its target, but has files of its own.
             built_from = calls[0].get("model_config") or engine.model_config
             where = str(built_from.model) if built_from is not None else config.where
-            turn_adapters(config, model, getattr(built_from, "revision", None))
             embeddings = built_from is engine.model_config
+            if embeddings:  # drafts take no adapters
+                turn_adapters(config, model, getattr(built_from, "revision", None))
             model.ria_left_out = functools.partial(left_out, model, embeddings)
             empty_weights(model, embeddings)
             complete = functools.partial(check_loaded, model, where, embeddings)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ria_vllm.checkpoint import Reader, read_json
+from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.checks import check_names, context_of, fitting
 from ria_vllm.offline.distill.outline import outline
@@ -74,19 +74,13 @@ def compress_and_distill(
             _delete(place)
         raise
     try:
-        report = distill(pruned, _teacher(model, pruned), out, distillation, settings, monitor, windows)
+        report = distill(pruned, model, out, distillation, settings, monitor, windows)
     except RiaError as error:
         raise RiaError(f"{error} The pruned model is kept in {pruned}: --resume does not prune again.") from (
             error.__cause__
         )
     _delete(place)
     return report
-
-
-def _teacher(model: str, pruned: Path) -> str:
-    """The model, at the commit that was pruned if it is on the hub."""
-    revision = Reader(pruned).schema.recipe.get("source_revision")
-    return model if revision is None else f"{model}@{revision}"
 
 
 def _checked_run(

@@ -1,6 +1,7 @@
 """Where the teacher is: a folder, or one commit of a repository on the hub."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,31 +20,11 @@ class Origin:
     name: what the user calls it, without a revision.
     folder: with its files, here or in the hub's cache.
     revision: the commit of a repository on the hub; None: a folder.
-    chosen: whether the user has named a revision.
     """
 
     name: str
     folder: Path
     revision: str | None = None
-    chosen: bool = False
-
-    def check_pruned_from(self, pruned: Path, recipe: Mapping[str, Any]) -> None:
-        """Refuse another commit than the one that a folder was pruned from, unless the user has named it.
-
-        Args:
-            recipe: what `compress` wrote into the folder.
-
-        Raises:
-            RiaError: the repository has moved since.
-        """
-        before = recipe.get("source_revision")
-        if self.revision is None or self.chosen or recipe.get("source") != self.name:
-            return
-        if isinstance(before, str) and before != self.revision:
-            raise RiaError(
-                f"{pruned}: pruned from {self.name} at commit {before:.40}, but the hub is at {self.revision} by now. "
-                f"Give the one to learn from: --teacher {self.name}@{before:.40}, or @{self.revision}."
-            )
 
     def check_resumed(self, begun: Mapping[str, Any]) -> None:
         """Refuse another commit than the interrupted run's.
@@ -52,7 +33,7 @@ class Origin:
             begun: the fingerprint of that run.
 
         Raises:
-            RiaError: the repository has moved since, or the user has named another revision.
+            RiaError: the user has named another revision.
         """
         before = begun.get("teacher_revision")
         if begun.get("teacher") == self.name and before and before != self.revision:
@@ -62,11 +43,26 @@ class Origin:
             )
 
 
-def located(teacher: str, ranks: Ranks, monitor: Monitor) -> Origin:
+def recorded_commit(teacher: str, begun: Mapping[str, Any], recipe: Mapping[str, Any]) -> str | None:
+    """The commit of a hub id that an interrupted run learns from, or else that the student was pruned from.
+
+    Args:
+        begun: the fingerprint of that run; empty if there is none.
+        recipe: what `compress` wrote into the student's folder.
+    """
+    for story, name, commit in ((begun, "teacher", "teacher_revision"), (recipe, "source", "source_revision")):
+        found = story.get(commit)
+        if story.get(name) == teacher and isinstance(found, str) and re.fullmatch("[0-9a-f]{40}", found):
+            return found
+    return None
+
+
+def located(teacher: str, recorded: str | None, ranks: Ranks, monitor: Monitor) -> Origin:
     """Find the teacher, or fetch it. All processes get the same commit, each into the cache of its own machine.
 
     Args:
         teacher: a folder, or a hub id, perhaps with @ and a branch, tag or commit.
+        recorded: the commit to take where none is named; None: that of the main branch.
 
     Raises:
         RiaError: it cannot be fetched, or the hub's cache does not say which commit it is.
@@ -77,7 +73,7 @@ def located(teacher: str, ranks: Ranks, monitor: Monitor) -> Origin:
     with monitor.phase("fetching the teacher from the hub"):
         commit = None
         if ranks.first:
-            folder = from_hub(name, revision or None)
+            folder = from_hub(name, revision or recorded)
             commit = commit_of(folder)
             if commit is None:
                 raise RiaError(
@@ -85,4 +81,4 @@ def located(teacher: str, ranks: Ranks, monitor: Monitor) -> Origin:
                     "has learned from. Give this folder as --teacher."
                 )
         commit = ranks.broadcast(commit)
-        return Origin(name, from_hub(name, commit), commit, bool(revision))
+        return Origin(name, from_hub(name, commit), commit)

@@ -17,7 +17,7 @@ from ria_vllm.offline.distill.checks import check_models, check_names, context_o
 from ria_vllm.offline.distill.foreign import ForeignStart
 from ria_vllm.offline.distill.heldout import HeldOut
 from ria_vllm.offline.distill.logits import TwoPart
-from ria_vllm.offline.distill.origin import Origin, located
+from ria_vllm.offline.distill.origin import Origin, located, recorded_commit
 from ria_vllm.offline.distill.parameters import AdamW, Pace
 from ria_vllm.offline.distill.processes import joined
 from ria_vllm.offline.distill.progress import Course
@@ -95,10 +95,9 @@ def distill(
         settings = replace(settings, device=device)
         recipe = recipe.among(ranks.size)
         start = Start(folder) if is_compressed(folder) else ForeignStart(folder)
-        origin = located(teacher, ranks, monitor)
-        origin.check_pruned_from(folder, start.schema.recipe)
-        if settings.resume and ranks.first:
-            origin.check_resumed(begun_run(out))
+        begun = begun_run(out) if settings.resume and ranks.first else {}
+        origin = located(teacher, recorded_commit(teacher, begun, start.schema.recipe), ranks, monitor)
+        origin.check_resumed(begun)
         files = str(origin.folder)
         recipe = replace(recipe, compute_dtype=_compute_dtype(start, files, recipe.compute_dtype, device, monitor))
         recipe = fitting(recipe, (str(folder), files), monitor)

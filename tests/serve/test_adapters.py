@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.layer_schema import Producer
 from ria_vllm.schema import ROTATIONS_FILE
-from ria_vllm.serve.adapters import Turn, turn, turn_adapters
+from ria_vllm.serve.adapters import Turn, check_base, turn, turn_adapters
 from ria_vllm.serve.config import RiaConfig
 
 RANDOM = torch.Generator().manual_seed(5)
@@ -207,7 +208,7 @@ def test_which_modules_are_turned(engine_with_adapters, copy, monkeypatch):
     turned = {name for name, turns in model.ria_turns.items() if turns}
     assert turned == {f"model.layers.{layer}.self_attn.{leaf}_proj" for layer in range(2) for leaf in "vo"}
     for name, matrices in rotations.items():
-        assert torch.equal(model.ria_turns[name][0].rotations, matrices.float().double())
+        assert torch.equal(model.ria_turns[name][0].rotations, matrices.float())
     model.packed_modules_mapping = {"qkv_proj": ["qkv_proj"]}
     with pytest.raises(RiaError, match="qkv_proj takes adapters for .*qkv_proj instead.*--rotate none"):
         turn_adapters(config, model, None)
@@ -268,3 +269,22 @@ def test_rotations_of_another_size(copy):
     assert list(Reader(copy).problems()) == [
         f"{O_PROJ}: its rotations are for heads of 16 channels, but it reads 4 heads with 128 channels in all"
     ]
+
+
+@pytest.mark.parametrize("base", ["itself", "a link", "its name", "another", None])
+def test_an_adapter_of_the_folder_itself_is_not_turned(base, tmp_path):
+    """PEFT writes down how the model that was trained was called."""
+    folder, adapter = tmp_path / "served", tmp_path / "adapter"
+    folder.mkdir()
+    adapter.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    where = "org/served" if base == "its name" else str(folder)
+    names = {"itself": str(folder), "a link": str(tmp_path / "link"), "its name": where, "another": "org/dense"}
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": names.get(base)}))
+    own = base not in ("another", None)
+    with (
+        pytest.raises(RiaError, match="adapter mine: .* trained on .* RIA_VLLM_OWN_ADAPTERS=1")
+        if own
+        else nullcontext()
+    ):
+        check_base(adapter, where, "mine")
