@@ -210,17 +210,17 @@ def test_the_log_names_the_default_group_size(make_model, text, tmp_path):
 @pytest.mark.parametrize(
     "before, after, what",
     [
-        ({"weights": "int4"}, {"weights": "int4", "group_size": 32}, r"group-size \(64\)"),
-        ({"weights": "int8", "group_size": 64}, {"weights": "int8"}, r"group-size \(64\)"),
-        ({"weights": "int8", "activations": "int8"}, {"weights": "int8"}, r"activations \(int8\)"),
-        ({"weights": "int8"}, {"weights": "int8", "activations": "int8"}, "activations"),
+        ({"weights": "int4"}, {"weights": "int4", "group_size": 32}, r"with another group-size \(64\)"),
+        ({"weights": "int8", "group_size": 64}, {"weights": "int8"}, r"with another group-size \(64\)"),
+        ({"weights": "int8", "activations": "int8"}, {"weights": "int8"}, r"with another activations \(int8\)"),
+        ({"weights": "int8"}, {"weights": "int8", "activations": "int8"}, "without activations"),
     ],
     ids=["size", "groups or rows", "inputs or none", "none or inputs"],
 )
 def test_an_interrupted_run_is_not_resumed_with_others(before, after, what, tiny, text, tmp_path):
     with interrupted_after_a_layer():
         run(tiny("llama"), tmp_path / "out", text, reconstruct="none", **before)
-    with pytest.raises(RiaError, match=f"is from a run with another {what}"):
+    with pytest.raises(RiaError, match=f"is from a run {what}"):
         run(tiny("llama"), tmp_path / "out", text, Settings(resume=True), reconstruct="none", **after)
     run(tiny("llama"), tmp_path / "out", text, Settings(resume=True), reconstruct="none", **before)
 
