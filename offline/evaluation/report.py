@@ -157,8 +157,8 @@ def recovery(runs: Any) -> str:
         return ""
     words = "Training of the kept weights towards the dense model. KL is the divergence from its predictions, in nats."
     if any(title.endswith("KL of the top k") for title in titles):
-        words += " That of the top k compares the k most probable tokens one by one and all others as one: it is smaller"
-        words += " than that of all."
+        words += " That of the top k compares the k most probable tokens one by one and all others as one: it is"
+        words += " smaller than that of all."
     return f'<h2>Recovery</h2><p>{words}</p><div class="charts">{"".join(drawn)}</div>'
 
 
