@@ -56,22 +56,23 @@ def in_blocks(count: int, size: int, start: int) -> list[int]:
     return [block * size + row for block in range(count) for row in range(start, size)]
 
 
-VALUES, OUTPUTS = "self_attn.v_proj", "self_attn.o_proj"
+VALUES, OUTPUT = "self_attn.v_proj", "self_attn.o_proj"
 # Layers 2 and 3 leave keys and values for the last two, which have none of their own.
-SHARED = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
-GEMMA_3N = SHARED | {"intermediate_size": [192] * 6, "activation_sparsity_pattern": [0.5] + [0.0] * 5}
+GEMMA_3N = {
+    "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "intermediate_size": [192] * 6, "activation_sparsity_pattern": [0.5] + [0.0] * 5,
+}  # fmt: skip
 # The tiny models of `families`.
 FAMILIES = {
-    "llama": Attention(VALUES, OUTPUTS, range(64), 2),
+    "llama": Attention(VALUES, OUTPUT, range(64), 2),
     "opt": Attention(VALUES, "self_attn.out_proj", range(128), 1, "model.decoder.layers.{i}."),
-    "qwen2": Attention(VALUES, OUTPUTS, range(64), 2),
-    "phi3": Attention("self_attn.qkv_proj", OUTPUTS, range(192, 256), 2),
+    "qwen2": Attention(VALUES, OUTPUT, range(64), 2),
+    "phi3": Attention("self_attn.qkv_proj", OUTPUT, range(192, 256), 2),
     "gpt-neox": Attention(
         "attention.query_key_value", "attention.dense", in_blocks(4, 96, 64), 1, "gpt_neox.layers.{i}."
     ),
-    "deepseek-v3": Attention("self_attn.kv_b_proj", OUTPUTS, in_blocks(4, 48, 16), 1),
-    "gemma3n": Attention(VALUES, OUTPUTS, range(64), 2, settings=tuple(GEMMA_3N.items())),
-    "gemma4-e2b": Attention(VALUES, OUTPUTS, range(64), 2, settings=tuple((SHARED | {"global_head_dim": 32}).items())),
+    "deepseek-v3": Attention("self_attn.kv_b_proj", OUTPUT, in_blocks(4, 48, 16), 1),
+    "gemma3n": Attention(VALUES, OUTPUT, range(64), 2, settings=tuple(GEMMA_3N.items())),
 }
 WITH_BIAS = ("opt", "qwen2", "gpt-neox")
 
@@ -108,6 +109,5 @@ def run_and_keep_rotations(model: Path, out: Path, text: Path, folder: Path, opt
     rotating.turn = keep
     run_small(model, out, text, **options)
     folder.mkdir(exist_ok=True)
-    save_file(
-        {str(number): one.contiguous() for number, one in enumerate(kept)}, folder / os.environ.get("RANK", "alone")
-    )
+    rank = os.environ.get("RANK", "alone")
+    save_file({str(number): one.contiguous() for number, one in enumerate(kept)}, folder / rank)

@@ -18,14 +18,16 @@ from ria_vllm.offline.pruning import rotation
 pytestmark = pytest.mark.slow
 
 # vLLM's attention for latent keys and values on CPUs takes these widths only. No layer has experts.
-LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "first_k_dense_replace": 2}
+LATENT = {
+    "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "num_key_value_heads": 4, "first_k_dense_replace": 2,
+}  # fmt: skip
 # Family -> (changes of the model's configuration, options of compress, engine arguments).
 WAYS = {
     "llama": ({}, {"reconstruct": "short"}, {}),
     "qwen2": ({}, {"weights": "int8"}, {}),
     "phi3": ({}, {}, {}),
     "opt": ({}, {}, {}),
-    "gpt-neox": ({}, {"weights": "int4"}, {}),
+    "gpt-neox": ({"num_key_value_heads": 4}, {"weights": "int4"}, {}),
     "deepseek-v3": (LATENT, {}, LATENT_ATTENTION),
 }
 
