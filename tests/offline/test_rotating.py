@@ -31,7 +31,6 @@ from ria_vllm.schema import ROTATIONS_FILE
 from ria_vllm.training import save
 
 
-
 def rotated(report: dict) -> set[str]:
     return {name for name, record in report["linears"].items() if "rotated" in record}
 
