@@ -255,17 +255,7 @@ def load_permutations(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         RiaError: file and layer named.
     """
-    found: dict[str, torch.Tensor] = {}
-    files = OpenFiles()
-    for stored in tensor_names(path):
-        name = stored.removesuffix(PERMUTATION_SUFFIX)
-        if name == stored:
-            raise RiaError(f"{path}: {stored}: unknown name. Get the file again.")
-        found[name] = files.tensor(path, stored)
-        wrong = permutation.check(found[name], found[name].numel())
-        if wrong:
-            raise RiaError(f"{path}: {name}: not a permutation: {wrong}. Get the file again.")
-    return found
+    return _load_named(path, PERMUTATION_SUFFIX, lambda p: permutation.check(p, p.numel()), "a permutation")
 
 
 def load_rotations(path: Path) -> dict[str, torch.Tensor]:
@@ -274,16 +264,31 @@ def load_rotations(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         RiaError: file and layer named.
     """
+    return _load_named(path, ROTATIONS_SUFFIX, rotation.check, "rotations")
+
+
+def _load_named(
+    path: Path, suffix: str, check: Callable[[torch.Tensor], str | None], what: str
+) -> dict[str, torch.Tensor]:
+    """Linear's name -> its tensor, from a file in which all names end with `suffix`.
+
+    Args:
+        check: why a tensor is not what it should be; None if it is.
+        what: it should be.
+
+    Raises:
+        RiaError: file and layer named.
+    """
     found: dict[str, torch.Tensor] = {}
     files = OpenFiles()
     for stored in tensor_names(path):
-        name = stored.removesuffix(ROTATIONS_SUFFIX)
+        name = stored.removesuffix(suffix)
         if name == stored:
             raise RiaError(f"{path}: {stored}: unknown name. Get the file again.")
         found[name] = files.tensor(path, stored)
-        wrong = rotation.check(found[name])
+        wrong = check(found[name])
         if wrong:
-            raise RiaError(f"{path}: {name}: not rotations: {wrong}. Get the file again.")
+            raise RiaError(f"{path}: {name}: not {what}: {wrong}. Get the file again.")
     return found
 
 
