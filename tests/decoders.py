@@ -72,6 +72,18 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+class Halved(nn.Module):
+    """A linear whose positive outputs are halved, if it has more than `beyond` of them."""
+
+    def __init__(self, linear: nn.Linear, beyond: int = 0):
+        super().__init__()
+        self.linear, self.beyond = linear, beyond
+
+    def forward(self, x):
+        y = self.linear(x)
+        return torch.where(y > 0, y / 2, y) if y.shape[-1] > self.beyond else y
+
+
 def small(model_type: str, **changes: Any) -> PreTrainedModel:
     """A tiny float32 model in which every parameter is random, norms and biases included."""
     own = OWN.get(model_type, {}) | changes

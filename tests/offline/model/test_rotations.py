@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from decoders import calls_of, check_same, described, in_float64, layers_of, small
-from torch import nn
+from decoders import Halved, calls_of, check_same, described, in_float64, layers_of, small
 
 from ria_vllm.offline.model.describe import describe
 
@@ -76,18 +75,6 @@ def test_what_lets_permutations_through_only():
         if any(fold.coupling == "heads" and len(fold.producers) == 2 for fold in topology.folds)
     ]
     assert gated and not any(topology.rotations for topology in gated)
-
-
-class Halved(nn.Module):
-    """A linear whose positive outputs are halved."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.v_proj = linear
-
-    def forward(self, x):
-        y = self.v_proj(x)
-        return torch.where(y > 0, y / 2, y)
 
 
 @pytest.mark.parametrize("family", ["olmo", "olmoe"])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from decoders import calls_of, described, lines, small
+from decoders import Halved, calls_of, described, lines, small
 from expected_layers import OTHERS, TABLE
 from torch import nn
 
@@ -145,18 +145,6 @@ def test_what_only_the_layers_own_widths_do_is_seen(monkeypatch):
     assert [fold.consumer for fold in topology.folds] == ["self_attn.o_proj"]
 
 
-class Halved(nn.Module):
-    """A linear whose positive outputs are halved, if it has many."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x):
-        y = self.linear(x)
-        return torch.where(y > 0, y / 2, y) if y.shape[-1] > 100 else y
-
-
 @pytest.mark.parametrize("linear, kind", [("v_proj", "llama.LlamaAttention"), ("qkv_proj", "phi3.Phi3Attention")])
 def test_heads_that_the_layers_own_widths_do_not_let_turn(linear, kind, monkeypatch):
     """Permutations do not mind what is halved."""
@@ -166,7 +154,7 @@ def test_heads_that_the_layers_own_widths_do_not_let_turn(linear, kind, monkeypa
 
     def init(self, *arguments, **named):
         made(self, *arguments, **named)
-        setattr(self, linear, Halved(getattr(self, linear)))
+        setattr(self, linear, Halved(getattr(self, linear), beyond=100))
 
     monkeypatch.setattr(attention, "__init__", init)
     (topology,) = from_smaller_copies(wide(family))
