@@ -284,7 +284,7 @@ class LayerPass:
         with self.monitor.phase("masks and weights"):
             trim()
             dtype, place = self.model.stored_dtype, sublayer_pass.place
-            solved = solve(names, weights, statistics, orders, dtype, recipe, self.ranks, place, passes)
+            solved = solve(names, weights, statistics, orders, dtype, recipe, self.ranks, place, passes, recipe.damping)
         if compared and self.ranks.first:
             with self.monitor.phase("permutations"):
                 kept = [group for group in plain if group.linears[0] in compared]

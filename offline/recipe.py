@@ -13,6 +13,7 @@ from ria_vllm import __version__, formats
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.pruning import permute, scores
+from ria_vllm.offline.pruning.admm import DAMPING
 from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.offline.publish import published
 from ria_vllm.weight_format import WeightFormat
@@ -21,6 +22,10 @@ METHODS = (*scores.METHODS, "sparsegpt")
 SCOPES = ("shared", "linear")
 # How kept weights are updated -> the tokens on which each sublayer is then trained, see `train.train_sublayer`.
 RECONSTRUCTIONS = {"none": 0, "admm": 0, "short": 48 * 2048, "block": 128 * 2048}
+# ADMM's damping of linears that are then trained, times the calibration tokens; and the most it may be. Measured on
+# SmolLM2: docs/quality.md.
+DAMPED_TOKENS = 16384
+MOST_DAMPING = 2.0
 WEIGHTS = ("float", "int8", "int4")
 ROW = "row"
 ACTIVATIONS = ("none", "int8")
@@ -161,6 +166,13 @@ class Recipe:
     def trains_experts(self) -> bool:
         """Whether each expert is trained. With few tokens in a step, that takes too long for a short training."""
         return self.reconstruct == "block"
+
+    @property
+    def damping(self) -> float:
+        """ADMM's, of linears outside of experts. The fewer tokens there are, the nearer to the dense weights training
+        should start, or it learns these tokens by heart."""
+        fitting = min(MOST_DAMPING, DAMPED_TOKENS / (self.samples * self.seq_len))
+        return max(DAMPING, fitting) if self.trains else DAMPING
 
     @property
     def chunk_tokens(self) -> int:

@@ -14,7 +14,7 @@ from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruned import Pruned, packed, stored_weight
 from ria_vllm.offline.pruning import masks, permute, scores
-from ria_vllm.offline.pruning.admm import AdmmSolver, Choice, admm_solver, output_error
+from ria_vllm.offline.pruning.admm import DAMPING, AdmmSolver, Choice, admm_solver, output_error
 from ria_vllm.offline.pruning.rounding import PASSES, round_on_mask
 from ria_vllm.offline.pruning.sparsegpt import sparsegpt
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
@@ -93,6 +93,7 @@ def solve(
     ranks: Ranks,
     place: Callable[[str], str],
     passes: int = PASSES,
+    damping: float = DAMPING,
 ) -> dict[str, Pruned]:
     """Prune and reconstruct the linears `names`, which are divided among the ranks.
 
@@ -101,6 +102,7 @@ def solve(
         dtype: of the result, the checkpoint's.
         place: linear -> what an error about it begins with.
         passes: of rounding to integers; fewer are faster and less exact.
+        damping: ADMM's, see `admm_solver`.
 
     Returns:
         linear -> result, on the CPU and on all ranks.
@@ -111,7 +113,7 @@ def solve(
     owners = ranks.partition_by_cost([weights[n].shape[1] * weights[n].numel() for n in names])
     solved: dict[str, Pruned] = {}
     own = [name for name, owner in zip(names, owners, strict=True) if owner == ranks.rank]
-    solvers = _Solvers(statistics[name].gram for name in own)
+    solvers = _Solvers((statistics[name].gram for name in own), damping)
     for name in own:
         solved[name] = _prune(weights[name], statistics[name], orders[name], dtype, recipe, solvers, passes)
         if not bool(solved[name].weight.isfinite().all()):
@@ -122,8 +124,9 @@ def solve(
 class _Solvers:
     """Keeps the solver for a Gram matrix until its last linear; they are large, so no two are in memory at once."""
 
-    def __init__(self, grams: Iterable[SymmetricMatrix | None]) -> None:
+    def __init__(self, grams: Iterable[SymmetricMatrix | None], damping: float) -> None:
         """`grams`: those of the linears, in the order in which they are solved; equal ones follow each other."""
+        self.damping = damping
         self.uses = Counter(map(id, grams))
         self.gram: SymmetricMatrix | None = None
         self.last: AdmmSolver | None = None
@@ -132,7 +135,7 @@ class _Solvers:
         if self.last is None or self.gram is not gram:
             self.gram, self.last = gram, None
             with one_thread():
-                self.last = admm_solver(gram, scales=scales)
+                self.last = admm_solver(gram, self.damping, scales=scales)
         found = self.last
         self.uses[id(gram)] -= 1
         if not self.uses[id(gram)]:

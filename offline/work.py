@@ -33,9 +33,10 @@ def ways_of_this_version(recipe: Recipe) -> dict[str, Any]:
     # They rounded to the nearest integers; then, before they trained, if at all; then, before they went on.
     rounding = {} if recipe.weights == "float" else {"rounding": "descent"}
     rounding |= {"rounded": "apart" if recipe.continues_exactly else "last"} if rounding and recipe.trains else {}
-    # They trained in longer steps, and each expert by itself; and kept what had only got better after the first pass.
+    # They trained in longer steps, and each expert by itself; kept what had only got better after the first pass; and
+    # began where ADMM alone would end.
     training = {"steps": recipe.chunk_tokens, "experts": "together"} if recipe.trains_experts else {}
-    training |= {"kept": "if better than at first"} if recipe.trains else {}
+    training |= {"kept": "if better than at first", "damping": recipe.damping} if recipe.trains else {}
     # They did not store how heads were turned.
     rotations = {"rotations": "stored"} if recipe.rotates_heads and recipe.served else {}
     return layers | rounding | training | rotations

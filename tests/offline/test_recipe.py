@@ -87,6 +87,14 @@ def test_training_reads_as_many_tokens_as_asked_for_in_two_to_eight_passes(recon
     assert Recipe(reconstruct=reconstruct, seq_len=seq_len).training_passes(chunks) == passes
 
 
+def test_training_starts_nearer_to_the_dense_weights_where_tokens_are_few():
+    for reconstruct in ("short", "block"):
+        tokens = [(4, 32), (16, 512), (32, 512), (64, 512), (128, 512), (128, 1024), (128, 2048)]
+        found = [Recipe(reconstruct=reconstruct, samples=a, seq_len=b).damping for a, b in tokens]
+        assert found == [2.0, 2.0, 1.0, 0.5, 0.25, 0.2, 0.2]
+    assert Recipe(reconstruct="admm", samples=4, seq_len=32).damping == 0.2
+
+
 @pytest.mark.parametrize("seq_len", [64, 1024, 2048, 8192])
 @pytest.mark.parametrize("chunks", [1, 8, 15, 16, 17, 100, 128, 4096])
 def test_a_short_training_stays_short(chunks, seq_len):

@@ -29,16 +29,38 @@ def stage():
     return weights, dict.fromkeys(weights, found), X, D
 
 
-def pruned(stage, recipe):
+def pruned(stage, recipe, **options):
     weights, statistics, _, _ = stage
     ranks = Ranks()
     orders = find_orders([Group(tuple(weights))], weights, statistics, recipe, ranks)
-    return solve(list(weights), weights, statistics, orders, torch.bfloat16, recipe, ranks, lambda name: name)
+    dtype, names = torch.bfloat16, list(weights)
+    return solve(names, weights, statistics, orders, dtype, recipe, ranks, lambda name: name, **options)
 
 
 def error(V, W, X, D):
     wanted = D.double() @ W.double().T
     return float((wanted - X.double() @ V.double().T).norm() / wanted.norm())
+
+
+def test_what_is_trained_starts_at_the_least_squares_of_its_own_damping(stage):
+    """Solved row by row, on the mask that was chosen."""
+    weights, _, X, D = stage
+    X, D = X.double(), D.double()
+    kept_to_dense = {}
+    for reconstruct, damping in (("admm", 0.2), ("short", 1.0), ("block", 1.0)):
+        recipe = Recipe(reconstruct=reconstruct, samples=32, seq_len=512)
+        found = pruned(stage, recipe, damping=recipe.damping)
+        added = damping * X.square().sum(0).mean()
+        for name, dense in weights.items():
+            W, mask = dense.double(), found[name].mask
+            system, target = X.T @ X + added * torch.eye(128), W @ (D.T @ X + added * torch.eye(128))
+            want = torch.zeros_like(W)
+            for row, keep in enumerate(mask):
+                want[row, keep] = torch.linalg.solve(system[keep][:, keep], target[row, keep])
+            assert (found[name].weight.double() - want).norm() < 0.03 * want.norm(), (reconstruct, name)
+            kept_to_dense[reconstruct, name] = float((want - W)[mask].norm())
+    for name in weights:
+        assert kept_to_dense["short", name] == kept_to_dense["block", name] < 0.7 * kept_to_dense["admm", name]
 
 
 @pytest.mark.parametrize("method", ["ria", "sparsegpt"])

@@ -1,5 +1,6 @@
 """Experts that are trained together, against sums over tokens and experts in float64."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.nn.functional import silu
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm.checkpoint import Reader
-from ria_vllm.offline import compress, train_experts
+from ria_vllm.offline import compress, solve, train_experts
 from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.routing import Reads, RoutedTokens
 from ria_vllm.offline.model.experts import experts_modules
@@ -185,6 +186,23 @@ def test_llama_4s_experts_are_trained_towards_the_sum_of_what_they_return(text, 
         )  # fmt: skip
         errors[reconstruct] = float((block_output(tmp_path / reconstruct, tokens[128:]) - wanted).norm())
     assert errors["block"] < 0.97 * errors["admm"] < 0.97 * errors["none"] and errors["short"] == errors["admm"]
+
+
+@pytest.mark.parametrize("reconstruct", ["admm", "short", "block"])
+def test_experts_have_admms_own_damping(text, tmp_path, monkeypatch, reconstruct):
+    found, solver = Counter(), solve.admm_solver
+
+    def counting(gram, damping, scales):
+        found[damping] += 1
+        return solver(gram, damping, scales=scales)
+
+    monkeypatch.setattr(solve, "admm_solver", counting)
+    source = save_moe(tmp_path / "dense", "llama4_text")
+    ignored = ("layers.1", "shared_expert")
+    run_small(source, tmp_path / "out", text, reconstruct=reconstruct, samples=16, seq_len=64, ignore=ignored)
+    experts = AutoConfig.from_pretrained(source).num_local_experts
+    attention = 2  # what q, k and v read, and what o reads
+    assert found == Counter({0.2: 2 * experts}) + Counter({0.2 if reconstruct == "admm" else 2.0: attention})
 
 
 def block_output(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
