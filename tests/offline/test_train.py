@@ -180,6 +180,7 @@ def test_what_training_did_not_better_is_what_admm_wrote(
 
     for module in (train, train_experts):
         monkeypatch.setattr(module, "train_block", worse)
+    monkeypatch.setattr(Recipe, "damping", 0.5)  # of all, trained or not
     source = make_model(tmp_path / "dense", family, dtype=getattr(torch, dtype))
     found = {}
     for name in ("admm", reconstruct):
