@@ -22,6 +22,7 @@ from ria_vllm.offline.model.topology import Group, Topologies
 from ria_vllm.offline.plan import Plan
 from ria_vllm.offline.prune_experts import ExpertsPruner
 from ria_vllm.offline.pruned import Pruned
+from ria_vllm.offline.pruning.admm import DAMPING
 from ria_vllm.offline.pruning.rounding import PASSES
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.rotating import Rotator
@@ -176,7 +177,9 @@ class LayerPass:
             # A second search in every layer would take too long.
             compared = plan.first_in_blocks(index, sublayer_pass.stages[number], earlier)
             scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
-            found, _ = self._solve_stage(index, sublayer_pass, number, groups, dense, recipe, compared, scale=scale)
+            found, _ = self._solve_stage(
+                index, sublayer_pass, number, groups, dense, recipe, compared, damping=recipe.damping, scale=scale
+            )
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 with undone():
                     sublayer_pass.advance(self.streams.dense)
@@ -239,6 +242,7 @@ class LayerPass:
         recipe: Recipe,
         compared: Collection[str] = (),
         passes: int = PASSES,
+        damping: float = DAMPING,
         scale: Callable[[Sequence[Group], dict[str, Statistics], dict[str, torch.Tensor]], None] | None = None,
     ) -> tuple[dict[str, Pruned], dict[str, dict[str, Any]]]:
         """Prune the linears and experts of one stage.
@@ -249,6 +253,7 @@ class LayerPass:
             compared: also record what orders without blocks would retain for these linears, whose orders have to keep
                 to blocks.
             passes: of rounding to integers.
+            damping: ADMM's, of the linears.
             scale: migrates scales in the statistics and weights of the groups' linears.
 
         Returns:
@@ -284,7 +289,7 @@ class LayerPass:
         with self.monitor.phase("masks and weights"):
             trim()
             dtype, place = self.model.stored_dtype, sublayer_pass.place
-            solved = solve(names, weights, statistics, orders, dtype, recipe, self.ranks, place, passes, recipe.damping)
+            solved = solve(names, weights, statistics, orders, dtype, recipe, self.ranks, place, passes, damping)
         if compared and self.ranks.first:
             with self.monitor.phase("permutations"):
                 kept = [group for group in plain if group.linears[0] in compared]

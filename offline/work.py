@@ -10,6 +10,7 @@ from typing import Any
 from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.source import Source, stamp_of
+from ria_vllm.offline.pruning.admm import DAMPING
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.units import layer_key
@@ -36,9 +37,10 @@ def ways_of_this_version(recipe: Recipe) -> dict[str, Any]:
     # They trained in longer steps, and each expert by itself; kept what had only got better after the first pass; and
     # began where ADMM alone would end.
     training = {"steps": recipe.chunk_tokens, "experts": "together"} if recipe.trains_experts else {}
-    training |= {"kept": "if better than at first", "damping": recipe.damping} if recipe.trains else {}
-    # They did not store how heads were turned.
-    rotations = {"rotations": "stored"} if recipe.rotates_heads and recipe.served else {}
+    training |= {"kept": "if better than at first"} if recipe.trains else {}
+    training |= {"damping": recipe.damping} if recipe.damping != DAMPING else {}
+    # They did not store how heads were turned, and added up in another order what 2:4 loses.
+    rotations = {"rotations": "stored", "lost": "by masks"} if recipe.rotates_heads and recipe.served else {}
     return layers | rounding | training | rotations
 
 

@@ -8,6 +8,7 @@ import pytest
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.work import ways_of_this_version
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,11 @@ def test_training_starts_nearer_to_the_dense_weights_where_tokens_are_few():
         found = [Recipe(reconstruct=reconstruct, samples=a, seq_len=b).damping for a, b in tokens]
         assert found == [2.0, 2.0, 1.0, 0.5, 0.25, 0.2, 0.2]
     assert Recipe(reconstruct="admm", samples=4, seq_len=32).damping == 0.2
+
+
+def test_a_run_begun_with_another_damping_is_another_run():
+    assert ways_of_this_version(Recipe(samples=32, seq_len=512))["damping"] == 1.0
+    assert "damping" not in ways_of_this_version(Recipe())  # earlier versions had the same
 
 
 @pytest.mark.parametrize("seq_len", [64, 1024, 2048, 8192])

@@ -47,7 +47,7 @@ def test_what_is_trained_starts_at_the_least_squares_of_its_own_damping(stage):
     weights, _, X, D = stage
     X, D = X.double(), D.double()
     kept_to_dense = {}
-    for reconstruct, damping in (("admm", 0.2), ("short", 1.0), ("block", 1.0)):
+    for reconstruct, damping in (("admm", 0.2), ("short", 1.0)):
         recipe = Recipe(reconstruct=reconstruct, samples=32, seq_len=512)
         found = pruned(stage, recipe, damping=recipe.damping)
         added = damping * X.square().sum(0).mean()
@@ -60,7 +60,7 @@ def test_what_is_trained_starts_at_the_least_squares_of_its_own_damping(stage):
             assert (found[name].weight.double() - want).norm() < 0.03 * want.norm(), (reconstruct, name)
             kept_to_dense[reconstruct, name] = float((want - W)[mask].norm())
     for name in weights:
-        assert kept_to_dense["short", name] == kept_to_dense["block", name] < 0.7 * kept_to_dense["admm", name]
+        assert kept_to_dense["short", name] < 0.7 * kept_to_dense["admm", name]
 
 
 @pytest.mark.parametrize("method", ["ria", "sparsegpt"])
