@@ -97,7 +97,7 @@ class Rotator:
 
     def _learned(self, fold: Fold, of_values: Statistics, of_outputs: Statistics) -> torch.Tensor | None:
         """float64 [kv heads, d, d] on the CPU; None if nothing is gained, or a Gram matrix cannot be inverted."""
-        layer, pattern = self.model.layers[self.index], self.recipe.pattern
+        layer = self.model.layers[self.index]
         producer, consumer = layer.get_submodule(fold.producers[0].name), layer.get_submodule(fold.consumer)
         num_heads, num_kv_heads = fold.num_heads or 1, fold.num_kv_heads or 1
         d = consumer.in_features // num_heads
@@ -111,7 +111,7 @@ class Rotator:
             )
         except torch.linalg.LinAlgError:
             return None
-        return rotation.learned(heads, pattern.n, pattern.m, self.recipe.seed)
+        return rotation.learned(heads, self.recipe.pattern, self.recipe.seed)
 
 
 def rotatable(model: StreamedModel, index: int, topology: Topology, pruned: Collection[str]) -> list[Fold]:

@@ -74,7 +74,7 @@ def blocks_of(matrix: torch.Tensor, size: int) -> torch.Tensor:
     return torch.stack([matrix[i : i + size, i : i + size] for i in range(0, len(matrix), size)])
 
 
-def learned(heads: Heads, n: int, m: int, seed: int) -> torch.Tensor | None:
+def learned(heads: Heads, pattern: Pattern, seed: int) -> torch.Tensor | None:
     """The matrix of each key-value head: float64 [kv heads, d, d] on the CPU, orthogonal.
 
     None if what is learned loses no less than the model's own channels do.
@@ -87,13 +87,13 @@ def learned(heads: Heads, n: int, m: int, seed: int) -> torch.Tensor | None:
     optimizer = torch.optim.Adam([free], lr=RATE)
     with torch.enable_grad():
         for _ in range(STEPS):
-            loss = _lost(heads, _orthogonal(free, identity), n, m, draw)
+            loss = _lost(heads, _orthogonal(free, identity), pattern, draw)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     found = _orthogonal(free.detach().double(), identity.double())
     before, after = (
-        sum(float(_lost(heads, one, n, m, torch.Generator().manual_seed(seed + 1 + i))) for i in range(JUDGED))
+        sum(float(_lost(heads, one, pattern, torch.Generator().manual_seed(seed + 1 + i))) for i in range(JUDGED))
         for one in (identity, found.float())
     )
     return found.cpu() if after < before else None
@@ -105,8 +105,8 @@ def _orthogonal(free: torch.Tensor, identity: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(identity + skew, identity - skew)
 
 
-def _lost(heads: Heads, rotations: torch.Tensor, n: int, m: int, draw: torch.Generator) -> torch.Tensor:
-    """The share of the scores that n:m loses, of v plus of o, in groups of channels that are drawn at random."""
+def _lost(heads: Heads, rotations: torch.Tensor, pattern: Pattern, draw: torch.Generator) -> torch.Tensor:
+    """The share of the scores that the pattern loses, of v plus of o, in groups of channels drawn at random."""
     rows, columns = (_some(count, SAMPLED, draw).to(rotations.device) for count in (len(heads.outputs), heads.width))
     some = replace(
         heads,
@@ -119,13 +119,13 @@ def _lost(heads: Heads, rotations: torch.Tensor, n: int, m: int, draw: torch.Gen
     outputs_cost = torch.einsum("hed,hdf,hef->he", of_heads, heads.outputs_cost, of_heads)
     of_v, of_o = (values.square() / some.values_cost).flatten(0, 1), (outputs.square() / outputs_cost).flatten(1)
     order = _some(of_o.shape[1], of_o.shape[1], draw).to(of_o.device)
-    return _share_lost(of_v, n, m) + _share_lost(of_o[:, order], n, m)
+    return _share_lost(of_v, pattern) + _share_lost(of_o[:, order], pattern)
 
 
-def _share_lost(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Of scores [rows, columns], in groups of m neighbours."""
-    scores = scores[:, : scores.shape[1] // m * m]
-    lost = scores.masked_fill(mask(scores.detach(), Pattern(n=n, m=m)), 0.0).sum()  # faster than sorting the groups
+def _share_lost(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Of scores [rows, columns], in whole groups of neighbours."""
+    scores = scores[:, : scores.shape[1] // pattern.m * pattern.m]
+    lost = scores.masked_fill(mask(scores.detach(), pattern), 0.0).sum()  # faster than sorting the groups
     return lost / scores.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 

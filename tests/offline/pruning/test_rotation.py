@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from ria_vllm.offline.pruning import rotation
+from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 
 KV, SHARE, D, IN, OUT = 2, 2, 8, 24, 20
+PATTERN = Pattern(n=2, m=4)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -59,7 +61,7 @@ def lost(heads: rotation.Heads, rotations: torch.Tensor, draws: int = 20) -> flo
 
 def test_what_is_learned_is_orthogonal_and_loses_less():
     heads = heads_in_other_channels(orthogonal(KV, 7))
-    found = rotation.learned(heads, 2, 4, 0)
+    found = rotation.learned(heads, PATTERN, 0)
     assert found.dtype == torch.float64 and found.shape == (KV, D, D)
     torch.testing.assert_close(found @ found.mT, torch.eye(D).double().expand(KV, D, D), rtol=0, atol=1e-12)
     before, after = (lost(heads, one) for one in (torch.eye(D).double().expand(KV, D, D), found))
@@ -73,7 +75,7 @@ def test_the_loss_is_that_of_every_entry():
     )  # fmt: skip
     rotations = orthogonal(KV, 8)
     generator = torch.Generator().manual_seed(6)
-    mean = sum(float(rotation._lost(heads, rotations.float(), 2, 4, generator)) for _ in range(60)) / 60
+    mean = sum(float(rotation._lost(heads, rotations.float(), PATTERN, generator)) for _ in range(60)) / 60
     assert mean == pytest.approx(lost(heads, rotations, 60), rel=0.01)
 
 
@@ -81,7 +83,7 @@ def test_a_part_of_large_linears_is_looked_at(monkeypatch):
     monkeypatch.setattr(rotation, "SAMPLED", 12)
     heads = heads_in_other_channels(orthogonal(KV, 7))
     identity = torch.eye(D).double().expand(KV, D, D)
-    assert lost(heads, rotation.learned(heads, 2, 4, 0)) < 0.9 * lost(heads, identity)
+    assert lost(heads, rotation.learned(heads, PATTERN, 0)) < 0.9 * lost(heads, identity)
 
 
 def test_rotated_weights_are_the_same_function():
@@ -100,7 +102,7 @@ def test_rotated_weights_are_the_same_function():
 
 def test_the_same_for_the_same_seed():
     heads = heads_in_other_channels(orthogonal(KV, 7))
-    assert torch.equal(rotation.learned(heads, 2, 4, 1), rotation.learned(heads, 2, 4, 1))
+    assert torch.equal(rotation.learned(heads, PATTERN, 1), rotation.learned(heads, PATTERN, 1))
 
 
 @pytest.mark.parametrize("values", [torch.zeros(KV, D, IN), None], ids=["zeros", "already sparse"])
@@ -113,7 +115,7 @@ def test_nothing_to_gain(values):
     heads = rotation.Heads(
         kept if values is None else values, torch.ones(IN), outputs, torch.eye(D).expand(KV * SHARE, D, D)
     )
-    assert rotation.learned(heads, 2, 4, 0) is None
+    assert rotation.learned(heads, PATTERN, 0) is None
 
 
 def test_the_inverse_of_a_gram_matrix():
