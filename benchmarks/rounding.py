@@ -106,7 +106,8 @@ def capture(model: str, calibration: str, samples: int, seq_len: int) -> dict[st
         return prune(self, index, plan, last)
 
     layers.LayerPass.prune = first_only  # type: ignore[method-assign]
-    recipe = Recipe(calibration=calibration, samples=samples, seq_len=seq_len)
+    # Where linears are trained afterwards, ADMM may be damped more than rounding is.
+    recipe = Recipe(calibration=calibration, samples=samples, seq_len=seq_len, reconstruct="admm")
     with TemporaryDirectory() as folder:
         try:
             compress(model, Path(folder) / "out", recipe, Settings(), Monitor(shown=False))

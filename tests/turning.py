@@ -88,7 +88,7 @@ def by_hand(monkeypatch) -> list[torch.Tensor]:
     """Random matrices in the place of learned ones, in the order of the layers."""
     given: list[torch.Tensor] = []
 
-    def random(heads: rotation.Heads, *_: int) -> torch.Tensor:
+    def random(heads: rotation.Heads, *_: object) -> torch.Tensor:
         given.append(random_rotations(heads, len(given)))
         return given[-1]
 

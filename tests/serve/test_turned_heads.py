@@ -38,7 +38,7 @@ def runs(tmp_path_factory):
     folder, models, jobs = tmp_path_factory.mktemp("turned"), {}, []
     (folder / "text.txt").write_text(TEXT * 50)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rotation, "learned", lambda heads, n, m, seed: turning.random_rotations(heads, seed))
+        patch.setattr(rotation, "learned", lambda heads, pattern, seed: turning.random_rotations(heads, seed))
         for family, (changes, options, engine) in WAYS.items():
             source = save_model(folder / family / "in", family, vocab_size=tiny.VOCAB, **changes)
             out, dense = folder / family / "out", folder / family / "dense"
