@@ -197,11 +197,20 @@ class LayerPass:
                     self._use_pruned(index, group.experts)
             pruned |= found
         if recipe.trains and pruned:
-            pruned = train_sublayer(sublayer_pass, pruned, recipe)
+            pruned = train_sublayer(sublayer_pass, pruned, recipe, self._share(index, sublayer_pass))
             if self.recipe.weights != "float":
                 scales = {} if smoother is None else smoother.scales
                 pruned = round_sublayer(sublayer_pass, pruned, stages, scales, self.recipe, self.model.stored_dtype)
         return pruned
+
+    def _share(self, index: int, sublayer_pass: SublayerPass) -> float:
+        """The weights of a sublayer's linears divided by those of the layer's largest sublayer; without experts."""
+        runner = sublayer_pass.runner
+        sizes = {
+            sublayer.name: sum(runner.linear(name).weight.numel() for name in sublayer.linears)
+            for sublayer in self.topologies.of(index).sublayers
+        }
+        return sizes[runner.sublayer.name] / max(sizes.values())
 
     def _dense_reads(
         self, index: int, sublayer_pass: SublayerPass, stages: Sequence[Sequence[Group]]

@@ -22,6 +22,9 @@ METHODS = (*scores.METHODS, "sparsegpt")
 SCOPES = ("shared", "linear")
 # How kept weights are updated -> the tokens on which each sublayer is then trained, see `train.train_sublayer`.
 RECONSTRUCTIONS = {"none": 0, "admm": 0, "short": 48 * 2048, "block": 128 * 2048}
+# The least share of them that a sublayer with fewer weights gets in a short training. Measured on SmolLM2, whose
+# attention has a third of the MLP's weights: docs/quality.md.
+LEAST_SHARE = 1 / 3
 # ADMM's damping of linears that are then trained, times the calibration tokens; and the most it may be. Measured on
 # SmolLM2: docs/quality.md.
 DAMPED_TOKENS = 16384
@@ -180,21 +183,27 @@ class Recipe:
         On the same tokens, twice as many steps make `block` better, but not a short training: docs/quality.md."""
         return 1024 if self.reconstruct == "block" else 2048
 
-    @property
-    def _training_steps(self) -> int:
-        """About how many steps of training there are, with a chunk for each."""
-        return RECONSTRUCTIONS[self.reconstruct] // max(self.chunk_tokens, self.seq_len)
+    def _training_steps(self, share: float) -> int:
+        """About how many steps of training there are, with a chunk for each.
 
-    def training_chunks(self, total: int) -> list[int]:
+        Args:
+            share: the sublayer's weights divided by those of the layer's largest sublayer.
+        """
+        tokens = RECONSTRUCTIONS[self.reconstruct]
+        if self.reconstruct == "short":
+            tokens = round(tokens * max(share, LEAST_SHARE))
+        return tokens // max(self.chunk_tokens, self.seq_len)
+
+    def training_chunks(self, total: int, share: float = 1.0) -> list[int]:
         """Which of `total` chunks training reads: all; or of many, for a short training, half as many as it has steps,
         evenly spread."""
-        count = min(total, max(1, self._training_steps // 2)) if self.reconstruct == "short" else total
+        count = min(total, max(1, self._training_steps(share) // 2)) if self.reconstruct == "short" else total
         return [i * total // count for i in range(count)]
 
-    def training_passes(self, chunks: int) -> int:
+    def training_passes(self, chunks: int, share: float = 1.0) -> int:
         """How many passes of training there are over so many chunks, with a step for each: as many as the tokens of
         RECONSTRUCTIONS allow, but 2 to 8."""
-        return min(8, max(2, self._training_steps // chunks))
+        return min(8, max(2, self._training_steps(share) // chunks))
 
     @property
     def matmul_dtype(self) -> torch.dtype:

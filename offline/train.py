@@ -23,12 +23,15 @@ from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import MAPPED_BLOCK, blocks_kept, trim
 
 
-def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, Pruned]:
+def train_sublayer(
+    sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], recipe: Recipe, share: float = 1.0
+) -> dict[str, Pruned]:
     """Train the pruned linears of a sublayer towards the dense stream after it; all ranks do the same.
 
     Args:
         sublayer_pass: with the pruned weights in place, the pruned stream before it and the dense stream after it.
         pruned: name relative to the layer -> pruned linear.
+        share: the sublayer's weights divided by those of the layer's largest sublayer.
 
     Returns:
         The same linears, see `after_training`; their weights are also in the layer.
@@ -42,7 +45,7 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
     for parameter in (p for module in others for p in module.parameters(recurse=False)):
         parameter.data = parameter.data.float()
     targets = AllChunks(streams.dense, streams.total, sublayer_pass.ranks, runner.device)
-    chunks = recipe.training_chunks(streams.total)
+    chunks = recipe.training_chunks(streams.total, share)
     trim()
     weights = {name: runner.linear(name).weight for name in pruned}
     before = {name: linear.weight[linear.mask] for name, linear in pruned.items()}  # to go back: half of a copy
@@ -57,7 +60,7 @@ def train_sublayer(sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], re
                 _Masks(pruned, runner.device),
                 _Some(sublayer_pass.inputs_and_calls(), chunks),
                 _Some(targets, chunks),
-                passes=recipe.training_passes(len(chunks)),
+                passes=recipe.training_passes(len(chunks), share),
                 seed=recipe.seed,
                 dtype=recipe.matmul_dtype,
                 place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",

@@ -27,7 +27,7 @@ def _measure(small: Path, large: Path, out: Path, options: dict[str, Any]) -> No
     # What repeats takes as much memory the second time as the last: two iterations of ADMM are enough, two passes of
     # training, and one round of the search for an order.
     AdmmSolver.solve = partialmethod(AdmmSolver.solve, iterations=2)  # type: ignore[method-assign, assignment]
-    Recipe.training_passes = lambda self, chunks: 2  # type: ignore[method-assign]
+    Recipe.training_passes = lambda *_: 2  # type: ignore[method-assign]
     permute.WORTHWHILE = 1.0
     recipe = Recipe(**options)
     compress(str(small), Path(f"{out}-small"), recipe, Settings(), Monitor(shown=False))

@@ -96,6 +96,11 @@ def test_training_starts_nearer_to_the_dense_weights_where_tokens_are_few():
     assert Recipe(reconstruct="admm", samples=4, seq_len=32).damping == 0.2
 
 
+def test_a_run_begun_with_another_share_of_steps_is_another_run():
+    assert ways_of_this_version(Recipe())["least share"] == 1 / 3
+    assert "least share" not in ways_of_this_version(Recipe(reconstruct="block"))  # earlier versions had the same
+
+
 def test_a_run_begun_with_another_damping_is_another_run():
     assert ways_of_this_version(Recipe(samples=32, seq_len=512))["damping"] == 1.0
     assert "damping" not in ways_of_this_version(Recipe())  # earlier versions had the same
@@ -110,6 +115,21 @@ def test_a_short_training_stays_short(chunks, seq_len):
     assert 8 * 2048 <= len(read) * recipe.training_passes(len(read)) * tokens <= 96 * 1024
     assert max((b - a for a, b in itertools.pairwise(read)), default=0) <= -(-chunks // (48 * 1024 // tokens))
     assert Recipe(reconstruct="block").training_chunks(chunks) == list(range(chunks))
+
+
+@pytest.mark.parametrize(
+    ("share", "tokens"), [(1.0, 48 * 2048), (0.5, 24 * 2048), (1 / 3, 16 * 2048), (0.01, 16 * 2048), (0.0, 16 * 2048)]
+)
+@pytest.mark.parametrize("chunks", [8, 64, 4096])
+def test_a_short_training_has_fewer_steps_for_fewer_weights(chunks, share, tokens):
+    read = (recipe := Recipe(reconstruct="short")).training_chunks(chunks, share)
+    assert len(read) * recipe.training_passes(len(read), share) * 2048 == tokens
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_block_takes_as_many_steps_for_fewer_weights(share):
+    recipe = Recipe(reconstruct="block")
+    assert recipe.training_chunks(64, share) == list(range(64)) and recipe.training_passes(64, share) == 2
 
 
 @pytest.mark.parametrize("weights", ["float", "int8", "int4"])

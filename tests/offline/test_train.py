@@ -14,7 +14,7 @@ from ria_vllm.offline import train, train_experts
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.pruned import Pruned, packed, stored_weight
 from ria_vllm.offline.pruning.block import train_block
-from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.recipe import RECONSTRUCTIONS, Recipe
 from ria_vllm.offline.train import after_training
 from ria_vllm.offline.train_experts import grids_of
 from ria_vllm.progress import Monitor
@@ -165,6 +165,36 @@ def test_a_weight_whose_loss_did_not_fall_stays_as_it_was(losses, is_trained):
     assert torch.equal(found.weight, torch.full((2, 4), float(is_trained), dtype=torch.bfloat16))
     assert found.record | {"block_loss": None} == {"a": 1, "block_loss": None, "trained": is_trained}
     assert start.record == {"a": 1} and repr(found.record["block_loss"]) == repr(losses and list(losses))
+
+
+@pytest.mark.parametrize(
+    ("family", "reconstruct", "settings", "passes"),
+    [
+        ("llama", "short", {}, {"self_attn": 4, "mlp": 6}),  # 49,152 and 73,728 weights
+        ("llama", "short", {"intermediate_size": 512}, {"self_attn": 2, "mlp": 6}),
+        ("llama", "short", {"intermediate_size": 64}, {"self_attn": 6, "mlp": 3}),
+        ("qwen3-moe", "short", {}, {"self_attn": 6}),
+        ("llama", "block", {}, {"self_attn": 8, "mlp": 8}),
+    ],
+)
+def test_sublayers_with_fewer_weights_have_a_shorter_training(
+    family, reconstruct, settings, passes, make_model, text, tmp_path, monkeypatch
+):
+    """Eight chunks of one sample; 48 chunks are the most that a short training reads."""
+    monkeypatch.setattr(Recipe, "chunk_tokens", 32)
+    monkeypatch.setitem(RECONSTRUCTIONS, "short", 48 * 32)
+    found = []
+
+    def watched(*arguments, passes, place, **options):
+        inputs = arguments[3]
+        found.append((next(name for name in ("self_attn", "mlp") if name in place), len(inputs), passes))
+        return 1.0, 2.0
+
+    monkeypatch.setattr(train, "train_block", watched)
+    monkeypatch.setattr(train_experts, "train_block", watched)
+    source = make_model(tmp_path / "dense", family, **settings)
+    compressed(source, tmp_path / "out", text, reconstruct=reconstruct, samples=8)
+    assert found == [(name, 8, count) for name, count in passes.items()] * 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
