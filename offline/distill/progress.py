@@ -15,8 +15,9 @@ class Course:
     step: how many are done.
     sums: of the terms of the loss, over the tokens since the last point of the curve; `counted` are these tokens.
     curve: points; see `point`.
-    best: the step after which the held-out loss was lowest, and that loss; None: nothing is held out.
-    worse: measurements since then.
+    best: the step after which the held-out loss was lowest, and that loss; None: nothing is held out. 0 is the start.
+    lowest: the held-out loss of the best step of training, which may be above that of the start.
+    worse: measurements since that step.
     stopped: whether the run is over, because it got no better.
     """
 
@@ -25,6 +26,7 @@ class Course:
     counted: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
     best: tuple[int, float] | None = None
+    lowest: float | None = None
     worse: int = 0
     stopped: bool = False
 
@@ -55,12 +57,19 @@ class Course:
         return found
 
     def judge(self, loss: float, patience: int) -> bool:
-        """Take note of a held-out loss; whether it is the lowest so far."""
+        """Take note of a held-out loss; whether it is the lowest so far.
+
+        It may rise in the first steps, while the learning rate is high, and fall below that of the start later. So what
+        counts against `patience` are measurements that are no better than an earlier one of training.
+        """
+        if self.step and (self.lowest is None or loss < self.lowest):
+            self.lowest, self.worse = loss, 0
+        elif self.step:
+            self.worse += 1
+            self.stopped = self.worse >= patience
         if self.best is None or loss < self.best[1]:
-            self.best, self.worse = (self.step, loss), 0
+            self.best = (self.step, loss)
             return True
-        self.worse += 1
-        self.stopped = self.worse >= patience
         return False
 
     def dump(self) -> dict[str, Any]:

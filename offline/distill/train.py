@@ -82,6 +82,11 @@ class Training:
                 saved = time.monotonic()
         if course.best is None:
             self.work.save_result(self.student, course.step)
+        elif course.best[0] == 0:
+            self.monitor.warn(
+                f"{self.recipe.eval_text[0]}: the held-out loss was never as low as before the first step, so the "
+                "result has the weights from before training. Try a lower --lr, or more --tokens."
+            )
         self._save(course, over=True)
         return course
 
