@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import check, generate
 from datasets import Dataset
 from sparse_llama import TOKENS, load, loss_of, masks, outside
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -48,8 +49,8 @@ def test_the_chats_are_conversations():
 
 
 @pytest.mark.slow
-def test_the_documented_example(folder, capsys):
-    """It runs as it stands, learns the chats, changes only kept weights, and its folder is a valid one."""
+def test_the_documented_example(folder, tmp_path):
+    """It runs as it stands, learns the chats, changes only kept weights, and vLLM serves its folder."""
     kept = masks(folder)
     names = {"__name__": "example"}
     exec(compile(example(), "docs/training.md", "exec"), names)
@@ -66,6 +67,10 @@ def test_the_documented_example(folder, capsys):
     assert losses[1] < losses[0] - 0.05
     trained = {name: tensor.to(torch.bfloat16) for name, tensor in names["model"].state_dict().items()}
     assert all(torch.equal(tensor.to(torch.bfloat16), trained[name]) for name, tensor in after.state_dict().items())
+    prompts = [text[0, :24].tolist() for text in texts[:4]]
+    job = {"model": str(new.resolve()), "prompts": prompts, "engine": {"dtype": "float32", "max_model_len": 64}}
+    (result,) = generate(tmp_path / "run", [job], VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS="1")
+    check(after, result, given=prompts)
 
 
 @pytest.mark.slow

@@ -183,17 +183,17 @@ def test_nulls_are_skipped_and_half_a_surrogate_pair_is_replaced(tokenizer, tmp_
         list(data.documents(str(tmp_path / "numbers.parquet")))
 
 
-@pytest.mark.parametrize("name", ["c4", "wikitext2", "pile"])
-def test_data_sets_of_the_hub(name, tokenizer, monkeypatch):
+@pytest.mark.parametrize(("name", "streamed"), [("c4", True), ("wikitext2", False), ("pile", True)])
+def test_data_sets_of_the_hub(name, streamed, tokenizer, monkeypatch):
     asked = []
 
     def load_dataset(repository, configuration, split, streaming):
-        asked.append((repository, configuration, split))
+        asked.append((repository, configuration, split, streaming))
         return [{"text": text} for text in DOCUMENTS]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert from_text(name, tokenizer, 20, 50, 0).shape == (20, 50)
-    assert asked == [(*data.DATASETS[name][:2], "train")]
+    assert asked == [(*data.DATASETS[name][:2], "train", streamed)]
 
 
 def test_an_unreachable_data_set(tokenizer, monkeypatch):

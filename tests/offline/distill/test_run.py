@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from ria_vllm.checkpoint import Reader, file_metadata
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill import train
+from ria_vllm.offline.distill.heldout import HeldOut, Score
 from ria_vllm.offline.distill.loss import TERMS, Loss
 from ria_vllm.offline.distill.parameters import TrainedParameter
 from ria_vllm.offline.distill.recipe import Distillation
@@ -175,19 +177,22 @@ def test_a_process_that_does_not_see_the_text_says_so(pruned, text, tmp_path, mo
 def test_it_comes_closer_to_the_teacher_on_other_text(pruned, text, tmp_path):
     """Measured by another function than the one that the run measures with."""
     dense, folder = pruned(reconstruct="none")
-    tokens = read_tokens(str(folder), text, 4000)[-512:].view(4, 128)
+    other, words = tmp_path / "other.txt", "Judge my vow: five dozen quartz sphinxes of black pack liquor jugs.".split()
+    other.write_text(" ".join(random.Random(0).choices(words, k=400)))
+    tokens = read_tokens(str(folder), other, 512).view(4, 128)
     reference = load_model(str(dense), CPU)(input_ids=tokens).logits.log_softmax(-1)
 
     def distance(path: Path) -> float:
         mine = load_model(str(path), CPU)(input_ids=tokens).logits.log_softmax(-1)
         return float((reference.exp() * (reference - mine)).sum(-1).mean())
 
-    more = {"tokens": 64 * 64, "eval_text": (str(text),), "eval_tokens": 256, "lr": 1e-3}
+    more = {"tokens": 64 * 64, "eval_text": (str(text), str(other)), "eval_tokens": 256, "lr": 1e-3}
     report = run(dense, folder, tmp_path / "out", text, **more)
-    assert distance(tmp_path / "out") < 0.5 * distance(folder)
+    assert distance(tmp_path / "out") < 0.7 * distance(folder)
     curve = report["distill"][0]["curve"]
     assert [point["step"] for point in curve] == [0, 8, 16, 24, 32]
-    assert curve[-1]["held_out"][text.name]["kl"] < 0.5 * curve[0]["held_out"][text.name]["kl"]
+    for name, most in ((text.name, 0.5), (other.name, 0.7)):
+        assert curve[-1]["held_out"][name]["kl"] < most * curve[0]["held_out"][name]["kl"]
 
 
 def test_the_curve_says_what_eval_measures(pruned, text, tmp_path):
@@ -268,13 +273,31 @@ def test_a_resumed_run_counts_its_own_tokens_per_second(steps, pruned, text, tmp
     assert [line.rpartition(", ")[2] for line in lines[1:]] == [f"{rate:.0f} tokens/s" for rate in rates]
 
 
-def test_it_stops_when_it_gets_no_better_and_keeps_the_best(pruned, text, tmp_path):
+def test_it_stops_when_it_gets_no_better_and_keeps_the_best(pruned, text, tmp_path, monkeypatch):
     dense, folder = pruned()
-    report = run(
-        dense, folder, tmp_path / "out", text, lr=0.3, eval_text=(str(text),), eval_tokens=128, evals=8, patience=2
-    )
+    scores = iter([3.0, 3.5, 2.0, 2.5, 1.5, 1.6, 1.7])
+    monkeypatch.setattr(HeldOut, "measure", lambda *_: {text.name: Score(perplexity=9.0, kl=next(scores))})
+    more = {"eval_text": (str(text),), "eval_tokens": 128, "evals": 8, "lr": 1e-3}
+    report = run(dense, folder, tmp_path / "out", text, **more, patience=2)
     story = report["recipe"]["distill"][0]
-    assert story["steps"] == 2 and story["kept_step"] == 0
+    assert story["steps"] == 6 and story["kept_step"] == 4
+    scores = iter([3.0, 2.9, 2.0, 2.5, 1.5, 1.4, 1.3, 1.2, 1.1])
+    report = run(dense, folder, tmp_path / "whole", text, **more, patience=2)
+    assert report["recipe"]["distill"][0]["kept_step"] == report["recipe"]["distill"][0]["steps"] == 8
+    assert weight_digests(tmp_path / "out") != weight_digests(tmp_path / "whole")
+
+
+def test_training_that_never_gets_as_good_as_the_start_is_said_and_not_kept(pruned, text, tmp_path):
+    """The loss rises in the first of these long steps, and falls after that."""
+    dense, folder = pruned()
+    monitor, more = WarningRecorder(), {"lr": 0.3, "eval_text": (str(text),), "eval_tokens": 128}
+    report = run(dense, folder, tmp_path / "out", text, monitor=monitor, **more, evals=8, patience=1)
+    losses = [point["held_out"][text.name]["kl"] for point in report["distill"][0]["curve"]]
+    assert losses[1] > losses[2] > losses[-1] > losses[0]
+    story = report["recipe"]["distill"][0]
+    assert story["steps"] == 8 and story["kept_step"] == 0
+    (warning,) = [line for line in monitor.warnings if "weights from before training" in line]
+    assert text.name in warning and "--lr" in warning
     for name in Reader(folder).files:
         assert torch.equal(Reader(folder).tensor(name), Reader(tmp_path / "out").tensor(name))
 
@@ -386,15 +409,19 @@ def has_reached(units: Path, kind: str, step: int) -> bool:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(pruned, text, tmp_path):
+    """`kill -9` somewhere in or after each of three steps, one of which is the first that is kept as the best."""
     dense, folder = pruned()
     log = tmp_path / "log"
     preloaded.run(log, preloaded.ria_vllm, *command(dense, folder, tmp_path / "whole", text))
     out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
     again = command(dense, folder, out, text, "--resume")
-    for kind, step in (("state", 1), ("best", 4), ("state", 6)):
+    for kind, step in (("state", random.randint(1, 3)), ("best", 4), ("state", random.randint(5, 12))):
+        later = random.uniform(0.0, 0.05)
+        print(f"killed {later} s after {kind} {step}")
         with preloaded.started(log, preloaded.ria_vllm, *again) as (process,):
             while process.is_alive() and not has_reached(units, f"{kind}-*", step):
                 time.sleep(0.002)
+            time.sleep(later)
         assert not out.exists()
     preloaded.run(log, preloaded.ria_vllm, *again)
     assert digests(tmp_path / "whole") == digests(out)
@@ -440,12 +467,15 @@ def test_two_processes_give_what_one_gives(options, pruned, text, tmp_path):
         return
     # FSDP adds gradients up in the weights' dtype before kept entries are taken: the same numbers, rounded otherwise.
     one, two, before = Reader(tmp_path / "one"), Reader(tmp_path / "two"), Reader(folder)
+    moved = set()
     for name in one.files:
         a, b, first = (reader.tensor(name).double() for reader in (one, two, before))
+        moved |= {name.rpartition(".")[2]} if (a != first).any() else set()
         if name.endswith(".compressed") and one.tensor(name).dtype == torch.int8:
             assert (a - b).abs().max() <= 1 and (a != b).double().mean() < 0.01, name
         else:
             assert torch.allclose(a, b, rtol=1e-3, atol=0.05 * float((a - first).abs().max()) + 1e-9), name
+    assert "compressed" in moved and ("weight_scale" in moved) == ("scales" in options)
 
 
 @pytest.mark.slow
