@@ -14,7 +14,13 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 
 @click.command()
 @click.argument("model")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to write; must not exist, unless --overwrite is given.",
+)
 @click.option("--method", default="ria", show_default=True, help="Score: ria, ri, wanda, magnitude; or sparsegpt.")
 @click.option("--exponent", default=0.5, show_default=True, help="Exponent of the input norms in RIA.")
 @click.option("--permute", show_default=SERVED_DEFAULT, help="Channel permutation: lsa, heuristic or none.")

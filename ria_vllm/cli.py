@@ -15,14 +15,14 @@ COMMANDS = {
     "inspect": ("ria_vllm.folder_commands", "inspect", "Show what a compressed checkpoint holds."),
     "verify": ("ria_vllm.folder_commands", "verify", "Check every invariant of a compressed checkpoint."),
     "export": ("ria_vllm.folder_commands", "export", "Write a plain dense Hugging Face folder."),
-    "eval": ("ria_vllm.offline.evaluation.evaluate", "evaluate", "Measure perplexity on a text."),
+    "eval": ("ria_vllm.offline.evaluation.evaluate", "evaluate", "Measure perplexity on a text, or task scores."),
     "report": ("ria_vllm.offline.evaluation.report", "report", "Write a compression's report as one HTML page."),
     "push": ("ria_vllm.push", "push", "Upload a compressed checkpoint to the Hugging Face Hub."),
     "doctor": ("ria_vllm.serve.doctor", "doctor", "Show which kernels this machine runs, and why."),
     "bench": (
         "ria_vllm.serve.benchmark.command",
         "bench",
-        "Serve dense and sparse in turn and compare their throughput.",
+        "Serve compressed, dense and other models in turn; compare their speed and quality.",
     ),
     "build-kernels": ("ria_vllm.serve.kernels.cuda.command", "build_kernels", "Compile the CUDA kernels."),
 }

@@ -15,8 +15,14 @@ from ria_vllm.errors import RiaError
     required=True,
     help="The dense model that FOLDER was pruned from: a folder, or a hub id or ID@REVISION (a branch, tag or commit).",
 )
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
-@click.option("--tokens", required=True, type=click.IntRange(min=2), help="How many tokens of text to train on.")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to write; must not exist, unless --overwrite is given.",
+)
+@click.option("--tokens", required=True, type=click.IntRange(min=2), help="Tokens of distinct text to train on.")
 @click.option(
     "--calibration",
     "text",
@@ -31,10 +37,10 @@ from ria_vllm.errors import RiaError
     "--micro-batch",
     type=click.IntRange(min=1),
     show_default="all that a process has of a step",
-    help="Sequences that go through the model together. Fewer take less memory for activations, but 4 bytes for each "
-    "kept weight, for gradients that are added up.",
+    help="Sequences that a process runs at a time. Fewer take less memory for activations, but 4 more bytes for each "
+    "kept weight, because gradients are then added up.",
 )
-@click.option("--passes", default=1, show_default=True, help="How many times the text is read.")
+@click.option("--passes", default=1, show_default=True, help="How many times to train on the text.")
 @click.option("--lr", default=3e-4, show_default=True, help="Learning rate; it falls to 0 along half a cosine.")
 @click.option("--warmup", default=0.05, show_default=True, help="Fraction of the steps in which it rises.")
 @click.option("--weight-decay", default=0.0, show_default=True, help="Of AdamW.")
@@ -64,7 +70,8 @@ from ria_vllm.errors import RiaError
 @click.option(
     "--cache-teacher",
     is_flag=True,
-    help="Ask the teacher first, keep its --top-k on the disk (6 bytes for each), and free its memory.",
+    help="Ask the teacher first, keep its --top-k on the disk (6 bytes for each), and free its memory. Needs --top-k; "
+    "not with --loss hidden.",
 )
 @click.option(
     "--eval-text",

@@ -124,7 +124,7 @@ def bench(
     serve_args_of: tuple[tuple[str, str], ...],
     startup_timeout: float,
 ) -> None:
-    """Compare the throughput of the compressed folders OUT with that of their dense model, all served by vLLM.
+    """Compare the compressed folders OUT with their dense model and others, all served by vLLM, under the same load.
 
     OUT and --baseline take a folder, a hub id or NAME=MODEL: whatever `vllm serve` serves. Each repetition serves all
     sides, one after the other, and the side that goes first changes. With --text, the table and a second plot also

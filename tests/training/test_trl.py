@@ -27,12 +27,12 @@ LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_
 @pytest.fixture
 def folder(pruned_llama, tmp_path, monkeypatch):
     """The pruned model and the chats where the example looks for them; the working directory is theirs."""
-    shutil.copytree(pruned_llama.folder, tmp_path / "smollm2-2of4")
+    shutil.copytree(pruned_llama.folder, tmp_path / "SmolLM2-2of4")
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    (tmp_path / "smollm2-2of4" / "chat_template.jinja").write_text(template)
+    (tmp_path / "SmolLM2-2of4" / "chat_template.jinja").write_text(template)
     shutil.copy(CHATS, tmp_path / "chats.jsonl")
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "smollm2-2of4"
+    return tmp_path / "SmolLM2-2of4"
 
 
 def example() -> str:
@@ -54,7 +54,7 @@ def test_the_documented_example(folder, tmp_path):
     kept = masks(folder)
     names = {"__name__": "example"}
     exec(compile(example(), "docs/training.md", "exec"), names)
-    new = Path("smollm2-2of4-chat")
+    new = Path("SmolLM2-2of4-chat")
     assert list(Reader(new).problems()) == [] and masks(new).keys() == kept.keys()
     assert all(torch.equal(mask, kept[name]) for name, mask in masks(new).items())
     before, after = load(folder), load(new)
