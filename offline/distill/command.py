@@ -82,7 +82,12 @@ from ria_vllm.errors import RiaError
 )
 @click.option("--eval-tokens", default=8192, show_default=True, help="Tokens of each --eval-text.")
 @click.option("--evals", default=10, show_default=True, help="How many times to measure.")
-@click.option("--patience", default=3, show_default=True, help="Stop after so many measurements without a better one.")
+@click.option(
+    "--patience",
+    default=3,
+    show_default=True,
+    help="Stop after so many measurements in a row that are no better than an earlier one of training.",
+)
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="For the order of the text."
 )
