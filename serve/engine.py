@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 from vllm.config import ModelConfig, get_current_vllm_config_or_none
 
+from ria_vllm.errors import RiaError
+
 # These formats hold weights that a kernel has packed already.
 PACKED_FORMATS = ("sharded_state", "runai_streamer_sharded", "tensorizer")
 
 ADAPTERS_VARIABLE = "RIA_VLLM_OWN_ADAPTERS"
-"""1 says that the LoRA adapters were trained on the folder that is served, not on the dense model."""
+"""Which model the server's LoRA adapters were trained on: 1, the folder that is served; 0, the dense model."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,19 @@ class EngineOptions:
         return cls(str(config.load_config.load_format), config.lora_config is not None, config.model_config)
 
     @property
-    def own_adapters(self) -> bool:
-        """Whether the user says that the adapters were trained on the folder that is served."""
-        return os.environ.get(ADAPTERS_VARIABLE) == "1"
+    def own_adapters(self) -> bool | None:
+        """Whether all adapters were trained on the folder that is served; None: the user does not say.
+
+        Raises:
+            RiaError: the variable has a value that means nothing.
+        """
+        value = os.environ.get(ADAPTERS_VARIABLE, "")
+        if value not in ("", "0", "1"):
+            raise RiaError(
+                f"{ADAPTERS_VARIABLE}={value[:80]}: set it to 1 if all LoRA adapters of this server were trained on the "
+                "folder that is served, to 0 if all were trained on the dense model, or leave it unset."
+            )
+        return None if value == "" else value == "1"
 
     @property
     def dummy_weights(self) -> bool:
