@@ -1,9 +1,12 @@
 """The options of vLLM's engine that pruned layers depend on."""
 
+import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from vllm.config import ModelConfig, get_current_vllm_config_or_none
+from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config_or_none
 
 from ria_vllm.errors import RiaError
 
@@ -20,7 +23,7 @@ class EngineOptions:
 
     Attributes:
         load_format: `--load-format`; None outside an engine.
-        lora: whether the engine serves LoRA adapters.
+        lora: whether the engine serves LoRA adapters. While a draft is built, this is False: only its target takes them.
         model_config: vLLM's configuration of the model; None outside an engine.
     """
 
@@ -34,7 +37,8 @@ class EngineOptions:
         config = get_current_vllm_config_or_none()
         if config is None:
             return cls()
-        return cls(str(config.load_config.load_format), config.lora_config is not None, config.model_config)
+        lora = config.lora_config is not None and not _builds_draft(config)
+        return cls(str(config.load_config.load_format), lora, config.model_config)
 
     @property
     def own_adapters(self) -> bool | None:
@@ -63,3 +67,33 @@ class EngineOptions:
     @property
     def packed_weights(self) -> bool:
         return self.load_format in PACKED_FORMATS
+
+
+def models_being_built() -> list[Mapping[str, Any]]:
+    """The local variables of each call of vLLM's `initialize_model` on the stack, the innermost first.
+
+    Models inside a model are built by the same function.
+    """
+    from vllm.model_executor.model_loader import utils
+
+    code = inspect.unwrap(utils.initialize_model).__code__
+    calls, frame = [], inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is code:
+            calls.append(dict(frame.f_locals))
+        frame = frame.f_back
+    return calls
+
+
+def _builds_draft(config: VllmConfig) -> bool:
+    """Whether the model that is being built is the draft of speculative decoding.
+
+    vLLM builds EAGLE's and MTP's drafts under the configuration of their target, and a part of a model under a copy of
+    the model's, so only what was asked to be built tells. Methods without a draft have the target's configuration in
+    its place.
+    """
+    speculative = config.speculative_config
+    if speculative is None or speculative.draft_model_config is speculative.target_model_config:
+        return False
+    calls = models_being_built()
+    return bool(calls) and calls[-1].get("model_config") is speculative.draft_model_config
