@@ -25,11 +25,14 @@ class EngineOptions:
         load_format: `--load-format`; None outside an engine.
         lora: whether the engine serves LoRA adapters. While a draft is built, this is False: only its target takes them.
         model_config: vLLM's configuration of the model; None outside an engine.
+        shares_cache: what is in the KV cache may leave the engine, for another one or a store (KV connectors, KV
+            offloading).
     """
 
     load_format: str | None = None
     lora: bool = False
     model_config: ModelConfig | None = None
+    shares_cache: bool = False
 
     @classmethod
     def current(cls) -> "EngineOptions":
@@ -38,7 +41,8 @@ class EngineOptions:
         if config is None:
             return cls()
         lora = config.lora_config is not None and not _builds_draft(config)
-        return cls(str(config.load_config.load_format), lora, config.model_config)
+        shares_cache = config.kv_transfer_config is not None or config.cache_config.kv_offloading_size is not None
+        return cls(str(config.load_config.load_format), lora, config.model_config, shares_cache)
 
     @property
     def own_adapters(self) -> bool | None:
