@@ -252,12 +252,16 @@ class RiaConfig(QuantizationConfig):
 
         experts = self.experts[name]
         check_count(layer, experts)  # first, because the number in config.json may be anything
-        orders = ExpertOrders.of(experts, self.permutations, self.folding_under(EngineOptions.current()))
+        engine = EngineOptions.current()
+        self.report.warn_of_weight_offload(engine.weight_offload)
+        orders = ExpertOrders.of(experts, self.permutations, self.folding_under(engine))
         return Sparse24MoEMethod(layer, experts, self.scheme(experts.linear("up", 0)), orders, self.report)
 
     def sparse_method(self, layer: str, linears: tuple[str, ...]) -> Sparse24LinearMethod:
         """The method by which vLLM's layer called `layer` serves these linears."""
-        folding = self.folding_under(EngineOptions.current())
+        engine = EngineOptions.current()
+        self.report.warn_of_weight_offload(engine.weight_offload)
+        folding = self.folding_under(engine)
         stored = tuple(self.stored_linear(linear, folding) for linear in linears)
         return Sparse24LinearMethod(layer, stored, self.report, self.stream)
 

@@ -23,16 +23,18 @@ class EngineOptions:
 
     Attributes:
         load_format: `--load-format`; None outside an engine.
-        lora: whether the engine serves LoRA adapters. While a draft is built, this is False: only its target takes them.
+        lora: whether the engine serves LoRA adapters. False while a draft is built: only its target takes them.
         model_config: vLLM's configuration of the model; None outside an engine.
         shares_cache: what is in the KV cache may leave the engine, for another one or a store (KV connectors, KV
             offloading).
+        weight_offload: the option by which vLLM keeps weights in the CPU's memory; None if it keeps none there.
     """
 
     load_format: str | None = None
     lora: bool = False
     model_config: ModelConfig | None = None
     shares_cache: bool = False
+    weight_offload: str | None = None
 
     @classmethod
     def current(cls) -> "EngineOptions":
@@ -42,7 +44,9 @@ class EngineOptions:
             return cls()
         lora = config.lora_config is not None and not _builds_draft(config)
         shares_cache = config.kv_transfer_config is not None or config.cache_config.kv_offloading_size is not None
-        return cls(str(config.load_config.load_format), lora, config.model_config, shares_cache)
+        return cls(
+            str(config.load_config.load_format), lora, config.model_config, shares_cache, _weight_offload(config)
+        )
 
     @property
     def own_adapters(self) -> bool | None:
@@ -54,8 +58,8 @@ class EngineOptions:
         value = os.environ.get(ADAPTERS_VARIABLE, "")
         if value not in ("", "0", "1"):
             raise RiaError(
-                f"{ADAPTERS_VARIABLE}={value[:80]}: set it to 1 if all LoRA adapters of this server were trained on the "
-                "folder that is served, to 0 if all were trained on the dense model, or leave it unset."
+                f"{ADAPTERS_VARIABLE}={value[:80]}: set it to 1 if all LoRA adapters of this server were trained on "
+                "the folder that is served, to 0 if all were trained on the dense model, or leave it unset."
             )
         return None if value == "" else value == "1"
 
@@ -101,3 +105,12 @@ def _builds_draft(config: VllmConfig) -> bool:
         return False
     calls = models_being_built()
     return bool(calls) and calls[-1].get("model_config") is speculative.draft_model_config
+
+
+def _weight_offload(config: VllmConfig) -> str | None:
+    """The option by which vLLM's `create_offloader` moves weights out of the GPU's memory; None if it moves none."""
+    offload = config.offload_config
+    uva, prefetch = offload.uva.cpu_offload_gb > 0, offload.prefetch.offload_group_size > 0
+    if offload.offload_backend == "prefetch" or (offload.offload_backend == "auto" and prefetch):
+        return "--offload-group-size"
+    return "--cpu-offload-gb" if uva else None
