@@ -7,7 +7,7 @@ from ria_vllm.checkpoint import INDEX_FILE, Reader
 from ria_vllm.companions import leads_out, left_where_it_is, nested_companions
 from ria_vllm.model_card import CARD_FILE, exported_card
 from ria_vllm.progress import Monitor
-from ria_vllm.schema import PAGE_FILE, PERMUTATIONS_FILE, REPORT_FILE
+from ria_vllm.schema import EXPORTED_KEY, PAGE_FILE, PERMUTATIONS_FILE, REPORT_FILE
 from ria_vllm.writer import CheckpointWriter, check_place, discarded_on_failure
 
 OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE, PAGE_FILE, CARD_FILE}
@@ -37,6 +37,8 @@ def export_dense(
 ) -> None:
     """Write `out`: the model's own channel order, zeros where pruned, no quantization_config.
 
+    config.json says that this program has exported it: adapters of the dense model may not fit.
+
     The folder appears whole or not at all. Experts are stacked as in the dense model's files; besides a stacked tensor,
     only one of its experts is in memory.
 
@@ -59,6 +61,7 @@ def export_dense(
             keys.append(f"{number:06d}")
             writer.write(keys[-1], {name: tensors[name]()})
         config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
+        config[EXPORTED_KEY] = "ria-vllm"
         cards = {CARD_FILE: exported_card(reader, monitor.warn)}
         copies = companion_files(reader.folder, monitor.warn)
         with monitor.phase("writing"):

@@ -41,6 +41,8 @@ PERMUTATION_SUFFIX = ".input_permutation"
 ROTATIONS_SUFFIX = ".rotations"
 # The recipe's entry that has what experiments found out about the layers: for programs, too long for a card or a table.
 TOPOLOGY: Final = "topology"
+# In the config.json of what `export` writes: its weights are dense, but not the dense model's.
+EXPORTED_KEY: Final = "exported_by"
 # A digest in `quantization_config` -> its key in the `__metadata__` of each weight file.
 DIGESTS = {"permutations_digest": "ria_permutations_digest", "weights_digest": "ria_weights_digest"}
 

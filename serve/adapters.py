@@ -8,6 +8,7 @@ adapter's file after the model's own rules. Later, vLLM joins those of q, k and 
 
 import functools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.utils import get_packed_modules_mapping
 
 from ria_vllm import permutation, rotation
-from ria_vllm.checkpoint import read_json
+from ria_vllm.checkpoint import is_compressed, read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.layer_schema import Producer
+from ria_vllm.schema import EXPORTED_KEY
 from ria_vllm.serve.checkpoint_files import rotations_of
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.engine import ADAPTERS_VARIABLE, EngineOptions
@@ -82,34 +84,82 @@ def turn_adapters(config: RiaConfig, model: torch.nn.Module, revision: str | Non
         return
     rotations = rotations_of(config.where, revision, config.schema, config.is_pruned)
     model.ria_turns = _by_adapter_name(config, model, _by_linear(config, rotations))
-    model.ria_folder = config.where
+    source = config.schema.recipe.get("source")
+    if engine.own_adapters is None:
+        model.ria_check_base = functools.partial(check_base, where=config.where, source=source)
     logger.info_once(
-        "Heads are turned in this folder. LoRA adapters are taken for those of the dense model, and turned, too; for "
-        f"adapters that were trained on this folder, set {ADAPTERS_VARIABLE}=1."
+        "Heads are turned in this folder, and LoRA adapters of the dense model will be turned, too. For adapters that "
+        f"were trained on this folder, set {ADAPTERS_VARIABLE}=1."
     )
     _watch_adapters()
 
 
-def check_base(adapter: Path, where: str, name: str) -> None:
-    """Refuse an adapter of which PEFT has written down that it was trained on the folder that is served.
+def check_base(adapter: Path, name: str, where: str, source: object) -> None:
+    """Refuse an adapter unless PEFT has written down that it was trained on the dense model.
 
     Args:
         adapter: its folder.
-        where: the folder that is served, or a hub id.
         name: the adapter's, for messages.
+        where: the folder that is served, or a hub id.
+        source: the dense model's published name, as config.json has it: perhaps not a string.
 
     Raises:
-        RiaError: it would be turned, though it fits as it is.
+        RiaError: it fits as it is, or nothing shows that it was trained on the dense model.
     """
-    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        return
-    there = os.path.exists(base) and os.path.exists(where)
-    if base == where or (there and os.path.samefile(base, where)):
+    path = adapter / "adapter_config.json"
+    dense = source[:200] if isinstance(source, str) else ""
+    if doubt := _doubt(read_json(path).get("base_model_name_or_path"), where, dense):
         raise RiaError(
-            f"adapter {name}: {adapter / 'adapter_config.json'} says that it was trained on {where}, but adapters are "
-            f"taken for those of the dense model. Set {ADAPTERS_VARIABLE}=1; it holds for all adapters of the server."
+            f"adapter {name}: {path} {doubt}. Adapters of the dense model ({dense or 'config.json does not name it'}) "
+            "have to be turned like this folder's heads; those that were trained on this folder must not be. Set "
+            f"{ADAPTERS_VARIABLE}=1 if they were trained on this folder (none is turned), or {ADAPTERS_VARIABLE}=0 if "
+            "they are the dense model's (all are turned). It holds for all adapters of the server."
         )
+
+
+def _doubt(base: object, where: str, dense: str) -> str | None:
+    """What an adapter's configuration says, if that is not that it was trained on the dense model.
+
+    Args:
+        base: what PEFT has written down: the name of a model, a path that may be another machine's, or nothing.
+        where: what is served.
+        dense: the dense model's published name; empty if it is not known.
+    """
+    if not isinstance(base, str) or not base:
+        return "does not say on which model it was trained"
+    says = f"says that it was trained on {base[:200]}"
+    if base == where or (os.path.exists(base) and os.path.exists(where) and os.path.samefile(base, where)):
+        return f"{says}, the folder that is served"
+    names = _names(base)
+    if not names:
+        return f"{says}, which names no model"
+    if (config := _config_in(base)) is not None:
+        if is_compressed(Path(base)):
+            return f"{says}, which is a pruned folder"
+        return f"{says}, which `ria-vllm export` wrote" if EXPORTED_KEY in config else None
+    if base == dense:
+        return None
+    if names & _names(where):
+        return f"{says}, and the folder that is served has this name"
+    return None if names & _names(dense) else f"{says}, which may be the dense model or not"
+
+
+def _names(model: str) -> set[str]:
+    """What the path of a model, or its hub id, calls it, in lower case. A snapshot on the hub is called by its
+    repository's name, or by its commit."""
+    *before, last = re.split(r"[/\\]", model.rstrip("/\\").lower())
+    names = {last}
+    if len(before) >= 2 and before[-1] == "snapshots" and before[-2].startswith("models--"):
+        names.add(before[-2].rpartition("--")[2])
+    return names - {"", ".", ".."}
+
+
+def _config_in(folder: str) -> dict[str, Any] | None:
+    """The content of its config.json; None if it has none that can be read."""
+    try:
+        return read_json(Path(folder) / "config.json")
+    except RiaError:
+        return None
 
 
 def turn(loras: Mapping[str, Any], turns: Mapping[str, Sequence[Turn]], adapter: str) -> None:
@@ -190,9 +240,8 @@ def _watch_adapters() -> None:
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         adapter, model = load(self, lora_request), self._adapter_manager.model
         if hasattr(model, "ria_turns"):
-            check_base(
-                Path(get_adapter_absolute_path(lora_request.lora_path)), model.ria_folder, lora_request.lora_name
-            )
+            if hasattr(model, "ria_check_base"):
+                model.ria_check_base(Path(get_adapter_absolute_path(lora_request.lora_path)), lora_request.lora_name)
             turn(adapter.loras, model.ria_turns, lora_request.lora_name)
         return adapter
 

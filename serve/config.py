@@ -63,6 +63,7 @@ class RiaConfig(QuantizationConfig):
         served_by: linear, or experts -> the class of the model that serves it, see `ria_vllm.serve.layer_matching`.
         model_built: a model was built with this config.
         rearranged: vLLM's model changes the order of rows.
+        one_head: attention has one query head, so that a fold through it may look like any other.
     """
 
     def __init__(self, schema: RiaSchema, compressed_tensors: CompressedTensorsConfig | None = None):
@@ -91,6 +92,7 @@ class RiaConfig(QuantizationConfig):
         self.served_by: dict[str, type] = {}
         self.model_built = False
         self.rearranged = False
+        self.one_head = False
 
     def __repr__(self) -> str:
         return f"RiaConfig({self.schema.format}, {len(self.permutations)} permutations)"
@@ -126,6 +128,8 @@ class RiaConfig(QuantizationConfig):
         """Read what producers must know before the first weight arrives: names and permutations."""
         self.where = str(model_name)
         self.rearranged = vllm_quirks.rearranged(hf_config)
+        text_config = getattr(hf_config, "get_text_config", lambda: hf_config)()
+        self.one_head = getattr(text_config, "num_attention_heads", None) == 1
         try:
             headers = WeightHeaders(self.where, revision)
         except OutOfReach as error:
@@ -248,13 +252,17 @@ class RiaConfig(QuantizationConfig):
 
         experts = self.experts[name]
         check_count(layer, experts)  # first, because the number in config.json may be anything
-        orders = ExpertOrders.of(experts, self.permutations, self.folding)
+        engine = EngineOptions.current()
+        self.report.warn_of_weight_offload(engine.weight_offload)
+        orders = ExpertOrders.of(experts, self.permutations, self.folding_under(engine))
         return Sparse24MoEMethod(layer, experts, self.scheme(experts.linear("up", 0)), orders, self.report)
 
     def sparse_method(self, layer: str, linears: tuple[str, ...]) -> Sparse24LinearMethod:
         """The method by which vLLM's layer called `layer` serves these linears."""
-        lora = EngineOptions.current().lora
-        stored = tuple(self.stored_linear(linear, lora) for linear in linears)
+        engine = EngineOptions.current()
+        self.report.warn_of_weight_offload(engine.weight_offload)
+        folding = self.folding_under(engine)
+        stored = tuple(self.stored_linear(linear, folding) for linear in linears)
         return Sparse24LinearMethod(layer, stored, self.report, self.stream)
 
     def serves_sparse(self, layer: str, linears: tuple[str, ...]) -> bool:
@@ -315,12 +323,18 @@ class RiaConfig(QuantizationConfig):
         self.expert_linears -= {linear for linear, _, _ in experts.linears()}
         self.expert_layers = {layer: name for layer, name in self.expert_layers.items() if name != experts.name}
 
-    def stored_linear(self, name: str, lora: bool) -> StoredLinear:
-        """The linear `name`, as a layer loads it.
+    def folding_under(self, engine: EngineOptions) -> Folding:
+        """What is folded.
 
-        With `lora`, no permutation is folded: adapters are trained against channels in the model's own order.
+        With adapters, nothing: they are trained against channels in the model's own order. An engine that shares its
+        KV cache keeps the values there in this order, because others may have folded otherwise.
         """
-        folding = Folding() if lora else self.folding
+        if engine.lora or (engine.shares_cache and self.one_head):
+            return Folding()
+        return self.folding.outside_attention if engine.shares_cache else self.folding
+
+    def stored_linear(self, name: str, folding: Folding) -> StoredLinear:
+        """The linear `name`, as a layer loads it."""
         return StoredLinear(
             name,
             self.scheme(name),

@@ -1,15 +1,20 @@
 """The options of vLLM's engine that pruned layers depend on."""
 
+import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from vllm.config import ModelConfig, get_current_vllm_config_or_none
+from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config_or_none
+
+from ria_vllm.errors import RiaError
 
 # These formats hold weights that a kernel has packed already.
 PACKED_FORMATS = ("sharded_state", "runai_streamer_sharded", "tensorizer")
 
 ADAPTERS_VARIABLE = "RIA_VLLM_OWN_ADAPTERS"
-"""1 says that the LoRA adapters were trained on the folder that is served, not on the dense model."""
+"""Which model the server's LoRA adapters were trained on: 1, the folder that is served; 0, the dense model."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +23,18 @@ class EngineOptions:
 
     Attributes:
         load_format: `--load-format`; None outside an engine.
-        lora: whether the engine serves LoRA adapters.
+        lora: whether the engine serves LoRA adapters. False while a draft is built: only its target takes them.
         model_config: vLLM's configuration of the model; None outside an engine.
+        shares_cache: what is in the KV cache may leave the engine, for another one or a store (KV connectors, KV
+            offloading).
+        weight_offload: the option by which vLLM keeps weights in the CPU's memory; None if it keeps none there.
     """
 
     load_format: str | None = None
     lora: bool = False
     model_config: ModelConfig | None = None
+    shares_cache: bool = False
+    weight_offload: str | None = None
 
     @classmethod
     def current(cls) -> "EngineOptions":
@@ -32,12 +42,26 @@ class EngineOptions:
         config = get_current_vllm_config_or_none()
         if config is None:
             return cls()
-        return cls(str(config.load_config.load_format), config.lora_config is not None, config.model_config)
+        lora = config.lora_config is not None and not _builds_draft(config)
+        shares_cache = config.kv_transfer_config is not None or config.cache_config.kv_offloading_size is not None
+        return cls(
+            str(config.load_config.load_format), lora, config.model_config, shares_cache, _weight_offload(config)
+        )
 
     @property
-    def own_adapters(self) -> bool:
-        """Whether the user says that the adapters were trained on the folder that is served."""
-        return os.environ.get(ADAPTERS_VARIABLE) == "1"
+    def own_adapters(self) -> bool | None:
+        """Whether all adapters were trained on the folder that is served; None: the user does not say.
+
+        Raises:
+            RiaError: the variable has a value that means nothing.
+        """
+        value = os.environ.get(ADAPTERS_VARIABLE, "")
+        if value not in ("", "0", "1"):
+            raise RiaError(
+                f"{ADAPTERS_VARIABLE}={value[:80]}: set it to 1 if all LoRA adapters of this server were trained on "
+                "the folder that is served, to 0 if all were trained on the dense model, or leave it unset."
+            )
+        return None if value == "" else value == "1"
 
     @property
     def dummy_weights(self) -> bool:
@@ -51,3 +75,42 @@ class EngineOptions:
     @property
     def packed_weights(self) -> bool:
         return self.load_format in PACKED_FORMATS
+
+
+def models_being_built() -> list[Mapping[str, Any]]:
+    """The local variables of each call of vLLM's `initialize_model` on the stack, the innermost first.
+
+    Models inside a model are built by the same function.
+    """
+    from vllm.model_executor.model_loader import utils
+
+    code = inspect.unwrap(utils.initialize_model).__code__
+    calls, frame = [], inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is code:
+            calls.append(dict(frame.f_locals))
+        frame = frame.f_back
+    return calls
+
+
+def _builds_draft(config: VllmConfig) -> bool:
+    """Whether the model that is being built is the draft of speculative decoding.
+
+    vLLM builds EAGLE's and MTP's drafts under the configuration of their target, and a part of a model under a copy of
+    the model's, so only what was asked to be built tells. Methods without a draft have the target's configuration in
+    its place.
+    """
+    speculative = config.speculative_config
+    if speculative is None or speculative.draft_model_config is speculative.target_model_config:
+        return False
+    calls = models_being_built()
+    return bool(calls) and calls[-1].get("model_config") is speculative.draft_model_config
+
+
+def _weight_offload(config: VllmConfig) -> str | None:
+    """The option by which vLLM's `create_offloader` moves weights out of the GPU's memory; None if it moves none."""
+    offload = config.offload_config
+    uva, prefetch = offload.uva.cpu_offload_gb > 0, offload.prefetch.offload_group_size > 0
+    if offload.offload_backend == "prefetch" or (offload.offload_backend == "auto" and prefetch):
+        return "--offload-group-size"
+    return "--cpu-offload-gb" if uva else None

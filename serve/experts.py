@@ -89,7 +89,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         self.report = report
         self.packed = PackedTensors()
         moe, name = layer.moe_config, experts.name
-        if moe.is_lora_enabled:
+        if EngineOptions.current().lora:
             raise RiaError(
                 f"{name}: vLLM puts LoRA adapters on the experts, too, which is not served for pruned ones. Serve "
                 "without --enable-lora, or serve the dense model."

@@ -1,9 +1,7 @@
 """The entry point that vLLM calls in each of its processes (group `vllm.general_plugins`)."""
 
 import functools
-import inspect
-from collections.abc import Mapping, Sequence
-from types import CodeType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,20 +32,20 @@ def watch_models() -> None:
     from ria_vllm.serve.adapters import turn_adapters
     from ria_vllm.serve.completeness import check_loaded, check_reloaded, empty_weights, left_out
     from ria_vllm.serve.config import RiaConfig
-    from ria_vllm.serve.engine import EngineOptions
+    from ria_vllm.serve.engine import EngineOptions, models_being_built
     from ria_vllm.serve.layer_matching import match_layers
     from ria_vllm.serve.reload import check_first_load, check_reload
     from ria_vllm.serve.stream import Taker
 
-    record, building = utils.record_metadata_for_reloading, inspect.unwrap(utils.initialize_model).__code__
+    record = utils.record_metadata_for_reloading
 
     @functools.wraps(record)
     def record_metadata_for_reloading(model: torch.nn.Module) -> None:
-        config, calls = get_current_vllm_config().quant_config, _calls_of(building)
+        config, calls = get_current_vllm_config().quant_config, models_being_built()
         if isinstance(config, RiaConfig) and len(calls) == 1:
             engine = EngineOptions.current()
             match_layers(config, model)
-            check = functools.partial(check_reload, config, engine.model_config)
+            check = functools.partial(check_reload, config, engine.model_config, lora=engine.lora)
             taken: dict[str, Taker | None] = {}
             if config.rearranged and config.stored is not None:
                 from ria_vllm.serve import rearranged
@@ -61,8 +59,7 @@ def watch_models() -> None:
             built_from = calls[0].get("model_config") or engine.model_config
             where = str(built_from.model) if built_from is not None else config.where
             embeddings = built_from is engine.model_config
-            if embeddings:  # drafts take no adapters
-                turn_adapters(config, model, getattr(built_from, "revision", None))
+            turn_adapters(config, model, getattr(built_from, "revision", None))
             model.ria_left_out = functools.partial(left_out, model, embeddings)
             empty_weights(model, embeddings)
             complete = functools.partial(check_loaded, model, where, embeddings)
@@ -73,7 +70,7 @@ def watch_models() -> None:
 
             config.stream.attach(
                 model, check, complete, engine.dummy_weights, taken, config.translation, after_reload,
-                functools.partial(check_first_load, config, built_from),
+                functools.partial(check_first_load, config, built_from, lora=engine.lora),
             )  # fmt: skip
         record(model)
 
@@ -98,13 +95,3 @@ def watch_reloads() -> None:
             finish(left)
 
     layerwise.finalize_layerwise_processing = finalize_layerwise_processing
-
-
-def _calls_of(code: CodeType) -> list[Mapping[str, Any]]:
-    """The local variables of each call of a function on the stack, the innermost first."""
-    calls, frame = [], inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is code:
-            calls.append(dict(frame.f_locals))
-        frame = frame.f_back
-    return calls

@@ -27,13 +27,14 @@ from ria_vllm.serve.engine import EngineOptions
 from ria_vllm.weight_format import name_of
 
 
-def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: bool) -> None:
+def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: bool, lora: bool = False) -> None:
     """Check that a reload brings weights that store the same linears in the same channel orders.
 
     Args:
         config: of the running model.
         built_from: vLLM's configuration of the model when it was built. By now vLLM may have another one.
         from_files: vLLM reads the weights from the model's files; otherwise somebody sends them, by their names.
+        lora: the model takes LoRA adapters.
 
     Raises:
         RiaError: the weights are stored differently, or their files do not belong together.
@@ -45,16 +46,17 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
         )
     model_config = EngineOptions.current().model_config or built_from
     if model_config is not None and from_files:
-        _check_files(config, str(model_config.model), model_config.revision, permutations=True)
+        _check_files(config, str(model_config.model), model_config.revision, permutations=True, lora=lora)
 
 
-def check_first_load(config: RiaConfig, built_from: ModelConfig | None) -> None:
+def check_first_load(config: RiaConfig, built_from: ModelConfig | None, lora: bool = False) -> None:
     """Check that the files of a model's first load are still those that `config` was read from.
 
     Args:
         config: of the model.
         built_from: vLLM's configuration of the model. A draft that is built with the configuration of its target has
             other files, to which nothing here applies.
+        lora: the model takes LoRA adapters.
 
     Raises:
         RiaError: they are not, or do not belong together.
@@ -64,15 +66,16 @@ def check_first_load(config: RiaConfig, built_from: ModelConfig | None) -> None:
     overrides = getattr(built_from, "hf_overrides", None)
     if isinstance(overrides, Mapping) and "quantization_config" in overrides:
         return  # the user has replaced what the folder says
-    _check_files(config, config.where, built_from.revision, permutations=False)
+    _check_files(config, config.where, built_from.revision, permutations=False, lora=lora)
 
 
-def _check_files(config: RiaConfig, model: str, revision: str | None, permutations: bool) -> None:
+def _check_files(config: RiaConfig, model: str, revision: str | None, permutations: bool, lora: bool) -> None:
     """Check that the files of a folder or repository store the same linears as `config` has, in the same orders.
 
     Args:
         permutations: check also that its permutations are there and belong to them. They may be large, and those that
             `config` has are used in any case.
+        lora: check also that adapters which fit those also fit these.
     """
     path = locate(model, "config.json", revision)
     if path is None:
@@ -96,7 +99,7 @@ def _check_files(config: RiaConfig, model: str, revision: str | None, permutatio
     if orders != present:
         raise _refusal(model, "its weights are stored in other channel orders than those that this server has folded")
     _check_dense(config, headers.names, model)
-    if EngineOptions.current().lora:
+    if lora:
         check_adapters(schema, config.schema, model)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +21,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.layer_schema import Producer
 from ria_vllm.schema import ROTATIONS_FILE
-from ria_vllm.serve.adapters import Turn, check_base, turn, turn_adapters
+from ria_vllm.serve.adapters import Turn, turn, turn_adapters
 from ria_vllm.serve.config import RiaConfig
 
 RANDOM = torch.Generator().manual_seed(5)
@@ -56,7 +55,7 @@ def add_rotations(folder, rotations: dict[str, torch.Tensor]) -> None:
     config = json.loads((folder / "config.json").read_text())
     digest = hashlib.sha256(b"".join(name.encode() + b"\0" + content for name, content in hashed)).hexdigest()
     config["quantization_config"] |= {"rotations_digest": digest}
-    config["quantization_config"]["recipe"] |= {"rotate": "heads"}
+    config["quantization_config"]["recipe"] |= {"rotate": "heads", "source": "org/dense"}
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -111,7 +110,8 @@ def served(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         one = compressed(folder) if name == "compress" else rotated(name, folder / "out")
         scaled = {"lora_alpha": 12, "use_rslora": name == "phi3"}
-        one.adapter = write_adapter(one.model, folder / "adapter", **scaled)
+        base = str(folder / "dense") if name == "compress" else "org/dense"
+        one.adapter = write_adapter(one.model, folder / "adapter", base_model_name_or_path=base, **scaled)
         found[name] = one
         adapter = {"lora": str(folder / "adapter"), "prompt_logprobs": False}
         jobs.append(job_of(one.folder, {"engine": LORA} | adapter))
@@ -218,6 +218,30 @@ def test_which_modules_are_turned(engine_with_adapters, copy, monkeypatch):
     assert not hasattr(model, "ria_turns")
 
 
+@pytest.mark.parametrize(("variable", "turned", "asked"), [(None, True, True), ("0", True, False), ("1", False, False)])
+def test_what_the_user_says_of_all_adapters(variable, turned, asked, engine_with_adapters, copy, monkeypatch, tmp_path):
+    if variable is not None:
+        monkeypatch.setenv("RIA_VLLM_OWN_ADAPTERS", variable)
+    add_rotations(copy, {O_PROJ: random_rotations(2)})
+    config, model = built(copy, PACKED)
+    turn_adapters(config, model, None)
+    assert hasattr(model, "ria_turns") == turned
+    assert hasattr(model, "ria_check_base") == asked
+    if asked:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/dense"}))
+        model.ria_check_base(tmp_path, "mine")
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(copy)}))
+        with pytest.raises(RiaError, match="adapter mine"):
+            model.ria_check_base(tmp_path, "mine")
+
+
+def test_a_user_who_says_something_else(engine_with_adapters, copy, monkeypatch):
+    monkeypatch.setenv("RIA_VLLM_OWN_ADAPTERS", "true")
+    add_rotations(copy, {O_PROJ: random_rotations(2)})
+    with pytest.raises(RiaError, match="RIA_VLLM_OWN_ADAPTERS=true: set it to 1 .* to 0 .* unset"):
+        turn_adapters(*built(copy, PACKED), None)
+
+
 O_PROJ = "model.layers.0.self_attn.o_proj"
 
 
@@ -269,22 +293,3 @@ def test_rotations_of_another_size(copy):
     assert list(Reader(copy).problems()) == [
         f"{O_PROJ}: its rotations are for heads of 16 channels, but it reads 4 heads with 128 channels in all"
     ]
-
-
-@pytest.mark.parametrize("base", ["itself", "a link", "its name", "another", None])
-def test_an_adapter_of_the_folder_itself_is_not_turned(base, tmp_path):
-    """PEFT writes down how the model that was trained was called."""
-    folder, adapter = tmp_path / "served", tmp_path / "adapter"
-    folder.mkdir()
-    adapter.mkdir()
-    (tmp_path / "link").symlink_to(folder)
-    where = "org/served" if base == "its name" else str(folder)
-    names = {"itself": str(folder), "a link": str(tmp_path / "link"), "its name": where, "another": "org/dense"}
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": names.get(base)}))
-    own = base not in ("another", None)
-    with (
-        pytest.raises(RiaError, match="adapter mine: .* trained on .* RIA_VLLM_OWN_ADAPTERS=1")
-        if own
-        else nullcontext()
-    ):
-        check_base(adapter, where, "mine")

@@ -343,7 +343,7 @@ def test_keys_that_are_the_values_on_the_hub(hub):
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     linears = config.linears_of("model.layers.0.self_attn.qkv_proj")
     assert [linear[-6:] for linear in linears] == ["q_proj", "k_proj", "k_proj"]
-    assert all(config.stored_linear(linear, lora=False).input_permutation is not None for linear in linears)
+    assert all(config.stored_linear(linear, config.folding).input_permutation is not None for linear in linears)
 
 
 def test_hub_repository_with_an_index(hub):

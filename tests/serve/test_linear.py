@@ -25,6 +25,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.formats import FORMATS, INTEGERS
 from ria_vllm.layer_schema import Fold, Producer
 from ria_vllm.serve import packing
+from ria_vllm.serve.engine import EngineOptions
 
 HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 256
 
@@ -344,7 +345,8 @@ def test_no_folds_with_lora(ranks):
         down = RowParallelLinear(INNER, HIDDEN, quant_config=config, prefix="down", return_bias=False)
     x, y = torch.randn(3, HIDDEN), torch.randn(3, INNER)
     close(stored.load(up, {"gate": 0, "up": 1})(x), torch.cat([stored.apply(x, "gate"), stored.apply(x, "up")], -1))
-    assert np.array_equal(config.stored_linear("down", lora=True).input_permutation, stored.orders["down"])
+    folding = config.folding_under(EngineOptions(lora=True))
+    assert np.array_equal(config.stored_linear("down", folding).input_permutation, stored.orders["down"])
     close(stored.load(down, {"down": None})(y), stored.apply(y, "down"))
 
 

@@ -68,7 +68,7 @@ def built(ranks, monkeypatch):
         (layerwise, "finalize_layerwise_processing"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
-    monkeypatch.setattr(reload, "check_reload", lambda *_: None)
+    monkeypatch.setattr(reload, "check_reload", lambda *_, **__: None)
     plugin.watch_models()
     plugin.watch_reloads()
     config, stored = get_current_vllm_config(), stored_model()

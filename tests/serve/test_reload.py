@@ -11,7 +11,7 @@ import torch
 from checkpoint_folder import config_of, rebind
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 
 from ria_vllm.checkpoint import SINGLE_FILE
 from ria_vllm.errors import RiaError
@@ -20,8 +20,8 @@ from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.reload import check_adapters, check_first_load, check_reload
 
 
-def reload_from(config, folder):
-    check_reload(config, SimpleNamespace(model=str(folder), revision=None), from_files=True)
+def reload_from(config, folder, lora=False):
+    check_reload(config, SimpleNamespace(model=str(folder), revision=None), from_files=True, lora=lora)
 
 
 def test_a_reload_from_another_folder(checkpoint, copy):
@@ -130,20 +130,17 @@ def test_a_reload_of_other_inputs_under_adapters(option, off, on, checkpoint, co
     """Adapters that fit the inputs of this server's linears do not fit those that were scaled or rotated."""
     config = config_of(checkpoint)
     content = json.loads((copy / "config.json").read_text())
-    current = VllmConfig()
-    current.lora_config = LoRAConfig(max_lora_rank=8)
     for value in (off, on):
         content["quantization_config"]["recipe"][option] = value
         (copy / "config.json").write_text(json.dumps(content))
         reload_from(config, copy)
-        with set_current_vllm_config(current):
-            reload_from(config, checkpoint)
-            if value == on:
-                with pytest.raises(RiaError, match="scaled or rotated .* otherwise than here"):
-                    reload_from(config, copy)
-                reload_from(config_of(copy), copy)  # the orders of channels show that it is the same run
-            else:
-                reload_from(config, copy)
+        reload_from(config, checkpoint, lora=True)
+        if value == on:
+            with pytest.raises(RiaError, match="scaled or rotated .* otherwise than here"):
+                reload_from(config, copy, lora=True)
+            reload_from(config_of(copy), copy, lora=True)  # the orders of channels show that it is the same run
+        else:
+            reload_from(config, copy, lora=True)
 
 
 def test_a_reload_that_orders_do_not_tell_from_another_run(checkpoint, copy):
