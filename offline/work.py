@@ -10,7 +10,7 @@ from typing import Any
 from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.source import Source, stamp_of
-from ria_vllm.offline.pruning.admm import DAMPING, iterations_for
+from ria_vllm.offline.pruning.admm import DAMPING
 from ria_vllm.offline.recipe import LEAST_SHARE, Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.units import layer_key
@@ -39,8 +39,7 @@ def ways_of_this_version(recipe: Recipe) -> dict[str, Any]:
     training = {"steps": recipe.chunk_tokens, "experts": "together"} if recipe.trains_experts else {}
     training |= {"least share": LEAST_SHARE} if recipe.reconstruct == "short" else {}
     training |= {"kept": "if better than at first"} if recipe.trains else {}
-    damped = {"damping": recipe.damping, "iterations": iterations_for(recipe.damping)}
-    training |= damped if recipe.damping != DAMPING else {}
+    training |= {"damping": recipe.damping} if recipe.damping != DAMPING else {}
     # They did not store how heads were turned, and added up in another order what 2:4 loses.
     rotations = {"rotations": "stored", "lost": "by masks"} if recipe.rotates_heads and recipe.served else {}
     return layers | rounding | training | rotations

@@ -19,13 +19,10 @@ from ria_vllm.offline.pruning.symmetric import BlockInverse, SymmetricMatrix, in
 DENSE_WIDTH = 2048
 # Rows of W that are solved together, so that temporaries stay small beside the Gram matrix.
 ROWS_AT_ONCE = 128
+# The mask may change in this many iterations, the first ones.
+CHOOSING = 12
 # Measured on SmolLM2: with less damping, errors on few tokens dominate; with more, the update does too little.
 DAMPING = 0.2
-# The more damping, the fewer iterations it takes: from a damping of 1 on, half as many come nearer to the optimum than
-# these do with DAMPING. See docs/quality.md.
-ITERATIONS = 20
-# The share of them in which the mask may change, the first ones.
-CHOOSING = 0.6
 
 # Chooses a mask: [rows, in] weights -> bool [rows, in], True = kept.
 Choice = Callable[[torch.Tensor], torch.Tensor]
@@ -44,13 +41,12 @@ class AdmmSolver:
     ridge: torch.Tensor  # [in], the damping on the diagonal of the normalised matrix
     inverse: torch.Tensor | BlockInverse  # [in, in], (normalised gram + ridge + rho)^-1
     rho: float
-    iterations: int  # what `solve` takes, unless it is told
 
     def solve(
         self,
         weight: torch.Tensor,
         mask: torch.Tensor,
-        iterations: int | None = None,
+        iterations: int = 20,
         cross_term: torch.Tensor | None = None,
         choose: Choice | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +59,6 @@ class AdmmSolver:
         Returns:
             (W' [out, in] float32, mask bool [out, in]); W' is zero outside the mask.
         """
-        iterations = self.iterations if iterations is None else iterations
         solved, kept = torch.empty(weight.shape, device=weight.device), torch.empty_like(mask)
         for start in range(0, len(weight), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
@@ -91,7 +86,7 @@ class AdmmSolver:
         for iteration in range(iterations):
             free = (target + self.rho * (Z - U)) @ self.inverse
             U += free
-            if choose is not None and iteration < CHOOSING * iterations:
+            if choose is not None and iteration < CHOOSING:
                 keep = choose(U / self.scale)
             Z = U * keep
             U -= Z
@@ -104,11 +99,6 @@ class AdmmSolver:
         """[out]: the squared output error of each row of W + D, up to a term that does not depend on D."""
         change = D @ self.gram
         return ((change if cross_term is None else change - 2 * cross_term) * D).sum(1)
-
-
-def iterations_for(damping: float) -> int:
-    """How many iterations ADMM takes with this damping."""
-    return ITERATIONS if damping < 1 else ITERATIONS // 2
 
 
 def damping_of(diagonal: torch.Tensor, damping: float, scales: torch.Tensor | None = None) -> torch.Tensor:
@@ -150,7 +140,7 @@ def admm_solver(
     # Without damping a dead channel has scale 0; it does not matter for the output either.
     scale = torch.where(scale > 0, scale, 1.0)
     ridge = added / scale**2
-    return AdmmSolver(scale, gram, ridge, _inverse(gram, scale, ridge + rho), rho, iterations_for(damping))
+    return AdmmSolver(scale, gram, ridge, _inverse(gram, scale, ridge + rho), rho)
 
 
 def _suitable(gram: torch.Tensor | SymmetricMatrix) -> torch.Tensor | SymmetricMatrix:
@@ -179,7 +169,7 @@ def admm(
     weight: torch.Tensor,
     gram: torch.Tensor | SymmetricMatrix,
     mask: torch.Tensor,
-    iterations: int | None = None,
+    iterations: int = 20,
     damping: float = DAMPING,
     rho: float = 1.0,
     cross_term: torch.Tensor | None = None,
@@ -190,7 +180,6 @@ def admm(
         weight: [out, in], any floating dtype.
         gram: [in, in] X^T X.
         mask: bool [out, in], True = kept.
-        iterations: None: see `iterations_for`.
         damping, rho: see `admm_solver`; damping keeps W' close to `weight`.
         cross_term: [out, in] float32 (Y - X W^T)^T X; None for Y = X W^T.
 
