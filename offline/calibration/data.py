@@ -202,13 +202,21 @@ def _batch_size(model: Any, length: int) -> int:
     LEAST_BATCH without attention: the states of recurrent layers are large, and have another size in each model.
     """
     config = text_config(model.config)
+    # Layers may differ in it (Gemma 4).
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    bytes_per_token = sum(map(_channels, layers)) * 2 * model.dtype.itemsize
+    if not bytes_per_token:
+        return LEAST_BATCH
+    return max(LEAST_BATCH, min(MOST_BATCH, KV_CACHE_BYTES // (bytes_per_token * length)))
+
+
+def _channels(config: Any) -> int:
+    """Those of the keys of one layer; 0 if it has no attention."""
     num_attention_heads = getattr(config, "num_attention_heads", None)
     if not num_attention_heads:
-        return LEAST_BATCH
+        return 0
     heads = getattr(config, "num_key_value_heads", None) or num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // num_attention_heads
-    bytes_per_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    return max(LEAST_BATCH, min(MOST_BATCH, KV_CACHE_BYTES // (bytes_per_token * length)))
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // num_attention_heads)
 
 
 def _generate(

@@ -78,3 +78,25 @@ def test_such_models_are_calibrated_on_their_own_text(name, tmp_path, monkeypatc
     monkeypatch.setattr(data, "DOCUMENT_TOKENS", 16)
     report, _ = run_small(toy(name, tmp_path / "in"), tmp_path / "out", "self")
     assert report["linears"] and all(record["retained_after"] > 0 for record in report["linears"].values())
+
+
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [
+        ("llama", 2 * 2 * 2 * 32),  # keys and values of 2 layers with 2 heads of 32 channels
+        ("gemma4-e2b", 2 * 2 * (32 + 64) * 2),  # every other layer has heads of 64
+    ],
+)
+def test_a_batch_is_as_large_as_its_keys_and_values_allow(family, size, tiny, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(tiny(family), attn_implementation="eager").eval()
+    monkeypatch.setattr(data, "KV_CACHE_BYTES", size * 4 * 20 * 9)  # of 9 documents of 20 tokens, in float32
+    read, forward = set(), model.forward
+
+    @wraps(forward)
+    def watched(*args, **kwargs):
+        read.add(len(kwargs["input_ids"]))
+        return forward(*args, **kwargs)
+
+    model.forward = watched
+    found = from_model(model, 0, samples=11, seq_len=20, seed=SEED, monitor=Monitor(shown=False))
+    assert found.shape == (11, 20) and read == {9, 2}
