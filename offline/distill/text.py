@@ -109,7 +109,7 @@ def _window(recipe: Distillation, place: int) -> int:
     this_pass, number = divmod(place, recipe.windows)
     if this_pass == 0:
         return number  # they were drawn in random order
-    order = torch.Generator().manual_seed(recipe.seed * 1_000_003 + this_pass)
+    order = torch.Generator().manual_seed((recipe.seed * 1_000_003 + this_pass) % (1 << 64))
     return int(torch.randperm(recipe.windows, generator=order)[number])
 
 
