@@ -6,7 +6,13 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.data import from_text
 from ria_vllm.offline.distill.recipe import Distillation
-from ria_vllm.offline.distill.text import batch_of, check_vocabulary, held_out_windows, training_windows
+from ria_vllm.offline.distill.text import (
+    batch_of,
+    check_vocabulary,
+    held_out_texts,
+    held_out_windows,
+    training_windows,
+)
 from ria_vllm.offline.model.hf import load_tokenizer
 from ria_vllm.offline.recipe import Recipe
 
@@ -64,9 +70,21 @@ def test_held_out_windows_follow_each_other_from_the_start(tiny, text):
 
 
 def test_too_short_a_held_out_text_is_refused(tiny, tmp_path):
-    (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(RiaError, match=r"short\.txt: 5 tokens are less than a window of 64"):
-        held_out_windows(str(tmp_path / "short.txt"), load_tokenizer(str(tiny("llama"))), 200, 64)
+    tokenizer, path = load_tokenizer(str(tiny("llama"))), tmp_path / "short.txt"
+    path.write_text("a" * 63)
+    with pytest.raises(RiaError, match=r"short\.txt: 63 tokens are too few to measure on\. Give at least 64\."):
+        held_out_windows(str(path), tokenizer, 8192, 1024)
+    assert held_out_windows(str(path), tokenizer, 200, 32).shape == (1, 32)  # by --eval-tokens, or a model's context
+
+
+@pytest.mark.parametrize(("length", "shape"), [(64, (1, 64)), (1000, (1, 1000)), (1024, (1, 1024)), (2500, (2, 1024))])
+def test_a_text_shorter_than_a_window_is_one(length, shape, tiny, tmp_path):
+    tokenizer, path = load_tokenizer(str(tiny("llama"))), tmp_path / "held_out.txt"
+    path.write_text(("abcdefg" * length)[:length])
+    recipe = Distillation(tokens=1024, eval_text=(str(path),))
+    (windows,) = held_out_texts(recipe, tokenizer, 4096).values()
+    assert windows.shape == shape
+    assert windows.flatten().tolist() == tokenizer(path.read_text()).input_ids[: windows.numel()]
 
 
 def test_a_token_that_the_model_does_not_know_is_refused():
