@@ -21,6 +21,7 @@ from ria_vllm.offline.pruning.rounding import round_on_mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import MAPPED_BLOCK, blocks_kept, trim
+from ria_vllm.offline.smoothing import set_parameter
 
 
 def train_sublayer(
@@ -40,6 +41,8 @@ def train_sublayer(
         Diverged: of a recipe that asks for `block`. A short training that diverges leaves the linears as they were.
     """
     runner, streams = sublayer_pass.runner, sublayer_pass.streams
+    # Models keep some parameters in float32, whatever the others are in: routers, for example.
+    dtypes = {parameter: parameter.dtype for parameter in runner.layer.parameters()}
     # Linears are multiplied in the dtype that they are trained in; everything else computes in float32.
     others = [module for module in runner.layer.modules() if not isinstance(module, nn.Linear)]
     for parameter in (p for module in others for p in module.parameters(recurse=False)):
@@ -76,9 +79,9 @@ def train_sublayer(
         if not trained[name].record["trained"]:
             # The layer may have had the same tensor, which training then changed.
             trained[name].weight[linear.mask] = before[name]
-        module.weight.data = trained[name].weight.to(runner.device, runner.dtype)
-    for parameter in runner.layer.parameters():
-        parameter.data = parameter.data.to(runner.dtype)
+        module.weight.data = trained[name].weight.to(runner.device, dtypes[module.weight])
+    for parameter, dtype in dtypes.items():
+        parameter.data = parameter.data.to(dtype)
     return trained
 
 
@@ -137,14 +140,14 @@ def round_sublayer(
                 with sublayer_pass.monitor.phase("masks and weights"):
                     linear = _rounded(pruned[name], grams[name], scales.get(name), recipe, dtype, runner.device)
             rounded[name] = linear = ranks.broadcast(linear, owner)
-            runner.linear(name).weight.data = linear.weight.to(runner.device, runner.dtype)
+            set_parameter(runner.layer, f"{name}.weight", linear.weight)
         del found, grams
         trim()
     if recipe.continues_exactly:
         for name, linear in pruned.items():
             exact = linear.weight[linear.mask] if ranks.first else None  # which writes it
             rounded[name] = replace(rounded[name], exact=exact)
-            runner.linear(name).weight.data = linear.weight.to(runner.device, runner.dtype)
+            set_parameter(runner.layer, f"{name}.weight", linear.weight)
     return rounded
 
 

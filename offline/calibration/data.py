@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ OVERSAMPLING = 8
 DOCUMENT_TOKENS = 256
 # Documents are generated in batches whose KV cache has about this size.
 KV_CACHE_BYTES = 1 << 30
+LEAST_BATCH, MOST_BATCH = 8, 256
+# Under which name a forward pass returns what it keeps of the tokens it has read, and takes it: attention and hybrids,
+# Mamba, RWKV.
+CACHES = ("past_key_values", "cache_params", "state")
 
 
 @dataclass(frozen=True)
@@ -192,30 +197,52 @@ def from_model(model: Any, bos: int | None, samples: int, seq_len: int, seed: in
 
 
 def _batch_size(model: Any, length: int) -> int:
-    """Documents of `length` tokens whose KV cache takes KV_CACHE_BYTES, but at least 8 and at most 256."""
+    """Documents of `length` tokens whose KV cache takes KV_CACHE_BYTES, within LEAST_BATCH and MOST_BATCH.
+
+    LEAST_BATCH without attention: the states of recurrent layers are large, and have another size in each model.
+    """
     config = text_config(model.config)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_per_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    return max(8, min(256, KV_CACHE_BYTES // (bytes_per_token * length)))
+    # Layers may differ in it (Gemma 4).
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    bytes_per_token = sum(map(_channels, layers)) * 2 * model.dtype.itemsize
+    if not bytes_per_token:
+        return LEAST_BATCH
+    return max(LEAST_BATCH, min(MOST_BATCH, KV_CACHE_BYTES // (bytes_per_token * length)))
+
+
+def _channels(config: Any) -> int:
+    """Those of the keys of one layer; 0 if it has no attention."""
+    num_attention_heads = getattr(config, "num_attention_heads", None)
+    if not num_attention_heads:
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or num_attention_heads
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // num_attention_heads)
 
 
 def _generate(
     model: Any, bos: int | None, batch: int, length: int, generator: torch.Generator, steps: Iterator[int]
 ) -> torch.Tensor:
-    """Documents, int64 [batch, length]; takes one of `steps` for each token."""
+    """Documents, int64 [batch, length]; takes one of `steps` for each token.
+
+    A model that returns no cache reads each document again for every token.
+    """
     vocab_size = model.get_input_embeddings().num_embeddings
     vocab_size = min(vocab_size, getattr(text_config(model.config), "vocab_size", vocab_size))
     first = torch.randint(vocab_size, (batch, 1), generator=generator)
     tokens = first if bos is None else torch.cat([torch.full_like(first, bos), first], dim=1)
     tokens = tokens[:, :length]
-    cache, cached = None, 0
+    cache: dict[str, Any] = {}
+    cached, use_cache = 0, True
+    with_positions = _takes_positions(model)
     with torch.no_grad():
         for _ in range(tokens.shape[1]):
             next(steps)
         while tokens.shape[1] < length:
-            out = model(input_ids=tokens[:, cached:].to(model.device), past_key_values=cache, use_cache=True)
-            cache, cached = out.past_key_values, tokens.shape[1]
+            place = torch.arange(cached, tokens.shape[1], device=model.device).expand(batch, -1)
+            positions = {"position_ids": place} if with_positions else {}
+            out = model(input_ids=tokens[:, cached:].to(model.device), use_cache=use_cache, **positions, **cache)
+            cache = {name: out[name] for name in CACHES if out.get(name) is not None}
+            cached, use_cache = (tokens.shape[1], True) if cache else (0, False)
             probabilities = out.logits[:, -1].float().softmax(-1).cpu()
             if not bool(probabilities.isfinite().all()):
                 raise RiaError("The dense model itself predicts NaN. Check that it works without pruning.")
@@ -226,6 +253,15 @@ def _generate(
             tokens = torch.cat([tokens, following], dim=1)
             next(steps)
     return tokens
+
+
+def _takes_positions(model: Any) -> bool:
+    """Whether a model is to be told the positions of the tokens that it reads, as transformers' `generate` tells it.
+
+    Bamba counts them from the first one that is not in the cache. Models that read images, which count in several
+    directions, find out by themselves.
+    """
+    return text_config(model.config) is model.config and "position_ids" in signature(model.forward).parameters
 
 
 def _prompt_start(tokenizer: Any) -> list[int]:

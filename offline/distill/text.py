@@ -13,6 +13,8 @@ from ria_vllm.offline.distill.recipe import Distillation
 
 # Windows are drawn from more text than is needed, but not from more than so many tokens beyond.
 MOST_BEYOND = 1 << 24
+# The most tokens in a window of held-out text, and the fewest where the text has no more: below, it says nothing.
+HELD_OUT_WINDOW, LEAST_HELD_OUT = 1024, 64
 # Two tokenizers with one vocabulary may still differ in what they do before they look into it.
 SAMPLES = (
     "The quick brown fox: 12,345 times, naïvely.\n",
@@ -63,15 +65,17 @@ def held_out_texts(recipe: Distillation, tokenizer: Any, longest: int | None) ->
     Raises:
         RiaError: see `held_out_windows`.
     """
-    length = min(1024, longest or 1024, recipe.eval_tokens)
+    length = min(HELD_OUT_WINDOW, longest or HELD_OUT_WINDOW, recipe.eval_tokens)
     return {Path(text).name: held_out_windows(text, tokenizer, recipe.eval_tokens, length) for text in recipe.eval_text}
 
 
 def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> torch.Tensor:
     """The first windows of a text: int64 [windows, seq_len], at most `tokens` in all. They follow each other.
 
+    A text that is shorter than `seq_len` is one window.
+
     Raises:
-        RiaError: the text cannot be read, or is shorter than a window.
+        RiaError: the text cannot be read, or is shorter than both `seq_len` and LEAST_HELD_OUT.
     """
     try:
         # A token is rarely longer than this many characters on average, and a long text is not tokenized in vain.
@@ -80,12 +84,11 @@ def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> to
     except (OSError, UnicodeDecodeError) as error:
         raise RiaError(f"--eval-text {path}: not readable as text ({error}).") from None
     found = torch.tensor(tokenizer(content, verbose=False)["input_ids"][:tokens], dtype=torch.int64)
+    least = min(seq_len, LEAST_HELD_OUT)
+    if len(found) < least:
+        raise RiaError(f"--eval-text {path}: {len(found)} tokens are too few to measure on. Give at least {least}.")
+    seq_len = min(seq_len, len(found))
     count = len(found) // seq_len
-    if not count:
-        raise RiaError(
-            f"--eval-text {path}: {len(found)} tokens are less than a window of {seq_len}. Give a longer text, or "
-            "more --eval-tokens."
-        )
     return found[: count * seq_len].view(count, seq_len)
 
 
@@ -109,7 +112,7 @@ def _window(recipe: Distillation, place: int) -> int:
     this_pass, number = divmod(place, recipe.windows)
     if this_pass == 0:
         return number  # they were drawn in random order
-    order = torch.Generator().manual_seed(recipe.seed * 1_000_003 + this_pass)
+    order = torch.Generator().manual_seed((recipe.seed * 1_000_003 + this_pass) % (1 << 64))
     return int(torch.randperm(recipe.windows, generator=order)[number])
 
 

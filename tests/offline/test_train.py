@@ -1,17 +1,23 @@
 """Training of sublayers, and of integer weights, from `compress` to the reader."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from compressing import digests, interrupted_after_a_layer
+from families import save_tokenizer
 from transformers import AutoModelForCausalLM
+from zoo.toy import build
+from zoo.toys import TOYS
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.formats import IntFormat
 from ria_vllm.offline import compress as compressing
 from ria_vllm.offline import train, train_experts
 from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.pruned import Pruned, packed, stored_weight
 from ria_vllm.offline.pruning.block import train_block
 from ria_vllm.offline.recipe import RECONSTRUCTIONS, Recipe
@@ -20,9 +26,9 @@ from ria_vllm.offline.train_experts import grids_of
 from ria_vllm.progress import Monitor
 
 
-def compressed(source, out, text, **options):
+def compressed(source, out, text, settings=Settings(), **options):
     recipe = Recipe(calibration=str(text), **({"samples": 32, "seq_len": 32} | options))
-    report = compress(str(source), out, recipe, Settings(), Monitor(shown=False))
+    report = compress(str(source), out, recipe, settings, Monitor(shown=False))
     reader = Reader(out)
     assert list(reader.problems()) == []
     return reader, report["linears"]
@@ -221,3 +227,32 @@ def test_what_training_did_not_better_is_what_admm_wrote(
     assert found["admm"].sparse_names == found[reconstruct].sparse_names
     for name in found["admm"].sparse_names:
         assert torch.equal(found["admm"].dense(name), found[reconstruct].dense(name)), name
+
+
+def test_a_router_that_the_model_keeps_in_float32_stays_so(text, tmp_path, monkeypatch):
+    """Beside layers in bfloat16, as in ERNIE 4.5. Rounded, it chose other experts than in a resumed run."""
+    toy = TOYS["ernie4_5_moe"]
+    sparse = {"moe_layer_start_index": 0, "mlp_layer_types": ["sparse", "sparse"]}
+    dense = build("ernie4_5_moe", replace(toy, settings=toy.settings | sparse), tmp_path / "float32")
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
+    model.save_pretrained(source := tmp_path / "dense")
+    save_tokenizer(source)
+    wanted = {name: parameter.dtype for name, parameter in model.model.layers[0].named_parameters()}
+    assert set(wanted.values()) == {torch.float32, torch.bfloat16} and wanted["mlp.gate.weight"] == torch.float32
+    found = []
+
+    def freed(self, index):
+        found.append({name: parameter.dtype for name, parameter in self.model.layers[index].named_parameters()})
+        real(self, index)
+
+    real = LayerPass._free
+    monkeypatch.setattr(LayerPass, "_free", freed)
+    options = {"samples": 8, "compute_dtype": "bfloat16", "weights": "int8"}
+    _, records = compressed(source, tmp_path / "whole", text, **options)
+    assert any(record.get("trained") for name, record in records.items() if "self_attn" in name)
+    for one in found:
+        assert one == {name: wanted[name] for name in one} and "mlp.gate.weight" in one
+    with interrupted_after_a_layer():
+        compressed(source, tmp_path / "resumed", text, **options)
+    compressed(source, tmp_path / "resumed", text, Settings(resume=True), **options)
+    assert digests(tmp_path / "resumed") == digests(tmp_path / "whole")

@@ -95,7 +95,7 @@ def test_the_best_step_on_held_out_text_is_kept(tiny, text, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (("--distill", "512", "--eval-text", "{model}/short.txt"), "short.txt: 2 tokens are less than a window"),
+        (("--distill", "512", "--eval-text", "{model}/short.txt"), "short.txt: 2 tokens are too few to measure on"),
         (("--distill", "512", *2 * ("--eval-text", "{model}/short.txt")), "two files are called short.txt"),
         (("--eval-text", "{model}/short.txt"), "give both"),
         (("--distill", "10000000"), "--tokens asks for 312500"),
