@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -76,11 +77,20 @@ def compress_and_distill(
     try:
         report = distill(pruned, model, out, distillation, settings, monitor, windows)
     except RiaError as error:
-        raise RiaError(f"{error} The pruned model is kept in {pruned}: --resume does not prune again.") from (
-            error.__cause__
-        )
+        raise RiaError(f"{error} {_ways_on(pruned, model, out, distillation)}") from error.__cause__
     _delete(place)
     return report
+
+
+def _ways_on(pruned: Path, model: str, out: Path, distillation: Distillation) -> str:
+    """How to go on after an error in training, whose own advice is for `ria-vllm distill`."""
+    text = [] if distillation.text == "self" else ["--calibration", distillation.text]
+    folders = [str(pruned), "--teacher", model, "-o", str(out), *(["--overwrite"] if out.exists() else [])]
+    command = shlex.join(["ria-vllm", "distill", *folders, "--tokens", str(distillation.tokens), *text])
+    return (
+        f"The pruned model is kept in {pruned}: --resume with the same options does not prune again, but `compress` "
+        f"without --resume does. To train with other options, such as --lr, use `{command}`."
+    )
 
 
 def _checked_run(
