@@ -1,4 +1,4 @@
-"""compress --distill after an error in training."""
+"""compress --distill after an error in training, and beside files of others."""
 
 import re
 import shlex
@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.commands import compress
+from ria_vllm.offline.distill import after
 from ria_vllm.offline.distill.command import distill
 from ria_vllm.offline.distill.parameters import diverged
 
@@ -40,3 +41,21 @@ def test_an_error_names_a_command_that_trains_otherwise_without_pruning_again(ti
     CliRunner().invoke(distill, [*arguments, "--lr", "1e-4", "--seq-len", "32"], catch_exceptions=False)
     trained = Reader(out)
     assert trained.schema.recipe["distill"][0]["lr"] == 1e-4 and trained.sparse_names == before.sparse_names
+
+
+def test_files_of_others_beside_the_pruned_model_stay_with_a_warning(tiny, text, tmp_path, monkeypatch):
+    out, place = tmp_path / "out", tmp_path / "out.pruned"
+    real = after.distill
+
+    def trained(*arguments):
+        (place / ".DS_Store").write_text("mine")
+        (place / "notes").mkdir()
+        return real(*arguments)
+
+    monkeypatch.setattr(after, "distill", trained)
+    warnings = []
+    monkeypatch.setattr("ria_vllm.progress.Monitor.warn", lambda _, line: warnings.append(line))
+    run(tiny("llama"), out, text, "--distill", "512")
+    assert "distill" in Reader(out).schema.recipe
+    assert sorted(path.name for path in place.iterdir()) == [".DS_Store", "notes"]
+    assert [line for line in warnings if "also holds" in line and line.endswith(".DS_Store, notes.")]
