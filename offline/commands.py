@@ -179,7 +179,9 @@ def compress(
                 model, out, recipe,
                 Distillation(
                     tokens=distill, text=calibration, seq_len=min(seq_len, 512), seed=seed,
-                    compute_dtype=compute_dtype, eval_text=tuple(eval_text),
+                    # float16 is for pruning only: in training, small gradients would vanish.
+                    compute_dtype="float32" if compute_dtype == "float16" else compute_dtype,
+                    eval_text=tuple(eval_text),
                 ),
                 Run(chosen_device, max_shard_size=settings.max_shard_size, overwrite=overwrite, resume=resume),
                 monitor,

@@ -172,6 +172,8 @@ class LayerPass:
         undone = nullcontext if rotator is None else rotator.undone
         with undone():
             dense = self._dense_reads(index, sublayer_pass, stages)
+        if not stages and self.streams.dense is not None:
+            sublayer_pass.advance(self.streams.dense)
         earlier = self.topologies.earlier(index)
         for number, groups in enumerate(stages):
             # A second search in every layer would take too long.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from ria_vllm.progress import Monitor
 from ria_vllm.writer import check_place, disk_errors
 
 # In the folder OUT.pruned: which compression it is for, and what that writes.
-RUN_FILE, MODEL_FOLDER = "ria_vllm_run.json", "model"
+RUN_FILE, MODEL_FOLDER, WORK_FOLDER = "ria_vllm_run.json", "model", "model.partial"
 
 
 def compress_and_distill(
@@ -70,17 +71,26 @@ def compress_and_distill(
         if not pruned.exists():
             compress(pruned)
     except RiaError:
-        if not pruned.with_name(f"{MODEL_FOLDER}.partial").exists():
-            _delete(place)
+        if not (place / WORK_FOLDER).exists():
+            _delete(place, monitor)
         raise
     try:
         report = distill(pruned, model, out, distillation, settings, monitor, windows)
     except RiaError as error:
-        raise RiaError(f"{error} The pruned model is kept in {pruned}: --resume does not prune again.") from (
-            error.__cause__
-        )
-    _delete(place)
+        raise RiaError(f"{error} {_ways_on(pruned, model, out, distillation)}") from error.__cause__
+    _delete(place, monitor)
     return report
+
+
+def _ways_on(pruned: Path, model: str, out: Path, distillation: Distillation) -> str:
+    """How to go on after an error in training, whose own advice is for `ria-vllm distill`."""
+    text = [] if distillation.text == "self" else ["--calibration", distillation.text]
+    folders = [str(pruned), "--teacher", model, "-o", str(out), *(["--overwrite"] if out.exists() else [])]
+    command = shlex.join(["ria-vllm", "distill", *folders, "--tokens", str(distillation.tokens), *text])
+    return (
+        f"The pruned model is kept in {pruned}: --resume with the same options does not prune again, but `compress` "
+        f"without --resume does. To train with other options, such as --lr, use `{command}`."
+    )
 
 
 def _checked_run(
@@ -122,13 +132,25 @@ def _begin(place: Path, run: dict[str, Any], resume: bool) -> None:
             )
         return
     with disk_errors(place):
-        _delete(place)
+        _delete_models(place)
         place.mkdir(parents=True, exist_ok=True)
         (place / RUN_FILE).write_text(json.dumps(run))
 
 
-def _delete(place: Path) -> None:
-    """Delete the folder, last of all what says that it is ours."""
-    for path in [path for path in (place.iterdir() if place.is_dir() else []) if path.name != RUN_FILE]:
-        shutil.rmtree(path)
-    shutil.rmtree(place, ignore_errors=True)
+def _delete(place: Path, monitor: Monitor) -> None:
+    """Delete the folder, last of all what says that it is ours; with a warning if something stays in it."""
+    try:
+        _delete_models(place)
+        (place / RUN_FILE).unlink(missing_ok=True)
+        if left := sorted(path.name for path in place.iterdir()):
+            monitor.warn(f"{place}: stays, because it also holds what ria-vllm did not write: {', '.join(left)}.")
+        else:
+            place.rmdir()
+    except OSError as error:
+        monitor.warn(f"{place}: cannot be deleted ({error.strerror or error}). It is no longer needed.")
+
+
+def _delete_models(place: Path) -> None:
+    for name in (MODEL_FOLDER, WORK_FOLDER):
+        if (place / name).exists():
+            shutil.rmtree(place / name)

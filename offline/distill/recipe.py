@@ -13,6 +13,7 @@ from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.publish import published
 
 ALSO = ("norms", "biases", "scales")
+COMPUTE_DTYPES = tuple(choice for choice in dtypes.CHOICES if choice != "float16")
 # By the seed itself, the dense model writes the text that `compress` calibrates on.
 TEXT_SEED = 1_000_003
 
@@ -65,8 +66,13 @@ class Distillation:
         for name in self.train:
             if name not in ALSO:
                 raise RiaError(f"--train {name!r}: choose of {', '.join(ALSO)}, or give nothing to train no more.")
-        if self.compute_dtype not in dtypes.CHOICES:
-            raise RiaError(f"--compute-dtype {self.compute_dtype!r}: choose one of {', '.join(dtypes.CHOICES)}.")
+        if self.compute_dtype == "float16":
+            raise RiaError(
+                "--compute-dtype float16: small gradients would vanish in it. Give bfloat16 or float32, or leave it "
+                "out."
+            )
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise RiaError(f"--compute-dtype {self.compute_dtype!r}: choose one of {', '.join(COMPUTE_DTYPES)}.")
         if self.cache_teacher and not self.loss.top_k:
             raise RiaError("--cache-teacher keeps the teacher's most probable tokens: give their number as --top-k.")
         if self.cache_teacher and self.loss.hidden:

@@ -1,11 +1,17 @@
 """The pass over the decoder layers."""
 
+from dataclasses import replace
 from inspect import signature
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from ria_vllm.offline import compress as compressing
 from ria_vllm.offline import solve, train
+from ria_vllm.offline.calibration import embed
 from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.pruning.rounding import PASSES
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
@@ -27,3 +33,39 @@ def test_measuring_rounds_in_one_pass_and_pruning_in_all(family, tiny, text, tmp
     measured = passes.count(1)
     assert passes == [1] * measured + [PASSES] * (len(passes) - measured)
     assert 0 < len(passes) - measured < measured  # the most sensitive stay dense
+
+
+@pytest.mark.parametrize("without", ["self_attn.q_proj", "mlp.down_proj"])
+def test_the_dense_stream_also_passes_a_sublayer_that_has_nothing_to_prune(without, tiny, text, tmp_path, monkeypatch):
+    """Compared with transformers' hidden states after the first layer."""
+    survey, calibration_tokens, free = embed.survey, compressing.calibration_tokens, LayerPass._free
+    seen, dense = {}, {}
+
+    def surveyed(*arguments):
+        found = survey(*arguments)
+        return replace(found, kinds=tuple(map(emptied, found.kinds)))
+
+    def emptied(topology):
+        parts = [replace(part, stages=()) if without in part.linears else part for part in topology.sublayers]
+        assert parts != list(topology.sublayers) and len(parts) == 2
+        return replace(topology, sublayers=tuple(parts), folds=(), rotations=(), migrations=())
+
+    def read(*arguments):
+        seen["tokens"] = calibration_tokens(*arguments)
+        return seen["tokens"]
+
+    def freed(self, index):
+        stream = self.streams.dense
+        dense[index] = torch.cat([stream[number].float() for number in range(len(stream))])
+        free(self, index)
+
+    monkeypatch.setattr(embed, "survey", surveyed)
+    monkeypatch.setattr(compressing, "calibration_tokens", read)
+    monkeypatch.setattr(LayerPass, "_free", freed)
+    recipe = Recipe(calibration=str(text), samples=4, seq_len=32)
+    report = compress(str(tiny("llama")), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
+    assert report["linears"] and not any(name.endswith(without) for name in report["linears"])
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32)
+    with torch.no_grad():
+        wanted = model(seen["tokens"], output_hidden_states=True).hidden_states[1]
+    assert torch.allclose(dense[0].view_as(wanted), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))

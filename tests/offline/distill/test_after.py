@@ -79,6 +79,13 @@ def test_it_trains_in_the_dtype_that_is_asked_for(make_model, text, tmp_path):
     assert story["compute_dtype"] == "float32"
 
 
+def test_what_is_pruned_in_float16_is_trained_in_float32(make_model, text, tmp_path):
+    model = make_model(tmp_path / "in", "llama", dtype=torch.float16)
+    run(model, tmp_path / "out", text, "--distill", "512", "--compute-dtype", "float16")
+    recipe = Reader(tmp_path / "out").schema.recipe
+    assert recipe["compute_dtype"] == "float16" and recipe["distill"][0]["compute_dtype"] == "float32"
+
+
 def test_the_best_step_on_held_out_text_is_kept(tiny, text, tmp_path, monkeypatch):
     other = tmp_path / "other.txt"
     other.write_text(text.read_text())

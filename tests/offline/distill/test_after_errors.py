@@ -1,0 +1,61 @@
+"""compress --distill after an error in training, and beside files of others."""
+
+import re
+import shlex
+
+import pytest
+from click.testing import CliRunner
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.commands import compress
+from ria_vllm.offline.distill import after
+from ria_vllm.offline.distill.command import distill
+from ria_vllm.offline.distill.parameters import diverged
+
+
+def run(model, out, text, *options: str) -> str:
+    """What is said."""
+    fixed = ["--calibration", str(text), "--samples", "4", "--seq-len", "32", "--reconstruct", "none"]
+    return CliRunner().invoke(compress, [str(model), "-o", str(out), *fixed, *options], catch_exceptions=False).output
+
+
+def test_an_error_names_a_command_that_trains_otherwise_without_pruning_again(tiny, text, tmp_path, monkeypatch):
+    out, pruned = tmp_path / "the out", tmp_path / "the out.pruned" / "model"
+
+    def steps(*_):
+        raise diverged(1, "loss nan")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ria_vllm.offline.distill.train.Training._step", steps)
+        with pytest.raises(RiaError, match="Give a smaller --lr.* without --resume does.* such as --lr, use") as error:
+            run(tiny("llama"), out, text, "--distill", "512")
+    monkeypatch.setattr("ria_vllm.offline.compress.compress", lambda *_: 1 / 0)
+    with pytest.raises(RiaError, match="another tokens .512.* without --resume does") as resumed:
+        run(tiny("llama"), out, text, "--distill", "256", "--resume")
+    commands = [re.search("`(ria-vllm .*)`", str(one.value))[1] for one in (error, resumed)]
+    assert commands[1] == commands[0].replace("512", "256")
+    program, name, *arguments = shlex.split(commands[0])
+    assert (program, name) == ("ria-vllm", "distill")
+    before = Reader(pruned)
+    CliRunner().invoke(distill, [*arguments, "--lr", "1e-4", "--seq-len", "32"], catch_exceptions=False)
+    trained = Reader(out)
+    assert trained.schema.recipe["distill"][0]["lr"] == 1e-4 and trained.sparse_names == before.sparse_names
+
+
+def test_files_of_others_beside_the_pruned_model_stay_with_a_warning(tiny, text, tmp_path, monkeypatch):
+    out, place = tmp_path / "out", tmp_path / "out.pruned"
+    real = after.distill
+
+    def trained(*arguments):
+        (place / ".DS_Store").write_text("mine")
+        (place / "notes").mkdir()
+        return real(*arguments)
+
+    monkeypatch.setattr(after, "distill", trained)
+    warnings = []
+    monkeypatch.setattr("ria_vllm.progress.Monitor.warn", lambda _, line: warnings.append(line))
+    run(tiny("llama"), out, text, "--distill", "512")
+    assert "distill" in Reader(out).schema.recipe
+    assert sorted(path.name for path in place.iterdir()) == [".DS_Store", "notes"]
+    assert [line for line in warnings if "also holds" in line and line.endswith(".DS_Store, notes.")]
