@@ -11,6 +11,7 @@ from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.source import Source, stamp_of
 from ria_vllm.offline.pruning.admm import DAMPING
+from ria_vllm.offline.pruning.block import COMPARED
 from ria_vllm.offline.recipe import LEAST_SHARE, Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.units import layer_key
@@ -35,10 +36,11 @@ def ways_of_this_version(recipe: Recipe) -> dict[str, Any]:
     rounding = {} if recipe.weights == "float" else {"rounding": "descent"}
     rounding |= {"rounded": "apart" if recipe.continues_exactly else "last"} if rounding and recipe.trains else {}
     # They trained in longer steps, and each expert by itself; sublayers with fewer weights in as many steps as others;
-    # kept what had only got better after the first pass; and began where ADMM alone would end.
+    # kept what had only got better after the first pass; compared more chunks; rounded what a model keeps in float32;
+    # and began where ADMM alone would end.
     training = {"steps": recipe.chunk_tokens, "experts": "together"} if recipe.trains_experts else {}
     training |= {"least share": LEAST_SHARE} if recipe.reconstruct == "short" else {}
-    training |= {"kept": "if better than at first"} if recipe.trains else {}
+    training |= {"kept": "if better than at first", "compared": COMPARED} if recipe.trains else {}
     training |= {"damping": recipe.damping} if recipe.damping != DAMPING else {}
     # They did not store how heads were turned, and added up in another order what 2:4 loses.
     rotations = {"rotations": "stored", "lost": "by masks"} if recipe.rotates_heads and recipe.served else {}

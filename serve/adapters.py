@@ -136,7 +136,8 @@ def _doubt(base: object, where: str, dense: str) -> str | None:
     if (config := _config_in(base)) is not None:
         if is_compressed(Path(base)):
             return f"{says}, which is a pruned folder"
-        return f"{says}, which `ria-vllm export` wrote" if EXPORTED_KEY in config else None
+        if EXPORTED_KEY in config:
+            return f"{says}, which `ria-vllm export` wrote"
     if base == dense:
         return None
     if names & _names(where):

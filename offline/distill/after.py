@@ -84,9 +84,12 @@ def compress_and_distill(
 
 def _ways_on(pruned: Path, model: str, out: Path, distillation: Distillation) -> str:
     """How to go on after an error in training, whose own advice is for `ria-vllm distill`."""
-    text = [] if distillation.text == "self" else ["--calibration", distillation.text]
     folders = [str(pruned), "--teacher", model, "-o", str(out), *(["--overwrite"] if out.exists() else [])]
-    command = shlex.join(["ria-vllm", "distill", *folders, "--tokens", str(distillation.tokens), *text])
+    same = ["--tokens", str(distillation.tokens), "--seq-len", str(distillation.seq_len)]
+    same += ["--seed", str(distillation.seed), "--compute-dtype", distillation.compute_dtype]
+    same += [] if distillation.text == "self" else ["--calibration", distillation.text]
+    same += [part for path in distillation.eval_text for part in ("--eval-text", path)]
+    command = shlex.join(["ria-vllm", "distill", *folders, *same])
     return (
         f"The pruned model is kept in {pruned}: --resume with the same options does not prune again, but `compress` "
         f"without --resume does. To train with other options, such as --lr, use `{command}`."

@@ -85,7 +85,8 @@ class Training:
         elif course.best[0] == 0:
             self.monitor.warn(
                 f"{self.recipe.eval_text[0]}: the held-out loss was never as low as before the first step, so the "
-                "result has the weights from before training. Try a lower --lr, or more --tokens."
+                "result has the weights from before training. It can be trained again: `ria-vllm distill` with a lower "
+                "--lr, or more --tokens."
             )
         self._save(course, over=True)
         return course

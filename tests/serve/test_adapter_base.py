@@ -81,13 +81,13 @@ def test_the_served_folder_has_the_name_of_its_dense_model(tmp_path):
 
 
 def test_folders_that_can_be_read(checkpoint, tmp_path):
-    """Their content counts, not their names."""
+    """Their content counts, whatever their names. What may be a trainer's checkpoint of the pruned model needs the name
+    of the dense one."""
     export_dense(Reader(checkpoint), tmp_path / "Dense-1B", 1 << 40)
     check(str(tmp_path / "Dense-1B"), str(checkpoint), tmp_path, "which `ria-vllm export` wrote")
     copy = shutil.copytree(checkpoint, tmp_path / "copy" / "Dense-1B")
     check(str(copy), str(checkpoint), tmp_path, "which is a pruned folder")
-    (tmp_path / "some").mkdir()
-    (tmp_path / "some" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    check(str(tmp_path / "some"), str(checkpoint), tmp_path)
-    (tmp_path / "some" / "config.json").write_text("{")
-    check(str(tmp_path / "some"), str(checkpoint), tmp_path, "may be the dense model or not")
+    for name, message in (("checkpoint-500", "may be the dense model or not"), ("dense-1b", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        check(str(tmp_path / name), str(checkpoint), tmp_path, message)

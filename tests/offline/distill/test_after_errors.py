@@ -22,6 +22,7 @@ def run(model, out, text, *options: str) -> str:
 
 def test_an_error_names_a_command_that_trains_otherwise_without_pruning_again(tiny, text, tmp_path, monkeypatch):
     out, pruned = tmp_path / "the out", tmp_path / "the out.pruned" / "model"
+    same = ("--seed", "7", "--compute-dtype", "float32", "--eval-text", str(text))
 
     def steps(*_):
         raise diverged(1, "loss nan")
@@ -29,18 +30,20 @@ def test_an_error_names_a_command_that_trains_otherwise_without_pruning_again(ti
     with monkeypatch.context() as patch:
         patch.setattr("ria_vllm.offline.distill.train.Training._step", steps)
         with pytest.raises(RiaError, match="Give a smaller --lr.* without --resume does.* such as --lr, use") as error:
-            run(tiny("llama"), out, text, "--distill", "512")
+            run(tiny("llama"), out, text, "--distill", "512", *same)
     monkeypatch.setattr("ria_vllm.offline.compress.compress", lambda *_: 1 / 0)
     with pytest.raises(RiaError, match="another tokens .512.* without --resume does") as resumed:
-        run(tiny("llama"), out, text, "--distill", "256", "--resume")
+        run(tiny("llama"), out, text, "--distill", "256", *same, "--resume")
     commands = [re.search("`(ria-vllm .*)`", str(one.value))[1] for one in (error, resumed)]
     assert commands[1] == commands[0].replace("512", "256")
     program, name, *arguments = shlex.split(commands[0])
     assert (program, name) == ("ria-vllm", "distill")
     before = Reader(pruned)
-    CliRunner().invoke(distill, [*arguments, "--lr", "1e-4", "--seq-len", "32"], catch_exceptions=False)
+    CliRunner().invoke(distill, [*arguments, "--lr", "1e-4"], catch_exceptions=False)
     trained = Reader(out)
-    assert trained.schema.recipe["distill"][0]["lr"] == 1e-4 and trained.sparse_names == before.sparse_names
+    wanted = {"lr": 1e-4, "tokens": 512, "seq_len": 32, "seed": 7, "compute_dtype": "float32", "text": text.name}
+    assert trained.schema.recipe["distill"][0].items() >= (wanted | {"eval_text": [text.name]}).items()
+    assert trained.sparse_names == before.sparse_names
 
 
 def test_files_of_others_beside_the_pruned_model_stay_with_a_warning(tiny, text, tmp_path, monkeypatch):

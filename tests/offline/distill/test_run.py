@@ -287,13 +287,13 @@ def test_it_stops_when_it_gets_no_better_and_keeps_the_best(pruned, text, tmp_pa
     assert weight_digests(tmp_path / "out") != weight_digests(tmp_path / "whole")
 
 
-def test_training_that_never_gets_as_good_as_the_start_is_said_and_not_kept(pruned, text, tmp_path):
-    """The loss rises in the first of these long steps, and falls after that."""
+def test_training_that_never_gets_better_than_the_start_is_said_and_not_kept(pruned, text, tmp_path, monkeypatch):
+    """The loss rises in the first step, and falls after that."""
     dense, folder = pruned()
-    monitor, more = WarningRecorder(), {"lr": 0.3, "eval_text": (str(text),), "eval_tokens": 128}
+    scores = iter([1.0, 3.0, 2.5, 2.0, 1.8, 1.6, 1.4, 1.2, 1.0])
+    monkeypatch.setattr(HeldOut, "measure", lambda *_: {text.name: Score(perplexity=9.0, kl=next(scores))})
+    monitor, more = WarningRecorder(), {"eval_text": (str(text),), "eval_tokens": 128}
     report = run(dense, folder, tmp_path / "out", text, monitor=monitor, **more, evals=8, patience=1)
-    losses = [point["held_out"][text.name]["kl"] for point in report["distill"][0]["curve"]]
-    assert losses[1] > losses[2] > losses[-1] > losses[0]
     story = report["recipe"]["distill"][0]
     assert story["steps"] == 8 and story["kept_step"] == 0
     (warning,) = [line for line in monitor.warnings if "weights from before training" in line]
@@ -415,8 +415,8 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(pruned, text,
     preloaded.run(log, preloaded.ria_vllm, *command(dense, folder, tmp_path / "whole", text))
     out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
     again = command(dense, folder, out, text, "--resume")
-    for kind, step in (("state", random.randint(1, 3)), ("best", 4), ("state", random.randint(5, 12))):
-        later = random.uniform(0.0, 0.05)
+    for kind, step in (("state", random.randint(1, 3)), ("best", 4), ("state", random.randint(7, 10))):
+        later = random.uniform(0.0, 0.03)
         print(f"killed {later} s after {kind} {step}")
         with preloaded.started(log, preloaded.ria_vllm, *again) as (process,):
             while process.is_alive() and not has_reached(units, f"{kind}-*", step):
