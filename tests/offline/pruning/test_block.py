@@ -51,7 +51,7 @@ def loss(model, inputs, targets):
 def test_lowers_the_loss_and_keeps_the_zeros(problem):
     model, params, masks, inputs, targets = problem
     before, norm = loss(model, inputs, targets), model.norm.weight.clone()
-    some = ([inputs[i] for i in (0, 1, 3, 4)], [targets[i] for i in (0, 1, 3, 4)])
+    some = ([inputs[i] for i in (0, 3)], [targets[i] for i in (0, 3)])
     first = loss(model, *some)
     losses = train_block(model, params, masks, inputs, targets, passes=20, lr=0.02, dtype=torch.float32)
     assert losses == pytest.approx((first, loss(model, *some)), rel=1e-4)
