@@ -59,7 +59,7 @@ def test_a_model_that_was_pruned_from_a_snapshot(tmp_path):
     check("/cache/models--Org--Dense-1B/snapshots/4567def", "/srv/pruned", tmp_path, "may be", source="0123abc")
 
 
-@pytest.mark.parametrize("base", ["/work/out", "out", "org/Dense-1B-2of4", "models--Org--Dense-1B", ".", "/", ""])
+@pytest.mark.parametrize("base", ["/models/out", "out", "org/Dense-1B-2of4", "models--Org--Dense-1B", ".", "/", ""])
 def test_an_unknown_model(base, tmp_path):
     check(base, "/srv/pruned", tmp_path, r"\(Org/Dense-1B\)")
 
