@@ -8,19 +8,14 @@ from pathlib import Path
 import click
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.runtime import options
 
 SERVED_DEFAULT = "lsa; none if the pattern is not served"
 
 
 @click.command()
 @click.argument("model")
-@click.option(
-    "-o",
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder to write; must not exist, unless --overwrite is given.",
-)
+@options.out
 @click.option("--method", default="ria", show_default=True, help="Score: ria, ri, wanda, magnitude; or sparsegpt.")
 @click.option("--exponent", default=0.5, show_default=True, help="Exponent of the input norms in RIA.")
 @click.option("--permute", show_default=SERVED_DEFAULT, help="Channel permutation: lsa, heuristic or none.")
@@ -107,7 +102,7 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     "training stops when it no longer gets better. Repeatable.",
 )
 @click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears with a matching name dense. Repeatable.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@options.device
 @click.option(
     "--compute-dtype",
     default="auto",
@@ -122,9 +117,9 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     show_default=True,
     help="Where calibration activations are kept.",
 )
-@click.option("--max-shard-size", default="5GB", show_default=True)
-@click.option("--overwrite", is_flag=True, help="Replace OUT, if it exists, once the new one is complete.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted run of the same command.")
+@options.max_shard_size
+@options.overwrite
+@options.resume
 @click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(
     model, out, method, exponent, permute, permute_scope, pattern, calibration, samples, seq_len, seed, reconstruct,

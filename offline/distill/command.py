@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.runtime import options
 
 
 @click.command()
@@ -15,13 +16,7 @@ from ria_vllm.errors import RiaError
     required=True,
     help="The dense model that FOLDER was pruned from: a folder, or a hub id or ID@REVISION (a branch, tag or commit).",
 )
-@click.option(
-    "-o",
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder to write; must not exist, unless --overwrite is given.",
-)
+@options.out
 @click.option("--tokens", required=True, type=click.IntRange(min=2), help="Tokens of distinct text to train on.")
 @click.option(
     "--calibration",
@@ -91,7 +86,7 @@ from ria_vllm.errors import RiaError
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="For the order of the text."
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@options.device
 @click.option(
     "--compute-dtype",
     default="auto",
@@ -107,9 +102,9 @@ from ria_vllm.errors import RiaError
 )
 @click.option("--shard", is_flag=True, help="Divide both models and the optimizer state among the processes (FSDP2).")
 @click.option("--save-every", default=600.0, show_default=True, help="Seconds between two states for --resume.")
-@click.option("--max-shard-size", default="5GB", show_default=True)
-@click.option("--overwrite", is_flag=True, help="Replace OUT, if it exists, once the new one is complete.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted run of the same command.")
+@options.max_shard_size
+@options.overwrite
+@options.resume
 def distill(
     folder, teacher, out, tokens, text, seq_len, batch, micro_batch, passes, lr, warmup, weight_decay, clip, loss,
     temperature, top_k, train, cache_teacher, eval_text, eval_tokens, evals, patience, seed, device, compute_dtype,

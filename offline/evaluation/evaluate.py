@@ -19,6 +19,7 @@ from ria_vllm.offline.evaluation.tasks import run_tasks
 from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.hf import configured_dtype, dequantized_from, load_model, load_tokenizer, read_config
+from ria_vllm.offline.runtime import options
 from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.progress import Monitor
 from ria_vllm.task_card import note_tasks
@@ -110,7 +111,7 @@ def perplexity(model: Any, tokens: torch.Tensor, seq_len: int, monitor: Monitor 
     "--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="The engine for --tasks."
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Use at most this many examples of each task.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@options.device
 @click.option(
     "--compute-dtype",
     type=click.Choice(CHOICES),

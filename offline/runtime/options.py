@@ -1,0 +1,17 @@
+"""Options of the command line that several commands have."""
+
+from pathlib import Path
+
+import click
+
+out = click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to write; must not exist, unless --overwrite is given.",
+)
+device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+max_shard_size = click.option("--max-shard-size", default="5GB", show_default=True)
+overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT, if it exists, once the new one is complete.")
+resume = click.option("--resume", is_flag=True, help="Continue an interrupted run of the same command.")
