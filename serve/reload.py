@@ -4,6 +4,7 @@ A running server may be told to reload others. And between reading the permutati
 replaced, or a branch on the hub get another state.
 """
 
+import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from vllm.config import ModelConfig
 
 from ria_vllm.checkpoint import is_compressed, read_json
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import RiaSchema
+from ria_vllm.schema import DIGESTS, RiaSchema
 from ria_vllm.serve.checkpoint_files import (
     WeightHeaders,
     check_weight_files,
@@ -46,7 +47,7 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
         )
     model_config = EngineOptions.current().model_config or built_from
     if model_config is not None and from_files:
-        _check_files(config, str(model_config.model), model_config.revision, permutations=True, lora=lora)
+        _check_files(config, model_config, permutations=True, lora=lora)
 
 
 def check_first_load(config: RiaConfig, built_from: ModelConfig | None, lora: bool = False) -> None:
@@ -66,20 +67,25 @@ def check_first_load(config: RiaConfig, built_from: ModelConfig | None, lora: bo
     overrides = getattr(built_from, "hf_overrides", None)
     if isinstance(overrides, Mapping) and "quantization_config" in overrides:
         return  # the user has replaced what the folder says
-    _check_files(config, config.where, built_from.revision, permutations=False, lora=lora)
+    _check_files(config, built_from, permutations=False, lora=lora)
 
 
-def _check_files(config: RiaConfig, model: str, revision: str | None, permutations: bool, lora: bool) -> None:
+def _check_files(config: RiaConfig, model_config: ModelConfig, permutations: bool, lora: bool) -> None:
     """Check that the files of a folder or repository store the same linears as `config` has, in the same orders.
 
     Args:
+        model_config: vLLM's configuration of a model with these files.
         permutations: check also that its permutations are there and belong to them. They may be large, and those that
             `config` has are used in any case.
         lora: check also that adapters which fit those also fit these.
     """
-    path = locate(model, "config.json", revision)
-    if path is None:
+    model, revision = str(model_config.model), model_config.revision
+    if os.path.isabs(model) and not os.path.exists(model):
         return  # the weights come from elsewhere, by their names
+    path = locate(_described_in(config, model_config), "config.json", revision)
+    if path is None:
+        _check_undescribed(config, model, revision)
+        return
     content = read_json(path)
     if config.compressed_tensors is not None:
         _check_compressed_tensors(config, config.compressed_tensors, content, model, revision)
@@ -101,6 +107,31 @@ def _check_files(config: RiaConfig, model: str, revision: str | None, permutatio
     _check_dense(config, headers.names, model)
     if lora:
         check_adapters(schema, config.schema, model)
+
+
+def _described_in(config: RiaConfig, model_config: ModelConfig) -> str:
+    """The folder or repository with the config.json of a model's files."""
+    model = str(model_config.model)
+    elsewhere = getattr(model_config, "hf_config_path", None)  # of the model that the server was started with
+    return elsewhere if elsewhere and model == config.where else model
+
+
+def _check_undescribed(config: RiaConfig, model: str, revision: str | None) -> None:
+    """Check that the weights of a folder or repository without a config.json are those of this server's start, if it
+    has any. Others may have the same names and shapes."""
+    headers = _headers(model, revision)
+    if headers.names is None:
+        return  # the weights come from elsewhere, by their names
+    known = config.schema.weights_digest is not None
+    for _, metadata in headers.metadata():
+        known = known and all(metadata.get(key) == getattr(config.schema, name) for name, key in DIGESTS.items())
+    if not known:
+        raise RiaError(
+            f"{model}: it has weights, but no config.json that says how they are stored, and they are not known to be "
+            "those that this server was started with. Get config.json of the same run, too."
+        )
+    _check_pruned(config, headers.names, model)
+    _check_dense(config, headers.names, model)
 
 
 def check_adapters(schema: RiaSchema, present: RiaSchema, model: str) -> None:

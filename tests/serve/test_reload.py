@@ -1,5 +1,6 @@
 """Which weights a running server may load: those that are stored as the ones that it started with."""
 
+import functools
 import json
 import shutil
 from types import SimpleNamespace
@@ -250,5 +251,35 @@ def test_a_reload_is_checked_against_the_present_folder(checkpoint, copy):
 def test_a_reload_of_weights_from_no_folder(checkpoint, tmp_path):
     """A trainer sends tensors by their names, and the folder that the server was started with may be gone."""
     config = config_of(checkpoint)
+    reload_from(config, tmp_path / "gone")
     (tmp_path / "gone").mkdir()
     reload_from(config, tmp_path / "gone")
+
+
+def test_a_reload_of_weights_that_no_config_describes(checkpoint, theirs, copy, tmp_path):
+    """vLLM reads no config.json when it reloads. Only digests show that weights are those of the start."""
+    config = config_of(checkpoint)
+    (copy / "config.json").unlink()
+    reload_from(config, copy)
+    torch.manual_seed(9)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, seed=1)
+    (copy / "config.json").unlink()
+    other = shutil.copytree(theirs, tmp_path / "theirs")
+    (other / "config.json").unlink()
+    for started, folder in ((config, copy), (config_of(theirs), other)):
+        with pytest.raises(RiaError, match=f"{folder}: it has weights, but no config.json"):
+            reload_from(started, folder)
+
+
+def test_a_server_whose_config_is_in_another_folder(checkpoint, copy, tmp_path):
+    """`--hf-config-path`. Folders that are reloaded later have a config.json of their own."""
+    config = config_of(copy)
+    (tmp_path / "config").mkdir()
+    shutil.move(copy / "config.json", tmp_path / "config")
+    started = SimpleNamespace(model=str(copy), revision=None, hf_config_path=str(tmp_path / "config"))
+    check_first_load(config, started)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, weights="int4-g64")
+    reload_from(config, checkpoint)
+    for check in (check_first_load, functools.partial(check_reload, from_files=True)):
+        with pytest.raises(RiaError, match="from another run than config.json|not stored under the permutations"):
+            check(config, started)
