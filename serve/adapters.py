@@ -23,7 +23,7 @@ from ria_vllm.checkpoint import is_compressed, read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.layer_schema import Producer
 from ria_vllm.schema import EXPORTED_KEY
-from ria_vllm.serve.checkpoint_files import rotations_of
+from ria_vllm.serve.checkpoint_files import OutOfReach, rotations_of
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.engine import ADAPTERS_VARIABLE, EngineOptions
 from ria_vllm.serve.linear import Sparse24LinearMethod
@@ -76,14 +76,24 @@ class Turn:
 def turn_adapters(config: RiaConfig, model: torch.nn.Module, revision: str | None) -> None:
     """Have adapters turned that vLLM loads for a model that was just built, if its folder's heads are turned.
 
+    Dummy weights do not need that, but those that may follow them do. Where it is not known how, `config.unread` says
+    why, which refuses these.
+
     Raises:
         RiaError: the rotations are missing or damaged, or it is not known how to turn an adapter for this model.
     """
     engine = EngineOptions.current()
-    if not engine.lora or engine.own_adapters or engine.dummy_weights or config.schema.rotations_digest is None:
+    if not engine.lora or engine.own_adapters or config.schema.rotations_digest is None or config.unread is not None:
         return
-    rotations = rotations_of(config.where, revision, config.schema, config.is_pruned)
-    model.ria_turns = _by_adapter_name(config, model, _by_linear(config, rotations))
+    try:
+        rotations = rotations_of(config.where, revision, config.schema, config.is_pruned)
+        model.ria_turns = _by_adapter_name(config, model, _by_linear(config, rotations))
+    except RiaError as error:
+        # As with permutations: out of reach, or a folder without weights.
+        if not engine.dummy_weights or (config.stored is not None and not isinstance(error, OutOfReach)):
+            raise
+        config.unread = str(error)
+        return
     source = config.schema.recipe.get("source")
     if engine.own_adapters is None:
         model.ria_check_base = functools.partial(check_base, where=config.where, source=source)
@@ -204,6 +214,7 @@ def _by_adapter_name(
     """
     packed = get_packed_modules_mapping(model)
     found: dict[str, list[Turn]] = {}
+    left = set(turns)
     for path, layer in model.named_modules():
         method = getattr(layer, "quant_method", None)
         if not isinstance(method, Sparse24LinearMethod) or not turns.keys() & set(method.names):
@@ -218,6 +229,12 @@ def _by_adapter_name(
             found[name] = turns.get(linear, [])
             if getattr(model, "is_pooling_model", False):  # these take names of a decoder without a head, too
                 found[name.removeprefix("model.")] = found[name]
+        left -= set(method.names)
+    if left and config.stored is None:  # otherwise their layers are in another process
+        raise RiaError(
+            f"{config.where}: {min(left)}: no weight file here tells which of vLLM's layers serves it, so it is not "
+            f"known how to turn adapters. {WAY_OUT}"
+        )
     return found
 
 

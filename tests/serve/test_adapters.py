@@ -14,15 +14,16 @@ from lora import merged, write_adapter
 from safetensors.torch import load_file, save_file
 from tiny import HEAD_DIM, HEADS
 from transformers import AutoModelForCausalLM
-from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
+from vllm.config import LoRAConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint import SINGLE_FILE, Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.layer_schema import Producer
-from ria_vllm.schema import ROTATIONS_FILE
+from ria_vllm.schema import PERMUTATIONS_FILE, ROTATIONS_FILE
 from ria_vllm.serve.adapters import Turn, turn, turn_adapters
 from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.reload import check_reload
 
 RANDOM = torch.Generator().manual_seed(5)
 LORA = {"enable_lora": True, "max_lora_rank": 8}
@@ -233,6 +234,62 @@ def test_what_the_user_says_of_all_adapters(variable, turned, asked, engine_with
         (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(copy)}))
         with pytest.raises(RiaError, match="adapter mine"):
             model.ria_check_base(tmp_path, "mine")
+
+
+def dummy_start(folder, where=None) -> tuple[RiaConfig, torch.nn.Module]:
+    """A server with adapters, of dummy weights; `where`: a repository that only the start could reach."""
+    get_current_vllm_config().load_config.load_format = "dummy"
+    config, model = built(folder, PACKED)
+    config.where = where or str(folder)
+    turn_adapters(config, model, None)
+    return config, model
+
+
+def test_adapters_of_weights_that_follow_dummies(engine_with_adapters, copy):
+    rotations = {O_PROJ: random_rotations(2)}
+    add_rotations(copy, rotations)
+    config, model = dummy_start(copy)
+    check_reload(config, SimpleNamespace(model=str(copy), revision=None), from_files=True, lora=True)
+    assert torch.equal(model.ria_turns[O_PROJ][0].rotations, rotations[O_PROJ].float())
+    (copy / ROTATIONS_FILE).write_bytes(b"")
+    with pytest.raises(RiaError, match="heads.safetensors: broken"):
+        dummy_start(copy)
+
+
+@pytest.mark.parametrize("lost", [ROTATIONS_FILE, PERMUTATIONS_FILE, "the hub"])
+def test_dummies_need_no_rotations_but_weights_that_follow_do(lost, engine_with_adapters, copy, monkeypatch):
+    """Without weight files, permutations alone tell which of vLLM's layers serve which linears."""
+    add_rotations(copy, {O_PROJ: random_rotations(2)})
+    where = None
+    if lost == "the hub":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        where = "ria-vllm-tests/not-cached"
+    else:
+        (copy / SINGLE_FILE).unlink()
+        (copy / lost).unlink()
+    for own in ("", "1"):
+        monkeypatch.setenv("RIA_VLLM_OWN_ADAPTERS", own)
+        config, model = dummy_start(copy, where)
+        assert not hasattr(model, "ria_turns")
+        if own and lost != PERMUTATIONS_FILE:
+            check_reload(config, None, from_files=False, lora=True)
+        else:
+            with pytest.raises(RiaError, match="started with dummy weights, which did not need that. Start it again"):
+                check_reload(config, None, from_files=False, lora=True)
+
+
+def test_dummies_of_layers_that_no_file_names(engine_with_adapters, copy):
+    add_rotations(copy, {O_PROJ: random_rotations(2), O_PROJ.replace("model.", "decoder."): random_rotations(2)})
+    content = json.loads((copy / "config.json").read_text())
+    fold = next(fold for fold in content["quantization_config"]["folds"] if fold["coupling"] == "heads")
+    decoder = json.loads(json.dumps(fold).replace('"model.', '"decoder.'))
+    content["quantization_config"]["folds"].append(decoder)
+    (copy / "config.json").write_text(json.dumps(content))
+    (copy / SINGLE_FILE).unlink()
+    config, model = dummy_start(copy)
+    assert not hasattr(model, "ria_turns")
+    with pytest.raises(RiaError, match=r"decoder\.layers\.0\.self_attn\.o_proj: no weight file .*started with dummy"):
+        check_reload(config, None, from_files=False, lora=True)
 
 
 def test_a_user_who_says_something_else(engine_with_adapters, copy, monkeypatch):
