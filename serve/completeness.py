@@ -7,7 +7,8 @@ reload also compares the names of all tensors, see `ria_vllm.serve.reload`.
 
 What a model's `load_weights` returns does not tell for all families. So every such tensor, which vLLM leaves
 uninitialized, is filled with one number before it is loaded; where it still is that number everywhere, nothing came.
-When weights are reloaded, vLLM itself counts what comes for each layer. Dense experts are not covered there.
+When weights are reloaded, vLLM itself counts what comes for each layer. Dense experts are not covered there, but the
+scales of an fp8 KV cache are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -137,7 +138,13 @@ def left_out(model: torch.nn.Module, embeddings: bool = True) -> list[str]:
             place = 0 if weight is None else weight.data_ptr()  # 0, too, where a kernel has packed it
             if not place or place not in loaded:
                 left.append(path)
-    return left
+    return left + [path for path, layer in model.named_modules() if _lacks_scales(layer)]
+
+
+def _lacks_scales(layer: torch.nn.Module) -> bool:
+    """Whether a layer of attention gets none of the scales of its KV cache in a reload, see `KVCacheScales`."""
+    info = get_layerwise_info(layer)
+    return getattr(layer, "ria_needs_scales", False) and info.kernel_tensors is not None and info.load_numel <= 0
 
 
 def _absent(what: str, where: str) -> RiaError:
