@@ -110,7 +110,8 @@ def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
 def takers(config: RiaConfig, model: torch.nn.Module) -> dict[str, Taker | None]:
     """Linear of an expert, or tensor with stacked biases -> who takes its tensors in place of the model.
 
-    None for those that this process does not use: of another pipeline stage, or of the model that a draft belongs to.
+    None for those that this process does not use: of another rank or pipeline stage, or of the model that a draft
+    belongs to.
     """
     found: dict[str, Taker | None] = {}
     layers = {
@@ -121,7 +122,8 @@ def takers(config: RiaConfig, model: torch.nn.Module) -> dict[str, Taker | None]
     for name, experts in config.experts.items():
         layer = layers.get(name)
         for linear, kind, expert in experts.linears():
-            found[linear] = None if layer is None else _taker_of_linear(layer, kind, expert)
+            here = layer is not None and layer._map_global_expert_id_to_local_expert_id(expert) >= 0
+            found[linear] = _taker_of_linear(layer, kind, expert) if here else None
         for bias, stacked in experts.biases.items():
             found[bias] = None if layer is None else _taker_of_biases(layer, bias, stacked)
     return found

@@ -81,6 +81,7 @@ class WeightStream:
         """
         load = model.load_weights
         complete = False  # the last load was one of all files
+        elsewhere = {name for name, taker in takers.items() if taker is None}
 
         @functools.wraps(load)
         def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: object, **kwargs: object) -> object:
@@ -97,7 +98,7 @@ class WeightStream:
             if from_files:
                 weights = once(weights)
             if translation is not None:
-                weights = translation.translate(weights, whole=from_files)
+                weights = translation.translate(weights, from_files, elsewhere)
             try:
                 result = load(self.named(weights, takers), *args, **kwargs)
             finally:

@@ -13,6 +13,7 @@ from mixture_layers import EXPERTS, HIDDEN, INNER, LAYER, Model, attached, play_
 from packed_checkpoints import Packed
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.model_loader.ep_weight_filter import compute_local_expert_ids, should_skip_weight
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.experts_dense import DenseExpertsMethod
@@ -114,15 +115,26 @@ def test_every_form(stored, experts_path, name):
 WHOLE = [name for name in CASES if not name.startswith("marlin") or "in groups" not in name]  # half of 128 columns
 
 
-def over_ranks(monkeypatch, mixture, expert_parallel=False, dense=None):
-    """The sum over two ranks, and what it must be. `dense`: whether vLLM's own method serves each, if not None."""
+def read_by(rank, mixture):
+    """A mixture with the tensors that vLLM reads for one of two ranks with `--enable-ep-weight-filter`."""
+    here, local = copy.copy(mixture), compute_local_expert_ids(EXPERTS, 2, rank)
+    here.config = mixture.config  # which is read from the headers of all files
+    here.tensors = {name: one for name, one in mixture.tensors.items() if not should_skip_weight(name, local)}
+    return here
+
+
+def over_ranks(monkeypatch, mixture, expert_parallel=False, dense=None, read=lambda rank, mixture: mixture):
+    """The sum over two ranks, and what it must be.
+
+    `dense`: whether vLLM's own method serves each, if not None; `read`: what each reads of the mixture.
+    """
     x, weights, ids = route()
     current, total = VllmConfig(), 0
     current.parallel_config.enable_expert_parallel = expert_parallel
     for rank in range(2):
         play_rank(monkeypatch, rank, 2)
         with set_current_vllm_config(current):
-            model = served(mixture, tp_size=2)
+            model = served(read(rank, mixture), tp_size=2)
         assert model.experts.local_num_experts == (2 if expert_parallel else 4)
         assert dense is None or (model.experts.ria_experts is None) == dense[rank]
         total = total + run(model, x, weights, ids)
@@ -137,6 +149,11 @@ def test_tensor_parallel(stored, experts_path, monkeypatch, name):
 @pytest.mark.parametrize("name", CASES)
 def test_expert_parallel(stored, experts_path, monkeypatch, name):
     close(*over_ranks(monkeypatch, stored[name], expert_parallel=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_expert_parallel_where_vllm_reads_no_weights_of_other_ranks(stored, monkeypatch, name):
+    close(*over_ranks(monkeypatch, stored[name], expert_parallel=True, read=read_by))
 
 
 def test_channels_that_are_not_whole_groups_are_refused(stored, monkeypatch):
