@@ -23,7 +23,7 @@ from ria_vllm.checkpoint import is_compressed, read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.layer_schema import Producer
 from ria_vllm.schema import EXPORTED_KEY
-from ria_vllm.serve.checkpoint_files import OutOfReach, rotations_of
+from ria_vllm.serve.checkpoint_files import rotations_of
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.engine import ADAPTERS_VARIABLE, EngineOptions
 from ria_vllm.serve.linear import Sparse24LinearMethod
@@ -76,8 +76,7 @@ class Turn:
 def turn_adapters(config: RiaConfig, model: torch.nn.Module, revision: str | None) -> None:
     """Have adapters turned that vLLM loads for a model that was just built, if its folder's heads are turned.
 
-    Dummy weights do not need that, but those that may follow them do. Where it is not known how, `config.unread` says
-    why, which refuses these.
+    Dummy weights do not need that, but those that may follow them do, see `RiaConfig.excused`.
 
     Raises:
         RiaError: the rotations are missing or damaged, or it is not known how to turn an adapter for this model.
@@ -85,14 +84,10 @@ def turn_adapters(config: RiaConfig, model: torch.nn.Module, revision: str | Non
     engine = EngineOptions.current()
     if not engine.lora or engine.own_adapters or config.schema.rotations_digest is None or config.unread is not None:
         return
-    try:
+    with config.excused():
         rotations = rotations_of(config.where, revision, config.schema, config.is_pruned)
         model.ria_turns = _by_adapter_name(config, model, _by_linear(config, rotations))
-    except RiaError as error:
-        # As with permutations: out of reach, or a folder without weights.
-        if not engine.dummy_weights or (config.stored is not None and not isinstance(error, OutOfReach)):
-            raise
-        config.unread = str(error)
+    if config.unread is not None:
         return
     source = config.schema.recipe.get("source")
     if engine.own_adapters is None:

@@ -1,5 +1,7 @@
 """RiaConfig: what vLLM knows about a checkpoint with quant_method "ria"."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -178,6 +180,20 @@ class RiaConfig(QuantizationConfig):
         self.folding = fold(self.schema, permutations, self.is_pruned, self.where)
         self.permutations = permutations
 
+    @contextmanager
+    def excused(self) -> Iterator[None]:
+        """Do without what only real weights need, if dummies are served. `unread` then refuses weights that follow.
+
+        Errors are not excused where a folder has weights: only files that are out of reach.
+        """
+        try:
+            yield
+        except RiaError as error:
+            known = self.stored is not None and not isinstance(error, OutOfReach)
+            if known or not EngineOptions.current().dummy_weights:
+                raise
+            self.unread = str(error)
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         sparsity = self.schema.sparsity_config
         sparsity.ignore = hf_to_vllm_mapper.apply_list(sparsity.ignore)
@@ -327,7 +343,7 @@ class RiaConfig(QuantizationConfig):
         """What is folded.
 
         With adapters, nothing: they are trained against channels in the model's own order. An engine that shares its
-        KV cache keeps the values there in this order, because others may have folded otherwise.
+        KV cache keeps the values there in this order, because others may have folded otherwise, or not at all.
         """
         if engine.lora or (engine.shares_cache and self.one_head):
             return Folding()

@@ -13,6 +13,9 @@ from ria_vllm.errors import RiaError
 # These formats hold weights that a kernel has packed already.
 PACKED_FORMATS = ("sharded_state", "runai_streamer_sharded", "tensorizer")
 
+# What vLLM calls the type of Gemma 4's drafts.
+CACHE_READER = "gemma4_mtp"
+
 ADAPTERS_VARIABLE = "RIA_VLLM_OWN_ADAPTERS"
 """Which model the server's LoRA adapters were trained on: 1, the folder that is served; 0, the dense model."""
 
@@ -25,9 +28,11 @@ class EngineOptions:
         load_format: `--load-format`; None outside an engine.
         lora: whether the engine serves LoRA adapters. False while a draft is built: only its target takes them.
         model_config: vLLM's configuration of the model; None outside an engine.
-        shares_cache: what is in the KV cache may leave the engine, for another one or a store (KV connectors, KV
-            offloading).
+        shares_cache: others read what the model keeps in the KV cache: another engine or a store (KV connectors, KV
+            offloading), or a draft with an `o_proj` of its own.
         weight_offload: the option by which vLLM keeps weights in the CPU's memory; None if it keeps none there.
+        drafted_layers: numbers of the decoder layers whose part of the cache a draft reads; None: no draft does, or it
+            is the model that is built.
     """
 
     load_format: str | None = None
@@ -35,6 +40,7 @@ class EngineOptions:
     model_config: ModelConfig | None = None
     shares_cache: bool = False
     weight_offload: str | None = None
+    drafted_layers: frozenset[int] | None = None
 
     @classmethod
     def current(cls) -> "EngineOptions":
@@ -43,10 +49,12 @@ class EngineOptions:
         if config is None:
             return cls()
         lora = config.lora_config is not None and not _builds_draft(config)
-        shares_cache = config.kv_transfer_config is not None or config.cache_config.kv_offloading_size is not None
+        leaves = config.kv_transfer_config is not None or config.cache_config.kv_offloading_size is not None
+        drafted = _drafted_layers(config)
         return cls(
-            str(config.load_config.load_format), lora, config.model_config, shares_cache, _weight_offload(config)
-        )
+            str(config.load_config.load_format), lora, config.model_config, leaves or drafted is not None,
+            _weight_offload(config), drafted,
+        )  # fmt: skip
 
     @property
     def own_adapters(self) -> bool | None:
@@ -105,6 +113,18 @@ def _builds_draft(config: VllmConfig) -> bool:
         return False
     calls = models_being_built()
     return bool(calls) and calls[-1].get("model_config") is speculative.draft_model_config
+
+
+def _drafted_layers(config: VllmConfig) -> frozenset[int] | None:
+    """See `EngineOptions.drafted_layers`. vLLM's `Gemma4Proposer`, the only one with such a draft, takes the last layer
+    of each type that has keys and values of its own."""
+    speculative = config.speculative_config
+    draft = None if speculative is None else getattr(speculative.draft_model_config, "hf_config", None)
+    if getattr(draft, "model_type", None) != CACHE_READER or _builds_draft(config):
+        return None
+    text = speculative.target_model_config.hf_config.get_text_config()
+    own = text.layer_types[: len(text.layer_types) - text.num_kv_shared_layers]
+    return frozenset({kind: number for number, kind in enumerate(own)}.values())
 
 
 def _weight_offload(config: VllmConfig) -> str | None:

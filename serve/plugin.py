@@ -30,6 +30,7 @@ def watch_models() -> None:
     from vllm.model_executor.model_loader import utils
 
     from ria_vllm.serve.adapters import turn_adapters
+    from ria_vllm.serve.cache_readers import check_turned_heads
     from ria_vllm.serve.completeness import check_loaded, check_reloaded, empty_weights, left_out
     from ria_vllm.serve.config import RiaConfig
     from ria_vllm.serve.engine import EngineOptions, models_being_built
@@ -59,7 +60,10 @@ def watch_models() -> None:
             built_from = calls[0].get("model_config") or engine.model_config
             where = str(built_from.model) if built_from is not None else config.where
             embeddings = built_from is engine.model_config
-            turn_adapters(config, model, getattr(built_from, "revision", None))
+            revision = getattr(built_from, "revision", None)
+            with config.excused():
+                check_turned_heads(config.schema, config.where, revision, config.is_pruned)
+            turn_adapters(config, model, revision)
             model.ria_left_out = functools.partial(left_out, model, embeddings)
             empty_weights(model, embeddings)
             complete = functools.partial(check_loaded, model, where, embeddings)

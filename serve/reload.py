@@ -13,6 +13,7 @@ from vllm.config import ModelConfig
 from ria_vllm.checkpoint import is_compressed, read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import DIGESTS, RiaSchema
+from ria_vllm.serve.cache_readers import check_turned_heads
 from ria_vllm.serve.checkpoint_files import (
     WeightHeaders,
     check_weight_files,
@@ -105,6 +106,7 @@ def _check_files(config: RiaConfig, model_config: ModelConfig, permutations: boo
     if orders != present:
         raise _refusal(model, "its weights are stored in other channel orders than those that this server has folded")
     _check_dense(config, headers.names, model)
+    check_turned_heads(schema, model, revision, config.is_pruned)
     if lora:
         check_adapters(schema, config.schema, model)
 

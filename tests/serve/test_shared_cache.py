@@ -1,11 +1,13 @@
 """Engines whose KV cache others read keep keys and values in the model's own order, whatever else they fold."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
 from checkpoint_folder import config_of
 from test_folding import logits
-from transformers import LlamaConfig
+from transformers import Gemma4TextConfig, LlamaConfig
 from vllm.config import KVTransferConfig, LoRAConfig, get_current_vllm_config
 
 from ria_vllm.checkpoint import Reader
@@ -31,6 +33,17 @@ def adapters(current):
     current.lora_config = LoRAConfig(max_lora_rank=8)
 
 
+def draft(model_type):
+    def option(current):
+        target = SimpleNamespace(hf_config=Gemma4TextConfig(num_hidden_layers=2))
+        current.speculative_config = SimpleNamespace(
+            draft_model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type)),
+            target_model_config=target,
+        )
+
+    return option
+
+
 def linears(folder, **settings):
     """Name -> how vLLM's layers take the linears of layer 1 under the current configuration."""
     config = config_of(folder)
@@ -51,6 +64,8 @@ def linears(folder, **settings):
         ([offload], {DOWN}),
         ([adapters], set()),
         ([adapters, transfer], set()),
+        ([draft("eagle")], {DOWN, O_PROJ}),
+        ([draft("gemma4_mtp")], {DOWN}),  # which reads the values with an o_proj of its own
     ],
 )
 def test_what_is_folded(options, folded, engine, checkpoint):

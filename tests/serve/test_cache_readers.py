@@ -1,0 +1,175 @@
+"""Gemma 4's draft, which reads the values that its target keeps, beside folders whose heads are turned."""
+
+import copy as copies
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from checkpoint_folder import config_of
+from test_adapters import add_rotations, random_rotations
+from test_first_load import Collecting
+from transformers import Gemma4TextConfig
+from vllm.config import get_current_vllm_config
+from vllm.v1.spec_decode.gemma4 import Gemma4Proposer
+
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import ROTATIONS_FILE
+from ria_vllm.serve import layer_matching, plugin
+from ria_vllm.serve.engine import EngineOptions
+from ria_vllm.serve.reload import check_reload
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+READ = "model.layers.1.self_attn.o_proj"  # by the draft of a target with two layers of one type
+OTHER = READ.replace("1", "0")
+
+
+def text(types, shared=0):
+    return Gemma4TextConfig(num_hidden_layers=len(types), layer_types=types, num_kv_shared_layers=shared)
+
+
+def speculative(target, model_type="gemma4_mtp"):
+    """What vLLM has for a draft with a layer of each type, beside a target with this text decoder."""
+    own = SimpleNamespace(model_type=model_type, layer_types=[SLIDING, FULL], get_text_config=lambda: own)
+    return SimpleNamespace(
+        draft_model_config=SimpleNamespace(hf_config=own, model="the draft"),
+        target_model_config=SimpleNamespace(hf_config=target, model="the target"),
+    )
+
+
+def chosen_by_vllm(current):
+    """The layers whose cache the draft's layers will read."""
+    layers = [torch.nn.Module() for _ in range(2)]
+    for layer in layers:
+        layer.self_attn = SimpleNamespace(attn=SimpleNamespace())
+    target = current.speculative_config.target_model_config
+    Gemma4Proposer._setup_gemma4_kv_sharing(
+        SimpleNamespace(
+            speculative_config=current.speculative_config, vllm_config=SimpleNamespace(model_config=target),
+            model=SimpleNamespace(model=SimpleNamespace(layers=layers)),
+        ),
+        {"language_model.model.layers.0.self_attn.attn"},
+    )  # fmt: skip
+    names = [layer.self_attn.attn.kv_sharing_target_layer_name for layer in layers]
+    return {int(re.search(r"layers\.(\d+)\.", name).group(1)) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("types", "shared"),
+    [
+        ([SLIDING] * 5 + [FULL], 0),
+        (([SLIDING] * 4 + [FULL]) * 3, 7),
+        ([SLIDING, FULL] * 3, 2),
+        ([FULL, SLIDING, FULL], 1),
+    ],
+)
+def test_the_layers_that_vllms_draft_reads(types, shared, engine):
+    current = get_current_vllm_config()
+    current.speculative_config = speculative(text(types, shared))
+    assert EngineOptions.current().drafted_layers == chosen_by_vllm(current)
+
+
+def test_drafts_with_keys_and_values_of_their_own(engine):
+    current = get_current_vllm_config()
+    assert EngineOptions.current().drafted_layers is None
+    for model_type in ("eagle", "mtp", "gemma4_text"):
+        current.speculative_config = speculative(text([SLIDING, FULL]), model_type)
+        assert EngineOptions.current().drafted_layers is None and not EngineOptions.current().shares_cache
+
+
+@pytest.fixture
+def start(engine, monkeypatch):
+    """Call with a folder, and perhaps what is built: the model, as vLLM builds it and our plugin sees it."""
+    from vllm.model_executor.model_loader import utils
+
+    monkeypatch.setattr(layer_matching, "match_layers", lambda *_: None)
+    monkeypatch.setattr(utils, "record_metadata_for_reloading", lambda model: None)
+    plugin.watch_models()
+    current = get_current_vllm_config()
+    current.speculative_config = speculative(text([FULL] * 2))
+
+    def start(folder, built=None):
+        current.quant_config = config_of(folder)
+        current.model_config = SimpleNamespace(model=str(folder), revision=None)
+        utils.initialize_model(current, model_class=Collecting, model_config=built or current.model_config)
+        return current.quant_config
+
+    return start
+
+
+MESSAGE = f"{re.escape(READ)}: .*--rotate heads.*--speculative-config.*--rotate none"
+
+
+def test_turned_heads_of_a_layer_that_the_draft_reads(start, copy):
+    current = get_current_vllm_config()
+    start(copy)
+    add_rotations(copy, {OTHER: random_rotations(2), READ: random_rotations(2)})
+    for load_format in ("auto", "dummy"):
+        current.load_config.load_format = load_format
+        with pytest.raises(RiaError, match=MESSAGE):
+            start(copy)
+        start(copy, current.speculative_config.draft_model_config)  # under the configuration of its target
+    current.speculative_config = speculative(text([FULL] * 2), "eagle")
+    start(copy)
+    current.speculative_config = None
+    start(copy)
+
+
+def test_turned_heads_of_other_layers(start, copy):
+    """As in Gemma 4 E2B and E4B, where later layers read the values that the draft reads, so that they are not turned.
+    Folds then name the layers that have them."""
+    add_rotations(copy, {OTHER: random_rotations(2)})
+    content = json.loads((copy / "config.json").read_text())
+    folds = content["quantization_config"]["folds"]
+    through_attention = next(fold for fold in folds if fold["coupling"] == "heads")
+    folds[folds.index(through_attention)] = json.loads(json.dumps(through_attention).replace("{i}", "0"))
+    (copy / "config.json").write_text(json.dumps(content))
+    start(copy)
+    get_current_vllm_config().speculative_config = speculative(text([FULL] * 2, shared=1))
+    with pytest.raises(RiaError, match=f"{re.escape(OTHER)}: .*--rotate none"):
+        start(copy)
+
+
+def test_heads_of_which_nothing_says_which_are_turned(start, copy):
+    current = get_current_vllm_config()
+    add_rotations(copy, {OTHER: random_rotations(2)})
+    (copy / ROTATIONS_FILE).unlink()
+    with pytest.raises(RiaError, match="rotations/heads.safetensors is missing"):
+        start(copy)
+    content = json.loads((copy / "config.json").read_text())
+    del content["quantization_config"]["rotations_digest"]  # as older versions left it out
+    (copy / "config.json").write_text(json.dumps(content))
+    with pytest.raises(RiaError, match=f"{copy}: .*--rotate heads.*--speculative-config.*--rotate none"):
+        start(copy)
+    current.speculative_config = None
+    start(copy)
+
+
+def test_dummies_need_no_rotations_but_weights_that_follow_do(start, copy):
+    add_rotations(copy, {OTHER: random_rotations(2)})
+    (copy / ROTATIONS_FILE).unlink()
+    (copy / "model.safetensors").unlink()
+    get_current_vllm_config().load_config.load_format = "dummy"
+    config = start(copy)
+    with pytest.raises(RiaError, match="heads.safetensors is missing.*started with dummy weights"):
+        check_reload(config, None, from_files=False)
+
+
+def test_a_reload_of_turned_heads(start, tmp_path):
+    """Without permutations, nothing else tells the folders apart."""
+    folders = [tmp_path / name for name in ("plain", "turned")]
+    for folder in folders:
+        tiny.write(tiny.FAMILIES["llama-gqa"], folder, scope="none")
+    add_rotations(folders[1], {READ: random_rotations(2)})
+    config = start(folders[0])
+    current = get_current_vllm_config()
+    for folder in folders:
+        current.model_config = copies.copy(current.model_config)
+        current.model_config.model = str(folder)
+        if folder == folders[0]:
+            check_reload(config, None, from_files=True)
+        else:
+            with pytest.raises(RiaError, match=MESSAGE):
+                check_reload(config, None, from_files=True)
