@@ -47,7 +47,8 @@ def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, monitor:
         monitor.phase("loading the whole model"),
         explained(f"{source.name}: transformers cannot load the model"),
     ):
-        # Eager attention, because for one token at a time a CPU's fused kernels are much slower.
+        # Eager attention, because for one token at a time a CPU's fused kernels are much slower. It is also what
+        # `attention_options` asks for, if anything.
         whole = load_dense(type(model.model), source.folder, model.dtype, attn_implementation="eager")
         whole = whole.to(model.device).eval()
     bos = getattr(text_config(source.config), "bos_token_id", None)  # GLM-4V's configuration has none

@@ -106,6 +106,16 @@ def without_quantization(config: Any) -> None:
         del config.quantization_config
 
 
+def attention_options(config: Any) -> dict[str, Any]:
+    """Options of `from_pretrained` and `_from_config` with which attention computes what the configuration asks for.
+
+    What transformers chooses by itself, torch's fused kernels, leaves out the soft cap of attention's logits (Gemma 2)
+    without a word. Of attention sinks, the other thing that these kernels lack, models say so themselves.
+    """
+    capped = getattr(text_config(config), "attn_logit_softcapping", None) is not None
+    return {"attn_implementation": "eager"} if capped else {}
+
+
 def load_dense(architecture: Any, folder: Path, dtype: torch.dtype | str, **options: Any) -> Any:
     """What `architecture.from_pretrained` makes of a dense folder; quantized weights are dequantized by us.
 
@@ -190,7 +200,7 @@ def _load(
     config = read_config(folder)
     architecture = model_class(folder, config)
     # Weights that do not fit are refused below, by name; transformers' own message only says which flag ignores them.
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **attention_options(config)}
     with _loading(folder):
         reader = Reader(folder) if is_compressed(Path(folder)) else None
         if state is None and reader is None and dequantized_from(config) is not None:

@@ -23,7 +23,7 @@ from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.expert_files import ExpertFiles
 from ria_vllm.offline.model.expert_weights import ExpertWeights
 from ria_vllm.offline.model.experts import expert_of, experts_modules, other_experts, other_weights
-from ria_vllm.offline.model.hf import configured_dtype, explained
+from ria_vllm.offline.model.hf import attention_options, configured_dtype, explained
 from ria_vllm.offline.model.names import Names
 from ria_vllm.offline.model.run_experts import Weights, run_one_by_one, set_weights
 from ria_vllm.offline.model.source_tensors import SourceTensors
@@ -57,14 +57,12 @@ class StreamedModel:
         self.files = self.tensors.files
         self.stored_dtype = _writable(self.tensors.dtype, folder)
         self.dtype = choose_dtype(self.stored_dtype, device) if dtype is None else dtype
-        text = text_config(config)
         architecture = model_class(str(folder), config)
-        # Torch's fused attention kernels do not apply Gemma 2's soft cap.
-        capped = getattr(text, "attn_logit_softcapping", None) is not None
         unusable = f"{folder / 'config.json'}: transformers cannot build this model"
         with explained(unusable), torch.device("meta"):
-            attention = {"attn_implementation": "eager"} if capped else {}
-            self.model: PreTrainedModel = architecture._from_config(config, dtype=self.dtype, **attention)
+            self.model: PreTrainedModel = architecture._from_config(
+                config, dtype=self.dtype, **attention_options(config)
+            )
         self.model.eval().requires_grad_(False)
         self.decoder_path, self.layers_path = find_decoder(self.model, folder)
         self.base_path = find_base(self.model, self.decoder_path)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from compressing import run_small
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from wrappers import tiny_wrapper  # noqa: F401
 
 import ria_vllm.hf  # noqa: F401  loads pruned folders
@@ -31,8 +31,12 @@ def batches(steps: int) -> torch.Tensor:
 
 def plain(folder, dense, also, weights: dict[str, float], lr: float, steps: int) -> dict[str, torch.Tensor]:
     """The weights after some steps of a dense model with masks, by the names of its parameters."""
-    teacher = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-    student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # Torch's fused attention would leave out Gemma 2's soft cap.
+    attention = "eager" if AutoConfig.from_pretrained(dense).model_type == "gemma2" else None
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32, attn_implementation=attention)
+        for one in (dense, folder)
+    )
     sparse = {f"{name}.weight" for name in Reader(folder).sparse_names}
     masks = {name: p.detach() != 0 for name, p in student.named_parameters() if name in sparse}
     kinds = {name: _kind(name) for name, _ in student.named_parameters()}

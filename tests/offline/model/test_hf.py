@@ -5,13 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compressing import edit_config, edited, run_small
+from compressing import edit_config, edit_weights, edited, run_small
 from damage import rewrite
 from moe import save_moe
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from wrappers import save_wrapper
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
+from ria_vllm.export import export_dense
 from ria_vllm.offline.model.hf import configured_dtype, explained, first_line, load_model, read_config
 
 CPU = torch.device("cpu")
@@ -37,6 +39,39 @@ def test_a_bf16_model_in_float32_computes_what_a_float32_model_would(make_model,
             assert torch.equal(model(tokens).logits, wide(tokens).logits)
     frequencies = [b for name, b in load_model(str(folder), CPU, "bfloat16").named_buffers() if "inv_freq" in name]
     assert frequencies and all(buffer.dtype == torch.float32 for buffer in frequencies)
+
+
+def sharp(tensors):
+    """Attention's logits far beyond a soft cap of 0.5."""
+    for name in tensors:
+        if "q_proj" in name or "k_proj" in name:
+            tensors[name] *= 3
+
+
+@pytest.mark.parametrize("kind", ["dense", "compressed", "wrapper"])
+def test_attention_of_gemma_2_keeps_its_soft_cap(kind, make_model, text, tmp_path):
+    """Unlike in the fused kernels that transformers chooses by itself."""
+    capped, auto, source = {"attn_logit_softcapping": 0.5}, AutoModelForCausalLM, tmp_path / "dense"
+    if kind == "wrapper":
+        auto = AutoModelForMultimodalLM
+        save_wrapper(source, "paligemma", model_type="gemma2", layer_types=["full_attention"] * 2, **capped)
+    else:
+        make_model(source, "gemma2", **capped)
+    edit_weights(source, sharp)
+    folder, oracle = source, source
+    if kind == "compressed":
+        folder, oracle = tmp_path / "out", tmp_path / "exported"
+        run_small(source, folder, text)
+        export_dense(Reader(folder), oracle, 1 << 40)
+    tokens = torch.arange(2, 60)[None]
+    with torch.no_grad():
+        found = load_model(str(folder), CPU)(input_ids=tokens).logits
+        eager, fused = (
+            auto.from_pretrained(oracle, attn_implementation=way).eval()(input_ids=tokens).logits
+            for way in ("eager", "sdpa")
+        )
+    assert torch.equal(found, eager)
+    assert not torch.allclose(found, fused, atol=0.1)
 
 
 @pytest.mark.parametrize(
