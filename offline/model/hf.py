@@ -107,13 +107,17 @@ def without_quantization(config: Any) -> None:
 
 
 def attention_options(config: Any) -> dict[str, Any]:
-    """Options of `from_pretrained` and `_from_config` with which attention computes what the configuration asks for.
+    """Options of `from_pretrained` and `_from_config` with which attention computes what a model is meant to compute.
 
-    What transformers chooses by itself, torch's fused kernels, leaves out the soft cap of attention's logits (Gemma 2)
-    without a word. Of attention sinks, the other thing that these kernels lack, models say so themselves.
+    What transformers chooses by itself, torch's fused kernels, silently leaves out the soft cap of attention's logits
+    (Gemma 2). In a wrapper whose decoder calls itself bidirectional (PaliGemma), it lets text without an image read
+    later tokens; the mask that eager attention gets is causal, as vLLM's is. Models with attention sinks refuse the
+    fused kernels themselves.
     """
-    capped = getattr(text_config(config), "attn_logit_softcapping", None) is not None
-    return {"attn_implementation": "eager"} if capped else {}
+    text = text_config(config)
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    unmasked = text is not config and getattr(text, "use_bidirectional_attention", None) is True
+    return {"attn_implementation": "eager"} if capped or unmasked else {}
 
 
 def load_dense(architecture: Any, folder: Path, dtype: torch.dtype | str, **options: Any) -> Any:

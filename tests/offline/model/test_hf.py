@@ -15,6 +15,7 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.offline.model.hf import configured_dtype, explained, first_line, load_model, read_config
+from ria_vllm.offline.model.streaming import StreamedModel
 
 CPU = torch.device("cpu")
 
@@ -72,6 +73,27 @@ def test_attention_of_gemma_2_keeps_its_soft_cap(kind, make_model, text, tmp_pat
         )
     assert torch.equal(found, eager)
     assert not torch.allclose(found, fused, atol=0.1)
+
+
+def test_paligemma_does_not_read_later_tokens(tiny_wrapper):
+    """Where there is no image. transformers' choice of attention does, because its layers call themselves
+    bidirectional; vLLM's does not."""
+    folder = tiny_wrapper("paligemma")
+    streamed = StreamedModel(folder, read_config(str(folder)), CPU)
+    base = streamed.load_base()
+    for index in range(len(streamed.layers)):
+        streamed.load_layer(index)
+    tokens = torch.arange(2, 60)[None]
+    others = torch.cat([tokens[:, :30], tokens[:, 30:] + 100], 1)
+
+    def reads_later_tokens(model):
+        with torch.no_grad():
+            one, other = (model(input_ids=ids, use_cache=False)[0][:, :30] for ids in (tokens, others))
+        return not torch.equal(one, other)
+
+    assert reads_later_tokens(AutoModelForMultimodalLM.from_pretrained(folder).eval())
+    assert not reads_later_tokens(load_model(str(folder), CPU))
+    assert not reads_later_tokens(base)
 
 
 @pytest.mark.parametrize(
