@@ -6,6 +6,7 @@ A CPU without bfloat16 instructions multiplies bfloat16 four to six times slower
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +47,39 @@ def choose_dtype(stored: torch.dtype, device: torch.device, asked: str = "auto",
     slow_bf16 = stored == torch.bfloat16 and not fast_bf16(device)
     slow = slow_bf16 or (stored == torch.float16 and device.type == "cpu")
     return torch.float32 if slow else stored
+
+
+def keep_float32(model: Any, dtype: torch.dtype, folder: Path) -> None:
+    """Make the tensors float32 that transformers keeps in it: `from_pretrained` does this, `_from_config` does not.
+
+    Most are biases by which routers choose experts, and bfloat16 would make many of these the same.
+
+    Args:
+        model: of transformers; may be on the meta device.
+        dtype: the model's own.
+        folder: for the error.
+
+    Raises:
+        RiaError: this version of transformers does not say which these are.
+    """
+    if dtype == torch.float32:
+        return
+    try:
+        from transformers.core_model_loading import build_glob_alternation
+
+        plan = model._get_dtype_plan(dtype)
+    except (ImportError, AttributeError) as error:
+        raise RiaError(
+            f"{folder}: this version of transformers does not say which tensors of a {type(model).__name__} stay in "
+            "float32. Give --compute-dtype float32, or install another version."
+        ) from error
+    if not plan:
+        return
+    kept, _, globs = build_glob_alternation(list(plan))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found = kept.search(name)
+        if found is not None and tensor.is_floating_point():
+            tensor.data = tensor.data.to(plan[globs[found.lastgroup]])
 
 
 def fast_bf16(device: torch.device) -> bool:

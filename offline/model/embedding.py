@@ -14,6 +14,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.hf import explained
 from ria_vllm.offline.model.layer_call import LayerCall, Slot, tensors_mapped
 from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.weight_format import name_of
 
 # How far apart two outputs of one layer may be that are equal but for the order of sums, relative to the largest value.
 TOLERANCE = 1e-5
@@ -100,6 +101,8 @@ class Embedder:
         self.base = model.load_base()
         kind = type(model.model).__name__
         self.unusable = f"{model.folder}: transformers cannot run {kind} as config.json describes it"
+        if model.dtype != torch.float32:  # some models do not run beside what transformers keeps in float32
+            self.unusable += f", at least in {name_of(model.dtype)}: try --compute-dtype float32"
         self.tupled: int | None = None  # length of the tuple that a layer returns; 0: it returns a bare tensor
 
     def __call__(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:

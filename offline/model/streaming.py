@@ -19,7 +19,7 @@ from ria_vllm.offline.model.architecture import (
     towers,
 )
 from ria_vllm.offline.model.buffers import compute_buffers
-from ria_vllm.offline.model.dtypes import choose_dtype
+from ria_vllm.offline.model.dtypes import choose_dtype, keep_float32
 from ria_vllm.offline.model.expert_files import ExpertFiles
 from ria_vllm.offline.model.expert_weights import ExpertWeights
 from ria_vllm.offline.model.experts import expert_of, experts_modules, other_experts, other_weights
@@ -38,7 +38,8 @@ class StreamedModel:
     when tokens reach it.
 
     Modules are called by their names in the model, tensors by the names that they are written under (see `Names`).
-    stored_dtype is the checkpoint's, and that of what is dequantized; dtype is the one that layers are computed in.
+    stored_dtype is the checkpoint's, and that of what is dequantized; dtype is the one that layers are computed in, but
+    for the tensors that transformers keeps in float32.
 
     Args:
         folder: a Hugging Face folder with safetensors, see `SourceTensors`.
@@ -63,6 +64,7 @@ class StreamedModel:
             self.model: PreTrainedModel = architecture._from_config(
                 config, dtype=self.dtype, **attention_options(config)
             )
+        keep_float32(self.model, self.dtype, folder)
         self.model.eval().requires_grad_(False)
         self.decoder_path, self.layers_path = find_decoder(self.model, folder)
         self.base_path = find_base(self.model, self.decoder_path)
