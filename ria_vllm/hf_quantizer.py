@@ -53,7 +53,7 @@ class Loading:
         self.pruned: set[str] = set()
         self.claimed: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
-        self.renamings: list[WeightRenaming] = []
+        self.conversions: list[Any] = []  # transformers' own
         self.placements: dict[str, Placement] = {}  # parameter of the model -> what it holds
         self.errors: list[RiaError] = []
         self.dtype: torch.dtype | None = None
@@ -116,9 +116,24 @@ class Loading:
         if self.schema.input_dtype is not None:
             round_inputs(model, list(self.placements), self.where)
 
+    def to_undo(self, used: list[Any]) -> list[Any]:
+        """The conversions that `save_pretrained` undoes, so that its files are laid out as the dense model's are.
+
+        Args:
+            used: those that transformers has used. A dense model would have used more: those for the experts that ours
+                have made.
+        """
+        experts = {name for name, placement in self.placements.items() if placement.stacked}
+        unused = [entry for entry in self.conversions if not entry.was_used()]
+        return [
+            *(entry for entry in used if not isinstance(entry, OURS)),
+            *(entry for entry in unused if _makes_only(entry, experts, self.shapes)),
+        ]
+
     def _is_beyond(self, model: torch.nn.Module, name: str) -> bool:
         """Whether a pruned linear belongs to a layer that the model was built without (`num_hidden_layers`)."""
-        renamed = rename_source_key(f"{name}.compressed", self.renamings, [])[0]
+        renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
+        renamed = rename_source_key(f"{name}.compressed", renamings, [])[0]
         prefix = f"{model.base_model_prefix}."
         return any(_is_beyond(model, path) for path in (renamed, prefix + renamed, renamed.removeprefix(prefix)))
 
@@ -154,8 +169,7 @@ class RiaQuantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None) or []
         super().postprocess_model(model, **kwargs)
         self.loading.close(model)
-        # HF keeps the conversions to undo them on saving, but a plain dense model is saved as it is.
-        model._weight_conversions = [c for c in conversions if not isinstance(c, OURS)] or None
+        model._weight_conversions = self.loading.to_undo(conversions)
         # With a quantizer, HF may leave the tensors that it renamed or converted in the stored dtype.
         in_float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
         for name, parameter in model.named_parameters():
@@ -182,7 +196,7 @@ class RiaQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Ours first: some models' own patterns for an expert's `.weight` match its `.weight_scale`, too."""
-        self.loading.renamings = [entry for entry in weight_conversions if isinstance(entry, WeightRenaming)]
+        self.loading.conversions = weight_conversions
         return [*self.get_weight_conversions(), *weight_conversions]
 
     def is_serializable(self) -> bool:
@@ -230,6 +244,13 @@ class LinearConverter(WeightConverter):
 
 # Saving a loaded model writes plain dense weights, so these conversions are not to be undone.
 OURS = (LinearConverter, ExpertsConverter)
+
+
+def _makes_only(conversion: Any, wanted: Collection[str], names: Collection[str]) -> bool:
+    """Whether the parameters that a conversion makes, of those with these names, are some of the wanted ones."""
+    reverse = conversion.reverse_transform()
+    made = [name for name in names if reverse.rename_source_key(name)[1] is not None]
+    return bool(made) and all(name in wanted for name in made)
 
 
 def _is_beyond(module: Any, path: str) -> bool:

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import image_models
 import mixtures
@@ -10,6 +11,7 @@ import pytest
 import tiny
 import torch
 from damage import bind, rewrite
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -61,6 +63,50 @@ def test_experts_without_a_head(name, weights, tmp_path):
     assert want.keys() == found.keys() and any("experts" in name for name in want)
     for name, tensor in want.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+
+
+MIXTRAL = mixtures.FAMILIES["mixtral"]
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+@pytest.mark.parametrize("name", ["mixtral", "minimax_m2", "phimoe", "granitemoe", "qwen3_moe", "llama4"])
+def test_experts_are_saved_as_in_the_dense_files(name, weights, tmp_path):
+    """Not as transformers holds them, which other programs do not read."""
+    family = mixtures.FAMILIES.get(name) or replace(MIXTRAL, model_type=name)
+    folder, dense = mixtures.write(family, tmp_path, weights=weights)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(tmp_path / "saved")
+    check_files(tmp_path / "saved", dense)
+
+
+def check_files(found, want):
+    found, want = (load_file(folder / "model.safetensors") for folder in (found, want))
+    assert want.keys() == found.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_saved_with_experts_that_are_not_pruned(tmp_path):
+    """For them, transformers has used its own conversions already."""
+    folder, dense = mixtures.write(MIXTRAL, tmp_path, dense_layer=1)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(tmp_path / "saved")
+    check_files(tmp_path / "saved", dense)
+
+
+def test_saved_under_the_newer_names_of_the_files(tmp_path):
+    """What transformers did not have to rename keeps its name."""
+    folder, dense = mixtures.write(MIXTRAL, tmp_path)
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.replace("block_sparse_moe", "mlp")] = tensors.pop(name)
+
+    for path in (*folder.glob("*.safetensors"), *dense.glob("*.safetensors")):
+        rewrite(path, rename)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("block_sparse_moe", "mlp"))
+    bind(folder)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(tmp_path / "saved")
+    check_files(tmp_path / "saved", dense)
 
 
 def test_experts_that_nothing_maps(tmp_path):
