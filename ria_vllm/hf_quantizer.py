@@ -92,8 +92,11 @@ class Loading:
         check_digests(self.schema, self.permutations, files, self.where)
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
-    def close(self, model: torch.nn.Module) -> None:
-        """Check that all of it was used.
+    def close(self, model: torch.nn.Module, used: list[Any]) -> None:
+        """Check that all of the checkpoint was used, and leave in the model where it comes from.
+
+        Args:
+            used: transformers' own conversions and ours, as far as they were used.
 
         Raises:
             RiaError: a damaged linear, one that was not used though the model has its layer, a tensor of a wrong shape.
@@ -112,16 +115,16 @@ class Loading:
                     f"{self.where}: {name} has shape {tuple(tensor.shape)}, by config.json {tuple(self.shapes[name])}. "
                     "Get all files of one model."
                 )
-        setattr(model, ORIGIN_ATTRIBUTE, Origin(Path(self.where), self.placements))
+        conversions = self._to_undo(used)
+        model._weight_conversions = conversions
+        setattr(model, ORIGIN_ATTRIBUTE, Origin(Path(self.where), self.placements, conversions))
         if self.schema.input_dtype is not None:
             round_inputs(model, list(self.placements), self.where)
 
-    def to_undo(self, used: list[Any]) -> list[Any]:
+    def _to_undo(self, used: list[Any]) -> list[Any]:
         """The conversions that `save_pretrained` undoes, so that its files are laid out as the dense model's are.
 
-        Args:
-            used: those that transformers has used. A dense model would have used more: those for the experts that ours
-                have made.
+        A dense model would have used more: those for the experts that ours have made.
         """
         experts = {name for name, placement in self.placements.items() if placement.stacked}
         unused = [entry for entry in self.conversions if not entry.was_used()]
@@ -168,8 +171,7 @@ class RiaQuantizer(HfQuantizer):
         """Here, because transformers 5.24 drops the conversions on the way to `_process_model_after_weight_loading`."""
         conversions = getattr(model, "_weight_conversions", None) or []
         super().postprocess_model(model, **kwargs)
-        self.loading.close(model)
-        model._weight_conversions = self.loading.to_undo(conversions)
+        self.loading.close(model, conversions)
         # With a quantizer, HF may leave the tensors that it renamed or converted in the stored dtype.
         in_float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
         for name, parameter in model.named_parameters():

@@ -75,10 +75,12 @@ class Origin:
 
     folder: with the weight files.
     placements: a parameter's name in the model as it was loaded -> what it holds.
+    conversions: what transformers undoes to give tensors the names and shapes of the dense model's files.
     """
 
     folder: Path
     placements: dict[str, Placement]
+    conversions: list[Any]
 
 
 ORIGIN_ATTRIBUTE = "_ria_origin"

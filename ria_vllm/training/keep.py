@@ -7,7 +7,9 @@ Two things are done to each pruned weight, wherever its trainer keeps it by then
 - After each step of an optimizer the weight itself is zeroed outside the mask. Some optimizers move every weight
   whatever its gradient (Muon mixes rows and columns), and some state is older than the masks.
 
-Neither names, classes nor the number of parameters change, so checkpoints of trainers are ordinary ones. The weight is
+Neither names, classes nor the number of parameters change, so checkpoints of trainers are ordinary ones. They have the
+model's own names and shapes: trainers go back to a checkpoint by `load_state_dict`, which converts nothing, unlike
+`from_pretrained`, and only warns about tensors that it does not find. The weight is
 looked up anew at each step: FSDP2 and `to("meta")` put another parameter into its place. A mask has a bit for each
 weight, beside it; if the weight is sharded (DTensor), the whole mask is on the CPU, and its shard beside the weight's.
 """
@@ -28,6 +30,7 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.placement import ORIGIN_ATTRIBUTE
+from ria_vllm.training.gathering import clean_name
 from ria_vllm.training.masks import holder, mask_of, origin_of
 from ria_vllm.training.ranks import together
 
@@ -79,7 +82,9 @@ def _keep_sparse(model: nn.Module, like: str | Path | None) -> None:
     kept.mask_gradients()
     setattr(base, ATTRIBUTE, kept)
     setattr(base, ORIGIN_ATTRIBUTE, origin)  # known now, if it was found by `like`
+    base._weight_conversions = []  # what `save_pretrained` undoes
     base.register_forward_pre_hook(kept.before_forward)
+    base.register_load_state_dict_post_hook(kept.after_load_state_dict)
 
 
 class KeptWeight:
@@ -191,6 +196,24 @@ class KeptWeights:
     def before_forward(self, *_: Any) -> None:
         """Whatever the parameters are by now: their gradients get masked."""
         self.mask_gradients()
+
+    def after_load_state_dict(self, _: nn.Module, keys: Any) -> None:
+        """Whatever was loaded: perhaps a checkpoint with names that `load_state_dict` does not know.
+
+        Raises:
+            RiaError: it was one, without some of the weights under the model's names.
+        """
+        if not keys.unexpected_keys:  # an adapter, or one of several files
+            return
+        missing = {clean_name(key) for key in keys.missing_keys}
+        for weight in self.weights:
+            if any(key == weight.name or key.endswith(f".{weight.name}") for key in missing):
+                raise RiaError(
+                    f"{weight.name}: not in the checkpoint, which has {keys.unexpected_keys[0]} instead, so training "
+                    "would go on from other weights than it holds. Checkpoints have the model's names if keep_sparse "
+                    "was called before they were written. Load this one by `from_pretrained`, and call "
+                    "keep_sparse(model, like=OUT), with the compressed folder."
+                )
 
     def mask_gradients(self) -> None:
         for weight in self.weights:

@@ -149,7 +149,7 @@ def _write(
                 others[name] = tensor
                 continue
             if kept is None:
-                kept = _write_others(base, others, encoder, units)
+                kept = _write_others(base, others, origin, encoder, units)
                 others = {}
             for linear, weight in placement.split(tensor):
                 units.add(encoder.linear(linear, weight))
@@ -181,13 +181,13 @@ def _check_names(origin: Origin, reader: Reader) -> None:
         )
 
 
-def _write_others(base: nn.Module, others: dict[str, torch.Tensor], encoder: Encoder, units: _Units) -> list[str]:
+def _write_others(
+    base: nn.Module, others: dict[str, torch.Tensor], origin: Origin, encoder: Encoder, units: _Units
+) -> list[str]:
     """Write what is not pruned, under its names in the files; returns what the model does not have."""
-    from transformers.core_model_loading import revert_weight_conversion
-
     reader = encoder.reader
     names = set(reader.dense_names)
-    stored = revert_weight_conversion(base, others)
+    stored = _as_in_files(base, others, origin)
     # Files may also have the model's own names where transformers would write older ones.
     stored |= {name: tensor for name, tensor in others.items() if name in names - stored.keys()}
     # A tied tensor has two names, of which the files may have one. Buffers need not be stored at all.
@@ -208,6 +208,19 @@ def _write_others(base: nn.Module, others: dict[str, torch.Tensor], encoder: Enc
             units.add({name: reader.tensor(name)})
             kept.append(name)
     return kept
+
+
+def _as_in_files(base: Any, tensors: dict[str, torch.Tensor], origin: Origin) -> dict[str, torch.Tensor]:
+    """Tensors of the model under the names, and in the shapes, of the dense model's files."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # The model's own conversions are those of a checkpoint that it was loaded from, or none (see `keep_sparse`).
+    own = base._weight_conversions
+    base._weight_conversions = origin.conversions
+    try:
+        return dict(revert_weight_conversion(base, tensors))
+    finally:
+        base._weight_conversions = own
 
 
 def _texts(

@@ -8,7 +8,6 @@ import torch
 from quantized import quantized
 from sparse_llama import TOKENS, load, loss_of, masks, outside, train
 from torch import nn
-from transformers import Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 
 from ria_vllm.errors import RiaError
@@ -130,22 +129,6 @@ def test_with_a_gradient_scaler(pruned_llama):
         check_zeros(model, kept)
         assert torch.equal(model.lm_head.weight, before) == (step == 0)
     assert scaler.get_scale() == 512
-
-
-def test_transformers_trainer_resumes_to_the_same_weights(pruned_llama, tmp_path):
-    kept, found = masks(pruned_llama.folder), []
-    settings = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 2}
-    data = [{"input_ids": row, "labels": row} for row in torch.cat([TOKENS, TOKENS.flip(0)])]
-    for resume in (None, str(tmp_path / "runs" / "checkpoint-2")):
-        model = load(pruned_llama.folder)
-        keep_sparse(model)
-        arguments = TrainingArguments(
-            str(tmp_path / "runs"), learning_rate=1e-2, weight_decay=0.1, use_cpu=True, report_to="none", **settings
-        )
-        Trainer(model, arguments, train_dataset=data).train(resume_from_checkpoint=resume)
-        check_zeros(model, kept)
-        found.append(model.state_dict())
-    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 def test_gradients_that_overflow_where_weights_are_pruned(pruned_llama):

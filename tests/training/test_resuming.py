@@ -1,0 +1,141 @@
+"""Checkpoints of a model that is kept sparse: trainers resume from them, and `from_pretrained` and `save` read them."""
+
+import copy
+import pickle
+
+import image_models
+import mixtures
+import pytest
+import torch
+from safetensors.torch import load_file
+from sparse_llama import TOKENS, load, masks
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Trainer, TrainerCallback, TrainingArguments
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.training import keep_sparse, save
+
+
+@pytest.fixture
+def written(pruned_llama, tmp_path):
+    """Writes a compressed folder of a family: (the folder, how its models are loaded)."""
+
+    def write(name):
+        auto = AutoModelForImageTextToText if name in image_models.FAMILIES else AutoModelForCausalLM
+        if name == "llama":
+            folder = pruned_llama.folder
+        elif name in mixtures.FAMILIES:
+            folder, _ = mixtures.write(mixtures.FAMILIES[name], tmp_path)
+        else:
+            image_models.write(name, folder := tmp_path / "compressed")
+        return folder, lambda path: auto.from_pretrained(path, dtype=torch.float32)
+
+    return write
+
+
+def trainer(model, folder, **settings):
+    rows = torch.cat([TOKENS, TOKENS.flip(0)])
+    data = [{"input_ids": row, "labels": row, "token_type_ids": torch.zeros_like(row)} for row in rows]
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=2, learning_rate=1e-2, weight_decay=0.1, use_cpu=True,
+        report_to="none", **settings,
+    )  # fmt: skip
+    return Trainer(model, arguments, train_dataset=data, eval_dataset=data[:2])
+
+
+def moved(model):
+    """Kept sparse, and every kept weight moved."""
+    keep_sparse(model)
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=draw).to(parameter)
+    torch.optim.SGD(model.parameters(), lr=1e-2).step()
+    return model
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "mixtral", "gemma3"])
+def test_transformers_trainer_resumes_to_the_same_weights(name, written, tmp_path):
+    folder, load = written(name)
+    kept, found, before = masks(folder), [], load(folder).state_dict()
+    for resume in (None, str(tmp_path / "runs" / "checkpoint-2")):
+        model = load(folder)
+        keep_sparse(model)
+        settings = {"max_steps": 4, "gradient_accumulation_steps": 2, "save_steps": 2}
+        trainer(model, tmp_path / "runs", **settings).train(resume_from_checkpoint=resume)
+        found.append(model.state_dict())
+    assert equal(*found)
+    pruned = [weight for weight in found[0] if not torch.equal(found[0][weight], before[weight]) and "proj" in weight]
+    assert any(".experts." in weight for weight in pruned) == (name in mixtures.FAMILIES) and kept
+    for weight in pruned:
+        assert not found[0][weight][before[weight] == 0].any(), weight
+
+
+class Remember(TrainerCallback):
+    """The weights after the first step."""
+
+    def on_step_end(self, args, state, control, model, **_):
+        if state.global_step == 1:
+            self.first = copy.deepcopy(model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gemma3"])
+def test_transformers_trainer_loads_the_best_weights(name, written, tmp_path):
+    folder, load = written(name)
+    model, remember = load(folder), Remember()
+    keep_sparse(model)
+    every = {"max_steps": 2, "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps"}
+    training = trainer(model, tmp_path / "runs", load_best_model_at_end=True, metric_for_best_model="score", **every)
+    training.evaluate = lambda **_: {"eval_score": -training.state.global_step}
+    training.add_callback(remember)
+    training.train()
+    assert training.state.best_model_checkpoint.endswith("checkpoint-1") and equal(model.state_dict(), remember.first)
+
+
+@pytest.mark.parametrize(
+    "name", ["mixtral", "phimoe", "granitemoe", "qwen3_moe", "gpt_oss", "gemma3", "mistral3", "qwen2_5_vl"]
+)
+def test_a_checkpoint_is_read_and_saved_compressed(name, written, tmp_path):
+    folder, load = written(name)
+    model = moved(load(folder))
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    assert load_file(tmp_path / "checkpoint-1" / "model.safetensors").keys() == model.state_dict().keys()
+    again = load(tmp_path / "checkpoint-1")
+    assert equal(again.state_dict(), model.state_dict())
+    for number, one in enumerate((model, again, copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
+        save(one, tmp_path / f"new-{number}", like=folder)
+    before, first, *others = (Reader(path) for path in (folder, *sorted(tmp_path.glob("new-*"))))
+    assert list(first.problems()) == [] and len(others) == 3
+    assert not any(torch.equal(first.tensor(name), before.tensor(name)) for name in before.dense_names)
+    for other in others:
+        assert first.files.keys() == other.files.keys()
+        assert all(torch.equal(first.tensor(name), other.tensor(name)) for name in first.files)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gemma3"])
+def test_a_checkpoint_under_the_names_of_the_files(name, written, tmp_path):
+    """`load_state_dict` finds nothing of what has another name in it, and a trainer would go on."""
+    folder, load = written(name)
+    model = load(folder)
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    keep_sparse(model)
+    state = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    for one in (model, copy.deepcopy(model), torch.nn.ModuleList([model])):
+        prefix = "0." if isinstance(one, torch.nn.ModuleList) else ""
+        with pytest.raises(RiaError, match=r": not in the checkpoint, which has .* instead.*`from_pretrained`"):
+            one.load_state_dict({prefix + name: tensor for name, tensor in state.items()}, strict=False)
+    again = load(tmp_path / "checkpoint-1")
+    keep_sparse(again, like=folder)
+    assert equal(again.state_dict(), model.state_dict())
+
+
+def test_parts_of_a_checkpoint(pruned_llama):
+    """One of its files, say."""
+    model = load(pruned_llama.folder)
+    keep_sparse(model)
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items() if "norm" in name}
+    model.load_state_dict(state, strict=False)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
