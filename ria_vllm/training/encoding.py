@@ -55,23 +55,33 @@ class Encoder:
                 "folder (`vllm serve OUT --enable-lora --lora-modules NAME=ADAPTER`), or prune the merged model anew."
             )
         kept, dtype = stored[mask].view(len(mask), -1), weight.dtype
-        same = torch.equal(kept.to(before.dtype), before.format.values(before.parts, before.dtype))
-        parts = before.parts if same else self._encoded(before, stored, mask)
         # In a wider dtype, integers times scales are not those products rounded to the folder's.
-        self._count(before.format.values(before.parts, dtype), kept, before.format.values(parts, dtype))
+        old = before.format.values(before.parts, dtype)
+        if self._untouched(before, kept):
+            self._count(old, old, old)
+            return before.tensors()
+        parts = self._encoded(before, stored, mask)
+        self._count(old, kept, before.format.values(parts, dtype))
         return replace(before, parts=parts).tensors()
 
     def other(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor that is not pruned, in the dtype that it has in the folder.
+        """A tensor that is not pruned, in the dtype that it has in the folder; the folder's own if nobody trained it.
 
         Raises:
             RiaError: another shape than in the folder, or a value that is not finite in that dtype.
         """
         before = self.reader.tensor(name)
         self._check(name, tensor, before.shape)
+        if _rounds_to(before, tensor):
+            return before
         found = tensor.to(before.dtype)
         self._check(name, found, before.shape)
         return found
+
+    def _untouched(self, before: SparseLinear, kept: torch.Tensor) -> bool:
+        """Whether kept values are those of the folder, but for rounding."""
+        exact, rounded = (before.format.values(before.parts, dtype) for dtype in (torch.float32, before.dtype))
+        return _rounds_to(exact, kept) or torch.equal(kept.to(before.dtype), rounded)
 
     def _encoded(self, before: SparseLinear, stored: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         self.changed += 1
@@ -108,6 +118,14 @@ class Encoder:
         self._moved += float((trained - old).square().sum())
         self._trained += float(trained.square().sum())
         self._rounded += float((written - trained).square().sum())
+
+
+def _rounds_to(exact: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is what loading makes of `exact`: rounded to its dtype, or to a narrower one before."""
+    if not exact.is_floating_point():
+        return torch.equal(exact.to(tensor.dtype), tensor)
+    roundings = (exact.to(dtype).to(tensor.dtype) for dtype in (tensor.dtype, torch.bfloat16, torch.float16))
+    return any(torch.equal(rounded, tensor) for rounded in roundings)
 
 
 def _errors(rounded: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

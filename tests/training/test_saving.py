@@ -135,6 +135,42 @@ def test_experts_are_stored_one_by_one_again(kind, tmp_path, tmp_path_factory):
             assert (tensor != before[name]).float().mean() == pytest.approx(0.5, abs=0.01), name
 
 
+@pytest.mark.parametrize("weights", ["float", "int8", "int4-g32"])
+@pytest.mark.parametrize(
+    ("loaded", "then"),
+    [("bfloat16", None), ("float16", None), ("float32", "float16"), ("bfloat16", "float32"), ("float16", "float32")],
+)
+def test_what_nobody_trained_keeps_its_bytes(weights, loaded, then, tmp_path):
+    """Also where the model has rounded it: FSDP2 widens what was loaded in bfloat16."""
+    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out", dtype=torch.float32, weights=weights)
+    model = load(tmp_path / "out", getattr(torch, loaded)).to(getattr(torch, then or loaded))
+    saved = save(model, tmp_path / "new", like=tmp_path / "out")
+    assert (saved.changed, saved.relative_change, saved.rounding) == (0, 0, 0)
+    before, after = Reader(tmp_path / "out"), Reader(tmp_path / "new")
+    assert before.files.keys() == after.files.keys()
+    assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in before.files)
+    exact = before.tensor("model.norm.weight")
+    assert exact.dtype == torch.float32 and not torch.equal(exact.bfloat16().float(), exact)
+    with torch.no_grad():
+        for name in ("model.norm", UP):
+            model.get_submodule(name).weight.mul_(1.5)
+    saved = save(model, tmp_path / "trained", like=tmp_path / "out")
+    after = Reader(tmp_path / "trained")
+    changed = {name for name in before.files if not torch.equal(before.tensor(name), after.tensor(name))}
+    assert saved.changed == 1 and {name.removeprefix(f"{UP}.") for name in changed} <= {
+        "model.norm.weight", "compressed", "weight_scale"
+    }  # fmt: skip
+    assert len(changed) > 1 and "model.norm.weight" in changed
+
+
+def test_a_norm_in_a_wider_dtype_than_the_rest(damage, tmp_path):
+    """As the router biases of some mixtures are, and Mamba's A_log and D."""
+    damage.replace("model.norm.weight", lambda tensor: tensor.float() * 1.001)
+    save(load(damage.folder, torch.bfloat16), tmp_path / "new", like=damage.folder)
+    before, after = Reader(damage.folder), Reader(tmp_path / "new")
+    assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in before.files)
+
+
 def test_a_dense_checkpoint_of_a_trainer(pruned_llama, tmp_path):
     model = trained(pruned_llama.folder, torch.bfloat16)
     model.save_pretrained(tmp_path / "checkpoint-1")
