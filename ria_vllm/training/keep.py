@@ -10,10 +10,12 @@ Two things are done to each pruned weight, wherever its trainer keeps it by then
 Neither names, classes nor the number of parameters change, so checkpoints of trainers are ordinary ones. They have the
 model's own names and shapes: trainers go back to a checkpoint by `load_state_dict`, which converts nothing, unlike
 `from_pretrained`, and only warns about tensors that it does not find. The weight is
-looked up anew at each step: FSDP2 and `to("meta")` put another parameter into its place. A mask has a bit for each
+looked up anew at each step: FSDP2 and `to("meta")` put another parameter into its place, and mixed precision with fp8
+another module. A mask has a bit for each
 weight, beside it; if the weight is sharded (DTensor), the whole mask is on the CPU, and its shard beside the weight's.
 """
 
+import copy
 import functools
 import sys
 import weakref
@@ -76,9 +78,10 @@ def _keep_sparse(model: nn.Module, like: str | Path | None) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0 or isinstance(parameter, DTensor):
             weight.check_zeros(origin.folder)
         weights.append(weight)
-    if reader.schema.input_dtype is not None and getattr(base, ORIGIN_ATTRIBUTE, None) is None:
+    rounded = reader.schema.input_dtype is not None
+    if rounded and getattr(base, ORIGIN_ATTRIBUTE, None) is None:
         round_inputs(base, origin.placements, origin.folder)  # as loading the folder itself would have done
-    kept = KeptWeights(weights)
+    kept = KeptWeights(weights, base, origin.folder, rounded)
     kept.mask_gradients()
     setattr(base, ATTRIBUTE, kept)
     setattr(base, ORIGIN_ATTRIBUTE, origin)  # known now, if it was found by `like`
@@ -144,6 +147,28 @@ class KeptWeight:
                 "changes the weights (a merged adapter does), with the folder that the model was loaded from."
             )
 
+    def follow(self, base: nn.Module, folder: Path, rounded: bool) -> None:
+        """Take over the module that is in the place of the weight's by now.
+
+        Args:
+            rounded: modules round their inputs, which another one would not do.
+
+        Raises:
+            RiaError: there is none, it has no such weight, or the weight is not zero outside the mask; or `rounded`.
+        """
+        now = copy.copy(self)
+        now.module, _ = holder(base, self.name)
+        if now.module is self.module:
+            return
+        if rounded:
+            raise RiaError(
+                f"{self.name}: belongs to a {type(now.module).__name__} now, put there after the model was loaded, "
+                f"which does not round its inputs to int8 as {folder} asks. Leave the modules in place: mixed "
+                "precision with fp8 replaces them, for example."
+            )
+        now.check_zeros(folder)
+        self.module = now.module
+
     def mask_gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
             self.zero_outside(parameter.grad)
@@ -175,15 +200,25 @@ class KeptWeight:
 
 
 class KeptWeights:
-    """All of a model's, known to the hooks on optimizers as long as the model exists."""
+    """All of a model's, known to the hooks on optimizers as long as the model exists.
 
-    def __init__(self, weights: list[KeptWeight]):
-        self.weights = weights
+    Args:
+        base: the model.
+        folder: that its masks are from.
+        rounded: its pruned linears round their inputs.
+    """
+
+    def __init__(self, weights: list[KeptWeight], base: nn.Module, folder: Path, rounded: bool):
+        self.weights, self.folder, self.rounded = weights, folder, rounded
+        self.base = weakref.ref(base)
         self._watch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"base": self.base()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, made by `copy.deepcopy` or in another process: its model is kept sparse, too."""
-        self.__dict__.update(state)
+        self.__dict__.update(state | {"base": weakref.ref(state["base"])})
         self._watch()
 
     def _watch(self) -> None:
@@ -194,7 +229,8 @@ class KeptWeights:
 
     @torch.compiler.disable
     def before_forward(self, *_: Any) -> None:
-        """Whatever the parameters are by now: their gradients get masked."""
+        """Whatever the modules and parameters are by now: their gradients get masked."""
+        self.follow()
         self.mask_gradients()
 
     def after_load_state_dict(self, _: nn.Module, keys: Any) -> None:
@@ -215,6 +251,20 @@ class KeptWeights:
                     "keep_sparse(model, like=OUT), with the compressed folder."
                 )
 
+    def follow(self) -> None:
+        """Take over the modules that have been put into the places of others.
+
+        Raises:
+            RiaError: one cannot be kept sparse.
+        """
+        base = self.base()
+        if base is None:
+            return
+        present = set(base.modules())  # far faster than to look up each weight by its name
+        for weight in self.weights:
+            if weight.module not in present:
+                weight.follow(base, self.folder, self.rounded)
+
     def mask_gradients(self) -> None:
         for weight in self.weights:
             weight.hook(weight.parameter())
@@ -223,12 +273,14 @@ class KeptWeights:
         """The weights that this optimizer changes, and their parameters.
 
         Raises:
-            RiaError: one has another shape by now.
+            RiaError: one has another shape by now, or is in a module that cannot be kept sparse.
         """
-        mine = {id(weight.module._parameters.get(weight.leaf)): weight for weight in self.weights}
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        found = [mine[id(parameter)] for parameter in parameters if id(parameter) in mine]
-        return [(weight, weight.parameter()) for weight in found]
+        changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        base = self.base()
+        if base is not None and any(id(parameter) in changed for parameter in base.parameters()):
+            self.follow()  # not all trainers call the whole model
+        found = {id(weight.module._parameters.get(weight.leaf)): weight for weight in self.weights}
+        return [(weight, weight.parameter()) for number, weight in found.items() if number in changed]
 
 
 _ALIVE: "weakref.WeakSet[KeptWeights]" = weakref.WeakSet()

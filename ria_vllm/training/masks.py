@@ -64,7 +64,7 @@ def holder(base: nn.Module, name: str) -> tuple[nn.Module, str]:
         module = getattr(module, part, None)
     module = inside_adapters(module)
     if not isinstance(module, nn.Module):
-        raise RiaError(f"{name}: the model has no such parameter any more. Call keep_sparse before changing the model.")
+        raise RiaError(f"{name}: the model has no such parameter any more. Keep all modules that it was loaded with.")
     return module, leaf
 
 

@@ -189,7 +189,10 @@ def test_a_kept_weight_may_be_zero(damage):
     assert weight[mask].ne(0).float().mean() > 0.9 and not weight[~mask].any()
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+COPIES = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+
+
+@pytest.mark.parametrize("copied", COPIES)
 def test_a_copy_is_kept_sparse_too(pruned_llama, copied):
     """Trainers copy models: for a reference, for an average, to other processes."""
     model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
@@ -213,6 +216,88 @@ def test_parameters_that_were_replaced(pruned_llama):
     assert not any(model.get_parameter(name).grad[~mask].any() for name, mask in kept.items())
     optimizer.step()
     check_zeros(model, kept)
+
+
+def replaced(model, place="model.layers.0.mlp", kind=nn.Linear):
+    """The module `down_proj` there is another one now, with a copy of the weight."""
+    parent = model.get_submodule(place)
+    old = parent.down_proj
+    parent.down_proj = kind(old.in_features, old.out_features, bias=False)
+    with torch.no_grad():
+        parent.down_proj.weight.copy_(old.weight)
+    return parent.down_proj
+
+
+class OtherLinear(nn.Module):
+    """As Transformer Engine's: no nn.Linear, but with a weight like its."""
+
+    def __init__(self, columns, rows, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, OtherLinear])
+@pytest.mark.parametrize("copied", [lambda model: model, *COPIES])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_module_that_was_replaced(pruned_llama, kind, copied, whole):
+    """accelerate does so with `mixed_precision="fp8"`. Some trainers call a part of the model, not the whole."""
+    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
+    keep_sparse(model)
+    model = copied(model)
+    module, mask = replaced(model, kind=kind), kept["model.layers.0.mlp.down_proj.weight"]
+    optimizer = MovesEverything(model.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        if whole:
+            loss_of(model).backward()
+            assert not module.weight.grad[~mask].any()
+        else:
+            model.lm_head(model.model(TOKENS).last_hidden_state).square().mean().backward()
+        before = module.weight.detach().clone()
+        optimizer.step()
+        check_zeros(model, kept)
+        assert (module.weight != before)[mask].float().mean() > 0.9
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_replaced_module_with_other_weights(pruned_llama, whole):
+    model = load(pruned_llama.folder)
+    keep_sparse(model)
+    module = replaced(model)
+    optimizer = MovesEverything(model.parameters())
+    module.weight.data.add_(1.0)
+    for _ in range(2):
+        with pytest.raises(RiaError, match=r"layers.0.mlp.down_proj.weight: not zero everywhere outside the mask"):
+            model(TOKENS) if whole else optimizer.step()
+
+
+def test_modules_that_cannot_be_followed(pruned_llama, tmp_path):
+    model = load(pruned_llama.folder)
+    keep_sparse(model)
+    model.model.layers[0].mlp.down_proj = nn.Identity()
+    with pytest.raises(RiaError, match=r"layers.0.mlp.down_proj.weight: its weight is gone"):
+        model(TOKENS)
+    model = load(pruned_llama.folder)
+    keep_sparse(model)
+    del model.model.layers[1:]
+    with pytest.raises(RiaError, match=r"layers.1.* the model has no such parameter any more"):
+        model(TOKENS)
+    model = load(quantized(pruned_llama.folder, tmp_path / "int8", "int8", activations=True))
+    keep_sparse(model)
+    replaced(model)
+    with pytest.raises(RiaError, match=r"layers.0.mlp.down_proj.weight: .* a Linear .* does not round .* int8"):
+        model(TOKENS)
+
+
+def test_another_models_optimizer(pruned_llama):
+    """It is none of the business of a model that has been changed since."""
+    model, other = load(pruned_llama.folder), load(pruned_llama.folder)
+    keep_sparse(model), keep_sparse(other)
+    del model.model.layers[1:]
+    train(other, MovesEverything(other.parameters()), after=lambda: check_zeros(other, masks(pruned_llama.folder)))
 
 
 def test_compiled(pruned_llama):
