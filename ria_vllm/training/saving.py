@@ -215,7 +215,7 @@ def _as_in_files(base: Any, tensors: dict[str, torch.Tensor], origin: Origin) ->
     from transformers.core_model_loading import revert_weight_conversion
 
     # The model's own conversions are those of a checkpoint that it was loaded from, or none (see `keep_sparse`).
-    own = base._weight_conversions
+    own = getattr(base, "_weight_conversions", None)
     base._weight_conversions = origin.conversions
     try:
         return dict(revert_weight_conversion(base, tensors))

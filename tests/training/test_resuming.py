@@ -115,6 +115,18 @@ def test_a_checkpoint_is_read_and_saved_compressed(name, written, tmp_path):
         assert all(torch.equal(first.tensor(name), other.tensor(name)) for name in first.files)
 
 
+def test_a_model_that_was_not_loaded_by_transformers(written, tmp_path):
+    """By `load_state_dict`, into a model without weights."""
+    folder, load = written("mixtral")
+    model = moved(load(folder))
+    other = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    other.load_state_dict(model.state_dict())
+    for one, name in ((model, "new"), (other, "other")):
+        save(one, tmp_path / name, like=folder)
+    first, second = Reader(tmp_path / "new"), Reader(tmp_path / "other")
+    assert all(torch.equal(first.tensor(name), second.tensor(name)) for name in first.files)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gemma3"])
 def test_a_checkpoint_under_the_names_of_the_files(name, written, tmp_path):
     """`load_state_dict` finds nothing of what has another name in it, and a trainer would go on."""
