@@ -1,7 +1,7 @@
 """What we need from transformers: configurations, tokenizers and whole models, and its errors in our own words."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -223,17 +223,26 @@ def _load(
             f"{folder}: the forward pass of a {architecture.__name__} gives no logits of tokens, so there is no "
             "perplexity to measure."
         )
+    check_loaded(folder, info, "config.json", "Get the files again.")
+    return model.to(device).eval()
+
+
+def check_loaded(place: str, info: Mapping[str, Any], description: str, remedy: str) -> None:
+    """Refuse a model for which transformers had not all weights: it continues with random ones instead.
+
+    Args:
+        place: where the weights are, for errors.
+        info: what transformers says about loading them.
+        description: what says which shapes they have.
+
+    Raises:
+        RiaError: weights are missing, or have other shapes.
+    """
     if info["mismatched_keys"]:
         name, found, wanted = min(info["mismatched_keys"])
-        raise RiaError(
-            f"{folder}: {name} has shape {tuple(found)}, config.json asks for {tuple(wanted)}. Get the files again."
-        )
+        raise RiaError(f"{place}: {name} has shape {tuple(found)}, {description} asks for {tuple(wanted)}. {remedy}")
     if info["missing_keys"]:
-        # transformers would continue with random weights instead.
-        raise RiaError(
-            f"{folder}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. Get the files again."
-        )
-    return model.to(device).eval()
+        raise RiaError(f"{place}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. {remedy}")
 
 
 def _pruned_parameters(model: PreTrainedModel, reader: Reader) -> list[str]:

@@ -14,6 +14,7 @@ from ria_vllm.companions import is_companion, leads_out, left_where_it_is, neste
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.architecture import model_class
 from ria_vllm.offline.model.dequantize import scheme_of
+from ria_vllm.offline.model.gguf_file import convert_gguf
 from ria_vllm.offline.model.hf import commit_of, from_hub, reason_of, without_quantization
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
@@ -93,37 +94,6 @@ def opened(model: str, work: Path, ranks: Ranks, monitor: Monitor) -> Iterator[S
         with monitor.phase("fetching the model from the hub"):
             folder = ranks.broadcast(from_hub(model) if ranks.first else None)
         yield replace(_checked(model, folder), revision=commit_of(folder))
-
-
-def convert_gguf(path: Path, folder: Path) -> None:
-    """Write the dequantized weights of a GGUF file, in bfloat16, and its tokenizer as a Hugging Face folder.
-
-    Raises:
-        RiaError: transformers cannot read the file, or lacks a package for it.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        from transformers import GgufConfig
-    except ImportError:
-        options: dict[str, Any] = {}
-    else:
-        options = {"quantization_config": GgufConfig(dequantize=True)}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=torch.bfloat16, trust_remote_code=False, **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-    except ImportError as error:
-        raise RiaError(f"{path}: {error} Install them with: pip install gguf accelerate") from None
-    except Exception as error:
-        raise RiaError(f"{path}: transformers cannot read this GGUF file ({error}).") from error
-    without_quantization(model.config)
-    model = model.to(torch.bfloat16)
-    with disk_errors(folder):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
 
 def _checked(name: str, folder: Path) -> Source:

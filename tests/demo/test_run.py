@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from ria_vllm.checkpoint import Reader
-from ria_vllm.offline.model import source
+from ria_vllm.offline.model import gguf_file
 from ria_vllm.serve.benchmark import load, server
 from ria_vllm.serve.benchmark.load import Outcome, Workload
 from ria_vllm.serve.benchmark.machine import machine
@@ -101,7 +101,7 @@ def test_converting_leaves_the_environment_as_it_was(demo, monkeypatch):
         monkeypatch.setenv("KMP_OF_A_LIBRARY", "1")
         (folder / "config.json").write_text(gguf.read_text())
 
-    monkeypatch.setattr(source, "convert_gguf", convert)
+    monkeypatch.setattr(gguf_file, "convert_gguf", convert)
     before = dict(os.environ)
     demo.fetch_model()
     assert (demo.DENSE / "config.json").read_text() == "weights" and dict(os.environ) == before

@@ -1,0 +1,109 @@
+"""Writes tiny models as GGUF files, as llama.cpp's converter does, with gguf's own writer and names."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
+from transformers import AutoConfig
+
+
+def write_gguf(
+    path: Path,
+    folder: Path,
+    architecture: str = "llama",
+    change: Callable[[dict[str, np.ndarray]], Any] = lambda tensors: None,
+    **keys: Any,
+) -> Path:
+    """Write the model in a Hugging Face folder as a GGUF file of float32, with a tokenizer of bytes and two merges.
+
+    Args:
+        change: edits the tensors, by GGUF name, in place.
+        keys: more of the header, or in the place of something there; those of the architecture without its name.
+    """
+    writer = GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    for key, value in (_header(AutoConfig.from_pretrained(folder), architecture) | keys).items():
+        _add(writer, key if key.startswith("split.") else f"{architecture}.{key}", value)
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())[:-2], "he", "in"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([3, 3, *[1] * (len(tokens) - 2)])
+    writer.add_token_merges(["h e", "i n"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(1)
+    tensors = _tensors(folder, architecture)
+    change(tensors)
+    for name, value in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _tensors(folder: Path, architecture: str) -> dict[str, np.ndarray]:
+    config, found = AutoConfig.from_pretrained(folder), {}
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    names = get_tensor_name_map(kind, config.num_hidden_layers)
+    for inside, tensor in load_file(folder / "model.safetensors").items():
+        name, value = names.get_name(inside, (".weight", ".bias")), tensor.float().numpy()
+        if architecture == "llama" and "self_attn.q_proj" in inside:
+            value = _interleaved(value, config.num_attention_heads)
+        elif architecture == "llama" and "self_attn.k_proj" in inside:
+            value = _interleaved(value, config.num_key_value_heads)
+        elif architecture.startswith("gemma") and inside.endswith("norm.weight"):
+            value = value + 1
+        elif inside.endswith("conv.conv.weight"):
+            value = value.squeeze(1)
+        found[name] = value
+    return found
+
+
+def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a llama's q or k: llama.cpp turns neighbours together, transformers the two halves of a head."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _header(config: Any, architecture: str) -> dict[str, Any]:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotary = config.rope_parameters.get("full_attention", config.rope_parameters)
+    epsilons = ("rms_norm_eps", "norm_epsilon", "norm_eps")
+    epsilon = next(getattr(config, name) for name in epsilons if hasattr(config, name))
+    norm = "layer_norm_epsilon" if architecture == "starcoder2" else "layer_norm_rms_epsilon"
+    found = {
+        "vocab_size": config.vocab_size, "context_length": config.max_position_embeddings,
+        "block_count": config.num_hidden_layers, "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads, f"attention.{norm}": epsilon,
+        "rope.freq_base": float(rotary["rope_theta"]),
+        "rope.dimension_count": int(head_dim * rotary.get("partial_rotary_factor", 1)),
+    }  # fmt: skip
+    if architecture.startswith("gemma"):
+        window = {"attention.sliding_window": config.sliding_window}
+        found |= window | {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    if architecture == "gemma2":
+        found |= {name: getattr(config, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    if architecture == "lfm2":
+        heads = [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
+        found |= {"shortconv.l_cache": config.conv_L_cache, "attention.head_count_kv": heads}
+    return found
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
