@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.gguf_header import Header, read_header
+from ria_vllm.offline.model.gguf_header import LONG_ROPE_FACTORS, ROPE_FACTORS, Header, read_header
+from ria_vllm.offline.model.gguf_lost import lost
 from ria_vllm.offline.model.hf import check_loaded, explained, first_line, without_quantization
 from ria_vllm.writer import disk_errors
 
 INSTEAD = "Give the original Hugging Face folder instead."
-# They follow from the configuration.
-ROTARY_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
@@ -39,6 +38,11 @@ def convert_gguf(path: Path, folder: Path) -> None:
     info["mismatched_keys"] |= set(_misshapen(model))
     check_loaded(str(path), info, "its header", INSTEAD)
     _check_all_read(header, model)
+    if changed := list(lost(header, model)):
+        raise RiaError(
+            f"{path}: transformers does not convert {', '.join(changed)}, so its model would compute something else. "
+            f"{INSTEAD}"
+        )
     without_quantization(model.config)
     model = model.to(torch.bfloat16)  # all of it: transformers keeps some parameters in float32
     with disk_errors(folder):
@@ -94,7 +98,7 @@ def _check_all_read(header: Header, model: Any) -> None:
 
 def _needless(name: str, header: Header, model: Any) -> bool:
     """Whether a tensor may be missing in the model: it is there otherwise, or predicts more than the next token."""
-    if name in ROTARY_TENSORS or (name == "output.weight" and model.config.tie_word_embeddings):
+    if name in (ROPE_FACTORS, *LONG_ROPE_FACTORS) or (name == "output.weight" and model.config.tie_word_embeddings):
         return True
     block = re.match(r"blk\.(\d+)\.", name)
     blocks = int(header.number("block_count"))

@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ria_vllm.errors import RiaError
+
+ROPE_FACTORS = "rope_freqs.weight"
+# One of the two is used, by the length of the context.
+LONG_ROPE_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 
 
 @dataclass(frozen=True)
@@ -16,12 +22,14 @@ class Header:
     keys: key -> number, text or list of numbers; those of the architecture without its name in front. Without what the
         file says about itself and its tokenizer.
     tensors: name -> number of elements.
+    rope_factors: float32 [n], by which the frequencies of rotary embeddings are divided; None: the file has none.
     """
 
     path: Path
     architecture: str
     keys: Mapping[str, Any]
     tensors: Mapping[str, int]
+    rope_factors: torch.Tensor | None = None
 
     def number(self, key: str, default: float = 0.0) -> float:
         """A key's number.
@@ -46,7 +54,7 @@ def read_header(path: Path) -> Header:
         ImportError: the package gguf is not installed.
         Exception: what that package raises about a damaged file.
     """
-    from gguf import GGUFReader
+    from gguf import GGUFReader, dequantize
 
     reader = GGUFReader(path)
     name = reader.fields.get("general.architecture")
@@ -58,7 +66,9 @@ def read_header(path: Path) -> Header:
         elif architecture and key.startswith(f"{architecture}."):
             keys[key.removeprefix(f"{architecture}.")] = _value(field)
     sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
-    return Header(path, architecture, keys, sizes)
+    found = [dequantize(one.data, one.tensor_type) for one in reader.tensors if one.name == ROPE_FACTORS]
+    factors = torch.tensor(found[0]).flatten() if found else None
+    return Header(path, architecture, keys, sizes, factors)
 
 
 def _value(field: Any) -> Any:
