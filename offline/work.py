@@ -23,7 +23,11 @@ FINGERPRINT_FILE = "run.json"
 def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
     """Everything that the bytes of the result depend on, as read back from JSON."""
     text = Path(recipe.calibration)
-    stamps = {"model": source.stamp, "calibration text": stamp_of(text) if text.is_file() else None}
+    stamps = {
+        "config.json": {"sha256": source.config_digest},
+        "model": source.stamp,
+        "calibration text": stamp_of(text) if text.is_file() else None,
+    }
     names = {"source": source.name, "calibration": recipe.calibration}  # full paths: this stays in the work folder
     return json.loads(json.dumps(recipe.dump(source.name) | names | stamps | ways_of_this_version(recipe)))
 

@@ -1,8 +1,10 @@
 """The model to compress: a Hugging Face folder, a hub id or a GGUF file."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,6 +36,7 @@ class Source:
 
     Neither `config` nor `raw_config` says how the weights are quantized in the files.
 
+    config_digest: of what config.json says, all of it.
     stamp: tells these weights from others without reading them.
     revision: the commit of a hub id's files.
     """
@@ -42,6 +45,7 @@ class Source:
     folder: Path
     config: PretrainedConfig
     raw_config: dict[str, Any]
+    config_digest: str
     stamp: list[list[Any]]
     revision: str | None = None
 
@@ -100,6 +104,7 @@ def _checked(name: str, folder: Path) -> Source:
     raw = read_json(folder / "config.json")
     if is_compressed(folder):
         raise RiaError(f"{name}: already compressed by ria-vllm. Give the original model.")
+    digest = sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
     scheme_of(raw.pop("quantization_config", None), name)
     if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX_FILE).is_file():
         found = [path.name for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.gguf"))]
@@ -120,7 +125,7 @@ def _checked(name: str, folder: Path) -> Source:
         raise RiaError(f"{path}: transformers does not know this model ({reason_of(error)}).") from None
     without_quantization(config)
     model_class(name, config)
-    return Source(name, folder, config, raw, [stamp_of(path) for path in files])
+    return Source(name, folder, config, raw, digest, [stamp_of(path) for path in files])
 
 
 def stamp_of(path: Path) -> list[Any]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import preloaded
 import pytest
-from compressing import digests, interrupted_after_a_layer
+from compressing import digests, edit_config, interrupted_after_a_layer
+from gguf_files import write_gguf
 from transformers.utils import logging
 
 from ria_vllm.checkpoint import Reader
@@ -163,6 +164,31 @@ def test_resume_refuses_other_weights_and_other_text(make_model, text, tmp_path)
     words.write_text("other " * 3000)
     with pytest.raises(RiaError, match="another calibration text"):
         run(model, tmp_path / "out", words, Settings(resume=True))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rms_norm_eps": 0.1}, {"quantization_config": {"quant_method": "mxfp4"}}], ids=str
+)
+def test_resume_refuses_another_configuration(changes, make_model, text, tmp_path):
+    """The weights are the same. The quantization is not in what is written."""
+    model = make_model(tmp_path / "model", "llama")
+    with interrupted_after_a_layer():
+        run(model, tmp_path / "out", text)
+    content = (model / "config.json").read_text()
+    edit_config(model, **changes)
+    with pytest.raises(RiaError, match="from a run with another config.json. Give the same one, or leave out --resume"):
+        run(model, tmp_path / "out", text, Settings(resume=True))
+    (model / "config.json").write_text(json.dumps(json.loads(content)))  # the same, written otherwise
+    run(model, tmp_path / "out", text, Settings(resume=True))
+
+
+def test_a_gguf_file_is_resumed_and_has_the_same_configuration_each_time(tiny, text, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", tiny("llama"))
+    run(path, tmp_path / "whole", text)
+    with interrupted_after_a_layer():
+        run(path, tmp_path / "out", text)
+    run(path, tmp_path / "out", text, Settings(resume=True))
+    assert digests(tmp_path / "whole") == digests(tmp_path / "out")
 
 
 def test_resume_distinguishes_sources_of_the_same_name(make_model, text, tmp_path):

@@ -166,7 +166,7 @@ def test_the_second_copy_is_counted_on_the_cpu_only(kind, dtype, pair, monkeypat
     twice = sum(sizes.values()) if dtype == torch.float32 else {"gpt_oss": 0, "deepseek_v3": experts}[kind]
     on_gpu = sum(sizes.values()) * dtype.itemsize
     wanted = {"cuda": on_gpu, "cpu": on_gpu + 2 * twice}
-    source = Source("name", quantized, model.config, {}, [])
+    source = Source("name", quantized, model.config, {}, "", [])
     room = dict(wanted)
     monkeypatch.setattr(offline_tokens, "available", lambda device: room[device.type])
     offline_tokens._check_whole_fits(source, model)
