@@ -301,11 +301,15 @@ class LayerPass:
             trim()
             dtype, place = self.model.stored_dtype, sublayer_pass.place
             solved = solve(names, weights, statistics, orders, dtype, recipe, self.ranks, place, passes, damping)
-        if compared and self.ranks.first:
-            with self.monitor.phase("permutations"):
-                kept = [group for group in plain if group.linears[0] in compared]
-                for name, share in retained_without_blocks(kept, weights, statistics, self.recipe).items():
-                    solved[name].record["retained_without_blocks"] = share
+        if compared:
+            free: dict[str, float] = {}
+            if self.ranks.first:
+                with self.monitor.phase("permutations"):
+                    kept = [group for group in plain if group.linears[0] in compared]
+                    free = retained_without_blocks(kept, weights, statistics, self.recipe)
+            # On all ranks: once trained, a linear comes from the one that rounds it.
+            for name, share in self.ranks.broadcast(free).items():
+                solved[name].record["retained_without_blocks"] = share
         del found, statistics
         trim()
         for path, (pruner, order) in pruners.items():

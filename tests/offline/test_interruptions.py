@@ -268,3 +268,17 @@ def test_two_processes_write_what_one_writes(family, options, make_model, text, 
         arguments = command(model, tmp_path / name, text, *options)
         preloaded.run(tmp_path / f"{name}.log", preloaded.ria_vllm, *arguments, ranks=ranks)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_the_second_process_reports_what_blocks_cost(make_model, text, tmp_path):
+    """It rounds the smaller one of two linears, whose order has to keep to blocks."""
+    model = make_model(tmp_path / "in", "gpt-neox", intermediate_size=64)
+    options = ("--weights", "int8", "--reconstruct", "short", "--ignore", ".*dense_h_to_4h")
+    for name, ranks in (("one", 1), ("two", 2)):
+        arguments = command(model, tmp_path / name, text, *options)
+        preloaded.run(tmp_path / f"{name}.log", preloaded.ria_vllm, *arguments, ranks=ranks)
+    report = json.loads((tmp_path / "one" / "ria_report.json").read_text())
+    record = report["linears"]["gpt_neox.layers.0.mlp.dense_4h_to_h"]
+    assert {"rounding_error", "retained_without_blocks"} <= record.keys()
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
