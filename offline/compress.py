@@ -9,6 +9,7 @@ import torch
 from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.model_card import CARD_FILE, pruned_card
+from ria_vllm.offline import digests
 from ria_vllm.offline.expert_store import ExpertStore
 from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.model.architecture import text_config
@@ -168,8 +169,21 @@ class _Run:
         elif self.ranks.first:
             with self.monitor.phase("calibration text"):
                 tokens = calibration_tokens(self.source, self.model, self.recipe, self.monitor)
-            self.writer.write(CALIBRATION_KEY, {"tokens": tokens})
+                found = self._digests()
+            self.writer.write(CALIBRATION_KEY, {"tokens": tokens}, found)
         return self.ranks.broadcast(tokens)
+
+    def _digests(self) -> dict[str, str]:
+        """Of the local files that the recipe names."""
+        found, source = {}, self.source
+        text = digests.of_text(self.recipe.calibration)
+        if text is not None:
+            found["calibration_sha256"] = text
+        if Path(source.name).is_file():
+            found["source_sha256"] = digests.sha256(source.name)
+        elif source.revision is None:
+            found["source_weights_digest"] = digests.of_weights(source.folder)
+        return found
 
     def _kept_topologies(self) -> Topologies | None:
         """Those by which an interrupted run has pruned, whatever experiments would find now; None if there are none."""
@@ -272,6 +286,7 @@ class _Run:
             found["source_revision"] = self.source.revision
         recipe = self.recipe if smoothed else replace(self.recipe, smooth=0.0)
         recipe = recipe if rotated else replace(recipe, rotate="none")
+        found |= self.writer.record(CALIBRATION_KEY)
         return recipe.dump(self.source.name) | found | {TOPOLOGY: topologies.dump()}
 
     def _report(self, topologies: Topologies, plan: Plan, store: ExpertStore) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class CheckpointWriter:
 
     def names(self, key: str) -> list[str]:
         """The tensors of a finished unit."""
-        return [name for name, *_ in _entries(self.path(key))]
+        return [name for name, *_ in tensor_entries(self.path(key))]
 
     def finish(
         self,
@@ -165,11 +165,11 @@ class CheckpointWriter:
                 shutil.copyfile(source, place)
             for name, text in (text_files or {}).items():
                 (final / name).write_text(text, encoding="utf-8")
-            entries = [entry for key in keys for entry in _entries(self.path(key))]
+            entries = [entry for key in keys for entry in tensor_entries(self.path(key))]
             permutations = [e for e in entries if e[0].endswith(PERMUTATION_SUFFIX)]
             rotations = [e for e in entries if e[0].endswith(ROTATIONS_SUFFIX)]
             weights = [e for e in entries if not e[0].endswith((PERMUTATION_SUFFIX, ROTATIONS_SUFFIX))]
-            digests = {"weights_digest": _weights_digest(weights)}
+            digests = {"weights_digest": weights_digest(weights)}
             if permutations or permuted:
                 _copy_tensors(permutations, final / PERMUTATIONS_FILE)
                 digests["permutations_digest"] = permutation.digest(load_permutations(final / PERMUTATIONS_FILE))
@@ -213,7 +213,7 @@ def discarded_on_failure(writer: CheckpointWriter) -> Iterator[None]:
 Entry = tuple[str, dict[str, Any], Path, int]  # name, header entry, file, where its bytes begin
 
 
-def _entries(path: Path) -> list[Entry]:
+def tensor_entries(path: Path) -> list[Entry]:
     """The tensors of a safetensors file by their header (8 bytes of length, JSON, then raw data), in file order."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -237,7 +237,7 @@ def _with_digests(json_files: dict[str, Any], digests: dict[str, str]) -> tuple[
     return json_files | {"config.json": config | {"quantization_config": quantization}}, metadata
 
 
-def _weights_digest(entries: Sequence[Entry]) -> str:
+def weights_digest(entries: Sequence[Entry]) -> str:
     """SHA-256 which tells the weights of one run from those of another, however they are divided into files.
 
     Hashed are, for each tensor in sorted order of the names, the name as UTF-8, a zero byte and the tensor's first

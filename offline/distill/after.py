@@ -8,15 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
+from ria_vllm.offline import digests
 from ria_vllm.offline.distill.checks import check_names, context_of, fitting
 from ria_vllm.offline.distill.outline import outline
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill, stamps_of
-from ria_vllm.offline.distill.text import held_out_texts, training_windows
+from ria_vllm.offline.distill.text import TrainingText, held_out_texts, training_windows
 from ria_vllm.offline.model.hf import load_tokenizer, text_tokenizer
 from ria_vllm.offline.model.source import opened
 from ria_vllm.offline.recipe import Recipe
@@ -65,7 +64,7 @@ def compress_and_distill(
         check_place(written, Path(model))
     _check_ours(place)
     pruned = place / MODEL_FOLDER
-    run, windows = _checked_run(model, out, recipe, distillation, monitor)
+    run, drawn = _checked_run(model, out, recipe, distillation, monitor)
     _begin(place, run, settings.resume)
     try:
         if not pruned.exists():
@@ -75,7 +74,7 @@ def compress_and_distill(
             _delete(place, monitor)
         raise
     try:
-        report = distill(pruned, model, out, distillation, settings, monitor, windows)
+        report = distill(pruned, model, out, distillation, settings, monitor, drawn)
     except RiaError as error:
         raise RiaError(f"{error} {_ways_on(pruned, model, out, distillation)}") from error.__cause__
     _delete(place, monitor)
@@ -98,21 +97,22 @@ def _ways_on(pruned: Path, model: str, out: Path, distillation: Distillation) ->
 
 def _checked_run(
     model: str, out: Path, recipe: Recipe, distillation: Distillation, monitor: Monitor
-) -> tuple[dict[str, Any], torch.Tensor | None]:
-    """What the pruned model depends on, and the windows to train on, or None if the teacher has yet to write them.
+) -> tuple[dict[str, Any], TrainingText | None]:
+    """What the pruned model depends on, and what to train on, or None if the teacher has yet to write it.
 
     What only training would stumble over is refused before anything is pruned.
     """
     with opened(model, out.parent, Ranks(), monitor) as source:
         outline(str(source.folder))
-        windows, longest = None, context_of([str(source.folder)])
+        drawn, longest = None, context_of([str(source.folder)])
         held_out_texts(distillation, load_tokenizer(str(source.folder)), longest)
         if distillation.text != "self":
             fitted = fitting(distillation, (str(source.folder),), monitor)
             calibrated = recipe.within(longest).dump(model)
             windows = training_windows(fitted, text_tokenizer(source.folder), calibrated)
+            drawn = TrainingText(windows, digests.of_text(distillation.text))
         run = fingerprint(recipe, source) | {"state of the model": stamps_of(source.folder)}
-        return json.loads(json.dumps(run)), windows
+        return json.loads(json.dumps(run)), drawn
 
 
 def _check_ours(place: Path) -> None:

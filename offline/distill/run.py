@@ -12,6 +12,7 @@ from ria_vllm.checkpoint import is_compressed, without_errors
 from ria_vllm.errors import RiaError
 from ria_vllm.export import companion_files
 from ria_vllm.model_card import CARD_FILE, pruned_card
+from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill.checks import check_models, check_names, context_of, fitting
 from ria_vllm.offline.distill.foreign import ForeignStart
@@ -27,7 +28,7 @@ from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.state import Work
 from ria_vllm.offline.distill.student import Student
 from ria_vllm.offline.distill.teacher import Answer, CachedTeacher, Teacher, fill_cache, most_probable
-from ria_vllm.offline.distill.text import check_vocabulary, held_out_texts, training_windows
+from ria_vllm.offline.distill.text import TrainingText, check_vocabulary, held_out_texts, training_windows
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
@@ -70,12 +71,12 @@ def distill(
     recipe: Distillation,
     settings: Settings,
     monitor: Monitor,
-    windows: torch.Tensor | None = None,
+    drawn: TrainingText | None = None,
 ) -> dict[str, Any]:
     """Train the kept weights of `folder` towards the predictions of `teacher`, and write `out`.
 
     Args:
-        windows: what `training_windows` makes of the text, if the caller has it already.
+        drawn: from the text, if the caller has it already.
 
     Returns:
         The report, as written to `out`.
@@ -105,7 +106,7 @@ def distill(
         kept = ("*", "The text and the steps so far")
         run = fingerprint(start, origin, recipe) | rounding_of(settings, ranks)
         with work_folder(out, run, settings.overwrite, settings.resume, ranks, kept) as writer:
-            return _Run(start, origin, recipe, settings, writer, ranks, monitor, windows).distill()
+            return _Run(start, origin, recipe, settings, writer, ranks, monitor, drawn).distill()
 
 
 def _compute_dtype(
@@ -162,13 +163,14 @@ class _Run:
     writer: CheckpointWriter
     ranks: Ranks
     monitor: Monitor
-    windows: torch.Tensor | None
+    drawn: TrainingText | None
 
     def distill(self) -> dict[str, Any]:
         recipe, monitor = self.recipe, self.monitor
         # First, so that an error in them shows at once.
         copies = companion_files(self.start.folder, monitor.warn)
         texts, text = self._held_out(), self._text()
+        of_files = self.ranks.broadcast(self._digests() if self.ranks.first else None)
         with monitor.phase("loading the teacher"):
             dense = self._loaded(str(self.teacher.folder))
             dense.model.requires_grad_(False)
@@ -200,7 +202,7 @@ class _Run:
             recipe, student, pace, answers, plain, windows, held_out, work, self.ranks, monitor,
             self.settings.save_every, self.sharded,
         ).run()  # fmt: skip
-        report = self._report(course)
+        report = self._report(course, of_files)
         if self.ranks.first:
             with monitor.phase("writing"):
                 step = course.best[0] if course.best else course.step
@@ -221,12 +223,15 @@ class _Run:
     def _text(self) -> torch.Tensor | None:
         """The windows to train on; None if the teacher has yet to write them."""
         if self.ranks.first and self.recipe.text != "self" and not self.writer.has(TEXT_KEY):
-            windows = self.windows
-            if windows is None:
-                with self.monitor.phase("reading the text"):
-                    windows = training_windows(self.recipe, text_tokenizer(self.start.folder), self.start.schema.recipe)
-            self.writer.write(TEXT_KEY, {"tokens": windows})
+            drawn = self.drawn or self._draw()
+            record = {} if drawn.sha256 is None else {"text_sha256": drawn.sha256}
+            self.writer.write(TEXT_KEY, {"tokens": drawn.windows}, record)
         return self._stored_text() if self.ranks.broadcast(self.writer.has(TEXT_KEY)) else None
+
+    def _draw(self) -> TrainingText:
+        with self.monitor.phase("reading the text"):
+            windows = training_windows(self.recipe, text_tokenizer(self.start.folder), self.start.schema.recipe)
+            return TrainingText(windows, digests.of_text(self.recipe.text))
 
     def _stored_text(self) -> torch.Tensor:
         """The windows in the work folder: a part of the file, which is in memory as far as there is room.
@@ -278,11 +283,23 @@ class _Run:
         rows_on = self.settings.device if self.sharded else None
         return Student(self.start, model, adamw, pace, recipe.train, self.settings.save_memory, rows_on)
 
-    def _report(self, course: Course) -> dict[str, Any]:
+    def _digests(self) -> dict[str, Any]:
+        """Of the local files that the recipe names, and of the folder that training starts from."""
+        found: dict[str, Any] = self.writer.record(TEXT_KEY) if self.writer.has(TEXT_KEY) else {}
+        if self.recipe.eval_text:
+            found["eval_text_sha256"] = [digests.sha256(path) for path in self.recipe.eval_text]
+        found["student_weights_digest"] = digests.of_weights(self.start.folder)
+        if self.teacher.revision is None:
+            found["teacher_weights_digest"] = digests.of_weights(self.teacher.folder)
+        return found
+
+    def _report(self, course: Course, of_files: dict[str, Any]) -> dict[str, Any]:
+        """The report; `of_files` is what `_digests` found."""
         recipe = self.start.schema.recipe
         found: dict[str, Any] = {"recipe": recipe, "linears": {}} | without_errors(self.start.report())
         this = self.recipe.dump(self.teacher.name, self.teacher.revision)
-        this |= rounding_of(self.settings, self.ranks) | hardware(self.settings.device) | {"steps": course.step}
+        this |= rounding_of(self.settings, self.ranks) | hardware(self.settings.device) | of_files
+        this["steps"] = course.step
         if course.best:
             this["kept_step"] = course.best[0]
         earlier = recipe.get("distill")

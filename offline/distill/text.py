@@ -1,6 +1,7 @@
 """The text that a student is trained and measured on, as windows of tokens."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,14 @@ SAMPLES = (
     "Съешь же ещё этих мягких булок. Ξεσκεπάζω. שלום עולם. مرحبا بالعالم.",
     "你好,世界。こんにちは、セカイ。안녕하세요. नमस्ते दुनिया। สวัสดี 👩‍💻🇫🇷 ﬁ Å",
 )
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """What `training_windows` returns, and the SHA-256 of the file that it is from; None: a data set on the hub."""
+
+    windows: torch.Tensor
+    sha256: str | None
 
 
 def training_windows(

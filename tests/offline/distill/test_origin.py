@@ -67,10 +67,11 @@ def interrupt(patch: pytest.MonkeyPatch) -> None:
 
 def test_the_recipe_names_the_commit_that_taught(hub, pruned, text, tmp_path):
     _, folder = pruned()
-    assert "teacher_revision" not in run(folder, hub.commit(NEW), tmp_path / "local", text)
+    story = run(folder, hub.commit(NEW), tmp_path / "local", text)
+    assert "teacher_revision" not in story and "teacher_weights_digest" in story
     hub.move_to(NEW)
     story = run(folder, NAME, tmp_path / "out", text)
-    assert (story["teacher"], story["teacher_revision"]) == (NAME, NEW)
+    assert (story["teacher"], story["teacher_revision"]) == (NAME, NEW) and "teacher_weights_digest" not in story
     assert same_weights(tmp_path / "out", tmp_path / "local")
     story = run(folder, f"{NAME}@{OLD}", tmp_path / "old", text)
     assert (story["teacher"], story["teacher_revision"]) == (NAME, OLD)
@@ -92,7 +93,8 @@ def test_a_run_goes_on_with_its_own_commit_only(hub, pruned, text, tmp_path, mon
 
 def test_another_commit_than_the_pruned_one_teaches_only_if_it_is_named(hub, text, tmp_path):
     run_small(NAME, tmp_path / "pruned", text)
-    assert Reader(tmp_path / "pruned").schema.recipe["source_revision"] == OLD
+    recipe = Reader(tmp_path / "pruned").schema.recipe
+    assert recipe["source_revision"] == OLD and "source_weights_digest" not in recipe
     hub.move_to(NEW)
     for teacher, commit in ((NAME, OLD), (f"{NAME}@main", NEW), (f"{NAME}@{NEW}", NEW)):
         story = run(tmp_path / "pruned", teacher, tmp_path / "out", text, Settings(overwrite=True))

@@ -1,11 +1,22 @@
 """What a run says of itself: in the recipe, in the log, and under which names it measures."""
 
+import hashlib
+import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from compressing import WarningRecorder
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from ria_vllm.checkpoint import Reader
+from ria_vllm.cli import group
+from ria_vllm.offline.commands import compress
+from ria_vllm.offline.distill import after
 from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
@@ -16,9 +27,9 @@ from ria_vllm.progress import Monitor
 K = 8
 
 
-def run(dense: Path, folder: Path, out: Path, text: Path, monitor: Monitor, **options) -> dict:
+def run(dense: Path, folder: Path, out: Path, text: Path, monitor: Monitor, resume: bool = False, **options) -> dict:
     fixed = {"tokens": 256, "seq_len": 64, "text": str(text), "eval_text": (str(text),), "eval_tokens": 256, "evals": 1}
-    return distill(folder, str(dense), out, Distillation(**fixed | options), Settings(), monitor)
+    return distill(folder, str(dense), out, Distillation(**fixed | options), Settings(resume=resume), monitor)
 
 
 def divergences(dense: Path, folder: Path, text: Path) -> tuple[float, float]:
@@ -58,3 +69,89 @@ def test_the_recipe_says_what_rounds_the_weights(pruned, text, tmp_path):
     capability = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
     assert found == {"processes": 1, "shard": False, "device": "cpu", "hardware": capability, "threads": threads}
+
+
+FIELDS = {"text_sha256", "eval_text_sha256", "student_weights_digest", "teacher_weights_digest"}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def of_weights(folder: Path) -> str:
+    """Of a folder with one weight file, as docs/format.md has it."""
+    tensors = load_file(folder / "model.safetensors")
+    data = {name: tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+    return hashlib.sha256(b"".join(name.encode() + b"\0" + data[name][:65536] for name in sorted(data))).hexdigest()
+
+
+def check_shown(out: Path, text: Path) -> None:
+    """Every command reads a folder whose recipe has digests, and the card and the page show them."""
+    assert f"| text_sha256 | `{sha256(text)}` |" in (out / "README.md").read_text()
+    commands = (["verify", str(out)], ["report", str(out)], ["inspect", str(out), "--json"])
+    done = [CliRunner().invoke(group, arguments, catch_exceptions=False) for arguments in commands]
+    assert [one.exit_code for one in done] == [0, 0, 0]
+    assert sha256(text) in (out / "ria_report.html").read_text()
+    assert json.loads(done[-1].output)["recipe"]["distill"][0]["text_sha256"] == sha256(text)
+
+
+def test_the_recipe_has_digests_of_local_files(pruned, text, tmp_path):
+    dense, folder = pruned()
+    other = tmp_path / "other" / text.name
+    other.parent.mkdir()
+    other.write_text(text.read_text() + "z")
+    second = tmp_path / "second.txt"
+    second.write_text("words " * 400)
+    held_out = {"eval_text": (str(text), str(second))}
+    (story,) = run(dense, folder, tmp_path / "out", text, Monitor(shown=False), **held_out)["recipe"]["distill"]
+    assert {name: story[name] for name in FIELDS} == {
+        "text_sha256": sha256(text),
+        "eval_text_sha256": [sha256(text), sha256(second)],
+        "student_weights_digest": of_weights(folder),
+        "teacher_weights_digest": of_weights(dense),
+    }
+    check_shown(tmp_path / "out", text)
+    # Another text of the same name, and another student; the teacher and the held-out text are the same.
+    (_, later) = run(dense, tmp_path / "out", tmp_path / "later", other, Monitor(shown=False))["recipe"]["distill"]
+    assert (later["text"], later["teacher"]) == (story["text"], story["teacher"])
+    assert later["text_sha256"] == sha256(other) != story["text_sha256"]
+    assert later["student_weights_digest"] == of_weights(tmp_path / "out") != story["student_weights_digest"]
+    assert later["teacher_weights_digest"] == story["teacher_weights_digest"]
+
+
+def test_text_that_the_teacher_writes_has_no_digest(pruned, text, tmp_path):
+    dense, folder = pruned()
+    report = run(dense, folder, tmp_path / "out", Path("self"), Monitor(shown=False), eval_text=())
+    assert FIELDS & report["recipe"]["distill"][0].keys() == {"student_weights_digest", "teacher_weights_digest"}
+
+
+def test_an_interrupted_run_is_recognised_without_digests(pruned, text, tmp_path, monkeypatch):
+    """As an earlier version has begun it. Its text had no digest when it was read, and gets none."""
+    dense, folder = pruned()
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("ria_vllm.offline.distill.train.Training._step", lambda *_: 1 / 0)
+        run(dense, folder, tmp_path / "out", text, Monitor(shown=False))
+    assert not FIELDS & json.loads((tmp_path / "out.partial" / "run.json").read_text()).keys()
+    kept = tmp_path / "out.partial" / "units" / "text.safetensors"
+    with safe_open(kept, "pt") as file:
+        assert json.loads(file.metadata()["record"]) == {"text_sha256": sha256(text)}
+    save_file(load_file(kept), kept, {"record": "{}"})
+    (story,) = run(dense, folder, tmp_path / "out", text, Monitor(shown=False), resume=True)["recipe"]["distill"]
+    assert FIELDS - story.keys() == {"text_sha256"}
+
+
+def test_after_a_compression_the_digest_is_of_the_text_that_was_read(tiny, text, tmp_path, monkeypatch):
+    """It is read before pruning. What becomes of the file meanwhile is not trained on."""
+    mine = shutil.copy(text, tmp_path / "mine.txt")
+
+    def later(*arguments):
+        stamp = os.stat(mine)
+        Path(mine).write_text("other text " * 4000)
+        os.utime(mine, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        return distill(*arguments)
+
+    monkeypatch.setattr(after, "distill", later)
+    options = ["--calibration", mine, "--samples", "4", "--seq-len", "32", "--reconstruct", "none", "--distill", "512"]
+    CliRunner().invoke(compress, [str(tiny("llama")), "-o", str(tmp_path / "out"), *options], catch_exceptions=False)
+    recipe = Reader(tmp_path / "out").schema.recipe
+    assert recipe["calibration_sha256"] == recipe["distill"][0]["text_sha256"] == sha256(text) != sha256(Path(mine))

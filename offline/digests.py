@@ -1,0 +1,39 @@
+"""Digests of the local files that a recipe names by the last part of their paths, so that a reader can tell them from
+others of that name."""
+
+import hashlib
+from pathlib import Path
+
+from ria_vllm.checkpoint import weight_files
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration.data import DATASETS
+from ria_vllm.writer import tensor_entries, weights_digest
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in 64 lowercase hexadecimal digits.
+
+    Raises:
+        RiaError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RiaError(f"{path}: cannot be read ({error.strerror or error}).") from error
+
+
+def of_text(source: str) -> str | None:
+    """That of a text file; None: `source` is no file, but a data set on the hub or what the dense model writes."""
+    return None if source == "self" or source in DATASETS else sha256(source)
+
+
+def of_weights(folder: Path) -> str:
+    """The `weights_digest` of a folder, ours or anybody's: see docs/format.md. No weight is read in full.
+
+    Raises:
+        RiaError: no safetensors, or damaged ones.
+    """
+    files = weight_files(folder)
+    entries = [entry for path in sorted(set(files.values())) for entry in tensor_entries(path)]
+    return weights_digest([entry for entry in entries if files.get(entry[0]) == entry[2]])

@@ -1,0 +1,113 @@
+"""By what a recipe tells the local files that it names from others of the same name."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from compressing import edit_weights, interrupted_after_a_layer, run_small
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.offline import digests
+from ria_vllm.offline.compress import Settings
+from ria_vllm.offline.model import source
+
+FIELDS = {"calibration_sha256", "source_sha256", "source_weights_digest"}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def of_weights(*paths: Path) -> str:
+    """As docs/format.md has it."""
+    tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        data = tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        found.update(name.encode() + b"\0" + data[:65536])
+    return found.hexdigest()
+
+
+def recipe_of(model: Path | str, out: Path, text: Path | str, **options) -> dict:
+    run_small(model, out, text, **options)
+    recipe = Reader(out).schema.recipe
+    assert recipe == json.loads((out / "ria_report.json").read_text())["recipe"]
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny, text, tmp_path_factory) -> Path:
+    run_small(tiny("llama"), out := tmp_path_factory.mktemp("pruned") / "out", text)
+    return out
+
+
+def test_the_recipe_has_digests_of_the_text_and_of_the_model(pruned, tiny, text):
+    recipe = Reader(pruned).schema.recipe
+    assert recipe["calibration_sha256"] == sha256(text)
+    assert recipe["source_weights_digest"] == of_weights(tiny("llama") / "model.safetensors")
+    assert "source_sha256" not in recipe
+    card = (pruned / "README.md").read_text()
+    assert f"| calibration_sha256 | `{sha256(text)}` |" in card and recipe["source_weights_digest"] in card
+
+
+def test_that_of_a_folder_of_ours_is_the_one_in_its_configuration(pruned):
+    assert digests.of_weights(pruned) == Reader(pruned).schema.weights_digest
+
+
+def test_other_content_of_the_same_name_has_another_digest(pruned, tiny, text, tmp_path):
+    other = tmp_path / "other" / text.name
+    model = Path(shutil.copytree(tiny("llama"), tmp_path / "other" / tiny("llama").name))
+    other.write_text(text.read_text() + "z")
+    edit_weights(model, lambda tensors: tensors["model.norm.weight"].add_(1))
+    first, second = Reader(pruned).schema.recipe, recipe_of(model, tmp_path / "out", other)
+    assert (first["calibration"], first["source"]) == (second["calibration"], second["source"])
+    assert all(first[name] != second[name] for name in FIELDS - {"source_sha256"})
+
+
+def test_a_gguf_file_has_the_digest_of_its_bytes_and_what_the_model_writes_none(make_model, monkeypatch, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(source, "convert_gguf", lambda _, folder: make_model(folder, "llama", torch.bfloat16))
+    recipe = recipe_of(tmp_path / "m.gguf", tmp_path / "out", "self")
+    assert {name: recipe.get(name) for name in FIELDS & recipe.keys()} == {"source_sha256": sha256(tmp_path / "m.gguf")}
+
+
+def test_a_data_set_on_the_hub_is_no_file():
+    assert digests.of_text("c4") is None
+
+
+def test_files_may_be_divided_in_any_way(tmp_path):
+    tensors = {"b": torch.randn(300, 300), "a": torch.arange(7), "c": torch.ones(2, dtype=torch.bfloat16)}
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    save_file(tensors, one / "model.safetensors")
+    # A shard may hold a tensor that the index has elsewhere: it is not read from there.
+    save_file({"b": tensors["b"], "a": torch.zeros(7)}, two / "x.safetensors")
+    save_file({name: tensors[name] for name in "ca"}, two / "y.safetensors")
+    index = {"weight_map": {"b": "x.safetensors", "a": "y.safetensors", "c": "y.safetensors"}}
+    (two / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert digests.of_weights(one) == digests.of_weights(two) == of_weights(one / "model.safetensors")
+
+
+def test_an_interrupted_run_is_recognised_without_them(model, text, tmp_path):
+    """As an earlier version has begun it. Its text had no digest when it was read, and gets none."""
+    with interrupted_after_a_layer():
+        run_small(model, tmp_path / "out", text)
+    begun = json.loads((tmp_path / "out.partial" / "run.json").read_text())
+    assert begun["calibration"] == str(text) and not FIELDS & begun.keys()
+    kept = tmp_path / "out.partial" / "units" / "calibration.safetensors"
+    with safe_open(kept, "pt") as file:
+        assert json.loads(file.metadata()["record"])["calibration_sha256"] == sha256(text)
+    save_file(load_file(kept), kept, {"record": "{}"})
+    assert not FIELDS & recipe_of(model, tmp_path / "out", text, settings=Settings(resume=True)).keys()
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(RiaError, match=r"gone.txt: cannot be read \(No such file"):
+        digests.sha256(tmp_path / "gone.txt")
