@@ -23,6 +23,8 @@ LONGEST = (
     "tests/serve/test_mixtures.py",
     "tests/serve/kernels/cpu/test_sanitized.py",
     "tests/offline/test_experts.py",
+    "tests/offline/distill/test_interruptions.py",
+    "tests/offline/distill/test_processes.py",
     "tests/offline/distill/test_run.py",
     "tests/serve/test_pipeline.py",
     "tests/serve/test_vllm_formats.py",

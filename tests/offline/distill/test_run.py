@@ -1,23 +1,18 @@
-"""Whole runs: what stays of a folder, what becomes better, and that interruptions and processes change no byte."""
+"""Whole runs: what stays of a folder, what becomes better, what is said and what is refused."""
 
 import gc
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
-import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
-import preloaded
 import pytest
 import torch
-from compressing import WarningRecorder, digests, edit_config, run_small, weight_digests
+from compressing import WarningRecorder, edit_config, run_small, weight_digests
+from distilling import run, stop_at
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
 
 from ria_vllm.checkpoint import Reader, file_metadata
 from ria_vllm.errors import RiaError
@@ -28,42 +23,14 @@ from ria_vllm.offline.distill.loss import TERMS, Loss
 from ria_vllm.offline.distill.parameters import TrainedParameter
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, _Run, distill
-from ria_vllm.offline.distill.teacher import Teacher
 from ria_vllm.offline.distill.text import training_windows
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
 from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.model.hf import load_model, load_tokenizer
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 CPU = torch.device("cpu")
-
-
-def run(
-    dense: Path,
-    folder: Path,
-    out: Path,
-    source: Path,
-    settings: Settings = Settings(),
-    monitor: Monitor | None = None,
-    **options,
-) -> dict:
-    fixed = {"tokens": 16 * 64, "seq_len": 64, "batch": 2, "text": str(source), "lr": 1e-4, "evals": 4}
-    monitor = monitor or Monitor(shown=False)
-    return distill(folder, str(dense), out, Distillation(**fixed | options), settings, monitor)
-
-
-def stop_at(patch: pytest.MonkeyPatch, last: int) -> None:
-    """Let training be interrupted as its step `last`, counted from 0, begins."""
-    step = Training._step
-
-    def stopping(self, number):
-        if number == last:
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    patch.setattr(Training, "_step", stopping)
 
 
 @pytest.mark.parametrize("train", [("norms",), ("norms", "scales")], ids=str)
@@ -164,14 +131,6 @@ def test_a_cached_teacher_is_freed_before_the_student_is_loaded(pruned, text, tm
     finally:
         gc.enable()
     assert alive == [False]
-
-
-def test_a_process_that_does_not_see_the_text_says_so(pruned, text, tmp_path, monkeypatch):
-    """Such as on another machine, with a file system of its own."""
-    dense, folder = pruned()
-    monkeypatch.setattr(Ranks, "broadcast", lambda self, value, src=0: True)
-    with pytest.raises(RiaError, match=r"text\.safetensors: not found by process 0.*All processes must see the same"):
-        distill(folder, str(dense), tmp_path / "out", Distillation(tokens=1024, seq_len=64), Settings(), Monitor(False))
 
 
 def test_it_comes_closer_to_the_teacher_on_other_text(pruned, text, tmp_path):
@@ -327,38 +286,6 @@ def test_a_second_run_adds_to_the_story(pruned, text, tmp_path):
     assert len(report["distill"]) == 2
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"text": "self"},
-        {"cache_teacher": True, "loss": Loss(top_k=8)},
-        {"passes": 2, "micro_batch": 1},
-        {"train": ("scales",)},
-    ],
-    ids=str,
-)
-def test_stopped_after_any_step_and_resumed_it_writes_the_same_bytes(options, pruned, text, tmp_path, monkeypatch):
-    dense, folder = pruned(weights="int8")
-    more = options | {"eval_text": (str(text),), "eval_tokens": 256}
-    run(dense, folder, tmp_path / "whole", text, **more)
-    step = Training._step
-    for stop in (1, 4, 5):
-
-        def stopping(self, number, stop=stop):
-            if number == stop:
-                raise KeyboardInterrupt
-            return step(self, number)
-
-        monkeypatch.setattr(Training, "_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run(dense, folder, tmp_path / "out", text, Settings(save_every=0, resume=True), **more)
-        assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(Training, "_step", step)
-    run(dense, folder, tmp_path / "out", text, Settings(resume=True), **more)
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
-
-
 def test_by_default_it_trains_on_text_that_the_teacher_writes(pruned, text, tmp_path, monkeypatch):
     """With the seed of its own for text, at temperature 1: what the teacher's sampling function gives."""
     dense, folder = pruned()
@@ -375,133 +302,6 @@ def test_by_default_it_trains_on_text_that_the_teacher_writes(pruned, text, tmp_
     # It is the teacher's: one that the student had written would be other text.
     student = data.from_model(load_model(str(folder), CPU), bos, recipe.windows, 64, seed, Monitor(shown=False))
     assert not torch.equal(student, written)
-
-
-@pytest.mark.parametrize("options", [{}, {"patience": 1}], ids=str)
-def test_stopped_while_it_writes_the_result_and_resumed_it_writes_the_same_bytes(
-    options, pruned, text, tmp_path, monkeypatch
-):
-    """It does not train again, and needs no parameters for it."""
-    dense, folder = pruned(weights="int8")
-    more = options | ({"eval_text": (str(text),), "eval_tokens": 256, "lr": 0.5} if options else {})
-    run(dense, folder, tmp_path / "whole", text, **more)
-    with monkeypatch.context() as patch:
-        patch.setattr("ria_vllm.offline.distill.run.CheckpointWriter.finish", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(dense, folder, tmp_path / "out", text, **more)
-    left = [path.stem for path in (tmp_path / "out.partial" / "units").iterdir()]
-    assert "state" in left and not [key for key in left if key.startswith("state-")]
-    monkeypatch.setattr(Training, "_step", lambda *_: 1 / 0)
-    run(dense, folder, tmp_path / "out", text, Settings(resume=True), **more)
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
-
-
-def command(dense: Path, folder: Path, out: Path, text: Path, *options: str) -> list[str]:
-    fixed = ["--tokens", "2048", "--seq-len", "64", "--calibration", str(text), "--eval-text", str(text)]
-    fixed += ["--eval-tokens", "256", "--evals", "4", "--save-every", "0", "--lr", "1e-4"]
-    return ["distill", str(folder), "--teacher", str(dense), "-o", str(out), *fixed, *options]
-
-
-def has_reached(units: Path, kind: str, step: int) -> bool:
-    """Whether there is a state of this step or of a later one, which replaces it."""
-    return any(int(path.name.split("-")[1]) >= step for path in units.glob(kind))
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(pruned, text, tmp_path):
-    """`kill -9` somewhere in or after each of three steps, one of which is the first that is kept as the best."""
-    dense, folder = pruned()
-    log = tmp_path / "log"
-    preloaded.run(log, preloaded.ria_vllm, *command(dense, folder, tmp_path / "whole", text))
-    out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
-    again = command(dense, folder, out, text, "--resume")
-    for kind, step in (("state", random.randint(1, 3)), ("best", 4), ("state", random.randint(7, 10))):
-        later = random.uniform(0.0, 0.03)
-        print(f"killed {later} s after {kind} {step}")
-        with preloaded.started(log, preloaded.ria_vllm, *again) as (process,):
-            while process.is_alive() and not has_reached(units, f"{kind}-*", step):
-                time.sleep(0.002)
-            time.sleep(later)
-        assert not out.exists()
-    preloaded.run(log, preloaded.ria_vllm, *again)
-    assert digests(tmp_path / "whole") == digests(out)
-    assert not units.parent.exists()
-
-
-def ask_in_parts(*arguments: object) -> None:
-    """The command; it fails if the teacher is asked while a process has the whole of a layer."""
-    answer = Teacher.answer
-
-    def checked(self, tokens, numbers):
-        assert all(isinstance(parameter, DTensor) for parameter in self.model.layers.parameters())
-        return answer(self, tokens, numbers)
-
-    Teacher.answer = checked
-    preloaded.ria_vllm(*arguments)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        [],
-        ["--cache-teacher", "--top-k", "8"],
-        ["--shard", "--calibration", "self"],
-        ["--train", "scales", "--shard"],
-        ["--shard", "--cache-teacher", "--top-k", "8", "--tokens", "2112"],  # 33 windows to ask about
-    ],
-    ids=str,
-)
-def test_two_processes_give_what_one_gives(options, pruned, text, tmp_path):
-    dense, folder = pruned(weights="int8") if "scales" in options else pruned()
-    for name, ranks in (("one", 1), ("two", 2)):
-        # One process has two micro-batches, whose gradients it adds up; of two, each has one by default.
-        arguments = command(dense, folder, tmp_path / name, text, *options, *(["--micro-batch", "1"] * (ranks == 1)))
-        command_line = ask_in_parts if "--shard" in options and ranks == 2 else preloaded.ria_vllm
-        preloaded.run(tmp_path / "log", command_line, *arguments, ranks=ranks)
-    stories = [Reader(tmp_path / name).schema.recipe["distill"][0] for name in ("one", "two")]
-    differing = {key for key in stories[0] if stories[0][key] != stories[1][key]}
-    assert differing == ({"processes", "shard"} if "--shard" in options else {"processes"})
-    if "--shard" not in options:
-        assert weight_digests(tmp_path / "one") == weight_digests(tmp_path / "two")
-        return
-    # FSDP adds gradients up in the weights' dtype before kept entries are taken: the same numbers, rounded otherwise.
-    one, two, before = Reader(tmp_path / "one"), Reader(tmp_path / "two"), Reader(folder)
-    moved = set()
-    for name in one.files:
-        a, b, first = (reader.tensor(name).double() for reader in (one, two, before))
-        moved |= {name.rpartition(".")[2]} if (a != first).any() else set()
-        if name.endswith(".compressed") and one.tensor(name).dtype == torch.int8:
-            assert (a - b).abs().max() <= 1 and (a != b).double().mean() < 0.01, name
-        else:
-            assert torch.allclose(a, b, rtol=1e-3, atol=0.05 * float((a - first).abs().max()) + 1e-9), name
-    assert "compressed" in moved and ("weight_scale" in moved) == ("scales" in options)
-
-
-@pytest.mark.slow
-def test_a_divided_run_that_was_killed_is_resumed(pruned, text, tmp_path):
-    dense, folder = pruned()
-    log, whole = tmp_path / "log", command(dense, folder, tmp_path / "whole", text, "--shard")
-    preloaded.run(log, preloaded.ria_vllm, *whole, ranks=2)
-    out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
-    again = command(dense, folder, out, text, "--shard", "--resume")
-    with preloaded.started(log, preloaded.ria_vllm, *again, ranks=2) as (_, second):
-        while second.is_alive() and not has_reached(units, "state-*-1-of-2*", 6):
-            time.sleep(0.002)
-    assert not out.exists()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*torchrun, "-m", "ria_vllm", *again], check=True, capture_output=True, env=environment)
-    assert digests(tmp_path / "whole") == digests(out)
-
-
-def test_another_run_is_not_resumed(pruned, text, tmp_path, monkeypatch):
-    dense, folder = pruned()
-    stop_at(monkeypatch, 3)
-    with pytest.raises(KeyboardInterrupt):
-        run(dense, folder, tmp_path / "out", text, Settings(save_every=0))
-    with pytest.raises(RiaError, match=r"is from a run with another lr \(0.0001\)"):
-        run(dense, folder, tmp_path / "out", text, Settings(resume=True), lr=2e-4)
 
 
 @pytest.mark.parametrize("source", ["file", "self"])
@@ -545,43 +345,6 @@ def test_hidden_states_of_another_depth_are_refused(make_model, pruned, text, tm
         run(deeper, folder, tmp_path / "out", text, loss=Loss(hidden=1.0))
 
 
-def test_a_gradient_that_is_not_a_number_stops_the_run_and_nothing_of_it_is_kept(pruned, text, tmp_path, monkeypatch):
-    """The loss is finite in that step; what was saved before it stays, and is what a new run goes on from."""
-    dense, folder = pruned()
-    run(dense, folder, tmp_path / "whole", text)
-    step = TrainedParameter._step
-
-    def broken(self, gradient):
-        if self.pace.number == 3:
-            gradient.view(-1)[0] = float("nan")
-        return step(self, gradient)
-
-    for clip in (1.0, 0.0):
-        monkeypatch.setattr(TrainedParameter, "_step", broken)
-        with pytest.raises(RiaError, match=r"step 3: training diverged \(a gradient is not finite\).*--resume"):
-            run(dense, folder, tmp_path / "out", text, Settings(save_every=0), clip=clip)
-    with pytest.raises(RiaError, match="training diverged"):
-        run(dense, folder, tmp_path / "out", text, Settings(save_every=0))
-    monkeypatch.setattr(TrainedParameter, "_step", step)
-    run(dense, folder, tmp_path / "out", text, Settings(resume=True))
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
-
-
-def test_weights_that_are_not_numbers_are_not_written(pruned, text, tmp_path, monkeypatch):
-    dense, folder = pruned()
-    put = TrainedParameter._step
-
-    def broken(self, gradient):
-        put(self, gradient)
-        if self.pace.number == 8:  # the last, after which nothing measures a loss
-            self.values[0] = float("nan")
-
-    monkeypatch.setattr(TrainedParameter, "_step", broken)
-    with pytest.raises(RiaError, match="step 8: training diverged .*not finite"):
-        run(dense, folder, tmp_path / "out", text)
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_best_step_is_kept_though_it_is_neither_the_first_nor_the_last(pruned, text, tmp_path, monkeypatch):
     dense, folder = pruned()
     losses = iter([3.0, 2.0, 1.0, 2.5, 2.0])
@@ -595,17 +358,6 @@ def test_the_best_step_is_kept_though_it_is_neither_the_first_nor_the_last(prune
     of_step = {p["step"]: p["held_out"][text.name]["perplexity"] for p in report["distill"][0]["curve"]}
     assert found.perplexity == pytest.approx(of_step[4], rel=1e-5)
     assert len({round(value, 4) for value in of_step.values()}) == 5
-
-
-def test_a_run_whose_teacher_has_another_configuration_by_now_is_not_resumed(pruned, text, tmp_path, monkeypatch):
-    dense, folder = pruned()
-    teacher = Path(shutil.copytree(dense, tmp_path / "dense"))
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(Training, "_step", lambda *_: 1 / 0)
-        run(teacher, folder, tmp_path / "out", text)
-    edit_config(teacher, rope_theta=5000.0)
-    with pytest.raises(RiaError, match="from a run with another state of the teacher"):
-        run(teacher, folder, tmp_path / "out", text, Settings(resume=True))
 
 
 def test_conversations_are_read_through_the_template_of_an_older_processor(pruned, text, tmp_path):
@@ -626,9 +378,3 @@ def test_too_little_text_is_refused(pruned, text, tmp_path):
     dense, folder = pruned()
     with pytest.raises(RiaError, match="--tokens asks for 15625"):
         run(dense, folder, tmp_path / "out", text, tokens=1_000_000)
-
-
-def test_training_that_diverges_says_so(pruned, text, tmp_path, monkeypatch):
-    dense, folder = pruned()
-    with pytest.raises(RiaError, match=r"step \d+: training diverged .*smaller --lr"):
-        run(dense, folder, tmp_path / "out", text, lr=1.0, clip=0.0, tokens=8192, loss=Loss(kl=1e38, text=1e38))
