@@ -1,6 +1,7 @@
 """Runs that stop before their end: resumed, they write the bytes of an uninterrupted one; nothing broken is kept."""
 
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from compressing import digests, edit_config
 from distilling import command, has_reached, run, stop_at
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.distill import teacher
 from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.distill.parameters import TrainedParameter
 from ria_vllm.offline.distill.run import Settings
@@ -87,6 +89,64 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(pruned, text,
     preloaded.run(log, preloaded.ria_vllm, *again)
     assert digests(tmp_path / "whole") == digests(out)
     assert not units.parent.exists()
+
+
+def slowly(*arguments: object) -> None:
+    """The command; steps, and questions to the teacher that is cached, take at least 0.03 seconds."""
+    step, ask = Training._step, teacher.most_probable
+    Training._step = lambda self, number: time.sleep(0.03) or step(self, number)
+    teacher.most_probable = lambda *arguments: time.sleep(0.03) or ask(*arguments)
+    preloaded.ria_vllm(*arguments)
+
+
+def killed_after(units: Path, kind: str, count: int, log: Path, *arguments: str) -> None:
+    """Start the command, wait until it has written `count` files of this kind, whether or not they are still there, and
+    `kill -9` it a moment later."""
+    before = {path.name for path in units.glob(kind)}
+    seen, later = set(before), random.uniform(0.0, 0.03)
+    with preloaded.started(log, slowly, *arguments) as (process,):
+        while process.is_alive() and len(seen - before) < count:
+            seen |= {path.name for path in units.glob(kind)}
+            time.sleep(0.002)
+        time.sleep(later)
+    print(f"killed {later} s after {max(seen)}")
+
+
+@pytest.mark.slow
+def test_killed_after_several_saves_integers_with_their_scales_go_on_to_the_same_bytes(pruned, text, tmp_path):
+    """Of the steps after the last save, nothing is left. How often the state is saved makes no difference."""
+    dense, folder = pruned(weights="int8")
+    log, out, units = tmp_path / "log", tmp_path / "killed", tmp_path / "killed.partial" / "units"
+    more = ["--tokens", "4096", "--evals", "2"]
+    preloaded.run(
+        log, preloaded.ria_vllm, *command(dense, folder, tmp_path / "whole", text, *more, "--save-every", "600")
+    )
+    again = command(dense, folder, out, text, *more, "--save-every", "0.05", "--resume")
+    for _ in range(2):
+        killed_after(units, "state-*-000000.safetensors", 4, log, *again)  # the last one may not count yet
+        assert not out.exists()
+    said = preloaded.run(log, preloaded.ria_vllm, *again)
+    first, second = (int(step) for step in re.findall(r"resuming after step (\d+) of 32", said))
+    assert 3 <= first < first + 3 <= second < 32
+    assert digests(tmp_path / "whole") == digests(out)
+
+
+@pytest.mark.slow
+def test_killed_while_the_teachers_logits_are_cached_it_asks_only_for_the_others(pruned, text, tmp_path):
+    dense, folder = pruned()
+    log, out, units = tmp_path / "log", tmp_path / "killed", tmp_path / "killed.partial" / "units"
+    more = ["--cache-teacher", "--top-k", "8"]
+    preloaded.run(log, preloaded.ria_vllm, *command(dense, folder, tmp_path / "whole", text, *more))
+    again = command(dense, folder, out, text, *more, "--resume")
+    kept: dict[str, int] = {}
+    for count in (5, 20, 32):
+        killed_after(units, "teacher-*.safetensors", count - len(kept), log, *again)
+        there = {path.name: path.stat().st_mtime_ns for path in units.glob("teacher-*.safetensors")}
+        assert count <= len(there) and kept.items() <= there.items()
+        assert count == 32 or (len(there) < 32 and not list(units.glob("state*")))
+        kept = there
+    preloaded.run(log, preloaded.ria_vllm, *again)
+    assert digests(tmp_path / "whole") == digests(out)
 
 
 def test_another_run_is_not_resumed(pruned, text, tmp_path, monkeypatch):
