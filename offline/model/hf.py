@@ -24,6 +24,8 @@ from ria_vllm.offline.model.source_tensors import SourceTensors
 HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FILE, *LEGAL_PATTERNS]
 # The same weights once more, in their publisher's own format: gpt-oss, Llama and Mistral have such files.
 HUB_COPIES = ["original/*", "consolidated*.safetensors"]
+# No file may run code: neither a model's own nor what is in pickled weights.
+FROM_FILES = {"trust_remote_code": False, "use_safetensors": True}
 
 
 def read_config(folder: str) -> Any:
@@ -135,7 +137,7 @@ def load_dense(architecture: Any, folder: Path, dtype: torch.dtype | str, **opti
     """
     config = read_config(str(folder))
     if getattr(config, "quantization_config", None) is None:
-        return architecture.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
+        return architecture.from_pretrained(folder, dtype=dtype, **FROM_FILES, **options)
     tensors = SourceTensors(folder, configured_dtype(config))
     without_quantization(config)
     state = {name: tensors.read(name) for name in tensors.files}
@@ -210,7 +212,7 @@ def _load(
         if state is None and reader is None and dequantized_from(config) is not None:
             model, info = load_dense(architecture, _place(folder), dtype, **options)
         elif state is None and reader is None:
-            model, info = architecture.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
+            model, info = architecture.from_pretrained(folder, dtype=dtype, **FROM_FILES, **options)
         else:
             state = dense_state(reader) if state is None else state
             without_quantization(config)
@@ -302,8 +304,16 @@ def explained(what: str) -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """What transformers says, but not its advice to let a model's own code run, which nothing here does."""
-    return "it needs its own Python code, which is not run here" if "trust_remote_code" in str(error) else str(error)
+    """What transformers says, but not its advice to let a model's own code run or pickled weights be read, which
+    nothing here does."""
+    if "trust_remote_code" in str(error):
+        return "it needs its own Python code, which is not run here"
+    if re.search("no(t appear to have a)? file named model.safetensors", str(error)):
+        return (
+            "it has no safetensors, and pickled weights are not opened, because they can run code. Save the model as "
+            "safetensors first (model.save_pretrained)."
+        )
+    return str(error)
 
 
 def first_line(error: Exception) -> str:

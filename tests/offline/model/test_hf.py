@@ -1,6 +1,7 @@
 """What we need from transformers: models in the right dtype, and errors in our own words."""
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from compressing import edit_config, edit_weights, edited, run_small
 from damage import rewrite
 from moe import save_moe
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from wrappers import save_wrapper
 
@@ -164,4 +166,15 @@ def test_pruned_linears_that_the_model_lacks_are_named(rounding_mixture, tmp_pat
     folder = shutil.copytree(rounding_mixture, tmp_path / "out")
     edit_config(folder, num_hidden_layers=1)
     with pytest.raises(RiaError, match=r"model\.layers\.1\..* is pruned, but no part of a MixtralForCausalLM"):
+        load_model(str(folder), CPU)
+
+
+def test_pickled_weights_are_not_opened(tiny, tmp_path, monkeypatch):
+    """Whatever torch's own check of them would say; nor where there are safetensors beside them."""
+    folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: 1 / 0)
+    assert load_model(str(folder), CPU) is not None
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(RiaError, match=r"no safetensors, and pickled weights are not opened.*save_pretrained"):
         load_model(str(folder), CPU)
