@@ -7,12 +7,14 @@ Two things are done to each pruned weight, wherever its trainer keeps it by then
 - After each step of an optimizer the weight itself is zeroed outside the mask. Some optimizers move every weight
   whatever its gradient (Muon mixes rows and columns), and some state is older than the masks.
 
-Neither names, classes nor the number of parameters change, so checkpoints of trainers are ordinary ones. They have the
-model's own names and shapes: trainers go back to a checkpoint by `load_state_dict`, which converts nothing, unlike
-`from_pretrained`, and only warns about tensors that it does not find. The weight is
-looked up anew at each step: FSDP2 and `to("meta")` put another parameter into its place, and mixed precision with fp8
-another module. A mask has a bit for each
-weight, beside it; if the weight is sharded (DTensor), the whole mask is on the CPU, and its shard beside the weight's.
+Names, classes and the number of parameters stay as they are, so checkpoints of trainers are ordinary ones. They have the
+model's own names and shapes, not those of the dense model's files: trainers go back to a checkpoint by
+`load_state_dict`, which converts nothing, unlike `from_pretrained`, and only warns about tensors that it does not find.
+One with the names of the files is refused.
+
+The weight is looked up anew at each step: FSDP2 and `to("meta")` put another parameter into its place, and mixed
+precision with fp8 another module. A mask has a bit for each weight, beside it; if the weight is sharded (DTensor), the
+whole mask is on the CPU, and its shard beside the weight's.
 """
 
 import copy
@@ -31,7 +33,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_inputs import round_inputs
-from ria_vllm.placement import ORIGIN_ATTRIBUTE
+from ria_vllm.placement import ORIGIN_ATTRIBUTE, Origin
 from ria_vllm.training.gathering import clean_name
 from ria_vllm.training.masks import holder, mask_of, origin_of
 from ria_vllm.training.ranks import together
@@ -46,6 +48,10 @@ def keep_sparse(model: nn.Module, like: str | Path | None = None) -> None:
 
     Copies of the model made by `copy.deepcopy` are kept sparse, too. Where torch.distributed is initialized, all ranks
     must call this; what one of them finds, all raise.
+
+    `save_pretrained` then writes the model's own names and shapes. `load_state_dict` raises RiaError for a checkpoint with
+    those of the dense model's files, and so does a forward pass or a step if a module was replaced by one that cannot be
+    kept sparse.
 
     Args:
         model: what `from_pretrained` made of a compressed folder, wrapped or sharded or not.
@@ -81,7 +87,7 @@ def _keep_sparse(model: nn.Module, like: str | Path | None) -> None:
     rounded = reader.schema.input_dtype is not None
     if rounded and getattr(base, ORIGIN_ATTRIBUTE, None) is None:
         round_inputs(base, origin.placements, origin.folder)  # as loading the folder itself would have done
-    kept = KeptWeights(weights, base, origin.folder, rounded)
+    kept = KeptWeights(weights, base, origin, rounded)
     kept.mask_gradients()
     setattr(base, ATTRIBUTE, kept)
     setattr(base, ORIGIN_ATTRIBUTE, origin)  # known now, if it was found by `like`
@@ -204,12 +210,12 @@ class KeptWeights:
 
     Args:
         base: the model.
-        folder: that its masks are from.
+        origin: of its masks, and of its weights.
         rounded: its pruned linears round their inputs.
     """
 
-    def __init__(self, weights: list[KeptWeight], base: nn.Module, folder: Path, rounded: bool):
-        self.weights, self.folder, self.rounded = weights, folder, rounded
+    def __init__(self, weights: list[KeptWeight], base: nn.Module, origin: Origin, rounded: bool):
+        self.weights, self.origin, self.rounded = weights, origin, rounded
         self.base = weakref.ref(base)
         self._watch()
 
@@ -233,23 +239,30 @@ class KeptWeights:
         self.follow()
         self.mask_gradients()
 
-    def after_load_state_dict(self, _: nn.Module, keys: Any) -> None:
-        """Whatever was loaded: perhaps a checkpoint with names that `load_state_dict` does not know.
+    def after_load_state_dict(self, base: nn.Module, keys: Any) -> None:
+        """Whatever was loaded: perhaps a checkpoint with the names of files, which `load_state_dict` does not know.
 
         Raises:
-            RiaError: it was one, without some of the weights under the model's names.
+            RiaError: it was one, and lacks tensors under the model's names.
         """
-        if not keys.unexpected_keys:  # an adapter, or one of several files
+        missing = sorted(map(clean_name, keys.missing_keys))
+        if not missing or not self.origin.conversions:
             return
-        missing = {clean_name(key) for key in keys.missing_keys}
-        for weight in self.weights:
-            if any(key == weight.name or key.endswith(f".{weight.name}") for key in missing):
+        names = [name for name, _ in base.named_parameters()]
+        # What wraps the model puts a prefix before all names.
+        prefixes = {key.removesuffix(name) for key in missing for name in names if f".{key}".endswith(f".{name}")}
+        for key in map(clean_name, keys.unexpected_keys):
+            if any(self._converts(key.removeprefix(prefix)) for prefix in prefixes if key.startswith(prefix)):
                 raise RiaError(
-                    f"{weight.name}: not in the checkpoint, which has {keys.unexpected_keys[0]} instead, so training "
-                    "would go on from other weights than it holds. Checkpoints have the model's names if keep_sparse "
-                    "was called before they were written. Load this one by `from_pretrained`, and call "
-                    "keep_sparse(model, like=OUT), with the compressed folder."
+                    f"{missing[0]}: not in the checkpoint, which has {key} instead, so training would go on from other "
+                    "weights than it holds. Checkpoints have the model's names if keep_sparse was called before they "
+                    "were written. Load this one by `from_pretrained`, and call keep_sparse(model, like=OUT), with the "
+                    "compressed folder."
                 )
+
+    def _converts(self, name: str) -> bool:
+        """Whether `from_pretrained` gives a tensor of this name in a file to the model under another one."""
+        return any(entry.rename_source_key(name)[0] != name for entry in self.origin.conversions)
 
     def follow(self) -> None:
         """Take over the modules that have been put into the places of others.
@@ -263,24 +276,37 @@ class KeptWeights:
         present = set(base.modules())  # far faster than to look up each weight by its name
         for weight in self.weights:
             if weight.module not in present:
-                weight.follow(base, self.folder, self.rounded)
+                weight.follow(base, self.origin.folder, self.rounded)
 
     def mask_gradients(self) -> None:
         for weight in self.weights:
             weight.hook(weight.parameter())
 
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Not all trainers call the whole model, so modules may have been replaced since the last look.
+
+        Raises:
+            RiaError: one cannot be kept sparse.
+        """
+        base, unknown = self.base(), _parameters(optimizer) - self._by_parameter().keys()
+        if base is not None and unknown and any(id(parameter) in unknown for parameter in base.parameters()):
+            self.follow()
+
     def in_optimizer(self, optimizer: torch.optim.Optimizer) -> list[tuple[KeptWeight, torch.Tensor]]:
         """The weights that this optimizer changes, and their parameters.
 
         Raises:
-            RiaError: one has another shape by now, or is in a module that cannot be kept sparse.
+            RiaError: one has another shape by now.
         """
-        changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        base = self.base()
-        if base is not None and any(id(parameter) in changed for parameter in base.parameters()):
-            self.follow()  # not all trainers call the whole model
-        found = {id(weight.module._parameters.get(weight.leaf)): weight for weight in self.weights}
+        changed, found = _parameters(optimizer), self._by_parameter()
         return [(weight, weight.parameter()) for number, weight in found.items() if number in changed]
+
+    def _by_parameter(self) -> dict[int, KeptWeight]:
+        return {id(weight.module._parameters.get(weight.leaf)): weight for weight in self.weights}
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 _ALIVE: "weakref.WeakSet[KeptWeights]" = weakref.WeakSet()
@@ -291,6 +317,7 @@ _HANDLES: list[Any] = []
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Gradients may have come from elsewhere than a backward pass with hooks, or been changed after it."""
     for kept in list(_ALIVE):
+        kept.before_step(optimizer)
         for weight, parameter in kept.in_optimizer(optimizer):
             weight.mask_gradient(parameter)
             weight.hook(parameter)
