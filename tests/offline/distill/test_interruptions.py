@@ -1,8 +1,11 @@
 """Runs that stop before their end: resumed, they write the bytes of an uninterrupted one; nothing broken is kept."""
 
+import os
 import random
 import re
 import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.distill.parameters import TrainedParameter
 from ria_vllm.offline.distill.run import Settings
 from ria_vllm.offline.distill.train import Training
+from ria_vllm.writer import CheckpointWriter
 
 
 @pytest.mark.parametrize(
@@ -91,41 +95,46 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(pruned, text,
     assert not units.parent.exists()
 
 
-def slowly(*arguments: object) -> None:
-    """The command; steps, and questions to the teacher that is cached, take at least 0.03 seconds."""
-    step, ask = Training._step, teacher.most_probable
+def dying(kind: str, count: int, later: float, *arguments: str) -> None:
+    """The command, which dies by SIGKILL, so many seconds after it has written `count` units whose keys match `kind`.
+
+    Steps, and questions to the teacher that is cached, take at least 0.03 seconds.
+    """
+    step, ask, write, left = Training._step, teacher.most_probable, CheckpointWriter.write, [count]
+
+    def counted(self, key, *contents):
+        write(self, key, *contents)
+        matches = re.fullmatch(kind, key) is not None
+        left[0] -= matches
+        if matches and left[0] == 0:
+            threading.Timer(later, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    CheckpointWriter.write = counted
     Training._step = lambda self, number: time.sleep(0.03) or step(self, number)
     teacher.most_probable = lambda *arguments: time.sleep(0.03) or ask(*arguments)
     preloaded.ria_vllm(*arguments)
 
 
-def killed_after(units: Path, kind: str, count: int, log: Path, *arguments: str) -> None:
-    """Start the command, wait until it has written `count` files of this kind, whether or not they are still there, and
-    `kill -9` it a moment later."""
-    before = {path.name for path in units.glob(kind)}
-    seen, later = set(before), random.uniform(0.0, 0.03)
-    with preloaded.started(log, slowly, *arguments) as (process,):
-        while process.is_alive() and len(seen - before) < count:
-            seen |= {path.name for path in units.glob(kind)}
-            time.sleep(0.002)
-        time.sleep(later)
-    print(f"killed {later} s after {max(seen)}")
+def killed_after(kind: str, count: int, log: Path, *arguments: str) -> None:
+    later = random.uniform(0.0, 0.1)
+    print(f"killed {later} s after {count} times {kind}")
+    with preloaded.started(log, dying, kind, count, later, *arguments) as (process,):
+        process.join(preloaded.TIMEOUT)
+        assert process.exitcode == -signal.SIGKILL, log.read_text()[-6000:]
 
 
 @pytest.mark.slow
 def test_killed_after_several_saves_integers_with_their_scales_go_on_to_the_same_bytes(pruned, text, tmp_path):
     """Of the steps after the last save, nothing is left. How often the state is saved makes no difference."""
     dense, folder = pruned(weights="int8")
-    log, out, units = tmp_path / "log", tmp_path / "killed", tmp_path / "killed.partial" / "units"
-    more = ["--tokens", "4096", "--evals", "2"]
-    preloaded.run(
-        log, preloaded.ria_vllm, *command(dense, folder, tmp_path / "whole", text, *more, "--save-every", "600")
-    )
-    again = command(dense, folder, out, text, *more, "--save-every", "0.05", "--resume")
+    log, out = tmp_path / "log", tmp_path / "killed"
+    more = ["--tokens", "4096", "--evals", "2", "--save-every"]
+    preloaded.run(log, preloaded.ria_vllm, *command(dense, folder, tmp_path / "whole", text, *more, "600"))
+    again = command(dense, folder, out, text, "--resume", *more)
     for _ in range(2):
-        killed_after(units, "state-*-000000.safetensors", 4, log, *again)  # the last one may not count yet
+        killed_after("state", 3, log, *again, "0.05")
         assert not out.exists()
-    said = preloaded.run(log, preloaded.ria_vllm, *again)
+    said = preloaded.run(log, preloaded.ria_vllm, *again, "600")
     first, second = (int(step) for step in re.findall(r"resuming after step (\d+) of 32", said))
     assert 3 <= first < first + 3 <= second < 32
     assert digests(tmp_path / "whole") == digests(out)
@@ -135,12 +144,12 @@ def test_killed_after_several_saves_integers_with_their_scales_go_on_to_the_same
 def test_killed_while_the_teachers_logits_are_cached_it_asks_only_for_the_others(pruned, text, tmp_path):
     dense, folder = pruned()
     log, out, units = tmp_path / "log", tmp_path / "killed", tmp_path / "killed.partial" / "units"
-    more = ["--cache-teacher", "--top-k", "8"]
+    more = ["--cache-teacher", "--top-k", "8", "--save-every", "600"]
     preloaded.run(log, preloaded.ria_vllm, *command(dense, folder, tmp_path / "whole", text, *more))
     again = command(dense, folder, out, text, *more, "--resume")
     kept: dict[str, int] = {}
     for count in (5, 20, 32):
-        killed_after(units, "teacher-*.safetensors", count - len(kept), log, *again)
+        killed_after(r"teacher-\d+", count - len(kept), log, *again)
         there = {path.name: path.stat().st_mtime_ns for path in units.glob("teacher-*.safetensors")}
         assert count <= len(there) and kept.items() <= there.items()
         assert count == 32 or (len(there) < 32 and not list(units.glob("state*")))
