@@ -6,10 +6,12 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
+from compressing import digests
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.commands import compress
+from ria_vllm.offline.distill.command import distill
 
 
 def run(model, out, text, *options: str) -> None:
@@ -30,6 +32,27 @@ def test_what_was_pruned_is_trained_and_only_the_result_stays(tiny, text, tmp_pa
         one, other = before.linear(name), after.linear(name)
         assert (one.parts["bitmask"] == other.parts["bitmask"]).all()
         assert not (one.parts["compressed"] == other.parts["compressed"]).all()
+
+
+@pytest.mark.parametrize(
+    ("both", "pruning", "training"),
+    [
+        ((), ("--rotate", "heads"), ()),
+        (("--calibration", "self", "--seed", "3"), ("--weights", "int4"), ()),
+        (("--compute-dtype", "float32", "--seq-len", "256"), ("--weights", "int8", "--activations", "int8"),
+         ("--eval-text",)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_it_writes_what_the_two_commands_write(both, pruning, training, make_model, text, tmp_path):
+    """With the same options, byte by byte, the recipe and the report included. The model reads 128 tokens."""
+    model, training = make_model(tmp_path / "in", "llama", dtype=torch.bfloat16), [*training, *[text] * len(training)]
+    run(model, tmp_path / "whole", text, *both, *pruning, *map(str, training), "--distill", "512")
+    run(model, tmp_path / "pruned", text, *both, *pruning)
+    folders = [tmp_path / "pruned", "--teacher", model, "-o", tmp_path / "out"]
+    options = ["--tokens", 512, "--seq-len", 32, "--calibration", text, *both, *training]
+    CliRunner().invoke(distill, [*map(str, folders + options)], catch_exceptions=False)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
 def test_interrupted_in_training_it_does_not_prune_again(tiny, text, tmp_path, monkeypatch):

@@ -134,24 +134,26 @@ def test_a_cached_teacher_is_freed_before_the_student_is_loaded(pruned, text, tm
 
 
 def test_it_comes_closer_to_the_teacher_on_other_text(pruned, text, tmp_path):
-    """Measured by another function than the one that the run measures with."""
+    """By the divergence that transformers' own logits of both folders give, which is what the curve says."""
     dense, folder = pruned(reconstruct="none")
     other, words = tmp_path / "other.txt", "Judge my vow: five dozen quartz sphinxes of black pack liquor jugs.".split()
     other.write_text(" ".join(random.Random(0).choices(words, k=400)))
     tokens = read_tokens(str(folder), other, 512).view(4, 128)
-    reference = load_model(str(dense), CPU)(input_ids=tokens).logits.log_softmax(-1)
 
+    @torch.no_grad()
     def distance(path: Path) -> float:
-        mine = load_model(str(path), CPU)(input_ids=tokens).logits.log_softmax(-1)
-        return float((reference.exp() * (reference - mine)).sum(-1).mean())
+        logs, mine = (load_model(str(one), CPU)(input_ids=tokens).logits.log_softmax(-1) for one in (dense, path))
+        return float((logs.exp() * (logs - mine)).sum(-1).mean())
 
-    more = {"tokens": 64 * 64, "eval_text": (str(text), str(other)), "eval_tokens": 256, "lr": 1e-3}
+    more = {"tokens": 64 * 64, "eval_text": (str(other), str(text)), "eval_tokens": 512, "lr": 1e-3}
     report = run(dense, folder, tmp_path / "out", text, **more)
-    assert distance(tmp_path / "out") < 0.7 * distance(folder)
-    curve = report["distill"][0]["curve"]
-    assert [point["step"] for point in curve] == [0, 8, 16, 24, 32]
+    curve = {point["step"]: point["held_out"] for point in report["distill"][0]["curve"]}
+    assert list(curve) == [0, 8, 16, 24, 32]
+    kept = report["recipe"]["distill"][0]["kept_step"]
+    assert curve[0][other.name]["kl"] == pytest.approx(distance(folder), rel=1e-4)
+    assert curve[kept][other.name]["kl"] == pytest.approx(distance(tmp_path / "out"), rel=1e-4)
     for name, most in ((text.name, 0.5), (other.name, 0.7)):
-        assert curve[-1]["held_out"][name]["kl"] < most * curve[0]["held_out"][name]["kl"]
+        assert curve[kept][name]["kl"] < most * curve[0][name]["kl"]
 
 
 def test_the_curve_says_what_eval_measures(pruned, text, tmp_path):
@@ -162,15 +164,29 @@ def test_the_curve_says_what_eval_measures(pruned, text, tmp_path):
     assert point["held_out"][text.name]["perplexity"] == pytest.approx(found.perplexity, rel=1e-5)
 
 
-def test_the_curve_holds_the_texts_own_loss(pruned, text, tmp_path):
-    """With a learning rate of 0: the mean over the tokens that have a next one, of what is trained on."""
+def test_the_curve_holds_each_term_of_the_loss(pruned, text, tmp_path):
+    """With a learning rate of 0, over all that is trained on: the divergence and the error of both layers' outputs, a
+    mean over tokens, and the text's own loss, over those that have a next one."""
     dense, folder = pruned()
-    report = run(dense, folder, tmp_path / "out", text, lr=0.0, evals=1, loss=Loss(kl=1.0, text=1.0))
+    more = {"evals": 1, "micro_batch": 1, "loss": Loss(kl=1.0, hidden=0.5, text=1.0)}
+    report = run(dense, folder, tmp_path / "out", text, lr=0.0, **more)
     recipe = Distillation(tokens=16 * 64, seq_len=64, text=str(text))
     windows = training_windows(recipe, load_tokenizer(str(folder))).long()
-    with torch.no_grad():
-        wanted = load_model(str(folder), CPU)(input_ids=windows, labels=windows).loss
-    assert report["distill"][0]["curve"][-1]["text"] == pytest.approx(float(wanted), rel=1e-4)
+    outputs, logs, layers = [], [], ([], [])
+    for path, found in zip((dense, folder), layers):
+        model = load_model(str(path), CPU)
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda _, args, output: found.append(output))
+        with torch.no_grad():
+            outputs.append(model(input_ids=windows, labels=windows))
+        logs.append(outputs[-1].logits.log_softmax(-1))
+    errors = [(a - b).square().sum(-1) / a.square().sum(-1) for a, b in zip(*layers)]
+    wanted = {"kl": (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean(), "hidden": torch.stack(errors).mean()}
+    last = report["distill"][0]["curve"][-1]
+    assert {term: last[term] for term in TERMS} == pytest.approx(
+        {term: float(value) for term, value in (wanted | {"text": outputs[1].loss}).items()}, rel=1e-4
+    )
+    assert len(errors) == 2
 
 
 @pytest.fixture

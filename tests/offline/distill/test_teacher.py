@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from compressing import weight_digests
 from decoders import small
 
+from ria_vllm.offline.distill.divergence import Top
 from ria_vllm.offline.distill.logits import TwoPart
+from ria_vllm.offline.distill.loss import Loss
+from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.offline.distill.teacher import CachedTeacher, Teacher, fill_cache
 from ria_vllm.progress import Monitor
 from ria_vllm.writer import CheckpointWriter
@@ -50,3 +55,25 @@ def test_layers_are_the_outputs_of_decoder_layers(model):
     assert torch.equal(model.model.model.norm(answer.layers[1]), states[2])
     assert torch.equal(answer.hidden, states[2].flatten(0, 1))
     assert Teacher(model).answer(windows(), []).layers == []
+
+
+def test_a_run_with_a_cache_is_one_without_it_but_for_logarithms_in_float16(pruned, text, tmp_path, monkeypatch):
+    """Of probabilities at the loss's temperature, of all windows in each pass."""
+    dense, folder = pruned()
+
+    def run(out: str, cached: bool) -> dict[str, str]:
+        recipe = Distillation(
+            tokens=512, seq_len=64, text=str(text), micro_batch=1, passes=2, lr=1e-3, cache_teacher=cached,
+            loss=Loss(top_k=K, temperature=2.0),
+        )  # fmt: skip
+        distill(folder, str(dense), tmp_path / out, recipe, Settings(), Monitor(shown=False))
+        return weight_digests(tmp_path / out)
+
+    cached, exact, of = run("cached", True), run("exact", False), Top.of
+
+    def rounded(logits: torch.Tensor, k: int, temperature: float) -> Top:
+        top = of(logits, k, temperature)
+        return Top(top.tokens, top.logs.to(torch.float16).float())
+
+    monkeypatch.setattr(Top, "of", rounded)
+    assert run("rounded", False) == cached != exact
