@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors_writer import Writer, needs_writer
 from compressing import edit_config, edit_weights, run_small
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +17,9 @@ from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import FORMAT
+
+SPARSITY = {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"], "ignore": []}
+BITMASKS = {"quant_method": "compressed-tensors", "sparsity_config": SPARSITY}
 
 
 def run(dense: Path, folder: Path, out: Path, text: Path) -> None:
@@ -31,9 +35,24 @@ def with_zeros(folder: Path, out: Path) -> Path:
 def with_bitmasks(folder: Path, out: Path) -> Path:
     """As compressed-tensors writes them: see its `sparse-24-bitmask`."""
     shutil.copytree(folder, out)
-    sparsity = {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"], "ignore": []}
-    edit_config(out, quantization_config={"quant_method": "compressed-tensors", "sparsity_config": sparsity})
+    edit_config(out, quantization_config=BITMASKS)
     save_file(load_file(out / "model.safetensors"), out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def stored_by_compressed_tensors(dense: Path, linears: list[str], out: Path) -> Path:
+    """As `with_bitmasks` writes a folder, but by compressed-tensors itself, from a dense folder with zeros."""
+    shutil.copytree(dense, out)
+    edit_config(out, quantization_config=BITMASKS)
+    writer = Writer()
+
+    def store(tensors: dict) -> dict:
+        for name in linears:
+            writer.add(name, "dense", None, tensors.pop(f"{name}.weight"), None, sparse=True)
+        stored = writer.run(out.with_name("stored"))
+        return tensors | {name: one for name, one in stored.items() if not name.endswith((".dense", ".exact"))}
+
+    edit_weights(out, store)
     return out
 
 
@@ -55,6 +74,33 @@ def test_the_result_is_that_of_our_own_folder_with_the_same_weights(form, pruned
     assert "pruned by another program." in card and "pruned by ria-vllm" not in card
     assert sorted(found.schema.sparsity_config.ignore) == sorted(ours.schema.sparsity_config.ignore)
     assert found.schema.sparsity_config.global_sparsity == ours.schema.sparsity_config.global_sparsity
+
+
+@needs_writer
+def test_masks_are_those_that_compressed_tensors_has_stored(make_model, text, tmp_path):
+    """Also where fewer than two of four weights are left: which zeros are kept, and trained, is up to the writer."""
+    dense, sparser = make_model(tmp_path / "in", "llama", dtype=torch.bfloat16), tmp_path / "sparser"
+    run_small(dense, tmp_path / "pruned", text, permute="none")
+    with_zeros(tmp_path / "pruned", sparser)
+    names = Reader(tmp_path / "pruned").sparse_names
+
+    def prune_more(tensors: dict) -> None:
+        for number, name in enumerate(names):
+            left = torch.rand(tensors[f"{name}.weight"].shape, generator=torch.Generator().manual_seed(number)) > 0.2
+            tensors[f"{name}.weight"] *= left
+
+    edit_weights(sparser, prune_more)
+    theirs = stored_by_compressed_tensors(sparser, names, tmp_path / "theirs")
+    run(dense, theirs, tmp_path / "out", text)
+    stored, weights = load_file(theirs / "model.safetensors"), load_file(sparser / "model.safetensors")
+    after = Reader(tmp_path / "out")
+    assert list(after.problems()) == [] and set(after.sparse_names) == set(names)
+    for name in names:
+        mask = (stored[f"{name}.bitmask"][..., None] >> torch.arange(8) & 1).flatten(1).bool()
+        trained, before = after.dense(name), weights[f"{name}.weight"]
+        assert bool((mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()) and not before[~mask].any()
+        assert torch.equal(after.linear(name).parts["bitmask"], stored[f"{name}.bitmask"])
+        assert not trained[~mask].any() and trained[mask & (before == 0)].count_nonzero() > 0
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 VERSION = "0.12.2"
-FOLDER = Path(__file__).parents[2] / ".work" / f"compressed-tensors-{VERSION}"
+FOLDER = Path(__file__).parents[1] / ".work" / f"compressed-tensors-{VERSION}"
 
 # In CI (which sets this variable everywhere) the comparison must not vanish: without the writer, its tests fail there.
 needs_writer = pytest.mark.skipif(
