@@ -13,6 +13,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
 from ria_vllm.offline.distill.checks import check_names, context_of, fitting
 from ria_vllm.offline.distill.outline import outline
+from ria_vllm.offline.distill.processes import check_launch
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill, stamps_of
 from ria_vllm.offline.distill.text import TrainingText, held_out_texts, training_windows
@@ -56,6 +57,7 @@ def compress_and_distill(
         raise RiaError(f"--distill: the teacher must be a Hugging Face folder or hub id, not {model}.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RiaError("--distill runs in one process. Compress first, then start `ria-vllm distill` with torchrun.")
+    check_launch()
     check_names(distillation.eval_text)
     if (out.exists() or out.is_symlink()) and not settings.overwrite:
         raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")

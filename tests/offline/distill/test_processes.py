@@ -8,12 +8,17 @@ import time
 import preloaded
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+from click.testing import CliRunner
 from compressing import digests, weight_digests
 from distilling import command, has_reached
 from torch.distributed.tensor import DTensor
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.commands import compress
+from ria_vllm.offline.distill.processes import joined
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.offline.distill.teacher import Teacher
@@ -47,7 +52,7 @@ def ask_in_parts(*arguments: object) -> None:
     [
         [],
         ["--cache-teacher", "--top-k", "8"],
-        ["--shard", "--calibration", "self"],
+        ["--shard", "--calibration", "self", "--loss", "kl=1,hidden=1"],
         ["--train", "scales", "--shard"],
         ["--shard", "--cache-teacher", "--top-k", "8", "--tokens", "2112"],  # 33 windows to ask about
     ],
@@ -94,3 +99,38 @@ def test_a_divided_run_that_was_killed_is_resumed(pruned, text, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*torchrun, "-m", "ria_vllm", *again], check=True, capture_output=True, env=environment)
     assert digests(tmp_path / "whole") == digests(out)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_gives_what_torchrun_gives(pruned, text, tmp_path):
+    """By its launcher for several GPUs, here without any."""
+    dense, folder = pruned()
+    by_torchrun, by_accelerate = (
+        command(dense, folder, tmp_path / name, text, "--tokens", "512") for name in ("one", "two")
+    )
+    preloaded.run(tmp_path / "log", preloaded.ria_vllm, *by_torchrun, ranks=2)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, "-m", "ria_vllm", *by_accelerate], check=True, capture_output=True, env=environment)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert Reader(tmp_path / "two").schema.recipe["distill"][0]["processes"] == 2
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_several_processes_that_accelerate_did_not_start_are_missed(processes, tiny, text, tmp_path, monkeypatch):
+    """On CPUs, without MPI, its launcher starts one process, whatever it is told."""
+    options = ["--cpu", "--num_processes", str(processes), "--num_machines", "1", "-m", "ria_vllm"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(options))
+    for name, value in prepare_simple_launcher_cmd_env(arguments)[1].items():
+        monkeypatch.setenv(name, value)
+    if processes == 1:
+        with joined(torch.device("cpu")) as (ranks, _):
+            assert ranks.size == 1
+        return
+    with pytest.raises(RiaError, match="has started one process.*`torchrun --nproc-per-node N -m ria_vllm distill"):
+        with joined(torch.device("cpu")):
+            pass
+    monkeypatch.setattr("ria_vllm.offline.compress.compress", lambda *_: 1 / 0)
+    both = [str(tiny("llama")), "-o", str(tmp_path / "out"), "--calibration", str(text), "--distill", "1024"]
+    with pytest.raises(RiaError, match="has started one process"):
+        CliRunner().invoke(compress, both, catch_exceptions=False)
