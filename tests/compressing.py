@@ -25,8 +25,8 @@ TOKENS = torch.arange(2, 60)[None]
 class WarningRecorder(Monitor):
     """Shows nothing, and keeps the warnings and what else is said."""
 
-    def __init__(self):
-        super().__init__(shown=False)
+    def __init__(self, **options: Any):
+        super().__init__(shown=False, **options)
         self.warnings: list[str] = []
         self.said: list[str] = []
 

@@ -26,8 +26,8 @@ def check_launch() -> None:
     if launched and not any(name in os.environ for name in SIZES):
         raise RiaError(
             "`accelerate launch` has started one process, though several were asked for (MASTER_ADDR is set): without "
-            "several GPUs, it leaves that to MPI (--mpirun_hostfile). Use `torchrun --nproc-per-node N -m ria_vllm distill ...`, or "
-            "give accelerate --num_processes 1."
+            "several GPUs, it leaves that to MPI (--mpirun_hostfile). Use `torchrun --nproc-per-node N -m ria_vllm "
+            "distill ...`, or give accelerate --num_processes 1."
         )
 
 

@@ -14,6 +14,7 @@ from compressing import WarningRecorder, edit_config, run_small, weight_digests
 from distilling import run, stop_at
 from safetensors.torch import load_file, save_file
 
+from ria_vllm import progress
 from ria_vllm.checkpoint import Reader, file_metadata
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
@@ -246,6 +247,33 @@ def test_a_resumed_run_counts_its_own_tokens_per_second(steps, pruned, text, tmp
     assert lines[0] == "resuming after step 5 of 8"
     rates = [128 / 0.6, 2 * 128 / 1.3, 3 * 128 / 2.1]
     assert [line.rpartition(", ")[2] for line in lines[1:]] == [f"{rate:.0f} tokens/s" for rate in rates]
+
+
+def test_the_eta_is_that_of_the_steps_that_are_left(pruned, text, tmp_path, monkeypatch):
+    """By a clock on which a step takes two minutes, read as each step begins; also of a run that was resumed."""
+    dense, folder = pruned()
+    now, monitors, step = [0.0], [], Training._step
+
+    def timed(self, number):
+        monitors[-1].tick()
+        now[0] += 120
+        return step(self, number)
+
+    monkeypatch.setattr(progress, "POLL", 3600.0)  # so that no thread prints a line, too
+
+    def lines(settings: Settings) -> list[str]:
+        monitors.append(WarningRecorder(clock=lambda: now[0]))
+        monitors[-1].shown = True
+        run(dense, folder, tmp_path / "out", text, settings, monitors[-1])
+        return [line for line in monitors[-1].said if "training" in line]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 5)
+        run(dense, folder, tmp_path / "out", text, Settings(save_every=0))
+    monkeypatch.setattr(Training, "_step", timed)
+    for settings, total in ((Settings(resume=True), 3), (Settings(overwrite=True), 8)):
+        times = [f"{2 * done}:00, ETA {2 * (total - done)}:00" for done in range(1, total)]
+        assert lines(settings) == [f"... training {done}/{total} ({time})" for done, time in enumerate(times, 1)]
 
 
 def test_it_stops_when_it_gets_no_better_and_keeps_the_best(pruned, text, tmp_path, monkeypatch):
