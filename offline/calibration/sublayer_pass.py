@@ -44,6 +44,7 @@ class SublayerPass:
         Where the dense model is followed, two stages have a drift, unless none is asked for. For the first one, ask
         before anything of the sublayer is pruned and before the dense stream is advanced. For the last one, if its
         linear adds to the stream, ask when everything else of the sublayer is pruned and the dense stream is advanced.
+        If there is only one stage, ask as for the first; its drift is that of the last one where its linear adds.
 
         Args:
             number: of the stage, counted from 0.
@@ -53,15 +54,14 @@ class SublayerPass:
             RiaError: NaN or infinite activations, or a linear that the layer does not use.
         """
         dense = self.streams.dense if with_drift else None
-        dense_before = dense if number == 0 else None
-        dense_after = dense if self.runner.sublayer.additive and number == len(self.stages) - 1 else None
+        first, adds = number == 0, self.runner.sublayer.additive and number == len(self.stages) - 1
         linears = [group.linears[0] for group in groups]
         sums = {
             name: StatisticsSum(self.runner.linear(name).in_features, with_gram, self.runner.device) for name in linears
         }
         alone = frozenset(group.linears[0] for group in groups if len(group.linears) == 1)
         for index in self._chunks(self.streams.pruned):
-            self._add_chunk(index, sums, alone, dense_before, dense_after)
+            self._add_chunk(index, sums, alone, dense, first, adds and dense is not None)
         return [sums.pop(name).finish(self.ranks, self.place(name), self.runner.dtype) for name in linears]
 
     def advance(self, stream: Activations) -> None:
@@ -103,8 +103,9 @@ class SublayerPass:
         index: int,
         sums: Mapping[str, StatisticsSum],
         alone: frozenset[str],
-        dense_before: Activations | None,
-        dense_after: Activations | None,
+        dense: Activations | None,
+        first: bool,
+        adds: bool,
     ) -> None:
         """Add one chunk to the sums. (A method of its own, so that nothing of a chunk outlives it.)
 
@@ -112,25 +113,28 @@ class SublayerPass:
             index: of the chunk.
             sums: by the first linear of each group.
             alone: the linears that are the only one of their group.
+            dense: the dense stream, before the sublayer if this is its first stage, else after it; None: no drift.
+            first: whether this is the first stage.
+            adds: whether the drift is that of the stream to which the only linear adds.
         """
-        after, inputs = self.runner.watch(
-            *self._read(self.streams.pruned, index), list(sums), to_the_end=dense_after is not None
-        )
+        after, inputs = self.runner.watch(*self._read(self.streams.pruned, index), list(sums), to_the_end=adds)
         self._check_used(sums, inputs)
-        dense: dict[str, torch.Tensor] = {}
-        if dense_before is not None:
-            _, dense = self.runner.watch(*self._read(dense_before, index), list(sums))
+        goal, of_dense = None, {}
+        if dense is not None and first:
+            goal, of_dense = self.runner.watch(*self._read(dense, index), list(sums), to_the_end=adds)
+        elif dense is not None and adds:
+            goal = dense[index].to(self.runner.device)
         with self.monitor.phase("statistics"):
             for name, total in sums.items():
                 X, linear = _tokens(inputs.pop(name)), self.runner.linear(name)
                 total.add(X)
+                if adds:
+                    total.add_output_drift(X, _tokens(goal) - _tokens(after))
                 # Where one linear alone reads a wide input, the drift of its output is the smaller one to keep.
-                if name in dense and name in alone and linear.out_features < linear.in_features:
-                    total.add_output_drift(X, (_tokens(dense.pop(name)) - X) @ linear.weight.float().T)
-                elif name in dense:
-                    total.add_input_drift(X, _tokens(dense.pop(name)))
-                if after is not None:
-                    total.add_output_drift(X, _tokens(dense_after[index].to(self.runner.device)) - _tokens(after))
+                elif name in of_dense and name in alone and linear.out_features < linear.in_features:
+                    total.add_output_drift(X, (_tokens(of_dense.pop(name)) - X) @ linear.weight.float().T)
+                elif name in of_dense:
+                    total.add_input_drift(X, _tokens(of_dense.pop(name)))
 
     def _check_used(self, linears: Mapping[str, StatisticsSum], inputs: Mapping[str, torch.Tensor]) -> None:
         for name in linears:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -112,6 +113,23 @@ def test_every_stage_sees_what_the_pruned_layers_before_it_produce(family, tiny,
         assert_drift(drift, linear.weight, X, missing, size, name)
         no_drift_yet = index == 0 and name.endswith(("q_proj", "qkv_proj"))
         assert no_drift_yet or missing.norm() > 0.01 * size, name
+
+
+def test_the_only_linear_of_a_sublayer_makes_up_for_the_whole_stream(make_model, text, tmp_path, monkeypatch):
+    """It is in the first stage and in the last one. The dense stream is still before the sublayer then."""
+    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, stream: mlp.down_proj(stream))
+    source = make_model(tmp_path / "in", "llama", intermediate_size=128)
+    found, tokens = statistics_of(source, text, tmp_path / "out", monkeypatch)
+    assert Reader(tmp_path / "out").schema.recipe["topology"][0]["sublayers"][1]["additive"]
+    dense = AutoModelForCausalLM.from_pretrained(source).double().eval().requires_grad_(False)
+    model = pruned_in_full(source, tmp_path / "out", tmp_path / "full")
+    (expected, streams), (_, goal) = (seen_by(one, tokens, found) for one in (model, dense))
+    for index in (0, 1):
+        name = f"model.layers.{index}.mlp.down_proj"
+        linear, X = dense.get_submodule(name), expected[name]
+        missing = goal[index, "after"] - streams[index, "between"] - linear(X)
+        assert_drift(found[name].drift, linear.weight, X, missing, linear(X).norm(), name)
+        assert missing.norm() > 0.01 * linear(X).norm()
 
 
 @pytest.mark.parametrize("family", ["gemma4-e2b", "gemma3n"])
