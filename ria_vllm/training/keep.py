@@ -7,8 +7,8 @@ Two things are done to each pruned weight, wherever its trainer keeps it by then
 - After each step of an optimizer the weight itself is zeroed outside the mask. Some optimizers move every weight
   whatever its gradient (Muon mixes rows and columns), and some state is older than the masks.
 
-Names, classes and the number of parameters stay as they are, so checkpoints of trainers are ordinary ones. They have the
-model's own names and shapes, not those of the dense model's files: trainers go back to a checkpoint by
+Names, classes and the number of parameters stay as they are, so checkpoints of trainers are ordinary ones. They have
+the model's own names and shapes, not those of the dense model's files: trainers go back to a checkpoint by
 `load_state_dict`, which converts nothing, unlike `from_pretrained`, and only warns about tensors that it does not find.
 One with the names of the files is refused.
 
@@ -49,9 +49,9 @@ def keep_sparse(model: nn.Module, like: str | Path | None = None) -> None:
     Copies of the model made by `copy.deepcopy` are kept sparse, too. Where torch.distributed is initialized, all ranks
     must call this; what one of them finds, all raise.
 
-    `save_pretrained` then writes the model's own names and shapes. `load_state_dict` raises RiaError for a checkpoint with
-    those of the dense model's files, and so does a forward pass or a step if a module was replaced by one that cannot be
-    kept sparse.
+    `save_pretrained` then writes the model's own names and shapes. `load_state_dict` raises RiaError for a checkpoint
+    with those of the dense model's files, and so does a forward pass or a step if a module was replaced by one that
+    cannot be kept sparse.
 
     Args:
         model: what `from_pretrained` made of a compressed folder, wrapped or sharded or not.

@@ -154,11 +154,15 @@ def test_experts_that_are_not_pruned_under_the_names_of_the_files(tmp_path):
     of_files = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
     state = {name: tensor for name, tensor in model.state_dict().items() if ".0.mlp.experts." not in name}
     state |= {name: tensor for name, tensor in of_files.items() if ".0.block_sparse_moe.experts." in name}
-    with pytest.raises(RiaError, match=r"layers\.0\.mlp\.experts\.\w+: not in the checkpoint, which has .*\.experts\.\d"):
+    expected = r"layers\.0\.mlp\.experts\.\w+: not in the checkpoint, which has .*\.experts\.\d"
+    with pytest.raises(RiaError, match=expected):
         model.load_state_dict(state, strict=False)
 
 
-@pytest.mark.parametrize("name", ["prompt_embeddings", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"])
+LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize("name", ["prompt_embeddings", LORA])
 def test_adapters_of_a_model_that_is_kept_sparse(name, written):
     """PEFT loads them by `load_state_dict` of all of the model, and then has no place for some of them."""
     folder, load = written("mixtral")
