@@ -31,8 +31,8 @@ class EngineOptions:
         shares_cache: others read what the model keeps in the KV cache: another engine or a store (KV connectors, KV
             offloading), or a draft with an `o_proj` of its own.
         weight_offload: the option by which vLLM keeps weights in the CPU's memory; None if it keeps none there.
-        drafted_layers: numbers of the decoder layers whose part of the cache a draft reads; None: no draft does, or it
-            is the model that is built.
+        drafted_layers: numbers of the decoder layers whose part of the cache a draft reads; None: no draft does, or the
+            draft itself is being built.
     """
 
     load_format: str | None = None
@@ -116,15 +116,19 @@ def _builds_draft(config: VllmConfig) -> bool:
 
 
 def _drafted_layers(config: VllmConfig) -> frozenset[int] | None:
-    """See `EngineOptions.drafted_layers`. vLLM's `Gemma4Proposer`, the only one with such a draft, takes the last layer
-    of each type that has keys and values of its own."""
+    """See `EngineOptions.drafted_layers`. Only vLLM's `Gemma4Proposer`, and the V2 runner's `Gemma4Speculator`, have
+    such a draft. It reads the last layer of each type that has keys and values of its own. One class counts the layers
+    by `layer_types`, the other by `num_hidden_layers`; where the results differ, the layers of both are included."""
     speculative = config.speculative_config
     draft = None if speculative is None else getattr(speculative.draft_model_config, "hf_config", None)
     if getattr(draft, "model_type", None) != CACHE_READER or _builds_draft(config):
         return None
     text = speculative.target_model_config.hf_config.get_text_config()
-    own = text.layer_types[: len(text.layer_types) - text.num_kv_shared_layers]
-    return frozenset({kind: number for number, kind in enumerate(own)}.values())
+    types = text.layer_types
+    shared = getattr(text, "num_kv_shared_layers", 0) or 0
+    counts = {len(types), getattr(text, "num_hidden_layers", len(types))}
+    last = ({kind: number for number, kind in enumerate(types[: count - shared])} for count in counts)
+    return frozenset(number for layers in last for number in layers.values())
 
 
 def _weight_offload(config: VllmConfig) -> str | None:

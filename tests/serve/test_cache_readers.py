@@ -3,6 +3,7 @@
 import copy as copies
 import json
 import re
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from test_first_load import Collecting
 from transformers import Gemma4TextConfig
 from vllm.config import get_current_vllm_config
 from vllm.v1.spec_decode.gemma4 import Gemma4Proposer
+from vllm.v1.worker.gpu.spec_decode.gemma4 import speculator
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import ROTATIONS_FILE
@@ -39,21 +41,34 @@ def speculative(target, model_type="gemma4_mtp"):
     )
 
 
-def chosen_by_vllm(current):
-    """The layers whose cache the draft's layers will read."""
+def chosen_by(setup, current):
+    """The layers whose cache the draft's layers will read. `setup`: `_setup_gemma4_kv_sharing` of a class."""
     layers = [torch.nn.Module() for _ in range(2)]
     for layer in layers:
         layer.self_attn = SimpleNamespace(attn=SimpleNamespace())
-    target = current.speculative_config.target_model_config
-    Gemma4Proposer._setup_gemma4_kv_sharing(
-        SimpleNamespace(
-            speculative_config=current.speculative_config, vllm_config=SimpleNamespace(model_config=target),
-            model=SimpleNamespace(model=SimpleNamespace(layers=layers)),
+    draft = SimpleNamespace(model=SimpleNamespace(layers=layers))
+    options = SimpleNamespace(
+        speculative_config=current.speculative_config, model=draft,
+        vllm_config=SimpleNamespace(
+            model_config=current.speculative_config.target_model_config,
+            compilation_config=SimpleNamespace(static_forward_context=defaultdict(SimpleNamespace)),
         ),
-        {"language_model.model.layers.0.self_attn.attn"},
     )  # fmt: skip
-    names = [layer.self_attn.attn.kv_sharing_target_layer_name for layer in layers]
-    return {int(re.search(r"layers\.(\d+)\.", name).group(1)) for name in names}
+    names = {"language_model.model.layers.0.self_attn.attn"}
+    if setup is Gemma4Proposer._setup_gemma4_kv_sharing:
+        setup(options, names)
+    else:
+        setup(options, draft, names)
+    chosen = [layer.self_attn.attn.kv_sharing_target_layer_name for layer in layers]
+    return {int(re.search(r"layers\.(\d+)\.", name).group(1)) for name in chosen}
+
+
+@pytest.fixture
+def setups(monkeypatch):
+    """How the drafts of vLLM's two runners find their layers."""
+    monkeypatch.setattr(speculator, "_copy_target_kv_scales", lambda *_: None)
+    classes = Gemma4Proposer, speculator.Gemma4Speculator
+    return [one._setup_gemma4_kv_sharing for one in classes]
 
 
 @pytest.mark.parametrize(
@@ -65,10 +80,35 @@ def chosen_by_vllm(current):
         ([FULL, SLIDING, FULL], 1),
     ],
 )
-def test_the_layers_that_vllms_draft_reads(types, shared, engine):
+def test_the_layers_that_vllms_drafts_read(types, shared, engine, setups):
     current = get_current_vllm_config()
     current.speculative_config = speculative(text(types, shared))
-    assert EngineOptions.current().drafted_layers == chosen_by_vllm(current)
+    for setup in setups:
+        assert EngineOptions.current().drafted_layers == chosen_by(setup, current)
+
+
+def plain(types, **more):
+    """A text decoder with these attributes alone."""
+    own = SimpleNamespace(layer_types=types, get_text_config=lambda: own, **more)
+    return own
+
+
+@pytest.mark.parametrize("layers", [3, 4, 6])
+def test_the_layers_where_vllms_runners_count_differently(layers, engine, setups):
+    current = get_current_vllm_config()
+    target = plain([SLIDING, FULL, SLIDING, FULL, FULL], num_hidden_layers=layers, num_kv_shared_layers=1)
+    current.speculative_config = speculative(target)
+    by_types, by_number = (chosen_by(setup, current) for setup in setups)
+    assert by_types != by_number and EngineOptions.current().drafted_layers == by_types | by_number
+
+
+def test_targets_that_do_not_say_how_many_layers_share_keys(engine, setups):
+    current = get_current_vllm_config()
+    current.speculative_config = speculative(plain([SLIDING, FULL, FULL]))
+    for setup in setups:
+        assert EngineOptions.current().drafted_layers == chosen_by(setup, current) == {0, 2}
+    current.speculative_config = speculative(plain([SLIDING, FULL, FULL], num_kv_shared_layers=None))
+    assert EngineOptions.current().drafted_layers == {0, 2}
 
 
 def test_drafts_with_keys_and_values_of_their_own(engine):
