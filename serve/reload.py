@@ -120,11 +120,15 @@ def _described_in(config: RiaConfig, model_config: ModelConfig) -> str:
 
 def _check_undescribed(config: RiaConfig, model: str, revision: str | None) -> None:
     """Check that the weights of a folder or repository without a config.json are those of this server's start, if it
-    has any. Others may have the same names and shapes."""
+    has any. Others may have the same names and shapes, in other channel orders.
+
+    compressed-tensors reorders no channels and writes no digests. So a server of its weights takes all that have the
+    same names, unless ria-vllm wrote them.
+    """
     headers = _headers(model, revision)
     if headers.names is None:
         return  # the weights come from elsewhere, by their names
-    known = config.schema.weights_digest is not None
+    known = config.compressed_tensors is not None or config.schema.weights_digest is not None
     for _, metadata in headers.metadata():
         known = known and all(metadata.get(key) == getattr(config.schema, name) for name, key in DIGESTS.items())
     if not known:
@@ -132,8 +136,15 @@ def _check_undescribed(config: RiaConfig, model: str, revision: str | None) -> N
             f"{model}: it has weights, but no config.json that says how they are stored, and they are not known to be "
             "those that this server was started with. Get config.json of the same run, too."
         )
-    _check_pruned(config, headers.names, model)
-    _check_dense(config, headers.names, model)
+    _check_names(config, headers.names, model)
+
+
+def _check_names(config: RiaConfig, names: list[str], model: str) -> None:
+    """Check that files with these tensors store the same linears pruned, and the same dense tensors, as `config`."""
+    if config.translation is not None:
+        names = config.translation.names(names)
+    _check_pruned(config, names, model)
+    _check_dense(config, names, model)
 
 
 def check_adapters(schema: RiaSchema, present: RiaSchema, model: str) -> None:
@@ -203,10 +214,8 @@ def _check_compressed_tensors(
             model, f"its quantization_config differs from the one that this server was started with: {difference}"
         )
     names = _headers(model, revision).names
-    if names is not None and config.translation is not None:
-        names = config.translation.names(names)
-        _check_pruned(config, names, model)
-        _check_dense(config, names, model)
+    if names is not None:
+        _check_names(config, names, model)
 
 
 def _quantization_of(content: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 from ria_vllm.checkpoint import SINGLE_FILE
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import PERMUTATIONS_FILE
+from ria_vllm.schema import DIGESTS, PERMUTATIONS_FILE
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.reload import check_adapters, check_first_load, check_reload
 
@@ -256,7 +256,7 @@ def test_a_reload_of_weights_from_no_folder(checkpoint, tmp_path):
     reload_from(config, tmp_path / "gone")
 
 
-def test_a_reload_of_weights_that_no_config_describes(checkpoint, theirs, copy, tmp_path):
+def test_a_reload_of_weights_that_no_config_describes(checkpoint, copy):
     """vLLM reads no config.json when it reloads. Only digests show that weights are those of the start."""
     config = config_of(checkpoint)
     (copy / "config.json").unlink()
@@ -264,11 +264,28 @@ def test_a_reload_of_weights_that_no_config_describes(checkpoint, theirs, copy, 
     torch.manual_seed(9)
     tiny.write(tiny.FAMILIES["llama-gqa"], copy, seed=1)
     (copy / "config.json").unlink()
-    other = shutil.copytree(theirs, tmp_path / "theirs")
-    (other / "config.json").unlink()
-    for started, folder in ((config, copy), (config_of(theirs), other)):
-        with pytest.raises(RiaError, match=f"{folder}: it has weights, but no config.json"):
-            reload_from(started, folder)
+    with pytest.raises(RiaError, match=f"{copy}: it has weights, but no config.json"):
+        reload_from(config, copy)
+
+
+def test_a_reload_of_other_peoples_weights_that_no_config_describes(theirs, tmp_path):
+    """A trainer may write only tensors. Channels have their usual order in them, unless ria-vllm wrote them."""
+    config = config_of(theirs)
+    shutil.copyfile(theirs / SINGLE_FILE, tmp_path / SINGLE_FILE)
+    reload_from(config, tmp_path)
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    for key in DIGESTS.values():
+        save_file(tensors, tmp_path / SINGLE_FILE, metadata={"format": "pt", key: "0" * 64})
+        with pytest.raises(RiaError, match=f"{tmp_path}: it has weights, but no config.json"):
+            reload_from(config, tmp_path)
+    pruned = {name: tensor for name, tensor in tensors.items() if "1.mlp.down_proj" not in name}
+    save_file(pruned | {"model.layers.1.mlp.down_proj.weight": torch.ones(1)}, tmp_path / SINGLE_FILE)
+    with pytest.raises(RiaError, match=r"model\.layers\.1\.mlp\.down_proj is pruned in the folder or on this server"):
+        reload_from(config, tmp_path)
+    norm = "model.norm.weight"
+    save_file({name: tensor for name, tensor in tensors.items() if name != norm}, tmp_path / SINGLE_FILE)
+    with pytest.raises(RiaError, match=f"{norm} is in the folder or on this server, but not on both"):
+        reload_from(config, tmp_path)
 
 
 def test_a_server_whose_config_is_in_another_folder(checkpoint, copy, tmp_path):
