@@ -27,6 +27,7 @@ from ria_vllm.serve.checkpoint_files import rotations_of
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.engine import ADAPTERS_VARIABLE, EngineOptions
 from ria_vllm.serve.linear import Sparse24LinearMethod
+from ria_vllm.serve.model_paths import place_of
 
 logger = init_logger("vllm.ria")
 
@@ -225,6 +226,7 @@ def _by_adapter_name(
             if getattr(model, "is_pooling_model", False):  # these take names of a decoder without a head, too
                 found[name.removeprefix("model.")] = found[name]
         left -= set(method.names)
+    left = {name for name in left if place_of(model, f"{name}.weight") is not None}  # not of other pipeline stages
     if left and config.stored is None:  # otherwise their layers are in another process
         raise RiaError(
             f"{config.where}: {min(left)}: no weight file here tells which of vLLM's layers serves it, so it is not "

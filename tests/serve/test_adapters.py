@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import HEAD_DIM, HEADS
 from transformers import AutoModelForCausalLM
 from vllm.config import LoRAConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from ria_vllm.checkpoint import SINGLE_FILE, Reader
 from ria_vllm.errors import RiaError
@@ -290,6 +291,17 @@ def test_dummies_of_layers_that_no_file_names(engine_with_adapters, copy):
     assert not hasattr(model, "ria_turns")
     with pytest.raises(RiaError, match=r"decoder\.layers\.0\.self_attn\.o_proj: no weight file .*started with dummy"):
         check_reload(config, None, from_files=False, lora=True)
+
+
+def test_dummies_of_one_pipeline_stage(engine_with_adapters, copy):
+    add_rotations(copy, {O_PROJ.replace("0", str(layer)): random_rotations(2) for layer in range(2)})
+    (copy / SINGLE_FILE).unlink()
+    get_current_vllm_config().load_config.load_format = "dummy"
+    config, model = built(copy, PACKED)
+    model.model.layers.add_module("1", PPMissingLayer())
+    turn_adapters(config, model, None)
+    assert {name for name, turns in model.ria_turns.items() if turns} == {O_PROJ, O_PROJ.replace("o_proj", "v_proj")}
+    check_reload(config, None, from_files=False, lora=True)
 
 
 def test_a_user_who_says_something_else(engine_with_adapters, copy, monkeypatch):
