@@ -121,9 +121,10 @@ def takers(config: RiaConfig, model: torch.nn.Module) -> dict[str, Taker | None]
     }
     for name, experts in config.experts.items():
         layer = layers.get(name)
+        # Asked once, not per linear: vLLM's map may be on the GPU, and each look-up would wait for it.
+        local = set() if layer is None else set(layer.expert_map_manager.get_local_expert_ids())
         for linear, kind, expert in experts.linears():
-            here = layer is not None and layer._map_global_expert_id_to_local_expert_id(expert) >= 0
-            found[linear] = _taker_of_linear(layer, kind, expert) if here else None
+            found[linear] = _taker_of_linear(layer, kind, expert) if expert in local else None
         for bias, stacked in experts.biases.items():
             found[bias] = None if layer is None else _taker_of_biases(layer, bias, stacked)
     return found
