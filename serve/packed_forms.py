@@ -150,8 +150,8 @@ class Translation:
 
         Args:
             whole: these are all weights. Otherwise others may follow in another call.
-            elsewhere: linears that this process does not serve. Their packed tensors are left out, because some may
-                never come (`--enable-ep-weight-filter`).
+            elsewhere: linears that this process does not serve; other names in it have no effect. Their packed tensors
+                are left out, because some may never come (`--enable-ep-weight-filter`).
 
         Raises:
             RiaError: a damaged tensor, columns in another order, zero points, or a tensor that never came.
