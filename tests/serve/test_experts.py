@@ -11,9 +11,12 @@ import pytest
 import torch
 from mixture_layers import EXPERTS, Model, StoredMixture, attached, play_rank, route, run, served
 from mixture_paths import DecompressingKernel, close
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.model_loader.ep_weight_filter import compute_local_expert_ids
 
 from ria_vllm.formats import FORMATS, WRITTEN
+from ria_vllm.serve.experts_matching import takers
 from ria_vllm.serve.kernels import experts_registry
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 
@@ -165,6 +168,31 @@ def test_expert_parallel(experts_path, monkeypatch, size, placement):
         assert model.experts.local_num_experts == EXPERTS // size
         total = total + run(model, x, weights, ids)
     close(total, stored.expected(x, weights, ids, mixture_layers.swigluoai))
+
+
+class ReadNumbers(TorchDispatchMode):
+    """Counts how often a single number of a tensor is read, for which a GPU would have to finish its work."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_takers_of_expert_parallel(monkeypatch, rank):
+    current = VllmConfig()
+    current.parallel_config.enable_expert_parallel = True
+    play_rank(monkeypatch, rank, 2)
+    with set_current_vllm_config(current):
+        config = StoredMixture().config()
+        model = attached(config, Model(config, tp_size=2))
+    with ReadNumbers() as read:
+        found = takers(config, model)
+    here = {int(name.split(".")[-2]) for name, taker in found.items() if taker is not None}
+    assert here == compute_local_expert_ids(EXPERTS, 2, rank)
+    assert read.count <= 1 and len(found) == 3 * EXPERTS
 
 
 def test_router_weights_on_the_input(experts_path, monkeypatch):
