@@ -64,18 +64,22 @@ def keep_float32(model: Any, dtype: torch.dtype, folder: Path) -> None:
     """
     if dtype == torch.float32:
         return
+    # A version that does not have these attributes may keep tensors in float32 and say so elsewhere.
+    asked = [getattr(model, name, "unknown") for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")]
+    if not any(asked):
+        return
     try:
         from transformers.core_model_loading import build_glob_alternation
 
         plan = model._get_dtype_plan(dtype)
-    except (ImportError, AttributeError) as error:
+        if not plan:
+            return
+        kept, _, globs = build_glob_alternation(list(plan))
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise RiaError(
             f"{folder}: this version of transformers does not say which tensors of a {type(model).__name__} stay in "
             "float32. Give --compute-dtype float32, or install another version."
         ) from error
-    if not plan:
-        return
-    kept, _, globs = build_glob_alternation(list(plan))
     for name, tensor in model.state_dict(keep_vars=True).items():
         found = kept.search(name)
         if found is not None and tensor.is_floating_point():

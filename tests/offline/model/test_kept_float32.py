@@ -1,16 +1,19 @@
 """What transformers keeps in float32 in narrower models, such as the biases by which routers choose experts."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from compressing import check_complete, digests, edit_weights, edited, interrupted_after_a_layer, run_small
 from moe import save_moe
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, core_model_loading
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.compress import Settings
+from ria_vllm.offline.model.dtypes import keep_float32
 from ria_vllm.offline.model.streaming import StreamedModel
 
 CPU = torch.device("cpu")
@@ -90,12 +93,34 @@ def test_what_is_written_has_the_dtypes_of_the_files(deepseek, text, tmp_path):
     assert digests(tmp_path / "again") == digests(tmp_path / "out")
 
 
-def test_a_transformers_that_does_not_say_what_it_keeps(deepseek, monkeypatch):
+def lacks_the_plan(monkeypatch):
     monkeypatch.delattr(PreTrainedModel, "_get_dtype_plan")
+
+
+def takes_more_arguments(monkeypatch):
+    monkeypatch.setattr(core_model_loading, "build_glob_alternation", lambda globs, more: None)
+
+
+def returns_a_pair(monkeypatch):
+    monkeypatch.setattr(core_model_loading, "build_glob_alternation", lambda globs: (re.compile(""), {}))
+
+
+@pytest.mark.parametrize("other_version", [lacks_the_plan, takes_more_arguments, returns_a_pair])
+def test_a_transformers_that_does_not_say_what_it_keeps(deepseek, tiny, other_version, monkeypatch):
+    """A model that asks for nothing in float32 does not need it to."""
+    other_version(monkeypatch)
     config = AutoConfig.from_pretrained(deepseek)
     with pytest.raises(RiaError, match="does not say which tensors .* float32. Give --compute-dtype float32"):
         StreamedModel(deepseek, config, CPU, BF16)
     StreamedModel(deepseek, config, CPU, FP32)
+    StreamedModel(tiny("llama"), AutoConfig.from_pretrained(tiny("llama")), CPU, BF16)
+
+
+def test_models_that_say_it_in_other_words_are_refused(tiny):
+    """Whether such a model keeps anything is unknown."""
+    model = SimpleNamespace(_keep_in_fp32_modules=None)
+    with pytest.raises(RiaError, match="does not say which tensors"):
+        keep_float32(model, BF16, tiny("llama"))
 
 
 def test_a_model_that_may_run_in_float32_only(deepseek, text, tmp_path):
