@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from ria_vllm import sparse24
-from ria_vllm.checkpoint import SparseLinear, checked_linear, read_json, weight_files
+from ria_vllm.checkpoint import SparseLinear, checked_linear, read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FLOAT
 from ria_vllm.model_card import ANOTHER_PROGRAM
 from ria_vllm.offline.distill.outline import outline
 from ria_vllm.offline.distill.start import Tensors
 from ria_vllm.offline.model.architecture import find_decoder
+from ria_vllm.offline.model.hf import dense_weight_files
 from ria_vllm.offline.model.names import Names
 from ria_vllm.offline.model.topology import linears_of
 from ria_vllm.offline.publish import published
@@ -39,7 +40,7 @@ class ForeignStart:
     def __init__(self, folder: Path):
         self.folder = folder
         self.config: dict[str, Any] = read_json(folder / "config.json")
-        self.files = weight_files(folder)
+        self.files = dense_weight_files(folder)
         self._open = OpenFiles()
         quantization = self.config.pop("quantization_config", None)
         if quantization is not None:

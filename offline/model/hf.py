@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ria_vllm.checkpoint import Reader, is_compressed, read_json, weight_files
+from ria_vllm.checkpoint import INDEX_FILE, Reader, is_compressed, read_json, unindexed_files, weight_files
 from ria_vllm.companions import LEGAL_PATTERNS, SUFFIXES
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_inputs import round_inputs
@@ -26,6 +26,7 @@ HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FI
 HUB_COPIES = ["original/*", "consolidated*.safetensors"]
 # No file may run code: neither a model's own nor what is in pickled weights.
 FROM_FILES = {"trust_remote_code": False, "use_safetensors": True}
+NO_SAFETENSORS = re.compile("no(t appear to have a)? file named model.safetensors")
 
 
 def read_config(folder: str) -> Any:
@@ -276,13 +277,29 @@ def dense_state(reader: Reader) -> dict[str, torch.Tensor]:
     return {name: make() for name, make in reader.dense_tensors().items()}
 
 
+def dense_weight_files(folder: Path) -> dict[str, Path]:
+    """`weight_files` of a dense model's folder.
+
+    Raises:
+        RiaError: see there; or all weights are pickled.
+    """
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickled and not (folder / INDEX_FILE).is_file() and not unindexed_files(folder):
+        raise RiaError(
+            f"{folder}: only {pickled[0]} here. Pickled weights are not opened, because they can run code; save the "
+            "model as safetensors first (model.save_pretrained)."
+        )
+    return weight_files(folder)
+
+
 @contextmanager
 def _loading(folder: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, SafetensorError) and Path(folder).is_dir():
-            weight_files(Path(folder))  # names the broken file
+        told = isinstance(error, SafetensorError) or NO_SAFETENSORS.search(str(error))
+        if told and Path(folder).is_dir():
+            dense_weight_files(Path(folder))  # names what is broken or missing
         reason = reason_of(error)
         raise RiaError(f"{folder}: transformers cannot load it: {reason}") from error
 
@@ -308,10 +325,10 @@ def reason_of(error: Exception) -> str:
     nothing here does."""
     if "trust_remote_code" in str(error):
         return "it needs its own Python code, which is not run here"
-    if re.search("no(t appear to have a)? file named model.safetensors", str(error)):
+    if NO_SAFETENSORS.search(str(error)):
         return (
-            "it has no safetensors, and pickled weights are not opened, because they can run code. Save the model as "
-            "safetensors first (model.save_pretrained)."
+            "it has no safetensors. If its weights are pickled, save the model as safetensors first "
+            "(model.save_pretrained): pickled weights are not opened, because they can run code."
         )
     return str(error)
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, is_compressed, read_json, weight_files
+from ria_vllm.checkpoint import INDEX_FILE, is_compressed, read_json, unindexed_files
 from ria_vllm.companions import is_companion, leads_out, left_where_it_is, nested_companions
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.architecture import model_class
 from ria_vllm.offline.model.dequantize import scheme_of
 from ria_vllm.offline.model.gguf_file import convert_gguf
-from ria_vllm.offline.model.hf import commit_of, from_hub, reason_of, without_quantization
+from ria_vllm.offline.model.hf import commit_of, dense_weight_files, from_hub, reason_of, without_quantization
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 from ria_vllm.writer import disk_errors
@@ -106,16 +106,11 @@ def _checked(name: str, folder: Path) -> Source:
         raise RiaError(f"{name}: already compressed by ria-vllm. Give the original model.")
     digest = sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
     scheme_of(raw.pop("quantization_config", None), name)
-    if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX_FILE).is_file():
-        found = [path.name for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.gguf"))]
-        if found and found[0].endswith(".gguf"):
+    if not unindexed_files(folder) and not (folder / INDEX_FILE).is_file():
+        found = sorted(path.name for path in folder.glob("*.gguf"))
+        if found and not any(folder.glob("pytorch_model*.bin")):
             raise RiaError(f"{name}: no safetensors here. To compress {found[0]}, give the file itself.")
-        if found:
-            raise RiaError(
-                f"{name}: only {found[0]} here. Pickled weights are not opened, because they can run code; save the "
-                "model as safetensors first (model.save_pretrained)."
-            )
-    files = sorted(set(weight_files(folder).values()))
+    files = sorted(set(dense_weight_files(folder).values()))
     if raw.get("auto_map") and raw.get("model_type") not in _known_types():
         raise RiaError(f"{name}: needs its own Python code (auto_map in config.json), which is not run here.")
     try:

@@ -361,6 +361,16 @@ def test_a_teacher_with_other_tokens_is_refused(source, pruned, text, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_teacher_with_pickled_weights_is_refused_before_the_text_is_read(pruned, text, tmp_path, monkeypatch):
+    dense, folder = pruned()
+    teacher = Path(shutil.copytree(dense, tmp_path / "teacher"))
+    (teacher / "model.safetensors").rename(teacher / "pytorch_model.bin")
+    monkeypatch.setattr(data, "from_text", lambda *_: pytest.fail("read"))
+    with pytest.raises(RiaError, match=rf"{teacher}: only pytorch_model.bin here. Pickled weights are not opened"):
+        run(teacher, folder, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
 def test_held_out_texts_with_one_name_are_refused(pruned, text, tmp_path):
     dense, folder = pruned()
     other = tmp_path / "other" / text.name

@@ -1,5 +1,6 @@
 """What we need from transformers: models in the right dtype, and errors in our own words."""
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,5 +177,30 @@ def test_pickled_weights_are_not_opened(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: 1 / 0)
     assert load_model(str(folder), CPU) is not None
     (folder / "model.safetensors").unlink()
-    with pytest.raises(RiaError, match=r"no safetensors, and pickled weights are not opened.*save_pretrained"):
+    with pytest.raises(RiaError, match=r"only pytorch_model.bin here. Pickled weights are not opened.*save_pretrained"):
         load_model(str(folder), CPU)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ((), r"no weights here \(neither model.safetensors nor model.safetensors.index.json\)\.$"),
+        (("training_args.bin",), r"no weights here .*\)\.$"),
+        (("model-00001-of-00002.safetensors",), "There is model-00001-of-00002.safetensors: if it is a shard"),
+        (("model-00001-of-00002.safetensors", "pytorch_model.bin"), "There is model-00001-of-00002.safetensors"),
+    ],
+)
+def test_a_folder_without_weights_is_not_told_about_pickled_ones(files, message, tiny, tmp_path):
+    folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    for name in files:
+        shutil.copy(folder / "model.safetensors", folder / name)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(RiaError, match=message) as raised:
+        load_model(str(folder), CPU)
+    assert str(raised.value).startswith(f"{folder}: ") and "ickled" not in str(raised.value)
+
+
+def test_a_repository_without_safetensors_may_have_pickled_weights():
+    """What transformers says of one on the hub."""
+    error = OSError("org/model does not appear to have a file named model.safetensors or model.safetensors.index.json")
+    assert re.match("it has no safetensors. If its weights are pickled, save the model", first_line(error))
