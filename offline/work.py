@@ -18,13 +18,14 @@ from ria_vllm.offline.units import layer_key
 from ria_vllm.writer import CheckpointWriter, disk_errors
 
 FINGERPRINT_FILE = "run.json"
+CONFIG = "config.json"
 
 
 def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
     """Everything that the bytes of the result depend on, as read back from JSON."""
     text = Path(recipe.calibration)
     stamps = {
-        "config.json": {"sha256": source.config_digest},
+        CONFIG: {"sha256": source.config_digest},
         "model": source.stamp,
         "calibration text": stamp_of(text) if text.is_file() else None,
     }
@@ -89,7 +90,7 @@ def work_folder(
     work = _work(out)
     if ranks.first:
         begun = begun_run(out) if resume else {}
-        _check_same_run(work, begun, run)
+        check_same_run(work, begun, run)
         writer = CheckpointWriter(out, overwrite, resume=bool(begun))
         with disk_errors(work):
             temporary = work / f"{FINGERPRINT_FILE}.tmp"
@@ -118,10 +119,20 @@ def _work(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def _check_same_run(work: Path, begun: dict[str, Any], run: dict[str, Any]) -> None:
+def check_same_run(work: Path, begun: dict[str, Any], run: dict[str, Any]) -> None:
+    """Check that the fingerprint of an interrupted run, empty if there is none, is that of this run.
+
+    Raises:
+        RiaError: it is not; `work`, the folder where it was found, is named.
+    """
     differing = [key for key in run | begun if begun and begun.get(key) != run.get(key)]
     if differing[:1] == ["versions"]:
         raise RiaError(f"--resume: {work} is from a run with {_other_versions(begun['versions'], run['versions'])}")
+    if CONFIG in differing and CONFIG not in begun:  # every compression has it now, whatever its options
+        raise RiaError(
+            f"--resume: an earlier version began {work} and did not record which {CONFIG} it read, so it is "
+            "unknown whether that has changed since. Leave out --resume to start again."
+        )
     if differing:
         what, before = differing[0].replace("_", "-"), begun.get(differing[0])
         if differing[0] not in begun:

@@ -21,7 +21,7 @@ from ria_vllm.offline.model.hf import load_tokenizer, text_tokenizer
 from ria_vllm.offline.model.source import opened
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.work import fingerprint
+from ria_vllm.offline.work import check_same_run, fingerprint
 from ria_vllm.progress import Monitor
 from ria_vllm.writer import check_place, disk_errors
 
@@ -127,14 +127,8 @@ def _check_ours(place: Path) -> None:
 
 def _begin(place: Path, run: dict[str, Any], resume: bool) -> None:
     """Make the folder, or check that what is there is from the same command."""
-    if (place / RUN_FILE).exists() and resume:
-        found = read_json(place / RUN_FILE)
-        differing = next((key for key in run | found if found.get(key) != run.get(key)), None)
-        if differing is not None:
-            raise RiaError(
-                f"--resume: {place} is from a run with another {differing.replace('_', '-')}. Give the same one, or "
-                "leave out --resume."
-            )
+    if begun := read_json(place / RUN_FILE) if (place / RUN_FILE).exists() and resume else {}:
+        check_same_run(place, begun, run)
         return
     with disk_errors(place):
         _delete_models(place)

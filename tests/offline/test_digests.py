@@ -96,7 +96,8 @@ def test_files_may_be_divided_in_any_way(tmp_path):
 
 
 def test_an_interrupted_run_is_recognised_without_them(model, text, tmp_path):
-    """As an earlier version has begun it. Its text had no digest when it was read, and gets none."""
+    """The fingerprint has no digests. One that was not kept with the text when it was read is not made up for later:
+    the file may be another by then."""
     with interrupted_after_a_layer():
         run_small(model, tmp_path / "out", text)
     begun = json.loads((tmp_path / "out.partial" / "run.json").read_text())

@@ -182,6 +182,19 @@ def test_resume_refuses_another_configuration(changes, make_model, text, tmp_pat
     run(model, tmp_path / "out", text, Settings(resume=True))
 
 
+def test_resume_says_that_an_earlier_version_began_the_run(tiny, text, tmp_path):
+    """Such a run does not say which config.json it read."""
+    with interrupted_after_a_layer():
+        run(tiny("llama"), tmp_path / "out", text)
+    path = tmp_path / "out.partial" / "run.json"
+    begun = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in begun.items() if key not in ("config.json", "cut")}))
+    with pytest.raises(RiaError, match="an earlier version began .*out.partial and .* Leave out --resume to start"):
+        run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
+    path.write_text(json.dumps(begun))
+    run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
+
+
 def test_a_gguf_file_is_resumed_and_has_the_same_configuration_each_time(tiny, text, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", tiny("llama"))
     run(path, tmp_path / "whole", text)

@@ -1,5 +1,6 @@
 """compress --distill."""
 
+import json
 import os
 import shutil
 
@@ -91,8 +92,12 @@ def test_what_was_pruned_from_something_else_is_not_resumed(changed, tiny, text,
     more = ["--compute-dtype", "float32"] if changed == "compute_dtype" else []
     if not more:
         os.utime(model / "model.safetensors" if changed == "weights" else words, (1, 1))
-    with pytest.raises(RiaError, match=r"out\.pruned is from a run with another"):
+    with pytest.raises(RiaError, match=r"out\.pruned is from a run with(out compute-dtype| another)"):
         run(model, out, words, "--distill", "512", "--resume", *more)
+    path = tmp_path / "out.pruned" / "ria_vllm_run.json"
+    path.write_text(json.dumps({key: one for key, one in json.loads(path.read_text()).items() if key != "config.json"}))
+    with pytest.raises(RiaError, match=r"an earlier version began .*out\.pruned and .* Leave out --resume"):
+        run(model, out, words, "--distill", "512", "--resume")
 
 
 def test_it_trains_in_the_dtype_that_is_asked_for(make_model, text, tmp_path):
