@@ -169,6 +169,7 @@ class _Run:
         elif self.ranks.first:
             with self.monitor.phase("calibration text"):
                 tokens = calibration_tokens(self.source, self.model, self.recipe, self.monitor)
+            with self.monitor.phase("digests of files"):
                 found = self._digests()
             self.writer.write(CALIBRATION_KEY, {"tokens": tokens}, found)
         return self.ranks.broadcast(tokens)

@@ -170,7 +170,8 @@ class _Run:
         # First, so that an error in them shows at once.
         copies = companion_files(self.start.folder, monitor.warn)
         texts, text = self._held_out(), self._text()
-        of_files = self.ranks.broadcast(self._digests() if self.ranks.first else None)
+        with monitor.phase("digests of files"):
+            of_files = self.ranks.broadcast(self._digests() if self.ranks.first else None)
         with monitor.phase("loading the teacher"):
             dense = self._loaded(str(self.teacher.folder))
             dense.model.requires_grad_(False)
@@ -231,6 +232,7 @@ class _Run:
     def _draw(self) -> TrainingText:
         with self.monitor.phase("reading the text"):
             windows = training_windows(self.recipe, text_tokenizer(self.start.folder), self.start.schema.recipe)
+        with self.monitor.phase("digests of files"):
             return TrainingText(windows, digests.of_text(self.recipe.text))
 
     def _stored_text(self) -> torch.Tensor:
