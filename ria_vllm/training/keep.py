@@ -245,9 +245,9 @@ class KeptWeights:
         Raises:
             RiaError: it was one, and lacks tensors under the model's names.
         """
-        missing = sorted(map(clean_name, keys.missing_keys))
-        if not missing or not self.origin.conversions:
+        if not (keys.unexpected_keys and keys.missing_keys and self.origin.conversions):
             return
+        missing = sorted(map(clean_name, keys.missing_keys))
         names = [name for name, _ in base.named_parameters()]
         # What wraps the model puts a prefix before all names.
         prefixes = {key.removesuffix(name) for key in missing for name in names if f".{key}".endswith(f".{name}")}
@@ -282,31 +282,27 @@ class KeptWeights:
         for weight in self.weights:
             weight.hook(weight.parameter())
 
-    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Not all trainers call the whole model, so modules may have been replaced since the last look.
-
-        Raises:
-            RiaError: one cannot be kept sparse.
-        """
-        base, unknown = self.base(), _parameters(optimizer) - self._by_parameter().keys()
-        if base is not None and unknown and any(id(parameter) in unknown for parameter in base.parameters()):
-            self.follow()
-
-    def in_optimizer(self, optimizer: torch.optim.Optimizer) -> list[tuple[KeptWeight, torch.Tensor]]:
+    def in_optimizer(
+        self, optimizer: torch.optim.Optimizer, follow: bool = False
+    ) -> list[tuple[KeptWeight, torch.Tensor]]:
         """The weights that this optimizer changes, and their parameters.
 
+        Args:
+            follow: modules may have been replaced since the last look, because not all trainers call the whole model.
+
         Raises:
-            RiaError: one has another shape by now.
+            RiaError: one has another shape by now, or is in a module that cannot be kept sparse.
         """
-        changed, found = _parameters(optimizer), self._by_parameter()
+        changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        found, base = self._by_parameter(), self.base()
+        unknown = changed - found.keys() if follow else ()
+        if base is not None and unknown and any(id(parameter) in unknown for parameter in base.parameters()):
+            self.follow()
+            found = self._by_parameter()
         return [(weight, weight.parameter()) for number, weight in found.items() if number in changed]
 
     def _by_parameter(self) -> dict[int, KeptWeight]:
         return {id(weight.module._parameters.get(weight.leaf)): weight for weight in self.weights}
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 _ALIVE: "weakref.WeakSet[KeptWeights]" = weakref.WeakSet()
@@ -317,8 +313,7 @@ _HANDLES: list[Any] = []
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Gradients may have come from elsewhere than a backward pass with hooks, or been changed after it."""
     for kept in list(_ALIVE):
-        kept.before_step(optimizer)
-        for weight, parameter in kept.in_optimizer(optimizer):
+        for weight, parameter in kept.in_optimizer(optimizer, follow=True):
             weight.mask_gradient(parameter)
             weight.hook(parameter)
 
