@@ -19,7 +19,6 @@ from vllm.v1.worker.gpu.spec_decode.gemma4 import speculator
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import ROTATIONS_FILE
-from ria_vllm.serve import layer_matching, plugin
 from ria_vllm.serve.engine import EngineOptions
 from ria_vllm.serve.reload import check_reload
 
@@ -120,21 +119,17 @@ def test_drafts_with_keys_and_values_of_their_own(engine):
 
 
 @pytest.fixture
-def start(engine, monkeypatch):
+def start(watched):
     """Call with a folder, and perhaps what is built: the model, as vLLM builds it and our plugin sees it."""
     from vllm.model_executor.model_loader import utils
 
-    monkeypatch.setattr(layer_matching, "match_layers", lambda *_: None)
-    monkeypatch.setattr(utils, "record_metadata_for_reloading", lambda model: None)
-    plugin.watch_models()
-    current = get_current_vllm_config()
-    current.speculative_config = speculative(text([FULL] * 2))
+    watched.speculative_config = speculative(text([FULL] * 2))
 
     def start(folder, built=None):
-        current.quant_config = config_of(folder)
-        current.model_config = SimpleNamespace(model=str(folder), revision=None)
-        utils.initialize_model(current, model_class=Collecting, model_config=built or current.model_config)
-        return current.quant_config
+        watched.quant_config = config_of(folder)
+        watched.model_config = SimpleNamespace(model=str(folder), revision=None)
+        utils.initialize_model(watched, model_class=Collecting, model_config=built or watched.model_config)
+        return watched.quant_config
 
     return start
 

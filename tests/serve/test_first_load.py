@@ -6,11 +6,10 @@ import pytest
 import tiny
 import torch
 from checkpoint_folder import config_of
-from vllm.config import LoadConfig, get_current_vllm_config
+from vllm.config import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve import layer_matching, plugin
 
 OTHER_ORDERS = "other channel orders than those that this server has folded. Start a server"
 
@@ -36,19 +35,14 @@ class Collecting(torch.nn.Module):
 
 
 @pytest.fixture
-def build(engine, monkeypatch):
+def build(watched, monkeypatch):
     """Call with a folder and perhaps the model's own one: the model, as vLLM builds it and our plugin sees it."""
     from vllm.model_executor.model_loader import utils
 
-    monkeypatch.setattr(layer_matching, "match_layers", lambda *_: None)
-    monkeypatch.setattr(utils, "record_metadata_for_reloading", lambda model: None)
-    plugin.watch_models()
-    current = get_current_vllm_config()
-
     def build(folder, own=None):
-        monkeypatch.setattr(current, "quant_config", config_of(folder))
+        monkeypatch.setattr(watched, "quant_config", config_of(folder))
         model_config = SimpleNamespace(model=str(own or folder), revision=None)
-        return utils.initialize_model(current, model_class=Collecting, model_config=model_config)
+        return utils.initialize_model(watched, model_class=Collecting, model_config=model_config)
 
     return build
 
