@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
+from ria_vllm.json_file import read_json
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import digests
 from ria_vllm.offline.expert_store import ExpertStore

@@ -4,9 +4,9 @@ others of that name."""
 import hashlib
 from pathlib import Path
 
-from ria_vllm.checkpoint import weight_files
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.data import DATASETS
+from ria_vllm.weight_files import weight_files
 from ria_vllm.writer import tensor_entries, weights_digest
 
 

@@ -6,10 +6,10 @@ from types import MappingProxyType
 import torch
 
 from ria_vllm import permutation
-from ria_vllm.checkpoint import SparseLinear
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.pruned import Pruned
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.sparse_linear import SparseLinear
 
 
 def layer_key(index: int) -> str:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
+from ria_vllm.json_file import read_json
 from ria_vllm.offline.model.source import Source, stamp_of
 from ria_vllm.offline.pruning.admm import DAMPING
 from ria_vllm.offline.pruning.block import COMPARED

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ria_vllm.checkpoint import INDEX_FILE, Reader
+from ria_vllm.checkpoint import Reader
 from ria_vllm.companions import leads_out, left_where_it_is, nested_companions
 from ria_vllm.model_card import CARD_FILE, exported_card
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import EXPORTED_KEY, PAGE_FILE, PERMUTATIONS_FILE, REPORT_FILE
+from ria_vllm.weight_files import INDEX_FILE
 from ria_vllm.writer import CheckpointWriter, check_place, discarded_on_failure
 
 OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE, PAGE_FILE, CARD_FILE}

@@ -20,13 +20,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ria_vllm.checkpoint import check_digests, check_prefix, checked_linear, load_permutations, tensor_names
+from ria_vllm.consistency import check_digests, check_prefix
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_experts import ExpertsConverter, expert_converters
 from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.hf_unread import refuse_unread_weights
 from ria_vllm.placement import ORIGIN_ATTRIBUTE, Origin, Placement
 from ria_vllm.schema import PERMUTATIONS_FILE, QUANT_METHOD, RiaSchema
+from ria_vllm.side_files import load_permutations
+from ria_vllm.sparse_linear import checked_linear
+from ria_vllm.weight_files import tensor_names
 
 PART = r"\.{}$"
 

@@ -9,6 +9,7 @@ import torch
 from ria_vllm.checkpoint import Reader
 from ria_vllm.formats import FLOAT
 from ria_vllm.progress import Monitor
+from ria_vllm.report import report_linears, report_number
 from ria_vllm.stacks import layers_of_experts
 from ria_vllm.weight_format import name_of
 
@@ -89,25 +90,6 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     """Sorts layer 9 before layer 10."""
     parts = name.split(".")
     return [(int(p), "") if p.isascii() and p.isdigit() and len(p) < 20 else (0, p) for p in parts]
-
-
-def report_number(entry: Any, key: str) -> float | None:
-    """A number of one linear's report entry; None if there is none. The report is untrusted and only informative."""
-    value = entry.get(key) if isinstance(entry, dict) else None
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
-def report_linears(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Linear name -> its entry in a `ria_report.json`, whether it lists them by name or in a list."""
-    linears = report.get("linears", {})
-    if isinstance(linears, list):
-        linears = {e["name"]: e for e in linears if isinstance(e, dict) and isinstance(e.get("name"), str)}
-    return {n: e for n, e in linears.items() if isinstance(e, dict)} if isinstance(linears, dict) else {}
 
 
 def take_inventory(reader: Reader, monitor: Monitor | None = None) -> Inventory:

@@ -17,7 +17,7 @@ import yaml
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.installing import FOR_CPUS, FOR_GPUS
-from ria_vllm.inventory import report_linears, report_number
+from ria_vllm.report import report_linears, report_number
 from ria_vllm.schema import TOPOLOGY
 from ria_vllm.writer import disk_errors
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
-from ria_vllm.checkpoint import INDEX_FILE, Reader, is_compressed
+from ria_vllm.checkpoint import Reader, is_compressed
 from ria_vllm.companions import is_companion, nested_companions
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.model_card import CARD_FILE, SERVE_HERE
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import PERMUTATIONS_FILE, ROTATIONS_FILE
 from ria_vllm.sizes import human_size
+from ria_vllm.weight_files import INDEX_FILE
 
 
 @click.command()

@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ria_vllm import permutation, rotation
-from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, load_permutations, load_rotations
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import DIGESTS, PERMUTATION_SUFFIX, PERMUTATIONS_FILE, ROTATIONS_FILE, ROTATIONS_SUFFIX
+from ria_vllm.side_files import load_permutations, load_rotations
+from ria_vllm.weight_files import INDEX_FILE, SINGLE_FILE
 
 
 @contextmanager

@@ -19,8 +19,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.utils import get_packed_modules_mapping
 
 from ria_vllm import permutation, rotation
-from ria_vllm.checkpoint import is_compressed, read_json
+from ria_vllm.checkpoint import is_compressed
 from ria_vllm.errors import RiaError
+from ria_vllm.json_file import read_json
 from ria_vllm.layer_schema import Producer
 from ria_vllm.schema import EXPORTED_KEY
 from ria_vllm.serve.checkpoint_files import rotations_of

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 import vllm.envs as envs
 
-from ria_vllm.checkpoint import (
+from ria_vllm.consistency import check_digests, check_file_digest
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import PERMUTATIONS_FILE, ROTATIONS_FILE, RiaSchema
+from ria_vllm.side_files import checked_rotations, load_permutations
+from ria_vllm.weight_files import (
     INDEX_FILE,
     SINGLE_FILE,
-    check_digests,
-    check_file_digest,
-    checked_rotations,
     file_metadata,
     files_below,
-    load_permutations,
     mistral_files,
     read_index,
     tensor_names,
@@ -25,8 +25,6 @@ from ria_vllm.checkpoint import (
     weight_files,
     weights_among,
 )
-from ria_vllm.errors import RiaError
-from ria_vllm.schema import PERMUTATIONS_FILE, ROTATIONS_FILE, RiaSchema
 
 # Types of errors, of several HTTP libraries, that say that no server has answered.
 NO_ANSWER = ("ConnectionError", "TimeoutError", "Timeout", "TransportError")
@@ -317,7 +315,7 @@ def permutations_of(model: str, revision: str | None, schema: RiaSchema) -> dict
 def rotations_of(
     model: str, revision: str | None, schema: RiaSchema, is_pruned: Callable[[str], bool]
 ) -> dict[str, torch.Tensor]:
-    """`ria_vllm.checkpoint.checked_rotations` of a checkpoint that has some.
+    """`ria_vllm.side_files.checked_rotations` of a checkpoint that has some.
 
     Raises:
         RiaError: they are missing or damaged, or belong to another run than config.json.

@@ -11,7 +11,6 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from ria_vllm import vllm_quirks
-from ria_vllm.checkpoint import INDEX_FILE, SINGLE_FILE
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import QUANT_METHOD, RiaSchema, SparsityConfig
 from ria_vllm.serve.checkpoint_files import (
@@ -32,6 +31,7 @@ from ria_vllm.serve.packed_forms import Translation
 from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts, named_experts, stored_experts
 from ria_vllm.serve.stream import WeightStream
 from ria_vllm.serve.weight_scheme import WeightScheme
+from ria_vllm.weight_files import INDEX_FILE, SINGLE_FILE
 
 # vLLM puts this before the names of a draft model in speculative decoding. The names in its checkpoint do not have it.
 DRAFT_PREFIX = "draft_model."

@@ -10,8 +10,9 @@ from typing import Any
 
 from vllm.config import ModelConfig
 
-from ria_vllm.checkpoint import is_compressed, read_json
+from ria_vllm.checkpoint import is_compressed
 from ria_vllm.errors import RiaError
+from ria_vllm.json_file import read_json
 from ria_vllm.schema import DIGESTS, RiaSchema
 from ria_vllm.serve.cache_readers import check_turned_heads
 from ria_vllm.serve.checkpoint_files import (

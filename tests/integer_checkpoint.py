@@ -9,9 +9,10 @@ import torch
 from damage import rewrite
 
 from ria_vllm import sparse24
-from ria_vllm.checkpoint import INDEX_FILE, Reader
+from ria_vllm.checkpoint import Reader
 from ria_vllm.formats import IntFormat
 from ria_vllm.schema import INT8_TOKENS
+from ria_vllm.weight_files import INDEX_FILE
 from ria_vllm.weight_format import name_of
 
 

@@ -9,8 +9,9 @@ from damage import bind, rewrite
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ria_vllm.checkpoint import Reader, is_compressed, weight_files
+from ria_vllm.checkpoint import Reader, is_compressed
 from ria_vllm.errors import RiaError
+from ria_vllm.weight_files import weight_files
 
 Q, OUT = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"
 DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"

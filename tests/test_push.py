@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from ria_vllm import progress
-from ria_vllm.checkpoint import weight_files
 from ria_vllm.errors import RiaError
 from ria_vllm.push import push
+from ria_vllm.weight_files import weight_files
 
 CARD = "---\nlicense: mit\n---\n\n# A model\n\n```sh\npip install .[cuda]\nvllm serve .\n```\n"
 EXPECTED = {

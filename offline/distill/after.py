@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ria_vllm.checkpoint import read_json
 from ria_vllm.errors import RiaError
+from ria_vllm.json_file import read_json
 from ria_vllm.offline import digests
 from ria_vllm.offline.distill.checks import check_names, context_of, fitting
 from ria_vllm.offline.distill.outline import outline

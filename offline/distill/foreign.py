@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ria_vllm import sparse24
-from ria_vllm.checkpoint import SparseLinear, checked_linear, read_json
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FLOAT
+from ria_vllm.json_file import read_json
 from ria_vllm.model_card import ANOTHER_PROGRAM
 from ria_vllm.offline.distill.outline import outline
 from ria_vllm.offline.distill.start import Tensors
@@ -21,6 +21,7 @@ from ria_vllm.offline.model.topology import linears_of
 from ria_vllm.offline.publish import published
 from ria_vllm.open_files import OpenFiles
 from ria_vllm.schema import FORMAT, RiaSchema, SparsityConfig
+from ria_vllm.sparse_linear import SparseLinear, checked_linear
 from ria_vllm.vllm_quirks import fused_sets
 
 LAYER = re.compile(r"\.\d+\.")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ria_vllm.checkpoint import is_compressed, without_errors
+from ria_vllm.checkpoint import is_compressed
 from ria_vllm.errors import RiaError
 from ria_vllm.export import companion_files
 from ria_vllm.model_card import CARD_FILE, pruned_card
@@ -39,6 +39,7 @@ from ria_vllm.offline.runtime.memory import release
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.work import begun_run, work_folder
 from ria_vllm.progress import Monitor
+from ria_vllm.report import without_errors
 from ria_vllm.schema import REPORT_FILE
 from ria_vllm.weight_format import name_of
 from ria_vllm.writer import CheckpointWriter, check_place

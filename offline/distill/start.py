@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from ria_vllm.checkpoint import Reader, SparseLinear
+from ria_vllm.checkpoint import Reader
 from ria_vllm.schema import RiaSchema
+from ria_vllm.sparse_linear import SparseLinear
 
 
 class Start:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ria_vllm.checkpoint import SparseLinear
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.divergence import Top, divergence
 from ria_vllm.offline.distill.foreign import ForeignStart
@@ -24,6 +23,7 @@ from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.teacher import CHUNK, Answer, Teacher, captured
 from ria_vllm.offline.model.names import Names
 from ria_vllm.placement import Placement
+from ria_vllm.sparse_linear import SparseLinear
 
 # The learning rate of the logarithms of scales, in that of weights, which are some hundredths large.
 SCALES_SPEED = 10.0

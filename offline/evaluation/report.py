@@ -9,12 +9,14 @@ from typing import Any
 
 import click
 
-from ria_vllm.checkpoint import Reader, is_compressed, read_json
+from ria_vllm.checkpoint import Reader, is_compressed
 from ria_vllm.errors import RiaError
-from ria_vllm.inventory import Inventory, natural_order, report_linears, report_number, take_inventory
+from ria_vllm.inventory import Inventory, natural_order, take_inventory
+from ria_vllm.json_file import read_json
 from ria_vllm.offline.distill.loss import TERMS
 from ria_vllm.offline.evaluation.charts import Series, bar_chart, line_chart
 from ria_vllm.progress import Monitor
+from ria_vllm.report import report_linears, report_number
 from ria_vllm.schema import PAGE_FILE, REPORT_FILE, TOPOLOGY
 from ria_vllm.sizes import human_size
 from ria_vllm.writer import check_file_place, disk_errors

@@ -10,16 +10,18 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ria_vllm.checkpoint import INDEX_FILE, Reader, is_compressed, read_json, unindexed_files, weight_files
+from ria_vllm.checkpoint import Reader, is_compressed
 from ria_vllm.companions import LEGAL_PATTERNS, SUFFIXES
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_inputs import round_inputs
+from ria_vllm.json_file import read_json
 from ria_vllm.model_card import CARD_FILE
 from ria_vllm.offline.model.architecture import model_class, output_head, text_config
 from ria_vllm.offline.model.dequantize import method_of
 from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.names import Names
 from ria_vllm.offline.model.source_tensors import SourceTensors
+from ria_vllm.weight_files import INDEX_FILE, unindexed_files, weight_files
 
 HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FILE, *LEGAL_PATTERNS]
 # The same weights once more, in their publisher's own format: gpt-oss, Llama and Mistral have such files.

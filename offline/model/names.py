@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from ria_vllm.checkpoint import tensor_names, weight_files
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import WRITTEN
+from ria_vllm.weight_files import tensor_names, weight_files
 
 # Old Llama checkpoints contain it, though it follows from the configuration. It is not written.
 LEFT_OUT = "rotary_emb.inv_freq"

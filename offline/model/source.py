@@ -11,15 +11,17 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from ria_vllm.checkpoint import INDEX_FILE, is_compressed, read_json, unindexed_files
+from ria_vllm.checkpoint import is_compressed
 from ria_vllm.companions import is_companion, leads_out, left_where_it_is, nested_companions
 from ria_vllm.errors import RiaError
+from ria_vllm.json_file import read_json
 from ria_vllm.offline.model.architecture import model_class
 from ria_vllm.offline.model.dequantize import scheme_of
 from ria_vllm.offline.model.gguf_file import convert_gguf
 from ria_vllm.offline.model.hf import commit_of, dense_weight_files, from_hub, reason_of, without_quantization
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
+from ria_vllm.weight_files import INDEX_FILE, unindexed_files
 from ria_vllm.writer import disk_errors
 
 NOT_COPIED = ("config.json", INDEX_FILE, "pytorch_model.bin.index.json", "ria_report.json")

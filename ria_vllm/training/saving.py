@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ria_vllm.checkpoint import Reader, without_errors
+from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.export import companion_files
 from ria_vllm.model_card import CARD_FILE, trained_card
 from ria_vllm.placement import Origin, Placement
 from ria_vllm.progress import Monitor
+from ria_vllm.report import without_errors
 from ria_vllm.schema import REPORT_FILE
 from ria_vllm.training.encoding import Encoder
 from ria_vllm.training.gathering import clean_name, gathered, ready

@@ -11,7 +11,7 @@ from compressing import digests
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ria_vllm.checkpoint import Reader, tensor_names
+from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.folder_commands import inspect
 from ria_vllm.offline.compress import Settings, compress
@@ -20,6 +20,7 @@ from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.config import RiaConfig
+from ria_vllm.weight_files import tensor_names
 
 FAMILIES = (
     "llama", "llama-mha", "llama-mqa", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "opt-postnorm",

@@ -6,9 +6,9 @@ from damage import rewrite
 from safetensors.torch import load_file
 
 from ria_vllm import permutation
-from ria_vllm.checkpoint import SINGLE_FILE
 from ria_vllm.schema import DIGESTS, PERMUTATIONS_FILE
 from ria_vllm.serve.config import RiaConfig
+from ria_vllm.weight_files import SINGLE_FILE
 
 
 def config_of(folder) -> RiaConfig:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from vllm.config import LoRAConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from ria_vllm.checkpoint import SINGLE_FILE, Reader
+from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.layer_schema import Producer
@@ -25,6 +25,7 @@ from ria_vllm.schema import PERMUTATIONS_FILE, ROTATIONS_FILE
 from ria_vllm.serve.adapters import Turn, turn, turn_adapters
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.reload import check_reload
+from ria_vllm.weight_files import SINGLE_FILE
 
 RANDOM = torch.Generator().manual_seed(5)
 LORA = {"enable_lora": True, "max_lora_rank": 8}

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ria_vllm.hf  # noqa: F401  loads pruned folders
-from ria_vllm.checkpoint import Reader, SparseLinear
+from ria_vllm.checkpoint import Reader
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.offline.distill.student import Student
@@ -18,6 +18,7 @@ from ria_vllm.offline.distill.text import training_windows
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.hf import load_tokenizer
 from ria_vllm.progress import Monitor
+from ria_vllm.sparse_linear import SparseLinear
 
 RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
 

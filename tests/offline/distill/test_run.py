@@ -15,7 +15,7 @@ from distilling import run, stop_at
 from safetensors.torch import load_file, save_file
 
 from ria_vllm import progress
-from ria_vllm.checkpoint import Reader, file_metadata
+from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill import train
@@ -30,6 +30,7 @@ from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
 from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.model.hf import load_model, load_tokenizer
 from ria_vllm.progress import Monitor
+from ria_vllm.weight_files import file_metadata
 
 CPU = torch.device("cpu")
 
