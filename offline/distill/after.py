@@ -10,13 +10,12 @@ from typing import Any
 
 from ria_vllm.errors import RiaError
 from ria_vllm.json_file import read_json
-from ria_vllm.offline import digests
 from ria_vllm.offline.distill.checks import check_names, context_of, fitting
 from ria_vllm.offline.distill.outline import outline
 from ria_vllm.offline.distill.processes import check_launch
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill, stamps_of
-from ria_vllm.offline.distill.text import TrainingText, held_out_texts, training_windows
+from ria_vllm.offline.distill.text import TrainingText, held_out_texts, training_text
 from ria_vllm.offline.model.hf import load_tokenizer, text_tokenizer
 from ria_vllm.offline.model.source import opened
 from ria_vllm.offline.recipe import Recipe
@@ -66,7 +65,9 @@ def compress_and_distill(
         check_place(written, Path(model))
     _check_ours(place)
     pruned = place / MODEL_FOLDER
-    run, drawn = _checked_run(model, out, recipe, distillation, monitor)
+    # What was pruned before has passed the checks of the text, and training may have drawn from it already.
+    draw = distillation.text != "self" and not (settings.resume and pruned.exists())
+    run, drawn = _checked_run(model, out, recipe, distillation, draw, monitor)
     _begin(place, run, settings.resume)
     try:
         if not pruned.exists():
@@ -98,9 +99,9 @@ def _ways_on(pruned: Path, model: str, out: Path, distillation: Distillation) ->
 
 
 def _checked_run(
-    model: str, out: Path, recipe: Recipe, distillation: Distillation, monitor: Monitor
+    model: str, out: Path, recipe: Recipe, distillation: Distillation, draw: bool, monitor: Monitor
 ) -> tuple[dict[str, Any], TrainingText | None]:
-    """What the pruned model depends on, and what to train on, or None if the teacher has yet to write it.
+    """What the pruned model depends on, and what to train on; None unless it is to be drawn.
 
     What only training would stumble over is refused before anything is pruned.
     """
@@ -108,11 +109,10 @@ def _checked_run(
         outline(str(source.folder))
         drawn, longest = None, context_of([str(source.folder)])
         held_out_texts(distillation, load_tokenizer(str(source.folder)), longest)
-        if distillation.text != "self":
+        if draw:
             fitted = fitting(distillation, (str(source.folder),), monitor)
             calibrated = recipe.within(longest).dump(model)
-            windows = training_windows(fitted, text_tokenizer(source.folder), calibrated)
-            drawn = TrainingText(windows, digests.of_text(distillation.text))
+            drawn = training_text(fitted, text_tokenizer(source.folder), calibrated, monitor)
         run = fingerprint(recipe, source) | {"state of the model": stamps_of(source.folder)}
         return json.loads(json.dumps(run)), drawn
 

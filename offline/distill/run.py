@@ -28,7 +28,7 @@ from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.state import Work
 from ria_vllm.offline.distill.student import Student
 from ria_vllm.offline.distill.teacher import Answer, CachedTeacher, Teacher, fill_cache, most_probable
-from ria_vllm.offline.distill.text import TrainingText, check_vocabulary, held_out_texts, training_windows
+from ria_vllm.offline.distill.text import TrainingText, check_vocabulary, held_out_texts, training_text
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
@@ -231,10 +231,8 @@ class _Run:
         return self._stored_text() if self.ranks.broadcast(self.writer.has(TEXT_KEY)) else None
 
     def _draw(self) -> TrainingText:
-        with self.monitor.phase("reading the text"):
-            windows = training_windows(self.recipe, text_tokenizer(self.start.folder), self.start.schema.recipe)
-        with self.monitor.phase("digests of files"):
-            return TrainingText(windows, digests.of_text(self.recipe.text))
+        start = self.start
+        return training_text(self.recipe, text_tokenizer(start.folder), start.schema.recipe, self.monitor)
 
     def _stored_text(self) -> torch.Tensor:
         """The windows in the work folder: a part of the file, which is in memory as far as there is room.

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.progress import Monitor
 
 # Windows are drawn from more text than is needed, but not from more than so many tokens beyond.
 MOST_BEYOND = 1 << 24
@@ -31,6 +33,16 @@ class TrainingText:
 
     windows: torch.Tensor
     sha256: str | None
+
+
+def training_text(
+    recipe: Distillation, tokenizer: Any, calibrated: Mapping[str, Any], monitor: Monitor
+) -> TrainingText:
+    """`training_windows`, and the digest of the file while it is still what was read."""
+    with monitor.phase("reading the text"):
+        windows = training_windows(recipe, tokenizer, calibrated)
+    with monitor.phase("digests of files"):
+        return TrainingText(windows, digests.of_text(recipe.text))
 
 
 def training_windows(

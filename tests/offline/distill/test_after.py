@@ -23,7 +23,7 @@ def run(model, out, text, *options: str) -> None:
 def test_what_was_pruned_is_trained_and_only_the_result_stays(tiny, text, tmp_path, monkeypatch):
     run(tiny("llama"), tmp_path / "pruned", text)
     # The text was tokenized already, in the check before pruning.
-    monkeypatch.setattr("ria_vllm.offline.distill.run.training_windows", lambda *_: 1 / 0)
+    monkeypatch.setattr("ria_vllm.offline.distill.run.training_text", lambda *_: 1 / 0)
     run(tiny("llama"), tmp_path / "out", text, "--distill", "512")
     before, after = Reader(tmp_path / "pruned"), Reader(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pruned"]
@@ -56,18 +56,23 @@ def test_it_writes_what_the_two_commands_write(both, pruning, training, make_mod
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def test_interrupted_in_training_it_does_not_prune_again(tiny, text, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["run.located", "train.Training._step"])
+def test_interrupted_after_pruning_it_does_not_prune_again(step, tiny, text, tmp_path, monkeypatch):
+    """Nor does it read the text again if training had begun."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(tiny("llama"), whole, text, "--distill", "512")
     with monkeypatch.context() as patch:
-        patch.setattr("ria_vllm.offline.distill.train.Training._step", lambda *_: 1 / 0)
+        patch.setattr(f"ria_vllm.offline.distill.{step}", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(tiny("llama"), out, text, "--distill", "512")
     monkeypatch.setattr("ria_vllm.offline.compress.compress", lambda *_: 1 / 0)
+    if step == "train.Training._step":
+        monkeypatch.setattr("ria_vllm.offline.distill.text.training_windows", lambda *_: 1 / 0)
+        monkeypatch.setattr("ria_vllm.offline.digests.of_text", lambda *_: 1 / 0)
     with pytest.raises(RiaError, match="another exponent"):
         run(tiny("llama"), out, text, "--distill", "512", "--resume", "--exponent", "1")
     run(tiny("llama"), out, text, "--distill", "512", "--resume")
-    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert digests(out) == digests(whole)
 
 
 @pytest.mark.parametrize("options", [(), ("--overwrite",), ("--resume",)], ids=str)
