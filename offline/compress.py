@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from ria_vllm.errors import RiaError
 from ria_vllm.json_file import read_json
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import digests
@@ -33,7 +32,7 @@ from ria_vllm.offline.work import begun_run, fingerprint, work_folder
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import INT8_TOKENS, REPORT_FILE, TOPOLOGY, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.weight_format import name_of
-from ria_vllm.writer import CheckpointWriter, check_place
+from ria_vllm.writer import CheckpointWriter, check_free, check_place
 
 CALIBRATION_KEY = "calibration"
 SENSITIVITY_KEY = "sensitivity"
@@ -68,8 +67,7 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
     check_place(out, Path(model))
     map_large_blocks()
     with joined(settings.device) as ranks, torch.no_grad(), monitor.live():
-        if (out.exists() or out.is_symlink()) and not settings.overwrite:
-            raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
+        check_free(out, settings.overwrite)
         with opened(model, out.parent, ranks, monitor) as source:
             dtype = _compute_dtype(out, source, recipe, settings, ranks, monitor)
             with monitor.phase("reading the headers"):

@@ -64,6 +64,12 @@ def check_place(out: Path, source: Path) -> None:
         raise RiaError(f"{out}: holds what is being read, {source}. Choose another folder.")
 
 
+def check_free(out: Path, overwrite: bool) -> None:
+    """Refuse an output folder that exists, unless it may be replaced."""
+    if (out.exists() or out.is_symlink()) and not overwrite:
+        raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
+
+
 def check_file_place(path: Path) -> None:
     """Refuse a file that cannot be written, before the work whose result it will hold."""
     if path.is_dir():
@@ -86,8 +92,7 @@ class CheckpointWriter:
         self.out = Path(out)
         self.overwrite = overwrite
         self.work = self.out.with_name(self.out.name + ".partial")
-        if (self.out.exists() or self.out.is_symlink()) and not overwrite:
-            raise RiaError(f"{self.out}: exists already. Choose another folder, or give --overwrite.")
+        check_free(self.out, overwrite)
         with disk_errors(self.work):
             if self.work.exists() and not (self.work / "units").is_dir():
                 raise RiaError(f"{self.work}: needed as a work folder, but it holds something else. Move it away.")

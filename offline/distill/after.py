@@ -22,7 +22,7 @@ from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.work import check_same_run, fingerprint
 from ria_vllm.progress import Monitor
-from ria_vllm.writer import check_place, disk_errors
+from ria_vllm.writer import check_free, check_place, disk_errors
 
 # In the folder OUT.pruned: which compression it is for, and what that writes.
 RUN_FILE, MODEL_FOLDER, WORK_FOLDER = "ria_vllm_run.json", "model", "model.partial"
@@ -58,8 +58,7 @@ def compress_and_distill(
         raise RiaError("--distill runs in one process. Compress first, then start `ria-vllm distill` with torchrun.")
     check_launch()
     check_names(distillation.eval_text)
-    if (out.exists() or out.is_symlink()) and not settings.overwrite:
-        raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
+    check_free(out, settings.overwrite)
     place = out.with_name(out.name + ".pruned")
     for written in (out, place):
         check_place(written, Path(model))

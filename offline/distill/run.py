@@ -42,7 +42,7 @@ from ria_vllm.progress import Monitor
 from ria_vllm.report import without_errors
 from ria_vllm.schema import REPORT_FILE
 from ria_vllm.weight_format import name_of
-from ria_vllm.writer import CheckpointWriter, check_place
+from ria_vllm.writer import CheckpointWriter, check_free, check_place
 
 TEXT_KEY = "text"
 STAMPED = (".safetensors", ".json", ".model", ".jinja", ".txt", ".tiktoken")
@@ -91,8 +91,7 @@ def distill(
     for place in (folder, Path(teacher)):
         check_place(out, place)
     check_names(recipe.eval_text)
-    if (out.exists() or out.is_symlink()) and not settings.overwrite:
-        raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
+    check_free(out, settings.overwrite)
     with joined(settings.device) as (ranks, device), monitor.live():
         settings = replace(settings, device=device)
         recipe = recipe.among(ranks.size)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.offline.distill.student import Student
+from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
 
@@ -28,3 +30,11 @@ def pruned(tiny, text, tmp_path_factory) -> Callable[..., tuple[Path, Path]]:
         return tiny(family), made[key]
 
     return get
+
+
+@pytest.fixture
+def students(monkeypatch) -> list[Student]:
+    """Those of the runs so far."""
+    found, whole = [], Training.run
+    monkeypatch.setattr(Training, "run", lambda self: found.append(self.student) or whole(self))
+    return found

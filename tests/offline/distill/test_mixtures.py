@@ -163,14 +163,6 @@ def run(dense: Path, folder: Path, out: Path, text: Path, settings: Settings = S
     return distill(folder, str(dense), out, Distillation(**fixed | options), settings, Monitor(shown=False))
 
 
-@pytest.fixture
-def students(monkeypatch) -> list[Student]:
-    """Those of the runs so far."""
-    found, whole = [], Training.run
-    monkeypatch.setattr(Training, "run", lambda self: found.append(self.student) or whole(self))
-    return found
-
-
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

@@ -13,9 +13,7 @@ import ria_vllm.hf  # noqa: F401  loads pruned folders
 from ria_vllm.checkpoint import Reader
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
-from ria_vllm.offline.distill.student import Student
 from ria_vllm.offline.distill.text import training_windows
-from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.hf import load_tokenizer
 from ria_vllm.progress import Monitor
 from ria_vllm.sparse_linear import SparseLinear
@@ -125,14 +123,6 @@ def plain(dense: Path, folder: Path, recipe: Distillation) -> tuple[dict[str, Li
             optimizer.step(step + 1, rate(recipe, step), recipe.clip)
         drawn += sum(linear.draw_back() for linear in linears.values())
     return linears, {name: parameter.detach() for name, parameter in norms.items()}, drawn
-
-
-@pytest.fixture
-def students(monkeypatch) -> list[Student]:
-    """Those of the runs so far."""
-    found, whole = [], Training.run
-    monkeypatch.setattr(Training, "run", lambda self: found.append(self.student) or whole(self))
-    return found
 
 
 def off(found: torch.Tensor, wanted: torch.Tensor, before: torch.Tensor) -> float:
