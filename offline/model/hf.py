@@ -18,7 +18,7 @@ from ria_vllm.model_card import CARD_FILE
 from ria_vllm.offline.model.architecture import model_class, output_head, text_config
 from ria_vllm.offline.model.dequantize import method_of
 from ria_vllm.offline.model.dtypes import choose_dtype
-from ria_vllm.offline.model.names import Names
+from ria_vllm.offline.model.names import Names, find_tensors
 from ria_vllm.offline.model.source_tensors import SourceTensors
 
 HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FILE, *LEGAL_PATTERNS]
@@ -231,6 +231,8 @@ def _load(
         reader = Reader(folder) if is_compressed(Path(folder)) else None
         if state is None and reader is None:
             refuse_adapter(Path(folder))
+            if (Path(folder) / INDEX_FILE).is_file():
+                find_tensors(Path(folder))
         if state is None and reader is None and dequantized_from(config) is not None:
             model, info = load_dense(architecture, _place(folder), dtype, **options)
         elif state is None and reader is None:
