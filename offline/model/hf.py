@@ -116,9 +116,9 @@ def refuse_adapter(folder: Path) -> None:
 
 def _with_adapter(place: str | Path) -> RiaError:
     return RiaError(
-        f"{place}: an adapter lies beside the weights. With PEFT installed, transformers adds it to them; vLLM does not. "
-        "So it is unknown which model is meant. Merge it into the weights (PEFT's merge_and_unload), or move it out of "
-        "the folder if they hold it already or should be used without it."
+        f"{place}: an adapter lies beside the weights. transformers adds it to them where PEFT is installed, and vLLM "
+        "does not, so it is unknown which model is meant. Merge it into the weights (PEFT's merge_and_unload); or, if "
+        "they hold it already or should be used without it, move it out of the folder."
     )
 
 

@@ -176,9 +176,9 @@ def _check_single(folder: Path, files: Mapping[str, Path]) -> None:
     changed = (name for name in sorted(there & files.keys()) if not _same(name, files[name], single))
     for name in itertools.chain(differing, changed):
         raise RiaError(
-            f"{single}: its {name} is not that of the shards that {INDEX_FILE} names. transformers would read this file "
-            "and vLLM the shards, so it is unknown which model is meant. Remove what does not belong to it: this file, or "
-            "the index and its shards."
+            f"{single}: its {name} is not that of the shards that {INDEX_FILE} names. transformers would read this "
+            "file and vLLM the shards, so it is unknown which model is meant. Remove this file, or the index and its "
+            "shards."
         )
 
 
