@@ -265,10 +265,11 @@ def _takes_positions(model: Any) -> bool:
 
 
 def _prompt_start(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer puts before every prompt; none if it adds something after the prompt."""
+    """The special tokens that the tokenizer puts before every prompt, whatever it adds after it."""
     with_text = tokenizer("a").input_ids
     plain = tokenizer("a", add_special_tokens=False).input_ids
-    return with_text[: len(with_text) - len(plain)] if with_text[len(with_text) - len(plain) :] == plain else []
+    starts = range(len(with_text) - len(plain), -1, -1)
+    return with_text[: next((at for at in starts if with_text[at : at + len(plain)] == plain), 0)]
 
 
 def _plain(path: Path) -> Iterator[str]:

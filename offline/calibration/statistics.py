@@ -115,14 +115,18 @@ class StatisticsSum:
             compute_dtype: the dtype in which the activations were computed, for the advice in an error.
 
         Raises:
-            RiaError: NaN or infinite activations.
+            RiaError: NaN or infinite activations, also of the dense model alone.
         """
         grams = [gram for gram in (self.gram, self.drift_gram) if gram is not None]
         for total in (self.squares, self.cross, self.squared_norm, *(block for gram in grams for block in gram.blocks)):
             if total is not None:
                 ranks.all_reduce(total)
         squares = self.squares if self.gram is None else self.gram.diagonal()
-        _check_finite(squares, place, compute_dtype)
+        _check_finite(squares, place, "in its input activations", compute_dtype)
+        # The pruned model may be finite where the dense one overflows: then no error would be smaller than another.
+        for total in (self.cross, self.squared_norm, None if self.drift_gram is None else self.drift_gram.diagonal()):
+            if total is not None:
+                _check_finite(total, place, "in the dense model's activations", compute_dtype)
         # These are large: each float64 sum is freed before the next float32 one is made.
         drift: Drift | None = None
         if self.cross is not None:
@@ -134,14 +138,14 @@ class StatisticsSum:
         return Statistics(squares.sqrt().float(), None if self.gram is None else self.gram.finish(), drift)
 
 
-def _check_finite(squares: torch.Tensor, place: str, compute_dtype: torch.dtype) -> None:
+def _check_finite(sums: torch.Tensor, place: str, where: str, compute_dtype: torch.dtype) -> None:
     # If one entry of X is not finite, neither is the sum of its channel's squares.
-    if bool(squares.isfinite().all()):
+    if bool(sums.isfinite().all()):
         return
     advice = "Check that it works without pruning."
     if compute_dtype != torch.float32:
         advice = f"Give --compute-dtype float32. If that does not help: {advice[0].lower()}{advice[1:]}"
     raise RiaError(
-        f"{place}: NaN or infinite values in its input activations. The model overflows on this text in "
+        f"{place}: NaN or infinite values {where}. The model overflows on this text in "
         f"{name_of(compute_dtype)}. {advice}"
     )

@@ -19,7 +19,7 @@ from ria_vllm.model_card import CARD_FILE
 from ria_vllm.offline.model.architecture import model_class, output_head, text_config
 from ria_vllm.offline.model.dequantize import method_of
 from ria_vllm.offline.model.dtypes import choose_dtype
-from ria_vllm.offline.model.names import Names
+from ria_vllm.offline.model.names import Names, find_tensors
 from ria_vllm.offline.model.source_tensors import SourceTensors
 from ria_vllm.weight_files import INDEX_FILE, unindexed_files, weight_files
 
@@ -28,6 +28,7 @@ HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FI
 HUB_COPIES = ["original/*", "consolidated*.safetensors"]
 # No file may run code: neither a model's own nor what is in pickled weights.
 FROM_FILES = {"trust_remote_code": False, "use_safetensors": True}
+ADAPTER_CONFIG = "adapter_config.json"
 NO_SAFETENSORS = re.compile("no(t appear to have a)? file named model.safetensors")
 
 
@@ -105,6 +106,24 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if in_cache and re.fullmatch("[0-9a-f]{40}", folder.name) else None
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a folder of a whole model that has an adapter, too.
+
+    Raises:
+        RiaError: it has.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise _with_adapter(folder / ADAPTER_CONFIG)
+
+
+def _with_adapter(place: str | Path) -> RiaError:
+    return RiaError(
+        f"{place}: an adapter lies beside the weights. transformers adds it to them where PEFT is installed, and vLLM "
+        "does not, so it is unknown which model is meant. Merge it into the weights (PEFT's merge_and_unload); or, if "
+        "they hold it already or should be used without it, move it out of the folder."
+    )
+
+
 def without_quantization(config: Any) -> None:
     """Let a configuration not say how the weights are quantized in the files."""
     if hasattr(config, "quantization_config"):
@@ -166,8 +185,8 @@ def load_model(
         training: see `choose_dtype`.
 
     Raises:
-        RiaError: not a model that writes text, a damaged compressed one, or a `compute_dtype` that would round its
-            weights.
+        RiaError: not a model that writes text, a damaged compressed one, one with an adapter, or a `compute_dtype` that
+            would round its weights.
     """
     stored = None if compute_dtype is None else stored_dtype(folder, state)
     if stored is not None:
@@ -212,10 +231,16 @@ def _load(
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **attention_options(config)}
     with _loading(folder):
         reader = Reader(folder) if is_compressed(Path(folder)) else None
+        if state is None and reader is None:
+            refuse_adapter(Path(folder))
+            if (Path(folder) / INDEX_FILE).is_file():
+                find_tensors(Path(folder))
         if state is None and reader is None and dequantized_from(config) is not None:
             model, info = load_dense(architecture, _place(folder), dtype, **options)
         elif state is None and reader is None:
             model, info = architecture.from_pretrained(folder, dtype=dtype, **FROM_FILES, **options)
+            if getattr(model, "_hf_peft_config_loaded", False):  # from the hub
+                raise _with_adapter(folder)
         else:
             state = dense_state(reader) if state is None else state
             without_quantization(config)

@@ -4,7 +4,8 @@ transformers renames tensors while it loads them (`backbone.` becomes `model.`),
 stored one by one). vLLM knows the names in the files, so those are written.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import WRITTEN
-from ria_vllm.weight_files import tensor_names, weight_files
+from ria_vllm.weight_files import INDEX_FILE, SINGLE_FILE, tensor_names, weight_files
 
 # Old Llama checkpoints contain it, though it follows from the configuration. It is not written.
 LEFT_OUT = "rotary_emb.inv_freq"
@@ -149,7 +150,7 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, for all tensors in the weight files, whether or not the index names them.
 
     Raises:
-        RiaError: see `weight_files`; or two shards hold different tensors under one name.
+        RiaError: see `weight_files`; or two files hold different tensors under one name.
     """
     files = weight_files(folder)
     for path in sorted(set(files.values())):
@@ -160,7 +161,25 @@ def find_tensors(folder: Path) -> dict[str, Path]:
                     f"{path}: {name} differs from the tensor of that name in {first.name}, and nothing says which is "
                     "right. Get the model again."
                 )
+    _check_single(folder, files)
     return files
+
+
+def _check_single(folder: Path, files: Mapping[str, Path]) -> None:
+    """Refuse a single file with other tensors than those that an index names: vLLM and we read the latter, transformers
+    the former."""
+    single = folder / SINGLE_FILE
+    if single in files.values() or not single.is_file():
+        return
+    there = set(tensor_names(single))
+    differing = sorted(there ^ files.keys())
+    changed = (name for name in sorted(there & files.keys()) if not _same(name, files[name], single))
+    for name in itertools.chain(differing, changed):
+        raise RiaError(
+            f"{single}: its {name} is not that of the shards that {INDEX_FILE} names. transformers would read this "
+            "file and vLLM the shards, so it is unknown which model is meant. Remove this file, or the index and its "
+            "shards."
+        )
 
 
 def _same(name: str, *paths: Path) -> bool:

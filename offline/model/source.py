@@ -18,7 +18,14 @@ from ria_vllm.json_file import read_json
 from ria_vllm.offline.model.architecture import model_class
 from ria_vllm.offline.model.dequantize import scheme_of
 from ria_vllm.offline.model.gguf_file import convert_gguf
-from ria_vllm.offline.model.hf import commit_of, dense_weight_files, from_hub, reason_of, without_quantization
+from ria_vllm.offline.model.hf import (
+    commit_of,
+    dense_weight_files,
+    from_hub,
+    reason_of,
+    refuse_adapter,
+    without_quantization,
+)
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 from ria_vllm.weight_files import INDEX_FILE, unindexed_files
@@ -113,6 +120,7 @@ def _checked(name: str, folder: Path) -> Source:
         if found and not any(folder.glob("pytorch_model*.bin")):
             raise RiaError(f"{name}: no safetensors here. To compress {found[0]}, give the file itself.")
     files = sorted(set(dense_weight_files(folder).values()))
+    refuse_adapter(folder)
     if raw.get("auto_map") and raw.get("model_type") not in _known_types():
         raise RiaError(f"{name}: needs its own Python code (auto_map in config.json), which is not run here.")
     try:

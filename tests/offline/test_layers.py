@@ -5,13 +5,17 @@ from inspect import signature
 
 import pytest
 import torch
+from compressing import edited, run_small
 from transformers import AutoModelForCausalLM
 
+from ria_vllm.errors import RiaError
 from ria_vllm.offline import compress as compressing
 from ria_vllm.offline import solve, train
 from ria_vllm.offline.calibration import embed
+from ria_vllm.offline.calibration.data import from_text
 from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.layers import LayerPass
+from ria_vllm.offline.model.hf import load_tokenizer
 from ria_vllm.offline.pruning.rounding import PASSES
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
@@ -69,3 +73,21 @@ def test_the_dense_stream_also_passes_a_sublayer_that_has_nothing_to_prune(witho
     with torch.no_grad():
         wanted = model(seen["tokens"], output_hidden_states=True).hidden_states[1]
     assert torch.allclose(dense[0].view_as(wanted), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def test_a_dense_model_that_overflows_is_named_where_the_pruned_one_does_not(tiny, text, tmp_path):
+    """One channel of the first MLP's output slightly exceeds what float16 can hold. The pruned one is smaller."""
+    name, largest = "model.layers.0.mlp.down_proj", torch.finfo(torch.float16).max
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32)
+    seen: list[torch.Tensor] = []
+    model.get_submodule(name).register_forward_hook(lambda _, __, output: seen.append(output.abs().amax((0, 1))))
+    with torch.no_grad():
+        model(from_text(str(text), load_tokenizer(str(tiny("llama"))), 4, 32, 0).long())
+
+    def enlarge(tensors):
+        tensors[f"{name}.weight"][0] *= 1.01 * largest / seen[0][0]
+        return {key: tensor.half() for key, tensor in tensors.items()}
+
+    source = edited(tiny("llama"), tmp_path / "in", enlarge, dtype="float16")
+    with pytest.raises(RiaError, match=f"in: {name}: NaN or infinite values in the dense model's activations.*float32"):
+        run_small(source, tmp_path / "out", text, reconstruct="admm", compute_dtype="float16")

@@ -76,13 +76,16 @@ def test_what_an_earlier_draw_has_used_comes_last(samples, oversampling, tokeniz
     assert again == sorted(again) and again.count(False) == min(samples, fresh) and 0 < fresh < 40
 
 
-def test_a_sample_starts_as_every_prompt_does(tokenizer, tmp_path):
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
+def test_a_sample_starts_as_every_prompt_does(template, tokenizer, tmp_path):
+    """Also where something follows each prompt, as in embedding models that are made from Mistral."""
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    special = [("<s>", 0), ("</s>", 1)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
     tokens = from_text(str(write(tmp_path / "text.txt", DOCUMENTS)), tokenizer, 5, 30, 0)
     assert tokens.shape == (5, 30)
-    assert bool((tokens[:, 0] == 0).all()) and not bool((tokens[:, 1:] == 0).any())
+    assert bool((tokens[:, 0] == 0).all()) and not bool((tokens[:, 1:] <= 1).any())
 
 
 def test_chunks_of_a_long_text_join_seamlessly(tokenizer, tmp_path, monkeypatch):

@@ -78,3 +78,16 @@ def test_activations_that_are_not_finite_are_named(value, with_gram, dtype, advi
     total.add(X)
     with pytest.raises(RiaError, match=f"model: a.b: NaN or infinite values in its input.*{advice}"):
         total.finish(Ranks(), "model: a.b", dtype)
+
+
+@pytest.mark.parametrize("kind", ["input", "output"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_dense_model_that_alone_is_not_finite_is_named(value, kind):
+    """No reconstruction has a smaller error than NaN, so weights would silently stay as they are."""
+    X, dense = torch.ones(6, 8), torch.ones(6, 8)
+    dense[3, 5] = value
+    total = StatisticsSum(8, True, torch.device("cpu"))
+    total.add(X)
+    (total.add_input_drift if kind == "input" else total.add_output_drift)(X, dense)
+    with pytest.raises(RiaError, match="model: a.b: NaN or infinite values in the dense model's.*dtype float32"):
+        total.finish(Ranks(), "model: a.b", torch.float16)

@@ -10,13 +10,15 @@ import torch
 from compressing import edit_config, edit_weights, edited, run_small
 from damage import rewrite
 from moe import save_moe
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, LlamaForCausalLM
 from wrappers import save_wrapper
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
+from ria_vllm.offline.model import hf
 from ria_vllm.offline.model.hf import configured_dtype, explained, first_line, load_model, read_config
 from ria_vllm.offline.model.streaming import StreamedModel
 
@@ -179,6 +181,25 @@ def test_pickled_weights_are_not_opened(tiny, tmp_path, monkeypatch):
     (folder / "model.safetensors").unlink()
     with pytest.raises(RiaError, match=r"only pytorch_model.bin here. Pickled weights are not opened.*save_pretrained"):
         load_model(str(folder), CPU)
+
+
+@pytest.mark.parametrize("name", ["folder", "org/model"])
+def test_an_adapter_beside_the_weights_is_refused(name, tiny, text, tmp_path, monkeypatch):
+    """Where PEFT is installed, transformers adds it to them: `eval` would measure another model than vLLM serves."""
+    folder = Path(shutil.copytree(tiny("llama"), tmp_path / "folder"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder)._hf_peft_config_loaded
+    if name == "folder":
+        place = f"{folder}/adapter_config.json"
+        with pytest.raises(RiaError, match=f"{place}: an adapter lies beside the weights.*merge_and_unload"):
+            run_small(folder, tmp_path / "out", text)
+    else:  # as transformers finds it on the hub
+        place, load = name, LlamaForCausalLM.from_pretrained
+        monkeypatch.setattr(hf, "read_config", lambda _: read_config(str(folder)))
+        monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda _, **options: load(folder, **options))
+    with pytest.raises(RiaError, match=f"{place}: an adapter lies beside the weights.*merge_and_unload"):
+        load_model(str(folder) if name == "folder" else name, CPU)
 
 
 @pytest.mark.parametrize(
