@@ -33,7 +33,6 @@ from ria_vllm.serve.shards import ShardMap
 from ria_vllm.serve.stream import WeightStream
 from ria_vllm.serve.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
 
-
 # By how the names of a linear's tensors end: those that store its weight, in any form that a layer loads.
 WEIGHT_PARTS = ("weight", "compressed", "bitmask", "weight_scale")
 

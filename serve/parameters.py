@@ -145,7 +145,7 @@ def ignore_tensor(param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id
 
 
 def is_awaited(layer: LinearBase, part: str) -> bool:
-    """Whether a tensor called `part` can be loaded: not before the layer has a parameter for it, nor after it is packed."""
+    """Whether the layer has a parameter for tensors called `part`, which it has until its weights are packed."""
     return isinstance(getattr(layer, part, None), BasevLLMParameter)
 
 

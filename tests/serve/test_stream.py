@@ -131,11 +131,11 @@ class Skipping(Model):
     """Drops what it has no parameter for, as vLLM's MiMo-V2 and Bailing do."""
 
     def load_weights(self, weights):
-        def known(name):
-            names = {name.replace("gate.", "gate_up."), name.replace("up.", "gate_up.")} if "down" not in name else {name}
-            return names & {f"model.{known}" for known, _ in self.named_parameters()}
+        def is_known(name):
+            names = {name, name.replace(".gate.", ".gate_up."), name.replace(".up.", ".gate_up.")}
+            return names & {f"model.{parameter}" for parameter, _ in self.named_parameters()}
 
-        return super().load_weights((name, tensor) for name, tensor in weights if known(name))
+        return super().load_weights((name, tensor) for name, tensor in weights if is_known(name))
 
 
 @pytest.mark.parametrize("reload", (False, True))
