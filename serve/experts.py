@@ -94,6 +94,13 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
                 f"{name}: vLLM puts LoRA adapters on the experts, too, which is not served for pruned ones. Serve "
                 "without --enable-lora, or serve the dense model."
             )
+        # vLLM asks the method that a layer is built with, and would move whatever a later one has in as many pieces as
+        # there are experts.
+        if moe.moe_parallel_config.enable_eplb:
+            raise RiaError(
+                f"{name}: with --enable-eplb, vLLM moves experts between ranks, which is not served for pruned ones. "
+                "Serve without it."
+            )
         if layer.expert_map_manager.num_fused_shared_experts:
             raise RiaError(
                 f"{name}: vLLM fuses the shared expert with these on this platform, which is not served pruned. Set "

@@ -1,6 +1,7 @@
 """Sparse24LinearMethod: one of vLLM's linear layers with 2:4 weights."""
 
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from ria_vllm.serve.parameters import (
     Creation,
     PackedTensors,
     create_parameters,
+    is_awaited,
     set_parameter,
     take_parameters,
     use_loader_of_model,
@@ -30,6 +32,9 @@ from ria_vllm.serve.parameters import (
 from ria_vllm.serve.shards import ShardMap
 from ria_vllm.serve.stream import WeightStream
 from ria_vllm.serve.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
+
+# By how the names of a linear's tensors end: those that store its weight, in any form that a layer loads.
+WEIGHT_PARTS = ("weight", "compressed", "bitmask", "weight_scale")
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,30 @@ class Sparse24LinearMethod(LinearMethodBase):
         # If another method created the layer, the bias still has vLLM's own loader.
         if layer.bias is not None and self.layer_loader.reorders:
             layer.bias.weight_loader = self.layer_loader.wrap("bias", unwrapped(layer.bias.weight_loader))
+
+    def check_arrival(self, layer: LinearBase, linear: str, part: str) -> None:
+        """Check that the layer will take a tensor that arrives for one of its linears.
+
+        Some of vLLM's models drop what they have no place for, and the layer would keep its old weights.
+
+        Args:
+            linear: its name in the checkpoint.
+            part: the last part of the tensor's name.
+
+        Raises:
+            RiaError: the layer stores its weights in another form, or has them already.
+        """
+        specs = self.layer_loader.checks.specs
+        if part in WEIGHT_PARTS and part not in specs:
+            raise RiaError(
+                f"{linear}.{part}: this server has the linear stored as {', '.join(specs)}. Send these tensors, as "
+                "the folder that it serves has them, or start a server of the new weights."
+            )
+        if part in specs and not is_awaited(layer, part):
+            raise RiaError(
+                f"{linear}.{part} arrives when its layer has its weights already. Reload with vLLM's reload_weights, "
+                "or start the server again."
+            )
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check what was loaded, pack it for a kernel, and free it."""
@@ -239,3 +268,14 @@ class Sparse24LinearMethod(LinearMethodBase):
         if layer.ria_packed is None:
             return self.dense.apply(layer, x, bias)
         return layer.ria_packed.apply(layer, x, bias)
+
+
+def arrival_checks(model: torch.nn.Module) -> dict[str, Callable[[str], None]]:
+    """Linear of the checkpoint -> `Sparse24LinearMethod.check_arrival` of the layer that serves it in `model`."""
+    layers = [module for module in model.modules() if isinstance(module, LinearBase)]
+    return {
+        name: functools.partial(layer.quant_method.check_arrival, layer, name)
+        for layer in layers
+        if isinstance(layer.quant_method, Sparse24LinearMethod)
+        for name in layer.quant_method.names
+    }

@@ -144,6 +144,11 @@ def ignore_tensor(param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id
     """A weight loader for tensors that serving does not need."""
 
 
+def is_awaited(layer: LinearBase, part: str) -> bool:
+    """Whether the layer has a parameter for tensors called `part`, which it has until its weights are packed."""
+    return isinstance(getattr(layer, part, None), BasevLLMParameter)
+
+
 def take_parameters(layer: LinearBase, specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
     """Remove the loaded tensors from the layer and return them by the last part of their names.
 
@@ -151,7 +156,7 @@ def take_parameters(layer: LinearBase, specs: Mapping[str, TensorSpec]) -> dict[
     """
     taken = {}
     for part in specs:
-        if isinstance(getattr(layer, part, None), BasevLLMParameter):
+        if is_awaited(layer, part):
             taken[part] = getattr(layer, part).data
             delattr(layer, part)
     return taken

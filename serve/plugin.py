@@ -35,6 +35,7 @@ def watch_models() -> None:
     from ria_vllm.serve.config import RiaConfig
     from ria_vllm.serve.engine import EngineOptions, models_being_built
     from ria_vllm.serve.layer_matching import match_layers
+    from ria_vllm.serve.linear import arrival_checks
     from ria_vllm.serve.reload import check_first_load, check_reload
     from ria_vllm.serve.stream import Taker
 
@@ -74,7 +75,7 @@ def watch_models() -> None:
 
             config.stream.attach(
                 model, check, complete, engine.dummy_weights, taken, config.translation, after_reload,
-                functools.partial(check_first_load, config, built_from, lora=engine.lora),
+                functools.partial(check_first_load, config, built_from, lora=engine.lora), arrival_checks(model),
             )  # fmt: skip
         record(model)
 

@@ -63,6 +63,7 @@ class WeightStream:
         translation: Translation | None = None,
         after_reload: Callable[[Sequence[str]], None] = lambda left_out: None,
         check_files: Callable[[], None] = lambda: None,
+        arrivals: Mapping[str, Callable[[str], None]] = MappingProxyType({}),
     ) -> None:
         """Stand between vLLM's loaders and `model`, now and on every reload.
 
@@ -78,6 +79,8 @@ class WeightStream:
             check_files: raises a RiaError if the model's files are not those that it was built for. It comes before the
                 first tensor of the first load by one of vLLM's loaders, which then has downloaded the files, and after
                 the last one, because it opens one file after the other.
+            arrivals: linears -> called with the last part of the name of each of their tensors; raises a RiaError if
+                the linear's layer will not take it.
         """
         load = model.load_weights
         complete = False  # the last load was one of all files
@@ -100,7 +103,7 @@ class WeightStream:
             if translation is not None:
                 weights = translation.translate(weights, from_files, elsewhere)
             try:
-                result = load(self.named(weights, takers), *args, **kwargs)
+                result = load(self.named(weights, takers, arrivals), *args, **kwargs)
             finally:
                 self.active = False
                 self.recent.clear()
@@ -133,9 +136,16 @@ class WeightStream:
             raise
 
     def named(
-        self, weights: Iterable[tuple[str, torch.Tensor]], takers: Mapping[str, Taker | None] = MappingProxyType({})
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        takers: Mapping[str, Taker | None] = MappingProxyType({}),
+        arrivals: Mapping[str, Callable[[str], None]] = MappingProxyType({}),
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same weights, but those that `takers` take. Each has its name from the moment that it is taken."""
+        """The same weights, but those that `takers` take. Each has its name from the moment that it is taken.
+
+        Raises:
+            RiaError: one of `arrivals` refuses a tensor.
+        """
         for name, tensor in weights:
             module, _, part = name.rpartition(".")
             if (module in takers or name in takers) and part not in CACHE_SCALES:
@@ -143,6 +153,8 @@ class WeightStream:
                 if take is not None:
                     take(part, tensor)
                 continue
+            if module in arrivals:
+                arrivals[module](part)
             set_name(tensor, name)
             if name.endswith(PARTS):
                 self.recent.append((tensor, name))

@@ -143,8 +143,8 @@ def bench(
         raise RiaError("--url and --baseline-url are for one OUT and one --baseline.")
     reference, ours = sides[0].name, sides[len(baselines)]
     arguments = shlex.split(serve_args)
-    if not offline and data is None and not any("prefix-caching" in a for a in arguments):
-        # Warm-up requests repeat the first prompt, so a cache would make that prompt alone faster.
+    if not any("prefix-caching" in a for a in arguments):
+        # Warm-up requests repeat the first prompt, and a load from --data repeats those of loads before it.
         arguments.append("--no-enable-prefix-caching")
     options: dict[str, object] = {"keep_servers": True} if keep_servers else {}
     if text is not None:

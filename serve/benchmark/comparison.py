@@ -15,7 +15,7 @@ from ria_vllm.serve.benchmark.load import Outcome, Workload
 from ria_vllm.serve.benchmark.machine import machine
 from ria_vllm.serve.benchmark.quality import Incomparable, TextQuality
 from ria_vllm.serve.benchmark.results import Measured, Run, Side
-from ria_vllm.serve.benchmark.server import Server, existing_server, running_server
+from ria_vllm.serve.benchmark.server import Server, caches_prefixes, existing_server, running_server
 from ria_vllm.sizes import human_size
 
 
@@ -136,8 +136,7 @@ class Comparison:
         return True
 
     def _not_all(self, reason: str) -> bool:
-        self.measured.notes.append(f"One server at a time, although all were asked for: {reason}.")
-        self.say(f"warning: {self.measured.notes[-1]}")
+        self._note(f"One server at a time, although all were asked for: {reason}.")
         return False
 
     def _start(self, stack: ExitStack, side: Side, repetition: int) -> Server:
@@ -153,9 +152,21 @@ class Comparison:
             server = stack.enter_context(self._server(side, repetition))
         if server.startup is not None:
             self.say(f"{name}: ready after {server.startup:.0f} s")
-        if self.text is not None and repetition == 0:
-            self.text.check(side.name, server)
+        if repetition == 0:
+            if side.name in self.urls and caches_prefixes(server.url):
+                self._note(
+                    f"{side.name}: the server at {server.url} has a prefix cache. It answers prompts that it has seen "
+                    "sooner: that of the warm-up, and all of an earlier benchmark with the same --seed. Start it with "
+                    "--no-enable-prefix-caching."
+                )
+            if self.text is not None:
+                self.text.check(side.name, server)
         return server
+
+    def _note(self, note: str) -> None:
+        if note not in self.measured.notes:
+            self.measured.notes.append(note)
+            self.say(f"warning: {note}")
 
     def _load(self, server: Server, side: Side, repetition: int, number: int) -> None:
         # Each load has its own prompts, or the prefix cache would answer them. All sides get the same ones.

@@ -4,8 +4,11 @@ import importlib.metadata
 import os
 import platform
 from datetime import datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from ria_vllm.checkpoint import MISTRAL_FILES
 
 
 def machine() -> dict[str, Any]:
@@ -36,6 +39,8 @@ def version(distribution: str) -> str | None:
 def weight_bytes(model: str) -> int | None:
     """Bytes of the weight files of a folder, or of a hub id's local copy, or of one file such as GGUF's.
 
+    Weights in Mistral's own format beside others are a second copy, and do not count.
+
     None if there is no such file.
     """
     folder = Path(model)
@@ -48,4 +53,6 @@ def weight_bytes(model: str) -> int | None:
             folder = Path(snapshot_download(model, local_files_only=True))
         except Exception:  # the hub's library raises many types for a missing copy
             return None
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None
+    files = sorted(folder.glob("*.safetensors"))
+    own = [path for path in files if not fnmatchcase(path.name, MISTRAL_FILES)]
+    return sum(path.stat().st_size for path in own or files) or None

@@ -69,6 +69,15 @@ def healthy(url: str) -> bool:
         return False
 
 
+def caches_prefixes(url: str) -> bool:
+    """Whether a server says that it has a prefix cache; False if it does not say."""
+    try:
+        lines = get(f"{url}/metrics", timeout=10).decode(errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(line.startswith("vllm:cache_config_info{") and 'enable_prefix_caching="True"' in line for line in lines)
+
+
 def served_name(url: str) -> str:
     """The name of the first model that a server offers.
 

@@ -10,6 +10,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from ria_vllm.layer_schema import Fold, Producer
 from ria_vllm.serve.layer_matching import match_layers
+from ria_vllm.serve.linear import arrival_checks
 from ria_vllm.serve.reload import check_reload
 
 HIDDEN = tiny.HIDDEN
@@ -74,7 +75,7 @@ def tensors(stored):
 def attached(config, model):
     """`model` as vLLM's plugin leaves it."""
     match_layers(config, model)
-    config.stream.attach(model, functools.partial(check_reload, config, None))
+    config.stream.attach(model, functools.partial(check_reload, config, None), arrivals=arrival_checks(model))
     return model
 
 

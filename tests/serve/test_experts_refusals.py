@@ -11,6 +11,7 @@ from vllm.model_executor.layers.fused_moe import config as moe_config
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import INTEGERS
 from ria_vllm.schema import WeightQuantization
+from ria_vllm.serve.layer_matching import match_layers
 
 pytestmark = pytest.mark.usefixtures("ranks")
 
@@ -114,6 +115,15 @@ def test_another_number_of_experts():
 def test_redundant_experts():
     with pytest.raises(RiaError, match=f"{EXPERTS} experts, but vLLM's layer has {EXPERTS + 2}. .*--enable-eplb"):
         Model(StoredMixture().config(), num_redundant_experts=2, enable_eplb=True)
+
+
+@pytest.mark.parametrize("prefix", ["layers.1.mlp.experts", "not.the.path"])
+def test_experts_that_vllm_would_move_between_ranks(prefix):
+    """vLLM asks the method that the prefix has chosen whether it supports that, and moves whatever it is in pieces."""
+    current, config = VllmConfig(), StoredMixture().config()
+    current.parallel_config.enable_eplb = True
+    with set_current_vllm_config(current), pytest.raises(RiaError, match=f"{LAYER}: with --enable-eplb"):
+        match_layers(config, Model(config, prefix=prefix))
 
 
 def test_an_absurd_number_of_experts():

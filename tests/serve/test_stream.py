@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from gated_model import HIDDEN, Model, attached, finished, stored_model, tensors
+from gated_model import HIDDEN, INNER, PREFIX, Model, attached, expected, finished, stored_model, tensors
 from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
 
 from ria_vllm.errors import RiaError
@@ -125,3 +125,45 @@ def test_a_load_after_dummy_weights_is_checked(ranks, stored):
             RiaError, match="is missing. This server was started with dummy weights, which did not need that"
         ):
             model.load_weights(weights)
+
+
+class Skipping(Model):
+    """Drops what it has no parameter for, as vLLM's MiMo-V2 and Bailing do."""
+
+    def load_weights(self, weights):
+        def is_known(name):
+            names = {name, name.replace(".gate.", ".gate_up."), name.replace(".up.", ".gate_up.")}
+            return names & {f"model.{parameter}" for parameter, _ in self.named_parameters()}
+
+        return super().load_weights((name, tensor) for name, tensor in weights if is_known(name))
+
+
+@pytest.mark.parametrize("reload", (False, True))
+def test_dense_weights_for_pruned_linears_are_refused(ranks, stored, reload):
+    """Trainers have dense weights. A server must not go on with its old ones where others are new."""
+    config = stored.config()
+    model = attached(config, Skipping(config))
+    model.load_weights(tensors(stored))
+    finished(model)
+    record_metadata_for_reloading(model)
+    dense = [(f"{PREFIX}.down.weight", torch.zeros(HIDDEN, INNER)), (f"{PREFIX}.down.bias", torch.zeros(HIDDEN))]
+    if reload:
+        initialize_layerwise_reload(model)
+    with pytest.raises(RiaError, match=r"down\.weight: this server has the linear stored as compressed, bitmask"):
+        model.load_weights(dense)
+
+
+def test_weights_that_arrive_outside_a_reload_are_refused(ranks, stored):
+    """vLLM's older way to take a trainer's weights: the model's parameters are those of its kernels by then."""
+    config = stored.config()
+    model = attached(config, Skipping(config))
+    model.load_weights(tensors(stored))
+    finished(model)
+    for name, tensor in tensors(stored):
+        if name.endswith((".compressed", ".bitmask")):
+            with pytest.raises(RiaError, match=f"{name} arrives when its layer has its weights already"):
+                model.load_weights([(name, tensor)])
+        else:
+            model.load_weights([(name, tensor)])  # biases are still there, and shapes are not needed
+    x = torch.randn(3, HIDDEN)
+    torch.testing.assert_close(model.layers[0](x).double(), expected(stored, x), atol=1e-4, rtol=1e-4)

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.benchmark import server
 from ria_vllm.serve.benchmark.command import bench, check_environment, parse_concurrency
+from ria_vllm.serve.benchmark.comparison import Comparison
 from ria_vllm.serve.benchmark.machine import weight_bytes
 
 SERVE = "--max-model-len 256 --enforce-eager"
@@ -98,6 +99,19 @@ def test_bad_input(pruned_llama, tmp_path):
         run(*both, "-o", tmp_path)
 
 
+@pytest.mark.parametrize("offline", [(), ("--offline",)])
+@pytest.mark.parametrize("data", [False, True])
+def test_no_prompt_is_answered_from_a_prefix_cache(data, offline, tmp_path, monkeypatch):
+    """Loads from one file share prompts, and vLLM fills up a short one with copies."""
+    given = []
+    monkeypatch.setattr(Comparison, "measure", lambda comparison: given.append(comparison.serve_arguments))
+    (tmp_path / "chats.json").write_text("[]")
+    arguments = ["sparse", "--baseline", "dense", *offline, *(["--data", tmp_path / "chats.json"] if data else [])]
+    for own in ([], ["--serve-args", "--enable-prefix-caching"]):
+        assert run(*arguments, *own, "-o", tmp_path / "b").exit_code == 0
+    assert given == [["--no-enable-prefix-caching"], ["--enable-prefix-caching"]]
+
+
 def test_a_url_without_a_server(pruned_llama, tmp_path):
     url = f"http://127.0.0.1:{server.free_port()}"
     with pytest.raises(RiaError, match=f"{url}: no OpenAI-compatible server"):
@@ -125,7 +139,8 @@ def test_a_server_that_runs_already(pruned_llama, tmp_path):
     assert sparse > 0 and point["ratios"]["output_tokens_per_s"]["median"] == pytest.approx(sparse / dense)
     # Four requests of 8 tokens, and the warm-up.
     assert float(counted[1]) >= 4 * 8
-    assert "| 2 | ratio |" in (tmp_path / "b" / "bench.md").read_text()
+    table = (tmp_path / "b" / "bench.md").read_text()
+    assert "| 2 | ratio |" in table and "sparse: the server at http://127.0.0.1:" in table
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.benchmark import comparison, load
+from ria_vllm.serve.benchmark import comparison, load, server
 from ria_vllm.serve.benchmark.comparison import Comparison
 from ria_vllm.serve.benchmark.load import Outcome, Workload
 from ria_vllm.serve.benchmark.quality import Incomparable, Quality
@@ -158,3 +158,22 @@ def test_texts_that_cannot_be_compared_stop_everything(pretend, tmp_path, keep):
     with pytest.raises(Incomparable):
         bench.measure()
     assert not pretend.alive and not any(event.startswith("B1") for event in pretend.events)
+
+
+@pytest.mark.parametrize("cached", ["True", "False", None])
+def test_a_borrowed_server_with_a_prefix_cache_is_named(pretend, tmp_path, monkeypatch, cached):
+    """Prompts of an earlier benchmark would be answered from it, on this side only. A server need not tell."""
+
+    def get(url, timeout):
+        if url.endswith("/v1/models"):
+            return b'{"data": [{"id": "B"}]}'
+        if cached is None:
+            raise OSError
+        return f'# HELP x\nvllm:cache_config_info{{block_size="16",enable_prefix_caching="{cached}"}} 1.0'.encode()
+
+    monkeypatch.setattr(server, "get", get)
+    compared = comparison_of(WAYS, tmp_path, [1], urls={"b": "http://there"})
+    compared.measure()
+    assert [note.partition(" It answers")[0] for note in compared.measured.notes] == (
+        ["b: the server at http://there has a prefix cache."] if cached == "True" else []
+    )

@@ -3,6 +3,7 @@
 import pytest
 
 from ria_vllm.errors import RiaError
+from ria_vllm.serve.benchmark.machine import weight_bytes
 from ria_vllm.serve.benchmark.sides import sides_of
 
 
@@ -49,3 +50,12 @@ def test_arguments_of_one_side():
     assert second.arguments == ("--dtype", "float32", "--tokenizer", "a b") and not first.arguments + third.arguments
     with pytest.raises(RiaError, match="w4a16: no such side. There are bf16, w8a8, out"):
         sides_of(["bf16", "w8a8"], ["out"], [("w4a16", "")])
+
+
+def test_a_second_copy_of_the_weights_does_not_count(tmp_path):
+    """Mistral's repositories have the weights twice, of which vLLM loads one."""
+    (tmp_path / "consolidated.safetensors").write_bytes(bytes(60))
+    assert weight_bytes(str(tmp_path)) == 60
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(bytes(40))
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(bytes(20))
+    assert weight_bytes(str(tmp_path)) == 60
