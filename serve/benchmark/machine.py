@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ria_vllm.checkpoint import MISTRAL_FILES
+from ria_vllm.weight_files import MISTRAL_FILES
 
 
 def machine() -> dict[str, Any]:
