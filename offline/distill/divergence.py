@@ -118,4 +118,4 @@ def _of_top(teacher: Top, logs: torch.Tensor, temperature: float, slope: bool) -
 
 def _weighted(probable: torch.Tensor, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     """The terms of a divergence: the teacher's probabilities, and the logarithms of both."""
-    return torch.where(probable > 0, probable * (teacher - student), 0.0)
+    return torch.where(probable == 0, 0.0, probable * (teacher - student))  # NaN stays NaN

@@ -62,10 +62,9 @@ class HeldOut:
             for window, answer in monitor.steps(pairs, "measuring", len(pairs)):
                 total += student.loss(window[None].to(device), answer, self.teacher, loss)[1]
             count, length = windows.shape
-            mean = float(total[2]) / (count * (length - 1))
-            if not math.isfinite(mean):
+            mean, kl = float(total[2]) / (count * (length - 1)), float(total[0]) / (count * length)
+            if not math.isfinite(mean) or not math.isfinite(kl):
                 raise RiaError(f"{name}: the student's predictions are not finite. Give a smaller --lr.")
             top = pairs[0][1].top
-            kl = float(total[0]) / (count * length)
             found[name] = Score(math.exp(min(mean, 700.0)), kl, 0 if top is None else top.tokens.shape[-1])
         return found

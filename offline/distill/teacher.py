@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.divergence import Top
 from ria_vllm.offline.distill.logits import TwoPart
 from ria_vllm.progress import Monitor
+from ria_vllm.weight_format import name_of
 from ria_vllm.writer import CheckpointWriter
 
 # Tokens whose logits are in memory at a time.
@@ -43,9 +45,13 @@ class Teacher:
 
     @torch.no_grad()
     def answer(self, tokens: torch.Tensor, numbers: Sequence[int]) -> Answer:
-        """For int64 [windows, tokens]; `numbers` says which windows of the text they are."""
+        """For int64 [windows, tokens]; `numbers` says which windows of the text they are.
+
+        Raises:
+            RiaError: a hidden state is not finite.
+        """
         with captured(self.model.layers if self.layers else []) as outputs:
-            hidden = self.model.hidden(tokens)
+            hidden = _read(self.model, tokens)
         return Answer(hidden=hidden.flatten(0, 1), layers=list(outputs))
 
 
@@ -92,10 +98,25 @@ def fill_cache(
 
 @torch.no_grad()
 def most_probable(model: TwoPart, window: torch.Tensor, k: int, temperature: float) -> Top:
-    """What the teacher finds most probable after each token of a window, int64 [tokens]."""
-    hidden = model.hidden(window[None].to(model.model.device))[0]
+    """What the teacher finds most probable after each token of a window, int64 [tokens].
+
+    Raises:
+        RiaError: a hidden state is not finite.
+    """
+    hidden = _read(model, window[None].to(model.model.device))[0]
     parts = [Top.of(model.logits(part), k, temperature) for part in hidden.split(CHUNK)]
     return Top(torch.cat([part.tokens for part in parts]), torch.cat([part.logs for part in parts]))
+
+
+def _read(model: TwoPart, tokens: torch.Tensor) -> torch.Tensor:
+    """The teacher's hidden states, checked: with a NaN in them, training would seem to diverge."""
+    hidden = model.hidden(tokens)
+    if not bool(hidden.isfinite().all()):
+        raise RiaError(
+            f"{model.name}: the teacher itself computes NaN or infinity in {name_of(hidden.dtype)}. Check that it "
+            "works without pruning, or give --compute-dtype float32."
+        )
+    return hidden
 
 
 @contextmanager

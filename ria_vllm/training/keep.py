@@ -50,8 +50,8 @@ def keep_sparse(model: nn.Module, like: str | Path | None = None) -> None:
     must call this; what one of them finds, all raise.
 
     `save_pretrained` then writes the model's own names and shapes. `load_state_dict` raises RiaError for a checkpoint
-    with those of the dense model's files, and so does a forward pass or a step if a module was replaced by one that
-    cannot be kept sparse.
+    with those of the dense model's files, or with weights that are not zero outside the masks. A forward pass and a
+    step raise it if a module was replaced by one that cannot be kept sparse.
 
     Args:
         model: what `from_pretrained` made of a compressed folder, wrapped or sharded or not.
@@ -135,19 +135,23 @@ class KeptWeight:
         else:
             _zero_dropped(tensor, self._on(tensor.device))
 
+    def is_zero_outside(self) -> bool:
+        """Whether the weight is zero outside the mask, as far as this process holds it."""
+        weight = self.parameter().detach()
+        if weight.is_meta:
+            return True
+        wanted = weight.clone()
+        self.zero_outside(wanted)
+        same = (wanted.to_local() == weight.to_local()) if isinstance(weight, DTensor) else wanted == weight
+        return bool(same.all())
+
     def check_zeros(self, folder: Path) -> None:
-        """Check that the weight is zero outside the mask, as far as this process holds it.
+        """Check that `is_zero_outside`.
 
         Raises:
             RiaError: it is not.
         """
-        weight = self.parameter().detach()
-        if weight.is_meta:
-            return
-        wanted = weight.clone()
-        self.zero_outside(wanted)
-        same = (wanted.to_local() == weight.to_local()) if isinstance(weight, DTensor) else wanted == weight
-        if not bool(same.all()):
+        if not self.is_zero_outside():
             raise RiaError(
                 f"{self.name}: not zero everywhere outside the mask in {folder}. Call keep_sparse before anything "
                 "changes the weights (a merged adapter does), with the folder that the model was loaded from."
@@ -240,11 +244,29 @@ class KeptWeights:
         self.mask_gradients()
 
     def after_load_state_dict(self, base: nn.Module, keys: Any) -> None:
-        """Whatever was loaded: perhaps a checkpoint with the names of files, which `load_state_dict` does not know.
+        """Whatever was loaded: perhaps the checkpoint of another model.
 
         Raises:
-            RiaError: it was one, and lacks tensors under the model's names.
+            RiaError: it lacks tensors under the model's names, and has them under those of files; or a weight in it is
+                not zero outside the mask, which the next step would lose.
         """
+        self._check_names(base, keys)
+        missing = [f".{clean_name(key)}" for key in keys.missing_keys]
+        weights = self._by_parameter()
+        for name, parameter in base.named_parameters():
+            weight, ending = weights.get(id(parameter)), f".{clean_name(name)}"
+            # What was not loaded may hold a merged adapter, which is taken out again before the next step.
+            if weight is None or any(key.endswith(ending) for key in missing) or weight.is_zero_outside():
+                continue
+            raise RiaError(
+                f"{weight.name}: not zero everywhere outside the mask in {self.origin.folder} after load_state_dict. "
+                "So this checkpoint is of the dense model, or of one with other masks, and the next step would lose "
+                "what it holds there. Load it by `from_pretrained`, and call keep_sparse(model, like=OUT), with the "
+                "compressed folder that it was trained from."
+            )
+
+    def _check_names(self, base: nn.Module, keys: Any) -> None:
+        """Refuse a checkpoint with the names of files, which `load_state_dict` does not know."""
         if not (keys.unexpected_keys and keys.missing_keys and self.origin.conversions):
             return
         missing = sorted(map(clean_name, keys.missing_keys))

@@ -188,6 +188,7 @@ def _write_others(
     """Write what is not pruned, under its names in the files; returns what the model does not have."""
     reader = encoder.reader
     names = set(reader.dense_names)
+    _check_tied(base, others, reader)
     stored = _as_in_files(base, others, origin)
     # Files may also have the model's own names where transformers would write older ones.
     stored |= {name: tensor for name, tensor in others.items() if name in names - stored.keys()}
@@ -209,6 +210,18 @@ def _write_others(
             units.add({name: reader.tensor(name)})
             kept.append(name)
     return kept
+
+
+def _check_tied(base: Any, tensors: dict[str, torch.Tensor], reader: Reader) -> None:
+    """Refuse two tensors where config.json will say that they are one, which vLLM then reads for both."""
+    for name, other in base.get_expanded_tied_weights_keys(all_submodels=True).items():
+        one, two = tensors.get(clean_name(name)), tensors.get(clean_name(other))
+        if one is not None and two is not None and not torch.equal(one, two):
+            raise RiaError(
+                f"{reader.folder}: config.json says that {name} and {other} are one tensor, but the model has two that "
+                "differ, of which vLLM would read one. Keep them tied in training (PEFT: `ensure_weight_tying=True`); "
+                "or, if the folder holds both, set `model.config.tie_word_embeddings = False` before saving."
+            )
 
 
 def _as_in_files(base: Any, tensors: dict[str, torch.Tensor], origin: Origin) -> dict[str, torch.Tensor]:

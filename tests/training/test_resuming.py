@@ -178,3 +178,27 @@ def test_parts_of_a_checkpoint(pruned_llama):
     state = {name: tensor + 1 for name, tensor in model.state_dict().items() if "norm" in name}
     model.load_state_dict(state, strict=False)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
+
+
+def test_a_checkpoint_with_other_masks(pruned_llama):
+    """Of the dense model, or of another compression into the same folder: the next step would drop what it holds."""
+    model, dense = load(pruned_llama.folder), load(pruned_llama.source)
+    keep_sparse(model)
+    wrapped = torch.nn.ModuleDict({"model": model})
+    for one, state in (model, dense.state_dict()), (wrapped, torch.nn.ModuleDict({"model": dense}).state_dict()):
+        with pytest.raises(RiaError, match=r"layers.0.self_attn.*: not zero .* after load_state_dict.* other masks"):
+            one.load_state_dict(state)
+
+
+def test_a_merged_weight_that_is_not_loaded(pruned_llama):
+    """Adapters are loaded while others are merged, which PEFT takes out again before the next step."""
+    model = load(pruned_llama.folder)
+    keep_sparse(model)
+    state, name = copy.deepcopy(model.state_dict()), "model.layers.0.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name).add_(1.0)
+    merged = torch.nn.ModuleDict({"model": model})
+    others = {f"model.{other}": tensor for other, tensor in state.items() if other != name}
+    assert merged.load_state_dict(others, strict=False).missing_keys == [f"model.{name}"]
+    merged.load_state_dict(others | {f"model.{name}": state[name]})
+    assert equal(model.state_dict(), state)

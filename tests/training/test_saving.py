@@ -253,6 +253,25 @@ def test_tensors_that_the_model_does_not_have_stay(tmp_path):
     assert torch.equal(reader.tensor("vision_tower.weight"), tower["vision_tower.weight"])
 
 
+def test_a_head_that_training_has_untied(tmp_path):
+    """PEFT trains a copy of the head (`modules_to_save`). Where config.json ties them, vLLM reads the embeddings."""
+    tiny.write(tiny.FAMILIES["gemma2"], tmp_path / "out")
+
+    def add_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    rewrite(tmp_path / "out" / "model.safetensors", add_head)
+    model = trained(tmp_path / "out")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1.0)
+    with pytest.raises(RiaError, match=r"lm_head.weight and model.embed_tokens.weight are one tensor"):
+        save(model, tmp_path / "new", like=tmp_path / "out")
+    model.config.tie_word_embeddings = False
+    assert save(model, tmp_path / "new", like=tmp_path / "out").settings == ["tie_word_embeddings"]
+    again = load(tmp_path / "new")
+    assert not torch.equal(again.lm_head.weight, again.model.embed_tokens.weight)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight.to(Reader(tmp_path / "new").tensor("lm_head.weight")))
+
+
 def test_several_shards(pruned_llama, tmp_path):
     save(trained(pruned_llama.folder), tmp_path / "new", like=pruned_llama.folder, max_shard_size=100_000)
     files = sorted((tmp_path / "new").glob("model-*.safetensors"))

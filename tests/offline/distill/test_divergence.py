@@ -59,6 +59,15 @@ def test_tokens_that_the_teacher_excludes_count_as_nothing(k):
     assert bool(student.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("k", [0, 8])
+@pytest.mark.parametrize("of", ["teacher", "student"])
+def test_what_is_not_a_number_does_not_count_as_nothing(k, of):
+    both = {"teacher": logits(0), "student": logits(1)}
+    both[of][2] = torch.nan
+    found = divergence(Top.of(both["teacher"], k, 1.0) if k else both["teacher"], both["student"])
+    assert found.isnan().tolist() == [row == 2 for row in range(TOKENS)]
+
+
 def formula(teacher: torch.Tensor, student: torch.Tensor, k: int, temperature: float) -> torch.Tensor:
     """For float64 logits, by the definition, with autograd's gradient. k = 0: all tokens one by one."""
     p, q = (torch.softmax(x / temperature, -1) for x in (teacher, student))

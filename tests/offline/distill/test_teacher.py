@@ -5,6 +5,7 @@ import torch
 from compressing import weight_digests
 from decoders import small
 
+from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.divergence import Top
 from ria_vllm.offline.distill.logits import TwoPart
 from ria_vllm.offline.distill.loss import Loss
@@ -55,6 +56,16 @@ def test_layers_are_the_outputs_of_decoder_layers(model):
     assert torch.equal(model.model.model.norm(answer.layers[1]), states[2])
     assert torch.equal(answer.hidden, states[2].flatten(0, 1))
     assert Teacher(model).answer(windows(), []).layers == []
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_teacher_that_is_no_model_is_not_taken_for_training_that_diverges(value, model, tmp_path):
+    with torch.no_grad():
+        model.model.model.norm.weight[3] = value
+    with pytest.raises(RiaError, match="teacher: the teacher itself computes NaN or infinity in float32"):
+        Teacher(model).answer(windows(), [])
+    with pytest.raises(RiaError, match="teacher: the teacher itself computes NaN or infinity in float32"):
+        fill_cache(CheckpointWriter(tmp_path / "out"), model, windows(), K, 1.0, Monitor(shown=False), range(5))
 
 
 def test_a_run_with_a_cache_is_one_without_it_but_for_logarithms_in_float16(pruned, text, tmp_path, monkeypatch):
