@@ -121,7 +121,8 @@ def _with_adapter(place: str | Path) -> RiaError:
     return RiaError(
         f"{place}: an adapter lies beside the weights. transformers adds it to them where PEFT is installed, and vLLM "
         "does not, so it is unknown which model is meant. Merge it into the weights (PEFT's merge_and_unload); or, if "
-        "they hold it already or should be used without it, move it out of the folder."
+        "they hold it already or should be used without it, move it out of the folder. From the hub, download the "
+        'model without it (`hf download --exclude "adapter_*"`).'
     )
 
 
