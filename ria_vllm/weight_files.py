@@ -34,7 +34,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
     for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
             lost = next(name for name, shard in weight_map.items() if shard == file)
-            raise RiaError(f"{folder / file}: shard missing (it holds {lost}). Get the file again.")
+            beside = f" If {SINGLE_FILE} is the model, remove {INDEX_FILE}." if (folder / SINGLE_FILE).is_file() else ""
+            raise RiaError(f"{folder / file}: shard missing (it holds {lost}). Get the file again.{beside}")
         present[file] = set(tensor_names(folder / file))
     for name, file in weight_map.items():
         if name not in present[file]:

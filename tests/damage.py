@@ -8,6 +8,9 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError
+
 
 def rewrite(path: Path, change, **metadata: str) -> None:
     """`change` edits a safetensors file's tensors in place; its metadata stays, except for what is given."""
@@ -31,6 +34,14 @@ def bind(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     for path in folder.glob("model*.safetensors"):
         rewrite(path, lambda tensors: None, ria_permutations_digest=digest)
+
+
+def problems(folder: Path) -> list[str]:
+    """What the reader finds wrong with a folder, whether or not it can be opened."""
+    try:
+        return list(Reader(folder).problems())
+    except RiaError as error:
+        return [str(error)]
 
 
 class Damage:

@@ -100,7 +100,7 @@ def _ways_on(pruned: Path, model: str, out: Path, distillation: Distillation) ->
 def _checked_run(
     model: str, out: Path, recipe: Recipe, distillation: Distillation, draw: bool, monitor: Monitor
 ) -> tuple[dict[str, Any], TrainingText | None]:
-    """What the pruned model depends on, and what to train on; None unless it is to be drawn.
+    """What the pruned model depends on, and what to train on (None without `draw`).
 
     What only training would stumble over is refused before anything is pruned.
     """

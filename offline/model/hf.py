@@ -21,7 +21,7 @@ from ria_vllm.offline.model.dequantize import method_of
 from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.names import Names, find_tensors
 from ria_vllm.offline.model.source_tensors import SourceTensors
-from ria_vllm.weight_files import INDEX_FILE, unindexed_files, weight_files
+from ria_vllm.weight_files import INDEX_FILE, SINGLE_FILE, unindexed_files, weight_files
 
 HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FILE, *LEGAL_PATTERNS]
 # The same weights once more, in their publisher's own format: gpt-oss, Llama and Mistral have such files.
@@ -29,6 +29,7 @@ HUB_COPIES = ["original/*", "consolidated*.safetensors"]
 # No file may run code: neither a model's own nor what is in pickled weights.
 FROM_FILES = {"trust_remote_code": False, "use_safetensors": True}
 ADAPTER_CONFIG = "adapter_config.json"
+NAMED_WEIGHTS = "transformers_weights"  # in config.json: the file that transformers reads
 NO_SAFETENSORS = re.compile("no(t appear to have a)? file named model.safetensors")
 
 
@@ -120,8 +121,27 @@ def _with_adapter(place: str | Path) -> RiaError:
     return RiaError(
         f"{place}: an adapter lies beside the weights. transformers adds it to them where PEFT is installed, and vLLM "
         "does not, so it is unknown which model is meant. Merge it into the weights (PEFT's merge_and_unload); or, if "
-        "they hold it already or should be used without it, move it out of the folder."
+        "they hold it already or should be used without it, move it out of the folder. From the hub, download the "
+        'model without it (`hf download --exclude "adapter_*"`).'
     )
+
+
+def refuse_named_weights(place: str, file: Any) -> None:
+    """Refuse a model whose config.json tells transformers to read weights that no other program would look for.
+
+    Args:
+        place: the folder or hub id, for messages.
+        file: what config.json says; None: nothing.
+
+    Raises:
+        RiaError: it names such weights.
+    """
+    if file not in (None, SINGLE_FILE, INDEX_FILE):
+        raise RiaError(
+            f"{place}: {NAMED_WEIGHTS} in config.json names {str(file)[:80]!r}. transformers would read that file, and "
+            f"vLLM {SINGLE_FILE} or the shards of {INDEX_FILE}, so it is unknown which model is meant. Load the right "
+            "one with transformers, and save it with save_pretrained."
+        )
 
 
 def without_quantization(config: Any) -> None:
@@ -185,8 +205,8 @@ def load_model(
         training: see `choose_dtype`.
 
     Raises:
-        RiaError: not a model that writes text, a damaged compressed one, one with an adapter, or a `compute_dtype` that
-            would round its weights.
+        RiaError: not a model that writes text, a damaged compressed one, one of which it is unknown which weights are
+            meant, or a `compute_dtype` that would round its weights.
     """
     stored = None if compute_dtype is None else stored_dtype(folder, state)
     if stored is not None:
@@ -233,6 +253,7 @@ def _load(
         reader = Reader(folder) if is_compressed(Path(folder)) else None
         if state is None and reader is None:
             refuse_adapter(Path(folder))
+            refuse_named_weights(folder, getattr(config, NAMED_WEIGHTS, None))
             if (Path(folder) / INDEX_FILE).is_file():
                 find_tensors(Path(folder))
         if state is None and reader is None and dequantized_from(config) is not None:

@@ -167,26 +167,43 @@ def find_tensors(folder: Path) -> dict[str, Path]:
 
 def _check_single(folder: Path, files: Mapping[str, Path]) -> None:
     """Refuse a single file with other tensors than those that an index names: vLLM and we read the latter, transformers
-    the former."""
+    the former.
+
+    What only one of them has may be a copy of what both have: some programs write a tied head, and others do not.
+    """
     single = folder / SINGLE_FILE
     if single in files.values() or not single.is_file():
         return
-    there = set(tensor_names(single))
-    differing = sorted(there ^ files.keys())
-    changed = (name for name in sorted(there & files.keys()) if not _same(name, files[name], single))
-    for name in itertools.chain(differing, changed):
+    there = dict.fromkeys(tensor_names(single), single)
+    shared = sorted(there.keys() & files.keys())
+    needed = [name for name in sorted(there.keys() ^ files.keys()) if not name.endswith(LEFT_OUT)]
+    alone = (name for name in needed if not _is_copy(name, there if name in there else files, shared))
+    changed = (name for name in shared if not _same(name, files[name], single))
+    for name in itertools.chain(alone, changed):
         raise RiaError(
             f"{single}: its {name} is not that of the shards that {INDEX_FILE} names. transformers would read this "
             "file and vLLM the shards, so it is unknown which model is meant. Remove this file, or the index and its "
-            "shards."
+            f"shards. Of a model on the hub, download one of the two (`hf download --exclude {SINGLE_FILE}`)."
         )
 
 
+def _is_copy(name: str, files: Mapping[str, Path], others: Iterable[str]) -> bool:
+    """Whether a matrix is equal to another one."""
+    with safe_open(files[name], framework="pt") as file:
+        tensor = file.get_tensor(name)
+    return tensor.dim() > 1 and any(_holds(files[other], other, tensor) for other in others)
+
+
 def _same(name: str, *paths: Path) -> bool:
-    found = []
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            found.append(file.get_tensor(name))
-    one, other = found
-    alike = one.dtype == other.dtype and one.shape == other.shape
-    return alike and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
+    one, other = paths
+    with safe_open(one, framework="pt") as file:
+        return _holds(other, name, file.get_tensor(name))
+
+
+def _holds(path: Path, name: str, wanted: torch.Tensor) -> bool:
+    with safe_open(path, framework="pt") as file:
+        if file.get_slice(name).get_shape() != list(wanted.shape):
+            return False
+        found = file.get_tensor(name)
+    one, other = found.flatten().view(torch.uint8), wanted.flatten().view(torch.uint8)
+    return found.dtype == wanted.dtype and torch.equal(one, other)

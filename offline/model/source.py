@@ -19,11 +19,13 @@ from ria_vllm.offline.model.architecture import model_class
 from ria_vllm.offline.model.dequantize import scheme_of
 from ria_vllm.offline.model.gguf_file import convert_gguf
 from ria_vllm.offline.model.hf import (
+    NAMED_WEIGHTS,
     commit_of,
     dense_weight_files,
     from_hub,
     reason_of,
     refuse_adapter,
+    refuse_named_weights,
     without_quantization,
 )
 from ria_vllm.offline.runtime.ranks import Ranks
@@ -43,7 +45,8 @@ NEEDED = (
 class Source:
     """A checked folder. `name` is what the user called it; `raw_config` is the content of config.json.
 
-    Neither `config` nor `raw_config` says how the weights are quantized in the files.
+    Neither `config` nor `raw_config` says how the weights are quantized in the files, and `raw_config` does not name
+    these files.
 
     config_digest: of what config.json says, all of it.
     stamp: tells these weights from others without reading them.
@@ -121,6 +124,7 @@ def _checked(name: str, folder: Path) -> Source:
             raise RiaError(f"{name}: no safetensors here. To compress {found[0]}, give the file itself.")
     files = sorted(set(dense_weight_files(folder).values()))
     refuse_adapter(folder)
+    refuse_named_weights(name, raw.pop(NAMED_WEIGHTS, None))
     if raw.get("auto_map") and raw.get("model_type") not in _known_types():
         raise RiaError(f"{name}: needs its own Python code (auto_map in config.json), which is not run here.")
     try:

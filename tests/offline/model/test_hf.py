@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, LlamaForCausalLM
 from wrappers import save_wrapper
 
+import ria_vllm.hf  # noqa: F401  loads pruned folders
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
@@ -200,6 +201,32 @@ def test_an_adapter_beside_the_weights_is_refused(name, tiny, text, tmp_path, mo
         monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda _, **options: load(folder, **options))
     with pytest.raises(RiaError, match=f"{place}: an adapter lies beside the weights.*merge_and_unload"):
         load_model(str(folder) if name == "folder" else name, CPU)
+
+
+def test_weights_that_only_transformers_finds_are_refused(tiny, text, tmp_path):
+    """`eval` would measure them, and `compress` prune others."""
+    folder = edited(tiny("llama"), tmp_path / "in", lambda tensors: None, transformers_weights="other.safetensors")
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    edit_weights(folder, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    norm = load_file(tiny("llama") / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").model.norm.weight, norm)
+    message = f"{folder}: transformers_weights in config.json names 'other.safetensors'.*save_pretrained"
+    with pytest.raises(RiaError, match=message):
+        run_small(folder, tmp_path / "out", text)
+    with pytest.raises(RiaError, match=message):
+        load_model(str(folder), CPU)
+
+
+def test_named_weights_that_all_programs_find_are_read(tiny, text, tmp_path):
+    """What is written from them is one file, and says nothing of an index that it does not have."""
+    folder, out = Path(shutil.copytree(tiny("llama"), tmp_path / "in")), tmp_path / "out"
+    (folder / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny("llama")).save_pretrained(folder, max_shard_size="200KB")
+    edit_config(folder, transformers_weights="model.safetensors.index.json")
+    assert load_model(str(folder), CPU) is not None
+    run_small(folder, out, text)
+    assert (out / "model.safetensors").is_file() and not list(out.glob("*.index.json"))
+    assert AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)[1]["missing_keys"] == set()
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,12 @@ def test_errors_name_the_linear_as_its_file_does(place, tiny, text, tmp_path):
         run_small(source, tmp_path / "out", text)
 
 
+def with_needless(tensors: dict) -> None:
+    """What old checkpoints have besides, and what other programs write of a tied head."""
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    tensors["copy.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
 def other_values(tensors: dict) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"] *= 2
 
@@ -157,6 +163,7 @@ def other_values(tensors: dict) -> None:
         (lambda tensors: tensors.pop("model.norm.weight"), "model.norm.weight"),
         (lambda tensors: tensors.update(more=torch.ones(2)), "more"),
         (lambda tensors: None, None),
+        (with_needless, None),
     ],
 )
 def test_a_single_file_beside_an_index_has_the_same_tensors(change, differing, tiny, text, tmp_path):
