@@ -1,6 +1,7 @@
 """What was loaded, for one line in the log and for the key of vLLM's compile cache."""
 
 import hashlib
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from ria_vllm.formats import FP8
-from ria_vllm.serve.kernels.choice import Choice
+from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE, Choice
 from ria_vllm.weight_format import WeightFormat, name_of
 
 # vLLM configures the handlers of its own loggers only.
@@ -129,6 +130,13 @@ class LoadReport:
         """
         config = choice.config
         stored = choice.widened_from or config.weight_format
+        name = choice.kernel.name
+        forced = os.environ.get(KERNEL_VARIABLE) == name
+        if choice.kernel.is_fallback and not forced and get_tensor_model_parallel_rank() == 0:
+            logger.warning_once(
+                "The kernel %s serves %s, because no fast one does: the answers are right, but slow. `ria-vllm doctor` "
+                "says why.", name, config,
+            )  # fmt: skip
         if choice.widened_from is not None and get_tensor_model_parallel_rank() == 0:
             logger.warning_once(
                 "Weights in %s are widened to %s 2:4, because no kernel for %s multiplies them as the checkpoint "

@@ -7,6 +7,7 @@ import torch
 from ria_vllm import sparse24
 from ria_vllm.serve.kernels import choice, int8_inputs, registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsKernel, ExpertsLayerConfig
+from ria_vllm.serve.kernels.cpu.backend import check_forced_instruction_set
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel, activate
 from ria_vllm.weight_format import WeightFormat
@@ -25,8 +26,11 @@ def choose(config: ExpertsLayerConfig) -> Choice:
     RIA_VLLM_BACKEND forces it only if it names a kernel for experts: one for linears leaves the choice free.
 
     Raises:
-        RiaError: RIA_VLLM_BACKEND names no kernel at all, or one for experts that cannot serve these; or none can.
+        RiaError: RIA_VLLM_BACKEND names no kernel at all, or one for experts that cannot serve these; or none can. Or
+            they are on a CPU, and RIA_VLLM_CPU_ISA names an instruction set that it does not have.
     """
+    if config.device.type == "cpu":
+        check_forced_instruction_set()
     return choice.choose(config, KERNELS, reason_against, [kernel.name for kernel in registry.kernels()])
 
 

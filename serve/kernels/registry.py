@@ -9,7 +9,7 @@ from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels import choice, int8_inputs
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
-from ria_vllm.serve.kernels.cpu.backend import CpuKernel
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel, check_forced_instruction_set
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
@@ -130,6 +130,9 @@ def choose(config: LinearLayerConfig) -> Choice:
     """The kernel for a layer, as `ria_vllm.serve.kernels.choice.choose` chooses it.
 
     Raises:
-        RiaError: RIA_VLLM_BACKEND names no kernel, or one that cannot serve the layer; or none can.
+        RiaError: RIA_VLLM_BACKEND names no kernel, or one that cannot serve the layer; or none can. Or the layer is on
+            a CPU, and RIA_VLLM_CPU_ISA names an instruction set that it does not have.
     """
+    if config.device.type == "cpu":
+        check_forced_instruction_set()
     return choice.choose(config, kernels(), reason_against)

@@ -11,16 +11,18 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from ria_vllm.formats import FLOAT, FORMATS, FP8, INT8
 from ria_vllm.serve import load_report
-from ria_vllm.serve.kernels import experts_registry
+from ria_vllm.serve.kernels import experts_registry, registry
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.choice import Choice
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
+from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 from ria_vllm.serve.load_report import LoadReport
 
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch):
+    monkeypatch.delenv(registry.KERNEL_VARIABLE, raising=False)
     monkeypatch.setattr(load_report, "get_tensor_model_parallel_rank", lambda: 0)
 
 
@@ -117,6 +119,17 @@ def test_what_a_kernel_does_not_do_is_said(said, stored, kept, activations, appl
     config = LinearLayerConfig(torch.device("cuda"), torch.bfloat16, kept, 64, 64, applied)
     LoadReport().warn_of_choice(Choice(CutlassKernel, config, None if stored == kept else stored), activations)
     assert len(said) == len(expected) and all(words.startswith(start) for words, start in zip(said, expected))
+
+
+def test_a_slow_kernel_that_nobody_asked_for_is_said(said, monkeypatch):
+    config = LinearLayerConfig(torch.device("cpu"), torch.bfloat16, FLOAT, 16, 100)
+    choice = registry.choose(config)
+    LoadReport().warn_of_choice(choice, None)
+    assert choice.kernel is ReferenceKernel and len(said) == 1
+    assert said[0].startswith("The kernel reference serves a 16 x 100 layer with float weights") and "doctor" in said[0]
+    monkeypatch.setenv(registry.KERNEL_VARIABLE, "reference")
+    LoadReport().warn_of_choice(registry.choose(config), None)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import os
 from collections.abc import Mapping, Sequence
 from math import lcm
 from pathlib import Path
@@ -16,6 +17,9 @@ from ria_vllm.errors import RiaError
 from ria_vllm.formats import FLOAT, INT4, INT8, IntFormat
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.weight_format import WeightFormat, name_of
+
+INSTRUCTION_SET_VARIABLE = "RIA_VLLM_CPU_ISA"
+"""Names the instruction set that the kernels use."""
 
 _LIBRARY = Path(__file__).with_name("_cpu.so")
 
@@ -112,6 +116,16 @@ def instruction_set() -> str:
     if not available.value:
         raise RiaError(answer)
     return answer
+
+
+def check_forced_instruction_set() -> None:
+    """Check RIA_VLLM_CPU_ISA, if it is set, before another kernel serves a layer because this one cannot.
+
+    Raises:
+        RiaError: it names an instruction set that does not exist or that this machine does not have.
+    """
+    if LOADED and os.environ.get(INSTRUCTION_SET_VARIABLE):
+        instruction_set()
 
 
 class CpuKernel:

@@ -61,9 +61,15 @@ def find_headers() -> Path:
 
 
 def _parallel_jobs(memory: int) -> int:
-    """How many compilers to run at once, given the bytes that each needs; RIA_VLLM_CUDA_JOBS overrides."""
-    if "RIA_VLLM_CUDA_JOBS" in os.environ:
-        return max(1, int(os.environ["RIA_VLLM_CUDA_JOBS"]))
+    """How many compilers to run at once, given the bytes that each needs; RIA_VLLM_CUDA_JOBS overrides.
+
+    Raises:
+        CudaBuildError: RIA_VLLM_CUDA_JOBS is no number of compilers.
+    """
+    if named := os.environ.get("RIA_VLLM_CUDA_JOBS"):
+        if not (named.isascii() and named.isdecimal() and int(named)):
+            raise CudaBuildError(f"RIA_VLLM_CUDA_JOBS={named} is no number of compilers to run at once; give 1 or more")
+        return int(named)
     try:
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
@@ -190,6 +196,6 @@ def at_install(folder: Path, log: Callable[[str], None] = print) -> list[Path]:
             log(f"ria-vllm: CUDA kernels skipped, no GPU visible and RIA_VLLM_CUDA_ARCHS unset; {_BUILD_LATER}")
             return []
         return [compile_library(target, folder, log=log) for target in targets]
-    except (CudaBuildError, OSError, ValueError) as error:
+    except (CudaBuildError, OSError) as error:
         log(f"ria-vllm: CUDA kernels skipped: {' '.join(str(error).split())[:300]}; {_BUILD_LATER}")
         return []

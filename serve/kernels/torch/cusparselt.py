@@ -12,6 +12,7 @@ from ria_vllm.weight_format import name_of
 
 _MULTIPLE_TOKENS = 8  # cuSPARSELt requires rows and columns of a multiple of 16 bytes
 _MULTIPLE_FEATURES = 16
+_ALIGNMENT = 16  # bytes, of every pointer
 
 _library = torch.library.Library("ria", "FRAGMENT")
 _library.define("sparse24_linear.cusparselt(Tensor x, Tensor packed, int out_features, Tensor? bias) -> Tensor")
@@ -23,6 +24,8 @@ def _linear(x: torch.Tensor, packed: torch.Tensor, out_features: int, bias: torc
     if tokens == 0:
         return x.new_empty(*x.shape[:-1], out_features)
     flat = torch.nn.functional.pad(flat, (0, 0, 0, -tokens % _MULTIPLE_TOKENS)).contiguous()
+    if bias is not None and (bias.data_ptr() % _ALIGNMENT or not bias.is_contiguous()):
+        bias = bias.clone(memory_format=torch.contiguous_format)
     y = torch._cslt_sparse_mm(packed, flat.t(), bias=bias, transpose_result=True)
     return y[:tokens].reshape(*x.shape[:-1], out_features).contiguous()
 

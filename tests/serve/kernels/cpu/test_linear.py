@@ -280,3 +280,26 @@ def test_forced_instruction_set_must_exist():
     code = "from ria_vllm.serve.kernels.cpu import backend; print(backend.instruction_set())"
     done = run_with("mmx", "-c", code)
     assert done.returncode != 0 and "RIA_VLLM_CPU_ISA=mmx is not known" in done.stderr and "portable" in done.stderr
+
+
+CHOOSE = """
+import torch
+from random_experts import random_experts
+from ria_vllm.errors import RiaError
+from ria_vllm.formats import FLOAT
+from ria_vllm.serve.kernels import experts_registry, registry
+from ria_vllm.serve.kernels.base import LinearLayerConfig
+
+config = LinearLayerConfig(torch.device("cpu"), torch.bfloat16, FLOAT, 64, 64)
+for choose, layer in ((registry.choose, config), (experts_registry.choose, random_experts(2, 64, 32).config)):
+    try:
+        print(choose(layer))
+    except RiaError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("instruction_set, said", [("AVX2", "RIA_VLLM_CPU_ISA=AVX2 is not known"), ("portable", "cpu")])
+def test_no_other_kernel_takes_over_from_an_instruction_set_that_does_not_exist(instruction_set, said):
+    lines = run_with(instruction_set, "-c", CHOOSE).stdout.splitlines()
+    assert len(lines) == 2 and all(line.startswith(said) for line in lines)

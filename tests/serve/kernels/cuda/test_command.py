@@ -44,3 +44,12 @@ def test_it_compiles_the_requested_tiles(monkeypatch, tmp_path, option, tiles):
     assert result.exit_code == 0 and "_cuda_sm90a.so" in result.output
     assert "... compiling sm_90a (0:00)" in result.stderr and "compiling" not in result.stdout
     assert calls == [("90a", tmp_path, tiles, 3)]
+
+
+@pytest.mark.parametrize("jobs", ["many", "0", "-2", "1.5"])
+def test_a_wrong_number_of_compilers_is_named(no_gpu, tmp_path, jobs):
+    no_gpu.setattr(build, "find_nvcc", lambda: "nvcc")
+    no_gpu.setattr(build, "find_headers", lambda: tmp_path)
+    no_gpu.setenv("RIA_VLLM_CUDA_JOBS", jobs)
+    result = CliRunner().invoke(build_kernels, ["--arch", "80", "--output", str(tmp_path)])
+    assert isinstance(result.exception, RiaError) and f"RIA_VLLM_CUDA_JOBS={jobs}" in str(result.exception)

@@ -60,17 +60,21 @@ def test_shapes_for_the_compiler(leading):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("leading", [(3,), (2, 8), (1, 17), (), (0,)])
 def test_tokens_are_padded_to_what_the_library_takes(monkeypatch, leading, bias):
-    """Any number of tokens comes out as the dense product; the library is played by a dense one that is as strict."""
+    """Any number of tokens comes out as the dense product; the library is played by a dense one that is as strict.
+
+    The bias is a slice, whose address the library would not take.
+    """
 
     def dense_mm(weight, columns, bias=None, transpose_result=False):
         assert columns.shape[1] % 8 == 0 and columns.t().is_contiguous() and transpose_result
+        assert all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (weight, columns, bias))
         return torch.nn.functional.linear(columns.t(), weight, bias)
 
     monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", dense_mm)
     draw = torch.Generator().manual_seed(0)
     compressed, bitmask = sparse24.compress(torch.randn(48, 64, generator=draw))
-    x, b = torch.randn(*leading, 64, generator=draw), torch.randn(48, generator=draw) if bias else None
+    x, b = torch.randn(*leading, 64, generator=draw), torch.randn(49, generator=draw)[1:] if bias else None
     config = LinearLayerConfig(x.device, x.dtype, FLOAT, 48, 64)
     packed = CusparseltKernel.pack(config, {"compressed": compressed, "bitmask": bitmask})
     y = cusparselt._linear(x, *packed, 48, b)
