@@ -42,12 +42,15 @@ INSTRUCTION_SETS = {
 
 
 def sources_and_flags() -> dict[Path, list[str]]:
+    """The sources in the order in which they are linked.
+
+    Of an inline function that several files compile, the linker keeps the first copy for all. So those with the fewest
+    instructions come first: older machines would crash in another's copy.
+    """
     x86 = platform.machine() in ("x86_64", "AMD64")
-    return {
-        path: INSTRUCTION_SETS.get(path.name, [])
-        for path in sorted(SOURCES.glob("*.cpp"))
-        if x86 or not any(flag.startswith("-m") for flag in INSTRUCTION_SETS.get(path.name, []))
-    }
+    flags = {path: INSTRUCTION_SETS.get(path.name, []) for path in sorted(SOURCES.glob("*.cpp"))}
+    instructions = {path: sum(flag.startswith("-m") for flag in flags[path]) for path in flags}
+    return {path: flags[path] for path in sorted(flags, key=instructions.__getitem__) if x86 or not instructions[path]}
 
 
 class BuildCpuLibrary(build_ext):
@@ -67,7 +70,8 @@ class BuildCpuLibrary(build_ext):
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            object_files = list(pool.map(lambda item: compile_one(*item), sources_and_flags().items()))
+            # Backwards: those that take longest to compile begin first.
+            object_files = list(pool.map(lambda item: compile_one(*item), reversed(sources_and_flags().items())))[::-1]
 
         # Link to an empty library of torch's name: the dynamic loader then binds to the torch that is already loaded.
         stub, nothing = objects / "libtorch_cpu.so", objects / "nothing.cpp"
