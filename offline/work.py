@@ -98,7 +98,7 @@ def work_folder(
             os.replace(temporary, work / FINGERPRINT_FILE)
     ranks.barrier()
     if not ranks.first:
-        writer = CheckpointWriter(out, overwrite=True, resume=True)
+        writer = CheckpointWriter(out, overwrite=True, join=True)
     try:
         yield writer
     except RiaError as error:

@@ -7,9 +7,9 @@ its own quantizers, which may be now, later or never.
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 
 TRIGGER = "transformers.quantizers.auto"
@@ -31,13 +31,18 @@ def _register() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the module that triggers the registration, as the other finders would, after removing itself from them."""
+    """Finds the module that triggers the registration, as the other finders would.
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+    It stays among them, because an import may be interrupted and repeated.
+    """
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name != TRIGGER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if not isinstance(finder, _Finder))
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
         return spec

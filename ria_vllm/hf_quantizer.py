@@ -176,10 +176,12 @@ class RiaQuantizer(HfQuantizer):
         super().postprocess_model(model, **kwargs)
         self.loading.close(model, conversions)
         # With a quantizer, HF may leave the tensors that it renamed or converted in the stored dtype.
-        in_float32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+        dtype = self.loading.dtype
+        in_float32 = _kept_in_float32(model, dtype)
         for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and not any(part in name for part in in_float32):
-                parameter.data = parameter.data.to(self.loading.dtype or parameter.dtype)
+            if parameter.is_floating_point():
+                kept = any(part in name for part in in_float32)
+                parameter.data = parameter.data.to(torch.float32 if kept else dtype or parameter.dtype)
 
     def param_needs_quantization(self, model: torch.nn.Module, param_name: str, **_: Any) -> bool:
         """transformers compares no shapes where this says yes. `Loading.close` does, and its errors name the file."""
@@ -249,6 +251,12 @@ class LinearConverter(WeightConverter):
 
 # Saving a loaded model writes plain dense weights, so these conversions are not to be undone.
 OURS = (LinearConverter, ExpertsConverter)
+
+
+def _kept_in_float32(model: Any, dtype: torch.dtype | None) -> list[str]:
+    """Parts of the names of the parameters that transformers keeps in float32 where a dense model has this dtype."""
+    always = [*(model._keep_in_fp32_modules_strict or ())] if dtype in (torch.float16, torch.bfloat16) else []
+    return always + [*(model._keep_in_fp32_modules or ())] if dtype == torch.float16 else always
 
 
 def _makes_only(conversion: Any, wanted: Collection[str], names: Collection[str]) -> bool:

@@ -16,7 +16,7 @@ def read_json(path: Path) -> dict[str, Any]:
         RiaError: the file is missing, or is not a JSON object.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RiaError(f"{path}: no such file. Is this the right folder?") from None
     # A ValueError: not JSON, not UTF-8, or a number of 5,000 digits.

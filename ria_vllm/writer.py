@@ -5,6 +5,7 @@ in place by a rename. When all units are there, their bytes are copied into shar
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,8 @@ from ria_vllm.errors import RiaError
 from ria_vllm.schema import DIGESTS, PERMUTATION_SUFFIX, PERMUTATIONS_FILE, ROTATIONS_FILE, ROTATIONS_SUFFIX
 from ria_vllm.side_files import load_permutations, load_rotations
 from ria_vllm.weight_files import INDEX_FILE, SINGLE_FILE
+
+LOCK_FILE = "lock"
 
 
 @contextmanager
@@ -51,8 +54,10 @@ def check_place(out: Path, source: Path) -> None:
     """Refuse to write to the folder that `source` is read from, or around it: --overwrite would delete the source.
 
     Raises:
-        RiaError: it is such a folder, or `out` has no name of its own, such as "." or "/".
+        RiaError: it is such a folder, or `out` has no name of its own, such as "." or "/", or begins with "~".
     """
+    if out.parts[:1] == ("~",):
+        raise RiaError(f"{out}: no shell has replaced the ~ by your home folder. Write {out.expanduser()}.")
     if out.name in ("", ".."):
         raise RiaError(f"{str(out)!r} cannot be replaced by a new folder. Choose another one, with a name of its own.")
     if not source.exists():
@@ -65,7 +70,9 @@ def check_place(out: Path, source: Path) -> None:
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Refuse an output folder that exists, unless it may be replaced."""
+    """Refuse an output folder that exists, unless it may and can be replaced."""
+    if os.path.ismount(out):
+        raise RiaError(f"{out}: a mount point, which cannot be replaced. Choose a folder in it: {out / 'model'}.")
     if (out.exists() or out.is_symlink()) and not overwrite:
         raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
 
@@ -80,15 +87,38 @@ def check_file_place(path: Path) -> None:
         )
 
 
+def locked(work: Path) -> IO[bytes]:
+    """An open file, by which this process has the work folder to itself until it is closed or the process ends.
+
+    Raises:
+        RiaError: another process has it.
+    """
+    file = open(work / LOCK_FILE, "ab")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise RiaError(
+                f"{work}: another process is writing here. Wait until it ends, or choose another output folder."
+            ) from error
+        # The file system has no locks.
+    return file
+
+
 class CheckpointWriter:
-    """The work folder of one output folder.
+    """The work folder of one output folder. One process at a time may have it, and those that join it.
 
     Args:
         out: the output folder. It must not exist unless `overwrite`; only the last rename touches it.
         resume: keep the finished units of an interrupted run.
+        join: use the work folder that another process of this run has made.
+
+    Raises:
+        RiaError: `out` exists and may not be replaced, or another process uses the work folder, or it cannot be made.
     """
 
-    def __init__(self, out: Path, overwrite: bool = False, resume: bool = False):
+    def __init__(self, out: Path, overwrite: bool = False, resume: bool = False, join: bool = False):
         self.out = Path(out)
         self.overwrite = overwrite
         self.work = self.out.with_name(self.out.name + ".partial")
@@ -96,9 +126,16 @@ class CheckpointWriter:
         with disk_errors(self.work):
             if self.work.exists() and not (self.work / "units").is_dir():
                 raise RiaError(f"{self.work}: needed as a work folder, but it holds something else. Move it away.")
-            if self.work.exists() and not resume:
-                shutil.rmtree(self.work)
+            self._lock: IO[bytes] | None = None
+            if join:
+                return
+            if self.work.exists():
+                self._lock = locked(self.work)
+                if not resume:
+                    self._unlock()
+                    shutil.rmtree(self.work)
             (self.work / "units").mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock or locked(self.work)
 
     def path(self, key: str) -> Path:
         return self.work / "units" / f"{key}.safetensors"
@@ -185,7 +222,7 @@ class CheckpointWriter:
                 digests["rotations_digest"] = rotation.digest(load_rotations(final / ROTATIONS_FILE))
             json_files, metadata = _with_digests(json_files, digests)
             for name, content in json_files.items():
-                (final / name).write_text(json.dumps(content, indent=2) + "\n")
+                (final / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             _write_shards(weights, final, max_shard_size, metadata)
             _sync(final)
             self._replace(final)
@@ -198,11 +235,19 @@ class CheckpointWriter:
                 ) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.out))
             os.replace(self.out, self.work / "replaced")
         os.replace(final, self.out)
+        self._unlock()
         shutil.rmtree(self.work)
 
     def discard(self) -> None:
         """Delete the work folder."""
+        self._unlock()
         shutil.rmtree(self.work, ignore_errors=True)
+
+    def _unlock(self) -> None:
+        """Before the folder is deleted: NFS keeps a file that is open under another name, and then the folder, too."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 @contextmanager
@@ -301,7 +346,7 @@ def _write_shards(entries: Sequence[Entry], folder: Path, max_shard_size: int, m
         weight_map |= {name: file for name, _, _, _ in shard}
     total = sum(_size(entry[1]) for entry in entries)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _sync(folder: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, safe_open
 
 from ria_vllm import writer as writer_module
 from ria_vllm.errors import RiaError
-from ria_vllm.writer import CheckpointWriter, disk_errors
+from ria_vllm.writer import CheckpointWriter, check_free, check_place, disk_errors
 
 TENSORS = {f"t{i}": torch.full((100,), float(i)) for i in range(5)}
 
@@ -251,3 +252,53 @@ def test_a_read_only_place():
     with pytest.raises(RiaError, match="/proc/x.partial: cannot write"):
         with disk_errors("/proc/x.partial"):
             os.mkdir("/proc/x.partial")
+
+
+@pytest.fixture
+def busy(tmp_path):
+    """Another process, which has begun to write `out` and then waits; calling it ends that process."""
+    (ready, begun), (wait, end) = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            writer = CheckpointWriter(tmp_path / "out")
+            writer.write("t0", {"t0": TENSORS["t0"]})
+            os.write(begun, b"x")
+            os.read(wait, 1)
+        finally:
+            os._exit(0)
+    os.read(ready, 1)
+
+    def finish():
+        if finish.waits:
+            finish.waits = False
+            os.write(end, b"x")
+            os.waitpid(child, 0)
+
+    finish.waits = True
+    yield finish
+    finish()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_processes_do_not_write_one_folder(tmp_path, busy, resume):
+    """The units of the one would be taken for those of the other."""
+    with pytest.raises(RiaError, match="out.partial: another process is writing here.*another output folder"):
+        CheckpointWriter(tmp_path / "out", resume=resume)
+    assert CheckpointWriter(tmp_path / "out", join=True).has("t0")
+    busy()
+    assert CheckpointWriter(tmp_path / "out", resume=resume).has("t0") is resume
+
+
+def test_a_mount_point_is_refused_before_any_work():
+    """The last rename would fail, after hours."""
+    with pytest.raises(RiaError, match="/proc: a mount point.*: /proc/model"):
+        check_free(Path("/proc"), overwrite=True)
+
+
+def test_a_home_that_the_shell_has_not_filled_in(tmp_path, monkeypatch):
+    """As in --output=~/out: the folder would be called ~."""
+    monkeypatch.setenv("HOME", "/home/me")
+    with pytest.raises(RiaError, match="~/out: no shell has replaced the ~.*Write /home/me/out"):
+        check_place(Path("~/out"), tmp_path)
+    check_place(Path("~out"), tmp_path)

@@ -22,7 +22,7 @@ from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.work import check_same_run, fingerprint
 from ria_vllm.progress import Monitor
-from ria_vllm.writer import check_free, check_place, disk_errors
+from ria_vllm.writer import check_free, check_place, disk_errors, locked
 
 # In the folder OUT.pruned: which compression it is for, and what that writes.
 RUN_FILE, MODEL_FOLDER, WORK_FOLDER = "ria_vllm_run.json", "model", "model.partial"
@@ -130,6 +130,8 @@ def _begin(place: Path, run: dict[str, Any], resume: bool) -> None:
         check_same_run(place, begun, run)
         return
     with disk_errors(place):
+        if (place / WORK_FOLDER).exists():
+            locked(place / WORK_FOLDER).close()  # nobody else is writing there
         _delete_models(place)
         place.mkdir(parents=True, exist_ok=True)
         (place / RUN_FILE).write_text(json.dumps(run))

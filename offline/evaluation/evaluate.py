@@ -43,7 +43,7 @@ def read_tokens(folder: str, text: Path, max_tokens: int | None) -> torch.Tensor
         RiaError: the text cannot be read, or the model has no tokenizer.
     """
     try:
-        content = text.read_text()
+        content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RiaError(f"{text}: not readable as text ({error}).") from None
     tokenizer = load_tokenizer(folder)

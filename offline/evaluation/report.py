@@ -272,5 +272,5 @@ def report(out: Path, output: Path | None, perplexity: tuple[Path, ...]) -> None
         measured.append({**entry, "compressed": is_compressed(Path(str(entry.get("model", ""))))})
     text = page(out.resolve().name, content, inventory, measured)
     with disk_errors(target):
-        target.write_text(text)
+        target.write_text(text, encoding="utf-8")
     click.echo(f"{target}: {human_size(target.stat().st_size)}")

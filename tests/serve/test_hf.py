@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForImageTextToText,
     Gemma3TextModel,
     Llama4ForCausalLM,
+    LlamaPreTrainedModel,
 )
 
 from ria_vllm.errors import RiaError
@@ -152,6 +153,21 @@ def test_dtype_of_what_was_renamed(tmp_path):
     torch.testing.assert_close(logits(loaded), logits(pruned.float()), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_what_transformers_keeps_in_float32(tmp_path, monkeypatch, dtype, stored):
+    """As it does for a dense model. Without a head it renames all tensors. Some it keeps in a float16 model only."""
+    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out", dtype=stored)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["input_layernorm"])
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["post_attention_layernorm"])
+    found, want = (
+        {name: p.dtype for name, p in AutoModel.from_pretrained(tmp_path / folder, dtype=dtype).named_parameters()}
+        for folder in ("out", "dense")
+    )
+    assert found == want and len(set(want.values())) == (1 if dtype == torch.float32 else 2)
+
+
 def test_damage_names_the_layer(tmp_path):
     tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out")
 
@@ -188,6 +204,22 @@ def test_import_is_light_and_in_any_order(first):
         "assert 'ria' in auto.AUTO_QUANTIZER_MAPPING\n"
         "import transformers.modeling_utils as loading\n"
         "assert loading.convert_and_load_state_dict_in_model.ria_checks\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_import_that_is_interrupted_and_repeated():
+    """Without our quantizer, transformers would warn and load random weights."""
+    code = (
+        "import contextlib, importlib, sys, ria_vllm\n"
+        "sys.modules['transformers.quantizers.base'] = None\n"
+        "with contextlib.suppress(ImportError):\n"
+        "    import transformers.quantizers.auto\n"
+        "del sys.modules['transformers.quantizers.base']\n"
+        "assert 'transformers.quantizers.auto' not in sys.modules\n"
+        "import transformers.quantizers.auto as auto\n"
+        "assert 'ria' in auto.AUTO_QUANTIZER_MAPPING\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
