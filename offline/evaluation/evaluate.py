@@ -23,6 +23,7 @@ from ria_vllm.offline.runtime import options
 from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.progress import Monitor
 from ria_vllm.task_card import note_tasks
+from ria_vllm.text_file import read_text
 from ria_vllm.weight_format import name_of
 
 
@@ -42,10 +43,7 @@ def read_tokens(folder: str, text: Path, max_tokens: int | None) -> torch.Tensor
     Raises:
         RiaError: the text cannot be read, or the model has no tokenizer.
     """
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RiaError(f"{text}: not readable as text ({error}).") from None
+    content = read_text(text)
     tokenizer = load_tokenizer(folder)
     # Not verbose: the warning about texts longer than the context does not apply, because the text is cut into windows.
     tokens = torch.tensor(tokenizer(content, verbose=False)["input_ids"], dtype=torch.int64)

@@ -19,6 +19,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark.divergence import SMALLEST_REST, Listed, divergences
 from ria_vllm.serve.benchmark.server import Server, post
+from ria_vllm.text_file import read_text
 
 TIMEOUT = 3600.0  # seconds
 POSITIONS = 256  # whose divergences are computed at once
@@ -63,10 +64,7 @@ class TextQuality:
     """
 
     def __init__(self, text: Path, seq_len: int, max_tokens: int, top: int, reference: str):
-        try:
-            self._content = text.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RiaError(f"--text {text}: not readable as text ({error}).") from None
+        self._content = read_text(text, "--text")
         self._text, self._seq_len, self._max_tokens, self._top = text, seq_len, max_tokens, top
         self._reference = reference
         self._tokens: tuple[str, list[int]] | None = None

@@ -1,7 +1,9 @@
 """Perplexity and divergence against their definitions in float64, and what stops a measurement."""
 
 import math
+import os
 import random
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -118,6 +120,19 @@ def test_a_text_that_cannot_be_read(tmp_path):
     for name in ("binary", "nowhere"):
         with pytest.raises(RiaError, match=f"--text .*{name}: not readable"):
             quality_of(tmp_path / name)
+
+
+def test_the_text_is_utf8_in_any_locale(tmp_path):
+    (tmp_path / "text").write_bytes("Größe: 3 µm".encode())
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from ria_vllm.serve.benchmark.quality import TextQuality\n"
+        "TextQuality(Path(sys.argv[1]), 8, 8, 8, 'dense')\n"
+    )
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    arguments = [sys.executable, "-c", code, str(tmp_path / "text")]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=os.environ | locale)
+    assert done.returncode == 0, done.stderr
 
 
 def spoil(answer, change):
