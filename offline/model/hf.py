@@ -252,16 +252,7 @@ def _load(
     with _loading(folder):
         reader = Reader(folder) if is_compressed(Path(folder)) else None
         if state is None and reader is None:
-            refuse_adapter(Path(folder))
-            refuse_named_weights(folder, getattr(config, NAMED_WEIGHTS, None))
-            if (Path(folder) / INDEX_FILE).is_file():
-                find_tensors(Path(folder))
-        if state is None and reader is None and dequantized_from(config) is not None:
-            model, info = load_dense(architecture, _place(folder), dtype, **options)
-        elif state is None and reader is None:
-            model, info = architecture.from_pretrained(folder, dtype=dtype, **FROM_FILES, **options)
-            if getattr(model, "_hf_peft_config_loaded", False):  # from the hub
-                raise _with_adapter(folder)
+            model, info = _load_plain(folder, config, architecture, dtype, options)
         else:
             state = dense_state(reader) if state is None else state
             without_quantization(config)
@@ -276,6 +267,22 @@ def _load(
         )
     check_loaded(folder, info, "config.json", "Get the files again.")
     return model.to(device).eval()
+
+
+def _load_plain(
+    folder: str, config: Any, architecture: Any, dtype: torch.dtype | str, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """A model that we did not write, and what transformers says about loading it."""
+    refuse_adapter(Path(folder))
+    refuse_named_weights(folder, getattr(config, NAMED_WEIGHTS, None))
+    if (Path(folder) / INDEX_FILE).is_file():
+        find_tensors(Path(folder))  # it refuses two sets of weights
+    if dequantized_from(config) is not None:
+        return load_dense(architecture, _place(folder), dtype, **options)
+    model, info = architecture.from_pretrained(folder, dtype=dtype, **FROM_FILES, **options)
+    if getattr(model, "_hf_peft_config_loaded", False):  # from the hub
+        raise _with_adapter(folder)
+    return model, info
 
 
 def check_loaded(place: str, info: Mapping[str, Any], description: str, remedy: str) -> None:
