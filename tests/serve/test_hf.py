@@ -30,6 +30,12 @@ def logits(model):
         return model(torch.arange(3, 20)[None]).logits.float()
 
 
+def run_alone(code):
+    """Run a program in a process that has imported nothing."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "gemma2", "opt", "phi3"])
 def test_loads_as_the_plain_model_and_saves_as_one(name, tmp_path):
     pruned = tiny.write(tiny.FAMILIES[name], tmp_path / "out")
@@ -205,8 +211,7 @@ def test_import_is_light_and_in_any_order(first):
         "import transformers.modeling_utils as loading\n"
         "assert loading.convert_and_load_state_dict_in_model.ria_checks\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_alone(code)
 
 
 def test_an_import_that_is_interrupted_and_repeated():
@@ -221,5 +226,4 @@ def test_an_import_that_is_interrupted_and_repeated():
         "import transformers.quantizers.auto as auto\n"
         "assert 'ria' in auto.AUTO_QUANTIZER_MAPPING\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_alone(code)
