@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ria_vllm.consistency import check_digests, check_prefix
 from ria_vllm.errors import RiaError
+from ria_vllm.hf_dtypes import kept_dtypes
 from ria_vllm.hf_experts import ExpertsConverter, expert_converters
 from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.hf_unread import refuse_unread_weights
@@ -177,11 +178,10 @@ class RiaQuantizer(HfQuantizer):
         self.loading.close(model, conversions)
         # With a quantizer, HF may leave the tensors that it renamed or converted in the stored dtype.
         dtype = self.loading.dtype
-        in_float32 = _kept_in_float32(model, dtype)
+        kept = kept_dtypes(model, dtype, type(model).__name__)
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point():
-                kept = any(part in name for part in in_float32)
-                parameter.data = parameter.data.to(torch.float32 if kept else dtype or parameter.dtype)
+                parameter.data = parameter.data.to(kept.get(name, dtype or parameter.dtype))
 
     def param_needs_quantization(self, model: torch.nn.Module, param_name: str, **_: Any) -> bool:
         """transformers compares no shapes where this says yes. `Loading.close` does, and its errors name the file."""
@@ -251,12 +251,6 @@ class LinearConverter(WeightConverter):
 
 # Saving a loaded model writes plain dense weights, so these conversions are not to be undone.
 OURS = (LinearConverter, ExpertsConverter)
-
-
-def _kept_in_float32(model: Any, dtype: torch.dtype | None) -> list[str]:
-    """Parts of the names of the parameters that transformers keeps in float32 where a dense model has this dtype."""
-    always = [*(model._keep_in_fp32_modules_strict or ())] if dtype in (torch.float16, torch.bfloat16) else []
-    return always + [*(model._keep_in_fp32_modules or ())] if dtype == torch.float16 else always
 
 
 def _makes_only(conversion: Any, wanted: Collection[str], names: Collection[str]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.hf_dtypes import kept_dtypes
 from ria_vllm.weight_format import name_of
 
 CHOICES = ("auto", "bfloat16", "float32", "float16")
@@ -62,28 +63,10 @@ def keep_float32(model: Any, dtype: torch.dtype, folder: Path) -> None:
     Raises:
         RiaError: this version of transformers does not say which these are.
     """
-    if dtype == torch.float32:
-        return
-    # A version that does not have these attributes may keep tensors in float32 and say so elsewhere.
-    asked = [getattr(model, name, "unknown") for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")]
-    if not any(asked):
-        return
-    try:
-        from transformers.core_model_loading import build_glob_alternation
-
-        plan = model._get_dtype_plan(dtype)
-        if not plan:
-            return
-        kept, _, globs = build_glob_alternation(list(plan))
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise RiaError(
-            f"{folder}: this version of transformers does not say which tensors of a {type(model).__name__} stay in "
-            "float32. Give --compute-dtype float32, or install another version."
-        ) from error
+    kept = kept_dtypes(model, dtype, str(folder))
     for name, tensor in model.state_dict(keep_vars=True).items():
-        found = kept.search(name)
-        if found is not None and tensor.is_floating_point():
-            tensor.data = tensor.data.to(plan[globs[found.lastgroup]])
+        if name in kept and tensor.is_floating_point():
+            tensor.data = tensor.data.to(kept[name])
 
 
 def fast_bf16(device: torch.device) -> bool:
