@@ -13,8 +13,9 @@ from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.text import same_tokens
 from ria_vllm.offline.model.architecture import output_head, text_config
-from ria_vllm.offline.model.hf import dense_weight_files, load_tokenizer, read_config
+from ria_vllm.offline.model.hf import load_tokenizer, read_config
 from ria_vllm.offline.model.names import Names
+from ria_vllm.offline.model.which_weights import meant_weights
 from ria_vllm.progress import Monitor
 
 
@@ -26,10 +27,10 @@ def check_models(start: Start | ForeignStart, origin: Origin, recipe: Distillati
         sharded: whether the student is to be divided among processes.
 
     Raises:
-        RiaError: the teacher's weights are missing, damaged or pickled; other tokens, another number of them, other
-            hidden states if the loss compares them, or a linear that cannot be trained.
+        RiaError: the teacher's weights are missing, damaged or pickled, or it is unknown which are meant; other tokens,
+            another number of them, other hidden states if the loss compares them, or a linear that cannot be trained.
     """
-    dense_weight_files(origin.folder)
+    meant_weights(origin.folder, origin.name)
     teacher, mine, dense = origin.name, outline(str(start.folder)), outline(str(origin.folder))
     places = places_of(mine, start, Names(mine, start.dense_names(), start.folder))
     experts = next((place.names[0] for place in places.values() if place.stacked), None)

@@ -15,9 +15,9 @@ from ria_vllm.model_card import ANOTHER_PROGRAM
 from ria_vllm.offline.distill.outline import outline
 from ria_vllm.offline.distill.start import Tensors
 from ria_vllm.offline.model.architecture import find_decoder
-from ria_vllm.offline.model.hf import dense_weight_files
 from ria_vllm.offline.model.names import Names
 from ria_vllm.offline.model.topology import linears_of
+from ria_vllm.offline.model.which_weights import meant_weights
 from ria_vllm.offline.publish import published
 from ria_vllm.open_files import OpenFiles
 from ria_vllm.schema import FORMAT, RiaSchema, SparsityConfig
@@ -41,7 +41,7 @@ class ForeignStart:
     def __init__(self, folder: Path):
         self.folder = folder
         self.config: dict[str, Any] = read_json(folder / "config.json")
-        self.files = dense_weight_files(folder)
+        self.files = meant_weights(folder, str(folder))
         self._open = OpenFiles()
         quantization = self.config.pop("quantization_config", None)
         if quantization is not None:

@@ -99,9 +99,8 @@ def distill(
         begun = begun_run(out) if settings.resume and ranks.first else {}
         origin = located(teacher, recorded_commit(teacher, begun, start.schema.recipe), ranks, monitor)
         origin.check_resumed(begun)
-        files = str(origin.folder)
-        recipe = replace(recipe, compute_dtype=_compute_dtype(start, files, recipe.compute_dtype, device, monitor))
-        recipe = fitting(recipe, (str(folder), files), monitor)
+        dtype = _compute_dtype(start, origin.folder, recipe.compute_dtype, device, monitor)
+        recipe = fitting(replace(recipe, compute_dtype=dtype), (str(folder), str(origin.folder)), monitor)
         check_models(start, origin, recipe, settings.shard and ranks.size > 1)
         kept = ("*", "The text and the steps so far")
         run = fingerprint(start, origin, recipe) | rounding_of(settings, ranks)
@@ -110,7 +109,7 @@ def distill(
 
 
 def _compute_dtype(
-    start: Start | ForeignStart, teacher: str, asked: str, device: torch.device, monitor: Monitor
+    start: Start | ForeignStart, teacher: Path, asked: str, device: torch.device, monitor: Monitor
 ) -> str:
     """The dtype to compute in: by default one that rounds no weight of a teacher in float32."""
     stored = start.linear(start.linears[0]).dtype

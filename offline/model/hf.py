@@ -19,18 +19,16 @@ from ria_vllm.model_card import CARD_FILE
 from ria_vllm.offline.model.architecture import model_class, output_head, text_config
 from ria_vllm.offline.model.dequantize import method_of
 from ria_vllm.offline.model.dtypes import choose_dtype
-from ria_vllm.offline.model.names import Names, find_tensors
+from ria_vllm.offline.model.names import Names
 from ria_vllm.offline.model.source_tensors import SourceTensors
-from ria_vllm.weight_files import INDEX_FILE, SINGLE_FILE, unindexed_files, weight_files
+from ria_vllm.offline.model.which_weights import meant_weights, refuse_pickled
+from ria_vllm.weight_files import unindexed_files
 
 HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FILE, *LEGAL_PATTERNS]
 # The same weights once more, in their publisher's own format: gpt-oss, Llama and Mistral have such files.
 HUB_COPIES = ["original/*", "consolidated*.safetensors"]
 # No file may run code: neither a model's own nor what is in pickled weights.
 FROM_FILES = {"trust_remote_code": False, "use_safetensors": True}
-ADAPTER_CONFIG = "adapter_config.json"
-NAMED_WEIGHTS = "transformers_weights"  # in config.json: the file that transformers reads
-NO_SAFETENSORS = re.compile("no(t appear to have a)? file named model.safetensors")
 
 
 def read_config(folder: str) -> Any:
@@ -85,19 +83,32 @@ def from_hub(model: str, revision: str | None = None) -> Path:
         revision: a branch, tag or commit; None: the main branch.
 
     Raises:
-        RiaError: it cannot be fetched.
+        RiaError: it cannot be fetched, or all its weights are pickled.
     """
     from huggingface_hub import snapshot_download
 
     which = {} if revision is None else {"revision": revision}
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_COPIES, **which))
+        folder = Path(snapshot_download(model, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_COPIES, **which))
     except Exception as error:
         shown = model if revision is None else f"{model}@{revision}"
         raise RiaError(
             f"{shown}: no such folder or file here, and it could not be fetched from the hub either "
             f"({first_line(error)}). Check the name; gated models need `hf auth login`."
         ) from None
+    if not unindexed_files(folder):
+        refuse_pickled(model, _files_on_hub(model, which))
+    return folder
+
+
+def _files_on_hub(model: str, which: Mapping[str, str]) -> list[str]:
+    """Paths of all files of a repository; none if the hub does not answer."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        return list_repo_files(model, **which)
+    except Exception:  # only what an error says depends on it
+        return []
 
 
 def commit_of(folder: Path) -> str | None:
@@ -105,43 +116,6 @@ def commit_of(folder: Path) -> str | None:
     no such folder."""
     in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
     return folder.name if in_cache and re.fullmatch("[0-9a-f]{40}", folder.name) else None
-
-
-def refuse_adapter(folder: Path) -> None:
-    """Refuse a folder of a whole model that has an adapter, too.
-
-    Raises:
-        RiaError: it has.
-    """
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise _with_adapter(folder / ADAPTER_CONFIG)
-
-
-def _with_adapter(place: str | Path) -> RiaError:
-    return RiaError(
-        f"{place}: an adapter lies beside the weights. transformers adds it to them where PEFT is installed, and vLLM "
-        "does not, so it is unknown which model is meant. Merge it into the weights (PEFT's merge_and_unload); or, if "
-        "they hold it already or should be used without it, move it out of the folder. From the hub, download the "
-        'model without it (`hf download --exclude "adapter_*"`).'
-    )
-
-
-def refuse_named_weights(place: str, file: Any) -> None:
-    """Refuse a model whose config.json tells transformers to read weights that no other program would look for.
-
-    Args:
-        place: the folder or hub id, for messages.
-        file: what config.json says; None: nothing.
-
-    Raises:
-        RiaError: it names such weights.
-    """
-    if file not in (None, SINGLE_FILE, INDEX_FILE):
-        raise RiaError(
-            f"{place}: {NAMED_WEIGHTS} in config.json names {str(file)[:80]!r}. transformers would read that file, and "
-            f"vLLM {SINGLE_FILE} or the shards of {INDEX_FILE}, so it is unknown which model is meant. Load the right "
-            "one with transformers, and save it with save_pretrained."
-        )
 
 
 def without_quantization(config: Any) -> None:
@@ -188,7 +162,7 @@ def load_dense(architecture: Any, folder: Path, dtype: torch.dtype | str, **opti
 
 
 def load_model(
-    folder: str,
+    model: str,
     device: torch.device,
     compute_dtype: str | None = None,
     state: dict[str, torch.Tensor] | None = None,
@@ -199,7 +173,7 @@ def load_model(
     Where the folder asks for it, pruned linears round their inputs.
 
     Args:
-        folder: a folder, or the hub id of a dense model.
+        model: a folder or hub id.
         compute_dtype: the dtype to compute in, one of `ria_vllm.offline.model.dtypes.CHOICES`; None: as stored.
         state: all tensors, if transformers is not to read them from the folder itself.
         training: see `choose_dtype`.
@@ -208,30 +182,29 @@ def load_model(
         RiaError: not a model that writes text, a damaged compressed one, one of which it is unknown which weights are
             meant, or a `compute_dtype` that would round its weights.
     """
+    folder = Path(model) if Path(model).is_dir() else from_hub(model)
+    if state is None and not is_compressed(folder):
+        meant_weights(folder, model)
     stored = None if compute_dtype is None else stored_dtype(folder, state)
     if stored is not None:
-        return _load(folder, device, choose_dtype(stored, device, compute_dtype, training), state)
-    model = _load(folder, device, "auto", state)
-    dtype = model.dtype if compute_dtype is None else choose_dtype(model.dtype, device, compute_dtype, training)
+        return _load(folder, model, device, choose_dtype(stored, device, compute_dtype, training), state)
+    loaded = _load(folder, model, device, "auto", state)
+    dtype = loaded.dtype if compute_dtype is None else choose_dtype(loaded.dtype, device, compute_dtype, training)
     # Loaded again, not cast: what the model computes for itself during loading was rounded to the first dtype.
-    return model if dtype == model.dtype else _load(folder, device, dtype, state)
+    return loaded if dtype == loaded.dtype else _load(folder, model, device, dtype, state)
 
 
-def stored_dtype(folder: str, state: dict[str, torch.Tensor] | None = None) -> torch.dtype | None:
-    """The dtype that the weights of a folder or hub id are stored in, or are dequantized to; None: only loading tells.
+def stored_dtype(folder: Path, state: dict[str, torch.Tensor] | None = None) -> torch.dtype | None:
+    """The dtype that the weights of a folder are stored in, or are dequantized to; None: only loading tells.
 
     Args:
         state: see `load_model`.
     """
-    config = read_config(folder)
+    config = read_config(str(folder))
     dtype = configured_dtype(config)
     if dtype is None and state is None and dequantized_from(config) is not None:
-        return SourceTensors(_place(folder), None).dtype
+        return SourceTensors(folder, None).dtype
     return dtype
-
-
-def _place(folder: str) -> Path:
-    return Path(folder) if Path(folder).is_dir() else from_hub(folder)
 
 
 def dequantized_from(config: Any) -> str | None:
@@ -240,17 +213,22 @@ def dequantized_from(config: Any) -> str | None:
 
 
 def _load(
-    folder: str, device: torch.device, dtype: torch.dtype | str, state: dict[str, torch.Tensor] | None = None
+    folder: Path,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> Any:
+    """`name` is what the user called the model, for errors."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config = read_config(folder)
-    architecture = model_class(folder, config)
+    config = read_config(str(folder))
+    architecture = model_class(name, config)
     # Weights that do not fit are refused below, by name; transformers' own message only says which flag ignores them.
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **attention_options(config)}
-    with _loading(folder):
-        reader = Reader(folder) if is_compressed(Path(folder)) else None
+    with _loading(name):
+        reader = Reader(folder) if is_compressed(folder) else None
         if state is None and reader is None:
             model, info = _load_plain(folder, config, architecture, dtype, options)
         else:
@@ -259,30 +237,23 @@ def _load(
             kind = config.dtype or "auto" if dtype == "auto" else dtype
             model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
             if reader is not None and reader.schema.input_dtype is not None:
-                round_inputs(model, _pruned_parameters(model, reader), folder)
+                round_inputs(model, _pruned_parameters(model, reader), name)
     if output_head(model) is None:
         raise RiaError(
-            f"{folder}: the forward pass of a {architecture.__name__} gives no logits of tokens, so there is no "
+            f"{name}: the forward pass of a {architecture.__name__} gives no logits of tokens, so there is no "
             "perplexity to measure."
         )
-    check_loaded(folder, info, "config.json", "Get the files again.")
+    check_loaded(name, info, "config.json", "Get the files again.")
     return model.to(device).eval()
 
 
 def _load_plain(
-    folder: str, config: Any, architecture: Any, dtype: torch.dtype | str, options: dict[str, Any]
+    folder: Path, config: Any, architecture: Any, dtype: torch.dtype | str, options: dict[str, Any]
 ) -> tuple[Any, Any]:
     """A model that we did not write, and what transformers says about loading it."""
-    refuse_adapter(Path(folder))
-    refuse_named_weights(folder, getattr(config, NAMED_WEIGHTS, None))
-    if (Path(folder) / INDEX_FILE).is_file():
-        find_tensors(Path(folder))  # it refuses two sets of weights
     if dequantized_from(config) is not None:
-        return load_dense(architecture, _place(folder), dtype, **options)
-    model, info = architecture.from_pretrained(folder, dtype=dtype, **FROM_FILES, **options)
-    if getattr(model, "_hf_peft_config_loaded", False):  # from the hub
-        raise _with_adapter(folder)
-    return model, info
+        return load_dense(architecture, folder, dtype, **options)
+    return architecture.from_pretrained(folder, dtype=dtype, **FROM_FILES, **options)
 
 
 def check_loaded(place: str, info: Mapping[str, Any], description: str, remedy: str) -> None:
@@ -332,31 +303,12 @@ def dense_state(reader: Reader) -> dict[str, torch.Tensor]:
     return {name: make() for name, make in reader.dense_tensors().items()}
 
 
-def dense_weight_files(folder: Path) -> dict[str, Path]:
-    """`weight_files` of a dense model's folder.
-
-    Raises:
-        RiaError: see there; or all weights are pickled.
-    """
-    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    if pickled and not (folder / INDEX_FILE).is_file() and not unindexed_files(folder):
-        raise RiaError(
-            f"{folder}: only {pickled[0]} here. Pickled weights are not opened, because they can run code; save the "
-            "model as safetensors first (model.save_pretrained)."
-        )
-    return weight_files(folder)
-
-
 @contextmanager
-def _loading(folder: str) -> Iterator[None]:
+def _loading(model: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        told = isinstance(error, SafetensorError) or NO_SAFETENSORS.search(str(error))
-        if told and Path(folder).is_dir():
-            dense_weight_files(Path(folder))  # names what is broken or missing
-        reason = reason_of(error)
-        raise RiaError(f"{folder}: transformers cannot load it: {reason}") from error
+        raise RiaError(f"{model}: transformers cannot load it: {reason_of(error)}") from error
 
 
 @contextmanager
@@ -376,15 +328,9 @@ def explained(what: str) -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """What transformers says, but not its advice to let a model's own code run or pickled weights be read, which
-    nothing here does."""
+    """What transformers says, but not its advice to let a model's own code run, which nothing here does."""
     if "trust_remote_code" in str(error):
         return "it needs its own Python code, which is not run here"
-    if NO_SAFETENSORS.search(str(error)):
-        return (
-            "it has no safetensors. If its weights are pickled, save the model as safetensors first "
-            "(model.save_pretrained): pickled weights are not opened, because they can run code."
-        )
     return str(error)
 
 

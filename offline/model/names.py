@@ -4,22 +4,16 @@ transformers renames tensors while it loads them (`backbone.` becomes `model.`),
 stored one by one). vLLM knows the names in the files, so those are written.
 """
 
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import WRITTEN
-from ria_vllm.weight_files import INDEX_FILE, SINGLE_FILE, tensor_names, weight_files
-
-# Old Llama checkpoints contain it, though it follows from the configuration. It is not written.
-LEFT_OUT = "rotary_emb.inv_freq"
+from ria_vllm.offline.model.which_weights import LEFT_OUT
 
 # The last parts of the names of a pruned linear's tensors.
 COMPRESSED = {"input_permutation"}.union(*(one.tensor_names for one in WRITTEN.values()))
@@ -144,66 +138,3 @@ def _natural_order(name: str, folder: Path) -> list:
             f"{folder}: {name[:60]!r} is in the files, and transformers cannot read such a name ({error}). Get the "
             "model again, or save it without this tensor."
         ) from None
-
-
-def find_tensors(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, for all tensors in the weight files, whether or not the index names them.
-
-    Raises:
-        RiaError: see `weight_files`; or two files hold different tensors under one name.
-    """
-    files = weight_files(folder)
-    for path in sorted(set(files.values())):
-        for name in tensor_names(path):
-            first = files.setdefault(name, path)
-            if first != path and not _same(name, first, path):
-                raise RiaError(
-                    f"{path}: {name} differs from the tensor of that name in {first.name}, and nothing says which is "
-                    "right. Get the model again."
-                )
-    _check_single(folder, files)
-    return files
-
-
-def _check_single(folder: Path, files: Mapping[str, Path]) -> None:
-    """Refuse a single file with other tensors than those that an index names: vLLM and we read the latter, transformers
-    the former.
-
-    What only one of them has may be a copy of what both have: some programs write a tied head, and others do not.
-    """
-    single = folder / SINGLE_FILE
-    if single in files.values() or not single.is_file():
-        return
-    there = dict.fromkeys(tensor_names(single), single)
-    shared = sorted(there.keys() & files.keys())
-    needed = [name for name in sorted(there.keys() ^ files.keys()) if not name.endswith(LEFT_OUT)]
-    alone = (name for name in needed if not _is_copy(name, there if name in there else files, shared))
-    changed = (name for name in shared if not _same(name, files[name], single))
-    for name in itertools.chain(alone, changed):
-        raise RiaError(
-            f"{single}: its {name} is not that of the shards that {INDEX_FILE} names. transformers would read this "
-            "file and vLLM the shards, so it is unknown which model is meant. Remove this file, or the index and its "
-            f"shards. Of a model on the hub, download one of the two (`hf download --exclude {SINGLE_FILE}`)."
-        )
-
-
-def _is_copy(name: str, files: Mapping[str, Path], others: Iterable[str]) -> bool:
-    """Whether a matrix is equal to another one."""
-    with safe_open(files[name], framework="pt") as file:
-        tensor = file.get_tensor(name)
-    return tensor.dim() > 1 and any(_holds(files[other], other, tensor) for other in others)
-
-
-def _same(name: str, *paths: Path) -> bool:
-    one, other = paths
-    with safe_open(one, framework="pt") as file:
-        return _holds(other, name, file.get_tensor(name))
-
-
-def _holds(path: Path, name: str, wanted: torch.Tensor) -> bool:
-    with safe_open(path, framework="pt") as file:
-        if file.get_slice(name).get_shape() != list(wanted.shape):
-            return False
-        found = file.get_tensor(name)
-    one, other = found.flatten().view(torch.uint8), wanted.flatten().view(torch.uint8)
-    return found.dtype == wanted.dtype and torch.equal(one, other)

@@ -19,15 +19,12 @@ from ria_vllm.offline.model.architecture import model_class
 from ria_vllm.offline.model.dequantize import scheme_of
 from ria_vllm.offline.model.gguf_file import convert_gguf
 from ria_vllm.offline.model.hf import (
-    NAMED_WEIGHTS,
     commit_of,
-    dense_weight_files,
     from_hub,
     reason_of,
-    refuse_adapter,
-    refuse_named_weights,
     without_quantization,
 )
+from ria_vllm.offline.model.which_weights import NAMED_WEIGHTS, PICKLED, meant_weights
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 from ria_vllm.weight_files import INDEX_FILE, unindexed_files
@@ -120,11 +117,10 @@ def _checked(name: str, folder: Path) -> Source:
     scheme_of(raw.pop("quantization_config", None), name)
     if not unindexed_files(folder) and not (folder / INDEX_FILE).is_file():
         found = sorted(path.name for path in folder.glob("*.gguf"))
-        if found and not any(folder.glob("pytorch_model*.bin")):
+        if found and not any(folder.glob(PICKLED)):
             raise RiaError(f"{name}: no safetensors here. To compress {found[0]}, give the file itself.")
-    files = sorted(set(dense_weight_files(folder).values()))
-    refuse_adapter(folder)
-    refuse_named_weights(name, raw.pop(NAMED_WEIGHTS, None))
+    files = sorted(set(meant_weights(folder, name).values()))
+    raw.pop(NAMED_WEIGHTS, None)
     if raw.get("auto_map") and raw.get("model_type") not in _known_types():
         raise RiaError(f"{name}: needs its own Python code (auto_map in config.json), which is not run here.")
     try:

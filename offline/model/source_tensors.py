@@ -9,8 +9,8 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.json_file import read_json
 from ria_vllm.offline.model.dequantize import Header, Quantized, Scheme, find_quantized, scheme_of
-from ria_vllm.offline.model.names import find_tensors
 from ria_vllm.offline.model.tensors import MOST_BYTES, each_in_its_file, opened, reading
+from ria_vllm.offline.model.which_weights import find_tensors
 from ria_vllm.open_files import OpenFiles
 
 

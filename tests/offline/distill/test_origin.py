@@ -1,12 +1,12 @@
 """A teacher on the hub is one commit, whatever becomes of the repository: huggingface_hub reads its own cache here."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from compressing import digests, edit_weights, run_small
+from hub_cache import NAME, Cache
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -20,33 +20,14 @@ from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 OLD, NEW = "0" * 39 + "a", "0" * 39 + "b"
-NAME = "org/model"
-
-
-class Cache:
-    """The hub's cache of one repository with two commits."""
-
-    def __init__(self, folder: Path, dense: Path):
-        self.folder = folder / "models--org--model"
-        (self.folder / "refs").mkdir(parents=True)
-        for commit in (OLD, NEW):
-            shutil.copytree(dense, self.commit(commit))
-        edit_weights(self.commit(NEW), lambda tensors: {n: 0.5 * t if t.dim() == 2 else t for n, t in tensors.items()})
-        self.move_to(OLD)
-
-    def commit(self, commit: str) -> Path:
-        return self.folder / "snapshots" / commit
-
-    def move_to(self, commit: str) -> None:
-        """Let the main branch be at a commit."""
-        (self.folder / "refs" / "main").write_text(commit)
 
 
 @pytest.fixture
 def hub(tiny, tmp_path, monkeypatch) -> Cache:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    return Cache(tmp_path / "cache", tiny("llama"))
+    """A repository with two commits, the main branch at the old one."""
+    cache = Cache(tmp_path / "cache", tiny("llama"), monkeypatch, (OLD, NEW))
+    edit_weights(cache.commit(NEW), lambda tensors: {n: 0.5 * t if t.dim() == 2 else t for n, t in tensors.items()})
+    return cache
 
 
 def run(folder: Path, teacher: str | Path, out: Path, text: Path, settings: Settings = Settings()) -> dict:

@@ -1,8 +1,6 @@
 """What we need from transformers: models in the right dtype, and errors in our own words."""
 
-import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,16 +8,13 @@ import torch
 from compressing import edit_config, edit_weights, edited, run_small
 from damage import rewrite
 from moe import save_moe
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from wrappers import save_wrapper
 
 import ria_vllm.hf  # noqa: F401  loads pruned folders
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
-from ria_vllm.offline.model import hf
 from ria_vllm.offline.model.hf import configured_dtype, explained, first_line, load_model, read_config
 from ria_vllm.offline.model.streaming import StreamedModel
 
@@ -171,84 +166,3 @@ def test_pruned_linears_that_the_model_lacks_are_named(rounding_mixture, tmp_pat
     edit_config(folder, num_hidden_layers=1)
     with pytest.raises(RiaError, match=r"model\.layers\.1\..* is pruned, but no part of a MixtralForCausalLM"):
         load_model(str(folder), CPU)
-
-
-def test_pickled_weights_are_not_opened(tiny, tmp_path, monkeypatch):
-    """Whatever torch's own check of them would say; nor where there are safetensors beside them."""
-    folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    monkeypatch.setattr(torch, "load", lambda *_, **__: 1 / 0)
-    assert load_model(str(folder), CPU) is not None
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(RiaError, match=r"only pytorch_model.bin here. Pickled weights are not opened.*save_pretrained"):
-        load_model(str(folder), CPU)
-
-
-@pytest.mark.parametrize("name", ["folder", "org/model"])
-def test_an_adapter_beside_the_weights_is_refused(name, tiny, text, tmp_path, monkeypatch):
-    """Where PEFT is installed, transformers adds it to them: `eval` would measure another model than vLLM serves."""
-    folder = Path(shutil.copytree(tiny("llama"), tmp_path / "folder"))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(folder)
-    assert AutoModelForCausalLM.from_pretrained(folder)._hf_peft_config_loaded
-    if name == "folder":
-        place = f"{folder}/adapter_config.json"
-        with pytest.raises(RiaError, match=f"{place}: an adapter lies beside the weights.*merge_and_unload"):
-            run_small(folder, tmp_path / "out", text)
-    else:  # as transformers finds it on the hub
-        place, load = name, LlamaForCausalLM.from_pretrained
-        monkeypatch.setattr(hf, "read_config", lambda _: read_config(str(folder)))
-        monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda _, **options: load(folder, **options))
-    with pytest.raises(RiaError, match=f"{place}: an adapter lies beside the weights.*merge_and_unload"):
-        load_model(str(folder) if name == "folder" else name, CPU)
-
-
-def test_weights_that_only_transformers_finds_are_refused(tiny, text, tmp_path):
-    """`eval` would measure them, and `compress` prune others."""
-    folder = edited(tiny("llama"), tmp_path / "in", lambda tensors: None, transformers_weights="other.safetensors")
-    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
-    edit_weights(folder, lambda tensors: tensors["model.norm.weight"].mul_(2))
-    norm = load_file(tiny("llama") / "model.safetensors")["model.norm.weight"]
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").model.norm.weight, norm)
-    message = f"{folder}: transformers_weights in config.json names 'other.safetensors'.*save_pretrained"
-    with pytest.raises(RiaError, match=message):
-        run_small(folder, tmp_path / "out", text)
-    with pytest.raises(RiaError, match=message):
-        load_model(str(folder), CPU)
-
-
-def test_named_weights_that_all_programs_find_are_read(tiny, text, tmp_path):
-    """What is written from them is one file, and says nothing of an index that it does not have."""
-    folder, out = Path(shutil.copytree(tiny("llama"), tmp_path / "in")), tmp_path / "out"
-    (folder / "model.safetensors").unlink()
-    AutoModelForCausalLM.from_pretrained(tiny("llama")).save_pretrained(folder, max_shard_size="200KB")
-    edit_config(folder, transformers_weights="model.safetensors.index.json")
-    assert load_model(str(folder), CPU) is not None
-    run_small(folder, out, text)
-    assert (out / "model.safetensors").is_file() and not list(out.glob("*.index.json"))
-    assert AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)[1]["missing_keys"] == set()
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ((), r"no weights here \(neither model.safetensors nor model.safetensors.index.json\)\.$"),
-        (("training_args.bin",), r"no weights here .*\)\.$"),
-        (("model-00001-of-00002.safetensors",), "There is model-00001-of-00002.safetensors: if it is a shard"),
-        (("model-00001-of-00002.safetensors", "pytorch_model.bin"), "There is model-00001-of-00002.safetensors"),
-    ],
-)
-def test_a_folder_without_weights_is_not_told_about_pickled_ones(files, message, tiny, tmp_path):
-    folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
-    for name in files:
-        shutil.copy(folder / "model.safetensors", folder / name)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(RiaError, match=message) as raised:
-        load_model(str(folder), CPU)
-    assert str(raised.value).startswith(f"{folder}: ") and "ickled" not in str(raised.value)
-
-
-def test_a_repository_without_safetensors_may_have_pickled_weights():
-    """What transformers says of one on the hub."""
-    error = OSError("org/model does not appear to have a file named model.safetensors or model.safetensors.index.json")
-    assert re.match("it has no safetensors. If its weights are pickled, save the model", first_line(error))

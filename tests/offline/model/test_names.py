@@ -14,7 +14,7 @@ from compressing import (
     run_small,
     under_language_model,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import WeightRenaming
 
@@ -22,7 +22,6 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.compress import Settings
 from ria_vllm.offline.model import names
-from ria_vllm.offline.model.hf import load_model
 
 
 def test_nemotron_h(tiny, text, tmp_path):
@@ -144,45 +143,3 @@ def test_errors_name_the_linear_as_its_file_does(place, tiny, text, tmp_path):
     name = "model.language_model.layers.1.mlp.down_proj" if place == "renamed" else "model.layers.1.mlp.down_proj"
     with pytest.raises(RiaError, match=f"in: {name}: NaN or infinite values in its input.* in float32. Check"):
         run_small(source, tmp_path / "out", text)
-
-
-def with_needless(tensors: dict) -> None:
-    """What old checkpoints have besides, and what other programs write of a tied head."""
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
-    tensors["copy.weight"] = tensors["model.embed_tokens.weight"].clone()
-
-
-def other_values(tensors: dict) -> None:
-    tensors["model.layers.1.mlp.up_proj.weight"] *= 2
-
-
-@pytest.mark.parametrize(
-    ("change", "differing"),
-    [
-        (other_values, "model.layers.1.mlp.up_proj.weight"),
-        (lambda tensors: tensors.pop("model.norm.weight"), "model.norm.weight"),
-        (lambda tensors: tensors.update(more=torch.ones(2)), "more"),
-        (lambda tensors: None, None),
-        (with_needless, None),
-    ],
-)
-def test_a_single_file_beside_an_index_has_the_same_tensors(change, differing, tiny, text, tmp_path):
-    """transformers reads it, whatever the index says; vLLM reads the shards."""
-    folder = tmp_path / "in"
-    AutoModelForCausalLM.from_pretrained(tiny("llama")).save_pretrained(folder, max_shard_size="200KB")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / file).write_bytes((tiny("llama") / file).read_bytes())
-    assert len(list(folder.glob("model-*.safetensors"))) > 1 and (folder / "model.safetensors.index.json").is_file()
-    tensors = load_file(tiny("llama") / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    if differing is None:
-        run_small(folder, tmp_path / "out", text)
-        check_complete(tiny("llama"), tmp_path / "out")
-        assert load_model(str(folder), torch.device("cpu")) is not None
-        return
-    message = f"{folder}/model.safetensors: its {differing} is not that of the shards"
-    with pytest.raises(RiaError, match=message):
-        run_small(folder, tmp_path / "out", text)
-    with pytest.raises(RiaError, match=message):
-        load_model(str(folder), torch.device("cpu"))
