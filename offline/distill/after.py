@@ -4,9 +4,10 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ria_vllm.errors import RiaError
 from ria_vllm.json_file import read_json
@@ -22,7 +23,7 @@ from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.work import check_same_run, fingerprint
 from ria_vllm.progress import Monitor
-from ria_vllm.writer import check_free, check_place, disk_errors, locked
+from ria_vllm.writer import LOCK_FILE, check_free, check_place, disk_errors, locked
 
 # In the folder OUT.pruned: which compression it is for, and what that writes.
 RUN_FILE, MODEL_FOLDER, WORK_FOLDER = "ria_vllm_run.json", "model", "model.partial"
@@ -48,7 +49,7 @@ def compress_and_distill(
         The report, as written to `out`.
 
     Raises:
-        RiaError: see `compress` and `distill`; or the two cannot follow each other.
+        RiaError: see `compress` and `distill`; or the two cannot follow each other, or another process uses OUT.pruned.
     """
     if not recipe.served:
         raise RiaError(f"--distill is for the pattern 2:4; {recipe.pattern} is written as plain dense weights.")
@@ -67,19 +68,19 @@ def compress_and_distill(
     # What was pruned before has passed the checks of the text, and training may have drawn from it already.
     draw = distillation.text != "self" and not (settings.resume and pruned.exists())
     run, drawn = _checked_run(model, out, recipe, distillation, draw, monitor)
-    _begin(place, run, settings.resume)
-    try:
-        if not pruned.exists():
-            compress(pruned)
-    except RiaError:
-        if not (place / WORK_FOLDER).exists():
-            _delete(place, monitor)
-        raise
-    try:
-        report = distill(pruned, model, out, distillation, settings, monitor, drawn)
-    except RiaError as error:
-        raise RiaError(f"{error} {_ways_on(pruned, model, out, distillation)}") from error.__cause__
-    _delete(place, monitor)
+    with _begun(place, run, settings.resume) as lock:
+        try:
+            if not pruned.exists():
+                compress(pruned)
+        except RiaError:
+            if not (place / WORK_FOLDER).exists():
+                _delete(place, lock, monitor)
+            raise
+        try:
+            report = distill(pruned, model, out, distillation, settings, monitor, drawn)
+        except RiaError as error:
+            raise RiaError(f"{error} {_ways_on(pruned, model, out, distillation)}") from error.__cause__
+        _delete(place, lock, monitor)
     return report
 
 
@@ -117,31 +118,46 @@ def _checked_run(
 
 
 def _check_ours(place: Path) -> None:
-    free = not place.exists() or (place.is_dir() and ((place / RUN_FILE).is_file() or not any(place.iterdir())))
+    free = not place.exists() or (
+        place.is_dir() and ((place / RUN_FILE).is_file() or {path.name for path in place.iterdir()} <= {LOCK_FILE})
+    )
     if place.is_symlink() or not free:
         raise RiaError(
             f"{place}: needed for the pruned model, but it holds something else. Move it away, or choose another --out."
         )
 
 
-def _begin(place: Path, run: dict[str, Any], resume: bool) -> None:
-    """Make the folder, or check that what is there is from the same command."""
-    if begun := read_json(place / RUN_FILE) if (place / RUN_FILE).exists() and resume else {}:
-        check_same_run(place, begun, run)
-        return
+@contextmanager
+def _begun(place: Path, run: dict[str, Any], resume: bool) -> Iterator[IO[bytes]]:
+    """Make the folder, or check that what is there is from the same command; and keep other processes out of it, also
+    while `distill` reads what was pruned.
+
+    Yields:
+        What keeps them out, until it is closed.
+
+    Raises:
+        RiaError: another process has the folder, or another command has begun it.
+    """
     with disk_errors(place):
-        if (place / WORK_FOLDER).exists():
-            locked(place / WORK_FOLDER).close()  # nobody else is writing there
-        _delete_models(place)
         place.mkdir(parents=True, exist_ok=True)
-        (place / RUN_FILE).write_text(json.dumps(run))
+        lock = locked(place)
+    with lock:
+        if begun := read_json(place / RUN_FILE) if (place / RUN_FILE).exists() and resume else {}:
+            check_same_run(place, begun, run)
+        else:
+            with disk_errors(place):
+                _delete_models(place)
+                (place / RUN_FILE).write_text(json.dumps(run))
+        yield lock
 
 
-def _delete(place: Path, monitor: Monitor) -> None:
+def _delete(place: Path, lock: IO[bytes], monitor: Monitor) -> None:
     """Delete the folder, last of all what says that it is ours; with a warning if something stays in it."""
     try:
         _delete_models(place)
         (place / RUN_FILE).unlink(missing_ok=True)
+        lock.close()  # NFS keeps a file that is open under another name
+        (place / LOCK_FILE).unlink(missing_ok=True)
         if left := sorted(path.name for path in place.iterdir()):
             monitor.warn(f"{place}: stays, because it also holds what ria-vllm did not write: {', '.join(left)}.")
         else:
