@@ -73,15 +73,15 @@ from ria_vllm.offline.runtime import options
     multiple=True,
     type=click.Path(exists=True, dir_okay=False),
     help="A text file to measure on while training. By the first one, the best step is kept, and training stops when "
-    "it no longer gets better. Repeatable.",
+    "it no longer gets better. Without one, all tokens are trained on, and the last step is kept. Repeatable.",
 )
 @click.option("--eval-tokens", default=8192, show_default=True, help="Tokens of each --eval-text.")
-@click.option("--evals", default=10, show_default=True, help="How many times to measure.")
+@click.option("--evals", default=10, show_default=True, help="How many times to measure --eval-text.")
 @click.option(
     "--patience",
     default=3,
     show_default=True,
-    help="Stop after so many measurements in a row that are no better than an earlier one of training.",
+    help="Stop after so many measurements of --eval-text in a row that are no better than an earlier one of training.",
 )
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="For the order of the text."
@@ -123,6 +123,8 @@ def distill(
     from ria_vllm.progress import Monitor
     from ria_vllm.sizes import parse_size
 
+    if not eval_text:
+        _refuse_given("eval_tokens", "evals", "patience")
     recipe = Distillation(
         tokens=tokens, text=text, seq_len=seq_len, batch=batch, micro_batch=micro_batch, passes=passes, lr=lr,
         warmup=warmup, weight_decay=weight_decay, clip=clip, loss=Loss.parse(loss, temperature, top_k),
@@ -139,3 +141,14 @@ def distill(
         raise RiaError(f"interrupted. The last state is kept in {out}.partial; add --resume to continue.") from None
     done = report["recipe"]["distill"][-1]
     monitor.say(f"{out}: trained for {done['steps']} steps; step {done.get('kept_step', done['steps'])} is kept")
+
+
+def _refuse_given(*names: str) -> None:
+    """Refuse options that mean nothing without --eval-text, if the user has given them."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise RiaError(
+                f"--{name.replace('_', '-')} is about held-out text. Without --eval-text nothing is measured, and "
+                "training stops after all tokens only. Give --eval-text, too, or leave it out."
+            )

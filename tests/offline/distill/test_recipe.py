@@ -3,8 +3,10 @@
 import math
 
 import pytest
+from click.testing import CliRunner
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.distill.command import distill
 from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.distill.recipe import Distillation
 
@@ -83,3 +85,15 @@ def test_steps_that_processes_cannot_share_are_refused(batch, given, processes, 
 def test_what_is_written_holds_no_path():
     found = Distillation(tokens=10_000, text="/home/me/a.txt", eval_text=("/home/me/b.txt",)).dump("/home/me/model")
     assert (found["text"], found["eval_text"], found["teacher"]) == ("a.txt", ["b.txt"], "model")
+
+
+@pytest.mark.parametrize("options", [("--patience", "3"), ("--evals", "4"), ("--eval-tokens", "512")], ids=" ".join)
+def test_options_for_held_out_text_need_one(options, tmp_path):
+    """Whoever asks for patience expects training to stop by itself."""
+    folders = [str(tmp_path), "--teacher", str(tmp_path), "-o", str(tmp_path / "out"), "--tokens", "2048"]
+    with pytest.raises(RiaError, match=f"^{options[0]} is about held-out text.*Give --eval-text, too"):
+        CliRunner().invoke(distill, [*folders, *options], catch_exceptions=False)
+    (tmp_path / "text.txt").write_text("text")
+    with pytest.raises(RiaError, match="config.json"):  # there is no model
+        held_out = ["--eval-text", str(tmp_path / "text.txt")]
+        CliRunner().invoke(distill, [*folders, *options, *held_out], catch_exceptions=False)
