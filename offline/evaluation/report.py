@@ -178,7 +178,14 @@ def _against_tokens(points: Sequence[dict[str, Any]], key: str) -> list[tuple[fl
 
 
 def recipe_table(recipe: dict[str, Any], dense: Any) -> str:
-    rows = {key: value for key, value in recipe.items() if key != TOPOLOGY and value not in (None, [], "")}
+    rows: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if key == TOPOLOGY or value in (None, [], ""):
+            continue
+        if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):  # run after run
+            rows |= {f"{key}, run {number}": entry for number, entry in enumerate(value, 1)}
+        else:
+            rows[key] = value
     if isinstance(dense, dict) and dense:
         rows["left dense"] = ", ".join(f"{name} ({reason})" for name, reason in dense.items())
     cells = "".join(
@@ -190,8 +197,8 @@ def recipe_table(recipe: dict[str, Any], dense: Any) -> str:
 
 def plain(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{key} {plain(item)}" for key, item in value.items() if item not in (None, [], ""))
+    return ", ".join(map(plain, value)) if isinstance(value, list) else str(value)
 
 
 def linear_table(linears: dict[str, dict[str, Any]], inventory: Inventory | None) -> str:

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.evaluation.charts import Series, bar_chart, line_chart, ticks
 from ria_vllm.offline.evaluation.report import page, report
+from ria_vllm.schema import TOPOLOGY
 
 VOID = {"meta"}
 
@@ -140,6 +141,19 @@ def test_perplexities_on_other_text_or_in_other_windows_are_in_another_chart():
     assert shown == [
         heads[0], "dense", "40.50", "sparse", "56.50", heads[1], "dense", "12.75", "sparse", "34.00", heads[2],
         "dense", "44.25",
+    ]  # fmt: skip
+
+
+def test_each_distillation_is_a_row_of_the_recipe():
+    """With what it sets, in words."""
+    first = {"teacher": "dense", "lr": 0.0003, "eval_text": [], "micro_batch": None, "versions": {"torch": "2.9"}}
+    runs = [first, {"teacher": "dense", "kept_step": 0, "eval_text": ["a.txt", "b.txt"]}]
+    content = {"linears": {"a": {}}, "recipe": {"method": "ria", TOPOLOGY: [{"a": 1}], "distill": runs}}
+    found = Page(page("model", content, None, []))
+    start = found.text.index("method")
+    assert found.text[start : start + 6] == [
+        "method", "ria", "distill, run 1", "teacher dense, lr 0.0003, versions torch 2.9",
+        "distill, run 2", "teacher dense, kept_step 0, eval_text a.txt, b.txt",
     ]  # fmt: skip
 
 
