@@ -65,6 +65,8 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
 
     logging.disable_progress_bar()
     check_place(out, Path(model))
+    if Path(recipe.calibration).is_file():
+        check_place(out, Path(recipe.calibration))
     map_large_blocks()
     with joined(settings.device) as ranks, torch.no_grad(), monitor.live():
         check_free(out, settings.overwrite)

@@ -44,8 +44,8 @@ def disk_errors(where: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RiaError(
-                f"{where}: no space left on the disk. Free some and run the same command again (`compress --resume` "
-                "continues after the finished layers)."
+                f"{where}: no space left on the disk. Free some and run the same command again; `compress` and "
+                "`distill` go on from what is finished if you add --resume."
             ) from error
         raise RiaError(f"{where}: cannot write ({error.strerror or error}).") from error
 

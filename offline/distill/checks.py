@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ria_vllm.checkpoint import is_compressed
 from ria_vllm.errors import RiaError
+from ria_vllm.offline import digests
 from ria_vllm.offline.distill.foreign import ForeignStart
 from ria_vllm.offline.distill.origin import Origin
 from ria_vllm.offline.distill.outline import outline
@@ -17,6 +19,7 @@ from ria_vllm.offline.model.hf import load_tokenizer, read_config
 from ria_vllm.offline.model.names import Names
 from ria_vllm.offline.model.which_weights import meant_weights
 from ria_vllm.progress import Monitor
+from ria_vllm.writer import check_place
 
 
 def check_models(start: Start | ForeignStart, origin: Origin, recipe: Distillation, sharded: bool = False) -> None:
@@ -27,9 +30,15 @@ def check_models(start: Start | ForeignStart, origin: Origin, recipe: Distillati
         sharded: whether the student is to be divided among processes.
 
     Raises:
-        RiaError: the teacher's weights are missing, damaged or pickled, or it is unknown which are meant; other tokens,
-            another number of them, other hidden states if the loss compares them, or a linear that cannot be trained.
+        RiaError: the teacher is pruned itself, or its weights are missing, damaged or pickled, or it is unknown which
+            are meant; other tokens, another number of them, other hidden states if the loss compares them, or a linear
+            that cannot be trained.
     """
+    if is_compressed(origin.folder):
+        raise RiaError(
+            f"{origin.name}: already pruned by ria-vllm. Give the dense model that {start.folder} was pruned from as "
+            "--teacher."
+        )
     meant_weights(origin.folder, origin.name)
     teacher, mine, dense = origin.name, outline(str(start.folder)), outline(str(origin.folder))
     places = places_of(mine, start, Names(mine, start.dense_names(), start.folder))
@@ -70,9 +79,28 @@ def fitting(recipe: Distillation, models: Sequence[str], monitor: Monitor) -> Di
     return replace(recipe, seq_len=longest)
 
 
-def check_names(texts: Sequence[str]) -> None:
-    """Refuse held-out texts that the report could not tell apart."""
-    names = [Path(text).name for text in texts]
+def check_texts(out: Path, recipe: Distillation, monitor: Monitor) -> None:
+    """Refuse texts that --overwrite would delete, and held-out ones that the report could not tell apart; warn of a
+    held-out one that is trained on.
+
+    Raises:
+        RiaError: see above.
+    """
+    training, *held_out = map(Path, (recipe.text, *recipe.eval_text))
+    for path in (training, *held_out):
+        if path.is_file():
+            check_place(out, path)
+    names = [path.name for path in held_out]
     for name in names:
         if names.count(name) > 1:
             raise RiaError(f"--eval-text: two files are called {name}, but the report names texts so. Rename one.")
+    for path in held_out:
+        if training.is_file() and path.is_file() and _same_content(training, path):
+            monitor.warn(
+                f"--eval-text {path}: this text is trained on, too, so the perplexity and the divergence measured on "
+                "it say little about other text, and the step that is kept may not be the best. Give another text."
+            )
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    return one.stat().st_size == other.stat().st_size and digests.sha256(one) == digests.sha256(other)

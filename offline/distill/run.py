@@ -14,7 +14,7 @@ from ria_vllm.export import companion_files
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
-from ria_vllm.offline.distill.checks import check_models, check_names, context_of, fitting
+from ria_vllm.offline.distill.checks import check_models, check_texts, context_of, fitting
 from ria_vllm.offline.distill.foreign import ForeignStart
 from ria_vllm.offline.distill.heldout import HeldOut
 from ria_vllm.offline.distill.logits import TwoPart
@@ -90,7 +90,7 @@ def distill(
     logging.disable_progress_bar()
     for place in (folder, Path(teacher)):
         check_place(out, place)
-    check_names(recipe.eval_text)
+    check_texts(out, recipe, monitor)
     check_free(out, settings.overwrite)
     with joined(settings.device) as (ranks, device), monitor.live():
         settings = replace(settings, device=device)
@@ -167,7 +167,7 @@ class _Run:
     def distill(self) -> dict[str, Any]:
         recipe, monitor = self.recipe, self.monitor
         # First, so that an error in them shows at once.
-        copies = companion_files(self.start.folder, monitor.warn)
+        copies, measured = companion_files(self.start.folder, monitor.warn), self.start.report()
         texts, text = self._held_out(), self._text()
         with monitor.phase("digests of files"):
             of_files = self.ranks.broadcast(self._digests() if self.ranks.first else None)
@@ -202,7 +202,7 @@ class _Run:
             recipe, student, pace, answers, plain, windows, held_out, work, self.ranks, monitor,
             self.settings.save_every, self.sharded,
         ).run()  # fmt: skip
-        report = self._report(course, of_files)
+        report = self._report(course, of_files, measured)
         if self.ranks.first:
             with monitor.phase("writing"):
                 step = course.best[0] if course.best else course.step
@@ -292,10 +292,10 @@ class _Run:
             found["teacher_weights_digest"] = digests.of_weights(self.teacher.folder)
         return found
 
-    def _report(self, course: Course, of_files: dict[str, Any]) -> dict[str, Any]:
-        """The report; `of_files` is what `_digests` found."""
+    def _report(self, course: Course, of_files: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+        """The report; `of_files` is what `_digests` found, `measured` the report of the folder that was trained."""
         recipe = self.start.schema.recipe
-        found: dict[str, Any] = {"recipe": recipe, "linears": {}} | without_errors(self.start.report())
+        found: dict[str, Any] = {"linears": {}} | without_errors(measured)
         this = self.recipe.dump(self.teacher.name, self.teacher.revision)
         this |= rounding_of(self.settings, self.ranks) | hardware(self.settings.device) | of_files
         this["steps"] = course.step
@@ -304,7 +304,7 @@ class _Run:
         earlier = recipe.get("distill")
         runs = [*(earlier if isinstance(earlier, list) else []), this]
         curves = found.get("distill") if isinstance(found.get("distill"), list) else []
-        return found | {"recipe": found["recipe"] | {"distill": runs}, "distill": [*curves, {"curve": course.curve}]}
+        return found | {"recipe": recipe | {"distill": runs}, "distill": [*curves, {"curve": course.curve}]}
 
     def _finish(self, results: dict[str, str], report: dict[str, Any], copies: list[Path]) -> None:
         """Join the trained tensors and all others into the finished folder."""
@@ -335,9 +335,16 @@ def recovery_section(runs: Sequence[dict[str, Any]]) -> str:
     """The part of a model card that says how the kept weights were trained."""
     lines = ["## Recovery", "", "After pruning, the kept weights were trained towards the dense model's predictions."]
     for run in runs:
-        shown = {key: value for key, value in run.items() if value not in (None, [], "", False) and key != "versions"}
+        shown = {key: value for key, value in run.items() if key != "versions" and _says_something(value)}
         lines += ["", "| option | value |", "| --- | --- |"]
         for key, value in shown.items():
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             lines.append(f"| {key} | `{text.replace('`', chr(39)).replace('|', ' ')}` |")
+        if shown.get("kept_step") == 0:
+            lines += ["", "Step 0 was kept: the weights are those from before this training, which made none better."]
     return "\n".join(lines) + "\n"
+
+
+def _says_something(value: Any) -> bool:
+    """Whether an option is set; a 0, which equals False, is a value like others."""
+    return value is not None and value is not False and value not in ([], "")

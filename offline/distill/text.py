@@ -18,6 +18,8 @@ from ria_vllm.progress import Monitor
 MOST_BEYOND = 1 << 24
 # The most tokens in a window of held-out text, and the fewest where the text has no more: below, it says nothing.
 HELD_OUT_WINDOW, LEAST_HELD_OUT = 1024, 64
+# Files that `--calibration` reads the text from, which held-out text is not read from.
+NOT_PLAIN = tuple(suffix for suffix in data.FILE_SUFFIXES if suffix != ".txt")
 # Two tokenizers with one vocabulary may still differ in what they do before they look into it.
 SAMPLES = (
     "The quick brown fox: 12,345 times, naïvely.\n",
@@ -96,8 +98,13 @@ def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> to
     A text that is shorter than `seq_len` is one window.
 
     Raises:
-        RiaError: the text cannot be read, or is shorter than both `seq_len` and LEAST_HELD_OUT.
+        RiaError: the text cannot be read, is not plain text, or is shorter than both `seq_len` and LEAST_HELD_OUT.
     """
+    if Path(path).suffix.lower() in NOT_PLAIN:
+        raise RiaError(
+            f"--eval-text {path}: would be read as it is, with what the file format adds to the text. Give the text "
+            "alone, in a .txt file."
+        )
     try:
         # A token is rarely longer than this many characters on average, and a long text is not tokenized in vain.
         with open(path, encoding="utf-8") as file:

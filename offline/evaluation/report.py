@@ -115,8 +115,8 @@ def sizes(inventory: Inventory) -> str:
 
 
 def perplexities(measured: Sequence[dict[str, Any]]) -> str:
-    """Bars of the outputs of `ria-vllm eval --json`."""
-    rows = []
+    """Bars of the outputs of `ria-vllm eval --json`, in one chart for each text and length of windows."""
+    drawn: dict[tuple[str, ...], list[tuple[str, float, str, str]]] = {}
     for entry in measured:
         value = report_number(entry, "perplexity")
         if value is None or not math.isfinite(value):
@@ -124,12 +124,14 @@ def perplexities(measured: Sequence[dict[str, Any]]) -> str:
                 "--perplexity: a file without a number named perplexity. Give files of `ria-vllm eval --json`."
             )
         style = "after" if entry.get("compressed") else "before"
-        rows.append((Path(str(entry.get("model", "?"))).name, value, f"{value:.2f}", style))
-    first = measured[0]
-    words = (
-        f"{Path(str(first.get('text', 'text'))).name}, windows of {first.get('seq_len', '?')} tokens; lower is better."
-    )
-    return f"<h2>Perplexity</h2><p>{escape(words)}</p>" + bar_chart("perplexity", rows)
+        text, *size = (str(entry.get(key, "?")) for key in ("text", "tokens", "seq_len"))
+        bar = (Path(str(entry.get("model", "?"))).name, value, f"{value:.2f}", style)
+        drawn.setdefault((Path(text).name, *size), []).append(bar)
+    found = "<h2>Perplexity</h2>"
+    for (text, tokens, window), bars in drawn.items():
+        words = f"{text}: {tokens} tokens predicted, in windows of {window}; lower is better."
+        found += f"<p>{escape(words)}</p>" + bar_chart("perplexity", bars)
+    return found
 
 
 def recovery(runs: Any) -> str:
@@ -176,7 +178,14 @@ def _against_tokens(points: Sequence[dict[str, Any]], key: str) -> list[tuple[fl
 
 
 def recipe_table(recipe: dict[str, Any], dense: Any) -> str:
-    rows = {key: value for key, value in recipe.items() if key != TOPOLOGY and value not in (None, [], "")}
+    rows: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if key == TOPOLOGY or value in (None, [], ""):
+            continue
+        if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):  # run after run
+            rows |= {f"{key}, run {number}": entry for number, entry in enumerate(value, 1)}
+        else:
+            rows[key] = value
     if isinstance(dense, dict) and dense:
         rows["left dense"] = ", ".join(f"{name} ({reason})" for name, reason in dense.items())
     cells = "".join(
@@ -188,8 +197,8 @@ def recipe_table(recipe: dict[str, Any], dense: Any) -> str:
 
 def plain(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{key} {plain(item)}" for key, item in value.items() if item not in (None, [], ""))
+    return ", ".join(map(plain, value)) if isinstance(value, list) else str(value)
 
 
 def linear_table(linears: dict[str, dict[str, Any]], inventory: Inventory | None) -> str:

@@ -77,6 +77,15 @@ def test_too_short_a_held_out_text_is_refused(tiny, tmp_path):
     assert held_out_windows(str(path), tokenizer, 200, 32).shape == (1, 32)  # by --eval-tokens, or a model's context
 
 
+@pytest.mark.parametrize("name", ["chats.jsonl", "texts.PARQUET"])
+def test_held_out_text_in_another_format_is_refused(name, tmp_path):
+    """Braces, quotes and names of fields would be measured with it."""
+    path = tmp_path / name
+    path.write_text('{"text": "abcdefg"}\n' * 200)
+    with pytest.raises(RiaError, match=f"--eval-text {path}: would be read as it is.* in a .txt file"):
+        held_out_windows(str(path), lambda content, verbose: {"input_ids": [*content.encode()]}, 8192, 1024)
+
+
 @pytest.mark.parametrize(("length", "shape"), [(64, (1, 64)), (1000, (1, 1000)), (1024, (1, 1024)), (2500, (2, 1024))])
 def test_a_text_shorter_than_a_window_is_one(length, shape, tiny, tmp_path):
     tokenizer, path = load_tokenizer(str(tiny("llama"))), tmp_path / "held_out.txt"

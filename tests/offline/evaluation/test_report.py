@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.evaluation.charts import Series, bar_chart, line_chart, ticks
 from ria_vllm.offline.evaluation.report import page, report
+from ria_vllm.schema import TOPOLOGY
 
 VOID = {"meta"}
 
@@ -122,6 +123,38 @@ def test_perplexities(damage, tmp_path):
     files[0].write_text("{}")
     with pytest.raises(RiaError, match="eval --json"):
         run(damage.folder, "-o", tmp_path / "page.html", "--perplexity", files[0])
+
+
+def test_perplexities_on_other_text_or_in_other_windows_are_in_another_chart():
+    """Each under the name of its text: bars of one chart can be compared."""
+    measured = [
+        {"model": model, "text": f"texts/{text}.txt", "tokens": 8184, "seq_len": window, "perplexity": value}
+        for model, text, window, value in (
+            ("dense", "corpus", 1024, 40.5), ("dense", "reference", 1024, 12.75), ("dense", "corpus", 512, 44.25),
+            ("sparse", "corpus", 1024, 56.5), ("sparse", "reference", 1024, 34.0),
+        )
+    ]  # fmt: skip
+    found = Page(page("model", {"linears": {"a": {}}}, None, measured))
+    shown = found.text[found.text.index("Perplexity") + 1 : found.text.index("Retained score")]
+    heads = [f"{text}.txt: 8184 tokens predicted, in windows of {window}; lower is better."
+             for text, window in (("corpus", 1024), ("reference", 1024), ("corpus", 512))]  # fmt: skip
+    assert shown == [
+        heads[0], "dense", "40.50", "sparse", "56.50", heads[1], "dense", "12.75", "sparse", "34.00", heads[2],
+        "dense", "44.25",
+    ]  # fmt: skip
+
+
+def test_each_distillation_is_a_row_of_the_recipe():
+    """With what it sets, in words."""
+    first = {"teacher": "dense", "lr": 0.0003, "eval_text": [], "micro_batch": None, "versions": {"torch": "2.9"}}
+    runs = [first, {"teacher": "dense", "kept_step": 0, "eval_text": ["a.txt", "b.txt"]}]
+    content = {"linears": {"a": {}}, "recipe": {"method": "ria", TOPOLOGY: [{"a": 1}], "distill": runs}}
+    found = Page(page("model", content, None, []))
+    start = found.text.index("method")
+    assert found.text[start : start + 6] == [
+        "method", "ria", "distill, run 1", "teacher dense, lr 0.0003, versions torch 2.9",
+        "distill, run 2", "teacher dense, kept_step 0, eval_text a.txt, b.txt",
+    ]  # fmt: skip
 
 
 def test_bad_input(damage):

@@ -1,0 +1,99 @@
+"""What is refused or warned of before the first step, and what the model card says of the steps."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from compressing import WarningRecorder, run_small
+from distilling import run
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.compress import Settings
+from ria_vllm.offline.distill.checks import check_texts
+from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.offline.distill.run import recovery_section
+from ria_vllm.offline.distill.train import Training
+
+
+def recipe(text: Path | str, *held_out: Path) -> Distillation:
+    return Distillation(tokens=1024, text=str(text), eval_text=tuple(map(str, held_out)))
+
+
+@pytest.fixture
+def texts(tmp_path) -> tuple[Path, Path]:
+    """Two that are as long as each other, in a folder OUT."""
+    found = (tmp_path / "OUT" / "one.txt", tmp_path / "OUT" / "texts" / "two.txt")
+    found[1].parent.mkdir(parents=True)
+    for path in found:
+        path.write_text(path.stem)
+    return found
+
+
+def test_texts_in_the_folder_that_is_replaced_are_refused(texts, tmp_path, monkeypatch):
+    """--overwrite would delete them."""
+    one, two = texts
+    for wanted, refused in ((recipe(one), one), (recipe("self", two), two)):
+        with pytest.raises(RiaError, match=f"OUT: holds what is being read, {refused}"):
+            check_texts(tmp_path / "OUT", wanted, WarningRecorder())
+    (tmp_path / "self").mkdir()
+    monkeypatch.chdir(tmp_path)
+    check_texts(Path("self"), recipe("self", two), WarningRecorder())  # no file, but what the teacher writes
+
+
+def test_compress_refuses_them_too(tiny, text, tmp_path):
+    out = tmp_path / "OUT"
+    out.mkdir()
+    mine = shutil.copy(text, out / "mine.txt")
+    with pytest.raises(RiaError, match=f"{out}: holds what is being read, {mine}"):
+        run_small(tiny("llama"), out, mine, Settings(overwrite=True))
+    assert mine.read_bytes() == text.read_bytes()
+
+
+def test_a_held_out_text_that_is_trained_on_brings_a_warning(texts, tmp_path):
+    """Also as a copy with another name."""
+    one, two = texts
+    copy = shutil.copy(one, tmp_path / "copy.txt")
+    for held_out, expected in (([two], []), ([two, one], [one]), ([copy], [copy])):
+        monitor = WarningRecorder()
+        check_texts(tmp_path / "other", recipe(one, *held_out), monitor)
+        assert [line.partition(": this text is trained on, too")[0] for line in monitor.warnings] == [
+            f"--eval-text {path}" for path in expected
+        ]
+
+
+def test_a_pruned_teacher_is_refused(pruned, text, tmp_path):
+    """The folder itself would be a teacher that has nothing to say."""
+    _, folder = pruned()
+    with pytest.raises(RiaError, match=f"{folder}: already pruned by ria-vllm. Give the dense model .* as --teacher"):
+        run(folder, folder, tmp_path / "out", text, tokens=128)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_damaged_report_stops_the_run_before_it_trains(pruned, text, tmp_path, monkeypatch):
+    dense, whole = pruned()
+    folder = Path(shutil.copytree(whole, tmp_path / "folder"))
+    (folder / "ria_report.json").write_text("{")
+    monkeypatch.setattr(Training, "run", lambda _: pytest.fail("trained"))
+    with pytest.raises(RiaError, match=r"ria_report.json: not readable as JSON"):
+        run(dense, folder, tmp_path / "out", text, tokens=128)
+
+
+def test_a_report_with_another_recipe_does_not_lose_a_run(pruned, text, tmp_path):
+    """It is informative only: the recipe is that of config.json."""
+    dense, whole = pruned()
+    folder = Path(shutil.copytree(whole, tmp_path / "folder"))
+    (folder / "ria_report.json").write_text(json.dumps({"recipe": ["x"], "linears": 3}))
+    report = run(dense, folder, tmp_path / "out", text, tokens=128)
+    wanted = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["recipe"]
+    assert report["recipe"] == wanted and wanted["permute"] == "lsa" and len(wanted["distill"]) == 1
+
+
+def test_the_card_says_which_step_was_kept_also_if_it_is_the_start():
+    start = {"steps": 8, "kept_step": 0, "seed": 0, "clip": 0.0, "shard": False, "micro_batch": None, "train": []}
+    card = recovery_section([start, start | {"kept_step": 4}])
+    first, second = card.split("| option | value |")[1:]
+    rows = ["| steps | `8` |", "| kept_step | `0` |", "| seed | `0` |", "| clip | `0.0` |"]
+    assert [line for line in first.splitlines() if line.startswith("| ")] == ["| --- | --- |", *rows]
+    assert "the weights are those from before this training" in first
+    assert "| kept_step | `4` |" in second and "before this training" not in second
