@@ -46,7 +46,7 @@ def read_trained(model: nn.Module, folder: str | Path) -> None:
     together(lambda: _read(model, Path(folder)), alone=not dist.is_initialized())
 
 
-class BesideAdapters(TrainerCallback, ExportableState):  # type: ignore[misc]
+class BesideAdapters(TrainerCallback, ExportableState):
     """Has transformers' Trainer save, resume and choose weights of the model that are trained beside adapters.
 
     Give it to any trainer that derives from it: `trainer.add_callback(ria_vllm.training.BesideAdapters)`. A run that

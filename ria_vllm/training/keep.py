@@ -56,7 +56,8 @@ def keep_sparse(model: nn.Module, like: str | Path | None = None, beside_adapter
 
     `save_pretrained` then writes the model's own names and shapes. `load_state_dict` raises RiaError for a checkpoint
     with those of the dense model's files, or with weights that are not zero outside the masks. A forward pass and a
-    step raise it if a module was replaced by one that cannot be kept sparse.
+    step raise it if a module was replaced by one that cannot be kept sparse, and the first step of an optimizer if
+    weights are not zero outside the masks by then.
 
     Args:
         model: what `from_pretrained` made of a compressed folder, wrapped or sharded or not.
@@ -242,20 +243,22 @@ class KeptWeights:
 
     Attributes:
         beside_adapters: somebody saves what is trained beside adapters of PEFT.
+        seen: optimizers that have made a step.
     """
 
     def __init__(self, weights: list[KeptWeight], base: nn.Module, origin: Origin, rounded: bool):
         self.weights, self.origin, self.rounded = weights, origin, rounded
         self.beside_adapters = False
+        self.seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self.base = weakref.ref(base)
         self._watch()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"base": self.base()}
+        return self.__dict__ | {"base": self.base(), "seen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, made by `copy.deepcopy` or in another process: its model is kept sparse, too."""
-        self.__dict__.update(state | {"base": weakref.ref(state["base"])})
+        self.__dict__.update(state | {"base": weakref.ref(state["base"]), "seen": weakref.WeakSet()})
         self._watch()
 
     def _watch(self) -> None:
@@ -388,6 +391,21 @@ class KeptWeights:
         for weight in self.weights:
             weight.check_zeros(self.origin.folder)
 
+    def check_first_step(self, optimizer: torch.optim.Optimizer, weights: list[KeptWeight]) -> None:
+        """Check that the first step of an optimizer does not lose what is outside the masks (a merged adapter).
+
+        Raises:
+            RiaError: it would.
+        """
+        base = self.base()
+        if optimizer in self.seen or base is None:
+            return
+        # Merging an adapter for a while, as trainers do to generate text, leaves errors of rounding there.
+        if not has_adapters(base):
+            for weight in weights:
+                weight.check_zeros(self.origin.folder)
+        self.seen.add(optimizer)
+
     def _by_parameter(self) -> dict[int, KeptWeight]:
         return {id(weight.module._parameters.get(weight.leaf)): weight for weight in self.weights}
 
@@ -401,7 +419,9 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Gradients may have come from elsewhere than a backward pass with hooks, or been changed after it."""
     for kept in list(_ALIVE):
         kept.check_adapters(optimizer)
-        for weight, parameter in kept.in_optimizer(optimizer, follow=True):
+        found = kept.in_optimizer(optimizer, follow=True)
+        kept.check_first_step(optimizer, [weight for weight, parameter in found if parameter.requires_grad])
+        for weight, parameter in found:
             weight.mask_gradient(parameter)
             weight.hook(parameter)
 
