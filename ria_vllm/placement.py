@@ -88,7 +88,10 @@ ORIGIN_ATTRIBUTE = "_ria_origin"
 
 
 def inside_adapters(module: Any) -> Any:
-    """The module itself, or the one that adapters of PEFT stand around."""
-    while isinstance(getattr(module, "base_layer", None), torch.nn.Module):
-        module = module.base_layer
-    return module
+    """The module itself, or the one that adapters of PEFT stand around, or that its `modules_to_save` has a copy of."""
+    while True:  # getattr: what torch.compile wraps passes it on
+        inside = (getattr(module, name, None) for name in ("original_module", "base_layer"))
+        found = next((one for one in inside if isinstance(one, torch.nn.Module)), None)
+        if found is None:
+            return module
+        module = found

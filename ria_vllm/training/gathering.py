@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ria_vllm.errors import RiaError
-from ria_vllm.placement import Origin, Placement
+from ria_vllm.placement import Origin, Placement, inside_adapters
 from ria_vllm.training.masks import holder, origin_of
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -39,13 +39,42 @@ def ready(model: nn.Module, like: str | Path) -> tuple[nn.Module, Origin]:
 
 def _refuse_adapters(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__):
+        if _of_peft(module):
             raise RiaError(
                 f"{name or type(model).__name__}: the model has adapters ({type(module).__name__}), which a "
                 "compressed folder does not hold. Save them by `model.save_pretrained(ADAPTER)` and serve them beside "
                 "the folder: `vllm serve OUT --enable-lora --lora-modules NAME=ADAPTER`. If kept weights were trained "
                 "as well, save these from `model.unload()`."
             )
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(map(_of_peft, model.modules()))
+
+
+def own_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that a model has without the adapters of PEFT around its modules, under the names of then."""
+    if _of_peft(module):
+        inside = inside_adapters(module)
+        if inside is not module:
+            yield from own_parameters(inside, prefix)
+        return
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield clean_name(prefix + name), parameter
+    for name, child in module.named_children():
+        yield from own_parameters(child, f"{prefix}{name}.")
+
+
+def copied_modules(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Modules that PEFT has copied to train the copy (`modules_to_save`): the module in the model, and its copies."""
+    for module in model.modules():
+        if _of_peft(module) and {"original_module", "modules_to_save"} <= module._modules.keys():
+            yield module.get_submodule("original_module"), module.get_submodule("modules_to_save")
+
+
+def _of_peft(module: nn.Module) -> bool:
+    return any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__)
 
 
 def clean_name(name: str) -> str:
@@ -67,14 +96,15 @@ def gathered(
     for name, tensor in state.items():
         if name not in origin.placements and isinstance(tensor, torch.Tensor):
             if id(tensor) not in found:
-                found[id(tensor)] = _whole(tensor, first)
+                found[id(tensor)] = whole(tensor, first)
             yield name, None, found[id(tensor)]
     for name, placement in origin.placements.items():
         module, leaf = holder(base, name)
-        yield name, placement, _whole(module.get_parameter(leaf), first)
+        yield name, placement, whole(module.get_parameter(leaf), first)
 
 
-def _whole(tensor: torch.Tensor, first: bool) -> torch.Tensor | None:
+def whole(tensor: torch.Tensor, first: bool) -> torch.Tensor | None:
+    """All of a tensor on the CPU, on the first rank. If it is sharded, all ranks must call this."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()

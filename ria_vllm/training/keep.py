@@ -34,16 +34,21 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.placement import ORIGIN_ATTRIBUTE, Origin
-from ria_vllm.training.gathering import clean_name
+from ria_vllm.training.gathering import clean_name, copied_modules, has_adapters, own_parameters
 from ria_vllm.training.masks import holder, mask_of, origin_of
 from ria_vllm.training.ranks import together
 
 ATTRIBUTE = "_ria_kept"
+_BESIDE = (
+    "To train it and have it in checkpoints, too, call `trainer.add_callback(ria_vllm.training.BesideAdapters)`; in a "
+    "loop of your own, save it by `ria_vllm.training.write_trained`, and call `keep_sparse(model, "
+    "beside_adapters=True)`."
+)
 PIECE = 1 << 22
 """Elements that are masked at once."""
 
 
-def keep_sparse(model: nn.Module, like: str | Path | None = None) -> None:
+def keep_sparse(model: nn.Module, like: str | Path | None = None, beside_adapters: bool = False) -> None:
     """From now on, optimizers change only the kept weights of the model's pruned linears. A second call does nothing.
 
     Copies of the model made by `copy.deepcopy` are kept sparse, too. Where torch.distributed is initialized, all ranks
@@ -51,18 +56,37 @@ def keep_sparse(model: nn.Module, like: str | Path | None = None) -> None:
 
     `save_pretrained` then writes the model's own names and shapes. `load_state_dict` raises RiaError for a checkpoint
     with those of the dense model's files, or with weights that are not zero outside the masks. A forward pass and a
-    step raise it if a module was replaced by one that cannot be kept sparse.
+    step raise it if a module was replaced by one that cannot be kept sparse, and the first step of an optimizer if
+    weights are not zero outside the masks by then.
 
     Args:
         model: what `from_pretrained` made of a compressed folder, wrapped or sharded or not.
         like: the compressed folder, needed only if the model was loaded from a dense one, such as a trainer's
             checkpoint.
+        beside_adapters: you train weights of the model beside adapters of PEFT, and save them yourself, by
+            `write_trained` for example. Checkpoints of an adapter do not hold them. So a step that changes them raises
+            RiaError otherwise, unless the trainer has the callback `BesideAdapters`.
 
     Raises:
         RiaError: the folder is not there any more, or does not belong to the model; a weight outside a mask is not
             zero; a trainer has flattened the weights (FSDP1, DeepSpeed ZeRO-3).
     """
     together(lambda: _keep_sparse(model, like), alone=not dist.is_initialized())
+    if beside_adapters:
+        kept_weights(model).beside_adapters = True
+
+
+def kept_weights(model: nn.Module) -> "KeptWeights":
+    """Those of a model that is kept sparse, wrapped or not.
+
+    Raises:
+        RiaError: it is not.
+    """
+    for module in model.modules():
+        kept = vars(module).get(ATTRIBUTE)
+        if isinstance(kept, KeptWeights):
+            return kept
+    raise RiaError(f"{type(model).__name__}: not kept sparse. Call keep_sparse(model) first.")
 
 
 def _keep_sparse(model: nn.Module, like: str | Path | None) -> None:
@@ -216,19 +240,25 @@ class KeptWeights:
         base: the model.
         origin: of its masks, and of its weights.
         rounded: its pruned linears round their inputs.
+
+    Attributes:
+        beside_adapters: somebody saves what is trained beside adapters of PEFT.
+        seen: optimizers that have made a step.
     """
 
     def __init__(self, weights: list[KeptWeight], base: nn.Module, origin: Origin, rounded: bool):
         self.weights, self.origin, self.rounded = weights, origin, rounded
+        self.beside_adapters = False
+        self.seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self.base = weakref.ref(base)
         self._watch()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"base": self.base()}
+        return self.__dict__ | {"base": self.base(), "seen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, made by `copy.deepcopy` or in another process: its model is kept sparse, too."""
-        self.__dict__.update(state | {"base": weakref.ref(state["base"])})
+        self.__dict__.update(state | {"base": weakref.ref(state["base"]), "seen": weakref.WeakSet()})
         self._watch()
 
     def _watch(self) -> None:
@@ -323,6 +353,59 @@ class KeptWeights:
             found = self._by_parameter()
         return [(weight, weight.parameter()) for number, weight in found.items() if number in changed]
 
+    def check_adapters(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check that what this optimizer changes beside adapters of PEFT is kept sparse, and saved.
+
+        Raises:
+            RiaError: it changes a copy of a pruned weight (`modules_to_save`); or weights of the model, of which PEFT
+                saves none but the biases, and nobody else does.
+        """
+        base = self.base()
+        if base is None or not has_adapters(base):
+            return
+        changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for module, copies in copied_modules(base):
+            inside = set(module.modules())
+            weight = next((weight for weight in self.weights if weight.module in inside), None)
+            trained = (parameter for parameter in copies.parameters() if parameter.requires_grad)
+            if weight and any(id(parameter) in changed for parameter in trained):
+                raise RiaError(
+                    f"{weight.name}: trained as a copy by PEFT (`modules_to_save`), which is not kept sparse. Leave it "
+                    f"out there, and train the weight itself (`requires_grad_()`). {_BESIDE}"
+                )
+        if self.beside_adapters:
+            return
+        for name, parameter in own_parameters(base):
+            if parameter.requires_grad and id(parameter) in changed and not name.endswith("bias"):
+                raise RiaError(
+                    f"{name}: trained beside an adapter of PEFT, whose checkpoints hold only the adapter, so it would "
+                    f"be lost. To train only the adapter, freeze the model (`requires_grad_(False)`). {_BESIDE}"
+                )
+
+    def check_zeros(self) -> None:
+        """Check that all weights are zero outside their masks.
+
+        Raises:
+            RiaError: one is not.
+        """
+        for weight in self.weights:
+            weight.check_zeros(self.origin.folder)
+
+    def check_first_step(self, optimizer: torch.optim.Optimizer, weights: list[KeptWeight]) -> None:
+        """Check that the first step of an optimizer does not lose what is outside the masks (a merged adapter).
+
+        Raises:
+            RiaError: it would.
+        """
+        base = self.base()
+        if optimizer in self.seen or base is None:
+            return
+        # Merging an adapter for a while, as trainers do to generate text, leaves errors of rounding there.
+        if not has_adapters(base):
+            for weight in weights:
+                weight.check_zeros(self.origin.folder)
+        self.seen.add(optimizer)
+
     def _by_parameter(self) -> dict[int, KeptWeight]:
         return {id(weight.module._parameters.get(weight.leaf)): weight for weight in self.weights}
 
@@ -335,7 +418,10 @@ _HANDLES: list[Any] = []
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Gradients may have come from elsewhere than a backward pass with hooks, or been changed after it."""
     for kept in list(_ALIVE):
-        for weight, parameter in kept.in_optimizer(optimizer, follow=True):
+        kept.check_adapters(optimizer)
+        found = kept.in_optimizer(optimizer, follow=True)
+        kept.check_first_step(optimizer, [weight for weight, parameter in found if parameter.requires_grad])
+        for weight, parameter in found:
             weight.mask_gradient(parameter)
             weight.hook(parameter)
 

@@ -1,5 +1,6 @@
 """The trainers of others on a pruned model: TRL's SFT as docs/training.md has it, TRL's DPO, and LoRA of PEFT."""
 
+import copy
 import json
 import re
 import shutil
@@ -172,7 +173,7 @@ def test_kept_weights_trained_beside_lora(pruned_llama, tmp_path):
     wrapped = peft.get_peft_model(load(pruned_llama.folder), peft.LoraConfig(**LORA))
     for name, parameter in wrapped.named_parameters():
         parameter.requires_grad_("base_layer" in name)
-    keep_sparse(wrapped)
+    keep_sparse(wrapped, beside_adapters=True)
     loss_of(wrapped).backward()
     torch.optim.AdamW(wrapped.parameters(), lr=1e-2, weight_decay=0.1).step()
     base = wrapped.unload()
@@ -188,3 +189,16 @@ def test_a_merged_adapter_is_refused(pruned_llama, tmp_path):
     with pytest.raises(RiaError, match=r"model.layers.0.mlp.down_proj: .*adapter was merged.*save_pretrained"):
         save(merged, tmp_path / "new", like=pruned_llama.folder)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy])
+def test_a_merged_adapter_is_not_trained_on(pruned_llama, copied):
+    """The first step would take away what it has outside the masks."""
+    model = load(pruned_llama.folder)
+    keep_sparse(model)
+    merged = copied(peft.get_peft_model(model, peft.LoraConfig(**LORA)).merge_and_unload().requires_grad_())
+    before = copy.deepcopy(merged.state_dict())
+    loss_of(merged).backward()
+    with pytest.raises(RiaError, match=r"layers.0.\w+.\w+.weight: not zero everywhere outside the mask"):
+        torch.optim.SGD(merged.parameters(), lr=1e-3).step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in merged.state_dict().items())

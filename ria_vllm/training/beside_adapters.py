@@ -1,0 +1,174 @@
+"""Saves the weights of the model that are trained beside adapters of PEFT, whose checkpoints hold only the adapter."""
+
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ria_vllm.errors import RiaError
+from ria_vllm.open_files import OpenFiles
+from ria_vllm.training.gathering import own_parameters, whole
+from ria_vllm.training.keep import kept_weights
+from ria_vllm.training.ranks import together
+from ria_vllm.weight_files import file_metadata, tensor_names
+
+TRAINED_FILE = "ria_trained.safetensors"
+CHECKPOINT_ID = "checkpoint"
+
+
+def write_trained(model: nn.Module, folder: str | Path) -> None:
+    """Write the weights of the model that have `requires_grad`, without adapters, to a file in a checkpoint's folder.
+
+    They have the names of the model without adapters, and its dtype. If the model is sharded (FSDP2), all ranks must
+    call this; the first one writes.
+
+    Raises:
+        RiaError: the model is not kept sparse; there is no such folder, or it cannot be written.
+    """
+    _write(model, Path(folder), "")
+
+
+def read_trained(model: nn.Module, folder: str | Path) -> None:
+    """Give the model, with adapters or without, the weights that `write_trained` or `BesideAdapters` has written.
+
+    Raises:
+        RiaError: the model is not kept sparse; the file is not there, damaged, or of another model; a weight in it is
+            not zero outside the mask.
+    """
+    together(lambda: _read(model, Path(folder)), alone=not dist.is_initialized())
+
+
+class BesideAdapters(TrainerCallback, ExportableState):
+    """Has transformers' Trainer save, resume and choose weights of the model that are trained beside adapters.
+
+    Give it to any trainer that derives from it: `trainer.add_callback(ria_vllm.training.BesideAdapters)`. A run that
+    resumes finds its checkpoint in the output folder, or where the arguments' `resume_from_checkpoint` says.
+
+    Raises:
+        RiaError: from the trainer, if a run resumes from a checkpoint without these weights, or with other ones.
+    """
+
+    def __init__(self) -> None:
+        self.checkpoint = ""
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer writes into trainer_state.json, just before `on_save`."""
+        self.checkpoint = uuid.uuid4().hex
+        return {"args": {}, "attributes": {CHECKPOINT_ID: self.checkpoint}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        kept = kept_weights(model)
+        kept.beside_adapters = True
+        # Some adapters take their initial values out of the weights (PiSSA), which the first step would undo.
+        together(kept.check_zeros, alone=not dist.is_initialized())
+        if state.global_step:
+            together(lambda: _resume(model, args, state), alone=not dist.is_initialized())
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        _write(model, _folder(args, state), self.checkpoint)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            read_trained(model, state.best_model_checkpoint)
+
+
+def _folder(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _resume(model: nn.Module, args: Any, state: Any) -> None:
+    """Read the weights of the checkpoint that the trainer has read its state from; it does not say from where."""
+    found = state.stateful_callbacks.get(BesideAdapters.__name__)
+    wanted = found["attributes"][CHECKPOINT_ID] if isinstance(found, dict) else None
+    if wanted is None:
+        raise RiaError(
+            "This run resumes from a checkpoint that was written without BesideAdapters, so it does not hold what was "
+            "trained beside the adapter. Start anew, or go on from a checkpoint that does."
+        )
+    folder = _folder(args, state)
+    if isinstance(args.resume_from_checkpoint, str) and Path(args.resume_from_checkpoint).is_dir():
+        folder = Path(args.resume_from_checkpoint)
+    path = _existing(folder)
+    if file_metadata(path).get(CHECKPOINT_ID) != wanted:
+        raise RiaError(
+            f"{path}: of another checkpoint than the one that this run resumes from. Set that one's folder as "
+            "`resume_from_checkpoint` in the trainer's arguments, too."
+        )
+    stored = set(tensor_names(path))
+    for name, _ in _trained(model):
+        if name not in stored:
+            raise RiaError(f"{name}: trained now, but not in {path}. Train the same weights as before.")
+    _read(model, folder)
+
+
+def _existing(folder: Path) -> Path:
+    path = folder / TRAINED_FILE
+    if not path.is_file():
+        raise RiaError(f"{path}: no such file, so what was trained beside the adapter is not in this checkpoint.")
+    return path
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    base = kept_weights(model).base()
+    assert base is not None
+    found = {id(parameter): (name, parameter) for name, parameter in own_parameters(base) if parameter.requires_grad}
+    return list(found.values())
+
+
+def _write(model: nn.Module, folder: Path, checkpoint: str) -> None:
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    tensors = {name: whole(parameter, first) for name, parameter in _trained(model)}
+
+    def write() -> None:
+        if not first:
+            return
+        temporary = folder / f".{TRAINED_FILE}"
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None},
+                      temporary, {CHECKPOINT_ID: checkpoint})  # fmt: skip
+            os.replace(temporary, folder / TRAINED_FILE)
+        except Exception as error:  # safetensors has its own for a missing folder and a full disk
+            raise RiaError(f"{folder / TRAINED_FILE}: cannot be written ({error}).") from None
+
+    together(write, alone=not dist.is_initialized())
+
+
+@torch.no_grad()
+def _read(model: nn.Module, folder: Path) -> None:
+    kept, path, files = kept_weights(model), _existing(folder), OpenFiles()
+    base = kept.base()
+    assert base is not None
+    parameters = dict(own_parameters(base))
+    names = tensor_names(path)
+    tensors = {name: files.tensor(path, name) for name in names}
+    for name, tensor in tensors.items():
+        if name not in parameters:
+            raise RiaError(f"{path}: {name}: not a parameter of this model.")
+        shape = parameters[name].shape
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise RiaError(f"{path}: {name}: of shape {tuple(tensor.shape)}, {tensor.dtype}, not {tuple(shape)}.")
+    for name, tensor in tensors.items():
+        _copy(tensor, parameters[name])
+    for weight in kept.weights:
+        if not weight.is_zero_outside():
+            raise RiaError(
+                f"{path}: {weight.name}: not zero everywhere outside the mask in {kept.origin.folder}, so it is of "
+                "another model, or of one with other masks."
+            )
+
+
+def _copy(tensor: torch.Tensor, parameter: nn.Parameter) -> None:
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        part = distribute_tensor(tensor.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(part.to_local())
+    else:
+        parameter.copy_(tensor)
