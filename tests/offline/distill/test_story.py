@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from compressing import WarningRecorder
+from compressing import WarningRecorder, weight_digests
+from compressing import digests as files_of
+from distilling import stop_at
+from hub_texts import NEW, OLD, install
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -123,6 +126,27 @@ def test_text_that_the_teacher_writes_has_no_digest(pruned, text, tmp_path):
     dense, folder = pruned()
     report = run(dense, folder, tmp_path / "out", Path("self"), Monitor(shown=False), eval_text=())
     assert FIELDS & report["recipe"]["distill"][0].keys() == {"student_weights_digest", "teacher_weights_digest"}
+
+
+def test_a_streamed_data_set_is_read_as_far_as_needed_and_has_its_commit(pruned, tmp_path, monkeypatch):
+    """A run that is resumed goes on with the text that it has begun with, whatever has become of the data set."""
+    dense, folder = pruned()
+    rows = [hashlib.sha256(bytes(divmod(i, 256))).hexdigest() for i in range(2000)]
+    hub = install(monkeypatch, **{OLD: rows, NEW: rows[::-1]})
+    fixed = {"monitor": Monitor(shown=False), "eval_text": (), "batch": 1}
+    (story,) = run(dense, folder, tmp_path / "whole", Path("c4"), **fixed)["recipe"]["distill"]
+    assert (story["text"], story["text_revision"], "text_sha256" in story) == ("c4", OLD, False)
+    assert f"| text_revision | `{OLD}` |" in (tmp_path / "whole" / "README.md").read_text()
+    assert 8 * 256 // 66 < hub.read < 100  # 8 times as many tokens as are asked for; a row has 66
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 2)
+        run(dense, folder, tmp_path / "out", Path("c4"), **fixed)
+    hub.now = NEW
+    run(dense, folder, tmp_path / "out", Path("c4"), resume=True, **fixed)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    run(dense, folder, tmp_path / "file", tmp_path / "rows.jsonl", **fixed)
+    assert weight_digests(tmp_path / "file") == weight_digests(tmp_path / "whole")
 
 
 def test_an_interrupted_run_is_recognised_without_digests(pruned, text, tmp_path, monkeypatch):
