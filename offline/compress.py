@@ -9,6 +9,8 @@ import torch
 from ria_vllm.json_file import read_json
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import digests
+from ria_vllm.offline.calibration import data
+from ria_vllm.offline.calibration.hub import HubText
 from ria_vllm.offline.expert_store import ExpertStore
 from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.model.architecture import text_config
@@ -168,18 +170,16 @@ class _Run:
             tokens = self.writer.read(CALIBRATION_KEY)[0]["tokens"]
         elif self.ranks.first:
             with self.monitor.phase("calibration text"):
-                tokens = calibration_tokens(self.source, self.model, self.recipe, self.monitor)
+                text = data.opened(self.recipe.calibration, self.monitor)
+                tokens = calibration_tokens(self.source, self.model, self.recipe, self.monitor, text)
             with self.monitor.phase("digests of files"):
-                found = self._digests()
+                found = self._digests(text)
             self.writer.write(CALIBRATION_KEY, {"tokens": tokens}, found)
         return self.ranks.broadcast(tokens)
 
-    def _digests(self) -> dict[str, str]:
-        """Of the local files that the recipe names."""
-        found, source = {}, self.source
-        text = digests.of_text(self.recipe.calibration)
-        if text is not None:
-            found["calibration_sha256"] = text
+    def _digests(self, text: str | HubText) -> dict[str, str]:
+        """Of the text, as it was opened, and of the model's local files."""
+        found, source = digests.of_text(text, "calibration"), self.source
         if Path(source.name).is_file():
             found["source_sha256"] = digests.sha256(source.name)
         elif source.revision is None:

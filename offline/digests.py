@@ -1,11 +1,11 @@
 """Digests of the local files that a recipe names by the last part of their paths, so that a reader can tell them from
-others of that name."""
+others of that name. Data sets on the hub have their commit instead."""
 
 import hashlib
 from pathlib import Path
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.calibration.data import DATASETS
+from ria_vllm.offline.calibration.hub import HubText
 from ria_vllm.weight_files import weight_files
 from ria_vllm.writer import tensor_entries, weights_digest
 
@@ -23,9 +23,16 @@ def sha256(path: str | Path) -> str:
         raise RiaError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
-def of_text(source: str) -> str | None:
-    """That of a text file; None: `source` is no file, but a data set on the hub or what the dense model writes."""
-    return None if source == "self" or source in DATASETS else sha256(source)
+def of_text(text: str | HubText, name: str) -> dict[str, str]:
+    """What tells a text from others: NAME_sha256 of a file, NAME_revision of a data set on the hub if its commit is
+    known, nothing of what the dense model writes ("self").
+
+    Args:
+        name: what the recipe calls the text.
+    """
+    if isinstance(text, HubText):
+        return {} if text.revision is None else {f"{name}_revision": text.revision}
+    return {} if text == "self" else {f"{name}_sha256": sha256(text)}
 
 
 def of_weights(folder: Path) -> str:

@@ -4,6 +4,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
+from ria_vllm.offline.calibration.hub import HubText
 from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.hf import explained, load_dense, text_tokenizer
 from ria_vllm.offline.model.source import Source
@@ -14,8 +15,13 @@ from ria_vllm.progress import Monitor
 from ria_vllm.weight_format import name_of
 
 
-def calibration_tokens(source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor) -> torch.Tensor:
+def calibration_tokens(
+    source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor, text: str | HubText
+) -> torch.Tensor:
     """The tokens that the recipe asks for: int64 [samples, seq_len], on the CPU.
+
+    Args:
+        text: the recipe's, opened.
 
     Raises:
         RiaError: too little text, no tokenizer, or, if the dense model writes the text, too little memory for it.
@@ -26,7 +32,7 @@ def calibration_tokens(source: Source, model: StreamedModel, recipe: Recipe, mon
         tokenizer = text_tokenizer(source.folder)
     except RiaError as error:
         raise RiaError(f"{error} Use --calibration self.") from None
-    tokens = data.from_text(recipe.calibration, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
+    tokens = data.from_text(text, tokenizer, recipe.samples, recipe.seq_len, recipe.seed)
     vocabulary = model.model.get_submodule(model.base_path).get_input_embeddings().num_embeddings
     if int(tokens.max()) >= vocabulary:
         raise RiaError(

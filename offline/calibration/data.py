@@ -5,10 +5,9 @@ nulls and names no line in its errors, its text loader cuts texts into lines, an
 columns beside the text.
 """
 
-import itertools
 import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -18,17 +17,12 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration import hub
+from ria_vllm.offline.calibration.hub import HubText
 from ria_vllm.offline.calibration.messages import rendered
 from ria_vllm.offline.model.architecture import text_config
-from ria_vllm.offline.model.hf import first_line
 from ria_vllm.progress import Monitor
 
-# Hub id, configuration, and whether to stream it because it is too large to download.
-DATASETS = {
-    "c4": ("allenai/c4", "en", True),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", False),
-    "pile": ("monology/pile-uncopyrighted", None, True),
-}
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 TEXT_COLUMN = "text"
 MESSAGES_COLUMN = "messages"
@@ -68,8 +62,17 @@ class Drawn:
         return used
 
 
+def opened(source: str, monitor: Monitor) -> str | HubText:
+    """A data set of the hub, which then knows its commit; any other source as it is.
+
+    Raises:
+        RiaError: the data set cannot be had.
+    """
+    return hub.opened(source, monitor) if source in hub.DATASETS else source
+
+
 def from_text(
-    source: str,
+    source: str | HubText,
     tokenizer: Any,
     samples: int,
     seq_len: int,
@@ -83,7 +86,7 @@ def from_text(
     If the tokenizer starts every prompt with special tokens (such as BOS), so does each sample.
 
     Args:
-        source: path of a text, JSON Lines or parquet file, or a key of DATASETS.
+        source: path of a text, JSON Lines or parquet file, or an opened data set.
         samples: number of samples.
         seq_len: tokens in a sample, special tokens included.
         asked: which option asks for so many, for errors; --samples, if it is None.
@@ -113,8 +116,9 @@ def from_text(
     windows = len(tokens) // width
     if windows < samples:
         asked = asked or f"--samples is {samples}"
+        name = source.name if isinstance(source, HubText) else source
         raise RiaError(
-            f"{source}: too little text: {len(tokens)} tokens make {windows} samples of {seq_len}, but {asked}. Give "
+            f"{name}: too little text: {len(tokens)} tokens make {windows} samples of {seq_len}, but {asked}. Give "
             f"more text, or a smaller {asked.split()[0]} or --seq-len."
         )
     order = _order(windows, seed)
@@ -137,7 +141,7 @@ def _order(windows: int, seed: int) -> torch.Tensor:
     return torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
 
 
-def documents(source: str, tokenizer: Any = None) -> Iterator[str]:
+def documents(source: str | HubText, tokenizer: Any = None) -> Iterator[str]:
     """The texts of a file or data set, in order.
 
     They are chunks of a text file, documents, each with an empty line after it, or conversations, which have what the
@@ -149,12 +153,13 @@ def documents(source: str, tokenizer: Any = None) -> Iterator[str]:
     Raises:
         RiaError: the source does not exist or holds something else; names the line of a JSON Lines file.
     """
-    if source in DATASETS:
-        yield from _hub_dataset(source)
+    if isinstance(source, HubText):
+        for row in source.rows:
+            yield from _document(row[TEXT_COLUMN], f"--calibration {source.name}")
         return
     path = Path(source)
     if not path.is_file():
-        names = ", ".join(DATASETS)
+        names = ", ".join(hub.DATASETS)
         kinds = "/".join(FILE_SUFFIXES)
         raise RiaError(f"--calibration {source}: no such file. Give self, a {kinds} file, or one of {names}.")
     readers = {".txt": _plain, ".jsonl": partial(_json_lines, tokenizer=tokenizer), ".parquet": _parquet}
@@ -331,18 +336,3 @@ def _parquet(path: Path) -> Iterator[str]:
                 yield from _document(text, str(path))
     except pyarrow.ArrowException as error:
         raise RiaError(f"{path}: damaged parquet file ({error}).") from None
-
-
-def _hub_dataset(name: str) -> Iterable[str]:
-    from datasets import load_dataset
-
-    repository, configuration, streaming = DATASETS[name]
-    try:
-        rows = iter(load_dataset(repository, configuration, split="train", streaming=streaming))
-        first = next(rows)
-    except Exception as error:
-        raise RiaError(
-            f"--calibration {name}: {repository} cannot be downloaded ({first_line(error)}). Give a text file, or self."
-        ) from None
-    for row in itertools.chain([first], rows):
-        yield from _document(row[TEXT_COLUMN], f"--calibration {name}")

@@ -224,8 +224,7 @@ class _Run:
         """The windows to train on; None if the teacher has yet to write them."""
         if self.ranks.first and self.recipe.text != "self" and not self.writer.has(TEXT_KEY):
             drawn = self.drawn or self._draw()
-            record = {} if drawn.sha256 is None else {"text_sha256": drawn.sha256}
-            self.writer.write(TEXT_KEY, {"tokens": drawn.windows}, record)
+            self.writer.write(TEXT_KEY, {"tokens": drawn.windows}, drawn.origin)
         return self._stored_text() if self.ranks.broadcast(self.writer.has(TEXT_KEY)) else None
 
     def _draw(self) -> TrainingText:
@@ -283,7 +282,7 @@ class _Run:
         return Student(self.start, model, adamw, pace, recipe.train, self.settings.save_memory, rows_on)
 
     def _digests(self) -> dict[str, Any]:
-        """Of the local files that the recipe names, and of the folder that training starts from."""
+        """Of the texts and local models that the recipe names, and of the folder that training starts from."""
         found: dict[str, Any] = self.writer.record(TEXT_KEY) if self.writer.has(TEXT_KEY) else {}
         if self.recipe.eval_text:
             found["eval_text_sha256"] = [digests.sha256(path) for path in self.recipe.eval_text]

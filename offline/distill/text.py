@@ -11,6 +11,7 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
+from ria_vllm.offline.calibration.hub import HubText
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.progress import Monitor
 
@@ -31,10 +32,10 @@ SAMPLES = (
 
 @dataclass(frozen=True)
 class TrainingText:
-    """What `training_windows` returns, and the SHA-256 of the file that it is from; None: a data set on the hub."""
+    """What `training_windows` returns, and for the recipe what it is from (`digests.of_text`)."""
 
     windows: torch.Tensor
-    sha256: str | None
+    origin: dict[str, str]
 
 
 def training_text(
@@ -42,13 +43,17 @@ def training_text(
 ) -> TrainingText:
     """`training_windows`, and the digest of the file while it is still what was read."""
     with monitor.phase("reading the text"):
-        windows = training_windows(recipe, tokenizer, calibrated)
+        text = data.opened(recipe.text, monitor)
+        windows = training_windows(recipe, tokenizer, calibrated, text)
     with monitor.phase("digests of files"):
-        return TrainingText(windows, digests.of_text(recipe.text))
+        return TrainingText(windows, digests.of_text(text, "text"))
 
 
 def training_windows(
-    recipe: Distillation, tokenizer: Any, calibrated: Mapping[str, Any] = MappingProxyType({})
+    recipe: Distillation,
+    tokenizer: Any,
+    calibrated: Mapping[str, Any] = MappingProxyType({}),
+    text: str | HubText | None = None,
 ) -> torch.Tensor:
     """Windows of the text, packed without padding, drawn and ordered by the seed.
 
@@ -56,6 +61,7 @@ def training_windows(
 
     Args:
         calibrated: the recipe by which the model was pruned.
+        text: the recipe's, opened; None: it is a file.
 
     Returns:
         int32 [windows, seq_len].
@@ -66,7 +72,7 @@ def training_windows(
     asked = f"--tokens asks for {recipe.windows}"
     earlier = _calibration(calibrated) if Path(recipe.text).name == calibrated.get("calibration") else None
     return data.from_text(
-        recipe.text, tokenizer, recipe.windows, recipe.seq_len, recipe.seed, asked, MOST_BEYOND, earlier
+        text or recipe.text, tokenizer, recipe.windows, recipe.seq_len, recipe.seed, asked, MOST_BEYOND, earlier
     )
 
 

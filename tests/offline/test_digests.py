@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressing import digests as files_of
 from compressing import edit_weights, interrupted_after_a_layer, run_small
+from hub_texts import NEW, OLD, install
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -77,8 +79,19 @@ def test_a_gguf_file_has_the_digest_of_its_bytes_and_what_the_model_writes_none(
     assert {name: recipe.get(name) for name in FIELDS & recipe.keys()} == {"source_sha256": sha256(tmp_path / "m.gguf")}
 
 
-def test_a_data_set_on_the_hub_is_no_file():
-    assert digests.of_text("c4") is None
+def test_a_data_set_on_the_hub_has_its_commit(model, tmp_path, monkeypatch):
+    """A run that is resumed goes on with the commit that it has begun with."""
+    texts = [hashlib.sha256(bytes([i])).hexdigest() for i in range(40)]
+    hub = install(monkeypatch, **{OLD: texts, NEW: texts[::-1]})
+    recipe = recipe_of(model, tmp_path / "whole", "c4")
+    assert (recipe["calibration"], recipe["calibration_revision"]) == ("c4", OLD)
+    assert FIELDS & recipe.keys() == {"source_weights_digest"}
+    with interrupted_after_a_layer():
+        run_small(model, tmp_path / "out", "c4")
+    hub.now = NEW
+    run_small(model, tmp_path / "out", "c4", settings=Settings(resume=True))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert recipe_of(model, tmp_path / "new", "c4")["calibration_revision"] == NEW
 
 
 def test_files_may_be_divided_in_any_way(tmp_path):

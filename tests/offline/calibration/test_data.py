@@ -1,8 +1,7 @@
-"""Calibration tokens from files, data sets and the model itself."""
+"""Calibration tokens from files and the model itself."""
 
 import hashlib
 import json
-import sys
 import types
 from pathlib import Path
 
@@ -184,28 +183,6 @@ def test_nulls_are_skipped_and_half_a_surrogate_pair_is_replaced(tokenizer, tmp_
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     with pytest.raises(RiaError, match="numbers.parquet: the field 'text' must be a string, not int"):
         list(data.documents(str(tmp_path / "numbers.parquet")))
-
-
-@pytest.mark.parametrize(("name", "streamed"), [("c4", True), ("wikitext2", False), ("pile", True)])
-def test_data_sets_of_the_hub(name, streamed, tokenizer, monkeypatch):
-    asked = []
-
-    def load_dataset(repository, configuration, split, streaming):
-        asked.append((repository, configuration, split, streaming))
-        return [{"text": text} for text in DOCUMENTS]
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    assert from_text(name, tokenizer, 20, 50, 0).shape == (20, 50)
-    assert asked == [(*data.DATASETS[name][:2], "train", streamed)]
-
-
-def test_an_unreachable_data_set(tokenizer, monkeypatch):
-    def load_dataset(*_, **__):
-        raise ConnectionError("no route")
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(RiaError, match="c4: allenai/c4 cannot be downloaded .no route"):
-        from_text("c4", tokenizer, 20, 50, 0)
 
 
 @pytest.fixture

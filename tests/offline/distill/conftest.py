@@ -14,14 +14,14 @@ from ria_vllm.progress import Monitor
 
 @pytest.fixture(scope="session")
 def pruned(tiny, text, tmp_path_factory) -> Callable[..., tuple[Path, Path]]:
-    """(family, options of `Recipe`; for weights, a format such as int4-g32, too) -> (the dense folder, the pruned
-    one). Do not write into them."""
+    """(family, options of `Recipe`; for weights, a format such as int4-g32 or int4-row, too) -> (the dense folder, the
+    pruned one). Do not write into them."""
     made: dict[str, Path] = {}
 
     def get(family: str = "llama", **options) -> tuple[Path, Path]:
         key = f"{family} {options}"
-        weights, _, size = options.get("weights", "float").partition("-g")
-        options |= {"weights": weights} | ({"group_size": int(size)} if size else {})
+        weights, _, size = options.get("weights", "float").partition("-")
+        options |= {"weights": weights} | ({"group_size": size if size == "row" else int(size[1:])} if size else {})
         if key not in made:
             out = tmp_path_factory.mktemp("pruned") / "out"
             recipe = Recipe(**{"calibration": str(text), "samples": 4, "seq_len": 32} | options)

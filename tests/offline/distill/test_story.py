@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from compressing import WarningRecorder
+from compressing import WarningRecorder, weight_digests
+from compressing import digests as files_of
+from distilling import stop_at
+from hub_texts import NEW, OLD, install
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -85,13 +88,21 @@ def of_weights(folder: Path) -> str:
     return hashlib.sha256(b"".join(name.encode() + b"\0" + data[name][:65536] for name in sorted(data))).hexdigest()
 
 
-def check_shown(out: Path, text: Path) -> None:
-    """Every command reads a folder whose recipe has digests, and the card and the page show them."""
+def check_shown(out: Path, text: Path, curve: list[dict]) -> None:
+    """Every command reads a folder whose recipe has digests, the card and the page show them, and the page has the
+    curve."""
     assert f"| text_sha256 | `{sha256(text)}` |" in (out / "README.md").read_text()
     commands = (["verify", str(out)], ["report", str(out)], ["inspect", str(out), "--json"])
     done = [CliRunner().invoke(group, arguments, catch_exceptions=False) for arguments in commands]
     assert [one.exit_code for one in done] == [0, 0, 0]
-    assert sha256(text) in (out / "ria_report.html").read_text()
+    page = (out / "ria_report.html").read_text()
+    assert sha256(text) in page and "<h2>Recovery</h2>" in page
+    scores = [(point["tokens"], point["held_out"][text.name]) for point in curve]
+    assert [tokens for tokens, _ in scores] == [0, 256]
+    for tokens, score in scores:
+        for name, key in (("perplexity", "perplexity"), ("KL", "kl")):
+            assert f"<title>{text.name}: {name}, tokens {tokens}: {score[key]:.4g}</title>" in page
+    assert f"<title>loss: kl, tokens 256: {curve[-1]['kl']:.4g}</title>" in page
     assert json.loads(done[-1].output)["recipe"]["distill"][0]["text_sha256"] == sha256(text)
 
 
@@ -103,14 +114,15 @@ def test_the_recipe_has_digests_of_local_files(pruned, text, tmp_path):
     second = tmp_path / "second.txt"
     second.write_text("words " * 400)
     held_out = {"eval_text": (str(text), str(second))}
-    (story,) = run(dense, folder, tmp_path / "out", text, Monitor(shown=False), **held_out)["recipe"]["distill"]
+    report = run(dense, folder, tmp_path / "out", text, Monitor(shown=False), **held_out)
+    (story,) = report["recipe"]["distill"]
     assert {name: story[name] for name in FIELDS} == {
         "text_sha256": sha256(text),
         "eval_text_sha256": [sha256(text), sha256(second)],
         "student_weights_digest": of_weights(folder),
         "teacher_weights_digest": of_weights(dense),
     }
-    check_shown(tmp_path / "out", text)
+    check_shown(tmp_path / "out", text, report["distill"][0]["curve"])
     # Another text of the same name, and another student; the teacher and the held-out text are the same.
     (_, later) = run(dense, tmp_path / "out", tmp_path / "later", other, Monitor(shown=False))["recipe"]["distill"]
     assert (later["text"], later["teacher"]) == (story["text"], story["teacher"])
@@ -123,6 +135,27 @@ def test_text_that_the_teacher_writes_has_no_digest(pruned, text, tmp_path):
     dense, folder = pruned()
     report = run(dense, folder, tmp_path / "out", Path("self"), Monitor(shown=False), eval_text=())
     assert FIELDS & report["recipe"]["distill"][0].keys() == {"student_weights_digest", "teacher_weights_digest"}
+
+
+def test_a_streamed_data_set_is_read_as_far_as_needed_and_has_its_commit(pruned, tmp_path, monkeypatch):
+    """A run that is resumed goes on with the text that it has begun with, whatever has become of the data set."""
+    dense, folder = pruned()
+    rows = [hashlib.sha256(bytes(divmod(i, 256))).hexdigest() for i in range(2000)]
+    hub = install(monkeypatch, **{OLD: rows, NEW: rows[::-1]})
+    fixed = {"monitor": Monitor(shown=False), "eval_text": (), "batch": 1}
+    (story,) = run(dense, folder, tmp_path / "whole", Path("c4"), **fixed)["recipe"]["distill"]
+    assert (story["text"], story["text_revision"], "text_sha256" in story) == ("c4", OLD, False)
+    assert f"| text_revision | `{OLD}` |" in (tmp_path / "whole" / "README.md").read_text()
+    assert 8 * 256 // 66 < hub.read < 100  # 8 times as many tokens as are asked for; a row has 66
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 2)
+        run(dense, folder, tmp_path / "out", Path("c4"), **fixed)
+    hub.now = NEW
+    run(dense, folder, tmp_path / "out", Path("c4"), resume=True, **fixed)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    run(dense, folder, tmp_path / "file", tmp_path / "rows.jsonl", **fixed)
+    assert weight_digests(tmp_path / "file") == weight_digests(tmp_path / "whole")
 
 
 def test_an_interrupted_run_is_recognised_without_digests(pruned, text, tmp_path, monkeypatch):

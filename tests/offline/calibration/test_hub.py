@@ -1,0 +1,85 @@
+"""Data sets of the hub, and the commit that they are read at."""
+
+import hashlib
+
+import pytest
+from compressing import WarningRecorder
+from hub_texts import NEW, OLD, install
+from transformers import AutoTokenizer
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration import hub
+from ria_vllm.offline.calibration.data import documents, from_text, opened
+from ria_vllm.progress import Monitor
+
+TEXTS = [hashlib.sha256(bytes([i])).hexdigest() for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("c4", [("allenai/c4", "en")]),
+        ("wikitext2", [("Salesforce/wikitext", "wikitext-2-raw-v1"), ("download",)]),
+        ("pile", [("monology/pile-uncopyrighted", None)]),
+    ],
+)
+def test_what_is_streamed_is_not_downloaded(name, asked, tiny, monkeypatch):
+    found = install(monkeypatch, **{OLD: TEXTS * 100})
+    tokenizer, monitor = AutoTokenizer.from_pretrained(tiny("llama")), WarningRecorder()
+    text = opened(name, monitor)
+    assert (text.name, text.revision, found.asked, monitor.warnings) == (name, OLD, asked, [])
+    assert from_text(text, tokenizer, samples=20, seq_len=50, seed=0).shape == (20, 50)
+    assert len(TEXTS) < found.read < 200  # 8 times as many tokens as are asked for
+
+
+@pytest.mark.parametrize("commit", ["auto", "a" * 64, None])
+def test_a_cache_that_does_not_name_the_commit(commit, monkeypatch):
+    found = install(monkeypatch, **{OLD: TEXTS})
+    found.commits[commit], found.now = TEXTS, commit
+    monitor = WarningRecorder()
+    text = opened("c4", monitor)
+    assert text.revision is None and list(documents(text)) == [f"{one}\n\n" for one in TEXTS]
+    (warning,) = monitor.warnings
+    assert "--calibration c4: " in warning and "which commit of allenai/c4" in warning
+
+
+def test_an_unreachable_data_set(monkeypatch):
+    def unreachable(*_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(install(monkeypatch, **{OLD: TEXTS}), "load_dataset_builder", unreachable)
+    with pytest.raises(RiaError, match="c4: allenai/c4 cannot be downloaded .no route"):
+        opened("c4", Monitor(shown=False))
+
+
+def test_too_little_text_names_the_data_set(tiny, monkeypatch):
+    install(monkeypatch, **{OLD: TEXTS[:1]})
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    with pytest.raises(RiaError, match="^pile: too little text: 66 tokens"):
+        from_text(opened("pile", Monitor(shown=False)), tokenizer, 20, 50, 0)
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "c4"])
+def test_without_a_connection_the_commit_is_that_in_the_cache(name, tmp_path, monkeypatch):
+    """By the library itself, which then reads the latest that it has downloaded, also to stream it."""
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    repository, configuration, _ = hub.DATASETS[name]
+    owner, title = repository.split("/")
+    features = datasets.Features({"text": datasets.Value("string")})
+    for commit, texts in ((NEW, TEXTS[:1]), (OLD, TEXTS)):  # as the library writes them
+        folder = tmp_path / f"{owner}___{title}" / configuration / "0.0.0" / commit
+        folder.mkdir(parents=True)
+        with ArrowWriter(features=features, path=str(folder / f"{title}-train.arrow")) as writer:
+            for text in texts:
+                writer.write({"text": text})
+            rows, size = writer.finalize()
+        split = {"name": "train", "num_bytes": size, "num_examples": rows, "dataset_name": title}
+        info = {"config_name": configuration, "dataset_name": title, "version": "0.0.0", "splits": {"train": split}}
+        datasets.DatasetInfo(features=features, builder_name="parquet", **info).write_to_directory(str(folder))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    text = opened(name, Monitor(shown=False))
+    assert text.revision == OLD and list(documents(text)) == [f"{one}\n\n" for one in TEXTS]
