@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import ria_vllm.hf  # noqa: F401  loads pruned folders
 from ria_vllm.checkpoint import Reader
-from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.offline.distill.recipe import ALSO, Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.offline.distill.text import training_windows
 from ria_vllm.offline.model.hf import load_tokenizer
@@ -142,7 +142,7 @@ def off(found: torch.Tensor, wanted: torch.Tensor, before: torch.Tensor) -> floa
 )
 def test_a_run_writes_what_a_plain_loop_trains(weights, activations, options, pruned, text, tmp_path, students):
     dense, folder = pruned(weights=weights, activations=activations)
-    recipe = Distillation(tokens=512, seq_len=64, text=str(text), **{"lr": 1e-3, "warmup": 0.5} | options)
+    recipe = Distillation(tokens=512, seq_len=64, text=str(text), train=ALSO, **{"lr": 1e-3, "warmup": 0.5} | options)
     distill(folder, str(dense), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
     linears, norms, drawn = plain(dense, folder, recipe)
     before, after, most = Reader(folder), Reader(tmp_path / "out"), {}
