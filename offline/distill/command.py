@@ -58,9 +58,10 @@ from ria_vllm.offline.runtime import options
 )
 @click.option(
     "--train",
-    default="norms,biases,scales",
+    default="scales",
     show_default=True,
-    help="What is trained besides kept weights: norms, biases, and scales of quantized formats; nothing if empty.",
+    help="What is trained besides kept weights: norms, biases, and scales of quantized formats, separated by commas; "
+    "nothing if empty.",
 )
 @click.option(
     "--cache-teacher",

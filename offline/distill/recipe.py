@@ -39,7 +39,7 @@ class Distillation:
     weight_decay: float = 0.0
     clip: float = 1.0
     loss: Loss = field(default_factory=Loss)
-    train: tuple[str, ...] = ("norms", "biases", "scales")
+    train: tuple[str, ...] = ("scales",)
     cache_teacher: bool = False
     eval_text: tuple[str, ...] = ()
     eval_tokens: int = 8192

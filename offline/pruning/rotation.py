@@ -108,25 +108,38 @@ def _orthogonal(free: torch.Tensor, identity: torch.Tensor) -> torch.Tensor:
 def _lost(heads: Heads, rotations: torch.Tensor, pattern: Pattern, draw: torch.Generator) -> torch.Tensor:
     """The share of the scores that the pattern loses, of v plus of o, in groups of channels drawn at random."""
     rows, columns = (_some(count, SAMPLED, draw).to(rotations.device) for count in (len(heads.outputs), heads.width))
-    some = replace(
-        heads,
-        values=heads.values[..., columns],
-        values_cost=heads.values_cost[columns],
-        outputs=heads.outputs[rows],
-    )
-    values, outputs = some.rotated(rotations)
+    # Where all are looked at, the order of the rows does not matter, and that of the columns only to the mask.
+    outputs = heads.outputs if len(rows) == len(heads.outputs) else heads.outputs[rows]
+    values, values_cost, of_columns = heads.values, heads.values_cost, columns
+    if len(columns) < heads.width:
+        values, values_cost = values[..., columns], values_cost[columns]
+        of_columns = torch.arange(len(columns), device=rotations.device)
+    values, outputs = replace(heads, values=values, outputs=outputs).rotated(rotations)
     of_heads = rotations.repeat_interleave(heads.share, 0)
-    outputs_cost = torch.einsum("hed,hdf,hef->he", of_heads, heads.outputs_cost, of_heads)
-    of_v, of_o = (values.square() / some.values_cost).flatten(0, 1), (outputs.square() / outputs_cost).flatten(1)
-    order = _some(of_o.shape[1], of_o.shape[1], draw).to(of_o.device)
-    return _share_lost(of_v, pattern) + _share_lost(of_o[:, order], pattern)
+    outputs_cost = torch.einsum("hed,hdf,hef->he", of_heads, heads.outputs_cost, of_heads).flatten()
+    of_channels = _some(len(outputs_cost), len(outputs_cost), draw).to(rotations.device)
+    of_v = _share_lost(values.flatten(0, 1), values_cost, of_columns, pattern)
+    return of_v + _share_lost(outputs.flatten(1), outputs_cost, of_channels, pattern)
 
 
-def _share_lost(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Of scores [rows, columns], in whole groups of neighbours."""
-    scores = scores[:, : scores.shape[1] // pattern.m * pattern.m]
-    lost = scores.masked_fill(mask(scores.detach(), pattern), 0.0).sum()  # faster than sorting the groups
-    return lost / scores.sum().clamp(min=torch.finfo(torch.float32).tiny)
+def _share_lost(weights: torch.Tensor, cost: torch.Tensor, order: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """The share of the scores w^2 / cost that the pattern loses, in whole groups of neighbours.
+
+    Only the mask needs every score. The sums take those of squares over rows, and then divide by the cost.
+
+    Args:
+        weights: [rows, columns].
+        cost: [columns].
+        order: int64 [columns], the channels in the order in which they are neighbours.
+    """
+    order = order[: len(order) // pattern.m * pattern.m]
+    squares = weights.square()
+    with torch.no_grad():
+        kept = mask((squares / cost)[:, order], pattern)
+        removed = torch.zeros_like(squares).index_copy_(1, order, (~kept).to(squares.dtype))
+        counted = torch.zeros_like(cost).index_fill_(0, order, 1.0)
+    lost, total = ((of.sum(0) / cost * counted).sum() for of in (squares * removed, squares))
+    return lost / total.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _some(count: int, most: int, draw: torch.Generator) -> torch.Tensor:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import ria_vllm.hf  # noqa: F401  loads pruned folders
 from ria_vllm.checkpoint import Reader
 from ria_vllm.formats import WRITTEN
-from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.offline.distill.recipe import ALSO, Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.offline.distill.text import training_windows
 from ria_vllm.offline.model.hf import load_tokenizer
@@ -147,7 +147,7 @@ def test_a_run_writes_what_a_plain_loop_trains(weights, activations, options, pr
     ignore = ("down_proj",) if narrow else ()  # its 192 in-features do not divide into groups of 128
     dense, folder = pruned(weights=asked, activations=activations, ignore=ignore)
     options = {"lr": 3e-2 if "int4" in weights else 1e-3, "warmup": 0.5} | options
-    recipe = Distillation(tokens=512, seq_len=64, text=str(text), **options)
+    recipe = Distillation(tokens=512, seq_len=64, text=str(text), train=ALSO, **options)
     distill(folder, str(dense), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
     linears, norms, drawn = plain(dense, folder, recipe)
     before, after, most = Reader(folder), Reader(tmp_path / "out"), {}

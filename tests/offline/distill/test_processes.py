@@ -50,16 +50,16 @@ def ask_in_parts(*arguments: object) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        [],
+        ["--train", "norms,biases"],
         ["--cache-teacher", "--top-k", "8"],
         ["--shard", "--calibration", "self", "--loss", "kl=1,hidden=1"],
-        ["--train", "scales", "--shard"],
+        ["--train", "norms,scales", "--shard"],
         ["--shard", "--cache-teacher", "--top-k", "8", "--tokens", "2112"],  # 33 windows to ask about
     ],
     ids=str,
 )
 def test_two_processes_give_what_one_gives(options, pruned, text, tmp_path):
-    dense, folder = pruned(weights="int8") if "scales" in options else pruned()
+    dense, folder = pruned(weights="int8") if "norms,scales" in options else pruned()
     for name, ranks in (("one", 1), ("two", 2)):
         # One process has two micro-batches, whose gradients it adds up; of two, each has one by default.
         arguments = command(dense, folder, tmp_path / name, text, *options, *(["--micro-batch", "1"] * (ranks == 1)))

@@ -31,7 +31,7 @@ def test_all_options_are_dumped_without_local_paths():
     ]  # fmt: skip
     assert (found["teacher"], found["text"], found["eval_text"]) == ("org/model", "a.txt", ["b.txt"])
     assert (found["tokens"], found["temperature"], found["top_k"]) == (2048, 2.0, 8)
-    assert found["train"] == ["norms", "biases", "scales"]
+    assert found["train"] == ["scales"]
     assert isinstance(found["loss"], str)
 
 
