@@ -139,7 +139,7 @@ def distill(
     try:
         report = run(folder, teacher, out, recipe, settings, monitor)
     except KeyboardInterrupt:
-        raise RiaError(f"interrupted. The last state is kept in {out}.partial; add --resume to continue.") from None
+        raise RiaError(f"interrupted. What is finished is kept in {out}.partial; add --resume to continue.") from None
     done = report["recipe"]["distill"][-1]
     monitor.say(f"{out}: trained for {done['steps']} steps; step {done.get('kept_step', done['steps'])} is kept")
 
