@@ -54,7 +54,7 @@ def checked(out: Path) -> Reader:
         RiaError: it is not a finished compressed folder, or `verify` finds a problem.
     """
     if out.resolve().name.endswith(".partial"):
-        raise RiaError(f"{out}: the work folder of an unfinished run. Finish it: the same command with --resume goes on.")
+        raise RiaError(f"{out}: the work folder of an unfinished run. Finish it first (--resume).")
     if (out / "config.json").is_file() and not is_compressed(out):
         raise RiaError(f"{out}: not a compressed folder. `hf upload REPO {out}` uploads a plain dense one.")
     reader = Reader(out)

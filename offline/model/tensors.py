@@ -70,5 +70,5 @@ def reading(path: Path) -> Iterator[None]:
         raise RiaError(f"{path}: cannot be read ({error}). Get the file again.") from None
     except OSError as error:
         raise RiaError(
-            f"{path}: cannot be read ({error}). Once it can, the same command with --resume continues from what is finished."
+            f"{path}: cannot be read ({error}). Once it can, add --resume to go on from what is finished."
         ) from error
