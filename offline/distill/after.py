@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from ria_vllm.errors import RiaError
 from ria_vllm.json_file import read_json
-from ria_vllm.offline.distill.checks import check_texts, context_of, fitting
+from ria_vllm.offline.distill.checks import check_texts, context_of, fitting, warn_of_trained_texts
 from ria_vllm.offline.distill.outline import outline
 from ria_vllm.offline.distill.processes import check_launch
 from ria_vllm.offline.distill.recipe import Distillation
@@ -58,7 +58,8 @@ def compress_and_distill(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RiaError("--distill runs in one process. Compress first, then start `ria-vllm distill` with torchrun.")
     check_launch()
-    check_texts(out, distillation, monitor)
+    check_texts(out, distillation)
+    warn_of_trained_texts(distillation, monitor)
     check_free(out, settings.overwrite)
     place = out.with_name(out.name + ".pruned")
     for written in (out, place):

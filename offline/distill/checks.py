@@ -30,14 +30,14 @@ def check_models(start: Start | ForeignStart, origin: Origin, recipe: Distillati
         sharded: whether the student is to be divided among processes.
 
     Raises:
-        RiaError: the teacher is pruned itself, or its weights are missing, damaged or pickled, or it is unknown which
-            are meant; other tokens, another number of them, other hidden states if the loss compares them, or a linear
-            that cannot be trained.
+        RiaError: the teacher's weights are the student's, missing, damaged or pickled, or it is unknown which are
+            meant; other tokens, another number of them, other hidden states if the loss compares them, or a linear that
+            cannot be trained.
     """
-    if is_compressed(origin.folder):
+    if is_compressed(origin.folder) and digests.of_weights(origin.folder) == digests.of_weights(start.folder):
         raise RiaError(
-            f"{origin.name}: already pruned by ria-vllm. Give the dense model that {start.folder} was pruned from as "
-            "--teacher."
+            f"{origin.name}: has the weights of {start.folder}, so there is nothing to learn from it. Give the dense "
+            "model that it was pruned from as --teacher."
         )
     meant_weights(origin.folder, origin.name)
     teacher, mine, dense = origin.name, outline(str(start.folder)), outline(str(origin.folder))
@@ -79,22 +79,26 @@ def fitting(recipe: Distillation, models: Sequence[str], monitor: Monitor) -> Di
     return replace(recipe, seq_len=longest)
 
 
-def check_texts(out: Path, recipe: Distillation, monitor: Monitor) -> None:
-    """Refuse texts that --overwrite would delete, and held-out ones that the report could not tell apart; warn of a
-    held-out one that is trained on.
+def check_texts(out: Path, recipe: Distillation) -> None:
+    """Refuse texts that --overwrite would delete, and held-out ones that the report could not tell apart.
 
     Raises:
         RiaError: see above.
     """
-    training, *held_out = map(Path, (recipe.text, *recipe.eval_text))
-    for path in (training, *held_out):
+    held_out = list(map(Path, recipe.eval_text))
+    for path in (Path(recipe.text), *held_out):
         if path.is_file():
             check_place(out, path)
     names = [path.name for path in held_out]
     for name in names:
         if names.count(name) > 1:
             raise RiaError(f"--eval-text: two files are called {name}, but the report names texts so. Rename one.")
-    for path in held_out:
+
+
+def warn_of_trained_texts(recipe: Distillation, monitor: Monitor) -> None:
+    """Warn of a held-out text that is trained on."""
+    training = Path(recipe.text)
+    for path in map(Path, recipe.eval_text):
         if training.is_file() and path.is_file() and _same_content(training, path):
             monitor.warn(
                 f"--eval-text {path}: this text is trained on, too, so the perplexity and the divergence measured on "

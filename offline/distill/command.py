@@ -116,6 +116,7 @@ def distill(
     FOLDER is what `ria-vllm compress` wrote, or another unquantized 2:4 model. Its masks, permutations and format stay.
     torchrun or accelerate launch divides each step among several processes.
     """
+    from ria_vllm.offline.distill.checks import warn_of_trained_texts
     from ria_vllm.offline.distill.loss import Loss
     from ria_vllm.offline.distill.recipe import Distillation
     from ria_vllm.offline.distill.run import Settings
@@ -136,6 +137,7 @@ def distill(
         choose_device(device), save_memory, shard, save_every, parse_size(max_shard_size), overwrite, resume
     )
     monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
+    warn_of_trained_texts(recipe, monitor)
     try:
         report = run(folder, teacher, out, recipe, settings, monitor)
     except KeyboardInterrupt:
@@ -151,5 +153,5 @@ def _refuse_given(*names: str) -> None:
         if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             raise RiaError(
                 f"--{name.replace('_', '-')} is about held-out text. Without --eval-text nothing is measured, and "
-                "training stops after all tokens only. Give --eval-text, too, or leave it out."
+                "all tokens are trained on. Give --eval-text, too, or leave it out."
             )

@@ -90,7 +90,7 @@ def distill(
     logging.disable_progress_bar()
     for place in (folder, Path(teacher)):
         check_place(out, place)
-    check_texts(out, recipe, monitor)
+    check_texts(out, recipe)
     check_free(out, settings.overwrite)
     with joined(settings.device) as (ranks, device), monitor.live():
         settings = replace(settings, device=device)

@@ -8,9 +8,10 @@ import pytest
 from compressing import WarningRecorder, run_small
 from distilling import run
 
+from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.compress import Settings
-from ria_vllm.offline.distill.checks import check_texts
+from ria_vllm.offline.distill.checks import check_texts, warn_of_trained_texts
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import recovery_section
 from ria_vllm.offline.distill.train import Training
@@ -35,10 +36,10 @@ def test_texts_in_the_folder_that_is_replaced_are_refused(texts, tmp_path, monke
     one, two = texts
     for wanted, refused in ((recipe(one), one), (recipe("self", two), two)):
         with pytest.raises(RiaError, match=f"OUT: holds what is being read, {refused}"):
-            check_texts(tmp_path / "OUT", wanted, WarningRecorder())
+            check_texts(tmp_path / "OUT", wanted)
     (tmp_path / "self").mkdir()
     monkeypatch.chdir(tmp_path)
-    check_texts(Path("self"), recipe("self", two), WarningRecorder())  # no file, but what the teacher writes
+    check_texts(Path("self"), recipe("self", two))  # no file, but what the teacher writes
 
 
 def test_compress_refuses_them_too(tiny, text, tmp_path):
@@ -56,18 +57,24 @@ def test_a_held_out_text_that_is_trained_on_brings_a_warning(texts, tmp_path):
     copy = shutil.copy(one, tmp_path / "copy.txt")
     for held_out, expected in (([two], []), ([two, one], [one]), ([copy], [copy])):
         monitor = WarningRecorder()
-        check_texts(tmp_path / "other", recipe(one, *held_out), monitor)
+        warn_of_trained_texts(recipe(one, *held_out), monitor)
         assert [line.partition(": this text is trained on, too")[0] for line in monitor.warnings] == [
             f"--eval-text {path}" for path in expected
         ]
 
 
-def test_a_pruned_teacher_is_refused(pruned, text, tmp_path):
-    """The folder itself would be a teacher that has nothing to say."""
+def test_a_folder_is_not_its_own_teacher(pruned, text, tmp_path):
     _, folder = pruned()
-    with pytest.raises(RiaError, match=f"{folder}: already pruned by ria-vllm. Give the dense model .* as --teacher"):
-        run(folder, folder, tmp_path / "out", text, tokens=128)
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    with pytest.raises(RiaError, match=f"{copy}: has the weights of {folder}, so there is nothing to learn from it"):
+        run(copy, folder, tmp_path / "out", text, tokens=128)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_pruned_model_teaches_its_quantized_version(pruned, text, tmp_path):
+    (_, teacher), (_, folder) = pruned(), pruned(weights="int4-g32")
+    found = run(teacher, folder, tmp_path / "out", text, tokens=128)["recipe"]["distill"]
+    assert [one["teacher_weights_digest"] for one in found] == [Reader(teacher).schema.weights_digest]
 
 
 def test_a_damaged_report_stops_the_run_before_it_trains(pruned, text, tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_two_processes_give_what_one_gives(options, pruned, text, tmp_path):
             assert (a - b).abs().max() <= 1 and (a != b).double().mean() < 0.01, name
         else:
             assert torch.allclose(a, b, rtol=1e-3, atol=0.05 * float((a - first).abs().max()) + 1e-9), name
-    assert "compressed" in moved and ("weight_scale" in moved) == ("scales" in options)
+    assert "compressed" in moved and ("weight_scale" in moved) == ("norms,scales" in options)
 
 
 @pytest.mark.slow
