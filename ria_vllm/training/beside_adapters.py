@@ -64,11 +64,13 @@ class BesideAdapters(TrainerCallback, ExportableState):
         self.checkpoint = uuid.uuid4().hex
         return {"args": {}, "attributes": {CHECKPOINT_ID: self.checkpoint}}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
         kept = kept_weights(model)
         kept.beside_adapters = True
-        # Some adapters take their initial values out of the weights (PiSSA), which the first step would undo.
-        together(kept.check_zeros, alone=not dist.is_initialized())
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's is around the one that makes the steps
+        together(lambda: kept.check_start(optimizer), alone=not dist.is_initialized())
         if state.global_step:
             together(lambda: _resume(model, args, state), alone=not dist.is_initialized())
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sparse_llama import load, loss_of, masks, outside
 from test_resuming import Remember, equal, trainer
+from transformers import TrainerCallback
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -184,3 +185,49 @@ def test_adapters_that_take_their_values_from_the_weights(pruned_llama, tmp_path
     wrapped = peft.get_peft_model(model, config)
     with pytest.raises(RiaError, match=r"layers.0.mlp.up_proj.weight: not zero everywhere outside the mask"):
         run(wrapped, tmp_path / "runs", max_steps=1)
+
+
+@pytest.mark.parametrize("how", ["merged", "pissa"])
+def test_a_loop_does_not_lose_what_adapters_put_outside_the_masks(pruned_llama, how):
+    model = load(pruned_llama.folder)
+    keep_sparse(model)
+    if how == "merged":
+        first = peft.LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(model, first).merge_and_unload()
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    else:
+        config = peft.LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights="pissa")
+        wrapped = peft.get_peft_model(model, config)
+    keep_sparse(wrapped, beside_adapters=True)
+    wrapped.requires_grad_()
+    before = copy.deepcopy(wrapped.state_dict())
+    loss_of(wrapped).backward()
+    with pytest.raises(RiaError, match=r"layers.0.mlp.up_proj.weight: not zero everywhere .*would lose"):
+        torch.optim.SGD(wrapped.parameters(), lr=0.1).step()
+    assert equal(wrapped.state_dict(), before)
+
+
+class Merges(TrainerCallback):
+    """As trainers do that generate text, before each step: rounding leaves something outside the masks."""
+
+    def __init__(self):
+        self.left = []
+
+    def on_step_begin(self, args, state, control, model=None, **_):
+        with torch.no_grad():
+            model.base_model.merge_adapter()
+            model.base_model.unmerge_adapter()
+            self.left.append(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.clone())
+
+
+def test_adapters_that_are_merged_for_a_while(pruned_llama, tmp_path):
+    model, merges, kept = load(pruned_llama.folder), Merges(), masks(pruned_llama.folder)
+    keep_sparse(model)
+    config = peft.LoraConfig(r=4, target_modules=["up_proj"], use_dora=True, init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    for name, parameter in model.requires_grad_().named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1.1  # as in a run that resumes
+    run(model, tmp_path / "runs", callbacks=(BesideAdapters, merges), max_steps=1, save_strategy="no")
+    assert merges.left[0][~kept["model.layers.0.mlp.up_proj.weight"]].any()
+    assert list(outside(model.unload(), kept)) == []
