@@ -41,7 +41,7 @@ def read_trained(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         RiaError: the model is not kept sparse; the file is not there, damaged, or of another model; a weight in it is
-            not zero outside the mask.
+            not zero outside the mask. The model is as before then.
     """
     together(lambda: _read(model, Path(folder)), alone=not dist.is_initialized())
 
@@ -148,23 +148,22 @@ def _read(model: nn.Module, folder: Path) -> None:
     kept, path, files = kept_weights(model), _existing(folder), OpenFiles()
     base = kept.base()
     assert base is not None
-    parameters = dict(own_parameters(base))
-    names = tensor_names(path)
-    tensors = {name: files.tensor(path, name) for name in names}
+    parameters, weights = dict(own_parameters(base)), kept.by_parameter()
+    tensors = {name: files.tensor(path, name) for name in tensor_names(path)}
     for name, tensor in tensors.items():
         if name not in parameters:
             raise RiaError(f"{path}: {name}: not a parameter of this model.")
         shape = parameters[name].shape
         if tensor.shape != shape or not tensor.is_floating_point():
             raise RiaError(f"{path}: {name}: of shape {tuple(tensor.shape)}, {tensor.dtype}, not {tuple(shape)}.")
+        weight = weights.get(id(parameters[name]))
+        if weight is not None and not weight.fits(tensor):
+            raise RiaError(
+                f"{path}: {name}: not zero everywhere outside the mask in {kept.origin.folder}, so it is of another "
+                "model, or of one with other masks."
+            )
     for name, tensor in tensors.items():
         _copy(tensor, parameters[name])
-    for weight in kept.weights:
-        if not weight.is_zero_outside():
-            raise RiaError(
-                f"{path}: {weight.name}: not zero everywhere outside the mask in {kept.origin.folder}, so it is of "
-                "another model, or of one with other masks."
-            )
 
 
 def _copy(tensor: torch.Tensor, parameter: nn.Parameter) -> None:

@@ -50,9 +50,9 @@ _EARLIER = (
     "loaded from."
 )
 _LOST = (
-    "The first step that trains this weight would lose what it holds there: a merged adapter (`unmerge_adapter` may "
-    "leave rounding errors of it, too), or what an adapter took its initial values from (PiSSA). Train the weight before "
-    "anything else changes it, or train only the adapter (`requires_grad_(False)`)."
+    "The first step that trains this weight would lose what it holds there. A merged adapter leaves values there (by "
+    "rounding even after `unmerge_adapter`), and so does PiSSA. Train the weight before anything else changes it, or "
+    "train only the adapter (`requires_grad_(False)`)."
 )
 PIECE = 1 << 22
 """Elements that are masked or checked at once."""

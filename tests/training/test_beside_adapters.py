@@ -143,8 +143,28 @@ def test_files_that_are_not_of_the_model(pruned_llama, tmp_path, how):
         path.write_bytes(path.read_bytes()[:-8])
     else:
         save_file(damaged(load_file(path), how), path)
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight.add_(1)
+        before = copy.deepcopy(model.state_dict())
     with pytest.raises(RiaError, match=MESSAGES[how]):
         read_trained(model, tmp_path)
+    assert equal(model.state_dict(), before)
+
+
+def test_a_merged_adapter_beside_weights_that_are_read(pruned_llama, tmp_path):
+    """It is outside the masks, but not of the weights in the file."""
+    model = beside(pruned_llama.folder, ["norm"], beside_adapters=True)
+    write_trained(model, tmp_path)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.base_model.merge_adapter()
+    norm = model.get_base_model().model.norm.weight
+    before = norm.detach().clone()
+    with torch.no_grad():
+        norm.add_(1)
+    read_trained(model, tmp_path)
+    assert torch.equal(norm, before)
 
 
 def test_checkpoints_that_do_not_hold_all(pruned_llama, tmp_path):
