@@ -35,7 +35,7 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.placement import ORIGIN_ATTRIBUTE, Origin
-from ria_vllm.training.gathering import clean_name, copied_modules, has_adapters, own_parameters
+from ria_vllm.training.gathering import clean_name, copied_modules, has_adapters, own_parameters, saved_biases
 from ria_vllm.training.masks import holder, mask_of, origin_of
 from ria_vllm.training.ranks import together
 
@@ -370,12 +370,14 @@ class KeptWeights:
 
         Raises:
             RiaError: it changes a copy of a pruned weight (`modules_to_save`); or weights of the model, of which PEFT
-                saves none but the biases, and nobody else does.
+                saves none but biases if its settings say so (`bias`), and nobody else does.
         """
         base = self.base()
         if base is None or not has_adapters(base):
             return
         changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if changed.isdisjoint(map(id, base.parameters())):
+            return
         for module, copies in copied_modules(base):
             inside = set(module.modules())
             weight = next((weight for weight in self.weights if weight.module in inside), None)
@@ -387,8 +389,9 @@ class KeptWeights:
                 )
         if self.beside_adapters:
             return
+        changed -= {id(parameter) for parameter in saved_biases(base)}
         for name, parameter in own_parameters(base):
-            if parameter.requires_grad and id(parameter) in changed and not name.endswith("bias"):
+            if parameter.requires_grad and id(parameter) in changed:
                 raise RiaError(
                     f"{name}: trained beside an adapter of PEFT, whose checkpoints hold only the adapter, so it would "
                     f"be lost. To train only the adapter, freeze the model (`requires_grad_(False)`). {_BESIDE}"

@@ -86,11 +86,28 @@ def test_what_checkpoints_would_lose_is_not_trained(pruned_llama, tmp_path, trai
 
 def test_adapters_alone_need_nothing(pruned_llama, tmp_path):
     run(beside(pruned_llama.folder, []), tmp_path / "runs", callbacks=(), max_steps=1)
-    biases = peft.get_peft_model(load(pruned_llama.folder), peft.LoraConfig(bias="all", target_modules="all-linear"))
-    biases.base_model.model.model.norm.bias = torch.nn.Parameter(torch.zeros(2))  # PEFT saves these
-    keep_sparse(biases)
-    loss_of(biases).backward()
-    torch.optim.SGD(biases.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("saved", ["none", "lora_only", "all"])
+@pytest.mark.parametrize("place", ["layers.0.mlp.up_proj", "layers.0.mlp.down_proj", "norm"])
+def test_biases_that_peft_saves(pruned_llama, tmp_path, saved, place):
+    """Others would be lost. PEFT's own file is the oracle."""
+    model = load(pruned_llama.folder)
+    module = model.model.get_submodule(place)
+    module.bias = torch.nn.Parameter(torch.zeros(module.weight.shape[0]))
+    keep_sparse(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, bias=saved, target_modules=["up_proj"]))
+    module.bias.requires_grad_().grad = torch.ones_like(module.bias)
+    optimizer = torch.optim.SGD([one for one in wrapped.parameters() if one.requires_grad], lr=0.1)
+    wrapped.save_pretrained(tmp_path)
+    if any(name.endswith("bias") for name in load_file(tmp_path / "adapter_model.safetensors")):
+        assert saved != "none"
+        optimizer.step()
+        assert module.bias.all()
+    else:
+        assert saved != "all"
+        with pytest.raises(RiaError, match=rf"{place}.bias: trained beside an adapter"):
+            optimizer.step()
 
 
 def test_a_loop_that_saves_them_itself(pruned_llama, tmp_path):
