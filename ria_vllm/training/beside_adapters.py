@@ -53,7 +53,8 @@ class BesideAdapters(TrainerCallback, ExportableState):
     resumes finds its checkpoint in the output folder, or where the arguments' `resume_from_checkpoint` says.
 
     Raises:
-        RiaError: from the trainer, if a run resumes from a checkpoint without these weights, or with other ones.
+        RiaError: from the trainer, if a run resumes from a checkpoint without these weights, or with other ones; or if
+            its arguments have `enable_jit_checkpoint` or `save_total_limit=1`, which may leave none with them.
     """
 
     def __init__(self) -> None:
@@ -67,6 +68,7 @@ class BesideAdapters(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
+        _check_settings(args)
         kept = kept_weights(model)
         kept.beside_adapters = True
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's is around the one that makes the steps
@@ -80,6 +82,20 @@ class BesideAdapters(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             read_trained(model, state.best_model_checkpoint)
+
+
+def _check_settings(args: Any) -> None:
+    """Refuse settings by which the trainer would keep only checkpoints without the weights."""
+    if getattr(args, "enable_jit_checkpoint", False):
+        raise RiaError(
+            "enable_jit_checkpoint: the checkpoint that it writes when a job is stopped lacks the weights that are "
+            "trained beside the adapter. Set it to False in the trainer's arguments."
+        )
+    if getattr(args, "save_total_limit", None) == 1:
+        raise RiaError(
+            "save_total_limit=1: the trainer removes the last checkpoint before the new one has the weights that are "
+            "trained beside the adapter. Set it to 2 or more in the trainer's arguments."
+        )
 
 
 def _folder(args: Any, state: Any) -> Path:
@@ -136,6 +152,8 @@ def _write(model: nn.Module, folder: Path, checkpoint: str) -> None:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None},
                       temporary, {CHECKPOINT_ID: checkpoint})  # fmt: skip
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, folder / TRAINED_FILE)
         except Exception as error:  # safetensors has its own for a missing folder and a full disk
             raise RiaError(f"{folder / TRAINED_FILE}: cannot be written ({error}).") from None

@@ -59,7 +59,8 @@ PIECE = 1 << 22
 
 
 def keep_sparse(model: nn.Module, like: str | Path | None = None, beside_adapters: bool = False) -> None:
-    """From now on, optimizers change only the kept weights of the model's pruned linears. A second call does nothing.
+    """From now on, optimizers change only the kept weights of the model's pruned linears. A second call only sets
+    `beside_adapters`.
 
     Copies of the model made by `copy.deepcopy` are kept sparse, too. Where torch.distributed is initialized, all ranks
     must call this; what one of them finds, all raise.

@@ -200,6 +200,13 @@ def test_checkpoints_that_do_not_hold_all(pruned_llama, tmp_path):
         run(beside(folder), runs, True)
 
 
+@pytest.mark.parametrize("settings", [{"save_total_limit": 1}, {"enable_jit_checkpoint": True}])
+def test_settings_that_keep_checkpoints_without_the_weights(pruned_llama, tmp_path, settings):
+    training = trainer(beside(pruned_llama.folder), tmp_path, **(STEPS | settings))
+    with pytest.raises(RiaError, match=f"{next(iter(settings))}.*beside the adapter"):
+        BesideAdapters().on_train_begin(training.args, training.state, training.control, training.model)
+
+
 @pytest.mark.parametrize("first", ["keep_sparse", "peft"])
 def test_copies_are_not_trained(pruned_llama, first):
     """PEFT would train and save them, but not keep them sparse."""
