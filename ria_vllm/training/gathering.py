@@ -88,12 +88,12 @@ def saved_biases(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _of_peft(module: nn.Module) -> bool:
-    return _is_of_peft(type(module))
+    return _has_peft(type(module).__mro__)
 
 
 @functools.cache
-def _is_of_peft(kind: type) -> bool:
-    return any(base.__module__.split(".")[0] == "peft" for base in kind.__mro__)
+def _has_peft(kinds: tuple[type, ...]) -> bool:
+    return any(kind.__module__.split(".")[0] == "peft" for kind in kinds)
 
 
 def clean_name(name: str) -> str:
