@@ -41,7 +41,7 @@ def read_trained(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         RiaError: the model is not kept sparse; the file is not there, damaged, or of another model; a weight in it is
-            not zero outside the mask.
+            not zero outside the mask. The model is as before then.
     """
     together(lambda: _read(model, Path(folder)), alone=not dist.is_initialized())
 
@@ -53,7 +53,8 @@ class BesideAdapters(TrainerCallback, ExportableState):
     resumes finds its checkpoint in the output folder, or where the arguments' `resume_from_checkpoint` says.
 
     Raises:
-        RiaError: from the trainer, if a run resumes from a checkpoint without these weights, or with other ones.
+        RiaError: from the trainer, if a run resumes from a checkpoint without these weights, or with other ones; or if
+            its arguments have `enable_jit_checkpoint` or `save_total_limit=1`, which may leave none with them.
     """
 
     def __init__(self) -> None:
@@ -64,11 +65,14 @@ class BesideAdapters(TrainerCallback, ExportableState):
         self.checkpoint = uuid.uuid4().hex
         return {"args": {}, "attributes": {CHECKPOINT_ID: self.checkpoint}}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        _check_settings(args)
         kept = kept_weights(model)
         kept.beside_adapters = True
-        # Some adapters take their initial values out of the weights (PiSSA), which the first step would undo.
-        together(kept.check_zeros, alone=not dist.is_initialized())
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's is around the one that makes the steps
+        together(lambda: kept.check_start(optimizer), alone=not dist.is_initialized())
         if state.global_step:
             together(lambda: _resume(model, args, state), alone=not dist.is_initialized())
 
@@ -78,6 +82,20 @@ class BesideAdapters(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             read_trained(model, state.best_model_checkpoint)
+
+
+def _check_settings(args: Any) -> None:
+    """Refuse settings by which the trainer would keep only checkpoints without the weights."""
+    if getattr(args, "enable_jit_checkpoint", False):
+        raise RiaError(
+            "enable_jit_checkpoint: the checkpoint that it writes when a job is stopped lacks the weights that are "
+            "trained beside the adapter. Set it to False in the trainer's arguments."
+        )
+    if getattr(args, "save_total_limit", None) == 1:
+        raise RiaError(
+            "save_total_limit=1: the trainer removes the last checkpoint before the new one has the weights that are "
+            "trained beside the adapter. Set it to 2 or more in the trainer's arguments."
+        )
 
 
 def _folder(args: Any, state: Any) -> Path:
@@ -134,6 +152,8 @@ def _write(model: nn.Module, folder: Path, checkpoint: str) -> None:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None},
                       temporary, {CHECKPOINT_ID: checkpoint})  # fmt: skip
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, folder / TRAINED_FILE)
         except Exception as error:  # safetensors has its own for a missing folder and a full disk
             raise RiaError(f"{folder / TRAINED_FILE}: cannot be written ({error}).") from None
@@ -146,23 +166,22 @@ def _read(model: nn.Module, folder: Path) -> None:
     kept, path, files = kept_weights(model), _existing(folder), OpenFiles()
     base = kept.base()
     assert base is not None
-    parameters = dict(own_parameters(base))
-    names = tensor_names(path)
-    tensors = {name: files.tensor(path, name) for name in names}
+    parameters, weights = dict(own_parameters(base)), kept.by_parameter()
+    tensors = {name: files.tensor(path, name) for name in tensor_names(path)}
     for name, tensor in tensors.items():
         if name not in parameters:
             raise RiaError(f"{path}: {name}: not a parameter of this model.")
         shape = parameters[name].shape
         if tensor.shape != shape or not tensor.is_floating_point():
             raise RiaError(f"{path}: {name}: of shape {tuple(tensor.shape)}, {tensor.dtype}, not {tuple(shape)}.")
+        weight = weights.get(id(parameters[name]))
+        if weight is not None and not weight.fits(tensor):
+            raise RiaError(
+                f"{path}: {name}: not zero everywhere outside the mask in {kept.origin.folder}, so it is of another "
+                "model, or of one with other masks."
+            )
     for name, tensor in tensors.items():
         _copy(tensor, parameters[name])
-    for weight in kept.weights:
-        if not weight.is_zero_outside():
-            raise RiaError(
-                f"{path}: {weight.name}: not zero everywhere outside the mask in {kept.origin.folder}, so it is of "
-                "another model, or of one with other masks."
-            )
 
 
 def _copy(tensor: torch.Tensor, parameter: nn.Parameter) -> None:

@@ -1,5 +1,6 @@
 """The tensors of a trained model, whole and on the CPU, one at a time, wherever its trainer keeps them."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def own_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that a model has without the adapters of PEFT around its modules, under the names of then."""
+    """The parameters of a model without those of PEFT's adapters, under the names that they have without adapters."""
     if _of_peft(module):
         inside = inside_adapters(module)
         if inside is not module:
@@ -73,8 +74,26 @@ def copied_modules(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
             yield module.get_submodule("original_module"), module.get_submodule("modules_to_save")
 
 
+def saved_biases(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The biases of the model that PEFT saves with an adapter, as `bias` in its settings says."""
+    settings = getattr(model, "peft_config", None)  # PEFT puts it there, by the names of adapters
+    which = {str(getattr(one, "bias", "none")) for one in settings.values()} if isinstance(settings, dict) else set()
+    if "all" in which:
+        yield from (parameter for name, parameter in own_parameters(model) if name.rpartition(".")[2] == "bias")
+    if any(one.endswith("_only") for one in which):  # of the linears with adapters
+        for module in model.modules():
+            bias = getattr(inside_adapters(module), "bias", None) if _of_peft(module) else None
+            if isinstance(bias, nn.Parameter):
+                yield bias
+
+
 def _of_peft(module: nn.Module) -> bool:
-    return any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__)
+    return _has_peft(type(module).__mro__)
+
+
+@functools.cache
+def _has_peft(kinds: tuple[type, ...]) -> bool:
+    return any(kind.__module__.split(".")[0] == "peft" for kind in kinds)
 
 
 def clean_name(name: str) -> str:

@@ -21,6 +21,7 @@ import copy
 import functools
 import sys
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.placement import ORIGIN_ATTRIBUTE, Origin
-from ria_vllm.training.gathering import clean_name, copied_modules, has_adapters, own_parameters
+from ria_vllm.training.gathering import clean_name, copied_modules, has_adapters, own_parameters, saved_biases
 from ria_vllm.training.masks import holder, mask_of, origin_of
 from ria_vllm.training.ranks import together
 
@@ -44,20 +45,30 @@ _BESIDE = (
     "loop of your own, save it by `ria_vllm.training.write_trained`, and call `keep_sparse(model, "
     "beside_adapters=True)`."
 )
+_EARLIER = (
+    "Call keep_sparse before anything changes the weights (a merged adapter does), with the folder that the model was "
+    "loaded from."
+)
+_LOST = (
+    "The first step that trains this weight would lose what it holds there. A merged adapter leaves values there (by "
+    "rounding even after `unmerge_adapter`), and so does PiSSA. Train the weight before anything else changes it, or "
+    "train only the adapter (`requires_grad_(False)`)."
+)
 PIECE = 1 << 22
-"""Elements that are masked at once."""
+"""Elements that are masked or checked at once."""
 
 
 def keep_sparse(model: nn.Module, like: str | Path | None = None, beside_adapters: bool = False) -> None:
-    """From now on, optimizers change only the kept weights of the model's pruned linears. A second call does nothing.
+    """From now on, optimizers change only the kept weights of the model's pruned linears. A second call only sets
+    `beside_adapters`.
 
     Copies of the model made by `copy.deepcopy` are kept sparse, too. Where torch.distributed is initialized, all ranks
     must call this; what one of them finds, all raise.
 
     `save_pretrained` then writes the model's own names and shapes. `load_state_dict` raises RiaError for a checkpoint
     with those of the dense model's files, or with weights that are not zero outside the masks. A forward pass and a
-    step raise it if a module was replaced by one that cannot be kept sparse, and the first step of an optimizer if
-    weights are not zero outside the masks by then.
+    step raise it if a module was replaced by one that cannot be kept sparse, and an optimizer's first step with a
+    weight if that is not zero outside its mask by then.
 
     Args:
         model: what `from_pretrained` made of a compressed folder, wrapped or sharded or not.
@@ -164,22 +175,23 @@ class KeptWeight:
         weight = self.parameter().detach()
         if weight.is_meta:
             return True
-        wanted = weight.clone()
-        self.zero_outside(wanted)
-        same = (wanted.to_local() == weight.to_local()) if isinstance(weight, DTensor) else wanted == weight
-        return bool(same.all())
+        if isinstance(weight, DTensor):
+            local = weight.to_local()
+            return _has_zeros(local, self._packed_locally(weight, local))
+        return _has_zeros(weight, self._on(weight.device))
 
-    def check_zeros(self, folder: Path) -> None:
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor of the weight's whole shape, on the CPU, is zero outside the mask."""
+        return _has_zeros(tensor, self.packed.cpu())
+
+    def check_zeros(self, folder: Path, advice: str = _EARLIER) -> None:
         """Check that `is_zero_outside`.
 
         Raises:
             RiaError: it is not.
         """
         if not self.is_zero_outside():
-            raise RiaError(
-                f"{self.name}: not zero everywhere outside the mask in {folder}. Call keep_sparse before anything "
-                "changes the weights (a merged adapter does), with the folder that the model was loaded from."
-            )
+            raise RiaError(f"{self.name}: not zero everywhere outside the mask in {folder}. {advice}")
 
     def follow(self, base: nn.Module, folder: Path, rounded: bool) -> None:
         """Take over the module that is in the place of the weight's by now.
@@ -243,22 +255,23 @@ class KeptWeights:
 
     Attributes:
         beside_adapters: somebody saves what is trained beside adapters of PEFT.
-        seen: optimizers that have made a step.
+        checked: for each optimizer the names of the weights that were found to be zero outside their masks before its
+            first step that trained them.
     """
 
     def __init__(self, weights: list[KeptWeight], base: nn.Module, origin: Origin, rounded: bool):
         self.weights, self.origin, self.rounded = weights, origin, rounded
         self.beside_adapters = False
-        self.seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self.checked: weakref.WeakKeyDictionary[torch.optim.Optimizer, set[str]] = weakref.WeakKeyDictionary()
         self.base = weakref.ref(base)
         self._watch()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"base": self.base(), "seen": None}
+        return self.__dict__ | {"base": self.base(), "checked": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, made by `copy.deepcopy` or in another process: its model is kept sparse, too."""
-        self.__dict__.update(state | {"base": weakref.ref(state["base"]), "seen": weakref.WeakSet()})
+        self.__dict__.update(state | {"base": weakref.ref(state["base"]), "checked": weakref.WeakKeyDictionary()})
         self._watch()
 
     def _watch(self) -> None:
@@ -282,7 +295,7 @@ class KeptWeights:
         """
         self._check_names(base, keys)
         missing = [f".{clean_name(key)}" for key in keys.missing_keys]
-        weights = self._by_parameter()
+        weights = self.by_parameter()
         for name, parameter in base.named_parameters():
             weight, ending = weights.get(id(parameter)), f".{clean_name(name)}"
             # What was not loaded may hold a merged adapter, which is taken out again before the next step.
@@ -346,11 +359,11 @@ class KeptWeights:
             RiaError: one has another shape by now, or is in a module that cannot be kept sparse.
         """
         changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        found, base = self._by_parameter(), self.base()
+        found, base = self.by_parameter(), self.base()
         unknown = changed - found.keys() if follow else ()
         if base is not None and unknown and any(id(parameter) in unknown for parameter in base.parameters()):
             self.follow()
-            found = self._by_parameter()
+            found = self.by_parameter()
         return [(weight, weight.parameter()) for number, weight in found.items() if number in changed]
 
     def check_adapters(self, optimizer: torch.optim.Optimizer) -> None:
@@ -358,12 +371,14 @@ class KeptWeights:
 
         Raises:
             RiaError: it changes a copy of a pruned weight (`modules_to_save`); or weights of the model, of which PEFT
-                saves none but the biases, and nobody else does.
+                saves none but biases if its settings say so (`bias`), and nobody else does.
         """
         base = self.base()
         if base is None or not has_adapters(base):
             return
         changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if changed.isdisjoint(map(id, base.parameters())):
+            return
         for module, copies in copied_modules(base):
             inside = set(module.modules())
             weight = next((weight for weight in self.weights if weight.module in inside), None)
@@ -375,38 +390,39 @@ class KeptWeights:
                 )
         if self.beside_adapters:
             return
+        changed -= {id(parameter) for parameter in saved_biases(base)}
         for name, parameter in own_parameters(base):
-            if parameter.requires_grad and id(parameter) in changed and not name.endswith("bias"):
+            if parameter.requires_grad and id(parameter) in changed:
                 raise RiaError(
                     f"{name}: trained beside an adapter of PEFT, whose checkpoints hold only the adapter, so it would "
                     f"be lost. To train only the adapter, freeze the model (`requires_grad_(False)`). {_BESIDE}"
                 )
 
-    def check_zeros(self) -> None:
-        """Check that all weights are zero outside their masks.
+    def check_start(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check that all weights are zero outside their masks. Then no step of this optimizer checks them again.
+
+        Trainers merge adapters for a while to generate text, even before the first step, and rounding leaves something
+        outside the masks.
 
         Raises:
             RiaError: one is not.
         """
-        for weight in self.weights:
-            weight.check_zeros(self.origin.folder)
+        self.check_first_step(optimizer, self.weights)
 
     def check_first_step(self, optimizer: torch.optim.Optimizer, weights: list[KeptWeight]) -> None:
-        """Check that the first step of an optimizer does not lose what is outside the masks (a merged adapter).
+        """Check that an optimizer's first step with these weights does not lose what they hold outside the masks.
 
         Raises:
             RiaError: it would.
         """
-        base = self.base()
-        if optimizer in self.seen or base is None:
-            return
-        # Merging an adapter for a while, as trainers do to generate text, leaves errors of rounding there.
-        if not has_adapters(base):
-            for weight in weights:
-                weight.check_zeros(self.origin.folder)
-        self.seen.add(optimizer)
+        checked = self.checked.setdefault(optimizer, set())
+        for weight in weights:
+            if weight.name not in checked:
+                weight.check_zeros(self.origin.folder, _LOST)
+                checked.add(weight.name)
 
-    def _by_parameter(self) -> dict[int, KeptWeight]:
+    def by_parameter(self) -> dict[int, KeptWeight]:
+        """The weights by the `id` of their parameters."""
         return {id(weight.module._parameters.get(weight.leaf)): weight for weight in self.weights}
 
 
@@ -450,6 +466,17 @@ def _dropped(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 def _zero_dropped(tensor: torch.Tensor, packed: torch.Tensor) -> None:
     """Zero `tensor` where the mask that was `_packed` is False, in pieces, each of which needs few bytes beside it."""
+    for piece, dropped in _pieces(tensor, packed):
+        piece.masked_fill_(dropped, 0)
+
+
+def _has_zeros(tensor: torch.Tensor, packed: torch.Tensor) -> bool:
+    """Whether `tensor` is zero where the mask that was `_packed` is False."""
+    return not any(bool((dropped & (piece != 0)).any()) for piece, dropped in _pieces(tensor, packed))
+
+
+def _pieces(tensor: torch.Tensor, packed: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Views of a tensor's parts, and for each a bool of its shape, True where the mask that was `_packed` is False."""
     if not tensor.numel():  # a rank's share of a small weight
         return
     rows = tensor.view(-1) if tensor.is_contiguous() else tensor
@@ -458,7 +485,7 @@ def _zero_dropped(tensor: torch.Tensor, packed: torch.Tensor) -> None:
     for start in range(0, len(rows), step):
         piece = rows[start : start + step]
         bits = packed[start * width // 8 :][: -(-piece.numel() // 8)]
-        piece.masked_fill_(_dropped(bits, piece.shape), 0)
+        yield piece, _dropped(bits, piece.shape)
 
 
 @functools.cache

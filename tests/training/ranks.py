@@ -2,8 +2,9 @@
 
 Kinds are fsdp, ddp or accelerate; fsdp-one (one group for the whole model), fsdp-bf16 (computes in bfloat16) or
 fsdp-accumulated (gradients of two backward passes, summed before they are shared). Every rank checks after every
-backward and every step that nothing outside the masks has changed, saves to OUT/new, and then fails to save there
-again. Rank 0 writes the gathered weights to OUT/state.safetensors.
+backward and every step that nothing outside the masks has changed, saves to OUT/new, writes and reads
+OUT/ria_trained.safetensors, and then fails to save to OUT/new again. Rank 0 writes the gathered weights to
+OUT/state.safetensors.
 
 Or it is fsdp1 or fsdp1-original (with `use_orig_params`), which are refused, or failures: what is wrong on one rank
 is raised on both.
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import DTensor
 
 from ria_vllm.errors import RiaError
-from ria_vllm.training import keep_sparse, save
+from ria_vllm.training import keep_sparse, read_trained, save, write_trained
 
 STEPS = 3
 
@@ -104,6 +105,16 @@ def check(model, kept, what) -> None:
         assert not tensor[~mask].any() and tensor[mask].any(), name
 
 
+def written_and_read(model, folder: Path) -> None:
+    write_trained(model, folder)
+    wanted = [whole(parameter).detach().clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    read_trained(model, folder)
+    assert all(torch.equal(whole(one), want) for one, want in zip(model.parameters(), wanted, strict=True))
+
+
 class MovesEverything(torch.optim.SGD):
     """Plain SGD, after which everything moves a little (sharded or not)."""
 
@@ -147,6 +158,7 @@ def main(folder: Path, out: Path, kind: str) -> None:
     state = {name.removeprefix("module."): whole(tensor).contiguous() for name, tensor in model.state_dict().items()}
     saved = save(model, out / "new", like=folder)
     assert (saved is None) == (rank > 0)
+    written_and_read(model, out)
     dist.barrier()
     try:
         save(model, out / "new", like=folder)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sparse_llama import load, loss_of, masks, outside
 from test_resuming import Remember, equal, trainer
+from transformers import TrainerCallback
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
@@ -85,11 +86,28 @@ def test_what_checkpoints_would_lose_is_not_trained(pruned_llama, tmp_path, trai
 
 def test_adapters_alone_need_nothing(pruned_llama, tmp_path):
     run(beside(pruned_llama.folder, []), tmp_path / "runs", callbacks=(), max_steps=1)
-    biases = peft.get_peft_model(load(pruned_llama.folder), peft.LoraConfig(bias="all", target_modules="all-linear"))
-    biases.base_model.model.model.norm.bias = torch.nn.Parameter(torch.zeros(2))  # PEFT saves these
-    keep_sparse(biases)
-    loss_of(biases).backward()
-    torch.optim.SGD(biases.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("saved", ["none", "lora_only", "all"])
+@pytest.mark.parametrize("place", ["layers.0.mlp.up_proj", "layers.0.mlp.down_proj", "norm"])
+def test_biases_that_peft_saves(pruned_llama, tmp_path, saved, place):
+    """Others would be lost. PEFT's own file is the oracle."""
+    model = load(pruned_llama.folder)
+    module = model.model.get_submodule(place)
+    module.bias = torch.nn.Parameter(torch.zeros(module.weight.shape[0]))
+    keep_sparse(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, bias=saved, target_modules=["up_proj"]))
+    module.bias.requires_grad_().grad = torch.ones_like(module.bias)
+    optimizer = torch.optim.SGD([one for one in wrapped.parameters() if one.requires_grad], lr=0.1)
+    wrapped.save_pretrained(tmp_path)
+    if any(name.endswith("bias") for name in load_file(tmp_path / "adapter_model.safetensors")):
+        assert saved != "none"
+        optimizer.step()
+        assert module.bias.all()
+    else:
+        assert saved != "all"
+        with pytest.raises(RiaError, match=rf"{place}.bias: trained beside an adapter"):
+            optimizer.step()
 
 
 def test_a_loop_that_saves_them_itself(pruned_llama, tmp_path):
@@ -142,8 +160,28 @@ def test_files_that_are_not_of_the_model(pruned_llama, tmp_path, how):
         path.write_bytes(path.read_bytes()[:-8])
     else:
         save_file(damaged(load_file(path), how), path)
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight.add_(1)
+        before = copy.deepcopy(model.state_dict())
     with pytest.raises(RiaError, match=MESSAGES[how]):
         read_trained(model, tmp_path)
+    assert equal(model.state_dict(), before)
+
+
+def test_a_merged_adapter_beside_weights_that_are_read(pruned_llama, tmp_path):
+    """It is outside the masks, but not of the weights in the file."""
+    model = beside(pruned_llama.folder, ["norm"], beside_adapters=True)
+    write_trained(model, tmp_path)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.base_model.merge_adapter()
+    norm = model.get_base_model().model.norm.weight
+    before = norm.detach().clone()
+    with torch.no_grad():
+        norm.add_(1)
+    read_trained(model, tmp_path)
+    assert torch.equal(norm, before)
 
 
 def test_checkpoints_that_do_not_hold_all(pruned_llama, tmp_path):
@@ -160,6 +198,13 @@ def test_checkpoints_that_do_not_hold_all(pruned_llama, tmp_path):
     (runs / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state))
     with pytest.raises(RiaError, match="written without BesideAdapters"):
         run(beside(folder), runs, True)
+
+
+@pytest.mark.parametrize("settings", [{"save_total_limit": 1}, {"enable_jit_checkpoint": True}])
+def test_settings_that_keep_checkpoints_without_the_weights(pruned_llama, tmp_path, settings):
+    training = trainer(beside(pruned_llama.folder), tmp_path, **(STEPS | settings))
+    with pytest.raises(RiaError, match=f"{next(iter(settings))}.*beside the adapter"):
+        BesideAdapters().on_train_begin(training.args, training.state, training.control, training.model)
 
 
 @pytest.mark.parametrize("first", ["keep_sparse", "peft"])
@@ -184,3 +229,49 @@ def test_adapters_that_take_their_values_from_the_weights(pruned_llama, tmp_path
     wrapped = peft.get_peft_model(model, config)
     with pytest.raises(RiaError, match=r"layers.0.mlp.up_proj.weight: not zero everywhere outside the mask"):
         run(wrapped, tmp_path / "runs", max_steps=1)
+
+
+@pytest.mark.parametrize("how", ["merged", "pissa"])
+def test_a_loop_does_not_lose_what_adapters_put_outside_the_masks(pruned_llama, how):
+    model = load(pruned_llama.folder)
+    keep_sparse(model)
+    if how == "merged":
+        first = peft.LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(model, first).merge_and_unload()
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    else:
+        config = peft.LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights="pissa")
+        wrapped = peft.get_peft_model(model, config)
+    keep_sparse(wrapped, beside_adapters=True)
+    wrapped.requires_grad_()
+    before = copy.deepcopy(wrapped.state_dict())
+    loss_of(wrapped).backward()
+    with pytest.raises(RiaError, match=r"layers.0.mlp.up_proj.weight: not zero everywhere .*would lose"):
+        torch.optim.SGD(wrapped.parameters(), lr=0.1).step()
+    assert equal(wrapped.state_dict(), before)
+
+
+class Merges(TrainerCallback):
+    """As trainers do that generate text, before each step: rounding leaves something outside the masks."""
+
+    def __init__(self):
+        self.left = []
+
+    def on_step_begin(self, args, state, control, model=None, **_):
+        with torch.no_grad():
+            model.base_model.merge_adapter()
+            model.base_model.unmerge_adapter()
+            self.left.append(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.clone())
+
+
+def test_adapters_that_are_merged_for_a_while(pruned_llama, tmp_path):
+    model, merges, kept = load(pruned_llama.folder), Merges(), masks(pruned_llama.folder)
+    keep_sparse(model)
+    config = peft.LoraConfig(r=4, target_modules=["up_proj"], use_dora=True, init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    for name, parameter in model.requires_grad_().named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1.1  # as in a run that resumes
+    run(model, tmp_path / "runs", callbacks=(BesideAdapters, merges), max_steps=1, save_strategy="no")
+    assert merges.left[0][~kept["model.layers.0.mlp.up_proj.weight"]].any()
+    assert list(outside(model.unload(), kept)) == []

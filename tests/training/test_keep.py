@@ -173,9 +173,13 @@ def test_masking_in_pieces(monkeypatch, piece, shape, turned):
     mask = torch.rand(shape, generator=draw) < 0.5
     tensor = torch.rand(shape, generator=draw) + 1
     tensor = tensor.mT.contiguous().mT if turned else tensor
-    want = tensor * mask
-    keep._zero_dropped(tensor, keep._packed(mask))
-    assert torch.equal(tensor, want)
+    want, packed = tensor * mask, keep._packed(mask)
+    assert keep._has_zeros(tensor, packed) == (not tensor.numel())
+    keep._zero_dropped(tensor, packed)
+    assert torch.equal(tensor, want) and keep._has_zeros(tensor, packed)
+    for value in (1e-30, torch.nan) if tensor.numel() else ():
+        tensor[tuple((~mask).nonzero()[-1])] = value
+        assert not keep._has_zeros(tensor, packed)
 
 
 def test_a_kept_weight_may_be_zero(damage):
@@ -323,6 +327,24 @@ def test_a_model_that_is_dense_already(pruned_llama):
         model.model.layers[1].mlp.up_proj.weight.add_(1e-3)
     with pytest.raises(RiaError, match=r"model.layers.1.mlp.up_proj.weight: not zero everywhere outside the mask"):
         keep_sparse(model)
+
+
+@pytest.mark.parametrize("later", ["unfrozen", "added"])
+def test_weights_that_an_optimizer_trains_only_later(pruned_llama, later):
+    """What became dense meanwhile is not lost at the first step that trains it."""
+    model = load(pruned_llama.folder)
+    keep_sparse(model)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.requires_grad_(False)
+    others = [parameter for parameter in model.parameters() if later == "unfrozen" or parameter is not weight]
+    optimizer = torch.optim.SGD(others, lr=0.1)
+    train(model, optimizer, steps=1)
+    weight.add_(1e-3)
+    weight.requires_grad_()
+    if later == "added":
+        optimizer.add_param_group({"params": [weight]})
+    with pytest.raises(RiaError, match=r"layers.1.mlp.up_proj.weight: not zero everywhere .*would lose"):
+        train(model, optimizer, steps=1)
 
 
 def test_a_dense_checkpoint_goes_on_with_the_masks_of_the_folder(pruned_llama, tmp_path, monkeypatch):
