@@ -217,7 +217,7 @@ def test_only_finished_compressed_folders(folder, tiny_llama, hub, tmp_path):
     with pytest.raises(RiaError, match="not a compressed folder. `hf upload REPO"):
         run(tiny_llama, "user/model")
     folder.rename(tmp_path / "out.partial")
-    with pytest.raises(RiaError, match="`compress --resume`"):
+    with pytest.raises(RiaError, match="Finish it first"):
         run(tmp_path / "out.partial", "user/model")
     assert hub.requests == []
 
