@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ria_vllm.errors import RiaError
 from ria_vllm.open_files import OpenFiles
-from ria_vllm.training.gathering import own_parameters, whole
+from ria_vllm.training.adapters import own_parameters
+from ria_vllm.training.gathering import own_share, whole
 from ria_vllm.training.keep import kept_weights
-from ria_vllm.training.ranks import together
+from ria_vllm.training.ranks import is_first, together
 from ria_vllm.weight_files import file_metadata, tensor_names
 
 TRAINED_FILE = "ria_trained.safetensors"
@@ -43,7 +43,7 @@ def read_trained(model: nn.Module, folder: str | Path) -> None:
         RiaError: the model is not kept sparse; the file is not there, damaged, or of another model; a weight in it is
             not zero outside the mask. The model is as before then.
     """
-    together(lambda: _read(model, Path(folder)), alone=not dist.is_initialized())
+    together(lambda: _read(model, Path(folder)))
 
 
 class BesideAdapters(TrainerCallback, ExportableState):
@@ -72,9 +72,11 @@ class BesideAdapters(TrainerCallback, ExportableState):
         kept = kept_weights(model)
         kept.beside_adapters = True
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's is around the one that makes the steps
-        together(lambda: kept.check_start(optimizer), alone=not dist.is_initialized())
+        # Now, because some trainers merge adapters for a while to generate text, even before the first step, and
+        # rounding leaves something outside the masks.
+        together(lambda: kept.check_first_step(optimizer, kept.weights))
         if state.global_step:
-            together(lambda: _resume(model, args, state), alone=not dist.is_initialized())
+            together(lambda: _resume(model, args, state))
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         _write(model, _folder(args, state), self.checkpoint)
@@ -142,7 +144,7 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _write(model: nn.Module, folder: Path, checkpoint: str) -> None:
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    first = is_first()
     tensors = {name: whole(parameter, first) for name, parameter in _trained(model)}
 
     def write() -> None:
@@ -158,7 +160,7 @@ def _write(model: nn.Module, folder: Path, checkpoint: str) -> None:
         except Exception as error:  # safetensors has its own for a missing folder and a full disk
             raise RiaError(f"{folder / TRAINED_FILE}: cannot be written ({error}).") from None
 
-    together(write, alone=not dist.is_initialized())
+    together(write)
 
 
 @torch.no_grad()
@@ -186,8 +188,6 @@ def _read(model: nn.Module, folder: Path) -> None:
 
 def _copy(tensor: torch.Tensor, parameter: nn.Parameter) -> None:
     if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        part = distribute_tensor(tensor.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(part.to_local())
+        parameter.to_local().copy_(own_share(tensor, parameter))
     else:
         parameter.copy_(tensor)

@@ -17,27 +17,23 @@ precision with fp8 another module. A mask has a bit for each weight, beside it; 
 whole mask is on the CPU, and its shard beside the weight's.
 """
 
-import copy
-import functools
-import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.placement import ORIGIN_ATTRIBUTE, Origin
-from ria_vllm.training.gathering import clean_name, copied_modules, has_adapters, own_parameters, saved_biases
+from ria_vllm.training.adapters import clean_name, copied_modules, has_adapters, own_parameters, saved_biases
+from ria_vllm.training.kept_weight import KeptWeight
 from ria_vllm.training.masks import holder, mask_of, origin_of
-from ria_vllm.training.ranks import together
+from ria_vllm.training.ranks import is_first, together
 
 ATTRIBUTE = "_ria_kept"
 _BESIDE = (
@@ -45,17 +41,11 @@ _BESIDE = (
     "loop of your own, save it by `ria_vllm.training.write_trained`, and call `keep_sparse(model, "
     "beside_adapters=True)`."
 )
-_EARLIER = (
-    "Call keep_sparse before anything changes the weights (a merged adapter does), with the folder that the model was "
-    "loaded from."
-)
 _LOST = (
     "The first step that trains this weight would lose what it holds there. A merged adapter leaves values there (by "
     "rounding even after `unmerge_adapter`), and so does PiSSA. Train the weight before anything else changes it, or "
     "train only the adapter (`requires_grad_(False)`)."
 )
-PIECE = 1 << 22
-"""Elements that are masked or checked at once."""
 
 
 def keep_sparse(model: nn.Module, like: str | Path | None = None, beside_adapters: bool = False) -> None:
@@ -82,7 +72,7 @@ def keep_sparse(model: nn.Module, like: str | Path | None = None, beside_adapter
         RiaError: the folder is not there any more, or does not belong to the model; a weight outside a mask is not
             zero; a trainer has flattened the weights (FSDP1, DeepSpeed ZeRO-3).
     """
-    together(lambda: _keep_sparse(model, like), alone=not dist.is_initialized())
+    together(lambda: _keep_sparse(model, like))
     if beside_adapters:
         kept_weights(model).beside_adapters = True
 
@@ -116,7 +106,7 @@ def _keep_sparse(model: nn.Module, like: str | Path | None) -> None:
         if not torch.equal(twin.packed, weight.packed):
             raise RiaError(f"{name}: one parameter with {twin.name}, but pruned differently. Untie them first.")
         # Other ranks may have no weights yet (FSDP's cpu_ram_efficient_loading).
-        if not dist.is_initialized() or dist.get_rank() == 0 or isinstance(parameter, DTensor):
+        if is_first() or isinstance(parameter, DTensor):
             weight.check_zeros(origin.folder)
         weights.append(weight)
     rounded = reader.schema.input_dtype is not None
@@ -129,120 +119,6 @@ def _keep_sparse(model: nn.Module, like: str | Path | None) -> None:
     base._weight_conversions = []  # what `save_pretrained` undoes
     base.register_forward_pre_hook(kept.before_forward)
     base.register_load_state_dict_post_hook(kept.after_load_state_dict)
-
-
-class KeptWeight:
-    """One parameter with pruned linears, and which of its elements are kept.
-
-    Args:
-        mask: bool, of the parameter's whole shape.
-    """
-
-    def __init__(self, name: str, module: nn.Module, leaf: str, mask: torch.Tensor):
-        self.name, self.module, self.leaf = name, module, leaf
-        self.shape = mask.shape
-        self.packed = _packed(mask)
-        self.local: tuple[Any, torch.Tensor] | None = None  # how the weight was sharded, and its part of the mask
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"local": None}  # a device mesh belongs to its process
-
-    def parameter(self) -> torch.Tensor:
-        """The parameter that is in the place of the weight by now.
-
-        Raises:
-            RiaError: it has another shape.
-        """
-        found = self.module._parameters.get(self.leaf)
-        if found is None or found.shape != self.shape:
-            shape = "gone" if found is None else f"of shape {tuple(found.shape)} now, not {tuple(self.shape)}"
-            raise RiaError(
-                f"{self.name}: its weight is {shape}, so it cannot be kept sparse. Trainers that flatten weights or "
-                "cut them up do so (FSDP1, DeepSpeed ZeRO-3); use FSDP2 (`fsdp_version: 2` in accelerate's settings)."
-            )
-        return found
-
-    def zero_outside(self, tensor: torch.Tensor) -> None:
-        """Zero a tensor like the weight, or sharded as it is, outside the mask, in place."""
-        if isinstance(tensor, DTensor):
-            local = tensor.to_local()
-            _zero_dropped(local, self._packed_locally(tensor, local))
-        else:
-            _zero_dropped(tensor, self._on(tensor.device))
-
-    def is_zero_outside(self) -> bool:
-        """Whether the weight is zero outside the mask, as far as this process holds it."""
-        weight = self.parameter().detach()
-        if weight.is_meta:
-            return True
-        if isinstance(weight, DTensor):
-            local = weight.to_local()
-            return _has_zeros(local, self._packed_locally(weight, local))
-        return _has_zeros(weight, self._on(weight.device))
-
-    def fits(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor of the weight's whole shape, on the CPU, is zero outside the mask."""
-        return _has_zeros(tensor, self.packed.cpu())
-
-    def check_zeros(self, folder: Path, advice: str = _EARLIER) -> None:
-        """Check that `is_zero_outside`.
-
-        Raises:
-            RiaError: it is not.
-        """
-        if not self.is_zero_outside():
-            raise RiaError(f"{self.name}: not zero everywhere outside the mask in {folder}. {advice}")
-
-    def follow(self, base: nn.Module, folder: Path, rounded: bool) -> None:
-        """Take over the module that is in the place of the weight's by now.
-
-        Args:
-            rounded: modules round their inputs, which another one would not do.
-
-        Raises:
-            RiaError: there is none, it has no such weight, or the weight is not zero outside the mask; or `rounded`.
-        """
-        now = copy.copy(self)
-        now.module, _ = holder(base, self.name)
-        if now.module is self.module:
-            return
-        if rounded:
-            raise RiaError(
-                f"{self.name}: belongs to a {type(now.module).__name__} now, put there after the model was loaded, "
-                f"which does not round its inputs to int8 as {folder} asks. Leave the modules in place: mixed "
-                "precision with fp8 replaces them, for example."
-            )
-        now.check_zeros(folder)
-        self.module = now.module
-
-    def mask_gradient(self, parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            self.zero_outside(parameter.grad)
-
-    def hook(self, parameter: torch.Tensor) -> None:
-        """Have the gradient of `parameter` masked whenever it has been accumulated."""
-        hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-        if parameter.requires_grad and parameter.is_leaf and self.mask_gradient not in hooks.values():
-            parameter.register_post_accumulate_grad_hook(self.mask_gradient)
-
-    def _on(self, device: torch.device) -> torch.Tensor:
-        if self.packed.device != device and device.type != "meta":
-            self.packed = self.packed.to(device)
-        return self.packed.to(device)
-
-    def _packed_locally(self, tensor: DTensor, local: torch.Tensor) -> torch.Tensor:
-        sharding = (tensor.device_mesh, tensor.placements, local.device)
-        if self.local is None or self.local[0] != sharding:
-            mesh_type = tensor.device_mesh.device_type
-            whole = _dropped(self.packed.cpu(), self.shape).logical_not_().to(mesh_type)
-            part = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
-            if part.shape != local.shape:
-                raise RiaError(
-                    f"{self.name}: sharded in a way that torch cannot shard its mask by: {tensor.placements}."
-                )
-            self.packed = self.packed.cpu()
-            self.local = (sharding, _packed(part.to(local.device)))
-        return self.local[1]
 
 
 class KeptWeights:
@@ -358,7 +234,7 @@ class KeptWeights:
         Raises:
             RiaError: one has another shape by now, or is in a module that cannot be kept sparse.
         """
-        changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        changed = _changed_by(optimizer)
         found, base = self.by_parameter(), self.base()
         unknown = changed - found.keys() if follow else ()
         if base is not None and unknown and any(id(parameter) in unknown for parameter in base.parameters()):
@@ -376,7 +252,7 @@ class KeptWeights:
         base = self.base()
         if base is None or not has_adapters(base):
             return
-        changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        changed = _changed_by(optimizer)
         if changed.isdisjoint(map(id, base.parameters())):
             return
         for module, copies in copied_modules(base):
@@ -398,17 +274,6 @@ class KeptWeights:
                     f"be lost. To train only the adapter, freeze the model (`requires_grad_(False)`). {_BESIDE}"
                 )
 
-    def check_start(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check that all weights are zero outside their masks. Then no step of this optimizer checks them again.
-
-        Trainers merge adapters for a while to generate text, even before the first step, and rounding leaves something
-        outside the masks.
-
-        Raises:
-            RiaError: one is not.
-        """
-        self.check_first_step(optimizer, self.weights)
-
     def check_first_step(self, optimizer: torch.optim.Optimizer, weights: list[KeptWeight]) -> None:
         """Check that an optimizer's first step with these weights does not lose what they hold outside the masks.
 
@@ -424,6 +289,11 @@ class KeptWeights:
     def by_parameter(self) -> dict[int, KeptWeight]:
         """The weights by the `id` of their parameters."""
         return {id(weight.module._parameters.get(weight.leaf)): weight for weight in self.weights}
+
+
+def _changed_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The `id` of each parameter that an optimizer has."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 _ALIVE: "weakref.WeakSet[KeptWeights]" = weakref.WeakSet()
@@ -448,48 +318,3 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for weight, parameter in kept.in_optimizer(optimizer):
             if parameter.requires_grad:
                 weight.zero_outside(parameter)
-
-
-def _packed(mask: torch.Tensor) -> torch.Tensor:
-    """uint8 [ceil(n/8)] from bool of n elements."""
-    flat = mask.reshape(-1)
-    flat = nn.functional.pad(flat, (0, -len(flat) % 8))
-    bits = flat.view(-1, 8).to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return bits.sum(-1, dtype=torch.uint8)
-
-
-def _dropped(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """bool of this shape, True where the mask that was `_packed` is False."""
-    # Eight bits become the eight bytes of an integer in one lookup.
-    return _eight_bytes(packed.device)[packed.int()].view(torch.bool)[: shape.numel()].view(shape)
-
-
-def _zero_dropped(tensor: torch.Tensor, packed: torch.Tensor) -> None:
-    """Zero `tensor` where the mask that was `_packed` is False, in pieces, each of which needs few bytes beside it."""
-    for piece, dropped in _pieces(tensor, packed):
-        piece.masked_fill_(dropped, 0)
-
-
-def _has_zeros(tensor: torch.Tensor, packed: torch.Tensor) -> bool:
-    """Whether `tensor` is zero where the mask that was `_packed` is False."""
-    return not any(bool((dropped & (piece != 0)).any()) for piece, dropped in _pieces(tensor, packed))
-
-
-def _pieces(tensor: torch.Tensor, packed: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Views of a tensor's parts, and for each a bool of its shape, True where the mask that was `_packed` is False."""
-    if not tensor.numel():  # a rank's share of a small weight
-        return
-    rows = tensor.view(-1) if tensor.is_contiguous() else tensor
-    width = rows[0].numel()
-    step = 8 * max(1, PIECE // (8 * width))  # a piece of the mask begins with a whole byte
-    for start in range(0, len(rows), step):
-        piece = rows[start : start + step]
-        bits = packed[start * width // 8 :][: -(-piece.numel() // 8)]
-        yield piece, _dropped(bits, piece.shape)
-
-
-@functools.cache
-def _eight_bytes(device: torch.device) -> torch.Tensor:
-    """For each byte the integer whose bytes are 1 where its bits, the least significant first, are 0."""
-    table = [int.from_bytes(bytes(1 - (byte >> i & 1) for i in range(8)), sys.byteorder) for byte in range(256)]
-    return torch.tensor(table, device=device)

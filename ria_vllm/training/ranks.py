@@ -10,16 +10,21 @@ from ria_vllm.errors import RiaError
 T = TypeVar("T")
 
 
-def together(work: Callable[[], T], alone: bool) -> T:
+def is_first() -> bool:
+    """Whether this is the rank that reads and writes for all, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def together(work: Callable[[], T], alone: bool = False) -> T:
     """What `work` returns on this rank.
 
     Args:
-        alone: whether no other rank calls this.
+        alone: no other rank calls this, although there are others.
 
     Raises:
         RiaError: `work` has failed on another rank. What it raises on this rank is passed on.
     """
-    if alone:
+    if alone or not dist.is_initialized():
         return work()
     result, failure = None, None
     try:

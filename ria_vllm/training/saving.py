@@ -19,9 +19,10 @@ from ria_vllm.placement import Origin, Placement
 from ria_vllm.progress import Monitor
 from ria_vllm.report import without_errors
 from ria_vllm.schema import REPORT_FILE
+from ria_vllm.training.adapters import clean_name
 from ria_vllm.training.encoding import Encoder
-from ria_vllm.training.gathering import clean_name, gathered, ready
-from ria_vllm.training.ranks import together
+from ria_vllm.training.gathering import gathered, ready
+from ria_vllm.training.ranks import is_first, together
 from ria_vllm.training.settings import GENERATION_FILE, changed_settings, write_tokenizer
 from ria_vllm.writer import CheckpointWriter, check_place, discarded_on_failure
 
@@ -78,7 +79,7 @@ def save(
             the folder; a setting of the model cannot be written; the tokenizer has more tokens than the model; the
             model has adapters; `new` exists or is `like`; the disk is full.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    first = is_first()
     alone = not dist.is_initialized() or not any(isinstance(parameter, DTensor) for parameter in model.parameters())
     base, origin = together(lambda: ready(model, like), alone)
     if not first and alone:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from ria_vllm.errors import RiaError
-from ria_vllm.training import keep, keep_sparse, save
+from ria_vllm.training import keep_sparse, kept_weight, save
 
 
 class MovesEverything(torch.optim.Optimizer):
@@ -168,18 +168,18 @@ def test_gradients_that_someone_else_has_changed_since(pruned_llama, changed):
 @pytest.mark.parametrize("turned", [False, True])
 def test_masking_in_pieces(monkeypatch, piece, shape, turned):
     """Shards and gradients may be empty, of odd sizes, and not contiguous."""
-    monkeypatch.setattr(keep, "PIECE", piece)
+    monkeypatch.setattr(kept_weight, "PIECE", piece)
     draw = torch.Generator().manual_seed(0)
     mask = torch.rand(shape, generator=draw) < 0.5
     tensor = torch.rand(shape, generator=draw) + 1
     tensor = tensor.mT.contiguous().mT if turned else tensor
-    want, packed = tensor * mask, keep._packed(mask)
-    assert keep._has_zeros(tensor, packed) == (not tensor.numel())
-    keep._zero_dropped(tensor, packed)
-    assert torch.equal(tensor, want) and keep._has_zeros(tensor, packed)
+    want, packed = tensor * mask, kept_weight._packed(mask)
+    assert kept_weight._has_zeros(tensor, packed) == (not tensor.numel())
+    kept_weight._zero_dropped(tensor, packed)
+    assert torch.equal(tensor, want) and kept_weight._has_zeros(tensor, packed)
     for value in (1e-30, torch.nan) if tensor.numel() else ():
         tensor[tuple((~mask).nonzero()[-1])] = value
-        assert not keep._has_zeros(tensor, packed)
+        assert not kept_weight._has_zeros(tensor, packed)
 
 
 def test_a_kept_weight_may_be_zero(damage):
