@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -106,6 +106,19 @@ def locked(work: Path) -> IO[bytes]:
     return file
 
 
+def save_whole(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file that is there whole, or not at all, whatever interrupts it.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; see `disk_errors`.
+    """
+    temporary = path.with_suffix(".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 class CheckpointWriter:
     """The work folder of one output folder. One process at a time may have it, and those that join it.
 
@@ -146,16 +159,8 @@ class CheckpointWriter:
     def write(self, key: str, tensors: dict[str, torch.Tensor], record: dict[str, Any] | None = None) -> None:
         """Finish a unit. `finish` moves `NAME.input_permutation` and `NAME.rotations` to files of their own; `record`
         is kept."""
-        temporary = self.path(key).with_suffix(".tmp")
-        with disk_errors(temporary):
-            save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()},
-                temporary,
-                metadata={"record": json.dumps(record or {}, sort_keys=True)},
-            )
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path(key))
+        with disk_errors(self.path(key)):
+            save_whole(tensors, self.path(key), {"record": json.dumps(record or {}, sort_keys=True)})
 
     def remove(self, key: str) -> None:
         """Remove a unit that is no part of the result, if it is there."""

@@ -1,12 +1,10 @@
 """Saves the weights of the model that are trained beside adapters of PEFT, whose checkpoints hold only the adapter."""
 
-import os
 import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -19,6 +17,7 @@ from ria_vllm.training.gathering import own_share, whole
 from ria_vllm.training.keep import kept_weights
 from ria_vllm.training.ranks import is_first, together
 from ria_vllm.weight_files import file_metadata, tensor_names
+from ria_vllm.writer import save_whole
 
 TRAINED_FILE = "ria_trained.safetensors"
 CHECKPOINT_ID = "checkpoint"
@@ -150,13 +149,9 @@ def _write(model: nn.Module, folder: Path, checkpoint: str) -> None:
     def write() -> None:
         if not first:
             return
-        temporary = folder / f".{TRAINED_FILE}"
+        held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None},
-                      temporary, {CHECKPOINT_ID: checkpoint})  # fmt: skip
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, folder / TRAINED_FILE)
+            save_whole(held, folder / TRAINED_FILE, {CHECKPOINT_ID: checkpoint})
         except Exception as error:  # safetensors has its own for a missing folder and a full disk
             raise RiaError(f"{folder / TRAINED_FILE}: cannot be written ({error}).") from None
 
