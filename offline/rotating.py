@@ -106,7 +106,7 @@ class Rotator:
             heads = rotation.Heads(
                 producer.weight.data[rows].float().view(num_kv_heads, d, -1),
                 rotation.inverse_of(of_values.gram).diagonal().clone(),
-                consumer.weight.data.float().view(-1, num_heads, d),
+                consumer.weight.data.float().T.reshape(num_heads, d, -1),
                 rotation.blocks_of(rotation.inverse_of(of_outputs.gram), d),
             )
         except torch.linalg.LinAlgError:

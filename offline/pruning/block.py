@@ -152,7 +152,7 @@ class _Trained:
         self.scales = [] if grid is None else [grid.scales_at(part) for part in self.index]
         squares = sum(float(torch.linalg.vector_norm(part.detach())) ** 2 for part in self.kept)
         self.unit = math.sqrt(squares / max(1, sum(map(len, self.kept))))
-        self.optimizer = torch.optim.Adam(self.kept, lr=lr * self.unit, betas=betas, foreach=False)
+        self.optimizer = torch.optim.Adam(self.kept, lr=lr * self.unit, betas=betas, fused=True)
         parameter.data = parameter.data.mul_(mask).to(dtype).contiguous()  # in place: a copy would raise the peak
         parameter.requires_grad_(True)
         self.hook = parameter.register_post_accumulate_grad_hook(self._step)
@@ -189,7 +189,7 @@ class _Trained:
                 values = (values / scales).clamp_(self.grid.low, self.grid.high)
                 torch.mul(values, scales, out=kept.data)  # no further than the grid reaches, or it might not come back
                 values.round_().mul_(scales)
-            flat.scatter_(0, part.long(), values.to(flat.dtype))
+            flat.index_copy_(0, part.long(), values.to(flat.dtype))
 
 
 def _error(

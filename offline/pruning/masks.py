@@ -1,6 +1,7 @@
 """Masks of the kept weights: N:M and unstructured patterns."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,13 +80,26 @@ def mask(S: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         return torch.zeros(rows, columns, dtype=torch.bool, device=S.device).scatter_(1, order, True)
     if columns % pattern.m:
         raise RiaError(f"{columns} input channels do not divide into groups of {pattern.m}")
-    # Each weight's rank is the number of weights in its group that beat it. For such small groups, counting is many
-    # times faster than sorting.
     groups = S.reshape(rows, columns // pattern.m, pattern.m).unbind(-1)
-    rank = [torch.zeros(rows, columns // pattern.m, dtype=torch.int8, device=S.device) for _ in groups]
-    for low in range(pattern.m):
-        for high in range(low + 1, pattern.m):
-            low_wins = groups[low] >= groups[high]
+    return torch.stack(kept_of_groups(groups, pattern.n), dim=-1).reshape(rows, columns)
+
+
+def kept_of_groups(scores: Sequence[torch.Tensor], n: int) -> list[torch.Tensor]:
+    """Which scores are among the largest n of their group; of equal ones, the one that comes first.
+
+    Args:
+        scores: m tensors of one shape, one for each place in a group.
+
+    Returns:
+        m bool tensors of this shape.
+    """
+    # A score's rank is the number of scores in its group that beat it: at first, all that come after it. For such small
+    # groups, counting is many times faster than sorting.
+    m = len(scores)
+    rank = [torch.full_like(score, m - 1 - place, dtype=torch.int8) for place, score in enumerate(scores)]
+    for low in range(m):
+        for high in range(low + 1, m):
+            low_wins = (scores[low] >= scores[high]).view(torch.int8)
             rank[high] += low_wins
-            rank[low] += ~low_wins
-    return torch.stack([r < pattern.n for r in rank], dim=-1).reshape(rows, columns)
+            rank[low] -= low_wins
+    return [r < n for r in rank]

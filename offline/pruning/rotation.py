@@ -7,15 +7,21 @@ it is what the pattern loses: the sum of w^2 / [H^-1]_jj over the entries it rem
 linear's input. That is the output error that remains for a removed weight if the others make up for it.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
-from ria_vllm.offline.pruning.masks import Pattern, mask
+from ria_vllm.offline.pruning.masks import Pattern, kept_of_groups
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 
-STEPS = 64
-RATE = 0.01
+# Gradient descent with momentum: in each step, every key-value head turns by as many radians as the rate says (root
+# mean square), and the rate falls linearly to zero. In the first ten layers of SmolLM2, 22.1% of the scores are lost
+# before, and 15.7% after 32 steps. 64 steps of Adam on Cayley's parametrisation take twice as long and end at 15.8%, 32
+# of them at 16.4%.
+STEPS = 32
+RATE = 0.5
+MOMENTUM = 0.5
 DAMPING = 0.1
 # Rows of o, and columns of v, that a step looks at; all if there are fewer.
 SAMPLED = 1024
@@ -29,7 +35,7 @@ class Heads:
 
     values: [kv heads, d, in], the rows of v by key-value head.
     values_cost: [in], the diagonal of the inverse Gram matrix of what v reads.
-    outputs: [out, heads, d], the columns of o by head; each key-value head has as many neighbouring heads.
+    outputs: [heads, d, out], the columns of o by head; each key-value head has as many neighbouring heads.
     outputs_cost: [heads, d, d], the diagonal blocks of the inverse Gram matrix of what o reads.
     """
 
@@ -41,7 +47,7 @@ class Heads:
     @property
     def share(self) -> int:
         """How many heads read a key-value head."""
-        return self.outputs.shape[1] // len(self.values)
+        return len(self.outputs) // len(self.values)
 
     @property
     def width(self) -> int:
@@ -55,7 +61,7 @@ class Heads:
             rotations: [kv heads, d, d], orthogonal.
         """
         of_heads = rotations.repeat_interleave(self.share, 0)
-        return rotations @ self.values, torch.einsum("ohd,hed->ohe", self.outputs, of_heads)
+        return rotations @ self.values, of_heads @ self.outputs
 
 
 def inverse_of(gram: SymmetricMatrix) -> torch.Tensor:
@@ -82,44 +88,42 @@ def learned(heads: Heads, pattern: Pattern, seed: int) -> torch.Tensor | None:
     kv, d = heads.values.shape[:2]
     device = heads.values.device
     draw = torch.Generator().manual_seed(seed)
-    identity = torch.eye(d, device=device).expand(kv, d, d)
-    free = torch.zeros(kv, d, d, device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([free], lr=RATE)
-    with torch.enable_grad():
-        for _ in range(STEPS):
-            loss = _lost(heads, _orthogonal(free, identity), pattern, draw)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    found = _orthogonal(free.detach().double(), identity.double())
+    identity = torch.eye(d, dtype=torch.float64, device=device).expand(kv, d, d)
+    found, speed = identity, torch.zeros_like(identity)
+    for step in range(STEPS):
+        with torch.enable_grad():
+            rotations = found.float().requires_grad_()
+            gradient = torch.autograd.grad(_lost(heads, rotations, pattern, draw), rotations)[0].double()
+        turn = gradient @ found.mT
+        turn -= turn.mT.clone()  # skew-symmetric: what keeps a rotation a rotation
+        speed = MOMENTUM * speed + turn
+        ahead = MOMENTUM * speed + turn
+        size = torch.linalg.matrix_norm(ahead, keepdim=True) / math.sqrt(d)
+        half = RATE / 2 * (1 - step / STEPS) * ahead / size.clamp(min=torch.finfo(torch.float64).tiny)
+        found = torch.linalg.solve(identity + half, (identity - half) @ found)
     before, after = (
         sum(float(_lost(heads, one, pattern, torch.Generator().manual_seed(seed + 1 + i))) for i in range(JUDGED))
-        for one in (identity, found.float())
+        for one in (identity.float(), found.float())
     )
     return found.cpu() if after < before else None
 
 
-def _orthogonal(free: torch.Tensor, identity: torch.Tensor) -> torch.Tensor:
-    """Cayley's parametrisation; zeros give the identity."""
-    skew = free - free.mT
-    return torch.linalg.solve(identity + skew, identity - skew)
-
-
 def _lost(heads: Heads, rotations: torch.Tensor, pattern: Pattern, draw: torch.Generator) -> torch.Tensor:
     """The share of the scores that the pattern loses, of v plus of o, in groups of channels drawn at random."""
-    rows, columns = (_some(count, SAMPLED, draw).to(rotations.device) for count in (len(heads.outputs), heads.width))
+    out = heads.outputs.shape[2]
+    rows, columns = (_some(count, SAMPLED, draw).to(rotations.device) for count in (out, heads.width))
     # Where all are looked at, the order of the rows does not matter, and that of the columns only to the mask.
-    outputs = heads.outputs if len(rows) == len(heads.outputs) else heads.outputs[rows]
+    outputs = heads.outputs if len(rows) == out else heads.outputs.index_select(2, rows)
     values, values_cost, of_columns = heads.values, heads.values_cost, columns
     if len(columns) < heads.width:
-        values, values_cost = values[..., columns], values_cost[columns]
+        values, values_cost = values.index_select(2, columns), values_cost[columns]
         of_columns = torch.arange(len(columns), device=rotations.device)
     values, outputs = replace(heads, values=values, outputs=outputs).rotated(rotations)
     of_heads = rotations.repeat_interleave(heads.share, 0)
     outputs_cost = torch.einsum("hed,hdf,hef->he", of_heads, heads.outputs_cost, of_heads).flatten()
     of_channels = _some(len(outputs_cost), len(outputs_cost), draw).to(rotations.device)
-    of_v = _share_lost(values.flatten(0, 1), values_cost, of_columns, pattern)
-    return of_v + _share_lost(outputs.flatten(1), outputs_cost, of_channels, pattern)
+    of_v = _share_lost(values.flatten(0, 1).T.contiguous(), values_cost, of_columns, pattern)
+    return of_v + _share_lost(outputs.flatten(0, 1), outputs_cost, of_channels, pattern)
 
 
 def _share_lost(weights: torch.Tensor, cost: torch.Tensor, order: torch.Tensor, pattern: Pattern) -> torch.Tensor:
@@ -128,17 +132,18 @@ def _share_lost(weights: torch.Tensor, cost: torch.Tensor, order: torch.Tensor, 
     Only the mask needs every score. The sums take those of squares over rows, and then divide by the cost.
 
     Args:
-        weights: [rows, columns].
+        weights: [columns, rows]; columns are drawn, and gathering them is faster if each is contiguous.
         cost: [columns].
         order: int64 [columns], the channels in the order in which they are neighbours.
     """
     order = order[: len(order) // pattern.m * pattern.m]
     squares = weights.square()
     with torch.no_grad():
-        kept = mask((squares / cost)[:, order], pattern)
-        removed = torch.zeros_like(squares).index_copy_(1, order, (~kept).to(squares.dtype))
+        groups = (squares / cost[:, None]).index_select(0, order).unflatten(0, (-1, pattern.m)).unbind(1)
+        removed = torch.stack([~kept for kept in kept_of_groups(groups, pattern.n)], 1).flatten(0, 1)
+        removed = torch.zeros_like(squares).index_copy_(0, order, removed.to(squares.dtype))
         counted = torch.zeros_like(cost).index_fill_(0, order, 1.0)
-    lost, total = ((of.sum(0) / cost * counted).sum() for of in (squares * removed, squares))
+    lost, total = ((of.sum(1) / cost * counted).sum() for of in (squares * removed, squares))
     return lost / total.clamp(min=torch.finfo(torch.float32).tiny)
 
 
