@@ -25,6 +25,8 @@ RECONSTRUCTIONS = {"none": 0, "admm": 0, "short": 48 * 2048, "block": 128 * 2048
 # The least share of them that a sublayer with fewer weights gets in a short training. Measured on SmolLM2, whose
 # attention has a third of the MLP's weights: docs/quality.md.
 LEAST_SHARE = 1 / 3
+# And the least of the learning rate that it gets: its few steps go less far. Measured there, too.
+LEAST_RATE = 1 / 2
 # ADMM's damping of linears that are then trained, times the calibration tokens; and the most it may be. Measured on
 # SmolLM2: docs/quality.md.
 DAMPED_TOKENS = 16384
@@ -204,6 +206,14 @@ class Recipe:
         """How many passes of training there are over so many chunks, with a step for each: as many as the tokens of
         RECONSTRUCTIONS allow, but 2 to 8."""
         return min(8, max(2, self._training_steps(share) // chunks))
+
+    def training_rate(self, share: float = 1.0) -> float:
+        """The learning rate of training, in that of the layer's largest sublayer.
+
+        Args:
+            share: see `_training_steps`.
+        """
+        return max(share, LEAST_RATE) if self.reconstruct == "short" else 1.0
 
     @property
     def matmul_dtype(self) -> torch.dtype:

@@ -16,7 +16,7 @@ from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruned import Pruned, stored_weight
 from ria_vllm.offline.pruning.admm import output_error
-from ria_vllm.offline.pruning.block import Diverged, train_block
+from ria_vllm.offline.pruning.block import LR, Diverged, train_block
 from ria_vllm.offline.pruning.rounding import round_on_mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
@@ -64,6 +64,7 @@ def train_sublayer(
                 _Some(sublayer_pass.inputs_and_calls(), chunks),
                 _Some(targets, chunks),
                 passes=recipe.training_passes(len(chunks), share),
+                lr=LR * recipe.training_rate(share),
                 seed=recipe.seed,
                 dtype=recipe.matmul_dtype,
                 place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",

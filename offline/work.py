@@ -12,7 +12,7 @@ from ria_vllm.json_file import read_json
 from ria_vllm.offline.model.source import Source, stamp_of
 from ria_vllm.offline.pruning.admm import DAMPING
 from ria_vllm.offline.pruning.block import COMPARED
-from ria_vllm.offline.recipe import LEAST_SHARE, Recipe
+from ria_vllm.offline.recipe import LEAST_RATE, LEAST_SHARE, Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.units import layer_key
 from ria_vllm.writer import CheckpointWriter, disk_errors
@@ -40,15 +40,15 @@ def ways_of_this_version(recipe: Recipe) -> dict[str, Any]:
     # They rounded to the nearest integers; then, before they trained, if at all; then, before they went on.
     rounding = {} if recipe.weights == "float" else {"rounding": "descent"}
     rounding |= {"rounded": "apart" if recipe.continues_exactly else "last"} if rounding and recipe.trains else {}
-    # They trained in longer steps, and each expert by itself; sublayers with fewer weights in as many steps as others;
-    # kept what had only got better after the first pass; compared more chunks; rounded what a model keeps in float32;
-    # and began where ADMM alone would end.
+    # They trained in longer steps, and each expert by itself; sublayers with fewer weights in as many steps as others,
+    # or as far in each; kept what had only got better after the first pass; compared more chunks; rounded what a model
+    # keeps in float32; and began where ADMM alone would end.
     training = {"steps": recipe.chunk_tokens, "experts": "together"} if recipe.trains_experts else {}
-    training |= {"least share": LEAST_SHARE} if recipe.reconstruct == "short" else {}
+    training |= {"least share": LEAST_SHARE, "least rate": LEAST_RATE} if recipe.reconstruct == "short" else {}
     training |= {"kept": "if better than at first", "compared": COMPARED} if recipe.trains else {}
     training |= {"damping": recipe.damping} if recipe.damping != DAMPING else {}
-    # They did not store how heads were turned, and added up in another order what 2:4 loses.
-    rotations = {"rotations": "stored", "lost": "by masks"} if recipe.rotates_heads and recipe.served else {}
+    # They did not store how heads were turned, and turned them otherwise.
+    rotations = {"rotations": "stored", "turned": "along rotations"} if recipe.rotates_heads and recipe.served else {}
     return layers | rounding | training | rotations
 
 

@@ -97,8 +97,9 @@ def test_training_starts_nearer_to_the_dense_weights_where_tokens_are_few():
 
 
 def test_a_run_begun_with_another_share_of_steps_is_another_run():
-    assert ways_of_this_version(Recipe())["least share"] == 1 / 3
-    assert "least share" not in ways_of_this_version(Recipe(reconstruct="block"))  # earlier versions had the same
+    ways, of_block = ways_of_this_version(Recipe()), ways_of_this_version(Recipe(reconstruct="block"))
+    assert ways["least share"] == 1 / 3 and ways["least rate"] == 1 / 2
+    assert not {"least share", "least rate"} & set(of_block)  # earlier versions had the same
 
 
 def test_a_run_begun_with_another_damping_is_another_run():
@@ -124,6 +125,12 @@ def test_a_short_training_stays_short(chunks, seq_len):
 def test_a_short_training_has_fewer_steps_for_fewer_weights(chunks, share, tokens):
     read = (recipe := Recipe(reconstruct="short")).training_chunks(chunks, share)
     assert len(read) * recipe.training_passes(len(read), share) * 2048 == tokens
+
+
+def test_a_short_training_goes_less_far_in_fewer_steps():
+    rates = [Recipe(reconstruct="short").training_rate(share) for share in (1.0, 0.75, 0.5, 1 / 3, 0.0)]
+    assert rates == [1.0, 0.75, 0.5, 0.5, 0.5]
+    assert Recipe(reconstruct="block").training_rate(0.1) == 1.0
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9])

@@ -174,33 +174,34 @@ def test_a_weight_whose_loss_did_not_fall_stays_as_it_was(losses, is_trained):
 
 
 @pytest.mark.parametrize(
-    ("family", "reconstruct", "settings", "passes"),
+    ("family", "reconstruct", "settings", "trained"),
     [
-        ("llama", "short", {}, {"self_attn": 4, "mlp": 6}),  # 49,152 and 73,728 weights
-        ("llama", "short", {"intermediate_size": 512}, {"self_attn": 2, "mlp": 6}),
-        ("llama", "short", {"intermediate_size": 64}, {"self_attn": 6, "mlp": 3}),
-        ("qwen3-moe", "short", {}, {"self_attn": 6}),
-        ("llama", "block", {}, {"self_attn": 8, "mlp": 8}),
+        ("llama", "short", {}, {"self_attn": (4, 0.01), "mlp": (6, 0.015)}),  # 49,152 and 73,728 weights
+        ("llama", "short", {"intermediate_size": 512}, {"self_attn": (2, 0.0075), "mlp": (6, 0.015)}),
+        ("llama", "short", {"intermediate_size": 64}, {"self_attn": (6, 0.015), "mlp": (3, 0.0075)}),
+        ("qwen3-moe", "short", {}, {"self_attn": (6, 0.015)}),
+        ("llama", "block", {}, {"self_attn": (8, 0.015), "mlp": (8, 0.015)}),
     ],
 )
 def test_sublayers_with_fewer_weights_have_a_shorter_training(
-    family, reconstruct, settings, passes, make_model, text, tmp_path, monkeypatch
+    family, reconstruct, settings, trained, make_model, text, tmp_path, monkeypatch
 ):
-    """Eight chunks of one sample; 48 chunks are the most that a short training reads."""
+    """Eight chunks of one sample; 48 chunks are the most that a short training reads. `trained`: passes and learning
+    rate."""
     monkeypatch.setattr(Recipe, "chunk_tokens", 32)
     monkeypatch.setitem(RECONSTRUCTIONS, "short", 48 * 32)
     found = []
 
-    def watched(*arguments, passes, place, **options):
+    def watched(*arguments, passes, place, lr, **options):
         inputs = arguments[3]
-        found.append((next(name for name in ("self_attn", "mlp") if name in place), len(inputs), passes))
+        found.append((next(name for name in ("self_attn", "mlp") if name in place), len(inputs), passes, lr))
         return 1.0, 2.0
 
     monkeypatch.setattr(train, "train_block", watched)
     monkeypatch.setattr(train_experts, "train_block", watched)
     source = make_model(tmp_path / "dense", family, **settings)
     compressed(source, tmp_path / "out", text, reconstruct=reconstruct, samples=8)
-    assert found == [(name, 8, count) for name, count in passes.items()] * 2
+    assert found == [(name, 8, passes, pytest.approx(lr)) for name, (passes, lr) in trained.items()] * 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
