@@ -95,7 +95,7 @@ def learned(heads: Heads, pattern: Pattern, seed: int) -> torch.Tensor | None:
             rotations = found.float().requires_grad_()
             gradient = torch.autograd.grad(_lost(heads, rotations, pattern, draw), rotations)[0].double()
         turn = gradient @ found.mT
-        turn -= turn.mT.clone()  # skew-symmetric: what keeps a rotation a rotation
+        turn = turn - turn.mT  # skew-symmetric: what keeps a rotation a rotation
         speed = MOMENTUM * speed + turn
         ahead = MOMENTUM * speed + turn
         size = torch.linalg.matrix_norm(ahead, keepdim=True) / math.sqrt(d)
@@ -140,8 +140,8 @@ def _share_lost(weights: torch.Tensor, cost: torch.Tensor, order: torch.Tensor, 
     squares = weights.square()
     with torch.no_grad():
         groups = (squares / cost[:, None]).index_select(0, order).unflatten(0, (-1, pattern.m)).unbind(1)
-        removed = torch.stack([~kept for kept in kept_of_groups(groups, pattern.n)], 1).flatten(0, 1)
-        removed = torch.zeros_like(squares).index_copy_(0, order, removed.to(squares.dtype))
+        kept = torch.stack(kept_of_groups(groups, pattern.n), 1).flatten(0, 1)
+        removed = torch.zeros_like(squares).index_copy_(0, order, (~kept).to(squares.dtype))
         counted = torch.zeros_like(cost).index_fill_(0, order, 1.0)
     lost, total = ((of.sum(1) / cost * counted).sum() for of in (squares * removed, squares))
     return lost / total.clamp(min=torch.finfo(torch.float32).tiny)

@@ -39,19 +39,19 @@ def heads_in_other_channels(rotations: torch.Tensor) -> rotation.Heads:
 def lost(heads: rotation.Heads, rotations: torch.Tensor, draws: int = 20, pattern: Pattern = PATTERN) -> float:
     """What the pattern loses in v and o, as shares of whole groups. A removed entry costs w^2 over its diagonal entry
     of the inverse."""
+    v = {
+        (kv * D + r, c): float((rotations[kv, r] @ heads.values[kv, :, c].double()) ** 2 / heads.values_cost[c])
+        for kv in range(KV) for r in range(D) for c in range(IN)
+    }  # fmt: skip
+    o = {}
+    for head, e in itertools.product(range(KV * SHARE), range(D)):
+        row = rotations[head // SHARE, e]
+        cost = float(row @ heads.outputs_cost[head].double() @ row)
+        for r in range(OUT):
+            o[r, head * D + e] = float((row @ heads.outputs[head, :, r].double()) ** 2) / cost
     total, generator = 0.0, torch.Generator().manual_seed(5)
     for _ in range(draws):
         v_order, o_order = (torch.randperm(n, generator=generator).tolist() for n in (IN, KV * SHARE * D))
-        v = {
-            (kv * D + r, c): float((rotations[kv, r] @ heads.values[kv, :, c].double()) ** 2 / heads.values_cost[c])
-            for kv in range(KV) for r in range(D) for c in range(IN)
-        }  # fmt: skip
-        o = {}
-        for head, e in itertools.product(range(KV * SHARE), range(D)):
-            row = rotations[head // SHARE, e]
-            cost = float(row @ heads.outputs_cost[head].double() @ row)
-            for r in range(OUT):
-                o[r, head * D + e] = float((row @ heads.outputs[head, :, r].double()) ** 2) / cost
         for scores, order, rows in ((v, v_order, KV * D), (o, o_order, OUT)):
             gone = whole = 0.0
             for r, first in itertools.product(range(rows), range(0, len(order) - pattern.m + 1, pattern.m)):
@@ -70,8 +70,9 @@ def test_what_is_learned_is_orthogonal_and_loses_less():
     assert after < 0.85 * before, (before, after)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "3:5"])  # in groups of five, channels are left over
-def test_the_loss_is_that_of_every_entry(pattern):
+# In groups of five, channels are left over, other ones in each draw.
+@pytest.mark.parametrize(("pattern", "draws"), [("2:4", 60), ("4:8", 60), ("3:5", 600)])
+def test_the_loss_is_that_of_every_entry(pattern, draws):
     pattern = Pattern.parse(pattern)
     heads = rotation.Heads(
         draw(KV, D, IN), inverse_of(IN, 3).diagonal(), draw(KV * SHARE, D, OUT, seed=4),
@@ -79,8 +80,8 @@ def test_the_loss_is_that_of_every_entry(pattern):
     )  # fmt: skip
     rotations = orthogonal(KV, 8)
     generator = torch.Generator().manual_seed(6)
-    mean = sum(float(rotation._lost(heads, rotations.float(), pattern, generator)) for _ in range(60)) / 60
-    assert mean == pytest.approx(lost(heads, rotations, 60, pattern), rel=0.02)
+    mean = sum(float(rotation._lost(heads, rotations.float(), pattern, generator)) for _ in range(draws)) / draws
+    assert mean == pytest.approx(lost(heads, rotations, draws, pattern), rel=0.01)
 
 
 def test_a_part_of_large_linears_is_looked_at(monkeypatch):
