@@ -14,12 +14,16 @@ from torch.profiler import ProfilerActivity, profile
 def traced(work: Callable[[], Any]) -> tuple[int, int]:
     """(the most bytes that `work` has at a time, besides what was there before; what its result still has of them).
 
-    With one thread: kernels on CPUs have buffers for each.
+    With one thread, because kernels on CPUs have buffers for each; without oneDNN, which takes scratch space as the
+    processor has it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
+        with (
+            torch.backends.mkldnn.flags(enabled=False),
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler,
+        ):
             kept = work()
     finally:
         torch.set_num_threads(threads)

@@ -36,9 +36,10 @@ def stop_at(patch: pytest.MonkeyPatch, last: int) -> None:
     patch.setattr(Training, "_step", stopping)
 
 
-def command(dense: Path, folder: Path, out: Path, text: Path, *options: str) -> list[str]:
-    fixed = ["--tokens", "2048", "--seq-len", "64", "--calibration", str(text), "--eval-text", str(text)]
-    fixed += ["--eval-tokens", "256", "--evals", "4", "--save-every", "0", "--lr", "1e-4"]
+def command(dense: Path, folder: Path, out: Path, text: Path, *options: str, held_out: bool = True) -> list[str]:
+    fixed = ["--tokens", "2048", "--seq-len", "64", "--calibration", str(text), "--save-every", "0", "--lr", "1e-4"]
+    if held_out:
+        fixed += ["--eval-text", str(text), "--eval-tokens", "256", "--evals", "4"]
     return ["distill", str(folder), "--teacher", str(dense), "-o", str(out), *fixed, *options]
 
 

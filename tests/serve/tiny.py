@@ -7,6 +7,7 @@ own order.
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -80,12 +81,18 @@ OPT = Family(
     output="self_attn.out_proj", inner=(("fc1", None),), down="fc2",
     settings=(("ffn_dim", INNER), ("word_embed_proj_dim", HIDDEN), ("dropout", 0.0), ("activation_function", "relu")),
 )  # fmt: skip
-# Each head's 48 keys, and behind them its values.
-LATENT = {
-    "shared": (("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), ("mlp.gate_proj", "mlp.up_proj")),
-    "value": ("self_attn.kv_b_proj", (48, 48 + HEAD_DIM)), "value_blocks": HEADS,
-}  # fmt: skip
-LATENT_WIDTHS = (("q_lora_rank", 64), ("qk_nope_head_dim", 48), ("v_head_dim", HEAD_DIM), ("head_dim", None))
+
+
+def latent(model_type: str, keys: int, *settings: tuple[str, Any]) -> Family:
+    """With latent attention: in kv_b_proj are each head's keys, so many, and behind them its values."""
+    widths = (("q_lora_rank", 64), ("qk_nope_head_dim", keys), ("v_head_dim", HEAD_DIM), ("head_dim", None))
+    return Family(
+        model_type, value=("self_attn.kv_b_proj", (keys, keys + HEAD_DIM)), value_blocks=HEADS,
+        shared=(("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), ("mlp.gate_proj", "mlp.up_proj")),
+        settings=(*widths, *settings),
+    )  # fmt: skip
+
+
 GEMMA = (("query_pre_attn_scalar", HEAD_DIM), ("sliding_window", 64))
 FAMILIES = {
     "llama-mha": Family("llama"),
@@ -105,15 +112,11 @@ FAMILIES = {
         output="attention.dense", inner=(("mlp.dense_h_to_4h", None),), down="mlp.dense_4h_to_h",
         settings=(("rotary_pct", 1.0),),
     ),
-    "minicpm3": Family(
-        "minicpm3", **LATENT, settings=(*LATENT_WIDTHS, ("kv_lora_rank", 64), ("qk_rope_head_dim", 16)),
-    ),
-    # vLLM's CPU attention takes a latent of 512 + 64 channels only. All layers are without experts.
-    "deepseek-v3": Family(
-        "deepseek_v3", **LATENT,
-        settings=(
-            *LATENT_WIDTHS, ("kv_lora_rank", 512), ("qk_rope_head_dim", 64), ("first_k_dense_replace", 2),
-        ),
+    "minicpm3": latent("minicpm3", 48, ("kv_lora_rank", 64), ("qk_rope_head_dim", 16)),
+    # vLLM's attention on CPUs takes a latent of 512 + 64 channels only, and with AMX multiples of 32 keys for a head.
+    # All layers are without experts.
+    "deepseek-v3": latent(
+        "deepseek_v3", 64, ("kv_lora_rank", 512), ("qk_rope_head_dim", 64), ("first_k_dense_replace", 2)
     ),
 }  # fmt: skip
 

@@ -26,6 +26,7 @@ def as_on_gpus() -> Iterator[None]:
     """Lets vLLM build experts without a gate, sparse attention as if it were dense, and Kimi without its kernels."""
     from vllm.model_executor.layers.fused_moe import config as moe_config
     from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     class Platform:
         def __getattr__(self, name: str) -> Any:
@@ -38,6 +39,8 @@ def as_on_gpus() -> Iterator[None]:
 
     def get_attn_backend_cls(selected_backend: Any, attn_selector_config: Any, num_heads: int | None) -> str:
         dense = attn_selector_config._replace(use_sparse=False)
+        if dense.use_mla:  # the attention for AMX takes no arguments of sparse attention
+            selected_backend = AttentionBackendEnum.CPU_MLA
         return choose(selected_backend, attn_selector_config=dense, num_heads=num_heads)
 
     with (

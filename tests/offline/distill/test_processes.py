@@ -59,10 +59,13 @@ def ask_in_parts(*arguments: object) -> None:
     ids=str,
 )
 def test_two_processes_give_what_one_gives(options, pruned, text, tmp_path):
-    dense, folder = pruned(weights="int8") if "norms,scales" in options else pruned()
+    # Step 0 must not be the best of those that are measured. So nothing is reconstructed: there is much to recover. But
+    # what a random model writes teaches nothing about words, so there the last step is kept.
+    dense, folder = pruned(reconstruct="none", weights="int8" if "norms,scales" in options else "float")
     for name, ranks in (("one", 1), ("two", 2)):
         # One process has two micro-batches, whose gradients it adds up; of two, each has one by default.
-        arguments = command(dense, folder, tmp_path / name, text, *options, *(["--micro-batch", "1"] * (ranks == 1)))
+        parts = ["--micro-batch", "1"] if ranks == 1 else []
+        arguments = command(dense, folder, tmp_path / name, text, *options, *parts, held_out="self" not in options)
         command_line = ask_in_parts if "--shard" in options and ranks == 2 else preloaded.ria_vllm
         preloaded.run(tmp_path / "log", command_line, *arguments, ranks=ranks)
     stories = [Reader(tmp_path / name).schema.recipe["distill"][0] for name in ("one", "two")]
