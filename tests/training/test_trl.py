@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 import torch
 from click.testing import CliRunner
@@ -23,6 +24,7 @@ from ria_vllm.training import keep_sparse, save
 
 trl = pytest.importorskip("trl", reason="trl is not installed (pip install '.[train]')")
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install '.[train]')")
+sft = pytest.importorskip("sft")  # imports trl
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 CHATS = Path(__file__).with_name("chats.jsonl")
@@ -97,6 +99,20 @@ def test_the_token_that_ends_answers(folder, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "new").eos_token == token
     assert AutoConfig.from_pretrained(tmp_path / "new").eos_token_id == 77
     assert 77 in GenerationConfig.from_pretrained(tmp_path / "new").eos_token_id
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(folder, tmp_path):
+    """As torchrun starts them, each with half of the conversations of a step."""
+    for ranks in (1, 2):
+        preloaded.run(tmp_path / "log", sft.main, folder, CHATS, tmp_path / str(ranks), ranks, ranks=ranks)
+    (one, two), before = (load(tmp_path / name / "new") for name in "12"), load(folder)
+    assert list(outside(two, masks(folder))) == []
+    for name, tensor in two.state_dict().items():
+        moved = one.state_dict()[name] - before.state_dict()[name]
+        assert moved.any(), name
+        # Sums are rounded in another order, and Adam divides by small ones.
+        assert (tensor - one.state_dict()[name]).norm() < 0.02 * moved.norm(), name
 
 
 def unpacked(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
