@@ -234,7 +234,7 @@ class _Run:
         finished = self.ranks.broadcast(next(unfinished, total))
         if finished:
             self.monitor.say(f"resuming: {finished} of {total} layers are finished")
-        if finished < total:
+        if finished <= plan.last:
             for index in self.monitor.steps(range(finished), "resuming", finished):
                 stored, _ = self.writer.read(layer_key(index))
                 names = {self.model.written_linear(index, name): name for name in sorted(plan.pruned[index])}
@@ -260,11 +260,11 @@ class _Run:
     def _prune_layers(self, layers: LayerPass, plan: Plan, finished: int, store: ExpertStore) -> None:
         total = len(self.model.layers)
         for index in self.monitor.layers(range(finished, total), total):
-            pruned, changed = layers.prune(index, plan, last=index == total - 1)
+            pruned, changed = layers.prune(index, plan)
             records = {name: linear.record for name, linear in pruned.items()}
             if self.ranks.first:
                 with self.monitor.phase("writing"):
-                    if self.recipe.continues_exactly and index < total - 1:
+                    if self.recipe.continues_exactly and index < plan.last:
                         self.writer.write(exact_key(index), exact_tensors(pruned, self.recipe))
                     tensors = layer_tensors(self.model, index, pruned, self.recipe, plan.experts[index], changed)
                     self.writer.write(layer_key(index), tensors, records)

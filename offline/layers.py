@@ -69,8 +69,8 @@ class LayerPass:
         self.embedded = embed(model, tokens, recipe.chunk_tokens, cache, follow_dense, ranks, monitor, topologies)
         self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
 
-    def prune(self, index: int, plan: Plan, last: bool) -> tuple[dict[str, Pruned], dict[str, torch.Tensor]]:
-        """Prune layer `index` and, unless it is the last one, take the activations through it.
+    def prune(self, index: int, plan: Plan) -> tuple[dict[str, Pruned], dict[str, torch.Tensor]]:
+        """Prune layer `index` and, if a later one is pruned, too, take the activations through it.
 
         Returns:
             (written name -> pruned linear, without the experts: these are in the store; written name of another tensor
@@ -78,6 +78,8 @@ class LayerPass:
         """
         pruned: dict[str, Pruned] = {}
         changed: dict[str, torch.Tensor] = {}
+        if index > plan.last:
+            return pruned, changed
         sublayer_passes = self._load(index)
         recipe, topology = self.recipe, self.topologies.of(index)
         strength, turns = recipe.migration_strength, recipe.rotates_heads
@@ -86,7 +88,7 @@ class LayerPass:
         with self._stored_removed():
             for sublayer_pass in sublayer_passes:
                 pruned |= self._prune_sublayer(index, sublayer_pass, plan, smoother, rotator)
-                if not last or sublayer_pass is not sublayer_passes[-1]:
+                if index < plan.last or sublayer_pass is not sublayer_passes[-1]:
                     sublayer_pass.advance(self.streams.pruned)
         self._free(index)
         prefix, direct = self.model.layer_prefix(index), self.model.names.direct

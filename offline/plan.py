@@ -37,6 +37,11 @@ class Plan:
     experts: Mapping[int, frozenset[str]]
     blocks: Mapping[int, Mapping[str, int]]
 
+    @property
+    def last(self) -> int:
+        """The last layer of which anything is pruned."""
+        return max(index for index in self.pruned if self.pruned[index] or self.experts[index])
+
     def groups(self, index: int, stage: Iterable[Group]) -> list[Group]:
         """The groups of a stage without the linears that stay dense."""
         blocks = self.blocks[index]

@@ -5,9 +5,10 @@ from inspect import signature
 
 import pytest
 import torch
-from compressing import edited, run_small
+from compressing import digests, edited, interrupted_after_a_layer, run_small
 from transformers import AutoModelForCausalLM
 
+from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import compress as compressing
 from ria_vllm.offline import solve, train
@@ -37,6 +38,27 @@ def test_measuring_rounds_in_one_pass_and_pruning_in_all(family, tiny, text, tmp
     measured = passes.count(1)
     assert passes == [1] * measured + [PASSES] * (len(passes) - measured)
     assert 0 < len(passes) - measured < measured  # the most sensitive stay dense
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_layers_behind_the_last_pruned_one_are_written_but_not_run(weights, tiny, text, tmp_path, monkeypatch):
+    ran, load = [], LayerPass._load
+    monkeypatch.setattr(LayerPass, "_load", lambda self, index: ran.append(index) or load(self, index))
+    options = {"weights": weights}
+    run_small(tiny("llama"), tmp_path / "all", text, **options)
+    assert ran == [0, 1]
+    run_small(tiny("llama"), tmp_path / "first", text, ignore=(r"layers\.1\.",), **options)
+    with interrupted_after_a_layer():
+        run_small(tiny("llama"), tmp_path / "again", text, ignore=(r"layers\.1\.",), **options)
+    run_small(tiny("llama"), tmp_path / "again", text, Settings(resume=True), ignore=(r"layers\.1\.",), **options)
+    assert ran == [0, 1, 0, 0]
+    assert digests(tmp_path / "again") == digests(tmp_path / "first")
+    whole, first = Reader(tmp_path / "all"), Reader(tmp_path / "first")
+    dense = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype="auto").state_dict()
+    of_layer = {number: {name for name in first.files if f"layers.{number}." in name} for number in (0, 1)}
+    assert of_layer[0] == {name for name in whole.files if "layers.0." in name} and len(of_layer[1]) == 9
+    assert all(torch.equal(first.tensor(name), whole.tensor(name)) for name in of_layer[0])
+    assert all(torch.equal(first.tensor(name), dense[name]) for name in of_layer[1])
 
 
 @pytest.mark.parametrize("without", ["self_attn.q_proj", "mlp.down_proj"])
