@@ -79,6 +79,7 @@ class LayerPass:
         pruned: dict[str, Pruned] = {}
         changed: dict[str, torch.Tensor] = {}
         if index > plan.last:
+            self.model.check_layer(index)
             return pruned, changed
         sublayer_passes = self._load(index)
         recipe, topology = self.recipe, self.topologies.of(index)

@@ -27,7 +27,9 @@ from ria_vllm.offline.smoothing import set_parameter
 def train_sublayer(
     sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], recipe: Recipe, share: float = 1.0
 ) -> dict[str, Pruned]:
-    """Train the pruned linears of a sublayer towards the dense stream after it; all ranks do the same.
+    """Train the pruned linears of a sublayer towards the dense stream after it.
+
+    All ranks do the same, and take what the first one finds: on GPUs, and on other CPUs, sums are rounded otherwise.
 
     Args:
         sublayer_pass: with the pruned weights in place, the pruned stream before it and the dense stream after it.
@@ -40,14 +42,14 @@ def train_sublayer(
     Raises:
         Diverged: of a recipe that asks for `block`. A short training that diverges leaves the linears as they were.
     """
-    runner, streams = sublayer_pass.runner, sublayer_pass.streams
+    runner, streams, ranks = sublayer_pass.runner, sublayer_pass.streams, sublayer_pass.ranks
     # Models keep some parameters in float32, whatever the others are in: routers, for example.
     dtypes = {parameter: parameter.dtype for parameter in runner.layer.parameters()}
     # Linears are multiplied in the dtype that they are trained in; everything else computes in float32.
     others = [module for module in runner.layer.modules() if not isinstance(module, nn.Linear)]
     for parameter in (p for module in others for p in module.parameters(recurse=False)):
         parameter.data = parameter.data.float()
-    targets = AllChunks(streams.dense, streams.total, sublayer_pass.ranks, runner.device)
+    targets = AllChunks(streams.dense, streams.total, ranks, runner.device)
     chunks = recipe.training_chunks(streams.total, share)
     trim()
     weights = {name: runner.linear(name).weight for name in pruned}
@@ -76,7 +78,8 @@ def train_sublayer(
     trained = {}
     for name, linear in pruned.items():
         module = runner.linear(name)
-        trained[name] = after_training(linear, module.weight.data, losses, recipe)
+        found = after_training(linear, module.weight.data, losses, recipe) if ranks.first else None
+        trained[name] = ranks.broadcast(found)
         if not trained[name].record["trained"]:
             # The layer may have had the same tensor, which training then changed.
             trained[name].weight[linear.mask] = before[name]

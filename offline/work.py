@@ -48,7 +48,8 @@ def ways_of_this_version(recipe: Recipe) -> dict[str, Any]:
     training |= {"kept": "if better than at first", "compared": COMPARED} if recipe.trains else {}
     training |= {"damping": recipe.damping} if recipe.damping != DAMPING else {}
     # They did not store how heads were turned, and turned them otherwise.
-    rotations = {"rotations": "stored", "turned": "along rotations"} if recipe.rotates_heads and recipe.served else {}
+    rotations = {"rotations": "stored"} if recipe.rotates_heads and recipe.served else {}
+    rotations |= {"turned": "along rotations"} if recipe.rotates_heads else {}
     return layers | rounding | training | rotations
 
 

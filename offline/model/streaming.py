@@ -190,6 +190,18 @@ class StreamedModel:
         for path in self.experts[index]:
             set_weights(self.layers[index].get_submodule(path), self.from_files(index, path))
 
+    def check_layer(self, index: int) -> None:
+        """Refuse what is wrong with a layer that is copied without being run.
+
+        Raises:
+            RiaError: as `load_layer`, and as the experts that it runs.
+        """
+        self.load_layer(index)
+        self.free_layer(index)
+        for path, files in self.experts[index].items():
+            for expert in range(files.layout.num_experts):
+                self._expert_weights.read(index, path, expert)
+
     def free_layer(self, index: int) -> None:
         """Move a layer back to the meta device."""
         for module in self.layers[index].modules():

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
+from ria_vllm.offline import train
 from ria_vllm.offline.compress import Settings, _Run, compress
 from ria_vllm.offline.model import streaming
 from ria_vllm.offline.recipe import Recipe
@@ -280,6 +281,31 @@ def test_two_processes_write_what_one_writes(family, options, make_model, text, 
     for name, ranks in (("one", 1), ("two", 2)):
         arguments = command(model, tmp_path / name, text, *options)
         preloaded.run(tmp_path / f"{name}.log", preloaded.ria_vllm, *arguments, ranks=ranks)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def trained_otherwise(*arguments: object) -> None:
+    """The command; on the second rank, training ends elsewhere, and has not paid."""
+    train_block = train.train_block
+
+    def changed(forward, params, *more, **options):
+        before, after = train_block(forward, params, *more, **options)
+        for parameter in params.values():
+            parameter.data *= 1.01
+        return after, before
+
+    if os.environ.get("RANK") == "1":
+        train.train_block = changed
+    preloaded.ria_vllm(*arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--weights", "int8")], ids=str)
+def test_all_processes_go_on_from_what_the_first_one_has_trained(options, make_model, text, tmp_path):
+    model = make_model(tmp_path / "in", "llama")
+    arguments = ("--samples", "40", *options)
+    preloaded.run(tmp_path / "log", preloaded.ria_vllm, *command(model, tmp_path / "one", text, *arguments))
+    preloaded.run(tmp_path / "log", trained_otherwise, *command(model, tmp_path / "two", text, *arguments), ranks=2)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -100,6 +101,14 @@ def test_a_run_begun_with_another_share_of_steps_is_another_run():
     ways, of_block = ways_of_this_version(Recipe()), ways_of_this_version(Recipe(reconstruct="block"))
     assert ways["least share"] == 1 / 3 and ways["least rate"] == 1 / 2
     assert not {"least share", "least rate"} & set(of_block)  # earlier versions had the same
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+def test_a_run_begun_when_heads_were_turned_otherwise_is_another_run(pattern):
+    recipe = Recipe(pattern=Pattern.parse(pattern), permute="none", rotate="heads", reconstruct="admm")
+    ways = ways_of_this_version(recipe)
+    assert ways["turned"] == "along rotations" and ("rotations" in ways) == (pattern == "2:4")
+    assert "turned" not in ways_of_this_version(replace(recipe, rotate="none"))
 
 
 def test_a_run_begun_with_another_damping_is_another_run():

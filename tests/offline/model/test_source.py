@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compressing import edit_config, edit_weights, run_small
+from compressing import edit_config, edit_weights, edited, run_small
 from huggingface_hub.utils import filter_repo_objects
 
 from ria_vllm.checkpoint import Reader
@@ -59,6 +59,17 @@ def test_bad_models_are_named_and_leave_nothing_unfinished_behind(message, model
         run_small(model, tmp_path / "out", text)
     finished = list(tmp_path.glob("out.partial/units/layer-*"))  # these are kept
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"] + ["out.partial"] * bool(finished)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "part"),
+    [("llama", "self_attn.q_proj", "self_attn.q_proj"), ("qwen3-moe", "mlp.experts.3.down_proj", "mlp.experts.3")],
+)
+def test_weights_that_are_copied_without_being_run_are_checked(family, name, part, tiny, text, tmp_path):
+    written = f"model.layers.1.{name}.weight"
+    model = edited(tiny(family), tmp_path / "in", lambda tensors: put(tensors, written, float("nan")))
+    with pytest.raises(RiaError, match=f"layers.1.*{part}.*: NaN or infinite values in the weights"):
+        run_small(model, tmp_path / "out", text, ignore=(r"layers\.1\.",))
 
 
 COMMANDS = {"compress": ["-o", "out", "--calibration", "text.txt"], "eval": ["--text", "text.txt"]}
