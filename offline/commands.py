@@ -169,6 +169,8 @@ def compress(
             from ria_vllm.offline.distill.recipe import Distillation
             from ria_vllm.offline.distill.run import Settings as Run
 
+            if distill < (step := Distillation.batch * min(seq_len, 512)):
+                raise RiaError(f"--distill {distill}: a single step takes {step} tokens. Give more.")
             report = compress_and_distill(
                 lambda pruned: run(model, pruned, recipe, replace(settings, overwrite=True), monitor),
                 model, out, recipe,

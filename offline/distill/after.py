@@ -61,9 +61,9 @@ def compress_and_distill(
     check_texts(out, distillation)
     warn_of_trained_texts(distillation, monitor)
     check_free(out, settings.overwrite)
+    check_place(out, Path(model))
     place = out.with_name(out.name + ".pruned")
-    for written in (out, place):
-        check_place(written, Path(model))
+    check_place(place, Path(model))
     _check_ours(place)
     pruned = place / MODEL_FOLDER
     # What was pruned before has passed the checks of the text, and training may have drawn from it already.
@@ -113,7 +113,7 @@ def _checked_run(
         if draw:
             fitted = fitting(distillation, (str(source.folder),), monitor)
             calibrated = recipe.within(longest).dump(model)
-            drawn = training_text(fitted, text_tokenizer(source.folder), calibrated, monitor)
+            drawn = training_text(fitted, text_tokenizer(source.folder), calibrated, monitor, "--distill")
         run = fingerprint(recipe, source) | {"state of the model": stamps_of(source.folder)}
         return json.loads(json.dumps(run)), drawn
 

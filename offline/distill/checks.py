@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ria_vllm.checkpoint import is_compressed
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
 from ria_vllm.offline.distill.foreign import ForeignStart
@@ -34,12 +33,12 @@ def check_models(start: Start | ForeignStart, origin: Origin, recipe: Distillati
             meant; other tokens, another number of them, other hidden states if the loss compares them, or a linear that
             cannot be trained.
     """
-    if is_compressed(origin.folder) and digests.of_weights(origin.folder) == digests.of_weights(start.folder):
+    meant_weights(origin.folder, origin.name)
+    if digests.of_weights(origin.folder) == digests.of_weights(start.folder):
         raise RiaError(
             f"{origin.name}: has the weights of {start.folder}, so there is nothing to learn from it. Give the dense "
             "model that it was pruned from as --teacher."
         )
-    meant_weights(origin.folder, origin.name)
     teacher, mine, dense = origin.name, outline(str(start.folder)), outline(str(origin.folder))
     places = places_of(mine, start, Names(mine, start.dense_names(), start.folder))
     experts = next((place.names[0] for place in places.values() if place.stacked), None)

@@ -34,8 +34,8 @@ class ForeignStart:
     zero in each group of four. All others are written as dense ones with the same values.
 
     Raises:
-        RiaError: no linear is 2:4, weights are quantized, stacked experts are 2:4, or of linears that vLLM fuses some
-            are and some are not.
+        RiaError: no linear is 2:4, weights are quantized, stacked experts are 2:4, of linears that vLLM fuses some are
+            and some are not, or tensors have names from before the model got its head.
     """
 
     def __init__(self, folder: Path):
@@ -120,6 +120,11 @@ class ForeignStart:
             if len(self._linear_shape(linear)) != 2:
                 continue
             in_layer = written not in names.unknown and names.inside.get(written or "", "").startswith(f"{layers}.")
+            if in_layer and written != name:
+                raise RiaError(
+                    f"{self.folder}: {name} is {written} in a {type(model).__name__}. Load the folder with "
+                    "AutoModelForCausalLM.from_pretrained and save it with save_pretrained, which writes such names."
+                )
             (inside if in_layer else outside).append(linear)
         return inside, outside
 

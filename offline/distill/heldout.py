@@ -64,7 +64,10 @@ class HeldOut:
             count, length = windows.shape
             mean, kl = float(total[2]) / (count * (length - 1)), float(total[0]) / (count * length)
             if not math.isfinite(mean) or not math.isfinite(kl):
-                raise RiaError(f"{name}: the student's predictions are not finite. Give a smaller --lr.")
+                raise RiaError(
+                    f"{name}: the student's predictions are not finite. Give a smaller --lr or, before the first step, "
+                    "--compute-dtype float32."
+                )
             top = pairs[0][1].top
             found[name] = Score(math.exp(min(mean, 700.0)), kl, 0 if top is None else top.tokens.shape[-1])
         return found

@@ -9,6 +9,7 @@ from torch import nn
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.architecture import find_base, find_decoder, output_head
+from ria_vllm.weight_format import name_of
 
 
 class TwoPart:
@@ -27,7 +28,7 @@ class TwoPart:
         layers: the decoder layers.
 
     Raises:
-        RiaError: no logits, no decoder layers, or logits that come from more than the last hidden states.
+        RiaError: no logits, no decoder layers, or logits that are NaN or come from more than the last hidden states.
     """
 
     def __init__(self, model: Any, name: str):
@@ -63,6 +64,11 @@ class TwoPart:
         tokens = torch.arange(2, 10, device=self.model.device)[None]
         whole = self.model(input_ids=tokens, use_cache=False).logits[0].float()
         self.base, self._output = base, type(base(input_ids=tokens, use_cache=False))
+        if bool(whole.isnan().any()):
+            raise RiaError(
+                f"{self.name}: computes NaN in {name_of(self.model.dtype)}. Check that the model works, or give "
+                "--compute-dtype float32."
+            )
         apart = self.logits(self.hidden(tokens)[0]).float()
         return whole.shape == apart.shape and torch.allclose(whole, apart, rtol=1e-3, atol=1e-3)
 

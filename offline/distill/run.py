@@ -34,6 +34,7 @@ from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.hf import load_model, load_tokenizer, stored_dtype, text_tokenizer
 from ria_vllm.offline.model.source import stamp_of
+from ria_vllm.offline.model.source_tensors import SourceTensors
 from ria_vllm.offline.publish import published
 from ria_vllm.offline.runtime.memory import release
 from ria_vllm.offline.runtime.ranks import Ranks
@@ -112,8 +113,10 @@ def _compute_dtype(
     start: Start | ForeignStart, teacher: Path, asked: str, device: torch.device, monitor: Monitor
 ) -> str:
     """The dtype to compute in: by default one that rounds no weight of a teacher in float32."""
-    stored = start.linear(start.linears[0]).dtype
-    if asked == "auto" and stored_dtype(teacher) == torch.float32:
+    stored, of_teacher = start.linear(start.linears[0]).dtype, stored_dtype(teacher)
+    if of_teacher is None and not is_compressed(teacher):  # config.json does not say
+        of_teacher = SourceTensors(teacher, None).dtype
+    if asked == "auto" and of_teacher == torch.float32:
         asked = "float32"
     chosen = choose_dtype(stored, device, asked, training=True)
     if chosen != stored:

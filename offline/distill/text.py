@@ -39,12 +39,12 @@ class TrainingText:
 
 
 def training_text(
-    recipe: Distillation, tokenizer: Any, calibrated: Mapping[str, Any], monitor: Monitor
+    recipe: Distillation, tokenizer: Any, calibrated: Mapping[str, Any], monitor: Monitor, option: str = "--tokens"
 ) -> TrainingText:
     """`training_windows`, and the digest of the file while it is still what was read."""
     with monitor.phase("reading the text"):
         text = data.opened(recipe.text, monitor)
-        windows = training_windows(recipe, tokenizer, calibrated, text)
+        windows = training_windows(recipe, tokenizer, calibrated, text, option)
     with monitor.phase("digests of files"):
         return TrainingText(windows, digests.of_text(text, "text"))
 
@@ -54,6 +54,7 @@ def training_windows(
     tokenizer: Any,
     calibrated: Mapping[str, Any] = MappingProxyType({}),
     text: str | HubText | None = None,
+    option: str = "--tokens",
 ) -> torch.Tensor:
     """Windows of the text, packed without padding, drawn and ordered by the seed.
 
@@ -62,6 +63,7 @@ def training_windows(
     Args:
         calibrated: the recipe by which the model was pruned.
         text: the recipe's, opened; None: it is a file.
+        option: which one says how many tokens, for errors.
 
     Returns:
         int32 [windows, seq_len].
@@ -69,7 +71,7 @@ def training_windows(
     Raises:
         RiaError: no such text, or too little of it.
     """
-    asked = f"--tokens asks for {recipe.windows}"
+    asked = f"{option} asks for {recipe.windows}"
     earlier = _calibration(calibrated) if Path(recipe.text).name == calibrated.get("calibration") else None
     return data.from_text(
         text or recipe.text, tokenizer, recipe.windows, recipe.seq_len, recipe.seed, asked, MOST_BEYOND, earlier

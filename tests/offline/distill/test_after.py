@@ -138,8 +138,10 @@ def test_the_best_step_on_held_out_text_is_kept(tiny, text, tmp_path, monkeypatc
         (("--distill", "512", "--eval-text", "{model}/short.txt"), "short.txt: 2 tokens are too few to measure on"),
         (("--distill", "512", *2 * ("--eval-text", "{model}/short.txt")), "two files are called short.txt"),
         (("--eval-text", "{model}/short.txt"), "give both"),
-        (("--distill", "10000000"), "--tokens asks for 312500"),
+        (("--distill", "10000000"), "--distill asks for 312500. .* smaller --distill or --seq-len"),
+        (("--distill", "63"), "--distill 63: a single step takes 64 tokens"),
         (("--distill", "512", "-o", "{model}"), "this is the folder being read"),
+        (("--distill", "512", "-o", ".", "--calibration", "self"), "'.' cannot be replaced by a new folder"),
     ],
 )
 def test_what_training_would_refuse_is_refused_before_pruning(options, why, tiny, text, tmp_path, monkeypatch):

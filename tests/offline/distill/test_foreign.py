@@ -160,6 +160,22 @@ def test_pruned_linears_of_a_vision_tower_stay_as_they_are(form, tiny_wrapper, t
     assert sorted(one.ignore) == sorted(other.ignore) and one.global_sparsity == other.global_sparsity
 
 
+def test_it_is_not_its_own_teacher(pruned, text, tmp_path):
+    folder = with_zeros(pruned(permute="none")[1], tmp_path / "zeros")
+    with pytest.raises(RiaError, match=f"{folder}: has the weights of {folder}, so there is nothing to learn from it"):
+        run(folder, folder, tmp_path / "out", text)
+
+
+def test_names_without_the_base_models_prefix_are_refused_with_the_way_out(pruned, text, tmp_path):
+    dense, folder = pruned()[0], with_zeros(pruned()[1], tmp_path / "zeros")
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        RiaError, match=r": layers.0.\S+ is model.layers.0.\S+ in a LlamaForCausalLM. .*save_pretrained"
+    ):
+        run(dense, folder, tmp_path / "out", text)
+
+
 def test_a_dense_folder_is_refused(tiny, text, tmp_path):
     with pytest.raises(RiaError, match="no linear of a decoder layer is 2:4"):
         run(tiny("llama"), tiny("llama"), tmp_path / "out", text)

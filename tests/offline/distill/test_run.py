@@ -91,11 +91,16 @@ def test_float16_is_computed_in_bfloat16_and_loses_no_bits(weights, make_model, 
     assert last["held_out"][text.name]["kl"] < 0.9 * first["held_out"][text.name]["kl"]
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["dtype in config.json", "no dtype there"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_teacher_in_float32_is_not_rounded_by_default(dtype, pruned, text, tmp_path, monkeypatch):
+def test_a_teacher_in_float32_is_not_rounded_by_default(dtype, named, pruned, text, tmp_path, monkeypatch):
     """On devices that are fast in bfloat16, too, where a narrower folder alone would be computed in it."""
     monkeypatch.setattr(dtypes, "fast_bf16", lambda _: True)
     teacher, whole = pruned()
+    if not named:
+        teacher = shutil.copytree(teacher, tmp_path / "teacher")
+        settings = json.loads((teacher / "config.json").read_text())
+        (teacher / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if "dtype" not in k}))
     folder = tmp_path / "narrow"
     shutil.copytree(whole, folder)
     narrow = {

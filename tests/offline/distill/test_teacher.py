@@ -68,6 +68,13 @@ def test_a_teacher_that_is_no_model_is_not_taken_for_training_that_diverges(valu
         fill_cache(CheckpointWriter(tmp_path / "out"), model, windows(), K, 1.0, Monitor(shown=False), range(5))
 
 
+def test_a_model_that_computes_nan_is_not_taken_for_one_that_cannot_be_distilled(model):
+    with torch.no_grad():
+        model.model.model.norm.weight[3] = torch.nan
+    with pytest.raises(RiaError, match="teacher: computes NaN in float32. Check"):
+        TwoPart(model.model, "teacher")
+
+
 def test_a_run_with_a_cache_is_one_without_it_but_for_logarithms_in_float16(pruned, text, tmp_path, monkeypatch):
     """Of probabilities at the loss's temperature, of all windows in each pass."""
     dense, folder = pruned()
