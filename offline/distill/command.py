@@ -26,6 +26,12 @@ from ria_vllm.offline.runtime import options
     help="The text: a .txt, .jsonl or .parquet file (field text; in .jsonl also messages), c4, wikitext2 or pile from "
     "the hub, or self: text that the teacher writes itself.",
 )
+@click.option(
+    "--self-written",
+    default=0.0,
+    show_default=True,
+    help="Fraction of the tokens that the teacher writes itself; the others are of --calibration.",
+)
 @click.option("--seq-len", default=512, show_default=True, help="Tokens in a sequence.")
 @click.option("--batch", default=2, show_default=True, help="Sequences in a step, of all processes together.")
 @click.option(
@@ -107,9 +113,9 @@ from ria_vllm.offline.runtime import options
 @options.overwrite
 @options.resume
 def distill(
-    folder, teacher, out, tokens, text, seq_len, batch, micro_batch, passes, lr, warmup, weight_decay, clip, loss,
-    temperature, top_k, train, cache_teacher, eval_text, eval_tokens, evals, patience, seed, device, compute_dtype,
-    save_memory, shard, save_every, max_shard_size, overwrite, resume,
+    folder, teacher, out, tokens, text, self_written, seq_len, batch, micro_batch, passes, lr, warmup, weight_decay,
+    clip, loss, temperature, top_k, train, cache_teacher, eval_text, eval_tokens, evals, patience, seed, device,
+    compute_dtype, save_memory, shard, save_every, max_shard_size, overwrite, resume,
 ):  # fmt: skip
     """Train the weights that FOLDER keeps towards the predictions of the dense model, and write a better folder.
 
@@ -128,10 +134,11 @@ def distill(
     if not eval_text:
         _refuse_given("eval_tokens", "evals", "patience")
     recipe = Distillation(
-        tokens=tokens, text=text, seq_len=seq_len, batch=batch, micro_batch=micro_batch, passes=passes, lr=lr,
-        warmup=warmup, weight_decay=weight_decay, clip=clip, loss=Loss.parse(loss, temperature, top_k),
-        train=tuple(filter(None, train.split(","))), cache_teacher=cache_teacher, eval_text=tuple(eval_text),
-        eval_tokens=eval_tokens, evals=evals, patience=patience, compute_dtype=compute_dtype, seed=seed,
+        tokens=tokens, text=text, self_written=self_written, seq_len=seq_len, batch=batch, micro_batch=micro_batch,
+        passes=passes, lr=lr, warmup=warmup, weight_decay=weight_decay, clip=clip,
+        loss=Loss.parse(loss, temperature, top_k), train=tuple(filter(None, train.split(","))),
+        cache_teacher=cache_teacher, eval_text=tuple(eval_text), eval_tokens=eval_tokens, evals=evals,
+        patience=patience, compute_dtype=compute_dtype, seed=seed,
     )  # fmt: skip
     settings = Settings(
         choose_device(device), save_memory, shard, save_every, parse_size(max_shard_size), overwrite, resume

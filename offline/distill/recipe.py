@@ -30,6 +30,7 @@ class Distillation:
 
     tokens: int
     text: str = "self"
+    self_written: float = 0.0
     seq_len: int = 512
     batch: int = 2
     micro_batch: int | None = None
@@ -56,6 +57,10 @@ class Distillation:
         for name, most in (("lr", 1.0), ("warmup", 1.0), ("weight_decay", 1.0), ("clip", 1e6)):
             if not (math.isfinite(getattr(self, name)) and 0 <= getattr(self, name) <= most):
                 raise RiaError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number from 0 to {most:g}.")
+        if not 0 <= self.self_written < 1:
+            raise RiaError(f"--self-written {self.self_written}: give a fraction from 0 to less than 1.")
+        if self.self_written and self.text == "self":
+            raise RiaError("--calibration self: the teacher writes all of the text, so leave out --self-written.")
         if self.batch % (self.micro_batch or 1):
             raise RiaError(f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch}.")
         if self.tokens < self.batch * self.seq_len:
@@ -107,6 +112,11 @@ class Distillation:
         return self.tokens // self.seq_len
 
     @property
+    def windows_beside(self) -> int:
+        """Those of them that the teacher writes, though the text is from elsewhere."""
+        return int(self.windows * self.self_written)
+
+    @property
     def steps(self) -> int:
         return self.windows * self.passes // self.batch
 
@@ -136,5 +146,7 @@ class Distillation:
         if revision is not None:
             found["teacher_revision"] = revision
         for name in (option.name for option in fields(self)):
+            if name == "self_written" and not self.self_written:
+                continue  # earlier versions did not have it
             found |= loss if name == "loss" else {name: shown.get(name, getattr(self, name))}
         return found | {"versions": versions}

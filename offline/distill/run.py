@@ -28,7 +28,7 @@ from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.state import Work
 from ria_vllm.offline.distill.student import Student
 from ria_vllm.offline.distill.teacher import Answer, CachedTeacher, Teacher, fill_cache, most_probable
-from ria_vllm.offline.distill.text import TrainingText, check_vocabulary, held_out_texts, training_text
+from ria_vllm.offline.distill.text import TrainingText, check_vocabulary, held_out_texts, spread_among, training_text
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
@@ -46,6 +46,7 @@ from ria_vllm.weight_format import name_of
 from ria_vllm.writer import CheckpointWriter, check_free, check_place
 
 TEXT_KEY = "text"
+DRAWN_KEY = "drawn"  # what is not self-written of a text that is yet to be completed
 STAMPED = (".safetensors", ".json", ".model", ".jinja", ".txt", ".tiktoken")
 
 
@@ -224,10 +225,11 @@ class _Run:
         return TwoPart(load_model(name, device, self.recipe.compute_dtype, state, training=True), name)
 
     def _text(self) -> torch.Tensor | None:
-        """The windows to train on; None if the teacher has yet to write them."""
-        if self.ranks.first and self.recipe.text != "self" and not self.writer.has(TEXT_KEY):
+        """The windows to train on; None if the teacher has yet to write them, or some of them."""
+        key = DRAWN_KEY if self.recipe.windows_beside else TEXT_KEY
+        if self.ranks.first and self.recipe.text != "self" and not self.writer.has(key):
             drawn = self.drawn or self._draw()
-            self.writer.write(TEXT_KEY, {"tokens": drawn.windows}, drawn.origin)
+            self.writer.write(key, {"tokens": drawn.windows}, drawn.origin)
         return self._stored_text() if self.ranks.broadcast(self.writer.has(TEXT_KEY)) else None
 
     def _draw(self) -> TrainingText:
@@ -248,16 +250,19 @@ class _Run:
         return self.writer.read(TEXT_KEY)[0]["tokens"]
 
     def _written(self, dense: TwoPart) -> torch.Tensor:
-        """The windows to train on, as the teacher writes them. If it is divided, it takes all processes to ask it."""
+        """The windows to train on, once the teacher has written its part. If it is divided, all processes ask."""
         recipe = self.recipe
+        count = recipe.windows_beside or recipe.windows
         if self.ranks.first or self.sharded:
             with self.monitor.phase("writing the text"):
                 bos = getattr(text_config(dense.model.config), "bos_token_id", None)
-                found = data.from_model(
-                    dense.model, bos, recipe.windows, recipe.seq_len, recipe.text_seed, self.monitor
-                )
+                found = data.from_model(dense.model, bos, count, recipe.seq_len, recipe.text_seed, self.monitor).int()
             if self.ranks.first:
-                self.writer.write(TEXT_KEY, {"tokens": found.int()})
+                origin: dict[str, Any] = {}
+                if recipe.windows_beside:
+                    drawn, origin = self.writer.read(DRAWN_KEY)
+                    found = spread_among(drawn["tokens"], found)
+                self.writer.write(TEXT_KEY, {"tokens": found}, origin)
         self.ranks.barrier()
         return self._stored_text()
 
@@ -286,7 +291,8 @@ class _Run:
 
     def _digests(self) -> dict[str, Any]:
         """Of the texts and local models that the recipe names, and of the folder that training starts from."""
-        found: dict[str, Any] = self.writer.record(TEXT_KEY) if self.writer.has(TEXT_KEY) else {}
+        key = DRAWN_KEY if self.recipe.windows_beside else TEXT_KEY
+        found: dict[str, Any] = self.writer.record(key) if self.writer.has(key) else {}
         if self.recipe.eval_text:
             found["eval_text_sha256"] = [digests.sha256(path) for path in self.recipe.eval_text]
         found["student_weights_digest"] = digests.of_weights(self.start.folder)

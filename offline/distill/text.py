@@ -58,7 +58,8 @@ def training_windows(
 ) -> torch.Tensor:
     """Windows of the text, packed without padding, drawn and ordered by the seed.
 
-    Windows that the model was calibrated on come last: it already predicts them better than other text.
+    Those that the teacher writes beside it are not among them. Windows that the model was calibrated on come last: it
+    already predicts them better than other text.
 
     Args:
         calibrated: the recipe by which the model was pruned.
@@ -71,11 +72,22 @@ def training_windows(
     Raises:
         RiaError: no such text, or too little of it.
     """
-    asked = f"{option} asks for {recipe.windows}"
+    count = recipe.windows - recipe.windows_beside
+    asked = f"{option} asks for {count}"
     earlier = _calibration(calibrated) if Path(recipe.text).name == calibrated.get("calibration") else None
     return data.from_text(
-        text or recipe.text, tokenizer, recipe.windows, recipe.seq_len, recipe.seed, asked, MOST_BEYOND, earlier
+        text or recipe.text, tokenizer, count, recipe.seq_len, recipe.seed, asked, MOST_BEYOND, earlier
     )
+
+
+def spread_among(windows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """[n, seq_len] and [k, seq_len] -> [n + k, seq_len]: the others evenly among the windows, all in their order."""
+    total = len(windows) + len(others)
+    places = torch.arange(total + 1) * len(others) // total
+    is_other = places[1:] > places[:-1]
+    found = windows.new_empty(total, windows.shape[1])
+    found[is_other], found[~is_other] = others.to(windows.dtype), windows
+    return found
 
 
 def _calibration(recipe: Mapping[str, Any]) -> data.Drawn | None:

@@ -50,7 +50,7 @@ def ask_in_parts(*arguments: object) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ["--train", "norms,biases"],
+        ["--train", "norms,biases", "--self-written", "0.5"],
         ["--cache-teacher", "--top-k", "8"],
         ["--shard", "--calibration", "self", "--loss", "kl=1,hidden=1"],
         ["--train", "norms,scales", "--shard"],

@@ -91,6 +91,23 @@ def test_float16_is_computed_in_bfloat16_and_loses_no_bits(weights, make_model, 
     assert last["held_out"][text.name]["kl"] < 0.9 * first["held_out"][text.name]["kl"]
 
 
+def test_the_teacher_writes_a_share_of_the_text(pruned, text, tmp_path, monkeypatch):
+    seen, whole = [], Training.run
+    monkeypatch.setattr(Training, "run", lambda self: seen.append(self.windows.clone()) or whole(self))
+    dense, folder = pruned()
+    three_quarters, quarter = 12 * 64, 4 * 64
+    drawn = {"drawn": {"tokens": three_quarters}, "written": {"text": "self", "tokens": quarter}}
+    for name, more in (drawn | {"mixed": {"self_written": 0.25}}).items():
+        run(dense, folder, tmp_path / name, text, **more)
+    of_text, of_teacher, mixed = seen
+    assert torch.equal(mixed[3::4], of_teacher)
+    assert torch.equal(mixed.view(4, 4, 64)[:, :3].flatten(0, 1), of_text)
+    (story,) = Reader(tmp_path / "mixed").schema.recipe["distill"]
+    assert (story["text"], story["self_written"], len(story["text_sha256"])) == (text.name, 0.25, 64)
+    (story,) = Reader(tmp_path / "drawn").schema.recipe["distill"]
+    assert "self_written" not in story
+
+
 @pytest.mark.parametrize("named", [True, False], ids=["dtype in config.json", "no dtype there"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_teacher_in_float32_is_not_rounded_by_default(dtype, named, pruned, text, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from ria_vllm.offline.distill.text import (
     check_vocabulary,
     held_out_texts,
     held_out_windows,
+    spread_among,
     training_windows,
 )
 from ria_vllm.offline.model.hf import load_tokenizer
@@ -48,6 +49,24 @@ def test_training_windows_are_parts_of_the_text(tiny, text):
     content = text.read_text()
     assert all(tokenizer.decode(window) in content for window in windows)
     assert len({tuple(window.tolist()) for window in windows}) == 20
+
+
+@pytest.mark.parametrize(("share", "written"), [(0.5, 10), (0.99, 19), (0.04, 0)])
+def test_a_share_of_the_windows_is_left_to_the_teacher(share, written, tiny, text):
+    tokenizer = load_tokenizer(str(tiny("llama")))
+    recipe = Distillation(tokens=640, seq_len=32, batch=2, text=str(text), self_written=share)
+    assert recipe.windows_beside == written and len(training_windows(recipe, tokenizer)) == 20 - written
+
+
+@pytest.mark.parametrize(("drawn", "written"), [(3, 1), (50, 50), (1, 6), (67, 31)])
+def test_windows_of_the_teacher_are_spread_evenly_and_in_order(drawn, written):
+    total = drawn + written
+    of_text, of_teacher = torch.arange(drawn).repeat(2, 1).T.int(), -1 - torch.arange(written).repeat(2, 1).T
+    found = spread_among(of_text, of_teacher)
+    assert found.dtype == torch.int32 and torch.equal(found[found[:, 0] >= 0], of_text)
+    assert torch.equal(found[found[:, 0] < 0], of_teacher.int())
+    for end in range(1, total + 1):
+        assert abs(int((found[:end, 0] < 0).sum()) - end * written / total) < 1
 
 
 def test_training_windows_are_not_those_of_the_calibration(tiny, text):
