@@ -169,13 +169,14 @@ def compress(
             from ria_vllm.offline.distill.recipe import Distillation
             from ria_vllm.offline.distill.run import Settings as Run
 
-            if distill < (step := Distillation.batch * min(seq_len, 512)):
+            length = min(seq_len, 512)
+            if distill < (step := Distillation.batch * length):
                 raise RiaError(f"--distill {distill}: a single step takes {step} tokens. Give more.")
             report = compress_and_distill(
                 lambda pruned: run(model, pruned, recipe, replace(settings, overwrite=True), monitor),
                 model, out, recipe,
                 Distillation(
-                    tokens=distill, text=calibration, seq_len=min(seq_len, 512), seed=seed,
+                    tokens=distill, text=calibration, seq_len=length, seed=seed,
                     # float16 is for pruning only: in training, small gradients would vanish.
                     compute_dtype="float32" if compute_dtype == "float16" else compute_dtype,
                     eval_text=tuple(eval_text),

@@ -70,6 +70,7 @@ def train_sublayer(
                 seed=recipe.seed,
                 dtype=recipe.matmul_dtype,
                 place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",
+                agreed=ranks.broadcast,
             )
         except Diverged:
             if recipe.reconstruct == "block":

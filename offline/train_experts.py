@@ -89,7 +89,7 @@ class MixtureTrainer:
                     lacking[rows] += output * (sign * shares[rows, None])
 
     def train(self, expert: int, found: Mapping[str, Pruned], dense: Mapping[str, torch.Tensor]) -> dict[str, Pruned]:
-        """Train the kept weights of one expert. All ranks do the same.
+        """Train the kept weights of one expert. All ranks do the same, and take what the first one finds.
 
         Args:
             found: name relative to the layer -> its pruned linear.
@@ -124,8 +124,13 @@ class MixtureTrainer:
                 place=f"{self.place(names[DOWN])} and what is trained with it: ",
                 grids=grids_of({kind: found[name] for kind, name in names.items()}, recipe, self.device),
                 relative=False,
+                agreed=self.ranks.broadcast,
             )
-        return {name: after_training(found[name], params[kind].data, losses, recipe) for kind, name in names.items()}
+        trained: dict[str, Pruned] = {}
+        for kind, name in names.items():
+            mine = after_training(found[name], params[kind].data, losses, recipe) if self.ranks.first else None
+            trained[name] = self.ranks.broadcast(mine)
+        return trained
 
     def _input(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the expert reads in a chunk [tokens, width], and the factor of its output for each token."""

@@ -35,7 +35,7 @@ class ForeignStart:
 
     Raises:
         RiaError: no linear is 2:4, weights are quantized, stacked experts are 2:4, of linears that vLLM fuses some are
-            and some are not, or tensors have names from before the model got its head.
+            and some are not, or tensors' names lack the base model's prefix.
     """
 
     def __init__(self, folder: Path):

@@ -65,8 +65,8 @@ class HeldOut:
             mean, kl = float(total[2]) / (count * (length - 1)), float(total[0]) / (count * length)
             if not math.isfinite(mean) or not math.isfinite(kl):
                 raise RiaError(
-                    f"{name}: the student's predictions are not finite. Give a smaller --lr or, before the first step, "
-                    "--compute-dtype float32."
+                    f"{name}: the student's predictions are not finite. Give a smaller --lr, or check that the model "
+                    "works if this was before the first step."
                 )
             top = pairs[0][1].top
             found[name] = Score(math.exp(min(mean, 700.0)), kl, 0 if top is None else top.tokens.shape[-1])

@@ -65,9 +65,9 @@ class TwoPart:
         whole = self.model(input_ids=tokens, use_cache=False).logits[0].float()
         self.base, self._output = base, type(base(input_ids=tokens, use_cache=False))
         if bool(whole.isnan().any()):
+            way_out = "" if self.model.dtype == torch.float32 else ", or give --compute-dtype float32"
             raise RiaError(
-                f"{self.name}: computes NaN in {name_of(self.model.dtype)}. Check that the model works, or give "
-                "--compute-dtype float32."
+                f"{self.name}: computes NaN in {name_of(self.model.dtype)}. Check that the model works{way_out}."
             )
         apart = self.logits(self.hidden(tokens)[0]).float()
         return whole.shape == apart.shape and torch.allclose(whole, apart, rtol=1e-3, atol=1e-3)

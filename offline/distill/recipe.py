@@ -59,6 +59,10 @@ class Distillation:
                 raise RiaError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number from 0 to {most:g}.")
         if not 0 <= self.self_written < 1:
             raise RiaError(f"--self-written {self.self_written}: give a fraction from 0 to less than 1.")
+        if self.self_written and not self.windows_written:
+            raise RiaError(
+                f"--self-written {self.self_written}: of {self.windows} sequences, that is none. Give more or nothing."
+            )
         if self.self_written and self.text == "self":
             raise RiaError("--calibration self: the teacher writes all of the text, so leave out --self-written.")
         if self.batch % (self.micro_batch or 1):
@@ -112,9 +116,9 @@ class Distillation:
         return self.tokens // self.seq_len
 
     @property
-    def windows_beside(self) -> int:
-        """Those of them that the teacher writes, though the text is from elsewhere."""
-        return int(self.windows * self.self_written)
+    def windows_written(self) -> int:
+        """How many of them the teacher writes beside a text."""
+        return min(round(self.windows * self.self_written), self.windows - 1)
 
     @property
     def steps(self) -> int:

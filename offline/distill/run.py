@@ -46,7 +46,7 @@ from ria_vllm.weight_format import name_of
 from ria_vllm.writer import CheckpointWriter, check_free, check_place
 
 TEXT_KEY = "text"
-DRAWN_KEY = "drawn"  # what is not self-written of a text that is yet to be completed
+DRAWN_KEY = "drawn"  # the part of it that the teacher does not write, if there are two
 STAMPED = (".safetensors", ".json", ".model", ".jinja", ".txt", ".tiktoken")
 
 
@@ -224,12 +224,16 @@ class _Run:
         device = torch.device("cpu") if self.sharded else self.settings.device
         return TwoPart(load_model(name, device, self.recipe.compute_dtype, state, training=True), name)
 
+    @property
+    def _drawn_key(self) -> str:
+        """Of the windows that are drawn from a text, and of what it is."""
+        return DRAWN_KEY if self.recipe.windows_written else TEXT_KEY
+
     def _text(self) -> torch.Tensor | None:
         """The windows to train on; None if the teacher has yet to write them, or some of them."""
-        key = DRAWN_KEY if self.recipe.windows_beside else TEXT_KEY
-        if self.ranks.first and self.recipe.text != "self" and not self.writer.has(key):
+        if self.ranks.first and self.recipe.text != "self" and not self.writer.has(self._drawn_key):
             drawn = self.drawn or self._draw()
-            self.writer.write(key, {"tokens": drawn.windows}, drawn.origin)
+            self.writer.write(self._drawn_key, {"tokens": drawn.windows}, drawn.origin)
         return self._stored_text() if self.ranks.broadcast(self.writer.has(TEXT_KEY)) else None
 
     def _draw(self) -> TrainingText:
@@ -252,17 +256,15 @@ class _Run:
     def _written(self, dense: TwoPart) -> torch.Tensor:
         """The windows to train on, once the teacher has written its part. If it is divided, all processes ask."""
         recipe = self.recipe
-        count = recipe.windows_beside or recipe.windows
+        count = recipe.windows_written or recipe.windows
         if self.ranks.first or self.sharded:
             with self.monitor.phase("writing the text"):
                 bos = getattr(text_config(dense.model.config), "bos_token_id", None)
                 found = data.from_model(dense.model, bos, count, recipe.seq_len, recipe.text_seed, self.monitor).int()
             if self.ranks.first:
-                origin: dict[str, Any] = {}
-                if recipe.windows_beside:
-                    drawn, origin = self.writer.read(DRAWN_KEY)
-                    found = spread_among(drawn["tokens"], found)
-                self.writer.write(TEXT_KEY, {"tokens": found}, origin)
+                if recipe.windows_written:
+                    found = spread_among(self.writer.read(DRAWN_KEY)[0]["tokens"], found)
+                self.writer.write(TEXT_KEY, {"tokens": found})
         self.ranks.barrier()
         return self._stored_text()
 
@@ -291,8 +293,7 @@ class _Run:
 
     def _digests(self) -> dict[str, Any]:
         """Of the texts and local models that the recipe names, and of the folder that training starts from."""
-        key = DRAWN_KEY if self.recipe.windows_beside else TEXT_KEY
-        found: dict[str, Any] = self.writer.record(key) if self.writer.has(key) else {}
+        found: dict[str, Any] = self.writer.record(self._drawn_key) if self.writer.has(self._drawn_key) else {}
         if self.recipe.eval_text:
             found["eval_text_sha256"] = [digests.sha256(path) for path in self.recipe.eval_text]
         found["student_weights_digest"] = digests.of_weights(self.start.folder)

@@ -72,8 +72,8 @@ def training_windows(
     Raises:
         RiaError: no such text, or too little of it.
     """
-    count = recipe.windows - recipe.windows_beside
-    asked = f"{option} asks for {count}"
+    count = recipe.windows - recipe.windows_written
+    asked = f"{option} and --self-written ask for {count}" if recipe.windows_written else f"{option} asks for {count}"
     earlier = _calibration(calibrated) if Path(recipe.text).name == calibrated.get("calibration") else None
     return data.from_text(
         text or recipe.text, tokenizer, count, recipe.seq_len, recipe.seed, asked, MOST_BEYOND, earlier

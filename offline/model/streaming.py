@@ -194,7 +194,7 @@ class StreamedModel:
         """Refuse what is wrong with a layer that is copied without being run.
 
         Raises:
-            RiaError: as `load_layer`, and as the experts that it runs.
+            RiaError: values that are not finite, another shape than config.json asks for, a quantized model's dtype.
         """
         self.load_layer(index)
         self.free_layer(index)

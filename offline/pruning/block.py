@@ -57,6 +57,7 @@ def train_block(
     place: str = "",
     grids: Mapping[str, Grid] | None = None,
     relative: bool = True,
+    agreed: Callable[[float], float] = float,
 ) -> tuple[float, float]:
     """Masked Adam with a cosine schedule, one step per micro-batch, under bf16 autocast or in float32.
 
@@ -84,6 +85,8 @@ def train_block(
         place: what an error begins with.
         grids: of the parameters that are rounded.
         relative: False: the caller has scaled outputs and targets instead.
+        agreed: of the losses' sums in several processes, which train alike but may round otherwise, the one by which
+            all of them say whether training has diverged. (If one alone stopped, others would wait for its chunks.)
 
     Returns:
         The mean loss of a few micro-batches (`COMPARED`) before the first step and after the last one.
@@ -116,6 +119,7 @@ def train_block(
                 loss.backward()
                 step += 1
                 total += loss.item()
+            total = agreed(total)
             if not math.isfinite(total):
                 found = f"loss {total} in pass {number + 1}"
                 raise Diverged(f"{place}block training diverged ({found}). Give --reconstruct admm.")

@@ -24,7 +24,7 @@ from ria_vllm.training import keep_sparse, save
 
 trl = pytest.importorskip("trl", reason="trl is not installed (pip install '.[train]')")
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install '.[train]')")
-sft = pytest.importorskip("sft")  # imports trl
+import sft  # noqa: E402 (imports trl)
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 CHATS = Path(__file__).with_name("chats.jsonl")
@@ -111,7 +111,7 @@ def test_two_processes_give_what_one_gives(folder, tmp_path):
     for name, tensor in two.state_dict().items():
         moved = one.state_dict()[name] - before.state_dict()[name]
         assert moved.any(), name
-        # Sums are rounded in another order, and Adam divides by small ones.
+        # Equal on a Xeon. Elsewhere, sums may be rounded in another order, and Adam divides by small ones.
         assert (tensor - one.state_dict()[name]).norm() < 0.02 * moved.norm(), name
 
 

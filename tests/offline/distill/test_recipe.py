@@ -50,6 +50,7 @@ def test_it_is_measured_as_often_as_asked_and_after_the_last_step(steps, evals):
         ({"lr": -1.0}, "--lr -1"),
         ({"text": "a.txt", "self_written": 1.0}, "--self-written 1.0: give a fraction from 0 to less than 1"),
         ({"text": "a.txt", "self_written": math.nan}, "--self-written nan"),
+        ({"text": "a.txt", "self_written": 0.02}, "--self-written 0.02: of 19 sequences, that is none"),
         ({"self_written": 0.5}, "--calibration self: .* leave out --self-written"),
         ({"batch": 3, "micro_batch": 2}, "--batch 3 is not a multiple of --micro-batch 2"),
         ({"train": ("masks",)}, "--train 'masks'"),

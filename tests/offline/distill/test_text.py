@@ -51,11 +51,19 @@ def test_training_windows_are_parts_of_the_text(tiny, text):
     assert len({tuple(window.tolist()) for window in windows}) == 20
 
 
-@pytest.mark.parametrize(("share", "written"), [(0.5, 10), (0.99, 19), (0.04, 0)])
+@pytest.mark.parametrize(("share", "written"), [(0.5, 10), (0.99, 19), (0.04, 1), (0.29, 6)])
 def test_a_share_of_the_windows_is_left_to_the_teacher(share, written, tiny, text):
     tokenizer = load_tokenizer(str(tiny("llama")))
     recipe = Distillation(tokens=640, seq_len=32, batch=2, text=str(text), self_written=share)
-    assert recipe.windows_beside == written and len(training_windows(recipe, tokenizer)) == 20 - written
+    assert recipe.windows_written == written and len(training_windows(recipe, tokenizer)) == 20 - written
+
+
+def test_what_is_asked_of_a_text_beside_the_teachers_is_named(tiny, text):
+    recipe = Distillation(tokens=640_000, seq_len=32, text=str(text), self_written=0.5)
+    with pytest.raises(
+        RiaError, match="--tokens and --self-written ask for 10000. Give more text, or a smaller --tokens"
+    ):
+        training_windows(recipe, load_tokenizer(str(tiny("llama"))))
 
 
 @pytest.mark.parametrize(("drawn", "written"), [(3, 1), (50, 50), (1, 6), (67, 31)])
