@@ -1,8 +1,9 @@
 """What is checked before the first hour: that teacher, student and options go together, and that training can begin."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
@@ -103,6 +104,22 @@ def warn_of_trained_texts(recipe: Distillation, monitor: Monitor) -> None:
                 f"--eval-text {path}: this text is trained on, too, so the perplexity and the divergence measured on "
                 "it say little about other text, and the step that is kept may not be the best. Give another text."
             )
+
+
+def warn_of_the_same_windows(recipe: Distillation, story: Mapping[str, Any], folder: Path, monitor: Monitor) -> None:
+    """Warn if the folder was distilled on windows that this run draws, or lets the teacher write, again.
+
+    Args:
+        story: the recipe of the folder, which another program may have written.
+    """
+    earlier, name = story.get("distill"), Path(recipe.text).name
+    for run in earlier if isinstance(earlier, list) else []:
+        if isinstance(run, dict) and (run.get("text"), run.get("seed")) == (name, recipe.seed):
+            monitor.warn(
+                f"{folder} was trained on {name} with --seed {recipe.seed} already, so it has read much of what it "
+                "would read now. New text is worth more: give another --seed."
+            )
+            return
 
 
 def _same_content(one: Path, other: Path) -> bool:

@@ -14,7 +14,13 @@ from ria_vllm.export import companion_files
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
-from ria_vllm.offline.distill.checks import check_models, check_texts, context_of, fitting
+from ria_vllm.offline.distill.checks import (
+    check_models,
+    check_texts,
+    context_of,
+    fitting,
+    warn_of_the_same_windows,
+)
 from ria_vllm.offline.distill.foreign import ForeignStart
 from ria_vllm.offline.distill.heldout import HeldOut
 from ria_vllm.offline.distill.logits import TwoPart
@@ -104,6 +110,7 @@ def distill(
         dtype = _compute_dtype(start, origin.folder, recipe.compute_dtype, device, monitor)
         recipe = fitting(replace(recipe, compute_dtype=dtype), (str(folder), str(origin.folder)), monitor)
         check_models(start, origin, recipe, settings.shard and ranks.size > 1)
+        warn_of_the_same_windows(recipe, start.schema.recipe, folder, monitor)
         kept = ("*", "The text and the steps so far")
         run = fingerprint(start, origin, recipe) | rounding_of(settings, ranks)
         with work_folder(out, run, settings.overwrite, settings.resume, ranks, kept) as writer:

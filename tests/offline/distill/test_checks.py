@@ -63,6 +63,17 @@ def test_a_held_out_text_that_is_trained_on_brings_a_warning(texts, tmp_path):
         ]
 
 
+def test_a_second_run_is_told_to_draw_other_windows(pruned, text, tmp_path):
+    dense, folder = pruned()
+    warned, others = {}, {"again": {}, "seed": {"seed": 1}, "self": {"text": "self"}}
+    for start, out, more in [(folder, "first", {}), *(("first", out, more) for out, more in others.items())]:
+        monitor = WarningRecorder()
+        run(dense, tmp_path / start, tmp_path / out, text, monitor=monitor, tokens=128, **more)
+        warned[out] = [line for line in monitor.warnings if "give another --seed" in line]
+    assert [out for out, lines in warned.items() if lines] == ["again"]
+    assert warned["again"][0].startswith(f"{tmp_path / 'first'} was trained on {text.name} with --seed 0 already")
+
+
 def test_a_folder_is_not_its_own_teacher(pruned, text, tmp_path):
     _, folder = pruned()
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
