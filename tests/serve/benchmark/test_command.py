@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from click.testing import CliRunner
+from running import alive
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.benchmark import server
@@ -35,14 +36,6 @@ def small_servers(monkeypatch):
 
 def run(*arguments):
     return CliRunner().invoke(bench, [str(a) for a in arguments], catch_exceptions=False)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def processes_with(text: str) -> list[str]:

@@ -9,6 +9,7 @@ import time
 
 import psutil
 import pytest
+from running import alive
 
 from ria_vllm.serve.benchmark import supervisor
 from ria_vllm.serve.benchmark.process import PeakMemory, SupervisedProcess, wait_until
@@ -41,14 +42,6 @@ def pids_in(path, count: int = 2) -> list[int]:
             return [int(pid) for pid in path.read_text().split()]
         time.sleep(0.05)
     raise AssertionError("the processes did not start")
-
-
-def alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # the second if it ends between opening and reading
-        return False
 
 
 def gone(pids: list[int], seconds: float) -> bool:
