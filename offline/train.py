@@ -21,15 +21,14 @@ from ria_vllm.offline.pruning.rounding import round_on_mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import MAPPED_BLOCK, blocks_kept, trim
+from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.smoothing import set_parameter
 
 
 def train_sublayer(
     sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], recipe: Recipe, share: float = 1.0
 ) -> dict[str, Pruned]:
-    """Train the pruned linears of a sublayer towards the dense stream after it.
-
-    All ranks do the same, and take what the first one finds: on GPUs, and on other CPUs, sums are rounded otherwise.
+    """Train the pruned linears of a sublayer towards the dense stream after it; all ranks do the same.
 
     Args:
         sublayer_pass: with the pruned weights in place, the pruned stream before it and the dense stream after it.
@@ -79,8 +78,7 @@ def train_sublayer(
     trained = {}
     for name, linear in pruned.items():
         module = runner.linear(name)
-        found = after_training(linear, module.weight.data, losses, recipe) if ranks.first else None
-        trained[name] = ranks.broadcast(found)
+        trained[name] = after_training(linear, module.weight.data, losses, recipe, ranks)
         if not trained[name].record["trained"]:
             # The layer may have had the same tensor, which training then changed.
             trained[name].weight[linear.mask] = before[name]
@@ -90,20 +88,29 @@ def train_sublayer(
     return trained
 
 
-def after_training(linear: Pruned, weight: torch.Tensor, losses: tuple[float, float] | None, recipe: Recipe) -> Pruned:
-    """The linear with its trained weight [out, in], or as it was if the loss did not fall.
+def after_training(
+    linear: Pruned,
+    weight: torch.Tensor,
+    losses: tuple[float, float] | None,
+    recipe: Recipe,
+    ranks: Ranks,
+) -> Pruned:
+    """The linear with its trained weight [out, in], or as it was if the loss did not fall; the first rank's, on all.
 
     Steps can be too long for a model. Those of integers can also be too short to reach the next one.
 
     Args:
         losses: before and after; None if training diverged.
+        ranks: all have trained alike. But on GPUs, and on other CPUs, sums are rounded otherwise.
     """
-    better = losses is not None and losses[1] < losses[0]
-    record = linear.record | {"block_loss": losses and list(losses), "trained": better}
-    if not better:
-        return replace(linear, record=record)
-    weight, scale = stored_weight(weight, linear.p, linear.weight.dtype, recipe, linear.scale)
-    return replace(linear, weight=weight, scale=scale, record=record)
+    trained = linear
+    if ranks.first:
+        better = losses is not None and losses[1] < losses[0]
+        trained = replace(linear, record=linear.record | {"block_loss": losses and list(losses), "trained": better})
+        if better:
+            weight, scale = stored_weight(weight, linear.p, linear.weight.dtype, recipe, linear.scale)
+            trained = replace(trained, weight=weight, scale=scale)
+    return ranks.broadcast(trained)
 
 
 def round_sublayer(

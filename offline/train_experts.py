@@ -89,7 +89,7 @@ class MixtureTrainer:
                     lacking[rows] += output * (sign * shares[rows, None])
 
     def train(self, expert: int, found: Mapping[str, Pruned], dense: Mapping[str, torch.Tensor]) -> dict[str, Pruned]:
-        """Train the kept weights of one expert. All ranks do the same, and take what the first one finds.
+        """Train the kept weights of one expert. All ranks do the same.
 
         Args:
             found: name relative to the layer -> its pruned linear.
@@ -126,11 +126,10 @@ class MixtureTrainer:
                 relative=False,
                 agreed=self.ranks.broadcast,
             )
-        trained: dict[str, Pruned] = {}
-        for kind, name in names.items():
-            mine = after_training(found[name], params[kind].data, losses, recipe) if self.ranks.first else None
-            trained[name] = self.ranks.broadcast(mine)
-        return trained
+        return {
+            name: after_training(found[name], params[kind].data, losses, recipe, self.ranks)
+            for kind, name in names.items()
+        }
 
     def _input(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the expert reads in a chunk [tokens, width], and the factor of its output for each token."""

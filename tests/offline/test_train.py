@@ -21,6 +21,7 @@ from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.pruned import Pruned, packed, stored_weight
 from ria_vllm.offline.pruning.block import train_block
 from ria_vllm.offline.recipe import RECONSTRUCTIONS, Recipe
+from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.train import after_training
 from ria_vllm.offline.train_experts import grids_of
 from ria_vllm.progress import Monitor
@@ -167,7 +168,7 @@ def test_grids_have_the_scales_of_the_stored_columns(group_size, permuted):
 )
 def test_a_weight_whose_loss_did_not_fall_stays_as_it_was(losses, is_trained):
     start = Pruned(torch.zeros(2, 4, dtype=torch.bfloat16), packed(torch.ones(2, 4, dtype=torch.bool)), None, {"a": 1})
-    found = after_training(start, torch.ones(2, 4), losses, Recipe())
+    found = after_training(start, torch.ones(2, 4), losses, Recipe(), Ranks())
     assert torch.equal(found.weight, torch.full((2, 4), float(is_trained), dtype=torch.bfloat16))
     assert found.record | {"block_loss": None} == {"a": 1, "block_loss": None, "trained": is_trained}
     assert start.record == {"a": 1} and repr(found.record["block_loss"]) == repr(losses and list(losses))
