@@ -100,10 +100,10 @@ def capture(model: str, calibration: str, samples: int, seq_len: int) -> dict[st
     layers.solve = watched
     prune = layers.LayerPass.prune
 
-    def first_only(self: Any, index: int, plan: Any, last: bool) -> Any:
+    def first_only(self: Any, index: int, *others: Any) -> Any:
         if index:
             raise _Captured
-        return prune(self, index, plan, last)
+        return prune(self, index, *others)
 
     layers.LayerPass.prune = first_only  # type: ignore[method-assign]
     # Where linears are trained afterwards, ADMM may be damped more than rounding is.
