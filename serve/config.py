@@ -11,6 +11,8 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from ria_vllm import vllm_quirks
+from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_checkpoint
+from ria_vllm.compressed_tensors.packed_forms import Translation
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import QUANT_METHOD, RiaSchema, SparsityConfig
 from ria_vllm.serve.checkpoint_files import (
@@ -21,17 +23,15 @@ from ria_vllm.serve.checkpoint_files import (
     permutations_of,
     stored_modules,
 )
-from ria_vllm.serve.compressed_tensors import CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.serve.engine import ADAPTERS_VARIABLE, EngineOptions
 from ria_vllm.serve.experts_names import check_stacked, experts_by_name
 from ria_vllm.serve.folding import Folding, fold
 from ria_vllm.serve.linear import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
 from ria_vllm.serve.load_report import LoadReport
-from ria_vllm.serve.packed_forms import Translation
 from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts, named_experts, stored_experts
 from ria_vllm.serve.stream import WeightStream
-from ria_vllm.serve.weight_scheme import WeightScheme
 from ria_vllm.weight_files import INDEX_FILE, SINGLE_FILE
+from ria_vllm.weight_scheme import WeightScheme
 
 # vLLM puts this before the names of a draft model in speculative decoding. The names in its checkpoint do not have it.
 DRAFT_PREFIX = "draft_model."

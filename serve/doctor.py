@@ -22,7 +22,7 @@ from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLa
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
 from ria_vllm.serve.kernels.cuda.architectures import CudaBuildError
 from ria_vllm.serve.kernels.cuda.build import find_nvcc
-from ria_vllm.serve.weight_scheme import misfit
+from ria_vllm.weight_scheme import misfit
 
 VECTOR_FLAGS = (
     "avx2",

@@ -23,7 +23,7 @@ from ria_vllm.serve.experts_packing import (
 from ria_vllm.serve.load_report import LoadReport
 from ria_vllm.serve.parameters import PackedTensors
 from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts
-from ria_vllm.serve.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
+from ria_vllm.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
 
 logger = init_logger("vllm.ria")
 

@@ -14,7 +14,7 @@ from ria_vllm.serve.kernels import experts_registry
 from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
 from ria_vllm.serve.stored_experts import ExpertOrders, StoredExperts
-from ria_vllm.serve.weight_scheme import WeightScheme
+from ria_vllm.weight_scheme import WeightScheme
 
 
 def layer_config(

@@ -15,8 +15,8 @@ from torch.nn import Parameter
 from ria_vllm.errors import RiaError
 from ria_vllm.layer_schema import Stacked
 from ria_vllm.serve.stored_experts import StoredExperts
-from ria_vllm.serve.weight_scheme import TensorSpec
 from ria_vllm.weight_format import SHAPE
+from ria_vllm.weight_scheme import TensorSpec
 
 GATE_UP, DOWN = "gate_up_", "down_"
 BIAS = "bias"

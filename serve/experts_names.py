@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.stored_experts import StoredExperts
-from ria_vllm.serve.weight_scheme import WeightScheme
+from ria_vllm.weight_scheme import WeightScheme
 
 EXPERTS = "experts"
 NUMBER = re.compile("0|[1-9][0-9]{0,5}")

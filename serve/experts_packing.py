@@ -14,7 +14,7 @@ from ria_vllm.serve.experts_loading import ExpertSizes
 from ria_vllm.serve.kernels.base import Activation
 from ria_vllm.serve.kernels.experts_registry import Choice
 from ria_vllm.serve.parameters import set_parameter
-from ria_vllm.serve.weight_scheme import Weights
+from ria_vllm.weight_scheme import Weights
 
 
 def activation_of(layer: RoutedExperts) -> Activation | None:

@@ -31,7 +31,7 @@ from ria_vllm.serve.parameters import (
 )
 from ria_vllm.serve.shards import ShardMap
 from ria_vllm.serve.stream import WeightStream
-from ria_vllm.serve.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
+from ria_vllm.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
 
 # By how the names of a linear's tensors end: those that store its weight, in any form that a layer loads.
 WEIGHT_PARTS = ("weight", "compressed", "bitmask", "weight_scale")

@@ -13,7 +13,7 @@ from ria_vllm.serve.folding import RowOrder
 from ria_vllm.serve.reordered_rows import ReorderedRows
 from ria_vllm.serve.shards import ShardId, ShardMap
 from ria_vllm.serve.stream import WeightStream
-from ria_vllm.serve.weight_scheme import TensorSpec
+from ria_vllm.weight_scheme import TensorSpec
 
 Loader = Callable[..., Any]
 

@@ -13,7 +13,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.registry import Choice, choose
 from ria_vllm.serve.parameters import set_parameter
-from ria_vllm.serve.weight_scheme import Weights
+from ria_vllm.weight_scheme import Weights
 
 
 @dataclass(frozen=True)

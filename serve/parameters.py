@@ -17,7 +17,7 @@ from vllm.model_executor.parameter import (
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.loading import LayerLoader, Loader, rows_of_mamba2, unwrapped
 from ria_vllm.serve.shards import ShardId
-from ria_vllm.serve.weight_scheme import TensorSpec
+from ria_vllm.weight_scheme import TensorSpec
 
 # `shape` repeats what the bitmask says. `input_permutation` was read before, but vLLM streams every safetensors file of
 # a folder without an index. Activations are not rounded, or get a scale for each token, so a scale from the checkpoint

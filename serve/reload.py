@@ -11,6 +11,7 @@ from typing import Any
 from vllm.config import ModelConfig
 
 from ria_vllm.checkpoint import is_compressed
+from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.errors import RiaError
 from ria_vllm.json_file import read_json
 from ria_vllm.schema import DIGESTS, RiaSchema
@@ -24,7 +25,6 @@ from ria_vllm.serve.checkpoint_files import (
     permutations_of,
     stored_modules,
 )
-from ria_vllm.serve.compressed_tensors import CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.engine import EngineOptions
 from ria_vllm.weight_format import name_of

@@ -17,8 +17,8 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor import model_loader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+from ria_vllm.compressed_tensors.packed_forms import Translation
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.packed_forms import Translation
 
 # How many of the last tensors are kept to recognize copies. vLLM makes a copy as soon as it gets the tensor.
 REMEMBERED = 8

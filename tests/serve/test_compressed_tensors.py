@@ -11,8 +11,8 @@ from compressed_tensors.quantization import QuantizationConfig, apply_quantizati
 from safetensors.torch import load_file
 
 from ria_vllm import formats, sparse24
+from ria_vllm.compressed_tensors.config import is_24_checkpoint
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.compressed_tensors import is_24_checkpoint
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.layer_matching import match_layers
 

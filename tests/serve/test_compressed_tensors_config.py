@@ -10,8 +10,8 @@ from compressed_tensors.utils import is_match, match_targets
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ria_vllm.compressed_tensors.config import LONGEST_NAME, CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.compressed_tensors import LONGEST_NAME, CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.serve.config import RiaConfig
 
 VALID = {

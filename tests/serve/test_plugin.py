@@ -10,10 +10,10 @@ from test_marlin24 import tensors
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
+from ria_vllm.compressed_tensors.packed_forms import Marlin24, Translation
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import INTEGERS
 from ria_vllm.serve import layer_matching, plugin, reload
-from ria_vllm.serve.packed_forms import Marlin24, Translation
 from ria_vllm.serve.stream import WeightStream
 
 

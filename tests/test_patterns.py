@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ria_vllm.compressed_tensors.config import LONGEST_NAME
+from ria_vllm.compressed_tensors.patterns import LONGEST, compile_pattern
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.compressed_tensors import LONGEST_NAME
-from ria_vllm.serve.patterns import LONGEST, compile_pattern
 
 # As compressed-tensors' and llm-compressor's recipes write them.
 ORDINARY = [

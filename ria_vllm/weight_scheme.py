@@ -1,6 +1,6 @@
-"""How vLLM loads a linear that is stored in one of `ria_vllm.formats`, or as compressed-tensors stores it.
+"""How a checkpoint stores a linear: in one of `ria_vllm.formats`, or as compressed-tensors does.
 
-vLLM calls this a scheme. It says which tensors arrive, and turns them into the parts of a weight format.
+vLLM calls this a scheme. It says which tensors there are, and turns them into the parts of a weight format.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -9,10 +9,9 @@ from typing import Literal
 
 import torch
 
-from ria_vllm import sparse24
+from ria_vllm import plain24, sparse24
 from ria_vllm.formats import FLOAT, FP8, IntFormat
 from ria_vllm.schema import RiaSchema
-from ria_vllm.serve import plain24
 from ria_vllm.weight_format import BITMASK, Part, WeightFormat, name_of
 
 

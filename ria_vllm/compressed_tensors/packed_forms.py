@@ -11,9 +11,9 @@ from typing import Protocol
 
 import torch
 
+from ria_vllm.compressed_tensors import marlin24
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import IntFormat
-from ria_vllm.serve import marlin24
 from ria_vllm.weight_format import WeightFormat
 
 Named = tuple[str, torch.Tensor]
@@ -51,7 +51,7 @@ class PackedForm(Protocol):
 
 @dataclass(frozen=True)
 class Marlin24:
-    """See `ria_vllm.serve.marlin24`."""
+    """See `ria_vllm.compressed_tensors.marlin24`."""
 
     format: IntFormat
     takes = marlin24.TENSORS

@@ -6,10 +6,10 @@ from compressed_tensors_writer import Writer, needs_writer, random_24, scales_of
 from test_marlin24 import arguments, tensors
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
+from ria_vllm.compressed_tensors.packed_forms import BytesOfFourBits, Marlin24, PackQuantized, Translation
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FP8, INTEGERS
-from ria_vllm.serve.packed_forms import BytesOfFourBits, Marlin24, PackQuantized, Translation
-from ria_vllm.serve.weight_scheme import WeightScheme
+from ria_vllm.weight_scheme import WeightScheme
 
 PLAIN = {"norm.weight": torch.ones(4), "fc.bias": torch.ones(64)}
 
