@@ -33,7 +33,7 @@ def written(tmp_path_factory):
 
 def test_make_gets_the_writer():
     """Under another name, the tests that need it would be skipped everywhere."""
-    makefile = Path(__file__).parents[2] / "Makefile"
+    makefile = Path(__file__).parents[1] / "Makefile"
     assert f"OLD_WRITER := .work/{FOLDER.name}\n" in makefile.read_text()
 
 

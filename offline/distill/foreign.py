@@ -1,41 +1,60 @@
-"""Another program's 2:4 checkpoint as something to start from: dense with zeros, or compressed-tensors' bitmasks."""
+"""Another program's 2:4 checkpoint as something to start from: dense with zeros, or as compressed-tensors stores it."""
 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT
+from ria_vllm.formats import WRITTEN
 from ria_vllm.json_file import read_json
 from ria_vllm.model_card import ANOTHER_PROGRAM
+from ria_vllm.offline.distill.foreign_linears import ForeignLinears
 from ria_vllm.offline.distill.outline import outline
 from ria_vllm.offline.distill.start import Tensors
 from ria_vllm.offline.model.architecture import find_decoder
+from ria_vllm.offline.model.hf import configured_dtype, read_config
 from ria_vllm.offline.model.names import Names
 from ria_vllm.offline.model.topology import linears_of
 from ria_vllm.offline.model.which_weights import meant_weights
 from ria_vllm.offline.publish import published
 from ria_vllm.open_files import OpenFiles
-from ria_vllm.schema import FORMAT, RiaSchema, SparsityConfig
-from ria_vllm.sparse_linear import SparseLinear, checked_linear
+from ria_vllm.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.sparse_linear import SparseLinear
 from ria_vllm.vllm_quirks import fused_sets
+from ria_vllm.weight_format import WeightFormat, name_of
 
 LAYER = re.compile(r"\.\d+\.")
+
+
+class Kind(NamedTuple):
+    """What all pruned linears of one of our folders have in common.
+
+    inputs: the dtype to which each token of their input is rounded; None: it is not. dtype: of plain weights.
+    """
+
+    format: WeightFormat
+    inputs: torch.dtype | None
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return self.format.name + ("" if self.inputs is None else f" with inputs in {name_of(self.inputs)}")
 
 
 class ForeignStart:
     """See `Start`. Masks are where the zeros are, or as they are stored; nothing is permuted.
 
-    Only linears of the text decoder's layers count, and of a dense folder those that have at most two values other than
-    zero in each group of four. All others are written as dense ones with the same values.
+    Only linears of the text decoder's layers count, and where they are stored with their zeros, those that have at most
+    two other values in each group of four. All others are written dense, as plain numbers. What scales the inputs of
+    quantized linears or a KV cache is left out.
 
     Raises:
-        RiaError: no linear is 2:4, weights are quantized, stacked experts are 2:4, of linears that vLLM fuses some are
-            and some are not, or tensors' names lack the base model's prefix.
+        RiaError: no linear is 2:4, those that are differ in their format, weights are stored in a form that is not read
+            here, stacked experts are 2:4, of linears that vLLM fuses some are and some are not, or tensors' names lack
+            the base model's prefix.
     """
 
     def __init__(self, folder: Path):
@@ -44,30 +63,31 @@ class ForeignStart:
         self.files = meant_weights(folder, str(folder))
         self._open = OpenFiles()
         quantization = self.config.pop("quantization_config", None)
-        if quantization is not None:
-            _check_only_sparse(quantization, folder)
-        compressed = [name for name in self.files if name.endswith(".compressed")]
-        self._stored = dict.fromkeys(name.removesuffix(".compressed") for name in compressed)
-        if self._stored and quantization is None:
-            raise RiaError(f"{folder}: weights are compressed, but config.json does not say how. Get both again.")
+        dtype = configured_dtype(read_config(str(folder)))
+        self._linears = ForeignLinears(folder, self.files, quantization, dtype, self._tensor)
         self._check_stacks()
-        inside, outside = self._linears()
-        self.linears = [name for name in inside if self._is_pruned(name)]
-        if not self.linears:
+        inside, outside = self._names()
+        kinds = {name: one for name in inside if (one := self._kind(name)) is not None}
+        if not kinds:
             raise RiaError(
                 f"{folder}: no linear of a decoder layer is 2:4. Prune the model first (`ria-vllm compress`)."
             )
+        self.linears = list(kinds)
+        self._check_alike(kinds)
         self._check_fused(inside)
-        pruned = set(self.linears)
         self.others: Mapping[str, torch.Tensor] = Tensors(
-            [name for name in self._dense_tensors() if name.removesuffix(".weight") not in pruned], self._other
+            [name for name in self._linears.dense_tensors() if name.removesuffix(".weight") not in kinds], self._other
         )
-        sizes = {name: torch.Size(self._linear_shape(name)).numel() for name in inside}
-        zeros = 0.5 * sum(sizes[name] for name in pruned) / sum(sizes.values())
+        sizes = {name: torch.Size(self._linears.shape(name)).numel() for name in inside}
+        zeros = 0.5 * sum(sizes[name] for name in kinds) / sum(sizes.values())
+        form, inputs, of_model = kinds[self.linears[0]]
+        words = form.quantization
         self.schema = RiaSchema(
             sparsity_config=SparsityConfig(
-                ignore=[name for name in [*outside, *inside] if name not in pruned], global_sparsity=round(zeros, 6)
+                ignore=[name for name in [*outside, *inside] if name not in kinds], global_sparsity=round(zeros, 6)
             ),
+            weights=None if words is None else WeightQuantization(**words, dtype=name_of(of_model)),
+            input_activations=None if inputs is None else INT8_TOKENS,
             recipe={
                 "method": ANOTHER_PROGRAM,
                 "pattern": "2:4",
@@ -79,12 +99,9 @@ class ForeignStart:
 
     def linear(self, name: str) -> SparseLinear:
         """One pruned linear, checked."""
-        if name in self._stored:
-            parts = {part: f"{name}.{part}" for part in FLOAT.tensor_names}
-            found = {part: self._tensor(key) for part, key in parts.items() if key in self.files}
-            return checked_linear(name, found, None, self.schema, self.folder)
-        weight = self._tensor(f"{name}.weight")
-        return SparseLinear(name, FLOAT, FLOAT.encode(weight, None, None), None, weight.dtype)
+        found = self._linears.linear(name)
+        assert isinstance(found, SparseLinear)
+        return found
 
     def dense_names(self) -> list[str]:
         """The names of the dense model's tensors."""
@@ -92,23 +109,18 @@ class ForeignStart:
 
     def state(self) -> dict[str, torch.Tensor] | None:
         """All tensors of the dense model, if transformers cannot read the folder by itself."""
-        if not self._stored:
+        if not self._linears.stored:
             return None
         return {f"{name}.weight": self.linear(name).dense() for name in self.linears} | dict(self.others)
 
     def report(self) -> dict[str, Any]:
         """What is known of the pruning."""
-        linears = {name: {"shape": list(self._linear_shape(name))} for name in self.linears}
+        linears = {name: {"shape": list(self._linears.shape(name))} for name in self.linears}
         return {"recipe": self.schema.recipe, "linears": linears, "dense": {}}
 
-    def _dense_tensors(self) -> list[str]:
-        """The names of all tensors, as if nothing was compressed."""
-        parts = {f"{name}.{part}" for name in self._stored for part in FLOAT.tensor_names}
-        return [*(name for name in self.files if name not in parts), *(f"{name}.weight" for name in self._stored)]
-
-    def _linears(self) -> tuple[list[str], list[str]]:
+    def _names(self) -> tuple[list[str], list[str]]:
         """The linears in the text decoder's layers, and all others: of towers, or unknown to transformers' model."""
-        tensors, model = self._dense_tensors(), outline(str(self.folder))
+        tensors, model = list(self._linears.dense_tensors()), outline(str(self.folder))
         names, layers = Names(model, tensors, self.folder), find_decoder(model, str(self.folder))[1]
         known = {f"{names.linear(path)}.weight" for path in linears_of(model)}
         inside: list[str] = []
@@ -117,7 +129,7 @@ class ForeignStart:
             if not name.endswith(".weight") or not (name in known or LAYER.search(name)):
                 continue
             linear, written = name.removesuffix(".weight"), names.written(name)
-            if len(self._linear_shape(linear)) != 2:
+            if len(self._linears.shape(linear)) != 2:
                 continue
             in_layer = written not in names.unknown and names.inside.get(written or "", "").startswith(f"{layers}.")
             if in_layer and written != name:
@@ -128,8 +140,26 @@ class ForeignStart:
             (inside if in_layer else outside).append(linear)
         return inside, outside
 
-    def _is_pruned(self, linear: str) -> bool:
-        return linear in self._stored if self._stored else _is_sparse(self._tensor(f"{linear}.weight"))
+    def _kind(self, name: str) -> Kind | None:
+        found = self._linears.linear(name)
+        if not isinstance(found, SparseLinear):
+            return None
+        return Kind(found.format, self._linears.input_dtype(name), found.dtype)
+
+    def _check_alike(self, kinds: Mapping[str, Kind]) -> None:
+        """Refuse what a folder of ours could not hold."""
+        name, first = next(iter(kinds.items()))
+        for other, kind in kinds.items():
+            if (kind.format, kind.inputs) != (first.format, first.inputs):
+                raise RiaError(
+                    f"{self.folder}: {name} is {first}, {other} is {kind}. A folder of ours has one format for all 2:4 "
+                    "linears. Give the model from before it was quantized."
+                )
+        if first.format.name not in WRITTEN:
+            raise RiaError(
+                f"{self.folder}: {name}: weights are {first}, which is not trained. Give the model from before it was "
+                "quantized."
+            )
 
     def _check_fused(self, linears: Iterable[str]) -> None:
         """Refuse what vLLM could not serve: it fuses some linears into one, which is either 2:4 or dense."""
@@ -162,33 +192,10 @@ class ForeignStart:
 
     def _other(self, name: str) -> torch.Tensor:
         linear = name.removesuffix(".weight")
-        return self.linear(linear).dense() if linear in self._stored else self._tensor(name)
-
-    def _linear_shape(self, name: str) -> tuple[int, ...]:
-        if name not in self._stored:
-            return tuple(self._tensor(f"{name}.weight").shape)
-        shape = tuple(self._tensor(f"{name}.bitmask").shape)
-        return *shape[:-1], *(8 * bytes_ for bytes_ in shape[-1:])
-
-
-def _check_only_sparse(quantization: Any, folder: Path) -> None:
-    """Refuse what is quantized, or stored in another way than in `sparse-24-bitmask` or with zeros."""
-    found = quantization if isinstance(quantization, dict) else {}
-    sparsity = found.get("sparsity_config")
-    stored = sparsity.get("format") if isinstance(sparsity, dict) else None
-    sparse = stored in (FORMAT, "dense")
-    groups = found.get("config_groups")
-    if found.get("quant_method") != "compressed-tensors" or not sparse or groups:
-        of_groups = groups.values() if isinstance(groups, dict) else []
-        forms = [entry.get("format") for entry in (found, *of_groups) if isinstance(entry, dict)]
-        named = [*([] if sparse else [stored]), *forms, found.get("quant_method")]
-        form = next((one for one in named if one and one != "dense"), "without a name")
-        raise RiaError(
-            f"{folder}: config.json describes quantized weights, or another form of 2:4 ones ({form}). Distillation "
-            f"takes others' 2:4 weights only unquantized, dense with zeros or in {FORMAT}: give the model from before "
-            "it was quantized. Or prune the dense model with `ria-vllm compress --weights int8` (or int4), and distil "
-            "that."
-        )
+        if linear == name or linear not in self._linears.stored:
+            return self._tensor(name)
+        found = self._linears.linear(linear)
+        return found.dense() if isinstance(found, SparseLinear) else found
 
 
 def _is_sparse(weight: torch.Tensor) -> bool:

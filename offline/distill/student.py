@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ria_vllm.errors import RiaError
+from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.offline.distill.divergence import Top, divergence
 from ria_vllm.offline.distill.foreign import ForeignStart
 from ria_vllm.offline.distill.layouts import Kept, Whole
@@ -64,6 +65,8 @@ class Student:
         for inside, placement in places.items():
             for name, weight in placement.split(model.model.get_parameter(inside).detach()):
                 _check_same(start.linear(name), weight, start)
+        if isinstance(start, ForeignStart) and start.schema.input_dtype is not None:
+            round_inputs(model.model, places, start.folder)  # as `load_model` does for a folder of ours
         if rows_on is not None:
             shard(model, rows_on)
         for inside, placement in places.items():

@@ -16,7 +16,6 @@ from ria_vllm.formats import FLOAT
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.progress import Monitor
-from ria_vllm.schema import FORMAT
 from ria_vllm.sparse_linear import SparseLinear
 
 SPARSITY = {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"], "ignore": []}
@@ -181,28 +180,28 @@ def test_a_dense_folder_is_refused(tiny, text, tmp_path):
         run(tiny("llama"), tiny("llama"), tmp_path / "out", text)
 
 
-COMPRESSED_TENSORS, SPARSE = {"quant_method": "compressed-tensors"}, {"sparsity_config": {"format": "dense"}}
+COMPRESSED_TENSORS, ZEROS = {"quant_method": "compressed-tensors"}, SPARSITY | {"format": "dense"}
+ANOTHER = r"\({form}\)\. Distillation takes .* a form of compressed-tensors.*ria-vllm compress --weights int8"
 
 
 @pytest.mark.parametrize(
-    ("quantization", "form"),
+    ("quantization", "error"),
     [
-        ({"format": "marlin-24", "config_groups": {"group_0": {}}}, "marlin-24"),
-        (SPARSE | {"format": "pack-quantized", "config_groups": {"group_0": {}}}, "pack-quantized"),
-        (SPARSE | {"config_groups": {"group_0": {"format": "int-quantized"}}}, "int-quantized"),
-        ({"sparsity_config": {"format": FORMAT}, "format": "float-quantized", "config_groups": {"group_0": {}}},
-         "float-quantized"),
-        ({"format": "naive-quantized"}, "naive-quantized"),
-        ({"format": "dense", "sparsity_config": {"format": "sparse-bitmask"}}, "sparse-bitmask"),
-        (SPARSE | {"config_groups": {"group_0": {}}}, "compressed-tensors"),
-        (SPARSE | {"config_groups": [1]}, "compressed-tensors"),
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "gptq", "bits": 4}, ANOTHER.format(form="gptq")),
+        ({"format": "naive-quantized"}, ANOTHER.format(form="naive-quantized")),
+        ({"sparsity_config": ZEROS, "format": "nvfp4-pack-quantized"}, ANOTHER.format(form="nvfp4-pack-quantized")),
+        ({"sparsity_config": SPARSITY | {"format": "sparse-bitmask"}}, ANOTHER.format(form="sparse-bitmask")),
+        ({"sparsity_config": ZEROS | {"sparsity_structure": "unstructured"}, "config_groups": [1]},
+         ANOTHER.format(form="compressed-tensors")),
+        ({"sparsity_config": ZEROS, "config_groups": [1]}, r"quantization_config.config_groups is \[1\]"),
+        ({"sparsity_config": SPARSITY, "config_groups": {"group_0": {"format": "pack-quantized", "weights": {
+            "num_bits": 4, "type": "int", "strategy": "channel"}}}}, "group_0.format: 'pack-quantized' is not served"),
     ],
     ids=str,
 )  # fmt: skip
-def test_quantized_weights_of_others_are_refused_with_the_way_out(quantization, form, pruned, text, tmp_path):
+def test_forms_that_are_not_read_are_refused_with_the_way_out(quantization, error, pruned, text, tmp_path):
     dense, folder = pruned(permute="none")
     theirs = with_bitmasks(folder, tmp_path / "theirs")
     edit_config(theirs, quantization_config=COMPRESSED_TENSORS | quantization)
-    with pytest.raises(RiaError, match=rf"\({form}\).* only unquantized.*ria-vllm compress --weights int8"):
+    with pytest.raises(RiaError, match=rf"^{theirs}: .*{error}"):
         run(dense, theirs, tmp_path / "out", text)
