@@ -25,9 +25,10 @@ import torch
 from benchmarks import gpu_products, gpu_tiles, gpu_timing
 from benchmarks.gpu_report import Report
 from benchmarks.gpu_timing import DEVICE, Row
+from ria_vllm import fp8
 from ria_vllm.formats import FLOAT, FP8
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
-from ria_vllm.serve.kernels.cuda import architectures, fp8
+from ria_vllm.serve.kernels.cuda import architectures
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import library_of
 from ria_vllm.serve.kernels.reference import ReferenceKernel

@@ -9,10 +9,10 @@ import torch
 
 from benchmarks import gpu_tiles, gpu_timing
 from benchmarks.gpu_timing import DEVICE, Row
-from ria_vllm import sparse24
+from ria_vllm import fp8, sparse24
 from ria_vllm.formats import FLOAT, FP8
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
-from ria_vllm.serve.kernels.cuda import backend, fp8
+from ria_vllm.serve.kernels.cuda import backend
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import library_of, num_sms_of
 from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, can_run

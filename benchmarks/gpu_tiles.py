@@ -6,8 +6,9 @@ from itertools import product
 import torch
 
 from benchmarks.gpu_timing import DEVICE, Row, config_of, microseconds, random_weights, sizes_of
+from ria_vllm import fp8
 from ria_vllm.formats import FLOAT, FP8
-from ria_vllm.serve.kernels.cuda import backend, fp8
+from ria_vllm.serve.kernels.cuda import backend
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import CudaLibrary, library_of, num_sms_of
 from ria_vllm.serve.kernels.cuda.tiles import DATA_PARALLEL, HEURISTIC, STREAM_K, can_run, preferred_tiles

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from ria_vllm import sparse24
+from ria_vllm import fp8, sparse24
 from ria_vllm.formats import FLOAT, FP8
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
-from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.weight_format import Parts, WeightFormat
 

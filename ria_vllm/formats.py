@@ -61,9 +61,12 @@ class IntFormat(WeightFormat):
 
     Attributes:
         num_bits: 4 or 8.
+        spacing: the distance between neighbouring values.
         scale_dtype: of the scales that `quantize` makes: float32 for rows. Those of groups are bfloat16, which has the
             exponents of float32: in float16, those of small weights would be subnormal, or zero.
     """
+
+    spacing = 1.0
 
     def __init__(self, num_bits: int, group_size: int | None = None):
         """`group_size`: one of `GROUP_SIZES`; None: a scale belongs to a whole row."""
@@ -163,7 +166,12 @@ def _unpacked(pairs: torch.Tensor) -> torch.Tensor:
 
 
 class Fp8Format(WeightFormat):
-    """float8_e4m3fn, a scale per row. `compress` does not write it; checkpoints of compressed-tensors have it."""
+    """float8_e4m3fn, a scale per row. `compress` does not write it; checkpoints of compressed-tensors have it, and what
+    `distill` makes of them.
+
+    Attributes:
+        largest, smallest: the last values. spacing: the largest distance between neighbours.
+    """
 
     name = "fp8"
     parts = (Part("compressed", (torch.float8_e4m3fn,), 2), BITMASK, ROW_SCALE)
@@ -171,6 +179,8 @@ class Fp8Format(WeightFormat):
         {"strategy": "channel", "symmetric": True, "num_bits": 8, "type": "float"}
     )
     largest = torch.finfo(torch.float8_e4m3fn).max
+    smallest = -largest
+    spacing = 32.0
 
     def quantize(
         self, weight: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None = None
@@ -178,7 +188,11 @@ class Fp8Format(WeightFormat):
         if scales is None:
             scales = weight.float().abs().amax(1, keepdim=True) / self.largest
             scales = torch.where(scales > 0, scales, 1.0)
-        return (self._rounded(weight, scales).float() * scales).to(dtype), scales
+        return self.nearest(weight, scales).to(dtype), scales
+
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """See `IntFormat.nearest`."""
+        return self._rounded(values, scales).float() * scales
 
     def encode_kept(
         self, values: torch.Tensor, bitmask: torch.Tensor, scales: torch.Tensor | None
@@ -211,5 +225,5 @@ FORMATS: dict[str, WeightFormat] = WRITTEN | {FP8.name: FP8}
 
 
 def of_quantization(quantization: Mapping[str, Any] | None) -> WeightFormat | None:
-    """The format, of those in `WRITTEN`, that config.json describes in exactly these words; None if there is none."""
-    return next((one for one in WRITTEN.values() if one.quantization == quantization), None)
+    """The format that config.json describes in exactly these words; None if there is none."""
+    return next((one for one in FORMATS.values() if one.quantization == quantization), None)

@@ -123,7 +123,7 @@ class Loading:
         model._weight_conversions = conversions
         setattr(model, ORIGIN_ATTRIBUTE, Origin(Path(self.where), self.placements, conversions))
         if self.schema.input_dtype is not None:
-            round_inputs(model, list(self.placements), self.where)
+            round_inputs(model, list(self.placements), self.where, self.schema.input_dtype)
 
     def _to_undo(self, used: list[Any]) -> list[Any]:
         """The conversions that `save_pretrained` undoes, so that its files are laid out as the dense model's are.

@@ -46,7 +46,7 @@ _METHODS = {
     "sparsegpt": "SparseGPT",
 }
 ANOTHER_PROGRAM = "another program's"  # the method in the recipe of a folder that somebody else pruned
-_UNROUNDED = "The compressed model rounds the inputs of pruned linears to int8; this one does not, and is more exact."
+_UNROUNDED = "The compressed model rounds the inputs of pruned linears; this one does not, and is more exact."
 _USE = [
     "## Serve",
     f"With ria-vllm, which `{FOR_GPUS}` installs from a clone of its repository, or on a CPU:",

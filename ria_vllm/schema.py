@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from ria_vllm import fp8
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import of_quantization
 from ria_vllm.layer_schema import Experts, Fold, Producer
@@ -88,7 +89,7 @@ class WeightQuantization(BaseModel):
 
 
 class InputQuantization(BaseModel):
-    """How pruned linears round their inputs, in compressed-tensors' words: each token to int8, by its own scale.
+    """How pruned linears round their inputs, in compressed-tensors' words: each token to int8 or fp8, by its own scale.
 
     The permutation of a linear's input does not matter to it. `ria_vllm.token_rounding` has the arithmetic.
     """
@@ -96,13 +97,15 @@ class InputQuantization(BaseModel):
     # What is not understood here could change what the model computes.
     model_config = ConfigDict(strict=True, extra="forbid")
     num_bits: Literal[8]
-    type: Literal["int"]
+    type: Literal["int", "float"]
     strategy: Literal["token"]
     dynamic: Literal[True]
     symmetric: Literal[True]
 
 
 INT8_TOKENS: Final = InputQuantization(num_bits=8, type="int", strategy="token", dynamic=True, symmetric=True)
+FP8_TOKENS: Final = INT8_TOKENS.model_copy(update={"type": "float"})
+TOKENS: Final = {torch.int8: INT8_TOKENS, fp8.DTYPE: FP8_TOKENS}
 
 
 class RiaSchema(BaseModel):
@@ -123,9 +126,11 @@ class RiaSchema(BaseModel):
     recipe: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _integers_with_integers(self) -> "RiaSchema":
+    def _rounded_alike(self) -> "RiaSchema":
         if self.input_activations is not None and self.weights is None:
-            raise ValueError("input_activations without weights: inputs are rounded for integer weights only")
+            raise ValueError("input_activations without weights: inputs are rounded for quantized weights only")
+        if self.input_activations and self.weights and self.input_activations.type != self.weights.type:
+            raise ValueError("input_activations have another type than weights: no kernel multiplies int with float")
         return self
 
     @field_validator("experts")
@@ -176,7 +181,7 @@ class RiaSchema(BaseModel):
     @property
     def input_dtype(self) -> torch.dtype | None:
         """The dtype to which pruned linears round each token of their inputs; None: they do not."""
-        return None if self.input_activations is None else torch.int8
+        return next((dtype for dtype, words in TOKENS.items() if words == self.input_activations), None)
 
     @classmethod
     def parse(cls, config: dict[str, Any], where: str) -> "RiaSchema":

@@ -1,8 +1,10 @@
-"""Activations rounded to int8, token by token: what a linear with `input_activations` computes with."""
+"""Activations rounded to int8 or fp8, token by token: what a linear with `input_activations` computes with."""
 
 from typing import Any
 
 import torch
+
+from ria_vllm import fp8
 
 LARGEST = 127
 
@@ -28,20 +30,23 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return integers, torch.where(largest == 0, 1.0, largest / whole)
 
 
-def round_tokens(x: torch.Tensor) -> torch.Tensor:
-    """Each token [K] of x as its integers and its scale give it back, in the dtype of x.
+def round_tokens(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """Each token [K] of x as its values in `dtype` (int8 or float8_e4m3fn) and its scale give it back, in x's dtype.
 
     Gradients pass unchanged, as if nothing had been rounded.
     """
-    return _RoundTokens.apply(x)
+    return _RoundTokens.apply(x, dtype)
 
 
 class _RoundTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if dtype == fp8.DTYPE:
+            values, scales = fp8.quantize(x)
+            return (values.float() * scales[..., None]).to(x.dtype)
         integers, scales = quantize_tokens(x)
         return (integers * scales).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return gradients[0]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None

@@ -16,6 +16,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.offline.model.hf import load_model
+from ria_vllm.token_rounding import round_tokens
 
 INT4 = {"weights": "int4", "group_size": 32, "activations": "int8"}
 
@@ -64,6 +65,16 @@ def test_pruned_linears_and_no_others_round_each_token(folder):
         expected = (off if pruned else exact) + (0 if module.bias is None else module.bias.detach().double())
         torch.testing.assert_close(y[0].double(), expected, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(exact, off, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_they_are_rounded_to_the_dtype_that_is_asked_for(dtype):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Linear(8, 8))
+    x = torch.randn(3, 64)
+    wanted = model[1](torch.nn.functional.linear(round_tokens(x, dtype), model[0].weight, model[0].bias))
+    other = model(x)
+    round_inputs(model, ["0.weight"], "here", dtype)
+    assert torch.equal(model(x), wanted) and not torch.allclose(other, wanted, atol=1e-4)
 
 
 def test_eval_measures_the_rounded_model(folder, tmp_path):
@@ -181,7 +192,7 @@ def test_llama_4s_experts_round_weighted_tokens_and_what_down_reads(text, tmp_pa
 def test_other_modules_are_refused_by_name(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(RiaError, match="here: model.embed_tokens.weight belongs to a Embedding.*ria-vllm export"):
-        round_inputs(model, ["model.embed_tokens.weight"], "here")
+        round_inputs(model, ["model.embed_tokens.weight"], "here", torch.int8)
 
 
 @pytest.mark.parametrize("weights", [["down_proj"], ["gate_up_proj"], ["up_proj", "down_proj"]], ids=str)
@@ -190,7 +201,7 @@ def test_experts_of_which_only_some_are_pruned_are_refused(weights, tmp_path):
     experts = "model.layers.1.mlp.experts"
     model.get_submodule(experts).up_proj = torch.nn.Parameter(torch.ones(4, 128, 64))
     with pytest.raises(RiaError, match=f"here: {experts}.{min(weights)} belongs to a Qwen3MoeExperts.*ria-vllm export"):
-        round_inputs(model, [f"{experts}.{name}" for name in weights], "here")
+        round_inputs(model, [f"{experts}.{name}" for name in weights], "here", torch.int8)
 
 
 def test_what_only_looks_like_experts_is_refused(folder):
@@ -198,7 +209,7 @@ def test_what_only_looks_like_experts_is_refused(folder):
     module = model.model.layers[0].mlp.lookalike = torch.nn.Module()
     module.down_proj, module._apply_gate = torch.nn.Parameter(torch.ones(4, 64, 64)), torch.nn.functional.silu
     with pytest.raises(RiaError, match="lookalike.down_proj belongs to a Module"):
-        round_inputs(model, ["model.layers.0.mlp.lookalike.down_proj"], "here")
+        round_inputs(model, ["model.layers.0.mlp.lookalike.down_proj"], "here", torch.int8)
 
 
 def test_inputs_by_keyword():
@@ -208,7 +219,7 @@ def test_inputs_by_keyword():
         (torch.nn.ModuleDict({"linear": Other(64, 8)}), {"scale": torch.tensor(2.0), "hidden_states": x}),
     ):
         exact = model["linear"](**call)
-        round_inputs(model, ["linear.weight"], "here")
+        round_inputs(model, ["linear.weight"], "here", torch.int8)
         expected = rounded(x) @ model["linear"].weight.detach().double().T + model["linear"].bias.detach().double()
         expected = expected * float(call.get("scale", 1))
         torch.testing.assert_close(model["linear"](**call).double(), expected, rtol=1e-4, atol=1e-5)
@@ -237,7 +248,7 @@ def test_mixers_whose_fused_kernel_takes_the_weight_are_refused_in_training(make
     name = next(name for name, _ in model.named_modules() if name.endswith(".out_proj"))
     with torch.no_grad():
         exact = model(TOKENS).logits
-    round_inputs(model, [f"{name}.weight"], "here")
+    round_inputs(model, [f"{name}.weight"], "here", torch.int8)
     model = deepcopy(model)
     found = recorded(model, torch.nn.Linear)[name]
     weight = model.get_submodule(name).weight.detach().double()

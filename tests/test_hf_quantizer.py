@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, INT8, INTEGERS
+from ria_vllm.formats import FLOAT, FP8, INT8, INTEGERS
 
 TOKENS = torch.arange(3, 60)[None]
 
@@ -51,7 +51,7 @@ def test_the_same_hidden_state_in_every_class(pruned_llama, expected, auto):
     assert torch.equal(hidden(auto.from_pretrained(pruned_llama.folder)), expected)
 
 
-each_format = pytest.mark.parametrize("format", [FLOAT, INT8, INTEGERS[4, 32]], ids=lambda format: format.name)
+each_format = pytest.mark.parametrize("format", [FLOAT, INT8, INTEGERS[4, 32], FP8], ids=lambda format: format.name)
 
 
 def store(model, out, pruned, renames=(), format=FLOAT) -> None:

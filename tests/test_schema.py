@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import FP8
 from ria_vllm.schema import INT8_TOKENS, RiaSchema
 
 CONFIG = {
@@ -93,7 +94,7 @@ def test_inputs_are_rounded_in_exactly_these_words():
     schema = RiaSchema.parse(CONFIG | {"weights": {}, "input_activations": INPUTS}, "config.json")
     assert schema.input_dtype == torch.int8 and schema.input_activations == INT8_TOKENS
     assert schema.model_dump(mode="json", exclude_none=True)["input_activations"] == INPUTS
-    others = {"num_bits": 4, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": False}
+    others = {"num_bits": 4, "type": "uint", "strategy": "tensor", "dynamic": False, "symmetric": False}
     for field, other in others.items():
         with pytest.raises(RiaError, match=f"quantization_config.input_activations.{field}"):
             RiaSchema.parse(CONFIG | {"weights": {}, "input_activations": INPUTS | {field: other}}, "config.json")
@@ -102,6 +103,12 @@ def test_inputs_are_rounded_in_exactly_these_words():
             RiaSchema.parse(CONFIG | {"weights": {}, "input_activations": without}, "config.json")
     with pytest.raises(RiaError, match="input_activations.block_size"):
         RiaSchema.parse(CONFIG | {"weights": {}, "input_activations": INPUTS | {"block_size": 4}}, "config.json")
+    fp8 = dict(FP8.quantization)
+    for weights, kind in (({}, "float"), (fp8, "int")):
+        with pytest.raises(RiaError, match="input_activations have another type than weights"):
+            RiaSchema.parse(CONFIG | {"weights": weights, "input_activations": INPUTS | {"type": kind}}, "config.json")
+    schema = RiaSchema.parse(CONFIG | {"weights": fp8, "input_activations": INPUTS | {"type": "float"}}, "config.json")
+    assert schema.weight_format == FP8 and schema.input_dtype == torch.float8_e4m3fn
     with pytest.raises(RiaError, match="input_activations without weights"):
         RiaSchema.parse(CONFIG | {"input_activations": INPUTS}, "config.json")
 

@@ -1,4 +1,4 @@
-"""Tokens rounded to int8: the oracle rounds number by number, in numpy's float32."""
+"""Tokens rounded to int8 and fp8: the oracle rounds number by number, in numpy's float32."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,27 @@ def test_extremes():
     assert round_tokens(torch.empty(0, 64)).shape == (0, 64)
 
 
-def test_gradients_pass():
+@pytest.mark.parametrize("dtype", VALUE_DTYPES)
+def test_fp8_is_the_nearest_of_all_its_values(dtype):
+    """Four bits of exponent with a bias of 7, three of mantissa, and 448 at most, where a token's largest lands."""
+    mantissas = [m / 8 for m in range(8)]
+    positive = [m * 2.0**-6 for m in mantissas] + [(1 + m) * 2.0**e for e in range(-6, 9) for m in mantissas]
+    values = np.array(sorted({sign * one for one in positive if one <= 448 for sign in (-1, 1)}))
+    x = (torch.randn(7, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 7)[:, None]).to(dtype)
+    x[2] = 0
+    found = round_tokens(x, torch.float8_e4m3fn)
+    assert found.dtype == dtype
+    for token, rounded in zip(x.double().numpy(), found, strict=True):
+        scale = np.abs(token).max() / 448 or 1.0
+        distances = np.abs(token[:, None] / scale - values)
+        nearest = torch.from_numpy(values[distances.argmin(1)] * scale).float().to(dtype)
+        ties = torch.from_numpy(np.diff(np.sort(distances, 1)[:, :2], axis=1)[:, 0] < 1e-5 * np.abs(token / scale))
+        assert torch.allclose(nearest[~ties], rounded[~ties], rtol=2**-7 if dtype == torch.bfloat16 else 1e-3)
+        assert ties.float().mean() < 0.2 or not token.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_gradients_pass(dtype):
     x = torch.randn(2, 8, requires_grad=True)
-    (round_tokens(x) * torch.arange(8.0)).sum().backward()
+    (round_tokens(x, dtype) * torch.arange(8.0)).sum().backward()
     assert torch.equal(x.grad, torch.arange(8.0).expand(2, 8))

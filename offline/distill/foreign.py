@@ -9,7 +9,6 @@ import torch
 
 from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import WRITTEN
 from ria_vllm.json_file import read_json
 from ria_vllm.model_card import ANOTHER_PROGRAM
 from ria_vllm.offline.distill.foreign_linears import ForeignLinears
@@ -22,7 +21,7 @@ from ria_vllm.offline.model.topology import linears_of
 from ria_vllm.offline.model.which_weights import meant_weights
 from ria_vllm.offline.publish import published
 from ria_vllm.open_files import OpenFiles
-from ria_vllm.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.schema import TOKENS, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.sparse_linear import SparseLinear
 from ria_vllm.vllm_quirks import fused_sets
 from ria_vllm.weight_format import WeightFormat, name_of
@@ -87,7 +86,7 @@ class ForeignStart:
                 ignore=[name for name in [*outside, *inside] if name not in kinds], global_sparsity=round(zeros, 6)
             ),
             weights=None if words is None else WeightQuantization(**words, dtype=name_of(of_model)),
-            input_activations=None if inputs is None else INT8_TOKENS,
+            input_activations=None if inputs is None else TOKENS[inputs],
             recipe={
                 "method": ANOTHER_PROGRAM,
                 "pattern": "2:4",
@@ -155,11 +154,6 @@ class ForeignStart:
                     f"{self.folder}: {name} is {first}, {other} is {kind}. A folder of ours has one format for all 2:4 "
                     "linears. Give the model from before it was quantized."
                 )
-        if first.format.name not in WRITTEN:
-            raise RiaError(
-                f"{self.folder}: {name}: weights are {first}, which is not trained. Give the model from before it was "
-                "quantized."
-            )
 
     def _check_fused(self, linears: Iterable[str]) -> None:
         """Refuse what vLLM could not serve: it fuses some linears into one, which is either 2:4 or dense."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from ria_vllm.formats import IntFormat, wide_scales
+from ria_vllm.formats import Fp8Format, IntFormat, wide_scales
 
 
 class StraightThrough:
@@ -16,20 +16,20 @@ class StraightThrough:
         dtype: of the model.
     """
 
-    def __init__(self, weight_format: IntFormat, scales: torch.Tensor, dtype: torch.dtype):
+    def __init__(self, weight_format: IntFormat | Fp8Format, scales: torch.Tensor, dtype: torch.dtype):
         self.format, self.scales, self.dtype = weight_format, scales, dtype
 
     def __call__(self, values: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         scales = self.scales[rows]
         rounded = self.format.nearest(values, scales).to(self.dtype).float()
-        step = wide_scales(scales, values.shape[1])
+        step = wide_scales(scales, values.shape[1]) * self.format.spacing
         gap = values - rounded
         return rounded, torch.where(gap.abs() > step, rounded + gap.clamp(-step, step), values)
 
     def of_scales(self, values: torch.Tensor, gradient: torch.Tensor, rows: slice) -> torch.Tensor:
         """The gradient of the logarithms of some rows' scales, as in learned step sizes (LSQ): [rows, 1 or groups].
 
-        A value that is rounded to q steps reads q * scale, and its own part, value / scale, has a gradient of 1. So the
+        A value that is rounded to q reads q * scale, and its own part, value / scale, has a gradient of 1. So the
         scale itself moves by what rounding adds; of values out of range, by all of what they are read as.
 
         Args:

@@ -11,6 +11,7 @@ import torch
 from ria_vllm.offline.distill.parameters import diverged
 from ria_vllm.offline.distill.progress import Course
 from ria_vllm.offline.distill.student import Student
+from ria_vllm.sparse_linear import not_finite
 from ria_vllm.weight_format import name_of
 from ria_vllm.writer import CheckpointWriter
 
@@ -75,7 +76,7 @@ class Work:
 def _check_finite(tensors: dict[str, torch.Tensor], step: int) -> None:
     """Refuse what cannot be gone on from, or served."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not_finite(tensor):
             raise diverged(step, f"{name} is not finite in {name_of(tensor.dtype)}")
 
 

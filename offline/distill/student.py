@@ -66,7 +66,8 @@ class Student:
             for name, weight in placement.split(model.model.get_parameter(inside).detach()):
                 _check_same(start.linear(name), weight, start)
         if isinstance(start, ForeignStart) and start.schema.input_dtype is not None:
-            round_inputs(model.model, places, start.folder)  # as `load_model` does for a folder of ours
+            # As `load_model` does for a folder of ours.
+            round_inputs(model.model, places, start.folder, start.schema.input_dtype)
         if rows_on is not None:
             shard(model, rows_on)
         for inside, placement in places.items():

@@ -237,7 +237,7 @@ def _load(
             kind = config.dtype or "auto" if dtype == "auto" else dtype
             model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
             if reader is not None and reader.schema.input_dtype is not None:
-                round_inputs(model, _pruned_parameters(model, reader), name)
+                round_inputs(model, _pruned_parameters(model, reader), name, reader.schema.input_dtype)
     if output_head(model) is None:
         raise RiaError(
             f"{name}: the forward pass of a {architecture.__name__} gives no logits of tokens, so there is no "

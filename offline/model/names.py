@@ -12,11 +12,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import WRITTEN
+from ria_vllm.formats import FORMATS
 from ria_vllm.offline.model.which_weights import LEFT_OUT
 
 # The last parts of the names of a pruned linear's tensors.
-COMPRESSED = {"input_permutation"}.union(*(one.tensor_names for one in WRITTEN.values()))
+COMPRESSED = {"input_permutation"}.union(*(one.tensor_names for one in FORMATS.values()))
 
 
 class Names:

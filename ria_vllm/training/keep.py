@@ -109,10 +109,10 @@ def _keep_sparse(model: nn.Module, like: str | Path | None) -> None:
         if is_first() or isinstance(parameter, DTensor):
             weight.check_zeros(origin.folder)
         weights.append(weight)
-    rounded = reader.schema.input_dtype is not None
-    if rounded and getattr(base, ORIGIN_ATTRIBUTE, None) is None:
-        round_inputs(base, origin.placements, origin.folder)  # as loading the folder itself would have done
-    kept = KeptWeights(weights, base, origin, rounded)
+    rounded = reader.schema.input_dtype
+    if rounded is not None and getattr(base, ORIGIN_ATTRIBUTE, None) is None:
+        round_inputs(base, origin.placements, origin.folder, rounded)  # as loading the folder itself would have done
+    kept = KeptWeights(weights, base, origin, rounded is not None)
     kept.mask_gradients()
     setattr(base, ATTRIBUTE, kept)
     setattr(base, ORIGIN_ATTRIBUTE, origin)  # known now, if it was found by `like`

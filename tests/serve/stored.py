@@ -3,8 +3,8 @@
 import torch
 
 from ria_vllm import permutation, sparse24
-from ria_vllm.formats import FLOAT
-from ria_vllm.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.formats import FLOAT, FP8
+from ria_vllm.schema import FP8_TOKENS, INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.folding import fold
 
@@ -12,7 +12,7 @@ from ria_vllm.serve.folding import fold
 class Stored:
     """Random pruned linears: what the checkpoint holds, and the plain matrix it stands for.
 
-    rounded: config.json says that activations are rounded to int8.
+    rounded: config.json says that activations are rounded to int8, or to fp8 if the weights are.
     """
 
     def __init__(self, seed=0, weight_format=FLOAT, rounded=False):
@@ -42,7 +42,7 @@ class Stored:
         schema = RiaSchema(
             sparsity_config=SparsityConfig(ignore=list(ignore)), folds=list(folds),
             weights=None if quantization is None else WeightQuantization(**quantization, dtype="float32"),
-            input_activations=INT8_TOKENS if self.rounded else None,
+            input_activations=(FP8_TOKENS if self.weight_format == FP8 else INT8_TOKENS) if self.rounded else None,
         )  # fmt: skip
         config = RiaConfig(schema)
         config.pruned, config.required = set(self.tensors), set(self.tensors)

@@ -9,12 +9,11 @@ import pytest
 import torch
 from graph_capture import GraphCapture
 
-from ria_vllm import sparse24
+from ria_vllm import fp8, sparse24
 from ria_vllm.formats import FLOAT, FP8, INT4, INT8, INTEGERS
 from ria_vllm.serve import packing
 from ria_vllm.serve.kernels import reference, reference_experts
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
-from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from compressed_tensors_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
+from stored import Stored
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from ria_vllm import fp8
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels.cuda import fp8
+from ria_vllm.formats import FP8
 
 pytestmark = pytest.mark.usefixtures("ranks")
 
@@ -36,6 +38,22 @@ def test_a_hopper_keeps_fp8(hopper_layers, columns, dense, inputs, strategy):
     """Static scales of activations are not needed: every token gets its own."""
     checkpoint = Checkpoint(inputs=inputs, strategy=strategy, dense=dense)
     check_kept(checkpoint.single(columns), checkpoint.plain["fc"])
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_a_folder_of_ours_is_kept_if_it_rounds_inputs(hopper_layers, rounded):
+    """As `distill` makes one of compressed-tensors' fp8. Otherwise its weights are served as floating point."""
+    stored = Stored(weight_format=FP8, rounded=rounded)
+    stored.add("fc", 64, 128, stored.order(128))
+    layer = ReplicatedLinear(
+        128, 64, quant_config=stored.config(), prefix="fc", params_dtype=torch.bfloat16, return_bias=False
+    )
+    layer = stored.load(layer, {"fc": None})
+    if rounded:
+        layer.bias.data.zero_()
+        check_kept(layer, stored.plain["fc"].double())
+    else:
+        assert packed(layer)[0].dtype != fp8.DTYPE
 
 
 def test_fused_linears_keep_their_own_scales(hopper_layers):

@@ -9,14 +9,14 @@ import torch
 from compare import check, differences
 from runs import ONE_THREAD_EACH, TWO_RANKS, Runs
 
-from ria_vllm.formats import INTEGERS
+from ria_vllm.formats import FP8, INTEGERS
 
 pytestmark = pytest.mark.slow
 
 HALF = {"dtype": torch.bfloat16}, {"dtype": "bfloat16"}
 
 # Name of the run: (family, how the checkpoint is written, engine arguments)
-ALONE = {one.name: ("llama-gqa", {"weights": one.name} | HALF[0], HALF[1]) for one in INTEGERS.values()} | {
+ALONE = {one.name: ("llama-gqa", {"weights": one.name} | HALF[0], HALF[1]) for one in (*INTEGERS.values(), FP8)} | {
     "int4-g32 in float32": ("llama-gqa", {"weights": "int4-g32"}, {}),
     "int4-g64 in float32": ("llama-gqa", {"weights": "int4-g64"}, {}),
     "int4-g128 in float32": ("llama-gqa", {"weights": "int4-g128"}, {}),

@@ -13,10 +13,10 @@ from typing import ClassVar
 
 import torch
 
+from ria_vllm import fp8
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FLOAT, FP8
 from ria_vllm.serve.kernels.base import LinearLayerConfig
-from ria_vllm.serve.kernels.cuda import fp8
 from ria_vllm.serve.kernels.cuda.bindings import library_of, num_sms_of
 from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, WORKSPACE_BYTES, choose_tile
 from ria_vllm.weight_format import name_of

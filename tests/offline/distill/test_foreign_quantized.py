@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from ria_vllm import sparse24
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import INTEGERS, IntFormat, wide_scales
-from ria_vllm.schema import INT8_TOKENS
+from ria_vllm.formats import FP8, INT4, INT8, INTEGERS, wide_scales
+from ria_vllm.schema import FP8_TOKENS, INT8_TOKENS
 from ria_vllm.sparse_linear import SparseLinear
-from ria_vllm.weight_format import name_of
+from ria_vllm.weight_format import WeightFormat, name_of
 
 BY_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 SPARSITY = {"format": "dense", "sparsity_structure": "2:4", "targets": ["Linear"], "ignore": ["lm_head"]}
@@ -30,20 +30,18 @@ class Form:
     """name: as config.json calls it. inputs: how they are rounded. bitmask: whether zeros are left out."""
 
     name: str
-    bits: int
-    size: int | None = None
+    format: WeightFormat
     inputs: dict[str, Any] | None = None
     bitmask: bool = False
     by_tensor: bool = False
     sparsity: dict[str, Any] = field(default_factory=lambda: dict(SPARSITY))
 
     def __str__(self) -> str:
-        return f"{self.name}-{INTEGERS[self.bits, self.size].name}{'-bitmask' * self.bitmask}"
+        return f"{self.name} {self.format.name}{' bitmask' * self.bitmask}{' tensor' * self.by_tensor}"
 
     @property
     def weights(self) -> dict[str, Any]:
-        strategy = "tensor" if self.by_tensor else "group" if self.size else "channel"
-        return {"num_bits": self.bits, "type": "int", "symmetric": True, "strategy": strategy, "group_size": self.size}
+        return {"group_size": None} | self.format.quantization | ({"strategy": "tensor"} if self.by_tensor else {})
 
     def quantization(self) -> dict[str, Any]:
         group = {"targets": ["Linear"], "weights": self.weights, "input_activations": self.inputs, "format": self.name}
@@ -55,40 +53,41 @@ class Form:
 
 
 FORMS = [
-    Form("int-quantized", 8),
-    Form("int-quantized", 8, inputs=BY_TOKEN, bitmask=True),
-    Form("int-quantized", 8, by_tensor=True),
-    Form("int-quantized", 4, 64),
-    Form("pack-quantized", 4, 32),
-    Form("pack-quantized", 8),
-    Form("marlin-24", 4),
-    Form("marlin-24", 8),
+    Form("int-quantized", INT8),
+    Form("int-quantized", INT8, BY_TOKEN, bitmask=True),
+    Form("int-quantized", INT8, by_tensor=True),
+    Form("int-quantized", INTEGERS[4, 64]),
+    Form("pack-quantized", INTEGERS[4, 32]),
+    Form("pack-quantized", INT8),
+    Form("marlin-24", INT4),
+    Form("marlin-24", INT8),
+    Form("float-quantized", FP8),
+    Form("float-quantized", FP8, BY_TOKEN | {"type": "float"}, bitmask=True),
+    Form("naive-quantized", FP8, BY_TOKEN | {"type": "float"}, by_tensor=True),
 ]
 
 
-def rounded(linear: SparseLinear, weight_format: IntFormat, by_tensor: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """A linear's weight [out, in] as integers of a format, none of the kept ones 0; and scales that are powers of 2, so
+def rounded(linear: SparseLinear, form: Form) -> tuple[torch.Tensor, torch.Tensor]:
+    """A linear's weight [out, in] as its format holds it, with no kept value of 0; and scales that are powers of 2, so
     that any dtype holds them."""
     weight, mask = linear.dense().float(), sparse24.mask_from_bitmask(linear.parts["bitmask"])
-    scales = weight_format.scales_of(weight).float()
-    scales = (scales.amax().expand_as(scales) if by_tensor else scales).log2().ceil().exp2()
+    scales = form.format.quantize(weight, torch.float32)[1].float()
+    scales = (scales.amax().expand_as(scales) if form.by_tensor else scales).log2().ceil().exp2()
     wide = wide_scales(scales, weight.shape[1])
-    whole = (weight / wide).round()
-    whole = torch.where(mask & (whole == 0), torch.where(weight < 0, -1.0, 1.0), whole)
-    return whole.clamp(weight_format.smallest, weight_format.largest) * wide, scales
+    weight = torch.where(mask & (weight.abs() < wide), torch.where(weight < 0, -wide, wide), weight)
+    return form.format.nearest(weight, scales), scales
 
 
 def both(folder: Path, form: Form, out: Path) -> tuple[Path, Path]:
     """(ours with integers, theirs with the same), from a pruned folder without permutations."""
     ours, theirs, reader, writer = out / "ours", out / "theirs", Reader(folder), Writer()
-    weight_format = INTEGERS[form.bits, form.size]
     stored: dict[str, torch.Tensor] = {}
     for name in reader.sparse_names:
         linear = reader.linear(name)
-        weight, scales = rounded(linear, weight_format, form.by_tensor)
-        own = scales.half() if form.size else scales  # those of groups keep their dtype, and training rounds to it
-        parts = weight_format.encode(weight, sparse24.mask_from_bitmask(linear.parts["bitmask"]), own)
-        stored |= SparseLinear(name, weight_format, parts, None, linear.dtype).tensors()
+        weight, scales = rounded(linear, form)
+        own = scales.half() if form.format.group_size else scales  # those keep their dtype, and training rounds to it
+        parts = form.format.encode(weight, sparse24.mask_from_bitmask(linear.parts["bitmask"]), own)
+        stored |= SparseLinear(name, form.format, parts, None, linear.dtype).tensors()
         given = scales.flatten()[:1] if form.by_tensor else scales
         writer.add(name, form.name, form.weights, weight.half(), given.half(), form.bitmask)
     others = {name: reader.tensor(name) for name in reader.dense_names}
@@ -96,10 +95,10 @@ def both(folder: Path, form: Form, out: Path) -> tuple[Path, Path]:
         shutil.copytree(folder, place)
         found = {name: one for name, one in tensors.items() if not name.endswith((".dense", ".exact"))} | others
         rewrite(place / "model.safetensors", lambda before, found=found: (before.clear(), before.update(found)))
-    words = weight_format.quantization | {"dtype": name_of(reader.linear(reader.sparse_names[0]).dtype)}
+    words = dict(form.format.quantization) | {"dtype": name_of(reader.linear(reader.sparse_names[0]).dtype)}
     schema = reader.config["quantization_config"] | {"weights": words}
     if form.inputs is not None:
-        schema["input_activations"] = INT8_TOKENS.model_dump()
+        schema["input_activations"] = (FP8_TOKENS if form.format == FP8 else INT8_TOKENS).model_dump()
     edit_config(ours, quantization_config=schema)
     edit_config(theirs, quantization_config=form.quantization())
     return ours, theirs
@@ -121,7 +120,7 @@ def test_the_result_is_that_of_our_own_folder_with_the_same_weights(form, pruned
 
 
 @needs_writer
-@pytest.mark.parametrize("form", [Form("int-quantized", 8), Form("pack-quantized", 4, 32)], ids=str)
+@pytest.mark.parametrize("form", [Form("int-quantized", INT8), Form("pack-quantized", INTEGERS[4, 32])], ids=str)
 def test_a_quantized_linear_that_is_not_sparse_is_written_dense(form, pruned, text, tmp_path):
     """As the numbers that it stands for. So are what scales its input, and a cache, left out."""
     dense, folder = pruned(permute="none")
@@ -157,7 +156,7 @@ def as_bytes(form: Form, folder: Path, theirs: Path) -> Path:
         tensors.clear()
         tensors.update({name: reader.tensor(name) for name in reader.dense_names})
         for name in reader.sparse_names:
-            weight, scales = rounded(reader.linear(name), INTEGERS[8, None], False)
+            weight, scales = rounded(reader.linear(name), form)
             tensors |= {f"{name}.weight": (weight / scales).to(torch.int8), f"{name}.weight_scale": scales}
 
     rewrite(theirs / "model.safetensors", store)
@@ -194,7 +193,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_tensors_are_refused_by_name(damage, pruned, text, tmp_path):
     dense, folder = pruned(permute="none")
-    theirs = as_bytes(Form("int-quantized", 8), folder, tmp_path / "theirs")
+    theirs = as_bytes(Form("int-quantized", INT8), folder, tmp_path / "theirs")
     change, error = DAMAGES[damage]
     rewrite(theirs / "model.safetensors", change)
     with pytest.raises(RiaError, match=rf"^{theirs}: {error}"):
@@ -204,7 +203,7 @@ def test_damaged_tensors_are_refused_by_name(damage, pruned, text, tmp_path):
 
 def test_linears_in_several_formats_are_refused(pruned, text, tmp_path):
     dense, folder = pruned(permute="none")
-    theirs = as_bytes(Form("int-quantized", 8), folder, tmp_path / "theirs")
+    theirs = as_bytes(Form("int-quantized", INT8), folder, tmp_path / "theirs")
     plain = Reader(folder).dense(NAME)
 
     def restore(tensors: dict) -> None:
@@ -218,12 +217,12 @@ def test_linears_in_several_formats_are_refused(pruned, text, tmp_path):
 
 def test_a_config_that_does_not_say_how_is_refused(pruned, text, tmp_path):
     dense, folder = pruned(permute="none")
-    theirs = as_bytes(Form("int-quantized", 8), folder, tmp_path / "theirs")
-    quantization = Form("int-quantized", 8).quantization()
+    theirs = as_bytes(Form("int-quantized", INT8), folder, tmp_path / "theirs")
+    quantization = Form("int-quantized", INT8).quantization()
     quantization["ignore"] = [NAME]
     edit_config(theirs, quantization_config=quantization)
     with pytest.raises(RiaError, match=f"^{theirs}: {NAME}: its weight is compressed or quantized, but config.json"):
         run(dense, theirs, tmp_path / "out", text)
-    edit_config(theirs, quantization_config=Form("int-quantized", 8).quantization(), dtype=None, torch_dtype=None)
+    edit_config(theirs, quantization_config=Form("int-quantized", INT8).quantization(), dtype=None, torch_dtype=None)
     with pytest.raises(RiaError, match=f"^{theirs}/config.json: says nothing of the dtype of the model"):
         run(dense, theirs, tmp_path / "out", text)

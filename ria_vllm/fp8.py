@@ -1,4 +1,4 @@
-"""Quantizes activations to fp8 (e4m3), one scale per token, in plain torch operations that torch.compile can fuse."""
+"""Activations in fp8 (e4m3), one scale per token, in plain torch operations that torch.compile can fuse."""
 
 import torch
 
