@@ -119,7 +119,7 @@ def distill(
 ):  # fmt: skip
     """Train the weights that FOLDER keeps towards the predictions of the dense model, and write a better folder.
 
-    FOLDER is what `ria-vllm compress` wrote, or another unquantized 2:4 model. Its masks, permutations and format stay.
+    FOLDER is what `ria-vllm compress` wrote, or another 2:4 model. Its masks, permutations and weight format stay.
     torchrun or accelerate launch divides each step among several processes.
     """
     from ria_vllm.offline.distill.checks import warn_of_trained_texts

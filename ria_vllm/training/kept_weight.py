@@ -101,7 +101,7 @@ class KeptWeight:
         if rounded:
             raise RiaError(
                 f"{self.name}: belongs to a {type(now.module).__name__} now, put there after the model was loaded, "
-                f"which does not round its inputs to int8 as {folder} asks. Leave the modules in place: mixed "
+                f"which does not round its inputs as {folder} asks. Leave the modules in place: mixed "
                 "precision with fp8 replaces them, for example."
             )
         now.check_zeros(folder)

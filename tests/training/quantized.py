@@ -4,7 +4,7 @@ import torch
 
 from ria_vllm import sparse24
 from ria_vllm.checkpoint import Reader
-from ria_vllm.formats import WRITTEN
+from ria_vllm.formats import FORMATS
 from ria_vllm.schema import INT8_TOKENS, RiaSchema
 from ria_vllm.writer import CheckpointWriter
 
@@ -12,7 +12,7 @@ from ria_vllm.writer import CheckpointWriter
 def quantized(like, out, name, shrink=1.0, activations=False):
     """`like` with its weights in another format; `shrink`: scales smaller than those of the largest magnitudes.
     activations: inputs are rounded to int8."""
-    reader, chosen = Reader(like), WRITTEN[name]
+    reader, chosen = Reader(like), FORMATS[name]
     units = {other: reader.tensor(other) for other in reader.dense_names}
     for linear in reader.sparse_names:
         before = reader.linear(linear)

@@ -12,7 +12,15 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.formats import WRITTEN
 from ria_vllm.training import keep_sparse, save
 
-FORMATS = ["int8", "int4", "int8-g64", "int4-g32"]
+FORMATS = ["int8", "int4", "int8-g64", "int4-g32", "fp8"]
+
+
+def grid_of(name):
+    """All values that `compressed` may hold."""
+    if name == "fp8":
+        found = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        return found[found.isfinite()]
+    return torch.arange(-8, 8) if "int4" in name else torch.arange(-127, 128)
 
 
 def relative(left, right):
@@ -31,7 +39,7 @@ def test_untouched_weights_keep_their_bytes(pruned_llama, tmp_path, name, dtype)
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_trained_weights_are_rounded_to_the_nearest(pruned_llama, tmp_path, name):
-    """By brute force: each kept value is the integer, of all there are, whose product with its scale is nearest."""
+    """By brute force: each kept value is the one, of all there are, whose product with its scale is nearest."""
     quantized(pruned_llama.folder, tmp_path / "out", name)
     model, kept = load(tmp_path / "out"), masks(pruned_llama.folder)
     keep_sparse(model)
@@ -52,8 +60,7 @@ def test_trained_weights_are_rounded_to_the_nearest(pruned_llama, tmp_path, name
         stored = weight if p is None else weight[:, p.long()]
         scale = linear.parts["weight_scale"].float()
         wide = scale.repeat_interleave(stored.shape[1] // scale.shape[1], 1)[..., None]
-        bits = linear.format.num_bits
-        grid = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)) if bits == 4 else torch.arange(-127, 128)
+        grid = grid_of(name)
         nearest = (grid * wide - stored[..., None]).abs().min(-1).values
         written = linear.format.decode(linear.parts, torch.float32)
         mask = sparse24.mask_from_bitmask(linear.parts["bitmask"])
@@ -64,8 +71,8 @@ def test_trained_weights_are_rounded_to_the_nearest(pruned_llama, tmp_path, name
     found, wanted, before = (torch.cat(each) for each in (found, wanted, before))
     assert saved.rounding == pytest.approx(relative(found, wanted), rel=1e-6)
     assert saved.relative_change == pytest.approx(relative(wanted, before), rel=1e-6)
-    bounds = {"int8": (0.001, 0.02), "int8-g64": (0.001, 0.02), "int4": (0.05, 0.2), "int4-g32": (0.05, 0.2)}
-    assert bounds[name][0] < saved.rounding < bounds[name][1]
+    low, high = {"int8": (0.001, 0.02), "int4": (0.05, 0.2), "fp8": (0.015, 0.04)}[name.partition("-")[0]]
+    assert low < saved.rounding < high
     story = json.loads((tmp_path / "new" / "config.json").read_text())["quantization_config"]["recipe"]["training"][0]
     assert story["rounding"] == saved.rounding
 
