@@ -292,9 +292,7 @@ def test_modules_that_cannot_be_followed(pruned_llama, tmp_path):
     model = load(quantized(pruned_llama.folder, tmp_path / "int8", "int8", activations=True))
     keep_sparse(model)
     replaced(model)
-    with pytest.raises(
-        RiaError, match=r"layers.0.mlp.down_proj.weight: .* a Linear .* does not round its inputs as "
-    ):
+    with pytest.raises(RiaError, match=r"layers.0.mlp.down_proj.weight: .* a Linear .* does not round its inputs as "):
         model(TOKENS)
 
 
