@@ -38,6 +38,12 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     help="A .txt, .jsonl or .parquet file (field text; in .jsonl also messages), c4, wikitext2 or pile from the hub, "
     "or self: text that the dense model writes itself, for which the whole model has to fit into memory.",
 )
+@click.option(
+    "--self-written",
+    default=0.0,
+    show_default=True,
+    help="Fraction of the sequences that the dense model writes itself; the others are of --calibration.",
+)
 @click.option("--samples", default=128, show_default=True, help="Number of calibration sequences.")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens in each; at most the model's context.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="For all random choices.")
@@ -122,8 +128,8 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 @options.resume
 @click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(
-    model, out, method, exponent, permute, permute_scope, pattern, calibration, samples, seq_len, seed, reconstruct,
-    skip_sensitive, weights, group_size, activations, smooth, rotate, distill, eval_text, ignore, device,
+    model, out, method, exponent, permute, permute_scope, pattern, calibration, self_written, samples, seq_len, seed,
+    reconstruct, skip_sensitive, weights, group_size, activations, smooth, rotate, distill, eval_text, ignore, device,
     compute_dtype, activation_cache, max_shard_size, overwrite, resume, timings,
 ):  # fmt: skip
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
@@ -149,8 +155,8 @@ def compress(
     served = (parsed.n, parsed.m) == (2, 4)
     recipe = Recipe(
         method=method, exponent=exponent, permute=permute or ("lsa" if served else "none"), permute_scope=permute_scope,
-        pattern=parsed, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, ignore=tuple(ignore),
-        reconstruct=reconstruct, skip_sensitive=skip_sensitive, weights=weights,
+        pattern=parsed, calibration=calibration, self_written=self_written, samples=samples, seq_len=seq_len, seed=seed,
+        ignore=tuple(ignore), reconstruct=reconstruct, skip_sensitive=skip_sensitive, weights=weights,
         group_size=int(group_size) if group_size and group_size.isdigit() else group_size, activations=activations,
         smooth=smooth, rotate=rotate, compute_dtype=compute_dtype,
     )  # fmt: skip
@@ -176,7 +182,7 @@ def compress(
                 lambda pruned: run(model, pruned, recipe, replace(settings, overwrite=True), monitor),
                 model, out, recipe,
                 Distillation(
-                    tokens=distill, text=calibration, seq_len=length, seed=seed,
+                    tokens=distill, text=calibration, self_written=self_written, seq_len=length, seed=seed,
                     # float16 is for pruning only: in training, small gradients would vanish.
                     compute_dtype="float32" if compute_dtype == "float16" else compute_dtype,
                     eval_text=tuple(eval_text),

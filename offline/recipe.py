@@ -11,6 +11,7 @@ import torch
 
 from ria_vllm import __version__, formats
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration.mixture import check_fraction, written_of
 from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.pruning import permute, scores
 from ria_vllm.offline.pruning.admm import DAMPING
@@ -57,6 +58,7 @@ class Recipe:
     permute_scope: str = "shared"
     pattern: Pattern = Pattern(n=2, m=4)
     calibration: str = "self"
+    self_written: float = 0.0
     samples: int = 128
     seq_len: int = 2048
     seed: int = 0
@@ -98,6 +100,7 @@ class Recipe:
             raise RiaError(f"--rotate {self.rotate} is for patterns N:M, not for {self.pattern}.")
         if self.samples < 1 or self.seq_len < 2:
             raise RiaError("--samples takes at least 1, --seq-len at least 2.")
+        check_fraction(self.self_written, self.samples, self.calibration)
         if not 0 <= self.skip_sensitive < 1:
             raise RiaError(f"--skip-sensitive {self.skip_sensitive}: give a fraction of at least 0 and less than 1.")
         if not 0 <= self.exponent <= 4:
@@ -128,6 +131,11 @@ class Recipe:
     @property
     def _columns(self) -> int | None:
         return self.group_size if isinstance(self.group_size, int) else None
+
+    @property
+    def samples_written(self) -> int:
+        """How many samples the dense model writes beside a text."""
+        return written_of(self.samples, self.self_written) if self.self_written else 0
 
     @property
     def migration_strength(self) -> float:
@@ -265,6 +273,8 @@ class Recipe:
         plain = {"pattern": str(self.pattern), "ignore": list(self.ignore), "calibration": Path(self.calibration).name}
         options = asdict(self) | plain
         # Options of later versions are named where they were given.
+        if not self.self_written:
+            del options["self_written"]
         if self.weights == "float" or (self.weights == "int8" and self._columns is None):
             del options["group_size"]
         if self.activations == "none":

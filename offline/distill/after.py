@@ -91,6 +91,7 @@ def _ways_on(pruned: Path, model: str, out: Path, distillation: Distillation) ->
     same = ["--tokens", str(distillation.tokens), "--seq-len", str(distillation.seq_len)]
     same += ["--seed", str(distillation.seed), "--compute-dtype", distillation.compute_dtype]
     same += [] if distillation.text == "self" else ["--calibration", distillation.text]
+    same += ["--self-written", str(distillation.self_written)] if distillation.self_written else []
     same += [part for path in distillation.eval_text for part in ("--eval-text", path)]
     command = shlex.join(["ria-vllm", "distill", *folders, *same])
     return (

@@ -8,6 +8,7 @@ from typing import Any
 
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration.mixture import check_fraction, written_of
 from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.publish import published
@@ -57,14 +58,7 @@ class Distillation:
         for name, most in (("lr", 1.0), ("warmup", 1.0), ("weight_decay", 1.0), ("clip", 1e6)):
             if not (math.isfinite(getattr(self, name)) and 0 <= getattr(self, name) <= most):
                 raise RiaError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number from 0 to {most:g}.")
-        if not 0 <= self.self_written < 1:
-            raise RiaError(f"--self-written {self.self_written}: give a fraction from 0 to less than 1.")
-        if self.self_written and not self.windows_written:
-            raise RiaError(
-                f"--self-written {self.self_written}: of {self.windows} sequences, that is none. Give more or nothing."
-            )
-        if self.self_written and self.text == "self":
-            raise RiaError("--calibration self: the teacher writes all of the text, so leave out --self-written.")
+        check_fraction(self.self_written, self.windows, self.text)
         if self.batch % (self.micro_batch or 1):
             raise RiaError(f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch}.")
         if self.tokens < self.batch * self.seq_len:
@@ -118,7 +112,7 @@ class Distillation:
     @property
     def windows_written(self) -> int:
         """How many of them the teacher writes beside a text."""
-        return min(round(self.windows * self.self_written), self.windows - 1)
+        return written_of(self.windows, self.self_written)
 
     @property
     def steps(self) -> int:

@@ -14,6 +14,7 @@ from ria_vllm.export import companion_files
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
+from ria_vllm.offline.calibration.mixture import spread_among
 from ria_vllm.offline.distill.checks import (
     check_models,
     check_texts,
@@ -34,7 +35,7 @@ from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.state import Work
 from ria_vllm.offline.distill.student import Student
 from ria_vllm.offline.distill.teacher import Answer, CachedTeacher, Teacher, fill_cache, most_probable
-from ria_vllm.offline.distill.text import TrainingText, check_vocabulary, held_out_texts, spread_among, training_text
+from ria_vllm.offline.distill.text import TrainingText, check_vocabulary, held_out_texts, training_text
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype

@@ -12,6 +12,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.calibration.hub import HubText
+from ria_vllm.offline.calibration.mixture import written_of
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.progress import Monitor
 
@@ -80,23 +81,16 @@ def training_windows(
     )
 
 
-def spread_among(windows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """[n, seq_len] and [k, seq_len] -> [n + k, seq_len]: the others evenly among the windows, all in their order."""
-    total = len(windows) + len(others)
-    places = torch.arange(total + 1) * len(others) // total
-    is_other = places[1:] > places[:-1]
-    found = windows.new_empty(total, windows.shape[1])
-    found[is_other], found[~is_other] = others.to(windows.dtype), windows
-    return found
-
-
 def _calibration(recipe: Mapping[str, Any]) -> data.Drawn | None:
     """What `compress` drew, or None if this recipe, which another program may have written, does not say."""
     samples, seq_len, seed = (recipe.get(name) for name in ("samples", "seq_len", "seed"))
     if not all(type(number) is int for number in (samples, seq_len, seed)):
         return None
+    written = recipe.get("self_written", 0.0)
     known = samples > 0 and seq_len > 1 and samples * seq_len <= MOST_BEYOND and 0 <= seed < 1 << 63
-    return data.Drawn(samples, seq_len, seed) if known else None
+    if not known or type(written) is not float or not 0 <= written < 1:
+        return None
+    return data.Drawn(samples - (written_of(samples, written) if written else 0), seq_len, seed)
 
 
 def held_out_texts(recipe: Distillation, tokenizer: Any, longest: int | None) -> dict[str, torch.Tensor]:

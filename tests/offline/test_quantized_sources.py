@@ -169,11 +169,11 @@ def test_the_second_copy_is_counted_on_the_cpu_only(kind, dtype, pair, monkeypat
     source = Source("name", quantized, model.config, {}, "", [])
     room = dict(wanted)
     monkeypatch.setattr(offline_tokens, "available", lambda device: room[device.type])
-    offline_tokens._check_whole_fits(source, model)
+    offline_tokens._check_whole_fits(source, model, "--calibration self", "Give a text file")
     for device in wanted:
         room = wanted | {device: wanted[device] - 1}
         with pytest.raises(RiaError, match=rf"are free \({device}\)"):
-            offline_tokens._check_whole_fits(source, model)
+            offline_tokens._check_whole_fits(source, model, "--calibration self", "Give a text file")
 
 
 def test_a_quantized_model_of_the_hub_is_loaded_from_the_hubs_cache(pair, monkeypatch):

@@ -39,6 +39,7 @@ def test_what_was_pruned_is_trained_and_only_the_result_stays(tiny, text, tmp_pa
     ("both", "pruning", "training"),
     [
         ((), ("--rotate", "heads"), ()),
+        (("--self-written", "0.25"), (), ()),
         (("--calibration", "self", "--seed", "3"), ("--weights", "int4"), ()),
         (("--compute-dtype", "float32", "--seq-len", "256"), ("--weights", "int8", "--activations", "int8"),
          ("--eval-text",)),

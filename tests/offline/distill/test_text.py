@@ -11,7 +11,6 @@ from ria_vllm.offline.distill.text import (
     check_vocabulary,
     held_out_texts,
     held_out_windows,
-    spread_among,
     training_windows,
 )
 from ria_vllm.offline.model.hf import load_tokenizer
@@ -66,26 +65,22 @@ def test_what_is_asked_of_a_text_beside_the_teachers_is_named(tiny, text):
         training_windows(recipe, load_tokenizer(str(tiny("llama"))))
 
 
-@pytest.mark.parametrize(("drawn", "written"), [(3, 1), (50, 50), (1, 6), (67, 31)])
-def test_windows_of_the_teacher_are_spread_evenly_and_in_order(drawn, written):
-    total = drawn + written
-    of_text, of_teacher = torch.arange(drawn).repeat(2, 1).T.int(), -1 - torch.arange(written).repeat(2, 1).T
-    found = spread_among(of_text, of_teacher)
-    assert found.dtype == torch.int32 and torch.equal(found[found[:, 0] >= 0], of_text)
-    assert torch.equal(found[found[:, 0] < 0], of_teacher.int())
-    for end in range(1, total + 1):
-        assert abs(int((found[:end, 0] < 0).sum()) - end * written / total) < 1
-
-
-def test_training_windows_are_not_those_of_the_calibration(tiny, text):
-    """Though both draw with the same seed, by default."""
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_training_windows_are_not_those_of_the_calibration(share, tiny, text):
+    """Though both draw with the same seed, by default. What the dense model wrote beside them is not of the text."""
     tokenizer = load_tokenizer(str(tiny("llama")))
-    calibration = Recipe(samples=16, seq_len=32, calibration=str(text)).dump("model")
-    used = from_text(str(text), tokenizer, 16, 32, 0)
-    recipe = Distillation(tokens=16 * 32, seq_len=32, text=str(text))
+    calibration = Recipe(samples=16, seq_len=32, calibration=str(text), self_written=share).dump("model")
+    used = from_text(str(text), tokenizer, round(16 * (1 - share)), 32, 0)
+    recipe = Distillation(tokens=len(used) * 32, seq_len=32, text=str(text))
     windows = training_windows(recipe, tokenizer, calibration)
     assert not {*map(tuple, used.tolist())} & {*map(tuple, windows.tolist())}
-    for other in ({"calibration": "other.txt"}, {"samples": "16"}, {"seq_len": 1 << 70}, {"seed": None}):
+    for other in (
+        {"calibration": "other.txt"},
+        {"samples": "16"},
+        {"seq_len": 1 << 70},
+        {"seed": None},
+        {"self_written": "all"},
+    ):
         assert torch.equal(training_windows(recipe, tokenizer, calibration | other), used.int())
 
 
