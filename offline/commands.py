@@ -42,7 +42,8 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
     "--self-written",
     default=0.0,
     show_default=True,
-    help="Fraction of the sequences that the dense model writes itself; the others are of --calibration.",
+    help="Fraction of the sequences that the dense model writes itself; the others are of --calibration. With "
+    "--distill, of the training text, too.",
 )
 @click.option("--samples", default=128, show_default=True, help="Number of calibration sequences.")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens in each; at most the model's context.")

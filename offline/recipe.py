@@ -135,7 +135,7 @@ class Recipe:
     @property
     def samples_written(self) -> int:
         """How many samples the dense model writes beside a text."""
-        return written_of(self.samples, self.self_written) if self.self_written else 0
+        return written_of(self.samples, self.self_written)
 
     @property
     def migration_strength(self) -> float:

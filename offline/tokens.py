@@ -35,7 +35,7 @@ def calibration_tokens(
     try:
         tokenizer = text_tokenizer(source.folder)
     except RiaError as error:
-        raise RiaError(f"{error} Use --calibration self.") from None
+        raise RiaError(f"{error} Use --calibration self{', without --self-written' if written else ''}.") from None
     tokens = data.from_text(text, tokenizer, recipe.samples - written, recipe.seq_len, recipe.seed, asked)
     vocabulary = model.model.get_submodule(model.base_path).get_input_embeddings().num_embeddings
     if int(tokens.max()) >= vocabulary:

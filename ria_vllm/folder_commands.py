@@ -78,6 +78,7 @@ def print_inventory(inventory: Inventory) -> None:
         "smooth",
         "rotate",
         "calibration",
+        "self_written",
         "samples",
         "seq_len",
         "seed",

@@ -88,8 +88,13 @@ class IntFormat(WeightFormat):
 
     @property
     def smallest(self) -> int:
-        """The smallest value that is written: -8 or -127. A checkpoint may also hold -128."""
+        """The smallest value that `quantize` gives: -8 or -127."""
         return -self.largest - 1 if self.num_bits == 4 else -self.largest
+
+    @property
+    def lowest(self) -> int:
+        """The smallest value that a checkpoint may hold: -8 or -128."""
+        return -self.largest - 1
 
     def quantize(
         self, weight: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None = None
@@ -116,13 +121,17 @@ class IntFormat(WeightFormat):
         assert scales is not None
         # `values` gives the same weights back: where they are so small that rounding to float16 moved them by more than
         # half a step, steps are smaller than the distances between numbers of float16, and the nearest one will do.
-        integers = self._rounded(values, wide_scales(scales, values.shape[1])).to(torch.int8)
+        integers = self._rounded(values, wide_scales(scales, values.shape[1]), self.lowest).to(torch.int8)
         return {"compressed": self.pack(integers), "bitmask": bitmask, "weight_scale": scales}
 
-    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """float32: all values of a matrix, or only the kept ones, rounded to the nearest that these scales can hold."""
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor, smallest: float | None = None) -> torch.Tensor:
+        """float32: all values of a matrix, or only the kept ones, rounded to the nearest that these scales can hold.
+
+        Args:
+            smallest: the smallest integer, if it is not the format's own.
+        """
         wide = wide_scales(scales, values.shape[1])
-        return self._rounded(values, wide) * wide
+        return self._rounded(values, wide, self.smallest if smallest is None else smallest) * wide
 
     def pack(self, integers: torch.Tensor) -> torch.Tensor:
         """`compressed` of kept values, int8 [out, in/2], all of them within the format's bits."""
@@ -137,10 +146,10 @@ class IntFormat(WeightFormat):
         integers = self.integers(parts)
         return (integers.float() * wide_scales(parts["weight_scale"], integers.shape[1])).to(dtype)
 
-    def _rounded(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def _rounded(self, weight: torch.Tensor, scales: torch.Tensor, smallest: float) -> torch.Tensor:
         """float32 integers [out, n], with scales as `wide_scales` gives them."""
         scaled = weight.float() / scales
-        return scaled.round().clamp(self.smallest, self.largest)
+        return scaled.round().clamp(smallest, self.largest)
 
 
 def wide_scales(scales: torch.Tensor, columns: int) -> torch.Tensor:
@@ -170,7 +179,7 @@ class Fp8Format(WeightFormat):
     `distill` makes of them.
 
     Attributes:
-        largest, smallest: the last values. spacing: the largest distance between neighbours.
+        largest, smallest, lowest: the last values. spacing: the largest distance between neighbours.
     """
 
     name = "fp8"
@@ -179,7 +188,7 @@ class Fp8Format(WeightFormat):
         {"strategy": "channel", "symmetric": True, "num_bits": 8, "type": "float"}
     )
     largest = torch.finfo(torch.float8_e4m3fn).max
-    smallest = -largest
+    smallest = lowest = -largest
     spacing = 32.0
 
     def quantize(
@@ -190,8 +199,8 @@ class Fp8Format(WeightFormat):
             scales = torch.where(scales > 0, scales, 1.0)
         return self.nearest(weight, scales).to(dtype), scales
 
-    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """See `IntFormat.nearest`."""
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor, smallest: float | None = None) -> torch.Tensor:
+        """See `IntFormat.nearest`; here, the smallest value is always the format's own."""
         return self._rounded(values, scales).float() * scales
 
     def encode_kept(

@@ -1,7 +1,7 @@
 """Rounds the inputs of pruned linears in transformers, where the checkpoint has `input_activations`.
 
-So perplexity and training see what the served model computes. A linear multiplies with each token as its int8 numbers
-and their scale give it back, in the dtype of the activations.
+So perplexity and training see what the served model computes. A linear multiplies with each token as its int8 or fp8
+numbers and their scale give it back, in the dtype of the activations.
 """
 
 from collections.abc import Callable, Iterable

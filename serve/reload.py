@@ -11,7 +11,7 @@ from typing import Any
 from vllm.config import ModelConfig
 
 from ria_vllm.checkpoint import is_compressed
-from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_checkpoint
+from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_checkpoint, quantization_of
 from ria_vllm.errors import RiaError
 from ria_vllm.json_file import read_json
 from ria_vllm.schema import DIGESTS, RiaSchema
@@ -205,7 +205,7 @@ def _check_compressed_tensors(
     config: RiaConfig, present: CompressedTensorsConfig, content: Mapping[str, Any], model: str, revision: str | None
 ) -> None:
     """Check that config.json describes the same quantization of the same linears as when the server was started."""
-    stored = _quantization_of(content)
+    stored = quantization_of(content)
     if not is_24_checkpoint(stored):
         raise _another_form(model)
     new = CompressedTensorsConfig.parse(stored)
@@ -217,14 +217,6 @@ def _check_compressed_tensors(
     names = _headers(model, revision).names
     if names is not None:
         _check_names(config, names, model)
-
-
-def _quantization_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Where vLLM looks for it: the model's own, its text decoder's, or under the name that it had at first."""
-    text = content.get("text_config")
-    places = (content, "quantization_config"), (text, "quantization_config"), (content, "compression_config")
-    found = (place.get(key) for place, key in places if isinstance(place, Mapping))
-    return next((one for one in found if isinstance(one, Mapping)), {})
 
 
 def _difference(new: CompressedTensorsConfig, present: CompressedTensorsConfig) -> str:

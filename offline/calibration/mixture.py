@@ -7,7 +7,7 @@ from ria_vllm.errors import RiaError
 
 def written_of(windows: int, fraction: float) -> int:
     """How many of the windows the dense model writes; never all of them."""
-    return min(round(windows * fraction), windows - 1)
+    return max(0, min(round(windows * fraction), windows - 1))
 
 
 def check_fraction(fraction: float, windows: int, text: str) -> None:
@@ -18,7 +18,7 @@ def check_fraction(fraction: float, windows: int, text: str) -> None:
     """
     if not 0 <= fraction < 1:
         raise RiaError(f"--self-written {fraction}: give a fraction from 0 to less than 1.")
-    if fraction and written_of(windows, fraction) < 1:
+    if fraction and windows > 0 and not written_of(windows, fraction):
         raise RiaError(f"--self-written {fraction}: of {windows} sequences, that is none. Give more or nothing.")
     if fraction and text == "self":
         raise RiaError("--calibration self: the dense model writes all of the text, so leave out --self-written.")

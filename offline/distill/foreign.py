@@ -1,13 +1,14 @@
 """Another program's 2:4 checkpoint as something to start from: dense with zeros, or as compressed-tensors stores it."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ria_vllm import sparse24
+from ria_vllm import fp8, sparse24
+from ria_vllm.compressed_tensors.config import quantization_of
 from ria_vllm.errors import RiaError
 from ria_vllm.json_file import read_json
 from ria_vllm.model_card import ANOTHER_PROGRAM
@@ -20,10 +21,11 @@ from ria_vllm.offline.model.names import Names
 from ria_vllm.offline.model.topology import linears_of
 from ria_vllm.offline.model.which_weights import meant_weights
 from ria_vllm.offline.publish import published
+from ria_vllm.offline.recipe import ROW
 from ria_vllm.open_files import OpenFiles
 from ria_vllm.schema import TOKENS, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.sparse_linear import SparseLinear
-from ria_vllm.vllm_quirks import fused_sets
+from ria_vllm.vllm_quirks import fused_sets, served_dense
 from ria_vllm.weight_format import WeightFormat, name_of
 
 LAYER = re.compile(r"\.\d+\.")
@@ -56,15 +58,18 @@ class ForeignStart:
             the base model's prefix.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, warn: Callable[[str], None] = lambda text: None):
+        """`warn`: for what the result will not do as config.json says."""
         self.folder = folder
         self.config: dict[str, Any] = read_json(folder / "config.json")
         self.files = meant_weights(folder, str(folder))
         self._open = OpenFiles()
-        quantization = self.config.pop("quantization_config", None)
+        quantization = _taken_out(self.config)
+        self._described = quantization is not None
         dtype = configured_dtype(read_config(str(folder)))
         self._linears = ForeignLinears(folder, self.files, quantization, dtype, self._tensor)
         self._check_stacks()
+        self._served_dense: set[str | None] = set()
         inside, outside = self._names()
         kinds = {name: one for name in inside if (one := self._kind(name)) is not None}
         if not kinds:
@@ -81,6 +86,11 @@ class ForeignStart:
         zeros = 0.5 * sum(sizes[name] for name in kinds) / sum(sizes.values())
         form, inputs, of_model = kinds[self.linears[0]]
         words = form.quantization
+        if words is not None and inputs is None and self._linears.asks_for_rounded_inputs:
+            warn(
+                f"{folder}: config.json asks for inputs that are rounded in a way that is not served. The result "
+                "rounds none, which is more exact."
+            )
         self.schema = RiaSchema(
             sparsity_config=SparsityConfig(
                 ignore=[name for name in [*outside, *inside] if name not in kinds], global_sparsity=round(zeros, 6)
@@ -92,7 +102,8 @@ class ForeignStart:
                 "pattern": "2:4",
                 "permute": "none",
                 "source": published(str(folder)),
-            },
+            }
+            | _said_of(form, inputs),
         )
         self.config["quantization_config"] = self.schema.model_dump(mode="json", exclude_none=True)
 
@@ -108,7 +119,7 @@ class ForeignStart:
 
     def state(self) -> dict[str, torch.Tensor] | None:
         """All tensors of the dense model, if transformers cannot read the folder by itself."""
-        if not self._linears.stored:
+        if not self._described and not self._linears.stored:
             return None
         return {f"{name}.weight": self.linear(name).dense() for name in self.linears} | dict(self.others)
 
@@ -121,6 +132,8 @@ class ForeignStart:
         """The linears in the text decoder's layers, and all others: of towers, or unknown to transformers' model."""
         tensors, model = list(self._linears.dense_tensors()), outline(str(self.folder))
         names, layers = Names(model, tensors, self.folder), find_decoder(model, str(self.folder))[1]
+        for index, layer in enumerate(model.get_submodule(layers)):
+            self._served_dense |= {names.linear(f"{layers}.{index}.{name}") for name in served_dense(layer)}
         known = {f"{names.linear(path)}.weight" for path in linears_of(model)}
         inside: list[str] = []
         outside: list[str] = []
@@ -140,7 +153,8 @@ class ForeignStart:
         return inside, outside
 
     def _kind(self, name: str) -> Kind | None:
-        found = self._linears.linear(name)
+        """None: it is dense, or will be, because vLLM serves it in no other way."""
+        found = None if name in self._served_dense else self._linears.linear(name)
         if not isinstance(found, SparseLinear):
             return None
         return Kind(found.format, self._linears.input_dtype(name), found.dtype)
@@ -190,6 +204,25 @@ class ForeignStart:
             return self._tensor(name)
         found = self._linears.linear(linear)
         return found.dense() if isinstance(found, SparseLinear) else found
+
+
+def _taken_out(config: dict[str, Any]) -> Any:
+    """What config.json says of its weights, in any of the places where programs look for it, which are then empty."""
+    found: Any = quantization_of(config) or None
+    text = config.get("text_config")
+    for place, key in ((config, "quantization_config"), (text, "quantization_config"), (config, "compression_config")):
+        if isinstance(place, dict):
+            other = place.pop(key, None)
+            found = other if found is None else found
+    return found
+
+
+def _said_of(form: WeightFormat, inputs: torch.dtype | None) -> dict[str, Any]:
+    """What `compress` would write into the recipe of weights in this format."""
+    if form.quantization is None:
+        return {}
+    found = {"weights": form.name.partition("-")[0], "group_size": form.group_size or ROW}
+    return found if inputs is None else found | {"activations": "fp8" if inputs == fp8.DTYPE else name_of(inputs)}
 
 
 def _is_sparse(weight: torch.Tensor) -> bool:

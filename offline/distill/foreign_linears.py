@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ria_vllm import sparse24
+from ria_vllm import fp8, sparse24
 from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.compressed_tensors.packed_forms import DROPPED, UNMISTAKABLE, Translation
 from ria_vllm.errors import RiaError
@@ -37,6 +37,7 @@ class ForeignLinears:
 
     Attributes:
         stored: those that are not just a tensor NAME.weight.
+        asks_for_rounded_inputs: config.json says of some that their inputs are rounded, in whatever way.
 
     Raises:
         RiaError: config.json describes weights that are not read here, or does not say how they are stored.
@@ -52,6 +53,12 @@ class ForeignLinears:
     ):
         self.folder, self.read, self.dtype = folder, read, dtype
         self.config = None if quantization is None else _parsed(quantization, folder)
+        self.asks_for_rounded_inputs = self.config is not None and any(
+            isinstance(group, dict) and group.get("input_activations")
+            for group in (quantization.get("config_groups") or {}).values()
+        )
+        self._has_cache_scales = self.config is not None and bool(quantization.get("kv_cache_scheme"))
+        self._shapes: dict[str, tuple[int, int]] = {}
         self._parts: dict[str, list[str]] = {}
         for tensor in files:
             module, _, part = tensor.rpartition(".")
@@ -66,25 +73,28 @@ class ForeignLinears:
 
     def dense_tensors(self) -> Iterator[str]:
         """The names of the dense model's tensors. It has none that scale activations or a KV cache."""
-        cache = self.config is not None and self.config.kv_cache_scheme is not None
         for module, parts in self._parts.items():
             names = parts
             if module in self.stored:
                 names = ["weight", *(part for part in parts if part not in STORED | BESIDE)]
             for name in (f"{module}.{part}" if module else part for part in names):
-                if not (cache and OF_KV_CACHE.fullmatch(name)):
+                if not (self._has_cache_scales and OF_KV_CACHE.fullmatch(name)):
                     yield name
 
     def shape(self, name: str) -> tuple[int, ...]:
         """That of the plain weight."""
         if name in self.stored:
-            return self._shape(name, self._scheme(name), self._loaded(name))
+            if name not in self._shapes:
+                self._shapes[name] = self._shape(name, self._scheme(name), self._loaded(name))
+            return self._shapes[name]
         return tuple(self.read(f"{name}.weight").shape)
 
     def input_dtype(self, name: str) -> torch.dtype | None:
         """The dtype to which a linear rounds each token of its input; None: it does not."""
         scheme = self._scheme(name)
-        return scheme.activations if scheme.format == FP8 else scheme.input_dtype
+        if scheme.format == FP8:
+            return scheme.activations if scheme.activations == fp8.DTYPE else None
+        return scheme.input_dtype
 
     def linear(self, name: str) -> SparseLinear | torch.Tensor:
         """A linear with two kept values in each group of four, or, where a group has more, its plain weight [out, in].
@@ -104,12 +114,17 @@ class ForeignLinears:
             scales = {tensor.dtype for part, tensor in loaded.items() if part == "weight_scale"}
             try:
                 # With inputs that are not rounded, vLLM would be given fp8 weights as plain numbers.
-                asked = replace(scheme, activations=torch.float8_e4m3fn) if scheme.format == FP8 else scheme
+                asked = replace(scheme, activations=fp8.DTYPE) if scheme.format == FP8 else scheme
                 found = asked.weights(loaded, [rows], dtype, stored_scales=scales)
             except ValueError as error:
                 raise self._damaged(name, str(error)) from None
         if found is None:
             return scheme.dense_weight(loaded, [rows], dtype)
+        if bool((found.parts.get("weight_scale", torch.ones(1)) <= 0).any()):
+            raise RiaError(
+                f"{self.folder}: {name}: a weight_scale is zero or less, which is served but cannot be trained. "
+                "Quantize the model again, or give it from before it was quantized."
+            )
         if wrong := found.format.check(found.parts, (rows, columns + found.padding)):
             raise self._damaged(name, wrong)
         linear = SparseLinear(name, found.format, found.parts, None, dtype)
@@ -159,8 +174,9 @@ class ForeignLinears:
             raise self._damaged(name, wrong)
         for part, spec in specs.items():
             found, wanted = tuple(loaded[part].shape), spec.shape(rows, columns)
-            if found != wanted and not (spec.per_tensor and loaded[part].numel() == 1):
+            if found != wanted and (found or not spec.per_tensor):
                 raise self._damaged(name, f"{part} has shape {found}, expected {wanted}")
+            loaded[part] = loaded[part].reshape(wanted)
         return rows, columns
 
     def _dtype(self, name: str, scheme: WeightScheme, loaded: Mapping[str, torch.Tensor]) -> torch.dtype:
@@ -171,6 +187,11 @@ class ForeignLinears:
             raise RiaError(
                 f"{self.folder}/config.json: says nothing of the dtype of the model, and {name} is quantized. Add "
                 '"dtype": "bfloat16", or that of the model before it was quantized.'
+            )
+        if self.dtype not in sparse24.VALUE_DTYPES:
+            raise RiaError(
+                f"{self.folder}/config.json: the dtype is {name_of(self.dtype)}, but {name} is quantized, and stands "
+                f"for numbers in {' or '.join(map(name_of, sparse24.VALUE_DTYPES))}. Give one of these as dtype."
             )
         return self.dtype
 
@@ -190,9 +211,10 @@ def _parsed(quantization: Any, folder: Path) -> CompressedTensorsConfig | None:
     sparsity, groups = found.get("sparsity_config"), found.get("config_groups")
     stored = sparsity.get("format") if isinstance(sparsity, dict) else None
     if found.get("quant_method") == "compressed-tensors":
-        if is_24_checkpoint({"format": None} | found):
+        if is_24_checkpoint(found):
             try:
-                return CompressedTensorsConfig.parse(found)
+                # The scales of a KV cache are left out, whatever they are.
+                return CompressedTensorsConfig.parse({**found, "kv_cache_scheme": None})
             except RiaError as error:
                 raise RiaError(f"{folder}: {error}") from None
         if stored == "dense" and found.get("format") in (None, "dense") and not groups:

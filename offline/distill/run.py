@@ -104,7 +104,7 @@ def distill(
     with joined(settings.device) as (ranks, device), monitor.live():
         settings = replace(settings, device=device)
         recipe = recipe.among(ranks.size)
-        start = Start(folder) if is_compressed(folder) else ForeignStart(folder)
+        start = Start(folder) if is_compressed(folder) else ForeignStart(folder, monitor.warn)
         begun = begun_run(out) if settings.resume and ranks.first else {}
         origin = located(teacher, recorded_commit(teacher, begun, start.schema.recipe), ranks, monitor)
         origin.check_resumed(begun)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ria_vllm.errors import RiaError
+from ria_vllm.formats import Fp8Format, IntFormat
 from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.offline.distill.divergence import Top, divergence
 from ria_vllm.offline.distill.foreign import ForeignStart
@@ -179,9 +180,17 @@ def _trained_linears(
             rounding = None
             if scales is not None:
                 read = scales if trained is None else trained.parameter.data
-                rounding = StraightThrough(linear.format, read, linear.dtype)
+                rounding = StraightThrough(linear.format, read, linear.dtype, _smallest(linear))
             found[name] = kind(parameter, layout, values, adamw, pace, rounding, trained)
     return found
+
+
+def _smallest(linear: SparseLinear) -> float:
+    """The smallest value that a quantized linear may take: that of its format, or -128 if it holds that already."""
+    form = linear.format
+    assert isinstance(form, IntFormat | Fp8Format)
+    holds_less = isinstance(form, IntFormat) and int(form.integers(linear.parts).min()) < form.smallest
+    return form.lowest if holds_less else form.smallest
 
 
 def _trained_scales(kind: type[TrainedParameter], scales: torch.Tensor, adamw: AdamW, pace: Pace) -> TrainedParameter:

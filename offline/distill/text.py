@@ -90,7 +90,7 @@ def _calibration(recipe: Mapping[str, Any]) -> data.Drawn | None:
     known = samples > 0 and seq_len > 1 and samples * seq_len <= MOST_BEYOND and 0 <= seed < 1 << 63
     if not known or type(written) is not float or not 0 <= written < 1:
         return None
-    return data.Drawn(samples - (written_of(samples, written) if written else 0), seq_len, seed)
+    return data.Drawn(samples - written_of(samples, written), seq_len, seed)
 
 
 def held_out_texts(recipe: Distillation, tokenizer: Any, longest: int | None) -> dict[str, torch.Tensor]:

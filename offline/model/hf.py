@@ -120,8 +120,9 @@ def commit_of(folder: Path) -> str | None:
 
 def without_quantization(config: Any) -> None:
     """Let a configuration not say how the weights are quantized in the files."""
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for one in (config, text_config(config)):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
 
 
 def attention_options(config: Any) -> dict[str, Any]:

@@ -43,6 +43,17 @@ CLASSES = ("Linear", "Module")
 """compressed-tensors also matches targets by a module's class. Only linears are looked up here."""
 
 
+def quantization_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of its weights where vLLM looks for it; empty if that is nothing.
+
+    The places are the model's own `quantization_config`, its text decoder's, and the name that it had at first.
+    """
+    text = content.get("text_config")
+    places = (content, "quantization_config"), (text, "quantization_config"), (content, "compression_config")
+    found = (place.get(key) for place, key in places if isinstance(place, Mapping))
+    return next((one for one in found if isinstance(one, Mapping)), {})
+
+
 def is_24_checkpoint(config: Mapping[str, Any]) -> bool:
     """Whether a `quantization_config` is one of compressed-tensors, with 2:4 weights in a form that is served here.
 

@@ -66,7 +66,7 @@ def save(
     Args:
         like: the compressed folder that the model was loaded from. Its masks, permutations, folds, weight format and
             other files are those of `new`, but for what has changed in `model.config` and `model.generation_config`. In
-            an integer format the weights are rounded, by the old scales or by ones that fit the largest magnitudes,
+            a quantized format the weights are rounded, by the old scales or by ones that fit the largest magnitudes,
             whichever are closer.
         overwrite: replace `new`.
         note: what the training was, for the recipe and the model card.

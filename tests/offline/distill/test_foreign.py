@@ -1,5 +1,6 @@
 """Others' 2:4 folders: training from them is training from ours with the same weights."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.formats import FLOAT
+from ria_vllm.offline.distill import foreign
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.progress import Monitor
 from ria_vllm.sparse_linear import SparseLinear
 
 SPARSITY = {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"], "ignore": []}
-BITMASKS = {"quant_method": "compressed-tensors", "sparsity_config": SPARSITY}
+COMPRESSED_TENSORS, ZEROS = {"quant_method": "compressed-tensors"}, SPARSITY | {"format": "dense"}
+BITMASKS = COMPRESSED_TENSORS | {"sparsity_config": SPARSITY}
 
 
 def run(dense: Path, folder: Path, out: Path, text: Path) -> None:
@@ -29,6 +32,12 @@ def run(dense: Path, folder: Path, out: Path, text: Path) -> None:
 
 def with_zeros(folder: Path, out: Path) -> Path:
     export_dense(Reader(folder), out, 10**9)
+    return out
+
+
+def with_zeros_that_config_json_names(folder: Path, out: Path) -> Path:
+    """As llm-compressor saves what it has pruned and not compressed."""
+    edit_config(with_zeros(folder, out), quantization_config=COMPRESSED_TENSORS | {"sparsity_config": ZEROS})
     return out
 
 
@@ -56,7 +65,7 @@ def stored_by_compressed_tensors(dense: Path, linears: list[str], out: Path) -> 
     return out
 
 
-@pytest.mark.parametrize("form", [with_zeros, with_bitmasks])
+@pytest.mark.parametrize("form", [with_zeros, with_zeros_that_config_json_names, with_bitmasks])
 def test_the_result_is_that_of_our_own_folder_with_the_same_weights(form, pruned, text, tmp_path):
     dense, folder = pruned(permute="none", ignore=("layers.1.mlp.up_proj",))
     run(dense, folder, tmp_path / "ours", text)
@@ -159,6 +168,33 @@ def test_pruned_linears_of_a_vision_tower_stay_as_they_are(form, tiny_wrapper, t
     assert sorted(one.ignore) == sorted(other.ignore) and one.global_sparsity == other.global_sparsity
 
 
+@pytest.mark.parametrize("place", ["text_config", "compression_config"])
+def test_config_json_says_it_where_vllm_looks_too(place, pruned, tiny_wrapper, text, tmp_path):
+    dense, folder = tiny_wrapper("qwen2_5_vl"), tmp_path / "pruned"
+    run_small(dense, folder, text, permute="none")
+    theirs = with_bitmasks(folder, tmp_path / "theirs")
+    text_config = json.loads((theirs / "config.json").read_text())["text_config"]
+    named = {"text_config": text_config | {"quantization_config": BITMASKS}}
+    edit_config(theirs, quantization_config=None, **named if place == "text_config" else {place: BITMASKS})
+    run(dense, folder, tmp_path / "ours", text)
+    run(dense, theirs, tmp_path / "out", text)
+    ours, found = Reader(tmp_path / "ours"), Reader(tmp_path / "out")
+    assert found.sparse_names and all(torch.equal(ours.dense(name), found.dense(name)) for name in ours.sparse_names)
+    assert "compression_config" not in found.config and "quantization_config" not in found.config["text_config"]
+
+
+@pytest.mark.parametrize("form", [with_zeros, with_bitmasks])
+def test_what_vllm_serves_dense_only_is_written_dense(form, pruned, text, tmp_path, monkeypatch):
+    """As routers, and the linears of a Mamba-1 mixer."""
+    dense, folder = pruned(permute="none")
+    monkeypatch.setattr(foreign, "served_dense", lambda layer: {"mlp.down_proj": "vLLM serves it dense only"})
+    run(dense, form(folder, tmp_path / "theirs"), tmp_path / "out", text)
+    before, found = Reader(folder), Reader(tmp_path / "out")
+    downs = {f"model.layers.{index}.mlp.down_proj" for index in (0, 1)}
+    assert set(before.sparse_names) - set(found.sparse_names) == downs <= set(found.schema.sparsity_config.ignore)
+    assert all(torch.equal(found.tensor(f"{name}.weight"), before.dense(name)) for name in downs)
+
+
 def test_it_is_not_its_own_teacher(pruned, text, tmp_path):
     folder = with_zeros(pruned(permute="none")[1], tmp_path / "zeros")
     with pytest.raises(RiaError, match=f"{folder}: has the weights of {folder}, so there is nothing to learn from it"):
@@ -180,7 +216,6 @@ def test_a_dense_folder_is_refused(tiny, text, tmp_path):
         run(tiny("llama"), tiny("llama"), tmp_path / "out", text)
 
 
-COMPRESSED_TENSORS, ZEROS = {"quant_method": "compressed-tensors"}, SPARSITY | {"format": "dense"}
 ANOTHER = r"\({form}\)\. Distillation takes .* a form of compressed-tensors.*ria-vllm compress --weights int8"
 
 

@@ -17,6 +17,7 @@ from ria_vllm import sparse24
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import FP8, INT4, INT8, INTEGERS, wide_scales
+from ria_vllm.progress import Monitor
 from ria_vllm.schema import FP8_TOKENS, INT8_TOKENS
 from ria_vllm.sparse_linear import SparseLinear
 from ria_vllm.weight_format import WeightFormat, name_of
@@ -119,6 +120,62 @@ def test_the_result_is_that_of_our_own_folder_with_the_same_weights(form, pruned
     assert two.schema.weights == one.schema.weights and two.schema.input_activations == one.schema.input_activations
 
 
+@pytest.mark.parametrize("kept", ["-128", "a scale without dimensions"])
+def test_what_only_others_write_is_kept(kept, pruned, text, tmp_path):
+    """At a learning rate too small to move anything."""
+    dense, folder = pruned(permute="none")
+    theirs = as_bytes(Form("int-quantized", INT8, by_tensor=kept != "-128"), folder, tmp_path / "theirs")
+
+    def change(tensors: dict) -> None:
+        if kept == "-128":
+            tensors[f"{NAME}.weight"][:, 0] = torch.where(tensors[f"{NAME}.weight"][:, 0] == 0, 0, -128)
+        else:
+            for name in [name for name in tensors if name.endswith("weight_scale")]:
+                tensors[name] = tensors[name].flatten()[0].clone()
+
+    rewrite(theirs / "model.safetensors", change)
+    stored = load_file(theirs / "model.safetensors")
+    weight, scale = stored[f"{NAME}.weight"], stored[f"{NAME}.weight_scale"]
+    run(dense, theirs, tmp_path / "out", text, lr=1e-9)
+    linear = Reader(tmp_path / "out").linear(NAME)
+    assert (kept != "-128") == (int(weight.min()) > -128)
+    assert torch.equal(linear.format.decode(linear.parts, torch.float32), weight * scale)
+
+
+def test_linears_that_round_inputs_differently_are_refused(pruned, text, tmp_path):
+    dense, folder = pruned(permute="none")
+    theirs = as_bytes(Form("int-quantized", INT8), folder, tmp_path / "theirs")
+    quantization = Form("int-quantized", INT8).quantization()
+    group = quantization["config_groups"]["group_0"]
+    quantization["config_groups"]["group_1"] = group | {"targets": ["re:.*down_proj"], "input_activations": BY_TOKEN}
+    edit_config(theirs, quantization_config=quantization)
+    with pytest.raises(RiaError, match=r"is int8.*, \S+ is int8.*\. A folder of ours has one"):
+        run(dense, theirs, tmp_path / "out", text)
+
+
+@pytest.mark.parametrize(
+    "inputs", [BY_TOKEN | {"type": "float"}, BY_TOKEN | {"symmetric": False}], ids=["fp8", "asymmetric"]
+)
+def test_inputs_that_cannot_be_rounded_so_are_not_with_a_warning(inputs, pruned, text, tmp_path):
+    dense, folder = pruned(permute="none")
+    theirs = as_bytes(Form("int-quantized", INT8, inputs), folder, tmp_path / "theirs")
+    monitor, said = Monitor(shown=False), []
+    monitor.warn = said.append
+    run(dense, theirs, tmp_path / "out", text, monitor=monitor)
+    assert Reader(tmp_path / "out").schema.input_activations is None
+    assert any("inputs that are rounded in a way that is not served. The result rounds none" in one for one in said)
+
+
+def test_the_card_and_the_recipe_say_what_the_weights_are(pruned, text, tmp_path):
+    dense, folder = pruned(permute="none")
+    theirs = as_bytes(Form("int-quantized", INT8, BY_TOKEN), folder, tmp_path / "theirs")
+    run(dense, theirs, tmp_path / "out", text)
+    recipe = Reader(tmp_path / "out").schema.recipe
+    assert (recipe["weights"], recipe["group_size"], recipe["activations"]) == ("int8", "row", "int8")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "int8, with a scale for a row" in card and "rounded to int8, token by token" in card
+
+
 @needs_writer
 @pytest.mark.parametrize("form", [Form("int-quantized", INT8), Form("pack-quantized", INTEGERS[4, 32])], ids=str)
 def test_a_quantized_linear_that_is_not_sparse_is_written_dense(form, pruned, text, tmp_path):
@@ -173,7 +230,7 @@ DAMAGES = {
         lambda tensors: tensors[f"{NAME}.weight_scale"].fill_(float("inf")), f"{NAME}: a weight_scale is not a finite",
     ),
     "a scale is negative": (
-        lambda tensors: tensors[f"{NAME}.weight_scale"].neg_(), f"{NAME}: weight_scale is not positive",
+        lambda tensors: tensors[f"{NAME}.weight_scale"].neg_(), f"{NAME}: a weight_scale is zero or less, which is",
     ),
     "scales of other rows": (
         lambda tensors: tensors.update({f"{NAME}.weight_scale": torch.ones(3, 1)}),
