@@ -82,30 +82,14 @@ class ForeignStart:
         self.others: Mapping[str, torch.Tensor] = Tensors(
             [name for name in self._linears.dense_tensors() if name.removesuffix(".weight") not in kinds], self._other
         )
-        sizes = {name: torch.Size(self._linears.shape(name)).numel() for name in inside}
-        zeros = 0.5 * sum(sizes[name] for name in kinds) / sum(sizes.values())
-        form, inputs, of_model = kinds[self.linears[0]]
-        words = form.quantization
-        if words is not None and inputs is None and self._linears.asks_for_rounded_inputs:
+        self.schema = self._schema(kinds, inside, outside)
+        self.config["quantization_config"] = self.schema.model_dump(mode="json", exclude_none=True)
+        one = kinds[self.linears[0]]
+        if one.format.quantization is not None and one.inputs is None and self._linears.asks_for_rounded_inputs:
             warn(
                 f"{folder}: config.json asks for inputs that are rounded in a way that is not served. The result "
                 "rounds none, which is more exact."
             )
-        self.schema = RiaSchema(
-            sparsity_config=SparsityConfig(
-                ignore=[name for name in [*outside, *inside] if name not in kinds], global_sparsity=round(zeros, 6)
-            ),
-            weights=None if words is None else WeightQuantization(**words, dtype=name_of(of_model)),
-            input_activations=None if inputs is None else TOKENS[inputs],
-            recipe={
-                "method": ANOTHER_PROGRAM,
-                "pattern": "2:4",
-                "permute": "none",
-                "source": published(str(folder)),
-            }
-            | _said_of(form, inputs),
-        )
-        self.config["quantization_config"] = self.schema.model_dump(mode="json", exclude_none=True)
 
     def linear(self, name: str) -> SparseLinear:
         """One pruned linear, checked."""
@@ -127,6 +111,21 @@ class ForeignStart:
         """What is known of the pruning."""
         linears = {name: {"shape": list(self._linears.shape(name))} for name in self.linears}
         return {"recipe": self.schema.recipe, "linears": linears, "dense": {}}
+
+    def _schema(self, kinds: Mapping[str, Kind], inside: list[str], outside: list[str]) -> RiaSchema:
+        form, inputs, dtype = kinds[self.linears[0]]
+        sizes = {name: torch.Size(self._linears.shape(name)).numel() for name in inside}
+        zeros = 0.5 * sum(sizes[name] for name in kinds) / sum(sizes.values())
+        known = {"method": ANOTHER_PROGRAM, "pattern": "2:4", "permute": "none", "source": published(str(self.folder))}
+        words = form.quantization
+        return RiaSchema(
+            sparsity_config=SparsityConfig(
+                ignore=[name for name in [*outside, *inside] if name not in kinds], global_sparsity=round(zeros, 6)
+            ),
+            weights=None if words is None else WeightQuantization(**words, dtype=name_of(dtype)),
+            input_activations=None if inputs is None else TOKENS[inputs],
+            recipe=known | _said_of(form, inputs),
+        )
 
     def _names(self) -> tuple[list[str], list[str]]:
         """The linears in the text decoder's layers, and all others: of towers, or unknown to transformers' model."""

@@ -170,8 +170,8 @@ class ForeignLinears:
         rows, columns = len(loaded[values]), loaded[values].shape[1] * (channels or 1)
         if shape is not None and shape.flatten().tolist() != [rows, columns]:
             raise self._damaged(name, f"{SHAPE} says {shape.flatten().tolist()}, the values {[rows, columns]}")
-        if wrong := misfit(scheme.format, columns) if scheme.quantized else None:
-            raise self._damaged(name, wrong)
+        if scheme.quantized and (wrong := misfit(scheme.format, columns)):
+            raise RiaError(f"{self.folder}: {name}: {wrong}")
         for part, spec in specs.items():
             found, wanted = tuple(loaded[part].shape), spec.shape(rows, columns)
             if found != wanted and (found or not spec.per_tensor):
