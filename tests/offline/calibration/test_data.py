@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import types
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import preloaded
 import pytest
 import torch
 from peak_memory import peak_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
@@ -78,8 +80,6 @@ def test_what_an_earlier_draw_has_used_comes_last(samples, oversampling, tokeniz
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
 def test_a_sample_starts_as_every_prompt_does(template, tokenizer, tmp_path):
     """Also where something follows each prompt, as in embedding models that are made from Mistral."""
-    from tokenizers.processors import TemplateProcessing
-
     special = [("<s>", 0), ("</s>", 1)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
     tokens = from_text(str(write(tmp_path / "text.txt", DOCUMENTS)), tokenizer, 5, 30, 0)
@@ -193,12 +193,30 @@ def model(tiny):
 def test_the_model_writes_its_own_samples(model, monkeypatch):
     monkeypatch.setattr(data, "DOCUMENT_TOKENS", 8)
     monkeypatch.setattr(data, "KV_CACHE_BYTES", 0)  # several batches
-    tokens = from_model(model, 0, samples=5, seq_len=20, seed=0, monitor=Monitor(shown=False))
+    tokens = from_model(model, [0], samples=5, seq_len=20, seed=0, monitor=Monitor(shown=False))
     assert tokens.shape == (5, 20)
     assert bool((tokens[:, ::8] == 0).all())  # every document begins with the start token
-    again = from_model(model, 0, 5, 20, 0, Monitor(shown=False))
+    again = from_model(model, [0], 5, 20, 0, Monitor(shown=False))
     assert torch.equal(tokens, again)
-    assert not torch.equal(tokens, from_model(model, 0, 5, 20, 1, Monitor(shown=False)))
+    assert not torch.equal(tokens, from_model(model, [0], 5, 20, 1, Monitor(shown=False)))
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", None], ids=["none", "bos", "no tokenizer"])
+def test_a_written_text_starts_as_every_prompt_does(template, tiny, tmp_path):
+    """Whatever bos_token_id in config.json is: a chat's model may have the start of a turn there."""
+    folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    config = AutoConfig.from_pretrained(folder, bos_token_id=7)
+    if template is None:
+        for path in folder.glob("*token*"):
+            path.unlink()
+        assert data.start_of_texts(folder, config) == [7]
+        config.bos_token_id = None
+        assert data.start_of_texts(folder, config) == []
+        return
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 0)])
+    tokenizer.save_pretrained(folder)
+    assert data.start_of_texts(folder, config) == ([0] if "<s>" in template else [])
 
 
 def test_samples_follow_the_models_own_distribution(model):
@@ -206,7 +224,7 @@ def test_samples_follow_the_models_own_distribution(model):
     with torch.no_grad():
         model.model.norm.weight.fill_(0.0)
         model.lm_head.bias = torch.nn.Parameter(torch.full((258,), -50.0).index_fill_(0, torch.tensor(77), 50.0))
-    tokens = from_model(model, None, samples=2, seq_len=12, seed=0, monitor=Monitor(shown=False))
+    tokens = from_model(model, [], samples=2, seq_len=12, seed=0, monitor=Monitor(shown=False))
     assert bool((tokens[:, 1:] == 77).all())
     assert len(set(tokens[:, 0].tolist())) == 2  # first tokens are drawn from the whole vocabulary
 
@@ -219,7 +237,7 @@ def test_continuations_come_as_often_as_they_are_likely(model):
         model.lm_head.bias = torch.nn.Parameter(torch.full((258,), -100.0))
         for token, chance in likely.items():
             model.lm_head.bias[token] = torch.tensor(chance).log()
-    tokens = from_model(model, None, samples=20, seq_len=101, seed=0, monitor=Monitor(shown=False))[:, 1:]
+    tokens = from_model(model, [], samples=20, seq_len=101, seed=0, monitor=Monitor(shown=False))[:, 1:]
     for token, chance in likely.items():
         assert abs(float((tokens == token).float().mean()) - chance) < 0.04
 
@@ -228,7 +246,7 @@ def test_nan_predictions_are_an_error(model):
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(RiaError, match="NaN"):
-        from_model(model, 0, 1, 8, 0, Monitor(shown=False))
+        from_model(model, [0], 1, 8, 0, Monitor(shown=False))
 
 
 class Bytes:
