@@ -67,7 +67,7 @@ def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, samples:
         # `attention_options` asks for, if anything.
         whole = load_dense(type(model.model), source.folder, model.dtype, attn_implementation="eager")
         whole = whole.to(model.device).eval()
-    start = data.start_of_texts(source.folder, source.config)
+    start = data.start_of_texts(source.folder, source.config, monitor)
     return data.from_model(whole, start, samples, recipe.seq_len, recipe.seed, monitor)
 
 

@@ -172,7 +172,7 @@ def documents(source: str | HubText, tokenizer: Any = None) -> Iterator[str]:
         raise RiaError(f"--calibration {source}: cannot be read ({error}).") from None
 
 
-def start_of_texts(folder: Path, config: Any) -> list[int]:
+def start_of_texts(folder: Path, config: Any, monitor: Monitor) -> list[int]:
     """The special tokens with which a model expects a text to begin: those that its tokenizer puts before every prompt.
 
     A `bos_token_id` in the configuration may be something else, as SmolLM2-Instruct's is the start of a turn in a chat.
@@ -182,10 +182,20 @@ def start_of_texts(folder: Path, config: Any) -> list[int]:
         config: the model's configuration.
     """
     try:
-        return _prompt_start(load_tokenizer(str(folder)))
+        tokenizer = load_tokenizer(str(folder))
     except RiaError:
-        bos = getattr(text_config(config), "bos_token_id", None)  # GLM-4V's configuration has none
-        return [] if bos is None else [bos]
+        tokenizer = None
+    # Without its files, transformers makes some tokenizers that know no letter.
+    if tokenizer is not None and tokenizer("a", add_special_tokens=False).input_ids:
+        return _prompt_start(tokenizer)
+    bos = getattr(text_config(config), "bos_token_id", None)  # GLM-4V's configuration has none
+    if bos is None:
+        return []
+    monitor.warn(
+        f"{folder}: no tokenizer that transformers can load, so each text that the model writes begins with token "
+        f"{bos}, the bos_token_id of config.json."
+    )
+    return [bos]
 
 
 def from_model(
@@ -206,8 +216,11 @@ def from_model(
         int64 [samples, seq_len], on the CPU.
 
     Raises:
-        RiaError: the model predicts NaN.
+        RiaError: the model predicts NaN, or does not know a token of `start`.
     """
+    known = model.get_input_embeddings().num_embeddings
+    if start and max(start) >= known:
+        raise RiaError(f"The tokenizer begins a text with token {max(start)}, but the model knows only {known} tokens.")
     generator = torch.Generator().manual_seed(seed)
     per_sample = -(-seq_len // DOCUMENT_TOKENS)
     length = min(seq_len, DOCUMENT_TOKENS)
@@ -291,6 +304,8 @@ def _prompt_start(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer puts before every prompt, whatever it adds after it."""
     with_text = tokenizer("a").input_ids
     plain = tokenizer("a", add_special_tokens=False).input_ids
+    if not plain:
+        return []
     starts = range(len(with_text) - len(plain), -1, -1)
     return with_text[: next((at for at in starts if with_text[at : at + len(plain)] == plain), 0)]
 

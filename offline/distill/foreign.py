@@ -84,8 +84,7 @@ class ForeignStart:
         )
         self.schema = self._schema(kinds, inside, outside)
         self.config["quantization_config"] = self.schema.model_dump(mode="json", exclude_none=True)
-        one = kinds[self.linears[0]]
-        if one.format.quantization is not None and one.inputs is None and self._linears.asks_for_rounded_inputs:
+        if any(kind.inputs is None and self._linears.should_round_inputs(name) for name, kind in kinds.items()):
             warn(
                 f"{folder}: config.json asks for inputs that are rounded in a way that is not served. The result "
                 "rounds none, which is more exact."
@@ -94,7 +93,7 @@ class ForeignStart:
     def linear(self, name: str) -> SparseLinear:
         """One pruned linear, checked."""
         found = self._linears.linear(name)
-        assert isinstance(found, SparseLinear)
+        assert found is not None
         return found
 
     def dense_names(self) -> list[str]:
@@ -154,7 +153,7 @@ class ForeignStart:
     def _kind(self, name: str) -> Kind | None:
         """None: it is dense, or will be, because vLLM serves it in no other way."""
         found = None if name in self._served_dense else self._linears.linear(name)
-        if not isinstance(found, SparseLinear):
+        if found is None:
             return None
         return Kind(found.format, self._linears.input_dtype(name), found.dtype)
 
@@ -201,8 +200,7 @@ class ForeignStart:
         linear = name.removesuffix(".weight")
         if linear == name or linear not in self._linears.stored:
             return self._tensor(name)
-        found = self._linears.linear(linear)
-        return found.dense() if isinstance(found, SparseLinear) else found
+        return self._linears.plain(linear)
 
 
 def _taken_out(config: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from ria_vllm.offline.model.dequantize import OF_ACTIVATIONS, OF_KV_CACHE
 from ria_vllm.schema import FORMAT
 from ria_vllm.sparse_linear import SparseLinear
 from ria_vllm.weight_format import SHAPE, name_of
-from ria_vllm.weight_scheme import WeightScheme, misfit
+from ria_vllm.weight_scheme import Weights, WeightScheme, misfit
 
 # The last parts of the names of tensors by which a weight is known to be stored otherwise than as NAME.weight.
 STORED = frozenset(("compressed", "weight_scale", *UNMISTAKABLE))
@@ -37,7 +37,6 @@ class ForeignLinears:
 
     Attributes:
         stored: those that are not just a tensor NAME.weight.
-        asks_for_rounded_inputs: config.json says of some that their inputs are rounded, in whatever way.
 
     Raises:
         RiaError: config.json describes weights that are not read here, or does not say how they are stored.
@@ -53,10 +52,6 @@ class ForeignLinears:
     ):
         self.folder, self.read, self.dtype = folder, read, dtype
         self.config = None if quantization is None else _parsed(quantization, folder)
-        self.asks_for_rounded_inputs = self.config is not None and any(
-            isinstance(group, dict) and group.get("input_activations")
-            for group in (quantization.get("config_groups") or {}).values()
-        )
         self._has_cache_scales = self.config is not None and bool(quantization.get("kv_cache_scheme"))
         self._shapes: dict[str, tuple[int, int]] = {}
         self._parts: dict[str, list[str]] = {}
@@ -96,21 +91,48 @@ class ForeignLinears:
             return scheme.activations if scheme.activations == fp8.DTYPE else None
         return scheme.input_dtype
 
-    def linear(self, name: str) -> SparseLinear | torch.Tensor:
-        """A linear with two kept values in each group of four, or, where a group has more, its plain weight [out, in].
+    def should_round_inputs(self, name: str) -> bool:
+        """Whether config.json asks for rounded inputs of a linear, in whatever way."""
+        return self.config is not None and name in self.stored and self.config.rounds_inputs(name)
 
-        Of groups with fewer, a bitmask says which zeros are kept. Without one it is the leftmost.
+    def linear(self, name: str) -> SparseLinear | None:
+        """A linear with two kept values in each group of four; None if it cannot be stored so.
+
+        Where fewer than two of a group are not zero, a bitmask says which zeros are kept, or else it is the leftmost.
 
         Raises:
-            RiaError: a tensor is damaged or missing, or is another than config.json says.
+            RiaError: a tensor is damaged or missing, or is another than config.json says; or a scale is not positive.
         """
+        found, (rows, columns), dtype = self._found(name)
+        if not isinstance(found, Weights) or found.padding:
+            return None
+        if bool((found.parts.get("weight_scale", torch.ones(1)) <= 0).any()):
+            raise RiaError(
+                f"{self.folder}: {name}: a weight_scale is zero or less, which is served but cannot be trained. "
+                "Quantize the model again, or give it from before it was quantized."
+            )
+        if wrong := found.format.check(found.parts, (rows, columns)):
+            raise self._damaged(name, wrong)
+        return SparseLinear(name, found.format, found.parts, None, dtype)
+
+    def plain(self, name: str) -> torch.Tensor:
+        """The weight of a linear, [out, in], as plain numbers.
+
+        Raises:
+            RiaError: as `linear`, but scales may be any finite numbers.
+        """
+        found, (_, columns), dtype = self._found(name)
+        return found.format.decode(found.parts, dtype)[:, :columns] if isinstance(found, Weights) else found
+
+    def _found(self, name: str) -> tuple[Weights | torch.Tensor, tuple[int, int], torch.dtype]:
+        """A linear with its kept values, padded as kernels want it, or its plain weight; its shape; and its dtype."""
         scheme, loaded = self._scheme(name), self._loaded(name)
         if name not in self.stored and loaded["weight"].dtype == torch.float64:
-            return loaded["weight"]
+            weight = loaded["weight"]
+            return weight, (weight.shape[0], weight.shape[1]), weight.dtype
         rows, columns = self._shape(name, scheme, loaded)
-        dtype = self._dtype(name, scheme, loaded)
-        fits, found = columns % sparse24.IN_FEATURES_MULTIPLE == 0, None
-        if fits or not scheme.dense:
+        dtype, found = self._dtype(name, scheme, loaded), None
+        if columns % sparse24.IN_FEATURES_MULTIPLE == 0 or not scheme.dense:
             scales = {tensor.dtype for part, tensor in loaded.items() if part == "weight_scale"}
             try:
                 # With inputs that are not rounded, vLLM would be given fp8 weights as plain numbers.
@@ -118,17 +140,8 @@ class ForeignLinears:
                 found = asked.weights(loaded, [rows], dtype, stored_scales=scales)
             except ValueError as error:
                 raise self._damaged(name, str(error)) from None
-        if found is None:
-            return scheme.dense_weight(loaded, [rows], dtype)
-        if bool((found.parts.get("weight_scale", torch.ones(1)) <= 0).any()):
-            raise RiaError(
-                f"{self.folder}: {name}: a weight_scale is zero or less, which is served but cannot be trained. "
-                "Quantize the model again, or give it from before it was quantized."
-            )
-        if wrong := found.format.check(found.parts, (rows, columns + found.padding)):
-            raise self._damaged(name, wrong)
-        linear = SparseLinear(name, found.format, found.parts, None, dtype)
-        return linear if fits else linear.dense()[:, :columns]
+        weight = scheme.dense_weight(loaded, [rows], dtype) if found is None else found
+        return weight, (rows, columns), dtype
 
     def _scheme(self, name: str) -> WeightScheme:
         if self.config is None or name not in self.stored:
@@ -174,7 +187,7 @@ class ForeignLinears:
             raise RiaError(f"{self.folder}: {name}: {wrong}")
         for part, spec in specs.items():
             found, wanted = tuple(loaded[part].shape), spec.shape(rows, columns)
-            if found != wanted and (found or not spec.per_tensor):
+            if found != wanted and not (spec.per_tensor and loaded[part].numel() == 1):
                 raise self._damaged(name, f"{part} has shape {found}, expected {wanted}")
             loaded[part] = loaded[part].reshape(wanted)
         return rows, columns

@@ -267,7 +267,7 @@ class _Run:
         count = recipe.windows_written or recipe.windows
         if self.ranks.first or self.sharded:
             with self.monitor.phase("writing the text"):
-                start = data.start_of_texts(self.teacher.folder, dense.model.config)
+                start = data.start_of_texts(self.teacher.folder, dense.model.config, self.monitor)
                 found = data.from_model(dense.model, start, count, recipe.seq_len, recipe.text_seed, self.monitor).int()
             if self.ranks.first:
                 if recipe.windows_written:

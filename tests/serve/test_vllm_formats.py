@@ -55,7 +55,8 @@ def test_float16_is_more_exact_than_bfloat16(runs):
     names = [f"int4-g64{dtype}" for dtype in ("", " in float16")]
     coarse, fine = (differences(*runs.get(ALONE, name)).mean() for name in names)
     assert fine < coarse / 4
-    assert " widened" not in (runs.place(ALONE) / "log").read_text()
+    lines = [line for line in (runs.place(ALONE) / "log").read_text().splitlines() if " widened" in line]
+    assert lines and all("fp8" in line for line in lines)  # no kernel for CPUs multiplies these
 
 
 @pytest.mark.parametrize("name", ROUNDED)

@@ -201,22 +201,28 @@ def test_the_model_writes_its_own_samples(model, monkeypatch):
     assert not torch.equal(tokens, from_model(model, [0], 5, 20, 1, Monitor(shown=False)))
 
 
-@pytest.mark.parametrize("template", ["$A", "<s> $A", None], ids=["none", "bos", "no tokenizer"])
-def test_a_written_text_starts_as_every_prompt_does(template, tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("template", "kind"), [("$A", "llama"), ("<s> $A", "llama"), (None, "llama"), (None, "qwen2")], ids=str
+)
+def test_a_written_text_starts_as_every_prompt_does(template, kind, tiny, tmp_path):
     """Whatever bos_token_id in config.json is: a chat's model may have the start of a turn there."""
     folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
     config = AutoConfig.from_pretrained(folder, bos_token_id=7)
     if template is None:
         for path in folder.glob("*token*"):
             path.unlink()
-        assert data.start_of_texts(folder, config) == [7]
+        if other := {"qwen2": {"model_type": "qwen2"}}.get(kind):  # transformers makes one that knows no letter
+            (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | other))
+        monitor, said = Monitor(shown=False), []
+        monitor.warn = said.append
+        assert data.start_of_texts(folder, config, monitor) == [7] and "begins with token 7" in said[0]
         config.bos_token_id = None
-        assert data.start_of_texts(folder, config) == []
+        assert data.start_of_texts(folder, config, monitor) == []
         return
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 0)])
     tokenizer.save_pretrained(folder)
-    assert data.start_of_texts(folder, config) == ([0] if "<s>" in template else [])
+    assert data.start_of_texts(folder, config, Monitor(shown=False)) == ([0] if "<s>" in template else [])
 
 
 def test_samples_follow_the_models_own_distribution(model):
@@ -247,6 +253,11 @@ def test_nan_predictions_are_an_error(model):
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(RiaError, match="NaN"):
         from_model(model, [0], 1, 8, 0, Monitor(shown=False))
+
+
+def test_a_start_that_the_model_does_not_know_is_an_error(model):
+    with pytest.raises(RiaError, match="begins a text with token 258, but the model knows only 258 tokens"):
+        from_model(model, [258], 1, 8, 0, Monitor(shown=False))
 
 
 class Bytes:
