@@ -6,7 +6,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.calibration.hub import HubText
 from ria_vllm.offline.calibration.mixture import spread_among
-from ria_vllm.offline.model.architecture import output_head
+from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.hf import explained, load_dense, text_tokenizer
 from ria_vllm.offline.model.source import Source
 from ria_vllm.offline.model.streaming import StreamedModel
@@ -67,8 +67,8 @@ def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, samples:
         # `attention_options` asks for, if anything.
         whole = load_dense(type(model.model), source.folder, model.dtype, attn_implementation="eager")
         whole = whole.to(model.device).eval()
-    start = data.start_of_texts(source.folder, source.config, monitor)
-    return data.from_model(whole, start, samples, recipe.seq_len, recipe.seed, monitor)
+    bos = getattr(text_config(source.config), "bos_token_id", None)  # GLM-4V's configuration has none
+    return data.from_model(whole, bos, samples, recipe.seq_len, recipe.seed, monitor)
 
 
 def _check_whole_fits(source: Source, model: StreamedModel, option: str, way_out: str) -> None:

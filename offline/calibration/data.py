@@ -7,7 +7,7 @@ columns beside the text.
 
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -21,7 +21,6 @@ from ria_vllm.offline.calibration import hub
 from ria_vllm.offline.calibration.hub import HubText
 from ria_vllm.offline.calibration.messages import rendered
 from ria_vllm.offline.model.architecture import text_config
-from ria_vllm.offline.model.hf import load_tokenizer
 from ria_vllm.progress import Monitor
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -172,35 +171,7 @@ def documents(source: str | HubText, tokenizer: Any = None) -> Iterator[str]:
         raise RiaError(f"--calibration {source}: cannot be read ({error}).") from None
 
 
-def start_of_texts(folder: Path, config: Any, monitor: Monitor) -> list[int]:
-    """The special tokens with which a model expects a text to begin: those that its tokenizer puts before every prompt.
-
-    A `bos_token_id` in the configuration may be something else, as SmolLM2-Instruct's is the start of a turn in a chat.
-    It counts only where there is no tokenizer.
-
-    Args:
-        config: the model's configuration.
-    """
-    try:
-        tokenizer = load_tokenizer(str(folder))
-    except RiaError:
-        tokenizer = None
-    # Without its files, transformers makes some tokenizers that know no letter.
-    if tokenizer is not None and tokenizer("a", add_special_tokens=False).input_ids:
-        return _prompt_start(tokenizer)
-    bos = getattr(text_config(config), "bos_token_id", None)  # GLM-4V's configuration has none
-    if bos is None:
-        return []
-    monitor.warn(
-        f"{folder}: no tokenizer that transformers can load, so each text that the model writes begins with token "
-        f"{bos}, the bos_token_id of config.json."
-    )
-    return [bos]
-
-
-def from_model(
-    model: Any, start: Sequence[int], samples: int, seq_len: int, seed: int, monitor: Monitor
-) -> torch.Tensor:
+def from_model(model: Any, bos: int | None, samples: int, seq_len: int, seed: int, monitor: Monitor) -> torch.Tensor:
     """Samples that the dense model generates itself, at temperature 1 from a random first token.
 
     A sample is a sequence of documents of DOCUMENT_TOKENS tokens, the last one cut. Generation does not stop at an
@@ -208,7 +179,7 @@ def from_model(
 
     Args:
         model: a complete causal LM of transformers.
-        start: the tokens that start every text, see `start_of_texts`.
+        bos: the token that starts every text, or None if the model has none.
         samples: number of samples.
         seq_len: tokens in a sample.
 
@@ -216,11 +187,8 @@ def from_model(
         int64 [samples, seq_len], on the CPU.
 
     Raises:
-        RiaError: the model predicts NaN, or does not know a token of `start`.
+        RiaError: the model predicts NaN.
     """
-    known = model.get_input_embeddings().num_embeddings
-    if start and max(start) >= known:
-        raise RiaError(f"The tokenizer begins a text with token {max(start)}, but the model knows only {known} tokens.")
     generator = torch.Generator().manual_seed(seed)
     per_sample = -(-seq_len // DOCUMENT_TOKENS)
     length = min(seq_len, DOCUMENT_TOKENS)
@@ -228,7 +196,7 @@ def from_model(
     batch_size = _batch_size(model, length)
     batches = [min(batch_size, count - first) for first in range(0, count, batch_size)]
     steps = iter(monitor.steps(range(len(batches) * length), "sampling the model", len(batches) * length))
-    generated = [_generate(model, start, batch, length, generator, steps) for batch in batches]
+    generated = [_generate(model, bos, batch, length, generator, steps) for batch in batches]
     next(steps, None)
     return torch.cat(generated).view(samples, per_sample * length)[:, :seq_len].contiguous()
 
@@ -257,7 +225,7 @@ def _channels(config: Any) -> int:
 
 
 def _generate(
-    model: Any, start: Sequence[int], batch: int, length: int, generator: torch.Generator, steps: Iterator[int]
+    model: Any, bos: int | None, batch: int, length: int, generator: torch.Generator, steps: Iterator[int]
 ) -> torch.Tensor:
     """Documents, int64 [batch, length]; takes one of `steps` for each token.
 
@@ -266,7 +234,8 @@ def _generate(
     vocab_size = model.get_input_embeddings().num_embeddings
     vocab_size = min(vocab_size, getattr(text_config(model.config), "vocab_size", vocab_size))
     first = torch.randint(vocab_size, (batch, 1), generator=generator)
-    tokens = torch.cat([torch.tensor(start, dtype=first.dtype).expand(batch, -1), first], dim=1)[:, :length]
+    tokens = first if bos is None else torch.cat([torch.full_like(first, bos), first], dim=1)
+    tokens = tokens[:, :length]
     cache: dict[str, Any] = {}
     cached, use_cache = 0, True
     with_positions = _takes_positions(model)
@@ -304,8 +273,6 @@ def _prompt_start(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer puts before every prompt, whatever it adds after it."""
     with_text = tokenizer("a").input_ids
     plain = tokenizer("a", add_special_tokens=False).input_ids
-    if not plain:
-        return []
     starts = range(len(with_text) - len(plain), -1, -1)
     return with_text[: next((at for at in starts if with_text[at : at + len(plain)] == plain), 0)]
 

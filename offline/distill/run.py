@@ -37,7 +37,7 @@ from ria_vllm.offline.distill.student import Student
 from ria_vllm.offline.distill.teacher import Answer, CachedTeacher, Teacher, fill_cache, most_probable
 from ria_vllm.offline.distill.text import TrainingText, check_vocabulary, held_out_texts, training_text
 from ria_vllm.offline.distill.train import Training
-from ria_vllm.offline.model.architecture import output_head
+from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.hf import load_model, load_tokenizer, stored_dtype, text_tokenizer
 from ria_vllm.offline.model.source import stamp_of
@@ -267,8 +267,8 @@ class _Run:
         count = recipe.windows_written or recipe.windows
         if self.ranks.first or self.sharded:
             with self.monitor.phase("writing the text"):
-                start = data.start_of_texts(self.teacher.folder, dense.model.config, self.monitor)
-                found = data.from_model(dense.model, start, count, recipe.seq_len, recipe.text_seed, self.monitor).int()
+                bos = getattr(text_config(dense.model.config), "bos_token_id", None)
+                found = data.from_model(dense.model, bos, count, recipe.seq_len, recipe.text_seed, self.monitor).int()
             if self.ranks.first:
                 if recipe.windows_written:
                     found = spread_among(self.writer.read(DRAWN_KEY)[0]["tokens"], found)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import types
 from pathlib import Path
 
@@ -10,8 +9,7 @@ import preloaded
 import pytest
 import torch
 from peak_memory import peak_of
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
@@ -80,6 +78,8 @@ def test_what_an_earlier_draw_has_used_comes_last(samples, oversampling, tokeniz
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
 def test_a_sample_starts_as_every_prompt_does(template, tokenizer, tmp_path):
     """Also where something follows each prompt, as in embedding models that are made from Mistral."""
+    from tokenizers.processors import TemplateProcessing
+
     special = [("<s>", 0), ("</s>", 1)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
     tokens = from_text(str(write(tmp_path / "text.txt", DOCUMENTS)), tokenizer, 5, 30, 0)
@@ -193,36 +193,12 @@ def model(tiny):
 def test_the_model_writes_its_own_samples(model, monkeypatch):
     monkeypatch.setattr(data, "DOCUMENT_TOKENS", 8)
     monkeypatch.setattr(data, "KV_CACHE_BYTES", 0)  # several batches
-    tokens = from_model(model, [0], samples=5, seq_len=20, seed=0, monitor=Monitor(shown=False))
+    tokens = from_model(model, 0, samples=5, seq_len=20, seed=0, monitor=Monitor(shown=False))
     assert tokens.shape == (5, 20)
     assert bool((tokens[:, ::8] == 0).all())  # every document begins with the start token
-    again = from_model(model, [0], 5, 20, 0, Monitor(shown=False))
+    again = from_model(model, 0, 5, 20, 0, Monitor(shown=False))
     assert torch.equal(tokens, again)
-    assert not torch.equal(tokens, from_model(model, [0], 5, 20, 1, Monitor(shown=False)))
-
-
-@pytest.mark.parametrize(
-    ("template", "kind"), [("$A", "llama"), ("<s> $A", "llama"), (None, "llama"), (None, "qwen2")], ids=str
-)
-def test_a_written_text_starts_as_every_prompt_does(template, kind, tiny, tmp_path):
-    """Whatever bos_token_id in config.json is: a chat's model may have the start of a turn there."""
-    folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
-    config = AutoConfig.from_pretrained(folder, bos_token_id=7)
-    if template is None:
-        for path in folder.glob("*token*"):
-            path.unlink()
-        if other := {"qwen2": {"model_type": "qwen2"}}.get(kind):  # transformers makes one that knows no letter
-            (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | other))
-        monitor, said = Monitor(shown=False), []
-        monitor.warn = said.append
-        assert data.start_of_texts(folder, config, monitor) == [7] and "begins with token 7" in said[0]
-        config.bos_token_id = None
-        assert data.start_of_texts(folder, config, monitor) == []
-        return
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 0)])
-    tokenizer.save_pretrained(folder)
-    assert data.start_of_texts(folder, config, Monitor(shown=False)) == ([0] if "<s>" in template else [])
+    assert not torch.equal(tokens, from_model(model, 0, 5, 20, 1, Monitor(shown=False)))
 
 
 def test_samples_follow_the_models_own_distribution(model):
@@ -230,7 +206,7 @@ def test_samples_follow_the_models_own_distribution(model):
     with torch.no_grad():
         model.model.norm.weight.fill_(0.0)
         model.lm_head.bias = torch.nn.Parameter(torch.full((258,), -50.0).index_fill_(0, torch.tensor(77), 50.0))
-    tokens = from_model(model, [], samples=2, seq_len=12, seed=0, monitor=Monitor(shown=False))
+    tokens = from_model(model, None, samples=2, seq_len=12, seed=0, monitor=Monitor(shown=False))
     assert bool((tokens[:, 1:] == 77).all())
     assert len(set(tokens[:, 0].tolist())) == 2  # first tokens are drawn from the whole vocabulary
 
@@ -243,7 +219,7 @@ def test_continuations_come_as_often_as_they_are_likely(model):
         model.lm_head.bias = torch.nn.Parameter(torch.full((258,), -100.0))
         for token, chance in likely.items():
             model.lm_head.bias[token] = torch.tensor(chance).log()
-    tokens = from_model(model, [], samples=20, seq_len=101, seed=0, monitor=Monitor(shown=False))[:, 1:]
+    tokens = from_model(model, None, samples=20, seq_len=101, seed=0, monitor=Monitor(shown=False))[:, 1:]
     for token, chance in likely.items():
         assert abs(float((tokens == token).float().mean()) - chance) < 0.04
 
@@ -252,12 +228,7 @@ def test_nan_predictions_are_an_error(model):
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(RiaError, match="NaN"):
-        from_model(model, [0], 1, 8, 0, Monitor(shown=False))
-
-
-def test_a_start_that_the_model_does_not_know_is_an_error(model):
-    with pytest.raises(RiaError, match="begins a text with token 258, but the model knows only 258 tokens"):
-        from_model(model, [258], 1, 8, 0, Monitor(shown=False))
+        from_model(model, 0, 1, 8, 0, Monitor(shown=False))
 
 
 class Bytes:

@@ -52,7 +52,7 @@ def test_what_a_model_keeps_of_a_text_does_not_change_what_it_writes(name, tmp_p
         return forward(*args, **kwargs)
 
     model.forward = watched
-    found = from_model(model, [0], samples=3, seq_len=40, seed=SEED, monitor=Monitor(shown=False))
+    found = from_model(model, 0, samples=3, seq_len=40, seed=SEED, monitor=Monitor(shown=False))
     assert read == [2] + [1] * 37
     assert torch.equal(found, written_without_cache(model, 0, 3, 40))
     assert len({*map(tuple, found.tolist())}) == 3 and len(found.unique()) > 20
@@ -68,7 +68,7 @@ def test_a_model_that_keeps_nothing_reads_all_again(tiny):
         return CausalLMOutputWithPast(logits=forward(use_cache=use_cache, **kwargs).logits)
 
     model.forward = forgetful
-    found = from_model(model, [0], samples=3, seq_len=40, seed=SEED, monitor=Monitor(shown=False))
+    found = from_model(model, 0, samples=3, seq_len=40, seed=SEED, monitor=Monitor(shown=False))
     assert asked[1:] == [False] * 37
     assert torch.equal(found, written_without_cache(model, 0, 3, 40))
 
@@ -98,5 +98,5 @@ def test_a_batch_is_as_large_as_its_keys_and_values_allow(family, size, tiny, mo
         return forward(*args, **kwargs)
 
     model.forward = watched
-    found = from_model(model, [0], samples=11, seq_len=20, seed=SEED, monitor=Monitor(shown=False))
+    found = from_model(model, 0, samples=11, seq_len=20, seed=SEED, monitor=Monitor(shown=False))
     assert found.shape == (11, 20) and read == {9, 2}

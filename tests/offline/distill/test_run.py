@@ -363,12 +363,12 @@ def test_by_default_it_trains_on_text_that_the_teacher_writes(pruned, text, tmp_
     assert recipe.text == "self"
     distill(folder, str(dense), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
     teacher = load_model(str(dense), CPU)
-    seed = recipe.text_seed
-    written = data.from_model(teacher, [], recipe.windows, 64, seed, Monitor(shown=False))
+    bos, seed = teacher.config.bos_token_id, recipe.text_seed
+    written = data.from_model(teacher, bos, recipe.windows, 64, seed, Monitor(shown=False))
     assert written.shape == (16, 64) and len(trained_on) == recipe.steps == 8
     assert all(torch.equal(windows.long(), written) for windows in trained_on)
     # It is the teacher's: one that the student had written would be other text.
-    student = data.from_model(load_model(str(folder), CPU), [], recipe.windows, 64, seed, Monitor(shown=False))
+    student = data.from_model(load_model(str(folder), CPU), bos, recipe.windows, 64, seed, Monitor(shown=False))
     assert not torch.equal(student, written)
 
 

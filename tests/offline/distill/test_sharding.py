@@ -26,7 +26,7 @@ def divided(dense: Path, out: Path) -> None:
 
         def said() -> list[torch.Tensor]:
             answer = Teacher(model, layers=True).answer(windows, [])
-            text = from_model(model.model, [1], 3, 16, 0, QUIET)
+            text = from_model(model.model, 1, 3, 16, 0, QUIET)
             return [answer.hidden, *answer.layers, model.logits(answer.hidden), text]
 
         before, top = said(), [most_probable(model, window, 4, 1.0).tokens for window in windows]
